@@ -1,0 +1,60 @@
+"""A small language model on your machine that asks a large one only for the tokens it needs.
+
+from mlxroute import EntropyRouter, LargeModel, SmallModel, generate
+
+small = SmallModel.load("qwen2.5-coder-0.5b")
+large = LargeModel("http://127.0.0.1:8081/v1")
+for token in generate(small, large, "Why is the sky blue?", router=EntropyRouter(2.5)):
+    print(token.text, token.source)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from mlxroute._version import __version__
+
+if TYPE_CHECKING:
+    from mlxroute.engine import Answer, generate
+    from mlxroute.errors import MlxRouteError
+    from mlxroute.large import LargeModel
+    from mlxroute.routers import EntropyRouter
+    from mlxroute.small import SmallModel
+    from mlxroute.types import RunStats, Signals, Source, StopReason, Token
+
+_HOMES = {
+    "Answer": "mlxroute.engine",
+    "EntropyRouter": "mlxroute.routers",
+    "LargeModel": "mlxroute.large",
+    "MlxRouteError": "mlxroute.errors",
+    "RunStats": "mlxroute.types",
+    "Signals": "mlxroute.types",
+    "SmallModel": "mlxroute.small",
+    "Source": "mlxroute.types",
+    "StopReason": "mlxroute.types",
+    "Token": "mlxroute.types",
+    "generate": "mlxroute.engine",
+}
+
+__all__ = [
+    "Answer",
+    "EntropyRouter",
+    "LargeModel",
+    "MlxRouteError",
+    "RunStats",
+    "Signals",
+    "SmallModel",
+    "Source",
+    "StopReason",
+    "Token",
+    "__version__",
+    "generate",
+]
+
+
+def __getattr__(name: str) -> object:
+    # Lazy, so that the command line answers before MLX and requests are loaded.
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'mlxroute' has no attribute {name!r}")

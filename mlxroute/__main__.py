@@ -1,0 +1,5 @@
+"""`python -m mlxroute`."""
+
+from mlxroute.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""MLX on this machine: which device, which BLAS, how much memory, and loading weights to suit."""

@@ -1,0 +1,273 @@
+"""The typer commands. Text goes to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mlxroute._version import __version__
+from mlxroute.errors import LargeError, MlxRouteError
+
+EXIT_OK, EXIT_USAGE, EXIT_LARGE_FAILED, EXIT_INTERRUPTED = 0, 2, 3, 130
+
+app = typer.Typer(
+    name="mlxroute",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="A small model on your machine that asks a large one only for the tokens it is unsure of.",
+)
+
+
+class Mode(StrEnum):
+    """How the wait for the large model is spent."""
+
+    WAIT = "wait"
+
+
+class RouterName(StrEnum):
+    """What decides where the large model is asked."""
+
+    ENTROPY = "entropy"
+
+
+def _threshold(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as exc:
+        raise typer.BadParameter(f"{text!r} is not a number of nats, inf or -inf") from exc
+
+
+Small = Annotated[
+    str | None,
+    typer.Option(help="Small model: catalogue name, folder, .gguf file or hub id.", metavar="NAME"),
+]
+Large = Annotated[
+    str | None, typer.Option(help="Large model's server, e.g. http://host:8000/v1.", metavar="URL")
+]
+LargeModelId = Annotated[
+    str | None, typer.Option(help="Which of the server's models.", metavar="ID")
+]
+Adapter = Annotated[
+    str | None, typer.Option(help="Folder of LoRA weights for the small model.", metavar="DIR")
+]
+Router = Annotated[RouterName | None, typer.Option(help="What decides where to ask.")]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        parser=_threshold,
+        metavar="NATS",
+        help="Ask above this entropy; inf never, -inf always. Default: the pair's own.",
+    ),
+]
+ModeOption = Annotated[Mode | None, typer.Option(help="How the wait is spent.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.", metavar="N")]
+Temperature = Annotated[
+    float | None, typer.Option(help="Of the small model's own tokens; 0 is greedy.", metavar="T")
+]
+TopP = Annotated[float | None, typer.Option(help="Nucleus sampling, 0 to 1.", metavar="P")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", metavar="N")]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(help="End the answer before this text; repeatable.", metavar="TEXT"),
+]
+System = Annotated[str | None, typer.Option(help="System prompt.", metavar="TEXT")]
+Timeout = Annotated[
+    float | None,
+    typer.Option(help="Seconds a call, and all faults of an answer, may take.", metavar="S"),
+]
+KeyEnv = Annotated[
+    str | None,
+    typer.Option(help="Environment variable holding the server's key.", metavar="VARIABLE"),
+]
+KeyFile = Annotated[
+    str | None, typer.Option(help="File (mode 0600) holding the server's key.", metavar="FILE")
+]
+CacheDir = Annotated[str | None, typer.Option(help="Where weights are kept.", metavar="DIR")]
+Offline = Annotated[bool | None, typer.Option("--offline", help="Open no socket at all.")]
+Strict = Annotated[
+    bool | None, typer.Option("--strict", help="Stop with exit code 3 when the large side fails.")
+]
+Heat = Annotated[bool | None, typer.Option("--heat", help="Shade every token by its entropy.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"mlxroute {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        from mlxroute.cli.run import chat as run_chat
+        from mlxroute.cli.run import settings_from
+
+        raise typer.Exit(run_chat(settings_from({})))
+
+
+@app.command()
+def chat(
+    small: Small = None,
+    large: Large = None,
+    large_model: LargeModelId = None,
+    adapter: Adapter = None,
+    router: Router = None,
+    threshold: Threshold = None,
+    mode: ModeOption = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    system: System = None,
+    timeout: Timeout = None,
+    key_env: KeyEnv = None,
+    key_file: KeyFile = None,
+    cache_dir: CacheDir = None,
+    offline: Offline = None,
+    strict: Strict = None,
+    heat: Heat = None,
+) -> None:
+    """Chat in the terminal (what `mlxroute` alone does too)."""
+    from mlxroute.cli.run import chat as run_chat
+    from mlxroute.cli.run import settings_from
+
+    raise typer.Exit(run_chat(settings_from(locals())))
+
+
+@app.command()
+def ask(
+    prompt: Annotated[
+        list[str] | None,
+        typer.Argument(help="The question; `-` reads it from stdin.", metavar="PROMPT"),
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="JSON Lines: one object per token, then a summary.")
+    ] = False,
+    small: Small = None,
+    large: Large = None,
+    large_model: LargeModelId = None,
+    adapter: Adapter = None,
+    router: Router = None,
+    threshold: Threshold = None,
+    mode: ModeOption = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    system: System = None,
+    timeout: Timeout = None,
+    key_env: KeyEnv = None,
+    key_file: KeyFile = None,
+    cache_dir: CacheDir = None,
+    offline: Offline = None,
+    strict: Strict = None,
+    heat: Heat = None,
+) -> None:
+    """Answer one question and exit."""
+    from mlxroute.cli.run import ask as run_ask
+    from mlxroute.cli.run import settings_from
+
+    raise typer.Exit(run_ask(prompt or [], settings_from(locals()), json_lines=json))
+
+
+@app.command()
+def demo(threshold: Threshold = None, cache_dir: CacheDir = None, heat: Heat = None) -> None:
+    """Fetch two models and watch an answer being routed."""
+    from mlxroute.cli.demo import run_demo
+    from mlxroute.cli.run import settings_from
+
+    raise typer.Exit(run_demo(settings_from(locals())))
+
+
+@app.command()
+def models(cache_dir: CacheDir = None) -> None:
+    """List the models and pairs that have a name here."""
+    from mlxroute.cli.library import list_models
+    from mlxroute.cli.run import settings_from
+
+    raise typer.Exit(list_models(settings_from(locals())))
+
+
+@app.command()
+def pull(
+    name: Annotated[
+        str, typer.Argument(help="Catalogue name, .gguf file or hub id.", metavar="NAME")
+    ],
+    cache_dir: CacheDir = None,
+) -> None:
+    """Fetch a model into the cache and verify it."""
+    from mlxroute.cli.library import pull_model
+    from mlxroute.cli.run import settings_from
+
+    raise typer.Exit(pull_model(name, settings_from(locals())))
+
+
+@app.command()
+def host(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Model to serve; default: the best one that fits.", metavar="NAME"),
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="Default: a free one.", min=1, max=65535)] = None,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Serve a model here, with mlx_lm.server."""
+    from mlxroute.cli.host import run_host
+    from mlxroute.cli.run import settings_from
+
+    raise typer.Exit(run_host(name, settings_from({"cache_dir": cache_dir}), port=port))
+
+
+@app.command()
+def doctor(large: Large = None, cache_dir: CacheDir = None) -> None:
+    """Check device, memory, cache, network and server."""
+    from mlxroute.cli.doctor import run_doctor
+    from mlxroute.cli.run import settings_from
+
+    raise typer.Exit(run_doctor(settings_from(locals())))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; every expected error is one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # A locale without UTF-8 shows escapes instead of failing in mid-answer.
+            stream.reconfigure(errors="backslashreplace")
+    arguments: list[str] = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code: Any = app(arguments, standalone_mode=False)
+    except typer.TyperException as exc:
+        return _fail(_message(exc), EXIT_USAGE)
+    except LargeError as exc:
+        return _fail(str(exc), EXIT_LARGE_FAILED)
+    except MlxRouteError as exc:
+        return _fail(str(exc), EXIT_USAGE)
+    except (KeyboardInterrupt, typer.Abort):
+        return EXIT_INTERRUPTED
+    return int(code or EXIT_OK)
+
+
+def _message(exc: typer.TyperException) -> str:
+    text = str(exc.format_message()) if hasattr(exc, "format_message") else str(exc)
+    return text.replace("Value error, ", "")
+
+
+def _fail(text: str, code: int) -> int:
+    typer.echo(f"error: {' '.join(text.split())}", err=True)
+    return code
+
+
+def cache_dir_of(cache_dir: str | None) -> Path:
+    """The folder weights are kept in."""
+    from mlxroute.weights import default_cache_dir
+
+    return Path(cache_dir).expanduser() if cache_dir else default_cache_dir()

@@ -1,0 +1,111 @@
+"""`doctor`: what this machine offers and what stands in the way, in one look."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from mlxroute._version import __version__
+from mlxroute.cli.app import cache_dir_of
+from mlxroute.config import Settings, default_config_path, read_key
+from mlxroute.errors import MlxRouteError
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the report."""
+
+    name: str
+    finding: str
+    good: bool = True
+
+
+def run_doctor(settings: Settings) -> int:
+    """Print every check; return 0 when nothing stands in the way, else 2."""
+    from mlxroute.cli.output import consoles
+
+    out, err = consoles()
+    cache_dir = cache_dir_of(settings.cache_dir)
+    checks = [_versions(), *_device(cache_dir), _disk(cache_dir), _config(), *_network()]
+    with err.status("asking the large server"):
+        checks.append(_large(settings))
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        mark = "ok  " if check.good else "FAIL"
+        out.print(f"{mark} {check.name:{width}}  {check.finding}", soft_wrap=True, markup=False)
+    return 0 if all(check.good for check in checks) else 2
+
+
+def _versions() -> Check:
+    found = []
+    for name in ("mlx", "mlx-lm"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            return Check("versions", f"{name} is not installed", good=False)
+    python = f"Python {sys.version.split()[0]} on {platform.system()} {platform.machine()}"
+    return Check("versions", f"mlxroute {__version__}, {', '.join(found)}, {python}")
+
+
+def _device(cache_dir: Path) -> list[Check]:
+    from mlxroute.backend import blas, memory
+
+    line = blas.interpose(cache_dir)
+    import mlx.core as mx
+
+    checks = [Check("device", f"{mx.default_device()}, {os.cpu_count()} cores")]
+    if line:
+        checks.append(Check("BLAS", line.removeprefix("BLAS: ")))
+    available = memory.available_bytes()
+    checks.append(Check("memory", f"{available / 2**30:.1f} GiB free", good=available > 2**30))
+    return checks
+
+
+def _disk(cache_dir: Path) -> Check:
+    from mlxroute.weights import cached
+
+    folder = cache_dir
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    models = ", ".join(sorted(entry.name for entry in cached(cache_dir))) or "no models yet"
+    writable = os.access(folder, os.W_OK)
+    text = f"{cache_dir}: {models}; {free / 1e9:.0f} GB free"
+    return Check("cache", text if writable else f"{text}; not writable", good=writable)
+
+
+def _config() -> Check:
+    path = default_config_path()
+    return Check("config", f"{path}" if path.exists() else f"{path} (none; defaults apply)")
+
+
+def _network() -> list[Check]:
+    from mlxroute.weights import reachable_sources
+
+    return [
+        Check(name, "reachable" if there else "not reachable", good=True)
+        for name, there in reachable_sources().items()
+    ]
+
+
+def _large(settings: Settings) -> Check:
+    if settings.large is None:
+        return Check("large", "no server configured (give --large URL or set OPENAI_BASE_URL)")
+    from mlxroute.large import LargeModel
+
+    try:
+        key = read_key(settings, os.environ)
+        with LargeModel(
+            settings.large,
+            model=settings.large_model,
+            api_key=key.reveal() if key else None,
+            timeout_s=settings.timeout,
+        ) as large:
+            return Check("large", large.connect())
+    except MlxRouteError as exc:
+        return Check("large", str(exc), good=False)

@@ -1,0 +1,158 @@
+"""Where a chat's lines come from: an editor on a terminal, or a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol, TextIO
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.input import Input
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output import Output
+from prompt_toolkit.output.defaults import create_output
+from prompt_toolkit.shortcuts import CompleteStyle
+
+from mlxroute.errors import UsageError
+from mlxroute.types import Notify
+
+
+class Reader(Protocol):
+    """Gives the user's next message; `interactive` readers can offer one for editing."""
+
+    @property
+    def interactive(self) -> bool: ...
+
+    def read(self, *, offered: str) -> str:
+        """One message, "" for one that was given up. Raises: EOFError, KeyboardInterrupt."""
+        ...
+
+
+class LineReader:
+    """One message per line of a stream."""
+
+    interactive = False
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def read(self, *, offered: str) -> str:
+        """The next line. Raises: EOFError at the end; UsageError when it is no text."""
+        try:
+            line = self._stream.readline()
+        except UnicodeDecodeError as error:
+            raise UsageError(f"stdin is not {error.encoding} text") from error
+        if not line:
+            raise EOFError
+        return line.rstrip("\n")
+
+
+class LineEditor:
+    """A line editor: Enter sends, Alt-Enter starts a new line, pasted text keeps its lines."""
+
+    interactive = True
+
+    def __init__(
+        self,
+        completer: Completer,
+        *,
+        history_path: Path,
+        notify: Notify,
+        input: Input | None = None,
+        output: Output | None = None,
+    ) -> None:
+        self._session: PromptSession[str] = PromptSession(
+            "> ",
+            prompt_continuation="  ",
+            multiline=True,
+            key_bindings=_key_bindings(),
+            completer=completer,
+            complete_while_typing=False,
+            # The menu would keep eight rows free below every prompt.
+            complete_style=CompleteStyle.READLINE_LIKE,
+            history=_history(history_path, notify),
+            input=input,
+            # With stdout in a pipe the prompt belongs on stderr.
+            output=output or create_output(always_prefer_tty=True),
+        )
+
+    def read(self, *, offered: str) -> str:
+        """One message. Raises: EOFError on Ctrl-D, KeyboardInterrupt on Ctrl-C when empty."""
+        try:
+            return _encodable(self._session.prompt(default=offered))
+        except KeyboardInterrupt:
+            if self._session.default_buffer.text:
+                return ""
+            raise
+
+
+class CommandCompleter(Completer):
+    """Completes a chat's commands and what may follow them.
+
+    `values` gives for each command the words that may follow, or None for a path.
+    """
+
+    def __init__(self, values: Mapping[str, Callable[[], Sequence[str]] | None]) -> None:
+        self._values = values
+        self._paths = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, event: CompleteEvent) -> Iterable[Completion]:
+        command, space, value = document.text_before_cursor.partition(" ")
+        if not command.startswith("/"):
+            return
+        if not space:
+            yield from _starting(command, self._values)
+        elif command in self._values:
+            if (words := self._values[command]) is not None:
+                yield from _starting(value, words())
+            else:
+                for path in self._paths.get_completions(Document(value), event):
+                    # Only what is displayed marks a directory by its slash.
+                    slash = "/" if path.display_text.endswith("/") else ""
+                    yield Completion(path.text + slash, path.start_position, path.display)
+
+
+def _encodable(text: str) -> str:
+    """The text with what was pasted as bytes of no character replaced."""
+    return text.encode(errors="replace").decode()
+
+
+def _starting(text: str, words: Iterable[str]) -> Iterable[Completion]:
+    return (Completion(word, -len(text)) for word in words if word.startswith(text))
+
+
+def _key_bindings() -> KeyBindings:
+    bindings = KeyBindings()
+
+    @bindings.add("enter")
+    def send(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    @bindings.add("escape", "enter")
+    def new_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return bindings
+
+
+class _OwnFileHistory(FileHistory):
+    """A history file; what cannot be written to it does not end the chat."""
+
+    def store_string(self, string: str) -> None:
+        with suppress(OSError):
+            super().store_string(_encodable(string))
+
+
+def _history(path: Path, notify: Notify) -> History:
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        path.chmod(0o600)
+    except OSError as error:
+        notify(f"what you type is not remembered: cannot write {path}: {error.strerror}")
+        return InMemoryHistory()
+    return _OwnFileHistory(path)

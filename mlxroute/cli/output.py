@@ -1,0 +1,121 @@
+"""Where answers go when nobody watches: plain text and JSON Lines."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from mlxroute.types import LargeToken, RunStats, Token
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mlxroute.cli.run import Session
+    from mlxroute.engine import Answer
+
+
+def consoles() -> tuple[Console, Console]:
+    """Consoles for stdout and stderr."""
+    from rich.console import Console
+
+    return Console(highlight=False), Console(stderr=True, highlight=False)
+
+
+def history_path() -> Path:
+    """The file with what was typed in chats."""
+    import platformdirs
+
+    return platformdirs.user_state_path("mlxroute") / "chat_history"
+
+
+def write_plain(answer: Answer, *, stream: TextIO, err: Console) -> int:
+    """Text as it comes; one summary line on stderr. 130 after Ctrl-C, else 0."""
+    from mlxroute.view import PlainWriter, summary_line
+
+    writer = PlainWriter(stream)
+    code = 0
+    try:
+        for token in answer:
+            writer.write(token.text)
+    except KeyboardInterrupt:
+        code = 130
+    writer.finish()
+    err.print(summary_line(answer.stats()), style="dim", markup=False, soft_wrap=True)
+    return code
+
+
+def write_json(answer: Answer, session: Session, *, stream: TextIO) -> int:
+    """One object per committed token, then one summary. 130 after Ctrl-C, else 0."""
+    code = 0
+    try:
+        for token in answer:
+            _line(token_object(token), stream)
+    except KeyboardInterrupt:
+        code = 130
+    _line(summary_object(answer.stats(), session), stream)
+    return code
+
+
+def token_object(token: Token) -> dict[str, Any]:
+    """A token in the form the README documents."""
+    escalation = token.escalation
+    return {
+        "type": "token",
+        "index": token.index,
+        "id": token.token_id,
+        "text": token.text,
+        "source": token.source.value,
+        "score": token.score,
+        "entropy_nats": token.signals.entropy_nats,
+        "margin": token.signals.margin,
+        "small_id": token.signals.token_id,
+        "escalated": escalation is not None and escalation.large is not None,
+        "checked": token.checked,
+        "large": _large_object(escalation.large) if escalation and escalation.large else None,
+        "failure": escalation.failure if escalation else None,
+        "time_s": round(token.time_s, 6),
+    }
+
+
+def summary_object(stats: RunStats, session: Session) -> dict[str, Any]:
+    """A summary in the form the README documents."""
+    numbers = {
+        key: round(value, 6) if isinstance(value, float) else value
+        for key, value in asdict(stats).items()
+    }
+    return {
+        "type": "summary",
+        **numbers,
+        "escalation_rate": stats.escalation_rate,
+        "agreement": stats.agreement,
+        "mode": session.mode,
+        "threshold": session.threshold,
+        "small": session.small.name,
+        "large": session.large.model_name if session.large else None,
+    }
+
+
+def _large_object(large: LargeToken) -> dict[str, Any]:
+    return {
+        "id": large.token_ids[0] if len(large.token_ids) == 1 else None,
+        "ids": list(large.token_ids),
+        "text": large.text,
+        "logprob": large.logprob,
+        "top": [list(entry) for entry in large.top],
+        "latency_s": round(large.latency_s, 6),
+    }
+
+
+def _line(value: dict[str, Any], stream: TextIO) -> None:
+    stream.write(json.dumps(_finite(value)) + "\n")
+    stream.flush()
+
+
+def _finite(value: dict[str, Any]) -> dict[str, Any]:
+    """Infinities and NaN are no JSON: they become the strings "inf", "-inf" and "nan"."""
+    return {
+        key: repr(item) if isinstance(item, float) and item - item != 0 else item
+        for key, item in value.items()
+    }

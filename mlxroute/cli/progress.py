@@ -1,0 +1,66 @@
+"""Progress of downloads, conversions and loading, on stderr."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
+
+
+class Reporter:
+    """Draws a bar per piece of work on a terminal; elsewhere prints a line as each one ends."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        self._console = console
+        self._bars = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._began: dict[str, float] = {}
+
+    def __enter__(self) -> Reporter:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bars.stop()
+
+    def notify(self, line: str) -> None:
+        """Print one line above the bars."""
+        self._console.print(line, style="dim", markup=False, soft_wrap=True)
+
+    def progress(self, label: str, done: int, total: int | None) -> None:
+        """Show `done` of `total` bytes; safe to call from worker threads."""
+        if label not in self._tasks:
+            self._tasks[label] = self._bars.add_task(label, total=total)
+            self._began[label] = time.monotonic()
+        self._bars.update(self._tasks[label], completed=done, total=total)
+        if total is not None and done >= total and label in self._began:
+            seconds = time.monotonic() - self._began.pop(label)
+            self.notify(f"{label}: {total / 1e6:,.0f} MB in {seconds:.0f} s")
+            self._bars.remove_task(self._tasks.pop(label))

@@ -1,0 +1,169 @@
+"""Settings: flags over environment over config file. Secrets never appear in a `repr`."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import stat
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from mlxroute.errors import ConfigError
+
+ENV_PREFIX = "MLXROUTE_"
+_FIELD_ENV = {"large": "OPENAI_BASE_URL"}
+DEFAULT_KEY_ENV = "OPENAI_API_KEY"
+
+
+@dataclass(frozen=True, slots=True)
+class Secret:
+    """A key that shows itself only through `reveal()`."""
+
+    _value: str = field(repr=False)
+
+    def reveal(self) -> str:
+        return self._value
+
+    def __repr__(self) -> str:
+        return "Secret(***)"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What `ask`, `chat` and `demo` share. None means: not set, a default applies.
+
+    `large` is a server's address, `threshold` in nats, `timeout` in seconds, `key_file` a file of
+    mode 0600 holding the server's key, `key_env` the environment variable holding it.
+    """
+
+    small: str | None = None
+    large: str | None = None
+    large_model: str | None = None
+    adapter: str | None = None
+    router: str = "entropy"
+    mode: str = "wait"
+    threshold: float | None = None
+    max_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    timeout: float = 30.0
+    stop: tuple[str, ...] = ()
+    system: str | None = None
+    cache_dir: str | None = None
+    key_file: str | None = None
+    key_env: str = DEFAULT_KEY_ENV
+    offline: bool = False
+    strict: bool = False
+    heat: bool = False
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "threshold": (float, int),
+    "temperature": (float, int),
+    "top_p": (float, int),
+    "timeout": (float, int),
+    "max_tokens": (int,),
+    "seed": (int,),
+    "offline": (bool,),
+    "strict": (bool,),
+    "heat": (bool,),
+    "stop": (list, str),
+}
+
+
+def default_config_path() -> Path:
+    """The config file in the platform's folder, or what `MLXROUTE_CONFIG` names."""
+    import platformdirs
+
+    named = os.environ.get(f"{ENV_PREFIX}CONFIG")
+    return Path(named) if named else platformdirs.user_config_path("mlxroute") / "config.toml"
+
+
+def load_settings(flags: Mapping[str, Any], *, environ: Mapping[str, str], path: Path) -> Settings:
+    """Merge flags (None = not given) over environment over the file at `path`, if it exists.
+
+    Raises ConfigError naming the file or variable and the key.
+    """
+    settings = Settings()
+    settings = replace(settings, **_from_file(path))
+    settings = replace(settings, **_from_environment(environ))
+    return replace(settings, **{key: value for key, value in flags.items() if value is not None})
+
+
+def read_key(settings: Settings, environ: Mapping[str, str]) -> Secret | None:
+    """The large server's key: from the named environment variable, else from the key file."""
+    if value := environ.get(settings.key_env, "").strip():
+        return Secret(value)
+    if settings.key_env != DEFAULT_KEY_ENV:
+        raise ConfigError(f"the environment variable {settings.key_env} (--key-env) is not set")
+    if settings.key_file is None:
+        return None
+    path = Path(settings.key_file).expanduser()
+    try:
+        mode = path.stat().st_mode
+        value = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"the key file {path} cannot be read: {exc}") from exc
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ConfigError(f"the key file {path} is open to others; run `chmod 600 {path}`")
+    return Secret(value) if value else None
+
+
+def _names() -> list[str]:
+    return [item.name for item in fields(Settings)]
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+        raise ConfigError(f"the config file {path} cannot be read: {exc}") from exc
+    return {key: _checked(key, value, where=f"config file {path}") for key, value in table.items()}
+
+
+def _checked(key: str, value: Any, *, where: str) -> Any:
+    if key not in _names():
+        near = difflib.get_close_matches(key, _names(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(_names())}"
+        raise ConfigError(f"unknown key {key!r} in {where}{hint}")
+    kinds = _TYPES.get(key, (str,))
+    # `True` is an int to Python, but not a number to a user.
+    fits = bool in kinds if isinstance(value, bool) else isinstance(value, kinds)
+    if not fits:
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise ConfigError(f"{key} in {where} must be {wanted}, not {type(value).__name__}")
+    if key == "stop":
+        return (value,) if isinstance(value, str) else tuple(str(item) for item in value)
+    return float(value) if float in kinds else value
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    found = {}
+    for name in _names():
+        variable = f"{ENV_PREFIX}{name.upper()}"
+        if variable not in environ:
+            variable = _FIELD_ENV.get(name, variable)
+        if text := environ.get(variable, ""):
+            found[name] = _parsed(name, text, where=f"the environment variable {variable}")
+    return found
+
+
+def _parsed(key: str, text: str, *, where: str) -> Any:
+    kinds = _TYPES.get(key, (str,))
+    try:
+        if bool in kinds:
+            return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
+        if float in kinds:
+            return float(text)
+        if int in kinds:
+            return int(text)
+    except (ValueError, KeyError) as exc:
+        wanted = "true or false" if bool in kinds else "a number"
+        raise ConfigError(f"{where} must be {wanted}, not {text!r}") from exc
+    return (text,) if key == "stop" else text

@@ -1,0 +1,152 @@
+"""A conversation and its file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlxroute.errors import UsageError
+from mlxroute.types import Message
+
+_FORMAT = "mlxroute conversation"
+_VERSION = 1
+_KEYS = {"format", "version", "system", "messages"}
+
+
+@dataclass(slots=True)
+class Conversation:
+    """Finished turns, alternating user and assistant, after an optional system prompt.
+
+    A turn enters only together with its answer, so a failed one leaves nothing behind.
+    """
+
+    system: str | None = None
+    turns: list[Message] = field(default_factory=list)
+
+    @property
+    def messages(self) -> list[Message]:
+        """Everything so far, as a chat template takes it."""
+        system = [] if self.system is None else [_message("system", self.system)]
+        return system + [dict(turn) for turn in self.turns]
+
+    def add(self, user: str, assistant: str) -> None:
+        """Append a turn; the answer may be one that was stopped half-way."""
+        self.turns += [_message("user", user), _message("assistant", assistant)]
+
+    def reset(self) -> None:
+        """Forget all turns; the system prompt stays."""
+        self.turns.clear()
+
+    def save(self, path: Path) -> None:
+        """Write the file atomically, readable by its owner only.
+
+        Raises: UsageError when it cannot be written, or would replace something else.
+        """
+        # Through a link, so that the file is replaced and not the link.
+        path = Path(os.path.realpath(_expanded(path)))
+        if os.path.lexists(path) and not _is_conversation(path):
+            raise UsageError(f"{path} exists and is not a saved conversation; choose another name")
+        document = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "system": self.system,
+            "messages": self.turns,
+        }
+        text = json.dumps(document, ensure_ascii=False, indent=1) + "\n"
+        try:
+            _write_atomically(path, text.encode())
+        except OSError as error:
+            raise UsageError(f"cannot save to {path}: {error.strerror}") from error
+
+    @classmethod
+    def load(cls, path: Path) -> Conversation:
+        """Read a saved conversation. Raises: UsageError when it is not one."""
+        path = _expanded(path)
+        try:
+            document = json.loads(path.read_bytes())
+        except OSError as error:
+            raise UsageError(f"cannot load {path}: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{path} is not a saved conversation: not a JSON file") from error
+        try:
+            return _parse(document)
+        except UsageError as error:
+            raise UsageError(f"{path} is not a conversation this version reads: {error}") from None
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _parse(document: Any) -> Conversation:
+    if not isinstance(document, dict) or document.get("format") != _FORMAT:
+        raise UsageError(f'no "format": "{_FORMAT}" in it')
+    if document.get("version") != _VERSION:
+        raise UsageError(f'"version" is {document.get("version")!r}, not {_VERSION}')
+    if document.keys() != _KEYS:
+        odd = ", ".join(sorted(document.keys() ^ _KEYS))
+        raise UsageError(f"missing or unknown key: {odd}")
+    system, messages = document["system"], document["messages"]
+    if system is not None and not _is_text(system):
+        raise UsageError('"system" is neither text nor null')
+    if not isinstance(messages, list) or len(messages) % 2:
+        raise UsageError('"messages" is not a list of question and answer pairs')
+    return Conversation(system, list(_parse_turns(messages)))
+
+
+def _parse_turns(messages: list[Any]) -> Iterable[Message]:
+    for index, message in enumerate(messages):
+        role = ("user", "assistant")[index % 2]
+        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+            raise UsageError(f'message {index + 1} does not have just "role" and "content"')
+        if message["role"] != role:
+            raise UsageError(f'message {index + 1} has role {message["role"]!r}, not "{role}"')
+        if not _is_text(message["content"]):
+            raise UsageError(f'"content" of message {index + 1} is not text')
+        yield _message(role, message["content"])
+
+
+def _is_text(value: object) -> bool:
+    """Whether a JSON value is a string that can be encoded (JSON allows half surrogate pairs)."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _expanded(path: Path) -> Path:
+    if "\0" in str(path):
+        raise UsageError("a file name cannot hold a NUL character")
+    # Unlike Path.expanduser, this leaves the name of an unknown user as it is.
+    return Path(os.path.expanduser(path))
+
+
+def _is_conversation(path: Path) -> bool:
+    try:
+        Conversation.load(path)
+    except UsageError:
+        return False
+    return True
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(name)
+        raise

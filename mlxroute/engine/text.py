@@ -1,0 +1,78 @@
+"""From token bytes to text that may be shown: whole characters, nothing past a stop string."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from mlxroute.types import Token
+
+
+class CharacterStream:
+    """Turns token bytes into complete characters; bytes that can never be text are dropped."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
+        self._fragment_ids: list[int] = []
+
+    def push(self, token_id: int, token_bytes: bytes) -> str:
+        """The characters this token completes; empty while one is still in the making."""
+        text = self._decoder.decode(token_bytes)
+        if self._decoder.getstate()[0]:
+            self._fragment_ids.append(token_id)
+        else:
+            self._fragment_ids.clear()
+        return text
+
+    @property
+    def fragment_ids(self) -> tuple[int, ...]:
+        """The ids since the last token that ended on a whole character."""
+        return tuple(self._fragment_ids)
+
+
+class StopStrings:
+    """Holds tokens back while their text may still turn out to be part of a stop string."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(text for text in stop if text)
+        self._held: list[Token] = []
+        self.hit = False
+
+    def push(self, token: Token) -> Iterator[Token]:
+        """Yield the tokens that may be shown now; after a hit the text ends before the match."""
+        self._held.append(token)
+        text = "".join(held.text for held in self._held)
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.hit = True
+            yield from self._release(min(found), drop_rest=True)
+        elif not (keep := self._partial_match(text)):
+            yield from self._release(len(text), drop_rest=False)
+        else:
+            yield from self._release(len(text) - keep, drop_rest=False)
+
+    def flush(self) -> Iterator[Token]:
+        """Yield what is still held when the answer ends for another reason."""
+        yield from self._held
+        self._held = []
+
+    def _partial_match(self, text: str) -> int:
+        """Length of the longest tail of `text` that starts a stop string."""
+        longest = max((len(stop) for stop in self._stop), default=0)
+        for size in range(min(len(text), longest - 1), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self._stop):
+                return size
+        return 0
+
+    def _release(self, length: int, *, drop_rest: bool) -> Iterator[Token]:
+        """Release whole tokens within the first `length` characters, or cut there for good."""
+        while self._held:
+            token = self._held[0]
+            if len(token.text) > length:
+                if not drop_rest:
+                    return
+                token = replace(token, text=token.text[:length])
+            self._held.pop(0)
+            length -= len(token.text)
+            yield token

@@ -1,0 +1,70 @@
+"""Every error mlxroute raises on purpose. Messages say what was wrong, where, and what to do.
+
+MlxRouteError
+├── UsageError            a wrong value from the user: flag, prompt, address
+├── ConfigError           a wrong config file or environment value
+├── CatalogError          no such model or pair
+├── WeightsError          weights cannot be fetched, verified, converted or loaded
+│   ├── SourceUnreachable   one source did not answer (the next one is tried)
+│   ├── CorruptWeights      a cached file is not what was downloaded
+│   └── NotEnoughSpace      disk or memory is short
+├── ContextTooLong        the prompt does not fit the model's context
+├── RollbackError         the KV cache cannot be brought back to an earlier position
+├── LaunchError           the local server could not be started
+└── LargeError            the large model gave no usable token
+    ├── LargeTimeout        no full reply in time
+    ├── LargeUnreachable    no connection, or it broke
+    ├── LargeRefused        an HTTP error status, or an error in the body
+    └── LargeProtocolError  a reply that cannot be trusted as a token
+"""
+
+from __future__ import annotations
+
+
+class MlxRouteError(Exception):
+    """Base of the tree; its text is one line fit for a user."""
+
+
+class UsageError(MlxRouteError): ...
+
+
+class ConfigError(MlxRouteError): ...
+
+
+class CatalogError(MlxRouteError): ...
+
+
+class WeightsError(MlxRouteError): ...
+
+
+class SourceUnreachable(WeightsError): ...
+
+
+class CorruptWeights(WeightsError): ...
+
+
+class NotEnoughSpace(WeightsError): ...
+
+
+class ContextTooLong(MlxRouteError): ...
+
+
+class RollbackError(MlxRouteError): ...
+
+
+class LaunchError(MlxRouteError): ...
+
+
+class LargeError(MlxRouteError): ...
+
+
+class LargeTimeout(LargeError): ...
+
+
+class LargeUnreachable(LargeError): ...
+
+
+class LargeRefused(LargeError): ...
+
+
+class LargeProtocolError(LargeError): ...

@@ -1,0 +1,97 @@
+"""The child process of `mlxroute host`: `mlx_lm.server` on a socket its parent opened.
+
+Run as `python -m mlxroute.host_process`. It ends when its standard input does, so it never
+outlives the parent that holds the other end, however that one dies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+
+def main() -> None:
+    """Serve one model until the parent is gone."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--cache-dir", type=Path, required=True)
+    parser.add_argument("--socket-fd", type=int, required=True)
+    options = parser.parse_args()
+
+    from mlxroute.backend import blas
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    sys.stderr.write(f"{blas.interpose(options.cache_dir)}\n")
+    _serve(options.model, listener=socket.socket(fileno=options.socket_fd))
+
+
+def _serve(model: Path, *, listener: socket.socket) -> None:
+    from mlx_lm import server
+    from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
+
+    class PromptCache(LRUPromptCache):  # type: ignore[misc]
+        """Never hands out a whole prompt: with no token left to compute the server dies."""
+
+        def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
+            cache, rest = super().fetch_nearest_cache(model, tokens)
+            if rest:
+                return cache, rest
+            if not can_trim_prompt_cache(cache):
+                return None, tokens
+            trim_prompt_cache(cache, 1)
+            return cache, tokens[-1:]
+
+    class Server(ThreadingHTTPServer):
+        """Listens on the socket that the parent bound."""
+
+        def server_bind(self) -> None:
+            self.socket.close()
+            self.socket = listener
+            self.server_address = listener.getsockname()
+            self.server_name, self.server_port = "127.0.0.1", listener.getsockname()[1]
+
+    class Handler(server.APIHandler):  # type: ignore[misc]
+        """Keeps the log for what went wrong."""
+
+        def log_request(self, code: object = "-", size: object = "-") -> None:
+            pass
+
+    server.load = _load
+    server.LRUPromptCache = PromptCache
+    server._run_http_server = functools.partial(
+        server._run_http_server, server_class=Server, handler_class=Handler
+    )
+    # What else lies in the user's hub cache is not on offer here.
+    server.scan_cache_dir = lambda: SimpleNamespace(repos=())
+    sys.argv = ["mlx_lm.server", "--model", str(model), "--log-level", "WARNING"]
+    server.main()
+
+
+def _load(path: str, *, adapter_path: str | None = None, **_: object) -> tuple[Any, Any, Any]:
+    """`mlx_lm`'s `load`, with the weights in the form that suits this machine."""
+    from mlxroute.backend.load import load
+
+    adapter = None if adapter_path is None else Path(adapter_path)
+    model, tokenizer = load(Path(path), adapter=adapter)
+    return model, tokenizer, json.loads(Path(path, "config.json").read_text(encoding="utf-8"))
+
+
+def _end_with_parent() -> None:
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The address of a large model's server, as a user types it."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass, field
+from urllib.parse import unquote, urlsplit
+
+from mlxroute.errors import UsageError
+
+_EXAMPLE = "http://127.0.0.1:8081/v1"
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A checked base address. `url` carries no user, no password and no trailing slash."""
+
+    url: str
+    host: str
+    userinfo: tuple[str, str] | None = field(default=None, repr=False)
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether the server runs on this machine."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+def parse_address(text: str) -> Address:
+    """Check a typed address; a missing path becomes `/v1`. Raises UsageError."""
+    typed = text.strip()
+    try:
+        parts = urlsplit(typed)
+        host, port = parts.hostname, parts.port
+    except ValueError as exc:
+        raise _wrong(typed, "it is not a URL") from exc
+    if parts.scheme not in ("http", "https"):
+        raise _wrong(typed, "it must begin with http:// or https://")
+    if not host:
+        raise _wrong(typed, "it names no host")
+    try:
+        host.encode("idna")
+    except UnicodeError as exc:
+        raise _wrong(typed, "its host has an empty or too long part") from exc
+    if parts.query or parts.fragment:
+        raise _wrong(typed, "it must end with the path, without ? or #")
+    if not typed.isprintable() or " " in typed:
+        raise _wrong(typed, "it contains a space or a control character")
+    shown_host = f"[{host}]" if ":" in host else host
+    shown_port = "" if port is None else f":{port}"
+    path = parts.path.rstrip("/") or "/v1"
+    userinfo = None
+    if parts.username is not None:
+        userinfo = (unquote(parts.username), unquote(parts.password or ""))
+    return Address(f"{parts.scheme}://{shown_host}{shown_port}{path}", host, userinfo)
+
+
+def without_userinfo(text: str) -> str:
+    """A URL's text with any user and password before the host removed."""
+    return re.sub(r"(?<=//)[^/]*@|^[^/]*@", "", text)
+
+
+def _wrong(typed: str, reason: str) -> UsageError:
+    shown = "".join(c if c.isprintable() else "?" for c in without_userinfo(typed))
+    return UsageError(
+        f"{shown!r} is no address of a large model: {reason} (for example {_EXAMPLE})"
+    )

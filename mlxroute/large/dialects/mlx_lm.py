@@ -1,0 +1,79 @@
+"""`mlx_lm.server`: text prompts in; token ids, raw vocabulary pieces and logprobs out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Final
+
+from mlxroute.errors import LargeProtocolError
+from mlxroute.large.wire import (
+    Completion,
+    Entry,
+    WireToken,
+    by_logprob,
+    counts,
+    first_choice,
+    logprob,
+    mapping,
+    sequence,
+    string,
+    token_id,
+)
+
+_MAX_TOP_LOGPROBS: Final = 11
+
+
+class MlxLm:
+    """The `/v1/completions` of `mlx_lm.server`, told by its refusal of a numeric `logprobs`."""
+
+    name: Final = "mlx_lm completions"
+    gives_ids: Final = True
+    dies_of_cached_prompts: Final = True
+
+    def request(
+        self, prompt: str, *, max_tokens: int, top_logprobs: int, model: str | None
+    ) -> dict[str, object]:
+        """Ask for greedy tokens. Without a model name the server uses the one it was given."""
+        body: dict[str, object] = {
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "logprobs": True,
+            "top_logprobs": min(top_logprobs, _MAX_TOP_LOGPROBS),
+        }
+        return body if model is None else body | {"model": model}
+
+    def completion(self, reply: Mapping[str, object]) -> Completion:
+        """Understand a reply. Its `text` is not used: reasoning and tool calls are cut from it."""
+        choice = first_choice(reply)
+        content = sequence(
+            mapping(choice.get("logprobs"), what="logprobs").get("content"), what="logprobs.content"
+        )
+        entries = [_entry(item) for item in content]
+        if not entries:
+            raise LargeProtocolError("the reply holds no token")
+        if choice.get("finish_reason") == "stop":
+            last = entries[-1]
+            entries[-1] = Entry(last.token, last.top, ends=True)
+        return Completion(tuple(entries), *counts(reply))
+
+
+def _entry(value: object) -> Entry:
+    # The entry itself is an arbitrary one of the alternatives, which come unsorted;
+    # the token that was generated is the most likely of them.
+    top = sequence(mapping(value, what="a token").get("top_logprobs"), what="top_logprobs")
+    tokens = by_logprob([_token(mapping(item, what="an alternative")) for item in top])
+    if not tokens or tokens[0].logprob == -math.inf:
+        raise LargeProtocolError("a token comes without its probability")
+    # Rows that only pad the vocabulary have no piece.
+    return Entry(tokens[0], tuple(token for token in tokens if token.piece is not None))
+
+
+def _token(item: Mapping[str, object]) -> WireToken:
+    piece = item.get("token")
+    return WireToken(
+        token_id=token_id(item.get("id")),
+        piece=None if piece is None else string(piece, what="a token's text"),
+        logprob=logprob(item.get("logprob")),
+    )

@@ -1,0 +1,213 @@
+"""A large model served on this machine: `mlx_lm.server` as a child process on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import psutil
+
+import mlxroute
+from mlxroute.backend.load import check_memory, memory_needed
+from mlxroute.errors import LargeError, LaunchError
+from mlxroute.large.address import parse_address
+from mlxroute.large.transport import Deadline, Transport, printable
+from mlxroute.types import Progress, no_progress
+
+_POLL_S: Final = 0.1
+_STOP_GRACE_S: Final = 5.0
+_DEATH_S: Final = 1.0
+_LOADING: Final = "loading the large model"
+_LOG_TAIL_BYTES: Final = 16384
+_FIRST_REQUEST: Final = b'{"prompt": "1, 2, 3,", "max_tokens": 1, "temperature": 0}'
+
+
+class LocalServer:
+    """A running `mlx_lm.server`; ends with this process or at `stop`."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], *, port: int, log_path: Path, model_bytes: int
+    ) -> None:
+        self._process = process
+        self._port = port
+        self._model_bytes = model_bytes
+        self.log_path = log_path
+
+    @classmethod
+    def launch(
+        cls, model_path: Path, *, cache_dir: Path, log_path: Path, port: int | None = None
+    ) -> LocalServer:
+        """Start the child and return at once; `wait_until_ready` before use.
+
+        Raises NotEnoughSpace, WeightsError, or LaunchError when the port cannot be used.
+        """
+        check_memory(model_path, role="large")
+        with _listen(port) as listener:
+            process = _spawn(model_path, cache_dir=cache_dir, log_path=log_path, listener=listener)
+            return cls(
+                process,
+                port=listener.getsockname()[1],
+                log_path=log_path,
+                model_bytes=memory_needed(model_path),
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        """The base address of its OpenAI-compatible routes."""
+        return f"http://127.0.0.1:{self._port}/v1"
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._process.pid
+
+    def wait_until_ready(
+        self, *, timeout_s: float = 180.0, progress: Progress = no_progress
+    ) -> None:
+        """Return when the server has generated a token; raise LaunchError when it will not.
+
+        `progress` counts the bytes of the model in memory.
+        """
+        # The port answers long before the model is loaded, so only a token proves it ready.
+        deadline, total = Deadline(timeout_s), self._model_bytes
+        transport = Transport(parse_address(self.url))
+        try:
+            first = transport.begin("/completions", body=_FIRST_REQUEST, deadline=deadline)
+            while first.is_alive():
+                self._check_alive(deadline)
+                progress(_LOADING, min(self._resident(), total), total)
+                first.join(_POLL_S)
+            if first.result().status != 200:
+                raise self._failure("it cannot generate")
+        except LargeError as exc:
+            # A broken connection is seen a moment before the death that broke it.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_DEATH_S)
+            self._check_alive(deadline)
+            raise self._failure(str(exc)) from exc
+        finally:
+            transport.close()
+        progress(_LOADING, total, total)
+
+    def wait(self) -> int:
+        """Block until the child ends; return its exit code (negative: the signal's number)."""
+        return self._process.wait()
+
+    def stop(self) -> None:
+        """End the child, by force after a grace period. Safe to call twice."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(_STOP_GRACE_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+    def _check_alive(self, deadline: Deadline) -> None:
+        code = self._process.poll()
+        if code is not None:
+            raise self._failure(f"it ended while starting ({_ending(code)})")
+        if not deadline.left_s():
+            raise self._failure(f"it was not ready in {deadline.seconds:.3g} s")
+
+    def _failure(self, what: str) -> LaunchError:
+        said = _last_line(self.log_path)
+        last = f": {said}" if said else ""
+        return LaunchError(f"the local server did not start: {what}{last} (log: {self.log_path})")
+
+    def _resident(self) -> int:
+        try:
+            return int(psutil.Process(self._process.pid).memory_info().rss)
+        except psutil.Error:
+            return 0
+
+
+def _ending(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "killed, perhaps for want of memory"
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _listen(port: int | None) -> socket.socket:
+    """A socket on loopback, bound here so that no one can take the port before the child."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port or 0))
+        listener.listen(16)
+    except (OSError, OverflowError) as exc:
+        listener.close()
+        reason = getattr(exc, "strerror", None) or "no such port"
+        raise LaunchError(
+            f"port {port} cannot be used ({reason}); choose another with --port, or none"
+        ) from exc
+    return listener
+
+
+def _spawn(
+    model_path: Path, *, cache_dir: Path, log_path: Path, listener: socket.socket
+) -> subprocess.Popen[bytes]:
+    try:
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    except OSError as exc:
+        raise LaunchError(f"the log file {log_path} cannot be written ({exc.strerror})") from exc
+    try:
+        os.fchmod(log, 0o600)
+        return subprocess.Popen(
+            [
+                # -P: what lies in the current directory must not be imported.
+                *(sys.executable, "-P", "-m", "mlxroute.host_process"),
+                *("--model", str(model_path), "--cache-dir", str(cache_dir)),
+                *("--socket-fd", str(listener.fileno())),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"PYTHONPATH": _import_path()},
+            pass_fds=(listener.fileno(),),
+            # A Ctrl-C in the terminal is for the answer, not for the server.
+            start_new_session=True,
+        )
+    except OSError as exc:
+        raise LaunchError(f"the local server could not be started ({exc.strerror})") from exc
+    finally:
+        os.close(log)
+
+
+def _import_path() -> str:
+    package = Path(mlxroute.__file__).resolve().parent.parent
+    return os.pathsep.join(filter(None, (str(package), os.environ.get("PYTHONPATH"))))
+
+
+def _last_line(log_path: Path) -> str:
+    """The last line of a log that says something, without the class name of an exception."""
+    try:
+        with log_path.open("rb") as stream:
+            stream.seek(max(0, log_path.stat().st_size - _LOG_TAIL_BYTES))
+            lines = stream.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    told = [line for line in lines if line.strip() and not line.startswith((" ", "BLAS:"))]
+    return printable(re.sub(r"^(?:\w+\.)*[A-Z]\w*: ", "", told[-1])) if told else ""

@@ -1,0 +1,266 @@
+"""The one place that speaks HTTP: bounded in time and size, errors translated."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from http.cookiejar import DefaultCookiePolicy
+from typing import Final
+from urllib.parse import urlsplit
+
+import requests
+from requests.auth import AuthBase, HTTPBasicAuth
+from urllib3.exceptions import HTTPError
+
+from mlxroute._version import __version__
+from mlxroute.errors import (
+    LargeError,
+    LargeProtocolError,
+    LargeRefused,
+    LargeTimeout,
+    LargeUnreachable,
+    UsageError,
+)
+from mlxroute.large.address import Address
+
+MAX_REPLY_BYTES: Final = 1 << 20
+_CHUNK_BYTES = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A complete HTTP reply that is no redirect."""
+
+    status: int
+    body: bytes
+
+
+class Deadline:
+    """A moment after which a call is given up."""
+
+    def __init__(self, seconds: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seconds = seconds
+        self._clock = clock
+        self._end = clock() + seconds
+
+    def left_s(self) -> float:
+        """Seconds left, at least 0."""
+        return max(0.0, self._end - self._clock())
+
+
+class _Auth(AuthBase):
+    # Always set, so that requests never looks for credentials in a netrc file.
+    def __init__(self, address: Address, api_key: str | None) -> None:
+        self._basic = HTTPBasicAuth(*address.userinfo) if address.userinfo else None
+        self._api_key = api_key
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self._api_key is not None:
+            request.headers["Authorization"] = f"Bearer {self._api_key}"
+        elif self._basic is not None:
+            self._basic(request)
+        return request
+
+
+class _Session(requests.Session):
+    # Even when told not to follow, requests reads a redirect's whole body and parses its target.
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        return None
+
+
+class Exchange(threading.Thread):
+    """One request and its reply, in a thread so that nothing the server does can hold the caller.
+
+    A socket timeout bounds one read, not a reply of a byte a second, nor a slow name look-up.
+    """
+
+    def __init__(
+        self,
+        session: requests.Session,
+        *,
+        address: Address,
+        path: str,
+        body: bytes | None,
+        deadline: Deadline,
+        connect_timeout_s: float,
+    ) -> None:
+        super().__init__(daemon=True, name="mlxroute-large")
+        self._session = session
+        self._address = address
+        self._path = path
+        self._body = body
+        self._deadline = deadline
+        self._connect_timeout_s = connect_timeout_s
+        self._reply: Reply | None = None
+        self._error: LargeError | None = None
+
+    def run(self) -> None:
+        """Exchange, keeping the outcome for `result`."""
+        try:
+            self._reply = self._exchange()
+        except LargeError as exc:
+            self._error = exc
+
+    def result(self) -> Reply:
+        """The reply of a finished exchange. Raises LargeError subclasses."""
+        if self._error is not None:
+            raise self._error
+        if self._reply is None:
+            raise LargeProtocolError(f"the call to {self._address.url} ended without a result")
+        return self._reply
+
+    def _exchange(self) -> Reply:
+        left_s = max(self._deadline.left_s(), 0.001)
+        try:
+            with self._session.request(
+                "GET" if self._body is None else "POST",
+                self._address.url + self._path,
+                data=self._body,
+                headers={"Content-Type": "application/json"} if self._body else None,
+                timeout=(min(self._connect_timeout_s, left_s), left_s),
+                allow_redirects=False,
+                stream=True,
+            ) as response:
+                if 300 <= response.status_code < 400:
+                    raise self._redirected(response.headers.get("Location", ""))
+                return Reply(response.status_code, self._read(response))
+        except (requests.RequestException, HTTPError) as exc:
+            raise self._translated(exc) from exc
+
+    def _read(self, response: requests.Response) -> bytes:
+        # We ask for none; decompressing what we did not ask for could fill the memory.
+        if response.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
+            raise LargeProtocolError(f"{self._address.url} sent a compressed reply unasked")
+        body = bytearray()
+        for chunk in response.iter_content(_CHUNK_BYTES):
+            body += chunk
+            if len(body) > MAX_REPLY_BYTES:
+                raise LargeProtocolError(
+                    f"the reply of {self._address.url} is longer than {MAX_REPLY_BYTES} bytes"
+                )
+            if not self._deadline.left_s():
+                raise self.too_late()
+        return bytes(body)
+
+    def too_late(self) -> LargeTimeout:
+        """The error for a reply that is not complete at the deadline."""
+        return LargeTimeout(
+            f"no full reply from {self._address.url} in {self._deadline.seconds:.3g} s"
+        )
+
+    def _redirected(self, location: str) -> LargeRefused:
+        try:
+            target = urlsplit(location).hostname or self._address.host
+        except ValueError:
+            target = "an address that is no URL"
+        return LargeRefused(
+            f"{self._address.url} redirects to {printable(target)}, which is not followed;"
+            " give the final address if you trust it"
+        )
+
+    def _translated(self, exc: Exception) -> LargeError:
+        url = self._address.url
+        match exc:
+            case requests.ConnectTimeout():
+                return LargeUnreachable(
+                    f"no connection to {url} in {self._connect_timeout_s:.3g} s; is it running?"
+                )
+            case requests.Timeout():
+                return self.too_late()
+            case requests.exceptions.SSLError():
+                return LargeUnreachable(f"the TLS connection to {url} failed ({_reason(exc)})")
+            case requests.exceptions.ProxyError():
+                return LargeUnreachable(f"the proxy for {url} refused or failed")
+            case requests.exceptions.ChunkedEncodingError():
+                return LargeUnreachable(f"the connection to {url} broke in mid-reply")
+            case requests.ConnectionError():
+                if not self._deadline.left_s():
+                    return self.too_late()
+                return LargeUnreachable(f"no connection to {url} ({_reason(exc)})")
+            case _:
+                return LargeProtocolError(f"the call to {url} failed ({type(exc).__name__})")
+
+
+class Transport:
+    """Keeps the connection to one server."""
+
+    def __init__(
+        self, address: Address, *, api_key: str | None = None, connect_timeout_s: float = 5.0
+    ) -> None:
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise UsageError("the API key has characters that cannot be sent (a line break?)")
+        self._address = address
+        self._auth = _Auth(address, api_key)
+        self._connect_timeout_s = connect_timeout_s
+        self._session = self._new_session()
+
+    def call(self, path: str, *, deadline: Deadline, body: bytes | None = None) -> Reply:
+        """GET a path, or POST a JSON body to it. Raises LargeError subclasses."""
+        exchange = self.begin(path, deadline=deadline, body=body)
+        try:
+            exchange.join(deadline.left_s())
+        finally:
+            unfinished = exchange.is_alive()
+            if unfinished:
+                self._drop_connection()
+        if unfinished:
+            raise exchange.too_late()
+        return exchange.result()
+
+    def begin(self, path: str, *, deadline: Deadline, body: bytes | None = None) -> Exchange:
+        """Start what `call` does and return without waiting for it."""
+        exchange = Exchange(
+            self._session,
+            address=self._address,
+            path=path,
+            body=body,
+            deadline=deadline,
+            connect_timeout_s=self._connect_timeout_s,
+        )
+        exchange.start()
+        return exchange
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._session.close()
+
+    def _drop_connection(self) -> None:
+        # The late reply of the call we gave up must never be read as the next one's.
+        self._session.close()
+        self._session = self._new_session()
+
+    def _new_session(self) -> requests.Session:
+        session = _Session()
+        session.headers.update(
+            {
+                "Accept": "application/json",
+                "Accept-Encoding": "identity",
+                "User-Agent": f"mlxroute/{__version__}",
+            }
+        )
+        session.auth = self._auth
+        session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
+        # A proxy meant for the outside cannot reach a server on this machine.
+        session.trust_env = not self._address.is_loopback
+        return session
+
+
+def printable(text: str, *, limit: int = 300) -> str:
+    """Text of a server made fit for one line of a terminal."""
+    line = "".join(c if c.isprintable() else " " for c in text)
+    line = re.sub(r"\s+", " ", line).strip()
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def _reason(exc: BaseException) -> str:
+    # The innermost system error says it best; the outer texts repeat addresses and object names.
+    reason = "the server closed it"
+    cause: BaseException | None = exc
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            reason = cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return printable(reason, limit=120)

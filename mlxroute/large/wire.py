@@ -1,0 +1,180 @@
+"""What completions look like on the wire: checked values out of untrusted JSON; no I/O."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from mlxroute.errors import LargeProtocolError
+
+# Rounding in the server's softmax may lift a certain token's logprob this far above 0.
+_LOGPROB_SLACK = 1e-3
+_MAX_TOKEN_ID = 1 << 31
+
+
+@dataclass(frozen=True, slots=True)
+class WireToken:
+    """A token as a server names it: as much of id, raw piece, bytes and text as it gave."""
+
+    token_id: int | None = None
+    piece: str | None = None
+    data: bytes | None = None
+    text: str | None = None
+    logprob: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One generated position; `ends` when the server says that the answer is over there."""
+
+    token: WireToken
+    top: tuple[WireToken, ...] = ()
+    ends: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A completion reply. The counts are the server's own, None where it gives none."""
+
+    entries: tuple[Entry, ...]
+    prompt_tokens: int | None
+    cached_tokens: int | None
+    completion_tokens: int | None
+
+
+class Dialect(Protocol):
+    """How one family of servers is asked and understood."""
+
+    @property
+    def name(self) -> str:
+        """What users see."""
+        ...
+
+    @property
+    def gives_ids(self) -> bool:
+        """Whether every generated position comes back with its id and raw vocabulary piece."""
+        ...
+
+    @property
+    def dies_of_cached_prompts(self) -> bool:
+        """Whether a prompt equal to a finished request's prompt and answer stops the server."""
+        ...
+
+    def request(
+        self, prompt: str, *, max_tokens: int, top_logprobs: int, model: str | None
+    ) -> dict[str, object]:
+        """The JSON body that asks for the next `max_tokens` greedy tokens after `prompt`."""
+        ...
+
+    def completion(self, reply: Mapping[str, object]) -> Completion:
+        """Understand a reply. Raises LargeProtocolError when it cannot be trusted."""
+        ...
+
+
+def parse_object(body: bytes) -> dict[str, object]:
+    """A JSON object from a reply's body. Raises LargeProtocolError."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError) as exc:
+        raise LargeProtocolError("the reply is not JSON") from exc
+    return mapping(value, what="the reply")
+
+
+def error_message(body: bytes) -> str:
+    """What an error reply says, from the shapes servers use; empty when it says nothing."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        text = body[:2000].decode("utf-8", errors="replace").strip()
+        return "" if text.startswith("<") else text
+    if not isinstance(value, dict):
+        return value if isinstance(value, str) else ""
+    return _message_of(value)
+
+
+def error_in(reply: Mapping[str, object]) -> str | None:
+    """The message of an error reported in a reply whose status claims success."""
+    if reply.get("error") or reply.get("object") == "error":
+        return _message_of(reply) or "an error without a message"
+    return None
+
+
+def _message_of(value: Mapping[str, object]) -> str:
+    for key in ("error", "message", "detail"):
+        match value.get(key):
+            case {"message": str(message)} | str(message) if message:
+                return message
+            case [{"msg": str(message)}, *_]:
+                return message
+    return ""
+
+
+def first_choice(reply: Mapping[str, object]) -> Mapping[str, object]:
+    """The first element of `choices`."""
+    choices = sequence(reply.get("choices"), what="choices")
+    if not choices:
+        raise LargeProtocolError("the reply has no choices")
+    return mapping(choices[0], what="choices[0]")
+
+
+def counts(reply: Mapping[str, object]) -> tuple[int | None, int | None, int | None]:
+    """Prompt, cached and completion tokens as the server counts them."""
+    usage = reply.get("usage")
+    if not isinstance(usage, dict):
+        return None, None, None
+    details = usage.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    return (
+        _count(usage.get("prompt_tokens")),
+        _count(cached),
+        _count(usage.get("completion_tokens")),
+    )
+
+
+def _count(value: object) -> int | None:
+    return value if type(value) is int and 0 <= value < _MAX_TOKEN_ID else None
+
+
+def mapping(value: object, *, what: str) -> dict[str, object]:
+    """`value` as a JSON object."""
+    if not isinstance(value, dict):
+        raise LargeProtocolError(f"{what} is not a JSON object")
+    return value
+
+
+def sequence(value: object, *, what: str) -> Sequence[object]:
+    """`value` as a JSON array."""
+    if not isinstance(value, list):
+        raise LargeProtocolError(f"{what} is not a JSON array")
+    return value
+
+
+def string(value: object, *, what: str) -> str:
+    """`value` as a string that has a UTF-8 form (JSON can spell lone surrogates)."""
+    if not isinstance(value, str) or any("\ud800" <= c <= "\udfff" for c in value):
+        raise LargeProtocolError(f"{what} is not a string of characters")
+    return value
+
+
+def token_id(value: object) -> int:
+    """`value` as a token id."""
+    if type(value) is not int or not 0 <= value < _MAX_TOKEN_ID:
+        raise LargeProtocolError("a token id is not a number from 0")
+    return value
+
+
+def logprob(value: object) -> float:
+    """`value` as a natural-log probability; -inf is one, NaN and positive values are not."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise LargeProtocolError("a logprob is not a number")
+    if math.isnan(value) or value > _LOGPROB_SLACK:
+        raise LargeProtocolError(f"a logprob is {float(value)}, which is no probability")
+    return min(0.0, float(value))
+
+
+def by_logprob(tokens: Sequence[WireToken]) -> tuple[WireToken, ...]:
+    """Tokens by falling logprob, equal ones by rising id, as a greedy sampler picks them."""
+    return tuple(sorted(tokens, key=lambda t: (-(t.logprob or 0.0), t.token_id or 0)))

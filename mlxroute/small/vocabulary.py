@@ -1,0 +1,68 @@
+"""Token ids to bytes and back, for byte-level BPE and SentencePiece-style vocabularies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlxroute.pieces import BYTE_OF, SPACE_MARK, byte_piece
+
+
+class TokenVocabulary:
+    """The vocabulary of a loaded tokenizer; implements `mlxroute.types.Vocabulary`."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """`tokenizer` is `mlx_lm`'s TokenizerWrapper around a fast tokenizer."""
+        self._tokenizer = tokenizer
+        self._size = len(tokenizer)
+        self._byte_level = _is_byte_level(tokenizer)
+        added = tokenizer.added_tokens_decoder
+        self._added: dict[int, str] = {
+            int(token_id): token.content for token_id, token in added.items()
+        }
+        self._special = {int(token_id) for token_id, token in added.items() if token.special}
+        self._special |= set(tokenizer.all_special_ids)
+        self._bytes: dict[int, bytes] = {}
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return frozenset(self._tokenizer.eos_token_ids)
+
+    @property
+    def bos_text(self) -> str:
+        first = self._tokenizer.encode("a")[0]
+        return self._tokenizer.bos_token if first == self._tokenizer.bos_token_id else ""
+
+    def piece(self, token_id: int) -> str | None:
+        if not 0 <= token_id < self._size:
+            return None
+        piece: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
+        return piece
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if token_id not in self._bytes:
+            self._bytes[token_id] = self._spell(token_id)
+        return self._bytes[token_id]
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        ids = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return tuple(ids)
+
+    def _spell(self, token_id: int) -> bytes:
+        if token_id in self._special:
+            return b""
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        piece = self.piece(token_id)
+        if piece is None:
+            return b""
+        if self._byte_level:
+            return b"".join(
+                bytes([BYTE_OF[char]]) if char in BYTE_OF else char.encode() for char in piece
+            )
+        byte = byte_piece(piece)
+        return piece.replace(SPACE_MARK, " ").encode() if byte is None else byte
+
+
+def _is_byte_level(tokenizer: Any) -> bool:
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    return "ByteLevel" in repr(decoder)

@@ -1,0 +1,225 @@
+"""The values that cross borders between rooms: frozen, slotted, standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+
+class Source(StrEnum):
+    """Which model a committed token came from."""
+
+    SMALL = "small"
+    LARGE = "large"
+
+
+class StopReason(StrEnum):
+    """Why an answer ended."""
+
+    EOS = "eos"
+    STOP_STRING = "stop_string"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """What the small model says about the next position, from one pass over its logits row.
+
+    `token_id` is its own choice (greedy, or sampled when a temperature is set). Logprobs and
+    `entropy_nats` are natural logarithms over the full vocabulary, before temperature, computed
+    in float32. `margin` is p1 - p2 (0 to 1). `top_ids` is ordered by falling logprob.
+    """
+
+    token_id: int
+    logprob: float
+    entropy_nats: float
+    varentropy: float
+    margin: float
+    top_ids: tuple[int, ...]
+    top_logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the small model picks its own token; temperature 0 is greedy, top-p 1 keeps all."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+class Vocabulary(Protocol):
+    """The small model's vocabulary, as much of it as the large side and the engine need."""
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids that end an answer."""
+        ...
+
+    @property
+    def bos_text(self) -> str:
+        """The text of the token `encode` with specials puts first; empty when there is none."""
+        ...
+
+    def piece(self, token_id: int) -> str | None:
+        """The raw entry of an id (`Ġthe`, `▁the`, `<|im_end|>`); None if out of range."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes an id adds to the text; empty for special tokens."""
+        ...
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Ids of a text, without adding special tokens and without parsing any in it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LargeContext:
+    """Everything the large model may need to produce the next token of this answer.
+
+    `text` is the rendered prompt plus the answer up to the last token that ended on a whole
+    character. `fragment_ids` are the committed ids after it, whose bytes end inside a character.
+    `token_ids` are prompt and answer in the small vocabulary.
+    """
+
+    text: str
+    token_ids: Sequence[int]
+    fragment_ids: tuple[int, ...]
+    vocabulary: Vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class LargeToken:
+    """One token of the large model, already in the small model's vocabulary.
+
+    `token_ids` has one id when the vocabularies agree on the token, several when its bytes had
+    to be spelled in the small vocabulary. `is_eos` marks the end of the answer; then `token_ids`
+    holds the small model's end token. `logprob` is None when the server gave none. `top` are
+    (text, logprob) pairs by falling logprob. `prompt_tokens` and `cached_tokens` are the server's
+    own counts (None when it does not report them); `uploaded_bytes` is the request body's size.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    is_eos: bool
+    logprob: float | None
+    top: tuple[tuple[str, float], ...]
+    prompt_tokens: int | None
+    cached_tokens: int | None
+    completion_tokens: int | None
+    uploaded_bytes: int
+    latency_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Escalation:
+    """One call to the large model: its answer, or why there is none."""
+
+    small_id: int
+    large: LargeToken | None
+    failure: str | None
+    latency_s: float
+
+    @property
+    def agreed(self) -> bool:
+        """Whether the large model wanted exactly the small model's own choice."""
+        return self.large is not None and self.large.token_ids == (self.small_id,)
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One committed token of the answer.
+
+    `text` is what this token added to the visible text: empty for an end token, for a token that
+    is only part of a character, and for what a stop string cut off. `checked` is False where the
+    router wanted the large model's opinion and did not get it. `time_s` counts from the start of
+    the request.
+    """
+
+    index: int
+    token_id: int
+    text: str
+    source: Source
+    score: float
+    signals: Signals
+    escalation: Escalation | None
+    checked: bool
+    time_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunStats:
+    """The summary of one answer. Times in seconds, rates as fractions.
+
+    `escalated` counts positions the large model answered, `fallbacks` calls that failed,
+    `unchecked` positions the router wanted checked that were not. `stall_s` is wall time spent
+    waiting for the large model. `uploaded_tokens` is as the server counts them, otherwise the
+    small model's count of the same text. `cached_prompt_tokens` were reused from the last turn.
+    """
+
+    text: str
+    tokens: int
+    large_tokens: int
+    escalated: int
+    agreed: int
+    fallbacks: int
+    unchecked: int
+    finish_reason: StopReason
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    ttft_s: float
+    itl_p50_s: float
+    itl_p95_s: float
+    stall_s: float
+    tokens_per_s: float
+    total_s: float
+    uploaded_tokens: int
+    uploaded_bytes: int
+    large_cached_tokens: int
+
+    @property
+    def escalation_rate(self) -> float:
+        """Escalated over committed tokens; 0 for an empty answer."""
+        return self.escalated / self.tokens if self.tokens else 0.0
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of escalations where the large token was the small model's choice."""
+        return self.agreed / self.escalated if self.escalated else None
+
+
+Message = dict[str, str]
+"""A chat message, `{"role": ..., "content": ...}`, as chat templates take it."""
+
+
+class Activity(StrEnum):
+    """What the engine is doing at this moment."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    WAIT = "wait"
+    DONE = "done"
+
+
+class Progress(Protocol):
+    """Receives the state of a long piece of work; `total` is None while unknown."""
+
+    def __call__(self, label: str, done: int, total: int | None) -> None: ...
+
+
+class Notify(Protocol):
+    """Receives one line the user should read once."""
+
+    def __call__(self, line: str) -> None: ...
+
+
+def no_progress(label: str, done: int, total: int | None) -> None:
+    """Ignore progress."""
+
+
+def no_notice(line: str) -> None:
+    """Ignore a notice."""

@@ -1,0 +1,15 @@
+"""What the user sees of an answer: the live rendering, plain output and the lines about it."""
+
+from mlxroute.view.live import Answer, LiveView
+from mlxroute.view.summary import Totals, closing_paragraph, summary_line
+from mlxroute.view.text import PlainWriter, printable
+
+__all__ = [
+    "Answer",
+    "LiveView",
+    "PlainWriter",
+    "Totals",
+    "closing_paragraph",
+    "printable",
+    "summary_line",
+]

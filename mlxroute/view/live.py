@@ -1,0 +1,161 @@
+"""The answer on a terminal: it scrolls by as it grows, above a status line that is always true."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.segment import Segment, Segments
+from rich.style import Style
+
+from mlxroute.types import Activity, RunStats, Source, Token
+from mlxroute.view.summary import status_line
+from mlxroute.view.text import PlainWriter, printable
+from mlxroute.view.wrap import Row, Styled, all_rows, full_rows
+
+_REFRESH_PER_S = 8
+_FRAME_S = 1 / 30
+_STATUS = Style(dim=True)
+_SMALL = Style()
+_LARGE = Style(color="magenta", underline=True)
+# From no shade at all to certain confusion; the text colour is set too, for any background.
+_HEAT = (
+    Style(),
+    *(Style.parse(f"#000000 on {shade}") for shade in ("#fff0b8", "#ffd978", "#ffb84d", "#ff8f3f")),
+    Style.parse("#ffffff on #c22f14"),
+)
+_HEAT_FULL_NATS = 4.0
+_UNDERLINE = Style(underline=True, bold=True)
+
+
+class Answer(Protocol):
+    """An answer being written: iterating it does the work, the rest may be read meanwhile."""
+
+    def __iter__(self) -> Iterator[Token]: ...
+
+    def stats(self) -> RunStats:
+        """The figures so far; safe to call from another thread."""
+        ...
+
+    @property
+    def activity(self) -> Activity: ...
+
+    @property
+    def prefill_done(self) -> int: ...
+
+    @property
+    def prefill_total(self) -> int: ...
+
+
+class _Frame:
+    """The changing foot of the screen: the row being written and the status line."""
+
+    def __init__(self, answer: Answer, *, threshold: float, clock: Callable[[], float]) -> None:
+        self.rest = Styled()
+        self._answer = answer
+        self._threshold = threshold
+        self._clock = clock
+        self._state: tuple[Activity, int] | None = None
+        self._since = 0.0
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Read the answer's state now: this also runs while the network is being waited for."""
+        stats = self._answer.stats()
+        state = (self._answer.activity, stats.tokens)
+        if state != self._state:
+            self._state, self._since = state, self._clock()
+        # Always at least one row: a foot of constant height cannot go wrong when the refresh
+        # thread and the printing of rows overlap.
+        for row in all_rows(self.rest, width=options.max_width) or [[]]:
+            yield from row
+            yield Segment.line()
+        status = status_line(
+            stats,
+            activity=state[0],
+            activity_s=self._clock() - self._since,
+            prefill=(self._answer.prefill_done, self._answer.prefill_total),
+            routed=self._threshold != math.inf,
+            width=options.max_width,
+        )
+        yield Segment(status, _STATUS)
+
+
+class LiveView:
+    """Shows answers on a console; where that is no capable terminal, as plain text."""
+
+    def __init__(
+        self,
+        console: Console,
+        *,
+        heat: bool,
+        threshold: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console = console
+        self._heat = heat
+        self._threshold = threshold
+        self._clock = clock
+
+    def show(self, answer: Answer) -> RunStats:
+        """Write the answer to its end.
+
+        Rows that cannot change any more are printed for good. Whatever is raised on the way,
+        Ctrl-C included, leaves all committed text and a sound terminal behind.
+        """
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._show_live(answer)
+        else:
+            self._show_plain(answer)
+        return answer.stats()
+
+    def _show_live(self, answer: Answer) -> None:
+        frame = _Frame(answer, threshold=self._threshold, clock=self._clock)
+        live = Live(frame, console=self._console, refresh_per_second=_REFRESH_PER_S, transient=True)
+        try:
+            try:
+                live.start(refresh=True)
+                self._grow(answer, frame, live)
+            finally:
+                live.stop()
+        finally:
+            self._print(all_rows(frame.rest, width=self._console.width))
+
+    def _grow(self, answer: Answer, frame: _Frame, live: Live) -> None:
+        drawn_s = -math.inf
+        for token in answer:
+            grown = frame.rest.then(printable(token.text), self._style(token))
+            rows, frame.rest = full_rows(grown, width=self._console.width)
+            if rows:
+                self._print(rows)
+            elif self._clock() - drawn_s >= _FRAME_S:
+                live.refresh()
+                drawn_s = self._clock()
+
+    def _show_plain(self, answer: Answer) -> None:
+        writer = PlainWriter(self._console.file)
+        try:
+            for token in answer:
+                writer.write(token.text)
+        finally:
+            writer.finish()
+
+    def _print(self, rows: list[Row]) -> None:
+        if rows:
+            segments = [segment for row in rows for segment in (*row, Segment.line())]
+            self._console.print(Segments(segments), end="", crop=False)
+
+    def _style(self, token: Token) -> Style:
+        if not self._heat:
+            return _LARGE if token.source is Source.LARGE else _SMALL
+        shade = heat_style(token.signals.entropy_nats, threshold=self._threshold)
+        return shade + _UNDERLINE if token.source is Source.LARGE else shade
+
+
+def heat_style(entropy_nats: float, *, threshold: float) -> Style:
+    """The shade for an entropy on a scale from 0 to what is high for this threshold."""
+    full = max(threshold * 1.5, _HEAT_FULL_NATS) if math.isfinite(threshold) else _HEAT_FULL_NATS
+    return _HEAT[min(int(entropy_nats / full * len(_HEAT)), len(_HEAT) - 1)]

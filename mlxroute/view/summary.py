@@ -1,0 +1,193 @@
+"""An answer's figures in words: the status line, the line after it, the demo's last paragraph."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mlxroute.types import Activity, RunStats, StopReason
+
+
+def _number(value: float) -> str:
+    """Two or three significant digits."""
+    return f"{value:.1f}" if value < 9.95 else f"{value:,.0f}"
+
+
+def _seconds(value: float) -> str:
+    return f"{_number(value)} s"
+
+
+def _percent(fraction: float) -> str:
+    """Rounded so that only nothing reads 0 % and only everything reads 100 %."""
+    if fraction in (0.0, 1.0):
+        return f"{fraction:.0%}"
+    return f"{fraction:.1%}" if fraction < 0.1 or fraction > 0.99 else f"{fraction:.0%}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _size(size_bytes: int) -> str:
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size_bytes >= scale:
+            return f"{size_bytes / scale:.1f} {unit}"
+    return _count(size_bytes, "byte")
+
+
+def _uploaded(tokens: int, size_bytes: int) -> str:
+    return f"uploaded {_count(tokens, 'token')} ({_size(size_bytes)})"
+
+
+def _short(number: int) -> str:
+    if number < 10_000:
+        return f"{number:,}"
+    return f"{number / 1e3:.1f}k" if number < 1_000_000 else f"{number / 1e6:.1f}M"
+
+
+def _doing(
+    activity: Activity, *, activity_s: float, prefill: tuple[int, int]
+) -> tuple[str, str, str]:
+    """What is being done, in many, fewer and fewest words."""
+    match activity:
+        case Activity.PREFILL:
+            terse = f"prompt {prefill[0]:,}/{prefill[1]:,}"
+            return f"reading {terse}", f"reading {terse}", terse
+        case Activity.WAIT:
+            lasts = _seconds(activity_s)
+            return f"asking the large model {lasts}", f"asking large {lasts}", f"asking {lasts}"
+        case Activity.DECODE:
+            return "writing", "writing", "writing"
+        case Activity.DONE:
+            return "done", "done", "done"
+
+
+_ROOM = tuple(map(len, _doing(Activity.WAIT, activity_s=9.9, prefill=(0, 0))))
+
+
+def status_line(
+    stats: RunStats,
+    *,
+    activity: Activity,
+    activity_s: float,
+    prefill: tuple[int, int],
+    routed: bool,
+    width: int,
+) -> str:
+    """The figures so far and what is being done, in at most `width` cells.
+
+    Room for the longest activity is kept, so that the figures stay where they are.
+    """
+    figures = [f"{_number(stats.tokens_per_s)} tok/s"] if stats.tokens else []
+    if stats.tokens and routed:
+        figures.append(f"{_percent(stats.escalation_rate)} escalated")
+    if stats.stall_s > 0:
+        figures.append(f"waited {_seconds(stats.stall_s)}")
+    if stats.uploaded_tokens:
+        figures.append(f"uploaded {_short(stats.uploaded_tokens)}")
+    forms = _doing(activity, activity_s=activity_s, prefill=prefill)
+    for gap, doing, room in zip((" · ", " · ", "  "), forms, _ROOM, strict=True):
+        line = gap.join([*figures, doing.ljust(room)])
+        if len(line) <= width:
+            return line.rstrip()
+    while figures and len(line) > width:
+        figures.pop()
+        line = gap.join([*figures, doing.ljust(room)])
+    return line[:width].rstrip()
+
+
+def summary_line(stats: RunStats) -> str:
+    """One line about a finished answer."""
+    parts = [
+        _count(stats.tokens, "token"),
+        f"{stats.escalated:,} escalated ({_percent(stats.escalation_rate)})",
+    ]
+    if stats.agreement is not None:
+        parts.append(f"agreement {_percent(stats.agreement)}")
+    parts.append(f"{_number(stats.tokens_per_s)} tok/s")
+    if stats.stall_s > 0:
+        parts.append(f"waited {_seconds(stats.stall_s)}")
+    if stats.uploaded_bytes:
+        parts.append(_uploaded(stats.uploaded_tokens, stats.uploaded_bytes))
+    if stats.unchecked:
+        parts.append(f"{stats.unchecked:,} unchecked")
+    if stats.fallbacks:
+        parts.append(_count(stats.fallbacks, "failed call"))
+    if stats.finish_reason is StopReason.LENGTH:
+        parts.append("ended by the token limit")
+    return ", ".join(parts)
+
+
+@dataclass(slots=True)
+class Totals:
+    """Running figures over the answers of a chat."""
+
+    answers: int = 0
+    tokens: int = 0
+    escalated: int = 0
+    unchecked: int = 0
+    stall_s: float = 0.0
+    total_s: float = 0.0
+    uploaded_tokens: int = 0
+    uploaded_bytes: int = 0
+
+    def add(self, stats: RunStats) -> None:
+        """Count one answer in."""
+        self.answers += 1
+        self.tokens += stats.tokens
+        self.escalated += stats.escalated
+        self.unchecked += stats.unchecked
+        self.stall_s += stats.stall_s
+        self.total_s += stats.total_s
+        self.uploaded_tokens += stats.uploaded_tokens
+        self.uploaded_bytes += stats.uploaded_bytes
+
+    def line(self) -> str:
+        """One line about all of them."""
+        rate = self.escalated / self.tokens if self.tokens else 0.0
+        parts = [
+            _count(self.answers, "answer"),
+            _count(self.tokens, "token"),
+            f"{self.escalated:,} escalated ({_percent(rate)})",
+        ]
+        if self.stall_s > 0:
+            parts.append(f"waited {_seconds(self.stall_s)} of {_seconds(self.total_s)}")
+        if self.uploaded_bytes:
+            parts.append(_uploaded(self.uploaded_tokens, self.uploaded_bytes))
+        if self.unchecked:
+            parts.append(f"{self.unchecked:,} unchecked")
+        return ", ".join(parts)
+
+
+def closing_paragraph(stats: RunStats, *, small: str, large: str, threshold: float) -> str:
+    """What a demo's answer showed, and what to try next."""
+    own = stats.tokens - stats.large_tokens
+    sentences = [f"{small} wrote {own:,} of the {_count(stats.tokens, 'token')} on this machine."]
+    if stats.escalated:
+        sentences += [
+            f"{large} was asked for one token wherever {_unsure(threshold)}: "
+            f"{_count(stats.escalated, 'time')}, at {_percent(stats.escalation_rate)} of the "
+            f"positions. What it wrote is underlined; {_percent(stats.agreed / stats.escalated)} "
+            f"of it is what {small} was about to write anyway.",
+            f"{_seconds(stats.stall_s)} of {_seconds(stats.total_s)} went into waiting for it; "
+            f"{_uploaded(stats.uploaded_tokens, stats.uploaded_bytes)}.",
+        ]
+    elif not stats.unchecked:
+        sentences.append(f"{large} was not asked: nowhere {_unsure(threshold)}.")
+    if stats.unchecked:
+        sentences.append(
+            f"{_count(stats.unchecked, 'position')} should have been checked with {large}, which "
+            "did not answer."
+        )
+    sentences.append(
+        "Try next: `mlxroute demo --heat` shades each token by how unsure the small model was; "
+        "`mlxroute host` starts a large model that stays, for `mlxroute chat --large URL`; "
+        "`mlxroute models` lists other pairs."
+    )
+    return " ".join(sentences)
+
+
+def _unsure(threshold: float) -> str:
+    if threshold == -math.inf:
+        return "there was a token to write"
+    return f"the small model's entropy passed {threshold:g} nats"

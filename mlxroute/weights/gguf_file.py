@@ -1,0 +1,163 @@
+"""Reading GGUF files: metadata and the place of every tensor.
+
+The `gguf` package's reader takes about ten seconds to walk a 150,000 entry vocabulary; this one
+reads the same header in a fraction of a second. Dequantising is left to that package.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+
+from mlxroute.errors import WeightsError
+
+_SCALARS = {
+    GGUFValueType.UINT8: "<B",
+    GGUFValueType.INT8: "<b",
+    GGUFValueType.UINT16: "<H",
+    GGUFValueType.INT16: "<h",
+    GGUFValueType.UINT32: "<I",
+    GGUFValueType.INT32: "<i",
+    GGUFValueType.FLOAT32: "<f",
+    GGUFValueType.BOOL: "<?",
+    GGUFValueType.UINT64: "<Q",
+    GGUFValueType.INT64: "<q",
+    GGUFValueType.FLOAT64: "<d",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """One tensor: `shape` with rows first, raw blocks at `offset` of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    offset: int
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of quantised blocks."""
+        block, size = GGML_QUANT_SIZES[self.kind]
+        return self.shape[-1] // int(block) * int(size)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all rows."""
+        return self.elements // self.shape[-1] * self.row_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFile:
+    """A GGUF file's header."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, GgufTensor]
+
+    @property
+    def architecture(self) -> str:
+        """The model family the file names, as in `llama`."""
+        return str(self.metadata.get("general.architecture", ""))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A metadata value of this architecture: `get("block_count")`."""
+        return self.metadata.get(f"{self.architecture}.{key}", default)
+
+    def rows(self, tensor: GgufTensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The raw quantised rows, uint8 [rows, row bytes], mapped from the file."""
+        shape = (tensor.size_bytes // tensor.row_bytes, tensor.row_bytes)
+        return np.memmap(self.path, np.uint8, "r", tensor.offset, shape)
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """Read a GGUF header; WeightsError if the file is not one, or is cut short."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise WeightsError(f"{path} is not a GGUF file")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+                return _Header(view, path).read()
+    except OSError as exc:
+        raise WeightsError(f"{path} cannot be read: {exc.strerror or exc}") from exc
+    except (struct.error, ValueError, KeyError) as exc:
+        raise WeightsError(f"{path} is damaged: its header cannot be read ({exc})") from exc
+
+
+class _Header:
+    def __init__(self, view: mmap.mmap, path: Path) -> None:
+        self._view = view
+        self._path = path
+        self._at = 4
+
+    def read(self) -> GgufFile:
+        version = self._scalar(GGUFValueType.UINT32)
+        if version not in (2, 3):
+            raise WeightsError(f"{self._path} is GGUF version {version}; only 2 and 3 are read")
+        tensor_count = self._scalar(GGUFValueType.UINT64)
+        metadata = {}
+        for _ in range(self._scalar(GGUFValueType.UINT64)):
+            key = self._string()
+            metadata[key] = self._value(GGUFValueType(self._scalar(GGUFValueType.UINT32)))
+        entries = [self._tensor_entry() for _ in range(tensor_count)]
+        alignment = int(metadata.get("general.alignment", 32))
+        data_start = -(-self._at // alignment) * alignment
+        tensors = {}
+        for name, shape, kind, offset in entries:
+            tensor = GgufTensor(name, shape, kind, data_start + offset)
+            if tensor.offset + tensor.size_bytes > len(self._view):
+                raise WeightsError(f"{self._path} is cut short: it ends inside tensor {name}")
+            tensors[name] = tensor
+        return GgufFile(self._path, metadata, tensors)
+
+    def _tensor_entry(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
+        name = self._string()
+        dimensions = self._scalar(GGUFValueType.UINT32)
+        # GGUF lists the fastest dimension first.
+        shape = tuple(self._scalar(GGUFValueType.UINT64) for _ in range(dimensions))[::-1]
+        kind = GGMLQuantizationType(self._scalar(GGUFValueType.UINT32))
+        if not shape or 0 in shape or shape[-1] % GGML_QUANT_SIZES[kind][0]:
+            raise ValueError(f"tensor {name} has shape {shape}")
+        return name, shape, kind, self._scalar(GGUFValueType.UINT64)
+
+    def _value(self, kind: GGUFValueType) -> Any:
+        if kind is GGUFValueType.STRING:
+            return self._string()
+        if kind is not GGUFValueType.ARRAY:
+            return self._scalar(kind)
+        item = GGUFValueType(self._scalar(GGUFValueType.UINT32))
+        count = self._scalar(GGUFValueType.UINT64)
+        if item in _SCALARS:
+            layout = np.dtype(_SCALARS[item])
+            start = self._take(count * layout.itemsize)
+            return np.frombuffer(self._view, layout, count, start).tolist()
+        return [self._value(item) for _ in range(count)]
+
+    def _scalar(self, kind: GGUFValueType) -> Any:
+        layout = _SCALARS[kind]
+        return struct.unpack_from(layout, self._view, self._take(struct.calcsize(layout)))[0]
+
+    def _string(self) -> str:
+        length = self._scalar(GGUFValueType.UINT64)
+        start = self._take(length)
+        return self._view[start : start + length].decode("utf-8", errors="replace")
+
+    def _take(self, count: int) -> int:
+        start = self._at
+        if start + count > len(self._view):
+            raise ValueError(f"it ends at byte {len(self._view)}")
+        self._at += count
+        return start

@@ -1,0 +1,63 @@
+"""Real weights in the user's own cache: fetched when they are not there yet."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from mlxroute.large.launcher import LocalServer
+from mlxroute.small import SmallModel
+from mlxroute.weights import default_cache_dir
+
+# Read before the fixture that hides the user's settings from the tests.
+CACHE_DIR = Path(os.environ.get("MLXROUTE_CACHE_DIR") or default_cache_dir())
+PROMPTS = [
+    json.loads(line)["prompt"]
+    for line in (Path(__file__).parents[2] / "bench" / "prompts" / "varied.jsonl")
+    .read_text(encoding="utf-8")
+    .splitlines()
+]
+
+
+@pytest.fixture(scope="session")
+def load_small() -> Callable[[str], SmallModel]:
+    """Load a catalogue model once a session."""
+    loaded: dict[str, SmallModel] = {}
+
+    def load(name: str) -> SmallModel:
+        if name not in loaded:
+            loaded[name] = SmallModel.load(name, cache_dir=CACHE_DIR)
+        return loaded[name]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def smollm2(load_small: Callable[[str], SmallModel]) -> SmallModel:
+    """SmolLM2-135M, the smallest real model of the catalogue."""
+    return load_small("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def smollm2_path(smollm2: SmallModel) -> Path:
+    return CACHE_DIR / "models" / smollm2.name
+
+
+@contextmanager
+def serving(path: Path, log_path: Path) -> Iterator[LocalServer]:
+    """A real mlx_lm.server for the model at `path`."""
+    with LocalServer.launch(path, cache_dir=CACHE_DIR, log_path=log_path) as server:
+        server.wait_until_ready()
+        yield server
+
+
+@pytest.fixture
+def host(smollm2_path: Path, tmp_path: Path) -> Iterator[LocalServer]:
+    """A real mlx_lm.server with SmolLM2-135M, for one test."""
+    with serving(smollm2_path, tmp_path / "host.log") as server:
+        yield server

@@ -1,0 +1,102 @@
+"""Answers of real models through a real server: turns, faults, output."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+
+import pytest
+
+from mlxroute import EntropyRouter, LargeModel, generate
+from mlxroute.cli import main
+from mlxroute.large.launcher import LocalServer
+from mlxroute.small import SmallModel
+from mlxroute.types import Source, StopReason
+from tests.real.conftest import CACHE_DIR
+
+TOKEN_KEYS = {
+    *("type", "index", "id", "text", "source", "score", "entropy_nats", "margin", "small_id"),
+    *("escalated", "checked", "large", "failure", "time_s"),
+}
+SUMMARY_KEYS = {
+    *("type", "text", "tokens", "escalated", "escalation_rate", "agreement", "fallbacks"),
+    *("finish_reason", "ttft_s", "itl_p50_s", "itl_p95_s", "stall_s", "tokens_per_s"),
+    *("uploaded_tokens", "uploaded_bytes", "mode", "threshold", "small", "large"),
+}
+
+
+def test_a_server_killed_in_mid_answer_costs_no_token_and_less_than_a_timeout(
+    smollm2: SmallModel, host: LocalServer
+) -> None:
+    with LargeModel(host.url, timeout_s=60) as large:
+        answer = generate(
+            smollm2,
+            large,
+            "Tell me a long story about a fox.",
+            router=EntropyRouter(-math.inf),
+            max_tokens=24,
+            timeout_s=60,
+        )
+        sources, killed_at = [], math.inf
+        for token in answer:
+            sources.append(token.source)
+            if token.index == 7:
+                os.kill(host.pid, signal.SIGKILL)
+                killed_at = time.monotonic()
+        extra_s = answer.stats().stall_s
+    stats = answer.stats()
+    assert sources == [Source.LARGE] * 8 + [Source.SMALL] * 16
+    assert (stats.tokens, stats.fallbacks, stats.unchecked) == (24, 3, 16)
+    assert stats.finish_reason is StopReason.LENGTH
+    assert time.monotonic() - killed_at < 60 + 30
+    assert extra_s < 120
+
+
+def test_the_second_turn_of_a_long_chat_prefills_only_what_is_new(smollm2: SmallModel) -> None:
+    history = [{"role": "user", "content": "Remember these words: " + "apple pear plum " * 330}]
+    first = generate(smollm2, None, history, router=EntropyRouter(math.inf), max_tokens=8)
+    text = "".join(token.text for token in first)
+    assert first.stats().prompt_tokens > 1000
+    history += [
+        {"role": "assistant", "content": text},
+        {"role": "user", "content": "Which word came first?"},
+    ]
+    second = generate(smollm2, None, history, router=EntropyRouter(math.inf), max_tokens=4)
+    list(second)
+    stats = second.stats()
+    assert stats.cached_prompt_tokens >= first.stats().prompt_tokens
+    assert stats.prompt_tokens - stats.cached_prompt_tokens < 40
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Repeat exactly: 👩‍💻 漢字 e\u0301te\u0301 🇯🇵",
+        "Reply with five different emoji.",
+        "Write hello world in Python with a tab.",
+    ],
+)
+def test_json_lines_follow_the_schema_and_hold_whole_characters(
+    smollm2: SmallModel, host: LocalServer, capsys: pytest.CaptureFixture[str], prompt: str
+) -> None:
+    code = main(
+        [
+            *("ask", "--json", "--small", "smollm2-135m", "--large", host.url),
+            *("--cache-dir", str(CACHE_DIR), "--threshold", "2", "--max-tokens", "20", prompt),
+        ]
+    )
+    assert code == 0
+    *tokens, summary = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert all(set(token) == TOKEN_KEYS and token["type"] == "token" for token in tokens)
+    assert set(summary) >= SUMMARY_KEYS
+    assert "".join(token["text"] for token in tokens) == summary["text"]
+    assert "\ufffd" not in summary["text"]
+    assert [token["index"] for token in tokens] == list(range(summary["tokens"]))
+    assert sum(token["escalated"] for token in tokens) == summary["escalated"] > 0
+    for token in tokens:
+        assert token["escalated"] == (token["entropy_nats"] > 2)
+        assert (token["source"] == "large") == token["escalated"]
+        assert (token["large"] is not None) == token["escalated"]

@@ -1,0 +1,147 @@
+"""An answer that follows a script, and a terminal that remembers what was written to it."""
+
+from __future__ import annotations
+
+import io
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from rich.console import Console
+
+from mlxroute.types import Activity, RunStats, Signals, Source, StopReason, Token
+
+NO_STATS = RunStats(
+    text="",
+    tokens=0,
+    large_tokens=0,
+    escalated=0,
+    agreed=0,
+    fallbacks=0,
+    unchecked=0,
+    finish_reason=StopReason.EOS,
+    prompt_tokens=0,
+    cached_prompt_tokens=0,
+    ttft_s=0.0,
+    itl_p50_s=0.0,
+    itl_p95_s=0.0,
+    stall_s=0.0,
+    tokens_per_s=0.0,
+    total_s=0.0,
+    uploaded_tokens=0,
+    uploaded_bytes=0,
+    large_cached_tokens=0,
+)
+Step = str | Token | BaseException | Callable[["ScriptedAnswer"], None]
+
+
+def token(text: str, *, source: Source = Source.SMALL, entropy_nats: float = 0.0) -> Token:
+    signals = Signals(
+        token_id=0,
+        logprob=-0.1,
+        entropy_nats=entropy_nats,
+        varentropy=0.0,
+        margin=0.5,
+        top_ids=(0,),
+        top_logprobs=(-0.1,),
+    )
+    return Token(
+        index=0,
+        token_id=0,
+        text=text,
+        source=source,
+        score=entropy_nats,
+        signals=signals,
+        escalation=None,
+        checked=True,
+        time_s=0.0,
+    )
+
+
+class ScriptedAnswer:
+    """Gives its texts and tokens in turn, raises its exceptions, calls its functions."""
+
+    def __init__(self, steps: Sequence[Step], *, stats: RunStats = NO_STATS) -> None:
+        self._steps = steps
+        self._stats = stats
+        self.given: list[str] = []
+        self.activity = Activity.PREFILL
+        self.prefill_done = 0
+        self.prefill_total = 0
+
+    def __iter__(self) -> Iterator[Token]:
+        self.activity = Activity.DECODE
+        for step in self._steps:
+            if isinstance(step, BaseException):
+                raise step
+            if callable(step):
+                step(self)
+                continue
+            item = token(step) if isinstance(step, str) else step
+            self.given.append(item.text)
+            yield item
+        self.activity = Activity.DONE
+
+    def stats(self) -> RunStats:
+        return replace(self._stats, text="".join(self.given), tokens=len(self.given))
+
+
+_ESCAPE = re.compile(r"\x1b\[(\??)([0-9;]*)([A-Za-z])")
+
+
+class Terminal:
+    """Understands what rich writes for a live area, and refuses every other control."""
+
+    def __init__(self, *, width: int, term: str = "xterm-256color", no_color: bool = False) -> None:
+        self.stream = io.StringIO()
+        environ = {"TERM": term} | ({"NO_COLOR": "1"} if no_color else {})
+        self.console = Console(
+            file=self.stream,
+            force_terminal=True,
+            color_system="truecolor",
+            width=width,
+            height=25,
+            _environ=environ,
+        )
+
+    @property
+    def raw(self) -> str:
+        return self.stream.getvalue()
+
+    @property
+    def cursor_is_shown(self) -> bool:
+        return self.raw.rfind("\x1b[?25h") >= self.raw.rfind("\x1b[?25l")
+
+    def lines(self) -> list[str]:
+        """What stands on the screen and above it, without blank lines at the end."""
+        lines, row, at, raw = [""], 0, 0, self.raw
+        while at < len(raw):
+            char = raw[at]
+            at += 1
+            if char == "\n":
+                row += 1
+                lines += [""] * (row + 1 - len(lines))
+            elif char == "\x1b":
+                match = _ESCAPE.match(raw, at - 1)
+                assert match, f"unexpected escape sequence at {raw[at - 1 : at + 8]!r}"
+                at = match.end()
+                row -= self._obey(match, lines, row)
+            elif char != "\r":
+                assert unicodedata.category(char) != "Cc", f"control character {char!r}"
+                lines[row] += char
+        while lines and not lines[-1]:
+            lines.pop()
+        return lines
+
+    def _obey(self, match: re.Match[str], lines: list[str], row: int) -> int:
+        match match.groups():
+            case ("", count, "A"):
+                return int(count)
+            case ("", "2", "K"):
+                lines[row] = ""
+            case ("", _, "m") | ("?", "25", "h" | "l"):
+                pass
+            case unknown:
+                raise AssertionError(f"unexpected control {unknown}")
+        return 0

@@ -1,0 +1,138 @@
+"""The catalogue: what is shipped, what a user may add, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlxroute
+from mlxroute.catalog import Catalog
+from mlxroute.errors import CatalogError
+
+MODEL = """
+[[models]]
+name = "mine"
+title = "Mine"
+license = "MIT"
+parameters = 1
+hub_id = "me/mine"
+hub_bytes = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def catalog() -> Catalog:
+    return Catalog.load()
+
+
+def load(tmp_path: Path, text: str) -> Catalog:
+    (tmp_path / "mine.toml").write_text(text)
+    return Catalog.load(tmp_path)
+
+
+def test_shipped_models_that_need_no_hub_state_every_byte(catalog: Catalog) -> None:
+    sizes = {m.name: m.index.gguf_bytes for m in catalog.models if m.index is not None}
+    assert sizes == {
+        "smollm2-135m": 98_362_432,
+        "qwen2.5-coder-0.5b": 491_400_064,
+        "qwen2.5-coder-1.5b": 1_117_320_768,
+    }
+    for model in catalog.models:
+        if model.index is not None:
+            assert len(bytes.fromhex(model.index.gguf_sha256)) == 32
+            assert all("==" in part.package for part in model.index.parts)
+
+
+def test_there_are_pairs_for_owners_of_larger_machines(catalog: Catalog) -> None:
+    large = {pair.large for pair in catalog.pairs if catalog.model(pair.large).parameters > 7e9}
+    assert len(large) >= 5
+    for pair in catalog.pairs:
+        assert catalog.model(pair.small).parameters < catalog.model(pair.large).parameters
+
+
+def test_a_pair_is_found_by_both_names_or_by_the_small_one(catalog: Catalog) -> None:
+    pair = catalog.pair("qwen2.5-coder-0.5b", "qwen2.5-coder-7b")
+    assert pair is not None
+    assert pair.name == "qwen2.5-coder-0.5b+qwen2.5-coder-7b"
+    assert pair.same_vocabulary
+    default = catalog.pair("qwen2.5-coder-0.5b")
+    assert default is not None
+    assert default.large == "qwen2.5-coder-1.5b"
+    assert catalog.pair("qwen3-8b") is None
+
+
+def test_an_unknown_name_gets_near_matches(catalog: Catalog) -> None:
+    with pytest.raises(CatalogError, match=r"did you mean qwen3-8b.*see `mlxroute models`"):
+        catalog.model("Qwen3-8")
+
+
+def test_user_s_entries_come_after_the_shipped_ones(tmp_path: Path, catalog: Catalog) -> None:
+    pair = '[[pairs]]\nsmall = "mine"\nlarge = "qwen3-8b"\nsame_vocabulary = false\n'
+    mine = load(tmp_path, MODEL + pair + 'threshold = 1\ncalibration = "by hand"\n')
+    assert mine.models[:-1] == catalog.models
+    assert mine.model("mine").hub_id == "me/mine"
+    assert mine.pairs[-1].threshold == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            MODEL + 'size = "big"\n',
+            r"mine.toml: models\[1\]: unknown key `size` \(known: hub_bytes,",
+        ),
+        ("[[model]]\n", r"mine.toml: unknown key `model` \(known: models, pairs\)"),
+        (MODEL.replace("hub_bytes = 2\n", ""), r"models\[1\]: `hub_bytes` is missing"),
+        (MODEL.replace("= 1\n", '= "1"\n'), r"`parameters` must be int, not '1'"),
+        (MODEL.replace("= 1\n", "= true\n"), r"`parameters` must be int, not True"),
+        (MODEL.replace('"mine"', '"qwen3-8b"'), "'qwen3-8b' is already defined"),
+        (MODEL + MODEL, "'mine' is already defined"),
+        (MODEL + "index = 1\n", r"models\[1\].index must be a table"),
+        (
+            MODEL + "[models.index]\ngguf_sha256 = ''\nconverted_bytes = 1\nparts = [{size = 1}]\n",
+            r"index.parts\[1\]: unknown key `size`",
+        ),
+        (
+            MODEL + "[models.index]\ngguf_sha256 = ''\nconverted_bytes = 1\nparts = []\n",
+            "`parts` is empty",
+        ),
+        ("models = 3\n", "`models` must be a list of tables"),
+        ("models = [", "is not valid TOML"),
+        (
+            '[[pairs]]\nsmall = "qwen3-8"\nlarge = "qwen3-8b"\nsame_vocabulary = true\n'
+            'threshold = 1.0\ncalibration = ""\n',
+            "no model named 'qwen3-8'",
+        ),
+    ],
+)
+def test_a_wrong_entry_is_named_with_its_file_and_key(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CatalogError, match=message):
+        load(tmp_path, text)
+
+
+def test_an_installed_package_carries_its_own_catalogue(tmp_path: Path) -> None:
+    package = Path(mlxroute.__file__).parent
+    installed = tmp_path / "mlxroute"
+    installed.mkdir()
+    for file in ("catalog.py", "errors.py"):
+        shutil.copy(package / file, installed / file)
+    (installed / "__init__.py").touch()
+    (installed / "_models").mkdir()
+    (installed / "_models" / "mine.toml").write_text(MODEL)
+    script = "from mlxroute.catalog import Catalog; print([m.name for m in Catalog.load().models])"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.stdout.strip() == "['mine']", done.stderr

@@ -1,0 +1,95 @@
+"""Settings come from flags, then the environment, then the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mlxroute.config import Secret, Settings, load_settings, read_key
+from mlxroute.errors import ConfigError
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "config.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_flags_win_over_environment_and_environment_over_file(tmp_path: Path) -> None:
+    path = write(tmp_path, 'small = "file"\nthreshold = 1\nmax_tokens = 10\n')
+    environ = {"MLXROUTE_THRESHOLD": "2", "MLXROUTE_MAX_TOKENS": "20"}
+    settings = load_settings({"max_tokens": 30, "seed": None}, environ=environ, path=path)
+    assert (settings.small, settings.threshold, settings.max_tokens) == ("file", 2.0, 30)
+    assert settings.seed is None
+
+
+def test_without_a_file_the_defaults_hold(tmp_path: Path) -> None:
+    assert load_settings({}, environ={}, path=tmp_path / "none.toml") == Settings()
+
+
+def test_the_usual_variable_names_the_large_server(tmp_path: Path) -> None:
+    environ = {"OPENAI_BASE_URL": "http://one/v1"}
+    assert load_settings({}, environ=environ, path=tmp_path / "x").large == "http://one/v1"
+    environ["MLXROUTE_LARGE"] = "http://two/v1"
+    assert load_settings({}, environ=environ, path=tmp_path / "x").large == "http://two/v1"
+
+
+def test_an_unknown_key_is_named_with_the_file_and_a_near_match(tmp_path: Path) -> None:
+    path = write(tmp_path, "treshold = 1.0\n")
+    with pytest.raises(ConfigError, match=r"'treshold' .*config\.toml.*'threshold'"):
+        load_settings({}, environ={}, path=path)
+
+
+@pytest.mark.parametrize(
+    "line", ['threshold = "abc"', "max_tokens = 1.5", "max_tokens = true", "small = 3", "x ="]
+)
+def test_a_value_of_the_wrong_type_or_bad_toml_is_one_clear_error(
+    tmp_path: Path, line: str
+) -> None:
+    with pytest.raises(ConfigError, match=r"config\.toml"):
+        load_settings({}, environ={}, path=write(tmp_path, line))
+
+
+def test_a_bad_environment_value_names_its_variable(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="MLXROUTE_THRESHOLD"):
+        load_settings({}, environ={"MLXROUTE_THRESHOLD": "abc"}, path=tmp_path / "x")
+
+
+def test_stop_strings_and_switches_can_stand_in_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, 'stop = ["a", "b"]\noffline = true\n')
+    settings = load_settings({}, environ={"MLXROUTE_STRICT": "true"}, path=path)
+    assert (settings.stop, settings.offline, settings.strict) == (("a", "b"), True, True)
+
+
+def test_a_key_never_shows_in_repr_or_text() -> None:
+    secret = Secret("sk-very-secret")
+    assert "very-secret" not in f"{secret!r} {secret} {[secret]}"
+    assert secret.reveal() == "sk-very-secret"
+
+
+def test_the_key_comes_from_the_environment_before_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("from-file\n")
+    file.chmod(0o600)
+    settings = Settings(key_file=str(file))
+    found = read_key(settings, {})
+    assert found is not None
+    assert found.reveal() == "from-file"
+    found = read_key(settings, {"OPENAI_API_KEY": "from-env"})
+    assert found is not None
+    assert found.reveal() == "from-env"
+    assert read_key(Settings(), {}) is None
+
+
+def test_a_key_file_others_can_read_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("k")
+    file.chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        read_key(Settings(key_file=str(file)), {})
+
+
+def test_a_named_key_variable_that_is_not_set_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="MY_KEY"):
+        read_key(Settings(key_env="MY_KEY"), {})

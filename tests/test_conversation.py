@@ -1,0 +1,153 @@
+"""Conversations and the files they are kept in."""
+
+from __future__ import annotations
+
+import json
+import resource
+import stat
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlxroute.conversation import Conversation
+from mlxroute.errors import UsageError
+
+text = st.text()
+
+
+def saved(path: Path) -> dict[str, Any]:
+    Conversation("Be terse.", []).save(path)
+    document = json.loads(path.read_text())
+    assert isinstance(document, dict)
+    return document
+
+
+def test_messages_start_with_the_system_prompt_and_alternate() -> None:
+    conversation = Conversation(system="Be terse.")
+    conversation.add("Hi", "Hello")
+    assert conversation.messages == [
+        {"role": "system", "content": "Be terse."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+    ]
+    conversation.reset()
+    assert conversation.messages == [{"role": "system", "content": "Be terse."}]
+
+
+def test_what_a_caller_does_to_the_messages_does_not_change_the_conversation() -> None:
+    conversation = Conversation()
+    conversation.add("Hi", "Hello")
+    conversation.messages[0]["content"] = "changed"
+    assert conversation.messages[0]["content"] == "Hi"
+
+
+@given(st.none() | text, st.lists(st.tuples(text, text)))
+def test_a_loaded_conversation_equals_the_saved_one(
+    system: str | None, turns: list[tuple[str, str]]
+) -> None:
+    conversation = Conversation(system)
+    for user, assistant in turns:
+        conversation.add(user, assistant)
+    with tempfile.TemporaryDirectory() as folder:
+        conversation.save(Path(folder) / "chat.json")
+        assert Conversation.load(Path(folder) / "chat.json") == conversation
+
+
+def test_the_file_is_for_its_owner_only_and_readable_text(tmp_path: Path) -> None:
+    path = tmp_path / "chat.json"
+    conversation = Conversation()
+    conversation.add("日本語?", "はい")
+    conversation.save(path)
+    conversation.save(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert "日本語?" in path.read_text(encoding="utf-8")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_saving_through_a_link_replaces_what_it_points_to(tmp_path: Path) -> None:
+    Conversation("old").save(tmp_path / "real.json")
+    link = tmp_path / "link.json"
+    link.symlink_to("real.json")
+    Conversation("new").save(link)
+    assert link.is_symlink()
+    assert Conversation.load(tmp_path / "real.json").system == "new"
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "chat.json"
+    Conversation("old").save(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(UsageError, match=r"cannot save to .*chat\.json: File too large"):
+            Conversation("x" * 5000).save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert Conversation.load(path).system == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_saving_never_replaces_a_file_that_is_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    with pytest.raises(UsageError, match="exists and is not a saved conversation"):
+        Conversation().save(path)
+    assert path.read_text() == "mine"
+
+
+def test_a_folder_that_does_not_exist_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"cannot save to .*No such file or directory"):
+        Conversation().save(tmp_path / "no" / "chat.json")
+    with pytest.raises(UsageError, match=r"cannot load .*No such file or directory"):
+        Conversation.load(tmp_path / "no" / "chat.json")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "~nobody-of-this-name/chat.json"])
+def test_an_impossible_file_name_is_one_clear_line(name: str) -> None:
+    with pytest.raises(UsageError):
+        Conversation().save(Path(name))
+    with pytest.raises(UsageError):
+        Conversation.load(Path(name))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"hello", b"\xff\xfe", b"[" * 100_000, b"[]", b"null", b"{}"],
+    ids=["empty", "text", "bytes", "deep", "list", "null", "object"],
+)
+def test_a_file_that_is_no_conversation_is_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "chat.json"
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match=r"chat\.json is not a"):
+        Conversation.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"version": 2}, '"version" is 2, not 1'),
+        ({"model": "x"}, "missing or unknown key: model"),
+        ({"system": 3}, '"system" is neither text nor null'),
+        ({"messages": {}}, '"messages" is not a list'),
+        ({"messages": [{"role": "user", "content": "Hi"}]}, "question and answer pairs"),
+        ({"messages": ["Hi", "Hello"]}, 'message 1 does not have just "role" and "content"'),
+        (
+            {"messages": [{"role": "assistant", "content": "Hi"}] * 2},
+            "message 1 has role 'assistant', not \"user\"",
+        ),
+        ({"messages": [{"role": "user", "content": None}] * 2}, '"content" of message 1'),
+        ({"messages": [{"role": "user", "content": "\ud800"}] * 2}, '"content" of message 1'),
+    ],
+)
+def test_a_damaged_conversation_is_refused_with_the_reason(
+    tmp_path: Path, change: dict[str, Any], complaint: str
+) -> None:
+    path = tmp_path / "chat.json"
+    path.write_text(json.dumps(saved(path) | change))
+    with pytest.raises(UsageError) as caught:
+        Conversation.load(path)
+    assert complaint in str(caught.value)

@@ -1,0 +1,111 @@
+"""The import rule: who may know whom, and what `--help` may load."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlxroute
+
+PACKAGE = Path(mlxroute.__file__).parent
+
+_BASE = {"types", "errors", "pieces", "_version"}
+# For each room, the rooms it may import besides itself and the base.
+_ROOMS: dict[str, set[str]] = {
+    "types": set(),
+    "errors": set(),
+    "pieces": set(),
+    "_version": set(),
+    "config": set(),
+    "catalog": set(),
+    "conversation": set(),
+    "backend": set(),
+    "weights": {"catalog"},
+    "routers": set(),
+    "engine": set(),
+    "small": {"backend", "catalog", "weights"},
+    "large": {"backend", ""},  # "" is the package itself, to tell a child where it lies
+    "view": set(),
+    "host_process": {"backend"},
+}
+# Third parties that stop at these rooms.
+_WALLS: dict[str, set[str]] = {
+    "mlx": {"small", "backend", "host_process", "weights", "cli"},
+    "mlx_lm": {"small", "backend", "host_process"},
+    "requests": {"large", "weights"},
+    "rich": {"view", "cli"},
+    "typer": {"cli"},
+    "prompt_toolkit": {"cli"},
+    "wcwidth": {"view"},
+    "gguf": {"weights"},
+    "numpy": {"weights"},
+    "huggingface_hub": {"weights"},
+}
+
+
+def _modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def _room(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return "" if parts[0] in {"__init__", "__main__"} else parts[0]
+
+
+def _imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            if node.module == "mlxroute":
+                found |= {f"mlxroute.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_rooms_import_only_what_the_design_allows(path: Path) -> None:
+    room = _room(path)
+    for name in _imports(path):
+        top, *rest = name.split(".")
+        if top == "mlxroute":
+            target = rest[0] if rest else ""
+            if room in _ROOMS and target != room:
+                assert target in _BASE | _ROOMS[room], f"{path} must not import {name}"
+        elif top in _WALLS:
+            assert room in _WALLS[top], f"{path} must not import {name}"
+
+
+def test_every_room_has_a_rule() -> None:
+    free = {"", "cli"}
+    assert {_room(path) for path in _modules()} - free == set(_ROOMS)
+
+
+def _loaded_by(code: str) -> set[str]:
+    script = f"import sys\n{code}\nprint(' '.join(name.split('.')[0] for name in sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
+    )
+    return set(result.stdout.splitlines()[-1].split())
+
+
+def test_help_loads_nothing_heavy() -> None:
+    loaded = _loaded_by("from mlxroute.cli import main\nmain(['--help'])")
+    heavy = {"mlx", "mlx_lm", "transformers", "numpy", "requests", "huggingface_hub", "gguf"}
+    assert not loaded & (heavy | {"prompt_toolkit", "rich", "psutil"})
+
+
+def test_importing_the_package_does_no_work() -> None:
+    loaded = _loaded_by("import mlxroute")
+    assert not loaded & {"mlx", "requests", "typer", "rich", "numpy"}
+
+
+def test_the_public_names_are_sorted_and_all_there() -> None:
+    assert list(mlxroute.__all__) == sorted(mlxroute.__all__)
+    for name in mlxroute.__all__:
+        assert getattr(mlxroute, name) is not None

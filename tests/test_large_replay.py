@@ -1,0 +1,113 @@
+"""No request may equal a sequence that `mlx_lm.server` has cached: it would be its last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlxroute.large.replay import SentPrompts
+from tests.vocabularies import TableVocabulary, context
+
+# No piece begins another, so a text has one tokenisation; "Ã" and "©" are the halves of "é".
+PIECES = ["a", "b", "Ġc", "dd", "Ã", "©"]
+VOCABULARY = TableVocabulary(PIECES)
+IDS = [VOCABULARY.id_of(piece) for piece in PIECES]
+OPEN_HALF, CLOSING_HALF = IDS[4:]
+PROMPTS = [(IDS[0], IDS[2]), (IDS[0], IDS[2], IDS[0]), (IDS[3],)]
+
+Ids = tuple[int, ...]
+
+
+@dataclass
+class Server:
+    """The part of `mlx_lm.server` that matters: what it has cached, and when it dies."""
+
+    seed: int
+    trims: bool
+    cached: set[Ids] = field(default_factory=set)
+
+    def greedy(self, ids: Ids) -> int:
+        if ids and ids[-1] == OPEN_HALF:
+            return CLOSING_HALF
+        return IDS[hash((self.seed, ids)) % 5]
+
+    def complete(self, prompt: Ids, count: int) -> Ids:
+        assert prompt not in self.cached, "the generation thread is dead"
+        ids = prompt
+        for _ in range(count):
+            ids = (*ids, self.greedy(ids))
+        if self.trims:
+            self.cached = {other for other in self.cached if ids[: len(other)] != other}
+        self.cached.add(ids)
+        return ids[len(prompt) :]
+
+
+def escalate(server: Server, sent: SentPrompts, path: Ids, *, lost: bool) -> int | None:
+    """Ask for the token after `path` as the client does; None when the reply is not the path."""
+    fragment = path[-1:] if path[-1] == OPEN_HALF else ()
+    text = b"".join(map(VOCABULARY.token_bytes, path[: len(path) - len(fragment)])).decode()
+    wanted = context(
+        text, VOCABULARY, answer=path[: len(path) - len(fragment)], fragment_ids=fragment
+    )
+    prompt, repeated = sent.plan(text, context=wanted)
+    repeated = (*repeated, *map(VOCABULARY.token_bytes, fragment))
+    assert prompt.encode() + b"".join(repeated) == b"".join(map(VOCABULARY.token_bytes, path))
+    count = len(repeated) + 2
+    sent.sent(prompt, max_tokens=count)
+    reply = server.complete(VOCABULARY.encode(prompt), count)
+    if lost:
+        return None
+    data = [VOCABULARY.token_bytes(token_id) for token_id in reply]
+    sent.answered(prompt, data)
+    return reply[len(repeated)] if data[: len(repeated)] == list(repeated) else None
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["escalate", "escalate", "lost", "agree", "agree", "own", "restart"]),
+        st.integers(0, 4),
+    ),
+    max_size=60,
+)
+
+
+@given(steps=STEPS, seed=st.integers(0, 50), trims=st.booleans(), loses=st.booleans())
+@settings(max_examples=400, deadline=None)
+def test_no_prompt_equals_a_cached_sequence_and_every_answer_is_the_greedy_one(
+    steps: list[tuple[str, int]], seed: int, trims: bool, loses: bool
+) -> None:
+    server, sent = Server(seed, trims), SentPrompts()
+    path = PROMPTS[0]
+    for step, choice in steps:
+        if step == "restart":
+            path = PROMPTS[choice % len(PROMPTS)]
+        elif step == "own" and path[-1] != OPEN_HALF:
+            path = (*path, IDS[choice])
+        elif step in ("escalate", "lost"):
+            lost = loses and step == "lost"
+            token_id = escalate(server, sent, path, lost=lost)
+            # No answer only inside a character that the large model would not have begun, and
+            # where a lost reply was not what the small model went on with.
+            begun = path[-1] != OPEN_HALF or server.greedy(path[:-1]) == OPEN_HALF
+            assert loses or not begun or token_id == server.greedy(path)
+            path = (*path, token_id if token_id is not None else server.greedy(path))
+        else:
+            path = (*path, server.greedy(path))
+
+
+def test_a_refused_request_is_not_repeated_around() -> None:
+    sent = SentPrompts()
+    sent.sent("a", max_tokens=2)
+    sent.refused("a", max_tokens=2)
+    assert sent.plan("aa", context=context("aa", VOCABULARY, answer=(IDS[0], IDS[0]))) == ("aa", ())
+
+
+def test_the_question_asked_again_is_sent_as_it_is() -> None:
+    sent = SentPrompts()
+    sent.sent("a", max_tokens=2)
+    sent.answered("a", [b"b", b"dd"])
+    wanted = context("a", VOCABULARY, answer=(IDS[0],))
+    assert sent.plan("a", context=wanted) == ("a", ())
+    assert sent.plan("abdd", context=wanted) == ("ab", (b"dd",))

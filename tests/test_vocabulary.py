@@ -1,0 +1,55 @@
+"""Ids to bytes and back."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlxroute.backend.load import load
+from mlxroute.engine.text import CharacterStream
+from mlxroute.pieces import BYTE_OF
+from mlxroute.small.vocabulary import TokenVocabulary
+from tests.tiny import END, START, make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> TokenVocabulary:
+    _, tokenizer = load(make_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny"))
+    return TokenVocabulary(tokenizer)
+
+
+def test_every_byte_has_its_own_character() -> None:
+    assert sorted(BYTE_OF.values()) == list(range(256))
+
+
+@given(text=st.text(max_size=60))
+def test_any_text_comes_back_from_its_ids(vocabulary: TokenVocabulary, text: str) -> None:
+    text = text.encode(errors="ignore").decode()
+    ids = vocabulary.encode(text)
+    assert b"".join(vocabulary.token_bytes(i) for i in ids).decode() == text
+    stream = CharacterStream()
+    assert "".join(stream.push(i, vocabulary.token_bytes(i)) for i in ids) == text
+    assert stream.fragment_ids == ()
+
+
+def test_special_tokens_have_a_piece_but_no_text(vocabulary: TokenVocabulary) -> None:
+    (end,) = vocabulary.eos_ids
+    assert vocabulary.piece(end) == END
+    assert vocabulary.token_bytes(end) == b""
+
+
+def test_text_that_looks_like_a_special_token_stays_text(vocabulary: TokenVocabulary) -> None:
+    ids = vocabulary.encode(f"{START}{END}")
+    assert not vocabulary.eos_ids & set(ids)
+    assert b"".join(vocabulary.token_bytes(i) for i in ids).decode() == f"{START}{END}"
+
+
+def test_ids_outside_the_vocabulary_have_no_piece(vocabulary: TokenVocabulary) -> None:
+    assert vocabulary.piece(10**6) is None
+    assert vocabulary.piece(-1) is None
+    assert vocabulary.token_bytes(10**6) == b""
+
+
+def test_without_a_beginning_token_there_is_none_to_strip(vocabulary: TokenVocabulary) -> None:
+    assert vocabulary.bos_text == ""

@@ -1,0 +1,87 @@
+"""Model directories with a few thousand random weights, made in a moment."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+END = "<|im_end|>"
+START = "<|im_start|>"
+_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_TEXTS = [
+    "the quick brown fox jumps over the lazy dog",
+    "def main():\n\treturn 42  # answers everything",
+    "Ünïcödé, 漢字かな, naïve café \U0001f600\U0001f680 e\u0301",
+]
+
+
+def make_tiny_model(
+    path: Path,
+    *,
+    seed: int = 0,
+    context: int = 512,
+    tied: bool = True,
+    quantized: bool = False,
+    model_type: str = "llama",
+) -> Path:
+    """Write a random two-layer model and a byte-level tokenizer that `mlx_lm` loads."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import load_model
+
+    path.mkdir(parents=True, exist_ok=True)
+    vocabulary_size = _write_tokenizer(path)
+    config: dict[str, Any] = {
+        "model_type": model_type,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "vocab_size": vocabulary_size,
+        "max_position_embeddings": context,
+        "tie_word_embeddings": tied,
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    mx.random.seed(seed)
+    model, _ = load_model(path, lazy=True, strict=False)
+    model.apply(lambda value: mx.random.normal(value.shape) * 0.3)
+    if quantized:
+        nn.quantize(model, group_size=32, bits=4)
+        config["quantization"] = {"group_size": 32, "bits": 4}
+        (path / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(
+        str(path / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"}
+    )
+    return path
+
+
+def _write_tokenizer(path: Path) -> int:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|endoftext|>", START, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TEXTS, trainer)
+    tokenizer.save(str(path / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END,
+        "chat_template": _TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return int(tokenizer.get_vocab_size())

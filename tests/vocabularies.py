@@ -1,0 +1,74 @@
+"""Small vocabularies to test against."""
+
+from __future__ import annotations
+
+from mlxroute.types import LargeContext
+
+END_ID = 1
+
+
+class TableVocabulary:
+    """A byte-level vocabulary from a list of pieces; id 0 begins a text, id 1 ends an answer."""
+
+    def __init__(self, pieces: list[str], *, bos_text: str = "") -> None:
+        self._pieces = ["<s>", "<|im_end|>", *pieces]
+        self._bos_text = bos_text
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return frozenset({END_ID})
+
+    @property
+    def bos_text(self) -> str:
+        return self._bos_text
+
+    def id_of(self, piece: str) -> int:
+        return self._pieces.index(piece)
+
+    def piece(self, token_id: int) -> str | None:
+        return self._pieces[token_id] if 0 <= token_id < len(self._pieces) else None
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if token_id <= END_ID:
+            return b""
+        piece = self._pieces[token_id]
+        return bytes(_BYTE_OF[char] for char in piece)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Longest piece first."""
+        data, ids = text.encode(), []
+        order = sorted(range(2, len(self._pieces)), key=lambda i: -len(self._pieces[i]))
+        while data:
+            found = next((i for i in order if data.startswith(self.token_bytes(i))), None)
+            if found is None:
+                data = data[1:]
+                continue
+            ids.append(found)
+            data = data[len(self.token_bytes(found)) :]
+        return tuple(ids)
+
+
+def _byte_characters() -> dict[str, int]:
+    # GPT-2's alphabet: printable bytes as themselves, the others in order from U+0100.
+    printable = [b for b in range(256) if 33 <= b <= 126 or (b >= 161 and b != 173)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_characters()
+
+
+def context(
+    text: str,
+    vocabulary: TableVocabulary,
+    *,
+    answer: tuple[int, ...] = (),
+    fragment_ids: tuple[int, ...] = (),
+) -> LargeContext:
+    """A context whose text is given, with the ids of its last tokens."""
+    return LargeContext(
+        text=text,
+        token_ids=(*answer, *fragment_ids),
+        fragment_ids=fragment_ids,
+        vocabulary=vocabulary,
+    )
