@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece as spm
 from gguf import GGUFWriter
 from hypothesis import given
 from hypothesis import strategies as st
@@ -109,7 +110,6 @@ def test_mlx_lm_sees_template_and_every_end_token(tmp_path: Path) -> None:
 def test_sentencepiece_gives_the_ids_of_the_original_library(
     text: str, prefix: bool, folder: Path
 ) -> None:
-    spm = pytest.importorskip("sentencepiece")
     model = io.BytesIO()
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(["the theory of the thing is that the other one thinks"] * 20),

@@ -177,7 +177,7 @@ def _request(
             try:
                 return _fetch_from_hub(spec, staging, progress=progress)
             except SourceUnreachable as exc:
-                raise WeightsError(f"cannot fetch {spec}: {exc}") from exc
+                raise SourceUnreachable(f"cannot fetch {spec}: {exc}") from exc
 
         return _Request(spec, spec.replace("/", "--"), "", True, build_from_hub)
     if "/" in spec:
@@ -245,7 +245,7 @@ def _fetch_named(model: Model, staging: Path, *, progress: Progress, notify: Not
     except SourceUnreachable as exc:
         hub_failure = exc
     if model.index is None:
-        raise WeightsError(
+        raise SourceUnreachable(
             f"cannot fetch {model.name}: {hub_failure}. It is on the hub only: check the network, "
             "or give a model directory or .gguf file instead"
         ) from hub_failure
@@ -255,7 +255,7 @@ def _fetch_named(model: Model, staging: Path, *, progress: Progress, notify: Not
     try:
         gguf = fetch_gguf(model.index, staging, name=model.name, progress=progress)
     except SourceUnreachable as exc:
-        raise WeightsError(
+        raise SourceUnreachable(
             f"cannot fetch {model.name}: {hub_failure}; {exc}. Check the network, "
             "or give a model directory or .gguf file instead"
         ) from exc
