@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from mlxroute.cli.run import Session
     from mlxroute.weights import LocalModel
 
-QUESTION = (
-    "Why does ice float on water, and why does that matter for fish? Answer in a short paragraph."
-)
+QUESTION = "Explain the difference between a list and a tuple in Python in two sentences."
 _MAX_TOKENS = 160
 
 

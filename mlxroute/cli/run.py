@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from mlxroute.small import SmallModel
 
 DEFAULT_SMALL = "qwen2.5-coder-0.5b"
-DEFAULT_THRESHOLD_NATS = 2.5
+# Of the pair that could be calibrated with the most data.
+DEFAULT_THRESHOLD_NATS = 1.64
 _OFFLINE = "--offline: the small model answers alone"
 _NO_LARGE = (
     "no large model: the small one answers alone. Give a server with --large URL (or"

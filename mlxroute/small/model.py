@@ -80,7 +80,11 @@ class SmallModel:
         """The prompt text of a conversation, ready for the assistant's answer."""
         if self.tokenizer.has_chat_template:
             text: str = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=True,
+                # Routing is about the answer's tokens; templates without the switch ignore it.
+                enable_thinking=False,
             )
             return text
         return "\n".join(message["content"] for message in messages)
