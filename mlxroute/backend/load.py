@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -94,9 +95,11 @@ def load(path: Path, *, adapter: Path | None = None) -> tuple[Any, Any]:
     try:
         model, config = load_model(path, lazy=True)
         if dense:
-            model.set_dtype(mx.float32)
+            _widen(model)
             model = dequantize_model(model)
         mx.eval(model.parameters())
+        # The narrow copies are of no more use.
+        mx.clear_cache()
         tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     except (OSError, ValueError, KeyError, RuntimeError) as exc:
         raise WeightsError(f"{path} cannot be loaded as a model: {_first_line(exc)}") from exc
@@ -108,10 +111,29 @@ def load(path: Path, *, adapter: Path | None = None) -> tuple[Any, Any]:
                 f"--adapter {adapter} does not fit {path.name}: {_first_line(exc)}"
             ) from exc
         if dense:
-            model.set_dtype(mx.float32)
+            _widen(model)
         mx.eval(model.parameters())
     model.eval()
     return model, tokenizer
+
+
+def _widen(model: Any) -> None:
+    """Make floating-point weights float32, lazily, spread over the cores.
+
+    Most of the time goes into the system's first touch of new memory, one core at a time.
+    """
+    import mlx.core as mx
+    from mlx.utils import tree_flatten, tree_unflatten
+
+    streams = [mx.new_stream(mx.Device(mx.cpu)) for _ in range(min(os.cpu_count() or 1, 4))]
+    given = [0] * len(streams)
+    wide = []
+    for name, value in sorted(tree_flatten(model.parameters()), key=lambda item: -item[1].size):
+        if mx.issubdtype(value.dtype, mx.floating):
+            least = given.index(min(given))
+            given[least] += value.size
+            wide.append((name, value.astype(mx.float32, stream=streams[least])))
+    model.update(tree_unflatten(wide))
 
 
 def _first_line(exc: BaseException) -> str:

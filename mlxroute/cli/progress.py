@@ -37,6 +37,7 @@ class Reporter:
         )
         self._tasks: dict[str, TaskID] = {}
         self._began: dict[str, float] = {}
+        self._finished: set[str] = set()
 
     def __enter__(self) -> Reporter:
         self._bars.start()
@@ -56,11 +57,14 @@ class Reporter:
 
     def progress(self, label: str, done: int, total: int | None) -> None:
         """Show `done` of `total` bytes; safe to call from worker threads."""
+        if label in self._finished:
+            return
         if label not in self._tasks:
             self._tasks[label] = self._bars.add_task(label, total=total)
             self._began[label] = time.monotonic()
         self._bars.update(self._tasks[label], completed=done, total=total)
-        if total is not None and done >= total and label in self._began:
-            seconds = time.monotonic() - self._began.pop(label)
+        if total is not None and done >= total:
+            seconds = time.monotonic() - self._began[label]
             self.notify(f"{label}: {total / 1e6:,.0f} MB in {seconds:.0f} s")
-            self._bars.remove_task(self._tasks.pop(label))
+            self._bars.remove_task(self._tasks[label])
+            self._finished.add(label)
