@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
+from mlxroute.backend import blas
+from mlxroute.weights import default_cache_dir
+
+# Read before a fixture hides the user's settings from the tests.
+CACHE_DIR = Path(os.environ.get("MLXROUTE_CACHE_DIR") or default_cache_dir())
 _OWN_VARIABLES = ("OPENAI_API_KEY", "OPENAI_BASE_URL")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--heavy", action="store_true", help="also run the tests marked heavy")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Before any test module imports MLX, as the command line does.
+    blas.interpose(CACHE_DIR)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

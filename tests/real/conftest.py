@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +11,8 @@ import pytest
 
 from mlxroute.large.launcher import LocalServer
 from mlxroute.small import SmallModel
-from mlxroute.weights import default_cache_dir
+from tests.conftest import CACHE_DIR
 
-# Read before the fixture that hides the user's settings from the tests.
-CACHE_DIR = Path(os.environ.get("MLXROUTE_CACHE_DIR") or default_cache_dir())
 PROMPTS = [
     json.loads(line)["prompt"]
     for line in (Path(__file__).parents[2] / "bench" / "prompts" / "varied.jsonl")

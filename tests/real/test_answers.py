@@ -15,7 +15,7 @@ from mlxroute.cli import main
 from mlxroute.large.launcher import LocalServer
 from mlxroute.small import SmallModel
 from mlxroute.types import Source, StopReason
-from tests.real.conftest import CACHE_DIR
+from tests.conftest import CACHE_DIR
 
 TOKEN_KEYS = {
     *("type", "index", "id", "text", "source", "score", "entropy_nats", "margin", "small_id"),

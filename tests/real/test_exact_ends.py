@@ -12,7 +12,8 @@ from mlxroute import EntropyRouter, LargeModel, generate
 from mlxroute.large.launcher import LocalServer
 from mlxroute.small import SmallModel
 from mlxroute.types import Source
-from tests.real.conftest import CACHE_DIR, PROMPTS, serving
+from tests.conftest import CACHE_DIR
+from tests.real.conftest import PROMPTS, serving
 from tests.real.exact import NEAR_TIE_NATS, first_difference, mlx_lm_greedy, server_greedy
 
 
