@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxroute.large.replay import SentPrompts
+from mlxroute.large.replay import SentPrompts, Usage
 from tests.vocabularies import TableVocabulary, context
 
 # No piece begins another, so a text has one tokenisation; "Ã" and "©" are the halves of "é".
@@ -27,14 +27,25 @@ class Server:
     seed: int
     trims: bool
     cached: set[Ids] = field(default_factory=set)
+    generated: int = 0
 
     def greedy(self, ids: Ids) -> int:
         if ids and ids[-1] == OPEN_HALF:
             return CLOSING_HALF
         return IDS[hash((self.seed, ids)) % 5]
 
+    def reusable(self, prompt: Ids) -> int:
+        """How many of a prompt's tokens need no computing."""
+        if self.trims:
+            shared = max((_common(other, prompt) for other in self.cached), default=0)
+            return min(shared, len(prompt) - 1)
+        return max(
+            (len(other) for other in self.cached if prompt[: len(other)] == other), default=0
+        )
+
     def complete(self, prompt: Ids, count: int) -> Ids:
         assert prompt not in self.cached, "the generation thread is dead"
+        self.generated += count
         ids = prompt
         for _ in range(count):
             ids = (*ids, self.greedy(ids))
@@ -42,6 +53,11 @@ class Server:
             self.cached = {other for other in self.cached if ids[: len(other)] != other}
         self.cached.add(ids)
         return ids[len(prompt) :]
+
+
+def _common(one: Ids, other: Ids) -> int:
+    pairs = zip(one, other, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def escalate(server: Server, sent: SentPrompts, path: Ids, *, lost: bool) -> int | None:
@@ -56,11 +72,13 @@ def escalate(server: Server, sent: SentPrompts, path: Ids, *, lost: bool) -> int
     assert prompt.encode() + b"".join(repeated) == b"".join(map(VOCABULARY.token_bytes, path))
     count = len(repeated) + 2
     sent.sent(prompt, max_tokens=count)
-    reply = server.complete(VOCABULARY.encode(prompt), count)
+    ids = VOCABULARY.encode(prompt)
+    usage = Usage(prompt=len(ids), cached=server.reusable(ids))
+    reply = server.complete(ids, count)
     if lost:
         return None
     data = [VOCABULARY.token_bytes(token_id) for token_id in reply]
-    sent.answered(prompt, data)
+    sent.answered(prompt, data, usage=usage)
     return reply[len(repeated)] if data[: len(repeated)] == list(repeated) else None
 
 
@@ -95,6 +113,17 @@ def test_no_prompt_equals_a_cached_sequence_and_every_answer_is_the_greedy_one(
             path = (*path, token_id if token_id is not None else server.greedy(path))
         else:
             path = (*path, server.greedy(path))
+
+
+def test_asking_at_every_position_costs_two_tokens_a_call_where_caches_can_be_trimmed() -> None:
+    server, sent = Server(seed=1, trims=True), SentPrompts()
+    path: Ids = PROMPTS[0]
+    for _ in range(50):
+        token_id = escalate(server, sent, path, lost=False)
+        assert token_id is not None
+        path = (*path, token_id)
+    # One more where an answer begins inside a character, and one to learn that caches are trimmed.
+    assert server.generated <= 3 * 50
 
 
 def test_a_refused_request_is_not_repeated_around() -> None:

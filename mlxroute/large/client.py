@@ -21,7 +21,7 @@ from mlxroute.large.address import parse_address
 from mlxroute.large.bridge import Bridge
 from mlxroute.large.dialects.completions import PlainCompletions
 from mlxroute.large.dialects.mlx_lm import MlxLm
-from mlxroute.large.replay import SentPrompts
+from mlxroute.large.replay import SentPrompts, Usage
 from mlxroute.large.transport import Deadline, Reply, Transport, printable
 from mlxroute.large.wire import (
     Completion,
@@ -161,7 +161,7 @@ class LargeModel:
         for entry in completion.entries:
             self._bridge.learn(entry)
         data = [self._bridge.data(e.token, vocabulary=vocabulary) for e in completion.entries]
-        self._sent.answered(prompt, data)
+        self._sent.answered(prompt, data, usage=_usage(completion))
         if data[: len(repeated)] != list(repeated) or len(data) == len(repeated):
             raise LargeProtocolError(
                 f"{self.base_url} did not continue the answer with the tokens it already has"
@@ -237,6 +237,12 @@ class LargeModel:
     def _sole_model(self, deadline: Deadline) -> str | None:
         models = self._models(deadline)
         return models[0] if len(models) == 1 else None
+
+
+def _usage(completion: Completion) -> Usage | None:
+    if completion.prompt_tokens is None or completion.cached_tokens is None:
+        return None
+    return Usage(completion.prompt_tokens, completion.cached_tokens)
 
 
 def _listed(models: Sequence[str]) -> str:

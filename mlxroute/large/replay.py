@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from mlxroute.types import LargeContext
 
@@ -18,11 +19,28 @@ _FINISHED = 512
 _UNREAD = 16
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """The server's count of a prompt's tokens, and of those it had cached."""
+
+    prompt: int
+    cached: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """The tokens a request generated, and the length of the whole sequence: bytes and tokens."""
+
+    tokens: tuple[bytes, ...]
+    size: int
+    total: int | None
+
+
 class SentPrompts:
     """Remembers requests by their text and says what to send instead of a dangerous prompt."""
 
     def __init__(self) -> None:
-        self._finished: OrderedDict[bytes, tuple[bytes, ...]] = OrderedDict()
+        self._finished: OrderedDict[bytes, _Finished] = OrderedDict()
         # Prompt -> how many tokens each request asked for whose reply was not (yet) read.
         self._unread: OrderedDict[str, list[int]] = OrderedDict()
 
@@ -48,29 +66,57 @@ class SentPrompts:
         if not self._unread[prompt]:
             del self._unread[prompt]
 
-    def answered(self, prompt: str, tokens: Sequence[bytes | None]) -> None:
+    def answered(
+        self, prompt: str, tokens: Sequence[bytes | None], *, usage: Usage | None = None
+    ) -> None:
         """A request generated these tokens; one whose bytes are unclear leaves it unread."""
         known = tuple(token for token in tokens if token is not None)
         if len(known) < len(tokens):
             return
+        if usage is not None and 0 < usage.cached == usage.prompt - 1:
+            self._forget_covered(prompt, known, usage.prompt)
         # Earlier requests whose replies were lost generated the same, as far as they went.
         asked = self._unread.pop(prompt)
         for count in {min(count, len(known)) for count in asked}:
-            self._remember(prompt, known[:count])
+            self._remember(prompt, known[:count], usage)
         longer = [count for count in asked if count > len(known)]
         if longer and len(known) in asked:
             self._unread[prompt] = longer
 
-    def _remember(self, prompt: str, tokens: tuple[bytes, ...]) -> None:
-        key = _key(prompt.encode() + b"".join(tokens))
-        self._finished[key] = tokens
+    def _forget_covered(self, prompt: str, tokens: tuple[bytes, ...], prompt_tokens: int) -> None:
+        """Drop sequences that the server has just dropped itself, being beginnings of this one.
+
+        It does so where its caches can be trimmed, as the whole prompt but one token coming from a
+        longer sequence shows; equal token counts show that both are cut into the same tokens.
+        """
+        if self._may_be_a_beginning(prompt, prompt_tokens - 1):
+            return
+        for kept in range(1, len(tokens)):
+            key = _key(prompt.encode() + b"".join(tokens[:kept]))
+            old = self._finished.get(key)
+            if old is not None and old.total == prompt_tokens + kept:
+                del self._finished[key]
+
+    def _may_be_a_beginning(self, prompt: str, tokens: int) -> bool:
+        """Whether a cached sequence may be just the first `tokens` tokens of this prompt."""
+        data = prompt.encode()
+        return any(
+            finished.total == tokens and _key(data[: finished.size]) == key
+            for key, finished in self._finished.items()
+        ) or any(prompt.startswith(start) and prompt != start for start in self._unread)
+
+    def _remember(self, prompt: str, tokens: tuple[bytes, ...], usage: Usage | None) -> None:
+        whole = prompt.encode() + b"".join(tokens)
+        key = _key(whole)
+        total = None if usage is None else usage.prompt + len(tokens)
+        self._finished[key] = _Finished(tokens, len(whole), total)
         self._finished.move_to_end(key)
         if len(self._finished) > _FINISHED:
             self._finished.popitem(last=False)
 
     def _shorter(self, prompt: str) -> tuple[str, tuple[bytes, ...]] | None:
-        tokens = self._finished.get(_key(prompt.encode()))
-        return None if not tokens else next(_cuts(prompt, tokens), None)
+        finished = self._finished.get(_key(prompt.encode()))
+        return None if finished is None else next(_cuts(prompt, finished.tokens), None)
 
     def _unread_start(
         self, prompt: str, repeated: tuple[bytes, ...], context: LargeContext
