@@ -184,3 +184,14 @@ def test_the_version_and_the_model_list_are_printed(
     listed = capsys.readouterr().out
     assert "qwen2.5-coder-0.5b" in listed
     assert "smollm2-135m" in listed
+
+
+def test_the_doctor_reports_and_says_whether_something_stands_in_the_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", "--cache-dir", str(tmp_path)]) == 0
+    report = capsys.readouterr().out
+    assert str(tmp_path) in report
+    assert "GiB free" in report
+    assert main(["doctor", "--cache-dir", str(tmp_path), "--large", UNREACHABLE]) == 2
+    assert "FAIL large" in capsys.readouterr().out

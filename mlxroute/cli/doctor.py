@@ -18,11 +18,11 @@ from mlxroute.errors import MlxRouteError
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the report."""
+    """One line of the report; `good` is None for what is merely worth knowing."""
 
     name: str
     finding: str
-    good: bool = True
+    good: bool | None = True
 
 
 def run_doctor(settings: Settings) -> int:
@@ -36,9 +36,9 @@ def run_doctor(settings: Settings) -> int:
         checks.append(_large(settings))
     width = max(len(check.name) for check in checks)
     for check in checks:
-        mark = "ok  " if check.good else "FAIL"
+        mark = {True: "ok  ", False: "FAIL", None: "-   "}[check.good]
         out.print(f"{mark} {check.name:{width}}  {check.finding}", soft_wrap=True, markup=False)
-    return 0 if all(check.good for check in checks) else 2
+    return 2 if any(check.good is False for check in checks) else 0
 
 
 def _versions() -> Check:
@@ -88,14 +88,15 @@ def _network() -> list[Check]:
     from mlxroute.weights import reachable_sources
 
     return [
-        Check(name, "reachable" if there else "not reachable", good=True)
+        Check(name, "reachable", good=True) if there else Check(name, "not reachable", good=None)
         for name, there in reachable_sources().items()
     ]
 
 
 def _large(settings: Settings) -> Check:
     if settings.large is None:
-        return Check("large", "no server configured (give --large URL or set OPENAI_BASE_URL)")
+        advice = "no server configured (give --large URL or set OPENAI_BASE_URL)"
+        return Check("large", advice, good=None)
     from mlxroute.large import LargeModel
 
     try:
