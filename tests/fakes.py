@@ -1,4 +1,7 @@
-"""Scripted models for exact schedules. Vocabulary: one id per byte, 256 ends the answer."""
+"""Scripted models for exact schedules.
+
+Vocabulary: one id per byte, 256 ends the answer, 257 ends one character and begins another.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,11 @@ from mlxroute.errors import LargeError
 from mlxroute.types import LargeContext, LargeToken, Message, Progress, Sampling, Signals
 
 EOS = 256
+STRADDLING = 257
 
 
 class ByteVocabulary:
-    """Ids 0..255 are bytes, 256 is the end token."""
+    """Ids 0..255 are bytes, then the end token, then the two inner bytes of "éé"."""
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -27,6 +31,8 @@ class ByteVocabulary:
         return f"<0x{token_id:02X}>" if 0 <= token_id < 256 else None
 
     def token_bytes(self, token_id: int) -> bytes:
+        if token_id == STRADDLING:
+            return "éé".encode()[1:3]
         return bytes([token_id]) if token_id < 256 else b""
 
     def encode(self, text: str) -> tuple[int, ...]:
@@ -42,7 +48,11 @@ class ScriptedSmall:
     """Says `script[i]` as token i of every answer, with `entropies[i]` nats of doubt."""
 
     def __init__(
-        self, script: bytes, *, entropies: dict[int, float] | None = None, context: int = 4096
+        self,
+        script: Sequence[int],
+        *,
+        entropies: dict[int, float] | None = None,
+        context: int = 4096,
     ) -> None:
         self._script = [*script, EOS]
         self._entropies = entropies or {}

@@ -19,7 +19,7 @@ from mlxroute.errors import (
 )
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import Source, StopReason, Token
-from tests.fakes import EOS, FakeClock, ScriptedLarge, ScriptedSmall
+from tests.fakes import EOS, STRADDLING, FakeClock, ScriptedLarge, ScriptedSmall
 
 DOWN = LargeUnreachable("nobody there")
 
@@ -91,6 +91,21 @@ def test_inside_a_character_the_context_ends_before_it_and_names_the_fragment() 
     assert large.contexts[0].text == "[user]hi>a"
     assert large.contexts[0].fragment_ids == tuple(emoji[1:3])
     assert [token.text for token in tokens[:6]] == ["a", "", "", "", "\U0001f600", "b"]
+
+
+def test_a_token_that_ends_one_character_and_begins_another_belongs_to_the_fragment() -> None:
+    first, *_, last = "éé".encode()
+    small = ScriptedSmall([ord("a"), first, STRADDLING, last], entropies={3: 2.0})
+    large = ScriptedLarge([(last,)])
+    tokens, _ = run(small, large)
+    assert large.contexts[0].text == "[user]hi>a"
+    assert large.contexts[0].fragment_ids == (first, STRADDLING)
+    assert [token.text for token in tokens[:4]] == ["a", "", "é", "é"]
+
+
+def test_bytes_that_can_never_be_text_are_dropped() -> None:
+    tokens, _ = run(ScriptedSmall(b"a\xff\xc3b"))
+    assert text_of(tokens) == "ab"
 
 
 def test_an_answer_cut_in_mid_character_shows_no_replacement_character() -> None:
