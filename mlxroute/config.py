@@ -95,13 +95,16 @@ def load_settings(flags: Mapping[str, Any], *, environ: Mapping[str, str], path:
 
 
 def read_key(settings: Settings, environ: Mapping[str, str]) -> Secret | None:
-    """The large server's key: from the named environment variable, else from the key file."""
-    if value := environ.get(settings.key_env, "").strip():
-        return Secret(value)
-    if settings.key_env != DEFAULT_KEY_ENV:
-        raise ConfigError(f"the environment variable {settings.key_env} (--key-env) is not set")
-    if settings.key_file is None:
-        return None
+    """The server's key: from the variable that was named, the key file, or the usual variable.
+
+    A key file is a choice, so it goes before a variable that merely happens to be set.
+    """
+    named = settings.key_env != DEFAULT_KEY_ENV
+    if named or settings.key_file is None:
+        value = environ.get(settings.key_env, "").strip()
+        if named and not value:
+            raise ConfigError(f"the environment variable {settings.key_env} (--key-env) is not set")
+        return Secret(value) if value else None
     path = Path(settings.key_file).expanduser()
     try:
         mode = path.stat().st_mode

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlxroute.cli import main
+from mlxroute.cli.output import write_object
 from tests.tiny import make_tiny_model
 
 UNREACHABLE = "http://127.0.0.1:9/v1"
@@ -46,6 +47,8 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["--threshold", "nan", "hi"], "nan"),
         (["--mode", "hedge", "hi"], "'wait'"),
         (["--max-tokens", "0", "hi"], "--max-tokens"),
+        (["--timeout", "inf", "hi"], "--timeout"),
+        (["--seed", "-1", "hi"], "--seed"),
         (["--temperature", "-1", "hi"], "--temperature"),
         (["--key-env", "NOT_SET_ANYWHERE", "--large", UNREACHABLE, "hi"], "NOT_SET_ANYWHERE"),
         (["--small", "no/such/folder", "--offline", "hi"], "no/such/folder"),
@@ -175,6 +178,15 @@ def test_offline_opens_no_socket(tiny: Path) -> None:
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_numbers_json_does_not_have_become_strings_at_any_depth() -> None:
+    stream = io.StringIO()
+    write_object({"a": float("nan"), "top": [[" the", float("-inf")], ["x", -1.0]]}, stream)
+    assert json.loads(stream.getvalue(), parse_constant=pytest.fail) == {
+        "a": "nan",
+        "top": [[" the", "-inf"], ["x", -1.0]],
+    }
 
 
 def test_the_version_and_the_model_list_are_printed(

@@ -68,17 +68,20 @@ def test_a_key_never_shows_in_repr_or_text() -> None:
     assert secret.reveal() == "sk-very-secret"
 
 
-def test_the_key_comes_from_the_environment_before_the_file(tmp_path: Path) -> None:
+def test_a_chosen_key_goes_before_one_that_happens_to_be_set(tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text("from-file\n")
     file.chmod(0o600)
-    settings = Settings(key_file=str(file))
-    found = read_key(settings, {})
-    assert found is not None
-    assert found.reveal() == "from-file"
-    found = read_key(settings, {"OPENAI_API_KEY": "from-env"})
-    assert found is not None
-    assert found.reveal() == "from-env"
+    environ = {"OPENAI_API_KEY": "ambient", "NAMED": "from-named"}
+
+    def key(settings: Settings) -> str | None:
+        found = read_key(settings, environ)
+        return found.reveal() if found else None
+
+    assert key(Settings()) == "ambient"
+    assert key(Settings(key_file=str(file))) == "from-file"
+    assert key(Settings(key_env="NAMED")) == "from-named"
+    assert key(Settings(key_env="NAMED", key_file=str(file))) == "from-named"
     assert read_key(Settings(), {}) is None
 
 

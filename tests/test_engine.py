@@ -254,6 +254,13 @@ def test_stopping_in_the_middle_leaves_a_cancelled_answer_with_its_text() -> Non
     assert answer.stats().finish_reason is StopReason.CANCELLED
 
 
+def test_an_answer_can_be_iterated_once() -> None:
+    answer = generate(ScriptedSmall(b"ab"), None, "hi", router=EntropyRouter(math.inf))
+    assert text_of(list(answer)) == "ab"
+    with pytest.raises(UsageError, match="once"):
+        list(answer)
+
+
 def test_times_and_uploads_are_added_up() -> None:
     clock = FakeClock()
     large = ScriptedLarge([b"a", b"b"], clock=clock, seconds=2.0)
@@ -265,7 +272,10 @@ def test_times_and_uploads_are_added_up() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"timeout_s": 0.0}],
+    [
+        *({"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}),
+        *({"timeout_s": 0.0}, {"timeout_s": math.inf}, {"seed": -1}, {"seed": 2**64}),
+    ],
 )
 def test_values_out_of_range_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="--"):

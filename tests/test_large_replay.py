@@ -140,3 +140,11 @@ def test_the_question_asked_again_is_sent_as_it_is() -> None:
     wanted = context("a", VOCABULARY, answer=(IDS[0],))
     assert sent.plan("a", context=wanted) == ("a", ())
     assert sent.plan("abdd", context=wanted) == ("ab", (b"dd",))
+
+
+def test_a_token_without_bytes_does_not_lead_in_circles() -> None:
+    sent = SentPrompts()
+    sent.sent("a", max_tokens=2)
+    sent.answered("a", [b"b", b""])
+    prompt, repeated = sent.plan("ab", context=context("ab", VOCABULARY, answer=(IDS[0], IDS[1])))
+    assert prompt.encode() + b"".join(repeated) == b"ab"

@@ -114,17 +114,51 @@ def test_a_layer_that_cannot_give_tokens_back_is_an_error(small: SmallModel) -> 
         small.rollback(1)
 
 
-def test_an_interrupt_in_mid_step_leaves_a_usable_cache(small: SmallModel) -> None:
+def interrupted(*arguments: object, **options: object) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_waiting_for_the_device_costs_nothing(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompt_ids = small.encode_prompt("interrupt me in the middle of it")
     ids = decode(small, prompt_ids, 6)
-    # The layers have run, the bookkeeping after them has not: as a Ctrl-C between the two.
-    small.model(mx.array([[ids[-1]]]), cache=small._cache.layers)
-    signals, reused = small.prefill([*prompt_ids, *ids])
-    assert reused == len(prompt_ids) + 5
-    assert {layer.offset for layer in small._cache.layers} == {len(prompt_ids) + 6}
+    with monkeypatch.context() as patch:
+        patch.setattr("mlxroute.small.model.unpack_signals", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            small.step(ids[5])
+    more = [*prompt_ids, *ids, 7]
+    assert_same_as_fresh(small, more, reused=len(prompt_ids) + 6)
+
+
+def test_an_interrupt_inside_a_forward_pass_starts_the_cache_anew(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt_ids = small.encode_prompt("interrupt me in the middle of it")
+    ids = decode(small, prompt_ids, 6)
+    with monkeypatch.context() as patch:
+        # The first layer has taken the token in, the second has not.
+        patch.setattr(small._cache.layers[1], "update_and_fetch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            small.step(ids[5])
+    assert_same_as_fresh(small, [*prompt_ids, *ids, 7], reused=0)
+
+
+def assert_same_as_fresh(small: SmallModel, prompt_ids: list[int], *, reused: int) -> None:
+    signals, found = small.prefill(prompt_ids)
     fresh = SmallModel(small.model, small.tokenizer, name="fresh")
-    expected, _ = fresh.prefill([*prompt_ids, *ids])
+    expected, _ = fresh.prefill(prompt_ids)
+    assert found == reused
+    assert {layer.offset for layer in small._cache.layers} == {len(prompt_ids)}
     assert math.isclose(signals.entropy_nats, expected.entropy_nats, abs_tol=1e-4)
+
+
+def test_a_cache_without_offsets_is_reused_when_a_prompt_only_goes_on(small: SmallModel) -> None:
+    from mlx_lm.models.cache import CacheList
+
+    small.prefill([5, 6, 7])
+    small._cache.layers = [CacheList(layer) for layer in small._cache.layers]
+    assert small._cache.keep_common_prefix([5, 6, 7, 8, 9]) == 3
 
 
 @settings(max_examples=20, deadline=None)
@@ -257,6 +291,35 @@ def test_a_lora_adapter_changes_the_answer_as_its_weights_say(path: Path, tmp_pa
 def test_an_adapter_that_is_not_there_is_one_clear_error(path: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--adapter .*nowhere"):
         load(path, adapter=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("config", [{"peft_type": "LORA", "r": 8}, [], {"num_layers": "x"}])
+def test_an_adapter_of_another_kind_is_one_clear_error(
+    path: Path, tmp_path: Path, config: object
+) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="no MLX adapter"):
+        load(path, adapter=tmp_path)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "rms_norm_eps", "vocab_size", None])
+def test_an_incomplete_config_is_one_clear_error(tmp_path: Path, key: str | None) -> None:
+    path = make_tiny_model(tmp_path / "odd")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(
+        json.dumps([] if key is None else {k: v for k, v in config.items() if k != key})
+    )
+    with pytest.raises(WeightsError, match="odd"):
+        load(path)
+    if key is None and on_cpu():
+        with pytest.raises(WeightsError, match="odd"):
+            memory_needed(path)
+
+
+def test_a_template_that_refuses_the_conversation_is_one_clear_error(small: SmallModel) -> None:
+    small.tokenizer.chat_template = "{{ raise_exception('no system role here') }}"
+    with pytest.raises(UsageError, match=r"tiny refuses .* no system role here"):
+        small.render(ask("hi"))
 
 
 def test_a_broken_weights_file_is_one_clear_error(tmp_path: Path) -> None:

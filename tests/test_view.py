@@ -205,6 +205,10 @@ def test_the_heat_scale_rises_to_one_and_a_half_thresholds_but_at_least_four_nat
     assert shades[99] == shades[-1] != shades[80]
 
 
+def test_an_entropy_that_is_no_number_has_the_last_shade() -> None:
+    assert heat_style(math.nan, threshold=2.0) == heat_style(100.0, threshold=2.0)
+
+
 def test_every_shade_of_the_heat_scale_is_readable() -> None:
     def luminance(rgb: tuple[int, int, int]) -> float:
         linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]

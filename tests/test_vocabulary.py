@@ -53,3 +53,23 @@ def test_ids_outside_the_vocabulary_have_no_piece(vocabulary: TokenVocabulary) -
 
 def test_without_a_beginning_token_there_is_none_to_strip(vocabulary: TokenVocabulary) -> None:
     assert vocabulary.bos_text == ""
+
+
+def test_added_runs_of_spaces_are_spaces() -> None:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE({"a": 0, "▁": 1, "<0x0A>": 2}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.add_tokens([AddedToken("▁▁▁▁", normalized=False)])
+    vocabulary = TokenVocabulary(
+        TokenizerWrapper(
+            PreTrainedTokenizerFast(tokenizer_object=tokenizer),  # type: ignore[no-untyped-call]
+            eos_token_ids=[0],
+        )
+    )
+    spelled = [vocabulary.token_bytes(token_id) for token_id in range(4)]
+    assert spelled == [b"a", b" ", b"\n", b"    "]

@@ -18,7 +18,8 @@ from mlxroute.errors import NotEnoughSpace, UsageError, WeightsError
 
 # Interpreter, tokenizer, MLX and a KV cache of a few thousand tokens.
 OVERHEAD_BYTES = 600 * 2**20
-_FLOAT_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# What mlx_lm raises on configurations and weights that are not what they should be.
+_BAD_FILES = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError)
 
 
 def on_cpu() -> bool:
@@ -30,13 +31,16 @@ def on_cpu() -> bool:
 
 def memory_needed(path: Path) -> int:
     """Bytes that loading the model directory `path` keeps resident on this device."""
-    config = _read_config(path)
-    quantization = config.get("quantization") or config.get("quantization_config") or {}
-    bits = int(quantization.get("bits", 4))
     files = sorted(path.glob("model*.safetensors"))
     if not on_cpu():
         return sum(file.stat().st_size for file in files) + OVERHEAD_BYTES
-    return sum(_dense_bytes(file, bits) for file in files) + OVERHEAD_BYTES
+    config = _read_config(path)
+    quantization = config.get("quantization") or config.get("quantization_config") or {}
+    try:
+        bits = int(quantization.get("bits") or 4)
+        return sum(_dense_bytes(file, bits) for file in files) + OVERHEAD_BYTES
+    except (LookupError, TypeError, ValueError, AttributeError, ZeroDivisionError) as exc:
+        raise WeightsError(f"{path} is not a readable model: {_first_line(exc)}") from exc
 
 
 def _dense_bytes(file: Path, bits: int) -> int:
@@ -62,7 +66,9 @@ def _safetensors_header(file: Path) -> dict[str, Any]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is not a table")
     except (OSError, ValueError) as exc:
         raise WeightsError(
             f"{path} has no readable config.json, so it is no model ({exc})"
@@ -101,14 +107,15 @@ def load(path: Path, *, adapter: Path | None = None) -> tuple[Any, Any]:
         # The narrow copies are of no more use.
         mx.clear_cache()
         tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
-    except (OSError, ValueError, KeyError, RuntimeError) as exc:
+    except _BAD_FILES as exc:
         raise WeightsError(f"{path} cannot be loaded as a model: {_first_line(exc)}") from exc
     if adapter is not None:
         try:
             model = load_adapters(model, str(adapter))
-        except (OSError, ValueError, KeyError, RuntimeError) as exc:
+        except _BAD_FILES as exc:
             raise UsageError(
-                f"--adapter {adapter} does not fit {path.name}: {_first_line(exc)}"
+                f"--adapter {adapter} is no MLX adapter (as `mlx_lm.lora` writes) that fits"
+                f" {path.name}: {_first_line(exc)}"
             ) from exc
         if dense:
             _widen(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -51,10 +52,10 @@ def write_json(answer: Answer, session: Session, *, stream: TextIO) -> int:
     code = 0
     try:
         for token in answer:
-            _line(token_object(token), stream)
+            write_object(token_object(token), stream)
     except KeyboardInterrupt:
         code = 130
-    _line(summary_object(answer.stats(), session), stream)
+    write_object(summary_object(answer.stats(), session), stream)
     return code
 
 
@@ -108,14 +109,16 @@ def _large_object(large: LargeToken) -> dict[str, Any]:
     }
 
 
-def _line(value: dict[str, Any], stream: TextIO) -> None:
+def write_object(value: dict[str, Any], stream: TextIO) -> None:
+    """Write one line of JSON and flush it."""
     stream.write(json.dumps(_finite(value)) + "\n")
     stream.flush()
 
 
-def _finite(value: dict[str, Any]) -> dict[str, Any]:
+def _finite(value: Any) -> Any:
     """Infinities and NaN are no JSON: they become the strings "inf", "-inf" and "nan"."""
-    return {
-        key: repr(item) if isinstance(item, float) and item - item != 0 else item
-        for key, item in value.items()
-    }
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else repr(value)

@@ -25,6 +25,8 @@ from mlxroute.types import (
     Token,
 )
 
+_LONGEST_TIMEOUT_S = 86_400
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -39,8 +41,13 @@ class Options:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise UsageError(f"--max-tokens must be at least 1, not {self.max_tokens}")
-        if not self.timeout_s > 0:
-            raise UsageError(f"--timeout must be more than 0 seconds, not {self.timeout_s:g}")
+        if not 0 < self.timeout_s <= _LONGEST_TIMEOUT_S:
+            raise UsageError(
+                f"--timeout must be above 0 and at most {_LONGEST_TIMEOUT_S} seconds,"
+                f" not {self.timeout_s:g}"
+            )
+        if self.sampling.seed is not None and not 0 <= self.sampling.seed < 2**64:
+            raise UsageError(f"--seed must be from 0 to 2^64 - 1, not {self.sampling.seed}")
         if not 0 <= self.sampling.temperature < math.inf:
             raise UsageError(f"--temperature must be 0 or more, not {self.sampling.temperature:g}")
         if not 0 < self.sampling.top_p <= 1:
@@ -97,13 +104,20 @@ class Answer:
         self._large_tokens = 0
         self._unchecked = 0
         self._reused = 0
+        self._started = False
         self._finish = StopReason.CANCELLED
         self.activity = Activity.PREFILL
         self.prefill_done = 0
         self.prefill_total = len(self._prompt_ids)
 
     def __iter__(self) -> Iterator[Token]:
-        """Decode to the end. Abandoning the iterator leaves the answer `cancelled`."""
+        """Decode to the end. Abandoning the iterator leaves the answer `cancelled`.
+
+        Raises UsageError when it was iterated before: decoding cannot be repeated from here.
+        """
+        if self._started:
+            raise UsageError("an answer can be iterated once; call generate again")
+        self._started = True
         signals = self._prefill()
         while True:
             decision = self._decide(signals)

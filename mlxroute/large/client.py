@@ -36,6 +36,7 @@ from mlxroute.types import LargeContext, LargeToken
 
 _PROBE_PROMPT: Final = "1, 2, 3,"
 _MODELS_SHOWN: Final = 8
+_LONGEST_S: Final = 86_400
 
 
 class LargeModel:
@@ -55,6 +56,8 @@ class LargeModel:
         connect_timeout_s: float = 5.0,
         top_logprobs: int = 5,
     ) -> None:
+        if not (0 < timeout_s <= _LONGEST_S and 0 < connect_timeout_s <= _LONGEST_S):
+            raise UsageError(f"timeouts must be above 0 and at most {_LONGEST_S} seconds")
         self._address = parse_address(base_url)
         self._transport = Transport(
             self._address, api_key=api_key, connect_timeout_s=connect_timeout_s

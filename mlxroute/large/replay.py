@@ -70,7 +70,7 @@ class SentPrompts:
         self, prompt: str, tokens: Sequence[bytes | None], *, usage: Usage | None = None
     ) -> None:
         """A request generated these tokens; one whose bytes are unclear leaves it unread."""
-        known = tuple(token for token in tokens if token is not None)
+        known = tuple(token for token in tokens if token)
         if len(known) < len(tokens):
             return
         if usage is not None and 0 < usage.cached == usage.prompt - 1:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.client import HTTPException
 from http.cookiejar import DefaultCookiePolicy
 from typing import Final
 from urllib.parse import urlsplit
@@ -54,7 +55,7 @@ class Deadline:
 class _Auth(AuthBase):
     # Always set, so that requests never looks for credentials in a netrc file.
     def __init__(self, address: Address, api_key: str | None) -> None:
-        self._basic = HTTPBasicAuth(*address.userinfo) if address.userinfo else None
+        self._basic = _basic_auth(*address.userinfo) if address.userinfo else None
         self._api_key = api_key
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
@@ -63,6 +64,11 @@ class _Auth(AuthBase):
         elif self._basic is not None:
             self._basic(request)
         return request
+
+
+def _basic_auth(user: str, password: str) -> HTTPBasicAuth:
+    # As bytes: requests would encode text as Latin-1, which not every name has.
+    return HTTPBasicAuth(user.encode(), password.encode())
 
 
 class _Session(requests.Session):
@@ -127,7 +133,7 @@ class Exchange(threading.Thread):
                 if 300 <= response.status_code < 400:
                     raise self._redirected(response.headers.get("Location", ""))
                 return Reply(response.status_code, self._read(response))
-        except (requests.RequestException, HTTPError) as exc:
+        except (requests.RequestException, HTTPError, HTTPException, OSError, ValueError) as exc:
             raise self._translated(exc) from exc
 
     def _read(self, response: requests.Response) -> bytes:

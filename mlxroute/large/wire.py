@@ -170,9 +170,13 @@ def logprob(value: object) -> float:
     """`value` as a natural-log probability; -inf is one, NaN and positive values are not."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise LargeProtocolError("a logprob is not a number")
-    if math.isnan(value) or value > _LOGPROB_SLACK:
-        raise LargeProtocolError(f"a logprob is {float(value)}, which is no probability")
-    return min(0.0, float(value))
+    try:
+        number = float(value)
+    except OverflowError as exc:
+        raise LargeProtocolError("a logprob is a number without bounds") from exc
+    if math.isnan(number) or number > _LOGPROB_SLACK:
+        raise LargeProtocolError(f"a logprob is {number}, which is no probability")
+    return min(0.0, number)
 
 
 def by_logprob(tokens: Sequence[WireToken]) -> tuple[WireToken, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from mlxroute.errors import RollbackError
@@ -11,7 +12,8 @@ from mlxroute.errors import RollbackError
 class PrefixCache:
     """The KV cache of one sequence beside the ids it was computed from.
 
-    `token_ids` always equals what the layers hold, also after an interrupt in mid-step.
+    `token_ids` equals what the layers hold, except after an interrupt in the middle of a forward
+    pass; then the next prompt starts anew.
     """
 
     def __init__(self, model: Any) -> None:
@@ -24,6 +26,18 @@ class PrefixCache:
 
         self.layers: list[Any] = make_prompt_cache(self._model)
         self.token_ids: list[int] = []
+        self._whole = True
+
+    @contextmanager
+    def feeding(self, token_ids: Sequence[int]) -> Iterator[None]:
+        """Run a forward pass of `token_ids` inside; an interrupt in it costs the whole cache.
+
+        The ids count as soon as the layers hold them, evaluated or not.
+        """
+        self._whole = False
+        yield
+        self.token_ids.extend(token_ids)
+        self._whole = True
 
     @property
     def can_rollback(self) -> bool:
@@ -53,7 +67,8 @@ class PrefixCache:
 
         Exact hits need one token outside the cache to seed the first decode step.
         """
-        self._settle()
+        if not self._whole:
+            self.reset()
         common = 0
         for cached, wanted in zip(self.token_ids, prompt_ids[:-1], strict=False):
             if cached != wanted:
@@ -65,14 +80,3 @@ class PrefixCache:
             return 0
         self.rollback(surplus)
         return common
-
-    def _settle(self) -> None:
-        """Bring layers back in step with the ids after an interrupt in mid-step."""
-        known = len(self.token_ids)
-        for layer in self.layers:
-            surplus = getattr(layer, "offset", -1) - known
-            if surplus < 0 or (
-                surplus and (not layer.is_trimmable() or layer.trim(surplus) != surplus)
-            ):
-                self.reset()
-                return

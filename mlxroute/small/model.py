@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 PREFILL_STEP_SIZE = 2048
 _CLEAR_CACHE_EVERY = 256
 _DEFAULT_CONTEXT = 4096
+_CONTEXT_KEY = "max_position_embeddings"
 
 
 class SmallModel:
@@ -77,8 +78,15 @@ class SmallModel:
         return cls(model, tokenizer, name=local.name)
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The prompt text of a conversation, ready for the assistant's answer."""
-        if self.tokenizer.has_chat_template:
+        """The prompt text of a conversation, ready for the assistant's answer.
+
+        Raises UsageError when the chat template refuses the conversation.
+        """
+        if not self.tokenizer.has_chat_template:
+            return "\n".join(message["content"] for message in messages)
+        from jinja2 import TemplateError
+
+        try:
             text: str = self.tokenizer.apply_chat_template(
                 list(messages),
                 tokenize=False,
@@ -86,8 +94,11 @@ class SmallModel:
                 # Routing is about the answer's tokens; templates without the switch ignore it.
                 enable_thinking=False,
             )
-            return text
-        return "\n".join(message["content"] for message in messages)
+        except TemplateError as exc:
+            raise UsageError(
+                f"the chat template of {self.name} refuses this conversation: {exc}"
+            ) from exc
+        return text
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a rendered prompt; special tokens in it are parsed, a missing BOS is added."""
@@ -125,9 +136,9 @@ class SmallModel:
         progress("prompt", done, total)
         while total - done > 1:
             chunk = prompt_ids[done : min(done + PREFILL_STEP_SIZE, total - 1)]
-            self.model(mx.array(list(chunk))[None], cache=self._cache.layers)
+            with self._cache.feeding(chunk):
+                self.model(mx.array(list(chunk))[None], cache=self._cache.layers)
             mx.eval([layer.state for layer in self._cache.layers])
-            self._cache.token_ids.extend(chunk)
             done += len(chunk)
             progress("prompt", done, total)
             mx.clear_cache()
@@ -143,10 +154,9 @@ class SmallModel:
         """Feed committed tokens in one pass; return the signals of the position after the last."""
         import mlx.core as mx
 
-        logits = self.model(mx.array(list(token_ids))[None], cache=self._cache.layers)
-        packed = pack_signals(logits[:, -1, :], self._sampler)
-        signals = unpack_signals(packed)
-        self._cache.token_ids.extend(token_ids)
+        with self._cache.feeding(token_ids):
+            logits = self.model(mx.array(list(token_ids))[None], cache=self._cache.layers)
+        signals = unpack_signals(pack_signals(logits[:, -1, :], self._sampler))
         self._steps += 1
         if self._steps % _CLEAR_CACHE_EVERY == 0:
             mx.clear_cache()
@@ -215,7 +225,10 @@ def _final_norm(model: Any) -> Any:
 
 
 def _context_length(model: Any) -> int:
-    args = getattr(model, "args", None)
-    text = getattr(args, "text_config", None) or {}
-    value = getattr(args, "max_position_embeddings", None) or text.get("max_position_embeddings")
-    return int(value) if value else _DEFAULT_CONTEXT
+    for holder in (model, getattr(model, "language_model", None)):
+        args = getattr(holder, "args", None)
+        text = getattr(args, "text_config", None) or {}
+        for value in (getattr(args, _CONTEXT_KEY, None), text.get(_CONTEXT_KEY)):
+            if value:
+                return int(value)
+    return _DEFAULT_CONTEXT

@@ -51,7 +51,9 @@ class TokenVocabulary:
         if token_id in self._special:
             return b""
         if token_id in self._added:
-            return self._added[token_id].encode()
+            content = self._added[token_id]
+            # Gemma has runs of spaces among its added tokens.
+            return (content if self._byte_level else content.replace(SPACE_MARK, " ")).encode()
         piece = self.piece(token_id)
         if piece is None:
             return b""

@@ -157,5 +157,7 @@ class LiveView:
 
 def heat_style(entropy_nats: float, *, threshold: float) -> Style:
     """The shade for an entropy on a scale from 0 to what is high for this threshold."""
+    if not math.isfinite(entropy_nats):
+        return _HEAT[-1]
     full = max(threshold * 1.5, _HEAT_FULL_NATS) if math.isfinite(threshold) else _HEAT_FULL_NATS
     return _HEAT[min(int(entropy_nats / full * len(_HEAT)), len(_HEAT) - 1)]
