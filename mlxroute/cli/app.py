@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
@@ -12,7 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from mlxroute._version import __version__
-from mlxroute.errors import LargeError, MlxRouteError
+from mlxroute.config import Settings
+from mlxroute.errors import ConfigError, LargeError, MlxRouteError
 
 EXIT_OK, EXIT_USAGE, EXIT_LARGE_FAILED, EXIT_INTERRUPTED = 0, 2, 3, 130
 
@@ -233,15 +235,17 @@ def doctor(large: Large = None, cache_dir: CacheDir = None) -> None:
     from mlxroute.cli.doctor import run_doctor
     from mlxroute.cli.run import settings_from
 
-    raise typer.Exit(run_doctor(settings_from(locals())))
+    try:
+        settings = settings_from(locals())
+    except ConfigError:
+        # Part of the report, which needs nothing of the file itself.
+        settings = Settings(large=large, cache_dir=cache_dir)
+    raise typer.Exit(run_doctor(settings))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; every expected error is one line."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            # A locale without UTF-8 shows escapes instead of failing in mid-answer.
-            stream.reconfigure(errors="backslashreplace")
+    _make_streams_safe()
     arguments: list[str] = list(sys.argv[1:] if argv is None else argv)
     try:
         code: Any = app(arguments, standalone_mode=False)
@@ -253,7 +257,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(exc), EXIT_USAGE)
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
+    except OSError as exc:
+        return _fail(f"{exc.filename or 'the output'}: {exc.strerror}", EXIT_USAGE)
     return int(code or EXIT_OK)
+
+
+def _make_streams_safe() -> None:
+    """A stream that is closed, or whose locale lacks UTF-8, must not end an answer."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for stream, errors in (
+        (sys.stdin, "replace"),
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def _message(exc: typer.TyperException) -> str:

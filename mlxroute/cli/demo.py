@@ -10,7 +10,7 @@ from mlxroute.catalog import Catalog, Pair
 from mlxroute.cli.app import cache_dir_of
 from mlxroute.cli.fit import demo_pairs
 from mlxroute.cli.host import device_room, host_log
-from mlxroute.config import Settings
+from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import SourceUnreachable, WeightsError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def run_demo(settings: Settings) -> int:
 
     out, err = consoles()
     cache_dir = cache_dir_of(settings.cache_dir)
-    catalog = Catalog.load()
+    catalog = Catalog.load(user_catalog_dir())
     dense, available = device_room(cache_dir)
     pairs = demo_pairs(catalog, available=available, dense=dense)
     pair, large = _fetch(pairs, catalog, settings, cache_dir, err)

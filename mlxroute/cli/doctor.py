@@ -12,8 +12,8 @@ from pathlib import Path
 
 from mlxroute._version import __version__
 from mlxroute.cli.app import cache_dir_of
-from mlxroute.config import Settings, default_config_path, read_key
-from mlxroute.errors import MlxRouteError
+from mlxroute.config import Settings, default_config_path, load_settings, read_key
+from mlxroute.errors import ConfigError, MlxRouteError
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +31,12 @@ def run_doctor(settings: Settings) -> int:
 
     out, err = consoles()
     cache_dir = cache_dir_of(settings.cache_dir)
-    checks = [_versions(), *_device(cache_dir), _disk(cache_dir), _config(), *_network()]
-    with err.status("asking the large server"):
-        checks.append(_large(settings))
+    checks = [_versions(), *_device(cache_dir), _disk(cache_dir), _config()]
+    if settings.offline:
+        checks.append(Check("network", "not checked: offline is set", good=None))
+    else:
+        with err.status("asking the network"):
+            checks += [*_network(), _large(settings)]
     width = max(len(check.name) for check in checks)
     for check in checks:
         mark = {True: "ok  ", False: "FAIL", None: "-   "}[check.good]
@@ -74,13 +77,17 @@ def _disk(cache_dir: Path) -> Check:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     models = ", ".join(sorted(entry.name for entry in cached(cache_dir))) or "no models yet"
-    writable = os.access(folder, os.W_OK)
+    writable = folder.is_dir() and os.access(folder, os.W_OK)
     text = f"{cache_dir}: {models}; {free / 1e9:.0f} GB free"
     return Check("cache", text if writable else f"{text}; not writable", good=writable)
 
 
 def _config() -> Check:
     path = default_config_path()
+    try:
+        load_settings({}, environ=os.environ, path=path)
+    except ConfigError as exc:
+        return Check("config", str(exc), good=False)
     return Check("config", f"{path}" if path.exists() else f"{path} (none; defaults apply)")
 
 

@@ -23,23 +23,45 @@ def resident_bytes(model: Model, *, dense: bool) -> int:
 def demo_pairs(catalog: Catalog, *, available: int, dense: bool) -> list[Pair]:
     """Pairs the demo may use here, best first: the largest large model that is not a burden."""
 
-    def fits(pair: Pair) -> bool:
-        small, large = catalog.model(pair.small), catalog.model(pair.large)
-        light = (
-            large.index is not None and large.parameters <= _DEMO_CPU_PARAMETERS
-            if dense
-            else small.hub_bytes + large.hub_bytes <= _DEMO_DOWNLOAD_BYTES
-        )
-        needed = resident_bytes(small, dense=dense) + resident_bytes(large, dense=dense)
-        return light and pair.same_vocabulary and needed <= available
+    def needed(pair: Pair) -> int:
+        models = (catalog.model(pair.small), catalog.model(pair.large))
+        return sum(resident_bytes(model, dense=dense) for model in models)
 
-    pairs = [pair for pair in catalog.pairs if fits(pair)]
+    def light(pair: Pair) -> bool:
+        small, large = catalog.model(pair.small), catalog.model(pair.large)
+        if dense:
+            return large.index is not None and large.parameters <= _DEMO_CPU_PARAMETERS
+        return small.hub_bytes + large.hub_bytes <= _DEMO_DOWNLOAD_BYTES
+
+    candidates = [pair for pair in catalog.pairs if pair.same_vocabulary and light(pair)]
+    pairs = [pair for pair in candidates if needed(pair) <= available]
     if not pairs:
+        least = min(map(needed, candidates), default=0)
         raise NotEnoughSpace(
-            f"no pair of the catalogue fits the {available / 2**30:.1f} GiB of free memory;"
-            " close programs, or use `mlxroute ask --small NAME --large URL`"
+            f"the smallest pair for a demo needs {least / 2**30:.1f} GiB of memory and"
+            f" {available / 2**30:.1f} GiB are free; close programs, or use"
+            " `mlxroute ask --small NAME --large URL`"
         )
     return sorted(pairs, key=lambda pair: catalog.model(pair.large).parameters, reverse=True)
+
+
+def host_choice(catalog: Catalog, *, available: int, dense: bool) -> Model:
+    """The model to serve when none is named: the largest that fits and is not a burden."""
+    limit = _DEMO_CPU_PARAMETERS if dense else _DEMO_DOWNLOAD_BYTES
+    light = [
+        model
+        for model in catalog.models
+        if (
+            model.index is not None and model.parameters <= limit
+            if dense
+            else model.hub_bytes <= limit
+        )
+    ]
+    fitting = [m for m in light if resident_bytes(m, dense=dense) <= available]
+    if not fitting:
+        least = min(light, key=lambda model: model.parameters)
+        check_fits(least, catalog, available=available, dense=dense)
+    return max(fitting, key=lambda model: model.parameters)
 
 
 def check_fits(model: Model, catalog: Catalog, *, available: int, dense: bool) -> None:

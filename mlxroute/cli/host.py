@@ -6,8 +6,8 @@ from pathlib import Path
 
 from mlxroute.catalog import Catalog
 from mlxroute.cli.app import cache_dir_of
-from mlxroute.cli.fit import check_fits, demo_pairs
-from mlxroute.config import Settings
+from mlxroute.cli.fit import check_fits, host_choice
+from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import LaunchError
 
 
@@ -20,10 +20,10 @@ def run_host(name: str | None, settings: Settings, *, port: int | None) -> int:
 
     out, err = consoles()
     cache_dir = cache_dir_of(settings.cache_dir)
-    catalog = Catalog.load()
+    catalog = Catalog.load(user_catalog_dir())
     dense, available = device_room(cache_dir)
     if name is None:
-        name = demo_pairs(catalog, available=available, dense=dense)[0].large
+        name = host_choice(catalog, available=available, dense=dense).name
     if (model := catalog.find(name)) is not None:
         check_fits(model, catalog, available=available, dense=dense)
     with Reporter(err) as reporter:

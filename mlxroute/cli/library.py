@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mlxroute.catalog import Catalog
 from mlxroute.cli.app import cache_dir_of
-from mlxroute.config import Settings
+from mlxroute.config import Settings, user_catalog_dir
 
 
 def list_models(settings: Settings) -> int:
@@ -15,7 +15,7 @@ def list_models(settings: Settings) -> int:
     from mlxroute.weights import cached
 
     out, _ = consoles()
-    catalog = Catalog.load()
+    catalog = Catalog.load(user_catalog_dir())
     folder = cache_dir_of(settings.cache_dir)
     here = {entry.name: entry for entry in cached(folder)}
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -59,12 +59,13 @@ def pull_model(name: str, settings: Settings) -> int:
     with Reporter(err) as reporter:
         local = pull(
             name,
-            catalog=Catalog.load(),
+            catalog=Catalog.load(user_catalog_dir()),
             cache_dir=cache_dir_of(settings.cache_dir),
             offline=settings.offline,
             progress=reporter.progress,
             notify=reporter.notify,
         )
-    err.print(f"{local.name}: verified ({local.source})", style="dim", markup=False)
+    what = "used as it is" if local.source == "directory" else f"verified ({local.source})"
+    err.print(f"{local.name}: {what}", style="dim", markup=False)
     out.print(str(local.path), soft_wrap=True, markup=False)
     return 0

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxroute.config import Settings, default_config_path, load_settings, read_key
+from mlxroute.config import Settings, default_config_path, load_settings, read_key, user_catalog_dir
 from mlxroute.errors import LargeError, UsageError
 from mlxroute.types import Message
 
@@ -34,12 +34,17 @@ _NO_LARGE = (
 def settings_from(arguments: Mapping[str, Any]) -> Settings:
     """Settings from a command's arguments, the environment and the config file."""
     known = {item.name for item in fields(Settings)}
-    flags = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in arguments.items()
-        if key in known
-    }
+    flags = {key: _as_text(value) for key, value in arguments.items() if key in known}
     return load_settings(flags, environ=os.environ, path=default_config_path())
+
+
+def _as_text(value: Any) -> Any:
+    """A flag's value with bytes that are no UTF-8 replaced; a list as a tuple."""
+    if isinstance(value, list):
+        return tuple(_as_text(item) for item in value)
+    if isinstance(value, str):
+        return value.encode(errors="surrogateescape").decode(errors="replace")
+    return value
 
 
 class Session:
@@ -58,10 +63,21 @@ class Session:
         self.small = small
         self.large = large
         self.settings = settings
-        self.threshold = threshold
+        self._threshold = threshold
         self.modes = ("wait",)
         self.mode = settings.mode
         self.conversation = Conversation(system=settings.system)
+
+    @property
+    def threshold(self) -> float:
+        """Entropy in nats above which the large model is asked; inf when there is none."""
+        return math.inf if self.large is None else self._threshold
+
+    @threshold.setter
+    def threshold(self, nats: float) -> None:
+        if self.large is None:
+            raise UsageError("there is no large model to ask; start with --large URL")
+        self._threshold = nats
 
     def answer(self, messages: Sequence[Message]) -> Answer:
         """Start answering a conversation."""
@@ -69,13 +85,11 @@ class Session:
         from mlxroute.routers import EntropyRouter
 
         settings = self.settings
-        # Without a large model nothing can be checked, so nothing is escalated.
-        threshold = math.inf if self.large is None else self.threshold
         return generate(
             self.small,
             self.large,
             messages,
-            router=EntropyRouter(threshold),
+            router=EntropyRouter(self.threshold),
             max_tokens=settings.max_tokens,
             stop=settings.stop,
             temperature=settings.temperature,
@@ -141,11 +155,15 @@ def ask(prompt: Sequence[str], settings: Settings, *, json_lines: bool) -> int:
             return show_live(answer, session, out, err)
         return write_plain(answer, stream=sys.stdout, err=err)
     except BrokenPipeError:
-        # The reader has gone; keep the interpreter's own flush at exit from failing too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _reader_left()
     finally:
         session.close()
+
+
+def _reader_left() -> int:
+    # Keeps the interpreter's own flush at exit from failing too.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def chat(settings: Settings) -> int:
@@ -163,6 +181,8 @@ def chat(settings: Settings) -> int:
             history_path=history_path(),
             heat=settings.heat,
         )
+    except BrokenPipeError:
+        return _reader_left()
     finally:
         session.close()
 
@@ -188,9 +208,10 @@ def _question(prompt: Sequence[str]) -> str:
         text = "\n\n".join(piped if part == "-" else part for part in prompt or ["-"])
     else:
         text = " ".join(prompt)
+    text = _as_text(text)
     if not text.strip():
         raise UsageError('the prompt is empty; try `mlxroute ask "Why is the sky blue?"`')
-    return text
+    return str(text)
 
 
 def _user(text: str) -> Message:
@@ -247,10 +268,8 @@ def _threshold(settings: Settings, small: SmallModel, large: LargeModel | None) 
     """The flag, else the catalogue's figure for the pair, else the general default."""
     from mlxroute.catalog import Catalog
 
-    if large is None:
-        return math.inf
-    if settings.threshold is not None:
-        return settings.threshold
-    catalog = Catalog.load()
+    if settings.threshold is not None or large is None:
+        return math.inf if settings.threshold is None else settings.threshold
+    catalog = Catalog.load(user_catalog_dir())
     pair = catalog.pair(small.name, large.model_name) or catalog.pair(small.name)
     return pair.threshold if pair else DEFAULT_THRESHOLD_NATS

@@ -56,12 +56,13 @@ class SmallModel:
         """
         from mlxroute.backend import blas
         from mlxroute.catalog import Catalog
+        from mlxroute.config import user_catalog_dir
         from mlxroute.weights import default_cache_dir, resolve
 
         cache_dir = cache_dir or default_cache_dir()
         local = resolve(
             str(spec),
-            catalog=Catalog.load(None),
+            catalog=Catalog.load(user_catalog_dir()),
             cache_dir=cache_dir,
             offline=offline,
             progress=progress,

@@ -35,6 +35,10 @@ PARALLEL = 3
 _WANTED = ("*.json", "*.jsonl", "model*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 
 
+# Hubs that kept this process waiting once; the next model need not wait for them again.
+_silent: set[str] = set()
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """A downloaded repository: its commit, and the verified SHA-256 of each large file."""
@@ -58,7 +62,7 @@ def is_reachable() -> bool:
         with ThreadPool(1) as pool:
             options = {"timeout": ANSWER_S}
             pool.apply_async(get_session().head, (constants.ENDPOINT,), options).get(ANSWER_S)
-    except (HTTPError, OSError, PoolTimeout):
+    except (HTTPError, OSError, ValueError, ImportError, PoolTimeout):
         return False
     return True
 
@@ -91,11 +95,14 @@ def fetch_snapshot(hub_id: str, folder: Path, *, progress: Progress) -> Snapshot
 
 def _ask(hub_id: str) -> ModelInfo:
     """The repository's file list. In a daemon thread: a name look-up cannot be given a timeout."""
+    if constants.ENDPOINT in _silent:
+        raise SourceUnreachable("hub: no answer a moment ago")
     try:
         with ThreadPool(1) as pool:
             options = {"files_metadata": True, "timeout": ANSWER_S}
             return pool.apply_async(HfApi().model_info, (hub_id,), options).get(ANSWER_S)
     except PoolTimeout as exc:
+        _silent.add(constants.ENDPOINT)
         raise SourceUnreachable(f"hub: no answer within {ANSWER_S:.0f} s") from exc
     except GatedRepoError as exc:
         raise SourceUnreachable(
@@ -105,7 +112,8 @@ def _ask(hub_id: str) -> ModelInfo:
         raise SourceUnreachable(
             f"hub: no repository {hub_id} (a private one needs HF_TOKEN)"
         ) from exc
-    except (HTTPError, OSError, ValueError) as exc:
+    except (HTTPError, OSError, ValueError, ImportError) as exc:
+        # An ImportError: the client lacks what a SOCKS proxy in the environment needs.
         raise SourceUnreachable(f"hub: not reachable ({_brief(exc)})") from exc
 
 
@@ -130,7 +138,10 @@ def _download(
     except (HTTPError, OSError, RuntimeError, XetDownloadError) as exc:
         if isinstance(exc, OSError) and exc.errno is not None:
             raise
-        raise SourceUnreachable(f"hub: the download of {hub_id} broke off: {_brief(exc)}") from exc
+        # No other source or model is tried: what arrived is kept for the next run.
+        raise WeightsError(
+            f"the download of {hub_id} broke off ({_brief(exc)}): run the same command again"
+        ) from exc
 
 
 def _verify(path: Path, wanted: _File, hub_id: str) -> None:

@@ -1,0 +1,44 @@
+"""Which models are chosen for how much memory."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlxroute.catalog import Catalog
+from mlxroute.cli.fit import check_fits, demo_pairs, host_choice, resident_bytes
+from mlxroute.errors import NotEnoughSpace
+
+GIB = 2**30
+CATALOG = Catalog.load()
+
+
+def test_a_cpu_demo_takes_the_largest_pair_that_comes_from_the_package_index() -> None:
+    best = demo_pairs(CATALOG, available=24 * GIB, dense=True)[0]
+    assert best.name == "qwen2.5-coder-0.5b+qwen2.5-coder-1.5b"
+
+
+@pytest.mark.parametrize("gib", [6, 8, 16, 64])
+def test_a_gpu_demo_fits_in_memory_and_is_no_burden_to_download(gib: int) -> None:
+    for pair in demo_pairs(CATALOG, available=gib * GIB, dense=False):
+        models = [CATALOG.model(pair.small), CATALOG.model(pair.large)]
+        assert sum(resident_bytes(model, dense=False) for model in models) <= gib * GIB
+        assert sum(model.hub_bytes for model in models) <= 6e9
+        assert pair.same_vocabulary
+
+
+def test_no_room_for_a_demo_is_told_with_both_figures() -> None:
+    with pytest.raises(NotEnoughSpace, match=r"needs \d+\.\d GiB .* and 2\.0 GiB are free"):
+        demo_pairs(CATALOG, available=2 * GIB, dense=True)
+
+
+def test_a_server_takes_a_smaller_model_where_no_pair_would_fit() -> None:
+    assert host_choice(CATALOG, available=24 * GIB, dense=True).name == "qwen2.5-coder-1.5b"
+    assert host_choice(CATALOG, available=4 * GIB, dense=True).name == "qwen2.5-coder-0.5b"
+    with pytest.raises(NotEnoughSpace, match=r"smollm2-135m needs .* GiB are free"):
+        host_choice(CATALOG, available=GIB // 2, dense=True)
+
+
+def test_a_model_that_does_not_fit_is_refused_with_a_smaller_choice() -> None:
+    with pytest.raises(NotEnoughSpace, match=r"needs 122\.6 GiB .* 8\.0 GiB are free; .* would fit"):
+        check_fits(CATALOG.model("qwen3-32b"), CATALOG, available=8 * GIB, dense=True)
+    check_fits(CATALOG.model("qwen3-8b"), CATALOG, available=8 * GIB, dense=False)
