@@ -107,7 +107,11 @@ def test_a_cut_transfer_goes_on_where_it_broke(hub: Site, tmp_path: Path) -> Non
     assert hub.ranges != ["bytes=0-"]
 
 
-def test_whole_files_of_an_interrupted_pull_are_kept(hub: Site, tmp_path: Path) -> None:
+def test_whole_files_of_an_interrupted_pull_are_kept(
+    hub: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One after the other, so that the first file is whole when the third one fails.
+    monkeypatch.setattr(hub_module, "PARALLEL", 1)
     first = f"/{HUB_ID}/resolve/0123456789abcdef0123456789abcdef01234567/"
     hub.repositories[HUB_ID]["model-00002-of-00002.safetensors"] = b"other"
     hub.altered.add("model-00002-of-00002.safetensors")
