@@ -39,6 +39,8 @@ def test_a_server_takes_a_smaller_model_where_no_pair_would_fit() -> None:
 
 
 def test_a_model_that_does_not_fit_is_refused_with_a_smaller_choice() -> None:
-    with pytest.raises(NotEnoughSpace, match=r"needs 122\.6 GiB .* 8\.0 GiB are free; .* would fit"):
+    with pytest.raises(
+        NotEnoughSpace, match=r"needs 122\.6 GiB .* 8\.0 GiB are free; .* would fit"
+    ):
         check_fits(CATALOG.model("qwen3-32b"), CATALOG, available=8 * GIB, dense=True)
     check_fits(CATALOG.model("qwen3-8b"), CATALOG, available=8 * GIB, dense=False)
