@@ -141,6 +141,8 @@ def test_an_interrupt_inside_a_forward_pass_starts_the_cache_anew(
         patch.setattr(small._cache.layers[1], "update_and_fetch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             small.step(ids[5])
+    with pytest.raises(RollbackError, match="interrupted"):
+        small.rollback(1)
     assert_same_as_fresh(small, [*prompt_ids, *ids, 7], reused=0)
 
 

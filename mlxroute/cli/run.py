@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mlxroute.small import SmallModel
 
 DEFAULT_SMALL = "qwen2.5-coder-0.5b"
-# Of the pair that could be calibrated with the most data.
+# As calibrated for the default small model.
 DEFAULT_THRESHOLD_NATS = 1.64
 _OFFLINE = "--offline: the small model answers alone"
 _NO_LARGE = (
@@ -268,8 +268,10 @@ def _threshold(settings: Settings, small: SmallModel, large: LargeModel | None) 
     """The flag, else the catalogue's figure for the pair, else the general default."""
     from mlxroute.catalog import Catalog
 
-    if settings.threshold is not None or large is None:
-        return math.inf if settings.threshold is None else settings.threshold
+    if settings.threshold is not None:
+        return settings.threshold
+    if large is None:
+        return DEFAULT_THRESHOLD_NATS
     catalog = Catalog.load(user_catalog_dir())
     pair = catalog.pair(small.name, large.model_name) or catalog.pair(small.name)
     return pair.threshold if pair else DEFAULT_THRESHOLD_NATS

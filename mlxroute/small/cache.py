@@ -52,6 +52,8 @@ class PrefixCache:
 
         if count == 0:
             return
+        if not self._whole:
+            raise RollbackError("a forward pass was interrupted; run a prompt first")
         if count < 0 or count > len(self.token_ids):
             raise RollbackError(f"cannot roll back {count} of {len(self.token_ids)} tokens")
         trimmed = trim_prompt_cache(self.layers, count)
