@@ -51,6 +51,10 @@ class Sampling:
     seed: int | None = None
 
 
+Message = dict[str, str]
+"""A chat message, `{"role": ..., "content": ...}`, as chat templates take it."""
+
+
 class Vocabulary(Protocol):
     """The small model's vocabulary, as much of it as the large side and the engine need."""
 
@@ -62,6 +66,11 @@ class Vocabulary(Protocol):
     @property
     def bos_text(self) -> str:
         """The text of the token `encode` with specials puts first; empty when there is none."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How many ids there are, counting from 0, padding of the weights left out."""
         ...
 
     def piece(self, token_id: int) -> str | None:
@@ -78,18 +87,33 @@ class Vocabulary(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of the answer in whole characters.
+
+    `large_ids` are the large model's own ids for it, empty where the small model wrote it or the
+    server names no ids.
+    """
+
+    text: str
+    large_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class LargeContext:
     """Everything the large model may need to produce the next token of this answer.
 
-    `text` is the rendered prompt plus the answer up to the last token that ended on a whole
-    character. `fragment_ids` are the committed ids after it, whose bytes end inside a character.
-    `token_ids` are prompt and answer in the small vocabulary.
+    `text` is the prompt as the small model's template renders it plus the answer up to the last
+    token that ended on a whole character; `spans` are that part of the answer. `fragment_ids` are
+    the committed ids after it, whose bytes end inside a character. `token_ids` are prompt and
+    answer in the small vocabulary.
     """
 
     text: str
     token_ids: Sequence[int]
     fragment_ids: tuple[int, ...]
     vocabulary: Vocabulary
+    messages: tuple[Message, ...] = ()
+    spans: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +123,9 @@ class LargeToken:
     `token_ids` has one id when the vocabularies agree on the token, several when its bytes had
     to be spelled in the small vocabulary. `is_eos` marks the end of the answer; then `token_ids`
     holds the small model's end token. `logprob` is None when the server gave none. `top` are
-    (text, logprob) pairs by falling logprob. `prompt_tokens` and `cached_tokens` are the server's
-    own counts (None when it does not report them); `uploaded_bytes` is the request body's size.
+    (text, logprob) pairs by falling logprob. `large_ids` are the server's own ids, empty when it
+    names none. `prompt_tokens` and `cached_tokens` are the server's own counts (None when it does
+    not report them); `uploaded_bytes` is the size of the request bodies.
     """
 
     token_ids: tuple[int, ...]
@@ -113,6 +138,7 @@ class LargeToken:
     completion_tokens: int | None
     uploaded_bytes: int
     latency_s: float
+    large_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,10 +216,6 @@ class RunStats:
     def agreement(self) -> float | None:
         """Share of escalations where the large token was the small model's choice."""
         return self.agreed / self.escalated if self.escalated else None
-
-
-Message = dict[str, str]
-"""A chat message, `{"role": ..., "content": ...}`, as chat templates take it."""
 
 
 class Activity(StrEnum):

@@ -25,6 +25,10 @@ class ByteVocabulary:
     def bos_text(self) -> str:
         return ""
 
+    @property
+    def size(self) -> int:
+        return EOS + 1
+
     def piece(self, token_id: int) -> str | None:
         if token_id == EOS:
             return "</s>"

@@ -23,11 +23,13 @@ _ROOMS: dict[str, set[str]] = {
     "config": set(),
     "catalog": set(),
     "conversation": set(),
+    "vocabulary": set(),
+    "tokenizer": {"vocabulary"},
     "backend": set(),
     "weights": {"catalog"},
     "routers": set(),
     "engine": set(),
-    "small": {"backend", "catalog", "config", "weights"},
+    "small": {"backend", "catalog", "config", "tokenizer", "weights"},
     "large": {"backend", ""},  # "" is the package itself, to tell a child where it lies
     "view": set(),
     "host_process": {"backend"},
@@ -35,7 +37,7 @@ _ROOMS: dict[str, set[str]] = {
 # Third parties that stop at these rooms.
 _WALLS: dict[str, set[str]] = {
     "mlx": {"small", "backend", "host_process", "weights", "cli"},
-    "mlx_lm": {"small", "backend", "host_process"},
+    "mlx_lm": {"small", "backend", "host_process", "tokenizer"},
     "requests": {"large", "weights"},
     "rich": {"view", "cli"},
     "typer": {"cli"},

@@ -62,7 +62,7 @@ def load_model(path: Path, prompts: Sequence[str], *, steps: int) -> Model:
     from mlx_lm.generate import generate_step
 
     from mlxroute.backend.load import load
-    from mlxroute.small.vocabulary import TokenVocabulary
+    from mlxroute.vocabulary import TokenVocabulary
 
     model, tokenizer = load(path)
     vocabulary = TokenVocabulary(tokenizer)

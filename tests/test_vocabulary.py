@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mlxroute.backend.load import load
 from mlxroute.engine.text import CharacterStream
 from mlxroute.pieces import BYTE_OF
-from mlxroute.small.vocabulary import TokenVocabulary
+from mlxroute.vocabulary import TokenVocabulary
 from tests.tiny import END, START, make_tiny_model
 
 

@@ -25,6 +25,10 @@ class TableVocabulary:
     def id_of(self, piece: str) -> int:
         return self._pieces.index(piece)
 
+    @property
+    def size(self) -> int:
+        return len(self._pieces)
+
     def piece(self, token_id: int) -> str | None:
         return self._pieces[token_id] if 0 <= token_id < len(self._pieces) else None
 

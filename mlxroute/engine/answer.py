@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from mlxroute.engine.escalation import Escalator
 from mlxroute.engine.roles import Large, Router, Small
 from mlxroute.engine.stats import gaps, percentile
-from mlxroute.engine.text import CharacterStream, StopStrings
+from mlxroute.engine.text import CharacterStream, SpanLog, StopStrings
 from mlxroute.errors import ContextTooLong, UsageError
 from mlxroute.types import (
     Activity,
@@ -88,6 +88,7 @@ class Answer:
         self._options = options
         self._clock = clock
         self._began_s = clock()
+        self._messages = tuple(messages)
         self._prompt_text = small.render(messages)
         self._prompt_ids = small.encode_prompt(self._prompt_text)
         self._check_context()
@@ -97,6 +98,7 @@ class Answer:
         )
         self._characters = CharacterStream()
         self._stop_strings = StopStrings(options.stop)
+        self._spans = SpanLog()
         self._answer_ids: list[int] = []
         self._raw_text: list[str] = []
         self._shown_text: list[str] = []
@@ -205,13 +207,13 @@ class Answer:
         )
 
     def _context(self) -> LargeContext:
-        fragment_ids = self._characters.fragment_ids
-        whole = self._raw_text[: len(self._raw_text) - len(fragment_ids)]
         return LargeContext(
-            text=self._prompt_text + "".join(whole),
+            text=self._prompt_text + "".join(self._raw_text),
             token_ids=(*self._prompt_ids, *self._answer_ids),
-            fragment_ids=fragment_ids,
+            fragment_ids=self._characters.fragment_ids,
             vocabulary=self._small.vocabulary,
+            messages=self._messages,
+            spans=self._spans.all(),
         )
 
     def _commit(self, decision: _Decision) -> Iterator[Token]:
@@ -233,6 +235,7 @@ class Answer:
             )
             self._answer_ids.append(token_id)
             self._raw_text.append(token.text)
+            self._spans.push(token.text, _large_ids(decision, position))
             self._times_s.append(token.time_s)
             self._large_tokens += decision.source is Source.LARGE
             yield from self._show(self._stop_strings.push(token))
@@ -255,6 +258,14 @@ class Answer:
         else:
             return False
         return True
+
+
+def _large_ids(decision: _Decision, position: int) -> tuple[int, ...] | None:
+    """The large model's own ids of a decision's token; None for the later ones of several."""
+    if decision.source is Source.SMALL or decision.escalation is None:
+        return ()
+    large = decision.escalation.large
+    return None if position or large is None else large.large_ids
 
 
 def generate(  # noqa: PLR0913 - the options of the command line, by the same names

@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from mlxroute.types import Token
+from mlxroute.types import Span, Token
 
 
 class CharacterStream:
@@ -29,6 +29,31 @@ class CharacterStream:
     def fragment_ids(self) -> tuple[int, ...]:
         """The ids since the last token that ended on a whole character."""
         return tuple(self._fragment_ids)
+
+
+class SpanLog:
+    """The answer's text in stretches by who wrote it, as the large side needs it."""
+
+    def __init__(self) -> None:
+        self._spans: list[Span] = []
+
+    def push(self, text: str, large_ids: tuple[int, ...] | None) -> None:
+        """Add a token's text: the small model's (`large_ids` empty), or the large one's.
+
+        `large_ids` is None for a further token of the same large token.
+        """
+        if not text and not large_ids:
+            return
+        last = self._spans[-1] if self._spans else None
+        joins = last is not None and (large_ids is None or not (large_ids or last.large_ids))
+        if last is not None and joins:
+            self._spans[-1] = replace(last, text=last.text + text)
+        else:
+            self._spans.append(Span(text, large_ids or ()))
+
+    def all(self) -> tuple[Span, ...]:
+        """The stretches in order; their texts join to the answer's whole characters."""
+        return tuple(self._spans)
 
 
 class StopStrings:

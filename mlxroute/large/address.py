@@ -21,6 +21,11 @@ class Address:
     userinfo: tuple[str, str] | None = field(default=None, repr=False)
 
     @property
+    def root(self) -> str:
+        """The address without the version that ends its path: where native routes lie."""
+        return re.sub(r"/v\d+$", "", self.url)
+
+    @property
     def is_loopback(self) -> bool:
         """Whether the server runs on this machine."""
         try:

@@ -1,118 +1,125 @@
-"""From a token of the large model to ids of the small model's vocabulary, by bytes, never text."""
+"""From tokens of the large model to ids of the small model's vocabulary, by bytes, never text."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.pieces import PieceReader, is_special
+from mlxroute.large.reader import REPLACEMENT, TokenReader
 from mlxroute.large.wire import Entry, WireToken
 from mlxroute.types import Vocabulary
-
-_REPLACEMENT = "\ufffd"
 
 
 @dataclass(frozen=True, slots=True)
 class Bridged:
-    """A large token in the small vocabulary; `text` is empty for a fragment or special token."""
+    """Large tokens in the small vocabulary; `text` is empty for a fragment or special token.
+
+    `large_ids` are their ids in the large vocabulary, empty when the server names none.
+    """
 
     token_ids: tuple[int, ...]
     text: str
     is_eos: bool
     top: tuple[tuple[str, float], ...]
+    large_ids: tuple[int, ...] = ()
 
 
 class Bridge:
-    """Translates the tokens of one server."""
+    """Translates what one server writes; `same` says that both models share their vocabulary."""
 
-    def __init__(self) -> None:
-        self._pieces = PieceReader()
+    def __init__(self, reader: TokenReader, vocabulary: Vocabulary, *, same: bool) -> None:
+        self._reader = reader
+        self._vocabulary = vocabulary
+        self._same = same
 
-    def learn(self, entry: Entry) -> None:
-        """Take note of the pieces of a reply before any of them is read."""
-        tokens = (entry.token, *entry.top)
-        self._pieces.learn(token.piece for token in tokens if token.piece is not None)
+    def token(self, entries: Sequence[Entry], text: str) -> Bridged | None:
+        """The first of these positions, or as many as make up a whole character.
 
-    def token(self, entry: Entry, *, vocabulary: Vocabulary) -> Bridged:
-        """Translate a reply's token. Raises LargeProtocolError when it cannot be spelled."""
+        None when they end inside one: more of them must be asked for. `text` is the server's own
+        reading of all of them. Raises LargeProtocolError for what cannot be spelled.
+        """
+        first = entries[0]
         top = tuple(
-            (self._shown(other, vocabulary=vocabulary), other.logprob)
-            for other in entry.top
-            if other.logprob is not None
+            (self._shown(other), other.logprob) for other in first.top if other.logprob is not None
         )
-        if (ends := _end_ids(entry, vocabulary=vocabulary)) is not None:
-            return Bridged(ends, "", is_eos=True, top=top)
-        if (shared := self._shared_id(entry.token, vocabulary=vocabulary)) is not None:
-            return Bridged((shared,), _whole(vocabulary.token_bytes(shared)), is_eos=False, top=top)
-        text = self._foreign_text(entry.token)
-        token_ids = vocabulary.encode(text)
-        if b"".join(map(vocabulary.token_bytes, token_ids)) != text.encode():
-            raise LargeProtocolError(f"the small model's vocabulary cannot spell {text!r}")
-        return Bridged(token_ids, text, is_eos=False, top=top)
-
-    def data(self, token: WireToken, *, vocabulary: Vocabulary) -> bytes | None:
-        """What a token adds to a prompt's text (a special token its name); None if unclear."""
-        if (shared := self._shared_id(token, vocabulary=vocabulary)) is not None and (
-            data := vocabulary.token_bytes(shared)
-        ):
-            return data
-        if token.piece is not None and is_special(token.piece):
-            return token.piece.encode()
-        return self._foreign_data(token)
-
-    def _shared_id(self, token: WireToken, *, vocabulary: Vocabulary) -> int | None:
-        """The token's id if the small vocabulary has the same token under it."""
-        if token.token_id is None or (piece := vocabulary.piece(token.token_id)) is None:
+        if (end := self._end(first)) is not None:
+            return Bridged((end,), "", is_eos=True, top=top, large_ids=_ids([first]))
+        if (shared := self._shared_id(first.token)) is not None:
+            shown = _whole(self._vocabulary.token_bytes(shared)) or ""
+            return Bridged((shared,), shown, is_eos=False, top=top, large_ids=(shared,))
+        found = self._character(entries, text)
+        if found is None:
             return None
-        if token.piece is not None:
-            return token.token_id if piece == token.piece else None
-        data = token.data if token.data is not None else (token.text or "").encode()
-        return token.token_id if data and data == vocabulary.token_bytes(token.token_id) else None
+        spelled, count = found
+        ids = self._vocabulary.encode(spelled)
+        if b"".join(map(self._vocabulary.token_bytes, ids)) != spelled.encode():
+            raise LargeProtocolError(f"the small model's vocabulary cannot spell {spelled!r}")
+        return Bridged(ids, spelled, is_eos=False, top=top, large_ids=_ids(entries[:count]))
 
-    def _foreign_text(self, token: WireToken) -> str:
-        name = token.piece if token.piece is not None else token.text
-        if name and is_special(name):
-            raise LargeProtocolError(
-                f"the large model's special token {name} is none of the small model's"
-            )
-        data = self._foreign_data(token)
-        text = "" if data is None else _whole(data)
-        if not text or _REPLACEMENT in text:
-            raise LargeProtocolError(
-                "the large model's token is no whole character, and the vocabularies differ"
-            )
-        return text
-
-    def _foreign_data(self, token: WireToken) -> bytes | None:
-        if token.data is not None:
-            return token.data
-        if token.piece is not None:
-            return self._pieces.read(token.piece)
-        return None if token.text is None else token.text.encode()
-
-    def _shown(self, token: WireToken, *, vocabulary: Vocabulary) -> str:
-        name = token.piece if token.piece is not None else token.text
-        if (shared := self._shared_id(token, vocabulary=vocabulary)) is not None:
-            data: bytes | None = vocabulary.token_bytes(shared)
-        elif name is None or is_special(name):
-            return ""
+    def _character(self, entries: Sequence[Entry], text: str) -> tuple[str, int] | None:
+        """The text of the fewest positions that end on a whole character, and their number."""
+        data = b""
+        for count, entry in enumerate(entries, start=1):
+            if self._reader.is_special(entry.token):
+                name = entry.token.piece or entry.token.text or entry.token.token_id
+                raise LargeProtocolError(
+                    f"the large model's special token {name} is none of the small model's"
+                )
+            piece = None if self._reader.ends(entry) else self._reader.data(entry.token)
+            if piece is None:
+                break
+            data += piece
+            if whole := _whole(data):
+                return whole, count
         else:
-            data = self._foreign_data(token)
-        return (name or "") if data is None else data.decode("utf-8", errors="backslashreplace")
+            return None
+        # The server names no bytes for one of them: its own reading must do, once it is whole.
+        if text and REPLACEMENT not in text and not any(map(self._reader.ends, entries)):
+            return text, len(entries)
+        return None
+
+    def _end(self, entry: Entry) -> int | None:
+        """The small model's end token when this position ends the answer, None otherwise."""
+        ends = sorted(self._vocabulary.eos_ids)
+        if entry.token.piece is not None:
+            for end in ends:
+                if self._vocabulary.piece(end) == entry.token.piece:
+                    return end
+        if self._same and entry.token.token_id in ends:
+            return entry.token.token_id
+        return ends[0] if self._reader.ends(entry) and ends else None
+
+    def _shared_id(self, token: WireToken) -> int | None:
+        """The token's id if the small vocabulary has the same token under it."""
+        identity = token.token_id
+        if identity is None or (piece := self._vocabulary.piece(identity)) is None:
+            return None
+        if self._same:
+            return identity
+        if token.piece is not None:
+            return identity if piece == token.piece else None
+        own = self._reader.own
+        if own is not None:
+            return identity if own.piece(identity) == piece else None
+        return None
+
+    def _shown(self, token: WireToken) -> str:
+        if self._reader.is_special(token):
+            return ""
+        data = self._reader.data(token)
+        if data is not None:
+            return data.decode("utf-8", errors="backslashreplace")
+        return token.piece or token.text or ("" if token.token_id is None else f"#{token.token_id}")
 
 
-def _end_ids(entry: Entry, *, vocabulary: Vocabulary) -> tuple[int, ...] | None:
-    """The small model's end token when this one ends the answer, None when it does not."""
-    ends = sorted(vocabulary.eos_ids)
-    if entry.token.piece is not None:
-        for end in ends:
-            if vocabulary.piece(end) == entry.token.piece:
-                return (end,)
-    return tuple(ends[:1]) if entry.ends else None
+def _ids(entries: Sequence[Entry]) -> tuple[int, ...]:
+    ids = tuple(entry.token.token_id for entry in entries)
+    return tuple(i for i in ids if i is not None) if None not in ids else ()
 
 
-def _whole(data: bytes) -> str:
+def _whole(data: bytes) -> str | None:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
-        return ""
+        return None

@@ -44,11 +44,16 @@ class SentPrompts:
         # Prompt -> how many tokens each request asked for whose reply was not (yet) read.
         self._unread: OrderedDict[str, list[int]] = OrderedDict()
 
-    def plan(self, prompt: str, *, context: LargeContext) -> tuple[str, tuple[bytes, ...]]:
-        """The text to send for `prompt`, and the tokens that must come back before the wanted."""
+    def plan(self, prompt: str, *, context: LargeContext | None) -> tuple[str, tuple[bytes, ...]]:
+        """The text to send for `prompt`, and the tokens that must come back before the wanted.
+
+        `context` holds the tokens that the end of the prompt is made of, where they are known.
+        """
         repeated: tuple[bytes, ...] = ()
         while True:
-            shorter = self._shorter(prompt) or self._unread_start(prompt, repeated, context)
+            shorter = self._shorter(prompt)
+            if shorter is None and context is not None:
+                shorter = self._unread_start(prompt, repeated, context)
             if shorter is None:
                 return prompt, repeated
             prompt, tail = shorter

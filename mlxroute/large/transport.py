@@ -88,7 +88,7 @@ class Exchange(threading.Thread):
         session: requests.Session,
         *,
         address: Address,
-        path: str,
+        target: str,
         body: bytes | None,
         deadline: Deadline,
         connect_timeout_s: float,
@@ -96,7 +96,7 @@ class Exchange(threading.Thread):
         super().__init__(daemon=True, name="mlxroute-large")
         self._session = session
         self._address = address
-        self._path = path
+        self._target = target
         self._body = body
         self._deadline = deadline
         self._connect_timeout_s = connect_timeout_s
@@ -123,7 +123,7 @@ class Exchange(threading.Thread):
         try:
             with self._session.request(
                 "GET" if self._body is None else "POST",
-                self._address.url + self._path,
+                self._target,
                 data=self._body,
                 headers={"Content-Type": "application/json"} if self._body else None,
                 timeout=(min(self._connect_timeout_s, left_s), left_s),
@@ -203,9 +203,14 @@ class Transport:
         self._connect_timeout_s = connect_timeout_s
         self._session = self._new_session()
 
-    def call(self, path: str, *, deadline: Deadline, body: bytes | None = None) -> Reply:
-        """GET a path, or POST a JSON body to it. Raises LargeError subclasses."""
-        exchange = self.begin(path, deadline=deadline, body=body)
+    def call(
+        self, path: str, *, deadline: Deadline, body: bytes | None = None, at_root: bool = False
+    ) -> Reply:
+        """GET a path below the base address, or POST a JSON body to it. Raises LargeError.
+
+        With `at_root` the path is that of the server, whatever the base address ends in.
+        """
+        exchange = self.begin(path, deadline=deadline, body=body, at_root=at_root)
         try:
             exchange.join(deadline.left_s())
         finally:
@@ -216,12 +221,14 @@ class Transport:
             raise exchange.too_late()
         return exchange.result()
 
-    def begin(self, path: str, *, deadline: Deadline, body: bytes | None = None) -> Exchange:
+    def begin(
+        self, path: str, *, deadline: Deadline, body: bytes | None = None, at_root: bool = False
+    ) -> Exchange:
         """Start what `call` does and return without waiting for it."""
         exchange = Exchange(
             self._session,
             address=self._address,
-            path=path,
+            target=(self._address.root if at_root else self._address.url) + path,
             body=body,
             deadline=deadline,
             connect_timeout_s=self._connect_timeout_s,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import TypedDict
 
 from mlxroute.errors import LargeProtocolError
 
@@ -37,41 +37,21 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A completion reply. The counts are the server's own, None where it gives none."""
+    """A completion reply: its positions, and its text as the server put it together.
+
+    The counts are the server's own, None where it gives none.
+    """
 
     entries: tuple[Entry, ...]
-    prompt_tokens: int | None
-    cached_tokens: int | None
-    completion_tokens: int | None
-
-
-class Dialect(Protocol):
-    """How one family of servers is asked and understood."""
+    text: str = ""
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    completion_tokens: int | None = None
 
     @property
-    def name(self) -> str:
-        """What users see."""
-        ...
-
-    @property
-    def gives_ids(self) -> bool:
-        """Whether every generated position comes back with its id and raw vocabulary piece."""
-        ...
-
-    @property
-    def dies_of_cached_prompts(self) -> bool:
-        """Whether a prompt equal to a finished request's prompt and answer stops the server."""
-        ...
-
-    def request(
-        self, prompt: str, *, max_tokens: int, top_logprobs: int, model: str | None
-    ) -> dict[str, object]:
-        """The JSON body that asks for the next `max_tokens` greedy tokens after `prompt`."""
-        ...
-
-    def completion(self, reply: Mapping[str, object]) -> Completion:
-        """Understand a reply. Raises LargeProtocolError when it cannot be trusted."""
-        ...
+    def ends(self) -> bool:
+        """Whether the answer is over after these positions."""
+        return bool(self.entries) and self.entries[-1].ends
 
 
 def parse_object(body: bytes) -> dict[str, object]:
@@ -120,17 +100,35 @@ def first_choice(reply: Mapping[str, object]) -> Mapping[str, object]:
     return mapping(choices[0], what="choices[0]")
 
 
-def counts(reply: Mapping[str, object]) -> tuple[int | None, int | None, int | None]:
-    """Prompt, cached and completion tokens as the server counts them."""
+class Counts(TypedDict):
+    """The counts of a Completion."""
+
+    prompt_tokens: int | None
+    cached_tokens: int | None
+    completion_tokens: int | None
+
+
+def counts(reply: Mapping[str, object]) -> Counts:
+    """Prompt, cached and completion tokens from an OpenAI-style `usage`."""
     usage = reply.get("usage")
     if not isinstance(usage, dict):
-        return None, None, None
+        usage = {}
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, dict) else None
-    return (
-        _count(usage.get("prompt_tokens")),
-        _count(cached),
-        _count(usage.get("completion_tokens")),
+    return counted(
+        usage.get("prompt_tokens"),
+        # DeepSeek's own name for it.
+        usage.get("prompt_cache_hit_tokens") if cached is None else cached,
+        usage.get("completion_tokens"),
+    )
+
+
+def counted(prompt: object, cached: object, completion: object) -> Counts:
+    """Three counts of a reply, None for what is no count."""
+    return Counts(
+        prompt_tokens=_count(prompt),
+        cached_tokens=_count(cached),
+        completion_tokens=_count(completion),
     )
 
 
@@ -182,3 +180,53 @@ def logprob(value: object) -> float:
 def by_logprob(tokens: Sequence[WireToken]) -> tuple[WireToken, ...]:
     """Tokens by falling logprob, equal ones by rising id, as a greedy sampler picks them."""
     return tuple(sorted(tokens, key=lambda t: (-(t.logprob or 0.0), t.token_id or 0)))
+
+
+def given_logprob(value: object) -> float | None:
+    """The logprob of a generated token, None where the server gives none.
+
+    Raises LargeProtocolError for -inf: what was generated had a probability.
+    """
+    if value is None:
+        return None
+    number = logprob(value)
+    if number == -math.inf:
+        raise LargeProtocolError("a token comes without its probability")
+    return number
+
+
+def octets(value: object) -> bytes:
+    """`value` as the bytes of a token."""
+    data = bytearray()
+    for octet in sequence(value, what="bytes"):
+        if type(octet) is not int or not 0 <= octet <= 255:
+            raise LargeProtocolError("a token's bytes are not numbers from 0 to 255")
+        data.append(octet)
+    return bytes(data)
+
+
+def named_token(item: Mapping[str, object]) -> WireToken:
+    """A token in the shape of chat logprobs: text, and where given id and bytes."""
+    identity = item.get("id", item.get("token_id"))
+    data = item.get("bytes")
+    return WireToken(
+        token_id=None if identity is None else token_id(identity),
+        data=None if data is None else octets(data),
+        text=string(item.get("token"), what="a token's text"),
+        logprob=logprob(item.get("logprob")),
+    )
+
+
+def named_entry(value: object) -> Entry:
+    """A generated position in the shape of chat logprobs, with its alternatives."""
+    item = mapping(value, what="a token")
+    token = named_token(item)
+    given_logprob(token.logprob)
+    top = sequence(item.get("top_logprobs") or [], what="top_logprobs")
+    others = [named_token(mapping(other, what="an alternative")) for other in top]
+    return Entry(token, by_logprob(others))
+
+
+def ended(entries: Sequence[Entry]) -> tuple[Entry, ...]:
+    """The same positions, the last of them marked as the answer's end."""
+    return (*entries[:-1], replace(entries[-1], ends=True))

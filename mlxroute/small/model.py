@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mlxroute.errors import RollbackError, UsageError
 from mlxroute.small.cache import PrefixCache
 from mlxroute.small.kernels import pack_signals, unpack_signals
-from mlxroute.small.vocabulary import TokenVocabulary
+from mlxroute.tokenizer import ChatTokenizer
 from mlxroute.types import Message, Notify, Progress, Sampling, Signals, no_notice, no_progress
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ class SmallModel:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
-        self.vocabulary = TokenVocabulary(tokenizer)
+        self._text = ChatTokenizer(tokenizer, name=name)
+        self.vocabulary = self._text.vocabulary
         self.context_length = _context_length(model)
         self._cache = PrefixCache(model)
         self._tap = _HiddenStateTap(model)
@@ -83,31 +84,11 @@ class SmallModel:
 
         Raises UsageError when the chat template refuses the conversation.
         """
-        if not self.tokenizer.has_chat_template:
-            return "\n".join(message["content"] for message in messages)
-        from jinja2 import TemplateError
-
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                list(messages),
-                tokenize=False,
-                add_generation_prompt=True,
-                # Routing is about the answer's tokens; templates without the switch ignore it.
-                enable_thinking=False,
-            )
-        except TemplateError as exc:
-            raise UsageError(
-                f"the chat template of {self.name} refuses this conversation: {exc}"
-            ) from exc
-        return text
+        return self._text.render(messages)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a rendered prompt; special tokens in it are parsed, a missing BOS is added."""
-        bos = self.vocabulary.bos_text
-        ids: list[int] = self.tokenizer.encode(
-            text, add_special_tokens=bool(bos) and not text.startswith(bos)
-        )
-        return ids
+        return self._text.encode_prompt(text)
 
     @property
     def cached_ids(self) -> tuple[int, ...]:

@@ -1,12 +1,12 @@
-"""The plain OpenAI `/v1/completions`: one token, as text and, from some servers, as bytes."""
+"""The plain OpenAI `/v1/completions`: text in; text and, from some servers, bytes or ids out."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
+from mlxroute.large.dialects.interface import Ask, Form, Prompt
 from mlxroute.large.pieces import is_special
 from mlxroute.large.wire import (
     Completion,
@@ -14,9 +14,12 @@ from mlxroute.large.wire import (
     WireToken,
     by_logprob,
     counts,
+    ended,
     first_choice,
+    given_logprob,
     logprob,
     mapping,
+    named_entry,
     sequence,
     string,
     token_id,
@@ -24,128 +27,100 @@ from mlxroute.large.wire import (
 
 
 class PlainCompletions:
-    """Text prompt in; the legacy shape (vLLM, OpenAI) or chat-style content (llama-server) out."""
+    """Understands the legacy logprobs (vLLM, OpenAI, Together) and chat-style ones.
 
-    name: Final = "OpenAI completions"
-    gives_ids: Final = False
+    Without `logprobs` it asks for none: for servers that ignore or refuse them.
+    """
+
+    form: Final = Form.TEXT
+    path: Final = "/completions"
+    at_root: Final = False
+    names_model: Final = True
     dies_of_cached_prompts: Final = False
 
-    def request(
-        self, prompt: str, *, max_tokens: int, top_logprobs: int, model: str | None
-    ) -> dict[str, object]:
+    def __init__(self, *, logprobs: bool) -> None:
+        self._logprobs = logprobs
+        self.name = "OpenAI completions" if logprobs else "OpenAI completions, text only"
+        self.rung = 2 if logprobs else 4
+
+    def request(self, prompt: Prompt, ask: Ask) -> dict[str, object]:
         """Ask for greedy tokens."""
         body: dict[str, object] = {
-            "prompt": prompt,
-            "max_tokens": max_tokens,
+            "prompt": prompt.text,
+            "max_tokens": ask.max_tokens,
             "temperature": 0,
-            "logprobs": top_logprobs,
         }
-        return body if model is None else body | {"model": model}
+        if self._logprobs:
+            body["logprobs"] = ask.top_logprobs
+        return body if ask.model is None else body | {"model": ask.model}
 
-    def completion(self, reply: Mapping[str, object]) -> Completion:
-        """Understand a reply to a request for one token."""
+    def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
+        """Understand a reply; text alone stands for one position of unknown length."""
         choice = first_choice(reply)
         text = string(choice.get("text"), what="choices[0].text")
-        entry = _first_entry(choice.get("logprobs"), text=text)
+        entries = _entries(choice.get("logprobs"), text=text)
         # Empty text can also be a fragment or a special token: only `stop` makes it the end.
-        if choice.get("finish_reason") == "stop" and (not text or is_special(text)):
-            entry = Entry(entry.token, entry.top, ends=True)
-        return Completion((entry,), *counts(reply))
+        if choice.get("finish_reason") == "stop":
+            last = entries[-1].token
+            if text and not is_special(text) and (last.text or last.data):
+                entries = (*entries, Entry(WireToken(text="")))
+            entries = ended(entries)
+        return Completion(entries, text, **counts(reply))
 
 
-def _first_entry(value: object, *, text: str) -> Entry:
-    if value is None:
-        return Entry(WireToken(text=text))
-    logprobs = mapping(value, what="logprobs")
+def _entries(value: object, *, text: str) -> tuple[Entry, ...]:
+    logprobs = {} if value is None else mapping(value, what="logprobs")
+    entries: list[Entry] = []
     if logprobs.get("content") is not None:
-        return _content_entry(logprobs, text=text)
-    if logprobs.get("tokens") is not None:
-        return _legacy_entry(logprobs, text=text)
-    return Entry(WireToken(text=text))
+        content = sequence(logprobs["content"], what="logprobs.content")
+        entries = [named_entry(item) for item in content]
+    elif logprobs.get("tokens") is not None:
+        entries = _legacy_entries(logprobs)
+    return _agreeing(entries, text) if entries else (Entry(WireToken(text=text)),)
 
 
-def _content_entry(logprobs: Mapping[str, object], *, text: str) -> Entry:
-    content = sequence(logprobs["content"], what="logprobs.content")
-    if not content:
-        return Entry(WireToken(text=text))
-    item = mapping(content[0], what="a token")
-    token = _content_token(item)
-    if token.data is not None and token.data.decode("utf-8", errors="replace") != text and text:
-        raise LargeProtocolError("the reply's text and its first token differ")
-    top = item.get("top_logprobs") or []
-    return Entry(
-        token,
-        by_logprob(
-            [
-                _content_token(mapping(other, what="an alternative"))
-                for other in sequence(top, what="top_logprobs")
-            ]
-        ),
-    )
-
-
-def _content_token(item: Mapping[str, object]) -> WireToken:
-    identity = item.get("id", item.get("token_id"))
-    data = item.get("bytes")
-    return WireToken(
-        token_id=None if identity is None else token_id(identity),
-        data=None if data is None else _bytes(data),
-        text=string(item.get("token"), what="a token's text"),
-        logprob=_given(logprob(item.get("logprob"))),
-    )
-
-
-def _bytes(value: object) -> bytes:
-    octets = sequence(value, what="bytes")
-    data = bytearray()
-    for octet in octets:
-        if type(octet) is not int or not 0 <= octet <= 255:
-            raise LargeProtocolError("a token's bytes are not numbers from 0 to 255")
-        data.append(octet)
-    return bytes(data)
-
-
-def _legacy_entry(logprobs: Mapping[str, object], *, text: str) -> Entry:
+def _legacy_entries(logprobs: Mapping[str, object]) -> list[Entry]:
     tokens = sequence(logprobs["tokens"], what="logprobs.tokens")
-    if not tokens:
-        return Entry(WireToken(text=text))
-    values = sequence(logprobs.get("token_logprobs") or [None], what="token_logprobs")
-    ids = sequence(logprobs.get("token_ids") or [None], what="token_ids")
-    value, identity = (values[0] if values else None), (ids[0] if ids else None)
-    return Entry(
-        WireToken(
-            token_id=None if identity is None else token_id(identity),
-            text=_agreed(string(tokens[0], what="a token's text"), text),
-            logprob=None if value is None else _given(logprob(value)),
-        ),
-        by_logprob(_legacy_top(logprobs.get("top_logprobs"))),
-    )
-
-
-def _legacy_top(value: object) -> list[WireToken]:
-    if isinstance(value, list):
-        value = value[0] if value else None
-    if value is None:
-        return []
+    values = sequence(logprobs.get("token_logprobs") or [], what="token_logprobs")
+    ids = sequence(logprobs.get("token_ids") or [], what="token_ids")
+    tops = logprobs.get("top_logprobs") or []
+    # Together gives the alternatives of the only position without a list around them.
+    tops = [tops] if isinstance(tops, dict) else sequence(tops, what="top_logprobs")
     return [
-        WireToken(text=string(text, what="an alternative's text"), logprob=logprob(number))
-        for text, number in mapping(value, what="top_logprobs").items()
+        Entry(
+            WireToken(
+                token_id=token_id(ids[index]) if index < len(ids) else None,
+                text=string(name, what="a token's text"),
+                logprob=given_logprob(values[index]) if index < len(values) else None,
+            ),
+            by_logprob(_legacy_top(tops[index] if index < len(tops) else None)),
+        )
+        for index, name in enumerate(tokens)
     ]
 
 
-def _agreed(token: str, text: str) -> str:
-    """The token's text by the two accounts of it, of which one may lack the leading space.
+def _legacy_top(value: object) -> list[WireToken]:
+    return [
+        WireToken(text=string(text, what="an alternative's text"), logprob=logprob(number))
+        for text, number in mapping(value or {}, what="top_logprobs").items()
+    ]
+
+
+def _agreeing(entries: list[Entry], text: str) -> tuple[Entry, ...]:
+    """The positions, checked against the reply's text, of which one may lack the first space.
 
     Two texts that differ otherwise are a fragment of a character in disguise, or a lie.
     """
-    if not text or token == text:
-        return token
-    if token.strip() and token.strip() == text.strip():
-        return max(token, text, key=len)
-    raise LargeProtocolError("the reply's text and its first token differ")
-
-
-def _given(value: float) -> float:
-    if value == -math.inf:
-        raise LargeProtocolError("a token comes without its probability")
-    return value
+    if len(entries) != 1 or not text:
+        return tuple(entries)
+    token, top = entries[0].token, entries[0].top
+    if token.data is not None:
+        if token.data.decode("utf-8", errors="replace") != text:
+            raise LargeProtocolError("the reply's text and its first token differ")
+        return tuple(entries)
+    name = token.text or ""
+    if name != text:
+        if not name.strip() or name.strip() != text.strip():
+            raise LargeProtocolError("the reply's text and its first token differ")
+        name = max(name, text, key=len)
+    return (Entry(WireToken(token.token_id, None, None, name, token.logprob), top),)

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
+from mlxroute.large.dialects.interface import Ask, Form, Prompt
 from mlxroute.large.wire import (
     Completion,
     Entry,
     WireToken,
     by_logprob,
     counts,
+    ended,
     first_choice,
     logprob,
     mapping,
@@ -25,26 +27,28 @@ _MAX_TOP_LOGPROBS: Final = 11
 
 
 class MlxLm:
-    """The `/v1/completions` of `mlx_lm.server`, told by its refusal of a numeric `logprobs`."""
+    """The `/v1/completions` of `mlx_lm.server`, which wants `logprobs` as a boolean."""
 
     name: Final = "mlx_lm completions"
-    gives_ids: Final = True
+    rung: Final = 2
+    form: Final = Form.TEXT
+    path: Final = "/completions"
+    at_root: Final = False
+    names_model: Final = False
     dies_of_cached_prompts: Final = True
 
-    def request(
-        self, prompt: str, *, max_tokens: int, top_logprobs: int, model: str | None
-    ) -> dict[str, object]:
+    def request(self, prompt: Prompt, ask: Ask) -> dict[str, object]:
         """Ask for greedy tokens. Without a model name the server uses the one it was given."""
         body: dict[str, object] = {
-            "prompt": prompt,
-            "max_tokens": max_tokens,
+            "prompt": prompt.text,
+            "max_tokens": ask.max_tokens,
             "temperature": 0,
             "logprobs": True,
-            "top_logprobs": min(top_logprobs, _MAX_TOP_LOGPROBS),
+            "top_logprobs": min(ask.top_logprobs, _MAX_TOP_LOGPROBS),
         }
-        return body if model is None else body | {"model": model}
+        return body if ask.model is None else body | {"model": ask.model}
 
-    def completion(self, reply: Mapping[str, object]) -> Completion:
+    def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
         """Understand a reply. Its `text` is not used: reasoning and tool calls are cut from it."""
         choice = first_choice(reply)
         content = sequence(
@@ -54,9 +58,8 @@ class MlxLm:
         if not entries:
             raise LargeProtocolError("the reply holds no token")
         if choice.get("finish_reason") == "stop":
-            last = entries[-1]
-            entries[-1] = Entry(last.token, last.top, ends=True)
-        return Completion(tuple(entries), *counts(reply))
+            entries = list(ended(entries))
+        return Completion(tuple(entries), **counts(reply))
 
 
 def _entry(value: object) -> Entry:

@@ -32,6 +32,10 @@ class TokenVocabulary:
         first = self._tokenizer.encode("a")[0]
         return self._tokenizer.bos_token if first == self._tokenizer.bos_token_id else ""
 
+    @property
+    def size(self) -> int:
+        return self._size
+
     def piece(self, token_id: int) -> str | None:
         if not 0 <= token_id < self._size:
             return None

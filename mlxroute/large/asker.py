@@ -1,0 +1,141 @@
+"""One question to the server: a prompt in a dialect's form, the next greedy tokens back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from mlxroute.errors import LargeProtocolError, LargeRefused
+from mlxroute.large.dialects import Ask, Dialect, Prompt
+from mlxroute.large.reader import TokenReader
+from mlxroute.large.replay import SentPrompts, Usage
+from mlxroute.large.transport import Deadline, Reply, Transport, printable
+from mlxroute.large.wire import Completion, Entry, error_in, error_message, parse_object
+from mlxroute.types import LargeContext
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The wanted positions of a reply, the whole reply, and the size of the request."""
+
+    entries: tuple[Entry, ...]
+    completion: Completion
+    uploaded_bytes: int
+
+
+class Asker:
+    """Asks one server. What it has been sent is remembered across dialects."""
+
+    def __init__(
+        self, transport: Transport, *, base_url: str, api_key: str | None, top_logprobs: int
+    ) -> None:
+        self._transport = transport
+        self._base_url = base_url
+        self._api_key = api_key
+        self._top_logprobs = top_logprobs
+        self._sent = SentPrompts()
+        self.reader = TokenReader()
+        self.model: str | None = None
+        self.model_was_named = False
+
+    def post(self, path: str, body: Mapping[str, object], *, deadline: Deadline) -> Reply:
+        """POST a JSON body to a route at the server's root."""
+        return self._transport.call(path, at_root=True, body=_encoded(body), deadline=deadline)
+
+    def ask(
+        self,
+        dialect: Dialect,
+        prompt: Prompt,
+        *,
+        count: int,
+        deadline: Deadline,
+        repeated: tuple[bytes, ...] = (),
+        context: LargeContext | None = None,
+    ) -> Answered:
+        """The next `count` greedy positions after `prompt` and `repeated`, or fewer at the end.
+
+        `repeated` are committed tokens that the form cannot carry and the server has to write
+        again. Raises LargeError.
+        """
+        replayed: tuple[bytes, ...] = ()
+        if dialect.dies_of_cached_prompts:
+            text, replayed = self._sent.plan(prompt.text, context=context)
+            prompt = replace(prompt, text=text)
+        if not (prompt.ids or prompt.text or prompt.messages):
+            raise LargeProtocolError("there is no text to send to the large model")
+        expected = (*replayed, *repeated)
+        # One token more than is read, so that this prompt and the read token are no cached whole.
+        spare = 1 if dialect.dies_of_cached_prompts else 0
+        bounds = Ask(len(expected) + count + spare, self._top_logprobs, self._model_for(dialect))
+        body = _encoded(dialect.request(prompt, bounds))
+        completion = self._complete(dialect, prompt, body, bounds, deadline)
+        rest = self._after(b"".join(expected), completion.entries)
+        return Answered(rest[:count], completion, len(body))
+
+    def _model_for(self, dialect: Dialect) -> str | None:
+        return self.model if dialect.names_model or self.model_was_named else None
+
+    def _complete(
+        self, dialect: Dialect, prompt: Prompt, body: bytes, ask: Ask, deadline: Deadline
+    ) -> Completion:
+        watched = dialect.dies_of_cached_prompts
+        if watched:
+            self._sent.sent(prompt.text, max_tokens=ask.max_tokens)
+        reply = self._transport.call(
+            dialect.path, at_root=dialect.at_root, body=body, deadline=deadline
+        )
+        if watched and reply.status != 200:
+            self._sent.refused(prompt.text, max_tokens=ask.max_tokens)
+        completion = self._understood(dialect, prompt, reply)
+        self.reader.learn(completion.entries)
+        if watched:
+            data = [self.reader.in_prompt(entry.token) for entry in completion.entries]
+            self._sent.answered(prompt.text, data, usage=_usage(completion))
+        return completion
+
+    def _after(self, expected: bytes, entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+        """The positions after those that repeat the committed bytes `expected`."""
+        data, skipped = b"", 0
+        while len(data) < len(expected) and skipped < len(entries):
+            data += self.reader.in_prompt(entries[skipped].token) or b""
+            skipped += 1
+        if data != expected or skipped == len(entries):
+            raise LargeProtocolError(
+                f"{self._base_url} did not continue the answer with the tokens it already has"
+            )
+        return entries[skipped:]
+
+    def _understood(self, dialect: Dialect, prompt: Prompt, reply: Reply) -> Completion:
+        if reply.status != 200:
+            raise self.refusal(error_message(reply.body), status=reply.status)
+        try:
+            value = parse_object(reply.body)
+            if (message := error_in(value)) is not None:
+                raise self.refusal(message, status=reply.status)
+            return dialect.completion(value, prompt)
+        except LargeProtocolError as exc:
+            raise LargeProtocolError(f"{self._base_url}: {exc}") from exc
+
+    def refusal(self, message: str, *, status: int) -> LargeRefused:
+        """The error for a status that is no success, without the key should the server echo it."""
+        if self._api_key:
+            message = message.replace(self._api_key, "[key]")
+        hint = "; check the API key" if status in (401, 403) else ""
+        said = printable(message) or "no reason given"
+        refused = LargeRefused(f"{self._base_url} answered {status}: {said}{hint}")
+        refused.status = status
+        return refused
+
+
+def _encoded(body: Mapping[str, object]) -> bytes:
+    try:
+        return json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError as exc:
+        raise LargeProtocolError("the prompt holds half a surrogate pair") from exc
+
+
+def _usage(completion: Completion) -> Usage | None:
+    if completion.prompt_tokens is None or completion.cached_tokens is None:
+        return None
+    return Usage(completion.prompt_tokens, completion.cached_tokens)

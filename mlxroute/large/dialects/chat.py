@@ -1,0 +1,88 @@
+"""`/v1/chat/completions` with an assistant turn that is begun and must be continued."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Final
+
+from mlxroute.errors import LargeProtocolError
+from mlxroute.large.dialects.interface import Ask, Form, Prompt
+from mlxroute.large.wire import (
+    Completion,
+    Entry,
+    WireToken,
+    counts,
+    ended,
+    first_choice,
+    mapping,
+    named_entry,
+    sequence,
+    string,
+)
+
+
+class Continue(Enum):
+    """How a server is told to continue the last turn instead of closing it."""
+
+    FLAGS = "flags"
+    PREFIX = "prefix"
+    TRAILING = "trailing turn"
+
+
+class ChatContinuation:
+    """One way of continuing a turn; `echoes` for servers whose reply repeats what was begun."""
+
+    form: Final = Form.CHAT
+    path: Final = "/chat/completions"
+    at_root: Final = False
+    names_model: Final = True
+    dies_of_cached_prompts: Final = False
+
+    def __init__(self, how: Continue, *, echoes: bool = False, logprobs: bool = True) -> None:
+        self._how = how
+        self._echoes = echoes
+        self._logprobs = logprobs
+        details = [how.value, *["echoing"] * echoes, *["text only"] * (not logprobs)]
+        self.name = f"chat continuation ({', '.join(details)})"
+        self.rung = 3 if logprobs else 4
+
+    def request(self, prompt: Prompt, ask: Ask) -> dict[str, object]:
+        """Ask for greedy tokens; a turn of which nothing is written yet is not begun."""
+        messages: list[dict[str, object]] = [dict(message) for message in prompt.messages]
+        body: dict[str, object] = {
+            "messages": messages,
+            "max_tokens": ask.max_tokens,
+            "temperature": 0,
+        }
+        if prompt.begun:
+            messages.append({"role": "assistant", "content": prompt.begun})
+            if self._how is Continue.PREFIX:
+                messages[-1]["prefix"] = True
+            elif self._how is Continue.FLAGS:
+                body |= {"continue_final_message": True, "add_generation_prompt": False}
+        if self._logprobs:
+            body |= {"logprobs": True, "top_logprobs": ask.top_logprobs}
+        return body if ask.model is None else body | {"model": ask.model}
+
+    def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
+        """Understand a reply. A refusal or a tool call is no continuation."""
+        choice = first_choice(reply)
+        content = mapping(choice.get("message"), what="message").get("content")
+        text = "" if content is None else string(content, what="message.content")
+        if self._echoes and prompt.begun:
+            if not text.startswith(prompt.begun):
+                raise LargeProtocolError("the reply does not begin with the turn it continues")
+            text = text[len(prompt.begun) :]
+        logprobs = choice.get("logprobs")
+        named = [] if logprobs is None else mapping(logprobs, what="logprobs").get("content") or []
+        entries = [named_entry(item) for item in sequence(named, what="logprobs.content")]
+        if self._logprobs and not entries and text:
+            raise LargeProtocolError("the reply has text and no logprobs")
+        if not entries:
+            entries = [Entry(WireToken(text=text))]
+        if choice.get("finish_reason") == "stop":
+            if text and len(entries) == 1:
+                entries.append(Entry(WireToken(text="")))
+            entries = list(ended(entries))
+        return Completion(tuple(entries), text, **counts(reply))

@@ -1,0 +1,84 @@
+"""What the dialects have in common: how a prompt is given, and what a family of servers does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from mlxroute.large.wire import Completion
+from mlxroute.types import Message
+
+
+class Form(StrEnum):
+    """How a server is given the prompt."""
+
+    IDS = "token ids"
+    TEXT = "rendered text"
+    CHAT = "continued chat turn"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt in the form a dialect takes: ids, text, or messages with a begun assistant turn."""
+
+    ids: tuple[int, ...] = ()
+    text: str = ""
+    messages: tuple[Message, ...] = ()
+    begun: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """The bounds of one request; `model` is None where the server is not to be told one."""
+
+    max_tokens: int
+    top_logprobs: int
+    model: str | None
+
+
+class Dialect(Protocol):
+    """How one family of servers is asked for greedy tokens and understood.
+
+    `request` names only keys that the family knows: strict servers refuse any other.
+    """
+
+    @property
+    def name(self) -> str:
+        """What users see; one of a kind."""
+        ...
+
+    @property
+    def rung(self) -> int:
+        """1 ids in and out, 2 text in and ids or bytes out, 3 continued chat turn, 4 text only."""
+        ...
+
+    @property
+    def form(self) -> Form: ...
+
+    @property
+    def path(self) -> str:
+        """The route below the base address, or from the server's root with `at_root`."""
+        ...
+
+    @property
+    def at_root(self) -> bool: ...
+
+    @property
+    def names_model(self) -> bool:
+        """Whether the server is told which model, also when it serves just one."""
+        ...
+
+    @property
+    def dies_of_cached_prompts(self) -> bool:
+        """Whether a prompt equal to a finished request's prompt and answer stops the server."""
+        ...
+
+    def request(self, prompt: Prompt, ask: Ask) -> dict[str, object]:
+        """The JSON body that asks for the next greedy tokens after `prompt`."""
+        ...
+
+    def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
+        """Understand the reply to `prompt`. Raises LargeProtocolError when it cannot be trusted."""
+        ...

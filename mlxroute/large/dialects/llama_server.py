@@ -1,0 +1,85 @@
+"""llama.cpp's `llama-server`, native `/completion`: token ids in, ids and raw bytes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from mlxroute.errors import LargeProtocolError
+from mlxroute.large.dialects.interface import Ask, Form, Prompt
+from mlxroute.large.wire import (
+    Completion,
+    Entry,
+    WireToken,
+    counted,
+    ended,
+    named_entry,
+    sequence,
+    string,
+    token_id,
+)
+
+_FIELDS: Final = [
+    *("content", "tokens", "stop_type", "completion_probabilities"),
+    *("tokens_evaluated", "tokens_predicted", "timings", "truncated"),
+]
+
+
+class LlamaServer:
+    """Positions whose text is an unfinished character come by id alone, without logprob."""
+
+    name: Final = "llama-server completion"
+    rung: Final = 1
+    form: Final = Form.IDS
+    path: Final = "/completion"
+    at_root: Final = True
+    names_model: Final = False
+    dies_of_cached_prompts: Final = False
+
+    def request(self, prompt: Prompt, ask: Ask) -> dict[str, object]:
+        """Ask for greedy tokens, whatever samplers the server was started with."""
+        return {
+            "prompt": list(prompt.ids),
+            "n_predict": ask.max_tokens,
+            "n_probs": ask.top_logprobs,
+            "temperature": 0,
+            "samplers": ["temperature"],
+            "cache_prompt": True,
+            "return_tokens": True,
+            "response_fields": _FIELDS,
+        }
+
+    def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
+        """Understand a reply. A prompt that the server cut is not the one that was asked."""
+        if reply.get("truncated") is True:
+            raise LargeProtocolError("the server cut the prompt: its context is too short")
+        ids = [token_id(value) for value in sequence(reply.get("tokens"), what="tokens")]
+        named = sequence(
+            reply.get("completion_probabilities") or [], what="completion_probabilities"
+        )
+        entries = _aligned(ids, [named_entry(item) for item in named])
+        if not entries:
+            raise LargeProtocolError("the reply holds no token")
+        if reply.get("stop_type") == "eos":
+            entries = list(ended(entries))
+        timings = reply.get("timings")
+        cached = timings.get("cache_n") if isinstance(timings, dict) else None
+        return Completion(
+            tuple(entries),
+            string(reply.get("content"), what="content"),
+            **counted(reply.get("tokens_evaluated"), cached, reply.get("tokens_predicted")),
+        )
+
+
+def _aligned(ids: Sequence[int], named: Sequence[Entry]) -> list[Entry]:
+    """One entry for each id; those that come with a name are in the same order."""
+    entries, rest = [], list(named)
+    for identity in ids:
+        if rest and rest[0].token.token_id == identity:
+            entries.append(rest.pop(0))
+        else:
+            entries.append(Entry(WireToken(token_id=identity)))
+    if rest and ids:
+        raise LargeProtocolError("the reply's ids and its logprobs differ")
+    # Without any ids the server ignored `return_tokens`; the names carry them.
+    return entries or list(rest)

@@ -1,0 +1,311 @@
+"""Finds out how a server is best asked, by questions whose answers are known, not by its name."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused
+from mlxroute.large import questions
+from mlxroute.large.asker import Answered, Asker
+from mlxroute.large.dialects import LADDER, Dialect, Form, Prompt
+from mlxroute.large.questions import Question
+from mlxroute.large.reader import REPLACEMENT
+from mlxroute.large.tokens import TokenSource
+from mlxroute.large.transport import Deadline, printable
+from mlxroute.large.verdict import Check, Refusal
+from mlxroute.large.wire import Entry
+from mlxroute.types import Progress, no_progress
+
+# Statuses that say nothing about the dialect: the key, the load, the server's health.
+_NOT_THE_DIALECT: Final = {401, 402, 403, 408, 429}
+_SLACK: Final = 1e-3
+_MOST_PARTS: Final = 4
+_TEXT_ONLY: Final = 4
+
+
+class _Unfit(Exception):
+    """The dialect at hand is refused; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The dialect that tells the truth, and what was seen on the way. Latencies in seconds."""
+
+    dialect: Dialect
+    checks: tuple[Check, ...]
+    refusals: tuple[Refusal, ...]
+    latencies_s: tuple[float, ...]
+    calls: int
+
+
+class Prober:
+    """Tries the dialects in order; `deadline` makes the bound of each call."""
+
+    def __init__(
+        self,
+        asker: Asker,
+        tokens: TokenSource | None,
+        *,
+        deadline: Callable[[], Deadline],
+        progress: Progress = no_progress,
+    ) -> None:
+        self._asker = asker
+        self._tokens = tokens
+        self._deadline = deadline
+        self._progress = progress
+        self._latencies_s: list[float] = []
+        self._calls = 0
+
+    def find(self, ladder: Sequence[Dialect] = LADDER) -> Found:
+        """The first dialect of the ladder that answers every question truthfully.
+
+        Raises LargeError: the server's own trouble, or LargeProtocolError when no dialect will do.
+        """
+        refusals: list[Refusal] = []
+        for number, dialect in enumerate(ladder):
+            self._progress("probing the large model's server", number, len(ladder))
+            try:
+                checks = self._examined(dialect)
+            except _Unfit as exc:
+                refusals.append(Refusal(dialect.name, str(exc)))
+                continue
+            self._progress("probing the large model's server", len(ladder), len(ladder))
+            return Found(dialect, checks, tuple(refusals), tuple(self._latencies_s), self._calls)
+        raise NothingFits(refusals)
+
+    def fits(self, dialect: Dialect) -> bool:
+        """Whether a dialect still continues a word, asked just once."""
+        try:
+            self._mid_word(dialect)
+        except _Unfit:
+            return False
+        return True
+
+    def _examined(self, dialect: Dialect) -> tuple[Check, ...]:
+        self._latencies_s.clear()
+        checks = [self._mid_word(dialect)]
+        checks.append(self._logprobs(dialect))
+        if not checks[-1].passed and dialect.rung < _TEXT_ONLY:
+            raise _Unfit(f"logprobs: {checks[-1].detail}")
+        examinations = (
+            self._trailing_space,
+            self._multi_byte,
+            self._consecutive,
+            self._ends,
+            *((self._ids,) if dialect.form is Form.IDS else ()),
+        )
+        for examine in examinations:
+            checks.append(examine(dialect))
+            if checks[-1].passed is False:
+                raise _Unfit(f"{checks[-1].name}: {checks[-1].detail}")
+        return (*checks, self._caching(dialect))
+
+    def _mid_word(self, dialect: Dialect) -> Check:
+        wrote = ""
+        for question in questions.MID_WORD:
+            wrote = self._text(dialect, self._prompt(dialect, question))
+            if _continues(wrote, question.expected):
+                return Check("mid-word", True, f"{question.begun[-8:]!r} + {wrote!r}")
+        raise _Unfit(f"a begun word is not continued (it wrote {_quoted(wrote)})")
+
+    def _trailing_space(self, dialect: Dialect) -> Check:
+        wrote = ""
+        for question in questions.TRAILING_SPACE:
+            wrote = self._text(dialect, self._prompt(dialect, question))
+            if _continues(wrote, question.expected):
+                return Check("trailing space", True, f"{question.begun[-6:]!r} + {wrote!r}")
+            if _continues(wrote.lstrip(" "), question.expected):
+                return Check("trailing space", False, "the space that ends a prompt is lost")
+        return Check("trailing space", None, f"the model wrote {_quoted(wrote)}")
+
+    def _multi_byte(self, dialect: Dialect) -> Check:
+        wrote = ""
+        for question in questions.MULTI_BYTE:
+            prompt = self._prompt(dialect, question)
+            first = self._ask(dialect, prompt, 1)
+            data = self._asker.reader.data(first.entries[0].token)
+            if data and question.expected.encode().startswith(data):
+                whole = data.decode(errors="ignore")
+                return Check("multi-byte", True, "whole" if whole else "in parts, by bytes")
+            wrote = first.completion.text
+            if not data:
+                wrote = self._text(dialect, prompt)
+                if _continues(wrote, question.expected):
+                    return Check("multi-byte", True, "whole, after asking for more tokens")
+            elif _continues(wrote, question.expected):
+                return Check("multi-byte", True, "whole")
+        return Check("multi-byte", None, f"the model wrote {_quoted(wrote)}")
+
+    def _consecutive(self, dialect: Dialect) -> Check:
+        """Two calls for one token each write what one call for two tokens does."""
+        prompt = self._prompt(dialect, questions.COUNTING)
+        both = self._ask(dialect, prompt, 2)
+        first = self._ask(dialect, prompt, 1)
+        wrote = self._asker.reader.data(first.entries[0].token)
+        if wrote is None:
+            return Check("two in a row", None, "the first token has no text of its own")
+        second = self._ask(dialect, _longer(prompt, first.entries[0], wrote), 1)
+        apart = b"".join(self._data(answer.entries[0]) for answer in (first, second))
+        together = b"".join(map(self._data, both.entries)) or both.completion.text.encode()
+        shown, whole = apart.decode(errors="replace"), together.decode(errors="replace")
+        if apart == together:
+            return Check("two in a row", True, repr(shown))
+        return Check("two in a row", False, f"{shown!r}, in one call {whole!r}")
+
+    def _ends(self, dialect: Dialect) -> Check:
+        """At the end of its own answer the server says that it is over, without any text."""
+        prompt = self._chat(dialect)
+        if prompt is None:
+            return Check("end of answer", None, "the chat template is not known")
+        whole = self._ask(dialect, prompt, questions.SHORT_ANSWER_TOKENS)
+        if not whole.completion.ends:
+            return Check("end of answer", None, "the model had not ended after a sentence")
+        for entry in whole.entries[:-1] if len(whole.entries) > 1 else ():
+            data = self._asker.reader.data(entry.token)
+            if data is None:
+                return Check("end of answer", None, "the answer's tokens have no text")
+            prompt = _longer(prompt, entry, data)
+        last = self._ask(dialect, prompt, 1).entries[0]
+        if not self._asker.reader.ends(last):
+            return Check("end of answer", False, f"it wrote {_quoted(last.token.text or '')}")
+        return Check("end of answer", True, "said by finish reason")
+
+    def _logprobs(self, dialect: Dialect) -> Check:
+        entry = self._ask(dialect, self._prompt(dialect, questions.COUNTING), 1).entries[0]
+        value, top = entry.token.logprob, [other.logprob or 0.0 for other in entry.top]
+        if value is None or not top:
+            return Check("logprobs", False, "there are none")
+        if abs(value - top[0]) > _SLACK:
+            return Check("logprobs", False, "the token written is not the most likely one")
+        if sum(map(math.exp, top)) > 1 + _SLACK:
+            return Check("logprobs", False, "the probabilities add up to more than 1")
+        return Check("logprobs", True, f"{len(top)} alternatives")
+
+    def _ids(self, dialect: Dialect) -> Check:
+        entry = self._ask(dialect, self._prompt(dialect, questions.COUNTING), 1).entries[0]
+        assert self._tokens is not None
+        data = self._asker.reader.data(entry.token)
+        ids = self._tokens.encode(questions.COUNTING.begun + (data or b"").decode(errors="ignore"))
+        if entry.token.token_id in ids:
+            return Check("ids round-trip", True, f"by {self._tokens.name}")
+        return Check("ids round-trip", False, f"id {entry.token.token_id} is not that of its text")
+
+    def _caching(self, dialect: Dialect) -> Check:
+        """Whether a prompt's second half is all that the second call has to compute."""
+        question = questions.COUNTING
+        longer = Question(question.begun + " 12, 13, 14,", " 15", question.request)
+        self._ask(dialect, self._prompt(dialect, question), 1)
+        after = self._ask(dialect, self._prompt(dialect, longer), 1).completion
+        if after.cached_tokens is None:
+            return Check("prefix cache", None, "the server does not report it")
+        detail = f"{after.cached_tokens} of {after.prompt_tokens} prompt tokens reused"
+        return Check("prefix cache", after.cached_tokens > 0 or None, detail)
+
+    def _prompt(self, dialect: Dialect, question: Question) -> Prompt:
+        prompt = question.prompt(dialect.form, self._tokens)
+        if prompt is None:
+            raise _Unfit("the server has no tokenise route, and its tokenizer is not known")
+        return prompt
+
+    def _chat(self, dialect: Dialect) -> Prompt | None:
+        messages = questions.SHORT_ANSWER
+        if dialect.form is Form.CHAT:
+            return Prompt(messages=messages)
+        if self._tokens is None:
+            return None
+        if dialect.form is Form.TEXT:
+            text = self._tokens.text(messages)
+            return None if text is None else Prompt(text=text.removeprefix(self._tokens.bos_text))
+        try:
+            return Prompt(ids=self._tokens.prompt(messages))
+        except LargeError:
+            return None
+
+    def _text(self, dialect: Dialect, prompt: Prompt) -> str:
+        """What comes next, as many tokens of it as make up whole characters."""
+        for count in range(1, _MOST_PARTS + 1):
+            answered = self._ask(dialect, prompt, count)
+            data = [self._asker.reader.data(entry.token) for entry in answered.entries]
+            text = answered.completion.text
+            if None not in data:
+                text = b"".join(part for part in data if part).decode(errors="replace")
+            if text and REPLACEMENT not in text:
+                return text
+            if answered.completion.ends:
+                return text
+        return ""
+
+    def _data(self, entry: Entry) -> bytes:
+        return self._asker.reader.data(entry.token) or b""
+
+    def _ask(self, dialect: Dialect, prompt: Prompt, count: int) -> Answered:
+        """One call; _Unfit for a reply that this dialect does not explain."""
+        began = time.perf_counter()
+        self._calls += 1
+        try:
+            answered = self._asker.ask(dialect, prompt, count=count, deadline=self._deadline())
+        except LargeRefused as exc:
+            if exc.status in _NOT_THE_DIALECT:
+                raise
+            raise _Unfit(_without_address(str(exc))) from exc
+        except LargeProtocolError as exc:
+            raise _Unfit(_without_address(str(exc))) from exc
+        if count == 1:
+            self._latencies_s.append(time.perf_counter() - began)
+        return answered
+
+
+class NothingFits(LargeProtocolError):
+    """No dialect will do; `refusals` say why, the text what to try first."""
+
+    def __init__(self, refusals: Sequence[Refusal]) -> None:
+        self.refusals = tuple(refusals)
+        super().__init__(advice(self.refusals))
+
+
+def advice(refusals: Sequence[Refusal]) -> str:
+    """The first thing to try when no dialect fits."""
+    reasons = [refusal.reason for refusal in refusals]
+    if all(" 404" in reason or "tokenise" in reason for reason in reasons):
+        return "nothing at this address completes text; does it end in the API's path, as in /v1?"
+    if any("logprobs" in reason for reason in reasons):
+        return (
+            "the server gives no logprobs on any route that continues a text; enable them, or use a"
+            " server with /v1/completions (vLLM, llama-server, mlx_lm.server)"
+        )
+    if any("not continued" in reason for reason in reasons):
+        return (
+            "the server starts a new answer instead of continuing one; use a server with"
+            " /v1/completions (vLLM, llama-server, mlx_lm.server)"
+        )
+    return f"no way of asking this server for one token works ({reasons[-1]})"
+
+
+def _continues(wrote: str, expected: str) -> bool:
+    return bool(wrote) and (expected.startswith(wrote) or wrote.startswith(expected))
+
+
+def _longer(prompt: Prompt, entry: Entry, data: bytes) -> Prompt:
+    """The prompt with one more token at its end, in whatever form it has."""
+    if prompt.ids:
+        identity = entry.token.token_id
+        if identity is None:
+            raise _Unfit("the reply names no token ids")
+        return Prompt(ids=(*prompt.ids, identity))
+    text = data.decode(errors="replace")
+    if prompt.messages:
+        return Prompt(messages=prompt.messages, begun=prompt.begun + text)
+    return Prompt(text=prompt.text + text)
+
+
+def _quoted(text: str) -> str:
+    return repr(printable(text, limit=40))
+
+
+def _without_address(text: str) -> str:
+    """The reason without the address in front, which the reader knows."""
+    return text.split(": ", 1)[1] if text.startswith("http") and ": " in text else text

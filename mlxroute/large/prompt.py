@@ -1,0 +1,74 @@
+"""The prompt of a position, in the form a dialect takes and the words of the large model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlxroute.errors import LargeProtocolError, UsageError
+from mlxroute.large.dialects import Dialect, Form, Prompt
+from mlxroute.large.tokens import TokenSource
+from mlxroute.types import LargeContext
+
+
+@dataclass(frozen=True, slots=True)
+class PromptBuilder:
+    """`same` says that both models share a vocabulary, so that ids and template pass through.
+
+    Otherwise the conversation is rendered by `tokens`, in the large model's own template, and what
+    the large model wrote keeps the ids it gave.
+    """
+
+    dialect: Dialect
+    same: bool
+    tokens: TokenSource | None
+
+    def build(self, context: LargeContext) -> Prompt:
+        """Raises LargeProtocolError where the form cannot carry the context."""
+        if context.fragment_ids and not self.carries_fragments:
+            raise LargeProtocolError(
+                "the answer stops inside a character, which this server cannot be told"
+            )
+        match self.dialect.form:
+            case Form.IDS:
+                return Prompt(ids=self._ids(context))
+            case Form.TEXT:
+                return Prompt(text=self._text(context))
+            case Form.CHAT:
+                return Prompt(messages=context.messages, begun=_answer(context))
+
+    @property
+    def carries_fragments(self) -> bool:
+        """Whether a begun character can be sent, or be written again by the server."""
+        by_id = self.dialect.form is Form.IDS or self.dialect.dies_of_cached_prompts
+        return self.same and by_id
+
+    def _ids(self, context: LargeContext) -> tuple[int, ...]:
+        if self.same:
+            return tuple(context.token_ids)
+        if self.tokens is None:
+            raise LargeProtocolError("nothing here cuts text into the large model's tokens")
+        ids = list(self._rendered_ids(self.tokens, context))
+        for span in context.spans:
+            ids += span.large_ids or self.tokens.encode(span.text)
+        return tuple(ids)
+
+    def _rendered_ids(self, tokens: TokenSource, context: LargeContext) -> tuple[int, ...]:
+        try:
+            return tokens.prompt(context.messages)
+        except UsageError as exc:
+            raise LargeProtocolError(str(exc)) from exc
+
+    def _text(self, context: LargeContext) -> str:
+        if not self.same and self.tokens is not None and context.messages:
+            try:
+                rendered = self.tokens.text(context.messages)
+            except UsageError as exc:
+                raise LargeProtocolError(str(exc)) from exc
+            if rendered is not None:
+                return rendered.removeprefix(self.tokens.bos_text) + _answer(context)
+        # The server adds the begin token itself; two of them change what the model says.
+        return context.text.removeprefix(context.vocabulary.bos_text)
+
+
+def _answer(context: LargeContext) -> str:
+    return "".join(span.text for span in context.spans)

@@ -1,0 +1,183 @@
+"""The large model's own way of cutting text into tokens: from its files, or from the server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, Protocol
+
+from mlxroute.errors import LargeProtocolError, LargeRefused
+from mlxroute.large.transport import Reply
+from mlxroute.large.wire import error_message, parse_object, sequence, string, token_id
+from mlxroute.types import Message, Vocabulary
+
+_SAMPLE: Final = "Hello world"
+_REMEMBERED: Final = 4096
+
+
+class Tokenizer(Protocol):
+    """The large model's tokenizer and template, read from files on this machine."""
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+
+    def render(self, messages: Sequence[Message]) -> str: ...
+
+    def encode_prompt(self, text: str) -> list[int]: ...
+
+
+class Post(Protocol):
+    """Sends a JSON body to a route at the server's root."""
+
+    def __call__(self, path: str, body: Mapping[str, object]) -> Reply: ...
+
+
+class TokenSource(Protocol):
+    """Where ids of the large vocabulary come from. Methods raise LargeError."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def bos_text(self) -> str:
+        """The begin token that servers add to a text themselves; empty when there is none."""
+        ...
+
+    def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Ids of a conversation in the large model's template, ready for the answer."""
+        ...
+
+    def text(self, messages: Sequence[Message]) -> str | None:
+        """The same as text; None where the source gives ids only."""
+        ...
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Ids of a piece of plain text."""
+        ...
+
+
+class FileTokens:
+    """Ids from the model's own tokenizer files."""
+
+    name: Final = "tokenizer files"
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    @property
+    def bos_text(self) -> str:
+        return self.tokenizer.vocabulary.bos_text
+
+    def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode_prompt(self.tokenizer.render(messages)))
+
+    def text(self, messages: Sequence[Message]) -> str | None:
+        return self.tokenizer.render(messages)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return self.tokenizer.vocabulary.encode(text)
+
+
+class ServerTokens:
+    """Ids from the server's own tokenise routes, each text asked for once."""
+
+    name: Final = "the server's tokenise route"
+    bos_text: Final = ""
+
+    def __init__(self, post: Post, *, model: str | None) -> None:
+        self._post = post
+        self._model = model
+        self._known: dict[tuple[str, str], tuple[int, ...]] = {}
+
+    @classmethod
+    def find(cls, post: Post, *, model: str | None) -> ServerTokens | None:
+        """The routes of this server, if it has any that tell the truth about a sample text."""
+        for kind in (LlamaTokens, VllmTokens):
+            found = kind(post, model=model)
+            try:
+                ids = found.encode(_SAMPLE)
+                if ids and found.decode(ids).strip() == _SAMPLE:
+                    return found
+            except (LargeProtocolError, LargeRefused):
+                continue
+        return None
+
+    def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        key = ("prompt", json.dumps(list(messages)))
+        return self._remembered(key, lambda: self._prompt(messages))
+
+    def text(self, messages: Sequence[Message]) -> str | None:
+        return None
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return self._remembered(("text", text), lambda: self._encode(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens by their names."""
+        raise LargeProtocolError("this server has no detokenise route")
+
+    def _prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        raise LargeProtocolError("this server has no template route")
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        raise LargeProtocolError("this server has no tokenise route")
+
+    def _remembered(
+        self, key: tuple[str, str], ask: Callable[[], tuple[int, ...]]
+    ) -> tuple[int, ...]:
+        if key not in self._known:
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            self._known[key] = ask()
+        return self._known[key]
+
+    def _ask(self, path: str, body: Mapping[str, object]) -> Mapping[str, object]:
+        reply = self._post(path, body)
+        if reply.status != 200:
+            raise LargeRefused(f"{path} answered {reply.status}: {error_message(reply.body)}")
+        return parse_object(reply.body)
+
+
+class LlamaTokens(ServerTokens):
+    """`llama-server`: `/apply-template`, `/tokenize`, `/detokenize`."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens by their names."""
+        return string(self._ask("/detokenize", {"tokens": list(ids)}).get("content"), what="text")
+
+    def _prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        reply = self._ask("/apply-template", {"messages": list(messages)})
+        text = string(reply.get("prompt"), what="the rendered prompt")
+        return self._tokens({"content": text, "add_special": True, "parse_special": True})
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return self._tokens({"content": text, "add_special": False, "parse_special": False})
+
+    def _tokens(self, body: Mapping[str, object]) -> tuple[int, ...]:
+        return _token_ids(self._ask("/tokenize", body))
+
+
+class VllmTokens(ServerTokens):
+    """vLLM and SGLang: `/tokenize` takes text or messages."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens by their names."""
+        reply = self._ask("/detokenize", self._named({"tokens": list(ids)}))
+        # vLLM calls it prompt, SGLang text.
+        return string(reply.get("prompt", reply.get("text")), what="text")
+
+    def _prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        body = {"messages": list(messages), "add_generation_prompt": True}
+        return _token_ids(self._ask("/tokenize", self._named(body)))
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        body = {"prompt": text, "add_special_tokens": False}
+        return _token_ids(self._ask("/tokenize", self._named(body)))
+
+    def _named(self, body: dict[str, object]) -> dict[str, object]:
+        return body if self._model is None else body | {"model": self._model}
+
+
+def _token_ids(reply: Mapping[str, object]) -> tuple[int, ...]:
+    items = sequence(reply.get("tokens"), what="tokens")
+    return tuple(token_id(item.get("id") if isinstance(item, dict) else item) for item in items)
