@@ -207,10 +207,12 @@ class Answer:
         )
 
     def _context(self) -> LargeContext:
+        fragment_ids = self._characters.fragment_ids
+        whole = self._raw_text[: len(self._raw_text) - len(fragment_ids)]
         return LargeContext(
-            text=self._prompt_text + "".join(self._raw_text),
+            text=self._prompt_text + "".join(whole),
             token_ids=(*self._prompt_ids, *self._answer_ids),
-            fragment_ids=self._characters.fragment_ids,
+            fragment_ids=fragment_ids,
             vocabulary=self._small.vocabulary,
             messages=self._messages,
             spans=self._spans.all(),
