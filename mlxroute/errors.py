@@ -15,6 +15,7 @@ MlxRouteError
     ├── LargeTimeout        no full reply in time
     ├── LargeUnreachable    no connection, or it broke
     ├── LargeRefused        an HTTP error status, or an error in the body
+    ├── LargeUnrecorded     the ledger cannot be written, so nothing was sent
     └── LargeProtocolError  a reply that cannot be trusted as a token
 """
 
@@ -65,6 +66,9 @@ class LargeUnreachable(LargeError): ...
 
 
 class LargeRefused(LargeError): ...
+
+
+class LargeUnrecorded(LargeError): ...
 
 
 class LargeProtocolError(LargeError): ...

@@ -32,7 +32,8 @@ from mlxroute.large.wire import (
     parse_object,
     sequence,
 )
-from mlxroute.types import LargeContext, LargeToken
+from mlxroute.ledger import Ledger
+from mlxroute.types import LargeContext, LargeToken, Uploads
 
 _PROBE_PROMPT: Final = "1, 2, 3,"
 _MODELS_SHOWN: Final = 8
@@ -43,7 +44,7 @@ class LargeModel:
     """One token per call from a large model on an OpenAI-compatible server.
 
     The first call, or `connect`, finds out how the server wants to be asked. `timeout_s` bounds a
-    whole reply. Not for several threads at once.
+    whole reply. `ledger` records what is sent. Not for several threads at once.
     """
 
     def __init__(
@@ -55,12 +56,17 @@ class LargeModel:
         timeout_s: float = 30.0,
         connect_timeout_s: float = 5.0,
         top_logprobs: int = 5,
+        ledger: Ledger | None = None,
     ) -> None:
         if not (0 < timeout_s <= _LONGEST_S and 0 < connect_timeout_s <= _LONGEST_S):
             raise UsageError(f"timeouts must be above 0 and at most {_LONGEST_S} seconds")
         self._address = parse_address(base_url)
+        self._ledger = Ledger() if ledger is None else ledger
         self._transport = Transport(
-            self._address, api_key=api_key, connect_timeout_s=connect_timeout_s
+            self._address,
+            api_key=api_key,
+            connect_timeout_s=connect_timeout_s,
+            ledger=self._ledger,
         )
         self._api_key = api_key
         self._timeout_s = timeout_s
@@ -96,6 +102,11 @@ class LargeModel:
         name = self._model or self._served_name or "the server's own model"
         # Servers list a local model by its path; only the last part means something.
         return printable(PurePosixPath(name).name if name.startswith("/") else name, limit=100)
+
+    @property
+    def uploads(self) -> Uploads:
+        """What was sent so far, questions about the server included."""
+        return self._ledger.uploads
 
     def close(self) -> None:
         """Close the connection; a later call opens a new one."""
@@ -161,6 +172,7 @@ class LargeModel:
         if reply.status != 200:
             self._sent.refused(prompt, max_tokens=max_tokens)
         completion = self._understood(dialect, reply)
+        self._count(completion, prompt_tokens=len(context.token_ids))
         for entry in completion.entries:
             self._bridge.learn(entry)
         data = [self._bridge.data(e.token, vocabulary=vocabulary) for e in completion.entries]
@@ -192,7 +204,7 @@ class LargeModel:
             if models:
                 self._model = models[0]
                 reply = reply if reply.status == 200 else self._probe(plain, deadline)
-        self._understood(plain, reply)
+        self._count(self._understood(plain, reply), prompt_tokens=len(_PROBE_PROMPT))
         self._dialect = plain
         return plain
 
@@ -219,6 +231,15 @@ class LargeModel:
             return dialect.completion(value)
         except LargeProtocolError as exc:
             raise LargeProtocolError(f"{self.base_url}: {exc}") from exc
+
+    def _count(self, completion: Completion, *, prompt_tokens: int) -> None:
+        """Enter a reply's counts into the ledger, where the server gives none our own."""
+        reported, generated = completion.prompt_tokens, completion.completion_tokens
+        self._ledger.used(
+            prompt_tokens=prompt_tokens if reported is None else reported,
+            cached_tokens=completion.cached_tokens or 0,
+            completion_tokens=len(completion.entries) if generated is None else generated,
+        )
 
     def _refusal(self, message: str, *, status: int) -> LargeRefused:
         if self._api_key:
