@@ -182,7 +182,9 @@ def _price(value: object, *, where: str) -> Prices:
     if "input" in entry:
         entry.setdefault("cached_input", entry["input"])
     price = _build(Prices, entry, where=where)
-    if not all(0 <= amount < math.inf for amount in (price.input, price.cached_input, price.output)):
+    if not all(
+        0 <= amount < math.inf for amount in (price.input, price.cached_input, price.output)
+    ):
         raise CatalogError(f"{where}: a price must be a number from 0, per million tokens")
     return price
 

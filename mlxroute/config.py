@@ -163,7 +163,7 @@ def read_never_send(settings: Settings) -> tuple[re.Pattern[str], ...]:
 
     Raises ConfigError naming the pattern, or the file and the line.
     """
-    patterns = [_pattern(text, where="--never-send") for text in settings.never_send]
+    patterns = [_pattern(text, where=f"--never-send {text!r}") for text in settings.never_send]
     for name in settings.never_send_file:
         path = Path(name).expanduser()
         try:
@@ -173,6 +173,7 @@ def read_never_send(settings: Settings) -> tuple[re.Pattern[str], ...]:
             reason = (exc.strerror if isinstance(exc, OSError) else None) or "it is not UTF-8 text"
             raise ConfigError(f"the never-send file {path} cannot be read: {reason}") from exc
         patterns += [
+            # What a user hides in a file is not repeated.
             _pattern(line.strip(), where=f"line {number} of the never-send file {path}")
             for number, line in enumerate(lines, start=1)
             if line.strip() and not line.lstrip().startswith("#")
@@ -184,7 +185,7 @@ def _pattern(text: str, *, where: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except (re.error, RecursionError, OverflowError) as exc:
-        raise ConfigError(f"{where}: {text!r} is no regular expression: {exc}") from exc
+        raise ConfigError(f"{where} is no regular expression: {exc}") from exc
 
 
 def _names() -> list[str]:

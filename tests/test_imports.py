@@ -22,13 +22,14 @@ _ROOMS: dict[str, set[str]] = {
     "_version": set(),
     "config": set(),
     "catalog": set(),
+    "ledger": set(),
     "conversation": set(),
     "backend": set(),
     "weights": {"catalog"},
     "routers": set(),
     "engine": set(),
     "small": {"backend", "catalog", "config", "weights"},
-    "large": {"backend", ""},  # "" is the package itself, to tell a child where it lies
+    "large": {"backend", "ledger", ""},  # "" is the package itself, to tell a child where it lies
     "view": set(),
     "host_process": {"backend"},
 }
