@@ -56,6 +56,11 @@ class Ledger:
             # Longest first: one may be part of another.
             self._secrets = sorted({*self._secrets, secret}, key=len, reverse=True)
 
+    def check(self) -> None:
+        """Raise LargeUnrecorded when nothing may be sent any more."""
+        if self.failure is not None:
+            raise LargeUnrecorded(self.failure)
+
     def sent(self, url: str, body: bytes) -> None:
         """Record a body that leaves now. Raises LargeUnrecorded when it must not."""
         with self._lock:
@@ -97,8 +102,7 @@ class Ledger:
                 self.failure = (
                     f"the ledger {self._path} cannot be written ({reason}); nothing more is sent"
                 )
-        if self.failure is not None:
-            raise LargeUnrecorded(self.failure)
+        self.check()
 
     def _line(self, url: str, body: bytes) -> bytes:
         text = body.decode("utf-8", errors="replace")

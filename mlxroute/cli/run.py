@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,22 +157,27 @@ def open_session(settings: Settings, err: Console) -> Session:
 
     _check(settings)
     never_send, prices = read_never_send(settings), read_prices(settings)
-    ledger = open_ledger(settings)
-    large = _open_large(settings, ledger, err)
-    with Reporter(err) as reporter:
-        small = load_small(settings, reporter)
-        if large is None:
-            reporter.notify(_OFFLINE if settings.offline else _NO_LARGE)
-    catalog = Catalog.load(user_catalog_dir())
-    return Session(
-        small,
-        large,
-        settings,
-        threshold=_threshold(settings, catalog, small, large),
-        ledger=ledger,
-        never_send=never_send,
-        prices=prices or (catalog.price(large.model_name) if large else None),
-    )
+    with ExitStack() as opened:
+        ledger = opened.enter_context(open_ledger(settings))
+        large = _open_large(settings, ledger, err)
+        with Reporter(err) as reporter:
+            small = load_small(settings, reporter)
+            if large is None:
+                reporter.notify(_OFFLINE if settings.offline else _NO_LARGE)
+        catalog = Catalog.load(user_catalog_dir())
+        if prices is None and large is not None:
+            prices = catalog.price(large.model_name)
+        session = Session(
+            small,
+            large,
+            settings,
+            threshold=_threshold(settings, catalog, small, large),
+            ledger=ledger,
+            never_send=never_send,
+            prices=prices,
+        )
+        opened.pop_all()
+    return session
 
 
 def open_ledger(settings: Settings) -> Ledger:

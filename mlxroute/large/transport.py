@@ -143,6 +143,7 @@ class Exchange(threading.Thread):
         return self._reply
 
     def _exchange(self) -> Reply:
+        self._ledger.check()
         left_s = max(self._deadline.left_s(), 0.001)
         url = self._address.url + self._path
         try:
