@@ -148,6 +148,24 @@ def test_what_is_not_searched_again_could_not_have_matched(
         assert guard.match(context) == (None if found is None else 1)
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "BEGIN.*END",
+        "BEGIN(?=.*END)",
+        "(?<!x)B[^!]+END",
+        r"(B)EGIN.{0,}END",
+        "BEGIN(?:.{4}){125}END",
+    ],
+)
+def test_a_match_may_be_long(pattern: str) -> None:
+    guard = NeverSend([re.compile(pattern)], [])
+    context = "... BEGIN" + "y" * 500
+    assert guard.match(context) is None
+    assert guard.match(context + "EN") is None
+    assert guard.match(context + "END") == 1
+
+
 def test_a_long_prompt_is_not_searched_again_for_every_token() -> None:
     class Recording:
         pattern = "token-[0-9]{3}"

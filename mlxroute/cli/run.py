@@ -21,7 +21,7 @@ from mlxroute.config import (
     read_prices,
     user_catalog_dir,
 )
-from mlxroute.errors import LargeError, UsageError
+from mlxroute.errors import LargeError, LargeUnrecorded, UsageError
 from mlxroute.ledger import Ledger
 from mlxroute.types import Message, Prices, RunStats, Uploads
 
@@ -319,6 +319,8 @@ def _open_large(settings: Settings, ledger: Ledger, err: Console) -> LargeModel 
     large = large_model(settings, settings.large, ledger)
     try:
         large.connect()
+    except LargeUnrecorded as exc:
+        raise UsageError(str(exc)) from exc
     except LargeError as exc:
         from mlxroute.view import printable
 
