@@ -19,15 +19,18 @@ if TYPE_CHECKING:
     from mlxroute.engine import Answer, generate
     from mlxroute.errors import MlxRouteError
     from mlxroute.large import LargeModel
+    from mlxroute.ledger import Ledger
     from mlxroute.routers import EntropyRouter
     from mlxroute.small import SmallModel
-    from mlxroute.types import RunStats, Signals, Source, StopReason, Token
+    from mlxroute.types import Prices, RunStats, Signals, Source, StopReason, Token
 
 _HOMES = {
     "Answer": "mlxroute.engine",
     "EntropyRouter": "mlxroute.routers",
     "LargeModel": "mlxroute.large",
+    "Ledger": "mlxroute.ledger",
     "MlxRouteError": "mlxroute.errors",
+    "Prices": "mlxroute.types",
     "RunStats": "mlxroute.types",
     "Signals": "mlxroute.types",
     "SmallModel": "mlxroute.small",
@@ -41,7 +44,9 @@ __all__ = [
     "Answer",
     "EntropyRouter",
     "LargeModel",
+    "Ledger",
     "MlxRouteError",
+    "Prices",
     "RunStats",
     "Signals",
     "SmallModel",

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlxroute.errors import CatalogError
+from mlxroute.types import Prices
 
-Entry = TypeVar("Entry", "Model", "Pair", "IndexSource", "IndexPart")
+Entry = TypeVar("Entry", "Model", "Pair", "IndexSource", "IndexPart", Prices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,10 @@ class IndexSource:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model with a name. `parameters` is a count, `hub_bytes` the size of the hub download."""
+    """A model with a name. `parameters` is a count, `hub_bytes` the size of the hub download.
+
+    `price` is what a server that people pay for takes for it.
+    """
 
     name: str
     title: str
@@ -57,6 +61,7 @@ class Model:
     hub_id: str
     hub_bytes: int
     index: IndexSource | None = None
+    price: Prices | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +129,11 @@ class Catalog:
         """The model of that name, or None."""
         return next((model for model in self.models if model.name == name), None)
 
+    def price(self, served: str) -> Prices | None:
+        """The prices of the model that a server calls by its name here or by its hub id."""
+        prices = (model.price for model in self.models if served in (model.name, model.hub_id))
+        return next(filter(None, prices), None)
+
     def pair(self, small: str, large: str | None = None) -> Pair | None:
         """The pair of these two names, or the first one with this small model; None if absent."""
         for pair in self.pairs:
@@ -162,7 +172,21 @@ def _model(entry: Mapping[str, Any], *, where: str) -> Model:
         if not source["parts"]:
             raise CatalogError(f"{where}.index: `parts` is empty")
         entry["index"] = _build(IndexSource, source, where=f"{where}.index")
+    if "price" in entry:
+        entry["price"] = _price(entry["price"], where=f"{where}.price")
     return _build(Model, entry, where=where)
+
+
+def _price(value: object, *, where: str) -> Prices:
+    entry = dict(_table(value, where=where))
+    if "input" in entry:
+        entry.setdefault("cached_input", entry["input"])
+    price = _build(Prices, entry, where=where)
+    if not all(
+        0 <= amount < math.inf for amount in (price.input, price.cached_input, price.output)
+    ):
+        raise CatalogError(f"{where}: a price must be a number from 0, per million tokens")
+    return price
 
 
 def _pair(entry: Mapping[str, Any], *, where: str) -> Pair:

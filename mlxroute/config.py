@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
+import re
 import stat
 import tomllib
 from collections.abc import Mapping
@@ -12,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from mlxroute.errors import ConfigError
+from mlxroute.types import Prices
 
 ENV_PREFIX = "MLXROUTE_"
 _FIELD_ENV = {"large": "OPENAI_BASE_URL"}
 DEFAULT_KEY_ENV = "OPENAI_API_KEY"
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,8 @@ class Settings:
     """What `ask`, `chat` and `demo` share. None means: not set, a default applies.
 
     `large` is a server's address, `threshold` in nats, `timeout` in seconds, `key_file` a file of
-    mode 0600 holding the server's key, `key_env` the environment variable holding it.
+    mode 0600 holding the server's key, `key_env` the environment variable holding it. Prices are
+    per million tokens. `never_send` and `never_send_file` add up over all sources of settings.
     """
 
     small: str | None = None
@@ -56,6 +61,12 @@ class Settings:
     cache_dir: str | None = None
     key_file: str | None = None
     key_env: str = DEFAULT_KEY_ENV
+    ledger: str | None = None
+    never_send: tuple[str, ...] = ()
+    never_send_file: tuple[str, ...] = ()
+    price_input: float | None = None
+    price_cached_input: float | None = None
+    price_output: float | None = None
     offline: bool = False
     strict: bool = False
     heat: bool = False
@@ -66,13 +77,20 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "temperature": (float, int),
     "top_p": (float, int),
     "timeout": (float, int),
+    "price_input": (float, int),
+    "price_cached_input": (float, int),
+    "price_output": (float, int),
     "max_tokens": (int,),
     "seed": (int,),
     "offline": (bool,),
     "strict": (bool,),
     "heat": (bool,),
     "stop": (list, str),
+    "never_send": (list, str),
+    "never_send_file": (list, str),
 }
+# A pattern set for good must not fall away because another one is given today.
+_ADDED = ("never_send", "never_send_file")
 
 
 def default_config_path() -> Path:
@@ -93,10 +111,12 @@ def load_settings(flags: Mapping[str, Any], *, environ: Mapping[str, str], path:
 
     Raises ConfigError naming the file or variable and the key.
     """
+    given = {key: value for key, value in flags.items() if value is not None}
     settings = Settings()
-    settings = replace(settings, **_from_file(path))
-    settings = replace(settings, **_from_environment(environ))
-    return replace(settings, **{key: value for key, value in flags.items() if value is not None})
+    for values in (_from_file(path), _from_environment(environ), given):
+        added = {key: getattr(settings, key) + values[key] for key in _ADDED if key in values}
+        settings = replace(settings, **(values | added))
+    return settings
 
 
 def read_key(settings: Settings, environ: Mapping[str, str]) -> Secret | None:
@@ -108,7 +128,10 @@ def read_key(settings: Settings, environ: Mapping[str, str]) -> Secret | None:
     if named or settings.key_file is None:
         value = environ.get(settings.key_env, "").strip()
         if named and not value:
-            raise ConfigError(f"the environment variable {settings.key_env} (--key-env) is not set")
+            # Somebody may have given the key itself: what looks unlike a name is not repeated.
+            known = _VARIABLE.fullmatch(settings.key_env)
+            shown = f"variable {settings.key_env}" if known else "variable named"
+            raise ConfigError(f"the environment {shown} (--key-env) is not set")
         return Secret(value) if value else None
     path = Path(settings.key_file).expanduser()
     try:
@@ -119,6 +142,50 @@ def read_key(settings: Settings, environ: Mapping[str, str]) -> Secret | None:
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise ConfigError(f"the key file {path} is open to others; run `chmod 600 {path}`")
     return Secret(value) if value else None
+
+
+def read_prices(settings: Settings) -> Prices | None:
+    """The prices of the settings; None when there are none. Raises ConfigError."""
+    prices = (settings.price_input, settings.price_cached_input, settings.price_output)
+    if any(price is not None and not 0 <= price < math.inf for price in prices):
+        raise ConfigError("a price must be a number from 0, per million tokens")
+    match prices:
+        case (None, None, None):
+            return None
+        case (float(given), cached, float(generated)):
+            return Prices(given, given if cached is None else cached, generated)
+        case _:
+            raise ConfigError("a cost estimate needs both price_input and price_output")
+
+
+def read_never_send(settings: Settings) -> tuple[re.Pattern[str], ...]:
+    """The patterns of the settings and then those of their files, in order.
+
+    Raises ConfigError naming the pattern, or the file and the line.
+    """
+    patterns = [_pattern(text, where=f"--never-send {text!r}") for text in settings.never_send]
+    for name in settings.never_send_file:
+        path = Path(name).expanduser()
+        try:
+            # A byte order mark would keep the first pattern from ever matching.
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, ValueError) as exc:
+            reason = (exc.strerror if isinstance(exc, OSError) else None) or "it is not UTF-8 text"
+            raise ConfigError(f"the never-send file {path} cannot be read: {reason}") from exc
+        patterns += [
+            # What a user hides in a file is not repeated.
+            _pattern(line.strip(), where=f"line {number} of the never-send file {path}")
+            for number, line in enumerate(lines, start=1)
+            if line.strip() and not line.lstrip().startswith("#")
+        ]
+    return tuple(patterns)
+
+
+def _pattern(text: str, *, where: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except (re.error, RecursionError, OverflowError) as exc:
+        raise ConfigError(f"{where} is no regular expression: {exc}") from exc
 
 
 def _names() -> list[str]:
@@ -146,7 +213,7 @@ def _checked(key: str, value: Any, *, where: str) -> Any:
     if not fits:
         wanted = " or ".join(kind.__name__ for kind in kinds)
         raise ConfigError(f"{key} in {where} must be {wanted}, not {type(value).__name__}")
-    if key == "stop":
+    if list in kinds:
         return (value,) if isinstance(value, str) else tuple(str(item) for item in value)
     return float(value) if float in kinds else value
 
@@ -174,4 +241,4 @@ def _parsed(key: str, text: str, *, where: str) -> Any:
     except (ValueError, KeyError) as exc:
         wanted = "true or false" if bool in kinds else "a number"
         raise ConfigError(f"{where} must be {wanted}, not {text!r}") from exc
-    return (text,) if key == "stop" else text
+    return (text,) if list in kinds else text

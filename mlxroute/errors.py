@@ -15,6 +15,7 @@ MlxRouteError
     ├── LargeTimeout        no full reply in time
     ├── LargeUnreachable    no connection, or it broke
     ├── LargeRefused        an HTTP error status, or an error in the body
+    ├── LargeUnrecorded     the ledger cannot be written, so nothing was sent
     └── LargeProtocolError  a reply that cannot be trusted as a token
 """
 
@@ -68,6 +69,9 @@ class LargeRefused(LargeError):
     """`status` is the HTTP status, None where the refusal came in the body of a success."""
 
     status: int | None = None
+
+
+class LargeUnrecorded(LargeError): ...
 
 
 class LargeProtocolError(LargeError): ...

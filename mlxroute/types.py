@@ -142,6 +142,57 @@ class LargeToken:
 
 
 @dataclass(frozen=True, slots=True)
+class Uploads:
+    """What went to the large model, in totals since some start.
+
+    `requests` and `size_bytes` count every body that was sent, answered or not. The tokens are of
+    answered requests: `tokens` of prompts, of which the server had `cached_tokens` already, and
+    `completion_tokens` that it generated.
+    """
+
+    requests: int = 0
+    size_bytes: int = 0
+    tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+    def __add__(self, other: Uploads) -> Uploads:
+        return Uploads(
+            self.requests + other.requests,
+            self.size_bytes + other.size_bytes,
+            self.tokens + other.tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.completion_tokens + other.completion_tokens,
+        )
+
+    def __sub__(self, earlier: Uploads) -> Uploads:
+        return Uploads(
+            self.requests - earlier.requests,
+            self.size_bytes - earlier.size_bytes,
+            self.tokens - earlier.tokens,
+            self.cached_tokens - earlier.cached_tokens,
+            self.completion_tokens - earlier.completion_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What a million tokens cost at the large model's server, in whatever currency it bills."""
+
+    input: float
+    cached_input: float
+    output: float
+
+    def cost(self, uploads: Uploads) -> float:
+        """An estimate, in the same currency."""
+        return (
+            (uploads.tokens - uploads.cached_tokens) * self.input
+            + uploads.cached_tokens * self.cached_input
+            + uploads.completion_tokens * self.output
+        ) / 1e6
+
+
+@dataclass(frozen=True, slots=True)
 class Escalation:
     """One call to the large model: its answer, or why there is none."""
 
@@ -182,9 +233,11 @@ class RunStats:
     """The summary of one answer. Times in seconds, rates as fractions.
 
     `escalated` counts positions the large model answered, `fallbacks` calls that failed,
-    `unchecked` positions the router wanted checked that were not. `stall_s` is wall time spent
-    waiting for the large model. `uploaded_tokens` is as the server counts them, otherwise the
-    small model's count of the same text. `cached_prompt_tokens` were reused from the last turn.
+    `unchecked` positions the router wanted checked that were not, `withheld` those of them whose
+    context matched a never-send pattern. `stall_s` is wall time spent waiting for the large model.
+    `requests` and `uploaded_bytes` count every body sent; `uploaded_tokens` those of answered
+    requests, as the server counts them, otherwise the small model's count of the same text.
+    `cost_estimate` is None without prices. `cached_prompt_tokens` were reused from the last turn.
     """
 
     text: str
@@ -194,6 +247,7 @@ class RunStats:
     agreed: int
     fallbacks: int
     unchecked: int
+    withheld: int
     finish_reason: StopReason
     prompt_tokens: int
     cached_prompt_tokens: int
@@ -203,9 +257,12 @@ class RunStats:
     stall_s: float
     tokens_per_s: float
     total_s: float
+    requests: int
     uploaded_tokens: int
     uploaded_bytes: int
     large_cached_tokens: int
+    large_completion_tokens: int
+    cost_estimate: float | None
 
     @property
     def escalation_rate(self) -> float:

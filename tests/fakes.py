@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mlxroute.errors import LargeError
-from mlxroute.types import LargeContext, LargeToken, Message, Progress, Sampling, Signals
+from mlxroute.types import LargeContext, LargeToken, Message, Progress, Sampling, Signals, Uploads
 
 EOS = 256
 STRADDLING = 257
@@ -111,6 +111,7 @@ class ScriptedLarge:
         self._replies = list(replies)
         self._clock = clock
         self._seconds = seconds
+        self.uploads = Uploads()
         self.contexts: list[LargeContext] = []
         self.deadlines: list[float] = []
 
@@ -118,10 +119,12 @@ class ScriptedLarge:
         reply = self._replies[min(len(self.contexts), len(self._replies) - 1)]
         self.contexts.append(context)
         self.deadlines.append(deadline_s)
+        self.uploads += Uploads(requests=1, size_bytes=100)
         if self._clock is not None:
             self._clock.now += min(self._seconds, deadline_s)
         if isinstance(reply, LargeError):
             raise reply
+        self.uploads += Uploads(tokens=10, cached_tokens=8, completion_tokens=1)
         ids = tuple(reply)
         return LargeToken(
             token_ids=ids,

@@ -20,6 +20,7 @@ NO_STATS = RunStats(
     agreed=0,
     fallbacks=0,
     unchecked=0,
+    withheld=0,
     finish_reason=StopReason.EOS,
     prompt_tokens=0,
     cached_prompt_tokens=0,
@@ -29,9 +30,12 @@ NO_STATS = RunStats(
     stall_s=0.0,
     tokens_per_s=0.0,
     total_s=0.0,
+    requests=0,
     uploaded_tokens=0,
     uploaded_bytes=0,
     large_cached_tokens=0,
+    large_completion_tokens=0,
+    cost_estimate=None,
 )
 Step = str | Token | BaseException | Callable[["ScriptedAnswer"], None]
 

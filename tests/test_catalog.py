@@ -13,6 +13,7 @@ import pytest
 import mlxroute
 from mlxroute.catalog import Catalog
 from mlxroute.errors import CatalogError
+from mlxroute.types import Prices
 
 MODEL = """
 [[models]]
@@ -121,7 +122,7 @@ def test_an_installed_package_carries_its_own_catalogue(tmp_path: Path) -> None:
     package = Path(mlxroute.__file__).parent
     installed = tmp_path / "mlxroute"
     installed.mkdir()
-    for file in ("catalog.py", "errors.py"):
+    for file in ("catalog.py", "errors.py", "types.py"):
         shutil.copy(package / file, installed / file)
     (installed / "__init__.py").touch()
     (installed / "_models").mkdir()
@@ -136,3 +137,29 @@ def test_an_installed_package_carries_its_own_catalogue(tmp_path: Path) -> None:
         timeout=30,
     )
     assert done.stdout.strip() == "['mine']", done.stderr
+
+
+def test_a_model_may_have_prices_and_is_found_by_either_of_its_names(tmp_path: Path) -> None:
+    catalog = load(tmp_path, MODEL + "price = { input = 2, output = 8.0 }\n")
+    assert catalog.price("mine") == catalog.price("me/mine") == Prices(2, 2, 8.0)
+    assert catalog.price("smollm2-135m") is None
+    full = load(tmp_path, MODEL + "price = { input = 2, cached_input = 0.5, output = 8 }\n")
+    assert full.price("mine") == Prices(2, 0.5, 8)
+
+
+@pytest.mark.parametrize(
+    "price",
+    [
+        "3",
+        "{ input = 1 }",
+        "{ output = 1 }",
+        '{ input = "1", output = 1 }',
+        "{ input = true, output = 1 }",
+        "{ input = -1, output = 1 }",
+        "{ input = nan, output = 1 }",
+        "{ input = 1, output = 1, cached = 1 }",
+    ],
+)
+def test_a_wrong_price_is_an_error_that_names_the_entry(tmp_path: Path, price: str) -> None:
+    with pytest.raises(CatalogError, match=r"models\[1\]\.price"):
+        load(tmp_path, f"{MODEL}price = {price}\n")

@@ -21,7 +21,7 @@ from mlxroute.cli.chat import run_chat
 from mlxroute.cli.line_input import CommandCompleter, LineEditor, LineReader, Reader
 from mlxroute.conversation import Conversation
 from mlxroute.errors import ContextTooLong, LargeTimeout, MlxRouteError, UsageError
-from mlxroute.types import Message
+from mlxroute.types import Message, Prices, RunStats, Uploads
 from tests.scripted import NO_STATS, ScriptedAnswer, Step
 
 ENTER, NEW_LINE, UP, CTRL_C, CTRL_D = "\r", "\x1b\r", "\x1b[A", "\x03", "\x04"
@@ -36,6 +36,10 @@ class ScriptedSession:
         self.threshold = 2.5
         self.mode = "wait"
         self.modes = ("wait", "overlap")
+        self.prices: Prices | None = None
+        # What finding out about the server takes.
+        self.uploads = Uploads(requests=1, size_bytes=50, tokens=8, completion_tokens=1)
+        self.new_warnings: list[str] = []
         self.asked: list[list[Message]] = []
 
     def answer(self, messages: Sequence[Message]) -> ScriptedAnswer:
@@ -43,9 +47,13 @@ class ScriptedSession:
         script = self._scripts.pop(0) if self._scripts else [f"echo {messages[-1]['content']}"]
         if isinstance(script, MlxRouteError):
             raise script
-        return ScriptedAnswer(
-            script, stats=replace(NO_STATS, escalated=1, uploaded_tokens=9, uploaded_bytes=99)
-        )
+        self.uploads += Uploads(requests=1, size_bytes=99, tokens=9)
+        stats = replace(NO_STATS, escalated=1, uploaded_tokens=9, uploaded_bytes=99, requests=1)
+        return ScriptedAnswer(script, stats=stats)
+
+    def warnings(self, stats: RunStats) -> list[str]:
+        found, self.new_warnings = self.new_warnings, []
+        return found
 
     def describe(self) -> str:
         return "tiny, asking huge"
@@ -245,10 +253,23 @@ def test_reset_forgets_the_turns_and_keeps_the_system_prompt(chat: Chat) -> None
 
 def test_stats_add_up_over_the_chat(chat: Chat) -> None:
     chat.type("one", ENTER, "/reset", ENTER, "two", ENTER, "/stats", ENTER, CTRL_D)
-    assert any(
-        line.startswith("2 answers, 2 tokens, 2 escalated (100%)") and "uploaded 18 tokens" in line
-        for line in chat.said
-    )
+    assert any(line.startswith("2 answers, 2 tokens, 2 escalated (100%)") for line in chat.said)
+
+
+def test_stats_count_everything_sent_in_the_chat_and_what_it_costs(chat: Chat) -> None:
+    chat.type("one", ENTER, "two", ENTER, "/stats", ENTER, CTRL_D)
+    assert "uploaded 26 tokens (248 bytes) in 3 requests" in chat.err.getvalue()
+    assert "cost" not in chat.err.getvalue()
+    chat.session.prices = Prices(input=1000.0, cached_input=0.0, output=2000.0)
+    chat.type("/stats", ENTER, CTRL_D)
+    assert "cost ~0.0280" in chat.err.getvalue()
+
+
+def test_a_warning_follows_the_answer_it_is_about(chat: Chat) -> None:
+    chat.session.new_warnings = ["3 positions kept local by --never-send"]
+    chat.type("one", ENTER, "two", ENTER, CTRL_D)
+    told = [line for line in chat.said if "--never-send" in line]
+    assert told == ["warning: 3 positions kept local by --never-send"]
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from mlxroute.config import Secret, Settings, load_settings, read_key
+from mlxroute.config import (
+    Secret,
+    Settings,
+    load_settings,
+    read_key,
+    read_never_send,
+    read_prices,
+)
 from mlxroute.errors import ConfigError
+from mlxroute.types import Prices
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -96,3 +104,67 @@ def test_a_key_file_others_can_read_is_refused(tmp_path: Path) -> None:
 def test_a_named_key_variable_that_is_not_set_is_an_error() -> None:
     with pytest.raises(ConfigError, match="MY_KEY"):
         read_key(Settings(key_env="MY_KEY"), {})
+
+
+def test_a_key_given_in_place_of_a_variables_name_is_not_repeated() -> None:
+    with pytest.raises(ConfigError, match="--key-env") as caught:
+        read_key(Settings(key_env="sk-proj-123"), {})
+    assert "123" not in str(caught.value)
+
+
+def test_never_send_patterns_add_up_over_all_sources(tmp_path: Path) -> None:
+    path = write(tmp_path, 'never_send = ["one"]\nnever_send_file = "a"\n')
+    environ = {"MLXROUTE_NEVER_SEND": "two"}
+    flags = {"never_send": ("three",), "never_send_file": ("b",)}
+    settings = load_settings(flags, environ=environ, path=path)
+    assert settings.never_send == ("one", "two", "three")
+    assert settings.never_send_file == ("a", "b")
+
+
+def test_a_never_send_file_has_a_pattern_per_line(tmp_path: Path) -> None:
+    file = tmp_path / "private"
+    file.write_bytes(b"\xef\xbb\xbffirst\r\n\n  # a comment\n  b#c  \n\\bcaf\xc3\xa9\n")
+    settings = Settings(never_send=("zero",), never_send_file=(str(file),))
+    patterns = [pattern.pattern for pattern in read_never_send(settings)]
+    assert patterns == ["zero", "first", "b#c", "\\bcafé"]
+
+
+def test_a_bad_pattern_is_named_by_itself_or_by_its_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--never-send '\(x' is no regular expression"):
+        read_never_send(Settings(never_send=("ok", "(x")))
+    file = tmp_path / "private"
+    file.write_text("fine\n\nhidden(\n")
+    with pytest.raises(ConfigError, match=r"line 3 of .*private is no regular") as caught:
+        read_never_send(Settings(never_send_file=(str(file),)))
+    assert "hidden" not in str(caught.value)
+
+
+def test_a_never_send_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes(b"caf\xe9\n")
+    for name, said in [("missing", "No such file"), ("latin", "not UTF-8"), (".", "directory")]:
+        with pytest.raises(ConfigError, match=said):
+            read_never_send(Settings(never_send_file=(str(tmp_path / name),)))
+
+
+def test_prices_come_from_the_settings(tmp_path: Path) -> None:
+    path = write(tmp_path, "price_input = 2\nprice_output = 8.0\n")
+    environ = {"MLXROUTE_PRICE_CACHED_INPUT": "0.5"}
+    assert read_prices(load_settings({}, environ=environ, path=path)) == Prices(2.0, 0.5, 8.0)
+    assert read_prices(load_settings({}, environ={}, path=path)) == Prices(2.0, 2.0, 8.0)
+    assert read_prices(Settings()) is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(price_input=1.0),
+        Settings(price_output=1.0),
+        Settings(price_cached_input=1.0),
+        Settings(price_input=-1.0, price_output=1.0),
+        Settings(price_input=float("nan"), price_output=1.0),
+        Settings(price_input=1.0, price_output=float("inf")),
+    ],
+)
+def test_prices_that_make_no_estimate_are_refused(settings: Settings) -> None:
+    with pytest.raises(ConfigError, match="price"):
+        read_prices(settings)

@@ -22,6 +22,7 @@ _ROOMS: dict[str, set[str]] = {
     "_version": set(),
     "config": set(),
     "catalog": set(),
+    "ledger": set(),
     "conversation": set(),
     "vocabulary": set(),
     "tokenizer": {"vocabulary"},
@@ -30,7 +31,8 @@ _ROOMS: dict[str, set[str]] = {
     "routers": set(),
     "engine": set(),
     "small": {"backend", "catalog", "config", "tokenizer", "weights"},
-    "large": {"backend", ""},  # "" is the package itself, to tell a child where it lies
+    # "" is the package itself, to tell a child where it lies
+    "large": {"backend", "ledger", ""},
     "view": set(),
     "host_process": {"backend"},
 }

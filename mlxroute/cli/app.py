@@ -92,6 +92,21 @@ KeyFile = Annotated[
     str | None, typer.Option(help="File (mode 0600) holding the server's key.", metavar="FILE")
 ]
 CacheDir = Annotated[str | None, typer.Option(help="Where weights are kept.", metavar="DIR")]
+LedgerFile = Annotated[
+    str | None,
+    typer.Option("--ledger", help="Write every request body sent to this file.", metavar="FILE"),
+]
+NeverSend = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Keep positions local whose context this regular expression matches; repeatable.",
+        metavar="PATTERN",
+    ),
+]
+NeverSendFile = Annotated[
+    list[str] | None,
+    typer.Option(help="File with one such pattern per line; repeatable.", metavar="FILE"),
+]
 Offline = Annotated[bool | None, typer.Option("--offline", help="Open no socket at all.")]
 Strict = Annotated[
     bool | None, typer.Option("--strict", help="Stop with exit code 3 when the large side fails.")
@@ -133,6 +148,9 @@ def chat(
     key_env: KeyEnv = None,
     key_file: KeyFile = None,
     cache_dir: CacheDir = None,
+    ledger: LedgerFile = None,
+    never_send: NeverSend = None,
+    never_send_file: NeverSendFile = None,
     offline: Offline = None,
     strict: Strict = None,
     heat: Heat = None,
@@ -170,6 +188,9 @@ def ask(
     key_env: KeyEnv = None,
     key_file: KeyFile = None,
     cache_dir: CacheDir = None,
+    ledger: LedgerFile = None,
+    never_send: NeverSend = None,
+    never_send_file: NeverSendFile = None,
     offline: Offline = None,
     strict: Strict = None,
     heat: Heat = None,
@@ -205,6 +226,7 @@ def pull(
         str, typer.Argument(help="Catalogue name, .gguf file or hub id.", metavar="NAME")
     ],
     cache_dir: CacheDir = None,
+    offline: Offline = None,
 ) -> None:
     """Fetch a model into the cache and verify it."""
     from mlxroute.cli.library import pull_model
@@ -230,7 +252,7 @@ def host(
 
 
 @app.command()
-def doctor(large: Large = None, cache_dir: CacheDir = None) -> None:
+def doctor(large: Large = None, cache_dir: CacheDir = None, offline: Offline = None) -> None:
     """Check device, memory, cache, network and server."""
     from mlxroute.cli.doctor import run_doctor
     from mlxroute.cli.run import settings_from
@@ -239,7 +261,7 @@ def doctor(large: Large = None, cache_dir: CacheDir = None) -> None:
         settings = settings_from(locals())
     except ConfigError:
         # Part of the report, which needs nothing of the file itself.
-        settings = Settings(large=large, cache_dir=cache_dir)
+        settings = Settings(large=large, cache_dir=cache_dir, offline=bool(offline))
     raise typer.Exit(run_doctor(settings))
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from mlxroute.conversation import Conversation
 from mlxroute.errors import MlxRouteError, UsageError
-from mlxroute.types import Message, RunStats
+from mlxroute.types import Message, Prices, RunStats, Uploads
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,6 +36,18 @@ class ChatSession(Protocol):
 
     @property
     def modes(self) -> tuple[str, ...]: ...
+
+    @property
+    def prices(self) -> Prices | None: ...
+
+    @property
+    def uploads(self) -> Uploads:
+        """What was sent since the start; may be read from another thread."""
+        ...
+
+    def warnings(self, stats: RunStats) -> list[str]:
+        """What the user should know after an answer and has not been told yet."""
+        ...
 
     def answer(self, messages: Sequence[Message]) -> Answer:
         """Start answering a conversation."""
@@ -145,7 +157,12 @@ class _Chat:
         from mlxroute.view import LiveView, summary_line
 
         self.offered = user
-        view = LiveView(self._out, heat=self._heat, threshold=self._session.threshold)
+        view = LiveView(
+            self._out,
+            heat=self._heat,
+            threshold=self._session.threshold,
+            chat_uploads=lambda: self._session.uploads,
+        )
         answer = None
         try:
             message = {"role": "user", "content": user}
@@ -160,6 +177,8 @@ class _Chat:
         else:
             self._keep(user, stats)
             self.say(summary_line(stats))
+            for line in self._session.warnings(stats):
+                self.say(f"warning: {line}", style="yellow")
         if interactive:
             self.say("")
 
@@ -178,7 +197,9 @@ class _Chat:
         self.say("the conversation starts anew")
 
     def _stats(self, value: str) -> None:
-        self.say(self._totals.line())
+        uploads, prices = self._session.uploads, self._session.prices
+        cost = None if prices is None else prices.cost(uploads)
+        self.say(self._totals.line(uploads, cost=cost))
 
     def _threshold(self, value: str) -> None:
         if value:

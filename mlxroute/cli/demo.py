@@ -10,7 +10,7 @@ from mlxroute.catalog import Catalog, Pair
 from mlxroute.cli.app import cache_dir_of
 from mlxroute.cli.fit import demo_pairs
 from mlxroute.cli.host import device_room, host_log
-from mlxroute.config import Settings, user_catalog_dir
+from mlxroute.config import Settings, read_never_send, user_catalog_dir
 from mlxroute.errors import SourceUnreachable, WeightsError
 
 if TYPE_CHECKING:
@@ -74,22 +74,26 @@ def _answer(
     err: Console,
 ) -> int:
     from mlxroute.cli.progress import Reporter
-    from mlxroute.cli.run import Session, load_small
+    from mlxroute.cli.run import Session, load_small, open_ledger
     from mlxroute.large import LargeModel
     from mlxroute.large.launcher import LocalServer
 
+    never_send = read_never_send(settings)
     threshold = pair.threshold if settings.threshold is None else settings.threshold
     settings = Settings(
         small=pair.small,
         max_tokens=_MAX_TOKENS,
         cache_dir=settings.cache_dir,
         heat=settings.heat,
+        offline=settings.offline,
+        ledger=settings.ledger,
     )
     with (
+        open_ledger(settings) as ledger,
         LocalServer.launch(
             large_weights.path, cache_dir=cache_dir, log_path=host_log(cache_dir)
         ) as server,
-        LargeModel(server.url, timeout_s=settings.timeout) as large,
+        LargeModel(server.url, timeout_s=settings.timeout, ledger=ledger) as large,
     ):
         with Reporter(err) as reporter:
             # Both models load at the same time, each in its own process.
@@ -97,7 +101,9 @@ def _answer(
             server.wait_until_ready(progress=reporter.progress)
         large.connect()
         err.print(f"{pair.large} is served at {server.url}", style="dim", markup=False)
-        session = Session(small, large, settings, threshold=threshold)
+        session = Session(
+            small, large, settings, threshold=threshold, ledger=ledger, never_send=never_send
+        )
         return _show(session, pair, out, err)
 
 

@@ -12,7 +12,13 @@ from pathlib import Path
 
 from mlxroute._version import __version__
 from mlxroute.cli.app import cache_dir_of
-from mlxroute.config import Settings, default_config_path, load_settings, read_key
+from mlxroute.config import (
+    Settings,
+    default_config_path,
+    load_settings,
+    read_never_send,
+    read_prices,
+)
 from mlxroute.errors import ConfigError, MlxRouteError
 
 
@@ -85,7 +91,9 @@ def _disk(cache_dir: Path) -> Check:
 def _config() -> Check:
     path = default_config_path()
     try:
-        load_settings({}, environ=os.environ, path=path)
+        settings = load_settings({}, environ=os.environ, path=path)
+        read_never_send(settings)
+        read_prices(settings)
     except ConfigError as exc:
         return Check("config", str(exc), good=False)
     return Check("config", f"{path}" if path.exists() else f"{path} (none; defaults apply)")
@@ -104,16 +112,13 @@ def _large(settings: Settings) -> Check:
     if settings.large is None:
         advice = "no server configured (give --large URL or set OPENAI_BASE_URL)"
         return Check("large", advice, good=None)
-    from mlxroute.large import LargeModel
+    from mlxroute.cli.run import large_model, open_ledger
 
     try:
-        key = read_key(settings, os.environ)
-        with LargeModel(
-            settings.large,
-            model=settings.large_model,
-            api_key=key.reveal() if key else None,
-            timeout_s=settings.timeout,
-        ) as large:
+        with (
+            open_ledger(settings) as ledger,
+            large_model(settings, settings.large, ledger) as large,
+        ):
             return Check("large", large.connect())
     except MlxRouteError as exc:
         return Check("large", str(exc), good=False)

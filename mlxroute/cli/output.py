@@ -89,6 +89,8 @@ def summary_object(stats: RunStats, session: Session) -> dict[str, Any]:
     return {
         "type": "summary",
         **numbers,
+        # Cheap tokens cost less than rounding leaves.
+        "cost_estimate": stats.cost_estimate,
         "escalation_rate": stats.escalation_rate,
         "agreement": stats.agreement,
         "mode": session.mode,

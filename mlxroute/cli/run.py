@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxroute.config import Settings, default_config_path, load_settings, read_key, user_catalog_dir
-from mlxroute.errors import LargeError, UsageError
-from mlxroute.types import Message
+from mlxroute.config import (
+    Settings,
+    default_config_path,
+    load_settings,
+    read_key,
+    read_never_send,
+    read_prices,
+    user_catalog_dir,
+)
+from mlxroute.errors import LargeError, LargeUnrecorded, UsageError
+from mlxroute.ledger import Ledger
+from mlxroute.types import Message, Prices, RunStats, Uploads
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mlxroute.catalog import Catalog
     from mlxroute.engine import Answer
     from mlxroute.large import LargeModel
     from mlxroute.small import SmallModel
@@ -57,6 +69,9 @@ class Session:
         settings: Settings,
         *,
         threshold: float,
+        ledger: Ledger,
+        never_send: tuple[re.Pattern[str], ...],
+        prices: Prices | None = None,
     ) -> None:
         from mlxroute.conversation import Conversation
 
@@ -64,6 +79,10 @@ class Session:
         self.large = large
         self.settings = settings
         self._threshold = threshold
+        self._ledger = ledger
+        self._never_send = never_send
+        self._warned: set[str] = set()
+        self.prices = prices
         self.modes = ("wait",)
         self.mode = settings.mode
         self.conversation = Conversation(system=settings.system)
@@ -78,6 +97,21 @@ class Session:
         if self.large is None:
             raise UsageError("there is no large model to ask; start with --large URL")
         self._threshold = nats
+
+    @property
+    def uploads(self) -> Uploads:
+        """What was sent since the start."""
+        return self._ledger.uploads
+
+    def warnings(self, stats: RunStats) -> list[str]:
+        """What the user should know after an answer; each kind of warning comes once."""
+        found = {"ledger": self._ledger.failure} if self._ledger.failure else {}
+        if stats.withheld:
+            noun = "position" if stats.withheld == 1 else "positions"
+            found["withheld"] = f"{stats.withheld:,} {noun} kept local by --never-send"
+        new = [line for kind, line in found.items() if kind not in self._warned]
+        self._warned |= found.keys()
+        return new
 
     def answer(self, messages: Sequence[Message]) -> Answer:
         """Start answering a conversation."""
@@ -97,6 +131,8 @@ class Session:
             seed=settings.seed,
             timeout_s=settings.timeout,
             strict=settings.strict,
+            never_send=self._never_send,
+            prices=self.prices,
         )
 
     def describe(self) -> str:
@@ -111,19 +147,42 @@ class Session:
     def close(self) -> None:
         if self.large is not None:
             self.large.close()
+        self._ledger.close()
 
 
 def open_session(settings: Settings, err: Console) -> Session:
     """Check the settings, reach the large side, load the small model."""
+    from mlxroute.catalog import Catalog
     from mlxroute.cli.progress import Reporter
 
     _check(settings)
-    large = _open_large(settings, err)
-    with Reporter(err) as reporter:
-        small = load_small(settings, reporter)
-        if large is None:
-            reporter.notify(_OFFLINE if settings.offline else _NO_LARGE)
-    return Session(small, large, settings, threshold=_threshold(settings, small, large))
+    never_send, prices = read_never_send(settings), read_prices(settings)
+    with ExitStack() as opened:
+        ledger = opened.enter_context(open_ledger(settings))
+        large = _open_large(settings, ledger, err)
+        with Reporter(err) as reporter:
+            small = load_small(settings, reporter)
+            if large is None:
+                reporter.notify(_OFFLINE if settings.offline else _NO_LARGE)
+        catalog = Catalog.load(user_catalog_dir())
+        if prices is None and large is not None:
+            prices = catalog.price(large.model_name)
+        session = Session(
+            small,
+            large,
+            settings,
+            threshold=_threshold(settings, catalog, small, large),
+            ledger=ledger,
+            never_send=never_send,
+            prices=prices,
+        )
+        opened.pop_all()
+    return session
+
+
+def open_ledger(settings: Settings) -> Ledger:
+    """The record of what is sent, in the file of the settings if they name one."""
+    return Ledger(Path(settings.ledger).expanduser() if settings.ledger else None)
 
 
 def load_small(settings: Settings, reporter: Any) -> SmallModel:
@@ -150,10 +209,14 @@ def ask(prompt: Sequence[str], settings: Settings, *, json_lines: bool) -> int:
     try:
         answer = session.answer([*session.conversation.messages, _user(question)])
         if json_lines:
-            return write_json(answer, session, stream=sys.stdout)
-        if out.is_terminal:
-            return show_live(answer, session, out, err)
-        return write_plain(answer, stream=sys.stdout, err=err)
+            code = write_json(answer, session, stream=sys.stdout)
+        elif out.is_terminal:
+            code = show_live(answer, session, out, err)
+        else:
+            code = write_plain(answer, stream=sys.stdout, err=err)
+        for line in session.warnings(answer.stats()):
+            err.print(f"warning: {line}", style="yellow", markup=False, soft_wrap=True)
+        return code
     except BrokenPipeError:
         return _reader_left()
     finally:
@@ -236,20 +299,28 @@ def _check(settings: Settings) -> None:
     )
 
 
-def _open_large(settings: Settings, err: Console) -> LargeModel | None:
-    if settings.offline or settings.large is None:
-        return None
+def large_model(settings: Settings, address: str, ledger: Ledger) -> LargeModel:
+    """The large model of the settings at this address, not yet connected."""
     from mlxroute.large import LargeModel
 
     key = read_key(settings, os.environ)
-    large = LargeModel(
-        settings.large,
+    return LargeModel(
+        address,
         model=settings.large_model,
         api_key=key.reveal() if key else None,
         timeout_s=settings.timeout,
+        ledger=ledger,
     )
+
+
+def _open_large(settings: Settings, ledger: Ledger, err: Console) -> LargeModel | None:
+    if settings.offline or settings.large is None:
+        return None
+    large = large_model(settings, settings.large, ledger)
     try:
         large.connect()
+    except LargeUnrecorded as exc:
+        raise UsageError(str(exc)) from exc
     except LargeError as exc:
         from mlxroute.view import printable
 
@@ -264,14 +335,13 @@ def _open_large(settings: Settings, err: Console) -> LargeModel | None:
     return large
 
 
-def _threshold(settings: Settings, small: SmallModel, large: LargeModel | None) -> float:
+def _threshold(
+    settings: Settings, catalog: Catalog, small: SmallModel, large: LargeModel | None
+) -> float:
     """The flag, else the catalogue's figure for the pair, else the general default."""
-    from mlxroute.catalog import Catalog
-
     if settings.threshold is not None:
         return settings.threshold
     if large is None:
         return DEFAULT_THRESHOLD_NATS
-    catalog = Catalog.load(user_catalog_dir())
     pair = catalog.pair(small.name, large.model_name) or catalog.pair(small.name)
     return pair.threshold if pair else DEFAULT_THRESHOLD_NATS

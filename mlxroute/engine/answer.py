@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from mlxroute.engine.escalation import Escalator
+from mlxroute.engine.privacy import NeverSend
 from mlxroute.engine.roles import Large, Router, Small
 from mlxroute.engine.stats import gaps, percentile
 from mlxroute.engine.text import CharacterStream, SpanLog, StopStrings
@@ -17,6 +19,7 @@ from mlxroute.types import (
     Escalation,
     LargeContext,
     Message,
+    Prices,
     RunStats,
     Sampling,
     Signals,
@@ -30,13 +33,18 @@ _LONGEST_TIMEOUT_S = 86_400
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Limits and sampling of one answer; `timeout_s` bounds a call and all faults together."""
+    """Limits and sampling of one answer; `timeout_s` bounds a call and all faults together.
+
+    Positions whose context a pattern of `never_send` matches anywhere are not escalated.
+    """
 
     max_tokens: int = 512
     stop: tuple[str, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
     timeout_s: float = 30.0
     strict: bool = False
+    never_send: tuple[re.Pattern[str], ...] = ()
+    prices: Prices | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -94,7 +102,11 @@ class Answer:
         self._check_context()
         self._limit = min(options.max_tokens, small.context_length - len(self._prompt_ids))
         self._escalator = Escalator(
-            large, timeout_s=options.timeout_s, strict=options.strict, clock=clock
+            large,
+            never_send=NeverSend(options.never_send, [each["content"] for each in messages]),
+            timeout_s=options.timeout_s,
+            strict=options.strict,
+            clock=clock,
         )
         self._characters = CharacterStream()
         self._stop_strings = StopStrings(options.stop)
@@ -132,7 +144,8 @@ class Answer:
 
     def stats(self) -> RunStats:
         """The summary so far; final once the iteration has ended."""
-        times, escalator = self._times_s, self._escalator
+        times, escalator, prices = self._times_s, self._escalator, self._options.prices
+        uploads = escalator.uploads
         itl = gaps(times)
         decoding_s = times[-1] - times[0] if len(times) > 1 else 0.0
         return RunStats(
@@ -143,6 +156,7 @@ class Answer:
             agreed=escalator.agreed,
             fallbacks=escalator.fallbacks,
             unchecked=self._unchecked,
+            withheld=escalator.withheld,
             finish_reason=self._finish,
             prompt_tokens=len(self._prompt_ids),
             cached_prompt_tokens=self._reused,
@@ -152,9 +166,12 @@ class Answer:
             stall_s=escalator.stall_s,
             tokens_per_s=len(itl) / decoding_s if decoding_s > 0 else 0.0,
             total_s=times[-1] if times else 0.0,
-            uploaded_tokens=escalator.uploaded_tokens,
-            uploaded_bytes=escalator.uploaded_bytes,
-            large_cached_tokens=escalator.large_cached_tokens,
+            requests=uploads.requests,
+            uploaded_tokens=uploads.tokens,
+            uploaded_bytes=uploads.size_bytes,
+            large_cached_tokens=uploads.cached_tokens,
+            large_completion_tokens=uploads.completion_tokens,
+            cost_estimate=None if prices is None else prices.cost(uploads),
         )
 
     def _check_context(self) -> None:
@@ -283,13 +300,16 @@ def generate(  # noqa: PLR0913 - the options of the command line, by the same na
     seed: int | None = None,
     timeout_s: float = 30.0,
     strict: bool = False,
+    never_send: Sequence[re.Pattern[str]] = (),
+    prices: Prices | None = None,
 ) -> Answer:
     """Answer a conversation (or one user message) with the small model, escalating as told.
 
     Iterate the result to decode it token by token. Escalated positions take the large model's
     most likely token; temperature, top-p and seed shape the small model's own. `large=None` means
-    every position is the small model's. Raises UsageError and ContextTooLong before any work;
-    while iterating, LargeError only if `strict`.
+    every position is the small model's; so is one whose context a `never_send` pattern matches,
+    and every later one. `prices` give `stats()` a cost estimate. Raises UsageError and
+    ContextTooLong before any work; while iterating, LargeError only if `strict`.
     """
     if isinstance(messages, str):
         if not messages.strip():
@@ -301,5 +321,7 @@ def generate(  # noqa: PLR0913 - the options of the command line, by the same na
         sampling=Sampling(temperature=temperature, top_p=top_p, seed=seed),
         timeout_s=timeout_s,
         strict=strict,
+        never_send=tuple(never_send),
+        prices=prices,
     )
     return Answer(small, large, messages, router=router, options=options)

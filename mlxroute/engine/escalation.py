@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from mlxroute.engine.privacy import NeverSend
 from mlxroute.engine.roles import Large
 from mlxroute.errors import LargeError, LargeProtocolError
-from mlxroute.types import Escalation, LargeContext
+from mlxroute.types import Escalation, LargeContext, Uploads
 
 MAX_CONSECUTIVE_FAILURES = 3
 
@@ -16,12 +17,20 @@ class Escalator:
 
     Failed calls may cost an answer `timeout_s` of waiting in all, and three in a row end the
     calls: the rest of the answer is the small model's. With `strict`, a failure is raised.
+    Contexts that `never_send` matches are not sent; that is no failure.
     """
 
     def __init__(
-        self, large: Large | None, *, timeout_s: float, strict: bool, clock: Callable[[], float]
+        self,
+        large: Large | None,
+        *,
+        never_send: NeverSend,
+        timeout_s: float,
+        strict: bool,
+        clock: Callable[[], float],
     ) -> None:
         self._large = large
+        self._never_send = never_send
         self._timeout_s = timeout_s
         self._strict = strict
         self._clock = clock
@@ -30,10 +39,14 @@ class Escalator:
         self.fallbacks = 0
         self.escalated = 0
         self.agreed = 0
+        self.withheld = 0
         self.stall_s = 0.0
-        self.uploaded_tokens = 0
-        self.uploaded_bytes = 0
-        self.large_cached_tokens = 0
+        self._uploads_before = self._uploads_so_far()
+
+    @property
+    def uploads(self) -> Uploads:
+        """What this answer's calls sent."""
+        return self._uploads_so_far() - self._uploads_before
 
     @property
     def open(self) -> bool:
@@ -45,8 +58,12 @@ class Escalator:
         )
 
     def ask(self, context: LargeContext, small_id: int) -> Escalation:
-        """One call; its failure is part of the result. Call only while `open`."""
+        """One call, or none; why there is no answer is part of the result. Only while `open`."""
         assert self._large is not None
+        if (number := self._never_send.match(context.text)) is not None:
+            self.withheld += 1
+            failure = f"withheld: never-send pattern {number}"
+            return Escalation(small_id, large=None, failure=failure, latency_s=0.0)
         began = self._clock()
         try:
             answer = self._large.next_token(
@@ -66,11 +83,10 @@ class Escalator:
         self._in_a_row = 0
         self.escalated += 1
         self.agreed += escalation.agreed
-        self.uploaded_bytes += answer.uploaded_bytes
-        self.large_cached_tokens += answer.cached_tokens or 0
-        counted = answer.prompt_tokens
-        self.uploaded_tokens += len(context.token_ids) if counted is None else counted
         return escalation
+
+    def _uploads_so_far(self) -> Uploads:
+        return Uploads() if self._large is None else self._large.uploads
 
     def _count_failure(self, latency_s: float, *, in_a_row: bool) -> None:
         self.fallbacks += 1

@@ -12,6 +12,7 @@ from mlxroute.types import (
     Progress,
     Sampling,
     Signals,
+    Uploads,
     Vocabulary,
 )
 
@@ -37,7 +38,13 @@ class Small(Protocol):
 
 
 class Large(Protocol):
-    """The remote model; `next_token` raises LargeError and nothing else."""
+    """The remote model; `next_token` raises LargeError and nothing else.
+
+    `uploads` are totals since it was made, and may be read from another thread.
+    """
+
+    @property
+    def uploads(self) -> Uploads: ...
 
     def next_token(self, context: LargeContext, *, deadline_s: float) -> LargeToken: ...
 

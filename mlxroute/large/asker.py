@@ -12,6 +12,7 @@ from mlxroute.large.reader import TokenReader
 from mlxroute.large.replay import SentPrompts, Usage
 from mlxroute.large.transport import Deadline, Reply, Transport, printable
 from mlxroute.large.wire import Completion, Entry, error_in, error_message, parse_object
+from mlxroute.ledger import Ledger
 from mlxroute.types import LargeContext
 
 
@@ -28,9 +29,16 @@ class Asker:
     """Asks one server. What it has been sent is remembered across dialects."""
 
     def __init__(
-        self, transport: Transport, *, base_url: str, api_key: str | None, top_logprobs: int
+        self,
+        transport: Transport,
+        ledger: Ledger,
+        *,
+        base_url: str,
+        api_key: str | None,
+        top_logprobs: int,
     ) -> None:
         self._transport = transport
+        self._ledger = ledger
         self._base_url = base_url
         self._api_key = api_key
         self._top_logprobs = top_logprobs
@@ -70,6 +78,7 @@ class Asker:
         bounds = Ask(len(expected) + count + spare, self._top_logprobs, self._model_for(dialect))
         body = _encoded(dialect.request(prompt, bounds))
         completion = self._complete(dialect, prompt, body, bounds, deadline)
+        self._count(completion, len(prompt.ids) if context is None else len(context.token_ids))
         rest = self._after(b"".join(expected), completion.entries)
         return Answered(rest[:count], completion, len(body))
 
@@ -93,6 +102,15 @@ class Asker:
             data = [self.reader.in_prompt(entry.token) for entry in completion.entries]
             self._sent.answered(prompt.text, data, usage=_usage(completion))
         return completion
+
+    def _count(self, completion: Completion, prompt_tokens: int) -> None:
+        """Enter a reply's counts into the ledger, where the server gives none our own."""
+        reported, generated = completion.prompt_tokens, completion.completion_tokens
+        self._ledger.used(
+            prompt_tokens=prompt_tokens if reported is None else reported,
+            cached_tokens=completion.cached_tokens or 0,
+            completion_tokens=len(completion.entries) if generated is None else generated,
+        )
 
     def _after(self, expected: bytes, entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
         """The positions after those that repeat the committed bytes `expected`."""

@@ -27,7 +27,8 @@ from mlxroute.large.prompt import PromptBuilder
 from mlxroute.large.tokens import FileTokens, ServerTokens, Tokenizer, TokenSource
 from mlxroute.large.transport import Deadline, Reply, Transport, printable
 from mlxroute.large.verdict import Verdict, VerdictFile
-from mlxroute.types import LargeContext, LargeToken, Progress, Vocabulary, no_progress
+from mlxroute.ledger import Ledger
+from mlxroute.types import LargeContext, LargeToken, Progress, Uploads, Vocabulary, no_progress
 
 _LONGEST_S: Final = 86_400
 _MOST_PARTS: Final = 6
@@ -57,8 +58,8 @@ class LargeModel:
 
     `connect` finds out how the server wants to be asked, by questions whose answers are known;
     the outcome is remembered in the file `verdicts`. `find_tokenizer` may know the tokenizer of a
-    model by the name the server gives it. `timeout_s` bounds a whole reply. Not for several
-    threads at once.
+    model by the name the server gives it. `timeout_s` bounds a whole reply. `ledger` records what
+    is sent. Not for several threads at once.
     """
 
     def __init__(
@@ -70,17 +71,23 @@ class LargeModel:
         timeout_s: float = 30.0,
         connect_timeout_s: float = 5.0,
         top_logprobs: int = 5,
+        ledger: Ledger | None = None,
         verdicts: Path | None = None,
         find_tokenizer: Callable[[str], Tokenizer | None] = lambda name: None,
     ) -> None:
         if not (0 < timeout_s <= _LONGEST_S and 0 < connect_timeout_s <= _LONGEST_S):
             raise UsageError(f"timeouts must be above 0 and at most {_LONGEST_S} seconds")
         self._address = parse_address(base_url)
+        self._ledger = Ledger() if ledger is None else ledger
         self._transport = Transport(
-            self._address, api_key=api_key, connect_timeout_s=connect_timeout_s
+            self._address,
+            api_key=api_key,
+            connect_timeout_s=connect_timeout_s,
+            ledger=self._ledger,
         )
         self._asker = Asker(
             self._transport,
+            self._ledger,
             base_url=self._address.url,
             api_key=api_key,
             top_logprobs=top_logprobs,
@@ -122,6 +129,11 @@ class LargeModel:
         name = self._model or self._asker.model or "the server's own model"
         # Servers list a local model by its path; only the last part means something.
         return printable(PurePosixPath(name).name if name.startswith("/") else name, limit=100)
+
+    @property
+    def uploads(self) -> Uploads:
+        """What was sent so far, questions about the server included."""
+        return self._ledger.uploads
 
     def close(self) -> None:
         """Close the connection; a later call opens a new one."""
@@ -221,7 +233,7 @@ class LargeModel:
                 count=count,
                 deadline=deadline,
                 repeated=repeated,
-                context=context if pairing.builder.same else None,
+                context=context,
             )
         except LargeError as exc:
             refused = isinstance(exc, LargeRefused) and exc.status in _DIALECT_STATUSES

@@ -26,6 +26,7 @@ from mlxroute.errors import (
     UsageError,
 )
 from mlxroute.large.address import Address
+from mlxroute.ledger import Ledger
 
 MAX_REPLY_BYTES: Final = 1 << 20
 _CHUNK_BYTES = 512
@@ -77,6 +78,27 @@ class _Session(requests.Session):
         return None
 
 
+class _Body:
+    """A request's body, recorded when the connection is there to send it and not before."""
+
+    def __init__(self, data: bytes, *, url: str, ledger: Ledger) -> None:
+        self._data = data
+        self._url = url
+        self._ledger = ledger
+        self._read = False
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def read(self, size: int = -1) -> bytes:
+        """All of it at the first call, whatever the size: it is in memory anyway."""
+        if self._read:
+            return b""
+        self._read = True
+        self._ledger.sent(self._url, self._data)
+        return self._data
+
+
 class Exchange(threading.Thread):
     """One request and its reply, in a thread so that nothing the server does can hold the caller.
 
@@ -92,6 +114,7 @@ class Exchange(threading.Thread):
         body: bytes | None,
         deadline: Deadline,
         connect_timeout_s: float,
+        ledger: Ledger,
     ) -> None:
         super().__init__(daemon=True, name="mlxroute-large")
         self._session = session
@@ -100,6 +123,7 @@ class Exchange(threading.Thread):
         self._body = body
         self._deadline = deadline
         self._connect_timeout_s = connect_timeout_s
+        self._ledger = ledger
         self._reply: Reply | None = None
         self._error: LargeError | None = None
 
@@ -119,12 +143,15 @@ class Exchange(threading.Thread):
         return self._reply
 
     def _exchange(self) -> Reply:
+        self._ledger.check()
         left_s = max(self._deadline.left_s(), 0.001)
         try:
             with self._session.request(
                 "GET" if self._body is None else "POST",
                 self._target,
-                data=self._body,
+                data=_Body(self._body, url=self._target, ledger=self._ledger)
+                if self._body
+                else None,
                 headers={"Content-Type": "application/json"} if self._body else None,
                 timeout=(min(self._connect_timeout_s, left_s), left_s),
                 allow_redirects=False,
@@ -194,13 +221,21 @@ class Transport:
     """Keeps the connection to one server."""
 
     def __init__(
-        self, address: Address, *, api_key: str | None = None, connect_timeout_s: float = 5.0
+        self,
+        address: Address,
+        *,
+        api_key: str | None = None,
+        connect_timeout_s: float = 5.0,
+        ledger: Ledger | None = None,
     ) -> None:
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
             raise UsageError("the API key has characters that cannot be sent (a line break?)")
         self._address = address
         self._auth = _Auth(address, api_key)
         self._connect_timeout_s = connect_timeout_s
+        self._ledger = Ledger() if ledger is None else ledger
+        for secret in (api_key, address.userinfo and address.userinfo[1]):
+            self._ledger.hide(secret)
         self._session = self._new_session()
 
     def call(
@@ -232,6 +267,7 @@ class Transport:
             body=body,
             deadline=deadline,
             connect_timeout_s=self._connect_timeout_s,
+            ledger=self._ledger,
         )
         exchange.start()
         return exchange

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.segment import Segment, Segments
 from rich.style import Style
 
-from mlxroute.types import Activity, RunStats, Source, Token
+from mlxroute.types import Activity, RunStats, Source, Token, Uploads
 from mlxroute.view.summary import status_line
 from mlxroute.view.text import PlainWriter, printable
 from mlxroute.view.wrap import Row, Styled, all_rows, full_rows
@@ -54,10 +54,18 @@ class Answer(Protocol):
 class _Frame:
     """The changing foot of the screen: the row being written and the status line."""
 
-    def __init__(self, answer: Answer, *, threshold: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        answer: Answer,
+        *,
+        threshold: float,
+        chat_uploads: Callable[[], Uploads] | None,
+        clock: Callable[[], float],
+    ) -> None:
         self.rest = Styled()
         self._answer = answer
         self._threshold = threshold
+        self._chat_uploads = chat_uploads
         self._clock = clock
         self._state: tuple[Activity, int] | None = None
         self._since = 0.0
@@ -79,13 +87,17 @@ class _Frame:
             activity_s=self._clock() - self._since,
             prefill=(self._answer.prefill_done, self._answer.prefill_total),
             routed=self._threshold != math.inf,
+            chat=self._chat_uploads() if self._chat_uploads else None,
             width=options.max_width,
         )
         yield Segment(status, _STATUS)
 
 
 class LiveView:
-    """Shows answers on a console; where that is no capable terminal, as plain text."""
+    """Shows answers on a console; where that is no capable terminal, as plain text.
+
+    `chat_uploads` tells what was sent in the chat so far, this answer's part included.
+    """
 
     def __init__(
         self,
@@ -93,11 +105,13 @@ class LiveView:
         *,
         heat: bool,
         threshold: float,
+        chat_uploads: Callable[[], Uploads] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console
         self._heat = heat
         self._threshold = threshold
+        self._chat_uploads = chat_uploads
         self._clock = clock
 
     def show(self, answer: Answer) -> RunStats:
@@ -113,7 +127,12 @@ class LiveView:
         return answer.stats()
 
     def _show_live(self, answer: Answer) -> None:
-        frame = _Frame(answer, threshold=self._threshold, clock=self._clock)
+        frame = _Frame(
+            answer,
+            threshold=self._threshold,
+            chat_uploads=self._chat_uploads,
+            clock=self._clock,
+        )
         live = Live(frame, console=self._console, refresh_per_second=_REFRESH_PER_S, transient=True)
         try:
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mlxroute.types import Activity, RunStats, StopReason
+from mlxroute.types import Activity, RunStats, StopReason, Uploads
 
 
 def _number(value: float) -> str:
@@ -35,8 +35,21 @@ def _size(size_bytes: int) -> str:
     return _count(size_bytes, "byte")
 
 
-def _uploaded(tokens: int, size_bytes: int) -> str:
-    return f"uploaded {_count(tokens, 'token')} ({_size(size_bytes)})"
+def _uploaded(*, tokens: int, size_bytes: int, requests: int) -> str:
+    sent = f"{_count(tokens, 'token')} ({_size(size_bytes)})"
+    return f"uploaded {sent} in {_count(requests, 'request')}"
+
+
+def _uploaded_by(stats: RunStats) -> str:
+    return _uploaded(
+        tokens=stats.uploaded_tokens, size_bytes=stats.uploaded_bytes, requests=stats.requests
+    )
+
+
+def _cost(amount: float) -> str:
+    """Three significant digits and at least two decimals, in a currency only the user knows."""
+    decimals = 2 if amount <= 0 else max(2, 2 - math.floor(math.log10(amount)))
+    return f"cost ~{amount:,.{decimals}f}"
 
 
 def _short(number: int) -> str:
@@ -72,19 +85,26 @@ def status_line(
     activity_s: float,
     prefill: tuple[int, int],
     routed: bool,
+    chat: Uploads | None,
     width: int,
 ) -> str:
     """The figures so far and what is being done, in at most `width` cells.
 
-    Room for the longest activity is kept, so that the figures stay where they are.
+    `chat` is what was sent in the whole chat. Room for the longest activity is kept, so that the
+    figures stay where they are.
     """
     figures = [f"{_number(stats.tokens_per_s)} tok/s"] if stats.tokens else []
     if stats.tokens and routed:
         figures.append(f"{_percent(stats.escalation_rate)} escalated")
     if stats.stall_s > 0:
         figures.append(f"waited {_seconds(stats.stall_s)}")
-    if stats.uploaded_tokens:
-        figures.append(f"uploaded {_short(stats.uploaded_tokens)}")
+    if stats.uploaded_bytes:
+        sent = f"{_short(stats.uploaded_tokens)} ({_size(stats.uploaded_bytes)})"
+        figures.append(f"uploaded {sent}")
+    if chat is not None and chat.size_bytes:
+        figures.append(f"in all {_short(chat.tokens)} ({_size(chat.size_bytes)})")
+    if stats.cost_estimate:
+        figures.append(_cost(stats.cost_estimate))
     forms = _doing(activity, activity_s=activity_s, prefill=prefill)
     for gap, doing, room in zip((" · ", " · ", "  "), forms, _ROOM, strict=True):
         line = gap.join([*figures, doing.ljust(room)])
@@ -108,9 +128,13 @@ def summary_line(stats: RunStats) -> str:
     if stats.stall_s > 0:
         parts.append(f"waited {_seconds(stats.stall_s)}")
     if stats.uploaded_bytes:
-        parts.append(_uploaded(stats.uploaded_tokens, stats.uploaded_bytes))
+        parts.append(_uploaded_by(stats))
+    if stats.cost_estimate:
+        parts.append(_cost(stats.cost_estimate))
     if stats.unchecked:
         parts.append(f"{stats.unchecked:,} unchecked")
+    if stats.withheld:
+        parts.append(f"{stats.withheld:,} withheld")
     if stats.fallbacks:
         parts.append(_count(stats.fallbacks, "failed call"))
     if stats.finish_reason is StopReason.LENGTH:
@@ -126,10 +150,9 @@ class Totals:
     tokens: int = 0
     escalated: int = 0
     unchecked: int = 0
+    withheld: int = 0
     stall_s: float = 0.0
     total_s: float = 0.0
-    uploaded_tokens: int = 0
-    uploaded_bytes: int = 0
 
     def add(self, stats: RunStats) -> None:
         """Count one answer in."""
@@ -138,12 +161,14 @@ class Totals:
         self.escalated += stats.escalated
         self.unchecked += stats.unchecked
         self.stall_s += stats.stall_s
+        self.withheld += stats.withheld
         self.total_s += stats.total_s
-        self.uploaded_tokens += stats.uploaded_tokens
-        self.uploaded_bytes += stats.uploaded_bytes
 
-    def line(self) -> str:
-        """One line about all of them."""
+    def line(self, uploads: Uploads, *, cost: float | None) -> str:
+        """One line about all of them, with what was sent in the chat and an estimate of its cost.
+
+        That is more than the answers': the server was asked how it answers, calls were given up.
+        """
         rate = self.escalated / self.tokens if self.tokens else 0.0
         parts = [
             _count(self.answers, "answer"),
@@ -152,10 +177,20 @@ class Totals:
         ]
         if self.stall_s > 0:
             parts.append(f"waited {_seconds(self.stall_s)} of {_seconds(self.total_s)}")
-        if self.uploaded_bytes:
-            parts.append(_uploaded(self.uploaded_tokens, self.uploaded_bytes))
+        if uploads.size_bytes:
+            parts.append(
+                _uploaded(
+                    tokens=uploads.tokens,
+                    size_bytes=uploads.size_bytes,
+                    requests=uploads.requests,
+                )
+            )
+        if cost:
+            parts.append(_cost(cost))
         if self.unchecked:
             parts.append(f"{self.unchecked:,} unchecked")
+        if self.withheld:
+            parts.append(f"{self.withheld:,} withheld")
         return ", ".join(parts)
 
 
@@ -170,15 +205,17 @@ def closing_paragraph(stats: RunStats, *, small: str, large: str, threshold: flo
             f"positions. What it wrote is underlined; {_percent(stats.agreed / stats.escalated)} "
             f"of it is what {small} was about to write anyway.",
             f"{_seconds(stats.stall_s)} of {_seconds(stats.total_s)} went into waiting for it; "
-            f"{_uploaded(stats.uploaded_tokens, stats.uploaded_bytes)}.",
+            f"{_uploaded_by(stats)}.",
         ]
     elif not stats.unchecked:
         sentences.append(f"{large} was not asked: nowhere {_unsure(threshold)}.")
-    if stats.unchecked:
+    if failed := stats.unchecked - stats.withheld:
         sentences.append(
-            f"{_count(stats.unchecked, 'position')} should have been checked with {large}, which "
+            f"{_count(failed, 'position')} should have been checked with {large}, which "
             "did not answer."
         )
+    if stats.withheld:
+        sentences.append(f"{_count(stats.withheld, 'position')} stayed here by --never-send.")
     sentences.append(
         "Try next: `mlxroute demo --heat` shades each token by how unsure the small model was; "
         "`mlxroute host` starts a large model that stays, for `mlxroute chat --large URL`; "

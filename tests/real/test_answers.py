@@ -24,6 +24,7 @@ TOKEN_KEYS = {
 SUMMARY_KEYS = {
     *("type", "text", "tokens", "escalated", "escalation_rate", "agreement", "fallbacks"),
     *("finish_reason", "ttft_s", "itl_p50_s", "itl_p95_s", "stall_s", "tokens_per_s"),
+    *("requests", "withheld", "cost_estimate", "large_completion_tokens"),
     *("uploaded_tokens", "uploaded_bytes", "mode", "threshold", "small", "large"),
 }
 

@@ -1,0 +1,200 @@
+"""The ledger: every body that leaves, byte for byte, and nothing that must not be written."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlxroute.errors import LargeError, LargeUnrecorded, UsageError
+from mlxroute.large import LargeModel
+from mlxroute.ledger import Ledger
+from mlxroute.types import Prices, Uploads
+from tests.asking import VOCABULARY, legacy
+from tests.loopback import Loopback, Reply
+from tests.vocabularies import context
+
+URL = "http://127.0.0.1:1/v1/completions"
+KEY = 'sk-"quoted\\key'
+
+
+@pytest.fixture
+def server() -> Iterator[Loopback]:
+    with Loopback(lambda request: Reply.of(legacy(" the"))) as running:
+        yield running
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8", newline="\n") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_a_line_says_when_where_and_what(tmp_path: Path) -> None:
+    noon = datetime(2026, 1, 2, 12, 0, 0, 250_000, tzinfo=UTC)
+    with Ledger(tmp_path / "sent", now=lambda: noon) as ledger:
+        ledger.sent(URL, b'{"prompt": "caf\xc3\xa9"}')
+        ledger.sent(URL, b"no json \xff")
+    assert lines(tmp_path / "sent") == [
+        {
+            "time": "2026-01-02T12:00:00.250Z",
+            "url": URL,
+            "bytes": 19,
+            "body": {"prompt": "café"},
+        },
+        {"time": "2026-01-02T12:00:00.250Z", "url": URL, "bytes": 9, "body": "no json \ufffd"},
+    ]
+
+
+def test_the_file_holds_exactly_what_the_server_received(server: Loopback, tmp_path: Path) -> None:
+    path = tmp_path / "sent"
+    address = server.url.replace("//", "//user:pass@")
+    with Ledger(path) as ledger, LargeModel(address, model="m", ledger=ledger) as large:
+        for text in ("a", 'é\n"\u2028 漢字 \x7f'):
+            large.next_token(context(text, VOCABULARY))
+        uploads = large.uploads
+    received = [request.body for request in server.requests if request.body]
+    written = lines(path)
+    assert [json.dumps(w["body"], ensure_ascii=False).encode() for w in written] == received
+    assert [w["bytes"] for w in written] == [len(body) for body in received]
+    assert {w["url"] for w in written} == {f"{server.url}/completions"}
+    assert "pass" not in path.read_text(encoding="utf-8")
+    assert (uploads.requests, uploads.size_bytes) == (3, sum(map(len, received)))
+
+
+def test_a_new_file_is_private_and_an_old_one_is_added_to(tmp_path: Path) -> None:
+    path = tmp_path / "sent"
+    for _ in range(2):
+        with Ledger(path) as ledger:
+            ledger.sent(URL, b"{}")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert len(lines(path)) == 2
+
+
+def test_each_line_is_in_the_file_at_once(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "sent") as ledger:
+        ledger.sent(URL, b"{}")
+        assert len(lines(tmp_path / "sent")) == 1
+
+
+@given(st.lists(st.text(max_size=5), max_size=4), st.booleans())
+def test_a_secret_is_written_in_no_disguise(
+    tmp_path_factory: Any, around: list[str], twice: bool
+) -> None:
+    path = tmp_path_factory.mktemp("ledger") / "sent"
+    text = KEY.join(["", *around, ""])
+    body: dict[str, object] = {"prompt": text, KEY: [{"x": text}], "ids": [1, None, True, 0.5]}
+    with Ledger(path) as ledger:
+        ledger.hide(KEY[:6])
+        ledger.hide(KEY)
+        ledger.sent(URL, json.dumps(body, ensure_ascii=twice).encode(errors="replace"))
+        ledger.sent(URL, text.encode(errors="replace"))
+    for written in lines(path):
+        assert KEY[:6] not in json.dumps(written, ensure_ascii=False)
+        assert "[key]" in str(written["body"])
+
+
+def test_the_large_model_tells_the_ledger_its_secrets(server: Loopback, tmp_path: Path) -> None:
+    address = server.url.replace("//", "//user:pass-word@")
+    with (
+        Ledger(tmp_path / "sent") as ledger,
+        LargeModel(address, model="m", api_key="sk-secret", ledger=ledger) as large,
+    ):
+        large.next_token(context("my key is sk-secret, pass-word", VOCABULARY))
+    assert lines(tmp_path / "sent")[-1]["body"]["prompt"] == "my key is [key], [key]"
+    assert server.prompts[-1] == "my key is sk-secret, pass-word"
+
+
+@pytest.mark.parametrize("name", ["missing/sent", "folder", "nul\0name"])
+def test_a_file_that_cannot_be_opened_is_an_error_at_once(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UsageError, match="cannot be written"):
+        Ledger(tmp_path / name)
+
+
+def test_what_cannot_be_recorded_does_not_leave(server: Loopback, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "sent")
+    with LargeModel(server.url, model="m", ledger=ledger) as large:
+        large.next_token(context("a", VOCABULARY))
+        arrived, before = len(server.requests), large.uploads
+        ledger.close()
+        for _ in range(3):
+            with pytest.raises(LargeUnrecorded, match=r"sent cannot be written.*nothing more is"):
+                large.next_token(context("b", VOCABULARY))
+        assert large.uploads == before
+    # What shows that the file fails is a request cut before its body.
+    assert [request.body for request in server.requests[arrived:]] in ([], [b""])
+    assert ledger.failure is not None
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    with Ledger(Path("/dev/full")) as ledger:
+        with pytest.raises(LargeUnrecorded, match="No space left"):
+            ledger.sent(URL, b"{}")
+        assert ledger.uploads == Uploads()
+
+
+def test_a_call_that_fails_counts_if_it_left_and_not_if_there_was_no_connection(
+    server: Loopback,
+) -> None:
+    server.script.extend([Reply.of(legacy("4")), Reply(b"oops", status=500)])
+    with LargeModel(server.url, model="m") as large:
+        large.connect()
+        connected = large.uploads
+        with pytest.raises(LargeError):
+            large.next_token(context("a", VOCABULARY))
+        failed = large.uploads - connected
+        assert failed == Uploads(requests=1, size_bytes=len(server.requests[-1].body))
+    with LargeModel("http://127.0.0.1:9/v1", model="m") as large:
+        with pytest.raises(LargeError):
+            large.next_token(context("a", VOCABULARY))
+        assert large.uploads == Uploads()
+
+
+def test_tokens_are_as_the_server_counts_them_otherwise_as_the_small_model_does(
+    server: Loopback,
+) -> None:
+    usage = {
+        "prompt_tokens": 40,
+        "completion_tokens": 2,
+        "prompt_tokens_details": {"cached_tokens": 30},
+    }
+    with LargeModel(server.url, model="m") as large:
+        large.connect()
+        before = large.uploads
+        server.script.append(Reply.of(legacy(" the") | {"usage": usage}))
+        large.next_token(context("a", VOCABULARY))
+        told = large.uploads
+        server.script.append(Reply.of(legacy(" the") | {"usage": None}))
+        asked = context("a the", VOCABULARY)
+        large.next_token(asked)
+        untold = large.uploads - told
+    counted = told - before
+    assert (counted.tokens, counted.cached_tokens, counted.completion_tokens) == (40, 30, 2)
+    assert (untold.tokens, untold.cached_tokens) == (len(asked.token_ids), 0)
+    assert untold.completion_tokens == 1
+
+
+def test_a_server_that_claims_more_cached_tokens_than_it_got_earns_no_discount() -> None:
+    ledger = Ledger()
+    ledger.used(prompt_tokens=10, cached_tokens=99, completion_tokens=0)
+    assert ledger.uploads.cached_tokens == 10
+
+
+def test_a_cost_takes_cached_tokens_at_their_own_price() -> None:
+    prices = Prices(input=2.0, cached_input=0.5, output=8.0)
+    uploads = Uploads(tokens=1_000_000, cached_tokens=600_000, completion_tokens=250_000)
+    assert prices.cost(uploads) == pytest.approx(0.8 + 0.3 + 2.0)
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 10**9)] * 5), min_size=2, max_size=2))
+def test_uploads_are_totals_that_can_be_compared(counts: list[tuple[int, ...]]) -> None:
+    before, more = (Uploads(*each) for each in counts)
+    assert (before + more) - before == more

@@ -1,0 +1,307 @@
+"""From the command line: what leaves the machine, what does not, and that the key shows nowhere."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxroute.cli import main
+from mlxroute.config import Settings, load_settings, read_key
+from mlxroute.errors import LargeError
+from mlxroute.large import LargeModel
+from mlxroute.large.address import parse_address
+from mlxroute.large.transport import Transport
+from mlxroute.ledger import Ledger
+from tests.asking import VOCABULARY, legacy
+from tests.loopback import Loopback, Reply, Request
+from tests.tiny import make_tiny_model
+from tests.vocabularies import context
+
+KEY = "sk-test-4f1d9c7e2b"
+USAGE = {
+    "prompt_tokens": 50,
+    "completion_tokens": 1,
+    "prompt_tokens_details": {"cached_tokens": 40},
+}
+
+
+def answer(request: Request) -> Reply:
+    if request.path.endswith("/models"):
+        return Reply.of({"data": [{"id": "huge"}]})
+    return Reply.of(legacy("a") | {"usage": USAGE})
+
+
+@pytest.fixture
+def server() -> Iterator[Loopback]:
+    with Loopback(answer) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny", context=200)
+
+
+def arguments(tiny: Path, server: Loopback, *more: str) -> list[str]:
+    always = ["--small", str(tiny), "--large", server.url, "--threshold", "-inf"]
+    return [*always, "--max-tokens", "4", *more]
+
+
+def ask_json(
+    capsys: pytest.CaptureFixture[str], tiny: Path, server: Loopback, *more: str
+) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
+    assert main(["ask", *arguments(tiny, server, "--json", *more), "hello there"]) == 0
+    captured = capsys.readouterr()
+    *tokens, summary = [json.loads(line) for line in captured.out.splitlines()]
+    return tokens, summary, captured.err
+
+
+def ledger_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def test_the_summary_counts_what_the_server_got(
+    tiny: Path, server: Loopback, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "sent.jsonl"
+    _, summary, _ = ask_json(capsys, tiny, server, "--ledger", str(path))
+    bodies = [request.body for request in server.requests if request.body]
+    sent = ledger_lines(path)
+    assert [entry["body"] for entry in sent] == [json.loads(body) for body in bodies]
+    # Finding out about the server was no part of the answer.
+    own = bodies[-summary["requests"] :]
+    assert (summary["requests"], summary["uploaded_bytes"]) == (4, sum(map(len, own)))
+    assert (summary["uploaded_tokens"], summary["large_cached_tokens"]) == (200, 160)
+    assert summary["large_completion_tokens"] == 4
+    assert summary["cost_estimate"] is None
+
+
+def test_prices_of_the_config_or_the_users_catalogue_give_a_cost(
+    tiny: Path, server: Loopback, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = Path(os.environ["MLXROUTE_CONFIG"]).parent / "models"
+    own.mkdir()
+    (own / "mine.toml").write_text(
+        '[[models]]\nname = "huge"\ntitle = "Huge"\nlicense = "none"\nparameters = 1000\n'
+        'hub_id = "me/huge"\nhub_bytes = 4000\n'
+        "price = { input = 10.0, cached_input = 1.0, output = 100.0 }\n"
+    )
+    _, summary, _ = ask_json(capsys, tiny, server)
+    assert summary["cost_estimate"] == pytest.approx((40 * 10 + 160 * 1 + 4 * 100) / 1e6)
+    Path(os.environ["MLXROUTE_CONFIG"]).write_text("price_input = 0\nprice_output = 1000\n")
+    _, summary, _ = ask_json(capsys, tiny, server)
+    assert summary["cost_estimate"] == pytest.approx(0.004)
+    assert main(["ask", *arguments(tiny, server), "hello"]) == 0
+    assert "cost ~0.00400" in capsys.readouterr().err
+
+
+def test_nothing_of_a_withheld_prompt_arrives_at_the_server(
+    tiny: Path, server: Loopback, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "private"
+    file.write_text("# names\nhel+o\n")
+    never = ("--never-send", "absent", "--never-send-file", str(file))
+    tokens, summary, err = ask_json(capsys, tiny, server, *never)
+    assert {token["failure"] for token in tokens} == {"withheld: never-send pattern 2"}
+    assert not any(token["checked"] or token["escalated"] for token in tokens)
+    assert summary["withheld"] == summary["unchecked"] == len(tokens)
+    assert (summary["requests"], summary["uploaded_bytes"], summary["fallbacks"]) == (0, 0, 0)
+    assert f"warning: {len(tokens)} positions kept local by --never-send" in err
+    assert not any(b"hello" in request.body for request in server.requests)
+
+
+def test_a_bad_pattern_is_one_clear_line_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["ask", "--small", "no/such", "--never-send", "(x", "hi"]) == 2
+    assert capsys.readouterr().err.startswith("error: --never-send '(x' is no regular expression")
+
+
+def test_a_chat_is_told_once_that_positions_stay_here(
+    tiny: Path,
+    server: Loopback,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("secret\nmore\n/stats\n"))
+    assert main(["chat", *arguments(tiny, server, "--never-send", "secret")]) == 0
+    err = capsys.readouterr().err
+    assert err.count("kept local by --never-send") == 1
+    assert "8 unchecked, 8 withheld" in err
+
+
+class FillingDisk:
+    """A file that takes two writes."""
+
+    def __init__(self) -> None:
+        self.room = 2
+
+    def write(self, data: memoryview) -> int:
+        self.room -= 1
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return len(data)
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_ledger_that_fails_ends_the_sending_and_not_the_answer(
+    tiny: Path,
+    server: Loopback,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("mlxroute.ledger._opened", lambda path: FillingDisk())
+    tokens, summary, err = ask_json(capsys, tiny, server, "--ledger", "full")
+    assert [token["checked"] for token in tokens] == [True, False, False, False]
+    assert (summary["requests"], summary["escalated"], summary["unchecked"]) == (1, 1, 3)
+    said = "the ledger full cannot be written (No space left on device); nothing more is sent"
+    assert said in tokens[1]["failure"]
+    assert err.count(f"warning: {said}") == 1
+    assert len([request for request in server.requests if request.body]) == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_ledger_that_is_full_from_the_start_is_one_clear_line(
+    tiny: Path, server: Loopback, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ask", *arguments(tiny, server, "--ledger", "/dev/full"), "hi"]) == 2
+    assert "error: the ledger /dev/full cannot be written (No space" in capsys.readouterr().err
+    assert not any(request.body for request in server.requests)
+
+
+def test_a_ledger_that_cannot_be_opened_is_one_clear_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ask", "--ledger", str(tmp_path / "no" / "file"), "--offline", "hi"]) == 2
+    assert "error: the ledger" in (err := capsys.readouterr().err)
+    assert len(err.splitlines()) == 1
+
+
+def test_the_key_appears_in_no_output_file_or_log(
+    tiny: Path,
+    server: Loopback,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    path = tmp_path / "sent.jsonl"
+    ledger = ("--ledger", str(path))
+    # Also from a server that repeats the key in its errors, and from a user who sends it.
+    refusal = Reply.of({"error": {"message": f"no such key: {KEY}"}}, status=401)
+    assert main(["ask", *arguments(tiny, server, *ledger), f"is {KEY} a key?"]) == 0
+    server.script.extend([refusal] * 5)
+    assert main(["ask", *arguments(tiny, server, "--json", *ledger), "hi"]) == 0
+    server.script.extend([refusal] * 5)
+    assert main(["ask", *arguments(tiny, server, "--strict"), "hi"]) == 3
+    server.script.clear()
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/stats\n"))
+    assert main(["chat", *arguments(tiny, server, *ledger)]) == 0
+    server.script.append(refusal)
+    assert main(["doctor", "--large", server.url, "--cache-dir", str(tmp_path)]) == 2
+    monkeypatch.setenv("sk_key", KEY)
+    assert main(["ask", "--key-env", KEY, "--large", server.url, "--small", str(tiny), "hi"]) == 2
+    captured = capsys.readouterr()
+    seen = captured.out + captured.err + caplog.text + path.read_text(encoding="utf-8")
+    assert "[key]" in seen
+    assert "/v1/completions" in caplog.text
+    assert all(request.headers["authorization"] == f"Bearer {KEY}" for request in server.requests)
+    assert KEY not in seen
+
+
+def test_the_key_appears_in_no_repr_and_no_traceback(tmp_path: Path) -> None:
+    settings = load_settings({}, environ={"OPENAI_API_KEY": KEY}, path=tmp_path / "none")
+    secret = read_key(settings, {"OPENAI_API_KEY": KEY})
+    assert secret is not None
+    ledger = Ledger()
+    large = LargeModel("http://127.0.0.1:9/v1", api_key=KEY, ledger=ledger)
+    address = parse_address("http://127.0.0.1:9/v1")
+    transport = Transport(address, api_key=KEY, ledger=ledger)
+    shown = [repr(each) for each in (settings, Settings(), secret, large, transport, ledger)]
+    with pytest.raises(LargeError) as caught:
+        large.next_token(context("a", VOCABULARY))
+    shown += traceback.format_exception(caught.value)
+    with pytest.raises(Exception, match="key") as refused:
+        LargeModel("http://127.0.0.1:9/v1", api_key=f"{KEY}\n{KEY}")
+    shown += traceback.format_exception(refused.value)
+    assert KEY not in "".join(shown)
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="a file system of Linux")
+def test_the_key_appears_in_no_command_line(tiny: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mlxroute", "ask"]
+    with Loopback(lambda request: Reply(stall_s=30)) as slow:
+        environ = os.environ | {"OPENAI_API_KEY": KEY}
+        with subprocess.Popen(
+            [*command, *arguments(tiny, slow, "hi")],
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as asking:
+            while not slow.requests and asking.poll() is None:
+                time.sleep(0.02)
+            lines = [_command_line(each) for each in Path("/proc").glob("[0-9]*")]
+            asking.kill()
+            said = asking.communicate()[0]
+        assert slow.requests[0].headers["authorization"] == f"Bearer {KEY}"
+    assert any(slow.url.encode() in line for line in lines)
+    assert not any(KEY.encode() in line for line in lines)
+    assert KEY not in said
+
+
+def _command_line(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:  # It has ended.
+        return b""
+
+
+def test_offline_opens_no_socket_and_looks_up_no_name(tiny: Path, tmp_path: Path) -> None:
+    script = (
+        "import io, os, sys\n"
+        "def refuse(event, arguments):\n"
+        "    if event.startswith('socket.') and event != 'socket.gethostname':\n"
+        "        print(event, arguments, file=sys.stderr); sys.stderr.flush(); os._exit(99)\n"
+        "sys.addaudithook(refuse)\n"
+        "from mlxroute.cli import main\n"
+        "small, large, cache = sys.argv[1:]\n"
+        "both = ['--offline', '--small', small, '--large', large, '--max-tokens', '3']\n"
+        "sys.stdin = io.StringIO('hello\\n/stats\\n')\n"
+        "codes = [main(['chat', *both]), main(['ask', *both, 'hi'])]\n"
+        "codes += [main(['ask', *both, '--json', 'hi'])]\n"
+        "codes += [main(['doctor', '--offline', '--large', large, '--cache-dir', cache])]\n"
+        "codes += [main(['models', '--cache-dir', cache])]\n"
+        "for name in ('smollm2-135m', 'someone/model'):\n"
+        "    codes += [main(['pull', '--offline', '--cache-dir', cache, name])]\n"
+        "codes += [main(['ask', '--offline', '--cache-dir', cache, 'hi'])]\n"
+        "print(codes)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(tiny), "http://example.org/v1", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "[0, 0, 0, 0, 0, 2, 2, 2]"
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 3
+    assert all("--offline" in line for line in errors)
+    assert "smollm2-135m" in errors[0]
