@@ -252,6 +252,24 @@ def host(
 
 
 @app.command()
+def probe(
+    url: Annotated[str, typer.Argument(help="The server, e.g. http://host:8000/v1.")],
+    large_model: LargeModelId = None,
+    timeout: Timeout = None,
+    key_env: KeyEnv = None,
+    key_file: KeyFile = None,
+    cache_dir: CacheDir = None,
+    ledger: LedgerFile = None,
+    offline: Offline = None,
+) -> None:
+    """Find out what a server can do and how it is best asked."""
+    from mlxroute.cli.large import run_probe
+    from mlxroute.cli.run import settings_from
+
+    raise typer.Exit(run_probe(url, settings_from(locals())))
+
+
+@app.command()
 def doctor(large: Large = None, cache_dir: CacheDir = None, offline: Offline = None) -> None:
     """Check device, memory, cache, network and server."""
     from mlxroute.cli.doctor import run_doctor

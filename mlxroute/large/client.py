@@ -28,7 +28,7 @@ from mlxroute.large.tokens import FileTokens, ServerTokens, Tokenizer, TokenSour
 from mlxroute.large.transport import Deadline, Reply, Transport, printable
 from mlxroute.large.verdict import Verdict, VerdictFile
 from mlxroute.ledger import Ledger
-from mlxroute.types import LargeContext, LargeToken, Progress, Uploads, Vocabulary, no_progress
+from mlxroute.types import LargeContext, LargeToken, Uploads, Vocabulary
 
 _LONGEST_S: Final = 86_400
 _MOST_PARTS: Final = 6
@@ -62,7 +62,7 @@ class LargeModel:
     is sent. Not for several threads at once.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what varies between servers
         self,
         base_url: str,
         *,
@@ -139,24 +139,31 @@ class LargeModel:
         """Close the connection; a later call opens a new one."""
         self._transport.close()
 
-    def connect(self, *, progress: Progress = no_progress) -> str:
+    @property
+    def connected(self) -> bool:
+        """Whether it is settled how the server is asked."""
+        return self._terms is not None
+
+    def connect(self, *, thorough: bool = True) -> str:
         """Settle how to ask the server; return one line saying what was found.
 
-        A remembered verdict is checked with one call, otherwise the server is probed. Raises
-        LargeError, or UsageError when a model must be named.
+        A remembered verdict is checked with one call, otherwise the server is probed; not
+        `thorough`, the first question alone decides, and nothing is remembered. Raises LargeError,
+        or UsageError when a model must be named.
         """
         if self._terms is None:
             self._look_around()
-            self._terms = self._remembered() or self._probed(progress)
+            found = self._remembered()
+            self._terms = found or (self._probed() if thorough else self._first_that_fits())
         return f"large model {self.model_name} at {self.base_url} ({self._terms.dialect.name})"
 
-    def probe(self, *, progress: Progress = no_progress) -> Verdict:
+    def probe(self) -> Verdict:
         """Find the best way to ask the server, whatever is remembered of it; remember the outcome.
 
         Raises LargeError (`probe.NothingFits` when no way tells the truth) and UsageError.
         """
         self._look_around()
-        self._terms = self._probed(progress)
+        self._terms = self._probed()
         assert self._terms.verdict is not None
         return self._terms.verdict
 
@@ -185,6 +192,7 @@ class LargeModel:
 
     def _next_token(self, context: LargeContext, deadline: Deadline, start_s: float) -> LargeToken:
         if self._terms is None:
+            self._look_around()
             self._terms = self._first_that_fits()
         pairing = self._paired(context.vocabulary)
         prompt = pairing.builder.build(context)
@@ -275,9 +283,9 @@ class LargeModel:
             return None
         return _Terms(dialect, verdict) if self._prober().fits(dialect) else None
 
-    def _probed(self, progress: Progress) -> _Terms:
+    def _probed(self) -> _Terms:
         try:
-            found = self._prober(progress).find()
+            found = self._prober().find()
         except NothingFits as exc:
             raise self._unnamed() or exc from exc
         verdict = self._verdict(found)
@@ -286,8 +294,7 @@ class LargeModel:
         return _Terms(found.dialect, verdict)
 
     def _first_that_fits(self) -> _Terms:
-        """Terms found within one call's time, by the first question alone, for this once."""
-        self._look_around()
+        """Terms found by the first question alone, in a few calls."""
         prober = self._prober()
         for dialect in LADDER:
             if prober.fits(dialect):
@@ -305,8 +312,8 @@ class LargeModel:
             f"{self.base_url} has several models; name one with --large-model: {names}"
         )
 
-    def _prober(self, progress: Progress = no_progress) -> Prober:
-        return Prober(self._asker, self._tokens, deadline=self._deadline, progress=progress)
+    def _prober(self) -> Prober:
+        return Prober(self._asker, self._tokens, deadline=self._deadline)
 
     def _verdict(self, found: Found) -> Verdict:
         ordered = sorted(found.latencies_s)

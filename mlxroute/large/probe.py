@@ -18,7 +18,6 @@ from mlxroute.large.tokens import TokenSource
 from mlxroute.large.transport import Deadline, printable
 from mlxroute.large.verdict import Check, Refusal
 from mlxroute.large.wire import Entry
-from mlxroute.types import Progress, no_progress
 
 # Statuses that say nothing about the dialect: the key, the load, the server's health.
 _NOT_THE_DIALECT: Final = {401, 402, 403, 408, 429}
@@ -51,12 +50,10 @@ class Prober:
         tokens: TokenSource | None,
         *,
         deadline: Callable[[], Deadline],
-        progress: Progress = no_progress,
     ) -> None:
         self._asker = asker
         self._tokens = tokens
         self._deadline = deadline
-        self._progress = progress
         self._latencies_s: list[float] = []
         self._calls = 0
 
@@ -66,14 +63,12 @@ class Prober:
         Raises LargeError: the server's own trouble, or LargeProtocolError when no dialect will do.
         """
         refusals: list[Refusal] = []
-        for number, dialect in enumerate(ladder):
-            self._progress("probing the large model's server", number, len(ladder))
+        for dialect in ladder:
             try:
                 checks = self._examined(dialect)
             except _Unfit as exc:
                 refusals.append(Refusal(dialect.name, str(exc)))
                 continue
-            self._progress("probing the large model's server", len(ladder), len(ladder))
             return Found(dialect, checks, tuple(refusals), tuple(self._latencies_s), self._calls)
         raise NothingFits(refusals)
 
