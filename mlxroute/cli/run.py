@@ -188,8 +188,12 @@ def _introduce(large: LargeModel, small: SmallModel, reporter: Any) -> None:
     if not large.connected:
         return
     with contextlib.suppress(LargeError):
-        if not large.meet(small.vocabulary):
-            reporter.notify(f"{large.model_name} has another vocabulary than {small.name}")
+        if large.meet(small.vocabulary):
+            return
+        line = f"{large.model_name} has another vocabulary than {small.name}"
+        if not large.knows_template:
+            line += "; its chat template is not known here, so it reads the small model's"
+        reporter.notify(line)
 
 
 def open_ledger(settings: Settings) -> Ledger:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -176,6 +177,15 @@ class LargeModel:
             self.connect()
         return self._paired(vocabulary).builder.same
 
+    @property
+    def knows_template(self) -> bool:
+        """Whether a conversation reaches the large model in its own chat template."""
+        if self._pairing is None:
+            return False
+        builder = self._pairing.builder
+        by_server = builder.dialect.form is not Form.TEXT
+        return builder.same or by_server or isinstance(builder.tokens, FileTokens)
+
     def next_token(self, context: LargeContext, *, deadline_s: float | None = None) -> LargeToken:
         """The large model's greedy token after `context`. Raises LargeError subclasses only."""
         start_s = time.perf_counter()
@@ -196,6 +206,7 @@ class LargeModel:
             self._terms = self._first_that_fits()
         pairing = self._paired(context.vocabulary)
         prompt = pairing.builder.build(context)
+        self._check_length(prompt)
         repeated: tuple[bytes, ...] = ()
         if pairing.builder.dialect.form is not Form.IDS:
             repeated = tuple(map(context.vocabulary.token_bytes, context.fragment_ids))
@@ -244,8 +255,7 @@ class LargeModel:
                 context=context,
             )
         except LargeError as exc:
-            refused = isinstance(exc, LargeRefused) and exc.status in _DIALECT_STATUSES
-            if refused or (isinstance(exc, LargeProtocolError) and not repeated):
+            if not repeated and _misfits(exc):
                 self._count_misfit()
             raise
         self._misfits = 0
@@ -368,9 +378,30 @@ class LargeModel:
             self._verdicts.save(verdict, named=self._model)
         return bool(same)
 
+    def _check_length(self, prompt: Prompt) -> None:
+        """Refuse, without a call, what the server said it cannot hold."""
+        assert self._terms is not None
+        verdict = self._terms.verdict
+        if verdict is None or verdict.context_length is None:
+            return
+        if len(prompt.ids) >= verdict.context_length:
+            raise LargeProtocolError(
+                f"the chat has reached the large model's context of {verdict.context_length:,}"
+                " tokens; /reset starts anew"
+            )
+
     def _deadline(self) -> Deadline:
         """That of the call at hand, or a new one for a call of its own."""
         return self._call or Deadline(self._timeout_s)
 
     def _post(self, path: str, body: Mapping[str, object]) -> Reply:
         return self._asker.post(path, body, deadline=self._deadline())
+
+
+def _misfits(error: LargeError) -> bool:
+    """Whether an error says that the server is asked in the wrong way."""
+    if isinstance(error, LargeRefused):
+        # A 400 for a prompt that is too long says nothing about how it was asked.
+        too_long = re.search(r"context|too long|maximum|exceed", str(error))
+        return error.status in _DIALECT_STATUSES and not too_long
+    return isinstance(error, LargeProtocolError)
