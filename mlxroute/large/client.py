@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Final, Self
@@ -20,29 +20,18 @@ from mlxroute.errors import (
 from mlxroute.large.address import parse_address
 from mlxroute.large.asker import Answered, Asker
 from mlxroute.large.bridge import Bridge, Bridged
-from mlxroute.large.dialects import LADDER, Dialect, Form, Prompt, dialect_named, reading_ids
-from mlxroute.large.match import fingerprint, same_decoded, same_entries, same_named
-from mlxroute.large.models import ServedModel, listed, served_models
-from mlxroute.large.probe import Found, NothingFits, Prober
+from mlxroute.large.dialects import Form, Prompt, reading_ids
 from mlxroute.large.prompt import PromptBuilder
-from mlxroute.large.tokens import FileTokens, ServerTokens, Tokenizer, TokenSource
-from mlxroute.large.transport import Deadline, Reply, Transport, printable
-from mlxroute.large.verdict import Verdict, VerdictFile
+from mlxroute.large.settlement import Settlement, Terms
+from mlxroute.large.tokens import FileTokens, Tokenizer
+from mlxroute.large.transport import Deadline, Transport, printable
+from mlxroute.large.verdict import Verdict
 from mlxroute.ledger import Ledger
 from mlxroute.types import LargeContext, LargeToken, Uploads, Vocabulary
 
 _LONGEST_S: Final = 86_400
 _MOST_PARTS: Final = 6
-_MISFITS: Final = 2
 _DIALECT_STATUSES: Final = {400, 404, 405, 415, 422}
-
-
-@dataclass(frozen=True, slots=True)
-class _Terms:
-    """How the server is asked."""
-
-    dialect: Dialect
-    verdict: Verdict | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +39,7 @@ class _Pairing:
     """How the answers of one small vocabulary go out and come back."""
 
     vocabulary: Vocabulary
+    terms: Terms
     builder: PromptBuilder
     bridge: Bridge
 
@@ -96,14 +86,17 @@ class LargeModel:
         self._asker.model, self._asker.model_was_named = model, model is not None
         self._timeout_s = timeout_s
         self._model = model
-        self._verdicts = None if verdicts is None else VerdictFile(verdicts)
-        self._find_tokenizer = find_tokenizer
-        self._served: tuple[ServedModel, ...] = ()
-        self._tokens: TokenSource | None = None
-        self._terms: _Terms | None = None
+        self._settlement = Settlement(
+            self._transport,
+            self._asker,
+            base_url=self._address.url,
+            model=model,
+            verdicts=verdicts,
+            find_tokenizer=find_tokenizer,
+            deadline=self._deadline,
+        )
         self._pairing: _Pairing | None = None
         self._call: Deadline | None = None
-        self._misfits = 0
 
     def __repr__(self) -> str:
         return f"LargeModel({self.base_url!r}, model={self.model_name!r})"
@@ -143,7 +136,7 @@ class LargeModel:
     @property
     def connected(self) -> bool:
         """Whether it is settled how the server is asked."""
-        return self._terms is not None
+        return self._settlement.terms is not None
 
     def connect(self, *, thorough: bool = True) -> str:
         """Settle how to ask the server; return one line saying what was found.
@@ -152,29 +145,22 @@ class LargeModel:
         `thorough`, the first question alone decides, and nothing is remembered. Raises LargeError,
         or UsageError when a model must be named.
         """
-        if self._terms is None:
-            self._look_around()
-            found = self._remembered()
-            self._terms = found or (self._probed() if thorough else self._first_that_fits())
-        return f"large model {self.model_name} at {self.base_url} ({self._terms.dialect.name})"
+        terms = self._settlement.settle(thorough=thorough)
+        return f"large model {self.model_name} at {self.base_url} ({terms.dialect.name})"
 
     def probe(self) -> Verdict:
         """Find the best way to ask the server, whatever is remembered of it; remember the outcome.
 
         Raises LargeError (`probe.NothingFits` when no way tells the truth) and UsageError.
         """
-        self._look_around()
-        self._terms = self._probed()
-        assert self._terms.verdict is not None
-        return self._terms.verdict
+        return self._settlement.probe()
 
     def meet(self, vocabulary: Vocabulary) -> bool:
         """Prepare for answers in a small vocabulary; return whether the large model shares it.
 
         The token strings are compared id by id, once for each endpoint. Raises LargeError.
         """
-        if self._terms is None:
-            self.connect()
+        self._settlement.settle(thorough=True)
         return self._paired(vocabulary).builder.same
 
     @property
@@ -201,9 +187,7 @@ class LargeModel:
             self._call = None
 
     def _next_token(self, context: LargeContext, deadline: Deadline, start_s: float) -> LargeToken:
-        if self._terms is None:
-            self._look_around()
-            self._terms = self._first_that_fits()
+        self._settlement.settle(thorough=False)
         pairing = self._paired(context.vocabulary)
         prompt = pairing.builder.build(context)
         self._check_length(prompt)
@@ -256,132 +240,37 @@ class LargeModel:
             )
         except LargeError as exc:
             if not repeated and _misfits(exc):
-                self._count_misfit()
+                self._settlement.misfit()
             raise
-        self._misfits = 0
+        self._settlement.fitted()
         return answered
 
-    def _count_misfit(self) -> None:
-        self._misfits += 1
-        if self._misfits >= _MISFITS:
-            self._misfits = 0
-            self._terms = self._pairing = None
-            if self._verdicts is not None:
-                self._verdicts.forget(self.base_url, self._model)
-
-    def _look_around(self) -> None:
-        """Which models there are, and where ids of the large vocabulary come from."""
-        self._served = served_models(self._transport, self._deadline())
-        if self._model is None and len(self._served) == 1:
-            self._asker.model = self._served[0].name
-        self._tokens = self._find_tokens()
-
-    def _find_tokens(self) -> TokenSource | None:
-        tokenizer = None if self._asker.model is None else self._find_tokenizer(self._asker.model)
-        if tokenizer is None:
-            return ServerTokens.find(self._post, model=self._asker.model)
-        self._asker.reader.own = tokenizer.vocabulary
-        return FileTokens(tokenizer)
-
-    def _remembered(self) -> _Terms | None:
-        """The terms of an earlier probe, if they still hold."""
-        verdict = None
-        if self._verdicts is not None:
-            verdict = self._verdicts.load(self.base_url, self._model)
-        dialect = None if verdict is None else dialect_named(verdict.dialect)
-        if verdict is None or dialect is None or verdict.model != self._asker.model:
-            return None
-        return _Terms(dialect, verdict) if self._prober().fits(dialect) else None
-
-    def _probed(self) -> _Terms:
-        try:
-            found = self._prober().find()
-        except NothingFits as exc:
-            raise self._unnamed() or exc from exc
-        verdict = self._verdict(found)
-        if self._verdicts is not None:
-            self._verdicts.save(verdict, named=self._model)
-        return _Terms(found.dialect, verdict)
-
-    def _first_that_fits(self) -> _Terms:
-        """Terms found by the first question alone, in a few calls."""
-        prober = self._prober()
-        for dialect in LADDER:
-            if prober.fits(dialect):
-                return _Terms(dialect, None)
-        raise self._unnamed() or LargeProtocolError(
-            f"{self.base_url} answers in no way that is understood; try `mlxroute probe`"
-        )
-
-    def _unnamed(self) -> UsageError | None:
-        """The error for a server with several models of which none was named."""
-        if self._model is not None or len(self._served) < 2:
-            return None
-        names = listed([model.name for model in self._served])
-        return UsageError(
-            f"{self.base_url} has several models; name one with --large-model: {names}"
-        )
-
-    def _prober(self) -> Prober:
-        return Prober(self._asker, self._tokens, deadline=self._deadline)
-
-    def _verdict(self, found: Found) -> Verdict:
-        ordered = sorted(found.latencies_s)
-        model = next((m for m in self._served if m.name == self._asker.model), None)
-        return Verdict(
-            base_url=self.base_url,
-            model=self._asker.model,
-            dialect=found.dialect.name,
-            rung=found.dialect.rung,
-            checks=found.checks,
-            refusals=found.refusals,
-            tokens=None if self._tokens is None else self._tokens.name,
-            context_length=None if model is None else model.context_length,
-            latency_p50_s=ordered[len(ordered) // 2],
-            latency_p95_s=ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
-            calls=found.calls,
-        )
-
     def _paired(self, vocabulary: Vocabulary) -> _Pairing:
-        if self._pairing is None or self._pairing.vocabulary is not vocabulary:
-            assert self._terms is not None
-            same = self._shares(vocabulary)
+        settlement, known = self._settlement, self._pairing
+        if (
+            known is None
+            or known.vocabulary is not vocabulary
+            or known.terms is not settlement.terms
+        ):
+            same = settlement.shares(vocabulary)
+            terms = settlement.terms
+            assert terms is not None
             reader = self._asker.reader
             if same and reader.own is None:
                 reader.own = vocabulary
-            dialect = self._terms.dialect
-            if reader.own is not None:
-                dialect = reading_ids(dialect)
-            self._pairing = _Pairing(
+            dialect = terms.dialect if reader.own is None else reading_ids(terms.dialect)
+            known = self._pairing = _Pairing(
                 vocabulary,
-                PromptBuilder(dialect, same=same, tokens=self._tokens),
+                terms,
+                PromptBuilder(dialect, same=same, tokens=settlement.tokens),
                 Bridge(reader, vocabulary, same=same),
             )
-        return self._pairing
-
-    def _shares(self, vocabulary: Vocabulary) -> bool:
-        assert self._terms is not None
-        verdict, small = self._terms.verdict, fingerprint(vocabulary)
-        if verdict is not None and (known := verdict.knows(small)) is not None:
-            return known
-        same: bool | None
-        match self._tokens:
-            case FileTokens() as files:
-                same = same_entries(vocabulary, files.tokenizer.vocabulary)
-            case ServerTokens() as routes:
-                same = same_decoded(vocabulary, routes.decode)
-            case _:
-                same = same_named(vocabulary, self._asker.reader.named)
-        if same is not None and verdict is not None and self._verdicts is not None:
-            verdict = verdict.knowing(small, same)
-            self._terms = replace(self._terms, verdict=verdict)
-            self._verdicts.save(verdict, named=self._model)
-        return bool(same)
+        return known
 
     def _check_length(self, prompt: Prompt) -> None:
         """Refuse, without a call, what the server said it cannot hold."""
-        assert self._terms is not None
-        verdict = self._terms.verdict
+        terms = self._settlement.terms
+        verdict = None if terms is None else terms.verdict
         if verdict is None or verdict.context_length is None:
             return
         if len(prompt.ids) >= verdict.context_length:
@@ -393,9 +282,6 @@ class LargeModel:
     def _deadline(self) -> Deadline:
         """That of the call at hand, or a new one for a call of its own."""
         return self._call or Deadline(self._timeout_s)
-
-    def _post(self, path: str, body: Mapping[str, object]) -> Reply:
-        return self._asker.post(path, body, deadline=self._deadline())
 
 
 def _misfits(error: LargeError) -> bool:
