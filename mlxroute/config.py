@@ -36,7 +36,8 @@ class Settings:
     """What `ask`, `chat` and `demo` share. None means: not set, a default applies.
 
     `large` is a server's address, `threshold` in nats, `timeout` in seconds, `key_file` a file of
-    mode 0600 holding the server's key, `key_env` the environment variable holding it.
+    mode 0600 holding the server's key, `key_env` the environment variable holding it, `ca_bundle`
+    a PEM file of the only authorities a server's certificate may come from.
     """
 
     small: str | None = None
@@ -56,6 +57,7 @@ class Settings:
     cache_dir: str | None = None
     key_file: str | None = None
     key_env: str = DEFAULT_KEY_ENV
+    ca_bundle: str | None = None
     offline: bool = False
     strict: bool = False
     heat: bool = False

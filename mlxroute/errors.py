@@ -14,6 +14,7 @@ MlxRouteError
 └── LargeError            the large model gave no usable token
     ├── LargeTimeout        no full reply in time
     ├── LargeUnreachable    no connection, or it broke
+    ├── LargeUnavailable    not asked at all, after what happened to the last calls
     ├── LargeRefused        an HTTP error status, or an error in the body
     └── LargeProtocolError  a reply that cannot be trusted as a token
 """
@@ -64,7 +65,16 @@ class LargeTimeout(LargeError): ...
 class LargeUnreachable(LargeError): ...
 
 
-class LargeRefused(LargeError): ...
+class LargeUnavailable(LargeError): ...
+
+
+class LargeRefused(LargeError):
+    """`status` is the reply's; `retry_after_s` the seconds the server wants to be left alone."""
+
+    def __init__(self, message: str, *, status: int = 0, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after_s = retry_after_s
 
 
 class LargeProtocolError(LargeError): ...

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mlxroute._version import __version__
 from mlxroute.cli.app import cache_dir_of
-from mlxroute.config import Settings, default_config_path, load_settings, read_key
+from mlxroute.config import Settings, default_config_path, load_settings
 from mlxroute.errors import ConfigError, MlxRouteError
 
 
@@ -104,16 +104,10 @@ def _large(settings: Settings) -> Check:
     if settings.large is None:
         advice = "no server configured (give --large URL or set OPENAI_BASE_URL)"
         return Check("large", advice, good=None)
-    from mlxroute.large import LargeModel
+    from mlxroute.cli.run import large_model
 
     try:
-        key = read_key(settings, os.environ)
-        with LargeModel(
-            settings.large,
-            model=settings.large_model,
-            api_key=key.reveal() if key else None,
-            timeout_s=settings.timeout,
-        ) as large:
+        with large_model(settings.large, settings) as large:
             return Check("large", large.connect())
     except MlxRouteError as exc:
         return Check("large", str(exc), good=False)

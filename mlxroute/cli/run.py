@@ -236,18 +236,24 @@ def _check(settings: Settings) -> None:
     )
 
 
-def _open_large(settings: Settings, err: Console) -> LargeModel | None:
-    if settings.offline or settings.large is None:
-        return None
+def large_model(url: str, settings: Settings) -> LargeModel:
+    """The large model at an address, with the key, certificates and limits of the settings."""
     from mlxroute.large import LargeModel
 
     key = read_key(settings, os.environ)
-    large = LargeModel(
-        settings.large,
+    return LargeModel(
+        url,
         model=settings.large_model,
         api_key=key.reveal() if key else None,
         timeout_s=settings.timeout,
+        ca_bundle=Path(settings.ca_bundle).expanduser() if settings.ca_bundle else None,
     )
+
+
+def _open_large(settings: Settings, err: Console) -> LargeModel | None:
+    if settings.offline or settings.large is None:
+        return None
+    large = large_model(settings.large, settings)
     try:
         large.connect()
     except LargeError as exc:

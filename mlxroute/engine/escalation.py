@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mlxroute.engine.roles import Large
-from mlxroute.errors import LargeError, LargeProtocolError
+from mlxroute.errors import LargeError, LargeUnavailable
 from mlxroute.types import Escalation, LargeContext
-
-MAX_CONSECUTIVE_FAILURES = 3
 
 
 class Escalator:
     """Counts and bounds the calls of one answer.
 
-    Failed calls may cost an answer `timeout_s` of waiting in all, and three in a row end the
-    calls: the rest of the answer is the small model's. With `strict`, a failure is raised.
+    Failed calls may cost an answer `timeout_s` of waiting in all; after that the rest of it is
+    the small model's. With `strict`, a failure is raised.
     """
 
     def __init__(
@@ -26,7 +24,6 @@ class Escalator:
         self._strict = strict
         self._clock = clock
         self._allowance_s = timeout_s
-        self._in_a_row = 0
         self.fallbacks = 0
         self.escalated = 0
         self.agreed = 0
@@ -38,14 +35,13 @@ class Escalator:
     @property
     def open(self) -> bool:
         """Whether this answer still makes calls."""
-        return (
-            self._large is not None
-            and self._in_a_row < MAX_CONSECUTIVE_FAILURES
-            and self._allowance_s > 0
-        )
+        return self._large is not None and self._allowance_s > 0
 
-    def ask(self, context: LargeContext, small_id: int) -> Escalation:
-        """One call; its failure is part of the result. Call only while `open`."""
+    def ask(self, context: LargeContext, small_id: int) -> Escalation | None:
+        """One call, its failure part of the result; None when the large side made no call.
+
+        Use it only while `open`.
+        """
         assert self._large is not None
         began = self._clock()
         try:
@@ -55,15 +51,15 @@ class Escalator:
         except LargeError as exc:
             if self._strict:
                 raise
+            if isinstance(exc, LargeUnavailable):
+                return None
             latency_s = self._clock() - began
-            # Inside a character the large model may rightly want another one: no fault.
-            inside = bool(context.fragment_ids) and isinstance(exc, LargeProtocolError)
-            self._count_failure(latency_s, in_a_row=not inside)
+            self.fallbacks += 1
+            self._allowance_s -= latency_s
             return Escalation(small_id, large=None, failure=str(exc), latency_s=latency_s)
         finally:
             self.stall_s += self._clock() - began
         escalation = Escalation(small_id, answer, failure=None, latency_s=self._clock() - began)
-        self._in_a_row = 0
         self.escalated += 1
         self.agreed += escalation.agreed
         self.uploaded_bytes += answer.uploaded_bytes
@@ -71,8 +67,3 @@ class Escalator:
         counted = answer.prompt_tokens
         self.uploaded_tokens += len(context.token_ids) if counted is None else counted
         return escalation
-
-    def _count_failure(self, latency_s: float, *, in_a_row: bool) -> None:
-        self.fallbacks += 1
-        self._in_a_row += in_a_row
-        self._allowance_s -= latency_s

@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Final, Self
 
@@ -18,6 +18,7 @@ from mlxroute.errors import (
     UsageError,
 )
 from mlxroute.large.address import parse_address
+from mlxroute.large.breaker import Breaker
 from mlxroute.large.bridge import Bridge
 from mlxroute.large.dialects.completions import PlainCompletions
 from mlxroute.large.dialects.mlx_lm import MlxLm
@@ -37,6 +38,8 @@ from mlxroute.types import LargeContext, LargeToken
 _PROBE_PROMPT: Final = "1, 2, 3,"
 _MODELS_SHOWN: Final = 8
 _LONGEST_S: Final = 86_400
+# Vocabularies have tokens of some hundred characters, mostly spaces or dashes.
+_LONGEST_TOKEN: Final = 1000
 
 
 class LargeModel:
@@ -55,14 +58,18 @@ class LargeModel:
         timeout_s: float = 30.0,
         connect_timeout_s: float = 5.0,
         top_logprobs: int = 5,
+        ca_bundle: Path | None = None,
     ) -> None:
         if not (0 < timeout_s <= _LONGEST_S and 0 < connect_timeout_s <= _LONGEST_S):
             raise UsageError(f"timeouts must be above 0 and at most {_LONGEST_S} seconds")
         self._address = parse_address(base_url)
         self._transport = Transport(
-            self._address, api_key=api_key, connect_timeout_s=connect_timeout_s
+            self._address,
+            api_key=api_key,
+            connect_timeout_s=connect_timeout_s,
+            ca_bundle=ca_bundle,
         )
-        self._api_key = api_key
+        self._breaker = Breaker(self._address.url)
         self._timeout_s = timeout_s
         self._top_logprobs = top_logprobs
         self._model = model
@@ -106,11 +113,19 @@ class LargeModel:
 
         Generates at most one token. Raises LargeError, or UsageError when a model must be named.
         """
-        dialect = self._settle(Deadline(self._timeout_s))
+        with self._breaker.guard():
+            dialect = self._settle(Deadline(self._timeout_s))
         return f"large model {self.model_name} at {self.base_url} ({dialect.name})"
 
     def next_token(self, context: LargeContext, *, deadline_s: float | None = None) -> LargeToken:
-        """The large model's greedy token after `context`. Raises LargeError subclasses only."""
+        """The large model's greedy token after `context`. Raises LargeError subclasses only.
+
+        LargeUnavailable means that there was no call: the last ones failed too often.
+        """
+        with self._breaker.guard(fragment=bool(context.fragment_ids)):
+            return self._next_token(context, deadline_s=deadline_s)
+
+    def _next_token(self, context: LargeContext, *, deadline_s: float | None) -> LargeToken:
         start_s = time.perf_counter()
         limit_s = self._timeout_s if deadline_s is None else min(self._timeout_s, deadline_s)
         if limit_s <= 0:
@@ -121,6 +136,9 @@ class LargeModel:
         except UsageError as exc:
             raise LargeRefused(str(exc)) from exc
         entry, completion, uploaded_bytes = self._ask(dialect, context, deadline=deadline)
+        spelled = (entry.token.piece, entry.token.data, entry.token.text)
+        if (length := max(len(form or "") for form in spelled)) > _LONGEST_TOKEN:
+            raise LargeProtocolError(f"{self.base_url} sent {length:,} characters as one token")
         bridged = self._bridge.token(entry, vocabulary=context.vocabulary)
         return LargeToken(
             token_ids=bridged.token_ids,
@@ -211,21 +229,26 @@ class LargeModel:
 
     def _understood(self, dialect: Dialect, reply: Reply) -> Completion:
         if reply.status != 200:
-            raise self._refusal(error_message(reply.body), status=reply.status)
+            raise self._refusal(error_message(reply.body), reply=reply)
         try:
             value = parse_object(reply.body)
             if (message := error_in(value)) is not None:
-                raise self._refusal(message, status=reply.status)
+                raise self._refusal(message, reply=reply)
             return dialect.completion(value)
         except LargeProtocolError as exc:
             raise LargeProtocolError(f"{self.base_url}: {exc}") from exc
 
-    def _refusal(self, message: str, *, status: int) -> LargeRefused:
-        if self._api_key:
-            message = message.replace(self._api_key, "[key]")
+    def _refusal(self, message: str, *, reply: Reply) -> LargeRefused:
+        status, later_s = reply.status, reply.retry_after_s
+        said = printable(self._transport.without_secrets(message)) or "no reason given"
         hint = "; check the API key" if status in (401, 403) else ""
-        said = printable(message) or "no reason given"
-        return LargeRefused(f"{self.base_url} answered {status}: {said}{hint}")
+        if later_s:
+            hint = f"; it asks to be called again in {later_s:,.0f} s"
+        return LargeRefused(
+            f"{self.base_url} answered {status}: {said}{hint}",
+            status=status,
+            retry_after_s=later_s,
+        )
 
     def _models(self, deadline: Deadline) -> list[str]:
         """The ids of `/v1/models`; empty where the server does not tell."""

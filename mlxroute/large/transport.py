@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
+import random
 import re
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
-from http.cookiejar import DefaultCookiePolicy
+from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import requests
-from requests.auth import AuthBase, HTTPBasicAuth
 from urllib3.exceptions import HTTPError
 
-from mlxroute._version import __version__
 from mlxroute.errors import (
     LargeError,
     LargeProtocolError,
     LargeRefused,
     LargeTimeout,
+    LargeUnavailable,
     LargeUnreachable,
-    UsageError,
 )
+from mlxroute.large import retry
 from mlxroute.large.address import Address
+from mlxroute.large.session import Auth, Session, checked_bundle
 
 MAX_REPLY_BYTES: Final = 1 << 20
+# Calls whose threads could not be ended: only a name look-up or a proxy can hold one for long.
+MOST_GIVEN_UP: Final = 4
 _CHUNK_BYTES = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A complete HTTP reply that is no redirect."""
+    """A complete HTTP reply that is no redirect. `retry_after_s` is 0 where it does not say."""
 
     status: int
     body: bytes
+    retry_after_s: float = 0.0
 
 
 class Deadline:
@@ -52,31 +56,6 @@ class Deadline:
         return max(0.0, self._end - self._clock())
 
 
-class _Auth(AuthBase):
-    # Always set, so that requests never looks for credentials in a netrc file.
-    def __init__(self, address: Address, api_key: str | None) -> None:
-        self._basic = _basic_auth(*address.userinfo) if address.userinfo else None
-        self._api_key = api_key
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if self._api_key is not None:
-            request.headers["Authorization"] = f"Bearer {self._api_key}"
-        elif self._basic is not None:
-            self._basic(request)
-        return request
-
-
-def _basic_auth(user: str, password: str) -> HTTPBasicAuth:
-    # As bytes: requests would encode text as Latin-1, which not every name has.
-    return HTTPBasicAuth(user.encode(), password.encode())
-
-
-class _Session(requests.Session):
-    # Even when told not to follow, requests reads a redirect's whole body and parses its target.
-    def get_redirect_target(self, resp: requests.Response) -> None:
-        return None
-
-
 class Exchange(threading.Thread):
     """One request and its reply, in a thread so that nothing the server does can hold the caller.
 
@@ -85,13 +64,14 @@ class Exchange(threading.Thread):
 
     def __init__(
         self,
-        session: requests.Session,
+        session: Session,
         *,
         address: Address,
         path: str,
         body: bytes | None,
         deadline: Deadline,
         connect_timeout_s: float,
+        verify: str | bool,
     ) -> None:
         super().__init__(daemon=True, name="mlxroute-large")
         self._session = session
@@ -100,15 +80,32 @@ class Exchange(threading.Thread):
         self._body = body
         self._deadline = deadline
         self._connect_timeout_s = connect_timeout_s
+        self._verify = verify
         self._reply: Reply | None = None
         self._error: LargeError | None = None
+        self._passing = False
+
+    @property
+    def passing(self) -> bool:
+        """Whether the same request may succeed in a moment."""
+        return self._passing
+
+    @property
+    def retry_after_s(self) -> float:
+        """The seconds the server wants to be left alone, 0 when it did not say."""
+        return self._reply.retry_after_s if self._reply else 0.0
 
     def run(self) -> None:
         """Exchange, keeping the outcome for `result`."""
         try:
             self._reply = self._exchange()
+            self._passing = retry.is_passing_status(self._reply.status)
         except LargeError as exc:
             self._error = exc
+        except (requests.RequestException, HTTPError, HTTPException, OSError, ValueError) as exc:
+            # Not kept as a cause: it holds the request, and that holds the key.
+            self._error = self._translated(exc)
+            self._passing = retry.is_passing_error(exc)
 
     def result(self) -> Reply:
         """The reply of a finished exchange. Raises LargeError subclasses."""
@@ -120,21 +117,25 @@ class Exchange(threading.Thread):
 
     def _exchange(self) -> Reply:
         left_s = max(self._deadline.left_s(), 0.001)
-        try:
-            with self._session.request(
-                "GET" if self._body is None else "POST",
-                self._address.url + self._path,
-                data=self._body,
-                headers={"Content-Type": "application/json"} if self._body else None,
-                timeout=(min(self._connect_timeout_s, left_s), left_s),
-                allow_redirects=False,
-                stream=True,
-            ) as response:
-                if 300 <= response.status_code < 400:
-                    raise self._redirected(response.headers.get("Location", ""))
-                return Reply(response.status_code, self._read(response))
-        except (requests.RequestException, HTTPError, HTTPException, OSError, ValueError) as exc:
-            raise self._translated(exc) from exc
+        with self._session.request(
+            "GET" if self._body is None else "POST",
+            self._address.url + self._path,
+            data=self._body,
+            headers={"Content-Type": "application/json"} if self._body else None,
+            timeout=(min(self._connect_timeout_s, left_s), left_s),
+            allow_redirects=False,
+            stream=True,
+            # Named for each request: a session's own would yield to REQUESTS_CA_BUNDLE.
+            verify=self._verify,
+        ) as response:
+            if 300 <= response.status_code < 400:
+                raise self._redirected(response.headers.get("Location", ""))
+            asked = response.headers.get("Retry-After")
+            return Reply(
+                response.status_code,
+                self._read(response),
+                retry_after_s=retry.retry_after_s(asked, now=time.time()),
+            )
 
     def _read(self, response: requests.Response) -> bytes:
         # We ask for none; decompressing what we did not ask for could fill the memory.
@@ -159,12 +160,15 @@ class Exchange(threading.Thread):
 
     def _redirected(self, location: str) -> LargeRefused:
         try:
-            target = urlsplit(location).hostname or self._address.host
+            target = urljoin(self._address.url + self._path, location)
+            parts = urlsplit(target)
+            host = parts.netloc.rpartition("@")[2]
+            target = f"{parts.scheme}://{host}{parts.path}".removesuffix(self._path)
         except ValueError:
             target = "an address that is no URL"
         return LargeRefused(
-            f"{self._address.url} redirects to {printable(target)}, which is not followed;"
-            " give the final address if you trust it"
+            f"{self._address.url} redirects to {printable(target, limit=200)}, which is not"
+            " followed; give the final address if you trust it"
         )
 
     def _translated(self, exc: Exception) -> LargeError:
@@ -177,7 +181,9 @@ class Exchange(threading.Thread):
             case requests.Timeout():
                 return self.too_late()
             case requests.exceptions.SSLError():
-                return LargeUnreachable(f"the TLS connection to {url} failed ({_reason(exc)})")
+                reason = _reason(exc)
+                own = "; --ca-bundle names a private authority" if "CERTIFICATE" in reason else ""
+                return LargeUnreachable(f"the TLS connection to {url} failed ({reason}){own}")
             case requests.exceptions.ProxyError():
                 return LargeUnreachable(f"the proxy for {url} refused or failed")
             case requests.exceptions.ChunkedEncodingError():
@@ -191,33 +197,42 @@ class Exchange(threading.Thread):
 
 
 class Transport:
-    """Keeps the connection to one server."""
+    """Keeps the connection to one server and repeats what failed in passing."""
 
     def __init__(
-        self, address: Address, *, api_key: str | None = None, connect_timeout_s: float = 5.0
+        self,
+        address: Address,
+        *,
+        api_key: str | None = None,
+        connect_timeout_s: float = 5.0,
+        ca_bundle: Path | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        random: Callable[[], float] = random.random,
     ) -> None:
-        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
-            raise UsageError("the API key has characters that cannot be sent (a line break?)")
         self._address = address
-        self._auth = _Auth(address, api_key)
+        self._auth = Auth(address, api_key)
         self._connect_timeout_s = connect_timeout_s
-        self._session = self._new_session()
+        self._verify = True if ca_bundle is None else checked_bundle(ca_bundle)
+        self._sleep = sleep
+        self._random = random
+        self._session = Session(address, self._auth)
+        self._given_up: list[Exchange] = []
 
     def call(self, path: str, *, deadline: Deadline, body: bytes | None = None) -> Reply:
-        """GET a path, or POST a JSON body to it. Raises LargeError subclasses."""
-        exchange = self.begin(path, deadline=deadline, body=body)
-        try:
-            exchange.join(deadline.left_s())
-        finally:
-            unfinished = exchange.is_alive()
-            if unfinished:
-                self._drop_connection()
-        if unfinished:
-            raise exchange.too_late()
-        return exchange.result()
+        """GET a path, or POST a JSON body to it. Raises LargeError subclasses.
+
+        Attempts that fail in passing are repeated as long as the deadline leaves room.
+        """
+        for pause_s in retry.pauses_s(self._random):
+            exchange = self._attempt(path, deadline=deadline, body=body)
+            pause_s = max(pause_s, exchange.retry_after_s)
+            if not exchange.passing or pause_s >= deadline.left_s():
+                return exchange.result()
+            self._sleep(pause_s)
+        return self._attempt(path, deadline=deadline, body=body).result()
 
     def begin(self, path: str, *, deadline: Deadline, body: bytes | None = None) -> Exchange:
-        """Start what `call` does and return without waiting for it."""
+        """Send one request and return without waiting for its reply."""
         exchange = Exchange(
             self._session,
             address=self._address,
@@ -225,33 +240,42 @@ class Transport:
             body=body,
             deadline=deadline,
             connect_timeout_s=self._connect_timeout_s,
+            verify=self._verify,
         )
         exchange.start()
         return exchange
 
+    def without_secrets(self, text: str) -> str:
+        """A server's text without the key or password that it may echo."""
+        return self._auth.hidden_in(text)
+
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection; a later call opens a new one."""
         self._session.close()
 
-    def _drop_connection(self) -> None:
-        # The late reply of the call we gave up must never be read as the next one's.
-        self._session.close()
-        self._session = self._new_session()
+    def _attempt(self, path: str, *, deadline: Deadline, body: bytes | None) -> Exchange:
+        """One finished exchange. Raises LargeTimeout at the deadline."""
+        self._given_up = [exchange for exchange in self._given_up if exchange.is_alive()]
+        if len(self._given_up) >= MOST_GIVEN_UP:
+            raise LargeUnavailable(
+                f"{self._address.url} is not asked while {MOST_GIVEN_UP} earlier calls still hang"
+            )
+        exchange = self.begin(path, deadline=deadline, body=body)
+        try:
+            exchange.join(deadline.left_s())
+        finally:
+            unfinished = exchange.is_alive()
+            if unfinished:
+                self._give_up(exchange)
+        if unfinished:
+            raise exchange.too_late()
+        return exchange
 
-    def _new_session(self) -> requests.Session:
-        session = _Session()
-        session.headers.update(
-            {
-                "Accept": "application/json",
-                "Accept-Encoding": "identity",
-                "User-Agent": f"mlxroute/{__version__}",
-            }
-        )
-        session.auth = self._auth
-        session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
-        # A proxy meant for the outside cannot reach a server on this machine.
-        session.trust_env = not self._address.is_loopback
-        return session
+    def _give_up(self, exchange: Exchange) -> None:
+        # The late reply must never be read as the next call's, nor its thread outlive the call.
+        self._given_up.append(exchange)
+        self._session.break_off()
+        self._session = Session(self._address, self._auth)
 
 
 def printable(text: str, *, limit: int = 300) -> str:
