@@ -101,6 +101,7 @@ class LargeToken:
     holds the small model's end token. `logprob` is None when the server gave none. `top` are
     (text, logprob) pairs by falling logprob. `prompt_tokens` and `cached_tokens` are the server's
     own counts (None when it does not report them); `uploaded_bytes` is the request body's size.
+    `lost_s` is the part of `latency_s` that went into attempts that failed.
     """
 
     token_ids: tuple[int, ...]
@@ -113,6 +114,7 @@ class LargeToken:
     completion_tokens: int | None
     uploaded_bytes: int
     latency_s: float
+    lost_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

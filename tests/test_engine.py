@@ -163,6 +163,15 @@ def test_failures_cost_an_answer_one_timeout_in_all() -> None:
     assert answer.stats().stall_s == 10.0
 
 
+def test_attempts_that_failed_before_a_success_count_against_the_same_timeout() -> None:
+    clock = FakeClock()
+    large = ScriptedLarge([b"x"], clock=clock, seconds=5.5, lost_s=5.0)
+    tokens, answer = run(ScriptedSmall(b"abcd"), large, threshold=-math.inf, clock=clock)
+    assert text_of(tokens) == "xxcd"
+    assert large.deadlines == [10.0, 5.0]
+    assert (answer.stats().fallbacks, answer.stats().unchecked) == (0, 3)
+
+
 @pytest.mark.parametrize("failure", [DOWN, LargeUnavailable("not now")])
 def test_strict_raises_the_failure_instead_of_answering_alone(failure: LargeError) -> None:
     with pytest.raises(type(failure)):

@@ -1,4 +1,4 @@
-"""Five hundred answers with a fault in each: all complete, none leaks, nothing piles up."""
+"""Over five hundred answers with a fault in each: all complete, none leaks, nothing piles up."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ KEY: Final = "sk-do-not-show-5f1c"
 SMALL: Final = b"the small model says this"
 LARGE: Final = "L"
 LATE: Final = "Z"
+ROUNDS: Final = 16
 _MB: Final = 1 << 20
 
 
@@ -238,7 +239,7 @@ def play(stage: Stage, authority: Authority, fault: Fault, dice: random.Random) 
             [{"role": "user", "content": "hi"}],
             router=EntropyRouter(1.0),
             # A busy machine must not turn calls into time-outs that are to fail otherwise.
-            options=Options(timeout_s=0.15 if fault.slow else 30.0),
+            options=Options(timeout_s=0.08 if fault.slow else 30.0),
         )
         recorded, out, err = _Recorded(answer), io.StringIO(), io.StringIO()
         write_plain(recorded, stream=out, err=Console(file=err))  # type: ignore[arg-type]
@@ -295,9 +296,7 @@ def our_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "mlxroute-large"]
 
 
-@pytest.mark.parametrize("count", [96, pytest.param(512, marks=pytest.mark.heavy)])
 def test_every_answer_survives_every_fault(
-    count: int,
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -306,8 +305,7 @@ def test_every_answer_survives_every_fault(
     caplog.set_level(logging.DEBUG)
     authority = Authority(tmp_path_factory.mktemp("authority"))
     stage = Stage(authority, Authority(tmp_path_factory.mktemp("stranger")))
-    dice = random.Random(count)
-    order = [FAULTS[i % len(FAULTS)] for i in range(count)]
+    dice, order = random.Random(0), [*FAULTS] * ROUNDS
     dice.shuffle(order)
     process, settled = psutil.Process(), 0
     try:
@@ -315,12 +313,12 @@ def test_every_answer_survives_every_fault(
             check(play(stage, authority, fault, dice))
             assert len(our_threads()) <= MOST_GIVEN_UP
             assert stage.plain.sent_bytes < 20 * _MB * stage.played["50 MB body"] + 1
-            if number == count // 4:
+            if number == len(order) // 4:
                 settled = process.memory_info().rss
     finally:
         stage.close()
     assert process.memory_info().rss - settled < 40 * _MB
-    assert all(stage.played[fault.name] >= count // len(FAULTS) for fault in FAULTS)
+    assert all(stage.played[fault.name] >= 10 for fault in FAULTS)
     for thread in our_threads():
         thread.join(10)
         assert not thread.is_alive()

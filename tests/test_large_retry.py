@@ -200,6 +200,18 @@ def test_a_retry_after_beyond_the_deadline_fails_at_once_and_is_told(server: Loo
     assert len(server.requests) == 2
 
 
+def test_a_token_says_what_failed_attempts_cost_it(
+    server: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "_FIRST_S", 0.02)
+    server.script.extend([Reply.of(legacy("4")), Reply.of(legacy("a"))])
+    server.script.extend([Reply(status=503), Reply.of(legacy("a")), Reply.of(legacy("a"))])
+    with LargeModel(server.url, model="m") as large:
+        tokens = [large.next_token(context("x", VOCABULARY)) for _ in range(3)]
+    assert [token.lost_s >= 0.01 for token in tokens] == [False, True, False]
+    assert tokens[1].lost_s < tokens[1].latency_s
+
+
 def test_an_interrupt_ends_a_pause_at_once(server: Loopback) -> None:
     server.script.append(Reply(status=503, headers={"Retry-After": "25"}))
     transport = Transport(parse_address(server.url))

@@ -12,8 +12,8 @@ from mlxroute.types import Escalation, LargeContext
 class Escalator:
     """Counts and bounds the calls of one answer.
 
-    Failed calls may cost an answer `timeout_s` of waiting in all; after that the rest of it is
-    the small model's. With `strict`, a failure is raised.
+    Failed calls, and failed attempts of others, may cost an answer `timeout_s` of waiting in all;
+    after that the rest of it is the small model's. With `strict`, a failure is raised.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class Escalator:
         finally:
             self.stall_s += self._clock() - began
         escalation = Escalation(small_id, answer, failure=None, latency_s=self._clock() - began)
+        self._allowance_s -= answer.lost_s
         self.escalated += 1
         self.agreed += escalation.agreed
         self.uploaded_bytes += answer.uploaded_bytes

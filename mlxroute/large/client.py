@@ -126,7 +126,7 @@ class LargeModel:
             return self._next_token(context, deadline_s=deadline_s)
 
     def _next_token(self, context: LargeContext, *, deadline_s: float | None) -> LargeToken:
-        start_s = time.perf_counter()
+        start_s, lost_s = time.perf_counter(), self._transport.lost_s
         limit_s = self._timeout_s if deadline_s is None else min(self._timeout_s, deadline_s)
         if limit_s <= 0:
             raise LargeTimeout(f"no time left to ask {self.base_url}")
@@ -151,6 +151,7 @@ class LargeModel:
             completion_tokens=completion.completion_tokens,
             uploaded_bytes=uploaded_bytes,
             latency_s=time.perf_counter() - start_s,
+            lost_s=self._transport.lost_s - lost_s,
         )
 
     def _ask(

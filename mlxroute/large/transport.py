@@ -197,7 +197,10 @@ class Exchange(threading.Thread):
 
 
 class Transport:
-    """Keeps the connection to one server and repeats what failed in passing."""
+    """Keeps the connection to one server and repeats what failed in passing.
+
+    `lost_s` counts the seconds that went into attempts that were repeated.
+    """
 
     def __init__(
         self,
@@ -217,6 +220,7 @@ class Transport:
         self._random = random
         self._session = Session(address, self._auth)
         self._given_up: list[Exchange] = []
+        self.lost_s = 0.0
 
     def call(self, path: str, *, deadline: Deadline, body: bytes | None = None) -> Reply:
         """GET a path, or POST a JSON body to it. Raises LargeError subclasses.
@@ -224,11 +228,13 @@ class Transport:
         Attempts that fail in passing are repeated as long as the deadline leaves room.
         """
         for pause_s in retry.pauses_s(self._random):
+            left_s = deadline.left_s()
             exchange = self._attempt(path, deadline=deadline, body=body)
             pause_s = max(pause_s, exchange.retry_after_s)
             if not exchange.passing or pause_s >= deadline.left_s():
                 return exchange.result()
             self._sleep(pause_s)
+            self.lost_s += left_s - deadline.left_s()
         return self._attempt(path, deadline=deadline, body=body).result()
 
     def begin(self, path: str, *, deadline: Deadline, body: bytes | None = None) -> Exchange:
