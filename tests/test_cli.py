@@ -64,6 +64,11 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(
     assert said in error_line(capsys)
 
 
+def test_an_error_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ask", "--small", "no/\x1b[2J\x9bfolder", "--offline", "hi"]) == 2
+    assert "no/[2Jfolder" in error_line(capsys)
+
+
 def test_an_unknown_config_key_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
     Path(os.environ["MLXROUTE_CONFIG"]).write_text("thresold = 3\n")
     assert main(["ask", "hi"]) == 2

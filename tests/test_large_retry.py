@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from email.utils import format_datetime
+from http.client import IncompleteRead, RemoteDisconnected
 
 import pytest
+import requests
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,6 +56,30 @@ def server() -> Iterator[Loopback]:
 )
 def test_only_statuses_that_ask_for_patience_pass(status: int, passing: bool) -> None:
     assert retry.is_passing_status(status) is passing
+
+
+@pytest.mark.parametrize(
+    ("cause", "passing"),
+    [
+        *((kind(), True) for kind in (ConnectionRefusedError, ConnectionResetError)),
+        *((kind(), True) for kind in (BrokenPipeError, RemoteDisconnected)),
+        (IncompleteRead(b""), True),
+        *((kind(), False) for kind in (TimeoutError, socket.gaierror, ssl.SSLError, OSError)),
+        (ssl.SSLCertVerificationError(), False),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
+)
+def test_only_a_lost_connection_passes_however_deep_it_is_wrapped(
+    cause: Exception, passing: bool
+) -> None:
+    try:
+        try:
+            raise cause
+        except Exception as exc:
+            raise requests.ConnectionError("wrapped") from exc
+    except requests.ConnectionError as exc:
+        assert retry.is_passing_error(exc) is passing
+        assert retry.is_passing_error(cause) is passing
 
 
 def test_pauses_grow_to_a_cap_and_half_of_each_is_chance() -> None:
@@ -250,20 +277,19 @@ def our_threads() -> list[threading.Thread]:
 @pytest.mark.parametrize(
     "reply",
     [
-        Reply(stall_s=60),
-        Reply(b" " * 900, byte_every_s=1.0),
-        Reply(raw=b"HTTP/1.0 200 OK\r\n\r\n" + b" " * 900, byte_every_s=1.0),
-        Reply(raw=b"HTTP/1.1 200 OK\r\nX: " + b"y" * 900, byte_every_s=1.0),
+        Reply(b" " * 900, byte_every_s=0.03),
+        Reply(raw=b"HTTP/1.0 200 OK\r\n\r\n" + b" " * 900, byte_every_s=0.03),
+        Reply(raw=b"HTTP/1.1 200 OK\r\nX: " + b"y" * 900, byte_every_s=0.03),
     ],
-    ids=["silent", "slow body", "slow body of HTTP/1.0", "slow header"],
+    ids=["slow body", "slow body of HTTP/1.0", "slow header"],
 )
 def test_the_thread_of_a_call_given_up_ends_with_it(server: Loopback, reply: Reply) -> None:
     server.script.append(reply)
     transport = Transport(parse_address(server.url))
     with pytest.raises(LargeTimeout):
-        transport.call("/completions", body=b"{}", deadline=Deadline(0.1))
+        transport.call("/completions", body=b"{}", deadline=Deadline(0.3))
     for thread in our_threads():
-        # Unbroken, it would read on for minutes.
+        # Each byte comes in time for its own read; unbroken, all of them take half a minute.
         thread.join(10)
         assert not thread.is_alive()
 
@@ -393,7 +419,9 @@ def test_a_server_that_says_when_is_left_alone_until_then_but_not_for_days() -> 
     circuit.clock.now += 1
     assert circuit.ask(LargeRefused("busy", status=429, retry_after_s=1e9)) == "LargeRefused"
     circuit.clock.now += 3600
-    assert circuit.ask() == ""
+    # One more failure, of whatever kind, and it is left alone again.
+    assert circuit.ask(DOWN) == "LargeUnreachable"
+    assert circuit.ask() == "LargeUnavailable"
 
 
 def test_an_unfit_reply_inside_a_character_says_nothing_about_the_server() -> None:
