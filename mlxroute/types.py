@@ -125,7 +125,8 @@ class LargeToken:
     holds the small model's end token. `logprob` is None when the server gave none. `top` are
     (text, logprob) pairs by falling logprob. `large_ids` are the server's own ids, empty when it
     names none. `prompt_tokens` and `cached_tokens` are the server's own counts (None when it does
-    not report them); `uploaded_bytes` is the size of the request bodies.
+    not report them); `uploaded_bytes` is the size of the request bodies. `lost_s` is the part of
+    `latency_s` that went into attempts that failed.
     """
 
     token_ids: tuple[int, ...]
@@ -139,6 +140,7 @@ class LargeToken:
     uploaded_bytes: int
     latency_s: float
     large_ids: tuple[int, ...] = ()
+    lost_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,16 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from mlxroute.backend import blas
 from mlxroute.weights import default_cache_dir
 
 # Read before a fixture hides the user's settings from the tests.
 CACHE_DIR = Path(os.environ.get("MLXROUTE_CACHE_DIR") or default_cache_dir())
+# No test depends on the speed of the machine.
+settings.register_profile("mlxroute", deadline=None)
+settings.load_profile("mlxroute")
 _OWN_VARIABLES = ("OPENAI_API_KEY", "OPENAI_BASE_URL")
 
 

@@ -64,6 +64,11 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(
     assert said in error_line(capsys)
 
 
+def test_an_error_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ask", "--small", "no/\x1b[2J\x9bfolder", "--offline", "hi"]) == 2
+    assert "no/[2Jfolder" in error_line(capsys)
+
+
 def test_an_unknown_config_key_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
     Path(os.environ["MLXROUTE_CONFIG"]).write_text("thresold = 3\n")
     assert main(["ask", "hi"]) == 2
@@ -116,7 +121,8 @@ def test_an_unreachable_server_leaves_an_unchecked_answer_and_exit_code_0(
     captured = capsys.readouterr()
     *tokens, summary = [json.loads(line) for line in captured.out.splitlines()]
     assert "127.0.0.1:9" in captured.err
-    assert summary["fallbacks"] == 3
+    # The check at the start was the first of three failures, after which no call is made.
+    assert summary["fallbacks"] == 2
     assert summary["threshold"] == "-inf"
     assert summary["unchecked"] == summary["tokens"] == len(tokens)
     assert all(not token["checked"] for token in tokens)

@@ -91,6 +91,12 @@ KeyEnv = Annotated[
 KeyFile = Annotated[
     str | None, typer.Option(help="File (mode 0600) holding the server's key.", metavar="FILE")
 ]
+CaBundle = Annotated[
+    str | None,
+    typer.Option(
+        help="PEM file of the authorities to trust instead of the public ones.", metavar="FILE"
+    ),
+]
 CacheDir = Annotated[str | None, typer.Option(help="Where weights are kept.", metavar="DIR")]
 LedgerFile = Annotated[
     str | None,
@@ -147,6 +153,7 @@ def chat(
     timeout: Timeout = None,
     key_env: KeyEnv = None,
     key_file: KeyFile = None,
+    ca_bundle: CaBundle = None,
     cache_dir: CacheDir = None,
     ledger: LedgerFile = None,
     never_send: NeverSend = None,
@@ -187,6 +194,7 @@ def ask(
     timeout: Timeout = None,
     key_env: KeyEnv = None,
     key_file: KeyFile = None,
+    ca_bundle: CaBundle = None,
     cache_dir: CacheDir = None,
     ledger: LedgerFile = None,
     never_send: NeverSend = None,
@@ -258,6 +266,7 @@ def probe(
     timeout: Timeout = None,
     key_env: KeyEnv = None,
     key_file: KeyFile = None,
+    ca_bundle: CaBundle = None,
     cache_dir: CacheDir = None,
     ledger: LedgerFile = None,
     offline: Offline = None,
@@ -270,7 +279,12 @@ def probe(
 
 
 @app.command()
-def doctor(large: Large = None, cache_dir: CacheDir = None, offline: Offline = None) -> None:
+def doctor(
+    large: Large = None,
+    ca_bundle: CaBundle = None,
+    cache_dir: CacheDir = None,
+    offline: Offline = None,
+) -> None:
     """Check device, memory, cache, network and server."""
     from mlxroute.cli.doctor import run_doctor
     from mlxroute.cli.run import settings_from
@@ -279,7 +293,9 @@ def doctor(large: Large = None, cache_dir: CacheDir = None, offline: Offline = N
         settings = settings_from(locals())
     except ConfigError:
         # Part of the report, which needs nothing of the file itself.
-        settings = Settings(large=large, cache_dir=cache_dir, offline=bool(offline))
+        settings = Settings(
+            large=large, ca_bundle=ca_bundle, cache_dir=cache_dir, offline=bool(offline)
+        )
     raise typer.Exit(run_doctor(settings))
 
 
@@ -325,7 +341,9 @@ def _message(exc: typer.TyperException) -> str:
 
 
 def _fail(text: str, code: int) -> int:
-    typer.echo(f"error: {' '.join(text.split())}", err=True)
+    from mlxroute.view import printable
+
+    typer.echo(f"error: {printable(' '.join(text.split()))}", err=True)
     return code
 
 

@@ -39,6 +39,7 @@ def large_model(settings: Settings, address: str, ledger: Ledger) -> LargeModel:
         model=settings.large_model,
         api_key=key.reveal() if key else None,
         timeout_s=settings.timeout,
+        ca_bundle=Path(settings.ca_bundle).expanduser() if settings.ca_bundle else None,
         ledger=ledger,
         verdicts=cache_dir_of(settings.cache_dir) / "endpoints.json",
         find_tokenizer=tokenizer_finder(settings, address),

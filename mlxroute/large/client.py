@@ -19,6 +19,7 @@ from mlxroute.errors import (
 )
 from mlxroute.large.address import parse_address
 from mlxroute.large.asker import Answered, Asker
+from mlxroute.large.breaker import Breaker
 from mlxroute.large.bridge import Bridge, Bridged
 from mlxroute.large.dialects import Form, Prompt, reading_ids
 from mlxroute.large.prompt import PromptBuilder
@@ -62,6 +63,7 @@ class LargeModel:
         timeout_s: float = 30.0,
         connect_timeout_s: float = 5.0,
         top_logprobs: int = 5,
+        ca_bundle: Path | None = None,
         ledger: Ledger | None = None,
         verdicts: Path | None = None,
         find_tokenizer: Callable[[str], Tokenizer | None] = lambda name: None,
@@ -74,13 +76,14 @@ class LargeModel:
             self._address,
             api_key=api_key,
             connect_timeout_s=connect_timeout_s,
+            ca_bundle=ca_bundle,
             ledger=self._ledger,
         )
+        self._breaker = Breaker(self._address.url)
         self._asker = Asker(
             self._transport,
             self._ledger,
             base_url=self._address.url,
-            api_key=api_key,
             top_logprobs=top_logprobs,
         )
         self._asker.model, self._asker.model_was_named = model, model is not None
@@ -145,7 +148,8 @@ class LargeModel:
         `thorough`, the first question alone decides, and nothing is remembered. Raises LargeError,
         or UsageError when a model must be named.
         """
-        terms = self._settlement.settle(thorough=thorough)
+        with self._breaker.guard():
+            terms = self._settlement.settle(thorough=thorough)
         return f"large model {self.model_name} at {self.base_url} ({terms.dialect.name})"
 
     def probe(self) -> Verdict:
@@ -173,21 +177,26 @@ class LargeModel:
         return builder.same or by_server or isinstance(builder.tokens, FileTokens)
 
     def next_token(self, context: LargeContext, *, deadline_s: float | None = None) -> LargeToken:
-        """The large model's greedy token after `context`. Raises LargeError subclasses only."""
-        start_s = time.perf_counter()
+        """The large model's greedy token after `context`. Raises LargeError subclasses only.
+
+        LargeUnavailable means that there was no call: the last ones failed too often.
+        """
         limit_s = self._timeout_s if deadline_s is None else min(self._timeout_s, deadline_s)
         if limit_s <= 0:
             raise LargeTimeout(f"no time left to ask {self.base_url}")
         self._call = Deadline(limit_s)
         try:
-            return self._next_token(context, self._call, start_s)
-        except UsageError as exc:
-            raise LargeRefused(str(exc)) from exc
+            with self._breaker.guard(fragment=bool(context.fragment_ids)):
+                return self._next_token(context, self._call)
         finally:
             self._call = None
 
-    def _next_token(self, context: LargeContext, deadline: Deadline, start_s: float) -> LargeToken:
-        self._settlement.settle(thorough=False)
+    def _next_token(self, context: LargeContext, deadline: Deadline) -> LargeToken:
+        start_s, lost_s = time.perf_counter(), self._transport.lost_s
+        try:
+            self._settlement.settle(thorough=False)
+        except UsageError as exc:
+            raise LargeRefused(str(exc)) from exc
         pairing = self._paired(context.vocabulary)
         prompt = pairing.builder.build(context)
         self._check_length(prompt)
@@ -217,6 +226,7 @@ class LargeModel:
             completion_tokens=completion.completion_tokens,
             uploaded_bytes=uploaded,
             latency_s=time.perf_counter() - start_s,
+            lost_s=self._transport.lost_s - lost_s,
         )
 
     def _ask(
