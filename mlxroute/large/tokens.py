@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
 from mlxroute.errors import LargeProtocolError, LargeRefused
+from mlxroute.large.dialects.interface import ANSWER_AT_ONCE
 from mlxroute.large.transport import Reply
 from mlxroute.large.wire import error_message, parse_object, sequence, string, token_id
 from mlxroute.types import Message, Vocabulary
@@ -146,7 +147,8 @@ class LlamaTokens(ServerTokens):
         return string(self._ask("/detokenize", {"tokens": list(ids)}).get("content"), what="text")
 
     def _prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        reply = self._ask("/apply-template", {"messages": list(messages)})
+        body = {"messages": list(messages), **ANSWER_AT_ONCE}
+        reply = self._ask("/apply-template", body)
         text = string(reply.get("prompt"), what="the rendered prompt")
         return self._tokens({"content": text, "add_special": True, "parse_special": True})
 
@@ -167,7 +169,7 @@ class VllmTokens(ServerTokens):
         return string(reply.get("prompt", reply.get("text")), what="text")
 
     def _prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        body = {"messages": list(messages), "add_generation_prompt": True}
+        body = {"messages": list(messages), "add_generation_prompt": True, **ANSWER_AT_ONCE}
         return _token_ids(self._ask("/tokenize", self._named(body)))
 
     def _encode(self, text: str) -> tuple[int, ...]:
