@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +17,6 @@ from mlxroute.engine import generate
 from mlxroute.errors import RollbackError, UsageError, WeightsError
 from mlxroute.routers import EntropyRouter
 from mlxroute.small import SmallModel
-from mlxroute.small.kernels import pack_signals, unpack_signals
 from mlxroute.types import Sampling
 from tests.tiny import make_tiny_model
 
@@ -124,7 +122,7 @@ def test_an_interrupt_while_waiting_for_the_device_costs_nothing(
     prompt_ids = small.encode_prompt("interrupt me in the middle of it")
     ids = decode(small, prompt_ids, 6)
     with monkeypatch.context() as patch:
-        patch.setattr("mlxroute.small.model.unpack_signals", interrupted)
+        patch.setattr("mlxroute.small.model.unpack", interrupted)
         with pytest.raises(KeyboardInterrupt):
             small.step(ids[5])
     more = [*prompt_ids, *ids, 7]
@@ -330,36 +328,3 @@ def test_a_broken_weights_file_is_one_clear_error(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(WeightsError, match="broken"):
         load(path)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 2**31),
-    size=st.integers(1, 3000),
-    scale=st.sampled_from([0.0, 0.1, 1.0, 10.0, 200.0]),
-)
-def test_signals_agree_with_float64(seed: int, size: int, scale: float) -> None:
-    row = (np.random.default_rng(seed).standard_normal(size) * scale).astype(np.float32)
-    got = unpack_signals(pack_signals(mx.array(row)[None], lambda lp: mx.argmax(lp, axis=-1)))
-    exact = row.astype(np.float64)
-    logprobs = exact - exact.max() - np.log(np.exp(exact - exact.max()).sum())
-    probs = np.exp(logprobs)
-    entropy = -(probs * logprobs).sum()
-    order = np.argsort(-logprobs, kind="stable")
-    assert got.token_id == int(np.argmax(row)) or math.isclose(
-        row[got.token_id], row.max(), rel_tol=1e-6, abs_tol=1e-5
-    )
-    assert got.entropy_nats == pytest.approx(entropy, abs=3e-5)
-    assert got.varentropy == pytest.approx((probs * (logprobs + entropy) ** 2).sum(), abs=2e-3)
-    assert got.logprob == pytest.approx(logprobs[got.token_id], abs=3e-5)
-    second = probs[order[1]] if size > 1 else 0.0
-    assert got.margin == pytest.approx(probs[order[0]] - second, abs=1e-5)
-    assert got.top_logprobs == pytest.approx(logprobs[order[:8]].tolist(), abs=3e-5)
-    assert len(set(got.top_ids)) == min(8, size)
-
-
-def test_masked_out_tokens_add_nothing_to_the_entropy() -> None:
-    row = mx.array([[0.0, -math.inf, 0.0, -math.inf]])
-    got = unpack_signals(pack_signals(row, lambda lp: mx.argmax(lp, axis=-1)))
-    assert got.entropy_nats == pytest.approx(math.log(2))
-    assert got.margin == pytest.approx(0.0)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mlxroute.errors import RollbackError, UsageError
 from mlxroute.small.cache import PrefixCache
-from mlxroute.small.kernels import pack_signals, unpack_signals
+from mlxroute.small.kernels import pack_signals, unpack
 from mlxroute.small.vocabulary import TokenVocabulary
 from mlxroute.types import Message, Notify, Progress, Sampling, Signals, no_notice, no_progress
 
@@ -157,7 +157,8 @@ class SmallModel:
 
         with self._cache.feeding(token_ids):
             logits = self.model(mx.array(list(token_ids))[None], cache=self._cache.layers)
-        signals = unpack_signals(pack_signals(logits[:, -1, :], self._sampler))
+        (values,) = cast("list[list[float]]", self._pack(logits[:, -1, :]).tolist())
+        signals = unpack(values)
         self._steps += 1
         if self._steps % _CLEAR_CACHE_EVERY == 0:
             mx.clear_cache()
@@ -180,11 +181,27 @@ class SmallModel:
         last: mx.array = state[0, -1]
         return last
 
+    def _pack(self, logits: mx.array) -> mx.array:
+        """The packed row, with the sampled token in the greedy one's place when sampling."""
+        import mlx.core as mx
+
+        packed = pack_signals(logits)
+        if self._sampler is None:
+            return packed
+        token = self._sampler(logits - mx.logsumexp(logits, keepdims=True)).reshape(1, 1)
+        chosen = mx.take_along_axis(logits, token, axis=-1)
+        parts = [token.astype(mx.float32), chosen.astype(mx.float32), packed[:, 2:]]
+        return mx.concatenate(parts, axis=-1)
+
     def _set_sampling(self, sampling: Sampling) -> None:
         import mlx.core as mx
         from mlx_lm.sample_utils import make_sampler
 
-        self._sampler = make_sampler(temp=sampling.temperature, top_p=sampling.top_p)
+        self._sampler = (
+            make_sampler(temp=sampling.temperature, top_p=sampling.top_p)
+            if sampling.temperature > 0
+            else None
+        )
         if sampling.seed is not None:
             mx.random.seed(sampling.seed)
 
