@@ -208,7 +208,9 @@ def _execute(
     threads: tuple[int, int, int],
     schedule: int,
 ) -> None:
-    buffers = [np.ascontiguousarray(buffer) if not buffer.flags.owndata else buffer for buffer in buffers]
+    buffers = [
+        np.ascontiguousarray(buffer) if not buffer.flags.owndata else buffer for buffer in buffers
+    ]
     pointers = (ctypes.c_void_p * len(buffers))(*[buffer.ctypes.data for buffer in buffers])
     sizes = [(ctypes.c_uint * 3)(*values) for values in (grid, threads)]
     error = run(pointers, *sizes, ctypes.c_uint(schedule))

@@ -1,6 +1,6 @@
 """The logit kernel: everything the router needs, from one row of logits, in one packed row."""
 
-from mlxroute.small.kernels.graph import pack_signals
+from mlxroute.small.kernels.choice import NAMES, Kernel, choose
 from mlxroute.small.kernels.row import unpack
 
-__all__ = ["pack_signals", "unpack"]
+__all__ = ["NAMES", "Kernel", "choose", "unpack"]

@@ -209,7 +209,9 @@ _READ = """
     }
 """
 
-_SHARE_SOURCE = _READ + """
+_SHARE_SOURCE = (
+    _READ
+    + """
     const size_t place = (size_t(row) * shares + share) * PART;
     if (lane == 0u) {
       parts[place] = moments.m;
@@ -224,10 +226,12 @@ _SHARE_SOURCE = _READ + """
     }
   }
 """
+)
 
 _WHOLE_SOURCE = _READ + _FINISH + "  }\n"
 
-_MERGE_SOURCE = """
+_MERGE_SOURCE = (
+    """
   const uint lane = thread_index_in_simdgroup;
   const uint row = threadgroup_position_in_grid.y;
   const uint shares = uint(parts_shape[1]);
@@ -258,7 +262,10 @@ _MERGE_SOURCE = """
     best = offered(best, value, id, lane, k - 1u);
   }
   {
-""" + _FINISH + "  }\n"
+"""
+    + _FINISH
+    + "  }\n"
+)
 
 _KERNELS = {
     "whole": ("logits", "packed", _WHOLE_SOURCE),
@@ -269,7 +276,6 @@ _KERNELS = {
 
 def pack_signals(logits: mx.array) -> mx.array:
     """Packed rows (see `row`) of logits [B, V] in float32, float16 or bfloat16, lazily."""
-    import mlx.core as mx
 
     batch, size = logits.shape
     width = HEAD + 2 * top_count(size)
@@ -287,7 +293,7 @@ def _shares(batch: int, size: int) -> int:
     return max(1, min(-(-size // _SHARE), _MOST_SHARES // batch))
 
 
-def _run(  # noqa: PLR0913
+def _run(
     name: str,
     given: mx.array,
     shape: tuple[int, ...],

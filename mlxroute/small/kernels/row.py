@@ -30,7 +30,7 @@ LARGEST_FLOAT = 3.4028234663852886e38
 LOG2_E = 1.4426950408889634
 # The smallest power of two that keeps a few bits below it in float32's normal range.
 LOWEST_EXPONENT = -125.0
-_LN_2 = math.log(2.0)
+LN_2 = math.log(2.0)
 
 
 def top_count(vocabulary_size: int) -> int:
@@ -46,7 +46,7 @@ def unpack(values: Sequence[float], *, has_head: bool = False) -> Signals:
     logits = values[HEAD + k : end]
     flags = _flags(s, logits[0])
     log_s = math.log(s) if s > 0 else math.nan
-    mean = _LN_2 * t / s
+    mean = LN_2 * t / s
     lse = _lse(flags, logits[0], log_s)
     broken = bool(flags & (NAN_SEEN | ALL_MASKED))
     logprobs = [_logprob(logit, lse, log_s) for logit in (token_logit, *logits)]
@@ -55,7 +55,7 @@ def unpack(values: Sequence[float], *, has_head: bool = False) -> Signals:
         token_id=int(token_id),
         logprob=logprobs[0],
         entropy_nats=math.nan if broken else max(log_s - mean, 0.0),
-        varentropy=math.nan if broken else max(_LN_2 * _LN_2 * u / s - mean * mean, 0.0),
+        varentropy=math.nan if broken else max(LN_2 * LN_2 * u / s - mean * mean, 0.0),
         margin=math.exp(top[0]) - (math.exp(top[1]) if k > 1 else 0.0),
         top_ids=tuple(map(int, values[HEAD : HEAD + k])),
         top_logprobs=tuple(top),
