@@ -107,7 +107,7 @@ def test_rolling_back_more_than_there_is_raises(small: SmallModel) -> None:
 
 def test_a_layer_that_cannot_give_tokens_back_is_an_error(small: SmallModel) -> None:
     small.prefill([5, 6, 7])
-    small._cache.layers[0].trim = lambda count: 0
+    small._decoder.cache.layers[0].trim = lambda count: 0
     with pytest.raises(RollbackError, match="cannot roll back"):
         small.rollback(1)
 
@@ -122,7 +122,7 @@ def test_an_interrupt_while_waiting_for_the_device_costs_nothing(
     prompt_ids = small.encode_prompt("interrupt me in the middle of it")
     ids = decode(small, prompt_ids, 6)
     with monkeypatch.context() as patch:
-        patch.setattr("mlxroute.small.model.unpack", interrupted)
+        patch.setattr("mlxroute.small.decoder.unpack", interrupted)
         with pytest.raises(KeyboardInterrupt):
             small.step(ids[5])
     more = [*prompt_ids, *ids, 7]
@@ -136,7 +136,7 @@ def test_an_interrupt_inside_a_forward_pass_starts_the_cache_anew(
     ids = decode(small, prompt_ids, 6)
     with monkeypatch.context() as patch:
         # The first layer has taken the token in, the second has not.
-        patch.setattr(small._cache.layers[1], "update_and_fetch", interrupted)
+        patch.setattr(small._decoder.cache.layers[1], "update_and_fetch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             small.step(ids[5])
     with pytest.raises(RollbackError, match="interrupted"):
@@ -149,7 +149,8 @@ def assert_same_as_fresh(small: SmallModel, prompt_ids: list[int], *, reused: in
     fresh = SmallModel(small.model, small.tokenizer, name="fresh")
     expected, _ = fresh.prefill(prompt_ids)
     assert found == reused
-    assert {layer.offset for layer in small._cache.layers} == {len(prompt_ids)}
+    small.rollback(0)
+    assert {layer.offset for layer in small._decoder.cache.layers} == {len(prompt_ids)}
     assert math.isclose(signals.entropy_nats, expected.entropy_nats, abs_tol=1e-4)
 
 
@@ -157,8 +158,8 @@ def test_a_cache_without_offsets_is_reused_when_a_prompt_only_goes_on(small: Sma
     from mlx_lm.models.cache import CacheList
 
     small.prefill([5, 6, 7])
-    small._cache.layers = [CacheList(layer) for layer in small._cache.layers]
-    assert small._cache.keep_common_prefix([5, 6, 7, 8, 9]) == 3
+    small._decoder.cache.layers = [CacheList(layer) for layer in small._decoder.cache.layers]
+    assert small._decoder.cache.keep_common_prefix([5, 6, 7, 8, 9]) == 3
 
 
 @settings(max_examples=20, deadline=None)
