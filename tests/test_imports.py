@@ -30,19 +30,20 @@ _ROOMS: dict[str, set[str]] = {
     "small": {"backend", "catalog", "config", "weights"},
     "large": {"backend", ""},  # "" is the package itself, to tell a child where it lies
     "view": set(),
+    "bench": {"engine", "routers", "small"},
     "host_process": {"backend"},
 }
 # Third parties that stop at these rooms.
 _WALLS: dict[str, set[str]] = {
-    "mlx": {"small", "backend", "host_process", "weights", "cli"},
-    "mlx_lm": {"small", "backend", "host_process"},
+    "mlx": {"small", "backend", "host_process", "weights", "cli", "bench"},
+    "mlx_lm": {"small", "backend", "host_process", "bench"},
     "requests": {"large", "weights"},
     "rich": {"view", "cli"},
     "typer": {"cli"},
     "prompt_toolkit": {"cli"},
     "wcwidth": {"view"},
     "gguf": {"weights"},
-    "numpy": {"weights"},
+    "numpy": {"weights", "bench"},
     "huggingface_hub": {"weights"},
 }
 
