@@ -17,7 +17,7 @@ from mlxroute.errors import (
     UsageError,
 )
 from mlxroute.large.address import parse_address
-from mlxroute.large.asker import Answered, Asker
+from mlxroute.large.asker import Answered, Asker, NotRepeated
 from mlxroute.large.bridge import Bridge, Bridged
 from mlxroute.large.dialects import LADDER, Dialect, Form, Prompt, dialect_named, reading_ids
 from mlxroute.large.match import fingerprint, same_decoded, same_entries, same_named
@@ -196,7 +196,7 @@ class LargeModel:
         for count in range(1, _MOST_PARTS + 1):
             answered = self._ask(pairing, prompt, context, repeated, count, deadline)
             uploaded += answered.uploaded_bytes
-            bridged = pairing.bridge.token(answered.entries, answered.completion.text)
+            bridged = pairing.bridge.token(answered.entries, answered.text)
             if bridged is not None:
                 break
         else:
@@ -237,7 +237,8 @@ class LargeModel:
             )
         except LargeError as exc:
             refused = isinstance(exc, LargeRefused) and exc.status in _DIALECT_STATUSES
-            if refused or (isinstance(exc, LargeProtocolError) and not repeated):
+            unread = isinstance(exc, LargeProtocolError) and not isinstance(exc, NotRepeated)
+            if refused or unread:
                 self._count_misfit()
             raise
         self._misfits = 0
