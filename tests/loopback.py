@@ -61,7 +61,7 @@ class Loopback:
         self.script: deque[Reply] = deque()
         self.requests: list[Request] = []
         self.connections = 0
-        self._answer = answer or (lambda request: Reply(b"not scripted", status=501))
+        self.answer = answer or (lambda request: Reply(b"not scripted", status=501))
         self._closing = threading.Event()
         self._server = _QuietServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
@@ -108,7 +108,7 @@ class Loopback:
     def next_reply(self, request: Request) -> Reply:
         """Record a request and choose its reply."""
         self.requests.append(request)
-        return self.script.popleft() if self.script else self._answer(request)
+        return self.script.popleft() if self.script else self.answer(request)
 
 
 def _handler(loopback: Loopback) -> type[BaseHTTPRequestHandler]:

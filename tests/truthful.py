@@ -54,6 +54,7 @@ class Truthful:
         *,
         vocabulary: TableVocabulary = VOCABULARY,
         models: Sequence[str] = ("m",),
+        needs_model: bool = True,
         hears: Hears = lambda path, text: text,
         says: Says = lambda path, ids: ids,
         shows: Shows = lambda path, body, reply: reply,
@@ -61,6 +62,7 @@ class Truthful:
         self._vocabulary = vocabulary
         self._tokenizer = TableTokenizer(vocabulary)
         self._models = models
+        self._needs_model = needs_model and len(models) > 1
         self._hears, self._says, self._shows = hears, says, shows
         self._routes = self._families()[family]
 
@@ -73,7 +75,7 @@ class Truthful:
         body = request.json
         if body.get("model", self._models[0]) not in self._models:
             return Reply.of({"error": "no such model"}, status=404)
-        if "model" not in body and len(self._models) > 1:
+        if "model" not in body and self._needs_model:
             return Reply.of({"error": "you must name a model"}, status=400)
         try:
             reply = route(request.path, dict(body))

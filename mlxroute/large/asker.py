@@ -17,7 +17,7 @@ from mlxroute.types import LargeContext
 
 
 class NotRepeated(LargeProtocolError):
-    """The server wrote other tokens than those it was to write again; the dialect is not at fault."""
+    """The server wrote other tokens than those it was to write again: no fault of the dialect."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,7 +187,11 @@ class LargeModel:
         if self._terms is None:
             self._terms = self._first_that_fits()
         pairing = self._paired(context.vocabulary)
-        prompt = pairing.builder.build(context)
+        try:
+            prompt = pairing.builder.build(context)
+        except LargeRefused as exc:
+            self._count_misfit(exc)
+            raise
         repeated: tuple[bytes, ...] = ()
         if pairing.builder.dialect.form is not Form.IDS:
             repeated = tuple(map(context.vocabulary.token_bytes, context.fragment_ids))
@@ -236,16 +240,15 @@ class LargeModel:
                 context=context,
             )
         except LargeError as exc:
-            refused = isinstance(exc, LargeRefused) and exc.status in _DIALECT_STATUSES
-            unread = isinstance(exc, LargeProtocolError) and not isinstance(exc, NotRepeated)
-            if refused or unread:
-                self._count_misfit()
+            self._count_misfit(exc)
             raise
         self._misfits = 0
         return answered
 
-    def _count_misfit(self) -> None:
-        self._misfits += 1
+    def _count_misfit(self, exc: LargeError) -> None:
+        refused = isinstance(exc, LargeRefused) and exc.status in _DIALECT_STATUSES
+        unread = isinstance(exc, LargeProtocolError) and not isinstance(exc, NotRepeated)
+        self._misfits += refused or unread
         if self._misfits >= _MISFITS:
             self._misfits = 0
             self._terms = self._pairing = None
