@@ -26,11 +26,13 @@ def server() -> Iterator[Loopback]:
 
 
 def test_connect_names_the_model_and_the_dialect() -> None:
-    with Loopback(Truthful("mlx_lm", models=["/home/someone/big-7b"])) as server:
-        with LargeModel(server.url.removesuffix("/v1")) as large:
-            line = large.connect()
-            assert line == f"large model big-7b at {server.url} (mlx_lm completions)"
-            assert (large.base_url, large.model_name) == (server.url, "big-7b")
+    with (
+        Loopback(Truthful("mlx_lm", models=["/home/someone/big-7b"])) as server,
+        LargeModel(server.url.removesuffix("/v1")) as large,
+    ):
+        line = large.connect()
+        assert line == f"large model big-7b at {server.url} (mlx_lm completions)"
+        assert (large.base_url, large.model_name) == (server.url, "big-7b")
 
 
 def test_connecting_again_asks_nothing() -> None:
@@ -83,15 +85,14 @@ def test_a_server_that_no_way_fits_is_a_protocol_error_that_names_the_probe() ->
 def test_a_dialect_that_keeps_failing_is_given_up_and_another_is_found(tmp_path: Path) -> None:
     verdicts = tmp_path / "verdicts.json"
     wanted = context("1, 2, 3,", truthful.VOCABULARY)
-    with Loopback(Truthful("vllm")) as server:
-        with LargeModel(server.url, verdicts=verdicts) as large:
-            large.connect()
-            server.answer = Truthful("mlx_lm")
-            for _ in range(2):
-                with pytest.raises(LargeRefused):
-                    large.next_token(wanted)
-            assert VerdictFile(verdicts).load(server.url, None) is None
-            assert large.next_token(wanted).text == " "
+    with Loopback(Truthful("vllm")) as server, LargeModel(server.url, verdicts=verdicts) as large:
+        large.connect()
+        server.answer = Truthful("mlx_lm")
+        for _ in range(2):
+            with pytest.raises(LargeRefused):
+                large.next_token(wanted)
+        assert VerdictFile(verdicts).load(server.url, None) is None
+        assert large.next_token(wanted).text == " "
 
 
 def test_tokens_that_the_server_does_not_repeat_do_not_make_its_dialect_unfit(
