@@ -10,6 +10,7 @@ not run ahead.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -52,6 +53,7 @@ class Decoder:
         self._ahead: _Step | None = None
         self._ahead_id: int | None = None
         self._steps = 0
+        self._side = _side_stream()
 
     def begin(self, prompt_ids: Sequence[int], sampling: Sampling) -> int:
         """Start a sequence; return how many of its ids the cache holds already."""
@@ -151,18 +153,44 @@ class Decoder:
         random_state = mx.array(_random_state()) if self._sampler else None
         logits = self._model(tokens, cache=self.cache.layers)[:, -1, :]
         hidden = self._tap.last()
-        packed = self._kernel(logits)
+        token = self._choose(logits)
+        with self._beside():
+            packed = self._kernel(logits)
+            if token is not None:
+                chosen = [token, mx.take_along_axis(logits, token, axis=-1)]
+                packed = mx.concatenate(
+                    [*(part.astype(mx.float32) for part in chosen), packed[:, 2:]], axis=-1
+                )
+            if self.head is not None:
+                packed = mx.concatenate([packed, self.head(hidden, packed)], axis=-1)
+        if token is None:
+            token = packed[:, :1].astype(mx.int32)
+        return _Step(packed, token, hidden, random_state)
+
+    def _choose(self, logits: mx.array) -> mx.array | None:
+        """The token of logits [1, V], [1, 1]; None where the packed row is the way to it."""
+        import mlx.core as mx
+
         if self._sampler is not None:
             # As `mlx_lm.generate_step` has it, so that seeded answers are the same.
-            token = self._sampler(logits - mx.logsumexp(logits, keepdims=True)).reshape(1, 1)
-            chosen = [token, mx.take_along_axis(logits, token, axis=-1)]
-            packed = mx.concatenate(
-                [*(part.astype(mx.float32) for part in chosen), packed[:, 2:]], axis=-1
-            )
-        token = packed[:, :1].astype(mx.int32)
-        if self.head is not None:
-            packed = mx.concatenate([packed, self.head(hidden, packed)], axis=-1)
-        return _Step(packed, token, hidden, random_state)
+            logprobs = logits - mx.logsumexp(logits, keepdims=True)
+            return self._sampler(logprobs).reshape(1, 1)
+        if self._side is None or logits.dtype != mx.float32:
+            return None
+        return mx.argmax(logits, axis=-1, keepdims=True)
+
+    def _beside(self) -> AbstractContextManager[object]:
+        """On a CPU the kernel runs on a thread of its own, beside the next forward pass."""
+        import mlx.core as mx
+
+        return nullcontext() if self._side is None else mx.stream(self._side)
+
+
+def _side_stream() -> mx.ThreadLocalStream | None:
+    import mlx.core as mx
+
+    cpu = mx.Device(mx.cpu)
+    return mx.new_thread_local_stream(cpu) if mx.default_device() == cpu else None
 
 
 def _queued(step: _Step) -> _Step:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlxroute.small.kernels.row import LARGEST_FLOAT, LOG2_E, LOWEST_EXPONENT, top_count
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _CHUNK = 128
 # Sums take so many values at a time: a long float32 sum loses digits on a CPU.
 _SUM = 16
+_LAST_SUM = 32
 # 2^f on [-1/2, 1/2]: Chebyshev interpolation, relative error 1e-7.
 _EXP2 = (1.00000008, 0.69314719, 0.24022107, 0.05550357, 0.00967603, 0.00133909)
 # Adding and taking this away rounds a small float32 to an integer, found in its lowest bits.
@@ -26,17 +27,30 @@ def pack_signals(logits: mx.array) -> mx.array:
     import mlx.core as mx
 
     rows = logits.astype(mx.float32)
-    size = rows.shape[1]
+    batch, size = rows.shape
     if short := -size % _CHUNK:
         rows = mx.pad(rows, [(0, 0), (0, short)], constant_values=-mx.inf)
-    sound = mx.where(rows != rows, -mx.inf, rows)
-    ids, top = _top(sound, top_count(size))
-    reference = mx.clip(top[:, :1], -LARGEST_FLOAT, LARGEST_FLOAT)
+    ids, top = _top(rows, top_count(size))
+    best = top[:, :1]
     # From the rows as they came: a NaN in them makes every sum NaN.
-    parts = [_partial_sums(part[:, None]) for part in _weigh()(rows, reference)]
-    sums = _sums(mx.concatenate(parts, axis=1))
-    greedy = _greedy(ids, top, sums, reference, logits.dtype)
+    parts = [part.reshape(batch, 1, -1) for part in _compiled(_weigh)(rows, best)]
+    sums = _sums(mx.concatenate([_partial_sums(part) for part in parts], axis=1))
+    greedy = _greedy(ids, top, sums, logits.dtype)
     return mx.concatenate([*greedy, sums, ids.astype(mx.float32), top], axis=-1)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    import mlx.core as mx
+
+    return mx.compile(function)
+
+
+def _descending(rows: mx.array) -> mx.array:
+    """What sorts upwards as the rows do downwards, a NaN last."""
+    import mlx.core as mx
+
+    return mx.where(rows != rows, mx.inf, -rows)
 
 
 def _top(rows: mx.array, k: int) -> tuple[mx.array, mx.array]:
@@ -44,33 +58,33 @@ def _top(rows: mx.array, k: int) -> tuple[mx.array, mx.array]:
     import mlx.core as mx
 
     batch, size = rows.shape
+    keys = _compiled(_descending)(rows)
     if size <= _CHUNK * k:
-        ids = mx.argsort(-rows, axis=-1)[:, :k]
-        return ids, mx.take_along_axis(rows, ids, axis=-1)
-    maxima = mx.max(rows.reshape(batch, -1, _CHUNK), axis=-1)
-    found = mx.sort(mx.argsort(-maxima, axis=-1)[:, :k], axis=-1)
+        ids = mx.argsort(keys, axis=-1)[:, :k]
+        return ids, -mx.take_along_axis(keys, ids, axis=-1)
+    least = mx.min(keys.reshape(batch, -1, _CHUNK), axis=-1)
+    found = mx.sort(mx.argsort(least, axis=-1)[:, :k], axis=-1)
     candidates = (found[:, :, None] * _CHUNK + mx.arange(_CHUNK)).reshape(batch, -1)
-    values = mx.take_along_axis(rows, candidates, axis=-1)
-    order = mx.argsort(-values, axis=-1)[:, :k]
+    keys = mx.take_along_axis(keys, candidates, axis=-1)
+    order = mx.argsort(keys, axis=-1)[:, :k]
     ids = mx.take_along_axis(candidates, order, axis=-1)
-    return ids, mx.take_along_axis(values, order, axis=-1)
+    return ids, -mx.take_along_axis(keys, order, axis=-1)
 
 
-@functools.cache
-def _weigh() -> Callable[[mx.array, mx.array], tuple[mx.array, mx.array, mx.array]]:
+def _weigh(rows: mx.array, best: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """2^y, y 2^y and y^2 2^y of every logit, y = (x - m) log2(e), not below -125."""
     import mlx.core as mx
 
-    return mx.compile(_weigh_plainly)
-
-
-def _weigh_plainly(rows: mx.array, reference: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """2^y, y 2^y and y^2 2^y of every logit, y = (x - reference) log2(e), not below -125."""
-    import mlx.core as mx
-
-    y = mx.maximum(mx.minimum((rows - reference) * LOG2_E, 0.0), LOWEST_EXPONENT)
+    y = mx.maximum(mx.minimum((rows - _reference(best)) * LOG2_E, 0.0), LOWEST_EXPONENT)
     weights = _exp2(y)
     weighted = y * weights
     return weights, weighted, y * weighted
+
+
+def _reference(best: mx.array) -> mx.array:
+    import mlx.core as mx
+
+    return mx.minimum(mx.maximum(best, -LARGEST_FLOAT), LARGEST_FLOAT)
 
 
 def _exp2(y: mx.array) -> mx.array:
@@ -89,7 +103,7 @@ def _sums(values: mx.array) -> mx.array:
     """Sums [B, n] over the last axis of [B, n, size]."""
     import mlx.core as mx
 
-    while values.shape[-1] > 2 * _SUM:
+    while values.shape[-1] > _LAST_SUM:
         if short := -values.shape[-1] % _SUM:
             values = mx.pad(values, [(0, 0), (0, 0), (0, short)])
         values = _partial_sums(values)
@@ -104,14 +118,14 @@ def _partial_sums(values: mx.array) -> mx.array:
 
 
 def _greedy(
-    ids: mx.array, top: mx.array, sums: mx.array, reference: mx.array, dtype: mx.Dtype
+    ids: mx.array, top: mx.array, sums: mx.array, dtype: mx.Dtype
 ) -> tuple[mx.array, mx.array]:
     """The greedy id and its logit, in float32: the best, or the lowest that rounds like it."""
     import mlx.core as mx
 
     if dtype == mx.float32:
         return ids[:, :1].astype(mx.float32), top[:, :1]
-    lse = reference + mx.log(sums[:, :1])
+    lse = _reference(top[:, :1]) + mx.log(sums[:, :1])
     rounded = top.astype(dtype) - lse.astype(dtype)
     tied = mx.where(rounded == rounded[:, :1], ids, mx.iinfo(ids.dtype).max)
     place = mx.argmin(tied, axis=-1, keepdims=True)
