@@ -18,7 +18,8 @@ from mlxroute.large import LargeModel
 from mlxroute.large.breaker import FAILURES, Breaker
 from tests.asking import VOCABULARY, legacy
 from tests.fakes import FakeClock
-from tests.loopback import Loopback, Reply
+from tests.loopback import Loopback, Reply, Request
+from tests.settled import honest, settled
 from tests.vocabularies import context
 
 
@@ -157,27 +158,50 @@ def test_a_call_from_before_the_pause_does_not_lengthen_it() -> None:
     assert circuit.ask() == ""
 
 
-def test_the_breaker_spans_the_calls_of_a_large_model(
-    server: Loopback,
-) -> None:
-    server.script.extend([Reply.of(legacy("4")), *[Reply(b"{}")] * 3])
-    with LargeModel(server.url, model="m") as large:
+def test_the_breaker_spans_the_calls_of_a_large_model() -> None:
+    with (
+        Loopback(lambda request: Reply(b"{}")) as server,
+        settled(LargeModel(server.url, model="m")) as large,
+    ):
         for _ in range(3):
             with pytest.raises(LargeProtocolError):
                 large.next_token(context("x", VOCABULARY))
+        made = len(server.requests)
         with pytest.raises(LargeUnavailable):
             large.next_token(context("x", VOCABULARY))
         with pytest.raises(LargeUnavailable):
             large.connect()
-    assert len(server.requests) == 4
+        assert len(server.requests) == made
 
 
-def test_a_bad_key_is_tried_three_times_and_not_at_every_position(server: Loopback) -> None:
-    server.script.extend([Reply(b'{"error": "bad key"}', status=401)] * 3)
-    with LargeModel(server.url, model="m", api_key="sk-secret") as large:
+def test_a_bad_key_is_tried_three_times_and_not_at_every_position() -> None:
+    with (
+        Loopback(lambda request: Reply(b'{"error": "bad key"}', status=401)) as server,
+        LargeModel(server.url, model="m", api_key="sk-secret") as large,
+    ):
         with pytest.raises(LargeRefused, match="check the API key"):
             large.connect()
+        made = []
         for kind in (LargeRefused, LargeRefused, LargeUnavailable, LargeUnavailable):
             with pytest.raises(kind, match="check the API key"):
                 large.next_token(context("x", VOCABULARY))
-    assert len(server.requests) == 3
+            made.append(len(server.requests))
+    assert made[0] < made[1] == made[2] == made[3]
+
+
+def test_terms_that_keep_failing_are_settled_anew_within_a_call() -> None:
+    wrong = [Reply(b'{"choices": [{"text": "a"'), Reply(b'{"error": "no such route"}', status=404)]
+
+    def play(request: Request) -> Reply:
+        return wrong.pop() if wrong else Reply.of(legacy("a"))
+
+    with (
+        Loopback(honest(play)) as server,
+        settled(LargeModel(server.url, model="m")) as large,
+    ):
+        for _ in range(2):
+            with pytest.raises((LargeRefused, LargeProtocolError)):
+                large.next_token(context("x", VOCABULARY))
+        assert not large.connected
+        assert large.next_token(context("x", VOCABULARY)).text == "a"
+        assert large.connected

@@ -12,6 +12,7 @@ import pytest
 
 from tests.asking import legacy
 from tests.loopback import Loopback, Reply, Request
+from tests.settled import honest
 from tests.tiny import make_tiny_model
 
 KEY = "sk-do-not-show-77aa"
@@ -20,18 +21,20 @@ KEY = "sk-do-not-show-77aa"
 @pytest.mark.parametrize("form", ["--json", "--strict"])
 def test_the_key_of_a_command_is_seen_by_the_server_alone(tmp_path: Path, form: str) -> None:
     commands: list[str] = []
+    played: list[Request] = []
 
-    def answer(request: Request) -> Reply:
+    def play(request: Request) -> Reply:
+        played.append(request)
         for process in psutil.Process().children(recursive=True):
             commands.append(" ".join(process.cmdline()))
-        if len(server.requests) % 2:
+        if len(played) % 2:
             return Reply.of(legacy("a"))
         echo = {"error": {"message": f"no: {request.headers['authorization']}"}}
         return Reply.of(echo, status=403)
 
     make_tiny_model(tmp_path / "tiny")
     arguments = ["--small", str(tmp_path / "tiny"), "--threshold=-inf", "--max-tokens=8", form]
-    with Loopback(answer) as server:
+    with Loopback(honest(play)) as server:
         asked = [*arguments, "--large", server.url, "--large-model", "m", "hi"]
         result = subprocess.run(
             [sys.executable, "-m", "mlxroute", "ask", *asked],

@@ -13,6 +13,7 @@ from mlxroute.large import LargeModel
 from tests.asking import VOCABULARY, legacy
 from tests.certificates import Authority
 from tests.loopback import Loopback, Reply, Request
+from tests.settled import settled
 from tests.vocabularies import context
 
 
@@ -30,7 +31,7 @@ def test_a_private_authority_is_trusted_when_named_and_its_connection_kept(
 ) -> None:
     with (
         Loopback(answer, tls=authority.server()) as server,
-        LargeModel(server.url, model="m", ca_bundle=authority.bundle) as large,
+        settled(LargeModel(server.url, model="m", ca_bundle=authority.bundle)) as large,
     ):
         for _ in range(5):
             assert large.next_token(context("x", VOCABULARY)).text == "a"
@@ -47,7 +48,7 @@ def test_a_named_bundle_holds_against_one_of_the_environment(
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest: look_up("127.0.0.1", *rest))
     with Loopback(answer, tls=authority.server("server.example")) as server:
         url = server.url.replace("127.0.0.1", "server.example")
-        with LargeModel(url, model="m", ca_bundle=authority.bundle) as large:
+        with settled(LargeModel(url, model="m", ca_bundle=authority.bundle)) as large:
             assert large.next_token(context("x", VOCABULARY)).text == "a"
 
 

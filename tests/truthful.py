@@ -117,7 +117,6 @@ class Truthful:
 
     def _write(self, path: str, prompt: str | Sequence[int], count: int) -> Ids:
         """The next greedy tokens after a prompt, to the end of the answer at most."""
-        text = prompt if isinstance(prompt, str) else None
         data = prompt.encode() if isinstance(prompt, str) else self._bytes(prompt)
         data = self._hears(path, data.decode(errors="surrogateescape")).encode(
             errors="surrogateescape"
