@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
@@ -29,16 +30,21 @@ class Answered:
     """The wanted positions of a reply, the whole reply, and the size of the request.
 
     `text` is the server's own reading of these positions, empty where it reads more than them.
+    `complete` says that there are as many as asked for, or that the answer ends with them.
     """
 
     entries: tuple[Entry, ...]
     text: str
+    complete: bool
     completion: Completion
     uploaded_bytes: int
 
 
 class Asker:
-    """Asks one server. What it has been sent is remembered across dialects."""
+    """Asks one server. What it has been sent is remembered across dialects.
+
+    Safe for several threads, which share that memory and the reader.
+    """
 
     def __init__(
         self,
@@ -53,6 +59,7 @@ class Asker:
         self._base_url = base_url
         self._top_logprobs = top_logprobs
         self._sent = SentPrompts()
+        self._lock = threading.Lock()
         self.reader = TokenReader()
         self.model: str | None = None
         self.model_was_named = False
@@ -76,23 +83,27 @@ class Asker:
         `repeated` are committed tokens that the form cannot carry and the server has to write
         again. Raises LargeError.
         """
-        replayed: tuple[bytes, ...] = ()
-        if dialect.dies_of_cached_prompts:
-            text, replayed = self._sent.plan(prompt.text, context=context)
-            prompt = replace(prompt, text=text)
-        if not (prompt.ids or prompt.text or prompt.messages):
-            raise LargeProtocolError("there is no text to send to the large model")
-        expected = (*replayed, *repeated)
         # One token more than is read, so that this prompt and the read token are no cached whole.
         spare = 1 if dialect.dies_of_cached_prompts else 0
-        bounds = Ask(len(expected) + count + spare, self._top_logprobs, self._model_for(dialect))
-        body = _encoded(dialect.request(prompt, bounds))
-        completion = self._complete(dialect, prompt, body, bounds, deadline)
+        with self._lock:
+            replayed: tuple[bytes, ...] = ()
+            if dialect.dies_of_cached_prompts:
+                text, replayed = self._sent.plan(prompt.text, context=context)
+                prompt = replace(prompt, text=text)
+            if not (prompt.ids or prompt.text or prompt.messages):
+                raise LargeProtocolError("there is no text to send to the large model")
+            expected = (*replayed, *repeated)
+            asked = Ask(len(expected) + count + spare, self._top_logprobs, self._model_for(dialect))
+            body = _encoded(dialect.request(prompt, asked))
+            if dialect.dies_of_cached_prompts:
+                self._sent.sent(prompt.text, max_tokens=asked.max_tokens)
+        completion = self._complete(dialect, prompt, body, asked, deadline)
         self._count(completion, len(prompt.ids) if context is None else len(context.token_ids))
         rest = self._after(b"".join(expected), completion.entries)
         entries = rest[:count]
         text = completion.text if len(entries) == len(completion.entries) else ""
-        return Answered(entries, text, completion, len(body))
+        complete = len(entries) == count or entries[-1].ends
+        return Answered(entries, text, complete, completion, len(body))
 
     def _model_for(self, dialect: Dialect) -> str | None:
         return self.model if dialect.names_model or self.model_was_named else None
@@ -101,19 +112,18 @@ class Asker:
         self, dialect: Dialect, prompt: Prompt, body: bytes, ask: Ask, deadline: Deadline
     ) -> Completion:
         watched = dialect.dies_of_cached_prompts
-        if watched:
-            self._sent.sent(prompt.text, max_tokens=ask.max_tokens)
         reply = self._transport.call(
             dialect.path, at_root=dialect.at_root, body=body, deadline=deadline
         )
-        if watched and reply.status != 200:
-            self._sent.refused(prompt.text, max_tokens=ask.max_tokens)
-        completion = self._understood(dialect, prompt, reply)
-        self._check_lengths(completion)
-        self.reader.learn(completion.entries)
-        if watched:
-            data = [self.reader.in_prompt(entry.token) for entry in completion.entries]
-            self._sent.answered(prompt.text, data, usage=_usage(completion))
+        with self._lock:
+            if watched and reply.status != 200:
+                self._sent.refused(prompt.text, max_tokens=ask.max_tokens)
+            completion = self._understood(dialect, prompt, reply)
+            self._check_lengths(completion)
+            self.reader.learn(completion.entries)
+            if watched:
+                data = [self.reader.in_prompt(entry.token) for entry in completion.entries]
+                self._sent.answered(prompt.text, data, usage=_usage(completion))
         return completion
 
     def _check_lengths(self, completion: Completion) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,12 +28,14 @@ _LASTING: Final = (401, 402, 403, 404)
 class Breaker:
     """Three failures in a row, or a server's own wish, stop the calls for a while.
 
-    Then a single call goes through: its success ends the pause, its failure doubles it.
+    Then a single call goes through: its success ends the pause, its failure doubles it. Safe for
+    calls from several threads; one that was cancelled counts neither way.
     """
 
     def __init__(self, url: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._url = url
         self._clock = clock
+        self._lock = threading.Lock()
         self._failures = 0
         self._pauses = 0
         self._until_s: float | None = None
@@ -46,16 +49,19 @@ class Breaker:
         Inside a character (`fragment`) the large model may rightly want another one, so that an
         unfit reply says nothing about the server.
         """
-        probe = self._admit()
+        with self._lock:
+            probe = self._admit()
         try:
             yield
         except LargeError as exc:
             unfit = fragment and isinstance(exc, LargeProtocolError)
             if not (unfit or isinstance(exc, LargeUnavailable | LargeUnrecorded)):
-                self._failed(exc, probe=probe)
+                with self._lock:
+                    self._failed(exc, probe=probe)
             raise
         else:
-            self._failures, self._pauses, self._until_s = 0, 0, None
+            with self._lock:
+                self._succeeded(probe=probe)
         finally:
             if probe:
                 self._probing = False
@@ -70,6 +76,10 @@ class Breaker:
             raise LargeUnavailable(f"{self._url} is not asked {when}; last failure: {self._last}")
         self._probing = True
         return True
+
+    def _succeeded(self, *, probe: bool) -> None:
+        if self._until_s is None or probe:
+            self._failures, self._pauses, self._until_s = 0, 0, None
 
     def _failed(self, error: LargeError, *, probe: bool) -> None:
         if self._until_s is not None and not probe:

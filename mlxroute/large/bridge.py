@@ -15,7 +15,8 @@ from mlxroute.types import Vocabulary
 class Bridged:
     """Large tokens in the small vocabulary; `text` is empty for a fragment or special token.
 
-    `large_ids` are their ids in the large vocabulary, empty when the server names none.
+    `large_ids` are their ids in the large vocabulary, empty when the server names none. `count` is
+    the number of positions they took.
     """
 
     token_ids: tuple[int, ...]
@@ -23,6 +24,7 @@ class Bridged:
     is_eos: bool
     top: tuple[tuple[str, float], ...]
     large_ids: tuple[int, ...] = ()
+    count: int = 1
 
 
 class Bridge:
@@ -55,7 +57,27 @@ class Bridge:
         ids = self._vocabulary.encode(spelled)
         if b"".join(map(self._vocabulary.token_bytes, ids)) != spelled.encode():
             raise LargeProtocolError(f"the small model's vocabulary cannot spell {spelled!r}")
-        return Bridged(ids, spelled, is_eos=False, top=top, large_ids=_ids(entries[:count]))
+        named = _ids(entries[:count])
+        return Bridged(ids, spelled, is_eos=False, top=top, large_ids=named, count=count)
+
+    def tokens(self, entries: Sequence[Entry]) -> list[Bridged]:
+        """As many tokens as these positions spell one after the other, each as `token` has it.
+
+        Raises LargeProtocolError where already the first cannot be spelled.
+        """
+        found: list[Bridged] = []
+        while entries and not (found and found[-1].is_eos):
+            try:
+                bridged = self.token(entries, "")
+            except LargeProtocolError:
+                if not found:
+                    raise
+                break
+            if bridged is None:
+                break
+            found.append(bridged)
+            entries = entries[bridged.count :]
+        return found
 
     def _character(self, entries: Sequence[Entry], text: str) -> tuple[str, int] | None:
         """The text of the fewest positions that end on a whole character, and their number."""

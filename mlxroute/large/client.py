@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Final, Self
@@ -18,10 +19,12 @@ from mlxroute.errors import (
     UsageError,
 )
 from mlxroute.large.address import parse_address
-from mlxroute.large.asker import Answered, Asker, NotRepeated
+from mlxroute.large.answers import Read, one, several
+from mlxroute.large.asker import Answered, Asker
 from mlxroute.large.breaker import Breaker
-from mlxroute.large.bridge import Bridge, Bridged
+from mlxroute.large.bridge import Bridge
 from mlxroute.large.dialects import Form, Prompt, reading_ids
+from mlxroute.large.flight import Flight
 from mlxroute.large.prompt import PromptBuilder
 from mlxroute.large.settlement import Settlement, Terms
 from mlxroute.large.tokens import FileTokens, Tokenizer
@@ -32,7 +35,10 @@ from mlxroute.types import LargeContext, LargeToken, Uploads, Vocabulary
 
 _LONGEST_S: Final = 86_400
 _MOST_PARTS: Final = 6
-_DIALECT_STATUSES: Final = {400, 404, 405, 415, 422}
+_MOST_IN_FLIGHT: Final = 8
+_TEXT_ONLY_RUNG: Final = 4
+# How long a thread that was told to end may take before it is left to end by itself.
+_ENDING_S: Final = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +57,10 @@ class LargeModel:
     `connect` finds out how the server wants to be asked, by questions whose answers are known;
     the outcome is remembered in the file `verdicts`. `find_tokenizer` may know the tokenizer of a
     model by the name the server gives it. `timeout_s` bounds a whole reply. `ledger` records what
-    is sent. Not for several threads at once.
+    is sent.
+
+    Several calls may be under way. They take turns at what they share (the terms, the vocabularies'
+    pairing, the server's tokenise routes) and exchange over connections of their own.
     """
 
     def __init__(  # noqa: PLR0913 - what varies between servers
@@ -98,8 +107,13 @@ class LargeModel:
             find_tokenizer=find_tokenizer,
             deadline=self._deadline,
         )
+        # Held while terms and pairing are read or found, with all calls that this takes.
+        self._turn = threading.RLock()
+        self._turn_deadline: Deadline | None = None
         self._pairing: _Pairing | None = None
-        self._call: Deadline | None = None
+        self._one_by_one: Terms | None = None
+        self._landed = threading.Condition()
+        self._flights: list[Flight] = []
 
     def __repr__(self) -> str:
         return f"LargeModel({self.base_url!r}, model={self.model_name!r})"
@@ -133,8 +147,12 @@ class LargeModel:
         return self._ledger.uploads
 
     def close(self) -> None:
-        """Close the connection; a later call opens a new one."""
+        """End all calls and close the connections; a later call opens a new one."""
+        for flight in self._flights:
+            flight.cancel()
         self._transport.close()
+        for flight in self._flights:
+            flight.join(_ENDING_S)
 
     @property
     def connected(self) -> bool:
@@ -148,7 +166,7 @@ class LargeModel:
         `thorough`, the first question alone decides, and nothing is remembered. Raises LargeError,
         or UsageError when a model must be named.
         """
-        with self._breaker.guard():
+        with self._turn, self._breaker.guard():
             terms = self._settlement.settle(thorough=thorough)
         return f"large model {self.model_name} at {self.base_url} ({terms.dialect.name})"
 
@@ -157,15 +175,17 @@ class LargeModel:
 
         Raises LargeError (`probe.NothingFits` when no way tells the truth) and UsageError.
         """
-        return self._settlement.probe()
+        with self._turn:
+            return self._settlement.probe()
 
     def meet(self, vocabulary: Vocabulary) -> bool:
         """Prepare for answers in a small vocabulary; return whether the large model shares it.
 
         The token strings are compared id by id, once for each endpoint. Raises LargeError.
         """
-        self._settlement.settle(thorough=True)
-        return self._paired(vocabulary).builder.same
+        with self._turn:
+            self._settlement.settle(thorough=True)
+            return self._paired(vocabulary).builder.same
 
     @property
     def knows_template(self) -> bool:
@@ -176,23 +196,92 @@ class LargeModel:
         by_server = builder.dialect.form is not Form.TEXT
         return builder.same or by_server or isinstance(builder.tokens, FileTokens)
 
+    @property
+    def most_in_flight(self) -> int:
+        """How many calls may be under way at once, as far as the server is known."""
+        terms = self._settlement.terms
+        # Two prompts of one text under way could complete each other to a cached whole.
+        one = terms is None or terms.dialect.dies_of_cached_prompts
+        return 1 if one else _MOST_IN_FLIGHT
+
     def next_token(self, context: LargeContext, *, deadline_s: float | None = None) -> LargeToken:
         """The large model's greedy token after `context`. Raises LargeError subclasses only.
 
         LargeUnavailable means that there was no call: the last ones failed too often.
         """
-        limit_s = self._timeout_s if deadline_s is None else min(self._timeout_s, deadline_s)
-        if limit_s <= 0:
-            raise LargeTimeout(f"no time left to ask {self.base_url}")
-        self._call = Deadline(limit_s)
-        try:
-            with self._breaker.guard(fragment=bool(context.fragment_ids)):
-                return self._next_token(context, self._call)
-        finally:
-            self._call = None
+        return self._next_tokens(context, self._deadline_of(deadline_s), ahead=0)[0]
 
-    def _next_token(self, context: LargeContext, deadline: Deadline) -> LargeToken:
-        start_s, lost_s = time.perf_counter(), self._transport.lost_s
+    def begin(
+        self, context: LargeContext, *, deadline_s: float | None = None, ahead: int = 0
+    ) -> Flight:
+        """Ask as `next_token` does, without waiting for the answer.
+
+        Up to `ahead` of the large model's next tokens come with it, where the server's reply can
+        be taken apart without doubt; each is what a call after the ones before it would give.
+        """
+
+        def ask(deadline: Deadline) -> tuple[LargeToken, ...]:
+            return self._next_tokens(context, deadline, ahead=ahead)
+
+        self._flights = [flight for flight in self._flights if not flight.ready]
+        flight = Flight(ask, deadline=self._deadline_of(deadline_s), landed=self._landed)
+        self._flights.append(flight)
+        flight.start()
+        return flight
+
+    def wait(self, flights: Sequence[Flight], *, timeout_s: float) -> None:
+        """Return when one of these flights is ready, or when the time is up."""
+        with self._landed:
+            self._landed.wait_for(lambda: any(each.ready for each in flights), timeout_s)
+
+    def _deadline_of(self, seconds: float | None) -> Deadline:
+        return Deadline(self._timeout_s if seconds is None else min(self._timeout_s, seconds))
+
+    def _next_tokens(
+        self, context: LargeContext, deadline: Deadline, *, ahead: int
+    ) -> tuple[LargeToken, ...]:
+        if deadline.seconds <= 0:
+            raise LargeTimeout(f"no time left to ask {self.base_url}")
+        start_s = time.perf_counter()
+        with self._breaker.guard(fragment=bool(context.fragment_ids)):
+            with self._my_turn(deadline):
+                pairing, prompt = self._prepared(context)
+            repeated: tuple[bytes, ...] = ()
+            if pairing.builder.dialect.form is not Form.IDS:
+                repeated = tuple(map(context.vocabulary.token_bytes, context.fragment_ids))
+            uploaded = 0
+            for count, read in self._ways(pairing.terms, ahead):
+                answered = self._ask(pairing, prompt, context, repeated, count, deadline)
+                uploaded += answered.uploaded_bytes
+                if tokens := read(answered, pairing.bridge, self._asker.reader):
+                    break
+            else:
+                raise LargeProtocolError(f"{self.base_url} gives no whole character here")
+        completion = answered.completion
+        first = replace(
+            tokens[0],
+            prompt_tokens=completion.prompt_tokens,
+            cached_tokens=completion.cached_tokens,
+            completion_tokens=completion.completion_tokens,
+            uploaded_bytes=uploaded,
+            latency_s=time.perf_counter() - start_s,
+            lost_s=deadline.lost_s,
+        )
+        return (first, *tokens[1:])
+
+    @contextmanager
+    def _my_turn(self, deadline: Deadline) -> Iterator[None]:
+        """Settle, pair and build inside, within this call's time."""
+        if not self._turn.acquire(timeout=deadline.left_s()):
+            raise deadline.error(self.base_url)
+        try:
+            self._turn_deadline = deadline
+            yield
+        finally:
+            self._turn_deadline = None
+            self._turn.release()
+
+    def _prepared(self, context: LargeContext) -> tuple[_Pairing, Prompt]:
         try:
             self._settlement.settle(thorough=False)
         except UsageError as exc:
@@ -201,37 +290,19 @@ class LargeModel:
         try:
             prompt = pairing.builder.build(context)
         except LargeRefused as exc:
-            self._note(exc)
+            self._settlement.failed(exc, pairing.terms)
             raise
         self._check_length(prompt)
-        repeated: tuple[bytes, ...] = ()
-        if pairing.builder.dialect.form is not Form.IDS:
-            repeated = tuple(map(context.vocabulary.token_bytes, context.fragment_ids))
-        bridged: Bridged | None = None
-        uploaded = 0
+        return pairing, prompt
+
+    def _ways(self, terms: Terms, ahead: int) -> Iterator[tuple[int, Read]]:
+        """How many positions to ask for and how to read them, one attempt after the other."""
+        if ahead and terms.dialect.rung < _TEXT_ONLY_RUNG and terms is not self._one_by_one:
+            yield ahead + 1, several
+            # What came could not be taken apart, and hardly will be the next time.
+            self._one_by_one = terms
         for count in range(1, _MOST_PARTS + 1):
-            answered = self._ask(pairing, prompt, context, repeated, count, deadline)
-            uploaded += answered.uploaded_bytes
-            bridged = pairing.bridge.token(answered.entries, answered.text)
-            if bridged is not None:
-                break
-        else:
-            raise LargeProtocolError(f"{self.base_url} gives no whole character here")
-        completion = answered.completion
-        return LargeToken(
-            token_ids=bridged.token_ids,
-            text=bridged.text,
-            is_eos=bridged.is_eos,
-            logprob=answered.entries[0].token.logprob,
-            top=bridged.top,
-            large_ids=bridged.large_ids,
-            prompt_tokens=completion.prompt_tokens,
-            cached_tokens=completion.cached_tokens,
-            completion_tokens=completion.completion_tokens,
-            uploaded_bytes=uploaded,
-            latency_s=time.perf_counter() - start_s,
-            lost_s=self._transport.lost_s - lost_s,
-        )
+            yield count, one
 
     def _ask(
         self,
@@ -253,14 +324,11 @@ class LargeModel:
                 context=context,
             )
         except LargeError as exc:
-            self._note(exc)
+            with self._turn:
+                self._settlement.failed(exc, pairing.terms)
             raise
         self._settlement.fitted()
         return answered
-
-    def _note(self, error: LargeError) -> None:
-        if _misfits(error):
-            self._settlement.misfit()
 
     def _paired(self, vocabulary: Vocabulary) -> _Pairing:
         settlement, known = self._settlement, self._pairing
@@ -297,14 +365,5 @@ class LargeModel:
             )
 
     def _deadline(self) -> Deadline:
-        """That of the call at hand, or a new one for a call of its own."""
-        return self._call or Deadline(self._timeout_s)
-
-
-def _misfits(error: LargeError) -> bool:
-    """Whether an error says that the server is asked in the wrong way."""
-    if isinstance(error, LargeRefused):
-        # A 400 for a prompt that is too long says nothing about how it was asked.
-        too_long = re.search(r"context|too long|maximum|exceed", str(error))
-        return error.status in _DIALECT_STATUSES and not too_long
-    return isinstance(error, LargeProtocolError) and not isinstance(error, NotRepeated)
+        """That of the call whose turn it is, or a new one for a call of its own."""
+        return self._turn_deadline or Deadline(self._timeout_s)

@@ -77,6 +77,7 @@ class Session(requests.Session):
         self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
         # A proxy meant for the outside cannot reach a server on this machine.
         self.trust_env = not address.is_loopback
+        self.broken_off = False
 
     # Even when told not to follow, requests reads a redirect's whole body and parses its target.
     def get_redirect_target(self, resp: requests.Response) -> None:
@@ -85,8 +86,45 @@ class Session(requests.Session):
 
     def break_off(self) -> None:
         """End every exchange, also one that another thread waits for, and close."""
+        self.broken_off = True
         self._adapter.break_off()
         self.close()
+
+
+class SessionPool:
+    """Sessions of one server, each lent to one exchange at a time.
+
+    So one exchange can be broken off without harm to another. Safe for several threads.
+    """
+
+    def __init__(self, address: Address, auth: Auth) -> None:
+        self._address = address
+        self._auth = auth
+        self._lock = threading.Lock()
+        self._idle: list[Session] = []
+        self._lent: set[Session] = set()
+
+    def lend(self) -> Session:
+        """The session used last, whose connection is the likeliest to be alive, or a new one."""
+        with self._lock:
+            session = self._idle.pop() if self._idle else Session(self._address, self._auth)
+            self._lent.add(session)
+        return session
+
+    def take_back(self, session: Session) -> None:
+        """Keep a session for the next exchange, unless it was broken off."""
+        with self._lock:
+            self._lent.discard(session)
+            if not session.broken_off:
+                self._idle.append(session)
+
+    def close(self) -> None:
+        """End every exchange and close every connection; what is lent later is new."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+            lent, self._lent = self._lent, set()
+        for session in (*idle, *lent):
+            session.break_off()
 
 
 class _Adapter(HTTPAdapter):

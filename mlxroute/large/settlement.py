@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from mlxroute.errors import LargeProtocolError, UsageError
-from mlxroute.large.asker import Asker
+from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused, UsageError
+from mlxroute.large.asker import Asker, NotRepeated
 from mlxroute.large.dialects import LADDER, Dialect, dialect_named
 from mlxroute.large.match import fingerprint, same_decoded, same_entries, same_named
 from mlxroute.large.models import ServedModel, listed, served_models
@@ -19,6 +20,7 @@ from mlxroute.large.verdict import Verdict, VerdictFile
 from mlxroute.types import Vocabulary
 
 _MISFITS: Final = 2
+_DIALECT_STATUSES: Final = {400, 404, 405, 415, 422}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +80,13 @@ class Settlement:
         """A call was answered as the terms have it."""
         self._misfits = 0
 
-    def misfit(self) -> None:
-        """A call was answered otherwise; terms that keep failing are given up and forgotten."""
+    def failed(self, error: LargeError, terms: Terms) -> None:
+        """A call under these terms failed; terms that keep misfitting are given up and forgotten.
+
+        Other terms than the present ones are no news: the call began under earlier ones.
+        """
+        if terms is not self.terms or not _misfits(error):
+            return
         self._misfits += 1
         if self._misfits >= _MISFITS:
             self._misfits = 0
@@ -182,3 +189,12 @@ class Settlement:
 
     def _post(self, path: str, body: Mapping[str, object]) -> Reply:
         return self._asker.post(path, body, deadline=self._deadline())
+
+
+def _misfits(error: LargeError) -> bool:
+    """Whether an error says that the server is asked in the wrong way."""
+    if isinstance(error, LargeRefused):
+        # A 400 for a prompt that is too long says nothing about how it was asked.
+        too_long = re.search(r"context|too long|maximum|exceed", str(error))
+        return error.status in _DIALECT_STATUSES and not too_long
+    return isinstance(error, LargeProtocolError) and not isinstance(error, NotRepeated)

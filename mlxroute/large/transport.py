@@ -26,13 +26,15 @@ from mlxroute.errors import (
 )
 from mlxroute.large import retry
 from mlxroute.large.address import Address
-from mlxroute.large.session import Auth, Session, checked_bundle
+from mlxroute.large.session import Auth, SessionPool, checked_bundle
 from mlxroute.ledger import Ledger
 
 MAX_REPLY_BYTES: Final = 1 << 20
 # Calls whose threads could not be ended: only a name look-up or a proxy can hold one for long.
 MOST_GIVEN_UP: Final = 4
 _CHUNK_BYTES = 512
+# A thread whose socket was shut down ends at once; one in a name look-up does not.
+_ENDING_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +47,48 @@ class Reply:
 
 
 class Deadline:
-    """A moment after which a call is given up."""
+    """A moment after which a call is given up; `cancel` makes it now, from any thread.
+
+    `lost_s` counts the seconds of the call that went into attempts that were repeated.
+    """
 
     def __init__(self, seconds: float, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.seconds = seconds
+        self.lost_s = 0.0
+        self.cancelled = False
         self._clock = clock
         self._end = clock() + seconds
+        self._changed = threading.Condition()
 
     def left_s(self) -> float:
         """Seconds left, at least 0."""
-        return max(0.0, self._end - self._clock())
+        return 0.0 if self.cancelled else max(0.0, self._end - self._clock())
+
+    def cancel(self) -> None:
+        """Give the call up now."""
+        self.cancelled = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Let `wait_for` look again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def wait_for(self, done: Callable[[], bool]) -> None:
+        """Return when `done()` is true, or when the time is up."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.cancelled or done(), self.left_s())
+
+    def pause(self, seconds: float) -> None:
+        """Wait that long, or until the call is cancelled."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.cancelled, seconds)
+
+    def error(self, url: str) -> LargeError:
+        """The error for a call that had no full reply by now."""
+        if self.cancelled:
+            return LargeUnavailable(f"the call to {url} was cancelled")
+        return LargeTimeout(f"no full reply from {url} in {self.seconds:.3g} s")
 
 
 class _Body:
@@ -86,7 +120,7 @@ class Exchange(threading.Thread):
 
     def __init__(
         self,
-        session: Session,
+        sessions: SessionPool,
         *,
         address: Address,
         target: str,
@@ -97,7 +131,8 @@ class Exchange(threading.Thread):
         ledger: Ledger,
     ) -> None:
         super().__init__(daemon=True, name="mlxroute-large")
-        self._session = session
+        self._sessions = sessions
+        self._session = sessions.lend()
         self._address = address
         self._target = target
         self._body = body
@@ -108,6 +143,8 @@ class Exchange(threading.Thread):
         self._reply: Reply | None = None
         self._error: LargeError | None = None
         self._passing = False
+        self._ending = threading.Lock()
+        self.finished = False
 
     @property
     def passing(self) -> bool:
@@ -130,6 +167,20 @@ class Exchange(threading.Thread):
             # Not kept as a cause: it holds the request, and that holds the key.
             self._error = self._translated(exc)
             self._passing = retry.is_passing_error(exc)
+        finally:
+            with self._ending:
+                self.finished = True
+                self._sessions.take_back(self._session)
+            self._deadline.wake()
+
+    def break_off(self) -> bool:
+        """End it without a result, whatever it waits for; whether its thread has ended, too."""
+        with self._ending:
+            # A session that was taken back may serve another exchange by now.
+            if not self.finished:
+                self._session.break_off()
+        self.join(_ENDING_S)
+        return not self.is_alive()
 
     def result(self) -> Reply:
         """The reply of a finished exchange. Raises LargeError subclasses."""
@@ -177,11 +228,9 @@ class Exchange(threading.Thread):
                 raise self.too_late()
         return bytes(body)
 
-    def too_late(self) -> LargeTimeout:
+    def too_late(self) -> LargeError:
         """The error for a reply that is not complete at the deadline."""
-        return LargeTimeout(
-            f"no full reply from {self._address.url} in {self._deadline.seconds:.3g} s"
-        )
+        return self._deadline.error(self._address.url)
 
     def _redirected(self, location: str) -> LargeRefused:
         try:
@@ -222,9 +271,9 @@ class Exchange(threading.Thread):
 
 
 class Transport:
-    """Keeps the connection to one server and repeats what failed in passing.
+    """Keeps the connections to one server and repeats what failed in passing.
 
-    `lost_s` counts the seconds that went into attempts that were repeated.
+    Safe for several threads.
     """
 
     def __init__(
@@ -235,7 +284,7 @@ class Transport:
         connect_timeout_s: float = 5.0,
         ca_bundle: Path | None = None,
         ledger: Ledger | None = None,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], None] | None = None,
         random: Callable[[], float] = random.random,
     ) -> None:
         self._address = address
@@ -247,9 +296,9 @@ class Transport:
         self._ledger = Ledger() if ledger is None else ledger
         for secret in (api_key, address.userinfo and address.userinfo[1]):
             self._ledger.hide(secret)
-        self._session = Session(address, self._auth)
+        self._sessions = SessionPool(address, self._auth)
+        self._lock = threading.Lock()
         self._given_up: list[Exchange] = []
-        self.lost_s = 0.0
 
     def call(
         self, path: str, *, deadline: Deadline, body: bytes | None = None, at_root: bool = False
@@ -266,14 +315,14 @@ class Transport:
             pause_s = max(pause_s, exchange.retry_after_s)
             if not exchange.passing or pause_s >= deadline.left_s():
                 return exchange.result()
-            self._sleep(pause_s)
-            self.lost_s += left_s - deadline.left_s()
+            (self._sleep or deadline.pause)(pause_s)
+            deadline.lost_s += left_s - deadline.left_s()
         return self._attempt(target, deadline=deadline, body=body).result()
 
     def begin(self, target: str, *, deadline: Deadline, body: bytes | None = None) -> Exchange:
         """Send one request and return without waiting for its reply."""
         exchange = Exchange(
-            self._session,
+            self._sessions,
             address=self._address,
             target=target,
             body=body,
@@ -290,32 +339,34 @@ class Transport:
         return self._auth.hidden_in(text)
 
     def close(self) -> None:
-        """Close the connection; a later call opens a new one."""
-        self._session.close()
+        """End every call and close the connections; a later call opens a new one."""
+        self._sessions.close()
 
     def _attempt(self, target: str, *, deadline: Deadline, body: bytes | None) -> Exchange:
         """One finished exchange. Raises LargeTimeout at the deadline."""
-        self._given_up = [exchange for exchange in self._given_up if exchange.is_alive()]
-        if len(self._given_up) >= MOST_GIVEN_UP:
-            raise LargeUnavailable(
-                f"{self._address.url} is not asked while {MOST_GIVEN_UP} earlier calls still hang"
-            )
+        self._check_given_up()
         exchange = self.begin(target, deadline=deadline, body=body)
         try:
-            exchange.join(deadline.left_s())
+            deadline.wait_for(lambda: exchange.finished)
         finally:
-            unfinished = exchange.is_alive()
-            if unfinished:
-                self._give_up(exchange)
+            unfinished = not exchange.finished
+            # The late reply must never be read, nor its thread outlive the call.
+            if unfinished and not exchange.break_off():
+                with self._lock:
+                    self._given_up.append(exchange)
         if unfinished:
             raise exchange.too_late()
+        exchange.join()
         return exchange
 
-    def _give_up(self, exchange: Exchange) -> None:
-        # The late reply must never be read as the next call's, nor its thread outlive the call.
-        self._given_up.append(exchange)
-        self._session.break_off()
-        self._session = Session(self._address, self._auth)
+    def _check_given_up(self) -> None:
+        with self._lock:
+            self._given_up = [exchange for exchange in self._given_up if exchange.is_alive()]
+            if len(self._given_up) < MOST_GIVEN_UP:
+                return
+        raise LargeUnavailable(
+            f"{self._address.url} is not asked while {MOST_GIVEN_UP} earlier calls still hang"
+        )
 
 
 def printable(text: str, *, limit: int = 300) -> str:

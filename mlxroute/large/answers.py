@@ -1,0 +1,69 @@
+"""What a reply's positions are as tokens of the small model's vocabulary: one, or several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from mlxroute.large.asker import Answered
+from mlxroute.large.bridge import Bridge, Bridged
+from mlxroute.large.reader import TokenReader
+from mlxroute.large.wire import Entry
+from mlxroute.types import LargeToken
+
+
+class Read(Protocol):
+    """Takes a reply apart; no tokens when more must be known of it."""
+
+    def __call__(self, answered: Answered, bridge: Bridge, reader: TokenReader) -> list[LargeToken]:
+        """Raises LargeProtocolError for what cannot be spelled."""
+        ...
+
+
+def one(answered: Answered, bridge: Bridge, reader: TokenReader) -> list[LargeToken]:
+    """The first token; none while the positions end inside a character."""
+    bridged = bridge.token(answered.entries, answered.text)
+    return [] if bridged is None else [_token(bridged, answered.entries[0])]
+
+
+def several(answered: Answered, bridge: Bridge, reader: TokenReader) -> list[LargeToken]:
+    """All tokens; none where a call for the first of them alone might read it otherwise."""
+    entries = answered.entries
+    if not answered.complete or not _agree(reader, entries, answered.text):
+        return []
+    found: list[LargeToken] = []
+    for bridged in bridge.tokens(entries):
+        found.append(_token(bridged, entries[0]))
+        entries = entries[bridged.count :]
+    return found
+
+
+def _agree(reader: TokenReader, entries: Sequence[Entry], text: str) -> bool:
+    """Whether these positions spell the server's own reading of them, as far as both are there.
+
+    A reading may lack the first space.
+    """
+    data = b""
+    for entry in entries:
+        piece = None if reader.ends(entry) else reader.data(entry.token)
+        if piece is None:
+            break
+        data += piece
+    return not text or any(read.encode().startswith(data) for read in (text, f" {text}"))
+
+
+def _token(bridged: Bridged, first: Entry) -> LargeToken:
+    """A token without what is known of its call; `first` is the first of its positions."""
+    return LargeToken(
+        token_ids=bridged.token_ids,
+        text=bridged.text,
+        is_eos=bridged.is_eos,
+        logprob=first.token.logprob,
+        top=bridged.top,
+        prompt_tokens=None,
+        cached_tokens=None,
+        completion_tokens=None,
+        uploaded_bytes=0,
+        latency_s=0.0,
+        large_ids=bridged.large_ids,
+    )
