@@ -81,7 +81,7 @@ class Loopback:
         self.connections = 0
         self.sent_bytes = 0
         self.tls = tls
-        self._answer = answer or (lambda request: Reply(b"not scripted", status=501))
+        self.answer = answer or (lambda request: Reply(b"not scripted", status=501))
         self._closing = threading.Event()
         self._clients: WeakSet[socket.socket] = WeakSet()
         self._scheme = "http" if tls is None else "https"
@@ -167,7 +167,7 @@ class Loopback:
     def next_reply(self, request: Request) -> Reply:
         """Record a request and choose its reply."""
         self.requests.append(request)
-        return self.script.popleft() if self.script else self._answer(request)
+        return self.script.popleft() if self.script else self.answer(request)
 
 
 class _Handler(BaseHTTPRequestHandler):
