@@ -24,7 +24,7 @@ from mlxroute.errors import (
     LargeUnreachable,
 )
 from mlxroute.large import LargeModel
-from tests.asking import THE, VOCABULARY, ask_mlx, ask_plain, legacy
+from tests.asking import PLAIN, THE, VOCABULARY, ask_mlx, ask_plain, legacy, settled
 from tests.loopback import Loopback, Reply, mlx_lm_reply
 from tests.vocabularies import context
 
@@ -133,9 +133,8 @@ def test_a_server_that_cuts_the_reply_is_unreachable(server: Loopback) -> None:
     ids=["silent", "a byte now and then", "endless header"],
 )
 def test_the_deadline_holds_whatever_the_server_does(server: Loopback, reply: Reply) -> None:
-    server.script.extend([Reply.of(legacy("4")), reply, Reply.of(legacy("a"))])
-    with LargeModel(server.url, model="m", timeout_s=20) as large:
-        large.connect()
+    with settled(server, PLAIN, model="m", timeout_s=20) as large:
+        server.script.extend([reply, Reply.of(legacy("a"))])
         start_s = time.monotonic()
         with pytest.raises(LargeTimeout, match=r"in 0\.3 s"):
             large.next_token(context("x", VOCABULARY), deadline_s=0.3)
@@ -234,9 +233,8 @@ def test_any_change_to_a_reply_gives_a_token_or_a_large_error(
 def test_an_interrupt_passes_through_and_the_connection_is_not_used_again(
     server: Loopback,
 ) -> None:
-    server.script.extend([Reply.of(legacy("4")), Reply(stall_s=30), Reply.of(legacy("a"))])
-    with LargeModel(server.url, model="m") as large:
-        large.connect()
+    with settled(server, PLAIN, model="m") as large:
+        server.script.extend([Reply(stall_s=30), Reply.of(legacy("a"))])
         main = threading.main_thread().ident
         assert main is not None
         timer = threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT))

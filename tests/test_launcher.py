@@ -21,12 +21,14 @@ import requests
 from mlxroute.errors import LaunchError, NotEnoughSpace
 from mlxroute.large import LargeModel
 from mlxroute.large.launcher import LocalServer
-from tests.tiny import make_tiny_model
+from tests.tiny import make_tiny_model, teach_days
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("launcher") / "tiny-model")
+    path = make_tiny_model(tmp_path_factory.mktemp("launcher") / "tiny-model", tied=False)
+    teach_days(path)
+    return path
 
 
 def launch(path: Path, folder: Path, *, port: int | None = None) -> LocalServer:
