@@ -40,8 +40,9 @@ class Settings:
     """What `ask`, `chat` and `demo` share. None means: not set, a default applies.
 
     `large` is a server's address, `threshold` in nats, `timeout` in seconds, `key_file` a file of
-    mode 0600 holding the server's key, `key_env` the environment variable holding it. Prices are
-    per million tokens. `never_send` and `never_send_file` add up over all sources of settings.
+    mode 0600 holding the server's key, `key_env` the environment variable holding it, `ca_bundle`
+    a PEM file of the only authorities a server's certificate may come from. Prices are per million
+    tokens. `never_send` and `never_send_file` add up over all sources of settings.
     """
 
     small: str | None = None
@@ -50,6 +51,7 @@ class Settings:
     adapter: str | None = None
     router: str = "entropy"
     mode: str = "wait"
+    kernel: str = "auto"
     threshold: float | None = None
     max_tokens: int = 512
     temperature: float = 0.0
@@ -61,6 +63,7 @@ class Settings:
     cache_dir: str | None = None
     key_file: str | None = None
     key_env: str = DEFAULT_KEY_ENV
+    ca_bundle: str | None = None
     ledger: str | None = None
     never_send: tuple[str, ...] = ()
     never_send_file: tuple[str, ...] = ()

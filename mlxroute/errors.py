@@ -14,6 +14,7 @@ MlxRouteError
 └── LargeError            the large model gave no usable token
     ├── LargeTimeout        no full reply in time
     ├── LargeUnreachable    no connection, or it broke
+    ├── LargeUnavailable    not asked at all, after what happened to the last calls
     ├── LargeRefused        an HTTP error status, or an error in the body
     ├── LargeUnrecorded     the ledger cannot be written, so nothing was sent
     └── LargeProtocolError  a reply that cannot be trusted as a token
@@ -65,10 +66,16 @@ class LargeTimeout(LargeError): ...
 class LargeUnreachable(LargeError): ...
 
 
-class LargeRefused(LargeError):
-    """`status` is the HTTP status, None where the refusal came in the body of a success."""
+class LargeUnavailable(LargeError): ...
 
-    status: int | None = None
+
+class LargeRefused(LargeError):
+    """`status` is the reply's; `retry_after_s` the seconds the server wants to be left alone."""
+
+    def __init__(self, message: str, *, status: int = 0, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after_s = retry_after_s
 
 
 class LargeUnrecorded(LargeError): ...

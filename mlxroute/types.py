@@ -31,6 +31,8 @@ class Signals:
     `token_id` is its own choice (greedy, or sampled when a temperature is set). Logprobs and
     `entropy_nats` are natural logarithms over the full vocabulary, before temperature, computed
     in float32. `margin` is p1 - p2 (0 to 1). `top_ids` is ordered by falling logprob.
+    `lse` is the logits' logsumexp. `flags` is 0 for a sound row; 1 stands for a NaN among the
+    logits, 2 for +inf, 4 for nothing above -inf. `head_score` is a learned head's, if one is set.
     """
 
     token_id: int
@@ -40,6 +42,9 @@ class Signals:
     margin: float
     top_ids: tuple[int, ...]
     top_logprobs: tuple[float, ...]
+    lse: float = 0.0
+    flags: int = 0
+    head_score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +130,8 @@ class LargeToken:
     holds the small model's end token. `logprob` is None when the server gave none. `top` are
     (text, logprob) pairs by falling logprob. `large_ids` are the server's own ids, empty when it
     names none. `prompt_tokens` and `cached_tokens` are the server's own counts (None when it does
-    not report them); `uploaded_bytes` is the size of the request bodies.
+    not report them); `uploaded_bytes` is the size of the request bodies. `lost_s` is the part of
+    `latency_s` that went into attempts that failed.
     """
 
     token_ids: tuple[int, ...]
@@ -139,6 +145,7 @@ class LargeToken:
     uploaded_bytes: int
     latency_s: float
     large_ids: tuple[int, ...] = ()
+    lost_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

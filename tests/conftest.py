@@ -6,12 +6,16 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from mlxroute.backend import blas
 from mlxroute.weights import default_cache_dir
 
 # Read before a fixture hides the user's settings from the tests.
 CACHE_DIR = Path(os.environ.get("MLXROUTE_CACHE_DIR") or default_cache_dir())
+# No test depends on the speed of the machine.
+settings.register_profile("mlxroute", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("mlxroute")
 _OWN_VARIABLES = ("OPENAI_API_KEY", "OPENAI_BASE_URL")
 
 
@@ -37,10 +41,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _own_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """No test reads or writes the user's own settings, keys or history."""
+    """No test reads or writes the user's own settings, keys, history or verdicts."""
     for name in list(os.environ):
         if name in _OWN_VARIABLES or name.startswith("MLXROUTE_"):
             monkeypatch.delenv(name)
     home = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("MLXROUTE_CONFIG", str(home / "config.toml"))
     monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
+    (home / "cache").mkdir()
+    (home / "cache" / "blas").symlink_to(CACHE_DIR / "blas")
+    monkeypatch.setenv("MLXROUTE_CACHE_DIR", str(home / "cache"))

@@ -102,16 +102,22 @@ Reply = bytes | LargeError | tuple[int, ...]
 class ScriptedLarge:
     """Answers call i with `replies[i]` (the last one again): bytes, ids, or an error to raise.
 
-    `seconds` pass on the fake clock at every call.
+    `seconds` pass on the fake clock at every call, `lost_s` of them in attempts that failed.
     """
 
     def __init__(
-        self, replies: Sequence[Reply], *, clock: FakeClock | None = None, seconds: float = 0.0
+        self,
+        replies: Sequence[Reply],
+        *,
+        clock: FakeClock | None = None,
+        seconds: float = 0.0,
+        lost_s: float = 0.0,
     ) -> None:
         self._replies = list(replies)
         self._clock = clock
         self._seconds = seconds
         self.uploads = Uploads()
+        self._lost_s = lost_s
         self.contexts: list[LargeContext] = []
         self.deadlines: list[float] = []
 
@@ -137,6 +143,7 @@ class ScriptedLarge:
             completion_tokens=1,
             uploaded_bytes=100,
             latency_s=self._seconds,
+            lost_s=self._lost_s,
         )
 
 

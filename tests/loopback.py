@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
+import ssl
+import struct
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
+from weakref import WeakSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +36,20 @@ class Request:
 class Reply:
     """What to answer.
 
-    `raw` replaces the whole reply, status line included. `stall_s` waits before the first byte,
-    `byte_every_s` sends one byte at a time, `cut_at` closes the connection after that many bytes.
+    `raw` replaces the whole reply, status line included; `times` repeats the body. `stall_s` waits
+    before the first byte, `byte_every_s` sends one byte at a time, `cut_at` closes the connection
+    after that many bytes, with a reset when `reset` is set.
     """
 
     body: bytes = b"{}"
+    times: int = 1
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     raw: bytes | None = None
     stall_s: float = 0.0
     byte_every_s: float = 0.0
     cut_at: int | None = None
+    reset: bool = False
 
     @staticmethod
     def of(value: object, *, status: int = 200) -> Reply:
@@ -50,21 +58,42 @@ class Reply:
 
 
 class _QuietServer(ThreadingHTTPServer):
+    daemon_threads = True
+
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that hangs up is what many tests want."""
 
 
 class Loopback:
-    """Answers from `script` in order, then by `answer`; records every request."""
+    """Answers from `script` in order, then by `answer`; records every request.
 
-    def __init__(self, answer: Callable[[Request], Reply] | None = None) -> None:
+    With `tls` it speaks HTTPS; another context counts from the next connection on.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[Request], Reply] | None = None,
+        *,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.script: deque[Reply] = deque()
         self.requests: list[Request] = []
         self.connections = 0
+        self.sent_bytes = 0
+        self.tls = tls
         self.answer = answer or (lambda request: Reply(b"not scripted", status=501))
         self._closing = threading.Event()
-        self._server = _QuietServer(("127.0.0.1", 0), _handler(self))
-        self._server.daemon_threads = True
+        self._clients: WeakSet[socket.socket] = WeakSet()
+        self._scheme = "http" if tls is None else "https"
+        self._listen(socket.create_server(("127.0.0.1", 0)))
+
+    def _listen(self, listening: socket.socket) -> None:
+        handler = type("Handler", (_Handler,), {"loopback": self})
+        self._server = _QuietServer(listening.getsockname(), handler, bind_and_activate=False)
+        self._server.socket.close()
+        self._server.socket = listening
+        self._server.server_address = listening.getsockname()
+        self._server.server_activate()
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
         self._thread.start()
 
@@ -76,7 +105,7 @@ class Loopback:
     @property
     def url(self) -> str:
         """The address to give to a client."""
-        return f"http://127.0.0.1:{self.port}/v1"
+        return f"{self._scheme}://127.0.0.1:{self.port}/v1"
 
     @property
     def prompts(self) -> list[str]:
@@ -97,9 +126,39 @@ class Loopback:
     def close(self) -> None:
         """Stop at once, also where a reply is still being stalled."""
         self._closing.set()
+        self._stop()
+
+    def hang_up(self) -> None:
+        """Close every connection."""
+        for client in list(self._clients):
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(client, socket.SHUT_RDWR)
+
+    @contextlib.contextmanager
+    def gone(self) -> Iterator[None]:
+        """Refuse every connection for a while."""
+        address = self._server.server_address
+        self._stop()
+        self.hang_up()
+        # Bound but not listening: refuses, and nobody else gets the port.
+        with contextlib.ExitStack() as stack:
+            placeholder = stack.enter_context(socket.socket())
+            placeholder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            placeholder.bind(address)
+            try:
+                yield
+            finally:
+                stack.pop_all()
+                self._listen(placeholder)
+
+    def _stop(self) -> None:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+    def opened(self, client: socket.socket) -> None:
+        """Take note of a connection."""
+        self._clients.add(client)
 
     def pause(self, seconds: float) -> None:
         """Wait, but not beyond `close`."""
@@ -111,49 +170,64 @@ class Loopback:
         return self.script.popleft() if self.script else self.answer(request)
 
 
-def _handler(loopback: Loopback) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class _Handler(BaseHTTPRequestHandler):
+    loopback: Loopback
+    protocol_version = "HTTP/1.1"
 
-        def setup(self) -> None:
-            super().setup()
-            loopback.connections += 1
+    def setup(self) -> None:
+        self.loopback.connections += 1
+        if self.loopback.tls is not None:
+            self.request = self.loopback.tls.wrap_socket(self.request, server_side=True)
+        self.loopback.opened(self.request)
+        super().setup()
 
-        def do_GET(self) -> None:
-            self._serve()
+    def do_GET(self) -> None:
+        self._serve()
 
-        def do_POST(self) -> None:
-            self._serve()
+    def do_POST(self) -> None:
+        self._serve()
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
+    def log_message(self, format: str, *args: object) -> None:
+        pass
 
-        def _serve(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            headers = {name.lower(): value for name, value in self.headers.items()}
-            reply = loopback.next_reply(Request(self.command, self.path, headers, body))
-            loopback.pause(reply.stall_s)
-            try:
-                self._send(reply)
-            except OSError:
-                self.close_connection = True
+    def _serve(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        reply = self.loopback.next_reply(Request(self.command, self.path, headers, body))
+        self.loopback.pause(reply.stall_s)
+        try:
+            self._send(reply)
+        except OSError:
+            self.close_connection = True
 
-        def _send(self, reply: Reply) -> None:
-            data = _rendered(reply)[: reply.cut_at]
-            if reply.raw is not None or reply.cut_at is not None:
-                self.close_connection = True
-            step = 1 if reply.byte_every_s else max(1, len(data))
-            for start in range(0, len(data), step):
-                self.wfile.write(data[start : start + step])
-                loopback.pause(reply.byte_every_s)
+    def _send(self, reply: Reply) -> None:
+        data = _rendered(reply)[: reply.cut_at]
+        if reply.raw is not None or reply.cut_at is not None:
+            self.close_connection = True
+        step = 1 if reply.byte_every_s else max(1, len(data))
+        for start in range(0, len(data), step):
+            self.wfile.write(data[start : start + step])
+            self.loopback.pause(reply.byte_every_s)
+        for _ in range(reply.times - 1):
+            self.wfile.write(reply.body)
+            self.loopback.sent_bytes += len(reply.body)
+        if reply.reset:
+            # Closing without lingering sends a reset instead of the end of the stream.
+            linger = struct.pack("ii", 1, 0)
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
-    return Handler
+    def finish(self) -> None:
+        super().finish()
+        self.request.close()
 
 
 def _rendered(reply: Reply) -> bytes:
     if reply.raw is not None:
         return reply.raw
-    headers = {"Content-Type": "application/json", "Content-Length": str(len(reply.body))}
+    headers = {
+        "Content-Type": "application/json",
+        "Content-Length": str(len(reply.body) * reply.times),
+    }
     lines = [f"{name}: {value}" for name, value in (headers | reply.headers).items()]
     head = "\r\n".join([f"HTTP/1.1 {reply.status} Scripted", *lines, "", ""])
     return head.encode("latin-1") + reply.body

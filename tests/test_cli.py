@@ -13,6 +13,7 @@ import pytest
 
 from mlxroute.cli import main
 from mlxroute.cli.output import write_object
+from mlxroute.large import breaker
 from tests.tiny import make_tiny_model
 
 UNREACHABLE = "http://127.0.0.1:9/v1"
@@ -64,6 +65,11 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(
     assert said in error_line(capsys)
 
 
+def test_an_error_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ask", "--small", "no/\x1b[2J\x9bfolder", "--offline", "hi"]) == 2
+    assert "no/[2Jfolder" in error_line(capsys)
+
+
 def test_an_unknown_config_key_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
     Path(os.environ["MLXROUTE_CONFIG"]).write_text("thresold = 3\n")
     assert main(["ask", "hi"]) == 2
@@ -109,14 +115,17 @@ def test_with_no_server_the_small_model_answers_and_the_ways_to_get_one_are_told
 
 
 def test_an_unreachable_server_leaves_an_unchecked_answer_and_exit_code_0(
-    tiny: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # However slow the machine, the pause after three failures lasts to the end.
+    monkeypatch.setattr(breaker, "_FIRST_S", 300.0)
     arguments = ["--small", str(tiny), "--large", UNREACHABLE, "--threshold", "-inf"]
     assert main(["ask", *arguments, "--max-tokens", "5", "--json", "hi"]) == 0
     captured = capsys.readouterr()
     *tokens, summary = [json.loads(line) for line in captured.out.splitlines()]
     assert "127.0.0.1:9" in captured.err
-    assert summary["fallbacks"] == 3
+    # The check at the start was the first of three failures, after which no call is made.
+    assert summary["fallbacks"] == 2
     assert summary["threshold"] == "-inf"
     assert summary["unchecked"] == summary["tokens"] == len(tokens)
     assert all(not token["checked"] for token in tokens)

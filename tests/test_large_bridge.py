@@ -51,7 +51,8 @@ def translated(
     tokens: Sequence[WireToken], small: TokenVocabulary, reader: TokenReader, *, same: bool = False
 ) -> tuple[int, ...]:
     """What becomes of large tokens asked for one call at a time, as the client does."""
-    bridge, ids = Bridge(reader, small, same=same), []
+    bridge = Bridge(reader, small, same=same)
+    ids: list[int] = []
     entries = [Entry(token) for token in tokens]
     reader.learn(entries)
     at = 0

@@ -472,11 +472,3 @@ def test_a_slow_server_is_settled_within_the_calls_own_time() -> None:
             large.next_token(wanted, deadline_s=0.35)
         assert len(server.requests) <= 5
         assert large.next_token(wanted, deadline_s=25).text == " "
-
-
-def test_progress_is_told_to_the_end() -> None:
-    seen: list[tuple[int, int | None]] = []
-    with Loopback(Truthful("text only")) as server, LargeModel(server.url) as large:
-        large.connect(progress=lambda label, done, total: seen.append((done, total)))
-    assert seen == sorted(seen)
-    assert seen[-1][0] == seen[-1][1]

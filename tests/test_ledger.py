@@ -19,6 +19,7 @@ from mlxroute.ledger import Ledger
 from mlxroute.types import Prices, Uploads
 from tests.asking import VOCABULARY, legacy
 from tests.loopback import Loopback, Reply
+from tests.settled import honest, settled
 from tests.vocabularies import context
 
 URL = "http://127.0.0.1:1/v1/completions"
@@ -27,7 +28,7 @@ KEY = 'sk-"quoted\\key'
 
 @pytest.fixture
 def server() -> Iterator[Loopback]:
-    with Loopback(lambda request: Reply.of(legacy(" the"))) as running:
+    with Loopback(honest(lambda request: Reply.of(legacy(" the")))) as running:
         yield running
 
 
@@ -55,7 +56,7 @@ def test_a_line_says_when_where_and_what(tmp_path: Path) -> None:
 def test_the_file_holds_exactly_what_the_server_received(server: Loopback, tmp_path: Path) -> None:
     path = tmp_path / "sent"
     address = server.url.replace("//", "//user:pass@")
-    with Ledger(path) as ledger, LargeModel(address, model="m", ledger=ledger) as large:
+    with Ledger(path) as ledger, settled(LargeModel(address, model="m", ledger=ledger)) as large:
         for text in ("a", 'é\n"\u2028 漢字 \x7f'):
             large.next_token(context(text, VOCABULARY))
         uploads = large.uploads
@@ -65,7 +66,22 @@ def test_the_file_holds_exactly_what_the_server_received(server: Loopback, tmp_p
     assert [w["bytes"] for w in written] == [len(body) for body in received]
     assert {w["url"] for w in written} == {f"{server.url}/completions"}
     assert "pass" not in path.read_text(encoding="utf-8")
-    assert (uploads.requests, uploads.size_bytes) == (3, sum(map(len, received)))
+    assert (uploads.requests, uploads.size_bytes) == (2, sum(map(len, received)))
+
+
+def test_the_questions_about_a_server_are_in_the_file_too(server: Loopback, tmp_path: Path) -> None:
+    path = tmp_path / "sent"
+    with Ledger(path) as ledger, LargeModel(server.url, model="m", ledger=ledger) as large:
+        large.connect()
+        large.next_token(context("a", VOCABULARY))
+        uploads = large.uploads
+    received = [request for request in server.requests if request.body]
+    assert [entry["body"] for entry in lines(path)] == [request.json for request in received]
+    root = server.url.removesuffix("/v1")
+    assert [entry["url"] for entry in lines(path)] == [root + request.path for request in received]
+    assert {"/tokenize", "/generate", "/v1/completions"} <= {request.path for request in received}
+    assert uploads.requests == len(received) > 10
+    assert uploads.size_bytes == sum(len(request.body) for request in received)
 
 
 def test_a_new_file_is_private_and_an_old_one_is_added_to(tmp_path: Path) -> None:
@@ -104,7 +120,7 @@ def test_the_large_model_tells_the_ledger_its_secrets(server: Loopback, tmp_path
     address = server.url.replace("//", "//user:pass-word@")
     with (
         Ledger(tmp_path / "sent") as ledger,
-        LargeModel(address, model="m", api_key="sk-secret", ledger=ledger) as large,
+        settled(LargeModel(address, model="m", api_key="sk-secret", ledger=ledger)) as large,
     ):
         large.next_token(context("my key is sk-secret, pass-word", VOCABULARY))
     assert lines(tmp_path / "sent")[-1]["body"]["prompt"] == "my key is [key], [key]"
@@ -120,7 +136,7 @@ def test_a_file_that_cannot_be_opened_is_an_error_at_once(tmp_path: Path, name: 
 
 def test_what_cannot_be_recorded_does_not_leave(server: Loopback, tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "sent")
-    with LargeModel(server.url, model="m", ledger=ledger) as large:
+    with settled(LargeModel(server.url, model="m", ledger=ledger)) as large:
         large.next_token(context("a", VOCABULARY))
         arrived, before = len(server.requests), large.uploads
         ledger.close()
@@ -144,15 +160,12 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
 def test_a_call_that_fails_counts_if_it_left_and_not_if_there_was_no_connection(
     server: Loopback,
 ) -> None:
-    server.script.extend([Reply.of(legacy("4")), Reply(b"oops", status=500)])
-    with LargeModel(server.url, model="m") as large:
-        large.connect()
-        connected = large.uploads
+    server.script.append(Reply(b"oops", status=501))
+    with settled(LargeModel(server.url, model="m")) as large:
         with pytest.raises(LargeError):
             large.next_token(context("a", VOCABULARY))
-        failed = large.uploads - connected
-        assert failed == Uploads(requests=1, size_bytes=len(server.requests[-1].body))
-    with LargeModel("http://127.0.0.1:9/v1", model="m") as large:
+        assert large.uploads == Uploads(requests=1, size_bytes=len(server.requests[0].body))
+    with settled(LargeModel("http://127.0.0.1:9/v1", model="m")) as large:
         with pytest.raises(LargeError):
             large.next_token(context("a", VOCABULARY))
         assert large.uploads == Uploads()
@@ -166,8 +179,7 @@ def test_tokens_are_as_the_server_counts_them_otherwise_as_the_small_model_does(
         "completion_tokens": 2,
         "prompt_tokens_details": {"cached_tokens": 30},
     }
-    with LargeModel(server.url, model="m") as large:
-        large.connect()
+    with settled(LargeModel(server.url, model="m")) as large:
         before = large.uploads
         server.script.append(Reply.of(legacy(" the") | {"usage": usage}))
         large.next_token(context("a", VOCABULARY))

@@ -85,7 +85,7 @@ class Truthful:
 
     def _families(self) -> dict[str, dict[str, Callable[[str, Json], Json]]]:
         routes = {"/tokenize": self._tokenize, "/detokenize": self._detokenize}
-        legacy = {"/v1/completions": self._legacy}
+        legacy: dict[str, Callable[[str, Json], Json]] = {"/v1/completions": self._legacy}
         return {
             "mlx_lm": {"/v1/completions": self._mlx_lm, "/v1/chat/completions": self._closing},
             "vllm": {
@@ -117,8 +117,7 @@ class Truthful:
 
     def _write(self, path: str, prompt: str | Sequence[int], count: int) -> Ids:
         """The next greedy tokens after a prompt, to the end of the answer at most."""
-        text = prompt if isinstance(prompt, str) else None
-        data = self._bytes(prompt) if text is None else text.encode()
+        data = prompt.encode() if isinstance(prompt, str) else self._bytes(prompt)
         data = self._hears(path, data.decode(errors="surrogateescape")).encode(
             errors="surrogateescape"
         )

@@ -39,6 +39,14 @@ class RouterName(StrEnum):
     ENTROPY = "entropy"
 
 
+class KernelName(StrEnum):
+    """Which form of the logit kernel runs."""
+
+    AUTO = "auto"
+    METAL = "metal"
+    GRAPH = "graph"
+
+
 def _threshold(text: str) -> float:
     try:
         return float(text)
@@ -80,6 +88,9 @@ Stop = Annotated[
     typer.Option(help="End the answer before this text; repeatable.", metavar="TEXT"),
 ]
 System = Annotated[str | None, typer.Option(help="System prompt.", metavar="TEXT")]
+Kernel = Annotated[
+    KernelName | None, typer.Option(help="Form of the logit kernel; auto takes what works.")
+]
 Timeout = Annotated[
     float | None,
     typer.Option(help="Seconds a call, and all faults of an answer, may take.", metavar="S"),
@@ -90,6 +101,12 @@ KeyEnv = Annotated[
 ]
 KeyFile = Annotated[
     str | None, typer.Option(help="File (mode 0600) holding the server's key.", metavar="FILE")
+]
+CaBundle = Annotated[
+    str | None,
+    typer.Option(
+        help="PEM file of the authorities to trust instead of the public ones.", metavar="FILE"
+    ),
 ]
 CacheDir = Annotated[str | None, typer.Option(help="Where weights are kept.", metavar="DIR")]
 LedgerFile = Annotated[
@@ -138,6 +155,7 @@ def chat(
     router: Router = None,
     threshold: Threshold = None,
     mode: ModeOption = None,
+    kernel: Kernel = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -147,6 +165,7 @@ def chat(
     timeout: Timeout = None,
     key_env: KeyEnv = None,
     key_file: KeyFile = None,
+    ca_bundle: CaBundle = None,
     cache_dir: CacheDir = None,
     ledger: LedgerFile = None,
     never_send: NeverSend = None,
@@ -178,6 +197,7 @@ def ask(
     router: Router = None,
     threshold: Threshold = None,
     mode: ModeOption = None,
+    kernel: Kernel = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -187,6 +207,7 @@ def ask(
     timeout: Timeout = None,
     key_env: KeyEnv = None,
     key_file: KeyFile = None,
+    ca_bundle: CaBundle = None,
     cache_dir: CacheDir = None,
     ledger: LedgerFile = None,
     never_send: NeverSend = None,
@@ -252,7 +273,31 @@ def host(
 
 
 @app.command()
-def doctor(large: Large = None, cache_dir: CacheDir = None, offline: Offline = None) -> None:
+def probe(
+    url: Annotated[str, typer.Argument(help="The server, e.g. http://host:8000/v1.")],
+    large_model: LargeModelId = None,
+    timeout: Timeout = None,
+    key_env: KeyEnv = None,
+    key_file: KeyFile = None,
+    ca_bundle: CaBundle = None,
+    cache_dir: CacheDir = None,
+    ledger: LedgerFile = None,
+    offline: Offline = None,
+) -> None:
+    """Find out what a server can do and how it is best asked."""
+    from mlxroute.cli.large import run_probe
+    from mlxroute.cli.run import settings_from
+
+    raise typer.Exit(run_probe(url, settings_from(locals())))
+
+
+@app.command()
+def doctor(
+    large: Large = None,
+    ca_bundle: CaBundle = None,
+    cache_dir: CacheDir = None,
+    offline: Offline = None,
+) -> None:
     """Check device, memory, cache, network and server."""
     from mlxroute.cli.doctor import run_doctor
     from mlxroute.cli.run import settings_from
@@ -261,8 +306,48 @@ def doctor(large: Large = None, cache_dir: CacheDir = None, offline: Offline = N
         settings = settings_from(locals())
     except ConfigError:
         # Part of the report, which needs nothing of the file itself.
-        settings = Settings(large=large, cache_dir=cache_dir, offline=bool(offline))
+        settings = Settings(
+            large=large, ca_bundle=ca_bundle, cache_dir=cache_dir, offline=bool(offline)
+        )
     raise typer.Exit(run_doctor(settings))
+
+
+bench = typer.Typer(rich_markup_mode=None, help="Measure, beside baselines in the same run.")
+app.add_typer(bench, name="bench")
+Save = Annotated[bool, typer.Option("--save", help="Also write the report to bench/results/.")]
+
+
+@bench.command()
+def speed(
+    small: Small = None,
+    pairs: Annotated[int, typer.Option(help="Answers of each side.", min=1)] = 10,
+    tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=2)] = 128,
+    save: Save = False,
+    adapter: Adapter = None,
+    kernel: Kernel = None,
+    cache_dir: CacheDir = None,
+    offline: Offline = None,
+) -> None:
+    """Decoding that never escalates, beside mlx_lm; `--small random` is a tiny model."""
+    from mlxroute.cli.bench import run_bench_speed
+    from mlxroute.cli.run import settings_from
+
+    settings = settings_from(locals())
+    raise typer.Exit(run_bench_speed(settings, pairs=pairs, tokens=tokens, save=save))
+
+
+@bench.command()
+def kernels(
+    rounds: Annotated[int, typer.Option(help="Timings of each form.", min=1)] = 30,
+    save: Save = False,
+    cache_dir: CacheDir = None,
+) -> None:
+    """The logit kernel beside the plain chain of operations: time, and error to float64."""
+    from mlxroute.cli.bench import run_bench_kernels
+    from mlxroute.cli.run import settings_from
+
+    settings = settings_from({"cache_dir": cache_dir})
+    raise typer.Exit(run_bench_kernels(settings, rounds=rounds, save=save))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -307,7 +392,9 @@ def _message(exc: typer.TyperException) -> str:
 
 
 def _fail(text: str, code: int) -> int:
-    typer.echo(f"error: {' '.join(text.split())}", err=True)
+    from mlxroute.view import printable
+
+    typer.echo(f"error: {printable(' '.join(text.split()))}", err=True)
     return code
 
 

@@ -73,6 +73,7 @@ def _answer(
     out: Console,
     err: Console,
 ) -> int:
+    from mlxroute.cli.large import tokenizer_finder
     from mlxroute.cli.progress import Reporter
     from mlxroute.cli.run import Session, load_small, open_ledger
     from mlxroute.large import LargeModel
@@ -93,13 +94,20 @@ def _answer(
         LocalServer.launch(
             large_weights.path, cache_dir=cache_dir, log_path=host_log(cache_dir)
         ) as server,
-        LargeModel(server.url, timeout_s=settings.timeout, ledger=ledger) as large,
+        LargeModel(
+            server.url,
+            timeout_s=settings.timeout,
+            ledger=ledger,
+            find_tokenizer=tokenizer_finder(settings, server.url),
+        ) as large,
     ):
         with Reporter(err) as reporter:
             # Both models load at the same time, each in its own process.
             small = load_small(settings, reporter)
             server.wait_until_ready(progress=reporter.progress)
-        large.connect()
+        # A server started here for this once is not worth a long examination.
+        large.connect(thorough=False)
+        large.meet(small.vocabulary)
         err.print(f"{pair.large} is served at {server.url}", style="dim", markup=False)
         session = Session(
             small, large, settings, threshold=threshold, ledger=ledger, never_send=never_send

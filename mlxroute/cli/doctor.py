@@ -112,7 +112,8 @@ def _large(settings: Settings) -> Check:
     if settings.large is None:
         advice = "no server configured (give --large URL or set OPENAI_BASE_URL)"
         return Check("large", advice, good=None)
-    from mlxroute.cli.run import large_model, open_ledger
+    from mlxroute.cli.large import large_model
+    from mlxroute.cli.run import open_ledger
 
     try:
         with (

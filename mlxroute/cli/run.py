@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -12,11 +13,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxroute.cli.large import large_model
 from mlxroute.config import (
     Settings,
     default_config_path,
     load_settings,
-    read_key,
     read_never_send,
     read_prices,
     user_catalog_dir,
@@ -164,6 +165,8 @@ def open_session(settings: Settings, err: Console) -> Session:
             small = load_small(settings, reporter)
             if large is None:
                 reporter.notify(_OFFLINE if settings.offline else _NO_LARGE)
+            else:
+                _introduce(large, small, reporter)
         catalog = Catalog.load(user_catalog_dir())
         if prices is None and large is not None:
             prices = catalog.price(large.model_name)
@@ -180,6 +183,19 @@ def open_session(settings: Settings, err: Console) -> Session:
     return session
 
 
+def _introduce(large: LargeModel, small: SmallModel, reporter: Any) -> None:
+    """Compare the two vocabularies now, not at the first escalation."""
+    if not large.connected:
+        return
+    with contextlib.suppress(LargeError):
+        if large.meet(small.vocabulary):
+            return
+        line = f"{large.model_name} has another vocabulary than {small.name}"
+        if not large.knows_template:
+            line += "; its chat template is not known here, so it reads the small model's"
+        reporter.notify(line)
+
+
 def open_ledger(settings: Settings) -> Ledger:
     """The record of what is sent, in the file of the settings if they name one."""
     return Ledger(Path(settings.ledger).expanduser() if settings.ledger else None)
@@ -194,6 +210,7 @@ def load_small(settings: Settings, reporter: Any) -> SmallModel:
         adapter=Path(settings.adapter).expanduser() if settings.adapter else None,
         cache_dir=Path(settings.cache_dir).expanduser() if settings.cache_dir else None,
         offline=settings.offline,
+        kernel=settings.kernel,
         progress=reporter.progress,
         notify=reporter.notify,
     )
@@ -299,26 +316,13 @@ def _check(settings: Settings) -> None:
     )
 
 
-def large_model(settings: Settings, address: str, ledger: Ledger) -> LargeModel:
-    """The large model of the settings at this address, not yet connected."""
-    from mlxroute.large import LargeModel
-
-    key = read_key(settings, os.environ)
-    return LargeModel(
-        address,
-        model=settings.large_model,
-        api_key=key.reveal() if key else None,
-        timeout_s=settings.timeout,
-        ledger=ledger,
-    )
-
-
 def _open_large(settings: Settings, ledger: Ledger, err: Console) -> LargeModel | None:
     if settings.offline or settings.large is None:
         return None
     large = large_model(settings, settings.large, ledger)
     try:
-        large.connect()
+        with err.status(f"reaching {large.base_url}"):
+            large.connect()
     except LargeUnrecorded as exc:
         raise UsageError(str(exc)) from exc
     except LargeError as exc:

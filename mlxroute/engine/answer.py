@@ -212,7 +212,7 @@ class Answer:
         self.activity = Activity.WAIT
         escalation = self._escalator.ask(self._context(), small_id)
         self.activity = Activity.DECODE
-        if (answer := escalation.large) is None:
+        if escalation is None or (answer := escalation.large) is None:
             return replace(kept, escalation=escalation, checked=False)
         return _Decision(
             signals,

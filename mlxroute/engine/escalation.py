@@ -6,17 +6,15 @@ from collections.abc import Callable
 
 from mlxroute.engine.privacy import NeverSend
 from mlxroute.engine.roles import Large
-from mlxroute.errors import LargeError, LargeProtocolError
+from mlxroute.errors import LargeError, LargeUnavailable, LargeUnrecorded
 from mlxroute.types import Escalation, LargeContext, Uploads
-
-MAX_CONSECUTIVE_FAILURES = 3
 
 
 class Escalator:
     """Counts and bounds the calls of one answer.
 
-    Failed calls may cost an answer `timeout_s` of waiting in all, and three in a row end the
-    calls: the rest of the answer is the small model's. With `strict`, a failure is raised.
+    Failed calls, and failed attempts of others, may cost an answer `timeout_s` of waiting in all;
+    after that the rest of it is the small model's. With `strict`, a failure is raised.
     Contexts that `never_send` matches are not sent; that is no failure.
     """
 
@@ -35,7 +33,6 @@ class Escalator:
         self._strict = strict
         self._clock = clock
         self._allowance_s = timeout_s
-        self._in_a_row = 0
         self.fallbacks = 0
         self.escalated = 0
         self.agreed = 0
@@ -51,14 +48,13 @@ class Escalator:
     @property
     def open(self) -> bool:
         """Whether this answer still makes calls."""
-        return (
-            self._large is not None
-            and self._in_a_row < MAX_CONSECUTIVE_FAILURES
-            and self._allowance_s > 0
-        )
+        return self._large is not None and self._allowance_s > 0
 
-    def ask(self, context: LargeContext, small_id: int) -> Escalation:
-        """One call, or none; why there is no answer is part of the result. Only while `open`."""
+    def ask(self, context: LargeContext, small_id: int) -> Escalation | None:
+        """One call, its failure part of the result; None when the large side made no call.
+
+        A context that must stay here is not sent, and says so. Use it only while `open`.
+        """
         assert self._large is not None
         if (number := self._never_send.match(context.text)) is not None:
             self.withheld += 1
@@ -72,23 +68,19 @@ class Escalator:
         except LargeError as exc:
             if self._strict:
                 raise
+            if isinstance(exc, LargeUnavailable | LargeUnrecorded):
+                return None
             latency_s = self._clock() - began
-            # Inside a character the large model may rightly want another one: no fault.
-            inside = bool(context.fragment_ids) and isinstance(exc, LargeProtocolError)
-            self._count_failure(latency_s, in_a_row=not inside)
+            self.fallbacks += 1
+            self._allowance_s -= latency_s
             return Escalation(small_id, large=None, failure=str(exc), latency_s=latency_s)
         finally:
             self.stall_s += self._clock() - began
         escalation = Escalation(small_id, answer, failure=None, latency_s=self._clock() - began)
-        self._in_a_row = 0
+        self._allowance_s -= answer.lost_s
         self.escalated += 1
         self.agreed += escalation.agreed
         return escalation
 
     def _uploads_so_far(self) -> Uploads:
         return Uploads() if self._large is None else self._large.uploads
-
-    def _count_failure(self, latency_s: float, *, in_a_row: bool) -> None:
-        self.fallbacks += 1
-        self._in_a_row += in_a_row
-        self._allowance_s -= latency_s

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Final
 
 from mlxroute.errors import LargeProtocolError, LargeRefused
 from mlxroute.large.dialects import Ask, Dialect, Prompt
@@ -14,6 +15,9 @@ from mlxroute.large.transport import Deadline, Reply, Transport, printable
 from mlxroute.large.wire import Completion, Entry, error_in, error_message, parse_object
 from mlxroute.ledger import Ledger
 from mlxroute.types import LargeContext
+
+# Vocabularies have tokens of some hundred characters, mostly spaces or dashes.
+_LONGEST_TOKEN: Final = 1000
 
 
 class NotRepeated(LargeProtocolError):
@@ -42,13 +46,11 @@ class Asker:
         ledger: Ledger,
         *,
         base_url: str,
-        api_key: str | None,
         top_logprobs: int,
     ) -> None:
         self._transport = transport
         self._ledger = ledger
         self._base_url = base_url
-        self._api_key = api_key
         self._top_logprobs = top_logprobs
         self._sent = SentPrompts()
         self.reader = TokenReader()
@@ -107,11 +109,20 @@ class Asker:
         if watched and reply.status != 200:
             self._sent.refused(prompt.text, max_tokens=ask.max_tokens)
         completion = self._understood(dialect, prompt, reply)
+        self._check_lengths(completion)
         self.reader.learn(completion.entries)
         if watched:
             data = [self.reader.in_prompt(entry.token) for entry in completion.entries]
             self._sent.answered(prompt.text, data, usage=_usage(completion))
         return completion
+
+    def _check_lengths(self, completion: Completion) -> None:
+        for entry in completion.entries:
+            spelled = (entry.token.piece, entry.token.data, entry.token.text)
+            if (length := max(len(form or "") for form in spelled)) > _LONGEST_TOKEN:
+                raise LargeProtocolError(
+                    f"{self._base_url} sent {length:,} characters as one token"
+                )
 
     def _count(self, completion: Completion, prompt_tokens: int) -> None:
         """Enter a reply's counts into the ledger, where the server gives none our own."""
@@ -136,24 +147,26 @@ class Asker:
 
     def _understood(self, dialect: Dialect, prompt: Prompt, reply: Reply) -> Completion:
         if reply.status != 200:
-            raise self.refusal(error_message(reply.body), status=reply.status)
+            raise self._refusal(error_message(reply.body), reply)
         try:
             value = parse_object(reply.body)
             if (message := error_in(value)) is not None:
-                raise self.refusal(message, status=reply.status)
+                raise self._refusal(message, reply)
             return dialect.completion(value, prompt)
         except LargeProtocolError as exc:
             raise LargeProtocolError(f"{self._base_url}: {exc}") from exc
 
-    def refusal(self, message: str, *, status: int) -> LargeRefused:
-        """The error for a status that is no success, without the key should the server echo it."""
-        if self._api_key:
-            message = message.replace(self._api_key, "[key]")
-        hint = "; check the API key" if status in (401, 403) else ""
-        said = printable(message) or "no reason given"
-        refused = LargeRefused(f"{self._base_url} answered {status}: {said}{hint}")
-        refused.status = status
-        return refused
+    def _refusal(self, message: str, reply: Reply) -> LargeRefused:
+        """The error for a reply that is no success, without the key should the server echo it."""
+        said = printable(self._transport.without_secrets(message)) or "no reason given"
+        hint = "; check the API key" if reply.status in (401, 403) else ""
+        if reply.retry_after_s:
+            hint = f"; it asks to be called again in {reply.retry_after_s:,.0f} s"
+        return LargeRefused(
+            f"{self._base_url} answered {reply.status}: {said}{hint}",
+            status=reply.status,
+            retry_after_s=reply.retry_after_s,
+        )
 
 
 def _encoded(body: Mapping[str, object]) -> bytes:

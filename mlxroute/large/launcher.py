@@ -91,7 +91,9 @@ class LocalServer:
         deadline, total = Deadline(timeout_s), self._model_bytes
         transport = Transport(parse_address(self.url))
         try:
-            first = transport.begin("/completions", body=_FIRST_REQUEST, deadline=deadline)
+            first = transport.begin(
+                f"{self.url}/completions", body=_FIRST_REQUEST, deadline=deadline
+            )
             while first.is_alive():
                 self._check_alive(deadline)
                 progress(_LOADING, min(self._resident(), total), total)

@@ -19,7 +19,6 @@ from mlxroute.large.tokens import TokenSource
 from mlxroute.large.transport import Deadline, printable
 from mlxroute.large.verdict import Check, Refusal
 from mlxroute.large.wire import Entry
-from mlxroute.types import Progress, no_progress
 
 # Statuses that say nothing about the dialect: the key, the load, the server's health. A plain 500
 # is what many servers answer to a body that they do not understand.
@@ -53,12 +52,10 @@ class Prober:
         tokens: TokenSource | None,
         *,
         deadline: Callable[[], Deadline],
-        progress: Progress = no_progress,
     ) -> None:
         self._asker = asker
         self._tokens = tokens
         self._deadline = deadline
-        self._progress = progress
         self._latencies_s: list[float] = []
         self._calls = 0
 
@@ -68,14 +65,12 @@ class Prober:
         Raises LargeError: the server's own trouble, or LargeProtocolError when no dialect will do.
         """
         refusals: list[Refusal] = []
-        for number, dialect in enumerate(ladder):
-            self._progress("probing the large model's server", number, len(ladder))
+        for dialect in ladder:
             try:
                 checks = self._examined(dialect)
             except _Unfit as exc:
                 refusals.append(Refusal(dialect.name, str(exc)))
                 continue
-            self._progress("probing the large model's server", len(ladder), len(ladder))
             return Found(dialect, checks, tuple(refusals), tuple(self._latencies_s), self._calls)
         raise NothingFits(refusals)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
 from mlxroute.errors import LargeProtocolError, LargeRefused
+from mlxroute.large.dialects.interface import ANSWER_AT_ONCE
 from mlxroute.large.transport import Reply
 from mlxroute.large.wire import error_message, parse_object, sequence, string, token_id
 from mlxroute.types import Message, Vocabulary
@@ -156,9 +157,9 @@ class ServerTokens:
     def _ask(self, path: str, body: Mapping[str, object]) -> Mapping[str, object]:
         reply = self._post(path, body)
         if reply.status != 200:
-            refused = LargeRefused(f"{path} answered {reply.status}: {error_message(reply.body)}")
-            refused.status = reply.status
-            raise refused
+            raise LargeRefused(
+                f"{path} answered {reply.status}: {error_message(reply.body)}", status=reply.status
+            )
         return parse_object(reply.body)
 
 
@@ -170,7 +171,8 @@ class LlamaTokens(ServerTokens):
         return string(self._ask("/detokenize", {"tokens": list(ids)}).get("content"), what="text")
 
     def _prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        reply = self._ask("/apply-template", {"messages": list(messages)})
+        body = {"messages": list(messages), **ANSWER_AT_ONCE}
+        reply = self._ask("/apply-template", body)
         text = string(reply.get("prompt"), what="the rendered prompt")
         return self._tokens({"content": text, "add_special": True, "parse_special": True})
 
@@ -191,7 +193,7 @@ class VllmTokens(ServerTokens):
         return string(reply.get("prompt", reply.get("text")), what="text")
 
     def _prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        body = {"messages": list(messages), "add_generation_prompt": True}
+        body = {"messages": list(messages), "add_generation_prompt": True, **ANSWER_AT_ONCE}
         return _token_ids(self._ask("/tokenize", self._named(body)))
 
     def _encode(self, text: str) -> tuple[int, ...]:

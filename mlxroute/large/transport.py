@@ -2,42 +2,46 @@
 
 from __future__ import annotations
 
+import random
 import re
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
-from http.cookiejar import DefaultCookiePolicy
+from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import requests
-from requests.auth import AuthBase, HTTPBasicAuth
 from urllib3.exceptions import HTTPError
 
-from mlxroute._version import __version__
 from mlxroute.errors import (
     LargeError,
     LargeProtocolError,
     LargeRefused,
     LargeTimeout,
+    LargeUnavailable,
     LargeUnreachable,
-    UsageError,
 )
+from mlxroute.large import retry
 from mlxroute.large.address import Address
+from mlxroute.large.session import Auth, Session, checked_bundle
 from mlxroute.ledger import Ledger
 
 MAX_REPLY_BYTES: Final = 1 << 20
+# Calls whose threads could not be ended: only a name look-up or a proxy can hold one for long.
+MOST_GIVEN_UP: Final = 4
 _CHUNK_BYTES = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A complete HTTP reply that is no redirect."""
+    """A complete HTTP reply that is no redirect. `retry_after_s` is 0 where it does not say."""
 
     status: int
     body: bytes
+    retry_after_s: float = 0.0
 
 
 class Deadline:
@@ -51,31 +55,6 @@ class Deadline:
     def left_s(self) -> float:
         """Seconds left, at least 0."""
         return max(0.0, self._end - self._clock())
-
-
-class _Auth(AuthBase):
-    # Always set, so that requests never looks for credentials in a netrc file.
-    def __init__(self, address: Address, api_key: str | None) -> None:
-        self._basic = _basic_auth(*address.userinfo) if address.userinfo else None
-        self._api_key = api_key
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if self._api_key is not None:
-            request.headers["Authorization"] = f"Bearer {self._api_key}"
-        elif self._basic is not None:
-            self._basic(request)
-        return request
-
-
-def _basic_auth(user: str, password: str) -> HTTPBasicAuth:
-    # As bytes: requests would encode text as Latin-1, which not every name has.
-    return HTTPBasicAuth(user.encode(), password.encode())
-
-
-class _Session(requests.Session):
-    # Even when told not to follow, requests reads a redirect's whole body and parses its target.
-    def get_redirect_target(self, resp: requests.Response) -> None:
-        return None
 
 
 class _Body:
@@ -107,13 +86,14 @@ class Exchange(threading.Thread):
 
     def __init__(
         self,
-        session: requests.Session,
+        session: Session,
         *,
         address: Address,
         target: str,
         body: bytes | None,
         deadline: Deadline,
         connect_timeout_s: float,
+        verify: str | bool,
         ledger: Ledger,
     ) -> None:
         super().__init__(daemon=True, name="mlxroute-large")
@@ -123,16 +103,33 @@ class Exchange(threading.Thread):
         self._body = body
         self._deadline = deadline
         self._connect_timeout_s = connect_timeout_s
+        self._verify = verify
         self._ledger = ledger
         self._reply: Reply | None = None
         self._error: LargeError | None = None
+        self._passing = False
+
+    @property
+    def passing(self) -> bool:
+        """Whether the same request may succeed in a moment."""
+        return self._passing
+
+    @property
+    def retry_after_s(self) -> float:
+        """The seconds the server wants to be left alone, 0 when it did not say."""
+        return self._reply.retry_after_s if self._reply else 0.0
 
     def run(self) -> None:
         """Exchange, keeping the outcome for `result`."""
         try:
             self._reply = self._exchange()
+            self._passing = retry.is_passing_status(self._reply.status)
         except LargeError as exc:
             self._error = exc
+        except (requests.RequestException, HTTPError, HTTPException, OSError, ValueError) as exc:
+            # Not kept as a cause: it holds the request, and that holds the key.
+            self._error = self._translated(exc)
+            self._passing = retry.is_passing_error(exc)
 
     def result(self) -> Reply:
         """The reply of a finished exchange. Raises LargeError subclasses."""
@@ -145,23 +142,25 @@ class Exchange(threading.Thread):
     def _exchange(self) -> Reply:
         self._ledger.check()
         left_s = max(self._deadline.left_s(), 0.001)
-        try:
-            with self._session.request(
-                "GET" if self._body is None else "POST",
-                self._target,
-                data=_Body(self._body, url=self._target, ledger=self._ledger)
-                if self._body
-                else None,
-                headers={"Content-Type": "application/json"} if self._body else None,
-                timeout=(min(self._connect_timeout_s, left_s), left_s),
-                allow_redirects=False,
-                stream=True,
-            ) as response:
-                if 300 <= response.status_code < 400:
-                    raise self._redirected(response.headers.get("Location", ""))
-                return Reply(response.status_code, self._read(response))
-        except (requests.RequestException, HTTPError, HTTPException, OSError, ValueError) as exc:
-            raise self._translated(exc) from exc
+        with self._session.request(
+            "GET" if self._body is None else "POST",
+            self._target,
+            data=_Body(self._body, url=self._target, ledger=self._ledger) if self._body else None,
+            headers={"Content-Type": "application/json"} if self._body else None,
+            timeout=(min(self._connect_timeout_s, left_s), left_s),
+            allow_redirects=False,
+            stream=True,
+            # Named for each request: a session's own would yield to REQUESTS_CA_BUNDLE.
+            verify=self._verify,
+        ) as response:
+            if 300 <= response.status_code < 400:
+                raise self._redirected(response.headers.get("Location", ""))
+            asked = response.headers.get("Retry-After")
+            return Reply(
+                response.status_code,
+                self._read(response),
+                retry_after_s=retry.retry_after_s(asked, now=time.time()),
+            )
 
     def _read(self, response: requests.Response) -> bytes:
         # We ask for none; decompressing what we did not ask for could fill the memory.
@@ -186,12 +185,15 @@ class Exchange(threading.Thread):
 
     def _redirected(self, location: str) -> LargeRefused:
         try:
-            target = urlsplit(location).hostname or self._address.host
+            parts = urlsplit(urljoin(self._target, location))
+            host = parts.netloc.rpartition("@")[2]
+            path = self._target.removeprefix(self._address.url)
+            target = f"{parts.scheme}://{host}{parts.path}".removesuffix(path)
         except ValueError:
             target = "an address that is no URL"
         return LargeRefused(
-            f"{self._address.url} redirects to {printable(target)}, which is not followed;"
-            " give the final address if you trust it"
+            f"{self._address.url} redirects to {printable(target, limit=200)}, which is not"
+            " followed; give the final address if you trust it"
         )
 
     def _translated(self, exc: Exception) -> LargeError:
@@ -204,7 +206,9 @@ class Exchange(threading.Thread):
             case requests.Timeout():
                 return self.too_late()
             case requests.exceptions.SSLError():
-                return LargeUnreachable(f"the TLS connection to {url} failed ({_reason(exc)})")
+                reason = _reason(exc)
+                own = "; --ca-bundle names a private authority" if "CERTIFICATE" in reason else ""
+                return LargeUnreachable(f"the TLS connection to {url} failed ({reason}){own}")
             case requests.exceptions.ProxyError():
                 return LargeUnreachable(f"the proxy for {url} refused or failed")
             case requests.exceptions.ChunkedEncodingError():
@@ -218,7 +222,10 @@ class Exchange(threading.Thread):
 
 
 class Transport:
-    """Keeps the connection to one server."""
+    """Keeps the connection to one server and repeats what failed in passing.
+
+    `lost_s` counts the seconds that went into attempts that were repeated.
+    """
 
     def __init__(
         self,
@@ -226,75 +233,89 @@ class Transport:
         *,
         api_key: str | None = None,
         connect_timeout_s: float = 5.0,
+        ca_bundle: Path | None = None,
         ledger: Ledger | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        random: Callable[[], float] = random.random,
     ) -> None:
-        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
-            raise UsageError("the API key has characters that cannot be sent (a line break?)")
         self._address = address
-        self._auth = _Auth(address, api_key)
+        self._auth = Auth(address, api_key)
         self._connect_timeout_s = connect_timeout_s
+        self._verify = True if ca_bundle is None else checked_bundle(ca_bundle)
+        self._sleep = sleep
+        self._random = random
         self._ledger = Ledger() if ledger is None else ledger
         for secret in (api_key, address.userinfo and address.userinfo[1]):
             self._ledger.hide(secret)
-        self._session = self._new_session()
+        self._session = Session(address, self._auth)
+        self._given_up: list[Exchange] = []
+        self.lost_s = 0.0
 
     def call(
         self, path: str, *, deadline: Deadline, body: bytes | None = None, at_root: bool = False
     ) -> Reply:
         """GET a path below the base address, or POST a JSON body to it. Raises LargeError.
 
-        With `at_root` the path is that of the server, whatever the base address ends in.
+        With `at_root` the path is that of the server, whatever the base address ends in. Attempts
+        that fail in passing are repeated as long as the deadline leaves room.
         """
-        exchange = self.begin(path, deadline=deadline, body=body, at_root=at_root)
-        try:
-            exchange.join(deadline.left_s())
-        finally:
-            unfinished = exchange.is_alive()
-            if unfinished:
-                self._drop_connection()
-        if unfinished:
-            raise exchange.too_late()
-        return exchange.result()
+        target = (self._address.root if at_root else self._address.url) + path
+        for pause_s in retry.pauses_s(self._random):
+            left_s = deadline.left_s()
+            exchange = self._attempt(target, deadline=deadline, body=body)
+            pause_s = max(pause_s, exchange.retry_after_s)
+            if not exchange.passing or pause_s >= deadline.left_s():
+                return exchange.result()
+            self._sleep(pause_s)
+            self.lost_s += left_s - deadline.left_s()
+        return self._attempt(target, deadline=deadline, body=body).result()
 
-    def begin(
-        self, path: str, *, deadline: Deadline, body: bytes | None = None, at_root: bool = False
-    ) -> Exchange:
-        """Start what `call` does and return without waiting for it."""
+    def begin(self, target: str, *, deadline: Deadline, body: bytes | None = None) -> Exchange:
+        """Send one request and return without waiting for its reply."""
         exchange = Exchange(
             self._session,
             address=self._address,
-            target=(self._address.root if at_root else self._address.url) + path,
+            target=target,
             body=body,
             deadline=deadline,
             connect_timeout_s=self._connect_timeout_s,
+            verify=self._verify,
             ledger=self._ledger,
         )
         exchange.start()
         return exchange
 
+    def without_secrets(self, text: str) -> str:
+        """A server's text without the key or password that it may echo."""
+        return self._auth.hidden_in(text)
+
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection; a later call opens a new one."""
         self._session.close()
 
-    def _drop_connection(self) -> None:
-        # The late reply of the call we gave up must never be read as the next one's.
-        self._session.close()
-        self._session = self._new_session()
+    def _attempt(self, target: str, *, deadline: Deadline, body: bytes | None) -> Exchange:
+        """One finished exchange. Raises LargeTimeout at the deadline."""
+        self._given_up = [exchange for exchange in self._given_up if exchange.is_alive()]
+        if len(self._given_up) >= MOST_GIVEN_UP:
+            raise LargeUnavailable(
+                f"{self._address.url} is not asked while {MOST_GIVEN_UP} earlier calls still hang"
+            )
+        exchange = self.begin(target, deadline=deadline, body=body)
+        try:
+            exchange.join(deadline.left_s())
+        finally:
+            unfinished = exchange.is_alive()
+            if unfinished:
+                self._give_up(exchange)
+        if unfinished:
+            raise exchange.too_late()
+        return exchange
 
-    def _new_session(self) -> requests.Session:
-        session = _Session()
-        session.headers.update(
-            {
-                "Accept": "application/json",
-                "Accept-Encoding": "identity",
-                "User-Agent": f"mlxroute/{__version__}",
-            }
-        )
-        session.auth = self._auth
-        session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
-        # A proxy meant for the outside cannot reach a server on this machine.
-        session.trust_env = not self._address.is_loopback
-        return session
+    def _give_up(self, exchange: Exchange) -> None:
+        # The late reply must never be read as the next call's, nor its thread outlive the call.
+        self._given_up.append(exchange)
+        self._session.break_off()
+        self._session = Session(self._address, self._auth)
 
 
 def printable(text: str, *, limit: int = 300) -> str:

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.interface import Ask, Form, Prompt
+from mlxroute.large.dialects.interface import ANSWER_AT_ONCE, Ask, Form, Prompt
 from mlxroute.large.wire import (
     Completion,
     Entry,
@@ -61,6 +61,8 @@ class ChatContinuation:
                 messages[-1]["prefix"] = True
             elif self._how is Continue.FLAGS:
                 body |= {"continue_final_message": True, "add_generation_prompt": False}
+        if self._how is Continue.FLAGS:
+            body |= ANSWER_AT_ONCE
         if self._logprobs:
             body |= {"logprobs": True, "top_logprobs": ask.top_logprobs}
         return body if ask.model is None else body | {"model": ask.model}

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Final, Protocol
 
 from mlxroute.large.wire import Completion
 from mlxroute.types import Message
+
+ANSWER_AT_ONCE: Final = {"chat_template_kwargs": {"enable_thinking": False}}
+"""For templates that would begin with a thought; others ignore it, as the small model's do."""
 
 
 class Form(StrEnum):

@@ -1,0 +1,184 @@
+"""How a server is asked: settled by a probe, remembered, and given up when it stops fitting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from mlxroute.errors import LargeProtocolError, UsageError
+from mlxroute.large.asker import Asker
+from mlxroute.large.dialects import LADDER, Dialect, dialect_named
+from mlxroute.large.match import fingerprint, same_decoded, same_entries, same_named
+from mlxroute.large.models import ServedModel, listed, served_models
+from mlxroute.large.probe import Found, NothingFits, Prober
+from mlxroute.large.tokens import FileTokens, ServerTokens, Tokenizer, TokenSource
+from mlxroute.large.transport import Deadline, Reply, Transport
+from mlxroute.large.verdict import Verdict, VerdictFile
+from mlxroute.types import Vocabulary
+
+_MISFITS: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How the server is asked; without a verdict where only the first question was put to it."""
+
+    dialect: Dialect
+    verdict: Verdict | None
+
+
+class Settlement:
+    """Finds and keeps the terms of one endpoint. `deadline` makes the bound of each call."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        asker: Asker,
+        *,
+        base_url: str,
+        model: str | None,
+        verdicts: Path | None,
+        find_tokenizer: Callable[[str], Tokenizer | None],
+        deadline: Callable[[], Deadline],
+    ) -> None:
+        self._transport = transport
+        self._asker = asker
+        self._base_url = base_url
+        self._model = model
+        self._verdicts = None if verdicts is None else VerdictFile(verdicts)
+        self._find_tokenizer = find_tokenizer
+        self._deadline = deadline
+        self._served: tuple[ServedModel, ...] = ()
+        self._misfits = 0
+        self.tokens: TokenSource | None = None
+        self.terms: Terms | None = None
+
+    def settle(self, *, thorough: bool) -> Terms:
+        """The terms: those of an earlier probe if they still hold, else those of a new one.
+
+        Not `thorough`, the first question alone decides, and nothing is remembered. Raises
+        LargeError, or UsageError when a model must be named.
+        """
+        if self.terms is None:
+            self._look_around()
+            found = self._remembered()
+            self.terms = found or (self._probed() if thorough else self._first_that_fits())
+        return self.terms
+
+    def probe(self) -> Verdict:
+        """A new verdict, whatever is remembered. Raises as `settle`."""
+        self._look_around()
+        self.terms = self._probed()
+        assert self.terms.verdict is not None
+        return self.terms.verdict
+
+    def fitted(self) -> None:
+        """A call was answered as the terms have it."""
+        self._misfits = 0
+
+    def misfit(self) -> None:
+        """A call was answered otherwise; terms that keep failing are given up and forgotten."""
+        self._misfits += 1
+        if self._misfits >= _MISFITS:
+            self._misfits = 0
+            self.terms = None
+            if self._verdicts is not None:
+                self._verdicts.forget(self._base_url, self._model)
+
+    def shares(self, vocabulary: Vocabulary) -> bool:
+        """Whether the large model's vocabulary is this one, compared once for each endpoint."""
+        assert self.terms is not None
+        verdict, small = self.terms.verdict, fingerprint(vocabulary)
+        if verdict is not None and (known := verdict.knows(small)) is not None:
+            return known
+        same: bool | None
+        match self.tokens:
+            case FileTokens() as files:
+                same = same_entries(vocabulary, files.tokenizer.vocabulary)
+            case ServerTokens() as routes:
+                same = same_decoded(vocabulary, routes.decode)
+            case _:
+                same = same_named(vocabulary, self._asker.reader.named)
+        if same is not None and verdict is not None and self._verdicts is not None:
+            verdict = verdict.knowing(small, same)
+            self.terms = replace(self.terms, verdict=verdict)
+            self._verdicts.save(verdict, named=self._model)
+        return bool(same)
+
+    def _look_around(self) -> None:
+        """Which models there are, and where ids of the large vocabulary come from."""
+        self._served = served_models(self._transport, self._deadline())
+        if self._model is None and len(self._served) == 1:
+            self._asker.model = self._served[0].name
+        self.tokens = self._find_tokens()
+
+    def _find_tokens(self) -> TokenSource | None:
+        tokenizer = None if self._asker.model is None else self._find_tokenizer(self._asker.model)
+        if tokenizer is None:
+            return ServerTokens.find(self._post, model=self._asker.model)
+        self._asker.reader.own = tokenizer.vocabulary
+        return FileTokens(tokenizer)
+
+    def _remembered(self) -> Terms | None:
+        """The terms of an earlier probe, if they still hold."""
+        verdict = None
+        if self._verdicts is not None:
+            verdict = self._verdicts.load(self._base_url, self._model)
+        dialect = None if verdict is None else dialect_named(verdict.dialect)
+        if verdict is None or dialect is None or verdict.model != self._asker.model:
+            return None
+        return Terms(dialect, verdict) if self._prober().fits(dialect) else None
+
+    def _probed(self) -> Terms:
+        try:
+            found = self._prober().find()
+        except NothingFits as exc:
+            raise self._unnamed() or exc from exc
+        verdict = self._verdict(found)
+        if self._verdicts is not None:
+            self._verdicts.save(verdict, named=self._model)
+        return Terms(found.dialect, verdict)
+
+    def _first_that_fits(self) -> Terms:
+        """Terms found by the first question alone, in a few calls."""
+        prober = self._prober()
+        for dialect in LADDER:
+            if prober.fits(dialect):
+                return Terms(dialect, None)
+        raise self._unnamed() or LargeProtocolError(
+            f"{self._base_url} answers in no way that is understood; try `mlxroute probe`"
+        )
+
+    def _unnamed(self) -> UsageError | None:
+        """The error for a server with several models of which none was named."""
+        if self._model is not None or len(self._served) < 2:
+            return None
+        names = listed([model.name for model in self._served])
+        return UsageError(
+            f"{self._base_url} has several models; name one with --large-model: {names}"
+        )
+
+    def _prober(self) -> Prober:
+        return Prober(self._asker, self.tokens, deadline=self._deadline)
+
+    def _verdict(self, found: Found) -> Verdict:
+        ordered = sorted(found.latencies_s)
+        model = next((m for m in self._served if m.name == self._asker.model), None)
+        return Verdict(
+            base_url=self._base_url,
+            model=self._asker.model,
+            dialect=found.dialect.name,
+            rung=found.dialect.rung,
+            checks=found.checks,
+            refusals=found.refusals,
+            tokens=None if self.tokens is None else self.tokens.name,
+            context_length=None if model is None else model.context_length,
+            latency_p50_s=ordered[len(ordered) // 2],
+            latency_p95_s=ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
+            calls=found.calls,
+        )
+
+    def _post(self, path: str, body: Mapping[str, object]) -> Reply:
+        return self._asker.post(path, body, deadline=self._deadline())
