@@ -213,9 +213,10 @@ class LargeModel:
             answered = self._ask(pairing, prompt, context, repeated, count, deadline)
             uploaded += answered.uploaded_bytes
             bridged = pairing.bridge.token(answered.entries, answered.text)
-            if bridged is not None:
+            # Behind the end of the answer there is nothing more to ask for.
+            if bridged is not None or answered.completion.ends:
                 break
-        else:
+        if bridged is None:
             raise LargeProtocolError(f"{self.base_url} gives no whole character here")
         completion = answered.completion
         return LargeToken(
