@@ -170,8 +170,8 @@ def test_200_escalations_leave_the_server_alive_and_cost_the_same_late_and_early
     server: RunningServer, smollm2: SmallModel, summaries: Summaries
 ) -> None:
     before = server.counters()
-    early = consecutive(smollm2, server, words=20)
-    late = consecutive(smollm2, server, words=480)
+    early = consecutive(smollm2, server, words=3)
+    late = consecutive(smollm2, server, words=350)
     after = server.counters()
     assert server.is_alive()
     cached = sum(call.cached_tokens or 0 for call in early + late)
@@ -194,7 +194,7 @@ def test_200_escalations_leave_the_server_alive_and_cost_the_same_late_and_early
 
 
 def consecutive(small: SmallModel, server: RunningServer, *, words: int) -> list[LargeToken]:
-    """A hundred escalations in a row behind a prompt of about three tokens a word."""
+    """A hundred escalations in a row behind a prompt of some 40 tokens and four for each of `words`."""
     prompt = "Tell a long story with these words: " + "apple pear plum, " * words
     calls: list[LargeToken] = []
     with asked(server) as large:
