@@ -39,6 +39,7 @@ from tests.asking import legacy
 from tests.certificates import Authority
 from tests.fakes import ScriptedSmall
 from tests.loopback import Loopback, Reply, Request
+from tests.settled import settled, settling
 
 KEY: Final = "sk-do-not-show-5f1c"
 SMALL: Final = b"the small model says this"
@@ -146,6 +147,8 @@ class Stage:
 
     def _reply(self, request: Request) -> Reply:
         assert request.headers["authorization"] == f"Bearer {KEY}"
+        if (told := settling(request)) is not None:
+            return told
         fault = self._fault
         if fault is None or fault.reply is None or self._left == 0:
             return Reply.of(legacy(LARGE))
@@ -234,8 +237,7 @@ def play(stage: Stage, authority: Authority, fault: Fault, dice: random.Random) 
     asked = dice.sample(range(len(SMALL)), 5)
     first, count = dice.randrange(5), dice.choice((1, 1, 5))
     with LargeModel(server.url, model="m", api_key=KEY, ca_bundle=authority.bundle) as large:
-        large.connect()
-        faulty = Faulty(large, stage, fault)
+        faulty = Faulty(settled(large), stage, fault)
         faulty.plan = {call: dice.choice((1, 100)) for call in range(first, first + count)}
         answer = Answer(
             ScriptedSmall(SMALL, entropies=dict.fromkeys(asked, 2.0)),
