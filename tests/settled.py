@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from mlxroute.large import LargeModel, questions
-from mlxroute.large.dialects import Dialect, PlainCompletions
+from mlxroute.large.dialects import Dialect
+from mlxroute.large.dialects.completions import PlainCompletions
 from mlxroute.large.settlement import Terms
 from mlxroute.types import LargeToken
 from tests.asking import VOCABULARY, legacy

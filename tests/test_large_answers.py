@@ -39,11 +39,13 @@ from tests.asking import legacy
 from tests.certificates import Authority
 from tests.fakes import ScriptedSmall
 from tests.loopback import Loopback, Reply, Request
+from tests.settled import honest, settled
 
 KEY: Final = "sk-do-not-show-5f1c"
 SMALL: Final = b"the small model says this"
 LARGE: Final = "L"
 LATE: Final = "Z"
+GOOD: Final = honest(lambda request: Reply.of(legacy(LARGE)))
 ROUNDS: Final = 16
 _MB: Final = 1 << 20
 
@@ -148,7 +150,7 @@ class Stage:
         assert request.headers["authorization"] == f"Bearer {KEY}"
         fault = self._fault
         if fault is None or fault.reply is None or self._left == 0:
-            return Reply.of(legacy(LARGE))
+            return GOOD(request)
         self._left -= 1
         self.played[fault.name] += 1
         return fault.reply
@@ -233,8 +235,8 @@ def play(stage: Stage, authority: Authority, fault: Fault, dice: random.Random) 
     server = stage.tls if fault.name == "wrong certificate" else stage.plain
     asked = dice.sample(range(len(SMALL)), 5)
     first, count = dice.randrange(5), dice.choice((1, 1, 5))
-    with LargeModel(server.url, model="m", api_key=KEY, ca_bundle=authority.bundle) as large:
-        large.connect()
+    large = LargeModel(server.url, model="m", api_key=KEY, ca_bundle=authority.bundle)
+    with settled(large):
         faulty = Faulty(large, stage, fault)
         faulty.plan = {call: dice.choice((1, 100)) for call in range(first, first + count)}
         answer = Answer(

@@ -24,7 +24,7 @@ from mlxroute.errors import (
     LargeUnreachable,
 )
 from mlxroute.large import LargeModel, retry
-from mlxroute.large.dialects import MlxLm
+from mlxroute.large.dialects.mlx_lm import MlxLm
 from mlxroute.large.tokens import VllmTokens
 from tests.asking import THE, VOCABULARY, legacy
 from tests.loopback import Loopback, Reply, mlx_lm_reply
