@@ -74,6 +74,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
         **LIMITS,
         **LOGPROBS,
         **FLAGS,
+        "chat_template_kwargs": {"enable_thinking": False},
         "model": "m",
     },
     "chat continuation (prefix)": {

@@ -25,6 +25,7 @@ from mlxroute.errors import (
 )
 from mlxroute.large import LargeModel, retry
 from mlxroute.large.dialects.mlx_lm import MlxLm
+from mlxroute.large.tokens import VllmTokens
 from tests.asking import THE, VOCABULARY, legacy
 from tests.loopback import Loopback, Reply, mlx_lm_reply
 from tests.settled import PLAIN, ask_once, settled
@@ -59,6 +60,17 @@ def test_an_error_says_what_the_server_said_in_one_clean_line(
     with pytest.raises(LargeRefused) as caught:
         ask_once(server, Reply(body, status=422))
     assert str(caught.value) == f"{server.url} answered 422: {said}"
+
+
+def test_a_refusal_of_a_tokenise_route_is_one_clean_line_without_the_key(server: Loopback) -> None:
+    echo = {"error": {"message": 'no: "sk-\\"1"\x1b[2J'}}
+    server.script.append(Reply.of(echo, status=403))
+    with LargeModel(server.url, api_key='sk-\\"1') as large:
+        routes = VllmTokens(large._settlement._post, model="m")
+        with pytest.raises(LargeRefused) as caught:
+            routes.encode("text")
+    assert str(caught.value) == f'{server.url} answered 403: no: "[key]" [2J; check the API key'
+    assert caught.value.status == 403
 
 
 def test_an_error_with_status_200_is_an_error(server: Loopback) -> None:

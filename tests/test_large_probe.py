@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mlxroute.errors import LargeRefused, LargeTimeout, LargeUnreachable
-from mlxroute.large import LargeModel
+from mlxroute.large import LargeModel, retry
 from mlxroute.large.probe import NothingFits, advice
 from mlxroute.large.verdict import Refusal, Verdict, VerdictFile
 from tests import truthful
@@ -34,6 +34,11 @@ FAMILIES = {
     "echoing chat": "chat continuation (trailing turn, echoing)",
     "mistral": "chat continuation (prefix, echoing, text only)",
 }
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "_FIRST_S", 0.001)
 
 
 def probe(answer: Callable[[Request], Reply], **options: Any) -> Verdict:

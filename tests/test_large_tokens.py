@@ -184,6 +184,12 @@ def test_a_character_that_never_comes_to_its_end_is_refused(server: Loopback) ->
         ask_mlx(server, *[half] * 6)
 
 
+def test_behind_the_end_of_the_answer_no_more_is_asked_for(server: Loopback) -> None:
+    half = mlx_lm_reply([(900, "Ã"), (END_ID, "<|im_end|>")], finish="stop")
+    with pytest.raises(LargeProtocolError, match="no whole character"):
+        ask_mlx(server, half)
+
+
 def test_a_begin_token_the_server_adds_itself_is_not_sent_twice(server: Loopback) -> None:
     small = TableVocabulary(["a"], bos_text="<s>")
     ask_mlx(server, mlx_lm_reply([(2, "a"), (2, "a")]), text="<s>[INST] hi", vocabulary=small)

@@ -165,6 +165,10 @@ def test_a_call_that_fails_counts_if_it_left_and_not_if_there_was_no_connection(
         with pytest.raises(LargeError):
             large.next_token(context("a", VOCABULARY))
         assert large.uploads == Uploads(requests=1, size_bytes=len(server.requests[0].body))
+    server.script.extend([Reply(status=503), Reply.of(legacy("a"))])
+    with settled(LargeModel(server.url, model="m")) as large:
+        large.next_token(context("a", VOCABULARY))
+        assert large.uploads.requests == 2
     with settled(LargeModel("http://127.0.0.1:9/v1", model="m")) as large:
         with pytest.raises(LargeError):
             large.next_token(context("a", VOCABULARY))

@@ -26,6 +26,7 @@ from mlxroute.large.transport import Transport
 from mlxroute.ledger import Ledger
 from tests.asking import VOCABULARY, legacy
 from tests.loopback import Loopback, Reply, Request
+from tests.settled import honest
 from tests.tiny import make_tiny_model
 from tests.vocabularies import context
 
@@ -37,15 +38,13 @@ USAGE = {
 }
 
 
-def answer(request: Request) -> Reply:
-    if request.path.endswith("/models"):
-        return Reply.of({"data": [{"id": "huge"}]})
+def play(request: Request) -> Reply:
     return Reply.of(legacy("a") | {"usage": USAGE})
 
 
 @pytest.fixture
 def server() -> Iterator[Loopback]:
-    with Loopback(answer) as running:
+    with Loopback(honest(play, name="huge")) as running:
         yield running
 
 
@@ -143,10 +142,10 @@ def test_a_chat_is_told_once_that_positions_stay_here(
 
 
 class FillingDisk:
-    """A file that takes two writes."""
+    """A file that takes so many writes."""
 
-    def __init__(self) -> None:
-        self.room = 2
+    def __init__(self, room: int) -> None:
+        self.room = room
 
     def write(self, data: memoryview) -> int:
         self.room -= 1
@@ -164,14 +163,20 @@ def test_a_ledger_that_fails_ends_the_sending_and_not_the_answer(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("mlxroute.ledger._opened", lambda path: FillingDisk())
+    _, summary, _ = ask_json(capsys, tiny, server)
+    settling = sum(bool(request.body) for request in server.requests) - summary["requests"]
+    (Path(os.environ["MLXROUTE_CACHE_DIR"]) / "endpoints.json").unlink()
+    server.requests.clear()
+    monkeypatch.setattr("mlxroute.ledger._opened", lambda path: FillingDisk(settling + 1))
     tokens, summary, err = ask_json(capsys, tiny, server, "--ledger", "full")
     assert [token["checked"] for token in tokens] == [True, False, False, False]
     assert (summary["requests"], summary["escalated"], summary["unchecked"]) == (1, 1, 3)
+    # No call was made, so none failed.
+    assert summary["fallbacks"] == 0
+    assert {token["failure"] for token in tokens} == {None}
     said = "the ledger full cannot be written (No space left on device); nothing more is sent"
-    assert said in tokens[1]["failure"]
     assert err.count(f"warning: {said}") == 1
-    assert len([request for request in server.requests if request.body]) == 2
+    assert sum(bool(request.body) for request in server.requests) == settling + 1
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
@@ -206,19 +211,20 @@ def test_the_key_appears_in_no_output_file_or_log(
     # Also from a server that repeats the key in its errors, and from a user who sends it.
     refusal = Reply.of({"error": {"message": f"no such key: {KEY}"}}, status=401)
     assert main(["ask", *arguments(tiny, server, *ledger), f"is {KEY} a key?"]) == 0
-    server.script.extend([refusal] * 5)
+    server.script.extend([refusal] * 50)
     assert main(["ask", *arguments(tiny, server, "--json", *ledger), "hi"]) == 0
-    server.script.extend([refusal] * 5)
     assert main(["ask", *arguments(tiny, server, "--strict"), "hi"]) == 3
     server.script.clear()
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/stats\n"))
     assert main(["chat", *arguments(tiny, server, *ledger)]) == 0
-    server.script.append(refusal)
+    server.script.extend([refusal] * 50)
     assert main(["doctor", "--large", server.url, "--cache-dir", str(tmp_path)]) == 2
     monkeypatch.setenv("sk_key", KEY)
     assert main(["ask", "--key-env", KEY, "--large", server.url, "--small", str(tiny), "hi"]) == 2
     captured = capsys.readouterr()
-    seen = captured.out + captured.err + caplog.text + path.read_text(encoding="utf-8")
+    files = (path, Path(os.environ["MLXROUTE_CACHE_DIR"]) / "endpoints.json")
+    seen = captured.out + captured.err + caplog.text
+    seen += "".join(file.read_text(encoding="utf-8") for file in files)
     assert "[key]" in seen
     assert "/v1/completions" in caplog.text
     assert all(request.headers["authorization"] == f"Bearer {KEY}" for request in server.requests)
@@ -291,6 +297,7 @@ def test_offline_opens_no_socket_and_looks_up_no_name(tiny: Path, tmp_path: Path
         "for name in ('smollm2-135m', 'someone/model'):\n"
         "    codes += [main(['pull', '--offline', '--cache-dir', cache, name])]\n"
         "codes += [main(['ask', '--offline', '--cache-dir', cache, 'hi'])]\n"
+        "codes += [main(['probe', '--offline', '--cache-dir', cache, large])]\n"
         "print(codes)"
     )
     result = subprocess.run(
@@ -300,8 +307,8 @@ def test_offline_opens_no_socket_and_looks_up_no_name(tiny: Path, tmp_path: Path
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "[0, 0, 0, 0, 0, 2, 2, 2]"
+    assert result.stdout.splitlines()[-1] == "[0, 0, 0, 0, 0, 2, 2, 2, 2]"
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 3
+    assert len(errors) == 4
     assert all("--offline" in line for line in errors)
     assert "smollm2-135m" in errors[0]

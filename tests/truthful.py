@@ -327,7 +327,7 @@ class Truthful:
         _only(
             body,
             "model messages max_tokens temperature logprobs top_logprobs",
-            "continue_final_message add_generation_prompt",
+            "continue_final_message add_generation_prompt chat_template_kwargs",
         )
         flags = body.get("continue_final_message"), body.get("add_generation_prompt", True)
         return self._chat(path, body, continues=flags == (True, False))
@@ -376,7 +376,7 @@ class Truthful:
         if "prompt" in body:
             _only(body, "model prompt add_special_tokens")
             return {"tokens": self._tokenizer.encode_prompt(body["prompt"])}
-        _only(body, "model messages add_generation_prompt")
+        _only(body, "model messages add_generation_prompt chat_template_kwargs")
         if "messages" not in body:
             raise _Refuses("prompt or messages", 400)
         text = self._tokenizer.render(body["messages"])
@@ -389,7 +389,7 @@ class Truthful:
         return {"tokens": list(encode(body["content"]))}
 
     def _apply_template(self, path: str, body: Json) -> Json:
-        _only(body, "messages")
+        _only(body, "messages chat_template_kwargs")
         return {"prompt": self._tokenizer.render(body["messages"])}
 
     def _detokenize(self, path: str, body: Json) -> Json:

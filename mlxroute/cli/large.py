@@ -83,12 +83,13 @@ def _cached(name: str, cache_dir: Path) -> list[Path]:
 
 def run_probe(address: str, settings: Settings) -> int:
     """Probe a server and print what was found; return 3 when nothing works."""
+    if settings.offline:
+        # Before any import: urllib3's opens a socket to see whether there is IPv6.
+        raise UsageError("--offline opens no socket, so there is nothing to probe")
     from mlxroute.cli.output import consoles
     from mlxroute.cli.run import open_ledger
     from mlxroute.large.probe import NothingFits
 
-    if settings.offline:
-        raise UsageError("--offline opens no socket, so there is nothing to probe")
     out, err = consoles()
     with open_ledger(settings) as ledger, large_model(settings, address, ledger) as large:
         try:

@@ -65,8 +65,11 @@ class Asker:
         self.model_was_named = False
 
     def post(self, path: str, body: Mapping[str, object], *, deadline: Deadline) -> Reply:
-        """POST a JSON body to a route at the server's root."""
-        return self._transport.call(path, at_root=True, body=_encoded(body), deadline=deadline)
+        """POST JSON to a route at the server's root. Raises LargeError for all but a success."""
+        reply = self._transport.call(path, at_root=True, body=_encoded(body), deadline=deadline)
+        if reply.status != 200:
+            raise self._refusal(error_message(reply.body), reply)
+        return reply
 
     def ask(
         self,

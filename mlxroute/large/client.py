@@ -253,9 +253,11 @@ class LargeModel:
             for count, read in self._ways(pairing.terms, ahead):
                 answered = self._ask(pairing, prompt, context, repeated, count, deadline)
                 uploaded += answered.uploaded_bytes
-                if tokens := read(answered, pairing.bridge, self._asker.reader):
+                tokens = read(answered, pairing.bridge, self._asker.reader)
+                # Behind the end of the answer there is nothing more to ask for.
+                if tokens or (read is one and answered.completion.ends):
                     break
-            else:
+            if not tokens:
                 raise LargeProtocolError(f"{self.base_url} gives no whole character here")
         completion = answered.completion
         first = replace(

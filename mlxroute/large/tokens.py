@@ -9,7 +9,7 @@ from typing import Final, Protocol
 from mlxroute.errors import LargeProtocolError, LargeRefused
 from mlxroute.large.dialects.interface import ANSWER_AT_ONCE
 from mlxroute.large.transport import Reply
-from mlxroute.large.wire import error_message, parse_object, sequence, string, token_id
+from mlxroute.large.wire import parse_object, sequence, string, token_id
 from mlxroute.types import Message, Vocabulary
 
 _SAMPLE: Final = "Hello world"
@@ -31,7 +31,7 @@ class Tokenizer(Protocol):
 
 
 class Post(Protocol):
-    """Sends a JSON body to a route at the server's root."""
+    """Sends a JSON body to a route at the server's root; LargeError for all but a success."""
 
     def __call__(self, path: str, body: Mapping[str, object]) -> Reply: ...
 
@@ -155,12 +155,7 @@ class ServerTokens:
         return self._known[key]
 
     def _ask(self, path: str, body: Mapping[str, object]) -> Mapping[str, object]:
-        reply = self._post(path, body)
-        if reply.status != 200:
-            raise LargeRefused(
-                f"{path} answered {reply.status}: {error_message(reply.body)}", status=reply.status
-            )
-        return parse_object(reply.body)
+        return parse_object(self._post(path, body).body)
 
 
 class LlamaTokens(ServerTokens):
