@@ -51,6 +51,7 @@ class Settings:
     adapter: str | None = None
     router: str = "entropy"
     mode: str = "wait"
+    prefetch: int = 0
     kernel: str = "auto"
     threshold: float | None = None
     max_tokens: int = 512
@@ -85,6 +86,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "price_output": (float, int),
     "max_tokens": (int,),
     "seed": (int,),
+    "prefetch": (int,),
     "offline": (bool,),
     "strict": (bool,),
     "heat": (bool,),

@@ -15,6 +15,13 @@ class Source(StrEnum):
     LARGE = "large"
 
 
+class Mode(StrEnum):
+    """What the small model does while the large one is asked; the text is the same in each."""
+
+    WAIT = "wait"
+    OVERLAP = "overlap"
+
+
 class StopReason(StrEnum):
     """Why an answer ended."""
 
@@ -201,12 +208,16 @@ class Prices:
 
 @dataclass(frozen=True, slots=True)
 class Escalation:
-    """One call to the large model: its answer, or why there is none."""
+    """One question to the large model: its answer, or why there is none.
+
+    A `prefetched` answer came with that of an earlier call and took no call of its own.
+    """
 
     small_id: int
     large: LargeToken | None
     failure: str | None
     latency_s: float
+    prefetched: bool = False
 
     @property
     def agreed(self) -> bool:
@@ -236,6 +247,28 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
+class Provisional:
+    """A token that is to become number `index` of the answer, unless it is retracted."""
+
+    index: int
+    token_id: int
+    text: str
+    source: Source
+    signals: Signals
+
+
+@dataclass(frozen=True, slots=True)
+class Retracted:
+    """The provisional tokens from number `index` on are taken back."""
+
+    index: int
+
+
+Event = Token | Provisional | Retracted
+"""What happens while an answer is written, in order; the `Token`s alone are the answer."""
+
+
+@dataclass(frozen=True, slots=True)
 class RunStats:
     """The summary of one answer. Times in seconds, rates as fractions.
 
@@ -245,6 +278,10 @@ class RunStats:
     `requests` and `uploaded_bytes` count every body sent; `uploaded_tokens` those of answered
     requests, as the server counts them, otherwise the small model's count of the same text.
     `cost_estimate` is None without prices. `cached_prompt_tokens` were reused from the last turn.
+    `calls` were begun for positions of this answer, also for such as were `retracted`: provisional
+    tokens taken back. `prefetch_generated` tokens came with calls beyond the one asked for,
+    `prefetch_used` of them answered a later position. `held` says that the cache could not have
+    given tokens back somewhere, so that `overlap` waited there.
     """
 
     text: str
@@ -270,6 +307,12 @@ class RunStats:
     large_cached_tokens: int
     large_completion_tokens: int
     cost_estimate: float | None
+    mode: Mode = Mode.WAIT
+    calls: int = 0
+    retracted: int = 0
+    prefetch_generated: int = 0
+    prefetch_used: int = 0
+    held: bool = False
 
     @property
     def escalation_rate(self) -> float:

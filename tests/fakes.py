@@ -5,7 +5,7 @@ Vocabulary: one id per byte, 256 ends the answer, 257 ends one character and beg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mlxroute.errors import LargeError
 from mlxroute.types import LargeContext, LargeToken, Message, Progress, Sampling, Signals, Uploads
@@ -91,6 +91,13 @@ class ScriptedSmall:
         self._position += len(token_ids)
         return self._signals()
 
+    def can_rollback(self, count: int) -> bool:
+        return True
+
+    def rollback(self, count: int) -> None:
+        del self.fed[len(self.fed) - count :]
+        self._position -= count
+
     def _signals(self) -> Signals:
         at = min(self._position, len(self._script) - 1)
         return signals(self._script[at], self._entropies.get(self._position, 0.0))
@@ -118,18 +125,34 @@ class ScriptedLarge:
         self._seconds = seconds
         self.uploads = Uploads()
         self._lost_s = lost_s
+        self._flights: list[FakeFlight] = []
         self.contexts: list[LargeContext] = []
         self.deadlines: list[float] = []
 
-    def next_token(self, context: LargeContext, *, deadline_s: float) -> LargeToken:
+    @property
+    def most_in_flight(self) -> int:
+        return 8
+
+    def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> FakeFlight:
         reply = self._replies[min(len(self.contexts), len(self._replies) - 1)]
         self.contexts.append(context)
         self.deadlines.append(deadline_s)
         self.uploads += Uploads(requests=1, size_bytes=100)
+        lands_s = 0.0
         if self._clock is not None:
-            self._clock.now += min(self._seconds, deadline_s)
+            lands_s = self._clock.now + min(self._seconds, deadline_s)
+        flight = FakeFlight(self._tokens(reply), lands_s=lands_s, clock=self._clock)
+        self._flights.append(flight)
+        return flight
+
+    def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
+        if self._clock is not None and not ready():
+            coming = [flight.lands_s for flight in self._flights if not flight.ready]
+            self._clock.now = min([*coming, self._clock.now + timeout_s])
+
+    def _tokens(self, reply: Reply) -> LargeToken | LargeError:
         if isinstance(reply, LargeError):
-            raise reply
+            return reply
         self.uploads += Uploads(tokens=10, cached_tokens=8, completion_tokens=1)
         ids = tuple(reply)
         return LargeToken(
@@ -145,6 +168,31 @@ class ScriptedLarge:
             latency_s=self._seconds,
             lost_s=self._lost_s,
         )
+
+
+class FakeFlight:
+    """A call that lands when its clock says so, at once without one."""
+
+    def __init__(
+        self, outcome: LargeToken | LargeError, *, lands_s: float, clock: FakeClock | None
+    ) -> None:
+        self._outcome = outcome
+        self._clock = clock
+        self.lands_s = lands_s
+        self.cancelled = False
+
+    @property
+    def ready(self) -> bool:
+        return self._clock is None or self._clock.now >= self.lands_s
+
+    def result(self) -> tuple[LargeToken, ...]:
+        assert self.ready
+        if isinstance(self._outcome, LargeError):
+            raise self._outcome
+        return (self._outcome,)
+
+    def cancel(self) -> None:
+        self.cancelled = True
 
 
 class FakeClock:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from mlxroute.types import Activity, RunStats, Signals, Source, StopReason, Token
+from mlxroute.types import Activity, Event, RunStats, Signals, Source, StopReason, Token
 
 NO_STATS = RunStats(
     text="",
@@ -37,7 +37,7 @@ NO_STATS = RunStats(
     large_completion_tokens=0,
     cost_estimate=None,
 )
-Step = str | Token | BaseException | Callable[["ScriptedAnswer"], None]
+Step = str | Event | BaseException | Callable[["ScriptedAnswer"], None]
 
 
 def token(text: str, *, source: Source = Source.SMALL, entropy_nats: float = 0.0) -> Token:
@@ -75,6 +75,9 @@ class ScriptedAnswer:
         self.prefill_total = 0
 
     def __iter__(self) -> Iterator[Token]:
+        return (event for event in self.events() if isinstance(event, Token))
+
+    def events(self) -> Iterator[Event]:
         self.activity = Activity.DECODE
         for step in self._steps:
             if isinstance(step, BaseException):
@@ -83,7 +86,8 @@ class ScriptedAnswer:
                 step(self)
                 continue
             item = token(step) if isinstance(step, str) else step
-            self.given.append(item.text)
+            if isinstance(item, Token):
+                self.given.append(item.text)
             yield item
         self.activity = Activity.DONE
 

@@ -12,7 +12,7 @@ import re
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from email.utils import formatdate
 from typing import Any, Final
@@ -37,7 +37,7 @@ from mlxroute.routers import EntropyRouter
 from mlxroute.types import LargeContext, LargeToken, Source, StopReason, Token, Uploads
 from tests.asking import legacy
 from tests.certificates import Authority
-from tests.fakes import ScriptedSmall
+from tests.fakes import FakeFlight, ScriptedSmall
 from tests.loopback import Loopback, Reply, Request
 from tests.settled import honest, settled
 
@@ -193,20 +193,25 @@ class Faulty:
     def uploads(self) -> Uploads:
         return self.large.uploads
 
-    def next_token(self, context: LargeContext, *, deadline_s: float) -> LargeToken:
+    @property
+    def most_in_flight(self) -> int:
+        return 1
+
+    def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> FakeFlight:
         times = self.plan.get(len(self.outcomes))
-        if not self.large.connected:
-            self.settling.add(len(self.outcomes))
         playing = self._stage.playing(self._fault, times=times) if times else None
+        outcome: LargeToken | LargeError
         try:
             with playing or contextlib.nullcontext():
-                token = self.large.next_token(context, deadline_s=deadline_s)
+                outcome = self.large.next_token(context, deadline_s=deadline_s)
         except LargeError as exc:
-            self.outcomes.append(exc)
+            outcome = exc
             self.errors.append(exc)
-            raise
-        self.outcomes.append(token)
-        return token
+        self.outcomes.append(outcome)
+        return FakeFlight(outcome, lands_s=0.0, clock=None)
+
+    def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
+        assert ready()
 
 
 @dataclass(frozen=True, slots=True)

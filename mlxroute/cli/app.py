@@ -15,6 +15,7 @@ import typer
 from mlxroute._version import __version__
 from mlxroute.config import Settings
 from mlxroute.errors import ConfigError, LargeError, MlxRouteError
+from mlxroute.types import Mode
 
 EXIT_OK, EXIT_USAGE, EXIT_LARGE_FAILED, EXIT_INTERRUPTED = 0, 2, 3, 130
 
@@ -25,12 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A small model on your machine that asks a large one only for the tokens it is unsure of.",
 )
-
-
-class Mode(StrEnum):
-    """How the wait for the large model is spent."""
-
-    WAIT = "wait"
 
 
 class RouterName(StrEnum):
@@ -76,7 +71,14 @@ Threshold = Annotated[
         help="Ask above this entropy; inf never, -inf always. Default: the pair's own.",
     ),
 ]
-ModeOption = Annotated[Mode | None, typer.Option(help="How the wait is spent.")]
+ModeOption = Annotated[
+    Mode | None,
+    typer.Option(help="Stand still while the large model is asked, or decode on; same answer."),
+]
+Prefetch = Annotated[
+    int | None,
+    typer.Option(help="Tokens that a call brings beyond the one asked for.", metavar="N"),
+]
 MaxTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.", metavar="N")]
 Temperature = Annotated[
     float | None, typer.Option(help="Of the small model's own tokens; 0 is greedy.", metavar="T")
@@ -155,6 +157,7 @@ def chat(
     router: Router = None,
     threshold: Threshold = None,
     mode: ModeOption = None,
+    prefetch: Prefetch = None,
     kernel: Kernel = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
@@ -190,6 +193,9 @@ def ask(
     json: Annotated[
         bool, typer.Option("--json", help="JSON Lines: one object per token, then a summary.")
     ] = False,
+    events: Annotated[
+        bool, typer.Option("--events", help="In --json also tokens shown early and taken back.")
+    ] = False,
     small: Small = None,
     large: Large = None,
     large_model: LargeModelId = None,
@@ -197,6 +203,7 @@ def ask(
     router: Router = None,
     threshold: Threshold = None,
     mode: ModeOption = None,
+    prefetch: Prefetch = None,
     kernel: Kernel = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
@@ -220,7 +227,8 @@ def ask(
     from mlxroute.cli.run import ask as run_ask
     from mlxroute.cli.run import settings_from
 
-    raise typer.Exit(run_ask(prompt or [], settings_from(locals()), json_lines=json))
+    settings = settings_from(locals())
+    raise typer.Exit(run_ask(prompt or [], settings, json_lines=json, events=events))
 
 
 @app.command()

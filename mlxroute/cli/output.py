@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mlxroute.types import LargeToken, RunStats, Token
+from mlxroute.types import Event, LargeToken, Provisional, Retracted, RunStats, Token
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,16 +47,37 @@ def write_plain(answer: Answer, *, stream: TextIO, err: Console) -> int:
     return code
 
 
-def write_json(answer: Answer, session: Session, *, stream: TextIO) -> int:
-    """One object per committed token, then one summary. 130 after Ctrl-C, else 0."""
+def write_json(answer: Answer, session: Session, *, stream: TextIO, events: bool = False) -> int:
+    """One object per committed token, then one summary. 130 after Ctrl-C, else 0.
+
+    With `events` also one for each token that is shown early, and for each retraction.
+    """
     code = 0
     try:
-        for token in answer:
-            write_object(token_object(token), stream)
+        for event in answer.events():
+            if events or isinstance(event, Token):
+                write_object(event_object(event), stream)
     except KeyboardInterrupt:
         code = 130
     write_object(summary_object(answer.stats(), session), stream)
     return code
+
+
+def event_object(event: Event) -> dict[str, Any]:
+    """An event in the form the README documents."""
+    match event:
+        case Provisional():
+            return {
+                "type": "provisional",
+                "index": event.index,
+                "id": event.token_id,
+                "text": event.text,
+                "source": event.source.value,
+            }
+        case Retracted():
+            return {"type": "retracted", "index": event.index}
+        case Token():
+            return token_object(event)
 
 
 def token_object(token: Token) -> dict[str, Any]:
@@ -75,6 +96,7 @@ def token_object(token: Token) -> dict[str, Any]:
         "escalated": escalation is not None and escalation.large is not None,
         "checked": token.checked,
         "large": _large_object(escalation.large) if escalation and escalation.large else None,
+        "prefetched": escalation.prefetched if escalation else False,
         "failure": escalation.failure if escalation else None,
         "time_s": round(token.time_s, 6),
     }
@@ -93,7 +115,6 @@ def summary_object(stats: RunStats, session: Session) -> dict[str, Any]:
         "cost_estimate": stats.cost_estimate,
         "escalation_rate": stats.escalation_rate,
         "agreement": stats.agreement,
-        "mode": session.mode,
         "threshold": session.threshold,
         "small": session.small.name,
         "large": session.large.model_name if session.large else None,

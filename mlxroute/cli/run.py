@@ -24,7 +24,7 @@ from mlxroute.config import (
 )
 from mlxroute.errors import LargeError, LargeUnrecorded, UsageError
 from mlxroute.ledger import Ledger
-from mlxroute.types import Message, Prices, RunStats, Uploads
+from mlxroute.types import Message, Mode, Prices, RunStats, Uploads
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -84,8 +84,8 @@ class Session:
         self._never_send = never_send
         self._warned: set[str] = set()
         self.prices = prices
-        self.modes = ("wait",)
-        self.mode = settings.mode
+        self.modes = tuple(Mode)
+        self.mode: str = settings.mode
         self.conversation = Conversation(system=settings.system)
 
     @property
@@ -110,6 +110,11 @@ class Session:
         if stats.withheld:
             noun = "position" if stats.withheld == 1 else "positions"
             found["withheld"] = f"{stats.withheld:,} {noun} kept local by --never-send"
+        if stats.held:
+            found["held"] = (
+                f"the cache of {self.small.name} cannot give tokens back at every length:"
+                " --mode overlap stands still there, as wait does"
+            )
         new = [line for kind, line in found.items() if kind not in self._warned]
         self._warned |= found.keys()
         return new
@@ -134,6 +139,8 @@ class Session:
             strict=settings.strict,
             never_send=self._never_send,
             prices=self.prices,
+            mode=self.mode,
+            prefetch=settings.prefetch,
         )
 
     def describe(self) -> str:
@@ -216,17 +223,21 @@ def load_small(settings: Settings, reporter: Any) -> SmallModel:
     )
 
 
-def ask(prompt: Sequence[str], settings: Settings, *, json_lines: bool) -> int:
+def ask(
+    prompt: Sequence[str], settings: Settings, *, json_lines: bool, events: bool = False
+) -> int:
     """Answer one question; return the exit code."""
     from mlxroute.cli.output import consoles, write_json, write_plain
 
+    if events and not json_lines:
+        raise UsageError("--events goes with --json")
     out, err = consoles()
     question = _question(prompt)
     session = open_session(settings, err)
     try:
         answer = session.answer([*session.conversation.messages, _user(question)])
         if json_lines:
-            code = write_json(answer, session, stream=sys.stdout)
+            code = write_json(answer, session, stream=sys.stdout, events=events)
         elif out.is_terminal:
             code = show_live(answer, session, out, err)
         else:
@@ -300,19 +311,19 @@ def _user(text: str) -> Message:
 
 def _check(settings: Settings) -> None:
     """Refuse bad values before anything is fetched or loaded."""
-    from mlxroute.engine import Options
+    from mlxroute.engine import Options, named_mode
     from mlxroute.routers import EntropyRouter
     from mlxroute.types import Sampling
 
     if settings.router != "entropy":
         raise UsageError(f"no router named {settings.router!r}; there is: entropy")
-    if settings.mode != "wait":
-        raise UsageError(f"no mode named {settings.mode!r}; there is: wait")
     EntropyRouter(0.0 if settings.threshold is None else settings.threshold)
     Options(
         max_tokens=settings.max_tokens,
         sampling=Sampling(settings.temperature, settings.top_p, settings.seed),
         timeout_s=settings.timeout,
+        mode=named_mode(settings.mode),
+        prefetch=settings.prefetch,
     )
 
 

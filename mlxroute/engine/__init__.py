@@ -1,5 +1,6 @@
 """The decode loop: a small model that asks a large one at the positions a router picks."""
 
-from mlxroute.engine.answer import Answer, Options, generate
+from mlxroute.engine.answer import Answer, generate
+from mlxroute.engine.options import Options, named_mode
 
-__all__ = ["Answer", "Options", "generate"]
+__all__ = ["Answer", "Options", "generate", "named_mode"]

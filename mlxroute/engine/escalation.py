@@ -1,43 +1,62 @@
-"""Asking the large model, within what faults may cost one answer."""
+"""Calls to the large model, within what faults may cost one answer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from mlxroute.engine.privacy import NeverSend
-from mlxroute.engine.roles import Large
-from mlxroute.errors import LargeError, LargeUnavailable, LargeUnrecorded
-from mlxroute.types import Escalation, LargeContext, Uploads
+from mlxroute.engine.roles import Flight, Large
+from mlxroute.errors import LargeError, LargeTimeout, LargeUnavailable, LargeUnrecorded
+from mlxroute.types import LargeContext, LargeToken, Uploads
+
+# The large side keeps its deadlines itself, and its reasons are the better ones.
+_GRACE_S = 0.25
+
+
+@dataclass(slots=True)
+class Call:
+    """A call under way. `stall_s` is what the answer had waited in all when it began."""
+
+    flight: Flight
+    began_s: float
+    ends_s: float
+    stall_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a call: tokens, or the error."""
+
+    tokens: tuple[LargeToken, ...]
+    error: LargeError | None
+    latency_s: float
 
 
 class Escalator:
     """Counts and bounds the calls of one answer.
 
-    Failed calls, and failed attempts of others, may cost an answer `timeout_s` of waiting in all;
-    after that the rest of it is the small model's. With `strict`, a failure is raised.
-    Contexts that `never_send` matches are not sent; that is no failure.
+    Waiting for calls that fail, and for failed attempts of others, may cost an answer `timeout_s`
+    in all; after that the rest of it is the small model's.
     """
 
     def __init__(
         self,
         large: Large | None,
         *,
-        never_send: NeverSend,
         timeout_s: float,
-        strict: bool,
+        ahead: int,
         clock: Callable[[], float],
     ) -> None:
         self._large = large
-        self._never_send = never_send
         self._timeout_s = timeout_s
-        self._strict = strict
+        self._ahead = ahead
         self._clock = clock
         self._allowance_s = timeout_s
-        self.fallbacks = 0
-        self.escalated = 0
-        self.agreed = 0
-        self.withheld = 0
+        self._charged_s = 0.0
+        self._calls: list[Call] = []
+        self.begun = 0
         self.stall_s = 0.0
+        self.stalling = False
         self._uploads_before = self._uploads_so_far()
 
     @property
@@ -50,37 +69,81 @@ class Escalator:
         """Whether this answer still makes calls."""
         return self._large is not None and self._allowance_s > 0
 
-    def ask(self, context: LargeContext, small_id: int) -> Escalation | None:
-        """One call, its failure part of the result; None when the large side made no call.
+    @property
+    def has_room(self) -> bool:
+        """Whether one more call may be under way."""
+        return self._large is not None and len(self._calls) < self._large.most_in_flight
 
-        A context that must stay here is not sent, and says so. Use it only while `open`.
-        """
+    @property
+    def calls(self) -> int:
+        """How many calls are under way."""
+        return len(self._calls)
+
+    def begin(self, context: LargeContext) -> Call:
+        """Begin a call. Use it only while `open`."""
         assert self._large is not None
-        if (number := self._never_send.match(context.text)) is not None:
-            self.withheld += 1
-            failure = f"withheld: never-send pattern {number}"
-            return Escalation(small_id, large=None, failure=failure, latency_s=0.0)
-        began = self._clock()
+        deadline_s = min(self._timeout_s, self._allowance_s)
+        began_s = self._clock()
+        flight = self._large.begin(context, deadline_s=deadline_s, ahead=self._ahead)
+        call = Call(flight, began_s, began_s + deadline_s + _GRACE_S, self.stall_s)
+        self._calls.append(call)
+        self.begun += 1
+        return call
+
+    def landed(self, call: Call) -> bool:
+        """Whether a call is over, by its answer or by its time."""
+        return call.flight.ready or self._clock() >= call.ends_s
+
+    def wait(self) -> None:
+        """Stand still until a call has landed."""
+        assert self._large is not None
+        began_s = self._clock()
+        left_s = min(call.ends_s for call in self._calls) - began_s
+        self.stalling = True
         try:
-            answer = self._large.next_token(
-                context, deadline_s=min(self._timeout_s, self._allowance_s)
-            )
-        except LargeError as exc:
-            if self._strict:
-                raise
-            if isinstance(exc, LargeUnavailable | LargeUnrecorded):
-                return None
-            latency_s = self._clock() - began
-            self.fallbacks += 1
-            self._allowance_s -= latency_s
-            return Escalation(small_id, large=None, failure=str(exc), latency_s=latency_s)
+            self._large.wait(self._any_ready, timeout_s=max(0.0, left_s))
         finally:
-            self.stall_s += self._clock() - began
-        escalation = Escalation(small_id, answer, failure=None, latency_s=self._clock() - began)
-        self._allowance_s -= answer.lost_s
-        self.escalated += 1
-        self.agreed += escalation.agreed
-        return escalation
+            self.stalling = False
+            self.stall_s += self._clock() - began_s
+
+    def settle(self, call: Call) -> Outcome:
+        """What came of a call that has landed."""
+        self._calls.remove(call)
+        latency_s = self._clock() - call.began_s
+        try:
+            if not call.flight.ready:
+                call.flight.cancel()
+                raise LargeTimeout(f"no answer from the large model in {latency_s:.3g} s")
+            tokens = call.flight.result()
+        except LargeError as exc:
+            if not isinstance(exc, LargeUnavailable | LargeUnrecorded):
+                self._charge(call, lost_s=latency_s)
+            return Outcome((), exc, latency_s)
+        self._charge(call, lost_s=tokens[0].lost_s)
+        return Outcome(tokens, None, latency_s)
+
+    def abandon(self, calls: Sequence[Call]) -> None:
+        """Drop calls whose answers are not wanted any more."""
+        for call in calls:
+            self._calls.remove(call)
+            call.flight.cancel()
+
+    def close(self) -> None:
+        """Drop all calls."""
+        self.abandon(list(self._calls))
+
+    def _any_ready(self) -> bool:
+        return any(call.flight.ready for call in self._calls)
+
+    def _charge(self, call: Call, *, lost_s: float) -> None:
+        """Count what the answer waited for a fault, each second of it once."""
+        since_s = max(call.stall_s, self._charged_s)
+        cost_s = min(lost_s, self.stall_s - since_s)
+        self._charged_s = since_s + cost_s
+        self._allowance_s -= cost_s
+        last_s = self._clock() + self._allowance_s + _GRACE_S
+        for other in self._calls:
+            other.ends_s = min(other.ends_s, last_s)
 
     def _uploads_so_far(self) -> Uploads:
         return Uploads() if self._large is None else self._large.uploads

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from mlxroute.types import (
@@ -36,9 +36,35 @@ class Small(Protocol):
 
     def extend(self, token_ids: Sequence[int]) -> Signals: ...
 
+    def can_rollback(self, count: int) -> bool:
+        """Whether `count` tokens that are fed next could be taken back."""
+        ...
+
+    def rollback(self, count: int) -> None: ...
+
+
+class Flight(Protocol):
+    """A call to the large model under way, or over."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has an answer or has failed; at its deadline it has, at the latest."""
+        ...
+
+    def result(self) -> tuple[LargeToken, ...]:
+        """What a ready flight brought: the token asked for, maybe some of those after it.
+
+        Raises LargeError and nothing else.
+        """
+        ...
+
+    def cancel(self) -> None:
+        """Drop the call and whatever comes of it; returns at once."""
+        ...
+
 
 class Large(Protocol):
-    """The remote model; `next_token` raises LargeError and nothing else.
+    """The remote model, used by one thread.
 
     `uploads` are totals since it was made, and may be read from another thread.
     """
@@ -46,7 +72,18 @@ class Large(Protocol):
     @property
     def uploads(self) -> Uploads: ...
 
-    def next_token(self, context: LargeContext, *, deadline_s: float) -> LargeToken: ...
+    @property
+    def most_in_flight(self) -> int:
+        """How many calls may be under way at once; it can change with what is found out."""
+        ...
+
+    def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> Flight:
+        """Ask for the token after `context` and, if that costs no call, for `ahead` more."""
+        ...
+
+    def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
+        """Return when `ready()`, which changes only as a flight does, or when the time is up."""
+        ...
 
 
 class Router(Protocol):

@@ -8,6 +8,9 @@ from dataclasses import replace
 
 from mlxroute.types import Span, Token
 
+CharacterMark = tuple[tuple[bytes, int], tuple[int, ...]]
+SpanMark = tuple[int, Span | None, bool]
+
 
 class CharacterStream:
     """Turns token bytes into complete characters; bytes that can never be text are dropped."""
@@ -24,6 +27,16 @@ class CharacterStream:
         else:
             self._fragment_ids.clear()
         return text
+
+    def mark(self) -> CharacterMark:
+        """This state, to come back to."""
+        return self._decoder.getstate(), tuple(self._fragment_ids)
+
+    def restore(self, mark: CharacterMark) -> None:
+        """Forget what was pushed since."""
+        state, fragment_ids = mark
+        self._decoder.setstate(state)
+        self._fragment_ids = list(fragment_ids)
 
     @property
     def fragment_ids(self) -> tuple[int, ...]:
@@ -55,9 +68,21 @@ class SpanLog:
         else:
             self._spans.append(Span(text, large_ids or ()))
 
-    def all(self) -> tuple[Span, ...]:
-        """The stretches in order; their texts join to the answer's whole characters."""
-        return tuple(self._spans)
+    def mark(self) -> SpanMark:
+        """This state, to come back to."""
+        return len(self._spans), self._spans[-1] if self._spans else None, self._named
+
+    def restore(self, mark: SpanMark) -> None:
+        """Forget what was pushed since."""
+        count, last, self._named = mark
+        del self._spans[count:]
+        if last is not None:
+            self._spans[-1] = last
+
+    def until(self, mark: SpanMark) -> tuple[Span, ...]:
+        """The stretches in order as they were at a mark; their texts join to the answer's."""
+        count, last, _ = mark
+        return (*self._spans[: count - 1], last) if last is not None else ()
 
 
 class StopStrings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -229,10 +229,10 @@ class LargeModel:
         flight.start()
         return flight
 
-    def wait(self, flights: Sequence[Flight], *, timeout_s: float) -> None:
-        """Return when one of these flights is ready, or when the time is up."""
+    def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
+        """Return when `ready()`, looked at whenever a flight lands, or when the time is up."""
         with self._landed:
-            self._landed.wait_for(lambda: any(each.ready for each in flights), timeout_s)
+            self._landed.wait_for(ready, timeout_s)
 
     def _deadline_of(self, seconds: float | None) -> Deadline:
         return Deadline(self._timeout_s if seconds is None else min(self._timeout_s, seconds))

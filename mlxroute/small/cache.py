@@ -62,7 +62,11 @@ class PrefixCache:
     @property
     def can_run_ahead(self) -> bool:
         """Whether every layer could give back one token more than it holds now."""
-        return self.can_rollback and all(_has_room(layer) for layer in self.layers)
+        return self.could_give_back(1)
+
+    def could_give_back(self, count: int) -> bool:
+        """Whether every layer could give back `count` tokens more than it holds now."""
+        return self.can_rollback and all(_has_room(layer, count) for layer in self.layers)
 
     @property
     def can_rollback(self) -> bool:
@@ -112,10 +116,10 @@ class PrefixCache:
         return common
 
 
-def _has_room(layer: Any) -> bool:
-    """Whether a layer can still be trimmed after one more token; a full window cannot."""
+def _has_room(layer: Any, count: int) -> bool:
+    """Whether a layer can still be trimmed after `count` more tokens; a full window cannot."""
     parts = getattr(layer, "caches", None)
     if parts is not None:
-        return all(_has_room(part) for part in parts)
+        return all(_has_room(part, count) for part in parts)
     size = getattr(layer, "max_size", None)
-    return size is None or layer.offset + 1 < size
+    return size is None or layer.offset + count < size

@@ -139,6 +139,13 @@ class SmallModel:
         """
         return self._decoder.step(token_ids)
 
+    def can_rollback(self, count: int) -> bool:
+        """Whether `count` tokens that are fed next could be taken back.
+
+        Some caches never can; one with a sliding window no longer once that is full.
+        """
+        return self._decoder.cache.could_give_back(count)
+
     def rollback(self, count: int) -> None:
         """Take the last `count` fed tokens back. Raises RollbackError."""
         self._decoder.rollback(count)

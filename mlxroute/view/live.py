@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -12,7 +14,16 @@ from rich.live import Live
 from rich.segment import Segment, Segments
 from rich.style import Style
 
-from mlxroute.types import Activity, RunStats, Source, Token, Uploads
+from mlxroute.types import (
+    Activity,
+    Event,
+    Provisional,
+    Retracted,
+    RunStats,
+    Source,
+    Token,
+    Uploads,
+)
 from mlxroute.view.summary import status_line
 from mlxroute.view.text import PlainWriter, printable
 from mlxroute.view.wrap import Row, Styled, all_rows, full_rows
@@ -30,12 +41,17 @@ _HEAT = (
 )
 _HEAT_FULL_NATS = 4.0
 _UNDERLINE = Style(underline=True, bold=True)
+_PROVISIONAL = Style(dim=True)
 
 
 class Answer(Protocol):
     """An answer being written: iterating it does the work, the rest may be read meanwhile."""
 
     def __iter__(self) -> Iterator[Token]: ...
+
+    def events(self) -> Iterator[Event]:
+        """The same, with the tokens that are shown early and those that are taken back."""
+        ...
 
     def stats(self) -> RunStats:
         """The figures so far; safe to call from another thread."""
@@ -63,6 +79,7 @@ class _Frame:
         clock: Callable[[], float],
     ) -> None:
         self.rest = Styled()
+        self.early: dict[int, str] = {}
         self._answer = answer
         self._threshold = threshold
         self._chat_uploads = chat_uploads
@@ -76,9 +93,10 @@ class _Frame:
         state = (self._answer.activity, stats.tokens)
         if state != self._state:
             self._state, self._since = state, self._clock()
-        # Always at least one row: a foot of constant height cannot go wrong when the refresh
-        # thread and the printing of rows overlap.
-        for row in all_rows(self.rest, width=options.max_width) or [[]]:
+        shown = self.rest.then("".join(self.early.values()), _PROVISIONAL)
+        # What is certain stays in sight; of what is not, as much as there is room for.
+        most = max(1, options.size.height - 2)
+        for row in all_rows(shown, width=options.max_width)[:most] or [[]]:
             yield from row
             yield Segment.line()
         status = status_line(
@@ -91,6 +109,21 @@ class _Frame:
             width=options.max_width,
         )
         yield Segment(status, _STATUS)
+
+    def take(self, event: Event, style: Callable[[Token], Style], *, width: int) -> list[Row]:
+        """Take in what happened; return the rows that no later event can change."""
+        match event:
+            case Provisional():
+                self.early[event.index] = printable(event.text)
+            case Retracted():
+                for index in [index for index in self.early if index >= event.index]:
+                    del self.early[index]
+            case Token():
+                self.early.pop(event.index, None)
+                grown = self.rest.then(printable(event.text), style(event))
+                rows, self.rest = full_rows(grown, width=width)
+                return rows
+        return []
 
 
 class LiveView:
@@ -133,26 +166,29 @@ class LiveView:
             chat_uploads=self._chat_uploads,
             clock=self._clock,
         )
-        live = Live(frame, console=self._console, refresh_per_second=_REFRESH_PER_S, transient=True)
+        live = Live(frame, console=self._console, auto_refresh=False, transient=True)
         try:
             try:
                 live.start(refresh=True)
-                self._grow(answer, frame, live)
+                with _refreshed(live) as drawing:
+                    self._grow(answer, frame, live, drawing)
             finally:
                 live.stop()
         finally:
             self._print(all_rows(frame.rest, width=self._console.width))
 
-    def _grow(self, answer: Answer, frame: _Frame, live: Live) -> None:
+    def _grow(
+        self, answer: Answer, frame: _Frame, live: Live, drawing: AbstractContextManager[object]
+    ) -> None:
         drawn_s = -math.inf
-        for token in answer:
-            grown = frame.rest.then(printable(token.text), self._style(token))
-            rows, frame.rest = full_rows(grown, width=self._console.width)
-            if rows:
-                self._print(rows)
-            elif self._clock() - drawn_s >= _FRAME_S:
-                live.refresh()
-                drawn_s = self._clock()
+        for event in answer.events():
+            with drawing:
+                rows = frame.take(event, self._style, width=self._console.width)
+                if rows:
+                    self._print(rows)
+                elif self._clock() - drawn_s >= _FRAME_S:
+                    live.refresh()
+                    drawn_s = self._clock()
 
     def _show_plain(self, answer: Answer) -> None:
         writer = PlainWriter(self._console.file)
@@ -172,6 +208,28 @@ class LiveView:
             return _LARGE if token.source is Source.LARGE else _SMALL
         shade = heat_style(token.signals.entropy_nats, threshold=self._threshold)
         return shade + _UNDERLINE if token.source is Source.LARGE else shade
+
+
+@contextmanager
+def _refreshed(live: Live) -> Iterator[AbstractContextManager[object]]:
+    """Draw again and again, also while the answer stands still; yield the lock of drawing.
+
+    Inside the lock the foot may change its height: nobody else is counting its rows.
+    """
+    drawing, over = threading.Lock(), threading.Event()
+
+    def refresh() -> None:
+        while not over.wait(1 / _REFRESH_PER_S):
+            with drawing:
+                live.refresh()
+
+    thread = threading.Thread(target=refresh, daemon=True, name="mlxroute-view")
+    thread.start()
+    try:
+        yield drawing
+    finally:
+        over.set()
+        thread.join()
 
 
 def heat_style(entropy_nats: float, *, threshold: float) -> Style:

@@ -1,0 +1,29 @@
+"""`wait`: ask and stand still until the answer is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mlxroute.engine.decision import Decision
+from mlxroute.engine.walk import Desk
+from mlxroute.types import Event, Signals
+
+
+def wait(desk: Desk, signals: Signals) -> Iterator[Event]:
+    """Decode to the end of the answer from the signals of its first position."""
+    while True:
+        decision = _decide(desk, signals)
+        yield from desk.commits.commit(decision, desk.write(decision))
+        if desk.commits.ended:
+            return
+        signals = desk.small.extend(decision.token_ids)
+
+
+def _decide(desk: Desk, signals: Signals) -> Decision:
+    own = desk.decider.own(signals)
+    if (decision := desk.decider.at_once(own)) is not None:
+        return decision
+    call = desk.decider.ask()
+    while not desk.escalator.landed(call):
+        desk.escalator.wait()
+    return desk.decider.settled(own, call, desk.transcript.ids)

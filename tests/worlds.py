@@ -1,0 +1,178 @@
+"""Two models whose every word follows from the words before, and calls that land as a clock says.
+
+What is answered depends on the context alone, when it is answered on the dice alone: so any
+two ways of asking meet the same server.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mlxroute.errors import LargeError, LargeRefused, LargeTimeout, LargeUnavailable
+from mlxroute.types import LargeContext, LargeToken, Signals, Uploads
+from tests.fakes import EOS, STRADDLING, ByteVocabulary, FakeClock, ScriptedSmall, signals
+
+_E_ACUTE = tuple("é".encode())
+_WORDS = (*b"ab.", *b"ab.", *_E_ACUTE, STRADDLING)
+_SPELLED = (b"ab", b"a.b", "é".encode(), b"..")
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """How often things happen: doubt, agreement, ends, lost calls; and how calls take time."""
+
+    seed: int
+    doubt: float = 0.4
+    agreement: float = 0.5
+    end: float = 0.03
+    loss: float = 0.1
+    longest_s: float = 6.0
+    cap: int = 8
+    window: int = 1 << 30
+
+    def dice(self, kind: str, ids: Sequence[int]) -> random.Random:
+        """Chance that is the same wherever the same ids come before."""
+        return random.Random(f"{self.seed} {kind} {list(ids)}")
+
+    def small(self, ids: Sequence[int]) -> tuple[int, float]:
+        """The small model's choice after these ids of the answer, and its entropy."""
+        dice = self.dice("small", ids)
+        token = EOS if dice.random() < self.end else dice.choice(_WORDS)
+        return token, 2.0 if dice.random() < self.doubt else 0.5
+
+    def large(self, ids: Sequence[int]) -> tuple[int, ...] | LargeError:
+        """The large model's token after these ids of the answer, or why it does not come."""
+        dice = self.dice("large", ids)
+        if dice.random() < self.loss:
+            return dice.choice((LargeRefused("no"), LargeTimeout("late"), LargeUnavailable("off")))
+        if dice.random() < self.agreement:
+            return (self.small(ids)[0],)
+        if dice.random() < self.end:
+            return (EOS,)
+        return tuple(dice.choice(_SPELLED)) if dice.random() < 0.3 else (dice.choice(_WORDS),)
+
+
+class WorldSmall(ScriptedSmall):
+    """The small model of a world; each step takes a second of the clock."""
+
+    def __init__(self, world: World, clock: FakeClock) -> None:
+        super().__init__(())
+        self._world = world
+        self._clock = clock
+
+    def extend(self, token_ids: Sequence[int]) -> Signals:
+        assert token_ids
+        self._clock.now += 1.0
+        return super().extend(token_ids)
+
+    def can_rollback(self, count: int) -> bool:
+        return len(self.fed) + count < self._world.window
+
+    def rollback(self, count: int) -> None:
+        assert 0 < count <= len(self.fed) < self._world.window
+        super().rollback(count)
+
+    def _signals(self) -> Signals:
+        return signals(*self._world.small(self.fed))
+
+
+class WorldFlight:
+    """A call that lands at its moment, unless it was cancelled before."""
+
+    def __init__(
+        self, outcome: tuple[LargeToken, ...] | LargeError, *, lands_s: float, clock: FakeClock
+    ) -> None:
+        self._outcome = outcome
+        self._clock = clock
+        self.lands_s = lands_s
+        self.over = False
+
+    @property
+    def ready(self) -> bool:
+        assert not self.over
+        return self._clock.now >= self.lands_s
+
+    def result(self) -> tuple[LargeToken, ...]:
+        assert self.ready
+        self.over = True
+        if isinstance(self._outcome, LargeError):
+            raise self._outcome
+        return self._outcome
+
+    def cancel(self) -> None:
+        assert not self.over
+        self.over = True
+
+
+class WorldLarge:
+    """The large model of a world, whose calls take as long as the dice of `order` say."""
+
+    def __init__(self, world: World, clock: FakeClock, *, prompt: str, order: int) -> None:
+        self._world = world
+        self._clock = clock
+        self._prompt = prompt
+        self._dice = random.Random(order)
+        self.uploads = Uploads()
+        self.flights: list[WorldFlight] = []
+
+    @property
+    def most_in_flight(self) -> int:
+        return self._world.cap
+
+    def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> WorldFlight:
+        assert len(self._open()) < self._world.cap
+        prompt_ids = list(self._prompt.encode())
+        assert list(context.token_ids[: len(prompt_ids)]) == prompt_ids
+        ids = tuple(context.token_ids[len(prompt_ids) :])
+        _check(context, self._prompt, ids)
+        lands_s = self._clock.now + self._dice.uniform(0.0, self._world.longest_s)
+        flight = WorldFlight(self._tokens(ids, ahead), lands_s=lands_s, clock=self._clock)
+        self.flights.append(flight)
+        return flight
+
+    def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
+        assert self._open(), "nothing is waited for"
+        if not ready():
+            lands_s = min(flight.lands_s for flight in self._open())
+            self._clock.now = max(self._clock.now, min(lands_s, self._clock.now + timeout_s))
+
+    def _open(self) -> list[WorldFlight]:
+        return [flight for flight in self.flights if not flight.over]
+
+    def _tokens(self, ids: tuple[int, ...], ahead: int) -> tuple[LargeToken, ...] | LargeError:
+        found: list[LargeToken] = []
+        while len(found) <= ahead and not (found and found[-1].is_eos):
+            answer = self._world.large(ids)
+            if isinstance(answer, LargeError):
+                # A call for this position would be lost: nothing is known of it.
+                return tuple(found) or answer
+            found.append(_token(answer))
+            ids = (*ids, *answer)
+        return tuple(found)
+
+
+def _token(ids: tuple[int, ...]) -> LargeToken:
+    return LargeToken(
+        token_ids=ids,
+        text="",
+        is_eos=ids == (EOS,),
+        logprob=-0.5,
+        top=(),
+        prompt_tokens=None,
+        cached_tokens=None,
+        completion_tokens=None,
+        uploaded_bytes=0,
+        latency_s=0.0,
+        large_ids=tuple(1000 + i for i in ids[:1]),
+    )
+
+
+def _check(context: LargeContext, prompt: str, ids: tuple[int, ...]) -> None:
+    """The context is one and the same text in all its forms."""
+    whole = ids[: len(ids) - len(context.fragment_ids)]
+    data = b"".join(map(ByteVocabulary().token_bytes, whole))
+    assert context.text == prompt + data.decode(errors="ignore")
+    assert ids[len(whole) :] == context.fragment_ids
+    assert prompt + "".join(span.text for span in context.spans) == context.text
