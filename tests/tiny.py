@@ -27,8 +27,12 @@ def make_tiny_model(
     tied: bool = True,
     quantized: bool = False,
     model_type: str = "llama",
+    extra: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a random two-layer model and a byte-level tokenizer that `mlx_lm` loads."""
+    """Write a random two-layer model and a byte-level tokenizer that `mlx_lm` loads.
+
+    `extra` is what the configuration of this `model_type` holds besides the usual.
+    """
     import mlx.core as mx
     import mlx.nn as nn
     from mlx.utils import tree_flatten
@@ -48,6 +52,7 @@ def make_tiny_model(
         "vocab_size": vocabulary_size,
         "max_position_embeddings": context,
         "tie_word_embeddings": tied,
+        **(extra or {}),
     }
     (path / "config.json").write_text(json.dumps(config))
     mx.random.seed(seed)

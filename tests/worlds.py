@@ -148,12 +148,13 @@ class WorldLarge:
             if isinstance(answer, LargeError):
                 # A call for this position would be lost: nothing is known of it.
                 return tuple(found) or answer
-            found.append(_token(answer))
+            found.append(token_of(answer))
             ids = (*ids, *answer)
         return tuple(found)
 
 
-def _token(ids: tuple[int, ...]) -> LargeToken:
+def token_of(ids: tuple[int, ...]) -> LargeToken:
+    """A large token of these small ids, as if it had come by itself."""
     return LargeToken(
         token_ids=ids,
         text="",

@@ -52,6 +52,8 @@ class Decoder:
         self._now: _Step | None = None
         self._ahead: _Step | None = None
         self._ahead_id: int | None = None
+        # While sampling: the random state before each step, by the tokens the cache held after it.
+        self._states: list[tuple[int, mx.array]] = []
         self._steps = 0
         self._side = _side_stream()
 
@@ -61,6 +63,7 @@ class Decoder:
         from mlx_lm.sample_utils import make_sampler
 
         self._take_back()
+        self._states.clear()
         self._sampler = (
             make_sampler(temp=sampling.temperature, top_p=sampling.top_p)
             if sampling.temperature > 0
@@ -86,6 +89,8 @@ class Decoder:
 
         now = self._matching_ahead(token_ids) or self._run_now(token_ids)
         self._now = now
+        if now.random_state is not None:
+            self._states.append((len(self.cache.token_ids), now.random_state))
         if self.cache.can_run_ahead:
             self._run_ahead(now.token)
         (values,) = cast("list[list[float]]", now.packed.tolist())
@@ -97,9 +102,11 @@ class Decoder:
         return signals
 
     def rollback(self, count: int) -> None:
-        """Take the last `count` committed tokens back. Raises RollbackError."""
+        """Take the last `count` tokens back, with their random numbers. Raises RollbackError."""
         self._take_back()
         self.cache.rollback(count)
+        while self._states and self._states[-1][0] > len(self.cache.token_ids):
+            _random_state()[:] = self._states.pop()[1]
         self._now = None
 
     def set_head(self, head: Head | None) -> None:
