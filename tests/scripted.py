@@ -40,7 +40,9 @@ NO_STATS = RunStats(
 Step = str | Event | BaseException | Callable[["ScriptedAnswer"], None]
 
 
-def token(text: str, *, source: Source = Source.SMALL, entropy_nats: float = 0.0) -> Token:
+def token(
+    text: str, *, index: int = 0, source: Source = Source.SMALL, entropy_nats: float = 0.0
+) -> Token:
     signals = Signals(
         token_id=0,
         logprob=-0.1,
@@ -51,7 +53,7 @@ def token(text: str, *, source: Source = Source.SMALL, entropy_nats: float = 0.0
         top_logprobs=(-0.1,),
     )
     return Token(
-        index=0,
+        index=index,
         token_id=0,
         text=text,
         source=source,

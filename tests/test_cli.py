@@ -47,6 +47,8 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["--threshold", "abc", "hi"], "'abc' is not a number"),
         (["--threshold", "nan", "hi"], "nan"),
         (["--mode", "hedge", "hi"], "'wait'"),
+        (["--prefetch", "-1", "hi"], "--prefetch must be from 0 to 64"),
+        (["--events", "hi"], "--events goes with --json"),
         (["--max-tokens", "0", "hi"], "--max-tokens"),
         (["--timeout", "inf", "hi"], "--timeout"),
         (["--seed", "-1", "hi"], "--seed"),

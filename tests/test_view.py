@@ -18,7 +18,7 @@ from rich.segment import Segment
 from rich.style import Style
 
 from mlxroute.errors import LargeTimeout
-from mlxroute.types import Activity, RunStats, Source
+from mlxroute.types import Activity, Provisional, Retracted, RunStats, Source
 from mlxroute.view import LiveView, PlainWriter, printable
 from mlxroute.view.live import heat_style
 from mlxroute.view.wrap import Styled, all_rows, full_rows
@@ -219,6 +219,48 @@ def test_every_shade_of_the_heat_scale_is_readable() -> None:
         triplets = [color.triplet for color in (style.color, style.bgcolor) if color]
         dark, light = sorted(luminance(triplet) for triplet in triplets if triplet)
         assert (light + 0.05) / (dark + 0.05) >= 4.5
+
+
+def early(index: int, text: str) -> Provisional:
+    return Provisional(index, 0, text, Source.SMALL, token(text).signals)
+
+
+def drawn(steps: list[Step]) -> tuple[Terminal, list[list[str]]]:
+    """A finished terminal, and what stood on it after each step."""
+    terminal, seen = Terminal(width=20), []
+
+    def look(answer: ScriptedAnswer) -> None:
+        seen.append(terminal.lines()[:-1])
+
+    # A clock of long seconds: every event is drawn at once.
+    ticks = iter(range(100_000))
+    view = LiveView(terminal.console, heat=False, threshold=1.0, clock=lambda: next(ticks))
+    view.show(ScriptedAnswer([each for step in steps for each in (step, look)]))
+    return terminal, seen
+
+
+def test_provisional_tokens_are_dim_until_they_are_certain() -> None:
+    terminal, seen = drawn(["a ", early(1, "b "), early(2, "c"), token("b ", index=1)])
+    assert [lines[-1].rstrip() for lines in seen[:4]] == ["a", "a b", "a b c", "a b c"]
+    assert "\x1b[2mb c\x1b[0m" in terminal.raw
+    assert terminal.lines()[-1].rstrip() == "a b"
+
+
+def test_what_is_retracted_gives_way_to_what_is_right() -> None:
+    steps: list[Step] = ["a ", early(1, "wrong "), early(2, "words"), Retracted(1)]
+    terminal, seen = drawn([*steps, token("right", index=1)])
+    assert [lines[-1].rstrip() for lines in seen[2:5]] == ["a wrong words", "a", "a right"]
+    assert [line.rstrip() for line in terminal.lines()] == ["a right"]
+
+
+def test_many_rows_of_provisional_text_leave_no_trace() -> None:
+    words = [early(index, f"word{index} ") for index in range(1, 60)]
+    terminal, _ = drawn(["a ", *words, Retracted(1), *words, Retracted(30), Retracted(1)])
+    assert [line.rstrip() for line in terminal.lines()] == ["a"]
+
+
+def test_control_characters_of_provisional_text_do_not_reach_the_terminal() -> None:
+    drawn(["a", early(1, "\x1b[31mred\x07")])
 
 
 def test_the_status_line_keeps_moving_while_the_network_is_waited_for() -> None:
