@@ -299,10 +299,7 @@ class LargeModel:
 
     def _ways(self, terms: Terms, ahead: int) -> Iterator[tuple[int, Read]]:
         """How many positions to ask for and how to read them, one attempt after the other."""
-        dialect = terms.dialect
-        # Each token generated is one more cached whole that a later prompt can be.
-        fits = dialect.rung < _TEXT_ONLY_RUNG and not dialect.dies_of_cached_prompts
-        if ahead and fits and terms is not self._one_by_one:
+        if ahead and terms.dialect.rung < _TEXT_ONLY_RUNG and terms is not self._one_by_one:
             yield ahead + 1, several
             # What came could not be taken apart, and hardly will be the next time.
             self._one_by_one = terms
