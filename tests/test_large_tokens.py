@@ -307,6 +307,11 @@ def test_an_end_token_after_text_is_the_end_and_is_not_counted_twice() -> None:
     ]
 
 
+@pytest.mark.parametrize("text", ["<div>", "</p>", "<br>", "[X]", "<T>"])
+def test_tags_and_ticked_boxes_are_text(text: str) -> None:
+    assert TokenReader().data(WireToken(text=text)) == text.encode()
+
+
 def test_with_a_known_vocabulary_what_is_special_is_known_and_not_guessed() -> None:
     large = TableVocabulary(["<div>", "a"])
     reader = TokenReader()
