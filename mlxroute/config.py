@@ -51,6 +51,7 @@ class Settings:
     adapter: str | None = None
     router: str = "entropy"
     mode: str = "wait"
+    kernel: str = "auto"
     threshold: float | None = None
     max_tokens: int = 512
     temperature: float = 0.0

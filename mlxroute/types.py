@@ -31,6 +31,8 @@ class Signals:
     `token_id` is its own choice (greedy, or sampled when a temperature is set). Logprobs and
     `entropy_nats` are natural logarithms over the full vocabulary, before temperature, computed
     in float32. `margin` is p1 - p2 (0 to 1). `top_ids` is ordered by falling logprob.
+    `lse` is the logits' logsumexp. `flags` is 0 for a sound row; 1 stands for a NaN among the
+    logits, 2 for +inf, 4 for nothing above -inf. `head_score` is a learned head's, if one is set.
     """
 
     token_id: int
@@ -40,6 +42,9 @@ class Signals:
     margin: float
     top_ids: tuple[int, ...]
     top_logprobs: tuple[float, ...]
+    lse: float = 0.0
+    flags: int = 0
+    head_score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cached_property
+from typing import Any, Final
 
 from mlxroute.pieces import BYTE_OF, SPACE_MARK, byte_piece
+
+_ANCHOR: Final = "\n"
 
 
 class TokenVocabulary:
@@ -22,6 +25,10 @@ class TokenVocabulary:
         self._special = {int(token_id) for token_id, token in added.items() if token.special}
         self._special |= set(tokenizer.all_special_ids)
         self._bytes: dict[int, bytes] = {}
+        self._anchor_ids: tuple[int, ...] = ()
+        # SentencePiece tokenizers begin every text with a space, also one from mid-answer.
+        if self.token_bytes(next(iter(self._plain("a")), -1)).startswith(b" "):
+            self._anchor_ids = self._plain(_ANCHOR)
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -48,6 +55,32 @@ class TokenVocabulary:
         return self._bytes[token_id]
 
     def encode(self, text: str) -> tuple[int, ...]:
+        ids, data = self._without_prefix(text), text.encode()
+        if b"".join(map(self.token_bytes, ids)) == data:
+            return ids
+        # Normalisation changed a character: the text around it keeps its own tokens.
+        if len(text) > 1:
+            middle = len(text) // 2
+            return self.encode(text[:middle]) + self.encode(text[middle:])
+        spelled = [self._byte_ids.get(byte) for byte in data]
+        return ids if None in spelled else tuple(i for i in spelled if i is not None)
+
+    @cached_property
+    def _byte_ids(self) -> dict[int, int]:
+        """The ids that stand for single bytes."""
+        pieces = {byte: char for char, byte in BYTE_OF.items()}
+        if not self._byte_level:
+            pieces = {byte: f"<0x{byte:02X}>" for byte in range(256)}
+        entries = self._tokenizer.get_vocab()
+        return {byte: entries[piece] for byte, piece in pieces.items() if piece in entries}
+
+    def _without_prefix(self, text: str) -> tuple[int, ...]:
+        if not self._anchor_ids or not text:
+            return self._plain(text)
+        ids, start = self._plain(_ANCHOR + text), len(self._anchor_ids)
+        return ids[start:] if ids[:start] == self._anchor_ids else self._plain(text)
+
+    def _plain(self, text: str) -> tuple[int, ...]:
         ids = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         return tuple(ids)
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from mlxroute.large import LargeModel
+from mlxroute.large.dialects import dialect_named
+from mlxroute.large.tokens import Tokenizer
+from mlxroute.large.verdict import Verdict, VerdictFile
 from mlxroute.types import LargeToken
-from tests.loopback import REFUSES_NUMBER, Loopback, Reply
+from tests.loopback import Loopback, Reply, mlx_lm_reply
 from tests.vocabularies import TableVocabulary, context
 
 VOCABULARY = TableVocabulary(["a", "b", "Ġthe", "Ġ", "t", "h", "e", "zz", "Ã", "©"])
 THE = VOCABULARY.id_of("Ġthe")
+PLAIN = "OpenAI completions"
+MLX_LM = "mlx_lm completions"
 
 
 def legacy(text: str, /, **changes: Any) -> dict[str, Any]:
@@ -28,20 +37,68 @@ def contents(token: dict[str, Any] | None, /, **changes: Any) -> dict[str, Any]:
     return {"choices": [choice]}
 
 
+def remember(path: Path, *, url: str, model: str | None, dialect: str) -> None:
+    """Write down what an earlier probe of a server found."""
+    found = dialect_named(dialect)
+    assert found is not None
+    verdict = Verdict(
+        base_url=url,
+        model=model,
+        dialect=found.name,
+        rung=found.rung,
+        checks=(),
+        refusals=(),
+        tokens=None,
+        context_length=None,
+        latency_p50_s=0.0,
+        latency_p95_s=0.0,
+        calls=1,
+    )
+    VerdictFile(path).save(verdict, named=model)
+
+
+@contextlib.contextmanager
+def settled(
+    server: Loopback,
+    dialect: str,
+    *,
+    model: str | None = None,
+    tokenizer: Tokenizer | None = None,
+    **options: Any,
+) -> Iterator[LargeModel]:
+    """A client that knows how a scripted server is asked, from an earlier probe.
+
+    `tokenizer` are the large model's files, for a `model` that is named.
+    """
+    no_route = Reply.of({"error": "Not Found"}, status=404)
+    fits = mlx_lm_reply([(9, "apple"), (2, "a")]) if dialect == MLX_LM else Reply.of(legacy("app"))
+    routes = [] if tokenizer else [no_route, no_route]
+    server.script.extend([Reply.of({"data": []}), *routes, fits])
+    with tempfile.TemporaryDirectory() as folder:
+        verdicts = Path(folder) / "verdicts.json"
+        remember(verdicts, url=server.url, model=model, dialect=dialect)
+        options |= {"verdicts": verdicts, "find_tokenizer": lambda name: tokenizer}
+        with LargeModel(server.url, model=model, **options) as large:
+            large.connect()
+            assert not server.script
+            yield large
+
+
 def ask_plain(
-    server: Loopback, reply: Reply | dict[str, Any], *, text: str = "x", **options: Any
+    server: Loopback, *replies: Reply | dict[str, Any], text: str = "x", **options: Any
 ) -> LargeToken:
-    """Settle on a plain server, then ask it once."""
-    server.script.append(Reply.of(legacy("4")))
-    server.script.append(reply if isinstance(reply, Reply) else Reply.of(reply))
-    with LargeModel(server.url, model="m", **options) as large:
+    """Ask a plain server once, settled on that before."""
+    with settled(server, PLAIN, model="m", **options) as large:
+        server.script.extend(
+            each if isinstance(each, Reply) else Reply.of(each) for each in replies
+        )
         return large.next_token(context(text, VOCABULARY))
 
 
 def ask_mlx(
     server: Loopback, *replies: Reply, text: str = "x", vocabulary: TableVocabulary = VOCABULARY
 ) -> LargeToken:
-    """Settle on an mlx_lm server, then ask it once."""
-    server.script.extend([REFUSES_NUMBER, Reply.of({"data": []}), *replies])
-    with LargeModel(server.url) as large:
+    """Ask an mlx_lm server once, settled on that before."""
+    with settled(server, MLX_LM) as large:
+        server.script.extend(replies)
         return large.next_token(context(text, vocabulary))

@@ -13,6 +13,7 @@ import pytest
 
 from mlxroute.cli import main
 from mlxroute.cli.output import write_object
+from mlxroute.large import breaker
 from tests.tiny import make_tiny_model
 
 UNREACHABLE = "http://127.0.0.1:9/v1"
@@ -114,8 +115,10 @@ def test_with_no_server_the_small_model_answers_and_the_ways_to_get_one_are_told
 
 
 def test_an_unreachable_server_leaves_an_unchecked_answer_and_exit_code_0(
-    tiny: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # However slow the machine, the pause after three failures lasts to the end.
+    monkeypatch.setattr(breaker, "_FIRST_S", 300.0)
     arguments = ["--small", str(tiny), "--large", UNREACHABLE, "--threshold", "-inf"]
     assert main(["ask", *arguments, "--max-tokens", "5", "--json", "hi"]) == 0
     captured = capsys.readouterr()

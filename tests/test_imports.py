@@ -34,19 +34,20 @@ _ROOMS: dict[str, set[str]] = {
     # "" is the package itself, to tell a child where it lies
     "large": {"backend", "ledger", ""},
     "view": set(),
+    "bench": {"engine", "routers", "small"},
     "host_process": {"backend"},
 }
 # Third parties that stop at these rooms.
 _WALLS: dict[str, set[str]] = {
-    "mlx": {"small", "backend", "host_process", "weights", "cli"},
-    "mlx_lm": {"small", "backend", "host_process", "tokenizer"},
+    "mlx": {"small", "backend", "host_process", "weights", "cli", "bench"},
+    "mlx_lm": {"small", "backend", "host_process", "tokenizer", "bench"},
     "requests": {"large", "weights"},
     "rich": {"view", "cli"},
     "typer": {"cli"},
     "prompt_toolkit": {"cli"},
     "wcwidth": {"view"},
     "gguf": {"weights"},
-    "numpy": {"weights"},
+    "numpy": {"weights", "bench"},
     "huggingface_hub": {"weights"},
 }
 

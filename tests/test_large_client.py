@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from mlxroute.errors import (
-    LargeRefused,
-    UsageError,
-)
+from mlxroute.errors import LargeProtocolError, LargeRefused, UsageError
 from mlxroute.large import LargeModel
-from tests.asking import VOCABULARY, ask_plain, legacy
-from tests.loopback import REFUSES_NUMBER, Loopback, Reply, Request, mlx_lm_reply
-from tests.vocabularies import context
+from mlxroute.large.verdict import VerdictFile
+from mlxroute.types import Message, Span
+from tests import truthful
+from tests.asking import MLX_LM, PLAIN, THE, VOCABULARY, ask_plain, legacy, settled
+from tests.loopback import Loopback, Reply, Request, mlx_lm_reply
+from tests.truthful import Truthful
+from tests.vocabularies import TableTokenizer, TableVocabulary, context
 
 
 @pytest.fixture
@@ -24,43 +25,134 @@ def server() -> Iterator[Loopback]:
         yield loopback
 
 
-def test_connect_names_the_model_and_the_dialect_and_generates_nothing_on_mlx_lm(
-    server: Loopback,
-) -> None:
-    server.script.extend([REFUSES_NUMBER, Reply.of({"data": [{"id": "/home/someone/big-7b"}]})])
-    with LargeModel(server.url.removesuffix("/v1")) as large:
+def test_connect_names_the_model_and_the_dialect() -> None:
+    with (
+        Loopback(Truthful("mlx_lm", models=["/home/someone/big-7b"])) as server,
+        LargeModel(server.url.removesuffix("/v1")) as large,
+    ):
         line = large.connect()
         assert line == f"large model big-7b at {server.url} (mlx_lm completions)"
         assert (large.base_url, large.model_name) == (server.url, "big-7b")
 
 
-def test_the_only_model_of_a_plain_server_is_used(server: Loopback) -> None:
-    server.script.append(Reply.of({"error": {"message": "you must name a model"}}, status=400))
-    server.script.append(Reply.of({"data": [{"id": "only"}]}))
-    server.script.extend([Reply.of(legacy("4")), Reply.of(legacy("a"))])
-    with LargeModel(server.url) as large:
+def test_connecting_again_asks_nothing() -> None:
+    with Loopback(Truthful("mlx_lm")) as server, LargeModel(server.url) as large:
+        line, asked = large.connect(), len(server.requests)
+        assert (large.connect(), len(server.requests)) == (line, asked)
+
+
+def test_the_only_model_of_a_plain_server_is_used() -> None:
+    with Loopback(Truthful("legacy", models=["only"])) as server, LargeModel(server.url) as large:
         assert "only" in large.connect()
-        large.next_token(context("x", VOCABULARY))
-    assert server.requests[-1].json["model"] == "only"
+        large.next_token(context("1, 2, 3,", truthful.VOCABULARY))
+        assert server.requests[-1].json["model"] == "only"
 
 
-def test_several_models_need_a_choice(server: Loopback) -> None:
-    models = Reply.of({"data": [{"id": "m1"}, {"id": "m\x1b[31m2"}]})
-    server.script.extend([Reply.of(legacy("4")), models, Reply.of(legacy("4")), models])
-    with LargeModel(server.url) as large:
-        with pytest.raises(UsageError, match=r"--large-model: m1, m \[31m2$"):
-            large.connect()
-        with pytest.raises(LargeRefused, match="--large-model"):
-            large.next_token(context("x", VOCABULARY))
+def test_several_models_need_a_choice() -> None:
+    with Loopback(Truthful("legacy", models=["m1", "m\x1b[31m2"])) as server:
+        with LargeModel(server.url) as large:
+            with pytest.raises(UsageError, match=r"--large-model: m1, m \[31m2$"):
+                large.connect()
+            with pytest.raises(LargeRefused, match="--large-model"):
+                large.next_token(context("x", VOCABULARY))
+        with LargeModel(server.url, model="m1") as large:
+            assert large.connect().startswith("large model m1 at")
 
 
-def test_several_models_on_mlx_lm_need_no_choice(server: Loopback) -> None:
-    server.script.extend([REFUSES_NUMBER, Reply.of({"data": [{"id": "m1"}, {"id": "m2"}]})])
-    server.script.append(mlx_lm_reply([(2, "a"), (2, "a")]))
-    with LargeModel(server.url) as large:
+def test_several_models_on_mlx_lm_need_no_choice() -> None:
+    answer = Truthful("mlx_lm", models=["m1", "m2"], needs_model=False)
+    with Loopback(answer) as server, LargeModel(server.url) as large:
         large.connect()
-        large.next_token(context("x", VOCABULARY))
-    assert "model" not in server.requests[-1].json
+        large.next_token(context("1, 2, 3,", truthful.VOCABULARY))
+        assert "model" not in server.requests[-1].json
+
+
+def test_a_client_that_never_connected_finds_a_way_within_its_first_call() -> None:
+    with Loopback(Truthful("legacy")) as server, LargeModel(server.url) as large:
+        token = large.next_token(context("1, 2, 3,", truthful.VOCABULARY), deadline_s=20)
+        assert token.text == " "
+
+
+def test_a_server_that_no_way_fits_is_a_protocol_error_that_names_the_probe() -> None:
+    with (
+        Loopback(Truthful("closing chat")) as server,
+        LargeModel(server.url) as large,
+        pytest.raises(LargeProtocolError, match="mlxroute probe"),
+    ):
+        large.next_token(context("1, 2, 3,", truthful.VOCABULARY))
+
+
+def test_a_dialect_that_keeps_failing_is_given_up_and_another_is_found(tmp_path: Path) -> None:
+    verdicts = tmp_path / "verdicts.json"
+    wanted = context("1, 2, 3,", truthful.VOCABULARY)
+    with Loopback(Truthful("vllm")) as server, LargeModel(server.url, verdicts=verdicts) as large:
+        large.connect()
+        server.answer = Truthful("mlx_lm")
+        for _ in range(2):
+            with pytest.raises(LargeRefused):
+                large.next_token(wanted)
+        assert VerdictFile(verdicts).load(server.url, None) is None
+        assert large.next_token(wanted).text == " "
+
+
+def test_tokens_that_the_server_does_not_repeat_do_not_make_its_dialect_unfit(
+    server: Loopback,
+) -> None:
+    fragment = VOCABULARY.id_of("Ã")
+    other = mlx_lm_reply([(2, "a"), (2, "a"), (2, "a")])
+    with settled(server, MLX_LM, model="m", tokenizer=TableTokenizer(VOCABULARY)) as large:
+        for _ in range(4):
+            server.script.append(other)
+            with pytest.raises(LargeProtocolError, match="did not continue"):
+                large.next_token(context("caf", VOCABULARY, fragment_ids=(fragment,)))
+        server.script.append(mlx_lm_reply([(THE, "Ġthe"), (2, "a")]))
+        assert large.next_token(context("x", VOCABULARY)).text == " the"
+
+
+def test_a_shared_vocabulary_is_compared_once_and_remembered(tmp_path: Path) -> None:
+    verdicts = tmp_path / "verdicts.json"
+    shared, other = truthful.VOCABULARY, TableVocabulary(["a", "b"])
+    with Loopback(Truthful("vllm")) as server:
+        with LargeModel(server.url, verdicts=verdicts) as large:
+            assert large.meet(shared)
+            assert not large.meet(other)
+        asked = len(server.requests)
+        with LargeModel(server.url, verdicts=verdicts) as large:
+            assert large.meet(shared)
+            assert not large.meet(other)
+        paths = [request.path for request in server.requests[asked:]]
+        assert paths.count("/v1/completions") == 1
+        assert paths.count("/detokenize") == 1
+
+
+def test_with_a_shared_vocabulary_ids_go_out_and_come_back_inside_a_character_too() -> None:
+    vocabulary = truthful.VOCABULARY
+    ids = vocabulary.encode("漢字漢字漢")
+    halves = vocabulary.encode("字")
+    with Loopback(Truthful("vllm")) as server, LargeModel(server.url) as large:
+        large.connect()
+        token = large.next_token(
+            context("漢字漢字漢", vocabulary, answer=ids, fragment_ids=halves[:1])
+        )
+        assert (token.token_ids, token.text, token.large_ids) == (halves[1:2], "", halves[1:2])
+        assert server.requests[-1].json["prompt"] == [*ids, halves[0]]
+        assert server.requests[-1].json["return_tokens_as_token_ids"] is True
+
+
+def test_with_another_vocabulary_the_large_models_own_words_go_out() -> None:
+    large_vocabulary, small = truthful.VOCABULARY, TableVocabulary(["Red", "R", "e", "d"])
+    asked: Message = {"role": "user", "content": "What colour is blood?"}
+    wanted = context("small words", small, messages=(asked,))
+    with Loopback(Truthful("vllm")) as server, LargeModel(server.url) as large:
+        large.connect()
+        token = large.next_token(wanted)
+        assert (token.text, token.token_ids) == ("Red", small.encode("Red"))
+        assert token.large_ids == (large_vocabulary.id_of("Red"),)
+        sent = server.requests[-1].json["prompt"]
+        tokenizer = TableTokenizer(large_vocabulary)
+        assert sent == tokenizer.encode_prompt(tokenizer.render([asked]))
+        wanted = context("", small, messages=(asked,), spans=(Span("Red", token.large_ids),))
+        assert large.next_token(wanted).is_eos
 
 
 @pytest.mark.parametrize(
@@ -122,7 +214,7 @@ def test_a_key_with_a_line_break_is_refused_without_showing_it() -> None:
 
 
 def test_user_and_password_in_the_address_are_sent_but_not_shown(server: Loopback) -> None:
-    server.script.extend([Reply.of({"error": "no"}, status=403)])
+    server.script.extend([Reply.of({"error": "no"}, status=403)] * 9)
     typed = server.url.replace("http://", "http://me:pass%40word@")
     with LargeModel(typed, model="m") as large:
         with pytest.raises(LargeRefused) as caught:
@@ -150,12 +242,12 @@ def test_credentials_of_a_netrc_file_are_never_sent(
 
 
 def test_cookies_of_a_server_are_not_kept(server: Loopback) -> None:
-    body = json.dumps(legacy("4")).encode()
-    server.script.append(Reply(body, headers={"Set-Cookie": "id=1"}))
-    server.script.append(Reply.of(legacy("a")))
-    with LargeModel(server.url, model="m") as large:
-        large.connect()
-        large.next_token(context("x", VOCABULARY))
+    with settled(server, PLAIN, model="m") as large:
+        body = json.dumps(legacy("a")).encode()
+        server.script.append(Reply(body, headers={"Set-Cookie": "id=1"}))
+        server.script.append(Reply.of(legacy("a")))
+        for _ in range(2):
+            large.next_token(context("x", VOCABULARY))
     assert "cookie" not in server.requests[-1].headers
 
 

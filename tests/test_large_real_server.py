@@ -24,7 +24,7 @@ from mlxroute.large import LargeModel
 from mlxroute.large.launcher import LocalServer
 from mlxroute.types import LargeContext, Vocabulary, no_notice, no_progress
 from mlxroute.weights import default_cache_dir, resolve
-from tests.tiny import make_tiny_model
+from tests.tiny import make_tiny_model, teach_days
 
 PROMPTS = ["the lazy dog", "def main():", "answers everything"]
 STEPS = 60
@@ -90,16 +90,17 @@ def speak_ascii_bytes(path: Path) -> None:
     for piece, token_id in vocabulary.items():
         spoken[token_id] = float(len(piece) == 1 and piece.isascii())
     weights: dict[str, mx.array] = mx.load(str(path / "model.safetensors"))  # type: ignore[assignment]
-    name = "model.embed_tokens.weight"
-    # Tied to the output: a row of zeros has logit 0, and the largest of many is above that.
+    name = "lm_head.weight"
+    # A row of zeros has logit 0, and the largest of many is above that.
     weights[name] = weights[name] * mx.array(spoken)[:, None]
     mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "mlx"})
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    path = make_tiny_model(tmp_path_factory.mktemp("large") / "tiny", seed=3)
+    path = make_tiny_model(tmp_path_factory.mktemp("large") / "tiny", seed=3, tied=False)
     speak_ascii_bytes(path)
+    teach_days(path)
     return load_model(path, PROMPTS, steps=STEPS)
 
 
@@ -155,7 +156,7 @@ def test_200_calls_along_its_own_answers_leave_the_server_alive(
     tiny: Model, tmp_path: Path
 ) -> None:
     with stock_server(tiny.path, hub_cache=tmp_path / "none") as url, LargeModel(url) as large:
-        large.connect()
+        assert "mlx_lm completions" in large.connect()
         walk(large, tiny, calls=200, seed=1)
         abandon(large, tiny)
         assert generates(url)

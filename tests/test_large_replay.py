@@ -148,3 +148,12 @@ def test_a_token_without_bytes_does_not_lead_in_circles() -> None:
     sent.answered("a", [b"b", b""])
     prompt, repeated = sent.plan("ab", context=context("ab", VOCABULARY, answer=(IDS[0], IDS[1])))
     assert prompt.encode() + b"".join(repeated) == b"ab"
+
+
+def test_a_lost_reply_is_avoided_though_the_small_model_spells_its_tokens_finer() -> None:
+    sent = SentPrompts()
+    sent.sent("a", max_tokens=2)
+    fine = TableVocabulary(["a", "d", "y"])
+    wanted = context("addydy", fine, answer=fine.encode("addydy"))
+    prompt, repeated = sent.plan("addydy", context=wanted)
+    assert (prompt, b"".join(repeated)) == ("a", b"ddydy")

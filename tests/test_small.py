@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +17,6 @@ from mlxroute.engine import generate
 from mlxroute.errors import RollbackError, UsageError, WeightsError
 from mlxroute.routers import EntropyRouter
 from mlxroute.small import SmallModel
-from mlxroute.small.kernels import pack_signals, unpack_signals
 from mlxroute.types import Sampling
 from tests.tiny import make_tiny_model
 
@@ -109,7 +107,7 @@ def test_rolling_back_more_than_there_is_raises(small: SmallModel) -> None:
 
 def test_a_layer_that_cannot_give_tokens_back_is_an_error(small: SmallModel) -> None:
     small.prefill([5, 6, 7])
-    small._cache.layers[0].trim = lambda count: 0
+    small._decoder.cache.layers[0].trim = lambda count: 0
     with pytest.raises(RollbackError, match="cannot roll back"):
         small.rollback(1)
 
@@ -124,7 +122,7 @@ def test_an_interrupt_while_waiting_for_the_device_costs_nothing(
     prompt_ids = small.encode_prompt("interrupt me in the middle of it")
     ids = decode(small, prompt_ids, 6)
     with monkeypatch.context() as patch:
-        patch.setattr("mlxroute.small.model.unpack_signals", interrupted)
+        patch.setattr("mlxroute.small.decoder.unpack", interrupted)
         with pytest.raises(KeyboardInterrupt):
             small.step(ids[5])
     more = [*prompt_ids, *ids, 7]
@@ -138,7 +136,7 @@ def test_an_interrupt_inside_a_forward_pass_starts_the_cache_anew(
     ids = decode(small, prompt_ids, 6)
     with monkeypatch.context() as patch:
         # The first layer has taken the token in, the second has not.
-        patch.setattr(small._cache.layers[1], "update_and_fetch", interrupted)
+        patch.setattr(small._decoder.cache.layers[1], "update_and_fetch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             small.step(ids[5])
     with pytest.raises(RollbackError, match="interrupted"):
@@ -151,7 +149,8 @@ def assert_same_as_fresh(small: SmallModel, prompt_ids: list[int], *, reused: in
     fresh = SmallModel(small.model, small.tokenizer, name="fresh")
     expected, _ = fresh.prefill(prompt_ids)
     assert found == reused
-    assert {layer.offset for layer in small._cache.layers} == {len(prompt_ids)}
+    small.rollback(0)
+    assert {layer.offset for layer in small._decoder.cache.layers} == {len(prompt_ids)}
     assert math.isclose(signals.entropy_nats, expected.entropy_nats, abs_tol=1e-4)
 
 
@@ -159,8 +158,8 @@ def test_a_cache_without_offsets_is_reused_when_a_prompt_only_goes_on(small: Sma
     from mlx_lm.models.cache import CacheList
 
     small.prefill([5, 6, 7])
-    small._cache.layers = [CacheList(layer) for layer in small._cache.layers]
-    assert small._cache.keep_common_prefix([5, 6, 7, 8, 9]) == 3
+    small._decoder.cache.layers = [CacheList(layer) for layer in small._decoder.cache.layers]
+    assert small._decoder.cache.keep_common_prefix([5, 6, 7, 8, 9]) == 3
 
 
 @settings(max_examples=20, deadline=None)
@@ -240,6 +239,17 @@ def test_quantised_weights_become_dense_float32_on_a_cpu(tmp_path: Path) -> None
     assert not any("scales" in name for name, _ in _flat(model))
     resident = sum(value.nbytes for _, value in _flat(model))
     assert memory_needed(path) - 600 * 2**20 == resident
+
+
+def test_on_metal_the_weights_are_wired_as_mlx_lm_wires_them(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[int] = []
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 12345})
+    monkeypatch.setattr(mx, "set_wired_limit", limits.append)
+    load(path)
+    assert limits == [12345]
 
 
 def test_memory_is_foretold_for_half_precision_weights(tmp_path: Path) -> None:
@@ -330,36 +340,3 @@ def test_a_broken_weights_file_is_one_clear_error(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(WeightsError, match="broken"):
         load(path)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 2**31),
-    size=st.integers(1, 3000),
-    scale=st.sampled_from([0.0, 0.1, 1.0, 10.0, 200.0]),
-)
-def test_signals_agree_with_float64(seed: int, size: int, scale: float) -> None:
-    row = (np.random.default_rng(seed).standard_normal(size) * scale).astype(np.float32)
-    got = unpack_signals(pack_signals(mx.array(row)[None], lambda lp: mx.argmax(lp, axis=-1)))
-    exact = row.astype(np.float64)
-    logprobs = exact - exact.max() - np.log(np.exp(exact - exact.max()).sum())
-    probs = np.exp(logprobs)
-    entropy = -(probs * logprobs).sum()
-    order = np.argsort(-logprobs, kind="stable")
-    assert got.token_id == int(np.argmax(row)) or math.isclose(
-        row[got.token_id], row.max(), rel_tol=1e-6, abs_tol=1e-5
-    )
-    assert got.entropy_nats == pytest.approx(entropy, abs=3e-5)
-    assert got.varentropy == pytest.approx((probs * (logprobs + entropy) ** 2).sum(), abs=2e-3)
-    assert got.logprob == pytest.approx(logprobs[got.token_id], abs=3e-5)
-    second = probs[order[1]] if size > 1 else 0.0
-    assert got.margin == pytest.approx(probs[order[0]] - second, abs=1e-5)
-    assert got.top_logprobs == pytest.approx(logprobs[order[:8]].tolist(), abs=3e-5)
-    assert len(set(got.top_ids)) == min(8, size)
-
-
-def test_masked_out_tokens_add_nothing_to_the_entropy() -> None:
-    row = mx.array([[0.0, -math.inf, 0.0, -math.inf]])
-    got = unpack_signals(pack_signals(row, lambda lp: mx.argmax(lp, axis=-1)))
-    assert got.entropy_nats == pytest.approx(math.log(2))
-    assert got.margin == pytest.approx(0.0)

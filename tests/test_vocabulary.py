@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mlxroute.backend.load import load
 from mlxroute.engine.text import CharacterStream
 from mlxroute.pieces import BYTE_OF
 from mlxroute.vocabulary import TokenVocabulary
+from tests import real_vocabularies
+from tests.real_vocabularies import ANY_TEXT
 from tests.tiny import END, START, make_tiny_model
 
 
@@ -31,6 +35,37 @@ def test_any_text_comes_back_from_its_ids(vocabulary: TokenVocabulary, text: str
     stream = CharacterStream()
     assert "".join(stream.push(i, vocabulary.token_bytes(i)) for i in ids) == text
     assert stream.fragment_ids == ()
+
+
+@pytest.fixture(params=["smollm2", "qwen", "mistral"], scope="module")
+def real(request: pytest.FixtureRequest) -> TokenVocabulary:
+    make: Callable[[], TokenVocabulary] = getattr(real_vocabularies, request.param)
+    return make()
+
+
+@given(text=ANY_TEXT)
+@example("e\u0301 \u212b ▁")
+@example("<s>[INST]</s><|im_end|>")
+@example(" leading and trailing ")
+@settings(deadline=None)
+def test_any_text_comes_back_from_the_ids_of_a_real_vocabulary(
+    real: TokenVocabulary, text: str
+) -> None:
+    ids = real.encode(text)
+    assert b"".join(map(real.token_bytes, ids)) == text.encode()
+
+
+def test_a_word_from_mid_answer_gets_no_space_of_its_own(real: TokenVocabulary) -> None:
+    assert len(real.encode("day")) == 1
+    assert real.token_bytes(real.encode("day")[0]) == b"day"
+    assert real.token_bytes(real.encode(" day")[0]) == b" day"
+
+
+def test_what_normalisation_changes_does_not_cost_the_text_around_it_its_tokens(
+    real: TokenVocabulary,
+) -> None:
+    words = " the theory of the thing"
+    assert real.encode("\u212b" + words)[-3:] == real.encode(words)[-3:]
 
 
 def test_special_tokens_have_a_piece_but_no_text(vocabulary: TokenVocabulary) -> None:

@@ -20,6 +20,7 @@ from mlxroute.weights.convert import write_model
 from mlxroute.weights.gguf_file import read_gguf
 from mlxroute.weights.gguf_tokenizer import build_tokenizer
 from tests.gguf_files import TinyModel, write_gguf
+from tests.real_vocabularies import sentencepiece_type
 
 TEXTS = [
     "def f(x):\n\treturn x  # 12345\r\n\n\n",
@@ -130,7 +131,7 @@ def test_sentencepiece_gives_the_ids_of_the_original_library(
     writer.add_tokenizer_model("llama")
     writer.add_token_list([processor.id_to_piece(i) for i in ids])
     writer.add_token_scores([processor.get_score(i) for i in ids])
-    writer.add_token_types([_type(processor, i) for i in ids])
+    writer.add_token_types([sentencepiece_type(processor, i) for i in ids])
     writer.add_eos_token_id(processor.eos_id())
     writer.add_add_space_prefix(prefix)
     writer.add_add_bos_token(False)
@@ -141,14 +142,6 @@ def test_sentencepiece_gives_the_ids_of_the_original_library(
     ids_wanted = processor.encode(text)
     assert tokenizer.encode(text).ids == ids_wanted
     assert tokenizer.decode(ids_wanted) == text
-
-
-def _type(processor: Any, token_id: int) -> int:
-    if processor.is_unknown(token_id):
-        return 2
-    if processor.is_control(token_id):
-        return 3
-    return 6 if processor.is_byte(token_id) else 1
 
 
 def test_a_file_without_end_token_is_refused(tmp_path: Path) -> None:

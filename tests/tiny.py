@@ -63,6 +63,25 @@ def make_tiny_model(
     return path
 
 
+def teach_days(path: Path) -> None:
+    """Make an untied tiny model write `d` after `s`, so that it continues `Thurs`.
+
+    That is all a probe needs to see that a server continues a text.
+    """
+    import mlx.core as mx
+
+    vocabulary = json.loads((path / "tokenizer.json").read_text())["model"]["vocab"]
+    file = str(path / "model.safetensors")
+    weights: dict[str, mx.array] = mx.load(file)  # type: ignore[assignment]
+    embedding, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
+    # So large that no layer changes its direction, which is then the head's row for `d`.
+    embedding[vocabulary["s"]] *= 30
+    direction = embedding[vocabulary["s"]] * weights["model.norm.weight"]
+    head[vocabulary["d"]] += 3 * direction / mx.linalg.norm(direction)
+    mx.eval(weights)
+    mx.save_safetensors(file, weights, {"format": "mlx"})
+
+
 def _write_tokenizer(path: Path) -> int:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

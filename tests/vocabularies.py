@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from mlxroute.types import LargeContext
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mlxroute.types import LargeContext, Message, Span
 
 END_ID = 1
 
@@ -52,6 +56,24 @@ class TableVocabulary:
         return tuple(ids)
 
 
+@dataclass(frozen=True)
+class TableTokenizer:
+    """The files of a model: its vocabulary, and a template with its begin and end tokens."""
+
+    vocabulary: TableVocabulary
+
+    def render(self, messages: Sequence[Message]) -> str:
+        turns = [f"<s>{each['role']}\n{each['content']}<|im_end|>\n" for each in messages]
+        return "".join(turns) + "<s>assistant\n"
+
+    def encode_prompt(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part in re.split(r"(<s>|<\|im_end\|>)", text):
+            special = part in ("<s>", "<|im_end|>")
+            ids += [self.vocabulary.id_of(part)] if special else self.vocabulary.encode(part)
+        return ids
+
+
 def _byte_characters() -> dict[str, int]:
     # GPT-2's alphabet: printable bytes as themselves, the others in order from U+0100.
     printable = [b for b in range(256) if 33 <= b <= 126 or (b >= 161 and b != 173)]
@@ -60,6 +82,7 @@ def _byte_characters() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_characters()
+BYTE_CHARACTERS = list(_BYTE_OF)
 
 
 def context(
@@ -68,6 +91,8 @@ def context(
     *,
     answer: tuple[int, ...] = (),
     fragment_ids: tuple[int, ...] = (),
+    messages: tuple[Message, ...] = (),
+    spans: tuple[Span, ...] = (),
 ) -> LargeContext:
     """A context whose text is given, with the ids of its last tokens."""
     return LargeContext(
@@ -75,4 +100,6 @@ def context(
         token_ids=(*answer, *fragment_ids),
         fragment_ids=fragment_ids,
         vocabulary=vocabulary,
+        messages=messages,
+        spans=spans,
     )

@@ -39,6 +39,14 @@ class RouterName(StrEnum):
     ENTROPY = "entropy"
 
 
+class KernelName(StrEnum):
+    """Which form of the logit kernel runs."""
+
+    AUTO = "auto"
+    METAL = "metal"
+    GRAPH = "graph"
+
+
 def _threshold(text: str) -> float:
     try:
         return float(text)
@@ -80,6 +88,9 @@ Stop = Annotated[
     typer.Option(help="End the answer before this text; repeatable.", metavar="TEXT"),
 ]
 System = Annotated[str | None, typer.Option(help="System prompt.", metavar="TEXT")]
+Kernel = Annotated[
+    KernelName | None, typer.Option(help="Form of the logit kernel; auto takes what works.")
+]
 Timeout = Annotated[
     float | None,
     typer.Option(help="Seconds a call, and all faults of an answer, may take.", metavar="S"),
@@ -144,6 +155,7 @@ def chat(
     router: Router = None,
     threshold: Threshold = None,
     mode: ModeOption = None,
+    kernel: Kernel = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -185,6 +197,7 @@ def ask(
     router: Router = None,
     threshold: Threshold = None,
     mode: ModeOption = None,
+    kernel: Kernel = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -297,6 +310,44 @@ def doctor(
             large=large, ca_bundle=ca_bundle, cache_dir=cache_dir, offline=bool(offline)
         )
     raise typer.Exit(run_doctor(settings))
+
+
+bench = typer.Typer(rich_markup_mode=None, help="Measure, beside baselines in the same run.")
+app.add_typer(bench, name="bench")
+Save = Annotated[bool, typer.Option("--save", help="Also write the report to bench/results/.")]
+
+
+@bench.command()
+def speed(
+    small: Small = None,
+    pairs: Annotated[int, typer.Option(help="Answers of each side.", min=1)] = 10,
+    tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=2)] = 128,
+    save: Save = False,
+    adapter: Adapter = None,
+    kernel: Kernel = None,
+    cache_dir: CacheDir = None,
+    offline: Offline = None,
+) -> None:
+    """Decoding that never escalates, beside mlx_lm; `--small random` is a tiny model."""
+    from mlxroute.cli.bench import run_bench_speed
+    from mlxroute.cli.run import settings_from
+
+    settings = settings_from(locals())
+    raise typer.Exit(run_bench_speed(settings, pairs=pairs, tokens=tokens, save=save))
+
+
+@bench.command()
+def kernels(
+    rounds: Annotated[int, typer.Option(help="Timings of each form.", min=1)] = 30,
+    save: Save = False,
+    cache_dir: CacheDir = None,
+) -> None:
+    """The logit kernel beside the plain chain of operations: time, and error to float64."""
+    from mlxroute.cli.bench import run_bench_kernels
+    from mlxroute.cli.run import settings_from
+
+    settings = settings_from({"cache_dir": cache_dir})
+    raise typer.Exit(run_bench_kernels(settings, rounds=rounds, save=save))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -210,6 +210,7 @@ def load_small(settings: Settings, reporter: Any) -> SmallModel:
         adapter=Path(settings.adapter).expanduser() if settings.adapter else None,
         cache_dir=Path(settings.cache_dir).expanduser() if settings.cache_dir else None,
         offline=settings.offline,
+        kernel=settings.kernel,
         progress=reporter.progress,
         notify=reporter.notify,
     )

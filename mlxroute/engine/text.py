@@ -36,12 +36,16 @@ class SpanLog:
 
     def __init__(self) -> None:
         self._spans: list[Span] = []
+        self._named = False
 
     def push(self, text: str, large_ids: tuple[int, ...] | None) -> None:
         """Add a token's text: the small model's (`large_ids` empty), or the large one's.
 
         `large_ids` is None for a further token of the same large token.
         """
+        if large_ids is None and not self._named:
+            large_ids = ()
+        self._named = large_ids is None or bool(large_ids)
         if not text and not large_ids:
             return
         last = self._spans[-1] if self._spans else None

@@ -20,11 +20,19 @@ from mlxroute.types import LargeContext
 _LONGEST_TOKEN: Final = 1000
 
 
+class NotRepeated(LargeProtocolError):
+    """The server wrote other tokens than those it was to write again: no fault of the dialect."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """The wanted positions of a reply, the whole reply, and the size of the request."""
+    """The wanted positions of a reply, the whole reply, and the size of the request.
+
+    `text` is the server's own reading of these positions, empty where it reads more than them.
+    """
 
     entries: tuple[Entry, ...]
+    text: str
     completion: Completion
     uploaded_bytes: int
 
@@ -50,7 +58,7 @@ class Asker:
         self.model_was_named = False
 
     def post(self, path: str, body: Mapping[str, object], *, deadline: Deadline) -> Reply:
-        """POST a JSON body to a route at the server's root; LargeError for all but a success."""
+        """POST JSON to a route at the server's root. Raises LargeError for all but a success."""
         reply = self._transport.call(path, at_root=True, body=_encoded(body), deadline=deadline)
         if reply.status != 200:
             raise self._refusal(error_message(reply.body), reply)
@@ -85,7 +93,9 @@ class Asker:
         completion = self._complete(dialect, prompt, body, bounds, deadline)
         self._count(completion, len(prompt.ids) if context is None else len(context.token_ids))
         rest = self._after(b"".join(expected), completion.entries)
-        return Answered(rest[:count], completion, len(body))
+        entries = rest[:count]
+        text = completion.text if len(entries) == len(completion.entries) else ""
+        return Answered(entries, text, completion, len(body))
 
     def _model_for(self, dialect: Dialect) -> str | None:
         return self.model if dialect.names_model or self.model_was_named else None
@@ -133,7 +143,7 @@ class Asker:
             data += self.reader.in_prompt(entries[skipped].token) or b""
             skipped += 1
         if data != expected or skipped == len(entries):
-            raise LargeProtocolError(
+            raise NotRepeated(
                 f"{self._base_url} did not continue the answer with the tokens it already has"
             )
         return entries[skipped:]

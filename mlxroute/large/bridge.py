@@ -91,12 +91,17 @@ class Bridge:
         return ends[0] if self._reader.ends(entry) and ends else None
 
     def _shared_id(self, token: WireToken) -> int | None:
-        """The token's id if the small vocabulary has the same token under it."""
+        """The token's id if the small vocabulary has the same token under it.
+
+        Of two different vocabularies no fragment passes: the large one could not go on from it.
+        """
         identity = token.token_id
         if identity is None or (piece := self._vocabulary.piece(identity)) is None:
             return None
         if self._same:
             return identity
+        if _whole(self._vocabulary.token_bytes(identity)) is None:
+            return None
         if token.piece is not None:
             return identity if piece == token.piece else None
         own = self._reader.own

@@ -18,7 +18,7 @@ from mlxroute.errors import (
     UsageError,
 )
 from mlxroute.large.address import parse_address
-from mlxroute.large.asker import Answered, Asker
+from mlxroute.large.asker import Answered, Asker, NotRepeated
 from mlxroute.large.breaker import Breaker
 from mlxroute.large.bridge import Bridge, Bridged
 from mlxroute.large.dialects import Form, Prompt, reading_ids
@@ -198,7 +198,11 @@ class LargeModel:
         except UsageError as exc:
             raise LargeRefused(str(exc)) from exc
         pairing = self._paired(context.vocabulary)
-        prompt = pairing.builder.build(context)
+        try:
+            prompt = pairing.builder.build(context)
+        except LargeRefused as exc:
+            self._note(exc)
+            raise
         self._check_length(prompt)
         repeated: tuple[bytes, ...] = ()
         if pairing.builder.dialect.form is not Form.IDS:
@@ -208,10 +212,11 @@ class LargeModel:
         for count in range(1, _MOST_PARTS + 1):
             answered = self._ask(pairing, prompt, context, repeated, count, deadline)
             uploaded += answered.uploaded_bytes
-            bridged = pairing.bridge.token(answered.entries, answered.completion.text)
-            if bridged is not None:
+            bridged = pairing.bridge.token(answered.entries, answered.text)
+            # Behind the end of the answer there is nothing more to ask for.
+            if bridged is not None or answered.completion.ends:
                 break
-        else:
+        if bridged is None:
             raise LargeProtocolError(f"{self.base_url} gives no whole character here")
         completion = answered.completion
         return LargeToken(
@@ -249,11 +254,14 @@ class LargeModel:
                 context=context,
             )
         except LargeError as exc:
-            if not repeated and _misfits(exc):
-                self._settlement.misfit()
+            self._note(exc)
             raise
         self._settlement.fitted()
         return answered
+
+    def _note(self, error: LargeError) -> None:
+        if _misfits(error):
+            self._settlement.misfit()
 
     def _paired(self, vocabulary: Vocabulary) -> _Pairing:
         settlement, known = self._settlement, self._pairing
@@ -300,4 +308,4 @@ def _misfits(error: LargeError) -> bool:
         # A 400 for a prompt that is too long says nothing about how it was asked.
         too_long = re.search(r"context|too long|maximum|exceed", str(error))
         return error.status in _DIALECT_STATUSES and not too_long
-    return isinstance(error, LargeProtocolError)
+    return isinstance(error, LargeProtocolError) and not isinstance(error, NotRepeated)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from mlxroute.large.transport import Deadline, printable
 from mlxroute.large.verdict import Check, Refusal
 from mlxroute.large.wire import Entry
 
-# Statuses that say nothing about the dialect: the key, the load, the server's health.
-_NOT_THE_DIALECT: Final = {401, 402, 403, 408, 429}
+# Statuses that say nothing about the dialect: the key, the load, the server's health. A plain 500
+# is what many servers answer to a body that they do not understand.
+_NOT_THE_DIALECT: Final = {401, 402, 403, 408, 429, 502, 503, 504}
 _SLACK: Final = 1e-3
 _MOST_PARTS: Final = 4
 _TEXT_ONLY: Final = 4
@@ -119,6 +121,7 @@ class Prober:
 
     def _multi_byte(self, dialect: Dialect) -> Check:
         wrote = ""
+        parts_lost = False
         for question in questions.MULTI_BYTE:
             prompt = self._prompt(dialect, question)
             first = self._ask(dialect, prompt, 1)
@@ -133,7 +136,15 @@ class Prober:
                     return Check("multi-byte", True, "whole, after asking for more tokens")
             elif _continues(wrote, question.expected):
                 return Check("multi-byte", True, "whole")
+            parts_lost = parts_lost or self._loses_parts(dialect, prompt)
+        if parts_lost:
+            return Check("multi-byte", False, "a character of several tokens is never whole")
         return Check("multi-byte", None, f"the model wrote {_quoted(wrote)}")
+
+    def _loses_parts(self, dialect: Dialect, prompt: Prompt) -> bool:
+        """Whether as many tokens as any character has still begin with a part of one."""
+        text = self._ask(dialect, prompt, _MOST_PARTS).completion.text
+        return text.startswith(REPLACEMENT)
 
     def _consecutive(self, dialect: Dialect) -> Check:
         """Two calls for one token each write what one call for two tokens does."""
@@ -303,4 +314,4 @@ def _quoted(text: str) -> str:
 
 def _without_address(text: str) -> str:
     """The reason without the address in front, which the reader knows."""
-    return text.split(": ", 1)[1] if text.startswith("http") and ": " in text else text
+    return re.sub(r"^https?://\S+?:? ", "", text)

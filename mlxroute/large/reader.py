@@ -41,7 +41,8 @@ class TokenReader:
         if (own := self._own(token)) is not None and token.token_id is not None:
             return own.token_bytes(token.token_id) or None
         if token.data is not None:
-            return token.data or None
+            # Some servers give the bytes of the text, not of the token.
+            return None if REPLACEMENT.encode() in token.data else token.data or None
         if token.piece is not None:
             return self._pieces.read(token.piece)
         # A part of a character comes as the replacement character, or as nothing.

@@ -17,6 +17,8 @@ from mlxroute.types import LargeContext
 # The server's default is 10 sequences; a user can give it more.
 _FINISHED = 512
 _UNREAD = 16
+# Ids of the small vocabulary that a token of another large one takes, at most, but for oddities.
+_SPELLED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,7 @@ class SentPrompts:
         end = len(context.token_ids) - len(context.fragment_ids)
         for start, asked in reversed(self._unread.items()):
             if prompt.startswith(start) and prompt != start:
-                reach = len(repeated) + max(asked)
+                reach = len(repeated) + max(asked) * _SPELLED
                 ids = context.token_ids[max(0, end - reach) : end]
                 tokens = [context.vocabulary.token_bytes(token_id) for token_id in ids]
                 tail = _slice(tokens, prompt[len(start) :].encode(), before=b"".join(repeated))

@@ -14,6 +14,9 @@ from mlxroute.types import Message, Vocabulary
 
 _SAMPLE: Final = "Hello world"
 _REMEMBERED: Final = 4096
+_ANCHOR: Final = "\n"
+# Statuses that say nothing about whether the route exists.
+_TROUBLE: Final = {408, 429, 502, 503, 504}
 
 
 class Tokenizer(Protocol):
@@ -89,18 +92,26 @@ class ServerTokens:
         self._post = post
         self._model = model
         self._known: dict[tuple[str, str], tuple[int, ...]] = {}
+        self._anchor_ids: tuple[int, ...] = ()
 
     @classmethod
     def find(cls, post: Post, *, model: str | None) -> ServerTokens | None:
-        """The routes of this server, if it has any that tell the truth about a sample text."""
+        """The routes of this server, if it has any that tell the truth about a sample text.
+
+        Raises LargeError for a server that is too busy to say.
+        """
         for kind in (LlamaTokens, VllmTokens):
             found = kind(post, model=model)
             try:
                 ids = found.encode(_SAMPLE)
                 if ids and found.decode(ids).strip() == _SAMPLE:
+                    found.learn_prefix()
                     return found
-            except (LargeProtocolError, LargeRefused):
+            except LargeProtocolError:
                 continue
+            except LargeRefused as exc:
+                if exc.status in _TROUBLE:
+                    raise
         return None
 
     def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
@@ -111,7 +122,18 @@ class ServerTokens:
         return None
 
     def encode(self, text: str) -> tuple[int, ...]:
-        return self._remembered(("text", text), lambda: self._encode(text))
+        return self._remembered(("text", text), lambda: self._without_prefix(text))
+
+    def learn_prefix(self) -> None:
+        """Find out whether the server begins every text with a space, as SentencePiece does."""
+        anchor = self._encode(_ANCHOR)
+        if (rest := _after(anchor, self._encode(_ANCHOR + _SAMPLE))) != self._encode(_SAMPLE):
+            self._anchor_ids = anchor if rest else ()
+
+    def _without_prefix(self, text: str) -> tuple[int, ...]:
+        if not self._anchor_ids or not text:
+            return self._encode(text)
+        return _after(self._anchor_ids, self._encode(_ANCHOR + text)) or self._encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens by their names."""
@@ -175,6 +197,11 @@ class VllmTokens(ServerTokens):
 
     def _named(self, body: dict[str, object]) -> dict[str, object]:
         return body if self._model is None else body | {"model": self._model}
+
+
+def _after(anchor: tuple[int, ...], ids: tuple[int, ...]) -> tuple[int, ...]:
+    """The ids that follow `anchor`; none where the two have merged."""
+    return ids[len(anchor) :] if ids[: len(anchor)] == anchor else ()
 
 
 def _token_ids(reply: Mapping[str, object]) -> tuple[int, ...]:

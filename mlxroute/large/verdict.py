@@ -83,7 +83,7 @@ class VerdictFile:
     def _all(self) -> dict[str, Any]:
         try:
             value = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         fits = isinstance(value, dict) and value.get("format") == _FORMAT
         verdicts = value.get("verdicts") if fits else None
@@ -107,13 +107,33 @@ def _verdict(value: object) -> Verdict | None:
     if not isinstance(value, dict):
         return None
     try:
-        return Verdict(
+        verdict = Verdict(
             **{
                 **value,
                 "checks": tuple(Check(**check) for check in value["checks"]),
                 "refusals": tuple(Refusal(**refusal) for refusal in value["refusals"]),
-                "same": tuple((str(small), bool(same)) for small, same in value["same"]),
+                "same": tuple((small, same) for small, same in value["same"]),
             }
         )
     except (TypeError, KeyError, ValueError):
         return None
+    return verdict if _is_sound(verdict) else None
+
+
+def _is_sound(verdict: Verdict) -> bool:
+    """Whether every value has its type; JSON has numbers where Python has int and float."""
+    texts = [verdict.base_url, verdict.dialect]
+    texts += [text for text in (verdict.model, verdict.tokens) if text is not None]
+    texts += [text for check in verdict.checks for text in (check.name, check.detail)]
+    texts += [text for each in verdict.refusals for text in (each.dialect, each.reason)]
+    texts += [small for small, _ in verdict.same]
+    counts = [verdict.rung, verdict.calls, verdict.context_length or 0]
+    times_s = [verdict.latency_p50_s, verdict.latency_p95_s]
+    truths = [same for _, same in verdict.same]
+    passed = [check.passed for check in verdict.checks if check.passed is not None]
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(type(count) is int for count in counts)
+        and all(type(time_s) in (int, float) for time_s in times_s)
+        and all(isinstance(truth, bool) for truth in (*truths, *passed))
+    )

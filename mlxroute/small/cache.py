@@ -12,8 +12,8 @@ from mlxroute.errors import RollbackError
 class PrefixCache:
     """The KV cache of one sequence beside the ids it was computed from.
 
-    `token_ids` equals what the layers hold, except after an interrupt in the middle of a forward
-    pass; then the next prompt starts anew.
+    `token_ids` equals what the layers hold, but for one token that may run ahead of them, and
+    except after an interrupt in the middle of a forward pass; then the next prompt starts anew.
     """
 
     def __init__(self, model: Any) -> None:
@@ -26,6 +26,7 @@ class PrefixCache:
 
         self.layers: list[Any] = make_prompt_cache(self._model)
         self.token_ids: list[int] = []
+        self._ahead = 0
         self._whole = True
 
     @contextmanager
@@ -39,6 +40,30 @@ class PrefixCache:
         self.token_ids.extend(token_ids)
         self._whole = True
 
+    @contextmanager
+    def running_ahead(self) -> Iterator[None]:
+        """Run a forward pass inside of one token that may yet be taken back."""
+        self._whole = False
+        yield
+        self._ahead = 1
+        self._whole = True
+
+    def confirm(self, token_id: int) -> None:
+        """The token that ran ahead is committed, and this is its id."""
+        self._ahead = 0
+        self.token_ids.append(token_id)
+
+    def take_back(self) -> None:
+        """Drop the token that ran ahead, if there is one."""
+        if self._ahead and self._whole:
+            self._trim(1)
+            self._ahead = 0
+
+    @property
+    def can_run_ahead(self) -> bool:
+        """Whether every layer could give back one token more than it holds now."""
+        return self.can_rollback and all(_has_room(layer) for layer in self.layers)
+
     @property
     def can_rollback(self) -> bool:
         """Whether every layer's cache can give tokens back."""
@@ -48,21 +73,24 @@ class PrefixCache:
 
     def rollback(self, count: int) -> None:
         """Drop the last `count` tokens from every layer; RollbackError if a layer cannot."""
-        from mlx_lm.models.cache import trim_prompt_cache
-
         if count == 0:
             return
         if not self._whole:
             raise RollbackError("a forward pass was interrupted; run a prompt first")
         if count < 0 or count > len(self.token_ids):
             raise RollbackError(f"cannot roll back {count} of {len(self.token_ids)} tokens")
+        self._trim(count)
+        del self.token_ids[-count:]
+
+    def _trim(self, count: int) -> None:
+        from mlx_lm.models.cache import trim_prompt_cache
+
         trimmed = trim_prompt_cache(self.layers, count)
         if trimmed != count:
             raise RollbackError(
                 f"the KV cache gave back {trimmed} of {count} tokens;"
                 " this architecture cannot roll back"
             )
-        del self.token_ids[-count:]
 
     def keep_common_prefix(self, prompt_ids: Sequence[int]) -> int:
         """Keep what a new prompt shares with the cache, leaving its last id out; return the count.
@@ -82,3 +110,12 @@ class PrefixCache:
             return 0
         self.rollback(surplus)
         return common
+
+
+def _has_room(layer: Any) -> bool:
+    """Whether a layer can still be trimmed after one more token; a full window cannot."""
+    parts = getattr(layer, "caches", None)
+    if parts is not None:
+        return all(_has_room(part) for part in parts)
+    size = getattr(layer, "max_size", None)
+    return size is None or layer.offset + 1 < size

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxroute.errors import RollbackError, UsageError
-from mlxroute.small.cache import PrefixCache
-from mlxroute.small.kernels import pack_signals, unpack_signals
+from mlxroute.errors import UsageError
+from mlxroute.small.decoder import Decoder, Head
+from mlxroute.small.kernels import choose
 from mlxroute.tokenizer import ChatTokenizer
 from mlxroute.types import Message, Notify, Progress, Sampling, Signals, no_notice, no_progress
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 # As `mlx_lm.generate_step`, so that the same prompt rounds the same way.
 PREFILL_STEP_SIZE = 2048
-_CLEAR_CACHE_EVERY = 256
 _DEFAULT_CONTEXT = 4096
 _CONTEXT_KEY = "max_position_embeddings"
 
@@ -28,17 +27,23 @@ class SmallModel:
     `model` and `tokenizer` are the `mlx_lm` objects. Not safe for use from several threads.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, name: str) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str,
+        kernel: str = "auto",
+        notify: Notify = no_notice,
+    ) -> None:
+        """`kernel` is auto, metal or graph. Raises UsageError where there is no such kernel."""
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
         self._text = ChatTokenizer(tokenizer, name=name)
         self.vocabulary = self._text.vocabulary
         self.context_length = _context_length(model)
-        self._cache = PrefixCache(model)
-        self._tap = _HiddenStateTap(model)
-        self._steps = 0
-        self._set_sampling(Sampling())
+        self._decoder = Decoder(model, kernel=choose(kernel, notify=notify))
 
     @classmethod
     def load(
@@ -48,6 +53,7 @@ class SmallModel:
         adapter: Path | None = None,
         cache_dir: Path | None = None,
         offline: bool = False,
+        kernel: str = "auto",
         progress: Progress = no_progress,
         notify: Notify = no_notice,
     ) -> SmallModel:
@@ -77,7 +83,7 @@ class SmallModel:
             notify(blas_line)
         check_memory(local.path, role="small")
         model, tokenizer = load(local.path, adapter=adapter)
-        return cls(model, tokenizer, name=local.name)
+        return cls(model, tokenizer, name=local.name, kernel=kernel, notify=notify)
 
     def render(self, messages: Sequence[Message]) -> str:
         """The prompt text of a conversation, ready for the assistant's answer.
@@ -93,7 +99,7 @@ class SmallModel:
     @property
     def cached_ids(self) -> tuple[int, ...]:
         """The ids the KV cache holds."""
-        return tuple(self._cache.token_ids)
+        return tuple(self._decoder.cache.token_ids)
 
     def prefill(
         self,
@@ -107,23 +113,17 @@ class SmallModel:
         Whatever the cache shares with the prompt stays; the rest runs in chunks, all but the
         last id, which seeds the first decode step.
         """
-        import mlx.core as mx
-
         if not prompt_ids:
             raise UsageError("the prompt is empty")
-        self._set_sampling(sampling or Sampling())
-        reused = self._cache.keep_common_prefix(prompt_ids)
+        reused = self._decoder.begin(prompt_ids, sampling or Sampling())
         total = len(prompt_ids)
         done = reused
         progress("prompt", done, total)
         while total - done > 1:
             chunk = prompt_ids[done : min(done + PREFILL_STEP_SIZE, total - 1)]
-            with self._cache.feeding(chunk):
-                self.model(mx.array(list(chunk))[None], cache=self._cache.layers)
-            mx.eval([layer.state for layer in self._cache.layers])
+            self._decoder.feed(chunk)
             done += len(chunk)
             progress("prompt", done, total)
-            mx.clear_cache()
         signals = self.step(prompt_ids[-1])
         progress("prompt", total, total)
         return signals, reused
@@ -133,21 +133,15 @@ class SmallModel:
         return self.extend((token_id,))
 
     def extend(self, token_ids: Sequence[int]) -> Signals:
-        """Feed committed tokens in one pass; return the signals of the position after the last."""
-        import mlx.core as mx
+        """Feed committed tokens in one pass; return the signals of the position after the last.
 
-        with self._cache.feeding(token_ids):
-            logits = self.model(mx.array(list(token_ids))[None], cache=self._cache.layers)
-        signals = unpack_signals(pack_signals(logits[:, -1, :], self._sampler))
-        self._steps += 1
-        if self._steps % _CLEAR_CACHE_EVERY == 0:
-            mx.clear_cache()
-        return signals
+        The next position is queued meanwhile; committing this one's own token finds it under way.
+        """
+        return self._decoder.step(token_ids)
 
     def rollback(self, count: int) -> None:
         """Take the last `count` fed tokens back. Raises RollbackError."""
-        self._cache.rollback(count)
-        self._tap.forget()
+        self._decoder.rollback(count)
 
     def hidden_state(self) -> mx.array:
         """Final-norm output at the last fed position, [hidden size], in the model's dtype.
@@ -155,55 +149,11 @@ class SmallModel:
         Raises RollbackError before the first step or after a rollback, UsageError for an
         architecture whose final norm is not known.
         """
-        state = self._tap.last()
-        if state is None:
-            raise RollbackError("no hidden state: run a step first")
-        last: mx.array = state[0, -1]
-        return last
+        return self._decoder.hidden_state()
 
-    def _set_sampling(self, sampling: Sampling) -> None:
-        import mlx.core as mx
-        from mlx_lm.sample_utils import make_sampler
-
-        self._sampler = make_sampler(temp=sampling.temperature, top_p=sampling.top_p)
-        if sampling.seed is not None:
-            mx.random.seed(sampling.seed)
-
-
-class _HiddenStateTap:
-    """Remembers what a model's final norm last returned, without a second forward pass."""
-
-    def __init__(self, model: Any) -> None:
-        self._seen: list[Any] = []
-        norm = _final_norm(model)
-        self._found = norm is not None
-        if norm is None:
-            return
-        seen = self._seen
-        plain = type(norm)
-
-        def call(module: Any, hidden: Any) -> Any:
-            output = plain.__call__(module, hidden)
-            seen[:] = [output]
-            return output
-
-        norm.__class__ = type(plain.__name__, (plain,), {"__call__": call})
-
-    def forget(self) -> None:
-        self._seen.clear()
-
-    def last(self) -> Any:
-        if not self._found:
-            raise UsageError("this architecture's final hidden state is not known to mlxroute")
-        return self._seen[0] if self._seen else None
-
-
-def _final_norm(model: Any) -> Any:
-    for holder in (model, getattr(model, "language_model", None)):
-        norm = getattr(getattr(holder, "model", None), "norm", None)
-        if norm is not None:
-            return norm
-    return None
+    def set_head(self, head: Head | None) -> None:
+        """Evaluate a learned head in every step's graph; its score is in the signals."""
+        self._decoder.set_head(head)
 
 
 def _context_length(model: Any) -> int:

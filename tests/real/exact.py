@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import requests
 
 from mlxroute.small import SmallModel
-from mlxroute.types import Token
+from mlxroute.types import Message, Token
+from tests.real.servers import Kind, RunningServer
 
 NEAR_TIE_NATS = 0.01
 
@@ -44,15 +46,81 @@ def server_greedy(url: str, prompt_text: str, count: int) -> list[dict[str, Any]
     return entries
 
 
+def own_answer(server: RunningServer, prompt_text: str, count: int) -> list[dict[str, Any]]:
+    """A server's own greedy answer, as {"id", "gap"}; the gap is inf where it is unknown."""
+    match server.kind:
+        case Kind.LLAMA_SERVER:
+            return _llama_answer(server, prompt_text, count)
+        case Kind.VLLM:
+            return _vllm_answer(server, prompt_text, count)
+        case Kind.MLX_LM:
+            return server_greedy(server.url, prompt_text, count)
+
+
+def _llama_answer(server: RunningServer, prompt_text: str, count: int) -> list[dict[str, Any]]:
+    body = {"prompt": prompt_text, "n_predict": count, "temperature": 0, "n_probs": 2}
+    reply = _post(f"{server.root}/completion", body | {"return_tokens": True})
+    named, entries = list(reply.get("completion_probabilities", [])), []
+    for token_id in reply["tokens"]:
+        # A token that leaves its character unfinished has no entry.
+        found = named.pop(0) if named and named[0]["id"] == token_id else None
+        top = [] if found is None else [top["logprob"] for top in found["top_logprobs"]]
+        entries.append({"id": token_id, "gap": _gap(top)})
+    return entries
+
+
+def _vllm_answer(server: RunningServer, prompt_text: str, count: int) -> list[dict[str, Any]]:
+    body = {
+        "model": server.model_id,
+        "prompt": prompt_text,
+        "max_tokens": count,
+        "temperature": 0,
+        "logprobs": 2,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+    }
+    choice = _post(f"{server.url}/completions", body)["choices"][0]
+    tops = choice["logprobs"]["top_logprobs"]
+    return [
+        {"id": token_id, "gap": _gap(sorted(top.values(), reverse=True))}
+        for token_id, top in zip(choice["token_ids"], tops, strict=True)
+    ]
+
+
+def chat_answer(server: RunningServer, messages: list[Message], count: int) -> tuple[str, bool]:
+    """The text a server's own chat route writes greedily, and whether it ended by itself."""
+    body = {
+        "model": server.model_id,
+        "messages": messages,
+        "max_tokens": count,
+        "temperature": 0,
+    }
+    choice = _post(f"{server.url}/chat/completions", body)["choices"][0]
+    return choice["message"].get("content") or "", choice["finish_reason"] == "stop"
+
+
+def _post(url: str, body: dict[str, Any]) -> Any:
+    reply = requests.post(url, json=body, timeout=300)
+    reply.raise_for_status()
+    return reply.json()
+
+
+def _gap(logprobs: list[float]) -> float:
+    return logprobs[0] - logprobs[1] if len(logprobs) > 1 else math.inf
+
+
 def first_difference(
     tokens: list[Token], expected: list[dict[str, Any]]
 ) -> tuple[int, float] | None:
     """Where the two answers part, and the smaller of the two top-2 gaps seen there."""
     for index, (token, entry) in enumerate(zip(tokens, expected, strict=False)):
         if token.token_id != entry["id"]:
-            gaps = [entry["gap"]]
-            if token.escalation and token.escalation.large:
-                top = [logprob for _, logprob in token.escalation.large.top[:2]]
-                gaps += [top[0] - top[1]] if len(top) == 2 else []
-            return index, min(gaps)
+            return index, min(entry["gap"], top_gap(token))
     return None
+
+
+def top_gap(token: Token) -> float:
+    """Between the large model's two best choices for a token, in nats; inf if unknown."""
+    if token.escalation is None or token.escalation.large is None:
+        return math.inf
+    return _gap([logprob for _, logprob in token.escalation.large.top])

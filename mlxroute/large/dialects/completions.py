@@ -62,7 +62,7 @@ class PlainCompletions:
         # Empty text can also be a fragment or a special token: only `stop` makes it the end.
         if choice.get("finish_reason") == "stop":
             last = entries[-1].token
-            if text and not is_special(text) and (last.text or last.data):
+            if text and not is_special(last.text or "") and (last.text or last.data):
                 entries = (*entries, Entry(WireToken(text="")))
             entries = ended(entries)
         return Completion(entries, text, **counts(reply))

@@ -1,5 +1,6 @@
 """The logit kernel: everything the router needs, from one row of logits, in one packed row."""
 
-from mlxroute.small.kernels.graph import TOP_K, pack_signals, unpack_signals
+from mlxroute.small.kernels.choice import NAMES, Kernel, choose
+from mlxroute.small.kernels.row import unpack
 
-__all__ = ["TOP_K", "pack_signals", "unpack_signals"]
+__all__ = ["NAMES", "Kernel", "choose", "unpack"]

@@ -1,0 +1,1 @@
+"""Measurements: what a step costs, beside baselines measured in the same run."""

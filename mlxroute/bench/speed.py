@@ -1,0 +1,195 @@
+"""Never-escalating mlxroute beside `mlx_lm`, in turns, on the same weights."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlxroute.bench.framework import interleaved, ratios, seconds, spread
+from mlxroute.bench.kernels import fused
+from mlxroute.engine import generate
+from mlxroute.engine.stats import gaps, percentile
+from mlxroute.routers import EntropyRouter
+from mlxroute.small import SmallModel
+from mlxroute.types import Progress, no_progress
+
+CONTEXTS = (128, 512, 1024, 2048, 4096)
+VOCABULARIES = (8_192, 49_152, 151_936, 262_144)
+_CONTEXT_STEPS = 16
+_MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One answer: its tokens, and when each was handed out, from the start of the request."""
+
+    token_ids: tuple[int, ...]
+    times_s: tuple[float, ...]
+    peak_bytes: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        return (len(self.times_s) - 1) / (self.times_s[-1] - self.times_s[0])
+
+
+def bench_speed(
+    small: SmallModel,
+    prompts: Sequence[str],
+    *,
+    pairs: int,
+    tokens: int,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Answers, growth with the context and with the vocabulary; see the README for the fields."""
+    total = 2 * (pairs + 1)
+    done = itertools.count(1)
+
+    def counted(side: Any) -> Any:
+        def run(index: int) -> Run:
+            result: Run = side(small, prompts[index % len(prompts)], tokens)
+            progress("pairs", next(done), total)
+            return result
+
+        return run
+
+    runs = interleaved({"mlxroute": counted(_mlxroute), "mlx_lm": counted(_mlx_lm)}, rounds=pairs)
+    ours, theirs = runs["mlxroute"], runs["mlx_lm"]
+    kernel_s = _kernel_seconds(_vocabulary_size(small))
+    itl_s = percentile(gaps(ours[0].times_s), 0.5)
+    return {
+        "small": small.name,
+        "pairs": pairs,
+        "tokens": [len(run.token_ids) for run in ours],
+        "same_tokens": all(a.token_ids == b.token_ids for a, b in zip(ours, theirs, strict=True)),
+        "ratio_tokens_per_s": ratios(*_each(runs, lambda run: run.tokens_per_s)),
+        "ratio_ttft": ratios(*_each(runs, lambda run: run.times_s[0])),
+        "extra_peak_mib": spread(
+            [(a.peak_bytes - b.peak_bytes) / _MIB for a, b in zip(ours, theirs, strict=True)],
+            digits=1,
+        ),
+        **{name: _summary(side) for name, side in runs.items()},
+        "router_share_of_step": round(kernel_s / itl_s, 5),
+        "by_context": [_at_context(small, n) for n in CONTEXTS if _fits(small, n)],
+        "kernel_ms_by_vocabulary": {
+            str(size): round(1e3 * _kernel_seconds(size), 4) for size in VOCABULARIES
+        },
+    }
+
+
+def _each(runs: dict[str, list[Run]], figure: Any) -> tuple[list[float], list[float]]:
+    return [figure(run) for run in runs["mlxroute"]], [figure(run) for run in runs["mlx_lm"]]
+
+
+def _summary(runs: Sequence[Run]) -> dict[str, Any]:
+    itl = [gaps(run.times_s) for run in runs]
+    p50, p95 = ([percentile(values, at) for values in itl] for at in (0.5, 0.95))
+    return {
+        "tokens_per_s": spread([run.tokens_per_s for run in runs]),
+        "ttft_s": spread([run.times_s[0] for run in runs]),
+        "itl_p50_s": spread(p50, digits=6),
+        "itl_p95_s": spread(p95, digits=6),
+        "itl_p95_over_p50": ratios(p95, p50),
+        "peak_mib": spread([run.peak_bytes / _MIB for run in runs], digits=1),
+    }
+
+
+def _mlxroute(small: SmallModel, prompt: str, count: int) -> Run:
+    _fresh(small)
+    began = time.perf_counter()
+    answer = generate(small, None, prompt, router=EntropyRouter(math.inf), max_tokens=count)
+    return _recorded((token.token_id for token in answer), began)
+
+
+def _mlx_lm(small: SmallModel, prompt: str, count: int) -> Run:
+    from mlx_lm import stream_generate
+
+    _fresh(small)
+    began = time.perf_counter()
+    ids = small.encode_prompt(small.render([{"role": "user", "content": prompt}]))
+    replies = stream_generate(small.model, small.tokenizer, ids, max_tokens=count)
+    return _recorded((reply.token for reply in replies), began)
+
+
+def _recorded(token_ids: Iterator[int], began: float) -> Run:
+    import mlx.core as mx
+
+    seen = [(token_id, time.perf_counter() - began) for token_id in token_ids]
+    ids, times_s = zip(*seen, strict=True)
+    return Run(ids, times_s, mx.get_peak_memory())
+
+
+def _fresh(small: SmallModel) -> None:
+    """No reused prompt, no step under way, no memory of the run before."""
+    import mlx.core as mx
+
+    small.rollback(len(small.cached_ids))
+    mx.synchronize()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+
+
+def _fits(small: SmallModel, count: int) -> bool:
+    return count + _CONTEXT_STEPS < small.context_length
+
+
+def _at_context(small: SmallModel, count: int) -> dict[str, Any]:
+    """Median seconds a step of both sides behind a prompt of `count` tokens."""
+    words = small.encode_prompt("The quick brown fox jumps over the lazy dog. ")
+    prompt_ids = list(itertools.islice(itertools.cycle(words), count))
+    _fresh(small)
+    ours = _median_gap(_our_steps(small, prompt_ids))
+    _fresh(small)
+    theirs = _median_gap(_their_steps(small, prompt_ids))
+    return {
+        "context": count,
+        "mlxroute_step_s": round(ours, 6),
+        "mlx_lm_step_s": round(theirs, 6),
+        "ratio_tokens_per_s": round(theirs / ours, 3),
+    }
+
+
+def _our_steps(small: SmallModel, prompt_ids: list[int]) -> Iterator[int]:
+    signals, _ = small.prefill(prompt_ids)
+    for _ in range(_CONTEXT_STEPS):
+        yield signals.token_id
+        signals = small.step(signals.token_id)
+
+
+def _their_steps(small: SmallModel, prompt_ids: list[int]) -> Iterator[int]:
+    import mlx.core as mx
+    from mlx_lm.generate import generate_step
+
+    for token, _ in generate_step(mx.array(prompt_ids), small.model, max_tokens=_CONTEXT_STEPS):
+        yield int(token)
+
+
+def _median_gap(token_ids: Iterator[int]) -> float:
+    times = [time.perf_counter() for _ in token_ids]
+    return percentile(gaps(times), 0.5)
+
+
+def _vocabulary_size(small: SmallModel) -> int:
+    import mlx.core as mx
+
+    return int(small.model(mx.array([[0]])).shape[-1])
+
+
+def _kernel_seconds(size: int) -> float:
+    """Median time of kernel, transfer, signals and router score for one row of this length."""
+    import mlx.core as mx
+
+    logits = mx.random.normal((1, size), key=mx.random.key(0)) * 3
+    mx.eval(logits)
+    form = fused("auto")
+    router = EntropyRouter(1.0)
+
+    def work() -> None:
+        signals: Any = form(logits)
+        router.escalates(router.score(signals))
+
+    work()
+    return percentile([seconds(work) for _ in range(21)], 0.5)

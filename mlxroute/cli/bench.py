@@ -1,0 +1,146 @@
+"""`bench`: run a measurement, show it as a table, end stdout with one line of JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxroute.cli.run import load_small
+from mlxroute.config import Settings
+from mlxroute.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mlxroute.small import SmallModel
+
+RANDOM = "random"
+_RESULTS = Path("bench", "results")
+
+
+def run_bench_speed(settings: Settings, *, pairs: int, tokens: int, save: bool) -> int:
+    """Decode with mlxroute and with mlx_lm in turns; return the exit code."""
+    from mlxroute.cli.output import consoles
+    from mlxroute.cli.progress import Reporter
+
+    _, err = consoles()
+    with Reporter(err) as reporter, tempfile.TemporaryDirectory() as folder:
+        small = _load(settings, reporter, Path(folder))
+        from mlxroute.bench.speed import bench_speed
+
+        with err.status("measuring") as status:
+
+            def progress(label: str, done: int, total: int | None) -> None:
+                status.update(f"measuring: answer {done} of {total}")
+
+            report = bench_speed(small, _prompts(), pairs=pairs, tokens=tokens, progress=progress)
+    _show_speed(report, err)
+    return _finish(report, f"speed-{small.name}", save=save)
+
+
+def run_bench_kernels(settings: Settings, *, rounds: int, save: bool) -> int:
+    """Time the forms of the logit kernel and show their errors; return the exit code."""
+    from mlxroute.backend import blas
+    from mlxroute.cli.app import cache_dir_of
+    from mlxroute.cli.output import consoles
+
+    _, err = consoles()
+    blas.interpose(cache_dir_of(settings.cache_dir))
+    from mlxroute.bench.kernels import bench_kernels
+
+    with err.status("measuring"):
+        report = bench_kernels(rounds=rounds)
+    _show_kernels(report, err)
+    return _finish(report, "kernels", save=save)
+
+
+def _load(settings: Settings, reporter: Any, folder: Path) -> SmallModel:
+    if settings.small != RANDOM:
+        return load_small(settings, reporter)
+    from mlxroute.backend import blas
+    from mlxroute.cli.app import cache_dir_of
+
+    blas.interpose(cache_dir_of(settings.cache_dir))
+    from mlxroute.backend.load import load
+    from mlxroute.bench.random_model import write_random_model
+    from mlxroute.small import SmallModel
+
+    model, tokenizer = load(write_random_model(folder / RANDOM))
+    return SmallModel(model, tokenizer, name=RANDOM, kernel=settings.kernel)
+
+
+def _prompts() -> list[str]:
+    """The prompts in the repository, or their copy in an installed package."""
+    package = Path(__file__).parents[1]
+    for folder in (package / "_prompts", package.parent / "bench" / "prompts"):
+        file = folder / "varied.jsonl"
+        if file.is_file():
+            lines = file.read_text(encoding="utf-8").splitlines()
+            return [str(json.loads(line)["prompt"]) for line in lines]
+    raise UsageError("the prompts of the bench are not installed; run it from the repository")
+
+
+def _show_speed(report: dict[str, Any], err: Console) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold", title=report["small"])
+    for column in ("figure (median)", "mlxroute", "mlx_lm", "ratio"):
+        table.add_column(column)
+    ours, theirs = report["mlxroute"], report["mlx_lm"]
+    known = {"tokens_per_s": "ratio_tokens_per_s", "ttft_s": "ratio_ttft"}
+    for key in ours:
+        ratio = report[known[key]] if key in known else None
+        table.add_row(
+            key,
+            str(ours[key]["median"]),
+            str(theirs[key]["median"]),
+            f"{ratio['median']} ({ratio['min']} to {ratio['max']})" if ratio else "",
+        )
+    for entry in report["by_context"]:
+        table.add_row(
+            f"step_s behind {entry['context']} tokens",
+            str(entry["mlxroute_step_s"]),
+            str(entry["mlx_lm_step_s"]),
+            str(entry["ratio_tokens_per_s"]),
+        )
+    err.print(table)
+    same = "the same tokens" if report["same_tokens"] else "DIFFERENT TOKENS"
+    err.print(f"{same}; kernel and router are {report['router_share_of_step']:.2%} of a step")
+
+
+def _show_kernels(report: dict[str, Any], err: Console) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("vocabulary", "form", "ms", "chain over it", "error to float64", "same top 8"):
+        table.add_column(column)
+    for entry in report["kernels"]:
+        for name, times in entry["ms"].items():
+            ratio, error = entry["chain_over"].get(name), entry["error"].get(name)
+            table.add_row(
+                f"{entry['vocabulary']:,}",
+                name,
+                f"{times['median']:.3f}",
+                f"{ratio['median']}x" if ratio else "",
+                f"{error['entropy_nats']:.1e} nats" if error else "",
+                ("yes" if error["same_top_ids"] else "NO") if error else "",
+            )
+    err.print(table)
+    err.print(f"Metal: {report['metal']}", soft_wrap=True, markup=False)
+
+
+def _finish(report: dict[str, Any], name: str, *, save: bool) -> int:
+    from mlxroute.bench.framework import circumstances
+
+    command = " ".join(["mlxroute", *sys.argv[1:]])
+    report = {**circumstances(command), **report}
+    if save:
+        _RESULTS.mkdir(parents=True, exist_ok=True)
+        file = _RESULTS / f"{name}.json"
+        file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    sys.stdout.write(json.dumps(report) + "\n")
+    sys.stdout.flush()
+    return 0

@@ -1,0 +1,82 @@
+"""A learned head: a small perceptron on the final hidden state and the position's signals."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlxroute.errors import WeightsError
+from mlxroute.small.kernels.row import HEAD, LN_2
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+# entropy (nats), varentropy, the best logprob, margin
+SIGNAL_COUNT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class MlpHead:
+    """Layers (weight [out, in], bias [out]) with ReLU between them; the last gives one score.
+
+    The first layer takes the hidden state, then `signal_features`.
+    """
+
+    layers: tuple[tuple[mx.array, mx.array], ...]
+
+    @classmethod
+    def load(cls, path: Path, *, hidden_size: int) -> MlpHead:
+        """Read `0.weight`, `0.bias`, `1.weight`, ... of a safetensors file.
+
+        Raises WeightsError when they are not the layers of a head for this hidden size.
+        """
+        import mlx.core as mx
+
+        try:
+            found = mx.load(str(path))
+        except (OSError, RuntimeError, ValueError) as exc:
+            raise WeightsError(f"the head {path} cannot be read: {exc}") from exc
+        if not isinstance(found, dict):
+            raise WeightsError(f"the head {path} is not a safetensors file")
+        layers = []
+        for index in itertools.count():
+            if f"{index}.weight" not in found:
+                break
+            weight = found.pop(f"{index}.weight").astype(mx.float32)
+            bias = found.pop(f"{index}.bias", mx.zeros(0)).astype(mx.float32)
+            layers.append((weight, bias))
+        sizes = [hidden_size + SIGNAL_COUNT, *(weight.shape[0] for weight, _ in layers)]
+        wanted = [((out, into), (out,)) for into, out in itertools.pairwise(sizes)]
+        if found or [(w.shape, b.shape) for w, b in layers] != wanted or sizes[-1] != 1:
+            raise WeightsError(
+                f"the head {path} does not fit: its layers must lead from {sizes[0]} values"
+                f" ({hidden_size} of the hidden state, {SIGNAL_COUNT} signals) to 1"
+            )
+        return cls(tuple(layers))
+
+    def __call__(self, hidden: mx.array, packed: mx.array) -> mx.array:
+        """Scores [B, 1] of hidden states [B, D] and packed rows, lazily."""
+        import mlx.core as mx
+
+        values = mx.concatenate([hidden.astype(mx.float32), signal_features(packed)], axis=-1)
+        for index, (weight, bias) in enumerate(self.layers):
+            values = values if index == 0 else mx.maximum(values, 0.0)
+            values = values @ weight.T + bias
+        return values
+
+
+def signal_features(packed: mx.array) -> mx.array:
+    """What a head sees of packed rows, [B, 4] in float32."""
+    import mlx.core as mx
+
+    s, t, u = (packed[:, i : i + 1] for i in (2, 3, 4))
+    k = (packed.shape[1] - HEAD) // 2
+    log_s = mx.log(s)
+    mean = t / s
+    entropy = log_s - LN_2 * mean
+    varentropy = LN_2 * LN_2 * (u / s - mean * mean)
+    gap = packed[:, HEAD + k + 1 : HEAD + k + 2] - packed[:, HEAD + k : HEAD + k + 1]
+    margin = (1.0 - mx.exp(gap)) / s
+    return mx.concatenate([entropy, varentropy, -log_s, margin], axis=-1)

@@ -1,0 +1,96 @@
+"""Which form of the kernel runs here."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+from mlxroute.errors import UsageError
+from mlxroute.small.kernels import graph, metal
+from mlxroute.small.kernels.row import HEAD
+from mlxroute.types import Notify
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+Kernel = Callable[["mx.array"], "mx.array"]
+"""Logits [B, V] to packed rows, lazily."""
+
+NAMES = ("auto", "metal", "graph")
+# Of the sums, relative: what exponentials and orders of addition differ by.
+_TOLERANCE = 1e-4
+
+
+def choose(name: str, *, notify: Notify) -> Kernel:
+    """The kernel called `name`; `auto` is Metal's where it works, else the graph.
+
+    Raises UsageError for an unknown name, and for `metal` where it does not work.
+    """
+    if name not in NAMES:
+        raise UsageError(f"no kernel named {name!r}; there are: {', '.join(NAMES)}")
+    if name == "graph" or (name == "auto" and not _has_metal()):
+        return graph.pack_signals
+    fault = "MLX has no Metal GPU here" if not _has_metal() else _fault_of_metal()
+    if fault is None:
+        return metal.pack_signals
+    if name == "metal":
+        raise UsageError(f"--kernel metal: {fault}; use --kernel auto")
+    notify(f"the Metal kernel is not used: {fault}; the graph form does its work")
+    return graph.pack_signals
+
+
+def _has_metal() -> bool:
+    import mlx.core as mx
+
+    return mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu)
+
+
+@functools.cache
+def _fault_of_metal() -> str | None:
+    return self_test(metal.pack_signals)
+
+
+def self_test(kernel: Kernel) -> str | None:
+    """What is wrong with a kernel on hard rows, the graph being right; None if nothing is."""
+    import mlx.core as mx
+
+    for label, logits in _hard_rows():
+        try:
+            got = cast("list[float]", kernel(logits)[0].tolist())
+        except (RuntimeError, ValueError) as exc:
+            return f"it failed on {label} ({' '.join(str(exc).split())[:200]})"
+        expected = cast("list[float]", graph.pack_signals(logits)[0].tolist())
+        # In half precision the greedy id may differ, by how a logsumexp rounds.
+        token = slice(0, 2 if logits.dtype == mx.float32 else 0)
+        exact = [values[token] + values[HEAD:] for values in (got, expected)]
+        sums = zip(got[2:HEAD], expected[2:HEAD], strict=True)
+        if exact[0] != exact[1] or not all(_near(a, b) for a, b in sums):
+            return f"it is wrong on {label}"
+    return None
+
+
+def _near(a: float, b: float) -> bool:
+    return (math.isnan(a) and math.isnan(b)) or math.isclose(
+        a, b, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE
+    )
+
+
+def _hard_rows() -> list[tuple[str, mx.array]]:
+    import mlx.core as mx
+
+    key = mx.random.key(0)
+    wide = mx.random.normal((1, 50_257), key=key) * 4
+    ties = mx.round(mx.random.normal((1, 9_001), key=key))
+    masked = mx.where(ties > 0, ties, -mx.inf)
+    return [
+        ("five values", mx.array([[0.5, -1.0, 2.0, 2.0, 0.0]])),
+        ("a wide row", wide),
+        ("a wide row in bfloat16", wide.astype(mx.bfloat16)),
+        ("a row in float16", ties.astype(mx.float16)),
+        ("ties", ties),
+        ("masked values", masked),
+        ("a NaN", mx.where(mx.arange(9_001) == 7, mx.nan, ties)),
+        ("an infinity", mx.where(mx.arange(9_001) == 8_999, mx.inf, ties)),
+    ]

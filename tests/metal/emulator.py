@@ -1,0 +1,218 @@
+"""Runs the Metal text that MLX generates, on a CPU, in place of `mx.fast.metal_kernel`'s kernels.
+
+A kernel that is called inside export tracing is not run, but MLX prints the whole text it would
+give to Metal. That text is compiled as C++ against `shim.h` and run on the same arrays, so that
+the Python side of the kernel is tested with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxroute.small.kernels import metal
+
+# As a C compiler, so that it does not build a C++ library first.
+CLANG = (sys.executable, "-m", "ziglang", "cc", "-x", "c++")
+GXX = ("g++",)
+FORWARD, BACKWARD, RANDOM = 0, 1, 7
+
+_SHIM = Path(__file__).with_name("shim.h")
+_FLAGS = (
+    *("-std=c++20", "-O1", "-fPIC", "-shared", "-w", "-U_FORTIFY_SOURCE"),
+    *("-fno-exceptions", "-fno-rtti"),
+)
+_ATTRIBUTES = {
+    "thread_position_in_threadgroup": "uint3{shim::machine.current, 0, 0}",
+    "threadgroup_position_in_grid": "uint3{shim::machine.group_x, shim::machine.group_y, 0}",
+    "threadgroups_per_grid": "uint3{shim::machine.groups_x, 1, 1}",
+    "thread_index_in_simdgroup": "shim::machine.current % 32",
+    "simdgroup_index_in_threadgroup": "shim::machine.current / 32",
+}
+
+
+class EmulationError(Exception):
+    """The kernel broke a rule that a GPU does not enforce."""
+
+
+def default_compiler() -> Sequence[str]:
+    """g++ where there is one; the clang of the `ziglang` wheel everywhere else."""
+    return GXX if shutil.which("g++") else CLANG
+
+
+class Emulator:
+    """Stands in for `metal.kernel`: gives kernel objects that run here.
+
+    `mutate` changes a kernel's text before it is compiled. `texts` holds every text that was run.
+    """
+
+    def __init__(
+        self,
+        *,
+        compiler: Sequence[str] | None = None,
+        flags: Sequence[str] = (),
+        schedule: int = FORWARD,
+        mutate: Callable[[str], str] = str,
+    ) -> None:
+        self._compiler = (*(compiler or default_compiler()), *flags)
+        self._schedule = schedule
+        self._mutate = mutate
+        self.texts: list[str] = []
+
+    def kernel(self, name: str) -> Callable[..., list[mx.array]]:
+        """A kernel object for the source called `name`."""
+        return functools.partial(self._run, _real_kernel(name))
+
+    def _run(self, kernel: Any, *, inputs: list[mx.array], **call: Any) -> list[mx.array]:
+        text = self._mutate(_generated(kernel, inputs, call))
+        self.texts.append(text)
+        given = [np.array(value.view(mx.uint8)) for value in inputs]
+        shapes = [np.array(value.shape, dtype=np.int32) for value in inputs]
+        made = [np.full(shape, np.nan, dtype=np.float32) for shape in call["output_shapes"]]
+        _execute(
+            _compiled(text, self._compiler),
+            [*given, *(s for s, i in zip(shapes, inputs, strict=True) if _uses_shape(text)), *made],
+            call["grid"],
+            call["threadgroup"],
+            self._schedule,
+        )
+        return [mx.array(value) for value in made]
+
+
+# Kept from the module itself, which the tests patch.
+_real_kernel = metal.kernel
+
+
+def _uses_shape(text: str) -> bool:
+    return bool(re.search(r"\w+_shape \[\[buffer", text))
+
+
+def _generated(kernel: Any, inputs: list[mx.array], call: dict[str, Any]) -> str:
+    key = (kernel, tuple((i.shape, i.dtype) for i in inputs), tuple(call["template"]))
+    if key not in _TEXTS:
+        _TEXTS[key] = _trace(kernel, inputs, call)
+    return _TEXTS[key]
+
+
+_TEXTS: dict[Any, str] = {}
+
+
+def _trace(kernel: Any, inputs: list[mx.array], call: dict[str, Any]) -> str:
+    """What MLX prints while it traces a call of `kernel`."""
+
+    def traced(*arrays: mx.array) -> Any:
+        return kernel(inputs=list(arrays), verbose=True, **call)
+
+    with tempfile.TemporaryDirectory() as folder:
+        sys.stdout.flush()
+        kept = os.dup(1)
+        log = Path(folder, "log")
+        with log.open("wb") as stream:
+            os.dup2(stream.fileno(), 1)
+            try:
+                mx.export_function(str(Path(folder, "traced.mlxfn")), traced, *inputs)
+            finally:
+                # C++ streams of MLX flush at every line end.
+                os.dup2(kept, 1)
+                os.close(kept)
+        printed = log.read_text(encoding="ascii")
+    found = re.search(r"```\n(.*)```", printed, re.DOTALL)
+    assert found, printed
+    return found[1]
+
+
+def as_cpp(text: str) -> str:
+    """The generated text as C++, with a function that runs it."""
+    instantiation = re.search(r"\ntemplate \[\[host_name.*decltype\((\w+<.*>)\) .*;\n", text)
+    assert instantiation, text
+    body = text.replace(instantiation[0], "\n")
+    signature = re.search(r"\[\[kernel\]\] void \w+\((.*?)\) \{", body, re.DOTALL)
+    assert signature, text
+    arguments = []
+    for index, parameter in enumerate(signature[1].split(",\n")):
+        declared, attribute = re.match(r"\s*(.*\S)\s*\[\[(.*)\]\]", parameter).groups()  # type: ignore[union-attr]
+        if attribute.startswith("buffer"):
+            kind = declared.rsplit(" ", 1)[0]
+            arguments.append(f"({kind})shim_buffers[{index}]")
+        else:
+            arguments.append(_ATTRIBUTES[attribute])
+    return (
+        f'#include "shim.h"\n{_threadgroup_arrays(body)}\n'
+        "static void **shim_buffers;\n"
+        f"static void shim_body() {{ {instantiation[1]}({', '.join(arguments)}); }}\n"
+        'extern "C" const char *shim_run(\n'
+        "    void **buffers, const uint *grid, const uint *threads, uint schedule) {\n"
+        "  shim_buffers = buffers;\n"
+        "  return shim::run(shim_body, grid, threads, schedule);\n"
+        "}\n"
+    )
+
+
+def _threadgroup_arrays(text: str) -> str:
+    """Threadgroup arrays as references into the shim's memory, one behind the other."""
+    offsets = ["0"]
+
+    def reference(found: re.Match[str]) -> str:
+        kind, name, count = found.groups()
+        begin = offsets[-1]
+        bytes_ = f"sizeof({kind}) * ({count})"
+        offsets.append(f"{begin} + {bytes_}")
+        typed = f"SHIM_THREADGROUP {kind}"
+        memory = f"shim::threadgroup_memory<{begin}, {bytes_}>()"
+        return f"{typed} (&{name})[{count}] = *({typed} (*)[{count}]){memory};"
+
+    return re.sub(r"threadgroup (\w+) (\w+)\[([^\]]+)\];", reference, text)
+
+
+@functools.cache
+def _folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="mlxroute-metal-"))
+
+
+@functools.cache
+def _compiled(text: str, command: Sequence[str]) -> Any:
+    source = as_cpp(text)
+    key = hashlib.sha256(repr((source, command)).encode()).hexdigest()[:16]
+    file, library = _folder() / f"{key}.cpp", _folder() / f"{key}.so"
+    file.write_text(source, encoding="ascii")
+    result = subprocess.run(
+        [*command, *_FLAGS, f"-I{_SHIM.parent}", str(file), "-o", str(library)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if result.returncode:
+        raise EmulationError(f"does not compile:\n{result.stderr}")
+    run = ctypes.CDLL(str(library)).shim_run
+    run.restype = ctypes.c_char_p
+    return run
+
+
+def _execute(
+    run: Any,
+    buffers: list[Any],
+    grid: tuple[int, int, int],
+    threads: tuple[int, int, int],
+    schedule: int,
+) -> None:
+    buffers = [
+        np.ascontiguousarray(buffer) if not buffer.flags.owndata else buffer for buffer in buffers
+    ]
+    pointers = (ctypes.c_void_p * len(buffers))(*[buffer.ctypes.data for buffer in buffers])
+    sizes = [(ctypes.c_uint * 3)(*values) for values in (grid, threads)]
+    error = run(pointers, *sizes, ctypes.c_uint(schedule))
+    if error:
+        raise EmulationError(error.decode())

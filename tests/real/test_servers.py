@@ -1,0 +1,255 @@
+"""Any OpenAI-compatible server: three real ones give their own answers, token for token.
+
+All figures in one go:  python -m pytest --heavy -m heavy tests/real/test_servers.py -s
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mlxroute import EntropyRouter, LargeModel, generate
+from mlxroute.small import SmallModel
+from mlxroute.tokenizer import ChatTokenizer
+from mlxroute.types import LargeToken, RunStats, StopReason, Token
+from tests.real.conftest import PROMPTS
+from tests.real.exact import chat_answer, first_difference, own_answer, top_gap
+from tests.real.servers import Kind, RunningServer, model_directory, running
+
+SMALL, LARGER = "smollm2-135m", "qwen2.5-coder-0.5b"
+BRIDGED = [
+    json.loads(line)["prompt"]
+    for line in (Path(__file__).parent / "bridge_prompts.jsonl")
+    .read_text(encoding="utf-8")
+    .splitlines()
+]
+RUNGS = {
+    Kind.LLAMA_SERVER: (1, "llama-server completion"),
+    Kind.VLLM: (1, "vLLM completions"),
+    Kind.MLX_LM: (2, "mlx_lm completions"),
+}
+# The same position computed in one batch or alone differs this much; llama-server has Q4_1 weights
+# and rounds its activations to 8 bits.
+NEAR_TIE_NATS = {Kind.LLAMA_SERVER: 0.1, Kind.VLLM: 0.01, Kind.MLX_LM: 0.01}
+TIMEOUT_S = 120.0
+
+Summaries = dict[str, list[str]]
+
+
+def say(line: str) -> None:
+    print(f"\n{line}", end="", flush=True)  # noqa: T201
+
+
+@pytest.fixture(scope="module")
+def summaries() -> Iterator[Summaries]:
+    """One line of figures for each server, shown when the module is through."""
+    lines: Summaries = {}
+    yield lines
+    for server, figures in lines.items():
+        say(f"{server}: {'; '.join(figures)}")
+    say("")
+
+
+def servers_of(model: str, *, heavy: bool) -> Callable[..., RunningServer]:
+    """A fixture that serves `model` by each program in turn; vLLM is heavy in any case."""
+    params = [
+        pytest.param(kind, marks=pytest.mark.heavy if heavy or kind is Kind.VLLM else ())
+        for kind in Kind
+    ]
+
+    @pytest.fixture(scope="module", params=params)
+    def server(
+        request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    ) -> Iterator[RunningServer]:
+        log_path = tmp_path_factory.mktemp("server") / "log"
+        with running(request.param, model, log_path=log_path) as started:
+            yield started
+
+    return server
+
+
+server = servers_of(SMALL, heavy=False)
+larger_server = servers_of(LARGER, heavy=True)
+
+
+def always(
+    small: SmallModel, large: LargeModel, prompt: str, *, count: int
+) -> tuple[list[Token], RunStats]:
+    """Every token from the large model; a failed call fails the test."""
+    answer = generate(
+        small,
+        large,
+        prompt,
+        router=EntropyRouter(-math.inf),
+        max_tokens=count,
+        timeout_s=TIMEOUT_S,
+        strict=True,
+    )
+    tokens = list(answer)
+    assert "�" not in answer.stats().text
+    assert "<|" not in answer.stats().text
+    return tokens, answer.stats()
+
+
+def asked(server: RunningServer) -> LargeModel:
+    """A client as the command line makes it: mlx_lm.server cannot tokenise, the files here can."""
+    own = None
+    if server.kind is Kind.MLX_LM:
+        own = ChatTokenizer.load(model_directory(server.model), name=server.model)
+    return LargeModel(server.url, timeout_s=TIMEOUT_S, find_tokenizer=lambda name: own)
+
+
+def calls_of(tokens: list[Token]) -> list[LargeToken]:
+    escalations = [token.escalation for token in tokens]
+    return [found.large for found in escalations if found is not None and found.large is not None]
+
+
+def test_the_probe_finds_the_best_rung(server: RunningServer, summaries: Summaries) -> None:
+    with asked(server) as large:
+        verdict = large.probe()
+    shown = [f"{check.name} {check.passed}" for check in verdict.checks]
+    say(f"{server.kind}: {verdict.dialect}, {verdict.calls} calls; {', '.join(shown)}")
+    assert (verdict.rung, verdict.dialect) == RUNGS[server.kind]
+    summaries.setdefault(server.kind, []).append(f"rung {verdict.rung} in {verdict.calls} calls")
+
+
+def check_own_answers(
+    small: SmallModel, server: RunningServer, prompts: list[str], *, count: int
+) -> str:
+    """Always escalating gives the server's own answers but for near-ties; says how many."""
+    equal = 0
+    with asked(server) as large:
+        for prompt in prompts:
+            text = small.render([{"role": "user", "content": prompt}])
+            expected = own_answer(server, text, count)
+            tokens, _ = always(small, large, prompt, count=count)
+            difference = first_difference(tokens, expected)
+            if difference is None:
+                assert len(tokens) == len(expected), prompt
+                equal += 1
+                continue
+            index, gap = difference
+            say(f"{server.kind}: {prompt!r} differs at token {index}, top-2 gap {gap:.4f} nats")
+            assert gap < NEAR_TIE_NATS[server.kind], (prompt, index, gap)
+    return f"{equal} of {len(prompts)} answers equal token for token, the others to a near-tie"
+
+
+def test_always_escalating_gives_the_servers_own_answer(
+    server: RunningServer, smollm2: SmallModel
+) -> None:
+    check_own_answers(smollm2, server, [PROMPTS[4]], count=12)
+
+
+@pytest.mark.heavy
+def test_always_escalating_gives_the_servers_own_answers_to_ten_prompts(
+    server: RunningServer, smollm2: SmallModel, summaries: Summaries
+) -> None:
+    figure = check_own_answers(smollm2, server, PROMPTS[:10], count=48)
+    summaries.setdefault(server.kind, []).append(figure)
+
+
+def test_characters_of_several_tokens_and_the_end_of_the_answer_arrive_whole(
+    server: RunningServer, smollm2: SmallModel
+) -> None:
+    with asked(server) as large:
+        emoji, stats = always(smollm2, large, "Repeat exactly: 🦊🦊🦊🦊", count=24)
+        assert "🦊" in stats.text
+        assert any(token.text == "" for token in emoji[:-1]), "no character took several tokens"
+        ended, stats = always(smollm2, large, "Say only the word yes.", count=48)
+        assert stats.finish_reason is StopReason.EOS
+        assert ended[-1].text == ""
+
+
+@pytest.mark.heavy
+def test_200_escalations_leave_the_server_alive_and_cost_the_same_late_and_early(
+    server: RunningServer, smollm2: SmallModel, summaries: Summaries
+) -> None:
+    before = server.counters()
+    early = consecutive(smollm2, server, words=3)
+    late = consecutive(smollm2, server, words=350)
+    after = server.counters()
+    assert server.is_alive()
+    cached = sum(call.cached_tokens or 0 for call in early + late)
+    if before is not None and after is not None:
+        cached = after.cached_tokens - before.cached_tokens
+    sent = sum(call.prompt_tokens or 0 for call in early + late)
+    prefixes = [
+        statistics.median(call.prompt_tokens or 0 for call in calls) for calls in (early, late)
+    ]
+    times = [statistics.median(call.latency_s for call in calls[1:]) for calls in (early, late)]
+    figure = (
+        f"{len(early + late)} calls, median {times[0] * 1e3:.1f} ms at a prefix of "
+        f"{prefixes[0]:.0f}, {times[1] * 1e3:.1f} ms at {prefixes[1]:.0f}; "
+        f"{cached} of {sent} prompt tokens cached"
+    )
+    say(f"{server.kind}: {figure}")
+    summaries.setdefault(server.kind, []).append(figure)
+    assert cached > 0.9 * sent
+    assert times[1] <= 2 * times[0]
+
+
+def consecutive(small: SmallModel, server: RunningServer, *, words: int) -> list[LargeToken]:
+    """A hundred escalations in a row; the prompt has 40 tokens and 4 for each of `words`."""
+    prompt = "Tell a long story with these words: " + "apple pear plum, " * words
+    calls: list[LargeToken] = []
+    with asked(server) as large:
+        while len(calls) < 100:
+            tokens, _ = always(small, large, f"{prompt} {len(calls)}", count=100 - len(calls))
+            calls += calls_of(tokens)
+    return calls
+
+
+@pytest.mark.heavy
+def test_another_vocabulary_gives_the_large_models_own_text(
+    larger_server: RunningServer, smollm2: SmallModel, summaries: Summaries
+) -> None:
+    server = larger_server
+    same = 0
+    with asked(server) as large:
+        for prompt in BRIDGED:
+            messages = [{"role": "user", "content": prompt}]
+            expected, ended = chat_answer(server, messages, 48)
+            tokens, stats = always(smollm2, large, prompt, count=48)
+            index = differs_at(stats, expected, ended)
+            if index is None:
+                same += 1
+                continue
+            say(
+                f"{server.kind}: {prompt!r} differs at character {index}, top-2 gap "
+                f"{gap_at(tokens, index):.4f} nats: {stats.text[index : index + 20]!r} "
+                f"instead of {expected[index : index + 20]!r}"
+            )
+    figure = f"another vocabulary: {same} of {len(BRIDGED)} texts the large model's own"
+    say(f"{server.kind}: {figure}")
+    summaries.setdefault(server.kind, []).append(figure)
+    assert same >= 9
+
+
+def differs_at(stats: RunStats, expected: str, ended: bool) -> int | None:
+    """The first character that is not the large model's own; None when there is none.
+
+    Where one answer was cut by its length the other may go on.
+    """
+    text = stats.text
+    for index, (own, other) in enumerate(zip(text, expected, strict=False)):
+        if own != other:
+            return index
+    too_short = len(text) < len(expected) and stats.finish_reason is not StopReason.LENGTH
+    too_long = len(text) > len(expected) and ended
+    return min(len(text), len(expected)) if too_short or too_long else None
+
+
+def gap_at(tokens: list[Token], index: int) -> float:
+    """The top-2 gap of the call that wrote the character at `index`."""
+    length, gap = 0, math.inf
+    for token in tokens:
+        gap = top_gap(token) if token.escalation else gap
+        length += len(token.text)
+        if length > index:
+            break
+    return gap

@@ -1,0 +1,111 @@
+"""Hard rows of logits, and what a kernel must say about them, in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlxroute.small.kernels.row import ALL_MASKED, HEAD, INF_SEEN, NAN_SEEN, TOP_K, unpack
+
+Row = npt.NDArray[Any]
+ENTROPY_BOUND = 1e-5
+VOCABULARIES = (50_257, 151_936, 262_144)
+
+
+def random_rows(size: int, *, seed: int = 0) -> dict[str, Row]:
+    """Rows like those of language models, and unlike them."""
+    random = np.random.default_rng(seed)
+    masked = random.standard_normal(size) * 3 + 200
+    masked[random.random(size) < 0.9] = -math.inf
+    masked[0] = 200.0
+    return {
+        "normal": random.standard_normal(size) * 3,
+        "nearly even": random.standard_normal(size) * 1e-3,
+        "peaked": random.gumbel(size=size) * 4,
+        "mostly masked": masked,
+        "coarse, so with ties": np.round(random.standard_normal(size) * 2),
+    }
+
+
+def edge_rows(size: int) -> dict[str, Row]:
+    """Rows that break careless kernels; each is at least one value long."""
+    random = np.random.default_rng(size)
+    rows = {
+        "all equal": np.full(size, 3.25),
+        "all -inf": np.full(size, -math.inf),
+        "one +inf": _with(random, size, math.inf, count=1),
+        "three +inf": _with(random, size, math.inf, count=3),
+        "one NaN": _with(random, size, math.nan, count=1),
+        "all NaN": np.full(size, math.nan),
+        "NaN and +inf": _with(random, size, math.inf, count=2),
+        "+-65504": np.where(np.arange(size) % 2, 65504.0, -65504.0),
+        "ties": random.integers(0, 3, size).astype(np.float64),
+        "rising": np.linspace(-4.0, 4.0, size),
+        "best at the end": np.where(np.arange(size) == size - 1, 9.0, 0.0),
+    }
+    rows["NaN and +inf"][0] = math.nan
+    return rows
+
+
+def _with(random: np.random.Generator, size: int, value: float, *, count: int) -> Row:
+    row = random.standard_normal(size)
+    row[random.choice(size, min(count, size), replace=False)] = value
+    return row
+
+
+def check_packed(values: Sequence[float], row: Row, *, where: str, half_ids: bool = False) -> None:
+    """Assert that a packed row says of `row` (as the kernel got it) what float64 says.
+
+    Order, logits and gaps must be equal; `half_ids` leaves the greedy id to another test, because
+    in half precision it is `mlx_lm`'s.
+    """
+    exact = np.asarray(row, dtype=np.float64)
+    ranked = np.where(np.isnan(exact), -math.inf, exact)
+    k = min(TOP_K, exact.size)
+    order = np.argsort(-ranked, kind="stable")[:k]
+    got = unpack(values)
+    assert got.top_ids == tuple(order.tolist()), where
+    np.testing.assert_array_equal(values[HEAD + k :], ranked[order], err_msg=where)
+    if not half_ids:
+        assert got.token_id == order[0], where
+    flags = NAN_SEEN * bool(np.isnan(exact).any())
+    flags |= INF_SEEN * bool(ranked.max() == math.inf) | ALL_MASKED * bool(
+        ranked.max() == -math.inf
+    )
+    assert got.flags == flags, where
+    if flags & (NAN_SEEN | ALL_MASKED):
+        assert math.isnan(got.entropy_nats), where
+        assert math.isnan(got.lse) == bool(flags & NAN_SEEN), where
+        return
+    lse, logprobs = _logprobs(ranked)
+    probs = np.exp(logprobs)
+    terms = np.where(probs > 0, logprobs, 0.0)
+    entropy = -(probs * terms).sum()
+    assert got.lse == (lse if math.isinf(lse) else _near(lse, 1e-6 * (1 + abs(lse)))), where
+    assert got.entropy_nats == _near(entropy, ENTROPY_BOUND), where
+    assert got.varentropy == _near((probs * (terms + entropy) ** 2).sum(), 1e-4), where
+    np.testing.assert_allclose(
+        got.top_logprobs, logprobs[order], rtol=1e-6, atol=1e-5, err_msg=where
+    )
+    second = probs[order[1]] if k > 1 else 0.0
+    assert got.margin == _near(probs[order[0]] - second, ENTROPY_BOUND), where
+    assert got.logprob == _near(logprobs[got.token_id], ENTROPY_BOUND), where
+
+
+def _logprobs(ranked: Row) -> tuple[float, Row]:
+    best = ranked.max()
+    if best == math.inf:
+        winners = ranked == math.inf
+        return math.inf, np.where(winners, -math.log(winners.sum()), -math.inf)
+    lse = best + math.log(np.exp(ranked - best).sum())
+    return lse, ranked - lse
+
+
+def _near(value: float, bound: float) -> Any:
+    import pytest
+
+    return pytest.approx(value, abs=bound, rel=0)

@@ -1,0 +1,90 @@
+"""Which form of the kernel runs, and the self-test that decides it on a Metal machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import mlx.core as mx
+import pytest
+
+from mlxroute.errors import UsageError
+from mlxroute.small.kernels import choice, choose, graph, metal
+from mlxroute.types import no_notice
+from tests.metal.emulator import Emulator
+
+
+@pytest.fixture(autouse=True)
+def _fresh_self_test() -> Iterator[None]:
+    choice._fault_of_metal.cache_clear()
+    yield
+    choice._fault_of_metal.cache_clear()
+
+
+@pytest.fixture
+def with_metal(monkeypatch: pytest.MonkeyPatch) -> Callable[[Emulator | None], None]:
+    """Make this machine look as if it had a Metal GPU: the emulator, or one that fails."""
+
+    def pretend(emulator: Emulator | None) -> None:
+        monkeypatch.setattr(choice, "_has_metal", lambda: True)
+        if emulator is not None:
+            monkeypatch.setattr(metal, "kernel", emulator.kernel)
+
+    return pretend
+
+
+def test_without_a_metal_gpu_the_graph_runs() -> None:
+    assert choose("auto", notify=no_notice) is graph.pack_signals
+    assert choose("graph", notify=no_notice) is graph.pack_signals
+    with pytest.raises(UsageError, match="no Metal GPU"):
+        choose("metal", notify=no_notice)
+    with pytest.raises(UsageError, match="no kernel named 'cuda'"):
+        choose("cuda", notify=no_notice)
+
+
+def test_a_metal_kernel_that_passes_its_self_test_runs(
+    with_metal: Callable[[Emulator | None], None],
+) -> None:
+    with_metal(Emulator())
+    assert choose("auto", notify=no_notice) is metal.pack_signals
+    assert choose("metal", notify=no_notice) is metal.pack_signals
+
+
+def test_a_wrong_metal_kernel_is_replaced_with_one_warning(
+    with_metal: Callable[[Emulator | None], None],
+) -> None:
+    with_metal(Emulator(mutate=lambda text: text.replace("id < than.id", "id > than.id")))
+    lines: list[str] = []
+
+    def notify(line: str) -> None:
+        lines.append(line)
+
+    assert choose("auto", notify=notify) is graph.pack_signals
+    assert len(lines) == 1
+    assert "wrong on" in lines[0]
+    with pytest.raises(UsageError, match="wrong on"):
+        choose("metal", notify=no_notice)
+
+
+def test_a_metal_kernel_that_fails_is_replaced_with_one_warning(
+    with_metal: Callable[[Emulator | None], None],
+) -> None:
+    # MLX without Metal refuses to run it, as a driver might.
+    with_metal(None)
+    lines: list[str] = []
+
+    def notify(line: str) -> None:
+        lines.append(line)
+
+    assert choose("auto", notify=notify) is graph.pack_signals
+    assert len(lines) == 1
+    assert "failed on" in lines[0]
+
+
+def test_the_self_test_passes_the_graph_and_stops_a_kernel_that_forgets_the_sums() -> None:
+    assert choice.self_test(graph.pack_signals) is None
+
+    def forgetful(logits: mx.array) -> mx.array:
+        packed = graph.pack_signals(logits)
+        return mx.concatenate([packed[:, :4], packed[:, 4:5] * 1.01, packed[:, 5:]], axis=-1)
+
+    assert choice.self_test(forgetful)
