@@ -51,8 +51,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
-        logprobs = {"tokens": ["x"], "token_logprobs": [-0.1], "top_logprobs": [{"x": -0.1}]}
-        choice = {"index": 0, "text": "x", "finish_reason": "length", "logprobs": logprobs}
+        # What also continues the first question of `connect`.
+        logprobs = {"tokens": ["a"], "token_logprobs": [-0.1], "top_logprobs": [{"a": -0.1}]}
+        choice = {"index": 0, "text": "a", "finish_reason": "length", "logprobs": logprobs}
         body = json.dumps({"choices": [choice]}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -107,7 +108,7 @@ def _measure(url: str, pairs: int) -> tuple[list[float], list[float]]:
     ours, bare = [], []
     with requests.Session() as session, LargeModel(url, model="m") as large:
         session.trust_env = False
-        large.connect()
+        large.connect(thorough=False)
         for _ in range(_WARM_UP + pairs):
             began = time.perf_counter()
             large.next_token(context)

@@ -13,7 +13,7 @@ from mlxroute.large import LargeModel
 from mlxroute.large.verdict import VerdictFile
 from mlxroute.types import Message, Span
 from tests import truthful
-from tests.asking import MLX_LM, PLAIN, THE, VOCABULARY, ask_plain, legacy, settled
+from tests.asking import MLX_LM, PLAIN, THE, VOCABULARY, ask_plain, legacy, remembered
 from tests.loopback import Loopback, Reply, Request, mlx_lm_reply
 from tests.truthful import Truthful
 from tests.vocabularies import TableTokenizer, TableVocabulary, context
@@ -100,7 +100,7 @@ def test_tokens_that_the_server_does_not_repeat_do_not_make_its_dialect_unfit(
 ) -> None:
     fragment = VOCABULARY.id_of("Ã")
     other = mlx_lm_reply([(2, "a"), (2, "a"), (2, "a")])
-    with settled(server, MLX_LM, model="m", tokenizer=TableTokenizer(VOCABULARY)) as large:
+    with remembered(server, MLX_LM, model="m", tokenizer=TableTokenizer(VOCABULARY)) as large:
         for _ in range(4):
             server.script.append(other)
             with pytest.raises(LargeProtocolError, match="did not continue"):
@@ -242,7 +242,7 @@ def test_credentials_of_a_netrc_file_are_never_sent(
 
 
 def test_cookies_of_a_server_are_not_kept(server: Loopback) -> None:
-    with settled(server, PLAIN, model="m") as large:
+    with remembered(server, PLAIN, model="m") as large:
         body = json.dumps(legacy("a")).encode()
         server.script.append(Reply(body, headers={"Set-Cookie": "id=1"}))
         server.script.append(Reply.of(legacy("a")))

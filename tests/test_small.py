@@ -241,6 +241,17 @@ def test_quantised_weights_become_dense_float32_on_a_cpu(tmp_path: Path) -> None
     assert memory_needed(path) - 600 * 2**20 == resident
 
 
+def test_on_metal_the_weights_are_wired_as_mlx_lm_wires_them(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[int] = []
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 12345})
+    monkeypatch.setattr(mx, "set_wired_limit", limits.append)
+    load(path)
+    assert limits == [12345]
+
+
 def test_memory_is_foretold_for_half_precision_weights(tmp_path: Path) -> None:
     path = make_tiny_model(tmp_path / "h")
     weights = mx.load(str(path / "model.safetensors"))

@@ -121,7 +121,16 @@ def load(path: Path, *, adapter: Path | None = None) -> tuple[Any, Any]:
             _widen(model)
         mx.eval(model.parameters())
     model.eval()
+    _wire_memory()
     return model, tokenizer
+
+
+def _wire_memory() -> None:
+    """Keep weights resident on Metal, to the same limit as `mlx_lm` sets while it decodes."""
+    import mlx.core as mx
+
+    if mx.metal.is_available():
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
 
 
 def _widen(model: Any) -> None:

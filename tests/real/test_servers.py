@@ -194,7 +194,7 @@ def test_200_escalations_leave_the_server_alive_and_cost_the_same_late_and_early
 
 
 def consecutive(small: SmallModel, server: RunningServer, *, words: int) -> list[LargeToken]:
-    """A hundred escalations in a row behind a prompt of some 40 tokens and four for each of `words`."""
+    """A hundred escalations in a row; the prompt has 40 tokens and 4 for each of `words`."""
     prompt = "Tell a long story with these words: " + "apple pear plum, " * words
     calls: list[LargeToken] = []
     with asked(server) as large:
