@@ -22,6 +22,7 @@ from tests.asking import (
     ask_plain,
     contents,
     legacy,
+    remembered,
 )
 from tests.loopback import Loopback, Reply, mlx_lm_reply
 from tests.vocabularies import END_ID, TableTokenizer, TableVocabulary, context
