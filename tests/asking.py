@@ -58,7 +58,7 @@ def remember(path: Path, *, url: str, model: str | None, dialect: str) -> None:
 
 
 @contextlib.contextmanager
-def settled(
+def remembered(
     server: Loopback,
     dialect: str,
     *,
@@ -88,7 +88,7 @@ def ask_plain(
     server: Loopback, *replies: Reply | dict[str, Any], text: str = "x", **options: Any
 ) -> LargeToken:
     """Ask a plain server once, settled on that before."""
-    with settled(server, PLAIN, model="m", **options) as large:
+    with remembered(server, PLAIN, model="m", **options) as large:
         server.script.extend(
             each if isinstance(each, Reply) else Reply.of(each) for each in replies
         )
@@ -99,6 +99,6 @@ def ask_mlx(
     server: Loopback, *replies: Reply, text: str = "x", vocabulary: TableVocabulary = VOCABULARY
 ) -> LargeToken:
     """Ask an mlx_lm server once, settled on that before."""
-    with settled(server, MLX_LM) as large:
+    with remembered(server, MLX_LM) as large:
         server.script.extend(replies)
         return large.next_token(context(text, vocabulary))

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 
 from mlxroute.backend import blas
 from mlxroute.weights import default_cache_dir
@@ -14,7 +14,7 @@ from mlxroute.weights import default_cache_dir
 # Read before a fixture hides the user's settings from the tests.
 CACHE_DIR = Path(os.environ.get("MLXROUTE_CACHE_DIR") or default_cache_dir())
 # No test depends on the speed of the machine.
-settings.register_profile("mlxroute", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("mlxroute", deadline=None)
 settings.load_profile("mlxroute")
 _OWN_VARIABLES = ("OPENAI_API_KEY", "OPENAI_BASE_URL")
 

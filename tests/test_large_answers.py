@@ -199,6 +199,8 @@ class Faulty:
 
     def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> FakeFlight:
         times = self.plan.get(len(self.outcomes))
+        if not self.large.connected:
+            self.settling.add(len(self.outcomes))
         playing = self._stage.playing(self._fault, times=times) if times else None
         outcome: LargeToken | LargeError
         try:

@@ -221,6 +221,7 @@ def test_an_end_behind_part_of_a_character_is_no_text() -> None:
     bridge = Bridge(TokenReader(), TableVocabulary(["a"]), same=False)
     part, end = Entry(WireToken(data=b"\xc3")), Entry(WireToken(text=""), ends=True)
     assert bridge.token([part, end], "\ufffd") is None
+    assert bridge.token([Entry(WireToken()), end], "x") is None
 
 
 def test_a_special_token_behind_part_of_a_character_is_named() -> None:

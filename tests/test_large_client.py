@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from mlxroute.large import LargeModel
 from mlxroute.large.verdict import VerdictFile
 from mlxroute.types import Message, Span
 from tests import truthful
-from tests.asking import MLX_LM, PLAIN, THE, VOCABULARY, ask_plain, legacy, settled
+from tests.asking import MLX_LM, PLAIN, THE, VOCABULARY, ask_plain, legacy, remembered
 from tests.loopback import Loopback, Reply, Request, mlx_lm_reply
 from tests.truthful import Truthful
 from tests.vocabularies import TableTokenizer, TableVocabulary, context
@@ -100,7 +101,7 @@ def test_tokens_that_the_server_does_not_repeat_do_not_make_its_dialect_unfit(
 ) -> None:
     fragment = VOCABULARY.id_of("Ã")
     other = mlx_lm_reply([(2, "a"), (2, "a"), (2, "a")])
-    with settled(server, MLX_LM, model="m", tokenizer=TableTokenizer(VOCABULARY)) as large:
+    with remembered(server, MLX_LM, model="m", tokenizer=TableTokenizer(VOCABULARY)) as large:
         for _ in range(4):
             server.script.append(other)
             with pytest.raises(LargeProtocolError, match="did not continue"):
@@ -137,6 +138,26 @@ def test_with_a_shared_vocabulary_ids_go_out_and_come_back_inside_a_character_to
         assert (token.token_ids, token.text, token.large_ids) == (halves[1:2], "", halves[1:2])
         assert server.requests[-1].json["prompt"] == [*ids, halves[0]]
         assert server.requests[-1].json["return_tokens_as_token_ids"] is True
+
+
+def test_a_vocabulary_is_found_to_be_shared_once_enough_of_it_was_named() -> None:
+    vocabulary = truthful.VOCABULARY
+
+    def names_many(path: str, body: dict[str, Any], reply: dict[str, Any]) -> dict[str, Any]:
+        for position in reply["choices"][0]["logprobs"]["content"]:
+            position["top_logprobs"] += [
+                {"id": i, "token": vocabulary.piece(i), "logprob": -9.0} for i in range(80, 140)
+            ]
+        return reply
+
+    halves = vocabulary.encode("字")
+    begun = context("漢字漢字漢", vocabulary, fragment_ids=halves[:1])
+    with Loopback(Truthful("mlx_lm")) as server, LargeModel(server.url) as large:
+        with pytest.raises(LargeProtocolError, match="inside a character"):
+            large.next_token(begun)
+        server.answer = Truthful("mlx_lm", shows=names_many)
+        large.next_token(context("1, 2, 3,", vocabulary))
+        assert large.next_token(begun).token_ids == halves[1:2]
 
 
 def test_with_another_vocabulary_the_large_models_own_words_go_out() -> None:
@@ -242,7 +263,7 @@ def test_credentials_of_a_netrc_file_are_never_sent(
 
 
 def test_cookies_of_a_server_are_not_kept(server: Loopback) -> None:
-    with settled(server, PLAIN, model="m") as large:
+    with remembered(server, PLAIN, model="m") as large:
         body = json.dumps(legacy("a")).encode()
         server.script.append(Reply(body, headers={"Set-Cookie": "id=1"}))
         server.script.append(Reply.of(legacy("a")))

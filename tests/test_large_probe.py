@@ -317,6 +317,7 @@ def test_a_server_that_falls_silent_or_goes_away_is_not_refused_for_it() -> None
         (["answered 404: Not Found", "the server has no tokenise route"], "end in the API's path"),
         (["answered 404: Not Found", "logprobs: there are none"], "gives no logprobs"),
         (["answered 404: x", "a begun word is not continued (it wrote 'I')"], "a new answer"),
+        (["a begun word is not continued (it wrote 'x')", "logprobs: none"], "a new answer"),
         (["answered 404: x", "answered 400: bad model"], r"\(answered 400: bad model\)"),
     ],
 )

@@ -213,6 +213,7 @@ def test_200_calls_along_smollm2s_answers_leave_the_server_alive(tmp_path: Path)
         stock_server(path, hub_cache=tmp_path / "none") as url,
         LargeModel(url, timeout_s=120) as large,
     ):
+        large.connect()
         walk(large, model, calls=200, seed=2)
         assert generates(url)
 

@@ -22,7 +22,7 @@ from tests.asking import (
     ask_plain,
     contents,
     legacy,
-    settled,
+    remembered,
 )
 from tests.loopback import Loopback, Reply, mlx_lm_reply
 from tests.vocabularies import END_ID, TableTokenizer, TableVocabulary, context
@@ -129,7 +129,7 @@ def test_of_another_vocabulary_no_fragment_passes_though_it_has_the_same_id() ->
 
 def test_a_fragment_before_the_wanted_token_must_be_repeated(server: Loopback) -> None:
     first, second = VOCABULARY.id_of("Ã"), VOCABULARY.id_of("©")
-    with settled(server, MLX_LM, model="m", tokenizer=TableTokenizer(VOCABULARY)) as large:
+    with remembered(server, MLX_LM, model="m", tokenizer=TableTokenizer(VOCABULARY)) as large:
         server.script.append(mlx_lm_reply([(first, "Ã"), (second, "©"), (2, "a")]))
         server.script.append(mlx_lm_reply([(2, "a"), (second, "©"), (2, "a")]))
         wanted = context("caf", VOCABULARY, fragment_ids=(first,))
@@ -278,7 +278,7 @@ def test_a_space_that_one_of_two_accounts_lost_is_kept() -> None:
 
 
 def test_a_text_only_server_is_not_asked_inside_a_character(server: Loopback) -> None:
-    with settled(server, PLAIN, model="m") as large:
+    with remembered(server, PLAIN, model="m") as large:
         asked = len(server.requests)
         with pytest.raises(LargeProtocolError, match="inside a character"):
             large.next_token(context("caf", VOCABULARY, fragment_ids=(VOCABULARY.id_of("Ã"),)))
@@ -305,6 +305,11 @@ def test_an_end_token_after_text_is_the_end_and_is_not_counted_twice() -> None:
         ("b", False),
         ("<|im_end|>", True),
     ]
+
+
+@pytest.mark.parametrize("text", ["<div>", "</p>", "<br>", "[X]", "<T>"])
+def test_tags_and_ticked_boxes_are_text(text: str) -> None:
+    assert TokenReader().data(WireToken(text=text)) == text.encode()
 
 
 def test_with_a_known_vocabulary_what_is_special_is_known_and_not_guessed() -> None:

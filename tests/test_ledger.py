@@ -135,8 +135,10 @@ def test_a_file_that_cannot_be_opened_is_an_error_at_once(tmp_path: Path, name: 
 
 
 def test_what_cannot_be_recorded_does_not_leave(server: Loopback, tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "sent")
-    with settled(LargeModel(server.url, model="m", ledger=ledger)) as large:
+    with (
+        Ledger(tmp_path / "sent") as ledger,
+        settled(LargeModel(server.url, model="m", ledger=ledger)) as large,
+    ):
         large.next_token(context("a", VOCABULARY))
         arrived, before = len(server.requests), large.uploads
         ledger.close()

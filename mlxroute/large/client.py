@@ -25,6 +25,7 @@ from mlxroute.large.breaker import Breaker
 from mlxroute.large.bridge import Bridge
 from mlxroute.large.dialects import Form, Prompt, reading_ids
 from mlxroute.large.flight import Flight
+from mlxroute.large.match import ENOUGH
 from mlxroute.large.prompt import PromptBuilder
 from mlxroute.large.settlement import Settlement, Terms
 from mlxroute.large.tokens import FileTokens, Tokenizer
@@ -47,6 +48,7 @@ class _Pairing:
 
     vocabulary: Vocabulary
     terms: Terms
+    same: bool | None
     builder: PromptBuilder
     bridge: Bridge
 
@@ -333,24 +335,26 @@ class LargeModel:
         return answered
 
     def _paired(self, vocabulary: Vocabulary) -> _Pairing:
-        settlement, known = self._settlement, self._pairing
+        settlement, reader, known = self._settlement, self._asker.reader, self._pairing
         if (
             known is None
             or known.vocabulary is not vocabulary
             or known.terms is not settlement.terms
+            # What could not be told by the first replies is told by enough of them.
+            or (known.same is None and len(reader.named) >= ENOUGH)
         ):
             same = settlement.shares(vocabulary)
             terms = settlement.terms
             assert terms is not None
-            reader = self._asker.reader
             if same and reader.own is None:
                 reader.own = vocabulary
             dialect = terms.dialect if reader.own is None else reading_ids(terms.dialect)
             known = self._pairing = _Pairing(
                 vocabulary,
                 terms,
-                PromptBuilder(dialect, same=same, tokens=settlement.tokens),
-                Bridge(reader, vocabulary, same=same),
+                same,
+                PromptBuilder(dialect, same=bool(same), tokens=settlement.tokens),
+                Bridge(reader, vocabulary, same=bool(same)),
             )
         return known
 

@@ -11,7 +11,7 @@ from mlxroute.types import Vocabulary
 
 _CHUNK: Final = 4096
 # So many tokens by id and name from replies, all the same, are no accident.
-_ENOUGH: Final = 48
+ENOUGH: Final = 48
 
 
 def fingerprint(vocabulary: Vocabulary) -> str:
@@ -57,4 +57,4 @@ def same_named(small: Vocabulary, named: Mapping[int, str]) -> bool | None:
     """The same by the pieces that replies named; None while there are too few of them."""
     if any(small.piece(identity) != piece for identity, piece in named.items()):
         return False
-    return True if len(named) >= _ENOUGH else None
+    return True if len(named) >= ENOUGH else None

@@ -8,7 +8,12 @@ from enum import Enum, auto
 
 from mlxroute.pieces import BYTE_OF, SPACE_MARK, byte_piece
 
-_SPECIAL = re.compile(r"<[|｜]?/?[\w▁]+[|｜]?>|\[/?[A-Z_]+\]")
+# By name, as many vocabularies have tags of web pages among their ordinary tokens.
+_SPECIAL = re.compile(
+    r"<[|｜][^<>\s]*[|｜]>|\[/?[A-Z_]{4,}\]"
+    r"|</?(?:s|bos|eos|pad|unk|mask|think|im_start|im_end|(?:start|end)_of_turn|end_of_utterance"
+    r"|tool_(?:call|response)|unused\d+)>"
+)
 
 
 def is_special(piece: str) -> bool:

@@ -278,15 +278,15 @@ def advice(refusals: Sequence[Refusal]) -> str:
     reasons = [refusal.reason for refusal in refusals]
     if all(" 404" in reason or "tokenise" in reason for reason in reasons):
         return "nothing at this address completes text; does it end in the API's path, as in /v1?"
+    if any("not continued" in reason for reason in reasons):
+        return (
+            "the server starts a new answer instead of continuing one (or its model cannot finish a"
+            " word); use a server with /v1/completions (vLLM, llama-server, mlx_lm.server)"
+        )
     if any("logprobs" in reason for reason in reasons):
         return (
             "the server gives no logprobs on any route that continues a text; enable them, or use a"
             " server with /v1/completions (vLLM, llama-server, mlx_lm.server)"
-        )
-    if any("not continued" in reason for reason in reasons):
-        return (
-            "the server starts a new answer instead of continuing one; use a server with"
-            " /v1/completions (vLLM, llama-server, mlx_lm.server)"
         )
     return f"no way of asking this server for one token works ({reasons[-1]})"
 

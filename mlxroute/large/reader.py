@@ -22,8 +22,8 @@ class TokenReader:
 
     @property
     def named(self) -> dict[int, str]:
-        """The raw vocabulary pieces seen so far, by id."""
-        return self._named
+        """The raw vocabulary pieces seen so far, by id; a copy, as other threads add to them."""
+        return dict(self._named)
 
     def learn(self, entries: Iterable[Entry]) -> None:
         """Take note of the pieces of a reply before any of its tokens is read."""

@@ -94,8 +94,11 @@ class Settlement:
             if self._verdicts is not None:
                 self._verdicts.forget(self._base_url, self._model)
 
-    def shares(self, vocabulary: Vocabulary) -> bool:
-        """Whether the large model's vocabulary is this one, compared once for each endpoint."""
+    def shares(self, vocabulary: Vocabulary) -> bool | None:
+        """Whether the large model's vocabulary is this one, compared once for each endpoint.
+
+        None while that cannot be told.
+        """
         assert self.terms is not None
         verdict, small = self.terms.verdict, fingerprint(vocabulary)
         if verdict is not None and (known := verdict.knows(small)) is not None:
@@ -112,7 +115,7 @@ class Settlement:
             verdict = verdict.knowing(small, same)
             self.terms = replace(self.terms, verdict=verdict)
             self._verdicts.save(verdict, named=self._model)
-        return bool(same)
+        return same
 
     def _look_around(self) -> None:
         """Which models there are, and where ids of the large vocabulary come from."""
