@@ -129,7 +129,9 @@ def test_the_answer_is_the_same_in_every_mode_whenever_and_in_whatever_order_cal
             assert [record(token) for token in got.tokens] == records
             for name in _SAME:
                 assert getattr(got.stats, name) == getattr(wanted.stats, name), name
-            assert got.fed == wanted.fed
+            # Of a large token of several ids at the end, overlap may have fed all but the last.
+            assert got.fed[: len(wanted.fed)] == wanted.fed
+            check_cache(got)
             check_events(got.events)
             assert got.stats.prefetch_used <= got.stats.prefetch_generated
             if not ahead:

@@ -86,6 +86,7 @@ class Escalator:
         began_s = self._clock()
         flight = self._large.begin(context, deadline_s=deadline_s, ahead=self._ahead)
         call = Call(flight, began_s, began_s + deadline_s + _GRACE_S, self.stall_s)
+        self.stall_s += self._clock() - began_s
         self._calls.append(call)
         self.begun += 1
         return call
