@@ -104,6 +104,7 @@ _WORLDS = st.builds(
     loss=st.sampled_from([0.0, 0.1, 0.5]),
     longest_s=st.sampled_from([0.0, 3.0, 30.0]),
     cap=st.sampled_from([1, 2, 8]),
+    whole_only=st.booleans(),
     window=st.sampled_from([1 << 30, 1 << 30, 9, 0]),
 )
 

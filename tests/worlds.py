@@ -10,7 +10,13 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mlxroute.errors import LargeError, LargeRefused, LargeTimeout, LargeUnavailable
+from mlxroute.errors import (
+    LargeError,
+    LargeProtocolError,
+    LargeRefused,
+    LargeTimeout,
+    LargeUnavailable,
+)
 from mlxroute.types import LargeContext, LargeToken, Signals, Uploads
 from tests.fakes import EOS, STRADDLING, ByteVocabulary, FakeClock, ScriptedSmall, signals
 
@@ -21,7 +27,10 @@ _SPELLED = (b"ab", b"a.b", "é".encode(), b"..")
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """How often things happen: doubt, agreement, ends, lost calls; and how calls take time."""
+    """How often things happen: doubt, agreement, ends, lost calls; and how calls take time.
+
+    With `whole_only` no call can be made inside a character, as with most real servers.
+    """
 
     seed: int
     doubt: float = 0.4
@@ -30,6 +39,7 @@ class World:
     loss: float = 0.1
     longest_s: float = 6.0
     cap: int = 8
+    whole_only: bool = False
     window: int = 1 << 30
 
     def dice(self, kind: str, ids: Sequence[int]) -> random.Random:
@@ -128,7 +138,10 @@ class WorldLarge:
         ids = tuple(context.token_ids[len(prompt_ids) :])
         _check(context, self._prompt, ids)
         lands_s = self._clock.now + self._dice.uniform(0.0, self._world.longest_s)
-        flight = WorldFlight(self._tokens(ids, ahead), lands_s=lands_s, clock=self._clock)
+        outcome = self._tokens(ids, ahead)
+        if self._world.whole_only and context.fragment_ids:
+            outcome = LargeProtocolError("inside a character")
+        flight = WorldFlight(outcome, lands_s=lands_s, clock=self._clock)
         self.flights.append(flight)
         return flight
 
