@@ -19,7 +19,8 @@ from mlxroute.types import Progress, no_progress
 
 CONTEXTS = (128, 512, 1024, 2048, 4096)
 VOCABULARIES = (8_192, 49_152, 151_936, 262_144)
-_CONTEXT_STEPS = 16
+_CONTEXT_STEPS = 8
+_CONTEXT_ROUNDS = 5
 _MIB = 2**20
 
 
@@ -73,7 +74,7 @@ def bench_speed(
         ),
         **{name: _summary(side) for name, side in runs.items()},
         "router_share_of_step": round(kernel_s / itl_s, 5),
-        "by_context": [_at_context(small, n) for n in CONTEXTS if _fits(small, n)],
+        "by_context": _by_context(small),
         "kernel_ms_by_vocabulary": {
             str(size): round(1e3 * _kernel_seconds(size), 4) for size in VOCABULARIES
         },
@@ -132,24 +133,38 @@ def _fresh(small: SmallModel) -> None:
     mx.reset_peak_memory()
 
 
-def _fits(small: SmallModel, count: int) -> bool:
-    return count + _CONTEXT_STEPS < small.context_length
+def _by_context(small: SmallModel) -> list[dict[str, Any]]:
+    """Median seconds a step of both sides behind ever longer beginnings of one prompt."""
+    import mlx.core as mx
+    from mlx_lm.generate import generate_step
+    from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
-
-def _at_context(small: SmallModel, count: int) -> dict[str, Any]:
-    """Median seconds a step of both sides behind a prompt of `count` tokens."""
     words = small.encode_prompt("The quick brown fox jumps over the lazy dog. ")
-    prompt_ids = list(itertools.islice(itertools.cycle(words), count))
+    prompt_ids = list(itertools.islice(itertools.cycle(words), max(CONTEXTS)))
+    layers: list[Any] = make_prompt_cache(small.model)
+
+    def ours(count: int) -> float:
+        return _median_gap(_our_steps(small, prompt_ids[:count]))
+
+    def theirs(count: int) -> float:
+        rest = mx.array(prompt_ids[layers[0].offset : count])
+        steps = generate_step(rest, small.model, max_tokens=_CONTEXT_STEPS, prompt_cache=layers)
+        median_s = _median_gap(int(token) for token, _ in steps)
+        trim_prompt_cache(layers, layers[0].offset - count + 1)
+        return median_s
+
+    def row(count: int) -> dict[str, Any]:
+        turns = {"mlxroute": lambda _: ours(count), "mlx_lm": lambda _: theirs(count)}
+        times = interleaved(turns, rounds=_CONTEXT_ROUNDS)
+        return {
+            "context": count,
+            **{f"{name}_step_s": spread(side, digits=6) for name, side in times.items()},
+            "ratio_tokens_per_s": ratios(times["mlx_lm"], times["mlxroute"]),
+        }
+
+    rows = [row(n) for n in CONTEXTS if n + _CONTEXT_STEPS < small.context_length]
     _fresh(small)
-    ours = _median_gap(_our_steps(small, prompt_ids))
-    _fresh(small)
-    theirs = _median_gap(_their_steps(small, prompt_ids))
-    return {
-        "context": count,
-        "mlxroute_step_s": round(ours, 6),
-        "mlx_lm_step_s": round(theirs, 6),
-        "ratio_tokens_per_s": round(theirs / ours, 3),
-    }
+    return rows
 
 
 def _our_steps(small: SmallModel, prompt_ids: list[int]) -> Iterator[int]:
@@ -157,14 +172,6 @@ def _our_steps(small: SmallModel, prompt_ids: list[int]) -> Iterator[int]:
     for _ in range(_CONTEXT_STEPS):
         yield signals.token_id
         signals = small.step(signals.token_id)
-
-
-def _their_steps(small: SmallModel, prompt_ids: list[int]) -> Iterator[int]:
-    import mlx.core as mx
-    from mlx_lm.generate import generate_step
-
-    for token, _ in generate_step(mx.array(prompt_ids), small.model, max_tokens=_CONTEXT_STEPS):
-        yield int(token)
 
 
 def _median_gap(token_ids: Iterator[int]) -> float:

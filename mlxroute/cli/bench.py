@@ -102,9 +102,9 @@ def _show_speed(report: dict[str, Any], err: Console) -> None:
     for entry in report["by_context"]:
         table.add_row(
             f"step_s behind {entry['context']} tokens",
-            str(entry["mlxroute_step_s"]),
-            str(entry["mlx_lm_step_s"]),
-            str(entry["ratio_tokens_per_s"]),
+            str(entry["mlxroute_step_s"]["median"]),
+            str(entry["mlx_lm_step_s"]["median"]),
+            str(entry["ratio_tokens_per_s"]["median"]),
         )
     err.print(table)
     same = "the same tokens" if report["same_tokens"] else "DIFFERENT TOKENS"

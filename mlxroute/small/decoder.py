@@ -10,7 +10,6 @@ not run ahead.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -55,7 +54,6 @@ class Decoder:
         # While sampling: the random state before each step, by the tokens the cache held after it.
         self._states: list[tuple[int, mx.array]] = []
         self._steps = 0
-        self._side = _side_stream()
 
     def begin(self, prompt_ids: Sequence[int], sampling: Sampling) -> int:
         """Start a sequence; return how many of its ids the cache holds already."""
@@ -160,44 +158,26 @@ class Decoder:
         random_state = mx.array(_random_state()) if self._sampler else None
         logits = self._model(tokens, cache=self.cache.layers)[:, -1, :]
         hidden = self._tap.last()
-        token = self._choose(logits)
-        with self._beside():
-            packed = self._kernel(logits)
-            if token is not None:
-                chosen = [token, mx.take_along_axis(logits, token, axis=-1)]
-                packed = mx.concatenate(
-                    [*(part.astype(mx.float32) for part in chosen), packed[:, 2:]], axis=-1
-                )
-            if self.head is not None:
-                packed = mx.concatenate([packed, self.head(hidden, packed)], axis=-1)
-        if token is None:
+        packed = self._kernel(logits)
+        if self._sampler is None:
             token = packed[:, :1].astype(mx.int32)
+        else:
+            token = self._sampled(logits)
+            chosen = [token, mx.take_along_axis(logits, token, axis=-1)]
+            packed = mx.concatenate(
+                [*(part.astype(mx.float32) for part in chosen), packed[:, 2:]], axis=-1
+            )
+        if self.head is not None:
+            packed = mx.concatenate([packed, self.head(hidden, packed)], axis=-1)
         return _Step(packed, token, hidden, random_state)
 
-    def _choose(self, logits: mx.array) -> mx.array | None:
-        """The token of logits [1, V], [1, 1]; None where the packed row is the way to it."""
+    def _sampled(self, logits: mx.array) -> mx.array:
+        """The token of logits [1, V], [1, 1], as `mlx_lm.generate_step` draws it."""
         import mlx.core as mx
 
-        if self._sampler is not None:
-            # As `mlx_lm.generate_step` has it, so that seeded answers are the same.
-            logprobs = logits - mx.logsumexp(logits, keepdims=True)
-            return self._sampler(logprobs).reshape(1, 1)
-        if self._side is None or logits.dtype != mx.float32:
-            return None
-        return mx.argmax(logits, axis=-1, keepdims=True)
-
-    def _beside(self) -> AbstractContextManager[object]:
-        """On a CPU the kernel runs on a thread of its own, beside the next forward pass."""
-        import mlx.core as mx
-
-        return nullcontext() if self._side is None else mx.stream(self._side)
-
-
-def _side_stream() -> mx.ThreadLocalStream | None:
-    import mlx.core as mx
-
-    cpu = mx.Device(mx.cpu)
-    return mx.new_thread_local_stream(cpu) if mx.default_device() == cpu else None
+        assert self._sampler is not None
+        logprobs = logits - mx.logsumexp(logits, keepdims=True)
+        return self._sampler(logprobs).reshape(1, 1)
 
 
 def _queued(step: _Step) -> _Step:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlxroute.small.kernels.row import LARGEST_FLOAT, LOG2_E, LOWEST_EXPONENT, top_count
 
@@ -24,6 +24,18 @@ _ROUND = 12582912.0
 
 def pack_signals(logits: mx.array) -> mx.array:
     """Packed rows (see `row`) of logits [B, V] of any floating dtype, lazily."""
+    return _compiled()(logits)
+
+
+@functools.cache
+def _compiled() -> Callable[[mx.array], mx.array]:
+    """Traced once for each shape, so that a step does not build some sixty nodes in Python."""
+    import mlx.core as mx
+
+    return mx.compile(_pack)
+
+
+def _pack(logits: mx.array) -> mx.array:
     import mlx.core as mx
 
     rows = logits.astype(mx.float32)
@@ -33,24 +45,10 @@ def pack_signals(logits: mx.array) -> mx.array:
     ids, top = _top(rows, top_count(size))
     best = top[:, :1]
     # From the rows as they came: a NaN in them makes every sum NaN.
-    parts = [part.reshape(batch, 1, -1) for part in _compiled(_weigh)(rows, best)]
+    parts = [part.reshape(batch, 1, -1) for part in _weigh(rows, best)]
     sums = _sums(mx.concatenate([_partial_sums(part) for part in parts], axis=1))
     greedy = _greedy(ids, top, sums, logits.dtype)
     return mx.concatenate([*greedy, sums, ids.astype(mx.float32), top], axis=-1)
-
-
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    import mlx.core as mx
-
-    return mx.compile(function)
-
-
-def _descending(rows: mx.array) -> mx.array:
-    """What sorts upwards as the rows do downwards, a NaN last."""
-    import mlx.core as mx
-
-    return mx.where(rows != rows, mx.inf, -rows)
 
 
 def _top(rows: mx.array, k: int) -> tuple[mx.array, mx.array]:
@@ -58,7 +56,8 @@ def _top(rows: mx.array, k: int) -> tuple[mx.array, mx.array]:
     import mlx.core as mx
 
     batch, size = rows.shape
-    keys = _compiled(_descending)(rows)
+    # They sort upwards as the rows do downwards, a NaN last.
+    keys = mx.where(rows != rows, mx.inf, -rows)
     if size <= _CHUNK * k:
         ids = mx.argsort(keys, axis=-1)[:, :k]
         return ids, -mx.take_along_axis(keys, ids, axis=-1)
