@@ -20,6 +20,7 @@ class Mode(StrEnum):
 
     WAIT = "wait"
     OVERLAP = "overlap"
+    HEDGE = "hedge"
 
 
 class StopReason(StrEnum):
@@ -269,6 +270,19 @@ Event = Token | Provisional | Retracted
 
 
 @dataclass(frozen=True, slots=True)
+class BranchCost:
+    """Median seconds of a step of one row and of a batch of `rows`.
+
+    `rounding_nats` bounds by how much logprobs and entropies differ between the two.
+    """
+
+    rows: int
+    step_s: float
+    batch_s: float
+    rounding_nats: float
+
+
+@dataclass(frozen=True, slots=True)
 class RunStats:
     """The summary of one answer. Times in seconds, rates as fractions.
 
@@ -281,7 +295,8 @@ class RunStats:
     `calls` were begun for positions of this answer, also for such as were `retracted`: provisional
     tokens taken back. `prefetch_generated` tokens came with calls beyond the one asked for,
     `prefetch_used` of them answered a later position. `held` says that the cache could not have
-    given tokens back somewhere, so that `overlap` waited there.
+    given tokens back somewhere, so that `overlap` waited there. `redecoded` decisions of a batch
+    were taken again for its rounding.
     """
 
     text: str
@@ -313,6 +328,7 @@ class RunStats:
     prefetch_generated: int = 0
     prefetch_used: int = 0
     held: bool = False
+    redecoded: int = 0
 
     @property
     def escalation_rate(self) -> float:

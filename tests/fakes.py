@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mlxroute.errors import LargeError
-from mlxroute.types import LargeContext, LargeToken, Message, Progress, Sampling, Signals, Uploads
+from mlxroute.types import (
+    BranchCost,
+    LargeContext,
+    LargeToken,
+    Message,
+    Progress,
+    Sampling,
+    Signals,
+    Uploads,
+)
 
 EOS = 256
 STRADDLING = 257
@@ -93,6 +102,19 @@ class ScriptedSmall:
 
     def can_rollback(self, count: int) -> bool:
         return True
+
+    @property
+    def most_rows(self) -> int:
+        return 1
+
+    def branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
+        raise NotImplementedError
+
+    def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:
+        raise NotImplementedError
+
+    def select(self, row: int) -> None:
+        assert row == 0
 
     def rollback(self, count: int) -> None:
         del self.fed[len(self.fed) - count :]

@@ -15,7 +15,7 @@ from mlxroute.engine import Answer, Options
 from mlxroute.errors import LargeError
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import Event, Mode, Provisional, Retracted, RunStats, Token
-from tests.fakes import FakeClock
+from tests.fakes import FakeClock, signals
 from tests.worlds import World, WorldLarge, WorldSmall
 
 _MESSAGES = [{"role": "user", "content": "hi"}]
@@ -58,8 +58,13 @@ def run(world: World, *, order: int = 0, **options: Any) -> Run:
     return Run(events, answer.stats(), list(small.fed), clock.now)
 
 
-def record(token: Token) -> Token:
-    """A token without what depends on time and on the way it was asked for."""
+def record(token: Token, *, rounded: bool = False) -> Token:
+    """A token without what depends on time and on the way it was asked for.
+
+    With `rounded` without what a batch computes otherwise, too.
+    """
+    if rounded:
+        token = replace(token, signals=signals(token.token_id), score=0.0)
     escalation = token.escalation
     if escalation is not None:
         escalation = replace(escalation, latency_s=0.0, prefetched=False)
@@ -105,6 +110,7 @@ _WORLDS = st.builds(
     longest_s=st.sampled_from([0.0, 3.0, 30.0]),
     cap=st.sampled_from([1, 2, 8]),
     whole_only=st.booleans(),
+    rounding=st.sampled_from([0.0, 0.1, 0.5]),
     window=st.sampled_from([1 << 30, 1 << 30, 9, 0]),
 )
 
@@ -123,11 +129,12 @@ def test_the_answer_is_the_same_in_every_mode_whenever_and_in_whatever_order_cal
 ) -> None:
     wanted = run(world, **options)
     check_cache(wanted)
-    records = [record(token) for token in wanted.tokens]
     for mode in Mode:
+        rounded = mode is Mode.HEDGE
+        records = [record(token, rounded=rounded) for token in wanted.tokens]
         for ahead in (0, prefetch):
             got = run(world, order=order, mode=mode, prefetch=ahead, **options)
-            assert [record(token) for token in got.tokens] == records
+            assert [record(token, rounded=rounded) for token in got.tokens] == records
             for name in _SAME:
                 assert getattr(got.stats, name) == getattr(wanted.stats, name), name
             # Of a large token of several ids at the end, overlap may have fed all but the last.
@@ -159,6 +166,21 @@ def test_a_disagreement_takes_back_what_was_built_on_the_small_token() -> None:
     assert overlapped.stats.retracted > 0
     assert any(isinstance(event, Retracted) for event in overlapped.events)
     assert overlapped.stats.calls > overlapped.stats.escalated
+
+
+def test_hedge_keeps_the_branch_that_the_large_model_chose() -> None:
+    worlds = [World(i, agreement=0.0, loss=0.0, end=0.0, doubt=0.2, longest_s=20) for i in range(9)]
+    overlapped, hedged = (
+        [run(w, mode=mode) for w in worlds] for mode in (Mode.OVERLAP, Mode.HEDGE)
+    )
+    assert sum(r.seconds for r in hedged) < 0.9 * sum(r.seconds for r in overlapped)
+
+
+def test_what_a_batch_may_have_rounded_to_another_decision_is_decoded_again() -> None:
+    world = World(5, loss=0.0, end=0.0, rounding=0.3)
+    assert run(world, mode=Mode.HEDGE).stats.redecoded > 0
+    assert run(replace(world, rounding=0.0), mode=Mode.HEDGE).stats.redecoded == 0
+    assert run(world, mode=Mode.OVERLAP).stats.redecoded == 0
 
 
 def test_prefetched_tokens_save_calls_where_the_answer_follows_the_large_model() -> None:
@@ -212,7 +234,8 @@ def test_a_server_that_never_answers_costs_one_timeout_in_all(mode: Mode, prefet
     assert not any(token.checked for token in tokens)
     # The large side has a quarter of a second to say itself that it is late.
     assert answer.stats().stall_s <= 10.5
-    assert clock.now <= 39 + 10.5
+    # A step of a batch takes half as long again.
+    assert clock.now <= 39 * 1.5 + 10.5
     assert all(flight.over for flight in large.flights)
 
 

@@ -52,10 +52,11 @@ class Lottery:
     """Asks at about half of the positions, whatever a random model's entropies are."""
 
     def score(self, signals: Signals) -> float:
-        return random.Random(signals.lse).random()
+        # What is told by order alone, a batch does not round.
+        return float(random.Random(str(signals.top_ids)).random() < 0.5)
 
     def escalates(self, score: float) -> bool:
-        return score < 0.5
+        return score > 0.5
 
 
 class Dice:
@@ -117,6 +118,44 @@ def test_overlap_writes_what_wait_writes_over_every_kind_of_cache(
     assert stats.escalated > 5
     # A window is given back until it is full, a state of a convolution never.
     assert stats.held == (kind != "llama")
+
+
+def test_hedge_writes_what_wait_writes_over_every_kind_of_cache(
+    loaded: tuple[Any, Any], kind: str
+) -> None:
+    waited, cached, plain = run(loaded, Mode.WAIT, Sampling())
+    hedged, hedge_cached, stats = run(loaded, Mode.HEDGE, Sampling())
+    ids = [token.token_id for token in waited]
+    assert [token.token_id for token in hedged] == ids
+    assert cached == hedge_cached == ids[:-1]
+    assert stats.escalated == plain.escalated > 5
+
+
+def test_rows_of_a_batch_are_what_each_would_be_alone(loaded: tuple[Any, Any], kind: str) -> None:
+    small, alone = (SmallModel(*loaded, name="small") for _ in range(2))
+    prompt = list(range(5, 15))
+    if kind == "lfm2":
+        small.prefill(prompt)
+        assert small.most_rows == 1
+        return
+    small.prefill(prompt)
+    assert small.most_rows > 3
+    batch = small.branch([0, 0, 0], [20, 21, 22])
+    batch = small.branch([2, 0], [30, 31])
+    for tail, row in zip(([22, 30], [20, 31]), batch, strict=True):
+        alone.prefill(prompt)
+        alone.step(tail[0])
+        same = alone.step(tail[1])
+        assert row.top_ids == same.top_ids
+        assert row.entropy_nats == pytest.approx(same.entropy_nats, abs=1e-4)
+    small.select(0)
+    assert list(small.cached_ids) == [*prompt, 22, 30]
+    small.rollback(1)
+    assert small.step(30).token_id == batch[0].token_id
+    cost = small.branch_cost(31, rows=3)
+    assert cost.step_s > 0
+    assert 0 < cost.rounding_nats < 1e-2
+    assert list(small.cached_ids) == [*prompt, 22, 30]
 
 
 def test_a_plain_cache_can_always_go_back_and_a_full_window_not(

@@ -17,11 +17,12 @@ from mlxroute.errors import (
     LargeTimeout,
     LargeUnavailable,
 )
-from mlxroute.types import LargeContext, LargeToken, Signals, Uploads
-from tests.fakes import EOS, STRADDLING, ByteVocabulary, FakeClock, ScriptedSmall, signals
+from mlxroute.types import BranchCost, LargeContext, LargeToken, Signals, Uploads
+from tests.fakes import EOS, STRADDLING, ByteVocabulary, FakeClock, ScriptedSmall
 
 _E_ACUTE = tuple("é".encode())
 _WORDS = (*b"ab.", *b"ab.", *_E_ACUTE, STRADDLING)
+_BAND = 0.01
 _SPELLED = (b"ab", b"a.b", "é".encode(), b"..")
 
 
@@ -29,7 +30,8 @@ _SPELLED = (b"ab", b"a.b", "é".encode(), b"..")
 class World:
     """How often things happen: doubt, agreement, ends, lost calls; and how calls take time.
 
-    With `whole_only` no call can be made inside a character, as with most real servers.
+    With `whole_only` no call can be made inside a character, as with most real servers. A batch
+    decides otherwise than a row alone at positions so close to it, by `rounding`.
     """
 
     seed: int
@@ -40,6 +42,7 @@ class World:
     longest_s: float = 6.0
     cap: int = 8
     whole_only: bool = False
+    rounding: float = 0.0
     window: int = 1 << 30
 
     def dice(self, kind: str, ids: Sequence[int]) -> random.Random:
@@ -65,15 +68,18 @@ class World:
 
 
 class WorldSmall(ScriptedSmall):
-    """The small model of a world; each step takes a second of the clock."""
+    """The small model of a world; each step takes a second of the clock, a batch a half more."""
 
     def __init__(self, world: World, clock: FakeClock) -> None:
         super().__init__(())
         self._world = world
         self._clock = clock
+        self._rows: list[list[int]] = []
+        self.batches = 0
 
     def extend(self, token_ids: Sequence[int]) -> Signals:
         assert token_ids
+        assert not self._rows
         self._clock.now += 1.0
         return super().extend(token_ids)
 
@@ -82,10 +88,48 @@ class WorldSmall(ScriptedSmall):
 
     def rollback(self, count: int) -> None:
         assert 0 < count <= len(self.fed) < self._world.window
+        assert not self._rows
         super().rollback(count)
 
+    @property
+    def most_rows(self) -> int:
+        return 4 if self._world.window > 9 else 1
+
+    def branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
+        return BranchCost(rows, 1.0, 1.5, _BAND)
+
+    def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:
+        assert 1 < len(parents) <= 4
+        rows = self._rows or [self.fed]
+        self._rows = [[*rows[row], each] for row, each in zip(parents, token_ids, strict=True)]
+        self._clock.now += 1.5
+        self.batches += 1
+        return [self._seen(row, batched=True) for row in self._rows]
+
+    def select(self, row: int) -> None:
+        if self._rows:
+            self.fed = self._rows[row]
+            self._rows = []
+
     def _signals(self) -> Signals:
-        return signals(*self._world.small(self.fed))
+        return self._seen(self.fed, batched=False)
+
+    def _seen(self, ids: Sequence[int], *, batched: bool) -> Signals:
+        token, entropy = self._world.small(ids)
+        dice = self._world.dice("others", ids)
+        others = dice.sample([each for each in (*b"ab.", EOS) if each != token], 3)
+        gap = 0.5
+        if dice.random() < self._world.rounding:
+            entropy = 1.0 + dice.uniform(-0.3, 0.3) * _BAND
+        if dice.random() < self._world.rounding:
+            gap = dice.random() * 0.4 * _BAND
+        first = [token, others[0]]
+        if batched:
+            entropy += dice.uniform(-0.5, 0.5) * _BAND
+            if gap < _BAND and dice.random() < 0.5:
+                first.reverse()
+        tops = (-0.7, -0.7 - gap, -1.6 - gap, -2.5 - gap)
+        return Signals(first[0], -0.7, entropy, 0.0, 0.1, (*first, *others[1:]), tops)
 
 
 class WorldFlight:

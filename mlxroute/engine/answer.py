@@ -6,11 +6,11 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from mlxroute.engine.ahead import Ahead
 from mlxroute.engine.commits import Commits
 from mlxroute.engine.decision import Decider
 from mlxroute.engine.escalation import Escalator
 from mlxroute.engine.options import Options, named_mode
-from mlxroute.engine.overlap import Overlap
 from mlxroute.engine.privacy import NeverSend
 from mlxroute.engine.roles import Large, Router, Small
 from mlxroute.engine.stats import gaps, percentile
@@ -20,6 +20,7 @@ from mlxroute.engine.walk import Desk
 from mlxroute.errors import ContextTooLong, UsageError
 from mlxroute.types import (
     Activity,
+    BranchCost,
     Event,
     Message,
     Mode,
@@ -29,6 +30,8 @@ from mlxroute.types import (
     Signals,
     Token,
 )
+
+_ROWS = 4
 
 
 class Answer:
@@ -74,7 +77,7 @@ class Answer:
             limit=limit, stop=options.stop, strict=options.strict, began_s=began_s, clock=clock
         )
         self._desk = Desk(small, transcript, self._decider, self._escalator, self._commits, limit)
-        self._overlap = Overlap(self._desk)
+        self._ahead = Ahead(self._desk)
         self._reused = 0
         self._started = False
         self._activity = Activity.PREFILL
@@ -95,10 +98,10 @@ class Answer:
         self._started = True
         try:
             signals = self._prefill()
-            if self._options.mode is Mode.OVERLAP:
-                yield from self._overlap.walk(signals)
-            else:
+            if self._options.mode is Mode.WAIT:
                 yield from wait(self._desk, signals)
+            else:
+                yield from self._ahead.walk(signals, branches=self._branches(signals))
         finally:
             self._escalator.close()
         self._activity = Activity.DONE
@@ -140,10 +143,11 @@ class Answer:
             cost_estimate=None if prices is None else prices.cost(uploads),
             mode=self._options.mode,
             calls=escalator.begun,
-            retracted=self._overlap.retracted,
+            retracted=self._ahead.retracted,
             prefetch_generated=self._decider.prefetched.generated,
             prefetch_used=commits.prefetch_used,
-            held=self._overlap.held,
+            held=self._ahead.held,
+            redecoded=self._ahead.redecoded,
         )
 
     def _check_context(self) -> None:
@@ -155,6 +159,15 @@ class Answer:
                 f"the prompt is {count:,} tokens and the small model's context holds {room:,};"
                 " shorten it, or use /reset in a chat"
             )
+
+    def _branches(self, signals: Signals) -> BranchCost | None:
+        """What `hedge` branches cost; None where there are to be none."""
+        small, sampled = self._small, self._options.sampling.temperature > 0
+        rows = min(_ROWS, small.most_rows)
+        # A batch would draw other random numbers than a row alone.
+        if self._options.mode is not Mode.HEDGE or sampled or rows < 2:
+            return None
+        return small.branch_cost(signals.token_id, rows=rows)
 
     def _prefill(self) -> Signals:
         signals, self._reused = self._small.prefill(

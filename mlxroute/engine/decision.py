@@ -69,6 +69,11 @@ class Decider:
             ends=signals.token_id in self._eos_ids,
         )
 
+    def is_near(self, signals: Signals, band: float) -> bool:
+        """Whether a score that differs by `band` would be decided otherwise."""
+        score = self._router.score(signals)
+        return self._router.escalates(score - band) != self._router.escalates(score + band)
+
     def at_once(self, own: Decision) -> Decision | None:
         """What takes no call to decide; None where the large model has to be asked."""
         if not self._router.escalates(own.score):

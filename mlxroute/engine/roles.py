@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from mlxroute.types import (
+    BranchCost,
     LargeContext,
     LargeToken,
     Message,
@@ -41,6 +42,23 @@ class Small(Protocol):
         ...
 
     def rollback(self, count: int) -> None: ...
+
+    @property
+    def most_rows(self) -> int:
+        """How many rows `branch` may have now; 1 when there can be none beside the first."""
+        ...
+
+    def branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
+        """What a step of `rows` rows costs and how it rounds, `token_id` being the next token."""
+        ...
+
+    def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:
+        """Feed one token a row, row i continuing row `parents[i]`; signals round differently."""
+        ...
+
+    def select(self, row: int) -> None:
+        """Go on with one row alone."""
+        ...
 
 
 class Flight(Protocol):

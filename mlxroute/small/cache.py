@@ -1,4 +1,4 @@
-"""The KV cache and the tokens it stands for: one owner, every trim counted."""
+"""The KV cache and the tokens it stands for: one owner, every trim and every branch counted."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from typing import Any
 
 from mlxroute.errors import RollbackError
 
+_MOST_ROWS = 8
+_BRANCH_BYTES = 1 << 30
+
 
 class PrefixCache:
     """The KV cache of one sequence beside the ids it was computed from.
 
     `token_ids` equals what the layers hold, but for one token that may run ahead of them, and
     except after an interrupt in the middle of a forward pass; then the next prompt starts anew.
+    While the sequence is branched the layers hold several rows of one length, and `tails` are what
+    each has behind `token_ids`.
     """
 
     def __init__(self, model: Any) -> None:
@@ -26,6 +31,7 @@ class PrefixCache:
 
         self.layers: list[Any] = make_prompt_cache(self._model)
         self.token_ids: list[int] = []
+        self.tails: list[list[int]] = []
         self._ahead = 0
         self._whole = True
 
@@ -39,6 +45,48 @@ class PrefixCache:
         yield
         self.token_ids.extend(token_ids)
         self._whole = True
+
+    @contextmanager
+    def branching(self, parents: Sequence[int], token_ids: Sequence[int]) -> Iterator[None]:
+        """Run a forward pass inside of one token a row, row i continuing row `parents[i]`."""
+        self._whole = False
+        rows = max(1, len(self.tails))
+        if list(parents) != list(range(rows)):
+            self._take_rows(parents)
+        yield
+        tails = self.tails or [[]]
+        self.tails = [[*tails[row], token] for row, token in zip(parents, token_ids, strict=True)]
+        self._whole = True
+
+    def select(self, row: int) -> None:
+        """Go on with one row alone."""
+        if not self.tails:
+            return
+        if not self._whole:
+            raise RollbackError("a forward pass was interrupted; run a prompt first")
+        if len(self.tails) > 1:
+            self._take_rows([row])
+        self.token_ids += self.tails[row]
+        self.tails = []
+
+    @property
+    def most_rows(self) -> int:
+        """How many rows the memory set aside for branches holds; 1 where layers cannot branch."""
+        if not self.can_rollback or not all(_can_branch(layer) for layer in self.layers):
+            return 1
+        size: int = sum(layer.nbytes for layer in self.layers) // max(1, len(self.tails))
+        return max(1, min(_MOST_ROWS, _BRANCH_BYTES // max(1, size)))
+
+    def _take_rows(self, rows: Sequence[int]) -> None:
+        import mlx.core as mx
+        from mlx.utils import tree_map
+
+        index = mx.array(list(rows))
+        for layer in self.layers:
+            for name in ("keys", "values"):
+                held = getattr(layer, name)
+                if held is not None:
+                    setattr(layer, name, tree_map(lambda part: part[index], held))
 
     @contextmanager
     def running_ahead(self) -> Iterator[None]:
@@ -81,6 +129,8 @@ class PrefixCache:
             return
         if not self._whole:
             raise RollbackError("a forward pass was interrupted; run a prompt first")
+        if self.tails:
+            raise RollbackError("the sequence is branched; select a row first")
         if count < 0 or count > len(self.token_ids):
             raise RollbackError(f"cannot roll back {count} of {len(self.token_ids)} tokens")
         self._trim(count)
@@ -103,6 +153,7 @@ class PrefixCache:
         """
         if not self._whole:
             self.reset()
+        self.select(0)
         common = 0
         for cached, wanted in zip(self.token_ids, prompt_ids[:-1], strict=False):
             if cached != wanted:
@@ -114,6 +165,11 @@ class PrefixCache:
             return 0
         self.rollback(surplus)
         return common
+
+
+def _can_branch(layer: Any) -> bool:
+    """Whether a layer is nothing but keys and values, by row."""
+    return getattr(layer, "caches", None) is None and hasattr(layer, "keys")
 
 
 def _has_room(layer: Any, count: int) -> bool:

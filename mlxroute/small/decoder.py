@@ -99,6 +99,21 @@ class Decoder:
             mx.clear_cache()
         return signals
 
+    def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:
+        """One step of a batch: row i feeds `token_ids[i]` behind what row `parents[i]` holds."""
+        import mlx.core as mx
+
+        self._take_back()
+        with self.cache.branching(parents, token_ids):
+            step = _queued(self._build(mx.array(list(token_ids))[:, None]))
+        self._now = None
+        rows = cast("list[list[float]]", step.packed.tolist())
+        return [unpack(values, has_head=self.head is not None) for values in rows]
+
+    def select(self, row: int) -> None:
+        """Go on with one row of the batch alone."""
+        self.cache.select(row)
+
     def rollback(self, count: int) -> None:
         """Take the last `count` tokens back, with their random numbers. Raises RollbackError."""
         self._take_back()

@@ -7,10 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxroute.errors import UsageError
+from mlxroute.small.branching import measure
 from mlxroute.small.decoder import Decoder, Head
 from mlxroute.small.kernels import choose
 from mlxroute.tokenizer import ChatTokenizer
-from mlxroute.types import Message, Notify, Progress, Sampling, Signals, no_notice, no_progress
+from mlxroute.types import (
+    BranchCost,
+    Message,
+    Notify,
+    Progress,
+    Sampling,
+    Signals,
+    no_notice,
+    no_progress,
+)
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -44,6 +54,7 @@ class SmallModel:
         self.vocabulary = self._text.vocabulary
         self.context_length = _context_length(model)
         self._decoder = Decoder(model, kernel=choose(kernel, notify=notify))
+        self._branch_cost: BranchCost | None = None
 
     @classmethod
     def load(
@@ -145,6 +156,32 @@ class SmallModel:
         Some caches never can; one with a sliding window no longer once that is full.
         """
         return self._decoder.cache.could_give_back(count)
+
+    @property
+    def most_rows(self) -> int:
+        """How many rows `branch` may have now: fewer behind a long text, 1 where it cannot run."""
+        return self._decoder.cache.most_rows
+
+    def branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
+        """What a step of `rows` rows costs beside one of one row; measured once, in 8 steps.
+
+        `token_id` is to be the next token; the cache is left as it was.
+        """
+        if self._branch_cost is None or self._branch_cost.rows != rows:
+            self._branch_cost = measure(self._decoder, token_id, rows=rows)
+        return self._branch_cost
+
+    def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:
+        """Feed one token to each row of a batch; return the signals of the position after it.
+
+        Row i continues what row `parents[i]` of the batch before holds, at first the sequence
+        alone (row 0). Rows of a batch round differently from one row. `select` ends the batch.
+        """
+        return self._decoder.branch(parents, token_ids)
+
+    def select(self, row: int) -> None:
+        """Go on with one row of the batch alone; nothing happens without a batch."""
+        self._decoder.select(row)
 
     def rollback(self, count: int) -> None:
         """Take the last `count` fed tokens back. Raises RollbackError."""
