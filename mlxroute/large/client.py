@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Final, Self
@@ -200,6 +200,23 @@ class LargeModel:
         except UsageError as exc:
             raise LargeRefused(str(exc)) from exc
         pairing = self._paired(context.vocabulary)
+        sent = pairing.builder.as_read(context)
+        try:
+            token = self._token_after(sent, pairing, deadline)
+        except NotRepeated:
+            if sent is context:
+                raise
+            # Where the server does not write its tokens again, it reads them in its own way.
+            token = self._token_after(context, pairing, deadline)
+        return replace(
+            token,
+            latency_s=time.perf_counter() - start_s,
+            lost_s=self._transport.lost_s - lost_s,
+        )
+
+    def _token_after(
+        self, context: LargeContext, pairing: _Pairing, deadline: Deadline
+    ) -> LargeToken:
         try:
             prompt = pairing.builder.build(context)
         except LargeRefused as exc:
@@ -232,8 +249,7 @@ class LargeModel:
             cached_tokens=completion.cached_tokens,
             completion_tokens=completion.completion_tokens,
             uploaded_bytes=uploaded,
-            latency_s=time.perf_counter() - start_s,
-            lost_s=self._transport.lost_s - lost_s,
+            latency_s=0.0,
         )
 
     def _ask(
