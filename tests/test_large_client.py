@@ -110,6 +110,35 @@ def test_tokens_that_the_server_does_not_repeat_do_not_make_its_dialect_unfit(
         assert large.next_token(context("x", VOCABULARY)).text == " the"
 
 
+BEGUN = tuple(VOCABULARY.id_of(piece) for piece in ("Ġ", "t", "h", "e"))
+SPELLED_OUT = context(
+    "a the",
+    VOCABULARY,
+    answer=(VOCABULARY.id_of("a"), *BEGUN),
+    spans=(Span("a"), *(Span(c, (i,)) for c, i in zip(" the", BEGUN, strict=True))),
+)
+
+
+def test_tokens_that_the_server_would_read_as_another_are_written_again_by_it(
+    server: Loopback,
+) -> None:
+    again = [(i, VOCABULARY.piece(i) or "") for i in BEGUN]
+    with remembered(server, MLX_LM, model="m", tokenizer=TableTokenizer(VOCABULARY)) as large:
+        server.script.append(mlx_lm_reply([*again, (3, "b"), (2, "a")]))
+        assert large.next_token(SPELLED_OUT).text == "b"
+    assert server.requests[-1].json["prompt"] == "a"
+
+
+def test_where_the_server_does_not_write_its_tokens_again_it_reads_the_text(
+    server: Loopback,
+) -> None:
+    with remembered(server, MLX_LM, model="m", tokenizer=TableTokenizer(VOCABULARY)) as large:
+        server.script.append(mlx_lm_reply([(2, "a")] * 6))
+        server.script.append(mlx_lm_reply([(3, "b"), (2, "a")]))
+        assert large.next_token(SPELLED_OUT).text == "b"
+    assert [request.json["prompt"] for request in server.requests[-2:]] == ["a", "a the"]
+
+
 def test_a_shared_vocabulary_is_compared_once_and_remembered(tmp_path: Path) -> None:
     verdicts = tmp_path / "verdicts.json"
     shared, other = truthful.VOCABULARY, TableVocabulary(["a", "b"])

@@ -20,7 +20,7 @@ from mlxroute.errors import (
 )
 from mlxroute.large.address import parse_address
 from mlxroute.large.answers import Read, one, several
-from mlxroute.large.asker import Answered, Asker
+from mlxroute.large.asker import Answered, Asker, NotRepeated
 from mlxroute.large.breaker import Breaker
 from mlxroute.large.bridge import Bridge
 from mlxroute.large.dialects import Form, Prompt, reading_ids
@@ -247,20 +247,37 @@ class LargeModel:
         start_s = time.perf_counter()
         with self._breaker.guard(fragment=bool(context.fragment_ids)):
             with self._my_turn(deadline):
-                pairing, prompt = self._prepared(context)
-            repeated: tuple[bytes, ...] = ()
-            if pairing.builder.dialect.form is not Form.IDS:
-                repeated = tuple(map(context.vocabulary.token_bytes, context.fragment_ids))
-            uploaded = 0
-            for count, read in self._ways(pairing.terms, ahead):
-                answered = self._ask(pairing, prompt, context, repeated, count, deadline)
-                uploaded += answered.uploaded_bytes
-                tokens = read(answered, pairing.bridge, self._asker.reader)
-                # Behind the end of the answer there is nothing more to ask for.
-                if tokens or (read is one and answered.completion.ends):
-                    break
-            if not tokens:
-                raise LargeProtocolError(f"{self.base_url} gives no whole character here")
+                pairing = self._prepared(context.vocabulary)
+            told = pairing.builder.as_read(context)
+            try:
+                tokens = self._tokens_after(told, pairing, deadline, ahead=ahead)
+            except NotRepeated:
+                if told is context:
+                    raise
+                # Where the server does not write its tokens again, it reads them in its own way.
+                tokens = self._tokens_after(context, pairing, deadline, ahead=ahead)
+        latency_s = time.perf_counter() - start_s
+        first = replace(tokens[0], latency_s=latency_s, lost_s=deadline.lost_s)
+        return (first, *tokens[1:])
+
+    def _tokens_after(
+        self, context: LargeContext, pairing: _Pairing, deadline: Deadline, *, ahead: int
+    ) -> tuple[LargeToken, ...]:
+        with self._my_turn(deadline):
+            prompt = self._prompt(context, pairing)
+        repeated: tuple[bytes, ...] = ()
+        if pairing.builder.dialect.form is not Form.IDS:
+            repeated = tuple(map(context.vocabulary.token_bytes, context.fragment_ids))
+        uploaded = 0
+        for count, read in self._ways(pairing.terms, ahead):
+            answered = self._ask(pairing, prompt, context, repeated, count, deadline)
+            uploaded += answered.uploaded_bytes
+            tokens = read(answered, pairing.bridge, self._asker.reader)
+            # Behind the end of the answer there is nothing more to ask for.
+            if tokens or (read is one and answered.completion.ends):
+                break
+        if not tokens:
+            raise LargeProtocolError(f"{self.base_url} gives no whole character here")
         completion = answered.completion
         first = replace(
             tokens[0],
@@ -268,8 +285,6 @@ class LargeModel:
             cached_tokens=completion.cached_tokens,
             completion_tokens=completion.completion_tokens,
             uploaded_bytes=uploaded,
-            latency_s=time.perf_counter() - start_s,
-            lost_s=deadline.lost_s,
         )
         return (first, *tokens[1:])
 
@@ -285,19 +300,21 @@ class LargeModel:
             self._turn_deadline = None
             self._turn.release()
 
-    def _prepared(self, context: LargeContext) -> tuple[_Pairing, Prompt]:
+    def _prepared(self, vocabulary: Vocabulary) -> _Pairing:
         try:
             self._settlement.settle(thorough=False)
         except UsageError as exc:
             raise LargeRefused(str(exc)) from exc
-        pairing = self._paired(context.vocabulary)
+        return self._paired(vocabulary)
+
+    def _prompt(self, context: LargeContext, pairing: _Pairing) -> Prompt:
         try:
             prompt = pairing.builder.build(context)
         except LargeRefused as exc:
             self._settlement.failed(exc, pairing.terms)
             raise
         self._check_length(prompt)
-        return pairing, prompt
+        return prompt
 
     def _ways(self, terms: Terms, ahead: int) -> Iterator[tuple[int, Read]]:
         """How many positions to ask for and how to read them, one attempt after the other."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlxroute.errors import LargeProtocolError, UsageError
+from mlxroute.large import rereading
 from mlxroute.large.dialects import Dialect, Form, Prompt
 from mlxroute.large.tokens import TokenSource
 from mlxroute.types import LargeContext
@@ -21,6 +22,11 @@ class PromptBuilder:
     dialect: Dialect
     same: bool
     tokens: TokenSource | None
+
+    def as_read(self, context: LargeContext) -> LargeContext:
+        """The context as the server will read it; see `rereading`."""
+        told = self.same and self.dialect.form is Form.TEXT
+        return rereading.as_read(context) if told else context
 
     def build(self, context: LargeContext) -> Prompt:
         """Raises LargeProtocolError where the form cannot carry the context."""

@@ -10,7 +10,6 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -135,23 +134,9 @@ def check_own_answers(
                 equal += 1
                 continue
             index, gap = difference
-            reread = server.kind is Kind.MLX_LM and is_reread(small, text, expected[:index])
-            why = "its text reads as other tokens" if reread else f"top-2 gap {gap:.4f} nats"
-            say(f"{server.kind}: {prompt!r} differs at token {index}: {why}")
-            assert reread or gap < NEAR_TIE_NATS[server.kind], (prompt, index, gap)
-    return f"{equal} of {len(prompts)} answers equal token for token, the others explained"
-
-
-def is_reread(small: SmallModel, prompt_text: str, answer: list[dict[str, Any]]) -> bool:
-    """Whether a server that is sent text reads other tokens in an answer than it wrote."""
-    ids = [entry["id"] for entry in answer]
-    while "�" in (text := _text(small, ids)):
-        ids.pop()
-    return small.encode_prompt(prompt_text + text) != [*small.encode_prompt(prompt_text), *ids]
-
-
-def _text(small: SmallModel, ids: list[int]) -> str:
-    return b"".join(map(small.vocabulary.token_bytes, ids)).decode(errors="replace")
+            say(f"{server.kind}: {prompt!r} differs at token {index}: top-2 gap {gap:.4f} nats")
+            assert gap < NEAR_TIE_NATS[server.kind], (prompt, index, gap)
+    return f"{equal} of {len(prompts)} answers equal token for token, the others near-ties"
 
 
 def test_always_escalating_gives_the_servers_own_answer(
