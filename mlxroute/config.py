@@ -50,8 +50,9 @@ class Settings:
     large_model: str | None = None
     adapter: str | None = None
     router: str = "entropy"
-    mode: str = "wait"
-    prefetch: int = 0
+    mode: str = "auto"
+    prefetch: int | None = None
+    call_ceiling: float | None = None
     kernel: str = "auto"
     threshold: float | None = None
     max_tokens: int = 512
@@ -87,6 +88,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "max_tokens": (int,),
     "seed": (int,),
     "prefetch": (int,),
+    "call_ceiling": (float, int),
     "offline": (bool,),
     "strict": (bool,),
     "heat": (bool,),

@@ -18,6 +18,7 @@ class Source(StrEnum):
 class Mode(StrEnum):
     """What the small model does while the large one is asked; the text is the same in each."""
 
+    AUTO = "auto"
     WAIT = "wait"
     OVERLAP = "overlap"
     HEDGE = "hedge"
@@ -296,7 +297,8 @@ class RunStats:
     tokens taken back. `prefetch_generated` tokens came with calls beyond the one asked for,
     `prefetch_used` of them answered a later position. `held` says that the cache could not have
     given tokens back somewhere, so that `overlap` waited there. `redecoded` decisions of a batch
-    were taken again for its rounding.
+    were taken again for its rounding. `plan` is how the wait was spent last and from which figures,
+    `advice` that routing cannot pay, said once in a session.
     """
 
     text: str
@@ -329,6 +331,8 @@ class RunStats:
     prefetch_used: int = 0
     held: bool = False
     redecoded: int = 0
+    plan: str = ""
+    advice: str | None = None
 
     @property
     def escalation_rate(self) -> float:

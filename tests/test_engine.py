@@ -19,7 +19,7 @@ from mlxroute.errors import (
     UsageError,
 )
 from mlxroute.routers import EntropyRouter
-from mlxroute.types import Source, StopReason, Token
+from mlxroute.types import Mode, Source, StopReason, Token
 from tests.fakes import EOS, STRADDLING, FakeClock, ScriptedLarge, ScriptedSmall
 
 DOWN = LargeUnreachable("nobody there")
@@ -40,7 +40,13 @@ def run(
         large,
         [{"role": "user", "content": "hi"}],
         router=EntropyRouter(threshold),
-        options=Options(max_tokens=max_tokens, stop=tuple(stop), timeout_s=10.0, strict=strict),
+        options=Options(
+            max_tokens=max_tokens,
+            stop=tuple(stop),
+            timeout_s=10.0,
+            strict=strict,
+            mode=Mode.WAIT,
+        ),
         clock=clock or FakeClock(),
     )
     return list(answer), answer

@@ -34,7 +34,7 @@ from mlxroute.errors import (
 from mlxroute.large import LargeModel, retry
 from mlxroute.large.transport import MOST_GIVEN_UP
 from mlxroute.routers import EntropyRouter
-from mlxroute.types import LargeContext, LargeToken, Source, StopReason, Token, Uploads
+from mlxroute.types import LargeContext, LargeToken, Mode, Source, StopReason, Token, Uploads
 from tests.asking import legacy
 from tests.certificates import Authority
 from tests.fakes import FakeFlight, ScriptedSmall
@@ -256,7 +256,7 @@ def play(stage: Stage, authority: Authority, fault: Fault, dice: random.Random) 
             [{"role": "user", "content": "hi"}],
             router=EntropyRouter(1.0),
             # A busy machine must not turn calls into time-outs that are to fail otherwise.
-            options=Options(timeout_s=0.08 if fault.slow else 30.0),
+            options=Options(timeout_s=0.08 if fault.slow else 30.0, mode=Mode.WAIT),
         )
         recorded, out, err = _Recorded(answer), io.StringIO(), io.StringIO()
         write_plain(recorded, stream=out, err=Console(file=err))  # type: ignore[arg-type]

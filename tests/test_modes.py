@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxroute.engine import Answer, Options
+from mlxroute.engine import Answer, Experience, Options
+from mlxroute.engine.experience import Average
 from mlxroute.errors import LargeError
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import Event, Mode, Provisional, Retracted, RunStats, Token
@@ -20,6 +21,12 @@ from tests.worlds import World, WorldLarge, WorldSmall
 
 _MESSAGES = [{"role": "user", "content": "hi"}]
 _PROMPT = "[user]hi>"
+_OPTIONS: dict[str, Any] = {
+    "max_tokens": 40,
+    "timeout_s": 10_000.0,
+    "mode": Mode.WAIT,
+    "prefetch": 0,
+}
 _SAME = (
     *("text", "tokens", "large_tokens", "escalated", "agreed", "fallbacks", "unchecked"),
     *("withheld", "finish_reason"),
@@ -49,13 +56,19 @@ def run(world: World, *, order: int = 0, **options: Any) -> Run:
         large,
         _MESSAGES,
         router=EntropyRouter(1.0),
-        options=Options(**({"max_tokens": 40, "timeout_s": 10_000.0} | options)),
+        options=Options(**(_OPTIONS | options)),
+        experience=experience(),
         clock=clock,
     )
     events = list(answer.events())
     assert all(flight.over for flight in large.flights), "a call was left behind"
     assert answer.stats().calls == len(large.flights)
     return Run(events, answer.stats(), list(small.fed), clock.now)
+
+
+def experience() -> Experience:
+    """Calls were slow until now, so that `auto` begins with branches."""
+    return Experience(step_s=Average(1.0, 3), call_s=Average(30.0, 3))
 
 
 def record(token: Token, *, rounded: bool = False) -> Token:
@@ -130,7 +143,7 @@ def test_the_answer_is_the_same_in_every_mode_whenever_and_in_whatever_order_cal
     wanted = run(world, **options)
     check_cache(wanted)
     for mode in Mode:
-        rounded = mode is Mode.HEDGE
+        rounded = mode in (Mode.HEDGE, Mode.AUTO)
         records = [record(token, rounded=rounded) for token in wanted.tokens]
         for ahead in (0, prefetch):
             got = run(world, order=order, mode=mode, prefetch=ahead, **options)

@@ -79,6 +79,10 @@ Prefetch = Annotated[
     int | None,
     typer.Option(help="Tokens that a call brings beyond the one asked for.", metavar="N"),
 ]
+CallCeiling = Annotated[
+    float | None,
+    typer.Option(help="At most so many calls for each one needed; 1.5 with prices.", metavar="X"),
+]
 MaxTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.", metavar="N")]
 Temperature = Annotated[
     float | None, typer.Option(help="Of the small model's own tokens; 0 is greedy.", metavar="T")
@@ -158,6 +162,7 @@ def chat(
     threshold: Threshold = None,
     mode: ModeOption = None,
     prefetch: Prefetch = None,
+    call_ceiling: CallCeiling = None,
     kernel: Kernel = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
@@ -204,6 +209,7 @@ def ask(
     threshold: Threshold = None,
     mode: ModeOption = None,
     prefetch: Prefetch = None,
+    call_ceiling: CallCeiling = None,
     kernel: Kernel = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,

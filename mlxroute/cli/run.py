@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 DEFAULT_SMALL = "qwen2.5-coder-0.5b"
 # As calibrated for the default small model.
 DEFAULT_THRESHOLD_NATS = 1.64
+# Calls for each that is needed, where calls have a price.
+_METERED_CEILING = 1.5
 _OFFLINE = "--offline: the small model answers alone"
 _NO_LARGE = (
     "no large model: the small one answers alone. Give a server with --large URL (or"
@@ -75,6 +77,7 @@ class Session:
         prices: Prices | None = None,
     ) -> None:
         from mlxroute.conversation import Conversation
+        from mlxroute.engine import Experience
 
         self.small = small
         self.large = large
@@ -85,6 +88,7 @@ class Session:
         self._warned: set[str] = set()
         self.prices = prices
         self.modes = tuple(Mode)
+        self._experience = Experience()
         self.mode: str = settings.mode
         self.conversation = Conversation(system=settings.system)
 
@@ -113,8 +117,10 @@ class Session:
         if stats.held:
             found["held"] = (
                 f"the cache of {self.small.name} cannot give tokens back at every length:"
-                " --mode overlap stands still there, as wait does"
+                " while the large model is asked, decoding stands still there"
             )
+        if stats.advice:
+            found["advice"] = stats.advice
         new = [line for kind, line in found.items() if kind not in self._warned]
         self._warned |= found.keys()
         return new
@@ -141,7 +147,16 @@ class Session:
             prices=self.prices,
             mode=self.mode,
             prefetch=settings.prefetch,
+            call_ceiling=self._call_ceiling,
+            experience=self._experience,
         )
+
+    @property
+    def _call_ceiling(self) -> float | None:
+        """Calls that are paid for are not made lightly."""
+        chosen = self.settings.call_ceiling
+        metered = self.prices is not None and self.mode == Mode.AUTO
+        return _METERED_CEILING if chosen is None and metered else chosen
 
     def describe(self) -> str:
         """One line: which models, which threshold."""
@@ -323,6 +338,7 @@ def _check(settings: Settings) -> None:
         sampling=Sampling(settings.temperature, settings.top_p, settings.seed),
         timeout_s=settings.timeout,
         mode=named_mode(settings.mode),
+        call_ceiling=settings.call_ceiling,
         prefetch=settings.prefetch,
     )
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from mlxroute.engine.decision import Decision
 from mlxroute.engine.escalation import Call
 from mlxroute.engine.walk import Desk
-from mlxroute.types import BranchCost, Event, Provisional, Retracted, Signals
+from mlxroute.types import Event, Mode, Provisional, Retracted, Signals
 
 # A branch less likely than this is not worth a row.
 _LEAST_SHARE = 0.02
@@ -91,8 +91,6 @@ class Ahead:
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
-        self._width = 1
-        self._band_nats = 0.0
         self._rows: list[_Row] = []
         self._written: list[_Written] = []
         # Where each committed decision begins.
@@ -107,13 +105,8 @@ class Ahead:
         self.redecoded = 0
         self.held = False
 
-    def walk(self, signals: Signals, *, branches: BranchCost | None) -> Iterator[Event]:
-        """Decode to the end of the answer from the signals of its first position.
-
-        `branches` are as many rows as there may be and how they round; None is for one row.
-        """
-        if branches is not None:
-            self._width, self._band_nats = branches.rows, branches.rounding_nats
+    def walk(self, signals: Signals) -> Iterator[Event]:
+        """Decode to the end of the answer from the signals of its first position."""
         self._rows = [_Row([], 0, signals)]
         while True:
             self._land()
@@ -125,6 +118,14 @@ class Ahead:
             if not (self._place() or self._advance()):
                 self._desk.escalator.wait()
         yield from self._leave()
+
+    @property
+    def _width(self) -> int:
+        """How many rows there may be now; several once it was measured how they round."""
+        desk, branches = self._desk, self._desk.experience.branches
+        if branches is None or desk.governor.mode is not Mode.HEDGE:
+            return 1
+        return min(branches.rows, desk.small.most_rows)
 
     # What the large model answered
 
@@ -275,7 +276,7 @@ class Ahead:
         decision = desk.decider.at_once(own)
         if decision is not None:
             row.steps.append(_Step(_Position(at, own, None, in_character, decision), decision))
-        elif desk.escalator.has_room:
+        elif desk.escalator.has_room and self._may_ask(row):
             position = _Position(at, own, desk.decider.ask(), in_character)
             before = list(row.steps)
             row.steps.append(_Step(position, own, math.exp(signals.top_logprobs[0])))
@@ -285,13 +286,19 @@ class Ahead:
         row.signals = None
         return True
 
+    def _may_ask(self, row: _Row) -> bool:
+        """Whether a call at the end of a row is within the ceiling on calls."""
+        if all(step.position.final for step in row.steps):
+            return True
+        desk = self._desk
+        needed = desk.commits.escalated + desk.commits.fallbacks - desk.commits.prefetch_used
+        return desk.governor.may_ask_early(begun=desk.escalator.begun, needed=needed)
+
     def _branch(
         self, before: list[_Step], slot: int | None, position: _Position, signals: Signals
     ) -> None:
         """Add rows for the small model's next likeliest choices, while there is room."""
-        if self._width == 1:
-            return
-        room = min(self._width, self._desk.small.most_rows) - len(self._rows)
+        room = self._width - len(self._rows)
         likely = zip(signals.top_ids, signals.top_logprobs, strict=True)
         others = [each for each in likely if each[0] != signals.token_id]
         for token_id, logprob in others[: max(0, room)]:
@@ -310,15 +317,18 @@ class Ahead:
         if best.signals is not None:
             # It has to be asked, and no call is free.
             return False
+        if self._desk.escalator.calls and self._desk.governor.mode is Mode.WAIT:
+            return False
         batch = [row for row in rows if row.signals is None and self._is_next(row)]
-        together = best in batch and len(batch) > 1
+        width = self._width
+        together = width > 1 and best in batch and len(batch) > 1
         count = 1 if together else self._length(best) - len(self._fed)
         if self._desk.escalator.calls and not self._desk.small.can_rollback(count):
             self.held = True
             return False
         if together:
             batch.sort(key=lambda row: -row.share)
-            self._feed_batch(batch[: self._width])
+            self._feed_batch(batch[:width])
         else:
             self._feed(best)
         return True
@@ -349,7 +359,7 @@ class Ahead:
         self._unfeed(start)
         ends = [at for at in bounds if at > start] + [len(ids)]
         for end in ends:
-            row.signals = self._desk.small.extend(ids[len(self._fed) : end])
+            row.signals = self._desk.extend(ids[len(self._fed) : end])
             if self._exact == len(self._fed):
                 self._exact = end
             self._fed += ids[len(self._fed) : end]
@@ -375,8 +385,10 @@ class Ahead:
 
     def _near(self, signals: Signals) -> bool:
         """Whether rounding could have changed what is decided from these signals."""
+        branches = self._desk.experience.branches
+        band_nats = branches.rounding_nats if branches is not None else 0.0
         gap = signals.top_logprobs[0] - signals.top_logprobs[1]
-        return gap <= self._band_nats or self._desk.decider.is_near(signals, self._band_nats)
+        return gap <= band_nats or self._desk.decider.is_near(signals, band_nats)
 
     def _collapse(self, ids: Sequence[int]) -> None:
         """End the batch, with the row that has most of `ids`; drop from the cache what differs."""

@@ -10,6 +10,8 @@ from mlxroute.engine.ahead import Ahead
 from mlxroute.engine.commits import Commits
 from mlxroute.engine.decision import Decider
 from mlxroute.engine.escalation import Escalator
+from mlxroute.engine.experience import ROWS, Experience
+from mlxroute.engine.governor import Governor
 from mlxroute.engine.options import Options, named_mode
 from mlxroute.engine.privacy import NeverSend
 from mlxroute.engine.roles import Large, Router, Small
@@ -20,7 +22,6 @@ from mlxroute.engine.walk import Desk
 from mlxroute.errors import ContextTooLong, UsageError
 from mlxroute.types import (
     Activity,
-    BranchCost,
     Event,
     Message,
     Mode,
@@ -30,8 +31,6 @@ from mlxroute.types import (
     Signals,
     Token,
 )
-
-_ROWS = 4
 
 
 class Answer:
@@ -48,6 +47,7 @@ class Answer:
         *,
         router: Router,
         options: Options,
+        experience: Experience | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         began_s = clock()
@@ -56,8 +56,15 @@ class Answer:
         self._prompt_text = small.render(messages)
         self._prompt_ids = small.encode_prompt(self._prompt_text)
         self._check_context()
+        self._experience = Experience() if experience is None else experience
+        self._governor = Governor(
+            options.mode,
+            self._experience,
+            prefetch=options.prefetch,
+            ceiling=options.call_ceiling,
+        )
         self._escalator = Escalator(
-            large, timeout_s=options.timeout_s, ahead=options.prefetch, clock=clock
+            large, timeout_s=options.timeout_s, governor=self._governor, clock=clock
         )
         transcript = Transcript(
             small.vocabulary,
@@ -71,14 +78,31 @@ class Answer:
             transcript,
             eos_ids=small.vocabulary.eos_ids,
             never_send=NeverSend(options.never_send, [each["content"] for each in messages]),
+            experience=self._experience,
         )
         limit = min(options.max_tokens, small.context_length - len(self._prompt_ids))
         self._commits = Commits(
-            limit=limit, stop=options.stop, strict=options.strict, began_s=began_s, clock=clock
+            limit=limit,
+            stop=options.stop,
+            strict=options.strict,
+            experience=self._experience,
+            began_s=began_s,
+            clock=clock,
         )
-        self._desk = Desk(small, transcript, self._decider, self._escalator, self._commits, limit)
+        self._desk = Desk(
+            small=small,
+            transcript=transcript,
+            decider=self._decider,
+            escalator=self._escalator,
+            commits=self._commits,
+            limit=limit,
+            governor=self._governor,
+            experience=self._experience,
+            clock=clock,
+        )
         self._ahead = Ahead(self._desk)
         self._reused = 0
+        self._advice: str | None = None
         self._started = False
         self._activity = Activity.PREFILL
         self.prefill_done = 0
@@ -101,9 +125,11 @@ class Answer:
             if self._options.mode is Mode.WAIT:
                 yield from wait(self._desk, signals)
             else:
-                yield from self._ahead.walk(signals, branches=self._branches(signals))
+                self._measure_branches(signals)
+                yield from self._ahead.walk(signals)
         finally:
             self._escalator.close()
+        self._advice = self._governor.advice()
         self._activity = Activity.DONE
 
     @property
@@ -141,13 +167,15 @@ class Answer:
             large_cached_tokens=uploads.cached_tokens,
             large_completion_tokens=uploads.completion_tokens,
             cost_estimate=None if prices is None else prices.cost(uploads),
-            mode=self._options.mode,
+            mode=self._governor.mode,
             calls=escalator.begun,
             retracted=self._ahead.retracted,
             prefetch_generated=self._decider.prefetched.generated,
             prefetch_used=commits.prefetch_used,
             held=self._ahead.held,
             redecoded=self._ahead.redecoded,
+            plan=self._governor.why(),
+            advice=self._advice,
         )
 
     def _check_context(self) -> None:
@@ -160,14 +188,14 @@ class Answer:
                 " shorten it, or use /reset in a chat"
             )
 
-    def _branches(self, signals: Signals) -> BranchCost | None:
-        """What `hedge` branches cost; None where there are to be none."""
+    def _measure_branches(self, signals: Signals) -> None:
+        """Find out, once in a session, what the batches of `hedge` cost and how they round."""
         small, sampled = self._small, self._options.sampling.temperature > 0
-        rows = min(_ROWS, small.most_rows)
+        rows = min(ROWS, small.most_rows)
+        wanted = self._governor.mode is Mode.HEDGE and self._experience.branches is None
         # A batch would draw other random numbers than a row alone.
-        if self._options.mode is not Mode.HEDGE or sampled or rows < 2:
-            return None
-        return small.branch_cost(signals.token_id, rows=rows)
+        if wanted and not sampled and rows > 1:
+            self._experience.branches = small.branch_cost(signals.token_id, rows=rows)
 
     def _prefill(self) -> Signals:
         signals, self._reused = self._small.prefill(
@@ -195,8 +223,10 @@ def generate(  # noqa: PLR0913 - the options of the command line, by the same na
     strict: bool = False,
     never_send: Sequence[re.Pattern[str]] = (),
     prices: Prices | None = None,
-    mode: Mode | str = Mode.WAIT,
-    prefetch: int = 0,
+    mode: Mode | str = Mode.AUTO,
+    prefetch: int | None = None,
+    call_ceiling: float | None = None,
+    experience: Experience | None = None,
 ) -> Answer:
     """Answer a conversation (or one user message) with the small model, escalating as told.
 
@@ -204,7 +234,9 @@ def generate(  # noqa: PLR0913 - the options of the command line, by the same na
     most likely token; temperature, top-p and seed shape the small model's own. `large=None` means
     every position is the small model's; so is one whose context a `never_send` pattern matches,
     and every later one. `prices` give `stats()` a cost estimate. `mode` and `prefetch` (tokens that
-    each call brings beyond the one asked for) change the time it takes and not the answer. Raises
+    each call brings beyond the one asked for) change the time it takes and not the answer; nor do
+    `call_ceiling` (calls for each that `wait` would make, at most) and `experience`, what earlier
+    answers taught about both models. Raises
     UsageError and ContextTooLong before any work; while iterating, LargeError only if `strict`.
     """
     if isinstance(messages, str):
@@ -221,5 +253,6 @@ def generate(  # noqa: PLR0913 - the options of the command line, by the same na
         prices=prices,
         mode=named_mode(mode),
         prefetch=prefetch,
+        call_ceiling=call_ceiling,
     )
-    return Answer(small, large, messages, router=router, options=options)
+    return Answer(small, large, messages, router=router, options=options, experience=experience)

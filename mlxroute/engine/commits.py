@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from mlxroute.engine.decision import Decision
+from mlxroute.engine.experience import Experience
 from mlxroute.engine.text import StopStrings
 from mlxroute.types import Source, StopReason, Token
 
@@ -18,12 +19,14 @@ class Commits:
         limit: int,
         stop: Sequence[str],
         strict: bool,
+        experience: Experience,
         began_s: float,
         clock: Callable[[], float],
     ) -> None:
         self._limit = limit
         self._stop_strings = StopStrings(stop)
         self._strict = strict
+        self._experience = experience
         self._began_s = began_s
         self._clock = clock
         self._shown_text: list[str] = []
@@ -80,8 +83,14 @@ class Commits:
         self.unchecked += not decision.checked
         self.withheld += decision.withheld
         escalation = decision.escalation
+        called = escalation is not None and not decision.withheld
+        self._experience.committed(escalated=called)
         if escalation is None or decision.withheld:
             return
+        if escalation.large is not None:
+            self._experience.escalated(
+                decision.signals, escalation.large, prefetched=escalation.prefetched
+            )
         self.escalated += escalation.large is not None
         self.fallbacks += escalation.large is None
         self.agreed += escalation.agreed

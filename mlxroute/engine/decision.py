@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mlxroute.engine.escalation import Call, Escalator
+from mlxroute.engine.experience import Experience
 from mlxroute.engine.prefetch import Prefetched
 from mlxroute.engine.privacy import NeverSend
 from mlxroute.engine.roles import Router
@@ -51,12 +52,14 @@ class Decider:
         *,
         eos_ids: frozenset[int],
         never_send: NeverSend,
+        experience: Experience,
     ) -> None:
         self._router = router
         self._escalator = escalator
         self._transcript = transcript
         self._eos_ids = eos_ids
         self._never_send = never_send
+        self._experience = experience
         self.prefetched = Prefetched()
 
     def own(self, signals: Signals) -> Decision:
@@ -108,6 +111,8 @@ class Decider:
         outcome = self._escalator.settle(call)
         if outcome.error is None:
             self.prefetched.add(ids, outcome.tokens)
+            took_s = outcome.tokens[0].latency_s or outcome.latency_s
+            self._experience.called(len(outcome.tokens), took_s)
             return _large(own, outcome.tokens[0], latency_s=outcome.latency_s)
         escalation = Escalation(
             own.signals.token_id, None, str(outcome.error), latency_s=outcome.latency_s

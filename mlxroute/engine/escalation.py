@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from mlxroute.engine.governor import Governor
 from mlxroute.engine.roles import Flight, Large
 from mlxroute.errors import LargeError, LargeTimeout, LargeUnavailable, LargeUnrecorded
 from mlxroute.types import LargeContext, LargeToken, Uploads
@@ -44,12 +45,12 @@ class Escalator:
         large: Large | None,
         *,
         timeout_s: float,
-        ahead: int,
+        governor: Governor,
         clock: Callable[[], float],
     ) -> None:
         self._large = large
         self._timeout_s = timeout_s
-        self._ahead = ahead
+        self._governor = governor
         self._clock = clock
         self._allowance_s = timeout_s
         self._charged_s = 0.0
@@ -57,6 +58,7 @@ class Escalator:
         self.begun = 0
         self.stall_s = 0.0
         self.stalling = False
+        self._stalled = False
         self._uploads_before = self._uploads_so_far()
 
     @property
@@ -84,12 +86,19 @@ class Escalator:
         assert self._large is not None
         deadline_s = min(self._timeout_s, self._allowance_s)
         began_s = self._clock()
-        flight = self._large.begin(context, deadline_s=deadline_s, ahead=self._ahead)
+        ahead = self._governor.ahead
+        self._governor.begun()
+        flight = self._large.begin(context, deadline_s=deadline_s, ahead=ahead)
         call = Call(flight, began_s, began_s + deadline_s + _GRACE_S, self.stall_s)
         self.stall_s += self._clock() - began_s
         self._calls.append(call)
         self.begun += 1
         return call
+
+    def take_stalled(self) -> bool:
+        """Whether there was a wait since this was asked last."""
+        stalled, self._stalled = self._stalled, False
+        return stalled
 
     def landed(self, call: Call) -> bool:
         """Whether a call is over, by its answer or by its time."""
@@ -100,7 +109,7 @@ class Escalator:
         assert self._large is not None
         began_s = self._clock()
         left_s = min(call.ends_s for call in self._calls) - began_s
-        self.stalling = True
+        self.stalling = self._stalled = True
         try:
             self._large.wait(self._any_ready, timeout_s=max(0.0, left_s))
         finally:

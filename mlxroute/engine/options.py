@@ -18,7 +18,8 @@ class Options:
     """Limits and sampling of one answer; `timeout_s` bounds a call and all faults together.
 
     Positions whose context a pattern of `never_send` matches anywhere are not escalated. Each call
-    asks for `prefetch` tokens more than the one it is made for.
+    asks for `prefetch` tokens more than the one it is made for (None: as the mode has it). There
+    may be `call_ceiling` times as many calls as positions that need one (None: any number).
     """
 
     max_tokens: int = 512
@@ -28,8 +29,9 @@ class Options:
     strict: bool = False
     never_send: tuple[re.Pattern[str], ...] = ()
     prices: Prices | None = None
-    mode: Mode = Mode.WAIT
-    prefetch: int = 0
+    mode: Mode = Mode.AUTO
+    prefetch: int | None = None
+    call_ceiling: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -45,8 +47,10 @@ class Options:
             raise UsageError(f"--temperature must be 0 or more, not {self.sampling.temperature:g}")
         if not 0 < self.sampling.top_p <= 1:
             raise UsageError(f"--top-p must be above 0 and at most 1, not {self.sampling.top_p:g}")
-        if not 0 <= self.prefetch <= MOST_PREFETCHED:
+        if self.prefetch is not None and not 0 <= self.prefetch <= MOST_PREFETCHED:
             raise UsageError(f"--prefetch must be from 0 to {MOST_PREFETCHED}, not {self.prefetch}")
+        if self.call_ceiling is not None and not self.call_ceiling >= 1:
+            raise UsageError(f"--call-ceiling must be at least 1, not {self.call_ceiling:g}")
 
 
 def named_mode(name: str) -> Mode:

@@ -16,7 +16,7 @@ def wait(desk: Desk, signals: Signals) -> Iterator[Event]:
         yield from desk.commits.commit(decision, desk.write(decision))
         if desk.commits.ended:
             return
-        signals = desk.small.extend(decision.token_ids)
+        signals = desk.extend(decision.token_ids)
 
 
 def _decide(desk: Desk, signals: Signals) -> Decision:

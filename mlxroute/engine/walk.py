@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mlxroute.engine.commits import Commits
 from mlxroute.engine.decision import Decider, Decision
 from mlxroute.engine.escalation import Escalator
+from mlxroute.engine.experience import Experience
+from mlxroute.engine.governor import Governor
 from mlxroute.engine.roles import Small
 from mlxroute.engine.transcript import Transcript
+from mlxroute.types import Signals
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +25,19 @@ class Desk:
     escalator: Escalator
     commits: Commits
     limit: int
+    governor: Governor
+    experience: Experience
+    clock: Callable[[], float]
+
+    def extend(self, token_ids: Sequence[int]) -> Signals:
+        """Feed the small model's only row; a step that nothing was waited before is timed."""
+        stalled = self.escalator.take_stalled()
+        began_s = self.clock()
+        signals = self.small.extend(token_ids)
+        # After a wait the step that ran ahead is done already.
+        if len(token_ids) == 1 and not stalled:
+            self.experience.stepped(self.clock() - began_s)
+        return signals
 
     def write(self, decision: Decision) -> tuple[str, ...]:
         """Put a decision's tokens into the transcript; return the texts they add."""

@@ -9,7 +9,7 @@ from typing import Final
 from mlxroute.small.decoder import Decoder
 from mlxroute.types import BranchCost, Signals
 
-_STEPS: Final = 4
+_STEPS: Final = 3
 # Of the greatest difference seen in a few steps, to bound those not seen.
 _SAFETY: Final = 8.0
 # Float32 logits of some tens carry this much in their last bits.

@@ -54,7 +54,6 @@ class SmallModel:
         self.vocabulary = self._text.vocabulary
         self.context_length = _context_length(model)
         self._decoder = Decoder(model, kernel=choose(kernel, notify=notify))
-        self._branch_cost: BranchCost | None = None
 
     @classmethod
     def load(
@@ -163,13 +162,11 @@ class SmallModel:
         return self._decoder.cache.most_rows
 
     def branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
-        """What a step of `rows` rows costs beside one of one row; measured once, in 8 steps.
+        """What a step of `rows` rows costs beside one of one row, measured in a few steps.
 
         `token_id` is to be the next token; the cache is left as it was.
         """
-        if self._branch_cost is None or self._branch_cost.rows != rows:
-            self._branch_cost = measure(self._decoder, token_id, rows=rows)
-        return self._branch_cost
+        return measure(self._decoder, token_id, rows=rows)
 
     def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:
         """Feed one token to each row of a batch; return the signals of the position after it.

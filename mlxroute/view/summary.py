@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mlxroute.types import Activity, RunStats, StopReason, Uploads
+from mlxroute.types import Activity, Mode, RunStats, StopReason, Uploads
 
 
 def _number(value: float) -> str:
@@ -96,6 +96,8 @@ def status_line(
     figures = [f"{_number(stats.tokens_per_s)} tok/s"] if stats.tokens else []
     if stats.tokens and routed:
         figures.append(f"{_percent(stats.escalation_rate)} escalated")
+        if stats.mode is not Mode.WAIT:
+            figures.append(str(stats.mode))
     if stats.stall_s > 0:
         figures.append(f"waited {_seconds(stats.stall_s)}")
     if stats.uploaded_bytes:
@@ -139,6 +141,8 @@ def summary_line(stats: RunStats) -> str:
         parts.append(_count(stats.fallbacks, "failed call"))
     if stats.finish_reason is StopReason.LENGTH:
         parts.append("ended by the token limit")
+    if stats.plan:
+        parts.append(stats.plan)
     return ", ".join(parts)
 
 

@@ -1,0 +1,74 @@
+"""What both models turned out to be like: times, agreement, coverage, runs of the large model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from mlxroute.types import BranchCost, LargeToken, Signals
+
+# Branches of the next likeliest choices, the small model's own included.
+ROWS: Final = 4
+# How much a new observation counts.
+_NEW: Final = 0.05
+
+
+@dataclass(slots=True)
+class Average:
+    """A running mean that forgets; a first value counts as `seen` observations."""
+
+    value: float
+    seen: int = 0
+
+    def add(self, value: float) -> None:
+        """Count an observation."""
+        self.seen += 1
+        self.value += max(_NEW, 1.0 / self.seen) * (value - self.value)
+
+
+@dataclass(slots=True)
+class Experience:
+    """One small and one large model, over the answers of a session.
+
+    `step_s` is a decode step, `call_s` a call for one token and `run_s` one that brought more.
+    `agreement` and `coverage` are the shares of escalated positions where the large model wants
+    the small one's choice, or one of its `ROWS` likeliest; `rate` is that of the positions that
+    are escalated, `answered` the share of them that an earlier call had answered, where there was
+    one. Until seen they are what pairs of one family showed (see the README).
+    """
+
+    step_s: Average = field(default_factory=lambda: Average(0.0))
+    call_s: Average = field(default_factory=lambda: Average(0.0))
+    run_s: Average = field(default_factory=lambda: Average(0.0))
+    agreement: Average = field(default_factory=lambda: Average(0.4, 5))
+    coverage: Average = field(default_factory=lambda: Average(0.75, 5))
+    rate: Average = field(default_factory=lambda: Average(0.07, 30))
+    answered: Average = field(default_factory=lambda: Average(0.3, 5))
+    run_length: Average = field(default_factory=lambda: Average(0.0))
+    branches: BranchCost | None = None
+    in_runs: bool = False
+    told: bool = False
+
+    def stepped(self, seconds: float) -> None:
+        """A row alone took a decode step."""
+        self.step_s.add(seconds)
+
+    def called(self, tokens: int, seconds: float) -> None:
+        """A call brought so many tokens."""
+        self.in_runs = tokens > 1
+        (self.run_s if self.in_runs else self.call_s).add(seconds)
+        if tokens > 1:
+            self.run_length.add(tokens)
+
+    def escalated(self, signals: Signals, token: LargeToken, *, prefetched: bool) -> None:
+        """The large model's token at a position was committed."""
+        own = token.token_ids == (signals.token_id,)
+        self.agreement.add(own)
+        covered = len(token.token_ids) == 1 and token.token_ids[0] in signals.top_ids[:ROWS]
+        self.coverage.add(own or covered)
+        if self.in_runs:
+            self.answered.add(prefetched)
+
+    def committed(self, *, escalated: bool) -> None:
+        """A position was committed."""
+        self.rate.add(escalated)

@@ -1,0 +1,138 @@
+"""Picks how the wait is spent: from what was seen of both models, within a ceiling on calls.
+
+With a step taking a, a call R, a share p of the positions escalated, of which the large model
+agrees at q and wants one of the branches at c, and a step of all branches b times as long as that
+of one row, a token takes, as simulations of the three confirm,
+
+    wait: a + p R      overlap: a + p (1 - q) R      hedge: a + p R (1 - c / b)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from mlxroute.engine.experience import Experience
+from mlxroute.types import Mode
+
+# Tokens a call brings beyond the one asked for, where that pays.
+_AHEAD: Final = 8
+# Every so many calls the way not taken is looked at again.
+_TRY_EVERY: Final = 12
+# Branching is measured where it would pay at this cost, seen on CPUs and laptop GPUs.
+_USUAL_COST: Final = 1.5
+# What is not clearly faster is not worth more calls, nor another change.
+_CLEARLY: Final = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Seconds a committed token, of each way."""
+
+    wait_s: float
+    overlap_s: float
+    hedge_s: float
+
+
+def estimate(experience: Experience, *, cost: float) -> Estimate:
+    """What the formulas give for what was seen; `cost` is b."""
+    seen = experience
+    step_s, call_s, rate = seen.step_s.value, seen.call_s.value, seen.rate.value
+    return Estimate(
+        wait_s=step_s + rate * call_s,
+        overlap_s=step_s + rate * (1 - seen.agreement.value) * call_s,
+        hedge_s=step_s + rate * call_s * max(0.0, 1 - seen.coverage.value / cost),
+    )
+
+
+class Governor:
+    """Says for one answer what to do during the wait; `mode` is fixed, or auto.
+
+    `ceiling` bounds calls over the positions they were needed for: those of `wait` are 1.
+    """
+
+    def __init__(
+        self, mode: Mode, experience: Experience, *, prefetch: int | None, ceiling: float | None
+    ) -> None:
+        self._mode = mode
+        self._experience = experience
+        self._prefetch = prefetch
+        self._ceiling = ceiling
+        self._begun = 0
+        self._taken = Mode.WAIT
+
+    @property
+    def mode(self) -> Mode:
+        """What to do now."""
+        seen = self._experience
+        if self._mode is not Mode.AUTO:
+            return self._mode
+        # A call that takes about a step leaves nothing to gain.
+        if not seen.call_s.value or seen.call_s.value < seen.step_s.value:
+            return Mode.WAIT if seen.call_s.value else Mode.OVERLAP
+        found = estimate(seen, cost=self._cost)
+        times = {
+            Mode.WAIT: found.wait_s,
+            Mode.OVERLAP: found.overlap_s,
+            Mode.HEDGE: found.hedge_s,
+        }
+        # Calls cost something, and so does a change of mind.
+        times[self._taken] *= _CLEARLY
+        self._taken = min(times, key=lambda mode: times[mode])
+        return self._taken
+
+    @property
+    def _cost(self) -> float:
+        branches = self._experience.branches
+        return _USUAL_COST if branches is None else branches.batch_s / branches.step_s
+
+    @property
+    def ahead(self) -> int:
+        """How many tokens the next call is to bring beyond the one it is made for."""
+        if self._prefetch is not None:
+            return self._prefetch
+        if self._mode is not Mode.AUTO:
+            return 0
+        seen = self._experience
+        if not seen.call_s.seen:
+            return 0
+        if not seen.run_s.seen:
+            return _AHEAD
+        pays = seen.run_s.value * (1 - seen.answered.value) < seen.call_s.value
+        turn = self._begun % _TRY_EVERY == _TRY_EVERY - 1
+        return _AHEAD if pays != turn else 0
+
+    def begun(self) -> None:
+        """A call was begun."""
+        self._begun += 1
+
+    def may_ask_early(self, *, begun: int, needed: int) -> bool:
+        """Whether a call may be made for a position that may never be reached."""
+        return self._ceiling is None or begun + 1 <= self._ceiling * (needed + 1)
+
+    def advice(self) -> str | None:
+        """Once in a session: that streaming the large model would be faster, with the figures."""
+        seen = self._experience
+        if seen.told or seen.run_s.seen < 2 or seen.call_s.seen < 2:
+            return None
+        more = seen.run_length.value - 1
+        large_s = max(0.0, seen.run_s.value - seen.call_s.value) / max(1.0, more)
+        step_s, call_s, rate = seen.step_s.value, seen.call_s.value, seen.rate.value
+        if not call_s or rate <= (large_s - step_s) / call_s:
+            return None
+        seen.told = True
+        return (
+            "streaming the large model would be faster: it writes a token in"
+            f" {large_s * 1e3:,.0f} ms, the small one in {step_s * 1e3:,.0f} ms, and {rate:.1%} of"
+            f" the positions cost a call of {call_s * 1e3:,.0f} ms"
+        )
+
+    def why(self) -> str:
+        """What was chosen and from which figures; nothing before the first call."""
+        seen = self._experience
+        if not seen.call_s.seen or self._mode is not Mode.AUTO:
+            return ""
+        return (
+            f"{self.mode}: call {seen.call_s.value:.2g} s, step {seen.step_s.value:.2g} s,"
+            f" agreement {seen.agreement.value:.0%}, coverage {seen.coverage.value:.0%}"
+        )

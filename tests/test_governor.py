@@ -1,0 +1,129 @@
+"""Which way of spending the wait `auto` picks, and what it says about it."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlxroute.engine import Answer, Experience, Options
+from mlxroute.engine.experience import Average
+from mlxroute.engine.governor import Governor, estimate
+from mlxroute.routers import EntropyRouter
+from mlxroute.types import BranchCost, Mode, RunStats
+from tests.fakes import FakeClock
+from tests.worlds import World, WorldLarge, WorldSmall
+
+
+def experience(
+    *, step: float = 1.0, call: float, agreement: float = 0.4, coverage: float = 0.8
+) -> Experience:
+    return Experience(
+        step_s=Average(step, 9),
+        call_s=Average(call, 9),
+        agreement=Average(agreement, 9),
+        coverage=Average(coverage, 9),
+        branches=BranchCost(4, 1.0, 1.4, 0.0),
+    )
+
+
+def governor(seen: Experience, *, ceiling: float | None = None) -> Governor:
+    return Governor(Mode.AUTO, seen, prefetch=None, ceiling=ceiling)
+
+
+@pytest.mark.parametrize(
+    ("call", "agreement", "coverage", "mode"),
+    [
+        (0.5, 0.4, 0.8, Mode.WAIT),
+        (0.5, 0.9, 0.9, Mode.WAIT),
+        (34.0, 0.4, 0.8, Mode.HEDGE),
+        (34.0, 0.8, 0.85, Mode.OVERLAP),
+        (34.0, 0.0, 0.0, Mode.WAIT),
+    ],
+)
+def test_the_way_with_the_least_time_a_token_is_taken(
+    call: float, agreement: float, coverage: float, mode: Mode
+) -> None:
+    seen = experience(call=call, agreement=agreement, coverage=coverage)
+    assert governor(seen).mode is mode
+
+
+def test_the_formulas_give_the_published_times() -> None:
+    # a = 5 ms, R = 170 ms, p = 7 %, q = .4, c = .8, b = 1.3.
+    seen = experience(step=5.0, call=170.0, agreement=0.4, coverage=0.8)
+    seen.rate = Average(0.07, 9)
+    times = estimate(seen, cost=1.3)
+    assert times.wait_s == pytest.approx(16.9, abs=0.05)
+    assert times.overlap_s == pytest.approx(12.1, abs=0.05)
+    assert times.hedge_s == pytest.approx(9.6, abs=0.05)
+
+
+def test_more_tokens_a_call_are_tried_and_kept_where_they_pay() -> None:
+    seen = experience(call=10.0)
+    assert governor(seen).ahead > 0
+    seen.run_s, seen.answered = Average(12.0, 9), Average(0.5, 9)
+    assert governor(seen).ahead > 0
+    seen.answered = Average(0.0, 9)
+    assert governor(seen).ahead == 0
+    assert Governor(Mode.HEDGE, seen, prefetch=3, ceiling=None).ahead == 3
+
+
+def test_that_streaming_would_be_faster_is_said_once_with_figures() -> None:
+    seen = experience(step=0.01, call=2.0)
+    assert governor(seen).advice() is None
+    seen.run_s, seen.run_length, seen.rate = Average(2.4, 9), Average(9.0, 9), Average(0.1, 9)
+    assert "50 ms" in (governor(seen).advice() or "")
+    assert governor(seen).advice() is None
+    seen.told, seen.rate = False, Average(0.01, 9)
+    assert governor(seen).advice() is None
+
+
+def answered(world: World, seen: Experience, **options: object) -> tuple[RunStats, float]:
+    clock = FakeClock()
+    answer = Answer(
+        WorldSmall(world, clock),
+        WorldLarge(world, clock, prompt="[user]hi>", order=0),
+        [{"role": "user", "content": "hi"}],
+        router=EntropyRouter(1.0),
+        options=Options(max_tokens=120, timeout_s=10_000.0, **options),  # type: ignore[arg-type]
+        experience=seen,
+        clock=clock,
+    )
+    for _ in answer:
+        pass
+    return answer.stats(), clock.now
+
+
+def world(seed: int) -> World:
+    return World(seed, doubt=0.1, agreement=0.4, loss=0.0, end=0.0, longest_s=40.0)
+
+
+def test_a_ceiling_bounds_the_calls_and_changes_no_word() -> None:
+    for seed in range(5):
+        waited, _ = answered(world(seed), Experience(), mode=Mode.WAIT)
+        free, _ = answered(world(seed), Experience(), mode=Mode.HEDGE, prefetch=0)
+        bound, _ = answered(
+            world(seed), Experience(), mode=Mode.HEDGE, prefetch=0, call_ceiling=1.2
+        )
+        assert waited.text == free.text == bound.text
+        assert free.calls > 1.5 * waited.calls
+        assert bound.calls <= 1.2 * (waited.calls + 1)
+
+
+def test_over_a_few_answers_auto_is_about_as_fast_as_the_best_way() -> None:
+    seen = Experience()
+    times = {mode: 0.0 for mode in Mode}
+    for seed in range(8):
+        for mode in Mode:
+            known = seen if mode is Mode.AUTO else Experience()
+            _, seconds = answered(world(seed), known, mode=mode, prefetch=0)
+            # What it takes to learn is not held against it.
+            times[mode] += seconds if seed else 0.0
+    fixed = [times[mode] for mode in Mode if mode is not Mode.AUTO]
+    assert times[Mode.AUTO] <= 1.1 * min(fixed)
+    assert times[Mode.AUTO] <= 0.85 * times[Mode.WAIT]
+
+
+def test_the_figures_behind_the_choice_are_told() -> None:
+    stats, _ = answered(world(1), Experience(), mode=Mode.AUTO)
+    assert stats.plan.startswith(f"{stats.mode}: call ")
+    fixed, _ = answered(world(1), Experience(), mode=Mode.OVERLAP)
+    assert fixed.plan == ""
