@@ -34,6 +34,15 @@ class RouterName(StrEnum):
     ENTROPY = "entropy"
 
 
+class DelayName(StrEnum):
+    """How the time of a call varies."""
+
+    CONSTANT = "constant"
+    JITTERED = "jittered"
+    HEAVY_TAILED = "heavy-tailed"
+    LOSSY = "lossy"
+
+
 class KernelName(StrEnum):
     """Which form of the logit kernel runs."""
 
@@ -348,6 +357,37 @@ def speed(
 
     settings = settings_from(locals())
     raise typer.Exit(run_bench_speed(settings, pairs=pairs, tokens=tokens, save=save))
+
+
+@bench.command()
+def latency(
+    large: Large = None,
+    large_model: LargeModelId = None,
+    small: Small = None,
+    prompts: Annotated[int, typer.Option(help="How many answers.", min=1, max=20)] = 5,
+    tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=2)] = 96,
+    ratio: Annotated[
+        list[float] | None, typer.Option(help="Time of a call, in steps of the small model.")
+    ] = None,
+    rate: Annotated[
+        list[float] | None, typer.Option(help="Share of the positions that are escalated.")
+    ] = None,
+    delay: Annotated[
+        DelayName, typer.Option(help="How the call time varies.")
+    ] = DelayName.CONSTANT,
+    save: Save = False,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Every mode before a server whose answers are kept and take a set time."""
+    from mlxroute.bench.latency import Grid
+    from mlxroute.cli.bench import run_bench_latency
+    from mlxroute.cli.run import settings_from
+
+    settings = settings_from(
+        {"large": large, "large_model": large_model, "small": small, "cache_dir": cache_dir}
+    )
+    grid = Grid(tokens, ratio or (4.0, 12.0, 34.0, 180.0), rate or (0.03, 0.07, 0.15), delay)
+    raise typer.Exit(run_bench_latency(settings, prompts=prompts, grid=grid, save=save))
 
 
 @bench.command()

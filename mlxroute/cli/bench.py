@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,11 @@ from mlxroute.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mlxroute.bench.latency import Grid
     from mlxroute.small import SmallModel
 
 RANDOM = "random"
+_LONGEST_CALL_S = 600.0
 _RESULTS = Path("bench", "results")
 
 
@@ -39,6 +42,55 @@ def run_bench_speed(settings: Settings, *, pairs: int, tokens: int, save: bool) 
             report = bench_speed(small, _prompts(), pairs=pairs, tokens=tokens, progress=progress)
     _show_speed(report, err)
     return _finish(report, f"speed-{small.name}", save=save)
+
+
+def run_bench_latency(
+    settings: Settings,
+    *,
+    prompts: int,
+    grid: Grid,
+    save: bool,
+) -> int:
+    """Decode in every mode before a server that answers as late as told; return the exit code."""
+    from mlxroute.cli.app import cache_dir_of
+    from mlxroute.cli.large import large_model
+    from mlxroute.cli.output import consoles
+    from mlxroute.cli.progress import Reporter
+    from mlxroute.ledger import Ledger
+
+    if settings.large is None:
+        raise UsageError("bench latency needs a large model's server: --large URL")
+    if not all(0 < rate < 1 for rate in grid.rates) or not all(r > 0 for r in grid.ratios):
+        raise UsageError("--rate must be between 0 and 1, and --ratio above 0")
+    _, err = consoles()
+    with Reporter(err) as reporter:
+        small = load_small(settings, reporter)
+    from mlxroute.bench.delayed import DelayedServer
+    from mlxroute.bench.latency import bench_latency
+
+    record = cache_dir_of(settings.cache_dir) / "bench" / f"latency-{small.name}.jsonl"
+    record.parent.mkdir(exist_ok=True)
+    with (
+        DelayedServer(settings.large, record=record) as server,
+        large_model(replace(settings, timeout=_LONGEST_CALL_S), server.url, Ledger()) as large,
+        err.status("measuring") as status,
+    ):
+        large.connect(thorough=False)
+        large.meet(small.vocabulary)
+
+        def progress(label: str, done: int, total: int | None) -> None:
+            status.update(f"measuring: answer {done} of {total}")
+
+        report = bench_latency(
+            small,
+            large,
+            server,
+            _prompts()[:prompts],
+            grid,
+            progress=progress,
+        )
+    _show_latency(report, err)
+    return _finish(report, f"latency-{small.name}-{grid.delay}", save=save)
 
 
 def run_bench_kernels(settings: Settings, *, rounds: int, save: bool) -> int:
@@ -109,6 +161,31 @@ def _show_speed(report: dict[str, Any], err: Console) -> None:
     err.print(table)
     same = "the same tokens" if report["same_tokens"] else "DIFFERENT TOKENS"
     err.print(f"{same}; kernel and router are {report['router_share_of_step']:.2%} of a step")
+
+
+def _show_latency(report: dict[str, Any], err: Console) -> None:
+    from rich.table import Table
+
+    for point in report["points"]:
+        title = (
+            f"calls of {point['ratio']:g} steps ({point['call_s']:g} s), "
+            f"{point['realised_rate']:.1%} escalated, agreement {point['agreement']}, "
+            f"coverage {point['coverage_4']} of 4, {point['coverage_8']} of 8"
+        )
+        table = Table(box=None, pad_edge=False, header_style="bold", title=title)
+        for column in ("mode", "tok/s", "of wait", "formula", "stall of wait", "calls of wait"):
+            table.add_column(column)
+        for name, side in point["sides"].items():
+            table.add_row(
+                name,
+                f"{side['tokens_per_s']:.3f}",
+                f"{side['over_wait']:.2f}x",
+                str(point["predicted_tokens_per_s"].get(name, "")),
+                f"{side['stall_over_wait']:.0%}",
+                f"{side['calls_over_wait']:.2f}x",
+            )
+        err.print(table)
+        err.print("the same text in every mode" if point["same_text"] else "DIFFERENT TEXTS")
 
 
 def _show_kernels(report: dict[str, Any], err: Console) -> None:
