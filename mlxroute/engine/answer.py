@@ -122,7 +122,7 @@ class Answer:
         self._started = True
         try:
             signals = self._prefill()
-            if self._options.mode is Mode.WAIT:
+            if self._options.mode is Mode.WAIT or not self._escalator.open:
                 yield from wait(self._desk, signals)
             else:
                 self._measure_branches(signals)
