@@ -34,14 +34,14 @@ _ROOMS: dict[str, set[str]] = {
     # "" is the package itself, to tell a child where it lies
     "large": {"backend", "ledger", ""},
     "view": set(),
-    "bench": {"engine", "routers", "small"},
+    "bench": {"engine", "large", "routers", "small"},
     "host_process": {"backend"},
 }
 # Third parties that stop at these rooms.
 _WALLS: dict[str, set[str]] = {
     "mlx": {"small", "backend", "host_process", "weights", "cli", "bench"},
     "mlx_lm": {"small", "backend", "host_process", "tokenizer", "bench"},
-    "requests": {"large", "weights"},
+    "requests": {"large", "weights", "bench"},
     "rich": {"view", "cli"},
     "typer": {"cli"},
     "prompt_toolkit": {"cli"},

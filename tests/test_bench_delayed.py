@@ -1,0 +1,83 @@
+"""The server of `bench latency`: it keeps replies, and lets each call take its time."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+import requests
+
+from mlxroute.bench.delayed import DELAYS, DelayedServer, lossy
+from mlxroute.cli.app import main
+from tests.loopback import Loopback, Reply, Request
+
+
+def echo(request: Request) -> Reply:
+    return Reply.of({"path": request.path, "said": request.json["said"]})
+
+
+def said(server: DelayedServer, word: str) -> requests.Response:
+    return requests.post(f"{server.url}/completions", json={"said": word}, timeout=10)
+
+
+def test_replies_are_kept_and_given_again_when_the_server_has_gone(tmp_path: Path) -> None:
+    record = tmp_path / "record.jsonl"
+    with Loopback(echo) as upstream:
+        with DelayedServer(upstream.url, record=record) as server:
+            first = said(server, "a").json()
+            assert first == {"path": "/v1/completions", "said": "a"}
+            assert said(server, "a").json() == first
+            assert (server.missed, len(upstream.requests)) == (1, 1)
+        url = upstream.url
+    with DelayedServer(url, record=record) as server:
+        assert said(server, "a").json() == first
+        assert server.missed == 0
+
+
+def test_a_call_takes_the_time_that_was_set(tmp_path: Path) -> None:
+    with (
+        Loopback(echo) as upstream,
+        DelayedServer(upstream.url, record=tmp_path / "record.jsonl") as server,
+    ):
+        server.delay_s = 0.3
+        for _ in range(2):
+            began_s = time.monotonic()
+            said(server, "a")
+            assert time.monotonic() - began_s >= 0.3
+
+
+@pytest.mark.parametrize("name", DELAYS)
+def test_every_delay_has_the_mean_that_was_set(name: str) -> None:
+    drawn = [DELAYS[name](random.Random(i)) for i in range(20_000)]
+    made = [value for value in drawn if value != float("inf")]
+    assert statistics.mean(made) == pytest.approx(1.0, rel=0.03)
+    assert len(made) == len(drawn) or name == "lossy"
+
+
+def test_a_lost_call_is_refused_once_and_answered_when_made_again(tmp_path: Path) -> None:
+    with (
+        Loopback(echo) as upstream,
+        DelayedServer(upstream.url, record=tmp_path / "record.jsonl") as server,
+    ):
+        server.delay, server.delay_s = lossy, 0.001
+        codes = {word: said(server, word).status_code for word in map(str, range(200))}
+        lost = [word for word, code in codes.items() if code == 503]
+        assert 0 < len(lost) < 20
+        assert all(said(server, word).status_code == 200 for word in lost)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said_so"),
+    [
+        ([], "--large URL"),
+        (["--large", "http://127.0.0.1:9/v1", "--rate", "7"], "--rate must be between 0 and 1"),
+    ],
+)
+def test_bench_latency_says_what_it_needs(
+    arguments: list[str], said_so: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "latency", *arguments]) == 2
+    assert said_so in capsys.readouterr().err
