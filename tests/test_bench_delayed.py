@@ -11,6 +11,7 @@ import pytest
 import requests
 
 from mlxroute.bench.delayed import DELAYS, DelayedServer, lossy
+from mlxroute.bench.plot import draw_latency
 from mlxroute.cli.app import main
 from tests.loopback import Loopback, Reply, Request
 
@@ -81,3 +82,20 @@ def test_bench_latency_says_what_it_needs(
 ) -> None:
     assert main(["bench", "latency", *arguments]) == 2
     assert said_so in capsys.readouterr().err
+
+
+def test_the_picture_of_a_report_has_a_panel_for_each_rate(tmp_path: Path) -> None:
+    points = [
+        {"rate": rate, "ratio": ratio, "sides": {"wait": {"over_wait": 1.0}}}
+        for rate in (0.03, 0.07)
+        for ratio in (4.0, 34.0)
+    ]
+    report = {"small": "s", "large": "l", "delay": "constant", "points": points}
+    sizes = []
+    for count in (2, 4):
+        path = tmp_path / f"{count}.png"
+        draw_latency({**report, "points": points[:count]}, path)
+        data = path.read_bytes()
+        assert data.startswith(b"\x89PNG")
+        sizes.append(int.from_bytes(data[16:20]))
+    assert sizes[1] == 2 * sizes[0]

@@ -375,6 +375,9 @@ def latency(
     delay: Annotated[
         DelayName, typer.Option(help="How the call time varies.")
     ] = DelayName.CONSTANT,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw a picture; needs mlxroute[plot].", metavar="PNG")
+    ] = None,
     save: Save = False,
     cache_dir: CacheDir = None,
 ) -> None:
@@ -387,7 +390,8 @@ def latency(
         {"large": large, "large_model": large_model, "small": small, "cache_dir": cache_dir}
     )
     grid = Grid(tokens, ratio or (4.0, 12.0, 34.0, 180.0), rate or (0.03, 0.07, 0.15), delay)
-    raise typer.Exit(run_bench_latency(settings, prompts=prompts, grid=grid, save=save))
+    code = run_bench_latency(settings, prompts=prompts, grid=grid, plot=plot, save=save)
+    raise typer.Exit(code)
 
 
 @bench.command()

@@ -49,6 +49,7 @@ def run_bench_latency(
     *,
     prompts: int,
     grid: Grid,
+    plot: Path | None,
     save: bool,
 ) -> int:
     """Decode in every mode before a server that answers as late as told; return the exit code."""
@@ -90,6 +91,10 @@ def run_bench_latency(
             progress=progress,
         )
     _show_latency(report, err)
+    if plot is not None:
+        from mlxroute.bench.plot import draw_latency
+
+        draw_latency(report, plot)
     return _finish(report, f"latency-{small.name}-{grid.delay}", save=save)
 
 
@@ -173,16 +178,17 @@ def _show_latency(report: dict[str, Any], err: Console) -> None:
             f"coverage {point['coverage_4']} of 4, {point['coverage_8']} of 8"
         )
         table = Table(box=None, pad_edge=False, header_style="bold", title=title)
-        for column in ("mode", "tok/s", "of wait", "formula", "stall of wait", "calls of wait"):
+        for column in ("mode", "tok/s", "formula", "stall", "calls", "over wait", ""):
             table.add_column(column)
         for name, side in point["sides"].items():
             table.add_row(
                 name,
                 f"{side['tokens_per_s']:.3f}",
-                f"{side['over_wait']:.2f}x",
                 str(point["predicted_tokens_per_s"].get(name, "")),
                 f"{side['stall_over_wait']:.0%}",
                 f"{side['calls_over_wait']:.2f}x",
+                f"{side['over_wait']:.2f}x",
+                "█" * round(8 * side["over_wait"]),
             )
         err.print(table)
         err.print("the same text in every mode" if point["same_text"] else "DIFFERENT TEXTS")

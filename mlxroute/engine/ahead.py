@@ -184,12 +184,16 @@ class Ahead:
                 kept.append(turned)
         if followed and turned is not None:
             kept.remove(turned)
-        still = {id(step.position) for row in kept for step in row.steps}
+        self._keep(kept)
+
+    def _keep(self, rows: list[_Row]) -> None:
+        """Go on with these rows, without the calls of the others."""
+        still = {id(step.position) for row in rows for step in row.steps}
         lost = [each for each in self._asked() if id(each) not in still]
         self._desk.escalator.abandon([each.call for each in lost if each.call is not None])
         for each in lost:
             each.call = None
-        self._rows = kept
+        self._rows = rows
 
     def _ids_before(self, position: _Position) -> Sequence[int]:
         row = next(row for row in self._rows if row.place_of(position) is not None)
@@ -257,7 +261,8 @@ class Ahead:
         """Put the next position on every row that has come to one; say whether there was any."""
         placed = False
         for row in sorted(self._rows, key=lambda row: -row.share):
-            if row.signals is None:
+            # A likelier one may have taken its place.
+            if row.signals is None or row not in self._rows:
                 continue
             if self._inexact and self._near(row.signals):
                 self.redecoded += 1
@@ -297,16 +302,20 @@ class Ahead:
     def _branch(
         self, before: list[_Step], slot: int | None, position: _Position, signals: Signals
     ) -> None:
-        """Add rows for the small model's next likeliest choices, while there is room."""
-        room = self._width - len(self._rows)
+        """Add rows for the small model's next likeliest choices, in place of less likely rows."""
+        width = self._width
+        if width == 1:
+            return
         likely = zip(signals.top_ids, signals.top_logprobs, strict=True)
         others = [each for each in likely if each[0] != signals.token_id]
-        for token_id, logprob in others[: max(0, room)]:
+        for token_id, logprob in others[: width - 1]:
             ends = token_id in self._desk.small.vocabulary.eos_ids
             choice = replace(position.own, token_ids=(token_id,), ends=ends)
             row = _Row([*before, _Step(position, choice, math.exp(logprob))], slot)
             if row.share >= _LEAST_SHARE:
                 self._rows.append(row)
+        best = sorted(self._rows, key=lambda row: -row.share)[:width]
+        self._keep([row for row in self._rows if row in best])
 
     def _advance(self) -> bool:
         """Feed the likeliest row, and with it those of its length; say whether anything was fed."""

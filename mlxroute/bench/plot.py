@@ -1,0 +1,39 @@
+"""The report of `bench latency` as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlxroute.errors import UsageError
+
+
+def draw_latency(report: Mapping[str, Any], path: Path) -> None:
+    """Draw each mode's tokens/s over those of `wait` against the call time, a panel for each rate.
+
+    Raises UsageError when matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as exc:
+        raise UsageError("--plot needs matplotlib; install mlxroute[plot]") from exc
+    rates = sorted({point["rate"] for point in report["points"]})
+    figure = Figure(figsize=(5 * len(rates), 4), layout="constrained")
+    panels = figure.subplots(1, len(rates), sharey=True, squeeze=False)[0]
+    for panel, rate in zip(panels, rates, strict=True):
+        points = [point for point in report["points"] if point["rate"] == rate]
+        points.sort(key=lambda point: float(point["ratio"]))
+        for name in points[0]["sides"]:
+            panel.plot(
+                [point["ratio"] for point in points],
+                [point["sides"][name]["over_wait"] for point in points],
+                marker="o",
+                label=name,
+            )
+        panel.set(title=f"{rate:.0%} escalated", xlabel="call time in steps", xscale="log")
+        panel.axhline(1.0, color="grey", linewidth=0.5)
+    panels[0].set_ylabel("tokens/s over wait")
+    panels[0].legend(fontsize="small")
+    figure.suptitle(f"{report['small']} with {report['large']}, {report['delay']} call times")
+    figure.savefig(path, dpi=120)
