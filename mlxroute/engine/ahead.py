@@ -15,8 +15,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from mlxroute.engine.cached import Cached
 from mlxroute.engine.decision import Decision
 from mlxroute.engine.escalation import Call
+from mlxroute.engine.experience import ROWS
 from mlxroute.engine.walk import Desk
 from mlxroute.types import Event, Mode, Provisional, Retracted, Signals
 
@@ -83,24 +85,21 @@ class _Written:
 
 
 class Ahead:
-    """Walks ahead of the commits along one row, or several.
+    """Walks ahead of the commits along one row, or several if `branching`.
 
     `retracted` counts shown tokens that were taken back, `redecoded` decisions taken again for
     their rounding; `held` says that the cache once stopped the walk.
     """
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, *, branching: bool) -> None:
         self._desk = desk
+        self._branching = branching
         self._rows: list[_Row] = []
         self._written: list[_Written] = []
         # Where each committed decision begins.
         self._bounds: list[int] = []
         self._shown: list[int] = []
-        # The answer's ids in the cache; behind them those of each row of a batch.
-        self._fed: list[int] = []
-        self._tails: list[list[int]] = []
-        # How many of them were computed as a row alone computes them.
-        self._exact = 0
+        self._cached = Cached(desk)
         self.retracted = 0
         self.redecoded = 0
         self.held = False
@@ -123,7 +122,7 @@ class Ahead:
     def _width(self) -> int:
         """How many rows there may be now; several once it was measured how they round."""
         desk, branches = self._desk, self._desk.experience.branches
-        if branches is None or desk.governor.mode is not Mode.HEDGE:
+        if branches is None or not self._branching or desk.governor.mode is not Mode.HEDGE:
             return 1
         return min(branches.rows, desk.small.most_rows)
 
@@ -264,7 +263,7 @@ class Ahead:
             # A likelier one may have taken its place.
             if row.signals is None or row not in self._rows:
                 continue
-            if self._inexact and self._near(row.signals):
+            if not self._cached.is_exact and self._near(row.signals):
                 self.redecoded += 1
                 row.slot, row.signals, row.again = None, None, True
                 placed = True
@@ -303,6 +302,7 @@ class Ahead:
         self, before: list[_Step], slot: int | None, position: _Position, signals: Signals
     ) -> None:
         """Add rows for the small model's next likeliest choices, in place of less likely rows."""
+        self._measure(signals)
         width = self._width
         if width == 1:
             return
@@ -317,21 +317,29 @@ class Ahead:
         best = sorted(self._rows, key=lambda row: -row.share)[:width]
         self._keep([row for row in self._rows if row in best])
 
+    def _measure(self, signals: Signals) -> None:
+        """Find out, once in a session and while a call is under way, what batches cost here."""
+        desk = self._desk
+        rows = min(ROWS, desk.small.most_rows)
+        wanted = self._branching and desk.governor.mode is Mode.HEDGE
+        alone = len(self._rows) == 1 and not self._cached.is_batch and desk.small.can_rollback(ROWS)
+        if wanted and alone and rows > 1 and desk.experience.branches is None:
+            desk.experience.branches = desk.small.branch_cost(signals.token_id, rows=rows)
+
     def _advance(self) -> bool:
         """Feed the likeliest row, and with it those of its length; say whether anything was fed."""
         rows = [row for row in self._rows if not self._is_complete(row)]
         if not rows:
             return False
         best = max(rows, key=lambda row: row.share)
-        if best.signals is not None:
-            # It has to be asked, and no call is free.
-            return False
-        if self._desk.escalator.calls and self._desk.governor.mode is Mode.WAIT:
+        waits = self._desk.escalator.calls and self._desk.governor.mode is Mode.WAIT
+        # With signals it has to be asked, and no call is free.
+        if best.signals is not None or waits:
             return False
         batch = [row for row in rows if row.signals is None and self._is_next(row)]
         width = self._width
         together = width > 1 and best in batch and len(batch) > 1
-        count = 1 if together else self._length(best) - len(self._fed)
+        count = 1 if together else self._length(best) - len(self._cached)
         if self._desk.escalator.calls and not self._desk.small.can_rollback(count):
             self.held = True
             return False
@@ -352,26 +360,16 @@ class Ahead:
 
     def _is_next(self, row: _Row) -> bool:
         """Whether all of a row but its last token is in the cache."""
-        held = len(self._fed) + (len(self._tails[0]) if self._tails else 0)
-        return row.slot is not None and self._length(row) == held + 1
+        return row.slot is not None and self._length(row) == len(self._cached) + 1
 
     def _feed(self, row: _Row) -> None:
         """Decode one row alone, from where the cache holds it."""
         self._stand(row)
         ids = self._desk.transcript.ids
         bounds = self._bounds + [written.at for written in self._written]
-        if row.slot is None or self._tails:
-            self._collapse(ids)
-        held = min(len(self._fed), self._exact) if row.again else len(self._fed)
-        # In whole decisions, as they are fed where nothing is ever taken back.
-        start = next(at for at in reversed(bounds) if at <= held)
-        self._unfeed(start)
-        ends = [at for at in bounds if at > start] + [len(ids)]
-        for end in ends:
-            row.signals = self._desk.extend(ids[len(self._fed) : end])
-            if self._exact == len(self._fed):
-                self._exact = end
-            self._fed += ids[len(self._fed) : end]
+        if row.slot is None or self._cached.is_batch:
+            self._cached.collapse(ids)
+        row.signals = self._cached.feed(ids, bounds, exactly=row.again)
         for each in self._rows:
             each.slot = None
         row.slot, row.again = 0, False
@@ -380,17 +378,11 @@ class Ahead:
         """Decode rows of one length by one token each."""
         parents = [row.slot or 0 for row in rows]
         ids = [row.steps[-1].decision.token_ids[-1] for row in rows]
-        signals = self._desk.small.branch(parents, ids)
-        tails = self._tails or [[]]
-        self._tails = [[*tails[slot], each] for slot, each in zip(parents, ids, strict=True)]
+        signals = self._cached.feed_batch(parents, ids)
         for each in self._rows:
             each.slot = None
         for slot, row in enumerate(rows):
             row.slot, row.signals = slot, signals[slot]
-
-    @property
-    def _inexact(self) -> bool:
-        return bool(self._tails) or self._exact < len(self._fed)
 
     def _near(self, signals: Signals) -> bool:
         """Whether rounding could have changed what is decided from these signals."""
@@ -399,25 +391,6 @@ class Ahead:
         gap = signals.top_logprobs[0] - signals.top_logprobs[1]
         return gap <= band_nats or self._desk.decider.is_near(signals, band_nats)
 
-    def _collapse(self, ids: Sequence[int]) -> None:
-        """End the batch, with the row that has most of `ids`; drop from the cache what differs."""
-        rest = ids[len(self._fed) :]
-        best, most = 0, -1
-        for slot, tail in enumerate(self._tails):
-            if (same := _same(tail, rest)) > most:
-                best, most = slot, same
-        if self._tails:
-            self._desk.small.select(best)
-            self._fed += self._tails[best]
-            self._tails = []
-        self._unfeed(_same(self._fed, ids))
-
-    def _unfeed(self, length: int) -> None:
-        if len(self._fed) > length:
-            self._desk.small.rollback(len(self._fed) - length)
-            del self._fed[length:]
-            self._exact = min(self._exact, length)
-
     def _leave(self) -> Iterator[Event]:
         """Take back what was decoded past the end of the answer."""
         self._desk.escalator.close()
@@ -425,16 +398,4 @@ class Ahead:
         if self._shown:
             self.retracted += len(self._shown)
             yield Retracted(count)
-        ids = self._desk.transcript.ids
-        self._collapse(ids[: count - 1])
-        # An answer that was complete may have made room for another row.
-        if len(self._fed) < (last := self._bounds[-1]):
-            self._desk.small.extend(ids[len(self._fed) : last])
-
-
-def _same(held: Sequence[int], wanted: Sequence[int]) -> int:
-    """How many ids two sequences begin with alike."""
-    for index, (a, b) in enumerate(zip(held, wanted, strict=False)):
-        if a != b:
-            return index
-    return min(len(held), len(wanted))
+        self._cached.leave(self._desk.transcript.ids[:count], last=self._bounds[-1])

@@ -10,7 +10,7 @@ from mlxroute.engine.ahead import Ahead
 from mlxroute.engine.commits import Commits
 from mlxroute.engine.decision import Decider
 from mlxroute.engine.escalation import Escalator
-from mlxroute.engine.experience import ROWS, Experience
+from mlxroute.engine.experience import Experience
 from mlxroute.engine.governor import Governor
 from mlxroute.engine.options import Options, named_mode
 from mlxroute.engine.privacy import NeverSend
@@ -100,7 +100,8 @@ class Answer:
             experience=self._experience,
             clock=clock,
         )
-        self._ahead = Ahead(self._desk)
+        # A batch would draw other random numbers than a row alone.
+        self._ahead = Ahead(self._desk, branching=options.sampling.temperature == 0)
         self._reused = 0
         self._advice: str | None = None
         self._started = False
@@ -125,7 +126,6 @@ class Answer:
             if self._options.mode is Mode.WAIT or not self._escalator.open:
                 yield from wait(self._desk, signals)
             else:
-                self._measure_branches(signals)
                 yield from self._ahead.walk(signals)
         finally:
             self._escalator.close()
@@ -187,15 +187,6 @@ class Answer:
                 f"the prompt is {count:,} tokens and the small model's context holds {room:,};"
                 " shorten it, or use /reset in a chat"
             )
-
-    def _measure_branches(self, signals: Signals) -> None:
-        """Find out, once in a session, what the batches of `hedge` cost and how they round."""
-        small, sampled = self._small, self._options.sampling.temperature > 0
-        rows = min(ROWS, small.most_rows)
-        wanted = self._governor.mode is Mode.HEDGE and self._experience.branches is None
-        # A batch would draw other random numbers than a row alone.
-        if wanted and not sampled and rows > 1:
-            self._experience.branches = small.branch_cost(signals.token_id, rows=rows)
 
     def _prefill(self) -> Signals:
         signals, self._reused = self._small.prefill(

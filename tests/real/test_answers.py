@@ -15,7 +15,7 @@ from mlxroute.cli import main
 from mlxroute.large import breaker
 from mlxroute.large.launcher import LocalServer
 from mlxroute.small import SmallModel
-from mlxroute.types import Source, StopReason
+from mlxroute.types import Mode, Source, StopReason
 from tests.conftest import CACHE_DIR
 
 TOKEN_KEYS = {
@@ -43,6 +43,7 @@ def test_a_server_killed_in_mid_answer_costs_no_token_and_less_than_a_timeout(
             router=EntropyRouter(-math.inf),
             max_tokens=24,
             timeout_s=60,
+            mode=Mode.WAIT,
         )
         sources, killed_at = [], math.inf
         for token in answer:

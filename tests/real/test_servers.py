@@ -16,7 +16,7 @@ import pytest
 from mlxroute import EntropyRouter, LargeModel, generate
 from mlxroute.small import SmallModel
 from mlxroute.tokenizer import ChatTokenizer
-from mlxroute.types import LargeToken, RunStats, StopReason, Token
+from mlxroute.types import LargeToken, Mode, RunStats, StopReason, Token
 from tests.real.conftest import PROMPTS
 from tests.real.exact import chat_answer, first_difference, own_answer, top_gap
 from tests.real.servers import Kind, RunningServer, model_directory, running
@@ -89,6 +89,7 @@ def always(
         max_tokens=count,
         timeout_s=TIMEOUT_S,
         strict=True,
+        mode=Mode.WAIT,
     )
     tokens = list(answer)
     assert "�" not in answer.stats().text
