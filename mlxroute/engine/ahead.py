@@ -1,9 +1,9 @@
 """`overlap` and `hedge`: ask and decode on along provisional tokens; go back where they were wrong.
 
 A row is one way the answer may go on from what is committed: the small model's own choices, and in
-`hedge` some of its next likeliest where the large model was asked. Rows of
-one length are decoded as one batch. What the large model answers at a position drops the rows that
-took another token there; when none is left, decoding goes back to that position.
+`hedge` some of its next likeliest where the large model was asked. Rows of one length are decoded
+as one batch. What the large model answers at a position drops the rows that took another token
+there; when none is left, decoding goes back to that position.
 
 A batch rounds differently from a row alone. Where that could have changed a decision, the tokens
 since the first batch are decoded again, one row and one token at a time, before it is taken.
@@ -265,10 +265,9 @@ class Ahead:
                 continue
             if not self._cached.is_exact and self._near(row.signals):
                 self.redecoded += 1
-                row.slot, row.signals, row.again = None, None, True
-                placed = True
-                continue
-            placed = self._put(row, row.signals) or placed
+                row.slot, row.signals, row.again, placed = None, None, True, True
+            else:
+                placed = self._put(row, row.signals) or placed
         return placed
 
     def _put(self, row: _Row, signals: Signals) -> bool:
