@@ -55,7 +55,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(tiny: Path, server: Loopback, *more: str) -> list[str]:
     always = ["--small", str(tiny), "--large", server.url, "--threshold", "-inf"]
-    return [*always, "--max-tokens", "4", *more]
+    # One call at a time, so that what is sent comes in one order and number.
+    return [*always, "--mode", "wait", "--max-tokens", "4", *more]
 
 
 def ask_json(

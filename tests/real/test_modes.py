@@ -15,6 +15,7 @@ _NEAR_TIE_NATS = 0.01
 _OTHERS = ((Mode.WAIT, 4), (Mode.OVERLAP, 0), (Mode.HEDGE, 0), (Mode.HEDGE, 4))
 
 
+@pytest.mark.heavy
 def test_the_modes_write_one_answer_and_leave_the_server_alive(
     smollm2: SmallModel, host: LocalServer
 ) -> None:
