@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
 
 from mlxroute.engine import Answer, Experience, Options
-from mlxroute.engine.experience import Average
+from mlxroute.engine.experience import TRUSTED, Average
 from mlxroute.engine.governor import Governor, estimate
 from mlxroute.routers import EntropyRouter
-from mlxroute.types import BranchCost, Mode, RunStats
+from mlxroute.types import BranchCost, Mode, RunStats, Signals
 from tests.fakes import FakeClock
 from tests.worlds import World, WorldLarge, WorldSmall
 
 
 def experience(
-    *, step: float = 1.0, call: float, agreement: float = 0.4, coverage: float = 0.8
+    *,
+    step: float = 1.0,
+    call: float,
+    agreement: float = 0.4,
+    coverage: float = 0.8,
+    slowdown: float = 1.0,
 ) -> Experience:
     return Experience(
         step_s=Average(step, 9),
         call_s=Average(call, 9),
+        call_slowdown=Average(slowdown, 9),
         agreement=Average(agreement, 9),
         coverage=Average(coverage, 9),
         branches=BranchCost(4, 1.0, 1.4, 0.0),
@@ -46,7 +55,24 @@ def test_the_way_with_the_least_time_a_token_is_taken(
     assert governor(seen).mode is mode
 
 
-def test_the_formulas_give_the_published_times() -> None:
+def test_first_a_call_alone_is_seen_then_one_beside_decoding() -> None:
+    seen = Experience(step_s=Average(1.0, 9))
+    assert governor(seen).mode is Mode.WAIT
+    seen.called(1, 20.0, alone=True)
+    assert governor(seen).mode is Mode.OVERLAP
+    seen.called(1, 160.0, alone=False)
+    assert governor(seen).mode is Mode.WAIT
+    assert seen.call_s.value == 20.0
+
+
+def test_one_late_call_says_little_about_what_decoding_does_to_it() -> None:
+    seen = experience(call=20.0)
+    seen.call_slowdown = Average(1.0, TRUSTED)
+    seen.called(1, 30.0, alone=False)
+    assert governor(seen).mode is not Mode.WAIT
+
+
+def test_the_formulas_give_the_times_of_a_worked_example() -> None:
     # a = 5 ms, R = 170 ms, p = 7 %, q = .4, c = .8, b = 1.3.
     seen = experience(step=5.0, call=170.0, agreement=0.4, coverage=0.8)
     seen.rate = Average(0.07, 9)
@@ -76,11 +102,35 @@ def test_that_streaming_would_be_faster_is_said_once_with_figures() -> None:
     assert governor(seen).advice() is None
 
 
-def answered(world: World, seen: Experience, **options: object) -> tuple[RunStats, float]:
+class Crowded(WorldSmall):
+    """A small model whose steps hold up the large one, as on one machine."""
+
+    def __init__(self, world: World, clock: FakeClock, large: WorldLarge) -> None:
+        super().__init__(world, clock)
+        self._large = large
+
+    def extend(self, token_ids: Sequence[int]) -> Signals:
+        self._hold_up()
+        return super().extend(token_ids)
+
+    def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:
+        self._hold_up()
+        return super().branch(parents, token_ids)
+
+    def _hold_up(self) -> None:
+        for flight in self._large.flights:
+            if not flight.over:
+                flight.lands_s += 0.8
+
+
+def answered(
+    world: World, seen: Experience, *, crowded: bool = False, **options: object
+) -> tuple[RunStats, float]:
     clock = FakeClock()
+    large = WorldLarge(world, clock, prompt="[user]hi>", order=0)
     answer = Answer(
-        WorldSmall(world, clock),
-        WorldLarge(world, clock, prompt="[user]hi>", order=0),
+        Crowded(world, clock, large) if crowded else WorldSmall(world, clock),
+        large,
         [{"role": "user", "content": "hi"}],
         router=EntropyRouter(1.0),
         options=Options(max_tokens=120, timeout_s=10_000.0, **options),  # type: ignore[arg-type]
@@ -120,6 +170,18 @@ def test_over_a_few_answers_auto_is_about_as_fast_as_the_best_way() -> None:
     fixed = [times[mode] for mode in Mode if mode is not Mode.AUTO]
     assert times[Mode.AUTO] <= 1.1 * min(fixed)
     assert times[Mode.AUTO] <= 0.85 * times[Mode.WAIT]
+
+
+def test_where_decoding_on_holds_the_calls_up_auto_stands_still() -> None:
+    seen, times = Experience(), dict.fromkeys((Mode.WAIT, Mode.HEDGE, Mode.AUTO), 0.0)
+    for seed in range(8):
+        for mode in times:
+            known = seen if mode is Mode.AUTO else Experience()
+            one = replace(world(seed), longest_s=20.0)
+            _, seconds = answered(one, known, crowded=True, mode=mode, prefetch=0)
+            times[mode] += seconds
+    assert times[Mode.HEDGE] > 1.2 * times[Mode.WAIT]
+    assert times[Mode.AUTO] < 1.15 * times[Mode.WAIT]
 
 
 def test_the_figures_behind_the_choice_are_told() -> None:

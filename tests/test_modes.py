@@ -68,7 +68,9 @@ def run(world: World, *, order: int = 0, **options: Any) -> Run:
 
 def experience() -> Experience:
     """Calls were slow until now, so that `auto` begins with branches."""
-    return Experience(step_s=Average(1.0, 3), call_s=Average(30.0, 3))
+    return Experience(
+        step_s=Average(1.0, 3), call_s=Average(30.0, 3), call_slowdown=Average(1.0, 9)
+    )
 
 
 def record(token: Token, *, rounded: bool = False) -> Token:

@@ -260,7 +260,10 @@ def test_many_rows_of_provisional_text_leave_no_trace() -> None:
 
 
 def test_control_characters_of_provisional_text_do_not_reach_the_terminal() -> None:
-    drawn(["a", early(1, "\x1b[31mred\x07")])
+    # Writing one fails the terminal.
+    _, seen = drawn(["a", early(1, "\x1b[31mred\x07")])
+    assert "red" in seen[1][-1]
+    assert not any("\x1b" in line or "\x07" in line for lines in seen for line in lines)
 
 
 def test_the_status_line_keeps_moving_while_the_network_is_waited_for() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from mlxroute.bench.delayed import DELAYS, DelayedServer
+from mlxroute.bench.framework import interleaved
 from mlxroute.engine import Experience, generate
 from mlxroute.engine.governor import estimate
 from mlxroute.engine.stats import gaps, percentile
@@ -82,29 +84,27 @@ def bench_latency(
     entropies = sorted(token.signals.entropy_nats for _, each in alone for token in each)
     points = []
     total = len(grid.rates) * (1 + len(grid.ratios)) * len(prompts) * len(SIDES)
-    done = 0
+    done = itertools.count(1)
+
+    def answering(name: str, answers: _Answers, threshold: float) -> Callable[[int], None]:
+        side, seen = SIDES[name], answers.experience
+
+        def answer(index: int) -> None:
+            found = _answer(small, large, prompts[index], threshold, side, grid.tokens, seen)
+            answers.stats.append(found[0])
+            answers.tokens.append(found[1])
+            progress("answers", next(done), total)
+
+        return answer
+
     for rate in grid.rates:
         threshold = percentile(entropies, 1.0 - rate)
         for ratio in (0.0, *grid.ratios):
             server.delay, server.delay_s = DELAYS[grid.delay], ratio * step_s
             missed = server.missed
             sides = {name: _Answers() for name in SIDES}
-            for index, prompt in enumerate(prompts):
-                for name in _turn(list(SIDES), index):
-                    answers = sides[name]
-                    stats, found = _answer(
-                        small,
-                        large,
-                        prompt,
-                        threshold,
-                        SIDES[name],
-                        grid.tokens,
-                        answers.experience,
-                    )
-                    answers.stats.append(stats)
-                    answers.tokens.append(found)
-                    done += 1
-                    progress("answers", done, total)
+            turns = {name: answering(name, answers, threshold) for name, answers in sides.items()}
+            interleaved(turns, rounds=len(prompts), warm_ups=0)
             if ratio:
                 point = {"rate": rate, "ratio": ratio, "call_s": round(server.delay_s, 4)}
                 point |= {"threshold_nats": round(threshold, 4)}
@@ -121,12 +121,6 @@ def bench_latency(
         "small_only": _side(_Answers(stats=[stats for stats, _ in alone]), None),
         "points": points,
     }
-
-
-def _turn(names: list[str], index: int) -> Iterator[str]:
-    """Each round begins with another side."""
-    first = index % len(names)
-    yield from names[first:] + names[:first]
 
 
 def _answer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,18 @@ from typing import Any
 from mlxroute.errors import UsageError
 
 
-def draw_latency(report: Mapping[str, Any], path: Path) -> None:
-    """Draw each mode's tokens/s over those of `wait` against the call time, a panel for each rate.
+def check_plot(path: Path) -> None:
+    """Raise UsageError, before anything is measured, when no picture can be drawn there."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib; install mlxroute[plot]")
+    if not path.parent.is_dir():
+        raise UsageError(f"--plot: there is no folder {path.parent}")
 
-    Raises UsageError when matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as exc:
-        raise UsageError("--plot needs matplotlib; install mlxroute[plot]") from exc
+
+def draw_latency(report: Mapping[str, Any], path: Path) -> None:
+    """Draw tokens/s over those of `wait` against the call time: a line a mode, a panel a rate."""
+    from matplotlib.figure import Figure
+
     rates = sorted({point["rate"] for point in report["points"]})
     figure = Figure(figsize=(5 * len(rates), 4), layout="constrained")
     panels = figure.subplots(1, len(rates), sharey=True, squeeze=False)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 from dataclasses import replace
@@ -63,14 +64,23 @@ def run_bench_latency(
         raise UsageError("bench latency needs a large model's server: --large URL")
     if not all(0 < rate < 1 for rate in grid.rates) or not all(r > 0 for r in grid.ratios):
         raise UsageError("--rate must be between 0 and 1, and --ratio above 0")
+    if plot is not None:
+        from mlxroute.bench.plot import check_plot, draw_latency
+
+        check_plot(plot)
     _, err = consoles()
+    # Whose replies they are is asked of the server itself, and a dead one is named.
+    with large_model(settings, settings.large, Ledger()) as large:
+        large.connect(thorough=False)
+        model = re.sub(r"[^\w.-]+", "-", large.model_name)
     with Reporter(err) as reporter:
         small = load_small(settings, reporter)
     from mlxroute.bench.delayed import DelayedServer
     from mlxroute.bench.latency import bench_latency
 
-    record = cache_dir_of(settings.cache_dir) / "bench" / f"latency-{small.name}.jsonl"
-    record.parent.mkdir(exist_ok=True)
+    folder = cache_dir_of(settings.cache_dir) / "bench"
+    folder.mkdir(parents=True, exist_ok=True)
+    record = folder / f"latency-{Path(small.name).name}-{model}.jsonl"
     with (
         DelayedServer(settings.large, record=record) as server,
         large_model(replace(settings, timeout=_LONGEST_CALL_S), server.url, Ledger()) as large,
@@ -91,11 +101,10 @@ def run_bench_latency(
             progress=progress,
         )
     _show_latency(report, err)
+    code = _finish(report, f"latency-{small.name}-{grid.delay}", save=save)
     if plot is not None:
-        from mlxroute.bench.plot import draw_latency
-
         draw_latency(report, plot)
-    return _finish(report, f"latency-{small.name}-{grid.delay}", save=save)
+    return code
 
 
 def run_bench_kernels(settings: Settings, *, rounds: int, save: bool) -> int:

@@ -243,7 +243,7 @@ class Ahead:
 
     def _announce(self) -> Iterator[Event]:
         """Show what the first row says and was not shown yet."""
-        yield from self._retract()
+        self._stand(self._rows[0])
         at = len(self._desk.commits)
         new = at + len(self._shown)
         for written in self._written:
@@ -319,10 +319,11 @@ class Ahead:
     def _measure(self, signals: Signals) -> None:
         """Find out, once in a session and while a call is under way, what batches cost here."""
         desk = self._desk
+        known = not self._branching or desk.experience.branches is not None
+        if known or desk.governor.mode is not Mode.HEDGE or not desk.small.can_rollback(ROWS):
+            return
         rows = min(ROWS, desk.small.most_rows)
-        wanted = self._branching and desk.governor.mode is Mode.HEDGE
-        alone = len(self._rows) == 1 and not self._cached.is_batch and desk.small.can_rollback(ROWS)
-        if wanted and alone and rows > 1 and desk.experience.branches is None:
+        if rows > 1 and len(self._rows) == 1 and not self._cached.is_batch:
             desk.experience.branches = desk.small.branch_cost(signals.token_id, rows=rows)
 
     def _advance(self) -> bool:
@@ -331,9 +332,8 @@ class Ahead:
         if not rows:
             return False
         best = max(rows, key=lambda row: row.share)
-        waits = self._desk.escalator.calls and self._desk.governor.mode is Mode.WAIT
         # With signals it has to be asked, and no call is free.
-        if best.signals is not None or waits:
+        if best.signals or self._desk.escalator.oldest_s > self._desk.governor.patience_s:
             return False
         batch = [row for row in rows if row.signals is None and self._is_next(row)]
         width = self._width

@@ -112,7 +112,7 @@ class Decider:
         if outcome.error is None:
             self.prefetched.add(ids, outcome.tokens)
             took_s = outcome.tokens[0].latency_s or outcome.latency_s
-            self._experience.called(len(outcome.tokens), took_s)
+            self._experience.called(len(outcome.tokens), took_s, alone=call.alone)
             return _large(own, outcome.tokens[0], latency_s=outcome.latency_s)
         escalation = Escalation(
             own.signals.token_id, None, str(outcome.error), latency_s=outcome.latency_s

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mlxroute.engine.governor import Governor
 from mlxroute.engine.roles import Flight, Large
 from mlxroute.errors import LargeError, LargeTimeout, LargeUnavailable, LargeUnrecorded
-from mlxroute.types import LargeContext, LargeToken, Uploads
+from mlxroute.types import LargeContext, LargeToken, Mode, Uploads
 
 # The large side keeps its deadlines itself, and its reasons are the better ones.
 _GRACE_S = 0.25
@@ -16,12 +17,16 @@ _GRACE_S = 0.25
 
 @dataclass(slots=True)
 class Call:
-    """A call under way. `stall_s` is what the answer had waited in all when it began."""
+    """A call under way. `stall_s` is what the answer had waited in all when it began.
+
+    `alone` says that nothing else is done meanwhile.
+    """
 
     flight: Flight
     began_s: float
     ends_s: float
     stall_s: float
+    alone: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,11 @@ class Escalator:
         """How many calls are under way."""
         return len(self._calls)
 
+    @property
+    def oldest_s(self) -> float:
+        """How long the oldest call is under way; -inf when there is none."""
+        return max((self._clock() - call.began_s for call in self._calls), default=-math.inf)
+
     def begin(self, context: LargeContext) -> Call:
         """Begin a call. Use it only while `open`."""
         assert self._large is not None
@@ -89,7 +99,8 @@ class Escalator:
         ahead = self._governor.ahead
         self._governor.begun()
         flight = self._large.begin(context, deadline_s=deadline_s, ahead=ahead)
-        call = Call(flight, began_s, began_s + deadline_s + _GRACE_S, self.stall_s)
+        alone = self._governor.mode is Mode.WAIT
+        call = Call(flight, began_s, began_s + deadline_s + _GRACE_S, self.stall_s, alone)
         self.stall_s += self._clock() - began_s
         self._calls.append(call)
         self.begun += 1

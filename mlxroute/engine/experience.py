@@ -9,6 +9,8 @@ from mlxroute.types import BranchCost, LargeToken, Signals
 
 # Branches of the next likeliest choices, the small model's own included.
 ROWS: Final = 4
+# As many observations an even pace counts for, so that one late call says little.
+TRUSTED: Final = 3
 # How much a new observation counts.
 _NEW: Final = 0.05
 
@@ -30,34 +32,45 @@ class Average:
 class Experience:
     """One small and one large model, over the answers of a session.
 
-    `step_s` is a decode step, `call_s` a call for one token and `run_s` one that brought more.
+    `step_s` is a decode step, `call_s` a call for one token and `run_s` one that brought more, each
+    while nothing else was done; `step_slowdown` and `call_slowdown` are how many times as long they
+    take at the same time, as where both models share a machine.
     `agreement` and `coverage` are the shares of escalated positions where the large model wants
     the small one's choice, or one of its `ROWS` likeliest; `rate` is that of the positions that
     are escalated, `answered` the share of them that an earlier call had answered, where there was
-    one. Until seen they are what pairs of one family showed (see the README).
+    one. Until seen they are guesses.
     """
 
     step_s: Average = field(default_factory=lambda: Average(0.0))
     call_s: Average = field(default_factory=lambda: Average(0.0))
     run_s: Average = field(default_factory=lambda: Average(0.0))
+    step_slowdown: Average = field(default_factory=lambda: Average(1.0, TRUSTED))
+    call_slowdown: Average = field(default_factory=lambda: Average(1.0, TRUSTED))
     agreement: Average = field(default_factory=lambda: Average(0.4, 5))
     coverage: Average = field(default_factory=lambda: Average(0.75, 5))
     rate: Average = field(default_factory=lambda: Average(0.07, 30))
     answered: Average = field(default_factory=lambda: Average(0.3, 5))
     run_length: Average = field(default_factory=lambda: Average(0.0))
     branches: BranchCost | None = None
+    calls: int = 0
     in_runs: bool = False
     told: bool = False
 
-    def stepped(self, seconds: float) -> None:
-        """A row alone took a decode step."""
-        self.step_s.add(seconds)
+    def stepped(self, seconds: float, *, alone: bool) -> None:
+        """A row took a decode step, `alone` or while the large model was asked."""
+        _add(seconds, self.step_s, self.step_slowdown, alone=alone)
 
-    def called(self, tokens: int, seconds: float) -> None:
-        """A call brought so many tokens."""
+    def called(self, tokens: int, seconds: float, *, alone: bool) -> None:
+        """A call brought so many tokens, `alone` or while decoding went on."""
+        self.calls += 1
         self.in_runs = tokens > 1
-        (self.run_s if self.in_runs else self.call_s).add(seconds)
-        if tokens > 1:
+        _add(
+            seconds,
+            self.run_s if self.in_runs else self.call_s,
+            self.call_slowdown,
+            alone=alone,
+        )
+        if self.in_runs:
             self.run_length.add(tokens)
 
     def escalated(self, signals: Signals, token: LargeToken, *, prefetched: bool) -> None:
@@ -72,3 +85,10 @@ class Experience:
     def committed(self, *, escalated: bool) -> None:
         """A position was committed."""
         self.rate.add(escalated)
+
+
+def _add(seconds: float, usual: Average, slowdown: Average, *, alone: bool) -> None:
+    if alone or not usual.value:
+        usual.add(seconds)
+    else:
+        slowdown.add(seconds / usual.value)

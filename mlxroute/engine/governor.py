@@ -2,25 +2,31 @@
 
 With a step taking a, a call R, a share p of the positions escalated, of which the large model
 agrees at q and wants one of the branches at c, and a step of all branches b times as long as that
-of one row, a token takes, as simulations of the three confirm,
+of one row, a token takes to first order
 
     wait: a + p R      overlap: a + p (1 - q) R      hedge: a + p R (1 - c / b)
+
+The last two with a and R as they are at the same time: where the large model runs on this machine,
+decoding on slows its answers down.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
-from mlxroute.engine.experience import Experience
+from mlxroute.engine.experience import TRUSTED, Experience
 from mlxroute.types import Mode
 
 # Tokens a call brings beyond the one asked for, where that pays.
 _AHEAD: Final = 8
 # Every so many calls the way not taken is looked at again.
-_TRY_EVERY: Final = 12
-# Branching is measured where it would pay at this cost, seen on CPUs and laptop GPUs.
+_TRY_EVERY: Final = 24
+# Branching is measured where it would pay at this cost: a guess.
 _USUAL_COST: Final = 1.5
+# Times the usual call.
+_PATIENCE: Final = 4.0
 # What is not clearly faster is not worth more calls, nor another change.
 _CLEARLY: Final = 0.95
 
@@ -38,10 +44,12 @@ def estimate(experience: Experience, *, cost: float) -> Estimate:
     """What the formulas give for what was seen; `cost` is b."""
     seen = experience
     step_s, call_s, rate = seen.step_s.value, seen.call_s.value, seen.rate.value
+    busy_step_s = step_s * seen.step_slowdown.value
+    busy_call_s = call_s * seen.call_slowdown.value
     return Estimate(
         wait_s=step_s + rate * call_s,
-        overlap_s=step_s + rate * (1 - seen.agreement.value) * call_s,
-        hedge_s=step_s + rate * call_s * max(0.0, 1 - seen.coverage.value / cost),
+        overlap_s=busy_step_s + rate * (1 - seen.agreement.value) * busy_call_s,
+        hedge_s=busy_step_s + rate * busy_call_s * max(0.0, 1 - seen.coverage.value / cost),
     )
 
 
@@ -58,7 +66,6 @@ class Governor:
         self._experience = experience
         self._prefetch = prefetch
         self._ceiling = ceiling
-        self._begun = 0
         self._taken = Mode.WAIT
 
     @property
@@ -67,9 +74,12 @@ class Governor:
         seen = self._experience
         if self._mode is not Mode.AUTO:
             return self._mode
-        # A call that takes about a step leaves nothing to gain.
-        if not seen.call_s.value or seen.call_s.value < seen.step_s.value:
-            return Mode.WAIT if seen.call_s.value else Mode.OVERLAP
+        # First what a call takes alone; one that takes about a step leaves nothing to gain.
+        if not seen.call_s.seen or seen.call_s.value < seen.step_s.value:
+            return Mode.WAIT
+        # Then what becomes of it when decoding goes on.
+        if seen.call_slowdown.seen == TRUSTED or self._tries:
+            return Mode.OVERLAP
         found = estimate(seen, cost=self._cost)
         times = {
             Mode.WAIT: found.wait_s,
@@ -78,8 +88,15 @@ class Governor:
         }
         # Calls cost something, and so does a change of mind.
         times[self._taken] *= _CLEARLY
-        self._taken = min(times, key=lambda mode: times[mode])
-        return self._taken
+        return min(times, key=lambda mode: times[mode])
+
+    @property
+    def patience_s(self) -> float:
+        """How long decoding goes on beside a call; one far beyond its time may be held up by it."""
+        if self.mode is Mode.WAIT:
+            return -1.0
+        auto = self._mode is Mode.AUTO
+        return _PATIENCE * self._experience.call_s.value if auto else math.inf
 
     @property
     def _cost(self) -> float:
@@ -99,12 +116,16 @@ class Governor:
         if not seen.run_s.seen:
             return _AHEAD
         pays = seen.run_s.value * (1 - seen.answered.value) < seen.call_s.value
-        turn = self._begun % _TRY_EVERY == _TRY_EVERY - 1
-        return _AHEAD if pays != turn else 0
+        return _AHEAD if pays != self._tries else 0
+
+    @property
+    def _tries(self) -> bool:
+        """Whether it is time to look at what was not taken."""
+        return self._experience.calls % _TRY_EVERY == _TRY_EVERY - 1
 
     def begun(self) -> None:
         """A call was begun."""
-        self._begun += 1
+        self._taken = self.mode
 
     def may_ask_early(self, *, begun: int, needed: int) -> bool:
         """Whether a call may be made for a position that may never be reached."""

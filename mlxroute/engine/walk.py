@@ -36,7 +36,7 @@ class Desk:
         signals = self.small.extend(token_ids)
         # After a wait the step that ran ahead is done already.
         if len(token_ids) == 1 and not stalled:
-            self.experience.stepped(self.clock() - began_s)
+            self.experience.stepped(self.clock() - began_s, alone=not self.escalator.calls)
         return signals
 
     def write(self, decision: Decision) -> tuple[str, ...]:
