@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxroute.engine.text import SpanLog
+from mlxroute.engine.text import spans
 from mlxroute.errors import LargeProtocolError, LargeRefused, UsageError
 from mlxroute.large.dialects import Dialect, dialect_named
 from mlxroute.large.match import fingerprint, same_decoded, same_entries, same_named
@@ -155,8 +155,7 @@ def test_a_template_that_refuses_the_conversation_is_an_error_of_the_large_side(
 
 
 def test_spans_join_what_the_small_model_wrote_and_keep_large_tokens_apart() -> None:
-    log = SpanLog()
-    for text, large_ids in [
+    written: list[tuple[str, tuple[int, ...] | None]] = [
         ("a", ()),
         ("b", ()),
         (" the", (9,)),
@@ -166,9 +165,8 @@ def test_spans_join_what_the_small_model_wrote_and_keep_large_tokens_apart() -> 
         ("é", None),
         ("", ()),
         ("d", ()),
-    ]:
-        log.push(text, large_ids)
-    assert log.until(log.mark()) == (
+    ]
+    assert spans(written) == (
         Span("ab"),
         Span(" the", (9,)),
         Span("", (8,)),
@@ -179,11 +177,7 @@ def test_spans_join_what_the_small_model_wrote_and_keep_large_tokens_apart() -> 
 
 
 def test_a_large_token_without_ids_is_not_counted_to_one_that_has_them() -> None:
-    log = SpanLog()
-    log.push("x", (7,))
-    log.push("", ())
-    log.push("é", None)
-    assert log.until(log.mark()) == (Span("x", (7,)), Span("é"))
+    assert spans([("x", (7,)), ("", ()), ("é", None)]) == (Span("x", (7,)), Span("é"))
 
 
 TOKENS = st.lists(
@@ -198,16 +192,16 @@ TOKENS = st.lists(
 def test_spans_hold_the_whole_text_and_every_large_id_once(
     tokens: list[tuple[list[str], list[int]]],
 ) -> None:
-    log = SpanLog()
-    for texts, large_ids in tokens:
-        for position, text in enumerate(texts):
-            log.push(text, None if position else tuple(large_ids))
-    spans = log.until(log.mark())
-    assert "".join(span.text for span in spans) == "".join("".join(texts) for texts, _ in tokens)
-    ids = [i for span in spans for i in span.large_ids]
+    found = spans(
+        (text, None if position else tuple(large_ids))
+        for texts, large_ids in tokens
+        for position, text in enumerate(texts)
+    )
+    assert "".join(span.text for span in found) == "".join("".join(texts) for texts, _ in tokens)
+    ids = [i for span in found for i in span.large_ids]
     assert ids == [i for _, large_ids in tokens for i in large_ids]
     named = [("".join(texts), tuple(ids)) for texts, ids in tokens if ids]
-    assert [(span.text, span.large_ids) for span in spans if span.large_ids] == named
+    assert [(span.text, span.large_ids) for span in found if span.large_ids] == named
 
 
 # Whether two models share a vocabulary

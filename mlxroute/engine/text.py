@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from mlxroute.types import Span, Token
 
 CharacterMark = tuple[tuple[bytes, int], tuple[int, ...]]
-SpanMark = tuple[int, Span | None, bool]
 
 
 class CharacterStream:
@@ -44,45 +43,24 @@ class CharacterStream:
         return tuple(self._fragment_ids)
 
 
-class SpanLog:
-    """The answer's text in stretches by who wrote it, as the large side needs it."""
+def spans(written: Iterable[tuple[str, tuple[int, ...] | None]]) -> tuple[Span, ...]:
+    """The answer's text in stretches by who wrote it, as the large side needs it.
 
-    def __init__(self) -> None:
-        self._spans: list[Span] = []
-        self._named = False
-
-    def push(self, text: str, large_ids: tuple[int, ...] | None) -> None:
-        """Add a token's text: the small model's (`large_ids` empty), or the large one's.
-
-        `large_ids` is None for a further token of the same large token.
-        """
-        if large_ids is None and not self._named:
-            large_ids = ()
-        self._named = large_ids is None or bool(large_ids)
+    Of each token its text and the large model's ids for it: empty where the small model wrote it,
+    None for a further token of the same large token.
+    """
+    found: list[tuple[list[str], tuple[int, ...]]] = []
+    named = False
+    for text, ids in written:
+        large_ids = ids if ids is not None or named else ()
+        named = large_ids is None or bool(large_ids)
         if not text and not large_ids:
-            return
-        last = self._spans[-1] if self._spans else None
-        joins = last is not None and (large_ids is None or not (large_ids or last.large_ids))
-        if last is not None and joins:
-            self._spans[-1] = replace(last, text=last.text + text)
+            continue
+        if found and (large_ids is None or not (large_ids or found[-1][1])):
+            found[-1][0].append(text)
         else:
-            self._spans.append(Span(text, large_ids or ()))
-
-    def mark(self) -> SpanMark:
-        """This state, to come back to."""
-        return len(self._spans), self._spans[-1] if self._spans else None, self._named
-
-    def restore(self, mark: SpanMark) -> None:
-        """Forget what was pushed since."""
-        count, last, self._named = mark
-        del self._spans[count:]
-        if last is not None:
-            self._spans[-1] = last
-
-    def until(self, mark: SpanMark) -> tuple[Span, ...]:
-        """The stretches in order as they were at a mark; their texts join to the answer's."""
-        count, last, _ = mark
-        return (*self._spans[: count - 1], last) if last is not None else ()
+            found.append(([text], large_ids or ()))
+    return tuple(Span("".join(texts), ids) for texts, ids in found)
 
 
 class StopStrings:
@@ -95,6 +73,9 @@ class StopStrings:
 
     def push(self, token: Token) -> Iterator[Token]:
         """Yield the tokens that may be shown now; after a hit the text ends before the match."""
+        if not self._stop:
+            yield token
+            return
         self._held.append(token)
         text = "".join(held.text for held in self._held)
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlxroute.engine.text import CharacterMark, CharacterStream, SpanLog, SpanMark
+from mlxroute.engine.text import CharacterMark, CharacterStream, spans
 from mlxroute.types import LargeContext, Message, Vocabulary
 
 
@@ -24,9 +24,8 @@ class Transcript:
         self._prompt_text = prompt_text
         self._prompt_ids = tuple(prompt_ids)
         self._characters = CharacterStream()
-        self._spans = SpanLog()
-        self._marks: list[tuple[CharacterMark, SpanMark]] = []
-        self._texts: list[str] = []
+        self._marks: list[CharacterMark] = []
+        self._written: list[tuple[str, tuple[int, ...] | None]] = []
         self.ids: list[int] = []
 
     def __len__(self) -> int:
@@ -40,35 +39,31 @@ class Transcript:
     def push(self, token_id: int, *, ends: bool, large_ids: tuple[int, ...] | None) -> str:
         """Add a token and return the text it adds; none if it `ends` the answer.
 
-        `large_ids` are the large model's own for it, as `SpanLog.push` takes them.
+        `large_ids` are the large model's own for it, as `spans` takes them.
         """
-        self._marks.append((self._characters.mark(), self._spans.mark()))
+        self._marks.append(self._characters.mark())
         data = b"" if ends else self._vocabulary.token_bytes(token_id)
         text = "" if ends else self._characters.push(token_id, data)
-        self._spans.push(text, large_ids)
-        self._texts.append(text)
+        self._written.append((text, large_ids))
         self.ids.append(token_id)
         return text
 
     def rollback(self, length: int) -> None:
         """Take back all tokens but the first `length`."""
         if length < len(self):
-            characters, spans = self._marks[length]
-            self._characters.restore(characters)
-            self._spans.restore(spans)
-            for tokens in (self._marks, self._texts, self.ids):
+            self._characters.restore(self._marks[length])
+            for tokens in (self._marks, self._written, self.ids):
                 del tokens[length:]
 
     def context(self) -> LargeContext:
         """What the large model is told at the position after the last token."""
         fragment_ids = self._characters.fragment_ids
-        count = len(self) - len(fragment_ids)
-        spans = self._marks[count][1] if fragment_ids else self._spans.mark()
+        whole = self._written[: len(self) - len(fragment_ids)]
         return LargeContext(
-            text=self._prompt_text + "".join(self._texts[:count]),
+            text=self._prompt_text + "".join(text for text, _ in whole),
             token_ids=(*self._prompt_ids, *self.ids),
             fragment_ids=fragment_ids,
             vocabulary=self._vocabulary,
             messages=self._messages,
-            spans=self._spans.until(spans),
+            spans=spans(whole),
         )

@@ -1,10 +1,11 @@
 """Decode steps on the device, one step ahead of whoever reads them.
 
-A step is one lazy graph: forward pass, logit kernel, sampler, learned head. The step after it is
-queued on the small model's own choice before its packed row is read, so that the device does not
-wait for Python. When another token is committed instead, the queued step is taken back: one token
-out of the KV cache, and the random state as it was. Caches that could not give the token back do
-not run ahead.
+A step is one lazy graph: forward pass, logit kernel, sampler, learned head. The next forward pass
+is queued on the small model's own choice before the packed row is read, so that the device does not
+wait for Python; what reads its logits is queued with the pass after it, so that Python works beside
+the passes and not beside the short kernel. When another token is committed instead, the queued
+pass is taken back: one token out of the KV cache. Caches that could not give it back do not run
+ahead.
 """
 
 from __future__ import annotations
@@ -29,13 +30,24 @@ Head = Callable[["mx.array", "mx.array"], "mx.array"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
-    """One position that was queued: its packed row, its token for the next step, its state."""
+class _Pass:
+    """What a forward pass leaves, lazily: logits [B, V] at its last position, states [B, n, D]."""
+
+    logits: mx.array
+    states: mx.array | None
+
+    @property
+    def hidden(self) -> mx.array | None:
+        """The state at the last position, [B, D]."""
+        return None if self.states is None else self.states[:, -1, :]
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What is read of a pass: its packed rows, and the token for the next one."""
 
     packed: mx.array
     token: mx.array
-    hidden: mx.array | None
-    random_state: mx.array | None
 
 
 class Decoder:
@@ -48,8 +60,8 @@ class Decoder:
         self._kernel = kernel
         self._tap = HiddenStateTap(model)
         self._sampler: Callable[[mx.array], mx.array] | None = None
-        self._now: _Step | None = None
-        self._ahead: _Step | None = None
+        self._now: _Pass | None = None
+        self._ahead: _Pass | None = None
         self._ahead_id: int | None = None
         # While sampling: the random state before each step, by the tokens the cache held after it.
         self._states: list[tuple[int, mx.array]] = []
@@ -87,11 +99,17 @@ class Decoder:
 
         now = self._matching_ahead(token_ids) or self._run_now(token_ids)
         self._now = now
-        if now.random_state is not None:
-            self._states.append((len(self.cache.token_ids), now.random_state))
+        if self._sampler is not None:
+            state = mx.array(_random_state())
+            self._states.append((len(self.cache.token_ids), state))
+        reading = self._read(now)
         if self.cache.can_run_ahead:
-            self._run_ahead(now.token)
-        (values,) = cast("list[list[float]]", now.packed.tolist())
+            with self.cache.running_ahead():
+                self._ahead = self._pass(reading.token)
+        _queue(reading.packed)
+        if self._ahead is not None:
+            _queue(self._ahead.logits)
+        (values,) = cast("list[list[float]]", reading.packed.tolist())
         signals = unpack(values, has_head=self.head is not None)
         self._ahead_id = signals.token_id
         self._steps += 1
@@ -105,9 +123,10 @@ class Decoder:
 
         self._take_back()
         with self.cache.branching(parents, token_ids):
-            step = _queued(self._build(mx.array(list(token_ids))[:, None]))
+            packed = self._read(self._pass(mx.array(list(token_ids))[:, None])).packed
+            _queue(packed)
         self._now = None
-        rows = cast("list[list[float]]", step.packed.tolist())
+        rows = cast("list[list[float]]", packed.tolist())
         return [unpack(values, has_head=self.head is not None) for values in rows]
 
     def select(self, row: int) -> None:
@@ -126,65 +145,62 @@ class Decoder:
         """Evaluate `head` in every step from now on; UsageError if the model shows no state."""
         if head is not None:
             self._tap.check()
-        self._take_back()
         self.head = head
 
     def hidden_state(self) -> mx.array:
         """Final-norm output at the last committed position, [hidden size]."""
         self._tap.check()
-        if self._now is None or self._now.hidden is None:
+        hidden = None if self._now is None else self._now.hidden
+        if hidden is None:
             raise RollbackError("no hidden state: run a step first")
-        return self._now.hidden[0]
+        return hidden[0]
 
-    def _run_now(self, token_ids: Sequence[int]) -> _Step:
+    def _run_now(self, token_ids: Sequence[int]) -> _Pass:
         import mlx.core as mx
 
         self._take_back()
         with self.cache.feeding(token_ids):
-            step = self._build(mx.array(list(token_ids))[None])
-        return _queued(step)
+            now = self._pass(mx.array(list(token_ids))[None])
+            _queue(now.logits)
+        return now
 
-    def _run_ahead(self, token: mx.array) -> None:
-        with self.cache.running_ahead():
-            step = self._build(token)
-        self._ahead = _queued(step)
-
-    def _matching_ahead(self, token_ids: Sequence[int]) -> _Step | None:
-        """The step that ran ahead, if it ran on exactly these tokens."""
-        step = self._ahead
-        if step is None or len(token_ids) != 1 or token_ids[0] != self._ahead_id:
+    def _matching_ahead(self, token_ids: Sequence[int]) -> _Pass | None:
+        """The pass that ran ahead, if it ran on exactly these tokens."""
+        ahead = self._ahead
+        if ahead is None or len(token_ids) != 1 or token_ids[0] != self._ahead_id:
             return None
         self._ahead = None
         self.cache.confirm(token_ids[0])
-        return step
+        return ahead
 
     def _take_back(self) -> None:
-        """Undo the step that ran ahead: its token and its use of random numbers."""
-
-        step, self._ahead, self._ahead_id = self._ahead, None, None
+        """Undo the pass that ran ahead."""
+        self._ahead, self._ahead_id = None, None
         self.cache.take_back()
-        if step is not None and step.random_state is not None:
-            _random_state()[:] = step.random_state
 
-    def _build(self, tokens: mx.array) -> _Step:
-        """The graph of one step for tokens [1, n]; nothing is computed yet."""
+    def _pass(self, tokens: mx.array) -> _Pass:
+        """The graph of a forward pass of tokens [B, n]; nothing is computed yet."""
+        logits = self._model(tokens, cache=self.cache.layers)[:, -1, :]
+        return _Pass(logits, self._tap.last())
+
+    def _read(self, now: _Pass) -> _Reading:
+        """The graph of what is read of a pass."""
         import mlx.core as mx
 
-        random_state = mx.array(_random_state()) if self._sampler else None
-        logits = self._model(tokens, cache=self.cache.layers)[:, -1, :]
-        hidden = self._tap.last()
-        packed = self._kernel(logits)
+        packed = self._kernel(now.logits)
         if self._sampler is None:
             token = packed[:, :1].astype(mx.int32)
         else:
-            token = self._sampled(logits)
-            chosen = [token, mx.take_along_axis(logits, token, axis=-1)]
+            token = self._sampled(now.logits)
+            chosen = [token, mx.take_along_axis(now.logits, token, axis=-1)]
             packed = mx.concatenate(
                 [*(part.astype(mx.float32) for part in chosen), packed[:, 2:]], axis=-1
             )
         if self.head is not None:
+            hidden = now.hidden
+            assert hidden is not None
             packed = mx.concatenate([packed, self.head(hidden, packed)], axis=-1)
-        return _Step(packed, token, hidden, random_state)
+        return _Reading(packed, token)
 
     def _sampled(self, logits: mx.array) -> mx.array:
         """The token of logits [1, V], [1, 1], as `mlx_lm.generate_step` draws it."""
@@ -195,12 +211,11 @@ class Decoder:
         return self._sampler(logprobs).reshape(1, 1)
 
 
-def _queued(step: _Step) -> _Step:
+def _queue(array: mx.array) -> None:
     import mlx.core as mx
 
     start: Callable[..., None] = mx.async_eval
-    start(step.packed, step.token)
-    return step
+    start(array)
 
 
 def _random_state() -> mx.array:

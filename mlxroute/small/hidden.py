@@ -32,8 +32,8 @@ class HiddenStateTap:
             raise UsageError("this architecture's final hidden state is not known to mlxroute")
 
     def last(self) -> Any:
-        """The state at the last position of the last forward pass, [1, D], or None."""
-        return self._seen[0][:, -1, :] if self._seen else None
+        """The states of the last forward pass, [B, n, D], or None."""
+        return self._seen[0] if self._seen else None
 
 
 def _final_norm(model: Any) -> Any:

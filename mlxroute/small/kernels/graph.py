@@ -13,13 +13,17 @@ if TYPE_CHECKING:
 
 # The k best logits are in the k chunks with the largest maxima.
 _CHUNK = 128
+# Of so many values the best are found as fast without chunks.
+_DIRECT = 8192
 # Sums take so many values at a time: a long float32 sum loses digits on a CPU.
 _SUM = 16
+# Along the last axis MLX adds several values at a time.
 _LAST_SUM = 32
 # 2^f on [-1/2, 1/2]: Chebyshev interpolation, relative error 1e-7.
 _EXP2 = (1.00000008, 0.69314719, 0.24022107, 0.05550357, 0.00967603, 0.00133909)
 # Adding and taking this away rounds a small float32 to an integer, found in its lowest bits.
 _ROUND = 12582912.0
+_SIGN = -(2**31)
 
 
 def pack_signals(logits: mx.array) -> mx.array:
@@ -36,38 +40,58 @@ def _compiled() -> Callable[[mx.array], mx.array]:
 
 
 def _pack(logits: mx.array) -> mx.array:
+    """Few operations: on a CPU each one costs as much as reading some thousand values."""
     import mlx.core as mx
 
     rows = logits.astype(mx.float32)
-    batch, size = rows.shape
-    if short := -size % _CHUNK:
-        rows = mx.pad(rows, [(0, 0), (0, short)], constant_values=-mx.inf)
-    ids, top = _top(rows, top_count(size))
-    best = top[:, :1]
+    ids, top = _top(rows, top_count(rows.shape[1]))
     # From the rows as they came: a NaN in them makes every sum NaN.
-    parts = [part.reshape(batch, 1, -1) for part in _weigh(rows, best)]
-    sums = _sums(mx.concatenate([_partial_sums(part) for part in parts], axis=1))
+    parts = [_partial_sums(part[:, None]) for part in _weigh(rows, top[:, :1])]
+    sums = _sums(mx.concatenate(parts, axis=1))
     greedy = _greedy(ids, top, sums, logits.dtype)
     return mx.concatenate([*greedy, sums, ids.astype(mx.float32), top], axis=-1)
 
 
 def _top(rows: mx.array, k: int) -> tuple[mx.array, mx.array]:
-    """Ids and values of the k largest, by falling value, then rising id; sorts are stable."""
+    """Ids and values of the k largest, by falling value, then rising id; a NaN counts as -inf."""
     import mlx.core as mx
 
-    batch, size = rows.shape
-    # They sort upwards as the rows do downwards, a NaN last.
-    keys = mx.where(rows != rows, mx.inf, -rows)
-    if size <= _CHUNK * k:
-        ids = mx.argsort(keys, axis=-1)[:, :k]
-        return ids, -mx.take_along_axis(keys, ids, axis=-1)
-    least = mx.min(keys.reshape(batch, -1, _CHUNK), axis=-1)
-    found = mx.sort(mx.argsort(least, axis=-1)[:, :k], axis=-1)
-    candidates = (found[:, :, None] * _CHUNK + mx.arange(_CHUNK)).reshape(batch, -1)
-    keys = mx.take_along_axis(keys, candidates, axis=-1)
-    order = mx.argsort(keys, axis=-1)[:, :k]
-    ids = mx.take_along_axis(candidates, order, axis=-1)
-    return ids, -mx.take_along_axis(keys, order, axis=-1)
+    size = rows.shape[1]
+    # Adding zero leaves one kind of zero.
+    values = mx.where(rows != rows, -mx.inf, rows) + 0.0
+    if size <= _DIRECT:
+        return _best(values, mx.arange(size, dtype=mx.int64), k)
+    values = _padded(values, _CHUNK, -mx.inf)
+    chunks = values.reshape(len(rows), -1, _CHUNK)
+    # Sorts are stable: of equal chunks, those with the lower ids.
+    found = mx.argsort(-mx.max(chunks, axis=-1), axis=-1)[:, :k]
+    ids = (found[:, :, None] * _CHUNK + mx.arange(_CHUNK, dtype=mx.uint32)).reshape(len(rows), -1)
+    return _best(mx.take_along_axis(values, ids, axis=-1), ids.astype(mx.int64), k)
+
+
+def _best(values: mx.array, ids: mx.array, k: int) -> tuple[mx.array, mx.array]:
+    """Ids and values of the k largest, found by integers that order as values, then ids do."""
+    import mlx.core as mx
+
+    bits = values.view(mx.int32)
+    order = mx.where(bits < 0, bits ^ _SIGN, ~bits)
+    keys = (order.astype(mx.int64) << 32) | ids
+    if k < keys.shape[-1]:
+        keys = mx.partition(keys, k - 1, axis=-1)[:, :k]
+    keys = mx.sort(keys, axis=-1)
+    order = (keys >> 32).astype(mx.int32)
+    top = mx.where(order < 0, ~order, order ^ _SIGN).view(mx.float32)
+    return keys.astype(mx.uint32), top
+
+
+def _padded(values: mx.array, multiple: int, value: float) -> mx.array:
+    """Values [..., n] with n brought up to a multiple."""
+    import mlx.core as mx
+
+    if not (short := -values.shape[-1] % multiple):
+        return values
+    widths = [(0, 0)] * (values.ndim - 1) + [(0, short)]
+    return mx.pad(values, widths, constant_values=value)
 
 
 def _weigh(rows: mx.array, best: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -91,10 +115,11 @@ def _exp2(y: mx.array) -> mx.array:
     import mlx.core as mx
 
     rounded = y + _ROUND
-    fraction = y - (rounded - _ROUND)
-    power = fraction * _EXP2[5] + _EXP2[4]
-    for coefficient in _EXP2[3::-1]:
-        power = power * fraction + coefficient
+    f = y - (rounded - _ROUND)
+    f2 = f * f
+    # Not Horner's scheme, which is deeper than what MLX fuses into one operation.
+    low, middle, high = (_EXP2[i + 1] * f + _EXP2[i] for i in (0, 2, 4))
+    power = low + middle * f2 + high * (f2 * f2)
     return (power.view(mx.int32) + (rounded.view(mx.int32) << 23)).view(mx.float32)
 
 
@@ -103,8 +128,6 @@ def _sums(values: mx.array) -> mx.array:
     import mlx.core as mx
 
     while values.shape[-1] > _LAST_SUM:
-        if short := -values.shape[-1] % _SUM:
-            values = mx.pad(values, [(0, 0), (0, 0), (0, short)])
         values = _partial_sums(values)
     return mx.sum(values, axis=-1)
 
@@ -113,6 +136,7 @@ def _partial_sums(values: mx.array) -> mx.array:
     """[B, n, size] to [B, n, size / 16]; strided, which MLX's CPU backend does fastest."""
     import mlx.core as mx
 
+    values = _padded(values, _SUM, 0.0)
     return mx.sum(values.reshape(*values.shape[:2], _SUM, -1), axis=2)
 
 

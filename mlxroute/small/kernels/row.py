@@ -49,7 +49,9 @@ def unpack(values: Sequence[float], *, has_head: bool = False) -> Signals:
     mean = LN_2 * t / s
     lse = _lse(flags, logits[0], log_s)
     broken = bool(flags & (NAN_SEEN | ALL_MASKED))
-    logprobs = [_logprob(logit, lse, log_s) for logit in (token_logit, *logits)]
+    logprobs = [token_logit - lse, *(logit - lse for logit in logits)]
+    if flags:
+        logprobs = [_logprob(logit, lse, log_s) for logit in (token_logit, *logits)]
     top = logprobs[1:]
     return Signals(
         token_id=int(token_id),
