@@ -93,7 +93,7 @@ class Catalog:
     @classmethod
     def load(cls, extra: Path | None = None) -> Catalog:
         """Read the shipped catalogue and the TOML files of `extra`; CatalogError on a bad entry."""
-        files = sorted(_shipped().glob("*.toml"))
+        files = sorted(shipped_dir().glob("*.toml"))
         if extra is not None and extra.is_dir():
             files += sorted(extra.glob("*.toml"))
         models: dict[str, Model] = {}
@@ -142,7 +142,7 @@ class Catalog:
         return None
 
 
-def _shipped() -> Path:
+def shipped_dir() -> Path:
     """The catalogue's folder: inside an installed wheel, else beside the package in a checkout."""
     package = Path(__file__).parent
     for folder in (package / "_models", package.parent / "models"):

@@ -39,7 +39,8 @@ class Secret:
 class Settings:
     """What `ask`, `chat` and `demo` share. None means: not set, a default applies.
 
-    `large` is a server's address, `threshold` in nats, `timeout` in seconds, `key_file` a file of
+    `large` is a server's address, `threshold` in units of the router's score (nats for entropy),
+    `budget` a share, at most one of the two given, `timeout` in seconds, `key_file` a file of
     mode 0600 holding the server's key, `key_env` the environment variable holding it, `ca_bundle`
     a PEM file of the only authorities a server's certificate may come from. Prices are per million
     tokens. `never_send` and `never_send_file` add up over all sources of settings.
@@ -55,6 +56,7 @@ class Settings:
     call_ceiling: float | None = None
     kernel: str = "auto"
     threshold: float | None = None
+    budget: float | None = None
     max_tokens: int = 512
     temperature: float = 0.0
     top_p: float = 1.0
@@ -79,6 +81,7 @@ class Settings:
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "threshold": (float, int),
+    "budget": (float, int),
     "temperature": (float, int),
     "top_p": (float, int),
     "timeout": (float, int),
@@ -98,6 +101,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 # A pattern set for good must not fall away because another one is given today.
 _ADDED = ("never_send", "never_send_file")
+# Two ways to say one thing: what is said later counts.
+_ONE_OF = ("threshold", "budget")
 
 
 def default_config_path() -> Path:
@@ -122,7 +127,11 @@ def load_settings(flags: Mapping[str, Any], *, environ: Mapping[str, str], path:
     settings = Settings()
     for values in (_from_file(path), _from_environment(environ), given):
         added = {key: getattr(settings, key) + values[key] for key in _ADDED if key in values}
-        settings = replace(settings, **(values | added))
+        said = [key for key in _ONE_OF if key in values]
+        if len(said) > 1:
+            raise ConfigError("a threshold and a budget exclude each other; give one of them")
+        dropped = {key: None for key in _ONE_OF if said and key not in said}
+        settings = replace(settings, **(dropped | values | added))
     return settings
 
 
@@ -195,6 +204,18 @@ def _pattern(text: str, *, where: str) -> re.Pattern[str]:
         raise ConfigError(f"{where} is no regular expression: {exc}") from exc
 
 
+def share(text: str) -> float:
+    """A budget as people write it: `7%` or `0.07`. Raises ConfigError."""
+    number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
+    try:
+        value = float(number) / (100 if percent else 1)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{text!r} is no share from 0% to 100%; write 7% or 0.07")
+    return value
+
+
 def _names() -> list[str]:
     return [item.name for item in fields(Settings)]
 
@@ -214,6 +235,8 @@ def _checked(key: str, value: Any, *, where: str) -> Any:
         near = difflib.get_close_matches(key, _names(), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(_names())}"
         raise ConfigError(f"unknown key {key!r} in {where}{hint}")
+    if key == "budget" and isinstance(value, str):
+        return share(value)
     kinds = _TYPES.get(key, (str,))
     # `True` is an int to Python, but not a number to a user.
     fits = bool in kinds if isinstance(value, bool) else isinstance(value, kinds)
@@ -237,6 +260,8 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _parsed(key: str, text: str, *, where: str) -> Any:
+    if key == "budget":
+        return share(text)
     kinds = _TYPES.get(key, (str,))
     try:
         if bool in kinds:

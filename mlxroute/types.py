@@ -33,6 +33,14 @@ class StopReason(StrEnum):
     CANCELLED = "cancelled"
 
 
+class Judgement(StrEnum):
+    """What a router decides at a position, from its score alone."""
+
+    KEEP = "keep"
+    ESCALATE = "escalate"
+    OVER_BUDGET = "over budget"
+
+
 @dataclass(frozen=True, slots=True)
 class Signals:
     """What the small model says about the next position, from one pass over its logits row.
@@ -233,8 +241,8 @@ class Token:
 
     `text` is what this token added to the visible text: empty for an end token, for a token that
     is only part of a character, and for what a stop string cut off. `checked` is False where the
-    router wanted the large model's opinion and did not get it. `time_s` counts from the start of
-    the request.
+    router wanted the large model's opinion and did not get it. `judgement` is what the router made
+    of `score` with the `threshold` it had there. `time_s` counts from the start of the request.
     """
 
     index: int
@@ -242,6 +250,8 @@ class Token:
     text: str
     source: Source
     score: float
+    threshold: float
+    judgement: Judgement
     signals: Signals
     escalation: Escalation | None
     checked: bool

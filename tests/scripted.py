@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from mlxroute.types import Activity, Event, RunStats, Signals, Source, StopReason, Token
+from mlxroute.types import Activity, Event, Judgement, RunStats, Signals, Source, StopReason, Token
 
 NO_STATS = RunStats(
     text="",
@@ -58,6 +59,8 @@ def token(
         text=text,
         source=source,
         score=entropy_nats,
+        threshold=math.inf,
+        judgement=Judgement.KEEP,
         signals=signals,
         escalation=None,
         checked=True,

@@ -34,6 +34,7 @@ class ScriptedSession:
         self._scripts = list(scripts)
         self.conversation = Conversation()
         self.threshold = 2.5
+        self.budget: float | None = None
         self.mode = "wait"
         self.modes = ("wait", "overlap")
         self.prices: Prices | None = None
@@ -50,6 +51,9 @@ class ScriptedSession:
         self.uploads += Uploads(requests=1, size_bytes=99, tokens=9)
         stats = replace(NO_STATS, escalated=1, uploaded_tokens=9, uploaded_bytes=99, requests=1)
         return ScriptedAnswer(script, stats=stats)
+
+    def keep_within(self, budget: float) -> None:
+        self.budget = budget
 
     def warnings(self, stats: RunStats) -> list[str]:
         found, self.new_warnings = self.new_warnings, []
@@ -300,6 +304,21 @@ def test_threshold_shows_and_sets(chat: Chat, value: str, threshold: float, said
 def test_mode_shows_and_sets(chat: Chat, value: str, mode: str, said: str) -> None:
     chat.type(f"/mode {value}", ENTER, CTRL_D)
     assert chat.session.mode == mode
+    assert said in chat.said
+
+
+@pytest.mark.parametrize(
+    ("value", "budget", "said"),
+    [
+        ("3%", 0.03, "budget 3%"),
+        ("0.1", 0.1, "budget 10%"),
+        ("", None, "no budget; a threshold is set"),
+        ("much", None, "error: 'much' is no share from 0% to 100%; write 7% or 0.07"),
+    ],
+)
+def test_budget_shows_and_sets(chat: Chat, value: str, budget: float | None, said: str) -> None:
+    chat.type(f"/budget {value}", ENTER, CTRL_D)
+    assert chat.session.budget == budget
     assert said in chat.said
 
 

@@ -32,6 +32,23 @@ def test_flags_win_over_environment_and_environment_over_file(tmp_path: Path) ->
     assert settings.seed is None
 
 
+def test_a_threshold_and_a_budget_replace_each_other(tmp_path: Path) -> None:
+    path = write(tmp_path, 'budget = "7%"\n')
+    assert load_settings({}, environ={}, path=path).budget == 0.07
+    settings = load_settings({"threshold": 1.0}, environ={}, path=path)
+    assert (settings.threshold, settings.budget) == (1.0, None)
+    settings = load_settings({}, environ={"MLXROUTE_BUDGET": "0.03"}, path=path)
+    assert (settings.threshold, settings.budget) == (None, 0.03)
+    with pytest.raises(ConfigError, match="exclude each other"):
+        load_settings({"threshold": 1.0, "budget": 0.1}, environ={}, path=path)
+
+
+@pytest.mark.parametrize("value", ['"7"', '"x%"', '"-1%"', "true"])
+def test_a_budget_that_is_no_share_is_refused(tmp_path: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match=r"budget|share"):
+        load_settings({}, environ={}, path=write(tmp_path, f"budget = {value}\n"))
+
+
 def test_without_a_file_the_defaults_hold(tmp_path: Path) -> None:
     assert load_settings({}, environ={}, path=tmp_path / "none.toml") == Settings()
 

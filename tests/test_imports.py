@@ -28,12 +28,15 @@ _ROOMS: dict[str, set[str]] = {
     "tokenizer": {"vocabulary"},
     "backend": set(),
     "weights": {"catalog"},
+    "questions": set(),
+    "ranks": {"catalog"},
     "routers": set(),
     "engine": set(),
     "small": {"backend", "catalog", "config", "tokenizer", "weights"},
     # "" is the package itself, to tell a child where it lies
     "large": {"backend", "ledger", ""},
     "view": set(),
+    "training": {"engine", "questions", "ranks", "routers", "small"},
     "bench": {"engine", "large", "routers", "small"},
     "host_process": {"backend"},
 }

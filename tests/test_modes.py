@@ -15,7 +15,7 @@ from mlxroute.engine import Answer, Experience, Options
 from mlxroute.engine.experience import Average
 from mlxroute.errors import LargeError
 from mlxroute.routers import EntropyRouter
-from mlxroute.types import Event, Mode, Provisional, Retracted, RunStats, Token
+from mlxroute.types import Event, Mode, Provisional, Retracted, RunStats, Source, Token
 from tests.fakes import FakeClock, signals
 from tests.worlds import World, WorldLarge, WorldSmall
 
@@ -47,7 +47,7 @@ class Run:
         return [event for event in self.events if isinstance(event, Token)]
 
 
-def run(world: World, *, order: int = 0, **options: Any) -> Run:
+def run(world: World, *, order: int = 0, budget: float | None = None, **options: Any) -> Run:
     clock = FakeClock()
     small = WorldSmall(world, clock)
     large = WorldLarge(world, clock, prompt=_PROMPT, order=order)
@@ -55,7 +55,7 @@ def run(world: World, *, order: int = 0, **options: Any) -> Run:
         small,
         large,
         _MESSAGES,
-        router=EntropyRouter(1.0),
+        router=EntropyRouter(1.0) if budget is None else EntropyRouter(budget=budget),
         options=Options(**(_OPTIONS | options)),
         experience=experience(),
         clock=clock,
@@ -79,7 +79,7 @@ def record(token: Token, *, rounded: bool = False) -> Token:
     With `rounded` without what a batch computes otherwise, too.
     """
     if rounded:
-        token = replace(token, signals=signals(token.token_id), score=0.0)
+        token = replace(token, signals=signals(token.token_id), score=0.0, threshold=0.0)
     escalation = token.escalation
     if escalation is not None:
         escalation = replace(escalation, latency_s=0.0, prefetched=False)
@@ -108,11 +108,11 @@ def check_events(events: Sequence[Event]) -> None:
 
 
 def check_cache(run: Run) -> None:
-    """The cache holds the answer but for what was committed last."""
+    """The cache holds the answer but for what was committed last: one token, or of a large one."""
     last = next(i for i in range(1, 9) if len(run.fed) + i == run.stats.tokens)
     ids = [token.token_id for token in run.tokens]
     assert run.fed[: len(ids)] == ids[: len(run.fed)]
-    assert last == 1 or run.tokens[-last].escalation is not None or not ids
+    assert last == 1 or run.tokens[-last].source is Source.LARGE
 
 
 _WORLDS = st.builds(
@@ -138,6 +138,7 @@ _WORLDS = st.builds(
     max_tokens=st.sampled_from([1, 2, 17, 40]),
     never_send=st.sampled_from([(), (re.compile(r"b\.b"),)]),
     prefetch=st.sampled_from([1, 4, 8]),
+    budget=st.sampled_from([None, None, 0.1, 0.4]),
 )
 def test_the_answer_is_the_same_in_every_mode_whenever_and_in_whatever_order_calls_land(
     world: World, order: int, prefetch: int, **options: Any

@@ -10,6 +10,7 @@ import pytest
 
 from mlxroute.backend.load import load
 from mlxroute.engine import Answer, Options
+from mlxroute.routers import Threshold
 from mlxroute.small import SmallModel
 from mlxroute.types import (
     LargeContext,
@@ -51,12 +52,13 @@ def loaded(kind: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, An
 class Lottery:
     """Asks at about half of the positions, whatever a random model's entropies are."""
 
-    def score(self, signals: Signals) -> float:
+    def __init__(self) -> None:
+        self.pace = Threshold(0.5)
+        self.gain = 1.0
+
+    def score(self, signals: Signals, number: int) -> float:
         # What is told by order alone, a batch does not round.
         return float(random.Random(str(signals.top_ids)).random() < 0.5)
-
-    def escalates(self, score: float) -> bool:
-        return score > 0.5
 
 
 class Dice:

@@ -53,7 +53,7 @@ class World:
         """The small model's choice after these ids of the answer, and its entropy."""
         dice = self.dice("small", ids)
         token = EOS if dice.random() < self.end else dice.choice(_WORDS)
-        return token, 2.0 if dice.random() < self.doubt else 0.5
+        return token, 2.0 + dice.random() if dice.random() < self.doubt else 0.5 * dice.random()
 
     def large(self, ids: Sequence[int]) -> tuple[int, ...] | LargeError:
         """The large model's token after these ids of the answer, or why it does not come."""

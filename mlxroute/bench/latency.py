@@ -1,18 +1,27 @@
-"""How fast answers are while the large model is waited for, in every mode, at set call times."""
+"""How fast answers are while the large model is waited for, in every mode, at set call times.
+
+Measured before a server that takes its time, and played on a virtual clock: the same engine and the
+same answers, with the step, batch and call times that were measured. Played alone, the whole grid
+takes minutes.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from mlxroute.bench.delayed import DELAYS, DelayedServer
 from mlxroute.bench.framework import interleaved
-from mlxroute.engine import Experience, generate
+from mlxroute.bench.virtual import Known, VirtualClock, VirtualLarge, VirtualSmall
+from mlxroute.engine import Answer, Experience, Options
+from mlxroute.engine.experience import ROWS
 from mlxroute.engine.governor import estimate
+from mlxroute.engine.roles import Large, Small
 from mlxroute.engine.stats import gaps, percentile
 from mlxroute.large import LargeModel
 from mlxroute.routers import EntropyRouter
@@ -20,17 +29,22 @@ from mlxroute.small import SmallModel
 from mlxroute.types import Mode, Progress, RunStats, Token, no_progress
 
 _AHEAD: Final = 8
+_MANY: Final = 32
 _TIMEOUT_S: Final = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Answers of up to `tokens` at call times of `ratios` steps and at these escalation rates."""
+    """Answers of up to `tokens` at call times of `ratios` steps and at these escalation rates.
+
+    With `measure` they are waited for, too.
+    """
 
     tokens: int
     ratios: Sequence[float]
     rates: Sequence[float]
     delay: str
+    measure: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +75,101 @@ class _Answers:
     stats: list[RunStats] = field(default_factory=list)
     tokens: list[list[Token]] = field(default_factory=list)
 
+    def add(self, stats: RunStats, tokens: list[Token]) -> None:
+        """Count an answer."""
+        self.stats.append(stats)
+        self.tokens.append(tokens)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Over all answers, from request to last token."""
+        count = sum(each.tokens for each in self.stats)
+        return count / sum(each.total_s for each in self.stats)
+
+
+class _Bench:
+    """The pair, and what is known of it."""
+
+    def __init__(
+        self,
+        small: SmallModel,
+        large: LargeModel,
+        server: DelayedServer,
+        prompts: Sequence[str],
+        grid: Grid,
+    ) -> None:
+        self._small = small
+        self._large = large
+        self._server = server
+        self._prompts = prompts
+        self._grid = grid
+        self._known = Known()
+        self.alone = [
+            _answer(small, None, prompt, math.inf, Side(Mode.WAIT), grid.tokens)
+            for prompt in prompts
+        ]
+        self.step_s = statistics.median(
+            gap for _, each in self.alone for gap in gaps([token.time_s for token in each])
+        )
+        ids = small.encode_prompt(small.render([{"role": "user", "content": prompts[0]}]))
+        small.prefill(ids)
+        found = small.branch_cost(ids[-1], rows=ROWS)
+        # How much longer a batch takes is compared in the same seconds.
+        self.batch_over_step = found.batch_s / found.step_s
+        batch_s = self.batch_over_step * self.step_s
+        self.cost = replace(found, step_s=self.step_s, batch_s=batch_s)
+
+    def thresholds(self) -> dict[float, float]:
+        """The threshold of each rate, in nats."""
+        entropies = [token.signals.entropy_nats for _, each in self.alone for token in each]
+        return {rate: percentile(entropies, 1.0 - rate) for rate in self._grid.rates}
+
+    def measured(
+        self, threshold: float, call_s: float, counted: Callable[[], None]
+    ) -> dict[str, _Answers]:
+        """Every side before the server, in turns; no time for calls is set by 0."""
+        self._server.delay, self._server.delay_s = DELAYS[self._grid.delay], call_s
+        sides = {name: _Answers() for name in SIDES}
+
+        def answering(name: str) -> Callable[[int], None]:
+            def answer(index: int) -> None:
+                prompt, tokens = self._prompts[index], self._grid.tokens
+                seen = sides[name].experience
+                found = _answer(
+                    self._small, self._large, prompt, threshold, SIDES[name], tokens, seen
+                )
+                sides[name].add(*found)
+                counted()
+
+            return answer
+
+        turns = {name: answering(name) for name in SIDES}
+        interleaved(turns, rounds=len(self._prompts), warm_ups=0)
+        self._server.delay_s = 0.0
+        return sides
+
+    def played(
+        self, threshold: float, call_s: float, counted: Callable[[], None]
+    ) -> dict[str, _Answers]:
+        """Every side on a virtual clock."""
+        sides = {name: _Answers() for name in SIDES}
+        for name, answers in sides.items():
+            for prompt in self._prompts:
+                clock = VirtualClock()
+                small = VirtualSmall(self._small, self._known, clock, self.cost)
+                large = VirtualLarge(
+                    self._large,
+                    self._known,
+                    clock,
+                    call_s=call_s,
+                    delay=DELAYS[self._grid.delay],
+                )
+                tokens, seen = self._grid.tokens, answers.experience
+                found = _answer(small, large, prompt, threshold, SIDES[name], tokens, seen, clock)
+                answers.add(*found)
+                counted()
+        return sides
+
 
 def bench_latency(
     small: SmallModel,
@@ -69,81 +178,107 @@ def bench_latency(
     prompts: Sequence[str],
     grid: Grid,
     *,
+    large_step_s: float,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """All sides over the grid.
 
-    `large` talks to `server`. Every request is made once without delay before any is timed.
+    `large` talks to `server`; where calls are waited for, each is made once without delay before.
+    `large_step_s` is what the large model itself takes for a token when it goes on writing.
     """
-    alone = [
-        _answer(small, None, prompt, math.inf, Side(Mode.WAIT), grid.tokens) for prompt in prompts
-    ]
-    step_s = statistics.median(
-        gap for each in alone for gap in gaps([token.time_s for token in each[1]])
-    )
-    entropies = sorted(token.signals.entropy_nats for _, each in alone for token in each)
-    points = []
-    total = len(grid.rates) * (1 + len(grid.ratios)) * len(prompts) * len(SIDES)
+    bench = _Bench(small, large, server, prompts, grid)
+    runs = 1 if not grid.measure else 2
+    points = len(grid.rates) * (len(grid.ratios) * runs + (1 if grid.measure else 0))
+    total = points * len(prompts) * len(SIDES)
     done = itertools.count(1)
 
-    def answering(name: str, answers: _Answers, threshold: float) -> Callable[[int], None]:
-        side, seen = SIDES[name], answers.experience
+    def counted() -> None:
+        progress("answers", next(done), total)
 
-        def answer(index: int) -> None:
-            found = _answer(small, large, prompts[index], threshold, side, grid.tokens, seen)
-            answers.stats.append(found[0])
-            answers.tokens.append(found[1])
-            progress("answers", next(done), total)
-
-        return answer
-
-    for rate in grid.rates:
-        threshold = percentile(entropies, 1.0 - rate)
-        for ratio in (0.0, *grid.ratios):
-            server.delay, server.delay_s = DELAYS[grid.delay], ratio * step_s
+    found = []
+    for rate, threshold in bench.thresholds().items():
+        if grid.measure:
+            bench.measured(threshold, 0.0, counted)
+        for ratio in grid.ratios:
+            call_s = ratio * bench.step_s
             missed = server.missed
-            sides = {name: _Answers() for name in SIDES}
-            turns = {name: answering(name, answers, threshold) for name, answers in sides.items()}
-            interleaved(turns, rounds=len(prompts), warm_ups=0)
-            if ratio:
-                point = {"rate": rate, "ratio": ratio, "call_s": round(server.delay_s, 4)}
-                point |= {"threshold_nats": round(threshold, 4)}
-                point |= {"passed_on": server.missed - missed}
-                points.append(point | _figures(sides))
-    server.delay_s = 0.0
+            played = bench.played(threshold, call_s, counted)
+            sides = bench.measured(threshold, call_s, counted) if grid.measure else played
+            found.append(
+                {
+                    "rate": rate,
+                    "ratio": ratio,
+                    "call_s": round(call_s, 4),
+                    "threshold_nats": round(threshold, 4),
+                    "passed_on": server.missed - missed,
+                    **_figures(sides),
+                    "played_tokens_per_s": {
+                        name: round(each.tokens_per_s, 4) for name, each in played.items()
+                    },
+                    "large_streaming_tokens_per_s": _streaming(sides["wait"], call_s, large_step_s),
+                }
+            )
     return {
         "small": small.name,
         "large": large.model_name,
         "prompts": len(prompts),
         "tokens": grid.tokens,
         "delay": grid.delay,
-        "step_s": round(step_s, 5),
-        "small_only": _side(_Answers(stats=[stats for stats, _ in alone]), None),
-        "points": points,
+        "measured": grid.measure,
+        "step_s": round(bench.step_s, 5),
+        "batch_over_step": round(bench.batch_over_step, 3),
+        "large_step_s": round(large_step_s, 5),
+        "small_only": _side(_Answers(stats=[stats for stats, _ in bench.alone]), None),
+        "points": found,
     }
 
 
+def large_step_seconds(small: SmallModel, large: LargeModel, prompts: Sequence[str]) -> float:
+    """What a token takes the large model when it goes on writing, by calls for one and for many."""
+    waits: dict[int, list[float]] = {0: [], _MANY: []}
+    for prompt in prompts:
+        for ahead, found in waits.items():
+            # Once for the server's prompt cache.
+            for _ in range(2):
+                side = Side(Mode.WAIT, prefetch=ahead)
+                stats, _ = _answer(small, large, prompt, -math.inf, side, 1)
+            found.append(stats.stall_s)
+    one, many = (statistics.median(found) for found in waits.values())
+    return max(0.0, many - one) / _MANY
+
+
+def _streaming(waited: _Answers, call_s: float, step_s: float) -> float:
+    """Tokens/s if the large model wrote these answers: one call, then a token a step."""
+    count = sum(each.tokens for each in waited.stats)
+    return round(count / (len(waited.stats) * call_s + count * step_s), 4)
+
+
 def _answer(
-    small: SmallModel,
-    large: LargeModel | None,
+    small: Small,
+    large: Large | None,
     prompt: str,
     threshold: float,
     side: Side,
     tokens: int,
     experience: Experience | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[RunStats, list[Token]]:
-    small.rollback(len(small.cached_ids))
-    answer = generate(
+    if isinstance(small, SmallModel):
+        small.rollback(len(small.cached_ids))
+    answer = Answer(
         small,
         large,
-        prompt,
+        [{"role": "user", "content": prompt}],
         router=EntropyRouter(threshold),
-        max_tokens=tokens,
-        timeout_s=_TIMEOUT_S,
-        mode=side.mode,
-        prefetch=side.prefetch,
-        call_ceiling=side.ceiling,
+        options=Options(
+            max_tokens=tokens,
+            timeout_s=_TIMEOUT_S,
+            mode=side.mode,
+            prefetch=side.prefetch,
+            call_ceiling=side.ceiling,
+        ),
         experience=experience,
+        clock=clock,
     )
     found = list(answer)
     return answer.stats(), found
@@ -186,7 +321,7 @@ def _side(answers: _Answers, waited: _Answers | None) -> dict[str, Any]:
     stats = answers.stats
     seconds, count = sum(each.total_s for each in stats), sum(each.tokens for each in stats)
     found = {
-        "tokens_per_s": round(count / seconds, 4),
+        "tokens_per_s": round(answers.tokens_per_s, 4),
         "ttft_s": round(statistics.median(each.ttft_s for each in stats), 4),
         "itl_p50_s": round(statistics.median(each.itl_p50_s for each in stats), 5),
         "itl_p95_s": round(statistics.median(each.itl_p95_s for each in stats), 5),

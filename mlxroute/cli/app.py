@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from mlxroute._version import __version__
-from mlxroute.config import Settings
+from mlxroute.config import Settings, share
 from mlxroute.errors import ConfigError, LargeError, MlxRouteError
 from mlxroute.types import Mode
 
@@ -32,6 +32,10 @@ class RouterName(StrEnum):
     """What decides where the large model is asked."""
 
     ENTROPY = "entropy"
+    MARGIN = "margin"
+    MAX_PROBABILITY = "max-probability"
+    LOGU = "logu"
+    RANDOM = "random"
 
 
 class DelayName(StrEnum):
@@ -55,7 +59,14 @@ def _threshold(text: str) -> float:
     try:
         return float(text)
     except ValueError as exc:
-        raise typer.BadParameter(f"{text!r} is not a number of nats, inf or -inf") from exc
+        raise typer.BadParameter(f"{text!r} is not a number, inf or -inf") from exc
+
+
+def _budget(text: str) -> float:
+    try:
+        return share(text)
+    except ConfigError as exc:
+        raise typer.BadParameter(str(exc)) from exc
 
 
 Small = Annotated[
@@ -76,8 +87,16 @@ Threshold = Annotated[
     float | None,
     typer.Option(
         parser=_threshold,
-        metavar="NATS",
-        help="Ask above this entropy; inf never, -inf always. Default: the pair's own.",
+        metavar="X",
+        help="Ask above this score; inf never, -inf always. Default: the pair's own, of entropy.",
+    ),
+]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        parser=_budget,
+        metavar="SHARE",
+        help="Ask at no more than this share of the tokens, e.g. 7%, where it matters most.",
     ),
 ]
 ModeOption = Annotated[
@@ -169,6 +188,7 @@ def chat(
     adapter: Adapter = None,
     router: Router = None,
     threshold: Threshold = None,
+    budget: Budget = None,
     mode: ModeOption = None,
     prefetch: Prefetch = None,
     call_ceiling: CallCeiling = None,
@@ -216,6 +236,7 @@ def ask(
     adapter: Adapter = None,
     router: Router = None,
     threshold: Threshold = None,
+    budget: Budget = None,
     mode: ModeOption = None,
     prefetch: Prefetch = None,
     call_ceiling: CallCeiling = None,
@@ -247,7 +268,12 @@ def ask(
 
 
 @app.command()
-def demo(threshold: Threshold = None, cache_dir: CacheDir = None, heat: Heat = None) -> None:
+def demo(
+    threshold: Threshold = None,
+    budget: Budget = None,
+    cache_dir: CacheDir = None,
+    heat: Heat = None,
+) -> None:
     """Fetch two models and watch an answer being routed."""
     from mlxroute.cli.demo import run_demo
     from mlxroute.cli.run import settings_from
@@ -293,6 +319,27 @@ def host(
     from mlxroute.cli.run import settings_from
 
     raise typer.Exit(run_host(name, settings_from({"cache_dir": cache_dir}), port=port))
+
+
+@app.command()
+def calibrate(
+    data: Annotated[
+        list[Path], typer.Option(help="JSON Lines of questions; repeatable.", metavar="FILE")
+    ],
+    small: Small = None,
+    questions: Annotated[int, typer.Option(help="Of each file, at most.", min=1)] = 12,
+    tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 64,
+    adapter: Adapter = None,
+    kernel: Kernel = None,
+    cache_dir: CacheDir = None,
+    offline: Offline = None,
+) -> None:
+    """Measure which scores your own questions have, for budgets and thresholds."""
+    from mlxroute.cli.calibrate import run_calibrate
+    from mlxroute.cli.run import settings_from
+
+    settings = settings_from(locals())
+    raise typer.Exit(run_calibrate(settings, data=data, count=questions, tokens=tokens))
 
 
 @app.command()
@@ -375,6 +422,9 @@ def latency(
     delay: Annotated[
         DelayName, typer.Option(help="How the call time varies.")
     ] = DelayName.CONSTANT,
+    play: Annotated[
+        bool, typer.Option("--play", help="Wait for nothing: play it on a virtual clock alone.")
+    ] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Also draw a picture; needs mlxroute[plot].", metavar="PNG")
     ] = None,
@@ -389,7 +439,8 @@ def latency(
     settings = settings_from(
         {"large": large, "large_model": large_model, "small": small, "cache_dir": cache_dir}
     )
-    grid = Grid(tokens, ratio or (4.0, 12.0, 34.0, 180.0), rate or (0.03, 0.07, 0.15), delay)
+    ratios, rates = ratio or (4.0, 12.0, 34.0, 180.0), rate or (0.03, 0.07, 0.15)
+    grid = Grid(tokens, ratios, rates, delay, measure=not play)
     code = run_bench_latency(settings, prompts=prompts, grid=grid, plot=plot, save=save)
     raise typer.Exit(code)
 

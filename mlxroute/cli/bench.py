@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 RANDOM = "random"
 _LONGEST_CALL_S = 600.0
+_STREAMED = 2
 _RESULTS = Path("bench", "results")
 
 
@@ -73,10 +74,13 @@ def run_bench_latency(
     with large_model(settings, settings.large, Ledger()) as large:
         large.connect(thorough=False)
         model = re.sub(r"[^\w.-]+", "-", large.model_name)
-    with Reporter(err) as reporter:
-        small = load_small(settings, reporter)
-    from mlxroute.bench.delayed import DelayedServer
-    from mlxroute.bench.latency import bench_latency
+        with Reporter(err) as reporter:
+            small = load_small(settings, reporter)
+        from mlxroute.bench.delayed import DelayedServer
+        from mlxroute.bench.latency import bench_latency, large_step_seconds
+
+        with err.status("measuring the large model"):
+            large_step_s = large_step_seconds(small, large, _prompts()[:_STREAMED])
 
     folder = cache_dir_of(settings.cache_dir) / "bench"
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,10 +102,12 @@ def run_bench_latency(
             server,
             _prompts()[:prompts],
             grid,
+            large_step_s=large_step_s,
             progress=progress,
         )
     _show_latency(report, err)
-    code = _finish(report, f"latency-{small.name}-{grid.delay}", save=save)
+    played = "" if grid.measure else "-played"
+    code = _finish(report, f"latency-{small.name}-{grid.delay}{played}", save=save)
     if plot is not None:
         draw_latency(report, plot)
     return code
@@ -187,18 +193,22 @@ def _show_latency(report: dict[str, Any], err: Console) -> None:
             f"coverage {point['coverage_4']} of 4, {point['coverage_8']} of 8"
         )
         table = Table(box=None, pad_edge=False, header_style="bold", title=title)
-        for column in ("mode", "tok/s", "formula", "stall", "calls", "over wait", ""):
+        for column in ("mode", "tok/s", "played", "formula", "stall", "calls", "over wait", ""):
             table.add_column(column)
         for name, side in point["sides"].items():
             table.add_row(
                 name,
                 f"{side['tokens_per_s']:.3f}",
+                f"{point['played_tokens_per_s'][name]:.3f}",
                 str(point["predicted_tokens_per_s"].get(name, "")),
                 f"{side['stall_over_wait']:.0%}",
                 f"{side['calls_over_wait']:.2f}x",
                 f"{side['over_wait']:.2f}x",
                 "█" * round(8 * side["over_wait"]),
             )
+        alone = report["small_only"]["tokens_per_s"]
+        table.add_row("small only", f"{alone:.3f}")
+        table.add_row("large streaming", f"{point['large_streaming_tokens_per_s']:.3f}")
         err.print(table)
         err.print("the same text in every mode" if point["same_text"] else "DIFFERENT TEXTS")
 

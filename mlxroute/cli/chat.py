@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from mlxroute.config import share
 from mlxroute.conversation import Conversation
 from mlxroute.errors import MlxRouteError, UsageError
 from mlxroute.types import Message, Prices, RunStats, Uploads
@@ -33,6 +34,15 @@ class ChatSession(Protocol):
     conversation: Conversation
     threshold: float
     mode: str
+
+    @property
+    def budget(self) -> float | None:
+        """The share of the tokens that may be the large model's; None where a threshold is set."""
+        ...
+
+    def keep_within(self, budget: float) -> None:
+        """Ask at no more than this share of the tokens from now on."""
+        ...
 
     @property
     def modes(self) -> tuple[str, ...]: ...
@@ -206,6 +216,12 @@ class _Chat:
             self._session.threshold = _nats(value)
         self.say(f"threshold {_describe_threshold(self._session.threshold)}")
 
+    def _budget(self, value: str) -> None:
+        if value:
+            self._session.keep_within(share(value))
+        found = self._session.budget
+        self.say("no budget; a threshold is set" if found is None else f"budget {100 * found:g}%")
+
     def _mode(self, value: str) -> None:
         if value:
             if value not in self._session.modes:
@@ -258,6 +274,7 @@ _COMMANDS = {
     "/threshold": _Command(
         _Chat._threshold, "[NATS]", "ask above this entropy; inf never, -inf always"
     ),
+    "/budget": _Command(_Chat._budget, "[SHARE]", "ask at no more than this share, e.g. 7%"),
     "/mode": _Command(_Chat._mode, "[NAME]", "how the wait for the large model is spent"),
     "/save": _Command(_Chat._save, "FILE", "write the conversation to a file"),
     "/load": _Command(_Chat._load, "FILE", "go on with a saved conversation"),

@@ -12,6 +12,7 @@ from mlxroute.cli.fit import demo_pairs
 from mlxroute.cli.host import device_room, host_log
 from mlxroute.config import Settings, read_never_send, user_catalog_dir
 from mlxroute.errors import SourceUnreachable, WeightsError
+from mlxroute.ranks import Ranks
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,12 +76,11 @@ def _answer(
 ) -> int:
     from mlxroute.cli.large import tokenizer_finder
     from mlxroute.cli.progress import Reporter
-    from mlxroute.cli.run import Session, load_small, open_ledger
+    from mlxroute.cli.run import Session, chosen_router, load_small, open_ledger
     from mlxroute.large import LargeModel
     from mlxroute.large.launcher import LocalServer
 
     never_send = read_never_send(settings)
-    threshold = pair.threshold if settings.threshold is None else settings.threshold
     settings = Settings(
         small=pair.small,
         max_tokens=_MAX_TOKENS,
@@ -88,6 +88,8 @@ def _answer(
         heat=settings.heat,
         offline=settings.offline,
         ledger=settings.ledger,
+        threshold=settings.threshold,
+        budget=settings.budget,
     )
     with (
         open_ledger(settings) as ledger,
@@ -109,8 +111,15 @@ def _answer(
         large.connect(thorough=False)
         large.meet(small.vocabulary)
         err.print(f"{pair.large} is served at {server.url}", style="dim", markup=False)
+        ranks = Ranks.of(small.name, user_catalog_dir())
         session = Session(
-            small, large, settings, threshold=threshold, ledger=ledger, never_send=never_send
+            small,
+            large,
+            settings,
+            router=chosen_router(settings, pair, ranks),
+            ranks=ranks,
+            ledger=ledger,
+            never_send=never_send,
         )
         return _show(session, pair, out, err)
 
@@ -130,7 +139,13 @@ def _show(session: Session, pair: Pair, out: Console, err: Console) -> int:
     stats = answer.stats()
     err.print()
     err.print(
-        closing_paragraph(stats, small=pair.small, large=pair.large, threshold=session.threshold),
+        closing_paragraph(
+            stats,
+            small=pair.small,
+            large=pair.large,
+            threshold=session.threshold,
+            budget=session.budget,
+        ),
         markup=False,
     )
     return code

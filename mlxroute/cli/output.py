@@ -90,6 +90,8 @@ def token_object(token: Token) -> dict[str, Any]:
         "text": token.text,
         "source": token.source.value,
         "score": token.score,
+        "threshold": token.threshold,
+        "judgement": token.judgement.value,
         "entropy_nats": token.signals.entropy_nats,
         "margin": token.signals.margin,
         "small_id": token.signals.token_id,
@@ -115,7 +117,9 @@ def summary_object(stats: RunStats, session: Session) -> dict[str, Any]:
         "cost_estimate": stats.cost_estimate,
         "escalation_rate": stats.escalation_rate,
         "agreement": stats.agreement,
+        "router": session.router_name,
         "threshold": session.threshold,
+        "budget": session.budget,
         "small": session.small.name,
         "large": session.large.model_name if session.large else None,
     }

@@ -24,12 +24,14 @@ from mlxroute.config import (
 )
 from mlxroute.errors import LargeError, LargeUnrecorded, UsageError
 from mlxroute.ledger import Ledger
+from mlxroute.ranks import Ranks
+from mlxroute.routers import Budget, Router, make
 from mlxroute.types import Message, Mode, Prices, RunStats, Uploads
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mlxroute.catalog import Catalog
+    from mlxroute.catalog import Pair
     from mlxroute.engine import Answer
     from mlxroute.large import LargeModel
     from mlxroute.small import SmallModel
@@ -71,7 +73,8 @@ class Session:
         large: LargeModel | None,
         settings: Settings,
         *,
-        threshold: float,
+        router: Router,
+        ranks: Ranks,
         ledger: Ledger,
         never_send: tuple[re.Pattern[str], ...],
         prices: Prices | None = None,
@@ -82,7 +85,8 @@ class Session:
         self.small = small
         self.large = large
         self.settings = settings
-        self._threshold = threshold
+        self._router = router
+        self._ranks = ranks
         self._ledger = ledger
         self._never_send = never_send
         self._warned: set[str] = set()
@@ -94,14 +98,27 @@ class Session:
 
     @property
     def threshold(self) -> float:
-        """Entropy in nats above which the large model is asked; inf when there is none."""
-        return math.inf if self.large is None else self._threshold
+        """The score above which the large model is asked next; inf when there is none."""
+        return math.inf if self.large is None else self._router.pace.threshold
 
     @threshold.setter
-    def threshold(self, nats: float) -> None:
+    def threshold(self, score: float) -> None:
+        self._turn_to(threshold=score)
+
+    @property
+    def budget(self) -> float | None:
+        """The share of tokens that may be the large model's; None where a threshold is set."""
+        pace = self._router.pace
+        return pace.rate if isinstance(pace, Budget) else None
+
+    def keep_within(self, budget: float) -> None:
+        """Ask at no more than this share of the tokens from now on."""
+        self._turn_to(budget=budget)
+
+    def _turn_to(self, **chosen: float) -> None:
         if self.large is None:
             raise UsageError("there is no large model to ask; start with --large URL")
-        self._threshold = nats
+        self._router = make(self._router.name, quantiles=self._ranks[self._router.name], **chosen)
 
     @property
     def uploads(self) -> Uploads:
@@ -128,14 +145,13 @@ class Session:
     def answer(self, messages: Sequence[Message]) -> Answer:
         """Start answering a conversation."""
         from mlxroute.engine import generate
-        from mlxroute.routers import EntropyRouter
 
         settings = self.settings
         return generate(
             self.small,
             self.large,
             messages,
-            router=EntropyRouter(self.threshold),
+            router=self._router if self.large else make("entropy", threshold=math.inf),
             max_tokens=settings.max_tokens,
             stop=settings.stop,
             temperature=settings.temperature,
@@ -159,12 +175,28 @@ class Session:
         return _METERED_CEILING if chosen is None and metered else chosen
 
     def describe(self) -> str:
-        """One line: which models, which threshold."""
+        """One line: which models, and when the large one is asked."""
         if self.large is None:
             return f"{self.small.name} alone"
         return (
             f"{self.small.name}, asking {self.large.model_name} at {self.large.base_url}"
-            f" above {self.threshold:g} nats"
+            f" {self.rule()}"
+        )
+
+    @property
+    def router_name(self) -> str:
+        """What positions are scored by."""
+        return self._router.name
+
+    def rule(self) -> str:
+        """When the large model is asked, in words."""
+        name, share = self._router.name, self.budget
+        if share is not None:
+            return f"for {100 * share:g}% of the tokens, by {name}"
+        return (
+            f"above {self.threshold:g} nats"
+            if name == "entropy"
+            else (f"above a {name} of {self.threshold:g}")
         )
 
     def close(self) -> None:
@@ -192,11 +224,15 @@ def open_session(settings: Settings, err: Console) -> Session:
         catalog = Catalog.load(user_catalog_dir())
         if prices is None and large is not None:
             prices = catalog.price(large.model_name)
+        ranks = Ranks.of(small.name, user_catalog_dir())
+        pair = catalog.pair(small.name, large.model_name) if large else None
+        pair = pair or catalog.pair(small.name)
         session = Session(
             small,
             large,
             settings,
-            threshold=_threshold(settings, catalog, small, large),
+            router=chosen_router(settings, pair, ranks),
+            ranks=ranks,
             ledger=ledger,
             never_send=never_send,
             prices=prices,
@@ -327,12 +363,14 @@ def _user(text: str) -> Message:
 def _check(settings: Settings) -> None:
     """Refuse bad values before anything is fetched or loaded."""
     from mlxroute.engine import Options, named_mode
-    from mlxroute.routers import EntropyRouter
     from mlxroute.types import Sampling
 
-    if settings.router != "entropy":
-        raise UsageError(f"no router named {settings.router!r}; there is: entropy")
-    EntropyRouter(0.0 if settings.threshold is None else settings.threshold)
+    ruled = settings.threshold is not None or settings.budget is not None
+    if settings.router != "entropy" and not ruled:
+        raise UsageError(
+            f"--router {settings.router} needs a --budget, or a --threshold of its scores"
+        )
+    make(settings.router, threshold=0.0 if settings.threshold is None else settings.threshold)
     Options(
         max_tokens=settings.max_tokens,
         sampling=Sampling(settings.temperature, settings.top_p, settings.seed),
@@ -366,13 +404,12 @@ def _open_large(settings: Settings, ledger: Ledger, err: Console) -> LargeModel 
     return large
 
 
-def _threshold(
-    settings: Settings, catalog: Catalog, small: SmallModel, large: LargeModel | None
-) -> float:
-    """The flag, else the catalogue's figure for the pair, else the general default."""
+def chosen_router(settings: Settings, pair: Pair | None, ranks: Ranks) -> Router:
+    """The flags, else the catalogue's threshold for the pair, else the general default."""
+    name = settings.router
+    if settings.budget is not None:
+        return make(name, budget=settings.budget, quantiles=ranks[name])
     if settings.threshold is not None:
-        return settings.threshold
-    if large is None:
-        return DEFAULT_THRESHOLD_NATS
-    pair = catalog.pair(small.name, large.model_name) or catalog.pair(small.name)
-    return pair.threshold if pair else DEFAULT_THRESHOLD_NATS
+        return make(name, threshold=settings.threshold)
+    # The catalogue's is of entropy; for other routers one of the two above was asked for.
+    return make(name, threshold=pair.threshold if pair else DEFAULT_THRESHOLD_NATS)

@@ -13,75 +13,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from mlxroute.engine.cached import Cached
 from mlxroute.engine.decision import Decision
 from mlxroute.engine.escalation import Call
 from mlxroute.engine.experience import ROWS
+from mlxroute.engine.roles import Pace
+from mlxroute.engine.rows import Position, Row, Step, Written
 from mlxroute.engine.walk import Desk
 from mlxroute.types import Event, Mode, Provisional, Retracted, Signals
 
 # A branch less likely than this is not worth a row.
 _LEAST_SHARE = 0.02
-
-
-@dataclass(slots=True, eq=False)
-class _Position:
-    """A position not yet committed, after `at` tokens of the answer; `final` when it is decided."""
-
-    at: int
-    own: Decision
-    call: Call | None
-    in_character: bool
-    final: Decision | None = None
-
-
-@dataclass(slots=True, eq=False)
-class _Step:
-    """What a row takes at a position, and how likely the small model has it."""
-
-    position: _Position
-    choice: Decision
-    share: float = 1.0
-
-    @property
-    def decision(self) -> Decision:
-        return self.position.final or self.choice
-
-
-@dataclass(slots=True, eq=False)
-class _Row:
-    """`slot` is its row in the small model's batch, None where the cache is not its beginning.
-
-    `signals` are those of the position after its last step. With `again` it is to be decoded anew.
-    """
-
-    steps: list[_Step]
-    slot: int | None
-    signals: Signals | None = None
-    again: bool = False
-
-    @property
-    def share(self) -> float:
-        """How likely this is the way the answer goes on, as the small model sees it."""
-        return math.prod(step.share for step in self.steps if step.position.final is None)
-
-    def place_of(self, position: _Position) -> int | None:
-        """The index of the step at this position, if the row goes through it."""
-        for index, step in enumerate(self.steps):
-            if step.position is position:
-                return index
-        return None
-
-
-@dataclass(frozen=True, slots=True)
-class _Written:
-    """A decision in the transcript that is not committed yet."""
-
-    at: int
-    decision: Decision
-    texts: tuple[str, ...]
 
 
 class Ahead:
@@ -94,8 +38,8 @@ class Ahead:
     def __init__(self, desk: Desk, *, branching: bool) -> None:
         self._desk = desk
         self._branching = branching
-        self._rows: list[_Row] = []
-        self._written: list[_Written] = []
+        self._rows: list[Row] = []
+        self._written: list[Written] = []
         # Where each committed decision begins.
         self._bounds: list[int] = []
         self._shown: list[int] = []
@@ -106,7 +50,7 @@ class Ahead:
 
     def walk(self, signals: Signals) -> Iterator[Event]:
         """Decode to the end of the answer from the signals of its first position."""
-        self._rows = [_Row([], 0, signals)]
+        self._rows = [Row([], 0, signals)]
         while True:
             self._land()
             yield from self._retract()
@@ -140,12 +84,12 @@ class Ahead:
             for position in self._asked():
                 self._settle_prefetched(position)
 
-    def _asked(self) -> list[_Position]:
+    def _asked(self) -> list[Position]:
         steps = (step for row in self._rows for step in row.steps)
         found = {id(s.position): s.position for s in steps if s.position.call is not None}
         return sorted(found.values(), key=lambda position: position.at)
 
-    def _answer(self, position: _Position, call: Call) -> Decision | None:
+    def _answer(self, position: Position, call: Call) -> Decision | None:
         """What a call decides, if it is over."""
         desk = self._desk
         if desk.escalator.landed(call):
@@ -156,7 +100,7 @@ class Ahead:
             return desk.decider.unchecked(position.own)
         return None
 
-    def _settle_prefetched(self, position: _Position) -> None:
+    def _settle_prefetched(self, position: Position) -> None:
         """Answer a position that is asked from what another call brought."""
         if position.call is None or position.in_character:
             return
@@ -165,11 +109,11 @@ class Ahead:
             self._desk.escalator.abandon([position.call])
             self._settle(position, decision)
 
-    def _settle(self, position: _Position, decision: Decision) -> None:
+    def _settle(self, position: Position, decision: Decision) -> None:
         """Decide a position, and drop the rows that took another token there."""
         position.call, position.final = None, decision
-        kept: list[_Row] = []
-        turned: _Row | None = None
+        kept: list[Row] = []
+        turned: Row | None = None
         followed = False
         for row in self._rows:
             index = row.place_of(position)
@@ -179,13 +123,13 @@ class Ahead:
                 followed = True
                 kept.append(row)
             elif turned is None:
-                turned = _Row([*row.steps[:index], _Step(position, decision)], slot=None)
+                turned = Row([*row.steps[:index], Step(position, decision)], slot=None)
                 kept.append(turned)
         if followed and turned is not None:
             kept.remove(turned)
         self._keep(kept)
 
-    def _keep(self, rows: list[_Row]) -> None:
+    def _keep(self, rows: list[Row]) -> None:
         """Go on with these rows, without the calls of the others."""
         still = {id(step.position) for row in rows for step in row.steps}
         lost = [each for each in self._asked() if id(each) not in still]
@@ -194,14 +138,14 @@ class Ahead:
             each.call = None
         self._rows = rows
 
-    def _ids_before(self, position: _Position) -> Sequence[int]:
+    def _ids_before(self, position: Position) -> Sequence[int]:
         row = next(row for row in self._rows if row.place_of(position) is not None)
         self._stand(row)
         return self._desk.transcript.ids[: position.at]
 
     # What is committed and shown
 
-    def _stand(self, row: _Row) -> None:
+    def _stand(self, row: Row) -> None:
         """Make the transcript hold what a row says."""
         same = 0
         for written, step in zip(self._written, row.steps, strict=False):
@@ -213,7 +157,7 @@ class Ahead:
             del self._written[same:]
         for step in row.steps[same:]:
             texts = self._desk.write(step.decision)
-            self._written.append(_Written(step.position.at, step.decision, texts))
+            self._written.append(Written(step.position.at, step.decision, texts))
 
     def _commit(self) -> Iterator[Event]:
         commits = self._desk.commits
@@ -222,7 +166,7 @@ class Ahead:
             self._stand(self._rows[0])
             first = self._written.pop(0)
             self._bounds.append(first.at)
-            yield from commits.commit(first.decision, first.texts)
+            yield from self._desk.commit(first.decision, first.texts)
             del self._shown[: len(first.decision.token_ids)]
             for row in self._rows:
                 del row.steps[0]
@@ -263,33 +207,38 @@ class Ahead:
             # A likelier one may have taken its place.
             if row.signals is None or row not in self._rows:
                 continue
-            if not self._cached.is_exact and self._near(row.signals):
+            pace = self._pace(row)
+            own = self._desk.decider.own(row.signals, pace)
+            if not self._cached.is_exact and self._near(own, pace):
                 self.redecoded += 1
                 row.slot, row.signals, row.again, placed = None, None, True, True
             else:
-                placed = self._put(row, row.signals) or placed
+                placed = self._put(row, own) or placed
         return placed
 
-    def _put(self, row: _Row, signals: Signals) -> bool:
+    def _pace(self, row: Row) -> Pace:
+        """What the router has come to behind a row."""
+        return row.steps[-1].choice.after if row.steps else self._desk.decider.pace
+
+    def _put(self, row: Row, own: Decision) -> bool:
         """Put the next position on a row; not while it must be asked and no call is free."""
         desk = self._desk
         self._stand(row)
-        own = desk.decider.own(signals)
         at, in_character = len(desk.transcript), desk.transcript.in_character
         decision = desk.decider.at_once(own)
         if decision is not None:
-            row.steps.append(_Step(_Position(at, own, None, in_character, decision), decision))
+            row.steps.append(Step(Position(at, own, None, in_character, decision), decision))
         elif desk.escalator.has_room and self._may_ask(row):
-            position = _Position(at, own, desk.decider.ask(), in_character)
+            position = Position(at, own, desk.decider.ask(), in_character)
             before = list(row.steps)
-            row.steps.append(_Step(position, own, math.exp(signals.top_logprobs[0])))
-            self._branch(before, row.slot, position, signals)
+            row.steps.append(Step(position, own, math.exp(own.signals.top_logprobs[0])))
+            self._branch(before, row.slot, position, own.signals)
         else:
             return False
         row.signals = None
         return True
 
-    def _may_ask(self, row: _Row) -> bool:
+    def _may_ask(self, row: Row) -> bool:
         """Whether a call at the end of a row is within the ceiling on calls."""
         if all(step.position.final for step in row.steps):
             return True
@@ -298,7 +247,7 @@ class Ahead:
         return desk.governor.may_ask_early(begun=desk.escalator.begun, needed=needed)
 
     def _branch(
-        self, before: list[_Step], slot: int | None, position: _Position, signals: Signals
+        self, before: list[Step], slot: int | None, position: Position, signals: Signals
     ) -> None:
         """Add rows for the small model's next likeliest choices, in place of less likely rows."""
         self._measure(signals)
@@ -310,7 +259,7 @@ class Ahead:
         for token_id, logprob in others[: width - 1]:
             ends = token_id in self._desk.small.vocabulary.eos_ids
             choice = replace(position.own, token_ids=(token_id,), ends=ends)
-            row = _Row([*before, _Step(position, choice, math.exp(logprob))], slot)
+            row = Row([*before, Step(position, choice, math.exp(logprob))], slot)
             if row.share >= _LEAST_SHARE:
                 self._rows.append(row)
         best = sorted(self._rows, key=lambda row: -row.share)[:width]
@@ -349,19 +298,19 @@ class Ahead:
             self._feed(best)
         return True
 
-    def _is_complete(self, row: _Row) -> bool:
+    def _is_complete(self, row: Row) -> bool:
         ends = bool(row.steps) and row.steps[-1].decision.ends
         return ends or self._length(row) >= self._desk.limit
 
-    def _length(self, row: _Row) -> int:
+    def _length(self, row: Row) -> int:
         count = sum(len(step.decision.token_ids) for step in row.steps)
         return len(self._desk.commits) + count
 
-    def _is_next(self, row: _Row) -> bool:
+    def _is_next(self, row: Row) -> bool:
         """Whether all of a row but its last token is in the cache."""
         return row.slot is not None and self._length(row) == len(self._cached) + 1
 
-    def _feed(self, row: _Row) -> None:
+    def _feed(self, row: Row) -> None:
         """Decode one row alone, from where the cache holds it."""
         self._stand(row)
         ids = self._desk.transcript.ids
@@ -373,7 +322,7 @@ class Ahead:
             each.slot = None
         row.slot, row.again = 0, False
 
-    def _feed_batch(self, rows: list[_Row]) -> None:
+    def _feed_batch(self, rows: list[Row]) -> None:
         """Decode rows of one length by one token each."""
         parents = [row.slot or 0 for row in rows]
         ids = [row.steps[-1].decision.token_ids[-1] for row in rows]
@@ -383,12 +332,12 @@ class Ahead:
         for slot, row in enumerate(rows):
             row.slot, row.signals = slot, signals[slot]
 
-    def _near(self, signals: Signals) -> bool:
-        """Whether rounding could have changed what is decided from these signals."""
+    def _near(self, own: Decision, pace: Pace) -> bool:
+        """Whether rounding could have changed what is decided."""
         branches = self._desk.experience.branches
         band_nats = branches.rounding_nats if branches is not None else 0.0
-        gap = signals.top_logprobs[0] - signals.top_logprobs[1]
-        return gap <= band_nats or self._desk.decider.is_near(signals, band_nats)
+        best, second = own.signals.top_logprobs[:2]
+        return best - second <= band_nats or self._desk.decider.is_near(own, pace, band_nats)
 
     def _leave(self) -> Iterator[Event]:
         """Take back what was decoded past the end of the answer."""

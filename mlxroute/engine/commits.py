@@ -66,6 +66,8 @@ class Commits:
                 text=text,
                 source=decision.source,
                 score=decision.score,
+                threshold=decision.threshold,
+                judgement=decision.judgement,
                 signals=decision.signals,
                 # A large token spelled as several small ones is still one escalation.
                 escalation=decision.escalation if position == 0 else None,

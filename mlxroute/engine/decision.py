@@ -9,18 +9,24 @@ from mlxroute.engine.escalation import Call, Escalator
 from mlxroute.engine.experience import Experience
 from mlxroute.engine.prefetch import Prefetched
 from mlxroute.engine.privacy import NeverSend
-from mlxroute.engine.roles import Router
+from mlxroute.engine.roles import Pace, Router
 from mlxroute.engine.transcript import Transcript
 from mlxroute.errors import LargeError, LargeUnavailable, LargeUnrecorded
-from mlxroute.types import Escalation, LargeToken, Signals, Source
+from mlxroute.types import Escalation, Judgement, LargeToken, Signals, Source
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What to commit at a position, and how it came about; `error` is why it is unchecked."""
+    """What to commit at a position, and how it came about; `error` is why it is unchecked.
+
+    `threshold` and `judgement` are the router's, `after` is its pace behind the position.
+    """
 
     signals: Signals
     score: float
+    threshold: float
+    judgement: Judgement
+    after: Pace
     token_ids: tuple[int, ...]
     source: Source
     ends: bool
@@ -62,24 +68,36 @@ class Decider:
         self._experience = experience
         self.prefetched = Prefetched()
 
-    def own(self, signals: Signals) -> Decision:
-        """The small model's own choice."""
+    @property
+    def pace(self) -> Pace:
+        """The router's, behind the last committed position."""
+        return self._router.pace
+
+    def committed(self, decision: Decision) -> None:
+        """A decision was committed."""
+        self._router.pace = decision.after
+
+    def own(self, signals: Signals, pace: Pace) -> Decision:
+        """The small model's own choice, where the router has come to `pace`."""
+        score = self._router.score(signals, pace.seen)
         return Decision(
             signals,
-            self._router.score(signals),
+            score,
+            pace.threshold,
+            pace.judge(score),
+            pace.after(score),
             token_ids=(signals.token_id,),
             source=Source.SMALL,
             ends=signals.token_id in self._eos_ids,
         )
 
-    def is_near(self, signals: Signals, band: float) -> bool:
-        """Whether a score that differs by `band` would be decided otherwise."""
-        score = self._router.score(signals)
-        return self._router.escalates(score - band) != self._router.escalates(score + band)
+    def is_near(self, own: Decision, pace: Pace, band: float) -> bool:
+        """Whether signals that differ by `band` would be scored to another decision."""
+        return pace.is_near(own.score, band * self._router.gain)
 
     def at_once(self, own: Decision) -> Decision | None:
         """What takes no call to decide; None where the large model has to be asked."""
-        if not self._router.escalates(own.score):
+        if own.judgement is not Judgement.ESCALATE:
             return own
         if not self._escalator.open:
             return self.unchecked(own)

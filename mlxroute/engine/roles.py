@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 from mlxroute.types import (
     BranchCost,
+    Judgement,
     LargeContext,
     LargeToken,
     Message,
@@ -104,9 +105,46 @@ class Large(Protocol):
         ...
 
 
+class Pace(Protocol):
+    """What a router decides from scores, as far as it has come: a value."""
+
+    @property
+    def threshold(self) -> float:
+        """The score that the next position has to exceed."""
+        ...
+
+    @property
+    def seen(self) -> int:
+        """How many positions there were."""
+        ...
+
+    def judge(self, score: float) -> Judgement:
+        """What is to be done at the next position if this is its score."""
+        ...
+
+    def after(self, score: float) -> Self:
+        """The pace behind a position with this score."""
+        ...
+
+    def is_near(self, score: float, band: float) -> bool:
+        """Whether a score that differs by `band` could be judged, or leave the pace, otherwise."""
+        ...
+
+
 class Router(Protocol):
-    """Decides from a position's signals whether the large model is asked."""
+    """Scores positions. `pace` is that behind the last committed one, of whichever answer."""
 
-    def score(self, signals: Signals) -> float: ...
+    @property
+    def pace(self) -> Pace: ...
 
-    def escalates(self, score: float) -> bool: ...
+    @pace.setter
+    def pace(self, pace: Any) -> None: ...
+
+    @property
+    def gain(self) -> float:
+        """By how much the score moves at most where logprobs, entropy and head move by 1."""
+        ...
+
+    def score(self, signals: Signals, number: int) -> float:
+        """The score of the position with this number; higher means escalate."""
+        ...

@@ -13,14 +13,14 @@ def wait(desk: Desk, signals: Signals) -> Iterator[Event]:
     """Decode to the end of the answer from the signals of its first position."""
     while True:
         decision = _decide(desk, signals)
-        yield from desk.commits.commit(decision, desk.write(decision))
+        yield from desk.commit(decision, desk.write(decision))
         if desk.commits.ended:
             return
         signals = desk.extend(decision.token_ids)
 
 
 def _decide(desk: Desk, signals: Signals) -> Decision:
-    own = desk.decider.own(signals)
+    own = desk.decider.own(signals, desk.decider.pace)
     if (decision := desk.decider.at_once(own)) is not None:
         return decision
     call = desk.decider.ask()

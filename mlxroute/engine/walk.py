@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mlxroute.engine.commits import Commits
@@ -12,7 +12,7 @@ from mlxroute.engine.experience import Experience
 from mlxroute.engine.governor import Governor
 from mlxroute.engine.roles import Small
 from mlxroute.engine.transcript import Transcript
-from mlxroute.types import Signals
+from mlxroute.types import Signals, Token
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,11 @@ class Desk:
         if len(token_ids) == 1 and not stalled:
             self.experience.stepped(self.clock() - began_s, alone=not self.escalator.calls)
         return signals
+
+    def commit(self, decision: Decision, texts: Sequence[str]) -> Iterator[Token]:
+        """Commit a decision that was written; yield what may be shown."""
+        self.decider.committed(decision)
+        return self.commits.commit(decision, texts)
 
     def write(self, decision: Decision) -> tuple[str, ...]:
         """Put a decision's tokens into the transcript; return the texts they add."""

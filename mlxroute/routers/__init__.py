@@ -1,5 +1,11 @@
-"""Routers: pure functions of a position's signals. No clock, no I/O, no arrays."""
+"""Routers: a score of each position, and the pace at which the highest are escalated.
 
-from mlxroute.routers.entropy import EntropyRouter
+Values only: no clock, no I/O, no arrays.
+"""
 
-__all__ = ["EntropyRouter"]
+from mlxroute.routers.budget import BURST, Budget
+from mlxroute.routers.router import EntropyRouter, Router, make
+from mlxroute.routers.scores import SCORES
+from mlxroute.routers.threshold import Threshold
+
+__all__ = ["BURST", "SCORES", "Budget", "EntropyRouter", "Router", "Threshold", "make"]

@@ -45,7 +45,8 @@ def measure(decoder: Decoder, token_id: int, *, rows: int) -> BranchCost:
 
 
 def _difference(a: Signals, b: Signals) -> float:
-    """The greatest difference of what is decided by, in nats; ids swap places only at ties."""
+    """The greatest difference of what is decided by; ids swap places only at ties."""
     logprobs = zip(a.top_logprobs, b.top_logprobs, strict=True)
-    pairs = [(a.entropy_nats, b.entropy_nats), *logprobs]
+    heads = (a.head_score or 0.0, b.head_score or 0.0)
+    pairs = [(a.entropy_nats, b.entropy_nats), heads, *logprobs]
     return max(abs(x - y) for x, y in pairs)

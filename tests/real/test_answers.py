@@ -21,12 +21,14 @@ from tests.conftest import CACHE_DIR
 TOKEN_KEYS = {
     *("type", "index", "id", "text", "source", "score", "entropy_nats", "margin", "small_id"),
     *("escalated", "checked", "large", "prefetched", "failure", "time_s"),
+    *("threshold", "judgement"),
 }
 SUMMARY_KEYS = {
     *("type", "text", "tokens", "escalated", "escalation_rate", "agreement", "fallbacks"),
     *("finish_reason", "ttft_s", "itl_p50_s", "itl_p95_s", "stall_s", "tokens_per_s"),
     *("requests", "withheld", "cost_estimate", "large_completion_tokens"),
     *("uploaded_tokens", "uploaded_bytes", "mode", "threshold", "small", "large"),
+    *("router", "budget"),
 }
 
 

@@ -1,0 +1,204 @@
+"""Both models on a clock of their own: what a schedule costs, without waiting for it.
+
+The engine is the real one, and so is every token: positions come from the small model, calls are
+answered by the large one, each once. Only times are set: a step, a batch and a call take what they
+are told to.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from mlxroute.errors import LargeError
+from mlxroute.large import LargeModel
+from mlxroute.small import SmallModel
+from mlxroute.types import (
+    BranchCost,
+    LargeContext,
+    LargeToken,
+    Message,
+    Progress,
+    Sampling,
+    Signals,
+    Uploads,
+    Vocabulary,
+)
+
+
+@dataclass(slots=True)
+class VirtualClock:
+    """Seconds that pass only when somebody says so."""
+
+    now_s: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@dataclass(slots=True)
+class Known:
+    """What both models said so far: signals behind token ids, answers to contexts."""
+
+    signals: dict[tuple[int, ...], Signals] = field(default_factory=dict)
+    answers: dict[tuple[tuple[int, ...], int], tuple[LargeToken, ...] | LargeError] = field(
+        default_factory=dict
+    )
+
+
+class VirtualSmall:
+    """The small model, with a step of one row and of a batch as long as `cost` says.
+
+    Rows of a batch are computed one by one, so they round as rows alone do.
+    """
+
+    def __init__(
+        self, small: SmallModel, known: Known, clock: VirtualClock, cost: BranchCost
+    ) -> None:
+        self._small = small
+        self._known = known
+        self._clock = clock
+        self._cost = cost
+        self._ids: list[int] = []
+        self._rows: list[list[int]] = []
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self._small.vocabulary
+
+    @property
+    def context_length(self) -> int:
+        return self._small.context_length
+
+    @property
+    def most_rows(self) -> int:
+        return self._cost.rows
+
+    def render(self, messages: Sequence[Message]) -> str:
+        return self._small.render(messages)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self._small.encode_prompt(text)
+
+    def prefill(
+        self, prompt_ids: Sequence[int], *, sampling: Sampling, progress: Progress
+    ) -> tuple[Signals, int]:
+        self._ids = list(prompt_ids)
+        return self._signals(self._ids), 0
+
+    def extend(self, token_ids: Sequence[int]) -> Signals:
+        self._clock.now_s += self._cost.step_s
+        self._ids += token_ids
+        return self._signals(self._ids)
+
+    def can_rollback(self, count: int) -> bool:
+        return True
+
+    def rollback(self, count: int) -> None:
+        del self._ids[len(self._ids) - count :]
+
+    def branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
+        return self._cost
+
+    def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:
+        self._clock.now_s += self._cost.batch_s
+        rows = self._rows or [self._ids]
+        self._rows = [[*rows[row], each] for row, each in zip(parents, token_ids, strict=True)]
+        return [self._signals(row) for row in self._rows]
+
+    def select(self, row: int) -> None:
+        if self._rows:
+            self._ids, self._rows = self._rows[row], []
+
+    def _signals(self, ids: Sequence[int]) -> Signals:
+        key = tuple(ids)
+        if key not in self._known.signals:
+            self._known.signals[key] = self._small.prefill(ids)[0]
+        return self._known.signals[key]
+
+
+class _Flight:
+    """A call whose outcome is known and comes at its time."""
+
+    def __init__(
+        self,
+        outcome: tuple[LargeToken, ...] | LargeError,
+        *,
+        lands_s: float,
+        clock: VirtualClock,
+    ) -> None:
+        self._outcome = outcome
+        self._clock = clock
+        self.lands_s = lands_s
+        self.over = False
+
+    @property
+    def ready(self) -> bool:
+        return self._clock.now_s >= self.lands_s
+
+    def result(self) -> tuple[LargeToken, ...]:
+        self.over = True
+        if isinstance(self._outcome, LargeError):
+            raise self._outcome
+        return self._outcome
+
+    def cancel(self) -> None:
+        self.over = True
+
+
+class VirtualLarge:
+    """The large model, whose calls take `call_s` times what `delay` draws for each context."""
+
+    def __init__(
+        self,
+        large: LargeModel,
+        known: Known,
+        clock: VirtualClock,
+        *,
+        call_s: float,
+        delay: Callable[[random.Random], float],
+    ) -> None:
+        self._large = large
+        self._known = known
+        self._clock = clock
+        self._call_s = call_s
+        self._delay = delay
+        self._flights: list[_Flight] = []
+
+    @property
+    def uploads(self) -> Uploads:
+        """Nothing is sent that counts."""
+        return Uploads()
+
+    @property
+    def most_in_flight(self) -> int:
+        return self._large.most_in_flight
+
+    def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> _Flight:
+        key = (tuple(context.token_ids), ahead)
+        if key not in self._known.answers:
+            self._known.answers[key] = self._asked(context, deadline_s, ahead)
+        drawn = self._delay(random.Random(str(key)))
+        # A lost call is made again at once.
+        drawn = drawn if math.isfinite(drawn) else 1.0
+        lands_s = self._clock.now_s + self._call_s * drawn
+        flight = _Flight(self._known.answers[key], lands_s=lands_s, clock=self._clock)
+        self._flights = [each for each in self._flights if not each.over] + [flight]
+        return flight
+
+    def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
+        if not ready():
+            lands_s = min(each.lands_s for each in self._flights if not each.over)
+            self._clock.now_s = min(lands_s, self._clock.now_s + timeout_s)
+
+    def _asked(
+        self, context: LargeContext, deadline_s: float, ahead: int
+    ) -> tuple[LargeToken, ...] | LargeError:
+        flight = self._large.begin(context, deadline_s=deadline_s, ahead=ahead)
+        self._large.wait(lambda: flight.ready, timeout_s=deadline_s)
+        try:
+            return flight.result()
+        except LargeError as exc:
+            return exc

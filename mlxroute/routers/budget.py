@@ -1,0 +1,118 @@
+"""A budget: the share of positions that may be escalated, as a promise.
+
+A token bucket gives the promise: each position adds the rate to a purse that holds BURST at most,
+an escalation takes 1 from it and needs 1 in it. So n positions in a row, of one answer or of many,
+are escalated rate * n + BURST times at most.
+
+What is worth it is decided among the latest scores: a position is escalated when its score exceeds
+the one at a certain rank of them. That rank follows the rate by online quantile tracking (a
+Robbins-Monro step each position: up by eta (1 - rate) at an escalation, else down by eta rate), so
+that the realised rate approaches the budget whatever the scores are distributed like.
+
+Scores count in steps of a `resolution`. Where they round differently in the last digits, as in a
+batch, the state stays the same to the last bit but for scores at the border of two steps.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from mlxroute.errors import UsageError
+from mlxroute.types import Judgement
+
+BURST: Final = 4.0
+_ETA: Final = 0.02
+_WINDOW: Final = 256
+# Coprime to the window: scores that are known beforehand leave it evenly.
+_STRIDE: Final = 101
+# Refills add up to a whole escalation but for rounding.
+_WHOLE: Final = 1.0 - 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The state of a budget after `seen` positions; `after` gives the next one.
+
+    `recent` are the latest scores, oldest first, and `ordered` the same by size.
+    """
+
+    rate: float
+    resolution: float
+    rank: float
+    purse: float
+    recent: tuple[float, ...]
+    ordered: tuple[float, ...]
+    seen: int = 0
+
+    @classmethod
+    def of(cls, rate: float, quantiles: Sequence[float], *, resolution: float) -> Budget:
+        """A budget whose first positions are compared with scores at evenly spaced ranks.
+
+        Raises UsageError for a rate that is no share.
+        """
+        if not 0 <= rate <= 1:
+            raise UsageError(f"a budget must be from 0% to 100%, not {rate:.4g}")
+        expected = [_at(quantiles, (i + 0.5) / _WINDOW) for i in range(_WINDOW)]
+        mixed = [_stepped(expected[i * _STRIDE % _WINDOW], resolution) for i in range(_WINDOW)]
+        return cls(rate, resolution, 1.0 - rate, BURST, tuple(mixed), tuple(sorted(mixed)))
+
+    @property
+    def threshold(self) -> float:
+        """The score that the next position has to exceed."""
+        if self.rate in (0, 1):
+            return math.inf if self.rate == 0 else -math.inf
+        place = math.floor(self.rank * len(self.ordered))
+        return self.ordered[min(place, len(self.ordered) - 1)]
+
+    def judge(self, score: float) -> Judgement:
+        """What is to be done at a position with this score; one that is NaN is the highest."""
+        threshold = self.threshold
+        if threshold == math.inf or _stepped(score, self.resolution) <= threshold:
+            return Judgement.KEEP
+        return Judgement.ESCALATE if self._filled >= _WHOLE else Judgement.OVER_BUDGET
+
+    def after(self, score: float) -> Budget:
+        """The state behind a position with this score."""
+        spent = self.judge(score) is Judgement.ESCALATE
+        rank = self.rank + _ETA * (spent - self.rate)
+        value = _stepped(score, self.resolution)
+        ordered = list(self.ordered)
+        del ordered[bisect_left(ordered, self.recent[0])]
+        insort(ordered, value)
+        return replace(
+            self,
+            rank=min(1.0, max(0.0, rank)),
+            purse=max(0.0, self._filled - spent),
+            recent=(*self.recent[1:], value),
+            ordered=tuple(ordered),
+            seen=self.seen + 1,
+        )
+
+    def is_near(self, score: float, band: float) -> bool:
+        """Whether a score that differs by `band` would be counted otherwise."""
+        if not math.isfinite(score):
+            return False
+        place = score / self.resolution
+        return abs(place - math.floor(place) - 0.5) * self.resolution <= band
+
+    @property
+    def _filled(self) -> float:
+        return min(BURST, self.purse + self.rate)
+
+
+def _stepped(score: float, resolution: float) -> float:
+    """A score in whole steps; NaN is the highest."""
+    if math.isnan(score):
+        return math.inf
+    return math.floor(score / resolution + 0.5) * resolution if math.isfinite(score) else score
+
+
+def _at(quantiles: Sequence[float], rank: float) -> float:
+    """The score at a rank from 0 to 1, between the two nearest of evenly spaced ones."""
+    place = rank * (len(quantiles) - 1)
+    low = min(math.floor(place), len(quantiles) - 2)
+    return quantiles[low] + (place - low) * (quantiles[low + 1] - quantiles[low])
