@@ -7,6 +7,8 @@ Understood are rows with a `prompt`; those of CommonsenseQA, with `question`, `c
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,11 @@ def read_questions(path: Path) -> list[Question]:
     if not found:
         raise UsageError(f"the questions {path}: there are none")
     return found
+
+
+def sampled(questions: Sequence[Question], count: int) -> list[Question]:
+    """As many as wanted, or all there are, by the same chance each time."""
+    return random.Random(0).sample(questions, min(count, len(questions)))
 
 
 def _question(line: str, *, where: str) -> Question:

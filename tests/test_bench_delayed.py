@@ -50,6 +50,18 @@ def test_a_call_takes_the_time_that_was_set(tmp_path: Path) -> None:
             assert time.monotonic() - began_s >= 0.3
 
 
+def test_each_further_token_takes_its_time(tmp_path: Path) -> None:
+    with (
+        Loopback(echo) as upstream,
+        DelayedServer(upstream.url, record=tmp_path / "record.jsonl") as server,
+    ):
+        server.delay_s, server.token_s = 0.01, 0.1
+        began_s = time.monotonic()
+        body = {"said": "a", "max_tokens": 4}
+        requests.post(f"{server.url}/completions", json=body, timeout=10)
+        assert time.monotonic() - began_s >= 0.31
+
+
 @pytest.mark.parametrize("name", DELAYS)
 def test_every_delay_has_the_mean_that_was_set(name: str) -> None:
     drawn = [DELAYS[name](random.Random(i)) for i in range(20_000)]

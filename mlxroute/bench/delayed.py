@@ -62,8 +62,9 @@ class _Kept:
 class DelayedServer:
     """Serves on loopback what `upstream` answers, from `record` where it is there.
 
-    A request that takes part in an answer takes `delay_s` in all, times what `delay` draws; the
-    same request draws the same each time. `missed` counts those that had to be passed on.
+    A request that takes part in an answer takes `delay_s` in all, times what `delay` draws, and
+    `token_s` for each token after the first that it asks for; the same request draws the same each
+    time. `missed` counts those that had to be passed on.
     """
 
     def __init__(self, upstream: str, *, record: Path) -> None:
@@ -75,6 +76,7 @@ class DelayedServer:
         self._kept: dict[str, _Kept] = {}
         self._lost: set[str] = set()
         self.delay_s = 0.0
+        self.token_s = 0.0
         self.delay: Callable[[random.Random], float] = constant
         self.missed = 0
         if record.exists():
@@ -115,7 +117,8 @@ class DelayedServer:
                 return 503, b'{"error": "overloaded"}'
             drawn = 1.0
         kept = self._kept.get(key) or self._passed_on(key, method, path, body)
-        left_s = began_s + drawn * self.delay_s - time.monotonic()
+        took_s = drawn * self.delay_s + (_more(body) * self.token_s if drawn else 0.0)
+        left_s = began_s + took_s - time.monotonic()
         if left_s > 0:
             time.sleep(left_s)
         return kept.status, kept.body
@@ -137,6 +140,12 @@ class DelayedServer:
                 with self._record.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
         return kept
+
+
+def _more(body: bytes) -> int:
+    """How many tokens beyond the first a request asks for."""
+    asked = json.loads(body)
+    return max(0, int(asked.get("max_tokens") or asked.get("n_predict") or 1) - 1)
 
 
 class _Server(ThreadingHTTPServer):

@@ -20,7 +20,7 @@ from mlxroute.bench.framework import interleaved
 from mlxroute.bench.virtual import Known, VirtualClock, VirtualLarge, VirtualSmall
 from mlxroute.engine import Answer, Experience, Options
 from mlxroute.engine.experience import ROWS
-from mlxroute.engine.governor import estimate
+from mlxroute.engine.governor import AHEAD, estimate
 from mlxroute.engine.roles import Large, Small
 from mlxroute.engine.stats import gaps, percentile
 from mlxroute.large import LargeModel
@@ -28,7 +28,6 @@ from mlxroute.routers import EntropyRouter
 from mlxroute.small import SmallModel
 from mlxroute.types import Mode, Progress, RunStats, Token, no_progress
 
-_AHEAD: Final = 8
 _MANY: Final = 32
 _TIMEOUT_S: Final = 3600.0
 
@@ -60,9 +59,10 @@ SIDES: Final = {
     "wait": Side(Mode.WAIT),
     "overlap": Side(Mode.OVERLAP),
     "hedge": Side(Mode.HEDGE),
-    "wait+prefetch": Side(Mode.WAIT, prefetch=_AHEAD),
-    "hedge+prefetch": Side(Mode.HEDGE, prefetch=_AHEAD),
-    "hedge+prefetch, 1.5x calls": Side(Mode.HEDGE, prefetch=_AHEAD, ceiling=1.5),
+    "wait+prefetch": Side(Mode.WAIT, prefetch=AHEAD),
+    "overlap+prefetch": Side(Mode.OVERLAP, prefetch=AHEAD),
+    "hedge+prefetch": Side(Mode.HEDGE, prefetch=AHEAD),
+    "hedge+prefetch, 1.5x calls": Side(Mode.HEDGE, prefetch=AHEAD, ceiling=1.5),
     "auto": Side(Mode.AUTO, prefetch=None),
 }
 
@@ -79,6 +79,10 @@ class _Answers:
         """Count an answer."""
         self.stats.append(stats)
         self.tokens.append(tokens)
+
+    def forget_first(self) -> None:
+        """Do not count the first answer."""
+        del self.stats[0], self.tokens[0]
 
     @property
     def tokens_per_s(self) -> float:
@@ -97,12 +101,14 @@ class _Bench:
         server: DelayedServer,
         prompts: Sequence[str],
         grid: Grid,
+        large_step_s: float,
     ) -> None:
         self._small = small
         self._large = large
         self._server = server
         self._prompts = prompts
         self._grid = grid
+        self._large_step_s = large_step_s
         self._known = Known()
         self.alone = [
             _answer(small, None, prompt, math.inf, Side(Mode.WAIT), grid.tokens)
@@ -127,8 +133,9 @@ class _Bench:
     def measured(
         self, threshold: float, call_s: float, counted: Callable[[], None]
     ) -> dict[str, _Answers]:
-        """Every side before the server, in turns; no time for calls is set by 0."""
+        """Every side before the server, in turns."""
         self._server.delay, self._server.delay_s = DELAYS[self._grid.delay], call_s
+        self._server.token_s = self._large_step_s
         sides = {name: _Answers() for name in SIDES}
 
         def answering(name: str) -> Callable[[int], None]:
@@ -144,8 +151,11 @@ class _Bench:
             return answer
 
         turns = {name: answering(name) for name in SIDES}
-        interleaved(turns, rounds=len(self._prompts), warm_ups=0)
-        self._server.delay_s = 0.0
+        # The first answer is that in which `auto` gets to know both models.
+        interleaved(turns, rounds=len(self._prompts))
+        self._server.delay_s = self._server.token_s = 0.0
+        for answers in sides.values():
+            answers.forget_first()
         return sides
 
     def played(
@@ -154,7 +164,7 @@ class _Bench:
         """Every side on a virtual clock."""
         sides = {name: _Answers() for name in SIDES}
         for name, answers in sides.items():
-            for prompt in self._prompts:
+            for prompt in [self._prompts[0], *self._prompts]:
                 clock = VirtualClock()
                 small = VirtualSmall(self._small, self._known, clock, self.cost)
                 large = VirtualLarge(
@@ -162,12 +172,14 @@ class _Bench:
                     self._known,
                     clock,
                     call_s=call_s,
+                    token_s=self._large_step_s,
                     delay=DELAYS[self._grid.delay],
                 )
                 tokens, seen = self._grid.tokens, answers.experience
                 found = _answer(small, large, prompt, threshold, SIDES[name], tokens, seen, clock)
                 answers.add(*found)
                 counted()
+            answers.forget_first()
         return sides
 
 
@@ -183,13 +195,13 @@ def bench_latency(
 ) -> dict[str, Any]:
     """All sides over the grid.
 
-    `large` talks to `server`; where calls are waited for, each is made once without delay before.
-    `large_step_s` is what the large model itself takes for a token when it goes on writing.
+    `large` talks to `server`, which keeps what is asked while playing: then little is passed on.
+    `large_step_s` is what the large model itself takes for a token when it goes on writing: calls
+    for several take as much longer.
     """
-    bench = _Bench(small, large, server, prompts, grid)
-    runs = 1 if not grid.measure else 2
-    points = len(grid.rates) * (len(grid.ratios) * runs + (1 if grid.measure else 0))
-    total = points * len(prompts) * len(SIDES)
+    bench = _Bench(small, large, server, prompts, grid, large_step_s)
+    runs = 2 if grid.measure else 1
+    total = len(grid.rates) * len(grid.ratios) * runs * (1 + len(prompts)) * len(SIDES)
     done = itertools.count(1)
 
     def counted() -> None:
@@ -197,8 +209,6 @@ def bench_latency(
 
     found = []
     for rate, threshold in bench.thresholds().items():
-        if grid.measure:
-            bench.measured(threshold, 0.0, counted)
         for ratio in grid.ratios:
             call_s = ratio * bench.step_s
             missed = server.missed

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from mlxroute.engine.roles import Large
 from mlxroute.errors import LargeError
-from mlxroute.large import LargeModel
 from mlxroute.small import SmallModel
 from mlxroute.types import (
     BranchCost,
@@ -149,21 +149,26 @@ class _Flight:
 
 
 class VirtualLarge:
-    """The large model, whose calls take `call_s` times what `delay` draws for each context."""
+    """The large model, whose calls take `call_s` times what `delay` draws for each context.
+
+    Each token that a call brings beyond the first takes `token_s` more.
+    """
 
     def __init__(
         self,
-        large: LargeModel,
+        large: Large,
         known: Known,
         clock: VirtualClock,
         *,
         call_s: float,
+        token_s: float,
         delay: Callable[[random.Random], float],
     ) -> None:
         self._large = large
         self._known = known
         self._clock = clock
         self._call_s = call_s
+        self._token_s = token_s
         self._delay = delay
         self._flights: list[_Flight] = []
 
@@ -183,8 +188,12 @@ class VirtualLarge:
         drawn = self._delay(random.Random(str(key)))
         # A lost call is made again at once.
         drawn = drawn if math.isfinite(drawn) else 1.0
-        lands_s = self._clock.now_s + self._call_s * drawn
-        flight = _Flight(self._known.answers[key], lands_s=lands_s, clock=self._clock)
+        outcome = self._known.answers[key]
+        took_s = self._call_s * drawn
+        if not isinstance(outcome, LargeError):
+            took_s += (len(outcome) - 1) * self._token_s
+            outcome = tuple(replace(token, latency_s=took_s) for token in outcome)
+        flight = _Flight(outcome, lands_s=self._clock.now_s + took_s, clock=self._clock)
         self._flights = [each for each in self._flights if not each.over] + [flight]
         return flight
 

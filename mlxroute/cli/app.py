@@ -411,7 +411,11 @@ def latency(
     large: Large = None,
     large_model: LargeModelId = None,
     small: Small = None,
-    prompts: Annotated[int, typer.Option(help="How many answers.", min=1, max=20)] = 5,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="JSON Lines of questions; default: 20 prompts of ours.", metavar="FILE"),
+    ] = None,
+    prompts: Annotated[int, typer.Option(help="How many answers.", min=1)] = 5,
     tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=2)] = 96,
     ratio: Annotated[
         list[float] | None, typer.Option(help="Time of a call, in steps of the small model.")
@@ -441,7 +445,7 @@ def latency(
     )
     ratios, rates = ratio or (4.0, 12.0, 34.0, 180.0), rate or (0.03, 0.07, 0.15)
     grid = Grid(tokens, ratios, rates, delay, measure=not play)
-    code = run_bench_latency(settings, prompts=prompts, grid=grid, plot=plot, save=save)
+    code = run_bench_latency(settings, prompts=prompts, data=data, grid=grid, plot=plot, save=save)
     raise typer.Exit(code)
 
 

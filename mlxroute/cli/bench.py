@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mlxroute.cli.run import load_small
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
+from mlxroute.questions import read_questions, sampled
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,6 +51,7 @@ def run_bench_latency(
     settings: Settings,
     *,
     prompts: int,
+    data: Path | None,
     grid: Grid,
     plot: Path | None,
     save: bool,
@@ -69,6 +71,7 @@ def run_bench_latency(
         from mlxroute.bench.plot import check_plot, draw_latency
 
         check_plot(plot)
+    asked = _asked(data, prompts)
     _, err = consoles()
     # Whose replies they are is asked of the server itself, and a dead one is named.
     with large_model(settings, settings.large, Ledger()) as large:
@@ -80,7 +83,7 @@ def run_bench_latency(
         from mlxroute.bench.latency import bench_latency, large_step_seconds
 
         with err.status("measuring the large model"):
-            large_step_s = large_step_seconds(small, large, _prompts()[:_STREAMED])
+            large_step_s = large_step_seconds(small, large, asked[:_STREAMED])
 
     folder = cache_dir_of(settings.cache_dir) / "bench"
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,17 +103,26 @@ def run_bench_latency(
             small,
             large,
             server,
-            _prompts()[:prompts],
+            asked,
             grid,
             large_step_s=large_step_s,
             progress=progress,
         )
     _show_latency(report, err)
-    played = "" if grid.measure else "-played"
-    code = _finish(report, f"latency-{small.name}-{grid.delay}{played}", save=save)
+    source = "varied" if data is None else f"{data.absolute().parent.name}-{data.stem}"
+    name = f"latency-{small.name}-{source}-{grid.delay}"
+    name += "" if grid.measure else "-played"
+    code = _finish({"data": source, **report}, name, save=save)
     if plot is not None:
         draw_latency(report, plot)
     return code
+
+
+def _asked(data: Path | None, count: int) -> list[str]:
+    """Prompts of a file of questions, or ours."""
+    if data is None:
+        return _prompts()[:count]
+    return [question.prompt for question in sampled(read_questions(data), count)]
 
 
 def run_bench_kernels(settings: Settings, *, rounds: int, save: bool) -> int:

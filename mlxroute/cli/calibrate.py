@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import random
 import sys
 from pathlib import Path
 
 from mlxroute.config import Settings, user_catalog_dir
-from mlxroute.questions import Question, read_questions
+from mlxroute.questions import read_questions, sampled
 
 _RATES = (0.01, 0.03, 0.05, 0.07, 0.10, 0.15, 0.30)
 
@@ -21,7 +20,7 @@ def run_calibrate(settings: Settings, *, data: list[Path], count: int, tokens: i
     from mlxroute.cli.progress import Reporter
     from mlxroute.cli.run import load_small
 
-    questions = [question for file in data for question in _some(read_questions(file), count)]
+    questions = [question for file in data for question in sampled(read_questions(file), count)]
     _, err = consoles()
     with Reporter(err) as reporter:
         small = load_small(settings, reporter)
@@ -56,8 +55,3 @@ def run_calibrate(settings: Settings, *, data: list[Path], count: int, tokens: i
     report = {"small": ranks.small, "data": ranks.data, "positions": ranks.positions}
     sys.stdout.write(json.dumps({**report, "thresholds": found}) + "\n")
     return 0
-
-
-def _some(questions: list[Question], count: int) -> list[Question]:
-    """As many as wanted, by the same chance each time."""
-    return random.Random(0).sample(questions, min(count, len(questions)))
