@@ -1,15 +1,18 @@
 """Files of questions: JSON Lines, one object a row.
 
-Understood are rows with a `prompt`; those of CommonsenseQA, with `question`, `choices` and maybe an
-`answerKey`; and those of GSM8K, with a `problem` and maybe a `solution`. `id` is optional.
+Understood are rows with a `prompt` and maybe an `answer`; those of CommonsenseQA, with `question`,
+`choices` and maybe an `answerKey`; and those of GSM8K, with a `problem` and maybe a `solution`.
+`id` is optional, and so is `cot`, an answer in full that serves as a worked example.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +23,34 @@ _CHOICE_FORM = (
     "[Explanation]. Therefore, the answer is answer (label)."
 )
 _NUMBER_FORM = "Solve the problem step by step and give the final answer as \\boxed{number}."
+_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+_NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+")
+# Left in worked answers by a calculator; no model writes them.
+_CALCULATION = re.compile(r"<<[^<>]*>>")
+
+
+class Kind(StrEnum):
+    """What an answer is compared as."""
+
+    CHOICE = "choice"
+    NUMBER = "number"
+    TEXT = "text"
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A user message; `name` says which row it is."""
+    """A user message; `name` says which row it is.
+
+    `answer` is the right one, of `choices` the label; None where the file has none. `worked` is an
+    answer in full.
+    """
 
     name: str
     prompt: str
+    kind: Kind = Kind.TEXT
+    answer: str | None = None
+    choices: tuple[tuple[str, str], ...] = ()
+    worked: str | None = None
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -56,6 +79,12 @@ def sampled(questions: Sequence[Question], count: int) -> list[Question]:
     return random.Random(0).sample(questions, min(count, len(questions)))
 
 
+def with_examples(question: Question, examples: Sequence[Question]) -> str:
+    """The question as a prompt, behind worked examples in the same form."""
+    blocks = [f"{each.prompt}\n\n{each.worked}" for each in examples]
+    return "\n\n---\n\n".join([*blocks, question.prompt])
+
+
 def _question(line: str, *, where: str) -> Question:
     try:
         row = json.loads(line)
@@ -63,24 +92,42 @@ def _question(line: str, *, where: str) -> Question:
         raise UsageError(f"{where}: no JSON ({exc.msg} at column {exc.colno})") from exc
     if not isinstance(row, dict):
         raise UsageError(f'{where}: a row is one JSON object, as in {{"prompt": "..."}}')
-    return Question(str(row.get("id", where)), _prompt(row, where=where))
-
-
-def _prompt(row: dict[str, Any], *, where: str) -> str:
-    if "choices" in row and "prompt" not in row:
-        return f"{_text(row, 'question', where)}\n{_choices(row, where)}\n\n{_CHOICE_FORM}"
+    name, worked = str(row.get("id", where)), None
+    if "cot" in row:
+        worked = _CALCULATION.sub("", _text(row, "cot", where))
+    if "choices" in row:
+        choices = _choices(row, where)
+        listed = "\n".join(f"{label}. {text}" for label, text in choices)
+        prompt = f"{_text(row, 'question', where)}\n{listed}\n\n{_CHOICE_FORM}"
+        answer = _optional(row, "answerKey", where)
+        if answer is not None and answer not in [label for label, _ in choices]:
+            raise UsageError(f"{where}: `answerKey` {answer!r} is none of the labels")
+        return Question(name, prompt, Kind.CHOICE, answer, choices, worked)
     if "problem" in row:
-        return f"{_text(row, 'problem', where)}\n\n{_NUMBER_FORM}"
-    return _text(row, "prompt", where)
+        solution = _optional(row, "solution", where)
+        boxed = _BOXED.findall(solution or "")
+        prompt = f"{_text(row, 'problem', where)}\n\n{_NUMBER_FORM}"
+        return Question(name, prompt, Kind.NUMBER, boxed[-1] if boxed else None, (), worked)
+    answer = _optional(row, "answer", where) or _optional(row, "answerKey", where)
+    numeric = answer is not None and _NUMBER.fullmatch(answer.strip())
+    kind = Kind.NUMBER if numeric else Kind.TEXT
+    return Question(name, _text(row, "prompt", where), kind, answer, (), worked)
 
 
-def _choices(row: dict[str, Any], where: str) -> str:
+def _choices(row: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
     try:
         labels, texts = row["choices"]["label"], row["choices"]["text"]
-        pairs = list(zip(labels, texts, strict=True))
+        pairs = tuple((str(a), str(b)) for a, b in zip(labels, texts, strict=True))
     except (KeyError, TypeError, ValueError) as exc:
         raise UsageError(f"{where}: `choices` needs a `label` and a `text` of one length") from exc
-    return "\n".join(f"{label}. {text}" for label, text in pairs)
+    return pairs
+
+
+def _optional(row: dict[str, Any], key: str, where: str) -> str | None:
+    value = row.get(key)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    return None if value is None else _text(row, key, where)
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:

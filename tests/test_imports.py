@@ -37,7 +37,7 @@ _ROOMS: dict[str, set[str]] = {
     "large": {"backend", "ledger", ""},
     "view": set(),
     "training": {"engine", "questions", "ranks", "routers", "small"},
-    "bench": {"engine", "large", "routers", "small"},
+    "bench": {"engine", "large", "questions", "ranks", "routers", "small"},
     "host_process": {"backend"},
 }
 # Third parties that stop at these rooms.

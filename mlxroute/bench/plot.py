@@ -1,4 +1,4 @@
-"""The report of `bench latency` as a picture."""
+"""The reports of `bench latency` and `bench quality` as pictures."""
 
 from __future__ import annotations
 
@@ -40,4 +40,28 @@ def draw_latency(report: Mapping[str, Any], path: Path) -> None:
     panels[0].set_ylabel("tokens/s over wait")
     panels[0].legend(fontsize="small")
     figure.suptitle(f"{report['small']} with {report['large']}, {report['delay']} call times")
+    figure.savefig(path, dpi=120)
+
+
+def draw_quality(report: Mapping[str, Any], path: Path) -> None:
+    """Draw accuracy against the share of escalated tokens: a line a router, both models alone."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    panel = figure.subplots()
+    sides = report["sides"]
+    for router in sorted({side["router"] for side in sides.values() if side["router"]}):
+        points = sorted(
+            (side["escalation_rate"], side["lenient"]["accuracy"], *side["lenient"]["interval"])
+            for side in sides.values()
+            if side["router"] == router
+        )
+        rates, found, low, high = zip(*points, strict=True)
+        panel.plot(rates, found, marker="o", label=router)
+        panel.fill_between(rates, low, high, alpha=0.15)
+    for name, style in (("small", ":"), ("large", "--")):
+        panel.axhline(sides[name]["lenient"]["accuracy"], color="grey", linestyle=style, label=name)
+    panel.set(xlabel="share of tokens escalated", ylabel="accuracy", ylim=(0, 1))
+    panel.legend(fontsize="small")
+    figure.suptitle(f"{report['small']} with {report['large']}, {report['questions']} questions")
     figure.savefig(path, dpi=120)

@@ -450,6 +450,60 @@ def latency(
 
 
 @bench.command()
+def quality(
+    data: Annotated[Path, typer.Option(help="JSON Lines of questions and answers.")],
+    large: Large = None,
+    large_model: LargeModelId = None,
+    small: Small = None,
+    budget: Annotated[
+        list[float] | None,
+        typer.Option(parser=_budget, metavar="SHARE", help="Repeatable. Default: 1% to 30%."),
+    ] = None,
+    router: Annotated[
+        list[RouterName] | None, typer.Option(help="Repeatable. Default: entropy and random.")
+    ] = None,
+    questions: Annotated[int, typer.Option(help="At most so many, by chance.", min=1)] = 300,
+    tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 160,
+    examples: Annotated[
+        Path | None, typer.Option(help="Rows with a `cot`: worked examples.", metavar="FILE")
+    ] = None,
+    shots: Annotated[int, typer.Option(help="How many of them.", min=0)] = 4,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw a picture; needs mlxroute[plot].", metavar="PNG")
+    ] = None,
+    save: Save = False,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Accuracy of both models alone and of routed answers; goes on where it was interrupted."""
+    from mlxroute.bench.quality import sides_of
+    from mlxroute.cli.quality import run_bench_quality
+    from mlxroute.cli.run import settings_from
+
+    settings = settings_from(
+        {
+            "large": large,
+            "large_model": large_model,
+            "small": small,
+            "cache_dir": cache_dir,
+            "max_tokens": tokens,
+        }
+    )
+    budgets = budget or (0.01, 0.03, 0.05, 0.07, 0.10, 0.15, 0.30)
+    names = [name.value for name in router or (RouterName.ENTROPY, RouterName.RANDOM)]
+    code = run_bench_quality(
+        settings,
+        data=data,
+        examples=examples,
+        shots=shots,
+        count=questions,
+        sides=sides_of(names, budgets),
+        plot=plot,
+        save=save,
+    )
+    raise typer.Exit(code)
+
+
+@bench.command()
 def kernels(
     rounds: Annotated[int, typer.Option(help="Timings of each form.", min=1)] = 30,
     save: Save = False,

@@ -44,7 +44,7 @@ def run_bench_speed(settings: Settings, *, pairs: int, tokens: int, save: bool) 
 
             report = bench_speed(small, _prompts(), pairs=pairs, tokens=tokens, progress=progress)
     _show_speed(report, err)
-    return _finish(report, f"speed-{small.name}", save=save)
+    return finish(report, f"speed-{small.name}", save=save)
 
 
 def run_bench_latency(
@@ -112,7 +112,7 @@ def run_bench_latency(
     source = "varied" if data is None else f"{data.absolute().parent.name}-{data.stem}"
     name = f"latency-{small.name}-{source}-{grid.delay}"
     name += "" if grid.measure else "-played"
-    code = _finish({"data": source, **report}, name, save=save)
+    code = finish({"data": source, **report}, name, save=save)
     if plot is not None:
         draw_latency(report, plot)
     return code
@@ -138,7 +138,7 @@ def run_bench_kernels(settings: Settings, *, rounds: int, save: bool) -> int:
     with err.status("measuring"):
         report = bench_kernels(rounds=rounds)
     _show_kernels(report, err)
-    return _finish(report, "kernels", save=save)
+    return finish(report, "kernels", save=save)
 
 
 def _load(settings: Settings, reporter: Any, folder: Path) -> SmallModel:
@@ -246,7 +246,8 @@ def _show_kernels(report: dict[str, Any], err: Console) -> None:
     err.print(f"Metal: {report['metal']}", soft_wrap=True, markup=False)
 
 
-def _finish(report: dict[str, Any], name: str, *, save: bool) -> int:
+def finish(report: dict[str, Any], name: str, *, save: bool) -> int:
+    """End stdout with the report, and keep it if `save`; return the exit code."""
     from mlxroute.bench.framework import circumstances
 
     command = " ".join(["mlxroute", *sys.argv[1:]])

@@ -1,0 +1,71 @@
+"""Marking answers, and the statistics of marks."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlxroute.bench.marks import Mark, mark, mcnemar, wilson
+from mlxroute.questions import Kind, Question
+
+_CHOICES = (("A", "bank"), ("B", "river bank"), ("C", "library"), ("D", "mall"), ("E", "office"))
+CHOICE = Question("q", "Where?", Kind.CHOICE, "B", _CHOICES)
+NUMBER = Question("q", "How many?", Kind.NUMBER, "1,800")
+TEXT = Question("q", "Who?", Kind.TEXT, "Ada Lovelace")
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "lenient"),
+    [
+        ("It flows. Therefore, the answer is river bank (B).", True, True),
+        ("Therefore, the answer is river bank (b).", True, True),
+        ("(A) is wrong. Therefore, the answer is (B)", True, True),
+        ("Therefore, the answer is bank (A), not (B).", False, False),
+        # The longer of two choices that begin at one place.
+        ("Therefore, the answer is river bank.", None, True),
+        ("Therefore, the answer is library.", None, False),
+        ("B. river bank", None, True),
+        ("I would go to the mall", None, False),
+        ("I do not know", None, None),
+        ("", None, None),
+    ],
+)
+def test_a_choice_is_read_from_where_it_is_given(
+    text: str, strict: bool | None, lenient: bool | None
+) -> None:
+    assert mark(CHOICE, text) == Mark(strict, lenient)
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "lenient"),
+    [
+        ("so \\boxed{1,800}", True, True),
+        ("so \\boxed{1800}", False, True),
+        ("so \\boxed{$1800.00}", False, True),
+        ("so \\boxed{18}, not 1800", False, False),
+        ("That makes 2 times 900 = 1800 dollars", None, True),
+        ("That makes 2 times 900", None, False),
+        ("\\boxed{}", False, None),
+        ("many", None, None),
+    ],
+)
+def test_a_number_is_the_boxed_one_or_the_last(
+    text: str, strict: bool | None, lenient: bool | None
+) -> None:
+    assert mark(NUMBER, text) == Mark(strict, lenient)
+
+
+def test_a_text_is_found_whatever_stands_around_it() -> None:
+    assert mark(TEXT, "Ada Lovelace") == Mark(True, True)
+    assert mark(TEXT, "It was ada lovelace, of course.") == Mark(False, True)
+    assert mark(TEXT, "Adam Lovelace") == Mark(False, False)
+    assert mark(TEXT, " ") == Mark(None, None)
+
+
+def test_intervals_and_p_values_are_those_of_the_literature() -> None:
+    # Newcombe (1998), example of 81 of 263; exact binomial tails.
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert mcnemar(10, 0) == pytest.approx(2 / 1024)
+    assert mcnemar(5, 5) == 1.0
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(1, 7) == mcnemar(7, 1) == pytest.approx(2 * 9 / 256)
