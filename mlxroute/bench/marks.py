@@ -110,5 +110,5 @@ def mcnemar(only_one: int, only_other: int) -> float:
     The counts are of questions that one side alone got right.
     """
     count, least = only_one + only_other, min(only_one, only_other)
-    tail = sum(math.comb(count, k) for k in range(least + 1)) / 2**count
+    tail = sum(math.comb(count, k) for k in range(least + 1)) / (1 << count)
     return min(1.0, 2 * tail)
