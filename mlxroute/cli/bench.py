@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxroute.cli.run import load_small
+from mlxroute.cli.session import load_small
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
 from mlxroute.questions import read_questions, sampled
@@ -57,7 +57,7 @@ def run_bench_latency(
     save: bool,
 ) -> int:
     """Decode in every mode before a server that answers as late as told; return the exit code."""
-    from mlxroute.cli.app import cache_dir_of
+    from mlxroute.cli.folders import cache_dir_of
     from mlxroute.cli.large import large_model
     from mlxroute.cli.output import consoles
     from mlxroute.cli.progress import Reporter
@@ -128,7 +128,7 @@ def _asked(data: Path | None, count: int) -> list[str]:
 def run_bench_kernels(settings: Settings, *, rounds: int, save: bool) -> int:
     """Time the forms of the logit kernel and show their errors; return the exit code."""
     from mlxroute.backend import blas
-    from mlxroute.cli.app import cache_dir_of
+    from mlxroute.cli.folders import cache_dir_of
     from mlxroute.cli.output import consoles
 
     _, err = consoles()
@@ -145,7 +145,7 @@ def _load(settings: Settings, reporter: Any, folder: Path) -> SmallModel:
     if settings.small != RANDOM:
         return load_small(settings, reporter)
     from mlxroute.backend import blas
-    from mlxroute.cli.app import cache_dir_of
+    from mlxroute.cli.folders import cache_dir_of
 
     blas.interpose(cache_dir_of(settings.cache_dir))
     from mlxroute.backend.load import load

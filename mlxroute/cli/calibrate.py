@@ -18,7 +18,7 @@ def run_calibrate(settings: Settings, *, data: list[Path], count: int, tokens: i
 
     from mlxroute.cli.output import consoles
     from mlxroute.cli.progress import Reporter
-    from mlxroute.cli.run import load_small
+    from mlxroute.cli.session import load_small
 
     questions = [question for file in data for question in sampled(read_questions(file), count)]
     _, err = consoles()

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxroute.catalog import Catalog, Pair
-from mlxroute.cli.app import cache_dir_of
 from mlxroute.cli.fit import demo_pairs
+from mlxroute.cli.folders import cache_dir_of
 from mlxroute.cli.host import device_room, host_log
 from mlxroute.config import Settings, read_never_send, user_catalog_dir
 from mlxroute.errors import SourceUnreachable, WeightsError
@@ -17,7 +17,7 @@ from mlxroute.ranks import Ranks
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mlxroute.cli.run import Session
+    from mlxroute.cli.session import Session
     from mlxroute.weights import LocalModel
 
 QUESTION = "Explain the difference between a list and a tuple in Python in two sentences."
@@ -76,7 +76,7 @@ def _answer(
 ) -> int:
     from mlxroute.cli.large import tokenizer_finder
     from mlxroute.cli.progress import Reporter
-    from mlxroute.cli.run import Session, chosen_router, load_small, open_ledger
+    from mlxroute.cli.session import Session, chosen_router, load_small, open_ledger
     from mlxroute.large import LargeModel
     from mlxroute.large.launcher import LocalServer
 

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mlxroute._version import __version__
-from mlxroute.cli.app import cache_dir_of
+from mlxroute.cli.folders import cache_dir_of
 from mlxroute.config import (
     Settings,
     default_config_path,
@@ -113,7 +113,7 @@ def _large(settings: Settings) -> Check:
         advice = "no server configured (give --large URL or set OPENAI_BASE_URL)"
         return Check("large", advice, good=None)
     from mlxroute.cli.large import large_model
-    from mlxroute.cli.run import open_ledger
+    from mlxroute.cli.session import open_ledger
 
     try:
         with (

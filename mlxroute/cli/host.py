@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlxroute.catalog import Catalog
-from mlxroute.cli.app import cache_dir_of
 from mlxroute.cli.fit import check_fits, host_choice
+from mlxroute.cli.folders import cache_dir_of
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import LaunchError
 

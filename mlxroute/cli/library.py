@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlxroute.catalog import Catalog
-from mlxroute.cli.app import cache_dir_of
+from mlxroute.cli.folders import cache_dir_of
 from mlxroute.config import Settings, user_catalog_dir
 
 

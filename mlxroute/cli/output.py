@@ -13,7 +13,7 @@ from mlxroute.types import Event, LargeToken, Provisional, Retracted, RunStats, 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mlxroute.cli.run import Session
+    from mlxroute.cli.session import Session
     from mlxroute.engine import Answer
 
 

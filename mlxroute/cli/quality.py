@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxroute.cli.bench import finish
-from mlxroute.cli.run import load_small
+from mlxroute.cli.session import load_small
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
 from mlxroute.questions import Question, read_questions, sampled
@@ -33,7 +33,7 @@ def run_bench_quality(
 ) -> int:
     """Answer the questions with every side; return the exit code."""
     from mlxroute.bench.quality import Results, bench_quality
-    from mlxroute.cli.app import cache_dir_of
+    from mlxroute.cli.folders import cache_dir_of
     from mlxroute.cli.large import large_model
     from mlxroute.cli.output import consoles
     from mlxroute.cli.progress import Reporter
