@@ -51,6 +51,7 @@ class Settings:
     large_model: str | None = None
     adapter: str | None = None
     router: str = "entropy"
+    head: str | None = None
     mode: str = "auto"
     prefetch: int | None = None
     call_ceiling: float | None = None

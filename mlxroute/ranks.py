@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -44,6 +44,10 @@ class Ranks:
     def __getitem__(self, router: str) -> tuple[float, ...]:
         """The quantiles of a router's scores; of one that was not calibrated, 0 and 1."""
         return self.quantiles.get(router, (0.0, 1.0))
+
+    def knowing(self, router: str, quantiles: tuple[float, ...]) -> Self:
+        """The same, and a router's scores."""
+        return replace(self, quantiles={**self.quantiles, router: quantiles})
 
     def at(self, router: str, rate: float) -> float:
         """The score that this share of the positions exceeds."""

@@ -42,7 +42,7 @@ _ROOMS: dict[str, set[str]] = {
 }
 # Third parties that stop at these rooms.
 _WALLS: dict[str, set[str]] = {
-    "mlx": {"small", "backend", "host_process", "weights", "cli", "bench"},
+    "mlx": {"small", "backend", "host_process", "weights", "cli", "bench", "training"},
     "mlx_lm": {"small", "backend", "host_process", "tokenizer", "bench"},
     "requests": {"large", "weights", "bench"},
     "rich": {"view", "cli"},

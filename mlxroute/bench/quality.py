@@ -10,12 +10,12 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from mlxroute.bench.marks import mark, mcnemar, wilson
 from mlxroute.engine import generate
 from mlxroute.engine.options import MOST_PREFETCHED
-from mlxroute.engine.roles import Large
+from mlxroute.engine.roles import NamedLarge
 from mlxroute.questions import Question, with_examples
 from mlxroute.ranks import Ranks
 from mlxroute.routers import Router, make
@@ -23,13 +23,6 @@ from mlxroute.small import SmallModel
 from mlxroute.types import Mode, Progress, no_progress
 
 _TIMEOUT_S: Final = 600.0
-
-
-class NamedLarge(Large, Protocol):
-    """A large model whose name is known."""
-
-    @property
-    def model_name(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +112,8 @@ def bench_quality(  # noqa: PLR0913 - what a run is made of
         rows[side.name] = []
         for question in questions:
             prompt = with_examples(question, examples)
-            key = _key(small.name, large.model_name, side, prompt, tokens, router)
+            quantiles = ranks[side.router] if side.router else ()
+            key = _key(small.name, large.model_name, side, quantiles, prompt, tokens, router)
             row = results.find(key)
             if row is None:
                 row = _answered(small, large, side, question, prompt, router, tokens)

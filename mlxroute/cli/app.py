@@ -20,6 +20,7 @@ from mlxroute.cli.options import (
     CaBundle,
     CacheDir,
     CallCeiling,
+    HeadFile,
     Heat,
     Kernel,
     KeyEnv,
@@ -79,6 +80,7 @@ def chat(
     large_model: LargeModelId = None,
     adapter: Adapter = None,
     router: Router = None,
+    head: HeadFile = None,
     threshold: Threshold = None,
     budget: Budget = None,
     mode: ModeOption = None,
@@ -127,6 +129,7 @@ def ask(
     large_model: LargeModelId = None,
     adapter: Adapter = None,
     router: Router = None,
+    head: HeadFile = None,
     threshold: Threshold = None,
     budget: Budget = None,
     mode: ModeOption = None,
@@ -232,6 +235,32 @@ def calibrate(
 
     settings = settings_from(locals())
     raise typer.Exit(run_calibrate(settings, data=data, count=questions, tokens=tokens))
+
+
+@app.command()
+def train(
+    data: Annotated[
+        list[Path], typer.Option(help="JSON Lines of questions; repeatable.", metavar="FILE")
+    ],
+    out: Annotated[Path, typer.Option(help="The head to write.", metavar="FILE.safetensors")],
+    large: Large = None,
+    large_model: LargeModelId = None,
+    small: Small = None,
+    questions: Annotated[int, typer.Option(help="Of each file, at most.", min=1)] = 200,
+    tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 128,
+    timeout: Timeout = None,
+    key_env: KeyEnv = None,
+    key_file: KeyFile = None,
+    ca_bundle: CaBundle = None,
+    cache_dir: CacheDir = None,
+    ledger: LedgerFile = None,
+) -> None:
+    """Fit a router to where your large model differs from the small one."""
+    from mlxroute.cli.run import settings_from
+    from mlxroute.cli.train import run_train
+
+    settings = settings_from(locals())
+    raise typer.Exit(run_train(settings, data=data, out=out, count=questions, tokens=tokens))
 
 
 @app.command()

@@ -11,6 +11,7 @@ from mlxroute.cli.options import (
     Adapter,
     CacheDir,
     DelayName,
+    HeadFile,
     Kernel,
     Large,
     LargeModelId,
@@ -99,6 +100,7 @@ def quality(
     router: Annotated[
         list[RouterName] | None, typer.Option(help="Repeatable. Default: entropy and random.")
     ] = None,
+    head: HeadFile = None,
     questions: Annotated[int, typer.Option(help="At most so many, by chance.", min=1)] = 300,
     tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 160,
     examples: Annotated[
@@ -123,6 +125,7 @@ def quality(
             "small": small,
             "cache_dir": cache_dir,
             "max_tokens": tokens,
+            "head": head,
         }
     )
     budgets = budget or (0.01, 0.03, 0.05, 0.07, 0.10, 0.15, 0.30)

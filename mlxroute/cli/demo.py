@@ -12,7 +12,6 @@ from mlxroute.cli.folders import cache_dir_of
 from mlxroute.cli.host import device_room, host_log
 from mlxroute.config import Settings, read_never_send, user_catalog_dir
 from mlxroute.errors import SourceUnreachable, WeightsError
-from mlxroute.ranks import Ranks
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,7 +75,7 @@ def _answer(
 ) -> int:
     from mlxroute.cli.large import tokenizer_finder
     from mlxroute.cli.progress import Reporter
-    from mlxroute.cli.session import Session, chosen_router, load_small, open_ledger
+    from mlxroute.cli.session import Session, chosen_router, load_small, open_ledger, ranks_of
     from mlxroute.large import LargeModel
     from mlxroute.large.launcher import LocalServer
 
@@ -111,7 +110,7 @@ def _answer(
         large.connect(thorough=False)
         large.meet(small.vocabulary)
         err.print(f"{pair.large} is served at {server.url}", style="dim", markup=False)
-        ranks = Ranks.of(small.name, user_catalog_dir())
+        ranks = ranks_of(small, None)
         session = Session(
             small,
             large,

@@ -19,6 +19,7 @@ class RouterName(StrEnum):
     MARGIN = "margin"
     MAX_PROBABILITY = "max-probability"
     LOGU = "logu"
+    HEAD = "head"
     RANDOM = "random"
 
 
@@ -67,6 +68,10 @@ Adapter = Annotated[
     str | None, typer.Option(help="Folder of LoRA weights for the small model.", metavar="DIR")
 ]
 Router = Annotated[RouterName | None, typer.Option(help="What decides where to ask.")]
+HeadFile = Annotated[
+    str | None,
+    typer.Option("--head", help="The head of `--router head`, from `train`.", metavar="FILE"),
+]
 Threshold = Annotated[
     float | None,
     typer.Option(

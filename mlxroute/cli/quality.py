@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxroute.cli.bench import finish
-from mlxroute.cli.session import load_small
-from mlxroute.config import Settings, user_catalog_dir
+from mlxroute.cli.session import HEAD, load_small, ranks_of
+from mlxroute.config import Settings
 from mlxroute.errors import UsageError
 from mlxroute.questions import Question, read_questions, sampled
-from mlxroute.ranks import Ranks
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,6 +40,8 @@ def run_bench_quality(
 
     if settings.large is None:
         raise UsageError("bench quality needs a large model's server: --large URL")
+    if any(side.router == HEAD for side in sides) != (settings.head is not None):
+        raise UsageError("--router head and --head FILE go together; `mlxroute train` makes heads")
     if plot is not None:
         from mlxroute.bench.plot import check_plot, draw_quality
 
@@ -67,7 +68,7 @@ def run_bench_quality(
                 questions,
                 sides=sides,
                 examples=worked,
-                ranks=Ranks.of(small.name, user_catalog_dir()),
+                ranks=ranks_of(small, settings.head),
                 tokens=settings.max_tokens,
                 results=Results(folder / f"quality-{Path(small.name).name}-{model}.jsonl"),
                 progress=progress,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mlxroute.large import LargeModel
     from mlxroute.small import SmallModel
 
+HEAD = "head"
 DEFAULT_SMALL = "qwen2.5-coder-0.5b"
 # As calibrated for the default small model.
 DEFAULT_THRESHOLD_NATS = 1.64
@@ -198,7 +199,7 @@ def open_session(settings: Settings, err: Console) -> Session:
         catalog = Catalog.load(user_catalog_dir())
         if prices is None and large is not None:
             prices = catalog.price(large.model_name)
-        ranks = Ranks.of(small.name, user_catalog_dir())
+        ranks = ranks_of(small, settings.head)
         pair = catalog.pair(small.name, large.model_name) if large else None
         pair = pair or catalog.pair(small.name)
         session = Session(
@@ -253,6 +254,8 @@ def _check(settings: Settings) -> None:
     from mlxroute.engine import Options, named_mode
     from mlxroute.types import Sampling
 
+    if (settings.router == HEAD) != (settings.head is not None):
+        raise UsageError("--router head and --head FILE go together; `mlxroute train` makes heads")
     ruled = settings.threshold is not None or settings.budget is not None
     if settings.router != "entropy" and not ruled:
         raise UsageError(
@@ -290,6 +293,14 @@ def _open_large(settings: Settings, ledger: Ledger, err: Console) -> LargeModel 
             soft_wrap=True,
         )
     return large
+
+
+def ranks_of(small: SmallModel, head: str | None) -> Ranks:
+    """What is known of a small model's scores; with those of a head, which it then evaluates."""
+    ranks = Ranks.of(small.name, user_catalog_dir())
+    if head is None:
+        return ranks
+    return ranks.knowing(HEAD, small.load_head(Path(head).expanduser()))
 
 
 def chosen_router(settings: Settings, pair: Pair | None, ranks: Ranks) -> Router:

@@ -105,6 +105,13 @@ class Large(Protocol):
         ...
 
 
+class NamedLarge(Large, Protocol):
+    """A large model whose name is known."""
+
+    @property
+    def model_name(self) -> str: ...
+
+
 class Pace(Protocol):
     """What a router decides from scores, as far as it has come: a value."""
 

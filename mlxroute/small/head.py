@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,10 +22,12 @@ SIGNAL_COUNT = 4
 class MlpHead:
     """Layers (weight [out, in], bias [out]) with ReLU between them; the last gives one score.
 
-    The first layer takes the hidden state, then `signal_features`.
+    The first layer takes the hidden state, then `signal_features`. `quantiles` are its scores at
+    evenly spaced ranks, as far as the file tells them.
     """
 
     layers: tuple[tuple[mx.array, mx.array], ...]
+    quantiles: tuple[float, ...] = ()
 
     @classmethod
     def load(cls, path: Path, *, hidden_size: int) -> MlpHead:
@@ -35,10 +38,10 @@ class MlpHead:
         import mlx.core as mx
 
         try:
-            found = mx.load(str(path))
+            found, about = mx.load(str(path), return_metadata=True)
         except (OSError, RuntimeError, ValueError) as exc:
             raise WeightsError(f"the head {path} cannot be read: {exc}") from exc
-        if not isinstance(found, dict):
+        if not isinstance(found, dict) or not isinstance(about, dict):
             raise WeightsError(f"the head {path} is not a safetensors file")
         layers = []
         for index in itertools.count():
@@ -54,13 +57,22 @@ class MlpHead:
                 f"the head {path} does not fit: its layers must lead from {sizes[0]} values"
                 f" ({hidden_size} of the hidden state, {SIGNAL_COUNT} signals) to 1"
             )
-        return cls(tuple(layers))
+        quantiles = tuple(float(value) for value in json.loads(about.get("quantiles", "[]")))
+        return cls(tuple(layers), quantiles)
 
     def __call__(self, hidden: mx.array, packed: mx.array) -> mx.array:
         """Scores [B, 1] of hidden states [B, D] and packed rows, lazily."""
         import mlx.core as mx
 
-        values = mx.concatenate([hidden.astype(mx.float32), signal_features(packed)], axis=-1)
+        return self.of(
+            mx.concatenate([hidden.astype(mx.float32), signal_features(packed)], axis=-1)
+        )
+
+    def of(self, inputs: mx.array) -> mx.array:
+        """Scores [B, 1] of inputs [B, D + 4] in float32, lazily."""
+        import mlx.core as mx
+
+        values = inputs
         for index, (weight, bias) in enumerate(self.layers):
             values = values if index == 0 else mx.maximum(values, 0.0)
             values = values @ weight.T + bias

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mlxroute.errors import UsageError
 from mlxroute.small.branching import measure
 from mlxroute.small.decoder import Decoder, Head
+from mlxroute.small.head import MlpHead
 from mlxroute.small.kernels import choose
 from mlxroute.tokenizer import ChatTokenizer
 from mlxroute.types import (
@@ -191,6 +192,19 @@ class SmallModel:
         architecture whose final norm is not known.
         """
         return self._decoder.hidden_state()
+
+    def load_head(self, path: Path) -> tuple[float, ...]:
+        """Evaluate the head of a file from now on; return its scores at evenly spaced ranks.
+
+        Raises WeightsError for a file that is no head for this model, UsageError for an
+        architecture whose final norm is not known.
+        """
+        args = getattr(self.model, "args", None)
+        text = getattr(args, "text_config", None) or {}
+        size = getattr(args, "hidden_size", None) or text.get("hidden_size") or 0
+        head = MlpHead.load(path, hidden_size=int(size))
+        self.set_head(head)
+        return head.quantiles
 
     def set_head(self, head: Head | None) -> None:
         """Evaluate a learned head in every step's graph; its score is in the signals."""
