@@ -22,7 +22,7 @@ from mlxroute.small import SmallModel
 from tests.fakes import Reply, ScriptedLarge
 from tests.tiny import make_tiny_model
 
-_TOKENS = 24
+_TOKENS = 12
 _RANKS = Ranks("tiny", "none", 0, {"entropy": (0.0, 6.0)})
 
 
