@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 import pytest
@@ -64,14 +65,15 @@ def test_labels_say_where_the_small_model_would_have_written_otherwise(
     large = Named([(own,), (other,), (70,), (70,)])
     (labelled,) = collect(small, large, _QUESTIONS[:1], tokens=4, folder=tmp_path)
     assert labelled.hidden.shape == (4, _HIDDEN)
-    assert labelled.differs.tolist()[0] == 0
+    differs = cast("list[float]", labelled.differs.tolist())
+    assert differs[0] == 0
     first, _ = small.prefill(ids)
     assert mx.allclose(labelled.hidden[0], small.hidden_state(), atol=1e-2).item()
     assert labelled.signals[0].tolist() == pytest.approx(
         [first.entropy_nats, first.varentropy, first.top_logprobs[0], first.margin], rel=1e-5
     )
     second = small.step(own)
-    assert labelled.differs.tolist()[1] == float(second.token_id != other)
+    assert differs[1] == float(second.token_id != other)
     assert mx.allclose(labelled.hidden[1], small.hidden_state(), atol=1e-2).item()
 
 
