@@ -164,6 +164,14 @@ def test_the_closing_paragraph_says_what_happened_in_figures() -> None:
     assert "\n" not in text
 
 
+def test_the_closing_paragraph_names_the_budget() -> None:
+    text = closing_paragraph(
+        _STATS, small="tiny", large="huge", threshold=1.6, allowance="7% of the tokens and 4 more"
+    )
+    assert "wherever the small model was least sure, within 7% of the tokens and 4 more: 6" in text
+    assert "1.6 nats" not in text
+
+
 def test_the_closing_paragraph_admits_what_could_not_be_checked() -> None:
     failed = replace(NO_STATS, tokens=9, unchecked=2)
     text = closing_paragraph(failed, small="tiny", large="huge", threshold=1.6)

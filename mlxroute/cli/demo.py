@@ -143,7 +143,7 @@ def _show(session: Session, pair: Pair, out: Console, err: Console) -> int:
             small=pair.small,
             large=pair.large,
             threshold=session.threshold,
-            budget=session.budget,
+            allowance=session.allowance,
         ),
         markup=False,
     )

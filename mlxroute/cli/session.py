@@ -15,7 +15,7 @@ from mlxroute.config import Settings, read_never_send, read_prices, user_catalog
 from mlxroute.errors import LargeError, LargeUnrecorded, UsageError
 from mlxroute.ledger import Ledger
 from mlxroute.ranks import Ranks
-from mlxroute.routers import Budget, Router, make
+from mlxroute.routers import BURST, Budget, Router, make
 from mlxroute.types import Message, Mode, Prices, RunStats, Uploads
 
 if TYPE_CHECKING:
@@ -162,6 +162,12 @@ class Session:
     def router_name(self) -> str:
         """What positions are scored by."""
         return self._router.name
+
+    @property
+    def allowance(self) -> str | None:
+        """How often the large model may be asked, in words; None where a threshold is set."""
+        share = self.budget
+        return None if share is None else f"{100 * share:g}% of the tokens and {BURST:g} more"
 
     def rule(self) -> str:
         """When the large model is asked, in words."""

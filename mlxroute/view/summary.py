@@ -199,14 +199,14 @@ class Totals:
 
 
 def closing_paragraph(
-    stats: RunStats, *, small: str, large: str, threshold: float, budget: float | None = None
+    stats: RunStats, *, small: str, large: str, threshold: float, allowance: str | None = None
 ) -> str:
     """What a demo's answer showed, and what to try next."""
     own = stats.tokens - stats.large_tokens
     sentences = [f"{small} wrote {own:,} of the {_count(stats.tokens, 'token')} on this machine."]
     if stats.escalated:
         sentences += [
-            f"{large} was asked for one token wherever {_unsure(threshold, budget)}: "
+            f"{large} was asked for one token wherever {_unsure(threshold, allowance)}: "
             f"{_count(stats.escalated, 'time')}, at {_percent(stats.escalation_rate)} of the "
             f"positions. What it wrote is underlined; {_percent(stats.agreed / stats.escalated)} "
             f"of it is what {small} was about to write anyway.",
@@ -214,7 +214,7 @@ def closing_paragraph(
             f"{_uploaded_by(stats)}.",
         ]
     elif not stats.unchecked:
-        sentences.append(f"{large} was not asked: nowhere {_unsure(threshold, budget)}.")
+        sentences.append(f"{large} was not asked: nowhere {_unsure(threshold, allowance)}.")
     if failed := stats.unchecked - stats.withheld:
         sentences.append(
             f"{_count(failed, 'position')} should have been checked with {large}, which "
@@ -230,9 +230,9 @@ def closing_paragraph(
     return " ".join(sentences)
 
 
-def _unsure(threshold: float, budget: float | None) -> str:
-    if budget is not None:
-        return f"the small model was least sure, within {100 * budget:g}% of the tokens"
+def _unsure(threshold: float, allowance: str | None) -> str:
+    if allowance is not None:
+        return f"the small model was least sure, within {allowance}"
     if threshold == -math.inf:
         return "there was a token to write"
     return f"the small model's entropy passed {threshold:g} nats"
