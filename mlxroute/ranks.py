@@ -46,7 +46,9 @@ class Ranks:
         return self.quantiles.get(router, (0.0, 1.0))
 
     def knowing(self, router: str, quantiles: tuple[float, ...]) -> Self:
-        """The same, and a router's scores."""
+        """The same, and a router's scores, if there are any."""
+        if len(quantiles) < _FEWEST:
+            return self
         return replace(self, quantiles={**self.quantiles, router: quantiles})
 
     def at(self, router: str, rate: float) -> float:

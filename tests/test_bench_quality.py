@@ -100,6 +100,24 @@ def test_what_is_there_is_not_asked_again(
     assert large.contexts == []
 
 
+def test_a_line_that_was_not_written_to_its_end_is_answered_again(
+    small: SmallModel, questions: list[Question], tmp_path: Path
+) -> None:
+    path = tmp_path / "r.jsonl"
+    first, _ = run(small, questions[:2], path)
+    path.write_text(path.read_text()[:-40])
+    again, large = run(small, questions[:2], path)
+    assert len(large.contexts) == again["sides"]["entropy 10%"]["calls"] - first_calls(path)
+    assert again["sides"]["small"] == first["sides"]["small"]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def first_calls(path: Path) -> int:
+    """The calls of the first routed answer."""
+    rows = [json.loads(line)["row"] for line in path.read_text().splitlines()]
+    return int(rows[4]["calls"])
+
+
 def test_an_interrupted_run_goes_on_to_the_same_report(
     small: SmallModel, questions: list[Question], tmp_path: Path
 ) -> None:

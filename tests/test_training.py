@@ -15,6 +15,7 @@ from mlxroute.cli import main
 from mlxroute.engine import generate
 from mlxroute.errors import LargeError, LargeRefused, UsageError, WeightsError
 from mlxroute.questions import Question
+from mlxroute.ranks import Ranks
 from mlxroute.routers import make
 from mlxroute.small import SmallModel
 from mlxroute.training import collect, fit
@@ -128,6 +129,21 @@ def test_a_written_head_scores_as_the_fitted_one_inside_a_step(
     small.set_head(None)
 
 
+def test_a_head_without_ranks_starts_budgets_anywhere(small: SmallModel, tmp_path: Path) -> None:
+    file = tmp_path / "h.safetensors"
+    fit(synthetic(20), about={}).write(file)
+    arrays = mx.load(str(file))
+    assert isinstance(arrays, dict)
+    mx.save_safetensors(str(tmp_path / "plain.safetensors"), arrays)
+    quantiles = small.load_head(tmp_path / "plain.safetensors")
+    ranks = Ranks.of("tiny", tmp_path).knowing("head", quantiles)
+    assert make("head", budget=0.1, quantiles=ranks["head"]).pace.threshold > 0
+    mx.save_safetensors(str(tmp_path / "broken.safetensors"), arrays, {"quantiles": "["})
+    with pytest.raises(WeightsError, match="broken metadata"):
+        small.load_head(tmp_path / "broken.safetensors")
+    small.set_head(None)
+
+
 def test_too_little_to_learn_from_is_said() -> None:
     with pytest.raises(UsageError, match="at least 10 answers, not 9"):
         fit(synthetic(9), about={})
@@ -168,7 +184,7 @@ def test_a_head_that_does_not_fit_is_one_clear_line(
         SmallModel(*load(tiny), name="tiny").load_head(tmp_path / "h.safetensors")
     head = str(tmp_path / "h.safetensors")
     assert main(["ask", "--router", "head", "--budget", "7%", "hi"]) == 2
-    assert "go together" in capsys.readouterr().err
+    assert "needs --head FILE" in capsys.readouterr().err
     ask = ["ask", "--offline", "--small", str(tiny), "--router", "head", "--budget", "7%"]
     assert main([*ask, "--head", head, "hi"]) == 2
     assert "cannot be read" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from mlxroute.questions import Question, with_examples
 from mlxroute.ranks import Ranks
 from mlxroute.routers import Router, make
 from mlxroute.small import SmallModel
-from mlxroute.types import Mode, Progress, no_progress
+from mlxroute.types import Mode, Progress, Source, no_progress
 
 _TIMEOUT_S: Final = 600.0
 
@@ -67,7 +67,12 @@ class Results:
         self._path = path
         self._rows: dict[str, Row] = {}
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            text = path.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1]
+            if whole != text:
+                # What a run that was killed was just writing.
+                path.write_text(whole, encoding="utf-8")
+            for line in whole.splitlines():
                 item = json.loads(line)
                 item["row"]["scores"] = tuple(item["row"]["scores"])
                 self._rows[item["key"]] = Row(**item["row"])
@@ -168,7 +173,7 @@ def _answered(
         prefetch=MOST_PREFETCHED if side.is_large else 0,
     )
     # A large token of several ids is one position.
-    scores = [token.score for token in answer if token.source.value == "small" or token.escalation]
+    scores = [token.score for token in answer if token.source is Source.SMALL or token.escalation]
     stats = answer.stats()
     marked = mark(question, stats.text)
     return Row(

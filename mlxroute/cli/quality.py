@@ -40,8 +40,9 @@ def run_bench_quality(
 
     if settings.large is None:
         raise UsageError("bench quality needs a large model's server: --large URL")
-    if any(side.router == HEAD for side in sides) != (settings.head is not None):
-        raise UsageError("--router head and --head FILE go together; `mlxroute train` makes heads")
+    head = settings.head if any(side.router == HEAD for side in sides) else None
+    if head is None and any(side.router == HEAD for side in sides):
+        raise UsageError("--router head needs --head FILE; `mlxroute train` makes heads")
     if plot is not None:
         from mlxroute.bench.plot import check_plot, draw_quality
 
@@ -68,7 +69,7 @@ def run_bench_quality(
                 questions,
                 sides=sides,
                 examples=worked,
-                ranks=ranks_of(small, settings.head),
+                ranks=ranks_of(small, head),
                 tokens=settings.max_tokens,
                 results=Results(folder / f"quality-{Path(small.name).name}-{model}.jsonl"),
                 progress=progress,

@@ -205,7 +205,7 @@ def open_session(settings: Settings, err: Console) -> Session:
         catalog = Catalog.load(user_catalog_dir())
         if prices is None and large is not None:
             prices = catalog.price(large.model_name)
-        ranks = ranks_of(small, settings.head)
+        ranks = ranks_of(small, settings.head if settings.router == HEAD else None)
         pair = catalog.pair(small.name, large.model_name) if large else None
         pair = pair or catalog.pair(small.name)
         session = Session(
@@ -260,8 +260,8 @@ def _check(settings: Settings) -> None:
     from mlxroute.engine import Options, named_mode
     from mlxroute.types import Sampling
 
-    if (settings.router == HEAD) != (settings.head is not None):
-        raise UsageError("--router head and --head FILE go together; `mlxroute train` makes heads")
+    if settings.router == HEAD and settings.head is None:
+        raise UsageError("--router head needs --head FILE; `mlxroute train` makes heads")
     ruled = settings.threshold is not None or settings.budget is not None
     if settings.router != "entropy" and not ruled:
         raise UsageError(

@@ -124,7 +124,6 @@ class Decoder:
         self._take_back()
         with self.cache.branching(parents, token_ids):
             packed = self._read(self._pass(mx.array(list(token_ids))[:, None])).packed
-            _queue(packed)
         self._now = None
         rows = cast("list[list[float]]", packed.tolist())
         return [unpack(values, has_head=self.head is not None) for values in rows]

@@ -57,7 +57,10 @@ class MlpHead:
                 f"the head {path} does not fit: its layers must lead from {sizes[0]} values"
                 f" ({hidden_size} of the hidden state, {SIGNAL_COUNT} signals) to 1"
             )
-        quantiles = tuple(float(value) for value in json.loads(about.get("quantiles", "[]")))
+        try:
+            quantiles = tuple(float(value) for value in json.loads(about.get("quantiles", "[]")))
+        except (ValueError, TypeError) as exc:
+            raise WeightsError(f"the head {path} has broken metadata: {exc}") from exc
         return cls(tuple(layers), quantiles)
 
     def __call__(self, hidden: mx.array, packed: mx.array) -> mx.array:
