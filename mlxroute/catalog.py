@@ -69,6 +69,7 @@ class Pair:
     """A small and a large model that go together.
 
     `threshold` is the default entropy threshold in nats; `calibration` says where it comes from.
+    `router` is what positions are scored by unless the user says otherwise.
     """
 
     small: str
@@ -76,6 +77,7 @@ class Pair:
     same_vocabulary: bool
     threshold: float
     calibration: str
+    router: str = "entropy"
 
     @property
     def name(self) -> str:

@@ -50,7 +50,7 @@ class Settings:
     large: str | None = None
     large_model: str | None = None
     adapter: str | None = None
-    router: str = "entropy"
+    router: str | None = None
     head: str | None = None
     mode: str = "auto"
     prefetch: int | None = None

@@ -7,6 +7,7 @@ Understood are rows with a `prompt` and maybe an `answer`; those of CommonsenseQ
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxroute.errors import UsageError
+from mlxroute.types import Message
 
 _CHOICE_FORM = (
     "Please format your response in the following way:\n"
@@ -41,8 +43,8 @@ class Kind(StrEnum):
 class Question:
     """A user message; `name` says which row it is.
 
-    `answer` is the right one, of `choices` the label; None where the file has none. `worked` is an
-    answer in full.
+    `form` asks for answers in a form that can be read. `answer` is the right one, of `choices` the
+    label; None where the file has none. `worked` is an answer in full.
     """
 
     name: str
@@ -51,6 +53,12 @@ class Question:
     answer: str | None = None
     choices: tuple[tuple[str, str], ...] = ()
     worked: str | None = None
+    form: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells the question from others without telling it."""
+        return hashlib.sha256(self.prompt.encode()).hexdigest()[:16]
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -75,14 +83,36 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def sampled(questions: Sequence[Question], count: int) -> list[Question]:
-    """As many as wanted, or all there are, by the same chance each time."""
-    return random.Random(0).sample(questions, min(count, len(questions)))
+    """As many as wanted, or all there are, in the same shuffled order each time."""
+    return random.Random(0).sample(questions, len(questions))[:count]
 
 
-def with_examples(question: Question, examples: Sequence[Question]) -> str:
-    """The question as a prompt, behind worked examples in the same form."""
-    blocks = [f"{each.prompt}\n\n{each.worked}" for each in examples]
-    return "\n\n---\n\n".join([*blocks, question.prompt])
+def worked_examples(path: Path | None, count: int) -> list[Question]:
+    """The first rows of a file that have an answer in full; none without a file.
+
+    Raises UsageError where there are fewer.
+    """
+    if path is None:
+        return []
+    found = [each for each in read_questions(path) if each.worked is not None][:count]
+    if len(found) < count:
+        raise UsageError(f"{path}: {len(found)} rows have a `cot`, and {count} are wanted")
+    return found
+
+
+def conversation(question: Question, examples: Sequence[Question] = ()) -> list[Message]:
+    """The question as a user's message, behind worked examples as earlier turns.
+
+    Without examples it says which form is asked for.
+    """
+    turns: list[Message] = []
+    for each in examples:
+        turns.append({"role": "user", "content": each.prompt})
+        turns.append({"role": "assistant", "content": each.worked or ""})
+    asked = question.prompt
+    if question.form and not examples:
+        asked = f"{asked}\n\n{question.form}"
+    return [*turns, {"role": "user", "content": asked}]
 
 
 def _question(line: str, *, where: str) -> Question:
@@ -98,16 +128,18 @@ def _question(line: str, *, where: str) -> Question:
     if "choices" in row:
         choices = _choices(row, where)
         listed = "\n".join(f"{label}. {text}" for label, text in choices)
-        prompt = f"{_text(row, 'question', where)}\n{listed}\n\n{_CHOICE_FORM}"
+        prompt = f"{_text(row, 'question', where)}\n{listed}"
         answer = _optional(row, "answerKey", where)
         if answer is not None and answer not in [label for label, _ in choices]:
             raise UsageError(f"{where}: `answerKey` {answer!r} is none of the labels")
-        return Question(name, prompt, Kind.CHOICE, answer, choices, worked)
+        return Question(name, prompt, Kind.CHOICE, answer, choices, worked, _CHOICE_FORM)
     if "problem" in row:
         solution = _optional(row, "solution", where)
         boxed = _BOXED.findall(solution or "")
-        prompt = f"{_text(row, 'problem', where)}\n\n{_NUMBER_FORM}"
-        return Question(name, prompt, Kind.NUMBER, boxed[-1] if boxed else None, (), worked)
+        prompt = _text(row, "problem", where)
+        return Question(
+            name, prompt, Kind.NUMBER, boxed[-1] if boxed else None, (), worked, _NUMBER_FORM
+        )
     answer = _optional(row, "answer", where) or _optional(row, "answerKey", where)
     numeric = answer is not None and _NUMBER.fullmatch(answer.strip())
     kind = Kind.NUMBER if numeric else Kind.TEXT

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mlxroute.bench.marks import Mark, mark, mcnemar, wilson
+from mlxroute.bench.statistics import mcnemar, wilson
+from mlxroute.marks import Mark, mark, outcome
 from mlxroute.questions import Kind, Question
 
 _CHOICES = (("A", "bank"), ("B", "river bank"), ("C", "library"), ("D", "mall"), ("E", "office"))
@@ -69,3 +70,22 @@ def test_intervals_and_p_values_are_those_of_the_literature() -> None:
     assert mcnemar(5, 5) == 1.0
     assert mcnemar(0, 0) == 1.0
     assert mcnemar(1, 7) == mcnemar(7, 1) == pytest.approx(2 * 9 / 256)
+
+
+@pytest.mark.parametrize(
+    ("kind", "texts", "same"),
+    [
+        (Kind.CHOICE, ("So the answer is tea (A).", "The answer is (A)"), True),
+        (Kind.CHOICE, ("the answer is tea", "the answer is milk"), False),
+        (Kind.NUMBER, ("It is \\boxed{18.00}", "so 18"), True),
+        (Kind.NUMBER, ("no idea", "so 0"), False),
+        (Kind.TEXT, ("Ice floats!", "ice  floats"), True),
+        (Kind.TEXT, ("ice floats", "ice sinks"), False),
+    ],
+)
+def test_outcomes_are_equal_where_answers_are(
+    kind: Kind, texts: tuple[str, str], same: bool
+) -> None:
+    question = Question("q", "?", kind, None, (("A", "tea"), ("B", "milk")))
+    one, other = (outcome(question, text) for text in texts)
+    assert (one == other) is same

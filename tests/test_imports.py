@@ -30,14 +30,16 @@ _ROOMS: dict[str, set[str]] = {
     "weights": {"catalog"},
     "questions": set(),
     "ranks": {"catalog"},
+    "heads": {"catalog"},
     "routers": set(),
     "engine": set(),
     "small": {"backend", "catalog", "config", "tokenizer", "weights"},
     # "" is the package itself, to tell a child where it lies
     "large": {"backend", "ledger", ""},
     "view": set(),
-    "training": {"engine", "questions", "ranks", "routers", "small"},
-    "bench": {"engine", "large", "questions", "ranks", "routers", "small"},
+    "marks": {"questions"},
+    "training": {"engine", "marks", "questions", "ranks", "routers", "small"},
+    "bench": {"engine", "large", "marks", "questions", "ranks", "routers", "small", "training"},
     "host_process": {"backend"},
 }
 # Third parties that stop at these rooms.

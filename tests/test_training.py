@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -14,13 +15,12 @@ from mlxroute.backend.load import load
 from mlxroute.cli import main
 from mlxroute.engine import generate
 from mlxroute.errors import LargeError, LargeRefused, UsageError, WeightsError
-from mlxroute.questions import Question
+from mlxroute.questions import Kind, Question
 from mlxroute.ranks import Ranks
 from mlxroute.routers import make
 from mlxroute.small import SmallModel
-from mlxroute.training import collect, fit
+from mlxroute.training import Fitted, Labelled, Labels, Replies, collect, fit
 from mlxroute.training.fit import recall
-from mlxroute.training.labels import Labelled
 from tests.fakes import Reply, ScriptedLarge
 from tests.tiny import make_tiny_model
 
@@ -48,69 +48,167 @@ def synthetic(count: int, *, seed: int = 0) -> list[Labelled]:
         hidden = mx.random.normal((40, _HIDDEN), key=each)
         signals = mx.abs(mx.random.normal((40, 4), key=mx.random.split(each)[0]))
         differs = (hidden[:, 3] > 1.2).astype(mx.float32)
-        found.append(Labelled(hidden.astype(mx.float16), signals, differs))
+        # The large model's token is likely where the models differ, the small one's elsewhere.
+        logprobs = mx.stack([-3 * differs, 3 * differs - 3], axis=1)
+        found.append(Labelled(hidden.astype(mx.float16), signals, differs, logprobs, "", 40))
     return found
 
 
+def fitted_to(answers: list[Labelled], labels: Labels = Labels.DIVERGENCE) -> Fitted:
+    """A head for labels that need no outcomes."""
+    questions = [Question(str(i), f"say {i}") for i in range(len(answers))]
+    return fit(answers, questions, labels=labels, about={"small": "s"})
+
+
 # Labels
+
+
+def labelled(
+    small: SmallModel,
+    large: Named,
+    folder: Path,
+    *,
+    questions: list[Question] | None = None,
+    at_once: int = 1,
+    continuing: bool = True,
+) -> list[Labelled]:
+    """What `collect` gives for answers of up to 6 tokens."""
+    with Replies(large, folder / "replies.jsonl", at_once=at_once) as replies:
+        return collect(
+            small,
+            replies,
+            _QUESTIONS[:1] if questions is None else questions,
+            examples=[],
+            tokens=6,
+            folder=folder / "labels",
+            at_once=at_once,
+            continuing=continuing,
+        )
+
+
+def greedy(small: SmallModel, ids: list[int], count: int) -> list[int]:
+    """What the small model writes behind some ids."""
+    signals, _ = small.prefill(ids)
+    found: list[int] = []
+    while len(found) < count and signals.token_id not in small.vocabulary.eos_ids:
+        found.append(signals.token_id)
+        signals = small.step(signals.token_id)
+    return found
+
+
+def spelled(small: SmallModel, ids: list[int]) -> str:
+    return b"".join(map(small.vocabulary.token_bytes, ids)).decode(errors="replace")
 
 
 def test_labels_say_where_the_small_model_would_have_written_otherwise(
     small: SmallModel, tmp_path: Path
 ) -> None:
     ids = small.encode_prompt(small.render([{"role": "user", "content": "say 0"}]))
-    signals, _ = small.prefill(ids)
-    own = signals.token_id
+    own = greedy(small, ids, 1)[0]
     other = 70 if own != 70 else 71
-    # Agrees, then differs, then ends: what the small model wants then is its own matter.
-    large = Named([(own,), (other,), (70,), (70,)])
-    (labelled,) = collect(small, large, _QUESTIONS[:1], tokens=4, folder=tmp_path)
-    assert labelled.hidden.shape == (4, _HIDDEN)
-    differs = cast("list[float]", labelled.differs.tolist())
-    assert differs[0] == 0
-    first, _ = small.prefill(ids)
-    assert mx.allclose(labelled.hidden[0], small.hidden_state(), atol=1e-2).item()
-    assert labelled.signals[0].tolist() == pytest.approx(
-        [first.entropy_nats, first.varentropy, first.top_logprobs[0], first.margin], rel=1e-5
-    )
-    second = small.step(own)
-    assert differs[1] == float(second.token_id != other)
-    assert mx.allclose(labelled.hidden[1], small.hidden_state(), atol=1e-2).item()
+    (found,) = labelled(small, Named([(own,), (other,), (70,)]), tmp_path)
+    assert found.hidden.shape == (6, _HIDDEN)
+    differs = cast("list[float]", found.differs.tolist())
+    written = [own, other, 70, 70, 70, 70]
+    signals, _ = small.prefill(ids)
+    for at, token_id in enumerate(written):
+        assert differs[at] == float(signals.token_id != token_id)
+        assert mx.allclose(found.hidden[at], small.hidden_state(), atol=1e-2).item()
+        assert found.signals[at].tolist() == pytest.approx(
+            [signals.entropy_nats, signals.varentropy, signals.top_logprobs[0], signals.margin],
+            rel=1e-4,
+        )
+        given = cast("list[float]", found.logprobs[at].tolist())
+        assert given[1] == pytest.approx(-0.5)
+        if token_id in signals.top_ids:
+            place = signals.top_ids.index(token_id)
+            assert given[0] == pytest.approx(signals.top_logprobs[place], abs=1e-3)
+        signals = small.step(token_id)
+    assert (found.text, found.tokens) == (spelled(small, written), 6)
+
+
+def test_the_small_model_goes_on_alone_from_each_disagreement(
+    small: SmallModel, tmp_path: Path
+) -> None:
+    ids = small.encode_prompt(small.render([{"role": "user", "content": "say 0"}]))
+    (found,) = labelled(small, Named([(70,), (71,), (72,)]), tmp_path)
+    written = [70, 71, 72, 72, 72, 72]
+    differs = cast("list[float]", found.differs.tolist())
+    places = [at for at, value in enumerate(differs) if value]
+    assert len(places) == len(found.alone) > 2
+    for at, text in zip(places, found.alone, strict=True):
+        tail = greedy(small, ids + written[:at], 6 - at)
+        assert text == spelled(small, written[:at] + tail)
+
+
+def test_labels_of_several_answers_at_once_are_those_of_one_after_the_other(
+    small: SmallModel, tmp_path: Path
+) -> None:
+    one = labelled(small, Named([(70,)]), tmp_path / "1", questions=_QUESTIONS)
+    three = labelled(small, Named([(70,)]), tmp_path / "3", questions=_QUESTIONS, at_once=3)
+    assert [each.alone for each in one] == [each.alone for each in three]
+    plain = labelled(small, Named([(70,)]), tmp_path / "p", questions=_QUESTIONS, continuing=False)
+    assert all(each.alone == () for each in plain)
+    assert all(mx.array_equal(a.differs, b.differs) for a, b in zip(one, plain, strict=True))
 
 
 def test_what_is_labelled_is_not_asked_again_and_survives_a_fault(
     small: SmallModel, tmp_path: Path
 ) -> None:
-    replies: list[Reply] = [(70,)] * 5
+    replies: list[Reply] = [(70,)] * 8
     with pytest.raises(LargeError):
-        collect(small, Named([*replies, LargeRefused("no")]), _QUESTIONS, tokens=4, folder=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 1
+        labelled(small, Named([*replies, LargeRefused("no")]), tmp_path, questions=_QUESTIONS)
+    assert len(list((tmp_path / "labels").iterdir())) == 1
     large = Named([(70,)])
-    whole = collect(small, large, _QUESTIONS, tokens=4, folder=tmp_path)
-    assert (len(whole), len(large.contexts)) == (3, 8)
-    again = collect(small, silent := Named([(70,)]), _QUESTIONS, tokens=4, folder=tmp_path)
+    whole = labelled(small, large, tmp_path, questions=_QUESTIONS)
+    # Two tokens of the second answer were known.
+    assert (len(whole), len(large.contexts)) == (3, 10)
+    silent = Named([(70,)])
+    again = labelled(small, silent, tmp_path, questions=_QUESTIONS)
     assert silent.contexts == []
     assert all(mx.array_equal(a.hidden, b.hidden) for a, b in zip(whole, again, strict=True))
+
+
+def test_an_outcome_that_does_not_change_makes_no_label() -> None:
+    question = Question("q", "?", Kind.CHOICE, "B", (("A", "tea"), ("B", "milk")))
+    ends = [f"The answer is {each}." for each in ("tea (A)", "tea (A)", "milk (B)", "milk (B)")]
+    found = Labelled(
+        hidden=mx.zeros((5, 1)),
+        signals=mx.zeros((5, 4)),
+        differs=mx.array([0.0, 1.0, 1.0, 0.0, 1.0]),
+        logprobs=mx.zeros((5, 2)),
+        text=ends[3],
+        tokens=5,
+        alone=tuple(ends[:3]),
+    )
+    assert found.targets(question, Labels.DIVERGENCE) == [0, 1, 1, 0, 1]
+    assert found.targets(question, Labels.CONSEQUENCE) == [0, 0, 1, 0, 0]
+    assert found.targets(question, Labels.PREFERENCE) == [0, 0, 1, 0, 0]
+    wrong = replace(question, answer="A")
+    assert found.targets(wrong, Labels.CONSEQUENCE) == [0, 0, 1, 0, 0]
+    assert found.targets(wrong, Labels.PREFERENCE) == [0, 0, 0, 0, 0]
 
 
 # Fitting
 
 
-def test_a_head_finds_what_tells_the_models_apart(tmp_path: Path) -> None:
-    fitted = fit(synthetic(60), about={"small": "s"})
+@pytest.mark.parametrize("labels", [Labels.DIVERGENCE, Labels.DEFERRAL])
+def test_a_head_finds_what_tells_the_models_apart(labels: Labels) -> None:
+    fitted = fitted_to(synthetic(60), labels)
     rows = fitted.report["recall"]
     assert rows["0.1"]["head"] > 0.7
     assert rows["0.1"]["entropy"] < 0.3
     assert rows["0.1"]["oracle"] >= rows["0.1"]["head"]
     assert fitted.report["answers"] == {"fitted": 48, "held_out": 12}
     assert list(fitted.quantiles) == sorted(fitted.quantiles)
-    assert fit(synthetic(60), about={"small": "s"}).report == fitted.report
+    assert (fitted.report["small"], fitted.report["labels"]) == ("s", labels)
+    assert fitted_to(synthetic(60), labels).report == fitted.report
 
 
 def test_a_written_head_scores_as_the_fitted_one_inside_a_step(
     small: SmallModel, tmp_path: Path
 ) -> None:
-    fitted = fit(synthetic(20), about={})
+    fitted = fitted_to(synthetic(20))
     fitted.write(tmp_path / "h.safetensors")
     quantiles = small.load_head(tmp_path / "h.safetensors")
     assert quantiles == fitted.quantiles
@@ -131,7 +229,7 @@ def test_a_written_head_scores_as_the_fitted_one_inside_a_step(
 
 def test_a_head_without_ranks_starts_budgets_anywhere(small: SmallModel, tmp_path: Path) -> None:
     file = tmp_path / "h.safetensors"
-    fit(synthetic(20), about={}).write(file)
+    fitted_to(synthetic(20)).write(file)
     arrays = mx.load(str(file))
     assert isinstance(arrays, dict)
     mx.save_safetensors(str(tmp_path / "plain.safetensors"), arrays)
@@ -146,10 +244,13 @@ def test_a_head_without_ranks_starts_budgets_anywhere(small: SmallModel, tmp_pat
 
 def test_too_little_to_learn_from_is_said() -> None:
     with pytest.raises(UsageError, match="at least 10 answers, not 9"):
-        fit(synthetic(9), about={})
-    same = [Labelled(a.hidden, a.signals, mx.zeros(40)) for a in synthetic(20)]
+        fitted_to(synthetic(9))
+    same = [replace(each, differs=mx.zeros(40)) for each in synthetic(20)]
     with pytest.raises(UsageError, match="nothing to learn"):
-        fit(same, about={})
+        fitted_to(same)
+    silent = [replace(a, logprobs=mx.full((40, 2), math.nan)) for a in synthetic(20)]
+    with pytest.raises(UsageError, match="its server gives none"):
+        fitted_to(silent, Labels.DEFERRAL)
 
 
 def test_recall_counts_the_differing_among_the_highest() -> None:
@@ -164,6 +265,10 @@ def test_recall_counts_the_differing_among_the_highest() -> None:
     [
         (["--out", "h.safetensors"], "--large URL"),
         (["--out", "h.txt", "--large", "http://127.0.0.1:9/v1"], "a head is a .safetensors file"),
+        (
+            ["--out=h.safetensors", "--large=http://127.0.0.1:9/v1", "--labels=preference"],
+            "needs right answers",
+        ),
     ],
 )
 def test_train_says_what_it_needs(

@@ -26,7 +26,7 @@ from mlxroute.engine.stats import gaps, percentile
 from mlxroute.large import LargeModel
 from mlxroute.routers import EntropyRouter
 from mlxroute.small import SmallModel
-from mlxroute.types import Mode, Progress, RunStats, Token, no_progress
+from mlxroute.types import Message, Mode, Progress, RunStats, Token, no_progress
 
 _MANY: Final = 32
 _TIMEOUT_S: Final = 3600.0
@@ -99,7 +99,7 @@ class _Bench:
         small: SmallModel,
         large: LargeModel,
         server: DelayedServer,
-        prompts: Sequence[str],
+        prompts: Sequence[Sequence[Message]],
         grid: Grid,
         large_step_s: float,
     ) -> None:
@@ -117,7 +117,7 @@ class _Bench:
         self.step_s = statistics.median(
             gap for _, each in self.alone for gap in gaps([token.time_s for token in each])
         )
-        ids = small.encode_prompt(small.render([{"role": "user", "content": prompts[0]}]))
+        ids = small.encode_prompt(small.render(prompts[0]))
         small.prefill(ids)
         found = small.branch_cost(ids[-1], rows=ROWS)
         # How much longer a batch takes is compared in the same seconds.
@@ -187,7 +187,7 @@ def bench_latency(
     small: SmallModel,
     large: LargeModel,
     server: DelayedServer,
-    prompts: Sequence[str],
+    prompts: Sequence[Sequence[Message]],
     grid: Grid,
     *,
     large_step_s: float,
@@ -243,7 +243,9 @@ def bench_latency(
     }
 
 
-def large_step_seconds(small: SmallModel, large: LargeModel, prompts: Sequence[str]) -> float:
+def large_step_seconds(
+    small: SmallModel, large: LargeModel, prompts: Sequence[Sequence[Message]]
+) -> float:
     """What a token takes the large model when it goes on writing, by calls for one and for many."""
     waits: dict[int, list[float]] = {0: [], _MANY: []}
     for prompt in prompts:
@@ -266,7 +268,7 @@ def _streaming(waited: _Answers, call_s: float, step_s: float) -> float:
 def _answer(
     small: Small,
     large: Large | None,
-    prompt: str,
+    prompt: Sequence[Message],
     threshold: float,
     side: Side,
     tokens: int,
@@ -278,7 +280,7 @@ def _answer(
     answer = Answer(
         small,
         large,
-        [{"role": "user", "content": prompt}],
+        prompt,
         router=EntropyRouter(threshold),
         options=Options(
             max_tokens=tokens,

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from mlxroute.bench.marks import mark, mcnemar, wilson
+from mlxroute.bench.statistics import mcnemar, wilson
+from mlxroute.bench.together import Together
 from mlxroute.engine import generate
 from mlxroute.engine.options import MOST_PREFETCHED
-from mlxroute.engine.roles import NamedLarge
-from mlxroute.questions import Question, with_examples
+from mlxroute.engine.roles import Small
+from mlxroute.marks import mark
+from mlxroute.questions import Question, conversation
 from mlxroute.ranks import Ranks
 from mlxroute.routers import Router, make
 from mlxroute.small import SmallModel
-from mlxroute.types import Mode, Progress, Source, no_progress
+from mlxroute.training import Replies
+from mlxroute.types import Message, Mode, Progress, Source, no_progress
 
 _TIMEOUT_S: Final = 600.0
 
@@ -96,103 +99,144 @@ def sides_of(routers: Iterable[str], budgets: Iterable[float]) -> list[Side]:
 
 def bench_quality(  # noqa: PLR0913 - what a run is made of
     small: SmallModel,
-    large: NamedLarge,
+    replies: Replies,
     questions: Sequence[Question],
     *,
     sides: Sequence[Side],
     examples: Sequence[Question],
     ranks: Ranks,
     tokens: int,
+    step_s: float,
     results: Results,
+    chats: int = 1,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """All sides on all questions, from `results` where they are there.
 
-    A budget goes on from question to question, as in a chat.
+    `chats` questions are answered at a time, by all sides, as rows of one batch; question i is of
+    chat i modulo `chats`, and in a chat a budget goes on from question to question. Seconds are
+    those of an answer alone: its tokens at `step_s`, and the calls as long as they took; prompts
+    are not counted.
     """
-    done = itertools.count(1)
-    rows: dict[str, list[Row]] = {}
-    for side in sides:
-        router = _router(side, ranks)
-        rows[side.name] = []
-        for question in questions:
-            prompt = with_examples(question, examples)
-            quantiles = ranks[side.router] if side.router else ()
-            key = _key(small.name, large.model_name, side, quantiles, prompt, tokens, router)
-            row = results.find(key)
+    run = _Run(small, replies, examples, ranks, tokens, step_s, results)
+    routers = {(side, chat): run.router(side) for side in sides for chat in range(chats)}
+    rows: dict[str, list[Row]] = {side.name: [] for side in sides}
+    progress("questions", 0, len(questions))
+    for begin in range(0, len(questions), chats):
+        group = questions[begin : begin + chats]
+        run.answer(
+            [
+                (side, question, routers[side, chat])
+                for chat, question in enumerate(group)
+                for side in sides
+            ],
+            rows,
+        )
+        progress("questions", begin + len(group), len(questions))
+    return {
+        "small": small.name,
+        "large": replies.model_name,
+        "questions": len(questions),
+        "examples": len(examples),
+        "tokens": tokens,
+        "chats": chats,
+        "step_s": round(step_s, 5),
+        "sides": {side.name: _figures(side, rows, chats) for side in sides},
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What all answers have in common."""
+
+    small: SmallModel
+    replies: Replies
+    examples: Sequence[Question]
+    ranks: Ranks
+    tokens: int
+    step_s: float
+    results: Results
+
+    def router(self, side: Side) -> Router:
+        """A side's router before the first question."""
+        if side.router is None:
+            return make("entropy", threshold=-math.inf if side.is_large else math.inf)
+        return make(side.router, budget=side.budget, quantiles=self.ranks[side.router])
+
+    def answer(
+        self, wanted: Sequence[tuple[Side, Question, Router]], rows: dict[str, list[Row]]
+    ) -> None:
+        """Add the wanted answers to `rows`; the routers go on from them."""
+        turns = [conversation(question, self.examples) for _, question, _ in wanted]
+        keys = [
+            self._key(side, each, router)
+            for (side, _, router), each in zip(wanted, turns, strict=True)
+        ]
+        jobs = [
+            (each, partial(self._answer, *one, each))
+            for one, key, each in zip(wanted, keys, turns, strict=True)
+            if self.results.find(key) is None
+        ]
+        found = iter(Together(self.small, stop=self.replies.close).answers(jobs) if jobs else [])
+        for (side, _, router), key in zip(wanted, keys, strict=True):
+            row = self.results.find(key)
             if row is None:
-                row = _answered(small, large, side, question, prompt, router, tokens)
-                results.add(key, row)
+                row = next(found)
+                self.results.add(key, row)
             else:
                 for score in row.scores:
                     router.pace = router.pace.after(score)
             rows[side.name].append(row)
-            progress("answers", next(done), len(sides) * len(questions))
-    return {
-        "small": small.name,
-        "large": large.model_name,
-        "questions": len(questions),
-        "examples": len(examples),
-        "tokens": tokens,
-        "sides": {side.name: _figures(side, rows) for side in sides},
-    }
+
+    def _key(self, side: Side, turns: Sequence[Message], router: Router) -> str:
+        """A name for an answer: what it depends on, the state of its budget included."""
+        ranks = self.ranks[side.router] if side.router else ()
+        parts = [self.small.name, self.replies.model_name, side.router, side.is_large, self.tokens]
+        text = json.dumps([*parts, ranks, turns, repr(router.pace)])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _answer(
+        self,
+        side: Side,
+        question: Question,
+        router: Router,
+        turns: Sequence[Message],
+        small: Small,
+    ) -> Row:
+        seat = self.replies.seat()
+        answer = generate(
+            small,
+            None if side is SMALL else seat,
+            turns,
+            router=router,
+            max_tokens=self.tokens,
+            timeout_s=_TIMEOUT_S,
+            strict=True,
+            mode=Mode.WAIT,
+            # The large model alone need not be asked for every token.
+            prefetch=MOST_PREFETCHED if side.is_large else 0,
+        )
+        # A large token of several ids is one position.
+        scores = [t.score for t in answer if t.source is Source.SMALL or t.escalation]
+        stats = answer.stats()
+        marked = mark(question, stats.text)
+        return Row(
+            question=question.name,
+            text=stats.text,
+            strict=marked.strict,
+            lenient=marked.lenient,
+            tokens=stats.tokens,
+            escalated=stats.escalated,
+            agreed=stats.agreed,
+            unchecked=stats.unchecked,
+            calls=stats.calls,
+            uploaded_tokens=stats.uploaded_tokens,
+            seconds=round(seat.calls_s + (0 if side.is_large else stats.tokens) * self.step_s, 3),
+            scores=tuple(scores),
+        )
 
 
-def _router(side: Side, ranks: Ranks) -> Router:
-    if side.router is None:
-        return make("entropy", threshold=-math.inf if side.is_large else math.inf)
-    return make(side.router, budget=side.budget, quantiles=ranks[side.router])
-
-
-def _key(*parts: Any) -> str:
-    """A name for an answer: what it depends on, the state of its budget included."""
-    *plain, router = parts
-    text = json.dumps([str(part) for part in plain] + [repr(router.pace)])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _answered(
-    small: SmallModel,
-    large: NamedLarge,
-    side: Side,
-    question: Question,
-    prompt: str,
-    router: Router,
-    tokens: int,
-) -> Row:
-    answer = generate(
-        small,
-        None if side is SMALL else large,
-        prompt,
-        router=router,
-        max_tokens=tokens,
-        timeout_s=_TIMEOUT_S,
-        strict=True,
-        mode=Mode.WAIT,
-        # The large model alone need not be asked for every token.
-        prefetch=MOST_PREFETCHED if side.is_large else 0,
-    )
-    # A large token of several ids is one position.
-    scores = [token.score for token in answer if token.source is Source.SMALL or token.escalation]
-    stats = answer.stats()
-    marked = mark(question, stats.text)
-    return Row(
-        question=question.name,
-        text=stats.text,
-        strict=marked.strict,
-        lenient=marked.lenient,
-        tokens=stats.tokens,
-        escalated=stats.escalated,
-        agreed=stats.agreed,
-        unchecked=stats.unchecked,
-        calls=stats.calls,
-        uploaded_tokens=stats.uploaded_tokens,
-        seconds=round(stats.total_s, 3),
-        scores=tuple(scores),
-    )
-
-
-def _figures(side: Side, rows: dict[str, list[Row]]) -> dict[str, Any]:
+def _figures(side: Side, rows: dict[str, list[Row]], chats: int) -> dict[str, Any]:
     mine, count = rows[side.name], len(rows[side.name])
     tokens = sum(row.tokens for row in mine)
     escalated = sum(row.escalated for row in mine)
@@ -203,11 +247,23 @@ def _figures(side: Side, rows: dict[str, list[Row]]) -> dict[str, Any]:
         "lenient": _accuracy([row.lenient for row in mine], [row.lenient for row in rows["small"]]),
         "escalation_rate": round(escalated / tokens, 5) if tokens else 0.0,
         "agreement": round(sum(row.agreed for row in mine) / escalated, 4) if escalated else None,
+        "most_over_budget": _most_over(mine, side.budget, chats) if side.router else None,
         "tokens": tokens,
         "calls": sum(row.calls for row in mine),
         "uploaded_tokens": sum(row.uploaded_tokens for row in mine),
         "seconds_median": round(statistics.median(row.seconds for row in mine), 3) if count else 0,
     }
+
+
+def _most_over(rows: Sequence[Row], budget: float, chats: int) -> float:
+    """By how many escalations any run of answers of a chat exceeds its share; a burst at most."""
+    most = 0.0
+    for chat in range(chats):
+        over = 0.0
+        for row in rows[chat::chats]:
+            over = max(0.0, over) + row.escalated - budget * row.tokens
+            most = max(most, over)
+    return round(most, 3)
 
 
 def _accuracy(marks: Sequence[bool | None], alone: Sequence[bool | None]) -> dict[str, Any]:

@@ -16,15 +16,18 @@ from mlxroute.cli import bench_commands
 from mlxroute.cli.exits import EXIT_INTERRUPTED, EXIT_LARGE_FAILED, EXIT_OK, EXIT_USAGE
 from mlxroute.cli.options import (
     Adapter,
+    AtOnce,
     Budget,
     CaBundle,
     CacheDir,
     CallCeiling,
+    Examples,
     HeadFile,
     Heat,
     Kernel,
     KeyEnv,
     KeyFile,
+    LabelsName,
     Large,
     LargeModelId,
     LedgerFile,
@@ -36,6 +39,7 @@ from mlxroute.cli.options import (
     Prefetch,
     Router,
     Seed,
+    Shots,
     Small,
     Stop,
     Strict,
@@ -242,12 +246,23 @@ def train(
     data: Annotated[
         list[Path], typer.Option(help="JSON Lines of questions; repeatable.", metavar="FILE")
     ],
-    out: Annotated[Path, typer.Option(help="The head to write.", metavar="FILE.safetensors")],
     large: Large = None,
     large_model: LargeModelId = None,
     small: Small = None,
-    questions: Annotated[int, typer.Option(help="Of each file, at most.", min=1)] = 200,
-    tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 128,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The head to write; default: yours for this small model.", metavar="FILE"
+        ),
+    ] = None,
+    labels: Annotated[
+        LabelsName, typer.Option(help="What the head learns to find.")
+    ] = LabelsName.CONSEQUENCE,
+    questions: Annotated[int, typer.Option(help="Of each file, at most.", min=1)] = 500,
+    tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 160,
+    examples: Examples = None,
+    shots: Shots = 4,
+    at_once: AtOnce = 4,
     timeout: Timeout = None,
     key_env: KeyEnv = None,
     key_file: KeyFile = None,
@@ -255,12 +270,13 @@ def train(
     cache_dir: CacheDir = None,
     ledger: LedgerFile = None,
 ) -> None:
-    """Fit a router to where your large model differs from the small one."""
+    """Fit a router to where your large model would change the answer."""
     from mlxroute.cli.run import settings_from
-    from mlxroute.cli.train import run_train
+    from mlxroute.cli.train import TrainOptions, run_train
 
     settings = settings_from(locals())
-    raise typer.Exit(run_train(settings, data=data, out=out, count=questions, tokens=tokens))
+    options = TrainOptions(data, out, labels.value, questions, tokens, examples, shots, at_once)
+    raise typer.Exit(run_train(settings, options))
 
 
 @app.command()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxroute.cli.folders import RESULTS, bench_file, record_file
 from mlxroute.cli.session import load_small
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
-from mlxroute.questions import read_questions, sampled
+from mlxroute.questions import Question, conversation, read_questions, sampled, worked_examples
+from mlxroute.types import Message
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 RANDOM = "random"
 _LONGEST_CALL_S = 600.0
 _STREAMED = 2
-_RESULTS = Path("bench", "results")
 
 
 def run_bench_speed(settings: Settings, *, pairs: int, tokens: int, save: bool) -> int:
@@ -52,15 +53,16 @@ def run_bench_latency(
     *,
     prompts: int,
     data: Path | None,
+    examples: Path | None,
+    shots: int,
     grid: Grid,
     plot: Path | None,
     save: bool,
 ) -> int:
     """Decode in every mode before a server that answers as late as told; return the exit code."""
-    from mlxroute.cli.folders import cache_dir_of
     from mlxroute.cli.large import large_model
     from mlxroute.cli.output import consoles
-    from mlxroute.cli.progress import Reporter
+    from mlxroute.cli.progress import Reporter, counting
     from mlxroute.ledger import Ledger
 
     if settings.large is None:
@@ -71,12 +73,12 @@ def run_bench_latency(
         from mlxroute.bench.plot import check_plot, draw_latency
 
         check_plot(plot)
-    asked = _asked(data, prompts)
+    asked = _asked(data, prompts, worked_examples(examples, shots))
     _, err = consoles()
     # Whose replies they are is asked of the server itself, and a dead one is named.
     with large_model(settings, settings.large, Ledger()) as large:
         large.connect(thorough=False)
-        model = re.sub(r"[^\w.-]+", "-", large.model_name)
+        model = large.model_name
         with Reporter(err) as reporter:
             small = load_small(settings, reporter)
         from mlxroute.bench.delayed import DelayedServer
@@ -85,20 +87,14 @@ def run_bench_latency(
         with err.status("measuring the large model"):
             large_step_s = large_step_seconds(small, large, asked[:_STREAMED])
 
-    folder = cache_dir_of(settings.cache_dir) / "bench"
-    folder.mkdir(parents=True, exist_ok=True)
-    record = folder / f"latency-{Path(small.name).name}-{model}.jsonl"
+    record = record_file(settings, "latency", small.name, model)
     with (
         DelayedServer(settings.large, record=record) as server,
         large_model(replace(settings, timeout=_LONGEST_CALL_S), server.url, Ledger()) as large,
-        err.status("measuring") as status,
+        counting(err) as progress,
     ):
         large.connect(thorough=False)
         large.meet(small.vocabulary)
-
-        def progress(label: str, done: int, total: int | None) -> None:
-            status.update(f"measuring: answer {done} of {total}")
-
         report = bench_latency(
             small,
             large,
@@ -118,11 +114,11 @@ def run_bench_latency(
     return code
 
 
-def _asked(data: Path | None, count: int) -> list[str]:
-    """Prompts of a file of questions, or ours."""
+def _asked(data: Path | None, count: int, examples: Sequence[Question]) -> list[list[Message]]:
+    """Conversations from a file of questions, or our prompts."""
     if data is None:
-        return _prompts()[:count]
-    return [question.prompt for question in sampled(read_questions(data), count)]
+        return [conversation(Question(text, text)) for text in _prompts()[:count]]
+    return [conversation(each, examples) for each in sampled(read_questions(data), count)]
 
 
 def run_bench_kernels(settings: Settings, *, rounds: int, save: bool) -> int:
@@ -157,14 +153,7 @@ def _load(settings: Settings, reporter: Any, folder: Path) -> SmallModel:
 
 
 def _prompts() -> list[str]:
-    """The prompts in the repository, or their copy in an installed package."""
-    package = Path(__file__).parents[1]
-    for folder in (package / "_prompts", package.parent / "bench" / "prompts"):
-        file = folder / "varied.jsonl"
-        if file.is_file():
-            lines = file.read_text(encoding="utf-8").splitlines()
-            return [str(json.loads(line)["prompt"]) for line in lines]
-    raise UsageError("the prompts of the bench are not installed; run it from the repository")
+    return [each.prompt for each in read_questions(bench_file("prompts", "varied.jsonl"))]
 
 
 def _show_speed(report: dict[str, Any], err: Console) -> None:
@@ -253,8 +242,8 @@ def finish(report: dict[str, Any], name: str, *, save: bool) -> int:
     command = " ".join(["mlxroute", *sys.argv[1:]])
     report = {**circumstances(command), **report}
     if save:
-        _RESULTS.mkdir(parents=True, exist_ok=True)
-        file = _RESULTS / f"{name}.json"
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        file = RESULTS / f"{name}.json"
         file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps(report) + "\n")
     sys.stdout.flush()

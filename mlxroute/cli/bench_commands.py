@@ -9,15 +9,19 @@ import typer
 
 from mlxroute.cli.options import (
     Adapter,
+    AtOnce,
     CacheDir,
     DelayName,
+    Examples,
     HeadFile,
     Kernel,
     Large,
     LargeModelId,
     Offline,
     RouterName,
+    Shots,
     Small,
+    Timeout,
     parse_share,
 )
 
@@ -53,6 +57,8 @@ def latency(
         Path | None,
         typer.Option(help="JSON Lines of questions; default: 20 prompts of ours.", metavar="FILE"),
     ] = None,
+    examples: Examples = None,
+    shots: Shots = 4,
     prompts: Annotated[int, typer.Option(help="How many answers.", min=1)] = 5,
     tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=2)] = 96,
     ratio: Annotated[
@@ -83,13 +89,25 @@ def latency(
     )
     ratios, rates = ratio or (4.0, 12.0, 34.0, 180.0), rate or (0.03, 0.07, 0.15)
     grid = Grid(tokens, ratios, rates, delay, measure=not play)
-    code = run_bench_latency(settings, prompts=prompts, data=data, grid=grid, plot=plot, save=save)
+    code = run_bench_latency(
+        settings,
+        prompts=prompts,
+        data=data,
+        examples=examples,
+        shots=shots,
+        grid=grid,
+        plot=plot,
+        save=save,
+    )
     raise typer.Exit(code)
 
 
 @app.command()
 def quality(
-    data: Annotated[Path, typer.Option(help="JSON Lines of questions and answers.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="JSON Lines of questions and answers; default: ours.", metavar="FILE"),
+    ] = None,
     large: Large = None,
     large_model: LargeModelId = None,
     small: Small = None,
@@ -103,19 +121,23 @@ def quality(
     head: HeadFile = None,
     questions: Annotated[int, typer.Option(help="At most so many, by chance.", min=1)] = 300,
     tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 160,
-    examples: Annotated[
-        Path | None, typer.Option(help="Rows with a `cot`: worked examples.", metavar="FILE")
-    ] = None,
-    shots: Annotated[int, typer.Option(help="How many of them.", min=0)] = 4,
+    examples: Examples = None,
+    shots: Shots = 4,
+    chats: Annotated[int, typer.Option(help="Questions answered at a time.", min=1)] = 4,
+    at_once: AtOnce = 4,
+    oracles: Annotated[
+        bool, typer.Option("--oracles", help="Also what routers could reach that know it all.")
+    ] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Also draw a picture; needs mlxroute[plot].", metavar="PNG")
     ] = None,
     save: Save = False,
+    timeout: Timeout = None,
     cache_dir: CacheDir = None,
 ) -> None:
     """Accuracy of both models alone and of routed answers; goes on where it was interrupted."""
     from mlxroute.bench.quality import sides_of
-    from mlxroute.cli.quality import run_bench_quality
+    from mlxroute.cli.quality import QualityOptions, run_bench_quality
     from mlxroute.cli.run import settings_from
 
     settings = settings_from(
@@ -126,21 +148,13 @@ def quality(
             "cache_dir": cache_dir,
             "max_tokens": tokens,
             "head": head,
+            "timeout": timeout,
         }
     )
     budgets = budget or (0.01, 0.03, 0.05, 0.07, 0.10, 0.15, 0.30)
     names = [name.value for name in router or (RouterName.ENTROPY, RouterName.RANDOM)]
-    code = run_bench_quality(
-        settings,
-        data=data,
-        examples=examples,
-        shots=shots,
-        count=questions,
-        sides=sides_of(names, budgets),
-        plot=plot,
-        save=save,
-    )
-    raise typer.Exit(code)
+    options = QualityOptions(data, examples, shots, questions, chats, at_once, oracles, plot, save)
+    raise typer.Exit(run_bench_quality(settings, sides_of(names, budgets), options))
 
 
 @app.command()

@@ -75,7 +75,14 @@ def _answer(
 ) -> int:
     from mlxroute.cli.large import tokenizer_finder
     from mlxroute.cli.progress import Reporter
-    from mlxroute.cli.session import Session, chosen_router, load_small, open_ledger, ranks_of
+    from mlxroute.cli.session import (
+        Session,
+        chosen_router,
+        load_small,
+        open_ledger,
+        ranks_of,
+        router_of,
+    )
     from mlxroute.large import LargeModel
     from mlxroute.large.launcher import LocalServer
 
@@ -110,12 +117,13 @@ def _answer(
         large.connect(thorough=False)
         large.meet(small.vocabulary)
         err.print(f"{pair.large} is served at {server.url}", style="dim", markup=False)
-        ranks = ranks_of(small, None)
+        name = router_of(settings, pair)
+        ranks = ranks_of(small, name)
         session = Session(
             small,
             large,
             settings,
-            router=chosen_router(settings, pair, ranks),
+            router=chosen_router(name, settings, pair, ranks),
             ranks=ranks,
             ledger=ledger,
             never_send=never_send,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,6 +22,15 @@ class RouterName(StrEnum):
     LOGU = "logu"
     HEAD = "head"
     RANDOM = "random"
+
+
+class LabelsName(StrEnum):
+    """What a head learns to find."""
+
+    DIVERGENCE = "divergence"
+    CONSEQUENCE = "consequence"
+    PREFERENCE = "preference"
+    DEFERRAL = "deferral"
 
 
 class DelayName(StrEnum):
@@ -152,3 +162,8 @@ Strict = Annotated[
     bool | None, typer.Option("--strict", help="Stop with exit code 3 when the large side fails.")
 ]
 Heat = Annotated[bool | None, typer.Option("--heat", help="Shade every token by its entropy.")]
+Examples = Annotated[
+    Path | None, typer.Option(help="Rows with a `cot`: worked examples.", metavar="FILE")
+]
+Shots = Annotated[int, typer.Option(help="How many worked examples.", min=0)]
+AtOnce = Annotated[int, typer.Option(help="Calls under way at once, at most.", min=1)]

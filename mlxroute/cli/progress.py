@@ -3,12 +3,58 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
+
+from mlxroute.types import Progress as OnProgress
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
+
+
+_SELDOM_S = 60.0
+
+
+@contextmanager
+def counting(console: Console) -> Iterator[OnProgress]:
+    """Shows how many of a long run's pieces are done, and how long the rest may take.
+
+    A bar on a terminal, elsewhere a line a minute.
+    """
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        *(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()),
+        TimeRemainingColumn(),
+    )
+    bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    tasks: dict[str, TaskID] = {}
+    began_s = said_s = time.monotonic()
+
+    def progress(label: str, done: int, total: int | None) -> None:
+        nonlocal said_s
+        if label not in tasks:
+            tasks[label] = bars.add_task(label, total=total)
+        bars.update(tasks[label], completed=done, total=total)
+        now_s = time.monotonic()
+        if not console.is_terminal and total and 0 < done < total and now_s - said_s > _SELDOM_S:
+            said_s = now_s
+            left_s = (now_s - began_s) / done * (total - done)
+            console.print(f"{label}: {done} of {total}, about {left_s / 60:.0f} min left")
+
+    with bars:
+        yield progress
 
 
 class Reporter:

@@ -2,84 +2,134 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxroute.cli.bench import finish
-from mlxroute.cli.session import HEAD, load_small, ranks_of
+from mlxroute.cli.folders import bench_file, cache_dir_of, record_file
+from mlxroute.cli.session import DEFAULT_ROUTER, HEAD, load_small, ranks_of
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
-from mlxroute.questions import Question, read_questions, sampled
+from mlxroute.questions import Question, read_questions, sampled, worked_examples
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from mlxroute.bench.quality import Side
+    from mlxroute.small import SmallModel
+    from mlxroute.small.head import MlpHead
 
 
-def run_bench_quality(
-    settings: Settings,
-    *,
-    data: Path,
-    examples: Path | None,
-    shots: int,
-    count: int,
-    sides: Sequence[Side],
-    plot: Path | None,
-    save: bool,
-) -> int:
+@dataclass(frozen=True, slots=True)
+class QualityOptions:
+    """`count` questions of `data` behind `shots` worked examples, for every side.
+
+    Without data they are ours, and so are the examples.
+    """
+
+    data: Path | None
+    examples: Path | None
+    shots: int
+    count: int
+    chats: int
+    at_once: int
+    oracles: bool
+    plot: Path | None
+    save: bool
+
+
+def run_bench_quality(settings: Settings, sides: Sequence[Side], options: QualityOptions) -> int:
     """Answer the questions with every side; return the exit code."""
+    from mlxroute.bench.oracles import oracles
     from mlxroute.bench.quality import Results, bench_quality
-    from mlxroute.cli.folders import cache_dir_of
     from mlxroute.cli.large import large_model
     from mlxroute.cli.output import consoles
-    from mlxroute.cli.progress import Reporter
+    from mlxroute.cli.progress import Reporter, counting
     from mlxroute.ledger import Ledger
+    from mlxroute.training import Replies, collect
 
     if settings.large is None:
         raise UsageError("bench quality needs a large model's server: --large URL")
-    head = settings.head if any(side.router == HEAD for side in sides) else None
-    if head is None and any(side.router == HEAD for side in sides):
-        raise UsageError("--router head needs --head FILE; `mlxroute train` makes heads")
-    if plot is not None:
+    if options.plot is not None:
         from mlxroute.bench.plot import check_plot, draw_quality
 
-        check_plot(plot)
-    questions = _answered(sampled(read_questions(data), count), data)
-    worked = _worked(examples, shots)
+        check_plot(options.plot)
+    data = options.data or bench_file("questions", "everyday.jsonl")
+    questions = _answered(sampled(read_questions(data), options.count), data)
+    examples = _examples(options)
     _, err = consoles()
     with large_model(settings, settings.large, Ledger()) as large:
         large.connect(thorough=False)
         with Reporter(err) as reporter:
             small = load_small(settings, reporter)
         large.meet(small.vocabulary)
-        folder = cache_dir_of(settings.cache_dir) / "bench"
-        folder.mkdir(parents=True, exist_ok=True)
-        model = re.sub(r"[^\w.-]+", "-", large.model_name)
-        with err.status("answering") as status:
-
-            def progress(label: str, done: int, total: int | None) -> None:
-                status.update(f"answering: {done} of {total}")
-
+        uses_head = any(side.router == HEAD for side in sides)
+        ranks = ranks_of(small, HEAD if uses_head else DEFAULT_ROUTER, settings.head)
+        _check_unseen(small.head, questions)
+        models = small.name, large.model_name
+        with (
+            Replies(
+                large, record_file(settings, "replies", *models), at_once=options.at_once
+            ) as replies,
+            counting(err) as progress,
+        ):
             report = bench_quality(
                 small,
-                large,
+                replies,
                 questions,
                 sides=sides,
-                examples=worked,
-                ranks=ranks_of(small, head),
+                examples=examples,
+                ranks=ranks,
                 tokens=settings.max_tokens,
-                results=Results(folder / f"quality-{Path(small.name).name}-{model}.jsonl"),
+                step_s=_step_seconds(small, questions[0].prompt),
+                chats=options.chats,
+                results=Results(record_file(settings, "quality", *models)),
                 progress=progress,
             )
+            if options.oracles:
+                answers = collect(
+                    small,
+                    replies,
+                    questions,
+                    examples=examples,
+                    tokens=settings.max_tokens,
+                    folder=cache_dir_of(settings.cache_dir) / "labels",
+                    at_once=options.at_once,
+                    progress=progress,
+                )
+                budgets = sorted({side.budget for side in sides if side.router})
+                report["oracles"] = oracles(answers, questions, budgets, small.head)
     _show(report, err)
     source = f"{data.absolute().parent.name}-{data.stem}"
-    code = finish({"data": source, **report}, f"quality-{small.name}-{source}", save=save)
-    if plot is not None:
-        draw_quality(report, plot)
+    name = f"quality-{small.name}-{source}"
+    code = finish({"data": source, **report}, name, save=options.save)
+    if options.plot is not None:
+        draw_quality(report, options.plot)
     return code
+
+
+def _examples(options: QualityOptions) -> list[Question]:
+    ours = bench_file("questions", "examples.jsonl") if options.data is None else None
+    return worked_examples(options.examples or ours, options.shots)
+
+
+def _check_unseen(head: MlpHead | None, questions: list[Question]) -> None:
+    """A head must not be judged by what it was fitted to."""
+    known = frozenset() if head is None else head.questions
+    seen = sum(question.fingerprint in known for question in questions)
+    if seen:
+        raise UsageError(
+            f"the head was fitted to {seen} of these {len(questions)} questions, which would"
+            " flatter it; give others"
+        )
+
+
+def _step_seconds(small: SmallModel, text: str) -> float:
+    ids = small.encode_prompt(text)
+    small.prefill(ids)
+    return small.branch_cost(ids[-1], rows=1).step_s
 
 
 def _answered(questions: list[Question], data: Path) -> list[Question]:
@@ -87,16 +137,6 @@ def _answered(questions: list[Question], data: Path) -> list[Question]:
         if question.answer is None:
             raise UsageError(f"{data}: {question.name} has no answer to compare with")
     return questions
-
-
-def _worked(examples: Path | None, shots: int) -> list[Question]:
-    """The first rows with an answer in full."""
-    if examples is None:
-        return []
-    found = [each for each in read_questions(examples) if each.worked is not None][:shots]
-    if len(found) < shots:
-        raise UsageError(f"{examples}: {len(found)} rows have a `cot`, and --shots is {shots}")
-    return found
 
 
 def _show(report: dict[str, Any], err: Console) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mlxroute.cli.large import large_model
 from mlxroute.config import Settings, read_never_send, read_prices, user_catalog_dir
 from mlxroute.errors import LargeError, LargeUnrecorded, UsageError
+from mlxroute.heads import find_head
 from mlxroute.ledger import Ledger
 from mlxroute.ranks import Ranks
 from mlxroute.routers import BURST, Budget, Router, make
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 HEAD = "head"
 DEFAULT_SMALL = "qwen2.5-coder-0.5b"
+DEFAULT_ROUTER = "entropy"
+# Where a router's scores are known by rank and nothing else is said.
+DEFAULT_RATE = 0.07
 # As calibrated for the default small model.
 DEFAULT_THRESHOLD_NATS = 1.64
 # Calls for each that is needed, where calls have a price.
@@ -205,14 +209,15 @@ def open_session(settings: Settings, err: Console) -> Session:
         catalog = Catalog.load(user_catalog_dir())
         if prices is None and large is not None:
             prices = catalog.price(large.model_name)
-        ranks = ranks_of(small, settings.head if settings.router == HEAD else None)
         pair = catalog.pair(small.name, large.model_name) if large else None
         pair = pair or catalog.pair(small.name)
+        name = router_of(settings, pair)
+        ranks = ranks_of(small, name, settings.head)
         session = Session(
             small,
             large,
             settings,
-            router=chosen_router(settings, pair, ranks),
+            router=chosen_router(name, settings, pair, ranks),
             ranks=ranks,
             ledger=ledger,
             never_send=never_send,
@@ -260,14 +265,8 @@ def _check(settings: Settings) -> None:
     from mlxroute.engine import Options, named_mode
     from mlxroute.types import Sampling
 
-    if settings.router == HEAD and settings.head is None:
-        raise UsageError("--router head needs --head FILE; `mlxroute train` makes heads")
-    ruled = settings.threshold is not None or settings.budget is not None
-    if settings.router != "entropy" and not ruled:
-        raise UsageError(
-            f"--router {settings.router} needs a --budget, or a --threshold of its scores"
-        )
-    make(settings.router, threshold=0.0 if settings.threshold is None else settings.threshold)
+    name = settings.router or DEFAULT_ROUTER
+    make(name, threshold=0.0 if settings.threshold is None else settings.threshold)
     Options(
         max_tokens=settings.max_tokens,
         sampling=Sampling(settings.temperature, settings.top_p, settings.seed),
@@ -301,20 +300,39 @@ def _open_large(settings: Settings, ledger: Ledger, err: Console) -> LargeModel 
     return large
 
 
-def ranks_of(small: SmallModel, head: str | None) -> Ranks:
-    """What is known of a small model's scores; with those of a head, which it then evaluates."""
-    ranks = Ranks.of(small.name, user_catalog_dir())
-    if head is None:
+def router_of(settings: Settings, pair: Pair | None) -> str:
+    """What positions are scored by: the flag, else the catalogue's choice for the pair.
+
+    A threshold is of one router's scores, so without `--router` it is one of entropy.
+    """
+    if settings.router is not None:
+        return settings.router
+    return DEFAULT_ROUTER if pair is None or settings.threshold is not None else pair.router
+
+
+def ranks_of(small: SmallModel, router: str, head: str | None = None) -> Ranks:
+    """What is known of a small model's scores; with those of a head, which it then evaluates.
+
+    `head` is a file, None for the one that is known for the model. Raises UsageError for none.
+    """
+    folder = user_catalog_dir()
+    ranks = Ranks.of(small.name, folder)
+    if router != HEAD:
         return ranks
-    return ranks.knowing(HEAD, small.load_head(Path(head).expanduser()))
+    file = find_head(small.name, folder) if head is None else Path(head).expanduser()
+    if file is None:
+        raise UsageError(
+            f"no head is known for {small.name}; `mlxroute train` fits one, --head FILE names one"
+        )
+    return ranks.knowing(HEAD, small.load_head(file))
 
 
-def chosen_router(settings: Settings, pair: Pair | None, ranks: Ranks) -> Router:
-    """The flags, else the catalogue's threshold for the pair, else the general default."""
-    name = settings.router
+def chosen_router(name: str, settings: Settings, pair: Pair | None, ranks: Ranks) -> Router:
+    """The router at the budget or threshold of the flags, else at its default rate."""
     if settings.budget is not None:
         return make(name, budget=settings.budget, quantiles=ranks[name])
     if settings.threshold is not None:
         return make(name, threshold=settings.threshold)
-    # The catalogue's is of entropy; for other routers one of the two above was asked for.
+    if name != DEFAULT_ROUTER:
+        return make(name, threshold=ranks.at(name, DEFAULT_RATE))
     return make(name, threshold=pair.threshold if pair else DEFAULT_THRESHOLD_NATS)

@@ -1,18 +1,20 @@
-"""`train`: fit a head to where the user's large model differs from the small one."""
+"""`train`: fit a head to where the user's large model should be asked."""
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxroute.cli.folders import cache_dir_of
+from mlxroute.cli.folders import cache_dir_of, record_file
 from mlxroute.cli.large import large_model
 from mlxroute.cli.session import load_small, open_ledger
-from mlxroute.config import Settings
+from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
-from mlxroute.questions import read_questions, sampled
+from mlxroute.heads import own_head
+from mlxroute.questions import Question, read_questions, sampled, worked_examples
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,16 +22,31 @@ if TYPE_CHECKING:
     from mlxroute.training import Fitted
 
 
-def run_train(settings: Settings, *, data: list[Path], out: Path, count: int, tokens: int) -> int:
+@dataclass(frozen=True, slots=True)
+class TrainOptions:
+    """What is learned from: `count` questions of each file, behind `shots` worked examples."""
+
+    data: list[Path]
+    out: Path | None
+    labels: str
+    count: int
+    tokens: int
+    examples: Path | None
+    shots: int
+    at_once: int
+
+
+def run_train(settings: Settings, options: TrainOptions) -> int:
     """Label, fit, judge on held-out answers, write; return the exit code."""
     from mlxroute.cli.output import consoles
-    from mlxroute.cli.progress import Reporter
+    from mlxroute.cli.progress import Reporter, counting
 
     if settings.large is None:
         raise UsageError("train needs a large model's server: --large URL")
-    if out.suffix != ".safetensors":
-        raise UsageError(f"--out {out}: a head is a .safetensors file")
-    questions = [question for file in data for question in sampled(read_questions(file), count)]
+    if options.out is not None and options.out.suffix != ".safetensors":
+        raise UsageError(f"--out {options.out}: a head is a .safetensors file")
+    questions = _questions(options)
+    examples = worked_examples(options.examples, options.shots)
     _, err = consoles()
     with (
         open_ledger(settings) as ledger,
@@ -39,29 +56,39 @@ def run_train(settings: Settings, *, data: list[Path], out: Path, count: int, to
         with Reporter(err) as reporter:
             small = load_small(settings, reporter)
         large.meet(small.vocabulary)
-        from mlxroute.training import collect, fit
+        from mlxroute.training import Labels, Replies, collect, fit
 
-        with err.status("labelling") as status:
-
-            def progress(label: str, done: int, total: int | None) -> None:
-                status.update(f"labelling: answer {done + 1} of {total}")
-
-            folder = cache_dir_of(settings.cache_dir) / "labels"
+        labels = Labels(options.labels)
+        record = record_file(settings, "replies", small.name, large.model_name)
+        with (
+            Replies(large, record, at_once=options.at_once) as replies,
+            counting(err) as progress,
+        ):
             answers = collect(
-                small, large, questions, tokens=tokens, folder=folder, progress=progress
+                small,
+                replies,
+                questions,
+                examples=examples,
+                tokens=options.tokens,
+                folder=cache_dir_of(settings.cache_dir) / "labels",
+                at_once=options.at_once,
+                continuing=labels in (Labels.CONSEQUENCE, Labels.PREFERENCE),
+                progress=progress,
             )
         about = {
             "small": small.name,
             "large": large.model_name,
-            "data": [f"{file.absolute().parent.name}/{file.name}" for file in data],
-            "labels": "divergence along the large model's greedy answers",
+            "data": [f"{file.absolute().parent.name}/{file.name}" for file in options.data],
+            "examples": len(examples),
         }
         with err.status("fitting"):
-            fitted = fit(answers, about=about)
+            fitted = fit(answers, questions, labels=labels, about=about)
+    out = options.out or own_head(small.name, user_catalog_dir())
     fitted.write(out)
     _show(fitted, err)
+    named = f" --head {options.out}" if options.out else ""
     err.print(
-        f"written to {out}; use it with --router head --head {out} --budget 7%",
+        f"written to {out}; use it with --router head{named} --budget 7%",
         markup=False,
         soft_wrap=True,
     )
@@ -69,13 +96,29 @@ def run_train(settings: Settings, *, data: list[Path], out: Path, count: int, to
     return 0
 
 
+def _questions(options: TrainOptions) -> list[Question]:
+    questions = [
+        question
+        for file in options.data
+        for question in sampled(read_questions(file), options.count)
+    ]
+    if options.labels == "preference":
+        for question in questions:
+            if question.answer is None:
+                raise UsageError(
+                    f"--labels preference needs right answers, and {question.name} has none"
+                )
+    return questions
+
+
 def _show(fitted: Fitted, err: Console) -> None:
     from rich.table import Table
 
     report = fitted.report
     title = (
-        f"of {report['positions']['held_out']:,} held-out positions"
-        f" {report['differing']:.1%} differ; share of those among the highest scores"
+        f"of {report['positions']['held_out']:,} held-out positions {report['differing']:.1%}"
+        f" differ and {report['to_find']:.1%} are to be found ({report['labels']});"
+        " share of these among the highest scores"
     )
     table = Table(box=None, pad_edge=False, header_style="bold", title=title)
     for column in ("escalated", "head", "entropy", "random", "oracle"):

@@ -6,7 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from mlxroute.errors import RollbackError
+from mlxroute.errors import RollbackError, UsageError
+
+Held = list[Any]
+"""Copies of KV caches, one a layer, that later steps do not change."""
 
 _MOST_ROWS = 8
 _BRANCH_BYTES = 1 << 30
@@ -76,6 +79,29 @@ class PrefixCache:
             return 1
         size: int = sum(layer.nbytes for layer in self.layers) // max(1, len(self.tails))
         return max(1, min(_MOST_ROWS, _BRANCH_BYTES // max(1, size)))
+
+    def held(self, count: int) -> Held:
+        """Copies of the layers' first `count` tokens.
+
+        Raises UsageError unless the layers are nothing but keys and values at full precision.
+        """
+        import mlx.core as mx
+        from mlx_lm.models.cache import KVCache
+
+        if not self._whole or self.tails or not 0 < count <= len(self.token_ids):
+            raise RollbackError(f"the KV cache holds no {count} tokens of one sequence")
+        copies = []
+        for layer in self.layers:
+            if type(layer) is not KVCache:
+                raise UsageError(
+                    f"continuations from the middle of a text need plain KV caches, and this"
+                    f" architecture has {type(layer).__name__}"
+                )
+            part = KVCache()
+            part.state = (layer.keys[..., :count, :], layer.values[..., :count, :], count)
+            copies.append(part)
+        mx.eval([part.state for part in copies])
+        return copies
 
     def _take_rows(self, rows: Sequence[int]) -> None:
         import mlx.core as mx

@@ -43,7 +43,19 @@ class _Pass:
 
 
 @dataclass(frozen=True, slots=True)
-class _Reading:
+class Reading:
+    """What a model sees at n positions of a text that another wrote.
+
+    `logprobs` are those of the text's own tokens, in nats; `hidden` are final-norm states [n, D].
+    """
+
+    signals: tuple[Signals, ...]
+    logprobs: tuple[float, ...]
+    hidden: mx.array
+
+
+@dataclass(frozen=True, slots=True)
+class _Queued:
     """What is read of a pass: its packed rows, and the token for the next one."""
 
     packed: mx.array
@@ -117,14 +129,51 @@ class Decoder:
             mx.clear_cache()
         return signals
 
+    def run(self, token_ids: Sequence[int]) -> Signals:
+        """Feed tokens of one sequence; the signals behind the last, with nothing running ahead."""
+        import mlx.core as mx
+
+        self._take_back()
+        with self.cache.feeding(token_ids):
+            (signals,) = self.signals(mx.array(list(token_ids))[None], self.cache.layers)
+        self._now = None
+        return signals
+
+    def read(self, token_ids: Sequence[int], following: Sequence[int]) -> Reading:
+        """Feed tokens of one sequence in one pass; what is seen behind each of them.
+
+        `following` are the tokens that come there in fact.
+        """
+        import mlx.core as mx
+
+        self._take_back()
+        with self.cache.feeding(token_ids):
+            logits = self._model(mx.array(list(token_ids))[None], cache=self.cache.layers)[0]
+        states = self._tap.last()
+        self._now = None
+        packed = self._kernel(logits)
+        chosen = mx.take_along_axis(logits, mx.array(list(following))[:, None], axis=-1)
+        hidden = states[0]
+        mx.eval(packed, chosen, hidden)
+        rows = cast("list[list[float]]", packed.tolist())
+        signals = [unpack(values, has_head=False) for values in rows]
+        raw = cast("list[float]", chosen[:, 0].astype(mx.float32).tolist())
+        logprobs = [value - each.lse for value, each in zip(raw, signals, strict=True)]
+        return Reading(tuple(signals), tuple(logprobs), hidden)
+
     def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:
         """One step of a batch: row i feeds `token_ids[i]` behind what row `parents[i]` holds."""
         import mlx.core as mx
 
         self._take_back()
         with self.cache.branching(parents, token_ids):
-            packed = self._read(self._pass(mx.array(list(token_ids))[:, None])).packed
+            signals = self.signals(mx.array(list(token_ids))[:, None], self.cache.layers)
         self._now = None
+        return signals
+
+    def signals(self, tokens: mx.array, layers: list[Any]) -> list[Signals]:
+        """The signals behind tokens [B, n] that these layers take in."""
+        packed = self._read(self._pass(tokens, layers)).packed
         rows = cast("list[list[float]]", packed.tolist())
         return [unpack(values, has_head=self.head is not None) for values in rows]
 
@@ -145,6 +194,10 @@ class Decoder:
         if head is not None:
             self._tap.check()
         self.head = head
+
+    def check_hidden(self) -> None:
+        """Raise UsageError for a model that shows no hidden state."""
+        self._tap.check()
 
     def hidden_state(self) -> mx.array:
         """Final-norm output at the last committed position, [hidden size]."""
@@ -177,12 +230,12 @@ class Decoder:
         self._ahead, self._ahead_id = None, None
         self.cache.take_back()
 
-    def _pass(self, tokens: mx.array) -> _Pass:
+    def _pass(self, tokens: mx.array, layers: list[Any] | None = None) -> _Pass:
         """The graph of a forward pass of tokens [B, n]; nothing is computed yet."""
-        logits = self._model(tokens, cache=self.cache.layers)[:, -1, :]
+        logits = self._model(tokens, cache=self.cache.layers if layers is None else layers)[:, -1]
         return _Pass(logits, self._tap.last())
 
-    def _read(self, now: _Pass) -> _Reading:
+    def _read(self, now: _Pass) -> _Queued:
         """The graph of what is read of a pass."""
         import mlx.core as mx
 
@@ -199,7 +252,7 @@ class Decoder:
             hidden = now.hidden
             assert hidden is not None
             packed = mx.concatenate([packed, self.head(hidden, packed)], axis=-1)
-        return _Reading(packed, token)
+        return _Queued(packed, token)
 
     def _sampled(self, logits: mx.array) -> mx.array:
         """The token of logits [1, V], [1, 1], as `mlx_lm.generate_step` draws it."""

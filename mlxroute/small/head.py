@@ -23,11 +23,13 @@ class MlpHead:
     """Layers (weight [out, in], bias [out]) with ReLU between them; the last gives one score.
 
     The first layer takes the hidden state, then `signal_features`. `quantiles` are its scores at
-    evenly spaced ranks, as far as the file tells them.
+    evenly spaced ranks, `questions` the fingerprints of those it was fitted to, as far as the file
+    tells them.
     """
 
     layers: tuple[tuple[mx.array, mx.array], ...]
     quantiles: tuple[float, ...] = ()
+    questions: frozenset[str] = frozenset()
 
     @classmethod
     def load(cls, path: Path, *, hidden_size: int) -> MlpHead:
@@ -59,9 +61,10 @@ class MlpHead:
             )
         try:
             quantiles = tuple(float(value) for value in json.loads(about.get("quantiles", "[]")))
+            questions = frozenset(map(str, json.loads(about.get("questions", "[]"))))
         except (ValueError, TypeError) as exc:
             raise WeightsError(f"the head {path} has broken metadata: {exc}") from exc
-        return cls(tuple(layers), quantiles)
+        return cls(tuple(layers), quantiles, questions)
 
     def __call__(self, hidden: mx.array, packed: mx.array) -> mx.array:
         """Scores [B, 1] of hidden states [B, D] and packed rows, lazily."""

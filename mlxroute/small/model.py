@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxroute.errors import UsageError
+from mlxroute.small.batch import Batch
 from mlxroute.small.branching import measure
-from mlxroute.small.decoder import Decoder, Head
+from mlxroute.small.cache import Held
+from mlxroute.small.continuing import continued
+from mlxroute.small.decoder import Decoder, Head, Reading
 from mlxroute.small.head import MlpHead
 from mlxroute.small.kernels import choose
 from mlxroute.tokenizer import ChatTokenizer
@@ -54,6 +57,7 @@ class SmallModel:
         self._text = ChatTokenizer(tokenizer, name=name)
         self.vocabulary = self._text.vocabulary
         self.context_length = _context_length(model)
+        self.head: MlpHead | None = None
         self._decoder = Decoder(model, kernel=choose(kernel, notify=notify))
 
     @classmethod
@@ -150,6 +154,47 @@ class SmallModel:
         """
         return self._decoder.step(token_ids)
 
+    def read(self, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Reading:
+        """What the model sees at each position of an answer that another wrote.
+
+        Raises UsageError for an architecture whose final norm is not known.
+        """
+        self._decoder.check_hidden()
+        reused = self._decoder.begin(prompt_ids, Sampling())
+        if len(prompt_ids) - 1 > reused:
+            self._decoder.feed(prompt_ids[reused:-1])
+        return self._decoder.read((prompt_ids[-1], *answer_ids[:-1]), answer_ids)
+
+    def start(self, prompt_ids: Sequence[int]) -> tuple[Signals, Held]:
+        """Run a prompt for a row of a batch: the first position's signals, and the cache behind it.
+
+        Whatever the cache shares with the prompt is used. Raises UsageError as `held` does.
+        """
+        reused = self._decoder.begin(prompt_ids, Sampling())
+        while len(prompt_ids) - reused > PREFILL_STEP_SIZE:
+            self._decoder.feed(prompt_ids[reused : reused + PREFILL_STEP_SIZE])
+            reused += PREFILL_STEP_SIZE
+        signals = self._decoder.run(prompt_ids[reused:])
+        return signals, self.held(len(prompt_ids))
+
+    def held(self, count: int) -> Held:
+        """A copy of the KV cache's first `count` tokens. Raises UsageError where there is none."""
+        return self._decoder.cache.held(count)
+
+    def batch(self, held: Sequence[Held]) -> Batch:
+        """Decode several sequences together from their held caches on."""
+        return Batch(held, self._decoder.signals)
+
+    def continued(
+        self, starts: Sequence[tuple[Held, int]], *, most: Sequence[int]
+    ) -> list[list[int]]:
+        """Continue several sequences at once, greedily, each behind a held cache and a next token.
+
+        Returns the ids after that token, at most `most[i]` and without the end token. Rows of a
+        batch round differently from one row.
+        """
+        return continued(self.model, starts, most=most, ends=self.vocabulary.eos_ids)
+
     def can_rollback(self, count: int) -> bool:
         """Whether `count` tokens that are fed next could be taken back.
 
@@ -202,9 +247,9 @@ class SmallModel:
         args = getattr(self.model, "args", None)
         text = getattr(args, "text_config", None) or {}
         size = getattr(args, "hidden_size", None) or text.get("hidden_size") or 0
-        head = MlpHead.load(path, hidden_size=int(size))
-        self.set_head(head)
-        return head.quantiles
+        self.head = MlpHead.load(path, hidden_size=int(size))
+        self.set_head(self.head)
+        return self.head.quantiles
 
     def set_head(self, head: Head | None) -> None:
         """Evaluate a learned head in every step's graph; its score is in the signals."""

@@ -1,7 +1,8 @@
 """What a router learns from the user's own prompts and server."""
 
 from mlxroute.training.calibration import calibrate
-from mlxroute.training.fit import Fitted, fit
-from mlxroute.training.labels import collect
+from mlxroute.training.fit import Fitted, fit, recall_table
+from mlxroute.training.labels import Labelled, Labels, collect
+from mlxroute.training.replies import Replies
 
-__all__ = ["Fitted", "calibrate", "collect", "fit"]
+__all__ = ["Fitted", "Labelled", "Labels", "Replies", "calibrate", "collect", "fit", "recall_table"]

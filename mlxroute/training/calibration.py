@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from mlxroute.engine import generate
 from mlxroute.errors import UsageError
-from mlxroute.questions import Question
+from mlxroute.questions import Question, conversation
 from mlxroute.ranks import Ranks
 from mlxroute.routers import SCORES, make
 from mlxroute.small import SmallModel
@@ -38,7 +38,7 @@ def calibrate(
         answer = generate(
             small,
             None,
-            question.prompt,
+            conversation(question),
             router=make("entropy", threshold=math.inf),
             max_tokens=max_tokens,
         )

@@ -1,110 +1,264 @@
-"""Labels along the large model's own answers: where the small model would have written otherwise.
+"""Labels along the large model's own answers: where the small model would have written otherwise,
+and where that would have changed the outcome.
 
-The large model answers greedily, many tokens a call; the small one reads along and says at each
-position what it would write, and in which state (the labels of R2R, arXiv 2505.21600, before any
-judge). One file a question is kept, so that nothing is asked twice.
+The large model answers greedily; the small one reads along and says at each position what it would
+write, and in which state (the labels of R2R, arXiv 2505.21600, before any judge). At each
+disagreement the small model then goes on alone from its own choice. What follows from the large
+model's choice there needs no continuation of its own: the small model agrees up to the next
+disagreement, and from there on it is that one's continuation, or the whole answer behind the last.
+One file a question is kept, so that nothing is computed twice.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, TypeVar, cast
 
-from mlxroute.engine import generate
-from mlxroute.engine.options import MOST_PREFETCHED
-from mlxroute.engine.roles import NamedLarge
-from mlxroute.questions import Question
-from mlxroute.routers import make
-from mlxroute.small import SmallModel
-from mlxroute.types import Mode, Progress, no_progress
+from mlxroute.marks import mark, outcome
+from mlxroute.questions import Question, conversation
+from mlxroute.small import Held, Reading, SmallModel
+from mlxroute.training.answers import Written, write
+from mlxroute.training.replies import Replies
+from mlxroute.types import Progress, no_progress
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
-_TIMEOUT_S = 600.0
+# Of one batch of continuations.
+_ROWS: Final = 48
+_ARRAYS: Final = ("hidden", "signals", "differs", "logprobs")
+_ABOUT: Final = "answer"
+_T = TypeVar("_T")
+
+
+class Labels(StrEnum):
+    """What a head learns to find.
+
+    Divergence: the models disagree. Consequence: they do, and the outcome differs with the choice.
+    Preference: with the large model's choice the outcome is right, with the small one's wrong
+    (CITER, arXiv 2502.01976, along the large model's answer). Deferral has no labels: the head
+    mixes both models so that the answer becomes likely (Co-LLM, arXiv 2403.03870).
+    """
+
+    DIVERGENCE = "divergence"
+    CONSEQUENCE = "consequence"
+    PREFERENCE = "preference"
+    DEFERRAL = "deferral"
 
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """The positions of one answer.
+    """The positions of one answer of the large model.
 
     `hidden` [n, D] are final-norm states in float16, `signals` [n, 4] what a head sees besides
-    (see `small.head.signal_features`), `differs` [n] is 1 where the models disagree.
+    (see `small.head.signal_features`), `differs` [n] is 1 where the models disagree, `logprobs`
+    [n, 2] are those that the small and the large model gave the large model's token, in nats, NaN
+    where the server named none. `text` is the answer, of `tokens` tokens; `alone` are, for each
+    disagreement, the texts with the small model alone from its own choice there on, empty where
+    they were not wanted.
     """
 
     hidden: mx.array
     signals: mx.array
     differs: mx.array
+    logprobs: mx.array
+    text: str
+    tokens: int
+    alone: tuple[str, ...] = ()
+
+    def outcomes(self, question: Question) -> list[str]:
+        """What is answered when the first 0, 1, ... disagreements are escalated and no more."""
+        return [outcome(question, text) for text in (*self.alone, self.text)]
+
+    def rights(self, question: Question) -> list[bool]:
+        """Whether that is right."""
+        return [mark(question, text).lenient is True for text in (*self.alone, self.text)]
+
+    def targets(self, question: Question, labels: Labels) -> list[float]:
+        """1 for each position that is to be found, else 0."""
+        differs = [bool(value) for value in _column(self.differs)]
+        if labels in (Labels.DIVERGENCE, Labels.DEFERRAL):
+            return [float(each) for each in differs]
+        if labels is Labels.CONSEQUENCE:
+            pairs = itertools.pairwise(self.outcomes(question))
+            matters = iter([small != large for small, large in pairs])
+        else:
+            rights = itertools.pairwise(self.rights(question))
+            matters = iter([large and not small for small, large in rights])
+        return [float(each and next(matters)) for each in differs]
 
 
-def collect(
+def collect(  # noqa: PLR0913 - what a run is made of
     small: SmallModel,
-    large: NamedLarge,
+    replies: Replies,
     questions: Sequence[Question],
     *,
+    examples: Sequence[Question],
     tokens: int,
     folder: Path,
+    at_once: int = 1,
+    continuing: bool = True,
     progress: Progress = no_progress,
 ) -> list[Labelled]:
     """Label the large model's answers to the questions, from `folder` where they are there.
 
-    Raises LargeError when the large model fails; what was labelled before is kept.
+    At most `at_once` calls are under way; `continuing` adds the small model's continuations. Raises
+    LargeError when the large model fails; what was labelled before is kept.
     """
-    import mlx.core as mx
-
     folder.mkdir(parents=True, exist_ok=True)
-    found = []
-    for done, question in enumerate(questions):
-        progress("questions", done, len(questions))
-        key = json.dumps([small.name, large.model_name, question.prompt, tokens])
-        file = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
-        if not file.exists():
-            labelled = _labelled(small, large, question, tokens)
-            # Whole or not at all, whenever it is interrupted.
-            partial = file.with_suffix(".partial.safetensors")
-            mx.save_safetensors(
-                str(partial),
-                {
-                    "hidden": labelled.hidden,
-                    "signals": labelled.signals,
-                    "differs": labelled.differs,
-                },
-            )
-            partial.rename(file)
-        kept = mx.load(str(file))
-        assert isinstance(kept, dict)
-        found.append(Labelled(**kept))
-    return found
+    done = itertools.count()
+    progress("questions", next(done), len(questions))
+    files = [
+        folder / f"{_key(small, replies, question, examples, tokens, continuing)}.safetensors"
+        for question in questions
+    ]
+    missing = [
+        (question, file)
+        for question, file in zip(questions, files, strict=True)
+        if not file.exists()
+    ]
+    for _ in range(len(questions) - len(missing)):
+        progress("questions", next(done), len(questions))
+    for group in _chunks(missing, max(1, at_once)):
+        wanted = [question for question, _ in group]
+        written = write(
+            small,
+            replies,
+            wanted,
+            examples=examples,
+            tokens=tokens,
+            at_once=at_once,
+            done=lambda: progress("questions", next(done), len(questions)),
+        )
+        labelled = _labelled(small, wanted, written, examples, tokens, continuing=continuing)
+        for each, (_, file) in zip(labelled, group, strict=True):
+            _write(each, file)
+    return [_read(file) for file in files]
 
 
-def _labelled(small: SmallModel, large: NamedLarge, question: Question, tokens: int) -> Labelled:
+def _chunks(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
+    for begin in range(0, len(items), size):
+        yield items[begin : begin + size]
+
+
+def _key(
+    small: SmallModel,
+    replies: Replies,
+    question: Question,
+    examples: Sequence[Question],
+    tokens: int,
+    continuing: bool,
+) -> str:
+    turns = conversation(question, examples)
+    key = json.dumps([small.name, replies.model_name, turns, tokens, continuing])
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Fork:
+    """The small model's own way from a disagreement on: what comes before it, and its choice."""
+
+    answer: int
+    before: tuple[int, ...]
+    token_id: int
+    held: Held
+
+
+def _labelled(
+    small: SmallModel,
+    questions: Sequence[Question],
+    answers: Sequence[Written],
+    examples: Sequence[Question],
+    tokens: int,
+    *,
+    continuing: bool,
+) -> list[Labelled]:
+    """Read the answers, then go on from all their disagreements in batches."""
+    found: list[Labelled] = []
+    forks: list[_Fork] = []
+    for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+        prompt_ids = small.encode_prompt(small.render(conversation(question, examples)))
+        reading = small.read(prompt_ids, answer.token_ids)
+        labelled = _compared(small, answer, reading)
+        found.append(labelled)
+        if continuing:
+            for first, differs in zip(answer.firsts, _column(labelled.differs), strict=True):
+                if differs:
+                    held = small.held(len(prompt_ids) + first)
+                    own = reading.signals[first].token_id
+                    forks.append(_Fork(number, answer.token_ids[:first], own, held))
+    alone: list[list[str]] = [[] for _ in answers]
+    for fork, text in zip(forks, _continued(small, forks, tokens), strict=True):
+        alone[fork.answer].append(text)
+    return [
+        replace(labelled, alone=tuple(texts)) for labelled, texts in zip(found, alone, strict=True)
+    ]
+
+
+def _compared(small: SmallModel, answer: Written, reading: Reading) -> Labelled:
     import mlx.core as mx
 
-    answer = generate(
-        small,
-        large,
-        question.prompt,
-        router=make("entropy", threshold=-math.inf),
-        max_tokens=tokens,
-        timeout_s=_TIMEOUT_S,
-        strict=True,
-        mode=Mode.WAIT,
-        prefetch=MOST_PREFETCHED,
+    signals = [reading.signals[first] for first in answer.firsts]
+    wanted = [answer.token_ids[first] for first in answer.firsts]
+    differs = [own.token_id != token for own, token in zip(signals, wanted, strict=True)]
+    given = [reading.logprobs[first] for first in answer.firsts]
+    hidden = reading.hidden[mx.array(list(answer.firsts))].astype(mx.float16)
+    mx.eval(hidden)
+    return Labelled(
+        hidden=hidden,
+        signals=mx.array(
+            [[s.entropy_nats, s.varentropy, s.top_logprobs[0], s.margin] for s in signals]
+        ),
+        differs=mx.array([float(each) for each in differs]),
+        logprobs=mx.array(list(zip(given, answer.logprobs, strict=True))),
+        text=_text(small, answer.token_ids),
+        tokens=len(answer.token_ids),
     )
-    hidden, signals, differs = [], [], []
-    for token in answer:
-        # Later parts of a large token that the small vocabulary spells are no positions.
-        if token.escalation is None:
-            continue
-        # The step that made these signals is the small model's last one.
-        hidden.append(small.hidden_state().astype(mx.float16))
-        mx.eval(hidden[-1])
-        own = token.signals
-        signals.append([own.entropy_nats, own.varentropy, own.top_logprobs[0], own.margin])
-        differs.append(float(not token.escalation.agreed))
-    return Labelled(mx.stack(hidden), mx.array(signals), mx.array(differs))
+
+
+def _continued(small: SmallModel, forks: Sequence[_Fork], tokens: int) -> Iterator[str]:
+    """The whole answers that the forks lead to."""
+    ends = small.vocabulary.eos_ids
+    for group in _chunks(forks, _ROWS):
+        room = [0 if fork.token_id in ends else tokens - len(fork.before) - 1 for fork in group]
+        tails = small.continued([(fork.held, fork.token_id) for fork in group], most=room)
+        for fork, tail in zip(group, tails, strict=True):
+            yield _text(small, (*fork.before, fork.token_id, *tail))
+
+
+def _text(small: SmallModel, token_ids: Sequence[int]) -> str:
+    """The text of an answer, without its end token."""
+    ends = small.vocabulary.eos_ids
+    data = b"".join(small.vocabulary.token_bytes(each) for each in token_ids if each not in ends)
+    return data.decode(errors="replace")
+
+
+def _column(values: mx.array) -> list[float]:
+    return cast("list[float]", values.tolist())
+
+
+def _write(labelled: Labelled, file: Path) -> None:
+    """Whole or not at all, whenever it is interrupted."""
+    import mlx.core as mx
+
+    about = {"text": labelled.text, "tokens": labelled.tokens, "alone": labelled.alone}
+    arrays = {name: getattr(labelled, name) for name in _ARRAYS}
+    partial = file.with_suffix(".partial.safetensors")
+    mx.save_safetensors(str(partial), arrays, {_ABOUT: json.dumps(about)})
+    partial.rename(file)
+
+
+def _read(file: Path) -> Labelled:
+    import mlx.core as mx
+
+    arrays, about = mx.load(str(file), return_metadata=True)
+    assert isinstance(arrays, dict)
+    assert isinstance(about, dict)
+    told = json.loads(about[_ABOUT])
+    return Labelled(**arrays, text=told["text"], tokens=told["tokens"], alone=tuple(told["alone"]))

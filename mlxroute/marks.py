@@ -1,4 +1,4 @@
-"""Marking answers: what was answered, strictly and leniently, and what the figures are worth."""
+"""Marking answers: what was answered, strictly and leniently."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import math
 import re
 import string
 from dataclasses import dataclass
-from typing import Final
 
 from mlxroute.questions import Kind, Question
 
-# Of a two-sided 95 % interval.
-_Z: Final = 1.959963984540054
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
 _SAID = re.compile(r"answer\s+is\b(.*)", re.IGNORECASE | re.DOTALL)
@@ -39,12 +36,30 @@ def mark(question: Question, text: str) -> Mark:
             return _mark_text(question.answer, text)
 
 
-def _mark_choice(question: Question, text: str) -> Mark:
+def outcome(question: Question, text: str) -> str:
+    """What a text answers, in a form in which equal answers are equal; empty for no answer."""
+    match question.kind:
+        case Kind.CHOICE:
+            return _chosen(question, text)[1] or ""
+        case Kind.NUMBER:
+            value = _final_number(text)
+            return "" if value is None else f"{value:g}"
+        case Kind.TEXT:
+            return _plain(text)
+
+
+def _chosen(question: Question, text: str) -> tuple[str | None, str | None]:
+    """The label in the form that was asked for, and in any."""
     said = _SAID.search(text)
     after = said[1] if said else ""
     strict = _label(question, _LABEL.search(after))
     lenient = strict or _named(question, after) or _label(question, _LABEL.search(text))
     lenient = lenient or _label(question, _LEADING.match(text)) or _named(question, text)
+    return strict, lenient
+
+
+def _mark_choice(question: Question, text: str) -> Mark:
+    strict, lenient = _chosen(question, text)
     wanted = str(question.answer).upper()
     return Mark(
         None if strict is None else strict == wanted, None if lenient is None else lenient == wanted
@@ -70,11 +85,16 @@ def _named(question: Question, text: str) -> str | None:
 def _mark_number(wanted: str, text: str) -> Mark:
     boxed = _BOXED.findall(text)
     strict = boxed[0].strip() == wanted.strip() if boxed else None
-    numbers = _NUMBER.findall(boxed[0]) if boxed else _NUMBER.findall(text)
-    lenient = None
-    if numbers:
-        lenient = math.isclose(_value(numbers[-1]), _value(wanted), rel_tol=1e-9)
+    value = _final_number(text)
+    lenient = None if value is None else math.isclose(value, _value(wanted), rel_tol=1e-9)
     return Mark(strict, lenient)
+
+
+def _final_number(text: str) -> float | None:
+    """The last number in the box, or in the text where there is none."""
+    boxed = _BOXED.findall(text)
+    numbers = _NUMBER.findall(boxed[0]) if boxed else _NUMBER.findall(text)
+    return _value(numbers[-1]) if numbers else None
 
 
 def _value(text: str) -> float:
@@ -91,24 +111,3 @@ def _mark_text(wanted: str, text: str) -> Mark:
 
 def _plain(text: str) -> str:
     return " ".join(text.casefold().translate(str.maketrans("", "", string.punctuation)).split())
-
-
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, 1927)."""
-    if not count:
-        return 0.0, 1.0
-    share, z2 = right / count, _Z * _Z
-    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = _Z * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
-    half /= 1 + z2 / count
-    return middle - half, middle + half
-
-
-def mcnemar(only_one: int, only_other: int) -> float:
-    """Exact two-sided p that two sides differ on the same questions (McNemar, 1947).
-
-    The counts are of questions that one side alone got right.
-    """
-    count, least = only_one + only_other, min(only_one, only_other)
-    tail = sum(math.comb(count, k) for k in range(least + 1)) / (1 << count)
-    return min(1.0, 2 * tail)

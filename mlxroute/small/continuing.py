@@ -1,0 +1,42 @@
+"""Greedy continuations of several sequences at once, by mlx_lm's own batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mlxroute.small.cache import Held
+
+
+def continued(
+    model: Any, starts: Sequence[tuple[Held, int]], *, most: Sequence[int], ends: Iterable[int]
+) -> list[list[int]]:
+    """The ids after each start's token: at most `most[i]`, without the end token."""
+    import mlx.core as mx
+    from mlx_lm.generate import BatchGenerator
+
+    found: list[list[int]] = [[] for _ in starts]
+    rows = [index for index, count in enumerate(most) if count > 0]
+    if not rows:
+        return found
+    generator = BatchGenerator(
+        model,
+        stop_tokens=[[token_id] for token_id in ends],
+        completion_batch_size=len(rows),
+        prefill_batch_size=len(rows),
+        stream=mx.default_stream(mx.default_device()),
+    )
+    try:
+        names = generator.insert(
+            [[starts[row][1]] for row in rows],
+            max_tokens=[most[row] for row in rows],
+            caches=[starts[row][0] for row in rows],
+        )
+        of = dict(zip(names, rows, strict=True))
+        while responses := generator.next_generated():
+            for response in responses:
+                if response.finish_reason != "stop":
+                    found[of[response.uid]].append(int(response.token))
+    finally:
+        generator.close()
+    return found
