@@ -20,9 +20,9 @@ from typing import Any
 from mlxroute.errors import UsageError
 from mlxroute.types import Message
 
+# A form with placeholders is one that small models copy.
 _CHOICE_FORM = (
-    "Please format your response in the following way:\n"
-    "[Explanation]. Therefore, the answer is answer (label)."
+    "Explain in one sentence, then end with: Therefore, the answer is <choice> (<label>)."
 )
 _NUMBER_FORM = "Solve the problem step by step and give the final answer as \\boxed{number}."
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")

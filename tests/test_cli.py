@@ -50,7 +50,6 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["--budget", "101%", "hi"], "from 0% to 100%"),
         (["--budget", "7%", "--threshold", "1", "hi"], "exclude each other"),
         (["--router", "guess", "hi"], "'margin'"),
-        (["--router", "margin", "--offline", "hi"], "needs a --budget"),
         (["--mode", "race", "hi"], "'wait'"),
         (["--prefetch", "-1", "hi"], "--prefetch must be from 0 to 64"),
         (["--call-ceiling", "0.5", "hi"], "--call-ceiling must be at least 1"),

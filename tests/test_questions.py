@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from mlxroute.cli.folders import bench_file
 from mlxroute.errors import UsageError
-from mlxroute.questions import read_questions
+from mlxroute.marks import mark
+from mlxroute.questions import conversation, read_questions, sampled, worked_examples
 
 
 def test_every_documented_form_becomes_a_prompt(tmp_path: Path) -> None:
@@ -22,8 +24,11 @@ def test_every_documented_form_becomes_a_prompt(tmp_path: Path) -> None:
     first, second, third = read_questions(file)
     assert (first.name, first.prompt) == ("a", "Why?")
     assert second.name == f"{file}, row 3"
-    assert second.prompt.startswith("Where?\nA. here\nB. there\n\n")
-    assert third.prompt.startswith("1 + 1?\n\n")
+    assert second.prompt == "Where?\nA. here\nB. there"
+    assert third.prompt == "1 + 1?"
+    assert conversation(second) == [
+        {"role": "user", "content": f"{second.prompt}\n\n{second.form}"}
+    ]
     assert "answerKey" not in second.prompt
     assert "boxed{2}" not in third.prompt
 
@@ -54,3 +59,34 @@ def test_files_that_hold_nothing_to_ask_are_named(tmp_path: Path) -> None:
     for name, said in (("none", "No such file"), ("empty", "there are none"), ("binary", "UTF-8")):
         with pytest.raises(UsageError, match=f"{name}.*{said}"):
             read_questions(tmp_path / name)
+
+
+def test_worked_examples_are_earlier_turns_that_show_the_form() -> None:
+    examples = worked_examples(bench_file("questions", "examples.jsonl"), 2)
+    question = read_questions(bench_file("questions", "everyday.jsonl"))[0]
+    turns = conversation(question, examples)
+    assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2 + ["user"]
+    assert turns[1]["content"] == examples[0].worked
+    assert turns[-1]["content"] == question.prompt
+
+
+def test_our_questions_have_one_right_answer_each() -> None:
+    questions = read_questions(bench_file("questions", "everyday.jsonl"))
+    examples = worked_examples(bench_file("questions", "examples.jsonl"), 4)
+    assert len({each.fingerprint for each in (*questions, *examples)}) == 36
+    for each in (*questions, *examples):
+        assert each.answer in list("ABCDE")
+        assert len({text for _, text in each.choices}) == 5
+    for each in examples:
+        assert mark(each, each.worked or "").strict
+    # No label is right so often that it could be guessed.
+    counts = [sum(each.answer == label for each in questions) for label in "ABCDE"]
+    assert max(counts) <= len(questions) / 3
+
+
+def test_more_questions_are_the_same_and_others() -> None:
+    questions = read_questions(bench_file("questions", "everyday.jsonl"))
+    assert sampled(questions, 10) == sampled(questions, 20)[:10]
+    assert sorted(each.name for each in sampled(questions, 99)) == sorted(
+        each.name for each in questions
+    )

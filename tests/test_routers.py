@@ -28,8 +28,8 @@ def budget(rate: float, quantiles: tuple[float, ...] = _UNIFORM) -> Budget:
 def judged(pace: Threshold | Budget, scores: Iterable[float]) -> list[Judgement]:
     found = []
     for score in scores:
-        found.append(pace.judge(score))
-        pace = pace.after(score)
+        judgement, pace = pace.decide(score)
+        found.append(judgement)
     return found
 
 
@@ -45,20 +45,20 @@ def test_entropy_router_escalates_strictly_above_its_threshold(
     entropy: float, threshold: float
 ) -> None:
     router = EntropyRouter(threshold)
-    got = router.pace.judge(router.score(signals(1, entropy), 0))
+    got = router.pace.decide(router.score(signals(1, entropy), 0))[0]
     assert (got is Judgement.ESCALATE) == (entropy > threshold)
 
 
 @given(st.floats(allow_nan=True))
 def test_infinite_thresholds_never_and_always_escalate(score: float) -> None:
-    assert Threshold(math.inf).judge(score) is Judgement.KEEP
+    assert Threshold(math.inf).decide(score)[0] is Judgement.KEEP
     if score != -math.inf:
-        assert Threshold(-math.inf).judge(score) is Judgement.ESCALATE
+        assert Threshold(-math.inf).decide(score)[0] is Judgement.ESCALATE
 
 
 def test_a_score_that_is_not_a_number_goes_to_the_large_model() -> None:
-    assert Threshold(2.5).judge(math.nan) is Judgement.ESCALATE
-    assert budget(0.07).judge(math.nan) is Judgement.ESCALATE
+    assert Threshold(2.5).decide(math.nan)[0] is Judgement.ESCALATE
+    assert budget(0.07).decide(math.nan)[0] is Judgement.ESCALATE
 
 
 def test_a_threshold_that_is_not_a_number_is_refused() -> None:
@@ -119,7 +119,7 @@ def _clustered(dice: random.Random, at: float) -> float:
     return dice.expovariate(1.0) * (1 + 3 * math.sin(400 * at) ** 8)
 
 
-@pytest.mark.parametrize("rate", [0.01, 0.03, 0.07, 0.15, 0.3])
+@pytest.mark.parametrize("rate", [0.01, 0.07, 0.3])
 @pytest.mark.parametrize("scores", [_steady, _growing, _changing, _clustered])
 def test_the_realised_rate_comes_within_15_percent_of_the_budget(
     scores: Callable[[random.Random, float], float], rate: float
@@ -133,8 +133,8 @@ def test_the_realised_rate_comes_within_15_percent_of_the_budget(
         spent = 0
         for _ in range(length):
             score = scores(dice, seen / total)
-            spent += pace.judge(score) is Judgement.ESCALATE
-            pace, seen = pace.after(score), seen + 1
+            judgement, pace = pace.decide(score)
+            spent, seen = spent + (judgement is Judgement.ESCALATE), seen + 1
         spent_in_all += spent
         assert spent <= rate * length + BURST + 1e-6
         assert spent_in_all <= rate * seen + BURST + 1e-6
@@ -151,8 +151,8 @@ def test_a_budget_prefers_the_higher_scores() -> None:
 
 def test_what_a_calibration_knows_decides_the_first_positions() -> None:
     high = budget(0.07, (0.0, 1.0, 2.0, 3.0, 4.0))
-    assert high.judge(2.0) is Judgement.KEEP
-    assert high.judge(3.9) is Judgement.ESCALATE
+    assert high.decide(2.0)[0] is Judgement.KEEP
+    assert high.decide(3.9)[0] is Judgement.ESCALATE
 
 
 def test_a_spent_budget_says_so() -> None:
@@ -175,8 +175,9 @@ def test_scores_that_differ_by_little_leave_the_same_state_unless_they_are_near_
         if other.is_near(differing, band):
             # Here the engine decodes again.
             differing = score
-        assert one.judge(score) is other.judge(differing)
-        one, other = one.after(score), other.after(differing)
+        judgement, one = one.decide(score)
+        same, other = other.decide(differing)
+        assert judgement is same
         assert one == other
 
 

@@ -194,15 +194,18 @@ def test_an_outcome_that_does_not_change_makes_no_label() -> None:
 
 @pytest.mark.parametrize("labels", [Labels.DIVERGENCE, Labels.DEFERRAL])
 def test_a_head_finds_what_tells_the_models_apart(labels: Labels) -> None:
-    fitted = fitted_to(synthetic(60), labels)
+    fitted = fitted_to(synthetic(40), labels)
     rows = fitted.report["recall"]
     assert rows["0.1"]["head"] > 0.7
     assert rows["0.1"]["entropy"] < 0.3
     assert rows["0.1"]["oracle"] >= rows["0.1"]["head"]
-    assert fitted.report["answers"] == {"fitted": 48, "held_out": 12}
+    assert fitted.report["answers"] == {"fitted": 32, "held_out": 8}
     assert list(fitted.quantiles) == sorted(fitted.quantiles)
     assert (fitted.report["small"], fitted.report["labels"]) == ("s", labels)
-    assert fitted_to(synthetic(60), labels).report == fitted.report
+
+
+def test_the_same_answers_give_the_same_head() -> None:
+    assert fitted_to(synthetic(12)).report == fitted_to(synthetic(12)).report
 
 
 def test_a_written_head_scores_as_the_fitted_one_inside_a_step(
@@ -288,8 +291,6 @@ def test_a_head_that_does_not_fit_is_one_clear_line(
     with pytest.raises(WeightsError):
         SmallModel(*load(tiny), name="tiny").load_head(tmp_path / "h.safetensors")
     head = str(tmp_path / "h.safetensors")
-    assert main(["ask", "--router", "head", "--budget", "7%", "hi"]) == 2
-    assert "needs --head FILE" in capsys.readouterr().err
     ask = ["ask", "--offline", "--small", str(tiny), "--router", "head", "--budget", "7%"]
     assert main([*ask, "--head", head, "hi"]) == 2
     assert "cannot be read" in capsys.readouterr().err

@@ -185,7 +185,7 @@ class _Run:
                 self.results.add(key, row)
             else:
                 for score in row.scores:
-                    router.pace = router.pace.after(score)
+                    _, router.pace = router.pace.decide(score)
             rows[side.name].append(row)
 
     def _key(self, side: Side, turns: Sequence[Message], router: Router) -> str:

@@ -196,7 +196,7 @@ def _kernel_seconds(size: int) -> float:
 
     def work() -> None:
         signals: Any = form(logits)
-        router.pace.judge(router.score(signals, 0))
+        router.pace.decide(router.score(signals, 0))
 
     work()
     return percentile([seconds(work) for _ in range(21)], 0.5)

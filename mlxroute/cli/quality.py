@@ -67,7 +67,7 @@ def run_bench_quality(settings: Settings, sides: Sequence[Side], options: Qualit
         large.meet(small.vocabulary)
         uses_head = any(side.router == HEAD for side in sides)
         ranks = ranks_of(small, HEAD if uses_head else DEFAULT_ROUTER, settings.head)
-        _check_unseen(small.head, questions)
+        check_unseen(small.head, questions)
         models = small.name, large.model_name
         with (
             Replies(
@@ -115,7 +115,7 @@ def _examples(options: QualityOptions) -> list[Question]:
     return worked_examples(options.examples or ours, options.shots)
 
 
-def _check_unseen(head: MlpHead | None, questions: list[Question]) -> None:
+def check_unseen(head: MlpHead | None, questions: list[Question]) -> None:
     """A head must not be judged by what it was fitted to."""
     known = frozenset() if head is None else head.questions
     seen = sum(question.fingerprint in known for question in questions)

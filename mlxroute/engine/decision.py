@@ -80,12 +80,13 @@ class Decider:
     def own(self, signals: Signals, pace: Pace) -> Decision:
         """The small model's own choice, where the router has come to `pace`."""
         score = self._router.score(signals, pace.seen)
+        judgement, after = pace.decide(score)
         return Decision(
             signals,
             score,
             pace.threshold,
-            pace.judge(score),
-            pace.after(score),
+            judgement,
+            after,
             token_ids=(signals.token_id,),
             source=Source.SMALL,
             ends=signals.token_id in self._eos_ids,

@@ -125,12 +125,8 @@ class Pace(Protocol):
         """How many positions there were."""
         ...
 
-    def judge(self, score: float) -> Judgement:
-        """What is to be done at the next position if this is its score."""
-        ...
-
-    def after(self, score: float) -> Self:
-        """The pace behind a position with this score."""
+    def decide(self, score: float) -> tuple[Judgement, Self]:
+        """What is to be done at the next position if this is its score, and the pace behind it."""
         ...
 
     def is_near(self, score: float, band: float) -> bool:

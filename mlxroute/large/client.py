@@ -38,7 +38,7 @@ _LONGEST_S: Final = 86_400
 _MOST_PARTS: Final = 6
 _MOST_IN_FLIGHT: Final = 8
 _TEXT_ONLY_RUNG: Final = 4
-# How long a thread that was told to end may take before it is left to end by itself.
+# How long threads that were told to end may take before they are left to end by themselves.
 _ENDING_S: Final = 0.3
 
 
@@ -153,8 +153,9 @@ class LargeModel:
         for flight in self._flights:
             flight.cancel()
         self._transport.close()
+        ends_s = time.monotonic() + _ENDING_S
         for flight in self._flights:
-            flight.join(_ENDING_S)
+            flight.join(max(0.0, ends_s - time.monotonic()))
 
     @property
     def connected(self) -> bool:

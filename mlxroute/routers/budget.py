@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from mlxroute.errors import UsageError
@@ -35,7 +35,7 @@ _WHOLE: Final = 1.0 - 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """The state of a budget after `seen` positions; `after` gives the next one.
+    """The state of a budget after `seen` positions; `decide` gives the next one.
 
     `recent` are the latest scores, oldest first, and `ordered` the same by size.
     """
@@ -68,25 +68,24 @@ class Budget:
         place = math.floor(self.rank * len(self.ordered))
         return self.ordered[min(place, len(self.ordered) - 1)]
 
-    def judge(self, score: float) -> Judgement:
-        """What is to be done at a position with this score; one that is NaN is the highest."""
-        threshold = self.threshold
-        if threshold == math.inf or _stepped(score, self.resolution) <= threshold:
-            return Judgement.KEEP
-        return Judgement.ESCALATE if self._filled >= _WHOLE else Judgement.OVER_BUDGET
+    def decide(self, score: float) -> tuple[Judgement, Budget]:
+        """What is to be done at a position with this score, and the state behind it.
 
-    def after(self, score: float) -> Budget:
-        """The state behind a position with this score."""
-        spent = self.judge(score) is Judgement.ESCALATE
-        rank = self.rank + _ETA * (spent - self.rate)
-        value = _stepped(score, self.resolution)
+        A score that is NaN is the highest.
+        """
+        value, filled = _stepped(score, self.resolution), min(BURST, self.purse + self.rate)
+        judgement = Judgement.KEEP
+        if (threshold := self.threshold) != math.inf and value > threshold:
+            judgement = Judgement.ESCALATE if filled >= _WHOLE else Judgement.OVER_BUDGET
+        spent = judgement is Judgement.ESCALATE
         ordered = list(self.ordered)
         del ordered[bisect_left(ordered, self.recent[0])]
         insort(ordered, value)
-        return replace(
-            self,
-            rank=min(1.0, max(0.0, rank)),
-            purse=max(0.0, self._filled - spent),
+        return judgement, Budget(
+            rate=self.rate,
+            resolution=self.resolution,
+            rank=min(1.0, max(0.0, self.rank + _ETA * (spent - self.rate))),
+            purse=max(0.0, filled - spent),
             recent=(*self.recent[1:], value),
             ordered=tuple(ordered),
             seen=self.seen + 1,
@@ -98,10 +97,6 @@ class Budget:
             return False
         place = score / self.resolution
         return abs(place - math.floor(place) - 0.5) * self.resolution <= band
-
-    @property
-    def _filled(self) -> float:
-        return min(BURST, self.purse + self.rate)
 
 
 def _stepped(score: float, resolution: float) -> float:

@@ -24,15 +24,12 @@ class Threshold:
         if math.isnan(self.threshold):
             raise UsageError("the threshold must be a number, inf or -inf, not nan")
 
-    def judge(self, score: float) -> Judgement:
-        """What is to be done at a position with this score."""
+    def decide(self, score: float) -> tuple[Judgement, Threshold]:
+        """What is to be done at a position with this score, and the state behind it."""
         above = self.threshold != math.inf and not score <= self.threshold
-        return Judgement.ESCALATE if above else Judgement.KEEP
+        judgement = Judgement.ESCALATE if above else Judgement.KEEP
+        return judgement, Threshold(self.threshold, self.seen + 1)
 
     def is_near(self, score: float, band: float) -> bool:
         """Whether a score that differs by `band` would be judged otherwise."""
         return abs(score - self.threshold) <= band
-
-    def after(self, score: float) -> Threshold:
-        """The state behind a position with this score."""
-        return Threshold(self.threshold, self.seen + 1)

@@ -1,35 +1,31 @@
-"""Fitting a head: a perceptron that tells from the small model's state where to escalate.
-
-One hidden layer with ReLU: CITER's router (arXiv 2502.01976) with its last two linear layers folded
-into one, and smaller.
-"""
+"""Fitting a head: what tells from the small model's state where to escalate."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self, cast
+from typing import TYPE_CHECKING, Any, Final
 
 from mlxroute.errors import UsageError
 from mlxroute.questions import Question
 from mlxroute.small.head import MlpHead
 from mlxroute.training.labels import Labelled, Labels
+from mlxroute.training.shapes import COMPONENTS, Loss, Positions, linear, perceptron
 from mlxroute.types import Progress, no_progress
 
 if TYPE_CHECKING:
     import mlx.core as mx
-    import mlx.nn as nn
 
 RATES: Final = (0.03, 0.05, 0.07, 0.10)
-_WIDTH: Final = 64
 _HELD_OUT: Final = 5
+_FOLDS: Final = 4
 _FEWEST_ANSWERS: Final = 10
-_EPOCHS, _PATIENCE, _BATCH = 200, 10, 256
-_RATE, _DECAY = 1e-3, 0.05
 _QUANTILES: Final = 64
+_PERCEPTRON: Final = "perceptron"
+_Pair = tuple[Labelled, Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +77,9 @@ def fit(
         )
     targets = [a.targets(q, labels) for a, q in zip(answers, questions, strict=True)]
     pairs = list(zip(answers, targets, strict=True))
-    held = _Positions.of([each for index, each in enumerate(pairs) if index % _HELD_OUT == 0])
-    seen = _Positions.of([each for index, each in enumerate(pairs) if index % _HELD_OUT])
+    held = Positions.of(pairs[::_HELD_OUT])
+    rest = [each for index, each in enumerate(pairs) if index % _HELD_OUT]
+    seen = Positions.of(rest)
     if len(set(seen.wanted)) == 1 or not any(held.wanted):
         raise UsageError(
             f"the models' {labels} is nowhere, or everywhere: there is nothing to learn"
@@ -90,14 +87,15 @@ def fit(
     loss = _deferral if labels is Labels.DEFERRAL else _logistic
     if labels is Labels.DEFERRAL and not seen.has_logprobs:
         raise UsageError("deferral needs the large model's logprobs, and its server gives none")
-    head = _trained(seen, held, loss, seed=seed, progress=progress)
-    scores = _column(head.of(held.inputs)[:, 0])
+    head, shape = _chosen(rest, loss, seed=seed, progress=progress)
+    scores = held.scores(head)
     report = {
         **about,
         "labels": str(labels),
+        "shape": shape,
         "answers": {
-            "fitted": sum(1 for index in range(len(pairs)) if index % _HELD_OUT),
-            "held_out": sum(1 for index in range(len(pairs)) if index % _HELD_OUT == 0),
+            "fitted": len(rest),
+            "held_out": len(pairs) - len(rest),
         },
         "positions": {"fitted": len(seen.wanted), "held_out": len(held.wanted)},
         **_found(held, {"head": scores}),
@@ -109,43 +107,6 @@ def fit(
     return Fitted(head, report, rounded, tuple(each.fingerprint for each in questions))
 
 
-@dataclass(frozen=True, slots=True)
-class _Positions:
-    """Positions of several answers: `inputs` [N, D + 4], `targets` [N], `logprobs` [N, 2]."""
-
-    inputs: mx.array
-    targets: mx.array
-    logprobs: mx.array
-    differs: list[bool]
-    entropies: list[float]
-
-    @classmethod
-    def of(cls, pairs: Sequence[tuple[Labelled, Sequence[float]]]) -> Self:
-        import mlx.core as mx
-
-        answers = [answer for answer, _ in pairs]
-        signals = mx.concatenate([each.signals for each in answers])
-        hidden = mx.concatenate([each.hidden for each in answers]).astype(mx.float32)
-        differs = mx.concatenate([each.differs for each in answers])
-        return cls(
-            inputs=mx.concatenate([hidden, signals], axis=1),
-            targets=mx.array([value for _, values in pairs for value in values]),
-            logprobs=mx.concatenate([each.logprobs for each in answers]),
-            differs=[bool(value) for value in _column(differs)],
-            entropies=_column(signals[:, 0]),
-        )
-
-    @property
-    def wanted(self) -> list[bool]:
-        """Which positions are to be found."""
-        return [bool(value) for value in _column(self.targets)]
-
-    @property
-    def has_logprobs(self) -> bool:
-        """Whether the large model's logprobs are known everywhere."""
-        return all(math.isfinite(value) for value in _column(self.logprobs[:, 1]))
-
-
 def recall_table(
     answers: Sequence[Labelled],
     targets: Sequence[Sequence[float]],
@@ -155,12 +116,12 @@ def recall_table(
 
     Random and the oracle (exactly the differing positions, by chance) are expectations.
     """
-    positions = _Positions.of(list(zip(answers, targets, strict=True)))
-    scores = {} if head is None else {"head": _column(head.of(positions.inputs)[:, 0])}
+    positions = Positions.of(list(zip(answers, targets, strict=True)))
+    scores = {} if head is None else {"head": positions.scores(head)}
     return _found(positions, scores)
 
 
-def _found(positions: _Positions, scores: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+def _found(positions: Positions, scores: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     wanted, differing = positions.wanted, _share(positions.differs)
     return {
         "differing": round(differing, 4),
@@ -188,8 +149,38 @@ def _share(values: Sequence[bool]) -> float:
     return sum(values) / len(values)
 
 
-def _column(values: mx.array) -> list[float]:
-    return cast("list[float]", values.tolist())
+def _chosen(
+    pairs: Sequence[_Pair], loss: Loss, *, seed: int, progress: Progress
+) -> tuple[MlpHead, str]:
+    """The head of the shape that finds most in answers left out in turn, fitted to all of these."""
+    found: dict[str, list[float]] = {}
+    for fold in range(_FOLDS):
+        progress("folds", fold, _FOLDS)
+        left = Positions.of(pairs[fold::_FOLDS])
+        others = [each for i, each in enumerate(pairs) if i % _FOLDS != fold]
+        seen = Positions.of(others)
+        heads = {_named(count): linear(seen, loss, count) for count in COMPONENTS}
+        heads[_PERCEPTRON] = _perceptron(others, loss, seed=seed)
+        for name, head in heads.items():
+            scores = left.scores(head)
+            found.setdefault(name, []).append(
+                statistics.mean(recall(scores, left.wanted, rate) for rate in RATES)
+            )
+    best = max(found, key=lambda name: statistics.mean(found[name]))
+    if best == _PERCEPTRON:
+        return _perceptron(pairs, loss, seed=seed), best
+    counts = {_named(count): count for count in COMPONENTS}
+    return linear(Positions.of(pairs), loss, counts[best]), best
+
+
+def _perceptron(pairs: Sequence[_Pair], loss: Loss, *, seed: int) -> MlpHead:
+    """Fitted to three quarters, until it no longer learns anything of the rest."""
+    rest = [each for i, each in enumerate(pairs) if i % _FOLDS]
+    return perceptron(Positions.of(rest), Positions.of(pairs[::_FOLDS]), loss, seed=seed)
+
+
+def _named(components: int) -> str:
+    return f"linear, {components} components"
 
 
 def _logistic(logits: mx.array, targets: mx.array, logprobs: mx.array) -> mx.array:
@@ -207,51 +198,3 @@ def _deferral(logits: mx.array, targets: mx.array, logprobs: mx.array) -> mx.arr
 
     keeps, defers = nn.log_sigmoid(-logits), nn.log_sigmoid(logits)
     return -mx.mean(mx.logaddexp(keeps + logprobs[:, 0], defers + logprobs[:, 1]))
-
-
-def _trained(
-    seen: _Positions,
-    held: _Positions,
-    loss: Callable[[mx.array, mx.array, mx.array], mx.array],
-    *,
-    seed: int,
-    progress: Progress,
-) -> MlpHead:
-    """AdamW until the held-out loss has not fallen for some epochs."""
-    import mlx.core as mx
-    import mlx.nn as nn
-    import mlx.optimizers as optim
-    from mlx.utils import tree_map
-
-    x, x_held = seen.inputs, held.inputs
-    mean, spread = mx.mean(x, axis=0), mx.sqrt(mx.var(x, axis=0)) + 1e-6
-    x, x_held = (x - mean) / spread, (x_held - mean) / spread
-    mx.random.seed(seed)
-    model = nn.Sequential(nn.Linear(x.shape[1], _WIDTH), nn.ReLU(), nn.Linear(_WIDTH, 1))
-    optimizer = optim.AdamW(learning_rate=_RATE, weight_decay=_DECAY)
-
-    def lost(model: nn.Module, x: mx.array, targets: mx.array, logprobs: mx.array) -> mx.array:
-        return loss(model(x)[:, 0], targets, logprobs)
-
-    step = nn.value_and_grad(model, lost)
-    best, best_loss, since = tree_map(mx.array, model.parameters()), math.inf, 0
-    for epoch in range(_EPOCHS):
-        progress("epochs", epoch, _EPOCHS)
-        order = mx.random.permutation(x.shape[0])
-        for begin in range(0, x.shape[0], _BATCH):
-            rows = order[begin : begin + _BATCH]
-            _, gradients = step(model, x[rows], seen.targets[rows], seen.logprobs[rows])
-            optimizer.update(model, gradients)
-            mx.eval(model.parameters(), optimizer.state)
-        (held_loss,) = _column(lost(model, x_held, held.targets, held.logprobs)[None])
-        if held_loss < best_loss:
-            best, best_loss, since = tree_map(mx.array, model.parameters()), held_loss, 0
-        elif (since := since + 1) >= _PATIENCE:
-            break
-    first, _, last = best["layers"]
-    # The scaling of the inputs becomes part of the first layer.
-    weight = first["weight"] / spread
-    bias = first["bias"] - weight @ mean
-    layers = ((weight, bias), (last["weight"], last["bias"]))
-    mx.eval(layers)
-    return MlpHead(layers)
