@@ -10,6 +10,7 @@ import pytest
 
 from mlxroute.backend.load import load
 from mlxroute.engine import Answer, Options
+from mlxroute.errors import UsageError
 from mlxroute.routers import Threshold
 from mlxroute.small import SmallModel
 from mlxroute.types import (
@@ -167,3 +168,31 @@ def test_a_plain_cache_can_always_go_back_and_a_full_window_not(
     small.prefill(list(range(5, 15)))
     assert small.can_rollback(1) == (kind != "lfm2")
     assert small.can_rollback(_WINDOW) == (kind == "llama")
+
+
+def test_prompts_of_different_lengths_are_decoded_together(
+    loaded: tuple[Any, Any], kind: str
+) -> None:
+    small, alone = (SmallModel(*loaded, name="small") for _ in range(2))
+    prompts = [list(range(5, 15)), list(range(40, 45))]
+    firsts, held = zip(*(small.start(each) for each in prompts), strict=True)
+    batch = small.batch(held)
+    rows = batch.step([0, 1, 1], [20, 21, 22])
+    rows = batch.step([2, 0], [30, 31])
+    for prompt, first in zip(prompts, firsts, strict=True):
+        assert alone.prefill(prompt)[0].top_ids == first.top_ids
+    for (prompt, tail), row in zip(
+        ((prompts[1], (22, 30)), (prompts[0], (20, 31))), rows, strict=True
+    ):
+        alone.prefill(prompt)
+        alone.step(tail[0])
+        same = alone.step(tail[1])
+        assert row.top_ids == same.top_ids
+        assert row.entropy_nats == pytest.approx(same.entropy_nats, abs=1e-4)
+    # The model's own cache is not touched by the batch.
+    assert list(small.cached_ids) == prompts[1]
+    if kind == "llama":
+        assert small.held(3)
+    else:
+        with pytest.raises(UsageError, match="plain KV caches"):
+            small.held(3)

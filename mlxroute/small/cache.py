@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -81,25 +82,16 @@ class PrefixCache:
         return max(1, min(_MOST_ROWS, _BRANCH_BYTES // max(1, size)))
 
     def held(self, count: int) -> Held:
-        """Copies of the layers' first `count` tokens.
+        """Copies of the layers' first `count` tokens, fit for a batch.
 
-        Raises UsageError unless the layers are nothing but keys and values at full precision.
+        Raises UsageError for caches that no batch takes, or that cannot be cut there.
         """
         import mlx.core as mx
-        from mlx_lm.models.cache import KVCache
 
-        if not self._whole or self.tails or not 0 < count <= len(self.token_ids):
+        if not self._whole or self._ahead or self.tails or not 0 < count <= len(self.token_ids):
             raise RollbackError(f"the KV cache holds no {count} tokens of one sequence")
-        copies = []
-        for layer in self.layers:
-            if type(layer) is not KVCache:
-                raise UsageError(
-                    f"continuations from the middle of a text need plain KV caches, and this"
-                    f" architecture has {type(layer).__name__}"
-                )
-            part = KVCache()
-            part.state = (layer.keys[..., :count, :], layer.values[..., :count, :], count)
-            copies.append(part)
+        cut = count < len(self.token_ids)
+        copies = [_cut(layer, count) if cut else _copy(layer) for layer in self.layers]
         mx.eval([part.state for part in copies])
         return copies
 
@@ -205,3 +197,24 @@ def _has_room(layer: Any, count: int) -> bool:
         return all(_has_room(part, count) for part in parts)
     size = getattr(layer, "max_size", None)
     return size is None or layer.offset + count < size
+
+
+def _copy(layer: Any) -> Any:
+    """The whole layer, apart from the one that goes on changing."""
+    if not hasattr(layer, "merge"):
+        raise UsageError(f"a cache of this kind ({type(layer).__name__}) cannot be in a batch")
+    return copy.deepcopy(layer)
+
+
+def _cut(layer: Any, count: int) -> Any:
+    """The first tokens of a layer that is nothing but keys and values at full precision."""
+    from mlx_lm.models.cache import KVCache
+
+    if type(layer) is not KVCache:
+        raise UsageError(
+            "continuations from the middle of a text need plain KV caches, and this"
+            f" architecture has {type(layer).__name__}"
+        )
+    part = KVCache()
+    part.state = (layer.keys[..., :count, :], layer.values[..., :count, :], count)
+    return part
