@@ -141,6 +141,25 @@ def test_the_small_model_goes_on_alone_from_each_disagreement(
         assert text == spelled(small, written[:at] + tail)
 
 
+def test_a_token_that_the_small_vocabulary_spells_in_parts_is_one_position(
+    small: SmallModel, tmp_path: Path
+) -> None:
+    ids = small.encode_prompt(small.render([{"role": "user", "content": "say 0"}]))
+    own = greedy(small, ids, 1)[0]
+    other = 70 if own != 70 else 71
+    # The first part is what the small model would write, the second hardly.
+    (found,) = labelled(small, Named([(own, other), (72,), (72,), (72,), (72,)]), tmp_path)
+    assert found.tokens == 6
+    assert found.hidden.shape[0] == found.logprobs.shape[0] == 5
+    signals, _ = small.prefill(ids)
+    second = small.step(own)
+    assert second.token_id != other
+    assert cast("list[float]", found.differs.tolist())[0] == 1
+    assert found.alone[0] == spelled(small, [own, *greedy(small, [*ids, own], 5)])
+    seen = cast("list[float]", found.signals[0].tolist())
+    assert seen[0] == pytest.approx(signals.entropy_nats, rel=1e-4)
+
+
 def test_labels_of_several_answers_at_once_are_those_of_one_after_the_other(
     small: SmallModel, tmp_path: Path
 ) -> None:
@@ -148,6 +167,10 @@ def test_labels_of_several_answers_at_once_are_those_of_one_after_the_other(
     three = labelled(small, Named([(70,)]), tmp_path / "3", questions=_QUESTIONS, at_once=3)
     assert [each.alone for each in one] == [each.alone for each in three]
     plain = labelled(small, Named([(70,)]), tmp_path / "p", questions=_QUESTIONS, continuing=False)
+    # What was not wanted then is added without a call.
+    silent = Named([LargeRefused("asked again")])
+    more = labelled(small, silent, tmp_path / "p", questions=_QUESTIONS)
+    assert [each.alone for each in more] == [each.alone for each in one]
     assert all(each.alone == () for each in plain)
     assert all(mx.array_equal(a.differs, b.differs) for a, b in zip(one, plain, strict=True))
 

@@ -115,13 +115,13 @@ def collect(  # noqa: PLR0913 - what a run is made of
     done = itertools.count()
     progress("questions", next(done), len(questions))
     files = [
-        folder / f"{_key(small, replies, question, examples, tokens, continuing)}.safetensors"
+        folder / f"{_key(small, replies, question, examples, tokens)}.safetensors"
         for question in questions
     ]
     missing = [
         (question, file)
         for question, file in zip(questions, files, strict=True)
-        if not file.exists()
+        if not file.exists() or (continuing and not _is_continued(file))
     ]
     for _ in range(len(questions) - len(missing)):
         progress("questions", next(done), len(questions))
@@ -153,10 +153,9 @@ def _key(
     question: Question,
     examples: Sequence[Question],
     tokens: int,
-    continuing: bool,
 ) -> str:
     turns = conversation(question, examples)
-    key = json.dumps([small.name, replies.model_name, turns, tokens, continuing])
+    key = json.dumps([small.name, replies.model_name, turns, tokens])
     return hashlib.sha256(key.encode()).hexdigest()
 
 
@@ -185,14 +184,14 @@ def _labelled(
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
         prompt_ids = small.encode_prompt(small.render(conversation(question, examples)))
         reading = small.read(prompt_ids, answer.token_ids)
-        labelled = _compared(small, answer, reading)
-        found.append(labelled)
+        places = _disagreements(answer, reading)
+        found.append(_compared(small, answer, reading, places))
         if continuing:
-            for first, differs in zip(answer.firsts, _column(labelled.differs), strict=True):
-                if differs:
-                    held = small.held(len(prompt_ids) + first)
-                    own = reading.signals[first].token_id
-                    forks.append(_Fork(number, answer.token_ids[:first], own, held))
+            for at in places:
+                if at is not None:
+                    held = small.held(len(prompt_ids) + at)
+                    own = reading.signals[at].token_id
+                    forks.append(_Fork(number, answer.token_ids[:at], own, held))
     alone: list[list[str]] = [[] for _ in answers]
     for fork, text in zip(forks, _continued(small, forks, tokens), strict=True):
         alone[fork.answer].append(text)
@@ -201,13 +200,26 @@ def _labelled(
     ]
 
 
-def _compared(small: SmallModel, answer: Written, reading: Reading) -> Labelled:
+def _parts(answer: Written) -> list[range]:
+    """The ids of each of the large model's tokens."""
+    return [range(*pair) for pair in itertools.pairwise((*answer.firsts, len(answer.token_ids)))]
+
+
+def _disagreements(answer: Written, reading: Reading) -> list[int | None]:
+    """For each of the large model's tokens, its first id that the small one would not write."""
+    return [
+        next((i for i in part if reading.signals[i].token_id != answer.token_ids[i]), None)
+        for part in _parts(answer)
+    ]
+
+
+def _compared(
+    small: SmallModel, answer: Written, reading: Reading, places: Sequence[int | None]
+) -> Labelled:
     import mlx.core as mx
 
     signals = [reading.signals[first] for first in answer.firsts]
-    wanted = [answer.token_ids[first] for first in answer.firsts]
-    differs = [own.token_id != token for own, token in zip(signals, wanted, strict=True)]
-    given = [reading.logprobs[first] for first in answer.firsts]
+    given = [sum(reading.logprobs[i] for i in part) for part in _parts(answer)]
     hidden = reading.hidden[mx.array(list(answer.firsts))].astype(mx.float16)
     mx.eval(hidden)
     return Labelled(
@@ -215,7 +227,7 @@ def _compared(small: SmallModel, answer: Written, reading: Reading) -> Labelled:
         signals=mx.array(
             [[s.entropy_nats, s.varentropy, s.top_logprobs[0], s.margin] for s in signals]
         ),
-        differs=mx.array([float(each) for each in differs]),
+        differs=mx.array([float(at is not None) for at in places]),
         logprobs=mx.array(list(zip(given, answer.logprobs, strict=True))),
         text=_text(small, answer.token_ids),
         tokens=len(answer.token_ids),
@@ -252,6 +264,12 @@ def _write(labelled: Labelled, file: Path) -> None:
     partial = file.with_suffix(".partial.safetensors")
     mx.save_safetensors(str(partial), arrays, {_ABOUT: json.dumps(about)})
     partial.rename(file)
+
+
+def _is_continued(file: Path) -> bool:
+    """Whether the small model went on alone from every disagreement."""
+    found = _read(file)
+    return len(found.alone) == sum(_column(found.differs))
 
 
 def _read(file: Path) -> Labelled:
