@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from mlxroute.engine.onward import Onward
 from mlxroute.small import SmallModel
-from mlxroute.types import BranchCost, Message, Progress, Sampling, Signals, Vocabulary
+from mlxroute.types import Message, Progress, Sampling, Signals, Vocabulary
 
 _T = TypeVar("_T")
 
@@ -121,10 +122,8 @@ class Together:
             self._changed.notify_all()
 
 
-class Row:
+class Row(Onward):
     """The small model for one answer; `place` is its row in the batch."""
-
-    most_rows = 1
 
     def __init__(
         self, together: Together, text: str, ids: list[int], first: Signals, *, place: int
@@ -162,21 +161,6 @@ class Row:
         for token_id in before:
             self._together.step(self, token_id)
         return self._together.step(self, last)
-
-    def can_rollback(self, count: int) -> bool:
-        return False
-
-    def rollback(self, count: int) -> None:
-        raise NotImplementedError
-
-    def branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
-        raise NotImplementedError
-
-    def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:
-        raise NotImplementedError
-
-    def select(self, row: int) -> None:
-        raise NotImplementedError
 
 
 def _results(futures: Sequence[Future[_T]]) -> list[_T]:

@@ -9,12 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from mlxroute.engine import generate
+from mlxroute.engine.onward import Onward
 from mlxroute.engine.options import MOST_PREFETCHED
 from mlxroute.questions import Question, conversation
 from mlxroute.routers import make
 from mlxroute.small import SmallModel
 from mlxroute.training.replies import Replies
-from mlxroute.types import BranchCost, Message, Mode, Progress, Sampling, Signals, Vocabulary
+from mlxroute.types import Message, Mode, Progress, Sampling, Signals, Vocabulary
 
 _TIMEOUT_S = 600.0
 # Signals that nobody looks at.
@@ -104,13 +105,12 @@ def _written(
     return Written(tuple(ids), tuple(firsts), tuple(logprobs))
 
 
-class Silent:
+class Silent(Onward):
     """A small model of which only text and vocabulary are used: it decodes nothing.
 
     Several threads may use theirs at once.
     """
 
-    most_rows = 1
     # Tokenizers may be busy with one text only.
     _turn = threading.Lock()
 
@@ -140,18 +140,3 @@ class Silent:
 
     def extend(self, token_ids: Sequence[int]) -> Signals:
         return _NOTHING
-
-    def can_rollback(self, count: int) -> bool:
-        return False
-
-    def rollback(self, count: int) -> None:
-        raise NotImplementedError
-
-    def branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
-        raise NotImplementedError
-
-    def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:
-        raise NotImplementedError
-
-    def select(self, row: int) -> None:
-        raise NotImplementedError

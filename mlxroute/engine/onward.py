@@ -1,0 +1,33 @@
+"""What a stand-in for the small model has to have where answers are written in `wait` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mlxroute.types import BranchCost, Signals
+
+
+class Onward:
+    """Goes on only: nothing can be taken back, and there are no branches."""
+
+    most_rows = 1
+
+    def can_rollback(self, count: int) -> bool:
+        """Whether `count` tokens that are fed next could be taken back."""
+        return False
+
+    def rollback(self, count: int) -> None:
+        """Not to be called."""
+        raise NotImplementedError
+
+    def branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
+        """Not to be called."""
+        raise NotImplementedError
+
+    def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:
+        """Not to be called."""
+        raise NotImplementedError
+
+    def select(self, row: int) -> None:
+        """Not to be called."""
+        raise NotImplementedError
