@@ -34,6 +34,7 @@ class ScriptedSession:
         self._scripts = list(scripts)
         self.conversation = Conversation()
         self.threshold = 2.5
+        self.unit = "nats"
         self.budget: float | None = None
         self.mode = "wait"
         self.modes = ("wait", "overlap")
@@ -283,8 +284,8 @@ def test_a_warning_follows_the_answer_it_is_about(chat: Chat) -> None:
         ("inf", math.inf, "threshold inf: the large model is never asked"),
         ("-inf", -math.inf, "threshold -inf: the large model is always asked"),
         ("", 2.5, "threshold 2.5 nats"),
-        ("abc", 2.5, "error: /threshold takes a number of nats, inf or -inf, not abc"),
-        ("nan", 2.5, "error: /threshold takes a number of nats, inf or -inf, not nan"),
+        ("abc", 2.5, "error: /threshold takes a number, inf or -inf, not abc"),
+        ("nan", 2.5, "error: /threshold takes a number, inf or -inf, not nan"),
     ],
 )
 def test_threshold_shows_and_sets(chat: Chat, value: str, threshold: float, said: str) -> None:

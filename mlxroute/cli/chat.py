@@ -36,6 +36,11 @@ class ChatSession(Protocol):
     mode: str
 
     @property
+    def unit(self) -> str:
+        """What a threshold is counted in."""
+        ...
+
+    @property
     def budget(self) -> float | None:
         """The share of the tokens that may be the large model's; None where a threshold is set."""
         ...
@@ -213,8 +218,8 @@ class _Chat:
 
     def _threshold(self, value: str) -> None:
         if value:
-            self._session.threshold = _nats(value)
-        self.say(f"threshold {_describe_threshold(self._session.threshold)}")
+            self._session.threshold = _threshold(value)
+        self.say(f"threshold {_described(self._session)}")
 
     def _budget(self, value: str) -> None:
         if value:
@@ -242,20 +247,21 @@ class _Chat:
         raise EOFError
 
 
-def _nats(value: str) -> float:
+def _threshold(value: str) -> float:
     try:
         threshold = float(value)
     except ValueError:
         threshold = math.nan
     if math.isnan(threshold):
-        raise UsageError(f"/threshold takes a number of nats, inf or -inf, not {value}")
+        raise UsageError(f"/threshold takes a number, inf or -inf, not {value}")
     return threshold
 
 
-def _describe_threshold(threshold: float) -> str:
+def _described(session: ChatSession) -> str:
+    threshold = session.threshold
     if math.isinf(threshold):
         return f"{threshold:g}: the large model is {'never' if threshold > 0 else 'always'} asked"
-    return f"{threshold:g} nats"
+    return f"{threshold:g} {session.unit}"
 
 
 @dataclass(frozen=True, slots=True)

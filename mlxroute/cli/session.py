@@ -173,16 +173,18 @@ class Session:
         share = self.budget
         return None if share is None else f"{100 * share:g}% of the tokens and {BURST:g} more"
 
+    @property
+    def unit(self) -> str:
+        """What a threshold is counted in."""
+        name = self._router.name
+        return "nats" if name == DEFAULT_ROUTER else f"of {name}"
+
     def rule(self) -> str:
         """When the large model is asked, in words."""
-        name, share = self._router.name, self.budget
+        share = self.budget
         if share is not None:
-            return f"for {100 * share:g}% of the tokens, by {name}"
-        return (
-            f"above {self.threshold:g} nats"
-            if name == "entropy"
-            else (f"above a {name} of {self.threshold:g}")
-        )
+            return f"for {100 * share:g}% of the tokens, by {self._router.name}"
+        return f"above {self.threshold:g} {self.unit}"
 
     def close(self) -> None:
         if self.large is not None:
