@@ -277,7 +277,7 @@ def _accuracy(marks: Sequence[bool | None], alone: Sequence[bool | None]) -> dic
         "interval": [round(low, 4), round(high, 4)],
         "no_answer": sum(each is None for each in marks),
         "over_small": round(right / base, 3) if base else None,
-        "p_against_small": round(
-            mcnemar(pairs.count((True, False)), pairs.count((False, True))), 6
+        "p_against_small": float(
+            f"{mcnemar(pairs.count((True, False)), pairs.count((False, True))):.3g}"
         ),
     }
