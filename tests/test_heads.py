@@ -78,8 +78,8 @@ def test_a_model_without_a_head_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny = make_tiny_model(tmp_path / "tiny")
-    assert main(["--small", str(tiny), "--router", "head", "--offline", "hi"]) == 2
-    assert "no head is known for tiny; `mlxroute train` fits one" in capsys.readouterr().err
+    assert main(["ask", "--small", str(tiny), "--router", "head", "--offline", "hi"]) == 2
+    assert "tiny; `mlxroute train` fits one, --head FILE names one" in capsys.readouterr().err
 
 
 def test_routers_with_known_ranks_have_a_default_rate() -> None:

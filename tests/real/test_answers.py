@@ -83,7 +83,7 @@ def test_the_second_turn_of_a_long_chat_prefills_only_what_is_new(smollm2: Small
     [
         "Repeat exactly: 👩‍💻 漢字 e\u0301te\u0301 🇯🇵",
         "Reply with five different emoji.",
-        "Write hello world in Python with a tab.",
+        pytest.param("Write hello world in Python with a tab.", marks=pytest.mark.heavy),
     ],
 )
 def test_json_lines_follow_the_schema_and_hold_whole_characters(
