@@ -15,6 +15,21 @@ class Source(StrEnum):
     LARGE = "large"
 
 
+class Labels(StrEnum):
+    """What a head learns to find.
+
+    Divergence: the models disagree. Consequence: they do, and the outcome differs with the choice.
+    Preference: with the large model's choice the outcome is right, with the small one's wrong
+    (CITER, arXiv 2502.01976, along the large model's answer). Deferral has no labels: the head
+    mixes both models so that the answer becomes likely (Co-LLM, arXiv 2403.03870).
+    """
+
+    DIVERGENCE = "divergence"
+    CONSEQUENCE = "consequence"
+    PREFERENCE = "preference"
+    DEFERRAL = "deferral"
+
+
 class Mode(StrEnum):
     """What the small model does while the large one is asked; the text is the same in each."""
 

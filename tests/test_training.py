@@ -19,8 +19,9 @@ from mlxroute.questions import Kind, Question
 from mlxroute.ranks import Ranks
 from mlxroute.routers import make
 from mlxroute.small import SmallModel
-from mlxroute.training import Fitted, Labelled, Labels, Replies, collect, fit
+from mlxroute.training import Fitted, Labelled, Replies, collect, fit
 from mlxroute.training.fit import recall
+from mlxroute.types import Labels
 from tests.fakes import Reply, ScriptedLarge
 from tests.tiny import make_tiny_model
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from mlxroute.questions import Question
 from mlxroute.small.head import MlpHead
-from mlxroute.training import Labelled, Labels, recall_table
+from mlxroute.training import Labelled, recall_table
+from mlxroute.types import Labels
 
 
 def oracles(

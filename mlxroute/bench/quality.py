@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import statistics
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,9 +24,11 @@ from mlxroute.ranks import Ranks
 from mlxroute.routers import Router, make
 from mlxroute.small import SmallModel
 from mlxroute.training import Replies
+from mlxroute.training.records import kept_lines
 from mlxroute.types import Message, Mode, Progress, Source, no_progress
 
 _TIMEOUT_S: Final = 600.0
+_STEPS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +72,9 @@ class Results:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._rows: dict[str, Row] = {}
-        if path.exists():
-            text = path.read_text(encoding="utf-8")
-            whole = text[: text.rfind("\n") + 1]
-            if whole != text:
-                # What a run that was killed was just writing.
-                path.write_text(whole, encoding="utf-8")
-            for line in whole.splitlines():
-                item = json.loads(line)
-                item["row"]["scores"] = tuple(item["row"]["scores"])
-                self._rows[item["key"]] = Row(**item["row"])
+        for item in kept_lines(path):
+            item["row"]["scores"] = tuple(item["row"]["scores"])
+            self._rows[item["key"]] = Row(**item["row"])
 
     def find(self, key: str) -> Row | None:
         """The answer kept under a key."""
@@ -89,6 +85,17 @@ class Results:
         self._rows[key] = row
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"key": key, "row": asdict(row)}) + "\n")
+
+
+def step_seconds(small: SmallModel, question: Question) -> float:
+    """What a step of the small model alone takes, by a few behind a question."""
+    signals, _ = small.prefill(small.encode_prompt(small.render(conversation(question))))
+    times_s = []
+    for _ in range(_STEPS):
+        began_s = time.perf_counter()
+        signals = small.step(signals.token_id)
+        times_s.append(time.perf_counter() - began_s)
+    return statistics.median(times_s)
 
 
 def sides_of(routers: Iterable[str], budgets: Iterable[float]) -> list[Side]:

@@ -27,7 +27,6 @@ from mlxroute.cli.options import (
     Kernel,
     KeyEnv,
     KeyFile,
-    LabelsName,
     Large,
     LargeModelId,
     LedgerFile,
@@ -51,6 +50,7 @@ from mlxroute.cli.options import (
 )
 from mlxroute.config import Settings
 from mlxroute.errors import ConfigError, LargeError, MlxRouteError
+from mlxroute.types import Labels
 
 app = typer.Typer(
     name="mlxroute",
@@ -256,8 +256,8 @@ def train(
         ),
     ] = None,
     labels: Annotated[
-        LabelsName, typer.Option(help="What the head learns to find.")
-    ] = LabelsName.CONSEQUENCE,
+        Labels, typer.Option(help="What the head learns to find.")
+    ] = Labels.CONSEQUENCE,
     questions: Annotated[int, typer.Option(help="Of each file, at most.", min=1)] = 500,
     tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 160,
     examples: Examples = None,
@@ -275,7 +275,7 @@ def train(
     from mlxroute.cli.train import TrainOptions, run_train
 
     settings = settings_from(locals())
-    options = TrainOptions(data, out, labels.value, questions, tokens, examples, shots, at_once)
+    options = TrainOptions(data, out, labels, questions, tokens, examples, shots, at_once)
     raise typer.Exit(run_train(settings, options))
 
 

@@ -24,15 +24,6 @@ class RouterName(StrEnum):
     RANDOM = "random"
 
 
-class LabelsName(StrEnum):
-    """What a head learns to find."""
-
-    DIVERGENCE = "divergence"
-    CONSEQUENCE = "consequence"
-    PREFERENCE = "preference"
-    DEFERRAL = "deferral"
-
-
 class DelayName(StrEnum):
     """How the time of a call varies."""
 

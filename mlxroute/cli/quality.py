@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mlxroute.bench.quality import Side
-    from mlxroute.small import SmallModel
     from mlxroute.small.head import MlpHead
 
 
@@ -43,7 +42,7 @@ class QualityOptions:
 def run_bench_quality(settings: Settings, sides: Sequence[Side], options: QualityOptions) -> int:
     """Answer the questions with every side; return the exit code."""
     from mlxroute.bench.oracles import oracles
-    from mlxroute.bench.quality import Results, bench_quality
+    from mlxroute.bench.quality import Results, bench_quality, step_seconds
     from mlxroute.cli.large import large_model
     from mlxroute.cli.output import consoles
     from mlxroute.cli.progress import Reporter, counting
@@ -83,7 +82,7 @@ def run_bench_quality(settings: Settings, sides: Sequence[Side], options: Qualit
                 examples=examples,
                 ranks=ranks,
                 tokens=settings.max_tokens,
-                step_s=_step_seconds(small, questions[0].prompt),
+                step_s=step_seconds(small, questions[0]),
                 chats=options.chats,
                 results=Results(record_file(settings, "quality", *models)),
                 progress=progress,
@@ -124,12 +123,6 @@ def check_unseen(head: MlpHead | None, questions: list[Question]) -> None:
             f"the head was fitted to {seen} of these {len(questions)} questions, which would"
             " flatter it; give others"
         )
-
-
-def _step_seconds(small: SmallModel, text: str) -> float:
-    ids = small.encode_prompt(text)
-    small.prefill(ids)
-    return small.branch_cost(ids[-1], rows=1).step_s
 
 
 def _answered(questions: list[Question], data: Path) -> list[Question]:

@@ -15,6 +15,7 @@ from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
 from mlxroute.heads import own_head
 from mlxroute.questions import Question, read_questions, sampled, worked_examples
+from mlxroute.types import Labels
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +29,7 @@ class TrainOptions:
 
     data: list[Path]
     out: Path | None
-    labels: str
+    labels: Labels
     count: int
     tokens: int
     examples: Path | None
@@ -56,9 +57,8 @@ def run_train(settings: Settings, options: TrainOptions) -> int:
         with Reporter(err) as reporter:
             small = load_small(settings, reporter)
         large.meet(small.vocabulary)
-        from mlxroute.training import Labels, Replies, collect, fit
+        from mlxroute.training import Replies, collect, fit
 
-        labels = Labels(options.labels)
         record = record_file(settings, "replies", small.name, large.model_name)
         with (
             Replies(large, record, at_once=options.at_once) as replies,
@@ -72,7 +72,7 @@ def run_train(settings: Settings, options: TrainOptions) -> int:
                 tokens=options.tokens,
                 folder=cache_dir_of(settings.cache_dir) / "labels",
                 at_once=options.at_once,
-                continuing=labels in (Labels.CONSEQUENCE, Labels.PREFERENCE),
+                continuing=options.labels in (Labels.CONSEQUENCE, Labels.PREFERENCE),
                 progress=progress,
             )
         about = {
@@ -82,7 +82,7 @@ def run_train(settings: Settings, options: TrainOptions) -> int:
             "examples": len(examples),
         }
         with err.status("fitting"):
-            fitted = fit(answers, questions, labels=labels, about=about)
+            fitted = fit(answers, questions, labels=options.labels, about=about)
     out = options.out or own_head(small.name, user_catalog_dir())
     fitted.write(out)
     _show(fitted, err)
@@ -102,7 +102,7 @@ def _questions(options: TrainOptions) -> list[Question]:
         for file in options.data
         for question in sampled(read_questions(file), options.count)
     ]
-    if options.labels == "preference":
+    if options.labels is Labels.PREFERENCE:
         for question in questions:
             if question.answer is None:
                 raise UsageError(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mlxroute.errors import RollbackError
 from mlxroute.types import BranchCost, Signals
+
+_ONLY = "this stand-in for the small model only goes on"
 
 
 class Onward:
@@ -17,17 +20,17 @@ class Onward:
         return False
 
     def rollback(self, count: int) -> None:
-        """Not to be called."""
-        raise NotImplementedError
+        """Raises RollbackError."""
+        raise RollbackError(_ONLY)
 
     def branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
-        """Not to be called."""
-        raise NotImplementedError
+        """Raises RollbackError."""
+        raise RollbackError(_ONLY)
 
     def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:
-        """Not to be called."""
-        raise NotImplementedError
+        """Raises RollbackError."""
+        raise RollbackError(_ONLY)
 
     def select(self, row: int) -> None:
-        """Not to be called."""
-        raise NotImplementedError
+        """Raises RollbackError."""
+        raise RollbackError(_ONLY)

@@ -2,7 +2,7 @@
 
 from mlxroute.training.calibration import calibrate
 from mlxroute.training.fit import Fitted, fit, recall_table
-from mlxroute.training.labels import Labelled, Labels, collect
+from mlxroute.training.labels import Labelled, collect
 from mlxroute.training.replies import Replies
 
-__all__ = ["Fitted", "Labelled", "Labels", "Replies", "calibrate", "collect", "fit", "recall_table"]
+__all__ = ["Fitted", "Labelled", "Replies", "calibrate", "collect", "fit", "recall_table"]

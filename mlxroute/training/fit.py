@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 from mlxroute.errors import UsageError
 from mlxroute.questions import Question
 from mlxroute.small.head import MlpHead
-from mlxroute.training.labels import Labelled, Labels
+from mlxroute.training.labels import Labelled
 from mlxroute.training.shapes import COMPONENTS, Loss, Positions, linear, perceptron
-from mlxroute.types import Progress, no_progress
+from mlxroute.types import Labels
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -61,8 +61,6 @@ def fit(
     *,
     labels: Labels,
     about: Mapping[str, Any],
-    seed: int = 0,
-    progress: Progress = no_progress,
 ) -> Fitted:
     """Fit a head to four fifths of the answers, and judge it on the others.
 
@@ -87,7 +85,7 @@ def fit(
     loss = _deferral if labels is Labels.DEFERRAL else _logistic
     if labels is Labels.DEFERRAL and not seen.has_logprobs:
         raise UsageError("deferral needs the large model's logprobs, and its server gives none")
-    head, shape = _chosen(rest, loss, seed=seed, progress=progress)
+    head, shape = _chosen(rest, loss)
     scores = held.scores(head)
     report = {
         **about,
@@ -149,18 +147,15 @@ def _share(values: Sequence[bool]) -> float:
     return sum(values) / len(values)
 
 
-def _chosen(
-    pairs: Sequence[_Pair], loss: Loss, *, seed: int, progress: Progress
-) -> tuple[MlpHead, str]:
+def _chosen(pairs: Sequence[_Pair], loss: Loss) -> tuple[MlpHead, str]:
     """The head of the shape that finds most in answers left out in turn, fitted to all of these."""
     found: dict[str, list[float]] = {}
     for fold in range(_FOLDS):
-        progress("folds", fold, _FOLDS)
         left = Positions.of(pairs[fold::_FOLDS])
         others = [each for i, each in enumerate(pairs) if i % _FOLDS != fold]
         seen = Positions.of(others)
         heads = {_named(count): linear(seen, loss, count) for count in COMPONENTS}
-        heads[_PERCEPTRON] = _perceptron(others, loss, seed=seed)
+        heads[_PERCEPTRON] = _perceptron(others, loss)
         for name, head in heads.items():
             scores = left.scores(head)
             found.setdefault(name, []).append(
@@ -168,15 +163,15 @@ def _chosen(
             )
     best = max(found, key=lambda name: statistics.mean(found[name]))
     if best == _PERCEPTRON:
-        return _perceptron(pairs, loss, seed=seed), best
+        return _perceptron(pairs, loss), best
     counts = {_named(count): count for count in COMPONENTS}
     return linear(Positions.of(pairs), loss, counts[best]), best
 
 
-def _perceptron(pairs: Sequence[_Pair], loss: Loss, *, seed: int) -> MlpHead:
+def _perceptron(pairs: Sequence[_Pair], loss: Loss) -> MlpHead:
     """Fitted to three quarters, until it no longer learns anything of the rest."""
     rest = [each for i, each in enumerate(pairs) if i % _FOLDS]
-    return perceptron(Positions.of(rest), Positions.of(pairs[::_FOLDS]), loss, seed=seed)
+    return perceptron(Positions.of(rest), Positions.of(pairs[::_FOLDS]), loss)
 
 
 def _named(components: int) -> str:

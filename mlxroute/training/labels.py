@@ -16,7 +16,6 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar, cast
 
@@ -25,7 +24,7 @@ from mlxroute.questions import Question, conversation
 from mlxroute.small import Held, Reading, SmallModel
 from mlxroute.training.answers import Written, write
 from mlxroute.training.replies import Replies
-from mlxroute.types import Progress, no_progress
+from mlxroute.types import Labels, Progress, no_progress
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -35,21 +34,6 @@ _ROWS: Final = 48
 _ARRAYS: Final = ("hidden", "signals", "differs", "logprobs")
 _ABOUT: Final = "answer"
 _T = TypeVar("_T")
-
-
-class Labels(StrEnum):
-    """What a head learns to find.
-
-    Divergence: the models disagree. Consequence: they do, and the outcome differs with the choice.
-    Preference: with the large model's choice the outcome is right, with the small one's wrong
-    (CITER, arXiv 2502.01976, along the large model's answer). Deferral has no labels: the head
-    mixes both models so that the answer becomes likely (Co-LLM, arXiv 2403.03870).
-    """
-
-    DIVERGENCE = "divergence"
-    CONSEQUENCE = "consequence"
-    PREFERENCE = "preference"
-    DEFERRAL = "deferral"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from mlxroute.engine.roles import Flight, NamedLarge
 from mlxroute.errors import LargeError
+from mlxroute.training.records import kept_lines
 from mlxroute.types import LargeContext, LargeToken, Uploads
 
 _POLL_S = 0.1
@@ -33,15 +34,8 @@ class Replies:
         self._places = threading.Semaphore(max(1, min(at_once, large.most_in_flight)))
         self._known: dict[str, LargeToken] = {}
         self._closed = False
-        if path.exists():
-            text = path.read_text(encoding="utf-8")
-            whole = text[: text.rfind("\n") + 1]
-            if whole != text:
-                # What a run that was killed was just writing.
-                path.write_text(whole, encoding="utf-8")
-            for line in whole.splitlines():
-                item = json.loads(line)
-                self._known[item.pop("key")] = _token(item)
+        for item in kept_lines(path):
+            self._known[item.pop("key")] = _token(item)
 
     def __enter__(self) -> Self:
         return self

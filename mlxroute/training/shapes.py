@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 COMPONENTS: Final = (8, 16, 32, 64)
 _WIDTH: Final = 64
+_SEED: Final = 0
 _EPOCHS, _PATIENCE, _BATCH = 60, 6, 256
 _RATE, _DECAY = 1e-3, 0.05
 # Of the linear one: steps on all positions at once, and the penalty on its weights.
@@ -131,7 +132,7 @@ def _basis(inputs: mx.array, components: int) -> mx.array:
     return mx.concatenate([mx.concatenate([directions, corner]), right], axis=1)
 
 
-def perceptron(seen: Positions, checked: Positions, loss: Loss, *, seed: int) -> MlpHead:
+def perceptron(seen: Positions, checked: Positions, loss: Loss) -> MlpHead:
     """AdamW until the loss on `checked` has not fallen for some epochs."""
     import mlx.core as mx
     import mlx.nn as nn
@@ -140,7 +141,7 @@ def perceptron(seen: Positions, checked: Positions, loss: Loss, *, seed: int) ->
 
     mean, spread = _scale(seen.inputs)
     x, x_checked = (seen.inputs - mean) / spread, (checked.inputs - mean) / spread
-    mx.random.seed(seed)
+    mx.random.seed(_SEED)
     model = nn.Sequential(nn.Linear(x.shape[1], _WIDTH), nn.ReLU(), nn.Linear(_WIDTH, 1))
     optimizer = optim.AdamW(learning_rate=_RATE, weight_decay=_DECAY)
 
