@@ -25,7 +25,7 @@ def _now() -> datetime:
 class Ledger:
     """Counts what is sent to the large model, and writes it to a file of JSON Lines if given one.
 
-    `sent` is called as a body is about to leave, once per attempt, `used` for each reply. Safe to
+    `sent` is called as a body is about to leave, once per attempt, `used` as replies come. Safe to
     call from several threads. A body that cannot be written must not leave: once the file fails,
     `sent` raises for good. Raises UsageError when the file cannot be opened.
     """
@@ -72,16 +72,17 @@ class Ledger:
             )
 
     def used(self, *, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> None:
-        """Count the tokens of a request that was answered; the cached ones are part of its prompt.
+        """Count tokens of a request that is answered; the cached ones are part of its prompt.
 
         Servers are not trusted to keep to that.
         """
         with self._lock:
-            self.uploads += Uploads(
+            total = self.uploads + Uploads(
                 tokens=prompt_tokens,
-                cached_tokens=min(cached_tokens, prompt_tokens),
+                cached_tokens=cached_tokens,
                 completion_tokens=completion_tokens,
             )
+            self.uploads = replace(total, cached_tokens=min(total.cached_tokens, total.tokens))
 
     def close(self) -> None:
         """Close the file; what would be sent after that is refused."""

@@ -207,6 +207,10 @@ class FakeFlight:
     def ready(self) -> bool:
         return self._clock is None or self._clock.now >= self.lands_s
 
+    @property
+    def over(self) -> bool:
+        return self.ready
+
     def result(self) -> tuple[LargeToken, ...]:
         assert self.ready
         if isinstance(self._outcome, LargeError):

@@ -38,7 +38,8 @@ class Reply:
 
     `raw` replaces the whole reply, status line included; `times` repeats the body. `stall_s` waits
     before the first byte, `byte_every_s` sends one byte at a time, `cut_at` closes the connection
-    after that many bytes, with a reset when `reset` is set.
+    after that many bytes, with a reset when `reset` is set. `chunks` are sent instead of a body,
+    each when `before` returns for its number; an empty one closes the connection.
     """
 
     body: bytes = b"{}"
@@ -50,6 +51,8 @@ class Reply:
     byte_every_s: float = 0.0
     cut_at: int | None = None
     reset: bool = False
+    chunks: tuple[bytes, ...] = ()
+    before: Callable[[int], object] = lambda number: None
 
     @staticmethod
     def of(value: object, *, status: int = 200) -> Reply:
@@ -200,7 +203,23 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:
             self.close_connection = True
 
+    def _send_chunks(self, reply: Reply) -> None:
+        self.send_response(reply.status)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for number, chunk in enumerate(reply.chunks):
+            reply.before(number)
+            if not chunk:
+                self.close_connection = True
+                return
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+        self.wfile.write(b"0\r\n\r\n")
+
     def _send(self, reply: Reply) -> None:
+        if reply.chunks:
+            self._send_chunks(reply)
+            return
         data = _rendered(reply)[: reply.cut_at]
         if reply.raw is not None or reply.cut_at is not None:
             self.close_connection = True

@@ -43,7 +43,9 @@ def play(
     clock = VirtualClock()
     answer = Answer(
         VirtualSmall(small, known, clock, BranchCost(4, _STEP_S, _BATCH_S, 1e-5)),
-        VirtualLarge(large, known, clock, call_s=_CALL_S, token_s=0.5, delay=constant),
+        VirtualLarge(
+            large, known, clock, call_s=_CALL_S, token_s=0.5, streams=False, delay=constant
+        ),
         [{"role": "user", "content": "hi"}],
         router=EntropyRouter(threshold(small)),
         options=Options(max_tokens=60, timeout_s=10_000.0, mode=mode, **options),
@@ -90,7 +92,13 @@ def test_delays_are_drawn_anew_for_each_context_and_alike_each_time(small: Small
     for _ in range(2):
         clock, known = VirtualClock(), Known()
         large = VirtualLarge(
-            ScriptedLarge([(70,)]), known, clock, call_s=1.0, token_s=0.0, delay=delay
+            ScriptedLarge([(70,)]),
+            known,
+            clock,
+            call_s=1.0,
+            token_s=0.0,
+            streams=False,
+            delay=delay,
         )
         answer = Answer(
             VirtualSmall(small, known, clock, BranchCost(4, 1.0, 1.5, 1e-5)),

@@ -95,7 +95,7 @@ def test_more_tokens_a_call_are_tried_and_kept_where_they_pay() -> None:
 def test_that_streaming_would_be_faster_is_said_once_with_figures() -> None:
     seen = experience(step=0.01, call=2.0)
     assert governor(seen).advice() is None
-    seen.run_s, seen.run_length, seen.rate = Average(2.4, 9), Average(9.0, 9), Average(0.1, 9)
+    seen.large_step_s, seen.rate = Average(0.05, 9), Average(0.1, 9)
     assert "50 ms" in (governor(seen).advice() or "")
     assert governor(seen).advice() is None
     seen.told, seen.rate = False, Average(0.01, 9)

@@ -61,7 +61,7 @@ def run(world: World, *, order: int = 0, budget: float | None = None, **options:
         clock=clock,
     )
     events = list(answer.events())
-    assert all(flight.over for flight in large.flights), "a call was left behind"
+    assert all(f.over and f.settled for f in large.flights), "a call was left behind"
     assert answer.stats().calls == len(large.flights)
     return Run(events, answer.stats(), list(small.fed), clock.now)
 
@@ -127,6 +127,7 @@ _WORLDS = st.builds(
     whole_only=st.booleans(),
     rounding=st.sampled_from([0.0, 0.1, 0.5]),
     window=st.sampled_from([1 << 30, 1 << 30, 9, 0]),
+    streams=st.booleans(),
 )
 
 

@@ -23,6 +23,10 @@ class Held:
         self._tokens = tokens
         self.ready = False
 
+    @property
+    def over(self) -> bool:
+        return self.ready
+
     def result(self) -> tuple[LargeToken, ...]:
         self._large.under_way -= 1
         return self._tokens

@@ -6,6 +6,7 @@ two ways of asking meet the same server.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ class World:
     """How often things happen: doubt, agreement, ends, lost calls; and how calls take time.
 
     With `whole_only` no call can be made inside a character, as with most real servers. A batch
-    decides otherwise than a row alone at positions so close to it, by `rounding`.
+    decides otherwise than a row alone at positions so close to it, by `rounding`. If it `streams`,
+    tokens ahead come one by one, slower or faster than steps.
     """
 
     seed: int
@@ -44,6 +46,7 @@ class World:
     whole_only: bool = False
     rounding: float = 0.0
     window: int = 1 << 30
+    streams: bool = False
 
     def dice(self, kind: str, ids: Sequence[int]) -> random.Random:
         """Chance that is the same wherever the same ids come before."""
@@ -133,31 +136,61 @@ class WorldSmall(ScriptedSmall):
 
 
 class WorldFlight:
-    """A call that lands at its moment, unless it was cancelled before."""
+    """A call that lands at its moment, unless it was cancelled before; a stream goes on from there.
+
+    It brings a token every `step_s`, and breaks off after `last` tokens, with a second's silence.
+    """
 
     def __init__(
-        self, outcome: tuple[LargeToken, ...] | LargeError, *, lands_s: float, clock: FakeClock
+        self,
+        outcome: tuple[LargeToken, ...] | LargeError,
+        *,
+        lands_s: float,
+        clock: FakeClock,
+        step_s: float = 0.0,
+        last: int | None = None,
     ) -> None:
         self._outcome = outcome
         self._clock = clock
+        self._step_s = step_s
+        self._last = last
         self.lands_s = lands_s
-        self.over = False
+        self.settled = False
+        self.cancelled_s = math.inf
+
+    @property
+    def times_s(self) -> list[float]:
+        """When it changes: with each token of a stream and at its end."""
+        count = 1 if isinstance(self._outcome, LargeError) else len(self._outcome)
+        times_s = [self.lands_s + self._step_s * number for number in range(count)]
+        if self._last is not None and self._last < count:
+            times_s = [*times_s[: self._last], times_s[self._last - 1] + 1.0]
+        return [time_s for time_s in times_s if time_s <= self.cancelled_s]
 
     @property
     def ready(self) -> bool:
-        assert not self.over
+        assert self.cancelled_s >= self.lands_s, "a cancelled call is not looked at"
         return self._clock.now >= self.lands_s
+
+    @property
+    def over(self) -> bool:
+        if self.cancelled_s < math.inf:
+            return True
+        return self._clock.now >= self.times_s[-1]
 
     def result(self) -> tuple[LargeToken, ...]:
         assert self.ready
-        self.over = True
+        self.settled = True
         if isinstance(self._outcome, LargeError):
             raise self._outcome
-        return self._outcome
+        came = sum(time_s <= self._clock.now for time_s in self.times_s)
+        return self._outcome[: came if self._last is None else min(came, self._last)]
 
     def cancel(self) -> None:
-        assert not self.over
-        self.over = True
+        assert not self.over or not self.settled
+        assert self.cancelled_s == math.inf
+        self.settled = True
+        self.cancelled_s = self._clock.now
 
 
 class WorldLarge:
@@ -176,7 +209,7 @@ class WorldLarge:
         return self._world.cap
 
     def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> WorldFlight:
-        assert len(self._open()) < self._world.cap
+        assert sum(not flight.settled for flight in self.flights) < self._world.cap
         prompt_ids = list(self._prompt.encode())
         assert list(context.token_ids[: len(prompt_ids)]) == prompt_ids
         ids = tuple(context.token_ids[len(prompt_ids) :])
@@ -185,18 +218,23 @@ class WorldLarge:
         outcome = self._tokens(ids, ahead)
         if self._world.whole_only and context.fragment_ids:
             outcome = LargeProtocolError("inside a character")
-        flight = WorldFlight(outcome, lands_s=lands_s, clock=self._clock)
+        streamed = self._world.streams and ahead > 0
+        flight = WorldFlight(
+            outcome,
+            lands_s=lands_s,
+            clock=self._clock,
+            step_s=self._dice.choice((0.2, 3.0)) if streamed else 0.0,
+            last=self._dice.randint(1, 8) if streamed else None,
+        )
         self.flights.append(flight)
         return flight
 
     def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
-        assert self._open(), "nothing is waited for"
-        if not ready():
-            lands_s = min(flight.lands_s for flight in self._open())
-            self._clock.now = max(self._clock.now, min(lands_s, self._clock.now + timeout_s))
-
-    def _open(self) -> list[WorldFlight]:
-        return [flight for flight in self.flights if not flight.over]
+        ends_s = self._clock.now + timeout_s
+        while not ready() and self._clock.now < ends_s:
+            coming = [t for flight in self.flights for t in flight.times_s if t > self._clock.now]
+            assert coming, "nothing is waited for"
+            self._clock.now = min(ends_s, *coming)
 
     def _tokens(self, ids: tuple[int, ...], ahead: int) -> tuple[LargeToken, ...] | LargeError:
         found: list[LargeToken] = []

@@ -22,6 +22,8 @@ _TIMEOUT_S: Final = 600.0
 _JITTER: Final = 0.4
 _TAIL_SHARE, _TAIL_TIMES = 0.1, 4.0
 _LOST_SHARE: Final = 0.03
+# Between two events of a stream.
+_BREAK: Final = b"\n\n"
 
 
 def constant(dice: random.Random) -> float:
@@ -63,8 +65,9 @@ class DelayedServer:
     """Serves on loopback what `upstream` answers, from `record` where it is there.
 
     A request that takes part in an answer takes `delay_s` in all, times what `delay` draws, and
-    `token_s` for each token after the first that it asks for; the same request draws the same each
-    time. `missed` counts those that had to be passed on.
+    `token_s` for each token after the first that it asks for, before the reply or, if that is
+    streamed, before its next event; the same request draws the same each time. `missed` counts
+    those that had to be passed on.
     """
 
     def __init__(self, upstream: str, *, record: Path) -> None:
@@ -104,8 +107,11 @@ class DelayedServer:
         self._server.shutdown()
         self._server.server_close()
 
-    def answer(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
-        """What is to be sent for a request, after its time."""
+    def answer(self, method: str, path: str, body: bytes) -> tuple[int, list[bytes]]:
+        """What is to be sent for a request, after its time: a body, or the events of a stream.
+
+        Between these lie `token_s` each.
+        """
         began_s = time.monotonic()
         key = hashlib.sha256(b"\0".join([method.encode(), path.encode(), body])).hexdigest()
         drawn = self.delay(random.Random(key)) if self.delay_s and method == "POST" else 0.0
@@ -114,14 +120,17 @@ class DelayedServer:
                 first = key not in self._lost
                 self._lost ^= {key}
             if first:
-                return 503, b'{"error": "overloaded"}'
+                return 503, [b'{"error": "overloaded"}']
             drawn = 1.0
         kept = self._kept.get(key) or self._passed_on(key, method, path, body)
-        took_s = drawn * self.delay_s + (_more(body) * self.token_s if drawn else 0.0)
+        events = [each + _BREAK for each in kept.body.split(_BREAK) if each.strip()]
+        streamed = kept.status == 200 and _is_streamed(body)
+        more_s = 0.0 if streamed or not drawn else _more(body) * self.token_s
+        took_s = drawn * self.delay_s + more_s
         left_s = began_s + took_s - time.monotonic()
         if left_s > 0:
             time.sleep(left_s)
-        return kept.status, kept.body
+        return kept.status, events if streamed else [kept.body]
 
     def _passed_on(self, key: str, method: str, path: str, body: bytes) -> _Kept:
         reply = requests.request(
@@ -148,6 +157,10 @@ def _more(body: bytes) -> int:
     return max(0, int(asked.get("max_tokens") or asked.get("n_predict") or 1) - 1)
 
 
+def _is_streamed(body: bytes) -> bool:
+    return bool(body) and json.loads(body).get("stream") is True
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
@@ -165,12 +178,24 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         assert isinstance(self.server, _Server)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        status, reply = self.server.delayed.answer(self.command, self.path, body)
+        delayed = self.server.delayed
+        status, parts = delayed.answer(self.command, self.path, body)
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(reply)))
+        if len(parts) == 1:
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(parts[0])))
+            self.end_headers()
+            self.wfile.write(parts[0])
+            return
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        self.wfile.write(reply)
+        for number, part in enumerate(parts):
+            # The last one brings the counts only.
+            if 0 < number < len(parts) - 1:
+                time.sleep(delayed.token_s)
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
+        self.wfile.write(b"0\r\n\r\n")
 
     do_GET = do_POST = _answer
 

@@ -23,6 +23,7 @@ from mlxroute.engine.experience import ROWS
 from mlxroute.engine.governor import AHEAD, estimate
 from mlxroute.engine.roles import Large, Small
 from mlxroute.engine.stats import gaps, percentile
+from mlxroute.engine.transcript import Transcript
 from mlxroute.large import LargeModel
 from mlxroute.routers import EntropyRouter
 from mlxroute.small import SmallModel
@@ -173,6 +174,7 @@ class _Bench:
                     clock,
                     call_s=call_s,
                     token_s=self._large_step_s,
+                    streams=self._large.streams,
                     delay=DELAYS[self._grid.delay],
                 )
                 tokens, seen = self._grid.tokens, answers.experience
@@ -249,12 +251,18 @@ def large_step_seconds(
     """What a token takes the large model when it goes on writing, by calls for one and for many."""
     waits: dict[int, list[float]] = {0: [], _MANY: []}
     for prompt in prompts:
+        text = small.render(prompt)
+        context = Transcript(
+            small.vocabulary, prompt, prompt_text=text, prompt_ids=small.encode_prompt(text)
+        ).context()
         for ahead, found in waits.items():
             # Once for the server's prompt cache.
             for _ in range(2):
-                side = Side(Mode.WAIT, prefetch=ahead)
-                stats, _ = _answer(small, large, prompt, -math.inf, side, 1)
-            found.append(stats.stall_s)
+                began_s = time.perf_counter()
+                flight = large.begin(context, ahead=ahead)
+                flight.join()
+                flight.result()
+            found.append(time.perf_counter() - began_s)
     one, many = (statistics.median(found) for found in waits.values())
     return max(0.0, many - one) / _MANY
 

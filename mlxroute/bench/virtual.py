@@ -120,38 +120,52 @@ class VirtualSmall:
 
 
 class _Flight:
-    """A call whose outcome is known and comes at its time."""
+    """A call whose outcome is known and comes at its times: one for each token, or one in all."""
 
     def __init__(
         self,
         outcome: tuple[LargeToken, ...] | LargeError,
         *,
-        lands_s: float,
+        times_s: Sequence[float],
         clock: VirtualClock,
     ) -> None:
         self._outcome = outcome
+        self._times_s = times_s
         self._clock = clock
-        self.lands_s = lands_s
-        self.over = False
+        self._cancelled_s = math.inf
+
+    @property
+    def next_s(self) -> float:
+        """When it changes next; inf when it does not."""
+        last_s = min(self._cancelled_s, self._times_s[-1])
+        later = (time_s for time_s in self._times_s if self._clock.now_s < time_s <= last_s)
+        return next(later, math.inf)
 
     @property
     def ready(self) -> bool:
-        return self._clock.now_s >= self.lands_s
+        return self._clock.now_s >= self._times_s[0]
+
+    @property
+    def over(self) -> bool:
+        return self._clock.now_s >= min(self._cancelled_s, self._times_s[-1])
 
     def result(self) -> tuple[LargeToken, ...]:
-        self.over = True
         if isinstance(self._outcome, LargeError):
             raise self._outcome
-        return self._outcome
+        if len(self._times_s) == 1:
+            return self._outcome
+        until_s = min(self._clock.now_s, self._cancelled_s)
+        return self._outcome[: sum(time_s <= until_s for time_s in self._times_s)]
 
     def cancel(self) -> None:
-        self.over = True
+        self._cancelled_s = min(self._cancelled_s, self._clock.now_s)
 
 
 class VirtualLarge:
     """The large model, whose calls take `call_s` times what `delay` draws for each context.
 
-    Each token that a call brings beyond the first takes `token_s` more.
+    Each token that a call brings beyond the first takes `token_s` more; if `streams`, only until it
+    is there itself.
     """
 
     def __init__(
@@ -162,9 +176,11 @@ class VirtualLarge:
         *,
         call_s: float,
         token_s: float,
+        streams: bool,
         delay: Callable[[random.Random], float],
     ) -> None:
         self._large = large
+        self._streams = streams
         self._known = known
         self._clock = clock
         self._call_s = call_s
@@ -189,24 +205,28 @@ class VirtualLarge:
         # A lost call is made again at once.
         drawn = drawn if math.isfinite(drawn) else 1.0
         outcome = self._known.answers[key]
-        took_s = self._call_s * drawn
+        took_s = [self._call_s * drawn]
         if not isinstance(outcome, LargeError):
-            took_s += (len(outcome) - 1) * self._token_s
-            outcome = tuple(replace(token, latency_s=took_s) for token in outcome)
-        flight = _Flight(outcome, lands_s=self._clock.now_s + took_s, clock=self._clock)
+            took_s = [took_s[0] + number * self._token_s for number in range(len(outcome))]
+            took_s = took_s if self._streams else took_s[-1:]
+            latencies = zip(outcome, took_s, strict=self._streams)
+            timed = (replace(token, latency_s=seconds) for token, seconds in latencies)
+            outcome = (*timed, *outcome[len(took_s) :])
+        times_s = [self._clock.now_s + seconds for seconds in took_s]
+        flight = _Flight(outcome, times_s=times_s, clock=self._clock)
         self._flights = [each for each in self._flights if not each.over] + [flight]
         return flight
 
     def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
-        if not ready():
-            lands_s = min(each.lands_s for each in self._flights if not each.over)
-            self._clock.now_s = min(lands_s, self._clock.now_s + timeout_s)
+        ends_s = self._clock.now_s + timeout_s
+        while not ready() and self._clock.now_s < ends_s:
+            self._clock.now_s = min(ends_s, *(each.next_s for each in self._flights))
 
     def _asked(
         self, context: LargeContext, deadline_s: float, ahead: int
     ) -> tuple[LargeToken, ...] | LargeError:
         flight = self._large.begin(context, deadline_s=deadline_s, ahead=ahead)
-        self._large.wait(lambda: flight.ready, timeout_s=deadline_s)
+        self._large.wait(lambda: flight.over, timeout_s=deadline_s)
         try:
             return flight.result()
         except LargeError as exc:

@@ -43,6 +43,8 @@ class Ahead:
         # Where each committed decision begins.
         self._bounds: list[int] = []
         self._shown: list[int] = []
+        # How many prefetched tokens were looked at.
+        self._known = 0
         self._cached = Cached(desk)
         self.retracted = 0
         self.redecoded = 0
@@ -59,7 +61,7 @@ class Ahead:
                 break
             yield from self._announce()
             if not (self._place() or self._advance()):
-                self._desk.escalator.wait()
+                self._desk.escalator.wait(self._has_news)
         yield from self._leave()
 
     @property
@@ -75,14 +77,18 @@ class Ahead:
     def _land(self) -> None:
         """Take in the answers that came."""
         prefetched = self._desk.decider.prefetched
-        known = prefetched.generated
         for position in self._asked():
             # What an earlier one dropped is not asked any more.
             if position.call is not None and (decision := self._answer(position, position.call)):
                 self._settle(position, decision)
-        if prefetched.generated > known:
+        if self._has_news():
+            self._known = prefetched.generated
             for position in self._asked():
                 self._settle_prefetched(position)
+
+    def _has_news(self) -> bool:
+        """Whether calls brought tokens that were not looked at."""
+        return self._desk.decider.prefetched.generated != self._known
 
     def _asked(self) -> list[Position]:
         steps = (step for row in self._rows for step in row.steps)
@@ -93,12 +99,21 @@ class Ahead:
         """What a call decides, if it is over."""
         desk = self._desk
         if desk.escalator.landed(call):
-            return desk.decider.settled(position.own, call, self._ids_before(position))
+            decision = desk.decider.settled(position.own, call, self._ids_before(position))
+            return decision or self._asked_again(position)
         if not desk.escalator.open:
             # The time that faults may cost is used up: the rest is not waited for.
             desk.escalator.abandon([call])
             return desk.decider.unchecked(position.own)
         return None
+
+    def _asked_again(self, position: Position) -> Decision | None:
+        """Ask for a token that another call did not bring, if nothing else decides it by now."""
+        row = next(row for row in self._rows if row.place_of(position) is not None)
+        self._stand(Row(row.steps[: row.place_of(position)], slot=None))
+        decision = self._desk.decider.at_once(position.own)
+        position.call = self._desk.decider.ask() if decision is None else None
+        return decision
 
     def _settle_prefetched(self, position: Position) -> None:
         """Answer a position that is asked from what another call brought."""
@@ -244,7 +259,7 @@ class Ahead:
             return True
         desk = self._desk
         needed = desk.commits.escalated + desk.commits.fallbacks - desk.commits.prefetch_used
-        return desk.governor.may_ask_early(begun=desk.escalator.begun, needed=needed)
+        return desk.governor.may_ask_early(begun=desk.escalator.bound, needed=needed)
 
     def _branch(
         self, before: list[Step], slot: int | None, position: Position, signals: Signals

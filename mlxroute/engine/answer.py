@@ -129,6 +129,7 @@ class Answer:
                 yield from self._ahead.walk(signals)
         finally:
             self._escalator.close()
+            self._decider.prefetched.close()
         self._advice = self._governor.advice()
         self._activity = Activity.DONE
 

@@ -76,6 +76,8 @@ class Decider:
     def committed(self, decision: Decision) -> None:
         """A decision was committed."""
         self._router.pace = decision.after
+        for tokens in self.prefetched.take_ended():
+            self._experience.wrote(tokens)
 
     def own(self, signals: Signals, pace: Pace) -> Decision:
         """The small model's own choice, where the router has come to `pace`."""
@@ -122,16 +124,30 @@ class Decider:
         return _large(own, token, latency_s=0.0, prefetched=True)
 
     def ask(self) -> Call:
-        """Begin a call for the token after the transcript."""
+        """Begin a call for the token after the transcript, or wait for one that may bring it."""
+        if not self._transcript.in_character:
+            coming = self.prefetched.coming(self._transcript.ids)
+            if coming is not None:
+                return self._escalator.join(coming)
         return self._escalator.begin(self._transcript.context())
 
-    def settled(self, own: Decision, call: Call, ids: Sequence[int]) -> Decision:
-        """What a call that has landed decides at the position after these ids of the answer."""
+    def settled(self, own: Decision, call: Call, ids: Sequence[int]) -> Decision | None:
+        """What a call that has landed decides at the position after these ids of the answer.
+
+        None where it was another's, which did not bring the token: it has to be asked for.
+        """
         outcome = self._escalator.settle(call)
+        if call.joined:
+            if outcome.error is not None or not outcome.tokens:
+                return None
+            return _large(own, outcome.tokens[0], latency_s=outcome.latency_s, prefetched=True)
         if outcome.error is None:
-            self.prefetched.add(ids, outcome.tokens)
+            self.prefetched.add(ids, call.flight, most=call.most)
             took_s = outcome.tokens[0].latency_s or outcome.latency_s
-            self._experience.called(len(outcome.tokens), took_s, alone=call.alone)
+            streamed = call.most > 1 and not call.flight.over
+            self._experience.called(
+                len(outcome.tokens), took_s, alone=call.alone, streamed=streamed
+            )
             return _large(own, outcome.tokens[0], latency_s=outcome.latency_s)
         escalation = Escalation(
             own.signals.token_id, None, str(outcome.error), latency_s=outcome.latency_s

@@ -19,7 +19,8 @@ _GRACE_S = 0.25
 class Call:
     """A call under way. `stall_s` is what the answer had waited in all when it began.
 
-    `alone` says that nothing else is done meanwhile.
+    `alone` says that nothing else is done meanwhile, `most` how many tokens it may bring, and
+    `joined` that it is the place of a token in an earlier call.
     """
 
     flight: Flight
@@ -27,11 +28,13 @@ class Call:
     ends_s: float
     stall_s: float
     alone: bool
+    most: int = 1
+    joined: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a call: tokens, or the error."""
+    """What came of a call: tokens, or the error; neither where a joined one went another way."""
 
     tokens: tuple[LargeToken, ...]
     error: LargeError | None
@@ -87,6 +90,11 @@ class Escalator:
         return len(self._calls)
 
     @property
+    def bound(self) -> int:
+        """How many calls there were, and may be without asking at more positions."""
+        return self.begun + sum(call.joined for call in self._calls)
+
+    @property
     def oldest_s(self) -> float:
         """How long the oldest call is under way; -inf when there is none."""
         return max((self._clock() - call.began_s for call in self._calls), default=-math.inf)
@@ -100,10 +108,17 @@ class Escalator:
         self._governor.begun()
         flight = self._large.begin(context, deadline_s=deadline_s, ahead=ahead)
         alone = self._governor.mode is Mode.WAIT
-        call = Call(flight, began_s, began_s + deadline_s + _GRACE_S, self.stall_s, alone)
+        ends_s = began_s + deadline_s + _GRACE_S
+        call = Call(flight, began_s, ends_s, self.stall_s, alone, most=1 + ahead)
         self.stall_s += self._clock() - began_s
         self._calls.append(call)
         self.begun += 1
+        return call
+
+    def join(self, flight: Flight) -> Call:
+        """Wait for the place of a token in a call that was begun for another."""
+        call = Call(flight, self._clock(), math.inf, self.stall_s, alone=False, joined=True)
+        self._calls.append(call)
         return call
 
     def take_stalled(self) -> bool:
@@ -115,14 +130,18 @@ class Escalator:
         """Whether a call is over, by its answer or by its time."""
         return call.flight.ready or self._clock() >= call.ends_s
 
-    def wait(self) -> None:
-        """Stand still until a call has landed."""
+    def wait(self, news: Callable[[], bool] = lambda: False) -> None:
+        """Stand still until a call has landed, or there are other `news` of one."""
         assert self._large is not None
+
+        def ready() -> bool:
+            return any(call.flight.ready for call in self._calls) or news()
+
         began_s = self._clock()
         left_s = min(call.ends_s for call in self._calls) - began_s
         self.stalling = self._stalled = True
         try:
-            self._large.wait(self._any_ready, timeout_s=max(0.0, left_s))
+            self._large.wait(ready, timeout_s=max(0.0, min(left_s, self._timeout_s)))
         finally:
             self.stalling = False
             self.stall_s += self._clock() - began_s
@@ -140,7 +159,7 @@ class Escalator:
             if not isinstance(exc, LargeUnavailable | LargeUnrecorded):
                 self._charge(call, lost_s=latency_s)
             return Outcome((), exc, latency_s)
-        self._charge(call, lost_s=tokens[0].lost_s)
+        self._charge(call, lost_s=tokens[0].lost_s if tokens and not call.joined else 0.0)
         return Outcome(tokens, None, latency_s)
 
     def abandon(self, calls: Sequence[Call]) -> None:
@@ -152,9 +171,6 @@ class Escalator:
     def close(self) -> None:
         """Drop all calls."""
         self.abandon(list(self._calls))
-
-    def _any_ready(self) -> bool:
-        return any(call.flight.ready for call in self._calls)
 
     def _charge(self, call: Call, *, lost_s: float) -> None:
         """Count what the answer waited for a fault, each second of it once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -32,9 +33,10 @@ class Average:
 class Experience:
     """One small and one large model, over the answers of a session.
 
-    `step_s` is a decode step, `call_s` a call for one token and `run_s` one that brought more, each
-    while nothing else was done; `step_slowdown` and `call_slowdown` are how many times as long they
-    take at the same time, as where both models share a machine.
+    `step_s` is a decode step, `call_s` a call for one token and `run_s` one that brings more, until
+    its first token is there, each while nothing else was done; `large_step_s` what the large model
+    takes for each of the others; `step_slowdown` and `call_slowdown` are how many times as long
+    they take at the same time, as where both models share a machine.
     `agreement` and `coverage` are the shares of escalated positions where the large model wants
     the small one's choice, or one of its `ROWS` likeliest; `rate` is that of the positions that
     are escalated, `answered` the share of them that an earlier call had answered, where there was
@@ -50,7 +52,7 @@ class Experience:
     coverage: Average = field(default_factory=lambda: Average(0.75, 5))
     rate: Average = field(default_factory=lambda: Average(0.07, 30))
     answered: Average = field(default_factory=lambda: Average(0.3, 5))
-    run_length: Average = field(default_factory=lambda: Average(0.0))
+    large_step_s: Average = field(default_factory=lambda: Average(0.0))
     branches: BranchCost | None = None
     calls: int = 0
     in_runs: bool = False
@@ -60,18 +62,29 @@ class Experience:
         """A row took a decode step, `alone` or while the large model was asked."""
         _add(seconds, self.step_s, self.step_slowdown, alone=alone)
 
-    def called(self, tokens: int, seconds: float, *, alone: bool) -> None:
-        """A call brought so many tokens, `alone` or while decoding went on."""
+    def called(self, tokens: int, seconds: float, *, alone: bool, streamed: bool = False) -> None:
+        """A call brought so many tokens, `alone` or while decoding went on.
+
+        A `streamed` one goes on bringing them, and its first came as soon as that of a call for it.
+        """
         self.calls += 1
-        self.in_runs = tokens > 1
-        _add(
-            seconds,
-            self.run_s if self.in_runs else self.call_s,
-            self.call_slowdown,
-            alone=alone,
-        )
-        if self.in_runs:
-            self.run_length.add(tokens)
+        self.in_runs = streamed or tokens > 1
+        usual = self.run_s if self.in_runs else self.call_s
+        _add(seconds, usual, self.call_slowdown, alone=alone)
+        if streamed and alone:
+            self.call_s.add(seconds)
+
+    def wrote(self, tokens: Sequence[LargeToken]) -> None:
+        """A run of the large model's tokens has come to its end."""
+        if len(tokens) < 2:
+            return
+        if tokens[-1].latency_s:
+            seconds = tokens[-1].latency_s - tokens[0].latency_s
+        elif self.call_s.seen:
+            seconds = self.run_s.value - self.call_s.value
+        else:
+            return
+        self.large_step_s.add(max(0.0, seconds) / (len(tokens) - 1))
 
     def escalated(self, signals: Signals, token: LargeToken, *, prefetched: bool) -> None:
         """The large model's token at a position was committed."""

@@ -134,10 +134,9 @@ class Governor:
     def advice(self) -> str | None:
         """Once in a session: that streaming the large model would be faster, with the figures."""
         seen = self._experience
-        if seen.told or seen.run_s.seen < 2 or seen.call_s.seen < 2:
+        if seen.told or seen.large_step_s.seen < 2 or seen.call_s.seen < 2:
             return None
-        more = seen.run_length.value - 1
-        large_s = max(0.0, seen.run_s.value - seen.call_s.value) / max(1.0, more)
+        large_s = seen.large_step_s.value
         step_s, call_s, rate = seen.step_s.value, seen.call_s.value, seen.rate.value
         if not call_s or rate <= (large_s - step_s) / call_s:
             return None

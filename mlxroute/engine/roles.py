@@ -70,10 +70,15 @@ class Flight(Protocol):
         """Whether it has an answer or has failed; at its deadline it has, at the latest."""
         ...
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing more comes of it."""
+        ...
+
     def result(self) -> tuple[LargeToken, ...]:
         """What a ready flight brought: the token asked for, maybe some of those after it.
 
-        Raises LargeError and nothing else.
+        There may be more of these each time, until it is over. Raises LargeError and nothing else.
         """
         ...
 

@@ -42,7 +42,8 @@ class Desk:
     def commit(self, decision: Decision, texts: Sequence[str]) -> Iterator[Token]:
         """Commit a decision that was written; yield what may be shown."""
         self.decider.committed(decision)
-        return self.commits.commit(decision, texts)
+        yield from self.commits.commit(decision, texts)
+        self.decider.prefetched.committed(self.transcript.ids[: len(self.commits)])
 
     def write(self, decision: Decision) -> tuple[str, ...]:
         """Put a decision's tokens into the transcript; return the texts they add."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from mlxroute.large.asker import Answered
@@ -28,8 +30,22 @@ def one(answered: Answered, bridge: Bridge, reader: TokenReader) -> list[LargeTo
 
 def several(answered: Answered, bridge: Bridge, reader: TokenReader) -> list[LargeToken]:
     """All tokens; none where a call for the first of them alone might read it otherwise."""
+    return _all(answered, bridge, reader) if answered.complete else []
+
+
+def begun(answered: Answered, bridge: Bridge, reader: TokenReader) -> list[LargeToken]:
+    """The tokens of a reply that is still coming, as far as `several` will have them, too."""
+    # One without text may turn out to be the end of the answer, or a part of a character.
+    clear = itertools.takewhile(
+        lambda entry: reader.ends(entry) or reader.data(entry.token), answered.entries
+    )
+    entries = tuple(clear)
+    return _all(replace(answered, entries=entries), bridge, reader) if entries else []
+
+
+def _all(answered: Answered, bridge: Bridge, reader: TokenReader) -> list[LargeToken]:
     entries = answered.entries
-    if not answered.complete or not _agree(reader, entries, answered.text):
+    if not _agree(reader, entries, answered.text):
         return []
     found: list[LargeToken] = []
     for bridged in bridge.tokens(entries):

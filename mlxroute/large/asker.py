@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError, LargeRefused
-from mlxroute.large.dialects import Ask, Dialect, Prompt
+from mlxroute.large.dialects import Ask, Dialect, Prompt, Streaming
+from mlxroute.large.events import events, is_events
 from mlxroute.large.reader import TokenReader
 from mlxroute.large.replay import SentPrompts, Usage
-from mlxroute.large.transport import Deadline, Reply, Transport, printable
+from mlxroute.large.transport import Deadline, Hears, Reply, Transport, printable
 from mlxroute.large.wire import Completion, Entry, error_in, error_message, parse_object
 from mlxroute.ledger import Ledger
 from mlxroute.types import LargeContext
@@ -38,6 +39,26 @@ class Answered:
     complete: bool
     completion: Completion
     uploaded_bytes: int
+
+
+class _Count:
+    """Enters one call into the ledger as its reply comes; where the server gives no count, ours."""
+
+    def __init__(self, ledger: Ledger, prompt_tokens: int) -> None:
+        self._ledger = ledger
+        self._prompt_tokens = prompt_tokens
+        self._counted = (0, 0, 0)
+
+    def so_far(self, completion: Completion) -> None:
+        """Count what a reply says that was not counted yet."""
+        prompt, generated = completion.prompt_tokens, completion.completion_tokens
+        prompt = self._prompt_tokens if prompt is None else prompt
+        cached = min(completion.cached_tokens or 0, prompt)
+        generated = len(completion.entries) if generated is None else generated
+        found = (prompt, cached, generated)
+        more = [max(0, new - old) for new, old in zip(found, self._counted, strict=True)]
+        self._counted = found
+        self._ledger.used(prompt_tokens=more[0], cached_tokens=more[1], completion_tokens=more[2])
 
 
 class Asker:
@@ -80,11 +101,13 @@ class Asker:
         deadline: Deadline,
         repeated: tuple[bytes, ...] = (),
         context: LargeContext | None = None,
+        hears: Callable[[Answered], bool] | None = None,
     ) -> Answered:
         """The next `count` greedy positions after `prompt` and `repeated`, or fewer at the end.
 
         `repeated` are committed tokens that the form cannot carry and the server has to write
-        again. Raises LargeError.
+        again. With `hears` the reply is streamed: that is told, in another thread, what has come
+        of it, and says whether it made something of it. Raises LargeError.
         """
         # One token more than is read, so that this prompt and the read token are no cached whole.
         spare = 1 if dialect.dies_of_cached_prompts else 0
@@ -96,12 +119,32 @@ class Asker:
             if not (prompt.ids or prompt.text or prompt.messages):
                 raise LargeProtocolError("there is no text to send to the large model")
             expected = (*replayed, *repeated)
-            asked = Ask(len(expected) + count + spare, self._top_logprobs, self._model_for(dialect))
+            asked = Ask(
+                len(expected) + count + spare,
+                self._top_logprobs,
+                self._model_for(dialect),
+                streamed=hears is not None,
+            )
             body = _encoded(dialect.request(prompt, asked))
             if dialect.dies_of_cached_prompts:
                 self._sent.sent(prompt.text, max_tokens=asked.max_tokens)
-        completion = self._complete(dialect, prompt, body, asked, deadline)
-        self._count(completion, len(prompt.ids) if context is None else len(context.token_ids))
+        counted = _Count(
+            self._ledger, len(prompt.ids) if context is None else len(context.token_ids)
+        )
+
+        def heard(reply: bytes) -> bool:
+            assert hears is not None
+            completion = self._begun(dialect, prompt, reply)
+            if completion is None:
+                return False
+            counted.so_far(completion)
+            entries = completion.entries[:count]
+            return hears(Answered(entries, completion.text, False, completion, len(body)))
+
+        completion = self._complete(
+            dialect, prompt, body, asked, deadline, hears=heard if hears else None
+        )
+        counted.so_far(completion)
         rest = self._after(b"".join(expected), completion.entries)
         entries = rest[:count]
         text = completion.text if len(entries) == len(completion.entries) else ""
@@ -111,12 +154,35 @@ class Asker:
     def _model_for(self, dialect: Dialect) -> str | None:
         return self.model if dialect.names_model or self.model_was_named else None
 
+    def _begun(self, dialect: Dialect, prompt: Prompt, body: bytes) -> Completion | None:
+        """What a streamed reply says so far; None where that is nothing, or in doubt."""
+        try:
+            if not is_events(body) or not (found := _joined(dialect, body)):
+                return None
+            if error_in(found) is not None:
+                return None
+            completion = dialect.completion(found, prompt)
+            self._check_lengths(completion)
+        except LargeProtocolError:
+            # The whole reply will be judged.
+            return None
+        with self._lock:
+            self.reader.learn(completion.entries)
+        return completion
+
     def _complete(
-        self, dialect: Dialect, prompt: Prompt, body: bytes, ask: Ask, deadline: Deadline
+        self,
+        dialect: Dialect,
+        prompt: Prompt,
+        body: bytes,
+        ask: Ask,
+        deadline: Deadline,
+        *,
+        hears: Hears | None,
     ) -> Completion:
         watched = dialect.dies_of_cached_prompts
         reply = self._transport.call(
-            dialect.path, at_root=dialect.at_root, body=body, deadline=deadline
+            dialect.path, at_root=dialect.at_root, body=body, deadline=deadline, hears=hears
         )
         with self._lock:
             if watched and reply.status != 200:
@@ -137,15 +203,6 @@ class Asker:
                     f"{self._base_url} sent {length:,} characters as one token"
                 )
 
-    def _count(self, completion: Completion, prompt_tokens: int) -> None:
-        """Enter a reply's counts into the ledger, where the server gives none our own."""
-        reported, generated = completion.prompt_tokens, completion.completion_tokens
-        self._ledger.used(
-            prompt_tokens=prompt_tokens if reported is None else reported,
-            cached_tokens=completion.cached_tokens or 0,
-            completion_tokens=len(completion.entries) if generated is None else generated,
-        )
-
     def _after(self, expected: bytes, entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
         """The positions after those that repeat the committed bytes `expected`."""
         data, skipped = b"", 0
@@ -162,7 +219,10 @@ class Asker:
         if reply.status != 200:
             raise self._refusal(error_message(reply.body), reply)
         try:
-            value = parse_object(reply.body)
+            if isinstance(dialect, Streaming) and is_events(reply.body):
+                value = _joined(dialect, reply.body)
+            else:
+                value = parse_object(reply.body)
             if (message := error_in(value)) is not None:
                 raise self._refusal(message, reply)
             return dialect.completion(value, prompt)
@@ -180,6 +240,11 @@ class Asker:
             status=reply.status,
             retry_after_s=reply.retry_after_s,
         )
+
+
+def _joined(dialect: Dialect, body: bytes) -> dict[str, object]:
+    assert isinstance(dialect, Streaming)
+    return dialect.joined(events(body))
 
 
 def _encoded(body: Mapping[str, object]) -> bytes:

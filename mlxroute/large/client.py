@@ -19,12 +19,13 @@ from mlxroute.errors import (
     UsageError,
 )
 from mlxroute.large.address import parse_address
-from mlxroute.large.answers import Read, one, several
+from mlxroute.large.answers import Read, begun, one, several
 from mlxroute.large.asker import Answered, Asker, NotRepeated
 from mlxroute.large.breaker import Breaker
 from mlxroute.large.bridge import Bridge
-from mlxroute.large.dialects import Form, Prompt, reading_ids
-from mlxroute.large.flight import Flight
+from mlxroute.large.coming import Coming, may_do_whole
+from mlxroute.large.dialects import Form, Prompt, Streaming, reading_ids
+from mlxroute.large.flight import Flight, Tokens
 from mlxroute.large.match import ENOUGH
 from mlxroute.large.prompt import PromptBuilder
 from mlxroute.large.settlement import Settlement, Terms
@@ -114,6 +115,7 @@ class LargeModel:
         self._turn_deadline: Deadline | None = None
         self._pairing: _Pairing | None = None
         self._one_by_one: Terms | None = None
+        self._unstreamed: Terms | None = None
         self._landed = threading.Condition()
         self._flights: list[Flight] = []
 
@@ -212,7 +214,9 @@ class LargeModel:
 
         LargeUnavailable means that there was no call: the last ones failed too often.
         """
-        return self._next_tokens(context, self._deadline_of(deadline_s), ahead=0)[0]
+        return self._next_tokens(
+            context, self._deadline_of(deadline_s), ahead=0, publish=lambda tokens: None
+        )[0]
 
     def begin(
         self, context: LargeContext, *, deadline_s: float | None = None, ahead: int = 0
@@ -220,13 +224,14 @@ class LargeModel:
         """Ask as `next_token` does, without waiting for the answer.
 
         Up to `ahead` of the large model's next tokens come with it, where the server's reply can
-        be taken apart without doubt; each is what a call after the ones before it would give.
+        be taken apart without doubt; each is what a call after the ones before it would give. They
+        come one by one where the server's dialect streams, each with its own `latency_s`.
         """
 
-        def ask(deadline: Deadline) -> tuple[LargeToken, ...]:
-            return self._next_tokens(context, deadline, ahead=ahead)
+        def ask(deadline: Deadline, publish: Callable[[Tokens], None]) -> Tokens:
+            return self._next_tokens(context, deadline, ahead=ahead, publish=publish)
 
-        self._flights = [flight for flight in self._flights if not flight.ready]
+        self._flights = [flight for flight in self._flights if not flight.over]
         flight = Flight(ask, deadline=self._deadline_of(deadline_s), landed=self._landed)
         self._flights.append(flight)
         flight.start()
@@ -240,38 +245,78 @@ class LargeModel:
     def _deadline_of(self, seconds: float | None) -> Deadline:
         return Deadline(self._timeout_s if seconds is None else min(self._timeout_s, seconds))
 
+    @property
+    def streams(self) -> bool:
+        """Whether tokens ahead come one by one, as far as the server is known."""
+        terms = self._settlement.terms
+        return terms is not None and self._may_stream(terms)
+
+    def _may_stream(self, terms: Terms) -> bool:
+        return isinstance(terms.dialect, Streaming) and terms is not self._unstreamed
+
     def _next_tokens(
-        self, context: LargeContext, deadline: Deadline, *, ahead: int
-    ) -> tuple[LargeToken, ...]:
+        self,
+        context: LargeContext,
+        deadline: Deadline,
+        *,
+        ahead: int,
+        publish: Callable[[Tokens], None],
+    ) -> Tokens:
         if deadline.seconds <= 0:
             raise LargeTimeout(f"no time left to ask {self.base_url}")
-        start_s = time.perf_counter()
+        coming = Coming(publish, deadline)
         with self._breaker.guard(fragment=bool(context.fragment_ids)):
             with self._my_turn(deadline):
                 pairing = self._prepared(context.vocabulary)
             told = pairing.builder.as_read(context)
             try:
-                tokens = self._tokens_after(told, pairing, deadline, ahead=ahead)
+                tokens = self._tokens_after(told, pairing, deadline, ahead=ahead, coming=coming)
             except NotRepeated:
                 if told is context:
                     raise
                 # Where the server does not write its tokens again, it reads them in its own way.
-                tokens = self._tokens_after(context, pairing, deadline, ahead=ahead)
-        latency_s = time.perf_counter() - start_s
-        first = replace(tokens[0], latency_s=latency_s, lost_s=deadline.lost_s)
-        return (first, *tokens[1:])
+                tokens = self._tokens_after(context, pairing, deadline, ahead=ahead, coming=coming)
+            except LargeError:
+                if not coming.tokens:
+                    raise
+                return coming.tokens
+        return coming.completed(tokens)
 
     def _tokens_after(
-        self, context: LargeContext, pairing: _Pairing, deadline: Deadline, *, ahead: int
-    ) -> tuple[LargeToken, ...]:
+        self,
+        context: LargeContext,
+        pairing: _Pairing,
+        deadline: Deadline,
+        *,
+        ahead: int,
+        coming: Coming,
+    ) -> Tokens:
         with self._my_turn(deadline):
             prompt = self._prompt(context, pairing)
         repeated: tuple[bytes, ...] = ()
         if pairing.builder.dialect.form is not Form.IDS:
             repeated = tuple(map(context.vocabulary.token_bytes, context.fragment_ids))
         uploaded = 0
-        for count, read in self._ways(pairing.terms, ahead):
-            answered = self._ask(pairing, prompt, context, repeated, count, deadline)
+
+        def hears(answered: Answered) -> bool:
+            return coming.heard(begun(answered, pairing.bridge, self._asker.reader))
+
+        for count, read, streamed in self._ways(pairing.terms, ahead):
+            try:
+                answered = self._ask(
+                    pairing,
+                    prompt,
+                    context,
+                    repeated,
+                    count,
+                    deadline,
+                    hears=hears if streamed else None,
+                )
+            except (LargeProtocolError, LargeRefused) as exc:
+                if not streamed or coming.tokens or not may_do_whole(exc):
+                    raise
+                self._unstreamed = pairing.terms
+                continue
             uploaded += answered.uploaded_bytes
             tokens = read(answered, pairing.bridge, self._asker.reader)
             # Behind the end of the answer there is nothing more to ask for.
@@ -317,14 +362,17 @@ class LargeModel:
         self._check_length(prompt)
         return prompt
 
-    def _ways(self, terms: Terms, ahead: int) -> Iterator[tuple[int, Read]]:
-        """How many positions to ask for and how to read them, one attempt after the other."""
+    def _ways(self, terms: Terms, ahead: int) -> Iterator[tuple[int, Read, bool]]:
+        """How many positions to ask for, how to read them and whether streamed, one by one."""
         if ahead and terms.dialect.rung < _TEXT_ONLY_RUNG and terms is not self._one_by_one:
-            yield ahead + 1, several
+            if self._may_stream(terms):
+                yield ahead + 1, several, True
+            if not self._may_stream(terms):
+                yield ahead + 1, several, False
             # What came could not be taken apart, and hardly will be the next time.
             self._one_by_one = terms
         for count in range(1, _MOST_PARTS + 1):
-            yield count, one
+            yield count, one, False
 
     def _ask(
         self,
@@ -334,6 +382,8 @@ class LargeModel:
         repeated: tuple[bytes, ...],
         count: int,
         deadline: Deadline,
+        *,
+        hears: Callable[[Answered], bool] | None,
     ) -> Answered:
         """One call; a dialect that keeps failing is given up, and the server probed anew."""
         try:
@@ -344,10 +394,13 @@ class LargeModel:
                 deadline=deadline,
                 repeated=repeated,
                 context=context,
+                hears=hears,
             )
         except LargeError as exc:
-            with self._turn:
-                self._settlement.failed(exc, pairing.terms)
+            # It may well answer as a whole.
+            if hears is None or not may_do_whole(exc):
+                with self._turn:
+                    self._settlement.failed(exc, pairing.terms)
             raise
         self._settlement.fitted()
         return answered

@@ -9,16 +9,19 @@ from mlxroute.errors import LargeError, LargeProtocolError
 from mlxroute.large.transport import Deadline
 from mlxroute.types import LargeToken
 
+Tokens = tuple[LargeToken, ...]
+
 
 class Flight(threading.Thread):
     """One call; `ready` once it has an answer or has failed, at its deadline at the latest.
 
-    `landed` is notified then.
+    What `ask` publishes before it returns may grow, until the flight is `over`. `landed` is
+    notified of each change.
     """
 
     def __init__(
         self,
-        ask: Callable[[Deadline], tuple[LargeToken, ...]],
+        ask: Callable[[Deadline, Callable[[Tokens], None]], Tokens],
         *,
         deadline: Deadline,
         landed: threading.Condition,
@@ -27,24 +30,31 @@ class Flight(threading.Thread):
         self._ask = ask
         self._deadline = deadline
         self._landed = landed
-        self._tokens: tuple[LargeToken, ...] | None = None
+        self._tokens: Tokens | None = None
         self._error: LargeError | None = None
         self.ready = False
+        self.over = False
 
     def run(self) -> None:
         """Ask, keeping the outcome for `result`."""
         try:
-            self._tokens = self._ask(self._deadline)
+            self._tokens = self._ask(self._deadline, self._publish)
         except LargeError as exc:
             self._error = exc
         finally:
             with self._landed:
-                self.ready = True
+                self.ready = self.over = True
                 self._landed.notify_all()
 
-    def result(self) -> tuple[LargeToken, ...]:
-        """The answer of a flight that is `ready`. Raises LargeError subclasses."""
-        if self._error is not None:
+    def _publish(self, tokens: Tokens) -> None:
+        with self._landed:
+            self._tokens = tokens
+            self.ready = True
+            self._landed.notify_all()
+
+    def result(self) -> Tokens:
+        """The answer of a `ready` flight, as far as it came. Raises LargeError subclasses."""
+        if self._error is not None and self._tokens is None:
             raise self._error
         if self._tokens is None:
             raise LargeProtocolError("the call to the large model ended without a result")

@@ -12,6 +12,8 @@ from email.utils import parsedate_to_datetime
 from http.client import IncompleteRead
 from typing import Final
 
+from requests.exceptions import ChunkedEncodingError
+
 RETRIES: Final = 3
 _FIRST_S: Final = 0.1
 _GROWTH: Final = 4
@@ -30,7 +32,7 @@ def is_passing_error(error: BaseException) -> bool:
     """
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, ConnectionError | IncompleteRead):
+        if isinstance(cause, ConnectionError | IncompleteRead | ChunkedEncodingError):
             return True
         cause = cause.__cause__ or cause.__context__
     return False

@@ -37,6 +37,10 @@ _CHUNK_BYTES = 512
 _ENDING_S = 0.25
 
 
+# Hears a successful reply as far as it has come, and says whether anything was made of it.
+Hears = Callable[[bytes], bool]
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """A complete HTTP reply that is no redirect. `retry_after_s` is 0 where it does not say."""
@@ -118,7 +122,7 @@ class Exchange(threading.Thread):
     A socket timeout bounds one read, not a reply of a byte a second, nor a slow name look-up.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what one request needs
         self,
         sessions: SessionPool,
         *,
@@ -129,6 +133,7 @@ class Exchange(threading.Thread):
         connect_timeout_s: float,
         verify: str | bool,
         ledger: Ledger,
+        hears: Hears | None = None,
     ) -> None:
         super().__init__(daemon=True, name="mlxroute-large")
         self._sessions = sessions
@@ -140,6 +145,8 @@ class Exchange(threading.Thread):
         self._connect_timeout_s = connect_timeout_s
         self._verify = verify
         self._ledger = ledger
+        self._hears = hears
+        self._was_heard = False
         self._reply: Reply | None = None
         self._error: LargeError | None = None
         self._passing = False
@@ -166,7 +173,8 @@ class Exchange(threading.Thread):
         except (requests.RequestException, HTTPError, HTTPException, OSError, ValueError) as exc:
             # Not kept as a cause: it holds the request, and that holds the key.
             self._error = self._translated(exc)
-            self._passing = retry.is_passing_error(exc)
+            # What something was made of is not told twice.
+            self._passing = retry.is_passing_error(exc) and not self._was_heard
         finally:
             with self._ending:
                 self.finished = True
@@ -226,6 +234,8 @@ class Exchange(threading.Thread):
                 )
             if not self._deadline.left_s():
                 raise self.too_late()
+            if self._hears is not None and response.status_code == 200:
+                self._was_heard = self._hears(bytes(body)) or self._was_heard
         return bytes(body)
 
     def too_late(self) -> LargeError:
@@ -301,25 +311,39 @@ class Transport:
         self._given_up: list[Exchange] = []
 
     def call(
-        self, path: str, *, deadline: Deadline, body: bytes | None = None, at_root: bool = False
+        self,
+        path: str,
+        *,
+        deadline: Deadline,
+        body: bytes | None = None,
+        at_root: bool = False,
+        hears: Hears | None = None,
     ) -> Reply:
         """GET a path below the base address, or POST a JSON body to it. Raises LargeError.
 
         With `at_root` the path is that of the server, whatever the base address ends in. Attempts
-        that fail in passing are repeated as long as the deadline leaves room.
+        that fail in passing are repeated as long as the deadline leaves room, unless `hears`, which
+        is called from another thread, has made something of one.
         """
         target = (self._address.root if at_root else self._address.url) + path
         for pause_s in retry.pauses_s(self._random):
             left_s = deadline.left_s()
-            exchange = self._attempt(target, deadline=deadline, body=body)
+            exchange = self._attempt(target, deadline=deadline, body=body, hears=hears)
             pause_s = max(pause_s, exchange.retry_after_s)
             if not exchange.passing or pause_s >= deadline.left_s():
                 return exchange.result()
             (self._sleep or deadline.pause)(pause_s)
             deadline.lost_s += left_s - deadline.left_s()
-        return self._attempt(target, deadline=deadline, body=body).result()
+        return self._attempt(target, deadline=deadline, body=body, hears=hears).result()
 
-    def begin(self, target: str, *, deadline: Deadline, body: bytes | None = None) -> Exchange:
+    def begin(
+        self,
+        target: str,
+        *,
+        deadline: Deadline,
+        body: bytes | None = None,
+        hears: Hears | None = None,
+    ) -> Exchange:
         """Send one request and return without waiting for its reply."""
         exchange = Exchange(
             self._sessions,
@@ -330,6 +354,7 @@ class Transport:
             connect_timeout_s=self._connect_timeout_s,
             verify=self._verify,
             ledger=self._ledger,
+            hears=hears,
         )
         exchange.start()
         return exchange
@@ -342,10 +367,12 @@ class Transport:
         """End every call and close the connections; a later call opens a new one."""
         self._sessions.close()
 
-    def _attempt(self, target: str, *, deadline: Deadline, body: bytes | None) -> Exchange:
+    def _attempt(
+        self, target: str, *, deadline: Deadline, body: bytes | None, hears: Hears | None
+    ) -> Exchange:
         """One finished exchange. Raises LargeTimeout at the deadline."""
         self._check_given_up()
-        exchange = self.begin(target, deadline=deadline, body=body)
+        exchange = self.begin(target, deadline=deadline, body=body, hears=hears)
         try:
             deadline.wait_for(lambda: exchange.finished)
         finally:

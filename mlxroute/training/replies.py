@@ -156,7 +156,7 @@ class Seat:
 class _Known:
     """A call that need not be made."""
 
-    ready = True
+    ready = over = True
 
     def __init__(self, seat: Seat, context: LargeContext, tokens: tuple[LargeToken, ...]) -> None:
         self._seat = seat
@@ -183,7 +183,11 @@ class _Kept:
 
     @property
     def ready(self) -> bool:
-        return self._flight.ready
+        return self._flight.over
+
+    @property
+    def over(self) -> bool:
+        return self._flight.over
 
     def result(self) -> tuple[LargeToken, ...]:
         self._leave()

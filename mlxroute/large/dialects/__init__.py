@@ -6,7 +6,7 @@ from typing import Final
 
 from mlxroute.large.dialects.chat import ChatContinuation, Continue
 from mlxroute.large.dialects.completions import PlainCompletions
-from mlxroute.large.dialects.interface import Ask, Dialect, Form, Prompt
+from mlxroute.large.dialects.interface import Ask, Dialect, Form, Prompt, Streaming
 from mlxroute.large.dialects.llama_server import LlamaServer
 from mlxroute.large.dialects.mlx_lm import MlxLm
 from mlxroute.large.dialects.ollama import OllamaGenerate
@@ -43,4 +43,13 @@ def reading_ids(dialect: Dialect) -> Dialect:
     return VllmCompletions(by_id=True) if isinstance(dialect, VllmCompletions) else dialect
 
 
-__all__ = ["LADDER", "Ask", "Dialect", "Form", "Prompt", "dialect_named", "reading_ids"]
+__all__ = [
+    "LADDER",
+    "Ask",
+    "Dialect",
+    "Form",
+    "Prompt",
+    "Streaming",
+    "dialect_named",
+    "reading_ids",
+]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 from mlxroute.large.wire import Completion
 from mlxroute.types import Message
@@ -34,11 +34,15 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """The bounds of one request; `model` is None where the server is not to be told one."""
+    """The bounds of one request; `model` is None where the server is not to be told one.
+
+    `streamed` asks for the reply token by token, of dialects that are `Streaming`.
+    """
 
     max_tokens: int
     top_logprobs: int
     model: str | None
+    streamed: bool = False
 
 
 class Dialect(Protocol):
@@ -84,4 +88,16 @@ class Dialect(Protocol):
 
     def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
         """Understand the reply to `prompt`. Raises LargeProtocolError when it cannot be trusted."""
+        ...
+
+
+@runtime_checkable
+class Streaming(Protocol):
+    """A dialect whose streamed replies carry the same of every token as others do."""
+
+    def joined(self, events: Sequence[Mapping[str, object]]) -> dict[str, object]:
+        """The reply that these events are the beginning of, or the whole.
+
+        Raises LargeProtocolError.
+        """
         ...

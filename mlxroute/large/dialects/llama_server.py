@@ -7,6 +7,7 @@ from typing import Final
 
 from mlxroute.errors import LargeProtocolError
 from mlxroute.large.dialects.interface import Ask, Form, Prompt
+from mlxroute.large.events import strung
 from mlxroute.large.wire import (
     Completion,
     Entry,
@@ -38,7 +39,7 @@ class LlamaServer:
 
     def request(self, prompt: Prompt, ask: Ask) -> dict[str, object]:
         """Ask for greedy tokens, whatever samplers the server was started with."""
-        return {
+        body: dict[str, object] = {
             "prompt": list(prompt.ids),
             "n_predict": ask.max_tokens,
             "n_probs": ask.top_logprobs,
@@ -48,6 +49,11 @@ class LlamaServer:
             "return_tokens": True,
             "response_fields": _FIELDS,
         }
+        return body | {"stream": True} if ask.streamed else body
+
+    def joined(self, events: Sequence[Mapping[str, object]]) -> dict[str, object]:
+        """The reply that these events are the beginning of, or the whole."""
+        return strung(events, ["tokens", "completion_probabilities"], ["content"])
 
     def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
         """Understand a reply. A prompt that the server cut is not the one that was asked."""

@@ -8,6 +8,7 @@ from typing import Final
 
 from mlxroute.errors import LargeProtocolError
 from mlxroute.large.dialects.interface import Ask, Form, Prompt
+from mlxroute.large.events import strung_choices
 from mlxroute.large.wire import (
     Completion,
     Entry,
@@ -54,7 +55,15 @@ class VllmCompletions:
             "return_token_ids": True,
             "return_tokens_as_token_ids": self._by_id,
         }
+        if ask.streamed:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
         return body if ask.model is None else body | {"model": ask.model}
+
+    def joined(self, events: Sequence[Mapping[str, object]]) -> dict[str, object]:
+        """The reply that these events are the beginning of, or the whole."""
+        return strung_choices(
+            events, ["token_ids"], ["tokens", "token_logprobs", "top_logprobs", "text_offset"]
+        )
 
     def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
         """Understand a reply. Without ids in it the server is no vLLM."""
