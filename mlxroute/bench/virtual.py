@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from mlxroute.engine.roles import Large
 from mlxroute.errors import LargeError
 from mlxroute.small import SmallModel
+from mlxroute.small.batch import Batch
 from mlxroute.types import (
     BranchCost,
     LargeContext,
@@ -40,19 +41,20 @@ class VirtualClock:
 
 @dataclass(slots=True)
 class Known:
-    """What both models said so far: signals behind token ids, answers to contexts."""
+    """What both models said so far: signals behind token ids, answers to contexts.
+
+    `batched` are those of rows of a batch.
+    """
 
     signals: dict[tuple[int, ...], Signals] = field(default_factory=dict)
+    batched: dict[tuple[int, ...], Signals] = field(default_factory=dict)
     answers: dict[tuple[tuple[int, ...], int], tuple[LargeToken, ...] | LargeError] = field(
         default_factory=dict
     )
 
 
 class VirtualSmall:
-    """The small model, with a step of one row and of a batch as long as `cost` says.
-
-    Rows of a batch are computed one by one, so they round as rows alone do.
-    """
+    """The small model, with a step of one row and of a batch as long as `cost` says."""
 
     def __init__(
         self, small: SmallModel, known: Known, clock: VirtualClock, cost: BranchCost
@@ -63,6 +65,8 @@ class VirtualSmall:
         self._cost = cost
         self._ids: list[int] = []
         self._rows: list[list[int]] = []
+        self._batch: Batch | None = None
+        self._batched: list[list[int]] = []
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -106,11 +110,24 @@ class VirtualSmall:
         self._clock.now_s += self._cost.batch_s
         rows = self._rows or [self._ids]
         self._rows = [[*rows[row], each] for row, each in zip(parents, token_ids, strict=True)]
-        return [self._signals(row) for row in self._rows]
+        known, keys = self._known.batched, [tuple(row) for row in self._rows]
+        if not all(key in known for key in keys):
+            for key, signals in zip(keys, self._stepped(rows, parents, token_ids), strict=True):
+                known.setdefault(key, signals)
+        return [known[key] for key in keys]
 
     def select(self, row: int) -> None:
         if self._rows:
             self._ids, self._rows = self._rows[row], []
+
+    def _stepped(
+        self, rows: Sequence[list[int]], parents: Sequence[int], token_ids: Sequence[int]
+    ) -> list[Signals]:
+        """What a real batch says behind one more token a row."""
+        if self._batch is None or self._batched != rows:
+            self._batch = self._small.batch([self._small.start(row)[1] for row in rows])
+        self._batched = self._rows
+        return self._batch.step(parents, token_ids)
 
     def _signals(self, ids: Sequence[int]) -> Signals:
         key = tuple(ids)
