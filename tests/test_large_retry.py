@@ -26,7 +26,8 @@ from mlxroute.errors import (
 )
 from mlxroute.large import LargeModel, retry
 from mlxroute.large.address import parse_address
-from mlxroute.large.transport import Deadline, Transport
+from mlxroute.large.deadline import Deadline
+from mlxroute.large.transport import Transport
 from tests.asking import VOCABULARY, legacy
 from tests.fakes import FakeClock
 from tests.loopback import Loopback, Reply

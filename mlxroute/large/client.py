@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Final, Self
@@ -19,39 +19,26 @@ from mlxroute.errors import (
     UsageError,
 )
 from mlxroute.large.address import parse_address
-from mlxroute.large.answers import Read, begun, one, several
+from mlxroute.large.answers import begun, one
 from mlxroute.large.asker import Answered, Asker, NotRepeated
 from mlxroute.large.breaker import Breaker
-from mlxroute.large.bridge import Bridge
 from mlxroute.large.coming import Coming, may_do_whole
-from mlxroute.large.dialects import Form, Prompt, Streaming, reading_ids
+from mlxroute.large.deadline import Deadline
+from mlxroute.large.dialects import Form, Prompt
 from mlxroute.large.flight import Flight, Tokens
-from mlxroute.large.match import ENOUGH
-from mlxroute.large.prompt import PromptBuilder
-from mlxroute.large.settlement import Settlement, Terms
+from mlxroute.large.pairing import Pairing, Pairings
+from mlxroute.large.settlement import Settlement
 from mlxroute.large.tokens import FileTokens, Tokenizer
-from mlxroute.large.transport import Deadline, Transport, printable
+from mlxroute.large.transport import Transport, printable
 from mlxroute.large.verdict import Verdict
+from mlxroute.large.ways import Ways
 from mlxroute.ledger import Ledger
 from mlxroute.types import LargeContext, LargeToken, Uploads, Vocabulary
 
 _LONGEST_S: Final = 86_400
-_MOST_PARTS: Final = 6
 _MOST_IN_FLIGHT: Final = 8
-_TEXT_ONLY_RUNG: Final = 4
 # How long threads that were told to end may take before they are left to end by themselves.
 _ENDING_S: Final = 0.3
-
-
-@dataclass(frozen=True, slots=True)
-class _Pairing:
-    """How the answers of one small vocabulary go out and come back."""
-
-    vocabulary: Vocabulary
-    terms: Terms
-    same: bool | None
-    builder: PromptBuilder
-    bridge: Bridge
 
 
 class LargeModel:
@@ -113,9 +100,8 @@ class LargeModel:
         # Held while terms and pairing are read or found, with all calls that this takes.
         self._turn = threading.RLock()
         self._turn_deadline: Deadline | None = None
-        self._pairing: _Pairing | None = None
-        self._one_by_one: Terms | None = None
-        self._unstreamed: Terms | None = None
+        self._pairings = Pairings(self._settlement, self._asker.reader)
+        self._ways = Ways()
         self._landed = threading.Condition()
         self._flights: list[Flight] = []
 
@@ -190,14 +176,14 @@ class LargeModel:
         """
         with self._turn:
             self._settlement.settle(thorough=True)
-            return self._paired(vocabulary).builder.same
+            return self._pairings.of(vocabulary).builder.same
 
     @property
     def knows_template(self) -> bool:
         """Whether a conversation reaches the large model in its own chat template."""
-        if self._pairing is None:
+        if self._pairings.latest is None:
             return False
-        builder = self._pairing.builder
+        builder = self._pairings.latest.builder
         by_server = builder.dialect.form is not Form.TEXT
         return builder.same or by_server or isinstance(builder.tokens, FileTokens)
 
@@ -249,10 +235,7 @@ class LargeModel:
     def streams(self) -> bool:
         """Whether tokens ahead come one by one, as far as the server is known."""
         terms = self._settlement.terms
-        return terms is not None and self._may_stream(terms)
-
-    def _may_stream(self, terms: Terms) -> bool:
-        return isinstance(terms.dialect, Streaming) and terms is not self._unstreamed
+        return terms is not None and self._ways.may_stream(terms)
 
     def _next_tokens(
         self,
@@ -285,7 +268,7 @@ class LargeModel:
     def _tokens_after(
         self,
         context: LargeContext,
-        pairing: _Pairing,
+        pairing: Pairing,
         deadline: Deadline,
         *,
         ahead: int,
@@ -301,26 +284,26 @@ class LargeModel:
         def hears(answered: Answered) -> bool:
             return coming.heard(begun(answered, pairing.bridge, self._asker.reader))
 
-        for count, read, streamed in self._ways(pairing.terms, ahead):
+        for way in self._ways.after(pairing.terms, ahead=ahead):
             try:
                 answered = self._ask(
                     pairing,
                     prompt,
                     context,
                     repeated,
-                    count,
+                    way.count,
                     deadline,
-                    hears=hears if streamed else None,
+                    hears=hears if way.streamed else None,
                 )
             except (LargeProtocolError, LargeRefused) as exc:
-                if not streamed or coming.tokens or not may_do_whole(exc):
+                if not way.streamed or coming.tokens or not may_do_whole(exc):
                     raise
-                self._unstreamed = pairing.terms
+                self._ways.not_streamed(pairing.terms)
                 continue
             uploaded += answered.uploaded_bytes
-            tokens = read(answered, pairing.bridge, self._asker.reader)
+            tokens = way.read(answered, pairing.bridge, self._asker.reader)
             # Behind the end of the answer there is nothing more to ask for.
-            if tokens or (read is one and answered.completion.ends):
+            if tokens or (way.read is one and answered.completion.ends):
                 break
         if not tokens:
             raise LargeProtocolError(f"{self.base_url} gives no whole character here")
@@ -346,14 +329,14 @@ class LargeModel:
             self._turn_deadline = None
             self._turn.release()
 
-    def _prepared(self, vocabulary: Vocabulary) -> _Pairing:
+    def _prepared(self, vocabulary: Vocabulary) -> Pairing:
         try:
             self._settlement.settle(thorough=False)
         except UsageError as exc:
             raise LargeRefused(str(exc)) from exc
-        return self._paired(vocabulary)
+        return self._pairings.of(vocabulary)
 
-    def _prompt(self, context: LargeContext, pairing: _Pairing) -> Prompt:
+    def _prompt(self, context: LargeContext, pairing: Pairing) -> Prompt:
         try:
             prompt = pairing.builder.build(context)
         except LargeRefused as exc:
@@ -362,21 +345,9 @@ class LargeModel:
         self._check_length(prompt)
         return prompt
 
-    def _ways(self, terms: Terms, ahead: int) -> Iterator[tuple[int, Read, bool]]:
-        """How many positions to ask for, how to read them and whether streamed, one by one."""
-        if ahead and terms.dialect.rung < _TEXT_ONLY_RUNG and terms is not self._one_by_one:
-            if self._may_stream(terms):
-                yield ahead + 1, several, True
-            if not self._may_stream(terms):
-                yield ahead + 1, several, False
-            # What came could not be taken apart, and hardly will be the next time.
-            self._one_by_one = terms
-        for count in range(1, _MOST_PARTS + 1):
-            yield count, one, False
-
     def _ask(
         self,
-        pairing: _Pairing,
+        pairing: Pairing,
         prompt: Prompt,
         context: LargeContext,
         repeated: tuple[bytes, ...],
@@ -404,30 +375,6 @@ class LargeModel:
             raise
         self._settlement.fitted()
         return answered
-
-    def _paired(self, vocabulary: Vocabulary) -> _Pairing:
-        settlement, reader, known = self._settlement, self._asker.reader, self._pairing
-        if (
-            known is None
-            or known.vocabulary is not vocabulary
-            or known.terms is not settlement.terms
-            # What could not be told by the first replies is told by enough of them.
-            or (known.same is None and len(reader.named) >= ENOUGH)
-        ):
-            same = settlement.shares(vocabulary)
-            terms = settlement.terms
-            assert terms is not None
-            if same and reader.own is None:
-                reader.own = vocabulary
-            dialect = terms.dialect if reader.own is None else reading_ids(terms.dialect)
-            known = self._pairing = _Pairing(
-                vocabulary,
-                terms,
-                same,
-                PromptBuilder(dialect, same=bool(same), tokens=settlement.tokens),
-                Bridge(reader, vocabulary, same=bool(same)),
-            )
-        return known
 
     def _check_length(self, prompt: Prompt) -> None:
         """Refuse, without a call, what the server said it cannot hold."""

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused
 from mlxroute.large import retry
+from mlxroute.large.deadline import Deadline
 from mlxroute.large.flight import Tokens
-from mlxroute.large.transport import Deadline
 from mlxroute.types import LargeToken
 
 

@@ -1,0 +1,54 @@
+"""The time that a call may take."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from mlxroute.errors import LargeError, LargeTimeout, LargeUnavailable
+
+
+class Deadline:
+    """A moment after which a call is given up; `cancel` makes it now, from any thread.
+
+    `lost_s` counts the seconds of the call that went into attempts that were repeated.
+    """
+
+    def __init__(self, seconds: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seconds = seconds
+        self.lost_s = 0.0
+        self.cancelled = False
+        self._clock = clock
+        self._end = clock() + seconds
+        self._changed = threading.Condition()
+
+    def left_s(self) -> float:
+        """Seconds left, at least 0."""
+        return 0.0 if self.cancelled else max(0.0, self._end - self._clock())
+
+    def cancel(self) -> None:
+        """Give the call up now."""
+        self.cancelled = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Let `wait_for` look again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def wait_for(self, done: Callable[[], bool]) -> None:
+        """Return when `done()` is true, or when the time is up."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.cancelled or done(), self.left_s())
+
+    def pause(self, seconds: float) -> None:
+        """Wait that long, or until the call is cancelled."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.cancelled, seconds)
+
+    def error(self, url: str) -> LargeError:
+        """The error for a call that had no full reply by now."""
+        if self.cancelled:
+            return LargeUnavailable(f"the call to {url} was cancelled")
+        return LargeTimeout(f"no full reply from {url} in {self.seconds:.3g} s")

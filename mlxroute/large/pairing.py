@@ -1,0 +1,58 @@
+"""Two vocabularies brought together: how the answers of the small one go out and come back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlxroute.large.bridge import Bridge
+from mlxroute.large.dialects import reading_ids
+from mlxroute.large.match import ENOUGH
+from mlxroute.large.prompt import PromptBuilder
+from mlxroute.large.reader import TokenReader
+from mlxroute.large.settlement import Settlement, Terms
+from mlxroute.types import Vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """How the answers of one small vocabulary go out and come back."""
+
+    vocabulary: Vocabulary
+    terms: Terms
+    same: bool | None
+    builder: PromptBuilder
+    bridge: Bridge
+
+
+class Pairings:
+    """The `latest` pairing, made anew when the terms, the vocabulary or what is known changes."""
+
+    def __init__(self, settlement: Settlement, reader: TokenReader) -> None:
+        self._settlement = settlement
+        self._reader = reader
+        self.latest: Pairing | None = None
+
+    def of(self, vocabulary: Vocabulary) -> Pairing:
+        """The pairing with this vocabulary, under terms that are settled. Raises LargeError."""
+        settlement, reader, known = self._settlement, self._reader, self.latest
+        if (
+            known is None
+            or known.vocabulary is not vocabulary
+            or known.terms is not settlement.terms
+            # What could not be told by the first replies is told by enough of them.
+            or (known.same is None and len(reader.named) >= ENOUGH)
+        ):
+            same = settlement.shares(vocabulary)
+            terms = settlement.terms
+            assert terms is not None
+            if same and reader.own is None:
+                reader.own = vocabulary
+            dialect = terms.dialect if reader.own is None else reading_ids(terms.dialect)
+            known = self.latest = Pairing(
+                vocabulary,
+                terms,
+                same,
+                PromptBuilder(dialect, same=bool(same), tokens=settlement.tokens),
+                Bridge(reader, vocabulary, same=bool(same)),
+            )
+        return known

@@ -1,0 +1,51 @@
+"""How a reply is asked for and read: several tokens streamed, several at once, or one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from mlxroute.large.answers import Read, one, several
+from mlxroute.large.dialects import Streaming
+from mlxroute.large.settlement import Terms
+
+_MOST_PARTS: Final = 6
+_TEXT_ONLY_RUNG: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How many positions to ask for, how to read them, and whether to have them streamed."""
+
+    count: int
+    read: Read
+    streamed: bool = False
+
+
+class Ways:
+    """The ways to ask under some terms; what failed under them once is not tried again."""
+
+    def __init__(self) -> None:
+        self._one_by_one: Terms | None = None
+        self._unstreamed: Terms | None = None
+
+    def may_stream(self, terms: Terms) -> bool:
+        """Whether tokens ahead may come one by one."""
+        return isinstance(terms.dialect, Streaming) and terms is not self._unstreamed
+
+    def not_streamed(self, terms: Terms) -> None:
+        """A server did not take part in streaming."""
+        self._unstreamed = terms
+
+    def after(self, terms: Terms, *, ahead: int) -> Iterator[Way]:
+        """One way after the other, each for when the one before gave no token."""
+        if ahead and terms.dialect.rung < _TEXT_ONLY_RUNG and terms is not self._one_by_one:
+            if self.may_stream(terms):
+                yield Way(ahead + 1, several, streamed=True)
+            if not self.may_stream(terms):
+                yield Way(ahead + 1, several)
+            # What came could not be taken apart, and hardly will be the next time.
+            self._one_by_one = terms
+        for count in range(1, _MOST_PARTS + 1):
+            yield Way(count, one)
