@@ -78,7 +78,7 @@ larger_server = servers_of(LARGER, heavy=True)
 
 
 def always(
-    small: SmallModel, large: LargeModel, prompt: str, *, count: int
+    small: SmallModel, large: LargeModel, prompt: str, *, count: int, prefetch: int = 0
 ) -> tuple[list[Token], RunStats]:
     """Every token from the large model; a failed call fails the test."""
     answer = generate(
@@ -90,6 +90,7 @@ def always(
         timeout_s=TIMEOUT_S,
         strict=True,
         mode=Mode.WAIT,
+        prefetch=prefetch,
     )
     tokens = list(answer)
     assert "�" not in answer.stats().text
@@ -120,7 +121,7 @@ def test_the_probe_finds_the_best_rung(server: RunningServer, summaries: Summari
 
 
 def check_own_answers(
-    small: SmallModel, server: RunningServer, prompts: list[str], *, count: int
+    small: SmallModel, server: RunningServer, prompts: list[str], *, count: int, prefetch: int = 0
 ) -> str:
     """Always escalating gives the server's own answers but for near-ties; says how many."""
     equal = 0
@@ -128,7 +129,8 @@ def check_own_answers(
         for prompt in prompts:
             text = small.render([{"role": "user", "content": prompt}])
             expected = own_answer(server, text, count)
-            tokens, _ = always(small, large, prompt, count=count)
+            tokens, stats = always(small, large, prompt, count=count, prefetch=prefetch)
+            assert bool(prefetch) == bool(stats.prefetch_used)
             difference = first_difference(tokens, expected)
             if difference is None:
                 assert len(tokens) == len(expected), prompt
@@ -144,6 +146,17 @@ def test_always_escalating_gives_the_servers_own_answer(
     server: RunningServer, smollm2: SmallModel
 ) -> None:
     check_own_answers(smollm2, server, [PROMPTS[4]], count=12)
+
+
+@pytest.mark.heavy
+def test_tokens_ahead_are_the_servers_own_streamed_or_not(
+    server: RunningServer, smollm2: SmallModel
+) -> None:
+    prompts = [PROMPTS[4], "Repeat exactly: 🦊🦊🦊🦊"]
+    check_own_answers(smollm2, server, prompts, count=32, prefetch=7)
+    with asked(server) as large:
+        large.connect()
+        assert large.streams == (server.kind is not Kind.MLX_LM)
 
 
 @pytest.mark.heavy
