@@ -62,6 +62,25 @@ def test_each_further_token_takes_its_time(tmp_path: Path) -> None:
         assert time.monotonic() - began_s >= 0.31
 
 
+def test_a_streamed_reply_comes_event_by_event_each_after_its_time(tmp_path: Path) -> None:
+    events = tuple(b'data: {"n": %d}\n\n' % number for number in range(4))
+    with (
+        Loopback(lambda request: Reply(chunks=events)) as upstream,
+        DelayedServer(upstream.url, record=tmp_path / "record.jsonl") as server,
+    ):
+        server.delay_s, server.token_s = 0.1, 0.1
+        for _ in range(2):
+            began_s = time.monotonic()
+            body = {"max_tokens": 3, "stream": True}
+            reply = requests.post(f"{server.url}/completions", json=body, timeout=10, stream=True)
+            came = [(time.monotonic() - began_s, part) for part in reply.iter_content(None)]
+            assert b"".join(part for _, part in came) == b"".join(events)
+            # The last event is that of the counts, with no token of its own.
+            assert all(t >= at for (t, _), at in zip(came, (0.1, 0.2, 0.3), strict=False))
+            assert came[-1][0] >= 0.3
+        assert len(upstream.requests) == 1
+
+
 @pytest.mark.parametrize("name", DELAYS)
 def test_every_delay_has_the_mean_that_was_set(name: str) -> None:
     drawn = [DELAYS[name](random.Random(i)) for i in range(20_000)]

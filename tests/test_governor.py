@@ -13,7 +13,7 @@ from mlxroute.engine.governor import Governor, estimate
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import BranchCost, Mode, RunStats, Signals
 from tests.fakes import FakeClock
-from tests.worlds import World, WorldLarge, WorldSmall
+from tests.worlds import World, WorldLarge, WorldSmall, token_of
 
 
 def experience(
@@ -189,3 +189,23 @@ def test_the_figures_behind_the_choice_are_told() -> None:
     assert stats.plan.startswith(f"{stats.mode}: call ")
     fixed, _ = answered(world(1), Experience(), mode=Mode.OVERLAP)
     assert fixed.plan == ""
+
+
+def test_a_stretch_without_escalations_does_not_make_the_rate_forgotten() -> None:
+    seen = Experience()
+    for position in range(300):
+        seen.committed(escalated=position % 10 == 0)
+    for _ in range(25):
+        seen.committed(escalated=False)
+    assert seen.rate.value == pytest.approx(0.09, abs=0.02)
+
+
+def test_what_the_large_model_takes_for_a_token_is_seen_in_its_runs() -> None:
+    token = token_of((1,))
+    streamed = [replace(token, latency_s=latency_s) for latency_s in (2.0, 2.5, 3.0)]
+    seen = Experience()
+    seen.wrote(streamed)
+    assert seen.large_step_s.value == pytest.approx(0.5)
+    whole = Experience(call_s=Average(2.0, 3), run_s=Average(2.6, 3))
+    whole.wrote([replace(token, latency_s=2.6), token, token])
+    assert whole.large_step_s.value == pytest.approx(0.3)

@@ -208,6 +208,20 @@ def test_prefetched_tokens_save_calls_where_the_answer_follows_the_large_model()
     assert ahead.stats.prefetch_generated == 8 * ahead.stats.calls
 
 
+@pytest.mark.parametrize("mode", [Mode.WAIT, Mode.OVERLAP])
+def test_a_position_that_a_stream_will_reach_waits_for_its_token_instead_of_asking(
+    mode: Mode,
+) -> None:
+    worlds = [World(i, doubt=1.0, agreement=1.0, loss=0.0, end=0.0) for i in range(9)]
+    whole = [run(world, mode=mode, prefetch=8) for world in worlds]
+    streamed = [run(replace(world, streams=True), mode=mode, prefetch=8) for world in worlds]
+    asked = [run(world, mode=mode) for world in worlds]
+    # Streams that break off, as these do after 1 to 8 tokens, have to be asked for again.
+    assert sum(r.stats.calls for r in streamed) < 0.5 * sum(r.stats.calls for r in asked)
+    assert sum(r.stats.prefetch_used for r in streamed) > 0
+    assert all(r.stats.text == s.stats.text for r, s in zip(whole, streamed, strict=True))
+
+
 @pytest.mark.parametrize("window", [0, 9])
 def test_a_cache_that_cannot_go_back_is_waited_for_and_the_figures_say_so(window: int) -> None:
     world = World(5, doubt=0.5, agreement=0.5, window=window)

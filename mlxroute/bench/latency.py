@@ -19,7 +19,7 @@ from mlxroute.bench.delayed import DELAYS, DelayedServer
 from mlxroute.bench.framework import interleaved
 from mlxroute.bench.virtual import Known, VirtualClock, VirtualLarge, VirtualSmall
 from mlxroute.engine import Answer, Experience, Options
-from mlxroute.engine.experience import ROWS
+from mlxroute.engine.experience import ROWS, Average
 from mlxroute.engine.governor import AHEAD, estimate
 from mlxroute.engine.roles import Large, Small
 from mlxroute.engine.stats import gaps, percentile
@@ -27,7 +27,7 @@ from mlxroute.engine.transcript import Transcript
 from mlxroute.large import LargeModel
 from mlxroute.routers import EntropyRouter
 from mlxroute.small import SmallModel
-from mlxroute.types import Message, Mode, Progress, RunStats, Token, no_progress
+from mlxroute.types import BranchCost, Message, Mode, Progress, RunStats, Token, no_progress
 
 _MANY: Final = 32
 _TIMEOUT_S: Final = 3600.0
@@ -223,7 +223,7 @@ def bench_latency(
                     "call_s": round(call_s, 4),
                     "threshold_nats": round(threshold, 4),
                     "passed_on": server.missed - missed,
-                    **_figures(sides),
+                    **_figures(sides, cost=bench.cost, call_s=call_s),
                     "played_tokens_per_s": {
                         name: round(each.tokens_per_s, 4) for name, each in played.items()
                     },
@@ -304,14 +304,15 @@ def _answer(
     return answer.stats(), found
 
 
-def _figures(sides: dict[str, _Answers]) -> dict[str, Any]:
+def _figures(sides: dict[str, _Answers], *, cost: BranchCost, call_s: float) -> dict[str, Any]:
     waited = sides["wait"]
+    pair = _pair(waited)
     wanted = [stats.text for stats in waited.stats]
     return {
-        **_pair(waited),
+        **pair,
         "same_text": all([stats.text for stats in each.stats] == wanted for each in sides.values()),
         "sides": {name: _side(each, waited) for name, each in sides.items()},
-        "predicted_tokens_per_s": _predicted(sides),
+        "predicted_tokens_per_s": _predicted(pair, cost, call_s),
     }
 
 
@@ -366,11 +367,17 @@ def _side(answers: _Answers, waited: _Answers | None) -> dict[str, Any]:
     return found
 
 
-def _predicted(sides: dict[str, _Answers]) -> dict[str, float]:
-    """Tokens a second by the formulas, from what `hedge` saw and what its batches cost."""
-    seen = sides["hedge"].experience
-    branches = seen.branches
-    cost = 1.0 if branches is None else branches.batch_s / branches.step_s
-    found = estimate(seen, cost=cost)
+def _predicted(pair: dict[str, Any], cost: BranchCost, call_s: float) -> dict[str, float]:
+    """Tokens a second by the formulas, from the figures of the pair, of a step and of a call."""
+    if not pair["escalated"]:
+        return {}
+    seen = Experience(
+        step_s=Average(cost.step_s),
+        call_s=Average(call_s),
+        rate=Average(pair["realised_rate"]),
+        agreement=Average(pair["agreement"]),
+        coverage=Average(pair["coverage_4"]),
+    )
+    found = estimate(seen, cost=cost.batch_s / cost.step_s)
     times = {"wait": found.wait_s, "overlap": found.overlap_s, "hedge": found.hedge_s}
-    return {name: round(1.0 / seconds, 4) for name, seconds in times.items() if seconds}
+    return {name: round(1.0 / seconds, 4) for name, seconds in times.items()}

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 RANDOM = "random"
 _LONGEST_CALL_S = 600.0
 _STREAMED = 2
+# Columns of the terminal.
+_ROOM_FOR_BARS = 110
 
 
 def run_bench_speed(settings: Settings, *, pairs: int, tokens: int, save: bool) -> int:
@@ -194,8 +196,10 @@ def _show_latency(report: dict[str, Any], err: Console) -> None:
             f"coverage {point['coverage_4']} of 4, {point['coverage_8']} of 8"
         )
         table = Table(box=None, pad_edge=False, header_style="bold", title=title)
-        for column in ("mode", "tok/s", "played", "formula", "stall", "calls", "over wait", ""):
-            table.add_column(column)
+        for column in ("mode", "tok/s", "played", "formula", "stall", "calls", "over wait"):
+            table.add_column(column, no_wrap=True)
+        if err.width >= _ROOM_FOR_BARS:
+            table.add_column("")
         for name, side in point["sides"].items():
             table.add_row(
                 name,
@@ -205,7 +209,7 @@ def _show_latency(report: dict[str, Any], err: Console) -> None:
                 f"{side['stall_over_wait']:.0%}",
                 f"{side['calls_over_wait']:.2f}x",
                 f"{side['over_wait']:.2f}x",
-                "█" * round(8 * side["over_wait"]),
+                *(["█" * round(8 * side["over_wait"])] if err.width >= _ROOM_FOR_BARS else []),
             )
         alone = report["small_only"]["tokens_per_s"]
         table.add_row("small only", f"{alone:.3f}")

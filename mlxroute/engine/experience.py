@@ -12,21 +12,26 @@ from mlxroute.types import BranchCost, LargeToken, Signals
 ROWS: Final = 4
 # As many observations an even pace counts for, so that one late call says little.
 TRUSTED: Final = 3
-# How much a new observation counts.
+# How much a new observation counts; positions are many to each that is escalated.
 _NEW: Final = 0.05
+_NEW_POSITION: Final = 0.005
 
 
 @dataclass(slots=True)
 class Average:
-    """A running mean that forgets; a first value counts as `seen` observations."""
+    """A running mean that forgets; a first value counts as `seen` observations.
+
+    A new one counts `new` at least.
+    """
 
     value: float
     seen: int = 0
+    new: float = _NEW
 
     def add(self, value: float) -> None:
         """Count an observation."""
         self.seen += 1
-        self.value += max(_NEW, 1.0 / self.seen) * (value - self.value)
+        self.value += max(self.new, 1.0 / self.seen) * (value - self.value)
 
 
 @dataclass(slots=True)
@@ -50,7 +55,7 @@ class Experience:
     call_slowdown: Average = field(default_factory=lambda: Average(1.0, TRUSTED))
     agreement: Average = field(default_factory=lambda: Average(0.4, 5))
     coverage: Average = field(default_factory=lambda: Average(0.75, 5))
-    rate: Average = field(default_factory=lambda: Average(0.07, 30))
+    rate: Average = field(default_factory=lambda: Average(0.07, 30, _NEW_POSITION))
     answered: Average = field(default_factory=lambda: Average(0.3, 5))
     large_step_s: Average = field(default_factory=lambda: Average(0.0))
     branches: BranchCost | None = None

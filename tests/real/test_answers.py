@@ -82,7 +82,7 @@ def test_the_second_turn_of_a_long_chat_prefills_only_what_is_new(smollm2: Small
     "prompt",
     [
         "Repeat exactly: 👩‍💻 漢字 e\u0301te\u0301 🇯🇵",
-        "Reply with five different emoji.",
+        pytest.param("Reply with five different emoji.", marks=pytest.mark.heavy),
         pytest.param("Write hello world in Python with a tab.", marks=pytest.mark.heavy),
     ],
 )

@@ -13,10 +13,7 @@ from tests.real.conftest import PROMPTS
 # The prompt's last token computed alone or with others rounds differently in the server.
 _NEAR_TIE_NATS = 0.01
 _OTHERS = (
-    (Mode.OVERLAP, 0),
-    (Mode.OVERLAP, 4),
-    (Mode.HEDGE, 0),
-    (Mode.HEDGE, 4),
+    *((mode, prefetch) for mode in (Mode.OVERLAP, Mode.HEDGE) for prefetch in (0, 4)),
     (Mode.AUTO, None),
 )
 
