@@ -123,14 +123,15 @@ class DelayedServer:
                 return 503, [b'{"error": "overloaded"}']
             drawn = 1.0
         kept = self._kept.get(key) or self._passed_on(key, method, path, body)
-        events = [each + _BREAK for each in kept.body.split(_BREAK) if each.strip()]
         streamed = kept.status == 200 and _is_streamed(body)
         more_s = 0.0 if streamed or not drawn else _more(body) * self.token_s
         took_s = drawn * self.delay_s + more_s
         left_s = began_s + took_s - time.monotonic()
         if left_s > 0:
             time.sleep(left_s)
-        return kept.status, events if streamed else [kept.body]
+        if not streamed:
+            return kept.status, [kept.body]
+        return kept.status, [each + _BREAK for each in kept.body.split(_BREAK) if each.strip()]
 
     def _passed_on(self, key: str, method: str, path: str, body: bytes) -> _Kept:
         reply = requests.request(

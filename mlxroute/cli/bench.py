@@ -198,7 +198,8 @@ def _show_latency(report: dict[str, Any], err: Console) -> None:
         table = Table(box=None, pad_edge=False, header_style="bold", title=title)
         for column in ("mode", "tok/s", "played", "formula", "stall", "calls", "over wait"):
             table.add_column(column, no_wrap=True)
-        if err.width >= _ROOM_FOR_BARS:
+        has_bars = err.width >= _ROOM_FOR_BARS
+        if has_bars:
             table.add_column("")
         for name, side in point["sides"].items():
             table.add_row(
@@ -209,7 +210,7 @@ def _show_latency(report: dict[str, Any], err: Console) -> None:
                 f"{side['stall_over_wait']:.0%}",
                 f"{side['calls_over_wait']:.2f}x",
                 f"{side['over_wait']:.2f}x",
-                *(["█" * round(8 * side["over_wait"])] if err.width >= _ROOM_FOR_BARS else []),
+                *(["█" * round(8 * side["over_wait"])] if has_bars else []),
             )
         alone = report["small_only"]["tokens_per_s"]
         table.add_row("small only", f"{alone:.3f}")

@@ -137,10 +137,10 @@ class Prefetched:
                 run.told = True
                 yield run.tokens
 
-    def committed(self, ids: Sequence[int]) -> None:
-        """End what is under way along another answer than the one that begins with `ids`."""
+    def committed(self, ids: Sequence[int], count: int) -> None:
+        """End what is under way along other answers than one that begins with `count` of `ids`."""
         for run in self._runs:
-            if run.coming and run.is_left_by(ids):
+            if run.coming and run.is_left_by(ids[:count]):
                 run.end()
 
     def close(self) -> None:

@@ -21,11 +21,11 @@ def wait(desk: Desk, signals: Signals) -> Iterator[Event]:
 
 def _decide(desk: Desk, signals: Signals) -> Decision:
     own = desk.decider.own(signals, desk.decider.pace)
-    while (decision := desk.decider.at_once(own)) is None:
+    while True:
+        if (decision := desk.decider.at_once(own)) is not None:
+            return decision
         call = desk.decider.ask()
         while not desk.escalator.landed(call):
             desk.escalator.wait()
-        decision = desk.decider.settled(own, call, desk.transcript.ids)
-        if decision is not None:
-            break
-    return decision
+        if (decision := desk.decider.settled(own, call, desk.transcript.ids)) is not None:
+            return decision

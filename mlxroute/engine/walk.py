@@ -43,7 +43,7 @@ class Desk:
         """Commit a decision that was written; yield what may be shown."""
         self.decider.committed(decision)
         yield from self.commits.commit(decision, texts)
-        self.decider.prefetched.committed(self.transcript.ids[: len(self.commits)])
+        self.decider.prefetched.committed(self.transcript.ids, len(self.commits))
 
     def write(self, decision: Decision) -> tuple[str, ...]:
         """Put a decision's tokens into the transcript; return the texts they add."""
