@@ -6,11 +6,13 @@ import json
 import math
 import threading
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
+from rich.console import Console
 
 from mlxroute.backend.load import load
 from mlxroute.bench.oracles import oracles
@@ -18,6 +20,7 @@ from mlxroute.bench.plot import draw_quality
 from mlxroute.bench.quality import LARGE, SMALL, Results, bench_quality, sides_of
 from mlxroute.bench.together import Together
 from mlxroute.cli import main
+from mlxroute.cli.quality import show
 from mlxroute.engine import generate
 from mlxroute.errors import LargeError, LargeRefused
 from mlxroute.questions import Kind, Question, conversation
@@ -102,6 +105,23 @@ def test_the_sides_are_marked_and_compared(
     routed = sides["entropy 10%"]
     assert 0 < routed["calls"] <= 0.1 * routed["tokens"] + BURST
     assert 0 < routed["most_over_budget"] <= BURST
+
+
+def test_answers_that_were_cut_off_are_told_of(
+    small: SmallModel, questions: list[Question], tmp_path: Path
+) -> None:
+    report, _ = run(small, questions[:2], tmp_path / "r.jsonl")
+
+    def shown() -> str:
+        text = StringIO()
+        show(report, Console(file=text, width=200))
+        return text.getvalue()
+
+    assert report["sides"]["small"]["reached_limit"] == 2
+    assert f"2 of 2 answers of a side were cut off at {_TOKENS} tokens" in shown()
+    for side in report["sides"].values():
+        side["reached_limit"] = 0
+    assert "cut off" not in shown()
 
 
 def test_what_is_there_is_not_asked_again(

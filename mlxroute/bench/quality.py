@@ -148,7 +148,7 @@ def bench_quality(  # noqa: PLR0913 - what a run is made of
         "tokens": tokens,
         "chats": chats,
         "step_s": round(step_s, 5),
-        "sides": {side.name: _figures(side, rows, chats) for side in sides},
+        "sides": {side.name: _figures(side, rows, chats, longest=tokens) for side in sides},
     }
 
 
@@ -243,7 +243,7 @@ class _Run:
         )
 
 
-def _figures(side: Side, rows: dict[str, list[Row]], chats: int) -> dict[str, Any]:
+def _figures(side: Side, rows: dict[str, list[Row]], chats: int, *, longest: int) -> dict[str, Any]:
     mine, count = rows[side.name], len(rows[side.name])
     tokens = sum(row.tokens for row in mine)
     escalated = sum(row.escalated for row in mine)
@@ -256,6 +256,7 @@ def _figures(side: Side, rows: dict[str, list[Row]], chats: int) -> dict[str, An
         "agreement": round(sum(row.agreed for row in mine) / escalated, 4) if escalated else None,
         "most_over_budget": _most_over(mine, side.budget, chats) if side.router else None,
         "tokens": tokens,
+        "reached_limit": sum(row.tokens >= longest for row in mine),
         "calls": sum(row.calls for row in mine),
         "uploaded_tokens": sum(row.uploaded_tokens for row in mine),
         "seconds_median": round(statistics.median(row.seconds for row in mine), 3) if count else 0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from mlxroute.cli.bench import finish
 from mlxroute.cli.folders import bench_file, cache_dir_of, record_file
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from mlxroute.bench.quality import Side
     from mlxroute.small.head import MlpHead
+
+# Share of the answers.
+_FEW_CUT: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,7 @@ def run_bench_quality(settings: Settings, sides: Sequence[Side], options: Qualit
                 )
                 budgets = sorted({side.budget for side in sides if side.router})
                 report["oracles"] = oracles(answers, questions, budgets, small.head)
-    _show(report, err)
+    show(report, err)
     source = f"{data.absolute().parent.name}-{data.stem}"
     name = f"quality-{small.name}-{source}"
     code = finish({"data": source, **report}, name, save=options.save)
@@ -132,7 +135,8 @@ def _answered(questions: list[Question], data: Path) -> list[Question]:
     return questions
 
 
-def _show(report: dict[str, Any], err: Console) -> None:
+def show(report: dict[str, Any], err: Console) -> None:
+    """The table, and a word where answers were cut off."""
     from rich.table import Table
 
     title = f"{report['questions']} questions, {report['examples']} worked examples"
@@ -153,3 +157,11 @@ def _show(report: dict[str, Any], err: Console) -> None:
             "█" * round(20 * lenient["accuracy"]),
         )
     err.print(table)
+    cut = max(side["reached_limit"] for side in report["sides"].values())
+    if cut > _FEW_CUT * report["questions"]:
+        err.print(
+            f"up to {cut} of {report['questions']} answers of a side were cut off at"
+            f" {report['tokens']} tokens, and what they had not said by then counts as wrong;"
+            " give more --tokens",
+            style="yellow",
+        )
