@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from mlxroute.large.launcher import LocalServer
 from mlxroute.small import SmallModel
 from tests.conftest import CACHE_DIR
 
+# Of the spread of a matrix: enough to disagree often, too little to talk nonsense.
+_NOISE = 0.1
 PROMPTS = [
     json.loads(line)["prompt"]
     for line in (Path(__file__).parents[2] / "bench" / "prompts" / "varied.jsonl")
@@ -57,4 +61,27 @@ def serving(path: Path, log_path: Path) -> Iterator[LocalServer]:
 def host(smollm2_path: Path, tmp_path: Path) -> Iterator[LocalServer]:
     """A real mlx_lm.server with SmolLM2-135M, for one test."""
     with serving(smollm2_path, tmp_path / "host.log") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def stranger_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model of the same vocabulary: SmolLM2-135M with noise on its matrices."""
+    folder = tmp_path_factory.mktemp("stranger") / "stranger"
+    shutil.copytree(smollm2_path, folder)
+    weights = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(weights, dict)
+    mx.random.seed(0)
+    for name, value in sorted(weights.items()):
+        if value.ndim == 2:
+            noise = mx.random.normal(value.shape) * mx.std(value.astype(mx.float32))
+            weights[name] = (value + _NOISE * noise).astype(value.dtype)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    return folder
+
+
+@pytest.fixture
+def stranger(stranger_path: Path, tmp_path: Path) -> Iterator[LocalServer]:
+    """A real mlx_lm.server with a model that often disagrees with SmolLM2-135M."""
+    with serving(stranger_path, tmp_path / "host.log") as server:
         yield server

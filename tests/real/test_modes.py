@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from pathlib import Path
+
 import pytest
 
 from mlxroute import EntropyRouter, LargeModel, generate
+from mlxroute.bench.delayed import DelayedServer
 from mlxroute.large.launcher import LocalServer
 from mlxroute.small import SmallModel
 from mlxroute.types import Mode, RunStats
@@ -12,6 +17,8 @@ from tests.real.conftest import PROMPTS
 
 # The prompt's last token computed alone or with others rounds differently in the server.
 _NEAR_TIE_NATS = 0.01
+# Longer than anybody waits.
+_FOREVER_S = 3600.0
 _OTHERS = (
     *((mode, prefetch) for mode in (Mode.OVERLAP, Mode.HEDGE) for prefetch in (0, 4)),
     (Mode.AUTO, None),
@@ -22,7 +29,7 @@ _OTHERS = (
 def test_the_modes_write_one_answer_and_leave_the_server_alive(
     smollm2: SmallModel, host: LocalServer
 ) -> None:
-    with _met(smollm2, host) as large:
+    with _met(smollm2, host.url) as large:
         waited = _answered(smollm2, large, PROMPTS[0], Mode.WAIT, count=12)
         hedged = _answered(smollm2, large, PROMPTS[0], Mode.HEDGE, count=12, prefetch=2)
     assert hedged.text == waited.text
@@ -33,10 +40,10 @@ def test_the_modes_write_one_answer_and_leave_the_server_alive(
 @pytest.mark.heavy
 @pytest.mark.parametrize("prompt", PROMPTS, ids=range(len(PROMPTS)))
 def test_an_answer_is_the_same_in_every_mode(
-    smollm2: SmallModel, host: LocalServer, prompt: str
+    smollm2: SmallModel, stranger: LocalServer, prompt: str
 ) -> None:
     redecoded = decided = 0
-    with _met(smollm2, host) as large:
+    with _met(smollm2, stranger.url) as large:
         waited = _answered(smollm2, large, prompt, Mode.WAIT)
         for mode, prefetch in _OTHERS:
             stats = _answered(smollm2, large, prompt, mode, prefetch=prefetch)
@@ -45,13 +52,52 @@ def test_an_answer_is_the_same_in_every_mode(
             assert stats.unchecked == 0
             redecoded, decided = redecoded + stats.redecoded, decided + stats.tokens
     print(  # noqa: T201
-        f"{waited.escalated} escalated in {waited.tokens} tokens,"
+        f"{waited.escalated} escalated in {waited.tokens} tokens, {waited.agreed} agreed,"
         f" {redecoded} of {decided} decisions decoded again as one row"
     )
 
 
-def _met(small: SmallModel, host: LocalServer) -> LargeModel:
-    large = LargeModel(host.url, timeout_s=120)
+@pytest.mark.heavy
+@pytest.mark.parametrize("mode", [Mode.WAIT, Mode.OVERLAP, Mode.HEDGE])
+def test_replies_out_of_order_leave_the_answer_as_it_is(
+    smollm2: SmallModel, stranger: LocalServer, tmp_path: Path, mode: Mode
+) -> None:
+    with (
+        DelayedServer(stranger.url, record=tmp_path / "replies.jsonl") as server,
+        _met(smollm2, server.url) as large,
+    ):
+        waited = _answered(smollm2, large, PROMPTS[0], Mode.WAIT, count=48)
+        server.delay, server.delay_s = (lambda dice: dice.choice([0.1, 1.0, 4.0])), 0.5
+        for prefetch in (0, 4):
+            late = _answered(smollm2, large, PROMPTS[0], mode, count=48, prefetch=prefetch)
+            assert late.text == waited.text
+            assert late.escalated == waited.escalated > waited.agreed
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("seconds", [30.0, math.inf], ids=["after 30 s", "never"])
+@pytest.mark.parametrize("mode", [Mode.WAIT, Mode.OVERLAP, Mode.HEDGE])
+def test_a_server_that_is_late_costs_one_timeout_and_no_token(
+    smollm2: SmallModel, stranger: LocalServer, tmp_path: Path, mode: Mode, seconds: float
+) -> None:
+    with (
+        DelayedServer(stranger.url, record=tmp_path / "replies.jsonl") as server,
+        _met(smollm2, server.url) as large,
+    ):
+        alone = _answered(smollm2, None, PROMPTS[0], mode, count=48)
+        # The third call and all that follow.
+        calls = itertools.count(1)
+        server.delay = lambda dice: 0.001 if next(calls) < 3 else 1.0
+        server.delay_s = min(seconds, _FOREVER_S)
+        late = _answered(smollm2, large, PROMPTS[0], mode, count=48, timeout_s=2.0)
+    assert late.fallbacks > 0
+    assert late.escalated < 3
+    assert late.stall_s < 2.0 + 0.5 < seconds
+    assert late.tokens == alone.tokens
+
+
+def _met(small: SmallModel, url: str) -> LargeModel:
+    large = LargeModel(url, timeout_s=120)
     large.connect(thorough=False)
     large.meet(small.vocabulary)
     return large
@@ -59,13 +105,15 @@ def _met(small: SmallModel, host: LocalServer) -> LargeModel:
 
 def _answered(
     small: SmallModel,
-    large: LargeModel,
+    large: LargeModel | None,
     prompt: str,
     mode: Mode,
     *,
     count: int = 96,
     prefetch: int | None = 0,
+    timeout_s: float = 120.0,
 ) -> RunStats:
+    """The answer's figures; its committed tokens are its text."""
     answer = generate(
         small,
         large,
@@ -73,14 +121,18 @@ def _answered(
         # At 96 tokens some 7 % of the positions.
         router=EntropyRouter(1.5 if count < 96 else 3.6),
         max_tokens=count,
-        timeout_s=120.0,
+        timeout_s=timeout_s,
         mode=mode,
         prefetch=prefetch,
     )
+    committed = []
     for token in answer:
+        committed.append(token.text)
         large_token = token.escalation and token.escalation.large
         if large_token and len(large_token.top) > 1:
             margin = large_token.top[0][1] - large_token.top[1][1]
             if margin < _NEAR_TIE_NATS:
                 print(f"a near tie at {token.index} of {prompt!r}")  # noqa: T201
-    return answer.stats()
+    stats = answer.stats()
+    assert "".join(committed) == stats.text
+    return stats
