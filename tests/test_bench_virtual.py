@@ -70,6 +70,14 @@ def test_every_mode_plays_the_same_answer_and_waiting_takes_the_sum_of_its_parts
     assert len(asked) == len(set(asked))
 
 
+def test_a_server_that_contradicts_itself_still_plays_one_answer(small: SmallModel) -> None:
+    known, large = Known(), ScriptedLarge([(70,), (71,), (72,)])
+    wanted, _, _ = play(small, known, large, Mode.WAIT)
+    for mode in (Mode.WAIT, Mode.OVERLAP):
+        ids, _, _ = play(small, known, large, mode, prefetch=3)
+        assert ids == wanted
+
+
 def test_a_played_answer_is_the_small_models_own_where_nothing_is_asked(small: SmallModel) -> None:
     ids, _, _ = play(small, Known(), ScriptedLarge([(70,)]), Mode.WAIT)
     small.prefill(small.encode_prompt(small.render([{"role": "user", "content": "hi"}])))

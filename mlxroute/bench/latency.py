@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum, auto
 from typing import Any, Final
 
 from mlxroute.bench.delayed import DELAYS, DelayedServer
@@ -307,13 +308,36 @@ def _answer(
 def _figures(sides: dict[str, _Answers], *, cost: BranchCost, call_s: float) -> dict[str, Any]:
     waited = sides["wait"]
     pair = _pair(waited)
-    wanted = [stats.text for stats in waited.stats]
+    parted = [
+        _parted(mine, tokens)
+        for each in sides.values()
+        for mine, tokens in zip(each.tokens, waited.tokens, strict=True)
+    ]
     return {
         **pair,
-        "same_text": all([stats.text for stats in each.stats] == wanted for each in sides.values()),
+        "same_text": _Parted.BY_US not in parted,
+        "server_differed": parted.count(_Parted.BY_SERVER),
         "sides": {name: _side(each, waited) for name, each in sides.items()},
         "predicted_tokens_per_s": _predicted(pair, cost, call_s),
     }
+
+
+class _Parted(Enum):
+    """Why an answer is not that of `wait`: the server gave one context two tokens, or we did."""
+
+    NOT = auto()
+    BY_SERVER = auto()
+    BY_US = auto()
+
+
+def _parted(answer: Sequence[Token], waited: Sequence[Token]) -> _Parted:
+    for mine, other in zip(answer, waited, strict=False):
+        if mine.token_id != other.token_id:
+            asked = mine.escalation is not None and other.escalation is not None
+            return _Parted.BY_SERVER if asked else _Parted.BY_US
+        if (mine.escalation is None) != (other.escalation is None):
+            return _Parted.BY_US
+    return _Parted.NOT if len(answer) == len(waited) else _Parted.BY_US
 
 
 def _pair(waited: _Answers) -> dict[str, Any]:

@@ -43,7 +43,8 @@ class VirtualClock:
 class Known:
     """What both models said so far: signals behind token ids, answers to contexts.
 
-    `batched` are those of rows of a batch.
+    `batched` are those of rows of a batch. `tokens` are the large model's first words on each
+    context: a server that computes one in two ways may give two answers at a near tie.
     """
 
     signals: dict[tuple[int, ...], Signals] = field(default_factory=dict)
@@ -51,6 +52,19 @@ class Known:
     answers: dict[tuple[tuple[int, ...], int], tuple[LargeToken, ...] | LargeError] = field(
         default_factory=dict
     )
+    tokens: dict[tuple[int, ...], LargeToken] = field(default_factory=dict)
+
+    def abided(
+        self, ids: tuple[int, ...], answer: tuple[LargeToken, ...]
+    ) -> tuple[LargeToken, ...]:
+        """The answer to a context as far as it is what was said before, and that instead."""
+        found: list[LargeToken] = []
+        for token in answer:
+            found.append(self.tokens.setdefault(ids, token))
+            if found[-1].token_ids != token.token_ids:
+                break
+            ids += token.token_ids
+        return tuple(found)
 
 
 class VirtualSmall:
@@ -217,7 +231,10 @@ class VirtualLarge:
     def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> _Flight:
         key = (tuple(context.token_ids), ahead)
         if key not in self._known.answers:
-            self._known.answers[key] = self._asked(context, deadline_s, ahead)
+            answer = self._asked(context, deadline_s, ahead)
+            if not isinstance(answer, LargeError):
+                answer = self._known.abided(key[0], answer)
+            self._known.answers[key] = answer
         drawn = self._delay(random.Random(str(key)))
         # A lost call is made again at once.
         drawn = drawn if math.isfinite(drawn) else 1.0

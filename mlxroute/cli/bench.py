@@ -216,7 +216,10 @@ def _show_latency(report: dict[str, Any], err: Console) -> None:
         table.add_row("small only", f"{alone:.3f}")
         table.add_row("large streaming", f"{point['large_streaming_tokens_per_s']:.3f}")
         err.print(table)
-        err.print("the same text in every mode" if point["same_text"] else "DIFFERENT TEXTS")
+        same = "the same text in every mode" if point["same_text"] else "DIFFERENT TEXTS"
+        if differed := point["server_differed"]:
+            same += f", but for {differed} answers where the server gave one context two tokens"
+        err.print(same)
 
 
 def _show_kernels(report: dict[str, Any], err: Console) -> None:

@@ -115,12 +115,13 @@ def _show(fitted: Fitted, err: Console) -> None:
     from rich.table import Table
 
     report = fitted.report
-    title = (
+    err.print(
         f"of {report['positions']['held_out']:,} held-out positions {report['differing']:.1%}"
         f" differ and {report['to_find']:.1%} are to be found ({report['labels']});"
-        " share of these among the highest scores"
+        " share of these among the highest scores:",
+        highlight=False,
     )
-    table = Table(box=None, pad_edge=False, header_style="bold", title=title)
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("escalated", "head", "entropy", "random", "oracle"):
         table.add_column(column)
     for rate, row in report["recall"].items():

@@ -16,7 +16,7 @@ from mlxroute.small import SmallModel
 from tests.conftest import CACHE_DIR
 
 # Of the spread of a matrix: enough to disagree often, too little to talk nonsense.
-_NOISE = 0.1
+_NOISE = 0.07
 PROMPTS = [
     json.loads(line)["prompt"]
     for line in (Path(__file__).parents[2] / "bench" / "prompts" / "varied.jsonl")

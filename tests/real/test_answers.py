@@ -63,10 +63,10 @@ def test_a_server_killed_in_mid_answer_costs_no_token_and_less_than_a_timeout(
 
 
 def test_the_second_turn_of_a_long_chat_prefills_only_what_is_new(smollm2: SmallModel) -> None:
-    history = [{"role": "user", "content": "Remember these words: " + "apple pear plum " * 330}]
+    history = [{"role": "user", "content": "Remember these words: " + "apple pear plum " * 150}]
     first = generate(smollm2, None, history, router=EntropyRouter(math.inf), max_tokens=8)
     text = "".join(token.text for token in first)
-    assert first.stats().prompt_tokens > 1000
+    assert first.stats().prompt_tokens > 400
     history += [
         {"role": "assistant", "content": text},
         {"role": "user", "content": "Which word came first?"},
