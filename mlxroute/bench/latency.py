@@ -23,7 +23,7 @@ from mlxroute.engine import Answer, Experience, Options
 from mlxroute.engine.experience import ROWS, Average
 from mlxroute.engine.governor import AHEAD, estimate
 from mlxroute.engine.roles import Large, Small
-from mlxroute.engine.stats import gaps, percentile
+from mlxroute.engine.stats import gaps
 from mlxroute.engine.transcript import Transcript
 from mlxroute.large import LargeModel
 from mlxroute.routers import EntropyRouter
@@ -128,9 +128,12 @@ class _Bench:
         self.cost = replace(found, step_s=self.step_s, batch_s=batch_s)
 
     def thresholds(self) -> dict[float, float]:
-        """The threshold of each rate, in nats."""
-        entropies = [token.signals.entropy_nats for _, each in self.alone for token in each]
-        return {rate: percentile(entropies, 1.0 - rate) for rate in self._grid.rates}
+        """The threshold of each rate, in nats; between two positions, so that none lies on it."""
+        found = sorted(token.signals.entropy_nats for _, each in self.alone for token in each)
+        below = {rate: round((1.0 - rate) * (len(found) - 1)) for rate in self._grid.rates}
+        return {
+            rate: sum(found[at : at + 2]) / len(found[at : at + 2]) for rate, at in below.items()
+        }
 
     def measured(
         self, threshold: float, call_s: float, counted: Callable[[], None]

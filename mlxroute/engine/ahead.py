@@ -296,8 +296,10 @@ class Ahead:
         if not rows:
             return False
         best = max(rows, key=lambda row: row.share)
-        # With signals it has to be asked, and no call is free.
-        if best.signals or self._desk.escalator.oldest_s > self._desk.governor.patience_s:
+        # With signals it has to be asked, and may not yet.
+        if best.signals:
+            return not self._desk.escalator.has_room and self._make_room(best)
+        if self._desk.escalator.oldest_s > self._desk.governor.patience_s:
             return False
         batch = [row for row in rows if row.signals is None and self._is_next(row)]
         width = self._width
@@ -311,6 +313,26 @@ class Ahead:
             self._feed_batch(batch[:width])
         else:
             self._feed(best)
+        return True
+
+    def _make_room(self, best: Row) -> bool:
+        """Give up the least likely calls that are not for the likeliest row; say whether any were.
+
+        A row that loses one stands where it would have to be asked.
+        """
+        found: tuple[Row, Position] | None = None
+        for row in self._rows:
+            for index, step in enumerate(row.steps):
+                if step.position.call is not None and best.place_of(step.position) is None:
+                    stands = Row(row.steps[:index], None, step.position.own.signals)
+                    if stands.share < (found[0] if found else best).share:
+                        found = stands, step.position
+                    break
+        if found is None:
+            return False
+        stands, position = found
+        rows = [stands if row.place_of(position) is not None else row for row in self._rows]
+        self._keep(list(dict.fromkeys(rows)))
         return True
 
     def _is_complete(self, row: Row) -> bool:
