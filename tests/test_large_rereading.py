@@ -6,10 +6,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mlxroute.large.rereading import as_read
+from mlxroute.large.rereading import as_read, read_alike
 from mlxroute.types import LargeContext, Span, Vocabulary
 from tests import real_vocabularies
 from tests.real_vocabularies import ANY_TEXT
+from tests.worlds import token_of
 
 VOCABULARIES = {"smollm2": real_vocabularies.smollm2, "qwen": real_vocabularies.qwen}
 # Written one by one these join to other tokens: spaces, line ends, words and their parts.
@@ -57,6 +58,32 @@ def test_what_is_sent_reads_as_it_was_written_and_the_rest_is_to_be_repeated(
     assert vocabulary.encode(told.text)[-len(kept) :] == kept or not kept
     if vocabulary.encode(context.text)[-len(own) :] == own:
         assert told is context
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+@settings(max_examples=100, deadline=None)
+@given(lead=ANY_TEXT, parts=PARTS)
+def test_tokens_ahead_are_taken_as_far_as_their_texts_read_as_they_were_written(
+    name: str, lead: str, parts: list[str]
+) -> None:
+    vocabulary = VOCABULARIES[name]()
+    context = LargeContext(lead, vocabulary.encode(lead), (), vocabulary, ())
+    ids = [token_id for part in parts for token_id in vocabulary.encode(part)]
+    tokens = [token_of((token_id,)) for token_id in ids]
+    found = read_alike(context, tokens)
+    assert list(found) == tokens[: len(found)]
+
+    def reads(count: int) -> bool:
+        data = b"".join(map(vocabulary.token_bytes, ids[:count]))
+        try:
+            return vocabulary.encode(lead + data.decode()) == (*context.token_ids, *ids[:count])
+        except UnicodeDecodeError:
+            return False
+
+    assert all(reads(count) for count in range(1, len(found)))
+    # A cut far back in the lead itself may be another, and is not looked at.
+    if len(found) < len(tokens) and len(lead) <= 64:
+        assert not reads(len(found))
 
 
 def test_tokens_of_the_small_model_are_not_for_the_large_one_to_write() -> None:

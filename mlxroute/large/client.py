@@ -315,7 +315,7 @@ class LargeModel:
             completion_tokens=completion.completion_tokens,
             uploaded_bytes=uploaded,
         )
-        return (first, *tokens[1:])
+        return (first, *pairing.builder.read_alike(context, tokens)[1:])
 
     @contextmanager
     def _my_turn(self, deadline: Deadline) -> Iterator[None]:

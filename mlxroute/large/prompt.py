@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlxroute.errors import LargeProtocolError, UsageError
 from mlxroute.large import rereading
 from mlxroute.large.dialects import Dialect, Form, Prompt
 from mlxroute.large.tokens import TokenSource
-from mlxroute.types import LargeContext
+from mlxroute.types import LargeContext, LargeToken
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +26,18 @@ class PromptBuilder:
 
     def as_read(self, context: LargeContext) -> LargeContext:
         """The context as the server will read it; see `rereading`."""
-        told = self.same and self.dialect.form is Form.TEXT
-        return rereading.as_read(context) if told else context
+        return rereading.as_read(context) if self._is_reread else context
+
+    def read_alike(
+        self, context: LargeContext, tokens: Sequence[LargeToken]
+    ) -> Sequence[LargeToken]:
+        """As many of these as calls of their own would have brought; see `rereading`."""
+        return rereading.read_alike(context, tokens) if self._is_reread else tokens
+
+    @property
+    def _is_reread(self) -> bool:
+        """Whether the server cuts what it is sent into tokens, as the small model's own would."""
+        return self.same and self.dialect.form is Form.TEXT
 
     def build(self, context: LargeContext) -> Prompt:
         """Raises LargeProtocolError where the form cannot carry the context."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from mlxroute.types import LargeContext, Vocabulary
+from mlxroute.types import LargeContext, LargeToken, Vocabulary
 
 # Each costs the server a step.
 _MOST_REPEATED: Final = 64
@@ -43,6 +43,21 @@ def as_read(context: LargeContext) -> LargeContext:
         fragment_ids=(*own[kept:], *context.fragment_ids),
         spans=context.spans[: kept - len(own) - len(context.fragment_ids)],
     )
+
+
+def read_alike(context: LargeContext, tokens: Sequence[LargeToken]) -> tuple[LargeToken, ...]:
+    """The tokens after this context whose own calls would find those before them as they are.
+
+    Where small tokens stand in their places, no call could have the server write them again.
+    """
+    ids = context.fragment_ids
+    data = [context.vocabulary.token_bytes(token_id) for token_id in ids]
+    for count, token in enumerate(tokens[:-1], start=1):
+        ids += token.token_ids
+        data += [context.vocabulary.token_bytes(token_id) for token_id in token.token_ids]
+        if _read(context.vocabulary, context.text, data, ids) < len(ids):
+            return tuple(tokens[:count])
+    return tuple(tokens)
 
 
 def _own(context: LargeContext) -> tuple[int, ...]:

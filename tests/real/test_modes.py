@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +14,8 @@ from mlxroute import EntropyRouter, LargeModel, generate
 from mlxroute.bench.delayed import DelayedServer
 from mlxroute.large.launcher import LocalServer
 from mlxroute.small import SmallModel
-from mlxroute.types import Mode, RunStats
+from mlxroute.tokenizer import ChatTokenizer
+from mlxroute.types import Mode, RunStats, Token
 from tests.real.conftest import PROMPTS
 
 # The prompt's last token computed alone or with others rounds differently in the server.
@@ -44,13 +47,14 @@ def test_an_answer_is_the_same_in_every_mode(
 ) -> None:
     redecoded = decided = 0
     with _met(smollm2, stranger.url) as large:
-        waited = _answered(smollm2, large, prompt, Mode.WAIT)
+        waited, wanted = _answer(smollm2, large, prompt, Mode.WAIT)
         for mode, prefetch in _OTHERS:
-            stats = _answered(smollm2, large, prompt, mode, prefetch=prefetch)
-            assert stats.text == waited.text, (mode, prefetch)
-            assert stats.escalated == waited.escalated
-            assert stats.unchecked == 0
+            stats, tokens = _answer(smollm2, large, prompt, mode, prefetch=prefetch)
             redecoded, decided = redecoded + stats.redecoded, decided + stats.tokens
+            assert stats.unchecked == 0
+            if not _server_contradicts_itself(wanted, tokens):
+                assert stats.text == waited.text, (mode, prefetch)
+                assert stats.escalated == waited.escalated
     print(  # noqa: T201
         f"{waited.escalated} escalated in {waited.tokens} tokens, {waited.agreed} agreed,"
         f" {redecoded} of {decided} decisions decoded again as one row"
@@ -98,13 +102,19 @@ def test_a_server_that_is_late_costs_one_timeout_and_no_token(
 
 
 def _met(small: SmallModel, url: str) -> LargeModel:
-    large = LargeModel(url, timeout_s=120)
+    # As for a server on this machine: the files of its model are found.
+    own = ChatTokenizer(small.tokenizer, name="own")
+    large = LargeModel(url, timeout_s=120, find_tokenizer=lambda name: own)
     large.connect(thorough=False)
     large.meet(small.vocabulary)
     return large
 
 
-def _answered(
+def _answered(*args: Any, **options: Any) -> RunStats:
+    return _answer(*args, **options)[0]
+
+
+def _answer(
     small: SmallModel,
     large: LargeModel | None,
     prompt: str,
@@ -113,8 +123,8 @@ def _answered(
     count: int = 96,
     prefetch: int | None = 0,
     timeout_s: float = 120.0,
-) -> RunStats:
-    """The answer's figures; its committed tokens are its text."""
+) -> tuple[RunStats, list[Token]]:
+    """The answer's figures, and its committed tokens, which are its text."""
     answer = generate(
         small,
         large,
@@ -126,14 +136,19 @@ def _answered(
         mode=mode,
         prefetch=prefetch,
     )
-    committed = []
-    for token in answer:
-        committed.append(token.text)
-        large_token = token.escalation and token.escalation.large
-        if large_token and len(large_token.top) > 1:
-            margin = large_token.top[0][1] - large_token.top[1][1]
-            if margin < _NEAR_TIE_NATS:
-                print(f"a near tie at {token.index} of {prompt!r}")  # noqa: T201
+    committed = list(answer)
     stats = answer.stats()
-    assert "".join(committed) == stats.text
-    return stats
+    assert "".join(token.text for token in committed) == stats.text
+    return stats, committed
+
+
+def _server_contradicts_itself(wanted: Sequence[Token], tokens: Sequence[Token]) -> bool:
+    """Whether answers part where the server gave one context two tokens, at a near tie."""
+    for mine, other in zip(tokens, wanted, strict=False):
+        if mine.token_id != other.token_id:
+            asked = [each.escalation for each in (mine, other) if each.escalation is not None]
+            tops = [each.large.top for each in asked if each.large is not None]
+            near = [top[0][1] - top[1][1] < _NEAR_TIE_NATS for top in tops if len(top) > 1]
+            print(f"the server contradicts itself at {mine.index}: {tops}")  # noqa: T201
+            return len(near) == 2 and any(near)
+    return False
