@@ -32,6 +32,8 @@ from mlxroute.types import BranchCost, Message, Mode, Progress, RunStats, Token,
 
 _MANY: Final = 32
 _TIMEOUT_S: Final = 3600.0
+# llama-server's replies differ this much with what else it computes at the time.
+_NEAR_TIE_NATS: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +133,7 @@ class _Bench:
         """The threshold of each rate, in nats; between two positions, so that none lies on it."""
         found = sorted(token.signals.entropy_nats for _, each in self.alone for token in each)
         below = {rate: round((1.0 - rate) * (len(found) - 1)) for rate in self._grid.rates}
-        return {
-            rate: sum(found[at : at + 2]) / len(found[at : at + 2]) for rate, at in below.items()
-        }
+        return {rate: statistics.fmean(found[at : at + 2]) for rate, at in below.items()}
 
     def measured(
         self, threshold: float, call_s: float, counted: Callable[[], None]
@@ -326,7 +326,7 @@ def _figures(sides: dict[str, _Answers], *, cost: BranchCost, call_s: float) -> 
 
 
 class _Parted(Enum):
-    """Why an answer is not that of `wait`: the server gave one context two tokens, or we did."""
+    """Why an answer is not that of `wait`: the server fell otherwise at a near tie, or we did."""
 
     NOT = auto()
     BY_SERVER = auto()
@@ -336,11 +336,18 @@ class _Parted(Enum):
 def _parted(answer: Sequence[Token], waited: Sequence[Token]) -> _Parted:
     for mine, other in zip(answer, waited, strict=False):
         if mine.token_id != other.token_id:
-            asked = mine.escalation is not None and other.escalation is not None
-            return _Parted.BY_SERVER if asked else _Parted.BY_US
+            margins = [_margin_nats(each) for each in (mine, other)]
+            near = math.inf not in margins and min(margins) < _NEAR_TIE_NATS
+            return _Parted.BY_SERVER if near else _Parted.BY_US
         if (mine.escalation is None) != (other.escalation is None):
             return _Parted.BY_US
     return _Parted.NOT if len(answer) == len(waited) else _Parted.BY_US
+
+
+def _margin_nats(token: Token) -> float:
+    """By how much the large model preferred this token; inf where that is not known."""
+    large = None if token.escalation is None else token.escalation.large
+    return math.inf if large is None or len(large.top) < 2 else large.top[0][1] - large.top[1][1]
 
 
 def _pair(waited: _Answers) -> dict[str, Any]:
