@@ -169,24 +169,37 @@ def test_with_a_shared_vocabulary_ids_go_out_and_come_back_inside_a_character_to
         assert server.requests[-1].json["return_tokens_as_token_ids"] is True
 
 
-def test_a_vocabulary_is_found_to_be_shared_once_enough_of_it_was_named() -> None:
-    vocabulary = truthful.VOCABULARY
+def naming(count: int) -> Truthful:
+    """An mlx_lm server whose replies name so many tokens beside those it would name."""
 
-    def names_many(path: str, body: dict[str, Any], reply: dict[str, Any]) -> dict[str, Any]:
+    def names(path: str, body: dict[str, Any], reply: dict[str, Any]) -> dict[str, Any]:
         for position in reply["choices"][0]["logprobs"]["content"]:
             position["top_logprobs"] += [
-                {"id": i, "token": vocabulary.piece(i), "logprob": -9.0} for i in range(80, 140)
+                {"id": i, "token": truthful.VOCABULARY.piece(i), "logprob": -9.0}
+                for i in range(80, 80 + count)
             ]
         return reply
 
+    return Truthful("mlx_lm", shows=names)
+
+
+def test_whether_the_vocabulary_is_shared_is_settled_before_the_first_answer() -> None:
+    vocabulary = truthful.VOCABULARY
     halves = vocabulary.encode("字")
     begun = context("漢字漢字漢", vocabulary, fragment_ids=halves[:1])
-    with Loopback(Truthful("mlx_lm")) as server, LargeModel(server.url) as large:
-        with pytest.raises(LargeProtocolError, match="inside a character"):
-            large.next_token(begun)
-        server.answer = Truthful("mlx_lm", shows=names_many)
-        large.next_token(context("1, 2, 3,", vocabulary))
+    with Loopback(naming(60)) as server, LargeModel(server.url) as large:
         assert large.next_token(begun).token_ids == halves[1:2]
+
+
+def test_what_cannot_be_told_of_the_vocabulary_at_first_changes_no_later_answer() -> None:
+    vocabulary = truthful.VOCABULARY
+    begun = context("漢字漢字漢", vocabulary, fragment_ids=vocabulary.encode("字")[:1])
+    with Loopback(naming(0)) as server, LargeModel(server.url) as large:
+        for _ in range(2):
+            with pytest.raises(LargeProtocolError, match="inside a character"):
+                large.next_token(begun)
+            server.answer = naming(60)
+            large.next_token(context("1, 2, 3,", vocabulary))
 
 
 def test_with_another_vocabulary_the_large_models_own_words_go_out() -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from mlxroute.large.bridge import Bridge
 from mlxroute.large.dialects import reading_ids
-from mlxroute.large.match import ENOUGH
 from mlxroute.large.prompt import PromptBuilder
 from mlxroute.large.reader import TokenReader
 from mlxroute.large.settlement import Settlement, Terms
@@ -19,13 +18,12 @@ class Pairing:
 
     vocabulary: Vocabulary
     terms: Terms
-    same: bool | None
     builder: PromptBuilder
     bridge: Bridge
 
 
 class Pairings:
-    """The `latest` pairing, made anew when the terms, the vocabulary or what is known changes."""
+    """The `latest` pairing, made anew when the terms or the vocabulary change."""
 
     def __init__(self, settlement: Settlement, reader: TokenReader) -> None:
         self._settlement = settlement
@@ -39,10 +37,9 @@ class Pairings:
             known is None
             or known.vocabulary is not vocabulary
             or known.terms is not settlement.terms
-            # What could not be told by the first replies is told by enough of them.
-            or (known.same is None and len(reader.named) >= ENOUGH)
         ):
-            same = settlement.shares(vocabulary)
+            # What cannot be told now stays so: later answers must not differ from earlier ones.
+            same = bool(settlement.shares(vocabulary))
             terms = settlement.terms
             assert terms is not None
             if same and reader.own is None:
@@ -51,8 +48,7 @@ class Pairings:
             known = self.latest = Pairing(
                 vocabulary,
                 terms,
-                same,
-                PromptBuilder(dialect, same=bool(same), tokens=settlement.tokens),
-                Bridge(reader, vocabulary, same=bool(same)),
+                PromptBuilder(dialect, same=same, tokens=settlement.tokens),
+                Bridge(reader, vocabulary, same=same),
             )
         return known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import time
@@ -27,6 +28,7 @@ _NOT_THE_DIALECT: Final = {401, 402, 403, 408, 429, 502, 503, 504}
 _SLACK: Final = 1e-3
 _MOST_PARTS: Final = 4
 _TEXT_ONLY: Final = 4
+_NAMED: Final = 24
 
 
 class _Unfit(Exception):
@@ -82,6 +84,14 @@ class Prober:
         except _Unfit:
             return False
         return True
+
+    def have_named(self, dialect: Dialect, question: Question) -> None:
+        """Have the server write many tokens, whose names the reader takes note of.
+
+        Raises LargeError: the server's own trouble.
+        """
+        with contextlib.suppress(_Unfit):
+            self._ask(dialect, self._prompt(dialect, question), _NAMED)
 
     def _examined(self, dialect: Dialect) -> tuple[Check, ...]:
         self._latencies_s.clear()

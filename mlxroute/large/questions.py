@@ -59,6 +59,8 @@ MULTI_BYTE: Final = (
 COUNTING: Final = Question(
     "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11,", " 12", "Count from 1 to 30, separated by commas."
 )
+# Asked for many tokens at a time, for the sake of the names that the reply gives them.
+MANY_TOKENS: Final = (MID_WORD[1], COUNTING, *MULTI_BYTE)
 SHORT_ANSWER: Final[tuple[Message, ...]] = (
     {"role": "user", "content": "Answer with one word. What colour is grass?"},
     {"role": "assistant", "content": "Green"},

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused, UsageError
+from mlxroute.large import questions
 from mlxroute.large.asker import Asker, NotRepeated
 from mlxroute.large.deadline import Deadline
 from mlxroute.large.dialects import LADDER, Dialect, dialect_named
@@ -98,7 +99,7 @@ class Settlement:
     def shares(self, vocabulary: Vocabulary) -> bool | None:
         """Whether the large model's vocabulary is this one, compared once for each endpoint.
 
-        None while that cannot be told.
+        None where that cannot be told. Raises LargeError.
         """
         assert self.terms is not None
         verdict, small = self.terms.verdict, fingerprint(vocabulary)
@@ -111,12 +112,24 @@ class Settlement:
             case ServerTokens() as routes:
                 same = same_decoded(vocabulary, routes.decode)
             case _:
-                same = same_named(vocabulary, self._asker.reader.named)
+                same = self._named_alike(vocabulary)
         if same is not None and verdict is not None and self._verdicts is not None:
             verdict = verdict.knowing(small, same)
             self.terms = replace(self.terms, verdict=verdict)
             self._verdicts.save(verdict, named=self._model)
         return same
+
+    def _named_alike(self, vocabulary: Vocabulary) -> bool | None:
+        """The same by what replies name; a server that names tokens is asked for enough of them."""
+        assert self.terms is not None
+        reader, prober, before = self._asker.reader, self._prober(), 0
+        for question in questions.MANY_TOKENS:
+            named = reader.named
+            if len(named) == before or same_named(vocabulary, named) is not None:
+                break
+            before = len(named)
+            prober.have_named(self.terms.dialect, question)
+        return same_named(vocabulary, reader.named)
 
     def _look_around(self) -> None:
         """Which models there are, and where ids of the large vocabulary come from."""
