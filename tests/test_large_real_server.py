@@ -18,10 +18,15 @@ from pathlib import Path
 import pytest
 import requests
 
+from mlxroute.backend.load import load
 from mlxroute.catalog import Catalog
 from mlxroute.errors import LargeTimeout
 from mlxroute.large import LargeModel
 from mlxroute.large.launcher import LocalServer
+from mlxroute.questions import Question
+from mlxroute.small import SmallModel
+from mlxroute.training import Replies
+from mlxroute.training.answers import write
 from mlxroute.types import LargeContext, Vocabulary, no_notice, no_progress
 from mlxroute.weights import default_cache_dir, resolve
 from tests.tiny import make_tiny_model, teach_days
@@ -61,7 +66,6 @@ def load_model(path: Path, prompts: Sequence[str], *, steps: int) -> Model:
     import mlx.core as mx
     from mlx_lm.generate import generate_step
 
-    from mlxroute.backend.load import load
     from mlxroute.vocabulary import TokenVocabulary
 
     model, tokenizer = load(path)
@@ -192,6 +196,31 @@ def test_the_launched_server_survives_prompts_it_has_cached(tiny: Model, tmp_pat
             reply = requests.post(f"{server.url}/completions", json=body, timeout=60).json()
             content = reply["choices"][0]["logprobs"]["content"]
             assert content[0]["id"] == tiny.greedy[PROMPTS[0]][count]
+
+
+def test_answers_are_written_at_once_as_they_are_one_by_one(tiny: Model, tmp_path: Path) -> None:
+    asked = [Question(str(number), f"Count to {number}.") for number in range(12)]
+    small = SmallModel(*load(tiny.path), name="tiny")
+    with stock_server(tiny.path, hub_cache=tmp_path / "none") as url, LargeModel(url) as large:
+        large.connect()
+        answers = []
+        for at_once in (1, 4):
+            record = tmp_path / f"{at_once}.jsonl"
+            with Replies(large, record, at_once=at_once) as replies:
+                answers.append(
+                    write(
+                        small,
+                        replies,
+                        asked,
+                        examples=(),
+                        tokens=40,
+                        at_once=at_once,
+                        done=lambda: None,
+                    )
+                )
+        assert answers[0] == answers[1]
+        assert len({answer.token_ids for answer in answers[0]}) > 1
+        assert generates(url)
 
 
 @pytest.mark.heavy

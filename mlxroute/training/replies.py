@@ -24,14 +24,15 @@ class Replies:
     """The large model and what it said so far, by the ids before it. Safe for several threads.
 
     `path` is of one small and one large model, as the ids are the small vocabulary's. At most
-    `at_once` calls are under way, and no more than the server can take.
+    `at_once` calls are under way: of answers no one of which goes on from another, so that every
+    server can take them.
     """
 
     def __init__(self, large: NamedLarge, path: Path, *, at_once: int = 1) -> None:
         self._large = large
         self._path = path
         self._lock = threading.Lock()
-        self._places = threading.Semaphore(max(1, min(at_once, large.most_in_flight)))
+        self._places = threading.Semaphore(at_once)
         self._known: dict[str, LargeToken] = {}
         self._closed = False
         for item in kept_lines(path):
