@@ -12,28 +12,26 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from enum import Enum, auto
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from mlxroute.bench.delayed import DELAYS, DelayedServer
+from mlxroute.bench.figures import figures, side_figures
 from mlxroute.bench.framework import interleaved
+from mlxroute.bench.sides import SIDES, Answers, Side
 from mlxroute.bench.virtual import Known, VirtualClock, VirtualLarge, VirtualSmall
 from mlxroute.engine import Answer, Experience, Options
-from mlxroute.engine.experience import ROWS, Average
-from mlxroute.engine.governor import AHEAD, estimate
+from mlxroute.engine.experience import ROWS
 from mlxroute.engine.roles import Large, Small
 from mlxroute.engine.stats import gaps
 from mlxroute.engine.transcript import Transcript
 from mlxroute.large import LargeModel
 from mlxroute.routers import EntropyRouter
 from mlxroute.small import SmallModel
-from mlxroute.types import BranchCost, Message, Mode, Progress, RunStats, Token, no_progress
+from mlxroute.types import Message, Mode, Progress, RunStats, Token, no_progress
 
 _MANY: Final = 32
 _TIMEOUT_S: Final = 3600.0
-# llama-server's replies differ this much with what else it computes at the time.
-_NEAR_TIE_NATS: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,51 +46,6 @@ class Grid:
     rates: Sequence[float]
     delay: str
     measure: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """One way to spend the wait."""
-
-    mode: Mode
-    prefetch: int | None = 0
-    ceiling: float | None = None
-
-
-SIDES: Final = {
-    "wait": Side(Mode.WAIT),
-    "overlap": Side(Mode.OVERLAP),
-    "hedge": Side(Mode.HEDGE),
-    "wait+prefetch": Side(Mode.WAIT, prefetch=AHEAD),
-    "overlap+prefetch": Side(Mode.OVERLAP, prefetch=AHEAD),
-    "hedge+prefetch": Side(Mode.HEDGE, prefetch=AHEAD),
-    "hedge+prefetch, 1.5x calls": Side(Mode.HEDGE, prefetch=AHEAD, ceiling=1.5),
-    "auto": Side(Mode.AUTO, prefetch=None),
-}
-
-
-@dataclass(slots=True)
-class _Answers:
-    """The answers of one side, and what it learned over them."""
-
-    experience: Experience = field(default_factory=Experience)
-    stats: list[RunStats] = field(default_factory=list)
-    tokens: list[list[Token]] = field(default_factory=list)
-
-    def add(self, stats: RunStats, tokens: list[Token]) -> None:
-        """Count an answer."""
-        self.stats.append(stats)
-        self.tokens.append(tokens)
-
-    def forget_first(self) -> None:
-        """Do not count the first answer."""
-        del self.stats[0], self.tokens[0]
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Over all answers, from request to last token."""
-        count = sum(each.tokens for each in self.stats)
-        return count / sum(each.total_s for each in self.stats)
 
 
 class _Bench:
@@ -137,11 +90,11 @@ class _Bench:
 
     def measured(
         self, threshold: float, call_s: float, counted: Callable[[], None]
-    ) -> dict[str, _Answers]:
+    ) -> dict[str, Answers]:
         """Every side before the server, in turns."""
         self._server.delay, self._server.delay_s = DELAYS[self._grid.delay], call_s
         self._server.token_s = self._large_step_s
-        sides = {name: _Answers() for name in SIDES}
+        sides = {name: Answers() for name in SIDES}
 
         def answering(name: str) -> Callable[[int], None]:
             def answer(index: int) -> None:
@@ -165,9 +118,9 @@ class _Bench:
 
     def played(
         self, threshold: float, call_s: float, counted: Callable[[], None]
-    ) -> dict[str, _Answers]:
+    ) -> dict[str, Answers]:
         """Every side on a virtual clock."""
-        sides = {name: _Answers() for name in SIDES}
+        sides = {name: Answers() for name in SIDES}
         for name, answers in sides.items():
             for prompt in [self._prompts[0], *self._prompts]:
                 clock = VirtualClock()
@@ -227,7 +180,7 @@ def bench_latency(
                     "call_s": round(call_s, 4),
                     "threshold_nats": round(threshold, 4),
                     "passed_on": server.missed - missed,
-                    **_figures(sides, cost=bench.cost, call_s=call_s),
+                    **figures(sides, cost=bench.cost, call_s=call_s),
                     "played_tokens_per_s": {
                         name: round(each.tokens_per_s, 4) for name, each in played.items()
                     },
@@ -244,7 +197,7 @@ def bench_latency(
         "step_s": round(bench.step_s, 5),
         "batch_over_step": round(bench.batch_over_step, 3),
         "large_step_s": round(large_step_s, 5),
-        "small_only": _side(_Answers(stats=[stats for stats, _ in bench.alone]), None),
+        "small_only": side_figures(Answers(stats=[stats for stats, _ in bench.alone]), None),
         "points": found,
     }
 
@@ -271,7 +224,7 @@ def large_step_seconds(
     return max(0.0, many - one) / _MANY
 
 
-def _streaming(waited: _Answers, call_s: float, step_s: float) -> float:
+def _streaming(waited: Answers, call_s: float, step_s: float) -> float:
     """Tokens/s if the large model wrote these answers: one call, then a token a step."""
     count = sum(each.tokens for each in waited.stats)
     return round(count / (len(waited.stats) * call_s + count * step_s), 4)
@@ -306,112 +259,3 @@ def _answer(
     )
     found = list(answer)
     return answer.stats(), found
-
-
-def _figures(sides: dict[str, _Answers], *, cost: BranchCost, call_s: float) -> dict[str, Any]:
-    waited = sides["wait"]
-    pair = _pair(waited)
-    parted = [
-        _parted(mine, tokens)
-        for each in sides.values()
-        for mine, tokens in zip(each.tokens, waited.tokens, strict=True)
-    ]
-    return {
-        **pair,
-        "same_text": _Parted.BY_US not in parted,
-        "server_differed": parted.count(_Parted.BY_SERVER),
-        "sides": {name: _side(each, waited) for name, each in sides.items()},
-        "predicted_tokens_per_s": _predicted(pair, cost, call_s),
-    }
-
-
-class _Parted(Enum):
-    """Why an answer is not that of `wait`: the server fell otherwise at a near tie, or we did."""
-
-    NOT = auto()
-    BY_SERVER = auto()
-    BY_US = auto()
-
-
-def _parted(answer: Sequence[Token], waited: Sequence[Token]) -> _Parted:
-    for mine, other in zip(answer, waited, strict=False):
-        if mine.token_id != other.token_id:
-            margins = [_margin_nats(each) for each in (mine, other)]
-            near = math.inf not in margins and min(margins) < _NEAR_TIE_NATS
-            return _Parted.BY_SERVER if near else _Parted.BY_US
-        if (mine.escalation is None) != (other.escalation is None):
-            return _Parted.BY_US
-    return _Parted.NOT if len(answer) == len(waited) else _Parted.BY_US
-
-
-def _margin_nats(token: Token) -> float:
-    """By how much the large model preferred this token; inf where that is not known."""
-    large = None if token.escalation is None else token.escalation.large
-    return math.inf if large is None or len(large.top) < 2 else large.top[0][1] - large.top[1][1]
-
-
-def _pair(waited: _Answers) -> dict[str, Any]:
-    """What the two models are like at the positions that were escalated."""
-    asked = [
-        (token.signals, token.escalation.large.token_ids)
-        for each in waited.tokens
-        for token in each
-        if token.escalation is not None and token.escalation.large is not None
-    ]
-    count = sum(len(each) for each in waited.tokens)
-    return {
-        "escalated": len(asked),
-        "realised_rate": round(len(asked) / count, 4),
-        "agreement": _share([ids == (signals.token_id,) for signals, ids in asked]),
-        "coverage_4": _share([ids[0] in signals.top_ids[:4] for signals, ids in asked]),
-        "coverage_8": _share([ids[0] in signals.top_ids[:8] for signals, ids in asked]),
-    }
-
-
-def _share(values: Sequence[bool]) -> float | None:
-    return round(sum(values) / len(values), 4) if values else None
-
-
-def _side(answers: _Answers, waited: _Answers | None) -> dict[str, Any]:
-    stats = answers.stats
-    seconds, count = sum(each.total_s for each in stats), sum(each.tokens for each in stats)
-    found = {
-        "tokens_per_s": round(answers.tokens_per_s, 4),
-        "ttft_s": round(statistics.median(each.ttft_s for each in stats), 4),
-        "itl_p50_s": round(statistics.median(each.itl_p50_s for each in stats), 5),
-        "itl_p95_s": round(statistics.median(each.itl_p95_s for each in stats), 5),
-        "stall_s": round(sum(each.stall_s for each in stats), 3),
-        "calls_per_token": round(sum(each.calls for each in stats) / count, 4),
-        "prefetch_generated": sum(each.prefetch_generated for each in stats),
-        "prefetch_used": sum(each.prefetch_used for each in stats),
-        "retracted": sum(each.retracted for each in stats),
-        "redecoded": sum(each.redecoded for each in stats),
-        "fallbacks": sum(each.fallbacks for each in stats),
-    }
-    if waited is not None:
-        base_s = sum(each.total_s for each in waited.stats)
-        calls = sum(each.calls for each in waited.stats)
-        found |= {
-            "over_wait": round(base_s / seconds, 3),
-            "stall_over_wait": round(
-                found["stall_s"] / max(1e-9, sum(each.stall_s for each in waited.stats)), 3
-            ),
-            "calls_over_wait": round(sum(each.calls for each in stats) / max(1, calls), 3),
-        }
-    return found
-
-
-def _predicted(pair: dict[str, Any], cost: BranchCost, call_s: float) -> dict[str, float]:
-    """Tokens a second by the formulas, from the figures of the pair, of a step and of a call."""
-    if not pair["escalated"]:
-        return {}
-    seen = Experience(
-        step_s=Average(cost.step_s),
-        call_s=Average(call_s),
-        rate=Average(pair["realised_rate"]),
-        agreement=Average(pair["agreement"]),
-        coverage=Average(pair["coverage_4"]),
-    )
-    found = estimate(seen, cost=cost.batch_s / cost.step_s)
-    times = {"wait": found.wait_s, "overlap": found.overlap_s, "hedge": found.hedge_s}
-    return {name: round(1.0 / seconds, 4) for name, seconds in times.items()}

@@ -220,6 +220,8 @@ def _show_latency(report: dict[str, Any], err: Console) -> None:
         if differed := point["server_differed"]:
             same += f", but for {differed} answers where the server gave one context two tokens"
         err.print(same)
+        over = "; ".join(f"{name}: {ratio:.2f}" for name, ratio in point["auto_over_best"].items())
+        err.print(f"over the fastest mode within the calls it may make: {over}")
 
 
 def _show_kernels(report: dict[str, Any], err: Console) -> None:
