@@ -7,12 +7,18 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
+from mlxroute.backend.load import load
 from mlxroute.bench.framework import interleaved, ratios, spread
 from mlxroute.bench.kernels import bench_kernels
+from mlxroute.bench.speed import bench_speed
 from mlxroute.cli import main
+from mlxroute.small import SmallModel
+from mlxroute.small.head import SIGNAL_COUNT, MlpHead
 from mlxroute.small.kernels import graph
+from tests.tiny import make_tiny_model
 
 
 def test_sides_take_turns_and_each_begins_as_often() -> None:
@@ -68,11 +74,24 @@ def test_bench_speed_ends_stdout_with_one_line_of_json(
     assert report["same_tokens"] is True
     assert report["tokens"] == [6, 6]
     assert report["ratio_tokens_per_s"]["median"] > 0
+    assert report["head_share_of_step"] is None
     assert [entry["context"] for entry in report["by_context"]] == [32]
     for side in ("mlxroute", "mlx_lm"):
         assert set(report[side]) >= {"tokens_per_s", "ttft_s", "itl_p50_s", "itl_p95_s", "peak_mib"}
     assert json.loads((tmp_path / "bench/results/speed-random.json").read_text()) == report
     assert "tokens_per_s" in captured.err
+
+
+def test_bench_speed_says_what_a_head_costs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("mlxroute.bench.speed.CONTEXTS", (32,))
+    small = SmallModel(*load(make_tiny_model(tmp_path / "tiny")), name="tiny")
+    size = small.model.args.hidden_size + SIGNAL_COUNT
+    small.head = MlpHead(((mx.zeros((1, size)), mx.zeros(1)),))
+    report = bench_speed(small, ["hi"], pairs=1, tokens=4)
+    assert report["same_tokens"] is True
+    assert report["head_share_of_step"] > 0
 
 
 def test_bench_kernels_ends_stdout_with_one_line_of_json(

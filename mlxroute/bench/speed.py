@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from mlxroute.engine import generate
 from mlxroute.engine.stats import gaps, percentile
 from mlxroute.routers import EntropyRouter
 from mlxroute.small import SmallModel
+from mlxroute.small.head import SIGNAL_COUNT, MlpHead
+from mlxroute.small.kernels.row import HEAD, TOP_K
 from mlxroute.types import Progress, no_progress
 
 CONTEXTS = (128, 512, 1024, 2048, 4096)
@@ -74,6 +76,7 @@ def bench_speed(
         ),
         **{name: _summary(side) for name, side in runs.items()},
         "router_share_of_step": round(kernel_s / itl_s, 5),
+        "head_share_of_step": small.head and round(_head_seconds(small.head) / itl_s, 5),
         "by_context": _by_context(small),
         "kernel_ms_by_vocabulary": {
             str(size): round(1e3 * _kernel_seconds(size), 4) for size in VOCABULARIES
@@ -198,5 +201,20 @@ def _kernel_seconds(size: int) -> float:
         signals: Any = form(logits)
         router.pace.decide(router.score(signals, 0))
 
+    return _median_seconds(work)
+
+
+def _head_seconds(head: MlpHead) -> float:
+    """Median time of a learned head for one position, beside nothing else."""
+    import mlx.core as mx
+
+    values = head.layers[0][0].shape[1] - SIGNAL_COUNT
+    hidden = mx.random.normal((1, values), key=mx.random.key(0))
+    packed = mx.random.uniform(1.0, 2.0, (1, HEAD + 2 * TOP_K), key=mx.random.key(1))
+    mx.eval(hidden, packed)
+    return _median_seconds(lambda: mx.eval(head(hidden, packed)))
+
+
+def _median_seconds(work: Callable[[], None]) -> float:
     work()
     return percentile([seconds(work) for _ in range(21)], 0.5)

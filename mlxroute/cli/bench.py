@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from mlxroute.cli.folders import RESULTS, bench_file, record_file
 from mlxroute.cli.session import load_small
-from mlxroute.config import Settings
+from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
+from mlxroute.heads import find_head
 from mlxroute.questions import Question, conversation, read_questions, sampled, worked_examples
 from mlxroute.types import Message
 
@@ -38,6 +39,10 @@ def run_bench_speed(settings: Settings, *, pairs: int, tokens: int, save: bool) 
     _, err = consoles()
     with Reporter(err) as reporter, tempfile.TemporaryDirectory() as folder:
         small = _load(settings, reporter, Path(folder))
+        if (head := find_head(small.name, user_catalog_dir())) is not None:
+            small.load_head(head)
+            # It is timed by itself.
+            small.set_head(None)
         from mlxroute.bench.speed import bench_speed
 
         with err.status("measuring") as status:
@@ -183,7 +188,10 @@ def _show_speed(report: dict[str, Any], err: Console) -> None:
         )
     err.print(table)
     same = "the same tokens" if report["same_tokens"] else "DIFFERENT TOKENS"
-    err.print(f"{same}; kernel and router are {report['router_share_of_step']:.2%} of a step")
+    parts = f"kernel and router are {report['router_share_of_step']:.2%} of a step"
+    if (share := report["head_share_of_step"]) is not None:
+        parts += f", the learned head {share:.2%}"
+    err.print(f"{same}; {parts}")
 
 
 def _show_latency(report: dict[str, Any], err: Console) -> None:
