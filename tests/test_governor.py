@@ -158,6 +158,21 @@ def test_a_ceiling_bounds_the_calls_and_changes_no_word() -> None:
         assert bound.calls <= 1.2 * (waited.calls + 1)
 
 
+def test_what_earlier_answers_left_of_the_ceiling_may_be_used() -> None:
+    seen = Experience()
+    calls, needed, alone = 0, 0, 0
+    for seed in range(8):
+        waited, _ = answered(world(seed), Experience(), mode=Mode.WAIT)
+        bound, _ = answered(world(seed), seen, mode=Mode.OVERLAP, prefetch=8, call_ceiling=1.2)
+        first, _ = answered(
+            world(seed), Experience(), mode=Mode.OVERLAP, prefetch=8, call_ceiling=1.2
+        )
+        assert waited.text == bound.text == first.text
+        calls, needed, alone = calls + bound.calls, needed + waited.calls, alone + first.calls
+        assert calls <= 1.2 * (needed + 1)
+    assert calls > alone
+
+
 def test_over_a_few_answers_auto_is_about_as_fast_as_the_best_way() -> None:
     seen = Experience()
     times = {mode: 0.0 for mode in Mode}

@@ -7,12 +7,15 @@ continuation from the next disagreement on is the answer, and the labels hold it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from mlxroute.questions import Question
 from mlxroute.small.head import MlpHead
 from mlxroute.training import Labelled, recall_table
 from mlxroute.types import Labels
+
+# Their names in reports.
+ORACLES: Final = ("disagreements", "critical_first")
 
 
 def oracles(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlxroute.bench.oracles import ORACLES
 from mlxroute.errors import UsageError
 
 
@@ -59,6 +60,11 @@ def draw_quality(report: Mapping[str, Any], path: Path) -> None:
         rates, found, low, high = zip(*points, strict=True)
         panel.plot(rates, found, marker="o", label=router)
         panel.fill_between(rates, low, high, alpha=0.15)
+    for name in ORACLES:
+        if found := report.get("oracles", {}).get(name):
+            points = sorted((point["escalation_rate"], point["accuracy"]) for point in found)
+            label = f"oracle: {name.replace('_', ' ')}"
+            panel.plot(*zip(*points, strict=True), color="grey", marker=".", label=label)
     for name, style in (("small", ":"), ("large", "--")):
         panel.axhline(sides[name]["lenient"]["accuracy"], color="grey", linestyle=style, label=name)
     panel.set(xlabel="share of tokens escalated", ylabel="accuracy", ylim=(0, 1))

@@ -24,9 +24,11 @@ from mlxroute.ranks import Ranks
 from mlxroute.routers import Router, make
 from mlxroute.small import SmallModel
 from mlxroute.training import Replies
+from mlxroute.training.answers import Silent
 from mlxroute.training.records import kept_lines
 from mlxroute.types import Message, Mode, Progress, Source, no_progress
 
+BUDGETS: Final = (0.01, 0.03, 0.05, 0.07, 0.10, 0.15, 0.30)
 _TIMEOUT_S: Final = 600.0
 _STEPS: Final = 5
 
@@ -212,7 +214,8 @@ class _Run:
     ) -> Row:
         seat = self.replies.seat()
         answer = generate(
-            small,
+            # The large model's own answer takes no step of the small one.
+            Silent(self.small) if side.is_large else small,
             None if side is SMALL else seat,
             turns,
             router=router,
@@ -223,8 +226,9 @@ class _Run:
             # The large model alone need not be asked for every token.
             prefetch=MOST_PREFETCHED if side.is_large else 0,
         )
+        written = list(answer)
         # A large token of several ids is one position.
-        scores = [t.score for t in answer if t.source is Source.SMALL or t.escalation]
+        scores = [t.score for t in written if t.source is Source.SMALL or t.escalation]
         stats = answer.stats()
         marked = mark(question, stats.text)
         return Row(
@@ -239,7 +243,7 @@ class _Run:
             calls=stats.calls,
             uploaded_tokens=stats.uploaded_tokens,
             seconds=round(seat.calls_s + (0 if side.is_large else stats.tokens) * self.step_s, 3),
-            scores=tuple(scores),
+            scores=() if side.is_large else tuple(scores),
         )
 
 

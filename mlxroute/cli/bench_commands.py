@@ -136,7 +136,7 @@ def quality(
     cache_dir: CacheDir = None,
 ) -> None:
     """Accuracy of both models alone and of routed answers; goes on where it was interrupted."""
-    from mlxroute.bench.quality import sides_of
+    from mlxroute.bench.quality import BUDGETS, sides_of
     from mlxroute.cli.quality import QualityOptions, run_bench_quality
     from mlxroute.cli.run import settings_from
 
@@ -151,7 +151,7 @@ def quality(
             "timeout": timeout,
         }
     )
-    budgets = budget or (0.01, 0.03, 0.05, 0.07, 0.10, 0.15, 0.30)
+    budgets = budget or BUDGETS
     names = [name.value for name in router or (RouterName.ENTROPY, RouterName.RANDOM)]
     options = QualityOptions(data, examples, shots, questions, chats, at_once, oracles, plot, save)
     raise typer.Exit(run_bench_quality(settings, sides_of(names, budgets), options))

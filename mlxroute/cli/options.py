@@ -99,7 +99,7 @@ Prefetch = Annotated[
 ]
 CallCeiling = Annotated[
     float | None,
-    typer.Option(help="At most so many calls for each one needed; 1.5 with prices.", metavar="X"),
+    typer.Option(help="At most so many calls an escalated position; 1.5 with prices.", metavar="X"),
 ]
 MaxTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.", metavar="N")]
 Temperature = Annotated[

@@ -45,7 +45,7 @@ class QualityOptions:
 def run_bench_quality(settings: Settings, sides: Sequence[Side], options: QualityOptions) -> int:
     """Answer the questions with every side; return the exit code."""
     from mlxroute.bench.oracles import oracles
-    from mlxroute.bench.quality import Results, bench_quality, step_seconds
+    from mlxroute.bench.quality import BUDGETS, Results, bench_quality, step_seconds
     from mlxroute.cli.large import large_model
     from mlxroute.cli.output import consoles
     from mlxroute.cli.progress import Reporter, counting
@@ -101,7 +101,7 @@ def run_bench_quality(settings: Settings, sides: Sequence[Side], options: Qualit
                     at_once=options.at_once,
                     progress=progress,
                 )
-                budgets = sorted({side.budget for side in sides if side.router})
+                budgets = sorted({*BUDGETS, *(side.budget for side in sides if side.router)})
                 report["oracles"] = oracles(answers, questions, budgets, small.head)
     show(report, err)
     source = f"{data.absolute().parent.name}-{data.stem}"
@@ -139,6 +139,8 @@ def show(report: dict[str, Any], err: Console) -> None:
     """The table, and a word where answers were cut off."""
     from rich.table import Table
 
+    from mlxroute.bench.oracles import ORACLES
+
     title = f"{report['questions']} questions, {report['examples']} worked examples"
     table = Table(box=None, pad_edge=False, header_style="bold", title=title)
     for column in ("side", "strict", "lenient (95 %)", "over small", "p", "escalated", "calls", ""):
@@ -156,6 +158,18 @@ def show(report: dict[str, Any], err: Console) -> None:
             str(side["calls"]),
             "█" * round(20 * lenient["accuracy"]),
         )
+    for name in ORACLES:
+        for point in report.get("oracles", {}).get(name, ()):
+            table.add_row(
+                f"{name.replace('_', ' ')} {point['budget']:g}",
+                "",
+                f"{point['accuracy']:.1%}",
+                "",
+                "",
+                f"{point['escalation_rate']:.2%}",
+                "",
+                "█" * round(20 * point["accuracy"]),
+            )
     err.print(table)
     cut = max(side["reached_limit"] for side in report["sides"].values())
     if cut > _FEW_CUT * report["questions"]:

@@ -258,8 +258,8 @@ class Ahead:
         if all(step.position.final for step in row.steps):
             return True
         desk = self._desk
-        needed = desk.commits.escalated + desk.commits.fallbacks - desk.commits.prefetch_used
-        return desk.governor.may_ask_early(begun=desk.escalator.bound, needed=needed)
+        likeliest = row is _likeliest(self._open_rows())
+        return desk.governor.may_ask_early(likeliest=likeliest, joined=desk.escalator.joined)
 
     def _branch(
         self, before: list[Step], slot: int | None, position: Position, signals: Signals
@@ -292,10 +292,9 @@ class Ahead:
 
     def _advance(self) -> bool:
         """Feed the likeliest row, and with it those of its length; say whether anything was fed."""
-        rows = [row for row in self._rows if not self._is_complete(row)]
-        if not rows:
+        rows = self._open_rows()
+        if (best := _likeliest(rows)) is None:
             return False
-        best = max(rows, key=lambda row: row.share)
         # With signals it has to be asked, and may not yet.
         if best.signals:
             return not self._desk.escalator.has_room and self._make_room(best)
@@ -334,6 +333,9 @@ class Ahead:
         rows = [stands if row.place_of(position) is not None else row for row in self._rows]
         self._keep(list(dict.fromkeys(rows)))
         return True
+
+    def _open_rows(self) -> list[Row]:
+        return [row for row in self._rows if not self._is_complete(row)]
 
     def _is_complete(self, row: Row) -> bool:
         ends = bool(row.steps) and row.steps[-1].decision.ends
@@ -384,3 +386,7 @@ class Ahead:
             self.retracted += len(self._shown)
             yield Retracted(count)
         self._cached.leave(self._desk.transcript.ids[:count], last=self._bounds[-1])
+
+
+def _likeliest(rows: Sequence[Row]) -> Row | None:
+    return max(rows, key=lambda row: row.share, default=None)

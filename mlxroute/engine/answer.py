@@ -227,8 +227,8 @@ def generate(  # noqa: PLR0913 - the options of the command line, by the same na
     every position is the small model's; so is one whose context a `never_send` pattern matches,
     and every later one. `prices` give `stats()` a cost estimate. `mode` and `prefetch` (tokens that
     each call brings beyond the one asked for) change the time it takes and not the answer; nor do
-    `call_ceiling` (calls for each that `wait` would make, at most) and `experience`, what earlier
-    answers taught about both models. Raises
+    `call_ceiling` (calls for each escalated position, at most) and `experience`, what earlier
+    answers taught about both models, and the calls they took. Raises
     UsageError and ContextTooLong before any work; while iterating, LargeError only if `strict`.
     """
     if isinstance(messages, str):

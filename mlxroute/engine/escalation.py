@@ -90,9 +90,9 @@ class Escalator:
         return len(self._calls)
 
     @property
-    def bound(self) -> int:
-        """How many calls there were, and may be without asking at more positions."""
-        return self.begun + sum(call.joined for call in self._calls)
+    def joined(self) -> int:
+        """How many positions wait for their place in a call that was begun for another."""
+        return sum(call.joined for call in self._calls)
 
     @property
     def oldest_s(self) -> float:

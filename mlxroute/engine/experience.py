@@ -45,7 +45,8 @@ class Experience:
     `agreement` and `coverage` are the shares of escalated positions where the large model wants
     the small one's choice, or one of its `ROWS` likeliest; `rate` is that of the positions that
     are escalated, `answered` the share of them that an earlier call had answered, where there was
-    one. Until seen they are guesses.
+    one. Until seen they are guesses. `begun` calls were made, for `needed` positions that were
+    escalated and others that were not reached.
     """
 
     step_s: Average = field(default_factory=lambda: Average(0.0))
@@ -60,6 +61,8 @@ class Experience:
     large_step_s: Average = field(default_factory=lambda: Average(0.0))
     branches: BranchCost | None = None
     calls: int = 0
+    begun: int = 0
+    needed: int = 0
     in_runs: bool = False
     told: bool = False
 
@@ -103,6 +106,7 @@ class Experience:
     def committed(self, *, escalated: bool) -> None:
         """A position was committed."""
         self.rate.add(escalated)
+        self.needed += escalated
 
 
 def _add(seconds: float, usual: Average, slowdown: Average, *, alone: bool) -> None:

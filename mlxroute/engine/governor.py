@@ -56,7 +56,7 @@ def estimate(experience: Experience, *, cost: float) -> Estimate:
 class Governor:
     """Says for one answer what to do during the wait; `mode` is fixed, or auto.
 
-    `ceiling` bounds calls over the positions they were needed for: those of `wait` are 1.
+    `ceiling` bounds the calls of a session over its escalated positions: those of `wait` are 1.
     """
 
     def __init__(
@@ -126,10 +126,19 @@ class Governor:
     def begun(self) -> None:
         """A call was begun."""
         self._taken = self.mode
+        self._experience.begun += 1
 
-    def may_ask_early(self, *, begun: int, needed: int) -> bool:
-        """Whether a call may be made for a position that may never be reached."""
-        return self._ceiling is None or begun + 1 <= self._ceiling * (needed + 1)
+    def may_ask_early(self, *, likeliest: bool, joined: int) -> bool:
+        """Whether a call may be made for a position that may never be reached.
+
+        Within a ceiling that is one of the `likeliest` row only. `joined` positions wait for tokens
+        of other calls, and may come to need calls of their own.
+        """
+        if self._ceiling is None:
+            return True
+        seen = self._experience
+        # The position that is waited for will be escalated.
+        return likeliest and seen.begun + joined + 1 <= self._ceiling * (seen.needed + 1)
 
     def advice(self) -> str | None:
         """Once in a session: that streaming the large model would be faster, with the figures."""

@@ -18,8 +18,9 @@ class Options:
     """Limits and sampling of one answer; `timeout_s` bounds a call and all faults together.
 
     Positions whose context a pattern of `never_send` matches anywhere are not escalated. Each call
-    asks for `prefetch` tokens more than the one it is made for (None: as the mode has it). There
-    may be `call_ceiling` times as many calls as positions that need one (None: any number).
+    asks for `prefetch` tokens more than the one it is made for (None: as the mode has it). Over
+    the answers of an `Experience` there are `call_ceiling` times as many calls as escalated
+    positions at most (None: any number).
     """
 
     max_tokens: int = 512
