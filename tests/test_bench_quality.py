@@ -28,6 +28,7 @@ from mlxroute.ranks import Ranks
 from mlxroute.routers import BURST, make
 from mlxroute.small import SmallModel
 from mlxroute.training import Labelled, Replies
+from mlxroute.training.replies import RunEnded
 from mlxroute.types import Message
 from tests.fakes import Reply, ScriptedLarge
 from tests.tiny import make_tiny_model
@@ -206,6 +207,24 @@ def test_a_fault_in_one_answer_ends_the_others(
         together.answers([(turns, goes_on), (turns, fails), (turns, goes_on)])
     assert stopped
     assert threading.active_count() == before
+
+
+def test_the_fault_that_ended_the_others_is_told(
+    small: SmallModel, questions: list[Question]
+) -> None:
+    over = threading.Event()
+
+    def waits_for_a_call(row: Any) -> None:
+        over.wait(30)
+        raise RunEnded("the run has ended")
+
+    def fails(row: Any) -> None:
+        raise LargeRefused("no")
+
+    together = Together(small, stop=over.set)
+    turns = conversation(questions[0])
+    with pytest.raises(LargeRefused):
+        together.answers([(turns, waits_for_a_call), (turns, fails)])
 
 
 def test_oracles_spend_where_it_helps() -> None:

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from mlxroute.engine.onward import Onward
 from mlxroute.small import SmallModel
+from mlxroute.training.replies import RunEnded
 from mlxroute.types import Message, Progress, Sampling, Signals, Vocabulary
 
 _T = TypeVar("_T")
@@ -167,6 +168,6 @@ def _results(futures: Sequence[Future[_T]]) -> list[_T]:
     """The first fault is the one that ended the others."""
     faults = [each for future in futures if (each := future.exception()) is not None]
     for fault in faults:
-        if not isinstance(fault, _Ended):
+        if not isinstance(fault, _Ended | RunEnded):
             raise fault
     return [future.result() for future in futures]

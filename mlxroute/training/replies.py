@@ -20,6 +20,10 @@ from mlxroute.types import LargeContext, LargeToken, Uploads
 _POLL_S = 0.1
 
 
+class RunEnded(LargeError):
+    """Nothing is asked any more, for a fault of another answer or an interrupt."""
+
+
 class Replies:
     """The large model and what it said so far, by the ids before it. Safe for several threads.
 
@@ -92,7 +96,7 @@ class Replies:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise LargeError("the run has ended")
+            raise RunEnded("the run has ended")
 
     def keep(self, token_ids: Sequence[int], tokens: Sequence[LargeToken]) -> None:
         """Remember what came behind these ids."""
