@@ -201,7 +201,9 @@ class _Run:
         """A name for an answer: what it depends on, the state of its budget included."""
         ranks = self.ranks[side.router] if side.router else ()
         parts = [self.small.name, self.replies.model_name, side.router, side.is_large, self.tokens]
-        text = json.dumps([*parts, ranks, turns, repr(router.pace)])
+        # One model alone answers whatever came before.
+        pace = repr(router.pace) if side.router else ""
+        text = json.dumps([*parts, ranks, turns, pace])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _answer(
