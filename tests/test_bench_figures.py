@@ -64,8 +64,9 @@ def test_only_a_near_tie_is_the_servers_doing(answer: list[Token], by: Parted) -
 
 
 def test_auto_is_compared_with_the_fastest_mode_within_its_calls() -> None:
-    seconds = {"wait": 10.0, "hedge": 2.0, "wait+prefetch": 5.0, "auto": 2.5}
-    calls = {"hedge": 40, "auto": 30, "wait+prefetch": 5}
+    bound = "hedge+prefetch, 1.5x calls"
+    seconds = {"wait": 10.0, "hedge": 2.0, "wait+prefetch": 5.0, bound: 1.0, "auto": 2.5}
+    calls = {"hedge": 40, "auto": 30, "wait+prefetch": 5, bound: 16}
     sides = {
         name: Answers(
             stats=[

@@ -108,12 +108,23 @@ def test_tokens_are_known_one_behind_the_other(tmp_path: Path) -> None:
     assert len(asked(again, 1, ahead=0)) == 1
     assert silent.contexts == []
     seat = again.seat()
-    seat.begin(context(1), deadline_s=9, ahead=0).result()
+    flight = seat.begin(context(1), deadline_s=9, ahead=0)
+    # The engine looks at what a call brought more than once.
+    assert flight.result() == flight.result()
     assert (seat.uploads.requests, seat.uploads.tokens, seat.uploads.completion_tokens) == (
         1,
         10,
         1,
     )
+
+
+def test_a_call_that_was_made_counts_once_however_often_it_is_read(tmp_path: Path) -> None:
+    large = Holding([(70,)])
+    seat = Replies(large, tmp_path / "r").seat()
+    flight = seat.begin(context(1), deadline_s=9, ahead=0)
+    large.let_go(1)
+    assert flight.result() == flight.result()
+    assert seat.uploads.requests == 1
 
 
 def test_nobody_waits_once_the_run_has_ended(tmp_path: Path) -> None:

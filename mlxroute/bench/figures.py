@@ -36,7 +36,10 @@ def figures(sides: dict[str, Answers], *, cost: BranchCost, call_s: float) -> di
 
 
 def _auto_over_best(found: dict[str, Any]) -> dict[str, float]:
-    """Tokens/s of `auto` over those of the fastest set mode within the calls it may make."""
+    """Tokens/s of `auto` over those of the fastest set mode, under the same ceiling on calls.
+
+    A mode that needs no more calls than that counts, whether it was bound or not.
+    """
     over = {}
     for name, side in SIDES.items():
         if side.mode is Mode.AUTO:
@@ -44,7 +47,9 @@ def _auto_over_best(found: dict[str, Any]) -> dict[str, float]:
             best = max(
                 found[each]["tokens_per_s"]
                 for each, other in SIDES.items()
-                if other.mode is not Mode.AUTO and found[each]["calls_over_wait"] <= allowed
+                if other.mode is not Mode.AUTO
+                and other.ceiling in (None, side.ceiling)
+                and found[each]["calls_over_wait"] <= allowed
             )
             over[name] = round(found[name]["tokens_per_s"] / best, 3)
     return over

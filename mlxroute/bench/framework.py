@@ -62,6 +62,7 @@ def circumstances(command: str) -> dict[str, Any]:
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
             "cores": os.cpu_count(),
+            "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS", "all"),
             "device": str(mx.default_device()),
             "load_average": round(os.getloadavg()[0], 2),
         },

@@ -253,13 +253,14 @@ def _figures(side: Side, rows: dict[str, list[Row]], chats: int, *, longest: int
     mine, count = rows[side.name], len(rows[side.name])
     tokens = sum(row.tokens for row in mine)
     escalated = sum(row.escalated for row in mine)
+    agreed = sum(row.agreed for row in mine)
     return {
         "router": side.router,
         "budget": side.budget if side.router else None,
         "strict": _accuracy([row.strict for row in mine], [row.strict for row in rows["small"]]),
         "lenient": _accuracy([row.lenient for row in mine], [row.lenient for row in rows["small"]]),
         "escalation_rate": round(escalated / tokens, 5) if tokens else 0.0,
-        "agreement": round(sum(row.agreed for row in mine) / escalated, 4) if escalated else None,
+        "agreement": round(agreed / escalated, 4) if escalated and side.router else None,
         "most_over_budget": _most_over(mine, side.budget, chats) if side.router else None,
         "tokens": tokens,
         "reached_limit": sum(row.tokens >= longest for row in mine),

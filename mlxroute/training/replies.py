@@ -145,7 +145,7 @@ class Seat:
         self._replies.left()
 
     def count(self, context: LargeContext, tokens: Sequence[LargeToken]) -> None:
-        """Count a call."""
+        """Count a call, once however often its result is read."""
         first = tokens[0]
         prompt = len(context.token_ids) if first.prompt_tokens is None else first.prompt_tokens
         self.calls_s += first.latency_s
@@ -167,9 +167,12 @@ class _Known:
         self._seat = seat
         self._context = context
         self._tokens = tokens
+        self._counted = False
 
     def result(self) -> tuple[LargeToken, ...]:
-        self._seat.count(self._context, self._tokens)
+        if not self._counted:
+            self._counted = True
+            self._seat.count(self._context, self._tokens)
         # It took its time when it was made, and nothing is lost now.
         return (replace(self._tokens[0], lost_s=0.0), *self._tokens[1:])
 
@@ -184,7 +187,7 @@ class _Kept:
         self._seat = seat
         self._context = context
         self._flight = flight
-        self._left = False
+        self._left = self._counted = False
 
     @property
     def ready(self) -> bool:
@@ -197,8 +200,10 @@ class _Kept:
     def result(self) -> tuple[LargeToken, ...]:
         self._leave()
         tokens = self._flight.result()
-        self._seat.count(self._context, tokens)
-        self._seat.keep(self._context, tokens)
+        if not self._counted:
+            self._counted = True
+            self._seat.count(self._context, tokens)
+            self._seat.keep(self._context, tokens)
         return tokens
 
     def cancel(self) -> None:
