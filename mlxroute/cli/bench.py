@@ -229,7 +229,7 @@ def _show_latency(report: dict[str, Any], err: Console) -> None:
             same += f", but for {differed} answers where the server gave one context two tokens"
         err.print(same)
         over = "; ".join(f"{name}: {ratio:.2f}" for name, ratio in point["auto_over_best"].items())
-        err.print(f"over the fastest mode within the calls it may make: {over}")
+        err.print(f"over the fastest set mode under the same ceiling on calls: {over}")
 
 
 def _show_kernels(report: dict[str, Any], err: Console) -> None:
