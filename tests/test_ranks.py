@@ -57,17 +57,19 @@ def test_budgets_can_start_with_every_small_model_of_the_catalogue(
 
 
 def test_calibrate_keeps_what_budgets_start_from(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny = make_tiny_model(tmp_path / "tiny")
     data = tmp_path / "mine.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(9)))
-    arguments = ["calibrate", "--small", str(tiny), "--data", str(data), "--tokens", "40"]
+    monkeypatch.chdir(tmp_path)
+    arguments = ["calibrate", "--small", str(tiny), "--data", data.name, "--tokens", "40"]
     assert main(arguments) == 0
     report = json.loads(capsys.readouterr().out)
     ranks = Ranks.of("tiny", user_catalog_dir())
     assert ranks.positions == report["positions"] >= 200
-    assert report["thresholds"]["entropy"]["0.07"] == ranks.at("entropy", 0.07)
+    assert ranks.data == report["data"] == f"9 questions of {tmp_path.name}/mine.jsonl"
+    assert report["thresholds"]["entropy"]["0.07"] == round(ranks.at("entropy", 0.07), 5)
     assert set(ranks.quantiles) == {"entropy", "margin", "max-probability", "logu", "random"}
 
 

@@ -162,10 +162,12 @@ def test_a_token_that_the_small_vocabulary_spells_in_parts_is_one_position(
 
 
 def test_labels_of_several_answers_at_once_are_those_of_one_after_the_other(
-    small: SmallModel, tmp_path: Path
+    small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = labelled(small, Named([(70,)]), tmp_path / "1", questions=_QUESTIONS)
     three = labelled(small, Named([(70,)]), tmp_path / "3", questions=_QUESTIONS, at_once=3)
+    # Batches smaller than the disagreements of one answer.
+    monkeypatch.setattr("mlxroute.training.labels._ROWS", 2)
+    one = labelled(small, Named([(70,)]), tmp_path / "1", questions=_QUESTIONS)
     assert [each.alone for each in one] == [each.alone for each in three]
     plain = labelled(small, Named([(70,)]), tmp_path / "p", questions=_QUESTIONS, continuing=False)
     # What was not wanted then is added without a call.
@@ -179,16 +181,17 @@ def test_labels_of_several_answers_at_once_are_those_of_one_after_the_other(
 def test_what_is_labelled_is_not_asked_again_and_survives_a_fault(
     small: SmallModel, tmp_path: Path
 ) -> None:
-    replies: list[Reply] = [(70,)] * 8
+    questions = [Question(str(i), f"say {i}") for i in range(6)]
+    replies: list[Reply] = [(70,)] * 26
     with pytest.raises(LargeError):
-        labelled(small, Named([*replies, LargeRefused("no")]), tmp_path, questions=_QUESTIONS)
-    assert len(list((tmp_path / "labels").iterdir())) == 1
+        labelled(small, Named([*replies, LargeRefused("no")]), tmp_path, questions=questions)
+    assert len(list((tmp_path / "labels").iterdir())) == 4
     large = Named([(70,)])
-    whole = labelled(small, large, tmp_path, questions=_QUESTIONS)
-    # Two tokens of the second answer were known.
-    assert (len(whole), len(large.contexts)) == (3, 10)
+    whole = labelled(small, large, tmp_path, questions=questions)
+    # Two tokens of the fifth answer were known.
+    assert (len(whole), len(large.contexts)) == (6, 10)
     silent = Named([(70,)])
-    again = labelled(small, silent, tmp_path, questions=_QUESTIONS)
+    again = labelled(small, silent, tmp_path, questions=questions)
     assert silent.contexts == []
     assert all(mx.array_equal(a.hidden, b.hidden) for a, b in zip(whole, again, strict=True))
 

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+from mlxroute.cli.folders import source
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.questions import read_questions, sampled
 
@@ -17,7 +18,7 @@ def run_calibrate(settings: Settings, *, data: list[Path], count: int, tokens: i
     from rich.table import Table
 
     from mlxroute.cli.output import consoles
-    from mlxroute.cli.progress import Reporter
+    from mlxroute.cli.progress import Reporter, counting
     from mlxroute.cli.session import load_small
 
     questions = [question for file in data for question in sampled(read_questions(file), count)]
@@ -26,12 +27,8 @@ def run_calibrate(settings: Settings, *, data: list[Path], count: int, tokens: i
         small = load_small(settings, reporter)
     from mlxroute.training import calibrate
 
-    named = ", ".join(f"{file.parent.name}/{file.name}" for file in data)
-    with err.status("answering") as status:
-
-        def progress(label: str, done: int, total: int | None) -> None:
-            status.update(f"answering question {done + 1} of {total}")
-
+    named = ", ".join(map(source, data))
+    with counting(err) as progress:
         ranks = calibrate(
             small,
             questions,
@@ -51,7 +48,7 @@ def run_calibrate(settings: Settings, *, data: list[Path], count: int, tokens: i
     err.print(
         f"kept in {file}: budgets with {small.name} start from it", markup=False, soft_wrap=True
     )
-    found = {name: {f"{r:g}": ranks.at(name, r) for r in _RATES} for name in names}
+    found = {name: {f"{r:g}": round(ranks.at(name, r), 5) for r in _RATES} for name in names}
     report = {"small": ranks.small, "data": ranks.data, "positions": ranks.positions}
     sys.stdout.write(json.dumps({**report, "thresholds": found}) + "\n")
     return 0

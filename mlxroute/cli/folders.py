@@ -34,6 +34,11 @@ def record_file(settings: Settings, kind: str, small: str, large: str) -> Path:
     return folder / f"{kind}-{_plain(small)}-{_plain(large)}.jsonl"
 
 
+def source(data: Path) -> str:
+    """A data file's name with its folder's, as `csqa/test.jsonl`."""
+    return "/".join(data.absolute().parts[-2:])
+
+
 def _plain(name: str) -> str:
     """A model's name, or the end of its path, fit for a file's."""
     return re.sub(r"[^\w.-]+", "-", Path(name).name)

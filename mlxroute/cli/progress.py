@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 
 _SELDOM_S = 60.0
+# Lines that the speed is taken from: what was known before takes no time.
+_LINES = 5
 
 
 @contextmanager
@@ -40,17 +43,22 @@ def counting(console: Console) -> Iterator[OnProgress]:
     )
     bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     tasks: dict[str, TaskID] = {}
-    began_s = said_s = time.monotonic()
+    said = deque([(time.monotonic(), 0)], maxlen=_LINES)
 
     def progress(label: str, done: int, total: int | None) -> None:
-        nonlocal said_s
         if label not in tasks:
             tasks[label] = bars.add_task(label, total=total)
         bars.update(tasks[label], completed=done, total=total)
         now_s = time.monotonic()
-        if not console.is_terminal and total and 0 < done < total and now_s - said_s > _SELDOM_S:
-            said_s = now_s
-            left_s = (now_s - began_s) / done * (total - done)
+        if (
+            not console.is_terminal
+            and total
+            and 0 < done < total
+            and now_s - said[-1][0] > _SELDOM_S
+        ):
+            since_s, before = said[0]
+            said.append((now_s, done))
+            left_s = (now_s - since_s) / max(1, done - before) * (total - done)
             console.print(f"{label}: {done} of {total}, about {left_s / 60:.0f} min left")
 
     with bars:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxroute.cli.folders import cache_dir_of, record_file
+from mlxroute.cli.folders import cache_dir_of, record_file, source
 from mlxroute.cli.large import large_model
 from mlxroute.cli.session import load_small, open_ledger
 from mlxroute.config import Settings, user_catalog_dir
@@ -78,7 +78,7 @@ def run_train(settings: Settings, options: TrainOptions) -> int:
         about = {
             "small": small.name,
             "large": large.model_name,
-            "data": [f"{file.absolute().parent.name}/{file.name}" for file in options.data],
+            "data": [source(file) for file in options.data],
             "examples": len(examples),
         }
         with err.status("fitting"):

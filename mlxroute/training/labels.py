@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # Of one batch of continuations.
 _ROWS: Final = 48
+# So many times `at_once` answers are written before they are labelled: a few end late.
+_ROUNDS: Final = 4
 _ARRAYS: Final = ("hidden", "signals", "differs", "logprobs")
 _ABOUT: Final = "answer"
 _T = TypeVar("_T")
@@ -109,7 +111,7 @@ def collect(  # noqa: PLR0913 - what a run is made of
     ]
     for _ in range(len(questions) - len(missing)):
         progress("questions", next(done), len(questions))
-    for group in _chunks(missing, max(1, at_once)):
+    for group in _chunks(missing, _ROUNDS * at_once):
         wanted = [question for question, _ in group]
         written = write(
             small,
@@ -121,7 +123,7 @@ def collect(  # noqa: PLR0913 - what a run is made of
             done=lambda: progress("questions", next(done), len(questions)),
         )
         labelled = _labelled(small, wanted, written, examples, tokens, continuing=continuing)
-        for each, (_, file) in zip(labelled, group, strict=True):
+        for (_, file), each in zip(group, labelled, strict=True):
             _write(each, file)
     return [_read(file) for file in files]
 
@@ -145,7 +147,10 @@ def _key(
 
 @dataclass(frozen=True, slots=True)
 class _Fork:
-    """The small model's own way from a disagreement on: what comes before it, and its choice."""
+    """The small model's own way from a disagreement on: what comes before it, and its choice.
+
+    `answer` is the number of the answer among those that are continued together.
+    """
 
     answer: int
     before: tuple[int, ...]
@@ -161,27 +166,36 @@ def _labelled(
     tokens: int,
     *,
     continuing: bool,
-) -> list[Labelled]:
-    """Read the answers, then go on from all their disagreements in batches."""
+) -> Iterator[Labelled]:
+    """Read the answers, then go on from their disagreements, as soon as these fill a batch."""
     found: list[Labelled] = []
     forks: list[_Fork] = []
-    for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+    for question, answer in zip(questions, answers, strict=True):
         prompt_ids = small.encode_prompt(small.render(conversation(question, examples)))
         reading = small.read(prompt_ids, answer.token_ids)
         places = _disagreements(answer, reading)
-        found.append(_compared(small, answer, reading, places))
         if continuing:
             for at in places:
                 if at is not None:
                     held = small.held(len(prompt_ids) + at)
                     own = reading.signals[at].token_id
-                    forks.append(_Fork(number, answer.token_ids[:at], own, held))
+                    forks.append(_Fork(len(found), answer.token_ids[:at], own, held))
+        found.append(_compared(small, answer, reading, places))
+        if len(forks) >= _ROWS:
+            yield from _with_ways(small, found, forks, tokens)
+            found, forks = [], []
+    yield from _with_ways(small, found, forks, tokens)
+
+
+def _with_ways(
+    small: SmallModel, answers: Sequence[Labelled], forks: Sequence[_Fork], tokens: int
+) -> Iterator[Labelled]:
+    """The answers with the texts that their forks lead to."""
     alone: list[list[str]] = [[] for _ in answers]
     for fork, text in zip(forks, _continued(small, forks, tokens), strict=True):
         alone[fork.answer].append(text)
-    return [
-        replace(labelled, alone=tuple(texts)) for labelled, texts in zip(found, alone, strict=True)
-    ]
+    for labelled, texts in zip(answers, alone, strict=True):
+        yield replace(labelled, alone=tuple(texts))
 
 
 def _parts(answer: Written) -> list[range]:
