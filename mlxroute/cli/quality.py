@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Share of the answers.
 _FEW_CUT: Final = 0.05
+# Of right answers only, in columns.
+_BAR: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +145,7 @@ def show(report: dict[str, Any], err: Console) -> None:
 
     title = f"{report['questions']} questions, {report['examples']} worked examples"
     table = Table(box=None, pad_edge=False, header_style="bold", title=title)
-    for column in ("side", "strict", "lenient (95 %)", "over small", "p", "escalated", "calls", ""):
+    for column in ("side", "strict", "lenient, 95 %", "x small", "p", "escalated", "calls", ""):
         table.add_column(column)
     for name, side in report["sides"].items():
         strict, lenient = side["strict"], side["lenient"]
@@ -151,12 +153,12 @@ def show(report: dict[str, Any], err: Console) -> None:
         table.add_row(
             name,
             f"{strict['accuracy']:.1%}",
-            f"{lenient['accuracy']:.1%} ({low:.1%} to {high:.1%})",
-            f"{lenient['over_small']}x" if lenient["over_small"] else "",
+            f"{lenient['accuracy']:.1%} ({100 * low:.0f}-{100 * high:.0f})",
+            f"{lenient['over_small']:.2f}" if lenient["over_small"] else "",
             f"{lenient['p_against_small']:.2g}",
             f"{side['escalation_rate']:.2%}",
             str(side["calls"]),
-            "█" * round(20 * lenient["accuracy"]),
+            "█" * round(_BAR * lenient["accuracy"]),
         )
     for name in ORACLES:
         for point in report.get("oracles", {}).get(name, ()):
@@ -168,7 +170,7 @@ def show(report: dict[str, Any], err: Console) -> None:
                 "",
                 f"{point['escalation_rate']:.2%}",
                 "",
-                "█" * round(20 * point["accuracy"]),
+                "█" * round(_BAR * point["accuracy"]),
             )
     err.print(table)
     cut = max(side["reached_limit"] for side in report["sides"].values())

@@ -92,6 +92,13 @@ def run_train(settings: Settings, options: TrainOptions) -> int:
         markup=False,
         soft_wrap=True,
     )
+    if not fitted.beats_entropy:
+        err.print(
+            "warning: on the held-out answers it finds no more than entropy does; give more"
+            " questions, or stay with --router entropy",
+            style="yellow",
+            soft_wrap=True,
+        )
     sys.stdout.write(json.dumps(fitted.report) + "\n")
     return 0
 

@@ -37,6 +37,12 @@ class Fitted:
     quantiles: tuple[float, ...]
     questions: tuple[str, ...]
 
+    @property
+    def beats_entropy(self) -> bool:
+        """Whether it finds more of the held-out positions, over all rates, than entropy does."""
+        rows = self.report["recall"].values()
+        return bool(sum(row["head"] for row in rows) > sum(row["entropy"] for row in rows))
+
     def write(self, path: Path) -> None:
         """Write weights and provenance to a safetensors file."""
         import mlx.core as mx
