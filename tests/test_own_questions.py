@@ -49,26 +49,26 @@ def test_a_head_is_fitted_to_own_questions_and_judged_by_others(
         said = capsys.readouterr()
         return code, json.loads(said.out or "{}"), " ".join(said.err.split())
 
-    seen, unseen = own(tmp_path, "seen.jsonl", range(20)), own(tmp_path, "new.jsonl", range(20, 32))
-    assert run("calibrate", "--data", str(seen), "--tokens", "32")[0] == 0
+    seen, unseen = own(tmp_path, "seen.jsonl", range(12)), own(tmp_path, "new.jsonl", range(12, 15))
+    assert run("calibrate", "--data", str(seen), "--tokens", "40")[0] == 0
     head = tmp_path / "mine.safetensors"
-    train = ["train", "--large", url, "--tokens", "16", "--labels", "divergence"]
+    train = ["train", "--large", url, "--tokens", "4", "--labels", "divergence"]
     code, report, said = run(*train, "--data", str(seen), "--out", str(head))
     assert code == 0, said
-    assert (code, report["answers"]) == (0, {"fitted": 16, "held_out": 4})
+    assert (code, report["answers"]) == (0, {"fitted": 9, "held_out": 3})
     assert 0 < report["differing"] < 1
     assert f"--router head --head {head}" in said
     rows = report["recall"].values()
     better = sum(row["head"] for row in rows) > sum(row["entropy"] for row in rows)
     assert ("stay with --router entropy" in said) == (not better)
 
-    quality = ["bench", "quality", "--large", url, "--tokens", "16", "--budget", "10%"]
+    quality = ["bench", "quality", "--large", url, "--tokens", "4", "--budget", "30%"]
     quality += ["--router", "head", "--head", str(head)]
     code, _, said = run(*quality, "--data", str(seen))
-    assert (code, "fitted to 20 of these 20 questions" in said) == (2, True)
+    assert (code, "fitted to 12 of these 12 questions" in said) == (2, True)
     code, report, said = run(*quality, "--data", str(unseen), "--chats", "3")
-    assert (code, list(report["sides"])) == (0, ["small", "large", "head 10%"])
-    assert report["sides"]["head 10%"]["escalation_rate"] > 0
+    assert (code, list(report["sides"])) == (0, ["small", "large", "head 30%"])
+    assert report["sides"]["head 30%"]["escalation_rate"] > 0
 
 
 @pytest.mark.parametrize("command", ["calibrate", "train", "bench quality"])
