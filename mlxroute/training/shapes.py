@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
 
-COMPONENTS: Final = (8, 16, 32, 64)
+COMPONENTS: Final = (8, 16, 32, 64, 128)
 _WIDTH: Final = 64
 _SEED: Final = 0
 _EPOCHS, _PATIENCE, _BATCH = 60, 6, 256
