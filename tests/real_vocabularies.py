@@ -21,9 +21,9 @@ from gguf import GGUFWriter
 from hypothesis import strategies as st
 
 from mlxroute.catalog import Catalog
-from mlxroute.tokenizer import ChatTokenizer
+from mlxroute.tokenizers.chat_template import ChatTokenizer
+from mlxroute.tokenizers.token_vocabulary import TokenVocabulary
 from mlxroute.types import no_notice, no_progress
-from mlxroute.vocabulary import TokenVocabulary
 from mlxroute.weights import resolve
 from mlxroute.weights.gguf_file import read_gguf
 from mlxroute.weights.gguf_tokenizer import build_tokenizer
@@ -129,7 +129,7 @@ def sentencepiece_type(processor: Any, token_id: int) -> int:
 
 
 def _byte_values() -> list[int]:
-    from mlxroute.pieces import BYTE_OF
+    from mlxroute.tokenizers.byte_pieces import BYTE_OF
 
     return [BYTE_OF[char] for char in BYTE_CHARACTERS]
 

@@ -14,8 +14,8 @@ from mlxroute.errors import LargeProtocolError
 from mlxroute.large.bridge import Bridge
 from mlxroute.large.reader import TokenReader
 from mlxroute.large.wire import Entry, WireToken
-from mlxroute.pieces import BYTE_OF
-from mlxroute.vocabulary import TokenVocabulary
+from mlxroute.tokenizers.byte_pieces import BYTE_OF
+from mlxroute.tokenizers.token_vocabulary import TokenVocabulary
 from tests import real_vocabularies
 from tests.real_vocabularies import ANY_TEXT
 from tests.vocabularies import TableVocabulary

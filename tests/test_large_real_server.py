@@ -66,7 +66,7 @@ def load_model(path: Path, prompts: Sequence[str], *, steps: int) -> Model:
     import mlx.core as mx
     from mlx_lm.generate import generate_step
 
-    from mlxroute.vocabulary import TokenVocabulary
+    from mlxroute.tokenizers.token_vocabulary import TokenVocabulary
 
     model, tokenizer = load(path)
     vocabulary = TokenVocabulary(tokenizer)

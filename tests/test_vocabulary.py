@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from mlxroute.backend.load import load
 from mlxroute.engine.text import CharacterStream
-from mlxroute.pieces import BYTE_OF
-from mlxroute.vocabulary import TokenVocabulary
+from mlxroute.tokenizers.byte_pieces import BYTE_OF
+from mlxroute.tokenizers.token_vocabulary import TokenVocabulary
 from tests import real_vocabularies
 from tests.real_vocabularies import ANY_TEXT
 from tests.tiny import END, START, make_tiny_model

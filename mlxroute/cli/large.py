@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from mlxroute.large import LargeModel
     from mlxroute.large.verdict import Refusal, Verdict
-    from mlxroute.tokenizer import ChatTokenizer
+    from mlxroute.tokenizers.chat_template import ChatTokenizer
 
 _RUNGS = {
     1: "token ids in and out",
@@ -62,7 +62,7 @@ def tokenizer_finder(settings: Settings, address: str) -> Callable[[str], ChatTo
 
                 # The tokenizer's import brings MLX along, which must find the faster BLAS.
                 blas.interpose(cache_dir)
-                from mlxroute.tokenizer import ChatTokenizer
+                from mlxroute.tokenizers.chat_template import ChatTokenizer
 
                 try:
                     return ChatTokenizer.load(folder, name=name)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from enum import Enum, auto
 
-from mlxroute.pieces import BYTE_OF, SPACE_MARK, byte_piece
+from mlxroute.tokenizers.byte_pieces import BYTE_OF, SPACE_MARK, byte_piece
 
 # By name, as many vocabularies have tags of web pages among their ordinary tokens.
 _SPECIAL = re.compile(

@@ -14,7 +14,7 @@ from mlxroute.small.continuing import continued
 from mlxroute.small.decoder import Decoder, Head, Reading
 from mlxroute.small.head import MlpHead
 from mlxroute.small.kernels import choose
-from mlxroute.tokenizer import ChatTokenizer
+from mlxroute.tokenizers.chat_template import ChatTokenizer
 from mlxroute.types import (
     BranchCost,
     Message,

@@ -15,7 +15,7 @@ import pytest
 
 from mlxroute import EntropyRouter, LargeModel, generate
 from mlxroute.small import SmallModel
-from mlxroute.tokenizer import ChatTokenizer
+from mlxroute.tokenizers.chat_template import ChatTokenizer
 from mlxroute.types import LargeToken, Mode, RunStats, StopReason, Token
 from tests.real.conftest import PROMPTS
 from tests.real.exact import chat_answer, first_difference, own_answer, top_gap

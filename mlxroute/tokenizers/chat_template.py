@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from mlxroute.errors import UsageError, WeightsError
+from mlxroute.tokenizers.token_vocabulary import TokenVocabulary
 from mlxroute.types import Message
-from mlxroute.vocabulary import TokenVocabulary
 
 
 class ChatTokenizer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any, Final
 
-from mlxroute.pieces import BYTE_OF, SPACE_MARK, byte_piece
+from mlxroute.tokenizers.byte_pieces import BYTE_OF, SPACE_MARK, byte_piece
 
 _ANCHOR: Final = "\n"
 
