@@ -19,12 +19,12 @@ from mlxroute.bench.oracles import ORACLES, oracles
 from mlxroute.bench.plot import draw_quality
 from mlxroute.bench.quality import LARGE, SMALL, Results, bench_quality, sides_of
 from mlxroute.bench.together import Together
+from mlxroute.catalog.score_ranks import Ranks
 from mlxroute.cli import main
 from mlxroute.cli.quality import show
 from mlxroute.engine import generate
 from mlxroute.errors import LargeError, LargeRefused
 from mlxroute.questions import Kind, Question, conversation
-from mlxroute.ranks import Ranks
 from mlxroute.routers import BURST, make
 from mlxroute.small import SmallModel
 from mlxroute.training import Labelled, Replies

@@ -9,14 +9,14 @@ import mlx.core as mx
 import pytest
 
 from mlxroute.catalog import Catalog, shipped_dir
+from mlxroute.catalog.head_files import find_head, own_head
+from mlxroute.catalog.score_ranks import Ranks
 from mlxroute.cli import main
 from mlxroute.cli.quality import check_unseen
 from mlxroute.cli.session import chosen_router, router_of
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
-from mlxroute.heads import find_head, own_head
 from mlxroute.questions import Question, read_questions
-from mlxroute.ranks import Ranks
 from mlxroute.small.head import SIGNAL_COUNT, MlpHead
 from tests.tiny import make_tiny_model
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from mlxroute.catalog import Catalog
+from mlxroute.catalog.score_ranks import Ranks
 from mlxroute.cli import main
 from mlxroute.config import user_catalog_dir
 from mlxroute.errors import CatalogError
-from mlxroute.ranks import Ranks
 from mlxroute.routers import make
 from tests.tiny import make_tiny_model
 

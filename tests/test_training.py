@@ -12,11 +12,11 @@ import mlx.core as mx
 import pytest
 
 from mlxroute.backend.load import load
+from mlxroute.catalog.score_ranks import Ranks
 from mlxroute.cli import main
 from mlxroute.engine import generate
 from mlxroute.errors import LargeError, LargeRefused, UsageError, WeightsError
 from mlxroute.questions import Kind, Question
-from mlxroute.ranks import Ranks
 from mlxroute.routers import make
 from mlxroute.small import SmallModel
 from mlxroute.training import Fitted, Labelled, Replies, collect, fit

@@ -15,12 +15,12 @@ from typing import Any, Final
 
 from mlxroute.bench.statistics import mcnemar, wilson
 from mlxroute.bench.together import Together
+from mlxroute.catalog.score_ranks import Ranks
 from mlxroute.engine import generate
 from mlxroute.engine.options import MOST_PREFETCHED
 from mlxroute.engine.roles import Small
 from mlxroute.marks import mark
 from mlxroute.questions import Question, conversation
-from mlxroute.ranks import Ranks
 from mlxroute.routers import Router, make
 from mlxroute.small import SmallModel
 from mlxroute.training import Replies

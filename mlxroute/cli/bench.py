@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxroute.catalog.head_files import find_head
 from mlxroute.cli.folders import RESULTS, bench_file, record_file
 from mlxroute.cli.session import load_small
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
-from mlxroute.heads import find_head
 from mlxroute.questions import Question, conversation, read_questions, sampled, worked_examples
 from mlxroute.types import Message
 

@@ -10,12 +10,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxroute.catalog.head_files import find_head
+from mlxroute.catalog.score_ranks import Ranks
 from mlxroute.cli.large import large_model
 from mlxroute.config import Settings, read_never_send, read_prices, user_catalog_dir
 from mlxroute.errors import LargeError, LargeUnrecorded, UsageError
-from mlxroute.heads import find_head
 from mlxroute.ledger import Ledger
-from mlxroute.ranks import Ranks
 from mlxroute.routers import BURST, Budget, Router, make
 from mlxroute.types import Message, Mode, Prices, RunStats, Uploads
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlxroute.catalog.head_files import own_head
 from mlxroute.cli.folders import cache_dir_of, record_file, source
 from mlxroute.cli.large import large_model
 from mlxroute.cli.session import load_small, open_ledger
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
-from mlxroute.heads import own_head
 from mlxroute.questions import Question, read_questions, sampled, worked_examples
 from mlxroute.types import Labels
 

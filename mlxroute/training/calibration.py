@@ -6,10 +6,10 @@ import itertools
 import math
 from collections.abc import Sequence
 
+from mlxroute.catalog.score_ranks import Ranks
 from mlxroute.engine import generate
 from mlxroute.errors import UsageError
 from mlxroute.questions import Question, conversation
-from mlxroute.ranks import Ranks
 from mlxroute.routers import SCORES, make
 from mlxroute.small import SmallModel
 from mlxroute.types import Progress, Signals, no_progress
