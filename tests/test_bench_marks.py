@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mlxroute.bench.statistics import mcnemar, wilson
-from mlxroute.marks import Mark, mark, outcome
-from mlxroute.questions import Kind, Question
+from mlxroute.questions.grading import Mark, mark, outcome
+from mlxroute.questions.question_files import Kind, Question
 
 _CHOICES = (("A", "bank"), ("B", "river bank"), ("C", "library"), ("D", "mall"), ("E", "office"))
 CHOICE = Question("q", "Where?", Kind.CHOICE, "B", _CHOICES)

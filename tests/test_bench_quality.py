@@ -24,7 +24,7 @@ from mlxroute.cli import main
 from mlxroute.cli.quality import show
 from mlxroute.engine import generate
 from mlxroute.errors import LargeError, LargeRefused
-from mlxroute.questions import Kind, Question, conversation
+from mlxroute.questions.question_files import Kind, Question, conversation
 from mlxroute.routers import BURST, make
 from mlxroute.small import SmallModel
 from mlxroute.training import Labelled, Replies

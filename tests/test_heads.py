@@ -16,7 +16,7 @@ from mlxroute.cli.quality import check_unseen
 from mlxroute.cli.session import chosen_router, router_of
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
-from mlxroute.questions import Question, read_questions
+from mlxroute.questions.question_files import Question, read_questions
 from mlxroute.small.head import SIGNAL_COUNT, MlpHead
 from tests.tiny import make_tiny_model
 

@@ -23,7 +23,7 @@ from mlxroute.catalog import Catalog
 from mlxroute.errors import LargeTimeout
 from mlxroute.large import LargeModel
 from mlxroute.large.launcher import LocalServer
-from mlxroute.questions import Question
+from mlxroute.questions.question_files import Question
 from mlxroute.small import SmallModel
 from mlxroute.training import Replies
 from mlxroute.training.answers import write

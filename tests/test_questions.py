@@ -8,8 +8,8 @@ import pytest
 
 from mlxroute.cli.folders import bench_file
 from mlxroute.errors import UsageError
-from mlxroute.marks import mark
-from mlxroute.questions import conversation, read_questions, sampled, worked_examples
+from mlxroute.questions.grading import mark
+from mlxroute.questions.question_files import conversation, read_questions, sampled, worked_examples
 
 
 def test_every_documented_form_becomes_a_prompt(tmp_path: Path) -> None:

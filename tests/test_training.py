@@ -16,7 +16,7 @@ from mlxroute.catalog.score_ranks import Ranks
 from mlxroute.cli import main
 from mlxroute.engine import generate
 from mlxroute.errors import LargeError, LargeRefused, UsageError, WeightsError
-from mlxroute.questions import Kind, Question
+from mlxroute.questions.question_files import Kind, Question
 from mlxroute.routers import make
 from mlxroute.small import SmallModel
 from mlxroute.training import Fitted, Labelled, Replies, collect, fit

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from mlxroute.questions import Question
+from mlxroute.questions.question_files import Question
 from mlxroute.small.head import MlpHead
 from mlxroute.training import Labelled, recall_table
 from mlxroute.types import Labels

@@ -19,8 +19,8 @@ from mlxroute.catalog.score_ranks import Ranks
 from mlxroute.engine import generate
 from mlxroute.engine.options import MOST_PREFETCHED
 from mlxroute.engine.roles import Small
-from mlxroute.marks import mark
-from mlxroute.questions import Question, conversation
+from mlxroute.questions.grading import mark
+from mlxroute.questions.question_files import Question, conversation
 from mlxroute.routers import Router, make
 from mlxroute.small import SmallModel
 from mlxroute.training import Replies

@@ -15,7 +15,13 @@ from mlxroute.cli.folders import RESULTS, bench_file, record_file
 from mlxroute.cli.session import load_small
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
-from mlxroute.questions import Question, conversation, read_questions, sampled, worked_examples
+from mlxroute.questions.question_files import (
+    Question,
+    conversation,
+    read_questions,
+    sampled,
+    worked_examples,
+)
 from mlxroute.types import Message
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlxroute.cli.folders import source
 from mlxroute.config import Settings, user_catalog_dir
-from mlxroute.questions import read_questions, sampled
+from mlxroute.questions.question_files import read_questions, sampled
 
 _RATES = (0.01, 0.03, 0.05, 0.07, 0.10, 0.15, 0.30)
 

@@ -12,7 +12,7 @@ from mlxroute.cli.folders import bench_file, cache_dir_of, record_file
 from mlxroute.cli.session import DEFAULT_ROUTER, HEAD, load_small, ranks_of
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
-from mlxroute.questions import Question, read_questions, sampled, worked_examples
+from mlxroute.questions.question_files import Question, read_questions, sampled, worked_examples
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,7 +14,7 @@ from mlxroute.cli.large import large_model
 from mlxroute.cli.session import load_small, open_ledger
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
-from mlxroute.questions import Question, read_questions, sampled, worked_examples
+from mlxroute.questions.question_files import Question, read_questions, sampled, worked_examples
 from mlxroute.types import Labels
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from mlxroute.engine import generate
 from mlxroute.engine.onward import Onward
 from mlxroute.engine.options import MOST_PREFETCHED
-from mlxroute.questions import Question, conversation
+from mlxroute.questions.question_files import Question, conversation
 from mlxroute.routers import make
 from mlxroute.small import SmallModel
 from mlxroute.training.replies import Replies

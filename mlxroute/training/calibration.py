@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from mlxroute.catalog.score_ranks import Ranks
 from mlxroute.engine import generate
 from mlxroute.errors import UsageError
-from mlxroute.questions import Question, conversation
+from mlxroute.questions.question_files import Question, conversation
 from mlxroute.routers import SCORES, make
 from mlxroute.small import SmallModel
 from mlxroute.types import Progress, Signals, no_progress

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from mlxroute.errors import UsageError
-from mlxroute.questions import Question
+from mlxroute.questions.question_files import Question
 from mlxroute.small.head import MlpHead
 from mlxroute.training.labels import Labelled
 from mlxroute.training.shapes import COMPONENTS, Loss, Positions, linear, perceptron

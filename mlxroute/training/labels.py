@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar, cast
 
-from mlxroute.marks import mark, outcome
-from mlxroute.questions import Question, conversation
+from mlxroute.questions.grading import mark, outcome
+from mlxroute.questions.question_files import Question, conversation
 from mlxroute.small import Held, Reading, SmallModel
 from mlxroute.training.answers import Written, write
 from mlxroute.training.replies import Replies

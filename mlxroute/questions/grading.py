@@ -7,7 +7,7 @@ import re
 import string
 from dataclasses import dataclass
 
-from mlxroute.questions import Kind, Question
+from mlxroute.questions.question_files import Kind, Question
 
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
