@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from mlxroute.engine import Answer, Experience, Options
-from mlxroute.engine.experience import TRUSTED, Average
-from mlxroute.engine.governor import Governor, estimate
+from mlxroute.engine.modes.experience import TRUSTED, Average
+from mlxroute.engine.modes.governor import Governor, estimate
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import BranchCost, Mode, RunStats, Signals
 from tests.fakes import FakeClock

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxroute.engine import Answer, Experience, Options
-from mlxroute.engine.experience import Average
+from mlxroute.engine.modes.experience import Average
 from mlxroute.errors import LargeError
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import Event, Mode, Provisional, Retracted, RunStats, Source, Token

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxroute.engine import Answer, Options
-from mlxroute.engine.privacy import NeverSend
+from mlxroute.engine.escalation.never_send import NeverSend
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import Message, Prices, Source, Token
 from tests.fakes import FakeClock, ScriptedLarge, ScriptedSmall

@@ -10,8 +10,8 @@ from typing import Any
 from mlxroute.bench.parting import Parted, parted
 from mlxroute.bench.sides import SIDES, Answers
 from mlxroute.engine import Experience
-from mlxroute.engine.experience import Average
-from mlxroute.engine.governor import estimate
+from mlxroute.engine.modes.experience import Average
+from mlxroute.engine.modes.governor import estimate
 from mlxroute.types import BranchCost, Mode
 
 

@@ -21,8 +21,8 @@ from mlxroute.bench.framework import interleaved
 from mlxroute.bench.sides import SIDES, Answers, Side
 from mlxroute.bench.virtual import Known, VirtualClock, VirtualLarge, VirtualSmall
 from mlxroute.engine import Answer, Experience, Options
-from mlxroute.engine.experience import ROWS
-from mlxroute.engine.roles import Large, Small
+from mlxroute.engine.modes.experience import ROWS
+from mlxroute.engine.protocols import Large, Small
 from mlxroute.engine.stats import gaps
 from mlxroute.engine.transcript import Transcript
 from mlxroute.large import LargeModel

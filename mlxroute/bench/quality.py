@@ -18,7 +18,7 @@ from mlxroute.bench.together import Together
 from mlxroute.catalog.score_ranks import Ranks
 from mlxroute.engine import generate
 from mlxroute.engine.options import MOST_PREFETCHED
-from mlxroute.engine.roles import Small
+from mlxroute.engine.protocols import Small
 from mlxroute.questions.grading import mark
 from mlxroute.questions.question_files import Question, conversation
 from mlxroute.routers import Router, make

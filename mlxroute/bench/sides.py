@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from mlxroute.engine import Experience
-from mlxroute.engine.governor import AHEAD
+from mlxroute.engine.modes.governor import AHEAD
 from mlxroute.types import Mode, RunStats, Token
 
 

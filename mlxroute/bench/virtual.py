@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from mlxroute.engine.roles import Large
+from mlxroute.engine.protocols import Large
 from mlxroute.errors import LargeError
 from mlxroute.small import SmallModel
 from mlxroute.small.batch import Batch

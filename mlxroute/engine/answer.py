@@ -6,19 +6,19 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from mlxroute.engine.ahead import Ahead
 from mlxroute.engine.commits import Commits
-from mlxroute.engine.decision import Decider
-from mlxroute.engine.escalation import Escalator
-from mlxroute.engine.experience import Experience
-from mlxroute.engine.governor import Governor
+from mlxroute.engine.escalation.calls import Escalator
+from mlxroute.engine.escalation.decision import Decider
+from mlxroute.engine.escalation.never_send import NeverSend
+from mlxroute.engine.modes.ahead_loop import Ahead
+from mlxroute.engine.modes.decode_context import Desk
+from mlxroute.engine.modes.experience import Experience
+from mlxroute.engine.modes.governor import Governor
+from mlxroute.engine.modes.wait_loop import wait
 from mlxroute.engine.options import Options, named_mode
-from mlxroute.engine.privacy import NeverSend
-from mlxroute.engine.roles import Large, Router, Small
+from mlxroute.engine.protocols import Large, Router, Small
 from mlxroute.engine.stats import gaps, percentile
 from mlxroute.engine.transcript import Transcript
-from mlxroute.engine.wait import wait
-from mlxroute.engine.walk import Desk
 from mlxroute.errors import ContextTooLong, UsageError
 from mlxroute.types import (
     Activity,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from mlxroute.engine.decision import Decision
-from mlxroute.engine.experience import Experience
+from mlxroute.engine.escalation.decision import Decision
+from mlxroute.engine.modes.experience import Experience
 from mlxroute.engine.text import StopStrings
 from mlxroute.types import Source, StopReason, Token
 

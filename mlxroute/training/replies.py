@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from mlxroute.engine.roles import Flight, NamedLarge
+from mlxroute.engine.protocols import Flight, NamedLarge
 from mlxroute.errors import LargeError
 from mlxroute.training.records import kept_lines
 from mlxroute.types import LargeContext, LargeToken, Uploads

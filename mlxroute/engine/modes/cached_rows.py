@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlxroute.engine.walk import Desk
+from mlxroute.engine.modes.decode_context import Desk
 from mlxroute.types import Signals
 
 

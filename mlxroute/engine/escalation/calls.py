@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mlxroute.engine.governor import Governor
-from mlxroute.engine.roles import Flight, Large
+from mlxroute.engine.modes.governor import Governor
+from mlxroute.engine.protocols import Flight, Large
 from mlxroute.errors import LargeError, LargeTimeout, LargeUnavailable, LargeUnrecorded
 from mlxroute.types import LargeContext, LargeToken, Mode, Uploads
 

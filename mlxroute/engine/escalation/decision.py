@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mlxroute.engine.escalation import Call, Escalator
-from mlxroute.engine.experience import Experience
-from mlxroute.engine.prefetch import Prefetched
-from mlxroute.engine.privacy import NeverSend
-from mlxroute.engine.roles import Pace, Router
+from mlxroute.engine.escalation.calls import Call, Escalator
+from mlxroute.engine.escalation.never_send import NeverSend
+from mlxroute.engine.escalation.prefetch import Prefetched
+from mlxroute.engine.modes.experience import Experience
+from mlxroute.engine.protocols import Pace, Router
 from mlxroute.engine.transcript import Transcript
 from mlxroute.errors import LargeError, LargeUnavailable, LargeUnrecorded
 from mlxroute.types import Escalation, Judgement, LargeToken, Signals, Source

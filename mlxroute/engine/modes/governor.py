@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from mlxroute.engine.experience import TRUSTED, Experience
+from mlxroute.engine.modes.experience import TRUSTED, Experience
 from mlxroute.types import Mode
 
 # Tokens a call brings beyond the one asked for, where that pays.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mlxroute.engine.decision import Decision
-from mlxroute.engine.escalation import Call
+from mlxroute.engine.escalation.calls import Call
+from mlxroute.engine.escalation.decision import Decision
 from mlxroute.types import Signals
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from mlxroute.engine.roles import Flight
+from mlxroute.engine.protocols import Flight
 from mlxroute.errors import LargeProtocolError
 from mlxroute.types import LargeToken
 

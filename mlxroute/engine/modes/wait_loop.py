@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mlxroute.engine.decision import Decision
-from mlxroute.engine.walk import Desk
+from mlxroute.engine.escalation.decision import Decision
+from mlxroute.engine.modes.decode_context import Desk
 from mlxroute.types import Event, Signals
 
 

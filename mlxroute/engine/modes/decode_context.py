@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mlxroute.engine.commits import Commits
-from mlxroute.engine.decision import Decider, Decision
-from mlxroute.engine.escalation import Escalator
-from mlxroute.engine.experience import Experience
-from mlxroute.engine.governor import Governor
-from mlxroute.engine.roles import Small
+from mlxroute.engine.escalation.calls import Escalator
+from mlxroute.engine.escalation.decision import Decider, Decision
+from mlxroute.engine.modes.experience import Experience
+from mlxroute.engine.modes.governor import Governor
+from mlxroute.engine.protocols import Small
 from mlxroute.engine.transcript import Transcript
 from mlxroute.types import Signals, Token
 

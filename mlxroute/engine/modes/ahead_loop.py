@@ -15,13 +15,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from mlxroute.engine.cached import Cached
-from mlxroute.engine.decision import Decision
-from mlxroute.engine.escalation import Call
-from mlxroute.engine.experience import ROWS
-from mlxroute.engine.roles import Pace
-from mlxroute.engine.rows import Position, Row, Step, Written
-from mlxroute.engine.walk import Desk
+from mlxroute.engine.escalation.calls import Call
+from mlxroute.engine.escalation.decision import Decision
+from mlxroute.engine.modes.branches import Position, Row, Step, Written
+from mlxroute.engine.modes.cached_rows import Cached
+from mlxroute.engine.modes.decode_context import Desk
+from mlxroute.engine.modes.experience import ROWS
+from mlxroute.engine.protocols import Pace
 from mlxroute.types import Event, Mode, Provisional, Retracted, Signals
 
 # A branch less likely than this is not worth a row.
