@@ -25,10 +25,10 @@ from mlxroute.cli.quality import show
 from mlxroute.engine import generate
 from mlxroute.errors import LargeError, LargeRefused
 from mlxroute.questions.question_files import Kind, Question, conversation
+from mlxroute.recorded.replies import RunEnded
 from mlxroute.routers import BURST, make
 from mlxroute.small import SmallModel
 from mlxroute.training import Labelled, Replies
-from mlxroute.training.replies import RunEnded
 from mlxroute.types import Message
 from tests.fakes import Reply, ScriptedLarge
 from tests.tiny import make_tiny_model

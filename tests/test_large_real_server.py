@@ -24,9 +24,9 @@ from mlxroute.errors import LargeTimeout
 from mlxroute.large import LargeModel
 from mlxroute.large.launcher import LocalServer
 from mlxroute.questions.question_files import Question
+from mlxroute.recorded.large_answers import write
 from mlxroute.small import SmallModel
 from mlxroute.training import Replies
-from mlxroute.training.answers import write
 from mlxroute.types import LargeContext, Vocabulary, no_notice, no_progress
 from mlxroute.weights import default_cache_dir, resolve
 from tests.tiny import make_tiny_model, teach_days

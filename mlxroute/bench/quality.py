@@ -21,11 +21,11 @@ from mlxroute.engine.options import MOST_PREFETCHED
 from mlxroute.engine.protocols import Small
 from mlxroute.questions.grading import mark
 from mlxroute.questions.question_files import Question, conversation
+from mlxroute.recorded.json_lines import kept_lines
+from mlxroute.recorded.large_answers import Silent
 from mlxroute.routers import Router, make
 from mlxroute.small import SmallModel
 from mlxroute.training import Replies
-from mlxroute.training.answers import Silent
-from mlxroute.training.records import kept_lines
 from mlxroute.types import Message, Mode, Progress, Source, no_progress
 
 BUDGETS: Final = (0.01, 0.03, 0.05, 0.07, 0.10, 0.15, 0.30)

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from mlxroute.engine.onward import Onward
+from mlxroute.recorded.forward_only import Onward
+from mlxroute.recorded.replies import RunEnded
 from mlxroute.small import SmallModel
-from mlxroute.training.replies import RunEnded
 from mlxroute.types import Message, Progress, Sampling, Signals, Vocabulary
 
 _T = TypeVar("_T")

@@ -1,8 +1,8 @@
 """What a router learns from the user's own prompts and server."""
 
+from mlxroute.recorded.replies import Replies
 from mlxroute.training.calibration import calibrate
 from mlxroute.training.fit import Fitted, fit, recall_table
 from mlxroute.training.labels import Labelled, collect
-from mlxroute.training.replies import Replies
 
 __all__ = ["Fitted", "Labelled", "Replies", "calibrate", "collect", "fit", "recall_table"]

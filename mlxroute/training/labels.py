@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 from mlxroute.questions.grading import mark, outcome
 from mlxroute.questions.question_files import Question, conversation
+from mlxroute.recorded.large_answers import Written, write
+from mlxroute.recorded.replies import Replies
 from mlxroute.small import Held, Reading, SmallModel
-from mlxroute.training.answers import Written, write
-from mlxroute.training.replies import Replies
 from mlxroute.types import Labels, Progress, no_progress
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from mlxroute.engine import generate
-from mlxroute.engine.onward import Onward
 from mlxroute.engine.options import MOST_PREFETCHED
 from mlxroute.questions.question_files import Question, conversation
+from mlxroute.recorded.forward_only import Onward
+from mlxroute.recorded.replies import Replies
 from mlxroute.routers import make
 from mlxroute.small import SmallModel
-from mlxroute.training.replies import Replies
 from mlxroute.types import Message, Mode, Progress, Sampling, Signals, Vocabulary
 
 _TIMEOUT_S = 600.0

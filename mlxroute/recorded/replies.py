@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from mlxroute.engine.protocols import Flight, NamedLarge
 from mlxroute.errors import LargeError
-from mlxroute.training.records import kept_lines
+from mlxroute.recorded.json_lines import kept_lines
 from mlxroute.types import LargeContext, LargeToken, Uploads
 
 _POLL_S = 0.1
