@@ -21,8 +21,8 @@ import requests
 from mlxroute.backend.load import load
 from mlxroute.catalog import Catalog
 from mlxroute.errors import LargeTimeout
+from mlxroute.hosting.launcher import LocalServer
 from mlxroute.large import LargeModel
-from mlxroute.large.launcher import LocalServer
 from mlxroute.questions.question_files import Question
 from mlxroute.recorded.large_answers import write
 from mlxroute.small import SmallModel

@@ -19,9 +19,9 @@ import pytest
 import requests
 
 from mlxroute.errors import LaunchError, NotEnoughSpace
+from mlxroute.hosting.launcher import LocalServer
 from mlxroute.large import LargeModel
 from mlxroute.large.dialects.mlx_lm import MlxLm
-from mlxroute.large.launcher import LocalServer
 from tests.tiny import make_tiny_model, teach_days
 
 
@@ -66,7 +66,7 @@ def test_a_started_server_generates_and_leaves_nothing_behind(tiny: Path, tmp_pa
 def test_a_server_ends_with_its_parent_even_when_that_is_killed(tiny: Path, tmp_path: Path) -> None:
     program = (
         "import sys, time; from pathlib import Path\n"
-        "from mlxroute.large.launcher import LocalServer\n"
+        "from mlxroute.hosting.launcher import LocalServer\n"
         "folder = Path(sys.argv[2])\n"
         "server = LocalServer.launch(Path(sys.argv[1]), cache_dir=folder / 'cache',\n"
         "                            log_path=folder / 'host.log')\n"

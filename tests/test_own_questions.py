@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 
 from mlxroute.cli import main
-from mlxroute.large.launcher import LocalServer
+from mlxroute.hosting.launcher import LocalServer
 from tests.tiny import make_tiny_model, teach_days
 
 

@@ -83,8 +83,8 @@ def _answer(
         ranks_of,
         router_of,
     )
+    from mlxroute.hosting.launcher import LocalServer
     from mlxroute.large import LargeModel
-    from mlxroute.large.launcher import LocalServer
 
     never_send = read_never_send(settings)
     settings = Settings(

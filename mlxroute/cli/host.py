@@ -15,7 +15,7 @@ def run_host(name: str | None, settings: Settings, *, port: int | None) -> int:
     """Serve a model until interrupted; its address is the one line on stdout."""
     from mlxroute.cli.output import consoles
     from mlxroute.cli.progress import Reporter
-    from mlxroute.large.launcher import LocalServer
+    from mlxroute.hosting.launcher import LocalServer
     from mlxroute.weights import resolve
 
     out, err = consoles()

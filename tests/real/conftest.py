@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlxroute.large.launcher import LocalServer
+from mlxroute.hosting.launcher import LocalServer
 from mlxroute.small import SmallModel
 from tests.conftest import CACHE_DIR
 

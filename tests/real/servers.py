@@ -25,7 +25,7 @@ from pathlib import Path
 import requests
 
 from mlxroute.catalog import Catalog
-from mlxroute.large.launcher import LocalServer
+from mlxroute.hosting.launcher import LocalServer
 from mlxroute.types import no_notice, no_progress
 from mlxroute.weights import resolve
 from mlxroute.weights.index import fetch_gguf

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlxroute import EntropyRouter, LargeModel, generate
-from mlxroute.large.launcher import LocalServer
+from mlxroute.hosting.launcher import LocalServer
 from mlxroute.small import SmallModel
 from mlxroute.types import Source
 from tests.conftest import CACHE_DIR

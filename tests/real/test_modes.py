@@ -12,7 +12,7 @@ import pytest
 
 from mlxroute import EntropyRouter, LargeModel, generate
 from mlxroute.bench.delayed import DelayedServer
-from mlxroute.large.launcher import LocalServer
+from mlxroute.hosting.launcher import LocalServer
 from mlxroute.small import SmallModel
 from mlxroute.tokenizers.chat_template import ChatTokenizer
 from mlxroute.types import Mode, RunStats, Token

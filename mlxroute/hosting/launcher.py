@@ -181,7 +181,7 @@ def _spawn(
         return subprocess.Popen(
             [
                 # -P: what lies in the current directory must not be imported.
-                *(sys.executable, "-P", "-m", "mlxroute.host_process"),
+                *(sys.executable, "-P", "-m", "mlxroute.hosting.mlx_lm_child"),
                 *("--model", str(model_path), "--cache-dir", str(cache_dir)),
                 *("--socket-fd", str(listener.fileno())),
             ],

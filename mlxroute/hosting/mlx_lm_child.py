@@ -1,6 +1,6 @@
 """The child process of `mlxroute host`: `mlx_lm.server` on a socket its parent opened.
 
-Run as `python -m mlxroute.host_process`. It ends when its standard input does, so it never
+Run as `python -m mlxroute.hosting.mlx_lm_child`. It ends when its standard input does, so it never
 outlives the parent that holds the other end, however that one dies.
 """
 
