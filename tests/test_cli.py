@@ -13,7 +13,7 @@ import pytest
 
 from mlxroute.cli import main
 from mlxroute.cli.output import write_object
-from mlxroute.large import breaker
+from mlxroute.large.http import circuit_breaker
 from tests.tiny import make_tiny_model
 
 UNREACHABLE = "http://127.0.0.1:9/v1"

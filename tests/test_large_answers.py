@@ -31,8 +31,9 @@ from mlxroute.errors import (
     LargeUnavailable,
     LargeUnreachable,
 )
-from mlxroute.large import LargeModel, retry
-from mlxroute.large.transport import MOST_GIVEN_UP
+from mlxroute.large import LargeModel
+from mlxroute.large.http import retry
+from mlxroute.large.http.transport import MOST_GIVEN_UP
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import LargeContext, LargeToken, Mode, Source, StopReason, Token, Uploads
 from tests.asking import legacy

@@ -15,7 +15,7 @@ from mlxroute.errors import (
     LargeUnreachable,
 )
 from mlxroute.large import LargeModel
-from mlxroute.large.breaker import FAILURES, Breaker
+from mlxroute.large.http.circuit_breaker import FAILURES, Breaker
 from tests.asking import VOCABULARY, legacy
 from tests.fakes import FakeClock
 from tests.loopback import Loopback, Reply, Request

@@ -23,8 +23,9 @@ from mlxroute.errors import (
     LargeTimeout,
     LargeUnreachable,
 )
-from mlxroute.large import LargeModel, retry
+from mlxroute.large import LargeModel
 from mlxroute.large.dialects.mlx_lm import MlxLm
+from mlxroute.large.http import retry
 from mlxroute.large.tokens import VllmTokens
 from tests.asking import THE, VOCABULARY, legacy
 from tests.loopback import Loopback, Reply, mlx_lm_reply

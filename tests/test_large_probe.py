@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from mlxroute.errors import LargeRefused, LargeTimeout, LargeUnreachable
-from mlxroute.large import LargeModel, retry
+from mlxroute.large import LargeModel
+from mlxroute.large.http import retry
 from mlxroute.large.probe import NothingFits, advice
 from mlxroute.large.verdict import Refusal, Verdict
 from tests import truthful

@@ -24,10 +24,11 @@ from mlxroute.errors import (
     LargeUnavailable,
     LargeUnreachable,
 )
-from mlxroute.large import LargeModel, retry
-from mlxroute.large.address import parse_address
-from mlxroute.large.deadline import Deadline
-from mlxroute.large.transport import Transport
+from mlxroute.large import LargeModel
+from mlxroute.large.http import retry
+from mlxroute.large.http.address import parse_address
+from mlxroute.large.http.deadline import Deadline
+from mlxroute.large.http.transport import Transport
 from tests.asking import VOCABULARY, legacy
 from tests.fakes import FakeClock
 from tests.loopback import Loopback, Reply

@@ -17,7 +17,7 @@ from mlxroute.large.bridge import Bridge
 from mlxroute.large.dialects import Dialect
 from mlxroute.large.dialects.llama_server import LlamaServer
 from mlxroute.large.dialects.vllm import VllmCompletions
-from mlxroute.large.flight import Flight
+from mlxroute.large.http.background import Flight
 from mlxroute.large.reader import TokenReader
 from mlxroute.large.wire import Completion, Entry, WireToken
 from mlxroute.types import LargeToken

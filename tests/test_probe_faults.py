@@ -18,7 +18,8 @@ from mlxroute.errors import (
     LargeTimeout,
     LargeUnreachable,
 )
-from mlxroute.large import LargeModel, retry
+from mlxroute.large import LargeModel
+from mlxroute.large.http import retry
 from tests.asking import legacy
 from tests.loopback import Loopback, Reply, Request
 from tests.settled import honest

@@ -21,8 +21,8 @@ from mlxroute.cli import main
 from mlxroute.config import Settings, load_settings, read_key
 from mlxroute.errors import LargeError
 from mlxroute.large import LargeModel
-from mlxroute.large.address import parse_address
-from mlxroute.large.transport import Transport
+from mlxroute.large.http.address import parse_address
+from mlxroute.large.http.transport import Transport
 from mlxroute.ledger import Ledger
 from tests.asking import VOCABULARY, legacy
 from tests.loopback import Loopback, Reply, Request

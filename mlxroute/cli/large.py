@@ -51,7 +51,7 @@ def tokenizer_finder(settings: Settings, address: str) -> Callable[[str], ChatTo
     """Finds the tokenizer of a model by the name its server gives it, if its files are here."""
 
     def find(name: str) -> ChatTokenizer | None:
-        from mlxroute.large.address import parse_address
+        from mlxroute.large.http.address import parse_address
 
         cache_dir = cache_dir_of(settings.cache_dir)
         folders = [Path(name)] if parse_address(address).is_loopback else []

@@ -18,9 +18,9 @@ import psutil
 import mlxroute
 from mlxroute.backend.load import check_memory, memory_needed
 from mlxroute.errors import LargeError, LaunchError
-from mlxroute.large.address import parse_address
-from mlxroute.large.deadline import Deadline
-from mlxroute.large.transport import Transport, printable
+from mlxroute.large.http.address import parse_address
+from mlxroute.large.http.deadline import Deadline
+from mlxroute.large.http.transport import Transport, printable
 from mlxroute.types import Progress, no_progress
 
 _POLL_S: Final = 0.1

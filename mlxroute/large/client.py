@@ -18,18 +18,18 @@ from mlxroute.errors import (
     LargeTimeout,
     UsageError,
 )
-from mlxroute.large.address import parse_address
 from mlxroute.large.answers import begun, one
 from mlxroute.large.asker import Answered, Asker, NotRepeated
-from mlxroute.large.breaker import Breaker
 from mlxroute.large.coming import Coming, may_do_whole
-from mlxroute.large.deadline import Deadline
 from mlxroute.large.dialects import Form, Prompt
-from mlxroute.large.flight import Flight, Tokens
+from mlxroute.large.http.address import parse_address
+from mlxroute.large.http.background import Flight, Tokens
+from mlxroute.large.http.circuit_breaker import Breaker
+from mlxroute.large.http.deadline import Deadline
+from mlxroute.large.http.transport import Transport, printable
 from mlxroute.large.pairing import Pairing, Pairings
 from mlxroute.large.settlement import Settlement
 from mlxroute.large.tokens import FileTokens, Tokenizer
-from mlxroute.large.transport import Transport, printable
 from mlxroute.large.verdict import Verdict
 from mlxroute.large.ways import Ways
 from mlxroute.ledger import Ledger

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused
-from mlxroute.large import retry
-from mlxroute.large.deadline import Deadline
-from mlxroute.large.flight import Tokens
+from mlxroute.large.http import retry
+from mlxroute.large.http.background import Tokens
+from mlxroute.large.http.deadline import Deadline
 from mlxroute.types import LargeToken
 
 

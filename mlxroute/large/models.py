@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError, LargeRefused
-from mlxroute.large.deadline import Deadline
-from mlxroute.large.transport import Transport, printable
+from mlxroute.large.http.deadline import Deadline
+from mlxroute.large.http.transport import Transport, printable
 from mlxroute.large.wire import parse_object, sequence
 
 _SHOWN: Final = 8

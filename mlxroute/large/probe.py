@@ -13,12 +13,12 @@ from typing import Final
 from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused
 from mlxroute.large import questions
 from mlxroute.large.asker import Answered, Asker
-from mlxroute.large.deadline import Deadline
 from mlxroute.large.dialects import LADDER, Dialect, Form, Prompt
+from mlxroute.large.http.deadline import Deadline
+from mlxroute.large.http.transport import printable
 from mlxroute.large.questions import Question
 from mlxroute.large.reader import REPLACEMENT
 from mlxroute.large.tokens import TokenSource
-from mlxroute.large.transport import printable
 from mlxroute.large.verdict import Check, Refusal
 from mlxroute.large.wire import Entry
 

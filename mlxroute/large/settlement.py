@@ -11,13 +11,13 @@ from typing import Final
 from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused, UsageError
 from mlxroute.large import questions
 from mlxroute.large.asker import Asker, NotRepeated
-from mlxroute.large.deadline import Deadline
 from mlxroute.large.dialects import LADDER, Dialect, dialect_named
+from mlxroute.large.http.deadline import Deadline
+from mlxroute.large.http.transport import Reply, Transport
 from mlxroute.large.match import fingerprint, same_decoded, same_entries, same_named
 from mlxroute.large.models import ServedModel, listed, served_models
 from mlxroute.large.probe import Found, NothingFits, Prober
 from mlxroute.large.tokens import FileTokens, ServerTokens, Tokenizer, TokenSource
-from mlxroute.large.transport import Reply, Transport
 from mlxroute.large.verdict import Verdict, VerdictFile
 from mlxroute.types import Vocabulary
 

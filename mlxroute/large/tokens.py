@@ -8,7 +8,7 @@ from typing import Final, Protocol
 
 from mlxroute.errors import LargeProtocolError, LargeRefused
 from mlxroute.large.dialects.interface import ANSWER_AT_ONCE
-from mlxroute.large.transport import Reply
+from mlxroute.large.http.transport import Reply
 from mlxroute.large.wire import parse_object, sequence, string, token_id
 from mlxroute.types import Message, Vocabulary
 

@@ -13,7 +13,7 @@ import pytest
 from mlxroute import EntropyRouter, LargeModel, generate
 from mlxroute.cli import main
 from mlxroute.hosting.launcher import LocalServer
-from mlxroute.large import breaker
+from mlxroute.large.http import circuit_breaker
 from mlxroute.small import SmallModel
 from mlxroute.types import Mode, Source, StopReason
 from tests.conftest import CACHE_DIR

@@ -23,10 +23,10 @@ from mlxroute.errors import (
     LargeUnavailable,
     LargeUnreachable,
 )
-from mlxroute.large import retry
-from mlxroute.large.address import Address
-from mlxroute.large.deadline import Deadline
-from mlxroute.large.session import Auth, SessionPool, checked_bundle
+from mlxroute.large.http import retry
+from mlxroute.large.http.address import Address
+from mlxroute.large.http.connections import Auth, SessionPool, checked_bundle
+from mlxroute.large.http.deadline import Deadline
 from mlxroute.ledger import Ledger
 
 MAX_REPLY_BYTES: Final = 1 << 20

@@ -18,7 +18,7 @@ from requests.auth import AuthBase, HTTPBasicAuth
 
 from mlxroute._version import __version__
 from mlxroute.errors import UsageError
-from mlxroute.large.address import Address
+from mlxroute.large.http.address import Address
 
 
 class Auth(AuthBase):

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from mlxroute.errors import LargeError, LargeProtocolError
-from mlxroute.large.deadline import Deadline
+from mlxroute.large.http.deadline import Deadline
 from mlxroute.types import LargeToken
 
 Tokens = tuple[LargeToken, ...]
