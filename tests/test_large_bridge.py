@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from mlxroute.errors import LargeProtocolError
 from mlxroute.large.bridge import Bridge
+from mlxroute.large.dialects.json_fields import Entry, WireToken
 from mlxroute.large.reader import TokenReader
-from mlxroute.large.wire import Entry, WireToken
 from mlxroute.tokenizers.byte_pieces import BYTE_OF
 from mlxroute.tokenizers.token_vocabulary import TokenVocabulary
 from tests import real_vocabularies

@@ -11,8 +11,8 @@ import pytest
 from mlxroute.errors import LargeProtocolError
 from mlxroute.large.bridge import Bridge, Bridged
 from mlxroute.large.dialects import Dialect, Prompt, dialect_named
+from mlxroute.large.dialects.json_fields import Entry, WireToken
 from mlxroute.large.reader import TokenReader
-from mlxroute.large.wire import Entry, WireToken
 from tests.asking import (
     MLX_LM,
     PLAIN,

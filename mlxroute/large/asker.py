@@ -10,12 +10,18 @@ from typing import Final
 
 from mlxroute.errors import LargeProtocolError, LargeRefused
 from mlxroute.large.dialects import Ask, Dialect, Prompt, Streaming
-from mlxroute.large.events import events, is_events
+from mlxroute.large.dialects.json_fields import (
+    Completion,
+    Entry,
+    error_in,
+    error_message,
+    parse_object,
+)
+from mlxroute.large.dialects.sse import events, is_events
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import Hears, Reply, Transport, printable
 from mlxroute.large.reader import TokenReader
 from mlxroute.large.replay import SentPrompts, Usage
-from mlxroute.large.wire import Completion, Entry, error_in, error_message, parse_object
 from mlxroute.ledger import Ledger
 from mlxroute.types import LargeContext
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlxroute.errors import LargeProtocolError
+from mlxroute.large.dialects.json_fields import Entry, WireToken
 from mlxroute.large.reader import REPLACEMENT, TokenReader
-from mlxroute.large.wire import Entry, WireToken
 from mlxroute.types import Vocabulary
 
 

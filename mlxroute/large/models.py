@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError, LargeRefused
+from mlxroute.large.dialects.json_fields import parse_object, sequence
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import Transport, printable
-from mlxroute.large.wire import parse_object, sequence
 
 _SHOWN: Final = 8
 

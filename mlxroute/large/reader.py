@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
+from mlxroute.large.dialects.json_fields import Entry, WireToken
 from mlxroute.large.pieces import PieceReader, is_special
-from mlxroute.large.wire import Entry, WireToken
 from mlxroute.types import Vocabulary
 
 REPLACEMENT: Final = "\ufffd"

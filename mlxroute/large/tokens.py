@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
 from mlxroute.errors import LargeProtocolError, LargeRefused
-from mlxroute.large.dialects.interface import ANSWER_AT_ONCE
+from mlxroute.large.dialects.base import ANSWER_AT_ONCE
+from mlxroute.large.dialects.json_fields import parse_object, sequence, string, token_id
 from mlxroute.large.http.transport import Reply
-from mlxroute.large.wire import parse_object, sequence, string, token_id
 from mlxroute.types import Message, Vocabulary
 
 _SAMPLE: Final = "Hello world"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from mlxroute.large.dialects.chat import ChatContinuation, Continue
+from mlxroute.large.dialects.base import Ask, Dialect, Form, Prompt, Streaming
+from mlxroute.large.dialects.chat_continuation import ChatContinuation, Continue
 from mlxroute.large.dialects.completions import PlainCompletions
-from mlxroute.large.dialects.interface import Ask, Dialect, Form, Prompt, Streaming
 from mlxroute.large.dialects.llama_server import LlamaServer
 from mlxroute.large.dialects.mlx_lm import MlxLm
 from mlxroute.large.dialects.ollama import OllamaGenerate

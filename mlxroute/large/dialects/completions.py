@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.interface import Ask, Form, Prompt
-from mlxroute.large.pieces import is_special
-from mlxroute.large.wire import (
+from mlxroute.large.dialects.base import Ask, Form, Prompt
+from mlxroute.large.dialects.json_fields import (
     Completion,
     Entry,
     WireToken,
@@ -24,6 +23,7 @@ from mlxroute.large.wire import (
     string,
     token_id,
 )
+from mlxroute.large.pieces import is_special
 
 
 class PlainCompletions:

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.interface import Ask, Form, Prompt
-from mlxroute.large.events import strung
-from mlxroute.large.wire import (
+from mlxroute.large.dialects.base import Ask, Form, Prompt
+from mlxroute.large.dialects.json_fields import (
     Completion,
     Entry,
     WireToken,
@@ -19,6 +18,7 @@ from mlxroute.large.wire import (
     string,
     token_id,
 )
+from mlxroute.large.dialects.sse import strung
 
 _FIELDS: Final = [
     *("content", "tokens", "stop_type", "completion_probabilities"),

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.interface import Ask, Form, Prompt
-from mlxroute.large.wire import (
+from mlxroute.large.dialects.base import Ask, Form, Prompt
+from mlxroute.large.dialects.json_fields import (
     Completion,
     Entry,
     WireToken,

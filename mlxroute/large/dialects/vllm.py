@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.interface import Ask, Form, Prompt
-from mlxroute.large.events import strung_choices
-from mlxroute.large.wire import (
+from mlxroute.large.dialects.base import Ask, Form, Prompt
+from mlxroute.large.dialects.json_fields import (
     Completion,
     Entry,
     WireToken,
@@ -24,6 +23,7 @@ from mlxroute.large.wire import (
     string,
     token_id,
 )
+from mlxroute.large.dialects.sse import strung_choices
 
 _NAMED_ID = re.compile(r"token_id:(\d{1,9})")
 

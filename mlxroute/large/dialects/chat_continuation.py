@@ -7,8 +7,8 @@ from enum import Enum
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.interface import ANSWER_AT_ONCE, Ask, Form, Prompt
-from mlxroute.large.wire import (
+from mlxroute.large.dialects.base import ANSWER_AT_ONCE, Ask, Form, Prompt
+from mlxroute.large.dialects.json_fields import (
     Completion,
     Entry,
     WireToken,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Protocol, runtime_checkable
 
-from mlxroute.large.wire import Completion
+from mlxroute.large.dialects.json_fields import Completion
 from mlxroute.types import Message
 
 ANSWER_AT_ONCE: Final = {"chat_template_kwargs": {"enable_thinking": False}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from mlxroute.large.wire import first_choice, mapping, parse_object, sequence
+from mlxroute.large.dialects.json_fields import first_choice, mapping, parse_object, sequence
 
 _DATA: Final = b"data:"
 _DONE: Final = b"[DONE]"
