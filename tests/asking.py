@@ -10,8 +10,8 @@ from typing import Any
 
 from mlxroute.large import LargeModel
 from mlxroute.large.dialects import dialect_named
-from mlxroute.large.tokens import Tokenizer
 from mlxroute.large.verdict import Verdict, VerdictFile
+from mlxroute.large.vocabulary.tokenizers import Tokenizer
 from mlxroute.types import LargeToken
 from tests.loopback import Loopback, Reply, mlx_lm_reply
 from tests.vocabularies import TableVocabulary, context

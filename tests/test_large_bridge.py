@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.bridge import Bridge
 from mlxroute.large.dialects.json_fields import Entry, WireToken
-from mlxroute.large.reader import TokenReader
+from mlxroute.large.vocabulary.bridge import Bridge
+from mlxroute.large.vocabulary.token_reader import TokenReader
 from mlxroute.tokenizers.byte_pieces import BYTE_OF
 from mlxroute.tokenizers.token_vocabulary import TokenVocabulary
 from tests import real_vocabularies

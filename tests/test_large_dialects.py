@@ -9,7 +9,7 @@ import pytest
 from mlxroute.errors import LargeProtocolError
 from mlxroute.large.dialects import Ask
 from mlxroute.large.dialects.json_fields import Completion, Entry
-from mlxroute.large.reader import TokenReader
+from mlxroute.large.vocabulary.token_reader import TokenReader
 from tests.prompt_forms import TEXT, dialect, prompt_for
 from tests.vocabularies import TableVocabulary
 

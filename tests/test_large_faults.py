@@ -26,7 +26,7 @@ from mlxroute.errors import (
 from mlxroute.large import LargeModel
 from mlxroute.large.dialects.mlx_lm import MlxLm
 from mlxroute.large.http import retry
-from mlxroute.large.tokens import VllmTokens
+from mlxroute.large.vocabulary.tokenizers import VllmTokens
 from tests.asking import THE, VOCABULARY, legacy
 from tests.loopback import Loopback, Reply, mlx_lm_reply
 from tests.settled import PLAIN, ask_once, settled

@@ -15,9 +15,14 @@ from mlxroute.engine.text import spans
 from mlxroute.errors import LargeProtocolError, LargeRefused, UsageError
 from mlxroute.large.dialects import Dialect, dialect_named
 from mlxroute.large.http.transport import Reply
-from mlxroute.large.match import fingerprint, same_decoded, same_entries, same_named
-from mlxroute.large.prompt import PromptBuilder
-from mlxroute.large.tokens import FileTokens, ServerTokens
+from mlxroute.large.vocabulary.prompt_builder import PromptBuilder
+from mlxroute.large.vocabulary.same_vocabulary import (
+    fingerprint,
+    same_decoded,
+    same_entries,
+    same_named,
+)
+from mlxroute.large.vocabulary.tokenizers import FileTokens, ServerTokens
 from mlxroute.types import LargeContext, Message, Span
 from tests import truthful
 from tests.loopback import Request

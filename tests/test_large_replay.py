@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxroute.large.replay import SentPrompts, Usage
+from mlxroute.large.vocabulary.mlx_lm_cache_guard import SentPrompts, Usage
 from tests.vocabularies import TableVocabulary, context
 
 # No piece begins another, so a text has one tokenisation; "Ã" and "©" are the halves of "é".

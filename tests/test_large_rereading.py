@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mlxroute.large.rereading import as_read, read_alike
+from mlxroute.large.vocabulary.retokenised import as_read, read_alike
 from mlxroute.types import LargeContext, Span, Vocabulary
 from tests import real_vocabularies
 from tests.real_vocabularies import ANY_TEXT

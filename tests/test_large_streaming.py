@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from mlxroute.large import LargeModel
-from mlxroute.large.answers import begun as first_ones
 from mlxroute.large.asker import Answered
-from mlxroute.large.bridge import Bridge
 from mlxroute.large.dialects import Dialect
 from mlxroute.large.dialects.json_fields import Completion, Entry, WireToken
 from mlxroute.large.dialects.llama_server import LlamaServer
 from mlxroute.large.dialects.vllm import VllmCompletions
 from mlxroute.large.http.background import Flight
-from mlxroute.large.reader import TokenReader
+from mlxroute.large.vocabulary.bridge import Bridge
+from mlxroute.large.vocabulary.reply_reader import begun as first_ones
+from mlxroute.large.vocabulary.token_reader import TokenReader
 from mlxroute.types import LargeToken
 from tests.asking import VOCABULARY
 from tests.loopback import Loopback, Reply, Request

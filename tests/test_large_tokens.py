@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.bridge import Bridge, Bridged
 from mlxroute.large.dialects import Dialect, Prompt, dialect_named
 from mlxroute.large.dialects.json_fields import Entry, WireToken
-from mlxroute.large.reader import TokenReader
+from mlxroute.large.vocabulary.bridge import Bridge, Bridged
+from mlxroute.large.vocabulary.token_reader import TokenReader
 from tests.asking import (
     MLX_LM,
     PLAIN,

@@ -20,8 +20,8 @@ from mlxroute.large.dialects.json_fields import (
 from mlxroute.large.dialects.sse import events, is_events
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import Hears, Reply, Transport, printable
-from mlxroute.large.reader import TokenReader
-from mlxroute.large.replay import SentPrompts, Usage
+from mlxroute.large.vocabulary.mlx_lm_cache_guard import SentPrompts, Usage
+from mlxroute.large.vocabulary.token_reader import TokenReader
 from mlxroute.ledger import Ledger
 from mlxroute.types import LargeContext
 

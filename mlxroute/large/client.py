@@ -18,7 +18,6 @@ from mlxroute.errors import (
     LargeTimeout,
     UsageError,
 )
-from mlxroute.large.answers import begun, one
 from mlxroute.large.asker import Answered, Asker, NotRepeated
 from mlxroute.large.coming import Coming, may_do_whole
 from mlxroute.large.dialects import Form, Prompt
@@ -29,8 +28,9 @@ from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import Transport, printable
 from mlxroute.large.pairing import Pairing, Pairings
 from mlxroute.large.settlement import Settlement
-from mlxroute.large.tokens import FileTokens, Tokenizer
 from mlxroute.large.verdict import Verdict
+from mlxroute.large.vocabulary.reply_reader import begun, one
+from mlxroute.large.vocabulary.tokenizers import FileTokens, Tokenizer
 from mlxroute.large.ways import Ways
 from mlxroute.ledger import Ledger
 from mlxroute.types import LargeContext, LargeToken, Uploads, Vocabulary

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlxroute.large.bridge import Bridge
 from mlxroute.large.dialects import reading_ids
-from mlxroute.large.prompt import PromptBuilder
-from mlxroute.large.reader import TokenReader
 from mlxroute.large.settlement import Settlement, Terms
+from mlxroute.large.vocabulary.bridge import Bridge
+from mlxroute.large.vocabulary.prompt_builder import PromptBuilder
+from mlxroute.large.vocabulary.token_reader import TokenReader
 from mlxroute.types import Vocabulary
 
 

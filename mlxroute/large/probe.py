@@ -18,9 +18,9 @@ from mlxroute.large.dialects.json_fields import Entry
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import printable
 from mlxroute.large.questions import Question
-from mlxroute.large.reader import REPLACEMENT
-from mlxroute.large.tokens import TokenSource
 from mlxroute.large.verdict import Check, Refusal
+from mlxroute.large.vocabulary.token_reader import REPLACEMENT
+from mlxroute.large.vocabulary.tokenizers import TokenSource
 
 # Statuses that say nothing about the dialect: the key, the load, the server's health. A plain 500
 # is what many servers answer to a body that they do not understand.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from mlxroute.large.dialects import Form, Prompt
-from mlxroute.large.tokens import TokenSource
+from mlxroute.large.vocabulary.tokenizers import TokenSource
 from mlxroute.types import Message
 
 

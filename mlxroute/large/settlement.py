@@ -14,11 +14,16 @@ from mlxroute.large.asker import Asker, NotRepeated
 from mlxroute.large.dialects import LADDER, Dialect, dialect_named
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import Reply, Transport
-from mlxroute.large.match import fingerprint, same_decoded, same_entries, same_named
 from mlxroute.large.models import ServedModel, listed, served_models
 from mlxroute.large.probe import Found, NothingFits, Prober
-from mlxroute.large.tokens import FileTokens, ServerTokens, Tokenizer, TokenSource
 from mlxroute.large.verdict import Verdict, VerdictFile
+from mlxroute.large.vocabulary.same_vocabulary import (
+    fingerprint,
+    same_decoded,
+    same_entries,
+    same_named,
+)
+from mlxroute.large.vocabulary.tokenizers import FileTokens, ServerTokens, Tokenizer, TokenSource
 from mlxroute.types import Vocabulary
 
 _MISFITS: Final = 2

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from mlxroute.large.answers import Read, one, several
 from mlxroute.large.dialects import Streaming
 from mlxroute.large.settlement import Terms
+from mlxroute.large.vocabulary.reply_reader import Read, one, several
 
 _MOST_PARTS: Final = 6
 _TEXT_ONLY_RUNG: Final = 4

@@ -23,7 +23,7 @@ from mlxroute.large.dialects.json_fields import (
     string,
     token_id,
 )
-from mlxroute.large.pieces import is_special
+from mlxroute.large.vocabulary.piece_reader import is_special
 
 
 class PlainCompletions:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from mlxroute.large.dialects.json_fields import Entry, WireToken
-from mlxroute.large.pieces import PieceReader, is_special
+from mlxroute.large.vocabulary.piece_reader import PieceReader, is_special
 from mlxroute.types import Vocabulary
 
 REPLACEMENT: Final = "\ufffd"

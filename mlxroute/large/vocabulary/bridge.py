@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mlxroute.errors import LargeProtocolError
 from mlxroute.large.dialects.json_fields import Entry, WireToken
-from mlxroute.large.reader import REPLACEMENT, TokenReader
+from mlxroute.large.vocabulary.token_reader import REPLACEMENT, TokenReader
 from mlxroute.types import Vocabulary
 
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Protocol
 
 from mlxroute.large.asker import Answered
-from mlxroute.large.bridge import Bridge, Bridged
 from mlxroute.large.dialects.json_fields import Entry
-from mlxroute.large.reader import TokenReader
+from mlxroute.large.vocabulary.bridge import Bridge, Bridged
+from mlxroute.large.vocabulary.token_reader import TokenReader
 from mlxroute.types import LargeToken
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlxroute.errors import LargeProtocolError, UsageError
-from mlxroute.large import rereading
 from mlxroute.large.dialects import Dialect, Form, Prompt
-from mlxroute.large.tokens import TokenSource
+from mlxroute.large.vocabulary import retokenised
+from mlxroute.large.vocabulary.tokenizers import TokenSource
 from mlxroute.types import LargeContext, LargeToken
 
 
@@ -26,13 +26,13 @@ class PromptBuilder:
 
     def as_read(self, context: LargeContext) -> LargeContext:
         """The context as the server will read it; see `rereading`."""
-        return rereading.as_read(context) if self._is_reread else context
+        return retokenised.as_read(context) if self._is_reread else context
 
     def read_alike(
         self, context: LargeContext, tokens: Sequence[LargeToken]
     ) -> Sequence[LargeToken]:
         """As many of these as calls of their own would have brought; see `rereading`."""
-        return rereading.read_alike(context, tokens) if self._is_reread else tokens
+        return retokenised.read_alike(context, tokens) if self._is_reread else tokens
 
     @property
     def _is_reread(self) -> bool:
