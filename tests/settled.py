@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from mlxroute.large import LargeModel, questions
+from mlxroute.large import LargeModel
 from mlxroute.large.dialects import Dialect
 from mlxroute.large.dialects.completions import PlainCompletions
-from mlxroute.large.settlement import Terms
+from mlxroute.large.negotiation import probe_questions
+from mlxroute.large.negotiation.negotiator import Terms
 from mlxroute.types import LargeToken
 from tests.asking import VOCABULARY, legacy
 from tests.loopback import Loopback, Reply, Request
@@ -18,9 +19,13 @@ PLAIN: Final = PlainCompletions(logprobs=True)
 _COUNTING_ON: Final = (" 12", ",", " 13", ",", " 14", ",", " 15")
 _WRITTEN: Final = {
     question.begun: (question.expected,)
-    for question in (*questions.MID_WORD, *questions.TRAILING_SPACE, *questions.MULTI_BYTE)
+    for question in (
+        *probe_questions.MID_WORD,
+        *probe_questions.TRAILING_SPACE,
+        *probe_questions.MULTI_BYTE,
+    )
 } | {
-    questions.COUNTING.begun + "".join(_COUNTING_ON[:count]): _COUNTING_ON[count:]
+    probe_questions.COUNTING.begun + "".join(_COUNTING_ON[:count]): _COUNTING_ON[count:]
     for count in range(len(_COUNTING_ON))
 }
 

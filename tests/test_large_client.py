@@ -11,7 +11,7 @@ import pytest
 
 from mlxroute.errors import LargeProtocolError, LargeRefused, UsageError
 from mlxroute.large import LargeModel
-from mlxroute.large.verdict import VerdictFile
+from mlxroute.large.negotiation.capabilities import VerdictFile
 from mlxroute.types import Message, Span
 from tests import truthful
 from tests.asking import MLX_LM, PLAIN, THE, VOCABULARY, ask_plain, legacy, remembered

@@ -11,8 +11,8 @@ import pytest
 from mlxroute.errors import LargeRefused, LargeTimeout, LargeUnreachable
 from mlxroute.large import LargeModel
 from mlxroute.large.http import retry
-from mlxroute.large.probe import NothingFits, advice
-from mlxroute.large.verdict import Refusal, Verdict
+from mlxroute.large.negotiation.capabilities import Refusal, Verdict
+from mlxroute.large.negotiation.prober import NothingFits, advice
 from tests import truthful
 from tests.loopback import Loopback, Reply, Request
 from tests.truthful import Ids, Json, Truthful

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlxroute.large import LargeModel
-from mlxroute.large.verdict import VerdictFile
+from mlxroute.large.negotiation.capabilities import VerdictFile
 from tests.asking import remember
 from tests.loopback import Loopback
 from tests.truthful import Truthful

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mlxroute.large import LargeModel
-    from mlxroute.large.verdict import Refusal, Verdict
+    from mlxroute.large.negotiation.capabilities import Refusal, Verdict
     from mlxroute.tokenizers.chat_template import ChatTokenizer
 
 _RUNGS = {
@@ -89,7 +89,7 @@ def run_probe(address: str, settings: Settings) -> int:
         raise UsageError("--offline opens no socket, so there is nothing to probe")
     from mlxroute.cli.output import consoles
     from mlxroute.cli.session import open_ledger
-    from mlxroute.large.probe import NothingFits
+    from mlxroute.large.negotiation.prober import NothingFits
 
     out, err = consoles()
     with open_ledger(settings) as ledger, large_model(settings, address, ledger) as large:

@@ -26,9 +26,9 @@ from mlxroute.large.http.background import Flight, Tokens
 from mlxroute.large.http.circuit_breaker import Breaker
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import Transport, printable
-from mlxroute.large.pairing import Pairing, Pairings
-from mlxroute.large.settlement import Settlement
-from mlxroute.large.verdict import Verdict
+from mlxroute.large.negotiation.capabilities import Verdict
+from mlxroute.large.negotiation.negotiator import Settlement
+from mlxroute.large.negotiation.vocabulary_pairing import Pairing, Pairings
 from mlxroute.large.vocabulary.reply_reader import begun, one
 from mlxroute.large.vocabulary.tokenizers import FileTokens, Tokenizer
 from mlxroute.large.ways import Ways

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from mlxroute.large.dialects import Streaming
-from mlxroute.large.settlement import Terms
+from mlxroute.large.negotiation.negotiator import Terms
 from mlxroute.large.vocabulary.reply_reader import Read, one, several
 
 _MOST_PARTS: Final = 6

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlxroute.large.dialects import reading_ids
-from mlxroute.large.settlement import Settlement, Terms
+from mlxroute.large.negotiation.negotiator import Settlement, Terms
 from mlxroute.large.vocabulary.bridge import Bridge
 from mlxroute.large.vocabulary.prompt_builder import PromptBuilder
 from mlxroute.large.vocabulary.token_reader import TokenReader

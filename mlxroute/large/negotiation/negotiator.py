@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Final
 
 from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused, UsageError
-from mlxroute.large import questions
 from mlxroute.large.asker import Asker, NotRepeated
 from mlxroute.large.dialects import LADDER, Dialect, dialect_named
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import Reply, Transport
-from mlxroute.large.models import ServedModel, listed, served_models
-from mlxroute.large.probe import Found, NothingFits, Prober
-from mlxroute.large.verdict import Verdict, VerdictFile
+from mlxroute.large.negotiation import probe_questions
+from mlxroute.large.negotiation.capabilities import Verdict, VerdictFile
+from mlxroute.large.negotiation.prober import Found, NothingFits, Prober
+from mlxroute.large.negotiation.served_models import ServedModel, listed, served_models
 from mlxroute.large.vocabulary.same_vocabulary import (
     fingerprint,
     same_decoded,
@@ -128,7 +128,7 @@ class Settlement:
         """The same by what replies name; a server that names tokens is asked for enough of them."""
         assert self.terms is not None
         reader, prober, before = self._asker.reader, self._prober(), 0
-        for question in questions.MANY_TOKENS:
+        for question in probe_questions.MANY_TOKENS:
             named = reader.named
             if len(named) == before or same_named(vocabulary, named) is not None:
                 break

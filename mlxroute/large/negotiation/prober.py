@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused
-from mlxroute.large import questions
 from mlxroute.large.asker import Answered, Asker
 from mlxroute.large.dialects import LADDER, Dialect, Form, Prompt
 from mlxroute.large.dialects.json_fields import Entry
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import printable
-from mlxroute.large.questions import Question
-from mlxroute.large.verdict import Check, Refusal
+from mlxroute.large.negotiation import probe_questions
+from mlxroute.large.negotiation.capabilities import Check, Refusal
+from mlxroute.large.negotiation.probe_questions import Question
 from mlxroute.large.vocabulary.token_reader import REPLACEMENT
 from mlxroute.large.vocabulary.tokenizers import TokenSource
 
@@ -114,7 +114,7 @@ class Prober:
 
     def _mid_word(self, dialect: Dialect) -> Check:
         wrote = ""
-        for question in questions.MID_WORD:
+        for question in probe_questions.MID_WORD:
             wrote = self._text(dialect, self._prompt(dialect, question))
             if _continues(wrote, question.expected):
                 return Check("mid-word", True, f"{question.begun[-8:]!r} + {wrote!r}")
@@ -122,7 +122,7 @@ class Prober:
 
     def _trailing_space(self, dialect: Dialect) -> Check:
         wrote = ""
-        for question in questions.TRAILING_SPACE:
+        for question in probe_questions.TRAILING_SPACE:
             wrote = self._text(dialect, self._prompt(dialect, question))
             if _continues(wrote, question.expected):
                 return Check("trailing space", True, f"{question.begun[-6:]!r} + {wrote!r}")
@@ -133,7 +133,7 @@ class Prober:
     def _multi_byte(self, dialect: Dialect) -> Check:
         wrote = ""
         parts_lost = False
-        for question in questions.MULTI_BYTE:
+        for question in probe_questions.MULTI_BYTE:
             prompt = self._prompt(dialect, question)
             first = self._ask(dialect, prompt, 1)
             data = self._asker.reader.data(first.entries[0].token)
@@ -159,7 +159,7 @@ class Prober:
 
     def _consecutive(self, dialect: Dialect) -> Check:
         """Two calls for one token each write what one call for two tokens does."""
-        prompt = self._prompt(dialect, questions.COUNTING)
+        prompt = self._prompt(dialect, probe_questions.COUNTING)
         both = self._ask(dialect, prompt, 2)
         first = self._ask(dialect, prompt, 1)
         wrote = self._asker.reader.data(first.entries[0].token)
@@ -178,7 +178,7 @@ class Prober:
         prompt = self._chat(dialect)
         if prompt is None:
             return Check("end of answer", None, "the chat template is not known")
-        whole = self._ask(dialect, prompt, questions.SHORT_ANSWER_TOKENS)
+        whole = self._ask(dialect, prompt, probe_questions.SHORT_ANSWER_TOKENS)
         if not whole.completion.ends:
             return Check("end of answer", None, "the model had not ended after a sentence")
         for entry in whole.entries[:-1] if len(whole.entries) > 1 else ():
@@ -192,7 +192,7 @@ class Prober:
         return Check("end of answer", True, "said by finish reason")
 
     def _logprobs(self, dialect: Dialect) -> Check:
-        entry = self._ask(dialect, self._prompt(dialect, questions.COUNTING), 1).entries[0]
+        entry = self._ask(dialect, self._prompt(dialect, probe_questions.COUNTING), 1).entries[0]
         value, top = entry.token.logprob, [other.logprob or 0.0 for other in entry.top]
         if value is None or not top:
             return Check("logprobs", False, "there are none")
@@ -203,17 +203,19 @@ class Prober:
         return Check("logprobs", True, f"{len(top)} alternatives")
 
     def _ids(self, dialect: Dialect) -> Check:
-        entry = self._ask(dialect, self._prompt(dialect, questions.COUNTING), 1).entries[0]
+        entry = self._ask(dialect, self._prompt(dialect, probe_questions.COUNTING), 1).entries[0]
         assert self._tokens is not None
         data = self._asker.reader.data(entry.token)
-        ids = self._tokens.encode(questions.COUNTING.begun + (data or b"").decode(errors="ignore"))
+        ids = self._tokens.encode(
+            probe_questions.COUNTING.begun + (data or b"").decode(errors="ignore")
+        )
         if entry.token.token_id in ids:
             return Check("ids round-trip", True, f"by {self._tokens.name}")
         return Check("ids round-trip", False, f"id {entry.token.token_id} is not that of its text")
 
     def _caching(self, dialect: Dialect) -> Check:
         """Whether a prompt's second half is all that the second call has to compute."""
-        question = questions.COUNTING
+        question = probe_questions.COUNTING
         longer = Question(question.begun + " 12, 13, 14,", " 15", question.request)
         self._ask(dialect, self._prompt(dialect, question), 1)
         after = self._ask(dialect, self._prompt(dialect, longer), 1).completion
@@ -229,7 +231,7 @@ class Prober:
         return prompt
 
     def _chat(self, dialect: Dialect) -> Prompt | None:
-        messages = questions.SHORT_ANSWER
+        messages = probe_questions.SHORT_ANSWER
         if dialect.form is Form.CHAT:
             return Prompt(messages=messages)
         if self._tokens is None:
