@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mlxroute.large import LargeModel
-from mlxroute.large.asker import Answered
+from mlxroute.large.completion_request import Answered
 from mlxroute.large.dialects import Dialect
 from mlxroute.large.dialects.json_fields import Completion, Entry, WireToken
 from mlxroute.large.dialects.llama_server import LlamaServer

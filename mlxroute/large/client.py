@@ -18,8 +18,7 @@ from mlxroute.errors import (
     LargeTimeout,
     UsageError,
 )
-from mlxroute.large.asker import Answered, Asker, NotRepeated
-from mlxroute.large.coming import Coming, may_do_whole
+from mlxroute.large.completion_request import Answered, Asker, NotRepeated
 from mlxroute.large.dialects import Form, Prompt
 from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.background import Flight, Tokens
@@ -29,9 +28,10 @@ from mlxroute.large.http.transport import Transport, printable
 from mlxroute.large.negotiation.capabilities import Verdict
 from mlxroute.large.negotiation.negotiator import Settlement
 from mlxroute.large.negotiation.vocabulary_pairing import Pairing, Pairings
+from mlxroute.large.request_plan import Ways
+from mlxroute.large.streaming import Coming, may_do_whole
 from mlxroute.large.vocabulary.reply_reader import begun, one
 from mlxroute.large.vocabulary.tokenizers import FileTokens, Tokenizer
-from mlxroute.large.ways import Ways
 from mlxroute.ledger import Ledger
 from mlxroute.types import LargeContext, LargeToken, Uploads, Vocabulary
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused, UsageError
-from mlxroute.large.asker import Asker, NotRepeated
+from mlxroute.large.completion_request import Asker, NotRepeated
 from mlxroute.large.dialects import LADDER, Dialect, dialect_named
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import Reply, Transport

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused
-from mlxroute.large.asker import Answered, Asker
+from mlxroute.large.completion_request import Answered, Asker
 from mlxroute.large.dialects import LADDER, Dialect, Form, Prompt
 from mlxroute.large.dialects.json_fields import Entry
 from mlxroute.large.http.deadline import Deadline

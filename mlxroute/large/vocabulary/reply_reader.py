@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from mlxroute.large.asker import Answered
+from mlxroute.large.completion_request import Answered
 from mlxroute.large.dialects.json_fields import Entry
 from mlxroute.large.vocabulary.bridge import Bridge, Bridged
 from mlxroute.large.vocabulary.token_reader import TokenReader
