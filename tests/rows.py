@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlxroute.small.kernels.row import ALL_MASKED, HEAD, INF_SEEN, NAN_SEEN, TOP_K, unpack
+from mlxroute.small.kernels.packed_row import ALL_MASKED, HEAD, INF_SEEN, NAN_SEEN, TOP_K, unpack
 
 Row = npt.NDArray[Any]
 ENTROPY_BOUND = 1e-5

@@ -16,8 +16,8 @@ from mlxroute.bench.kernels import bench_kernels
 from mlxroute.bench.speed import bench_speed
 from mlxroute.cli import main
 from mlxroute.small import SmallModel
-from mlxroute.small.head import SIGNAL_COUNT, MlpHead
-from mlxroute.small.kernels import graph
+from mlxroute.small.kernels import graph_kernel
+from mlxroute.small.mlp_head import SIGNAL_COUNT, MlpHead
 from tests.tiny import make_tiny_model
 
 
@@ -52,7 +52,7 @@ def test_bench_kernels_reports_times_ratios_and_errors() -> None:
 
 
 def test_a_kernel_that_is_wrong_shows_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = graph.pack_signals
+    plain = graph_kernel.pack_signals
     monkeypatch.setattr(graph, "pack_signals", lambda logits: plain(logits * 1.1))
     (entry,) = bench_kernels(rounds=1, sizes=(3000,))["kernels"]
     assert entry["error"]["graph"]["entropy_nats"] > 1e-2

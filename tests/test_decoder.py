@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from mlxroute.backend.load import load
 from mlxroute.errors import UsageError, WeightsError
 from mlxroute.small import SmallModel
-from mlxroute.small.cache import PrefixCache
-from mlxroute.small.head import SIGNAL_COUNT, MlpHead
+from mlxroute.small.kv_cache import PrefixCache
+from mlxroute.small.mlp_head import SIGNAL_COUNT, MlpHead
 from mlxroute.types import Sampling, Signals
 from tests.tiny import make_tiny_model
 

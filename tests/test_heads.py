@@ -17,7 +17,7 @@ from mlxroute.cli.session import chosen_router, router_of
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
 from mlxroute.questions.question_files import Question, read_questions
-from mlxroute.small.head import SIGNAL_COUNT, MlpHead
+from mlxroute.small.mlp_head import SIGNAL_COUNT, MlpHead
 from tests.tiny import make_tiny_model
 
 _SHIPPED = sorted((shipped_dir() / "heads").glob("*.safetensors"))

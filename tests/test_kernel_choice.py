@@ -8,16 +8,16 @@ import mlx.core as mx
 import pytest
 
 from mlxroute.errors import UsageError
-from mlxroute.small.kernels import choice, choose, graph, metal
+from mlxroute.small.kernels import choose, graph_kernel, metal_kernel, selection
 from mlxroute.types import no_notice
 from tests.metal.emulator import Emulator
 
 
 @pytest.fixture(autouse=True)
 def _fresh_self_test() -> Iterator[None]:
-    choice._fault_of_metal.cache_clear()
+    selection._fault_of_metal.cache_clear()
     yield
-    choice._fault_of_metal.cache_clear()
+    selection._fault_of_metal.cache_clear()
 
 
 @pytest.fixture
@@ -33,8 +33,8 @@ def with_metal(monkeypatch: pytest.MonkeyPatch) -> Callable[[Emulator | None], N
 
 
 def test_without_a_metal_gpu_the_graph_runs() -> None:
-    assert choose("auto", notify=no_notice) is graph.pack_signals
-    assert choose("graph", notify=no_notice) is graph.pack_signals
+    assert choose("auto", notify=no_notice) is graph_kernel.pack_signals
+    assert choose("graph", notify=no_notice) is graph_kernel.pack_signals
     with pytest.raises(UsageError, match="no Metal GPU"):
         choose("metal", notify=no_notice)
     with pytest.raises(UsageError, match="no kernel named 'cuda'"):
@@ -45,8 +45,8 @@ def test_a_metal_kernel_that_passes_its_self_test_runs(
     with_metal: Callable[[Emulator | None], None],
 ) -> None:
     with_metal(Emulator())
-    assert choose("auto", notify=no_notice) is metal.pack_signals
-    assert choose("metal", notify=no_notice) is metal.pack_signals
+    assert choose("auto", notify=no_notice) is metal_kernel.pack_signals
+    assert choose("metal", notify=no_notice) is metal_kernel.pack_signals
 
 
 def test_a_wrong_metal_kernel_is_replaced_with_one_warning(
@@ -58,7 +58,7 @@ def test_a_wrong_metal_kernel_is_replaced_with_one_warning(
     def notify(line: str) -> None:
         lines.append(line)
 
-    assert choose("auto", notify=notify) is graph.pack_signals
+    assert choose("auto", notify=notify) is graph_kernel.pack_signals
     assert len(lines) == 1
     assert "wrong on" in lines[0]
     with pytest.raises(UsageError, match="wrong on"):
@@ -75,16 +75,16 @@ def test_a_metal_kernel_that_fails_is_replaced_with_one_warning(
     def notify(line: str) -> None:
         lines.append(line)
 
-    assert choose("auto", notify=notify) is graph.pack_signals
+    assert choose("auto", notify=notify) is graph_kernel.pack_signals
     assert len(lines) == 1
     assert "failed on" in lines[0]
 
 
 def test_the_self_test_passes_the_graph_and_stops_a_kernel_that_forgets_the_sums() -> None:
-    assert choice.self_test(graph.pack_signals) is None
+    assert selection.self_test(graph_kernel.pack_signals) is None
 
     def forgetful(logits: mx.array) -> mx.array:
-        packed = graph.pack_signals(logits)
+        packed = graph_kernel.pack_signals(logits)
         return mx.concatenate([packed[:, :4], packed[:, 4:5] * 1.01, packed[:, 5:]], axis=-1)
 
-    assert choice.self_test(forgetful)
+    assert selection.self_test(forgetful)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxroute.small.kernels import unpack
-from mlxroute.small.kernels.graph import pack_signals
+from mlxroute.small.kernels.graph_kernel import pack_signals
 from tests.rows import VOCABULARIES, Row, check_packed, edge_rows, random_rows
 
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from mlxroute.questions.question_files import Question
-from mlxroute.small.head import MlpHead
+from mlxroute.small.mlp_head import MlpHead
 from mlxroute.training import Labelled, recall_table
 from mlxroute.types import Labels
 

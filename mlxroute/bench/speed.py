@@ -15,8 +15,8 @@ from mlxroute.engine import generate
 from mlxroute.engine.stats import gaps, percentile
 from mlxroute.routers import EntropyRouter
 from mlxroute.small import SmallModel
-from mlxroute.small.head import SIGNAL_COUNT, MlpHead
-from mlxroute.small.kernels.row import HEAD, TOP_K
+from mlxroute.small.kernels.packed_row import HEAD, TOP_K
+from mlxroute.small.mlp_head import SIGNAL_COUNT, MlpHead
 from mlxroute.types import Progress, no_progress
 
 CONTEXTS = (128, 512, 1024, 2048, 4096)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mlxroute.bench.quality import Side
-    from mlxroute.small.head import MlpHead
+    from mlxroute.small.mlp_head import MlpHead
 
 # Share of the answers.
 _FEW_CUT: Final = 0.05

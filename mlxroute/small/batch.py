@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlxroute.small.cache import Held
+from mlxroute.small.kv_cache import Held
 from mlxroute.types import Signals
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from mlxroute.errors import RollbackError
-from mlxroute.small.cache import PrefixCache
-from mlxroute.small.hidden import HiddenStateTap
+from mlxroute.small.hidden_state import HiddenStateTap
 from mlxroute.small.kernels import Kernel, unpack
+from mlxroute.small.kv_cache import PrefixCache
 from mlxroute.types import Sampling, Signals
 
 if TYPE_CHECKING:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from mlxroute.errors import UsageError
 from mlxroute.small.batch import Batch
-from mlxroute.small.branching import measure
-from mlxroute.small.cache import Held
-from mlxroute.small.continuing import continued
+from mlxroute.small.batch_cost import measure
+from mlxroute.small.continuations import continued
 from mlxroute.small.decoder import Decoder, Head, Reading
-from mlxroute.small.head import MlpHead
 from mlxroute.small.kernels import choose
+from mlxroute.small.kv_cache import Held
+from mlxroute.small.mlp_head import MlpHead
 from mlxroute.tokenizers.chat_template import ChatTokenizer
 from mlxroute.types import (
     BranchCost,

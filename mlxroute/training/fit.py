@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mlxroute.errors import UsageError
 from mlxroute.questions.question_files import Question
-from mlxroute.small.head import MlpHead
+from mlxroute.small.mlp_head import MlpHead
 from mlxroute.training.labels import Labelled
 from mlxroute.training.shapes import COMPONENTS, Loss, Positions, linear, perceptron
 from mlxroute.types import Labels

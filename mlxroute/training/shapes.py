@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self, cast
 
-from mlxroute.small.head import SIGNAL_COUNT, MlpHead
+from mlxroute.small.mlp_head import SIGNAL_COUNT, MlpHead
 from mlxroute.training.labels import Labelled
 
 if TYPE_CHECKING:

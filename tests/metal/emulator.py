@@ -23,7 +23,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxroute.small.kernels import metal
+from mlxroute.small.kernels import metal_kernel
 
 # As a C compiler, so that it does not build a C++ library first.
 CLANG = (sys.executable, "-m", "ziglang", "cc", "-x", "c++")
@@ -54,7 +54,7 @@ def default_compiler() -> Sequence[str]:
 
 
 class Emulator:
-    """Stands in for `metal.kernel`: gives kernel objects that run here.
+    """Stands in for `metal_kernel.kernel`: gives kernel objects that run here.
 
     `mutate` changes a kernel's text before it is compiled. `texts` holds every text that was run.
     """
@@ -93,7 +93,7 @@ class Emulator:
 
 
 # Kept from the module itself, which the tests patch.
-_real_kernel = metal.kernel
+_real_kernel = metal_kernel.kernel
 
 
 def _uses_shape(text: str) -> bool:

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxroute.small.kernels import metal
+from mlxroute.small.kernels import metal_kernel
 from tests.metal.emulator import (
     BACKWARD,
     CLANG,
@@ -37,7 +37,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[mx.arra
     def build(emulator: Emulator) -> Callable[[mx.array], Packed]:
         def pack(logits: mx.array) -> Packed:
             monkeypatch.setattr(metal, "kernel", emulator.kernel)
-            return cast(Packed, metal.pack_signals(logits).tolist())
+            return cast(Packed, metal_kernel.pack_signals(logits).tolist())
 
         return pack
 
@@ -147,7 +147,10 @@ def test_every_mutant_is_caught(
 
 
 def test_the_sources_are_ascii_and_of_one_precision() -> None:
-    for text in (metal._FUNCTIONS, *(source for _, _, source in metal._KERNELS.values())):
+    for text in (
+        metal_kernel._FUNCTIONS,
+        *(source for _, _, source in metal_kernel._KERNELS.values()),
+    ):
         assert text.isascii()
         assert "double" not in text
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from mlxroute.small.kernels.row import HEAD, TOP_K, top_count
+from mlxroute.small.kernels.packed_row import HEAD, TOP_K, top_count
 
 if TYPE_CHECKING:
     import mlx.core as mx

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mlxroute.small.kernels.row import LARGEST_FLOAT, LOG2_E, LOWEST_EXPONENT, top_count
+from mlxroute.small.kernels.packed_row import LARGEST_FLOAT, LOG2_E, LOWEST_EXPONENT, top_count
 
 if TYPE_CHECKING:
     import mlx.core as mx

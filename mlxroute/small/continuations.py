@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mlxroute.small.cache import Held
+from mlxroute.small.kv_cache import Held
 
 
 def continued(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxroute.errors import WeightsError
-from mlxroute.small.kernels.row import HEAD, LN_2
+from mlxroute.small.kernels.packed_row import HEAD, LN_2
 
 if TYPE_CHECKING:
     import mlx.core as mx

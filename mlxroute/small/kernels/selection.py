@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from mlxroute.errors import UsageError
-from mlxroute.small.kernels import graph, metal
-from mlxroute.small.kernels.row import HEAD
+from mlxroute.small.kernels import graph_kernel, metal_kernel
+from mlxroute.small.kernels.packed_row import HEAD
 from mlxroute.types import Notify
 
 if TYPE_CHECKING:
@@ -31,14 +31,14 @@ def choose(name: str, *, notify: Notify) -> Kernel:
     if name not in NAMES:
         raise UsageError(f"no kernel named {name!r}; there are: {', '.join(NAMES)}")
     if name == "graph" or (name == "auto" and not _has_metal()):
-        return graph.pack_signals
+        return graph_kernel.pack_signals
     fault = "MLX has no Metal GPU here" if not _has_metal() else _fault_of_metal()
     if fault is None:
-        return metal.pack_signals
+        return metal_kernel.pack_signals
     if name == "metal":
         raise UsageError(f"--kernel metal: {fault}; use --kernel auto")
     notify(f"the Metal kernel is not used: {fault}; the graph form does its work")
-    return graph.pack_signals
+    return graph_kernel.pack_signals
 
 
 def _has_metal() -> bool:
@@ -49,7 +49,7 @@ def _has_metal() -> bool:
 
 @functools.cache
 def _fault_of_metal() -> str | None:
-    return self_test(metal.pack_signals)
+    return self_test(metal_kernel.pack_signals)
 
 
 def self_test(kernel: Kernel) -> str | None:
@@ -61,7 +61,7 @@ def self_test(kernel: Kernel) -> str | None:
             got = cast("list[float]", kernel(logits)[0].tolist())
         except (RuntimeError, ValueError) as exc:
             return f"it failed on {label} ({' '.join(str(exc).split())[:200]})"
-        expected = cast("list[float]", graph.pack_signals(logits)[0].tolist())
+        expected = cast("list[float]", graph_kernel.pack_signals(logits)[0].tolist())
         # In half precision the greedy id may differ, by how a logsumexp rounds.
         token = slice(0, 2 if logits.dtype == mx.float32 else 0)
         exact = [values[token] + values[HEAD:] for values in (got, expected)]
