@@ -2,7 +2,7 @@
 
 from mlxroute.recorded.replies import Replies
 from mlxroute.training.calibration import calibrate
-from mlxroute.training.fit import Fitted, fit, recall_table
+from mlxroute.training.head_fitting import Fitted, fit, recall_table
 from mlxroute.training.labels import Labelled, collect
 
 __all__ = ["Fitted", "Labelled", "Replies", "calibrate", "collect", "fit", "recall_table"]

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 from mlxroute.errors import UsageError
 from mlxroute.questions.question_files import Question
 from mlxroute.small.mlp_head import MlpHead
+from mlxroute.training.head_shapes import COMPONENTS, Loss, Positions, linear, perceptron
 from mlxroute.training.labels import Labelled
-from mlxroute.training.shapes import COMPONENTS, Loss, Positions, linear, perceptron
 from mlxroute.types import Labels
 
 if TYPE_CHECKING:
