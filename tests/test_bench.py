@@ -11,8 +11,8 @@ import mlx.core as mx
 import pytest
 
 from mlxroute.backend.load import load
-from mlxroute.bench.framework import interleaved, ratios, spread
-from mlxroute.bench.kernels import bench_kernels
+from mlxroute.bench.kernel_cost import bench_kernels
+from mlxroute.bench.measurement import interleaved, ratios, spread
 from mlxroute.bench.speed import bench_speed
 from mlxroute.cli import main
 from mlxroute.small import SmallModel
@@ -97,7 +97,7 @@ def test_bench_speed_says_what_a_head_costs(
 def test_bench_kernels_ends_stdout_with_one_line_of_json(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlxroute.bench.kernels.VOCABULARIES", (2000,))
+    monkeypatch.setattr("mlxroute.bench.kernel_cost.VOCABULARIES", (2000,))
     assert main(["bench", "kernels", "--rounds", "1"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     entry = json.loads(line)["kernels"][0]

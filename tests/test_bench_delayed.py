@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from mlxroute.bench.delayed import DELAYS, DelayedServer, lossy
+from mlxroute.bench.delayed_server import DELAYS, DelayedServer, lossy
 from mlxroute.bench.plot import draw_latency
 from mlxroute.cli.app import main
 from tests.loopback import Loopback, Reply, Request

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from mlxroute.bench.figures import figures
-from mlxroute.bench.parting import Parted, parted
-from mlxroute.bench.sides import SIDES, Answers
+from mlxroute.bench.divergence import Parted, parted
+from mlxroute.bench.latency_figures import figures
+from mlxroute.bench.latency_sides import SIDES, Answers
 from mlxroute.types import (
     BranchCost,
     Escalation,

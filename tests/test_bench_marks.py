@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlxroute.bench.statistics import mcnemar, wilson
+from mlxroute.bench.significance import mcnemar, wilson
 from mlxroute.questions.grading import Mark, mark, outcome
 from mlxroute.questions.question_files import Kind, Question
 

@@ -15,10 +15,10 @@ import pytest
 from rich.console import Console
 
 from mlxroute.backend.load import load
+from mlxroute.bench.concurrent_answers import Together
 from mlxroute.bench.oracles import ORACLES, oracles
 from mlxroute.bench.plot import draw_quality
 from mlxroute.bench.quality import LARGE, SMALL, Results, bench_quality, sides_of
-from mlxroute.bench.together import Together
 from mlxroute.catalog.score_ranks import Ranks
 from mlxroute.cli import main
 from mlxroute.cli.quality import show

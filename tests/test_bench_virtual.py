@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from mlxroute.backend.load import load
-from mlxroute.bench.delayed import constant
-from mlxroute.bench.virtual import Known, VirtualClock, VirtualLarge, VirtualSmall
+from mlxroute.bench.delayed_server import constant
+from mlxroute.bench.virtual_models import Known, VirtualClock, VirtualLarge, VirtualSmall
 from mlxroute.engine import Answer, Options
 from mlxroute.routers import EntropyRouter
 from mlxroute.small import SmallModel

@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from mlxroute.bench.delayed import DELAYS, DelayedServer
-from mlxroute.bench.figures import figures, side_figures
-from mlxroute.bench.framework import interleaved
-from mlxroute.bench.sides import SIDES, Answers, Side
-from mlxroute.bench.virtual import Known, VirtualClock, VirtualLarge, VirtualSmall
+from mlxroute.bench.delayed_server import DELAYS, DelayedServer
+from mlxroute.bench.latency_figures import figures, side_figures
+from mlxroute.bench.latency_sides import SIDES, Answers, Side
+from mlxroute.bench.measurement import interleaved
+from mlxroute.bench.virtual_models import Known, VirtualClock, VirtualLarge, VirtualSmall
 from mlxroute.engine import Answer, Experience, Options
 from mlxroute.engine.modes.experience import ROWS
 from mlxroute.engine.protocols import Large, Small

@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from mlxroute.bench.statistics import mcnemar, wilson
-from mlxroute.bench.together import Together
+from mlxroute.bench.concurrent_answers import Together
+from mlxroute.bench.significance import mcnemar, wilson
 from mlxroute.catalog.score_ranks import Ranks
 from mlxroute.engine import generate
 from mlxroute.engine.options import MOST_PREFETCHED

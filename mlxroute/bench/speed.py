@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlxroute.bench.framework import interleaved, ratios, seconds, spread
-from mlxroute.bench.kernels import fused
+from mlxroute.bench.kernel_cost import fused
+from mlxroute.bench.measurement import interleaved, ratios, seconds, spread
 from mlxroute.engine import generate
 from mlxroute.engine.stats import gaps, percentile
 from mlxroute.routers import EntropyRouter

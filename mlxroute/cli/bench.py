@@ -94,7 +94,7 @@ def run_bench_latency(
         model = large.model_name
         with Reporter(err) as reporter:
             small = load_small(settings, reporter)
-        from mlxroute.bench.delayed import DelayedServer
+        from mlxroute.bench.delayed_server import DelayedServer
         from mlxroute.bench.latency import bench_latency, large_step_seconds
 
         with err.status("measuring the large model"):
@@ -142,7 +142,7 @@ def run_bench_kernels(settings: Settings, *, rounds: int, save: bool) -> int:
 
     _, err = consoles()
     blas.interpose(cache_dir_of(settings.cache_dir))
-    from mlxroute.bench.kernels import bench_kernels
+    from mlxroute.bench.kernel_cost import bench_kernels
 
     with err.status("measuring"):
         report = bench_kernels(rounds=rounds)
@@ -261,7 +261,7 @@ def _show_kernels(report: dict[str, Any], err: Console) -> None:
 
 def finish(report: dict[str, Any], name: str, *, save: bool) -> int:
     """End stdout with the report, and keep it if `save`; return the exit code."""
-    from mlxroute.bench.framework import circumstances
+    from mlxroute.bench.measurement import circumstances
 
     command = " ".join(["mlxroute", *sys.argv[1:]])
     report = {**circumstances(command), **report}

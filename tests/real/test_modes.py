@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mlxroute import EntropyRouter, LargeModel, generate
-from mlxroute.bench.delayed import DelayedServer
+from mlxroute.bench.delayed_server import DelayedServer
 from mlxroute.hosting.launcher import LocalServer
 from mlxroute.small import SmallModel
 from mlxroute.tokenizers.chat_template import ChatTokenizer

@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from mlxroute.bench.parting import Parted, parted
-from mlxroute.bench.sides import SIDES, Answers
+from mlxroute.bench.divergence import Parted, parted
+from mlxroute.bench.latency_sides import SIDES, Answers
 from mlxroute.engine import Experience
 from mlxroute.engine.modes.experience import Average
 from mlxroute.engine.modes.governor import estimate

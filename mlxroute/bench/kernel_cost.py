@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from mlxroute.bench.framework import interleaved, ratios, seconds, spread
+from mlxroute.bench.measurement import interleaved, ratios, seconds, spread
 from mlxroute.errors import UsageError
 from mlxroute.small.kernels import choose, unpack
 from mlxroute.types import no_notice
