@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mlxroute.errors import WeightsError
 from mlxroute.types import no_progress
-from mlxroute.weights.convert import _unpermuted, build_config, converted_bytes, write_model
+from mlxroute.weights.gguf_convert import _unpermuted, build_config, converted_bytes, write_model
 from mlxroute.weights.gguf_file import read_gguf
 from mlxroute.weights.gguf_tokenizer import build_tokenizer
 from tests.gguf_files import TinyModel, reference_logits, write_gguf

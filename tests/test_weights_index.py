@@ -19,7 +19,7 @@ import pytest
 from mlxroute import weights
 from mlxroute.catalog import Catalog, IndexPart, IndexSource, Model
 from mlxroute.errors import CorruptWeights, WeightsError
-from mlxroute.weights import index as index_module
+from mlxroute.weights import package_index as index_module
 from tests.gguf_files import TinyModel, write_gguf
 from tests.hub_server import Site, SiteServer
 

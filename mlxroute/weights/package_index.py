@@ -22,7 +22,7 @@ from pathlib import Path
 from mlxroute.catalog import IndexPart, IndexSource
 from mlxroute.errors import CorruptWeights, NotEnoughSpace, SourceUnreachable, WeightsError
 from mlxroute.types import Progress
-from mlxroute.weights.meter import Meter
+from mlxroute.weights.byte_counter import Meter
 from mlxroute.weights.store import CHUNK_BYTES, disk_errors, require_space, sha256_of
 
 FIRST_SIGN_S = 5.0
