@@ -20,8 +20,8 @@ from rich.style import Style
 from mlxroute.errors import LargeTimeout
 from mlxroute.types import Activity, Provisional, Retracted, RunStats, Source
 from mlxroute.view import LiveView, PlainWriter, printable
-from mlxroute.view.live import heat_style
-from mlxroute.view.wrap import Styled, all_rows, full_rows
+from mlxroute.view.live_view import heat_style
+from mlxroute.view.word_wrap import Styled, all_rows, full_rows
 from tests.scripted import ScriptedAnswer, Step, Terminal, token
 
 _PIECES = (

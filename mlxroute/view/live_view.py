@@ -25,8 +25,8 @@ from mlxroute.types import (
     Uploads,
 )
 from mlxroute.view.summary import status_line
-from mlxroute.view.text import PlainWriter, printable
-from mlxroute.view.wrap import Row, Styled, all_rows, full_rows
+from mlxroute.view.terminal_text import PlainWriter, printable
+from mlxroute.view.word_wrap import Row, Styled, all_rows, full_rows
 
 _REFRESH_PER_S = 8
 _FRAME_S = 1 / 30
