@@ -21,7 +21,7 @@ from mlxroute.bench.plot import draw_quality
 from mlxroute.bench.quality import LARGE, SMALL, Results, bench_quality, sides_of
 from mlxroute.catalog.score_ranks import Ranks
 from mlxroute.cli import main
-from mlxroute.cli.quality import show
+from mlxroute.cli.commands.bench_quality import show
 from mlxroute.engine import generate
 from mlxroute.errors import LargeError, LargeRefused
 from mlxroute.questions.question_files import Kind, Question, conversation

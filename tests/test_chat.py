@@ -17,7 +17,7 @@ from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
-from mlxroute.cli.chat import run_chat
+from mlxroute.cli.commands.chat import run_chat
 from mlxroute.cli.line_input import CommandCompleter, LineEditor, LineReader, Reader
 from mlxroute.conversation import Conversation
 from mlxroute.errors import ContextTooLong, LargeTimeout, MlxRouteError, UsageError

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlxroute.cli import main
-from mlxroute.cli.output import write_object
+from mlxroute.cli.terminal import write_object
 from mlxroute.large.http import circuit_breaker
 from tests.tiny import make_tiny_model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mlxroute.catalog import Catalog
-from mlxroute.cli.fit import check_fits, demo_pairs, host_choice, resident_bytes
+from mlxroute.cli.model_fit import check_fits, demo_pairs, host_choice, resident_bytes
 from mlxroute.errors import NotEnoughSpace
 
 GIB = 2**30

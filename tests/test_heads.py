@@ -12,7 +12,7 @@ from mlxroute.catalog import Catalog, shipped_dir
 from mlxroute.catalog.head_files import find_head, own_head
 from mlxroute.catalog.score_ranks import Ranks
 from mlxroute.cli import main
-from mlxroute.cli.quality import check_unseen
+from mlxroute.cli.commands.bench_quality import check_unseen
 from mlxroute.cli.session import chosen_router, router_of
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError

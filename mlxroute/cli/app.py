@@ -13,8 +13,8 @@ import typer
 
 from mlxroute._version import __version__
 from mlxroute.cli import bench_commands
-from mlxroute.cli.exits import EXIT_INTERRUPTED, EXIT_LARGE_FAILED, EXIT_OK, EXIT_USAGE
-from mlxroute.cli.options import (
+from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_LARGE_FAILED, EXIT_OK, EXIT_USAGE
+from mlxroute.cli.flags import (
     Adapter,
     AtOnce,
     Budget,
@@ -174,7 +174,7 @@ def demo(
     heat: Heat = None,
 ) -> None:
     """Fetch two models and watch an answer being routed."""
-    from mlxroute.cli.demo import run_demo
+    from mlxroute.cli.commands.demo import run_demo
     from mlxroute.cli.run import settings_from
 
     raise typer.Exit(run_demo(settings_from(locals())))
@@ -183,7 +183,7 @@ def demo(
 @app.command()
 def models(cache_dir: CacheDir = None) -> None:
     """List the models and pairs that have a name here."""
-    from mlxroute.cli.library import list_models
+    from mlxroute.cli.commands.models import list_models
     from mlxroute.cli.run import settings_from
 
     raise typer.Exit(list_models(settings_from(locals())))
@@ -198,7 +198,7 @@ def pull(
     offline: Offline = None,
 ) -> None:
     """Fetch a model into the cache and verify it."""
-    from mlxroute.cli.library import pull_model
+    from mlxroute.cli.commands.models import pull_model
     from mlxroute.cli.run import settings_from
 
     raise typer.Exit(pull_model(name, settings_from(locals())))
@@ -214,7 +214,7 @@ def host(
     cache_dir: CacheDir = None,
 ) -> None:
     """Serve a model here, with mlx_lm.server."""
-    from mlxroute.cli.host import run_host
+    from mlxroute.cli.commands.host import run_host
     from mlxroute.cli.run import settings_from
 
     raise typer.Exit(run_host(name, settings_from({"cache_dir": cache_dir}), port=port))
@@ -234,7 +234,7 @@ def calibrate(
     offline: Offline = None,
 ) -> None:
     """Measure which scores your own questions have, for budgets and thresholds."""
-    from mlxroute.cli.calibrate import run_calibrate
+    from mlxroute.cli.commands.calibrate import run_calibrate
     from mlxroute.cli.run import settings_from
 
     settings = settings_from(locals())
@@ -271,8 +271,8 @@ def train(
     ledger: LedgerFile = None,
 ) -> None:
     """Fit a router to where your large model would change the answer."""
+    from mlxroute.cli.commands.train import TrainOptions, run_train
     from mlxroute.cli.run import settings_from
-    from mlxroute.cli.train import TrainOptions, run_train
 
     settings = settings_from(locals())
     options = TrainOptions(data, out, labels, questions, tokens, examples, shots, at_once)
@@ -292,7 +292,7 @@ def probe(
     offline: Offline = None,
 ) -> None:
     """Find out what a server can do and how it is best asked."""
-    from mlxroute.cli.large import run_probe
+    from mlxroute.cli.large_side import run_probe
     from mlxroute.cli.run import settings_from
 
     raise typer.Exit(run_probe(url, settings_from(locals())))
@@ -306,7 +306,7 @@ def doctor(
     offline: Offline = None,
 ) -> None:
     """Check device, memory, cache, network and server."""
-    from mlxroute.cli.doctor import run_doctor
+    from mlxroute.cli.commands.doctor import run_doctor
     from mlxroute.cli.run import settings_from
 
     try:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mlxroute.cli.options import (
+from mlxroute.cli.flags import (
     Adapter,
     AtOnce,
     CacheDir,
@@ -41,7 +41,7 @@ def speed(
     offline: Offline = None,
 ) -> None:
     """Decoding that never escalates, beside mlx_lm; `--small random` is a tiny model."""
-    from mlxroute.cli.bench import run_bench_speed
+    from mlxroute.cli.commands.bench import run_bench_speed
     from mlxroute.cli.run import settings_from
 
     settings = settings_from(locals())
@@ -81,7 +81,7 @@ def latency(
 ) -> None:
     """Every mode before a server whose answers are kept and take a set time."""
     from mlxroute.bench.latency import Grid
-    from mlxroute.cli.bench import run_bench_latency
+    from mlxroute.cli.commands.bench import run_bench_latency
     from mlxroute.cli.run import settings_from
 
     settings = settings_from(
@@ -137,7 +137,7 @@ def quality(
 ) -> None:
     """Accuracy of both models alone and of routed answers; goes on where it was interrupted."""
     from mlxroute.bench.quality import BUDGETS, sides_of
-    from mlxroute.cli.quality import QualityOptions, run_bench_quality
+    from mlxroute.cli.commands.bench_quality import QualityOptions, run_bench_quality
     from mlxroute.cli.run import settings_from
 
     settings = settings_from(
@@ -164,7 +164,7 @@ def kernels(
     cache_dir: CacheDir = None,
 ) -> None:
     """The logit kernel beside the plain chain of operations: time, and error to float64."""
-    from mlxroute.cli.bench import run_bench_kernels
+    from mlxroute.cli.commands.bench import run_bench_kernels
     from mlxroute.cli.run import settings_from
 
     settings = settings_from({"cache_dir": cache_dir})

@@ -43,7 +43,7 @@ def ask(
     prompt: Sequence[str], settings: Settings, *, json_lines: bool, events: bool = False
 ) -> int:
     """Answer one question; return the exit code."""
-    from mlxroute.cli.output import consoles, write_json, write_plain
+    from mlxroute.cli.terminal import consoles, write_json, write_plain
 
     if events and not json_lines:
         raise UsageError("--events goes with --json")
@@ -75,8 +75,8 @@ def _reader_left() -> int:
 
 def chat(settings: Settings) -> int:
     """Hold a conversation; return the exit code."""
-    from mlxroute.cli.chat import run_chat
-    from mlxroute.cli.output import consoles, history_path
+    from mlxroute.cli.commands.chat import run_chat
+    from mlxroute.cli.terminal import consoles, history_path
 
     out, err = consoles()
     session = open_session(settings, err)

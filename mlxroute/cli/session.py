@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxroute.catalog.head_files import find_head
 from mlxroute.catalog.score_ranks import Ranks
-from mlxroute.cli.large import large_model
+from mlxroute.cli.large_side import large_model
 from mlxroute.config import Settings, read_never_send, read_prices, user_catalog_dir
 from mlxroute.errors import LargeError, LargeUnrecorded, UsageError
 from mlxroute.ledger import Ledger

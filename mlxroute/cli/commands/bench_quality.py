@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from mlxroute.cli.bench import finish
+from mlxroute.cli.commands.bench import finish
 from mlxroute.cli.folders import bench_file, cache_dir_of, record_file
 from mlxroute.cli.session import DEFAULT_ROUTER, HEAD, load_small, ranks_of
 from mlxroute.config import Settings
@@ -48,9 +48,9 @@ def run_bench_quality(settings: Settings, sides: Sequence[Side], options: Qualit
     """Answer the questions with every side; return the exit code."""
     from mlxroute.bench.oracles import oracles
     from mlxroute.bench.quality import BUDGETS, Results, bench_quality, step_seconds
-    from mlxroute.cli.large import large_model
-    from mlxroute.cli.output import consoles
+    from mlxroute.cli.large_side import large_model
     from mlxroute.cli.progress import Reporter, counting
+    from mlxroute.cli.terminal import consoles
     from mlxroute.ledger import Ledger
     from mlxroute.training import Replies, collect
 

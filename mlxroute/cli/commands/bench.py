@@ -39,8 +39,8 @@ _ROOM_FOR_BARS = 110
 
 def run_bench_speed(settings: Settings, *, pairs: int, tokens: int, save: bool) -> int:
     """Decode with mlxroute and with mlx_lm in turns; return the exit code."""
-    from mlxroute.cli.output import consoles
     from mlxroute.cli.progress import Reporter
+    from mlxroute.cli.terminal import consoles
 
     _, err = consoles()
     with Reporter(err) as reporter, tempfile.TemporaryDirectory() as folder:
@@ -73,9 +73,9 @@ def run_bench_latency(
     save: bool,
 ) -> int:
     """Decode in every mode before a server that answers as late as told; return the exit code."""
-    from mlxroute.cli.large import large_model
-    from mlxroute.cli.output import consoles
+    from mlxroute.cli.large_side import large_model
     from mlxroute.cli.progress import Reporter, counting
+    from mlxroute.cli.terminal import consoles
     from mlxroute.ledger import Ledger
 
     if settings.large is None:
@@ -138,7 +138,7 @@ def run_bench_kernels(settings: Settings, *, rounds: int, save: bool) -> int:
     """Time the forms of the logit kernel and show their errors; return the exit code."""
     from mlxroute.backend import blas
     from mlxroute.cli.folders import cache_dir_of
-    from mlxroute.cli.output import consoles
+    from mlxroute.cli.terminal import consoles
 
     _, err = consoles()
     blas.interpose(cache_dir_of(settings.cache_dir))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mlxroute.catalog.head_files import own_head
 from mlxroute.cli.folders import cache_dir_of, record_file, source
-from mlxroute.cli.large import large_model
+from mlxroute.cli.large_side import large_model
 from mlxroute.cli.session import load_small, open_ledger
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
@@ -39,8 +39,8 @@ class TrainOptions:
 
 def run_train(settings: Settings, options: TrainOptions) -> int:
     """Label, fit, judge on held-out answers, write; return the exit code."""
-    from mlxroute.cli.output import consoles
     from mlxroute.cli.progress import Reporter, counting
+    from mlxroute.cli.terminal import consoles
 
     if settings.large is None:
         raise UsageError("train needs a large model's server: --large URL")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxroute.cli.exits import EXIT_LARGE_FAILED
+from mlxroute.cli.exit_codes import EXIT_LARGE_FAILED
 from mlxroute.cli.folders import cache_dir_of
 from mlxroute.config import Settings, read_key, user_catalog_dir
 from mlxroute.errors import UsageError, WeightsError
@@ -87,8 +87,8 @@ def run_probe(address: str, settings: Settings) -> int:
     if settings.offline:
         # Before any import: urllib3's opens a socket to see whether there is IPv6.
         raise UsageError("--offline opens no socket, so there is nothing to probe")
-    from mlxroute.cli.output import consoles
     from mlxroute.cli.session import open_ledger
+    from mlxroute.cli.terminal import consoles
     from mlxroute.large.negotiation.prober import NothingFits
 
     out, err = consoles()

@@ -33,7 +33,7 @@ class Check:
 
 def run_doctor(settings: Settings) -> int:
     """Print every check; return 0 when nothing stands in the way, else 2."""
-    from mlxroute.cli.output import consoles
+    from mlxroute.cli.terminal import consoles
 
     out, err = consoles()
     cache_dir = cache_dir_of(settings.cache_dir)
@@ -112,7 +112,7 @@ def _large(settings: Settings) -> Check:
     if settings.large is None:
         advice = "no server configured (give --large URL or set OPENAI_BASE_URL)"
         return Check("large", advice, good=None)
-    from mlxroute.cli.large import large_model
+    from mlxroute.cli.large_side import large_model
     from mlxroute.cli.session import open_ledger
 
     try:

@@ -11,7 +11,7 @@ def list_models(settings: Settings) -> int:
     """Print what has a name, what is cached, and which pairs go together."""
     from rich.table import Table
 
-    from mlxroute.cli.output import consoles
+    from mlxroute.cli.terminal import consoles
     from mlxroute.weights import cached
 
     out, _ = consoles()
@@ -51,8 +51,8 @@ def _gigabytes(size: int) -> str:
 
 def pull_model(name: str, settings: Settings) -> int:
     """Fetch and verify a model; print the folder it is in."""
-    from mlxroute.cli.output import consoles
     from mlxroute.cli.progress import Reporter
+    from mlxroute.cli.terminal import consoles
     from mlxroute.weights import pull
 
     out, err = consoles()

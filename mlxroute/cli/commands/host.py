@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlxroute.catalog import Catalog
-from mlxroute.cli.fit import check_fits, host_choice
 from mlxroute.cli.folders import cache_dir_of
+from mlxroute.cli.model_fit import check_fits, host_choice
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import LaunchError
 
 
 def run_host(name: str | None, settings: Settings, *, port: int | None) -> int:
     """Serve a model until interrupted; its address is the one line on stdout."""
-    from mlxroute.cli.output import consoles
     from mlxroute.cli.progress import Reporter
+    from mlxroute.cli.terminal import consoles
     from mlxroute.hosting.launcher import LocalServer
     from mlxroute.weights import resolve
 

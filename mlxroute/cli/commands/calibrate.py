@@ -17,9 +17,9 @@ def run_calibrate(settings: Settings, *, data: list[Path], count: int, tokens: i
     """Calibrate every router, keep the ranks, show the thresholds; return the exit code."""
     from rich.table import Table
 
-    from mlxroute.cli.output import consoles
     from mlxroute.cli.progress import Reporter, counting
     from mlxroute.cli.session import load_small
+    from mlxroute.cli.terminal import consoles
 
     questions = [question for file in data for question in sampled(read_questions(file), count)]
     _, err = consoles()

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxroute.catalog import Catalog, Pair
-from mlxroute.cli.fit import demo_pairs
+from mlxroute.cli.commands.host import device_room, host_log
 from mlxroute.cli.folders import cache_dir_of
-from mlxroute.cli.host import device_room, host_log
+from mlxroute.cli.model_fit import demo_pairs
 from mlxroute.config import Settings, read_never_send, user_catalog_dir
 from mlxroute.errors import SourceUnreachable, WeightsError
 
@@ -25,7 +25,7 @@ _MAX_TOKENS = 160
 
 def run_demo(settings: Settings) -> int:
     """Fetch, serve, ask, explain. Returns 0, or 130 when interrupted."""
-    from mlxroute.cli.output import consoles
+    from mlxroute.cli.terminal import consoles
 
     out, err = consoles()
     cache_dir = cache_dir_of(settings.cache_dir)
@@ -73,7 +73,7 @@ def _answer(
     out: Console,
     err: Console,
 ) -> int:
-    from mlxroute.cli.large import tokenizer_finder
+    from mlxroute.cli.large_side import tokenizer_finder
     from mlxroute.cli.progress import Reporter
     from mlxroute.cli.session import (
         Session,
@@ -133,8 +133,8 @@ def _answer(
 
 def _show(session: Session, pair: Pair, out: Console, err: Console) -> int:
     """The question, the answer as it is written, and what to make of it."""
-    from mlxroute.cli.output import write_plain
     from mlxroute.cli.run import show_live
+    from mlxroute.cli.terminal import write_plain
     from mlxroute.view import closing_paragraph
 
     err.print(f"\n> {QUESTION}\n", style="bold", markup=False)
