@@ -53,7 +53,7 @@ def test_bench_kernels_reports_times_ratios_and_errors() -> None:
 
 def test_a_kernel_that_is_wrong_shows_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = graph_kernel.pack_signals
-    monkeypatch.setattr(graph, "pack_signals", lambda logits: plain(logits * 1.1))
+    monkeypatch.setattr(graph_kernel, "pack_signals", lambda logits: plain(logits * 1.1))
     (entry,) = bench_kernels(rounds=1, sizes=(3000,))["kernels"]
     assert entry["error"]["graph"]["entropy_nats"] > 1e-2
 

@@ -13,39 +13,44 @@ import mlxroute
 
 PACKAGE = Path(mlxroute.__file__).parent
 
-_BASE = {"types", "errors", "pieces", "_version"}
+_BASE = {"types", "errors", "_version"}
 # For each room, the rooms it may import besides itself and the base.
 _ROOMS: dict[str, set[str]] = {
     "types": set(),
     "errors": set(),
-    "pieces": set(),
     "_version": set(),
     "config": set(),
     "catalog": set(),
     "ledger": set(),
     "conversation": set(),
-    "vocabulary": set(),
-    "tokenizer": {"vocabulary"},
+    "tokenizers": set(),
     "backend": set(),
     "weights": {"catalog"},
     "questions": set(),
-    "ranks": {"catalog"},
-    "heads": {"catalog"},
     "routers": set(),
     "engine": set(),
-    "small": {"backend", "catalog", "config", "tokenizer", "weights"},
+    "small": {"backend", "catalog", "config", "tokenizers", "weights"},
+    "large": {"ledger", "tokenizers"},
     # "" is the package itself, to tell a child where it lies
-    "large": {"backend", "ledger", ""},
+    "hosting": {"backend", "large", ""},
     "view": set(),
-    "marks": {"questions"},
-    "training": {"engine", "marks", "questions", "ranks", "routers", "small"},
-    "bench": {"engine", "large", "marks", "questions", "ranks", "routers", "small", "training"},
-    "host_process": {"backend"},
+    "recorded": {"engine", "routers"},
+    "training": {"catalog", "engine", "questions", "recorded", "routers", "small"},
+    "bench": {
+        "catalog",
+        "engine",
+        "large",
+        "questions",
+        "recorded",
+        "routers",
+        "small",
+        "training",
+    },
 }
 # Third parties that stop at these rooms.
 _WALLS: dict[str, set[str]] = {
-    "mlx": {"small", "backend", "host_process", "weights", "cli", "bench", "training"},
-    "mlx_lm": {"small", "backend", "host_process", "tokenizer", "bench"},
+    "mlx": {"small", "backend", "hosting", "weights", "cli", "bench", "training"},
+    "mlx_lm": {"small", "backend", "hosting", "tokenizers", "bench"},
     "requests": {"large", "weights", "bench"},
     "rich": {"view", "cli"},
     "typer": {"cli"},

@@ -25,9 +25,9 @@ def with_metal(monkeypatch: pytest.MonkeyPatch) -> Callable[[Emulator | None], N
     """Make this machine look as if it had a Metal GPU: the emulator, or one that fails."""
 
     def pretend(emulator: Emulator | None) -> None:
-        monkeypatch.setattr(choice, "_has_metal", lambda: True)
+        monkeypatch.setattr(selection, "_has_metal", lambda: True)
         if emulator is not None:
-            monkeypatch.setattr(metal, "kernel", emulator.kernel)
+            monkeypatch.setattr(metal_kernel, "kernel", emulator.kernel)
 
     return pretend
 

@@ -19,7 +19,7 @@ from mlxroute.errors import LargeError, LargeRefused, UsageError, WeightsError
 from mlxroute.questions.question_files import Kind, Question
 from mlxroute.routers import make
 from mlxroute.small import SmallModel
-from mlxroute.training import Fitted, Labelled, Replies, collect, head_fitting
+from mlxroute.training import Fitted, Labelled, Replies, collect, fit
 from mlxroute.training.head_fitting import recall
 from mlxroute.types import Labels
 from tests.fakes import Reply, ScriptedLarge

@@ -146,7 +146,7 @@ class Catalog:
 
 def shipped_dir() -> Path:
     """The catalogue's folder: inside an installed wheel, else beside the package in a checkout."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     for folder in (package / "_models", package.parent / "models"):
         if folder.is_dir():
             return folder

@@ -1,1 +1,1 @@
-"""TODO."""
+"""A large model served on this machine by a child process."""

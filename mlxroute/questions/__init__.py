@@ -1,1 +1,1 @@
-"""TODO."""
+"""Question files and the grading of answers."""

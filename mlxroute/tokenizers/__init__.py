@@ -1,1 +1,1 @@
-"""TODO."""
+"""Tokenizers: chat templates, token vocabularies and the bytes of vocabulary pieces."""

@@ -57,7 +57,7 @@ def run_train(settings: Settings, options: TrainOptions) -> int:
         with Reporter(err) as reporter:
             small = load_small(settings, reporter)
         large.meet(small.vocabulary)
-        from mlxroute.training import Replies, collect, head_fitting
+        from mlxroute.training import Replies, collect, fit
 
         record = record_file(settings, "replies", small.name, large.model_name)
         with (

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Decode loops: wait, overlap and hedge, and the governor that picks one for auto."""

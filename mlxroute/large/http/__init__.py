@@ -1,1 +1,1 @@
-"""TODO."""
+"""HTTP: connections, deadlines, retries, circuit breaker; knows no JSON."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Negotiation: finds and remembers the most exact way to ask a server."""
