@@ -205,7 +205,7 @@ def _pattern(text: str, *, where: str) -> re.Pattern[str]:
         raise ConfigError(f"{where} is no regular expression: {exc}") from exc
 
 
-def share(text: str) -> float:
+def parse_share(text: str) -> float:
     """A budget as people write it: `7%` or `0.07`. Raises ConfigError."""
     number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
     try:
@@ -237,7 +237,7 @@ def _checked(key: str, value: Any, *, where: str) -> Any:
         hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(_names())}"
         raise ConfigError(f"unknown key {key!r} in {where}{hint}")
     if key == "budget" and isinstance(value, str):
-        return share(value)
+        return parse_share(value)
     kinds = _TYPES.get(key, (str,))
     # `True` is an int to Python, but not a number to a user.
     fits = bool in kinds if isinstance(value, bool) else isinstance(value, kinds)
@@ -262,7 +262,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
 
 def _parsed(key: str, text: str, *, where: str) -> Any:
     if key == "budget":
-        return share(text)
+        return parse_share(text)
     kinds = _TYPES.get(key, (str,))
     try:
         if bool in kinds:

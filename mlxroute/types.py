@@ -15,7 +15,7 @@ class Source(StrEnum):
     LARGE = "large"
 
 
-class Labels(StrEnum):
+class LabelKind(StrEnum):
     """What a head learns to find.
 
     Divergence: the models disagree. Consequence: they do, and the outcome differs with the choice.

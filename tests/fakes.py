@@ -152,7 +152,7 @@ class ScriptedLarge:
         self.deadlines: list[float] = []
 
     @property
-    def most_in_flight(self) -> int:
+    def max_in_flight(self) -> int:
         return 8
 
     def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> FakeFlight:

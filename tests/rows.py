@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlxroute.small.kernels.packed_row import ALL_MASKED, HEAD, INF_SEEN, NAN_SEEN, TOP_K, unpack
+from mlxroute.small.kernels.packed_row import (
+    ALL_MASKED,
+    HEADER_SIZE,
+    INF_SEEN,
+    NAN_SEEN,
+    TOP_K,
+    unpack_signals,
+)
 
 Row = npt.NDArray[Any]
 ENTROPY_BOUND = 1e-5
@@ -67,9 +74,9 @@ def check_packed(values: Sequence[float], row: Row, *, where: str, half_ids: boo
     ranked = np.where(np.isnan(exact), -math.inf, exact)
     k = min(TOP_K, exact.size)
     order = np.argsort(-ranked, kind="stable")[:k]
-    got = unpack(values)
+    got = unpack_signals(values)
     assert got.top_ids == tuple(order.tolist()), where
-    np.testing.assert_array_equal(values[HEAD + k :], ranked[order], err_msg=where)
+    np.testing.assert_array_equal(values[HEADER_SIZE + k :], ranked[order], err_msg=where)
     if not half_ids:
         assert got.token_id == order[0], where
     flags = NAN_SEEN * bool(np.isnan(exact).any())

@@ -9,7 +9,7 @@ from mlxroute.large import LargeModel
 from mlxroute.large.dialects import Dialect
 from mlxroute.large.dialects.completions import PlainCompletions
 from mlxroute.large.negotiation import probe_questions
-from mlxroute.large.negotiation.negotiator import Terms
+from mlxroute.large.negotiation.negotiator import NegotiatedDialect
 from mlxroute.types import LargeToken
 from tests.asking import VOCABULARY, legacy
 from tests.loopback import Loopback, Reply, Request
@@ -32,7 +32,7 @@ _WRITTEN: Final = {
 
 def settled(large: LargeModel, dialect: Dialect = PLAIN) -> LargeModel:
     """The client with its terms set, so that the next request is that of its first call."""
-    large._settlement.terms = Terms(dialect, None)
+    large._settlement.terms = NegotiatedDialect(dialect, None)
     return large
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from mlxroute.bench.divergence import Parted, parted
+from mlxroute.bench.divergence import Divergence, find_divergence
 from mlxroute.bench.latency_figures import figures
 from mlxroute.bench.latency_sides import SIDES, Answers
 from mlxroute.types import (
@@ -48,19 +48,19 @@ def escalated(token_id: int, *, margin_nats: float | None) -> Token:
 @pytest.mark.parametrize(
     ("answer", "by"),
     [
-        ([written(65), escalated(66, margin_nats=3.0)], Parted.NOT),
-        ([written(65), escalated(67, margin_nats=0.05), written(70)], Parted.BY_SERVER),
+        ([written(65), escalated(66, margin_nats=3.0)], Divergence.NOT),
+        ([written(65), escalated(67, margin_nats=0.05), written(70)], Divergence.BY_SERVER),
         # One that is sure of another token was asked something else.
-        ([written(65), escalated(67, margin_nats=2.0)], Parted.BY_US),
-        ([written(65), escalated(67, margin_nats=None)], Parted.BY_US),
-        ([written(65), written(67)], Parted.BY_US),
-        ([written(65), written(66)], Parted.BY_US),
-        ([written(65)], Parted.BY_US),
+        ([written(65), escalated(67, margin_nats=2.0)], Divergence.BY_US),
+        ([written(65), escalated(67, margin_nats=None)], Divergence.BY_US),
+        ([written(65), written(67)], Divergence.BY_US),
+        ([written(65), written(66)], Divergence.BY_US),
+        ([written(65)], Divergence.BY_US),
     ],
 )
-def test_only_a_near_tie_is_the_servers_doing(answer: list[Token], by: Parted) -> None:
+def test_only_a_near_tie_is_the_servers_doing(answer: list[Token], by: Divergence) -> None:
     waited = [written(65), escalated(66, margin_nats=3.0)]
-    assert parted(answer, waited) is by
+    assert find_divergence(answer, waited) is by
 
 
 def test_auto_is_compared_with_the_fastest_mode_within_its_calls() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mlxroute.bench.significance import mcnemar, wilson
-from mlxroute.questions.grading import Mark, mark, outcome
+from mlxroute.questions.grading import Grade, grade, outcome
 from mlxroute.questions.question_files import Kind, Question
 
 _CHOICES = (("A", "bank"), ("B", "river bank"), ("C", "library"), ("D", "mall"), ("E", "office"))
@@ -33,7 +33,7 @@ TEXT = Question("q", "Who?", Kind.TEXT, "Ada Lovelace")
 def test_a_choice_is_read_from_where_it_is_given(
     text: str, strict: bool | None, lenient: bool | None
 ) -> None:
-    assert mark(CHOICE, text) == Mark(strict, lenient)
+    assert grade(CHOICE, text) == Grade(strict, lenient)
 
 
 @pytest.mark.parametrize(
@@ -52,14 +52,14 @@ def test_a_choice_is_read_from_where_it_is_given(
 def test_a_number_is_the_boxed_one_or_the_last(
     text: str, strict: bool | None, lenient: bool | None
 ) -> None:
-    assert mark(NUMBER, text) == Mark(strict, lenient)
+    assert grade(NUMBER, text) == Grade(strict, lenient)
 
 
 def test_a_text_is_found_whatever_stands_around_it() -> None:
-    assert mark(TEXT, "Ada Lovelace") == Mark(True, True)
-    assert mark(TEXT, "It was ada lovelace, of course.") == Mark(False, True)
-    assert mark(TEXT, "Adam Lovelace") == Mark(False, False)
-    assert mark(TEXT, " ") == Mark(None, None)
+    assert grade(TEXT, "Ada Lovelace") == Grade(True, True)
+    assert grade(TEXT, "It was ada lovelace, of course.") == Grade(False, True)
+    assert grade(TEXT, "Adam Lovelace") == Grade(False, False)
+    assert grade(TEXT, " ") == Grade(None, None)
 
 
 def test_intervals_and_p_values_are_those_of_the_literature() -> None:

@@ -15,26 +15,26 @@ import pytest
 from rich.console import Console
 
 from mlxroute.backend.load import load
-from mlxroute.bench.concurrent_answers import Together
+from mlxroute.bench.concurrent_answers import ConcurrentAnswers
 from mlxroute.bench.oracles import ORACLES, oracles
 from mlxroute.bench.plot import draw_quality
 from mlxroute.bench.quality import LARGE, SMALL, Results, bench_quality, sides_of
-from mlxroute.catalog.score_ranks import Ranks
+from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli import main
 from mlxroute.cli.commands.bench_quality import show
 from mlxroute.engine import generate
 from mlxroute.errors import LargeError, LargeRefused
-from mlxroute.questions.question_files import Kind, Question, conversation
-from mlxroute.recorded.replies import RunEnded
-from mlxroute.routers import BURST, make
+from mlxroute.questions.question_files import Kind, Question, question_messages
+from mlxroute.recorded.replies import RecordingStopped
+from mlxroute.routers import BURST, make_router
 from mlxroute.small import SmallModel
-from mlxroute.training import Labelled, Replies
+from mlxroute.training import LabelledAnswer, Replies
 from mlxroute.types import Message
 from tests.fakes import Reply, ScriptedLarge
 from tests.tiny import make_tiny_model
 
 _TOKENS = 12
-_RANKS = Ranks("tiny", "none", 0, {"entropy": (0.0, 6.0)})
+_RANKS = ScoreRanks("tiny", "none", 0, {"entropy": (0.0, 6.0)})
 
 
 class Named(ScriptedLarge):
@@ -56,7 +56,11 @@ def questions(small: SmallModel) -> list[Question]:
     for i in range(8):
         prompt = f"say {i}"
         answer = generate(
-            small, None, prompt, router=make("entropy", threshold=math.inf), max_tokens=_TOKENS
+            small,
+            None,
+            prompt,
+            router=make_router("entropy", threshold=math.inf),
+            max_tokens=_TOKENS,
         )
         text = "".join(token.text for token in answer)
         found.append(Question(str(i), prompt, Kind.TEXT, text if i < 4 else "never said"))
@@ -170,17 +174,17 @@ def test_an_interrupted_run_goes_on_to_the_same_report(
 def test_answers_written_together_are_those_written_alone(
     small: SmallModel, questions: list[Question]
 ) -> None:
-    turns = conversation(questions[0])
+    turns = question_messages(questions[0])
 
     def alone(threshold: float, turns: list[Message], small: Any) -> list[int]:
-        router = make("entropy", threshold=threshold)
+        router = make_router("entropy", threshold=threshold)
         large = Named([(70,), (71,), (72, 73)])
         answer = generate(small, large, turns, router=router, max_tokens=_TOKENS, mode="wait")
         return [token.token_id for token in answer]
 
     thresholds = [math.inf, 5.0, 4.0, math.inf]
-    other = conversation(Question("x", "a longer question, about something else"))
-    together = Together(small, stop=lambda: None)
+    other = question_messages(Question("x", "a longer question, about something else"))
+    together = ConcurrentAnswers(small, stop=lambda: None)
     jobs = [(each, partial(alone, t, each)) for each in (turns, other) for t in thresholds]
     found = together.answers(jobs)
     assert found == [alone(t, each, small) for each in (turns, other) for t in thresholds]
@@ -200,8 +204,8 @@ def test_a_fault_in_one_answer_ends_the_others(
         while True:
             row.extend([70])
 
-    together = Together(small, stop=lambda: stopped.append(True))
-    turns = conversation(questions[0])
+    together = ConcurrentAnswers(small, stop=lambda: stopped.append(True))
+    turns = question_messages(questions[0])
     before = threading.active_count()
     with pytest.raises(LargeRefused):
         together.answers([(turns, goes_on), (turns, fails), (turns, goes_on)])
@@ -216,13 +220,13 @@ def test_the_fault_that_ended_the_others_is_told(
 
     def waits_for_a_call(row: Any) -> None:
         over.wait(30)
-        raise RunEnded("the run has ended")
+        raise RecordingStopped("the run has ended")
 
     def fails(row: Any) -> None:
         raise LargeRefused("no")
 
-    together = Together(small, stop=over.set)
-    turns = conversation(questions[0])
+    together = ConcurrentAnswers(small, stop=over.set)
+    turns = question_messages(questions[0])
     with pytest.raises(LargeRefused):
         together.answers([(turns, waits_for_a_call), (turns, fails)])
 
@@ -230,11 +234,11 @@ def test_the_fault_that_ended_the_others_is_told(
 def test_oracles_spend_where_it_helps() -> None:
     question = Question("q", "?", Kind.CHOICE, "B", (("A", "tea"), ("B", "milk")))
 
-    def answered(*labels: str) -> Labelled:
+    def answered(*labels: str) -> LabelledAnswer:
         texts = [f"The answer is ({each})." for each in labels]
         count = len(texts) - 1
         differs = mx.array([1.0] * count + [0.0] * (10 - count))
-        return Labelled(
+        return LabelledAnswer(
             hidden=mx.zeros((10, 1)),
             signals=mx.zeros((10, 4)),
             differs=differs,

@@ -9,8 +9,8 @@ import mlx.core as mx
 import pytest
 
 from mlxroute.catalog import Catalog, shipped_dir
-from mlxroute.catalog.head_files import find_head, own_head
-from mlxroute.catalog.score_ranks import Ranks
+from mlxroute.catalog.head_files import find_head_file, user_head_file
+from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli import main
 from mlxroute.cli.commands.bench_quality import check_unseen
 from mlxroute.cli.session import chosen_router, router_of
@@ -34,12 +34,12 @@ def head_of(file: Path) -> tuple[MlpHead, dict[str, str]]:
 
 def test_the_users_head_goes_before_the_shipped_one(tmp_path: Path) -> None:
     small = _SHIPPED[0].stem
-    assert find_head(small, tmp_path) == _SHIPPED[0]
-    own = own_head(f"some/folder/{small}", tmp_path)
+    assert find_head_file(small, tmp_path) == _SHIPPED[0]
+    own = user_head_file(f"some/folder/{small}", tmp_path)
     own.parent.mkdir()
     own.touch()
-    assert find_head(small, tmp_path) == own
-    assert find_head("never-heard-of", tmp_path) is None
+    assert find_head_file(small, tmp_path) == own
+    assert find_head_file("never-heard-of", tmp_path) is None
 
 
 @pytest.mark.parametrize("file", _SHIPPED, ids=lambda file: file.stem)
@@ -83,7 +83,7 @@ def test_a_model_without_a_head_is_named(
 
 
 def test_routers_with_known_ranks_have_a_default_rate() -> None:
-    ranks = Ranks.of("qwen2.5-coder-0.5b", user_catalog_dir())
+    ranks = ScoreRanks.of("qwen2.5-coder-0.5b", user_catalog_dir())
     pair = Catalog.load().pair("qwen2.5-coder-0.5b")
     router = chosen_router("margin", Settings(), pair, ranks)
     assert router.pace.threshold == ranks.at("margin", 0.07)

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from mlxroute.errors import UsageError
-from mlxroute.small.kernels import choose, graph_kernel, metal_kernel, selection
+from mlxroute.small.kernels import graph_kernel, metal_kernel, select_kernel, selection
 from mlxroute.types import no_notice
 from tests.metal.emulator import Emulator
 
@@ -33,20 +33,20 @@ def with_metal(monkeypatch: pytest.MonkeyPatch) -> Callable[[Emulator | None], N
 
 
 def test_without_a_metal_gpu_the_graph_runs() -> None:
-    assert choose("auto", notify=no_notice) is graph_kernel.pack_signals
-    assert choose("graph", notify=no_notice) is graph_kernel.pack_signals
+    assert select_kernel("auto", notify=no_notice) is graph_kernel.pack_signals
+    assert select_kernel("graph", notify=no_notice) is graph_kernel.pack_signals
     with pytest.raises(UsageError, match="no Metal GPU"):
-        choose("metal", notify=no_notice)
+        select_kernel("metal", notify=no_notice)
     with pytest.raises(UsageError, match="no kernel named 'cuda'"):
-        choose("cuda", notify=no_notice)
+        select_kernel("cuda", notify=no_notice)
 
 
 def test_a_metal_kernel_that_passes_its_self_test_runs(
     with_metal: Callable[[Emulator | None], None],
 ) -> None:
     with_metal(Emulator())
-    assert choose("auto", notify=no_notice) is metal_kernel.pack_signals
-    assert choose("metal", notify=no_notice) is metal_kernel.pack_signals
+    assert select_kernel("auto", notify=no_notice) is metal_kernel.pack_signals
+    assert select_kernel("metal", notify=no_notice) is metal_kernel.pack_signals
 
 
 def test_a_wrong_metal_kernel_is_replaced_with_one_warning(
@@ -58,11 +58,11 @@ def test_a_wrong_metal_kernel_is_replaced_with_one_warning(
     def notify(line: str) -> None:
         lines.append(line)
 
-    assert choose("auto", notify=notify) is graph_kernel.pack_signals
+    assert select_kernel("auto", notify=notify) is graph_kernel.pack_signals
     assert len(lines) == 1
     assert "wrong on" in lines[0]
     with pytest.raises(UsageError, match="wrong on"):
-        choose("metal", notify=no_notice)
+        select_kernel("metal", notify=no_notice)
 
 
 def test_a_metal_kernel_that_fails_is_replaced_with_one_warning(
@@ -75,7 +75,7 @@ def test_a_metal_kernel_that_fails_is_replaced_with_one_warning(
     def notify(line: str) -> None:
         lines.append(line)
 
-    assert choose("auto", notify=notify) is graph_kernel.pack_signals
+    assert select_kernel("auto", notify=notify) is graph_kernel.pack_signals
     assert len(lines) == 1
     assert "failed on" in lines[0]
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxroute.small.kernels import unpack
+from mlxroute.small.kernels import unpack_signals
 from mlxroute.small.kernels.graph_kernel import pack_signals
 from tests.rows import VOCABULARIES, Row, check_packed, edge_rows, random_rows
 
@@ -73,7 +73,7 @@ def test_in_half_precision_the_greedy_choice_is_mlx_lms(dtype: mx.Dtype, scale: 
 
 def test_masked_out_tokens_add_nothing_to_the_entropy() -> None:
     (values,) = packed(mx.array([[0.0, -math.inf, 0.0, -math.inf]]))
-    got = unpack(values)
+    got = unpack_signals(values)
     assert got.entropy_nats == pytest.approx(math.log(2))
     assert got.margin == pytest.approx(0.0)
     assert got.flags == 0
@@ -81,7 +81,7 @@ def test_masked_out_tokens_add_nothing_to_the_entropy() -> None:
 
 def test_infinite_logits_share_the_probability() -> None:
     (values,) = packed(mx.array([[1.0, math.inf, 2.0, math.inf]]))
-    got = unpack(values)
+    got = unpack_signals(values)
     assert got.entropy_nats == pytest.approx(math.log(2))
     assert got.top_ids == (1, 3, 2, 0)
     assert got.top_logprobs == pytest.approx((-math.log(2), -math.log(2), -math.inf, -math.inf))

@@ -195,7 +195,7 @@ class Faulty:
         return self.large.uploads
 
     @property
-    def most_in_flight(self) -> int:
+    def max_in_flight(self) -> int:
         return 1
 
     def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> FakeFlight:

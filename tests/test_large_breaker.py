@@ -15,7 +15,7 @@ from mlxroute.errors import (
     LargeUnreachable,
 )
 from mlxroute.large import LargeModel
-from mlxroute.large.http.circuit_breaker import FAILURES, Breaker
+from mlxroute.large.http.circuit_breaker import FAILURES, CircuitBreaker
 from tests.asking import VOCABULARY, legacy
 from tests.fakes import FakeClock
 from tests.loopback import Loopback, Reply, Request
@@ -37,7 +37,7 @@ class Circuit:
 
     def __init__(self) -> None:
         self.clock = FakeClock()
-        self.breaker = Breaker("http://host/v1", clock=self.clock)
+        self.breaker = CircuitBreaker("http://host/v1", clock=self.clock)
         self.calls = 0
 
     def ask(self, error: BaseException | None = None, *, fragment: bool = False) -> str:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.json_fields import Entry, WireToken
+from mlxroute.large.dialects.json_fields import ReplyPosition, ReplyToken
 from mlxroute.large.vocabulary.bridge import Bridge
 from mlxroute.large.vocabulary.token_reader import TokenReader
 from mlxroute.tokenizers.byte_pieces import BYTE_OF
@@ -48,12 +48,12 @@ def cut(text: str, at: Sequence[int]) -> list[bytes]:
 
 
 def translated(
-    tokens: Sequence[WireToken], small: TokenVocabulary, reader: TokenReader, *, same: bool = False
+    tokens: Sequence[ReplyToken], small: TokenVocabulary, reader: TokenReader, *, same: bool = False
 ) -> tuple[int, ...]:
     """What becomes of large tokens asked for one call at a time, as the client does."""
     bridge = Bridge(reader, small, same=same)
     ids: list[int] = []
-    entries = [Entry(token) for token in tokens]
+    entries = [ReplyPosition(token) for token in tokens]
     reader.learn(entries)
     at = 0
     while at < len(entries):
@@ -71,14 +71,14 @@ def translated(
     return tuple(ids)
 
 
-def _served(entries: Sequence[Entry]) -> str:
+def _served(entries: Sequence[ReplyPosition]) -> str:
     return b"".join(_BYTES[entry.token] for entry in entries).decode(errors="replace")
 
 
-_BYTES: dict[WireToken, bytes] = {}
+_BYTES: dict[ReplyToken, bytes] = {}
 
 
-def _tokens_in(data: bytes, entries: Sequence[Entry]) -> int:
+def _tokens_in(data: bytes, entries: Sequence[ReplyPosition]) -> int:
     """How many of the tokens are just these bytes."""
     size = 0
     for count, entry in enumerate(entries, start=1):
@@ -88,7 +88,7 @@ def _tokens_in(data: bytes, entries: Sequence[Entry]) -> int:
     raise AssertionError("the small ids end inside a large token")
 
 
-def named(token: WireToken, data: bytes) -> WireToken:
+def named(token: ReplyToken, data: bytes) -> ReplyToken:
     _BYTES[token] = data
     return token
 
@@ -112,7 +112,7 @@ def arrives(text: str, ids: Sequence[int], small: TokenVocabulary) -> bool:
 @settings(max_examples=50, deadline=None)
 def test_text_in_tokens_of_bytes_arrives(small: TokenVocabulary, text: str, at: list[int]) -> None:
     tokens = [
-        named(WireToken(data=part, text=part.decode(errors="replace")), part)
+        named(ReplyToken(data=part, text=part.decode(errors="replace")), part)
         for part in cut(text, at)
     ]
     assert arrives(text, translated(tokens, small, TokenReader()), small)
@@ -124,11 +124,11 @@ def test_text_in_byte_level_pieces_arrives(
     small: TokenVocabulary, text: str, at: list[int]
 ) -> None:
     tokens = [
-        named(WireToken(piece="".join(_CHARACTER_OF[byte] for byte in part)), part)
+        named(ReplyToken(piece="".join(_CHARACTER_OF[byte] for byte in part)), part)
         for part in cut(text, at)
     ]
     reader = TokenReader()
-    reader.learn([Entry(WireToken(piece="Ġthe"))])
+    reader.learn([ReplyPosition(ReplyToken(piece="Ġthe"))])
     assert arrives(text, translated(tokens, small, reader), small)
 
 
@@ -142,11 +142,11 @@ def test_text_in_sentencepiece_pieces_arrives(
         shown = part.decode(errors="ignore")
         # What is no whole text, or holds the mark for a space, comes byte by byte.
         if shown.encode() == part and "▁" not in shown:
-            tokens.append(named(WireToken(piece=shown.replace(" ", "▁")), part))
+            tokens.append(named(ReplyToken(piece=shown.replace(" ", "▁")), part))
         else:
-            tokens += [named(WireToken(piece=f"<0x{byte:02X}>"), bytes([byte])) for byte in part]
+            tokens += [named(ReplyToken(piece=f"<0x{byte:02X}>"), bytes([byte])) for byte in part]
     reader = TokenReader()
-    reader.learn([Entry(WireToken(piece="▁the"))])
+    reader.learn([ReplyPosition(ReplyToken(piece="▁the"))])
     assert arrives(text, translated(tokens, small, reader), small)
 
 
@@ -159,7 +159,7 @@ def test_text_in_ids_of_a_known_vocabulary_arrives(
     large = SMALL[name]()
     reader = TokenReader()
     reader.own = large
-    tokens = [named(WireToken(token_id=i), large.token_bytes(i)) for i in large.encode(text)]
+    tokens = [named(ReplyToken(token_id=i), large.token_bytes(i)) for i in large.encode(text)]
     assert arrives(text, translated(tokens, small, reader, same=large is small), small)
 
 
@@ -171,7 +171,7 @@ def test_ids_of_the_same_vocabulary_pass_through_as_they_are(
     ids = small.encode(text)
     reader = TokenReader()
     reader.own = small
-    tokens = [named(WireToken(token_id=i), small.token_bytes(i)) for i in ids]
+    tokens = [named(ReplyToken(token_id=i), small.token_bytes(i)) for i in ids]
     assert translated(tokens, small, reader, same=True) == ids
 
 
@@ -185,22 +185,22 @@ def test_where_fragments_have_no_bytes_the_servers_own_reading_does(
     for number, part in enumerate(cut(text, at)):
         shown = part.decode(errors="replace" if number % 2 else "ignore")
         whole = "\ufffd" not in shown and shown.encode() == part
-        tokens.append(named(WireToken(text=shown if whole else "", logprob=-0.001 * number), part))
+        tokens.append(named(ReplyToken(text=shown if whole else "", logprob=-0.001 * number), part))
     assert arrives(text, translated(tokens, small, TokenReader()), small)
 
 
 def test_a_character_that_the_small_vocabulary_lacks_is_refused() -> None:
     bridge = Bridge(TokenReader(), real_vocabularies.smollm2(), same=False)
     with pytest.raises(LargeProtocolError, match="cannot spell"):
-        bridge.token([Entry(WireToken(data="a\U00040000".encode()))], "")
+        bridge.token([ReplyPosition(ReplyToken(data="a\U00040000".encode()))], "")
 
 
 def test_a_token_that_leaves_a_character_begun_waits_for_its_end() -> None:
     small = TableVocabulary(["a", "Ã©"])
     bridge = Bridge(TokenReader(), small, same=False)
-    first = Entry(WireToken(data=b"a\xc3", token_id=70))
-    second = Entry(WireToken(data=b"\xa9", token_id=71))
-    third = Entry(WireToken(data=b"a", token_id=72))
+    first = ReplyPosition(ReplyToken(data=b"a\xc3", token_id=70))
+    second = ReplyPosition(ReplyToken(data=b"\xa9", token_id=71))
+    third = ReplyPosition(ReplyToken(data=b"a", token_id=72))
     assert bridge.token([first], "a\ufffd") is None
     found = bridge.token([first, second, third], "aéa")
     assert found is not None
@@ -211,7 +211,9 @@ def test_of_the_same_vocabulary_the_ends_id_is_kept_and_otherwise_it_is_the_smal
     small = TableVocabulary(["a"])
     for same, token_id, piece in [(True, 1, None), (False, 500, "</s>"), (False, 1, "<|im_end|>")]:
         bridge = Bridge(TokenReader(), small, same=same)
-        found = bridge.token([Entry(WireToken(token_id=token_id, piece=piece), ends=not same)], "")
+        found = bridge.token(
+            [ReplyPosition(ReplyToken(token_id=token_id, piece=piece), ends=not same)], ""
+        )
         assert found is not None
         assert (found.is_eos, found.token_ids, found.text) == (True, (1,), "")
         assert found.large_ids == (token_id,)
@@ -219,27 +221,33 @@ def test_of_the_same_vocabulary_the_ends_id_is_kept_and_otherwise_it_is_the_smal
 
 def test_an_end_behind_part_of_a_character_is_no_text() -> None:
     bridge = Bridge(TokenReader(), TableVocabulary(["a"]), same=False)
-    part, end = Entry(WireToken(data=b"\xc3")), Entry(WireToken(text=""), ends=True)
+    part, end = (
+        ReplyPosition(ReplyToken(data=b"\xc3")),
+        ReplyPosition(ReplyToken(text=""), ends=True),
+    )
     assert bridge.token([part, end], "\ufffd") is None
-    assert bridge.token([Entry(WireToken()), end], "x") is None
+    assert bridge.token([ReplyPosition(ReplyToken()), end], "x") is None
 
 
 def test_a_special_token_behind_part_of_a_character_is_named() -> None:
     bridge = Bridge(TokenReader(), TableVocabulary(["a"]), same=False)
-    part, special = Entry(WireToken(data=b"\xc3")), Entry(WireToken(piece="<|im_start|>"))
+    part, special = (
+        ReplyPosition(ReplyToken(data=b"\xc3")),
+        ReplyPosition(ReplyToken(piece="<|im_start|>")),
+    )
     with pytest.raises(LargeProtocolError, match=r"<\|im_start\|>"):
         bridge.token([part, special], "")
 
 
 def test_alternatives_are_shown_by_bytes_names_or_ids() -> None:
     top = (
-        WireToken(data=b"a", logprob=-0.1),
-        WireToken(data=b"\xc3", logprob=-1.0),
-        WireToken(piece="<|im_end|>", logprob=-2.0),
-        WireToken(token_id=77, logprob=-3.0),
-        WireToken(text="b"),
+        ReplyToken(data=b"a", logprob=-0.1),
+        ReplyToken(data=b"\xc3", logprob=-1.0),
+        ReplyToken(piece="<|im_end|>", logprob=-2.0),
+        ReplyToken(token_id=77, logprob=-3.0),
+        ReplyToken(text="b"),
     )
     bridge = Bridge(TokenReader(), TableVocabulary(["a"]), same=False)
-    found = bridge.token([Entry(WireToken(data=b"a"), top)], "a")
+    found = bridge.token([ReplyPosition(ReplyToken(data=b"a"), top)], "a")
     assert found is not None
     assert found.top == (("a", -0.1), (r"\xc3", -1.0), ("", -2.0), ("#77", -3.0))

@@ -8,7 +8,7 @@ import pytest
 
 from mlxroute.errors import LargeProtocolError
 from mlxroute.large.dialects import Ask
-from mlxroute.large.dialects.json_fields import Completion, Entry
+from mlxroute.large.dialects.json_fields import Completion, ReplyPosition
 from mlxroute.large.vocabulary.token_reader import TokenReader
 from tests.prompt_forms import TEXT, dialect, prompt_for
 from tests.vocabularies import TableVocabulary
@@ -22,7 +22,7 @@ def texts(completion: Completion) -> list[tuple[int | None, str | None, bool]]:
     return [(each.token.token_id, each.token.text, each.ends) for each in completion.entries]
 
 
-def data(entry: Entry) -> bytes | None:
+def data(entry: ReplyPosition) -> bytes | None:
     return TokenReader().data(entry.token)
 
 

@@ -14,7 +14,7 @@ from mlxroute.engine import generate
 from mlxroute.errors import LargeRefused, LargeTimeout, LargeUnavailable
 from mlxroute.large import LargeModel
 from mlxroute.large.dialects.mlx_lm import MlxLm
-from mlxroute.large.http.background import Flight
+from mlxroute.large.http.background import PendingCall
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import Mode, Token
 from tests.asking import THE, VOCABULARY, legacy
@@ -42,7 +42,7 @@ def our_threads() -> list[threading.Thread]:
     return [each for each in threading.enumerate() if each.name.startswith("mlxroute-")]
 
 
-def landed(large: LargeModel, flight: Flight, *, within_s: float = 20.0) -> Flight:
+def landed(large: LargeModel, flight: PendingCall, *, within_s: float = 20.0) -> PendingCall:
     large.wait(lambda: flight.ready, timeout_s=within_s)
     assert flight.ready
     return flight
@@ -145,9 +145,9 @@ def test_closing_ends_all_calls(server: Loopback) -> None:
 
 
 def test_a_server_that_dies_of_its_cache_has_one_call_at_a_time(server: Loopback) -> None:
-    assert settled(LargeModel(server.url)).most_in_flight == 8
-    assert settled(LargeModel(server.url), MlxLm()).most_in_flight == 1
-    assert LargeModel(server.url).most_in_flight == 1
+    assert settled(LargeModel(server.url)).max_in_flight == 8
+    assert settled(LargeModel(server.url), MlxLm()).max_in_flight == 1
+    assert LargeModel(server.url).max_in_flight == 1
 
 
 # Several tokens of one reply

@@ -11,8 +11,8 @@ import pytest
 from mlxroute.errors import LargeRefused, LargeTimeout, LargeUnreachable
 from mlxroute.large import LargeModel
 from mlxroute.large.http import retry
-from mlxroute.large.negotiation.capabilities import Refusal, Verdict
-from mlxroute.large.negotiation.prober import NothingFits, advice
+from mlxroute.large.negotiation.capabilities import RejectedDialect, Verdict
+from mlxroute.large.negotiation.prober import NoUsableDialect, advice
 from tests import truthful
 from tests.loopback import Loopback, Reply, Request
 from tests.truthful import Ids, Json, Truthful
@@ -45,7 +45,7 @@ def probe(answer: Callable[[Request], Reply], **options: Any) -> Verdict:
         return large.probe()
 
 
-def reasons(verdict: Verdict | NothingFits) -> dict[str, str]:
+def reasons(verdict: Verdict | NoUsableDialect) -> dict[str, str]:
     return {refusal.dialect: refusal.reason for refusal in verdict.refusals}
 
 
@@ -170,7 +170,7 @@ def _closed(path: str, text: str) -> str:
 
 
 def test_a_chat_that_closes_the_turn_is_refused_in_every_form() -> None:
-    with pytest.raises(NothingFits, match="starts a new answer") as caught:
+    with pytest.raises(NoUsableDialect, match="starts a new answer") as caught:
         probe(Truthful("chat by flags", hears=_closed))
     assert "not continued (it wrote 'Sure')" in reasons(caught.value)["chat continuation (flags)"]
 
@@ -321,14 +321,14 @@ def test_a_server_that_falls_silent_or_goes_away_is_not_refused_for_it() -> None
     ],
 )
 def test_the_advice_fits_the_reasons(given: list[str], said: str) -> None:
-    refusals = [Refusal(str(number), reason) for number, reason in enumerate(given)]
-    with pytest.raises(NothingFits, match=said):
-        raise NothingFits(refusals)
+    refusals = [RejectedDialect(str(number), reason) for number, reason in enumerate(given)]
+    with pytest.raises(NoUsableDialect, match=said):
+        raise NoUsableDialect(refusals)
     assert "\n" not in advice(refusals)
 
 
 def test_an_address_without_the_apis_path_is_told_so() -> None:
-    with pytest.raises(NothingFits, match="does it end in the API's path, as in /v1"):
+    with pytest.raises(NoUsableDialect, match="does it end in the API's path, as in /v1"):
         probe(Truthful("nothing"))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxroute.large.vocabulary.mlx_lm_cache_guard import SentPrompts, Usage
+from mlxroute.large.vocabulary.mlx_lm_cache_guard import MlxLmCacheGuard, Usage
 from tests.vocabularies import TableVocabulary, context
 
 # No piece begins another, so a text has one tokenisation; "Ã" and "©" are the halves of "é".
@@ -60,7 +60,7 @@ def _common(one: Ids, other: Ids) -> int:
     return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-def escalate(server: Server, sent: SentPrompts, path: Ids, *, lost: bool) -> int | None:
+def escalate(server: Server, sent: MlxLmCacheGuard, path: Ids, *, lost: bool) -> int | None:
     """Ask for the token after `path` as the client does; None when the reply is not the path."""
     fragment = path[-1:] if path[-1] == OPEN_HALF else ()
     text = b"".join(map(VOCABULARY.token_bytes, path[: len(path) - len(fragment)])).decode()
@@ -96,7 +96,7 @@ STEPS = st.lists(
 def test_no_prompt_equals_a_cached_sequence_and_every_answer_is_the_greedy_one(
     steps: list[tuple[str, int]], seed: int, trims: bool, loses: bool
 ) -> None:
-    server, sent = Server(seed, trims), SentPrompts()
+    server, sent = Server(seed, trims), MlxLmCacheGuard()
     path = PROMPTS[0]
     for step, choice in steps:
         if step == "restart":
@@ -116,7 +116,7 @@ def test_no_prompt_equals_a_cached_sequence_and_every_answer_is_the_greedy_one(
 
 
 def test_asking_at_every_position_costs_two_tokens_a_call_where_caches_can_be_trimmed() -> None:
-    server, sent = Server(seed=1, trims=True), SentPrompts()
+    server, sent = Server(seed=1, trims=True), MlxLmCacheGuard()
     path: Ids = PROMPTS[0]
     for _ in range(50):
         token_id = escalate(server, sent, path, lost=False)
@@ -127,14 +127,14 @@ def test_asking_at_every_position_costs_two_tokens_a_call_where_caches_can_be_tr
 
 
 def test_a_refused_request_is_not_repeated_around() -> None:
-    sent = SentPrompts()
+    sent = MlxLmCacheGuard()
     sent.sent("a", max_tokens=2)
     sent.refused("a", max_tokens=2)
     assert sent.plan("aa", context=context("aa", VOCABULARY, answer=(IDS[0], IDS[0]))) == ("aa", ())
 
 
 def test_the_question_asked_again_is_sent_as_it_is() -> None:
-    sent = SentPrompts()
+    sent = MlxLmCacheGuard()
     sent.sent("a", max_tokens=2)
     sent.answered("a", [b"b", b"dd"])
     wanted = context("a", VOCABULARY, answer=(IDS[0],))
@@ -143,7 +143,7 @@ def test_the_question_asked_again_is_sent_as_it_is() -> None:
 
 
 def test_a_token_without_bytes_does_not_lead_in_circles() -> None:
-    sent = SentPrompts()
+    sent = MlxLmCacheGuard()
     sent.sent("a", max_tokens=2)
     sent.answered("a", [b"b", b""])
     prompt, repeated = sent.plan("ab", context=context("ab", VOCABULARY, answer=(IDS[0], IDS[1])))
@@ -151,7 +151,7 @@ def test_a_token_without_bytes_does_not_lead_in_circles() -> None:
 
 
 def test_a_lost_reply_is_avoided_though_the_small_model_spells_its_tokens_finer() -> None:
-    sent = SentPrompts()
+    sent = MlxLmCacheGuard()
     sent.sent("a", max_tokens=2)
     fine = TableVocabulary(["a", "d", "y"])
     wanted = context("addydy", fine, answer=fine.encode("addydy"))

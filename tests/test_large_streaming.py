@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from mlxroute.large import LargeModel
-from mlxroute.large.completion_request import Answered
+from mlxroute.large.completion_request import CompletionAnswer
 from mlxroute.large.dialects import Dialect
-from mlxroute.large.dialects.json_fields import Completion, Entry, WireToken
+from mlxroute.large.dialects.json_fields import Completion, ReplyPosition, ReplyToken
 from mlxroute.large.dialects.llama_server import LlamaServer
 from mlxroute.large.dialects.vllm import VllmCompletions
-from mlxroute.large.http.background import Flight
+from mlxroute.large.http.background import PendingCall
 from mlxroute.large.vocabulary.bridge import Bridge
-from mlxroute.large.vocabulary.reply_reader import begun as first_ones
+from mlxroute.large.vocabulary.reply_reader import streamed_tokens as first_ones
 from mlxroute.large.vocabulary.token_reader import TokenReader
 from mlxroute.types import LargeToken
 from tests.asking import VOCABULARY
@@ -104,12 +104,12 @@ def model(server: Loopback, dialect: Dialect = LLAMA) -> LargeModel:
     return large
 
 
-def begun(large: LargeModel, *, ahead: int = 2) -> Flight:
+def streamed_tokens(large: LargeModel, *, ahead: int = 2) -> PendingCall:
     ids = (VOCABULARY.id_of("t"), VOCABULARY.id_of("h"))
     return large.begin(context("th", VOCABULARY, answer=ids), ahead=ahead)
 
 
-def until(large: LargeModel, flight: Flight, count: int) -> tuple[LargeToken, ...]:
+def until(large: LargeModel, flight: PendingCall, count: int) -> tuple[LargeToken, ...]:
     """The flight's tokens, as soon as there are so many; all of them with 0."""
 
     def there() -> bool:
@@ -131,7 +131,7 @@ def test_each_token_is_there_as_soon_as_it_comes(
     let = threading.Semaphore(0)
     server.script.append(Reply(chunks=tuple(writes(_WORDS)), before=lambda _: let.acquire()))
     with model(server, dialect) as large:
-        flight = begun(large)
+        flight = streamed_tokens(large)
         for count in (1, 2):
             let.release()
             assert len(until(large, flight, count)) == count
@@ -154,7 +154,7 @@ def test_a_stream_says_what_the_whole_reply_says(
         parts = tuple(writes(names, stop=stop, whole=whole))
         server.script.append(Reply(parts[0]) if whole else Reply(chunks=parts))
         with model(server, dialect) as large:
-            found.append(until(large, begun(large, ahead=5 if stop == "eos" else 2), 0))
+            found.append(until(large, streamed_tokens(large, ahead=5 if stop == "eos" else 2), 0))
             assert large.uploads.tokens == 7
             assert large.uploads.cached_tokens == 6
             assert large.uploads.completion_tokens == len(names)
@@ -170,7 +170,7 @@ def test_a_stream_that_breaks_off_leaves_what_came_and_is_not_asked_again(
 ) -> None:
     server.script.append(Reply(chunks=(*llama(_WORDS)[:2], b"")))
     with model(server) as large:
-        assert texts(until(large, begun(large), 0)) == ["a", "b"]
+        assert texts(until(large, streamed_tokens(large), 0)) == ["a", "b"]
         assert large.uploads.completion_tokens == 2
     assert len(server.requests) == 1
 
@@ -178,7 +178,7 @@ def test_a_stream_that_breaks_off_leaves_what_came_and_is_not_asked_again(
 def test_a_stream_that_breaks_off_before_its_first_token_is_asked_again(server: Loopback) -> None:
     server.script.extend([Reply(chunks=(b":\n\n", b"")), Reply(chunks=tuple(llama(_WORDS)))])
     with model(server) as large:
-        assert texts(until(large, begun(large), 0)) == ["a", "b", " the"]
+        assert texts(until(large, streamed_tokens(large), 0)) == ["a", "b", " the"]
     assert len(server.requests) == 2
 
 
@@ -193,7 +193,7 @@ def test_a_server_that_refuses_to_stream_is_asked_for_whole_replies_from_then_on
     server.answer = answer
     with model(server) as large:
         for _ in range(2):
-            assert texts(until(large, begun(large), 0)) == ["a", "b", " the"]
+            assert texts(until(large, streamed_tokens(large), 0)) == ["a", "b", " the"]
         assert not large.streams
     assert [bool(request.json.get("stream")) for request in server.requests] == [True, False, False]
 
@@ -201,21 +201,21 @@ def test_a_server_that_refuses_to_stream_is_asked_for_whole_replies_from_then_on
 def test_a_server_that_answers_as_a_whole_all_the_same_is_understood(server: Loopback) -> None:
     server.script.append(Reply(llama(_WORDS, whole=True)[0]))
     with model(server) as large:
-        assert texts(until(large, begun(large), 0)) == ["a", "b", " the"]
+        assert texts(until(large, streamed_tokens(large), 0)) == ["a", "b", " the"]
 
 
 def test_an_error_in_the_middle_of_a_stream_ends_it(server: Loopback) -> None:
     failed = event({"error": {"message": "out of memory", "code": 500}})
     server.script.append(Reply(chunks=(*llama(_WORDS)[:1], failed)))
     with model(server) as large:
-        assert texts(until(large, begun(large), 0)) == ["a"]
+        assert texts(until(large, streamed_tokens(large), 0)) == ["a"]
 
 
 def test_a_cancelled_stream_ends_and_what_came_of_it_is_counted(server: Loopback) -> None:
     let = threading.Semaphore(1)
     server.script.append(Reply(chunks=tuple(llama(_WORDS)), before=lambda _: let.acquire()))
     with model(server) as large:
-        flight = begun(large)
+        flight = streamed_tokens(large)
         until(large, flight, 1)
         flight.cancel()
         flight.join(10)
@@ -229,9 +229,13 @@ def test_a_token_without_text_waits_for_what_it_turns_out_to_be() -> None:
     # Of another vocabulary, so that an id alone says nothing.
     reader = TokenReader()
     bridge = Bridge(reader, VOCABULARY, same=False)
-    entries = (Entry(WireToken(5, data=b"a")), Entry(WireToken(6)), Entry(WireToken(7, data=b"b")))
+    entries = (
+        ReplyPosition(ReplyToken(5, data=b"a")),
+        ReplyPosition(ReplyToken(6)),
+        ReplyPosition(ReplyToken(7, data=b"b")),
+    )
     for count in (1, 2, 3):
         came = entries[:count]
         text = "ab" if count == 3 else "a"
-        answered = Answered(came, text, False, Completion(came, text), 0)
+        answered = CompletionAnswer(came, text, False, Completion(came, text), 0)
         assert texts(first_ones(answered, bridge, reader)) == ["a"]

@@ -10,7 +10,7 @@ import pytest
 
 from mlxroute.errors import LargeProtocolError
 from mlxroute.large.dialects import Dialect, Prompt, dialect_named
-from mlxroute.large.dialects.json_fields import Entry, WireToken
+from mlxroute.large.dialects.json_fields import ReplyPosition, ReplyToken
 from mlxroute.large.vocabulary.bridge import Bridge, Bridged
 from mlxroute.large.vocabulary.token_reader import TokenReader
 from tests.asking import (
@@ -309,25 +309,25 @@ def test_an_end_token_after_text_is_the_end_and_is_not_counted_twice() -> None:
 
 @pytest.mark.parametrize("text", ["<div>", "</p>", "<br>", "[X]", "<T>"])
 def test_tags_and_ticked_boxes_are_text(text: str) -> None:
-    assert TokenReader().data(WireToken(text=text)) == text.encode()
+    assert TokenReader().data(ReplyToken(text=text)) == text.encode()
 
 
 def test_with_a_known_vocabulary_what_is_special_is_known_and_not_guessed() -> None:
     large = TableVocabulary(["<div>", "a"])
     reader = TokenReader()
     reader.own = large
-    tag = WireToken(token_id=large.id_of("<div>"), text="<div>")
+    tag = ReplyToken(token_id=large.id_of("<div>"), text="<div>")
     assert (reader.is_special(tag), reader.data(tag)) == (False, b"<div>")
-    end = WireToken(token_id=END_ID, text="")
+    end = ReplyToken(token_id=END_ID, text="")
     assert (reader.is_special(end), reader.data(end)) == (True, b"")
-    assert reader.ends(Entry(end))
+    assert reader.ends(ReplyPosition(end))
 
 
 def test_a_token_id_that_the_known_vocabulary_names_otherwise_is_read_by_its_name() -> None:
     reader = TokenReader()
     reader.own = TableVocabulary(["a"])
-    assert reader.data(WireToken(token_id=2, piece="b")) == b"b"
+    assert reader.data(ReplyToken(token_id=2, piece="b")) == b"b"
 
 
 def test_a_special_token_stands_for_its_name_in_a_prompt() -> None:
-    assert TokenReader().in_prompt(WireToken(piece="<|im_end|>")) == b"<|im_end|>"
+    assert TokenReader().in_prompt(ReplyToken(piece="<|im_end|>")) == b"<|im_end|>"

@@ -73,7 +73,7 @@ class Dice:
         self.uploads = Uploads()
 
     @property
-    def most_in_flight(self) -> int:
+    def max_in_flight(self) -> int:
         return 4
 
     def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> FakeFlight:

@@ -8,8 +8,13 @@ import pytest
 
 from mlxroute.cli.folders import bench_file
 from mlxroute.errors import UsageError
-from mlxroute.questions.grading import mark
-from mlxroute.questions.question_files import conversation, read_questions, sampled, worked_examples
+from mlxroute.questions.grading import grade
+from mlxroute.questions.question_files import (
+    question_messages,
+    read_questions,
+    sample_questions,
+    worked_examples,
+)
 
 
 def test_every_documented_form_becomes_a_prompt(tmp_path: Path) -> None:
@@ -26,7 +31,7 @@ def test_every_documented_form_becomes_a_prompt(tmp_path: Path) -> None:
     assert second.name == f"{file}, row 3"
     assert second.prompt == "Where?\nA. here\nB. there"
     assert third.prompt == "1 + 1?"
-    assert conversation(second) == [
+    assert question_messages(second) == [
         {"role": "user", "content": f"{second.prompt}\n\n{second.form}"}
     ]
     assert "answerKey" not in second.prompt
@@ -64,7 +69,7 @@ def test_files_that_hold_nothing_to_ask_are_named(tmp_path: Path) -> None:
 def test_worked_examples_are_earlier_turns_that_show_the_form() -> None:
     examples = worked_examples(bench_file("questions", "examples.jsonl"), 2)
     question = read_questions(bench_file("questions", "everyday.jsonl"))[0]
-    turns = conversation(question, examples)
+    turns = question_messages(question, examples)
     assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2 + ["user"]
     assert turns[1]["content"] == examples[0].worked
     assert turns[-1]["content"] == question.prompt
@@ -78,7 +83,7 @@ def test_our_questions_have_one_right_answer_each() -> None:
         assert each.answer in list("ABCDE")
         assert len({text for _, text in each.choices}) == 5
     for each in examples:
-        assert mark(each, each.worked or "").strict
+        assert grade(each, each.worked or "").strict
     # No label is right so often that it could be guessed.
     counts = [sum(each.answer == label for each in questions) for label in "ABCDE"]
     assert max(counts) <= len(questions) / 3
@@ -86,7 +91,7 @@ def test_our_questions_have_one_right_answer_each() -> None:
 
 def test_more_questions_are_the_same_and_others() -> None:
     questions = read_questions(bench_file("questions", "everyday.jsonl"))
-    assert sampled(questions, 10) == sampled(questions, 20)[:10]
-    assert sorted(each.name for each in sampled(questions, 99)) == sorted(
+    assert sample_questions(questions, 10) == sample_questions(questions, 20)[:10]
+    assert sorted(each.name for each in sample_questions(questions, 99)) == sorted(
         each.name for each in questions
     )

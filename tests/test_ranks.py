@@ -8,24 +8,24 @@ from pathlib import Path
 import pytest
 
 from mlxroute.catalog import Catalog
-from mlxroute.catalog.score_ranks import Ranks
+from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli import main
 from mlxroute.config import user_catalog_dir
 from mlxroute.errors import CatalogError
-from mlxroute.routers import make
+from mlxroute.routers import make_router
 from tests.tiny import make_tiny_model
 
 
-def some(small: str) -> Ranks:
-    return Ranks(small, "a file", 500, {"entropy": (0.0, 0.5, 1.0, 2.0, 4.0)})
+def some(small: str) -> ScoreRanks:
+    return ScoreRanks(small, "a file", 500, {"entropy": (0.0, 0.5, 1.0, 2.0, 4.0)})
 
 
 def test_the_users_ranks_go_before_the_shipped_ones(tmp_path: Path) -> None:
-    shipped = Ranks.of("qwen2.5-coder-0.5b", tmp_path)
+    shipped = ScoreRanks.of("qwen2.5-coder-0.5b", tmp_path)
     assert shipped.small == "qwen2.5-coder-0.5b"
     some("qwen2.5-coder-0.5b").write(tmp_path)
-    assert Ranks.of("qwen2.5-coder-0.5b", tmp_path) == some("qwen2.5-coder-0.5b")
-    assert Ranks.of("some/folder/never-heard-of", tmp_path) == shipped
+    assert ScoreRanks.of("qwen2.5-coder-0.5b", tmp_path) == some("qwen2.5-coder-0.5b")
+    assert ScoreRanks.of("some/folder/never-heard-of", tmp_path) == shipped
 
 
 def test_the_score_at_a_rate_is_what_that_share_exceeds() -> None:
@@ -42,17 +42,17 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str) -> None:
     path = some("x").write(tmp_path)
     path.write_text(text)
     with pytest.raises(CatalogError, match=r"x\.json"):
-        Ranks.of("x", tmp_path)
+        ScoreRanks.of("x", tmp_path)
 
 
 @pytest.mark.parametrize("small", sorted({pair.small for pair in Catalog.load().pairs}))
 def test_budgets_can_start_with_every_small_model_of_the_catalogue(
     small: str, tmp_path: Path
 ) -> None:
-    ranks = Ranks.of(small, tmp_path)
+    ranks = ScoreRanks.of(small, tmp_path)
     assert ranks.positions > 500
     for name in ("entropy", "margin", "max-probability", "logu", "random"):
-        found = make(name, budget=0.07, quantiles=ranks[name]).pace.threshold
+        found = make_router(name, budget=0.07, quantiles=ranks[name]).pace.threshold
         assert found == pytest.approx(ranks.at(name, 0.07), rel=0.15)
 
 
@@ -66,7 +66,7 @@ def test_calibrate_keeps_what_budgets_start_from(
     arguments = ["calibrate", "--small", str(tiny), "--data", data.name, "--tokens", "40"]
     assert main(arguments) == 0
     report = json.loads(capsys.readouterr().out)
-    ranks = Ranks.of("tiny", user_catalog_dir())
+    ranks = ScoreRanks.of("tiny", user_catalog_dir())
     assert ranks.positions == report["positions"] >= 200
     assert ranks.data == report["data"] == f"9 questions of {tmp_path.name}/mine.jsonl"
     assert report["thresholds"]["entropy"]["0.07"] == round(ranks.at("entropy", 0.07), 5)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxroute.errors import UsageError
-from mlxroute.routers import BURST, SCORES, Budget, EntropyRouter, Threshold, make
+from mlxroute.routers import BURST, SCORES, Budget, EntropyRouter, Threshold, make_router
 from mlxroute.types import Judgement, Signals
 from tests.fakes import signals
 
@@ -69,7 +69,7 @@ def test_a_threshold_that_is_not_a_number_is_refused() -> None:
 @pytest.mark.parametrize("given_", [{}, {"threshold": 1.0, "budget": 0.1}])
 def test_a_router_takes_a_threshold_or_a_budget(given_: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="either"):
-        make("entropy", threshold=given_.get("threshold"), budget=given_.get("budget"))
+        make_router("entropy", threshold=given_.get("threshold"), budget=given_.get("budget"))
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.1, math.nan])
@@ -80,7 +80,7 @@ def test_a_budget_is_a_share(rate: float) -> None:
 
 def test_an_unknown_router_is_named_with_those_there_are() -> None:
     with pytest.raises(UsageError, match=r"'entrpy'; there are: entropy, margin"):
-        make("entrpy", threshold=1.0)
+        make_router("entrpy", threshold=1.0)
 
 
 # A budget

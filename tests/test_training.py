@@ -12,16 +12,16 @@ import mlx.core as mx
 import pytest
 
 from mlxroute.backend.load import load
-from mlxroute.catalog.score_ranks import Ranks
+from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli import main
 from mlxroute.engine import generate
 from mlxroute.errors import LargeError, LargeRefused, UsageError, WeightsError
 from mlxroute.questions.question_files import Kind, Question
-from mlxroute.routers import make
+from mlxroute.routers import make_router
 from mlxroute.small import SmallModel
-from mlxroute.training import Fitted, Labelled, Replies, collect, fit
+from mlxroute.training import FittedHead, LabelledAnswer, Replies, collect_labels, fit_head
 from mlxroute.training.head_fitting import recall
-from mlxroute.types import Labels
+from mlxroute.types import LabelKind
 from tests.fakes import Reply, ScriptedLarge
 from tests.tiny import make_tiny_model
 
@@ -41,7 +41,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
     return SmallModel(model, tokenizer, name="tiny")
 
 
-def synthetic(count: int, *, seed: int = 0) -> list[Labelled]:
+def synthetic(count: int, *, seed: int = 0) -> list[LabelledAnswer]:
     """Answers in which one direction of the state says where the models differ."""
     key = mx.random.key(seed)
     found = []
@@ -51,14 +51,16 @@ def synthetic(count: int, *, seed: int = 0) -> list[Labelled]:
         differs = (hidden[:, 3] > 1.2).astype(mx.float32)
         # The large model's token is likely where the models differ, the small one's elsewhere.
         logprobs = mx.stack([-3 * differs, 3 * differs - 3], axis=1)
-        found.append(Labelled(hidden.astype(mx.float16), signals, differs, logprobs, "", 40))
+        found.append(LabelledAnswer(hidden.astype(mx.float16), signals, differs, logprobs, "", 40))
     return found
 
 
-def fitted_to(answers: list[Labelled], labels: Labels = Labels.DIVERGENCE) -> Fitted:
+def fitted_to(
+    answers: list[LabelledAnswer], labels: LabelKind = LabelKind.DIVERGENCE
+) -> FittedHead:
     """A head for labels that need no outcomes."""
     questions = [Question(str(i), f"say {i}") for i in range(len(answers))]
-    return fit(answers, questions, labels=labels, about={"small": "s"})
+    return fit_head(answers, questions, labels=labels, about={"small": "s"})
 
 
 # Labels
@@ -72,10 +74,10 @@ def labelled(
     questions: list[Question] | None = None,
     at_once: int = 1,
     continuing: bool = True,
-) -> list[Labelled]:
+) -> list[LabelledAnswer]:
     """What `collect` gives for answers of up to 6 tokens."""
     with Replies(large, folder / "replies.jsonl", at_once=at_once) as replies:
-        return collect(
+        return collect_labels(
             small,
             replies,
             _QUESTIONS[:1] if questions is None else questions,
@@ -199,7 +201,7 @@ def test_what_is_labelled_is_not_asked_again_and_survives_a_fault(
 def test_an_outcome_that_does_not_change_makes_no_label() -> None:
     question = Question("q", "?", Kind.CHOICE, "B", (("A", "tea"), ("B", "milk")))
     ends = [f"The answer is {each}." for each in ("tea (A)", "tea (A)", "milk (B)", "milk (B)")]
-    found = Labelled(
+    found = LabelledAnswer(
         hidden=mx.zeros((5, 1)),
         signals=mx.zeros((5, 4)),
         differs=mx.array([0.0, 1.0, 1.0, 0.0, 1.0]),
@@ -208,27 +210,27 @@ def test_an_outcome_that_does_not_change_makes_no_label() -> None:
         tokens=5,
         alone=tuple(ends[:3]),
     )
-    assert found.targets(question, Labels.DIVERGENCE) == [0, 1, 1, 0, 1]
-    assert found.targets(question, Labels.CONSEQUENCE) == [0, 0, 1, 0, 0]
-    assert found.targets(question, Labels.PREFERENCE) == [0, 0, 1, 0, 0]
+    assert found.targets(question, LabelKind.DIVERGENCE) == [0, 1, 1, 0, 1]
+    assert found.targets(question, LabelKind.CONSEQUENCE) == [0, 0, 1, 0, 0]
+    assert found.targets(question, LabelKind.PREFERENCE) == [0, 0, 1, 0, 0]
     wrong = replace(question, answer="A")
-    assert found.targets(wrong, Labels.CONSEQUENCE) == [0, 0, 1, 0, 0]
-    assert found.targets(wrong, Labels.PREFERENCE) == [0, 0, 0, 0, 0]
+    assert found.targets(wrong, LabelKind.CONSEQUENCE) == [0, 0, 1, 0, 0]
+    assert found.targets(wrong, LabelKind.PREFERENCE) == [0, 0, 0, 0, 0]
 
 
 # Fitting
 
 
 @pytest.fixture(scope="module")
-def fitted() -> Fitted:
+def fitted() -> FittedHead:
     return fitted_to(synthetic(40))
 
 
-@pytest.mark.parametrize("labels", [Labels.DIVERGENCE, Labels.DEFERRAL])
-def test_a_head_finds_what_tells_the_models_apart(labels: Labels, fitted: Fitted) -> None:
+@pytest.mark.parametrize("labels", [LabelKind.DIVERGENCE, LabelKind.DEFERRAL])
+def test_a_head_finds_what_tells_the_models_apart(labels: LabelKind, fitted: FittedHead) -> None:
     again = fitted_to(synthetic(40), labels)
     # The same answers give the same head.
-    assert (again.report == fitted.report) == (labels is Labels.DIVERGENCE)
+    assert (again.report == fitted.report) == (labels is LabelKind.DIVERGENCE)
     fitted = again
     rows = fitted.report["recall"]
     assert rows["0.1"]["head"] > 0.7
@@ -240,7 +242,7 @@ def test_a_head_finds_what_tells_the_models_apart(labels: Labels, fitted: Fitted
 
 
 def test_a_written_head_scores_as_the_fitted_one_inside_a_step(
-    small: SmallModel, fitted: Fitted, tmp_path: Path
+    small: SmallModel, fitted: FittedHead, tmp_path: Path
 ) -> None:
     fitted.write(tmp_path / "h.safetensors")
     quantiles = small.load_head(tmp_path / "h.safetensors")
@@ -253,7 +255,7 @@ def test_a_written_head_scores_as_the_fitted_one_inside_a_step(
         small,
         None,
         "hi",
-        router=make("head", budget=0.1, quantiles=quantiles),
+        router=make_router("head", budget=0.1, quantiles=quantiles),
         max_tokens=4,
     )
     assert all(math.isfinite(token.score) for token in answer)
@@ -261,7 +263,7 @@ def test_a_written_head_scores_as_the_fitted_one_inside_a_step(
 
 
 def test_a_head_without_ranks_starts_budgets_anywhere(
-    small: SmallModel, fitted: Fitted, tmp_path: Path
+    small: SmallModel, fitted: FittedHead, tmp_path: Path
 ) -> None:
     file = tmp_path / "h.safetensors"
     fitted.write(file)
@@ -269,8 +271,8 @@ def test_a_head_without_ranks_starts_budgets_anywhere(
     assert isinstance(arrays, dict)
     mx.save_safetensors(str(tmp_path / "plain.safetensors"), arrays)
     quantiles = small.load_head(tmp_path / "plain.safetensors")
-    ranks = Ranks.of("tiny", tmp_path).knowing("head", quantiles)
-    assert make("head", budget=0.1, quantiles=ranks["head"]).pace.threshold > 0
+    ranks = ScoreRanks.of("tiny", tmp_path).knowing("head", quantiles)
+    assert make_router("head", budget=0.1, quantiles=ranks["head"]).pace.threshold > 0
     mx.save_safetensors(str(tmp_path / "broken.safetensors"), arrays, {"quantiles": "["})
     with pytest.raises(WeightsError, match="broken metadata"):
         small.load_head(tmp_path / "broken.safetensors")
@@ -285,7 +287,7 @@ def test_too_little_to_learn_from_is_said() -> None:
         fitted_to(same)
     silent = [replace(a, logprobs=mx.full((40, 2), math.nan)) for a in synthetic(20)]
     with pytest.raises(UsageError, match="its server gives none"):
-        fitted_to(silent, Labels.DEFERRAL)
+        fitted_to(silent, LabelKind.DEFERRAL)
 
 
 def test_recall_counts_the_differing_among_the_highest() -> None:

@@ -205,7 +205,7 @@ class WorldLarge:
         self.flights: list[WorldFlight] = []
 
     @property
-    def most_in_flight(self) -> int:
+    def max_in_flight(self) -> int:
         return self._world.cap
 
     def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> WorldFlight:

@@ -1,6 +1,6 @@
 """Several answers at once: their next tokens are decoded as rows of one batch.
 
-Each answer is written by the engine in a thread of its own, before a `Row` that stands for the
+Each answer is written by the engine in a thread of its own, before a `AnswerRow` that stands for the
 small model. The thread that owns the model decodes a step as soon as every answer waits for one;
 answers to one prompt that are alike so far share a row. Rows of a batch round differently from one
 row, so near ties may fall otherwise than alone.
@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from mlxroute.recorded.forward_only import Onward
-from mlxroute.recorded.replies import RunEnded
+from mlxroute.recorded.forward_only import ForwardOnlySmall
+from mlxroute.recorded.replies import RecordingStopped
 from mlxroute.small import SmallModel
 from mlxroute.types import Message, Progress, Sampling, Signals, Vocabulary
 
@@ -25,7 +25,7 @@ class _Ended(Exception):
     """The run is over for a fault of another answer, or an interrupt."""
 
 
-class Together:
+class ConcurrentAnswers:
     """Answers conversations in several ways. Only `answers` touches the model, in its own thread.
 
     `stop` is called when the answers have to end before their ends.
@@ -36,10 +36,12 @@ class Together:
         self._stop = stop
         self._changed = threading.Condition()
         self._busy = 0
-        self._asking: list[Row] = []
+        self._asking: list[AnswerRow] = []
         self._over = False
 
-    def answers(self, jobs: Sequence[tuple[Sequence[Message], Callable[[Row], _T]]]) -> list[_T]:
+    def answers(
+        self, jobs: Sequence[tuple[Sequence[Message], Callable[[AnswerRow], _T]]]
+    ) -> list[_T]:
         """What each job returns, which writes one answer to its conversation before its row.
 
         Raises what the first failing job raises, when all have ended.
@@ -55,7 +57,7 @@ class Together:
                 first, cache = self.small.start(ids)
                 held.append(cache)
                 shared[text] = (ids, first)
-            rows.append(Row(self, text, *shared[text], place=texts.index(text)))
+            rows.append(AnswerRow(self, text, *shared[text], place=texts.index(text)))
         batch = self.small.batch(held)
         self._busy = len(jobs)
         with ThreadPoolExecutor(len(jobs)) as pool:
@@ -73,7 +75,7 @@ class Together:
                 raise
         return _results(futures)
 
-    def step(self, row: Row, token_id: int) -> Signals:
+    def step(self, row: AnswerRow, token_id: int) -> Signals:
         """The signals behind a token that a row goes on with."""
         with self._changed:
             row.token_id, row.signals = token_id, None
@@ -85,7 +87,7 @@ class Together:
                 raise _Ended
             return row.signals
 
-    def _job(self, job: Callable[[Row], _T], row: Row) -> _T:
+    def _job(self, job: Callable[[AnswerRow], _T], row: AnswerRow) -> _T:
         try:
             return job(row)
         except BaseException:
@@ -96,7 +98,7 @@ class Together:
                 self._busy -= 1
                 self._changed.notify_all()
 
-    def _next_asking(self) -> list[Row]:
+    def _next_asking(self) -> list[AnswerRow]:
         """Those that wait for a step, as soon as all answers do that have not ended."""
         with self._changed:
             self._changed.wait_for(lambda: self._busy == 0 or self._over)
@@ -105,7 +107,7 @@ class Together:
 
     def _hand_out(
         self,
-        asking: Sequence[Row],
+        asking: Sequence[AnswerRow],
         places: Sequence[tuple[int, int]],
         signals: Sequence[Signals],
     ) -> None:
@@ -123,11 +125,11 @@ class Together:
             self._changed.notify_all()
 
 
-class Row(Onward):
+class AnswerRow(ForwardOnlySmall):
     """The small model for one answer; `place` is its row in the batch."""
 
     def __init__(
-        self, together: Together, text: str, ids: list[int], first: Signals, *, place: int
+        self, together: ConcurrentAnswers, text: str, ids: list[int], first: Signals, *, place: int
     ) -> None:
         self._together = together
         self._text = text
@@ -168,6 +170,6 @@ def _results(futures: Sequence[Future[_T]]) -> list[_T]:
     """The first fault is the one that ended the others."""
     faults = [each for future in futures if (each := future.exception()) is not None]
     for fault in faults:
-        if not isinstance(fault, _Ended | RunEnded):
+        if not isinstance(fault, _Ended | RecordingStopped):
             raise fault
     return [future.result() for future in futures]

@@ -13,7 +13,7 @@ from mlxroute.types import Token
 _NEAR_TIE_NATS: Final = 0.1
 
 
-class Parted(Enum):
+class Divergence(Enum):
     """Why an answer is not that of `wait`: the server fell otherwise at a near tie, or we did."""
 
     NOT = auto()
@@ -21,16 +21,16 @@ class Parted(Enum):
     BY_US = auto()
 
 
-def parted(answer: Sequence[Token], waited: Sequence[Token]) -> Parted:
+def find_divergence(answer: Sequence[Token], waited: Sequence[Token]) -> Divergence:
     """Who made an answer another one than that of `wait`, if anybody did."""
     for mine, other in zip(answer, waited, strict=False):
         if mine.token_id != other.token_id:
             margins = [_margin_nats(each) for each in (mine, other)]
             near = math.inf not in margins and min(margins) < _NEAR_TIE_NATS
-            return Parted.BY_SERVER if near else Parted.BY_US
+            return Divergence.BY_SERVER if near else Divergence.BY_US
         if (mine.escalation is None) != (other.escalation is None):
-            return Parted.BY_US
-    return Parted.NOT if len(answer) == len(waited) else Parted.BY_US
+            return Divergence.BY_US
+    return Divergence.NOT if len(answer) == len(waited) else Divergence.BY_US
 
 
 def _margin_nats(token: Token) -> float:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from mlxroute.bench.measurement import interleaved, ratios, seconds, spread
 from mlxroute.errors import UsageError
-from mlxroute.small.kernels import choose, unpack
+from mlxroute.small.kernels import select_kernel, unpack_signals
 from mlxroute.types import no_notice
 
 if TYPE_CHECKING:
@@ -38,11 +38,11 @@ def bench_kernels(*, rounds: int = 30, sizes: Sequence[int] | None = None) -> di
 
 def fused(name: str) -> Form:
     """The kernel called `name`, from logits [1, V] to signals on the host; may raise UsageError."""
-    kernel = choose(name, notify=no_notice)
+    kernel = select_kernel(name, notify=no_notice)
 
     def run(logits: mx.array) -> object:
         (values,) = cast("list[list[float]]", kernel(logits).tolist())
-        return unpack(values)
+        return unpack_signals(values)
 
     return run
 

@@ -17,13 +17,13 @@ from typing import Any, Final
 
 from mlxroute.bench.delayed_server import DELAYS, DelayedServer
 from mlxroute.bench.latency_figures import figures, side_figures
-from mlxroute.bench.latency_sides import SIDES, Answers, Side
+from mlxroute.bench.latency_sides import SIDES, Answers, LatencySide
 from mlxroute.bench.measurement import interleaved
 from mlxroute.bench.virtual_models import Known, VirtualClock, VirtualLarge, VirtualSmall
 from mlxroute.engine import Answer, Experience, Options
-from mlxroute.engine.modes.experience import ROWS
-from mlxroute.engine.protocols import Large, Small
-from mlxroute.engine.stats import gaps
+from mlxroute.engine.modes.experience import BRANCH_ROWS
+from mlxroute.engine.protocols import LargeProtocol, SmallProtocol
+from mlxroute.engine.stats import intervals
 from mlxroute.engine.transcript import Transcript
 from mlxroute.large import LargeModel
 from mlxroute.routers import EntropyRouter
@@ -68,15 +68,15 @@ class _Bench:
         self._large_step_s = large_step_s
         self._known = Known()
         self.alone = [
-            _answer(small, None, prompt, math.inf, Side(Mode.WAIT), grid.tokens)
+            _answer(small, None, prompt, math.inf, LatencySide(Mode.WAIT), grid.tokens)
             for prompt in prompts
         ]
         self.step_s = statistics.median(
-            gap for _, each in self.alone for gap in gaps([token.time_s for token in each])
+            gap for _, each in self.alone for gap in intervals([token.time_s for token in each])
         )
         ids = small.encode_prompt(small.render(prompts[0]))
         small.prefill(ids)
-        found = small.branch_cost(ids[-1], rows=ROWS)
+        found = small.branch_cost(ids[-1], rows=BRANCH_ROWS)
         # How much longer a batch takes is compared in the same seconds.
         self.batch_over_step = found.batch_s / found.step_s
         batch_s = self.batch_over_step * self.step_s
@@ -231,11 +231,11 @@ def _streaming(waited: Answers, call_s: float, step_s: float) -> float:
 
 
 def _answer(
-    small: Small,
-    large: Large | None,
+    small: SmallProtocol,
+    large: LargeProtocol | None,
     prompt: Sequence[Message],
     threshold: float,
-    side: Side,
+    side: LatencySide,
     tokens: int,
     experience: Experience | None = None,
     clock: Callable[[], float] = time.perf_counter,

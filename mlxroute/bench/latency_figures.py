@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from mlxroute.bench.divergence import Parted, parted
+from mlxroute.bench.divergence import Divergence, find_divergence
 from mlxroute.bench.latency_sides import SIDES, Answers
 from mlxroute.engine import Experience
 from mlxroute.engine.modes.experience import Average
@@ -20,15 +20,15 @@ def figures(sides: dict[str, Answers], *, cost: BranchCost, call_s: float) -> di
     waited = sides["wait"]
     pair = _pair(waited)
     by = [
-        parted(mine, tokens)
+        find_divergence(mine, tokens)
         for each in sides.values()
         for mine, tokens in zip(each.tokens, waited.tokens, strict=True)
     ]
     found = {name: side_figures(each, waited) for name, each in sides.items()}
     return {
         **pair,
-        "same_text": Parted.BY_US not in by,
-        "server_differed": by.count(Parted.BY_SERVER),
+        "same_text": Divergence.BY_US not in by,
+        "server_differed": by.count(Divergence.BY_SERVER),
         "sides": found,
         "auto_over_best": _auto_over_best(found),
         "predicted_tokens_per_s": _predicted(pair, cost, call_s),

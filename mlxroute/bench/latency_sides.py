@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from mlxroute.engine import Experience
-from mlxroute.engine.modes.governor import AHEAD
+from mlxroute.engine.modes.governor import PREFETCH_TOKENS
 from mlxroute.types import Mode, RunStats, Token
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class LatencySide:
     """One way to spend the wait."""
 
     mode: Mode
@@ -20,15 +20,15 @@ class Side:
 
 
 SIDES: Final = {
-    "wait": Side(Mode.WAIT),
-    "overlap": Side(Mode.OVERLAP),
-    "hedge": Side(Mode.HEDGE),
-    "wait+prefetch": Side(Mode.WAIT, prefetch=AHEAD),
-    "overlap+prefetch": Side(Mode.OVERLAP, prefetch=AHEAD),
-    "hedge+prefetch": Side(Mode.HEDGE, prefetch=AHEAD),
-    "hedge+prefetch, 1.5x calls": Side(Mode.HEDGE, prefetch=AHEAD, ceiling=1.5),
-    "auto": Side(Mode.AUTO, prefetch=None),
-    "auto, 1.5x calls": Side(Mode.AUTO, prefetch=None, ceiling=1.5),
+    "wait": LatencySide(Mode.WAIT),
+    "overlap": LatencySide(Mode.OVERLAP),
+    "hedge": LatencySide(Mode.HEDGE),
+    "wait+prefetch": LatencySide(Mode.WAIT, prefetch=PREFETCH_TOKENS),
+    "overlap+prefetch": LatencySide(Mode.OVERLAP, prefetch=PREFETCH_TOKENS),
+    "hedge+prefetch": LatencySide(Mode.HEDGE, prefetch=PREFETCH_TOKENS),
+    "hedge+prefetch, 1.5x calls": LatencySide(Mode.HEDGE, prefetch=PREFETCH_TOKENS, ceiling=1.5),
+    "auto": LatencySide(Mode.AUTO, prefetch=None),
+    "auto, 1.5x calls": LatencySide(Mode.AUTO, prefetch=None, ceiling=1.5),
 }
 
 

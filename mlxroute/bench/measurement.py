@@ -52,7 +52,7 @@ def seconds(work: Callable[[], object], *, clock: Callable[[], float] = time.per
     return clock() - began
 
 
-def circumstances(command: str) -> dict[str, Any]:
+def describe_environment(command: str) -> dict[str, Any]:
     """What a reader needs to measure again."""
     import mlx.core as mx
 

@@ -11,15 +11,15 @@ from typing import Any, Final
 
 from mlxroute.questions.question_files import Question
 from mlxroute.small.mlp_head import MlpHead
-from mlxroute.training import Labelled, recall_table
-from mlxroute.types import Labels
+from mlxroute.training import LabelledAnswer, recall_table
+from mlxroute.types import LabelKind
 
 # Their names in reports.
 ORACLES: Final = ("disagreements", "critical_first")
 
 
 def oracles(
-    answers: Sequence[Labelled],
+    answers: Sequence[LabelledAnswer],
     questions: Sequence[Question],
     budgets: Sequence[float],
     head: MlpHead | None = None,
@@ -34,7 +34,9 @@ def oracles(
     rights = [a.rights(q) for a, q in zip(answers, questions, strict=True)]
     costs = [_cost(a.outcomes(q), r) for a, q, r in zip(answers, questions, rights, strict=True)]
     tokens = [each.tokens for each in answers]
-    critical = [a.targets(q, Labels.CONSEQUENCE) for a, q in zip(answers, questions, strict=True)]
+    critical = [
+        a.targets(q, LabelKind.CONSEQUENCE) for a, q in zip(answers, questions, strict=True)
+    ]
     return {
         "disagreements": [_in_turn(rights, tokens, budget) for budget in budgets],
         "critical_first": [_cheapest(costs, sum(tokens), budget) for budget in budgets],

@@ -13,17 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from mlxroute.bench.concurrent_answers import Together
+from mlxroute.bench.concurrent_answers import ConcurrentAnswers
 from mlxroute.bench.significance import mcnemar, wilson
-from mlxroute.catalog.score_ranks import Ranks
+from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.engine import generate
-from mlxroute.engine.options import MOST_PREFETCHED
-from mlxroute.engine.protocols import Small
-from mlxroute.questions.grading import mark
-from mlxroute.questions.question_files import Question, conversation
-from mlxroute.recorded.json_lines import kept_lines
-from mlxroute.recorded.large_answers import Silent
-from mlxroute.routers import Router, make
+from mlxroute.engine.options import MAX_PREFETCH
+from mlxroute.engine.protocols import SmallProtocol
+from mlxroute.questions.grading import grade
+from mlxroute.questions.question_files import Question, question_messages
+from mlxroute.recorded.json_lines import read_json_lines
+from mlxroute.recorded.large_answers import PlaceholderSmall
+from mlxroute.routers import Router, make_router
 from mlxroute.small import SmallModel
 from mlxroute.training import Replies
 from mlxroute.types import Message, Mode, Progress, Source, no_progress
@@ -34,7 +34,7 @@ _STEPS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class QualitySide:
     """Who answers: one model alone (no router), or both within a budget."""
 
     name: str
@@ -46,12 +46,12 @@ class Side:
         return self.name == LARGE.name
 
 
-SMALL: Final = Side("small")
-LARGE: Final = Side("large")
+SMALL: Final = QualitySide("small")
+LARGE: Final = QualitySide("large")
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class QualityRow:
     """One answer; `scores` are those of its positions, so that a budget can go on from it."""
 
     question: str
@@ -73,16 +73,16 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._rows: dict[str, Row] = {}
-        for item in kept_lines(path):
+        self._rows: dict[str, QualityRow] = {}
+        for item in read_json_lines(path):
             item["row"]["scores"] = tuple(item["row"]["scores"])
-            self._rows[item["key"]] = Row(**item["row"])
+            self._rows[item["key"]] = QualityRow(**item["row"])
 
-    def find(self, key: str) -> Row | None:
+    def find(self, key: str) -> QualityRow | None:
         """The answer kept under a key."""
         return self._rows.get(key)
 
-    def add(self, key: str, row: Row) -> None:
+    def add(self, key: str, row: QualityRow) -> None:
         """Keep an answer."""
         self._rows[key] = row
         with self._path.open("a", encoding="utf-8") as file:
@@ -91,7 +91,7 @@ class Results:
 
 def step_seconds(small: SmallModel, question: Question) -> float:
     """What a step of the small model alone takes, by a few behind a question."""
-    signals, _ = small.prefill(small.encode_prompt(small.render(conversation(question))))
+    signals, _ = small.prefill(small.encode_prompt(small.render(question_messages(question))))
     times_s = []
     for _ in range(_STEPS):
         began_s = time.perf_counter()
@@ -100,9 +100,9 @@ def step_seconds(small: SmallModel, question: Question) -> float:
     return statistics.median(times_s)
 
 
-def sides_of(routers: Iterable[str], budgets: Iterable[float]) -> list[Side]:
+def sides_of(routers: Iterable[str], budgets: Iterable[float]) -> list[QualitySide]:
     """Both models alone, and every router within every budget."""
-    routed = [Side(f"{r} {100 * b:g}%", r, b) for r in routers for b in budgets]
+    routed = [QualitySide(f"{r} {100 * b:g}%", r, b) for r in routers for b in budgets]
     return [SMALL, LARGE, *routed]
 
 
@@ -111,9 +111,9 @@ def bench_quality(  # noqa: PLR0913 - what a run is made of
     replies: Replies,
     questions: Sequence[Question],
     *,
-    sides: Sequence[Side],
+    sides: Sequence[QualitySide],
     examples: Sequence[Question],
-    ranks: Ranks,
+    ranks: ScoreRanks,
     tokens: int,
     step_s: float,
     results: Results,
@@ -129,7 +129,7 @@ def bench_quality(  # noqa: PLR0913 - what a run is made of
     """
     run = _Run(small, replies, examples, ranks, tokens, step_s, results)
     routers = {(side, chat): run.router(side) for side in sides for chat in range(chats)}
-    rows: dict[str, list[Row]] = {side.name: [] for side in sides}
+    rows: dict[str, list[QualityRow]] = {side.name: [] for side in sides}
     progress("questions", 0, len(questions))
     for begin in range(0, len(questions), chats):
         group = questions[begin : begin + chats]
@@ -161,22 +161,24 @@ class _Run:
     small: SmallModel
     replies: Replies
     examples: Sequence[Question]
-    ranks: Ranks
+    ranks: ScoreRanks
     tokens: int
     step_s: float
     results: Results
 
-    def router(self, side: Side) -> Router:
+    def router(self, side: QualitySide) -> Router:
         """A side's router before the first question."""
         if side.router is None:
-            return make("entropy", threshold=-math.inf if side.is_large else math.inf)
-        return make(side.router, budget=side.budget, quantiles=self.ranks[side.router])
+            return make_router("entropy", threshold=-math.inf if side.is_large else math.inf)
+        return make_router(side.router, budget=side.budget, quantiles=self.ranks[side.router])
 
     def answer(
-        self, wanted: Sequence[tuple[Side, Question, Router]], rows: dict[str, list[Row]]
+        self,
+        wanted: Sequence[tuple[QualitySide, Question, Router]],
+        rows: dict[str, list[QualityRow]],
     ) -> None:
         """Add the wanted answers to `rows`; the routers go on from them."""
-        turns = [conversation(question, self.examples) for _, question, _ in wanted]
+        turns = [question_messages(question, self.examples) for _, question, _ in wanted]
         keys = [
             self._key(side, each, router)
             for (side, _, router), each in zip(wanted, turns, strict=True)
@@ -186,7 +188,9 @@ class _Run:
             for one, key, each in zip(wanted, keys, turns, strict=True)
             if self.results.find(key) is None
         ]
-        found = iter(Together(self.small, stop=self.replies.close).answers(jobs) if jobs else [])
+        found = iter(
+            ConcurrentAnswers(self.small, stop=self.replies.close).answers(jobs) if jobs else []
+        )
         for (side, _, router), key in zip(wanted, keys, strict=True):
             row = self.results.find(key)
             if row is None:
@@ -197,7 +201,7 @@ class _Run:
                     _, router.pace = router.pace.decide(score)
             rows[side.name].append(row)
 
-    def _key(self, side: Side, turns: Sequence[Message], router: Router) -> str:
+    def _key(self, side: QualitySide, turns: Sequence[Message], router: Router) -> str:
         """A name for an answer: what it depends on, the state of its budget included."""
         ranks = self.ranks[side.router] if side.router else ()
         parts = [self.small.name, self.replies.model_name, side.router, side.is_large, self.tokens]
@@ -208,16 +212,16 @@ class _Run:
 
     def _answer(
         self,
-        side: Side,
+        side: QualitySide,
         question: Question,
         router: Router,
         turns: Sequence[Message],
-        small: Small,
-    ) -> Row:
+        small: SmallProtocol,
+    ) -> QualityRow:
         seat = self.replies.seat()
         answer = generate(
             # The large model's own answer takes no step of the small one.
-            Silent(self.small) if side.is_large else small,
+            PlaceholderSmall(self.small) if side.is_large else small,
             None if side is SMALL else seat,
             turns,
             router=router,
@@ -226,14 +230,14 @@ class _Run:
             strict=True,
             mode=Mode.WAIT,
             # The large model alone need not be asked for every token.
-            prefetch=MOST_PREFETCHED if side.is_large else 0,
+            prefetch=MAX_PREFETCH if side.is_large else 0,
         )
         written = list(answer)
         # A large token of several ids is one position.
         scores = [t.score for t in written if t.source is Source.SMALL or t.escalation]
         stats = answer.stats()
-        marked = mark(question, stats.text)
-        return Row(
+        marked = grade(question, stats.text)
+        return QualityRow(
             question=question.name,
             text=stats.text,
             strict=marked.strict,
@@ -249,7 +253,9 @@ class _Run:
         )
 
 
-def _figures(side: Side, rows: dict[str, list[Row]], chats: int, *, longest: int) -> dict[str, Any]:
+def _figures(
+    side: QualitySide, rows: dict[str, list[QualityRow]], chats: int, *, longest: int
+) -> dict[str, Any]:
     mine, count = rows[side.name], len(rows[side.name])
     tokens = sum(row.tokens for row in mine)
     escalated = sum(row.escalated for row in mine)
@@ -270,7 +276,7 @@ def _figures(side: Side, rows: dict[str, list[Row]], chats: int, *, longest: int
     }
 
 
-def _most_over(rows: Sequence[Row], budget: float, chats: int) -> float:
+def _most_over(rows: Sequence[QualityRow], budget: float, chats: int) -> float:
     """By how many escalations any run of answers of a chat exceeds its share; a burst at most."""
     most = 0.0
     for chat in range(chats):

@@ -12,10 +12,10 @@ from typing import Any
 from mlxroute.bench.kernel_cost import fused
 from mlxroute.bench.measurement import interleaved, ratios, seconds, spread
 from mlxroute.engine import generate
-from mlxroute.engine.stats import gaps, percentile
+from mlxroute.engine.stats import intervals, percentile
 from mlxroute.routers import EntropyRouter
 from mlxroute.small import SmallModel
-from mlxroute.small.kernels.packed_row import HEAD, TOP_K
+from mlxroute.small.kernels.packed_row import HEADER_SIZE, TOP_K
 from mlxroute.small.mlp_head import SIGNAL_COUNT, MlpHead
 from mlxroute.types import Progress, no_progress
 
@@ -62,7 +62,7 @@ def bench_speed(
     runs = interleaved({"mlxroute": counted(_mlxroute), "mlx_lm": counted(_mlx_lm)}, rounds=pairs)
     ours, theirs = runs["mlxroute"], runs["mlx_lm"]
     kernel_s = _kernel_seconds(_vocabulary_size(small))
-    itl_s = percentile(gaps(ours[0].times_s), 0.5)
+    itl_s = percentile(intervals(ours[0].times_s), 0.5)
     return {
         "small": small.name,
         "pairs": pairs,
@@ -89,7 +89,7 @@ def _each(runs: dict[str, list[Run]], figure: Any) -> tuple[list[float], list[fl
 
 
 def _summary(runs: Sequence[Run]) -> dict[str, Any]:
-    itl = [gaps(run.times_s) for run in runs]
+    itl = [intervals(run.times_s) for run in runs]
     p50, p95 = ([percentile(values, at) for values in itl] for at in (0.5, 0.95))
     return {
         "tokens_per_s": spread([run.tokens_per_s for run in runs]),
@@ -179,7 +179,7 @@ def _our_steps(small: SmallModel, prompt_ids: list[int]) -> Iterator[int]:
 
 def _median_gap(token_ids: Iterator[int]) -> float:
     times = [time.perf_counter() for _ in token_ids]
-    return percentile(gaps(times), 0.5)
+    return percentile(intervals(times), 0.5)
 
 
 def _vocabulary_size(small: SmallModel) -> int:
@@ -210,7 +210,7 @@ def _head_seconds(head: MlpHead) -> float:
 
     values = head.layers[0][0].shape[1] - SIGNAL_COUNT
     hidden = mx.random.normal((1, values), key=mx.random.key(0))
-    packed = mx.random.uniform(1.0, 2.0, (1, HEAD + 2 * TOP_K), key=mx.random.key(1))
+    packed = mx.random.uniform(1.0, 2.0, (1, HEADER_SIZE + 2 * TOP_K), key=mx.random.key(1))
     mx.eval(hidden, packed)
     return _median_seconds(lambda: mx.eval(head(hidden, packed)))
 

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from mlxroute.engine.protocols import Large
+from mlxroute.engine.protocols import LargeProtocol
 from mlxroute.errors import LargeError
 from mlxroute.small import SmallModel
 from mlxroute.small.batch import Batch
@@ -201,7 +201,7 @@ class VirtualLarge:
 
     def __init__(
         self,
-        large: Large,
+        large: LargeProtocol,
         known: Known,
         clock: VirtualClock,
         *,
@@ -225,8 +225,8 @@ class VirtualLarge:
         return Uploads()
 
     @property
-    def most_in_flight(self) -> int:
-        return self._large.most_in_flight
+    def max_in_flight(self) -> int:
+        return self._large.max_in_flight
 
     def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> _Flight:
         key = (tuple(context.token_ids), ahead)

@@ -11,12 +11,12 @@ from pathlib import Path
 from mlxroute.catalog import shipped_dir
 
 
-def own_head(small: str, folder: Path) -> Path:
+def user_head_file(small: str, folder: Path) -> Path:
     """Where the user's head for a model is kept."""
     return folder / "heads" / f"{Path(small).name}.safetensors"
 
 
-def find_head(small: str, folder: Path) -> Path | None:
+def find_head_file(small: str, folder: Path) -> Path | None:
     """The head for a model, or None where there is none."""
-    files = (own_head(small, parent) for parent in (folder, shipped_dir()))
+    files = (user_head_file(small, parent) for parent in (folder, shipped_dir()))
     return next((file for file in files if file.is_file()), None)

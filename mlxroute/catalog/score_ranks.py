@@ -22,7 +22,7 @@ _FEWEST: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Ranks:
+class ScoreRanks:
     """Scores at evenly spaced ranks, lowest first, by router; from `positions` of `data`."""
 
     small: str

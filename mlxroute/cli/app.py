@@ -50,7 +50,7 @@ from mlxroute.cli.flags import (
 )
 from mlxroute.config import Settings
 from mlxroute.errors import ConfigError, LargeError, MlxRouteError
-from mlxroute.types import Labels
+from mlxroute.types import LabelKind
 
 app = typer.Typer(
     name="mlxroute",
@@ -256,8 +256,8 @@ def train(
         ),
     ] = None,
     labels: Annotated[
-        Labels, typer.Option(help="What the head learns to find.")
-    ] = Labels.CONSEQUENCE,
+        LabelKind, typer.Option(help="What the head learns to find.")
+    ] = LabelKind.CONSEQUENCE,
     questions: Annotated[int, typer.Option(help="Of each file, at most.", min=1)] = 500,
     tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 160,
     examples: Examples = None,

@@ -22,7 +22,7 @@ from mlxroute.cli.flags import (
     Shots,
     Small,
     Timeout,
-    parse_share,
+    budget_option,
 )
 
 app = typer.Typer(rich_markup_mode=None, help="Measure, beside baselines in the same run.")
@@ -113,7 +113,7 @@ def quality(
     small: Small = None,
     budget: Annotated[
         list[float] | None,
-        typer.Option(parser=parse_share, metavar="SHARE", help="Repeatable. Default: 1% to 30%."),
+        typer.Option(parser=budget_option, metavar="SHARE", help="Repeatable. Default: 1% to 30%."),
     ] = None,
     router: Annotated[
         list[RouterName] | None, typer.Option(help="Repeatable. Default: entropy and random.")

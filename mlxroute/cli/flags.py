@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mlxroute.config import share
+from mlxroute.config import parse_share
 from mlxroute.errors import ConfigError
 from mlxroute.types import Mode
 
@@ -48,9 +48,9 @@ def _threshold(text: str) -> float:
         raise typer.BadParameter(f"{text!r} is not a number, inf or -inf") from exc
 
 
-def parse_share(text: str) -> float:
+def budget_option(text: str) -> float:
     try:
-        return share(text)
+        return parse_share(text)
     except ConfigError as exc:
         raise typer.BadParameter(str(exc)) from exc
 
@@ -84,7 +84,7 @@ Threshold = Annotated[
 Budget = Annotated[
     float | None,
     typer.Option(
-        parser=parse_share,
+        parser=budget_option,
         metavar="SHARE",
         help="Ask at no more than this share of the tokens, e.g. 7%, where it matters most.",
     ),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mlxroute.large import LargeModel
-    from mlxroute.large.negotiation.capabilities import Refusal, Verdict
+    from mlxroute.large.negotiation.capabilities import RejectedDialect, Verdict
     from mlxroute.tokenizers.chat_template import ChatTokenizer
 
 _RUNGS = {
@@ -89,14 +89,14 @@ def run_probe(address: str, settings: Settings) -> int:
         raise UsageError("--offline opens no socket, so there is nothing to probe")
     from mlxroute.cli.session import open_ledger
     from mlxroute.cli.terminal import consoles
-    from mlxroute.large.negotiation.prober import NothingFits
+    from mlxroute.large.negotiation.prober import NoUsableDialect
 
     out, err = consoles()
     with open_ledger(settings) as ledger, large_model(settings, address, ledger) as large:
         try:
             with err.status("asking the server questions whose answers are known"):
                 verdict = large.probe()
-        except NothingFits as exc:
+        except NoUsableDialect as exc:
             _print_refusals(out, exc.refusals)
             err.print(f"error: {large.base_url}: {exc}", markup=False, soft_wrap=True)
             return EXIT_LARGE_FAILED
@@ -131,7 +131,7 @@ def _print_verdict(out: Console, verdict: Verdict, *, name: str) -> None:
     _print_refusals(out, verdict.refusals)
 
 
-def _print_refusals(out: Console, refusals: tuple[Refusal, ...]) -> None:
+def _print_refusals(out: Console, refusals: tuple[RejectedDialect, ...]) -> None:
     if not refusals:
         return
     out.print()

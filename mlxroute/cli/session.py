@@ -10,13 +10,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxroute.catalog.head_files import find_head
-from mlxroute.catalog.score_ranks import Ranks
+from mlxroute.catalog.head_files import find_head_file
+from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli.large_side import large_model
 from mlxroute.config import Settings, read_never_send, read_prices, user_catalog_dir
 from mlxroute.errors import LargeError, LargeUnrecorded, UsageError
 from mlxroute.ledger import Ledger
-from mlxroute.routers import BURST, Budget, Router, make
+from mlxroute.routers import BURST, Budget, Router, make_router
 from mlxroute.types import Message, Mode, Prices, RunStats, Uploads
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Session:
         settings: Settings,
         *,
         router: Router,
-        ranks: Ranks,
+        ranks: ScoreRanks,
         ledger: Ledger,
         never_send: tuple[re.Pattern[str], ...],
         prices: Prices | None = None,
@@ -97,7 +97,9 @@ class Session:
     def _turn_to(self, **chosen: float) -> None:
         if self.large is None:
             raise UsageError("there is no large model to ask; start with --large URL")
-        self._router = make(self._router.name, quantiles=self._ranks[self._router.name], **chosen)
+        self._router = make_router(
+            self._router.name, quantiles=self._ranks[self._router.name], **chosen
+        )
 
     @property
     def uploads(self) -> Uploads:
@@ -130,7 +132,7 @@ class Session:
             self.small,
             self.large,
             messages,
-            router=self._router if self.large else make("entropy", threshold=math.inf),
+            router=self._router if self.large else make_router("entropy", threshold=math.inf),
             max_tokens=settings.max_tokens,
             stop=settings.stop,
             temperature=settings.temperature,
@@ -237,7 +239,7 @@ def _introduce(large: LargeModel, small: SmallModel, reporter: Any) -> None:
         if large.meet(small.vocabulary):
             return
         line = f"{large.model_name} has another vocabulary than {small.name}"
-        if not large.knows_template:
+        if not large.knows_chat_template:
             line += "; its chat template is not known here, so it reads the small model's"
         reporter.notify(line)
 
@@ -264,16 +266,16 @@ def load_small(settings: Settings, reporter: Any) -> SmallModel:
 
 def _check(settings: Settings) -> None:
     """Refuse bad values before anything is fetched or loaded."""
-    from mlxroute.engine import Options, named_mode
+    from mlxroute.engine import Options, parse_mode
     from mlxroute.types import Sampling
 
     name = settings.router or DEFAULT_ROUTER
-    make(name, threshold=0.0 if settings.threshold is None else settings.threshold)
+    make_router(name, threshold=0.0 if settings.threshold is None else settings.threshold)
     Options(
         max_tokens=settings.max_tokens,
         sampling=Sampling(settings.temperature, settings.top_p, settings.seed),
         timeout_s=settings.timeout,
-        mode=named_mode(settings.mode),
+        mode=parse_mode(settings.mode),
         call_ceiling=settings.call_ceiling,
         prefetch=settings.prefetch,
     )
@@ -312,16 +314,16 @@ def router_of(settings: Settings, pair: Pair | None) -> str:
     return DEFAULT_ROUTER if pair is None or settings.threshold is not None else pair.router
 
 
-def ranks_of(small: SmallModel, router: str, head: str | None = None) -> Ranks:
+def ranks_of(small: SmallModel, router: str, head: str | None = None) -> ScoreRanks:
     """What is known of a small model's scores; with those of a head, which it then evaluates.
 
     `head` is a file, None for the one that is known for the model. Raises UsageError for none.
     """
     folder = user_catalog_dir()
-    ranks = Ranks.of(small.name, folder)
+    ranks = ScoreRanks.of(small.name, folder)
     if router != HEAD:
         return ranks
-    file = find_head(small.name, folder) if head is None else Path(head).expanduser()
+    file = find_head_file(small.name, folder) if head is None else Path(head).expanduser()
     if file is None:
         raise UsageError(
             f"no head is known for {small.name}; `mlxroute train` fits one, --head FILE names one"
@@ -329,12 +331,12 @@ def ranks_of(small: SmallModel, router: str, head: str | None = None) -> Ranks:
     return ranks.knowing(HEAD, small.load_head(file))
 
 
-def chosen_router(name: str, settings: Settings, pair: Pair | None, ranks: Ranks) -> Router:
+def chosen_router(name: str, settings: Settings, pair: Pair | None, ranks: ScoreRanks) -> Router:
     """The router at the budget or threshold of the flags, else at its default rate."""
     if settings.budget is not None:
-        return make(name, budget=settings.budget, quantiles=ranks[name])
+        return make_router(name, budget=settings.budget, quantiles=ranks[name])
     if settings.threshold is not None:
-        return make(name, threshold=settings.threshold)
+        return make_router(name, threshold=settings.threshold)
     if name != DEFAULT_ROUTER:
-        return make(name, threshold=ranks.at(name, DEFAULT_RATE))
-    return make(name, threshold=pair.threshold if pair else DEFAULT_THRESHOLD_NATS)
+        return make_router(name, threshold=ranks.at(name, DEFAULT_RATE))
+    return make_router(name, threshold=pair.threshold if pair else DEFAULT_THRESHOLD_NATS)

@@ -2,6 +2,6 @@
 
 from mlxroute.engine.answer import Answer, generate
 from mlxroute.engine.modes.experience import Experience
-from mlxroute.engine.options import Options, named_mode
+from mlxroute.engine.options import Options, parse_mode
 
-__all__ = ["Answer", "Experience", "Options", "generate", "named_mode"]
+__all__ = ["Answer", "Experience", "Options", "generate", "parse_mode"]

@@ -15,9 +15,9 @@ from mlxroute.engine.modes.decode_context import Desk
 from mlxroute.engine.modes.experience import Experience
 from mlxroute.engine.modes.governor import Governor
 from mlxroute.engine.modes.wait_loop import wait
-from mlxroute.engine.options import Options, named_mode
-from mlxroute.engine.protocols import Large, Router, Small
-from mlxroute.engine.stats import gaps, percentile
+from mlxroute.engine.options import Options, parse_mode
+from mlxroute.engine.protocols import LargeProtocol, RouterProtocol, SmallProtocol
+from mlxroute.engine.stats import intervals, percentile
 from mlxroute.engine.transcript import Transcript
 from mlxroute.errors import ContextTooLong, UsageError
 from mlxroute.types import (
@@ -41,11 +41,11 @@ class Answer:
 
     def __init__(
         self,
-        small: Small,
-        large: Large | None,
+        small: SmallProtocol,
+        large: LargeProtocol | None,
         messages: Sequence[Message],
         *,
-        router: Router,
+        router: RouterProtocol,
         options: Options,
         experience: Experience | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -142,7 +142,7 @@ class Answer:
         """The summary so far; final once the iteration has ended."""
         commits, escalator, prices = self._commits, self._escalator, self._options.prices
         times, uploads = commits.times_s, escalator.uploads
-        itl = gaps(times)
+        itl = intervals(times)
         decoding_s = times[-1] - times[0] if len(times) > 1 else 0.0
         return RunStats(
             text=commits.text,
@@ -201,11 +201,11 @@ class Answer:
 
 
 def generate(  # noqa: PLR0913 - the options of the command line, by the same names
-    small: Small,
-    large: Large | None,
+    small: SmallProtocol,
+    large: LargeProtocol | None,
     messages: Sequence[Message] | str,
     *,
-    router: Router,
+    router: RouterProtocol,
     max_tokens: int = 512,
     stop: Sequence[str] = (),
     temperature: float = 0.0,
@@ -243,7 +243,7 @@ def generate(  # noqa: PLR0913 - the options of the command line, by the same na
         strict=strict,
         never_send=tuple(never_send),
         prices=prices,
-        mode=named_mode(mode),
+        mode=parse_mode(mode),
         prefetch=prefetch,
         call_ceiling=call_ceiling,
     )

@@ -10,7 +10,7 @@ from mlxroute.errors import UsageError
 from mlxroute.types import Mode, Prices, Sampling
 
 _LONGEST_TIMEOUT_S = 86_400
-MOST_PREFETCHED = 64
+MAX_PREFETCH = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +48,13 @@ class Options:
             raise UsageError(f"--temperature must be 0 or more, not {self.sampling.temperature:g}")
         if not 0 < self.sampling.top_p <= 1:
             raise UsageError(f"--top-p must be above 0 and at most 1, not {self.sampling.top_p:g}")
-        if self.prefetch is not None and not 0 <= self.prefetch <= MOST_PREFETCHED:
-            raise UsageError(f"--prefetch must be from 0 to {MOST_PREFETCHED}, not {self.prefetch}")
+        if self.prefetch is not None and not 0 <= self.prefetch <= MAX_PREFETCH:
+            raise UsageError(f"--prefetch must be from 0 to {MAX_PREFETCH}, not {self.prefetch}")
         if self.call_ceiling is not None and not self.call_ceiling >= 1:
             raise UsageError(f"--call-ceiling must be at least 1, not {self.call_ceiling:g}")
 
 
-def named_mode(name: str) -> Mode:
+def parse_mode(name: str) -> Mode:
     """The mode of this name. Raises UsageError."""
     try:
         return Mode(name)

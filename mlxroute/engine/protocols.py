@@ -19,7 +19,7 @@ from mlxroute.types import (
 )
 
 
-class Small(Protocol):
+class SmallProtocol(Protocol):
     """The on-device model, as the engine uses it."""
 
     @property
@@ -62,7 +62,7 @@ class Small(Protocol):
         ...
 
 
-class Flight(Protocol):
+class PendingCallProtocol(Protocol):
     """A call to the large model under way, or over."""
 
     @property
@@ -87,7 +87,7 @@ class Flight(Protocol):
         ...
 
 
-class Large(Protocol):
+class LargeProtocol(Protocol):
     """The remote model, used by one thread.
 
     `uploads` are totals since it was made, and may be read from another thread.
@@ -97,11 +97,11 @@ class Large(Protocol):
     def uploads(self) -> Uploads: ...
 
     @property
-    def most_in_flight(self) -> int:
+    def max_in_flight(self) -> int:
         """How many calls may be under way at once; it can change with what is found out."""
         ...
 
-    def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> Flight:
+    def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> PendingCallProtocol:
         """Ask for the token after `context` and, if that costs no call, for `ahead` more."""
         ...
 
@@ -110,14 +110,14 @@ class Large(Protocol):
         ...
 
 
-class NamedLarge(Large, Protocol):
+class NamedLargeProtocol(LargeProtocol, Protocol):
     """A large model whose name is known."""
 
     @property
     def model_name(self) -> str: ...
 
 
-class Pace(Protocol):
+class RouterState(Protocol):
     """What a router decides from scores, as far as it has come: a value."""
 
     @property
@@ -139,11 +139,11 @@ class Pace(Protocol):
         ...
 
 
-class Router(Protocol):
+class RouterProtocol(Protocol):
     """Scores positions. `pace` is that behind the last committed one, of whichever answer."""
 
     @property
-    def pace(self) -> Pace: ...
+    def pace(self) -> RouterState: ...
 
     @pace.setter
     def pace(self, pace: Any) -> None: ...

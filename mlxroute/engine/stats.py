@@ -15,6 +15,6 @@ def percentile(values: Sequence[float], fraction: float) -> float:
     return ordered[max(0, math.ceil(fraction * len(ordered)) - 1)]
 
 
-def gaps(times_s: Sequence[float]) -> list[float]:
+def intervals(times_s: Sequence[float]) -> list[float]:
     """Inter-token latencies of a list of commit times."""
     return [later - earlier for earlier, later in itertools.pairwise(times_s)]

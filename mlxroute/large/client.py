@@ -18,19 +18,19 @@ from mlxroute.errors import (
     LargeTimeout,
     UsageError,
 )
-from mlxroute.large.completion_request import Answered, Asker, NotRepeated
+from mlxroute.large.completion_request import CompletionAnswer, CompletionRequester, NotRepeated
 from mlxroute.large.dialects import Form, Prompt
 from mlxroute.large.http.address import parse_address
-from mlxroute.large.http.background import Flight, Tokens
-from mlxroute.large.http.circuit_breaker import Breaker
+from mlxroute.large.http.background import PendingCall, Tokens
+from mlxroute.large.http.circuit_breaker import CircuitBreaker
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import Transport, printable
 from mlxroute.large.negotiation.capabilities import Verdict
-from mlxroute.large.negotiation.negotiator import Settlement
+from mlxroute.large.negotiation.negotiator import Negotiator
 from mlxroute.large.negotiation.vocabulary_pairing import Pairing, Pairings
-from mlxroute.large.request_plan import Ways
-from mlxroute.large.streaming import Coming, may_do_whole
-from mlxroute.large.vocabulary.reply_reader import begun, one
+from mlxroute.large.request_plan import RequestPlanner
+from mlxroute.large.streaming import StreamedTokens, may_do_whole
+from mlxroute.large.vocabulary.reply_reader import first_token, streamed_tokens
 from mlxroute.large.vocabulary.tokenizers import FileTokens, Tokenizer
 from mlxroute.ledger import Ledger
 from mlxroute.types import LargeContext, LargeToken, Uploads, Vocabulary
@@ -78,8 +78,8 @@ class LargeModel:
             ca_bundle=ca_bundle,
             ledger=self._ledger,
         )
-        self._breaker = Breaker(self._address.url)
-        self._asker = Asker(
+        self._breaker = CircuitBreaker(self._address.url)
+        self._asker = CompletionRequester(
             self._transport,
             self._ledger,
             base_url=self._address.url,
@@ -88,7 +88,7 @@ class LargeModel:
         self._asker.model, self._asker.model_was_named = model, model is not None
         self._timeout_s = timeout_s
         self._model = model
-        self._settlement = Settlement(
+        self._settlement = Negotiator(
             self._transport,
             self._asker,
             base_url=self._address.url,
@@ -101,9 +101,9 @@ class LargeModel:
         self._turn = threading.RLock()
         self._turn_deadline: Deadline | None = None
         self._pairings = Pairings(self._settlement, self._asker.reader)
-        self._ways = Ways()
+        self._ways = RequestPlanner()
         self._landed = threading.Condition()
-        self._flights: list[Flight] = []
+        self._flights: list[PendingCall] = []
 
     def __repr__(self) -> str:
         return f"LargeModel({self.base_url!r}, model={self.model_name!r})"
@@ -179,7 +179,7 @@ class LargeModel:
             return self._pairings.of(vocabulary).builder.same
 
     @property
-    def knows_template(self) -> bool:
+    def knows_chat_template(self) -> bool:
         """Whether a conversation reaches the large model in its own chat template."""
         if self._pairings.latest is None:
             return False
@@ -188,12 +188,12 @@ class LargeModel:
         return builder.same or by_server or isinstance(builder.tokens, FileTokens)
 
     @property
-    def most_in_flight(self) -> int:
+    def max_in_flight(self) -> int:
         """How many calls may be under way at once, as far as the server is known."""
         terms = self._settlement.terms
         # Two prompts of one text under way could complete each other to a cached whole.
-        one = terms is None or terms.dialect.dies_of_cached_prompts
-        return 1 if one else _MOST_IN_FLIGHT
+        first_token = terms is None or terms.dialect.dies_of_cached_prompts
+        return 1 if first_token else _MOST_IN_FLIGHT
 
     def next_token(self, context: LargeContext, *, deadline_s: float | None = None) -> LargeToken:
         """The large model's greedy token after `context`. Raises LargeError subclasses only.
@@ -206,7 +206,7 @@ class LargeModel:
 
     def begin(
         self, context: LargeContext, *, deadline_s: float | None = None, ahead: int = 0
-    ) -> Flight:
+    ) -> PendingCall:
         """Ask as `next_token` does, without waiting for the answer.
 
         Up to `ahead` of the large model's next tokens come with it, where the server's reply can
@@ -218,7 +218,7 @@ class LargeModel:
             return self._next_tokens(context, deadline, ahead=ahead, publish=publish)
 
         self._flights = [flight for flight in self._flights if not flight.over]
-        flight = Flight(ask, deadline=self._deadline_of(deadline_s), landed=self._landed)
+        flight = PendingCall(ask, deadline=self._deadline_of(deadline_s), landed=self._landed)
         self._flights.append(flight)
         flight.start()
         return flight
@@ -247,7 +247,7 @@ class LargeModel:
     ) -> Tokens:
         if deadline.seconds <= 0:
             raise LargeTimeout(f"no time left to ask {self.base_url}")
-        coming = Coming(publish, deadline)
+        coming = StreamedTokens(publish, deadline)
         with self._breaker.guard(fragment=bool(context.fragment_ids)):
             with self._my_turn(deadline):
                 pairing = self._prepared(context.vocabulary)
@@ -272,7 +272,7 @@ class LargeModel:
         deadline: Deadline,
         *,
         ahead: int,
-        coming: Coming,
+        coming: StreamedTokens,
     ) -> Tokens:
         with self._my_turn(deadline):
             prompt = self._prompt(context, pairing)
@@ -281,8 +281,8 @@ class LargeModel:
             repeated = tuple(map(context.vocabulary.token_bytes, context.fragment_ids))
         uploaded = 0
 
-        def hears(answered: Answered) -> bool:
-            return coming.heard(begun(answered, pairing.bridge, self._asker.reader))
+        def hears(answered: CompletionAnswer) -> bool:
+            return coming.heard(streamed_tokens(answered, pairing.bridge, self._asker.reader))
 
         for way in self._ways.after(pairing.terms, ahead=ahead):
             try:
@@ -303,7 +303,7 @@ class LargeModel:
             uploaded += answered.uploaded_bytes
             tokens = way.read(answered, pairing.bridge, self._asker.reader)
             # Behind the end of the answer there is nothing more to ask for.
-            if tokens or (way.read is one and answered.completion.ends):
+            if tokens or (way.read is first_token and answered.completion.ends):
                 break
         if not tokens:
             raise LargeProtocolError(f"{self.base_url} gives no whole character here")
@@ -354,8 +354,8 @@ class LargeModel:
         count: int,
         deadline: Deadline,
         *,
-        hears: Callable[[Answered], bool] | None,
-    ) -> Answered:
+        hears: Callable[[CompletionAnswer], bool] | None,
+    ) -> CompletionAnswer:
         """One call; a dialect that keeps failing is given up, and the server probed anew."""
         try:
             answered = self._asker.ask(

@@ -12,7 +12,7 @@ from mlxroute.errors import LargeProtocolError, LargeRefused
 from mlxroute.large.dialects import Ask, Dialect, Prompt, Streaming
 from mlxroute.large.dialects.json_fields import (
     Completion,
-    Entry,
+    ReplyPosition,
     error_in,
     error_message,
     parse_object,
@@ -20,7 +20,7 @@ from mlxroute.large.dialects.json_fields import (
 from mlxroute.large.dialects.sse import events, is_events
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import Hears, Reply, Transport, printable
-from mlxroute.large.vocabulary.mlx_lm_cache_guard import SentPrompts, Usage
+from mlxroute.large.vocabulary.mlx_lm_cache_guard import MlxLmCacheGuard, Usage
 from mlxroute.large.vocabulary.token_reader import TokenReader
 from mlxroute.ledger import Ledger
 from mlxroute.types import LargeContext
@@ -34,14 +34,14 @@ class NotRepeated(LargeProtocolError):
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class CompletionAnswer:
     """The wanted positions of a reply, the whole reply, and the size of the request.
 
     `text` is the server's own reading of these positions, empty where it reads more than them.
     `complete` says that there are as many as asked for, or that the answer ends with them.
     """
 
-    entries: tuple[Entry, ...]
+    entries: tuple[ReplyPosition, ...]
     text: str
     complete: bool
     completion: Completion
@@ -68,7 +68,7 @@ class _Count:
         self._ledger.used(prompt_tokens=more[0], cached_tokens=more[1], completion_tokens=more[2])
 
 
-class Asker:
+class CompletionRequester:
     """Asks one server. What it has been sent is remembered across dialects.
 
     Safe for several threads, which share that memory and the reader.
@@ -86,7 +86,7 @@ class Asker:
         self._ledger = ledger
         self._base_url = base_url
         self._top_logprobs = top_logprobs
-        self._sent = SentPrompts()
+        self._sent = MlxLmCacheGuard()
         self._lock = threading.Lock()
         self.reader = TokenReader()
         self.model: str | None = None
@@ -108,8 +108,8 @@ class Asker:
         deadline: Deadline,
         repeated: tuple[bytes, ...] = (),
         context: LargeContext | None = None,
-        hears: Callable[[Answered], bool] | None = None,
-    ) -> Answered:
+        hears: Callable[[CompletionAnswer], bool] | None = None,
+    ) -> CompletionAnswer:
         """The next `count` greedy positions after `prompt` and `repeated`, or fewer at the end.
 
         `repeated` are committed tokens that the form cannot carry and the server has to write
@@ -146,7 +146,7 @@ class Asker:
                 return False
             counted.so_far(completion)
             entries = completion.entries[:count]
-            return hears(Answered(entries, completion.text, False, completion, len(body)))
+            return hears(CompletionAnswer(entries, completion.text, False, completion, len(body)))
 
         completion = self._complete(
             dialect, prompt, body, asked, deadline, hears=heard if hears else None
@@ -156,7 +156,7 @@ class Asker:
         entries = rest[:count]
         text = completion.text if len(entries) == len(completion.entries) else ""
         complete = len(entries) == count or entries[-1].ends
-        return Answered(entries, text, complete, completion, len(body))
+        return CompletionAnswer(entries, text, complete, completion, len(body))
 
     def _model_for(self, dialect: Dialect) -> str | None:
         return self.model if dialect.names_model or self.model_was_named else None
@@ -210,7 +210,9 @@ class Asker:
                     f"{self._base_url} sent {length:,} characters as one token"
                 )
 
-    def _after(self, expected: bytes, entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    def _after(
+        self, expected: bytes, entries: tuple[ReplyPosition, ...]
+    ) -> tuple[ReplyPosition, ...]:
         """The positions after those that repeat the committed bytes `expected`."""
         data, skipped = b"", 0
         while len(data) < len(expected) and skipped < len(entries):

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from mlxroute.large.dialects import Streaming
-from mlxroute.large.negotiation.negotiator import Terms
-from mlxroute.large.vocabulary.reply_reader import Read, one, several
+from mlxroute.large.negotiation.negotiator import NegotiatedDialect
+from mlxroute.large.vocabulary.reply_reader import Read, all_tokens, first_token
 
 _MOST_PARTS: Final = 6
 _TEXT_ONLY_RUNG: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class RequestPlan:
     """How many positions to ask for, how to read them, and whether to have them streamed."""
 
     count: int
@@ -23,29 +23,29 @@ class Way:
     streamed: bool = False
 
 
-class Ways:
+class RequestPlanner:
     """The ways to ask under some terms; what failed under them once is not tried again."""
 
     def __init__(self) -> None:
-        self._one_by_one: Terms | None = None
-        self._unstreamed: Terms | None = None
+        self._one_by_one: NegotiatedDialect | None = None
+        self._unstreamed: NegotiatedDialect | None = None
 
-    def may_stream(self, terms: Terms) -> bool:
+    def may_stream(self, terms: NegotiatedDialect) -> bool:
         """Whether tokens ahead may come one by one."""
         return isinstance(terms.dialect, Streaming) and terms is not self._unstreamed
 
-    def not_streamed(self, terms: Terms) -> None:
+    def not_streamed(self, terms: NegotiatedDialect) -> None:
         """A server did not take part in streaming."""
         self._unstreamed = terms
 
-    def after(self, terms: Terms, *, ahead: int) -> Iterator[Way]:
+    def after(self, terms: NegotiatedDialect, *, ahead: int) -> Iterator[RequestPlan]:
         """One way after the other, each for when the one before gave no token."""
         if ahead and terms.dialect.rung < _TEXT_ONLY_RUNG and terms is not self._one_by_one:
             if self.may_stream(terms):
-                yield Way(ahead + 1, several, streamed=True)
+                yield RequestPlan(ahead + 1, all_tokens, streamed=True)
             if not self.may_stream(terms):
-                yield Way(ahead + 1, several)
+                yield RequestPlan(ahead + 1, all_tokens)
             # What came could not be taken apart, and hardly will be the next time.
             self._one_by_one = terms
         for count in range(1, _MOST_PARTS + 1):
-            yield Way(count, one)
+            yield RequestPlan(count, first_token)

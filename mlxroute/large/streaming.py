@@ -13,7 +13,7 @@ from mlxroute.large.http.deadline import Deadline
 from mlxroute.types import LargeToken
 
 
-class Coming:
+class StreamedTokens:
     """Tells `publish` of each longer beginning of a call's tokens, and times them."""
 
     def __init__(self, publish: Callable[[Tokens], None], deadline: Deadline) -> None:

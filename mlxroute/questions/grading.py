@@ -17,14 +17,14 @@ _LEADING = re.compile(r"\s*([A-Za-z])\s*(?:[.):]|$)")
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class Grade:
     """Whether an answer is right in the form that was asked for, and in any; None: no answer."""
 
     strict: bool | None
     lenient: bool | None
 
 
-def mark(question: Question, text: str) -> Mark:
+def grade(question: Question, text: str) -> Grade:
     """Mark a text against the question's answer, which must be known."""
     assert question.answer is not None
     match question.kind:
@@ -58,10 +58,10 @@ def _chosen(question: Question, text: str) -> tuple[str | None, str | None]:
     return strict, lenient
 
 
-def _mark_choice(question: Question, text: str) -> Mark:
+def _mark_choice(question: Question, text: str) -> Grade:
     strict, lenient = _chosen(question, text)
     wanted = str(question.answer).upper()
-    return Mark(
+    return Grade(
         None if strict is None else strict == wanted, None if lenient is None else lenient == wanted
     )
 
@@ -82,12 +82,12 @@ def _named(question: Question, text: str) -> str | None:
     return min(places)[2].upper() if places else None
 
 
-def _mark_number(wanted: str, text: str) -> Mark:
+def _mark_number(wanted: str, text: str) -> Grade:
     boxed = _BOXED.findall(text)
     strict = boxed[0].strip() == wanted.strip() if boxed else None
     value = _final_number(text)
     lenient = None if value is None else math.isclose(value, _value(wanted), rel_tol=1e-9)
-    return Mark(strict, lenient)
+    return Grade(strict, lenient)
 
 
 def _final_number(text: str) -> float | None:
@@ -102,11 +102,11 @@ def _value(text: str) -> float:
     return float(found[-1].replace(",", "")) if found else math.nan
 
 
-def _mark_text(wanted: str, text: str) -> Mark:
+def _mark_text(wanted: str, text: str) -> Grade:
     if not text.strip():
-        return Mark(None, None)
+        return Grade(None, None)
     plain, said = _plain(wanted), _plain(text)
-    return Mark(text.strip() == wanted.strip(), f" {plain} " in f" {said} ")
+    return Grade(text.strip() == wanted.strip(), f" {plain} " in f" {said} ")
 
 
 def _plain(text: str) -> str:

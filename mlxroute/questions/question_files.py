@@ -82,7 +82,7 @@ def read_questions(path: Path) -> list[Question]:
     return found
 
 
-def sampled(questions: Sequence[Question], count: int) -> list[Question]:
+def sample_questions(questions: Sequence[Question], count: int) -> list[Question]:
     """As many as wanted, or all there are, in the same shuffled order each time."""
     return random.Random(0).sample(questions, len(questions))[:count]
 
@@ -100,7 +100,7 @@ def worked_examples(path: Path | None, count: int) -> list[Question]:
     return found
 
 
-def conversation(question: Question, examples: Sequence[Question] = ()) -> list[Message]:
+def question_messages(question: Question, examples: Sequence[Question] = ()) -> list[Message]:
     """The question as a user's message, behind worked examples as earlier turns.
 
     Without examples it says which form is asked for.

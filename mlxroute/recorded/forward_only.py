@@ -10,7 +10,7 @@ from mlxroute.types import BranchCost, Signals
 _ONLY = "this stand-in for the small model only goes on"
 
 
-class Onward:
+class ForwardOnlySmall:
     """Goes on only: nothing can be taken back, and there are no branches."""
 
     most_rows = 1

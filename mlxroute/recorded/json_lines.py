@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def kept_lines(path: Path) -> Iterator[Any]:
+def read_json_lines(path: Path) -> Iterator[Any]:
     """What the lines of a file hold, if there is one; a last line without an end is dropped."""
     if not path.exists():
         return

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from mlxroute.engine import generate
-from mlxroute.engine.options import MOST_PREFETCHED
-from mlxroute.questions.question_files import Question, conversation
-from mlxroute.recorded.forward_only import Onward
+from mlxroute.engine.options import MAX_PREFETCH
+from mlxroute.questions.question_files import Question, question_messages
+from mlxroute.recorded.forward_only import ForwardOnlySmall
 from mlxroute.recorded.replies import Replies
-from mlxroute.routers import make
+from mlxroute.routers import make_router
 from mlxroute.small import SmallModel
 from mlxroute.types import Message, Mode, Progress, Sampling, Signals, Vocabulary
 
@@ -32,7 +32,7 @@ _NOTHING = Signals(
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class LargeAnswer:
     """An answer in the small vocabulary, its end token included if it got there.
 
     `firsts` say which ids begin a token of the large model; `logprobs` are those of these tokens,
@@ -53,14 +53,14 @@ def write(
     tokens: int,
     at_once: int,
     done: Callable[[], None],
-) -> list[Written]:
+) -> list[LargeAnswer]:
     """The large model's greedy answers to the questions, at most `at_once` being written at a time.
 
     Raises LargeError when it fails.
     """
 
-    def answered(question: Question) -> Written:
-        written = _written(Silent(small), replies, question, examples, tokens)
+    def answered(question: Question) -> LargeAnswer:
+        written = _written(PlaceholderSmall(small), replies, question, examples, tokens)
         done()
         return written
 
@@ -75,22 +75,22 @@ def write(
 
 
 def _written(
-    small: Silent,
+    small: PlaceholderSmall,
     replies: Replies,
     question: Question,
     examples: Sequence[Question],
     tokens: int,
-) -> Written:
+) -> LargeAnswer:
     answer = generate(
         small,
         replies.seat(),
-        conversation(question, examples),
-        router=make("entropy", threshold=-math.inf),
+        question_messages(question, examples),
+        router=make_router("entropy", threshold=-math.inf),
         max_tokens=tokens,
         timeout_s=_TIMEOUT_S,
         strict=True,
         mode=Mode.WAIT,
-        prefetch=MOST_PREFETCHED,
+        prefetch=MAX_PREFETCH,
     )
     ids: list[int] = []
     firsts: list[int] = []
@@ -102,10 +102,10 @@ def _written(
             firsts.append(len(ids))
             logprobs.append(math.nan if large.logprob is None else large.logprob)
         ids.append(token.token_id)
-    return Written(tuple(ids), tuple(firsts), tuple(logprobs))
+    return LargeAnswer(tuple(ids), tuple(firsts), tuple(logprobs))
 
 
-class Silent(Onward):
+class PlaceholderSmall(ForwardOnlySmall):
     """A small model of which only text and vocabulary are used: it decodes nothing.
 
     Several threads may use theirs at once.

@@ -12,15 +12,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from mlxroute.engine.protocols import Flight, NamedLarge
+from mlxroute.engine.protocols import NamedLargeProtocol, PendingCallProtocol
 from mlxroute.errors import LargeError
-from mlxroute.recorded.json_lines import kept_lines
+from mlxroute.recorded.json_lines import read_json_lines
 from mlxroute.types import LargeContext, LargeToken, Uploads
 
 _POLL_S = 0.1
 
 
-class RunEnded(LargeError):
+class RecordingStopped(LargeError):
     """Nothing is asked any more, for a fault of another answer or an interrupt."""
 
 
@@ -32,14 +32,14 @@ class Replies:
     server can take them.
     """
 
-    def __init__(self, large: NamedLarge, path: Path, *, at_once: int = 1) -> None:
+    def __init__(self, large: NamedLargeProtocol, path: Path, *, at_once: int = 1) -> None:
         self._large = large
         self._path = path
         self._lock = threading.Lock()
         self._places = threading.Semaphore(at_once)
         self._known: dict[str, LargeToken] = {}
         self._closed = False
-        for item in kept_lines(path):
+        for item in read_json_lines(path):
             self._known[item.pop("key")] = _token(item)
 
     def __enter__(self) -> Self:
@@ -76,7 +76,7 @@ class Replies:
                 ids += token.token_ids
         return tuple(found)
 
-    def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> Flight:
+    def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> PendingCallProtocol:
         """Ask the large model itself, as soon as there is a place; `left` gives it back."""
         while not self._places.acquire(timeout=_POLL_S):
             self._check_open()
@@ -96,7 +96,7 @@ class Replies:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise RunEnded("the run has ended")
+            raise RecordingStopped("the run has ended")
 
     def keep(self, token_ids: Sequence[int], tokens: Sequence[LargeToken]) -> None:
         """Remember what came behind these ids."""
@@ -123,10 +123,10 @@ class Seat:
         return self._replies.model_name
 
     @property
-    def most_in_flight(self) -> int:
+    def max_in_flight(self) -> int:
         return 1
 
-    def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> Flight:
+    def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> PendingCallProtocol:
         known = self._replies.known(context.token_ids, ahead + 1)
         if known:
             return _Known(self, context, known)
@@ -183,7 +183,7 @@ class _Known:
 class _Kept:
     """A call whose tokens are kept."""
 
-    def __init__(self, seat: Seat, context: LargeContext, flight: Flight) -> None:
+    def __init__(self, seat: Seat, context: LargeContext, flight: PendingCallProtocol) -> None:
         self._seat = seat
         self._context = context
         self._flight = flight

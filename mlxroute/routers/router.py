@@ -35,7 +35,7 @@ class Router:
         return self._score.of(signals, number)
 
 
-def make(
+def make_router(
     name: str,
     *,
     threshold: float | None = None,
@@ -71,5 +71,5 @@ class EntropyRouter(Router):
         quantiles: Sequence[float] = _UNKNOWN,
     ) -> None:
         """Raises UsageError unless exactly one of threshold and budget is given."""
-        made = make("entropy", threshold=threshold, budget=budget, quantiles=quantiles)
+        made = make_router("entropy", threshold=threshold, budget=budget, quantiles=quantiles)
         super().__init__(made.name, made.pace)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlxroute.small.kv_cache import Held
+from mlxroute.small.kv_cache import CacheCopy
 from mlxroute.types import Signals
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ class Batch:
     """
 
     def __init__(
-        self, held: Sequence[Held], read: Callable[[mx.array, list[Any]], list[Signals]]
+        self, held: Sequence[CacheCopy], read: Callable[[mx.array, list[Any]], list[Signals]]
     ) -> None:
         self._read = read
         self._layers = [type(parts[0]).merge(parts) for parts in zip(*held, strict=True)]

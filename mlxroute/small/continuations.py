@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mlxroute.small.kv_cache import Held
+from mlxroute.small.kv_cache import CacheCopy
 
 
 def continued(
-    model: Any, starts: Sequence[tuple[Held, int]], *, most: Sequence[int], ends: Iterable[int]
+    model: Any, starts: Sequence[tuple[CacheCopy, int]], *, most: Sequence[int], ends: Iterable[int]
 ) -> list[list[int]]:
     """The ids after each start's token: at most `most[i]`, without the end token."""
     import mlx.core as mx

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from mlxroute.errors import RollbackError
 from mlxroute.small.hidden_state import HiddenStateTap
-from mlxroute.small.kernels import Kernel, unpack
+from mlxroute.small.kernels import Kernel, unpack_signals
 from mlxroute.small.kv_cache import PrefixCache
 from mlxroute.types import Sampling, Signals
 
@@ -43,7 +43,7 @@ class _Pass:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class ScoredText:
     """What a model sees at n positions of a text that another wrote.
 
     `logprobs` are those of the text's own tokens, in nats; `hidden` are final-norm states [n, D].
@@ -122,7 +122,7 @@ class Decoder:
         if self._ahead is not None:
             _queue(self._ahead.logits)
         (values,) = cast("list[list[float]]", reading.packed.tolist())
-        signals = unpack(values, has_head=self.head is not None)
+        signals = unpack_signals(values, has_head=self.head is not None)
         self._ahead_id = signals.token_id
         self._steps += 1
         if self._steps % _CLEAR_CACHE_EVERY == 0:
@@ -139,7 +139,7 @@ class Decoder:
         self._now = None
         return signals
 
-    def read(self, token_ids: Sequence[int], following: Sequence[int]) -> Reading:
+    def read(self, token_ids: Sequence[int], following: Sequence[int]) -> ScoredText:
         """Feed tokens of one sequence in one pass; what is seen behind each of them.
 
         `following` are the tokens that come there in fact.
@@ -156,10 +156,10 @@ class Decoder:
         hidden = states[0]
         mx.eval(packed, chosen, hidden)
         rows = cast("list[list[float]]", packed.tolist())
-        signals = [unpack(values, has_head=False) for values in rows]
+        signals = [unpack_signals(values, has_head=False) for values in rows]
         raw = cast("list[float]", chosen[:, 0].astype(mx.float32).tolist())
         logprobs = [value - each.lse for value, each in zip(raw, signals, strict=True)]
-        return Reading(tuple(signals), tuple(logprobs), hidden)
+        return ScoredText(tuple(signals), tuple(logprobs), hidden)
 
     def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:
         """One step of a batch: row i feeds `token_ids[i]` behind what row `parents[i]` holds."""
@@ -175,7 +175,7 @@ class Decoder:
         """The signals behind tokens [B, n] that these layers take in."""
         packed = self._read(self._pass(tokens, layers)).packed
         rows = cast("list[list[float]]", packed.tolist())
-        return [unpack(values, has_head=self.head is not None) for values in rows]
+        return [unpack_signals(values, has_head=self.head is not None) for values in rows]
 
     def select(self, row: int) -> None:
         """Go on with one row of the batch alone."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlxroute.errors import RollbackError, UsageError
 
-Held = list[Any]
+CacheCopy = list[Any]
 """Copies of KV caches, one a layer, that later steps do not change."""
 
 _MOST_ROWS = 8
@@ -81,7 +81,7 @@ class PrefixCache:
         size: int = sum(layer.nbytes for layer in self.layers) // max(1, len(self.tails))
         return max(1, min(_MOST_ROWS, _BRANCH_BYTES // max(1, size)))
 
-    def held(self, count: int) -> Held:
+    def held(self, count: int) -> CacheCopy:
         """Copies of the layers' first `count` tokens, fit for a batch.
 
         Raises UsageError for caches that no batch takes, or that cannot be cut there.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxroute.errors import WeightsError
-from mlxroute.small.kernels.packed_row import HEAD, LN_2
+from mlxroute.small.kernels.packed_row import HEADER_SIZE, LN_2
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -90,11 +90,14 @@ def signal_features(packed: mx.array) -> mx.array:
     import mlx.core as mx
 
     s, t, u = (packed[:, i : i + 1] for i in (2, 3, 4))
-    k = (packed.shape[1] - HEAD) // 2
+    k = (packed.shape[1] - HEADER_SIZE) // 2
     log_s = mx.log(s)
     mean = t / s
     entropy = log_s - LN_2 * mean
     varentropy = LN_2 * LN_2 * (u / s - mean * mean)
-    gap = packed[:, HEAD + k + 1 : HEAD + k + 2] - packed[:, HEAD + k : HEAD + k + 1]
+    gap = (
+        packed[:, HEADER_SIZE + k + 1 : HEADER_SIZE + k + 2]
+        - packed[:, HEADER_SIZE + k : HEADER_SIZE + k + 1]
+    )
     margin = (1.0 - mx.exp(gap)) / s
     return mx.concatenate([entropy, varentropy, -log_s, margin], axis=-1)

@@ -10,9 +10,9 @@ from mlxroute.errors import UsageError
 from mlxroute.small.batch import Batch
 from mlxroute.small.batch_cost import measure
 from mlxroute.small.continuations import continued
-from mlxroute.small.decoder import Decoder, Head, Reading
-from mlxroute.small.kernels import choose
-from mlxroute.small.kv_cache import Held
+from mlxroute.small.decoder import Decoder, Head, ScoredText
+from mlxroute.small.kernels import select_kernel
+from mlxroute.small.kv_cache import CacheCopy
 from mlxroute.small.mlp_head import MlpHead
 from mlxroute.tokenizers.chat_template import ChatTokenizer
 from mlxroute.types import (
@@ -58,7 +58,7 @@ class SmallModel:
         self.vocabulary = self._text.vocabulary
         self.context_length = _context_length(model)
         self.head: MlpHead | None = None
-        self._decoder = Decoder(model, kernel=choose(kernel, notify=notify))
+        self._decoder = Decoder(model, kernel=select_kernel(kernel, notify=notify))
 
     @classmethod
     def load(
@@ -154,7 +154,7 @@ class SmallModel:
         """
         return self._decoder.step(token_ids)
 
-    def read(self, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Reading:
+    def read(self, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> ScoredText:
         """What the model sees at each position of an answer that another wrote.
 
         Raises UsageError for an architecture whose final norm is not known.
@@ -165,7 +165,7 @@ class SmallModel:
             self._decoder.feed(prompt_ids[reused:-1])
         return self._decoder.read((prompt_ids[-1], *answer_ids[:-1]), answer_ids)
 
-    def start(self, prompt_ids: Sequence[int]) -> tuple[Signals, Held]:
+    def start(self, prompt_ids: Sequence[int]) -> tuple[Signals, CacheCopy]:
         """Run a prompt for a row of a batch: the first position's signals, and the cache behind it.
 
         Whatever the cache shares with the prompt is used. Raises UsageError as `held` does.
@@ -177,16 +177,16 @@ class SmallModel:
         signals = self._decoder.run(prompt_ids[reused:])
         return signals, self.held(len(prompt_ids))
 
-    def held(self, count: int) -> Held:
+    def held(self, count: int) -> CacheCopy:
         """A copy of the KV cache's first `count` tokens. Raises UsageError where there is none."""
         return self._decoder.cache.held(count)
 
-    def batch(self, held: Sequence[Held]) -> Batch:
+    def batch(self, held: Sequence[CacheCopy]) -> Batch:
         """Decode several sequences together from their held caches on."""
         return Batch(held, self._decoder.signals)
 
     def continued(
-        self, starts: Sequence[tuple[Held, int]], *, most: Sequence[int]
+        self, starts: Sequence[tuple[CacheCopy, int]], *, most: Sequence[int]
     ) -> list[list[int]]:
         """Continue several sequences at once, greedily, each behind a held cache and a next token.
 

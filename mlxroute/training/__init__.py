@@ -2,7 +2,15 @@
 
 from mlxroute.recorded.replies import Replies
 from mlxroute.training.calibration import calibrate
-from mlxroute.training.head_fitting import Fitted, fit, recall_table
-from mlxroute.training.labels import Labelled, collect
+from mlxroute.training.head_fitting import FittedHead, fit_head, recall_table
+from mlxroute.training.labels import LabelledAnswer, collect_labels
 
-__all__ = ["Fitted", "Labelled", "Replies", "calibrate", "collect", "fit", "recall_table"]
+__all__ = [
+    "FittedHead",
+    "LabelledAnswer",
+    "Replies",
+    "calibrate",
+    "collect_labels",
+    "fit_head",
+    "recall_table",
+]

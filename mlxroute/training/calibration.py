@@ -6,11 +6,11 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from mlxroute.catalog.score_ranks import Ranks
+from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.engine import generate
 from mlxroute.errors import UsageError
-from mlxroute.questions.question_files import Question, conversation
-from mlxroute.routers import SCORES, make
+from mlxroute.questions.question_files import Question, question_messages
+from mlxroute.routers import SCORES, make_router
 from mlxroute.small import SmallModel
 from mlxroute.types import Progress, Signals, no_progress
 
@@ -26,7 +26,7 @@ def calibrate(
     data: str,
     max_tokens: int,
     progress: Progress = no_progress,
-) -> Ranks:
+) -> ScoreRanks:
     """Answer the questions with the small model alone and rank its scores, for every router.
 
     Raises UsageError when that is too little to tell rates from. Once large tokens enter an answer
@@ -38,8 +38,8 @@ def calibrate(
         answer = generate(
             small,
             None,
-            conversation(question),
-            router=make("entropy", threshold=math.inf),
+            question_messages(question),
+            router=make_router("entropy", threshold=math.inf),
             max_tokens=max_tokens,
         )
         rows += [token.signals for token in answer]
@@ -48,7 +48,7 @@ def calibrate(
             f"{data} gave {len(rows):,} positions, and {_FEWEST} are needed;"
             " give more questions or longer answers"
         )
-    return Ranks(
+    return ScoreRanks(
         small=small.name,
         data=data,
         positions=len(rows),

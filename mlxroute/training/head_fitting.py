@@ -13,8 +13,8 @@ from mlxroute.errors import UsageError
 from mlxroute.questions.question_files import Question
 from mlxroute.small.mlp_head import MlpHead
 from mlxroute.training.head_shapes import COMPONENTS, Loss, Positions, linear, perceptron
-from mlxroute.training.labels import Labelled
-from mlxroute.types import Labels
+from mlxroute.training.labels import LabelledAnswer
+from mlxroute.types import LabelKind
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -25,11 +25,11 @@ _FOLDS: Final = 4
 _FEWEST_ANSWERS: Final = 10
 _QUANTILES: Final = 64
 _PERCEPTRON: Final = "perceptron"
-_Pair = tuple[Labelled, Sequence[float]]
+_Pair = tuple[LabelledAnswer, Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
+class FittedHead:
     """A head, and what it is worth on answers it was not fitted to."""
 
     head: MlpHead
@@ -61,13 +61,13 @@ class Fitted:
         mx.save_safetensors(str(path), arrays, about)
 
 
-def fit(
-    answers: Sequence[Labelled],
+def fit_head(
+    answers: Sequence[LabelledAnswer],
     questions: Sequence[Question],
     *,
-    labels: Labels,
+    labels: LabelKind,
     about: Mapping[str, Any],
-) -> Fitted:
+) -> FittedHead:
     """Fit a head to four fifths of the answers, and judge it on the others.
 
     `questions` are those that the answers are to. A head for deferral learns from logprobs instead
@@ -88,8 +88,8 @@ def fit(
         raise UsageError(
             f"the models' {labels} is nowhere, or everywhere: there is nothing to learn"
         )
-    loss = _deferral if labels is Labels.DEFERRAL else _logistic
-    if labels is Labels.DEFERRAL and not seen.has_logprobs:
+    loss = _deferral if labels is LabelKind.DEFERRAL else _logistic
+    if labels is LabelKind.DEFERRAL and not seen.has_logprobs:
         raise UsageError("deferral needs the large model's logprobs, and its server gives none")
     head, shape = _chosen(rest, loss)
     scores = held.scores(head)
@@ -108,11 +108,11 @@ def fit(
     last = len(ordered) - 1
     quantiles = (ordered[round(step * last / _QUANTILES)] for step in range(_QUANTILES + 1))
     rounded = tuple(round(value, 5) for value in quantiles)
-    return Fitted(head, report, rounded, tuple(each.fingerprint for each in questions))
+    return FittedHead(head, report, rounded, tuple(each.fingerprint for each in questions))
 
 
 def recall_table(
-    answers: Sequence[Labelled],
+    answers: Sequence[LabelledAnswer],
     targets: Sequence[Sequence[float]],
     head: MlpHead | None = None,
 ) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self, cast
 
 from mlxroute.small.mlp_head import SIGNAL_COUNT, MlpHead
-from mlxroute.training.labels import Labelled
+from mlxroute.training.labels import LabelledAnswer
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -42,7 +42,7 @@ class Positions:
     entropies: list[float]
 
     @classmethod
-    def of(cls, pairs: Sequence[tuple[Labelled, Sequence[float]]]) -> Self:
+    def of(cls, pairs: Sequence[tuple[LabelledAnswer, Sequence[float]]]) -> Self:
         """Those of answers with their targets."""
         import mlx.core as mx
 

@@ -19,12 +19,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar, cast
 
-from mlxroute.questions.grading import mark, outcome
-from mlxroute.questions.question_files import Question, conversation
-from mlxroute.recorded.large_answers import Written, write
+from mlxroute.questions.grading import grade, outcome
+from mlxroute.questions.question_files import Question, question_messages
+from mlxroute.recorded.large_answers import LargeAnswer, write
 from mlxroute.recorded.replies import Replies
-from mlxroute.small import Held, Reading, SmallModel
-from mlxroute.types import Labels, Progress, no_progress
+from mlxroute.small import CacheCopy, ScoredText, SmallModel
+from mlxroute.types import LabelKind, Progress, no_progress
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -39,7 +39,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled:
+class LabelledAnswer:
     """The positions of one answer of the large model.
 
     `hidden` [n, D] are final-norm states in float16, `signals` [n, 4] what a head sees besides
@@ -64,14 +64,14 @@ class Labelled:
 
     def rights(self, question: Question) -> list[bool]:
         """Whether that is right."""
-        return [mark(question, text).lenient is True for text in (*self.alone, self.text)]
+        return [grade(question, text).lenient is True for text in (*self.alone, self.text)]
 
-    def targets(self, question: Question, labels: Labels) -> list[float]:
+    def targets(self, question: Question, labels: LabelKind) -> list[float]:
         """1 for each position that is to be found, else 0."""
         differs = [bool(value) for value in _column(self.differs)]
-        if labels in (Labels.DIVERGENCE, Labels.DEFERRAL):
+        if labels in (LabelKind.DIVERGENCE, LabelKind.DEFERRAL):
             return [float(each) for each in differs]
-        if labels is Labels.CONSEQUENCE:
+        if labels is LabelKind.CONSEQUENCE:
             pairs = itertools.pairwise(self.outcomes(question))
             matters = iter([small != large for small, large in pairs])
         else:
@@ -80,7 +80,7 @@ class Labelled:
         return [float(each and next(matters)) for each in differs]
 
 
-def collect(  # noqa: PLR0913 - what a run is made of
+def collect_labels(  # noqa: PLR0913 - what a run is made of
     small: SmallModel,
     replies: Replies,
     questions: Sequence[Question],
@@ -91,7 +91,7 @@ def collect(  # noqa: PLR0913 - what a run is made of
     at_once: int = 1,
     continuing: bool = True,
     progress: Progress = no_progress,
-) -> list[Labelled]:
+) -> list[LabelledAnswer]:
     """Label the large model's answers to the questions, from `folder` where they are there.
 
     At most `at_once` calls are under way; `continuing` adds the small model's continuations. Raises
@@ -140,7 +140,7 @@ def _key(
     examples: Sequence[Question],
     tokens: int,
 ) -> str:
-    turns = conversation(question, examples)
+    turns = question_messages(question, examples)
     key = json.dumps([small.name, replies.model_name, turns, tokens])
     return hashlib.sha256(key.encode()).hexdigest()
 
@@ -155,23 +155,23 @@ class _Fork:
     answer: int
     before: tuple[int, ...]
     token_id: int
-    held: Held
+    held: CacheCopy
 
 
 def _labelled(
     small: SmallModel,
     questions: Sequence[Question],
-    answers: Sequence[Written],
+    answers: Sequence[LargeAnswer],
     examples: Sequence[Question],
     tokens: int,
     *,
     continuing: bool,
-) -> Iterator[Labelled]:
+) -> Iterator[LabelledAnswer]:
     """Read the answers, then go on from their disagreements, as soon as these fill a batch."""
-    found: list[Labelled] = []
+    found: list[LabelledAnswer] = []
     forks: list[_Fork] = []
     for question, answer in zip(questions, answers, strict=True):
-        prompt_ids = small.encode_prompt(small.render(conversation(question, examples)))
+        prompt_ids = small.encode_prompt(small.render(question_messages(question, examples)))
         reading = small.read(prompt_ids, answer.token_ids)
         places = _disagreements(answer, reading)
         if continuing:
@@ -188,8 +188,8 @@ def _labelled(
 
 
 def _with_ways(
-    small: SmallModel, answers: Sequence[Labelled], forks: Sequence[_Fork], tokens: int
-) -> Iterator[Labelled]:
+    small: SmallModel, answers: Sequence[LabelledAnswer], forks: Sequence[_Fork], tokens: int
+) -> Iterator[LabelledAnswer]:
     """The answers with the texts that their forks lead to."""
     alone: list[list[str]] = [[] for _ in answers]
     for fork, text in zip(forks, _continued(small, forks, tokens), strict=True):
@@ -198,12 +198,12 @@ def _with_ways(
         yield replace(labelled, alone=tuple(texts))
 
 
-def _parts(answer: Written) -> list[range]:
+def _parts(answer: LargeAnswer) -> list[range]:
     """The ids of each of the large model's tokens."""
     return [range(*pair) for pair in itertools.pairwise((*answer.firsts, len(answer.token_ids)))]
 
 
-def _disagreements(answer: Written, reading: Reading) -> list[int | None]:
+def _disagreements(answer: LargeAnswer, reading: ScoredText) -> list[int | None]:
     """For each of the large model's tokens, its first id that the small one would not write."""
     return [
         next((i for i in part if reading.signals[i].token_id != answer.token_ids[i]), None)
@@ -212,15 +212,15 @@ def _disagreements(answer: Written, reading: Reading) -> list[int | None]:
 
 
 def _compared(
-    small: SmallModel, answer: Written, reading: Reading, places: Sequence[int | None]
-) -> Labelled:
+    small: SmallModel, answer: LargeAnswer, reading: ScoredText, places: Sequence[int | None]
+) -> LabelledAnswer:
     import mlx.core as mx
 
     signals = [reading.signals[first] for first in answer.firsts]
     given = [sum(reading.logprobs[i] for i in part) for part in _parts(answer)]
     hidden = reading.hidden[mx.array(list(answer.firsts))].astype(mx.float16)
     mx.eval(hidden)
-    return Labelled(
+    return LabelledAnswer(
         hidden=hidden,
         signals=mx.array(
             [[s.entropy_nats, s.varentropy, s.top_logprobs[0], s.margin] for s in signals]
@@ -253,7 +253,7 @@ def _column(values: mx.array) -> list[float]:
     return cast("list[float]", values.tolist())
 
 
-def _write(labelled: Labelled, file: Path) -> None:
+def _write(labelled: LabelledAnswer, file: Path) -> None:
     """Whole or not at all, whenever it is interrupted."""
     import mlx.core as mx
 
@@ -270,11 +270,13 @@ def _is_continued(file: Path) -> bool:
     return len(found.alone) == sum(_column(found.differs))
 
 
-def _read(file: Path) -> Labelled:
+def _read(file: Path) -> LabelledAnswer:
     import mlx.core as mx
 
     arrays, about = mx.load(str(file), return_metadata=True)
     assert isinstance(arrays, dict)
     assert isinstance(about, dict)
     told = json.loads(about[_ABOUT])
-    return Labelled(**arrays, text=told["text"], tokens=told["tokens"], alone=tuple(told["alone"]))
+    return LabelledAnswer(
+        **arrays, text=told["text"], tokens=told["tokens"], alone=tuple(told["alone"])
+    )

@@ -44,7 +44,7 @@ _UNDERLINE = Style(underline=True, bold=True)
 _PROVISIONAL = Style(dim=True)
 
 
-class Answer(Protocol):
+class AnswerStream(Protocol):
     """An answer being written: iterating it does the work, the rest may be read meanwhile."""
 
     def __iter__(self) -> Iterator[Token]: ...
@@ -72,7 +72,7 @@ class _Frame:
 
     def __init__(
         self,
-        answer: Answer,
+        answer: AnswerStream,
         *,
         threshold: float,
         chat_uploads: Callable[[], Uploads] | None,
@@ -147,7 +147,7 @@ class LiveView:
         self._chat_uploads = chat_uploads
         self._clock = clock
 
-    def show(self, answer: Answer) -> RunStats:
+    def show(self, answer: AnswerStream) -> RunStats:
         """Write the answer to its end.
 
         Rows that cannot change any more are printed for good. Whatever is raised on the way,
@@ -159,7 +159,7 @@ class LiveView:
             self._show_plain(answer)
         return answer.stats()
 
-    def _show_live(self, answer: Answer) -> None:
+    def _show_live(self, answer: AnswerStream) -> None:
         frame = _Frame(
             answer,
             threshold=self._threshold,
@@ -178,7 +178,11 @@ class LiveView:
             self._print(all_rows(frame.rest, width=self._console.width))
 
     def _grow(
-        self, answer: Answer, frame: _Frame, live: Live, drawing: AbstractContextManager[object]
+        self,
+        answer: AnswerStream,
+        frame: _Frame,
+        live: Live,
+        drawing: AbstractContextManager[object],
     ) -> None:
         drawn_s = -math.inf
         for event in answer.events():
@@ -190,7 +194,7 @@ class LiveView:
                     live.refresh()
                     drawn_s = self._clock()
 
-    def _show_plain(self, answer: Answer) -> None:
+    def _show_plain(self, answer: AnswerStream) -> None:
         writer = PlainWriter(self._console.file)
         try:
             for token in answer:

@@ -10,16 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxroute.catalog.head_files import find_head
+from mlxroute.catalog.head_files import find_head_file
 from mlxroute.cli.folders import RESULTS, bench_file, record_file
 from mlxroute.cli.session import load_small
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
 from mlxroute.questions.question_files import (
     Question,
-    conversation,
+    question_messages,
     read_questions,
-    sampled,
+    sample_questions,
     worked_examples,
 )
 from mlxroute.types import Message
@@ -45,7 +45,7 @@ def run_bench_speed(settings: Settings, *, pairs: int, tokens: int, save: bool) 
     _, err = consoles()
     with Reporter(err) as reporter, tempfile.TemporaryDirectory() as folder:
         small = _load(settings, reporter, Path(folder))
-        if (head := find_head(small.name, user_catalog_dir())) is not None:
+        if (head := find_head_file(small.name, user_catalog_dir())) is not None:
             small.load_head(head)
             # It is timed by itself.
             small.set_head(None)
@@ -130,8 +130,10 @@ def run_bench_latency(
 def _asked(data: Path | None, count: int, examples: Sequence[Question]) -> list[list[Message]]:
     """Conversations from a file of questions, or our prompts."""
     if data is None:
-        return [conversation(Question(text, text)) for text in _prompts()[:count]]
-    return [conversation(each, examples) for each in sampled(read_questions(data), count)]
+        return [question_messages(Question(text, text)) for text in _prompts()[:count]]
+    return [
+        question_messages(each, examples) for each in sample_questions(read_questions(data), count)
+    ]
 
 
 def run_bench_kernels(settings: Settings, *, rounds: int, save: bool) -> int:
@@ -261,10 +263,10 @@ def _show_kernels(report: dict[str, Any], err: Console) -> None:
 
 def finish(report: dict[str, Any], name: str, *, save: bool) -> int:
     """End stdout with the report, and keep it if `save`; return the exit code."""
-    from mlxroute.bench.measurement import circumstances
+    from mlxroute.bench.measurement import describe_environment
 
     command = " ".join(["mlxroute", *sys.argv[1:]])
-    report = {**circumstances(command), **report}
+    report = {**describe_environment(command), **report}
     if save:
         RESULTS.mkdir(parents=True, exist_ok=True)
         file = RESULTS / f"{name}.json"

@@ -12,12 +12,17 @@ from mlxroute.cli.folders import bench_file, cache_dir_of, record_file
 from mlxroute.cli.session import DEFAULT_ROUTER, HEAD, load_small, ranks_of
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
-from mlxroute.questions.question_files import Question, read_questions, sampled, worked_examples
+from mlxroute.questions.question_files import (
+    Question,
+    read_questions,
+    sample_questions,
+    worked_examples,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mlxroute.bench.quality import Side
+    from mlxroute.bench.quality import QualitySide
     from mlxroute.small.mlp_head import MlpHead
 
 # Share of the answers.
@@ -44,7 +49,9 @@ class QualityOptions:
     save: bool
 
 
-def run_bench_quality(settings: Settings, sides: Sequence[Side], options: QualityOptions) -> int:
+def run_bench_quality(
+    settings: Settings, sides: Sequence[QualitySide], options: QualityOptions
+) -> int:
     """Answer the questions with every side; return the exit code."""
     from mlxroute.bench.oracles import oracles
     from mlxroute.bench.quality import BUDGETS, Results, bench_quality, step_seconds
@@ -52,7 +59,7 @@ def run_bench_quality(settings: Settings, sides: Sequence[Side], options: Qualit
     from mlxroute.cli.progress import Reporter, counting
     from mlxroute.cli.terminal import consoles
     from mlxroute.ledger import Ledger
-    from mlxroute.training import Replies, collect
+    from mlxroute.training import Replies, collect_labels
 
     if settings.large is None:
         raise UsageError("bench quality needs a large model's server: --large URL")
@@ -61,7 +68,7 @@ def run_bench_quality(settings: Settings, sides: Sequence[Side], options: Qualit
 
         check_plot(options.plot)
     data = options.data or bench_file("questions", "everyday.jsonl")
-    questions = _answered(sampled(read_questions(data), options.count), data)
+    questions = _answered(sample_questions(read_questions(data), options.count), data)
     examples = _examples(options)
     _, err = consoles()
     with large_model(settings, settings.large, Ledger()) as large:
@@ -93,7 +100,7 @@ def run_bench_quality(settings: Settings, sides: Sequence[Side], options: Qualit
                 progress=progress,
             )
             if options.oracles:
-                answers = collect(
+                answers = collect_labels(
                     small,
                     replies,
                     questions,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlxroute.cli.folders import source
 from mlxroute.config import Settings, user_catalog_dir
-from mlxroute.questions.question_files import read_questions, sampled
+from mlxroute.questions.question_files import read_questions, sample_questions
 
 _RATES = (0.01, 0.03, 0.05, 0.07, 0.10, 0.15, 0.30)
 
@@ -21,7 +21,9 @@ def run_calibrate(settings: Settings, *, data: list[Path], count: int, tokens: i
     from mlxroute.cli.session import load_small
     from mlxroute.cli.terminal import consoles
 
-    questions = [question for file in data for question in sampled(read_questions(file), count)]
+    questions = [
+        question for file in data for question in sample_questions(read_questions(file), count)
+    ]
     _, err = consoles()
     with Reporter(err) as reporter:
         small = load_small(settings, reporter)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from mlxroute.config import share
+from mlxroute.config import parse_share
 from mlxroute.conversation import Conversation
 from mlxroute.errors import MlxRouteError, UsageError
 from mlxroute.types import Message, Prices, RunStats, Uploads
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mlxroute.cli.line_input import Reader
-    from mlxroute.view import Answer
+    from mlxroute.view import AnswerStream
 
 # A path, as in "/usr/bin/env is what?", is no command.
 _COMMAND = re.compile(r"(/[^\s/]*)(?:[ \t]+(.*?))?\s*")
@@ -64,7 +64,7 @@ class ChatSession(Protocol):
         """What the user should know after an answer and has not been told yet."""
         ...
 
-    def answer(self, messages: Sequence[Message]) -> Answer:
+    def answer(self, messages: Sequence[Message]) -> AnswerStream:
         """Start answering a conversation."""
         ...
 
@@ -223,7 +223,7 @@ class _Chat:
 
     def _budget(self, value: str) -> None:
         if value:
-            self._session.keep_within(share(value))
+            self._session.keep_within(parse_share(value))
         found = self._session.budget
         self.say("no budget; a threshold is set" if found is None else f"budget {100 * found:g}%")
 

@@ -23,7 +23,7 @@ from mlxroute.errors import ConfigError, MlxRouteError
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class DoctorCheck:
     """One line of the report; `good` is None for what is merely worth knowing."""
 
     name: str
@@ -39,7 +39,7 @@ def run_doctor(settings: Settings) -> int:
     cache_dir = cache_dir_of(settings.cache_dir)
     checks = [_versions(), *_device(cache_dir), _disk(cache_dir), _config()]
     if settings.offline:
-        checks.append(Check("network", "not checked: offline is set", good=None))
+        checks.append(DoctorCheck("network", "not checked: offline is set", good=None))
     else:
         with err.status("asking the network"):
             checks += [*_network(), _large(settings)]
@@ -50,32 +50,34 @@ def run_doctor(settings: Settings) -> int:
     return 2 if any(check.good is False for check in checks) else 0
 
 
-def _versions() -> Check:
+def _versions() -> DoctorCheck:
     found = []
     for name in ("mlx", "mlx-lm"):
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
-            return Check("versions", f"{name} is not installed", good=False)
+            return DoctorCheck("versions", f"{name} is not installed", good=False)
     python = f"Python {sys.version.split()[0]} on {platform.system()} {platform.machine()}"
-    return Check("versions", f"mlxroute {__version__}, {', '.join(found)}, {python}")
+    return DoctorCheck("versions", f"mlxroute {__version__}, {', '.join(found)}, {python}")
 
 
-def _device(cache_dir: Path) -> list[Check]:
+def _device(cache_dir: Path) -> list[DoctorCheck]:
     from mlxroute.backend import blas, memory
 
     line = blas.interpose(cache_dir)
     import mlx.core as mx
 
-    checks = [Check("device", f"{mx.default_device()}, {os.cpu_count()} cores")]
+    checks = [DoctorCheck("device", f"{mx.default_device()}, {os.cpu_count()} cores")]
     if line:
-        checks.append(Check("BLAS", line.removeprefix("BLAS: ")))
+        checks.append(DoctorCheck("BLAS", line.removeprefix("BLAS: ")))
     available = memory.available_bytes()
-    checks.append(Check("memory", f"{available / 2**30:.1f} GiB free", good=available > 2**30))
+    checks.append(
+        DoctorCheck("memory", f"{available / 2**30:.1f} GiB free", good=available > 2**30)
+    )
     return checks
 
 
-def _disk(cache_dir: Path) -> Check:
+def _disk(cache_dir: Path) -> DoctorCheck:
     from mlxroute.weights import cached
 
     folder = cache_dir
@@ -85,33 +87,35 @@ def _disk(cache_dir: Path) -> Check:
     models = ", ".join(sorted(entry.name for entry in cached(cache_dir))) or "no models yet"
     writable = folder.is_dir() and os.access(folder, os.W_OK)
     text = f"{cache_dir}: {models}; {free / 1e9:.0f} GB free"
-    return Check("cache", text if writable else f"{text}; not writable", good=writable)
+    return DoctorCheck("cache", text if writable else f"{text}; not writable", good=writable)
 
 
-def _config() -> Check:
+def _config() -> DoctorCheck:
     path = default_config_path()
     try:
         settings = load_settings({}, environ=os.environ, path=path)
         read_never_send(settings)
         read_prices(settings)
     except ConfigError as exc:
-        return Check("config", str(exc), good=False)
-    return Check("config", f"{path}" if path.exists() else f"{path} (none; defaults apply)")
+        return DoctorCheck("config", str(exc), good=False)
+    return DoctorCheck("config", f"{path}" if path.exists() else f"{path} (none; defaults apply)")
 
 
-def _network() -> list[Check]:
+def _network() -> list[DoctorCheck]:
     from mlxroute.weights import reachable_sources
 
     return [
-        Check(name, "reachable", good=True) if there else Check(name, "not reachable", good=None)
+        DoctorCheck(name, "reachable", good=True)
+        if there
+        else DoctorCheck(name, "not reachable", good=None)
         for name, there in reachable_sources().items()
     ]
 
 
-def _large(settings: Settings) -> Check:
+def _large(settings: Settings) -> DoctorCheck:
     if settings.large is None:
         advice = "no server configured (give --large URL or set OPENAI_BASE_URL)"
-        return Check("large", advice, good=None)
+        return DoctorCheck("large", advice, good=None)
     from mlxroute.cli.large_side import large_model
     from mlxroute.cli.session import open_ledger
 
@@ -120,6 +124,6 @@ def _large(settings: Settings) -> Check:
             open_ledger(settings) as ledger,
             large_model(settings, settings.large, ledger) as large,
         ):
-            return Check("large", large.connect())
+            return DoctorCheck("large", large.connect())
     except MlxRouteError as exc:
-        return Check("large", str(exc), good=False)
+        return DoctorCheck("large", str(exc), good=False)

@@ -8,19 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxroute.catalog.head_files import own_head
+from mlxroute.catalog.head_files import user_head_file
 from mlxroute.cli.folders import cache_dir_of, record_file, source
 from mlxroute.cli.large_side import large_model
 from mlxroute.cli.session import load_small, open_ledger
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
-from mlxroute.questions.question_files import Question, read_questions, sampled, worked_examples
-from mlxroute.types import Labels
+from mlxroute.questions.question_files import (
+    Question,
+    read_questions,
+    sample_questions,
+    worked_examples,
+)
+from mlxroute.types import LabelKind
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mlxroute.training import Fitted
+    from mlxroute.training import FittedHead
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +34,7 @@ class TrainOptions:
 
     data: list[Path]
     out: Path | None
-    labels: Labels
+    labels: LabelKind
     count: int
     tokens: int
     examples: Path | None
@@ -57,14 +62,14 @@ def run_train(settings: Settings, options: TrainOptions) -> int:
         with Reporter(err) as reporter:
             small = load_small(settings, reporter)
         large.meet(small.vocabulary)
-        from mlxroute.training import Replies, collect, fit
+        from mlxroute.training import Replies, collect_labels, fit_head
 
         record = record_file(settings, "replies", small.name, large.model_name)
         with (
             Replies(large, record, at_once=options.at_once) as replies,
             counting(err) as progress,
         ):
-            answers = collect(
+            answers = collect_labels(
                 small,
                 replies,
                 questions,
@@ -72,7 +77,7 @@ def run_train(settings: Settings, options: TrainOptions) -> int:
                 tokens=options.tokens,
                 folder=cache_dir_of(settings.cache_dir) / "labels",
                 at_once=options.at_once,
-                continuing=options.labels in (Labels.CONSEQUENCE, Labels.PREFERENCE),
+                continuing=options.labels in (LabelKind.CONSEQUENCE, LabelKind.PREFERENCE),
                 progress=progress,
             )
         about = {
@@ -82,8 +87,8 @@ def run_train(settings: Settings, options: TrainOptions) -> int:
             "examples": len(examples),
         }
         with err.status("fitting"):
-            fitted = fit(answers, questions, labels=options.labels, about=about)
-    out = options.out or own_head(small.name, user_catalog_dir())
+            fitted = fit_head(answers, questions, labels=options.labels, about=about)
+    out = options.out or user_head_file(small.name, user_catalog_dir())
     fitted.write(out)
     _show(fitted, err)
     named = f" --head {options.out}" if options.out else ""
@@ -107,9 +112,9 @@ def _questions(options: TrainOptions) -> list[Question]:
     questions = [
         question
         for file in options.data
-        for question in sampled(read_questions(file), options.count)
+        for question in sample_questions(read_questions(file), options.count)
     ]
-    if options.labels is Labels.PREFERENCE:
+    if options.labels is LabelKind.PREFERENCE:
         for question in questions:
             if question.answer is None:
                 raise UsageError(
@@ -118,7 +123,7 @@ def _questions(options: TrainOptions) -> list[Question]:
     return questions
 
 
-def _show(fitted: Fitted, err: Console) -> None:
+def _show(fitted: FittedHead, err: Console) -> None:
     from rich.table import Table
 
     report = fitted.report

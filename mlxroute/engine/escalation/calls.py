@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mlxroute.engine.modes.governor import Governor
-from mlxroute.engine.protocols import Flight, Large
+from mlxroute.engine.protocols import LargeProtocol, PendingCallProtocol
 from mlxroute.errors import LargeError, LargeTimeout, LargeUnavailable, LargeUnrecorded
 from mlxroute.types import LargeContext, LargeToken, Mode, Uploads
 
@@ -23,7 +23,7 @@ class Call:
     `joined` that it is the place of a token in an earlier call.
     """
 
-    flight: Flight
+    flight: PendingCallProtocol
     began_s: float
     ends_s: float
     stall_s: float
@@ -50,7 +50,7 @@ class Escalator:
 
     def __init__(
         self,
-        large: Large | None,
+        large: LargeProtocol | None,
         *,
         timeout_s: float,
         governor: Governor,
@@ -82,7 +82,7 @@ class Escalator:
     @property
     def has_room(self) -> bool:
         """Whether one more call may be under way."""
-        return self._large is not None and len(self._calls) < self._large.most_in_flight
+        return self._large is not None and len(self._calls) < self._large.max_in_flight
 
     @property
     def calls(self) -> int:
@@ -115,7 +115,7 @@ class Escalator:
         self.begun += 1
         return call
 
-    def join(self, flight: Flight) -> Call:
+    def join(self, flight: PendingCallProtocol) -> Call:
         """Wait for the place of a token in a call that was begun for another."""
         call = Call(flight, self._clock(), math.inf, self.stall_s, alone=False, joined=True)
         self._calls.append(call)

@@ -9,7 +9,7 @@ from mlxroute.engine.escalation.calls import Call, Escalator
 from mlxroute.engine.escalation.never_send import NeverSend
 from mlxroute.engine.escalation.prefetch import Prefetched
 from mlxroute.engine.modes.experience import Experience
-from mlxroute.engine.protocols import Pace, Router
+from mlxroute.engine.protocols import RouterProtocol, RouterState
 from mlxroute.engine.transcript import Transcript
 from mlxroute.errors import LargeError, LargeUnavailable, LargeUnrecorded
 from mlxroute.types import Escalation, Judgement, LargeToken, Signals, Source
@@ -26,7 +26,7 @@ class Decision:
     score: float
     threshold: float
     judgement: Judgement
-    after: Pace
+    after: RouterState
     token_ids: tuple[int, ...]
     source: Source
     ends: bool
@@ -52,7 +52,7 @@ class Decider:
 
     def __init__(
         self,
-        router: Router,
+        router: RouterProtocol,
         escalator: Escalator,
         transcript: Transcript,
         *,
@@ -69,7 +69,7 @@ class Decider:
         self.prefetched = Prefetched()
 
     @property
-    def pace(self) -> Pace:
+    def pace(self) -> RouterState:
         """The router's, behind the last committed position."""
         return self._router.pace
 
@@ -79,7 +79,7 @@ class Decider:
         for tokens in self.prefetched.take_ended():
             self._experience.wrote(tokens)
 
-    def own(self, signals: Signals, pace: Pace) -> Decision:
+    def own(self, signals: Signals, pace: RouterState) -> Decision:
         """The small model's own choice, where the router has come to `pace`."""
         score = self._router.score(signals, pace.seen)
         judgement, after = pace.decide(score)
@@ -94,7 +94,7 @@ class Decider:
             ends=signals.token_id in self._eos_ids,
         )
 
-    def is_near(self, own: Decision, pace: Pace, band: float) -> bool:
+    def is_near(self, own: Decision, pace: RouterState, band: float) -> bool:
         """Whether signals that differ by `band` would be scored to another decision."""
         return pace.is_near(own.score, band * self._router.gain)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from mlxroute.engine.protocols import Flight
+from mlxroute.engine.protocols import PendingCallProtocol
 from mlxroute.errors import LargeProtocolError
 from mlxroute.types import LargeToken
 
@@ -15,7 +15,7 @@ _REMEMBERED = 8
 class _Run:
     """The large model's tokens after these ids of the answer, as far as a flight brought them."""
 
-    def __init__(self, before: tuple[int, ...], flight: Flight, most: int) -> None:
+    def __init__(self, before: tuple[int, ...], flight: PendingCallProtocol, most: int) -> None:
         self._before = before
         self._flight = flight
         self._most = most
@@ -110,7 +110,7 @@ class Prefetched:
         """How many tokens came that no call was made for."""
         return self._forgotten + sum(len(run.tokens) - 1 for run in self._runs)
 
-    def add(self, ids: Sequence[int], flight: Flight, *, most: int) -> None:
+    def add(self, ids: Sequence[int], flight: PendingCallProtocol, *, most: int) -> None:
         """A call after `ids` has brought its token, and may bring up to `most` in all."""
         run = _Run(tuple(ids), flight, most)
         if run.coming or len(run.tokens) > 1:

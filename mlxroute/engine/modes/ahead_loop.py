@@ -20,8 +20,8 @@ from mlxroute.engine.escalation.decision import Decision
 from mlxroute.engine.modes.branches import Position, Row, Step, Written
 from mlxroute.engine.modes.cached_rows import Cached
 from mlxroute.engine.modes.decode_context import Desk
-from mlxroute.engine.modes.experience import ROWS
-from mlxroute.engine.protocols import Pace
+from mlxroute.engine.modes.experience import BRANCH_ROWS
+from mlxroute.engine.protocols import RouterState
 from mlxroute.types import Event, Mode, Provisional, Retracted, Signals
 
 # A branch less likely than this is not worth a row.
@@ -231,7 +231,7 @@ class Ahead:
                 placed = self._put(row, own) or placed
         return placed
 
-    def _pace(self, row: Row) -> Pace:
+    def _pace(self, row: Row) -> RouterState:
         """What the router has come to behind a row."""
         return row.steps[-1].choice.after if row.steps else self._desk.decider.pace
 
@@ -284,9 +284,13 @@ class Ahead:
         """Find out, once in a session and while a call is under way, what batches cost here."""
         desk = self._desk
         known = not self._branching or desk.experience.branches is not None
-        if known or desk.governor.mode is not Mode.HEDGE or not desk.small.can_rollback(ROWS):
+        if (
+            known
+            or desk.governor.mode is not Mode.HEDGE
+            or not desk.small.can_rollback(BRANCH_ROWS)
+        ):
             return
-        rows = min(ROWS, desk.small.most_rows)
+        rows = min(BRANCH_ROWS, desk.small.most_rows)
         if rows > 1 and len(self._rows) == 1 and not self._cached.is_batch:
             desk.experience.branches = desk.small.branch_cost(signals.token_id, rows=rows)
 
@@ -371,7 +375,7 @@ class Ahead:
         for slot, row in enumerate(rows):
             row.slot, row.signals = slot, signals[slot]
 
-    def _near(self, own: Decision, pace: Pace) -> bool:
+    def _near(self, own: Decision, pace: RouterState) -> bool:
         """Whether rounding could have changed what is decided."""
         branches = self._desk.experience.branches
         band_nats = branches.rounding_nats if branches is not None else 0.0

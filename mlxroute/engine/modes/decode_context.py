@@ -10,7 +10,7 @@ from mlxroute.engine.escalation.calls import Escalator
 from mlxroute.engine.escalation.decision import Decider, Decision
 from mlxroute.engine.modes.experience import Experience
 from mlxroute.engine.modes.governor import Governor
-from mlxroute.engine.protocols import Small
+from mlxroute.engine.protocols import SmallProtocol
 from mlxroute.engine.transcript import Transcript
 from mlxroute.types import Signals, Token
 
@@ -19,7 +19,7 @@ from mlxroute.types import Signals, Token
 class Desk:
     """One answer's parts, each the owner of its state."""
 
-    small: Small
+    small: SmallProtocol
     transcript: Transcript
     decider: Decider
     escalator: Escalator

@@ -9,7 +9,7 @@ from typing import Final
 from mlxroute.types import BranchCost, LargeToken, Signals
 
 # Branches of the next likeliest choices, the small model's own included.
-ROWS: Final = 4
+BRANCH_ROWS: Final = 4
 # As many observations an even pace counts for, so that one late call says little.
 TRUSTED: Final = 3
 # How much a new observation counts; positions are many to each that is escalated.
@@ -43,7 +43,7 @@ class Experience:
     takes for each of the others; `step_slowdown` and `call_slowdown` are how many times as long
     they take at the same time, as where both models share a machine.
     `agreement` and `coverage` are the shares of escalated positions where the large model wants
-    the small one's choice, or one of its `ROWS` likeliest; `rate` is that of the positions that
+    the small one's choice, or one of its `BRANCH_ROWS` likeliest; `rate` is that of the positions that
     are escalated, `answered` the share of them that an earlier call had answered, where there was
     one. Until seen they are guesses. `begun` calls were made, for `needed` positions that were
     escalated and others that were not reached.
@@ -98,7 +98,7 @@ class Experience:
         """The large model's token at a position was committed."""
         own = token.token_ids == (signals.token_id,)
         self.agreement.add(own)
-        covered = len(token.token_ids) == 1 and token.token_ids[0] in signals.top_ids[:ROWS]
+        covered = len(token.token_ids) == 1 and token.token_ids[0] in signals.top_ids[:BRANCH_ROWS]
         self.coverage.add(own or covered)
         if self.in_runs:
             self.answered.add(prefetched)

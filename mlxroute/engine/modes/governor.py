@@ -20,7 +20,7 @@ from mlxroute.engine.modes.experience import TRUSTED, Experience
 from mlxroute.types import Mode
 
 # Tokens a call brings beyond the one asked for, where that pays.
-AHEAD: Final = 16
+PREFETCH_TOKENS: Final = 16
 # Every so many calls the way not taken is looked at again.
 _TRY_EVERY: Final = 24
 # Branching is measured where it would pay at this cost: a guess.
@@ -114,9 +114,9 @@ class Governor:
         if not seen.call_s.seen:
             return 0
         if not seen.run_s.seen:
-            return AHEAD
+            return PREFETCH_TOKENS
         pays = seen.run_s.value * (1 - seen.answered.value) < seen.call_s.value
-        return AHEAD if pays != self._tries else 0
+        return PREFETCH_TOKENS if pays != self._tries else 0
 
     @property
     def _tries(self) -> bool:

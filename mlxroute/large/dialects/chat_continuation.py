@@ -10,8 +10,8 @@ from mlxroute.errors import LargeProtocolError
 from mlxroute.large.dialects.base import ANSWER_AT_ONCE, Ask, Form, Prompt
 from mlxroute.large.dialects.json_fields import (
     Completion,
-    Entry,
-    WireToken,
+    ReplyPosition,
+    ReplyToken,
     counts,
     ended,
     first_choice,
@@ -82,9 +82,9 @@ class ChatContinuation:
         if self._logprobs and not entries and text:
             raise LargeProtocolError("the reply has text and no logprobs")
         if not entries:
-            entries = [Entry(WireToken(text=text))]
+            entries = [ReplyPosition(ReplyToken(text=text))]
         if choice.get("finish_reason") == "stop":
             if text and len(entries) == 1:
-                entries.append(Entry(WireToken(text="")))
+                entries.append(ReplyPosition(ReplyToken(text="")))
             entries = list(ended(entries))
         return Completion(tuple(entries), text, **counts(reply))

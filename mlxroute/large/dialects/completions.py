@@ -9,8 +9,8 @@ from mlxroute.errors import LargeProtocolError
 from mlxroute.large.dialects.base import Ask, Form, Prompt
 from mlxroute.large.dialects.json_fields import (
     Completion,
-    Entry,
-    WireToken,
+    ReplyPosition,
+    ReplyToken,
     by_logprob,
     counts,
     ended,
@@ -63,23 +63,23 @@ class PlainCompletions:
         if choice.get("finish_reason") == "stop":
             last = entries[-1].token
             if text and not is_special(last.text or "") and (last.text or last.data):
-                entries = (*entries, Entry(WireToken(text="")))
+                entries = (*entries, ReplyPosition(ReplyToken(text="")))
             entries = ended(entries)
         return Completion(entries, text, **counts(reply))
 
 
-def _entries(value: object, *, text: str) -> tuple[Entry, ...]:
+def _entries(value: object, *, text: str) -> tuple[ReplyPosition, ...]:
     logprobs = {} if value is None else mapping(value, what="logprobs")
-    entries: list[Entry] = []
+    entries: list[ReplyPosition] = []
     if logprobs.get("content") is not None:
         content = sequence(logprobs["content"], what="logprobs.content")
         entries = [named_entry(item) for item in content]
     elif logprobs.get("tokens") is not None:
         entries = _legacy_entries(logprobs)
-    return _agreeing(entries, text) if entries else (Entry(WireToken(text=text)),)
+    return _agreeing(entries, text) if entries else (ReplyPosition(ReplyToken(text=text)),)
 
 
-def _legacy_entries(logprobs: Mapping[str, object]) -> list[Entry]:
+def _legacy_entries(logprobs: Mapping[str, object]) -> list[ReplyPosition]:
     tokens = sequence(logprobs["tokens"], what="logprobs.tokens")
     values = sequence(logprobs.get("token_logprobs") or [], what="token_logprobs")
     ids = sequence(logprobs.get("token_ids") or [], what="token_ids")
@@ -87,8 +87,8 @@ def _legacy_entries(logprobs: Mapping[str, object]) -> list[Entry]:
     # Together gives the alternatives of the only position without a list around them.
     tops = [tops] if isinstance(tops, dict) else sequence(tops, what="top_logprobs")
     return [
-        Entry(
-            WireToken(
+        ReplyPosition(
+            ReplyToken(
                 token_id=token_id(ids[index]) if index < len(ids) else None,
                 text=string(name, what="a token's text"),
                 logprob=given_logprob(values[index]) if index < len(values) else None,
@@ -99,14 +99,14 @@ def _legacy_entries(logprobs: Mapping[str, object]) -> list[Entry]:
     ]
 
 
-def _legacy_top(value: object) -> list[WireToken]:
+def _legacy_top(value: object) -> list[ReplyToken]:
     return [
-        WireToken(text=string(text, what="an alternative's text"), logprob=logprob(number))
+        ReplyToken(text=string(text, what="an alternative's text"), logprob=logprob(number))
         for text, number in mapping(value or {}, what="top_logprobs").items()
     ]
 
 
-def _agreeing(entries: list[Entry], text: str) -> tuple[Entry, ...]:
+def _agreeing(entries: list[ReplyPosition], text: str) -> tuple[ReplyPosition, ...]:
     """The positions, checked against the reply's text, of which one may lack the first space.
 
     Two texts that differ otherwise are a fragment of a character in disguise, or a lie.
@@ -123,4 +123,4 @@ def _agreeing(entries: list[Entry], text: str) -> tuple[Entry, ...]:
         if not name.strip() or name.strip() != text.strip():
             raise LargeProtocolError("the reply's text and its first token differ")
         name = max(name, text, key=len)
-    return (Entry(WireToken(token.token_id, None, None, name, token.logprob), top),)
+    return (ReplyPosition(ReplyToken(token.token_id, None, None, name, token.logprob), top),)

@@ -16,7 +16,7 @@ _MAX_TOKEN_ID = 1 << 31
 
 
 @dataclass(frozen=True, slots=True)
-class WireToken:
+class ReplyToken:
     """A token as a server names it: as much of id, raw piece, bytes and text as it gave."""
 
     token_id: int | None = None
@@ -27,11 +27,11 @@ class WireToken:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ReplyPosition:
     """One generated position; `ends` when the server says that the answer is over there."""
 
-    token: WireToken
-    top: tuple[WireToken, ...] = ()
+    token: ReplyToken
+    top: tuple[ReplyToken, ...] = ()
     ends: bool = False
 
 
@@ -42,7 +42,7 @@ class Completion:
     The counts are the server's own, None where it gives none.
     """
 
-    entries: tuple[Entry, ...]
+    entries: tuple[ReplyPosition, ...]
     text: str = ""
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
@@ -177,7 +177,7 @@ def logprob(value: object) -> float:
     return min(0.0, number)
 
 
-def by_logprob(tokens: Sequence[WireToken]) -> tuple[WireToken, ...]:
+def by_logprob(tokens: Sequence[ReplyToken]) -> tuple[ReplyToken, ...]:
     """Tokens by falling logprob, equal ones by rising id, as a greedy sampler picks them."""
     return tuple(sorted(tokens, key=lambda t: (-(t.logprob or 0.0), t.token_id or 0)))
 
@@ -205,11 +205,11 @@ def octets(value: object) -> bytes:
     return bytes(data)
 
 
-def named_token(item: Mapping[str, object]) -> WireToken:
+def named_token(item: Mapping[str, object]) -> ReplyToken:
     """A token in the shape of chat logprobs: text, and where given id and bytes."""
     identity = item.get("id", item.get("token_id"))
     data = item.get("bytes")
-    return WireToken(
+    return ReplyToken(
         token_id=None if identity is None else token_id(identity),
         data=None if data is None else octets(data),
         text=string(item.get("token"), what="a token's text"),
@@ -217,16 +217,16 @@ def named_token(item: Mapping[str, object]) -> WireToken:
     )
 
 
-def named_entry(value: object) -> Entry:
+def named_entry(value: object) -> ReplyPosition:
     """A generated position in the shape of chat logprobs, with its alternatives."""
     item = mapping(value, what="a token")
     token = named_token(item)
     given_logprob(token.logprob)
     top = sequence(item.get("top_logprobs") or [], what="top_logprobs")
     others = [named_token(mapping(other, what="an alternative")) for other in top]
-    return Entry(token, by_logprob(others))
+    return ReplyPosition(token, by_logprob(others))
 
 
-def ended(entries: Sequence[Entry]) -> tuple[Entry, ...]:
+def ended(entries: Sequence[ReplyPosition]) -> tuple[ReplyPosition, ...]:
     """The same positions, the last of them marked as the answer's end."""
     return (*entries[:-1], replace(entries[-1], ends=True))

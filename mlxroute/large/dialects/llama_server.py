@@ -9,8 +9,8 @@ from mlxroute.errors import LargeProtocolError
 from mlxroute.large.dialects.base import Ask, Form, Prompt
 from mlxroute.large.dialects.json_fields import (
     Completion,
-    Entry,
-    WireToken,
+    ReplyPosition,
+    ReplyToken,
     counted,
     ended,
     named_entry,
@@ -77,14 +77,14 @@ class LlamaServer:
         )
 
 
-def _aligned(ids: Sequence[int], named: Sequence[Entry]) -> list[Entry]:
+def _aligned(ids: Sequence[int], named: Sequence[ReplyPosition]) -> list[ReplyPosition]:
     """One entry for each id; those that come with a name are in the same order."""
     entries, rest = [], list(named)
     for identity in ids:
         if rest and rest[0].token.token_id == identity:
             entries.append(rest.pop(0))
         else:
-            entries.append(Entry(WireToken(token_id=identity)))
+            entries.append(ReplyPosition(ReplyToken(token_id=identity)))
     if rest and ids:
         raise LargeProtocolError("the reply's ids and its logprobs differ")
     # Without any ids the server ignored `return_tokens`; the names carry them.

@@ -10,8 +10,8 @@ from mlxroute.errors import LargeProtocolError
 from mlxroute.large.dialects.base import Ask, Form, Prompt
 from mlxroute.large.dialects.json_fields import (
     Completion,
-    Entry,
-    WireToken,
+    ReplyPosition,
+    ReplyToken,
     by_logprob,
     counts,
     ended,
@@ -62,7 +62,7 @@ class MlxLm:
         return Completion(tuple(entries), **counts(reply))
 
 
-def _entry(value: object) -> Entry:
+def _entry(value: object) -> ReplyPosition:
     # The entry itself is an arbitrary one of the alternatives, which come unsorted;
     # the token that was generated is the most likely of them.
     top = sequence(mapping(value, what="a token").get("top_logprobs"), what="top_logprobs")
@@ -70,12 +70,12 @@ def _entry(value: object) -> Entry:
     if not tokens or tokens[0].logprob == -math.inf:
         raise LargeProtocolError("a token comes without its probability")
     # Rows that only pad the vocabulary have no piece.
-    return Entry(tokens[0], tuple(token for token in tokens if token.piece is not None))
+    return ReplyPosition(tokens[0], tuple(token for token in tokens if token.piece is not None))
 
 
-def _token(item: Mapping[str, object]) -> WireToken:
+def _token(item: Mapping[str, object]) -> ReplyToken:
     piece = item.get("token")
-    return WireToken(
+    return ReplyToken(
         token_id=token_id(item.get("id")),
         piece=None if piece is None else string(piece, what="a token's text"),
         logprob=logprob(item.get("logprob")),

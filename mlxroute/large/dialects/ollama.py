@@ -9,8 +9,8 @@ from mlxroute.errors import LargeProtocolError
 from mlxroute.large.dialects.base import Ask, Form, Prompt
 from mlxroute.large.dialects.json_fields import (
     Completion,
-    Entry,
-    WireToken,
+    ReplyPosition,
+    ReplyToken,
     counted,
     ended,
     named_entry,
@@ -51,10 +51,10 @@ class OllamaGenerate:
         if not entries:
             if text:
                 raise LargeProtocolError("the reply has text and no logprobs")
-            entries = [Entry(WireToken(text=""))]
+            entries = [ReplyPosition(ReplyToken(text=""))]
         if reply.get("done_reason") == "stop":
             if text:
-                entries.append(Entry(WireToken(text="")))
+                entries.append(ReplyPosition(ReplyToken(text="")))
             entries = list(ended(entries))
         return Completion(
             tuple(entries),

@@ -9,8 +9,8 @@ from mlxroute.errors import LargeProtocolError
 from mlxroute.large.dialects.base import Ask, Form, Prompt
 from mlxroute.large.dialects.json_fields import (
     Completion,
-    Entry,
-    WireToken,
+    ReplyPosition,
+    ReplyToken,
     by_logprob,
     counted,
     ended,
@@ -73,19 +73,19 @@ class SglangGenerate:
         )
 
 
-def _entry(token: object, top: object) -> Entry:
+def _entry(token: object, top: object) -> ReplyPosition:
     chosen = _token(token)
     given_logprob(chosen.logprob)
     others = sequence(top or [], what="output_top_logprobs")
-    return Entry(chosen, by_logprob([_token(other) for other in others]))
+    return ReplyPosition(chosen, by_logprob([_token(other) for other in others]))
 
 
-def _token(value: object) -> WireToken:
+def _token(value: object) -> ReplyToken:
     triple = sequence(value, what="a token")
     if len(triple) < 2:
         raise LargeProtocolError("a token is no triple of logprob, id and text")
     text = triple[2] if len(triple) > 2 else None
-    return WireToken(
+    return ReplyToken(
         token_id=token_id(triple[1]),
         # A part of a character comes as the replacement character, which says nothing.
         text=None if text is None else string(text, what="a token's text"),

@@ -9,8 +9,8 @@ from mlxroute.errors import LargeProtocolError
 from mlxroute.large.dialects.base import Ask, Form, Prompt
 from mlxroute.large.dialects.json_fields import (
     Completion,
-    Entry,
-    WireToken,
+    ReplyPosition,
+    ReplyToken,
     by_logprob,
     counted,
     ended,
@@ -61,7 +61,7 @@ class TgiGenerate:
             token = _token(item)
             given_logprob(token.logprob)
             others = sequence(tops[index] if index < len(tops) else [], what="top_tokens")
-            entries.append(Entry(token, by_logprob([_token(other) for other in others])))
+            entries.append(ReplyPosition(token, by_logprob([_token(other) for other in others])))
         if details.get("finish_reason") == "eos_token":
             entries = list(ended(entries))
         return Completion(
@@ -71,9 +71,9 @@ class TgiGenerate:
         )
 
 
-def _token(value: object) -> WireToken:
+def _token(value: object) -> ReplyToken:
     item = mapping(value, what="a token")
-    return WireToken(
+    return ReplyToken(
         token_id=token_id(item.get("id")),
         text=string(item.get("text"), what="a token's text"),
         logprob=logprob(item.get("logprob")),

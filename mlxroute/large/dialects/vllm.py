@@ -10,8 +10,8 @@ from mlxroute.errors import LargeProtocolError
 from mlxroute.large.dialects.base import Ask, Form, Prompt
 from mlxroute.large.dialects.json_fields import (
     Completion,
-    Entry,
-    WireToken,
+    ReplyPosition,
+    ReplyToken,
     by_logprob,
     counts,
     ended,
@@ -81,15 +81,15 @@ class VllmCompletions:
         return Completion(tuple(entries), text, **counts(reply))
 
 
-def _entry(index: int, identity: int, logprobs: Mapping[str, object]) -> Entry:
+def _entry(index: int, identity: int, logprobs: Mapping[str, object]) -> ReplyPosition:
     name = _at(logprobs.get("tokens"), index, what="logprobs.tokens")
     value = _at(logprobs.get("token_logprobs"), index, what="token_logprobs")
     top = _at(logprobs.get("top_logprobs"), index, what="top_logprobs")
     named = _named(string(name, what="a token's text"), None)
     if named.token_id not in (None, identity):
         raise LargeProtocolError("the reply's ids and its logprobs differ")
-    return Entry(
-        WireToken(token_id=identity, text=named.text, logprob=given_logprob(value)),
+    return ReplyPosition(
+        ReplyToken(token_id=identity, text=named.text, logprob=given_logprob(value)),
         by_logprob(
             [
                 _named(text, logprob(number))
@@ -99,10 +99,10 @@ def _entry(index: int, identity: int, logprobs: Mapping[str, object]) -> Entry:
     )
 
 
-def _named(name: str, value: float | None) -> WireToken:
+def _named(name: str, value: float | None) -> ReplyToken:
     if (match := _NAMED_ID.fullmatch(name)) is not None:
-        return WireToken(token_id=token_id(int(match[1])), logprob=value)
-    return WireToken(text=string(name, what="a token's text"), logprob=value)
+        return ReplyToken(token_id=token_id(int(match[1])), logprob=value)
+    return ReplyToken(text=string(name, what="a token's text"), logprob=value)
 
 
 def _at(values: object, index: int, *, what: str) -> object:

@@ -12,7 +12,7 @@ from mlxroute.types import LargeToken
 Tokens = tuple[LargeToken, ...]
 
 
-class Flight(threading.Thread):
+class PendingCall(threading.Thread):
     """One call; `ready` once it has an answer or has failed, at its deadline at the latest.
 
     What `ask` publishes before it returns may grow, until the flight is `over`. `landed` is

@@ -25,7 +25,7 @@ _LONGEST_ASKED_S: Final = 3600.0
 _LASTING: Final = (401, 402, 403, 404)
 
 
-class Breaker:
+class CircuitBreaker:
     """Three failures in a row, or a server's own wish, stop the calls for a while.
 
     Then a single call goes through: its success ends the pause, its failure doubles it. Safe for

@@ -58,7 +58,7 @@ def _basic_auth(user: str, password: str) -> HTTPBasicAuth:
     return HTTPBasicAuth(user.encode(), password.encode())
 
 
-class Session(requests.Session):
+class HttpSession(requests.Session):
     """One server's connections and what every request to it carries."""
 
     def __init__(self, address: Address, auth: Auth) -> None:
@@ -91,7 +91,7 @@ class Session(requests.Session):
         self.close()
 
 
-class SessionPool:
+class HttpSessionPool:
     """Sessions of one server, each lent to one exchange at a time.
 
     So one exchange can be broken off without harm to another. Safe for several threads.
@@ -101,17 +101,17 @@ class SessionPool:
         self._address = address
         self._auth = auth
         self._lock = threading.Lock()
-        self._idle: list[Session] = []
-        self._lent: set[Session] = set()
+        self._idle: list[HttpSession] = []
+        self._lent: set[HttpSession] = set()
 
-    def lend(self) -> Session:
+    def lend(self) -> HttpSession:
         """The session used last, whose connection is the likeliest to be alive, or a new one."""
         with self._lock:
-            session = self._idle.pop() if self._idle else Session(self._address, self._auth)
+            session = self._idle.pop() if self._idle else HttpSession(self._address, self._auth)
             self._lent.add(session)
         return session
 
-    def take_back(self, session: Session) -> None:
+    def take_back(self, session: HttpSession) -> None:
         """Keep a session for the next exchange, unless it was broken off."""
         with self._lock:
             self._lent.discard(session)

@@ -25,7 +25,7 @@ from mlxroute.errors import (
 )
 from mlxroute.large.http import retry
 from mlxroute.large.http.address import Address
-from mlxroute.large.http.connections import Auth, SessionPool, checked_bundle
+from mlxroute.large.http.connections import Auth, HttpSessionPool, checked_bundle
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.ledger import Ledger
 
@@ -79,7 +79,7 @@ class Exchange(threading.Thread):
 
     def __init__(  # noqa: PLR0913 - what one request needs
         self,
-        sessions: SessionPool,
+        sessions: HttpSessionPool,
         *,
         address: Address,
         target: str,
@@ -261,7 +261,7 @@ class Transport:
         self._ledger = Ledger() if ledger is None else ledger
         for secret in (api_key, address.userinfo and address.userinfo[1]):
             self._ledger.hide(secret)
-        self._sessions = SessionPool(address, self._auth)
+        self._sessions = HttpSessionPool(address, self._auth)
         self._lock = threading.Lock()
         self._given_up: list[Exchange] = []
 

@@ -15,7 +15,7 @@ _FORMAT: Final = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class CapabilityCheck:
     """The outcome of one question; `passed` is None where no answer could be known."""
 
     name: str
@@ -24,7 +24,7 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class RejectedDialect:
     """A dialect that was not chosen, and why."""
 
     dialect: str
@@ -42,8 +42,8 @@ class Verdict:
     model: str | None
     dialect: str
     rung: int
-    checks: tuple[Check, ...]
-    refusals: tuple[Refusal, ...]
+    checks: tuple[CapabilityCheck, ...]
+    refusals: tuple[RejectedDialect, ...]
     tokens: str | None
     context_length: int | None
     latency_p50_s: float
@@ -110,8 +110,8 @@ def _verdict(value: object) -> Verdict | None:
         verdict = Verdict(
             **{
                 **value,
-                "checks": tuple(Check(**check) for check in value["checks"]),
-                "refusals": tuple(Refusal(**refusal) for refusal in value["refusals"]),
+                "checks": tuple(CapabilityCheck(**check) for check in value["checks"]),
+                "refusals": tuple(RejectedDialect(**refusal) for refusal in value["refusals"]),
                 "same": tuple((small, same) for small, same in value["same"]),
             }
         )

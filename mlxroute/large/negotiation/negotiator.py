@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Final
 
 from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused, UsageError
-from mlxroute.large.completion_request import Asker, NotRepeated
+from mlxroute.large.completion_request import CompletionRequester, NotRepeated
 from mlxroute.large.dialects import LADDER, Dialect, dialect_named
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import Reply, Transport
 from mlxroute.large.negotiation import probe_questions
 from mlxroute.large.negotiation.capabilities import Verdict, VerdictFile
-from mlxroute.large.negotiation.prober import Found, NothingFits, Prober
+from mlxroute.large.negotiation.prober import Found, NoUsableDialect, Prober
 from mlxroute.large.negotiation.served_models import ServedModel, listed, served_models
 from mlxroute.large.vocabulary.same_vocabulary import (
     fingerprint,
@@ -31,20 +31,20 @@ _DIALECT_STATUSES: Final = {400, 404, 405, 415, 422}
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class NegotiatedDialect:
     """How the server is asked; without a verdict where only the first question was put to it."""
 
     dialect: Dialect
     verdict: Verdict | None
 
 
-class Settlement:
+class Negotiator:
     """Finds and keeps the terms of one endpoint. `deadline` makes the bound of each call."""
 
     def __init__(
         self,
         transport: Transport,
-        asker: Asker,
+        asker: CompletionRequester,
         *,
         base_url: str,
         model: str | None,
@@ -62,9 +62,9 @@ class Settlement:
         self._served: tuple[ServedModel, ...] = ()
         self._misfits = 0
         self.tokens: TokenSource | None = None
-        self.terms: Terms | None = None
+        self.terms: NegotiatedDialect | None = None
 
-    def settle(self, *, thorough: bool) -> Terms:
+    def settle(self, *, thorough: bool) -> NegotiatedDialect:
         """The terms: those of an earlier probe if they still hold, else those of a new one.
 
         Not `thorough`, the first question alone decides, and nothing is remembered. Raises
@@ -87,7 +87,7 @@ class Settlement:
         """A call was answered as the terms have it."""
         self._misfits = 0
 
-    def failed(self, error: LargeError, terms: Terms) -> None:
+    def failed(self, error: LargeError, terms: NegotiatedDialect) -> None:
         """A call under these terms failed; terms that keep misfitting are given up and forgotten.
 
         Other terms than the present ones are no news: the call began under earlier ones.
@@ -150,7 +150,7 @@ class Settlement:
         self._asker.reader.own = tokenizer.vocabulary
         return FileTokens(tokenizer)
 
-    def _remembered(self) -> Terms | None:
+    def _remembered(self) -> NegotiatedDialect | None:
         """The terms of an earlier probe, if they still hold."""
         verdict = None
         if self._verdicts is not None:
@@ -158,24 +158,24 @@ class Settlement:
         dialect = None if verdict is None else dialect_named(verdict.dialect)
         if verdict is None or dialect is None or verdict.model != self._asker.model:
             return None
-        return Terms(dialect, verdict) if self._prober().fits(dialect) else None
+        return NegotiatedDialect(dialect, verdict) if self._prober().fits(dialect) else None
 
-    def _probed(self) -> Terms:
+    def _probed(self) -> NegotiatedDialect:
         try:
             found = self._prober().find()
-        except NothingFits as exc:
+        except NoUsableDialect as exc:
             raise self._unnamed() or exc from exc
         verdict = self._verdict(found)
         if self._verdicts is not None:
             self._verdicts.save(verdict, named=self._model)
-        return Terms(found.dialect, verdict)
+        return NegotiatedDialect(found.dialect, verdict)
 
-    def _first_that_fits(self) -> Terms:
+    def _first_that_fits(self) -> NegotiatedDialect:
         """Terms found by the first question alone, in a few calls."""
         prober = self._prober()
         for dialect in LADDER:
             if prober.fits(dialect):
-                return Terms(dialect, None)
+                return NegotiatedDialect(dialect, None)
         raise self._unnamed() or LargeProtocolError(
             f"{self._base_url} answers in no way that is understood; try `mlxroute probe`"
         )

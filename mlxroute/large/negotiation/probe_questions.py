@@ -11,7 +11,7 @@ from mlxroute.types import Message
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class ProbeQuestion:
     """`begun` is continued with `expected`; `request` is what a chat is asked to get there."""
 
     begun: str
@@ -31,32 +31,36 @@ class Question:
 
 
 MID_WORD: Final = (
-    Question(
+    ProbeQuestion(
         "pineapple pineapple pineapple pineapple pineapple pine",
         "apple",
         "Write the word pineapple ten times, separated by spaces.",
     ),
-    Question(
+    ProbeQuestion(
         "Monday, Tuesday, Wednesday, Thurs",
         "day",
         "List the seven days of the week, separated by commas.",
     ),
-    Question(
+    ProbeQuestion(
         "butterfly butterfly butterfly butterfly butterfly butter",
         "fly",
         "Write the word butterfly ten times, separated by spaces.",
     ),
 )
 TRAILING_SPACE: Final = (
-    Question("1, 2, 3, 4, 5, 6, ", "7", "Count from 1 to 20, separated by a comma and a space."),
-    Question("1 2 3 4 5 6 7 8 ", "9", "Count from 1 to 20, separated by spaces."),
+    ProbeQuestion(
+        "1, 2, 3, 4, 5, 6, ", "7", "Count from 1 to 20, separated by a comma and a space."
+    ),
+    ProbeQuestion("1 2 3 4 5 6 7 8 ", "9", "Count from 1 to 20, separated by spaces."),
 )
 MULTI_BYTE: Final = (
-    Question("漢字漢字漢字漢字漢字漢字漢字漢", "字", "Write 漢字 twenty times without spaces."),
-    Question("café café café café café café caf", "é", "Write the word café ten times."),
-    Question("ありがとう ありがとう ありがとう ありが", "とう", "Write ありがとう ten times."),
+    ProbeQuestion(
+        "漢字漢字漢字漢字漢字漢字漢字漢", "字", "Write 漢字 twenty times without spaces."
+    ),
+    ProbeQuestion("café café café café café café caf", "é", "Write the word café ten times."),
+    ProbeQuestion("ありがとう ありがとう ありがとう ありが", "とう", "Write ありがとう ten times."),
 )
-COUNTING: Final = Question(
+COUNTING: Final = ProbeQuestion(
     "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11,", " 12", "Count from 1 to 30, separated by commas."
 )
 # Asked for many tokens at a time, for the sake of the names that the reply gives them.

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused
-from mlxroute.large.completion_request import Answered, Asker
+from mlxroute.large.completion_request import CompletionAnswer, CompletionRequester
 from mlxroute.large.dialects import LADDER, Dialect, Form, Prompt
-from mlxroute.large.dialects.json_fields import Entry
+from mlxroute.large.dialects.json_fields import ReplyPosition
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import printable
 from mlxroute.large.negotiation import probe_questions
-from mlxroute.large.negotiation.capabilities import Check, Refusal
-from mlxroute.large.negotiation.probe_questions import Question
+from mlxroute.large.negotiation.capabilities import CapabilityCheck, RejectedDialect
+from mlxroute.large.negotiation.probe_questions import ProbeQuestion
 from mlxroute.large.vocabulary.token_reader import REPLACEMENT
 from mlxroute.large.vocabulary.tokenizers import TokenSource
 
@@ -40,8 +40,8 @@ class Found:
     """The dialect that tells the truth, and what was seen on the way. Latencies in seconds."""
 
     dialect: Dialect
-    checks: tuple[Check, ...]
-    refusals: tuple[Refusal, ...]
+    checks: tuple[CapabilityCheck, ...]
+    refusals: tuple[RejectedDialect, ...]
     latencies_s: tuple[float, ...]
     calls: int
 
@@ -51,7 +51,7 @@ class Prober:
 
     def __init__(
         self,
-        asker: Asker,
+        asker: CompletionRequester,
         tokens: TokenSource | None,
         *,
         deadline: Callable[[], Deadline],
@@ -67,15 +67,15 @@ class Prober:
 
         Raises LargeError: the server's own trouble, or LargeProtocolError when no dialect will do.
         """
-        refusals: list[Refusal] = []
+        refusals: list[RejectedDialect] = []
         for dialect in ladder:
             try:
                 checks = self._examined(dialect)
             except _Unfit as exc:
-                refusals.append(Refusal(dialect.name, str(exc)))
+                refusals.append(RejectedDialect(dialect.name, str(exc)))
                 continue
             return Found(dialect, checks, tuple(refusals), tuple(self._latencies_s), self._calls)
-        raise NothingFits(refusals)
+        raise NoUsableDialect(refusals)
 
     def fits(self, dialect: Dialect) -> bool:
         """Whether a dialect still continues a word, asked just once."""
@@ -85,7 +85,7 @@ class Prober:
             return False
         return True
 
-    def have_named(self, dialect: Dialect, question: Question) -> None:
+    def have_named(self, dialect: Dialect, question: ProbeQuestion) -> None:
         """Have the server write many tokens, whose names the reader takes note of.
 
         Raises LargeError: the server's own trouble.
@@ -93,7 +93,7 @@ class Prober:
         with contextlib.suppress(_Unfit):
             self._ask(dialect, self._prompt(dialect, question), _NAMED)
 
-    def _examined(self, dialect: Dialect) -> tuple[Check, ...]:
+    def _examined(self, dialect: Dialect) -> tuple[CapabilityCheck, ...]:
         self._latencies_s.clear()
         checks = [self._mid_word(dialect)]
         checks.append(self._logprobs(dialect))
@@ -112,25 +112,29 @@ class Prober:
                 raise _Unfit(f"{checks[-1].name}: {checks[-1].detail}")
         return (*checks, self._caching(dialect))
 
-    def _mid_word(self, dialect: Dialect) -> Check:
+    def _mid_word(self, dialect: Dialect) -> CapabilityCheck:
         wrote = ""
         for question in probe_questions.MID_WORD:
             wrote = self._text(dialect, self._prompt(dialect, question))
             if _continues(wrote, question.expected):
-                return Check("mid-word", True, f"{question.begun[-8:]!r} + {wrote!r}")
+                return CapabilityCheck("mid-word", True, f"{question.begun[-8:]!r} + {wrote!r}")
         raise _Unfit(f"a begun word is not continued (it wrote {_quoted(wrote)})")
 
-    def _trailing_space(self, dialect: Dialect) -> Check:
+    def _trailing_space(self, dialect: Dialect) -> CapabilityCheck:
         wrote = ""
         for question in probe_questions.TRAILING_SPACE:
             wrote = self._text(dialect, self._prompt(dialect, question))
             if _continues(wrote, question.expected):
-                return Check("trailing space", True, f"{question.begun[-6:]!r} + {wrote!r}")
+                return CapabilityCheck(
+                    "trailing space", True, f"{question.begun[-6:]!r} + {wrote!r}"
+                )
             if _continues(wrote.lstrip(" "), question.expected):
-                return Check("trailing space", False, "the space that ends a prompt is lost")
-        return Check("trailing space", None, f"the model wrote {_quoted(wrote)}")
+                return CapabilityCheck(
+                    "trailing space", False, "the space that ends a prompt is lost"
+                )
+        return CapabilityCheck("trailing space", None, f"the model wrote {_quoted(wrote)}")
 
-    def _multi_byte(self, dialect: Dialect) -> Check:
+    def _multi_byte(self, dialect: Dialect) -> CapabilityCheck:
         wrote = ""
         parts_lost = False
         for question in probe_questions.MULTI_BYTE:
@@ -139,70 +143,82 @@ class Prober:
             data = self._asker.reader.data(first.entries[0].token)
             if data and question.expected.encode().startswith(data):
                 whole = data.decode(errors="ignore")
-                return Check("multi-byte", True, "whole" if whole else "in parts, by bytes")
+                return CapabilityCheck(
+                    "multi-byte", True, "whole" if whole else "in parts, by bytes"
+                )
             wrote = first.completion.text
             if not data:
                 wrote = self._text(dialect, prompt)
                 if _continues(wrote, question.expected):
-                    return Check("multi-byte", True, "whole, after asking for more tokens")
+                    return CapabilityCheck(
+                        "multi-byte", True, "whole, after asking for more tokens"
+                    )
             elif _continues(wrote, question.expected):
-                return Check("multi-byte", True, "whole")
+                return CapabilityCheck("multi-byte", True, "whole")
             parts_lost = parts_lost or self._loses_parts(dialect, prompt)
         if parts_lost:
-            return Check("multi-byte", False, "a character of several tokens is never whole")
-        return Check("multi-byte", None, f"the model wrote {_quoted(wrote)}")
+            return CapabilityCheck(
+                "multi-byte", False, "a character of several tokens is never whole"
+            )
+        return CapabilityCheck("multi-byte", None, f"the model wrote {_quoted(wrote)}")
 
     def _loses_parts(self, dialect: Dialect, prompt: Prompt) -> bool:
         """Whether as many tokens as any character has still begin with a part of one."""
         text = self._ask(dialect, prompt, _MOST_PARTS).completion.text
         return text.startswith(REPLACEMENT)
 
-    def _consecutive(self, dialect: Dialect) -> Check:
+    def _consecutive(self, dialect: Dialect) -> CapabilityCheck:
         """Two calls for one token each write what one call for two tokens does."""
         prompt = self._prompt(dialect, probe_questions.COUNTING)
         both = self._ask(dialect, prompt, 2)
         first = self._ask(dialect, prompt, 1)
         wrote = self._asker.reader.data(first.entries[0].token)
         if wrote is None:
-            return Check("two in a row", None, "the first token has no text of its own")
+            return CapabilityCheck("two in a row", None, "the first token has no text of its own")
         second = self._ask(dialect, _longer(prompt, first.entries[0], wrote), 1)
         apart = b"".join(self._data(answer.entries[0]) for answer in (first, second))
         together = b"".join(map(self._data, both.entries)) or both.completion.text.encode()
         shown, whole = apart.decode(errors="replace"), together.decode(errors="replace")
         if apart == together:
-            return Check("two in a row", True, repr(shown))
-        return Check("two in a row", False, f"{shown!r}, in one call {whole!r}")
+            return CapabilityCheck("two in a row", True, repr(shown))
+        return CapabilityCheck("two in a row", False, f"{shown!r}, in one call {whole!r}")
 
-    def _ends(self, dialect: Dialect) -> Check:
+    def _ends(self, dialect: Dialect) -> CapabilityCheck:
         """At the end of its own answer the server says that it is over, without any text."""
         prompt = self._chat(dialect)
         if prompt is None:
-            return Check("end of answer", None, "the chat template is not known")
+            return CapabilityCheck("end of answer", None, "the chat template is not known")
         whole = self._ask(dialect, prompt, probe_questions.SHORT_ANSWER_TOKENS)
         if not whole.completion.ends:
-            return Check("end of answer", None, "the model had not ended after a sentence")
+            return CapabilityCheck(
+                "end of answer", None, "the model had not ended after a sentence"
+            )
         for entry in whole.entries[:-1] if len(whole.entries) > 1 else ():
             data = self._asker.reader.data(entry.token)
             if data is None:
-                return Check("end of answer", None, "the answer's tokens have no text")
+                return CapabilityCheck("end of answer", None, "the answer's tokens have no text")
             prompt = _longer(prompt, entry, data)
         last = self._ask(dialect, prompt, 1).entries[0]
         if not self._asker.reader.ends(last):
-            return Check("end of answer", False, f"it wrote {_quoted(last.token.text or '')}")
-        return Check("end of answer", True, "said by finish reason")
+            return CapabilityCheck(
+                "end of answer", False, f"it wrote {_quoted(last.token.text or '')}"
+            )
+        return CapabilityCheck("end of answer", True, "said by finish reason")
 
-    def _logprobs(self, dialect: Dialect) -> Check:
+    def _logprobs(self, dialect: Dialect) -> CapabilityCheck:
         entry = self._ask(dialect, self._prompt(dialect, probe_questions.COUNTING), 1).entries[0]
         value, top = entry.token.logprob, [other.logprob or 0.0 for other in entry.top]
         if value is None or not top:
-            return Check("logprobs", False, "there are none")
+            return CapabilityCheck("logprobs", False, "there are none")
         if abs(value - top[0]) > _SLACK:
-            return Check("logprobs", False, "the token written is not the most likely one")
+            return CapabilityCheck(
+                "logprobs", False, "the token written is not the most likely one"
+            )
         if sum(map(math.exp, top)) > 1 + _SLACK:
-            return Check("logprobs", False, "the probabilities add up to more than 1")
-        return Check("logprobs", True, f"{len(top)} alternatives")
+            return CapabilityCheck("logprobs", False, "the probabilities add up to more than 1")
+        return CapabilityCheck("logprobs", True, f"{len(top)} alternatives")
 
-    def _ids(self, dialect: Dialect) -> Check:
+    def _ids(self, dialect: Dialect) -> CapabilityCheck:
         entry = self._ask(dialect, self._prompt(dialect, probe_questions.COUNTING), 1).entries[0]
         assert self._tokens is not None
         data = self._asker.reader.data(entry.token)
@@ -210,21 +226,23 @@ class Prober:
             probe_questions.COUNTING.begun + (data or b"").decode(errors="ignore")
         )
         if entry.token.token_id in ids:
-            return Check("ids round-trip", True, f"by {self._tokens.name}")
-        return Check("ids round-trip", False, f"id {entry.token.token_id} is not that of its text")
+            return CapabilityCheck("ids round-trip", True, f"by {self._tokens.name}")
+        return CapabilityCheck(
+            "ids round-trip", False, f"id {entry.token.token_id} is not that of its text"
+        )
 
-    def _caching(self, dialect: Dialect) -> Check:
+    def _caching(self, dialect: Dialect) -> CapabilityCheck:
         """Whether a prompt's second half is all that the second call has to compute."""
         question = probe_questions.COUNTING
-        longer = Question(question.begun + " 12, 13, 14,", " 15", question.request)
+        longer = ProbeQuestion(question.begun + " 12, 13, 14,", " 15", question.request)
         self._ask(dialect, self._prompt(dialect, question), 1)
         after = self._ask(dialect, self._prompt(dialect, longer), 1).completion
         if after.cached_tokens is None:
-            return Check("prefix cache", None, "the server does not report it")
+            return CapabilityCheck("prefix cache", None, "the server does not report it")
         detail = f"{after.cached_tokens} of {after.prompt_tokens} prompt tokens reused"
-        return Check("prefix cache", after.cached_tokens > 0 or None, detail)
+        return CapabilityCheck("prefix cache", after.cached_tokens > 0 or None, detail)
 
-    def _prompt(self, dialect: Dialect, question: Question) -> Prompt:
+    def _prompt(self, dialect: Dialect, question: ProbeQuestion) -> Prompt:
         prompt = question.prompt(dialect.form, self._tokens)
         if prompt is None:
             raise _Unfit("the server has no tokenise route, and its tokenizer is not known")
@@ -258,10 +276,10 @@ class Prober:
                 return text
         return ""
 
-    def _data(self, entry: Entry) -> bytes:
+    def _data(self, entry: ReplyPosition) -> bytes:
         return self._asker.reader.data(entry.token) or b""
 
-    def _ask(self, dialect: Dialect, prompt: Prompt, count: int) -> Answered:
+    def _ask(self, dialect: Dialect, prompt: Prompt, count: int) -> CompletionAnswer:
         """One call; _Unfit for a reply that this dialect does not explain."""
         began = time.perf_counter()
         self._calls += 1
@@ -278,15 +296,15 @@ class Prober:
         return answered
 
 
-class NothingFits(LargeProtocolError):
+class NoUsableDialect(LargeProtocolError):
     """No dialect will do; `refusals` say why, the text what to try first."""
 
-    def __init__(self, refusals: Sequence[Refusal]) -> None:
+    def __init__(self, refusals: Sequence[RejectedDialect]) -> None:
         self.refusals = tuple(refusals)
         super().__init__(advice(self.refusals))
 
 
-def advice(refusals: Sequence[Refusal]) -> str:
+def advice(refusals: Sequence[RejectedDialect]) -> str:
     """The first thing to try when no dialect fits."""
     reasons = [refusal.reason for refusal in refusals]
     if all(" 404" in reason or "tokenise" in reason for reason in reasons):
@@ -308,7 +326,7 @@ def _continues(wrote: str, expected: str) -> bool:
     return bool(wrote) and (expected.startswith(wrote) or wrote.startswith(expected))
 
 
-def _longer(prompt: Prompt, entry: Entry, data: bytes) -> Prompt:
+def _longer(prompt: Prompt, entry: ReplyPosition, data: bytes) -> Prompt:
     """The prompt with one more token at its end, in whatever form it has."""
     if prompt.ids:
         identity = entry.token.token_id

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlxroute.large.dialects import reading_ids
-from mlxroute.large.negotiation.negotiator import Settlement, Terms
+from mlxroute.large.negotiation.negotiator import NegotiatedDialect, Negotiator
 from mlxroute.large.vocabulary.bridge import Bridge
 from mlxroute.large.vocabulary.prompt_builder import PromptBuilder
 from mlxroute.large.vocabulary.token_reader import TokenReader
@@ -17,7 +17,7 @@ class Pairing:
     """How the answers of one small vocabulary go out and come back."""
 
     vocabulary: Vocabulary
-    terms: Terms
+    terms: NegotiatedDialect
     builder: PromptBuilder
     bridge: Bridge
 
@@ -25,7 +25,7 @@ class Pairing:
 class Pairings:
     """The `latest` pairing, made anew when the terms or the vocabulary change."""
 
-    def __init__(self, settlement: Settlement, reader: TokenReader) -> None:
+    def __init__(self, settlement: Negotiator, reader: TokenReader) -> None:
         self._settlement = settlement
         self._reader = reader
         self.latest: Pairing | None = None

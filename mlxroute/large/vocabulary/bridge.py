@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.json_fields import Entry, WireToken
+from mlxroute.large.dialects.json_fields import ReplyPosition, ReplyToken
 from mlxroute.large.vocabulary.token_reader import REPLACEMENT, TokenReader
 from mlxroute.types import Vocabulary
 
@@ -35,7 +35,7 @@ class Bridge:
         self._vocabulary = vocabulary
         self._same = same
 
-    def token(self, entries: Sequence[Entry], text: str) -> Bridged | None:
+    def token(self, entries: Sequence[ReplyPosition], text: str) -> Bridged | None:
         """The first of these positions, or as many as make up a whole character.
 
         None when they end inside one: more of them must be asked for. `text` is the server's own
@@ -60,7 +60,7 @@ class Bridge:
         named = _ids(entries[:count])
         return Bridged(ids, spelled, is_eos=False, top=top, large_ids=named, count=count)
 
-    def tokens(self, entries: Sequence[Entry]) -> list[Bridged]:
+    def tokens(self, entries: Sequence[ReplyPosition]) -> list[Bridged]:
         """As many tokens as these positions spell one after the other, each as `token` has it.
 
         Raises LargeProtocolError where already the first cannot be spelled.
@@ -79,7 +79,7 @@ class Bridge:
             entries = entries[bridged.count :]
         return found
 
-    def _character(self, entries: Sequence[Entry], text: str) -> tuple[str, int] | None:
+    def _character(self, entries: Sequence[ReplyPosition], text: str) -> tuple[str, int] | None:
         """The text of the fewest positions that end on a whole character, and their number."""
         data = b""
         for count, entry in enumerate(entries, start=1):
@@ -101,7 +101,7 @@ class Bridge:
             return text, len(entries)
         return None
 
-    def _end(self, entry: Entry) -> int | None:
+    def _end(self, entry: ReplyPosition) -> int | None:
         """The small model's end token when this position ends the answer, None otherwise."""
         ends = sorted(self._vocabulary.eos_ids)
         if entry.token.piece is not None:
@@ -112,7 +112,7 @@ class Bridge:
             return entry.token.token_id
         return ends[0] if self._reader.ends(entry) and ends else None
 
-    def _shared_id(self, token: WireToken) -> int | None:
+    def _shared_id(self, token: ReplyToken) -> int | None:
         """The token's id if the small vocabulary has the same token under it.
 
         Of two different vocabularies no fragment passes: the large one could not go on from it.
@@ -131,7 +131,7 @@ class Bridge:
             return identity if own.piece(identity) == piece else None
         return None
 
-    def _shown(self, token: WireToken) -> str:
+    def _shown(self, token: ReplyToken) -> str:
         if self._reader.is_special(token):
             return ""
         data = self._reader.data(token)
@@ -140,7 +140,7 @@ class Bridge:
         return token.piece or token.text or ("" if token.token_id is None else f"#{token.token_id}")
 
 
-def _ids(entries: Sequence[Entry]) -> tuple[int, ...]:
+def _ids(entries: Sequence[ReplyPosition]) -> tuple[int, ...]:
     ids = tuple(entry.token.token_id for entry in entries)
     return tuple(i for i in ids if i is not None) if None not in ids else ()
 

@@ -38,7 +38,7 @@ class _Finished:
     total: int | None
 
 
-class SentPrompts:
+class MlxLmCacheGuard:
     """Remembers requests by their text and says what to send instead of a dangerous prompt."""
 
     def __init__(self) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from mlxroute.large.completion_request import Answered
-from mlxroute.large.dialects.json_fields import Entry
+from mlxroute.large.completion_request import CompletionAnswer
+from mlxroute.large.dialects.json_fields import ReplyPosition
 from mlxroute.large.vocabulary.bridge import Bridge, Bridged
 from mlxroute.large.vocabulary.token_reader import TokenReader
 from mlxroute.types import LargeToken
@@ -17,23 +17,29 @@ from mlxroute.types import LargeToken
 class Read(Protocol):
     """Takes a reply apart; no tokens when more must be known of it."""
 
-    def __call__(self, answered: Answered, bridge: Bridge, reader: TokenReader) -> list[LargeToken]:
+    def __call__(
+        self, answered: CompletionAnswer, bridge: Bridge, reader: TokenReader
+    ) -> list[LargeToken]:
         """Raises LargeProtocolError for what cannot be spelled."""
         ...
 
 
-def one(answered: Answered, bridge: Bridge, reader: TokenReader) -> list[LargeToken]:
+def first_token(
+    answered: CompletionAnswer, bridge: Bridge, reader: TokenReader
+) -> list[LargeToken]:
     """The first token; none while the positions end inside a character."""
     bridged = bridge.token(answered.entries, answered.text)
     return [] if bridged is None else [_token(bridged, answered.entries[0])]
 
 
-def several(answered: Answered, bridge: Bridge, reader: TokenReader) -> list[LargeToken]:
+def all_tokens(answered: CompletionAnswer, bridge: Bridge, reader: TokenReader) -> list[LargeToken]:
     """All tokens; none where a call for the first of them alone might read it otherwise."""
     return _all(answered, bridge, reader) if answered.complete else []
 
 
-def begun(answered: Answered, bridge: Bridge, reader: TokenReader) -> list[LargeToken]:
+def streamed_tokens(
+    answered: CompletionAnswer, bridge: Bridge, reader: TokenReader
+) -> list[LargeToken]:
     """The tokens of a reply that is still coming, as far as `several` will have them, too."""
     # One without text may turn out to be the end of the answer, or a part of a character.
     clear = itertools.takewhile(
@@ -43,7 +49,7 @@ def begun(answered: Answered, bridge: Bridge, reader: TokenReader) -> list[Large
     return _all(replace(answered, entries=entries), bridge, reader) if entries else []
 
 
-def _all(answered: Answered, bridge: Bridge, reader: TokenReader) -> list[LargeToken]:
+def _all(answered: CompletionAnswer, bridge: Bridge, reader: TokenReader) -> list[LargeToken]:
     entries = answered.entries
     if not _agree(reader, entries, answered.text):
         return []
@@ -54,7 +60,7 @@ def _all(answered: Answered, bridge: Bridge, reader: TokenReader) -> list[LargeT
     return found
 
 
-def _agree(reader: TokenReader, entries: Sequence[Entry], text: str) -> bool:
+def _agree(reader: TokenReader, entries: Sequence[ReplyPosition], text: str) -> bool:
     """Whether these positions spell the server's own reading of them, as far as both are there.
 
     A reading may lack the first space.
@@ -68,7 +74,7 @@ def _agree(reader: TokenReader, entries: Sequence[Entry], text: str) -> bool:
     return not text or any(read.encode().startswith(data) for read in (text, f" {text}"))
 
 
-def _token(bridged: Bridged, first: Entry) -> LargeToken:
+def _token(bridged: Bridged, first: ReplyPosition) -> LargeToken:
     """A token without what is known of its call; `first` is the first of its positions."""
     return LargeToken(
         token_ids=bridged.token_ids,

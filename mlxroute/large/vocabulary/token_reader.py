@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from mlxroute.large.dialects.json_fields import Entry, WireToken
+from mlxroute.large.dialects.json_fields import ReplyPosition, ReplyToken
 from mlxroute.large.vocabulary.piece_reader import PieceReader, is_special
 from mlxroute.types import Vocabulary
 
@@ -25,7 +25,7 @@ class TokenReader:
         """The raw vocabulary pieces seen so far, by id; a copy, as other threads add to them."""
         return dict(self._named)
 
-    def learn(self, entries: Iterable[Entry]) -> None:
+    def learn(self, entries: Iterable[ReplyPosition]) -> None:
         """Take note of the pieces of a reply before any of its tokens is read."""
         for entry in entries:
             for token in (entry.token, *entry.top):
@@ -34,7 +34,7 @@ class TokenReader:
                     if token.token_id is not None:
                         self._named[token.token_id] = token.piece
 
-    def data(self, token: WireToken) -> bytes | None:
+    def data(self, token: ReplyToken) -> bytes | None:
         """The bytes a token adds to the text, none for a special one; None if unclear."""
         if self.is_special(token):
             return b""
@@ -48,34 +48,34 @@ class TokenReader:
         # A part of a character comes as the replacement character, or as nothing.
         return token.text.encode() if token.text and REPLACEMENT not in token.text else None
 
-    def in_prompt(self, token: WireToken) -> bytes | None:
+    def in_prompt(self, token: ReplyToken) -> bytes | None:
         """The bytes a token stands for in a prompt's text: a special one its name."""
         if self.is_special(token):
             return (self._name(token) or "").encode() or None
         return self.data(token)
 
-    def is_special(self, token: WireToken) -> bool:
+    def is_special(self, token: ReplyToken) -> bool:
         """Whether a token is a control token, which is no text."""
         if (own := self._own(token)) is not None and token.token_id is not None:
             return not own.token_bytes(token.token_id)
         name = self._name(token)
         return name is not None and is_special(name)
 
-    def ends(self, entry: Entry) -> bool:
+    def ends(self, entry: ReplyPosition) -> bool:
         """Whether the answer is over at this position."""
         if entry.ends:
             return True
         own = self._own(entry.token)
         return own is not None and entry.token.token_id in own.eos_ids
 
-    def _own(self, token: WireToken) -> Vocabulary | None:
+    def _own(self, token: ReplyToken) -> Vocabulary | None:
         """The model's vocabulary, as far as it has this token."""
         if self.own is None or token.token_id is None:
             return None
         piece = self.own.piece(token.token_id)
         return self.own if piece is not None and token.piece in (None, piece) else None
 
-    def _name(self, token: WireToken) -> str | None:
+    def _name(self, token: ReplyToken) -> str | None:
         if token.piece is not None:
             return token.piece
         if (own := self._own(token)) is not None and token.token_id is not None:

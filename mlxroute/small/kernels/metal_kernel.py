@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from mlxroute.small.kernels.packed_row import HEAD, TOP_K, top_count
+from mlxroute.small.kernels.packed_row import HEADER_SIZE, TOP_K, top_count
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -106,7 +106,7 @@ _FINISH = f"""
     const bool ties = sizeof(T) < 4 && !nan_seen && lane < k && rounded == best_rounded;
     const uint token = simd_min(lane == 0u || ties ? best.id : NOBODY);
     const float token_logit = simd_max(best.id == token ? best.value : -INFINITY);
-    const size_t place = size_t(row) * ({HEAD}u + 2u * k);
+    const size_t place = size_t(row) * ({HEADER_SIZE}u + 2u * k);
     if (lane == 0u) {{
       packed[place] = float(token);
       packed[place + 1u] = token_logit;
@@ -115,8 +115,8 @@ _FINISH = f"""
       packed[place + 4u] = nan_seen ? NAN : moments.u;
     }}
     if (lane < k) {{
-      packed[place + {HEAD}u + lane] = float(best.id);
-      packed[place + {HEAD}u + k + lane] = best.value;
+      packed[place + {HEADER_SIZE}u + lane] = float(best.id);
+      packed[place + {HEADER_SIZE}u + k + lane] = best.value;
     }}
 """
 
@@ -278,7 +278,7 @@ def pack_signals(logits: mx.array) -> mx.array:
     """Packed rows (see `row`) of logits [B, V] in float32, float16 or bfloat16, lazily."""
 
     batch, size = logits.shape
-    width = HEAD + 2 * top_count(size)
+    width = HEADER_SIZE + 2 * top_count(size)
     shares = _shares(batch, size)
     grid = (shares * _THREADS, batch, 1)
     threads = (_THREADS, 1, 1)

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from mlxroute.types import Signals
 
 TOP_K = 8
-HEAD = 5
+HEADER_SIZE = 5
 NAN_SEEN, INF_SEEN, ALL_MASKED = 1, 2, 4
 LARGEST_FLOAT = 3.4028234663852886e38
 LOG2_E = 1.4426950408889634
@@ -38,12 +38,12 @@ def top_count(vocabulary_size: int) -> int:
     return min(TOP_K, vocabulary_size)
 
 
-def unpack(values: Sequence[float], *, has_head: bool = False) -> Signals:
+def unpack_signals(values: Sequence[float], *, has_head: bool = False) -> Signals:
     """One packed row as a frozen value; with `has_head`, a learned head's score ends the row."""
     end = len(values) - has_head
-    k = (end - HEAD) // 2
-    token_id, token_logit, s, t, u = values[:HEAD]
-    logits = values[HEAD + k : end]
+    k = (end - HEADER_SIZE) // 2
+    token_id, token_logit, s, t, u = values[:HEADER_SIZE]
+    logits = values[HEADER_SIZE + k : end]
     flags = _flags(s, logits[0])
     log_s = math.log(s) if s > 0 else math.nan
     mean = LN_2 * t / s
@@ -59,7 +59,7 @@ def unpack(values: Sequence[float], *, has_head: bool = False) -> Signals:
         entropy_nats=math.nan if broken else max(log_s - mean, 0.0),
         varentropy=math.nan if broken else max(LN_2 * LN_2 * u / s - mean * mean, 0.0),
         margin=math.exp(top[0]) - (math.exp(top[1]) if k > 1 else 0.0),
-        top_ids=tuple(map(int, values[HEAD : HEAD + k])),
+        top_ids=tuple(map(int, values[HEADER_SIZE : HEADER_SIZE + k])),
         top_logprobs=tuple(top),
         lse=lse,
         flags=flags,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from mlxroute.errors import UsageError
 from mlxroute.small.kernels import graph_kernel, metal_kernel
-from mlxroute.small.kernels.packed_row import HEAD
+from mlxroute.small.kernels.packed_row import HEADER_SIZE
 from mlxroute.types import Notify
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ NAMES = ("auto", "metal", "graph")
 _TOLERANCE = 1e-4
 
 
-def choose(name: str, *, notify: Notify) -> Kernel:
+def select_kernel(name: str, *, notify: Notify) -> Kernel:
     """The kernel called `name`; `auto` is Metal's where it works, else the graph.
 
     Raises UsageError for an unknown name, and for `metal` where it does not work.
@@ -64,8 +64,8 @@ def self_test(kernel: Kernel) -> str | None:
         expected = cast("list[float]", graph_kernel.pack_signals(logits)[0].tolist())
         # In half precision the greedy id may differ, by how a logsumexp rounds.
         token = slice(0, 2 if logits.dtype == mx.float32 else 0)
-        exact = [values[token] + values[HEAD:] for values in (got, expected)]
-        sums = zip(got[2:HEAD], expected[2:HEAD], strict=True)
+        exact = [values[token] + values[HEADER_SIZE:] for values in (got, expected)]
+        sums = zip(got[2:HEADER_SIZE], expected[2:HEADER_SIZE], strict=True)
         if exact[0] != exact[1] or not all(_near(a, b) for a, b in sums):
             return f"it is wrong on {label}"
     return None
