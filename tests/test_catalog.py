@@ -122,7 +122,8 @@ def test_an_installed_package_carries_its_own_catalogue(tmp_path: Path) -> None:
     package = Path(mlxroute.__file__).parent
     installed = tmp_path / "mlxroute"
     installed.mkdir()
-    for file in ("catalog.py", "errors.py", "types.py"):
+    shutil.copytree(package / "catalog", installed / "catalog")
+    for file in ("errors.py", "types.py"):
         shutil.copy(package / file, installed / file)
     (installed / "__init__.py").touch()
     (installed / "_models").mkdir()

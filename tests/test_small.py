@@ -122,7 +122,7 @@ def test_an_interrupt_while_waiting_for_the_device_costs_nothing(
     prompt_ids = small.encode_prompt("interrupt me in the middle of it")
     ids = decode(small, prompt_ids, 6)
     with monkeypatch.context() as patch:
-        patch.setattr("mlxroute.small.decoder.unpack", interrupted)
+        patch.setattr("mlxroute.small.decoder.unpack_signals", interrupted)
         with pytest.raises(KeyboardInterrupt):
             small.step(ids[5])
     more = [*prompt_ids, *ids, 7]
