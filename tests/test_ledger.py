@@ -17,10 +17,10 @@ from mlxroute.errors import LargeError, LargeUnrecorded, UsageError
 from mlxroute.large import LargeModel
 from mlxroute.ledger import Ledger
 from mlxroute.types import Prices, Uploads
-from tests.asking import VOCABULARY, legacy
-from tests.loopback import Loopback, Reply
-from tests.settled import honest, settled
-from tests.vocabularies import context
+from tests.support.asking import VOCABULARY, legacy
+from tests.support.loopback import Loopback, Reply
+from tests.support.settled import honest, settled
+from tests.support.vocabularies import context
 
 URL = "http://127.0.0.1:1/v1/completions"
 KEY = 'sk-"quoted\\key'

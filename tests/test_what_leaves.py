@@ -24,11 +24,11 @@ from mlxroute.large import LargeModel
 from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.transport import Transport
 from mlxroute.ledger import Ledger
-from tests.asking import VOCABULARY, legacy
-from tests.loopback import Loopback, Reply, Request
-from tests.settled import honest
-from tests.tiny import make_tiny_model
-from tests.vocabularies import context
+from tests.support.asking import VOCABULARY, legacy
+from tests.support.loopback import Loopback, Reply, Request
+from tests.support.settled import honest
+from tests.support.tiny import make_tiny_model
+from tests.support.vocabularies import context
 
 KEY = "sk-test-4f1d9c7e2b"
 USAGE = {

@@ -20,7 +20,7 @@ from tests.metal.emulator import (
     Emulator,
     default_compiler,
 )
-from tests.rows import VOCABULARIES, Row, check_packed, edge_rows, random_rows
+from tests.support.rows import VOCABULARIES, Row, check_packed, edge_rows, random_rows
 
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 SCHEDULES = (FORWARD, BACKWARD, RANDOM)

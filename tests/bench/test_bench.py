@@ -1,0 +1,105 @@
+"""The bench: fair turns, honest fields, one line of JSON last on stdout."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlxroute.backend.load import load
+from mlxroute.bench.kernel_cost import bench_kernels
+from mlxroute.bench.measurement import interleaved, ratios, spread
+from mlxroute.bench.speed import bench_speed
+from mlxroute.cli import main
+from mlxroute.small import SmallModel
+from mlxroute.small.kernels import graph_kernel
+from mlxroute.small.mlp_head import SIGNAL_COUNT, MlpHead
+from tests.support.tiny import make_tiny_model
+
+
+def test_sides_take_turns_and_each_begins_as_often() -> None:
+    order: list[str] = []
+
+    def side(name: str, value: float) -> Callable[[int], float]:
+        def run(index: int) -> float:
+            order.append(f"{name}{index}")
+            return value + index
+
+        return run
+
+    results = interleaved({"a": side("a", 1.0), "b": side("b", 2.0)}, rounds=3)
+    assert order == ["b0", "a0", "a0", "b0", "b1", "a1", "a2", "b2"]
+    assert results == {"a": [1.0, 2.0, 3.0], "b": [2.0, 3.0, 4.0]}
+
+
+def test_ratios_are_taken_pair_by_pair() -> None:
+    assert ratios([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
+    assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
+
+
+def test_bench_kernels_reports_times_ratios_and_errors() -> None:
+    report = bench_kernels(rounds=2, sizes=(3000,))
+    (entry,) = report["kernels"]
+    assert set(entry["ms"]) >= {"chain", "host_copy", "graph"}
+    assert entry["error"]["graph"]["same_top_ids"]
+    assert entry["error"]["graph"]["entropy_nats"] < 1e-5
+    assert all(value["median"] > 0 for value in entry["chain_over"].values())
+    assert report["metal"]
+
+
+def test_a_kernel_that_is_wrong_shows_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = graph_kernel.pack_signals
+    monkeypatch.setattr(graph_kernel, "pack_signals", lambda logits: plain(logits * 1.1))
+    (entry,) = bench_kernels(rounds=1, sizes=(3000,))["kernels"]
+    assert entry["error"]["graph"]["entropy_nats"] > 1e-2
+
+
+def test_bench_speed_ends_stdout_with_one_line_of_json(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["bench", "speed", "--small", "random", "--pairs", "2", "--tokens", "6", "--save"]
+    monkeypatch.setattr("sys.argv", ["mlxroute", *arguments])
+    monkeypatch.setattr("mlxroute.bench.speed.CONTEXTS", (32,))
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    (line,) = captured.out.splitlines()
+    report = json.loads(line)
+    assert report["command"] == f"mlxroute {' '.join(arguments)}"
+    assert set(report["versions"]) == {"python", "mlxroute", "mlx", "mlx-lm"}
+    assert report["same_tokens"] is True
+    assert report["tokens"] == [6, 6]
+    assert report["ratio_tokens_per_s"]["median"] > 0
+    assert report["head_share_of_step"] is None
+    assert [entry["context"] for entry in report["by_context"]] == [32]
+    for side in ("mlxroute", "mlx_lm"):
+        assert set(report[side]) >= {"tokens_per_s", "ttft_s", "itl_p50_s", "itl_p95_s", "peak_mib"}
+    assert json.loads((tmp_path / "bench/results/speed-random.json").read_text()) == report
+    assert "tokens_per_s" in captured.err
+
+
+def test_bench_speed_says_what_a_head_costs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("mlxroute.bench.speed.CONTEXTS", (32,))
+    small = SmallModel(*load(make_tiny_model(tmp_path / "tiny")), name="tiny")
+    size = small.model.args.hidden_size + SIGNAL_COUNT
+    small.head = MlpHead(((mx.zeros((1, size)), mx.zeros(1)),))
+    report = bench_speed(small, ["hi"], pairs=1, tokens=4)
+    assert report["same_tokens"] is True
+    assert report["head_share_of_step"] > 0
+
+
+def test_bench_kernels_ends_stdout_with_one_line_of_json(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlxroute.bench.kernel_cost.VOCABULARIES", (2000,))
+    assert main(["bench", "kernels", "--rounds", "1"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    entry = json.loads(line)["kernels"][0]
+    assert entry["vocabulary"] == 2000
+    assert math.isfinite(entry["ms"]["graph"]["median"])

@@ -1,0 +1,95 @@
+"""Which head is used: the user's own before the shipped one, and not to judge what it learned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlxroute.catalog import Catalog, shipped_dir
+from mlxroute.catalog.head_files import find_head_file, user_head_file
+from mlxroute.catalog.score_ranks import ScoreRanks
+from mlxroute.cli import main
+from mlxroute.cli.commands.bench_quality import check_unseen
+from mlxroute.cli.session import chosen_router, router_of
+from mlxroute.config import Settings, user_catalog_dir
+from mlxroute.errors import UsageError
+from mlxroute.questions.question_files import Question, read_questions
+from mlxroute.small.mlp_head import SIGNAL_COUNT, MlpHead
+from tests.support.tiny import make_tiny_model
+
+_SHIPPED = sorted((shipped_dir() / "heads").glob("*.safetensors"))
+_SHARED = Path(__file__).parents[3] / "shared" / "data" / "csqa"
+
+
+def head_of(file: Path) -> tuple[MlpHead, dict[str, str]]:
+    arrays, about = mx.load(str(file), return_metadata=True)
+    assert isinstance(arrays, dict)
+    assert isinstance(about, dict)
+    size = arrays["0.weight"].shape[1] - SIGNAL_COUNT
+    return MlpHead.load(file, hidden_size=size), about
+
+
+def test_the_users_head_goes_before_the_shipped_one(tmp_path: Path) -> None:
+    small = _SHIPPED[0].stem
+    assert find_head_file(small, tmp_path) == _SHIPPED[0]
+    own = user_head_file(f"some/folder/{small}", tmp_path)
+    own.parent.mkdir()
+    own.touch()
+    assert find_head_file(small, tmp_path) == own
+    assert find_head_file("never-heard-of", tmp_path) is None
+
+
+@pytest.mark.parametrize("file", _SHIPPED, ids=lambda file: file.stem)
+def test_a_shipped_head_is_small_and_says_where_it_comes_from(file: Path) -> None:
+    head, about = head_of(file)
+    report = json.loads(about["report"])
+    assert file.stat().st_size < 500_000
+    assert report["small"] == file.stem
+    assert len(head.questions) == sum(report["answers"].values())
+    assert len(head.quantiles) > 50
+    card = file.with_suffix(".md").read_text(encoding="utf-8")
+    for told in (report["large"].removesuffix(".gguf"), report["labels"], "MIT"):
+        assert told in card
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("file", _SHIPPED, ids=lambda file: file.stem)
+def test_no_test_question_was_learned_from(file: Path) -> None:
+    head, _ = head_of(file)
+    tested = {each.fingerprint for each in read_questions(_SHARED / "test.jsonl")}
+    trained = {each.fingerprint for each in read_questions(_SHARED / "train_router.jsonl")}
+    assert not head.questions & tested
+    assert head.questions <= trained
+
+
+def test_a_head_is_not_judged_by_questions_it_was_fitted_to() -> None:
+    questions = [Question(str(i), f"say {i}") for i in range(3)]
+    head = MlpHead((), questions=frozenset([questions[1].fingerprint]))
+    with pytest.raises(UsageError, match="fitted to 1 of these 3 questions"):
+        check_unseen(head, questions)
+    check_unseen(head, questions[:1])
+    check_unseen(None, questions)
+
+
+def test_a_model_without_a_head_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = make_tiny_model(tmp_path / "tiny")
+    assert main(["ask", "--small", str(tiny), "--router", "head", "--offline", "hi"]) == 2
+    assert "tiny; `mlxroute train` fits one, --head FILE names one" in capsys.readouterr().err
+
+
+def test_routers_with_known_ranks_have_a_default_rate() -> None:
+    ranks = ScoreRanks.of("qwen2.5-coder-0.5b", user_catalog_dir())
+    pair = Catalog.load().pair("qwen2.5-coder-0.5b")
+    router = chosen_router("margin", Settings(), pair, ranks)
+    assert router.pace.threshold == ranks.at("margin", 0.07)
+    assert pair is not None
+    assert router_of(Settings(), pair) == pair.router
+    assert router_of(Settings(router="logu"), pair) == "logu"
+    # A threshold alone is in nats.
+    assert router_of(Settings(threshold=1.0), pair) == "entropy"
+    assert router_of(Settings(), None) == "entropy"

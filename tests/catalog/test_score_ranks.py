@@ -1,0 +1,83 @@
+"""Ranks: the shipped ones, the user's own, and how `calibrate` makes them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlxroute.catalog import Catalog
+from mlxroute.catalog.score_ranks import ScoreRanks
+from mlxroute.cli import main
+from mlxroute.config import user_catalog_dir
+from mlxroute.errors import CatalogError
+from mlxroute.routers import make_router
+from tests.support.tiny import make_tiny_model
+
+
+def some(small: str) -> ScoreRanks:
+    return ScoreRanks(small, "a file", 500, {"entropy": (0.0, 0.5, 1.0, 2.0, 4.0)})
+
+
+def test_the_users_ranks_go_before_the_shipped_ones(tmp_path: Path) -> None:
+    shipped = ScoreRanks.of("qwen2.5-coder-0.5b", tmp_path)
+    assert shipped.small == "qwen2.5-coder-0.5b"
+    some("qwen2.5-coder-0.5b").write(tmp_path)
+    assert ScoreRanks.of("qwen2.5-coder-0.5b", tmp_path) == some("qwen2.5-coder-0.5b")
+    assert ScoreRanks.of("some/folder/never-heard-of", tmp_path) == shipped
+
+
+def test_the_score_at_a_rate_is_what_that_share_exceeds() -> None:
+    ranks = some("x")
+    assert [ranks.at("entropy", rate) for rate in (0.0, 0.25, 0.125, 1.0)] == [4.0, 2.0, 3.0, 0.0]
+    assert ranks["never calibrated"] == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"small": "x"}', '{"small":"x","data":"d","positions":1,"quantiles":{"a":[2,1]}}'],
+)
+def test_a_broken_file_is_named(tmp_path: Path, text: str) -> None:
+    path = some("x").write(tmp_path)
+    path.write_text(text)
+    with pytest.raises(CatalogError, match=r"x\.json"):
+        ScoreRanks.of("x", tmp_path)
+
+
+@pytest.mark.parametrize("small", sorted({pair.small for pair in Catalog.load().pairs}))
+def test_budgets_can_start_with_every_small_model_of_the_catalogue(
+    small: str, tmp_path: Path
+) -> None:
+    ranks = ScoreRanks.of(small, tmp_path)
+    assert ranks.positions > 500
+    for name in ("entropy", "margin", "max-probability", "logu", "random"):
+        found = make_router(name, budget=0.07, quantiles=ranks[name]).pace.threshold
+        assert found == pytest.approx(ranks.at(name, 0.07), rel=0.15)
+
+
+def test_calibrate_keeps_what_budgets_start_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = make_tiny_model(tmp_path / "tiny")
+    data = tmp_path / "mine.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(9)))
+    monkeypatch.chdir(tmp_path)
+    arguments = ["calibrate", "--small", str(tiny), "--data", data.name, "--tokens", "40"]
+    assert main(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    ranks = ScoreRanks.of("tiny", user_catalog_dir())
+    assert ranks.positions == report["positions"] >= 200
+    assert ranks.data == report["data"] == f"9 questions of {tmp_path.name}/mine.jsonl"
+    assert report["thresholds"]["entropy"]["0.07"] == round(ranks.at("entropy", 0.07), 5)
+    assert set(ranks.quantiles) == {"entropy", "margin", "max-probability", "logu", "random"}
+
+
+def test_calibrate_says_when_there_is_too_little(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = make_tiny_model(tmp_path / "tiny")
+    data = tmp_path / "mine.jsonl"
+    data.write_text('{"prompt": "say"}\n')
+    assert main(["calibrate", "--small", str(tiny), "--data", str(data)]) == 2
+    assert "positions, and 200 are needed" in capsys.readouterr().err

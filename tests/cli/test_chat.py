@@ -1,0 +1,390 @@
+"""The chat loop: typed or piped messages, commands, errors and interrupts."""
+
+from __future__ import annotations
+
+import io
+import math
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
+from prompt_toolkit.input import PipeInput, create_pipe_input
+from prompt_toolkit.output import DummyOutput
+from rich.console import Console
+
+from mlxroute.cli.commands.chat import run_chat
+from mlxroute.cli.line_input import CommandCompleter, LineEditor, LineReader, Reader
+from mlxroute.conversation import Conversation
+from mlxroute.errors import ContextTooLong, LargeTimeout, MlxRouteError, UsageError
+from mlxroute.types import Message, Prices, RunStats, Uploads
+from tests.support.scripted import NO_STATS, ScriptedAnswer, Step
+
+ENTER, NEW_LINE, UP, CTRL_C, CTRL_D = "\r", "\x1b\r", "\x1b[A", "\x03", "\x04"
+
+
+class ScriptedSession:
+    """Answers with the given scripts in turn, then with an echo of the last message."""
+
+    def __init__(self, *scripts: Sequence[Step] | MlxRouteError) -> None:
+        self._scripts = list(scripts)
+        self.conversation = Conversation()
+        self.threshold = 2.5
+        self.unit = "nats"
+        self.budget: float | None = None
+        self.mode = "wait"
+        self.modes = ("wait", "overlap")
+        self.prices: Prices | None = None
+        # What finding out about the server takes.
+        self.uploads = Uploads(requests=1, size_bytes=50, tokens=8, completion_tokens=1)
+        self.new_warnings: list[str] = []
+        self.asked: list[list[Message]] = []
+
+    def answer(self, messages: Sequence[Message]) -> ScriptedAnswer:
+        self.asked.append(list(messages))
+        script = self._scripts.pop(0) if self._scripts else [f"echo {messages[-1]['content']}"]
+        if isinstance(script, MlxRouteError):
+            raise script
+        self.uploads += Uploads(requests=1, size_bytes=99, tokens=9)
+        stats = replace(NO_STATS, escalated=1, uploaded_tokens=9, uploaded_bytes=99, requests=1)
+        return ScriptedAnswer(script, stats=stats)
+
+    def keep_within(self, budget: float) -> None:
+        self.budget = budget
+
+    def warnings(self, stats: RunStats) -> list[str]:
+        found, self.new_warnings = self.new_warnings, []
+        return found
+
+    def describe(self) -> str:
+        return "tiny, asking huge"
+
+    @property
+    def questions(self) -> list[str]:
+        return [messages[-1]["content"] for messages in self.asked]
+
+
+class Chat:
+    """A chat with captured output."""
+
+    def __init__(self, session: ScriptedSession, folder: Path) -> None:
+        self.session = session
+        self.history_path = folder / "state" / "history"
+        self.out, self.err = io.StringIO(), io.StringIO()
+        self.notices: list[str] = []
+
+    def notice(self, line: str) -> None:
+        self.notices.append(line)
+
+    def run(self, reader: Reader | None) -> int:
+        return run_chat(
+            self.session,
+            console_out=Console(file=self.out, _environ={}),
+            console_err=Console(file=self.err, width=40, _environ={}),
+            history_path=self.history_path,
+            reader=reader,
+        )
+
+    def type(self, *keys: str) -> int:
+        with typing(*keys) as pipe:
+            editor = LineEditor(
+                CommandCompleter({}),
+                history_path=self.history_path,
+                notify=self.notice,
+                input=pipe,
+                output=DummyOutput(),
+            )
+            return self.run(editor)
+
+    def pipe(self, text: str) -> int:
+        return self.run(LineReader(io.StringIO(text)))
+
+    @property
+    def said(self) -> list[str]:
+        return self.err.getvalue().splitlines()
+
+
+@contextmanager
+def typing(*keys: str) -> Iterator[PipeInput]:
+    with create_pipe_input() as pipe:
+        pipe.send_bytes("".join(keys).encode(errors="surrogateescape"))
+        yield pipe
+
+
+@pytest.fixture
+def chat(tmp_path: Path) -> Chat:
+    return Chat(ScriptedSession(), tmp_path)
+
+
+def test_each_question_is_asked_with_the_conversation_so_far(chat: Chat) -> None:
+    assert chat.type("one", ENTER, "two", ENTER, CTRL_D) == 0
+    assert chat.session.asked[1] == [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "echo one"},
+        {"role": "user", "content": "two"},
+    ]
+    assert chat.out.getvalue() == "echo one\necho two\n"
+    assert "1 token, 1 escalated (100%)" in chat.err.getvalue()
+
+
+def test_pasted_lines_and_alt_enter_make_one_message(chat: Chat) -> None:
+    paste = "\x1b[200~first\nsecond\x1b[201~"
+    chat.type(paste, NEW_LINE, "third", ENTER, CTRL_D)
+    assert chat.session.questions == ["first\nsecond\nthird"]
+
+
+def test_a_pasted_message_that_begins_like_a_command_is_a_message(chat: Chat) -> None:
+    chat.type("\x1b[200~/reset\nis what?\x1b[201~", ENTER, "/usr/bin/env?", ENTER, CTRL_D)
+    chat.type(" /reset", ENTER, CTRL_D)
+    assert chat.session.questions == ["/reset\nis what?", "/usr/bin/env?", " /reset"]
+
+
+def test_blank_messages_are_not_asked(chat: Chat) -> None:
+    chat.type(ENTER, "  ", ENTER, CTRL_D)
+    assert chat.session.asked == []
+
+
+def test_an_interrupted_answer_is_kept_as_far_as_it_came(tmp_path: Path) -> None:
+    session = ScriptedSession(["half ", "an", KeyboardInterrupt()])
+    chat = Chat(session, tmp_path)
+    assert chat.type("go", ENTER, "on", ENTER, CTRL_D) == 0
+    assert session.conversation.turns[:2] == [
+        {"role": "user", "content": "go"},
+        {"role": "assistant", "content": "half an"},
+    ]
+    assert "(stopped)" in chat.said
+    assert session.questions == ["go", "on"]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        [KeyboardInterrupt()],
+        ContextTooLong("too long"),
+        ["some text", LargeTimeout("no reply")],
+    ],
+)
+def test_a_message_without_an_answer_is_offered_again_for_editing(
+    tmp_path: Path, script: Sequence[Step] | MlxRouteError
+) -> None:
+    chat = Chat(ScriptedSession(script), tmp_path)
+    chat.type("why", ENTER, " not?", ENTER, CTRL_D)
+    assert chat.session.questions == ["why", "why not?"]
+    assert len(chat.session.asked[1]) == 1
+
+
+def test_an_error_is_one_line_and_the_conversation_goes_on(tmp_path: Path) -> None:
+    chat = Chat(ScriptedSession(["fine"], LargeTimeout("no reply\x1b[2J in 3 s")), tmp_path)
+    assert chat.type("one", ENTER, "two", ENTER, CTRL_C, CTRL_D) == 0
+    assert "error: no reply[2J in 3 s" in chat.said
+    assert [turn["content"] for turn in chat.session.conversation.turns] == ["one", "fine"]
+
+
+def test_ctrl_c_clears_a_line_and_says_how_to_leave_on_an_empty_one(chat: Chat) -> None:
+    assert chat.type("abandoned", CTRL_C, "/quit", ENTER) == 0
+    assert "Ctrl-D or /quit leaves the chat" not in chat.said
+    assert chat.type(CTRL_C, CTRL_D) == 0
+    assert "Ctrl-D or /quit leaves the chat" in chat.said
+    assert chat.session.asked == []
+
+
+def test_the_history_is_kept_for_its_owner_only_and_offered_next_time(chat: Chat) -> None:
+    chat.type("first question", ENTER, CTRL_D)
+    assert stat.S_IMODE(chat.history_path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(chat.history_path.parent.stat().st_mode) == 0o700
+    chat.type("second question", ENTER, CTRL_D)
+    chat.type(UP, UP, ENTER, CTRL_D)
+    assert chat.session.questions[-1] == "first question"
+
+
+def test_without_a_place_for_the_history_the_chat_works_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("a file, not a folder")
+    chat = Chat(ScriptedSession(), tmp_path)
+    assert chat.type("hello", ENTER, CTRL_D) == 0
+    assert chat.notices[0].startswith("what you type is not remembered: cannot write")
+    assert chat.session.questions == ["hello"]
+
+
+def test_piped_lines_are_one_message_each(chat: Chat) -> None:
+    assert chat.pipe("one\n\ntwo") == 0
+    assert chat.session.questions == ["one", "two"]
+    assert chat.out.getvalue() == "echo one\necho two\n"
+
+
+def test_stdin_that_is_no_terminal_is_read_line_by_line(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n/quit\ntwo\n"))
+    assert chat.run(None) == 0
+    assert chat.session.questions == ["one"]
+
+
+def test_an_error_in_a_pipe_ends_it(tmp_path: Path) -> None:
+    chat = Chat(ScriptedSession(ContextTooLong("too long")), tmp_path)
+    with pytest.raises(ContextTooLong):
+        chat.pipe("one\ntwo\n")
+    with pytest.raises(UsageError, match="did you mean /stats"):
+        chat.pipe("/stast\n")
+
+
+def test_piped_bytes_that_are_no_text_are_one_clear_error(chat: Chat) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
+    with pytest.raises(UsageError, match="stdin is not utf-8 text"):
+        chat.run(LineReader(stream))
+
+
+def test_an_interrupt_in_a_pipe_ends_it_with_the_text_so_far(tmp_path: Path) -> None:
+    chat = Chat(ScriptedSession(["half", KeyboardInterrupt()]), tmp_path)
+    assert chat.pipe("one\ntwo\n") == 130
+    assert chat.out.getvalue() == "half\n"
+    assert chat.session.questions == ["one"]
+
+
+def test_help_lists_every_command(chat: Chat) -> None:
+    chat.type("/help", ENTER, CTRL_D)
+    for command in ("help", "reset", "stats", "threshold", "mode", "save", "load", "quit"):
+        assert any(line.startswith(f"/{command} ") for line in chat.said)
+
+
+def test_reset_forgets_the_turns_and_keeps_the_system_prompt(chat: Chat) -> None:
+    chat.session.conversation.system = "Be terse."
+    chat.type("one", ENTER, "/reset", ENTER, "two", ENTER, CTRL_D)
+    assert [message["content"] for message in chat.session.asked[1]] == ["Be terse.", "two"]
+
+
+def test_stats_add_up_over_the_chat(chat: Chat) -> None:
+    chat.type("one", ENTER, "/reset", ENTER, "two", ENTER, "/stats", ENTER, CTRL_D)
+    assert any(line.startswith("2 answers, 2 tokens, 2 escalated (100%)") for line in chat.said)
+
+
+def test_stats_count_everything_sent_in_the_chat_and_what_it_costs(chat: Chat) -> None:
+    chat.type("one", ENTER, "two", ENTER, "/stats", ENTER, CTRL_D)
+    assert "uploaded 26 tokens (248 bytes) in 3 requests" in chat.err.getvalue()
+    assert "cost" not in chat.err.getvalue()
+    chat.session.prices = Prices(input=1000.0, cached_input=0.0, output=2000.0)
+    chat.type("/stats", ENTER, CTRL_D)
+    assert "cost ~0.0280" in chat.err.getvalue()
+
+
+def test_a_warning_follows_the_answer_it_is_about(chat: Chat) -> None:
+    chat.session.new_warnings = ["3 positions kept local by --never-send"]
+    chat.type("one", ENTER, "two", ENTER, CTRL_D)
+    told = [line for line in chat.said if "--never-send" in line]
+    assert told == ["warning: 3 positions kept local by --never-send"]
+
+
+@pytest.mark.parametrize(
+    ("value", "threshold", "said"),
+    [
+        ("1.5", 1.5, "threshold 1.5 nats"),
+        ("inf", math.inf, "threshold inf: the large model is never asked"),
+        ("-inf", -math.inf, "threshold -inf: the large model is always asked"),
+        ("", 2.5, "threshold 2.5 nats"),
+        ("abc", 2.5, "error: /threshold takes a number, inf or -inf, not abc"),
+        ("nan", 2.5, "error: /threshold takes a number, inf or -inf, not nan"),
+    ],
+)
+def test_threshold_shows_and_sets(chat: Chat, value: str, threshold: float, said: str) -> None:
+    chat.type(f"/threshold {value}", ENTER, CTRL_D)
+    assert chat.session.threshold == threshold
+    assert said in chat.said
+
+
+@pytest.mark.parametrize(
+    ("value", "mode", "said"),
+    [
+        ("overlap", "overlap", "mode overlap, of: wait, overlap"),
+        ("", "wait", "mode wait, of: wait, overlap"),
+        ("fast", "wait", "error: no mode fast; there is: wait, overlap"),
+    ],
+)
+def test_mode_shows_and_sets(chat: Chat, value: str, mode: str, said: str) -> None:
+    chat.type(f"/mode {value}", ENTER, CTRL_D)
+    assert chat.session.mode == mode
+    assert said in chat.said
+
+
+@pytest.mark.parametrize(
+    ("value", "budget", "said"),
+    [
+        ("3%", 0.03, "budget 3%"),
+        ("0.1", 0.1, "budget 10%"),
+        ("", None, "no budget; a threshold is set"),
+        ("much", None, "error: 'much' is no share from 0% to 100%; write 7% or 0.07"),
+    ],
+)
+def test_budget_shows_and_sets(chat: Chat, value: str, budget: float | None, said: str) -> None:
+    chat.type(f"/budget {value}", ENTER, CTRL_D)
+    assert chat.session.budget == budget
+    assert said in chat.said
+
+
+def test_a_saved_conversation_goes_on_after_loading(chat: Chat, tmp_path: Path) -> None:
+    path = tmp_path / "my chat.json"
+    chat.type("one", ENTER, f"/save {path}", ENTER, "/reset", ENTER, CTRL_D)
+    chat.type(f"/load {path}", ENTER, "two", ENTER, CTRL_D)
+    assert [message["content"] for message in chat.session.asked[1]] == ["one", "echo one", "two"]
+    assert f"loaded 2 messages from {path}" in chat.said
+
+
+def test_a_bad_file_leaves_the_conversation_as_it_was(chat: Chat, tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text("{}")
+    chat.type("one", ENTER, f"/load {tmp_path / 'bad.json'}", ENTER, "/load", ENTER, CTRL_D)
+    assert len(chat.session.conversation.turns) == 2
+    assert "error: /load needs a file name" in chat.said
+    assert any("bad.json is not a conversation" in line for line in chat.said)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("/rset", "no command /rset; did you mean /reset?"),
+        ("/xyzzy", "no command /xyzzy; /help lists the commands"),
+        ("/", "no command /; /help lists the commands"),
+        ("/reset all", "/reset takes no value"),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_asks_nothing(chat: Chat, command: str, said: str) -> None:
+    chat.type(command, ENTER, CTRL_D)
+    assert any(line.startswith(f"error: {said}") for line in chat.said)
+    assert chat.session.asked == []
+
+
+def test_commands_do_not_mind_capitals_and_spaces(chat: Chat) -> None:
+    chat.type("/Threshold   1 ", ENTER, "/QUIT ", ENTER)
+    assert chat.session.threshold == 1.0
+
+
+def test_bytes_that_are_no_text_do_not_break_what_is_asked(chat: Chat) -> None:
+    chat.type("caf\udce9", ENTER, CTRL_D)
+    assert [question.encode() for question in chat.session.questions] == [b"caf?"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("/s", ["/stats", "/save"]),
+        ("/mode ", ["/mode wait", "/mode overlap"]),
+        ("/mode o", ["/mode overlap"]),
+        ("/stats ", []),
+        ("/save fo", ["/save folder/"]),
+        ("/save folder/", ["/save folder/chat.json"]),
+        ("/nothing x", []),
+        ("what /s", []),
+    ],
+)
+def test_commands_modes_and_paths_are_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, completed: list[str]
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "chat.json").touch()
+    monkeypatch.chdir(tmp_path)
+    completer = CommandCompleter(
+        {"/stats": tuple, "/save": None, "/mode": lambda: ("wait", "overlap")}
+    )
+    found = completer.get_completions(Document(typed), CompleteEvent())
+    assert [typed[: len(typed) + each.start_position] + each.text for each in found] == completed

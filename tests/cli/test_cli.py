@@ -1,0 +1,296 @@
+"""The command line on a tiny model: streams, exit codes, one clear line for every mistake."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlxroute.cli import main
+from mlxroute.cli.terminal import write_object
+from mlxroute.large.http import circuit_breaker
+from tests.support.tiny import make_tiny_model
+
+UNREACHABLE = "http://127.0.0.1:9/v1"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny", context=200)
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "mlxroute", *arguments]
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line an error prints, after whatever notices came before it."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, captured.err
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--small", "qwen2.5-codr-0.5b", "hi"], "did you mean qwen2.5-coder-0.5b"),
+        (["--large", "htp:/nowhere", "hi"], "http://"),
+        (["--large", "http://", "hi"], "http://"),
+        (["--threshold", "abc", "hi"], "'abc' is not a number"),
+        (["--threshold", "nan", "hi"], "nan"),
+        (["--budget", "seven", "hi"], "write 7% or 0.07"),
+        (["--budget", "101%", "hi"], "from 0% to 100%"),
+        (["--budget", "7%", "--threshold", "1", "hi"], "exclude each other"),
+        (["--router", "guess", "hi"], "'margin'"),
+        (["--mode", "race", "hi"], "'wait'"),
+        (["--prefetch", "-1", "hi"], "--prefetch must be from 0 to 64"),
+        (["--call-ceiling", "0.5", "hi"], "--call-ceiling must be at least 1"),
+        (["--events", "hi"], "--events goes with --json"),
+        (["--max-tokens", "0", "hi"], "--max-tokens"),
+        (["--timeout", "inf", "hi"], "--timeout"),
+        (["--seed", "-1", "hi"], "--seed"),
+        (["--temperature", "-1", "hi"], "--temperature"),
+        (["--key-env", "NOT_SET_ANYWHERE", "--large", UNREACHABLE, "hi"], "NOT_SET_ANYWHERE"),
+        (["--small", "no/such/folder", "--offline", "hi"], "no/such/folder"),
+        (["--nonsense", "hi"], "--nonsense"),
+        ([""], "the prompt is empty"),
+        (["  \n "], "the prompt is empty"),
+    ],
+)
+def test_a_mistake_is_one_clear_line_and_exit_code_2(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ask", *arguments]) == 2
+    assert said in error_line(capsys)
+
+
+def test_an_error_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ask", "--small", "no/\x1b[2J\x9bfolder", "--offline", "hi"]) == 2
+    assert "no/[2Jfolder" in error_line(capsys)
+
+
+def test_an_unknown_config_key_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
+    Path(os.environ["MLXROUTE_CONFIG"]).write_text("thresold = 3\n")
+    assert main(["ask", "hi"]) == 2
+    assert "'thresold'" in (line := error_line(capsys))
+    assert "'threshold'" in line
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_both_figures(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ask", "--small", str(tiny), "ab " * 300]) == 2
+    assert "context holds 200" in error_line(capsys)
+
+
+def test_too_little_memory_is_refused_with_both_figures(tiny: Path) -> None:
+    # Leaves less than a model needs, after everything that has to be imported.
+    script = (
+        "import psutil, resource, mlx_lm.utils\n"
+        "limit = psutil.Process().memory_info().vms + (500 << 20)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        "from mlxroute.cli import main\nraise SystemExit(main())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, "ask", "--small", str(tiny), "hi"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        # Its work space for many cores alone could pass the limit.
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 2, result.stderr
+    assert "needs 0.6 GiB of memory" in result.stderr
+
+
+def test_with_no_server_the_small_model_answers_and_the_ways_to_get_one_are_told(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ask", "--small", str(tiny), "--max-tokens", "5", "hi"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.endswith("\n")
+    assert "--large URL" in captured.err
+    assert "mlxroute host" in captured.err
+
+
+def test_an_unreachable_server_leaves_an_unchecked_answer_and_exit_code_0(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # However slow the machine, the pause after three failures lasts to the end.
+    monkeypatch.setattr(circuit_breaker, "_FIRST_S", 300.0)
+    arguments = ["--small", str(tiny), "--large", UNREACHABLE, "--threshold", "-inf"]
+    assert main(["ask", *arguments, "--max-tokens", "5", "--json", "hi"]) == 0
+    captured = capsys.readouterr()
+    *tokens, summary = [json.loads(line) for line in captured.out.splitlines()]
+    assert "127.0.0.1:9" in captured.err
+    # The check at the start was the first of three failures, after which no call is made.
+    assert summary["fallbacks"] == 2
+    assert summary["threshold"] == "-inf"
+    assert summary["unchecked"] == summary["tokens"] == len(tokens)
+    assert all(not token["checked"] for token in tokens)
+    assert "127.0.0.1:9" in tokens[0]["failure"]
+
+
+def test_strict_turns_an_unreachable_server_into_exit_code_3(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ask", "--small", str(tiny), "--large", UNREACHABLE, "--strict", "hi"]) == 3
+    assert "127.0.0.1:9" in error_line(capsys)
+
+
+def test_standard_input_takes_the_place_of_a_dash(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["ask", "--small", str(tiny), "--max-tokens", "6", "--json", "--offline"]
+
+    def text(*prompt: str, piped: str = "") -> str:
+        monkeypatch.setattr("sys.stdin", io.StringIO(piped))
+        assert main([*arguments, *prompt]) == 0
+        return str(json.loads(capsys.readouterr().out.splitlines()[-1])["prompt_tokens"])
+
+    alone = text("What is this?\n\nthe diff")
+    assert text("What is this?", "-", piped="the diff") == alone
+    assert text("-", piped="What is this?\n\nthe diff") == alone
+    assert text(piped="What is this?\n\nthe diff") == alone
+
+
+def test_a_reader_that_goes_away_is_no_error(tiny: Path) -> None:
+    with subprocess.Popen(
+        command("ask", "--json", "--offline", "--small", str(tiny), "--max-tokens", "60", "hi"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as asking:
+        assert asking.stdout is not None
+        assert asking.stderr is not None
+        asking.stdout.readline()
+        asking.stdout.close()
+        assert "Traceback" not in asking.stderr.read()
+    assert asking.returncode == 0
+
+
+def test_offline_opens_no_socket(tiny: Path) -> None:
+    script = (
+        "import os, sys\n"
+        "def refuse(event, arguments):\n"
+        "    if event.startswith('socket.') and event != 'socket.gethostname':\n"
+        "        print(event, file=sys.stderr); os._exit(99)\n"
+        "sys.addaudithook(refuse)\n"
+        "from mlxroute.cli import main\nraise SystemExit(main())"
+    )
+    arguments = ["ask", "--offline", "--small", str(tiny), "--large", UNREACHABLE, "hi"]
+    result = subprocess.run(
+        [sys.executable, "-c", script, *arguments, "--max-tokens", "4"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_numbers_json_does_not_have_become_strings_at_any_depth() -> None:
+    stream = io.StringIO()
+    write_object({"a": float("nan"), "top": [[" the", float("-inf")], ["x", -1.0]]}, stream)
+    assert json.loads(stream.getvalue(), parse_constant=pytest.fail) == {
+        "a": "nan",
+        "top": [[" the", "-inf"], ["x", -1.0]],
+    }
+
+
+def test_the_version_and_the_model_list_are_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("mlxroute ")
+    assert main(["models", "--cache-dir", str(tmp_path)]) == 0
+    listed = capsys.readouterr().out
+    assert "qwen2.5-coder-0.5b" in listed
+    assert "smollm2-135m" in listed
+
+
+def test_the_doctor_reports_and_says_whether_something_stands_in_the_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", "--cache-dir", str(tmp_path)]) == 0
+    report = capsys.readouterr().out
+    assert str(tmp_path) in report
+    assert "GiB free" in report
+    assert main(["doctor", "--cache-dir", str(tmp_path), "--large", UNREACHABLE]) == 2
+    assert "FAIL large" in capsys.readouterr().out
+
+
+def test_a_broken_config_is_a_line_of_the_doctors_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(os.environ["MLXROUTE_CONFIG"]).write_text("thresold = 3\n")
+    assert main(["doctor", "--cache-dir", str(tmp_path)]) == 2
+    report = capsys.readouterr().out
+    assert "FAIL config" in report
+    assert "'threshold'" in report
+    assert "GiB free" in report
+
+
+def test_the_doctor_asks_nobody_when_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLXROUTE_OFFLINE", "1")
+    assert main(["doctor", "--cache-dir", str(tmp_path), "--large", UNREACHABLE]) == 0
+    assert "not checked: offline" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_a_prompt_that_is_not_utf8_is_answered_all_the_same(tiny: Path, locale: str) -> None:
+    arguments = ("--offline", "--small", str(tiny), "--max-tokens", "3")
+    result = subprocess.run(
+        command("ask", *arguments, "-", "--system", os.fsdecode(b"h\xff")),
+        input=b"h\xffi",
+        capture_output=True,
+        timeout=120,
+        env=os.environ | {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_an_output_that_cannot_be_written_is_one_clear_line(tiny: Path) -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            command("ask", "--offline", "--small", str(tiny), "--max-tokens", "3", "hi"),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "error: " in result.stderr
+
+
+def test_a_chat_without_a_large_model_says_that_a_threshold_has_no_use(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("/threshold 3\n"))
+    assert main(["chat", "--offline", "--small", str(tiny)]) == 2
+    assert "no large model" in error_line(capsys)
+
+
+def test_entries_of_the_users_own_are_in_the_catalogue(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = Path(os.environ["MLXROUTE_CONFIG"]).parent / "models"
+    own.mkdir()
+    (own / "mine.toml").write_text(
+        "[[models]]\n"
+        'name = "my-model"\ntitle = "Mine"\nlicense = "MIT"\nparameters = 1000\n'
+        'hub_id = "me/my-model"\nhub_bytes = 4000\n'
+    )
+    assert main(["models", "--cache-dir", str(tmp_path)]) == 0
+    assert "my-model" in capsys.readouterr().out

@@ -1,0 +1,185 @@
+"""Never-send patterns: a context that matches stays on this machine."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlxroute.engine import Answer, Options
+from mlxroute.engine.escalation.never_send import NeverSend
+from mlxroute.routers import EntropyRouter
+from mlxroute.types import Message, Prices, Source, Token
+from tests.support.fakes import FakeClock, ScriptedLarge, ScriptedSmall
+
+USER: Message = {"role": "user", "content": "hi"}
+
+
+def run(
+    *patterns: str,
+    small: ScriptedSmall,
+    large: ScriptedLarge,
+    threshold: float = -math.inf,
+    messages: Sequence[Message] = (USER,),
+) -> tuple[list[Token], Answer]:
+    answer = Answer(
+        small,
+        large,
+        messages,
+        router=EntropyRouter(threshold),
+        options=Options(
+            strict=True,
+            never_send=tuple(map(re.compile, patterns)),
+            prices=Prices(input=1e6, cached_input=0.0, output=0.0),
+        ),
+        clock=FakeClock(),
+    )
+    return list(answer), answer
+
+
+def test_a_match_in_the_prompt_keeps_the_whole_answer_local() -> None:
+    large = ScriptedLarge([b"X"])
+    tokens, answer = run("absent", "h[i]", small=ScriptedSmall(b"hello"), large=large)
+    assert large.contexts == []
+    assert "".join(token.text for token in tokens) == "hello"
+    assert not any(token.checked for token in tokens)
+    failures = {token.escalation.failure for token in tokens if token.escalation}
+    assert failures == {"withheld: never-send pattern 2"}
+    stats = answer.stats()
+    # Six tokens with the end: nothing failed, nothing was sent, nothing was waited for.
+    assert (stats.withheld, stats.unchecked, stats.fallbacks, stats.escalated) == (6, 6, 0, 0)
+    assert (stats.requests, stats.uploaded_bytes, stats.stall_s) == (0, 0, 0.0)
+
+
+def test_a_match_in_the_answer_keeps_what_follows_local() -> None:
+    large = ScriptedLarge([b"s", b"e", b"c", b"X"])
+    tokens, answer = run("sec", small=ScriptedSmall(b"abcdef"), large=large)
+    assert "".join(token.text for token in tokens) == "secdef"
+    assert [token.source for token in tokens[:4]] == [Source.LARGE] * 3 + [Source.SMALL]
+    assert answer.stats().withheld == 4
+
+
+def test_a_match_may_begin_in_the_prompt_and_end_in_the_answer() -> None:
+    large = ScriptedLarge([b"X"])
+    run(">X", small=ScriptedSmall(b"abc"), large=large)
+    assert len(large.contexts) == 1
+
+
+def test_a_match_in_a_message_counts_though_the_template_drops_it() -> None:
+    class Forgetful(ScriptedSmall):
+        def render(self, messages: Sequence[Message]) -> str:
+            return super().render(messages[-1:])
+
+    large = ScriptedLarge([b"X"])
+    system: Message = {"role": "system", "content": "project Zebra"}
+    run("Zebra", small=Forgetful(b"abc"), large=large, messages=[system, USER])
+    assert large.contexts == []
+
+
+def test_without_a_match_every_escalated_position_is_asked() -> None:
+    large = ScriptedLarge([b"X"])
+    _, answer = run("Zebra", small=ScriptedSmall(b"abc", entropies={1: 2.0}), large=large,
+                    threshold=1.0)  # fmt: skip
+    assert (len(large.contexts), answer.stats().withheld) == (1, 0)
+    assert answer.stats().requests == 1
+    # Two of ten prompt tokens were not cached.
+    assert answer.stats().cost_estimate == pytest.approx(2.0)
+
+
+def test_an_answer_counts_only_its_own_uploads() -> None:
+    large = ScriptedLarge([b"X"])
+    for _ in range(2):
+        _, answer = run(small=ScriptedSmall(b"a", entropies={0: 2.0}), large=large, threshold=1.0)
+        stats = answer.stats()
+        assert (stats.requests, stats.uploaded_bytes, stats.uploaded_tokens) == (1, 100, 10)
+        assert (stats.large_cached_tokens, stats.large_completion_tokens) == (8, 1)
+    assert large.uploads.requests == 2
+
+
+_PIECES = st.sampled_from(
+    [
+        *("a", "b", ".", "[ab]", "a?", "(?:ab|b)", "(?P<n>ab?)", "b{2}", "(a{1,2}b){0,2}", "b{,2}"),
+        *(
+            "a*",
+            "b+",
+            "b.*b",
+            "a{2,}",
+            r"(a)\1",
+            r"\s",
+            "(?i:A)",
+            "(?=b)",
+            "(?=.*a)",
+            "(?!b)",
+            "(?<=a)",
+        ),
+        *(r"\b", r"\B", "^", "$", r"\Z", r"\A", "(?<!b)", "(?s:.)", "(?m:^)", "(?m:$)"),
+    ]
+)
+_TAKEN_BACK = st.just(0) | st.just(0) | st.integers(1, 12)
+
+
+def _pattern(pieces: list[str]) -> re.Pattern[str] | None:
+    try:
+        return re.compile("".join(pieces))
+    except re.error:  # Two groups of one name, or a reference to another group.
+        return None
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(_PIECES, min_size=1, max_size=5).map(_pattern).filter(bool),
+    st.lists(st.tuples(_TAKEN_BACK, st.text("aab \n", max_size=6)), max_size=8),
+)
+def test_what_is_not_searched_again_could_not_have_matched(
+    pattern: re.Pattern[str], steps: list[tuple[int, str]]
+) -> None:
+    # Each step takes some text back, as a rollback does, and adds some.
+    guard = NeverSend([pattern], [])
+    context, found = "", None
+    for taken, added in steps:
+        context = context[: max(0, len(context) - taken)] + added
+        if found is None or not context.startswith(found):
+            found = context if pattern.search(context) else None
+        assert guard.match(context) == (None if found is None else 1)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "BEGIN.*END",
+        "BEGIN(?=.*END)",
+        "(?<!x)B[^!]+END",
+        r"(B)EGIN.{0,}END",
+        "BEGIN(?:.{4}){125}END",
+    ],
+)
+def test_a_match_may_be_long(pattern: str) -> None:
+    guard = NeverSend([re.compile(pattern)], [])
+    context = "... BEGIN" + "y" * 500
+    assert guard.match(context) is None
+    assert guard.match(context + "EN") is None
+    assert guard.match(context + "END") == 1
+
+
+def test_a_long_prompt_is_not_searched_again_for_every_token() -> None:
+    class Recording:
+        pattern = "token-[0-9]{3}"
+
+        def __init__(self) -> None:
+            self.starts: list[int] = []
+
+        def search(self, text: str, start: int = 0) -> None:
+            self.starts.append(start)
+
+    recording = Recording()
+    guard = NeverSend([cast("re.Pattern[str]", recording)], [])
+    prompt = "x" * 10_000
+    for length in range(3):
+        assert guard.match(prompt + "y" * length) is None
+    assert recording.starts[0] == 0
+    assert all(start > 9_900 for start in recording.starts[1:])

@@ -1,0 +1,156 @@
+"""The local server: starts, refuses with a reason, and never outlives its parent."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from mlxroute.errors import LaunchError, NotEnoughSpace
+from mlxroute.hosting.launcher import LocalServer
+from mlxroute.large import LargeModel
+from mlxroute.large.dialects.mlx_lm import MlxLm
+from tests.support.tiny import make_tiny_model, teach_days
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = make_tiny_model(tmp_path_factory.mktemp("launcher") / "tiny-model", tied=False)
+    teach_days(path)
+    return path
+
+
+def launch(path: Path, folder: Path, *, port: int | None = None) -> LocalServer:
+    return LocalServer.launch(
+        path, cache_dir=folder / "cache", log_path=folder / "logs" / "host.log", port=port
+    )
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    for _ in range(300):
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_started_server_generates_and_leaves_nothing_behind(tiny: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int | None]] = []
+    with launch(tiny, tmp_path) as server:
+        server.wait_until_ready(progress=lambda label, done, total: seen.append((done, total)))
+        with LargeModel(server.url) as large:
+            assert MlxLm.name in large.connect()
+            assert large.model_name == "tiny-model"
+        child = psutil.Process(server.pid)
+        assert stat.S_IMODE(server.log_path.stat().st_mode) == 0o600
+        assert os.getpgid(server.pid) != os.getpgrp()
+    assert not child.is_running()
+    assert seen[-1][0] == seen[-1][1]
+    server.stop()
+    with pytest.raises(requests.ConnectionError):
+        requests.get(server.url, timeout=5)
+
+
+def test_a_server_ends_with_its_parent_even_when_that_is_killed(tiny: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path\n"
+        "from mlxroute.hosting.launcher import LocalServer\n"
+        "folder = Path(sys.argv[2])\n"
+        "server = LocalServer.launch(Path(sys.argv[1]), cache_dir=folder / 'cache',\n"
+        "                            log_path=folder / 'host.log')\n"
+        "server.wait_until_ready()\n"
+        "sys.stdout.write(f'{server.pid}\\n'); sys.stdout.flush(); time.sleep(600)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program, str(tiny), str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    with parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        child = psutil.Process(pid)
+        assert child.is_running()
+        parent.send_signal(signal.SIGKILL)
+    # Its new parent may be slow to collect it; a zombie has ended all the same.
+    assert eventually(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+
+
+def test_a_port_in_use_is_one_clear_line(tiny: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(LaunchError, match=rf"port {port} cannot be used \(.*in use\)"):
+            launch(tiny, tmp_path, port=port)
+    with pytest.raises(LaunchError, match="port 99999 cannot be used"):
+        launch(tiny, tmp_path, port=99999)
+
+
+def test_a_model_that_cannot_be_loaded_says_why_and_where_the_log_is(
+    tiny: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in tiny.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
+    with launch(broken, tmp_path) as server, pytest.raises(LaunchError) as caught:
+        server.wait_until_ready()
+    assert "unheard_of" in str(caught.value)
+    assert str(tmp_path / "logs" / "host.log") in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert psutil.Process().children() == []
+
+
+def test_a_child_that_dies_while_starting_is_reported(tiny: Path, tmp_path: Path) -> None:
+    def kill_children(label: str, done: int, total: int | None) -> None:
+        for child in psutil.Process().children():
+            child.kill()
+
+    with (
+        launch(tiny, tmp_path) as server,
+        pytest.raises(LaunchError, match="killed, perhaps for want of memory"),
+    ):
+        server.wait_until_ready(progress=kill_children)
+    assert psutil.Process().children() == []
+
+
+def test_a_start_that_takes_too_long_is_given_up(tiny: Path, tmp_path: Path) -> None:
+    with launch(tiny, tmp_path) as server, pytest.raises(LaunchError, match=r"in 0\.05 s"):
+        server.wait_until_ready(timeout_s=0.05)
+    assert psutil.Process().children() == []
+
+
+def test_a_model_too_big_for_the_memory_is_refused_with_both_figures(
+    tiny: Path, tmp_path: Path
+) -> None:
+    big = tmp_path / "big"
+    big.mkdir()
+    (big / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    count = 1 << 41
+    entry = {"dtype": "F16", "shape": [count], "data_offsets": [0, 2 * count]}
+    header = json.dumps({"weight": entry}).encode()
+    with (big / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(1 << 40)
+    with pytest.raises(NotEnoughSpace, match=r"needs \d+\.\d GiB .* \d+\.\d GiB are free"):
+        launch(big, tmp_path)
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_log_that_cannot_be_written_is_one_clear_line(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("a file where a folder is needed")
+    with pytest.raises(LaunchError, match="log file"):
+        launch(tiny, tmp_path)

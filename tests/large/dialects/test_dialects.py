@@ -1,0 +1,419 @@
+"""The replies that each dialect's servers are documented to give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mlxroute.errors import LargeProtocolError
+from mlxroute.large.dialects import Ask
+from mlxroute.large.dialects.json_fields import Completion, ReplyPosition
+from mlxroute.large.vocabulary.token_reader import TokenReader
+from tests.support.prompt_forms import TEXT, dialect, prompt_for
+from tests.support.vocabularies import TableVocabulary
+
+
+def read(name: str, reply: dict[str, Any]) -> Completion:
+    return dialect(name).completion(reply, prompt_for(dialect(name)))
+
+
+def texts(completion: Completion) -> list[tuple[int | None, str | None, bool]]:
+    return [(each.token.token_id, each.token.text, each.ends) for each in completion.entries]
+
+
+def data(entry: ReplyPosition) -> bytes | None:
+    return TokenReader().data(entry.token)
+
+
+# llama-server
+
+
+def llama(ids: list[int], named: list[dict[str, Any]], /, **changes: Any) -> dict[str, Any]:
+    return {
+        "content": "",
+        "tokens": ids,
+        "stop_type": "limit",
+        "completion_probabilities": named,
+        "tokens_evaluated": 12,
+        "tokens_predicted": len(ids),
+        "timings": {"cache_n": 11},
+    } | changes
+
+
+def named(token_id: int, text: str, logprob: float = -0.5) -> dict[str, Any]:
+    token = {"id": token_id, "token": text, "bytes": list(text.encode()), "logprob": logprob}
+    return token | {"top_logprobs": [token]}
+
+
+def test_llama_server_names_ids_bytes_and_counts() -> None:
+    completion = read("llama-server completion", llama([7], [named(7, " a")], content=" a"))
+    (entry,) = completion.entries
+    assert (entry.token.token_id, entry.token.data, entry.token.logprob) == (7, b" a", -0.5)
+    assert [other.data for other in entry.top] == [b" a"]
+    assert (completion.prompt_tokens, completion.cached_tokens) == (12, 11)
+    assert (completion.text, completion.ends) == (" a", False)
+
+
+def test_llama_server_gives_a_fragment_by_id_alone() -> None:
+    completion = read("llama-server completion", llama([7], [], content="\ufffd"))
+    (entry,) = completion.entries
+    assert (entry.token.token_id, entry.token.logprob, data(entry)) == (7, None, None)
+
+
+def test_llama_servers_missing_entries_are_put_in_their_places() -> None:
+    reply = llama([7, 8, 9], [named(8, "é"), named(9, "b")], content="éb")
+    entries = read("llama-server completion", reply).entries
+    assert [(each.token.token_id, data(each)) for each in entries] == [
+        (7, None),
+        (8, "é".encode()),
+        (9, b"b"),
+    ]
+
+
+def test_llama_server_says_the_end_by_its_stop_type() -> None:
+    end = named(2, "")
+    reply = llama([7, 2], [named(7, "a"), end], stop_type="eos", content="a")
+    assert texts(read("llama-server completion", reply)) == [(7, "a", False), (2, "", True)]
+
+
+def test_a_llama_server_that_ignores_return_tokens_is_read_by_names() -> None:
+    reply = llama([], [named(7, "a")])
+    assert texts(read("llama-server completion", reply)) == [(7, "a", False)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"truncated": True},
+        {"tokens": []},
+        {"tokens": [8]},
+        {"tokens": None},
+        {"content": None},
+        {"completion_probabilities": [{"id": 7}]},
+    ],
+)
+def test_a_llama_server_reply_that_cannot_be_trusted_is_refused(changes: dict[str, Any]) -> None:
+    named_one = [] if changes.get("tokens") == [] else [named(7, "a")]
+    with pytest.raises(LargeProtocolError):
+        read("llama-server completion", llama([7], named_one, **changes))
+
+
+# vLLM
+
+
+def vllm(ids: list[int], tokens: list[str], /, **changes: Any) -> dict[str, Any]:
+    logprobs = {
+        "tokens": tokens,
+        "token_logprobs": [-0.5] * len(tokens),
+        "top_logprobs": [{token: -0.5, "zz": -2.0} for token in tokens],
+    }
+    choice = {"text": "".join(tokens), "finish_reason": "length", "logprobs": logprobs}
+    return {"choices": [choice | {"token_ids": ids} | changes]}
+
+
+def test_vllm_names_ids_beside_the_text() -> None:
+    completion = read("vLLM completions", vllm([7], [" a"]))
+    assert texts(completion) == [(7, " a", False)]
+    assert [(other.text, other.logprob) for other in completion.entries[0].top] == [
+        (" a", -0.5),
+        ("zz", -2.0),
+    ]
+
+
+def test_vllms_names_by_id_are_ids() -> None:
+    reply = vllm([7], ["token_id:7"])
+    reply["choices"][0]["logprobs"]["top_logprobs"] = [{"token_id:7": -0.5, "token_id:9": -2.0}]
+    (entry,) = read("vLLM completions", reply).entries
+    assert (entry.token.token_id, entry.token.text) == (7, None)
+    assert [(other.token_id, other.text) for other in entry.top] == [(7, None), (9, None)]
+
+
+def test_vllms_empty_text_is_a_fragment_or_the_end_by_its_finish_reason() -> None:
+    (fragment,) = read("vLLM completions", vllm([7], [""])).entries
+    assert (fragment.ends, data(fragment)) == (False, None)
+    (end,) = read(
+        "vLLM completions", vllm([2], ["<|im_end|>"], text="", finish_reason="stop")
+    ).entries
+    assert (end.ends, end.token.token_id) == (True, 2)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        vllm([7], [" a"], token_ids=None),
+        vllm([], []),
+        vllm([7, 8], [" a"]),
+        vllm([7], ["token_id:8"]),
+        vllm([7], [" a"], logprobs=None),
+        vllm([-1], [" a"]),
+    ],
+    ids=["no ids", "no token", "fewer names", "another id", "no logprobs", "no id"],
+)
+def test_a_vllm_reply_that_cannot_be_trusted_is_refused(reply: dict[str, Any]) -> None:
+    with pytest.raises(LargeProtocolError):
+        read("vLLM completions", reply)
+
+
+# SGLang
+
+
+def sglang(tokens: list[list[Any]], **changes: Any) -> dict[str, Any]:
+    meta = {
+        "prompt_tokens": 12,
+        "completion_tokens": len(tokens),
+        "cached_tokens": 8,
+        "finish_reason": {"type": "length", "length": 1},
+        "output_token_logprobs": tokens,
+        "output_top_logprobs": [[[-2.0, 9, "zz"], token] for token in tokens],
+    }
+    return {"text": "a", "meta_info": meta | changes}
+
+
+def test_sglangs_triples_are_logprob_id_and_text() -> None:
+    completion = read("SGLang generate", sglang([[-0.5, 7, "a"]]))
+    assert texts(completion) == [(7, "a", False)]
+    assert [other.token_id for other in completion.entries[0].top] == [7, 9]
+    assert (completion.prompt_tokens, completion.cached_tokens) == (12, 8)
+
+
+def test_sglangs_pairs_and_missing_texts_are_ids_alone() -> None:
+    for token in ([-0.5, 7], [-0.5, 7, None]):
+        (entry,) = read("SGLang generate", sglang([token])).entries
+        assert (entry.token.token_id, entry.token.text, data(entry)) == (7, None, None)
+
+
+def test_sglangs_replacement_character_says_nothing_of_the_bytes() -> None:
+    (entry,) = read("SGLang generate", sglang([[-0.5, 7, "\ufffd"]])).entries
+    assert data(entry) is None
+
+
+def test_sglang_says_the_end_by_a_matched_stop() -> None:
+    reply = sglang([[-0.5, 2, "</s>"]], finish_reason={"type": "stop", "matched": 2})
+    assert texts(read("SGLang generate", reply)) == [(2, "</s>", True)]
+
+
+@pytest.mark.parametrize("tokens", [[], [[-0.5]], ["a"], [[None, 7, "a"]], [[float("-inf"), 7]]])
+def test_an_sglang_reply_that_cannot_be_trusted_is_refused(tokens: list[Any]) -> None:
+    with pytest.raises(LargeProtocolError):
+        read("SGLang generate", sglang([]) | {"meta_info": {"output_token_logprobs": tokens}})
+
+
+# TGI
+
+
+def tgi(tokens: list[tuple[int, str]], finish: str = "length") -> dict[str, Any]:
+    named_tokens = [{"id": i, "text": text, "logprob": -0.5} for i, text in tokens]
+    details = {
+        "finish_reason": finish,
+        "generated_tokens": len(tokens),
+        "tokens": named_tokens,
+        "top_tokens": [[{"id": 9, "text": "zz", "logprob": -2.0}, each] for each in named_tokens],
+    }
+    return {"generated_text": "a", "details": details}
+
+
+def test_tgi_names_ids_and_a_fragment_has_no_text() -> None:
+    completion = read("TGI generate", tgi([(7, ""), (8, "é")]))
+    assert texts(completion) == [(7, "", False), (8, "é", False)]
+    assert data(completion.entries[0]) is None
+    assert [other.token_id for other in completion.entries[0].top] == [7, 9]
+    assert completion.completion_tokens == 2
+
+
+def test_tgi_says_the_end_by_its_finish_reason() -> None:
+    assert texts(read("TGI generate", tgi([(2, "</s>")], "eos_token"))) == [(2, "</s>", True)]
+
+
+def test_an_sglang_and_a_tgi_are_not_taken_for_each_other() -> None:
+    with pytest.raises(LargeProtocolError):
+        read("TGI generate", sglang([[-0.5, 7, "a"]]))
+    with pytest.raises(LargeProtocolError):
+        read("SGLang generate", tgi([(7, "a")]))
+
+
+# Ollama
+
+
+def ollama(text: str, **changes: Any) -> dict[str, Any]:
+    token = {"token": text, "logprob": -0.5}
+    entry = token | {"top_logprobs": [token, {"token": "zz", "logprob": -2.0}]}
+    reply = {"response": text, "done": True, "done_reason": "length", "logprobs": [entry]}
+    return reply | {"prompt_eval_count": 12, "eval_count": 1} | changes
+
+
+def test_ollama_gives_text_and_its_own_counts() -> None:
+    completion = read("Ollama generate", ollama(" a"))
+    assert texts(completion) == [(None, " a", False)]
+    assert (completion.prompt_tokens, completion.completion_tokens) == (12, 1)
+
+
+def test_ollamas_missing_logprobs_are_the_end_or_a_fragment_by_its_reason() -> None:
+    end = ollama("", done_reason="stop")
+    del end["logprobs"]
+    assert texts(read("Ollama generate", end)) == [(None, "", True)]
+    fragment = ollama("", logprobs=None)
+    assert texts(read("Ollama generate", fragment)) == [(None, "", False)]
+    after = ollama(" a", done_reason="stop")
+    assert texts(read("Ollama generate", after)) == [(None, " a", False), (None, "", True)]
+
+
+def test_an_older_ollamas_replacement_character_is_no_text() -> None:
+    token = {"token": "\ufffd", "bytes": [239, 191, 189], "logprob": -0.5}
+    (entry,) = read("Ollama generate", ollama("\ufffd", logprobs=[token])).entries
+    assert data(entry) is None
+
+
+def test_an_ollama_without_logprobs_is_refused() -> None:
+    with pytest.raises(LargeProtocolError, match="no logprobs"):
+        read("Ollama generate", ollama(" a", logprobs=[]))
+
+
+# mlx_lm
+
+
+def test_mlx_lms_padding_rows_have_no_name_and_are_no_alternatives() -> None:
+    chosen = {"id": 7, "token": "Ġa", "logprob": -0.5}
+    padding = {"id": 151_999, "token": None, "logprob": -9.0}
+    content = [{**padding, "top_logprobs": [padding, chosen]}]
+    reply = {"choices": [{"text": "", "finish_reason": "length", "logprobs": {"content": content}}]}
+    (entry,) = read("mlx_lm completions", reply).entries
+    assert (entry.token.token_id, entry.token.piece) == (7, "Ġa")
+    assert [other.token_id for other in entry.top] == [7]
+
+
+def test_mlx_lm_without_alternatives_is_refused() -> None:
+    content = [{"id": 7, "logprob": -0.5}]
+    reply = {"choices": [{"text": "", "finish_reason": "length", "logprobs": {"content": content}}]}
+    with pytest.raises(LargeProtocolError):
+        read("mlx_lm completions", reply)
+
+
+def test_mlx_lms_top_logprobs_are_11_at_most() -> None:
+    request = dialect("mlx_lm completions").request(TEXT, Ask(2, 40, None))
+    assert request["top_logprobs"] == 11
+
+
+# OpenAI's completions
+
+
+def test_togethers_alternatives_may_come_without_a_list_around_them() -> None:
+    logprobs = {
+        "token_ids": [7],
+        "tokens": [" a"],
+        "token_logprobs": [-0.5],
+        "top_logprobs": {" a": -0.5, "zz": -2.0},
+    }
+    choice = {"text": " a", "finish_reason": "length", "logprobs": logprobs}
+    (entry,) = read("OpenAI completions", {"choices": [choice]}).entries
+    assert (entry.token.token_id, entry.token.text) == (7, " a")
+    assert [(other.text, other.logprob) for other in entry.top] == [(" a", -0.5), ("zz", -2.0)]
+
+
+def test_fireworks_names_ids_and_bytes_in_the_chats_shape() -> None:
+    token = {"token": " a", "token_id": 7, "bytes": list(b" a"), "logprob": -0.5}
+    logprobs = {"content": [token | {"top_logprobs": [token]}]}
+    choice = {"text": " a", "finish_reason": "length", "logprobs": logprobs}
+    (entry,) = read("OpenAI completions", {"choices": [choice]}).entries
+    assert (entry.token.token_id, entry.token.data) == (7, b" a")
+
+
+def test_a_text_without_logprobs_is_one_position() -> None:
+    for name in ("OpenAI completions", "OpenAI completions, text only"):
+        choice = {"text": " a b", "finish_reason": "length", "logprobs": None}
+        assert texts(read(name, {"choices": [choice]})) == [(None, " a b", False)]
+
+
+def test_text_and_stop_is_a_token_and_then_the_end() -> None:
+    choice = {"text": " a", "finish_reason": "stop"}
+    completion = read("OpenAI completions, text only", {"choices": [choice]})
+    assert texts(completion) == [(None, " a", False), (None, "", True)]
+    assert completion.ends
+
+
+def test_deepseeks_own_name_for_cached_tokens_is_read() -> None:
+    choice = {"text": " a", "finish_reason": "length"}
+    usage = {"prompt_tokens": 12, "completion_tokens": 1, "prompt_cache_hit_tokens": 8}
+    completion = read("OpenAI completions", {"choices": [choice], "usage": usage})
+    assert (completion.prompt_tokens, completion.cached_tokens) == (12, 8)
+
+
+# Chat
+
+
+def chat(content: str | None, *, finish: str = "length", **token: Any) -> dict[str, Any]:
+    logprobs = {"content": [{"logprob": -0.5, **token}]} if token else None
+    message = {"role": "assistant", "content": content}
+    return {"choices": [{"message": message, "finish_reason": finish, "logprobs": logprobs}]}
+
+
+def test_a_chats_bytes_are_the_token_whatever_its_text() -> None:
+    reply = chat("\ufffd", token="\\xf0\\x9f\\x8c", bytes=[240, 159, 140])
+    (entry,) = read("chat continuation (prefix)", reply).entries
+    assert data(entry) == bytes([240, 159, 140])
+
+
+@pytest.mark.parametrize("content", ["", None])
+def test_no_content_and_stop_is_the_end_of_a_chat(content: str | None) -> None:
+    for name in ("chat continuation (flags)", "chat continuation (trailing turn, text only)"):
+        assert texts(read(name, chat(content, finish="stop"))) == [(None, "", True)]
+
+
+def test_a_fragment_has_an_empty_name_and_no_bytes() -> None:
+    (entry,) = read("chat continuation (flags)", chat("", token="", bytes=[])).entries
+    assert (data(entry), entry.ends) == (None, False)
+
+
+def test_an_echo_of_what_was_begun_is_cut_off() -> None:
+    name = "chat continuation (prefix, echoing, text only)"
+    assert read(name, chat("Hello")).text == "llo"
+    assert texts(read(name, chat("Hello"))) == [(None, "llo", False)]
+    assert texts(read(name, chat("He", finish="stop"))) == [(None, "", True)]
+    with pytest.raises(LargeProtocolError, match="does not begin with"):
+        read(name, chat("llo"))
+
+
+def test_an_echo_is_cut_off_the_text_and_not_the_tokens() -> None:
+    reply = chat("Hello", token="llo", bytes=list(b"llo"))
+    completion = read("chat continuation (trailing turn, echoing)", reply)
+    assert (completion.text, data(completion.entries[0])) == ("llo", b"llo")
+
+
+def test_a_chat_that_drops_the_logprobs_it_was_asked_for_is_refused() -> None:
+    with pytest.raises(LargeProtocolError, match="no logprobs"):
+        read("chat continuation (flags)", chat("llo"))
+    assert read("chat continuation (trailing turn, text only)", chat("llo")).text == "llo"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {},
+        {"choices": []},
+        {"choices": [{"finish_reason": "stop"}]},
+        {"choices": [{"message": {"content": 5}}]},
+        {"choices": [{"message": {"content": "\ud800"}}]},
+        chat("a", token="a", logprob=0.7),
+        chat("a", token="a", logprob=float("nan")),
+        chat("a", token="a", bytes=[300]),
+        chat("a", token=None),
+    ],
+)
+def test_a_chat_reply_that_is_none_is_refused(reply: dict[str, Any]) -> None:
+    with pytest.raises(LargeProtocolError):
+        read("chat continuation (flags)", reply)
+
+
+def test_an_id_of_a_known_vocabulary_is_read_whatever_the_text() -> None:
+    """A fragment that vLLM, SGLang, TGI and llama-server give by id alone."""
+    vocabulary = TableVocabulary(["Ã", "a"])
+    reader = TokenReader()
+    reader.own = vocabulary
+    identity = vocabulary.id_of("Ã")
+    for name, reply in {
+        "vLLM completions": vllm([identity], [""]),
+        "SGLang generate": sglang([[-0.5, identity, "\ufffd"]]),
+        "TGI generate": tgi([(identity, "")]),
+        "llama-server completion": llama([identity], []),
+    }.items():
+        assert reader.data(read(name, reply).entries[0].token) == b"\xc3", name

@@ -1,0 +1,207 @@
+"""When a server is left alone, and how it is found to be back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+
+from mlxroute.errors import (
+    LargeError,
+    LargeProtocolError,
+    LargeRefused,
+    LargeUnavailable,
+    LargeUnreachable,
+)
+from mlxroute.large import LargeModel
+from mlxroute.large.http.circuit_breaker import FAILURES, CircuitBreaker
+from tests.support.asking import VOCABULARY, legacy
+from tests.support.fakes import FakeClock
+from tests.support.loopback import Loopback, Reply, Request
+from tests.support.settled import honest, settled
+from tests.support.vocabularies import context
+
+
+@pytest.fixture
+def server() -> Iterator[Loopback]:
+    with Loopback() as loopback:
+        yield loopback
+
+
+DOWN = LargeUnreachable("nobody there")
+
+
+class Circuit:
+    """A breaker on a clock of its own, and the calls that came through."""
+
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.breaker = CircuitBreaker("http://host/v1", clock=self.clock)
+        self.calls = 0
+
+    def ask(self, error: BaseException | None = None, *, fragment: bool = False) -> str:
+        """How a call ended: the name of its error, or nothing."""
+        try:
+            with self.breaker.guard(fragment=fragment):
+                self.calls += 1
+                if error is not None:
+                    raise error
+        except (LargeError, KeyboardInterrupt) as exc:
+            return type(exc).__name__
+        return ""
+
+    def open(self, error: LargeError = DOWN) -> None:
+        for _ in range(FAILURES):
+            self.ask(error)
+
+
+def test_three_failures_in_a_row_stop_the_calls_and_say_why() -> None:
+    circuit = Circuit()
+    circuit.open()
+    with (
+        pytest.raises(LargeUnavailable, match=r"not asked for another 5 s; .*nobody there"),
+        circuit.breaker.guard(),
+    ):
+        pass
+    assert circuit.calls == 3
+
+
+def test_a_success_between_failures_keeps_the_calls_going() -> None:
+    circuit = Circuit()
+    for error in (DOWN, DOWN, None, DOWN, DOWN, None):
+        circuit.ask(error)
+    assert circuit.ask() == ""
+    assert circuit.calls == 7
+
+
+def test_after_a_pause_one_call_finds_out_and_its_success_ends_the_pause() -> None:
+    circuit = Circuit()
+    circuit.open()
+    circuit.clock.now += 4.9
+    assert circuit.ask() == "LargeUnavailable"
+    circuit.clock.now += 0.2
+    with circuit.breaker.guard():
+        # While it is under way no other call goes through.
+        assert circuit.ask() == "LargeUnavailable"
+    assert [circuit.ask(), circuit.ask(DOWN), circuit.ask(DOWN), circuit.ask()] == [
+        *("", "LargeUnreachable", "LargeUnreachable", "")
+    ]
+
+
+def test_pauses_double_up_to_five_minutes_and_begin_anew_after_a_success() -> None:
+    circuit = Circuit()
+    circuit.open()
+    lengths = []
+    for _ in range(9):
+        began = circuit.clock.now
+        while circuit.ask(DOWN) == "LargeUnavailable":
+            circuit.clock.now += 1
+        lengths.append(circuit.clock.now - began)
+    assert lengths == [5, 10, 20, 40, 80, 160, 300, 300, 300]
+    circuit.clock.now += 300
+    circuit.ask()
+    circuit.open()
+    circuit.clock.now += 5
+    assert circuit.ask() == ""
+
+
+@pytest.mark.parametrize("status", [401, 402, 403, 404])
+def test_a_refusal_that_takes_a_person_to_heal_makes_the_longest_pause(status: int) -> None:
+    circuit = Circuit()
+    circuit.open(LargeRefused("no", status=status))
+    circuit.clock.now += 299
+    assert circuit.ask() == "LargeUnavailable"
+    circuit.clock.now += 1
+    assert circuit.ask() == ""
+
+
+def test_a_server_that_says_when_is_left_alone_until_then_but_not_for_days() -> None:
+    circuit = Circuit()
+    circuit.ask(LargeRefused("busy", status=429, retry_after_s=20.0))
+    circuit.clock.now += 19
+    assert circuit.ask() == "LargeUnavailable"
+    circuit.clock.now += 1
+    # The first call after any pause decides, however few failures there were before it.
+    assert circuit.ask(DOWN) == "LargeUnreachable"
+    assert circuit.ask() == "LargeUnavailable"
+    circuit.clock.now += 10
+    assert circuit.ask(LargeRefused("busy", status=429, retry_after_s=1e9)) == "LargeRefused"
+    circuit.clock.now += 3600
+    assert circuit.ask() == ""
+
+
+def test_an_unfit_reply_inside_a_character_says_nothing_about_the_server() -> None:
+    circuit, unfit = Circuit(), LargeProtocolError("another character")
+    for _ in range(5):
+        circuit.ask(unfit, fragment=True)
+    assert circuit.ask() == ""
+    circuit.open(unfit)
+    assert circuit.ask() == "LargeUnavailable"
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), LargeUnavailable("not now")])
+def test_a_call_without_an_outcome_leaves_the_next_one_to_find_out(end: BaseException) -> None:
+    circuit = Circuit()
+    circuit.open()
+    circuit.clock.now += 5
+    assert circuit.ask(end) == type(end).__name__
+    assert circuit.ask() == ""
+
+
+def test_a_call_from_before_the_pause_does_not_lengthen_it() -> None:
+    circuit = Circuit()
+    with contextlib.suppress(LargeUnreachable), circuit.breaker.guard():
+        circuit.open()
+        raise DOWN
+    circuit.clock.now += 5
+    assert circuit.ask() == ""
+
+
+def test_the_breaker_spans_the_calls_of_a_large_model() -> None:
+    with (
+        Loopback(lambda request: Reply(b"{}")) as server,
+        settled(LargeModel(server.url, model="m")) as large,
+    ):
+        for _ in range(3):
+            with pytest.raises(LargeProtocolError):
+                large.next_token(context("x", VOCABULARY))
+        made = len(server.requests)
+        with pytest.raises(LargeUnavailable):
+            large.next_token(context("x", VOCABULARY))
+        with pytest.raises(LargeUnavailable):
+            large.connect()
+        assert len(server.requests) == made
+
+
+def test_a_bad_key_is_tried_three_times_and_not_at_every_position() -> None:
+    with (
+        Loopback(lambda request: Reply(b'{"error": "bad key"}', status=401)) as server,
+        LargeModel(server.url, model="m", api_key="sk-secret") as large,
+    ):
+        with pytest.raises(LargeRefused, match="check the API key"):
+            large.connect()
+        made = []
+        for kind in (LargeRefused, LargeRefused, LargeUnavailable, LargeUnavailable):
+            with pytest.raises(kind, match="check the API key"):
+                large.next_token(context("x", VOCABULARY))
+            made.append(len(server.requests))
+    assert made[0] < made[1] == made[2] == made[3]
+
+
+def test_terms_that_keep_failing_are_settled_anew_within_a_call() -> None:
+    wrong = [Reply(b'{"choices": [{"text": "a"'), Reply(b'{"error": "no such route"}', status=404)]
+
+    def play(request: Request) -> Reply:
+        return wrong.pop() if wrong else Reply.of(legacy("a"))
+
+    with (
+        Loopback(honest(play)) as server,
+        settled(LargeModel(server.url, model="m")) as large,
+    ):
+        for _ in range(2):
+            with pytest.raises((LargeRefused, LargeProtocolError)):
+                large.next_token(context("x", VOCABULARY))
+        assert not large.connected
+        assert large.next_token(context("x", VOCABULARY)).text == "a"
+        assert large.connected

@@ -1,0 +1,319 @@
+"""Which failures are tried again and when; connections kept, threads ended."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from email.utils import format_datetime
+from http.client import IncompleteRead, RemoteDisconnected
+
+import pytest
+import requests
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlxroute.errors import (
+    LargeProtocolError,
+    LargeRefused,
+    LargeTimeout,
+    LargeUnavailable,
+    LargeUnreachable,
+)
+from mlxroute.large import LargeModel
+from mlxroute.large.http import retry
+from mlxroute.large.http.address import parse_address
+from mlxroute.large.http.deadline import Deadline
+from mlxroute.large.http.transport import Transport
+from tests.support.asking import VOCABULARY, legacy
+from tests.support.fakes import FakeClock
+from tests.support.loopback import Loopback, Reply
+from tests.support.settled import ask_once, settled
+from tests.support.vocabularies import context
+
+NOW = datetime(2026, 11, 22, 12, 0, 0, tzinfo=UTC)
+
+
+@pytest.fixture
+def server() -> Iterator[Loopback]:
+    with Loopback() as loopback:
+        yield loopback
+
+
+# What to try again, and when
+
+
+@pytest.mark.parametrize(
+    ("status", "passing"),
+    [
+        *((status, True) for status in (408, 429, 500, 502, 503, 504, 529)),
+        *((status, False) for status in (200, 204, 400, 401, 403, 404, 409, 422, 501, 505, 600)),
+    ],
+)
+def test_only_statuses_that_ask_for_patience_pass(status: int, passing: bool) -> None:
+    assert retry.is_passing_status(status) is passing
+
+
+@pytest.mark.parametrize(
+    ("cause", "passing"),
+    [
+        *((kind(), True) for kind in (ConnectionRefusedError, ConnectionResetError)),
+        *((error, True) for error in (BrokenPipeError(), RemoteDisconnected(""))),
+        (IncompleteRead(b""), True),
+        *((kind(), False) for kind in (TimeoutError, socket.gaierror, ssl.SSLError, OSError)),
+        (ssl.SSLCertVerificationError(), False),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
+)
+def test_only_a_lost_connection_passes_however_deep_it_is_wrapped(
+    cause: Exception, passing: bool
+) -> None:
+    wrapped = requests.ConnectionError("wrapped")
+    wrapped.__context__ = cause
+    assert retry.is_passing_error(wrapped) is passing
+
+
+def test_pauses_grow_to_a_cap_and_half_of_each_is_chance() -> None:
+    assert list(retry.pauses_s(lambda: 1.0)) == [0.1, 0.4, 1.0]
+    assert list(retry.pauses_s(lambda: 0.0)) == [0.05, 0.2, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("7", 7.0),
+        (" 0.5 ", 0.5),
+        ("Sun, 22 Nov 2026 12:00:20 GMT", 20.0),
+        ("Sunday, 22-Nov-26 12:00:20 GMT", 20.0),
+        ("Sun Nov 22 12:00:20 2026", 20.0),
+        ("Sun, 22 Nov 2026 11:59:00 GMT", 0.0),
+        *((value, 0.0) for value in (None, "", "soon", "-5", "1e9", "inf", "nan", "9" * 400)),
+    ],
+)
+def test_retry_after_is_read_as_seconds_or_as_a_date(value: str | None, seconds: float) -> None:
+    assert retry.retry_after_s(value, now=NOW.timestamp()) == seconds
+
+
+@given(st.text(max_size=60) | st.datetimes().map(str) | st.integers().map(str))
+def test_any_retry_after_gives_a_finite_number_of_seconds(value: str) -> None:
+    assert 0.0 <= retry.retry_after_s(value, now=NOW.timestamp()) < 1e12
+
+
+# The transport
+
+
+class Waits:
+    """A sleep that only moves a clock."""
+
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.seconds: list[float] = []
+
+    def __call__(self, seconds: float) -> None:
+        self.seconds.append(seconds)
+        self.clock.now += seconds
+
+
+def call(url: str, waits: Waits, *, seconds: float = 30.0) -> int:
+    """One call; the status of its last reply."""
+    transport = Transport(parse_address(url), sleep=waits, random=lambda: 1.0)
+    try:
+        deadline = Deadline(seconds, clock=waits.clock)
+        return transport.call("/completions", body=b'{"a": 1}', deadline=deadline).status
+    finally:
+        transport.close()
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        *(Reply(status=status) for status in (408, 429, 500, 502, 503, 504)),
+        Reply(cut_at=0),
+        Reply(b" " * 400, cut_at=300),
+        Reply(b" " * 400, cut_at=300, reset=True),
+        Reply(cut_at=0, reset=True),
+    ],
+    ids=lambda reply: f"{reply.status} cut {reply.cut_at} reset {reply.reset}",
+)
+def test_a_passing_failure_is_repeated_with_the_same_body(server: Loopback, failure: Reply) -> None:
+    server.script.extend([failure, failure, Reply()])
+    waits = Waits()
+    assert call(server.url, waits) == 200
+    assert waits.seconds == [0.1, 0.4]
+    assert {request.body for request in server.requests} == {b'{"a": 1}'}
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 403, 404, 422, 501])
+def test_any_other_reply_is_final(server: Loopback, status: int) -> None:
+    server.script.append(Reply(status=status))
+    assert call(server.url, Waits()) == status
+    assert len(server.requests) == 1
+
+
+def test_a_refused_connection_is_tried_again_and_then_unreachable(server: Loopback) -> None:
+    waits = Waits()
+    with server.gone(), pytest.raises(LargeUnreachable, match="Connection refused"):
+        call(server.url, waits)
+    assert waits.seconds == [0.1, 0.4, 1.0]
+    server.script.append(Reply())
+    assert call(server.url, waits) == 200
+
+
+def test_the_last_reply_of_a_server_that_stays_unwell_is_returned(server: Loopback) -> None:
+    server.script.extend([Reply(status=500), *[Reply(status=503)] * retry.RETRIES])
+    assert call(server.url, Waits()) == 503
+    assert len(server.requests) == 1 + retry.RETRIES
+
+
+def test_a_read_timeout_is_not_repeated(server: Loopback) -> None:
+    server.script.append(Reply(stall_s=30))
+    transport = Transport(parse_address(server.url))
+    with pytest.raises(LargeTimeout):
+        transport.call("/completions", body=b"{}", deadline=Deadline(0.1))
+    assert len(server.requests) == 1
+
+
+def test_a_reply_that_cannot_be_trusted_is_not_repeated(server: Loopback) -> None:
+    with pytest.raises(LargeProtocolError):
+        ask_once(server, Reply(b"{}"))
+    assert len(server.requests) == 1
+
+
+def test_no_pause_reaches_past_the_deadline(server: Loopback) -> None:
+    server.script.extend([Reply(status=503)] * 3)
+    waits = Waits()
+    assert call(server.url, waits, seconds=0.5) == 503
+    assert waits.seconds == [0.1]
+    assert waits.clock.now < 0.5
+
+
+def test_a_retry_after_that_fits_is_waited_for(server: Loopback) -> None:
+    date = format_datetime(datetime.fromtimestamp(time.time() + 20, UTC), usegmt=True)
+    server.script.append(Reply(status=429, headers={"Retry-After": "7"}))
+    server.script.append(Reply(status=503, headers={"Retry-After": date}))
+    server.script.append(Reply())
+    waits = Waits()
+    assert call(server.url, waits) == 200
+    assert waits.seconds[0] == 7.0
+    # A date has whole seconds, and some time passes until it is read.
+    assert 0.4 < waits.seconds[1] <= 20.0
+
+
+def test_a_retry_after_beyond_the_deadline_fails_at_once_and_is_told(server: Loopback) -> None:
+    server.script.append(
+        Reply(b'{"error": "slow down"}', status=429, headers={"Retry-After": "1800"})
+    )
+    with settled(LargeModel(server.url, model="m")) as large:
+        with pytest.raises(LargeRefused) as caught:
+            large.next_token(context("x", VOCABULARY))
+        assert str(caught.value).endswith(
+            "answered 429: slow down; it asks to be called again in 1,800 s"
+        )
+        # A server that says when is taken at its word.
+        with pytest.raises(LargeUnavailable, match=r"not asked for another 1[78]\d\d s"):
+            large.next_token(context("x", VOCABULARY))
+    assert len(server.requests) == 1
+
+
+def test_a_token_says_what_failed_attempts_cost_it(
+    server: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "_FIRST_S", 0.02)
+    token = Reply.of(legacy("a"))
+    server.script.extend([token, Reply(status=503), token, token])
+    with settled(LargeModel(server.url, model="m")) as large:
+        tokens = [large.next_token(context("x", VOCABULARY)) for _ in range(3)]
+    assert [token.lost_s >= 0.01 for token in tokens] == [False, True, False]
+    assert tokens[1].lost_s < tokens[1].latency_s
+
+
+def test_an_interrupt_ends_a_pause_at_once(server: Loopback) -> None:
+    server.script.append(Reply(status=503, headers={"Retry-After": "25"}))
+    transport = Transport(parse_address(server.url))
+    main = threading.main_thread().ident
+    assert main is not None
+    timer = threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT))
+    began_s = time.monotonic()
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        transport.call("/completions", body=b"{}", deadline=Deadline(30))
+    timer.join()
+    assert time.monotonic() - began_s < 20
+
+
+# Connections and threads
+
+
+def test_one_connection_serves_many_calls_and_retries(
+    server: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "_FIRST_S", 0.001)
+    for _ in range(20):
+        server.script.extend([Reply.of(legacy("a")), Reply(status=429), Reply.of(legacy("a"))])
+    with settled(LargeModel(server.url, model="m")) as large:
+        for _ in range(40):
+            large.next_token(context("x", VOCABULARY))
+    assert len(server.requests) == 60
+    assert server.connections == 1
+
+
+def our_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "mlxroute-large"]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(b" " * 900, byte_every_s=0.03),
+        Reply(raw=b"HTTP/1.0 200 OK\r\n\r\n" + b" " * 900, byte_every_s=0.03),
+        Reply(raw=b"HTTP/1.1 200 OK\r\nX: " + b"y" * 900, byte_every_s=0.03),
+    ],
+    ids=["slow body", "slow body of HTTP/1.0", "slow header"],
+)
+def test_the_thread_of_a_call_given_up_ends_with_it(server: Loopback, reply: Reply) -> None:
+    server.script.append(reply)
+    transport = Transport(parse_address(server.url))
+    with pytest.raises(LargeTimeout):
+        transport.call("/completions", body=b"{}", deadline=Deadline(0.3))
+    for thread in our_threads():
+        # Each byte comes in time for its own read; unbroken, all of them take half a minute.
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_calls_that_cannot_be_ended_are_few(
+    server: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+    look_up = socket.getaddrinfo
+
+    def slow(*arguments: object) -> object:
+        released.wait(60)
+        return look_up(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    server.script.append(Reply())
+    transport = Transport(parse_address(server.url))
+    before = len(our_threads())
+    try:
+        for attempt in range(12):
+            kind = LargeTimeout if attempt < 4 else LargeUnavailable
+            with pytest.raises(kind):
+                transport.call("/completions", body=b"{}", deadline=Deadline(0.02))
+        assert len(our_threads()) == before + 4
+    finally:
+        released.set()
+    for thread in our_threads():
+        thread.join(10)
+    assert server.requests == []
+    assert transport.call("/completions", body=b"{}", deadline=Deadline(30)).status == 200
+
+
+def test_a_token_longer_than_any_vocabulary_has_is_refused(server: Loopback) -> None:
+    with pytest.raises(LargeProtocolError, match="10,000 characters as one token"):
+        ask_once(server, legacy("a" * 10_000))

@@ -1,0 +1,50 @@
+"""A key that is used shows in nothing a command writes, nor in the list of processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.asking import legacy
+from tests.support.loopback import Loopback, Reply, Request
+from tests.support.settled import honest
+from tests.support.tiny import make_tiny_model
+
+KEY = "sk-do-not-show-77aa"
+
+
+@pytest.mark.parametrize("form", ["--json", "--strict"])
+def test_the_key_of_a_command_is_seen_by_the_server_alone(tmp_path: Path, form: str) -> None:
+    commands: list[str] = []
+    played: list[Request] = []
+
+    def play(request: Request) -> Reply:
+        played.append(request)
+        for process in psutil.Process().children(recursive=True):
+            commands.append(" ".join(process.cmdline()))
+        if len(played) % 2:
+            return Reply.of(legacy("a"))
+        echo = {"error": {"message": f"no: {request.headers['authorization']}"}}
+        return Reply.of(echo, status=403)
+
+    make_tiny_model(tmp_path / "tiny")
+    arguments = ["--small", str(tmp_path / "tiny"), "--threshold=-inf", "--max-tokens=8", form]
+    with Loopback(honest(play)) as server:
+        asked = [*arguments, "--large", server.url, "--large-model", "m", "hi"]
+        result = subprocess.run(
+            [sys.executable, "-m", "mlxroute", "ask", *asked],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=os.environ | {"OPENAI_API_KEY": KEY},
+        )
+    assert result.returncode == (3 if form == "--strict" else 0), result.stderr
+    assert {request.headers["authorization"] for request in server.requests} == {f"Bearer {KEY}"}
+    assert "[key]" in result.stdout + result.stderr
+    assert any("mlxroute ask" in command for command in commands)
+    assert KEY not in "".join([*commands, result.stdout, result.stderr])

@@ -1,0 +1,147 @@
+"""A server that fails while it is being settled: one clear error, and no verdict of it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from mlxroute.cli import main
+from mlxroute.errors import (
+    LargeError,
+    LargeProtocolError,
+    LargeRefused,
+    LargeTimeout,
+    LargeUnreachable,
+)
+from mlxroute.large import LargeModel
+from mlxroute.large.http import retry
+from tests.support.asking import legacy
+from tests.support.loopback import Loopback, Reply, Request
+from tests.support.settled import honest
+
+KEY: Final = "sk-do-not-keep-3c9e"
+FAULTS: Final = {
+    "refused": (Reply(cut_at=0, reset=True), LargeUnreachable),
+    "401": (Reply.of({"error": f"Bearer {KEY}?"}, status=401), LargeRefused),
+    "429": (Reply(status=429, headers={"Retry-After": "1800"}), LargeRefused),
+    "503": (Reply(b"loading", status=503), LargeError),
+    "stalled": (Reply(stall_s=30), LargeTimeout),
+    "50 MB": (Reply(b" " * (1 << 20), times=50), LargeProtocolError),
+    "truncated": (Reply(b'{"choices": [{"text": "app'), LargeProtocolError),
+}
+every_fault = pytest.mark.parametrize("fault", FAULTS)
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "_FIRST_S", 0.001)
+
+
+def failing(after: int, fault: Reply) -> Callable[[Request], Reply]:
+    """An honest server for so many requests, from then on a fault."""
+    answer = honest(lambda request: Reply.of(legacy("a")))
+    seen: list[Request] = []
+
+    def fail(request: Request) -> Reply:
+        seen.append(request)
+        return answer(request) if len(seen) <= after else fault
+
+    return fail
+
+
+def connect(server: Loopback, verdicts: Path) -> LargeModel:
+    """Connect to a server that answers at once or never."""
+    large = LargeModel(server.url, api_key=KEY, timeout_s=2.0, verdicts=verdicts)
+    try:
+        large.connect()
+    finally:
+        large.close()
+    return large
+
+
+# At once; in the first question; in the midst of what the right dialect is asked.
+@pytest.mark.parametrize("after", [0, 6, 10])
+@every_fault
+def test_a_fault_while_probing_is_one_error_and_no_verdict(
+    fault: str, after: int, tmp_path: Path
+) -> None:
+    reply, kind = FAULTS[fault]
+    verdicts = tmp_path / "endpoints.json"
+    with Loopback(failing(after, reply)) as server:
+        with pytest.raises(kind) as caught:
+            connect(server, verdicts)
+        if kind is LargeTimeout:
+            # Nothing follows what took all the time of a call.
+            assert len(server.requests) <= after + 1
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
+    assert KEY not in str(caught.value)
+    assert not verdicts.exists()
+
+
+# At once; at the question that checks what is remembered.
+@pytest.mark.parametrize("after", [0, 3])
+@every_fault
+def test_a_fault_while_a_verdict_is_checked_leaves_it_as_it_was(
+    fault: str, after: int, tmp_path: Path
+) -> None:
+    reply, kind = FAULTS[fault]
+    verdicts = tmp_path / "endpoints.json"
+    with Loopback(honest(lambda request: Reply.of(legacy("a")))) as server:
+        connect(server, verdicts)
+        before = verdicts.read_bytes()
+        server.answer = failing(after, reply)
+        with pytest.raises(kind):
+            connect(server, verdicts)
+        assert verdicts.read_bytes() == before
+        server.answer = honest(lambda request: Reply.of(legacy("a")))
+        server.requests.clear()
+        assert connect(server, verdicts).connected
+    # Models, two tokenise routes, one question.
+    assert len(server.requests) == 4
+
+
+@every_fault
+def test_probing_a_server_that_fails_is_one_line_and_exit_code_3(
+    fault: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reply, _ = FAULTS[fault]
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with Loopback(failing(8, reply)) as server:
+        assert main(["probe", server.url, "--timeout", "2"]) == 3
+    captured = capsys.readouterr()
+    assert [line[:7] for line in captured.err.splitlines()] == ["error: "]
+    assert KEY not in captured.out + captured.err
+    assert not verdict_file().exists()
+
+
+def test_a_probe_keeps_its_verdict_for_the_owner_alone_and_no_key_in_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    answer = honest(lambda request: Reply.of(legacy("a")))
+
+    def echo(request: Request) -> Reply:
+        reply = answer(request)
+        said = {"error": f"no: {request.headers['authorization']}"}
+        return reply if reply.status == 200 else Reply.of(said, status=reply.status)
+
+    with Loopback(echo) as server:
+        assert main(["probe", server.url]) == 0
+        asked = sum(bool(request.body) for request in server.requests)
+    captured = capsys.readouterr()
+    text = verdict_file().read_text(encoding="utf-8")
+    assert "OpenAI completions" in captured.out
+    assert captured.err.startswith(f"{asked} requests, ")
+    assert "Bearer [key]" in text
+    assert KEY not in text + captured.out + captured.err
+    assert stat.S_IMODE(verdict_file().stat().st_mode) == 0o600
+
+
+def verdict_file() -> Path:
+    return Path(os.environ["MLXROUTE_CACHE_DIR"]) / "endpoints.json"

@@ -1,0 +1,143 @@
+"""What a probe found is remembered, checked, dropped when it no longer fits, mended if damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlxroute.large import LargeModel
+from mlxroute.large.negotiation.capabilities import VerdictFile
+from tests.support.asking import remember
+from tests.support.loopback import Loopback
+from tests.support.truthful import Truthful
+
+
+def test_a_remembered_verdict_is_used_after_one_call(tmp_path: Path) -> None:
+    verdicts = tmp_path / "folder" / "verdicts.json"
+    with Loopback(Truthful("vllm")) as server:
+        with LargeModel(server.url, verdicts=verdicts) as large:
+            line = large.connect()
+        asked = len(server.requests)
+        with LargeModel(server.url, verdicts=verdicts) as large:
+            assert large.connect() == line
+        paths = [request.path for request in server.requests[asked:]]
+    assert paths.count("/v1/completions") == 1
+    assert VerdictFile(verdicts).load(server.url, None) is not None
+
+
+def test_a_verdict_that_no_longer_fits_is_found_anew(tmp_path: Path) -> None:
+    verdicts = tmp_path / "verdicts.json"
+    with Loopback(Truthful("legacy")) as server:
+        remember(verdicts, url=server.url, model=None, dialect="mlx_lm completions")
+        with LargeModel(server.url, verdicts=verdicts) as large:
+            assert "OpenAI completions" in large.connect()
+        verdict = VerdictFile(verdicts).load(server.url, None)
+    assert verdict is not None
+    assert verdict.dialect == "OpenAI completions"
+
+
+def test_a_verdict_about_another_model_is_not_used(tmp_path: Path) -> None:
+    verdicts = tmp_path / "verdicts.json"
+    with Loopback(Truthful("legacy", models=["new"])) as server:
+        remember(verdicts, url=server.url, model=None, dialect="OpenAI completions, text only")
+        with LargeModel(server.url, verdicts=verdicts) as large:
+            assert "new" in large.connect()
+        verdict = VerdictFile(verdicts).load(server.url, None)
+    assert verdict is not None
+    assert (verdict.model, verdict.dialect) == ("new", "OpenAI completions")
+
+
+def test_probing_ignores_what_is_remembered(tmp_path: Path) -> None:
+    verdicts = tmp_path / "verdicts.json"
+    with Loopback(Truthful("legacy")) as server:
+        remember(verdicts, url=server.url, model="m", dialect="OpenAI completions, text only")
+        with LargeModel(server.url, model="m", verdicts=verdicts) as large:
+            assert large.probe().dialect == "OpenAI completions"
+            assert "(OpenAI completions)" in large.connect()
+
+
+def test_verdicts_come_back_as_they_were_saved_each_under_its_own_model(tmp_path: Path) -> None:
+    path = tmp_path / "verdicts.json"
+    with Loopback(Truthful("llama-server")) as server, LargeModel(server.url) as large:
+        found = large.probe().knowing("abc", True).knowing("def", False)
+    file = VerdictFile(path)
+    file.save(found, named=None)
+    remember(path, url=found.base_url, model="other", dialect="TGI generate")
+    assert file.load(found.base_url, None) == found
+    assert (found.knows("abc"), found.knows("def"), found.knows("x")) == (True, False, None)
+    other = file.load(found.base_url, "other")
+    assert other is not None
+    assert other.dialect == "TGI generate"
+    file.forget(found.base_url, None)
+    file.forget(found.base_url, "never there")
+    assert file.load(found.base_url, None) is None
+    assert file.load(found.base_url, "other") == other
+
+
+def _damaged(value: object) -> list[str]:
+    return [
+        "",
+        "{",
+        "[" * 100_000,
+        "null",
+        "[]",
+        json.dumps({"verdicts": value}),
+        json.dumps({"format": 0, "verdicts": value}),
+        json.dumps({"format": 2, "verdicts": value}),
+        json.dumps({"format": 1, "verdicts": [value]}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dialect", 5),
+        ("dialect", None),
+        ("base_url", None),
+        ("model", 7),
+        ("rung", "1"),
+        ("rung", True),
+        ("calls", None),
+        ("context_length", "long"),
+        ("latency_p50_s", "fast"),
+        ("latency_p95_s", None),
+        ("tokens", ["x"]),
+        ("checks", [5]),
+        ("checks", [{"name": "mid-word"}]),
+        ("checks", [{"name": "mid-word", "passed": "yes", "detail": ""}]),
+        ("refusals", {"dialect": "x"}),
+        ("refusals", [{"dialect": "x", "reason": 3}]),
+        ("same", [["fingerprint", "no"]]),
+        ("same", [[1, True]]),
+        ("same", None),
+        ("unheard_of", 1),
+    ],
+)
+def test_a_damaged_verdict_is_probed_again(tmp_path: Path, name: str, value: object) -> None:
+    path = tmp_path / "verdicts.json"
+    remember(path, url="http://host/v1", model=None, dialect="TGI generate")
+    assert VerdictFile(path).load("http://host/v1", None) is not None
+    whole = json.loads(path.read_text())
+    whole["verdicts"]["http://host/v1 "][name] = value
+    path.write_text(json.dumps(whole))
+    assert VerdictFile(path).load("http://host/v1", None) is None
+
+
+def test_a_damaged_file_is_probed_again_and_mended(tmp_path: Path) -> None:
+    path = tmp_path / "verdicts.json"
+    remember(path, url="http://host/v1", model=None, dialect="TGI generate")
+    sound = json.loads(path.read_text())["verdicts"]
+    for text in [*_damaged(sound), "\udcff\udcfe"]:
+        path.write_bytes(text.encode(errors="surrogateescape"))
+        assert VerdictFile(path).load("http://host/v1", None) is None
+    remember(path, url="http://host/v1", model=None, dialect="TGI generate")
+    assert VerdictFile(path).load("http://host/v1", None) is not None
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "verdicts.json"
+    remember(path, url="http://host/v1", model=None, dialect="TGI generate")
+    assert VerdictFile(path).load("http://host/v1", None) is None

@@ -1,0 +1,321 @@
+"""Finding out how a server wants to be asked, and keeping secrets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxroute.errors import LargeProtocolError, LargeRefused, UsageError
+from mlxroute.large import LargeModel
+from mlxroute.large.negotiation.capabilities import VerdictFile
+from mlxroute.types import Message, Span
+from tests.support import truthful
+from tests.support.asking import MLX_LM, PLAIN, THE, VOCABULARY, ask_plain, legacy, remembered
+from tests.support.loopback import Loopback, Reply, Request, mlx_lm_reply
+from tests.support.truthful import Truthful
+from tests.support.vocabularies import TableTokenizer, TableVocabulary, context
+
+
+@pytest.fixture
+def server() -> Iterator[Loopback]:
+    with Loopback() as loopback:
+        yield loopback
+
+
+def test_connect_names_the_model_and_the_dialect() -> None:
+    with (
+        Loopback(Truthful("mlx_lm", models=["/home/someone/big-7b"])) as server,
+        LargeModel(server.url.removesuffix("/v1")) as large,
+    ):
+        line = large.connect()
+        assert line == f"large model big-7b at {server.url} (mlx_lm completions)"
+        assert (large.base_url, large.model_name) == (server.url, "big-7b")
+
+
+def test_connecting_again_asks_nothing() -> None:
+    with Loopback(Truthful("mlx_lm")) as server, LargeModel(server.url) as large:
+        line, asked = large.connect(), len(server.requests)
+        assert (large.connect(), len(server.requests)) == (line, asked)
+
+
+def test_the_only_model_of_a_plain_server_is_used() -> None:
+    with Loopback(Truthful("legacy", models=["only"])) as server, LargeModel(server.url) as large:
+        assert "only" in large.connect()
+        large.next_token(context("1, 2, 3,", truthful.VOCABULARY))
+        assert server.requests[-1].json["model"] == "only"
+
+
+def test_several_models_need_a_choice() -> None:
+    with Loopback(Truthful("legacy", models=["m1", "m\x1b[31m2"])) as server:
+        with LargeModel(server.url) as large:
+            with pytest.raises(UsageError, match=r"--large-model: m1, m \[31m2$"):
+                large.connect()
+            with pytest.raises(LargeRefused, match="--large-model"):
+                large.next_token(context("x", VOCABULARY))
+        with LargeModel(server.url, model="m1") as large:
+            assert large.connect().startswith("large model m1 at")
+
+
+def test_several_models_on_mlx_lm_need_no_choice() -> None:
+    answer = Truthful("mlx_lm", models=["m1", "m2"], needs_model=False)
+    with Loopback(answer) as server, LargeModel(server.url) as large:
+        large.connect()
+        large.next_token(context("1, 2, 3,", truthful.VOCABULARY))
+        assert "model" not in server.requests[-1].json
+
+
+def test_a_client_that_never_connected_finds_a_way_within_its_first_call() -> None:
+    with Loopback(Truthful("legacy")) as server, LargeModel(server.url) as large:
+        token = large.next_token(context("1, 2, 3,", truthful.VOCABULARY), deadline_s=20)
+        assert token.text == " "
+
+
+def test_a_server_that_no_way_fits_is_a_protocol_error_that_names_the_probe() -> None:
+    with (
+        Loopback(Truthful("closing chat")) as server,
+        LargeModel(server.url) as large,
+        pytest.raises(LargeProtocolError, match="mlxroute probe"),
+    ):
+        large.next_token(context("1, 2, 3,", truthful.VOCABULARY))
+
+
+def test_a_dialect_that_keeps_failing_is_given_up_and_another_is_found(tmp_path: Path) -> None:
+    verdicts = tmp_path / "verdicts.json"
+    wanted = context("1, 2, 3,", truthful.VOCABULARY)
+    with Loopback(Truthful("vllm")) as server, LargeModel(server.url, verdicts=verdicts) as large:
+        large.connect()
+        server.answer = Truthful("mlx_lm")
+        for _ in range(2):
+            with pytest.raises(LargeRefused):
+                large.next_token(wanted)
+        assert VerdictFile(verdicts).load(server.url, None) is None
+        assert large.next_token(wanted).text == " "
+
+
+def test_tokens_that_the_server_does_not_repeat_do_not_make_its_dialect_unfit(
+    server: Loopback,
+) -> None:
+    fragment = VOCABULARY.id_of("Ã")
+    other = mlx_lm_reply([(2, "a"), (2, "a"), (2, "a")])
+    with remembered(server, MLX_LM, model="m", tokenizer=TableTokenizer(VOCABULARY)) as large:
+        for _ in range(4):
+            server.script.append(other)
+            with pytest.raises(LargeProtocolError, match="did not continue"):
+                large.next_token(context("caf", VOCABULARY, fragment_ids=(fragment,)))
+        server.script.append(mlx_lm_reply([(THE, "Ġthe"), (2, "a")]))
+        assert large.next_token(context("x", VOCABULARY)).text == " the"
+
+
+BEGUN = tuple(VOCABULARY.id_of(piece) for piece in ("Ġ", "t", "h", "e"))
+SPELLED_OUT = context(
+    "a the",
+    VOCABULARY,
+    answer=(VOCABULARY.id_of("a"), *BEGUN),
+    spans=(Span("a"), *(Span(c, (i,)) for c, i in zip(" the", BEGUN, strict=True))),
+)
+
+
+def test_tokens_that_the_server_would_read_as_another_are_written_again_by_it(
+    server: Loopback,
+) -> None:
+    again = [(i, VOCABULARY.piece(i) or "") for i in BEGUN]
+    with remembered(server, MLX_LM, model="m", tokenizer=TableTokenizer(VOCABULARY)) as large:
+        server.script.append(mlx_lm_reply([*again, (3, "b"), (2, "a")]))
+        assert large.next_token(SPELLED_OUT).text == "b"
+    assert server.requests[-1].json["prompt"] == "a"
+
+
+def test_where_the_server_does_not_write_its_tokens_again_it_reads_the_text(
+    server: Loopback,
+) -> None:
+    with remembered(server, MLX_LM, model="m", tokenizer=TableTokenizer(VOCABULARY)) as large:
+        server.script.append(mlx_lm_reply([(2, "a")] * 6))
+        server.script.append(mlx_lm_reply([(3, "b"), (2, "a")]))
+        assert large.next_token(SPELLED_OUT).text == "b"
+    assert [request.json["prompt"] for request in server.requests[-2:]] == ["a", "a the"]
+
+
+def test_a_shared_vocabulary_is_compared_once_and_remembered(tmp_path: Path) -> None:
+    verdicts = tmp_path / "verdicts.json"
+    shared, other = truthful.VOCABULARY, TableVocabulary(["a", "b"])
+    with Loopback(Truthful("vllm")) as server:
+        with LargeModel(server.url, verdicts=verdicts) as large:
+            assert large.meet(shared)
+            assert not large.meet(other)
+        asked = len(server.requests)
+        with LargeModel(server.url, verdicts=verdicts) as large:
+            assert large.meet(shared)
+            assert not large.meet(other)
+        paths = [request.path for request in server.requests[asked:]]
+        assert paths.count("/v1/completions") == 1
+        assert paths.count("/detokenize") == 1
+
+
+def test_with_a_shared_vocabulary_ids_go_out_and_come_back_inside_a_character_too() -> None:
+    vocabulary = truthful.VOCABULARY
+    ids = vocabulary.encode("漢字漢字漢")
+    halves = vocabulary.encode("字")
+    with Loopback(Truthful("vllm")) as server, LargeModel(server.url) as large:
+        large.connect()
+        token = large.next_token(
+            context("漢字漢字漢", vocabulary, answer=ids, fragment_ids=halves[:1])
+        )
+        assert (token.token_ids, token.text, token.large_ids) == (halves[1:2], "", halves[1:2])
+        assert server.requests[-1].json["prompt"] == [*ids, halves[0]]
+        assert server.requests[-1].json["return_tokens_as_token_ids"] is True
+
+
+def naming(count: int) -> Truthful:
+    """An mlx_lm server whose replies name so many tokens beside those it would name."""
+
+    def names(path: str, body: dict[str, Any], reply: dict[str, Any]) -> dict[str, Any]:
+        for position in reply["choices"][0]["logprobs"]["content"]:
+            position["top_logprobs"] += [
+                {"id": i, "token": truthful.VOCABULARY.piece(i), "logprob": -9.0}
+                for i in range(80, 80 + count)
+            ]
+        return reply
+
+    return Truthful("mlx_lm", shows=names)
+
+
+def test_whether_the_vocabulary_is_shared_is_settled_before_the_first_answer() -> None:
+    vocabulary = truthful.VOCABULARY
+    halves = vocabulary.encode("字")
+    begun = context("漢字漢字漢", vocabulary, fragment_ids=halves[:1])
+    with Loopback(naming(60)) as server, LargeModel(server.url) as large:
+        assert large.next_token(begun).token_ids == halves[1:2]
+
+
+def test_what_cannot_be_told_of_the_vocabulary_at_first_changes_no_later_answer() -> None:
+    vocabulary = truthful.VOCABULARY
+    begun = context("漢字漢字漢", vocabulary, fragment_ids=vocabulary.encode("字")[:1])
+    with Loopback(naming(0)) as server, LargeModel(server.url) as large:
+        for _ in range(2):
+            with pytest.raises(LargeProtocolError, match="inside a character"):
+                large.next_token(begun)
+            server.answer = naming(60)
+            large.next_token(context("1, 2, 3,", vocabulary))
+
+
+def test_with_another_vocabulary_the_large_models_own_words_go_out() -> None:
+    large_vocabulary, small = truthful.VOCABULARY, TableVocabulary(["Red", "R", "e", "d"])
+    asked: Message = {"role": "user", "content": "What colour is blood?"}
+    wanted = context("small words", small, messages=(asked,))
+    with Loopback(Truthful("vllm")) as server, LargeModel(server.url) as large:
+        large.connect()
+        token = large.next_token(wanted)
+        assert (token.text, token.token_ids) == ("Red", small.encode("Red"))
+        assert token.large_ids == (large_vocabulary.id_of("Red"),)
+        sent = server.requests[-1].json["prompt"]
+        tokenizer = TableTokenizer(large_vocabulary)
+        assert sent == tokenizer.encode_prompt(tokenizer.render([asked]))
+        wanted = context("", small, messages=(asked,), spans=(Span("Red", token.large_ids),))
+        assert large.next_token(wanted).is_eos
+
+
+@pytest.mark.parametrize(
+    ("typed", "reason"),
+    [
+        ("localhost:8081", "http:// or https://"),
+        ("ftp://host/v1", "http:// or https://"),
+        ("http://", "no host"),
+        ("http://host:port/v1", "not a URL"),
+        ("http://host:99999/v1", "not a URL"),
+        ("http://[::1/v1", "not a URL"),
+        ("http://host/v1?key=1", "without"),
+        ("http://ho st/v1", "space"),
+        ("http://a..b/v1", "empty or too long part"),
+        (f"http://{'a' * 64}.example/v1", "empty or too long part"),
+        ("", "http:// or https://"),
+    ],
+)
+def test_a_malformed_address_is_one_clear_line_with_an_example(typed: str, reason: str) -> None:
+    with pytest.raises(UsageError, match=r"for example http://127\.0\.0\.1:8081/v1") as caught:
+        LargeModel(typed)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "url"),
+    [
+        ("http://host:8081", "http://host:8081/v1"),
+        ("http://host:8081/", "http://host:8081/v1"),
+        ("https://host/inference/v1/", "https://host/inference/v1"),
+        ("HTTP://[::1]:80/v1", "http://[::1]:80/v1"),
+    ],
+)
+def test_the_address_is_completed(typed: str, url: str) -> None:
+    with LargeModel(typed) as large:
+        assert large.base_url == url
+
+
+# Secrets
+
+
+def test_the_key_is_sent_and_shown_nowhere() -> None:
+    def answer(request: Request) -> Reply:
+        echoed = request.headers["authorization"]
+        return Reply.of({"error": {"message": f"bad key: {echoed}"}}, status=401)
+
+    with Loopback(answer) as strict, LargeModel(strict.url, api_key="sk-secret") as large:
+        with pytest.raises(LargeRefused, match="check the API key") as caught:
+            large.connect()
+        assert strict.requests[0].headers["authorization"] == "Bearer sk-secret"
+        assert "secret" not in str(caught.value) + repr(large)
+
+
+def test_a_key_with_a_line_break_is_refused_without_showing_it() -> None:
+    with pytest.raises(UsageError) as caught:
+        LargeModel("http://host/v1", api_key="sk-secret\nX-Evil: 1")
+    assert "secret" not in str(caught.value)
+
+
+def test_user_and_password_in_the_address_are_sent_but_not_shown(server: Loopback) -> None:
+    server.script.extend([Reply.of({"error": "no"}, status=403)] * 9)
+    typed = server.url.replace("http://", "http://me:pass%40word@")
+    with LargeModel(typed, model="m") as large:
+        with pytest.raises(LargeRefused) as caught:
+            large.connect()
+        assert "word" not in repr(large) + str(caught.value) + large.base_url
+    assert server.requests[0].headers["authorization"] == "Basic bWU6cGFzc0B3b3Jk"
+
+
+@pytest.mark.parametrize("typed", ["htp://me:word@host", "me:word@host:1", "http://me:word@:1/"])
+def test_a_password_in_a_malformed_address_is_not_shown(typed: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        LargeModel(typed)
+    assert "word" not in str(caught.value)
+
+
+def test_credentials_of_a_netrc_file_are_never_sent(
+    server: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("default login me password word\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    ask_plain(server, legacy("a"))
+    assert all("authorization" not in request.headers for request in server.requests)
+
+
+def test_cookies_of_a_server_are_not_kept(server: Loopback) -> None:
+    with remembered(server, PLAIN, model="m") as large:
+        body = json.dumps(legacy("a")).encode()
+        server.script.append(Reply(body, headers={"Set-Cookie": "id=1"}))
+        server.script.append(Reply.of(legacy("a")))
+        for _ in range(2):
+            large.next_token(context("x", VOCABULARY))
+    assert "cookie" not in server.requests[-1].headers
+
+
+def test_a_proxy_for_the_outside_is_not_used_for_this_machine(
+    server: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9/")
+    assert ask_plain(server, legacy("a")).text == "a"

@@ -1,0 +1,241 @@
+"""Calls for several tokens that a server streams, with real threads and a server on loopback."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from mlxroute.large import LargeModel
+from mlxroute.large.completion_request import CompletionAnswer
+from mlxroute.large.dialects import Dialect
+from mlxroute.large.dialects.json_fields import Completion, ReplyPosition, ReplyToken
+from mlxroute.large.dialects.llama_server import LlamaServer
+from mlxroute.large.dialects.vllm import VllmCompletions
+from mlxroute.large.http.background import PendingCall
+from mlxroute.large.vocabulary.bridge import Bridge
+from mlxroute.large.vocabulary.reply_reader import streamed_tokens as first_ones
+from mlxroute.large.vocabulary.token_reader import TokenReader
+from mlxroute.types import LargeToken
+from tests.support.asking import VOCABULARY
+from tests.support.loopback import Loopback, Reply, Request
+from tests.support.settled import settled
+from tests.support.vocabularies import context
+
+LLAMA = LlamaServer()
+VLLM = VllmCompletions(by_id=False)
+_END = VOCABULARY.id_of("<|im_end|>")
+_WORDS = ("a", "b", "Ġthe")
+
+
+@pytest.fixture
+def server() -> Iterator[Loopback]:
+    with Loopback() as loopback:
+        yield loopback
+
+
+def event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value).encode() + b"\n\n"
+
+
+def llama(names: Sequence[str], *, stop: str = "limit", whole: bool = False) -> list[bytes]:
+    """What llama-server streams, or its whole reply."""
+    parts = []
+    for name in names:
+        data = VOCABULARY.token_bytes(VOCABULARY.id_of(name))
+        text, identity = data.decode(errors="ignore"), VOCABULARY.id_of(name)
+        named = {"id": identity, "token": text, "bytes": list(data), "logprob": -0.5}
+        part: dict[str, Any] = {"content": text, "tokens": [identity]}
+        part["completion_probabilities"] = [{**named, "top_logprobs": [named]}]
+        parts.append(part)
+    last: dict[str, Any] = {
+        "stop_type": stop,
+        "tokens_evaluated": 7,
+        "tokens_predicted": len(names),
+    }
+    last["timings"] = {"cache_n": 6}
+    if whole:
+        joined: dict[str, Any] = {"content": "", "tokens": [], "completion_probabilities": []}
+        for part in parts:
+            joined = {key: joined[key] + part[key] for key in joined}
+        return [json.dumps(joined | last).encode()]
+    return [*map(event, parts), event({"content": "", "tokens": [], **last})]
+
+
+def vllm(names: Sequence[str], *, stop: str = "limit", whole: bool = False) -> list[bytes]:
+    """What vLLM streams, or its whole reply."""
+    finish = "stop" if stop == "eos" else "length"
+    texts = [VOCABULARY.token_bytes(VOCABULARY.id_of(name)).decode() for name in names]
+    ids = [VOCABULARY.id_of(name) for name in names]
+    logprobs: list[dict[str, list[Any]]] = [
+        {"tokens": [text], "token_logprobs": [-0.5], "top_logprobs": [{text: -0.5}]}
+        for text in texts
+    ]
+    usage: dict[str, Any] = {"prompt_tokens": 7, "completion_tokens": len(ids)}
+    usage["prompt_tokens_details"] = {"cached_tokens": 6}
+    if whole:
+        strung = {key: [each[key][0] for each in logprobs] for key in logprobs[0]}
+        choice = {"text": "".join(texts), "token_ids": ids, "logprobs": strung}
+        reply = {"choices": [choice | {"finish_reason": finish}], "usage": usage}
+        return [json.dumps(reply).encode()]
+    ends = [None] * (len(ids) - 1) + [finish]
+    rows = zip(texts, ids, logprobs, ends, strict=True)
+    chunks = [
+        {"text": text, "token_ids": [i], "logprobs": each, "finish_reason": end}
+        for text, i, each, end in rows
+    ]
+    counts = {"choices": [], "usage": usage}
+    return [*(event({"choices": [chunk]}) for chunk in chunks), event(counts), b"data: [DONE]\n\n"]
+
+
+_SERVERS = pytest.mark.parametrize(
+    ("dialect", "writes"), [(LLAMA, llama), (VLLM, vllm)], ids=["llama-server", "vLLM"]
+)
+
+
+def model(server: Loopback, dialect: Dialect = LLAMA) -> LargeModel:
+    large = settled(LargeModel(server.url, model="m"), dialect)
+    # Both vocabularies are the same one.
+    large._settlement.shares = lambda vocabulary: True  # type: ignore[method-assign]
+    return large
+
+
+def streamed_tokens(large: LargeModel, *, ahead: int = 2) -> PendingCall:
+    ids = (VOCABULARY.id_of("t"), VOCABULARY.id_of("h"))
+    return large.begin(context("th", VOCABULARY, answer=ids), ahead=ahead)
+
+
+def until(large: LargeModel, flight: PendingCall, count: int) -> tuple[LargeToken, ...]:
+    """The flight's tokens, as soon as there are so many; all of them with 0."""
+
+    def there() -> bool:
+        return flight.ready and (len(flight.result()) >= count > 0 or flight.over)
+
+    large.wait(there, timeout_s=20)
+    assert there()
+    return flight.result()
+
+
+def texts(tokens: Sequence[LargeToken]) -> list[str]:
+    return ["(end)" if token.is_eos else token.text for token in tokens]
+
+
+@_SERVERS
+def test_each_token_is_there_as_soon_as_it_comes(
+    server: Loopback, dialect: Dialect, writes: Any
+) -> None:
+    let = threading.Semaphore(0)
+    server.script.append(Reply(chunks=tuple(writes(_WORDS)), before=lambda _: let.acquire()))
+    with model(server, dialect) as large:
+        flight = streamed_tokens(large)
+        for count in (1, 2):
+            let.release()
+            assert len(until(large, flight, count)) == count
+            assert not flight.over
+        let.release(9)
+        tokens = until(large, flight, 0)
+    assert texts(tokens) == ["a", "b", " the"]
+    assert sorted({token.latency_s for token in tokens}) == [each.latency_s for each in tokens]
+    assert server.requests[0].json["stream"] is True
+
+
+@_SERVERS
+@pytest.mark.parametrize("stop", ["limit", "eos"])
+def test_a_stream_says_what_the_whole_reply_says(
+    server: Loopback, dialect: Dialect, writes: Any, stop: str
+) -> None:
+    names = [*_WORDS, "<|im_end|>"] if stop == "eos" else _WORDS
+    found = []
+    for whole in (False, True):
+        parts = tuple(writes(names, stop=stop, whole=whole))
+        server.script.append(Reply(parts[0]) if whole else Reply(chunks=parts))
+        with model(server, dialect) as large:
+            found.append(until(large, streamed_tokens(large, ahead=5 if stop == "eos" else 2), 0))
+            assert large.uploads.tokens == 7
+            assert large.uploads.cached_tokens == 6
+            assert large.uploads.completion_tokens == len(names)
+    assert texts(found[0]) == ["a", "b", " the", *(["(end)"] if stop == "eos" else [])]
+    for streamed, told in zip(*found, strict=True):
+        for field in fields(LargeToken):
+            if field.name != "latency_s":
+                assert getattr(streamed, field.name) == getattr(told, field.name), field.name
+
+
+def test_a_stream_that_breaks_off_leaves_what_came_and_is_not_asked_again(
+    server: Loopback,
+) -> None:
+    server.script.append(Reply(chunks=(*llama(_WORDS)[:2], b"")))
+    with model(server) as large:
+        assert texts(until(large, streamed_tokens(large), 0)) == ["a", "b"]
+        assert large.uploads.completion_tokens == 2
+    assert len(server.requests) == 1
+
+
+def test_a_stream_that_breaks_off_before_its_first_token_is_asked_again(server: Loopback) -> None:
+    server.script.extend([Reply(chunks=(b":\n\n", b"")), Reply(chunks=tuple(llama(_WORDS)))])
+    with model(server) as large:
+        assert texts(until(large, streamed_tokens(large), 0)) == ["a", "b", " the"]
+    assert len(server.requests) == 2
+
+
+def test_a_server_that_refuses_to_stream_is_asked_for_whole_replies_from_then_on(
+    server: Loopback,
+) -> None:
+    def answer(request: Request) -> Reply:
+        if request.json.get("stream"):
+            return Reply.of({"error": "no streams here"}, status=400)
+        return Reply(llama(_WORDS, whole=True)[0])
+
+    server.answer = answer
+    with model(server) as large:
+        for _ in range(2):
+            assert texts(until(large, streamed_tokens(large), 0)) == ["a", "b", " the"]
+        assert not large.streams
+    assert [bool(request.json.get("stream")) for request in server.requests] == [True, False, False]
+
+
+def test_a_server_that_answers_as_a_whole_all_the_same_is_understood(server: Loopback) -> None:
+    server.script.append(Reply(llama(_WORDS, whole=True)[0]))
+    with model(server) as large:
+        assert texts(until(large, streamed_tokens(large), 0)) == ["a", "b", " the"]
+
+
+def test_an_error_in_the_middle_of_a_stream_ends_it(server: Loopback) -> None:
+    failed = event({"error": {"message": "out of memory", "code": 500}})
+    server.script.append(Reply(chunks=(*llama(_WORDS)[:1], failed)))
+    with model(server) as large:
+        assert texts(until(large, streamed_tokens(large), 0)) == ["a"]
+
+
+def test_a_cancelled_stream_ends_and_what_came_of_it_is_counted(server: Loopback) -> None:
+    let = threading.Semaphore(1)
+    server.script.append(Reply(chunks=tuple(llama(_WORDS)), before=lambda _: let.acquire()))
+    with model(server) as large:
+        flight = streamed_tokens(large)
+        until(large, flight, 1)
+        flight.cancel()
+        flight.join(10)
+        assert texts(flight.result()) == ["a"]
+        assert large.uploads.completion_tokens == 1
+        assert large.uploads.tokens == 2
+        let.release(9)
+
+
+def test_a_token_without_text_waits_for_what_it_turns_out_to_be() -> None:
+    # Of another vocabulary, so that an id alone says nothing.
+    reader = TokenReader()
+    bridge = Bridge(reader, VOCABULARY, same=False)
+    entries = (
+        ReplyPosition(ReplyToken(5, data=b"a")),
+        ReplyPosition(ReplyToken(6)),
+        ReplyPosition(ReplyToken(7, data=b"b")),
+    )
+    for count in (1, 2, 3):
+        came = entries[:count]
+        text = "ab" if count == 3 else "a"
+        answered = CompletionAnswer(came, text, False, Completion(came, text), 0)
+        assert texts(first_ones(answered, bridge, reader)) == ["a"]

@@ -1,0 +1,159 @@
+"""No request may equal a sequence that `mlx_lm.server` has cached: it would be its last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlxroute.large.vocabulary.mlx_lm_cache_guard import MlxLmCacheGuard, Usage
+from tests.support.vocabularies import TableVocabulary, context
+
+# No piece begins another, so a text has one tokenisation; "Ã" and "©" are the halves of "é".
+PIECES = ["a", "b", "Ġc", "dd", "Ã", "©"]
+VOCABULARY = TableVocabulary(PIECES)
+IDS = [VOCABULARY.id_of(piece) for piece in PIECES]
+OPEN_HALF, CLOSING_HALF = IDS[4:]
+PROMPTS = [(IDS[0], IDS[2]), (IDS[0], IDS[2], IDS[0]), (IDS[3],)]
+
+Ids = tuple[int, ...]
+
+
+@dataclass
+class Server:
+    """The part of `mlx_lm.server` that matters: what it has cached, and when it dies."""
+
+    seed: int
+    trims: bool
+    cached: set[Ids] = field(default_factory=set)
+    generated: int = 0
+
+    def greedy(self, ids: Ids) -> int:
+        if ids and ids[-1] == OPEN_HALF:
+            return CLOSING_HALF
+        return IDS[hash((self.seed, ids)) % 5]
+
+    def reusable(self, prompt: Ids) -> int:
+        """How many of a prompt's tokens need no computing."""
+        if self.trims:
+            shared = max((_common(other, prompt) for other in self.cached), default=0)
+            return min(shared, len(prompt) - 1)
+        return max(
+            (len(other) for other in self.cached if prompt[: len(other)] == other), default=0
+        )
+
+    def complete(self, prompt: Ids, count: int) -> Ids:
+        assert prompt not in self.cached, "the generation thread is dead"
+        self.generated += count
+        ids = prompt
+        for _ in range(count):
+            ids = (*ids, self.greedy(ids))
+        if self.trims:
+            self.cached = {other for other in self.cached if ids[: len(other)] != other}
+        self.cached.add(ids)
+        return ids[len(prompt) :]
+
+
+def _common(one: Ids, other: Ids) -> int:
+    pairs = zip(one, other, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def escalate(server: Server, sent: MlxLmCacheGuard, path: Ids, *, lost: bool) -> int | None:
+    """Ask for the token after `path` as the client does; None when the reply is not the path."""
+    fragment = path[-1:] if path[-1] == OPEN_HALF else ()
+    text = b"".join(map(VOCABULARY.token_bytes, path[: len(path) - len(fragment)])).decode()
+    wanted = context(
+        text, VOCABULARY, answer=path[: len(path) - len(fragment)], fragment_ids=fragment
+    )
+    prompt, repeated = sent.plan(text, context=wanted)
+    repeated = (*repeated, *map(VOCABULARY.token_bytes, fragment))
+    assert prompt.encode() + b"".join(repeated) == b"".join(map(VOCABULARY.token_bytes, path))
+    count = len(repeated) + 2
+    sent.sent(prompt, max_tokens=count)
+    ids = VOCABULARY.encode(prompt)
+    usage = Usage(prompt=len(ids), cached=server.reusable(ids))
+    reply = server.complete(ids, count)
+    if lost:
+        return None
+    data = [VOCABULARY.token_bytes(token_id) for token_id in reply]
+    sent.answered(prompt, data, usage=usage)
+    return reply[len(repeated)] if data[: len(repeated)] == list(repeated) else None
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["escalate", "escalate", "lost", "agree", "agree", "own", "restart"]),
+        st.integers(0, 4),
+    ),
+    max_size=60,
+)
+
+
+@given(steps=STEPS, seed=st.integers(0, 50), trims=st.booleans(), loses=st.booleans())
+@settings(max_examples=400, deadline=None)
+def test_no_prompt_equals_a_cached_sequence_and_every_answer_is_the_greedy_one(
+    steps: list[tuple[str, int]], seed: int, trims: bool, loses: bool
+) -> None:
+    server, sent = Server(seed, trims), MlxLmCacheGuard()
+    path = PROMPTS[0]
+    for step, choice in steps:
+        if step == "restart":
+            path = PROMPTS[choice % len(PROMPTS)]
+        elif step == "own" and path[-1] != OPEN_HALF:
+            path = (*path, IDS[choice])
+        elif step in ("escalate", "lost"):
+            lost = loses and step == "lost"
+            token_id = escalate(server, sent, path, lost=lost)
+            # No answer only inside a character that the large model would not have begun, and
+            # where a lost reply was not what the small model went on with.
+            begun = path[-1] != OPEN_HALF or server.greedy(path[:-1]) == OPEN_HALF
+            assert loses or not begun or token_id == server.greedy(path)
+            path = (*path, token_id if token_id is not None else server.greedy(path))
+        else:
+            path = (*path, server.greedy(path))
+
+
+def test_asking_at_every_position_costs_two_tokens_a_call_where_caches_can_be_trimmed() -> None:
+    server, sent = Server(seed=1, trims=True), MlxLmCacheGuard()
+    path: Ids = PROMPTS[0]
+    for _ in range(50):
+        token_id = escalate(server, sent, path, lost=False)
+        assert token_id is not None
+        path = (*path, token_id)
+    # One more where an answer begins inside a character, and one to learn that caches are trimmed.
+    assert server.generated <= 3 * 50
+
+
+def test_a_refused_request_is_not_repeated_around() -> None:
+    sent = MlxLmCacheGuard()
+    sent.sent("a", max_tokens=2)
+    sent.refused("a", max_tokens=2)
+    assert sent.plan("aa", context=context("aa", VOCABULARY, answer=(IDS[0], IDS[0]))) == ("aa", ())
+
+
+def test_the_question_asked_again_is_sent_as_it_is() -> None:
+    sent = MlxLmCacheGuard()
+    sent.sent("a", max_tokens=2)
+    sent.answered("a", [b"b", b"dd"])
+    wanted = context("a", VOCABULARY, answer=(IDS[0],))
+    assert sent.plan("a", context=wanted) == ("a", ())
+    assert sent.plan("abdd", context=wanted) == ("ab", (b"dd",))
+
+
+def test_a_token_without_bytes_does_not_lead_in_circles() -> None:
+    sent = MlxLmCacheGuard()
+    sent.sent("a", max_tokens=2)
+    sent.answered("a", [b"b", b""])
+    prompt, repeated = sent.plan("ab", context=context("ab", VOCABULARY, answer=(IDS[0], IDS[1])))
+    assert prompt.encode() + b"".join(repeated) == b"ab"
+
+
+def test_a_lost_reply_is_avoided_though_the_small_model_spells_its_tokens_finer() -> None:
+    sent = MlxLmCacheGuard()
+    sent.sent("a", max_tokens=2)
+    fine = TableVocabulary(["a", "d", "y"])
+    wanted = context("addydy", fine, answer=fine.encode("addydy"))
+    prompt, repeated = sent.plan("addydy", context=wanted)
+    assert (prompt, b"".join(repeated)) == ("a", b"ddydy")

@@ -1,0 +1,333 @@
+"""What a reply means: which token it names, and in whose vocabulary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from mlxroute.errors import LargeProtocolError
+from mlxroute.large.dialects import Dialect, Prompt, dialect_named
+from mlxroute.large.dialects.json_fields import ReplyPosition, ReplyToken
+from mlxroute.large.vocabulary.bridge import Bridge, Bridged
+from mlxroute.large.vocabulary.token_reader import TokenReader
+from tests.support.asking import (
+    MLX_LM,
+    PLAIN,
+    THE,
+    VOCABULARY,
+    ask_mlx,
+    ask_plain,
+    contents,
+    legacy,
+    remembered,
+)
+from tests.support.loopback import Loopback, Reply, mlx_lm_reply
+from tests.support.vocabularies import END_ID, TableTokenizer, TableVocabulary, context
+
+
+@pytest.fixture
+def server() -> Iterator[Loopback]:
+    with Loopback() as loopback:
+        yield loopback
+
+
+def dialect(name: str) -> Dialect:
+    found = dialect_named(name)
+    assert found is not None
+    return found
+
+
+def read(
+    name: str,
+    reply: Reply | dict[str, Any],
+    *,
+    vocabulary: TableVocabulary = VOCABULARY,
+    same: bool = False,
+) -> Bridged | None:
+    """The first token of a reply in the small vocabulary."""
+    value = json.loads(reply.body) if isinstance(reply, Reply) else reply
+    completion = dialect(name).completion(value, Prompt(text="x"))
+    reader = TokenReader()
+    reader.learn(completion.entries)
+    return Bridge(reader, vocabulary, same=same).token(completion.entries[:1], completion.text)
+
+
+def token(name: str, reply: Reply | dict[str, Any], **options: Any) -> Bridged:
+    bridged = read(name, reply, **options)
+    assert bridged is not None
+    return bridged
+
+
+def test_the_most_likely_alternative_is_the_token_not_the_first_entry(server: Loopback) -> None:
+    found = ask_mlx(
+        server,
+        mlx_lm_reply(
+            [(THE, "Ġthe"), (2, "a")],
+            usage={
+                "prompt_tokens": 12,
+                "completion_tokens": 2,
+                "prompt_tokens_details": {"cached_tokens": 11},
+            },
+        ),
+    )
+    assert (found.token_ids, found.text, found.logprob) == ((THE,), " the", -0.1)
+    assert found.top == ((" the", -0.1), ("zz", -7.0))
+    assert found.large_ids == (THE,)
+    assert (found.prompt_tokens, found.cached_tokens, found.completion_tokens) == (12, 11, 2)
+    assert found.uploaded_bytes == len(server.requests[-1].body)
+    assert not found.is_eos
+
+
+def test_mlx_lm_is_asked_with_a_boolean_and_for_one_token_more_than_is_read(
+    server: Loopback,
+) -> None:
+    ask_mlx(server, mlx_lm_reply([(THE, "Ġthe"), (2, "a")]))
+    assert server.requests[-1].json == {
+        "prompt": "x",
+        "max_tokens": 2,
+        "temperature": 0,
+        "logprobs": True,
+        "top_logprobs": 5,
+    }
+
+
+def test_equal_logprobs_are_settled_as_the_greedy_sampler_does_by_the_lower_id() -> None:
+    reply = mlx_lm_reply([(THE, "Ġthe"), (2, "a")], others=[(2, "a", -0.1), (9, "zz", -3.0)])
+    assert token(MLX_LM, reply).token_ids == (2,)
+
+
+def test_an_end_after_the_second_token_does_not_end_the_answer_at_the_first() -> None:
+    reply = mlx_lm_reply([(THE, "Ġthe"), (END_ID, "<|im_end|>")], finish="stop")
+    found = token(MLX_LM, reply)
+    assert (found.token_ids, found.is_eos) == ((THE,), False)
+
+
+def test_the_end_is_told_by_id_whatever_the_finish_reason() -> None:
+    found = token(MLX_LM, mlx_lm_reply([(END_ID, "<|im_end|>"), (2, "a")]))
+    assert (found.token_ids, found.text, found.is_eos) == ((END_ID,), "", True)
+
+
+def test_a_foreign_end_token_becomes_the_small_models_own() -> None:
+    found = token(MLX_LM, mlx_lm_reply([(7777, "</s>")], finish="stop"))
+    assert (found.token_ids, found.text, found.is_eos) == ((END_ID,), "", True)
+
+
+def test_of_a_shared_vocabulary_a_fragment_passes_by_id_and_shows_no_text() -> None:
+    fragment = VOCABULARY.id_of("Ã")
+    found = token(MLX_LM, mlx_lm_reply([(fragment, "Ã"), (2, "Ġa")]), same=True)
+    assert (found.token_ids, found.text, found.is_eos) == ((fragment,), "", False)
+    assert found.top[0][0] == r"\xc3"
+
+
+def test_of_another_vocabulary_no_fragment_passes_though_it_has_the_same_id() -> None:
+    fragment = VOCABULARY.id_of("Ã")
+    assert read(MLX_LM, mlx_lm_reply([(fragment, "Ã"), (2, "Ġa")])) is None
+
+
+def test_a_fragment_before_the_wanted_token_must_be_repeated(server: Loopback) -> None:
+    first, second = VOCABULARY.id_of("Ã"), VOCABULARY.id_of("©")
+    with remembered(server, MLX_LM, model="m", tokenizer=TableTokenizer(VOCABULARY)) as large:
+        server.script.append(mlx_lm_reply([(first, "Ã"), (second, "©"), (2, "a")]))
+        server.script.append(mlx_lm_reply([(2, "a"), (second, "©"), (2, "a")]))
+        wanted = context("caf", VOCABULARY, fragment_ids=(first,))
+        found = large.next_token(wanted)
+        assert (found.token_ids, server.prompts[-1]) == ((second,), "caf")
+        assert server.requests[-1].json["max_tokens"] == 3
+        with pytest.raises(LargeProtocolError, match="did not continue"):
+            large.next_token(wanted)
+
+
+def test_a_token_of_another_vocabulary_is_spelled_by_its_bytes() -> None:
+    small = TableVocabulary(["Ġ", "t", "he"])
+    found = token(MLX_LM, mlx_lm_reply([(900, "Ġthe"), (901, "Ġ")]), vocabulary=small)
+    assert (found.token_ids, found.text) == (small.encode(" the"), " the")
+    assert found.large_ids == (900,)
+
+
+def test_the_same_id_for_another_piece_is_not_passed_through() -> None:
+    found = token(MLX_LM, mlx_lm_reply([(THE, "Ġt"), (2, "Ġa")]))
+    assert found.token_ids == VOCABULARY.encode(" t") != (THE,)
+
+
+@pytest.mark.parametrize(("piece", "text"), [("▁the", " the"), ("<0x65>", "e")])
+def test_sentencepiece_pieces_are_understood(piece: str, text: str) -> None:
+    assert token(MLX_LM, mlx_lm_reply([(900, piece), (901, "▁a")])).text == text
+
+
+@pytest.mark.parametrize("piece", ["<|im_start|>", "<think>", "[INST]", "<｜User｜>"])
+def test_foreign_special_tokens_are_no_text(piece: str) -> None:
+    with pytest.raises(LargeProtocolError, match="none of the small model's"):
+        read(MLX_LM, mlx_lm_reply([(900, piece), (901, "Ġa")]))
+
+
+def test_a_foreign_token_that_the_small_vocabulary_cannot_spell_is_refused() -> None:
+    with pytest.raises(LargeProtocolError, match="cannot spell"):
+        read(MLX_LM, mlx_lm_reply([(900, "Ā"), (901, "Ġa")]))
+
+
+def test_a_foreign_fragment_is_completed_by_asking_for_more(server: Loopback) -> None:
+    small = TableVocabulary(["Ã©"])
+    half = mlx_lm_reply([(900, "Ã"), (901, "©"), (902, "Ġa")])
+    found = ask_mlx(server, half, half, vocabulary=small)
+    assert (found.token_ids, found.text) == (small.encode("é"), "é")
+    assert found.large_ids == (900, 901)
+    assert [r.json["max_tokens"] for r in server.requests[-2:]] == [2, 3]
+    assert found.uploaded_bytes == sum(len(r.body) for r in server.requests[-2:])
+
+
+def test_a_character_that_never_comes_to_its_end_is_refused(server: Loopback) -> None:
+    half = mlx_lm_reply([(900, "Ã"), *[(901, "Ã")] * 7, (902, "Ġa")])
+    with pytest.raises(LargeProtocolError, match="no whole character"):
+        ask_mlx(server, *[half] * 6)
+
+
+def test_behind_the_end_of_the_answer_no_more_is_asked_for(server: Loopback) -> None:
+    half = mlx_lm_reply([(900, "Ã"), (END_ID, "<|im_end|>")], finish="stop")
+    with pytest.raises(LargeProtocolError, match="no whole character"):
+        ask_mlx(server, half)
+
+
+def test_a_begin_token_the_server_adds_itself_is_not_sent_twice(server: Loopback) -> None:
+    small = TableVocabulary(["a"], bos_text="<s>")
+    ask_mlx(server, mlx_lm_reply([(2, "a"), (2, "a")]), text="<s>[INST] hi", vocabulary=small)
+    assert server.prompts[-1] == "[INST] hi"
+
+
+def test_the_legacy_shape_gives_token_logprob_and_alternatives(server: Loopback) -> None:
+    found = ask_plain(server, legacy(" the"))
+    assert (found.token_ids, found.text, found.logprob) == ((THE,), " the", -0.5)
+    assert found.top == ((" the", -0.5), ("a", -2.0))
+    assert (found.prompt_tokens, found.cached_tokens) == (9, None)
+    assert server.requests[-1].json == {
+        "model": "m",
+        "prompt": "x",
+        "max_tokens": 1,
+        "temperature": 0,
+        "logprobs": 5,
+    }
+
+
+def test_ids_in_the_legacy_shape_pass_only_with_the_same_bytes() -> None:
+    reply = legacy("b")
+    reply["choices"][0]["logprobs"]["token_ids"] = [THE]
+    assert token(PLAIN, reply).token_ids == (VOCABULARY.id_of("b"),)
+
+
+def test_content_with_ids_and_bytes_is_understood() -> None:
+    the = {"id": THE, "token": " the", "bytes": list(b" the"), "logprob": -0.25}
+    found = token(PLAIN, contents(the | {"top_logprobs": [the]}))
+    assert (found.token_ids, found.text, found.top) == ((THE,), " the", ((" the", -0.25),))
+
+
+def test_a_server_without_logprobs_still_gives_its_token(server: Loopback) -> None:
+    found = ask_plain(server, contents(None, text=" the"))
+    assert (found.text, found.logprob, found.top) == (" the", None, ())
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        legacy("", finish_reason="stop"),
+        legacy("<|im_end|>", text="", finish_reason="stop"),
+        contents({"id": 5, "token": "", "bytes": [], "logprob": -0.1}, finish_reason="stop"),
+        contents(None, finish_reason="stop"),
+        legacy("</s>", finish_reason="stop"),
+    ],
+)
+def test_empty_text_and_stop_is_the_end(reply: dict[str, Any]) -> None:
+    found = token(PLAIN, reply)
+    assert (found.token_ids, found.text, found.is_eos) == ((END_ID,), "", True)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        legacy(""),
+        legacy("\ufffd"),
+        contents(None),
+        contents({"id": 5, "token": "", "bytes": [0xE2], "logprob": -0.1}, text=""),
+        contents({"id": 5, "token": "\ufffd", "bytes": [239, 191, 189], "logprob": -0.1}),
+    ],
+)
+def test_what_may_be_part_of_a_character_is_asked_for_again_and_then_refused(
+    server: Loopback, reply: dict[str, Any]
+) -> None:
+    assert read(PLAIN, reply) is None
+    with pytest.raises(LargeProtocolError, match="no whole character"):
+        ask_plain(server, *[reply] * 6)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        legacy("Ã", text="\ufffd"),
+        legacy(" the", text=" cat"),
+        contents({"id": 5, "token": "a", "bytes": [97], "logprob": -0.1}, text="b"),
+    ],
+)
+def test_a_text_that_is_not_the_tokens_is_refused(reply: dict[str, Any]) -> None:
+    with pytest.raises(LargeProtocolError, match="differ"):
+        read(PLAIN, reply)
+
+
+def test_a_space_that_one_of_two_accounts_lost_is_kept() -> None:
+    assert token(PLAIN, legacy("the", text=" the")).text == " the"
+
+
+def test_a_text_only_server_is_not_asked_inside_a_character(server: Loopback) -> None:
+    with remembered(server, PLAIN, model="m") as large:
+        asked = len(server.requests)
+        with pytest.raises(LargeProtocolError, match="inside a character"):
+            large.next_token(context("caf", VOCABULARY, fragment_ids=(VOCABULARY.id_of("Ã"),)))
+        assert len(server.requests) == asked
+
+
+def test_text_of_more_tokens_than_were_read_is_not_taken_for_one(server: Loopback) -> None:
+    """Some servers write 16 tokens at least, and the first of these has no text of its own."""
+    names = ["\ufffd", "\ufffd", " the"]
+    logprobs = {"tokens": names, "token_logprobs": [-0.5] * 3, "top_logprobs": [{}] * 3}
+    reply = legacy("", text="é the", logprobs=logprobs)
+    with pytest.raises(LargeProtocolError, match="no whole character"):
+        ask_plain(server, *[reply] * 2, *[legacy("")] * 4)
+
+
+# The end of an answer, and words that only look like it
+
+
+def test_an_end_token_after_text_is_the_end_and_is_not_counted_twice() -> None:
+    logprobs = {"tokens": ["b", "<|im_end|>"], "token_logprobs": [-0.5, -0.1]}
+    reply = legacy("", text="b", finish_reason="stop", logprobs=logprobs)
+    entries = dialect(PLAIN).completion(reply, Prompt(text="x")).entries
+    assert [(each.token.text, each.ends) for each in entries] == [
+        ("b", False),
+        ("<|im_end|>", True),
+    ]
+
+
+@pytest.mark.parametrize("text", ["<div>", "</p>", "<br>", "[X]", "<T>"])
+def test_tags_and_ticked_boxes_are_text(text: str) -> None:
+    assert TokenReader().data(ReplyToken(text=text)) == text.encode()
+
+
+def test_with_a_known_vocabulary_what_is_special_is_known_and_not_guessed() -> None:
+    large = TableVocabulary(["<div>", "a"])
+    reader = TokenReader()
+    reader.own = large
+    tag = ReplyToken(token_id=large.id_of("<div>"), text="<div>")
+    assert (reader.is_special(tag), reader.data(tag)) == (False, b"<div>")
+    end = ReplyToken(token_id=END_ID, text="")
+    assert (reader.is_special(end), reader.data(end)) == (True, b"")
+    assert reader.ends(ReplyPosition(end))
+
+
+def test_a_token_id_that_the_known_vocabulary_names_otherwise_is_read_by_its_name() -> None:
+    reader = TokenReader()
+    reader.own = TableVocabulary(["a"])
+    assert reader.data(ReplyToken(token_id=2, piece="b")) == b"b"
+
+
+def test_a_special_token_stands_for_its_name_in_a_prompt() -> None:
+    assert TokenReader().in_prompt(ReplyToken(piece="<|im_end|>")) == b"<|im_end|>"

@@ -1,0 +1,263 @@
+"""Steps that run ahead: invisible but for speed, exact when taken back."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlxroute.backend.load import load
+from mlxroute.errors import UsageError, WeightsError
+from mlxroute.small import SmallModel
+from mlxroute.small.kv_cache import PrefixCache
+from mlxroute.small.mlp_head import SIGNAL_COUNT, MlpHead
+from mlxroute.types import Sampling, Signals
+from tests.support.tiny import make_tiny_model
+
+PROMPT = list(range(5, 25))
+HIDDEN = 64
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def loaded(path: Path) -> tuple[Any, Any]:
+    return load(path)
+
+
+@pytest.fixture
+def small(loaded: tuple[Any, Any]) -> SmallModel:
+    return SmallModel(*loaded, name="tiny")
+
+
+@contextlib.contextmanager
+def standing_still() -> Iterator[None]:
+    """Inside, no step runs ahead."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PrefixCache, "can_run_ahead", False)
+        yield
+
+
+class Passes:
+    """Counts forward passes of a model."""
+
+    def __init__(self, small: SmallModel) -> None:
+        self.count = 0
+        model = small._decoder._model
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            return model(*args, **kwargs)
+
+        small._decoder._model = call
+
+
+Action = tuple[str, int]
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("own"), st.just(0)),
+        st.tuples(st.just("other"), st.integers(1, 200)),
+        st.tuples(st.just("several"), st.integers(2, 5)),
+        st.tuples(st.just("back"), st.integers(0, 4)),
+    ),
+    max_size=14,
+)
+
+
+def played(small: SmallModel, actions: list[Action], sampling: Sampling) -> list[Signals]:
+    """The signals along a script of commits and rollbacks."""
+    seen = [small.prefill(PROMPT, sampling=sampling)[0]]
+    for action, number in actions:
+        own = seen[-1].token_id
+        if action == "back":
+            small.rollback(number)
+            seen.append(small.step(own))
+        elif action == "several":
+            seen.append(small.extend([(own + i) % 300 for i in range(number)]))
+        else:
+            seen.append(small.step((own + number) % 300))
+    return seen
+
+
+@settings(max_examples=25, deadline=None)
+@given(actions=ACTIONS, temperature=st.sampled_from([0.0, 0.9]))
+def test_running_ahead_changes_no_signal_whatever_is_committed(
+    loaded: tuple[Any, Any], actions: list[Action], temperature: float
+) -> None:
+    sampling = Sampling(temperature=temperature, top_p=0.9 if temperature else 1.0, seed=11)
+    ahead = played(SmallModel(*loaded, name="a"), actions, sampling)
+    with standing_still():
+        still = played(SmallModel(*loaded, name="b"), actions, sampling)
+    assert ahead == still
+
+
+def test_the_next_step_is_under_way_before_its_token_is_committed(small: SmallModel) -> None:
+    signals, _ = small.prefill(PROMPT)
+    passes = Passes(small)
+    for _ in range(6):
+        signals = small.step(signals.token_id)
+    assert passes.count == 6
+    small.step((signals.token_id + 1) % 300)
+    # The wrong guess was under way already: this token's own pass, and one ahead of it.
+    assert passes.count == 8
+
+
+def test_what_ran_ahead_is_not_part_of_the_context(small: SmallModel) -> None:
+    signals, _ = small.prefill(PROMPT)
+    small.step(signals.token_id)
+    assert list(small.cached_ids) == [*PROMPT, signals.token_id]
+    again = [*PROMPT, signals.token_id, 7, 8]
+    assert small.prefill(again)[1] == len(PROMPT) + 1
+
+
+def test_a_window_that_cannot_give_tokens_back_never_runs_ahead(small: SmallModel) -> None:
+    from mlx_lm.generate import generate_step
+    from mlx_lm.models.cache import RotatingKVCache
+
+    def windows() -> list[Any]:
+        return [RotatingKVCache(max_size=32, keep=4) for _ in small.model.layers]
+
+    small._decoder.cache.layers = windows()
+    passes = Passes(small)
+    ids = [small.prefill(PROMPT)[0].token_id]
+    while len(ids) < 30:
+        ids.append(small.step(ids[-1]).token_id)
+    # The prompt and 30 steps: none is under way any more.
+    assert passes.count == 31
+    theirs = generate_step(mx.array(PROMPT), small.model, max_tokens=30, prompt_cache=windows())
+    assert ids == [int(token) for token, _ in theirs]
+
+
+class Syncs:
+    """Counts what makes the host wait for the device."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        for name in ("eval", "synchronize"):
+            patch.setattr(mx, name, self._counted(getattr(mx, name)))
+        for name in ("item", "tolist", "__array__", "__bool__", "__int__", "__float__"):
+            patch.setattr(mx.array, name, self._counted(getattr(mx.array, name)))
+
+    def _counted(self, plain: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            return plain(*args, **kwargs)
+
+        return call
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("with_head", [False, True])
+def test_a_token_costs_one_synchronisation(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch, temperature: float, with_head: bool
+) -> None:
+    small.set_head(random_head() if with_head else None)
+    signals, _ = small.prefill(PROMPT, sampling=Sampling(temperature=temperature, seed=1))
+    syncs = Syncs(monkeypatch)
+    for index in range(10):
+        # Every third token is not the model's own.
+        signals = small.step((signals.token_id + (index % 3 == 2)) % 300)
+    assert syncs.count == 10
+
+
+def test_another_thread_may_go_on_with_an_answer(small: SmallModel) -> None:
+    alone = played(small, [("own", 0)] * 8, Sampling())
+    seen = [small.prefill(PROMPT)[0]]
+
+    def go_on() -> None:
+        seen.append(small.step(seen[-1].token_id))
+
+    for index in range(8):
+        if index % 2:
+            go_on()
+        else:
+            thread = threading.Thread(target=go_on)
+            thread.start()
+            thread.join()
+    assert seen == alone
+
+
+def random_head() -> MlpHead:
+    mx.random.seed(5)
+    sizes = (HIDDEN + SIGNAL_COUNT, 16, 1)
+    shapes = list(zip(sizes[1:], sizes[:-1], strict=True))
+    return MlpHead(tuple((mx.random.normal(shape), mx.zeros(shape[0])) for shape in shapes))
+
+
+def test_a_heads_score_is_what_it_says_of_the_hidden_state_and_the_signals(
+    small: SmallModel,
+) -> None:
+    head = random_head()
+    small.set_head(head)
+    signals, _ = small.prefill(PROMPT)
+    for _ in range(3):
+        features = [signals.entropy_nats, signals.varentropy, signals.top_logprobs[0]]
+        hidden = np.array(small.hidden_state())
+        values = np.concatenate([hidden, [*features, signals.margin]])
+        for index, (weight, bias) in enumerate(head.layers):
+            values = values if index == 0 else np.maximum(values, 0)
+            values = np.array(weight) @ values + np.array(bias)
+        assert signals.head_score == pytest.approx(values[0], rel=1e-3, abs=1e-3)
+        signals = small.step(signals.token_id)
+    small.set_head(None)
+    assert small.step(signals.token_id).head_score is None
+
+
+def test_setting_a_head_in_the_middle_changes_no_token(small: SmallModel) -> None:
+    plain = played(small, [("own", 0)] * 4, Sampling())
+    signals, _ = small.prefill(PROMPT)
+    signals = small.step(signals.token_id)
+    small.set_head(random_head())
+    rest = [small.step(signals.token_id)]
+    rest.append(small.step(rest[-1].token_id))
+    assert [s.token_id for s in rest] == [s.token_id for s in plain[2:4]]
+
+
+def test_a_head_is_read_from_its_file(tmp_path: Path) -> None:
+    head = random_head()
+    file = tmp_path / "head.safetensors"
+    arrays: dict[str, mx.array] = {}
+    for index, (weight, bias) in enumerate(head.layers):
+        arrays |= {f"{index}.weight": weight, f"{index}.bias": bias}
+    mx.save_safetensors(str(file), arrays)
+    read = MlpHead.load(file, hidden_size=HIDDEN)
+    hidden, packed = mx.ones((1, HIDDEN)), mx.ones((1, 21))
+    assert read(hidden, packed).item() == head(hidden, packed).item()
+    with pytest.raises(WeightsError, match="from 36 values"):
+        MlpHead.load(file, hidden_size=32)
+    with pytest.raises(WeightsError, match="cannot be read"):
+        MlpHead.load(tmp_path / "none.safetensors", hidden_size=HIDDEN)
+
+
+def test_an_architecture_without_a_known_norm_refuses_a_head(small: SmallModel) -> None:
+    inner = small.model
+    small = SmallModel(_Wrapped(inner), small.tokenizer, name="odd")
+    with pytest.raises(UsageError, match="final hidden state"):
+        small.set_head(random_head())
+    small.prefill(PROMPT)
+    with pytest.raises(UsageError, match="final hidden state"):
+        small.hidden_state()
+
+
+class _Wrapped(nn.Module):  # type: ignore[misc]
+    """A model whose parts have other names."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.core = inner
+        self.layers = inner.layers
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.core(*args, **kwargs)

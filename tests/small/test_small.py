@@ -1,0 +1,342 @@
+"""The small model on random weights: exact against mlx_lm, and safe to interrupt."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlxroute.backend.load import load, memory_needed, on_cpu
+from mlxroute.engine import generate
+from mlxroute.errors import RollbackError, UsageError, WeightsError
+from mlxroute.routers import EntropyRouter
+from mlxroute.small import SmallModel
+from mlxroute.types import Sampling
+from tests.support.tiny import make_tiny_model
+
+PROMPTS = ["Hello there", "def f(x):\n\treturn x", "漢字 \U0001f600 café", "1 2 3 4 5"]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny")
+
+
+@pytest.fixture
+def small(path: Path) -> SmallModel:
+    model, tokenizer = load(path)
+    return SmallModel(model, tokenizer, name="tiny")
+
+
+def ask(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def reference_ids(small: SmallModel, prompt_ids: list[int], count: int, **kwargs: Any) -> list[int]:
+    from mlx_lm.generate import generate_step
+
+    steps = generate_step(mx.array(prompt_ids), small.model, max_tokens=count, **kwargs)
+    return [int(token) for token, _ in steps]
+
+
+def decode(small: SmallModel, prompt_ids: list[int], count: int, **kwargs: Any) -> list[int]:
+    signals, _ = small.prefill(prompt_ids, sampling=Sampling(**kwargs))
+    ids = [signals.token_id]
+    while len(ids) < count:
+        ids.append(small.step(ids[-1]).token_id)
+    return ids
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy_decoding_equals_mlx_lm_token_for_token(small: SmallModel, prompt: str) -> None:
+    prompt_ids = small.encode_prompt(small.render(ask(prompt)))
+    assert decode(small, prompt_ids, 40) == reference_ids(small, prompt_ids, 40)
+
+
+def test_seeded_sampling_equals_mlx_lm_token_for_token(small: SmallModel) -> None:
+    from mlx_lm.sample_utils import make_sampler
+
+    prompt_ids = small.encode_prompt("once upon a time")
+    ours = decode(small, prompt_ids, 30, temperature=0.8, top_p=0.9, seed=7)
+    mx.random.seed(7)
+    theirs = reference_ids(small, prompt_ids, 30, sampler=make_sampler(0.8, top_p=0.9))
+    assert ours == theirs
+    assert ours != decode(small, prompt_ids, 30, temperature=0.8, top_p=0.9, seed=8)
+
+
+def test_a_second_turn_prefills_only_what_is_new(small: SmallModel) -> None:
+    first = small.encode_prompt("a" * 100)
+    decode(small, first, 5)
+    second = [*small.cached_ids, *small.encode_prompt(" and more")]
+    _, reused = small.prefill(second)
+    assert reused == len(first) + 4
+    signals, _ = small.prefill(second)
+    fresh = SmallModel(small.model, small.tokenizer, name="fresh")
+    expected, _ = fresh.prefill(second)
+    assert signals.token_id == expected.token_id
+    assert math.isclose(signals.entropy_nats, expected.entropy_nats, abs_tol=1e-4)
+
+
+def test_the_same_prompt_again_keeps_one_token_to_seed_decoding(small: SmallModel) -> None:
+    prompt_ids = small.encode_prompt("same again")
+    first, _ = small.prefill(prompt_ids)
+    again, reused = small.prefill(prompt_ids)
+    assert reused == len(prompt_ids) - 1
+    assert again.token_id == first.token_id
+
+
+def test_rollback_forgets_exactly_that_many_tokens(small: SmallModel) -> None:
+    prompt_ids = small.encode_prompt("roll me back")
+    ids = decode(small, prompt_ids, 10)
+    small.rollback(4)
+    assert list(small.cached_ids) == [*prompt_ids, *ids[:5]]
+    assert small.step(ids[5]).token_id == ids[6]
+
+
+def test_rolling_back_more_than_there_is_raises(small: SmallModel) -> None:
+    small.prefill([5, 6, 7])
+    with pytest.raises(RollbackError):
+        small.rollback(4)
+
+
+def test_a_layer_that_cannot_give_tokens_back_is_an_error(small: SmallModel) -> None:
+    small.prefill([5, 6, 7])
+    small._decoder.cache.layers[0].trim = lambda count: 0
+    with pytest.raises(RollbackError, match="cannot roll back"):
+        small.rollback(1)
+
+
+def interrupted(*arguments: object, **options: object) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_waiting_for_the_device_costs_nothing(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt_ids = small.encode_prompt("interrupt me in the middle of it")
+    ids = decode(small, prompt_ids, 6)
+    with monkeypatch.context() as patch:
+        patch.setattr("mlxroute.small.decoder.unpack_signals", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            small.step(ids[5])
+    more = [*prompt_ids, *ids, 7]
+    assert_same_as_fresh(small, more, reused=len(prompt_ids) + 6)
+
+
+def test_an_interrupt_inside_a_forward_pass_starts_the_cache_anew(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt_ids = small.encode_prompt("interrupt me in the middle of it")
+    ids = decode(small, prompt_ids, 6)
+    with monkeypatch.context() as patch:
+        # The first layer has taken the token in, the second has not.
+        patch.setattr(small._decoder.cache.layers[1], "update_and_fetch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            small.step(ids[5])
+    with pytest.raises(RollbackError, match="interrupted"):
+        small.rollback(1)
+    assert_same_as_fresh(small, [*prompt_ids, *ids, 7], reused=0)
+
+
+def assert_same_as_fresh(small: SmallModel, prompt_ids: list[int], *, reused: int) -> None:
+    signals, found = small.prefill(prompt_ids)
+    fresh = SmallModel(small.model, small.tokenizer, name="fresh")
+    expected, _ = fresh.prefill(prompt_ids)
+    assert found == reused
+    small.rollback(0)
+    assert {layer.offset for layer in small._decoder.cache.layers} == {len(prompt_ids)}
+    assert math.isclose(signals.entropy_nats, expected.entropy_nats, abs_tol=1e-4)
+
+
+def test_a_cache_without_offsets_is_reused_when_a_prompt_only_goes_on(small: SmallModel) -> None:
+    from mlx_lm.models.cache import CacheList
+
+    small.prefill([5, 6, 7])
+    small._decoder.cache.layers = [CacheList(layer) for layer in small._decoder.cache.layers]
+    assert small._decoder.cache.keep_common_prefix([5, 6, 7, 8, 9]) == 3
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_whatever_was_decoded_before_a_prompt_starts_from_its_own_prefix(
+    path: Path, data: st.DataObject
+) -> None:
+    small = _shared(path)
+    prompts = st.lists(st.integers(3, 40), min_size=2, max_size=24)
+    for prompt_ids in data.draw(st.lists(prompts, min_size=1, max_size=4)):
+        signals, reused = small.prefill(prompt_ids)
+        assert 0 <= reused < len(prompt_ids)
+        assert list(small.cached_ids) == prompt_ids
+        fresh = SmallModel(small.model, small.tokenizer, name="fresh")
+        expected, _ = fresh.prefill(prompt_ids)
+        assert math.isclose(signals.entropy_nats, expected.entropy_nats, abs_tol=1e-4)
+
+
+_MODELS: dict[Path, SmallModel] = {}
+
+
+def _shared(path: Path) -> SmallModel:
+    if path not in _MODELS:
+        model, tokenizer = load(path)
+        _MODELS[path] = SmallModel(model, tokenizer, name="tiny")
+    return _MODELS[path]
+
+
+def test_the_hidden_state_is_what_the_output_layer_saw(small: SmallModel) -> None:
+    prompt_ids = small.encode_prompt("hidden")
+    small.prefill(prompt_ids)
+    hidden = small.hidden_state()
+    logits = small.model.model.embed_tokens.as_linear(hidden)
+    expected = small.model(mx.array([prompt_ids]))[0, -1]
+    assert hidden.shape == (64,)
+    assert mx.allclose(logits, expected, atol=1e-3).item()
+
+
+def test_there_is_no_hidden_state_before_a_step_or_after_a_rollback(small: SmallModel) -> None:
+    with pytest.raises(RollbackError):
+        small.hidden_state()
+    small.prefill([4, 5, 6])
+    small.rollback(1)
+    with pytest.raises(RollbackError):
+        small.hidden_state()
+
+
+def test_prefill_reports_progress_in_chunks(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlxroute.small.model.PREFILL_STEP_SIZE", 10)
+    seen: list[tuple[int, int | None]] = []
+    signals, _ = small.prefill(
+        list(range(3, 34)), progress=lambda label, done, total: seen.append((done, total))
+    )
+    assert seen == [(0, 31), (10, 31), (20, 31), (30, 31), (31, 31)]
+    assert [signals.token_id] == reference_ids(small, list(range(3, 34)), 1, prefill_step_size=10)
+
+
+def test_the_context_length_comes_from_the_model(tmp_path: Path) -> None:
+    model, tokenizer = load(make_tiny_model(tmp_path / "m", context=77))
+    assert SmallModel(model, tokenizer, name="m").context_length == 77
+
+
+def test_never_escalating_through_the_engine_equals_mlx_lm(small: SmallModel) -> None:
+    answer = generate(small, None, "Hi", router=EntropyRouter(math.inf), max_tokens=24)
+    ids = [token.token_id for token in answer]
+    prompt_ids = small.encode_prompt(small.render(ask("Hi")))
+    assert ids == reference_ids(small, prompt_ids, 24)[: len(ids)]
+
+
+@pytest.mark.skipif(not on_cpu(), reason="Metal and CUDA run quantised weights as they are")
+def test_quantised_weights_become_dense_float32_on_a_cpu(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path / "q", quantized=True)
+    model, _ = load(path)
+    assert {str(value.dtype) for _, value in _flat(model)} == {"mlx.core.float32"}
+    assert not any("scales" in name for name, _ in _flat(model))
+    resident = sum(value.nbytes for _, value in _flat(model))
+    assert memory_needed(path) - 600 * 2**20 == resident
+
+
+def test_on_metal_the_weights_are_wired_as_mlx_lm_wires_them(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[int] = []
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 12345})
+    monkeypatch.setattr(mx, "set_wired_limit", limits.append)
+    load(path)
+    assert limits == [12345]
+
+
+def test_memory_is_foretold_for_half_precision_weights(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path / "h")
+    weights = mx.load(str(path / "model.safetensors"))
+    assert isinstance(weights, dict)
+    mx.eval(weights)
+    halves = {name: value.astype(mx.float16) for name, value in weights.items()}
+    mx.save_safetensors(str(path / "model.safetensors"), halves)
+    model, _ = load(path)
+    resident = sum(value.nbytes for _, value in _flat(model))
+    assert memory_needed(path) - 600 * 2**20 >= resident
+
+
+def _flat(model: Any) -> list[tuple[str, mx.array]]:
+    from mlx.utils import tree_flatten
+
+    return list(tree_flatten(model.parameters()))
+
+
+def test_a_lora_adapter_changes_the_answer_as_its_weights_say(path: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(
+            {
+                "fine_tune_type": "lora",
+                "num_layers": 1,
+                "lora_parameters": {
+                    "rank": 2,
+                    "scale": 3.0,
+                    "dropout": 0.0,
+                    "keys": ["self_attn.q_proj"],
+                },
+            }
+        )
+    )
+    lora_a, lora_b = mx.random.normal((64, 2)), mx.random.normal((2, 64))
+    name = "model.layers.1.self_attn.q_proj"
+    mx.save_safetensors(
+        str(adapter / "adapters.safetensors"), {f"{name}.lora_a": lora_a, f"{name}.lora_b": lora_b}
+    )
+    adapted, _ = load(path, adapter=adapter)
+    plain, _ = load(path)
+    layer = plain.model.layers[1].self_attn.q_proj
+    layer.weight = layer.weight + 3.0 * (lora_a @ lora_b).T
+    tokens = mx.array([[5, 9, 11]])
+    assert mx.allclose(adapted(tokens), plain(tokens), atol=1e-3).item()
+
+
+def test_an_adapter_that_is_not_there_is_one_clear_error(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--adapter .*nowhere"):
+        load(path, adapter=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("config", [{"peft_type": "LORA", "r": 8}, [], {"num_layers": "x"}])
+def test_an_adapter_of_another_kind_is_one_clear_error(
+    path: Path, tmp_path: Path, config: object
+) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="no MLX adapter"):
+        load(path, adapter=tmp_path)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "rms_norm_eps", "vocab_size", None])
+def test_an_incomplete_config_is_one_clear_error(tmp_path: Path, key: str | None) -> None:
+    path = make_tiny_model(tmp_path / "odd")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(
+        json.dumps([] if key is None else {k: v for k, v in config.items() if k != key})
+    )
+    with pytest.raises(WeightsError, match="odd"):
+        load(path)
+    if key is None and on_cpu():
+        with pytest.raises(WeightsError, match="odd"):
+            memory_needed(path)
+
+
+def test_a_template_that_refuses_the_conversation_is_one_clear_error(small: SmallModel) -> None:
+    small.tokenizer.chat_template = "{{ raise_exception('no system role here') }}"
+    with pytest.raises(UsageError, match=r"tiny refuses .* no system role here"):
+        small.render(ask("hi"))
+
+
+def test_a_broken_weights_file_is_one_clear_error(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path / "broken")
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(WeightsError, match="broken"):
+        load(path)

@@ -1,0 +1,104 @@
+"""Asking a scripted server once, and replies to script it with."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlxroute.large import LargeModel
+from mlxroute.large.dialects import dialect_named
+from mlxroute.large.negotiation.capabilities import Verdict, VerdictFile
+from mlxroute.large.vocabulary.tokenizers import Tokenizer
+from mlxroute.types import LargeToken
+from tests.support.loopback import Loopback, Reply, mlx_lm_reply
+from tests.support.vocabularies import TableVocabulary, context
+
+VOCABULARY = TableVocabulary(["a", "b", "Ġthe", "Ġ", "t", "h", "e", "zz", "Ã", "©"])
+THE = VOCABULARY.id_of("Ġthe")
+PLAIN = "OpenAI completions"
+MLX_LM = "mlx_lm completions"
+
+
+def legacy(text: str, /, **changes: Any) -> dict[str, Any]:
+    """A reply in the shape of vLLM and of OpenAI's legacy models."""
+    logprobs = {"tokens": [text], "token_logprobs": [-0.5], "top_logprobs": [{text: -0.5, "a": -2}]}
+    choice = {"index": 0, "text": text, "finish_reason": "length", "logprobs": logprobs} | changes
+    return {"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 1}}
+
+
+def contents(token: dict[str, Any] | None, /, **changes: Any) -> dict[str, Any]:
+    """A reply in the shape of llama-server."""
+    text = "" if token is None else token["token"]
+    logprobs = None if token is None else {"content": [token]}
+    choice = {"index": 0, "text": text, "finish_reason": "length", "logprobs": logprobs} | changes
+    return {"choices": [choice]}
+
+
+def remember(path: Path, *, url: str, model: str | None, dialect: str) -> None:
+    """Write down what an earlier probe of a server found."""
+    found = dialect_named(dialect)
+    assert found is not None
+    verdict = Verdict(
+        base_url=url,
+        model=model,
+        dialect=found.name,
+        rung=found.rung,
+        checks=(),
+        refusals=(),
+        tokens=None,
+        context_length=None,
+        latency_p50_s=0.0,
+        latency_p95_s=0.0,
+        calls=1,
+    )
+    VerdictFile(path).save(verdict, named=model)
+
+
+@contextlib.contextmanager
+def remembered(
+    server: Loopback,
+    dialect: str,
+    *,
+    model: str | None = None,
+    tokenizer: Tokenizer | None = None,
+    **options: Any,
+) -> Iterator[LargeModel]:
+    """A client that knows how a scripted server is asked, from an earlier probe.
+
+    `tokenizer` are the large model's files, for a `model` that is named.
+    """
+    no_route = Reply.of({"error": "Not Found"}, status=404)
+    fits = mlx_lm_reply([(9, "apple"), (2, "a")]) if dialect == MLX_LM else Reply.of(legacy("app"))
+    routes = [] if tokenizer else [no_route, no_route]
+    server.script.extend([Reply.of({"data": []}), *routes, fits])
+    with tempfile.TemporaryDirectory() as folder:
+        verdicts = Path(folder) / "verdicts.json"
+        remember(verdicts, url=server.url, model=model, dialect=dialect)
+        options |= {"verdicts": verdicts, "find_tokenizer": lambda name: tokenizer}
+        with LargeModel(server.url, model=model, **options) as large:
+            large.connect()
+            assert not server.script
+            yield large
+
+
+def ask_plain(
+    server: Loopback, *replies: Reply | dict[str, Any], text: str = "x", **options: Any
+) -> LargeToken:
+    """Ask a plain server once, settled on that before."""
+    with remembered(server, PLAIN, model="m", **options) as large:
+        server.script.extend(
+            each if isinstance(each, Reply) else Reply.of(each) for each in replies
+        )
+        return large.next_token(context(text, VOCABULARY))
+
+
+def ask_mlx(
+    server: Loopback, *replies: Reply, text: str = "x", vocabulary: TableVocabulary = VOCABULARY
+) -> LargeToken:
+    """Ask an mlx_lm server once, settled on that before."""
+    with remembered(server, MLX_LM) as large:
+        server.script.extend(replies)
+        return large.next_token(context(text, vocabulary))

