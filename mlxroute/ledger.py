@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from mlxroute.closeable import Closeable
 from mlxroute.errors import LargeUnrecorded, UsageError
 from mlxroute.types import Uploads
 
@@ -22,7 +22,7 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-class Ledger:
+class Ledger(Closeable):
     """Counts what is sent to the large model, and writes it to a file of JSON Lines if given one.
 
     `sent` is called as a body is about to leave, once per attempt, `used` as replies come. Safe to
@@ -38,17 +38,6 @@ class Ledger:
         self._file = None if path is None else _opened(path)
         self.uploads = Uploads()
         self.failure: str | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def hide(self, secret: str | None) -> None:
         """Write `[key]` wherever this text occurs from now on."""

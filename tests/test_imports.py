@@ -13,11 +13,15 @@ import mlxroute
 
 PACKAGE = Path(mlxroute.__file__).parent
 
-_BASE = {"types", "errors", "_version"}
+_BASE = {"types", "errors", "closeable", "safe_text", "sequences", "statistics", "_version"}
 # For each room, the rooms it may import besides itself and the base.
 _ROOMS: dict[str, set[str]] = {
     "types": set(),
     "errors": set(),
+    "closeable": set(),
+    "safe_text": set(),
+    "sequences": set(),
+    "statistics": set(),
     "_version": set(),
     "config": set(),
     "catalog": set(),

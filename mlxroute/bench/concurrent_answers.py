@@ -1,7 +1,7 @@
 """Several answers at once: their next tokens are decoded as rows of one batch.
 
 Each answer is written by the engine in a thread of its own, before an `AnswerRow` that stands for
-the small model. The thread that owns the model decodes a step as soon as every answer waits for one;
+the small model. The thread that owns the model decodes a step when every answer waits for one;
 answers to one prompt that are alike so far share a row. Rows of a batch round differently from one
 row, so near ties may fall otherwise than alone.
 """

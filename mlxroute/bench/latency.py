@@ -23,11 +23,11 @@ from mlxroute.bench.virtual_models import Known, VirtualClock, VirtualLarge, Vir
 from mlxroute.engine import Answer, Experience, Options
 from mlxroute.engine.modes.experience import BRANCH_ROWS
 from mlxroute.engine.protocols import LargeProtocol, SmallProtocol
-from mlxroute.engine.stats import intervals
 from mlxroute.engine.transcript import Transcript
 from mlxroute.large import LargeModel
 from mlxroute.routers import EntropyRouter
 from mlxroute.small import SmallModel
+from mlxroute.statistics import intervals
 from mlxroute.types import Message, Mode, Progress, RunStats, Token, no_progress
 
 _MANY: Final = 32

@@ -12,11 +12,11 @@ from typing import Any
 from mlxroute.bench.kernel_cost import fused
 from mlxroute.bench.measurement import interleaved, ratios, seconds, spread
 from mlxroute.engine import generate
-from mlxroute.engine.stats import intervals, percentile
 from mlxroute.routers import EntropyRouter
 from mlxroute.small import SmallModel
 from mlxroute.small.kernels.packed_row import HEADER_SIZE, TOP_K
 from mlxroute.small.mlp_head import SIGNAL_COUNT, MlpHead
+from mlxroute.statistics import intervals, percentile
 from mlxroute.types import Progress, no_progress
 
 CONTEXTS = (128, 512, 1024, 2048, 4096)

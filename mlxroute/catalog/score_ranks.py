@@ -7,7 +7,6 @@ One JSON file a model, `ranks/<name>.json`, in the user's catalogue folder or th
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Final, Self
 
 from mlxroute.catalog import shipped_dir
 from mlxroute.errors import CatalogError
+from mlxroute.statistics import interpolated_quantile
 
 # A budget soon follows the model's own scores; until then those of another model serve.
 _GENERAL: Final = "qwen2.5-coder-0.5b"
@@ -53,10 +53,7 @@ class ScoreRanks:
 
     def at(self, router: str, rate: float) -> float:
         """The score that this share of the positions exceeds."""
-        values = self[router]
-        place = (1.0 - rate) * (len(values) - 1)
-        low = min(math.floor(place), len(values) - 2)
-        return values[low] + (place - low) * (values[low + 1] - values[low])
+        return interpolated_quantile(self[router], 1.0 - rate)
 
     def write(self, folder: Path) -> Path:
         """Write it where `of` finds it; return the file."""

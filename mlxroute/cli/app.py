@@ -361,7 +361,7 @@ def _message(exc: typer.TyperException) -> str:
 
 
 def _fail(text: str, code: int) -> int:
-    from mlxroute.view import printable
+    from mlxroute.safe_text import printable
 
     typer.echo(f"error: {printable(' '.join(text.split()))}", err=True)
     return code

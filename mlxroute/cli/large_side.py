@@ -154,6 +154,6 @@ def _plain(text: str) -> str:
     """Text of a server, without control characters and without rich's markup."""
     from rich.markup import escape
 
-    from mlxroute.view import printable
+    from mlxroute.safe_text import printable
 
     return escape(printable(text))

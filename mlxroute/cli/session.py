@@ -291,7 +291,7 @@ def _open_large(settings: Settings, ledger: Ledger, err: Console) -> LargeModel 
     except LargeUnrecorded as exc:
         raise UsageError(str(exc)) from exc
     except LargeError as exc:
-        from mlxroute.view import printable
+        from mlxroute.safe_text import printable
 
         if settings.strict:
             raise

@@ -17,9 +17,9 @@ from mlxroute.engine.modes.governor import Governor
 from mlxroute.engine.modes.wait_loop import wait
 from mlxroute.engine.options import Options, parse_mode
 from mlxroute.engine.protocols import LargeProtocol, RouterProtocol, SmallProtocol
-from mlxroute.engine.stats import intervals, percentile
 from mlxroute.engine.transcript import Transcript
 from mlxroute.errors import ContextTooLong, UsageError
+from mlxroute.statistics import intervals, percentile
 from mlxroute.types import (
     Activity,
     Event,

@@ -20,7 +20,8 @@ from mlxroute.backend.load import check_memory, memory_needed
 from mlxroute.errors import LargeError, LaunchError
 from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.deadline import Deadline
-from mlxroute.large.http.transport import Transport, printable
+from mlxroute.large.http.transport import Transport
+from mlxroute.safe_text import printable_line
 from mlxroute.types import Progress, no_progress
 
 _POLL_S: Final = 0.1
@@ -213,4 +214,4 @@ def _last_line(log_path: Path) -> str:
     except OSError:
         return ""
     told = [line for line in lines if line.strip() and not line.startswith((" ", "BLAS:"))]
-    return printable(re.sub(r"^(?:\w+\.)*[A-Z]\w*: ", "", told[-1])) if told else ""
+    return printable_line(re.sub(r"^(?:\w+\.)*[A-Z]\w*: ", "", told[-1])) if told else ""

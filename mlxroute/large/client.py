@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
+from mlxroute.closeable import Closeable
 from mlxroute.errors import (
     LargeError,
     LargeProtocolError,
@@ -24,7 +24,7 @@ from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.background import PendingCall, Tokens
 from mlxroute.large.http.circuit_breaker import CircuitBreaker
 from mlxroute.large.http.deadline import Deadline
-from mlxroute.large.http.transport import Transport, printable
+from mlxroute.large.http.transport import Transport
 from mlxroute.large.negotiation.capabilities import Verdict
 from mlxroute.large.negotiation.negotiator import Negotiator
 from mlxroute.large.negotiation.vocabulary_pairing import Pairing, Pairings
@@ -33,6 +33,7 @@ from mlxroute.large.streaming import StreamedTokens, may_do_whole
 from mlxroute.large.vocabulary.reply_reader import first_token, streamed_tokens
 from mlxroute.large.vocabulary.tokenizers import FileTokens, Tokenizer
 from mlxroute.ledger import Ledger
+from mlxroute.safe_text import printable_line
 from mlxroute.types import LargeContext, LargeToken, Uploads, Vocabulary
 
 _LONGEST_S: Final = 86_400
@@ -41,7 +42,7 @@ _MOST_IN_FLIGHT: Final = 8
 _ENDING_S: Final = 0.3
 
 
-class LargeModel:
+class LargeModel(Closeable):
     """One token per call from a large model on an OpenAI-compatible server.
 
     `connect` finds out how the server wants to be asked, by questions whose answers are known;
@@ -108,17 +109,6 @@ class LargeModel:
     def __repr__(self) -> str:
         return f"LargeModel({self.base_url!r}, model={self.model_name!r})"
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     @property
     def base_url(self) -> str:
         """The server's address, without user and password."""
@@ -129,7 +119,7 @@ class LargeModel:
         """The model asked for, or the one the server says it has, fit to be shown."""
         name = self._model or self._asker.model or "the server's own model"
         # Servers list a local model by its path; only the last part means something.
-        return printable(PurePosixPath(name).name if name.startswith("/") else name, limit=100)
+        return printable_line(PurePosixPath(name).name if name.startswith("/") else name, limit=100)
 
     @property
     def uploads(self) -> Uploads:

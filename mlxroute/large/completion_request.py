@@ -19,10 +19,11 @@ from mlxroute.large.dialects.json_fields import (
 )
 from mlxroute.large.dialects.sse import events, is_events
 from mlxroute.large.http.deadline import Deadline
-from mlxroute.large.http.transport import Hears, Reply, Transport, printable
+from mlxroute.large.http.transport import Hears, Reply, Transport
 from mlxroute.large.vocabulary.mlx_lm_cache_guard import MlxLmCacheGuard, Usage
 from mlxroute.large.vocabulary.token_reader import TokenReader
 from mlxroute.ledger import Ledger
+from mlxroute.safe_text import printable_line
 from mlxroute.types import LargeContext
 
 # Vocabularies have tokens of some hundred characters, mostly spaces or dashes.
@@ -240,7 +241,7 @@ class CompletionRequester:
 
     def _refusal(self, message: str, reply: Reply) -> LargeRefused:
         """The error for a reply that is no success, without the key should the server echo it."""
-        said = printable(self._transport.without_secrets(message)) or "no reason given"
+        said = printable_line(self._transport.without_secrets(message)) or "no reason given"
         hint = "; check the API key" if reply.status in (401, 403) else ""
         if reply.retry_after_s:
             hint = f"; it asks to be called again in {reply.retry_after_s:,.0f} s"

@@ -9,9 +9,9 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from mlxroute.closeable import Closeable
 from mlxroute.engine.protocols import NamedLargeProtocol, PendingCallProtocol
 from mlxroute.errors import LargeError
 from mlxroute.recorded.json_lines import read_json_lines
@@ -24,7 +24,7 @@ class RecordingStopped(LargeError):
     """Nothing is asked any more, for a fault of another answer or an interrupt."""
 
 
-class Replies:
+class Replies(Closeable):
     """The large model and what it said so far, by the ids before it. Safe for several threads.
 
     `path` is of one small and one large model, as the ids are the small vocabulary's. At most
@@ -41,17 +41,6 @@ class Replies:
         self._closed = False
         for item in read_json_lines(path):
             self._known[item.pop("key")] = _token(item)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def model_name(self) -> str:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from mlxroute.errors import UsageError
+from mlxroute.statistics import interpolated_quantile
 from mlxroute.types import Judgement
 
 BURST: Final = 4.0
@@ -56,7 +57,7 @@ class Budget:
         """
         if not 0 <= rate <= 1:
             raise UsageError(f"a budget must be from 0% to 100%, not {rate:.4g}")
-        expected = [_at(quantiles, (i + 0.5) / _WINDOW) for i in range(_WINDOW)]
+        expected = [interpolated_quantile(quantiles, (i + 0.5) / _WINDOW) for i in range(_WINDOW)]
         mixed = [_stepped(expected[i * _STRIDE % _WINDOW], resolution) for i in range(_WINDOW)]
         return cls(rate, resolution, 1.0 - rate, BURST, tuple(mixed), tuple(sorted(mixed)))
 
@@ -104,10 +105,3 @@ def _stepped(score: float, resolution: float) -> float:
     if math.isnan(score):
         return math.inf
     return math.floor(score / resolution + 0.5) * resolution if math.isfinite(score) else score
-
-
-def _at(quantiles: Sequence[float], rank: float) -> float:
-    """The score at a rank from 0 to 1, between the two nearest of evenly spaced ones."""
-    place = rank * (len(quantiles) - 1)
-    low = min(math.floor(place), len(quantiles) - 2)
-    return quantiles[low] + (place - low) * (quantiles[low + 1] - quantiles[low])

@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.segment import Segment, Segments
 from rich.style import Style
 
+from mlxroute.safe_text import printable
 from mlxroute.types import (
     Activity,
     Event,
@@ -24,8 +25,8 @@ from mlxroute.types import (
     Token,
     Uploads,
 )
+from mlxroute.view.plain_writer import PlainWriter
 from mlxroute.view.summary import status_line
-from mlxroute.view.terminal_text import PlainWriter, printable
 from mlxroute.view.word_wrap import Row, Styled, all_rows, full_rows
 
 _REFRESH_PER_S = 8

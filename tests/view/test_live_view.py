@@ -18,8 +18,9 @@ from rich.segment import Segment
 from rich.style import Style
 
 from mlxroute.errors import LargeTimeout
+from mlxroute.safe_text import printable
 from mlxroute.types import Activity, Provisional, Retracted, RunStats, Source
-from mlxroute.view import LiveView, PlainWriter, printable
+from mlxroute.view import LiveView, PlainWriter
 from mlxroute.view.live_view import heat_style
 from mlxroute.view.word_wrap import Styled, all_rows, full_rows
 from tests.support.scripted import ScriptedAnswer, Step, Terminal, token

@@ -143,7 +143,7 @@ class _Chat:
         """One line for the user, beside the answers."""
         from rich.text import Text
 
-        from mlxroute.view import printable
+        from mlxroute.safe_text import printable
 
         # Only a terminal has an edge to wrap at.
         self._err.print(Text(printable(line), style), soft_wrap=not self._err.is_terminal)

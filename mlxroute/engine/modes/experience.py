@@ -44,8 +44,8 @@ class Experience:
     they take at the same time, as where both models share a machine.
     `agreement` and `coverage` are the shares of escalated positions where the large model wants
     the small one's choice, or one of its `BRANCH_ROWS` likeliest; `rate` is that of the positions
-    that are escalated, `answered` the share of them that an earlier call had answered, where there was
-    one. Until seen they are guesses. `begun` calls were made, for `needed` positions that were
+    that are escalated, `answered` the share of them that an earlier call had
+    answered, where there was one. Until seen they are guesses. `begun` calls were made, for `needed` positions that were
     escalated and others that were not reached.
     """
 

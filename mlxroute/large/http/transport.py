@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from mlxroute.large.http.address import Address
 from mlxroute.large.http.connections import Auth, HttpSessionPool, checked_bundle
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.ledger import Ledger
+from mlxroute.safe_text import printable_line
 
 MAX_REPLY_BYTES: Final = 1 << 20
 # Calls whose threads could not be ended: only a name look-up or a proxy can hold one for long.
@@ -206,7 +206,7 @@ class Exchange(threading.Thread):
         except ValueError:
             target = "an address that is no URL"
         return LargeRefused(
-            f"{self._address.url} redirects to {printable(target, limit=200)}, which is not"
+            f"{self._address.url} redirects to {printable_line(target, limit=200)}, which is not"
             " followed; give the final address if you trust it"
         )
 
@@ -351,13 +351,6 @@ class Transport:
         )
 
 
-def printable(text: str, *, limit: int = 300) -> str:
-    """Text of a server made fit for one line of a terminal."""
-    line = "".join(c if c.isprintable() else " " for c in text)
-    line = re.sub(r"\s+", " ", line).strip()
-    return line if len(line) <= limit else line[: limit - 1] + "…"
-
-
 def _reason(exc: BaseException) -> str:
     # The innermost system error says it best; the outer texts repeat addresses and object names.
     reason = "the server closed it"
@@ -366,4 +359,4 @@ def _reason(exc: BaseException) -> str:
         if isinstance(cause, OSError) and cause.strerror:
             reason = cause.strerror
         cause = cause.__cause__ or cause.__context__
-    return printable(reason, limit=120)
+    return printable_line(reason, limit=120)

@@ -15,12 +15,12 @@ from mlxroute.large.completion_request import CompletionAnswer, CompletionReques
 from mlxroute.large.dialects import LADDER, Dialect, Form, Prompt
 from mlxroute.large.dialects.json_fields import ReplyPosition
 from mlxroute.large.http.deadline import Deadline
-from mlxroute.large.http.transport import printable
 from mlxroute.large.negotiation import probe_questions
 from mlxroute.large.negotiation.capabilities import CapabilityCheck, RejectedDialect
 from mlxroute.large.negotiation.probe_questions import ProbeQuestion
 from mlxroute.large.vocabulary.token_reader import REPLACEMENT
 from mlxroute.large.vocabulary.tokenizers import TokenSource
+from mlxroute.safe_text import printable_line
 
 # Statuses that say nothing about the dialect: the key, the load, the server's health. A plain 500
 # is what many servers answer to a body that they do not understand.
@@ -340,7 +340,7 @@ def _longer(prompt: Prompt, entry: ReplyPosition, data: bytes) -> Prompt:
 
 
 def _quoted(text: str) -> str:
-    return repr(printable(text, limit=40))
+    return repr(printable_line(text, limit=40))
 
 
 def _without_address(text: str) -> str:

@@ -9,7 +9,8 @@ from typing import Final
 from mlxroute.errors import LargeProtocolError, LargeRefused
 from mlxroute.large.dialects.json_fields import parse_object, sequence
 from mlxroute.large.http.deadline import Deadline
-from mlxroute.large.http.transport import Transport, printable
+from mlxroute.large.http.transport import Transport
+from mlxroute.safe_text import printable_line
 
 _SHOWN: Final = 8
 
@@ -39,7 +40,7 @@ def served_models(transport: Transport, deadline: Deadline) -> tuple[ServedModel
 
 def listed(names: Sequence[str]) -> str:
     """Names for a message, the first few of them."""
-    shown = [printable(name, limit=80) for name in names[:_SHOWN]]
+    shown = [printable_line(name, limit=80) for name in names[:_SHOWN]]
     rest = len(names) - len(shown)
     return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")
 

@@ -1,22 +1,10 @@
-"""Model text made safe for a terminal, and the writer for everything that is not one."""
+"""The writer of answers to pipes and files."""
 
 from __future__ import annotations
 
 from typing import IO
 
-_CONTROLS = (
-    *(code for code in range(0x20) if chr(code) not in "\n\t"),
-    *range(0x7F, 0xA0),
-    *range(0x202A, 0x202F),  # bidi embedding and override
-    *range(0x2066, 0x206A),  # bidi isolates
-)
-# Half a surrogate pair, as JSON may carry, cannot be encoded for any stream.
-_UNSAFE = dict.fromkeys(_CONTROLS, "") | dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
-
-
-def printable(text: str) -> str:
-    """The text without characters that steer a terminal; newlines and tabs stay."""
-    return text.translate(_UNSAFE)
+from mlxroute.safe_text import printable
 
 
 class PlainWriter:

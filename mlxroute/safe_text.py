@@ -1,0 +1,26 @@
+"""Text from models and servers without characters that control a terminal."""
+
+from __future__ import annotations
+
+import re
+
+_CONTROLS = (
+    *(code for code in range(0x20) if chr(code) not in "\n\t"),
+    *range(0x7F, 0xA0),
+    *range(0x202A, 0x202F),  # bidi embedding and override
+    *range(0x2066, 0x206A),  # bidi isolates
+)
+# A lone surrogate, which JSON may carry, cannot be encoded for any stream.
+_REPLACEMENTS = dict.fromkeys(_CONTROLS, "") | dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
+
+
+def printable(text: str) -> str:
+    """Return the text without control characters; newlines and tabs are kept."""
+    return text.translate(_REPLACEMENTS)
+
+
+def printable_line(text: str, *, limit: int = 300) -> str:
+    """Return the text as one printable line of at most `limit` characters."""
+    line = "".join(c if c.isprintable() else " " for c in text)
+    line = re.sub(r"\s+", " ", line).strip()
+    return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -1,0 +1,33 @@
+"""Quantiles and intervals of measured values."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+
+def percentile(values: Sequence[float], fraction: float) -> float:
+    """Return the nearest-rank percentile of unordered values; 0 for no values.
+
+    `fraction` is from 0 to 1, so 0.95 is the 95th percentile.
+    """
+    if not values:
+        return 0.0
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(fraction * len(ordered)) - 1)]
+
+
+def interpolated_quantile(ordered: Sequence[float], rank: float) -> float:
+    """Return the value at a rank from 0 to 1, by linear interpolation.
+
+    `ordered` has at least two values in rising order, taken to be at evenly spaced ranks.
+    """
+    position = rank * (len(ordered) - 1)
+    low = min(math.floor(position), len(ordered) - 2)
+    return ordered[low] + (position - low) * (ordered[low + 1] - ordered[low])
+
+
+def intervals(times_s: Sequence[float]) -> list[float]:
+    """Return the differences between successive times."""
+    return [later - earlier for earlier, later in itertools.pairwise(times_s)]
