@@ -24,7 +24,15 @@ from __future__ import annotations
 
 
 class MlxRouteError(Exception):
-    """Base of the tree; its text is one line fit for a user."""
+    """Base of the tree; its text is one line fit for a user.
+
+    `parameter` names the argument that caused the error or whose value avoids it, None if no
+    argument does. The command line adds the flag that sets it.
+    """
+
+    def __init__(self, message: str = "", *, parameter: str | None = None) -> None:
+        super().__init__(message)
+        self.parameter = parameter
 
 
 class UsageError(MlxRouteError): ...
