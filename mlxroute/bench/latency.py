@@ -131,7 +131,7 @@ class _Bench:
                     clock,
                     call_s=call_s,
                     token_s=self._large_step_s,
-                    streams=self._large.streams,
+                    streams=self._large.can_stream,
                     delay=DELAYS[self._grid.delay],
                 )
                 tokens, seen = self._grid.tokens, answers.experience
@@ -212,11 +212,11 @@ def large_step_seconds(
         context = Transcript(
             small.vocabulary, prompt, prompt_text=text, prompt_ids=small.encode_prompt(text)
         ).context()
-        for ahead, found in waits.items():
+        for prefetch, found in waits.items():
             # Once for the server's prompt cache.
             for _ in range(2):
                 began_s = time.perf_counter()
-                flight = large.begin(context, ahead=ahead)
+                flight = large.begin(context, prefetch=prefetch)
                 flight.join()
                 flight.result()
             found.append(time.perf_counter() - began_s)

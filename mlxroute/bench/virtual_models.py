@@ -177,7 +177,7 @@ class _Flight:
         return self._clock.now_s >= self._times_s[0]
 
     @property
-    def over(self) -> bool:
+    def finished(self) -> bool:
         return self._clock.now_s >= min(self._cancelled_s, self._times_s[-1])
 
     def result(self) -> tuple[LargeToken, ...]:
@@ -228,10 +228,10 @@ class VirtualLarge:
     def max_in_flight(self) -> int:
         return self._large.max_in_flight
 
-    def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> _Flight:
-        key = (tuple(context.token_ids), ahead)
+    def begin(self, context: LargeContext, *, deadline_s: float, prefetch: int) -> _Flight:
+        key = (tuple(context.token_ids), prefetch)
         if key not in self._known.answers:
-            answer = self._asked(context, deadline_s, ahead)
+            answer = self._asked(context, deadline_s, prefetch)
             if not isinstance(answer, LargeError):
                 answer = self._known.abided(key[0], answer)
             self._known.answers[key] = answer
@@ -248,7 +248,7 @@ class VirtualLarge:
             outcome = (*timed, *outcome[len(took_s) :])
         times_s = [self._clock.now_s + seconds for seconds in took_s]
         flight = _Flight(outcome, times_s=times_s, clock=self._clock)
-        self._flights = [each for each in self._flights if not each.over] + [flight]
+        self._flights = [each for each in self._flights if not each.finished] + [flight]
         return flight
 
     def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
@@ -257,10 +257,10 @@ class VirtualLarge:
             self._clock.now_s = min(ends_s, *(each.next_s for each in self._flights))
 
     def _asked(
-        self, context: LargeContext, deadline_s: float, ahead: int
+        self, context: LargeContext, deadline_s: float, prefetch: int
     ) -> tuple[LargeToken, ...] | LargeError:
-        flight = self._large.begin(context, deadline_s=deadline_s, ahead=ahead)
-        self._large.wait(lambda: flight.over, timeout_s=deadline_s)
+        flight = self._large.begin(context, deadline_s=deadline_s, prefetch=prefetch)
+        self._large.wait(lambda: flight.finished, timeout_s=deadline_s)
         try:
             return flight.result()
         except LargeError as exc:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mlxroute.large import LargeModel
-    from mlxroute.large.negotiation.capabilities import RejectedDialect, Verdict
+    from mlxroute.large.negotiation.verdict_file import RejectedDialect, Verdict
     from mlxroute.tokenizers.chat_template import ChatTokenizer
 
 _RUNGS = {

@@ -236,7 +236,7 @@ def _introduce(large: LargeModel, small: SmallModel, reporter: Any) -> None:
     if not large.connected:
         return
     with contextlib.suppress(LargeError):
-        if large.meet(small.vocabulary):
+        if large.pair_vocabulary(small.vocabulary):
             return
         line = f"{large.model_name} has another vocabulary than {small.name}"
         if not large.knows_chat_template:

@@ -71,7 +71,7 @@ class PendingCallProtocol(Protocol):
         ...
 
     @property
-    def over(self) -> bool:
+    def finished(self) -> bool:
         """Whether nothing more comes of it."""
         ...
 
@@ -101,8 +101,10 @@ class LargeProtocol(Protocol):
         """How many calls may be under way at once; it can change with what is found out."""
         ...
 
-    def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> PendingCallProtocol:
-        """Ask for the token after `context` and, if that costs no call, for `ahead` more."""
+    def begin(
+        self, context: LargeContext, *, deadline_s: float, prefetch: int
+    ) -> PendingCallProtocol:
+        """Ask for the token after `context` and, if that costs no call, for `prefetch` more."""
         ...
 
     def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:

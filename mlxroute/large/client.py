@@ -25,8 +25,8 @@ from mlxroute.large.http.background import PendingCall, Tokens
 from mlxroute.large.http.circuit_breaker import CircuitBreaker
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import Transport
-from mlxroute.large.negotiation.capabilities import Verdict
 from mlxroute.large.negotiation.negotiator import Negotiator
+from mlxroute.large.negotiation.verdict_file import Verdict
 from mlxroute.large.negotiation.vocabulary_pairing import Pairing, Pairings
 from mlxroute.large.request_plan import RequestPlanner
 from mlxroute.large.streaming import StreamedTokens, may_do_whole
@@ -159,7 +159,7 @@ class LargeModel(Closeable):
         with self._turn:
             return self._settlement.probe()
 
-    def meet(self, vocabulary: Vocabulary) -> bool:
+    def pair_vocabulary(self, vocabulary: Vocabulary) -> bool:
         """Prepare for answers in a small vocabulary; return whether the large model shares it.
 
         The token strings are compared id by id, once for each endpoint. Raises LargeError.
@@ -191,23 +191,23 @@ class LargeModel(Closeable):
         LargeUnavailable means that there was no call: the last ones failed too often.
         """
         return self._next_tokens(
-            context, self._deadline_of(deadline_s), ahead=0, publish=lambda tokens: None
+            context, self._deadline_of(deadline_s), prefetch=0, publish=lambda tokens: None
         )[0]
 
     def begin(
-        self, context: LargeContext, *, deadline_s: float | None = None, ahead: int = 0
+        self, context: LargeContext, *, deadline_s: float | None = None, prefetch: int = 0
     ) -> PendingCall:
         """Ask as `next_token` does, without waiting for the answer.
 
-        Up to `ahead` of the large model's next tokens come with it, where the server's reply can
+        Up to `prefetch` of the large model's next tokens come with it, where the server's reply can
         be taken apart without doubt; each is what a call after the ones before it would give. They
         come one by one where the server's dialect streams, each with its own `latency_s`.
         """
 
         def ask(deadline: Deadline, publish: Callable[[Tokens], None]) -> Tokens:
-            return self._next_tokens(context, deadline, ahead=ahead, publish=publish)
+            return self._next_tokens(context, deadline, prefetch=prefetch, publish=publish)
 
-        self._flights = [flight for flight in self._flights if not flight.over]
+        self._flights = [flight for flight in self._flights if not flight.finished]
         flight = PendingCall(ask, deadline=self._deadline_of(deadline_s), landed=self._landed)
         self._flights.append(flight)
         flight.start()
@@ -222,7 +222,7 @@ class LargeModel(Closeable):
         return Deadline(self._timeout_s if seconds is None else min(self._timeout_s, seconds))
 
     @property
-    def streams(self) -> bool:
+    def can_stream(self) -> bool:
         """Whether tokens ahead come one by one, as far as the server is known."""
         terms = self._settlement.terms
         return terms is not None and self._ways.may_stream(terms)
@@ -232,7 +232,7 @@ class LargeModel(Closeable):
         context: LargeContext,
         deadline: Deadline,
         *,
-        ahead: int,
+        prefetch: int,
         publish: Callable[[Tokens], None],
     ) -> Tokens:
         if deadline.seconds <= 0:
@@ -243,12 +243,16 @@ class LargeModel(Closeable):
                 pairing = self._prepared(context.vocabulary)
             told = pairing.builder.as_read(context)
             try:
-                tokens = self._tokens_after(told, pairing, deadline, ahead=ahead, coming=coming)
+                tokens = self._tokens_after(
+                    told, pairing, deadline, prefetch=prefetch, coming=coming
+                )
             except NotRepeated:
                 if told is context:
                     raise
                 # Where the server does not write its tokens again, it reads them in its own way.
-                tokens = self._tokens_after(context, pairing, deadline, ahead=ahead, coming=coming)
+                tokens = self._tokens_after(
+                    context, pairing, deadline, prefetch=prefetch, coming=coming
+                )
             except LargeError:
                 if not coming.tokens:
                     raise
@@ -261,7 +265,7 @@ class LargeModel(Closeable):
         pairing: Pairing,
         deadline: Deadline,
         *,
-        ahead: int,
+        prefetch: int,
         coming: StreamedTokens,
     ) -> Tokens:
         with self._my_turn(deadline):
@@ -274,7 +278,7 @@ class LargeModel(Closeable):
         def hears(answered: CompletionAnswer) -> bool:
             return coming.heard(streamed_tokens(answered, pairing.bridge, self._asker.reader))
 
-        for way in self._ways.after(pairing.terms, ahead=ahead):
+        for way in self._ways.after(pairing.terms, prefetch=prefetch):
             try:
                 answered = self._ask(
                     pairing,

@@ -38,13 +38,13 @@ class RequestPlanner:
         """A server did not take part in streaming."""
         self._unstreamed = terms
 
-    def after(self, terms: NegotiatedDialect, *, ahead: int) -> Iterator[RequestPlan]:
+    def after(self, terms: NegotiatedDialect, *, prefetch: int) -> Iterator[RequestPlan]:
         """One way after the other, each for when the one before gave no token."""
-        if ahead and terms.dialect.rung < _TEXT_ONLY_RUNG and terms is not self._one_by_one:
+        if prefetch and terms.dialect.rung < _TEXT_ONLY_RUNG and terms is not self._one_by_one:
             if self.may_stream(terms):
-                yield RequestPlan(ahead + 1, all_tokens, streamed=True)
+                yield RequestPlan(prefetch + 1, all_tokens, streamed=True)
             if not self.may_stream(terms):
-                yield RequestPlan(ahead + 1, all_tokens)
+                yield RequestPlan(prefetch + 1, all_tokens)
             # What came could not be taken apart, and hardly will be the next time.
             self._one_by_one = terms
         for count in range(1, _MOST_PARTS + 1):

@@ -65,12 +65,14 @@ class Replies(Closeable):
                 ids += token.token_ids
         return tuple(found)
 
-    def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> PendingCallProtocol:
+    def begin(
+        self, context: LargeContext, *, deadline_s: float, prefetch: int
+    ) -> PendingCallProtocol:
         """Ask the large model itself, as soon as there is a place; `left` gives it back."""
         while not self._places.acquire(timeout=_POLL_S):
             self._check_open()
         with self._lock:
-            return self._large.begin(context, deadline_s=deadline_s, ahead=ahead)
+            return self._large.begin(context, deadline_s=deadline_s, prefetch=prefetch)
 
     def left(self) -> None:
         """A call is over."""
@@ -115,11 +117,13 @@ class Seat:
     def max_in_flight(self) -> int:
         return 1
 
-    def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> PendingCallProtocol:
-        known = self._replies.known(context.token_ids, ahead + 1)
+    def begin(
+        self, context: LargeContext, *, deadline_s: float, prefetch: int
+    ) -> PendingCallProtocol:
+        known = self._replies.known(context.token_ids, prefetch + 1)
         if known:
             return _Known(self, context, known)
-        flight = self._replies.begin(context, deadline_s=deadline_s, ahead=ahead)
+        flight = self._replies.begin(context, deadline_s=deadline_s, prefetch=prefetch)
         return _Kept(self, context, flight)
 
     def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
@@ -150,7 +154,7 @@ class Seat:
 class _Known:
     """A call that need not be made."""
 
-    ready = over = True
+    ready = finished = True
 
     def __init__(self, seat: Seat, context: LargeContext, tokens: tuple[LargeToken, ...]) -> None:
         self._seat = seat
@@ -180,11 +184,11 @@ class _Kept:
 
     @property
     def ready(self) -> bool:
-        return self._flight.over
+        return self._flight.finished
 
     @property
-    def over(self) -> bool:
-        return self._flight.over
+    def finished(self) -> bool:
+        return self._flight.finished
 
     def result(self) -> tuple[LargeToken, ...]:
         self._leave()

@@ -119,7 +119,7 @@ class Crowded(WorldSmall):
 
     def _hold_up(self) -> None:
         for flight in self._large.flights:
-            if not flight.over:
+            if not flight.finished:
                 flight.lands_s += 0.8
 
 

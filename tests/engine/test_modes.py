@@ -61,7 +61,7 @@ def run(world: World, *, order: int = 0, budget: float | None = None, **options:
         clock=clock,
     )
     events = list(answer.events())
-    assert all(f.over and f.settled for f in large.flights), "a call was left behind"
+    assert all(f.finished and f.settled for f in large.flights), "a call was left behind"
     assert answer.stats().calls == len(large.flights)
     return Run(events, answer.stats(), list(small.fed), clock.now)
 
@@ -277,7 +277,7 @@ def test_a_server_that_never_answers_costs_one_timeout_in_all(mode: Mode, prefet
     assert answer.stats().stall_s <= 10.5
     # A step of a batch takes half as long again.
     assert clock.now <= 39 * 1.5 + 10.5
-    assert all(flight.over for flight in large.flights)
+    assert all(flight.finished for flight in large.flights)
 
 
 class Silent(WorldLarge):

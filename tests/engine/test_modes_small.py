@@ -76,7 +76,7 @@ class Dice:
     def max_in_flight(self) -> int:
         return 4
 
-    def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> FakeFlight:
+    def begin(self, context: LargeContext, *, deadline_s: float, prefetch: int) -> FakeFlight:
         dice = random.Random(str(list(context.token_ids)))
         own = self._oracle.prefill(context.token_ids)[0].token_id
         token: LargeToken = token_of((own if dice.random() < 0.5 else dice.randrange(200),))

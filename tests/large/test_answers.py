@@ -198,7 +198,7 @@ class Faulty:
     def max_in_flight(self) -> int:
         return 1
 
-    def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> FakeFlight:
+    def begin(self, context: LargeContext, *, deadline_s: float, prefetch: int) -> FakeFlight:
         times = self.plan.get(len(self.outcomes))
         if not self.large.connected:
             self.settling.add(len(self.outcomes))

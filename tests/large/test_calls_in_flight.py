@@ -162,11 +162,11 @@ def names(*texts: str, finish: str = "length") -> Reply:
     return Reply.of(legacy("".join(texts), logprobs=logprobs, finish_reason=finish))
 
 
-def begun(server: Loopback, *replies: Reply, ahead: int = 2, **options: Any) -> list[str]:
+def begun(server: Loopback, *replies: Reply, prefetch: int = 2, **options: Any) -> list[str]:
     """The texts one flight brings, an end as its source."""
     server.script.extend(replies)
     with settled(LargeModel(server.url, model="m"), **options) as large:
-        tokens = landed(large, large.begin(context("x", VOCABULARY), ahead=ahead)).result()
+        tokens = landed(large, large.begin(context("x", VOCABULARY), prefetch=prefetch)).result()
     return ["(end)" if token.is_eos else token.text for token in tokens]
 
 
@@ -176,13 +176,13 @@ def test_one_call_brings_the_tokens_after_the_one_asked_for(server: Loopback) ->
 
 
 def test_nothing_comes_after_the_end(server: Loopback) -> None:
-    assert begun(server, names("a", "b", finish="stop"), ahead=5) == ["a", "b", "(end)"]
+    assert begun(server, names("a", "b", finish="stop"), prefetch=5) == ["a", "b", "(end)"]
 
 
 def test_tokens_ahead_have_the_fields_of_a_call_for_them(server: Loopback) -> None:
     server.script.extend([names("a", "b"), names("b")])
     with settled(LargeModel(server.url, model="m")) as large:
-        ahead = landed(large, large.begin(context("x", VOCABULARY), ahead=1)).result()[1]
+        ahead = landed(large, large.begin(context("x", VOCABULARY), prefetch=1)).result()[1]
         alone = large.next_token(context("xa", VOCABULARY))
     for name in ("token_ids", "text", "is_eos", "logprob", "top", "large_ids"):
         assert getattr(ahead, name) == getattr(alone, name), name
@@ -214,7 +214,7 @@ def test_names_that_contradict_the_servers_own_text_are_not_trusted(server: Loop
 def test_mlx_lm_tokens_come_by_their_pieces(server: Loopback) -> None:
     server.script.append(mlx_lm_reply([(THE, "Ġthe"), (0, "a"), (1, "b"), (7, "zz")]))
     with settled(LargeModel(server.url), MlxLm()) as large:
-        tokens = landed(large, large.begin(context("x", VOCABULARY), ahead=2)).result()
+        tokens = landed(large, large.begin(context("x", VOCABULARY), prefetch=2)).result()
     assert [token.text for token in tokens] == [" the", "a", "b"]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from mlxroute.errors import LargeProtocolError, LargeRefused, UsageError
 from mlxroute.large import LargeModel
-from mlxroute.large.negotiation.capabilities import VerdictFile
+from mlxroute.large.negotiation.verdict_file import VerdictFile
 from mlxroute.types import Message, Span
 from tests.support import truthful
 from tests.support.asking import MLX_LM, PLAIN, THE, VOCABULARY, ask_plain, legacy, remembered
@@ -144,12 +144,12 @@ def test_a_shared_vocabulary_is_compared_once_and_remembered(tmp_path: Path) -> 
     shared, other = truthful.VOCABULARY, TableVocabulary(["a", "b"])
     with Loopback(Truthful("vllm")) as server:
         with LargeModel(server.url, verdicts=verdicts) as large:
-            assert large.meet(shared)
-            assert not large.meet(other)
+            assert large.pair_vocabulary(shared)
+            assert not large.pair_vocabulary(other)
         asked = len(server.requests)
         with LargeModel(server.url, verdicts=verdicts) as large:
-            assert large.meet(shared)
-            assert not large.meet(other)
+            assert large.pair_vocabulary(shared)
+            assert not large.pair_vocabulary(other)
         paths = [request.path for request in server.requests[asked:]]
         assert paths.count("/v1/completions") == 1
         assert paths.count("/detokenize") == 1

@@ -104,16 +104,16 @@ def model(server: Loopback, dialect: Dialect = LLAMA) -> LargeModel:
     return large
 
 
-def streamed_tokens(large: LargeModel, *, ahead: int = 2) -> PendingCall:
+def streamed_tokens(large: LargeModel, *, prefetch: int = 2) -> PendingCall:
     ids = (VOCABULARY.id_of("t"), VOCABULARY.id_of("h"))
-    return large.begin(context("th", VOCABULARY, answer=ids), ahead=ahead)
+    return large.begin(context("th", VOCABULARY, answer=ids), prefetch=prefetch)
 
 
 def until(large: LargeModel, flight: PendingCall, count: int) -> tuple[LargeToken, ...]:
     """The flight's tokens, as soon as there are so many; all of them with 0."""
 
     def there() -> bool:
-        return flight.ready and (len(flight.result()) >= count > 0 or flight.over)
+        return flight.ready and (len(flight.result()) >= count > 0 or flight.finished)
 
     large.wait(there, timeout_s=20)
     assert there()
@@ -135,7 +135,7 @@ def test_each_token_is_there_as_soon_as_it_comes(
         for count in (1, 2):
             let.release()
             assert len(until(large, flight, count)) == count
-            assert not flight.over
+            assert not flight.finished
         let.release(9)
         tokens = until(large, flight, 0)
     assert texts(tokens) == ["a", "b", " the"]
@@ -154,7 +154,9 @@ def test_a_stream_says_what_the_whole_reply_says(
         parts = tuple(writes(names, stop=stop, whole=whole))
         server.script.append(Reply(parts[0]) if whole else Reply(chunks=parts))
         with model(server, dialect) as large:
-            found.append(until(large, streamed_tokens(large, ahead=5 if stop == "eos" else 2), 0))
+            found.append(
+                until(large, streamed_tokens(large, prefetch=5 if stop == "eos" else 2), 0)
+            )
             assert large.uploads.tokens == 7
             assert large.uploads.cached_tokens == 6
             assert large.uploads.completion_tokens == len(names)
@@ -194,7 +196,7 @@ def test_a_server_that_refuses_to_stream_is_asked_for_whole_replies_from_then_on
     with model(server) as large:
         for _ in range(2):
             assert texts(until(large, streamed_tokens(large), 0)) == ["a", "b", " the"]
-        assert not large.streams
+        assert not large.can_stream
     assert [bool(request.json.get("stream")) for request in server.requests] == [True, False, False]
 
 

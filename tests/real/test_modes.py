@@ -106,7 +106,7 @@ def _met(small: SmallModel, url: str) -> LargeModel:
     own = ChatTokenizer(small.tokenizer, name="own")
     large = LargeModel(url, timeout_s=120, find_tokenizer=lambda name: own)
     large.connect(thorough=False)
-    large.meet(small.vocabulary)
+    large.pair_vocabulary(small.vocabulary)
     return large
 
 

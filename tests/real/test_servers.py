@@ -156,7 +156,7 @@ def test_tokens_ahead_are_the_servers_own_streamed_or_not(
     check_own_answers(smollm2, server, prompts, count=32, prefetch=7)
     with asked(server) as large:
         large.connect()
-        assert large.streams == (server.kind is not Kind.MLX_LM)
+        assert large.can_stream == (server.kind is not Kind.MLX_LM)
 
 
 @pytest.mark.heavy

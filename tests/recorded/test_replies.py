@@ -24,7 +24,7 @@ class Held:
         self.ready = False
 
     @property
-    def over(self) -> bool:
+    def finished(self) -> bool:
         return self.ready
 
     def result(self) -> tuple[LargeToken, ...]:
@@ -46,8 +46,10 @@ class Holding(ScriptedLarge):
         self.under_way = self.most = 0
         self.landed = threading.Condition()
 
-    def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> Held:  # type: ignore[override]
-        flight = Held(self, super().begin(context, deadline_s=deadline_s, ahead=ahead).result())
+    def begin(self, context: LargeContext, *, deadline_s: float, prefetch: int) -> Held:  # type: ignore[override]
+        flight = Held(
+            self, super().begin(context, deadline_s=deadline_s, prefetch=prefetch).result()
+        )
         with self.landed:
             self.held.append(flight)
             self.under_way += 1
@@ -74,9 +76,9 @@ def context(*ids: int) -> LargeContext:
     )
 
 
-def asked(replies: Replies, *ids: int, ahead: int = 0) -> tuple[LargeToken, ...]:
+def asked(replies: Replies, *ids: int, prefetch: int = 0) -> tuple[LargeToken, ...]:
     seat = replies.seat()
-    flight = seat.begin(context(*ids), deadline_s=9, ahead=ahead)
+    flight = seat.begin(context(*ids), deadline_s=9, prefetch=prefetch)
     seat.wait(lambda: flight.ready, timeout_s=9)
     return flight.result()
 
@@ -104,11 +106,11 @@ def test_tokens_are_known_one_behind_the_other(tmp_path: Path) -> None:
     assert asked(replies, 1, 70)[0].token_ids == (71, 72)
     silent = Named([LargeError("asked again")])
     again = Replies(silent, tmp_path / "r")
-    assert [each.token_ids for each in asked(again, 1, ahead=5)] == [(70,), (71, 72)]
-    assert len(asked(again, 1, ahead=0)) == 1
+    assert [each.token_ids for each in asked(again, 1, prefetch=5)] == [(70,), (71, 72)]
+    assert len(asked(again, 1, prefetch=0)) == 1
     assert silent.contexts == []
     seat = again.seat()
-    flight = seat.begin(context(1), deadline_s=9, ahead=0)
+    flight = seat.begin(context(1), deadline_s=9, prefetch=0)
     # The engine looks at what a call brought more than once.
     assert flight.result() == flight.result()
     assert (seat.uploads.requests, seat.uploads.tokens, seat.uploads.completion_tokens) == (
@@ -121,7 +123,7 @@ def test_tokens_are_known_one_behind_the_other(tmp_path: Path) -> None:
 def test_a_call_that_was_made_counts_once_however_often_it_is_read(tmp_path: Path) -> None:
     large = Holding([(70,)])
     seat = Replies(large, tmp_path / "r").seat()
-    flight = seat.begin(context(1), deadline_s=9, ahead=0)
+    flight = seat.begin(context(1), deadline_s=9, prefetch=0)
     large.let_go(1)
     assert flight.result() == flight.result()
     assert seat.uploads.requests == 1

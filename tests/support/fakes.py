@@ -155,7 +155,7 @@ class ScriptedLarge:
     def max_in_flight(self) -> int:
         return 8
 
-    def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> FakeFlight:
+    def begin(self, context: LargeContext, *, deadline_s: float, prefetch: int) -> FakeFlight:
         reply = self._replies[min(len(self.contexts), len(self._replies) - 1)]
         self.contexts.append(context)
         self.deadlines.append(deadline_s)
@@ -208,7 +208,7 @@ class FakeFlight:
         return self._clock is None or self._clock.now >= self.lands_s
 
     @property
-    def over(self) -> bool:
+    def finished(self) -> bool:
         return self.ready
 
     def result(self) -> tuple[LargeToken, ...]:

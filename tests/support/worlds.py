@@ -173,7 +173,7 @@ class WorldFlight:
         return self._clock.now >= self.lands_s
 
     @property
-    def over(self) -> bool:
+    def finished(self) -> bool:
         if self.cancelled_s < math.inf:
             return True
         return self._clock.now >= self.times_s[-1]
@@ -187,7 +187,7 @@ class WorldFlight:
         return self._outcome[: came if self._last is None else min(came, self._last)]
 
     def cancel(self) -> None:
-        assert not self.over or not self.settled
+        assert not self.finished or not self.settled
         assert self.cancelled_s == math.inf
         self.settled = True
         self.cancelled_s = self._clock.now
@@ -208,17 +208,17 @@ class WorldLarge:
     def max_in_flight(self) -> int:
         return self._world.cap
 
-    def begin(self, context: LargeContext, *, deadline_s: float, ahead: int) -> WorldFlight:
+    def begin(self, context: LargeContext, *, deadline_s: float, prefetch: int) -> WorldFlight:
         assert sum(not flight.settled for flight in self.flights) < self._world.cap
         prompt_ids = list(self._prompt.encode())
         assert list(context.token_ids[: len(prompt_ids)]) == prompt_ids
         ids = tuple(context.token_ids[len(prompt_ids) :])
         _check(context, self._prompt, ids)
         lands_s = self._clock.now + self._dice.uniform(0.0, self._world.longest_s)
-        outcome = self._tokens(ids, ahead)
+        outcome = self._tokens(ids, prefetch)
         if self._world.whole_only and context.fragment_ids:
             outcome = LargeProtocolError("inside a character")
-        streamed = self._world.streams and ahead > 0
+        streamed = self._world.streams and prefetch > 0
         flight = WorldFlight(
             outcome,
             lands_s=lands_s,
@@ -236,9 +236,9 @@ class WorldLarge:
             assert coming, "nothing is waited for"
             self._clock.now = min(ends_s, *coming)
 
-    def _tokens(self, ids: tuple[int, ...], ahead: int) -> tuple[LargeToken, ...] | LargeError:
+    def _tokens(self, ids: tuple[int, ...], prefetch: int) -> tuple[LargeToken, ...] | LargeError:
         found: list[LargeToken] = []
-        while len(found) <= ahead and not (found and found[-1].is_eos):
+        while len(found) <= prefetch and not (found and found[-1].is_eos):
             answer = self._world.large(ids)
             if isinstance(answer, LargeError):
                 # A call for this position would be lost: nothing is known of it.

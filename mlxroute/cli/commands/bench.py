@@ -107,7 +107,7 @@ def run_bench_latency(
         counting(err) as progress,
     ):
         large.connect(thorough=False)
-        large.meet(small.vocabulary)
+        large.pair_vocabulary(small.vocabulary)
         report = bench_latency(
             small,
             large,

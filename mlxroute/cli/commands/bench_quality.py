@@ -75,7 +75,7 @@ def run_bench_quality(
         large.connect(thorough=False)
         with Reporter(err) as reporter:
             small = load_small(settings, reporter)
-        large.meet(small.vocabulary)
+        large.pair_vocabulary(small.vocabulary)
         uses_head = any(side.router == HEAD for side in sides)
         ranks = ranks_of(small, HEAD if uses_head else DEFAULT_ROUTER, settings.head)
         check_unseen(small.head, questions)

@@ -115,7 +115,7 @@ def _answer(
             server.wait_until_ready(progress=reporter.progress)
         # A server started here for this once is not worth a long examination.
         large.connect(thorough=False)
-        large.meet(small.vocabulary)
+        large.pair_vocabulary(small.vocabulary)
         err.print(f"{pair.large} is served at {server.url}", style="dim", markup=False)
         name = router_of(settings, pair)
         ranks = ranks_of(small, name)

@@ -61,7 +61,7 @@ def run_train(settings: Settings, options: TrainOptions) -> int:
         large.connect(thorough=False)
         with Reporter(err) as reporter:
             small = load_small(settings, reporter)
-        large.meet(small.vocabulary)
+        large.pair_vocabulary(small.vocabulary)
         from mlxroute.training import Replies, collect_labels, fit_head
 
         record = record_file(settings, "replies", small.name, large.model_name)

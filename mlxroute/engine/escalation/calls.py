@@ -104,12 +104,12 @@ class Escalator:
         assert self._large is not None
         deadline_s = min(self._timeout_s, self._allowance_s)
         began_s = self._clock()
-        ahead = self._governor.ahead
+        prefetch = self._governor.ahead
         self._governor.begun()
-        flight = self._large.begin(context, deadline_s=deadline_s, ahead=ahead)
+        flight = self._large.begin(context, deadline_s=deadline_s, prefetch=prefetch)
         alone = self._governor.mode is Mode.WAIT
         ends_s = began_s + deadline_s + _GRACE_S
-        call = Call(flight, began_s, ends_s, self.stall_s, alone, most=1 + ahead)
+        call = Call(flight, began_s, ends_s, self.stall_s, alone, most=1 + prefetch)
         self.stall_s += self._clock() - began_s
         self._calls.append(call)
         self.begun += 1

@@ -144,7 +144,7 @@ class Decider:
         if outcome.error is None:
             self.prefetched.add(ids, call.flight, most=call.most)
             took_s = outcome.tokens[0].latency_s or outcome.latency_s
-            streamed = call.most > 1 and not call.flight.over
+            streamed = call.most > 1 and not call.flight.finished
             self._experience.called(
                 len(outcome.tokens), took_s, alone=call.alone, streamed=streamed
             )

@@ -28,7 +28,7 @@ class _Run:
     @property
     def coming(self) -> bool:
         """Whether there may be more of them."""
-        return not self._flight.over and len(self.tokens) < self._most
+        return not self._flight.finished and len(self.tokens) < self._most
 
     def after(self, ids: Sequence[int]) -> LargeToken | None:
         """The token after `ids`, where these follow the run to the end of one of its tokens."""
@@ -59,7 +59,7 @@ class _Run:
         return any(a != b for a, b in zip(ids, path, strict=False))
 
     def end(self) -> None:
-        if not self._flight.over:
+        if not self._flight.finished:
             self._flight.cancel()
 
     def _end_of_before(self, ids: Sequence[int]) -> int | None:
@@ -80,7 +80,7 @@ class Place:
         return self._run.after(self._ids) is not None or not self._run.may_reach(self._ids)
 
     @property
-    def over(self) -> bool:
+    def finished(self) -> bool:
         return self.ready
 
     def result(self) -> tuple[LargeToken, ...]:

@@ -15,7 +15,7 @@ Tokens = tuple[LargeToken, ...]
 class PendingCall(threading.Thread):
     """One call; `ready` once it has an answer or has failed, at its deadline at the latest.
 
-    What `ask` publishes before it returns may grow, until the flight is `over`. `landed` is
+    What `ask` publishes before it returns may grow, until the flight is `finished`. `landed` is
     notified of each change.
     """
 
@@ -33,7 +33,7 @@ class PendingCall(threading.Thread):
         self._tokens: Tokens | None = None
         self._error: LargeError | None = None
         self.ready = False
-        self.over = False
+        self.finished = False
 
     def run(self) -> None:
         """Ask, keeping the outcome for `result`."""
@@ -43,7 +43,7 @@ class PendingCall(threading.Thread):
             self._error = exc
         finally:
             with self._landed:
-                self.ready = self.over = True
+                self.ready = self.finished = True
                 self._landed.notify_all()
 
     def _publish(self, tokens: Tokens) -> None:

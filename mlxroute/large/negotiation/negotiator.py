@@ -14,9 +14,9 @@ from mlxroute.large.dialects import LADDER, Dialect, dialect_named
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import Reply, Transport
 from mlxroute.large.negotiation import probe_questions
-from mlxroute.large.negotiation.capabilities import Verdict, VerdictFile
 from mlxroute.large.negotiation.prober import Found, NoUsableDialect, Prober
 from mlxroute.large.negotiation.served_models import ServedModel, listed, served_models
+from mlxroute.large.negotiation.verdict_file import Verdict, VerdictFile
 from mlxroute.large.vocabulary.same_vocabulary import (
     fingerprint,
     same_decoded,

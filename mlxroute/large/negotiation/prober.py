@@ -16,8 +16,8 @@ from mlxroute.large.dialects import LADDER, Dialect, Form, Prompt
 from mlxroute.large.dialects.json_fields import ReplyPosition
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.negotiation import probe_questions
-from mlxroute.large.negotiation.capabilities import CapabilityCheck, RejectedDialect
 from mlxroute.large.negotiation.probe_questions import ProbeQuestion
+from mlxroute.large.negotiation.verdict_file import CapabilityCheck, RejectedDialect
 from mlxroute.large.vocabulary.token_reader import REPLACEMENT
 from mlxroute.large.vocabulary.tokenizers import TokenSource
 from mlxroute.safe_text import printable_line

@@ -11,8 +11,8 @@ import pytest
 from mlxroute.errors import LargeRefused, LargeTimeout, LargeUnreachable
 from mlxroute.large import LargeModel
 from mlxroute.large.http import retry
-from mlxroute.large.negotiation.capabilities import RejectedDialect, Verdict
 from mlxroute.large.negotiation.prober import NoUsableDialect, advice
+from mlxroute.large.negotiation.verdict_file import RejectedDialect, Verdict
 from tests.support import truthful
 from tests.support.loopback import Loopback, Reply, Request
 from tests.support.truthful import Ids, Json, Truthful

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlxroute.large import LargeModel
-from mlxroute.large.negotiation.capabilities import VerdictFile
+from mlxroute.large.negotiation.verdict_file import VerdictFile
 from tests.support.asking import remember
 from tests.support.loopback import Loopback
 from tests.support.truthful import Truthful
