@@ -39,18 +39,18 @@ class Ledger(Closeable):
         self.uploads = Uploads()
         self.failure: str | None = None
 
-    def hide(self, secret: str | None) -> None:
+    def add_secret(self, secret: str | None) -> None:
         """Write `[key]` wherever this text occurs from now on."""
         if secret:
             # Longest first: one may be part of another.
             self._secrets = sorted({*self._secrets, secret}, key=len, reverse=True)
 
-    def check(self) -> None:
+    def raise_if_failed(self) -> None:
         """Raise LargeUnrecorded when nothing may be sent any more."""
         if self.failure is not None:
             raise LargeUnrecorded(self.failure)
 
-    def sent(self, url: str, body: bytes) -> None:
+    def record_request(self, url: str, body: bytes) -> None:
         """Record a body that leaves now. Raises LargeUnrecorded when it must not."""
         with self._lock:
             if self._file is not None:
@@ -60,7 +60,9 @@ class Ledger(Closeable):
                 so_far, requests=so_far.requests + 1, size_bytes=so_far.size_bytes + len(body)
             )
 
-    def used(self, *, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> None:
+    def record_usage(
+        self, *, prompt_tokens: int, cached_tokens: int, completion_tokens: int
+    ) -> None:
         """Count tokens of a request that is answered; the cached ones are part of its prompt.
 
         Servers are not trusted to keep to that.
@@ -92,7 +94,7 @@ class Ledger(Closeable):
                 self.failure = (
                     f"the ledger {self._path} cannot be written ({reason}); nothing more is sent"
                 )
-        self.check()
+        self.raise_if_failed()
 
     def _line(self, url: str, body: bytes) -> bytes:
         text = body.decode("utf-8", errors="replace")

@@ -40,8 +40,8 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_a_line_says_when_where_and_what(tmp_path: Path) -> None:
     noon = datetime(2026, 1, 2, 12, 0, 0, 250_000, tzinfo=UTC)
     with Ledger(tmp_path / "sent", now=lambda: noon) as ledger:
-        ledger.sent(URL, b'{"prompt": "caf\xc3\xa9"}')
-        ledger.sent(URL, b"no json \xff")
+        ledger.record_request(URL, b'{"prompt": "caf\xc3\xa9"}')
+        ledger.record_request(URL, b"no json \xff")
     assert lines(tmp_path / "sent") == [
         {
             "time": "2026-01-02T12:00:00.250Z",
@@ -88,14 +88,14 @@ def test_a_new_file_is_private_and_an_old_one_is_added_to(tmp_path: Path) -> Non
     path = tmp_path / "sent"
     for _ in range(2):
         with Ledger(path) as ledger:
-            ledger.sent(URL, b"{}")
+            ledger.record_request(URL, b"{}")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert len(lines(path)) == 2
 
 
 def test_each_line_is_in_the_file_at_once(tmp_path: Path) -> None:
     with Ledger(tmp_path / "sent") as ledger:
-        ledger.sent(URL, b"{}")
+        ledger.record_request(URL, b"{}")
         assert len(lines(tmp_path / "sent")) == 1
 
 
@@ -107,10 +107,10 @@ def test_a_secret_is_written_in_no_disguise(
     text = KEY.join(["", *around, ""])
     body: dict[str, object] = {"prompt": text, KEY: [{"x": text}], "ids": [1, None, True, 0.5]}
     with Ledger(path) as ledger:
-        ledger.hide(KEY[:6])
-        ledger.hide(KEY)
-        ledger.sent(URL, json.dumps(body, ensure_ascii=twice).encode(errors="replace"))
-        ledger.sent(URL, text.encode(errors="replace"))
+        ledger.add_secret(KEY[:6])
+        ledger.add_secret(KEY)
+        ledger.record_request(URL, json.dumps(body, ensure_ascii=twice).encode(errors="replace"))
+        ledger.record_request(URL, text.encode(errors="replace"))
     for written in lines(path):
         assert KEY[:6] not in json.dumps(written, ensure_ascii=False)
         assert "[key]" in str(written["body"])
@@ -155,7 +155,7 @@ def test_what_cannot_be_recorded_does_not_leave(server: Loopback, tmp_path: Path
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
     with Ledger(Path("/dev/full")) as ledger:
         with pytest.raises(LargeUnrecorded, match="No space left"):
-            ledger.sent(URL, b"{}")
+            ledger.record_request(URL, b"{}")
         assert ledger.uploads == Uploads()
 
 
@@ -202,7 +202,7 @@ def test_tokens_are_as_the_server_counts_them_otherwise_as_the_small_model_does(
 
 def test_a_server_that_claims_more_cached_tokens_than_it_got_earns_no_discount() -> None:
     ledger = Ledger()
-    ledger.used(prompt_tokens=10, cached_tokens=99, completion_tokens=0)
+    ledger.record_usage(prompt_tokens=10, cached_tokens=99, completion_tokens=0)
     assert ledger.uploads.cached_tokens == 10
 
 

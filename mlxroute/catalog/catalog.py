@@ -111,32 +111,32 @@ class Catalog:
                 _add(pairs, pair.name, pair, where=f"{file}")
         catalog = cls(tuple(models.values()), tuple(pairs.values()))
         for name in chain.from_iterable((pair.small, pair.large) for pair in catalog.pairs):
-            catalog.model(name)
+            catalog.get_model(name)
         return catalog
 
-    def model(self, name: str) -> Model:
+    def get_model(self, name: str) -> Model:
         """The model of that name; CatalogError with near matches if there is none."""
-        found = self.find(name)
+        found = self.find_model(name)
         if found is None:
-            raise self.unknown(name)
+            raise self.unknown_model(name)
         return found
 
-    def unknown(self, name: str) -> CatalogError:
+    def unknown_model(self, name: str) -> CatalogError:
         """The error for a name that is not in the catalogue, with near matches."""
         near = difflib.get_close_matches(name.lower(), [m.name for m in self.models], n=3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         return CatalogError(f"no model named {name!r}: {hint}see `mlxroute models`")
 
-    def find(self, name: str) -> Model | None:
+    def find_model(self, name: str) -> Model | None:
         """The model of that name, or None."""
         return next((model for model in self.models if model.name == name), None)
 
-    def price(self, served: str) -> Prices | None:
+    def find_prices(self, served: str) -> Prices | None:
         """The prices of the model that a server calls by its name here or by its hub id."""
         prices = (model.price for model in self.models if served in (model.name, model.hub_id))
         return next(filter(None, prices), None)
 
-    def pair(self, small: str, large: str | None = None) -> Pair | None:
+    def find_pair(self, small: str, large: str | None = None) -> Pair | None:
         """The pair of these two names, or the first one with this small model; None if absent."""
         for pair in self.pairs:
             if pair.small == small and large in (None, pair.large):

@@ -31,7 +31,7 @@ class ScoreRanks:
     quantiles: Mapping[str, tuple[float, ...]]
 
     @classmethod
-    def of(cls, small: str, folder: Path) -> Self:
+    def find(cls, small: str, folder: Path) -> Self:
         """What is known of a model, else what is of the default one.
 
         Raises CatalogError for a file that does not hold what it should.
@@ -45,13 +45,13 @@ class ScoreRanks:
         """The quantiles of a router's scores; of one that was not calibrated, 0 and 1."""
         return self.quantiles.get(router, (0.0, 1.0))
 
-    def knowing(self, router: str, quantiles: tuple[float, ...]) -> Self:
+    def with_quantiles(self, router: str, quantiles: tuple[float, ...]) -> Self:
         """The same, and a router's scores, if there are any."""
         if len(quantiles) < _FEWEST:
             return self
         return replace(self, quantiles={**self.quantiles, router: quantiles})
 
-    def at(self, router: str, rate: float) -> float:
+    def threshold_at_rate(self, router: str, rate: float) -> float:
         """The score that this share of the positions exceeds."""
         return interpolated_quantile(self[router], 1.0 - rate)
 

@@ -76,10 +76,10 @@ def tokenizer_finder(settings: Settings, address: str) -> Callable[[str], ChatTo
 def _cached(name: str, cache_dir: Path) -> list[Path]:
     """The folder of a catalogue model of this name or hub id, if it was fetched."""
     from mlxroute.catalog import Catalog
-    from mlxroute.weights import cached
+    from mlxroute.weights import list_cached
 
     names = {m.name for m in Catalog.load(user_catalog_dir()).models if name in (m.name, m.hub_id)}
-    return [entry.path.absolute() for entry in cached(cache_dir) if entry.name in names]
+    return [entry.path.absolute() for entry in list_cached(cache_dir) if entry.name in names]
 
 
 def run_probe(address: str, settings: Settings) -> int:

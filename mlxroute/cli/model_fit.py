@@ -24,11 +24,11 @@ def demo_pairs(catalog: Catalog, *, available: int, dense: bool) -> list[Pair]:
     """Pairs the demo may use here, best first: the largest large model that is not a burden."""
 
     def needed(pair: Pair) -> int:
-        models = (catalog.model(pair.small), catalog.model(pair.large))
+        models = (catalog.get_model(pair.small), catalog.get_model(pair.large))
         return sum(resident_bytes(model, dense=dense) for model in models)
 
     def light(pair: Pair) -> bool:
-        small, large = catalog.model(pair.small), catalog.model(pair.large)
+        small, large = catalog.get_model(pair.small), catalog.get_model(pair.large)
         if dense:
             return large.index is not None and large.parameters <= _DEMO_CPU_PARAMETERS
         return small.hub_bytes + large.hub_bytes <= _DEMO_DOWNLOAD_BYTES
@@ -42,7 +42,7 @@ def demo_pairs(catalog: Catalog, *, available: int, dense: bool) -> list[Pair]:
             f" {available / 2**30:.1f} GiB are free; close programs, or use"
             " `mlxroute ask --small NAME --large URL`"
         )
-    return sorted(pairs, key=lambda pair: catalog.model(pair.large).parameters, reverse=True)
+    return sorted(pairs, key=lambda pair: catalog.get_model(pair.large).parameters, reverse=True)
 
 
 def host_choice(catalog: Catalog, *, available: int, dense: bool) -> Model:

@@ -212,9 +212,9 @@ def open_session(settings: Settings, err: Console) -> Session:
                 _introduce(large, small, reporter)
         catalog = Catalog.load(user_catalog_dir())
         if prices is None and large is not None:
-            prices = catalog.price(large.model_name)
-        pair = catalog.pair(small.name, large.model_name) if large else None
-        pair = pair or catalog.pair(small.name)
+            prices = catalog.find_prices(large.model_name)
+        pair = catalog.find_pair(small.name, large.model_name) if large else None
+        pair = pair or catalog.find_pair(small.name)
         name = router_of(settings, pair)
         ranks = ranks_of(small, name, settings.head)
         session = Session(
@@ -320,7 +320,7 @@ def ranks_of(small: SmallModel, router: str, head: str | None = None) -> ScoreRa
     `head` is a file, None for the one that is known for the model. Raises UsageError for none.
     """
     folder = user_catalog_dir()
-    ranks = ScoreRanks.of(small.name, folder)
+    ranks = ScoreRanks.find(small.name, folder)
     if router != HEAD:
         return ranks
     file = find_head_file(small.name, folder) if head is None else Path(head).expanduser()
@@ -328,7 +328,7 @@ def ranks_of(small: SmallModel, router: str, head: str | None = None) -> ScoreRa
         raise UsageError(
             f"no head is known for {small.name}; `mlxroute train` fits one, --head FILE names one"
         )
-    return ranks.knowing(HEAD, small.load_head(file))
+    return ranks.with_quantiles(HEAD, small.load_head(file))
 
 
 def chosen_router(name: str, settings: Settings, pair: Pair | None, ranks: ScoreRanks) -> Router:
@@ -338,5 +338,5 @@ def chosen_router(name: str, settings: Settings, pair: Pair | None, ranks: Score
     if settings.threshold is not None:
         return make_router(name, threshold=settings.threshold)
     if name != DEFAULT_ROUTER:
-        return make_router(name, threshold=ranks.at(name, DEFAULT_RATE))
+        return make_router(name, threshold=ranks.threshold_at_rate(name, DEFAULT_RATE))
     return make_router(name, threshold=pair.threshold if pair else DEFAULT_THRESHOLD_NATS)

@@ -66,7 +66,9 @@ class _Count:
         found = (prompt, cached, generated)
         more = [max(0, new - old) for new, old in zip(found, self._counted, strict=True)]
         self._counted = found
-        self._ledger.used(prompt_tokens=more[0], cached_tokens=more[1], completion_tokens=more[2])
+        self._ledger.record_usage(
+            prompt_tokens=more[0], cached_tokens=more[1], completion_tokens=more[2]
+        )
 
 
 class CompletionRequester:

@@ -7,7 +7,7 @@ import re
 import string
 from dataclasses import dataclass
 
-from mlxroute.questions.question_files import Kind, Question
+from mlxroute.questions.question_files import AnswerKind, Question
 
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
@@ -28,23 +28,23 @@ def grade(question: Question, text: str) -> Grade:
     """Mark a text against the question's answer, which must be known."""
     assert question.answer is not None
     match question.kind:
-        case Kind.CHOICE:
+        case AnswerKind.CHOICE:
             return _mark_choice(question, text)
-        case Kind.NUMBER:
+        case AnswerKind.NUMBER:
             return _mark_number(question.answer, text)
-        case Kind.TEXT:
+        case AnswerKind.TEXT:
             return _mark_text(question.answer, text)
 
 
-def outcome(question: Question, text: str) -> str:
+def extract_answer(question: Question, text: str) -> str:
     """What a text answers, in a form in which equal answers are equal; empty for no answer."""
     match question.kind:
-        case Kind.CHOICE:
+        case AnswerKind.CHOICE:
             return _chosen(question, text)[1] or ""
-        case Kind.NUMBER:
+        case AnswerKind.NUMBER:
             value = _final_number(text)
             return "" if value is None else f"{value:g}"
-        case Kind.TEXT:
+        case AnswerKind.TEXT:
             return _plain(text)
 
 

@@ -31,7 +31,7 @@ _NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+")
 _CALCULATION = re.compile(r"<<[^<>]*>>")
 
 
-class Kind(StrEnum):
+class AnswerKind(StrEnum):
     """What an answer is compared as."""
 
     CHOICE = "choice"
@@ -49,7 +49,7 @@ class Question:
 
     name: str
     prompt: str
-    kind: Kind = Kind.TEXT
+    kind: AnswerKind = AnswerKind.TEXT
     answer: str | None = None
     choices: tuple[tuple[str, str], ...] = ()
     worked: str | None = None
@@ -87,7 +87,7 @@ def sample_questions(questions: Sequence[Question], count: int) -> list[Question
     return random.Random(0).sample(questions, len(questions))[:count]
 
 
-def worked_examples(path: Path | None, count: int) -> list[Question]:
+def read_worked_examples(path: Path | None, count: int) -> list[Question]:
     """The first rows of a file that have an answer in full; none without a file.
 
     Raises UsageError where there are fewer.
@@ -132,17 +132,17 @@ def _question(line: str, *, where: str) -> Question:
         answer = _optional(row, "answerKey", where)
         if answer is not None and answer not in [label for label, _ in choices]:
             raise UsageError(f"{where}: `answerKey` {answer!r} is none of the labels")
-        return Question(name, prompt, Kind.CHOICE, answer, choices, worked, _CHOICE_FORM)
+        return Question(name, prompt, AnswerKind.CHOICE, answer, choices, worked, _CHOICE_FORM)
     if "problem" in row:
         solution = _optional(row, "solution", where)
         boxed = _BOXED.findall(solution or "")
         prompt = _text(row, "problem", where)
         return Question(
-            name, prompt, Kind.NUMBER, boxed[-1] if boxed else None, (), worked, _NUMBER_FORM
+            name, prompt, AnswerKind.NUMBER, boxed[-1] if boxed else None, (), worked, _NUMBER_FORM
         )
     answer = _optional(row, "answer", where) or _optional(row, "answerKey", where)
     numeric = answer is not None and _NUMBER.fullmatch(answer.strip())
-    kind = Kind.NUMBER if numeric else Kind.TEXT
+    kind = AnswerKind.NUMBER if numeric else AnswerKind.TEXT
     return Question(name, _text(row, "prompt", where), kind, answer, (), worked)
 
 

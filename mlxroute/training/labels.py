@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar, cast
 
-from mlxroute.questions.grading import grade, outcome
+from mlxroute.questions.grading import extract_answer, grade
 from mlxroute.questions.question_files import Question, question_messages
 from mlxroute.recorded.large_answers import LargeAnswer, write
 from mlxroute.recorded.replies import Replies
@@ -60,7 +60,7 @@ class LabelledAnswer:
 
     def outcomes(self, question: Question) -> list[str]:
         """What is answered when the first 0, 1, ... disagreements are escalated and no more."""
-        return [outcome(question, text) for text in (*self.alone, self.text)]
+        return [extract_answer(question, text) for text in (*self.alone, self.text)]
 
     def rights(self, question: Question) -> list[bool]:
         """Whether that is right."""

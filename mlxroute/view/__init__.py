@@ -2,13 +2,13 @@
 
 from mlxroute.view.live_view import AnswerStream, LiveView
 from mlxroute.view.plain_writer import PlainWriter
-from mlxroute.view.summary import Totals, closing_paragraph, summary_line
+from mlxroute.view.summary import ChatTotals, closing_paragraph, summary_line
 
 __all__ = [
     "AnswerStream",
+    "ChatTotals",
     "LiveView",
     "PlainWriter",
-    "Totals",
     "closing_paragraph",
     "summary_line",
 ]

@@ -147,7 +147,7 @@ def summary_line(stats: RunStats) -> str:
 
 
 @dataclass(slots=True)
-class Totals:
+class ChatTotals:
     """Running figures over the answers of a chat."""
 
     answers: int = 0

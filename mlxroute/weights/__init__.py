@@ -3,19 +3,19 @@
 from mlxroute.weights.resolve import (
     CachedModel,
     LocalModel,
-    cached,
+    check_sources,
     default_cache_dir,
+    list_cached,
     pull,
-    reachable_sources,
     resolve,
 )
 
 __all__ = [
     "CachedModel",
     "LocalModel",
-    "cached",
+    "check_sources",
     "default_cache_dir",
+    "list_cached",
     "pull",
-    "reachable_sources",
     "resolve",
 ]

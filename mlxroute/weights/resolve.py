@@ -24,10 +24,10 @@ from mlxroute.weights.store import Manifest, Store, disk_errors, record, require
 __all__ = [
     "CachedModel",
     "LocalModel",
-    "cached",
+    "check_sources",
     "default_cache_dir",
+    "list_cached",
     "pull",
-    "reachable_sources",
     "resolve",
 ]
 
@@ -130,7 +130,7 @@ def pull(
         return found or _build(store, request, offline=offline)
 
 
-def cached(cache_dir: Path) -> tuple[CachedModel, ...]:
+def list_cached(cache_dir: Path) -> tuple[CachedModel, ...]:
     """What the cache holds, by name."""
     store = Store(cache_dir)
     found = []
@@ -146,7 +146,7 @@ def cached(cache_dir: Path) -> tuple[CachedModel, ...]:
     return tuple(sorted(found, key=lambda model: model.name))
 
 
-def reachable_sources() -> dict[str, bool]:
+def check_sources() -> dict[str, bool]:
     """Which sources answer, by name; takes five seconds at most."""
     from mlxroute.weights import hub, package_index
 
@@ -159,7 +159,7 @@ def _request(
     spec: str, *, catalog: Catalog, progress: Progress, notify: Notify
 ) -> _Request | LocalModel:
     """Tell what a spec is; a catalogue name wins over a file of the same name."""
-    model = catalog.find(spec)
+    model = catalog.find_model(spec)
     if model is not None:
 
         def build_named(staging: Path) -> _Built:
@@ -182,7 +182,7 @@ def _request(
         return _Request(spec, spec.replace("/", "--"), "", True, build_from_hub)
     if "/" in spec:
         raise WeightsError(f"no model at {spec}: there is no such directory or .gguf file")
-    raise catalog.unknown(spec)
+    raise catalog.unknown_model(spec)
 
 
 def _user_directory(spec: str, path: Path) -> LocalModel:

@@ -24,7 +24,7 @@ from mlxroute.cli import main
 from mlxroute.cli.commands.bench_quality import show
 from mlxroute.engine import generate
 from mlxroute.errors import LargeError, LargeRefused
-from mlxroute.questions.question_files import Kind, Question, question_messages
+from mlxroute.questions.question_files import AnswerKind, Question, question_messages
 from mlxroute.recorded.replies import RecordingStopped
 from mlxroute.routers import BURST, make_router
 from mlxroute.small import SmallModel
@@ -63,7 +63,7 @@ def questions(small: SmallModel) -> list[Question]:
             max_tokens=_TOKENS,
         )
         text = "".join(token.text for token in answer)
-        found.append(Question(str(i), prompt, Kind.TEXT, text if i < 4 else "never said"))
+        found.append(Question(str(i), prompt, AnswerKind.TEXT, text if i < 4 else "never said"))
     return found
 
 
@@ -232,7 +232,7 @@ def test_the_fault_that_ended_the_others_is_told(
 
 
 def test_oracles_spend_where_it_helps() -> None:
-    question = Question("q", "?", Kind.CHOICE, "B", (("A", "tea"), ("B", "milk")))
+    question = Question("q", "?", AnswerKind.CHOICE, "B", (("A", "tea"), ("B", "milk")))
 
     def answered(*labels: str) -> LabelledAnswer:
         texts = [f"The answer is ({each})." for each in labels]

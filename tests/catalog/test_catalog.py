@@ -50,33 +50,33 @@ def test_shipped_models_that_need_no_hub_state_every_byte(catalog: Catalog) -> N
 
 
 def test_there_are_pairs_for_owners_of_larger_machines(catalog: Catalog) -> None:
-    large = {pair.large for pair in catalog.pairs if catalog.model(pair.large).parameters > 7e9}
+    large = {pair.large for pair in catalog.pairs if catalog.get_model(pair.large).parameters > 7e9}
     assert len(large) >= 5
     for pair in catalog.pairs:
-        assert catalog.model(pair.small).parameters < catalog.model(pair.large).parameters
+        assert catalog.get_model(pair.small).parameters < catalog.get_model(pair.large).parameters
 
 
 def test_a_pair_is_found_by_both_names_or_by_the_small_one(catalog: Catalog) -> None:
-    pair = catalog.pair("qwen2.5-coder-0.5b", "qwen2.5-coder-7b")
+    pair = catalog.find_pair("qwen2.5-coder-0.5b", "qwen2.5-coder-7b")
     assert pair is not None
     assert pair.name == "qwen2.5-coder-0.5b+qwen2.5-coder-7b"
     assert pair.same_vocabulary
-    default = catalog.pair("qwen2.5-coder-0.5b")
+    default = catalog.find_pair("qwen2.5-coder-0.5b")
     assert default is not None
     assert default.large == "qwen2.5-coder-1.5b"
-    assert catalog.pair("qwen3-8b") is None
+    assert catalog.find_pair("qwen3-8b") is None
 
 
 def test_an_unknown_name_gets_near_matches(catalog: Catalog) -> None:
     with pytest.raises(CatalogError, match=r"did you mean qwen3-8b.*see `mlxroute models`"):
-        catalog.model("Qwen3-8")
+        catalog.get_model("Qwen3-8")
 
 
 def test_user_s_entries_come_after_the_shipped_ones(tmp_path: Path, catalog: Catalog) -> None:
     pair = '[[pairs]]\nsmall = "mine"\nlarge = "qwen3-8b"\nsame_vocabulary = false\n'
     mine = load(tmp_path, MODEL + pair + 'threshold = 1\ncalibration = "by hand"\n')
     assert mine.models[:-1] == catalog.models
-    assert mine.model("mine").hub_id == "me/mine"
+    assert mine.get_model("mine").hub_id == "me/mine"
     assert mine.pairs[-1].threshold == 1
 
 
@@ -142,10 +142,10 @@ def test_an_installed_package_carries_its_own_catalogue(tmp_path: Path) -> None:
 
 def test_a_model_may_have_prices_and_is_found_by_either_of_its_names(tmp_path: Path) -> None:
     catalog = load(tmp_path, MODEL + "price = { input = 2, output = 8.0 }\n")
-    assert catalog.price("mine") == catalog.price("me/mine") == Prices(2, 2, 8.0)
-    assert catalog.price("smollm2-135m") is None
+    assert catalog.find_prices("mine") == catalog.find_prices("me/mine") == Prices(2, 2, 8.0)
+    assert catalog.find_prices("smollm2-135m") is None
     full = load(tmp_path, MODEL + "price = { input = 2, cached_input = 0.5, output = 8 }\n")
-    assert full.price("mine") == Prices(2, 0.5, 8)
+    assert full.find_prices("mine") == Prices(2, 0.5, 8)
 
 
 @pytest.mark.parametrize(

@@ -83,10 +83,10 @@ def test_a_model_without_a_head_is_named(
 
 
 def test_routers_with_known_ranks_have_a_default_rate() -> None:
-    ranks = ScoreRanks.of("qwen2.5-coder-0.5b", user_catalog_dir())
-    pair = Catalog.load().pair("qwen2.5-coder-0.5b")
+    ranks = ScoreRanks.find("qwen2.5-coder-0.5b", user_catalog_dir())
+    pair = Catalog.load().find_pair("qwen2.5-coder-0.5b")
     router = chosen_router("margin", Settings(), pair, ranks)
-    assert router.pace.threshold == ranks.at("margin", 0.07)
+    assert router.pace.threshold == ranks.threshold_at_rate("margin", 0.07)
     assert pair is not None
     assert router_of(Settings(), pair) == pair.router
     assert router_of(Settings(router="logu"), pair) == "logu"

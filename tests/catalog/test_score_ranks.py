@@ -21,16 +21,21 @@ def some(small: str) -> ScoreRanks:
 
 
 def test_the_users_ranks_go_before_the_shipped_ones(tmp_path: Path) -> None:
-    shipped = ScoreRanks.of("qwen2.5-coder-0.5b", tmp_path)
+    shipped = ScoreRanks.find("qwen2.5-coder-0.5b", tmp_path)
     assert shipped.small == "qwen2.5-coder-0.5b"
     some("qwen2.5-coder-0.5b").write(tmp_path)
-    assert ScoreRanks.of("qwen2.5-coder-0.5b", tmp_path) == some("qwen2.5-coder-0.5b")
-    assert ScoreRanks.of("some/folder/never-heard-of", tmp_path) == shipped
+    assert ScoreRanks.find("qwen2.5-coder-0.5b", tmp_path) == some("qwen2.5-coder-0.5b")
+    assert ScoreRanks.find("some/folder/never-heard-of", tmp_path) == shipped
 
 
 def test_the_score_at_a_rate_is_what_that_share_exceeds() -> None:
     ranks = some("x")
-    assert [ranks.at("entropy", rate) for rate in (0.0, 0.25, 0.125, 1.0)] == [4.0, 2.0, 3.0, 0.0]
+    assert [ranks.threshold_at_rate("entropy", rate) for rate in (0.0, 0.25, 0.125, 1.0)] == [
+        4.0,
+        2.0,
+        3.0,
+        0.0,
+    ]
     assert ranks["never calibrated"] == (0.0, 1.0)
 
 
@@ -42,18 +47,18 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str) -> None:
     path = some("x").write(tmp_path)
     path.write_text(text)
     with pytest.raises(CatalogError, match=r"x\.json"):
-        ScoreRanks.of("x", tmp_path)
+        ScoreRanks.find("x", tmp_path)
 
 
 @pytest.mark.parametrize("small", sorted({pair.small for pair in Catalog.load().pairs}))
 def test_budgets_can_start_with_every_small_model_of_the_catalogue(
     small: str, tmp_path: Path
 ) -> None:
-    ranks = ScoreRanks.of(small, tmp_path)
+    ranks = ScoreRanks.find(small, tmp_path)
     assert ranks.positions > 500
     for name in ("entropy", "margin", "max-probability", "logu", "random"):
         found = make_router(name, budget=0.07, quantiles=ranks[name]).pace.threshold
-        assert found == pytest.approx(ranks.at(name, 0.07), rel=0.15)
+        assert found == pytest.approx(ranks.threshold_at_rate(name, 0.07), rel=0.15)
 
 
 def test_calibrate_keeps_what_budgets_start_from(
@@ -66,10 +71,12 @@ def test_calibrate_keeps_what_budgets_start_from(
     arguments = ["calibrate", "--small", str(tiny), "--data", data.name, "--tokens", "40"]
     assert main(arguments) == 0
     report = json.loads(capsys.readouterr().out)
-    ranks = ScoreRanks.of("tiny", user_catalog_dir())
+    ranks = ScoreRanks.find("tiny", user_catalog_dir())
     assert ranks.positions == report["positions"] >= 200
     assert ranks.data == report["data"] == f"9 questions of {tmp_path.name}/mine.jsonl"
-    assert report["thresholds"]["entropy"]["0.07"] == round(ranks.at("entropy", 0.07), 5)
+    assert report["thresholds"]["entropy"]["0.07"] == round(
+        ranks.threshold_at_rate("entropy", 0.07), 5
+    )
     assert set(ranks.quantiles) == {"entropy", "margin", "max-probability", "logu", "random"}
 
 

@@ -20,7 +20,7 @@ def test_a_cpu_demo_takes_the_largest_pair_that_comes_from_the_package_index() -
 @pytest.mark.parametrize("gib", [6, 8, 16, 64])
 def test_a_gpu_demo_fits_in_memory_and_is_no_burden_to_download(gib: int) -> None:
     for pair in demo_pairs(CATALOG, available=gib * GIB, dense=False):
-        models = [CATALOG.model(pair.small), CATALOG.model(pair.large)]
+        models = [CATALOG.get_model(pair.small), CATALOG.get_model(pair.large)]
         assert sum(resident_bytes(model, dense=False) for model in models) <= gib * GIB
         assert sum(model.hub_bytes for model in models) <= 6e9
         assert pair.same_vocabulary
@@ -42,5 +42,5 @@ def test_a_model_that_does_not_fit_is_refused_with_a_smaller_choice() -> None:
     with pytest.raises(
         NotEnoughSpace, match=r"needs 122\.6 GiB .* 8\.0 GiB are free; .* would fit"
     ):
-        check_fits(CATALOG.model("qwen3-32b"), CATALOG, available=8 * GIB, dense=True)
-    check_fits(CATALOG.model("qwen3-8b"), CATALOG, available=8 * GIB, dense=False)
+        check_fits(CATALOG.get_model("qwen3-32b"), CATALOG, available=8 * GIB, dense=True)
+    check_fits(CATALOG.get_model("qwen3-8b"), CATALOG, available=8 * GIB, dense=False)

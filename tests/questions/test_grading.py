@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from mlxroute.bench.significance import mcnemar, wilson
-from mlxroute.questions.grading import Grade, grade, outcome
-from mlxroute.questions.question_files import Kind, Question
+from mlxroute.questions.grading import Grade, extract_answer, grade
+from mlxroute.questions.question_files import AnswerKind, Question
 
 _CHOICES = (("A", "bank"), ("B", "river bank"), ("C", "library"), ("D", "mall"), ("E", "office"))
-CHOICE = Question("q", "Where?", Kind.CHOICE, "B", _CHOICES)
-NUMBER = Question("q", "How many?", Kind.NUMBER, "1,800")
-TEXT = Question("q", "Who?", Kind.TEXT, "Ada Lovelace")
+CHOICE = Question("q", "Where?", AnswerKind.CHOICE, "B", _CHOICES)
+NUMBER = Question("q", "How many?", AnswerKind.NUMBER, "1,800")
+TEXT = Question("q", "Who?", AnswerKind.TEXT, "Ada Lovelace")
 
 
 @pytest.mark.parametrize(
@@ -75,17 +75,17 @@ def test_intervals_and_p_values_are_those_of_the_literature() -> None:
 @pytest.mark.parametrize(
     ("kind", "texts", "same"),
     [
-        (Kind.CHOICE, ("So the answer is tea (A).", "The answer is (A)"), True),
-        (Kind.CHOICE, ("the answer is tea", "the answer is milk"), False),
-        (Kind.NUMBER, ("It is \\boxed{18.00}", "so 18"), True),
-        (Kind.NUMBER, ("no idea", "so 0"), False),
-        (Kind.TEXT, ("Ice floats!", "ice  floats"), True),
-        (Kind.TEXT, ("ice floats", "ice sinks"), False),
+        (AnswerKind.CHOICE, ("So the answer is tea (A).", "The answer is (A)"), True),
+        (AnswerKind.CHOICE, ("the answer is tea", "the answer is milk"), False),
+        (AnswerKind.NUMBER, ("It is \\boxed{18.00}", "so 18"), True),
+        (AnswerKind.NUMBER, ("no idea", "so 0"), False),
+        (AnswerKind.TEXT, ("Ice floats!", "ice  floats"), True),
+        (AnswerKind.TEXT, ("ice floats", "ice sinks"), False),
     ],
 )
 def test_outcomes_are_equal_where_answers_are(
-    kind: Kind, texts: tuple[str, str], same: bool
+    kind: AnswerKind, texts: tuple[str, str], same: bool
 ) -> None:
     question = Question("q", "?", kind, None, (("A", "tea"), ("B", "milk")))
-    one, other = (outcome(question, text) for text in texts)
+    one, other = (extract_answer(question, text) for text in texts)
     assert (one == other) is same

@@ -12,8 +12,8 @@ from mlxroute.questions.grading import grade
 from mlxroute.questions.question_files import (
     question_messages,
     read_questions,
+    read_worked_examples,
     sample_questions,
-    worked_examples,
 )
 
 
@@ -67,7 +67,7 @@ def test_files_that_hold_nothing_to_ask_are_named(tmp_path: Path) -> None:
 
 
 def test_worked_examples_are_earlier_turns_that_show_the_form() -> None:
-    examples = worked_examples(bench_file("questions", "examples.jsonl"), 2)
+    examples = read_worked_examples(bench_file("questions", "examples.jsonl"), 2)
     question = read_questions(bench_file("questions", "everyday.jsonl"))[0]
     turns = question_messages(question, examples)
     assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2 + ["user"]
@@ -77,7 +77,7 @@ def test_worked_examples_are_earlier_turns_that_show_the_form() -> None:
 
 def test_our_questions_have_one_right_answer_each() -> None:
     questions = read_questions(bench_file("questions", "everyday.jsonl"))
-    examples = worked_examples(bench_file("questions", "examples.jsonl"), 4)
+    examples = read_worked_examples(bench_file("questions", "examples.jsonl"), 4)
     assert len({each.fingerprint for each in (*questions, *examples)}) == 36
     for each in (*questions, *examples):
         assert each.answer in list("ABCDE")

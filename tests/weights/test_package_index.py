@@ -124,7 +124,7 @@ def test_an_unreachable_hub_gives_way_to_the_index(
     assert journal.steps["downloading tiny"][-1] == len(gguf)
     assert journal.steps["verifying tiny"][-1] == len(gguf)
     assert not list((tmp_path / "staging").iterdir())
-    assert [entry.name for entry in weights.cached(tmp_path)] == ["tiny"]
+    assert [entry.name for entry in weights.list_cached(tmp_path)] == ["tiny"]
 
 
 def test_a_pull_that_failed_half_way_fetches_only_what_is_missing(
@@ -205,11 +205,11 @@ def test_killing_a_pull_leaves_no_model_and_the_next_one_finishes(
             assert time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
-    assert weights.cached(tmp_path) == ()
+    assert weights.list_cached(tmp_path) == ()
     site.held.clear()
     site.release.set()
     get(model, tmp_path)
-    assert [entry.name for entry in weights.cached(tmp_path)] == ["tiny"]
+    assert [entry.name for entry in weights.list_cached(tmp_path)] == ["tiny"]
 
 
 def test_a_stalled_download_is_given_up(
@@ -225,13 +225,13 @@ def test_sources_that_answer_are_told_from_those_that_do_not(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.wheels["pip-99.0-py3-none-any.whl"] = b""
-    assert weights.reachable_sources() == {"hub": False, "package index": True}
+    assert weights.check_sources() == {"hub": False, "package index": True}
     monkeypatch.setattr(
         huggingface_hub.constants, "ENDPOINT", os.environ["PIP_INDEX_URL"].removesuffix("/simple")
     )
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setattr(index_module, "FIRST_SIGN_S", 1.5)
-    assert weights.reachable_sources() == {"hub": True, "package index": False}
+    assert weights.check_sources() == {"hub": True, "package index": False}
 
 
 def as_toml(model: Model) -> str:

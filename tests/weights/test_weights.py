@@ -95,7 +95,7 @@ def test_a_changed_gguf_file_is_converted_anew(
     os.utime(gguf, ns=(1, 1))
     second = get(gguf, catalog, tmp_path / "cache")
     assert sha256_of(second.path / "model.safetensors") != first
-    assert len(weights.cached(tmp_path / "cache")) == 1
+    assert len(weights.list_cached(tmp_path / "cache")) == 1
 
 
 def test_a_damaged_cache_file_names_the_command_that_repairs_it(
@@ -128,7 +128,7 @@ def test_an_unreadable_manifest_is_damage_and_pull_repairs_it(
 ) -> None:
     path = get(gguf, catalog, tmp_path / "cache").path / "mlxroute-manifest.json"
     path.write_text("{")
-    assert [entry.source for entry in weights.cached(tmp_path / "cache")] == [None]
+    assert [entry.source for entry in weights.list_cached(tmp_path / "cache")] == [None]
     with pytest.raises(CorruptWeights, match="cannot be read"):
         get(gguf, catalog, tmp_path / "cache")
     get(gguf, catalog, tmp_path / "cache", how="pull")
@@ -142,7 +142,7 @@ def test_too_little_space_is_known_before_the_conversion(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=1000))
     with pytest.raises(NotEnoughSpace, match=r"converting tiny.gguf needs .* --cache-dir"):
         get(gguf, catalog, tmp_path / "cache")
-    assert weights.cached(tmp_path / "cache") == ()
+    assert weights.list_cached(tmp_path / "cache") == ()
 
 
 def test_a_disk_that_fills_up_is_not_a_traceback(tmp_path: Path) -> None:

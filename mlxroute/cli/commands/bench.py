@@ -19,8 +19,8 @@ from mlxroute.questions.question_files import (
     Question,
     question_messages,
     read_questions,
+    read_worked_examples,
     sample_questions,
-    worked_examples,
 )
 from mlxroute.types import Message
 
@@ -86,7 +86,7 @@ def run_bench_latency(
         from mlxroute.bench.plot import check_plot, draw_latency
 
         check_plot(plot)
-    asked = _asked(data, prompts, worked_examples(examples, shots))
+    asked = _asked(data, prompts, read_worked_examples(examples, shots))
     _, err = consoles()
     # Whose replies they are is asked of the server itself, and a dead one is named.
     with large_model(settings, settings.large, Ledger()) as large:

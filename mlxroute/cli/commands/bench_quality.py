@@ -15,8 +15,8 @@ from mlxroute.errors import UsageError
 from mlxroute.questions.question_files import (
     Question,
     read_questions,
+    read_worked_examples,
     sample_questions,
-    worked_examples,
 )
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def run_bench_quality(
 
 def _examples(options: QualityOptions) -> list[Question]:
     ours = bench_file("questions", "examples.jsonl") if options.data is None else None
-    return worked_examples(options.examples or ours, options.shots)
+    return read_worked_examples(options.examples or ours, options.shots)
 
 
 def check_unseen(head: MlpHead | None, questions: list[Question]) -> None:

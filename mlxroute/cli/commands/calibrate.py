@@ -44,13 +44,18 @@ def run_calibrate(settings: Settings, *, data: list[Path], count: int, tokens: i
     for name in names:
         table.add_column(f"{name} above")
     for rate in _RATES:
-        table.add_row(f"{rate:.0%}", *(f"{ranks.at(name, rate):.4g}" for name in names))
+        table.add_row(
+            f"{rate:.0%}", *(f"{ranks.threshold_at_rate(name, rate):.4g}" for name in names)
+        )
     err.print(table)
     file = ranks.write(user_catalog_dir())
     err.print(
         f"kept in {file}: budgets with {small.name} start from it", markup=False, soft_wrap=True
     )
-    found = {name: {f"{r:g}": round(ranks.at(name, r), 5) for r in _RATES} for name in names}
+    found = {
+        name: {f"{r:g}": round(ranks.threshold_at_rate(name, r), 5) for r in _RATES}
+        for name in names
+    }
     report = {"small": ranks.small, "data": ranks.data, "positions": ranks.positions}
     sys.stdout.write(json.dumps({**report, "thresholds": found}) + "\n")
     return 0

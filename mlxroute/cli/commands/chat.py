@@ -120,14 +120,14 @@ class _Chat:
     """One chat on a pair of consoles. `offered` is a message that is still unanswered."""
 
     def __init__(self, session: ChatSession, *, out: Console, err: Console, heat: bool) -> None:
-        from mlxroute.view import Totals
+        from mlxroute.view import ChatTotals
 
         self.offered = ""
         self._session = session
         self._out = out
         self._err = err
         self._heat = heat
-        self._totals = Totals()
+        self._totals = ChatTotals()
 
     def completions(self) -> dict[str, Callable[[], Sequence[str]] | None]:
         """What may follow each command: words, or None for a path."""

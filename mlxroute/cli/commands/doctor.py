@@ -78,13 +78,13 @@ def _device(cache_dir: Path) -> list[DoctorCheck]:
 
 
 def _disk(cache_dir: Path) -> DoctorCheck:
-    from mlxroute.weights import cached
+    from mlxroute.weights import list_cached
 
     folder = cache_dir
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    models = ", ".join(sorted(entry.name for entry in cached(cache_dir))) or "no models yet"
+    models = ", ".join(sorted(entry.name for entry in list_cached(cache_dir))) or "no models yet"
     writable = folder.is_dir() and os.access(folder, os.W_OK)
     text = f"{cache_dir}: {models}; {free / 1e9:.0f} GB free"
     return DoctorCheck("cache", text if writable else f"{text}; not writable", good=writable)
@@ -102,13 +102,13 @@ def _config() -> DoctorCheck:
 
 
 def _network() -> list[DoctorCheck]:
-    from mlxroute.weights import reachable_sources
+    from mlxroute.weights import check_sources
 
     return [
         DoctorCheck(name, "reachable", good=True)
         if there
         else DoctorCheck(name, "not reachable", good=None)
-        for name, there in reachable_sources().items()
+        for name, there in check_sources().items()
     ]
 
 

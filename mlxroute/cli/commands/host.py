@@ -24,7 +24,7 @@ def run_host(name: str | None, settings: Settings, *, port: int | None) -> int:
     dense, available = device_room(cache_dir)
     if name is None:
         name = host_choice(catalog, available=available, dense=dense).name
-    if (model := catalog.find(name)) is not None:
+    if (model := catalog.find_model(name)) is not None:
         check_fits(model, catalog, available=available, dense=dense)
     with Reporter(err) as reporter:
         local = resolve(

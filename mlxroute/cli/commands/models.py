@@ -12,12 +12,12 @@ def list_models(settings: Settings) -> int:
     from rich.table import Table
 
     from mlxroute.cli.terminal import consoles
-    from mlxroute.weights import cached
+    from mlxroute.weights import list_cached
 
     out, _ = consoles()
     catalog = Catalog.load(user_catalog_dir())
     folder = cache_dir_of(settings.cache_dir)
-    here = {entry.name: entry for entry in cached(folder)}
+    here = {entry.name: entry for entry in list_cached(folder)}
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("model", "parameters", "hub", "index", "cached", "licence"):
         table.add_column(column, overflow="fold")

@@ -17,8 +17,8 @@ from mlxroute.errors import UsageError
 from mlxroute.questions.question_files import (
     Question,
     read_questions,
+    read_worked_examples,
     sample_questions,
-    worked_examples,
 )
 from mlxroute.types import LabelKind
 
@@ -52,7 +52,7 @@ def run_train(settings: Settings, options: TrainOptions) -> int:
     if options.out is not None and options.out.suffix != ".safetensors":
         raise UsageError(f"--out {options.out}: a head is a .safetensors file")
     questions = _questions(options)
-    examples = worked_examples(options.examples, options.shots)
+    examples = read_worked_examples(options.examples, options.shots)
     _, err = consoles()
     with (
         open_ledger(settings) as ledger,

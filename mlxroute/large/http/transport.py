@@ -67,7 +67,7 @@ class _Body:
         if self._read:
             return b""
         self._read = True
-        self._ledger.sent(self._url, self._data)
+        self._ledger.record_request(self._url, self._data)
         return self._data
 
 
@@ -154,7 +154,7 @@ class Exchange(threading.Thread):
         return self._reply
 
     def _exchange(self) -> Reply:
-        self._ledger.check()
+        self._ledger.raise_if_failed()
         left_s = max(self._deadline.left_s(), 0.001)
         with self._session.request(
             "GET" if self._body is None else "POST",
@@ -260,7 +260,7 @@ class Transport:
         self._random = random
         self._ledger = Ledger() if ledger is None else ledger
         for secret in (api_key, address.userinfo and address.userinfo[1]):
-            self._ledger.hide(secret)
+            self._ledger.add_secret(secret)
         self._sessions = HttpSessionPool(address, self._auth)
         self._lock = threading.Lock()
         self._given_up: list[Exchange] = []
