@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import IntFlag, StrEnum
 from typing import Protocol
 
 
@@ -56,6 +56,18 @@ class Judgement(StrEnum):
     OVER_BUDGET = "over budget"
 
 
+class LogitFault(IntFlag):
+    """What is wrong with a row of logits."""
+
+    NONE = 0
+    NAN = 1
+    """At least one logit is NaN."""
+    POSITIVE_INFINITY = 2
+    """At least one logit is +inf."""
+    ALL_NEGATIVE_INFINITY = 4
+    """No logit is above -inf: all are -inf or NaN."""
+
+
 @dataclass(frozen=True, slots=True)
 class Signals:
     """What the small model says about the next position, from one pass over its logits row.
@@ -63,8 +75,8 @@ class Signals:
     `token_id` is its own choice (greedy, or sampled when a temperature is set). Logprobs and
     `entropy_nats` are natural logarithms over the full vocabulary, before temperature, computed
     in float32. `margin` is p1 - p2 (0 to 1). `top_ids` is ordered by falling logprob.
-    `lse` is the logits' logsumexp. `flags` is 0 for a sound row; 1 stands for a NaN among the
-    logits, 2 for +inf, 4 for nothing above -inf. `head_score` is a learned head's, if one is set.
+    `lse` is the logits' logsumexp. `flags` names what is wrong with the logits, if
+    anything. `head_score` is a learned head's, if one is set.
     """
 
     token_id: int
@@ -75,7 +87,7 @@ class Signals:
     top_ids: tuple[int, ...]
     top_logprobs: tuple[float, ...]
     lse: float = 0.0
-    flags: int = 0
+    flags: LogitFault = LogitFault.NONE
     head_score: float | None = None
 
 

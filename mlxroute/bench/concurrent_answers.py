@@ -54,11 +54,11 @@ class ConcurrentAnswers:
             if text not in texts:
                 texts.append(text)
                 ids = self.small.encode_prompt(text)
-                first, cache = self.small.start(ids)
+                first, cache = self.small.prefill_copy(ids)
                 held.append(cache)
                 shared[text] = (ids, first)
             rows.append(AnswerRow(self, text, *shared[text], place=texts.index(text)))
-        batch = self.small.batch(held)
+        batch = self.small.start_batch(held)
         self._busy = len(jobs)
         with ThreadPoolExecutor(len(jobs)) as pool:
             try:

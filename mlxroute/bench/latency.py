@@ -76,7 +76,7 @@ class _Bench:
         )
         ids = small.encode_prompt(small.render(prompts[0]))
         small.prefill(ids)
-        found = small.branch_cost(ids[-1], rows=BRANCH_ROWS)
+        found = small.measure_branch_cost(ids[-1], rows=BRANCH_ROWS)
         # How much longer a batch takes is compared in the same seconds.
         self.batch_over_step = found.batch_s / found.step_s
         batch_s = self.batch_over_step * self.step_s

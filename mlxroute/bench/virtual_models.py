@@ -91,7 +91,7 @@ class VirtualSmall:
         return self._small.context_length
 
     @property
-    def most_rows(self) -> int:
+    def max_rows(self) -> int:
         return self._cost.rows
 
     def render(self, messages: Sequence[Message]) -> str:
@@ -117,7 +117,7 @@ class VirtualSmall:
     def rollback(self, count: int) -> None:
         del self._ids[len(self._ids) - count :]
 
-    def branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
+    def measure_branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
         return self._cost
 
     def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:
@@ -139,7 +139,9 @@ class VirtualSmall:
     ) -> list[Signals]:
         """What a real batch says behind one more token a row."""
         if self._batch is None or self._batched != rows:
-            self._batch = self._small.batch([self._small.start(row)[1] for row in rows])
+            self._batch = self._small.start_batch(
+                [self._small.prefill_copy(row)[1] for row in rows]
+            )
         self._batched = self._rows
         return self._batch.step(parents, token_ids)
 

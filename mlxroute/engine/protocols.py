@@ -45,11 +45,11 @@ class SmallProtocol(Protocol):
     def rollback(self, count: int) -> None: ...
 
     @property
-    def most_rows(self) -> int:
+    def max_rows(self) -> int:
         """How many rows `branch` may have now; 1 when there can be none beside the first."""
         ...
 
-    def branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
+    def measure_branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
         """What a step of `rows` rows costs and how it rounds, `token_id` being the next token."""
         ...
 

@@ -13,7 +13,7 @@ _ONLY = "this stand-in for the small model only goes on"
 class ForwardOnlySmall:
     """Goes on only: nothing can be taken back, and there are no branches."""
 
-    most_rows = 1
+    max_rows = 1
 
     def can_rollback(self, count: int) -> bool:
         """Whether `count` tokens that are fed next could be taken back."""
@@ -23,7 +23,7 @@ class ForwardOnlySmall:
         """Raises RollbackError."""
         raise RollbackError(_ONLY)
 
-    def branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
+    def measure_branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
         """Raises RollbackError."""
         raise RollbackError(_ONLY)
 

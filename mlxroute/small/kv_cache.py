@@ -74,14 +74,14 @@ class PrefixCache:
         self.tails = []
 
     @property
-    def most_rows(self) -> int:
+    def max_rows(self) -> int:
         """How many rows the memory set aside for branches holds; 1 where layers cannot branch."""
         if not self.can_rollback or not all(_can_branch(layer) for layer in self.layers):
             return 1
         size: int = sum(layer.nbytes for layer in self.layers) // max(1, len(self.tails))
         return max(1, min(_MOST_ROWS, _BRANCH_BYTES // max(1, size)))
 
-    def held(self, count: int) -> CacheCopy:
+    def copy(self, count: int) -> CacheCopy:
         """Copies of the layers' first `count` tokens, fit for a batch.
 
         Raises UsageError for caches that no batch takes, or that cannot be cut there.

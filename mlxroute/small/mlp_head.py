@@ -70,11 +70,11 @@ class MlpHead:
         """Scores [B, 1] of hidden states [B, D] and packed rows, lazily."""
         import mlx.core as mx
 
-        return self.of(
+        return self.score(
             mx.concatenate([hidden.astype(mx.float32), signal_features(packed)], axis=-1)
         )
 
-    def of(self, inputs: mx.array) -> mx.array:
+    def score(self, inputs: mx.array) -> mx.array:
         """Scores [B, 1] of inputs [B, D + 4] in float32, lazily."""
         import mlx.core as mx
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mlxroute.errors import UsageError
 from mlxroute.small.batch import Batch
 from mlxroute.small.batch_cost import measure
-from mlxroute.small.continuations import continued
+from mlxroute.small.continuations import continue_greedily
 from mlxroute.small.decoder import Decoder, Head, ScoredText
 from mlxroute.small.kernels import select_kernel
 from mlxroute.small.kv_cache import CacheCopy
@@ -154,7 +154,7 @@ class SmallModel:
         """
         return self._decoder.step(token_ids)
 
-    def read(self, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> ScoredText:
+    def score_text(self, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> ScoredText:
         """What the model sees at each position of an answer that another wrote.
 
         Raises UsageError for an architecture whose final norm is not known.
@@ -165,35 +165,38 @@ class SmallModel:
             self._decoder.feed(prompt_ids[reused:-1])
         return self._decoder.read((prompt_ids[-1], *answer_ids[:-1]), answer_ids)
 
-    def start(self, prompt_ids: Sequence[int]) -> tuple[Signals, CacheCopy]:
+    def prefill_copy(self, prompt_ids: Sequence[int]) -> tuple[Signals, CacheCopy]:
         """Run a prompt for a row of a batch: the first position's signals, and the cache behind it.
 
-        Whatever the cache shares with the prompt is used. Raises UsageError as `held` does.
+        Whatever the cache shares with the prompt is used. Raises UsageError as `copy_cache` does.
         """
         reused = self._decoder.begin(prompt_ids, Sampling())
         while len(prompt_ids) - reused > PREFILL_STEP_SIZE:
             self._decoder.feed(prompt_ids[reused : reused + PREFILL_STEP_SIZE])
             reused += PREFILL_STEP_SIZE
         signals = self._decoder.run(prompt_ids[reused:])
-        return signals, self.held(len(prompt_ids))
+        return signals, self.copy_cache(len(prompt_ids))
 
-    def held(self, count: int) -> CacheCopy:
+    def copy_cache(self, count: int) -> CacheCopy:
         """A copy of the KV cache's first `count` tokens. Raises UsageError where there is none."""
-        return self._decoder.cache.held(count)
+        return self._decoder.cache.copy(count)
 
-    def batch(self, held: Sequence[CacheCopy]) -> Batch:
+    def start_batch(self, copies: Sequence[CacheCopy]) -> Batch:
         """Decode several sequences together from their held caches on."""
-        return Batch(held, self._decoder.signals)
+        return Batch(copies, self._decoder.signals)
 
-    def continued(
-        self, starts: Sequence[tuple[CacheCopy, int]], *, most: Sequence[int]
+    def continue_greedily(
+        self, starts: Sequence[tuple[CacheCopy, int]], *, max_tokens: Sequence[int]
     ) -> list[list[int]]:
-        """Continue several sequences at once, greedily, each behind a held cache and a next token.
+        """Continue several sequences greedily in one batch.
 
-        Returns the ids after that token, at most `most[i]` and without the end token. Rows of a
-        batch round differently from one row.
+        Each start is a copy of the KV cache and the token that follows it. Returns the ids after
+        that token, at most `max_tokens[i]` of them, without the end token. Rows of a batch round
+        differently from a single row.
         """
-        return continued(self.model, starts, most=most, ends=self.vocabulary.eos_ids)
+        return continue_greedily(
+            self.model, starts, max_tokens=max_tokens, eos_ids=self.vocabulary.eos_ids
+        )
 
     def can_rollback(self, count: int) -> bool:
         """Whether `count` tokens that are fed next could be taken back.
@@ -203,11 +206,11 @@ class SmallModel:
         return self._decoder.cache.could_give_back(count)
 
     @property
-    def most_rows(self) -> int:
+    def max_rows(self) -> int:
         """How many rows `branch` may have now: fewer behind a long text, 1 where it cannot run."""
-        return self._decoder.cache.most_rows
+        return self._decoder.cache.max_rows
 
-    def branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
+    def measure_branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
         """What a step of `rows` rows costs beside one of one row, measured in a few steps.
 
         `token_id` is to be the next token; the cache is left as it was.

@@ -70,7 +70,7 @@ class Positions:
 
     def scores(self, head: MlpHead) -> list[float]:
         """What a head says of them."""
-        return column(head.of(self.inputs)[:, 0])
+        return column(head.score(self.inputs)[:, 0])
 
 
 def linear(seen: Positions, loss: Loss, components: int) -> MlpHead:

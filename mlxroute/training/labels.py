@@ -172,12 +172,12 @@ def _labelled(
     forks: list[_Fork] = []
     for question, answer in zip(questions, answers, strict=True):
         prompt_ids = small.encode_prompt(small.render(question_messages(question, examples)))
-        reading = small.read(prompt_ids, answer.token_ids)
+        reading = small.score_text(prompt_ids, answer.token_ids)
         places = _disagreements(answer, reading)
         if continuing:
             for at in places:
                 if at is not None:
-                    held = small.held(len(prompt_ids) + at)
+                    held = small.copy_cache(len(prompt_ids) + at)
                     own = reading.signals[at].token_id
                     forks.append(_Fork(len(found), answer.token_ids[:at], own, held))
         found.append(_compared(small, answer, reading, places))
@@ -237,7 +237,9 @@ def _continued(small: SmallModel, forks: Sequence[_Fork], tokens: int) -> Iterat
     ends = small.vocabulary.eos_ids
     for group in _chunks(forks, _ROWS):
         room = [0 if fork.token_id in ends else tokens - len(fork.before) - 1 for fork in group]
-        tails = small.continued([(fork.held, fork.token_id) for fork in group], most=room)
+        tails = small.continue_greedily(
+            [(fork.held, fork.token_id) for fork in group], max_tokens=room
+        )
         for fork, tail in zip(group, tails, strict=True):
             yield _text(small, (*fork.before, fork.token_id, *tail))
 

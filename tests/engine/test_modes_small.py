@@ -139,10 +139,10 @@ def test_rows_of_a_batch_are_what_each_would_be_alone(loaded: tuple[Any, Any], k
     prompt = list(range(5, 15))
     if kind == "lfm2":
         small.prefill(prompt)
-        assert small.most_rows == 1
+        assert small.max_rows == 1
         return
     small.prefill(prompt)
-    assert small.most_rows > 3
+    assert small.max_rows > 3
     batch = small.branch([0, 0, 0], [20, 21, 22])
     batch = small.branch([2, 0], [30, 31])
     for tail, row in zip(([22, 30], [20, 31]), batch, strict=True):
@@ -155,7 +155,7 @@ def test_rows_of_a_batch_are_what_each_would_be_alone(loaded: tuple[Any, Any], k
     assert list(small.cached_ids) == [*prompt, 22, 30]
     small.rollback(1)
     assert small.step(30).token_id == batch[0].token_id
-    cost = small.branch_cost(31, rows=3)
+    cost = small.measure_branch_cost(31, rows=3)
     assert cost.step_s > 0
     assert 0 < cost.rounding_nats < 1e-2
     assert list(small.cached_ids) == [*prompt, 22, 30]
@@ -175,8 +175,8 @@ def test_prompts_of_different_lengths_are_decoded_together(
 ) -> None:
     small, alone = (SmallModel(*loaded, name="small") for _ in range(2))
     prompts = [list(range(5, 15)), list(range(40, 45))]
-    firsts, held = zip(*(small.start(each) for each in prompts), strict=True)
-    batch = small.batch(held)
+    firsts, held = zip(*(small.prefill_copy(each) for each in prompts), strict=True)
+    batch = small.start_batch(held)
     rows = batch.step([0, 1, 1], [20, 21, 22])
     rows = batch.step([2, 0], [30, 31])
     for prompt, first in zip(prompts, firsts, strict=True):
@@ -192,7 +192,7 @@ def test_prompts_of_different_lengths_are_decoded_together(
     # The model's own cache is not touched by the batch.
     assert list(small.cached_ids) == prompts[1]
     if kind == "llama":
-        assert small.held(3)
+        assert small.copy_cache(3)
     else:
         with pytest.raises(UsageError, match="plain KV caches"):
-            small.held(3)
+            small.copy_cache(3)

@@ -104,10 +104,10 @@ class ScriptedSmall:
         return True
 
     @property
-    def most_rows(self) -> int:
+    def max_rows(self) -> int:
         return 1
 
-    def branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
+    def measure_branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
         raise AssertionError("there is one row only")
 
     def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:

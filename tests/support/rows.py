@@ -9,14 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlxroute.small.kernels.packed_row import (
-    ALL_MASKED,
-    HEADER_SIZE,
-    INF_SEEN,
-    NAN_SEEN,
-    TOP_K,
-    unpack_signals,
-)
+from mlxroute.small.kernels.packed_row import HEADER_SIZE, TOP_K, unpack_signals
+from mlxroute.types import LogitFault
 
 Row = npt.NDArray[Any]
 ENTROPY_BOUND = 1e-5
@@ -79,14 +73,14 @@ def check_packed(values: Sequence[float], row: Row, *, where: str, half_ids: boo
     np.testing.assert_array_equal(values[HEADER_SIZE + k :], ranked[order], err_msg=where)
     if not half_ids:
         assert got.token_id == order[0], where
-    flags = NAN_SEEN * bool(np.isnan(exact).any())
-    flags |= INF_SEEN * bool(ranked.max() == math.inf) | ALL_MASKED * bool(
-        ranked.max() == -math.inf
-    )
+    flags = LogitFault.NAN * bool(np.isnan(exact).any())
+    flags |= LogitFault.POSITIVE_INFINITY * bool(
+        ranked.max() == math.inf
+    ) | LogitFault.ALL_NEGATIVE_INFINITY * bool(ranked.max() == -math.inf)
     assert got.flags == flags, where
-    if flags & (NAN_SEEN | ALL_MASKED):
+    if flags & (LogitFault.NAN | LogitFault.ALL_NEGATIVE_INFINITY):
         assert math.isnan(got.entropy_nats), where
-        assert math.isnan(got.lse) == bool(flags & NAN_SEEN), where
+        assert math.isnan(got.lse) == bool(flags & LogitFault.NAN), where
         return
     lse, logprobs = _logprobs(ranked)
     probs = np.exp(logprobs)

@@ -95,10 +95,10 @@ class WorldSmall(ScriptedSmall):
         super().rollback(count)
 
     @property
-    def most_rows(self) -> int:
+    def max_rows(self) -> int:
         return 4 if self._world.window > 9 else 1
 
-    def branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
+    def measure_branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
         return BranchCost(rows, 1.0, 1.5, _BAND)
 
     def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:

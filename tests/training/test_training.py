@@ -250,7 +250,7 @@ def test_a_written_head_scores_as_the_fitted_one_inside_a_step(
     signals, _ = small.prefill(small.encode_prompt("hello"))
     own = [signals.entropy_nats, signals.varentropy, signals.top_logprobs[0], signals.margin]
     inputs = mx.concatenate([small.hidden_state().astype(mx.float32), mx.array(own)])[None]
-    assert signals.head_score == pytest.approx(fitted.head.of(inputs).item(), rel=1e-3, abs=1e-3)
+    assert signals.head_score == pytest.approx(fitted.head.score(inputs).item(), rel=1e-3, abs=1e-3)
     answer = generate(
         small,
         None,

@@ -70,7 +70,7 @@ class Ahead:
         desk, branches = self._desk, self._desk.experience.branches
         if branches is None or not self._branching or desk.governor.mode is not Mode.HEDGE:
             return 1
-        return min(branches.rows, desk.small.most_rows)
+        return min(branches.rows, desk.small.max_rows)
 
     # What the large model answered
 
@@ -290,9 +290,9 @@ class Ahead:
             or not desk.small.can_rollback(BRANCH_ROWS)
         ):
             return
-        rows = min(BRANCH_ROWS, desk.small.most_rows)
+        rows = min(BRANCH_ROWS, desk.small.max_rows)
         if rows > 1 and len(self._rows) == 1 and not self._cached.is_batch:
-            desk.experience.branches = desk.small.branch_cost(signals.token_id, rows=rows)
+            desk.experience.branches = desk.small.measure_branch_cost(signals.token_id, rows=rows)
 
     def _advance(self) -> bool:
         """Feed the likeliest row, and with it those of its length; say whether anything was fed."""

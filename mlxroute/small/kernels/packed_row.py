@@ -21,11 +21,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from mlxroute.types import Signals
+from mlxroute.types import LogitFault, Signals
 
 TOP_K = 8
 HEADER_SIZE = 5
-NAN_SEEN, INF_SEEN, ALL_MASKED = 1, 2, 4
 LARGEST_FLOAT = 3.4028234663852886e38
 LOG2_E = 1.4426950408889634
 # The smallest power of two that keeps a few bits below it in float32's normal range.
@@ -39,48 +38,50 @@ def top_count(vocabulary_size: int) -> int:
 
 
 def unpack_signals(values: Sequence[float], *, has_head: bool = False) -> Signals:
-    """One packed row as a frozen value; with `has_head`, a learned head's score ends the row."""
+    """Return the signals of one packed row; with `has_head` a learned head's score ends the row."""
     end = len(values) - has_head
     k = (end - HEADER_SIZE) // 2
     token_id, token_logit, s, t, u = values[:HEADER_SIZE]
     logits = values[HEADER_SIZE + k : end]
-    flags = _flags(s, logits[0])
+    faults = _find_faults(s, logits[0])
+    is_undefined = bool(faults) and faults != LogitFault.POSITIVE_INFINITY
     log_s = math.log(s) if s > 0 else math.nan
     mean = LN_2 * t / s
-    lse = _lse(flags, logits[0], log_s)
-    broken = bool(flags & (NAN_SEEN | ALL_MASKED))
+    lse = _log_sum_exp(faults, logits[0], log_s)
     logprobs = [token_logit - lse, *(logit - lse for logit in logits)]
-    if flags:
+    if faults:
         logprobs = [_logprob(logit, lse, log_s) for logit in (token_logit, *logits)]
     top = logprobs[1:]
     return Signals(
         token_id=int(token_id),
         logprob=logprobs[0],
-        entropy_nats=math.nan if broken else max(log_s - mean, 0.0),
-        varentropy=math.nan if broken else max(LN_2 * LN_2 * u / s - mean * mean, 0.0),
+        entropy_nats=math.nan if is_undefined else max(log_s - mean, 0.0),
+        varentropy=math.nan if is_undefined else max(LN_2 * LN_2 * u / s - mean * mean, 0.0),
         margin=math.exp(top[0]) - (math.exp(top[1]) if k > 1 else 0.0),
         top_ids=tuple(map(int, values[HEADER_SIZE : HEADER_SIZE + k])),
         top_logprobs=tuple(top),
         lse=lse,
-        flags=flags,
+        flags=faults,
         head_score=values[end] if has_head else None,
     )
 
 
-def _flags(s: float, best: float) -> int:
-    flags = NAN_SEEN if math.isnan(s) else 0
+def _find_faults(s: float, best: float) -> LogitFault:
+    """Return the faults of a row from its sum of weights and its largest logit."""
+    faults = LogitFault.NAN if math.isnan(s) else LogitFault.NONE
     if best == math.inf:
-        return flags | INF_SEEN
-    return flags | ALL_MASKED if best == -math.inf else flags
+        return faults | LogitFault.POSITIVE_INFINITY
+    return faults | LogitFault.ALL_NEGATIVE_INFINITY if best == -math.inf else faults
 
 
-def _lse(flags: int, best: float, log_s: float) -> float:
-    if flags & NAN_SEEN:
-        return math.nan
-    return best if flags else best + log_s
+def _log_sum_exp(faults: LogitFault, best: float, log_s: float) -> float:
+    if not faults:
+        return best + log_s
+    return math.nan if LogitFault.NAN in faults else best
 
 
 def _logprob(logit: float, lse: float, log_s: float) -> float:
+    """Return the logprob of a logit in a row with faults."""
     if math.isfinite(lse):
         return logit - lse
     if lse != math.inf:
