@@ -18,8 +18,7 @@ from mlxroute.errors import (
     LargeTimeout,
     UsageError,
 )
-from mlxroute.large.completion_request import CompletionAnswer, CompletionRequester, NotRepeated
-from mlxroute.large.dialects import Form, Prompt
+from mlxroute.large.completion_request import CompletionRequester, NotRepeated
 from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.background import PendingCall, Tokens
 from mlxroute.large.http.circuit_breaker import CircuitBreaker
@@ -28,10 +27,12 @@ from mlxroute.large.http.transport import Transport
 from mlxroute.large.negotiation.negotiator import Negotiator
 from mlxroute.large.negotiation.verdict_file import Verdict
 from mlxroute.large.negotiation.vocabulary_pairing import Pairing, Pairings
+from mlxroute.large.prompt import Prompt, PromptForm
+from mlxroute.large.reply import CompletionAnswer
 from mlxroute.large.request_plan import RequestPlanner
 from mlxroute.large.streaming import StreamedTokens, may_do_whole
 from mlxroute.large.vocabulary.reply_reader import first_token, streamed_tokens
-from mlxroute.large.vocabulary.tokenizers import FileTokens, Tokenizer
+from mlxroute.large.vocabulary.token_sources import FileTokenSource, Tokenizer
 from mlxroute.ledger import Ledger
 from mlxroute.safe_text import printable_line
 from mlxroute.types import LargeContext, LargeToken, Uploads, Vocabulary
@@ -174,15 +175,15 @@ class LargeModel(Closeable):
         if self._pairings.latest is None:
             return False
         builder = self._pairings.latest.builder
-        by_server = builder.dialect.form is not Form.TEXT
-        return builder.same or by_server or isinstance(builder.tokens, FileTokens)
+        by_server = builder.form is not PromptForm.TEXT
+        return builder.same or by_server or isinstance(builder.tokens, FileTokenSource)
 
     @property
     def max_in_flight(self) -> int:
         """How many calls may be under way at once, as far as the server is known."""
         terms = self._settlement.terms
         # Two prompts of one text under way could complete each other to a cached whole.
-        first_token = terms is None or terms.dialect.dies_of_cached_prompts
+        first_token = terms is None or terms.dialect.crashes_on_cached_prompts
         return 1 if first_token else _MOST_IN_FLIGHT
 
     def next_token(self, context: LargeContext, *, deadline_s: float | None = None) -> LargeToken:
@@ -241,7 +242,7 @@ class LargeModel(Closeable):
         with self._breaker.guard(fragment=bool(context.fragment_ids)):
             with self._my_turn(deadline):
                 pairing = self._prepared(context.vocabulary)
-            told = pairing.builder.as_read(context)
+            told = pairing.builder.stable_context(context)
             try:
                 tokens = self._tokens_after(
                     told, pairing, deadline, prefetch=prefetch, coming=coming
@@ -271,7 +272,7 @@ class LargeModel(Closeable):
         with self._my_turn(deadline):
             prompt = self._prompt(context, pairing)
         repeated: tuple[bytes, ...] = ()
-        if pairing.builder.dialect.form is not Form.IDS:
+        if pairing.dialect.form is not PromptForm.IDS:
             repeated = tuple(map(context.vocabulary.token_bytes, context.fragment_ids))
         uploaded = 0
 
@@ -309,7 +310,7 @@ class LargeModel(Closeable):
             completion_tokens=completion.completion_tokens,
             uploaded_bytes=uploaded,
         )
-        return (first, *pairing.builder.read_alike(context, tokens)[1:])
+        return (first, *pairing.builder.stable_prefix(context, tokens)[1:])
 
     @contextmanager
     def _my_turn(self, deadline: Deadline) -> Iterator[None]:
@@ -353,7 +354,7 @@ class LargeModel(Closeable):
         """One call; a dialect that keeps failing is given up, and the server probed anew."""
         try:
             answered = self._asker.ask(
-                pairing.builder.dialect,
+                pairing.dialect,
                 prompt,
                 count=count,
                 deadline=deadline,

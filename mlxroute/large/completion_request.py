@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError, LargeRefused
-from mlxroute.large.dialects import Ask, Dialect, Prompt, Streaming
-from mlxroute.large.dialects.json_fields import (
-    Completion,
-    ReplyPosition,
-    error_in,
-    error_message,
-    parse_object,
-)
+from mlxroute.large.dialects import Ask, Dialect, Streaming
+from mlxroute.large.dialects.json_fields import error_in, error_message, parse_object
 from mlxroute.large.dialects.sse import events, is_events
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import Hears, Reply, Transport
+from mlxroute.large.prompt import Prompt
+from mlxroute.large.reply import Completion, CompletionAnswer, ReplyPosition
 from mlxroute.large.vocabulary.mlx_lm_cache_guard import MlxLmCacheGuard, Usage
 from mlxroute.large.vocabulary.token_reader import TokenReader
 from mlxroute.ledger import Ledger
@@ -32,21 +28,6 @@ _LONGEST_TOKEN: Final = 1000
 
 class NotRepeated(LargeProtocolError):
     """The server wrote other tokens than those it was to write again: no fault of the dialect."""
-
-
-@dataclass(frozen=True, slots=True)
-class CompletionAnswer:
-    """The wanted positions of a reply, the whole reply, and the size of the request.
-
-    `text` is the server's own reading of these positions, empty where it reads more than them.
-    `complete` says that there are as many as asked for, or that the answer ends with them.
-    """
-
-    entries: tuple[ReplyPosition, ...]
-    text: str
-    complete: bool
-    completion: Completion
-    uploaded_bytes: int
 
 
 class _Count:
@@ -62,7 +43,7 @@ class _Count:
         prompt, generated = completion.prompt_tokens, completion.completion_tokens
         prompt = self._prompt_tokens if prompt is None else prompt
         cached = min(completion.cached_tokens or 0, prompt)
-        generated = len(completion.entries) if generated is None else generated
+        generated = len(completion.positions) if generated is None else generated
         found = (prompt, cached, generated)
         more = [max(0, new - old) for new, old in zip(found, self._counted, strict=True)]
         self._counted = found
@@ -95,12 +76,17 @@ class CompletionRequester:
         self.model: str | None = None
         self.model_was_named = False
 
-    def post(self, path: str, body: Mapping[str, object], *, deadline: Deadline) -> Reply:
-        """POST JSON to a route at the server's root. Raises LargeError for all but a success."""
+    def post(
+        self, path: str, body: Mapping[str, object], *, deadline: Deadline
+    ) -> Mapping[str, object]:
+        """POST JSON to a route at the server's root; return the JSON object of the reply.
+
+        Raises LargeError for any status but 200.
+        """
         reply = self._transport.call(path, at_root=True, body=_encoded(body), deadline=deadline)
         if reply.status != 200:
             raise self._refusal(error_message(reply.body), reply)
-        return reply
+        return parse_object(reply.body)
 
     def ask(
         self,
@@ -120,10 +106,10 @@ class CompletionRequester:
         of it, and says whether it made something of it. Raises LargeError.
         """
         # One token more than is read, so that this prompt and the read token are no cached whole.
-        spare = 1 if dialect.dies_of_cached_prompts else 0
+        spare = 1 if dialect.crashes_on_cached_prompts else 0
         with self._lock:
             replayed: tuple[bytes, ...] = ()
-            if dialect.dies_of_cached_prompts:
+            if dialect.crashes_on_cached_prompts:
                 text, replayed = self._sent.plan(prompt.text, context=context)
                 prompt = replace(prompt, text=text)
             if not (prompt.ids or prompt.text or prompt.messages):
@@ -136,7 +122,7 @@ class CompletionRequester:
                 streamed=hears is not None,
             )
             body = _encoded(dialect.request(prompt, asked))
-            if dialect.dies_of_cached_prompts:
+            if dialect.crashes_on_cached_prompts:
                 self._sent.sent(prompt.text, max_tokens=asked.max_tokens)
         counted = _Count(
             self._ledger, len(prompt.ids) if context is None else len(context.token_ids)
@@ -148,16 +134,16 @@ class CompletionRequester:
             if completion is None:
                 return False
             counted.so_far(completion)
-            entries = completion.entries[:count]
+            entries = completion.positions[:count]
             return hears(CompletionAnswer(entries, completion.text, False, completion, len(body)))
 
         completion = self._complete(
             dialect, prompt, body, asked, deadline, hears=heard if hears else None
         )
         counted.so_far(completion)
-        rest = self._after(b"".join(expected), completion.entries)
+        rest = self._after(b"".join(expected), completion.positions)
         entries = rest[:count]
-        text = completion.text if len(entries) == len(completion.entries) else ""
+        text = completion.text if len(entries) == len(completion.positions) else ""
         complete = len(entries) == count or entries[-1].ends
         return CompletionAnswer(entries, text, complete, completion, len(body))
 
@@ -177,7 +163,7 @@ class CompletionRequester:
             # The whole reply will be judged.
             return None
         with self._lock:
-            self.reader.learn(completion.entries)
+            self.reader.learn(completion.positions)
         return completion
 
     def _complete(
@@ -190,7 +176,7 @@ class CompletionRequester:
         *,
         hears: Hears | None,
     ) -> Completion:
-        watched = dialect.dies_of_cached_prompts
+        watched = dialect.crashes_on_cached_prompts
         reply = self._transport.call(
             dialect.path, at_root=dialect.at_root, body=body, deadline=deadline, hears=hears
         )
@@ -199,14 +185,14 @@ class CompletionRequester:
                 self._sent.refused(prompt.text, max_tokens=ask.max_tokens)
             completion = self._understood(dialect, prompt, reply)
             self._check_lengths(completion)
-            self.reader.learn(completion.entries)
+            self.reader.learn(completion.positions)
             if watched:
-                data = [self.reader.in_prompt(entry.token) for entry in completion.entries]
+                data = [self.reader.in_prompt(entry.token) for entry in completion.positions]
                 self._sent.answered(prompt.text, data, usage=_usage(completion))
         return completion
 
     def _check_lengths(self, completion: Completion) -> None:
-        for entry in completion.entries:
+        for entry in completion.positions:
             spelled = (entry.token.piece, entry.token.data, entry.token.text)
             if (length := max(len(form or "") for form in spelled)) > _LONGEST_TOKEN:
                 raise LargeProtocolError(

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from mlxroute.large.dialects import LADDER, Ask, Dialect, Form, Prompt, dialect_named, reading_ids
+from mlxroute.large.dialects import LADDER, Ask, Dialect, dialect_named, reading_ids
+from mlxroute.large.prompt import Prompt, PromptForm
 from tests.support.prompt_forms import IDS, QUESTION, prompt_for
 
 BEGUN: dict[str, Any] = {"role": "assistant", "content": "He"}
@@ -111,7 +112,7 @@ def test_a_request_has_these_keys_and_no_others(asked: Dialect) -> None:
     request = asked.request(prompt_for(asked), Ask(max_tokens=2, top_logprobs=7, model="m"))
     assert request == REQUESTS[asked.name]
     path = PATHS.get(asked.name)
-    openai = "/chat/completions" if asked.form is Form.CHAT else "/completions"
+    openai = "/chat/completions" if asked.form is PromptForm.CHAT else "/completions"
     assert (asked.path, asked.at_root) == (path or openai, path is not None)
 
 
@@ -124,7 +125,7 @@ def test_without_a_model_none_is_named(asked: Dialect) -> None:
 
 def test_a_turn_of_which_nothing_is_written_is_not_begun() -> None:
     for asked in LADDER:
-        if asked.form is Form.CHAT:
+        if asked.form is PromptForm.CHAT:
             request = asked.request(Prompt(messages=(QUESTION,)), Ask(2, 7, "m"))
             assert request["messages"] == [QUESTION]
             assert not set(request) & set(FLAGS)
@@ -137,7 +138,7 @@ def test_dialects_have_names_of_their_own_and_come_best_rung_first() -> None:
     assert rungs == sorted(rungs)
     assert [dialect_named(name) for name in names] == list(LADDER)
     assert dialect_named("telepathy") is None
-    ids = {each.name for each in LADDER if each.form is Form.IDS}
+    ids = {each.name for each in LADDER if each.form is PromptForm.IDS}
     assert ids == {each.name for each in LADDER if each.rung == 1}
 
 

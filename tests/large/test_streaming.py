@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 
 from mlxroute.large import LargeModel
-from mlxroute.large.completion_request import CompletionAnswer
 from mlxroute.large.dialects import Dialect
-from mlxroute.large.dialects.json_fields import Completion, ReplyPosition, ReplyToken
 from mlxroute.large.dialects.llama_server import LlamaServer
 from mlxroute.large.dialects.vllm import VllmCompletions
 from mlxroute.large.http.background import PendingCall
+from mlxroute.large.reply import Completion, CompletionAnswer, ReplyPosition, ReplyToken
 from mlxroute.large.vocabulary.bridge import Bridge
 from mlxroute.large.vocabulary.reply_reader import streamed_tokens as first_ones
 from mlxroute.large.vocabulary.token_reader import TokenReader

@@ -11,7 +11,7 @@ from typing import Any
 from mlxroute.large import LargeModel
 from mlxroute.large.dialects import dialect_named
 from mlxroute.large.negotiation.verdict_file import Verdict, VerdictFile
-from mlxroute.large.vocabulary.tokenizers import Tokenizer
+from mlxroute.large.vocabulary.token_sources import Tokenizer
 from mlxroute.types import LargeToken
 from tests.support.loopback import Loopback, Reply, mlx_lm_reply
 from tests.support.vocabularies import TableVocabulary, context

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from mlxroute.large.dialects import Dialect, Form, Prompt, dialect_named
+from mlxroute.large.dialects import Dialect, dialect_named
+from mlxroute.large.prompt import Prompt, PromptForm
 from mlxroute.types import Message
 
 QUESTION: Message = {"role": "user", "content": "hi"}
 IDS = Prompt(ids=(5, 6))
 TEXT = Prompt(text="He")
-CHAT = Prompt(messages=(QUESTION,), begun="He")
+CHAT = Prompt(messages=(QUESTION,), answer_start="He")
 
 
 def dialect(name: str) -> Dialect:
@@ -18,4 +19,4 @@ def dialect(name: str) -> Dialect:
 
 
 def prompt_for(asked: Dialect) -> Prompt:
-    return {Form.IDS: IDS, Form.TEXT: TEXT, Form.CHAT: CHAT}[asked.form]
+    return {PromptForm.IDS: IDS, PromptForm.TEXT: TEXT, PromptForm.CHAT: CHAT}[asked.form]

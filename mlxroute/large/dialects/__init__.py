@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from mlxroute.large.dialects.base import Ask, Dialect, Form, Prompt, Streaming
+from mlxroute.large.dialects.base import Ask, Dialect, Streaming
 from mlxroute.large.dialects.chat_continuation import ChatContinuation, Continue
 from mlxroute.large.dialects.completions import PlainCompletions
 from mlxroute.large.dialects.llama_server import LlamaServer
@@ -47,8 +47,6 @@ __all__ = [
     "LADDER",
     "Ask",
     "Dialect",
-    "Form",
-    "Prompt",
     "Streaming",
     "dialect_named",
     "reading_ids",

@@ -4,32 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Final, Protocol, runtime_checkable
 
-from mlxroute.large.dialects.json_fields import Completion
-from mlxroute.types import Message
+from mlxroute.large.prompt import Prompt, PromptForm
+from mlxroute.large.reply import Completion
 
 ANSWER_AT_ONCE: Final = {"chat_template_kwargs": {"enable_thinking": False}}
 """For templates that would begin with a thought; others ignore it, as the small model's do."""
-
-
-class Form(StrEnum):
-    """How a server is given the prompt."""
-
-    IDS = "token ids"
-    TEXT = "rendered text"
-    CHAT = "continued chat turn"
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A prompt in the form a dialect takes: ids, text, or messages with a begun assistant turn."""
-
-    ids: tuple[int, ...] = ()
-    text: str = ""
-    messages: tuple[Message, ...] = ()
-    begun: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +43,7 @@ class Dialect(Protocol):
         ...
 
     @property
-    def form(self) -> Form: ...
+    def form(self) -> PromptForm: ...
 
     @property
     def path(self) -> str:
@@ -78,7 +59,7 @@ class Dialect(Protocol):
         ...
 
     @property
-    def dies_of_cached_prompts(self) -> bool:
+    def crashes_on_cached_prompts(self) -> bool:
         """Whether a prompt equal to a finished request's prompt and answer stops the server."""
         ...
 

@@ -7,11 +7,8 @@ from enum import Enum
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.base import ANSWER_AT_ONCE, Ask, Form, Prompt
+from mlxroute.large.dialects.base import ANSWER_AT_ONCE, Ask
 from mlxroute.large.dialects.json_fields import (
-    Completion,
-    ReplyPosition,
-    ReplyToken,
     counts,
     ended,
     first_choice,
@@ -20,6 +17,8 @@ from mlxroute.large.dialects.json_fields import (
     sequence,
     string,
 )
+from mlxroute.large.prompt import Prompt, PromptForm
+from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
 
 
 class Continue(Enum):
@@ -33,11 +32,11 @@ class Continue(Enum):
 class ChatContinuation:
     """One way of continuing a turn; `echoes` for servers whose reply repeats what was begun."""
 
-    form: Final = Form.CHAT
+    form: Final = PromptForm.CHAT
     path: Final = "/chat/completions"
     at_root: Final = False
     names_model: Final = True
-    dies_of_cached_prompts: Final = False
+    crashes_on_cached_prompts: Final = False
 
     def __init__(self, how: Continue, *, echoes: bool = False, logprobs: bool = True) -> None:
         self._how = how
@@ -55,8 +54,8 @@ class ChatContinuation:
             "max_tokens": ask.max_tokens,
             "temperature": 0,
         }
-        if prompt.begun:
-            messages.append({"role": "assistant", "content": prompt.begun})
+        if prompt.answer_start:
+            messages.append({"role": "assistant", "content": prompt.answer_start})
             if self._how is Continue.PREFIX:
                 messages[-1]["prefix"] = True
             elif self._how is Continue.FLAGS:
@@ -72,10 +71,10 @@ class ChatContinuation:
         choice = first_choice(reply)
         content = mapping(choice.get("message"), what="message").get("content")
         text = "" if content is None else string(content, what="message.content")
-        if self._echoes and prompt.begun:
-            if not text.startswith(prompt.begun):
+        if self._echoes and prompt.answer_start:
+            if not text.startswith(prompt.answer_start):
                 raise LargeProtocolError("the reply does not begin with the turn it continues")
-            text = text[len(prompt.begun) :]
+            text = text[len(prompt.answer_start) :]
         logprobs = choice.get("logprobs")
         named = [] if logprobs is None else mapping(logprobs, what="logprobs").get("content") or []
         entries = [named_entry(item) for item in sequence(named, what="logprobs.content")]

@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.base import Ask, Form, Prompt
+from mlxroute.large.dialects.base import Ask
 from mlxroute.large.dialects.json_fields import (
-    Completion,
-    ReplyPosition,
-    ReplyToken,
     by_logprob,
     counts,
     ended,
@@ -23,7 +20,9 @@ from mlxroute.large.dialects.json_fields import (
     string,
     token_id,
 )
-from mlxroute.large.vocabulary.piece_reader import is_special
+from mlxroute.large.prompt import Prompt, PromptForm
+from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
+from mlxroute.tokenizers.control_tokens import is_control_token
 
 
 class PlainCompletions:
@@ -32,11 +31,11 @@ class PlainCompletions:
     Without `logprobs` it asks for none: for servers that ignore or refuse them.
     """
 
-    form: Final = Form.TEXT
+    form: Final = PromptForm.TEXT
     path: Final = "/completions"
     at_root: Final = False
     names_model: Final = True
-    dies_of_cached_prompts: Final = False
+    crashes_on_cached_prompts: Final = False
 
     def __init__(self, *, logprobs: bool) -> None:
         self._logprobs = logprobs
@@ -62,7 +61,7 @@ class PlainCompletions:
         # Empty text can also be a fragment or a special token: only `stop` makes it the end.
         if choice.get("finish_reason") == "stop":
             last = entries[-1].token
-            if text and not is_special(last.text or "") and (last.text or last.data):
+            if text and not is_control_token(last.text or "") and (last.text or last.data):
                 entries = (*entries, ReplyPosition(ReplyToken(text="")))
             entries = ended(entries)
         return Completion(entries, text, **counts(reply))

@@ -5,53 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypedDict
 
 from mlxroute.errors import LargeProtocolError
+from mlxroute.large.reply import ReplyPosition, ReplyToken
 
 # Rounding in the server's softmax may lift a certain token's logprob this far above 0.
 _LOGPROB_SLACK = 1e-3
 _MAX_TOKEN_ID = 1 << 31
-
-
-@dataclass(frozen=True, slots=True)
-class ReplyToken:
-    """A token as a server names it: as much of id, raw piece, bytes and text as it gave."""
-
-    token_id: int | None = None
-    piece: str | None = None
-    data: bytes | None = None
-    text: str | None = None
-    logprob: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ReplyPosition:
-    """One generated position; `ends` when the server says that the answer is over there."""
-
-    token: ReplyToken
-    top: tuple[ReplyToken, ...] = ()
-    ends: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A completion reply: its positions, and its text as the server put it together.
-
-    The counts are the server's own, None where it gives none.
-    """
-
-    entries: tuple[ReplyPosition, ...]
-    text: str = ""
-    prompt_tokens: int | None = None
-    cached_tokens: int | None = None
-    completion_tokens: int | None = None
-
-    @property
-    def ends(self) -> bool:
-        """Whether the answer is over after these positions."""
-        return bool(self.entries) and self.entries[-1].ends
 
 
 def parse_object(body: bytes) -> dict[str, object]:

@@ -6,11 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.base import Ask, Form, Prompt
+from mlxroute.large.dialects.base import Ask
 from mlxroute.large.dialects.json_fields import (
-    Completion,
-    ReplyPosition,
-    ReplyToken,
     counted,
     ended,
     named_entry,
@@ -19,6 +16,8 @@ from mlxroute.large.dialects.json_fields import (
     token_id,
 )
 from mlxroute.large.dialects.sse import strung
+from mlxroute.large.prompt import Prompt, PromptForm
+from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
 
 _FIELDS: Final = [
     *("content", "tokens", "stop_type", "completion_probabilities"),
@@ -31,11 +30,11 @@ class LlamaServer:
 
     name: Final = "llama-server completion"
     rung: Final = 1
-    form: Final = Form.IDS
+    form: Final = PromptForm.IDS
     path: Final = "/completion"
     at_root: Final = True
     names_model: Final = False
-    dies_of_cached_prompts: Final = False
+    crashes_on_cached_prompts: Final = False
 
     def request(self, prompt: Prompt, ask: Ask) -> dict[str, object]:
         """Ask for greedy tokens, whatever samplers the server was started with."""

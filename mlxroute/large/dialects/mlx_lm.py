@@ -7,11 +7,8 @@ from collections.abc import Mapping
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.base import Ask, Form, Prompt
+from mlxroute.large.dialects.base import Ask
 from mlxroute.large.dialects.json_fields import (
-    Completion,
-    ReplyPosition,
-    ReplyToken,
     by_logprob,
     counts,
     ended,
@@ -22,6 +19,8 @@ from mlxroute.large.dialects.json_fields import (
     string,
     token_id,
 )
+from mlxroute.large.prompt import Prompt, PromptForm
+from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
 
 _MAX_TOP_LOGPROBS: Final = 11
 
@@ -31,11 +30,11 @@ class MlxLm:
 
     name: Final = "mlx_lm completions"
     rung: Final = 2
-    form: Final = Form.TEXT
+    form: Final = PromptForm.TEXT
     path: Final = "/completions"
     at_root: Final = False
     names_model: Final = False
-    dies_of_cached_prompts: Final = True
+    crashes_on_cached_prompts: Final = True
 
     def request(self, prompt: Prompt, ask: Ask) -> dict[str, object]:
         """Ask for greedy tokens. Without a model name the server uses the one it was given."""

@@ -6,17 +6,10 @@ from collections.abc import Mapping
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.base import Ask, Form, Prompt
-from mlxroute.large.dialects.json_fields import (
-    Completion,
-    ReplyPosition,
-    ReplyToken,
-    counted,
-    ended,
-    named_entry,
-    sequence,
-    string,
-)
+from mlxroute.large.dialects.base import Ask
+from mlxroute.large.dialects.json_fields import counted, ended, named_entry, sequence, string
+from mlxroute.large.prompt import Prompt, PromptForm
+from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
 
 
 class OllamaGenerate:
@@ -24,11 +17,11 @@ class OllamaGenerate:
 
     name: Final = "Ollama generate"
     rung: Final = 2
-    form: Final = Form.TEXT
+    form: Final = PromptForm.TEXT
     path: Final = "/api/generate"
     at_root: Final = True
     names_model: Final = True
-    dies_of_cached_prompts: Final = False
+    crashes_on_cached_prompts: Final = False
 
     def request(self, prompt: Prompt, ask: Ask) -> dict[str, object]:
         """Ask for greedy tokens; a prompt beyond the context is an error, not cut."""

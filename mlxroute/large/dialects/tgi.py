@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.base import Ask, Form, Prompt
+from mlxroute.large.dialects.base import Ask
 from mlxroute.large.dialects.json_fields import (
-    Completion,
-    ReplyPosition,
-    ReplyToken,
     by_logprob,
     counted,
     ended,
@@ -21,6 +18,8 @@ from mlxroute.large.dialects.json_fields import (
     string,
     token_id,
 )
+from mlxroute.large.prompt import Prompt, PromptForm
+from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
 
 # The server's own default for `--max-top-n-tokens`.
 _MAX_TOP: Final = 5
@@ -31,11 +30,11 @@ class TgiGenerate:
 
     name: Final = "TGI generate"
     rung: Final = 2
-    form: Final = Form.TEXT
+    form: Final = PromptForm.TEXT
     path: Final = "/generate"
     at_root: Final = True
     names_model: Final = False
-    dies_of_cached_prompts: Final = False
+    crashes_on_cached_prompts: Final = False
 
     def request(self, prompt: Prompt, ask: Ask) -> dict[str, object]:
         """Ask for greedy tokens."""

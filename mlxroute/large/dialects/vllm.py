@@ -7,11 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.base import Ask, Form, Prompt
+from mlxroute.large.dialects.base import Ask
 from mlxroute.large.dialects.json_fields import (
-    Completion,
-    ReplyPosition,
-    ReplyToken,
     by_logprob,
     counts,
     ended,
@@ -24,6 +21,8 @@ from mlxroute.large.dialects.json_fields import (
     token_id,
 )
 from mlxroute.large.dialects.sse import strung_choices
+from mlxroute.large.prompt import Prompt, PromptForm
+from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
 
 _NAMED_ID = re.compile(r"token_id:(\d{1,9})")
 
@@ -33,11 +32,11 @@ class VllmCompletions:
 
     name: Final = "vLLM completions"
     rung: Final = 1
-    form: Final = Form.IDS
+    form: Final = PromptForm.IDS
     path: Final = "/completions"
     at_root: Final = False
     names_model: Final = True
-    dies_of_cached_prompts: Final = False
+    crashes_on_cached_prompts: Final = False
 
     def __init__(self, *, by_id: bool) -> None:
         self._by_id = by_id

@@ -11,8 +11,9 @@ from typing import Final
 from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused, UsageError
 from mlxroute.large.completion_request import CompletionRequester, NotRepeated
 from mlxroute.large.dialects import LADDER, Dialect, dialect_named
+from mlxroute.large.dialects.tokenize_routes import TokenizeRoutes, find_tokenize_routes
 from mlxroute.large.http.deadline import Deadline
-from mlxroute.large.http.transport import Reply, Transport
+from mlxroute.large.http.transport import Transport
 from mlxroute.large.negotiation import probe_questions
 from mlxroute.large.negotiation.prober import Found, NoUsableDialect, Prober
 from mlxroute.large.negotiation.served_models import ServedModel, listed, served_models
@@ -23,7 +24,7 @@ from mlxroute.large.vocabulary.same_vocabulary import (
     same_entries,
     same_named,
 )
-from mlxroute.large.vocabulary.tokenizers import FileTokens, ServerTokens, Tokenizer, TokenSource
+from mlxroute.large.vocabulary.token_sources import FileTokenSource, Tokenizer, TokenSource
 from mlxroute.types import Vocabulary
 
 _MISFITS: Final = 2
@@ -112,9 +113,9 @@ class Negotiator:
             return known
         same: bool | None
         match self.tokens:
-            case FileTokens() as files:
+            case FileTokenSource() as files:
                 same = same_entries(vocabulary, files.tokenizer.vocabulary)
-            case ServerTokens() as routes:
+            case TokenizeRoutes() as routes:
                 same = same_decoded(vocabulary, routes.decode)
             case _:
                 same = self._named_alike(vocabulary)
@@ -146,9 +147,9 @@ class Negotiator:
     def _find_tokens(self) -> TokenSource | None:
         tokenizer = None if self._asker.model is None else self._find_tokenizer(self._asker.model)
         if tokenizer is None:
-            return ServerTokens.find(self._post, model=self._asker.model)
+            return find_tokenize_routes(self._post, model=self._asker.model)
         self._asker.reader.own = tokenizer.vocabulary
-        return FileTokens(tokenizer)
+        return FileTokenSource(tokenizer)
 
     def _remembered(self) -> NegotiatedDialect | None:
         """The terms of an earlier probe, if they still hold."""
@@ -209,7 +210,7 @@ class Negotiator:
             calls=found.calls,
         )
 
-    def _post(self, path: str, body: Mapping[str, object]) -> Reply:
+    def _post(self, path: str, body: Mapping[str, object]) -> Mapping[str, object]:
         return self._asker.post(path, body, deadline=self._deadline())
 
 

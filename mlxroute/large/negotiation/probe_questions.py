@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from mlxroute.large.dialects import Form, Prompt
-from mlxroute.large.vocabulary.tokenizers import TokenSource
+from mlxroute.large.prompt import Prompt, PromptForm
+from mlxroute.large.vocabulary.token_sources import TokenSource
 from mlxroute.types import Message
 
 
@@ -18,16 +18,16 @@ class ProbeQuestion:
     expected: str
     request: str
 
-    def prompt(self, form: Form, tokens: TokenSource | None) -> Prompt | None:
+    def prompt(self, form: PromptForm, tokens: TokenSource | None) -> Prompt | None:
         """The question in a form; None where ids are wanted and nothing gives them."""
         match form:
-            case Form.IDS:
+            case PromptForm.IDS:
                 return None if tokens is None else Prompt(ids=tokens.encode(self.begun))
-            case Form.TEXT:
+            case PromptForm.TEXT:
                 return Prompt(text=self.begun)
-            case Form.CHAT:
+            case PromptForm.CHAT:
                 asked: Message = {"role": "user", "content": self.request}
-                return Prompt(messages=(asked,), begun=self.begun)
+                return Prompt(messages=(asked,), answer_start=self.begun)
 
 
 MID_WORD: Final = (

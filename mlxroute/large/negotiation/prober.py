@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from typing import Final
 
 from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused
-from mlxroute.large.completion_request import CompletionAnswer, CompletionRequester
-from mlxroute.large.dialects import LADDER, Dialect, Form, Prompt
-from mlxroute.large.dialects.json_fields import ReplyPosition
+from mlxroute.large.completion_request import CompletionRequester
+from mlxroute.large.dialects import LADDER, Dialect
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.negotiation import probe_questions
 from mlxroute.large.negotiation.probe_questions import ProbeQuestion
+from mlxroute.large.prompt import Prompt, PromptForm
+from mlxroute.large.reply import CompletionAnswer, ReplyPosition
 from mlxroute.large.negotiation.verdict_file import CapabilityCheck, RejectedDialect
 from mlxroute.large.vocabulary.token_reader import REPLACEMENT
-from mlxroute.large.vocabulary.tokenizers import TokenSource
+from mlxroute.large.vocabulary.token_sources import TokenSource
 from mlxroute.safe_text import printable_line
 
 # Statuses that say nothing about the dialect: the key, the load, the server's health. A plain 500
@@ -104,7 +105,7 @@ class Prober:
             self._multi_byte,
             self._consecutive,
             self._ends,
-            *((self._ids,) if dialect.form is Form.IDS else ()),
+            *((self._ids,) if dialect.form is PromptForm.IDS else ()),
         )
         for examine in examinations:
             checks.append(examine(dialect))
@@ -140,7 +141,7 @@ class Prober:
         for question in probe_questions.MULTI_BYTE:
             prompt = self._prompt(dialect, question)
             first = self._ask(dialect, prompt, 1)
-            data = self._asker.reader.data(first.entries[0].token)
+            data = self._asker.reader.data(first.positions[0].token)
             if data and question.expected.encode().startswith(data):
                 whole = data.decode(errors="ignore")
                 return CapabilityCheck(
@@ -172,12 +173,12 @@ class Prober:
         prompt = self._prompt(dialect, probe_questions.COUNTING)
         both = self._ask(dialect, prompt, 2)
         first = self._ask(dialect, prompt, 1)
-        wrote = self._asker.reader.data(first.entries[0].token)
+        wrote = self._asker.reader.data(first.positions[0].token)
         if wrote is None:
             return CapabilityCheck("two in a row", None, "the first token has no text of its own")
-        second = self._ask(dialect, _longer(prompt, first.entries[0], wrote), 1)
-        apart = b"".join(self._data(answer.entries[0]) for answer in (first, second))
-        together = b"".join(map(self._data, both.entries)) or both.completion.text.encode()
+        second = self._ask(dialect, _longer(prompt, first.positions[0], wrote), 1)
+        apart = b"".join(self._data(answer.positions[0]) for answer in (first, second))
+        together = b"".join(map(self._data, both.positions)) or both.completion.text.encode()
         shown, whole = apart.decode(errors="replace"), together.decode(errors="replace")
         if apart == together:
             return CapabilityCheck("two in a row", True, repr(shown))
@@ -193,12 +194,12 @@ class Prober:
             return CapabilityCheck(
                 "end of answer", None, "the model had not ended after a sentence"
             )
-        for entry in whole.entries[:-1] if len(whole.entries) > 1 else ():
+        for entry in whole.positions[:-1] if len(whole.positions) > 1 else ():
             data = self._asker.reader.data(entry.token)
             if data is None:
                 return CapabilityCheck("end of answer", None, "the answer's tokens have no text")
             prompt = _longer(prompt, entry, data)
-        last = self._ask(dialect, prompt, 1).entries[0]
+        last = self._ask(dialect, prompt, 1).positions[0]
         if not self._asker.reader.ends(last):
             return CapabilityCheck(
                 "end of answer", False, f"it wrote {_quoted(last.token.text or '')}"
@@ -206,7 +207,7 @@ class Prober:
         return CapabilityCheck("end of answer", True, "said by finish reason")
 
     def _logprobs(self, dialect: Dialect) -> CapabilityCheck:
-        entry = self._ask(dialect, self._prompt(dialect, probe_questions.COUNTING), 1).entries[0]
+        entry = self._ask(dialect, self._prompt(dialect, probe_questions.COUNTING), 1).positions[0]
         value, top = entry.token.logprob, [other.logprob or 0.0 for other in entry.top]
         if value is None or not top:
             return CapabilityCheck("logprobs", False, "there are none")
@@ -219,7 +220,7 @@ class Prober:
         return CapabilityCheck("logprobs", True, f"{len(top)} alternatives")
 
     def _ids(self, dialect: Dialect) -> CapabilityCheck:
-        entry = self._ask(dialect, self._prompt(dialect, probe_questions.COUNTING), 1).entries[0]
+        entry = self._ask(dialect, self._prompt(dialect, probe_questions.COUNTING), 1).positions[0]
         assert self._tokens is not None
         data = self._asker.reader.data(entry.token)
         ids = self._tokens.encode(
@@ -250,15 +251,15 @@ class Prober:
 
     def _chat(self, dialect: Dialect) -> Prompt | None:
         messages = probe_questions.SHORT_ANSWER
-        if dialect.form is Form.CHAT:
+        if dialect.form is PromptForm.CHAT:
             return Prompt(messages=messages)
         if self._tokens is None:
             return None
-        if dialect.form is Form.TEXT:
-            text = self._tokens.text(messages)
+        if dialect.form is PromptForm.TEXT:
+            text = self._tokens.prompt_text(messages)
             return None if text is None else Prompt(text=text.removeprefix(self._tokens.bos_text))
         try:
-            return Prompt(ids=self._tokens.prompt(messages))
+            return Prompt(ids=self._tokens.prompt_ids(messages))
         except LargeError:
             return None
 
@@ -266,7 +267,7 @@ class Prober:
         """What comes next, as many tokens of it as make up whole characters."""
         for count in range(1, _MOST_PARTS + 1):
             answered = self._ask(dialect, prompt, count)
-            data = [self._asker.reader.data(entry.token) for entry in answered.entries]
+            data = [self._asker.reader.data(entry.token) for entry in answered.positions]
             text = answered.completion.text
             if None not in data:
                 text = b"".join(part for part in data if part).decode(errors="replace")
@@ -335,7 +336,7 @@ def _longer(prompt: Prompt, entry: ReplyPosition, data: bytes) -> Prompt:
         return Prompt(ids=(*prompt.ids, identity))
     text = data.decode(errors="replace")
     if prompt.messages:
-        return Prompt(messages=prompt.messages, begun=prompt.begun + text)
+        return Prompt(messages=prompt.messages, answer_start=prompt.answer_start + text)
     return Prompt(text=prompt.text + text)
 
 

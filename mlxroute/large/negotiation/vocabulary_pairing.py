@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlxroute.large.dialects import reading_ids
+from mlxroute.large.dialects import Dialect, reading_ids
 from mlxroute.large.negotiation.negotiator import NegotiatedDialect, Negotiator
 from mlxroute.large.vocabulary.bridge import Bridge
 from mlxroute.large.vocabulary.prompt_builder import PromptBuilder
@@ -18,6 +18,7 @@ class Pairing:
 
     vocabulary: Vocabulary
     terms: NegotiatedDialect
+    dialect: Dialect
     builder: PromptBuilder
     bridge: Bridge
 
@@ -48,7 +49,13 @@ class Pairings:
             known = self.latest = Pairing(
                 vocabulary,
                 terms,
-                PromptBuilder(dialect, same=same, tokens=settlement.tokens),
+                dialect,
+                PromptBuilder(
+                    dialect.form,
+                    same=same,
+                    tokens=settlement.tokens,
+                    replays_fragments=dialect.crashes_on_cached_prompts,
+                ),
                 Bridge(reader, vocabulary, same=same),
             )
         return known

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.json_fields import ReplyPosition, ReplyToken
+from mlxroute.large.reply import ReplyPosition, ReplyToken
 from mlxroute.large.vocabulary.token_reader import REPLACEMENT, TokenReader
 from mlxroute.types import Vocabulary
 

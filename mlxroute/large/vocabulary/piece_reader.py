@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from enum import Enum, auto
 
 from mlxroute.tokenizers.byte_pieces import BYTE_OF, SPACE_MARK, byte_piece
-
-# By name, as many vocabularies have tags of web pages among their ordinary tokens.
-_SPECIAL = re.compile(
-    r"<[|｜][^<>\s]*[|｜]>|\[/?[A-Z_]{4,}\]"
-    r"|</?(?:s|bos|eos|pad|unk|mask|think|im_start|im_end|(?:start|end)_of_turn|end_of_utterance"
-    r"|tool_(?:call|response)|unused\d+)>"
-)
-
-
-def is_special(piece: str) -> bool:
-    """Whether a piece looks like a control token (`<|im_end|>`, `</s>`, `[INST]`), not text."""
-    return _SPECIAL.fullmatch(piece) is not None and byte_piece(piece) is None
+from mlxroute.tokenizers.control_tokens import is_control_token
 
 
 class _Family(Enum):
@@ -37,7 +25,7 @@ class PieceReader:
         if self._family is not None:
             return
         for piece in pieces:
-            if is_special(piece):
+            if is_control_token(piece):
                 continue
             if piece.startswith(SPACE_MARK):
                 self._family = _Family.SENTENCEPIECE

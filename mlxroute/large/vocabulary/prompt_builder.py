@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlxroute.errors import LargeProtocolError, UsageError
-from mlxroute.large.dialects import Dialect, Form, Prompt
+from mlxroute.large.prompt import Prompt, PromptForm
 from mlxroute.large.vocabulary import retokenised
-from mlxroute.large.vocabulary.tokenizers import TokenSource
+from mlxroute.large.vocabulary.token_sources import TokenSource
 from mlxroute.types import LargeContext, LargeToken
 
 
@@ -20,24 +20,25 @@ class PromptBuilder:
     the large model wrote keeps the ids it gave.
     """
 
-    dialect: Dialect
+    form: PromptForm
     same: bool
     tokens: TokenSource | None
+    replays_fragments: bool = False
 
-    def as_read(self, context: LargeContext) -> LargeContext:
+    def stable_context(self, context: LargeContext) -> LargeContext:
         """The context as the server will read it; see `rereading`."""
-        return retokenised.as_read(context) if self._is_reread else context
+        return retokenised.stable_context(context) if self._is_reread else context
 
-    def read_alike(
+    def stable_prefix(
         self, context: LargeContext, tokens: Sequence[LargeToken]
     ) -> Sequence[LargeToken]:
         """As many of these as calls of their own would have brought; see `rereading`."""
-        return retokenised.read_alike(context, tokens) if self._is_reread else tokens
+        return retokenised.stable_prefix(context, tokens) if self._is_reread else tokens
 
     @property
     def _is_reread(self) -> bool:
         """Whether the server cuts what it is sent into tokens, as the small model's own would."""
-        return self.same and self.dialect.form is Form.TEXT
+        return self.same and self.form is PromptForm.TEXT
 
     def build(self, context: LargeContext) -> Prompt:
         """Raises LargeProtocolError where the form cannot carry the context."""
@@ -45,18 +46,18 @@ class PromptBuilder:
             raise LargeProtocolError(
                 "the answer stops inside a character, which this server cannot be told"
             )
-        match self.dialect.form:
-            case Form.IDS:
+        match self.form:
+            case PromptForm.IDS:
                 return Prompt(ids=self._ids(context))
-            case Form.TEXT:
+            case PromptForm.TEXT:
                 return Prompt(text=self._text(context))
-            case Form.CHAT:
-                return Prompt(messages=context.messages, begun=_answer(context))
+            case PromptForm.CHAT:
+                return Prompt(messages=context.messages, answer_start=_answer(context))
 
     @property
     def carries_fragments(self) -> bool:
         """Whether a begun character can be sent, or be written again by the server."""
-        by_id = self.dialect.form is Form.IDS or self.dialect.dies_of_cached_prompts
+        by_id = self.form is PromptForm.IDS or self.replays_fragments
         return self.same and by_id
 
     def _ids(self, context: LargeContext) -> tuple[int, ...]:
@@ -71,14 +72,14 @@ class PromptBuilder:
 
     def _rendered_ids(self, tokens: TokenSource, context: LargeContext) -> tuple[int, ...]:
         try:
-            return tokens.prompt(context.messages)
+            return tokens.prompt_ids(context.messages)
         except UsageError as exc:
             raise LargeProtocolError(str(exc)) from exc
 
     def _text(self, context: LargeContext) -> str:
         if not self.same and self.tokens is not None and context.messages:
             try:
-                rendered = self.tokens.text(context.messages)
+                rendered = self.tokens.prompt_text(context.messages)
             except UsageError as exc:
                 raise LargeProtocolError(str(exc)) from exc
             if rendered is not None:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from mlxroute.large.completion_request import CompletionAnswer
-from mlxroute.large.dialects.json_fields import ReplyPosition
+from mlxroute.large.reply import CompletionAnswer, ReplyPosition
 from mlxroute.large.vocabulary.bridge import Bridge, Bridged
 from mlxroute.large.vocabulary.token_reader import TokenReader
 from mlxroute.types import LargeToken
@@ -28,8 +27,8 @@ def first_token(
     answered: CompletionAnswer, bridge: Bridge, reader: TokenReader
 ) -> list[LargeToken]:
     """The first token; none while the positions end inside a character."""
-    bridged = bridge.token(answered.entries, answered.text)
-    return [] if bridged is None else [_token(bridged, answered.entries[0])]
+    bridged = bridge.token(answered.positions, answered.text)
+    return [] if bridged is None else [_token(bridged, answered.positions[0])]
 
 
 def all_tokens(answered: CompletionAnswer, bridge: Bridge, reader: TokenReader) -> list[LargeToken]:
@@ -43,14 +42,14 @@ def streamed_tokens(
     """The tokens of a reply that is still coming, as far as `several` will have them, too."""
     # One without text may turn out to be the end of the answer, or a part of a character.
     clear = itertools.takewhile(
-        lambda entry: reader.ends(entry) or reader.data(entry.token), answered.entries
+        lambda entry: reader.ends(entry) or reader.data(entry.token), answered.positions
     )
     entries = tuple(clear)
-    return _all(replace(answered, entries=entries), bridge, reader) if entries else []
+    return _all(replace(answered, positions=entries), bridge, reader) if entries else []
 
 
 def _all(answered: CompletionAnswer, bridge: Bridge, reader: TokenReader) -> list[LargeToken]:
-    entries = answered.entries
+    entries = answered.positions
     if not _agree(reader, entries, answered.text):
         return []
     found: list[LargeToken] = []

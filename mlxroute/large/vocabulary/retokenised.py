@@ -19,7 +19,7 @@ _MOST_REPEATED: Final = 64
 _LEAD_CHARACTERS: Final = 64
 
 
-def as_read(context: LargeContext) -> LargeContext:
+def stable_context(context: LargeContext) -> LargeContext:
     """The context without the tokens that a tokenizer of this vocabulary reads otherwise.
 
     They move to `fragment_ids`. Only the large model's own latest ones can, as nobody else's would
@@ -45,7 +45,7 @@ def as_read(context: LargeContext) -> LargeContext:
     )
 
 
-def read_alike(context: LargeContext, tokens: Sequence[LargeToken]) -> tuple[LargeToken, ...]:
+def stable_prefix(context: LargeContext, tokens: Sequence[LargeToken]) -> tuple[LargeToken, ...]:
     """The tokens after this context whose own calls would find those before them as they are.
 
     Where small tokens stand in their places, no call could have the server write them again.

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from mlxroute.large.dialects.json_fields import ReplyPosition, ReplyToken
-from mlxroute.large.vocabulary.piece_reader import PieceReader, is_special
+from mlxroute.large.reply import ReplyPosition, ReplyToken
+from mlxroute.large.vocabulary.piece_reader import PieceReader
+from mlxroute.tokenizers.control_tokens import is_control_token
 from mlxroute.types import Vocabulary
 
 REPLACEMENT: Final = "\ufffd"
@@ -59,7 +60,7 @@ class TokenReader:
         if (own := self._own(token)) is not None and token.token_id is not None:
             return not own.token_bytes(token.token_id)
         name = self._name(token)
-        return name is not None and is_special(name)
+        return name is not None and is_control_token(name)
 
     def ends(self, entry: ReplyPosition) -> bool:
         """Whether the answer is over at this position."""

@@ -8,7 +8,7 @@ import pytest
 
 from mlxroute.errors import LargeProtocolError
 from mlxroute.large.dialects import Ask
-from mlxroute.large.dialects.json_fields import Completion, ReplyPosition
+from mlxroute.large.reply import Completion, ReplyPosition
 from mlxroute.large.vocabulary.token_reader import TokenReader
 from tests.support.prompt_forms import TEXT, dialect, prompt_for
 from tests.support.vocabularies import TableVocabulary
@@ -19,7 +19,7 @@ def read(name: str, reply: dict[str, Any]) -> Completion:
 
 
 def texts(completion: Completion) -> list[tuple[int | None, str | None, bool]]:
-    return [(each.token.token_id, each.token.text, each.ends) for each in completion.entries]
+    return [(each.token.token_id, each.token.text, each.ends) for each in completion.positions]
 
 
 def data(entry: ReplyPosition) -> bytes | None:
@@ -48,7 +48,7 @@ def named(token_id: int, text: str, logprob: float = -0.5) -> dict[str, Any]:
 
 def test_llama_server_names_ids_bytes_and_counts() -> None:
     completion = read("llama-server completion", llama([7], [named(7, " a")], content=" a"))
-    (entry,) = completion.entries
+    (entry,) = completion.positions
     assert (entry.token.token_id, entry.token.data, entry.token.logprob) == (7, b" a", -0.5)
     assert [other.data for other in entry.top] == [b" a"]
     assert (completion.prompt_tokens, completion.cached_tokens) == (12, 11)
@@ -57,13 +57,13 @@ def test_llama_server_names_ids_bytes_and_counts() -> None:
 
 def test_llama_server_gives_a_fragment_by_id_alone() -> None:
     completion = read("llama-server completion", llama([7], [], content="\ufffd"))
-    (entry,) = completion.entries
+    (entry,) = completion.positions
     assert (entry.token.token_id, entry.token.logprob, data(entry)) == (7, None, None)
 
 
 def test_llama_servers_missing_entries_are_put_in_their_places() -> None:
     reply = llama([7, 8, 9], [named(8, "é"), named(9, "b")], content="éb")
-    entries = read("llama-server completion", reply).entries
+    entries = read("llama-server completion", reply).positions
     assert [(each.token.token_id, data(each)) for each in entries] == [
         (7, None),
         (8, "é".encode()),
@@ -115,7 +115,7 @@ def vllm(ids: list[int], tokens: list[str], /, **changes: Any) -> dict[str, Any]
 def test_vllm_names_ids_beside_the_text() -> None:
     completion = read("vLLM completions", vllm([7], [" a"]))
     assert texts(completion) == [(7, " a", False)]
-    assert [(other.text, other.logprob) for other in completion.entries[0].top] == [
+    assert [(other.text, other.logprob) for other in completion.positions[0].top] == [
         (" a", -0.5),
         ("zz", -2.0),
     ]
@@ -124,17 +124,17 @@ def test_vllm_names_ids_beside_the_text() -> None:
 def test_vllms_names_by_id_are_ids() -> None:
     reply = vllm([7], ["token_id:7"])
     reply["choices"][0]["logprobs"]["top_logprobs"] = [{"token_id:7": -0.5, "token_id:9": -2.0}]
-    (entry,) = read("vLLM completions", reply).entries
+    (entry,) = read("vLLM completions", reply).positions
     assert (entry.token.token_id, entry.token.text) == (7, None)
     assert [(other.token_id, other.text) for other in entry.top] == [(7, None), (9, None)]
 
 
 def test_vllms_empty_text_is_a_fragment_or_the_end_by_its_finish_reason() -> None:
-    (fragment,) = read("vLLM completions", vllm([7], [""])).entries
+    (fragment,) = read("vLLM completions", vllm([7], [""])).positions
     assert (fragment.ends, data(fragment)) == (False, None)
     (end,) = read(
         "vLLM completions", vllm([2], ["<|im_end|>"], text="", finish_reason="stop")
-    ).entries
+    ).positions
     assert (end.ends, end.token.token_id) == (True, 2)
 
 
@@ -173,18 +173,18 @@ def sglang(tokens: list[list[Any]], **changes: Any) -> dict[str, Any]:
 def test_sglangs_triples_are_logprob_id_and_text() -> None:
     completion = read("SGLang generate", sglang([[-0.5, 7, "a"]]))
     assert texts(completion) == [(7, "a", False)]
-    assert [other.token_id for other in completion.entries[0].top] == [7, 9]
+    assert [other.token_id for other in completion.positions[0].top] == [7, 9]
     assert (completion.prompt_tokens, completion.cached_tokens) == (12, 8)
 
 
 def test_sglangs_pairs_and_missing_texts_are_ids_alone() -> None:
     for token in ([-0.5, 7], [-0.5, 7, None]):
-        (entry,) = read("SGLang generate", sglang([token])).entries
+        (entry,) = read("SGLang generate", sglang([token])).positions
         assert (entry.token.token_id, entry.token.text, data(entry)) == (7, None, None)
 
 
 def test_sglangs_replacement_character_says_nothing_of_the_bytes() -> None:
-    (entry,) = read("SGLang generate", sglang([[-0.5, 7, "\ufffd"]])).entries
+    (entry,) = read("SGLang generate", sglang([[-0.5, 7, "\ufffd"]])).positions
     assert data(entry) is None
 
 
@@ -216,8 +216,8 @@ def tgi(tokens: list[tuple[int, str]], finish: str = "length") -> dict[str, Any]
 def test_tgi_names_ids_and_a_fragment_has_no_text() -> None:
     completion = read("TGI generate", tgi([(7, ""), (8, "é")]))
     assert texts(completion) == [(7, "", False), (8, "é", False)]
-    assert data(completion.entries[0]) is None
-    assert [other.token_id for other in completion.entries[0].top] == [7, 9]
+    assert data(completion.positions[0]) is None
+    assert [other.token_id for other in completion.positions[0].top] == [7, 9]
     assert completion.completion_tokens == 2
 
 
@@ -260,7 +260,7 @@ def test_ollamas_missing_logprobs_are_the_end_or_a_fragment_by_its_reason() -> N
 
 def test_an_older_ollamas_replacement_character_is_no_text() -> None:
     token = {"token": "\ufffd", "bytes": [239, 191, 189], "logprob": -0.5}
-    (entry,) = read("Ollama generate", ollama("\ufffd", logprobs=[token])).entries
+    (entry,) = read("Ollama generate", ollama("\ufffd", logprobs=[token])).positions
     assert data(entry) is None
 
 
@@ -277,7 +277,7 @@ def test_mlx_lms_padding_rows_have_no_name_and_are_no_alternatives() -> None:
     padding = {"id": 151_999, "token": None, "logprob": -9.0}
     content = [{**padding, "top_logprobs": [padding, chosen]}]
     reply = {"choices": [{"text": "", "finish_reason": "length", "logprobs": {"content": content}}]}
-    (entry,) = read("mlx_lm completions", reply).entries
+    (entry,) = read("mlx_lm completions", reply).positions
     assert (entry.token.token_id, entry.token.piece) == (7, "Ġa")
     assert [other.token_id for other in entry.top] == [7]
 
@@ -305,7 +305,7 @@ def test_togethers_alternatives_may_come_without_a_list_around_them() -> None:
         "top_logprobs": {" a": -0.5, "zz": -2.0},
     }
     choice = {"text": " a", "finish_reason": "length", "logprobs": logprobs}
-    (entry,) = read("OpenAI completions", {"choices": [choice]}).entries
+    (entry,) = read("OpenAI completions", {"choices": [choice]}).positions
     assert (entry.token.token_id, entry.token.text) == (7, " a")
     assert [(other.text, other.logprob) for other in entry.top] == [(" a", -0.5), ("zz", -2.0)]
 
@@ -314,7 +314,7 @@ def test_fireworks_names_ids_and_bytes_in_the_chats_shape() -> None:
     token = {"token": " a", "token_id": 7, "bytes": list(b" a"), "logprob": -0.5}
     logprobs = {"content": [token | {"top_logprobs": [token]}]}
     choice = {"text": " a", "finish_reason": "length", "logprobs": logprobs}
-    (entry,) = read("OpenAI completions", {"choices": [choice]}).entries
+    (entry,) = read("OpenAI completions", {"choices": [choice]}).positions
     assert (entry.token.token_id, entry.token.data) == (7, b" a")
 
 
@@ -349,7 +349,7 @@ def chat(content: str | None, *, finish: str = "length", **token: Any) -> dict[s
 
 def test_a_chats_bytes_are_the_token_whatever_its_text() -> None:
     reply = chat("\ufffd", token="\\xf0\\x9f\\x8c", bytes=[240, 159, 140])
-    (entry,) = read("chat continuation (prefix)", reply).entries
+    (entry,) = read("chat continuation (prefix)", reply).positions
     assert data(entry) == bytes([240, 159, 140])
 
 
@@ -360,7 +360,7 @@ def test_no_content_and_stop_is_the_end_of_a_chat(content: str | None) -> None:
 
 
 def test_a_fragment_has_an_empty_name_and_no_bytes() -> None:
-    (entry,) = read("chat continuation (flags)", chat("", token="", bytes=[])).entries
+    (entry,) = read("chat continuation (flags)", chat("", token="", bytes=[])).positions
     assert (data(entry), entry.ends) == (None, False)
 
 
@@ -376,7 +376,7 @@ def test_an_echo_of_what_was_begun_is_cut_off() -> None:
 def test_an_echo_is_cut_off_the_text_and_not_the_tokens() -> None:
     reply = chat("Hello", token="llo", bytes=list(b"llo"))
     completion = read("chat continuation (trailing turn, echoing)", reply)
-    assert (completion.text, data(completion.entries[0])) == ("llo", b"llo")
+    assert (completion.text, data(completion.positions[0])) == ("llo", b"llo")
 
 
 def test_a_chat_that_drops_the_logprobs_it_was_asked_for_is_refused() -> None:
@@ -416,4 +416,4 @@ def test_an_id_of_a_known_vocabulary_is_read_whatever_the_text() -> None:
         "TGI generate": tgi([(identity, "")]),
         "llama-server completion": llama([identity], []),
     }.items():
-        assert reader.data(read(name, reply).entries[0].token) == b"\xc3", name
+        assert reader.data(read(name, reply).positions[0].token) == b"\xc3", name

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.json_fields import ReplyPosition, ReplyToken
+from mlxroute.large.reply import ReplyPosition, ReplyToken
 from mlxroute.large.vocabulary.bridge import Bridge
 from mlxroute.large.vocabulary.token_reader import TokenReader
 from mlxroute.tokenizers.byte_pieces import BYTE_OF

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mlxroute.large.vocabulary.retokenised import as_read, read_alike
+from mlxroute.large.vocabulary.retokenised import stable_context, stable_prefix
 from mlxroute.types import LargeContext, Span, Vocabulary
 from tests.support import real_vocabularies
 from tests.support.real_vocabularies import ANY_TEXT
@@ -49,7 +49,7 @@ def test_what_is_sent_reads_as_it_was_written_and_the_rest_is_to_be_repeated(
     context = written(vocabulary, lead, parts)
     own = tuple(token_id for span in context.spans for token_id in span.large_ids)
     assume(len(own) <= 64)
-    told = as_read(context)
+    told = stable_context(context)
     rest = told.fragment_ids
     kept = own[: len(own) - len(rest)]
     assert own == (*kept, *rest)
@@ -70,7 +70,7 @@ def test_tokens_ahead_are_taken_as_far_as_their_texts_read_as_they_were_written(
     context = LargeContext(lead, vocabulary.encode(lead), (), vocabulary, ())
     ids = [token_id for part in parts for token_id in vocabulary.encode(part)]
     tokens = [token_of((token_id,)) for token_id in ids]
-    found = read_alike(context, tokens)
+    found = stable_prefix(context, tokens)
     assert list(found) == tokens[: len(found)]
 
     def reads(count: int) -> bool:
@@ -89,7 +89,7 @@ def test_tokens_ahead_are_taken_as_far_as_their_texts_read_as_they_were_written(
 def test_tokens_of_the_small_model_are_not_for_the_large_one_to_write() -> None:
     vocabulary = real_vocabularies.smollm2()
     context = written(vocabulary, "Hi", [" ", "there"])
-    assert as_read(context).text == "Hi"
+    assert stable_context(context).text == "Hi"
     mixed = LargeContext(
         text=context.text,
         token_ids=context.token_ids,
@@ -97,11 +97,11 @@ def test_tokens_of_the_small_model_are_not_for_the_large_one_to_write() -> None:
         vocabulary=vocabulary,
         spans=(Span(" there"),),
     )
-    assert as_read(mixed) is mixed
+    assert stable_context(mixed) is mixed
 
 
 def test_too_many_tokens_to_write_again_are_left_as_they_are() -> None:
     vocabulary = real_vocabularies.smollm2()
-    assert as_read(written(vocabulary, "Hi", [" ", "there", *[" the"] * 62])).text == "Hi"
+    assert stable_context(written(vocabulary, "Hi", [" ", "there", *[" the"] * 62])).text == "Hi"
     long = written(vocabulary, "Hi", [" ", "there", *[" the"] * 63])
-    assert as_read(long) is long
+    assert stable_context(long) is long

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects import Dialect, Prompt, dialect_named
-from mlxroute.large.dialects.json_fields import ReplyPosition, ReplyToken
+from mlxroute.large.dialects import Dialect, dialect_named
+from mlxroute.large.prompt import Prompt
+from mlxroute.large.reply import ReplyPosition, ReplyToken
 from mlxroute.large.vocabulary.bridge import Bridge, Bridged
 from mlxroute.large.vocabulary.token_reader import TokenReader
 from tests.support.asking import (
@@ -51,8 +52,8 @@ def read(
     value = json.loads(reply.body) if isinstance(reply, Reply) else reply
     completion = dialect(name).completion(value, Prompt(text="x"))
     reader = TokenReader()
-    reader.learn(completion.entries)
-    return Bridge(reader, vocabulary, same=same).token(completion.entries[:1], completion.text)
+    reader.learn(completion.positions)
+    return Bridge(reader, vocabulary, same=same).token(completion.positions[:1], completion.text)
 
 
 def token(name: str, reply: Reply | dict[str, Any], **options: Any) -> Bridged:
@@ -300,7 +301,7 @@ def test_text_of_more_tokens_than_were_read_is_not_taken_for_one(server: Loopbac
 def test_an_end_token_after_text_is_the_end_and_is_not_counted_twice() -> None:
     logprobs = {"tokens": ["b", "<|im_end|>"], "token_logprobs": [-0.5, -0.1]}
     reply = legacy("", text="b", finish_reason="stop", logprobs=logprobs)
-    entries = dialect(PLAIN).completion(reply, Prompt(text="x")).entries
+    entries = dialect(PLAIN).completion(reply, Prompt(text="x")).positions
     assert [(each.token.text, each.ends) for each in entries] == [
         ("b", False),
         ("<|im_end|>", True),

@@ -1,4 +1,4 @@
-"""The large model's own way of cutting text into tokens: from its files, or from the server."""
+"""The tokenise, detokenise and template routes of llama-server, vLLM and SGLang."""
 
 from __future__ import annotations
 
@@ -8,81 +8,26 @@ from typing import Final, Protocol
 
 from mlxroute.errors import LargeProtocolError, LargeRefused
 from mlxroute.large.dialects.base import ANSWER_AT_ONCE
-from mlxroute.large.dialects.json_fields import parse_object, sequence, string, token_id
-from mlxroute.large.http.transport import Reply
-from mlxroute.types import Message, Vocabulary
+from mlxroute.large.dialects.json_fields import sequence, string, token_id
+from mlxroute.types import Message
 
 _SAMPLE: Final = "Hello world"
 _REMEMBERED: Final = 4096
 _ANCHOR: Final = "\n"
-# Statuses that say nothing about whether the route exists.
-_TROUBLE: Final = {408, 429, 502, 503, 504}
-
-
-class Tokenizer(Protocol):
-    """The large model's tokenizer and template, read from files on this machine."""
-
-    @property
-    def vocabulary(self) -> Vocabulary: ...
-
-    def render(self, messages: Sequence[Message]) -> str: ...
-
-    def encode_prompt(self, text: str) -> list[int]: ...
+# Statuses that do not show whether the route exists.
+_BUSY_STATUSES: Final = {408, 429, 502, 503, 504}
 
 
 class Post(Protocol):
-    """Sends a JSON body to a route at the server's root; LargeError for all but a success."""
+    """Posts a JSON body to a route at the server's root and returns the reply's JSON object.
 
-    def __call__(self, path: str, body: Mapping[str, object]) -> Reply: ...
+    Raises LargeError for any status but 200.
+    """
 
-
-class TokenSource(Protocol):
-    """Where ids of the large vocabulary come from. Methods raise LargeError."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def bos_text(self) -> str:
-        """The begin token that servers add to a text themselves; empty when there is none."""
-        ...
-
-    def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Ids of a conversation in the large model's template, ready for the answer."""
-        ...
-
-    def text(self, messages: Sequence[Message]) -> str | None:
-        """The same as text; None where the source gives ids only."""
-        ...
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of a piece of plain text."""
-        ...
+    def __call__(self, path: str, body: Mapping[str, object]) -> Mapping[str, object]: ...
 
 
-class FileTokens:
-    """Ids from the model's own tokenizer files."""
-
-    name: Final = "tokenizer files"
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-
-    @property
-    def bos_text(self) -> str:
-        return self.tokenizer.vocabulary.bos_text
-
-    def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode_prompt(self.tokenizer.render(messages)))
-
-    def text(self, messages: Sequence[Message]) -> str | None:
-        return self.tokenizer.render(messages)
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        return self.tokenizer.vocabulary.encode(text)
-
-
-class ServerTokens:
+class TokenizeRoutes:
     """Ids from the server's own tokenise routes, each text asked for once."""
 
     name: Final = "the server's tokenise route"
@@ -94,31 +39,11 @@ class ServerTokens:
         self._known: dict[tuple[str, str], tuple[int, ...]] = {}
         self._anchor_ids: tuple[int, ...] = ()
 
-    @classmethod
-    def find(cls, post: Post, *, model: str | None) -> ServerTokens | None:
-        """The routes of this server, if it has any that tell the truth about a sample text.
-
-        Raises LargeError for a server that is too busy to say.
-        """
-        for kind in (LlamaTokens, VllmTokens):
-            found = kind(post, model=model)
-            try:
-                ids = found.encode(_SAMPLE)
-                if ids and found.decode(ids).strip() == _SAMPLE:
-                    found.learn_prefix()
-                    return found
-            except LargeProtocolError:
-                continue
-            except LargeRefused as exc:
-                if exc.status in _TROUBLE:
-                    raise
-        return None
-
-    def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         key = ("prompt", json.dumps(list(messages)))
         return self._remembered(key, lambda: self._prompt(messages))
 
-    def text(self, messages: Sequence[Message]) -> str | None:
+    def prompt_text(self, messages: Sequence[Message]) -> str | None:
         return None
 
     def encode(self, text: str) -> tuple[int, ...]:
@@ -154,20 +79,17 @@ class ServerTokens:
             self._known[key] = ask()
         return self._known[key]
 
-    def _ask(self, path: str, body: Mapping[str, object]) -> Mapping[str, object]:
-        return parse_object(self._post(path, body).body)
 
-
-class LlamaTokens(ServerTokens):
+class LlamaTokenizeRoutes(TokenizeRoutes):
     """`llama-server`: `/apply-template`, `/tokenize`, `/detokenize`."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens by their names."""
-        return string(self._ask("/detokenize", {"tokens": list(ids)}).get("content"), what="text")
+        return string(self._post("/detokenize", {"tokens": list(ids)}).get("content"), what="text")
 
     def _prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
         body = {"messages": list(messages), **ANSWER_AT_ONCE}
-        reply = self._ask("/apply-template", body)
+        reply = self._post("/apply-template", body)
         text = string(reply.get("prompt"), what="the rendered prompt")
         return self._tokens({"content": text, "add_special": True, "parse_special": True})
 
@@ -175,28 +97,48 @@ class LlamaTokens(ServerTokens):
         return self._tokens({"content": text, "add_special": False, "parse_special": False})
 
     def _tokens(self, body: Mapping[str, object]) -> tuple[int, ...]:
-        return _token_ids(self._ask("/tokenize", body))
+        return _token_ids(self._post("/tokenize", body))
 
 
-class VllmTokens(ServerTokens):
+class VllmTokenizeRoutes(TokenizeRoutes):
     """vLLM and SGLang: `/tokenize` takes text or messages."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens by their names."""
-        reply = self._ask("/detokenize", self._named({"tokens": list(ids)}))
+        reply = self._post("/detokenize", self._named({"tokens": list(ids)}))
         # vLLM calls it prompt, SGLang text.
         return string(reply.get("prompt", reply.get("text")), what="text")
 
     def _prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
         body = {"messages": list(messages), "add_generation_prompt": True, **ANSWER_AT_ONCE}
-        return _token_ids(self._ask("/tokenize", self._named(body)))
+        return _token_ids(self._post("/tokenize", self._named(body)))
 
     def _encode(self, text: str) -> tuple[int, ...]:
         body = {"prompt": text, "add_special_tokens": False}
-        return _token_ids(self._ask("/tokenize", self._named(body)))
+        return _token_ids(self._post("/tokenize", self._named(body)))
 
     def _named(self, body: dict[str, object]) -> dict[str, object]:
         return body if self._model is None else body | {"model": self._model}
+
+
+def find_tokenize_routes(post: Post, *, model: str | None) -> TokenizeRoutes | None:
+    """Return the tokenise routes that decode a sample text correctly; None if there are none.
+
+    Raises LargeError for a server that is too busy to answer.
+    """
+    for kind in (LlamaTokenizeRoutes, VllmTokenizeRoutes):
+        routes = kind(post, model=model)
+        try:
+            ids = routes.encode(_SAMPLE)
+            if ids and routes.decode(ids).strip() == _SAMPLE:
+                routes.learn_prefix()
+                return routes
+        except LargeProtocolError:
+            continue
+        except LargeRefused as exc:
+            if exc.status in _BUSY_STATUSES:
+                raise
+    return None
 
 
 def _after(anchor: tuple[int, ...], ids: tuple[int, ...]) -> tuple[int, ...]:

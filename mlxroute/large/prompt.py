@@ -1,0 +1,30 @@
+"""The prompt of a completion request, in one of the forms that servers accept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from mlxroute.types import Message
+
+
+class PromptForm(StrEnum):
+    """The form in which a server accepts the prompt."""
+
+    IDS = "token ids"
+    TEXT = "rendered text"
+    CHAT = "continued chat turn"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt in one form; the fields of the other forms are empty.
+
+    `ids` are token ids of the large vocabulary. `text` is a rendered prompt. `messages` are a chat
+    whose assistant turn has begun with `answer_start`.
+    """
+
+    ids: tuple[int, ...] = ()
+    text: str = ""
+    messages: tuple[Message, ...] = ()
+    answer_start: str = ""

@@ -1,0 +1,67 @@
+"""What a server replied: the generated positions and tokens, in whatever form it gave them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyToken:
+    """A token as the server named it; a field is None where the reply does not hold it.
+
+    `piece` is the raw vocabulary entry (`Ġthe`), `data` the token's bytes, `text` its text as the
+    server decoded it. `logprob` is a natural logarithm.
+    """
+
+    token_id: int | None = None
+    piece: str | None = None
+    data: bytes | None = None
+    text: str | None = None
+    logprob: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyPosition:
+    """One generated position: its token and the alternatives, by falling logprob.
+
+    `ends` is True where the server reports that the answer ends with this position.
+    """
+
+    token: ReplyToken
+    top: tuple[ReplyToken, ...] = ()
+    ends: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole completion reply: its positions, and its text as the server decoded it.
+
+    The counts are the server's own, None where it reports none.
+    """
+
+    positions: tuple[ReplyPosition, ...]
+    text: str = ""
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    completion_tokens: int | None = None
+
+    @property
+    def ends(self) -> bool:
+        """Whether the answer ends with the last of these positions."""
+        return bool(self.positions) and self.positions[-1].ends
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionAnswer:
+    """The positions a call asked for, the whole reply, and the size of the request in bytes.
+
+    `text` is the server's own decoding of these positions; it is empty where the reply holds more
+    than them. `complete` is True if there are as many positions as asked for, or if the answer
+    ends with them.
+    """
+
+    positions: tuple[ReplyPosition, ...]
+    text: str
+    complete: bool
+    completion: Completion
+    uploaded_bytes: int

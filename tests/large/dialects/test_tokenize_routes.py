@@ -1,0 +1,102 @@
+"""The tokenise routes of servers: found by a sample text, and asked once for each text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from mlxroute.large.dialects.json_fields import parse_object
+from mlxroute.large.dialects.tokenize_routes import find_tokenize_routes
+from mlxroute.types import Message
+from tests.support import truthful
+from tests.support.loopback import Request
+from tests.support.truthful import Truthful
+from tests.support.vocabularies import TableTokenizer
+
+HI: Message = {"role": "user", "content": "hi"}
+LARGE = truthful.VOCABULARY
+RENDERED = "<s>user\nhi<|im_end|>\n<s>assistant\n"
+
+
+@dataclass
+class Routes:
+    """The tokenise routes of a truthful server, without a server."""
+
+    answer: Any
+    asked: list[str] = field(default_factory=list)
+
+    def __call__(self, path: str, body: Mapping[str, object]) -> Mapping[str, object]:
+        self.asked.append(path)
+        reply = self.answer(Request("POST", path, {}, json.dumps(body).encode()))
+        return parse_object(reply.body)
+
+
+@pytest.mark.parametrize("family", ["vllm", "sglang", "llama-server"])
+def test_the_routes_of_a_truthful_server_are_found_and_asked_once_for_a_text(family: str) -> None:
+    routes = Routes(Truthful(family))
+    tokens = find_tokenize_routes(routes, model="m")
+    assert tokens is not None
+    asked = len(routes.asked)
+    for _ in range(2):
+        assert tokens.encode("pineapple") == LARGE.encode("pineapple")
+        rendered = TableTokenizer(LARGE).encode_prompt(RENDERED)
+        assert tokens.prompt_ids([HI]) == tuple(rendered)
+    assert len(routes.asked) == asked + (3 if family == "llama-server" else 2)
+    assert tokens.encode("<s>") == LARGE.encode("<s>") or family != "llama-server"
+    assert tokens.prompt_text([HI]) is None
+    assert tokens.bos_text == ""
+
+
+def test_no_text_has_no_ids_and_no_route_no_tokens() -> None:
+    assert find_tokenize_routes(Routes(Truthful("legacy")), model=None) is None
+    tokens = find_tokenize_routes(Routes(Truthful("vllm")), model=None)
+    assert tokens is not None
+    assert tokens.encode("") == ()
+
+
+@pytest.mark.parametrize("family", ["vllm", "llama-server"])
+def test_a_route_that_lies_about_a_sample_is_not_used(family: str) -> None:
+    honest = Truthful(family)
+
+    def other_ids(request: Request) -> Any:
+        if request.path == "/tokenize":
+            body = request.json
+            key = "content" if "content" in body else "prompt"
+            body[key] = "another text"
+            return honest(Request("POST", "/tokenize", {}, json.dumps(body).encode()))
+        return honest(request)
+
+    assert find_tokenize_routes(Routes(other_ids), model=None) is None
+
+
+@pytest.mark.parametrize("tokens", [None, [], ["7"], [-1], [1.5], {"a": 1}, "ids"])
+def test_ids_that_are_none_are_a_route_that_is_not_used(tokens: object) -> None:
+    def nonsense(path: str, body: Mapping[str, object]) -> Mapping[str, object]:
+        return {"tokens": tokens, "content": "Hello world"}
+
+    assert find_tokenize_routes(nonsense, model=None) is None
+
+
+@pytest.mark.parametrize("drops", [True, False])
+def test_a_route_that_begins_every_text_with_a_space_gives_ids_without_it(drops: bool) -> None:
+    """As SentencePiece tokenizers do; their detokenise routes may take it away again."""
+    honest = Truthful("vllm")
+
+    def prefixed(request: Request) -> Any:
+        body = request.json
+        if "prompt" in body:
+            body["prompt"] = " " + body["prompt"]
+        reply = honest(Request("POST", request.path, {}, json.dumps(body).encode()))
+        if request.path == "/detokenize" and drops:
+            text = json.loads(reply.body)["prompt"]
+            return type(reply).of({"prompt": text.removeprefix(" ")})
+        return reply
+
+    tokens = find_tokenize_routes(Routes(prefixed), model=None)
+    assert tokens is not None
+    for text in ("pineapple", " the", "\n", "day one"):
+        assert tokens.encode(text) == LARGE.encode(text)
