@@ -31,7 +31,7 @@ from mlxroute.large.prompt import Prompt, PromptForm
 from mlxroute.large.reply import CompletionAnswer
 from mlxroute.large.request_plan import RequestPlanner
 from mlxroute.large.streaming import StreamedTokens, may_do_whole
-from mlxroute.large.vocabulary.reply_reader import first_token, streamed_tokens
+from mlxroute.large.vocabulary.reply_reader import read_first_token, read_streamed_tokens
 from mlxroute.large.vocabulary.token_sources import FileTokenSource, Tokenizer
 from mlxroute.ledger import Ledger
 from mlxroute.safe_text import printable_line
@@ -277,7 +277,7 @@ class LargeModel(Closeable):
         uploaded = 0
 
         def hears(answered: CompletionAnswer) -> bool:
-            return coming.heard(streamed_tokens(answered, pairing.bridge, self._asker.reader))
+            return coming.heard(read_streamed_tokens(answered, pairing.bridge, self._asker.reader))
 
         for way in self._ways.after(pairing.terms, prefetch=prefetch):
             try:
@@ -298,7 +298,7 @@ class LargeModel(Closeable):
             uploaded += answered.uploaded_bytes
             tokens = way.read(answered, pairing.bridge, self._asker.reader)
             # Behind the end of the answer there is nothing more to ask for.
-            if tokens or (way.read is first_token and answered.completion.ends):
+            if tokens or (way.read is read_first_token and answered.completion.ends):
                 break
         if not tokens:
             raise LargeProtocolError(f"{self.base_url} gives no whole character here")

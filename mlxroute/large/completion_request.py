@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError, LargeRefused
-from mlxroute.large.dialects import Ask, Dialect, Streaming
-from mlxroute.large.dialects.json_fields import error_in, error_message, parse_object
-from mlxroute.large.dialects.sse import events, is_events
+from mlxroute.large.dialects import Dialect, RequestOptions, Streaming
+from mlxroute.large.dialects.json_fields import error_message, parse_object, reported_error
+from mlxroute.large.dialects.sse import is_event_stream, parse_events
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import Hears, Reply, Transport
 from mlxroute.large.prompt import Prompt
@@ -70,7 +70,7 @@ class CompletionRequester:
         self._ledger = ledger
         self._base_url = base_url
         self._top_logprobs = top_logprobs
-        self._sent = MlxLmCacheGuard()
+        self._cache_guard = MlxLmCacheGuard()
         self._lock = threading.Lock()
         self.reader = TokenReader()
         self.model: str | None = None
@@ -110,12 +110,12 @@ class CompletionRequester:
         with self._lock:
             replayed: tuple[bytes, ...] = ()
             if dialect.crashes_on_cached_prompts:
-                text, replayed = self._sent.plan(prompt.text, context=context)
+                text, replayed = self._cache_guard.plan(prompt.text, context=context)
                 prompt = replace(prompt, text=text)
             if not (prompt.ids or prompt.text or prompt.messages):
                 raise LargeProtocolError("there is no text to send to the large model")
             expected = (*replayed, *repeated)
-            asked = Ask(
+            asked = RequestOptions(
                 len(expected) + count + spare,
                 self._top_logprobs,
                 self._model_for(dialect),
@@ -123,7 +123,7 @@ class CompletionRequester:
             )
             body = _encoded(dialect.request(prompt, asked))
             if dialect.crashes_on_cached_prompts:
-                self._sent.sent(prompt.text, max_tokens=asked.max_tokens)
+                self._cache_guard.record_request(prompt.text, max_tokens=asked.max_tokens)
         counted = _Count(
             self._ledger, len(prompt.ids) if context is None else len(context.token_ids)
         )
@@ -153,9 +153,9 @@ class CompletionRequester:
     def _begun(self, dialect: Dialect, prompt: Prompt, body: bytes) -> Completion | None:
         """What a streamed reply says so far; None where that is nothing, or in doubt."""
         try:
-            if not is_events(body) or not (found := _joined(dialect, body)):
+            if not is_event_stream(body) or not (found := _joined(dialect, body)):
                 return None
-            if error_in(found) is not None:
+            if reported_error(found) is not None:
                 return None
             completion = dialect.completion(found, prompt)
             self._check_lengths(completion)
@@ -171,7 +171,7 @@ class CompletionRequester:
         dialect: Dialect,
         prompt: Prompt,
         body: bytes,
-        ask: Ask,
+        ask: RequestOptions,
         deadline: Deadline,
         *,
         hears: Hears | None,
@@ -182,13 +182,13 @@ class CompletionRequester:
         )
         with self._lock:
             if watched and reply.status != 200:
-                self._sent.refused(prompt.text, max_tokens=ask.max_tokens)
+                self._cache_guard.record_refusal(prompt.text, max_tokens=ask.max_tokens)
             completion = self._understood(dialect, prompt, reply)
             self._check_lengths(completion)
             self.reader.learn(completion.positions)
             if watched:
-                data = [self.reader.in_prompt(entry.token) for entry in completion.positions]
-                self._sent.answered(prompt.text, data, usage=_usage(completion))
+                data = [self.reader.prompt_bytes(entry.token) for entry in completion.positions]
+                self._cache_guard.record_reply(prompt.text, data, usage=_usage(completion))
         return completion
 
     def _check_lengths(self, completion: Completion) -> None:
@@ -205,7 +205,7 @@ class CompletionRequester:
         """The positions after those that repeat the committed bytes `expected`."""
         data, skipped = b"", 0
         while len(data) < len(expected) and skipped < len(entries):
-            data += self.reader.in_prompt(entries[skipped].token) or b""
+            data += self.reader.prompt_bytes(entries[skipped].token) or b""
             skipped += 1
         if data != expected or skipped == len(entries):
             raise NotRepeated(
@@ -217,11 +217,11 @@ class CompletionRequester:
         if reply.status != 200:
             raise self._refusal(error_message(reply.body), reply)
         try:
-            if isinstance(dialect, Streaming) and is_events(reply.body):
+            if isinstance(dialect, Streaming) and is_event_stream(reply.body):
                 value = _joined(dialect, reply.body)
             else:
                 value = parse_object(reply.body)
-            if (message := error_in(value)) is not None:
+            if (message := reported_error(value)) is not None:
                 raise self._refusal(message, reply)
             return dialect.completion(value, prompt)
         except LargeProtocolError as exc:
@@ -242,7 +242,7 @@ class CompletionRequester:
 
 def _joined(dialect: Dialect, body: bytes) -> dict[str, object]:
     assert isinstance(dialect, Streaming)
-    return dialect.joined(events(body))
+    return dialect.join_events(parse_events(body))
 
 
 def _encoded(body: Mapping[str, object]) -> bytes:

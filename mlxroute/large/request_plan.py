@@ -8,7 +8,7 @@ from typing import Final
 
 from mlxroute.large.dialects import Streaming
 from mlxroute.large.negotiation.negotiator import NegotiatedDialect
-from mlxroute.large.vocabulary.reply_reader import Read, all_tokens, first_token
+from mlxroute.large.vocabulary.reply_reader import ReadReply, read_all_tokens, read_first_token
 
 _MOST_PARTS: Final = 6
 _TEXT_ONLY_RUNG: Final = 4
@@ -19,7 +19,7 @@ class RequestPlan:
     """How many positions to ask for, how to read them, and whether to have them streamed."""
 
     count: int
-    read: Read
+    read: ReadReply
     streamed: bool = False
 
 
@@ -42,10 +42,10 @@ class RequestPlanner:
         """One way after the other, each for when the one before gave no token."""
         if prefetch and terms.dialect.rung < _TEXT_ONLY_RUNG and terms is not self._one_by_one:
             if self.may_stream(terms):
-                yield RequestPlan(prefetch + 1, all_tokens, streamed=True)
+                yield RequestPlan(prefetch + 1, read_all_tokens, streamed=True)
             if not self.may_stream(terms):
-                yield RequestPlan(prefetch + 1, all_tokens)
+                yield RequestPlan(prefetch + 1, read_all_tokens)
             # What came could not be taken apart, and hardly will be the next time.
             self._one_by_one = terms
         for count in range(1, _MOST_PARTS + 1):
-            yield RequestPlan(count, first_token)
+            yield RequestPlan(count, read_first_token)

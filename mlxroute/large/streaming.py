@@ -52,5 +52,5 @@ class StreamedTokens:
 def may_do_whole(error: LargeError) -> bool:
     """Whether a server that failed so at a streamed call may answer one that is not."""
     if isinstance(error, LargeRefused):
-        return error.status not in (401, 403) and not retry.is_passing_status(error.status)
+        return error.status not in (401, 403) and not retry.is_transient_status(error.status)
     return isinstance(error, LargeProtocolError)

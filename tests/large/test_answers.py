@@ -33,7 +33,7 @@ from mlxroute.errors import (
 )
 from mlxroute.large import LargeModel
 from mlxroute.large.http import retry
-from mlxroute.large.http.transport import MOST_GIVEN_UP
+from mlxroute.large.http.transport import MAX_HANGING
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import LargeContext, LargeToken, Mode, Source, StopReason, Token, Uploads
 from tests.support.asking import legacy
@@ -338,7 +338,7 @@ def test_every_answer_survives_every_fault(
                 call in played.faulty.settling and isinstance(outcome, LargeToken)
                 for call, outcome in calls
             )
-            assert len(our_threads()) <= MOST_GIVEN_UP
+            assert len(our_threads()) <= MAX_HANGING
             assert stage.plain.sent_bytes < 20 * _MB * stage.played["50 MB body"] + 1
             if number == len(order) // 4:
                 warm = process.memory_info().rss

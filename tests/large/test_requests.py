@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mlxroute.large.dialects import LADDER, Ask, Dialect, dialect_named, reading_ids
+from mlxroute.large.dialects import LADDER, Dialect, RequestOptions, dialect_named, reading_ids
 from mlxroute.large.prompt import Prompt, PromptForm
 from tests.support.prompt_forms import IDS, QUESTION, prompt_for
 
@@ -109,7 +109,9 @@ PATHS = {
 
 @pytest.mark.parametrize("asked", LADDER, ids=lambda each: each.name)
 def test_a_request_has_these_keys_and_no_others(asked: Dialect) -> None:
-    request = asked.request(prompt_for(asked), Ask(max_tokens=2, top_logprobs=7, model="m"))
+    request = asked.request(
+        prompt_for(asked), RequestOptions(max_tokens=2, top_logprobs=7, model="m")
+    )
     assert request == REQUESTS[asked.name]
     path = PATHS.get(asked.name)
     openai = "/chat/completions" if asked.form is PromptForm.CHAT else "/completions"
@@ -118,7 +120,9 @@ def test_a_request_has_these_keys_and_no_others(asked: Dialect) -> None:
 
 @pytest.mark.parametrize("asked", LADDER, ids=lambda each: each.name)
 def test_without_a_model_none_is_named(asked: Dialect) -> None:
-    request = asked.request(prompt_for(asked), Ask(max_tokens=2, top_logprobs=7, model=None))
+    request = asked.request(
+        prompt_for(asked), RequestOptions(max_tokens=2, top_logprobs=7, model=None)
+    )
     expected = {k: v for k, v in REQUESTS[asked.name].items() if k != "model"}
     assert request == expected
 
@@ -126,7 +130,7 @@ def test_without_a_model_none_is_named(asked: Dialect) -> None:
 def test_a_turn_of_which_nothing_is_written_is_not_begun() -> None:
     for asked in LADDER:
         if asked.form is PromptForm.CHAT:
-            request = asked.request(Prompt(messages=(QUESTION,)), Ask(2, 7, "m"))
+            request = asked.request(Prompt(messages=(QUESTION,)), RequestOptions(2, 7, "m"))
             assert request["messages"] == [QUESTION]
             assert not set(request) & set(FLAGS)
 
@@ -146,7 +150,7 @@ def test_only_vllm_has_a_form_for_vocabularies_that_are_known() -> None:
     for each in LADDER:
         exact = reading_ids(each)
         if each.name == "vLLM completions":
-            request = exact.request(IDS, Ask(2, 7, "m"))
+            request = exact.request(IDS, RequestOptions(2, 7, "m"))
             assert request == REQUESTS[each.name] | {"return_tokens_as_token_ids": True}
         else:
             assert exact is each

@@ -17,7 +17,7 @@ from mlxroute.large.dialects.vllm import VllmCompletions
 from mlxroute.large.http.background import PendingCall
 from mlxroute.large.reply import Completion, CompletionAnswer, ReplyPosition, ReplyToken
 from mlxroute.large.vocabulary.bridge import Bridge
-from mlxroute.large.vocabulary.reply_reader import streamed_tokens as first_ones
+from mlxroute.large.vocabulary.reply_reader import read_streamed_tokens as first_ones
 from mlxroute.large.vocabulary.token_reader import TokenReader
 from mlxroute.types import LargeToken
 from tests.support.asking import VOCABULARY
@@ -77,8 +77,8 @@ def vllm(names: Sequence[str], *, stop: str = "limit", whole: bool = False) -> l
     usage: dict[str, Any] = {"prompt_tokens": 7, "completion_tokens": len(ids)}
     usage["prompt_tokens_details"] = {"cached_tokens": 6}
     if whole:
-        strung = {key: [each[key][0] for each in logprobs] for key in logprobs[0]}
-        choice = {"text": "".join(texts), "token_ids": ids, "logprobs": strung}
+        merge_events = {key: [each[key][0] for each in logprobs] for key in logprobs[0]}
+        choice = {"text": "".join(texts), "token_ids": ids, "logprobs": merge_events}
         reply = {"choices": [choice | {"finish_reason": finish}], "usage": usage}
         return [json.dumps(reply).encode()]
     ends = [None] * (len(ids) - 1) + [finish]
@@ -103,7 +103,7 @@ def model(server: Loopback, dialect: Dialect = LLAMA) -> LargeModel:
     return large
 
 
-def streamed_tokens(large: LargeModel, *, prefetch: int = 2) -> PendingCall:
+def read_streamed_tokens(large: LargeModel, *, prefetch: int = 2) -> PendingCall:
     ids = (VOCABULARY.id_of("t"), VOCABULARY.id_of("h"))
     return large.begin(context("th", VOCABULARY, answer=ids), prefetch=prefetch)
 
@@ -130,7 +130,7 @@ def test_each_token_is_there_as_soon_as_it_comes(
     let = threading.Semaphore(0)
     server.script.append(Reply(chunks=tuple(writes(_WORDS)), before=lambda _: let.acquire()))
     with model(server, dialect) as large:
-        flight = streamed_tokens(large)
+        flight = read_streamed_tokens(large)
         for count in (1, 2):
             let.release()
             assert len(until(large, flight, count)) == count
@@ -154,7 +154,7 @@ def test_a_stream_says_what_the_whole_reply_says(
         server.script.append(Reply(parts[0]) if whole else Reply(chunks=parts))
         with model(server, dialect) as large:
             found.append(
-                until(large, streamed_tokens(large, prefetch=5 if stop == "eos" else 2), 0)
+                until(large, read_streamed_tokens(large, prefetch=5 if stop == "eos" else 2), 0)
             )
             assert large.uploads.tokens == 7
             assert large.uploads.cached_tokens == 6
@@ -171,7 +171,7 @@ def test_a_stream_that_breaks_off_leaves_what_came_and_is_not_asked_again(
 ) -> None:
     server.script.append(Reply(chunks=(*llama(_WORDS)[:2], b"")))
     with model(server) as large:
-        assert texts(until(large, streamed_tokens(large), 0)) == ["a", "b"]
+        assert texts(until(large, read_streamed_tokens(large), 0)) == ["a", "b"]
         assert large.uploads.completion_tokens == 2
     assert len(server.requests) == 1
 
@@ -179,7 +179,7 @@ def test_a_stream_that_breaks_off_leaves_what_came_and_is_not_asked_again(
 def test_a_stream_that_breaks_off_before_its_first_token_is_asked_again(server: Loopback) -> None:
     server.script.extend([Reply(chunks=(b":\n\n", b"")), Reply(chunks=tuple(llama(_WORDS)))])
     with model(server) as large:
-        assert texts(until(large, streamed_tokens(large), 0)) == ["a", "b", " the"]
+        assert texts(until(large, read_streamed_tokens(large), 0)) == ["a", "b", " the"]
     assert len(server.requests) == 2
 
 
@@ -194,7 +194,7 @@ def test_a_server_that_refuses_to_stream_is_asked_for_whole_replies_from_then_on
     server.answer = answer
     with model(server) as large:
         for _ in range(2):
-            assert texts(until(large, streamed_tokens(large), 0)) == ["a", "b", " the"]
+            assert texts(until(large, read_streamed_tokens(large), 0)) == ["a", "b", " the"]
         assert not large.can_stream
     assert [bool(request.json.get("stream")) for request in server.requests] == [True, False, False]
 
@@ -202,21 +202,21 @@ def test_a_server_that_refuses_to_stream_is_asked_for_whole_replies_from_then_on
 def test_a_server_that_answers_as_a_whole_all_the_same_is_understood(server: Loopback) -> None:
     server.script.append(Reply(llama(_WORDS, whole=True)[0]))
     with model(server) as large:
-        assert texts(until(large, streamed_tokens(large), 0)) == ["a", "b", " the"]
+        assert texts(until(large, read_streamed_tokens(large), 0)) == ["a", "b", " the"]
 
 
 def test_an_error_in_the_middle_of_a_stream_ends_it(server: Loopback) -> None:
     failed = event({"error": {"message": "out of memory", "code": 500}})
     server.script.append(Reply(chunks=(*llama(_WORDS)[:1], failed)))
     with model(server) as large:
-        assert texts(until(large, streamed_tokens(large), 0)) == ["a"]
+        assert texts(until(large, read_streamed_tokens(large), 0)) == ["a"]
 
 
 def test_a_cancelled_stream_ends_and_what_came_of_it_is_counted(server: Loopback) -> None:
     let = threading.Semaphore(1)
     server.script.append(Reply(chunks=tuple(llama(_WORDS)), before=lambda _: let.acquire()))
     with model(server) as large:
-        flight = streamed_tokens(large)
+        flight = read_streamed_tokens(large)
         until(large, flight, 1)
         flight.cancel()
         flight.join(10)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from mlxroute.large.dialects.base import Ask, Dialect, Streaming
+from mlxroute.large.dialects.base import Dialect, RequestOptions, Streaming
 from mlxroute.large.dialects.chat_continuation import ChatContinuation, Continue
 from mlxroute.large.dialects.completions import PlainCompletions
 from mlxroute.large.dialects.llama_server import LlamaServer
@@ -45,8 +45,8 @@ def reading_ids(dialect: Dialect) -> Dialect:
 
 __all__ = [
     "LADDER",
-    "Ask",
     "Dialect",
+    "RequestOptions",
     "Streaming",
     "dialect_named",
     "reading_ids",

@@ -14,7 +14,7 @@ ANSWER_AT_ONCE: Final = {"chat_template_kwargs": {"enable_thinking": False}}
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class RequestOptions:
     """The bounds of one request; `model` is None where the server is not to be told one.
 
     `streamed` asks for the reply token by token, of dialects that are `Streaming`.
@@ -63,7 +63,7 @@ class Dialect(Protocol):
         """Whether a prompt equal to a finished request's prompt and answer stops the server."""
         ...
 
-    def request(self, prompt: Prompt, ask: Ask) -> dict[str, object]:
+    def request(self, prompt: Prompt, ask: RequestOptions) -> dict[str, object]:
         """The JSON body that asks for the next greedy tokens after `prompt`."""
         ...
 
@@ -76,7 +76,7 @@ class Dialect(Protocol):
 class Streaming(Protocol):
     """A dialect whose streamed replies carry the same of every token as others do."""
 
-    def joined(self, events: Sequence[Mapping[str, object]]) -> dict[str, object]:
+    def join_events(self, events: Sequence[Mapping[str, object]]) -> dict[str, object]:
         """The reply that these events are the beginning of, or the whole.
 
         Raises LargeProtocolError.

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.base import ANSWER_AT_ONCE, Ask
+from mlxroute.large.dialects.base import ANSWER_AT_ONCE, RequestOptions
 from mlxroute.large.dialects.json_fields import (
     counts,
     ended,
@@ -46,7 +46,7 @@ class ChatContinuation:
         self.name = f"chat continuation ({', '.join(details)})"
         self.rung = 3 if logprobs else 4
 
-    def request(self, prompt: Prompt, ask: Ask) -> dict[str, object]:
+    def request(self, prompt: Prompt, ask: RequestOptions) -> dict[str, object]:
         """Ask for greedy tokens; a turn of which nothing is written yet is not begun."""
         messages: list[dict[str, object]] = [dict(message) for message in prompt.messages]
         body: dict[str, object] = {

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.base import Ask
+from mlxroute.large.dialects.base import RequestOptions
 from mlxroute.large.dialects.json_fields import (
     by_logprob,
     counts,
@@ -42,7 +42,7 @@ class PlainCompletions:
         self.name = "OpenAI completions" if logprobs else "OpenAI completions, text only"
         self.rung = 2 if logprobs else 4
 
-    def request(self, prompt: Prompt, ask: Ask) -> dict[str, object]:
+    def request(self, prompt: Prompt, ask: RequestOptions) -> dict[str, object]:
         """Ask for greedy tokens."""
         body: dict[str, object] = {
             "prompt": prompt.text,

@@ -37,7 +37,7 @@ def error_message(body: bytes) -> str:
     return _message_of(value)
 
 
-def error_in(reply: Mapping[str, object]) -> str | None:
+def reported_error(reply: Mapping[str, object]) -> str | None:
     """The message of an error reported in a reply whose status claims success."""
     if reply.get("error") or reply.get("object") == "error":
         return _message_of(reply) or "an error without a message"

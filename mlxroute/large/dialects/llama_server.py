@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.base import Ask
+from mlxroute.large.dialects.base import RequestOptions
 from mlxroute.large.dialects.json_fields import (
     counted,
     ended,
@@ -15,7 +15,7 @@ from mlxroute.large.dialects.json_fields import (
     string,
     token_id,
 )
-from mlxroute.large.dialects.sse import strung
+from mlxroute.large.dialects.sse import merge_events
 from mlxroute.large.prompt import Prompt, PromptForm
 from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
 
@@ -36,7 +36,7 @@ class LlamaServer:
     names_model: Final = False
     crashes_on_cached_prompts: Final = False
 
-    def request(self, prompt: Prompt, ask: Ask) -> dict[str, object]:
+    def request(self, prompt: Prompt, ask: RequestOptions) -> dict[str, object]:
         """Ask for greedy tokens, whatever samplers the server was started with."""
         body: dict[str, object] = {
             "prompt": list(prompt.ids),
@@ -50,9 +50,9 @@ class LlamaServer:
         }
         return body | {"stream": True} if ask.streamed else body
 
-    def joined(self, events: Sequence[Mapping[str, object]]) -> dict[str, object]:
+    def join_events(self, events: Sequence[Mapping[str, object]]) -> dict[str, object]:
         """The reply that these events are the beginning of, or the whole."""
-        return strung(events, ["tokens", "completion_probabilities"], ["content"])
+        return merge_events(events, ["tokens", "completion_probabilities"], ["content"])
 
     def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
         """Understand a reply. A prompt that the server cut is not the one that was asked."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.base import Ask
+from mlxroute.large.dialects.base import RequestOptions
 from mlxroute.large.dialects.json_fields import (
     by_logprob,
     counts,
@@ -36,7 +36,7 @@ class MlxLm:
     names_model: Final = False
     crashes_on_cached_prompts: Final = True
 
-    def request(self, prompt: Prompt, ask: Ask) -> dict[str, object]:
+    def request(self, prompt: Prompt, ask: RequestOptions) -> dict[str, object]:
         """Ask for greedy tokens. Without a model name the server uses the one it was given."""
         body: dict[str, object] = {
             "prompt": prompt.text,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.base import Ask
+from mlxroute.large.dialects.base import RequestOptions
 from mlxroute.large.dialects.json_fields import counted, ended, named_entry, sequence, string
 from mlxroute.large.prompt import Prompt, PromptForm
 from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
@@ -23,7 +23,7 @@ class OllamaGenerate:
     names_model: Final = True
     crashes_on_cached_prompts: Final = False
 
-    def request(self, prompt: Prompt, ask: Ask) -> dict[str, object]:
+    def request(self, prompt: Prompt, ask: RequestOptions) -> dict[str, object]:
         """Ask for greedy tokens; a prompt beyond the context is an error, not cut."""
         body: dict[str, object] = {
             "prompt": prompt.text,

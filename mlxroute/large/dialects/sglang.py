@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.base import Ask
+from mlxroute.large.dialects.base import RequestOptions
 from mlxroute.large.dialects.json_fields import (
     by_logprob,
     counted,
@@ -33,7 +33,7 @@ class SglangGenerate:
     names_model: Final = False
     crashes_on_cached_prompts: Final = False
 
-    def request(self, prompt: Prompt, ask: Ask) -> dict[str, object]:
+    def request(self, prompt: Prompt, ask: RequestOptions) -> dict[str, object]:
         """Ask for greedy tokens; logprobs are those before temperature only at temperature 0."""
         return {
             "input_ids": list(prompt.ids),

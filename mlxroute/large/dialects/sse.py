@@ -11,22 +11,22 @@ _DATA: Final = b"data:"
 _DONE: Final = b"[DONE]"
 
 
-def is_events(body: bytes) -> bool:
+def is_event_stream(body: bytes) -> bool:
     """Whether a body is made of events: a server that does not stream sends one JSON object."""
     return not body.lstrip().startswith((b"{", b"["))
 
 
-def events(body: bytes) -> list[dict[str, object]]:
+def parse_events(body: bytes) -> list[dict[str, object]]:
     """The events of a body as far as their lines are whole. Raises LargeProtocolError."""
     lines = body[: body.rfind(b"\n") + 1].splitlines()
     values = [line.removeprefix(_DATA).strip() for line in lines if line.startswith(_DATA)]
     return [parse_object(value) for value in values if value != _DONE]
 
 
-def strung(
+def merge_events(
     parts: Sequence[Mapping[str, object]], lists: Sequence[str], texts: Sequence[str]
 ) -> dict[str, object]:
-    """One object of several: named lists and texts strung together, else the last value given."""
+    """One object of several: named lists and texts joined, else the last value given."""
     whole: dict[str, object] = {}
     for part in parts:
         whole |= {key: value for key, value in part.items() if value is not None}
@@ -39,7 +39,7 @@ def strung(
     return whole
 
 
-def strung_choices(
+def merge_choice_events(
     parts: Sequence[Mapping[str, object]],
     lists: Sequence[str],
     logprobs: Sequence[str],
@@ -47,8 +47,8 @@ def strung_choices(
     """One OpenAI-style completion of the chunks of a stream, `logprobs` the lists below that."""
     # The last chunk may bring the counts alone.
     choices = [first_choice(part) for part in parts if part.get("choices")]
-    whole = strung(choices, lists, ["text"])
+    whole = merge_events(choices, lists, ["text"])
     named = [mapping(each["logprobs"], what="logprobs") for each in choices if each.get("logprobs")]
     if named:
-        whole["logprobs"] = strung(named, logprobs, [])
-    return strung(parts, [], []) | {"choices": [whole]}
+        whole["logprobs"] = merge_events(named, logprobs, [])
+    return merge_events(parts, [], []) | {"choices": [whole]}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.base import Ask
+from mlxroute.large.dialects.base import RequestOptions
 from mlxroute.large.dialects.json_fields import (
     by_logprob,
     counted,
@@ -36,7 +36,7 @@ class TgiGenerate:
     names_model: Final = False
     crashes_on_cached_prompts: Final = False
 
-    def request(self, prompt: Prompt, ask: Ask) -> dict[str, object]:
+    def request(self, prompt: Prompt, ask: RequestOptions) -> dict[str, object]:
         """Ask for greedy tokens."""
         return {
             "inputs": prompt.text,

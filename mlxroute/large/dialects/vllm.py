@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.base import Ask
+from mlxroute.large.dialects.base import RequestOptions
 from mlxroute.large.dialects.json_fields import (
     by_logprob,
     counts,
@@ -20,7 +20,7 @@ from mlxroute.large.dialects.json_fields import (
     string,
     token_id,
 )
-from mlxroute.large.dialects.sse import strung_choices
+from mlxroute.large.dialects.sse import merge_choice_events
 from mlxroute.large.prompt import Prompt, PromptForm
 from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
 
@@ -41,7 +41,7 @@ class VllmCompletions:
     def __init__(self, *, by_id: bool) -> None:
         self._by_id = by_id
 
-    def request(self, prompt: Prompt, ask: Ask) -> dict[str, object]:
+    def request(self, prompt: Prompt, ask: RequestOptions) -> dict[str, object]:
         """Ask for greedy tokens, whatever sampling defaults the model's author set."""
         body: dict[str, object] = {
             "prompt": list(prompt.ids),
@@ -58,9 +58,9 @@ class VllmCompletions:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         return body if ask.model is None else body | {"model": ask.model}
 
-    def joined(self, events: Sequence[Mapping[str, object]]) -> dict[str, object]:
+    def join_events(self, events: Sequence[Mapping[str, object]]) -> dict[str, object]:
         """The reply that these events are the beginning of, or the whole."""
-        return strung_choices(
+        return merge_choice_events(
             events, ["token_ids"], ["tokens", "token_logprobs", "top_logprobs", "text_offset"]
         )
 

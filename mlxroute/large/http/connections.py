@@ -174,7 +174,7 @@ def _shut_down(sock: socket.socket) -> None:
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
-def checked_bundle(path: Path) -> str:
+def check_ca_bundle(path: Path) -> str:
     """The path of a file of PEM certificates. Raises UsageError when it is none."""
     try:
         ssl.create_default_context(cafile=path)

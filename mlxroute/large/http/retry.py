@@ -20,12 +20,12 @@ _GROWTH: Final = 4
 _LONGEST_S: Final = 1.0
 
 
-def is_passing_status(status: int) -> bool:
+def is_transient_status(status: int) -> bool:
     """Whether a status asks for patience; 501 and 505 say what the server will never do."""
     return status in (408, 429) or (500 <= status < 600 and status not in (501, 505))
 
 
-def is_passing_error(error: BaseException) -> bool:
+def is_transient_error(error: BaseException) -> bool:
     """Whether the connection was refused, reset or closed early, at the bottom of an exception.
 
     A time-out is none of these: the request may still be running.

@@ -24,14 +24,14 @@ from mlxroute.errors import (
 )
 from mlxroute.large.http import retry
 from mlxroute.large.http.address import Address
-from mlxroute.large.http.connections import Auth, HttpSessionPool, checked_bundle
+from mlxroute.large.http.connections import Auth, HttpSessionPool, check_ca_bundle
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.ledger import Ledger
 from mlxroute.safe_text import printable_line
 
 MAX_REPLY_BYTES: Final = 1 << 20
 # Calls whose threads could not be ended: only a name look-up or a proxy can hold one for long.
-MOST_GIVEN_UP: Final = 4
+MAX_HANGING: Final = 4
 _CHUNK_BYTES = 512
 # A thread whose socket was shut down ends at once; one in a name look-up does not.
 _ENDING_S = 0.25
@@ -122,14 +122,14 @@ class Exchange(threading.Thread):
         """Exchange, keeping the outcome for `result`."""
         try:
             self._reply = self._exchange()
-            self._passing = retry.is_passing_status(self._reply.status)
+            self._passing = retry.is_transient_status(self._reply.status)
         except LargeError as exc:
             self._error = exc
         except (requests.RequestException, HTTPError, HTTPException, OSError, ValueError) as exc:
             # Not kept as a cause: it holds the request, and that holds the key.
             self._error = self._translated(exc)
             # What something was made of is not told twice.
-            self._passing = retry.is_passing_error(exc) and not self._was_heard
+            self._passing = retry.is_transient_error(exc) and not self._was_heard
         finally:
             with self._ending:
                 self.finished = True
@@ -255,7 +255,7 @@ class Transport:
         self._address = address
         self._auth = Auth(address, api_key)
         self._connect_timeout_s = connect_timeout_s
-        self._verify = True if ca_bundle is None else checked_bundle(ca_bundle)
+        self._verify = True if ca_bundle is None else check_ca_bundle(ca_bundle)
         self._sleep = sleep
         self._random = random
         self._ledger = Ledger() if ledger is None else ledger
@@ -344,10 +344,10 @@ class Transport:
     def _check_given_up(self) -> None:
         with self._lock:
             self._given_up = [exchange for exchange in self._given_up if exchange.is_alive()]
-            if len(self._given_up) < MOST_GIVEN_UP:
+            if len(self._given_up) < MAX_HANGING:
                 return
         raise LargeUnavailable(
-            f"{self._address.url} is not asked while {MOST_GIVEN_UP} earlier calls still hang"
+            f"{self._address.url} is not asked while {MAX_HANGING} earlier calls still hang"
         )
 
 

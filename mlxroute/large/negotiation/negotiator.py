@@ -130,12 +130,12 @@ class Negotiator:
         assert self.terms is not None
         reader, prober, before = self._asker.reader, self._prober(), 0
         for question in probe_questions.MANY_TOKENS:
-            named = reader.named
+            named = reader.pieces_by_id
             if len(named) == before or same_named(vocabulary, named) is not None:
                 break
             before = len(named)
             prober.have_named(self.terms.dialect, question)
-        return same_named(vocabulary, reader.named)
+        return same_named(vocabulary, reader.pieces_by_id)
 
     def _look_around(self) -> None:
         """Which models there are, and where ids of the large vocabulary come from."""
@@ -148,7 +148,7 @@ class Negotiator:
         tokenizer = None if self._asker.model is None else self._find_tokenizer(self._asker.model)
         if tokenizer is None:
             return find_tokenize_routes(self._post, model=self._asker.model)
-        self._asker.reader.own = tokenizer.vocabulary
+        self._asker.reader.vocabulary = tokenizer.vocabulary
         return FileTokenSource(tokenizer)
 
     def _remembered(self) -> NegotiatedDialect | None:

@@ -16,9 +16,9 @@ from mlxroute.large.dialects import LADDER, Dialect
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.negotiation import probe_questions
 from mlxroute.large.negotiation.probe_questions import ProbeQuestion
+from mlxroute.large.negotiation.verdict_file import CapabilityCheck, RejectedDialect
 from mlxroute.large.prompt import Prompt, PromptForm
 from mlxroute.large.reply import CompletionAnswer, ReplyPosition
-from mlxroute.large.negotiation.verdict_file import CapabilityCheck, RejectedDialect
 from mlxroute.large.vocabulary.token_reader import REPLACEMENT
 from mlxroute.large.vocabulary.token_sources import TokenSource
 from mlxroute.safe_text import printable_line
@@ -141,7 +141,7 @@ class Prober:
         for question in probe_questions.MULTI_BYTE:
             prompt = self._prompt(dialect, question)
             first = self._ask(dialect, prompt, 1)
-            data = self._asker.reader.data(first.positions[0].token)
+            data = self._asker.reader.text_bytes(first.positions[0].token)
             if data and question.expected.encode().startswith(data):
                 whole = data.decode(errors="ignore")
                 return CapabilityCheck(
@@ -173,7 +173,7 @@ class Prober:
         prompt = self._prompt(dialect, probe_questions.COUNTING)
         both = self._ask(dialect, prompt, 2)
         first = self._ask(dialect, prompt, 1)
-        wrote = self._asker.reader.data(first.positions[0].token)
+        wrote = self._asker.reader.text_bytes(first.positions[0].token)
         if wrote is None:
             return CapabilityCheck("two in a row", None, "the first token has no text of its own")
         second = self._ask(dialect, _longer(prompt, first.positions[0], wrote), 1)
@@ -195,7 +195,7 @@ class Prober:
                 "end of answer", None, "the model had not ended after a sentence"
             )
         for entry in whole.positions[:-1] if len(whole.positions) > 1 else ():
-            data = self._asker.reader.data(entry.token)
+            data = self._asker.reader.text_bytes(entry.token)
             if data is None:
                 return CapabilityCheck("end of answer", None, "the answer's tokens have no text")
             prompt = _longer(prompt, entry, data)
@@ -222,7 +222,7 @@ class Prober:
     def _ids(self, dialect: Dialect) -> CapabilityCheck:
         entry = self._ask(dialect, self._prompt(dialect, probe_questions.COUNTING), 1).positions[0]
         assert self._tokens is not None
-        data = self._asker.reader.data(entry.token)
+        data = self._asker.reader.text_bytes(entry.token)
         ids = self._tokens.encode(
             probe_questions.COUNTING.begun + (data or b"").decode(errors="ignore")
         )
@@ -267,7 +267,7 @@ class Prober:
         """What comes next, as many tokens of it as make up whole characters."""
         for count in range(1, _MOST_PARTS + 1):
             answered = self._ask(dialect, prompt, count)
-            data = [self._asker.reader.data(entry.token) for entry in answered.positions]
+            data = [self._asker.reader.text_bytes(entry.token) for entry in answered.positions]
             text = answered.completion.text
             if None not in data:
                 text = b"".join(part for part in data if part).decode(errors="replace")
@@ -278,7 +278,7 @@ class Prober:
         return ""
 
     def _data(self, entry: ReplyPosition) -> bytes:
-        return self._asker.reader.data(entry.token) or b""
+        return self._asker.reader.text_bytes(entry.token) or b""
 
     def _ask(self, dialect: Dialect, prompt: Prompt, count: int) -> CompletionAnswer:
         """One call; _Unfit for a reply that this dialect does not explain."""

@@ -43,9 +43,9 @@ class Pairings:
             same = bool(settlement.shares(vocabulary))
             terms = settlement.terms
             assert terms is not None
-            if same and reader.own is None:
-                reader.own = vocabulary
-            dialect = terms.dialect if reader.own is None else reading_ids(terms.dialect)
+            if same and reader.vocabulary is None:
+                reader.vocabulary = vocabulary
+            dialect = terms.dialect if reader.vocabulary is None else reading_ids(terms.dialect)
             known = self.latest = Pairing(
                 vocabulary,
                 terms,

@@ -12,7 +12,7 @@ from mlxroute.types import Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
-class Bridged:
+class BridgedToken:
     """Large tokens in the small vocabulary; `text` is empty for a fragment or special token.
 
     `large_ids` are their ids in the large vocabulary, empty when the server names none. `count` is
@@ -35,7 +35,7 @@ class Bridge:
         self._vocabulary = vocabulary
         self._same = same
 
-    def token(self, entries: Sequence[ReplyPosition], text: str) -> Bridged | None:
+    def token(self, entries: Sequence[ReplyPosition], text: str) -> BridgedToken | None:
         """The first of these positions, or as many as make up a whole character.
 
         None when they end inside one: more of them must be asked for. `text` is the server's own
@@ -46,10 +46,10 @@ class Bridge:
             (self._shown(other), other.logprob) for other in first.top if other.logprob is not None
         )
         if (end := self._end(first)) is not None:
-            return Bridged((end,), "", is_eos=True, top=top, large_ids=_ids([first]))
+            return BridgedToken((end,), "", is_eos=True, top=top, large_ids=_ids([first]))
         if (shared := self._shared_id(first.token)) is not None:
             shown = _whole(self._vocabulary.token_bytes(shared)) or ""
-            return Bridged((shared,), shown, is_eos=False, top=top, large_ids=(shared,))
+            return BridgedToken((shared,), shown, is_eos=False, top=top, large_ids=(shared,))
         found = self._character(entries, text)
         if found is None:
             return None
@@ -58,14 +58,14 @@ class Bridge:
         if b"".join(map(self._vocabulary.token_bytes, ids)) != spelled.encode():
             raise LargeProtocolError(f"the small model's vocabulary cannot spell {spelled!r}")
         named = _ids(entries[:count])
-        return Bridged(ids, spelled, is_eos=False, top=top, large_ids=named, count=count)
+        return BridgedToken(ids, spelled, is_eos=False, top=top, large_ids=named, count=count)
 
-    def tokens(self, entries: Sequence[ReplyPosition]) -> list[Bridged]:
+    def tokens(self, entries: Sequence[ReplyPosition]) -> list[BridgedToken]:
         """As many tokens as these positions spell one after the other, each as `token` has it.
 
         Raises LargeProtocolError where already the first cannot be spelled.
         """
-        found: list[Bridged] = []
+        found: list[BridgedToken] = []
         while entries and not (found and found[-1].is_eos):
             try:
                 bridged = self.token(entries, "")
@@ -88,7 +88,7 @@ class Bridge:
                 raise LargeProtocolError(
                     f"the large model's special token {name} is none of the small model's"
                 )
-            piece = None if self._reader.ends(entry) else self._reader.data(entry.token)
+            piece = None if self._reader.ends(entry) else self._reader.text_bytes(entry.token)
             if piece is None:
                 break
             data += piece
@@ -126,7 +126,7 @@ class Bridge:
             return None
         if token.piece is not None:
             return identity if piece == token.piece else None
-        own = self._reader.own
+        own = self._reader.vocabulary
         if own is not None:
             return identity if own.piece(identity) == piece else None
         return None
@@ -134,7 +134,7 @@ class Bridge:
     def _shown(self, token: ReplyToken) -> str:
         if self._reader.is_special(token):
             return ""
-        data = self._reader.data(token)
+        data = self._reader.text_bytes(token)
         if data is not None:
             return data.decode("utf-8", errors="backslashreplace")
         return token.piece or token.text or ("" if token.token_id is None else f"#{token.token_id}")

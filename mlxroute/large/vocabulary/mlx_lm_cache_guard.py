@@ -61,19 +61,19 @@ class MlxLmCacheGuard:
             prompt, tail = shorter
             repeated = (*tail, *repeated)
 
-    def sent(self, prompt: str, *, max_tokens: int) -> None:
+    def record_request(self, prompt: str, *, max_tokens: int) -> None:
         """A request is on its way; until its reply is read, its cached sequence is unknown."""
         self._unread[prompt] = [*self._unread.pop(prompt, ()), max_tokens]
         if len(self._unread) > _UNREAD:
             self._unread.popitem(last=False)
 
-    def refused(self, prompt: str, *, max_tokens: int) -> None:
+    def record_refusal(self, prompt: str, *, max_tokens: int) -> None:
         """The server generated nothing for a request."""
         self._unread[prompt].remove(max_tokens)
         if not self._unread[prompt]:
             del self._unread[prompt]
 
-    def answered(
+    def record_reply(
         self, prompt: str, tokens: Sequence[bytes | None], *, usage: Usage | None = None
     ) -> None:
         """A request generated these tokens; one whose bytes are unclear leaves it unread."""

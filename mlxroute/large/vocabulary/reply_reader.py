@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import Protocol
 
 from mlxroute.large.reply import CompletionAnswer, ReplyPosition
-from mlxroute.large.vocabulary.bridge import Bridge, Bridged
+from mlxroute.large.vocabulary.bridge import Bridge, BridgedToken
 from mlxroute.large.vocabulary.token_reader import TokenReader
 from mlxroute.types import LargeToken
 
 
-class Read(Protocol):
+class ReadReply(Protocol):
     """Takes a reply apart; no tokens when more must be known of it."""
 
     def __call__(
@@ -23,7 +23,7 @@ class Read(Protocol):
         ...
 
 
-def first_token(
+def read_first_token(
     answered: CompletionAnswer, bridge: Bridge, reader: TokenReader
 ) -> list[LargeToken]:
     """The first token; none while the positions end inside a character."""
@@ -31,18 +31,20 @@ def first_token(
     return [] if bridged is None else [_token(bridged, answered.positions[0])]
 
 
-def all_tokens(answered: CompletionAnswer, bridge: Bridge, reader: TokenReader) -> list[LargeToken]:
+def read_all_tokens(
+    answered: CompletionAnswer, bridge: Bridge, reader: TokenReader
+) -> list[LargeToken]:
     """All tokens; none where a call for the first of them alone might read it otherwise."""
     return _all(answered, bridge, reader) if answered.complete else []
 
 
-def streamed_tokens(
+def read_streamed_tokens(
     answered: CompletionAnswer, bridge: Bridge, reader: TokenReader
 ) -> list[LargeToken]:
     """The tokens of a reply that is still coming, as far as `several` will have them, too."""
     # One without text may turn out to be the end of the answer, or a part of a character.
     clear = itertools.takewhile(
-        lambda entry: reader.ends(entry) or reader.data(entry.token), answered.positions
+        lambda entry: reader.ends(entry) or reader.text_bytes(entry.token), answered.positions
     )
     entries = tuple(clear)
     return _all(replace(answered, positions=entries), bridge, reader) if entries else []
@@ -66,14 +68,14 @@ def _agree(reader: TokenReader, entries: Sequence[ReplyPosition], text: str) -> 
     """
     data = b""
     for entry in entries:
-        piece = None if reader.ends(entry) else reader.data(entry.token)
+        piece = None if reader.ends(entry) else reader.text_bytes(entry.token)
         if piece is None:
             break
         data += piece
     return not text or any(read.encode().startswith(data) for read in (text, f" {text}"))
 
 
-def _token(bridged: Bridged, first: ReplyPosition) -> LargeToken:
+def _token(bridged: BridgedToken, first: ReplyPosition) -> LargeToken:
     """A token without what is known of its call; `first` is the first of its positions."""
     return LargeToken(
         token_ids=bridged.token_ids,

@@ -17,12 +17,12 @@ class TokenReader:
     """Reads the tokens of one model; `own` is that model's vocabulary, where it is known."""
 
     def __init__(self) -> None:
-        self.own: Vocabulary | None = None
+        self.vocabulary: Vocabulary | None = None
         self._pieces = PieceReader()
         self._named: dict[int, str] = {}
 
     @property
-    def named(self) -> dict[int, str]:
+    def pieces_by_id(self) -> dict[int, str]:
         """The raw vocabulary pieces seen so far, by id; a copy, as other threads add to them."""
         return dict(self._named)
 
@@ -35,7 +35,7 @@ class TokenReader:
                     if token.token_id is not None:
                         self._named[token.token_id] = token.piece
 
-    def data(self, token: ReplyToken) -> bytes | None:
+    def text_bytes(self, token: ReplyToken) -> bytes | None:
         """The bytes a token adds to the text, none for a special one; None if unclear."""
         if self.is_special(token):
             return b""
@@ -49,11 +49,11 @@ class TokenReader:
         # A part of a character comes as the replacement character, or as nothing.
         return token.text.encode() if token.text and REPLACEMENT not in token.text else None
 
-    def in_prompt(self, token: ReplyToken) -> bytes | None:
+    def prompt_bytes(self, token: ReplyToken) -> bytes | None:
         """The bytes a token stands for in a prompt's text: a special one its name."""
         if self.is_special(token):
             return (self._name(token) or "").encode() or None
-        return self.data(token)
+        return self.text_bytes(token)
 
     def is_special(self, token: ReplyToken) -> bool:
         """Whether a token is a control token, which is no text."""
@@ -71,10 +71,10 @@ class TokenReader:
 
     def _own(self, token: ReplyToken) -> Vocabulary | None:
         """The model's vocabulary, as far as it has this token."""
-        if self.own is None or token.token_id is None:
+        if self.vocabulary is None or token.token_id is None:
             return None
-        piece = self.own.piece(token.token_id)
-        return self.own if piece is not None and token.piece in (None, piece) else None
+        piece = self.vocabulary.piece(token.token_id)
+        return self.vocabulary if piece is not None and token.piece in (None, piece) else None
 
     def _name(self, token: ReplyToken) -> str | None:
         if token.piece is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects import Ask
+from mlxroute.large.dialects import RequestOptions
 from mlxroute.large.reply import Completion, ReplyPosition
 from mlxroute.large.vocabulary.token_reader import TokenReader
 from tests.support.prompt_forms import TEXT, dialect, prompt_for
@@ -23,7 +23,7 @@ def texts(completion: Completion) -> list[tuple[int | None, str | None, bool]]:
 
 
 def data(entry: ReplyPosition) -> bytes | None:
-    return TokenReader().data(entry.token)
+    return TokenReader().text_bytes(entry.token)
 
 
 # llama-server
@@ -290,7 +290,7 @@ def test_mlx_lm_without_alternatives_is_refused() -> None:
 
 
 def test_mlx_lms_top_logprobs_are_11_at_most() -> None:
-    request = dialect("mlx_lm completions").request(TEXT, Ask(2, 40, None))
+    request = dialect("mlx_lm completions").request(TEXT, RequestOptions(2, 40, None))
     assert request["top_logprobs"] == 11
 
 
@@ -408,7 +408,7 @@ def test_an_id_of_a_known_vocabulary_is_read_whatever_the_text() -> None:
     """A fragment that vLLM, SGLang, TGI and llama-server give by id alone."""
     vocabulary = TableVocabulary(["Ã", "a"])
     reader = TokenReader()
-    reader.own = vocabulary
+    reader.vocabulary = vocabulary
     identity = vocabulary.id_of("Ã")
     for name, reply in {
         "vLLM completions": vllm([identity], [""]),
@@ -416,4 +416,4 @@ def test_an_id_of_a_known_vocabulary_is_read_whatever_the_text() -> None:
         "TGI generate": tgi([(identity, "")]),
         "llama-server completion": llama([identity], []),
     }.items():
-        assert reader.data(read(name, reply).positions[0].token) == b"\xc3", name
+        assert reader.text_bytes(read(name, reply).positions[0].token) == b"\xc3", name

@@ -55,7 +55,7 @@ def server() -> Iterator[Loopback]:
     ],
 )
 def test_only_statuses_that_ask_for_patience_pass(status: int, passing: bool) -> None:
-    assert retry.is_passing_status(status) is passing
+    assert retry.is_transient_status(status) is passing
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_only_a_lost_connection_passes_however_deep_it_is_wrapped(
 ) -> None:
     wrapped = requests.ConnectionError("wrapped")
     wrapped.__context__ = cause
-    assert retry.is_passing_error(wrapped) is passing
+    assert retry.is_transient_error(wrapped) is passing
 
 
 def test_pauses_grow_to_a_cap_and_half_of_each_is_chance() -> None:

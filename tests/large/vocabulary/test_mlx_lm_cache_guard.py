@@ -71,14 +71,14 @@ def escalate(server: Server, sent: MlxLmCacheGuard, path: Ids, *, lost: bool) ->
     repeated = (*repeated, *map(VOCABULARY.token_bytes, fragment))
     assert prompt.encode() + b"".join(repeated) == b"".join(map(VOCABULARY.token_bytes, path))
     count = len(repeated) + 2
-    sent.sent(prompt, max_tokens=count)
+    sent.record_request(prompt, max_tokens=count)
     ids = VOCABULARY.encode(prompt)
     usage = Usage(prompt=len(ids), cached=server.reusable(ids))
     reply = server.complete(ids, count)
     if lost:
         return None
     data = [VOCABULARY.token_bytes(token_id) for token_id in reply]
-    sent.answered(prompt, data, usage=usage)
+    sent.record_reply(prompt, data, usage=usage)
     return reply[len(repeated)] if data[: len(repeated)] == list(repeated) else None
 
 
@@ -128,15 +128,15 @@ def test_asking_at_every_position_costs_two_tokens_a_call_where_caches_can_be_tr
 
 def test_a_refused_request_is_not_repeated_around() -> None:
     sent = MlxLmCacheGuard()
-    sent.sent("a", max_tokens=2)
-    sent.refused("a", max_tokens=2)
+    sent.record_request("a", max_tokens=2)
+    sent.record_refusal("a", max_tokens=2)
     assert sent.plan("aa", context=context("aa", VOCABULARY, answer=(IDS[0], IDS[0]))) == ("aa", ())
 
 
 def test_the_question_asked_again_is_sent_as_it_is() -> None:
     sent = MlxLmCacheGuard()
-    sent.sent("a", max_tokens=2)
-    sent.answered("a", [b"b", b"dd"])
+    sent.record_request("a", max_tokens=2)
+    sent.record_reply("a", [b"b", b"dd"])
     wanted = context("a", VOCABULARY, answer=(IDS[0],))
     assert sent.plan("a", context=wanted) == ("a", ())
     assert sent.plan("abdd", context=wanted) == ("ab", (b"dd",))
@@ -144,15 +144,15 @@ def test_the_question_asked_again_is_sent_as_it_is() -> None:
 
 def test_a_token_without_bytes_does_not_lead_in_circles() -> None:
     sent = MlxLmCacheGuard()
-    sent.sent("a", max_tokens=2)
-    sent.answered("a", [b"b", b""])
+    sent.record_request("a", max_tokens=2)
+    sent.record_reply("a", [b"b", b""])
     prompt, repeated = sent.plan("ab", context=context("ab", VOCABULARY, answer=(IDS[0], IDS[1])))
     assert prompt.encode() + b"".join(repeated) == b"ab"
 
 
 def test_a_lost_reply_is_avoided_though_the_small_model_spells_its_tokens_finer() -> None:
     sent = MlxLmCacheGuard()
-    sent.sent("a", max_tokens=2)
+    sent.record_request("a", max_tokens=2)
     fine = TableVocabulary(["a", "d", "y"])
     wanted = context("addydy", fine, answer=fine.encode("addydy"))
     prompt, repeated = sent.plan("addydy", context=wanted)

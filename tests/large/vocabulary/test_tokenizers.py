@@ -12,7 +12,7 @@ from mlxroute.errors import LargeProtocolError
 from mlxroute.large.dialects import Dialect, dialect_named
 from mlxroute.large.prompt import Prompt
 from mlxroute.large.reply import ReplyPosition, ReplyToken
-from mlxroute.large.vocabulary.bridge import Bridge, Bridged
+from mlxroute.large.vocabulary.bridge import Bridge, BridgedToken
 from mlxroute.large.vocabulary.token_reader import TokenReader
 from tests.support.asking import (
     MLX_LM,
@@ -47,7 +47,7 @@ def read(
     *,
     vocabulary: TableVocabulary = VOCABULARY,
     same: bool = False,
-) -> Bridged | None:
+) -> BridgedToken | None:
     """The first token of a reply in the small vocabulary."""
     value = json.loads(reply.body) if isinstance(reply, Reply) else reply
     completion = dialect(name).completion(value, Prompt(text="x"))
@@ -56,7 +56,7 @@ def read(
     return Bridge(reader, vocabulary, same=same).token(completion.positions[:1], completion.text)
 
 
-def token(name: str, reply: Reply | dict[str, Any], **options: Any) -> Bridged:
+def token(name: str, reply: Reply | dict[str, Any], **options: Any) -> BridgedToken:
     bridged = read(name, reply, **options)
     assert bridged is not None
     return bridged
@@ -310,25 +310,25 @@ def test_an_end_token_after_text_is_the_end_and_is_not_counted_twice() -> None:
 
 @pytest.mark.parametrize("text", ["<div>", "</p>", "<br>", "[X]", "<T>"])
 def test_tags_and_ticked_boxes_are_text(text: str) -> None:
-    assert TokenReader().data(ReplyToken(text=text)) == text.encode()
+    assert TokenReader().text_bytes(ReplyToken(text=text)) == text.encode()
 
 
 def test_with_a_known_vocabulary_what_is_special_is_known_and_not_guessed() -> None:
     large = TableVocabulary(["<div>", "a"])
     reader = TokenReader()
-    reader.own = large
+    reader.vocabulary = large
     tag = ReplyToken(token_id=large.id_of("<div>"), text="<div>")
-    assert (reader.is_special(tag), reader.data(tag)) == (False, b"<div>")
+    assert (reader.is_special(tag), reader.text_bytes(tag)) == (False, b"<div>")
     end = ReplyToken(token_id=END_ID, text="")
-    assert (reader.is_special(end), reader.data(end)) == (True, b"")
+    assert (reader.is_special(end), reader.text_bytes(end)) == (True, b"")
     assert reader.ends(ReplyPosition(end))
 
 
 def test_a_token_id_that_the_known_vocabulary_names_otherwise_is_read_by_its_name() -> None:
     reader = TokenReader()
-    reader.own = TableVocabulary(["a"])
-    assert reader.data(ReplyToken(token_id=2, piece="b")) == b"b"
+    reader.vocabulary = TableVocabulary(["a"])
+    assert reader.text_bytes(ReplyToken(token_id=2, piece="b")) == b"b"
 
 
 def test_a_special_token_stands_for_its_name_in_a_prompt() -> None:
-    assert TokenReader().in_prompt(ReplyToken(piece="<|im_end|>")) == b"<|im_end|>"
+    assert TokenReader().prompt_bytes(ReplyToken(piece="<|im_end|>")) == b"<|im_end|>"
