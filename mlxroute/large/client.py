@@ -23,6 +23,7 @@ from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.background import PendingCall, Tokens
 from mlxroute.large.http.circuit_breaker import CircuitBreaker
 from mlxroute.large.http.deadline import Deadline
+from mlxroute.large.http.stream_listener import StreamListener
 from mlxroute.large.http.transport import Transport
 from mlxroute.large.negotiation.negotiator import Negotiator
 from mlxroute.large.negotiation.verdict_file import Verdict
@@ -276,7 +277,7 @@ class LargeModel(Closeable):
             repeated = tuple(map(context.vocabulary.token_bytes, context.fragment_ids))
         uploaded = 0
 
-        def hears(answered: CompletionAnswer) -> bool:
+        def listener(answered: CompletionAnswer) -> bool:
             return coming.heard(read_streamed_tokens(answered, pairing.bridge, self._asker.reader))
 
         for way in self._ways.after(pairing.terms, prefetch=prefetch):
@@ -288,7 +289,7 @@ class LargeModel(Closeable):
                     repeated,
                     way.count,
                     deadline,
-                    hears=hears if way.streamed else None,
+                    listener=listener if way.streamed else None,
                 )
             except (LargeProtocolError, LargeRefused) as exc:
                 if not way.streamed or coming.tokens or not may_do_whole(exc):
@@ -349,7 +350,7 @@ class LargeModel(Closeable):
         count: int,
         deadline: Deadline,
         *,
-        hears: Callable[[CompletionAnswer], bool] | None,
+        listener: StreamListener[CompletionAnswer] | None,
     ) -> CompletionAnswer:
         """One call; a dialect that keeps failing is given up, and the server probed anew."""
         try:
@@ -360,11 +361,11 @@ class LargeModel(Closeable):
                 deadline=deadline,
                 repeated=repeated,
                 context=context,
-                hears=hears,
+                listener=listener,
             )
         except LargeError as exc:
             # It may well answer as a whole.
-            if hears is None or not may_do_whole(exc):
+            if listener is None or not may_do_whole(exc):
                 with self._turn:
                     self._settlement.failed(exc, pairing.terms)
             raise

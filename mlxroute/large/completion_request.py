@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -13,7 +13,8 @@ from mlxroute.large.dialects import Dialect, RequestOptions, Streaming
 from mlxroute.large.dialects.json_fields import error_message, parse_object, reported_error
 from mlxroute.large.dialects.sse import is_event_stream, parse_events
 from mlxroute.large.http.deadline import Deadline
-from mlxroute.large.http.transport import Hears, Reply, Transport
+from mlxroute.large.http.stream_listener import StreamListener
+from mlxroute.large.http.transport import Reply, Transport
 from mlxroute.large.prompt import Prompt
 from mlxroute.large.reply import Completion, CompletionAnswer, ReplyPosition
 from mlxroute.large.vocabulary.mlx_lm_cache_guard import MlxLmCacheGuard, Usage
@@ -97,13 +98,12 @@ class CompletionRequester:
         deadline: Deadline,
         repeated: tuple[bytes, ...] = (),
         context: LargeContext | None = None,
-        hears: Callable[[CompletionAnswer], bool] | None = None,
+        listener: StreamListener[CompletionAnswer] | None = None,
     ) -> CompletionAnswer:
         """The next `count` greedy positions after `prompt` and `repeated`, or fewer at the end.
 
         `repeated` are committed tokens that the form cannot carry and the server has to write
-        again. With `hears` the reply is streamed: that is told, in another thread, what has come
-        of it, and says whether it made something of it. Raises LargeError.
+        again. With `listener` the reply is streamed to it. Raises LargeError.
         """
         # One token more than is read, so that this prompt and the read token are no cached whole.
         spare = 1 if dialect.crashes_on_cached_prompts else 0
@@ -119,7 +119,7 @@ class CompletionRequester:
                 len(expected) + count + spare,
                 self._top_logprobs,
                 self._model_for(dialect),
-                streamed=hears is not None,
+                streamed=listener is not None,
             )
             body = _encoded(dialect.request(prompt, asked))
             if dialect.crashes_on_cached_prompts:
@@ -128,17 +128,19 @@ class CompletionRequester:
             self._ledger, len(prompt.ids) if context is None else len(context.token_ids)
         )
 
-        def heard(reply: bytes) -> bool:
-            assert hears is not None
+        def read_partial(reply: bytes) -> bool:
+            assert listener is not None
             completion = self._begun(dialect, prompt, reply)
             if completion is None:
                 return False
             counted.so_far(completion)
             entries = completion.positions[:count]
-            return hears(CompletionAnswer(entries, completion.text, False, completion, len(body)))
+            return listener(
+                CompletionAnswer(entries, completion.text, False, completion, len(body))
+            )
 
         completion = self._complete(
-            dialect, prompt, body, asked, deadline, hears=heard if hears else None
+            dialect, prompt, body, asked, deadline, listener=read_partial if listener else None
         )
         counted.so_far(completion)
         rest = self._after(b"".join(expected), completion.positions)
@@ -174,11 +176,11 @@ class CompletionRequester:
         ask: RequestOptions,
         deadline: Deadline,
         *,
-        hears: Hears | None,
+        listener: StreamListener[bytes] | None,
     ) -> Completion:
         watched = dialect.crashes_on_cached_prompts
         reply = self._transport.call(
-            dialect.path, at_root=dialect.at_root, body=body, deadline=deadline, hears=hears
+            dialect.path, at_root=dialect.at_root, body=body, deadline=deadline, listener=listener
         )
         with self._lock:
             if watched and reply.status != 200:

@@ -26,6 +26,7 @@ from mlxroute.large.http import retry
 from mlxroute.large.http.address import Address
 from mlxroute.large.http.connections import Auth, HttpSessionPool, check_ca_bundle
 from mlxroute.large.http.deadline import Deadline
+from mlxroute.large.http.stream_listener import StreamListener
 from mlxroute.ledger import Ledger
 from mlxroute.safe_text import printable_line
 
@@ -35,10 +36,6 @@ MAX_HANGING: Final = 4
 _CHUNK_BYTES = 512
 # A thread whose socket was shut down ends at once; one in a name look-up does not.
 _ENDING_S = 0.25
-
-
-# Hears a successful reply as far as it has come, and says whether anything was made of it.
-Hears = Callable[[bytes], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +85,7 @@ class Exchange(threading.Thread):
         connect_timeout_s: float,
         verify: str | bool,
         ledger: Ledger,
-        hears: Hears | None = None,
+        listener: StreamListener[bytes] | None = None,
     ) -> None:
         super().__init__(daemon=True, name="mlxroute-large")
         self._sessions = sessions
@@ -100,8 +97,8 @@ class Exchange(threading.Thread):
         self._connect_timeout_s = connect_timeout_s
         self._verify = verify
         self._ledger = ledger
-        self._hears = hears
-        self._was_heard = False
+        self._listener = listener
+        self._was_used = False
         self._reply: Reply | None = None
         self._error: LargeError | None = None
         self._passing = False
@@ -128,8 +125,8 @@ class Exchange(threading.Thread):
         except (requests.RequestException, HTTPError, HTTPException, OSError, ValueError) as exc:
             # Not kept as a cause: it holds the request, and that holds the key.
             self._error = self._translated(exc)
-            # What something was made of is not told twice.
-            self._passing = retry.is_transient_error(exc) and not self._was_heard
+            # The listener cannot take back what it used.
+            self._passing = retry.is_transient_error(exc) and not self._was_used
         finally:
             with self._ending:
                 self.finished = True
@@ -189,8 +186,8 @@ class Exchange(threading.Thread):
                 )
             if not self._deadline.left_s():
                 raise self.too_late()
-            if self._hears is not None and response.status_code == 200:
-                self._was_heard = self._hears(bytes(body)) or self._was_heard
+            if self._listener is not None and response.status_code == 200:
+                self._was_used = self._listener(bytes(body)) or self._was_used
         return bytes(body)
 
     def too_late(self) -> LargeError:
@@ -272,24 +269,24 @@ class Transport:
         deadline: Deadline,
         body: bytes | None = None,
         at_root: bool = False,
-        hears: Hears | None = None,
+        listener: StreamListener[bytes] | None = None,
     ) -> Reply:
         """GET a path below the base address, or POST a JSON body to it. Raises LargeError.
 
         With `at_root` the path is that of the server, whatever the base address ends in. Attempts
-        that fail in passing are repeated as long as the deadline leaves room, unless `hears`, which
-        is called from another thread, has made something of one.
+        that fail in passing are repeated as long as the deadline leaves room, unless `listener`
+        has used one.
         """
         target = (self._address.root if at_root else self._address.url) + path
         for pause_s in retry.pauses_s(self._random):
             left_s = deadline.left_s()
-            exchange = self._attempt(target, deadline=deadline, body=body, hears=hears)
+            exchange = self._attempt(target, deadline=deadline, body=body, listener=listener)
             pause_s = max(pause_s, exchange.retry_after_s)
             if not exchange.passing or pause_s >= deadline.left_s():
                 return exchange.result()
             (self._sleep or deadline.pause)(pause_s)
             deadline.lost_s += left_s - deadline.left_s()
-        return self._attempt(target, deadline=deadline, body=body, hears=hears).result()
+        return self._attempt(target, deadline=deadline, body=body, listener=listener).result()
 
     def begin(
         self,
@@ -297,7 +294,7 @@ class Transport:
         *,
         deadline: Deadline,
         body: bytes | None = None,
-        hears: Hears | None = None,
+        listener: StreamListener[bytes] | None = None,
     ) -> Exchange:
         """Send one request and return without waiting for its reply."""
         exchange = Exchange(
@@ -309,7 +306,7 @@ class Transport:
             connect_timeout_s=self._connect_timeout_s,
             verify=self._verify,
             ledger=self._ledger,
-            hears=hears,
+            listener=listener,
         )
         exchange.start()
         return exchange
@@ -323,11 +320,16 @@ class Transport:
         self._sessions.close()
 
     def _attempt(
-        self, target: str, *, deadline: Deadline, body: bytes | None, hears: Hears | None
+        self,
+        target: str,
+        *,
+        deadline: Deadline,
+        body: bytes | None,
+        listener: StreamListener[bytes] | None,
     ) -> Exchange:
         """One finished exchange. Raises LargeTimeout at the deadline."""
         self._check_given_up()
-        exchange = self.begin(target, deadline=deadline, body=body, hears=hears)
+        exchange = self.begin(target, deadline=deadline, body=body, listener=listener)
         try:
             deadline.wait_for(lambda: exchange.finished)
         finally:
