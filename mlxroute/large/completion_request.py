@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError, LargeRefused
-from mlxroute.large.dialects import Dialect, RequestOptions, Streaming
+from mlxroute.large.dialects import Dialect, RequestOptions, StreamingDialect
 from mlxroute.large.dialects.json_fields import error_message, parse_object, reported_error
 from mlxroute.large.dialects.sse import is_event_stream, parse_events
 from mlxroute.large.http.deadline import Deadline
@@ -219,7 +219,7 @@ class CompletionRequester:
         if reply.status != 200:
             raise self._refusal(error_message(reply.body), reply)
         try:
-            if isinstance(dialect, Streaming) and is_event_stream(reply.body):
+            if isinstance(dialect, StreamingDialect) and is_event_stream(reply.body):
                 value = _joined(dialect, reply.body)
             else:
                 value = parse_object(reply.body)
@@ -243,7 +243,7 @@ class CompletionRequester:
 
 
 def _joined(dialect: Dialect, body: bytes) -> dict[str, object]:
-    assert isinstance(dialect, Streaming)
+    assert isinstance(dialect, StreamingDialect)
     return dialect.join_events(parse_events(body))
 
 

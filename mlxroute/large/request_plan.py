@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from mlxroute.large.dialects import Streaming
+from mlxroute.large.dialects import StreamingDialect
 from mlxroute.large.negotiation.negotiator import NegotiatedDialect
 from mlxroute.large.vocabulary.reply_reader import ReadReply, read_all_tokens, read_first_token
 
@@ -32,7 +32,7 @@ class RequestPlanner:
 
     def may_stream(self, terms: NegotiatedDialect) -> bool:
         """Whether tokens ahead may come one by one."""
-        return isinstance(terms.dialect, Streaming) and terms is not self._unstreamed
+        return isinstance(terms.dialect, StreamingDialect) and terms is not self._unstreamed
 
     def not_streamed(self, terms: NegotiatedDialect) -> None:
         """A server did not take part in streaming."""

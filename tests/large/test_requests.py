@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mlxroute.large.dialects import LADDER, Dialect, RequestOptions, dialect_named, reading_ids
+from mlxroute.large.dialects import LADDER, Dialect, RequestOptions, dialect_named, with_ids
 from mlxroute.large.prompt import Prompt, PromptForm
 from tests.support.prompt_forms import IDS, QUESTION, prompt_for
 
@@ -148,7 +148,7 @@ def test_dialects_have_names_of_their_own_and_come_best_rung_first() -> None:
 
 def test_only_vllm_has_a_form_for_vocabularies_that_are_known() -> None:
     for each in LADDER:
-        exact = reading_ids(each)
+        exact = with_ids(each)
         if each.name == "vLLM completions":
             request = exact.request(IDS, RequestOptions(2, 7, "m"))
             assert request == REQUESTS[each.name] | {"return_tokens_as_token_ids": True}

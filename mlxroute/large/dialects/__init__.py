@@ -1,11 +1,11 @@
-"""How each family of servers is asked for one token, and what its reply means; no I/O."""
+"""Dialects: the JSON of each server family's requests and replies, without any I/O."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from mlxroute.large.dialects.base import Dialect, RequestOptions, Streaming
-from mlxroute.large.dialects.chat_continuation import ChatContinuation, Continue
+from mlxroute.large.dialects.base import Dialect, RequestOptions, StreamingDialect
+from mlxroute.large.dialects.chat_continuation import ChatContinuation, ContinuationMethod
 from mlxroute.large.dialects.completions import PlainCompletions
 from mlxroute.large.dialects.llama_server import LlamaServer
 from mlxroute.large.dialects.mlx_lm import MlxLm
@@ -22,24 +22,27 @@ LADDER: Final[tuple[Dialect, ...]] = (
     MlxLm(),
     OllamaGenerate(),
     PlainCompletions(logprobs=True),
-    ChatContinuation(Continue.FLAGS),
-    ChatContinuation(Continue.PREFIX),
-    ChatContinuation(Continue.TRAILING, echoes=True),
-    ChatContinuation(Continue.TRAILING),
+    ChatContinuation(ContinuationMethod.FLAGS),
+    ChatContinuation(ContinuationMethod.PREFIX),
+    ChatContinuation(ContinuationMethod.TRAILING, echoes=True),
+    ChatContinuation(ContinuationMethod.TRAILING),
     PlainCompletions(logprobs=False),
-    ChatContinuation(Continue.PREFIX, echoes=True, logprobs=False),
-    ChatContinuation(Continue.TRAILING, logprobs=False),
+    ChatContinuation(ContinuationMethod.PREFIX, echoes=True, logprobs=False),
+    ChatContinuation(ContinuationMethod.TRAILING, logprobs=False),
 )
 """Every dialect, the best rung first; within a rung, native routes first."""
 
 
 def dialect_named(name: str) -> Dialect | None:
-    """The dialect of that name."""
+    """Return the dialect of that name, or None."""
     return next((dialect for dialect in LADDER if dialect.name == name), None)
 
 
-def reading_ids(dialect: Dialect) -> Dialect:
-    """The dialect's most exact form, for when the ids of the large vocabulary can be read."""
+def with_ids(dialect: Dialect) -> Dialect:
+    """Return the variant of a dialect that names alternatives by id, where there is one.
+
+    It is for callers that know the large vocabulary and can look the ids up.
+    """
     return VllmCompletions(by_id=True) if isinstance(dialect, VllmCompletions) else dialect
 
 
@@ -47,7 +50,7 @@ __all__ = [
     "LADDER",
     "Dialect",
     "RequestOptions",
-    "Streaming",
+    "StreamingDialect",
     "dialect_named",
-    "reading_ids",
+    "with_ids",
 ]

@@ -1,23 +1,25 @@
-"""What the dialects have in common: how a prompt is given, and what a family of servers does."""
+"""The base class of all dialects, and the options of a request."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol, runtime_checkable
+from typing import Final
 
 from mlxroute.large.prompt import Prompt, PromptForm
 from mlxroute.large.reply import Completion
 
-ANSWER_AT_ONCE: Final = {"chat_template_kwargs": {"enable_thinking": False}}
-"""For templates that would begin with a thought; others ignore it, as the small model's do."""
+NO_THINKING: Final = {"chat_template_kwargs": {"enable_thinking": False}}
+"""Turns off reasoning in chat templates that have the switch; other templates ignore it."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestOptions:
-    """The bounds of one request; `model` is None where the server is not to be told one.
+    """How many tokens and alternatives a request asks for.
 
-    `streamed` asks for the reply token by token, of dialects that are `Streaming`.
+    `top_logprobs` is the number of alternatives for each position. `model` is None where the
+    request names no model. `streamed` asks a `StreamingDialect` for server-sent events.
     """
 
     max_tokens: int
@@ -26,59 +28,50 @@ class RequestOptions:
     streamed: bool = False
 
 
-class Dialect(Protocol):
-    """How one family of servers is asked for greedy tokens and understood.
+class Dialect(ABC):
+    """How one family of servers is asked for greedy tokens, and how its replies are read.
 
-    `request` names only keys that the family knows: strict servers refuse any other.
+    A subclass sets `name`, `rung`, `form` and `path`, and those of the other attributes whose
+    default does not fit. Requests contain only keys that the family knows, because strict servers
+    refuse unknown ones.
     """
 
-    @property
-    def name(self) -> str:
-        """What users see; one of a kind."""
-        ...
+    name: str
+    """Unique name, shown to users."""
 
-    @property
-    def rung(self) -> int:
-        """1 ids in and out, 2 text in and ids or bytes out, 3 continued chat turn, 4 text only."""
-        ...
+    rung: int
+    """1: ids in and out. 2: text in, ids or bytes out. 3: continued chat turn. 4: text only."""
 
-    @property
-    def form(self) -> PromptForm: ...
+    form: PromptForm
 
-    @property
-    def path(self) -> str:
-        """The route below the base address, or from the server's root with `at_root`."""
-        ...
+    path: str
+    """The route, below the base address or, with `at_root`, below the server's root."""
 
-    @property
-    def at_root(self) -> bool: ...
+    at_root: bool = False
 
-    @property
-    def names_model(self) -> bool:
-        """Whether the server is told which model, also when it serves just one."""
-        ...
+    names_model: bool = True
+    """Whether requests name the model even if the server has only one."""
 
-    @property
-    def crashes_on_cached_prompts(self) -> bool:
-        """Whether a prompt equal to a finished request's prompt and answer stops the server."""
-        ...
+    crashes_on_cached_prompts: bool = False
+    """Whether a prompt that equals a finished request's prompt and answer crashes the server."""
 
-    def request(self, prompt: Prompt, ask: RequestOptions) -> dict[str, object]:
-        """The JSON body that asks for the next greedy tokens after `prompt`."""
-        ...
+    @abstractmethod
+    def request(self, prompt: Prompt, options: RequestOptions) -> dict[str, object]:
+        """Return the JSON body that asks for the greedy tokens after `prompt`."""
 
+    @abstractmethod
     def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
-        """Understand the reply to `prompt`. Raises LargeProtocolError when it cannot be trusted."""
-        ...
+        """Read the reply to `prompt`. Raises LargeProtocolError for a reply it cannot trust."""
 
 
-@runtime_checkable
-class Streaming(Protocol):
-    """A dialect whose streamed replies carry the same of every token as others do."""
+class StreamingDialect(Dialect):
+    """A dialect whose streamed replies hold the same details of every token as whole replies."""
 
+    @abstractmethod
     def join_events(self, events: Sequence[Mapping[str, object]]) -> dict[str, object]:
-        """The reply that these events are the beginning of, or the whole.
+        """Merge the events received so far into one reply. Raises LargeProtocolError."""
 
-        Raises LargeProtocolError.
-        """
-        ...
+
+def add_model(body: dict[str, object], options: RequestOptions) -> dict[str, object]:
+    """Return the body with the model's name, if `options` has one."""
+    return body if options.model is None else body | {"model": options.model}

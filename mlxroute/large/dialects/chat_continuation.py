@@ -1,89 +1,97 @@
-"""`/v1/chat/completions` with an assistant turn that is begun and must be continued."""
+"""`/v1/chat/completions` with a begun assistant turn, which the server has to continue."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
-from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.base import ANSWER_AT_ONCE, RequestOptions
+from mlxroute.large.dialects.base import NO_THINKING, Dialect, RequestOptions, add_model
 from mlxroute.large.dialects.json_fields import (
-    counts,
-    ended,
+    as_array,
+    as_object,
+    as_text,
     first_choice,
-    mapping,
-    named_entry,
-    sequence,
-    string,
+    mark_end,
+    parse_chat_position,
+    usage_counts,
 )
 from mlxroute.large.prompt import Prompt, PromptForm
 from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
 
 
-class Continue(Enum):
-    """How a server is told to continue the last turn instead of closing it."""
+class ContinuationMethod(Enum):
+    """How a request says that the last turn is to be continued, not closed."""
 
     FLAGS = "flags"
     PREFIX = "prefix"
     TRAILING = "trailing turn"
 
 
-class ChatContinuation:
-    """One way of continuing a turn; `echoes` for servers whose reply repeats what was begun."""
+class ChatContinuation(Dialect):
+    """One method of continuing a turn.
 
-    form: Final = PromptForm.CHAT
-    path: Final = "/chat/completions"
-    at_root: Final = False
-    names_model: Final = True
-    crashes_on_cached_prompts: Final = False
+    `echoes` is for servers whose reply repeats the beginning of the turn. Without `logprobs` the
+    request asks for none.
+    """
 
-    def __init__(self, how: Continue, *, echoes: bool = False, logprobs: bool = True) -> None:
-        self._how = how
+    form = PromptForm.CHAT
+    path = "/chat/completions"
+
+    def __init__(
+        self, method: ContinuationMethod, *, echoes: bool = False, logprobs: bool = True
+    ) -> None:
+        self._method = method
         self._echoes = echoes
         self._logprobs = logprobs
-        details = [how.value, *["echoing"] * echoes, *["text only"] * (not logprobs)]
+        details = [method.value, *["echoing"] * echoes, *["text only"] * (not logprobs)]
         self.name = f"chat continuation ({', '.join(details)})"
         self.rung = 3 if logprobs else 4
 
-    def request(self, prompt: Prompt, ask: RequestOptions) -> dict[str, object]:
-        """Ask for greedy tokens; a turn of which nothing is written yet is not begun."""
+    def request(self, prompt: Prompt, options: RequestOptions) -> dict[str, object]:
+        """Ask for greedy tokens; an empty answer start adds no assistant turn."""
         messages: list[dict[str, object]] = [dict(message) for message in prompt.messages]
         body: dict[str, object] = {
             "messages": messages,
-            "max_tokens": ask.max_tokens,
+            "max_tokens": options.max_tokens,
             "temperature": 0,
         }
         if prompt.answer_start:
             messages.append({"role": "assistant", "content": prompt.answer_start})
-            if self._how is Continue.PREFIX:
+            if self._method is ContinuationMethod.PREFIX:
                 messages[-1]["prefix"] = True
-            elif self._how is Continue.FLAGS:
+            elif self._method is ContinuationMethod.FLAGS:
                 body |= {"continue_final_message": True, "add_generation_prompt": False}
-        if self._how is Continue.FLAGS:
-            body |= ANSWER_AT_ONCE
+        if self._method is ContinuationMethod.FLAGS:
+            body |= NO_THINKING
         if self._logprobs:
-            body |= {"logprobs": True, "top_logprobs": ask.top_logprobs}
-        return body if ask.model is None else body | {"model": ask.model}
+            body |= {"logprobs": True, "top_logprobs": options.top_logprobs}
+        return add_model(body, options)
 
     def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
-        """Understand a reply. A refusal or a tool call is no continuation."""
+        """Read a reply. Null content, as of a tool call, counts as empty text."""
         choice = first_choice(reply)
-        content = mapping(choice.get("message"), what="message").get("content")
-        text = "" if content is None else string(content, what="message.content")
-        if self._echoes and prompt.answer_start:
-            if not text.startswith(prompt.answer_start):
-                raise LargeProtocolError("the reply does not begin with the turn it continues")
-            text = text[len(prompt.answer_start) :]
+        text = self._continuation(choice, prompt)
         logprobs = choice.get("logprobs")
-        named = [] if logprobs is None else mapping(logprobs, what="logprobs").get("content") or []
-        entries = [named_entry(item) for item in sequence(named, what="logprobs.content")]
-        if self._logprobs and not entries and text:
+        logprobs = {} if logprobs is None else as_object(logprobs, what="logprobs")
+        content = as_array(logprobs.get("content") or [], what="logprobs.content")
+        positions = [parse_chat_position(item) for item in content]
+        if self._logprobs and not positions and text:
             raise LargeProtocolError("the reply has text and no logprobs")
-        if not entries:
-            entries = [ReplyPosition(ReplyToken(text=text))]
+        if not positions:
+            positions = [ReplyPosition(ReplyToken(text=text))]
         if choice.get("finish_reason") == "stop":
-            if text and len(entries) == 1:
-                entries.append(ReplyPosition(ReplyToken(text="")))
-            entries = list(ended(entries))
-        return Completion(tuple(entries), text, **counts(reply))
+            if text and len(positions) == 1:
+                positions.append(ReplyPosition(ReplyToken(text="")))
+            positions = list(mark_end(positions))
+        return Completion(tuple(positions), text, **usage_counts(reply))
+
+    def _continuation(self, choice: Mapping[str, object], prompt: Prompt) -> str:
+        """Return the reply's text without an echo of the turn's beginning."""
+        content = as_object(choice.get("message"), what="message").get("content")
+        text = "" if content is None else as_text(content, what="message.content")
+        if not (self._echoes and prompt.answer_start):
+            return text
+        if not text.startswith(prompt.answer_start):
+            raise LargeProtocolError("the reply does not begin with the turn it continues")
+        return text[len(prompt.answer_start) :]

@@ -1,4 +1,4 @@
-"""What completions look like on the wire: checked values out of untrusted JSON; no I/O."""
+"""Checked values from the JSON of untrusted replies: token ids, logprobs, counts, error texts."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TypedDict
+from typing import Final, TypedDict
 
 from mlxroute.errors import LargeProtocolError
 from mlxroute.large.reply import ReplyPosition, ReplyToken
 
-# Rounding in the server's softmax may lift a certain token's logprob this far above 0.
-_LOGPROB_SLACK = 1e-3
-_MAX_TOKEN_ID = 1 << 31
+# Rounding in the server's softmax can lift the logprob of a certain token this far above 0.
+_LOGPROB_SLACK: Final = 1e-3
+_MAX_TOKEN_ID: Final = 1 << 31
 
 
 def parse_object(body: bytes) -> dict[str, object]:
-    """A JSON object from a reply's body. Raises LargeProtocolError."""
+    """Parse the JSON object in a reply's body. Raises LargeProtocolError."""
     try:
         value = json.loads(body)
     except (ValueError, RecursionError) as exc:
         raise LargeProtocolError("the reply is not JSON") from exc
-    return mapping(value, what="the reply")
+    return as_object(value, what="the reply")
 
 
 def error_message(body: bytes) -> str:
-    """What an error reply says, from the shapes servers use; empty when it says nothing."""
+    """Return the message of an error reply, in any of the shapes servers use; empty if none."""
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
@@ -38,7 +38,7 @@ def error_message(body: bytes) -> str:
 
 
 def reported_error(reply: Mapping[str, object]) -> str | None:
-    """The message of an error reported in a reply whose status claims success."""
+    """Return the message of an error that a reply with status 200 reports; None if it has none."""
     if reply.get("error") or reply.get("object") == "error":
         return _message_of(reply) or "an error without a message"
     return None
@@ -55,29 +55,29 @@ def _message_of(value: Mapping[str, object]) -> str:
 
 
 def first_choice(reply: Mapping[str, object]) -> Mapping[str, object]:
-    """The first element of `choices`."""
-    choices = sequence(reply.get("choices"), what="choices")
+    """Return the first element of `choices`."""
+    choices = as_array(reply.get("choices"), what="choices")
     if not choices:
         raise LargeProtocolError("the reply has no choices")
-    return mapping(choices[0], what="choices[0]")
+    return as_object(choices[0], what="choices[0]")
 
 
 class Counts(TypedDict):
-    """The counts of a Completion."""
+    """The token counts of a Completion, None where the reply has none."""
 
     prompt_tokens: int | None
     cached_tokens: int | None
     completion_tokens: int | None
 
 
-def counts(reply: Mapping[str, object]) -> Counts:
-    """Prompt, cached and completion tokens from an OpenAI-style `usage`."""
+def usage_counts(reply: Mapping[str, object]) -> Counts:
+    """Return prompt, cached and completion tokens from an OpenAI-style `usage`."""
     usage = reply.get("usage")
     if not isinstance(usage, dict):
         usage = {}
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, dict) else None
-    return counted(
+    return checked_counts(
         usage.get("prompt_tokens"),
         # DeepSeek's own name for it.
         usage.get("prompt_cache_hit_tokens") if cached is None else cached,
@@ -85,110 +85,110 @@ def counts(reply: Mapping[str, object]) -> Counts:
     )
 
 
-def counted(prompt: object, cached: object, completion: object) -> Counts:
-    """Three counts of a reply, None for what is no count."""
+def checked_counts(prompt: object, cached: object, completion: object) -> Counts:
+    """Return three counts of a reply, None for a value that is not a count."""
     return Counts(
-        prompt_tokens=_count(prompt),
-        cached_tokens=_count(cached),
-        completion_tokens=_count(completion),
+        prompt_tokens=_checked_count(prompt),
+        cached_tokens=_checked_count(cached),
+        completion_tokens=_checked_count(completion),
     )
 
 
-def _count(value: object) -> int | None:
+def _checked_count(value: object) -> int | None:
     return value if type(value) is int and 0 <= value < _MAX_TOKEN_ID else None
 
 
-def mapping(value: object, *, what: str) -> dict[str, object]:
-    """`value` as a JSON object."""
+def as_object(value: object, *, what: str) -> dict[str, object]:
+    """Return `value` if it is a JSON object; `what` names it in the error."""
     if not isinstance(value, dict):
         raise LargeProtocolError(f"{what} is not a JSON object")
     return value
 
 
-def sequence(value: object, *, what: str) -> Sequence[object]:
-    """`value` as a JSON array."""
+def as_array(value: object, *, what: str) -> Sequence[object]:
+    """Return `value` if it is a JSON array."""
     if not isinstance(value, list):
         raise LargeProtocolError(f"{what} is not a JSON array")
     return value
 
 
-def string(value: object, *, what: str) -> str:
-    """`value` as a string that has a UTF-8 form (JSON can spell lone surrogates)."""
+def as_text(value: object, *, what: str) -> str:
+    """Return `value` if it is a string that UTF-8 can encode (JSON can spell lone surrogates)."""
     if not isinstance(value, str) or any("\ud800" <= c <= "\udfff" for c in value):
-        raise LargeProtocolError(f"{what} is not a string of characters")
+        raise LargeProtocolError(f"{what} is not a valid string")
     return value
 
 
-def token_id(value: object) -> int:
-    """`value` as a token id."""
+def as_token_id(value: object) -> int:
+    """Return `value` if it is a token id."""
     if type(value) is not int or not 0 <= value < _MAX_TOKEN_ID:
-        raise LargeProtocolError("a token id is not a number from 0")
+        raise LargeProtocolError("a token id must be a non-negative integer")
     return value
 
 
-def logprob(value: object) -> float:
-    """`value` as a natural-log probability; -inf is one, NaN and positive values are not."""
+def as_logprob(value: object) -> float:
+    """Return `value` if it is a natural-log probability; -inf is one, NaN is not."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise LargeProtocolError("a logprob is not a number")
     try:
         number = float(value)
     except OverflowError as exc:
-        raise LargeProtocolError("a logprob is a number without bounds") from exc
+        raise LargeProtocolError("a logprob is too large a number") from exc
     if math.isnan(number) or number > _LOGPROB_SLACK:
-        raise LargeProtocolError(f"a logprob is {number}, which is no probability")
+        raise LargeProtocolError(f"a logprob of {number} is not the logarithm of a probability")
     return min(0.0, number)
 
 
-def by_logprob(tokens: Sequence[ReplyToken]) -> tuple[ReplyToken, ...]:
-    """Tokens by falling logprob, equal ones by rising id, as a greedy sampler picks them."""
-    return tuple(sorted(tokens, key=lambda t: (-(t.logprob or 0.0), t.token_id or 0)))
+def as_chosen_logprob(value: object) -> float | None:
+    """Return the logprob of a generated token, None where the server gives none.
 
-
-def given_logprob(value: object) -> float | None:
-    """The logprob of a generated token, None where the server gives none.
-
-    Raises LargeProtocolError for -inf: what was generated had a probability.
+    Raises LargeProtocolError for -inf: a token that was generated had a probability above 0.
     """
     if value is None:
         return None
-    number = logprob(value)
+    number = as_logprob(value)
     if number == -math.inf:
-        raise LargeProtocolError("a token comes without its probability")
+        raise LargeProtocolError("a generated token has probability 0")
     return number
 
 
-def octets(value: object) -> bytes:
-    """`value` as the bytes of a token."""
+def as_bytes(value: object) -> bytes:
+    """Return `value`, an array of numbers, as the bytes of a token."""
     data = bytearray()
-    for octet in sequence(value, what="bytes"):
-        if type(octet) is not int or not 0 <= octet <= 255:
-            raise LargeProtocolError("a token's bytes are not numbers from 0 to 255")
-        data.append(octet)
+    for byte in as_array(value, what="bytes"):
+        if type(byte) is not int or not 0 <= byte <= 255:
+            raise LargeProtocolError("a token's bytes must be numbers from 0 to 255")
+        data.append(byte)
     return bytes(data)
 
 
-def named_token(item: Mapping[str, object]) -> ReplyToken:
-    """A token in the shape of chat logprobs: text, and where given id and bytes."""
-    identity = item.get("id", item.get("token_id"))
+def sort_by_logprob(tokens: Sequence[ReplyToken]) -> tuple[ReplyToken, ...]:
+    """Sort tokens by falling logprob, ties by rising id, as greedy samplers break them."""
+    return tuple(sorted(tokens, key=lambda t: (-(t.logprob or 0.0), t.token_id or 0)))
+
+
+def parse_chat_token(item: Mapping[str, object]) -> ReplyToken:
+    """Read a token in the shape of chat logprobs: its text, and id and bytes where given."""
+    token_id = item.get("id", item.get("token_id"))
     data = item.get("bytes")
     return ReplyToken(
-        token_id=None if identity is None else token_id(identity),
-        data=None if data is None else octets(data),
-        text=string(item.get("token"), what="a token's text"),
-        logprob=logprob(item.get("logprob")),
+        token_id=None if token_id is None else as_token_id(token_id),
+        data=None if data is None else as_bytes(data),
+        text=as_text(item.get("token"), what="a token's text"),
+        logprob=as_logprob(item.get("logprob")),
     )
 
 
-def named_entry(value: object) -> ReplyPosition:
-    """A generated position in the shape of chat logprobs, with its alternatives."""
-    item = mapping(value, what="a token")
-    token = named_token(item)
-    given_logprob(token.logprob)
-    top = sequence(item.get("top_logprobs") or [], what="top_logprobs")
-    others = [named_token(mapping(other, what="an alternative")) for other in top]
-    return ReplyPosition(token, by_logprob(others))
+def parse_chat_position(value: object) -> ReplyPosition:
+    """Read a generated position in the shape of chat logprobs, with its alternatives."""
+    item = as_object(value, what="a token")
+    token = parse_chat_token(item)
+    as_chosen_logprob(token.logprob)
+    top = as_array(item.get("top_logprobs") or [], what="top_logprobs")
+    alternatives = [parse_chat_token(as_object(other, what="an alternative")) for other in top]
+    return ReplyPosition(token, sort_by_logprob(alternatives))
 
 
-def ended(entries: Sequence[ReplyPosition]) -> tuple[ReplyPosition, ...]:
-    """The same positions, the last of them marked as the answer's end."""
-    return (*entries[:-1], replace(entries[-1], ends=True))
+def mark_end(positions: Sequence[ReplyPosition]) -> tuple[ReplyPosition, ...]:
+    """Return the positions with the last one marked as the end of the answer."""
+    return (*positions[:-1], replace(positions[-1], ends=True))

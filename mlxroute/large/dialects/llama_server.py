@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.base import RequestOptions
+from mlxroute.large.dialects.base import RequestOptions, StreamingDialect
 from mlxroute.large.dialects.json_fields import (
-    counted,
-    ended,
-    named_entry,
-    sequence,
-    string,
-    token_id,
+    as_array,
+    as_text,
+    as_token_id,
+    checked_counts,
+    mark_end,
+    parse_chat_position,
 )
 from mlxroute.large.dialects.sse import merge_events
 from mlxroute.large.prompt import Prompt, PromptForm
@@ -25,66 +25,65 @@ _FIELDS: Final = [
 ]
 
 
-class LlamaServer:
-    """Positions whose text is an unfinished character come by id alone, without logprob."""
+class LlamaServer(StreamingDialect):
+    """A token that is part of a character has an id only, without text or logprob."""
 
-    name: Final = "llama-server completion"
-    rung: Final = 1
-    form: Final = PromptForm.IDS
-    path: Final = "/completion"
-    at_root: Final = True
-    names_model: Final = False
-    crashes_on_cached_prompts: Final = False
+    name = "llama-server completion"
+    rung = 1
+    form = PromptForm.IDS
+    path = "/completion"
+    at_root = True
+    names_model = False
 
-    def request(self, prompt: Prompt, ask: RequestOptions) -> dict[str, object]:
+    def request(self, prompt: Prompt, options: RequestOptions) -> dict[str, object]:
         """Ask for greedy tokens, whatever samplers the server was started with."""
         body: dict[str, object] = {
             "prompt": list(prompt.ids),
-            "n_predict": ask.max_tokens,
-            "n_probs": ask.top_logprobs,
+            "n_predict": options.max_tokens,
+            "n_probs": options.top_logprobs,
             "temperature": 0,
             "samplers": ["temperature"],
             "cache_prompt": True,
             "return_tokens": True,
             "response_fields": _FIELDS,
         }
-        return body | {"stream": True} if ask.streamed else body
+        return body | {"stream": True} if options.streamed else body
 
     def join_events(self, events: Sequence[Mapping[str, object]]) -> dict[str, object]:
-        """The reply that these events are the beginning of, or the whole."""
-        return merge_events(events, ["tokens", "completion_probabilities"], ["content"])
+        """Merge the events received so far into one reply."""
+        return merge_events(events, lists=["tokens", "completion_probabilities"], texts=["content"])
 
     def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
-        """Understand a reply. A prompt that the server cut is not the one that was asked."""
+        """Read a reply. Raises LargeProtocolError if the server truncated the prompt."""
         if reply.get("truncated") is True:
-            raise LargeProtocolError("the server cut the prompt: its context is too short")
-        ids = [token_id(value) for value in sequence(reply.get("tokens"), what="tokens")]
-        named = sequence(
+            raise LargeProtocolError("the server truncated the prompt: its context is too short")
+        ids = [as_token_id(value) for value in as_array(reply.get("tokens"), what="tokens")]
+        probabilities = as_array(
             reply.get("completion_probabilities") or [], what="completion_probabilities"
         )
-        entries = _aligned(ids, [named_entry(item) for item in named])
-        if not entries:
+        positions = _align(ids, [parse_chat_position(item) for item in probabilities])
+        if not positions:
             raise LargeProtocolError("the reply holds no token")
         if reply.get("stop_type") == "eos":
-            entries = list(ended(entries))
+            positions = list(mark_end(positions))
         timings = reply.get("timings")
         cached = timings.get("cache_n") if isinstance(timings, dict) else None
         return Completion(
-            tuple(entries),
-            string(reply.get("content"), what="content"),
-            **counted(reply.get("tokens_evaluated"), cached, reply.get("tokens_predicted")),
+            tuple(positions),
+            as_text(reply.get("content"), what="content"),
+            **checked_counts(reply.get("tokens_evaluated"), cached, reply.get("tokens_predicted")),
         )
 
 
-def _aligned(ids: Sequence[int], named: Sequence[ReplyPosition]) -> list[ReplyPosition]:
-    """One entry for each id; those that come with a name are in the same order."""
-    entries, rest = [], list(named)
-    for identity in ids:
-        if rest and rest[0].token.token_id == identity:
-            entries.append(rest.pop(0))
+def _align(ids: Sequence[int], with_text: Sequence[ReplyPosition]) -> list[ReplyPosition]:
+    """Return one position for each id; those that come with text are in the same order."""
+    positions, rest = [], list(with_text)
+    for token_id in ids:
+        if rest and rest[0].token.token_id == token_id:
+            positions.append(rest.pop(0))
         else:
-            entries.append(ReplyPosition(ReplyToken(token_id=identity)))
+            positions.append(ReplyPosition(ReplyToken(token_id=token_id)))
     if rest and ids:
         raise LargeProtocolError("the reply's ids and its logprobs differ")
-    # Without any ids the server ignored `return_tokens`; the names carry them.
-    return entries or list(rest)
+    # A server that ignores `return_tokens` sends no ids, only the probabilities.
+    return positions or list(rest)

@@ -1,54 +1,60 @@
-"""Replies that come as server-sent events: the JSON of each, out of a body that is still coming."""
+"""Server-sent events: their JSON, also from a body of which only the beginning has arrived."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from mlxroute.large.dialects.json_fields import first_choice, mapping, parse_object, sequence
+from mlxroute.large.dialects.json_fields import as_array, as_object, first_choice, parse_object
 
 _DATA: Final = b"data:"
 _DONE: Final = b"[DONE]"
 
 
 def is_event_stream(body: bytes) -> bool:
-    """Whether a body is made of events: a server that does not stream sends one JSON object."""
+    """Return whether a body consists of events; a server that does not stream sends an object."""
     return not body.lstrip().startswith((b"{", b"["))
 
 
 def parse_events(body: bytes) -> list[dict[str, object]]:
-    """The events of a body as far as their lines are whole. Raises LargeProtocolError."""
+    """Parse the events of a body up to its last complete line. Raises LargeProtocolError."""
     lines = body[: body.rfind(b"\n") + 1].splitlines()
     values = [line.removeprefix(_DATA).strip() for line in lines if line.startswith(_DATA)]
     return [parse_object(value) for value in values if value != _DONE]
 
 
 def merge_events(
-    parts: Sequence[Mapping[str, object]], lists: Sequence[str], texts: Sequence[str]
+    events: Sequence[Mapping[str, object]], *, lists: Sequence[str], texts: Sequence[str]
 ) -> dict[str, object]:
-    """One object of several: named lists and texts joined, else the last value given."""
-    whole: dict[str, object] = {}
-    for part in parts:
-        whole |= {key: value for key, value in part.items() if value is not None}
+    """Merge events into one object.
+
+    The values under the keys `lists` and `texts` are concatenated; of any other key, the last
+    value that is not null counts.
+    """
+    merged: dict[str, object] = {}
+    for event in events:
+        merged |= {key: value for key, value in event.items() if value is not None}
     for key in lists:
-        found = [part[key] for part in parts if part.get(key) is not None]
-        if found:
-            whole[key] = [item for each in found for item in sequence(each, what=key)]
+        arrays = [as_array(event[key], what=key) for event in events if event.get(key) is not None]
+        if arrays:
+            merged[key] = [item for array in arrays for item in array]
     for key in texts:
-        whole[key] = "".join(text for part in parts if isinstance(text := part.get(key), str))
-    return whole
+        parts = (event.get(key) for event in events)
+        merged[key] = "".join(part for part in parts if isinstance(part, str))
+    return merged
 
 
 def merge_choice_events(
-    parts: Sequence[Mapping[str, object]],
-    lists: Sequence[str],
-    logprobs: Sequence[str],
+    events: Sequence[Mapping[str, object]], *, lists: Sequence[str], logprobs: Sequence[str]
 ) -> dict[str, object]:
-    """One OpenAI-style completion of the chunks of a stream, `logprobs` the lists below that."""
-    # The last chunk may bring the counts alone.
-    choices = [first_choice(part) for part in parts if part.get("choices")]
-    whole = merge_events(choices, lists, ["text"])
-    named = [mapping(each["logprobs"], what="logprobs") for each in choices if each.get("logprobs")]
-    if named:
-        whole["logprobs"] = merge_events(named, logprobs, [])
-    return merge_events(parts, [], []) | {"choices": [whole]}
+    """Merge the chunks of an OpenAI-style stream into one completion.
+
+    `lists` are keys of arrays in the choice, `logprobs` keys of arrays in the choice's `logprobs`.
+    """
+    # The last chunk may hold the usage alone.
+    choices = [first_choice(event) for event in events if event.get("choices")]
+    choice = merge_events(choices, lists=lists, texts=["text"])
+    chunks = [as_object(c["logprobs"], what="logprobs") for c in choices if c.get("logprobs")]
+    if chunks:
+        choice["logprobs"] = merge_events(chunks, lists=logprobs, texts=[])
+    return merge_events(events, lists=[], texts=[]) | {"choices": [choice]}

@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.base import RequestOptions
+from mlxroute.large.dialects.base import Dialect, RequestOptions
 from mlxroute.large.dialects.json_fields import (
-    by_logprob,
-    counted,
-    ended,
-    given_logprob,
-    logprob,
-    mapping,
-    sequence,
-    string,
-    token_id,
+    as_array,
+    as_chosen_logprob,
+    as_logprob,
+    as_object,
+    as_text,
+    as_token_id,
+    checked_counts,
+    mark_end,
+    sort_by_logprob,
 )
 from mlxroute.large.prompt import Prompt, PromptForm
 from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
@@ -25,55 +25,59 @@ from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
 _MAX_TOP: Final = 5
 
 
-class TgiGenerate:
-    """Greedy is `do_sample: false`; a temperature of 0 is refused."""
+class TgiGenerate(Dialect):
+    """Greedy decoding is `do_sample: false`; the server refuses a temperature of 0."""
 
-    name: Final = "TGI generate"
-    rung: Final = 2
-    form: Final = PromptForm.TEXT
-    path: Final = "/generate"
-    at_root: Final = True
-    names_model: Final = False
-    crashes_on_cached_prompts: Final = False
+    name = "TGI generate"
+    rung = 2
+    form = PromptForm.TEXT
+    path = "/generate"
+    at_root = True
+    names_model = False
 
-    def request(self, prompt: Prompt, ask: RequestOptions) -> dict[str, object]:
+    def request(self, prompt: Prompt, options: RequestOptions) -> dict[str, object]:
         """Ask for greedy tokens."""
         return {
             "inputs": prompt.text,
             "parameters": {
-                "max_new_tokens": ask.max_tokens,
+                "max_new_tokens": options.max_tokens,
                 "do_sample": False,
                 "details": True,
-                "top_n_tokens": min(ask.top_logprobs, _MAX_TOP),
+                "top_n_tokens": min(options.top_logprobs, _MAX_TOP),
             },
         }
 
     def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
-        """Understand a reply."""
-        details = mapping(reply.get("details"), what="details")
-        tokens = sequence(details.get("tokens"), what="details.tokens")
-        tops = sequence(details.get("top_tokens") or [], what="details.top_tokens")
+        """Read a reply."""
+        details = as_object(reply.get("details"), what="details")
+        tokens = as_array(details.get("tokens"), what="details.tokens")
+        tops = as_array(details.get("top_tokens") or [], what="details.top_tokens")
         if not tokens:
             raise LargeProtocolError("the reply holds no token")
-        entries = []
-        for index, item in enumerate(tokens):
-            token = _token(item)
-            given_logprob(token.logprob)
-            others = sequence(tops[index] if index < len(tops) else [], what="top_tokens")
-            entries.append(ReplyPosition(token, by_logprob([_token(other) for other in others])))
+        positions = [
+            _position(item, tops[index] if index < len(tops) else [])
+            for index, item in enumerate(tokens)
+        ]
         if details.get("finish_reason") == "eos_token":
-            entries = list(ended(entries))
+            positions = list(mark_end(positions))
         return Completion(
-            tuple(entries),
-            string(reply.get("generated_text"), what="generated_text"),
-            **counted(None, None, details.get("generated_tokens")),
+            tuple(positions),
+            as_text(reply.get("generated_text"), what="generated_text"),
+            **checked_counts(None, None, details.get("generated_tokens")),
         )
 
 
+def _position(item: object, top: object) -> ReplyPosition:
+    token = _token(item)
+    as_chosen_logprob(token.logprob)
+    alternatives = as_array(top, what="top_tokens")
+    return ReplyPosition(token, sort_by_logprob([_token(other) for other in alternatives]))
+
+
 def _token(value: object) -> ReplyToken:
-    item = mapping(value, what="a token")
+    item = as_object(value, what="a token")
     return ReplyToken(
-        token_id=token_id(item.get("id")),
-        text=string(item.get("text"), what="a token's text"),
-        logprob=logprob(item.get("logprob")),
+        token_id=as_token_id(item.get("id")),
+        text=as_text(item.get("text"), what="a token's text"),
+        logprob=as_logprob(item.get("logprob")),
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError, LargeRefused
-from mlxroute.large.dialects.json_fields import parse_object, sequence
+from mlxroute.large.dialects.json_fields import as_array, parse_object
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import Transport
 from mlxroute.safe_text import printable_line
@@ -27,7 +27,7 @@ def served_models(transport: Transport, deadline: Deadline) -> tuple[ServedModel
     """What `/v1/models` lists; nothing where the server does not tell. Raises LargeError."""
     try:
         reply = transport.call("/models", deadline=deadline)
-        items = sequence(parse_object(reply.body).get("data"), what="data")
+        items = as_array(parse_object(reply.body).get("data"), what="data")
     except (LargeProtocolError, LargeRefused):
         return ()
     entries = [item for item in items if isinstance(item, dict)]

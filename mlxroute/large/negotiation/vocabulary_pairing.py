@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlxroute.large.dialects import Dialect, reading_ids
+from mlxroute.large.dialects import Dialect, with_ids
 from mlxroute.large.negotiation.negotiator import NegotiatedDialect, Negotiator
 from mlxroute.large.vocabulary.bridge import Bridge
 from mlxroute.large.vocabulary.prompt_builder import PromptBuilder
@@ -45,7 +45,7 @@ class Pairings:
             assert terms is not None
             if same and reader.vocabulary is None:
                 reader.vocabulary = vocabulary
-            dialect = terms.dialect if reader.vocabulary is None else reading_ids(terms.dialect)
+            dialect = terms.dialect if reader.vocabulary is None else with_ids(terms.dialect)
             known = self.latest = Pairing(
                 vocabulary,
                 terms,
