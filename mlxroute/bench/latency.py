@@ -21,9 +21,9 @@ from mlxroute.bench.latency_sides import SIDES, Answers, LatencySide
 from mlxroute.bench.measurement import interleaved
 from mlxroute.bench.virtual_models import Known, VirtualClock, VirtualLarge, VirtualSmall
 from mlxroute.engine import Answer, Experience, Options
-from mlxroute.engine.modes.experience import BRANCH_ROWS
+from mlxroute.engine.experience import BRANCH_ROWS
 from mlxroute.engine.protocols import LargeProtocol, SmallProtocol
-from mlxroute.engine.transcript import Transcript
+from mlxroute.engine.transcript import Transcript, render_prompt
 from mlxroute.large import LargeModel
 from mlxroute.routers import EntropyRouter
 from mlxroute.small import SmallModel
@@ -208,10 +208,7 @@ def large_step_seconds(
     """What a token takes the large model when it goes on writing, by calls for one and for many."""
     waits: dict[int, list[float]] = {0: [], _MANY: []}
     for prompt in prompts:
-        text = small.render(prompt)
-        context = Transcript(
-            small.vocabulary, prompt, prompt_text=text, prompt_ids=small.encode_prompt(text)
-        ).context()
+        context = Transcript(render_prompt(small, prompt)).context()
         for prefetch, found in waits.items():
             # Once for the server's prompt cache.
             for _ in range(2):

@@ -10,8 +10,8 @@ from typing import Any
 from mlxroute.bench.divergence import Divergence, find_divergence
 from mlxroute.bench.latency_sides import SIDES, Answers
 from mlxroute.engine import Experience
-from mlxroute.engine.modes.experience import Average
-from mlxroute.engine.modes.governor import estimate
+from mlxroute.engine.experience import MovingAverage
+from mlxroute.engine.governor import mode_times
 from mlxroute.types import BranchCost, Mode
 
 
@@ -112,12 +112,12 @@ def _predicted(pair: dict[str, Any], cost: BranchCost, call_s: float) -> dict[st
     if not pair["escalated"]:
         return {}
     seen = Experience(
-        step_s=Average(cost.step_s),
-        call_s=Average(call_s),
-        rate=Average(pair["realised_rate"]),
-        agreement=Average(pair["agreement"]),
-        coverage=Average(pair["coverage_4"]),
+        step_s=MovingAverage(cost.step_s),
+        call_s=MovingAverage(call_s),
+        escalation_rate=MovingAverage(pair["realised_rate"]),
+        agreement=MovingAverage(pair["agreement"]),
+        coverage=MovingAverage(pair["coverage_4"]),
     )
-    found = estimate(seen, cost=cost.batch_s / cost.step_s)
+    found = mode_times(seen, branch_cost=cost.batch_s / cost.step_s)
     times = {"wait": found.wait_s, "overlap": found.overlap_s, "hedge": found.hedge_s}
     return {name: round(1.0 / seconds, 4) for name, seconds in times.items()}

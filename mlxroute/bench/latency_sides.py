@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from mlxroute.engine import Experience
-from mlxroute.engine.modes.governor import PREFETCH_TOKENS
+from mlxroute.engine.governor import PREFETCH_TOKENS
 from mlxroute.types import Mode, RunStats, Token
 
 

@@ -198,7 +198,7 @@ class _Run:
                 self.results.add(key, row)
             else:
                 for score in row.scores:
-                    _, router.pace = router.pace.decide(score)
+                    _, router.state = router.state.decide(score)
             rows[side.name].append(row)
 
     def _key(self, side: QualitySide, turns: Sequence[Message], router: Router) -> str:
@@ -206,7 +206,7 @@ class _Run:
         ranks = self.ranks[side.router] if side.router else ()
         parts = [self.small.name, self.replies.model_name, side.router, side.is_large, self.tokens]
         # One model alone answers whatever came before.
-        pace = repr(router.pace) if side.router else ""
+        pace = repr(router.state) if side.router else ""
         text = json.dumps([*parts, ranks, turns, pace])
         return hashlib.sha256(text.encode()).hexdigest()
 

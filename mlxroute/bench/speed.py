@@ -199,7 +199,7 @@ def _kernel_seconds(size: int) -> float:
 
     def work() -> None:
         signals: Any = form(logits)
-        router.pace.decide(router.score(signals, 0))
+        router.state.decide(router.score(signals, 0))
 
     return _median_seconds(work)
 

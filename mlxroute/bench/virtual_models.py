@@ -111,6 +111,14 @@ class VirtualSmall:
         self._ids += token_ids
         return self._signals(self._ids)
 
+    @property
+    def cached_ids(self) -> Sequence[int]:
+        return self._ids
+
+    @property
+    def batch_tails(self) -> Sequence[Sequence[int]]:
+        return [row[len(self._ids) :] for row in self._rows]
+
     def can_rollback(self, count: int) -> bool:
         return True
 

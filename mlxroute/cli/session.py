@@ -78,7 +78,7 @@ class Session:
     @property
     def threshold(self) -> float:
         """The score above which the large model is asked next; inf when there is none."""
-        return math.inf if self.large is None else self._router.pace.threshold
+        return math.inf if self.large is None else self._router.state.threshold
 
     @threshold.setter
     def threshold(self, score: float) -> None:
@@ -87,7 +87,7 @@ class Session:
     @property
     def budget(self) -> float | None:
         """The share of tokens that may be the large model's; None where a threshold is set."""
-        pace = self._router.pace
+        pace = self._router.state
         return pace.rate if isinstance(pace, Budget) else None
 
     def keep_within(self, budget: float) -> None:

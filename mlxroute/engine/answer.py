@@ -1,4 +1,4 @@
-"""One routed answer: what is asked, what is committed, and the figures of it."""
+"""One routed answer: `generate`, and the object it returns."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from mlxroute.engine.commits import Commits
-from mlxroute.engine.escalation.calls import Escalator
+from mlxroute.engine.escalation.calls import AnswerCalls
 from mlxroute.engine.escalation.decision import Decider
 from mlxroute.engine.escalation.never_send import NeverSend
-from mlxroute.engine.modes.ahead_loop import Ahead
-from mlxroute.engine.modes.decode_context import Desk
-from mlxroute.engine.modes.experience import Experience
-from mlxroute.engine.modes.governor import Governor
-from mlxroute.engine.modes.wait_loop import wait
+from mlxroute.engine.experience import Experience
+from mlxroute.engine.governor import Governor
+from mlxroute.engine.modes.ahead_loop import AheadLoop
+from mlxroute.engine.modes.decode_context import DecodeContext
+from mlxroute.engine.modes.wait_loop import wait_loop
 from mlxroute.engine.options import Options, parse_mode
 from mlxroute.engine.protocols import LargeProtocol, RouterProtocol, SmallProtocol
-from mlxroute.engine.transcript import Transcript
-from mlxroute.errors import ContextTooLong, UsageError
+from mlxroute.engine.transcript import render_prompt
+from mlxroute.errors import UsageError
 from mlxroute.statistics import intervals, percentile
 from mlxroute.types import (
     Activity,
@@ -34,9 +34,21 @@ from mlxroute.types import (
 
 
 class Answer:
-    """Iterate it to decode: each item is one committed token. `stats()` may be read any time.
+    """An answer that is decoded by iterating over it, one committed `Token` at a time.
 
-    `activity`, `prefill_done` and `prefill_total` tell another thread what is going on.
+    `generate` makes one. `stats()` may be called at any time; `activity`, `prefill_done` and
+    `prefill_total` (tokens) tell another thread how far it is.
+
+    Parameters:
+        small: The small model.
+        large: The large model; None where no position can be escalated.
+        messages: The conversation, ending with the user's message.
+        router: Scores positions; its state goes on from answer to answer.
+        options: Limits, sampling and mode.
+        experience: Measurements of the pair from earlier answers; a new object by default.
+        clock: Returns seconds; `time.perf_counter` by default.
+
+    Raises UsageError for an empty prompt and ContextTooLong for one that does not fit.
     """
 
     def __init__(
@@ -51,117 +63,112 @@ class Answer:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         began_s = clock()
+        experience = Experience() if experience is None else experience
         self._small = small
         self._options = options
-        self._prompt_text = small.render(messages)
-        self._prompt_ids = small.encode_prompt(self._prompt_text)
-        self._check_context()
-        self._experience = Experience() if experience is None else experience
+        self._prompt = render_prompt(small, messages)
         self._governor = Governor(
             options.mode,
-            self._experience,
+            experience,
             prefetch=options.prefetch,
-            ceiling=options.call_ceiling,
+            call_ceiling=options.call_ceiling,
         )
-        self._escalator = Escalator(
-            large, timeout_s=options.timeout_s, governor=self._governor, clock=clock
-        )
-        transcript = Transcript(
-            small.vocabulary,
-            messages,
-            prompt_text=self._prompt_text,
-            prompt_ids=self._prompt_ids,
+        self._calls = AnswerCalls(
+            large,
+            timeout_s=options.timeout_s,
+            governor=self._governor,
+            experience=experience,
+            clock=clock,
         )
         self._decider = Decider(
             router,
-            self._escalator,
-            transcript,
+            self._calls,
             eos_ids=small.vocabulary.eos_ids,
-            never_send=NeverSend(options.never_send, [each["content"] for each in messages]),
-            experience=self._experience,
+            never_send=NeverSend(options.never_send, [message["content"] for message in messages]),
+            experience=experience,
         )
-        limit = min(options.max_tokens, small.context_length - len(self._prompt_ids))
+        max_tokens = min(options.max_tokens, small.context_length - len(self._prompt.ids))
         self._commits = Commits(
-            limit=limit,
+            max_tokens=max_tokens,
             stop=options.stop,
             strict=options.strict,
-            experience=self._experience,
+            experience=experience,
             began_s=began_s,
             clock=clock,
         )
-        self._desk = Desk(
+        self._context = DecodeContext(
             small=small,
-            transcript=transcript,
+            prompt=self._prompt,
             decider=self._decider,
-            escalator=self._escalator,
+            calls=self._calls,
             commits=self._commits,
-            limit=limit,
+            max_tokens=max_tokens,
             governor=self._governor,
-            experience=self._experience,
+            experience=experience,
             clock=clock,
         )
         # A batch would draw other random numbers than a row alone.
-        self._ahead = Ahead(self._desk, branching=options.sampling.temperature == 0)
+        self._ahead = AheadLoop(self._context, branching=options.sampling.temperature == 0)
         self._reused = 0
         self._advice: str | None = None
         self._started = False
         self._activity = Activity.PREFILL
         self.prefill_done = 0
-        self.prefill_total = len(self._prompt_ids)
+        self.prefill_total = len(self._prompt.ids)
 
     def __iter__(self) -> Iterator[Token]:
-        """Decode to the end. Abandoning the iterator leaves the answer `cancelled`.
+        """Decode to the end; an iterator that is dropped leaves the answer `cancelled`.
 
-        Raises UsageError when it was iterated before: decoding cannot be repeated from here.
+        Raises UsageError at a second iteration.
         """
         return (event for event in self.events() if isinstance(event, Token))
 
     def events(self) -> Iterator[Event]:
-        """Decode as by iteration, and tell of provisional tokens and retractions in between."""
+        """Decode as by iteration, and yield provisional tokens and retractions in between."""
         if self._started:
             raise UsageError("an answer can be iterated once; call generate again")
         self._started = True
         try:
             signals = self._prefill()
-            if self._options.mode is Mode.WAIT or not self._escalator.open:
-                yield from wait(self._desk, signals)
+            if self._options.mode is Mode.WAIT or not self._calls.is_open:
+                yield from wait_loop(self._context, signals)
             else:
-                yield from self._ahead.walk(signals)
+                yield from self._ahead.run(signals)
         finally:
-            self._escalator.close()
+            self._calls.close()
             self._decider.prefetched.close()
         self._advice = self._governor.advice()
         self._activity = Activity.DONE
 
     @property
     def activity(self) -> Activity:
-        """What is going on."""
-        return Activity.WAIT if self._escalator.stalling else self._activity
+        """What the answer is doing now."""
+        return Activity.WAIT if self._calls.is_stalling else self._activity
 
     def stats(self) -> RunStats:
-        """The summary so far; final once the iteration has ended."""
-        commits, escalator, prices = self._commits, self._escalator, self._options.prices
-        times, uploads = commits.times_s, escalator.uploads
-        itl = intervals(times)
-        decoding_s = times[-1] - times[0] if len(times) > 1 else 0.0
+        """Return the summary so far; final once the iteration has ended."""
+        commits, calls, prices = self._commits, self._calls, self._options.prices
+        times_s, uploads = commits.times_s, calls.uploads
+        itl_s = intervals(times_s)
+        decoding_s = times_s[-1] - times_s[0] if len(times_s) > 1 else 0.0
         return RunStats(
             text=commits.text,
-            tokens=len(times),
+            tokens=len(times_s),
             large_tokens=commits.large_tokens,
             escalated=commits.escalated,
             agreed=commits.agreed,
             fallbacks=commits.fallbacks,
             unchecked=commits.unchecked,
             withheld=commits.withheld,
-            finish_reason=commits.finish,
-            prompt_tokens=len(self._prompt_ids),
+            finish_reason=commits.finish_reason,
+            prompt_tokens=len(self._prompt.ids),
             cached_prompt_tokens=self._reused,
-            ttft_s=times[0] if times else 0.0,
-            itl_p50_s=percentile(itl, 0.50),
-            itl_p95_s=percentile(itl, 0.95),
-            stall_s=escalator.stall_s,
-            tokens_per_s=len(itl) / decoding_s if decoding_s > 0 else 0.0,
-            total_s=times[-1] if times else 0.0,
+            ttft_s=times_s[0] if times_s else 0.0,
+            itl_p50_s=percentile(itl_s, 0.50),
+            itl_p95_s=percentile(itl_s, 0.95),
+            stall_s=calls.stall_s,
+            tokens_per_s=len(itl_s) / decoding_s if decoding_s > 0 else 0.0,
+            total_s=times_s[-1] if times_s else 0.0,
             requests=uploads.requests,
             uploaded_tokens=uploads.tokens,
             uploaded_bytes=uploads.size_bytes,
@@ -169,29 +176,19 @@ class Answer:
             large_completion_tokens=uploads.completion_tokens,
             cost_estimate=None if prices is None else prices.cost(uploads),
             mode=self._governor.mode,
-            calls=escalator.begun,
-            retracted=self._ahead.retracted,
+            calls=calls.started,
+            retracted=self._ahead.provisional.retracted,
             prefetch_generated=self._decider.prefetched.generated,
             prefetch_used=commits.prefetch_used,
-            held=self._ahead.held,
+            held=self._ahead.was_blocked,
             redecoded=self._ahead.redecoded,
-            plan=self._governor.why(),
+            plan=self._governor.explain(),
             advice=self._advice,
         )
 
-    def _check_context(self) -> None:
-        count, room = len(self._prompt_ids), self._small.context_length
-        if count == 0:
-            raise UsageError("the prompt is empty")
-        if count >= room:
-            raise ContextTooLong(
-                f"the prompt is {count:,} tokens and the small model's context holds {room:,};"
-                " shorten it, or use /reset in a chat"
-            )
-
     def _prefill(self) -> Signals:
         signals, self._reused = self._small.prefill(
-            self._prompt_ids, sampling=self._options.sampling, progress=self._on_prefill
+            self._prompt.ids, sampling=self._options.sampling, progress=self._on_prefill
         )
         self._activity = Activity.DECODE
         return signals
@@ -220,16 +217,39 @@ def generate(  # noqa: PLR0913 - the options of the command line, by the same na
     call_ceiling: float | None = None,
     experience: Experience | None = None,
 ) -> Answer:
-    """Answer a conversation (or one user message) with the small model, escalating as told.
+    """Answer a conversation with the small model, escalating where the router decides so.
 
-    Iterate the result to decode it token by token. Escalated positions take the large model's
-    most likely token; temperature, top-p and seed shape the small model's own. `large=None` means
-    every position is the small model's; so is one whose context a `never_send` pattern matches,
-    and every later one. `prices` give `stats()` a cost estimate. `mode` and `prefetch` (tokens that
-    each call brings beyond the one asked for) change the time it takes and not the answer; nor do
-    `call_ceiling` (calls for each escalated position, at most) and `experience`, what earlier
-    answers taught about both models, and the calls they took. Raises
-    UsageError and ContextTooLong before any work; while iterating, LargeError only if `strict`.
+    Iterate over the result to decode it. An escalated position takes the large model's most likely
+    token. `mode`, `prefetch`, `call_ceiling` and `experience` change time and calls, not the text,
+    given the same replies of the server.
+
+    Parameters:
+        small: The small model.
+        large: The large model; None if every position is to be the small model's.
+        messages: The conversation, or the text of one user message.
+        router: Scores each position, and decides by a threshold or a budget.
+        max_tokens: Greatest length of the answer, in tokens; 512 by default.
+        stop: Texts before which the answer ends; none by default.
+        temperature: Of the small model's own tokens; 0, the default, is greedy.
+        top_p: Nucleus sampling of the small model's own tokens, above 0 and at most 1, the default.
+        seed: Makes sampling repeatable; None, the default, does not.
+        timeout_s: Seconds that a call may take, and that all failures together may cost the answer;
+            30 by default.
+        strict: Raise the first LargeError while iterating; by default the small model's token stays
+            and is marked as unchecked.
+        never_send: Patterns of text that must stay on this machine. From a position on whose
+            context one matches, no position is escalated. None by default.
+        prices: Prices for the cost estimate in `stats()`; None, the default, gives none.
+        mode: What to do while a call is in flight: `wait`, `overlap`, `hedge`, or `auto`, the
+            default, which picks among them.
+        prefetch: Tokens that each call returns beyond the one it is made for, 0 to 64; None, the
+            default, leaves it to the mode.
+        call_ceiling: Greatest number of calls for each escalated position, at least 1, over all
+            answers with the same `experience`; None, the default, is no bound.
+        experience: Measurements of the pair from earlier answers, which this one adds to; a new
+            object by default.
+
+    Raises UsageError and ContextTooLong before any work.
     """
     if isinstance(messages, str):
         if not messages.strip():

@@ -1,38 +1,42 @@
-"""The committed tokens of one answer, in order: limits, stop strings, figures."""
+"""The committed tokens of one answer: limits, stop strings and counts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
 from mlxroute.engine.escalation.decision import Decision
-from mlxroute.engine.modes.experience import Experience
-from mlxroute.engine.text import StopStrings
+from mlxroute.engine.experience import Experience
+from mlxroute.engine.stop_strings import StopStrings
 from mlxroute.types import Source, StopReason, Token
 
 
 class Commits:
-    """Takes decisions in order until the answer has `ended`; counts them."""
+    """Commits decisions in order until the answer has `ended`, and counts them.
+
+    `max_tokens` bounds the answer, `stop` are stop strings, and `strict` turns a decision's error
+    into an exception. `began_s` is the clock time at which the request began.
+    """
 
     def __init__(
         self,
         *,
-        limit: int,
+        max_tokens: int,
         stop: Sequence[str],
         strict: bool,
         experience: Experience,
         began_s: float,
         clock: Callable[[], float],
     ) -> None:
-        self._limit = limit
+        self._max_tokens = max_tokens
         self._stop_strings = StopStrings(stop)
         self._strict = strict
         self._experience = experience
         self._began_s = began_s
         self._clock = clock
-        self._shown_text: list[str] = []
+        self._released_texts: list[str] = []
         self.times_s: list[float] = []
         self.ended = False
-        self.finish = StopReason.CANCELLED
+        self.finish_reason = StopReason.CANCELLED
         self.large_tokens = 0
         self.escalated = 0
         self.agreed = 0
@@ -46,19 +50,19 @@ class Commits:
 
     @property
     def text(self) -> str:
-        """What may be shown so far."""
-        return "".join(self._shown_text)
+        """The text released so far."""
+        return "".join(self._released_texts)
 
     def commit(self, decision: Decision, texts: Sequence[str]) -> Iterator[Token]:
-        """Commit what was decided, `texts` being what its tokens add; yield what may be shown.
+        """Commit a decision, whose tokens add `texts`; yield the tokens that can be released.
 
         Raises the decision's LargeError if `strict`.
         """
         if self._strict and decision.error is not None:
             raise decision.error
         self._count(decision)
-        for position, (token_id, text) in enumerate(zip(decision.token_ids, texts, strict=True)):
-            if self._stop_strings.hit or len(self) >= self._limit:
+        for number, (token_id, text) in enumerate(zip(decision.token_ids, texts, strict=True)):
+            if self._stop_strings.is_hit or len(self) >= self._max_tokens:
                 break
             token = Token(
                 index=len(self),
@@ -69,28 +73,27 @@ class Commits:
                 threshold=decision.threshold,
                 judgement=decision.judgement,
                 signals=decision.signals,
-                # A large token spelled as several small ones is still one escalation.
-                escalation=decision.escalation if position == 0 else None,
+                # A large token spelled as several small ones is one escalation.
+                escalation=decision.escalation if number == 0 else None,
                 checked=decision.checked,
                 time_s=self._clock() - self._began_s,
             )
             self.times_s.append(token.time_s)
             self.large_tokens += decision.source is Source.LARGE
-            yield from self._shown(self._stop_strings.push(token))
-        if (finish := self._finish_after(decision)) is not None:
-            self.ended, self.finish = True, finish
-            yield from self._shown(self._stop_strings.flush())
+            yield from self._release(self._stop_strings.push(token))
+        if (finish_reason := self._finish_reason_after(decision)) is not None:
+            self.ended, self.finish_reason = True, finish_reason
+            yield from self._release(self._stop_strings.flush())
 
     def _count(self, decision: Decision) -> None:
         self.unchecked += not decision.checked
         self.withheld += decision.withheld
-        escalation = decision.escalation
-        called = escalation is not None and not decision.withheld
-        self._experience.committed(escalated=called)
-        if escalation is None or decision.withheld:
+        escalation = None if decision.withheld else decision.escalation
+        self._experience.on_committed(escalated=escalation is not None)
+        if escalation is None:
             return
         if escalation.large is not None:
-            self._experience.escalated(
+            self._experience.on_escalated(
                 decision.signals, escalation.large, prefetched=escalation.prefetched
             )
         self.escalated += escalation.large is not None
@@ -98,14 +101,14 @@ class Commits:
         self.agreed += escalation.agreed
         self.prefetch_used += escalation.prefetched
 
-    def _shown(self, tokens: Iterator[Token]) -> Iterator[Token]:
+    def _release(self, tokens: Iterator[Token]) -> Iterator[Token]:
         for token in tokens:
-            self._shown_text.append(token.text)
+            self._released_texts.append(token.text)
             yield token
 
-    def _finish_after(self, decision: Decision) -> StopReason | None:
-        if self._stop_strings.hit:
+    def _finish_reason_after(self, decision: Decision) -> StopReason | None:
+        if self._stop_strings.is_hit:
             return StopReason.STOP_STRING
         if decision.ends:
             return StopReason.EOS
-        return StopReason.LENGTH if len(self) >= self._limit else None
+        return StopReason.LENGTH if len(self) >= self._max_tokens else None

@@ -1,4 +1,4 @@
-"""What the engine needs of its collaborators."""
+"""What the engine requires of its collaborators."""
 
 from __future__ import annotations
 
@@ -20,95 +20,126 @@ from mlxroute.types import (
 
 
 class SmallProtocol(Protocol):
-    """The on-device model, as the engine uses it."""
+    """The on-device model with its KV cache."""
 
     @property
     def vocabulary(self) -> Vocabulary: ...
 
     @property
-    def context_length(self) -> int: ...
+    def context_length(self) -> int:
+        """The greatest number of tokens of prompt and answer."""
+        ...
 
-    def render(self, messages: Sequence[Message]) -> str: ...
+    def render(self, messages: Sequence[Message]) -> str:
+        """Return the prompt text of a conversation."""
+        ...
 
-    def encode_prompt(self, text: str) -> list[int]: ...
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of a rendered prompt."""
+        ...
+
+    @property
+    def cached_ids(self) -> Sequence[int]:
+        """The ids in the KV cache, prompt included; without the rows of a batch."""
+        ...
+
+    @property
+    def batch_tails(self) -> Sequence[Sequence[int]]:
+        """For each row of a batch, the ids it holds beyond `cached_ids`; empty without a batch."""
+        ...
 
     def prefill(
         self, prompt_ids: Sequence[int], *, sampling: Sampling, progress: Progress
-    ) -> tuple[Signals, int]: ...
-
-    def extend(self, token_ids: Sequence[int]) -> Signals: ...
-
-    def can_rollback(self, count: int) -> bool:
-        """Whether `count` tokens that are fed next could be taken back."""
+    ) -> tuple[Signals, int]:
+        """Run a prompt; return the first position's signals and the number of ids reused."""
         ...
 
-    def rollback(self, count: int) -> None: ...
+    def extend(self, token_ids: Sequence[int]) -> Signals:
+        """Feed tokens in one pass; return the signals of the position after the last."""
+        ...
+
+    def can_rollback(self, count: int) -> bool:
+        """Return whether the next `count` tokens could be rolled back after they are fed."""
+        ...
+
+    def rollback(self, count: int) -> None:
+        """Remove the last `count` tokens from the KV cache. Raises RollbackError."""
+        ...
 
     @property
     def max_rows(self) -> int:
-        """How many rows `branch` may have now; 1 when there can be none beside the first."""
+        """How many rows a batch may have now; 1 where the KV cache cannot be branched."""
         ...
 
     def measure_branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
-        """What a step of `rows` rows costs and how it rounds, `token_id` being the next token."""
+        """Measure a step of `rows` rows, with `token_id` as the next token.
+
+        The KV cache is left as it was.
+        """
         ...
 
     def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:
-        """Feed one token a row, row i continuing row `parents[i]`; signals round differently."""
+        """Feed one token to each row of a batch, row i continuing row `parents[i]`.
+
+        Returns the signals after each row, which are rounded differently from those of one row.
+        """
         ...
 
     def select(self, row: int) -> None:
-        """Go on with one row alone."""
+        """End the batch and go on with one of its rows."""
         ...
 
 
 class PendingCallProtocol(Protocol):
-    """A call to the large model under way, or over."""
+    """A call to the large model, in flight or finished."""
 
     @property
     def ready(self) -> bool:
-        """Whether it has an answer or has failed; at its deadline it has, at the latest."""
+        """Whether it has returned a token or failed; true at its deadline at the latest."""
         ...
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more comes of it."""
+        """Whether no more tokens can arrive."""
         ...
 
     def result(self) -> tuple[LargeToken, ...]:
-        """What a ready flight brought: the token asked for, maybe some of those after it.
+        """Return the token of a ready call, followed by the prefetched tokens so far.
 
-        There may be more of these each time, until it is over. Raises LargeError and nothing else.
+        Raises LargeError and nothing else.
         """
         ...
 
     def cancel(self) -> None:
-        """Drop the call and whatever comes of it; returns at once."""
+        """Abort the call and drop what still arrives; returns at once."""
         ...
 
 
 class LargeProtocol(Protocol):
-    """The remote model, used by one thread.
-
-    `uploads` are totals since it was made, and may be read from another thread.
-    """
+    """The remote model, used by one thread."""
 
     @property
-    def uploads(self) -> Uploads: ...
+    def uploads(self) -> Uploads:
+        """Totals since the object was made; may be read from another thread."""
+        ...
 
     @property
     def max_in_flight(self) -> int:
-        """How many calls may be under way at once; it can change with what is found out."""
+        """How many calls may be in flight; may change as more is learned of the server."""
         ...
 
     def begin(
         self, context: LargeContext, *, deadline_s: float, prefetch: int
     ) -> PendingCallProtocol:
-        """Ask for the token after `context` and, if that costs no call, for `prefetch` more."""
+        """Start a call for the token after `context`.
+
+        It returns up to `prefetch` more tokens, where they cost no further call, and is ready after
+        `deadline_s` seconds at the latest.
+        """
         ...
 
     def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
-        """Return when `ready()`, which changes only as a flight does, or when the time is up."""
+        """Block until `ready()` is true, which only changes with a call, or for `timeout_s`."""
         ...
 
 
@@ -120,41 +151,41 @@ class NamedLargeProtocol(LargeProtocol, Protocol):
 
 
 class RouterState(Protocol):
-    """What a router decides from scores, as far as it has come: a value."""
+    """Immutable router state after the last position."""
 
     @property
     def threshold(self) -> float:
-        """The score that the next position has to exceed."""
+        """The score that the next position has to exceed to be escalated."""
         ...
 
     @property
-    def seen(self) -> int:
-        """How many positions there were."""
+    def positions(self) -> int:
+        """The number of positions so far."""
         ...
 
     def decide(self, score: float) -> tuple[Judgement, Self]:
-        """What is to be done at the next position if this is its score, and the pace behind it."""
+        """Judge the next position by its score; return the judgement and the state after it."""
         ...
 
-    def is_near(self, score: float, band: float) -> bool:
-        """Whether a score that differs by `band` could be judged, or leave the pace, otherwise."""
+    def is_borderline(self, score: float, band: float) -> bool:
+        """Return whether a score that differs by `band` could be judged or counted differently."""
         ...
 
 
 class RouterProtocol(Protocol):
-    """Scores positions. `pace` is that behind the last committed one, of whichever answer."""
+    """Scores positions, and holds the state after the last committed one of any answer."""
 
     @property
-    def pace(self) -> RouterState: ...
+    def state(self) -> RouterState: ...
 
-    @pace.setter
-    def pace(self, pace: Any) -> None: ...
+    @state.setter
+    def state(self, state: Any) -> None: ...
 
     @property
     def gain(self) -> float:
-        """By how much the score moves at most where logprobs, entropy and head move by 1."""
+        """How much the score changes at most where logprobs, entropy and head score change by 1."""
         ...
 
-    def score(self, signals: Signals, number: int) -> float:
-        """The score of the position with this number; higher means escalate."""
+    def score(self, signals: Signals, position: int) -> float:
+        """Return the score of a position, given its signals and its number; higher escalates."""
         ...

@@ -1,69 +1,129 @@
-"""The conversation and the answer so far, as the large model is to see them."""
+"""The answer so far, as an immutable value that branches share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
-from mlxroute.engine.text import CharacterMark, CharacterStream, spans
-from mlxroute.types import LargeContext, Message, Vocabulary
+from mlxroute.engine.characters import CharacterState
+from mlxroute.engine.protocols import SmallProtocol
+from mlxroute.errors import ContextTooLong, UsageError
+from mlxroute.types import LargeContext, Message, Span, Vocabulary
 
 
+@dataclass(frozen=True, slots=True)
+class RenderedPrompt:
+    """A conversation, its text in the small model's chat template, and the ids of that text."""
+
+    vocabulary: Vocabulary
+    messages: tuple[Message, ...]
+    text: str
+    ids: tuple[int, ...]
+
+
+def render_prompt(small: SmallProtocol, messages: Sequence[Message]) -> RenderedPrompt:
+    """Render a conversation. Raises UsageError if it is empty, ContextTooLong if too long."""
+    text = small.render(messages)
+    ids = tuple(small.encode_prompt(text))
+    if not ids:
+        raise UsageError("the prompt is empty")
+    if len(ids) >= small.context_length:
+        raise ContextTooLong(
+            f"the prompt has {len(ids):,} tokens and the small model's context holds"
+            f" {small.context_length:,}; shorten it"
+        )
+    return RenderedPrompt(small.vocabulary, tuple(messages), text, ids)
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenToken:
+    """A token of the answer, with the text it adds.
+
+    `large_ids` are the large model's own ids for it: empty for a token of the small model, None for
+    the second and later tokens of a large token that is spelled as several small ones.
+    """
+
+    token_id: int
+    text: str
+    large_ids: tuple[int, ...] | None
+
+    @property
+    def starts_decision(self) -> bool:
+        """Whether this is the first token of what was decided at one position."""
+        return self.large_ids is not None
+
+
+@dataclass(frozen=True, slots=True)
 class Transcript:
-    """The answer's tokens, committed and provisional; the last ones can be taken back."""
+    """A prompt and the tokens of its answer, committed or provisional.
 
-    def __init__(
-        self,
-        vocabulary: Vocabulary,
-        messages: Sequence[Message],
-        *,
-        prompt_text: str,
-        prompt_ids: Sequence[int],
-    ) -> None:
-        self._vocabulary = vocabulary
-        self._messages = tuple(messages)
-        self._prompt_text = prompt_text
-        self._prompt_ids = tuple(prompt_ids)
-        self._characters = CharacterStream()
-        self._marks: list[CharacterMark] = []
-        self._written: list[tuple[str, tuple[int, ...] | None]] = []
-        self.ids: list[int] = []
+    `extend` returns a longer transcript and leaves this one as it is.
+    """
+
+    prompt: RenderedPrompt
+    tokens: tuple[WrittenToken, ...] = ()
+    ids: tuple[int, ...] = ()
+    characters: CharacterState = field(default_factory=CharacterState)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
-    def in_character(self) -> bool:
+    def ends_in_character(self) -> bool:
         """Whether the answer ends inside a character."""
-        return bool(self._characters.fragment_ids)
+        return bool(self.characters.fragment_ids)
 
-    def push(self, token_id: int, *, ends: bool, large_ids: tuple[int, ...] | None) -> str:
-        """Add a token and return the text it adds; none if it `ends` the answer.
+    def extend(
+        self, token_ids: Sequence[int], *, ends: bool, large_ids: tuple[int, ...] = ()
+    ) -> Transcript:
+        """Return the transcript with what was decided at one position.
 
-        `large_ids` are the large model's own for it, as `spans` takes them.
+        `token_ids` are one token, or a large token spelled as several small ones, and `large_ids`
+        the large model's own ids for them. A token that `ends` the answer adds no text.
         """
-        self._marks.append(self._characters.mark())
-        data = b"" if ends else self._vocabulary.token_bytes(token_id)
-        text = "" if ends else self._characters.push(token_id, data)
-        self._written.append((text, large_ids))
-        self.ids.append(token_id)
-        return text
+        tokens, characters = list(self.tokens), self.characters
+        for number, token_id in enumerate(token_ids):
+            text = ""
+            if not ends:
+                data = self.prompt.vocabulary.token_bytes(token_id)
+                characters, text = characters.push(token_id, data)
+            tokens.append(WrittenToken(token_id, text, None if number else large_ids))
+        ids = (*self.ids, *token_ids)
+        return replace(self, tokens=tuple(tokens), ids=ids, characters=characters)
 
-    def rollback(self, length: int) -> None:
-        """Take back all tokens but the first `length`."""
-        if length < len(self):
-            self._characters.restore(self._marks[length])
-            for tokens in (self._marks, self._written, self.ids):
-                del tokens[length:]
+    def texts_from(self, index: int) -> tuple[str, ...]:
+        """Return the texts that the tokens from number `index` on add."""
+        return tuple(token.text for token in self.tokens[index:])
 
     def context(self) -> LargeContext:
-        """What the large model is told at the position after the last token."""
-        fragment_ids = self._characters.fragment_ids
-        whole = self._written[: len(self) - len(fragment_ids)]
+        """Return the large model's input for the position after the last token."""
+        fragment_ids = self.characters.fragment_ids
+        whole = self.tokens[: len(self) - len(fragment_ids)]
         return LargeContext(
-            text=self._prompt_text + "".join(text for text, _ in whole),
-            token_ids=(*self._prompt_ids, *self.ids),
+            text=self.prompt.text + "".join(token.text for token in whole),
+            token_ids=(*self.prompt.ids, *self.ids),
             fragment_ids=fragment_ids,
-            vocabulary=self._vocabulary,
-            messages=self._messages,
-            spans=spans(whole),
+            vocabulary=self.prompt.vocabulary,
+            messages=self.prompt.messages,
+            spans=spans((token.text, token.large_ids) for token in whole),
         )
+
+
+def spans(tokens: Iterable[tuple[str, tuple[int, ...] | None]]) -> tuple[Span, ...]:
+    """Group an answer's text by the model that wrote it.
+
+    `tokens` are pairs of text and `large_ids` as in `WrittenToken`. Adjacent text of the small
+    model becomes one span; each token of the large model is a span with its own ids.
+    """
+    groups: list[tuple[list[str], tuple[int, ...]]] = []
+    in_large_token = False
+    for text, ids in tokens:
+        large_ids = ids if ids is not None or in_large_token else ()
+        in_large_token = large_ids is None or bool(large_ids)
+        if not text and not large_ids:
+            continue
+        if groups and (large_ids is None or not (large_ids or groups[-1][1])):
+            groups[-1][0].append(text)
+        else:
+            groups.append(([text], large_ids or ()))
+    return tuple(Span("".join(texts), ids) for texts, ids in groups)

@@ -14,6 +14,8 @@ class ForwardOnlySmall:
     """Goes on only: nothing can be taken back, and there are no branches."""
 
     max_rows = 1
+    cached_ids: Sequence[int] = ()
+    batch_tails: Sequence[Sequence[int]] = ()
 
     def can_rollback(self, count: int) -> bool:
         """Whether `count` tokens that are fed next could be taken back."""

@@ -1,6 +1,6 @@
-"""Routers: a score of each position, and the pace at which the highest are escalated.
+"""Routers: scores of positions, and thresholds or budgets that decide which are escalated.
 
-Values only: no clock, no I/O, no arrays.
+Pure functions and immutable values: no clock, no I/O, no arrays.
 """
 
 from mlxroute.routers.budget import BURST, Budget

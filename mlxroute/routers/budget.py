@@ -1,16 +1,17 @@
-"""A budget: the share of positions that may be escalated, as a promise.
+"""A budget: an upper bound on the share of positions that are escalated.
 
-A token bucket gives the promise: each position adds the rate to a purse that holds BURST at most,
-an escalation takes 1 from it and needs 1 in it. So n positions in a row, of one answer or of many,
-are escalated rate * n + BURST times at most.
+A token bucket enforces the bound: each position adds `rate` to a bucket that holds at most `BURST`,
+and an escalation takes 1 out of it, so it needs 1 in it. Any n positions in a row, of one answer or
+of many, are therefore escalated at most rate * n + BURST times.
 
-What is worth it is decided among the latest scores: a position is escalated when its score exceeds
-the one at a certain rank of them. That rank follows the rate by online quantile tracking (a
-Robbins-Monro step each position: up by eta (1 - rate) at an escalation, else down by eta rate), so
-that the realised rate approaches the budget whatever the scores are distributed like.
+Which positions are escalated is decided by rank: a position is escalated where its score exceeds
+the score at a certain rank of the latest ones. The rank follows the rate by online quantile
+tracking, a Robbins-Monro step at each position (Robbins and Monro, A stochastic approximation
+method, 1951): up by eta (1 - rate) at an escalation, and down by eta rate otherwise. The realised
+rate so approaches the budget, whatever the distribution of the scores.
 
-Scores count in steps of a `resolution`. Where they round differently in the last digits, as in a
-batch, the state stays the same to the last bit but for scores at the border of two steps.
+Scores are rounded to steps of a `resolution`. Where their last digits differ, as in a batch, the
+state stays bit-identical except for scores on the border between two steps.
 """
 
 from __future__ import annotations
@@ -26,39 +27,44 @@ from mlxroute.statistics import interpolated_quantile
 from mlxroute.types import Judgement
 
 BURST: Final = 4.0
-_ETA: Final = 0.02
+# eta of the quantile tracking.
+_LEARNING_RATE: Final = 0.02
+# Number of scores that a new one is ranked among.
 _WINDOW: Final = 256
-# Coprime to the window: scores that are known beforehand leave it evenly.
+# Coprime to the window, so that expected scores leave it in an even mixture of ranks.
 _STRIDE: Final = 101
-# Refills add up to a whole escalation but for rounding.
-_WHOLE: Final = 1.0 - 1e-9
+# Refills that add up to a whole escalation may fall short of 1 by rounding.
+_ONE_ESCALATION: Final = 1.0 - 1e-9
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """The state of a budget after `seen` positions; `decide` gives the next one.
+    """Immutable router state of a budget after `positions` positions.
 
-    `recent` are the latest scores, oldest first, and `ordered` the same by size.
+    `rate` is the budget, from 0 to 1; `rank` the rank, from 0 to 1, above which scores are
+    escalated; `bucket` the level of the token bucket. `recent` are the latest scores, oldest first,
+    and `ordered` the same scores in rising order.
     """
 
     rate: float
     resolution: float
     rank: float
-    purse: float
+    bucket: float
     recent: tuple[float, ...]
     ordered: tuple[float, ...]
-    seen: int = 0
+    positions: int = 0
 
     @classmethod
     def of(cls, rate: float, quantiles: Sequence[float], *, resolution: float) -> Budget:
-        """A budget whose first positions are compared with scores at evenly spaced ranks.
+        """Return a budget at its start, whose window holds expected scores.
 
-        Raises UsageError for a rate that is no share.
+        `quantiles` are expected scores at evenly spaced ranks, lowest first. Raises UsageError
+        for a rate outside 0 to 1.
         """
         if not 0 <= rate <= 1:
-            raise UsageError(f"a budget must be from 0% to 100%, not {rate:.4g}")
+            raise UsageError(f"budget must be from 0% to 100%, not {rate:.4g}", parameter="budget")
         expected = [interpolated_quantile(quantiles, (i + 0.5) / _WINDOW) for i in range(_WINDOW)]
-        mixed = [_stepped(expected[i * _STRIDE % _WINDOW], resolution) for i in range(_WINDOW)]
+        mixed = [_rounded(expected[i * _STRIDE % _WINDOW], resolution) for i in range(_WINDOW)]
         return cls(rate, resolution, 1.0 - rate, BURST, tuple(mixed), tuple(sorted(mixed)))
 
     @property
@@ -66,42 +72,43 @@ class Budget:
         """The score that the next position has to exceed."""
         if self.rate in (0, 1):
             return math.inf if self.rate == 0 else -math.inf
-        place = math.floor(self.rank * len(self.ordered))
-        return self.ordered[min(place, len(self.ordered) - 1)]
+        index = math.floor(self.rank * len(self.ordered))
+        return self.ordered[min(index, len(self.ordered) - 1)]
 
     def decide(self, score: float) -> tuple[Judgement, Budget]:
-        """What is to be done at a position with this score, and the state behind it.
+        """Judge the next position by its score; return the judgement and the state after it.
 
-        A score that is NaN is the highest.
+        NaN counts as the highest score.
         """
-        value, filled = _stepped(score, self.resolution), min(BURST, self.purse + self.rate)
+        value, level = _rounded(score, self.resolution), min(BURST, self.bucket + self.rate)
         judgement = Judgement.KEEP
         if (threshold := self.threshold) != math.inf and value > threshold:
-            judgement = Judgement.ESCALATE if filled >= _WHOLE else Judgement.OVER_BUDGET
-        spent = judgement is Judgement.ESCALATE
+            has_room = level >= _ONE_ESCALATION
+            judgement = Judgement.ESCALATE if has_room else Judgement.OVER_BUDGET
+        escalates = judgement is Judgement.ESCALATE
         ordered = list(self.ordered)
         del ordered[bisect_left(ordered, self.recent[0])]
         insort(ordered, value)
         return judgement, Budget(
             rate=self.rate,
             resolution=self.resolution,
-            rank=min(1.0, max(0.0, self.rank + _ETA * (spent - self.rate))),
-            purse=max(0.0, filled - spent),
+            rank=min(1.0, max(0.0, self.rank + _LEARNING_RATE * (escalates - self.rate))),
+            bucket=max(0.0, level - escalates),
             recent=(*self.recent[1:], value),
             ordered=tuple(ordered),
-            seen=self.seen + 1,
+            positions=self.positions + 1,
         )
 
-    def is_near(self, score: float, band: float) -> bool:
-        """Whether a score that differs by `band` would be counted otherwise."""
+    def is_borderline(self, score: float, band: float) -> bool:
+        """Return whether a score that differs by `band` could be rounded to another step."""
         if not math.isfinite(score):
             return False
-        place = score / self.resolution
-        return abs(place - math.floor(place) - 0.5) * self.resolution <= band
+        steps = score / self.resolution
+        return abs(steps - math.floor(steps) - 0.5) * self.resolution <= band
 
 
-def _stepped(score: float, resolution: float) -> float:
-    """A score in whole steps; NaN is the highest."""
+def _rounded(score: float, resolution: float) -> float:
+    """Round a score to a multiple of `resolution`; NaN becomes inf."""
     if math.isnan(score):
         return math.inf
     return math.floor(score / resolution + 0.5) * resolution if math.isfinite(score) else score

@@ -1,4 +1,4 @@
-"""A router: what positions are scored by, and the pace at which they are escalated."""
+"""Routers: a score of each position, and the state that decides which ones are escalated."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from mlxroute.routers.scores import SCORES
 from mlxroute.routers.threshold import Threshold
 from mlxroute.types import Signals
 
-# Where nothing is known of a router's scores with a model: any order of size will do to begin with.
-_UNKNOWN = (0.0, 1.0)
+# Initial quantiles of a budget without a calibration; it follows the real scores soon.
+_UNCALIBRATED = (0.0, 1.0)
 
 
 class Router:
-    """Scores positions by `name`; `pace` is its state behind the last committed one.
+    """Scores positions by the score called `name`.
 
-    With a budget the state goes on from answer to answer: use one router for a conversation.
+    `state` is the state after the last committed position. A budget's goes on from answer to
+    answer, so use one router for a conversation.
     """
 
-    def __init__(self, name: str, pace: Threshold | Budget) -> None:
+    def __init__(self, name: str, state: Threshold | Budget) -> None:
         self.name = name
-        self.pace: Threshold | Budget = pace
+        self.state: Threshold | Budget = state
         self._score = SCORES[name]
 
     @property
     def gain(self) -> float:
-        """By how much the score moves at most where logprobs, entropy and head move by 1."""
+        """How much the score changes at most where logprobs, entropy and head score change by 1."""
         return self._score.gain
 
-    def score(self, signals: Signals, number: int) -> float:
-        """The score of the position with this number; higher means escalate."""
-        return self._score.of(signals, number)
+    def score(self, signals: Signals, position: int) -> float:
+        """Return the score of a position, given its signals and its number; higher escalates."""
+        return self._score.function(signals, position)
 
 
 def make_router(
@@ -40,15 +41,18 @@ def make_router(
     *,
     threshold: float | None = None,
     budget: float | None = None,
-    quantiles: Sequence[float] = _UNKNOWN,
+    quantiles: Sequence[float] = _UNCALIBRATED,
 ) -> Router:
-    """A router that escalates above a threshold, or within a budget (0.07 for 7 %).
+    """Return a router that escalates above a threshold, or within a budget (0.07 is 7 %).
 
-    `quantiles` are scores at evenly spaced ranks, lowest first, from a calibration; a budget starts
-    from them. Raises UsageError unless exactly one of the two is given.
+    `quantiles` are the scores of a calibration at evenly spaced ranks, lowest first, with which a
+    budget starts. Raises UsageError for an unknown name, and unless exactly one of threshold and
+    budget is given.
     """
     if name not in SCORES:
-        raise UsageError(f"no router named {name!r}; there are: {', '.join(SCORES)}")
+        raise UsageError(
+            f"unknown router {name!r}; choose one of {', '.join(SCORES)}", parameter="router"
+        )
     if (threshold is None) == (budget is None):
         raise UsageError("a router takes either a threshold or a budget")
     if threshold is not None:
@@ -58,9 +62,17 @@ def make_router(
 
 
 class EntropyRouter(Router):
-    """Escalates where the entropy (nats, full vocabulary) exceeds `threshold`, or by a budget.
+    """Escalates positions where the small model's entropy is high.
 
-    `inf` never escalates, `-inf` always does. `budget` is a share, 0.07 for 7 %.
+    Parameters:
+        threshold: Entropy in nats over the full vocabulary above which a position is escalated;
+            `inf` never escalates and `-inf` always does. None, the default, with a budget.
+        budget: Greatest share of positions that are escalated, from 0 to 1 (0.07 is 7 %), plus a
+            burst of 4. None, the default, with a threshold.
+        quantiles: Entropies in nats at evenly spaced ranks, lowest first, with which a budget
+            starts; by default those of no calibration, 0 and 1.
+
+    Raises UsageError unless exactly one of threshold and budget is given.
     """
 
     def __init__(
@@ -68,8 +80,7 @@ class EntropyRouter(Router):
         threshold: float | None = None,
         *,
         budget: float | None = None,
-        quantiles: Sequence[float] = _UNKNOWN,
+        quantiles: Sequence[float] = _UNCALIBRATED,
     ) -> None:
-        """Raises UsageError unless exactly one of threshold and budget is given."""
-        made = make_router("entropy", threshold=threshold, budget=budget, quantiles=quantiles)
-        super().__init__(made.name, made.pace)
+        router = make_router("entropy", threshold=threshold, budget=budget, quantiles=quantiles)
+        super().__init__(router.name, router.state)

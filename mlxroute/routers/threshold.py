@@ -11,25 +11,27 @@ from mlxroute.types import Judgement
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """Escalates above `threshold`, in the units of the score; `seen` counts positions.
+    """Immutable router state that escalates scores above `threshold`, in the score's units.
 
-    `inf` never escalates, `-inf` always does. A score that is not a number, from broken logits,
-    escalates under every threshold but `inf`.
+    `inf` never escalates and `-inf` always does. NaN, the score of broken logits, is escalated
+    under every threshold but `inf`. Raises UsageError for a threshold that is NaN.
     """
 
     threshold: float
-    seen: int = 0
+    positions: int = 0
 
     def __post_init__(self) -> None:
         if math.isnan(self.threshold):
-            raise UsageError("the threshold must be a number, inf or -inf, not nan")
+            raise UsageError(
+                "threshold must be a number, inf or -inf, not nan", parameter="threshold"
+            )
 
     def decide(self, score: float) -> tuple[Judgement, Threshold]:
-        """What is to be done at a position with this score, and the state behind it."""
-        above = self.threshold != math.inf and not score <= self.threshold
-        judgement = Judgement.ESCALATE if above else Judgement.KEEP
-        return judgement, Threshold(self.threshold, self.seen + 1)
+        """Judge the next position by its score; return the judgement and the state after it."""
+        is_above = self.threshold != math.inf and not score <= self.threshold
+        judgement = Judgement.ESCALATE if is_above else Judgement.KEEP
+        return judgement, Threshold(self.threshold, self.positions + 1)
 
-    def is_near(self, score: float, band: float) -> bool:
-        """Whether a score that differs by `band` would be judged otherwise."""
+    def is_borderline(self, score: float, band: float) -> bool:
+        """Return whether a score that differs by `band` could be judged differently."""
         return abs(score - self.threshold) <= band

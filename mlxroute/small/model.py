@@ -112,9 +112,14 @@ class SmallModel:
         return self._text.encode_prompt(text)
 
     @property
-    def cached_ids(self) -> tuple[int, ...]:
-        """The ids the KV cache holds."""
-        return tuple(self._decoder.cache.token_ids)
+    def cached_ids(self) -> Sequence[int]:
+        """The ids in the KV cache, without the rows of a batch; changes with the next step."""
+        return self._decoder.cache.token_ids
+
+    @property
+    def batch_tails(self) -> Sequence[Sequence[int]]:
+        """For each row of a batch, the ids it holds beyond `cached_ids`; empty without a batch."""
+        return self._decoder.cache.tails
 
     def prefill(
         self,

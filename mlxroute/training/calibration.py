@@ -53,7 +53,7 @@ def calibrate(
         data=data,
         positions=len(rows),
         quantiles={
-            name: _quantiles([score.of(row, number) for number, row in enumerate(rows)])
+            name: _quantiles([score.function(row, number) for number, row in enumerate(rows)])
             for name, score in SCORES.items()
             if name != "head"
         },

@@ -86,7 +86,7 @@ def test_routers_with_known_ranks_have_a_default_rate() -> None:
     ranks = ScoreRanks.find("qwen2.5-coder-0.5b", user_catalog_dir())
     pair = Catalog.load().find_pair("qwen2.5-coder-0.5b")
     router = chosen_router("margin", Settings(), pair, ranks)
-    assert router.pace.threshold == ranks.threshold_at_rate("margin", 0.07)
+    assert router.state.threshold == ranks.threshold_at_rate("margin", 0.07)
     assert pair is not None
     assert router_of(Settings(), pair) == pair.router
     assert router_of(Settings(router="logu"), pair) == "logu"

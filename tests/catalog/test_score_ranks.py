@@ -57,7 +57,7 @@ def test_budgets_can_start_with_every_small_model_of_the_catalogue(
     ranks = ScoreRanks.find(small, tmp_path)
     assert ranks.positions > 500
     for name in ("entropy", "margin", "max-probability", "logu", "random"):
-        found = make_router(name, budget=0.07, quantiles=ranks[name]).pace.threshold
+        found = make_router(name, budget=0.07, quantiles=ranks[name]).state.threshold
         assert found == pytest.approx(ranks.threshold_at_rate(name, 0.07), rel=0.15)
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from mlxroute.engine import Answer, Experience, Options
-from mlxroute.engine.modes.experience import TRUSTED, Average
-from mlxroute.engine.modes.governor import Governor, estimate
+from mlxroute.engine.experience import SLOWDOWN_PRIOR, MovingAverage
+from mlxroute.engine.governor import Governor, mode_times
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import BranchCost, Mode, RunStats, Signals
 from tests.support.fakes import FakeClock
@@ -25,17 +25,17 @@ def experience(
     slowdown: float = 1.0,
 ) -> Experience:
     return Experience(
-        step_s=Average(step, 9),
-        call_s=Average(call, 9),
-        call_slowdown=Average(slowdown, 9),
-        agreement=Average(agreement, 9),
-        coverage=Average(coverage, 9),
-        branches=BranchCost(4, 1.0, 1.4, 0.0),
+        step_s=MovingAverage(step, 9),
+        call_s=MovingAverage(call, 9),
+        call_slowdown=MovingAverage(slowdown, 9),
+        agreement=MovingAverage(agreement, 9),
+        coverage=MovingAverage(coverage, 9),
+        branch_cost=BranchCost(4, 1.0, 1.4, 0.0),
     )
 
 
 def governor(seen: Experience, *, ceiling: float | None = None) -> Governor:
-    return Governor(Mode.AUTO, seen, prefetch=None, ceiling=ceiling)
+    return Governor(Mode.AUTO, seen, prefetch=None, call_ceiling=ceiling)
 
 
 @pytest.mark.parametrize(
@@ -56,27 +56,27 @@ def test_the_way_with_the_least_time_a_token_is_taken(
 
 
 def test_first_a_call_alone_is_seen_then_one_beside_decoding() -> None:
-    seen = Experience(step_s=Average(1.0, 9))
+    seen = Experience(step_s=MovingAverage(1.0, 9))
     assert governor(seen).mode is Mode.WAIT
-    seen.called(1, 20.0, alone=True)
+    seen.on_call_answered(1, 20.0, is_alone=True)
     assert governor(seen).mode is Mode.OVERLAP
-    seen.called(1, 160.0, alone=False)
+    seen.on_call_answered(1, 160.0, is_alone=False)
     assert governor(seen).mode is Mode.WAIT
     assert seen.call_s.value == 20.0
 
 
 def test_one_late_call_says_little_about_what_decoding_does_to_it() -> None:
     seen = experience(call=20.0)
-    seen.call_slowdown = Average(1.0, TRUSTED)
-    seen.called(1, 30.0, alone=False)
+    seen.call_slowdown = MovingAverage(1.0, SLOWDOWN_PRIOR)
+    seen.on_call_answered(1, 30.0, is_alone=False)
     assert governor(seen).mode is not Mode.WAIT
 
 
 def test_the_formulas_give_the_times_of_a_worked_example() -> None:
     # a = 5 ms, R = 170 ms, p = 7 %, q = .4, c = .8, b = 1.3.
     seen = experience(step=5.0, call=170.0, agreement=0.4, coverage=0.8)
-    seen.rate = Average(0.07, 9)
-    times = estimate(seen, cost=1.3)
+    seen.escalation_rate = MovingAverage(0.07, 9)
+    times = mode_times(seen, branch_cost=1.3)
     assert times.wait_s == pytest.approx(16.9, abs=0.05)
     assert times.overlap_s == pytest.approx(12.1, abs=0.05)
     assert times.hedge_s == pytest.approx(9.6, abs=0.05)
@@ -84,21 +84,21 @@ def test_the_formulas_give_the_times_of_a_worked_example() -> None:
 
 def test_more_tokens_a_call_are_tried_and_kept_where_they_pay() -> None:
     seen = experience(call=10.0)
-    assert governor(seen).ahead > 0
-    seen.run_s, seen.answered = Average(12.0, 9), Average(0.5, 9)
-    assert governor(seen).ahead > 0
-    seen.answered = Average(0.0, 9)
-    assert governor(seen).ahead == 0
-    assert Governor(Mode.HEDGE, seen, prefetch=3, ceiling=None).ahead == 3
+    assert governor(seen).prefetch > 0
+    seen.prefetch_call_s, seen.prefetch_hit_rate = MovingAverage(12.0, 9), MovingAverage(0.5, 9)
+    assert governor(seen).prefetch > 0
+    seen.prefetch_hit_rate = MovingAverage(0.0, 9)
+    assert governor(seen).prefetch == 0
+    assert Governor(Mode.HEDGE, seen, prefetch=3, call_ceiling=None).prefetch == 3
 
 
 def test_that_streaming_would_be_faster_is_said_once_with_figures() -> None:
     seen = experience(step=0.01, call=2.0)
     assert governor(seen).advice() is None
-    seen.large_step_s, seen.rate = Average(0.05, 9), Average(0.1, 9)
+    seen.large_step_s, seen.escalation_rate = MovingAverage(0.05, 9), MovingAverage(0.1, 9)
     assert "50 ms" in (governor(seen).advice() or "")
     assert governor(seen).advice() is None
-    seen.told, seen.rate = False, Average(0.01, 9)
+    seen.advice_was_given, seen.escalation_rate = False, MovingAverage(0.01, 9)
     assert governor(seen).advice() is None
 
 
@@ -209,18 +209,18 @@ def test_the_figures_behind_the_choice_are_told() -> None:
 def test_a_stretch_without_escalations_does_not_make_the_rate_forgotten() -> None:
     seen = Experience()
     for position in range(300):
-        seen.committed(escalated=position % 10 == 0)
+        seen.on_committed(escalated=position % 10 == 0)
     for _ in range(25):
-        seen.committed(escalated=False)
-    assert seen.rate.value == pytest.approx(0.09, abs=0.02)
+        seen.on_committed(escalated=False)
+    assert seen.escalation_rate.value == pytest.approx(0.09, abs=0.02)
 
 
 def test_what_the_large_model_takes_for_a_token_is_seen_in_its_runs() -> None:
     token = token_of((1,))
     streamed = [replace(token, latency_s=latency_s) for latency_s in (2.0, 2.5, 3.0)]
     seen = Experience()
-    seen.wrote(streamed)
+    seen.on_continuation_finished(streamed)
     assert seen.large_step_s.value == pytest.approx(0.5)
-    whole = Experience(call_s=Average(2.0, 3), run_s=Average(2.6, 3))
-    whole.wrote([replace(token, latency_s=2.6), token, token])
+    whole = Experience(call_s=MovingAverage(2.0, 3), prefetch_call_s=MovingAverage(2.6, 3))
+    whole.on_continuation_finished([replace(token, latency_s=2.6), token, token])
     assert whole.large_step_s.value == pytest.approx(0.3)

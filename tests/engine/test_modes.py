@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxroute.engine import Answer, Experience, Options
-from mlxroute.engine.modes.experience import Average
+from mlxroute.engine.experience import MovingAverage
 from mlxroute.errors import LargeError
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import Event, Mode, Provisional, Retracted, RunStats, Source, Token
@@ -69,7 +69,9 @@ def run(world: World, *, order: int = 0, budget: float | None = None, **options:
 def experience() -> Experience:
     """Calls were slow until now, so that `auto` begins with branches."""
     return Experience(
-        step_s=Average(1.0, 3), call_s=Average(30.0, 3), call_slowdown=Average(1.0, 9)
+        step_s=MovingAverage(1.0, 3),
+        call_s=MovingAverage(30.0, 3),
+        call_slowdown=MovingAverage(1.0, 9),
     )
 
 

@@ -54,7 +54,7 @@ class Lottery:
     """Asks at about half of the positions, whatever a random model's entropies are."""
 
     def __init__(self) -> None:
-        self.pace = Threshold(0.5)
+        self.state = Threshold(0.5)
         self.gain = 1.0
 
     def score(self, signals: Signals, number: int) -> float:

@@ -25,10 +25,10 @@ def budget(rate: float, quantiles: tuple[float, ...] = _UNIFORM) -> Budget:
     return Budget.of(rate, quantiles, resolution=0.02)
 
 
-def judged(pace: Threshold | Budget, scores: Iterable[float]) -> list[Judgement]:
+def judged(state: Threshold | Budget, scores: Iterable[float]) -> list[Judgement]:
     found = []
     for score in scores:
-        judgement, pace = pace.decide(score)
+        judgement, state = state.decide(score)
         found.append(judgement)
     return found
 
@@ -45,7 +45,7 @@ def test_entropy_router_escalates_strictly_above_its_threshold(
     entropy: float, threshold: float
 ) -> None:
     router = EntropyRouter(threshold)
-    got = router.pace.decide(router.score(signals(1, entropy), 0))[0]
+    got = router.state.decide(router.score(signals(1, entropy), 0))[0]
     assert (got is Judgement.ESCALATE) == (entropy > threshold)
 
 
@@ -79,7 +79,7 @@ def test_a_budget_is_a_share(rate: float) -> None:
 
 
 def test_an_unknown_router_is_named_with_those_there_are() -> None:
-    with pytest.raises(UsageError, match=r"'entrpy'; there are: entropy, margin"):
+    with pytest.raises(UsageError, match=r"'entrpy'; choose one of entropy, margin"):
         make_router("entrpy", threshold=1.0)
 
 
@@ -127,13 +127,13 @@ def test_the_realised_rate_comes_within_15_percent_of_the_budget(
     # 500 answers of 10 to 120 tokens in a conversation, on scores that were never calibrated.
     dice = random.Random(5)
     lengths = [dice.randint(10, 120) for _ in range(500)]
-    total, pace = sum(lengths), budget(rate)
+    total, state = sum(lengths), budget(rate)
     seen = spent_in_all = 0
     for length in lengths:
         spent = 0
         for _ in range(length):
             score = scores(dice, seen / total)
-            judgement, pace = pace.decide(score)
+            judgement, state = state.decide(score)
             spent, seen = spent + (judgement is Judgement.ESCALATE), seen + 1
         spent_in_all += spent
         assert spent <= rate * length + BURST + 1e-6
@@ -172,7 +172,7 @@ def test_scores_that_differ_by_little_leave_the_same_state_unless_they_are_near_
     one = other = budget(0.1, (0.0, 5.0))
     for score in scores:
         differing = score + dice.uniform(-band, band) * 0.999
-        if other.is_near(differing, band):
+        if other.is_borderline(differing, band):
             # Here the engine decodes again.
             differing = score
         judgement, one = one.decide(score)
@@ -193,7 +193,7 @@ def test_scores_move_by_no_more_than_they_say(name: str, logits: list[float], se
         return
     band = 1e-4
     moved = [x + dice.uniform(-band, band) / 4 for x in logits]
-    a, b = (SCORES[name].of(row(*each), 0) for each in (logits, moved))
+    a, b = (SCORES[name].function(row(*each), 0) for each in (logits, moved))
     assert abs(a - b) <= SCORES[name].gain * band + 1e-12
 
 
@@ -219,7 +219,7 @@ def row(*logits: float) -> Signals:
 @pytest.mark.parametrize("name", ["entropy", "margin", "max-probability", "logu"])
 def test_every_score_is_higher_where_the_model_is_less_sure(name: str) -> None:
     sure, unsure = row(18.0, 9.0, 8.0, 7.0), row(18.0, 17.8, 17.5, 17.0)
-    assert SCORES[name].of(sure, 0) < SCORES[name].of(unsure, 0)
+    assert SCORES[name].function(sure, 0) < SCORES[name].function(unsure, 0)
 
 
 def test_logu_is_the_expected_entropy_of_a_dirichlet_distribution() -> None:
@@ -231,11 +231,11 @@ def test_logu_is_the_expected_entropy_of_a_dirichlet_distribution() -> None:
         gammas = [dice.gammavariate(x, 1.0) for x in evidence]
         shares = [g / sum(gammas) for g in gammas]
         total -= sum(p * math.log(p) for p in shares if p > 0)
-    assert SCORES["logu"].of(row(*evidence), 0) == pytest.approx(total / 20_000, abs=0.01)
+    assert SCORES["logu"].function(row(*evidence), 0) == pytest.approx(total / 20_000, abs=0.01)
 
 
 def test_the_control_depends_on_the_position_alone() -> None:
-    score = SCORES["random"].of
+    score = SCORES["random"].function
     assert [score(row(1.0, 0.0), n) for n in range(9)] == [
         score(row(9.0, 2.0), n) for n in range(9)
     ]
@@ -244,4 +244,4 @@ def test_the_control_depends_on_the_position_alone() -> None:
 
 
 def test_without_a_head_its_score_is_not_a_number() -> None:
-    assert math.isnan(SCORES["head"].of(row(1.0, 0.0), 0))
+    assert math.isnan(SCORES["head"].function(row(1.0, 0.0), 0))

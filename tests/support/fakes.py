@@ -71,7 +71,16 @@ class ScriptedSmall:
         self._entropies = entropies or {}
         self._context = context
         self._position = 0
+        self._prompt_ids: list[int] = []
         self.fed: list[int] = []
+
+    @property
+    def cached_ids(self) -> Sequence[int]:
+        return [*self._prompt_ids, *self.fed]
+
+    @property
+    def batch_tails(self) -> Sequence[Sequence[int]]:
+        return ()
 
     @property
     def vocabulary(self) -> ByteVocabulary:
@@ -92,6 +101,7 @@ class ScriptedSmall:
     ) -> tuple[Signals, int]:
         progress("prompt", len(prompt_ids), len(prompt_ids))
         self._position = 0
+        self._prompt_ids = list(prompt_ids)
         self.fed = []
         return self._signals(), 0
 

@@ -95,6 +95,10 @@ class WorldSmall(ScriptedSmall):
         super().rollback(count)
 
     @property
+    def batch_tails(self) -> Sequence[Sequence[int]]:
+        return [row[len(self.fed) :] for row in self._rows]
+
+    @property
     def max_rows(self) -> int:
         return 4 if self._world.window > 9 else 1
 

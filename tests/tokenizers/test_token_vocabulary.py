@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mlxroute.backend.load import load
-from mlxroute.engine.text import CharacterStream
+from mlxroute.engine.characters import CharacterState
 from mlxroute.tokenizers.byte_pieces import BYTE_OF
 from mlxroute.tokenizers.token_vocabulary import TokenVocabulary
 from tests.support import real_vocabularies
@@ -32,9 +32,12 @@ def test_any_text_comes_back_from_its_ids(vocabulary: TokenVocabulary, text: str
     text = text.encode(errors="ignore").decode()
     ids = vocabulary.encode(text)
     assert b"".join(vocabulary.token_bytes(i) for i in ids).decode() == text
-    stream = CharacterStream()
-    assert "".join(stream.push(i, vocabulary.token_bytes(i)) for i in ids) == text
-    assert stream.fragment_ids == ()
+    state, texts = CharacterState(), []
+    for i in ids:
+        state, part = state.push(i, vocabulary.token_bytes(i))
+        texts.append(part)
+    assert "".join(texts) == text
+    assert state.fragment_ids == ()
 
 
 @pytest.fixture(params=["smollm2", "qwen", "mistral"], scope="module")

@@ -272,7 +272,7 @@ def test_a_head_without_ranks_starts_budgets_anywhere(
     mx.save_safetensors(str(tmp_path / "plain.safetensors"), arrays)
     quantiles = small.load_head(tmp_path / "plain.safetensors")
     ranks = ScoreRanks.find("tiny", tmp_path).with_quantiles("head", quantiles)
-    assert make_router("head", budget=0.1, quantiles=ranks["head"]).pace.threshold > 0
+    assert make_router("head", budget=0.1, quantiles=ranks["head"]).state.threshold > 0
     mx.save_safetensors(str(tmp_path / "broken.safetensors"), arrays, {"quantiles": "["})
     with pytest.raises(WeightsError, match="broken metadata"):
         small.load_head(tmp_path / "broken.safetensors")

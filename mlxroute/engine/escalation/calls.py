@@ -1,4 +1,4 @@
-"""Calls to the large model, within what faults may cost one answer."""
+"""The calls of one answer: their number, their time, and what failures may cost."""
 
 from __future__ import annotations
 
@@ -6,46 +6,51 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mlxroute.engine.modes.governor import Governor
+from mlxroute.engine.experience import Experience
+from mlxroute.engine.governor import Governor
 from mlxroute.engine.protocols import LargeProtocol, PendingCallProtocol
 from mlxroute.errors import LargeError, LargeTimeout, LargeUnavailable, LargeUnrecorded
 from mlxroute.types import LargeContext, LargeToken, Mode, Uploads
 
-# The large side keeps its deadlines itself, and its reasons are the better ones.
+# The large side enforces the deadline itself and reports a better reason, so it goes first.
 _GRACE_S = 0.25
 
 
 @dataclass(slots=True)
 class Call:
-    """A call under way. `stall_s` is what the answer had waited in all when it began.
+    """A call for one position, in flight or finished.
 
-    `alone` says that nothing else is done meanwhile, `most` how many tokens it may bring, and
-    `joined` that it is the place of a token in an earlier call.
+    `started_s` and `expires_s` are clock times; `stall_before_s` is the answer's total stall when
+    the call began. `is_alone` says that decoding waits for it, `max_tokens` how many tokens it may
+    return, and `is_joined` that it is a position inside an earlier call's prefetched tokens.
     """
 
-    flight: PendingCallProtocol
-    began_s: float
-    ends_s: float
-    stall_s: float
-    alone: bool
-    most: int = 1
-    joined: bool = False
+    pending: PendingCallProtocol
+    started_s: float
+    expires_s: float
+    stall_before_s: float
+    is_alone: bool
+    max_tokens: int = 1
+    is_joined: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came of a call: tokens, or the error; neither where a joined one went another way."""
+class CallOutcome:
+    """The result of a finished call: tokens, or an error, and its latency in seconds.
+
+    A joined call has neither where the earlier call's tokens differ from the answer.
+    """
 
     tokens: tuple[LargeToken, ...]
     error: LargeError | None
     latency_s: float
 
 
-class Escalator:
-    """Counts and bounds the calls of one answer.
+class AnswerCalls:
+    """Starts, counts and bounds the calls of one answer.
 
-    Waiting for calls that fail, and for failed attempts of others, may cost an answer `timeout_s`
-    in all; after that the rest of it is the small model's.
+    Waiting for failed calls, and for failed attempts inside successful ones, costs the answer at
+    most `timeout_s` in total. After that no call is made for the rest of the answer.
     """
 
     def __init__(
@@ -54,133 +59,144 @@ class Escalator:
         *,
         timeout_s: float,
         governor: Governor,
+        experience: Experience,
         clock: Callable[[], float],
     ) -> None:
         self._large = large
         self._timeout_s = timeout_s
         self._governor = governor
+        self._experience = experience
         self._clock = clock
-        self._allowance_s = timeout_s
+        # Seconds of waiting that failures may still cost.
+        self._failure_allowance_s = timeout_s
+        # Total stall up to which failures were charged already.
         self._charged_s = 0.0
-        self._calls: list[Call] = []
-        self.begun = 0
+        self._in_flight: list[Call] = []
+        self.started = 0
         self.stall_s = 0.0
-        self.stalling = False
-        self._stalled = False
+        self.is_stalling = False
+        self._stalled_since_step = False
         self._uploads_before = self._uploads_so_far()
 
     @property
     def uploads(self) -> Uploads:
-        """What this answer's calls sent."""
+        """What the calls of this answer sent."""
         return self._uploads_so_far() - self._uploads_before
 
     @property
-    def open(self) -> bool:
-        """Whether this answer still makes calls."""
-        return self._large is not None and self._allowance_s > 0
+    def is_open(self) -> bool:
+        """Whether this answer may still make calls."""
+        return self._large is not None and self._failure_allowance_s > 0
 
     @property
-    def has_room(self) -> bool:
-        """Whether one more call may be under way."""
-        return self._large is not None and len(self._calls) < self._large.max_in_flight
+    def has_free_slot(self) -> bool:
+        """Whether one more call may be in flight."""
+        return self._large is not None and len(self._in_flight) < self._large.max_in_flight
 
     @property
-    def calls(self) -> int:
-        """How many calls are under way."""
-        return len(self._calls)
+    def in_flight(self) -> int:
+        """The number of calls in flight."""
+        return len(self._in_flight)
 
     @property
     def joined(self) -> int:
-        """How many positions wait for their place in a call that was begun for another."""
-        return sum(call.joined for call in self._calls)
+        """The number of positions that wait for a prefetched token of an earlier call."""
+        return sum(call.is_joined for call in self._in_flight)
 
     @property
-    def oldest_s(self) -> float:
-        """How long the oldest call is under way; -inf when there is none."""
-        return max((self._clock() - call.began_s for call in self._calls), default=-math.inf)
+    def oldest_age_s(self) -> float | None:
+        """Seconds since the oldest call in flight began; None without one."""
+        ages_s = (self._clock() - call.started_s for call in self._in_flight)
+        return max(ages_s, default=None)
 
-    def begin(self, context: LargeContext) -> Call:
-        """Begin a call. Use it only while `open`."""
+    def start(self, context: LargeContext) -> Call:
+        """Start a call; only while the calls are open."""
         assert self._large is not None
-        deadline_s = min(self._timeout_s, self._allowance_s)
-        began_s = self._clock()
-        prefetch = self._governor.ahead
-        self._governor.begun()
-        flight = self._large.begin(context, deadline_s=deadline_s, prefetch=prefetch)
-        alone = self._governor.mode is Mode.WAIT
-        ends_s = began_s + deadline_s + _GRACE_S
-        call = Call(flight, began_s, ends_s, self.stall_s, alone, most=1 + prefetch)
-        self.stall_s += self._clock() - began_s
-        self._calls.append(call)
-        self.begun += 1
+        deadline_s = min(self._timeout_s, self._failure_allowance_s)
+        started_s = self._clock()
+        prefetch, is_alone = self._governor.prefetch, self._governor.mode is Mode.WAIT
+        self._governor.on_call_started()
+        pending = self._large.begin(context, deadline_s=deadline_s, prefetch=prefetch)
+        call = Call(
+            pending,
+            started_s,
+            expires_s=started_s + deadline_s + _GRACE_S,
+            stall_before_s=self.stall_s,
+            is_alone=is_alone,
+            max_tokens=1 + prefetch,
+        )
+        self.stall_s += self._clock() - started_s
+        self._in_flight.append(call)
+        self._experience.on_call_started()
+        self.started += 1
         return call
 
-    def join(self, flight: PendingCallProtocol) -> Call:
-        """Wait for the place of a token in a call that was begun for another."""
-        call = Call(flight, self._clock(), math.inf, self.stall_s, alone=False, joined=True)
-        self._calls.append(call)
+    def join(self, pending: PendingCallProtocol) -> Call:
+        """Wait for a prefetched token of an earlier call as for a call of its own."""
+        call = Call(pending, self._clock(), math.inf, self.stall_s, is_alone=False, is_joined=True)
+        self._in_flight.append(call)
         return call
 
     def take_stalled(self) -> bool:
-        """Whether there was a wait since this was asked last."""
-        stalled, self._stalled = self._stalled, False
+        """Return whether decoding waited since this was called last."""
+        stalled, self._stalled_since_step = self._stalled_since_step, False
         return stalled
 
-    def landed(self, call: Call) -> bool:
-        """Whether a call is over, by its answer or by its time."""
-        return call.flight.ready or self._clock() >= call.ends_s
+    def is_finished(self, call: Call) -> bool:
+        """Return whether a call has a result, or its time is up."""
+        return call.pending.ready or self._clock() >= call.expires_s
 
-    def wait(self, news: Callable[[], bool] = lambda: False) -> None:
-        """Stand still until a call has landed, or there are other `news` of one."""
+    def wait(self, is_news: Callable[[], bool] = lambda: False) -> None:
+        """Block until a call is finished or `is_news()` is true."""
         assert self._large is not None
 
-        def ready() -> bool:
-            return any(call.flight.ready for call in self._calls) or news()
+        def is_ready() -> bool:
+            return any(call.pending.ready for call in self._in_flight) or is_news()
 
         began_s = self._clock()
-        left_s = min(call.ends_s for call in self._calls) - began_s
-        self.stalling = self._stalled = True
+        left_s = min(call.expires_s for call in self._in_flight) - began_s
+        self.is_stalling = self._stalled_since_step = True
         try:
-            self._large.wait(ready, timeout_s=max(0.0, min(left_s, self._timeout_s)))
+            self._large.wait(is_ready, timeout_s=max(0.0, min(left_s, self._timeout_s)))
         finally:
-            self.stalling = False
+            self.is_stalling = False
             self.stall_s += self._clock() - began_s
 
-    def settle(self, call: Call) -> Outcome:
-        """What came of a call that has landed."""
-        self._calls.remove(call)
-        latency_s = self._clock() - call.began_s
+    def collect(self, call: Call) -> CallOutcome:
+        """Remove a finished call and return its outcome."""
+        self._in_flight.remove(call)
+        latency_s = self._clock() - call.started_s
         try:
-            if not call.flight.ready:
-                call.flight.cancel()
+            if not call.pending.ready:
+                call.pending.cancel()
                 raise LargeTimeout(f"no answer from the large model in {latency_s:.3g} s")
-            tokens = call.flight.result()
+            tokens = call.pending.result()
         except LargeError as exc:
             if not isinstance(exc, LargeUnavailable | LargeUnrecorded):
                 self._charge(call, lost_s=latency_s)
-            return Outcome((), exc, latency_s)
-        self._charge(call, lost_s=tokens[0].lost_s if tokens and not call.joined else 0.0)
-        return Outcome(tokens, None, latency_s)
+            return CallOutcome((), exc, latency_s)
+        self._charge(call, lost_s=tokens[0].lost_s if tokens and not call.is_joined else 0.0)
+        return CallOutcome(tokens, None, latency_s)
 
-    def abandon(self, calls: Sequence[Call]) -> None:
-        """Drop calls whose answers are not wanted any more."""
+    def discard(self, calls: Sequence[Call]) -> None:
+        """Cancel calls whose results are not needed."""
         for call in calls:
-            self._calls.remove(call)
-            call.flight.cancel()
+            self._in_flight.remove(call)
+            call.pending.cancel()
 
     def close(self) -> None:
-        """Drop all calls."""
-        self.abandon(list(self._calls))
+        """Cancel all calls."""
+        self.discard(list(self._in_flight))
 
     def _charge(self, call: Call, *, lost_s: float) -> None:
-        """Count what the answer waited for a fault, each second of it once."""
-        since_s = max(call.stall_s, self._charged_s)
+        """Charge the waiting that a failure caused; each second is charged once."""
+        since_s = max(call.stall_before_s, self._charged_s)
         cost_s = min(lost_s, self.stall_s - since_s)
         self._charged_s = since_s + cost_s
-        self._allowance_s -= cost_s
-        last_s = self._clock() + self._allowance_s + _GRACE_S
-        for other in self._calls:
-            other.ends_s = min(other.ends_s, last_s)
+        self._failure_allowance_s -= cost_s
+        last_s = self._clock() + self._failure_allowance_s + _GRACE_S
+        for other in self._in_flight:
+            other.expires_s = min(other.expires_s, last_s)
 
     def _uploads_so_far(self) -> Uploads:
         return Uploads() if self._large is None else self._large.uploads

@@ -1,14 +1,14 @@
-"""What to commit at a position: the small model's own token, or what the large one answers."""
+"""What to commit at a position: the small model's token or the large model's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mlxroute.engine.escalation.calls import Call, Escalator
+from mlxroute.engine.escalation.calls import AnswerCalls, Call
 from mlxroute.engine.escalation.never_send import NeverSend
-from mlxroute.engine.escalation.prefetch import Prefetched
-from mlxroute.engine.modes.experience import Experience
+from mlxroute.engine.escalation.prefetch import PrefetchedTokens
+from mlxroute.engine.experience import Experience
 from mlxroute.engine.protocols import RouterProtocol, RouterState
 from mlxroute.engine.transcript import Transcript
 from mlxroute.errors import LargeError, LargeUnavailable, LargeUnrecorded
@@ -17,16 +17,19 @@ from mlxroute.types import Escalation, Judgement, LargeToken, Signals, Source
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What to commit at a position, and how it came about; `error` is why it is unchecked.
+    """What to commit at a position, and how it was decided.
 
-    `threshold` and `judgement` are the router's, `after` is its pace behind the position.
+    `threshold` and `judgement` are the router's, `state_after` is its state after the position.
+    `token_ids` has several ids for a large token that is spelled as several small ones. `ends` says
+    that the answer is over. `checked` is False where the large model's token was wanted and not
+    obtained, because of `error`, a never-send pattern (`withheld`) or an answer without calls left.
     """
 
     signals: Signals
     score: float
     threshold: float
     judgement: Judgement
-    after: RouterState
+    state_after: RouterState
     token_ids: tuple[int, ...]
     source: Source
     ends: bool
@@ -35,132 +38,138 @@ class Decision:
     withheld: bool = False
     error: LargeError | None = None
 
-    def large_ids(self, position: int) -> tuple[int, ...] | None:
-        """The large model's own ids of a token of these; None for the later ones of several."""
-        if self.source is Source.SMALL or self.escalation is None:
-            return ()
-        large = self.escalation.large
-        return None if position or large is None else large.large_ids
+    @property
+    def large_ids(self) -> tuple[int, ...]:
+        """The large model's own ids; empty for a token of the small model."""
+        large = None if self.escalation is None else self.escalation.large
+        return () if self.source is Source.SMALL or large is None else large.large_ids
 
 
 class Decider:
-    """Decides at the end of the transcript, with a call or without.
+    """Decides one position after the other, with a call or without.
 
-    What it decides depends on the tokens before and on the answers alone, never on time, but for
-    the end of an answer's calls after failures.
+    A decision depends on the tokens before it and on the large model's replies, never on timing,
+    except that repeated failures end the answer's calls.
     """
 
     def __init__(
         self,
         router: RouterProtocol,
-        escalator: Escalator,
-        transcript: Transcript,
+        calls: AnswerCalls,
         *,
         eos_ids: frozenset[int],
         never_send: NeverSend,
         experience: Experience,
     ) -> None:
         self._router = router
-        self._escalator = escalator
-        self._transcript = transcript
+        self._calls = calls
         self._eos_ids = eos_ids
         self._never_send = never_send
         self._experience = experience
-        self.prefetched = Prefetched()
+        self.prefetched = PrefetchedTokens()
 
     @property
-    def pace(self) -> RouterState:
-        """The router's, behind the last committed position."""
-        return self._router.pace
+    def router_state(self) -> RouterState:
+        """The router's state after the last committed position."""
+        return self._router.state
 
-    def committed(self, decision: Decision) -> None:
-        """A decision was committed."""
-        self._router.pace = decision.after
-        for tokens in self.prefetched.take_ended():
-            self._experience.wrote(tokens)
+    def on_committed(self, decision: Decision) -> None:
+        """Advance the router past a committed decision."""
+        self._router.state = decision.state_after
+        for tokens in self.prefetched.take_finished():
+            self._experience.on_continuation_finished(tokens)
 
-    def own(self, signals: Signals, pace: RouterState) -> Decision:
-        """The small model's own choice, where the router has come to `pace`."""
-        score = self._router.score(signals, pace.seen)
-        judgement, after = pace.decide(score)
+    def small_choice(self, signals: Signals, state: RouterState) -> Decision:
+        """Return the small model's own token with the router's judgement of the position."""
+        score = self._router.score(signals, state.positions)
+        judgement, state_after = state.decide(score)
         return Decision(
             signals,
             score,
-            pace.threshold,
+            state.threshold,
             judgement,
-            after,
+            state_after,
             token_ids=(signals.token_id,),
             source=Source.SMALL,
             ends=signals.token_id in self._eos_ids,
         )
 
-    def is_near(self, own: Decision, pace: RouterState, band: float) -> bool:
-        """Whether signals that differ by `band` would be scored to another decision."""
-        return pace.is_near(own.score, band * self._router.gain)
+    def is_borderline(self, own: Decision, state: RouterState, band: float) -> bool:
+        """Return whether signals that differ by `band` nats could be judged differently."""
+        return state.is_borderline(own.score, band * self._router.gain)
 
-    def at_once(self, own: Decision) -> Decision | None:
-        """What takes no call to decide; None where the large model has to be asked."""
+    def without_call(self, own: Decision, transcript: Transcript) -> Decision | None:
+        """Return what can be decided now; None where a call is needed.
+
+        That is the small model's token where it is kept, blocked or out of calls, and a large token
+        that an earlier call prefetched.
+        """
         if own.judgement is not Judgement.ESCALATE:
             return own
-        if not self._escalator.open:
+        if not self._calls.is_open:
             return self.unchecked(own)
-        if (number := self._never_send.match(self._transcript.context().text)) is not None:
+        if (number := self._never_send.match(transcript.context().text)) is not None:
             failure = f"withheld: never-send pattern {number}"
             escalation = Escalation(own.signals.token_id, None, failure, latency_s=0.0)
             return replace(own, escalation=escalation, checked=False, withheld=True)
-        if self._transcript.in_character:
+        if transcript.ends_in_character:
             return None
-        return self.from_prefetched(own, self._transcript.ids)
+        return self.from_prefetched(own, transcript.ids)
 
     def unchecked(self, own: Decision) -> Decision:
-        """The small model's own choice, without the opinion that was wanted."""
+        """Return the small model's token, marked as not checked by the large model."""
         return replace(own, checked=False)
 
     def from_prefetched(self, own: Decision, ids: Sequence[int]) -> Decision | None:
-        """The large model's token after these ids of the answer, if an earlier call brought it."""
+        """Return the large token after these answer ids, if an earlier call prefetched it."""
         token = self.prefetched.find(ids)
         if token is None:
             return None
-        return _large(own, token, latency_s=0.0, prefetched=True)
+        return _escalated(own, token, latency_s=0.0, prefetched=True)
 
-    def ask(self) -> Call:
-        """Begin a call for the token after the transcript, or wait for one that may bring it."""
-        if not self._transcript.in_character:
-            coming = self.prefetched.coming(self._transcript.ids)
-            if coming is not None:
-                return self._escalator.join(coming)
-        return self._escalator.begin(self._transcript.context())
+    def start_call(self, transcript: Transcript) -> Call:
+        """Start a call for the position after the transcript.
 
-    def settled(self, own: Decision, call: Call, ids: Sequence[int]) -> Decision | None:
-        """What a call that has landed decides at the position after these ids of the answer.
-
-        None where it was another's, which did not bring the token: it has to be asked for.
+        Where a call in flight may still prefetch that token, join it instead.
         """
-        outcome = self._escalator.settle(call)
-        if call.joined:
+        if not transcript.ends_in_character:
+            pending = self.prefetched.pending(transcript.ids)
+            if pending is not None:
+                return self._calls.join(pending)
+        return self._calls.start(transcript.context())
+
+    def from_call(self, own: Decision, call: Call, ids: Sequence[int]) -> Decision | None:
+        """Return what a finished call decides at the position after these answer ids.
+
+        None where the call was joined and did not bring the token, so that a call is needed.
+        """
+        outcome = self._calls.collect(call)
+        if call.is_joined:
             if outcome.error is not None or not outcome.tokens:
                 return None
-            return _large(own, outcome.tokens[0], latency_s=outcome.latency_s, prefetched=True)
+            return _escalated(own, outcome.tokens[0], latency_s=outcome.latency_s, prefetched=True)
         if outcome.error is None:
-            self.prefetched.add(ids, call.flight, most=call.most)
-            took_s = outcome.tokens[0].latency_s or outcome.latency_s
-            streamed = call.most > 1 and not call.flight.finished
-            self._experience.called(
-                len(outcome.tokens), took_s, alone=call.alone, streamed=streamed
+            self.prefetched.add(ids, call.pending, max_tokens=call.max_tokens)
+            self._experience.on_call_answered(
+                len(outcome.tokens),
+                outcome.tokens[0].latency_s or outcome.latency_s,
+                is_alone=call.is_alone,
+                is_streamed=call.max_tokens > 1 and not call.pending.finished,
             )
-            return _large(own, outcome.tokens[0], latency_s=outcome.latency_s)
+            return _escalated(own, outcome.tokens[0], latency_s=outcome.latency_s)
+        # These errors say that nothing was sent, so there was no call to report.
+        if isinstance(outcome.error, LargeUnavailable | LargeUnrecorded):
+            return replace(own, checked=False, error=outcome.error)
         escalation = Escalation(
             own.signals.token_id, None, str(outcome.error), latency_s=outcome.latency_s
         )
-        # These say that there was no call.
-        if isinstance(outcome.error, LargeUnavailable | LargeUnrecorded):
-            return replace(own, checked=False, error=outcome.error)
         return replace(own, escalation=escalation, checked=False, error=outcome.error)
 
 
-def _large(
+def _escalated(
     own: Decision, token: LargeToken, *, latency_s: float, prefetched: bool = False
 ) -> Decision:
+    """Return the decision for the large model's token."""
     return replace(
         own,
         token_ids=token.token_ids,

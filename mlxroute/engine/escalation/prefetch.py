@@ -1,4 +1,8 @@
-"""Large tokens that came before they were asked for."""
+"""Prefetched tokens: large tokens beyond the one that a call was made for.
+
+While the answer follows the large model's own continuation, a later position is decided by the
+token that a call of its own would return.
+"""
 
 from __future__ import annotations
 
@@ -9,141 +13,148 @@ from mlxroute.engine.protocols import PendingCallProtocol
 from mlxroute.errors import LargeProtocolError
 from mlxroute.types import LargeToken
 
-_REMEMBERED = 8
+# Continuations kept for an answer.
+_MAX_CONTINUATIONS = 8
 
 
-class _Run:
-    """The large model's tokens after these ids of the answer, as far as a flight brought them."""
+class _Continuation:
+    """The tokens of one call, which continue the answer after `prefix`."""
 
-    def __init__(self, before: tuple[int, ...], flight: PendingCallProtocol, most: int) -> None:
-        self._before = before
-        self._flight = flight
-        self._most = most
-        self.told = False
+    def __init__(
+        self, prefix: tuple[int, ...], pending: PendingCallProtocol, max_tokens: int
+    ) -> None:
+        self._prefix = prefix
+        self._pending = pending
+        self._max_tokens = max_tokens
+        self.is_reported = False
 
     @property
     def tokens(self) -> tuple[LargeToken, ...]:
-        return self._flight.result()
+        return self._pending.result()
 
     @property
-    def coming(self) -> bool:
-        """Whether there may be more of them."""
-        return not self._flight.finished and len(self.tokens) < self._most
+    def is_pending(self) -> bool:
+        """Whether more tokens may arrive."""
+        return not self._pending.finished and len(self.tokens) < self._max_tokens
 
     def after(self, ids: Sequence[int]) -> LargeToken | None:
-        """The token after `ids`, where these follow the run to the end of one of its tokens."""
-        if (at := self._end_of_before(ids)) is None:
+        """Return the token after `ids`; None where they do not end at one of its tokens."""
+        if (end := self._end_of_prefix(ids)) is None:
             return None
         for number, token in enumerate(self.tokens):
-            # The call itself answers the position it was made for.
-            if number and at == len(ids):
+            # The first token answers the position that the call was made for.
+            if number and end == len(ids):
                 return token
-            end = at + len(token.token_ids)
-            if tuple(ids[at:end]) != token.token_ids:
+            start, end = end, end + len(token.token_ids)
+            if tuple(ids[start:end]) != token.token_ids:
                 break
-            at = end
         return None
 
     def may_reach(self, ids: Sequence[int]) -> bool:
-        """Whether the token after `ids` may still come: they are not off the run, nor past it."""
-        if not self.coming or (at := self._end_of_before(ids)) is None:
+        """Return whether the token after `ids` may still arrive."""
+        if not self.is_pending or (start := self._end_of_prefix(ids)) is None:
             return False
         path = [token_id for token in self.tokens for token_id in token.token_ids]
-        beyond = len(ids) - at - len(path)
-        # A token takes at least one id.
-        return 0 <= beyond < self._most - len(self.tokens) and list(ids[at:])[: len(path)] == path
+        missing = len(ids) - start - len(path)
+        # Each token that is still to come has at least one id.
+        in_reach = 0 <= missing < self._max_tokens - len(self.tokens)
+        return in_reach and list(ids[start:])[: len(path)] == path
 
-    def is_left_by(self, ids: Sequence[int]) -> bool:
-        """Whether an answer that begins with `ids` is another than the run."""
-        path = [*self._before, *(each for token in self.tokens for each in token.token_ids)]
+    def contradicts(self, ids: Sequence[int]) -> bool:
+        """Return whether an answer that begins with `ids` differs from this continuation."""
+        path = [*self._prefix, *(i for token in self.tokens for i in token.token_ids)]
         return any(a != b for a, b in zip(ids, path, strict=False))
 
-    def end(self) -> None:
-        if not self._flight.finished:
-            self._flight.cancel()
+    def cancel(self) -> None:
+        if not self._pending.finished:
+            self._pending.cancel()
 
-    def _end_of_before(self, ids: Sequence[int]) -> int | None:
-        at = len(self._before)
-        return at if tuple(ids[:at]) == self._before else None
+    def _end_of_prefix(self, ids: Sequence[int]) -> int | None:
+        end = len(self._prefix)
+        return end if tuple(ids[:end]) == self._prefix else None
 
 
-class Place:
-    """The token after some ids that a call under way may bring, as a flight of its own."""
+class PrefetchedPosition:
+    """The token after some ids that a call in flight may bring, as a pending call of its own."""
 
-    def __init__(self, run: _Run, ids: tuple[int, ...]) -> None:
-        self._run = run
+    def __init__(self, continuation: _Continuation, ids: tuple[int, ...]) -> None:
+        self._continuation = continuation
         self._ids = ids
 
     @property
     def ready(self) -> bool:
-        """Whether the token is there, or will not come."""
-        return self._run.after(self._ids) is not None or not self._run.may_reach(self._ids)
+        """Whether the token has arrived, or can no longer arrive."""
+        continuation, ids = self._continuation, self._ids
+        return continuation.after(ids) is not None or not continuation.may_reach(ids)
 
     @property
     def finished(self) -> bool:
         return self.ready
 
     def result(self) -> tuple[LargeToken, ...]:
-        """The token, none where the run turned out to be another way.
+        """Return the token; nothing where the continuation differs from the ids.
 
-        Raises LargeProtocolError where the call ended too early.
+        Raises LargeProtocolError where the call ended before its last token.
         """
-        if (token := self._run.after(self._ids)) is not None:
+        if (token := self._continuation.after(self._ids)) is not None:
             return (token,)
-        if self._run.is_left_by(self._ids):
+        if self._continuation.contradicts(self._ids):
             return ()
         raise LargeProtocolError("a call to the large model ended before its last token")
 
     def cancel(self) -> None:
-        """Others may wait for the same run."""
+        """Leave the call running: other positions may wait for it."""
 
 
-class Prefetched:
-    """Answers later positions as calls for them would, while the answer follows the large model."""
+class PrefetchedTokens:
+    """The prefetched tokens of one answer."""
 
     def __init__(self) -> None:
-        self._runs: deque[_Run] = deque()
-        self._forgotten = 0
+        self._continuations: deque[_Continuation] = deque()
+        self._dropped = 0
 
     @property
     def generated(self) -> int:
-        """How many tokens came that no call was made for."""
-        return self._forgotten + sum(len(run.tokens) - 1 for run in self._runs)
+        """The number of tokens that arrived beyond those that calls were made for."""
+        kept = sum(len(continuation.tokens) - 1 for continuation in self._continuations)
+        return self._dropped + kept
 
-    def add(self, ids: Sequence[int], flight: PendingCallProtocol, *, most: int) -> None:
-        """A call after `ids` has brought its token, and may bring up to `most` in all."""
-        run = _Run(tuple(ids), flight, most)
-        if run.coming or len(run.tokens) > 1:
-            self._runs.appendleft(run)
-        if len(self._runs) > _REMEMBERED:
-            oldest = self._runs.pop()
-            oldest.end()
-            self._forgotten += len(oldest.tokens) - 1
+    def add(self, ids: Sequence[int], pending: PendingCallProtocol, *, max_tokens: int) -> None:
+        """Keep the tokens of a call after `ids` that has returned its first token."""
+        continuation = _Continuation(tuple(ids), pending, max_tokens)
+        if continuation.is_pending or len(continuation.tokens) > 1:
+            self._continuations.appendleft(continuation)
+        if len(self._continuations) > _MAX_CONTINUATIONS:
+            oldest = self._continuations.pop()
+            oldest.cancel()
+            self._dropped += len(oldest.tokens) - 1
 
     def find(self, ids: Sequence[int]) -> LargeToken | None:
-        """The large model's token after these ids of the answer, if it is known."""
-        found = (run.after(ids) for run in self._runs)
-        return next((token for token in found if token is not None), None)
+        """Return the large token after these answer ids, if it has arrived."""
+        tokens = (continuation.after(ids) for continuation in self._continuations)
+        return next((token for token in tokens if token is not None), None)
 
-    def coming(self, ids: Sequence[int]) -> Place | None:
-        """The place of the token after these ids in a call under way that may bring it."""
-        run = next((run for run in self._runs if run.may_reach(ids)), None)
-        return None if run is None else Place(run, tuple(ids))
+    def pending(self, ids: Sequence[int]) -> PrefetchedPosition | None:
+        """Return the position after these ids in a call in flight that may still bring it."""
+        for continuation in self._continuations:
+            if continuation.may_reach(ids):
+                return PrefetchedPosition(continuation, tuple(ids))
+        return None
 
-    def take_ended(self) -> Iterator[tuple[LargeToken, ...]]:
-        """The tokens of each call that has ended, once."""
-        for run in self._runs:
-            if not run.told and not run.coming:
-                run.told = True
-                yield run.tokens
+    def take_finished(self) -> Iterator[tuple[LargeToken, ...]]:
+        """Yield the tokens of each continuation that is complete, once."""
+        for continuation in self._continuations:
+            if not continuation.is_reported and not continuation.is_pending:
+                continuation.is_reported = True
+                yield continuation.tokens
 
-    def committed(self, ids: Sequence[int], count: int) -> None:
-        """End what is under way along other answers than one that begins with `count` of `ids`."""
-        for run in self._runs:
-            if run.coming and run.is_left_by(ids[:count]):
-                run.end()
+    def on_committed(self, ids: Sequence[int], count: int) -> None:
+        """Cancel calls in flight that continue another answer than the first `count` of `ids`."""
+        for continuation in self._continuations:
+            if continuation.is_pending and continuation.contradicts(ids[:count]):
+                continuation.cancel()
 
     def close(self) -> None:
-        """End what is under way."""
-        for run in self._runs:
-            run.end()
+        """Cancel all calls in flight."""
+        for continuation in self._continuations:
+            continuation.cancel()

@@ -1,4 +1,4 @@
-"""What every way of spending the wait works with."""
+"""Collaborators that the decode loops share."""
 
 from __future__ import annotations
 
@@ -6,50 +6,48 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mlxroute.engine.commits import Commits
-from mlxroute.engine.escalation.calls import Escalator
+from mlxroute.engine.escalation.calls import AnswerCalls
 from mlxroute.engine.escalation.decision import Decider, Decision
-from mlxroute.engine.modes.experience import Experience
-from mlxroute.engine.modes.governor import Governor
+from mlxroute.engine.experience import Experience
+from mlxroute.engine.governor import Governor
 from mlxroute.engine.protocols import SmallProtocol
-from mlxroute.engine.transcript import Transcript
+from mlxroute.engine.transcript import RenderedPrompt, Transcript
 from mlxroute.types import Signals, Token
 
 
 @dataclass(frozen=True, slots=True)
-class Desk:
-    """One answer's parts, each the owner of its state."""
+class DecodeContext:
+    """The parts of one answer, each the owner of its state."""
 
     small: SmallProtocol
-    transcript: Transcript
+    prompt: RenderedPrompt
     decider: Decider
-    escalator: Escalator
+    calls: AnswerCalls
     commits: Commits
-    limit: int
+    max_tokens: int
     governor: Governor
     experience: Experience
     clock: Callable[[], float]
 
-    def extend(self, token_ids: Sequence[int]) -> Signals:
-        """Feed the small model's only row; a step that nothing was waited before is timed."""
-        stalled = self.escalator.take_stalled()
+    def feed(self, token_ids: Sequence[int]) -> Signals:
+        """Feed the small model's only row; return the signals of the next position."""
+        stalled = self.calls.take_stalled()
         began_s = self.clock()
         signals = self.small.extend(token_ids)
-        # After a wait the step that ran ahead is done already.
+        # After a stall the step was computed during the wait, so its time says nothing.
         if len(token_ids) == 1 and not stalled:
-            self.experience.stepped(self.clock() - began_s, alone=not self.escalator.calls)
+            is_alone = not self.calls.in_flight
+            self.experience.on_step(self.clock() - began_s, is_alone=is_alone)
         return signals
 
-    def commit(self, decision: Decision, texts: Sequence[str]) -> Iterator[Token]:
-        """Commit a decision that was written; yield what may be shown."""
-        self.decider.committed(decision)
+    def commit(self, decision: Decision, transcript: Transcript) -> Iterator[Token]:
+        """Commit the decision that ends the transcript; yield the tokens that can be released."""
+        texts = transcript.texts_from(len(transcript) - len(decision.token_ids))
+        self.decider.on_committed(decision)
         yield from self.commits.commit(decision, texts)
-        self.decider.prefetched.committed(self.transcript.ids, len(self.commits))
+        self.decider.prefetched.on_committed(transcript.ids, len(self.commits))
 
-    def write(self, decision: Decision) -> tuple[str, ...]:
-        """Put a decision's tokens into the transcript; return the texts they add."""
-        return tuple(
-            self.transcript.push(
-                token_id, ends=decision.ends, large_ids=decision.large_ids(position)
-            )
-            for position, token_id in enumerate(decision.token_ids)
-        )
+
+def extended(transcript: Transcript, decision: Decision) -> Transcript:
+    """Return the transcript with a decision's tokens."""
+    return transcript.extend(decision.token_ids, ends=decision.ends, large_ids=decision.large_ids)

@@ -1,31 +1,36 @@
-"""`wait`: ask and stand still until the answer is there."""
+"""The decode loop of `wait`: decoding pauses while a call is in flight."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from mlxroute.engine.escalation.decision import Decision
-from mlxroute.engine.modes.decode_context import Desk
+from mlxroute.engine.modes.decode_context import DecodeContext, extended
+from mlxroute.engine.transcript import Transcript
 from mlxroute.types import Event, Signals
 
 
-def wait(desk: Desk, signals: Signals) -> Iterator[Event]:
-    """Decode to the end of the answer from the signals of its first position."""
+def wait_loop(context: DecodeContext, signals: Signals) -> Iterator[Event]:
+    """Decode to the end of the answer; `signals` are those of its first position."""
+    transcript = Transcript(context.prompt)
     while True:
-        decision = _decide(desk, signals)
-        yield from desk.commit(decision, desk.write(decision))
-        if desk.commits.ended:
+        decision = _decide(context, signals, transcript)
+        transcript = extended(transcript, decision)
+        yield from context.commit(decision, transcript)
+        if context.commits.ended:
             return
-        signals = desk.extend(decision.token_ids)
+        signals = context.feed(decision.token_ids)
 
 
-def _decide(desk: Desk, signals: Signals) -> Decision:
-    own = desk.decider.own(signals, desk.decider.pace)
-    while True:
-        if (decision := desk.decider.at_once(own)) is not None:
-            return decision
-        call = desk.decider.ask()
-        while not desk.escalator.landed(call):
-            desk.escalator.wait()
-        if (decision := desk.decider.settled(own, call, desk.transcript.ids)) is not None:
-            return decision
+def _decide(context: DecodeContext, signals: Signals, transcript: Transcript) -> Decision:
+    """Decide the position after the transcript, with as many calls as that takes."""
+    decider, calls = context.decider, context.calls
+    own = decider.small_choice(signals, decider.router_state)
+    while (decision := decider.without_call(own, transcript)) is None:
+        call = decider.start_call(transcript)
+        while not calls.is_finished(call):
+            calls.wait()
+        decision = decider.from_call(own, call, transcript.ids)
+        if decision is not None:
+            break
+    return decision

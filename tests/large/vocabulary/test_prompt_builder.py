@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxroute.engine.text import spans
+from mlxroute.engine.transcript import spans
 from mlxroute.errors import LargeProtocolError, UsageError
 from mlxroute.large.dialects import Dialect, dialect_named
 from mlxroute.large.dialects.json_fields import parse_object

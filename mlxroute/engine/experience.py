@@ -1,0 +1,149 @@
+"""What was measured about a pair of models: times, agreement, coverage, and calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from mlxroute.types import BranchCost, LargeToken, Signals
+
+# Branches of a position, the small model's own choice included.
+BRANCH_ROWS: Final = 4
+# Prior weight, in observations, of a slowdown of 1.0.
+SLOWDOWN_PRIOR: Final = 3
+# Least weight of a new observation; positions outnumber escalated ones, so theirs is smaller.
+_WEIGHT: Final = 0.05
+_POSITION_WEIGHT: Final = 0.005
+
+
+@dataclass(slots=True)
+class MovingAverage:
+    """An exponential moving average that starts as a plain mean.
+
+    The first `value` counts as `count` observations; a new one has the weight 1 / count, and at
+    least `weight`.
+    """
+
+    value: float
+    count: int = 0
+    weight: float = _WEIGHT
+
+    def add(self, value: float) -> None:
+        """Add an observation."""
+        self.count += 1
+        self.value += max(self.weight, 1.0 / self.count) * (value - self.value)
+
+
+@dataclass(slots=True)
+class Experience:
+    """Measurements of one pair of models over the answers of a session.
+
+    Each `on_...` method records one kind of event. Rates start as guesses; times start at 0, which
+    stands for not measured. Times in seconds:
+
+    - `step_s`: a decode step, while no call is in flight.
+    - `call_s`: a call for one token, while decoding waits.
+    - `prefetch_call_s`: a call that prefetches, until its first token, while decoding waits.
+    - `large_step_s`: each further token of a call that prefetches.
+    - `step_slowdown`, `call_slowdown`: how many times as long a step and a call take while the
+      other is under way, as where both models share a machine.
+
+    Shares, from 0 to 1:
+
+    - `agreement`: escalated positions where the large token is the small model's own choice.
+    - `coverage`: escalated positions where it is among the `BRANCH_ROWS` likeliest choices.
+    - `escalation_rate`: committed positions that are escalated.
+    - `prefetch_hit_rate`: escalated positions that a prefetched token answered, of those where
+      calls prefetched.
+
+    `branch_cost` is None until measured. `answered_calls` returned a token; `started_calls` were
+    made for `escalated_positions` and for positions that were never reached.
+    """
+
+    step_s: MovingAverage = field(default_factory=lambda: MovingAverage(0.0))
+    call_s: MovingAverage = field(default_factory=lambda: MovingAverage(0.0))
+    prefetch_call_s: MovingAverage = field(default_factory=lambda: MovingAverage(0.0))
+    large_step_s: MovingAverage = field(default_factory=lambda: MovingAverage(0.0))
+    step_slowdown: MovingAverage = field(default_factory=lambda: MovingAverage(1.0, SLOWDOWN_PRIOR))
+    call_slowdown: MovingAverage = field(default_factory=lambda: MovingAverage(1.0, SLOWDOWN_PRIOR))
+    agreement: MovingAverage = field(default_factory=lambda: MovingAverage(0.4, 5))
+    coverage: MovingAverage = field(default_factory=lambda: MovingAverage(0.75, 5))
+    escalation_rate: MovingAverage = field(
+        default_factory=lambda: MovingAverage(0.07, 30, _POSITION_WEIGHT)
+    )
+    prefetch_hit_rate: MovingAverage = field(default_factory=lambda: MovingAverage(0.3, 5))
+    branch_cost: BranchCost | None = None
+    answered_calls: int = 0
+    started_calls: int = 0
+    escalated_positions: int = 0
+    calls_prefetch: bool = False
+    advice_was_given: bool = False
+
+    def on_step(self, seconds: float, *, is_alone: bool) -> None:
+        """Record a decode step of one row; `is_alone` if no call was in flight."""
+        _record_time(seconds, self.step_s, self.step_slowdown, is_alone=is_alone)
+
+    def on_call_started(self) -> None:
+        """Record that a call began."""
+        self.started_calls += 1
+
+    def on_call_answered(
+        self, tokens: int, seconds: float, *, is_alone: bool, is_streamed: bool = False
+    ) -> None:
+        """Record a call that returned its first token after `seconds`, with `tokens` so far.
+
+        `is_alone` says that decoding waited for it. A call that `is_streamed` returns its first
+        token as soon as a call for one token would, and may return more.
+        """
+        self.answered_calls += 1
+        self.calls_prefetch = is_streamed or tokens > 1
+        average = self.prefetch_call_s if self.calls_prefetch else self.call_s
+        _record_time(seconds, average, self.call_slowdown, is_alone=is_alone)
+        if is_streamed and is_alone:
+            self.call_s.add(seconds)
+
+    def on_continuation_finished(self, tokens: Sequence[LargeToken]) -> None:
+        """Record the tokens of a call that prefetched, once no more of them can arrive."""
+        if len(tokens) < 2:
+            return
+        if tokens[-1].latency_s:
+            seconds = tokens[-1].latency_s - tokens[0].latency_s
+        elif self.call_s.count:
+            seconds = self.prefetch_call_s.value - self.call_s.value
+        else:
+            return
+        self.large_step_s.add(max(0.0, seconds) / (len(tokens) - 1))
+
+    def on_escalated(self, signals: Signals, token: LargeToken, *, prefetched: bool) -> None:
+        """Record a large token that was committed at a position with these signals."""
+        agrees = token.token_ids == (signals.token_id,)
+        self.agreement.add(agrees)
+        top_ids = signals.top_ids[:BRANCH_ROWS]
+        is_covered = len(token.token_ids) == 1 and token.token_ids[0] in top_ids
+        self.coverage.add(agrees or is_covered)
+        if self.calls_prefetch:
+            self.prefetch_hit_rate.add(prefetched)
+
+    def on_committed(self, *, escalated: bool) -> None:
+        """Record a committed position."""
+        self.escalation_rate.add(escalated)
+        self.escalated_positions += escalated
+
+    def on_branch_cost(self, cost: BranchCost) -> None:
+        """Record what a batch of branches costs."""
+        self.branch_cost = cost
+
+    def on_advice(self) -> None:
+        """Record that the advice to stream the large model was given."""
+        self.advice_was_given = True
+
+
+def _record_time(
+    seconds: float, average: MovingAverage, slowdown: MovingAverage, *, is_alone: bool
+) -> None:
+    """Add to the average time, or where both models worked at once, to the slowdown."""
+    if is_alone or not average.value:
+        average.add(seconds)
+    else:
+        slowdown.add(seconds / average.value)

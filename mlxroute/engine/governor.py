@@ -1,0 +1,186 @@
+"""The governor of `auto`: picks a mode and a prefetch from measurements, within a call ceiling.
+
+With a the seconds of a decode step, R those of a call, p the share of positions that are escalated,
+q the large model's agreement there, c its coverage by the branches, and b the cost of a step of all
+branches in steps of one row, the expected seconds of a token are to first order
+
+    wait: a + p R      overlap: a + p (1 - q) R      hedge: a + p R (1 - c / b)
+
+For overlap and hedge, a and R are the times while the other is under way. Derivation: a wait costs
+R at each escalation; overlap hides it where the models agree; hedge hides it in the share c of
+cases where a branch already holds the large token, at b steps' cost for each decoded token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from mlxroute.engine.experience import SLOWDOWN_PRIOR, Experience
+from mlxroute.types import Mode
+
+# Tokens that a call prefetches under auto, where that pays.
+PREFETCH_TOKENS: Final = 16
+# Every so many calls the alternative is measured again.
+_TRY_EVERY: Final = 24
+# Assumed cost of a batch of branches, in steps, until it is measured.
+_ASSUMED_BRANCH_COST: Final = 1.5
+# Decoding pauses when a call takes this many times the average: decoding may be delaying it.
+_OVERDUE: Final = 4.0
+# Switch modes only for gains above 5 %.
+_SWITCH_GAIN: Final = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class ModeTimes:
+    """Expected seconds of a committed token in each mode."""
+
+    wait_s: float
+    overlap_s: float
+    hedge_s: float
+
+
+def mode_times(experience: Experience, *, branch_cost: float) -> ModeTimes:
+    """Return the expected times by the module's formulas; `branch_cost` is b."""
+    step_s, call_s = experience.step_s.value, experience.call_s.value
+    rate = experience.escalation_rate.value
+    shared_step_s = step_s * experience.step_slowdown.value
+    shared_call_s = call_s * experience.call_slowdown.value
+    disagreement = 1 - experience.agreement.value
+    uncovered = max(0.0, 1 - experience.coverage.value / branch_cost)
+    return ModeTimes(
+        wait_s=step_s + rate * call_s,
+        overlap_s=shared_step_s + rate * disagreement * shared_call_s,
+        hedge_s=shared_step_s + rate * shared_call_s * uncovered,
+    )
+
+
+class Governor:
+    """Picks the mode, the prefetch and the calls of one answer.
+
+    `mode` is a fixed mode, or auto. `prefetch` fixes the tokens that each call prefetches; None
+    leaves them to the mode. `call_ceiling` bounds the calls of a session, in calls for each
+    escalated position; None is no bound.
+    """
+
+    def __init__(
+        self,
+        mode: Mode,
+        experience: Experience,
+        *,
+        prefetch: int | None,
+        call_ceiling: float | None,
+    ) -> None:
+        self._mode = mode
+        self._experience = experience
+        self._prefetch = prefetch
+        self._call_ceiling = call_ceiling
+        self._last_mode = Mode.WAIT
+
+    @property
+    def mode(self) -> Mode:
+        """The mode to use now."""
+        experience = self._experience
+        if self._mode is not Mode.AUTO:
+            return self._mode
+        # Measure a call alone first; one as short as a step leaves nothing to gain.
+        if not experience.call_s.count or experience.call_s.value < experience.step_s.value:
+            return Mode.WAIT
+        # Then measure one while decoding goes on.
+        if experience.call_slowdown.count == SLOWDOWN_PRIOR or self._is_trial:
+            return Mode.OVERLAP
+        expected = mode_times(experience, branch_cost=self._branch_cost)
+        times_s = {
+            Mode.WAIT: expected.wait_s,
+            Mode.OVERLAP: expected.overlap_s,
+            Mode.HEDGE: expected.hedge_s,
+        }
+        times_s[self._last_mode] *= _SWITCH_GAIN
+        return min(times_s, key=lambda mode: times_s[mode])
+
+    @property
+    def prefetch(self) -> int:
+        """The number of tokens that the next call prefetches."""
+        experience = self._experience
+        if self._prefetch is not None:
+            return self._prefetch
+        if self._mode is not Mode.AUTO or not experience.call_s.count:
+            return 0
+        if not experience.prefetch_call_s.count:
+            return PREFETCH_TOKENS
+        missed = 1 - experience.prefetch_hit_rate.value
+        pays = experience.prefetch_call_s.value * missed < experience.call_s.value
+        return PREFETCH_TOKENS if pays != self._is_trial else 0
+
+    def on_call_started(self) -> None:
+        """Remember the mode in which a call began."""
+        self._last_mode = self.mode
+
+    def may_decode_ahead(self, oldest_call_s: float | None) -> bool:
+        """Return whether decoding goes on beside calls in flight, the oldest of this age.
+
+        `oldest_call_s` is None without calls in flight.
+        """
+        if oldest_call_s is None:
+            return True
+        if self.mode is Mode.WAIT:
+            return False
+        if self._mode is not Mode.AUTO:
+            return True
+        return oldest_call_s <= _OVERDUE * self._experience.call_s.value
+
+    def may_call_speculatively(self, *, is_likeliest: bool, joined: int) -> bool:
+        """Return whether a call may be made for a position that may never be reached.
+
+        Under a ceiling only the likeliest branch gets such calls. `joined` positions wait for
+        prefetched tokens, and may still need calls of their own.
+        """
+        if self._call_ceiling is None:
+            return True
+        experience = self._experience
+        # The position that is pending now counts as escalated.
+        allowed = self._call_ceiling * (experience.escalated_positions + 1)
+        return is_likeliest and experience.started_calls + joined + 1 <= allowed
+
+    def advice(self) -> str | None:
+        """Return once a session, with figures, that streaming the large model would be faster."""
+        experience = self._experience
+        if (
+            experience.advice_was_given
+            or experience.large_step_s.count < 2
+            or experience.call_s.count < 2
+        ):
+            return None
+        large_s, step_s = experience.large_step_s.value, experience.step_s.value
+        call_s, rate = experience.call_s.value, experience.escalation_rate.value
+        # p > (d - a) / R, with d the large model's seconds a token.
+        if not call_s or rate <= (large_s - step_s) / call_s:
+            return None
+        experience.on_advice()
+        return (
+            "streaming the large model would be faster: it writes a token in"
+            f" {large_s * 1e3:,.0f} ms, the small one in {step_s * 1e3:,.0f} ms, and {rate:.1%} of"
+            f" the positions cost a call of {call_s * 1e3:,.0f} ms"
+        )
+
+    def explain(self) -> str:
+        """Return auto's mode and the figures behind it; empty before the first call."""
+        experience = self._experience
+        if not experience.call_s.count or self._mode is not Mode.AUTO:
+            return ""
+        return (
+            f"{self.mode}: call {experience.call_s.value:.2g} s,"
+            f" step {experience.step_s.value:.2g} s,"
+            f" agreement {experience.agreement.value:.0%},"
+            f" coverage {experience.coverage.value:.0%}"
+        )
+
+    @property
+    def _branch_cost(self) -> float:
+        cost = self._experience.branch_cost
+        return _ASSUMED_BRANCH_COST if cost is None else cost.batch_s / cost.step_s
+
+    @property
+    def _is_trial(self) -> bool:
+        """Whether the alternative is to be measured again."""
+        return self._experience.answered_calls % _TRY_EVERY == _TRY_EVERY - 1
