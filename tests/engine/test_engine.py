@@ -222,13 +222,13 @@ def test_stop_strings_cut_where_a_search_of_the_whole_text_would(
     tokens, answer = run(ScriptedSmall(script.encode()), stop=stop)
     text = text_of(tokens)
     # The first moment any stop string is complete decides; nothing after it is decoded.
-    wanted = script
+    expected = script
     for end in range(len(script) + 1):
-        found = [at for at in (script[:end].find(item) for item in stop) if at >= 0]
-        if found:
-            wanted = script[: min(found)]
+        matches = [at for at in (script[:end].find(item) for item in stop) if at >= 0]
+        if matches:
+            expected = script[: min(matches)]
             break
-    assert text == wanted == answer.stats().text
+    assert text == expected == answer.stats().text
 
 
 @given(st.text(max_size=40))

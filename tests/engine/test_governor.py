@@ -1,4 +1,4 @@
-"""Which way of spending the wait `auto` picks, and what it says about it."""
+"""The governor: which mode `auto` picks, its call ceiling and its advice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.fakes import FakeClock
 from tests.support.worlds import World, WorldLarge, WorldSmall, token_of
 
 
-def experience(
+def measured(
     *,
     step: float = 1.0,
     call: float,
@@ -34,8 +34,8 @@ def experience(
     )
 
 
-def governor(seen: Experience, *, ceiling: float | None = None) -> Governor:
-    return Governor(Mode.AUTO, seen, prefetch=None, call_ceiling=ceiling)
+def governor(experience: Experience, *, ceiling: float | None = None) -> Governor:
+    return Governor(Mode.AUTO, experience, prefetch=None, call_ceiling=ceiling)
 
 
 @pytest.mark.parametrize(
@@ -48,93 +48,99 @@ def governor(seen: Experience, *, ceiling: float | None = None) -> Governor:
         (34.0, 0.0, 0.0, Mode.WAIT),
     ],
 )
-def test_the_way_with_the_least_time_a_token_is_taken(
+def test_auto_picks_the_mode_with_the_least_time_per_token(
     call: float, agreement: float, coverage: float, mode: Mode
 ) -> None:
-    seen = experience(call=call, agreement=agreement, coverage=coverage)
-    assert governor(seen).mode is mode
+    experience = measured(call=call, agreement=agreement, coverage=coverage)
+    assert governor(experience).mode is mode
 
 
-def test_first_a_call_alone_is_seen_then_one_beside_decoding() -> None:
-    seen = Experience(step_s=MovingAverage(1.0, 9))
-    assert governor(seen).mode is Mode.WAIT
-    seen.on_call_answered(1, 20.0, is_alone=True)
-    assert governor(seen).mode is Mode.OVERLAP
-    seen.on_call_answered(1, 160.0, is_alone=False)
-    assert governor(seen).mode is Mode.WAIT
-    assert seen.call_s.value == 20.0
+def test_auto_measures_a_call_alone_and_then_one_beside_decoding() -> None:
+    experience = Experience(step_s=MovingAverage(1.0, 9))
+    assert governor(experience).mode is Mode.WAIT
+    experience.on_call_answered(1, 20.0, is_alone=True)
+    assert governor(experience).mode is Mode.OVERLAP
+    experience.on_call_answered(1, 160.0, is_alone=False)
+    assert governor(experience).mode is Mode.WAIT
+    assert experience.call_s.value == 20.0
 
 
-def test_one_late_call_says_little_about_what_decoding_does_to_it() -> None:
-    seen = experience(call=20.0)
-    seen.call_slowdown = MovingAverage(1.0, SLOWDOWN_PRIOR)
-    seen.on_call_answered(1, 30.0, is_alone=False)
-    assert governor(seen).mode is not Mode.WAIT
+def test_one_late_call_changes_the_slowdown_little() -> None:
+    experience = measured(call=20.0)
+    experience.call_slowdown = MovingAverage(1.0, SLOWDOWN_PRIOR)
+    experience.on_call_answered(1, 30.0, is_alone=False)
+    assert governor(experience).mode is not Mode.WAIT
 
 
 def test_the_formulas_give_the_times_of_a_worked_example() -> None:
     # a = 5 ms, R = 170 ms, p = 7 %, q = .4, c = .8, b = 1.3.
-    seen = experience(step=5.0, call=170.0, agreement=0.4, coverage=0.8)
-    seen.escalation_rate = MovingAverage(0.07, 9)
-    times = mode_times(seen, branch_cost=1.3)
+    experience = measured(step=5.0, call=170.0, agreement=0.4, coverage=0.8)
+    experience.escalation_rate = MovingAverage(0.07, 9)
+    times = mode_times(experience, branch_cost=1.3)
     assert times.wait_s == pytest.approx(16.9, abs=0.05)
     assert times.overlap_s == pytest.approx(12.1, abs=0.05)
     assert times.hedge_s == pytest.approx(9.6, abs=0.05)
 
 
-def test_more_tokens_a_call_are_tried_and_kept_where_they_pay() -> None:
-    seen = experience(call=10.0)
-    assert governor(seen).prefetch > 0
-    seen.prefetch_call_s, seen.prefetch_hit_rate = MovingAverage(12.0, 9), MovingAverage(0.5, 9)
-    assert governor(seen).prefetch > 0
-    seen.prefetch_hit_rate = MovingAverage(0.0, 9)
-    assert governor(seen).prefetch == 0
-    assert Governor(Mode.HEDGE, seen, prefetch=3, call_ceiling=None).prefetch == 3
+def test_prefetching_is_tried_and_kept_where_it_pays() -> None:
+    experience = measured(call=10.0)
+    assert governor(experience).prefetch > 0
+    experience.prefetch_call_s, experience.prefetch_hit_rate = (
+        MovingAverage(12.0, 9),
+        MovingAverage(0.5, 9),
+    )
+    assert governor(experience).prefetch > 0
+    experience.prefetch_hit_rate = MovingAverage(0.0, 9)
+    assert governor(experience).prefetch == 0
+    assert Governor(Mode.HEDGE, experience, prefetch=3, call_ceiling=None).prefetch == 3
 
 
-def test_that_streaming_would_be_faster_is_said_once_with_figures() -> None:
-    seen = experience(step=0.01, call=2.0)
-    assert governor(seen).advice() is None
-    seen.large_step_s, seen.escalation_rate = MovingAverage(0.05, 9), MovingAverage(0.1, 9)
-    assert "50 ms" in (governor(seen).advice() or "")
-    assert governor(seen).advice() is None
-    seen.advice_was_given, seen.escalation_rate = False, MovingAverage(0.01, 9)
-    assert governor(seen).advice() is None
+def test_the_advice_to_stream_is_given_once_with_figures() -> None:
+    experience = measured(step=0.01, call=2.0)
+    assert governor(experience).advice() is None
+    experience.large_step_s, experience.escalation_rate = (
+        MovingAverage(0.05, 9),
+        MovingAverage(0.1, 9),
+    )
+    assert "50 ms" in (governor(experience).advice() or "")
+    assert governor(experience).advice() is None
+    experience.advice_was_given, experience.escalation_rate = False, MovingAverage(0.01, 9)
+    assert governor(experience).advice() is None
 
 
-class Crowded(WorldSmall):
-    """A small model whose steps hold up the large one, as on one machine."""
+class SharedMachineSmall(WorldSmall):
+    """A small model whose steps delay the large one, as on one machine."""
 
     def __init__(self, world: World, clock: FakeClock, large: WorldLarge) -> None:
         super().__init__(world, clock)
         self._large = large
 
     def extend(self, token_ids: Sequence[int]) -> Signals:
-        self._hold_up()
+        self._delay_calls()
         return super().extend(token_ids)
 
     def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:
-        self._hold_up()
+        self._delay_calls()
         return super().branch(parents, token_ids)
 
-    def _hold_up(self) -> None:
+    def _delay_calls(self) -> None:
         for flight in self._large.flights:
             if not flight.finished:
                 flight.lands_s += 0.8
 
 
 def answered(
-    world: World, seen: Experience, *, crowded: bool = False, **options: object
+    world: World, experience: Experience, *, shared_machine: bool = False, **options: object
 ) -> tuple[RunStats, float]:
     clock = FakeClock()
     large = WorldLarge(world, clock, prompt="[user]hi>", order=0)
     answer = Answer(
-        Crowded(world, clock, large) if crowded else WorldSmall(world, clock),
+        SharedMachineSmall(world, clock, large) if shared_machine else WorldSmall(world, clock),
         large,
         [{"role": "user", "content": "hi"}],
         router=EntropyRouter(1.0),
         options=Options(max_tokens=120, timeout_s=10_000.0, **options),  # type: ignore[arg-type]
-        experience=seen,
+        experience=experience,
         clock=clock,
     )
     for _ in answer:
@@ -146,7 +152,7 @@ def world(seed: int) -> World:
     return World(seed, doubt=0.1, agreement=0.4, loss=0.0, end=0.0, longest_s=40.0)
 
 
-def test_a_ceiling_bounds_the_calls_and_changes_no_word() -> None:
+def test_a_ceiling_bounds_the_calls_and_changes_no_text() -> None:
     for seed in range(5):
         waited, _ = answered(world(seed), Experience(), mode=Mode.WAIT)
         free, _ = answered(world(seed), Experience(), mode=Mode.HEDGE, prefetch=0)
@@ -158,12 +164,14 @@ def test_a_ceiling_bounds_the_calls_and_changes_no_word() -> None:
         assert bound.calls <= 1.2 * (waited.calls + 1)
 
 
-def test_what_earlier_answers_left_of_the_ceiling_may_be_used() -> None:
-    seen = Experience()
+def test_calls_that_earlier_answers_did_not_need_may_be_used() -> None:
+    experience = Experience()
     calls, needed, alone = 0, 0, 0
     for seed in range(8):
         waited, _ = answered(world(seed), Experience(), mode=Mode.WAIT)
-        bound, _ = answered(world(seed), seen, mode=Mode.OVERLAP, prefetch=8, call_ceiling=1.2)
+        bound, _ = answered(
+            world(seed), experience, mode=Mode.OVERLAP, prefetch=8, call_ceiling=1.2
+        )
         first, _ = answered(
             world(seed), Experience(), mode=Mode.OVERLAP, prefetch=8, call_ceiling=1.2
         )
@@ -173,54 +181,54 @@ def test_what_earlier_answers_left_of_the_ceiling_may_be_used() -> None:
     assert calls > alone
 
 
-def test_over_a_few_answers_auto_is_about_as_fast_as_the_best_way() -> None:
-    seen = Experience()
+def test_over_a_few_answers_auto_is_about_as_fast_as_the_best_mode() -> None:
+    experience = Experience()
     times = {mode: 0.0 for mode in Mode}
     for seed in range(8):
         for mode in Mode:
-            known = seen if mode is Mode.AUTO else Experience()
+            known = experience if mode is Mode.AUTO else Experience()
             _, seconds = answered(world(seed), known, mode=mode, prefetch=0)
-            # What it takes to learn is not held against it.
+            # The first answer, in which auto measures, does not count.
             times[mode] += seconds if seed else 0.0
     fixed = [times[mode] for mode in Mode if mode is not Mode.AUTO]
     assert times[Mode.AUTO] <= 1.1 * min(fixed)
     assert times[Mode.AUTO] <= 0.85 * times[Mode.WAIT]
 
 
-def test_where_decoding_on_holds_the_calls_up_auto_stands_still() -> None:
-    seen, times = Experience(), dict.fromkeys((Mode.WAIT, Mode.HEDGE, Mode.AUTO), 0.0)
+def test_auto_waits_where_decoding_delays_the_calls() -> None:
+    experience, times = Experience(), dict.fromkeys((Mode.WAIT, Mode.HEDGE, Mode.AUTO), 0.0)
     for seed in range(8):
         for mode in times:
-            known = seen if mode is Mode.AUTO else Experience()
+            known = experience if mode is Mode.AUTO else Experience()
             one = replace(world(seed), longest_s=20.0)
-            _, seconds = answered(one, known, crowded=True, mode=mode, prefetch=0)
+            _, seconds = answered(one, known, shared_machine=True, mode=mode, prefetch=0)
             times[mode] += seconds
     assert times[Mode.HEDGE] > 1.2 * times[Mode.WAIT]
     assert times[Mode.AUTO] < 1.15 * times[Mode.WAIT]
 
 
-def test_the_figures_behind_the_choice_are_told() -> None:
+def test_the_plan_names_the_mode_and_its_figures() -> None:
     stats, _ = answered(world(1), Experience(), mode=Mode.AUTO)
     assert stats.plan.startswith(f"{stats.mode}: call ")
     fixed, _ = answered(world(1), Experience(), mode=Mode.OVERLAP)
     assert fixed.plan == ""
 
 
-def test_a_stretch_without_escalations_does_not_make_the_rate_forgotten() -> None:
-    seen = Experience()
+def test_a_run_without_escalations_changes_the_rate_slowly() -> None:
+    experience = Experience()
     for position in range(300):
-        seen.on_committed(escalated=position % 10 == 0)
+        experience.on_committed(escalated=position % 10 == 0)
     for _ in range(25):
-        seen.on_committed(escalated=False)
-    assert seen.escalation_rate.value == pytest.approx(0.09, abs=0.02)
+        experience.on_committed(escalated=False)
+    assert experience.escalation_rate.value == pytest.approx(0.09, abs=0.02)
 
 
-def test_what_the_large_model_takes_for_a_token_is_seen_in_its_runs() -> None:
+def test_the_large_models_time_per_token_is_measured_from_continuations() -> None:
     token = token_of((1,))
     streamed = [replace(token, latency_s=latency_s) for latency_s in (2.0, 2.5, 3.0)]
-    seen = Experience()
-    seen.on_continuation_finished(streamed)
-    assert seen.large_step_s.value == pytest.approx(0.5)
+    experience = Experience()
+    experience.on_continuation_finished(streamed)
+    assert experience.large_step_s.value == pytest.approx(0.5)
     whole = Experience(call_s=MovingAverage(2.0, 3), prefetch_call_s=MovingAverage(2.6, 3))
     whole.on_continuation_finished([replace(token, latency_s=2.6), token, token])
     assert whole.large_step_s.value == pytest.approx(0.3)

@@ -1,4 +1,4 @@
-"""Every way of spending the wait writes the same answer: random worlds, delays and losses."""
+"""Every mode writes the same answer: random models, delays and failures."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SAME = (
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """An answer to its end, and what is left of it."""
+    """A finished answer: its events and figures, and what was fed to the small model."""
 
     events: list[Event]
     stats: RunStats
@@ -67,7 +67,7 @@ def run(world: World, *, order: int = 0, budget: float | None = None, **options:
 
 
 def experience() -> Experience:
-    """Calls were slow until now, so that `auto` begins with branches."""
+    """Return measurements of slow calls, so that `auto` begins with branches."""
     return Experience(
         step_s=MovingAverage(1.0, 3),
         call_s=MovingAverage(30.0, 3),
@@ -76,9 +76,9 @@ def experience() -> Experience:
 
 
 def record(token: Token, *, rounded: bool = False) -> Token:
-    """A token without what depends on time and on the way it was asked for.
+    """Return a token without what depends on time or on the kind of call.
 
-    With `rounded` without what a batch computes otherwise, too.
+    With `rounded`, also without what a batch rounds differently.
     """
     if rounded:
         token = replace(token, signals=signals(token.token_id), score=0.0, threshold=0.0)
@@ -89,7 +89,7 @@ def record(token: Token, *, rounded: bool = False) -> Token:
 
 
 def check_events(events: Sequence[Event]) -> None:
-    """What was shown early came true or was taken back, before anything else took its place."""
+    """Check that each provisional token was committed or retracted before another replaced it."""
     shown: dict[int, Provisional] = {}
     committed = -1
     for event in events:
@@ -110,7 +110,7 @@ def check_events(events: Sequence[Event]) -> None:
 
 
 def check_cache(run: Run) -> None:
-    """The cache holds the answer but for what was committed last: one token, or of a large one."""
+    """Check that the cache holds the answer but for its last decision."""
     last = next(i for i in range(1, 9) if len(run.fed) + i == run.stats.tokens)
     ids = [token.token_id for token in run.tokens]
     assert run.fed[: len(ids)] == ids[: len(run.fed)]
@@ -143,25 +143,25 @@ _WORLDS = st.builds(
     prefetch=st.sampled_from([1, 4, 8]),
     budget=st.sampled_from([None, None, 0.1, 0.4]),
 )
-def test_the_answer_is_the_same_in_every_mode_whenever_and_in_whatever_order_calls_land(
+def test_the_answer_is_the_same_in_every_mode_whatever_the_timing_of_calls(
     world: World, order: int, prefetch: int, **options: Any
 ) -> None:
-    wanted = run(world, **options)
-    check_cache(wanted)
+    expected = run(world, **options)
+    check_cache(expected)
     for mode in Mode:
         rounded = mode in (Mode.HEDGE, Mode.AUTO)
-        records = [record(token, rounded=rounded) for token in wanted.tokens]
-        for ahead in (0, prefetch):
-            got = run(world, order=order, mode=mode, prefetch=ahead, **options)
+        records = [record(token, rounded=rounded) for token in expected.tokens]
+        for prefetched_tokens in (0, prefetch):
+            got = run(world, order=order, mode=mode, prefetch=prefetched_tokens, **options)
             assert [record(token, rounded=rounded) for token in got.tokens] == records
             for name in _SAME:
-                assert getattr(got.stats, name) == getattr(wanted.stats, name), name
+                assert getattr(got.stats, name) == getattr(expected.stats, name), name
             # Of a large token of several ids at the end, overlap may have fed all but the last.
-            assert got.fed[: len(wanted.fed)] == wanted.fed
+            assert got.fed[: len(expected.fed)] == expected.fed
             check_cache(got)
             check_events(got.events)
             assert got.stats.prefetch_used <= got.stats.prefetch_generated
-            if not ahead:
+            if not prefetched_tokens:
                 assert not any(t.escalation.prefetched for t in got.tokens if t.escalation)
 
 
@@ -170,7 +170,7 @@ def test_wait_shows_nothing_early() -> None:
     assert all(isinstance(event, Token) for event in events)
 
 
-def test_overlap_asks_again_without_waiting_and_takes_less_time() -> None:
+def test_overlap_makes_the_next_call_without_waiting_and_takes_less_time() -> None:
     world = World(5, agreement=1.0, loss=0.0, end=0.0)
     waited, overlapped = run(world), run(world, mode=Mode.OVERLAP)
     assert overlapped.stats.calls == waited.stats.calls
@@ -179,7 +179,7 @@ def test_overlap_asks_again_without_waiting_and_takes_less_time() -> None:
     assert overlapped.seconds < waited.seconds
 
 
-def test_a_disagreement_takes_back_what_was_built_on_the_small_token() -> None:
+def test_a_disagreement_retracts_what_followed_the_small_token() -> None:
     world = World(5, agreement=0.0, loss=0.0, end=0.0, doubt=0.2)
     overlapped = run(world, mode=Mode.OVERLAP)
     assert overlapped.stats.retracted > 0
@@ -195,7 +195,7 @@ def test_hedge_keeps_the_branch_that_the_large_model_chose() -> None:
     assert sum(r.seconds for r in hedged) < 0.95 * sum(r.seconds for r in overlapped)
 
 
-def test_the_likeliest_way_is_asked_first_where_calls_are_few() -> None:
+def test_the_likeliest_branch_gets_the_calls_where_they_are_few() -> None:
     sure = World(0, agreement=1.0, loss=0.0, end=0.0, doubt=0.3, longest_s=20, cap=2)
     worlds = [replace(sure, seed=i) for i in range(9)]
     overlapped, hedged = (
@@ -205,7 +205,7 @@ def test_the_likeliest_way_is_asked_first_where_calls_are_few() -> None:
     assert sum(r.seconds for r in hedged) < 1.3 * sum(r.seconds for r in overlapped)
 
 
-def test_what_a_batch_may_have_rounded_to_another_decision_is_decoded_again() -> None:
+def test_decisions_within_the_rounding_of_a_batch_are_made_again() -> None:
     world = World(5, loss=0.0, end=0.0, rounding=0.3)
     assert run(world, mode=Mode.HEDGE).stats.redecoded > 0
     assert run(replace(world, rounding=0.0), mode=Mode.HEDGE).stats.redecoded == 0
@@ -221,7 +221,7 @@ def test_prefetched_tokens_save_calls_where_the_answer_follows_the_large_model()
 
 
 @pytest.mark.parametrize("mode", [Mode.WAIT, Mode.OVERLAP])
-def test_a_position_that_a_stream_will_reach_waits_for_its_token_instead_of_asking(
+def test_a_position_that_a_stream_will_reach_waits_for_its_token_instead_of_calling(
     mode: Mode,
 ) -> None:
     worlds = [World(i, doubt=1.0, agreement=1.0, loss=0.0, end=0.0) for i in range(9)]
@@ -235,7 +235,9 @@ def test_a_position_that_a_stream_will_reach_waits_for_its_token_instead_of_aski
 
 
 @pytest.mark.parametrize("window", [0, 9])
-def test_a_cache_that_cannot_go_back_is_waited_for_and_the_figures_say_so(window: int) -> None:
+def test_decoding_waits_where_the_cache_cannot_be_rolled_back_and_the_figures_say_so(
+    window: int,
+) -> None:
     world = World(5, doubt=0.5, agreement=0.5, window=window)
     assert run(world, mode=Mode.OVERLAP).stats.held
     assert not run(replace(world, window=1 << 30), mode=Mode.OVERLAP).stats.held
@@ -263,7 +265,7 @@ def test_strict_raises_once_everything_before_the_lost_call_is_committed(mode: M
 def test_a_server_that_never_answers_costs_one_timeout_in_all(mode: Mode, prefetch: int) -> None:
     world = World(5, doubt=1.0, end=0.0, loss=0.0, longest_s=0.0)
     clock = FakeClock()
-    large = Silent(world, clock, prompt=_PROMPT, order=0)
+    large = HangingLarge(world, clock, prompt=_PROMPT, order=0)
     answer = Answer(
         WorldSmall(world, clock),
         large,
@@ -282,8 +284,8 @@ def test_a_server_that_never_answers_costs_one_timeout_in_all(mode: Mode, prefet
     assert all(flight.finished for flight in large.flights)
 
 
-class Silent(WorldLarge):
-    """A large model whose calls never land, not even at their deadline."""
+class HangingLarge(WorldLarge):
+    """A large model whose calls never become ready, not even at their deadline."""
 
     def begin(self, *arguments: Any, **named: Any) -> Any:
         flight = super().begin(*arguments, **named)

@@ -1,4 +1,4 @@
-"""The speed modes over real caches: plain, sliding windows, states that cannot go back."""
+"""The modes over real caches: plain, sliding windows, states that cannot be rolled back."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def loaded(kind: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, An
     return load(make_tiny_model(path, model_type=kind, extra=_KINDS[kind]))
 
 
-class Lottery:
-    """Asks at about half of the positions, whatever a random model's entropies are."""
+class RandomRouter:
+    """A router that escalates about half of the positions, whatever the entropies are."""
 
     def __init__(self) -> None:
         self.state = Threshold(0.5)
@@ -62,8 +62,8 @@ class Lottery:
         return float(random.Random(str(signals.top_ids)).random() < 0.5)
 
 
-class Dice:
-    """A large model that often wants what the small one would write, and lands by chance."""
+class RandomLarge:
+    """A large model that often agrees with the small one, and answers after random times."""
 
     def __init__(self, oracle: SmallModel, clock: FakeClock) -> None:
         self._oracle = oracle
@@ -95,9 +95,9 @@ def run(
     small, clock = SmallModel(*loaded, name="small"), FakeClock()
     answer = Answer(
         small,
-        Dice(SmallModel(*loaded, name="oracle"), clock),
+        RandomLarge(SmallModel(*loaded, name="oracle"), clock),
         [{"role": "user", "content": "hi"}],
-        router=Lottery(),
+        router=RandomRouter(),
         options=Options(max_tokens=48, mode=mode, sampling=sampling),
         clock=clock,
     )
@@ -161,7 +161,7 @@ def test_rows_of_a_batch_are_what_each_would_be_alone(loaded: tuple[Any, Any], k
     assert list(small.cached_ids) == [*prompt, 22, 30]
 
 
-def test_a_plain_cache_can_always_go_back_and_a_full_window_not(
+def test_a_plain_cache_can_always_be_rolled_back_and_a_full_window_not(
     loaded: tuple[Any, Any], kind: str
 ) -> None:
     small = SmallModel(*loaded, name="small")
@@ -170,13 +170,13 @@ def test_a_plain_cache_can_always_go_back_and_a_full_window_not(
     assert small.can_rollback(_WINDOW) == (kind == "llama")
 
 
-def test_prompts_of_different_lengths_are_decoded_together(
+def test_prompts_of_different_lengths_are_decoded_as_one_batch(
     loaded: tuple[Any, Any], kind: str
 ) -> None:
     small, alone = (SmallModel(*loaded, name="small") for _ in range(2))
     prompts = [list(range(5, 15)), list(range(40, 45))]
-    firsts, held = zip(*(small.prefill_copy(each) for each in prompts), strict=True)
-    batch = small.start_batch(held)
+    firsts, copies = zip(*(small.prefill_copy(prompt) for prompt in prompts), strict=True)
+    batch = small.start_batch(copies)
     rows = batch.step([0, 1, 1], [20, 21, 22])
     rows = batch.step([2, 0], [30, 31])
     for prompt, first in zip(prompts, firsts, strict=True):

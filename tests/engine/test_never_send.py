@@ -140,12 +140,12 @@ def test_what_is_not_searched_again_could_not_have_matched(
 ) -> None:
     # Each step takes some text back, as a rollback does, and adds some.
     guard = NeverSend([pattern], [])
-    context, found = "", None
+    context, matched = "", None
     for taken, added in steps:
         context = context[: max(0, len(context) - taken)] + added
-        if found is None or not context.startswith(found):
-            found = context if pattern.search(context) else None
-        assert guard.match(context) == (None if found is None else 1)
+        if matched is None or not context.startswith(matched):
+            matched = context if pattern.search(context) else None
+        assert guard.match(context) == (None if matched is None else 1)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Routers decide from signals alone; a budget is kept whatever comes."""
+"""Routers decide from signals alone, and a budget is never exceeded."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def budget(rate: float, quantiles: tuple[float, ...] = _UNIFORM) -> Budget:
 
 
 def judged(state: Threshold | Budget, scores: Iterable[float]) -> list[Judgement]:
-    found = []
+    judgements = []
     for score in scores:
         judgement, state = state.decide(score)
-        found.append(judgement)
-    return found
+        judgements.append(judgement)
+    return judgements
 
 
-def escalated(found: Iterable[Judgement]) -> list[int]:
-    return [int(each is Judgement.ESCALATE) for each in found]
+def escalated(judgements: Iterable[Judgement]) -> list[int]:
+    return [int(judgement is Judgement.ESCALATE) for judgement in judgements]
 
 
 # A threshold
@@ -73,12 +73,12 @@ def test_a_router_takes_a_threshold_or_a_budget(given_: dict[str, float]) -> Non
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.1, math.nan])
-def test_a_budget_is_a_share(rate: float) -> None:
+def test_a_budget_outside_0_to_1_is_refused(rate: float) -> None:
     with pytest.raises(UsageError, match="from 0% to 100%"):
         EntropyRouter(budget=rate)
 
 
-def test_an_unknown_router_is_named_with_those_there_are() -> None:
+def test_an_unknown_router_is_refused_with_the_names_to_choose_from() -> None:
     with pytest.raises(UsageError, match=r"'entrpy'; choose one of entropy, margin"):
         make_router("entrpy", threshold=1.0)
 
@@ -128,17 +128,18 @@ def test_the_realised_rate_comes_within_15_percent_of_the_budget(
     dice = random.Random(5)
     lengths = [dice.randint(10, 120) for _ in range(500)]
     total, state = sum(lengths), budget(rate)
-    seen = spent_in_all = 0
+    positions = escalated_in_all = 0
     for length in lengths:
         spent = 0
         for _ in range(length):
-            score = scores(dice, seen / total)
+            score = scores(dice, positions / total)
             judgement, state = state.decide(score)
-            spent, seen = spent + (judgement is Judgement.ESCALATE), seen + 1
-        spent_in_all += spent
+            spent += judgement is Judgement.ESCALATE
+            positions += 1
+        escalated_in_all += spent
         assert spent <= rate * length + BURST + 1e-6
-        assert spent_in_all <= rate * seen + BURST + 1e-6
-    assert spent_in_all / total == pytest.approx(rate, rel=0.15)
+        assert escalated_in_all <= rate * positions + BURST + 1e-6
+    assert escalated_in_all / total == pytest.approx(rate, rel=0.15)
 
 
 def test_a_budget_prefers_the_higher_scores() -> None:
@@ -149,15 +150,15 @@ def test_a_budget_prefers_the_higher_scores() -> None:
     assert sum(chosen) / len(chosen) > 0.9
 
 
-def test_what_a_calibration_knows_decides_the_first_positions() -> None:
+def test_a_calibration_decides_the_first_positions() -> None:
     high = budget(0.07, (0.0, 1.0, 2.0, 3.0, 4.0))
     assert high.decide(2.0)[0] is Judgement.KEEP
     assert high.decide(3.9)[0] is Judgement.ESCALATE
 
 
-def test_a_spent_budget_says_so() -> None:
-    found = judged(budget(0.07), [5.0 + i for i in range(9)])
-    assert found == [Judgement.ESCALATE] * 4 + [Judgement.OVER_BUDGET] * 5
+def test_a_spent_budget_gives_its_own_judgement() -> None:
+    judgements = judged(budget(0.07), [5.0 + i for i in range(9)])
+    assert judgements == [Judgement.ESCALATE] * 4 + [Judgement.OVER_BUDGET] * 5
 
 
 @given(
@@ -186,14 +187,14 @@ def test_scores_that_differ_by_little_leave_the_same_state_unless_they_are_near_
     logits=st.lists(st.floats(0, 40), min_size=8, max_size=8),
     seed=st.integers(0, 99),
 )
-def test_scores_move_by_no_more_than_they_say(name: str, logits: list[float], seed: int) -> None:
+def test_scores_change_by_at_most_their_gain(name: str, logits: list[float], seed: int) -> None:
     dice = random.Random(seed)
     logits = sorted(logits, reverse=True)
     if sum(logits) < 20:
         return
     band = 1e-4
     moved = [x + dice.uniform(-band, band) / 4 for x in logits]
-    a, b = (SCORES[name].function(row(*each), 0) for each in (logits, moved))
+    a, b = (SCORES[name].function(row(*values), 0) for values in (logits, moved))
     assert abs(a - b) <= SCORES[name].gain * band + 1e-12
 
 
