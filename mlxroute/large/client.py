@@ -210,7 +210,7 @@ class LargeModel(Closeable):
             return self._next_tokens(context, deadline, prefetch=prefetch, publish=publish)
 
         self._flights = [flight for flight in self._flights if not flight.finished]
-        flight = PendingCall(ask, deadline=self._deadline_of(deadline_s), landed=self._landed)
+        flight = PendingCall(ask, deadline=self._deadline_of(deadline_s), changed=self._landed)
         self._flights.append(flight)
         flight.start()
         return flight

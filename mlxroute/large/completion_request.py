@@ -13,8 +13,9 @@ from mlxroute.large.dialects import Dialect, RequestOptions, StreamingDialect
 from mlxroute.large.dialects.json_fields import error_message, parse_object, reported_error
 from mlxroute.large.dialects.sse import is_event_stream, parse_events
 from mlxroute.large.http.deadline import Deadline
+from mlxroute.large.http.exchange import HttpReply
 from mlxroute.large.http.stream_listener import StreamListener
-from mlxroute.large.http.transport import Reply, Transport
+from mlxroute.large.http.transport import Transport
 from mlxroute.large.prompt import Prompt
 from mlxroute.large.reply import Completion, CompletionAnswer, ReplyPosition
 from mlxroute.large.vocabulary.mlx_lm_cache_guard import MlxLmCacheGuard, Usage
@@ -215,7 +216,7 @@ class CompletionRequester:
             )
         return entries[skipped:]
 
-    def _understood(self, dialect: Dialect, prompt: Prompt, reply: Reply) -> Completion:
+    def _understood(self, dialect: Dialect, prompt: Prompt, reply: HttpReply) -> Completion:
         if reply.status != 200:
             raise self._refusal(error_message(reply.body), reply)
         try:
@@ -229,9 +230,9 @@ class CompletionRequester:
         except LargeProtocolError as exc:
             raise LargeProtocolError(f"{self._base_url}: {exc}") from exc
 
-    def _refusal(self, message: str, reply: Reply) -> LargeRefused:
+    def _refusal(self, message: str, reply: HttpReply) -> LargeRefused:
         """The error for a reply that is no success, without the key should the server echo it."""
-        said = printable_line(self._transport.without_secrets(message)) or "no reason given"
+        said = printable_line(self._transport.redact(message)) or "no reason given"
         hint = "; check the API key" if reply.status in (401, 403) else ""
         if reply.retry_after_s:
             hint = f"; it asks to be called again in {reply.retry_after_s:,.0f} s"

@@ -125,7 +125,7 @@ def test_an_unreachable_server_leaves_an_unchecked_answer_and_exit_code_0(
     tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # However slow the machine, the pause after three failures lasts to the end.
-    monkeypatch.setattr(circuit_breaker, "_FIRST_S", 300.0)
+    monkeypatch.setattr(circuit_breaker, "_FIRST_PAUSE_S", 300.0)
     arguments = ["--small", str(tiny), "--large", UNREACHABLE, "--threshold", "-inf"]
     assert main(["ask", *arguments, "--max-tokens", "5", "--json", "hi"]) == 0
     captured = capsys.readouterr()

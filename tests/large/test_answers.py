@@ -322,7 +322,7 @@ def test_every_answer_survives_every_fault(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(retry, "_FIRST_S", 0.001)
+    monkeypatch.setattr(retry, "_FIRST_PAUSE_S", 0.001)
     caplog.set_level(logging.DEBUG)
     authority = Authority(tmp_path_factory.mktemp("authority"))
     stage = Stage(authority, Authority(tmp_path_factory.mktemp("stranger")))

@@ -229,8 +229,8 @@ def test_with_another_vocabulary_the_large_models_own_words_go_out() -> None:
         ("http://[::1/v1", "not a URL"),
         ("http://host/v1?key=1", "without"),
         ("http://ho st/v1", "space"),
-        ("http://a..b/v1", "empty or too long part"),
-        (f"http://{'a' * 64}.example/v1", "empty or too long part"),
+        ("http://a..b/v1", "empty or too long"),
+        (f"http://{'a' * 64}.example/v1", "empty or too long"),
         ("", "http:// or https://"),
     ],
 )

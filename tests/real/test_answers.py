@@ -36,7 +36,7 @@ def test_a_server_killed_in_mid_answer_costs_no_token_and_less_than_a_timeout(
     smollm2: SmallModel, host: LocalServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # However slow the machine, the pause after three failures lasts to the end.
-    monkeypatch.setattr(circuit_breaker, "_FIRST_S", 300.0)
+    monkeypatch.setattr(circuit_breaker, "_FIRST_PAUSE_S", 300.0)
     with LargeModel(host.url, timeout_s=60) as large:
         answer = generate(
             smollm2,

@@ -1,1 +1,1 @@
-"""HTTP: connections, deadlines, retries, circuit breaker; knows no JSON."""
+"""HTTP: connections, deadlines, retries and the circuit breaker; bodies are opaque bytes here."""

@@ -14,7 +14,7 @@ _EXAMPLE = "http://127.0.0.1:8081/v1"
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A checked base address. `url` carries no user, no password and no trailing slash."""
+    """A checked base address; `url` has no user, no password and no trailing slash."""
 
     url: str
     host: str
@@ -22,7 +22,7 @@ class Address:
 
     @property
     def root(self) -> str:
-        """The address without the version that ends its path: where native routes lie."""
+        """The address without the version (`/v1`) that ends its path: the base of native routes."""
         return re.sub(r"/v\d+$", "", self.url)
 
     @property
@@ -35,41 +35,41 @@ class Address:
 
 
 def parse_address(text: str) -> Address:
-    """Check a typed address; a missing path becomes `/v1`. Raises UsageError."""
+    """Parse and check a typed address; a missing path becomes `/v1`. Raises UsageError."""
     typed = text.strip()
     try:
         parts = urlsplit(typed)
         host, port = parts.hostname, parts.port
     except ValueError as exc:
-        raise _wrong(typed, "it is not a URL") from exc
+        raise _invalid(typed, "it is not a URL") from exc
     if parts.scheme not in ("http", "https"):
-        raise _wrong(typed, "it must begin with http:// or https://")
+        raise _invalid(typed, "it must begin with http:// or https://")
     if not host:
-        raise _wrong(typed, "it names no host")
+        raise _invalid(typed, "it names no host")
     try:
         host.encode("idna")
     except UnicodeError as exc:
-        raise _wrong(typed, "its host has an empty or too long part") from exc
+        raise _invalid(typed, "a part of its host name is empty or too long") from exc
     if parts.query or parts.fragment:
-        raise _wrong(typed, "it must end with the path, without ? or #")
+        raise _invalid(typed, "it must end with the path, without ? or #")
     if not typed.isprintable() or " " in typed:
-        raise _wrong(typed, "it contains a space or a control character")
-    shown_host = f"[{host}]" if ":" in host else host
-    shown_port = "" if port is None else f":{port}"
+        raise _invalid(typed, "it contains a space or a control character")
+    url_host = f"[{host}]" if ":" in host else host
+    url_port = "" if port is None else f":{port}"
     path = parts.path.rstrip("/") or "/v1"
     userinfo = None
     if parts.username is not None:
         userinfo = (unquote(parts.username), unquote(parts.password or ""))
-    return Address(f"{parts.scheme}://{shown_host}{shown_port}{path}", host, userinfo)
+    return Address(f"{parts.scheme}://{url_host}{url_port}{path}", host, userinfo)
 
 
-def without_userinfo(text: str) -> str:
-    """A URL's text with any user and password before the host removed."""
+def strip_userinfo(text: str) -> str:
+    """Remove the user and password before the host from the text of a URL."""
     return re.sub(r"(?<=//)[^/]*@|^[^/]*@", "", text)
 
 
-def _wrong(typed: str, reason: str) -> UsageError:
-    shown = "".join(c if c.isprintable() else "?" for c in without_userinfo(typed))
+def _invalid(typed: str, reason: str) -> UsageError:
+    printable = "".join(c if c.isprintable() else "?" for c in strip_userinfo(typed))
     return UsageError(
-        f"{shown!r} is no address of a large model: {reason} (for example {_EXAMPLE})"
+        f"invalid address of a large model {printable!r}: {reason} (for example {_EXAMPLE})"
     )

@@ -1,4 +1,4 @@
-"""Calls under way: each in a thread of its own, given up without waiting for the server."""
+"""Calls that run in the background and can be cancelled without waiting for the server."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ Tokens = tuple[LargeToken, ...]
 
 
 class PendingCall(threading.Thread):
-    """One call; `ready` once it has an answer or has failed, at its deadline at the latest.
+    """One call in its own thread.
 
-    What `ask` publishes before it returns may grow, until the flight is `finished`. `landed` is
+    `ready` becomes True when there is an answer or an error, at the deadline at the latest. An
+    answer may be published before it is complete; it grows until `finished` is True. `changed` is
     notified of each change.
+
+    An `Exchange` has a further thread: while a name lookup blocks that one, this one still releases
+    its locks and reports the failure to the circuit breaker, at the deadline.
     """
 
     def __init__(
@@ -24,36 +28,36 @@ class PendingCall(threading.Thread):
         ask: Callable[[Deadline, Callable[[Tokens], None]], Tokens],
         *,
         deadline: Deadline,
-        landed: threading.Condition,
+        changed: threading.Condition,
     ) -> None:
-        super().__init__(daemon=True, name="mlxroute-flight")
+        super().__init__(daemon=True, name="mlxroute-call")
         self._ask = ask
         self._deadline = deadline
-        self._landed = landed
+        self._changed = changed
         self._tokens: Tokens | None = None
         self._error: LargeError | None = None
         self.ready = False
         self.finished = False
 
     def run(self) -> None:
-        """Ask, keeping the outcome for `result`."""
+        """Ask, and keep the outcome for `result`."""
         try:
             self._tokens = self._ask(self._deadline, self._publish)
         except LargeError as exc:
             self._error = exc
         finally:
-            with self._landed:
+            with self._changed:
                 self.ready = self.finished = True
-                self._landed.notify_all()
+                self._changed.notify_all()
 
     def _publish(self, tokens: Tokens) -> None:
-        with self._landed:
+        with self._changed:
             self._tokens = tokens
             self.ready = True
-            self._landed.notify_all()
+            self._changed.notify_all()
 
     def result(self) -> Tokens:
-        """The answer of a `ready` flight, as far as it came. Raises LargeError subclasses."""
+        """Return the tokens of a `ready` call received so far. Raises LargeError subclasses."""
         if self._error is not None and self._tokens is None:
             raise self._error
         if self._tokens is None:
@@ -61,5 +65,5 @@ class PendingCall(threading.Thread):
         return self._tokens
 
     def cancel(self) -> None:
-        """Break the call off and drop what still comes of it; returns at once."""
+        """Cancel the call and drop any later reply; returns at once."""
         self._deadline.cancel()

@@ -1,4 +1,4 @@
-"""Leaves a server alone that keeps failing, and finds out with single calls when it is back."""
+"""A circuit breaker with half-open probes."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from mlxroute.errors import (
 )
 
 FAILURES: Final = 3
-_FIRST_S: Final = 5.0
-_LONGEST_S: Final = 300.0
-# The longest a server may ask to be left alone.
-_LONGEST_ASKED_S: Final = 3600.0
-# Key, payment, permission, address: these take a person, not a moment.
-_LASTING: Final = (401, 402, 403, 404)
+_FIRST_PAUSE_S: Final = 5.0
+_MAX_PAUSE_S: Final = 300.0
+# The longest `Retry-After` that is respected.
+_MAX_RETRY_AFTER_S: Final = 3600.0
+# Key, payment, permission, address: a retry cannot mend these.
+_PERMANENT_STATUSES: Final = (401, 402, 403, 404)
 
 
 class CircuitBreaker:
-    """Three failures in a row, or a server's own wish, stop the calls for a while.
+    """Pauses all calls after three failures in a row, or for as long as a `Retry-After` asks.
 
-    Then a single call goes through: its success ends the pause, its failure doubles it. Safe for
-    calls from several threads; one that was cancelled counts neither way.
+    After a pause one call probes the server: its success ends the pause, its failure doubles it.
+    Safe for several threads. A cancelled call counts neither as a success nor as a failure.
     """
 
     def __init__(self, url: str, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -38,59 +38,62 @@ class CircuitBreaker:
         self._lock = threading.Lock()
         self._failures = 0
         self._pauses = 0
-        self._until_s: float | None = None
+        self._paused_until_s: float | None = None
         self._probing = False
-        self._last = ""
+        self._last_failure = ""
 
     @contextmanager
     def guard(self, *, fragment: bool = False) -> Iterator[None]:
-        """Make one call inside. Raises LargeUnavailable, before any of it, during a pause.
+        """Count the outcome of the call made inside. Raises LargeUnavailable during a pause.
 
-        Inside a character (`fragment`) the large model may rightly want another one, so that an
-        unfit reply says nothing about the server.
+        With `fragment` the answer ends inside a character. The large model may then rightly
+        choose another character, so a reply that does not fit is not a failure of the server.
         """
         with self._lock:
-            probe = self._admit()
+            is_probe = self._admit()
         try:
             yield
         except LargeError as exc:
-            unfit = fragment and isinstance(exc, LargeProtocolError)
-            if not (unfit or isinstance(exc, LargeUnavailable | LargeUnrecorded)):
+            misfit = fragment and isinstance(exc, LargeProtocolError)
+            if not (misfit or isinstance(exc, LargeUnavailable | LargeUnrecorded)):
                 with self._lock:
-                    self._failed(exc, probe=probe)
+                    self._record_failure(exc, is_probe=is_probe)
             raise
         else:
             with self._lock:
-                self._succeeded(probe=probe)
+                self._record_success(is_probe=is_probe)
         finally:
-            if probe:
+            if is_probe:
                 self._probing = False
 
     def _admit(self) -> bool:
-        """Let a call through; whether it is the one that ends or renews a pause."""
-        if self._until_s is None:
+        """Admit a call, or raise LargeUnavailable; return whether the call is the probe."""
+        if self._paused_until_s is None:
             return False
-        left_s = self._until_s - self._clock()
+        left_s = self._paused_until_s - self._clock()
         if left_s > 0 or self._probing:
             when = f"for another {left_s:.0f} s" if left_s >= 1 else "at this moment"
-            raise LargeUnavailable(f"{self._url} is not asked {when}; last failure: {self._last}")
+            raise LargeUnavailable(
+                f"{self._url} is not asked {when}; last failure: {self._last_failure}"
+            )
         self._probing = True
         return True
 
-    def _succeeded(self, *, probe: bool) -> None:
-        if self._until_s is None or probe:
-            self._failures, self._pauses, self._until_s = 0, 0, None
+    def _record_success(self, *, is_probe: bool) -> None:
+        if self._paused_until_s is None or is_probe:
+            self._failures, self._pauses, self._paused_until_s = 0, 0, None
 
-    def _failed(self, error: LargeError, *, probe: bool) -> None:
-        if self._until_s is not None and not probe:
-            return  # A call from before the pause.
+    def _record_failure(self, error: LargeError, *, is_probe: bool) -> None:
+        if self._paused_until_s is not None and not is_probe:
+            return  # The call began before the pause.
         self._failures += 1
-        self._last = str(error)
-        asked_s, pause_s = 0.0, min(_LONGEST_S, _FIRST_S * 2.0 ** min(self._pauses, 10))
+        self._last_failure = str(error)
+        retry_after_s = 0.0
+        pause_s = min(_MAX_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(self._pauses, 10))
         if isinstance(error, LargeRefused):
-            asked_s = min(error.retry_after_s, _LONGEST_ASKED_S)
-            if error.status in _LASTING:
-                pause_s = _LONGEST_S
-        if asked_s or probe or self._failures >= FAILURES:
+            retry_after_s = min(error.retry_after_s, _MAX_RETRY_AFTER_S)
+            if error.status in _PERMANENT_STATUSES:
+                pause_s = _MAX_PAUSE_S
+        if retry_after_s or is_probe or self._failures >= FAILURES:
             self._pauses += 1
-            self._until_s = self._clock() + max(asked_s, pause_s)
+            self._paused_until_s = self._clock() + max(retry_after_s, pause_s)

@@ -1,4 +1,4 @@
-"""The time that a call may take."""
+"""The deadline of a call."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from mlxroute.errors import LargeError, LargeTimeout, LargeUnavailable
 
 
 class Deadline:
-    """A moment after which a call is given up; `cancel` makes it now, from any thread.
+    """The moment at which a call is given up; `cancel` brings it forward, from any thread.
 
-    `lost_s` counts the seconds of the call that went into attempts that were repeated.
+    There is one for each call, shared by its attempts. `lost_s` counts the seconds spent on
+    attempts that were retried.
     """
 
     def __init__(self, seconds: float, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -20,12 +21,12 @@ class Deadline:
         self.lost_s = 0.0
         self.cancelled = False
         self._clock = clock
-        self._end = clock() + seconds
+        self._end_s = clock() + seconds
         self._changed = threading.Condition()
 
     def left_s(self) -> float:
-        """Seconds left, at least 0."""
-        return 0.0 if self.cancelled else max(0.0, self._end - self._clock())
+        """Return the seconds left, at least 0."""
+        return 0.0 if self.cancelled else max(0.0, self._end_s - self._clock())
 
     def cancel(self) -> None:
         """Give the call up now."""
@@ -33,22 +34,22 @@ class Deadline:
         self.wake()
 
     def wake(self) -> None:
-        """Let `wait_for` look again."""
+        """Make `wait_for` check its condition again."""
         with self._changed:
             self._changed.notify_all()
 
     def wait_for(self, done: Callable[[], bool]) -> None:
-        """Return when `done()` is true, or when the time is up."""
+        """Return when `done()` is true, or at the deadline."""
         with self._changed:
             self._changed.wait_for(lambda: self.cancelled or done(), self.left_s())
 
     def pause(self, seconds: float) -> None:
-        """Wait that long, or until the call is cancelled."""
+        """Wait for some seconds, or until the call is cancelled."""
         with self._changed:
             self._changed.wait_for(lambda: self.cancelled, seconds)
 
     def error(self, url: str) -> LargeError:
-        """The error for a call that had no full reply by now."""
+        """Return the error for a call to `url` that had no full reply by now."""
         if self.cancelled:
             return LargeUnavailable(f"the call to {url} was cancelled")
         return LargeTimeout(f"no full reply from {url} in {self.seconds:.3g} s")

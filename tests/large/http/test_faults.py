@@ -191,7 +191,7 @@ def test_compression_is_not_asked_for_and_not_unpacked(server: Loopback) -> None
         ("http://me:word@elsewhere.example/v1/completions?key=1", "http://elsewhere.example/v1"),
         ("//elsewhere.example/\x1b[2J", "http://elsewhere.example/ [2J"),
         ("/login", "SERVER/login"),
-        ("http://[oops", "an address that is no URL"),
+        ("http://[oops", "an invalid URL"),
     ],
 )
 def test_a_redirect_is_refused_and_its_target_named(

@@ -78,8 +78,8 @@ def test_only_a_lost_connection_passes_however_deep_it_is_wrapped(
 
 
 def test_pauses_grow_to_a_cap_and_half_of_each_is_chance() -> None:
-    assert list(retry.pauses_s(lambda: 1.0)) == [0.1, 0.4, 1.0]
-    assert list(retry.pauses_s(lambda: 0.0)) == [0.05, 0.2, 0.5]
+    assert list(retry.backoff_s(lambda: 1.0)) == [0.1, 0.4, 1.0]
+    assert list(retry.backoff_s(lambda: 0.0)) == [0.05, 0.2, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -95,12 +95,12 @@ def test_pauses_grow_to_a_cap_and_half_of_each_is_chance() -> None:
     ],
 )
 def test_retry_after_is_read_as_seconds_or_as_a_date(value: str | None, seconds: float) -> None:
-    assert retry.retry_after_s(value, now=NOW.timestamp()) == seconds
+    assert retry.retry_after_s(value, now_s=NOW.timestamp()) == seconds
 
 
 @given(st.text(max_size=60) | st.datetimes().map(str) | st.integers().map(str))
 def test_any_retry_after_gives_a_finite_number_of_seconds(value: str) -> None:
-    assert 0.0 <= retry.retry_after_s(value, now=NOW.timestamp()) < 1e12
+    assert 0.0 <= retry.retry_after_s(value, now_s=NOW.timestamp()) < 1e12
 
 
 # The transport
@@ -223,7 +223,7 @@ def test_a_retry_after_beyond_the_deadline_fails_at_once_and_is_told(server: Loo
 def test_a_token_says_what_failed_attempts_cost_it(
     server: Loopback, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retry, "_FIRST_S", 0.02)
+    monkeypatch.setattr(retry, "_FIRST_PAUSE_S", 0.02)
     token = Reply.of(legacy("a"))
     server.script.extend([token, Reply(status=503), token, token])
     with settled(LargeModel(server.url, model="m")) as large:
@@ -252,7 +252,7 @@ def test_an_interrupt_ends_a_pause_at_once(server: Loopback) -> None:
 def test_one_connection_serves_many_calls_and_retries(
     server: Loopback, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retry, "_FIRST_S", 0.001)
+    monkeypatch.setattr(retry, "_FIRST_PAUSE_S", 0.001)
     for _ in range(20):
         server.script.extend([Reply.of(legacy("a")), Reply(status=429), Reply.of(legacy("a"))])
     with settled(LargeModel(server.url, model="m")) as large:
@@ -263,7 +263,7 @@ def test_one_connection_serves_many_calls_and_retries(
 
 
 def our_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "mlxroute-large"]
+    return [thread for thread in threading.enumerate() if thread.name == "mlxroute-exchange"]
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_a_certificate_that_does_not_verify_is_an_error_and_sends_nothing(
     ):
         large.connect()
     assert "certificate verify failed" in str(caught.value)
-    assert "--ca-bundle" in str(caught.value)
+    assert "ca_bundle" in str(caught.value)
     assert server.requests == []
     # It is not a fault that passes.
     assert server.connections == 1
@@ -89,10 +89,10 @@ def test_a_bundle_that_is_none_is_one_clear_line_and_exit_code_2(
     assert main(["ask", "--large", "https://host/v1", "--ca-bundle", str(path), "hi"]) == 2
     captured = capsys.readouterr()
     assert captured.err == f"error: {captured.err.strip().removeprefix('error: ')}\n"
-    assert f"{path} (--ca-bundle) {said}" in captured.err
+    assert f"ca_bundle {path} {said}" in captured.err
     assert captured.out == ""
 
 
 def test_a_folder_is_no_bundle(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--ca-bundle"):
+    with pytest.raises(UsageError, match="ca_bundle"):
         LargeModel("https://host/v1", ca_bundle=tmp_path)

@@ -39,7 +39,7 @@ every_fault = pytest.mark.parametrize("fault", FAULTS)
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "_FIRST_S", 0.001)
+    monkeypatch.setattr(retry, "_FIRST_PAUSE_S", 0.001)
 
 
 def failing(after: int, fault: Reply) -> Callable[[Request], Reply]:

@@ -37,7 +37,7 @@ FAMILIES = {
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "_FIRST_S", 0.001)
+    monkeypatch.setattr(retry, "_FIRST_PAUSE_S", 0.001)
 
 
 def probe(answer: Callable[[Request], Reply], **options: Any) -> Verdict:
