@@ -38,7 +38,7 @@ _ROOMS: dict[str, set[str]] = {
     # "" is the package itself, to tell a child where it lies
     "hosting": {"backend", "large", ""},
     "view": set(),
-    "recorded": {"engine", "questions", "routers", "small"},
+    "recorded": {"engine", "routers"},
     "training": {"catalog", "engine", "questions", "recorded", "routers", "small"},
     "bench": {
         "catalog",

@@ -1,9 +1,9 @@
-"""Several answers at once: their next tokens are decoded as rows of one batch.
+"""Several answers at a time, their decode steps batched.
 
-Each answer is written by the engine in a thread of its own, before an `AnswerRow` that stands for
-the small model. The thread that owns the model decodes a step when every answer waits for one;
-answers to one prompt that are alike so far share a row. Rows of a batch round differently from one
-row, so near ties may fall otherwise than alone.
+The engine writes each answer in a thread of its own, with an `AnswerRow` as its small model. The
+calling thread owns the real model: it decodes one batch step whenever all unfinished answers wait
+for one. Answers that share prompt and tokens so far share a row of the batch. A batch rounds
+differently from a single row, so a near tie may be decided differently than in an answer alone.
 """
 
 from __future__ import annotations
@@ -15,143 +15,156 @@ from typing import TypeVar
 
 from mlxroute.recorded.forward_only import ForwardOnlySmall
 from mlxroute.recorded.replies import RecordingStopped
-from mlxroute.small import SmallModel
+from mlxroute.small import Batch, SmallModel
 from mlxroute.types import Message, Progress, Sampling, Signals, Vocabulary
 
 _T = TypeVar("_T")
 
 
-class _Ended(Exception):
-    """The run is over for a fault of another answer, or an interrupt."""
+class _Aborted(Exception):
+    """Another answer failed, or the run was interrupted."""
 
 
 class ConcurrentAnswers:
-    """Answers conversations in several ways. Only `answers` touches the model, in its own thread.
+    """Runs jobs that each write one answer, with the small model's steps batched.
 
-    `stop` is called when the answers have to end before their ends.
+    `on_abort` is called when a job fails or the run is interrupted, so that calls in flight end.
+    Only the thread that calls `run` uses `small`.
     """
 
-    def __init__(self, small: SmallModel, *, stop: Callable[[], None]) -> None:
+    def __init__(self, small: SmallModel, *, on_abort: Callable[[], None]) -> None:
         self.small = small
-        self._stop = stop
+        self._on_abort = on_abort
         self._changed = threading.Condition()
-        self._busy = 0
-        self._asking: list[AnswerRow] = []
-        self._over = False
+        # Answers that neither wait for a step nor have ended.
+        self._running = 0
+        self._waiting: list[AnswerRow] = []
+        self._is_aborted = False
 
-    def answers(
-        self, jobs: Sequence[tuple[Sequence[Message], Callable[[AnswerRow], _T]]]
-    ) -> list[_T]:
-        """What each job returns, which writes one answer to its conversation before its row.
+    def run(self, jobs: Sequence[tuple[Sequence[Message], Callable[[AnswerRow], _T]]]) -> list[_T]:
+        """Run all jobs at once and return their results in order.
 
-        Raises what the first failing job raises, when all have ended.
+        A job is a conversation and a function that writes the answer to it with the `AnswerRow` it
+        is given. Raises what the first failing job raises, once all jobs have ended.
         """
-        rows, held = [], []
-        texts: list[str] = []
-        shared: dict[str, tuple[list[int], Signals]] = {}
-        for turns, _ in jobs:
-            text = self.small.render(turns)
-            if text not in texts:
-                texts.append(text)
-                ids = self.small.encode_prompt(text)
-                first, cache = self.small.prefill_copy(ids)
-                held.append(cache)
-                shared[text] = (ids, first)
-            rows.append(AnswerRow(self, text, *shared[text], place=texts.index(text)))
-        batch = self.small.start_batch(held)
-        self._busy = len(jobs)
+        rows, batch = self._prefill([conversation for conversation, _ in jobs])
+        self._running = len(jobs)
         with ThreadPoolExecutor(len(jobs)) as pool:
             try:
                 futures = [
-                    pool.submit(self._job, job, row)
+                    pool.submit(self._run_job, job, row)
                     for (_, job), row in zip(jobs, rows, strict=True)
                 ]
-                while asking := self._next_asking():
-                    places = list(dict.fromkeys((row.place, row.token_id) for row in asking))
-                    parents, token_ids = zip(*places, strict=True)
-                    self._hand_out(asking, places, batch.step(parents, token_ids))
+                while waiting := self._wait_for_rows():
+                    inputs = list(dict.fromkeys((row.batch_row, row.token_id) for row in waiting))
+                    parents, token_ids = zip(*inputs, strict=True)
+                    self._deliver(waiting, inputs, batch.step(parents, token_ids))
             except BaseException:
-                self._end()
+                self._abort()
                 raise
         return _results(futures)
 
     def step(self, row: AnswerRow, token_id: int) -> Signals:
-        """The signals behind a token that a row goes on with."""
+        """Feed a token to an answer's row; return the signals after it. Called by `AnswerRow`."""
         with self._changed:
             row.token_id, row.signals = token_id, None
-            self._asking.append(row)
-            self._busy -= 1
+            self._waiting.append(row)
+            self._running -= 1
             self._changed.notify_all()
-            self._changed.wait_for(lambda: row.signals is not None or self._over)
+            self._changed.wait_for(lambda: row.signals is not None or self._is_aborted)
             if row.signals is None:
-                raise _Ended
+                raise _Aborted
             return row.signals
 
-    def _job(self, job: Callable[[AnswerRow], _T], row: AnswerRow) -> _T:
+    def _prefill(self, conversations: Sequence[Sequence[Message]]) -> tuple[list[AnswerRow], Batch]:
+        """Return one row per conversation and a batch with one row per different prompt."""
+        rows, caches = [], []
+        texts: list[str] = []
+        prompts: list[tuple[list[int], Signals]] = []
+        for conversation in conversations:
+            text = self.small.render(conversation)
+            if text not in texts:
+                ids = self.small.encode_prompt(text)
+                first, cache = self.small.prefill_copy(ids)
+                texts.append(text)
+                prompts.append((ids, first))
+                caches.append(cache)
+            index = texts.index(text)
+            rows.append(AnswerRow(self, text, *prompts[index], batch_row=index))
+        return rows, self.small.start_batch(caches)
+
+    def _run_job(self, job: Callable[[AnswerRow], _T], row: AnswerRow) -> _T:
         try:
             return job(row)
         except BaseException:
-            self._end()
+            self._abort()
             raise
         finally:
             with self._changed:
-                self._busy -= 1
+                self._running -= 1
                 self._changed.notify_all()
 
-    def _next_asking(self) -> list[AnswerRow]:
-        """Those that wait for a step, as soon as all answers do that have not ended."""
+    def _wait_for_rows(self) -> list[AnswerRow]:
+        """Return the rows that wait for a step, once all unfinished answers do; none at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._busy == 0 or self._over)
-            asking, self._asking = self._asking, []
-            return [] if self._over else asking
+            self._changed.wait_for(lambda: self._running == 0 or self._is_aborted)
+            waiting, self._waiting = self._waiting, []
+            return [] if self._is_aborted else waiting
 
-    def _hand_out(
+    def _deliver(
         self,
-        asking: Sequence[AnswerRow],
-        places: Sequence[tuple[int, int]],
+        waiting: Sequence[AnswerRow],
+        inputs: Sequence[tuple[int, int]],
         signals: Sequence[Signals],
     ) -> None:
+        """Give each waiting row its signals; `inputs[i]` is what row i of the batch was fed."""
         with self._changed:
-            for row in asking:
-                row.place = places.index((row.place, row.token_id))
-                row.signals = signals[row.place]
-            self._busy = len(asking)
+            for row in waiting:
+                row.batch_row = inputs.index((row.batch_row, row.token_id))
+                row.signals = signals[row.batch_row]
+            self._running = len(waiting)
             self._changed.notify_all()
 
-    def _end(self) -> None:
-        self._stop()
+    def _abort(self) -> None:
+        self._on_abort()
         with self._changed:
-            self._over = True
+            self._is_aborted = True
             self._changed.notify_all()
 
 
 class AnswerRow(ForwardOnlySmall):
-    """The small model for one answer; `place` is its row in the batch."""
+    """The small model as one answer uses it: row `batch_row` of the batch."""
 
     def __init__(
-        self, together: ConcurrentAnswers, text: str, ids: list[int], first: Signals, *, place: int
+        self,
+        answers: ConcurrentAnswers,
+        prompt: str,
+        prompt_ids: list[int],
+        first: Signals,
+        *,
+        batch_row: int,
     ) -> None:
-        self._together = together
-        self._text = text
-        self._ids = ids
+        self._answers = answers
+        self._prompt = prompt
+        self._prompt_ids = prompt_ids
         self._first = first
-        self.place = place
+        self.batch_row = batch_row
         self.token_id = -1
         self.signals: Signals | None = None
 
     @property
     def vocabulary(self) -> Vocabulary:
-        return self._together.small.vocabulary
+        return self._answers.small.vocabulary
 
     @property
     def context_length(self) -> int:
-        return self._together.small.context_length
+        return self._answers.small.context_length
 
     def render(self, messages: Sequence[Message]) -> str:
-        return self._text
+        return self._prompt
 
     def encode_prompt(self, text: str) -> list[int]:
-        return self._ids
+        return self._prompt_ids
 
     def prefill(
         self, prompt_ids: Sequence[int], *, sampling: Sampling, progress: Progress
@@ -159,17 +172,17 @@ class AnswerRow(ForwardOnlySmall):
         return self._first, 0
 
     def extend(self, token_ids: Sequence[int]) -> Signals:
-        # Every row of a batch takes one token a step.
-        *before, last = token_ids
-        for token_id in before:
-            self._together.step(self, token_id)
-        return self._together.step(self, last)
+        # Each row of a batch takes one token per step.
+        *earlier_ids, last_id = token_ids
+        for token_id in earlier_ids:
+            self._answers.step(self, token_id)
+        return self._answers.step(self, last_id)
 
 
 def _results(futures: Sequence[Future[_T]]) -> list[_T]:
-    """The first fault is the one that ended the others."""
-    faults = [each for future in futures if (each := future.exception()) is not None]
-    for fault in faults:
-        if not isinstance(fault, _Ended | RecordingStopped):
-            raise fault
+    """Return the jobs' results, or raise the failure that aborted the other jobs."""
+    failures = [failure for future in futures if (failure := future.exception()) is not None]
+    for failure in failures:
+        if not isinstance(failure, _Aborted | RecordingStopped):
+            raise failure
     return [future.result() for future in futures]

@@ -1,4 +1,4 @@
-"""A server that stands before another one: it keeps the replies and lets each take a set time."""
+"""A proxy before the large model's server that records replies and delays each of them."""
 
 from __future__ import annotations
 
@@ -19,32 +19,34 @@ from urllib.parse import urlsplit
 import requests
 
 _TIMEOUT_S: Final = 600.0
+# Standard deviation of the logarithm of a jittered delay.
 _JITTER: Final = 0.4
-_TAIL_SHARE, _TAIL_TIMES = 0.1, 4.0
+_TAIL_SHARE: Final = 0.1
+_TAIL_FACTOR: Final = 4.0
 _LOST_SHARE: Final = 0.03
-# Between two events of a stream.
-_BREAK: Final = b"\n\n"
+# Ends an event of a stream.
+_EVENT_END: Final = b"\n\n"
 
 
-def constant(dice: random.Random) -> float:
-    """Always the mean."""
+def constant(rng: random.Random) -> float:
+    """Return 1: every call takes the mean delay."""
     return 1.0
 
 
-def jittered(dice: random.Random) -> float:
-    """Log-normal around the mean."""
-    return dice.lognormvariate(-_JITTER * _JITTER / 2, _JITTER)
+def jittered(rng: random.Random) -> float:
+    """Return a log-normal factor with mean 1."""
+    return rng.lognormvariate(-_JITTER * _JITTER / 2, _JITTER)
 
 
-def heavy_tailed(dice: random.Random) -> float:
-    """A tenth of the calls takes four times as long as the others."""
-    usual = 1.0 / (1.0 + _TAIL_SHARE * (_TAIL_TIMES - 1.0))
-    return usual * (_TAIL_TIMES if dice.random() < _TAIL_SHARE else 1.0)
+def heavy_tailed(rng: random.Random) -> float:
+    """Return a factor with mean 1 that is four times the usual one for a tenth of the calls."""
+    usual = 1.0 / (1.0 + _TAIL_SHARE * (_TAIL_FACTOR - 1.0))
+    return usual * (_TAIL_FACTOR if rng.random() < _TAIL_SHARE else 1.0)
 
 
-def lossy(dice: random.Random) -> float:
-    """Three calls of a hundred are refused with a 503 at once, to be made again."""
-    return math.inf if dice.random() < _LOST_SHARE else 1.0
+def lossy(rng: random.Random) -> float:
+    """Return inf, a call to be refused once with a 503, for 3 % of the calls, else 1."""
+    return math.inf if rng.random() < _LOST_SHARE else 1.0
 
 
 DELAYS: Final[dict[str, Callable[[random.Random], float]]] = {
@@ -56,18 +58,18 @@ DELAYS: Final[dict[str, Callable[[random.Random], float]]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class _RecordedReply:
     status: int
     body: bytes
 
 
 class DelayedServer:
-    """Serves on loopback what `upstream` answers, from `record` where it is there.
+    """A loopback proxy for `upstream` that replies from the file `record` where it can.
 
-    A request that takes part in an answer takes `delay_s` in all, times what `delay` draws, and
-    `token_s` for each token after the first that it asks for, before the reply or, if that is
-    streamed, before its next event; the same request draws the same each time. `missed` counts
-    those that had to be passed on.
+    A POST request takes `delay_s` in all, times a factor that `delay` draws, and `token_s` for each
+    token after the first that it asks for: before the whole reply or, in a stream, before each
+    further event. The factor depends on the request alone. Both times are 0 at first.
+    `forwarded` counts the requests that were sent to `upstream`.
     """
 
     def __init__(self, upstream: str, *, record: Path) -> None:
@@ -76,22 +78,23 @@ class DelayedServer:
         self._path = parts.path
         self._record = record
         self._lock = threading.Lock()
-        self._kept: dict[str, _Kept] = {}
-        self._lost: set[str] = set()
+        self._replies: dict[str, _RecordedReply] = {}
+        # Requests that were refused and not yet repeated.
+        self._refused: set[str] = set()
         self.delay_s = 0.0
         self.token_s = 0.0
         self.delay: Callable[[random.Random], float] = constant
-        self.missed = 0
+        self.forwarded = 0
         if record.exists():
             for line in record.read_text(encoding="utf-8").splitlines():
                 item = json.loads(line)
-                self._kept[item["key"]] = _Kept(item["status"], item["body"].encode())
+                self._replies[item["key"]] = _RecordedReply(item["status"], item["body"].encode())
         self._server = _Server(("127.0.0.1", 0), self)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
     @property
     def url(self) -> str:
-        """The address to be used instead of upstream's."""
+        """The URL to use instead of `upstream`."""
         return f"http://127.0.0.1:{self._server.server_address[1]}{self._path}"
 
     def __enter__(self) -> Self:
@@ -107,55 +110,59 @@ class DelayedServer:
         self._server.shutdown()
         self._server.server_close()
 
-    def answer(self, method: str, path: str, body: bytes) -> tuple[int, list[bytes]]:
-        """What is to be sent for a request, after its time: a body, or the events of a stream.
+    def reply(self, method: str, path: str, body: bytes) -> tuple[int, list[bytes]]:
+        """Return status and body of the reply, after its delay; a stream's body event by event.
 
-        Between these lie `token_s` each.
+        The caller waits `token_s` between events.
         """
         began_s = time.monotonic()
         key = hashlib.sha256(b"\0".join([method.encode(), path.encode(), body])).hexdigest()
-        drawn = self.delay(random.Random(key)) if self.delay_s and method == "POST" else 0.0
-        if math.isinf(drawn):
-            with self._lock:
-                first = key not in self._lost
-                self._lost ^= {key}
-            if first:
+        factor = self.delay(random.Random(key)) if self.delay_s and method == "POST" else 0.0
+        if math.isinf(factor):
+            if self._refuse(key):
                 return 503, [b'{"error": "overloaded"}']
-            drawn = 1.0
-        kept = self._kept.get(key) or self._passed_on(key, method, path, body)
-        streamed = kept.status == 200 and _is_streamed(body)
-        more_s = 0.0 if streamed or not drawn else _more(body) * self.token_s
-        took_s = drawn * self.delay_s + more_s
-        left_s = began_s + took_s - time.monotonic()
+            factor = 1.0
+        reply = self._replies.get(key) or self._forward(key, method, path, body)
+        is_streamed = reply.status == 200 and _is_streamed(body)
+        tokens_s = 0.0 if is_streamed or not factor else _further_tokens(body) * self.token_s
+        left_s = began_s + factor * self.delay_s + tokens_s - time.monotonic()
         if left_s > 0:
             time.sleep(left_s)
-        if not streamed:
-            return kept.status, [kept.body]
-        return kept.status, [each + _BREAK for each in kept.body.split(_BREAK) if each.strip()]
+        if not is_streamed:
+            return reply.status, [reply.body]
+        events = [event for event in reply.body.split(_EVENT_END) if event.strip()]
+        return reply.status, [event + _EVENT_END for event in events]
 
-    def _passed_on(self, key: str, method: str, path: str, body: bytes) -> _Kept:
-        reply = requests.request(
+    def _refuse(self, key: str) -> bool:
+        """Return whether to refuse a lost call: True and False in turn for each request."""
+        with self._lock:
+            self._refused ^= {key}
+            return key in self._refused
+
+    def _forward(self, key: str, method: str, path: str, body: bytes) -> _RecordedReply:
+        """Send a request to `upstream` and record the reply unless it is an error."""
+        response = requests.request(
             method,
             f"{self._root}{path}",
             data=body,
             headers={"Content-Type": "application/json"},
             timeout=_TIMEOUT_S,
         )
-        kept = _Kept(reply.status_code, reply.content)
+        reply = _RecordedReply(response.status_code, response.content)
         with self._lock:
-            self.missed += 1
-            if reply.ok:
-                self._kept[key] = kept
-                line = {"key": key, "status": kept.status, "body": reply.content.decode()}
+            self.forwarded += 1
+            if response.ok:
+                self._replies[key] = reply
+                line = {"key": key, "status": reply.status, "body": reply.body.decode()}
                 with self._record.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
-        return kept
+        return reply
 
 
-def _more(body: bytes) -> int:
-    """How many tokens beyond the first a request asks for."""
-    asked = json.loads(body)
-    return max(0, int(asked.get("max_tokens") or asked.get("n_predict") or 1) - 1)
+def _further_tokens(body: bytes) -> int:
+    """Return how many tokens beyond the first a request asks for."""
+    request = json.loads(body)
+    return max(0, int(request.get("max_tokens") or request.get("n_predict") or 1) - 1)
 
 
 def _is_streamed(body: bytes) -> bool:
@@ -170,17 +177,17 @@ class _Server(ThreadingHTTPServer):
         super().__init__(address, _Handler)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that has gone is no matter."""
+        """Ignore clients that close their connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def _answer(self) -> None:
+    def _send_reply(self) -> None:
         assert isinstance(self.server, _Server)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         delayed = self.server.delayed
-        status, parts = delayed.answer(self.command, self.path, body)
+        status, parts = delayed.reply(self.command, self.path, body)
         self.send_response(status)
         if len(parts) == 1:
             self.send_header("Content-Type", "application/json")
@@ -192,13 +199,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         for number, part in enumerate(parts):
-            # The last one brings the counts only.
+            # The first event was delayed already; the last has the token counts only.
             if 0 < number < len(parts) - 1:
                 time.sleep(delayed.token_s)
             self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
         self.wfile.write(b"0\r\n\r\n")
 
-    do_GET = do_POST = _answer
+    do_GET = do_POST = _send_reply
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""

@@ -1,4 +1,4 @@
-"""Whether two answers to one prompt are the same, and who parted them if not."""
+"""The comparison of two answers to one prompt: whether they differ, and which side caused it."""
 
 from __future__ import annotations
 
@@ -9,31 +9,34 @@ from typing import Final
 
 from mlxroute.types import Token
 
-# llama-server's replies differ this much with what else it computes at the time.
+# llama-server's logprobs vary by about this much with what else is in its batch.
 _NEAR_TIE_NATS: Final = 0.1
 
 
 class Divergence(Enum):
-    """Why an answer is not that of `wait`: the server fell otherwise at a near tie, or we did."""
+    """Why an answer differs from that of `wait`.
 
-    NOT = auto()
-    BY_SERVER = auto()
-    BY_US = auto()
+    Server: it decided a near tie differently. Engine: anything else, an error of ours.
+    """
+
+    NONE = auto()
+    SERVER = auto()
+    ENGINE = auto()
 
 
-def find_divergence(answer: Sequence[Token], waited: Sequence[Token]) -> Divergence:
-    """Who made an answer another one than that of `wait`, if anybody did."""
-    for mine, other in zip(answer, waited, strict=False):
-        if mine.token_id != other.token_id:
-            margins = [_margin_nats(each) for each in (mine, other)]
-            near = math.inf not in margins and min(margins) < _NEAR_TIE_NATS
-            return Divergence.BY_SERVER if near else Divergence.BY_US
-        if (mine.escalation is None) != (other.escalation is None):
-            return Divergence.BY_US
-    return Divergence.NOT if len(answer) == len(waited) else Divergence.BY_US
+def find_divergence(answer: Sequence[Token], wait_answer: Sequence[Token]) -> Divergence:
+    """Return the cause of the first difference between an answer and that of `wait`."""
+    for token, wait_token in zip(answer, wait_answer, strict=False):
+        if token.token_id != wait_token.token_id:
+            margins = [_margin_nats(token), _margin_nats(wait_token)]
+            is_near_tie = math.inf not in margins and min(margins) < _NEAR_TIE_NATS
+            return Divergence.SERVER if is_near_tie else Divergence.ENGINE
+        if (token.escalation is None) != (wait_token.escalation is None):
+            return Divergence.ENGINE
+    return Divergence.NONE if len(answer) == len(wait_answer) else Divergence.ENGINE
 
 
 def _margin_nats(token: Token) -> float:
-    """By how much the large model preferred this token; inf where that is not known."""
+    """Return the large model's logprob of its best token minus the second's; inf if unknown."""
     large = None if token.escalation is None else token.escalation.large
     return math.inf if large is None or len(large.top) < 2 else large.top[0][1] - large.top[1][1]

@@ -1,4 +1,4 @@
-"""What the logit kernel costs and how exact it is, beside the plain chain of operations."""
+"""Time and accuracy of the fused logit kernel, compared with separate MLX operations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from mlxroute.bench.measurement import interleaved, ratios, seconds, spread
+from mlxroute.bench.measurement import ratios, run_interleaved, spread, time_call
 from mlxroute.errors import UsageError
 from mlxroute.small.kernels import select_kernel, unpack_signals
 from mlxroute.types import no_notice
@@ -15,29 +15,34 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 Form = Callable[["mx.array"], object]
+"""One way to compute the signals of logits [1, V]."""
+
 VOCABULARIES = (49_152, 151_936, 262_144)
 
 
 def bench_kernels(*, rounds: int = 30, sizes: Sequence[int] | None = None) -> dict[str, Any]:
-    """One entry a vocabulary size: milliseconds of each form, ratios, and errors to float64.
+    """Return, for each vocabulary size, times in ms, speed-ups and errors against float64.
 
-    `metal` is "in use", or why the Metal form is not.
+    `metal` in the report is "in use", or the reason why there is no Metal kernel.
     """
     sides: dict[str, Form] = {"chain": _plain_chain, "host_copy": _host_copy}
-    sides["graph"] = fused("graph")
+    sides["graph"] = kernel_form("graph")
     metal = "in use"
     try:
-        sides["metal"] = fused("metal")
+        sides["metal"] = kernel_form("metal")
     except UsageError as exc:
         metal = str(exc)
     return {
         "metal": metal,
-        "kernels": [_bench(sides, size, rounds) for size in sizes or VOCABULARIES],
+        "kernels": [_bench_size(sides, size, rounds) for size in sizes or VOCABULARIES],
     }
 
 
-def fused(name: str) -> Form:
-    """The kernel called `name`, from logits [1, V] to signals on the host; may raise UsageError."""
+def kernel_form(name: str) -> Form:
+    """Return a function from logits [1, V] to signals on the host, by the kernel of this name.
+
+    Raises UsageError where there is no such kernel.
+    """
     kernel = select_kernel(name, notify=no_notice)
 
     def run(logits: mx.array) -> object:
@@ -47,15 +52,16 @@ def fused(name: str) -> Form:
     return run
 
 
-def _bench(sides: dict[str, Form], size: int, rounds: int) -> dict[str, Any]:
+def _bench_size(sides: dict[str, Form], size: int, rounds: int) -> dict[str, Any]:
+    """Return the report of one vocabulary size."""
     import mlx.core as mx
 
     logits = mx.random.normal((1, size), key=mx.random.key(size)) * 3
     if mx.default_device() != mx.Device(mx.cpu):
-        # What a model on a GPU gives; on a CPU the weights are float32.
+        # The dtype of a model on a GPU; on a CPU the weights are float32.
         logits = logits.astype(mx.bfloat16)
     mx.eval(logits)
-    times = interleaved(
+    times = run_interleaved(
         {name: _timed(form, logits) for name, form in sides.items()}, rounds=rounds, warm_ups=3
     )
     entry: dict[str, Any] = {"vocabulary": size, "dtype": str(logits.dtype).split(".")[-1]}
@@ -69,11 +75,11 @@ def _bench(sides: dict[str, Form], size: int, rounds: int) -> dict[str, Any]:
 
 
 def _timed(form: Form, logits: mx.array) -> Callable[[int], float]:
-    return lambda _: seconds(lambda: form(logits))
+    return lambda _: time_call(lambda: form(logits))
 
 
 def _plain_chain(logits: mx.array) -> object:
-    """Log-softmax, entropy, argmax, top-8 and margin, one operation after the other."""
+    """Compute log-softmax, entropy, argmax, top-8 and margin by separate operations."""
     import mlx.core as mx
 
     logprobs = logits.astype(mx.float32)
@@ -90,7 +96,7 @@ def _plain_chain(logits: mx.array) -> object:
 
 
 def _host_copy(logits: mx.array) -> object:
-    """The whole row on the host, and the same in NumPy."""
+    """Copy the row to the host and compute entropy and top-8 with NumPy."""
     import mlx.core as mx
     import numpy as np
 
@@ -104,17 +110,17 @@ def _host_copy(logits: mx.array) -> object:
 
 
 def _error(form: Form, logits: mx.array) -> dict[str, Any]:
-    """Against float64: entropy in nats, and whether the k best ids are the same."""
+    """Return the error of the entropy in nats against float64, and whether the top ids agree."""
     import mlx.core as mx
     import numpy as np
 
-    got: Any = form(logits)
+    signals: Any = form(logits)
     row = np.array(logits.astype(mx.float32))[0].astype(np.float64)
     logprobs = row - row.max()
     logprobs -= math.log(np.exp(logprobs).sum())
     entropy = -float((np.exp(logprobs) * logprobs).sum())
-    best = np.argsort(-row, kind="stable")[: len(got.top_ids)]
+    best = np.argsort(-row, kind="stable")[: len(signals.top_ids)]
     return {
-        "entropy_nats": abs(got.entropy_nats - entropy),
-        "same_top_ids": list(got.top_ids) == best.tolist(),
+        "entropy_nats": abs(signals.entropy_nats - entropy),
+        "same_top_ids": list(signals.top_ids) == best.tolist(),
     }

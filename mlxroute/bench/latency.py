@@ -1,8 +1,7 @@
-"""How fast answers are while the large model is waited for, in every mode, at set call times.
+"""The speed of every mode at set call times: measured before a delayed server, and simulated.
 
-Measured before a server that takes its time, and played on a virtual clock: the same engine and the
-same answers, with the step, batch and call times that were measured. Played alone, the whole grid
-takes minutes.
+The simulation runs the same engine on a virtual clock, with the same answers and with the measured
+step and batch times. Alone, it covers a whole grid within minutes.
 """
 
 from __future__ import annotations
@@ -11,15 +10,15 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from mlxroute.bench.delayed_server import DELAYS, DelayedServer
-from mlxroute.bench.latency_figures import figures, side_figures
-from mlxroute.bench.latency_sides import SIDES, Answers, LatencySide
-from mlxroute.bench.measurement import interleaved
-from mlxroute.bench.virtual_models import Known, VirtualClock, VirtualLarge, VirtualSmall
+from mlxroute.bench.latency_figures import point_figures, side_figures
+from mlxroute.bench.latency_sides import SIDES, LatencySide, SideAnswers
+from mlxroute.bench.measurement import run_interleaved
+from mlxroute.bench.virtual_models import OutputCache, VirtualClock, VirtualLarge, VirtualSmall
 from mlxroute.engine import Answer, Experience, Options
 from mlxroute.engine.experience import BRANCH_ROWS
 from mlxroute.engine.protocols import LargeProtocol, SmallProtocol
@@ -30,26 +29,28 @@ from mlxroute.small import SmallModel
 from mlxroute.statistics import intervals
 from mlxroute.types import Message, Mode, Progress, RunStats, Token, no_progress
 
-_MANY: Final = 32
+# Tokens of a call that is long enough to tell the time per token.
+_LONG_PREFETCH: Final = 32
 _TIMEOUT_S: Final = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
-    """Answers of up to `tokens` at call times of `ratios` steps and at these escalation rates.
+class LatencyGrid:
+    """The points of a run: each call time with each escalation rate.
 
-    With `measure` they are waited for, too.
+    Answers have up to `max_tokens`; `ratios` are call times in decode steps, `rates` shares of
+    escalated positions, `delay` a name of `DELAYS`. Without `measure` there is only a simulation.
     """
 
-    tokens: int
+    max_tokens: int
     ratios: Sequence[float]
     rates: Sequence[float]
     delay: str
     measure: bool = True
 
 
-class _Bench:
-    """The pair, and what is known of it."""
+class _LatencyBench:
+    """The pair of models and what was measured of it before the first point."""
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class _Bench:
         large: LargeModel,
         server: DelayedServer,
         prompts: Sequence[Sequence[Message]],
-        grid: Grid,
+        grid: LatencyGrid,
         large_step_s: float,
     ) -> None:
         self._small = small
@@ -66,79 +67,96 @@ class _Bench:
         self._prompts = prompts
         self._grid = grid
         self._large_step_s = large_step_s
-        self._known = Known()
-        self.alone = [
-            _answer(small, None, prompt, math.inf, LatencySide(Mode.WAIT), grid.tokens)
-            for prompt in prompts
-        ]
+        self._outputs = OutputCache()
+        self.small_only = SideAnswers()
+        for prompt in prompts:
+            side = LatencySide(Mode.WAIT)
+            self.small_only.add(*_answer(small, None, prompt, math.inf, side, grid.max_tokens))
         self.step_s = statistics.median(
-            gap for _, each in self.alone for gap in intervals([token.time_s for token in each])
+            interval
+            for tokens in self.small_only.tokens
+            for interval in intervals([token.time_s for token in tokens])
         )
-        ids = small.encode_prompt(small.render(prompts[0]))
-        small.prefill(ids)
-        found = small.measure_branch_cost(ids[-1], rows=BRANCH_ROWS)
-        # How much longer a batch takes is compared in the same seconds.
-        self.batch_over_step = found.batch_s / found.step_s
+        prompt_ids = small.encode_prompt(small.render(prompts[0]))
+        small.prefill(prompt_ids)
+        measured = small.measure_branch_cost(prompt_ids[-1], rows=BRANCH_ROWS)
+        # The machine's speed drifts, so only the ratio of two simultaneous measurements is used.
+        self.batch_over_step = measured.batch_s / measured.step_s
         batch_s = self.batch_over_step * self.step_s
-        self.cost = replace(found, step_s=self.step_s, batch_s=batch_s)
+        self.cost = replace(measured, step_s=self.step_s, batch_s=batch_s)
 
     def thresholds(self) -> dict[float, float]:
-        """The threshold of each rate, in nats; between two positions, so that none lies on it."""
-        found = sorted(token.signals.entropy_nats for _, each in self.alone for token in each)
-        below = {rate: round((1.0 - rate) * (len(found) - 1)) for rate in self._grid.rates}
-        return {rate: statistics.fmean(found[at : at + 2]) for rate, at in below.items()}
+        """Return the threshold of each rate, in nats, halfway between two observed entropies."""
+        entropies = sorted(
+            token.signals.entropy_nats for tokens in self.small_only.tokens for token in tokens
+        )
+        indices = {rate: round((1.0 - rate) * (len(entropies) - 1)) for rate in self._grid.rates}
+        return {
+            rate: statistics.fmean(entropies[index : index + 2]) for rate, index in indices.items()
+        }
 
-    def measured(
-        self, threshold: float, call_s: float, counted: Callable[[], None]
-    ) -> dict[str, Answers]:
-        """Every side before the server, in turns."""
+    def measure(
+        self, threshold: float, call_s: float, on_answer: Callable[[], None]
+    ) -> dict[str, SideAnswers]:
+        """Let every side answer before the delayed server, interleaved."""
         self._server.delay, self._server.delay_s = DELAYS[self._grid.delay], call_s
         self._server.token_s = self._large_step_s
-        sides = {name: Answers() for name in SIDES}
+        sides = {name: SideAnswers() for name in SIDES}
 
-        def answering(name: str) -> Callable[[int], None]:
+        def answerer(name: str) -> Callable[[int], None]:
             def answer(index: int) -> None:
-                prompt, tokens = self._prompts[index], self._grid.tokens
-                seen = sides[name].experience
-                found = _answer(
-                    self._small, self._large, prompt, threshold, SIDES[name], tokens, seen
+                run, tokens = _answer(
+                    self._small,
+                    self._large,
+                    self._prompts[index],
+                    threshold,
+                    SIDES[name],
+                    self._grid.max_tokens,
+                    sides[name].experience,
                 )
-                sides[name].add(*found)
-                counted()
+                sides[name].add(run, tokens)
+                on_answer()
 
             return answer
 
-        turns = {name: answering(name) for name in SIDES}
-        # The first answer is that in which `auto` gets to know both models.
-        interleaved(turns, rounds=len(self._prompts))
+        # In the warm-up `auto` measures both models.
+        run_interleaved({name: answerer(name) for name in SIDES}, rounds=len(self._prompts))
         self._server.delay_s = self._server.token_s = 0.0
         for answers in sides.values():
-            answers.forget_first()
+            answers.drop_first()
         return sides
 
-    def played(
-        self, threshold: float, call_s: float, counted: Callable[[], None]
-    ) -> dict[str, Answers]:
-        """Every side on a virtual clock."""
-        sides = {name: Answers() for name in SIDES}
+    def simulate(
+        self, threshold: float, call_s: float, on_answer: Callable[[], None]
+    ) -> dict[str, SideAnswers]:
+        """Let every side answer on a virtual clock."""
+        sides = {name: SideAnswers() for name in SIDES}
         for name, answers in sides.items():
             for prompt in [self._prompts[0], *self._prompts]:
                 clock = VirtualClock()
-                small = VirtualSmall(self._small, self._known, clock, self.cost)
+                small = VirtualSmall(self._small, self._outputs, clock, self.cost)
                 large = VirtualLarge(
                     self._large,
-                    self._known,
+                    self._outputs,
                     clock,
                     call_s=call_s,
                     token_s=self._large_step_s,
                     streams=self._large.can_stream,
                     delay=DELAYS[self._grid.delay],
                 )
-                tokens, seen = self._grid.tokens, answers.experience
-                found = _answer(small, large, prompt, threshold, SIDES[name], tokens, seen, clock)
-                answers.add(*found)
-                counted()
-            answers.forget_first()
+                run, tokens = _answer(
+                    small,
+                    large,
+                    prompt,
+                    threshold,
+                    SIDES[name],
+                    self._grid.max_tokens,
+                    answers.experience,
+                    clock,
+                )
+                answers.add(run, tokens)
+                on_answer()
+            answers.drop_first()
         return sides
 
 
@@ -147,84 +165,92 @@ def bench_latency(
     large: LargeModel,
     server: DelayedServer,
     prompts: Sequence[Sequence[Message]],
-    grid: Grid,
+    grid: LatencyGrid,
     *,
     large_step_s: float,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """All sides over the grid.
+    """Return the report of all sides at all points of the grid.
 
-    `large` talks to `server`, which keeps what is asked while playing: then little is passed on.
-    `large_step_s` is what the large model itself takes for a token when it goes on writing: calls
-    for several take as much longer.
+    `large` must be a client of `server`. The simulation comes first and fills the server's record,
+    so that few requests of the measurement go to the real server. `large_step_s` is the large
+    model's time per token when one call asks for several.
     """
-    bench = _Bench(small, large, server, prompts, grid, large_step_s)
+    bench = _LatencyBench(small, large, server, prompts, grid, large_step_s)
     runs = 2 if grid.measure else 1
     total = len(grid.rates) * len(grid.ratios) * runs * (1 + len(prompts)) * len(SIDES)
     done = itertools.count(1)
 
-    def counted() -> None:
+    def on_answer() -> None:
         progress("answers", next(done), total)
 
-    found = []
+    points = []
     for rate, threshold in bench.thresholds().items():
         for ratio in grid.ratios:
             call_s = ratio * bench.step_s
-            missed = server.missed
-            played = bench.played(threshold, call_s, counted)
-            sides = bench.measured(threshold, call_s, counted) if grid.measure else played
-            found.append(
+            forwarded = server.forwarded
+            simulated = bench.simulate(threshold, call_s, on_answer)
+            sides = bench.measure(threshold, call_s, on_answer) if grid.measure else simulated
+            points.append(
                 {
                     "rate": rate,
                     "ratio": ratio,
                     "call_s": round(call_s, 4),
                     "threshold_nats": round(threshold, 4),
-                    "passed_on": server.missed - missed,
-                    **figures(sides, cost=bench.cost, call_s=call_s),
-                    "played_tokens_per_s": {
-                        name: round(each.tokens_per_s, 4) for name, each in played.items()
-                    },
-                    "large_streaming_tokens_per_s": _streaming(sides["wait"], call_s, large_step_s),
+                    "passed_on": server.forwarded - forwarded,
+                    **point_figures(sides, cost=bench.cost, call_s=call_s),
+                    **_reference_speeds(sides["wait"], simulated, call_s, large_step_s),
                 }
             )
     return {
         "small": small.name,
         "large": large.model_name,
         "prompts": len(prompts),
-        "tokens": grid.tokens,
+        "tokens": grid.max_tokens,
         "delay": grid.delay,
         "measured": grid.measure,
         "step_s": round(bench.step_s, 5),
         "batch_over_step": round(bench.batch_over_step, 3),
         "large_step_s": round(large_step_s, 5),
-        "small_only": side_figures(Answers(stats=[stats for stats, _ in bench.alone]), None),
-        "points": found,
+        "small_only": side_figures(bench.small_only, None),
+        "points": points,
     }
 
 
-def large_step_seconds(
+def _reference_speeds(
+    wait: SideAnswers, simulated: Mapping[str, SideAnswers], call_s: float, large_step_s: float
+) -> dict[str, Any]:
+    """Return the simulated speed of each side, and the speed if the large model wrote alone.
+
+    The latter takes one call for each answer of `wait`, then `large_step_s` for each token.
+    """
+    count = sum(run.tokens for run in wait.stats)
+    streaming_s = len(wait.stats) * call_s + count * large_step_s
+    return {
+        "played_tokens_per_s": {
+            name: round(answers.tokens_per_s, 4) for name, answers in simulated.items()
+        },
+        "large_streaming_tokens_per_s": round(count / streaming_s, 4),
+    }
+
+
+def measure_large_step_s(
     small: SmallModel, large: LargeModel, prompts: Sequence[Sequence[Message]]
 ) -> float:
-    """What a token takes the large model when it goes on writing, by calls for one and for many."""
-    waits: dict[int, list[float]] = {0: [], _MANY: []}
+    """Return the large model's seconds per token, from calls for one token and for many."""
+    waits_s: dict[int, list[float]] = {0: [], _LONG_PREFETCH: []}
     for prompt in prompts:
         context = Transcript(render_prompt(small, prompt)).context()
-        for prefetch, found in waits.items():
-            # Once for the server's prompt cache.
+        for prefetch, prefetch_waits_s in waits_s.items():
+            # The first call fills the server's prefix cache, the second is measured.
             for _ in range(2):
                 began_s = time.perf_counter()
-                flight = large.begin(context, prefetch=prefetch)
-                flight.join()
-                flight.result()
-            found.append(time.perf_counter() - began_s)
-    one, many = (statistics.median(found) for found in waits.values())
-    return max(0.0, many - one) / _MANY
-
-
-def _streaming(waited: Answers, call_s: float, step_s: float) -> float:
-    """Tokens/s if the large model wrote these answers: one call, then a token a step."""
-    count = sum(each.tokens for each in waited.stats)
-    return round(count / (len(waited.stats) * call_s + count * step_s), 4)
+                call = large.begin(context, prefetch=prefetch)
+                call.join()
+                call.result()
+            prefetch_waits_s.append(time.perf_counter() - began_s)
+    short_s, long_s = (statistics.median(values) for values in waits_s.values())
+    return max(0.0, long_s - short_s) / _LONG_PREFETCH
 
 
 def _answer(
@@ -233,10 +259,11 @@ def _answer(
     prompt: Sequence[Message],
     threshold: float,
     side: LatencySide,
-    tokens: int,
+    max_tokens: int,
     experience: Experience | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[RunStats, list[Token]]:
+    """Write one answer from an empty KV cache; return its statistics and tokens."""
     if isinstance(small, SmallModel):
         small.rollback(len(small.cached_ids))
     answer = Answer(
@@ -245,14 +272,14 @@ def _answer(
         prompt,
         router=EntropyRouter(threshold),
         options=Options(
-            max_tokens=tokens,
+            max_tokens=max_tokens,
             timeout_s=_TIMEOUT_S,
             mode=side.mode,
             prefetch=side.prefetch,
-            call_ceiling=side.ceiling,
+            call_ceiling=side.call_ceiling,
         ),
         experience=experience,
         clock=clock,
     )
-    found = list(answer)
-    return answer.stats(), found
+    tokens = list(answer)
+    return answer.stats(), tokens

@@ -1,75 +1,80 @@
-"""What `bench latency` says of the answers of one point: speeds, stalls, calls, the pair."""
+"""The figures that `bench latency` reports: speeds, stalls, calls, and facts about the pair."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlxroute.bench.divergence import Divergence, find_divergence
-from mlxroute.bench.latency_sides import SIDES, Answers
+from mlxroute.bench.latency_sides import SIDES, SideAnswers
 from mlxroute.engine import Experience
 from mlxroute.engine.experience import MovingAverage
 from mlxroute.engine.governor import mode_times
 from mlxroute.types import BranchCost, Mode
 
 
-def figures(sides: dict[str, Answers], *, cost: BranchCost, call_s: float) -> dict[str, Any]:
-    """The report of one point: each side's figures, the pair's, and what the formulas say."""
-    waited = sides["wait"]
-    pair = _pair(waited)
-    by = [
-        find_divergence(mine, tokens)
-        for each in sides.values()
-        for mine, tokens in zip(each.tokens, waited.tokens, strict=True)
+def point_figures(
+    sides: Mapping[str, SideAnswers], *, cost: BranchCost, call_s: float
+) -> dict[str, Any]:
+    """Return the report of one point: figures of the pair, of each side, and predicted speeds."""
+    wait = sides["wait"]
+    pair = _pair_figures(wait)
+    divergences = [
+        find_divergence(tokens, wait_tokens)
+        for answers in sides.values()
+        for tokens, wait_tokens in zip(answers.tokens, wait.tokens, strict=True)
     ]
-    found = {name: side_figures(each, waited) for name, each in sides.items()}
+    by_side = {name: side_figures(answers, wait) for name, answers in sides.items()}
     return {
         **pair,
-        "same_text": Divergence.BY_US not in by,
-        "server_differed": by.count(Divergence.BY_SERVER),
-        "sides": found,
-        "auto_over_best": _auto_over_best(found),
-        "predicted_tokens_per_s": _predicted(pair, cost, call_s),
+        "same_text": Divergence.ENGINE not in divergences,
+        "server_differed": divergences.count(Divergence.SERVER),
+        "sides": by_side,
+        "auto_over_best": _auto_over_best(by_side),
+        "predicted_tokens_per_s": _predict_speeds(pair, cost, call_s),
     }
 
 
-def _auto_over_best(found: dict[str, Any]) -> dict[str, float]:
-    """Tokens/s of `auto` over those of the fastest set mode, under the same ceiling on calls.
+def _auto_over_best(by_side: Mapping[str, Any]) -> dict[str, float]:
+    """Return the speed of `auto` over that of the fastest fixed mode, by call ceiling.
 
-    A mode that needs no more calls than that counts, whether it was bound or not.
+    A fixed mode counts if it made no more calls than the ceiling allows, with or without it.
     """
-    over = {}
+    ratios = {}
     for name, side in SIDES.items():
         if side.mode is Mode.AUTO:
-            allowed = math.inf if side.ceiling is None else side.ceiling
+            max_calls = math.inf if side.call_ceiling is None else side.call_ceiling
             best = max(
-                found[each]["tokens_per_s"]
-                for each, other in SIDES.items()
+                by_side[other_name]["tokens_per_s"]
+                for other_name, other in SIDES.items()
                 if other.mode is not Mode.AUTO
-                and other.ceiling in (None, side.ceiling)
-                and found[each]["calls_over_wait"] <= allowed
+                and other.call_ceiling in (None, side.call_ceiling)
+                and by_side[other_name]["calls_over_wait"] <= max_calls
             )
-            over[name] = round(found[name]["tokens_per_s"] / best, 3)
-    return over
+            ratios[name] = round(by_side[name]["tokens_per_s"] / best, 3)
+    return ratios
 
 
-def _pair(waited: Answers) -> dict[str, Any]:
-    """What the two models are like at the positions that were escalated."""
-    asked = [
+def _pair_figures(wait: SideAnswers) -> dict[str, Any]:
+    """Return how often the models agree at escalated positions.
+
+    `coverage_k` is the share where the large model's token is among the small one's k likeliest.
+    """
+    escalated = [
         (token.signals, token.escalation.large.token_ids)
-        for each in waited.tokens
-        for token in each
+        for tokens in wait.tokens
+        for token in tokens
         if token.escalation is not None and token.escalation.large is not None
     ]
-    count = sum(len(each) for each in waited.tokens)
+    count = sum(len(tokens) for tokens in wait.tokens)
     return {
-        "escalated": len(asked),
-        "realised_rate": round(len(asked) / count, 4),
-        "agreement": _share([ids == (signals.token_id,) for signals, ids in asked]),
-        "coverage_4": _share([ids[0] in signals.top_ids[:4] for signals, ids in asked]),
-        "coverage_8": _share([ids[0] in signals.top_ids[:8] for signals, ids in asked]),
+        "escalated": len(escalated),
+        "realised_rate": round(len(escalated) / count, 4),
+        "agreement": _share([ids == (signals.token_id,) for signals, ids in escalated]),
+        "coverage_4": _share([ids[0] in signals.top_ids[:4] for signals, ids in escalated]),
+        "coverage_8": _share([ids[0] in signals.top_ids[:8] for signals, ids in escalated]),
     }
 
 
@@ -77,47 +82,49 @@ def _share(values: Sequence[bool]) -> float | None:
     return round(sum(values) / len(values), 4) if values else None
 
 
-def side_figures(answers: Answers, waited: Answers | None) -> dict[str, Any]:
-    """One side's times in seconds, tokens and calls; with those of `wait` also over them."""
-    stats = answers.stats
-    seconds, count = sum(each.total_s for each in stats), sum(each.tokens for each in stats)
-    found = {
+def side_figures(answers: SideAnswers, wait: SideAnswers | None) -> dict[str, Any]:
+    """Return one side's times, tokens and calls; with `wait`, also relative to its answers."""
+    runs = answers.stats
+    seconds, count = sum(run.total_s for run in runs), sum(run.tokens for run in runs)
+    figures = {
         "tokens_per_s": round(answers.tokens_per_s, 4),
-        "ttft_s": round(statistics.median(each.ttft_s for each in stats), 4),
-        "itl_p50_s": round(statistics.median(each.itl_p50_s for each in stats), 5),
-        "itl_p95_s": round(statistics.median(each.itl_p95_s for each in stats), 5),
-        "stall_s": round(sum(each.stall_s for each in stats), 3),
-        "calls_per_token": round(sum(each.calls for each in stats) / count, 4),
-        "prefetch_generated": sum(each.prefetch_generated for each in stats),
-        "prefetch_used": sum(each.prefetch_used for each in stats),
-        "retracted": sum(each.retracted for each in stats),
-        "redecoded": sum(each.redecoded for each in stats),
-        "fallbacks": sum(each.fallbacks for each in stats),
+        "ttft_s": round(statistics.median(run.ttft_s for run in runs), 4),
+        "itl_p50_s": round(statistics.median(run.itl_p50_s for run in runs), 5),
+        "itl_p95_s": round(statistics.median(run.itl_p95_s for run in runs), 5),
+        "stall_s": round(sum(run.stall_s for run in runs), 3),
+        "calls_per_token": round(sum(run.calls for run in runs) / count, 4),
+        "prefetch_generated": sum(run.prefetch_generated for run in runs),
+        "prefetch_used": sum(run.prefetch_used for run in runs),
+        "retracted": sum(run.retracted for run in runs),
+        "redecoded": sum(run.redecoded for run in runs),
+        "fallbacks": sum(run.fallbacks for run in runs),
     }
-    if waited is not None:
-        base_s = sum(each.total_s for each in waited.stats)
-        calls = sum(each.calls for each in waited.stats)
-        found |= {
-            "over_wait": round(base_s / seconds, 3),
-            "stall_over_wait": round(
-                found["stall_s"] / max(1e-9, sum(each.stall_s for each in waited.stats)), 3
-            ),
-            "calls_over_wait": round(sum(each.calls for each in stats) / max(1, calls), 3),
+    if wait is not None:
+        wait_s = sum(run.total_s for run in wait.stats)
+        wait_stall_s = sum(run.stall_s for run in wait.stats)
+        wait_calls = sum(run.calls for run in wait.stats)
+        figures |= {
+            "over_wait": round(wait_s / seconds, 3),
+            "stall_over_wait": round(figures["stall_s"] / max(1e-9, wait_stall_s), 3),
+            "calls_over_wait": round(sum(run.calls for run in runs) / max(1, wait_calls), 3),
         }
-    return found
+    return figures
 
 
-def _predicted(pair: dict[str, Any], cost: BranchCost, call_s: float) -> dict[str, float]:
-    """Tokens a second by the formulas, from the figures of the pair, of a step and of a call."""
+def _predict_speeds(pair: Mapping[str, Any], cost: BranchCost, call_s: float) -> dict[str, float]:
+    """Return tokens per second of each mode by the governor's formulas; none without escalations.
+
+    They start from the measured figures of the pair, the step and the call.
+    """
     if not pair["escalated"]:
         return {}
-    seen = Experience(
+    experience = Experience(
         step_s=MovingAverage(cost.step_s),
         call_s=MovingAverage(call_s),
         escalation_rate=MovingAverage(pair["realised_rate"]),
         agreement=MovingAverage(pair["agreement"]),
         coverage=MovingAverage(pair["coverage_4"]),
     )
-    found = mode_times(seen, branch_cost=cost.batch_s / cost.step_s)
-    times = {"wait": found.wait_s, "overlap": found.overlap_s, "hedge": found.hedge_s}
+    predicted = mode_times(experience, branch_cost=cost.batch_s / cost.step_s)
+    times = {"wait": predicted.wait_s, "overlap": predicted.overlap_s, "hedge": predicted.hedge_s}
     return {name: round(1.0 / seconds, 4) for name, seconds in times.items()}

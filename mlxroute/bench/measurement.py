@@ -1,4 +1,4 @@
-"""Paired, interleaved measurements, and reports that name machine, versions and command."""
+"""Interleaved measurements, their summaries, and what a report says about the environment."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, TypeVar
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 
-def interleaved(
-    sides: Mapping[str, Callable[[int], Result]], *, rounds: int, warm_ups: int = 1
-) -> dict[str, list[Result]]:
-    """Run every side once a round, in turns, each round beginning with another side.
+def run_interleaved(
+    sides: Mapping[str, Callable[[int], _Result]], *, rounds: int, warm_ups: int = 1
+) -> dict[str, list[_Result]]:
+    """Run every side once per round, each round starting with another side; return the results.
 
-    A side is called with the round's number; the first `warm_ups` rounds, numbered 0, do not count.
+    A side is called with the round's number. The first `warm_ups` rounds have number 0 and no
+    results.
     """
     names = list(sides)
-    results: dict[str, list[Result]] = {name: [] for name in names}
+    results: dict[str, list[_Result]] = {name: [] for name in names}
     for index in range(-warm_ups, rounds):
         first = index % len(names)
         for name in names[first:] + names[:first]:
@@ -32,7 +33,7 @@ def interleaved(
 
 
 def spread(values: Sequence[float], *, digits: int = 4) -> dict[str, float]:
-    """Median, least and greatest."""
+    """Return median, minimum and maximum, rounded."""
     return {
         "median": round(statistics.median(values), digits),
         "min": round(min(values), digits),
@@ -41,19 +42,21 @@ def spread(values: Sequence[float], *, digits: int = 4) -> dict[str, float]:
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """The spread of ours over theirs, pair by pair."""
+    """Return the spread of ours over theirs, pair by pair."""
     return spread([a / b for a, b in zip(ours, theirs, strict=True)], digits=3)
 
 
-def seconds(work: Callable[[], object], *, clock: Callable[[], float] = time.perf_counter) -> float:
-    """How long one call takes."""
-    began = clock()
+def time_call(
+    work: Callable[[], object], *, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Return how many seconds one call takes."""
+    began_s = clock()
     work()
-    return clock() - began
+    return clock() - began_s
 
 
 def describe_environment(command: str) -> dict[str, Any]:
-    """What a reader needs to measure again."""
+    """Return command, date, machine and versions, as a report names them."""
     import mlx.core as mx
 
     return {

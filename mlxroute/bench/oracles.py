@@ -1,7 +1,8 @@
-"""What a router could reach that knows the large model's answers: computed from their labels.
+"""Upper bounds: the accuracy of routers that know the large model's answers, from labels.
 
-With the first k disagreements of an answer escalated and nothing else, the small model's own
-continuation from the next disagreement on is the answer, and the labels hold its text.
+With the first k disagreements of an answer escalated and no other position, the answer is the
+large model's text up to the next disagreement and the small model's continuation from there. The
+labels hold that text for every k.
 """
 
 from __future__ import annotations
@@ -11,61 +12,72 @@ from typing import Any, Final
 
 from mlxroute.questions.question_files import Question
 from mlxroute.small.mlp_head import MlpHead
-from mlxroute.training import LabelledAnswer, recall_table
+from mlxroute.training.head_fitting import recall_table
+from mlxroute.training.labels import LabelledAnswer
 from mlxroute.types import LabelKind
 
 # Their names in reports.
 ORACLES: Final = ("disagreements", "critical_first")
 
 
-def oracles(
+def compute_oracles(
     answers: Sequence[LabelledAnswer],
     questions: Sequence[Question],
     budgets: Sequence[float],
     head: MlpHead | None = None,
 ) -> dict[str, Any]:
-    """Accuracy when exactly the disagreements are escalated, and when the critical ones are.
+    """Return the accuracy of two oracle routers within each budget, and the recall of scores.
 
-    The first takes disagreements as they come, as long as the budget lasts, which goes on from
-    question to question. The second knows which change the outcome, leaves the others out, and
-    spends on the questions that become right for least. Also how well entropy and `head` find the
-    critical positions along the large model's answers.
+    `disagreements` escalates each disagreement while the budget lasts, which carries over from
+    question to question. `critical_first` escalates only disagreements that change the outcome,
+    and questions that take the fewest of them first. `finding_the_critical` is the recall of
+    entropy and `head` for those positions along the large model's answers. Both oracles are our
+    own definitions.
     """
-    rights = [a.rights(q) for a, q in zip(answers, questions, strict=True)]
-    costs = [_cost(a.outcomes(q), r) for a, q, r in zip(answers, questions, rights, strict=True)]
-    tokens = [each.tokens for each in answers]
-    critical = [
-        a.targets(q, LabelKind.CONSEQUENCE) for a, q in zip(answers, questions, strict=True)
+    pairs = list(zip(answers, questions, strict=True))
+    correct = [answer.find_correct(question) for answer, question in pairs]
+    costs = [
+        _escalations_needed(answer.find_outcomes(question), right)
+        for (answer, question), right in zip(pairs, correct, strict=True)
     ]
+    tokens = [answer.token_count for answer in answers]
+    critical = [answer.make_targets(question, LabelKind.CONSEQUENCE) for answer, question in pairs]
     return {
-        "disagreements": [_in_turn(rights, tokens, budget) for budget in budgets],
-        "critical_first": [_cheapest(costs, sum(tokens), budget) for budget in budgets],
+        "disagreements": [_escalate_in_order(correct, tokens, budget) for budget in budgets],
+        "critical_first": [_escalate_cheapest(costs, sum(tokens), budget) for budget in budgets],
         "finding_the_critical": recall_table(answers, critical, head),
     }
 
 
-def _in_turn(rights: Sequence[Sequence[bool]], tokens: Sequence[int], budget: float) -> Any:
+def _escalate_in_order(
+    correct: Sequence[Sequence[bool]], tokens: Sequence[int], budget: float
+) -> dict[str, float]:
+    """Return the point of a router that escalates every disagreement while the budget lasts.
+
+    `correct[i][k]` says whether answer i is right with its first k disagreements escalated.
+    """
     credit, spent, right = 0.0, 0, 0
-    for each, count in zip(rights, tokens, strict=True):
+    for answer_correct, count in zip(correct, tokens, strict=True):
         credit += budget * count
-        escalated = min(int(credit), len(each) - 1)
+        escalated = min(int(credit), len(answer_correct) - 1)
         credit -= escalated
         spent += escalated
-        right += each[escalated]
-    return _point(budget, spent, sum(tokens), right, len(rights))
+        right += answer_correct[escalated]
+    return _point(budget, spent, sum(tokens), right, len(correct))
 
 
-def _cost(outcomes: Sequence[str], rights: Sequence[bool]) -> int | None:
-    """How many critical disagreements have to be escalated for a right answer; None: in vain."""
-    if True not in rights:
+def _escalations_needed(outcomes: Sequence[str], correct: Sequence[bool]) -> int | None:
+    """Return how many critical disagreements must be escalated for a right answer, if any do."""
+    if True not in correct:
         return None
-    reached = rights.index(True)
-    return sum(outcomes[i] != outcomes[i + 1] for i in range(reached))
+    first_right = correct.index(True)
+    return sum(outcomes[i] != outcomes[i + 1] for i in range(first_right))
 
 
-def _cheapest(costs: Sequence[int | None], tokens: int, budget: float) -> Any:
+def _escalate_cheapest(costs: Sequence[int | None], tokens: int, budget: float) -> dict[str, float]:
+    """Return the point of a router that answers the questions with the lowest costs right."""
     spent, right = 0, 0
-    for cost in sorted(each for each in costs if each is not None):
+    for cost in sorted(cost for cost in costs if cost is not None):
         if spent + cost > budget * tokens:
             break
         spent, right = spent + cost, right + 1

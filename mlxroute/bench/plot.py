@@ -1,4 +1,4 @@
-"""The reports of `bench latency` and `bench quality` as pictures."""
+"""Plots of the reports of `bench latency` and `bench quality`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from mlxroute.errors import UsageError
 
 
 def check_plot(path: Path) -> None:
-    """Raise UsageError, before anything is measured, when no picture can be drawn there."""
+    """Raise UsageError if no plot can be written to `path`; called before a long measurement."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib; install mlxroute[plot]")
+        raise UsageError("a plot needs matplotlib; install mlxroute[plot]", parameter="plot")
     if not path.parent.is_dir():
-        raise UsageError(f"--plot: there is no folder {path.parent}")
+        raise UsageError(f"the plot {path} needs an existing folder", parameter="plot")
 
 
 def draw_latency(report: Mapping[str, Any], path: Path) -> None:
-    """Draw tokens/s over those of `wait` against the call time: a line a mode, a panel a rate."""
+    """Plot speed relative to `wait` over call time: one line per mode, one panel per rate."""
     from matplotlib.figure import Figure
 
     rates = sorted({point["rate"] for point in report["points"]})
@@ -45,7 +45,7 @@ def draw_latency(report: Mapping[str, Any], path: Path) -> None:
 
 
 def draw_quality(report: Mapping[str, Any], path: Path) -> None:
-    """Draw accuracy against the share of escalated tokens: a line a router, both models alone."""
+    """Plot accuracy over escalation rate: one line per router, and each model alone."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -57,12 +57,14 @@ def draw_quality(report: Mapping[str, Any], path: Path) -> None:
             for side in sides.values()
             if side["router"] == router
         )
-        rates, found, low, high = zip(*points, strict=True)
-        panel.plot(rates, found, marker="o", label=router)
+        rates, accuracies, low, high = zip(*points, strict=True)
+        panel.plot(rates, accuracies, marker="o", label=router)
         panel.fill_between(rates, low, high, alpha=0.15)
     for name in ORACLES:
-        if found := report.get("oracles", {}).get(name):
-            points = sorted((point["escalation_rate"], point["accuracy"]) for point in found)
+        if oracle_points := report.get("oracles", {}).get(name):
+            points = sorted(
+                (point["escalation_rate"], point["accuracy"]) for point in oracle_points
+            )
             label = f"oracle: {name.replace('_', ' ')}"
             panel.plot(*zip(*points, strict=True), color="grey", marker=".", label=label)
     for name, style in (("small", ":"), ("large", "--")):

@@ -1,4 +1,4 @@
-"""How good answers are: the small model alone, the large one alone, and routed within budgets."""
+"""The quality of answers: each model alone, and routed answers within budgets."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from mlxroute.bench.concurrent_answers import ConcurrentAnswers
-from mlxroute.bench.significance import mcnemar, wilson
+from mlxroute.bench.significance import mcnemar_p, wilson_interval
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.engine import generate
 from mlxroute.engine.options import MAX_PREFETCH
@@ -23,19 +23,19 @@ from mlxroute.questions.grading import grade
 from mlxroute.questions.question_files import Question, question_messages
 from mlxroute.recorded.json_lines import read_json_lines
 from mlxroute.recorded.large_answers import PlaceholderSmall
-from mlxroute.routers import Router, make_router
+from mlxroute.recorded.replies import Replies
+from mlxroute.routers import Budget, Router, make_router
 from mlxroute.small import SmallModel
-from mlxroute.training import Replies
 from mlxroute.types import Message, Mode, Progress, Source, no_progress
 
 BUDGETS: Final = (0.01, 0.03, 0.05, 0.07, 0.10, 0.15, 0.30)
 _TIMEOUT_S: Final = 600.0
-_STEPS: Final = 5
+_TIMED_STEPS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
 class QualitySide:
-    """Who answers: one model alone (no router), or both within a budget."""
+    """One model alone (no `router`), or both with a router and a budget."""
 
     name: str
     router: str | None = None
@@ -43,6 +43,7 @@ class QualitySide:
 
     @property
     def is_large(self) -> bool:
+        """Whether the large model answers alone."""
         return self.name == LARGE.name
 
 
@@ -52,7 +53,7 @@ LARGE: Final = QualitySide("large")
 
 @dataclass(frozen=True, slots=True)
 class QualityRow:
-    """One answer; `scores` are those of its positions, so that a budget can go on from it."""
+    """One graded answer; `scores` are those of its positions, from which a budget carries over."""
 
     question: str
     text: str
@@ -68,45 +69,83 @@ class QualityRow:
     scores: tuple[float, ...]
 
 
-class Results:
-    """Answers that were given, in a file: what is there is not asked again."""
+class QualityResults:
+    """A file of graded answers, so that an interrupted run continues where it stopped."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._rows: dict[str, QualityRow] = {}
         for item in read_json_lines(path):
-            item["row"]["scores"] = tuple(item["row"]["scores"])
-            self._rows[item["key"]] = QualityRow(**item["row"])
+            self._rows[item["key"]] = _row_from_json(item["row"])
 
     def find(self, key: str) -> QualityRow | None:
-        """The answer kept under a key."""
+        """Return the answer saved under a key."""
         return self._rows.get(key)
 
     def add(self, key: str, row: QualityRow) -> None:
-        """Keep an answer."""
+        """Save an answer."""
         self._rows[key] = row
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, "row": asdict(row)}) + "\n")
+            file.write(json.dumps({"key": key, "row": _row_to_json(row)}) + "\n")
 
 
-def step_seconds(small: SmallModel, question: Question) -> float:
-    """What a step of the small model alone takes, by a few behind a question."""
+def _row_to_json(row: QualityRow) -> dict[str, Any]:
+    """Return a row as the file has it; the names are part of the file format."""
+    return {
+        "question": row.question,
+        "text": row.text,
+        "strict": row.strict,
+        "lenient": row.lenient,
+        "tokens": row.tokens,
+        "escalated": row.escalated,
+        "agreed": row.agreed,
+        "unchecked": row.unchecked,
+        "calls": row.calls,
+        "uploaded_tokens": row.uploaded_tokens,
+        "seconds": row.seconds,
+        "scores": row.scores,
+    }
+
+
+def _row_from_json(item: Mapping[str, Any]) -> QualityRow:
+    return QualityRow(
+        question=item["question"],
+        text=item["text"],
+        strict=item["strict"],
+        lenient=item["lenient"],
+        tokens=item["tokens"],
+        escalated=item["escalated"],
+        agreed=item["agreed"],
+        unchecked=item["unchecked"],
+        calls=item["calls"],
+        uploaded_tokens=item["uploaded_tokens"],
+        seconds=item["seconds"],
+        scores=tuple(item["scores"]),
+    )
+
+
+def measure_step_s(small: SmallModel, question: Question) -> float:
+    """Return the median seconds of a few decode steps after a question."""
     signals, _ = small.prefill(small.encode_prompt(small.render(question_messages(question))))
     times_s = []
-    for _ in range(_STEPS):
+    for _ in range(_TIMED_STEPS):
         began_s = time.perf_counter()
         signals = small.step(signals.token_id)
         times_s.append(time.perf_counter() - began_s)
     return statistics.median(times_s)
 
 
-def sides_of(routers: Iterable[str], budgets: Iterable[float]) -> list[QualitySide]:
-    """Both models alone, and every router within every budget."""
-    routed = [QualitySide(f"{r} {100 * b:g}%", r, b) for r in routers for b in budgets]
+def make_sides(routers: Iterable[str], budgets: Iterable[float]) -> list[QualitySide]:
+    """Return both models alone, and each router with each budget."""
+    routed = [
+        QualitySide(f"{router} {100 * budget:g}%", router, budget)
+        for router in routers
+        for budget in budgets
+    ]
     return [SMALL, LARGE, *routed]
 
 
-def bench_quality(  # noqa: PLR0913 - what a run is made of
+def bench_quality(  # noqa: PLR0913 - all of these are settings of one run
     small: SmallModel,
     replies: Replies,
     questions: Sequence[Question],
@@ -114,191 +153,216 @@ def bench_quality(  # noqa: PLR0913 - what a run is made of
     sides: Sequence[QualitySide],
     examples: Sequence[Question],
     ranks: ScoreRanks,
-    tokens: int,
+    max_tokens: int,
     step_s: float,
-    results: Results,
+    results: QualityResults,
     chats: int = 1,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """All sides on all questions, from `results` where they are there.
+    """Return the report of all sides on all questions; answers in `results` are not repeated.
 
-    `chats` questions are answered at a time, by all sides, as rows of one batch; question i is of
-    chat i modulo `chats`, and in a chat a budget goes on from question to question. Seconds are
-    those of an answer alone: its tokens at `step_s`, and the calls as long as they took; prompts
-    are not counted.
+    `chats` questions are answered at a time, by all sides, in one batch. Question i belongs to chat
+    i modulo `chats`, and in a chat a budget carries over from question to question. The reported
+    seconds are those of an answer alone, without its prompt: `step_s` for each token plus the time
+    of its calls.
     """
-    run = _Run(small, replies, examples, ranks, tokens, step_s, results)
-    routers = {(side, chat): run.router(side) for side in sides for chat in range(chats)}
+    run = _QualityRun(small, replies, examples, ranks, max_tokens, step_s, results)
+    routers = {(side, chat): run.new_router(side) for side in sides for chat in range(chats)}
     rows: dict[str, list[QualityRow]] = {side.name: [] for side in sides}
     progress("questions", 0, len(questions))
     for begin in range(0, len(questions), chats):
         group = questions[begin : begin + chats]
-        run.answer(
-            [
-                (side, question, routers[side, chat])
-                for chat, question in enumerate(group)
-                for side in sides
-            ],
-            rows,
-        )
+        tasks = [
+            run.new_task(side, question, routers[side, chat])
+            for chat, question in enumerate(group)
+            for side in sides
+        ]
+        for task, row in zip(tasks, run.answer(tasks), strict=True):
+            rows[task.side.name].append(row)
         progress("questions", begin + len(group), len(questions))
     return {
         "small": small.name,
         "large": replies.model_name,
         "questions": len(questions),
         "examples": len(examples),
-        "tokens": tokens,
+        "tokens": max_tokens,
         "chats": chats,
         "step_s": round(step_s, 5),
-        "sides": {side.name: _figures(side, rows, chats, longest=tokens) for side in sides},
+        "sides": {
+            side.name: _side_figures(side, rows, chats, max_tokens=max_tokens) for side in sides
+        },
     }
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """What all answers have in common."""
+class _Task:
+    """One question for one side; `key` names the answer in the results."""
+
+    side: QualitySide
+    question: Question
+    conversation: list[Message]
+    router: Router
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class _QualityRun:
+    """The settings that all answers of a run share."""
 
     small: SmallModel
     replies: Replies
     examples: Sequence[Question]
     ranks: ScoreRanks
-    tokens: int
+    max_tokens: int
     step_s: float
-    results: Results
+    results: QualityResults
 
-    def router(self, side: QualitySide) -> Router:
-        """A side's router before the first question."""
+    def new_router(self, side: QualitySide) -> Router:
+        """Return a side's router as it is before the first question."""
         if side.router is None:
             return make_router("entropy", threshold=-math.inf if side.is_large else math.inf)
         return make_router(side.router, budget=side.budget, quantiles=self.ranks[side.router])
 
-    def answer(
-        self,
-        wanted: Sequence[tuple[QualitySide, Question, Router]],
-        rows: dict[str, list[QualityRow]],
-    ) -> None:
-        """Add the wanted answers to `rows`; the routers go on from them."""
-        turns = [question_messages(question, self.examples) for _, question, _ in wanted]
-        keys = [
-            self._key(side, each, router)
-            for (side, _, router), each in zip(wanted, turns, strict=True)
-        ]
+    def new_task(self, side: QualitySide, question: Question, router: Router) -> _Task:
+        """Return the task of answering a question with the router in its present state."""
+        conversation = question_messages(question, self.examples)
+        key = self._key(side, conversation, router)
+        return _Task(side, question, conversation, router, key)
+
+    def answer(self, tasks: Sequence[_Task]) -> list[QualityRow]:
+        """Return the answers, saved or new; afterwards the routers' states follow them."""
         jobs = [
-            (each, partial(self._answer, *one, each))
-            for one, key, each in zip(wanted, keys, turns, strict=True)
-            if self.results.find(key) is None
+            (task.conversation, partial(self._write_answer, task))
+            for task in tasks
+            if self.results.find(task.key) is None
         ]
-        found = iter(
-            ConcurrentAnswers(self.small, stop=self.replies.close).answers(jobs) if jobs else []
-        )
-        for (side, _, router), key in zip(wanted, keys, strict=True):
-            row = self.results.find(key)
+        answers = ConcurrentAnswers(self.small, on_abort=self.replies.close)
+        new_rows = iter(answers.run(jobs) if jobs else [])
+        rows = []
+        for task in tasks:
+            row = self.results.find(task.key)
             if row is None:
-                row = next(found)
-                self.results.add(key, row)
+                row = next(new_rows)
+                self.results.add(task.key, row)
             else:
                 for score in row.scores:
-                    _, router.state = router.state.decide(score)
-            rows[side.name].append(row)
+                    _, task.router.state = task.router.state.decide(score)
+            rows.append(row)
+        return rows
 
-    def _key(self, side: QualitySide, turns: Sequence[Message], router: Router) -> str:
-        """A name for an answer: what it depends on, the state of its budget included."""
+    def _key(self, side: QualitySide, conversation: Sequence[Message], router: Router) -> str:
+        """Return the name of an answer: a hash of all that it depends on."""
+        models = [self.small.name, self.replies.model_name]
         ranks = self.ranks[side.router] if side.router else ()
-        parts = [self.small.name, self.replies.model_name, side.router, side.is_large, self.tokens]
-        # One model alone answers whatever came before.
-        pace = repr(router.state) if side.router else ""
-        text = json.dumps([*parts, ranks, turns, pace])
-        return hashlib.sha256(text.encode()).hexdigest()
+        # One model alone answers the same in every state of its router.
+        state = _budget_text(router) if side.router else ""
+        parts = [*models, side.router, side.is_large, self.max_tokens, ranks, conversation, state]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def _answer(
-        self,
-        side: QualitySide,
-        question: Question,
-        router: Router,
-        turns: Sequence[Message],
-        small: SmallProtocol,
-    ) -> QualityRow:
-        seat = self.replies.seat()
+    def _write_answer(self, task: _Task, small: SmallProtocol) -> QualityRow:
+        """Write and grade one answer."""
+        side = task.side
+        large = self.replies.new_view()
         answer = generate(
-            # The large model's own answer takes no step of the small one.
             PlaceholderSmall(self.small) if side.is_large else small,
-            None if side is SMALL else seat,
-            turns,
-            router=router,
-            max_tokens=self.tokens,
+            None if side is SMALL else large,
+            task.conversation,
+            router=task.router,
+            max_tokens=self.max_tokens,
             timeout_s=_TIMEOUT_S,
             strict=True,
             mode=Mode.WAIT,
-            # The large model alone need not be asked for every token.
+            # One call brings many tokens where all positions are escalated.
             prefetch=MAX_PREFETCH if side.is_large else 0,
         )
-        written = list(answer)
-        # A large token of several ids is one position.
-        scores = [t.score for t in written if t.source is Source.SMALL or t.escalation]
+        tokens = list(answer)
+        # A token of the large model that takes several ids is one position.
+        scores = [
+            token.score for token in tokens if token.source is Source.SMALL or token.escalation
+        ]
         stats = answer.stats()
-        marked = grade(question, stats.text)
+        grades = grade(task.question, stats.text)
+        small_tokens = 0 if side.is_large else stats.tokens
         return QualityRow(
-            question=question.name,
+            question=task.question.name,
             text=stats.text,
-            strict=marked.strict,
-            lenient=marked.lenient,
+            strict=grades.strict,
+            lenient=grades.lenient,
             tokens=stats.tokens,
             escalated=stats.escalated,
             agreed=stats.agreed,
             unchecked=stats.unchecked,
             calls=stats.calls,
             uploaded_tokens=stats.uploaded_tokens,
-            seconds=round(seat.calls_s + (0 if side.is_large else stats.tokens) * self.step_s, 3),
+            seconds=round(large.calls_s + small_tokens * self.step_s, 3),
             scores=() if side.is_large else tuple(scores),
         )
 
 
-def _figures(
-    side: QualitySide, rows: dict[str, list[QualityRow]], chats: int, *, longest: int
+def _budget_text(router: Router) -> str:
+    """Return a budget's state in the notation that the keys of saved answers contain."""
+    state = router.state
+    assert isinstance(state, Budget)
+    return (
+        f"Budget(rate={state.rate!r}, resolution={state.resolution!r}, rank={state.rank!r},"
+        f" purse={state.bucket!r}, recent={state.recent!r}, ordered={state.ordered!r},"
+        f" seen={state.positions!r})"
+    )
+
+
+def _side_figures(
+    side: QualitySide, rows: Mapping[str, Sequence[QualityRow]], chats: int, *, max_tokens: int
 ) -> dict[str, Any]:
-    mine, count = rows[side.name], len(rows[side.name])
-    tokens = sum(row.tokens for row in mine)
-    escalated = sum(row.escalated for row in mine)
-    agreed = sum(row.agreed for row in mine)
+    """Return the report of one side."""
+    own_rows, small_rows = rows[side.name], rows[SMALL.name]
+    tokens = sum(row.tokens for row in own_rows)
+    escalated = sum(row.escalated for row in own_rows)
+    agreed = sum(row.agreed for row in own_rows)
+    seconds = [row.seconds for row in own_rows]
     return {
         "router": side.router,
         "budget": side.budget if side.router else None,
-        "strict": _accuracy([row.strict for row in mine], [row.strict for row in rows["small"]]),
-        "lenient": _accuracy([row.lenient for row in mine], [row.lenient for row in rows["small"]]),
+        "strict": _accuracy([r.strict for r in own_rows], [r.strict for r in small_rows]),
+        "lenient": _accuracy([r.lenient for r in own_rows], [r.lenient for r in small_rows]),
         "escalation_rate": round(escalated / tokens, 5) if tokens else 0.0,
         "agreement": round(agreed / escalated, 4) if escalated and side.router else None,
-        "most_over_budget": _most_over(mine, side.budget, chats) if side.router else None,
+        "most_over_budget": _max_excess(own_rows, side.budget, chats) if side.router else None,
         "tokens": tokens,
-        "reached_limit": sum(row.tokens >= longest for row in mine),
-        "calls": sum(row.calls for row in mine),
-        "uploaded_tokens": sum(row.uploaded_tokens for row in mine),
-        "seconds_median": round(statistics.median(row.seconds for row in mine), 3) if count else 0,
+        "reached_limit": sum(row.tokens >= max_tokens for row in own_rows),
+        "calls": sum(row.calls for row in own_rows),
+        "uploaded_tokens": sum(row.uploaded_tokens for row in own_rows),
+        "seconds_median": round(statistics.median(seconds), 3) if seconds else 0,
     }
 
 
-def _most_over(rows: Sequence[QualityRow], budget: float, chats: int) -> float:
-    """By how many escalations any run of answers of a chat exceeds its share; a burst at most."""
-    most = 0.0
+def _max_excess(rows: Sequence[QualityRow], budget: float, chats: int) -> float:
+    """Return the most escalations beyond the budget in any consecutive answers of a chat.
+
+    The token bucket bounds it by its burst.
+    """
+    largest = 0.0
     for chat in range(chats):
-        over = 0.0
+        excess = 0.0
         for row in rows[chat::chats]:
-            over = max(0.0, over) + row.escalated - budget * row.tokens
-            most = max(most, over)
-    return round(most, 3)
+            excess = max(0.0, excess) + row.escalated - budget * row.tokens
+            largest = max(largest, excess)
+    return round(largest, 3)
 
 
-def _accuracy(marks: Sequence[bool | None], alone: Sequence[bool | None]) -> dict[str, Any]:
-    """The share of right answers; no answer counts as wrong and is told apart."""
-    right, count = sum(each is True for each in marks), len(marks)
-    base = sum(each is True for each in alone)
-    low, high = wilson(right, count)
-    pairs = [(a is True, b is True) for a, b in zip(marks, alone, strict=True)]
+def _accuracy(marks: Sequence[bool | None], small_marks: Sequence[bool | None]) -> dict[str, Any]:
+    """Return the share of right answers and its comparison with the small model alone.
+
+    A text without an answer (None) counts as wrong and is counted in `no_answer`.
+    """
+    right, count = sum(mark is True for mark in marks), len(marks)
+    small_right = sum(mark is True for mark in small_marks)
+    low, high = wilson_interval(right, count)
+    pairs = [(own is True, small is True) for own, small in zip(marks, small_marks, strict=True)]
+    p_value = mcnemar_p(pairs.count((True, False)), pairs.count((False, True)))
     return {
         "accuracy": round(right / count, 4),
         "interval": [round(low, 4), round(high, 4)],
-        "no_answer": sum(each is None for each in marks),
-        "over_small": round(right / base, 3) if base else None,
-        "p_against_small": float(
-            f"{mcnemar(pairs.count((True, False)), pairs.count((False, True))):.3g}"
-        ),
+        "no_answer": sum(mark is None for mark in marks),
+        "over_small": round(right / small_right, 3) if small_right else None,
+        "p_against_small": float(f"{p_value:.3g}"),
     }

@@ -1,4 +1,4 @@
-"""A model of a few million random weights, so small that what Python adds to a step shows."""
+"""A model with random weights, small enough to show the cost of Python in a decode step."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ _CONFIG = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
 }
-_END = "<|im_end|>"
+_EOS = "<|im_end|>"
 
 
 def write_random_model(path: Path) -> Path:
-    """Write 4.2 million random weights and a tokenizer of single bytes that `mlx_lm` loads."""
+    """Write a model that `mlx_lm` loads: 4.2 million random weights, a tokenizer of single bytes.
+
+    Returns `path`.
+    """
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from mlx_lm.utils import load_model
@@ -39,8 +42,8 @@ def write_random_model(path: Path) -> Path:
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([_END])
+    tokenizer.add_special_tokens([_EOS])
     tokenizer.save(str(path / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _END}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _EOS}
     (path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return path

@@ -1,4 +1,4 @@
-"""Never-escalating mlxroute beside `mlx_lm`, in turns, on the same weights."""
+"""Decoding speed without escalation, compared with `mlx_lm` on the same weights."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlxroute.bench.kernel_cost import fused
-from mlxroute.bench.measurement import interleaved, ratios, seconds, spread
+from mlxroute.bench.kernel_cost import kernel_form
+from mlxroute.bench.measurement import ratios, run_interleaved, spread, time_call
 from mlxroute.engine import generate
 from mlxroute.routers import EntropyRouter
 from mlxroute.small import SmallModel
@@ -27,8 +27,8 @@ _MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """One answer: its tokens, and when each was handed out, from the start of the request."""
+class SpeedRun:
+    """One timed answer; `times_s` are its tokens' times since the start of the request."""
 
     token_ids: tuple[int, ...]
     times_s: tuple[float, ...]
@@ -36,6 +36,7 @@ class Run:
 
     @property
     def tokens_per_s(self) -> float:
+        """Tokens per second after the first token."""
         return (len(self.times_s) - 1) / (self.times_s[-1] - self.times_s[0])
 
 
@@ -44,22 +45,31 @@ def bench_speed(
     prompts: Sequence[str],
     *,
     pairs: int,
-    tokens: int,
+    max_tokens: int,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Answers, growth with the context and with the vocabulary; see the README for the fields."""
+    """Return a report on `pairs` answers of each side, and on step times.
+
+    Steps are timed by context length, the kernel by vocabulary size; the README explains the
+    fields.
+    """
     total = 2 * (pairs + 1)
     done = itertools.count(1)
 
-    def counted(side: Any) -> Any:
-        def run(index: int) -> Run:
-            result: Run = side(small, prompts[index % len(prompts)], tokens)
+    def with_progress(
+        side: Callable[[SmallModel, str, int], SpeedRun],
+    ) -> Callable[[int], SpeedRun]:
+        def run(index: int) -> SpeedRun:
+            result = side(small, prompts[index % len(prompts)], max_tokens)
             progress("pairs", next(done), total)
             return result
 
         return run
 
-    runs = interleaved({"mlxroute": counted(_mlxroute), "mlx_lm": counted(_mlx_lm)}, rounds=pairs)
+    runs = run_interleaved(
+        {"mlxroute": with_progress(_run_mlxroute), "mlx_lm": with_progress(_run_mlx_lm)},
+        rounds=pairs,
+    )
     ours, theirs = runs["mlxroute"], runs["mlx_lm"]
     kernel_s = _kernel_seconds(_vocabulary_size(small))
     itl_s = percentile(intervals(ours[0].times_s), 0.5)
@@ -68,8 +78,8 @@ def bench_speed(
         "pairs": pairs,
         "tokens": [len(run.token_ids) for run in ours],
         "same_tokens": all(a.token_ids == b.token_ids for a, b in zip(ours, theirs, strict=True)),
-        "ratio_tokens_per_s": ratios(*_each(runs, lambda run: run.tokens_per_s)),
-        "ratio_ttft": ratios(*_each(runs, lambda run: run.times_s[0])),
+        "ratio_tokens_per_s": ratios(*_by_side(runs, lambda run: run.tokens_per_s)),
+        "ratio_ttft": ratios(*_by_side(runs, lambda run: run.times_s[0])),
         "extra_peak_mib": spread(
             [(a.peak_bytes - b.peak_bytes) / _MIB for a, b in zip(ours, theirs, strict=True)],
             digits=1,
@@ -84,11 +94,15 @@ def bench_speed(
     }
 
 
-def _each(runs: dict[str, list[Run]], figure: Any) -> tuple[list[float], list[float]]:
+def _by_side(
+    runs: dict[str, list[SpeedRun]], figure: Callable[[SpeedRun], float]
+) -> tuple[list[float], list[float]]:
+    """Return a figure of each run of mlxroute, and of each run of mlx_lm."""
     return [figure(run) for run in runs["mlxroute"]], [figure(run) for run in runs["mlx_lm"]]
 
 
-def _summary(runs: Sequence[Run]) -> dict[str, Any]:
+def _summary(runs: Sequence[SpeedRun]) -> dict[str, Any]:
+    """Return the report of one side."""
     itl = [intervals(run.times_s) for run in runs]
     p50, p95 = ([percentile(values, at) for values in itl] for at in (0.5, 0.95))
     return {
@@ -101,33 +115,34 @@ def _summary(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _mlxroute(small: SmallModel, prompt: str, count: int) -> Run:
-    _fresh(small)
-    began = time.perf_counter()
-    answer = generate(small, None, prompt, router=EntropyRouter(math.inf), max_tokens=count)
-    return _recorded((token.token_id for token in answer), began)
+def _run_mlxroute(small: SmallModel, prompt: str, max_tokens: int) -> SpeedRun:
+    _reset(small)
+    began_s = time.perf_counter()
+    answer = generate(small, None, prompt, router=EntropyRouter(math.inf), max_tokens=max_tokens)
+    return _time_tokens((token.token_id for token in answer), began_s)
 
 
-def _mlx_lm(small: SmallModel, prompt: str, count: int) -> Run:
+def _run_mlx_lm(small: SmallModel, prompt: str, max_tokens: int) -> SpeedRun:
     from mlx_lm import stream_generate
 
-    _fresh(small)
-    began = time.perf_counter()
+    _reset(small)
+    began_s = time.perf_counter()
     ids = small.encode_prompt(small.render([{"role": "user", "content": prompt}]))
-    replies = stream_generate(small.model, small.tokenizer, ids, max_tokens=count)
-    return _recorded((reply.token for reply in replies), began)
+    replies = stream_generate(small.model, small.tokenizer, ids, max_tokens=max_tokens)
+    return _time_tokens((reply.token for reply in replies), began_s)
 
 
-def _recorded(token_ids: Iterator[int], began: float) -> Run:
+def _time_tokens(token_ids: Iterator[int], began_s: float) -> SpeedRun:
+    """Consume an answer that began at `began_s` of the clock, timing its tokens."""
     import mlx.core as mx
 
-    seen = [(token_id, time.perf_counter() - began) for token_id in token_ids]
-    ids, times_s = zip(*seen, strict=True)
-    return Run(ids, times_s, mx.get_peak_memory())
+    timed_ids = [(token_id, time.perf_counter() - began_s) for token_id in token_ids]
+    ids, times_s = zip(*timed_ids, strict=True)
+    return SpeedRun(ids, times_s, mx.get_peak_memory())
 
 
-def _fresh(small: SmallModel) -> None:
-    """No reused prompt, no step under way, no memory of the run before."""
+def _reset(small: SmallModel) -> None:
+    """Clear the KV cache, wait for the device, and reset its memory statistics."""
     import mlx.core as mx
 
     small.rollback(len(small.cached_ids))
@@ -137,17 +152,17 @@ def _fresh(small: SmallModel) -> None:
 
 
 def _by_context(small: SmallModel) -> list[dict[str, Any]]:
-    """Median seconds a step of both sides behind ever longer beginnings of one prompt."""
+    """Return the median step times of both sides after prompts of rising length."""
     import mlx.core as mx
     from mlx_lm.generate import generate_step
     from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
-    words = small.encode_prompt("The quick brown fox jumps over the lazy dog. ")
-    prompt_ids = list(itertools.islice(itertools.cycle(words), max(CONTEXTS)))
+    sentence_ids = small.encode_prompt("The quick brown fox jumps over the lazy dog. ")
+    prompt_ids = list(itertools.islice(itertools.cycle(sentence_ids), max(CONTEXTS)))
     layers: list[Any] = make_prompt_cache(small.model)
 
     def ours(count: int) -> float:
-        return _median_gap(_our_steps(small, prompt_ids[:count]))
+        return _median_gap(_decode_steps(small, prompt_ids[:count]))
 
     def theirs(count: int) -> float:
         rest = mx.array(prompt_ids[layers[0].offset : count])
@@ -157,8 +172,8 @@ def _by_context(small: SmallModel) -> list[dict[str, Any]]:
         return median_s
 
     def row(count: int) -> dict[str, Any]:
-        turns = {"mlxroute": lambda _: ours(count), "mlx_lm": lambda _: theirs(count)}
-        times = interleaved(turns, rounds=_CONTEXT_ROUNDS)
+        sides = {"mlxroute": lambda _: ours(count), "mlx_lm": lambda _: theirs(count)}
+        times = run_interleaved(sides, rounds=_CONTEXT_ROUNDS)
         return {
             "context": count,
             **{f"{name}_step_s": spread(side, digits=6) for name, side in times.items()},
@@ -166,11 +181,12 @@ def _by_context(small: SmallModel) -> list[dict[str, Any]]:
         }
 
     rows = [row(n) for n in CONTEXTS if n + _CONTEXT_STEPS < small.context_length]
-    _fresh(small)
+    _reset(small)
     return rows
 
 
-def _our_steps(small: SmallModel, prompt_ids: list[int]) -> Iterator[int]:
+def _decode_steps(small: SmallModel, prompt_ids: list[int]) -> Iterator[int]:
+    """Yield the tokens of a few decode steps after a prompt."""
     signals, _ = small.prefill(prompt_ids)
     for _ in range(_CONTEXT_STEPS):
         yield signals.token_id
@@ -178,6 +194,7 @@ def _our_steps(small: SmallModel, prompt_ids: list[int]) -> Iterator[int]:
 
 
 def _median_gap(token_ids: Iterator[int]) -> float:
+    """Return the median time between tokens, in seconds."""
     times = [time.perf_counter() for _ in token_ids]
     return percentile(intervals(times), 0.5)
 
@@ -189,12 +206,12 @@ def _vocabulary_size(small: SmallModel) -> int:
 
 
 def _kernel_seconds(size: int) -> float:
-    """Median time of kernel, transfer, signals and router score for one row of this length."""
+    """Return the median time of kernel, transfer, signals and router for logits of this size."""
     import mlx.core as mx
 
     logits = mx.random.normal((1, size), key=mx.random.key(0)) * 3
     mx.eval(logits)
-    form = fused("auto")
+    form = kernel_form("auto")
     router = EntropyRouter(1.0)
 
     def work() -> None:
@@ -205,7 +222,7 @@ def _kernel_seconds(size: int) -> float:
 
 
 def _head_seconds(head: MlpHead) -> float:
-    """Median time of a learned head for one position, beside nothing else."""
+    """Return the median time of a learned head for one position, with nothing else running."""
     import mlx.core as mx
 
     values = head.layers[0][0].shape[1] - SIGNAL_COUNT
@@ -216,5 +233,6 @@ def _head_seconds(head: MlpHead) -> float:
 
 
 def _median_seconds(work: Callable[[], None]) -> float:
+    """Return the median time of 21 calls after a warm-up."""
     work()
-    return percentile([seconds(work) for _ in range(21)], 0.5)
+    return percentile([time_call(work) for _ in range(21)], 0.5)

@@ -1,8 +1,7 @@
-"""Both models on a clock of their own: what a schedule costs, without waiting for it.
+"""Both models on a virtual clock: the time that a schedule takes, without waiting for it.
 
-The engine is the real one, and so is every token: positions come from the small model, calls are
-answered by the large one, each once. Only times are set: a step, a batch and a call take what they
-are told to.
+The engine and all tokens are real: the small model computes each position once and the large model
+answers each call once. Only the times of a step, a batch and a call are set.
 """
 
 from __future__ import annotations
@@ -28,10 +27,12 @@ from mlxroute.types import (
     Vocabulary,
 )
 
+_Outcome = tuple[LargeToken, ...] | LargeError
+
 
 @dataclass(slots=True)
 class VirtualClock:
-    """Seconds that pass only when somebody says so."""
+    """A clock that moves only when `now_s` is set."""
 
     now_s: float = 0.0
 
@@ -40,47 +41,51 @@ class VirtualClock:
 
 
 @dataclass(slots=True)
-class Known:
-    """What both models said so far: signals behind token ids, answers to contexts.
+class OutputCache:
+    """The outputs of both models so far, so that each is computed once.
 
-    `batched` are those of rows of a batch. `tokens` are the large model's first words on each
-    context: a server that computes one in two ways may give two answers at a near tie.
+    `signals` and `batch_signals` are by all token ids before the position, the latter from rows of
+    a batch, which round differently. `outcomes` are those of calls, by context and prefetch.
+    `large_tokens` are the large model's first answers to each context: a server that computes a
+    near tie in two ways would otherwise give two.
     """
 
     signals: dict[tuple[int, ...], Signals] = field(default_factory=dict)
-    batched: dict[tuple[int, ...], Signals] = field(default_factory=dict)
-    answers: dict[tuple[tuple[int, ...], int], tuple[LargeToken, ...] | LargeError] = field(
-        default_factory=dict
-    )
-    tokens: dict[tuple[int, ...], LargeToken] = field(default_factory=dict)
+    batch_signals: dict[tuple[int, ...], Signals] = field(default_factory=dict)
+    outcomes: dict[tuple[tuple[int, ...], int], _Outcome] = field(default_factory=dict)
+    large_tokens: dict[tuple[int, ...], LargeToken] = field(default_factory=dict)
 
-    def abided(
-        self, ids: tuple[int, ...], answer: tuple[LargeToken, ...]
+    def make_consistent(
+        self, ids: tuple[int, ...], tokens: tuple[LargeToken, ...]
     ) -> tuple[LargeToken, ...]:
-        """The answer to a context as far as it is what was said before, and that instead."""
-        found: list[LargeToken] = []
-        for token in answer:
-            found.append(self.tokens.setdefault(ids, token))
-            if found[-1].token_ids != token.token_ids:
+        """Return the tokens after `ids`, each replaced by the first answer to its context.
+
+        Ends with the first token that this changes: those after it do not follow.
+        """
+        consistent: list[LargeToken] = []
+        for token in tokens:
+            consistent.append(self.large_tokens.setdefault(ids, token))
+            if consistent[-1].token_ids != token.token_ids:
                 break
             ids += token.token_ids
-        return tuple(found)
+        return tuple(consistent)
 
 
 class VirtualSmall:
-    """The small model, with a step of one row and of a batch as long as `cost` says."""
+    """The small model, whose step and batch take the times in `cost`."""
 
     def __init__(
-        self, small: SmallModel, known: Known, clock: VirtualClock, cost: BranchCost
+        self, small: SmallModel, outputs: OutputCache, clock: VirtualClock, cost: BranchCost
     ) -> None:
         self._small = small
-        self._known = known
+        self._outputs = outputs
         self._clock = clock
         self._cost = cost
         self._ids: list[int] = []
         self._rows: list[list[int]] = []
         self._batch: Batch | None = None
-        self._batched: list[list[int]] = []
+        # The token ids that each row of `_batch` holds.
+        self._batch_ids: list[list[int]] = []
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -131,53 +136,50 @@ class VirtualSmall:
     def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:
         self._clock.now_s += self._cost.batch_s
         rows = self._rows or [self._ids]
-        self._rows = [[*rows[row], each] for row, each in zip(parents, token_ids, strict=True)]
-        known, keys = self._known.batched, [tuple(row) for row in self._rows]
-        if not all(key in known for key in keys):
-            for key, signals in zip(keys, self._stepped(rows, parents, token_ids), strict=True):
-                known.setdefault(key, signals)
-        return [known[key] for key in keys]
+        self._rows = [
+            [*rows[row], token_id] for row, token_id in zip(parents, token_ids, strict=True)
+        ]
+        cached, keys = self._outputs.batch_signals, [tuple(row) for row in self._rows]
+        if not all(key in cached for key in keys):
+            step_signals = self._step_batch(rows, parents, token_ids)
+            for key, signals in zip(keys, step_signals, strict=True):
+                cached.setdefault(key, signals)
+        return [cached[key] for key in keys]
 
     def select(self, row: int) -> None:
         if self._rows:
             self._ids, self._rows = self._rows[row], []
 
-    def _stepped(
+    def _step_batch(
         self, rows: Sequence[list[int]], parents: Sequence[int], token_ids: Sequence[int]
     ) -> list[Signals]:
-        """What a real batch says behind one more token a row."""
-        if self._batch is None or self._batched != rows:
+        """Feed one token per row to a batch of the real model; return the signals after it."""
+        if self._batch is None or self._batch_ids != rows:
             self._batch = self._small.start_batch(
                 [self._small.prefill_copy(row)[1] for row in rows]
             )
-        self._batched = self._rows
+        self._batch_ids = self._rows
         return self._batch.step(parents, token_ids)
 
     def _signals(self, ids: Sequence[int]) -> Signals:
         key = tuple(ids)
-        if key not in self._known.signals:
-            self._known.signals[key] = self._small.prefill(ids)[0]
-        return self._known.signals[key]
+        if key not in self._outputs.signals:
+            self._outputs.signals[key] = self._small.prefill(ids)[0]
+        return self._outputs.signals[key]
 
 
-class _Flight:
-    """A call whose outcome is known and comes at its times: one for each token, or one in all."""
+class _VirtualCall:
+    """A call whose outcome arrives at set times: one per token, or one for all."""
 
-    def __init__(
-        self,
-        outcome: tuple[LargeToken, ...] | LargeError,
-        *,
-        times_s: Sequence[float],
-        clock: VirtualClock,
-    ) -> None:
+    def __init__(self, outcome: _Outcome, *, times_s: Sequence[float], clock: VirtualClock) -> None:
         self._outcome = outcome
         self._times_s = times_s
         self._clock = clock
         self._cancelled_s = math.inf
 
     @property
-    def next_s(self) -> float:
-        """When it changes next; inf when it does not."""
+    def next_change_s(self) -> float:
+        """When its next token arrives; inf if none will."""
         last_s = min(self._cancelled_s, self._times_s[-1])
         later = (time_s for time_s in self._times_s if self._clock.now_s < time_s <= last_s)
         return next(later, math.inf)
@@ -203,16 +205,16 @@ class _Flight:
 
 
 class VirtualLarge:
-    """The large model, whose calls take `call_s` times what `delay` draws for each context.
+    """The large model, whose calls take `call_s` times a factor that `delay` draws per context.
 
-    Each token that a call brings beyond the first takes `token_s` more; if `streams`, only until it
-    is there itself.
+    Each token after the first takes `token_s` more; if `streams`, each arrives at its own time,
+    else all arrive with the last.
     """
 
     def __init__(
         self,
         large: LargeProtocol,
-        known: Known,
+        outputs: OutputCache,
         clock: VirtualClock,
         *,
         call_s: float,
@@ -221,57 +223,62 @@ class VirtualLarge:
         delay: Callable[[random.Random], float],
     ) -> None:
         self._large = large
-        self._streams = streams
-        self._known = known
+        self._outputs = outputs
         self._clock = clock
         self._call_s = call_s
         self._token_s = token_s
+        self._streams = streams
         self._delay = delay
-        self._flights: list[_Flight] = []
+        self._calls: list[_VirtualCall] = []
 
     @property
     def uploads(self) -> Uploads:
-        """Nothing is sent that counts."""
+        """Always empty: calls are not uploads of the virtual answer."""
         return Uploads()
 
     @property
     def max_in_flight(self) -> int:
         return self._large.max_in_flight
 
-    def begin(self, context: LargeContext, *, deadline_s: float, prefetch: int) -> _Flight:
+    def begin(self, context: LargeContext, *, deadline_s: float, prefetch: int) -> _VirtualCall:
         key = (tuple(context.token_ids), prefetch)
-        if key not in self._known.answers:
-            answer = self._asked(context, deadline_s, prefetch)
-            if not isinstance(answer, LargeError):
-                answer = self._known.abided(key[0], answer)
-            self._known.answers[key] = answer
-        drawn = self._delay(random.Random(str(key)))
-        # A lost call is made again at once.
-        drawn = drawn if math.isfinite(drawn) else 1.0
-        outcome = self._known.answers[key]
-        took_s = [self._call_s * drawn]
-        if not isinstance(outcome, LargeError):
-            took_s = [took_s[0] + number * self._token_s for number in range(len(outcome))]
-            took_s = took_s if self._streams else took_s[-1:]
-            latencies = zip(outcome, took_s, strict=self._streams)
-            timed = (replace(token, latency_s=seconds) for token, seconds in latencies)
-            outcome = (*timed, *outcome[len(took_s) :])
-        times_s = [self._clock.now_s + seconds for seconds in took_s]
-        flight = _Flight(outcome, times_s=times_s, clock=self._clock)
-        self._flights = [each for each in self._flights if not each.finished] + [flight]
-        return flight
+        if key not in self._outputs.outcomes:
+            outcome = self._call(context, deadline_s, prefetch)
+            if not isinstance(outcome, LargeError):
+                outcome = self._outputs.make_consistent(key[0], outcome)
+            self._outputs.outcomes[key] = outcome
+        factor = self._delay(random.Random(str(key)))
+        # A lost call is repeated at once.
+        first_s = self._call_s * (factor if math.isfinite(factor) else 1.0)
+        timed_outcome, latencies_s = self._add_latencies(self._outputs.outcomes[key], first_s)
+        times_s = [self._clock.now_s + latency_s for latency_s in latencies_s]
+        call = _VirtualCall(timed_outcome, times_s=times_s, clock=self._clock)
+        self._calls = [pending for pending in self._calls if not pending.finished] + [call]
+        return call
 
     def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
         ends_s = self._clock.now_s + timeout_s
         while not ready() and self._clock.now_s < ends_s:
-            self._clock.now_s = min(ends_s, *(each.next_s for each in self._flights))
+            self._clock.now_s = min(ends_s, *(call.next_change_s for call in self._calls))
 
-    def _asked(
-        self, context: LargeContext, deadline_s: float, prefetch: int
-    ) -> tuple[LargeToken, ...] | LargeError:
-        flight = self._large.begin(context, deadline_s=deadline_s, prefetch=prefetch)
-        self._large.wait(lambda: flight.finished, timeout_s=deadline_s)
+    def _add_latencies(self, outcome: _Outcome, first_s: float) -> tuple[_Outcome, list[float]]:
+        """Return a call's outcome with latencies in its tokens, and when parts of it arrive."""
+        if isinstance(outcome, LargeError):
+            return outcome, [first_s]
+        latencies_s = [first_s + number * self._token_s for number in range(len(outcome))]
+        if not self._streams:
+            latencies_s = latencies_s[-1:]
+        timed = [
+            replace(token, latency_s=latency_s)
+            for token, latency_s in zip(outcome, latencies_s, strict=self._streams)
+        ]
+        return (*timed, *outcome[len(timed) :]), latencies_s
+
+    def _call(self, context: LargeContext, deadline_s: float, prefetch: int) -> _Outcome:
+        """Call the real large model and wait for its answer."""
+        call = self._large.begin(context, deadline_s=deadline_s, prefetch=prefetch)
+        self._large.wait(lambda: call.finished, timeout_s=deadline_s)
         try:
-            return flight.result()
+            return call.result()
         except LargeError as exc:
             return exc

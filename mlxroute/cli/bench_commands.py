@@ -80,7 +80,7 @@ def latency(
     cache_dir: CacheDir = None,
 ) -> None:
     """Every mode before a server whose answers are kept and take a set time."""
-    from mlxroute.bench.latency import Grid
+    from mlxroute.bench.latency import LatencyGrid
     from mlxroute.cli.commands.bench import run_bench_latency
     from mlxroute.cli.run import settings_from
 
@@ -88,7 +88,7 @@ def latency(
         {"large": large, "large_model": large_model, "small": small, "cache_dir": cache_dir}
     )
     ratios, rates = ratio or (4.0, 12.0, 34.0, 180.0), rate or (0.03, 0.07, 0.15)
-    grid = Grid(tokens, ratios, rates, delay, measure=not play)
+    grid = LatencyGrid(tokens, ratios, rates, delay, measure=not play)
     code = run_bench_latency(
         settings,
         prompts=prompts,
@@ -136,7 +136,7 @@ def quality(
     cache_dir: CacheDir = None,
 ) -> None:
     """Accuracy of both models alone and of routed answers; goes on where it was interrupted."""
-    from mlxroute.bench.quality import BUDGETS, sides_of
+    from mlxroute.bench.quality import BUDGETS, make_sides
     from mlxroute.cli.commands.bench_quality import QualityOptions, run_bench_quality
     from mlxroute.cli.run import settings_from
 
@@ -154,7 +154,7 @@ def quality(
     budgets = budget or BUDGETS
     names = [name.value for name in router or (RouterName.ENTROPY, RouterName.RANDOM)]
     options = QualityOptions(data, examples, shots, questions, chats, at_once, oracles, plot, save)
-    raise typer.Exit(run_bench_quality(settings, sides_of(names, budgets), options))
+    raise typer.Exit(run_bench_quality(settings, make_sides(names, budgets), options))
 
 
 @app.command()

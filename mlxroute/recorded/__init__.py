@@ -1,1 +1,1 @@
-"""Kept replies and answers of the large model, shared by bench and training."""
+"""The large model's tokens and answers, recorded on disk; used by `bench` and `training`."""

@@ -1,4 +1,4 @@
-"""What a stand-in for the small model has to have where answers are written in `wait` alone."""
+"""A base class for small models that only decode forward, as `wait` mode needs them."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from collections.abc import Sequence
 from mlxroute.errors import RollbackError
 from mlxroute.types import BranchCost, Signals
 
-_ONLY = "this stand-in for the small model only goes on"
+_MESSAGE = "this small model decodes forward only: it has no rollback and no branches"
 
 
 class ForwardOnlySmall:
-    """Goes on only: nothing can be taken back, and there are no branches."""
+    """The part of `SmallProtocol` about rollback and branches, for a model that has neither."""
 
     max_rows = 1
     cached_ids: Sequence[int] = ()
     batch_tails: Sequence[Sequence[int]] = ()
 
     def can_rollback(self, count: int) -> bool:
-        """Whether `count` tokens that are fed next could be taken back."""
+        """Return False: no token can be rolled back."""
         return False
 
     def rollback(self, count: int) -> None:
-        """Raises RollbackError."""
-        raise RollbackError(_ONLY)
+        """Raise RollbackError."""
+        raise RollbackError(_MESSAGE)
 
     def measure_branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
-        """Raises RollbackError."""
-        raise RollbackError(_ONLY)
+        """Raise RollbackError."""
+        raise RollbackError(_MESSAGE)
 
     def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:
-        """Raises RollbackError."""
-        raise RollbackError(_ONLY)
+        """Raise RollbackError."""
+        raise RollbackError(_MESSAGE)
 
     def select(self, row: int) -> None:
-        """Raises RollbackError."""
-        raise RollbackError(_ONLY)
+        """Raise RollbackError."""
+        raise RollbackError(_MESSAGE)

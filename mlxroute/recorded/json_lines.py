@@ -1,4 +1,4 @@
-"""Files that a long run adds lines of JSON to, and that survive its being killed."""
+"""JSON Lines files that a long run appends to and that survive an interruption."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import Any
 
 
 def read_json_lines(path: Path) -> Iterator[Any]:
-    """What the lines of a file hold, if there is one; a last line without an end is dropped."""
+    """Yield the value of each line; nothing if the file does not exist.
+
+    An incomplete last line, left by an interrupted run, is removed from the file.
+    """
     if not path.exists():
         return
     text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    for line in whole.splitlines():
+    complete = text[: text.rfind("\n") + 1]
+    if complete != text:
+        path.write_text(complete, encoding="utf-8")
+    for line in complete.splitlines():
         yield json.loads(line)

@@ -1,4 +1,4 @@
-"""The large model's own answers, several at once, without a step of the small model."""
+"""The large model's own answers, several at a time, without a decode step of the small model."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Final
 
 from mlxroute.engine import generate
 from mlxroute.engine.options import MAX_PREFETCH
-from mlxroute.questions.question_files import Question, question_messages
+from mlxroute.engine.protocols import SmallProtocol
 from mlxroute.recorded.forward_only import ForwardOnlySmall
 from mlxroute.recorded.replies import Replies
 from mlxroute.routers import make_router
-from mlxroute.small import SmallModel
 from mlxroute.types import Message, Mode, Progress, Sampling, Signals, Vocabulary
 
-_TIMEOUT_S = 600.0
-# Signals that nobody looks at.
-_NOTHING = Signals(
+_TIMEOUT_S: Final = 600.0
+# Every position is escalated, so no value of these is used.
+_PLACEHOLDER_SIGNALS: Final = Signals(
     token_id=-1,
     logprob=0.0,
     entropy_nats=math.inf,
@@ -33,39 +33,41 @@ _NOTHING = Signals(
 
 @dataclass(frozen=True, slots=True)
 class LargeAnswer:
-    """An answer in the small vocabulary, its end token included if it got there.
+    """An answer of the large model in the small model's vocabulary.
 
-    `firsts` say which ids begin a token of the large model; `logprobs` are those of these tokens,
-    NaN where the server gave none.
+    `token_ids` include the end token unless the answer was cut off. `token_starts` are the indices
+    in `token_ids` at which a token of the large model starts; `logprobs` are the logprobs of these
+    tokens in nats, NaN where the server gave none.
     """
 
     token_ids: tuple[int, ...]
-    firsts: tuple[int, ...]
+    token_starts: tuple[int, ...]
     logprobs: tuple[float, ...]
 
 
-def write(
-    small: SmallModel,
+def write_large_answers(
+    small: SmallProtocol,
     replies: Replies,
-    questions: Sequence[Question],
+    conversations: Sequence[Sequence[Message]],
     *,
-    examples: Sequence[Question],
-    tokens: int,
+    max_tokens: int,
     at_once: int,
-    done: Callable[[], None],
+    on_answer: Callable[[], None],
 ) -> list[LargeAnswer]:
-    """The large model's greedy answers to the questions, at most `at_once` being written at a time.
+    """Return the large model's greedy answers to the conversations, in their order.
 
-    Raises LargeError when it fails.
+    At most `at_once` answers are written at a time; `on_answer` is called after each of them, in
+    the thread that wrote it. Of `small` only the chat template and the vocabulary are used. Raises
+    LargeError when the large model fails.
     """
 
-    def answered(question: Question) -> LargeAnswer:
-        written = _written(PlaceholderSmall(small), replies, question, examples, tokens)
-        done()
-        return written
+    def write(conversation: Sequence[Message]) -> LargeAnswer:
+        answer = _write_answer(PlaceholderSmall(small), replies, conversation, max_tokens)
+        on_answer()
+        return answer
 
     with ThreadPoolExecutor(at_once) as pool:
-        futures = [pool.submit(answered, each) for each in questions]
+        futures = [pool.submit(write, conversation) for conversation in conversations]
         try:
             return [future.result() for future in futures]
         except BaseException:
@@ -74,47 +76,46 @@ def write(
             raise
 
 
-def _written(
-    small: PlaceholderSmall,
+def _write_answer(
+    small: SmallProtocol,
     replies: Replies,
-    question: Question,
-    examples: Sequence[Question],
-    tokens: int,
+    conversation: Sequence[Message],
+    max_tokens: int,
 ) -> LargeAnswer:
     answer = generate(
         small,
-        replies.seat(),
-        question_messages(question, examples),
+        replies.new_view(),
+        conversation,
         router=make_router("entropy", threshold=-math.inf),
-        max_tokens=tokens,
+        max_tokens=max_tokens,
         timeout_s=_TIMEOUT_S,
         strict=True,
         mode=Mode.WAIT,
         prefetch=MAX_PREFETCH,
     )
-    ids: list[int] = []
-    firsts: list[int] = []
+    token_ids: list[int] = []
+    token_starts: list[int] = []
     logprobs: list[float] = []
     for token in answer:
         if token.escalation is not None:
             large = token.escalation.large
             assert large is not None
-            firsts.append(len(ids))
+            token_starts.append(len(token_ids))
             logprobs.append(math.nan if large.logprob is None else large.logprob)
-        ids.append(token.token_id)
-    return LargeAnswer(tuple(ids), tuple(firsts), tuple(logprobs))
+        token_ids.append(token.token_id)
+    return LargeAnswer(tuple(token_ids), tuple(token_starts), tuple(logprobs))
 
 
 class PlaceholderSmall(ForwardOnlySmall):
-    """A small model of which only text and vocabulary are used: it decodes nothing.
+    """A small model that decodes nothing: only the text side of `small` is used.
 
-    Several threads may use theirs at once.
+    Instances in several threads may share one `small`.
     """
 
-    # Tokenizers may be busy with one text only.
-    _turn = threading.Lock()
+    # Fast tokenizers of `transformers` must not encode in two threads at once.
+    _tokenizer_lock = threading.Lock()
 
-    def __init__(self, small: SmallModel) -> None:
+    def __init__(self, small: SmallProtocol) -> None:
         self._small = small
 
     @property
@@ -126,17 +127,17 @@ class PlaceholderSmall(ForwardOnlySmall):
         return self._small.context_length
 
     def render(self, messages: Sequence[Message]) -> str:
-        with self._turn:
+        with self._tokenizer_lock:
             return self._small.render(messages)
 
     def encode_prompt(self, text: str) -> list[int]:
-        with self._turn:
+        with self._tokenizer_lock:
             return self._small.encode_prompt(text)
 
     def prefill(
         self, prompt_ids: Sequence[int], *, sampling: Sampling, progress: Progress
     ) -> tuple[Signals, int]:
-        return _NOTHING, 0
+        return _PLACEHOLDER_SIGNALS, 0
 
     def extend(self, token_ids: Sequence[int]) -> Signals:
-        return _NOTHING
+        return _PLACEHOLDER_SIGNALS

@@ -1,4 +1,4 @@
-"""A large model for several answers at once, whose tokens are kept on disk: none is asked twice."""
+"""The large model's tokens, recorded on disk: no context is sent to the server twice."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import json
 import threading
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from mlxroute.closeable import Closeable
 from mlxroute.engine.protocols import NamedLargeProtocol, PendingCallProtocol
@@ -17,92 +17,98 @@ from mlxroute.errors import LargeError
 from mlxroute.recorded.json_lines import read_json_lines
 from mlxroute.types import LargeContext, LargeToken, Uploads
 
-_POLL_S = 0.1
+_POLL_S: Final = 0.1
 
 
 class RecordingStopped(LargeError):
-    """Nothing is asked any more, for a fault of another answer or an interrupt."""
+    """The run has ended, by an interrupt or the failure of another answer; no call is made."""
 
 
 class Replies(Closeable):
-    """The large model and what it said so far, by the ids before it. Safe for several threads.
+    """The large model and its recorded tokens, by the token ids before them. Thread-safe.
 
-    `path` is of one small and one large model, as the ids are the small vocabulary's. At most
-    `at_once` calls are under way: of answers no one of which goes on from another, so that every
-    server can take them.
+    `path` belongs to one pair of models, since the ids are those of the small model's vocabulary;
+    it is read now and appended to with each new token. At most `at_once` calls are in flight, each
+    for a different answer.
     """
 
     def __init__(self, large: NamedLargeProtocol, path: Path, *, at_once: int = 1) -> None:
         self._large = large
         self._path = path
         self._lock = threading.Lock()
-        self._places = threading.Semaphore(at_once)
-        self._known: dict[str, LargeToken] = {}
+        self._call_slots = threading.Semaphore(at_once)
+        self._tokens: dict[str, LargeToken] = {}
         self._closed = False
         for item in read_json_lines(path):
-            self._known[item.pop("key")] = _token(item)
+            self._tokens[item["key"]] = _token_from_json(item)
 
     @property
     def model_name(self) -> str:
         """The large model's name."""
         return self._large.model_name
 
-    def seat(self) -> Seat:
-        """The large model for one answer."""
-        return Seat(self)
+    def new_view(self) -> RecordedLargeView:
+        """Return the large model as one answer uses it."""
+        return RecordedLargeView(self)
 
     def close(self) -> None:
-        """Let nobody wait any longer."""
+        """Make every wait for a call, now and later, raise RecordingStopped."""
         self._closed = True
 
-    def known(self, token_ids: Sequence[int], most: int) -> tuple[LargeToken, ...]:
-        """What is known of the large model's next tokens, as far as they follow each other."""
-        found: list[LargeToken] = []
+    def find_tokens(self, token_ids: Sequence[int], limit: int) -> tuple[LargeToken, ...]:
+        """Return the recorded tokens that follow these ids without a gap, at most `limit`."""
+        tokens: list[LargeToken] = []
         ids = list(token_ids)
         with self._lock:
-            while len(found) < most and (token := self._known.get(_key(ids))) is not None:
-                found.append(token)
+            while len(tokens) < limit and (token := self._tokens.get(_key(ids))) is not None:
+                tokens.append(token)
                 ids += token.token_ids
-        return tuple(found)
+        return tuple(tokens)
 
     def begin(
         self, context: LargeContext, *, deadline_s: float, prefetch: int
     ) -> PendingCallProtocol:
-        """Ask the large model itself, as soon as there is a place; `left` gives it back."""
-        while not self._places.acquire(timeout=_POLL_S):
+        """Call the large model, after waiting for one of the `at_once` slots.
+
+        Give the slot back with `release_slot`. Raises RecordingStopped.
+        """
+        while not self._call_slots.acquire(timeout=_POLL_S):
             self._check_open()
         with self._lock:
             return self._large.begin(context, deadline_s=deadline_s, prefetch=prefetch)
 
-    def left(self) -> None:
-        """A call is over."""
-        self._places.release()
+    def release_slot(self) -> None:
+        """Give back the slot of a call that has finished or was cancelled."""
+        self._call_slots.release()
 
     def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
-        """Wait as the large model does, but in vain once all is over."""
+        """Return when `ready()` or after `timeout_s`. Raises RecordingStopped."""
         while timeout_s > 0 and not ready() and not self._closed:
             self._large.wait(ready, timeout_s=min(_POLL_S, timeout_s))
             timeout_s -= _POLL_S
         self._check_open()
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RecordingStopped("the run has ended")
-
-    def keep(self, token_ids: Sequence[int], tokens: Sequence[LargeToken]) -> None:
-        """Remember what came behind these ids."""
+    def record(self, token_ids: Sequence[int], tokens: Sequence[LargeToken]) -> None:
+        """Record the tokens that follow these ids, in memory and on disk."""
         ids = list(token_ids)
         with self._lock, self._path.open("a", encoding="utf-8") as file:
             for token in tokens:
                 key = _key(ids)
-                if key not in self._known:
-                    self._known[key] = token
-                    file.write(json.dumps({"key": key, **asdict(token)}) + "\n")
+                if key not in self._tokens:
+                    self._tokens[key] = token
+                    file.write(json.dumps({"key": key, **_token_to_json(token)}) + "\n")
                 ids += token.token_ids
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RecordingStopped("the run has ended")
 
-class Seat:
-    """The large model for one answer: `uploads` are what it takes when nothing is known."""
+
+class RecordedLargeView:
+    """The large model as one answer uses it: recorded tokens first, calls where there are none.
+
+    `uploads` and `calls_s` count recorded calls as if they had been made now.
+    """
 
     def __init__(self, replies: Replies) -> None:
         self._replies = replies
@@ -120,25 +126,17 @@ class Seat:
     def begin(
         self, context: LargeContext, *, deadline_s: float, prefetch: int
     ) -> PendingCallProtocol:
-        known = self._replies.known(context.token_ids, prefetch + 1)
-        if known:
-            return _Known(self, context, known)
-        flight = self._replies.begin(context, deadline_s=deadline_s, prefetch=prefetch)
-        return _Kept(self, context, flight)
+        tokens = self._replies.find_tokens(context.token_ids, prefetch + 1)
+        if tokens:
+            return _RecordedCall(self, context, tokens)
+        call = self._replies.begin(context, deadline_s=deadline_s, prefetch=prefetch)
+        return _RecordingCall(self, self._replies, context, call)
 
     def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
         self._replies.wait(ready, timeout_s=timeout_s)
 
-    def keep(self, context: LargeContext, tokens: Sequence[LargeToken]) -> None:
-        """Remember what a call brought."""
-        self._replies.keep(context.token_ids, tokens)
-
-    def left(self) -> None:
-        """A call is over."""
-        self._replies.left()
-
-    def count(self, context: LargeContext, tokens: Sequence[LargeToken]) -> None:
-        """Count a call, once however often its result is read."""
+    def count_call(self, context: LargeContext, tokens: Sequence[LargeToken]) -> None:
+        """Add a call and its tokens to the totals."""
         first = tokens[0]
         prompt = len(context.token_ids) if first.prompt_tokens is None else first.prompt_tokens
         self.calls_s += first.latency_s
@@ -151,70 +149,109 @@ class Seat:
         )
 
 
-class _Known:
-    """A call that need not be made."""
+class _RecordedCall:
+    """A call whose tokens are recorded: it is finished from the start."""
 
     ready = finished = True
 
-    def __init__(self, seat: Seat, context: LargeContext, tokens: tuple[LargeToken, ...]) -> None:
-        self._seat = seat
+    def __init__(
+        self, view: RecordedLargeView, context: LargeContext, tokens: tuple[LargeToken, ...]
+    ) -> None:
+        self._view = view
         self._context = context
         self._tokens = tokens
-        self._counted = False
+        self._is_counted = False
 
     def result(self) -> tuple[LargeToken, ...]:
-        if not self._counted:
-            self._counted = True
-            self._seat.count(self._context, self._tokens)
-        # It took its time when it was made, and nothing is lost now.
+        if not self._is_counted:
+            self._is_counted = True
+            self._view.count_call(self._context, self._tokens)
+        # Failed attempts of the recorded call cost nothing now.
         return (replace(self._tokens[0], lost_s=0.0), *self._tokens[1:])
 
     def cancel(self) -> None:
         pass
 
 
-class _Kept:
-    """A call whose tokens are kept."""
+class _RecordingCall:
+    """A call in flight whose tokens are recorded once its result is read."""
 
-    def __init__(self, seat: Seat, context: LargeContext, flight: PendingCallProtocol) -> None:
-        self._seat = seat
+    def __init__(
+        self,
+        view: RecordedLargeView,
+        replies: Replies,
+        context: LargeContext,
+        call: PendingCallProtocol,
+    ) -> None:
+        self._view = view
+        self._replies = replies
         self._context = context
-        self._flight = flight
-        self._left = self._counted = False
+        self._call = call
+        self._is_released = self._is_counted = False
 
     @property
     def ready(self) -> bool:
-        return self._flight.finished
+        # All tokens of a streamed reply are recorded, so the first one alone is not enough.
+        return self._call.finished
 
     @property
     def finished(self) -> bool:
-        return self._flight.finished
+        return self._call.finished
 
     def result(self) -> tuple[LargeToken, ...]:
-        self._leave()
-        tokens = self._flight.result()
-        if not self._counted:
-            self._counted = True
-            self._seat.count(self._context, tokens)
-            self._seat.keep(self._context, tokens)
+        self._release_slot()
+        tokens = self._call.result()
+        if not self._is_counted:
+            self._is_counted = True
+            self._view.count_call(self._context, tokens)
+            self._replies.record(self._context.token_ids, tokens)
         return tokens
 
     def cancel(self) -> None:
-        self._leave()
-        self._flight.cancel()
+        self._release_slot()
+        self._call.cancel()
 
-    def _leave(self) -> None:
-        if not self._left:
-            self._left = True
-            self._seat.left()
+    def _release_slot(self) -> None:
+        if not self._is_released:
+            self._is_released = True
+            self._replies.release_slot()
 
 
 def _key(token_ids: Sequence[int]) -> str:
+    """Return the record's name for a sequence of token ids."""
     return hashlib.sha256(array("q", token_ids).tobytes()).hexdigest()[:32]
 
 
-def _token(item: dict[str, Any]) -> LargeToken:
-    item["token_ids"] = tuple(item["token_ids"])
-    item["large_ids"] = tuple(item["large_ids"])
-    item["top"] = tuple((text, logprob) for text, logprob in item["top"])
-    return LargeToken(**{field.name: item[field.name] for field in fields(LargeToken)})
+def _token_to_json(token: LargeToken) -> dict[str, Any]:
+    """Return a token as the file has it; the names are part of the file format."""
+    return {
+        "token_ids": token.token_ids,
+        "text": token.text,
+        "is_eos": token.is_eos,
+        "logprob": token.logprob,
+        "top": token.top,
+        "prompt_tokens": token.prompt_tokens,
+        "cached_tokens": token.cached_tokens,
+        "completion_tokens": token.completion_tokens,
+        "uploaded_bytes": token.uploaded_bytes,
+        "latency_s": token.latency_s,
+        "large_ids": token.large_ids,
+        "lost_s": token.lost_s,
+    }
+
+
+def _token_from_json(item: dict[str, Any]) -> LargeToken:
+    return LargeToken(
+        token_ids=tuple(item["token_ids"]),
+        text=item["text"],
+        is_eos=item["is_eos"],
+        logprob=item["logprob"],
+        top=tuple((text, logprob) for text, logprob in item["top"]),
+        prompt_tokens=item["prompt_tokens"],
+        cached_tokens=item["cached_tokens"],
+        completion_tokens=item["completion_tokens"],
+        uploaded_bytes=item["uploaded_bytes"],
+        latency_s=item["latency_s"],
+        large_ids=tuple(item["large_ids"]),
+        lost_s=item["lost_s"],
+    )

@@ -1,10 +1,11 @@
-"""Calibration: which scores the positions of answers have, without any labels."""
+"""Calibration: the distribution of each router's scores, measured without labels."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Final
 
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.engine import generate
@@ -12,11 +13,12 @@ from mlxroute.errors import UsageError
 from mlxroute.questions.question_files import Question, question_messages
 from mlxroute.routers import SCORES, make_router
 from mlxroute.small import SmallModel
+from mlxroute.statistics import interpolated_quantile
 from mlxroute.types import Progress, Signals, no_progress
 
-# Ranks 0, 1/64, ... 1.
-_STEPS = 64
-_FEWEST = 200
+# Scores are kept at the ranks 0, 1/64, ... 1.
+_RANK_STEPS: Final = 64
+_MIN_POSITIONS: Final = 200
 
 
 def calibrate(
@@ -27,12 +29,13 @@ def calibrate(
     max_tokens: int,
     progress: Progress = no_progress,
 ) -> ScoreRanks:
-    """Answer the questions with the small model alone and rank its scores, for every router.
+    """Answer the questions with the small model alone and rank each router's scores.
 
-    Raises UsageError when that is too little to tell rates from. Once large tokens enter an answer
-    the small model's later scores change a little.
+    In a routed answer the scores differ a little, because they follow tokens of the large model.
+    `data` names the questions in the result and in errors. Raises UsageError for fewer than 200
+    positions.
     """
-    rows: list[Signals] = []
+    signals: list[Signals] = []
     for done, question in enumerate(questions):
         progress("questions", done, len(questions))
         answer = generate(
@@ -42,18 +45,18 @@ def calibrate(
             router=make_router("entropy", threshold=math.inf),
             max_tokens=max_tokens,
         )
-        rows += [token.signals for token in answer]
-    if len(rows) < _FEWEST:
+        signals += [token.signals for token in answer]
+    if len(signals) < _MIN_POSITIONS:
         raise UsageError(
-            f"{data} gave {len(rows):,} positions, and {_FEWEST} are needed;"
+            f"{data} gave {len(signals):,} positions, and {_MIN_POSITIONS} are needed;"
             " give more questions or longer answers"
         )
     return ScoreRanks(
         small=small.name,
         data=data,
-        positions=len(rows),
+        positions=len(signals),
         quantiles={
-            name: _quantiles([score.function(row, number) for number, row in enumerate(rows)])
+            name: _quantiles([score.function(row, number) for number, row in enumerate(signals)])
             for name, score in SCORES.items()
             if name != "head"
         },
@@ -61,16 +64,9 @@ def calibrate(
 
 
 def _quantiles(scores: Sequence[float]) -> tuple[float, ...]:
-    """Scores at the evenly spaced ranks; broken ones are left out."""
+    """Return the scores at evenly spaced ranks, without infinities and NaN."""
     ordered = sorted(score for score in scores if math.isfinite(score))
-    last = len(ordered) - 1
-    places = (step * last / _STEPS for step in range(_STEPS + 1))
-    found = (_between(ordered, place) for place in places)
-    # Rounded they must rise as before.
-    return tuple(itertools.accumulate((round(value, 5) for value in found), max))
-
-
-def _between(ordered: Sequence[float], place: float) -> float:
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+    quantiles = [interpolated_quantile(ordered, step / _RANK_STEPS) for step in range(_RANK_STEPS)]
+    rounded = (round(value, 5) for value in (*quantiles, ordered[-1]))
+    # Interpolation and rounding must not make a later value smaller than an earlier one.
+    return tuple(itertools.accumulate(rounded, max))

@@ -1,4 +1,4 @@
-"""Fitting a head: what tells from the small model's state where to escalate."""
+"""Fitting a head that predicts, from the small model's state, where to escalate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any, Final
 from mlxroute.errors import UsageError
 from mlxroute.questions.question_files import Question
 from mlxroute.small.mlp_head import MlpHead
-from mlxroute.training.head_shapes import COMPONENTS, Loss, Positions, linear, perceptron
+from mlxroute.training.head_shapes import (
+    COMPONENT_COUNTS,
+    Loss,
+    Positions,
+    fit_linear,
+    fit_perceptron,
+)
 from mlxroute.training.labels import LabelledAnswer
 from mlxroute.types import LabelKind
 
@@ -20,17 +26,22 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 RATES: Final = (0.03, 0.05, 0.07, 0.10)
-_HELD_OUT: Final = 5
+# One answer in five judges the head.
+_HELD_OUT_STRIDE: Final = 5
 _FOLDS: Final = 4
-_FEWEST_ANSWERS: Final = 10
-_QUANTILES: Final = 64
+_MIN_ANSWERS: Final = 10
+_RANK_STEPS: Final = 64
 _PERCEPTRON: Final = "perceptron"
 _Pair = tuple[LabelledAnswer, Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True)
 class FittedHead:
-    """A head, and what it is worth on answers it was not fitted to."""
+    """A head, with its report on held-out answers.
+
+    `quantiles` are its held-out scores at evenly spaced ranks, `questions` the fingerprints of all
+    questions it was fitted or judged with.
+    """
 
     head: MlpHead
     report: Mapping[str, Any]
@@ -39,12 +50,12 @@ class FittedHead:
 
     @property
     def beats_entropy(self) -> bool:
-        """Whether it finds more of the held-out positions, over all rates, than entropy does."""
+        """Whether its recall on held-out positions, summed over all rates, exceeds entropy's."""
         rows = self.report["recall"].values()
         return bool(sum(row["head"] for row in rows) > sum(row["entropy"] for row in rows))
 
     def write(self, path: Path) -> None:
-        """Write weights and provenance to a safetensors file."""
+        """Write the weights, and as metadata report, quantiles and questions, as safetensors."""
         import mlx.core as mx
 
         arrays = {
@@ -53,12 +64,12 @@ class FittedHead:
             for name, array in zip(("weight", "bias"), layer, strict=True)
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        about = {
+        metadata = {
             "report": json.dumps(self.report),
             "quantiles": json.dumps(self.quantiles),
             "questions": json.dumps(self.questions),
         }
-        mx.save_safetensors(str(path), arrays, about)
+        mx.save_safetensors(str(path), arrays, metadata)
 
 
 def fit_head(
@@ -66,49 +77,60 @@ def fit_head(
     questions: Sequence[Question],
     *,
     labels: LabelKind,
-    about: Mapping[str, Any],
+    provenance: Mapping[str, Any],
 ) -> FittedHead:
-    """Fit a head to four fifths of the answers, and judge it on the others.
+    """Fit a head to four fifths of the answers and judge it on the others.
 
-    `questions` are those that the answers are to. A head for deferral learns from logprobs instead
-    of labels. `about` is what the report says of where the answers come from. Raises UsageError for
-    too few answers, or where there is nothing to learn.
+    `questions[i]` is the question of `answers[i]`. For deferral the head learns from logprobs
+    instead of labels. `provenance` is added to the report. Raises UsageError for fewer than ten
+    answers, for labels without a difference to learn, or for deferral without the large model's
+    logprobs.
     """
-    if len(answers) < _FEWEST_ANSWERS:
+    if len(answers) < _MIN_ANSWERS:
         raise UsageError(
-            f"a head needs at least {_FEWEST_ANSWERS} answers, not {len(answers)};"
-            " give more questions"
+            f"a head needs at least {_MIN_ANSWERS} answers, not {len(answers)}; give more questions"
         )
-    targets = [a.targets(q, labels) for a, q in zip(answers, questions, strict=True)]
-    pairs = list(zip(answers, targets, strict=True))
-    held = Positions.of(pairs[::_HELD_OUT])
-    rest = [each for index, each in enumerate(pairs) if index % _HELD_OUT]
-    seen = Positions.of(rest)
-    if len(set(seen.wanted)) == 1 or not any(held.wanted):
+    pairs = [
+        (answer, answer.make_targets(question, labels))
+        for answer, question in zip(answers, questions, strict=True)
+    ]
+    held_out = Positions.of(pairs[::_HELD_OUT_STRIDE])
+    fitted_pairs = [pair for index, pair in enumerate(pairs) if index % _HELD_OUT_STRIDE]
+    fitted = Positions.of(fitted_pairs)
+    if len(set(fitted.is_target)) == 1 or not any(held_out.is_target):
         raise UsageError(
-            f"the models' {labels} is nowhere, or everywhere: there is nothing to learn"
+            f"the {labels} labels are all equal, or all 0 on the held-out answers: there is"
+            " nothing to learn; give more questions"
         )
-    loss = _deferral if labels is LabelKind.DEFERRAL else _logistic
-    if labels is LabelKind.DEFERRAL and not seen.has_logprobs:
-        raise UsageError("deferral needs the large model's logprobs, and its server gives none")
-    head, shape = _chosen(rest, loss)
-    scores = held.scores(head)
+    if labels is LabelKind.DEFERRAL and not fitted.has_logprobs:
+        raise UsageError(
+            "deferral needs the large model's logprobs, and its server gives none;"
+            " choose other labels"
+        )
+    loss = _deferral_loss if labels is LabelKind.DEFERRAL else _logistic_loss
+    head, shape = _fit_best_shape(fitted_pairs, loss)
+    scores = held_out.score(head)
     report = {
-        **about,
+        **provenance,
         "labels": str(labels),
         "shape": shape,
         "answers": {
-            "fitted": len(rest),
-            "held_out": len(pairs) - len(rest),
+            "fitted": len(fitted_pairs),
+            "held_out": len(pairs) - len(fitted_pairs),
         },
-        "positions": {"fitted": len(seen.wanted), "held_out": len(held.wanted)},
-        **_found(held, {"head": scores}),
+        "positions": {"fitted": len(fitted.is_target), "held_out": len(held_out.is_target)},
+        **_report_recall(held_out, {"head": scores}),
     }
+    fingerprints = tuple(question.fingerprint for question in questions)
+    return FittedHead(head, report, _quantiles(scores), fingerprints)
+
+
+def _quantiles(scores: Sequence[float]) -> tuple[float, ...]:
+    """Return the scores nearest to 65 evenly spaced ranks, rounded."""
     ordered = sorted(scores)
     last = len(ordered) - 1
-    quantiles = (ordered[round(step * last / _QUANTILES)] for step in range(_QUANTILES + 1))
-    rounded = tuple(round(value, 5) for value in quantiles)
-    return FittedHead(head, report, rounded, tuple(each.fingerprint for each in questions))
+    indices = (round(step * last / _RANK_STEPS) for step in range(_RANK_STEPS + 1))
+    return tuple(round(ordered[index], 5) for index in indices)
 
 
 def recall_table(
@@ -116,24 +138,24 @@ def recall_table(
     targets: Sequence[Sequence[float]],
     head: MlpHead | None = None,
 ) -> dict[str, Any]:
-    """How many positions differ, how many are to be found, and who finds which share of those.
+    """Return the shares of differing and of target positions, and each score's recall of targets.
 
-    Random and the oracle (exactly the differing positions, by chance) are expectations.
+    `random` and `oracle` (random among the differing positions) are expected values.
     """
     positions = Positions.of(list(zip(answers, targets, strict=True)))
-    scores = {} if head is None else {"head": positions.scores(head)}
-    return _found(positions, scores)
+    scores = {} if head is None else {"head": positions.score(head)}
+    return _report_recall(positions, scores)
 
 
-def _found(positions: Positions, scores: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    wanted, differing = positions.wanted, _share(positions.differs)
+def _report_recall(positions: Positions, scores: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    is_target, differing = positions.is_target, _share(positions.differs)
     return {
         "differing": round(differing, 4),
-        "to_find": round(_share(wanted), 4),
+        "to_find": round(_share(is_target), 4),
         "recall": {
             f"{rate:g}": {
-                **{name: recall(each, wanted, rate) for name, each in scores.items()},
-                "entropy": recall(positions.entropies, wanted, rate),
+                **{name: recall(values, is_target, rate) for name, values in scores.items()},
+                "entropy": recall(positions.entropies, is_target, rate),
                 "random": rate,
                 "oracle": round(min(1.0, rate / max(differing, 1e-9)), 4),
             }
@@ -142,60 +164,61 @@ def _found(positions: Positions, scores: Mapping[str, Sequence[float]]) -> dict[
     }
 
 
-def recall(scores: Sequence[float], labels: Sequence[bool], rate: float) -> float:
-    """Which share of the positions to find is among this share of all with the highest scores."""
+def recall(scores: Sequence[float], is_target: Sequence[bool], rate: float) -> float:
+    """Return the share of target positions among the `rate` of all with the highest scores."""
     count = round(rate * len(scores))
-    best = sorted(range(len(scores)), key=lambda i: -scores[i])[:count]
-    return round(sum(labels[i] for i in best) / max(1, sum(labels)), 4)
+    highest = sorted(range(len(scores)), key=lambda i: -scores[i])[:count]
+    return round(sum(is_target[i] for i in highest) / max(1, sum(is_target)), 4)
 
 
 def _share(values: Sequence[bool]) -> float:
     return sum(values) / len(values)
 
 
-def _chosen(pairs: Sequence[_Pair], loss: Loss) -> tuple[MlpHead, str]:
-    """The head of the shape that finds most in answers left out in turn, fitted to all of these."""
-    found: dict[str, list[float]] = {}
+def _fit_best_shape(pairs: Sequence[_Pair], loss: Loss) -> tuple[MlpHead, str]:
+    """Fit the shape with the best recall in 4-fold cross-validation; return head and shape."""
+    components_by_name = {f"linear, {count} components": count for count in COMPONENT_COUNTS}
+    recalls: dict[str, list[float]] = {}
     for fold in range(_FOLDS):
-        left = Positions.of(pairs[fold::_FOLDS])
-        others = [each for i, each in enumerate(pairs) if i % _FOLDS != fold]
-        seen = Positions.of(others)
-        heads = {_named(count): linear(seen, loss, count) for count in COMPONENTS}
-        heads[_PERCEPTRON] = _perceptron(others, loss)
+        validation = Positions.of(pairs[fold::_FOLDS])
+        training_pairs = [pair for index, pair in enumerate(pairs) if index % _FOLDS != fold]
+        training = Positions.of(training_pairs)
+        heads = {
+            name: fit_linear(training, loss, count) for name, count in components_by_name.items()
+        }
+        heads[_PERCEPTRON] = _fit_stopped_perceptron(training_pairs, loss)
         for name, head in heads.items():
-            scores = left.scores(head)
-            found.setdefault(name, []).append(
-                statistics.mean(recall(scores, left.wanted, rate) for rate in RATES)
+            scores = validation.score(head)
+            recalls.setdefault(name, []).append(
+                statistics.mean(recall(scores, validation.is_target, rate) for rate in RATES)
             )
-    best = max(found, key=lambda name: statistics.mean(found[name]))
+    best = max(recalls, key=lambda name: statistics.mean(recalls[name]))
     if best == _PERCEPTRON:
-        return _perceptron(pairs, loss), best
-    counts = {_named(count): count for count in COMPONENTS}
-    return linear(Positions.of(pairs), loss, counts[best]), best
+        return _fit_stopped_perceptron(pairs, loss), best
+    return fit_linear(Positions.of(pairs), loss, components_by_name[best]), best
 
 
-def _perceptron(pairs: Sequence[_Pair], loss: Loss) -> MlpHead:
-    """Fitted to three quarters, until it no longer learns anything of the rest."""
-    rest = [each for i, each in enumerate(pairs) if i % _FOLDS]
-    return perceptron(Positions.of(rest), Positions.of(pairs[::_FOLDS]), loss)
+def _fit_stopped_perceptron(pairs: Sequence[_Pair], loss: Loss) -> MlpHead:
+    """Fit a perceptron to three quarters of the answers; the others tell when to stop."""
+    training = Positions.of([pair for index, pair in enumerate(pairs) if index % _FOLDS])
+    return fit_perceptron(training, Positions.of(pairs[::_FOLDS]), loss)
 
 
-def _named(components: int) -> str:
-    return f"linear, {components} components"
-
-
-def _logistic(logits: mx.array, targets: mx.array, logprobs: mx.array) -> mx.array:
-    """Mean logistic loss of logits [B]."""
+def _logistic_loss(logits: mx.array, targets: mx.array, logprobs: mx.array) -> mx.array:
+    """Return the mean logistic loss (binary cross-entropy; Cox, 1958) of logits [B]."""
     import mlx.nn as nn
 
-    found: mx.array = nn.losses.binary_cross_entropy(logits, targets, with_logits=True)
-    return found
+    loss: mx.array = nn.losses.binary_cross_entropy(logits, targets, with_logits=True)
+    return loss
 
 
-def _deferral(logits: mx.array, targets: mx.array, logprobs: mx.array) -> mx.array:
-    """Mean -log of sigmoid(-z) P_small + sigmoid(z) P_large (Co-LLM, arXiv 2403.03870)."""
+def _deferral_loss(logits: mx.array, targets: mx.array, logprobs: mx.array) -> mx.array:
+    """Return the mean of -log(sigmoid(-z) P_small + sigmoid(z) P_large) over logits z [B].
+
+    The marginal likelihood of Co-LLM (arXiv 2403.03870).
+    """
     import mlx.core as mx
     import mlx.nn as nn
 
-    keeps, defers = nn.log_sigmoid(-logits), nn.log_sigmoid(logits)
-    return -mx.mean(mx.logaddexp(keeps + logprobs[:, 0], defers + logprobs[:, 1]))
+    keep, defer = nn.log_sigmoid(-logits), nn.log_sigmoid(logits)
+    return -mx.mean(mx.logaddexp(keep + logprobs[:, 0], defer + logprobs[:, 1]))

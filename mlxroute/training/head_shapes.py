@@ -1,8 +1,8 @@
-"""The shapes a head can have, each fitted by gradients.
+"""The shapes a head can have, each fitted by gradient descent.
 
-Linear in the signals and in the leading principal components of the state: few answers suffice for
-it. A perceptron with one hidden layer: CITER's router (arXiv 2502.01976) with its last two linear
-layers folded into one, and smaller.
+A linear head takes the signals and the leading principal components of the hidden state; it needs
+few answers. A perceptron has one hidden layer: the router of CITER (arXiv 2502.01976), smaller and
+with its last two linear layers merged into one.
 """
 
 from __future__ import annotations
@@ -10,30 +10,44 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Self, cast
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from mlxroute.small.mlp_head import SIGNAL_COUNT, MlpHead
-from mlxroute.training.labels import LabelledAnswer
+from mlxroute.training.labels import LabelledAnswer, to_list
 
 if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
 
-COMPONENTS: Final = (8, 16, 32, 64, 128)
-_WIDTH: Final = 64
+COMPONENT_COUNTS: Final = (8, 16, 32, 64, 128)
 _SEED: Final = 0
-_EPOCHS, _PATIENCE, _BATCH = 60, 6, 256
-_RATE, _DECAY = 1e-3, 0.05
-# Of the linear one: steps on all positions at once, and the penalty on its weights.
-_STEPS, _STEP_RATE, _RIDGE = 300, 0.05, 5.0
+
+# The linear head: Adam steps on all positions at once, and the penalty on its weights.
+_STEPS: Final = 300
+_LINEAR_LEARNING_RATE: Final = 0.05
+_LINEAR_BETAS: Final = (0.9, 0.99)
+_RIDGE: Final = 5.0
+
+# The perceptron: units of the hidden layer, epochs, and epochs without progress before it stops.
+_HIDDEN_UNITS: Final = 64
+_EPOCHS: Final = 60
+_PATIENCE: Final = 6
+_BATCH_SIZE: Final = 256
+_LEARNING_RATE: Final = 1e-3
+_WEIGHT_DECAY: Final = 0.05
 
 Loss = Callable[["mx.array", "mx.array", "mx.array"], "mx.array"]
-"""Mean loss of logits [B], with targets [B] and logprobs [B, 2]."""
+"""The mean loss of logits [B], given targets [B] and logprobs [B, 2]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """Positions of several answers: `inputs` [N, D + 4], `targets` [N], `logprobs` [N, 2]."""
+    """The N positions of several answers, as training data.
+
+    `inputs` [N, D + 4] are those of a head, `targets` [N] are 1 where it should escalate,
+    `logprobs` [N, 2] are the small and the large model's, in nats; `differs` says where the models
+    disagree; `entropies` are the small model's, in nats.
+    """
 
     inputs: mx.array
     targets: mx.array
@@ -43,139 +57,153 @@ class Positions:
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[LabelledAnswer, Sequence[float]]]) -> Self:
-        """Those of answers with their targets."""
+        """Return the positions of answers, each paired with its targets."""
         import mlx.core as mx
 
         answers = [answer for answer, _ in pairs]
-        signals = mx.concatenate([each.signals for each in answers])
-        hidden = mx.concatenate([each.hidden for each in answers]).astype(mx.float32)
-        differs = mx.concatenate([each.differs for each in answers])
+        features = mx.concatenate([answer.features for answer in answers])
+        hidden = mx.concatenate([answer.hidden for answer in answers]).astype(mx.float32)
+        differs = mx.concatenate([answer.differs for answer in answers])
         return cls(
-            inputs=mx.concatenate([hidden, signals], axis=1),
+            inputs=mx.concatenate([hidden, features], axis=1),
             targets=mx.array([value for _, values in pairs for value in values]),
-            logprobs=mx.concatenate([each.logprobs for each in answers]),
-            differs=[bool(value) for value in column(differs)],
-            entropies=column(signals[:, 0]),
+            logprobs=mx.concatenate([answer.logprobs for answer in answers]),
+            differs=[bool(value) for value in to_list(differs)],
+            entropies=to_list(features[:, 0]),
         )
 
     @property
-    def wanted(self) -> list[bool]:
-        """Which positions are to be found."""
-        return [bool(value) for value in column(self.targets)]
+    def is_target(self) -> list[bool]:
+        """Whether a head should escalate, for each position."""
+        return [bool(value) for value in to_list(self.targets)]
 
     @property
     def has_logprobs(self) -> bool:
-        """Whether the large model's logprobs are known everywhere."""
-        return all(math.isfinite(value) for value in column(self.logprobs[:, 1]))
+        """Whether the large model's logprobs are known at every position."""
+        return all(math.isfinite(value) for value in to_list(self.logprobs[:, 1]))
 
-    def scores(self, head: MlpHead) -> list[float]:
-        """What a head says of them."""
-        return column(head.score(self.inputs)[:, 0])
+    def score(self, head: MlpHead) -> list[float]:
+        """Return the head's score of each position."""
+        return to_list(head.score(self.inputs)[:, 0])
 
 
-def linear(seen: Positions, loss: Loss, components: int) -> MlpHead:
-    """A head of one layer, on so many principal components and the signals."""
+def fit_linear(positions: Positions, loss: Loss, components: int) -> MlpHead:
+    """Fit a head of one layer on `components` principal components and the signals.
+
+    Minimizes `loss` with a ridge penalty by Adam (arXiv 1412.6980), the learning rate falling
+    linearly to 0.
+    """
     import mlx.core as mx
+    import mlx.optimizers as optim
 
-    mean, spread = _scale(seen.inputs)
-    basis = _basis((seen.inputs - mean) / spread, components)
-    features = ((seen.inputs - mean) / spread) @ basis
-    count = features.shape[0]
+    mean, scale = _standardization(positions.inputs)
+    standardized = (positions.inputs - mean) / scale
+    basis = _principal_components(standardized, components)
+    features = standardized @ basis
+    ridge = _RIDGE / (2 * features.shape[0])
 
-    def lost(weights: mx.array, bias: mx.array) -> mx.array:
-        ridge = _RIDGE / (2 * count) * mx.sum(weights * weights)
-        return loss(features @ weights + bias, seen.targets, seen.logprobs) + ridge
+    def penalized_loss(parameters: dict[str, mx.array]) -> mx.array:
+        weights, bias = parameters["weights"], parameters["bias"]
+        penalty = ridge * mx.sum(weights * weights)
+        return loss(features @ weights + bias, positions.targets, positions.logprobs) + penalty
 
-    weights, bias = mx.zeros(basis.shape[1]), mx.zeros(1)
-    step = mx.value_and_grad(lost, argnums=(0, 1))
-    moments = [(mx.zeros_like(each), mx.zeros_like(each)) for each in (weights, bias)]
-    for number in range(1, _STEPS + 1):
-        _, gradients = step(weights, bias)
-        (weights, bias), moments = _adam((weights, bias), gradients, moments, number)
-        mx.eval(weights, bias, *(part for pair in moments for part in pair))
-    # The projection and the scaling of the inputs become part of the layer.
-    weight = ((basis @ weights) / spread)[None]
-    layer = (weight, bias - weight @ mean)
+    parameters = {"weights": mx.zeros(basis.shape[1]), "bias": mx.zeros(1)}
+    optimizer = optim.Adam(
+        optim.linear_schedule(_LINEAR_LEARNING_RATE, 0.0, _STEPS),
+        betas=list(_LINEAR_BETAS),
+        bias_correction=True,
+    )
+    gradient = mx.grad(penalized_loss)
+    for _ in range(_STEPS):
+        parameters = optimizer.apply_gradients(gradient(parameters), parameters)
+        mx.eval(parameters, optimizer.state)
+    # Projection and standardization become part of the layer.
+    weight = ((basis @ parameters["weights"]) / scale)[None]
+    layer = (weight, parameters["bias"] - weight @ mean)
     mx.eval(layer)
     return MlpHead((layer,))
 
 
-def _adam(
-    values: tuple[mx.array, mx.array],
-    gradients: tuple[mx.array, mx.array],
-    moments: Sequence[tuple[mx.array, mx.array]],
-    number: int,
-) -> tuple[tuple[mx.array, mx.array], list[tuple[mx.array, mx.array]]]:
-    """One step of Adam (arXiv 1412.6980), the step size falling to 0."""
-    import mlx.core as mx
+def _principal_components(inputs: mx.array, components: int) -> mx.array:
+    """Return a basis [D + 4, components + 4] of standardized inputs.
 
-    rate = _STEP_RATE * (1 - (number - 1) / _STEPS)
-    found, kept = [], []
-    for value, gradient, (first, second) in zip(values, gradients, moments, strict=True):
-        first, second = 0.9 * first + 0.1 * gradient, 0.99 * second + 0.01 * gradient * gradient
-        size = mx.sqrt(second / (1 - 0.99**number)) + 1e-8
-        found.append(value - rate * (first / (1 - 0.9**number)) / size)
-        kept.append((first, second))
-    return (found[0], found[1]), kept
-
-
-def _basis(inputs: mx.array, components: int) -> mx.array:
-    """[D + 4, components + 4]: the state's leading directions at unit variance, and the signals."""
+    Its columns are the hidden state's leading principal components, scaled to unit variance, and
+    the signals as they are.
+    """
     import mlx.core as mx
 
     hidden = inputs[:, :-SIGNAL_COUNT]
-    spread, directions = mx.linalg.eigh(hidden.T @ hidden / hidden.shape[0], stream=mx.cpu)
-    spread, directions = spread[-components:], directions[:, -components:]
-    directions = directions / mx.sqrt(mx.maximum(spread, 1e-6))
-    corner = mx.zeros((SIGNAL_COUNT, directions.shape[1]))
+    # `eigh` runs on the CPU only; eigenvalues rise.
+    variances, directions = mx.linalg.eigh(hidden.T @ hidden / hidden.shape[0], stream=mx.cpu)
+    variances, directions = variances[-components:], directions[:, -components:]
+    directions = directions / mx.sqrt(mx.maximum(variances, 1e-6))
+    below = mx.zeros((SIGNAL_COUNT, directions.shape[1]))
     right = mx.concatenate([mx.zeros((hidden.shape[1], SIGNAL_COUNT)), mx.eye(SIGNAL_COUNT)])
-    return mx.concatenate([mx.concatenate([directions, corner]), right], axis=1)
+    return mx.concatenate([mx.concatenate([directions, below]), right], axis=1)
 
 
-def perceptron(seen: Positions, checked: Positions, loss: Loss) -> MlpHead:
-    """AdamW until the loss on `checked` has not fallen for some epochs."""
+def fit_perceptron(positions: Positions, validation: Positions, loss: Loss) -> MlpHead:
+    """Fit a head with one hidden layer by AdamW (arXiv 1711.05101), with early stopping.
+
+    Stops after six epochs in which the loss on `validation` has not fallen, and returns the head
+    with the lowest.
+    """
     import mlx.core as mx
     import mlx.nn as nn
     import mlx.optimizers as optim
     from mlx.utils import tree_map
 
-    mean, spread = _scale(seen.inputs)
-    x, x_checked = (seen.inputs - mean) / spread, (checked.inputs - mean) / spread
+    mean, scale = _standardization(positions.inputs)
+    x, x_validation = (positions.inputs - mean) / scale, (validation.inputs - mean) / scale
     mx.random.seed(_SEED)
-    model = nn.Sequential(nn.Linear(x.shape[1], _WIDTH), nn.ReLU(), nn.Linear(_WIDTH, 1))
-    optimizer = optim.AdamW(learning_rate=_RATE, weight_decay=_DECAY)
+    model = nn.Sequential(
+        nn.Linear(x.shape[1], _HIDDEN_UNITS), nn.ReLU(), nn.Linear(_HIDDEN_UNITS, 1)
+    )
+    optimizer = optim.AdamW(learning_rate=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
 
-    def lost(model: nn.Module, x: mx.array, targets: mx.array, logprobs: mx.array) -> mx.array:
+    def model_loss(
+        model: nn.Module, x: mx.array, targets: mx.array, logprobs: mx.array
+    ) -> mx.array:
         return loss(model(x)[:, 0], targets, logprobs)
 
-    step = nn.value_and_grad(model, lost)
-    best, best_loss, since = tree_map(mx.array, model.parameters()), math.inf, 0
+    gradient = nn.value_and_grad(model, model_loss)
+    best, best_loss, stale_epochs = tree_map(mx.array, model.parameters()), math.inf, 0
     for _ in range(_EPOCHS):
         order = mx.random.permutation(x.shape[0])
-        for begin in range(0, x.shape[0], _BATCH):
-            rows = order[begin : begin + _BATCH]
-            _, gradients = step(model, x[rows], seen.targets[rows], seen.logprobs[rows])
+        for begin in range(0, x.shape[0], _BATCH_SIZE):
+            rows = order[begin : begin + _BATCH_SIZE]
+            _, gradients = gradient(
+                model, x[rows], positions.targets[rows], positions.logprobs[rows]
+            )
             optimizer.update(model, gradients)
             mx.eval(model.parameters(), optimizer.state)
-        (found,) = column(lost(model, x_checked, checked.targets, checked.logprobs)[None])
-        if found < best_loss:
-            best, best_loss, since = tree_map(mx.array, model.parameters()), found, 0
-        elif (since := since + 1) >= _PATIENCE:
+        (validation_loss,) = to_list(
+            model_loss(model, x_validation, validation.targets, validation.logprobs)[None]
+        )
+        if validation_loss < best_loss:
+            best, best_loss, stale_epochs = (
+                tree_map(mx.array, model.parameters()),
+                validation_loss,
+                0,
+            )
+        elif (stale_epochs := stale_epochs + 1) >= _PATIENCE:
             break
-    first, _, last = best["layers"]
-    # The scaling of the inputs becomes part of the first layer.
-    weight = first["weight"] / spread
-    layers = ((weight, first["bias"] - weight @ mean), (last["weight"], last["bias"]))
-    mx.eval(layers)
-    return MlpHead(layers)
+    return _merge_standardization(best["layers"], mean, scale)
 
 
-def _scale(inputs: mx.array) -> tuple[mx.array, mx.array]:
+def _merge_standardization(layers: Sequence[Any], mean: mx.array, scale: mx.array) -> MlpHead:
+    """Return a head on raw inputs from a perceptron's parameters on standardized ones."""
+    import mlx.core as mx
+
+    first, _, last = layers
+    weight = first["weight"] / scale
+    merged = ((weight, first["bias"] - weight @ mean), (last["weight"], last["bias"]))
+    mx.eval(merged)
+    return MlpHead(merged)
+
+
+def _standardization(inputs: mx.array) -> tuple[mx.array, mx.array]:
+    """Return each input's mean and standard deviation, the latter above 0."""
     import mlx.core as mx
 
     return mx.mean(inputs, axis=0), mx.sqrt(mx.var(inputs, axis=0)) + 1e-6
-
-
-def column(values: mx.array) -> list[float]:
-    """The values of an array [N]."""
-    return cast("list[float]", values.tolist())

@@ -1,12 +1,11 @@
-"""Labels along the large model's own answers: where the small model would have written otherwise,
-and where that would have changed the outcome.
+"""Labels along the large model's answers: where the models disagree, and where that matters.
 
-The large model answers greedily; the small one reads along and says at each position what it would
-write, and in which state (the labels of R2R, arXiv 2505.21600, before any judge). At each
-disagreement the small model then goes on alone from its own choice. What follows from the large
-model's choice there needs no continuation of its own: the small model agrees up to the next
-disagreement, and from there on it is that one's continuation, or the whole answer behind the last.
-One file a question is kept, so that nothing is computed twice.
+The large model answers greedily. The small model reads the answer and gives, at each position, its
+own choice and its hidden state (the labels of R2R, arXiv 2505.21600, before its judge). From each
+disagreement the small model then continues the answer alone, starting with its own choice. The
+large model's choice there needs no continuation: the models agree up to the next disagreement, so
+the text is that of the next continuation, or the large model's answer after the last disagreement.
+The result for each question is saved in a file of its own, so that no work is repeated.
 """
 
 from __future__ import annotations
@@ -21,110 +20,117 @@ from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 from mlxroute.questions.grading import extract_answer, grade
 from mlxroute.questions.question_files import Question, question_messages
-from mlxroute.recorded.large_answers import LargeAnswer, write
+from mlxroute.recorded.large_answers import LargeAnswer, write_large_answers
 from mlxroute.recorded.replies import Replies
 from mlxroute.small import CacheCopy, ScoredText, SmallModel
-from mlxroute.types import LabelKind, Progress, no_progress
+from mlxroute.types import LabelKind, Message, Progress, no_progress
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
-# Of one batch of continuations.
-_ROWS: Final = 48
-# So many times `at_once` answers are written before they are labelled: a few end late.
-_ROUNDS: Final = 4
-_ARRAYS: Final = ("hidden", "signals", "differs", "logprobs")
-_ABOUT: Final = "answer"
+# Rows of a batch of continuations.
+_BATCH_ROWS: Final = 48
+# Answers differ in length: with several for each call slot, no slot is idle for long.
+_ANSWERS_PER_SLOT: Final = 4
+_METADATA_KEY: Final = "answer"
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledAnswer:
-    """The positions of one answer of the large model.
+    """The n positions of one answer of the large model.
 
-    `hidden` [n, D] are final-norm states in float16, `signals` [n, 4] what a head sees besides
-    (see `small.head.signal_features`), `differs` [n] is 1 where the models disagree, `logprobs`
-    [n, 2] are those that the small and the large model gave the large model's token, in nats, NaN
-    where the server named none. `text` is the answer, of `tokens` tokens; `alone` are, for each
-    disagreement, the texts with the small model alone from its own choice there on, empty where
-    they were not wanted.
+    `hidden` [n, D] are final-norm states in float16, `features` [n, 4] the other inputs of a head
+    (see `small.mlp_head.signal_features`), `differs` [n] is 1 where the models disagree.
+    `logprobs` [n, 2] are the small and the large model's logprobs of the large model's token, in
+    nats, NaN where the server gave none. `text` is the answer of `token_count` tokens.
+    `continuations` are the texts with the small model alone from each disagreement on, none if
+    they were not made.
     """
 
     hidden: mx.array
-    signals: mx.array
+    features: mx.array
     differs: mx.array
     logprobs: mx.array
     text: str
-    tokens: int
-    alone: tuple[str, ...] = ()
+    token_count: int
+    continuations: tuple[str, ...] = ()
 
-    def outcomes(self, question: Question) -> list[str]:
-        """What is answered when the first 0, 1, ... disagreements are escalated and no more."""
-        return [extract_answer(question, text) for text in (*self.alone, self.text)]
+    def find_outcomes(self, question: Question) -> list[str]:
+        """Return the outcomes with exactly the first 0, 1, ... disagreements escalated."""
+        return [extract_answer(question, text) for text in (*self.continuations, self.text)]
 
-    def rights(self, question: Question) -> list[bool]:
-        """Whether that is right."""
-        return [grade(question, text).lenient is True for text in (*self.alone, self.text)]
+    def find_correct(self, question: Question) -> list[bool]:
+        """Return whether the answer is right with the first 0, 1, ... disagreements escalated."""
+        return [grade(question, text).lenient is True for text in (*self.continuations, self.text)]
 
-    def targets(self, question: Question, labels: LabelKind) -> list[float]:
-        """1 for each position that is to be found, else 0."""
-        differs = [bool(value) for value in _column(self.differs)]
+    def make_targets(self, question: Question, labels: LabelKind) -> list[float]:
+        """Return 1 for each position that a router should escalate, else 0.
+
+        Consequence: the outcome differs with the choice there. Preference: the outcome is right
+        with the large model's choice only (CITER, arXiv 2502.01976). Otherwise: the models differ.
+        """
+        differs = [bool(value) for value in to_list(self.differs)]
         if labels in (LabelKind.DIVERGENCE, LabelKind.DEFERRAL):
-            return [float(each) for each in differs]
+            return [float(differing) for differing in differs]
         if labels is LabelKind.CONSEQUENCE:
-            pairs = itertools.pairwise(self.outcomes(question))
-            matters = iter([small != large for small, large in pairs])
+            outcomes = itertools.pairwise(self.find_outcomes(question))
+            matters = iter([small != large for small, large in outcomes])
         else:
-            rights = itertools.pairwise(self.rights(question))
-            matters = iter([large and not small for small, large in rights])
-        return [float(each and next(matters)) for each in differs]
+            correct = itertools.pairwise(self.find_correct(question))
+            matters = iter([large and not small for small, large in correct])
+        return [float(differing and next(matters)) for differing in differs]
 
 
-def collect_labels(  # noqa: PLR0913 - what a run is made of
+def collect_labels(  # noqa: PLR0913 - all of these are settings of one run
     small: SmallModel,
     replies: Replies,
     questions: Sequence[Question],
     *,
     examples: Sequence[Question],
-    tokens: int,
+    max_tokens: int,
     folder: Path,
     at_once: int = 1,
-    continuing: bool = True,
+    with_continuations: bool = True,
     progress: Progress = no_progress,
 ) -> list[LabelledAnswer]:
-    """Label the large model's answers to the questions, from `folder` where they are there.
+    """Return labels of the large model's answers to the questions, saved in `folder`.
 
-    At most `at_once` calls are under way; `continuing` adds the small model's continuations. Raises
-    LargeError when the large model fails; what was labelled before is kept.
+    What `folder` holds is read, the rest is computed, with at most `at_once` calls in flight.
+    `examples` are worked examples that precede each question. `with_continuations` adds the small
+    model's continuations. Raises LargeError when the large model fails; labels made until then
+    stay saved.
     """
     folder.mkdir(parents=True, exist_ok=True)
     done = itertools.count()
     progress("questions", next(done), len(questions))
+    conversations = [question_messages(question, examples) for question in questions]
     files = [
-        folder / f"{_key(small, replies, question, examples, tokens)}.safetensors"
-        for question in questions
+        folder / f"{_file_key(small, replies, conversation, max_tokens)}.safetensors"
+        for conversation in conversations
     ]
     missing = [
-        (question, file)
-        for question, file in zip(questions, files, strict=True)
-        if not file.exists() or (continuing and not _is_continued(file))
+        (conversation, file)
+        for conversation, file in zip(conversations, files, strict=True)
+        if not file.exists() or (with_continuations and not _has_continuations(file))
     ]
     for _ in range(len(questions) - len(missing)):
         progress("questions", next(done), len(questions))
-    for group in _chunks(missing, _ROUNDS * at_once):
-        wanted = [question for question, _ in group]
-        written = write(
+    for group in _chunks(missing, _ANSWERS_PER_SLOT * at_once):
+        group_conversations = [conversation for conversation, _ in group]
+        answers = write_large_answers(
             small,
             replies,
-            wanted,
-            examples=examples,
-            tokens=tokens,
+            group_conversations,
+            max_tokens=max_tokens,
             at_once=at_once,
-            done=lambda: progress("questions", next(done), len(questions)),
+            on_answer=lambda: progress("questions", next(done), len(questions)),
         )
-        labelled = _labelled(small, wanted, written, examples, tokens, continuing=continuing)
-        for (_, file), each in zip(group, labelled, strict=True):
-            _write(each, file)
+        labelled_answers = _label(
+            small, group_conversations, answers, max_tokens, with_continuations=with_continuations
+        )
+        for (_, file), labelled in zip(group, labelled_answers, strict=True):
+            _write(labelled, file)
     return [_read(file) for file in files]
 
 
@@ -133,152 +139,176 @@ def _chunks(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
         yield items[begin : begin + size]
 
 
-def _key(
-    small: SmallModel,
-    replies: Replies,
-    question: Question,
-    examples: Sequence[Question],
-    tokens: int,
+def _file_key(
+    small: SmallModel, replies: Replies, conversation: Sequence[Message], max_tokens: int
 ) -> str:
-    turns = question_messages(question, examples)
-    key = json.dumps([small.name, replies.model_name, turns, tokens])
+    """Return the file name for labels: a hash of all that they depend on."""
+    key = json.dumps([small.name, replies.model_name, conversation, max_tokens])
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class _Fork:
-    """The small model's own way from a disagreement on: what comes before it, and its choice.
+    """A disagreement that the small model continues from: prefix, cache and own token.
 
-    `answer` is the number of the answer among those that are continued together.
+    `answer_index` is the answer's index among those that are continued in one go.
     """
 
-    answer: int
-    before: tuple[int, ...]
+    answer_index: int
+    prefix_ids: tuple[int, ...]
     token_id: int
-    held: CacheCopy
+    cache: CacheCopy
 
 
-def _labelled(
+def _label(
     small: SmallModel,
-    questions: Sequence[Question],
+    conversations: Sequence[Sequence[Message]],
     answers: Sequence[LargeAnswer],
-    examples: Sequence[Question],
-    tokens: int,
+    max_tokens: int,
     *,
-    continuing: bool,
+    with_continuations: bool,
 ) -> Iterator[LabelledAnswer]:
-    """Read the answers, then go on from their disagreements, as soon as these fill a batch."""
-    found: list[LabelledAnswer] = []
+    """Read the answers with the small model; continue from disagreements once they fill a batch."""
+    labelled: list[LabelledAnswer] = []
     forks: list[_Fork] = []
-    for question, answer in zip(questions, answers, strict=True):
-        prompt_ids = small.encode_prompt(small.render(question_messages(question, examples)))
-        reading = small.score_text(prompt_ids, answer.token_ids)
-        places = _disagreements(answer, reading)
-        if continuing:
-            for at in places:
-                if at is not None:
-                    held = small.copy_cache(len(prompt_ids) + at)
-                    own = reading.signals[at].token_id
-                    forks.append(_Fork(len(found), answer.token_ids[:at], own, held))
-        found.append(_compared(small, answer, reading, places))
-        if len(forks) >= _ROWS:
-            yield from _with_ways(small, found, forks, tokens)
-            found, forks = [], []
-    yield from _with_ways(small, found, forks, tokens)
+    for conversation, answer in zip(conversations, answers, strict=True):
+        prompt_ids = small.encode_prompt(small.render(conversation))
+        scored = small.score_text(prompt_ids, answer.token_ids)
+        disagreements = _find_disagreements(answer, scored)
+        if with_continuations:
+            for index in disagreements:
+                if index is not None:
+                    cache = small.copy_cache(len(prompt_ids) + index)
+                    own_id = scored.signals[index].token_id
+                    forks.append(_Fork(len(labelled), answer.token_ids[:index], own_id, cache))
+        labelled.append(_compare(small, answer, scored, disagreements))
+        if len(forks) >= _BATCH_ROWS:
+            yield from _add_continuations(small, labelled, forks, max_tokens)
+            labelled, forks = [], []
+    yield from _add_continuations(small, labelled, forks, max_tokens)
 
 
-def _with_ways(
-    small: SmallModel, answers: Sequence[LabelledAnswer], forks: Sequence[_Fork], tokens: int
+def _add_continuations(
+    small: SmallModel,
+    answers: Sequence[LabelledAnswer],
+    forks: Sequence[_Fork],
+    max_tokens: int,
 ) -> Iterator[LabelledAnswer]:
-    """The answers with the texts that their forks lead to."""
-    alone: list[list[str]] = [[] for _ in answers]
-    for fork, text in zip(forks, _continued(small, forks, tokens), strict=True):
-        alone[fork.answer].append(text)
-    for labelled, texts in zip(answers, alone, strict=True):
-        yield replace(labelled, alone=tuple(texts))
+    """Yield the answers with the texts that continue their forks."""
+    texts: list[list[str]] = [[] for _ in answers]
+    for fork, text in zip(forks, _continue(small, forks, max_tokens), strict=True):
+        texts[fork.answer_index].append(text)
+    for answer, continuations in zip(answers, texts, strict=True):
+        yield replace(answer, continuations=tuple(continuations))
 
 
-def _parts(answer: LargeAnswer) -> list[range]:
-    """The ids of each of the large model's tokens."""
-    return [range(*pair) for pair in itertools.pairwise((*answer.firsts, len(answer.token_ids)))]
-
-
-def _disagreements(answer: LargeAnswer, reading: ScoredText) -> list[int | None]:
-    """For each of the large model's tokens, its first id that the small one would not write."""
+def _token_ranges(answer: LargeAnswer) -> list[range]:
+    """Return the indices of each token of the large model in `token_ids`."""
     return [
-        next((i for i in part if reading.signals[i].token_id != answer.token_ids[i]), None)
-        for part in _parts(answer)
+        range(*pair) for pair in itertools.pairwise((*answer.token_starts, len(answer.token_ids)))
     ]
 
 
-def _compared(
-    small: SmallModel, answer: LargeAnswer, reading: ScoredText, places: Sequence[int | None]
+def _find_disagreements(answer: LargeAnswer, scored: ScoredText) -> list[int | None]:
+    """Return, for each token of the large model, the first index where the small one differs."""
+    return [
+        next((i for i in part if scored.signals[i].token_id != answer.token_ids[i]), None)
+        for part in _token_ranges(answer)
+    ]
+
+
+def _compare(
+    small: SmallModel,
+    answer: LargeAnswer,
+    scored: ScoredText,
+    disagreements: Sequence[int | None],
 ) -> LabelledAnswer:
+    """Return the labels of an answer, without continuations."""
     import mlx.core as mx
 
-    signals = [reading.signals[first] for first in answer.firsts]
-    given = [sum(reading.logprobs[i] for i in part) for part in _parts(answer)]
-    hidden = reading.hidden[mx.array(list(answer.firsts))].astype(mx.float16)
+    signals = [scored.signals[start] for start in answer.token_starts]
+    small_logprobs = [sum(scored.logprobs[i] for i in part) for part in _token_ranges(answer)]
+    hidden = scored.hidden[mx.array(list(answer.token_starts))].astype(mx.float16)
     mx.eval(hidden)
     return LabelledAnswer(
         hidden=hidden,
-        signals=mx.array(
+        features=mx.array(
             [[s.entropy_nats, s.varentropy, s.top_logprobs[0], s.margin] for s in signals]
         ),
-        differs=mx.array([float(at is not None) for at in places]),
-        logprobs=mx.array(list(zip(given, answer.logprobs, strict=True))),
-        text=_text(small, answer.token_ids),
-        tokens=len(answer.token_ids),
+        differs=mx.array([float(index is not None) for index in disagreements]),
+        logprobs=mx.array(list(zip(small_logprobs, answer.logprobs, strict=True))),
+        text=_decode(small, answer.token_ids),
+        token_count=len(answer.token_ids),
     )
 
 
-def _continued(small: SmallModel, forks: Sequence[_Fork], tokens: int) -> Iterator[str]:
-    """The whole answers that the forks lead to."""
-    ends = small.vocabulary.eos_ids
-    for group in _chunks(forks, _ROWS):
-        room = [0 if fork.token_id in ends else tokens - len(fork.before) - 1 for fork in group]
+def _continue(small: SmallModel, forks: Sequence[_Fork], max_tokens: int) -> Iterator[str]:
+    """Yield the whole text of the answer that continues each fork."""
+    eos_ids = small.vocabulary.eos_ids
+    for group in _chunks(forks, _BATCH_ROWS):
+        limits = [
+            0 if fork.token_id in eos_ids else max_tokens - len(fork.prefix_ids) - 1
+            for fork in group
+        ]
         tails = small.continue_greedily(
-            [(fork.held, fork.token_id) for fork in group], max_tokens=room
+            [(fork.cache, fork.token_id) for fork in group], max_tokens=limits
         )
         for fork, tail in zip(group, tails, strict=True):
-            yield _text(small, (*fork.before, fork.token_id, *tail))
+            yield _decode(small, (*fork.prefix_ids, fork.token_id, *tail))
 
 
-def _text(small: SmallModel, token_ids: Sequence[int]) -> str:
-    """The text of an answer, without its end token."""
-    ends = small.vocabulary.eos_ids
-    data = b"".join(small.vocabulary.token_bytes(each) for each in token_ids if each not in ends)
+def _decode(small: SmallModel, token_ids: Sequence[int]) -> str:
+    """Return the text of an answer, without its end token."""
+    vocabulary = small.vocabulary
+    data = b"".join(
+        vocabulary.token_bytes(token_id)
+        for token_id in token_ids
+        if token_id not in vocabulary.eos_ids
+    )
     return data.decode(errors="replace")
 
 
-def _column(values: mx.array) -> list[float]:
+def to_list(values: mx.array) -> list[float]:
+    """Return the values of an array [n]."""
     return cast("list[float]", values.tolist())
 
 
-def _write(labelled: LabelledAnswer, file: Path) -> None:
-    """Whole or not at all, whenever it is interrupted."""
+def _write(answer: LabelledAnswer, file: Path) -> None:
+    """Save an answer; an interruption leaves no incomplete file of this name."""
     import mlx.core as mx
 
-    about = {"text": labelled.text, "tokens": labelled.tokens, "alone": labelled.alone}
-    arrays = {name: getattr(labelled, name) for name in _ARRAYS}
+    # The names in the file are its format, whatever the fields are called.
+    arrays = {
+        "hidden": answer.hidden,
+        "signals": answer.features,
+        "differs": answer.differs,
+        "logprobs": answer.logprobs,
+    }
+    metadata = {"text": answer.text, "tokens": answer.token_count, "alone": answer.continuations}
     partial = file.with_suffix(".partial.safetensors")
-    mx.save_safetensors(str(partial), arrays, {_ABOUT: json.dumps(about)})
+    mx.save_safetensors(str(partial), arrays, {_METADATA_KEY: json.dumps(metadata)})
     partial.rename(file)
 
 
-def _is_continued(file: Path) -> bool:
-    """Whether the small model went on alone from every disagreement."""
-    found = _read(file)
-    return len(found.alone) == sum(_column(found.differs))
+def _has_continuations(file: Path) -> bool:
+    """Return whether the file holds a continuation of every disagreement."""
+    answer = _read(file)
+    return len(answer.continuations) == sum(to_list(answer.differs))
 
 
 def _read(file: Path) -> LabelledAnswer:
     import mlx.core as mx
 
-    arrays, about = mx.load(str(file), return_metadata=True)
+    arrays, metadata = mx.load(str(file), return_metadata=True)
     assert isinstance(arrays, dict)
-    assert isinstance(about, dict)
-    told = json.loads(about[_ABOUT])
+    assert isinstance(metadata, dict)
+    answer = json.loads(metadata[_METADATA_KEY])
     return LabelledAnswer(
-        **arrays, text=told["text"], tokens=told["tokens"], alone=tuple(told["alone"])
+        hidden=arrays["hidden"],
+        features=arrays["signals"],
+        differs=arrays["differs"],
+        logprobs=arrays["logprobs"],
+        text=answer["text"],
+        token_count=answer["tokens"],
+        continuations=tuple(answer["alone"]),
     )

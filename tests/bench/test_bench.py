@@ -12,7 +12,7 @@ import pytest
 
 from mlxroute.backend.load import load
 from mlxroute.bench.kernel_cost import bench_kernels
-from mlxroute.bench.measurement import interleaved, ratios, spread
+from mlxroute.bench.measurement import ratios, run_interleaved, spread
 from mlxroute.bench.speed import bench_speed
 from mlxroute.cli import main
 from mlxroute.small import SmallModel
@@ -31,7 +31,7 @@ def test_sides_take_turns_and_each_begins_as_often() -> None:
 
         return run
 
-    results = interleaved({"a": side("a", 1.0), "b": side("b", 2.0)}, rounds=3)
+    results = run_interleaved({"a": side("a", 1.0), "b": side("b", 2.0)}, rounds=3)
     assert order == ["b0", "a0", "a0", "b0", "b1", "a1", "a2", "b2"]
     assert results == {"a": [1.0, 2.0, 3.0], "b": [2.0, 3.0, 4.0]}
 
@@ -89,7 +89,7 @@ def test_bench_speed_says_what_a_head_costs(
     small = SmallModel(*load(make_tiny_model(tmp_path / "tiny")), name="tiny")
     size = small.model.args.hidden_size + SIGNAL_COUNT
     small.head = MlpHead(((mx.zeros((1, size)), mx.zeros(1)),))
-    report = bench_speed(small, ["hi"], pairs=1, tokens=4)
+    report = bench_speed(small, ["hi"], pairs=1, max_tokens=4)
     assert report["same_tokens"] is True
     assert report["head_share_of_step"] > 0
 

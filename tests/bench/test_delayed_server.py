@@ -31,11 +31,11 @@ def test_replies_are_kept_and_given_again_when_the_server_has_gone(tmp_path: Pat
             first = said(server, "a").json()
             assert first == {"path": "/v1/completions", "said": "a"}
             assert said(server, "a").json() == first
-            assert (server.missed, len(upstream.requests)) == (1, 1)
+            assert (server.forwarded, len(upstream.requests)) == (1, 1)
         url = upstream.url
     with DelayedServer(url, record=record) as server:
         assert said(server, "a").json() == first
-        assert server.missed == 0
+        assert server.forwarded == 0
 
 
 def test_a_call_takes_the_time_that_was_set(tmp_path: Path) -> None:

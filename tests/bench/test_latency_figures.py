@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from mlxroute.bench.divergence import Divergence, find_divergence
-from mlxroute.bench.latency_figures import figures
-from mlxroute.bench.latency_sides import SIDES, Answers
+from mlxroute.bench.latency_figures import point_figures
+from mlxroute.bench.latency_sides import SIDES, SideAnswers
 from mlxroute.types import (
     BranchCost,
     Escalation,
@@ -48,14 +48,14 @@ def escalated(token_id: int, *, margin_nats: float | None) -> Token:
 @pytest.mark.parametrize(
     ("answer", "by"),
     [
-        ([written(65), escalated(66, margin_nats=3.0)], Divergence.NOT),
-        ([written(65), escalated(67, margin_nats=0.05), written(70)], Divergence.BY_SERVER),
+        ([written(65), escalated(66, margin_nats=3.0)], Divergence.NONE),
+        ([written(65), escalated(67, margin_nats=0.05), written(70)], Divergence.SERVER),
         # One that is sure of another token was asked something else.
-        ([written(65), escalated(67, margin_nats=2.0)], Divergence.BY_US),
-        ([written(65), escalated(67, margin_nats=None)], Divergence.BY_US),
-        ([written(65), written(67)], Divergence.BY_US),
-        ([written(65), written(66)], Divergence.BY_US),
-        ([written(65)], Divergence.BY_US),
+        ([written(65), escalated(67, margin_nats=2.0)], Divergence.ENGINE),
+        ([written(65), escalated(67, margin_nats=None)], Divergence.ENGINE),
+        ([written(65), written(67)], Divergence.ENGINE),
+        ([written(65), written(66)], Divergence.ENGINE),
+        ([written(65)], Divergence.ENGINE),
     ],
 )
 def test_only_a_near_tie_is_the_servers_doing(answer: list[Token], by: Divergence) -> None:
@@ -68,7 +68,7 @@ def test_auto_is_compared_with_the_fastest_mode_within_its_calls() -> None:
     seconds = {"wait": 10.0, "hedge": 2.0, "wait+prefetch": 5.0, bound: 1.0, "auto": 2.5}
     calls = {"hedge": 40, "auto": 30, "wait+prefetch": 5, bound: 16}
     sides = {
-        name: Answers(
+        name: SideAnswers(
             stats=[
                 replace(
                     NO_STATS,
@@ -82,6 +82,6 @@ def test_auto_is_compared_with_the_fastest_mode_within_its_calls() -> None:
         )
         for name in SIDES
     }
-    found = figures(sides, cost=BranchCost(4, 1.0, 1.5, 1e-5), call_s=10.0)
+    found = point_figures(sides, cost=BranchCost(4, 1.0, 1.5, 1e-5), call_s=10.0)
     assert found["same_text"]
     assert found["auto_over_best"] == {"auto": 0.8, "auto, 1.5x calls": 0.625}

@@ -16,19 +16,19 @@ from rich.console import Console
 
 from mlxroute.backend.load import load
 from mlxroute.bench.concurrent_answers import ConcurrentAnswers
-from mlxroute.bench.oracles import ORACLES, oracles
+from mlxroute.bench.oracles import ORACLES, compute_oracles
 from mlxroute.bench.plot import draw_quality
-from mlxroute.bench.quality import LARGE, SMALL, Results, bench_quality, sides_of
+from mlxroute.bench.quality import LARGE, SMALL, QualityResults, bench_quality, make_sides
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli import main
 from mlxroute.cli.commands.bench_quality import show
 from mlxroute.engine import generate
 from mlxroute.errors import LargeError, LargeRefused
 from mlxroute.questions.question_files import AnswerKind, Question, question_messages
-from mlxroute.recorded.replies import RecordingStopped
+from mlxroute.recorded.replies import RecordingStopped, Replies
 from mlxroute.routers import BURST, make_router
 from mlxroute.small import SmallModel
-from mlxroute.training import LabelledAnswer, Replies
+from mlxroute.training.labels import LabelledAnswer
 from mlxroute.types import Message
 from tests.support.fakes import Reply, ScriptedLarge
 from tests.support.tiny import make_tiny_model
@@ -80,12 +80,12 @@ def run(
             small,
             kept,
             questions,
-            sides=sides_of(["entropy"], [0.1]),
+            sides=make_sides(["entropy"], [0.1]),
             examples=[],
             ranks=_RANKS,
-            tokens=_TOKENS,
+            max_tokens=_TOKENS,
             step_s=0.01,
-            results=Results(path),
+            results=QualityResults(path),
         )
     return report, large
 
@@ -184,9 +184,9 @@ def test_answers_written_together_are_those_written_alone(
 
     thresholds = [math.inf, 5.0, 4.0, math.inf]
     other = question_messages(Question("x", "a longer question, about something else"))
-    together = ConcurrentAnswers(small, stop=lambda: None)
+    together = ConcurrentAnswers(small, on_abort=lambda: None)
     jobs = [(each, partial(alone, t, each)) for each in (turns, other) for t in thresholds]
-    found = together.answers(jobs)
+    found = together.run(jobs)
     assert found == [alone(t, each, small) for each in (turns, other) for t in thresholds]
     assert len({tuple(each) for each in found}) > 2
 
@@ -204,11 +204,11 @@ def test_a_fault_in_one_answer_ends_the_others(
         while True:
             row.extend([70])
 
-    together = ConcurrentAnswers(small, stop=lambda: stopped.append(True))
+    together = ConcurrentAnswers(small, on_abort=lambda: stopped.append(True))
     turns = question_messages(questions[0])
     before = threading.active_count()
     with pytest.raises(LargeRefused):
-        together.answers([(turns, goes_on), (turns, fails), (turns, goes_on)])
+        together.run([(turns, goes_on), (turns, fails), (turns, goes_on)])
     assert stopped
     assert threading.active_count() == before
 
@@ -225,10 +225,10 @@ def test_the_fault_that_ended_the_others_is_told(
     def fails(row: Any) -> None:
         raise LargeRefused("no")
 
-    together = ConcurrentAnswers(small, stop=over.set)
+    together = ConcurrentAnswers(small, on_abort=over.set)
     turns = question_messages(questions[0])
     with pytest.raises(LargeRefused):
-        together.answers([(turns, waits_for_a_call), (turns, fails)])
+        together.run([(turns, waits_for_a_call), (turns, fails)])
 
 
 def test_oracles_spend_where_it_helps() -> None:
@@ -240,23 +240,23 @@ def test_oracles_spend_where_it_helps() -> None:
         differs = mx.array([1.0] * count + [0.0] * (10 - count))
         return LabelledAnswer(
             hidden=mx.zeros((10, 1)),
-            signals=mx.zeros((10, 4)),
+            features=mx.zeros((10, 4)),
             differs=differs,
             logprobs=mx.zeros((10, 2)),
             text=texts[-1],
-            tokens=10,
-            alone=tuple(texts[:-1]),
+            token_count=10,
+            continuations=tuple(texts[:-1]),
         )
 
     # Right by itself; by the second disagreement, the first of which is critical; in vain.
     answers = [answered("B", "B"), answered("A", "A", "B"), answered("A", "A", "A")]
-    found = oracles(answers, [question] * 3, [0.0, 0.05, 0.1])
+    found = compute_oracles(answers, [question] * 3, [0.0, 0.05, 0.1])
     assert [each["accuracy"] for each in found["critical_first"]] == pytest.approx(
         [0.3333, 0.6667, 0.6667]
     )
     assert found["critical_first"][1]["escalation_rate"] == pytest.approx(1 / 30, abs=1e-4)
     assert [each["accuracy"] for each in found["disagreements"]] == pytest.approx([0.3333] * 3)
-    assert oracles(answers, [question] * 3, [0.2])["disagreements"][0]["accuracy"] == 0.6667
+    assert compute_oracles(answers, [question] * 3, [0.2])["disagreements"][0]["accuracy"] == 0.6667
     finding = found["finding_the_critical"]
     assert (finding["differing"], finding["to_find"]) == pytest.approx((0.1667, 0.0333), abs=1e-3)
 

@@ -9,7 +9,7 @@ import pytest
 
 from mlxroute.backend.load import load
 from mlxroute.bench.delayed_server import constant
-from mlxroute.bench.virtual_models import Known, VirtualClock, VirtualLarge, VirtualSmall
+from mlxroute.bench.virtual_models import OutputCache, VirtualClock, VirtualLarge, VirtualSmall
 from mlxroute.engine import Answer, Options
 from mlxroute.routers import EntropyRouter
 from mlxroute.small import SmallModel
@@ -38,7 +38,7 @@ def threshold(small: SmallModel) -> float:
 
 
 def play(
-    small: SmallModel, known: Known, large: ScriptedLarge, mode: Mode, **options: Any
+    small: SmallModel, known: OutputCache, large: ScriptedLarge, mode: Mode, **options: Any
 ) -> tuple[list[int], RunStats, float]:
     clock = VirtualClock()
     answer = Answer(
@@ -58,7 +58,7 @@ def play(
 def test_every_mode_plays_the_same_answer_and_waiting_takes_the_sum_of_its_parts(
     small: SmallModel,
 ) -> None:
-    known, large = Known(), ScriptedLarge([(70,)])
+    known, large = OutputCache(), ScriptedLarge([(70,)])
     wanted, stats, waited_s = play(small, known, large, Mode.WAIT)
     assert stats.escalated > 2
     assert waited_s == pytest.approx(_STEP_S * (len(wanted) - 1) + _CALL_S * stats.calls)
@@ -71,7 +71,7 @@ def test_every_mode_plays_the_same_answer_and_waiting_takes_the_sum_of_its_parts
 
 
 def test_a_server_that_contradicts_itself_still_plays_one_answer(small: SmallModel) -> None:
-    known, large = Known(), ScriptedLarge([(70,), (71,), (72,)])
+    known, large = OutputCache(), ScriptedLarge([(70,), (71,), (72,)])
     wanted, _, _ = play(small, known, large, Mode.WAIT)
     for mode in (Mode.WAIT, Mode.OVERLAP):
         ids, _, _ = play(small, known, large, mode, prefetch=3)
@@ -79,7 +79,7 @@ def test_a_server_that_contradicts_itself_still_plays_one_answer(small: SmallMod
 
 
 def test_a_played_answer_is_the_small_models_own_where_nothing_is_asked(small: SmallModel) -> None:
-    ids, _, _ = play(small, Known(), ScriptedLarge([(70,)]), Mode.WAIT)
+    ids, _, _ = play(small, OutputCache(), ScriptedLarge([(70,)]), Mode.WAIT)
     small.prefill(small.encode_prompt(small.render([{"role": "user", "content": "hi"}])))
     first = next(i for i, token in enumerate(ids) if token == 70)
     signals, _ = small.prefill(
@@ -98,7 +98,7 @@ def test_delays_are_drawn_anew_for_each_context_and_alike_each_time(small: Small
         return drawn[-1]
 
     for _ in range(2):
-        clock, known = VirtualClock(), Known()
+        clock, known = VirtualClock(), OutputCache()
         large = VirtualLarge(
             ScriptedLarge([(70,)]),
             known,

@@ -23,10 +23,10 @@ from mlxroute.catalog import Catalog
 from mlxroute.errors import LargeTimeout
 from mlxroute.hosting.launcher import LocalServer
 from mlxroute.large import LargeModel
-from mlxroute.questions.question_files import Question
-from mlxroute.recorded.large_answers import write
+from mlxroute.questions.question_files import Question, question_messages
+from mlxroute.recorded.large_answers import write_large_answers
+from mlxroute.recorded.replies import Replies
 from mlxroute.small import SmallModel
-from mlxroute.training import Replies
 from mlxroute.types import LargeContext, Vocabulary, no_notice, no_progress
 from mlxroute.weights import default_cache_dir, resolve
 from tests.support.tiny import make_tiny_model, teach_days
@@ -199,7 +199,9 @@ def test_the_launched_server_survives_prompts_it_has_cached(tiny: Model, tmp_pat
 
 
 def test_answers_are_written_at_once_as_they_are_one_by_one(tiny: Model, tmp_path: Path) -> None:
-    asked = [Question(str(number), f"Count to {number}.") for number in range(12)]
+    conversations = [
+        question_messages(Question(str(number), f"Count to {number}.")) for number in range(12)
+    ]
     small = SmallModel(*load(tiny.path), name="tiny")
     with stock_server(tiny.path, hub_cache=tmp_path / "none") as url, LargeModel(url) as large:
         large.connect()
@@ -208,14 +210,13 @@ def test_answers_are_written_at_once_as_they_are_one_by_one(tiny: Model, tmp_pat
             record = tmp_path / f"{at_once}.jsonl"
             with Replies(large, record, at_once=at_once) as replies:
                 answers.append(
-                    write(
+                    write_large_answers(
                         small,
                         replies,
-                        asked,
-                        examples=(),
-                        tokens=40,
+                        conversations,
+                        max_tokens=40,
                         at_once=at_once,
-                        done=lambda: None,
+                        on_answer=lambda: None,
                     )
                 )
         assert answers[0] == answers[1]

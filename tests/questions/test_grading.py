@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlxroute.bench.significance import mcnemar, wilson
+from mlxroute.bench.significance import mcnemar_p, wilson_interval
 from mlxroute.questions.grading import Grade, extract_answer, grade
 from mlxroute.questions.question_files import AnswerKind, Question
 
@@ -64,12 +64,12 @@ def test_a_text_is_found_whatever_stands_around_it() -> None:
 
 def test_intervals_and_p_values_are_those_of_the_literature() -> None:
     # Newcombe (1998), example of 81 of 263; exact binomial tails.
-    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
-    assert mcnemar(10, 0) == pytest.approx(2 / 1024)
-    assert mcnemar(5, 5) == 1.0
-    assert mcnemar(0, 0) == 1.0
-    assert mcnemar(1, 7) == mcnemar(7, 1) == pytest.approx(2 * 9 / 256)
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert mcnemar_p(10, 0) == pytest.approx(2 / 1024)
+    assert mcnemar_p(5, 5) == 1.0
+    assert mcnemar_p(0, 0) == 1.0
+    assert mcnemar_p(1, 7) == mcnemar_p(7, 1) == pytest.approx(2 * 9 / 256)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import cast
 import pytest
 
 from mlxroute.errors import LargeError
-from mlxroute.training import Replies
+from mlxroute.recorded.replies import Replies
 from mlxroute.types import LargeContext, LargeToken, Vocabulary
 from tests.support.fakes import Reply, ScriptedLarge
 
@@ -77,9 +77,9 @@ def context(*ids: int) -> LargeContext:
 
 
 def asked(replies: Replies, *ids: int, prefetch: int = 0) -> tuple[LargeToken, ...]:
-    seat = replies.seat()
-    flight = seat.begin(context(*ids), deadline_s=9, prefetch=prefetch)
-    seat.wait(lambda: flight.ready, timeout_s=9)
+    view = replies.new_view()
+    flight = view.begin(context(*ids), deadline_s=9, prefetch=prefetch)
+    view.wait(lambda: flight.ready, timeout_s=9)
     return flight.result()
 
 
@@ -109,11 +109,11 @@ def test_tokens_are_known_one_behind_the_other(tmp_path: Path) -> None:
     assert [each.token_ids for each in asked(again, 1, prefetch=5)] == [(70,), (71, 72)]
     assert len(asked(again, 1, prefetch=0)) == 1
     assert silent.contexts == []
-    seat = again.seat()
-    flight = seat.begin(context(1), deadline_s=9, prefetch=0)
+    view = again.new_view()
+    flight = view.begin(context(1), deadline_s=9, prefetch=0)
     # The engine looks at what a call brought more than once.
     assert flight.result() == flight.result()
-    assert (seat.uploads.requests, seat.uploads.tokens, seat.uploads.completion_tokens) == (
+    assert (view.uploads.requests, view.uploads.tokens, view.uploads.completion_tokens) == (
         1,
         10,
         1,
@@ -122,11 +122,11 @@ def test_tokens_are_known_one_behind_the_other(tmp_path: Path) -> None:
 
 def test_a_call_that_was_made_counts_once_however_often_it_is_read(tmp_path: Path) -> None:
     large = Holding([(70,)])
-    seat = Replies(large, tmp_path / "r").seat()
-    flight = seat.begin(context(1), deadline_s=9, prefetch=0)
+    view = Replies(large, tmp_path / "r").new_view()
+    flight = view.begin(context(1), deadline_s=9, prefetch=0)
     large.let_go(1)
     assert flight.result() == flight.result()
-    assert seat.uploads.requests == 1
+    assert view.uploads.requests == 1
 
 
 def test_nobody_waits_once_the_run_has_ended(tmp_path: Path) -> None:

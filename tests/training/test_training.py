@@ -17,10 +17,11 @@ from mlxroute.cli import main
 from mlxroute.engine import generate
 from mlxroute.errors import LargeError, LargeRefused, UsageError, WeightsError
 from mlxroute.questions.question_files import AnswerKind, Question
+from mlxroute.recorded.replies import Replies
 from mlxroute.routers import make_router
 from mlxroute.small import SmallModel
-from mlxroute.training import FittedHead, LabelledAnswer, Replies, collect_labels, fit_head
-from mlxroute.training.head_fitting import recall
+from mlxroute.training.head_fitting import FittedHead, fit_head, recall
+from mlxroute.training.labels import LabelledAnswer, collect_labels
 from mlxroute.types import LabelKind
 from tests.support.fakes import Reply, ScriptedLarge
 from tests.support.tiny import make_tiny_model
@@ -60,7 +61,7 @@ def fitted_to(
 ) -> FittedHead:
     """A head for labels that need no outcomes."""
     questions = [Question(str(i), f"say {i}") for i in range(len(answers))]
-    return fit_head(answers, questions, labels=labels, about={"small": "s"})
+    return fit_head(answers, questions, labels=labels, provenance={"small": "s"})
 
 
 # Labels
@@ -73,7 +74,7 @@ def labelled(
     *,
     questions: list[Question] | None = None,
     at_once: int = 1,
-    continuing: bool = True,
+    with_continuations: bool = True,
 ) -> list[LabelledAnswer]:
     """What `collect` gives for answers of up to 6 tokens."""
     with Replies(large, folder / "replies.jsonl", at_once=at_once) as replies:
@@ -82,10 +83,10 @@ def labelled(
             replies,
             _QUESTIONS[:1] if questions is None else questions,
             examples=[],
-            tokens=6,
+            max_tokens=6,
             folder=folder / "labels",
             at_once=at_once,
-            continuing=continuing,
+            with_continuations=with_continuations,
         )
 
 
@@ -117,7 +118,7 @@ def test_labels_say_where_the_small_model_would_have_written_otherwise(
     for at, token_id in enumerate(written):
         assert differs[at] == float(signals.token_id != token_id)
         assert mx.allclose(found.hidden[at], small.hidden_state(), atol=1e-2).item()
-        assert found.signals[at].tolist() == pytest.approx(
+        assert found.features[at].tolist() == pytest.approx(
             [signals.entropy_nats, signals.varentropy, signals.top_logprobs[0], signals.margin],
             rel=1e-4,
         )
@@ -127,7 +128,7 @@ def test_labels_say_where_the_small_model_would_have_written_otherwise(
             place = signals.top_ids.index(token_id)
             assert given[0] == pytest.approx(signals.top_logprobs[place], abs=1e-3)
         signals = small.step(token_id)
-    assert (found.text, found.tokens) == (spelled(small, written), 6)
+    assert (found.text, found.token_count) == (spelled(small, written), 6)
 
 
 def test_the_small_model_goes_on_alone_from_each_disagreement(
@@ -138,8 +139,8 @@ def test_the_small_model_goes_on_alone_from_each_disagreement(
     written = [70, 71, 72, 72, 72, 72]
     differs = cast("list[float]", found.differs.tolist())
     places = [at for at, value in enumerate(differs) if value]
-    assert len(places) == len(found.alone) > 2
-    for at, text in zip(places, found.alone, strict=True):
+    assert len(places) == len(found.continuations) > 2
+    for at, text in zip(places, found.continuations, strict=True):
         tail = greedy(small, ids + written[:at], 6 - at)
         assert text == spelled(small, written[:at] + tail)
 
@@ -152,14 +153,14 @@ def test_a_token_that_the_small_vocabulary_spells_in_parts_is_one_position(
     other = 70 if own != 70 else 71
     # The first part is what the small model would write, the second hardly.
     (found,) = labelled(small, Named([(own, other), (72,), (72,), (72,), (72,)]), tmp_path)
-    assert found.tokens == 6
+    assert found.token_count == 6
     assert found.hidden.shape[0] == found.logprobs.shape[0] == 5
     signals, _ = small.prefill(ids)
     second = small.step(own)
     assert second.token_id != other
     assert cast("list[float]", found.differs.tolist())[0] == 1
-    assert found.alone[0] == spelled(small, [own, *greedy(small, [*ids, own], 5)])
-    seen = cast("list[float]", found.signals[0].tolist())
+    assert found.continuations[0] == spelled(small, [own, *greedy(small, [*ids, own], 5)])
+    seen = cast("list[float]", found.features[0].tolist())
     assert seen[0] == pytest.approx(signals.entropy_nats, rel=1e-4)
 
 
@@ -168,15 +169,17 @@ def test_labels_of_several_answers_at_once_are_those_of_one_after_the_other(
 ) -> None:
     three = labelled(small, Named([(70,)]), tmp_path / "3", questions=_QUESTIONS, at_once=3)
     # Batches smaller than the disagreements of one answer.
-    monkeypatch.setattr("mlxroute.training.labels._ROWS", 2)
+    monkeypatch.setattr("mlxroute.training.labels._BATCH_ROWS", 2)
     one = labelled(small, Named([(70,)]), tmp_path / "1", questions=_QUESTIONS)
-    assert [each.alone for each in one] == [each.alone for each in three]
-    plain = labelled(small, Named([(70,)]), tmp_path / "p", questions=_QUESTIONS, continuing=False)
+    assert [each.continuations for each in one] == [each.continuations for each in three]
+    plain = labelled(
+        small, Named([(70,)]), tmp_path / "p", questions=_QUESTIONS, with_continuations=False
+    )
     # What was not wanted then is added without a call.
     silent = Named([LargeRefused("asked again")])
     more = labelled(small, silent, tmp_path / "p", questions=_QUESTIONS)
-    assert [each.alone for each in more] == [each.alone for each in one]
-    assert all(each.alone == () for each in plain)
+    assert [each.continuations for each in more] == [each.continuations for each in one]
+    assert all(each.continuations == () for each in plain)
     assert all(mx.array_equal(a.differs, b.differs) for a, b in zip(one, plain, strict=True))
 
 
@@ -203,19 +206,19 @@ def test_an_outcome_that_does_not_change_makes_no_label() -> None:
     ends = [f"The answer is {each}." for each in ("tea (A)", "tea (A)", "milk (B)", "milk (B)")]
     found = LabelledAnswer(
         hidden=mx.zeros((5, 1)),
-        signals=mx.zeros((5, 4)),
+        features=mx.zeros((5, 4)),
         differs=mx.array([0.0, 1.0, 1.0, 0.0, 1.0]),
         logprobs=mx.zeros((5, 2)),
         text=ends[3],
-        tokens=5,
-        alone=tuple(ends[:3]),
+        token_count=5,
+        continuations=tuple(ends[:3]),
     )
-    assert found.targets(question, LabelKind.DIVERGENCE) == [0, 1, 1, 0, 1]
-    assert found.targets(question, LabelKind.CONSEQUENCE) == [0, 0, 1, 0, 0]
-    assert found.targets(question, LabelKind.PREFERENCE) == [0, 0, 1, 0, 0]
+    assert found.make_targets(question, LabelKind.DIVERGENCE) == [0, 1, 1, 0, 1]
+    assert found.make_targets(question, LabelKind.CONSEQUENCE) == [0, 0, 1, 0, 0]
+    assert found.make_targets(question, LabelKind.PREFERENCE) == [0, 0, 1, 0, 0]
     wrong = replace(question, answer="A")
-    assert found.targets(wrong, LabelKind.CONSEQUENCE) == [0, 0, 1, 0, 0]
-    assert found.targets(wrong, LabelKind.PREFERENCE) == [0, 0, 0, 0, 0]
+    assert found.make_targets(wrong, LabelKind.CONSEQUENCE) == [0, 0, 1, 0, 0]
+    assert found.make_targets(wrong, LabelKind.PREFERENCE) == [0, 0, 0, 0, 0]
 
 
 # Fitting

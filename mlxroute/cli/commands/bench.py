@@ -27,7 +27,7 @@ from mlxroute.types import Message
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mlxroute.bench.latency import Grid
+    from mlxroute.bench.latency import LatencyGrid
     from mlxroute.small import SmallModel
 
 RANDOM = "random"
@@ -56,7 +56,9 @@ def run_bench_speed(settings: Settings, *, pairs: int, tokens: int, save: bool) 
             def progress(label: str, done: int, total: int | None) -> None:
                 status.update(f"measuring: answer {done} of {total}")
 
-            report = bench_speed(small, _prompts(), pairs=pairs, tokens=tokens, progress=progress)
+            report = bench_speed(
+                small, _prompts(), pairs=pairs, max_tokens=tokens, progress=progress
+            )
     _show_speed(report, err)
     return finish(report, f"speed-{small.name}", save=save)
 
@@ -68,7 +70,7 @@ def run_bench_latency(
     data: Path | None,
     examples: Path | None,
     shots: int,
-    grid: Grid,
+    grid: LatencyGrid,
     plot: Path | None,
     save: bool,
 ) -> int:
@@ -95,10 +97,10 @@ def run_bench_latency(
         with Reporter(err) as reporter:
             small = load_small(settings, reporter)
         from mlxroute.bench.delayed_server import DelayedServer
-        from mlxroute.bench.latency import bench_latency, large_step_seconds
+        from mlxroute.bench.latency import bench_latency, measure_large_step_s
 
         with err.status("measuring the large model"):
-            large_step_s = large_step_seconds(small, large, asked[:_STREAMED])
+            large_step_s = measure_large_step_s(small, large, asked[:_STREAMED])
 
     record = record_file(settings, "latency", small.name, model)
     with (

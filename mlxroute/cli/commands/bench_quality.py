@@ -53,13 +53,14 @@ def run_bench_quality(
     settings: Settings, sides: Sequence[QualitySide], options: QualityOptions
 ) -> int:
     """Answer the questions with every side; return the exit code."""
-    from mlxroute.bench.oracles import oracles
-    from mlxroute.bench.quality import BUDGETS, Results, bench_quality, step_seconds
+    from mlxroute.bench.oracles import compute_oracles
+    from mlxroute.bench.quality import BUDGETS, QualityResults, bench_quality, measure_step_s
     from mlxroute.cli.large_side import large_model
     from mlxroute.cli.progress import Reporter, counting
     from mlxroute.cli.terminal import consoles
     from mlxroute.ledger import Ledger
-    from mlxroute.training import Replies, collect_labels
+    from mlxroute.recorded.replies import Replies
+    from mlxroute.training.labels import collect_labels
 
     if settings.large is None:
         raise UsageError("bench quality needs a large model's server: --large URL")
@@ -93,10 +94,10 @@ def run_bench_quality(
                 sides=sides,
                 examples=examples,
                 ranks=ranks,
-                tokens=settings.max_tokens,
-                step_s=step_seconds(small, questions[0]),
+                max_tokens=settings.max_tokens,
+                step_s=measure_step_s(small, questions[0]),
                 chats=options.chats,
-                results=Results(record_file(settings, "quality", *models)),
+                results=QualityResults(record_file(settings, "quality", *models)),
                 progress=progress,
             )
             if options.oracles:
@@ -105,13 +106,13 @@ def run_bench_quality(
                     replies,
                     questions,
                     examples=examples,
-                    tokens=settings.max_tokens,
+                    max_tokens=settings.max_tokens,
                     folder=cache_dir_of(settings.cache_dir) / "labels",
                     at_once=options.at_once,
                     progress=progress,
                 )
                 budgets = sorted({*BUDGETS, *(side.budget for side in sides if side.router)})
-                report["oracles"] = oracles(answers, questions, budgets, small.head)
+                report["oracles"] = compute_oracles(answers, questions, budgets, small.head)
     show(report, err)
     source = f"{data.absolute().parent.name}-{data.stem}"
     name = f"quality-{small.name}-{source}"

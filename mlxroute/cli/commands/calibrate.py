@@ -27,7 +27,7 @@ def run_calibrate(settings: Settings, *, data: list[Path], count: int, tokens: i
     _, err = consoles()
     with Reporter(err) as reporter:
         small = load_small(settings, reporter)
-    from mlxroute.training import calibrate
+    from mlxroute.training.calibration import calibrate
 
     named = ", ".join(map(source, data))
     with counting(err) as progress:

@@ -25,7 +25,7 @@ from mlxroute.types import LabelKind
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mlxroute.training import FittedHead
+    from mlxroute.training.head_fitting import FittedHead
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,9 @@ def run_train(settings: Settings, options: TrainOptions) -> int:
         with Reporter(err) as reporter:
             small = load_small(settings, reporter)
         large.pair_vocabulary(small.vocabulary)
-        from mlxroute.training import Replies, collect_labels, fit_head
+        from mlxroute.recorded.replies import Replies
+        from mlxroute.training.head_fitting import fit_head
+        from mlxroute.training.labels import collect_labels
 
         record = record_file(settings, "replies", small.name, large.model_name)
         with (
@@ -74,20 +76,20 @@ def run_train(settings: Settings, options: TrainOptions) -> int:
                 replies,
                 questions,
                 examples=examples,
-                tokens=options.tokens,
+                max_tokens=options.tokens,
                 folder=cache_dir_of(settings.cache_dir) / "labels",
                 at_once=options.at_once,
-                continuing=options.labels in (LabelKind.CONSEQUENCE, LabelKind.PREFERENCE),
+                with_continuations=options.labels in (LabelKind.CONSEQUENCE, LabelKind.PREFERENCE),
                 progress=progress,
             )
-        about = {
+        provenance = {
             "small": small.name,
             "large": large.model_name,
             "data": [source(file) for file in options.data],
             "examples": len(examples),
         }
         with err.status("fitting"):
-            fitted = fit_head(answers, questions, labels=options.labels, about=about)
+            fitted = fit_head(answers, questions, labels=options.labels, provenance=provenance)
     out = options.out or user_head_file(small.name, user_catalog_dir())
     fitted.write(out)
     _show(fitted, err)
