@@ -1,151 +1,90 @@
-"""Where answers go when nobody watches: plain text and JSON Lines."""
+"""Output for people: consoles, notes, tables, and answers as live or plain text."""
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import asdict
+import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from mlxroute.types import Event, LargeToken, Provisional, Retracted, RunStats, Token
+from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_OK
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
-    from mlxroute.cli.session import Session
-    from mlxroute.engine import Answer
+    from mlxroute.view import AnswerStream
+
+WARNING_STYLE = "yellow"
+_NOTE_STYLE = "dim"
 
 
-def consoles() -> tuple[Console, Console]:
-    """Consoles for stdout and stderr."""
+def make_consoles() -> tuple[Console, Console]:
+    """Return consoles for stdout and stderr."""
     from rich.console import Console
 
     return Console(highlight=False), Console(stderr=True, highlight=False)
 
 
+def print_note(console: Console, text: str, *, style: str = _NOTE_STYLE) -> None:
+    """Print text that is not part of an answer, without wrapping it or reading markup in it."""
+    console.print(text, style=style, markup=False, soft_wrap=True)
+
+
+def make_table(*columns: str, title: str | None = None, overflow: bool = False) -> Table:
+    """Return a table without borders; with `overflow`, long cells continue on the next line."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold", title=title)
+    for column in columns:
+        table.add_column(column, overflow="fold" if overflow else "ellipsis")
+    return table
+
+
 def history_path() -> Path:
-    """The file with what was typed in chats."""
+    """Return the path of the file with the messages typed in chats."""
     import platformdirs
 
     return platformdirs.user_state_path("mlxroute") / "chat_history"
 
 
-def write_plain(answer: Answer, *, stream: TextIO, err: Console) -> int:
-    """Text as it comes; one summary line on stderr. 130 after Ctrl-C, else 0."""
+def show_live(
+    answer: AnswerStream, *, heat: bool, threshold: float, out: Console, err: Console
+) -> int:
+    """Show the answer while it is written; return 130 after Ctrl-C, else 0."""
+    from mlxroute.view import LiveView, summary_line
+
+    code = EXIT_OK
+    try:
+        stats = LiveView(out, heat=heat, threshold=threshold).show(answer)
+    except KeyboardInterrupt:
+        code, stats = EXIT_INTERRUPTED, answer.stats()
+    print_note(err, summary_line(stats))
+    return code
+
+
+def write_plain(answer: AnswerStream, *, stream: TextIO, err: Console) -> int:
+    """Write committed text as it is decoded and a summary line to stderr.
+
+    Returns 130 after Ctrl-C, else 0.
+    """
     from mlxroute.view import PlainWriter, summary_line
 
     writer = PlainWriter(stream)
-    code = 0
+    code = EXIT_OK
     try:
         for token in answer:
             writer.write(token.text)
     except KeyboardInterrupt:
-        code = 130
+        code = EXIT_INTERRUPTED
     writer.finish()
-    err.print(summary_line(answer.stats()), style="dim", markup=False, soft_wrap=True)
+    print_note(err, summary_line(answer.stats()))
     return code
 
 
-def write_json(answer: Answer, session: Session, *, stream: TextIO, events: bool = False) -> int:
-    """One object per committed token, then one summary. 130 after Ctrl-C, else 0.
+def discard_stdout() -> None:
+    """Redirect stdout to the null device, so that the flush at exit does not fail too.
 
-    With `events` also one for each token that is shown early, and for each retraction.
+    For a BrokenPipeError: the reader of a pipe may leave before the end, which is no error.
     """
-    code = 0
-    try:
-        for event in answer.events():
-            if events or isinstance(event, Token):
-                write_object(event_object(event), stream)
-    except KeyboardInterrupt:
-        code = 130
-    write_object(summary_object(answer.stats(), session), stream)
-    return code
-
-
-def event_object(event: Event) -> dict[str, Any]:
-    """An event in the form the README documents."""
-    match event:
-        case Provisional():
-            return {
-                "type": "provisional",
-                "index": event.index,
-                "id": event.token_id,
-                "text": event.text,
-                "source": event.source.value,
-            }
-        case Retracted():
-            return {"type": "retracted", "index": event.index}
-        case Token():
-            return token_object(event)
-
-
-def token_object(token: Token) -> dict[str, Any]:
-    """A token in the form the README documents."""
-    escalation = token.escalation
-    return {
-        "type": "token",
-        "index": token.index,
-        "id": token.token_id,
-        "text": token.text,
-        "source": token.source.value,
-        "score": token.score,
-        "threshold": token.threshold,
-        "judgement": token.judgement.value,
-        "entropy_nats": token.signals.entropy_nats,
-        "margin": token.signals.margin,
-        "small_id": token.signals.token_id,
-        "escalated": escalation is not None and escalation.large is not None,
-        "checked": token.checked,
-        "large": _large_object(escalation.large) if escalation and escalation.large else None,
-        "prefetched": escalation.prefetched if escalation else False,
-        "failure": escalation.failure if escalation else None,
-        "time_s": round(token.time_s, 6),
-    }
-
-
-def summary_object(stats: RunStats, session: Session) -> dict[str, Any]:
-    """A summary in the form the README documents."""
-    numbers = {
-        key: round(value, 6) if isinstance(value, float) else value
-        for key, value in asdict(stats).items()
-    }
-    return {
-        "type": "summary",
-        **numbers,
-        # Cheap tokens cost less than rounding leaves.
-        "cost_estimate": stats.cost_estimate,
-        "escalation_rate": stats.escalation_rate,
-        "agreement": stats.agreement,
-        "router": session.router_name,
-        "threshold": session.threshold,
-        "budget": session.budget,
-        "small": session.small.name,
-        "large": session.large.model_name if session.large else None,
-    }
-
-
-def _large_object(large: LargeToken) -> dict[str, Any]:
-    return {
-        "id": large.token_ids[0] if len(large.token_ids) == 1 else None,
-        "ids": list(large.token_ids),
-        "text": large.text,
-        "logprob": large.logprob,
-        "top": [list(entry) for entry in large.top],
-        "latency_s": round(large.latency_s, 6),
-    }
-
-
-def write_object(value: dict[str, Any], stream: TextIO) -> None:
-    """Write one line of JSON and flush it."""
-    stream.write(json.dumps(_finite(value)) + "\n")
-    stream.flush()
-
-
-def _finite(value: Any) -> Any:
-    """Infinities and NaN are no JSON: they become the strings "inf", "-inf" and "nan"."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value if not isinstance(value, float) or math.isfinite(value) else repr(value)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,148 @@
+"""Answers as JSON Lines: the public form of tokens, events and summaries.
+
+Every key is written out here, so that renaming a field of the library cannot change the output.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any, TextIO
+
+from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_OK
+from mlxroute.types import Event, LargeToken, Provisional, Retracted, RunStats, Token
+
+if TYPE_CHECKING:
+    from mlxroute.cli.session import Session
+    from mlxroute.engine import Answer
+
+
+def write_json(answer: Answer, session: Session, *, stream: TextIO, events: bool = False) -> int:
+    """Write one object per committed token, then a summary; return 130 after Ctrl-C, else 0.
+
+    With `events`, also write one object per provisional token and per retraction.
+    """
+    code = EXIT_OK
+    try:
+        for event in answer.events():
+            if events or isinstance(event, Token):
+                write_object(event_object(event), stream)
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    write_object(summary_object(answer.stats(), session), stream)
+    return code
+
+
+def event_object(event: Event) -> dict[str, Any]:
+    """Return the JSON object of an event."""
+    match event:
+        case Provisional():
+            return {
+                "type": "provisional",
+                "index": event.index,
+                "id": event.token_id,
+                "text": event.text,
+                "source": event.source.value,
+            }
+        case Retracted():
+            return {"type": "retracted", "index": event.index}
+        case Token():
+            return token_object(event)
+
+
+def token_object(token: Token) -> dict[str, Any]:
+    """Return the JSON object of a committed token."""
+    escalation = token.escalation
+    large = None if escalation is None else escalation.large
+    return {
+        "type": "token",
+        "index": token.index,
+        "id": token.token_id,
+        "text": token.text,
+        "source": token.source.value,
+        "score": token.score,
+        "threshold": token.threshold,
+        "judgement": token.judgement.value,
+        "entropy_nats": token.signals.entropy_nats,
+        "margin": token.signals.margin,
+        "small_id": token.signals.token_id,
+        "escalated": large is not None,
+        "checked": token.checked,
+        "large": None if large is None else _large_object(large),
+        "prefetched": escalation.prefetched if escalation else False,
+        "failure": escalation.failure if escalation else None,
+        "time_s": round(token.time_s, 6),
+    }
+
+
+def _large_object(large: LargeToken) -> dict[str, Any]:
+    return {
+        "id": large.token_ids[0] if len(large.token_ids) == 1 else None,
+        "ids": list(large.token_ids),
+        "text": large.text,
+        "logprob": large.logprob,
+        "top": [list(pair) for pair in large.top],
+        "latency_s": round(large.latency_s, 6),
+    }
+
+
+def summary_object(stats: RunStats, session: Session) -> dict[str, Any]:
+    """Return the JSON object of an answer's summary."""
+    return {
+        "type": "summary",
+        "text": stats.text,
+        "tokens": stats.tokens,
+        "large_tokens": stats.large_tokens,
+        "escalated": stats.escalated,
+        "agreed": stats.agreed,
+        "fallbacks": stats.fallbacks,
+        "unchecked": stats.unchecked,
+        "withheld": stats.withheld,
+        "finish_reason": stats.finish_reason.value,
+        "prompt_tokens": stats.prompt_tokens,
+        "cached_prompt_tokens": stats.cached_prompt_tokens,
+        "ttft_s": round(stats.ttft_s, 6),
+        "itl_p50_s": round(stats.itl_p50_s, 6),
+        "itl_p95_s": round(stats.itl_p95_s, 6),
+        "stall_s": round(stats.stall_s, 6),
+        "tokens_per_s": round(stats.tokens_per_s, 6),
+        "total_s": round(stats.total_s, 6),
+        "requests": stats.requests,
+        "uploaded_tokens": stats.uploaded_tokens,
+        "uploaded_bytes": stats.uploaded_bytes,
+        "large_cached_tokens": stats.large_cached_tokens,
+        "large_completion_tokens": stats.large_completion_tokens,
+        # Not rounded: a cheap token costs less than 1e-6.
+        "cost_estimate": stats.cost_estimate,
+        "mode": stats.mode.value,
+        "calls": stats.calls,
+        "retracted": stats.retracted,
+        "prefetch_generated": stats.prefetch_generated,
+        "prefetch_used": stats.prefetch_used,
+        "held": stats.held,
+        "redecoded": stats.redecoded,
+        "plan": stats.plan,
+        "advice": stats.advice,
+        "escalation_rate": stats.escalation_rate,
+        "agreement": stats.agreement,
+        "router": session.routing.name,
+        "threshold": session.routing.threshold,
+        "budget": session.routing.budget,
+        "small": session.small.name,
+        "large": session.large.model_name if session.large else None,
+    }
+
+
+def write_object(value: dict[str, Any], stream: TextIO) -> None:
+    """Write one line of JSON and flush it."""
+    stream.write(json.dumps(_replace_non_finite(value)) + "\n")
+    stream.flush()
+
+
+def _replace_non_finite(value: Any) -> Any:
+    """Return a value with infinities and NaN, which JSON lacks, as "inf", "-inf" and "nan"."""
+    if isinstance(value, dict):
+        return {key: _replace_non_finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_replace_non_finite(item) for item in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else repr(value)

@@ -1,0 +1,100 @@
+"""Options of commands, made from the declared settings."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+import typer
+
+from mlxroute.config import Settings, default_config_path, load_settings, parse_share
+from mlxroute.config.settings import Setting, declared_settings
+from mlxroute.errors import ConfigError
+
+LoadSettings = Callable[[Mapping[str, Any]], Settings]
+"""Makes settings from the flags of a command; a flag of None is not set."""
+
+
+def load_all_settings(flags: Mapping[str, Any]) -> Settings:
+    """Return the settings of the flags, the environment and the config file."""
+    return load_settings(flags, environ=os.environ, path=default_config_path())
+
+
+def with_setting_options(
+    run: Callable[..., int], command: str, *, load: LoadSettings = load_all_settings
+) -> Callable[..., None]:
+    """Return `run` as typer takes it: with an option for each setting of the command.
+
+    `run` takes the merged settings as `settings` beside its own parameters, and returns the exit
+    code. `command` is the name that the declarations use, as `bench speed`.
+    """
+    options = {
+        name: _option(setting)
+        for name, setting in declared_settings().items()
+        if command in setting.commands
+    }
+    signature = inspect.signature(run, eval_str=True)
+    own = [item for name, item in signature.parameters.items() if name != "settings"]
+
+    def invoke(**arguments: Any) -> None:
+        flags = {name: replace_undecodable(arguments.pop(name)) for name in options}
+        raise typer.Exit(run(settings=load(flags), **arguments))
+
+    invoke.__doc__ = run.__doc__
+    invoke.__annotations__ = {}
+    invoke.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*_keyword_only(own), *options.values()], return_annotation=None
+    )
+    return invoke
+
+
+def replace_undecodable(value: Any) -> Any:
+    """Return a flag's value with bytes that are not UTF-8 replaced, and a list as a tuple."""
+    if isinstance(value, list):
+        return tuple(replace_undecodable(item) for item in value)
+    if isinstance(value, str):
+        return value.encode(errors="surrogateescape").decode(errors="replace")
+    return value
+
+
+def parse_budget(text: str) -> float:
+    """Parse a share for typer, which shows the error as one of the option."""
+    try:
+        return parse_share(text)
+    except ConfigError as exc:
+        raise typer.BadParameter(str(exc)) from exc
+
+
+def _keyword_only(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
+    return [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in parameters]
+
+
+def _option(setting: Setting) -> inspect.Parameter:
+    """Return the parameter that typer makes an option of; its default None means not given."""
+    annotation: Any = setting.choices or setting.kind
+    if setting.kind is tuple:
+        annotation = list[str]
+    option = typer.Option(
+        setting.flag, help=setting.help, metavar=setting.metavar, parser=_parser(setting)
+    )
+    return inspect.Parameter(
+        setting.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[annotation | None, option],
+    )
+
+
+def _parser(setting: Setting) -> Callable[[str], float] | None:
+    if setting.is_share:
+        return parse_budget
+    return _parse_number if setting.is_unbounded else None
+
+
+def _parse_number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as exc:
+        raise typer.BadParameter(f"{text!r} is not a number, inf or -inf") from exc

@@ -1,0 +1,307 @@
+"""Every setting, declared once.
+
+A field of `Settings` is the only place where a setting is declared. Its flag (`--max-tokens`), its
+environment variable (`MLXROUTE_MAX_TOKENS`), its key in the config file (`max_tokens`) and its row
+in docs/settings.md follow from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from functools import cache
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from mlxroute.errors import ConfigError
+from mlxroute.types import Mode
+
+DEFAULT_KEY_ENV = "OPENAI_API_KEY"
+_VARIABLE_PREFIX = "MLXROUTE_"
+
+_ANSWERS = ("chat", "ask")
+_OWN_SMALL = (*_ANSWERS, "calibrate", "bench speed")
+_ALL_SMALL = (*_OWN_SMALL, "train", "bench latency", "bench quality")
+_OWN_SERVER = (*_ANSWERS, "train", "probe")
+_OFFLINE = (*_OWN_SMALL, "pull", "probe", "doctor")
+_EVERYWHERE = (
+    *(*_ALL_SMALL, "demo", "models", "pull", "host", "probe", "doctor"),
+    "bench kernels",
+)
+
+_Value = TypeVar("_Value")
+
+
+class RouterName(StrEnum):
+    """Routers that the command line knows."""
+
+    ENTROPY = "entropy"
+    MARGIN = "margin"
+    MAX_PROBABILITY = "max-probability"
+    LOGU = "logu"
+    HEAD = "head"
+    RANDOM = "random"
+
+
+class KernelName(StrEnum):
+    """Implementations of the logit kernel; `auto` is Metal where it works, else the graph."""
+
+    AUTO = "auto"
+    METAL = "metal"
+    GRAPH = "graph"
+
+
+def _setting(
+    default: _Value,
+    text: str,
+    *,
+    metavar: str | None = None,
+    commands: Sequence[str] = (),
+    variable: str | None = None,
+    choices: type[StrEnum] | None = None,
+    share: bool = False,
+    unbounded: bool = False,
+) -> _Value:
+    """Declare a setting.
+
+    `text` is its help; `commands` are those that take its flag, none for a setting of the config
+    file and environment only; `variable` is a second environment variable, read after its own;
+    `choices` are the values that its flag takes; a `share` may be written as `7%` or `0.07`; an
+    `unbounded` number may be inf or -inf.
+    """
+    about = {
+        "help": text,
+        "metavar": metavar,
+        "commands": tuple(commands),
+        "second_variable": variable,
+        "choices": choices,
+        "is_share": share,
+        "is_unbounded": unbounded,
+    }
+    return field(default=default, metadata=about)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The settings of one run. None means not set: a default applies where the value is used."""
+
+    small: str | None = _setting(
+        None,
+        "Small model: catalogue name, folder, .gguf file or hub id.",
+        metavar="NAME",
+        commands=_ALL_SMALL,
+    )
+    large: str | None = _setting(
+        None,
+        "Server of the large model, e.g. http://host:8000/v1.",
+        metavar="URL",
+        commands=(*_ANSWERS, "train", "doctor", "bench latency", "bench quality"),
+        variable="OPENAI_BASE_URL",
+    )
+    large_model: str | None = _setting(
+        None,
+        "Model to use if the server has several.",
+        metavar="ID",
+        commands=(*_OWN_SERVER, "bench latency", "bench quality"),
+    )
+    adapter: str | None = _setting(
+        None,
+        "Folder with LoRA weights for the small model.",
+        metavar="DIR",
+        commands=_OWN_SMALL,
+    )
+    router: str | None = _setting(
+        None,
+        "Score that decides which tokens the large model is asked for.",
+        commands=_ANSWERS,
+        choices=RouterName,
+    )
+    head: str | None = _setting(
+        None,
+        "Learned head for `--router head`, as written by `train`.",
+        metavar="FILE",
+        commands=(*_ANSWERS, "bench quality"),
+    )
+    threshold: float | None = _setting(
+        None,
+        "Ask the large model above this score; inf never asks, -inf always.",
+        metavar="X",
+        commands=(*_ANSWERS, "demo"),
+        unbounded=True,
+    )
+    budget: float | None = _setting(
+        None,
+        "Ask the large model for at most this share of the tokens, e.g. 7%.",
+        metavar="SHARE",
+        commands=(*_ANSWERS, "demo"),
+        share=True,
+    )
+    mode: str = _setting(
+        "auto",
+        "What to do during a call to the large model; every mode gives the same text.",
+        commands=_ANSWERS,
+        choices=Mode,
+    )
+    prefetch: int | None = _setting(
+        None,
+        "Extra tokens to request with each call, from 0 to 64.",
+        metavar="N",
+        commands=_ANSWERS,
+    )
+    call_ceiling: float | None = _setting(
+        None,
+        "Most calls per escalated token. Default: no limit, or 1.5 if prices are set.",
+        metavar="X",
+        commands=_ANSWERS,
+    )
+    kernel: str = _setting(
+        "auto",
+        "Implementation of the logit kernel.",
+        commands=_OWN_SMALL,
+        choices=KernelName,
+    )
+    max_tokens: int = _setting(
+        512, "Longest answer, in tokens.", metavar="N", commands=_ANSWERS
+    )
+    temperature: float = _setting(
+        0.0,
+        "Sampling temperature of the small model; 0 is greedy.",
+        metavar="T",
+        commands=_ANSWERS,
+    )
+    top_p: float = _setting(
+        1.0,
+        "Nucleus sampling of the small model: probability mass to keep, up to 1.",
+        metavar="P",
+        commands=_ANSWERS,
+    )
+    seed: int | None = _setting(
+        None, "Random seed, for repeatable sampling.", metavar="N", commands=_ANSWERS
+    )
+    stop: tuple[str, ...] = _setting(
+        (), "End the answer before this text; repeatable.", metavar="TEXT", commands=_ANSWERS
+    )
+    system: str | None = _setting(
+        None, "System prompt.", metavar="TEXT", commands=_ANSWERS
+    )
+    timeout: float = _setting(
+        30.0,
+        "Seconds that one call, and all failures of one answer together, may take.",
+        metavar="S",
+        commands=(*_OWN_SERVER, "bench quality"),
+    )
+    key_env: str = _setting(
+        DEFAULT_KEY_ENV,
+        "Environment variable with the server's key.",
+        metavar="VARIABLE",
+        commands=_OWN_SERVER,
+    )
+    key_file: str | None = _setting(
+        None,
+        "File (mode 0600) with the server's key.",
+        metavar="FILE",
+        commands=_OWN_SERVER,
+    )
+    ca_bundle: str | None = _setting(
+        None,
+        "PEM file of the certificate authorities to trust instead of the public ones.",
+        metavar="FILE",
+        commands=(*_OWN_SERVER, "doctor"),
+    )
+    cache_dir: str | None = _setting(
+        None, "Folder for model weights.", metavar="DIR", commands=_EVERYWHERE
+    )
+    ledger: str | None = _setting(
+        None,
+        "Write every request body that is sent to this file.",
+        metavar="FILE",
+        commands=_OWN_SERVER,
+    )
+    never_send: tuple[str, ...] = _setting(
+        (),
+        "Never escalate once the context matches this regular expression; repeatable.",
+        metavar="PATTERN",
+        commands=_ANSWERS,
+    )
+    never_send_file: tuple[str, ...] = _setting(
+        (),
+        "File with one --never-send pattern per line; repeatable.",
+        metavar="FILE",
+        commands=_ANSWERS,
+    )
+    price_input: float | None = _setting(None, "Price of a million input tokens.")
+    price_cached_input: float | None = _setting(
+        None, "Price of a million input tokens from the server's cache. Default: `price_input`."
+    )
+    price_output: float | None = _setting(None, "Price of a million output tokens.")
+    offline: bool = _setting(False, "Open no network connection.", commands=_OFFLINE)
+    strict: bool = _setting(
+        False, "Stop with exit code 3 if the large model fails.", commands=_ANSWERS
+    )
+    heat: bool = _setting(
+        False, "Shade every token by its entropy.", commands=(*_ANSWERS, "demo")
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A declared setting, as flags, sources and documentation read it.
+
+    `kind` is bool, int, float, str, or tuple for a list of texts. `variables` are the environment
+    variables to read, the first that is present counts.
+    """
+
+    name: str
+    kind: type
+    default: Any
+    help: str
+    metavar: str | None
+    commands: tuple[str, ...]
+    variables: tuple[str, ...]
+    choices: type[StrEnum] | None
+    is_share: bool
+    is_unbounded: bool
+
+    @property
+    def flag(self) -> str:
+        """The option that sets it on the command line."""
+        return f"--{self.name.replace('_', '-')}"
+
+
+@cache
+def declared_settings() -> dict[str, Setting]:
+    """Return all settings by name, in the order of their declaration."""
+    annotations = get_type_hints(Settings)
+    settings = {}
+    for item in fields(Settings):
+        about = dict(item.metadata)
+        own, second = f"{_VARIABLE_PREFIX}{item.name.upper()}", about.pop("second_variable")
+        settings[item.name] = Setting(
+            name=item.name,
+            kind=_kind(annotations[item.name]),
+            default=item.default,
+            variables=(own, second) if second else (own,),
+            **about,
+        )
+    return settings
+
+
+def _kind(annotation: Any) -> type:
+    """Return the type of a value that is set: `float` for `float | None`."""
+    if isinstance(annotation, UnionType):
+        (annotation,) = (member for member in get_args(annotation) if member is not type(None))
+    return tuple if get_args(annotation) else annotation  # type: ignore[no-any-return]
+
+
+def parse_share(text: str) -> float:
+    """Parse a share as people write it, `7%` or `0.07`. Raises ConfigError."""
+    number, is_percent = text.strip().removesuffix("%"), text.strip().endswith("%")
+    try:
+        value = float(number) / (100 if is_percent else 1)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{text!r} is not a share from 0% to 100%; write 7% or 0.07")
+    return value

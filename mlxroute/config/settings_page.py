@@ -1,0 +1,44 @@
+"""The documentation page of all settings."""
+
+from __future__ import annotations
+
+from mlxroute.config.settings import Setting, declared_settings
+
+_HEAD = """\
+# Settings
+
+A flag overrides an environment variable, which overrides the config file (`config.toml` in the
+platform's config folder, or the file named by `MLXROUTE_CONFIG`). In the config file a setting has
+the name in the first column. `threshold` and `budget` replace each other; `never_send` and
+`never_send_file` add up over all three sources.
+
+| setting | type | default | flag of | environment | meaning |
+|---|---|---|---|---|---|
+"""
+
+
+def settings_page() -> str:
+    """Return docs/settings.md: one row for each declared setting."""
+    return _HEAD + "".join(_row(setting) for setting in declared_settings().values())
+
+
+def _row(setting: Setting) -> str:
+    flag = f"`{setting.flag}`: {', '.join(setting.commands)}" if setting.commands else "none"
+    variables = ", ".join(f"`{name}`" for name in setting.variables)
+    cells = (f"`{setting.name}`", _type(setting), _default(setting), flag, variables, setting.help)
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _type(setting: Setting) -> str:
+    if setting.choices is not None:
+        return ", ".join(f"`{name}`" for name in setting.choices)
+    if setting.is_share:
+        return "share, `7%` or `0.07`"
+    names = {bool: "true or false", int: "integer", float: "number", str: "text"}
+    return names.get(setting.kind, "list of texts")
+
+
+def _default(setting: Setting) -> str:
+    if setting.kind is bool:
+        return str(setting.default).lower()
+    return "none" if setting.default in (None, ()) else f"`{setting.default}`"
