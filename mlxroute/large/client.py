@@ -168,7 +168,7 @@ class LargeModel(Closeable):
         """
         with self._turn:
             self._settlement.settle(thorough=True)
-            return self._pairings.of(vocabulary).builder.same
+            return self._pairings.of(vocabulary).builder.same_vocabulary
 
     @property
     def knows_chat_template(self) -> bool:
@@ -177,7 +177,7 @@ class LargeModel(Closeable):
             return False
         builder = self._pairings.latest.builder
         by_server = builder.form is not PromptForm.TEXT
-        return builder.same or by_server or isinstance(builder.tokens, FileTokenSource)
+        return builder.same_vocabulary or by_server or isinstance(builder.tokens, FileTokenSource)
 
     @property
     def max_in_flight(self) -> int:

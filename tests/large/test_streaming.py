@@ -229,7 +229,7 @@ def test_a_cancelled_stream_ends_and_what_came_of_it_is_counted(server: Loopback
 def test_a_token_without_text_waits_for_what_it_turns_out_to_be() -> None:
     # Of another vocabulary, so that an id alone says nothing.
     reader = TokenReader()
-    bridge = Bridge(reader, VOCABULARY, same=False)
+    bridge = Bridge(reader, VOCABULARY, same_vocabulary=False)
     entries = (
         ReplyPosition(ReplyToken(5, data=b"a")),
         ReplyPosition(ReplyToken(6)),

@@ -18,13 +18,13 @@ from mlxroute.large.negotiation import probe_questions
 from mlxroute.large.negotiation.prober import Found, NoUsableDialect, Prober
 from mlxroute.large.negotiation.served_models import ServedModel, listed, served_models
 from mlxroute.large.negotiation.verdict_file import Verdict, VerdictFile
-from mlxroute.large.vocabulary.same_vocabulary import (
-    fingerprint,
-    same_decoded,
-    same_entries,
-    same_named,
-)
 from mlxroute.large.vocabulary.token_sources import FileTokenSource, Tokenizer, TokenSource
+from mlxroute.large.vocabulary.vocabulary_comparison import (
+    compare_decoded,
+    compare_entries,
+    compare_pieces,
+    fingerprint,
+)
 from mlxroute.types import Vocabulary
 
 _MISFITS: Final = 2
@@ -114,9 +114,9 @@ class Negotiator:
         same: bool | None
         match self.tokens:
             case FileTokenSource() as files:
-                same = same_entries(vocabulary, files.tokenizer.vocabulary)
+                same = compare_entries(vocabulary, files.tokenizer.vocabulary)
             case TokenizeRoutes() as routes:
-                same = same_decoded(vocabulary, routes.decode)
+                same = compare_decoded(vocabulary, routes.decode)
             case _:
                 same = self._named_alike(vocabulary)
         if same is not None and verdict is not None and self._verdicts is not None:
@@ -131,11 +131,11 @@ class Negotiator:
         reader, prober, before = self._asker.reader, self._prober(), 0
         for question in probe_questions.MANY_TOKENS:
             named = reader.pieces_by_id
-            if len(named) == before or same_named(vocabulary, named) is not None:
+            if len(named) == before or compare_pieces(vocabulary, named) is not None:
                 break
             before = len(named)
             prober.have_named(self.terms.dialect, question)
-        return same_named(vocabulary, reader.pieces_by_id)
+        return compare_pieces(vocabulary, reader.pieces_by_id)
 
     def _look_around(self) -> None:
         """Which models there are, and where ids of the large vocabulary come from."""

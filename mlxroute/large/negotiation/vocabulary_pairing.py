@@ -52,10 +52,10 @@ class Pairings:
                 dialect,
                 PromptBuilder(
                     dialect.form,
-                    same=same,
+                    same_vocabulary=same,
                     tokens=settlement.tokens,
                     replays_fragments=dialect.crashes_on_cached_prompts,
                 ),
-                Bridge(reader, vocabulary, same=same),
+                Bridge(reader, vocabulary, same_vocabulary=same),
             )
         return known

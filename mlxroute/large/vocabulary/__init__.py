@@ -1,1 +1,1 @@
-"""Two vocabularies: prompts for the large model, its tokens in the small model's ids."""
+"""Two vocabularies: prompts for the large model, and its tokens as ids of the small model."""

@@ -1,4 +1,4 @@
-"""From tokens of the large model to ids of the small model's vocabulary, by bytes, never text."""
+"""The bridge from tokens of the large model to ids of the small vocabulary, by their bytes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from mlxroute.errors import LargeProtocolError
 from mlxroute.large.reply import ReplyPosition, ReplyToken
 from mlxroute.large.vocabulary.token_reader import REPLACEMENT, TokenReader
+from mlxroute.tokenizers.utf8 import decode_or_none
 from mlxroute.types import Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
 class BridgedToken:
-    """Large tokens in the small vocabulary; `text` is empty for a fragment or special token.
+    """A large token as ids of the small vocabulary.
 
-    `large_ids` are their ids in the large vocabulary, empty when the server names none. `count` is
-    the number of positions they took.
+    `text` is empty for a part of a character and for a special token. `top` are the alternatives
+    as (text, logprob). `large_ids` are the ids in the large vocabulary, empty when the server
+    names none. `position_count` is the number of reply positions that the token takes up.
     """
 
     token_ids: tuple[int, ...]
@@ -24,114 +26,135 @@ class BridgedToken:
     is_eos: bool
     top: tuple[tuple[str, float], ...]
     large_ids: tuple[int, ...] = ()
-    count: int = 1
+    position_count: int = 1
 
 
 class Bridge:
-    """Translates what one server writes; `same` says that both models share their vocabulary."""
+    """Translates the tokens of one server.
 
-    def __init__(self, reader: TokenReader, vocabulary: Vocabulary, *, same: bool) -> None:
+    `same_vocabulary` says that both models share their vocabulary; then ids pass through.
+    """
+
+    def __init__(
+        self, reader: TokenReader, vocabulary: Vocabulary, *, same_vocabulary: bool
+    ) -> None:
         self._reader = reader
         self._vocabulary = vocabulary
-        self._same = same
+        self._same_vocabulary = same_vocabulary
 
-    def token(self, entries: Sequence[ReplyPosition], text: str) -> BridgedToken | None:
-        """The first of these positions, or as many as make up a whole character.
+    def first_token(self, positions: Sequence[ReplyPosition], text: str) -> BridgedToken | None:
+        """Translate the first position, or the fewest positions that end on a whole character.
 
-        None when they end inside one: more of them must be asked for. `text` is the server's own
-        reading of all of them. Raises LargeProtocolError for what cannot be spelled.
+        `text` is the server's own decoding of all positions. Returns None when they end inside a
+        character, so that more of them are needed. Raises LargeProtocolError for a token that the
+        small vocabulary cannot spell.
         """
-        first = entries[0]
+        first = positions[0]
         top = tuple(
-            (self._shown(other), other.logprob) for other in first.top if other.logprob is not None
+            (self._display(other), other.logprob)
+            for other in first.top
+            if other.logprob is not None
         )
-        if (end := self._end(first)) is not None:
-            return BridgedToken((end,), "", is_eos=True, top=top, large_ids=_ids([first]))
+        if (end := self._end_id(first)) is not None:
+            return BridgedToken((end,), "", is_eos=True, top=top, large_ids=_large_ids([first]))
         if (shared := self._shared_id(first.token)) is not None:
-            shown = _whole(self._vocabulary.token_bytes(shared)) or ""
-            return BridgedToken((shared,), shown, is_eos=False, top=top, large_ids=(shared,))
-        found = self._character(entries, text)
-        if found is None:
+            shared_text = decode_or_none(self._vocabulary.token_bytes(shared)) or ""
+            return BridgedToken((shared,), shared_text, is_eos=False, top=top, large_ids=(shared,))
+        whole = self._whole_characters(positions, text)
+        if whole is None:
             return None
-        spelled, count = found
+        spelled, count = whole
         ids = self._vocabulary.encode(spelled)
         if b"".join(map(self._vocabulary.token_bytes, ids)) != spelled.encode():
             raise LargeProtocolError(f"the small model's vocabulary cannot spell {spelled!r}")
-        named = _ids(entries[:count])
-        return BridgedToken(ids, spelled, is_eos=False, top=top, large_ids=named, count=count)
+        return BridgedToken(
+            ids,
+            spelled,
+            is_eos=False,
+            top=top,
+            large_ids=_large_ids(positions[:count]),
+            position_count=count,
+        )
 
-    def tokens(self, entries: Sequence[ReplyPosition]) -> list[BridgedToken]:
-        """As many tokens as these positions spell one after the other, each as `token` has it.
+    def all_tokens(self, positions: Sequence[ReplyPosition]) -> list[BridgedToken]:
+        """Translate as many tokens as the positions spell one after the other.
 
-        Raises LargeProtocolError where already the first cannot be spelled.
+        Each is what `first_token` returns there. Raises LargeProtocolError if the first one cannot
+        be spelled.
         """
-        found: list[BridgedToken] = []
-        while entries and not (found and found[-1].is_eos):
+        tokens: list[BridgedToken] = []
+        while positions and not (tokens and tokens[-1].is_eos):
             try:
-                bridged = self.token(entries, "")
+                token = self.first_token(positions, "")
             except LargeProtocolError:
-                if not found:
+                if not tokens:
                     raise
                 break
-            if bridged is None:
+            if token is None:
                 break
-            found.append(bridged)
-            entries = entries[bridged.count :]
-        return found
+            tokens.append(token)
+            positions = positions[token.position_count :]
+        return tokens
 
-    def _character(self, entries: Sequence[ReplyPosition], text: str) -> tuple[str, int] | None:
-        """The text of the fewest positions that end on a whole character, and their number."""
+    def _whole_characters(
+        self, positions: Sequence[ReplyPosition], text: str
+    ) -> tuple[str, int] | None:
+        """Return the text and the number of the fewest positions that end on a whole character."""
         data = b""
-        for count, entry in enumerate(entries, start=1):
-            if self._reader.is_special(entry.token):
-                name = entry.token.piece or entry.token.text or entry.token.token_id
+        for count, position in enumerate(positions, start=1):
+            token = position.token
+            if self._reader.is_special(token):
+                name = token.piece or token.text or token.token_id
                 raise LargeProtocolError(
-                    f"the large model's special token {name} is none of the small model's"
+                    f"the small model has no token for the large model's special token {name}"
                 )
-            piece = None if self._reader.ends(entry) else self._reader.text_bytes(entry.token)
-            if piece is None:
+            token_bytes = None if self._reader.ends(position) else self._reader.text_bytes(token)
+            if token_bytes is None:
                 break
-            data += piece
-            if whole := _whole(data):
+            data += token_bytes
+            if whole := decode_or_none(data):
                 return whole, count
         else:
             return None
-        # The server names no bytes for one of them: its own reading must do, once it is whole.
-        if text and REPLACEMENT not in text and not any(map(self._reader.ends, entries)):
-            return text, len(entries)
+        # The server names no bytes for one of them; its decoding of all of them serves instead.
+        if text and REPLACEMENT not in text and not any(map(self._reader.ends, positions)):
+            return text, len(positions)
         return None
 
-    def _end(self, entry: ReplyPosition) -> int | None:
-        """The small model's end token when this position ends the answer, None otherwise."""
-        ends = sorted(self._vocabulary.eos_ids)
-        if entry.token.piece is not None:
-            for end in ends:
-                if self._vocabulary.piece(end) == entry.token.piece:
-                    return end
-        if self._same and entry.token.token_id in ends:
-            return entry.token.token_id
-        return ends[0] if self._reader.ends(entry) and ends else None
+    def _end_id(self, position: ReplyPosition) -> int | None:
+        """Return the small model's end token if the answer ends here, None otherwise."""
+        eos_ids = sorted(self._vocabulary.eos_ids)
+        token = position.token
+        if token.piece is not None:
+            for eos_id in eos_ids:
+                if self._vocabulary.piece(eos_id) == token.piece:
+                    return eos_id
+        if self._same_vocabulary and token.token_id in eos_ids:
+            return token.token_id
+        return eos_ids[0] if self._reader.ends(position) and eos_ids else None
 
     def _shared_id(self, token: ReplyToken) -> int | None:
-        """The token's id if the small vocabulary has the same token under it.
+        """Return the token's id if the small vocabulary has the same token under it.
 
-        Of two different vocabularies no fragment passes: the large one could not go on from it.
+        Between different vocabularies a part of a character has no shared id: the large model
+        could not continue from it.
         """
-        identity = token.token_id
-        if identity is None or (piece := self._vocabulary.piece(identity)) is None:
+        token_id = token.token_id
+        if token_id is None or (piece := self._vocabulary.piece(token_id)) is None:
             return None
-        if self._same:
-            return identity
-        if _whole(self._vocabulary.token_bytes(identity)) is None:
+        if self._same_vocabulary:
+            return token_id
+        if decode_or_none(self._vocabulary.token_bytes(token_id)) is None:
             return None
         if token.piece is not None:
-            return identity if piece == token.piece else None
-        own = self._reader.vocabulary
-        if own is not None:
-            return identity if own.piece(identity) == piece else None
+            return token_id if piece == token.piece else None
+        large = self._reader.vocabulary
+        if large is not None:
+            return token_id if large.piece(token_id) == piece else None
         return None
 
-    def _shown(self, token: ReplyToken) -> str:
+    def _display(self, token: ReplyToken) -> str:
+        """Return the text of an alternative, with stray bytes as escapes; empty if special."""
         if self._reader.is_special(token):
             return ""
         data = self._reader.text_bytes(token)
@@ -140,13 +163,7 @@ class Bridge:
         return token.piece or token.text or ("" if token.token_id is None else f"#{token.token_id}")
 
 
-def _ids(entries: Sequence[ReplyPosition]) -> tuple[int, ...]:
-    ids = tuple(entry.token.token_id for entry in entries)
+def _large_ids(positions: Sequence[ReplyPosition]) -> tuple[int, ...]:
+    """Return the ids of all positions; none if one of them has no id."""
+    ids = tuple(position.token.token_id for position in positions)
     return tuple(i for i in ids if i is not None) if None not in ids else ()
-
-
-def _whole(data: bytes) -> str | None:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        return None

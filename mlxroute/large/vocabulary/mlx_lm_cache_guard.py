@@ -1,8 +1,8 @@
-"""What a server has probably cached of our requests, so that no prompt equals it exactly.
+"""Avoids prompts that are equal to a sequence in the prompt cache of `mlx_lm.server`.
 
-`mlx_lm.server` keeps a finished request under its prompt and all generated tokens. A later prompt
-equal to such a sequence leaves it nothing to compute, and its generation thread dies. So such a
-prompt is sent without its last tokens, which the greedy reply then has to repeat first.
+The server caches a finished request under its prompt and all generated tokens. A later prompt equal
+to such a sequence leaves it nothing to compute, and its generation thread dies. So such a prompt is
+sent without its last tokens, which the greedy reply then has to repeat first.
 """
 
 from __future__ import annotations
@@ -12,26 +12,27 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from mlxroute.tokenizers.utf8 import decode_or_none
 from mlxroute.types import LargeContext
 
-# The server's default is 10 sequences; a user can give it more.
-_FINISHED = 512
-_UNREAD = 16
-# Ids of the small vocabulary that a token of another large one takes, at most, but for oddities.
-_SPELLED = 8
+# The server's default is 10 sequences; its user can set more.
+_MAX_FINISHED = 512
+_MAX_UNREAD = 16
+# Ids of the small vocabulary for one token of another large vocabulary; only oddities take more.
+_MAX_SPELLED = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """The server's count of a prompt's tokens, and of those it had cached."""
+    """The server's counts: tokens of a prompt, and those of them that it had cached."""
 
     prompt: int
     cached: int
 
 
 @dataclass(frozen=True, slots=True)
-class _Finished:
-    """The tokens a request generated, and the length of the whole sequence: bytes and tokens."""
+class _FinishedRequest:
+    """The tokens a request generated; the whole sequence's length in bytes and in tokens."""
 
     tokens: tuple[bytes, ...]
     size: int
@@ -39,36 +40,36 @@ class _Finished:
 
 
 class MlxLmCacheGuard:
-    """Remembers requests by their text and says what to send instead of a dangerous prompt."""
+    """Remembers the requests sent and shortens prompts that would crash the server."""
 
     def __init__(self) -> None:
-        self._finished: OrderedDict[bytes, _Finished] = OrderedDict()
-        # Prompt -> how many tokens each request asked for whose reply was not (yet) read.
+        self._finished: OrderedDict[bytes, _FinishedRequest] = OrderedDict()
+        # Prompt -> `max_tokens` of each of its requests whose reply was not read (yet).
         self._unread: OrderedDict[str, list[int]] = OrderedDict()
 
     def plan(self, prompt: str, *, context: LargeContext | None) -> tuple[str, tuple[bytes, ...]]:
-        """The text to send for `prompt`, and the tokens that must come back before the wanted.
+        """Return the text to send for `prompt`, and the tokens that the reply must repeat first.
 
-        `context` holds the tokens that the end of the prompt is made of, where they are known.
+        `context`, where known, has the tokens that make up the end of the prompt.
         """
         repeated: tuple[bytes, ...] = ()
         while True:
-            shorter = self._shorter(prompt)
+            shorter = self._without_generated(prompt)
             if shorter is None and context is not None:
-                shorter = self._unread_start(prompt, repeated, context)
+                shorter = self._cut_to_unread(prompt, repeated, context)
             if shorter is None:
                 return prompt, repeated
             prompt, tail = shorter
             repeated = (*tail, *repeated)
 
     def record_request(self, prompt: str, *, max_tokens: int) -> None:
-        """A request is on its way; until its reply is read, its cached sequence is unknown."""
+        """Record a request; until its reply is read, the sequence it caches is unknown."""
         self._unread[prompt] = [*self._unread.pop(prompt, ()), max_tokens]
-        if len(self._unread) > _UNREAD:
+        if len(self._unread) > _MAX_UNREAD:
             self._unread.popitem(last=False)
 
     def record_refusal(self, prompt: str, *, max_tokens: int) -> None:
-        """The server generated nothing for a request."""
+        """Record that the server generated nothing for a request."""
         self._unread[prompt].remove(max_tokens)
         if not self._unread[prompt]:
             del self._unread[prompt]
@@ -76,27 +77,27 @@ class MlxLmCacheGuard:
     def record_reply(
         self, prompt: str, tokens: Sequence[bytes | None], *, usage: Usage | None = None
     ) -> None:
-        """A request generated these tokens; one whose bytes are unclear leaves it unread."""
+        """Record the tokens a request generated; with one of unknown bytes it stays unread."""
         known = tuple(token for token in tokens if token)
         if len(known) < len(tokens):
             return
         if usage is not None and 0 < usage.cached == usage.prompt - 1:
             self._forget_covered(prompt, known, usage.prompt)
-        # Earlier requests whose replies were lost generated the same, as far as they went.
-        asked = self._unread.pop(prompt)
-        for count in {min(count, len(known)) for count in asked}:
+        # Earlier requests whose replies were lost generated the same tokens, up to their limits.
+        limits = self._unread.pop(prompt)
+        for count in {min(count, len(known)) for count in limits}:
             self._remember(prompt, known[:count], usage)
-        longer = [count for count in asked if count > len(known)]
-        if longer and len(known) in asked:
+        longer = [count for count in limits if count > len(known)]
+        if longer and len(known) in limits:
             self._unread[prompt] = longer
 
     def _forget_covered(self, prompt: str, tokens: tuple[bytes, ...], prompt_tokens: int) -> None:
-        """Drop sequences that the server has just dropped itself, being beginnings of this one.
+        """Drop the cached beginnings of this sequence, which the server has just dropped itself.
 
-        It does so where its caches can be trimmed, as the whole prompt but one token coming from a
-        longer sequence shows; equal token counts show that both are cut into the same tokens.
+        It does so where its caches can be trimmed, which shows when all but one token of a prompt
+        come from a longer sequence. Equal token counts show that both have the same tokens.
         """
-        if self._may_be_a_beginning(prompt, prompt_tokens - 1):
+        if self._may_be_cached_prefix(prompt, prompt_tokens - 1):
             return
         for kept in range(1, len(tokens)):
             key = _key(prompt.encode() + b"".join(tokens[:kept]))
@@ -104,8 +105,8 @@ class MlxLmCacheGuard:
             if old is not None and old.total == prompt_tokens + kept:
                 del self._finished[key]
 
-    def _may_be_a_beginning(self, prompt: str, tokens: int) -> bool:
-        """Whether a cached sequence may be just the first `tokens` tokens of this prompt."""
+    def _may_be_cached_prefix(self, prompt: str, tokens: int) -> bool:
+        """Return whether a cached sequence may be exactly the first `tokens` of this prompt."""
         data = prompt.encode()
         return any(
             finished.total == tokens and _key(data[: finished.size]) == key
@@ -113,52 +114,53 @@ class MlxLmCacheGuard:
         ) or any(prompt.startswith(start) and prompt != start for start in self._unread)
 
     def _remember(self, prompt: str, tokens: tuple[bytes, ...], usage: Usage | None) -> None:
-        whole = prompt.encode() + b"".join(tokens)
-        key = _key(whole)
+        sequence = prompt.encode() + b"".join(tokens)
+        key = _key(sequence)
         total = None if usage is None else usage.prompt + len(tokens)
-        self._finished[key] = _Finished(tokens, len(whole), total)
+        self._finished[key] = _FinishedRequest(tokens, len(sequence), total)
         self._finished.move_to_end(key)
-        if len(self._finished) > _FINISHED:
+        if len(self._finished) > _MAX_FINISHED:
             self._finished.popitem(last=False)
 
-    def _shorter(self, prompt: str) -> tuple[str, tuple[bytes, ...]] | None:
+    def _without_generated(self, prompt: str) -> tuple[str, tuple[bytes, ...]] | None:
+        """Cut the last generated tokens off a prompt that equals a cached sequence."""
         finished = self._finished.get(_key(prompt.encode()))
         return None if finished is None else next(_cuts(prompt, finished.tokens), None)
 
-    def _unread_start(
+    def _cut_to_unread(
         self, prompt: str, repeated: tuple[bytes, ...], context: LargeContext
     ) -> tuple[str, tuple[bytes, ...]] | None:
+        """Cut a prompt back to the prompt of an unread request that it may be the sequence of."""
         end = len(context.token_ids) - len(context.fragment_ids)
-        for start, asked in reversed(self._unread.items()):
+        for start, limits in reversed(self._unread.items()):
             if prompt.startswith(start) and prompt != start:
-                reach = len(repeated) + max(asked) * _SPELLED
+                reach = len(repeated) + max(limits) * _MAX_SPELLED
                 ids = context.token_ids[max(0, end - reach) : end]
                 tokens = [context.vocabulary.token_bytes(token_id) for token_id in ids]
-                tail = _slice(tokens, prompt[len(start) :].encode(), before=b"".join(repeated))
+                tail = _slice(tokens, prompt[len(start) :].encode(), rest=b"".join(repeated))
                 if tail:
                     return start, tail
         return None
 
 
 def _cuts(prompt: str, tokens: tuple[bytes, ...]) -> Iterator[tuple[str, tuple[bytes, ...]]]:
-    """The prompt without its last one, two... tokens, where that ends with a whole character."""
+    """Yield the prompt without its last one, two... tokens, where a whole character ends there."""
     data = prompt.encode()
     for kept in range(len(tokens) - 1, -1, -1):
         tail = tokens[kept:]
-        try:
-            yield data[: len(data) - len(b"".join(tail))].decode("utf-8"), tail
-        except UnicodeDecodeError:
-            continue
+        text = decode_or_none(data[: len(data) - len(b"".join(tail))])
+        if text is not None:
+            yield text, tail
 
 
-def _slice(tokens: Sequence[bytes], data: bytes, *, before: bytes) -> tuple[bytes, ...]:
-    """The tokens that spell `data`, `before` the bytes of the last ones; empty if none do."""
+def _slice(tokens: Sequence[bytes], data: bytes, *, rest: bytes) -> tuple[bytes, ...]:
+    """Return the tokens that spell `data`, the ones after them spelling `rest`; else none."""
     sizes = [len(b"".join(tokens[start:])) for start in range(len(tokens) + 1)]
-    whole = len(data) + len(before)
-    if whole not in sizes or len(before) not in sizes:
+    size = len(data) + len(rest)
+    if size not in sizes or len(rest) not in sizes:
         return ()
-    found = tuple(tokens[sizes.index(whole) : sizes.index(len(before))])
-    return found if b"".join(found) == data else ()
+    spelling = tuple(tokens[sizes.index(size) : sizes.index(len(rest))])
+    return spelling if b"".join(spelling) == data else ()
 
 
 def _key(data: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Raw vocabulary pieces (`Ġthe`, `▁the`, `<0x0A>`) to the bytes they stand for."""
+"""The bytes of raw vocabulary pieces (`Ġthe`, `▁the`, `<0x0A>`)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class _Family(Enum):
 
 
 class PieceReader:
-    """Reads one vocabulary's pieces, having learned from those seen which family it is of."""
+    """Reads the pieces of one vocabulary, whose family it infers from earlier pieces."""
 
     def __init__(self) -> None:
         self._family: _Family | None = None
 
     def learn(self, pieces: Iterable[str]) -> None:
-        """Settle the family by the first piece that marks a leading space."""
+        """Infer the family from the first piece that marks a leading space or a line break."""
         if self._family is not None:
             return
         for piece in pieces:
@@ -36,12 +36,12 @@ class PieceReader:
             return
 
     def read(self, piece: str) -> bytes | None:
-        """The bytes of a piece that is text; None while its family leaves them open."""
+        """Return the bytes of a piece of text, None if they depend on an unknown family."""
         if (byte := byte_piece(piece)) is not None:
             return byte
         if piece.isascii():
             return piece.encode()
-        octets = [BYTE_OF.get(char, -1) for char in piece]
-        if self._family is _Family.SENTENCEPIECE or -1 in octets:
+        byte_values = [BYTE_OF.get(char, -1) for char in piece]
+        if self._family is _Family.SENTENCEPIECE or -1 in byte_values:
             return piece.replace(SPACE_MARK, " ").encode()
-        return bytes(octets) if self._family is _Family.BYTE_LEVEL else None
+        return bytes(byte_values) if self._family is _Family.BYTE_LEVEL else None

@@ -1,4 +1,4 @@
-"""What a reply's positions are as tokens of the small model's vocabulary: one, or several."""
+"""The tokens of a reply in the small vocabulary: the first one, or all of them."""
 
 from __future__ import annotations
 
@@ -14,69 +14,74 @@ from mlxroute.types import LargeToken
 
 
 class ReadReply(Protocol):
-    """Takes a reply apart; no tokens when more must be known of it."""
+    """Reads the tokens of a reply; returns none when more positions are needed."""
 
     def __call__(
-        self, answered: CompletionAnswer, bridge: Bridge, reader: TokenReader
+        self, answer: CompletionAnswer, bridge: Bridge, reader: TokenReader
     ) -> list[LargeToken]:
-        """Raises LargeProtocolError for what cannot be spelled."""
+        """Raises LargeProtocolError for a token that the small vocabulary cannot spell."""
         ...
 
 
 def read_first_token(
-    answered: CompletionAnswer, bridge: Bridge, reader: TokenReader
+    answer: CompletionAnswer, bridge: Bridge, reader: TokenReader
 ) -> list[LargeToken]:
-    """The first token; none while the positions end inside a character."""
-    bridged = bridge.token(answered.positions, answered.text)
-    return [] if bridged is None else [_token(bridged, answered.positions[0])]
+    """Return the first token; none while the positions end inside a character."""
+    bridged = bridge.first_token(answer.positions, answer.text)
+    return [] if bridged is None else [_large_token(bridged, answer.positions[0])]
 
 
 def read_all_tokens(
-    answered: CompletionAnswer, bridge: Bridge, reader: TokenReader
+    answer: CompletionAnswer, bridge: Bridge, reader: TokenReader
 ) -> list[LargeToken]:
-    """All tokens; none where a call for the first of them alone might read it otherwise."""
-    return _all(answered, bridge, reader) if answered.complete else []
+    """Return all tokens; none where a call for the first one alone might read it differently."""
+    return _read_consistent(answer, bridge, reader) if answer.complete else []
 
 
 def read_streamed_tokens(
-    answered: CompletionAnswer, bridge: Bridge, reader: TokenReader
+    answer: CompletionAnswer, bridge: Bridge, reader: TokenReader
 ) -> list[LargeToken]:
-    """The tokens of a reply that is still coming, as far as `several` will have them, too."""
-    # One without text may turn out to be the end of the answer, or a part of a character.
-    clear = itertools.takewhile(
-        lambda entry: reader.ends(entry) or reader.text_bytes(entry.token), answered.positions
+    """Return the tokens received so far that `read_all_tokens` will return, too."""
+    # A token without text may turn out to be the end of the answer, or a part of a character.
+    with_text = itertools.takewhile(
+        lambda position: reader.ends(position) or reader.text_bytes(position.token),
+        answer.positions,
     )
-    entries = tuple(clear)
-    return _all(replace(answered, positions=entries), bridge, reader) if entries else []
-
-
-def _all(answered: CompletionAnswer, bridge: Bridge, reader: TokenReader) -> list[LargeToken]:
-    entries = answered.positions
-    if not _agree(reader, entries, answered.text):
+    positions = tuple(with_text)
+    if not positions:
         return []
-    found: list[LargeToken] = []
-    for bridged in bridge.tokens(entries):
-        found.append(_token(bridged, entries[0]))
-        entries = entries[bridged.count :]
-    return found
+    return _read_consistent(replace(answer, positions=positions), bridge, reader)
 
 
-def _agree(reader: TokenReader, entries: Sequence[ReplyPosition], text: str) -> bool:
-    """Whether these positions spell the server's own reading of them, as far as both are there.
+def _read_consistent(
+    answer: CompletionAnswer, bridge: Bridge, reader: TokenReader
+) -> list[LargeToken]:
+    positions = answer.positions
+    if not _agrees(reader, positions, answer.text):
+        return []
+    tokens: list[LargeToken] = []
+    for bridged in bridge.all_tokens(positions):
+        tokens.append(_large_token(bridged, positions[0]))
+        positions = positions[bridged.position_count :]
+    return tokens
 
-    A reading may lack the first space.
+
+def _agrees(reader: TokenReader, positions: Sequence[ReplyPosition], text: str) -> bool:
+    """Return whether the positions spell the beginning of the server's own decoding of them.
+
+    That may lack the leading space, or be empty.
     """
     data = b""
-    for entry in entries:
-        piece = None if reader.ends(entry) else reader.text_bytes(entry.token)
-        if piece is None:
+    for position in positions:
+        token_bytes = None if reader.ends(position) else reader.text_bytes(position.token)
+        if token_bytes is None:
             break
-        data += piece
-    return not text or any(read.encode().startswith(data) for read in (text, f" {text}"))
+        data += token_bytes
+    return not text or any(decoded.encode().startswith(data) for decoded in (text, f" {text}"))
 
 
-def _token(bridged: BridgedToken, first: ReplyPosition) -> LargeToken:
-    """A token without what is known of its call; `first` is the first of its positions."""
+def _large_token(bridged: BridgedToken, first: ReplyPosition) -> LargeToken:
+    """Return a token without the figures of its call; `first` is the first of its positions."""
     return LargeToken(
         token_ids=bridged.token_ids,
         text=bridged.text,

@@ -1,8 +1,9 @@
-"""Text that a server reads as other tokens than its model wrote.
+"""Answers that a server, which receives their text, tokenizes differently than they were written.
 
-A model may write " \\n" and "\\n" where its tokenizer cuts " \\n\\n" as one token. A server that
-takes only text then goes on from another sequence than its own. So the text goes out up to the
-place where the two part, and the server writes its own tokens behind it again.
+A model may write " \\n" and "\\n" where its tokenizer makes one token of " \\n\\n". A server that
+accepts only text then continues another token sequence than the committed one. So the text is
+sent up to the place where the two sequences differ, and the server generates the committed tokens
+after it again.
 """
 
 from __future__ import annotations
@@ -11,88 +12,88 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
+from mlxroute.sequences import common_prefix_length
+from mlxroute.tokenizers.utf8 import decode_or_none
 from mlxroute.types import LargeContext, LargeToken, Vocabulary
 
-# Each costs the server a step.
-_MOST_REPEATED: Final = 64
-# Of the text before, for its last characters may join with what follows.
+# Each repeated token costs the server a decode step.
+_MAX_REPEATED: Final = 64
+# Text before the answer that is tokenized with it, as its last characters may merge with it.
 _LEAD_CHARACTERS: Final = 64
 
 
 def stable_context(context: LargeContext) -> LargeContext:
-    """The context without the tokens that a tokenizer of this vocabulary reads otherwise.
+    """Return the context without the tokens that its tokenizer would cut differently.
 
-    They move to `fragment_ids`. Only the large model's own latest ones can, as nobody else's would
-    be written again; when there are too many, the context stays as it is.
+    They move to `fragment_ids`. Only the latest tokens of the large model can move, because the
+    server would not generate any others again. If too many would have to move, the context is
+    returned unchanged.
     """
-    own = _own(context)
-    data = [context.vocabulary.token_bytes(token_id) for token_id in own]
-    whole = context.text.encode()
-    start = len(whole) - len(b"".join(data))
-    lead = _text(whole[:start])
+    own = _latest_large_ids(context)
+    pieces = [context.vocabulary.token_bytes(token_id) for token_id in own]
+    data = context.text.encode()
+    start = len(data) - len(b"".join(pieces))
+    lead = decode_or_none(data[:start])
     if lead is None:
         return context
     kept = len(own)
-    while kept and (read := _read(context.vocabulary, lead, data, own[:kept])) < kept:
-        kept = read
-    if kept == len(own) or len(own) - kept > _MOST_REPEATED:
+    while kept and (stable := _stable_count(context.vocabulary, lead, pieces, own[:kept])) < kept:
+        kept = stable
+    if kept == len(own) or len(own) - kept > _MAX_REPEATED:
         return context
     return replace(
         context,
-        text=lead + b"".join(data[:kept]).decode(),
+        text=lead + b"".join(pieces[:kept]).decode(),
         fragment_ids=(*own[kept:], *context.fragment_ids),
         spans=context.spans[: kept - len(own) - len(context.fragment_ids)],
     )
 
 
 def stable_prefix(context: LargeContext, tokens: Sequence[LargeToken]) -> tuple[LargeToken, ...]:
-    """The tokens after this context whose own calls would find those before them as they are.
+    """Return the leading tokens that calls of their own would also give.
 
-    Where small tokens stand in their places, no call could have the server write them again.
+    The call for a token sends the tokens before it as text. Where the tokenizer would cut those
+    differently, that token and all after it are dropped: some of the tokens before it may be
+    committed as the small model's, which the server cannot be made to generate again.
     """
     ids = context.fragment_ids
-    data = [context.vocabulary.token_bytes(token_id) for token_id in ids]
+    pieces = [context.vocabulary.token_bytes(token_id) for token_id in ids]
     for count, token in enumerate(tokens[:-1], start=1):
         ids += token.token_ids
-        data += [context.vocabulary.token_bytes(token_id) for token_id in token.token_ids]
-        if _read(context.vocabulary, context.text, data, ids) < len(ids):
+        pieces += [context.vocabulary.token_bytes(token_id) for token_id in token.token_ids]
+        if _stable_count(context.vocabulary, context.text, pieces, ids) < len(ids):
             return tuple(tokens[:count])
     return tuple(tokens)
 
 
-def _own(context: LargeContext) -> tuple[int, ...]:
-    """The ids at the end of the text that the large model wrote, up to the end itself."""
-    count, begun = 0, len(context.fragment_ids)
+def _latest_large_ids(context: LargeContext) -> tuple[int, ...]:
+    """Return the ids at the end of the text that the large model wrote in one go."""
+    count, fragments = 0, len(context.fragment_ids)
     for token_id, span in zip(reversed(context.token_ids), reversed(context.spans), strict=False):
         if span.large_ids != (token_id,) or not context.vocabulary.token_bytes(token_id):
             break
         count += 1
-    if count <= begun:
+    if count <= fragments:
         return ()
-    end = len(context.token_ids) - begun
-    return tuple(context.token_ids[end - count + begun : end])
+    end = len(context.token_ids) - fragments
+    return tuple(context.token_ids[end - count + fragments : end])
 
 
-def _read(vocabulary: Vocabulary, lead: str, data: Sequence[bytes], ids: tuple[int, ...]) -> int:
-    """How many of `ids`, whose bytes begin `data`, are read as they are behind `lead`."""
-    text = _text(b"".join(data[: len(ids)]))
+def _stable_count(
+    vocabulary: Vocabulary, lead: str, pieces: Sequence[bytes], ids: tuple[int, ...]
+) -> int:
+    """Return how many of `ids` the tokenizer keeps when it cuts their text after `lead`.
+
+    `pieces` begins with the bytes of the ids.
+    """
+    text = decode_or_none(b"".join(pieces[: len(ids)]))
     if text is None:
         return len(ids) - 1
     lead = lead[-_LEAD_CHARACTERS:]
-    left = len(lead.encode())
-    count = 0
-    for token_id in vocabulary.encode(lead + text):
-        if left <= 0:
-            if left < 0 or count == len(ids) or token_id != ids[count]:
-                break
-            count += 1
-        else:
-            left -= len(vocabulary.token_bytes(token_id))
-    return count
-
-
-def _text(data: bytes) -> str | None:
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return None
+    cut = vocabulary.encode(lead + text)
+    left, skipped = len(lead.encode()), 0
+    while left > 0 and skipped < len(cut):
+        left -= len(vocabulary.token_bytes(cut[skipped]))
+        skipped += 1
+    # Below 0, one token spans the end of the lead and the beginning of the text.
+    return 0 if left < 0 else common_prefix_length(cut[skipped:], ids)

@@ -1,4 +1,4 @@
-"""What a server's tokens are: their bytes, whether they are text, whether they end the answer."""
+"""The tokens of a server's replies: their bytes, and whether they are special or end the answer."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ REPLACEMENT: Final = "\ufffd"
 
 
 class TokenReader:
-    """Reads the tokens of one model; `own` is that model's vocabulary, where it is known."""
+    """Reads the tokens of one large model; `vocabulary` is that model's, None while unknown."""
 
     def __init__(self) -> None:
         self.vocabulary: Vocabulary | None = None
         self._pieces = PieceReader()
-        self._named: dict[int, str] = {}
+        self._pieces_by_id: dict[int, str] = {}
 
     @property
     def pieces_by_id(self) -> dict[int, str]:
-        """The raw vocabulary pieces seen so far, by id; a copy, as other threads add to them."""
-        return dict(self._named)
+        """The raw vocabulary pieces in replies so far; a copy, as other threads add to them."""
+        return dict(self._pieces_by_id)
 
-    def learn(self, entries: Iterable[ReplyPosition]) -> None:
-        """Take note of the pieces of a reply before any of its tokens is read."""
-        for entry in entries:
-            for token in (entry.token, *entry.top):
+    def learn(self, positions: Iterable[ReplyPosition]) -> None:
+        """Record the pieces of a reply; call it before reading any of its tokens."""
+        for position in positions:
+            for token in (position.token, *position.top):
                 if token.piece is not None:
                     self._pieces.learn([token.piece])
                     if token.token_id is not None:
-                        self._named[token.token_id] = token.piece
+                        self._pieces_by_id[token.token_id] = token.piece
 
     def text_bytes(self, token: ReplyToken) -> bytes | None:
-        """The bytes a token adds to the text, none for a special one; None if unclear."""
+        """Return the bytes a token adds to the text: none for a special one, None if unclear."""
         if self.is_special(token):
             return b""
-        if (own := self._own(token)) is not None and token.token_id is not None:
-            return own.token_bytes(token.token_id) or None
+        if (known := self._vocabulary_of(token)) is not None and token.token_id is not None:
+            return known.token_bytes(token.token_id) or None
         if token.data is not None:
             # Some servers give the bytes of the text, not of the token.
             return None if REPLACEMENT.encode() in token.data else token.data or None
@@ -50,27 +50,27 @@ class TokenReader:
         return token.text.encode() if token.text and REPLACEMENT not in token.text else None
 
     def prompt_bytes(self, token: ReplyToken) -> bytes | None:
-        """The bytes a token stands for in a prompt's text: a special one its name."""
+        """Return the bytes a token has in the text of a prompt, where a special one has a name."""
         if self.is_special(token):
             return (self._name(token) or "").encode() or None
         return self.text_bytes(token)
 
     def is_special(self, token: ReplyToken) -> bool:
-        """Whether a token is a control token, which is no text."""
-        if (own := self._own(token)) is not None and token.token_id is not None:
-            return not own.token_bytes(token.token_id)
+        """Return whether a token is a control token, which is not text."""
+        if (known := self._vocabulary_of(token)) is not None and token.token_id is not None:
+            return not known.token_bytes(token.token_id)
         name = self._name(token)
         return name is not None and is_control_token(name)
 
-    def ends(self, entry: ReplyPosition) -> bool:
-        """Whether the answer is over at this position."""
-        if entry.ends:
+    def ends(self, position: ReplyPosition) -> bool:
+        """Return whether the answer ends at this position."""
+        if position.ends:
             return True
-        own = self._own(entry.token)
-        return own is not None and entry.token.token_id in own.eos_ids
+        known = self._vocabulary_of(position.token)
+        return known is not None and position.token.token_id in known.eos_ids
 
-    def _own(self, token: ReplyToken) -> Vocabulary | None:
-        """The model's vocabulary, as far as it has this token."""
+    def _vocabulary_of(self, token: ReplyToken) -> Vocabulary | None:
+        """Return the model's vocabulary if it is known and has this token."""
         if self.vocabulary is None or token.token_id is None:
             return None
         piece = self.vocabulary.piece(token.token_id)
@@ -79,6 +79,6 @@ class TokenReader:
     def _name(self, token: ReplyToken) -> str | None:
         if token.piece is not None:
             return token.piece
-        if (own := self._own(token)) is not None and token.token_id is not None:
-            return own.piece(token.token_id)
+        if (known := self._vocabulary_of(token)) is not None and token.token_id is not None:
+            return known.piece(token.token_id)
         return token.text

@@ -1,4 +1,4 @@
-"""Where ids of the large vocabulary come from: the model's tokenizer files, or its server."""
+"""Sources of ids of the large vocabulary: the model's own tokenizer files, or its server."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ class Tokenizer(Protocol):
 
 
 class TokenSource(Protocol):
-    """Where ids of the large vocabulary come from. Methods raise LargeError."""
+    """Gives ids of the large vocabulary. Methods raise LargeError."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def bos_text(self) -> str:
-        """The begin token that servers add to a text themselves; empty when there is none."""
+        """The begin token that servers add to a text themselves; empty if there is none."""
         ...
 
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Ids of a conversation in the large model's template, ready for the answer."""
+        """Return the ids of a conversation in the large model's template, ready for the answer."""
         ...
 
     def prompt_text(self, messages: Sequence[Message]) -> str | None:
-        """The same as text; None where the source gives ids only."""
+        """Return the same as text, None if the source gives ids only."""
         ...
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of a piece of plain text."""
+        """Return the ids of a piece of plain text."""
         ...
 
 
 class FileTokenSource:
-    """Ids from the model's own tokenizer files."""
+    """A TokenSource that uses the model's own tokenizer files."""
 
     name: Final = "tokenizer files"
 

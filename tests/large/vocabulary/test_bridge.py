@@ -51,7 +51,7 @@ def translated(
     tokens: Sequence[ReplyToken], small: TokenVocabulary, reader: TokenReader, *, same: bool = False
 ) -> tuple[int, ...]:
     """What becomes of large tokens asked for one call at a time, as the client does."""
-    bridge = Bridge(reader, small, same=same)
+    bridge = Bridge(reader, small, same_vocabulary=same)
     ids: list[int] = []
     entries = [ReplyPosition(token) for token in tokens]
     reader.learn(entries)
@@ -59,7 +59,7 @@ def translated(
     while at < len(entries):
         for count in range(1, MOST_PARTS + 1):
             read = entries[at : at + count]
-            bridged = bridge.token(read, _served(read))
+            bridged = bridge.first_token(read, _served(read))
             if bridged is not None:
                 break
         else:
@@ -190,19 +190,19 @@ def test_where_fragments_have_no_bytes_the_servers_own_reading_does(
 
 
 def test_a_character_that_the_small_vocabulary_lacks_is_refused() -> None:
-    bridge = Bridge(TokenReader(), real_vocabularies.smollm2(), same=False)
+    bridge = Bridge(TokenReader(), real_vocabularies.smollm2(), same_vocabulary=False)
     with pytest.raises(LargeProtocolError, match="cannot spell"):
-        bridge.token([ReplyPosition(ReplyToken(data="a\U00040000".encode()))], "")
+        bridge.first_token([ReplyPosition(ReplyToken(data="a\U00040000".encode()))], "")
 
 
 def test_a_token_that_leaves_a_character_begun_waits_for_its_end() -> None:
     small = TableVocabulary(["a", "Ã©"])
-    bridge = Bridge(TokenReader(), small, same=False)
+    bridge = Bridge(TokenReader(), small, same_vocabulary=False)
     first = ReplyPosition(ReplyToken(data=b"a\xc3", token_id=70))
     second = ReplyPosition(ReplyToken(data=b"\xa9", token_id=71))
     third = ReplyPosition(ReplyToken(data=b"a", token_id=72))
-    assert bridge.token([first], "a\ufffd") is None
-    found = bridge.token([first, second, third], "aéa")
+    assert bridge.first_token([first], "a\ufffd") is None
+    found = bridge.first_token([first, second, third], "aéa")
     assert found is not None
     assert (found.text, found.token_ids, found.large_ids) == ("aé", small.encode("aé"), (70, 71))
 
@@ -210,8 +210,8 @@ def test_a_token_that_leaves_a_character_begun_waits_for_its_end() -> None:
 def test_of_the_same_vocabulary_the_ends_id_is_kept_and_otherwise_it_is_the_small_models() -> None:
     small = TableVocabulary(["a"])
     for same, token_id, piece in [(True, 1, None), (False, 500, "</s>"), (False, 1, "<|im_end|>")]:
-        bridge = Bridge(TokenReader(), small, same=same)
-        found = bridge.token(
+        bridge = Bridge(TokenReader(), small, same_vocabulary=same)
+        found = bridge.first_token(
             [ReplyPosition(ReplyToken(token_id=token_id, piece=piece), ends=not same)], ""
         )
         assert found is not None
@@ -220,23 +220,23 @@ def test_of_the_same_vocabulary_the_ends_id_is_kept_and_otherwise_it_is_the_smal
 
 
 def test_an_end_behind_part_of_a_character_is_no_text() -> None:
-    bridge = Bridge(TokenReader(), TableVocabulary(["a"]), same=False)
+    bridge = Bridge(TokenReader(), TableVocabulary(["a"]), same_vocabulary=False)
     part, end = (
         ReplyPosition(ReplyToken(data=b"\xc3")),
         ReplyPosition(ReplyToken(text=""), ends=True),
     )
-    assert bridge.token([part, end], "\ufffd") is None
-    assert bridge.token([ReplyPosition(ReplyToken()), end], "x") is None
+    assert bridge.first_token([part, end], "\ufffd") is None
+    assert bridge.first_token([ReplyPosition(ReplyToken()), end], "x") is None
 
 
 def test_a_special_token_behind_part_of_a_character_is_named() -> None:
-    bridge = Bridge(TokenReader(), TableVocabulary(["a"]), same=False)
+    bridge = Bridge(TokenReader(), TableVocabulary(["a"]), same_vocabulary=False)
     part, special = (
         ReplyPosition(ReplyToken(data=b"\xc3")),
         ReplyPosition(ReplyToken(piece="<|im_start|>")),
     )
     with pytest.raises(LargeProtocolError, match=r"<\|im_start\|>"):
-        bridge.token([part, special], "")
+        bridge.first_token([part, special], "")
 
 
 def test_alternatives_are_shown_by_bytes_names_or_ids() -> None:
@@ -247,7 +247,7 @@ def test_alternatives_are_shown_by_bytes_names_or_ids() -> None:
         ReplyToken(token_id=77, logprob=-3.0),
         ReplyToken(text="b"),
     )
-    bridge = Bridge(TokenReader(), TableVocabulary(["a"]), same=False)
-    found = bridge.token([ReplyPosition(ReplyToken(data=b"a"), top)], "a")
+    bridge = Bridge(TokenReader(), TableVocabulary(["a"]), same_vocabulary=False)
+    found = bridge.first_token([ReplyPosition(ReplyToken(data=b"a"), top)], "a")
     assert found is not None
     assert found.top == (("a", -0.1), (r"\xc3", -1.0), ("", -2.0), ("#77", -3.0))

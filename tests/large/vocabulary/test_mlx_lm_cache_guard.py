@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxroute.large.vocabulary.mlx_lm_cache_guard import MlxLmCacheGuard, Usage
+from mlxroute.sequences import common_prefix_length
 from tests.support.vocabularies import TableVocabulary, context
 
 # No piece begins another, so a text has one tokenisation; "Ã" and "©" are the halves of "é".
@@ -37,7 +38,7 @@ class Server:
     def reusable(self, prompt: Ids) -> int:
         """How many of a prompt's tokens need no computing."""
         if self.trims:
-            shared = max((_common(other, prompt) for other in self.cached), default=0)
+            shared = max((common_prefix_length(other, prompt) for other in self.cached), default=0)
             return min(shared, len(prompt) - 1)
         return max(
             (len(other) for other in self.cached if prompt[: len(other)] == other), default=0
@@ -53,11 +54,6 @@ class Server:
             self.cached = {other for other in self.cached if ids[: len(other)] != other}
         self.cached.add(ids)
         return ids[len(prompt) :]
-
-
-def _common(one: Ids, other: Ids) -> int:
-    pairs = zip(one, other, strict=False)
-    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def escalate(server: Server, sent: MlxLmCacheGuard, path: Ids, *, lost: bool) -> int | None:

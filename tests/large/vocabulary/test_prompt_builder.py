@@ -46,7 +46,7 @@ def truthful_routes(path: str, body: Mapping[str, object]) -> Mapping[str, objec
 def builder_for(dialect: Dialect, *, same: bool, tokens: TokenSource | None) -> PromptBuilder:
     return PromptBuilder(
         dialect.form,
-        same=same,
+        same_vocabulary=same,
         tokens=tokens,
         replays_fragments=dialect.crashes_on_cached_prompts,
     )
@@ -137,7 +137,7 @@ def test_a_begun_character_goes_out_where_it_can(asked: Dialect, same: bool, car
 
 
 def test_ids_that_nothing_can_make_are_an_error() -> None:
-    with pytest.raises(LargeProtocolError, match="nothing here cuts text"):
+    with pytest.raises(LargeProtocolError, match="no tokenizer of the large model"):
         builder_for(IDS, same=False, tokens=None).build(answered())
 
 

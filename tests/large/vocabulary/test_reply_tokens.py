@@ -53,7 +53,9 @@ def read(
     completion = dialect(name).completion(value, Prompt(text="x"))
     reader = TokenReader()
     reader.learn(completion.positions)
-    return Bridge(reader, vocabulary, same=same).token(completion.positions[:1], completion.text)
+    return Bridge(reader, vocabulary, same_vocabulary=same).first_token(
+        completion.positions[:1], completion.text
+    )
 
 
 def token(name: str, reply: Reply | dict[str, Any], **options: Any) -> BridgedToken:
@@ -160,7 +162,7 @@ def test_sentencepiece_pieces_are_understood(piece: str, text: str) -> None:
 
 @pytest.mark.parametrize("piece", ["<|im_start|>", "<think>", "[INST]", "<｜User｜>"])
 def test_foreign_special_tokens_are_no_text(piece: str) -> None:
-    with pytest.raises(LargeProtocolError, match="none of the small model's"):
+    with pytest.raises(LargeProtocolError, match="no token for the large model's special token"):
         read(MLX_LM, mlx_lm_reply([(900, piece), (901, "Ġa")]))
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mlxroute.errors import LargeRefused
-from mlxroute.large.vocabulary.same_vocabulary import (
+from mlxroute.large.vocabulary.vocabulary_comparison import (
+    compare_decoded,
+    compare_entries,
+    compare_pieces,
     fingerprint,
-    same_decoded,
-    same_entries,
-    same_named,
 )
 from tests.support import truthful
 from tests.support.vocabularies import TableVocabulary
@@ -20,13 +20,13 @@ LARGE = truthful.VOCABULARY
 
 def test_padding_and_further_ids_at_the_end_are_ignored() -> None:
     longer = TableVocabulary(["a", "b", "Ġ", "Ã", "©", "more", "<|extra|>"])
-    assert same_entries(SMALL, longer)
-    assert same_entries(longer, SMALL)
+    assert compare_entries(SMALL, longer)
+    assert compare_entries(longer, SMALL)
 
 
 def test_one_token_that_differs_is_noticed() -> None:
     other = TableVocabulary(["a", "b", "Ġ", "Ä", "©"])
-    assert not same_entries(SMALL, other)
+    assert not compare_entries(SMALL, other)
     assert fingerprint(SMALL) != fingerprint(other)
     assert fingerprint(SMALL) == fingerprint(TableVocabulary(["a", "b", "Ġ", "Ã", "©"]))
     assert fingerprint(TableVocabulary(["a", "bc"])) != fingerprint(TableVocabulary(["ab", "c"]))
@@ -34,10 +34,10 @@ def test_one_token_that_differs_is_noticed() -> None:
 
 def test_names_in_replies_tell_only_when_there_are_enough() -> None:
     pieces = {i: LARGE.piece(i) or "" for i in range(100)}
-    assert same_named(LARGE, pieces) is True
-    assert same_named(LARGE, {i: pieces[i] for i in range(5)}) is None
-    assert same_named(LARGE, pieces | {50: "other"}) is False
-    assert same_named(LARGE, pieces | {10**6: "beyond"}) is False
+    assert compare_pieces(LARGE, pieces) is True
+    assert compare_pieces(LARGE, {i: pieces[i] for i in range(5)}) is None
+    assert compare_pieces(LARGE, pieces | {50: "other"}) is False
+    assert compare_pieces(LARGE, pieces | {10**6: "beyond"}) is False
 
 
 def test_a_detokenise_route_tells_for_whole_characters_in_few_calls() -> None:
@@ -47,22 +47,22 @@ def test_a_detokenise_route_tells_for_whole_characters_in_few_calls() -> None:
         calls.append(ids)
         return b"".join(map(LARGE.token_bytes, ids)).decode()
 
-    assert same_decoded(LARGE, decode) is True
+    assert compare_decoded(LARGE, decode) is True
     assert len(calls) == 1
-    assert same_decoded(LARGE, lambda ids: decode(ids)[1:]) is False
-    assert same_decoded(LARGE, lambda ids: decode(ids).replace("pine", "fir")) is False
+    assert compare_decoded(LARGE, lambda ids: decode(ids)[1:]) is False
+    assert compare_decoded(LARGE, lambda ids: decode(ids).replace("pine", "fir")) is False
 
 
 def test_the_first_space_that_a_sentencepiece_route_drops_is_no_difference() -> None:
     words = TableVocabulary(["Ġthe", "Ġa", "b"])
-    assert same_decoded(words, lambda ids: "the ab") is True
-    assert same_decoded(words, lambda ids: " the ab") is True
-    assert same_decoded(words, lambda ids: "the a b") is False
+    assert compare_decoded(words, lambda ids: "the ab") is True
+    assert compare_decoded(words, lambda ids: " the ab") is True
+    assert compare_decoded(words, lambda ids: "the a b") is False
 
 
 def test_a_detokenise_route_that_fails_tells_nothing() -> None:
     def fails(ids: Sequence[int]) -> str:
         raise LargeRefused("/detokenize answered 404: Not Found")
 
-    assert same_decoded(LARGE, fails) is None
-    assert same_decoded(TableVocabulary([]), lambda ids: "") is None
+    assert compare_decoded(LARGE, fails) is None
+    assert compare_decoded(TableVocabulary([]), lambda ids: "") is None
