@@ -76,15 +76,19 @@ def _room(path: Path) -> str:
 
 
 def _imports(path: Path) -> set[str]:
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    return _imported(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def _imported(tree: ast.AST) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
+            names.add(node.module)
             if node.module == "mlxroute":
-                found |= {f"mlxroute.{alias.name}" for alias in node.names}
-    return found
+                names |= {f"mlxroute.{alias.name}" for alias in node.names}
+    return names
 
 
 @pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -122,6 +126,26 @@ def test_help_loads_nothing_heavy() -> None:
 def test_importing_the_package_does_no_work() -> None:
     loaded = _loaded_by("import mlxroute")
     assert not loaded & {"mlx", "requests", "typer", "rich", "numpy"}
+
+
+def test_what_is_imported_before_a_model_is_loaded_leaves_mlx_out() -> None:
+    # MLX uses the faster BLAS only if that is open before MLX is imported.
+    commands = sorted(
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        for path in (PACKAGE / "cli").rglob("*.py")
+    )
+    options = ["mlxroute.bench.latency", "mlxroute.bench.quality"]
+    names = [*commands, *options, "mlxroute.small", "mlxroute.hosting.launcher"]
+    assert not _loaded_by(f"import {', '.join(names)}") & {"mlx", "mlx_lm"}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "small").rglob("*.py")), ids=lambda p: p.name)
+def test_small_imports_mlx_at_the_top_of_its_modules(path: Path) -> None:
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, functions):
+            inside = ast.Module(body=list(node.body), type_ignores=[])
+            assert not {name.split(".")[0] for name in _imported(inside)} & {"mlx", "mlx_lm"}
 
 
 def test_the_public_names_are_sorted_and_all_there() -> None:

@@ -11,12 +11,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from mlxroute.recorded.forward_only import ForwardOnlySmall
 from mlxroute.recorded.replies import RecordingStopped
-from mlxroute.small import Batch, SmallModel
+from mlxroute.small import SmallModel
 from mlxroute.types import Message, Progress, Sampling, Signals, Vocabulary
+
+if TYPE_CHECKING:
+    from mlxroute.small.batch import Batch
 
 _T = TypeVar("_T")
 

@@ -10,11 +10,11 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from mlxroute.engine.protocols import LargeProtocol
 from mlxroute.errors import LargeError
 from mlxroute.small import SmallModel
-from mlxroute.small.batch import Batch
 from mlxroute.types import (
     BranchCost,
     LargeContext,
@@ -26,6 +26,9 @@ from mlxroute.types import (
     Uploads,
     Vocabulary,
 )
+
+if TYPE_CHECKING:
+    from mlxroute.small.batch import Batch
 
 _Outcome = tuple[LargeToken, ...] | LargeError
 

@@ -1,8 +1,9 @@
-"""The on-device model. MLX arrays stop here; the rooms above see frozen values only."""
+"""The on-device model. MLX arrays stop here; other packages get frozen values.
 
-from mlxroute.small.batch import Batch
-from mlxroute.small.decoder import ScoredText
-from mlxroute.small.kv_cache import CacheCopy
+`SmallModel` can be imported without MLX. Every other module of this package imports MLX at its
+top, so import them after `SmallModel.load` or `mlxroute.backend.blas.interpose`.
+"""
+
 from mlxroute.small.model import SmallModel
 
-__all__ = ["Batch", "CacheCopy", "ScoredText", "SmallModel"]
+__all__ = ["SmallModel"]

@@ -1,36 +1,39 @@
-"""Several sequences decoded together, a token each a step, over mlx_lm's batched KV caches."""
+"""Several sequences decoded in one batch, one token per sequence and step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import mlx.core as mx
 
 from mlxroute.small.kv_cache import CacheCopy
 from mlxroute.types import Signals
 
-if TYPE_CHECKING:
-    import mlx.core as mx
-
 
 class Batch:
-    """Rows of different lengths; they round differently from a row alone.
+    """A batch of sequences of different lengths, over `mlx_lm`'s batched KV caches.
 
-    `read` gives the signals behind tokens [B, 1] that the layers given with them take in.
+    Signals of a batched row round differently from those of a single row.
     """
 
     def __init__(
-        self, held: Sequence[CacheCopy], read: Callable[[mx.array, list[Any]], list[Signals]]
+        self,
+        copies: Sequence[CacheCopy],
+        compute_signals: Callable[[mx.array, list[Any]], list[Signals]],
     ) -> None:
-        self._read = read
-        self._layers = [type(parts[0]).merge(parts) for parts in zip(*held, strict=True)]
-        self._rows = len(held)
+        """`copies` are the KV caches of the rows, one row each.
+
+        `compute_signals` feeds tokens [B, 1] to cache layers and returns one `Signals` per row.
+        """
+        self._compute_signals = compute_signals
+        self._layers = [type(parts[0]).merge(parts) for parts in zip(*copies, strict=True)]
+        self._row_count = len(copies)
 
     def step(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:
-        """Feed one token to each row, row i continuing what row `parents[i]` held before."""
-        import mlx.core as mx
-
-        if list(parents) != list(range(self._rows)):
+        """Feed one token per row; new row i continues row `parents[i]` of the previous step."""
+        if list(parents) != list(range(self._row_count)):
             for layer in self._layers:
                 layer.filter(mx.array(list(parents)))
-            self._rows = len(parents)
-        return self._read(mx.array(list(token_ids))[:, None], self._layers)
+            self._row_count = len(parents)
+        return self._compute_signals(mx.array(list(token_ids))[:, None], self._layers)

@@ -1,52 +1,60 @@
-"""What a batch of rows costs on this machine, beside one row, and how differently it rounds."""
+"""Measure what a batched step costs next to a step of one row, and how differently it rounds."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from mlxroute.small.decoder import Decoder
 from mlxroute.types import BranchCost, Signals
 
+if TYPE_CHECKING:
+    from mlxroute.small.decoder import Decoder
+
 _STEPS: Final = 3
-# Of the greatest difference seen in a few steps, to bound those not seen.
-_SAFETY: Final = 8.0
-# Float32 logits of some tens carry this much in their last bits.
-_LEAST_NATS: Final = 1e-5
+# The largest difference of a few steps, times this, bounds those of later steps.
+_SAFETY_FACTOR: Final = 8.0
+# Rounding of float32 logits whose magnitude is some tens.
+_MIN_ROUNDING_NATS: Final = 1e-5
 
 
 def measure(decoder: Decoder, token_id: int, *, rows: int) -> BranchCost:
-    """Decode a few tokens from `token_id` on, alone and as `rows` equal rows; take them back."""
-    alone, alone_s = [], []
-    batched, batch_s = [], []
+    """Decode a few tokens from `token_id` on, as one row and as `rows` equal rows.
+
+    Every token is rolled back, so the KV cache holds the same tokens afterwards.
+    """
+    single, single_s = [], []
+    batched, batched_s = [], []
     ids = [token_id]
     for _ in range(_STEPS):
         began_s = time.perf_counter()
-        alone.append(decoder.step(ids[-1:]))
-        alone_s.append(time.perf_counter() - began_s)
-        ids.append(alone[-1].token_id)
+        single.append(decoder.step(ids[-1:]))
+        single_s.append(time.perf_counter() - began_s)
+        ids.append(single[-1].token_id)
     decoder.rollback(_STEPS)
     parents = [0] * rows
-    for fed in ids[:_STEPS]:
+    for next_id in ids[:_STEPS]:
         began_s = time.perf_counter()
-        batched.append(decoder.branch(parents, [fed] * rows)[-1])
-        batch_s.append(time.perf_counter() - began_s)
+        batched.append(decoder.branch(parents, [next_id] * rows)[-1])
+        batched_s.append(time.perf_counter() - began_s)
         parents = list(range(rows))
     decoder.select(0)
     decoder.rollback(_STEPS)
-    seen = max(_difference(a, b) for a, b in zip(alone, batched, strict=True))
+    difference = max(_max_difference(a, b) for a, b in zip(single, batched, strict=True))
     return BranchCost(
         rows=rows,
-        step_s=statistics.median(alone_s[1:]),
-        batch_s=statistics.median(batch_s[1:]),
-        rounding_nats=max(_LEAST_NATS, _SAFETY * seen),
+        step_s=statistics.median(single_s[1:]),
+        batch_s=statistics.median(batched_s[1:]),
+        rounding_nats=max(_MIN_ROUNDING_NATS, _SAFETY_FACTOR * difference),
     )
 
 
-def _difference(a: Signals, b: Signals) -> float:
-    """The greatest difference of what is decided by; ids swap places only at ties."""
+def _max_difference(a: Signals, b: Signals) -> float:
+    """Return the largest difference in entropy, head score and top logprobs.
+
+    Top logprobs are compared by rank: ids change places only where logprobs tie.
+    """
     logprobs = zip(a.top_logprobs, b.top_logprobs, strict=True)
-    heads = (a.head_score or 0.0, b.head_score or 0.0)
-    pairs = [(a.entropy_nats, b.entropy_nats), heads, *logprobs]
+    head_scores = (a.head_score or 0.0, b.head_score or 0.0)
+    pairs = [(a.entropy_nats, b.entropy_nats), head_scores, *logprobs]
     return max(abs(x - y) for x, y in pairs)

@@ -1,9 +1,12 @@
-"""Greedy continuations of several sequences at once, by mlx_lm's own batches."""
+"""Greedy continuations of several sequences in one batch, by `mlx_lm`'s `BatchGenerator`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import BatchGenerator
 
 from mlxroute.small.kv_cache import CacheCopy
 
@@ -15,14 +18,14 @@ def continue_greedily(
     max_tokens: Sequence[int],
     eos_ids: Iterable[int],
 ) -> list[list[int]]:
-    """The ids after each start's token: at most `max_tokens[i]`, without the end token."""
-    import mlx.core as mx
-    from mlx_lm.generate import BatchGenerator
+    """Return the ids that follow each start: at most `max_tokens[i]`, without the end token.
 
-    found: list[list[int]] = [[] for _ in starts]
-    rows = [index for index, count in enumerate(max_tokens) if count > 0]
+    A start is a copy of the KV cache and the token that follows it.
+    """
+    continuations: list[list[int]] = [[] for _ in starts]
+    rows = [row for row, count in enumerate(max_tokens) if count > 0]
     if not rows:
-        return found
+        return continuations
     generator = BatchGenerator(
         model,
         stop_tokens=[[token_id] for token_id in eos_ids],
@@ -31,16 +34,16 @@ def continue_greedily(
         stream=mx.default_stream(mx.default_device()),
     )
     try:
-        names = generator.insert(
+        uids = generator.insert(
             [[starts[row][1]] for row in rows],
             max_tokens=[max_tokens[row] for row in rows],
             caches=[starts[row][0] for row in rows],
         )
-        of = dict(zip(names, rows, strict=True))
+        row_of_uid = dict(zip(uids, rows, strict=True))
         while responses := generator.next_generated():
             for response in responses:
                 if response.finish_reason != "stop":
-                    found[of[response.uid]].append(int(response.token))
+                    continuations[row_of_uid[response.uid]].append(int(response.token))
     finally:
         generator.close()
-    return found
+    return continuations

@@ -1,52 +1,64 @@
-"""Decode steps on the device, one step ahead of whoever reads them.
+"""Decode steps on the device, with the next forward pass queued ahead of the caller.
 
-A step is one lazy graph: forward pass, logit kernel, sampler, learned head. The next forward pass
-is queued on the small model's own choice before the packed row is read, so that the device does not
-wait for Python; what reads its logits is queued with the pass after it, so that Python works beside
-the passes and not beside the short kernel. When another token is committed instead, the queued
-pass is taken back: one token out of the KV cache. Caches that could not give it back do not run
-ahead.
+A step is one lazy graph: forward pass, logit kernel, sampler, learned head. Before the packed row
+of a step is read, the next forward pass is queued on the small model's own token, so that the
+device does not wait for Python (`mlx_lm.generate_step` does the same). When the caller commits
+another token, the queued pass is discarded: one token is trimmed from the KV cache. Nothing is
+queued on caches that cannot be trimmed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx_lm.sample_utils import make_sampler
 
 from mlxroute.errors import RollbackError
+from mlxroute.small.batch import Batch
+from mlxroute.small.continuations import continue_greedily
 from mlxroute.small.hidden_state import HiddenStateTap
-from mlxroute.small.kernels import Kernel, unpack_signals
-from mlxroute.small.kv_cache import PrefixCache
-from mlxroute.types import Sampling, Signals
-
-if TYPE_CHECKING:
-    import mlx.core as mx
+from mlxroute.small.kernels import select_kernel, unpack_signals
+from mlxroute.small.kv_cache import CacheCopy, PrefixCache
+from mlxroute.small.mlp_head import MlpHead
+from mlxroute.types import Notify, Sampling, Signals
 
 _CLEAR_CACHE_EVERY = 256
 
-Head = Callable[["mx.array", "mx.array"], "mx.array"]
-"""A learned head: (hidden state [1, D], packed row [1, n]) to a score [1, 1], all lazy."""
+Head = Callable[[mx.array, mx.array], mx.array]
+"""A learned head: hidden states [B, D] and packed rows [B, n] to scores [B, 1], all lazy."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """What a forward pass leaves, lazily: logits [B, V] at its last position, states [B, n, D]."""
+    """A lazy forward pass: `logits` [B, V] of its last position, `states` [B, n, D]."""
 
     logits: mx.array
     states: mx.array | None
 
     @property
     def hidden(self) -> mx.array | None:
-        """The state at the last position, [B, D]."""
+        """The final hidden state of the last position, [B, D]."""
         return None if self.states is None else self.states[:, -1, :]
 
 
 @dataclass(frozen=True, slots=True)
-class ScoredText:
-    """What a model sees at n positions of a text that another wrote.
+class _Outputs:
+    """What is computed from a pass, lazily: `packed` rows [B, n], the model's `token` [B, 1]."""
 
-    `logprobs` are those of the text's own tokens, in nats; `hidden` are final-norm states [n, D].
+    packed: mx.array
+    token: mx.array
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredText:
+    """The small model's signals at the n positions of a text that another model wrote.
+
+    `logprobs` are those of the text's own tokens, in nats. `hidden` [n, D] are the final hidden
+    states, in the model's dtype.
     """
 
     signals: tuple[Signals, ...]
@@ -54,38 +66,31 @@ class ScoredText:
     hidden: mx.array
 
 
-@dataclass(frozen=True, slots=True)
-class _Queued:
-    """What is read of a pass: its packed rows, and the token for the next one."""
-
-    packed: mx.array
-    token: mx.array
-
-
 class Decoder:
-    """The model, its KV cache and the step that runs ahead. Not safe for several threads."""
+    """A model, its KV cache and the forward pass queued behind the last step.
 
-    def __init__(self, model: Any, *, kernel: Kernel) -> None:
+    One thread may use it at a time.
+    """
+
+    def __init__(self, model: Any, *, kernel: str, notify: Notify) -> None:
+        """`kernel` names the logit kernel, see `select_kernel`; `notify` gets its warning."""
         self.cache = PrefixCache(model)
-        self.head: Head | None = None
         self._model = model
-        self._kernel = kernel
+        self._kernel = select_kernel(kernel, notify=notify)
+        self._head: Head | None = None
         self._tap = HiddenStateTap(model)
         self._sampler: Callable[[mx.array], mx.array] | None = None
-        self._now: _Pass | None = None
-        self._ahead: _Pass | None = None
-        self._ahead_id: int | None = None
-        # While sampling: the random state before each step, by the tokens the cache held after it.
-        self._states: list[tuple[int, mx.array]] = []
-        self._steps = 0
+        self._last_pass: _Pass | None = None
+        self._queued: _Pass | None = None
+        self._queued_id: int | None = None
+        # While sampling: (cached tokens after a step, random state before it), for rollback.
+        self._random_states: list[tuple[int, mx.array]] = []
+        self._step_count = 0
 
     def begin(self, prompt_ids: Sequence[int], sampling: Sampling) -> int:
-        """Start a sequence; return how many of its ids the cache holds already."""
-        import mlx.core as mx
-        from mlx_lm.sample_utils import make_sampler
-
-        self._take_back()
-        self._states.clear()
+        """Start a sequence; return how many of its leading ids are cached already."""
+        self._discard_queued()
+        self._random_states.clear()
         self._sampler = (
             make_sampler(temp=sampling.temperature, top_p=sampling.top_p)
             if sampling.temperature > 0
@@ -95,185 +100,199 @@ class Decoder:
             mx.random.seed(sampling.seed)
         return self.cache.keep_common_prefix(prompt_ids)
 
-    def feed(self, token_ids: Sequence[int]) -> None:
-        """Run tokens through the model for the cache's sake alone, and wait for it."""
-        import mlx.core as mx
-
-        self._take_back()
-        with self.cache.feeding(token_ids):
+    def prefill(self, token_ids: Sequence[int]) -> None:
+        """Fill the KV cache with tokens, without signals, and wait for the device."""
+        self._discard_queued()
+        with self.cache.record_pass(token_ids):
             self._model(mx.array(list(token_ids))[None], cache=self.cache.layers)
         mx.eval([layer.state for layer in self.cache.layers])
         mx.clear_cache()
 
     def step(self, token_ids: Sequence[int]) -> Signals:
-        """Feed committed tokens, queue the step after them, read the signals: one transfer."""
-        import mlx.core as mx
+        """Feed committed tokens and return the signals of the next position.
 
-        now = self._matching_ahead(token_ids) or self._run_now(token_ids)
-        self._now = now
+        The pass after it is queued first, so a step costs one device synchronisation.
+        """
+        current = self._take_queued(token_ids) or self._run_pass(token_ids)
+        self._last_pass = current
         if self._sampler is not None:
             state = mx.array(_random_state())
-            self._states.append((len(self.cache.token_ids), state))
-        reading = self._read(now)
-        if self.cache.can_run_ahead:
-            with self.cache.running_ahead():
-                self._ahead = self._pass(reading.token)
-        _queue(reading.packed)
-        if self._ahead is not None:
-            _queue(self._ahead.logits)
-        (values,) = cast("list[list[float]]", reading.packed.tolist())
-        signals = unpack_signals(values, has_head=self.head is not None)
-        self._ahead_id = signals.token_id
-        self._steps += 1
-        if self._steps % _CLEAR_CACHE_EVERY == 0:
+            self._random_states.append((len(self.cache.token_ids), state))
+        outputs = self._build_outputs(current)
+        if self.cache.can_queue:
+            with self.cache.record_queued_pass():
+                self._queued = self._build_pass(outputs.token)
+        _evaluate_later(outputs.packed)
+        if self._queued is not None:
+            _evaluate_later(self._queued.logits)
+        (values,) = cast("list[list[float]]", outputs.packed.tolist())
+        signals = unpack_signals(values, has_head=self._head is not None)
+        self._queued_id = signals.token_id
+        self._step_count += 1
+        if self._step_count % _CLEAR_CACHE_EVERY == 0:
             mx.clear_cache()
         return signals
 
-    def run(self, token_ids: Sequence[int]) -> Signals:
-        """Feed tokens of one sequence; the signals behind the last, with nothing running ahead."""
-        import mlx.core as mx
-
-        self._take_back()
-        with self.cache.feeding(token_ids):
-            (signals,) = self.signals(mx.array(list(token_ids))[None], self.cache.layers)
-        self._now = None
+    def step_unqueued(self, token_ids: Sequence[int]) -> Signals:
+        """Feed tokens and return the signals of the next position, with no pass queued."""
+        self._discard_queued()
+        with self.cache.record_pass(token_ids):
+            (signals,) = self.compute_signals(mx.array(list(token_ids))[None], self.cache.layers)
+        self._last_pass = None
         return signals
 
-    def read(self, token_ids: Sequence[int], following: Sequence[int]) -> ScoredText:
-        """Feed tokens of one sequence in one pass; what is seen behind each of them.
+    def score_text(self, token_ids: Sequence[int], next_ids: Sequence[int]) -> ScoredText:
+        """Feed tokens in one pass and return what the model predicts after each of them.
 
-        `following` are the tokens that come there in fact.
+        `next_ids[i]` is the text's own token after `token_ids[i]`.
         """
-        import mlx.core as mx
-
-        self._take_back()
-        with self.cache.feeding(token_ids):
+        self._discard_queued()
+        with self.cache.record_pass(token_ids):
             logits = self._model(mx.array(list(token_ids))[None], cache=self.cache.layers)[0]
         states = self._tap.last()
-        self._now = None
+        self._last_pass = None
         packed = self._kernel(logits)
-        chosen = mx.take_along_axis(logits, mx.array(list(following))[:, None], axis=-1)
+        chosen = mx.take_along_axis(logits, mx.array(list(next_ids))[:, None], axis=-1)
         hidden = states[0]
         mx.eval(packed, chosen, hidden)
         rows = cast("list[list[float]]", packed.tolist())
         signals = [unpack_signals(values, has_head=False) for values in rows]
-        raw = cast("list[float]", chosen[:, 0].astype(mx.float32).tolist())
-        logprobs = [value - each.lse for value, each in zip(raw, signals, strict=True)]
+        next_logits = cast("list[float]", chosen[:, 0].astype(mx.float32).tolist())
+        logprobs = [logit - row.lse for logit, row in zip(next_logits, signals, strict=True)]
         return ScoredText(tuple(signals), tuple(logprobs), hidden)
 
     def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:
-        """One step of a batch: row i feeds `token_ids[i]` behind what row `parents[i]` holds."""
-        import mlx.core as mx
-
-        self._take_back()
-        with self.cache.branching(parents, token_ids):
-            signals = self.signals(mx.array(list(token_ids))[:, None], self.cache.layers)
-        self._now = None
+        """Run one step of a batch: row i feeds `token_ids[i]` after what row `parents[i]` holds."""
+        self._discard_queued()
+        with self.cache.record_batch_pass(parents, token_ids):
+            signals = self.compute_signals(mx.array(list(token_ids))[:, None], self.cache.layers)
+        self._last_pass = None
         return signals
 
-    def signals(self, tokens: mx.array, layers: list[Any]) -> list[Signals]:
-        """The signals behind tokens [B, n] that these layers take in."""
-        packed = self._read(self._pass(tokens, layers)).packed
-        rows = cast("list[list[float]]", packed.tolist())
-        return [unpack_signals(values, has_head=self.head is not None) for values in rows]
-
     def select(self, row: int) -> None:
-        """Go on with one row of the batch alone."""
+        """End the batch and continue with one of its rows."""
         self.cache.select(row)
 
+    def compute_signals(self, tokens: mx.array, layers: list[Any]) -> list[Signals]:
+        """Feed tokens [B, n] to cache layers; return the signals after the last of each row."""
+        packed = self._build_outputs(self._build_pass(tokens, layers)).packed
+        rows = cast("list[list[float]]", packed.tolist())
+        return [unpack_signals(values, has_head=self._head is not None) for values in rows]
+
+    def start_batch(self, copies: Sequence[CacheCopy]) -> Batch:
+        """Return a batch over copies of KV caches, independent of this decoder's own cache."""
+        return Batch(copies, self.compute_signals)
+
+    def continue_greedily(
+        self,
+        starts: Sequence[tuple[CacheCopy, int]],
+        *,
+        max_tokens: Sequence[int],
+        eos_ids: frozenset[int],
+    ) -> list[list[int]]:
+        """See `continuations.continue_greedily`."""
+        return continue_greedily(self._model, starts, max_tokens=max_tokens, eos_ids=eos_ids)
+
     def rollback(self, count: int) -> None:
-        """Take the last `count` tokens back, with their random numbers. Raises RollbackError."""
-        self._take_back()
+        """Remove the last `count` tokens and restore the random state before them.
+
+        Raises RollbackError.
+        """
+        self._discard_queued()
         self.cache.rollback(count)
-        while self._states and self._states[-1][0] > len(self.cache.token_ids):
-            _random_state()[:] = self._states.pop()[1]
-        self._now = None
+        while self._random_states and self._random_states[-1][0] > len(self.cache.token_ids):
+            _random_state()[:] = self._random_states.pop()[1]
+        self._last_pass = None
+
+    def load_head(self, path: Path) -> MlpHead:
+        """Read a head from a file and evaluate it in every step from now on."""
+        head = MlpHead.load(path, hidden_size=_hidden_size(self._model))
+        self.set_head(head)
+        return head
 
     def set_head(self, head: Head | None) -> None:
-        """Evaluate `head` in every step from now on; UsageError if the model shows no state."""
+        """Evaluate `head` in every step from now on, or none.
+
+        Raises UsageError for an architecture whose hidden state cannot be read.
+        """
         if head is not None:
             self._tap.check()
-        self.head = head
+        self._head = head
 
-    def check_hidden(self) -> None:
-        """Raise UsageError for a model that shows no hidden state."""
+    def check_hidden_state(self) -> None:
+        """Raise UsageError for an architecture whose hidden state cannot be read."""
         self._tap.check()
 
     def hidden_state(self) -> mx.array:
-        """Final-norm output at the last committed position, [hidden size]."""
+        """Return the final hidden state at the last committed position, [D]."""
         self._tap.check()
-        hidden = None if self._now is None else self._now.hidden
+        hidden = None if self._last_pass is None else self._last_pass.hidden
         if hidden is None:
             raise RollbackError("no hidden state: run a step first")
         return hidden[0]
 
-    def _run_now(self, token_ids: Sequence[int]) -> _Pass:
-        import mlx.core as mx
+    def _run_pass(self, token_ids: Sequence[int]) -> _Pass:
+        self._discard_queued()
+        with self.cache.record_pass(token_ids):
+            current = self._build_pass(mx.array(list(token_ids))[None])
+            _evaluate_later(current.logits)
+        return current
 
-        self._take_back()
-        with self.cache.feeding(token_ids):
-            now = self._pass(mx.array(list(token_ids))[None])
-            _queue(now.logits)
-        return now
-
-    def _matching_ahead(self, token_ids: Sequence[int]) -> _Pass | None:
-        """The pass that ran ahead, if it ran on exactly these tokens."""
-        ahead = self._ahead
-        if ahead is None or len(token_ids) != 1 or token_ids[0] != self._ahead_id:
+    def _take_queued(self, token_ids: Sequence[int]) -> _Pass | None:
+        """Return the queued pass if it ran on exactly these tokens, and commit its token."""
+        queued = self._queued
+        if queued is None or len(token_ids) != 1 or token_ids[0] != self._queued_id:
             return None
-        self._ahead = None
-        self.cache.confirm(token_ids[0])
-        return ahead
+        self._queued = None
+        self.cache.confirm_queued(token_ids[0])
+        return queued
 
-    def _take_back(self) -> None:
-        """Undo the pass that ran ahead."""
-        self._ahead, self._ahead_id = None, None
-        self.cache.take_back()
+    def _discard_queued(self) -> None:
+        self._queued, self._queued_id = None, None
+        self.cache.discard_queued()
 
-    def _pass(self, tokens: mx.array, layers: list[Any] | None = None) -> _Pass:
-        """The graph of a forward pass of tokens [B, n]; nothing is computed yet."""
+    def _build_pass(self, tokens: mx.array, layers: list[Any] | None = None) -> _Pass:
+        """Build the graph of a forward pass of tokens [B, n]; nothing is computed yet."""
         logits = self._model(tokens, cache=self.cache.layers if layers is None else layers)[:, -1]
         return _Pass(logits, self._tap.last())
 
-    def _read(self, now: _Pass) -> _Queued:
-        """The graph of what is read of a pass."""
-        import mlx.core as mx
-
-        packed = self._kernel(now.logits)
+    def _build_outputs(self, current: _Pass) -> _Outputs:
+        """Build the graph from a pass to its packed rows and the model's own token."""
+        packed = self._kernel(current.logits)
         if self._sampler is None:
             token = packed[:, :1].astype(mx.int32)
         else:
-            token = self._sampled(now.logits)
-            chosen = [token, mx.take_along_axis(now.logits, token, axis=-1)]
+            token = self._sample(current.logits)
+            chosen = [token, mx.take_along_axis(current.logits, token, axis=-1)]
             packed = mx.concatenate(
                 [*(part.astype(mx.float32) for part in chosen), packed[:, 2:]], axis=-1
             )
-        if self.head is not None:
-            hidden = now.hidden
+        if self._head is not None:
+            hidden = current.hidden
             assert hidden is not None
-            packed = mx.concatenate([packed, self.head(hidden, packed)], axis=-1)
-        return _Queued(packed, token)
+            packed = mx.concatenate([packed, self._head(hidden, packed)], axis=-1)
+        return _Outputs(packed, token)
 
-    def _sampled(self, logits: mx.array) -> mx.array:
-        """The token of logits [1, V], [1, 1], as `mlx_lm.generate_step` draws it."""
-        import mlx.core as mx
-
+    def _sample(self, logits: mx.array) -> mx.array:
+        """Draw the token [1, 1] of logits [1, V] as `mlx_lm.generate_step` draws it."""
         assert self._sampler is not None
         logprobs = logits - mx.logsumexp(logits, keepdims=True)
         return self._sampler(logprobs).reshape(1, 1)
 
 
-def _queue(array: mx.array) -> None:
-    import mlx.core as mx
-
+def _evaluate_later(array: mx.array) -> None:
     start: Callable[..., None] = mx.async_eval
     start(array)
 
 
 def _random_state() -> mx.array:
-    """MLX's own state of random numbers, which samplers advance; writing to it sets it."""
-    import mlx.core as mx
-
+    """Return MLX's own random state, which samplers advance; writing into it sets it."""
     state: Any = mx.random.state
     live: mx.array = state[0]
     return live
+
+
+def _hidden_size(model: Any) -> int:
+    args = getattr(model, "args", None)
+    text = getattr(args, "text_config", None) or {}
+    return int(getattr(args, "hidden_size", None) or text.get("hidden_size") or 0)

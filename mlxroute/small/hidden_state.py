@@ -1,4 +1,4 @@
-"""The final hidden state, taken from the forward pass that runs anyway."""
+"""The final hidden state, read from the forward pass that decoding runs anyway."""
 
 from __future__ import annotations
 
@@ -8,35 +8,44 @@ from mlxroute.errors import UsageError
 
 
 class HiddenStateTap:
-    """Remembers what a model's final norm last returned."""
+    """Keeps the latest output of a model's final norm.
+
+    `mlx_lm` models return logits only, so the norm gets a subclass that keeps what it returns.
+    """
 
     def __init__(self, model: Any) -> None:
-        self._seen: list[Any] = []
-        norm = _final_norm(model)
-        self._found = norm is not None
-        if norm is None:
-            return
-        seen = self._seen
-        plain = type(norm)
-
-        def call(module: Any, hidden: Any) -> Any:
-            output = plain.__call__(module, hidden)
-            seen[:] = [output]
-            return output
-
-        norm.__class__ = type(plain.__name__, (plain,), {"__call__": call})
+        norm = _find_final_norm(model)
+        self._has_norm = norm is not None
+        self._outputs: list[Any] = []
+        if norm is not None:
+            _keep_outputs(norm, self._outputs)
 
     def check(self) -> None:
-        """Raise UsageError for an architecture whose final norm is not known."""
-        if not self._found:
-            raise UsageError("this architecture's final hidden state is not known to mlxroute")
+        """Raise UsageError for an architecture whose final norm is unknown."""
+        if not self._has_norm:
+            raise UsageError(
+                "cannot read the final hidden state: mlxroute does not know where this"
+                " architecture keeps its final norm"
+            )
 
     def last(self) -> Any:
-        """The states of the last forward pass, [B, n, D], or None."""
-        return self._seen[0] if self._seen else None
+        """Return the states of the last forward pass, [B, n, D]; None before the first."""
+        return self._outputs[0] if self._outputs else None
 
 
-def _final_norm(model: Any) -> Any:
+def _keep_outputs(norm: Any, outputs: list[Any]) -> None:
+    """Make every call of the module `norm` replace the content of `outputs`."""
+    plain = type(norm)
+
+    def call(module: Any, hidden: Any) -> Any:
+        output = plain.__call__(module, hidden)
+        outputs[:] = [output]
+        return output
+
+    norm.__class__ = type(plain.__name__, (plain,), {"__call__": call})
+
+
+def _find_final_norm(model: Any) -> Any:
     for holder in (model, getattr(model, "language_model", None)):
         norm = getattr(getattr(holder, "model", None), "norm", None)
         if norm is not None:

@@ -1,4 +1,4 @@
-"""The KV cache and the tokens it stands for: one owner, every trim and every branch counted."""
+"""The KV cache and the ids it was computed from: one owner for every trim and every batch."""
 
 from __future__ import annotations
 
@@ -7,22 +7,34 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import mlx.core as mx
+from mlx.utils import tree_map
+from mlx_lm.models.cache import (
+    KVCache,
+    can_trim_prompt_cache,
+    make_prompt_cache,
+    trim_prompt_cache,
+)
+
 from mlxroute.errors import RollbackError, UsageError
+from mlxroute.sequences import common_prefix_length
 
 CacheCopy = list[Any]
-"""Copies of KV caches, one a layer, that later steps do not change."""
+"""Copies of KV cache layers, one per layer of the model, that later steps do not change."""
 
-_MOST_ROWS = 8
-_BRANCH_BYTES = 1 << 30
+_MAX_ROWS = 8
+# Memory that the rows of a batch may take together.
+_BATCH_BYTES = 1 << 30
+_INTERRUPTED = "a forward pass was interrupted, so the KV cache is unusable; prefill a prompt first"
 
 
 class PrefixCache:
-    """The KV cache of one sequence beside the ids it was computed from.
+    """The KV cache of one sequence, or of a batch that continues it, with its token ids.
 
-    `token_ids` equals what the layers hold, but for one token that may run ahead of them, and
-    except after an interrupt in the middle of a forward pass; then the next prompt starts anew.
-    While the sequence is branched the layers hold several rows of one length, and `tails` are what
-    each has behind `token_ids`.
+    `token_ids` are the ids in the layers, with two exceptions: the layers may hold one queued
+    token more (see `record_queued_pass`), and after an interrupt inside a forward pass they may
+    disagree, until the next prompt resets them. In a batch every row holds `token_ids` followed by
+    its own entry of `batch_tails`; all tails have the same length.
     """
 
     def __init__(self, model: Any) -> None:
@@ -30,168 +42,163 @@ class PrefixCache:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
-        from mlx_lm.models.cache import make_prompt_cache
-
+        """Empty the cache."""
         self.layers: list[Any] = make_prompt_cache(self._model)
         self.token_ids: list[int] = []
-        self.tails: list[list[int]] = []
-        self._ahead = 0
-        self._whole = True
+        self.batch_tails: list[list[int]] = []
+        self._has_queued = False
+        # False during a forward pass, and after one that was interrupted.
+        self._is_consistent = True
 
     @contextmanager
-    def feeding(self, token_ids: Sequence[int]) -> Iterator[None]:
-        """Run a forward pass of `token_ids` inside; an interrupt in it costs the whole cache.
+    def record_pass(self, token_ids: Sequence[int]) -> Iterator[None]:
+        """Record `token_ids` as cached once the forward pass inside has been built.
 
-        The ids count as soon as the layers hold them, evaluated or not.
+        Evaluation may come later. An interrupt inside makes the cache inconsistent.
         """
-        self._whole = False
+        self._is_consistent = False
         yield
         self.token_ids.extend(token_ids)
-        self._whole = True
+        self._is_consistent = True
 
     @contextmanager
-    def branching(self, parents: Sequence[int], token_ids: Sequence[int]) -> Iterator[None]:
-        """Run a forward pass inside of one token a row, row i continuing row `parents[i]`."""
-        self._whole = False
-        rows = max(1, len(self.tails))
+    def record_batch_pass(self, parents: Sequence[int], token_ids: Sequence[int]) -> Iterator[None]:
+        """Arrange rows so that row i continues row `parents[i]`, then record one token per row."""
+        self._is_consistent = False
+        rows = max(1, len(self.batch_tails))
         if list(parents) != list(range(rows)):
             self._take_rows(parents)
         yield
-        tails = self.tails or [[]]
-        self.tails = [[*tails[row], token] for row, token in zip(parents, token_ids, strict=True)]
-        self._whole = True
+        tails = self.batch_tails or [[]]
+        self.batch_tails = [
+            [*tails[row], token_id] for row, token_id in zip(parents, token_ids, strict=True)
+        ]
+        self._is_consistent = True
+
+    @contextmanager
+    def record_queued_pass(self) -> Iterator[None]:
+        """Record the forward pass inside as one queued token, to be confirmed or discarded."""
+        self._is_consistent = False
+        yield
+        self._has_queued = True
+        self._is_consistent = True
+
+    def confirm_queued(self, token_id: int) -> None:
+        """Make the queued token part of the sequence; `token_id` is its id."""
+        self._has_queued = False
+        self.token_ids.append(token_id)
+
+    def discard_queued(self) -> None:
+        """Remove the queued token from the layers, if there is one."""
+        if self._has_queued and self._is_consistent:
+            self._trim(1)
+            self._has_queued = False
 
     def select(self, row: int) -> None:
-        """Go on with one row alone."""
-        if not self.tails:
+        """End the batch and continue with one of its rows; without a batch do nothing."""
+        if not self.batch_tails:
             return
-        if not self._whole:
-            raise RollbackError("a forward pass was interrupted; run a prompt first")
-        if len(self.tails) > 1:
+        if not self._is_consistent:
+            raise RollbackError(_INTERRUPTED)
+        if len(self.batch_tails) > 1:
             self._take_rows([row])
-        self.token_ids += self.tails[row]
-        self.tails = []
-
-    @property
-    def max_rows(self) -> int:
-        """How many rows the memory set aside for branches holds; 1 where layers cannot branch."""
-        if not self.can_rollback or not all(_can_branch(layer) for layer in self.layers):
-            return 1
-        size: int = sum(layer.nbytes for layer in self.layers) // max(1, len(self.tails))
-        return max(1, min(_MOST_ROWS, _BRANCH_BYTES // max(1, size)))
-
-    def copy(self, count: int) -> CacheCopy:
-        """Copies of the layers' first `count` tokens, fit for a batch.
-
-        Raises UsageError for caches that no batch takes, or that cannot be cut there.
-        """
-        import mlx.core as mx
-
-        if not self._whole or self._ahead or self.tails or not 0 < count <= len(self.token_ids):
-            raise RollbackError(f"the KV cache holds no {count} tokens of one sequence")
-        cut = count < len(self.token_ids)
-        copies = [_cut(layer, count) if cut else _copy(layer) for layer in self.layers]
-        mx.eval([part.state for part in copies])
-        return copies
+        self.token_ids += self.batch_tails[row]
+        self.batch_tails = []
 
     def _take_rows(self, rows: Sequence[int]) -> None:
-        import mlx.core as mx
-        from mlx.utils import tree_map
-
         index = mx.array(list(rows))
         for layer in self.layers:
             for name in ("keys", "values"):
-                held = getattr(layer, name)
-                if held is not None:
-                    setattr(layer, name, tree_map(lambda part: part[index], held))
-
-    @contextmanager
-    def running_ahead(self) -> Iterator[None]:
-        """Run a forward pass inside of one token that may yet be taken back."""
-        self._whole = False
-        yield
-        self._ahead = 1
-        self._whole = True
-
-    def confirm(self, token_id: int) -> None:
-        """The token that ran ahead is committed, and this is its id."""
-        self._ahead = 0
-        self.token_ids.append(token_id)
-
-    def take_back(self) -> None:
-        """Drop the token that ran ahead, if there is one."""
-        if self._ahead and self._whole:
-            self._trim(1)
-            self._ahead = 0
+                values = getattr(layer, name)
+                if values is not None:
+                    setattr(layer, name, tree_map(lambda part: part[index], values))
 
     @property
-    def can_run_ahead(self) -> bool:
-        """Whether every layer could give back one token more than it holds now."""
-        return self.could_give_back(1)
+    def max_rows(self) -> int:
+        """The largest batch that fits the memory for batches; 1 where layers cannot be batched."""
+        if not self.is_trimmable or not all(_has_rows(layer) for layer in self.layers):
+            return 1
+        size: int = sum(layer.nbytes for layer in self.layers) // max(1, len(self.batch_tails))
+        return max(1, min(_MAX_ROWS, _BATCH_BYTES // max(1, size)))
 
-    def could_give_back(self, count: int) -> bool:
-        """Whether every layer could give back `count` tokens more than it holds now."""
-        return self.can_rollback and all(_has_room(layer, count) for layer in self.layers)
+    def copy(self, count: int) -> CacheCopy:
+        """Return copies of the layers' first `count` tokens, fit for a batch.
+
+        Raises UsageError for caches that cannot be batched or cut there, RollbackError where the
+        layers do not hold `count` tokens of one sequence.
+        """
+        if not self._is_consistent:
+            raise RollbackError(_INTERRUPTED)
+        if self._has_queued or self.batch_tails:
+            raise RollbackError(
+                "the KV cache holds a batch or a queued token; select a row or roll back first"
+            )
+        if not 0 < count <= len(self.token_ids):
+            raise RollbackError(f"cannot copy {count} of {len(self.token_ids)} cached tokens")
+        is_part = count < len(self.token_ids)
+        copies = [_copy_part(x, count) if is_part else _copy_whole(x) for x in self.layers]
+        mx.eval([layer.state for layer in copies])
+        return copies
 
     @property
-    def can_rollback(self) -> bool:
-        """Whether every layer's cache can give tokens back."""
-        from mlx_lm.models.cache import can_trim_prompt_cache
+    def can_queue(self) -> bool:
+        """Whether a token fed next could be removed again."""
+        return self.can_rollback(1)
 
+    def can_rollback(self, count: int) -> bool:
+        """Whether `count` tokens fed next could be removed again."""
+        return self.is_trimmable and all(_has_room(layer, count) for layer in self.layers)
+
+    @property
+    def is_trimmable(self) -> bool:
+        """Whether every layer can remove its last tokens now."""
         return bool(can_trim_prompt_cache(self.layers))
 
     def rollback(self, count: int) -> None:
-        """Drop the last `count` tokens from every layer; RollbackError if a layer cannot."""
+        """Remove the last `count` tokens from every layer; raise RollbackError if one cannot."""
         if count == 0:
             return
-        if not self._whole:
-            raise RollbackError("a forward pass was interrupted; run a prompt first")
-        if self.tails:
-            raise RollbackError("the sequence is branched; select a row first")
+        if not self._is_consistent:
+            raise RollbackError(_INTERRUPTED)
+        if self.batch_tails:
+            raise RollbackError("cannot roll back a batch; select a row first")
         if count < 0 or count > len(self.token_ids):
             raise RollbackError(f"cannot roll back {count} of {len(self.token_ids)} tokens")
         self._trim(count)
         del self.token_ids[-count:]
 
     def _trim(self, count: int) -> None:
-        from mlx_lm.models.cache import trim_prompt_cache
-
         trimmed = trim_prompt_cache(self.layers, count)
         if trimmed != count:
             raise RollbackError(
-                f"the KV cache gave back {trimmed} of {count} tokens;"
+                f"the KV cache removed {trimmed} of {count} tokens;"
                 " this architecture cannot roll back"
             )
 
     def keep_common_prefix(self, prompt_ids: Sequence[int]) -> int:
-        """Keep what a new prompt shares with the cache, leaving its last id out; return the count.
+        """Keep the tokens shared with a new prompt; return how many they are.
 
-        Exact hits need one token outside the cache to seed the first decode step.
+        The prompt's last token is never kept, because it seeds the first decode step.
         """
-        if not self._whole:
+        if not self._is_consistent:
             self.reset()
         self.select(0)
-        common = 0
-        for cached, wanted in zip(self.token_ids, prompt_ids[:-1], strict=False):
-            if cached != wanted:
-                break
-            common += 1
+        common = common_prefix_length(self.token_ids, prompt_ids[:-1])
         surplus = len(self.token_ids) - common
-        if surplus and not self.can_rollback:
+        if surplus and not self.is_trimmable:
             self.reset()
             return 0
         self.rollback(surplus)
         return common
 
 
-def _can_branch(layer: Any) -> bool:
-    """Whether a layer is nothing but keys and values, by row."""
+def _has_rows(layer: Any) -> bool:
+    """Whether a layer consists of keys and values alone, so that rows can be taken from it."""
     return getattr(layer, "caches", None) is None and hasattr(layer, "keys")
 
 
 def _has_room(layer: Any, count: int) -> bool:
-    """Whether a layer can still be trimmed after `count` more tokens; a full window cannot."""
+    """Whether a layer can be trimmed after `count` more tokens; a full sliding window cannot."""
     parts = getattr(layer, "caches", None)
     if parts is not None:
         return all(_has_room(part, count) for part in parts)
@@ -199,21 +206,20 @@ def _has_room(layer: Any, count: int) -> bool:
     return size is None or layer.offset + count < size
 
 
-def _copy(layer: Any) -> Any:
-    """The whole layer, apart from the one that goes on changing."""
+def _copy_whole(layer: Any) -> Any:
     if not hasattr(layer, "merge"):
-        raise UsageError(f"a cache of this kind ({type(layer).__name__}) cannot be in a batch")
+        raise UsageError(
+            f"this architecture's cache ({type(layer).__name__}) cannot be decoded in a batch"
+        )
     return copy.deepcopy(layer)
 
 
-def _cut(layer: Any, count: int) -> Any:
-    """The first tokens of a layer that is nothing but keys and values at full precision."""
-    from mlx_lm.models.cache import KVCache
-
+def _copy_part(layer: Any, count: int) -> Any:
+    """Copy the first `count` tokens of a layer of keys and values at full precision."""
     if type(layer) is not KVCache:
         raise UsageError(
-            "continuations from the middle of a text need plain KV caches, and this"
-            f" architecture has {type(layer).__name__}"
+            "continuing from the middle of a text needs plain KV caches, and this architecture"
+            f" has {type(layer).__name__}"
         )
     part = KVCache()
     part.state = (layer.keys[..., :count, :], layer.values[..., :count, :], count)

@@ -1,4 +1,4 @@
-"""The small model: load, prefill, decode step, rollback."""
+"""The small model: loading, prefill, decode steps, batches and rollback."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxroute.backend import blas
+from mlxroute.catalog import Catalog
+from mlxroute.config import user_catalog_dir
 from mlxroute.errors import UsageError
-from mlxroute.small.batch import Batch
 from mlxroute.small.batch_cost import measure
-from mlxroute.small.continuations import continue_greedily
-from mlxroute.small.decoder import Decoder, Head, ScoredText
-from mlxroute.small.kernels import select_kernel
-from mlxroute.small.kv_cache import CacheCopy
-from mlxroute.small.mlp_head import MlpHead
 from mlxroute.tokenizers.chat_template import ChatTokenizer
 from mlxroute.types import (
     BranchCost,
@@ -25,9 +22,15 @@ from mlxroute.types import (
     no_notice,
     no_progress,
 )
+from mlxroute.weights import default_cache_dir, resolve
 
 if TYPE_CHECKING:
     import mlx.core as mx
+
+    from mlxroute.small.batch import Batch
+    from mlxroute.small.decoder import Head, ScoredText
+    from mlxroute.small.kv_cache import CacheCopy
+    from mlxroute.small.mlp_head import MlpHead
 
 # As `mlx_lm.generate_step`, so that the same prompt rounds the same way.
 PREFILL_STEP_SIZE = 2048
@@ -38,7 +41,19 @@ _CONTEXT_KEY = "max_position_embeddings"
 class SmallModel:
     """A model that `mlx_lm` loads, with its KV cache, decoding one position at a time.
 
-    `model` and `tokenizer` are the `mlx_lm` objects. Not safe for use from several threads.
+    `SmallModel.load` builds one from a name or a path; the constructor takes a model that is
+    loaded already. One thread may use it at a time.
+
+    Parameters:
+    - `model`: the `mlx_lm` model (an `mlx.nn.Module`), kept as the attribute `model`.
+    - `tokenizer`: the `mlx_lm` tokenizer (a `TokenizerWrapper`), kept as the attribute `tokenizer`.
+    - `name`: what results and messages call the model. Calibrated scores and learned heads are
+      found by it, so a catalogue model should keep its catalogue name.
+    - `kernel`: what computes the signals from the logits: `metal`, the fused Metal kernel; `graph`,
+      the same from MLX operations, on any device; `auto`, Metal where it works. Default `auto`.
+    - `notify`: receives one line of text if `auto` does not use a Metal GPU. Default: ignored.
+
+    Raises UsageError for an unknown kernel, and for `metal` where it does not work.
     """
 
     def __init__(
@@ -50,15 +65,17 @@ class SmallModel:
         kernel: str = "auto",
         notify: Notify = no_notice,
     ) -> None:
-        """`kernel` is auto, metal or graph. Raises UsageError where there is no such kernel."""
+        # Imports MLX, which has to come after the BLAS that `load` opens.
+        from mlxroute.small.decoder import Decoder
+
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
-        self._text = ChatTokenizer(tokenizer, name=name)
-        self.vocabulary = self._text.vocabulary
+        self._chat_tokenizer = ChatTokenizer(tokenizer, name=name)
+        self.vocabulary = self._chat_tokenizer.vocabulary
         self.context_length = _context_length(model)
         self.head: MlpHead | None = None
-        self._decoder = Decoder(model, kernel=select_kernel(kernel, notify=notify))
+        self._decoder = Decoder(model, kernel=kernel, notify=notify)
 
     @classmethod
     def load(
@@ -72,15 +89,27 @@ class SmallModel:
         progress: Progress = no_progress,
         notify: Notify = no_notice,
     ) -> SmallModel:
-        """Load a catalogue name, a model directory, a GGUF file or a hub id.
+        """Load a model, downloading what is not cached.
 
-        Fetches what is not cached. Raises CatalogError, WeightsError, NotEnoughSpace, UsageError.
+        Call it before anything else imports MLX: on Linux it opens a BLAS that is faster than the
+        one of MLX's CPU build, which MLX uses only if it is open before MLX is imported.
+
+        Parameters:
+        - `spec`: a catalogue name (`qwen2.5-coder-0.5b`), a model directory, a GGUF file, or the
+          id of a repository on the Hugging Face hub.
+        - `adapter`: a directory of LoRA weights, as `mlx_lm.lora` writes it. Default: none.
+        - `cache_dir`: the folder of downloaded weights and of the renamed BLAS. Default: mlxroute's
+          folder in the user's cache.
+        - `offline`: use cached and local files only. Default: False.
+        - `kernel`: as for the constructor. Default `auto`.
+        - `progress`: receives the state of downloads and conversions. Default: ignored.
+        - `notify`: receives lines that the user should read once, such as which BLAS is in use.
+          Default: ignored.
+
+        Raises CatalogError for an unknown name, WeightsError where the weights cannot be fetched or
+        read, NotEnoughSpace where disk or memory is short, UsageError for an adapter or a kernel
+        that does not fit.
         """
-        from mlxroute.backend import blas
-        from mlxroute.catalog import Catalog
-        from mlxroute.config import user_catalog_dir
-        from mlxroute.weights import default_cache_dir, resolve
-
         cache_dir = cache_dir or default_cache_dir()
         local = resolve(
             str(spec),
@@ -101,25 +130,28 @@ class SmallModel:
         return cls(model, tokenizer, name=local.name, kernel=kernel, notify=notify)
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The prompt text of a conversation, ready for the assistant's answer.
+        """Return the prompt text of a conversation, ready for the assistant's answer.
 
-        Raises UsageError when the chat template refuses the conversation.
+        Raises UsageError if the chat template rejects the conversation.
         """
-        return self._text.render(messages)
+        return self._chat_tokenizer.render(messages)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a rendered prompt; special tokens in it are parsed, a missing BOS is added."""
-        return self._text.encode_prompt(text)
+        """Return the ids of a rendered prompt; parse special tokens in it, add a missing BOS."""
+        return self._chat_tokenizer.encode_prompt(text)
 
     @property
     def cached_ids(self) -> Sequence[int]:
-        """The ids in the KV cache, without the rows of a batch; changes with the next step."""
+        """The ids of the sequence in the KV cache, prompt included, without the rows of a batch.
+
+        A live view: it changes with the next step.
+        """
         return self._decoder.cache.token_ids
 
     @property
     def batch_tails(self) -> Sequence[Sequence[int]]:
         """For each row of a batch, the ids it holds beyond `cached_ids`; empty without a batch."""
-        return self._decoder.cache.tails
+        return self._decoder.cache.batch_tails
 
     def prefill(
         self,
@@ -128,10 +160,10 @@ class SmallModel:
         sampling: Sampling | None = None,
         progress: Progress = no_progress,
     ) -> tuple[Signals, int]:
-        """Run the prompt and return the first position's signals and how many ids were reused.
+        """Run a prompt; return the first position's signals and how many ids were cached already.
 
-        Whatever the cache shares with the prompt stays; the rest runs in chunks, all but the
-        last id, which seeds the first decode step.
+        The KV cache keeps the prefix it shares with the prompt. The rest runs in chunks, except
+        for the last id, which seeds the first decode step. Raises UsageError for an empty prompt.
         """
         if not prompt_ids:
             raise UsageError("the prompt is empty")
@@ -141,7 +173,7 @@ class SmallModel:
         progress("prompt", done, total)
         while total - done > 1:
             chunk = prompt_ids[done : min(done + PREFILL_STEP_SIZE, total - 1)]
-            self._decoder.feed(chunk)
+            self._decoder.prefill(chunk)
             done += len(chunk)
             progress("prompt", done, total)
         signals = self.step(prompt_ids[-1])
@@ -149,46 +181,52 @@ class SmallModel:
         return signals, reused
 
     def step(self, token_id: int) -> Signals:
-        """Feed one committed token; return the signals of the position after it."""
+        """Feed one committed token; return the signals of the next position."""
         return self.extend((token_id,))
 
     def extend(self, token_ids: Sequence[int]) -> Signals:
         """Feed committed tokens in one pass; return the signals of the position after the last.
 
-        The next position is queued meanwhile; committing this one's own token finds it under way.
+        The pass for the model's own next token is queued meanwhile. Feeding that token next takes
+        its result; feeding another one discards it.
         """
         return self._decoder.step(token_ids)
 
     def score_text(self, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> ScoredText:
-        """What the model sees at each position of an answer that another wrote.
+        """Return the model's signals at each position of an answer that another model wrote.
 
-        Raises UsageError for an architecture whose final norm is not known.
+        Raises UsageError for an architecture whose hidden state cannot be read.
         """
-        self._decoder.check_hidden()
+        self._decoder.check_hidden_state()
         reused = self._decoder.begin(prompt_ids, Sampling())
         if len(prompt_ids) - 1 > reused:
-            self._decoder.feed(prompt_ids[reused:-1])
-        return self._decoder.read((prompt_ids[-1], *answer_ids[:-1]), answer_ids)
+            self._decoder.prefill(prompt_ids[reused:-1])
+        return self._decoder.score_text((prompt_ids[-1], *answer_ids[:-1]), answer_ids)
 
     def prefill_copy(self, prompt_ids: Sequence[int]) -> tuple[Signals, CacheCopy]:
-        """Run a prompt for a row of a batch: the first position's signals, and the cache behind it.
+        """Run a prompt; return the first position's signals and a copy of the KV cache.
 
-        Whatever the cache shares with the prompt is used. Raises UsageError as `copy_cache` does.
+        The copy is a row for `start_batch`. The KV cache keeps the prefix it shares with the
+        prompt. Raises UsageError for a cache that cannot be decoded in a batch.
         """
         reused = self._decoder.begin(prompt_ids, Sampling())
         while len(prompt_ids) - reused > PREFILL_STEP_SIZE:
-            self._decoder.feed(prompt_ids[reused : reused + PREFILL_STEP_SIZE])
+            self._decoder.prefill(prompt_ids[reused : reused + PREFILL_STEP_SIZE])
             reused += PREFILL_STEP_SIZE
-        signals = self._decoder.run(prompt_ids[reused:])
+        signals = self._decoder.step_unqueued(prompt_ids[reused:])
         return signals, self.copy_cache(len(prompt_ids))
 
     def copy_cache(self, count: int) -> CacheCopy:
-        """A copy of the KV cache's first `count` tokens. Raises UsageError where there is none."""
+        """Return a copy of the KV cache's first `count` tokens.
+
+        Raises UsageError for a cache that cannot be batched or cut there, RollbackError where it
+        does not hold `count` tokens of one sequence.
+        """
         return self._decoder.cache.copy(count)
 
     def start_batch(self, copies: Sequence[CacheCopy]) -> Batch:
-        """Decode several sequences together from their held caches on."""
-        return Batch(copies, self._decoder.signals)
+        """Return a batch with one row per copy; the model's own KV cache is left alone."""
+        return self._decoder.start_batch(copies)
 
     def continue_greedily(
         self, starts: Sequence[tuple[CacheCopy, int]], *, max_tokens: Sequence[int]
@@ -199,72 +237,73 @@ class SmallModel:
         that token, at most `max_tokens[i]` of them, without the end token. Rows of a batch round
         differently from a single row.
         """
-        return continue_greedily(
-            self.model, starts, max_tokens=max_tokens, eos_ids=self.vocabulary.eos_ids
+        return self._decoder.continue_greedily(
+            starts, max_tokens=max_tokens, eos_ids=self.vocabulary.eos_ids
         )
 
     def can_rollback(self, count: int) -> bool:
-        """Whether `count` tokens that are fed next could be taken back.
+        """Whether `count` tokens fed next could be rolled back.
 
-        Some caches never can; one with a sliding window no longer once that is full.
+        Some caches can never roll back; a sliding window cannot once it is full.
         """
-        return self._decoder.cache.could_give_back(count)
+        return self._decoder.cache.can_rollback(count)
 
     @property
     def max_rows(self) -> int:
-        """How many rows `branch` may have now: fewer behind a long text, 1 where it cannot run."""
+        """The most rows `branch` may have now: fewer after a long text, 1 without batches."""
         return self._decoder.cache.max_rows
 
     def measure_branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
-        """What a step of `rows` rows costs beside one of one row, measured in a few steps.
+        """Measure in a few steps what a step of `rows` rows costs beside a step of one row.
 
-        `token_id` is to be the next token; the cache is left as it was.
+        `token_id` is the next token. The KV cache holds the same tokens afterwards.
         """
         return measure(self._decoder, token_id, rows=rows)
 
     def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:
         """Feed one token to each row of a batch; return the signals of the position after it.
 
-        Row i continues what row `parents[i]` of the batch before holds, at first the sequence
-        alone (row 0). Rows of a batch round differently from one row. `select` ends the batch.
+        Row i continues row `parents[i]` of the previous batch; the first batch continues the single
+        sequence, row 0. Rows of a batch round differently from a single row. `select` ends the
+        batch.
         """
         return self._decoder.branch(parents, token_ids)
 
     def select(self, row: int) -> None:
-        """Go on with one row of the batch alone; nothing happens without a batch."""
+        """End the batch and continue with one of its rows; without a batch do nothing."""
         self._decoder.select(row)
 
     def rollback(self, count: int) -> None:
-        """Take the last `count` fed tokens back. Raises RollbackError."""
+        """Remove the last `count` tokens from the KV cache. Raises RollbackError."""
         self._decoder.rollback(count)
 
     def hidden_state(self) -> mx.array:
-        """Final-norm output at the last fed position, [hidden size], in the model's dtype.
+        """Return the final norm's output at the last fed position, [D], in the model's dtype.
 
-        Raises RollbackError before the first step or after a rollback, UsageError for an
-        architecture whose final norm is not known.
+        Raises RollbackError before the first step and after a rollback, UsageError for an
+        architecture whose hidden state cannot be read.
         """
         return self._decoder.hidden_state()
 
     def load_head(self, path: Path) -> tuple[float, ...]:
-        """Evaluate the head of a file from now on; return its scores at evenly spaced ranks.
+        """Evaluate a head from a file from now on; return its scores at evenly spaced ranks.
 
         Raises WeightsError for a file that is no head for this model, UsageError for an
-        architecture whose final norm is not known.
+        architecture whose hidden state cannot be read.
         """
-        args = getattr(self.model, "args", None)
-        text = getattr(args, "text_config", None) or {}
-        size = getattr(args, "hidden_size", None) or text.get("hidden_size") or 0
-        self.head = MlpHead.load(path, hidden_size=int(size))
-        self.set_head(self.head)
+        self.head = self._decoder.load_head(path)
         return self.head.quantiles
 
     def set_head(self, head: Head | None) -> None:
-        """Evaluate a learned head in every step's graph; its score is in the signals."""
+        """Evaluate a learned head in every step from now on, or none; `Signals` carry its score.
+
+        Raises UsageError for an architecture whose hidden state cannot be read.
+        """
         self._decoder.set_head(head)
 
 
 def _context_length(model: Any) -> int:
+    """Return the positions the model's configuration allows."""
     for holder in (model, getattr(model, "language_model", None)):
         args = getattr(holder, "args", None)
         text = getattr(args, "text_config", None) or {}

@@ -22,7 +22,9 @@ from mlxroute.questions.grading import extract_answer, grade
 from mlxroute.questions.question_files import Question, question_messages
 from mlxroute.recorded.large_answers import LargeAnswer, write_large_answers
 from mlxroute.recorded.replies import Replies
-from mlxroute.small import CacheCopy, ScoredText, SmallModel
+from mlxroute.small import SmallModel
+from mlxroute.small.decoder import ScoredText
+from mlxroute.small.kv_cache import CacheCopy
 from mlxroute.types import LabelKind, Message, Progress, no_progress
 
 if TYPE_CHECKING:

@@ -54,7 +54,7 @@ def default_compiler() -> Sequence[str]:
 
 
 class Emulator:
-    """Stands in for `metal_kernel.kernel`: gives kernel objects that run here.
+    """Stands in for `metal_kernel.build_kernel`: gives kernel objects that run here.
 
     `mutate` changes a kernel's text before it is compiled. `texts` holds every text that was run.
     """
@@ -93,7 +93,7 @@ class Emulator:
 
 
 # Kept from the module itself, which the tests patch.
-_real_kernel = metal_kernel.kernel
+_real_kernel = metal_kernel.build_kernel
 
 
 def _uses_shape(text: str) -> bool:

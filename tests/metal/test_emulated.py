@@ -36,7 +36,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[mx.arra
 
     def build(emulator: Emulator) -> Callable[[mx.array], Packed]:
         def pack(logits: mx.array) -> Packed:
-            monkeypatch.setattr(metal_kernel, "kernel", emulator.kernel)
+            monkeypatch.setattr(metal_kernel, "build_kernel", emulator.kernel)
             return cast(Packed, metal_kernel.pack_signals(logits).tolist())
 
         return pack

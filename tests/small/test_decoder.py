@@ -46,7 +46,7 @@ def small(loaded: tuple[Any, Any]) -> SmallModel:
 def standing_still() -> Iterator[None]:
     """Inside, no step runs ahead."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PrefixCache, "can_run_ahead", False)
+        patch.setattr(PrefixCache, "can_queue", False)
         yield
 
 

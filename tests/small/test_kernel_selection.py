@@ -15,9 +15,9 @@ from tests.metal.emulator import Emulator
 
 @pytest.fixture(autouse=True)
 def _fresh_self_test() -> Iterator[None]:
-    selection._fault_of_metal.cache_clear()
+    selection._find_metal_fault.cache_clear()
     yield
-    selection._fault_of_metal.cache_clear()
+    selection._find_metal_fault.cache_clear()
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def with_metal(monkeypatch: pytest.MonkeyPatch) -> Callable[[Emulator | None], N
     def pretend(emulator: Emulator | None) -> None:
         monkeypatch.setattr(selection, "_has_metal", lambda: True)
         if emulator is not None:
-            monkeypatch.setattr(metal_kernel, "kernel", emulator.kernel)
+            monkeypatch.setattr(metal_kernel, "build_kernel", emulator.kernel)
 
     return pretend
 
@@ -37,7 +37,7 @@ def test_without_a_metal_gpu_the_graph_runs() -> None:
     assert select_kernel("graph", notify=no_notice) is graph_kernel.pack_signals
     with pytest.raises(UsageError, match="no Metal GPU"):
         select_kernel("metal", notify=no_notice)
-    with pytest.raises(UsageError, match="no kernel named 'cuda'"):
+    with pytest.raises(UsageError, match="unknown kernel 'cuda'"):
         select_kernel("cuda", notify=no_notice)
 
 
@@ -81,10 +81,10 @@ def test_a_metal_kernel_that_fails_is_replaced_with_one_warning(
 
 
 def test_the_self_test_passes_the_graph_and_stops_a_kernel_that_forgets_the_sums() -> None:
-    assert selection.self_test(graph_kernel.pack_signals) is None
+    assert selection.find_fault(graph_kernel.pack_signals) is None
 
     def forgetful(logits: mx.array) -> mx.array:
         packed = graph_kernel.pack_signals(logits)
         return mx.concatenate([packed[:, :4], packed[:, 4:5] * 1.01, packed[:, 5:]], axis=-1)
 
-    assert selection.self_test(forgetful)
+    assert selection.find_fault(forgetful)

@@ -53,14 +53,12 @@ def run_bench_quality(
     settings: Settings, sides: Sequence[QualitySide], options: QualityOptions
 ) -> int:
     """Answer the questions with every side; return the exit code."""
-    from mlxroute.bench.oracles import compute_oracles
     from mlxroute.bench.quality import BUDGETS, QualityResults, bench_quality, measure_step_s
     from mlxroute.cli.large_side import large_model
     from mlxroute.cli.progress import Reporter, counting
     from mlxroute.cli.terminal import consoles
     from mlxroute.ledger import Ledger
     from mlxroute.recorded.replies import Replies
-    from mlxroute.training.labels import collect_labels
 
     if settings.large is None:
         raise UsageError("bench quality needs a large model's server: --large URL")
@@ -76,6 +74,10 @@ def run_bench_quality(
         large.connect(thorough=False)
         with Reporter(err) as reporter:
             small = load_small(settings, reporter)
+        # These import MLX, which has to come after the BLAS that loading opens.
+        from mlxroute.bench.oracles import compute_oracles
+        from mlxroute.training.labels import collect_labels
+
         large.pair_vocabulary(small.vocabulary)
         uses_head = any(side.router == HEAD for side in sides)
         ranks = ranks_of(small, HEAD if uses_head else DEFAULT_ROUTER, settings.head)

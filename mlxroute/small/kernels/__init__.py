@@ -1,6 +1,6 @@
-"""The logit kernel: everything the router needs, from one row of logits, in one packed row."""
+"""The logit kernel: from a row of logits to the packed row that holds all a router needs."""
 
 from mlxroute.small.kernels.packed_row import unpack_signals
-from mlxroute.small.kernels.selection import NAMES, Kernel, select_kernel
+from mlxroute.small.kernels.selection import Kernel, select_kernel
 
-__all__ = ["NAMES", "Kernel", "select_kernel", "unpack_signals"]
+__all__ = ["Kernel", "select_kernel", "unpack_signals"]

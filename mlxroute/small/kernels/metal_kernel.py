@@ -1,38 +1,39 @@
-"""The kernel as Metal source, built through `mx.fast.metal_kernel`: one pass over the row.
+"""The kernel as Metal source, built with `mx.fast.metal_kernel`: one pass over the row.
 
-Threads keep (m, s, t, u) of the packed row's definition for the values they see, moving to a new
-reference m as larger ones come; a SIMD group keeps its k best values one to a lane, in order.
-Both merge exactly the same way between lanes, SIMD groups and threadgroups. A row is shared by
-several threadgroups when there are few rows; a second dispatch of one SIMD group then merges them.
+Each thread keeps (m, s, t, u) as `packed_row` defines them for the values it reads, and moves the
+sums to a new reference m when a larger value comes. Each SIMD group keeps its k largest values in
+order, one per lane (WarpSelect of Faiss, arXiv 1702.08734). Both are merged in the same way between
+lanes, SIMD groups and threadgroups. With few rows several threadgroups share a row; a second
+dispatch of one SIMD group then merges their parts.
 
-The text is ASCII, casts every load to float and uses no pointers in functions: what differs
-between Metal versions, chips and address spaces stays out. `tests/metal` runs it on a CPU.
+The text is ASCII, casts every load to float and passes no pointers to functions, because encodings,
+half types and address spaces differ between Metal versions, chips and input sizes. `tests/metal`
+runs it on a CPU.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import mlx.core as mx
 
 from mlxroute.small.kernels.packed_row import HEADER_SIZE, TOP_K, top_count
 
-if TYPE_CHECKING:
-    import mlx.core as mx
-
 # Threads of a threadgroup: within every chip's limit for a kernel of this size.
 _THREADS = 256
-# A row longer than this is shared by threadgroups, up to one for each lane of the merge.
-_SHARE = 8192
-_MOST_SHARES = 32
-# What one threadgroup leaves for the merge: m, s, t, u, whether a NaN was seen, ids, values.
-_PART = 5 + 2 * TOP_K
+# Values per threadgroup: a longer row is shared, by one threadgroup per lane of the merge at most.
+_SHARE_SIZE = 8192
+_MAX_SHARES = 32
+# What a threadgroup leaves for the merge: m, s, t, u, whether it read a NaN, ids, values.
+_PART_SIZE = 5 + 2 * TOP_K
 
 _CONSTANTS = f"""
 static constant constexpr const uint TOP = {TOP_K}u;
 static constant constexpr const uint THREADS = {_THREADS}u;
 static constant constexpr const uint GROUPS = THREADS / 32u;
 static constant constexpr const uint AT_ONCE = 4u;
-static constant constexpr const uint PART = {_PART}u;
+static constant constexpr const uint PART = {_PART_SIZE}u;
 static constant constexpr const uint NOBODY = 0xFFFFFFFFu;
 static constant constexpr const float LARGEST = 3.4028234663852886e38f;
 static constant constexpr const float LOG2_E = 1.4426950408889634f;
@@ -97,7 +98,7 @@ inline Best offered(Best list, float value, uint id, uint lane, uint last) {
 }
 """
 
-# Writes the packed row; one SIMD group holds `moments`, `best` and `nan_seen`.
+# Writes the packed row from the `moments`, `best` and `nan_seen` of one SIMD group.
 _FINISH = f"""
     const float lse = float(T(moments.m + metal::precise::log(moments.s)));
     const float rounded = float(T(best.value - lse));
@@ -120,6 +121,7 @@ _FINISH = f"""
     }}
 """
 
+# Reads the row, then reduces it to the first SIMD group of each threadgroup.
 _READ = """
   const uint lid = thread_position_in_threadgroup.x;
   const uint lane = thread_index_in_simdgroup;
@@ -267,6 +269,7 @@ _MERGE_SOURCE = (
     + "  }\n"
 )
 
+# Name to (input, output, source): a row read by one threadgroup, a share of a row, the merge.
 _KERNELS = {
     "whole": ("logits", "packed", _WHOLE_SOURCE),
     "share": ("logits", "parts", _SHARE_SOURCE),
@@ -275,56 +278,52 @@ _KERNELS = {
 
 
 def pack_signals(logits: mx.array) -> mx.array:
-    """Packed rows (see `row`) of logits [B, V] in float32, float16 or bfloat16, lazily."""
-
+    """Return the packed rows of logits [B, V] in float32, float16 or bfloat16, lazily."""
     batch, size = logits.shape
     width = HEADER_SIZE + 2 * top_count(size)
-    shares = _shares(batch, size)
+    shares = _count_shares(batch, size)
     grid = (shares * _THREADS, batch, 1)
     threads = (_THREADS, 1, 1)
     if shares == 1:
         return _run("whole", logits, (batch, width), grid, threads, logits.dtype)
-    parts = _run("share", logits, (batch, shares, _PART), grid, threads, logits.dtype)
+    parts = _run("share", logits, (batch, shares, _PART_SIZE), grid, threads, logits.dtype)
     return _run("merge", parts, (batch, width), (32, batch, 1), (32, 1, 1), logits.dtype)
 
 
-def _shares(batch: int, size: int) -> int:
-    """Threadgroups a row is shared by: enough to keep a GPU busy with few rows."""
-    return max(1, min(-(-size // _SHARE), _MOST_SHARES // batch))
+def _count_shares(batch: int, size: int) -> int:
+    """Return how many threadgroups share a row: enough to keep a GPU busy with few rows."""
+    return max(1, min(-(-size // _SHARE_SIZE), _MAX_SHARES // batch))
 
 
 def _run(
     name: str,
-    given: mx.array,
+    values: mx.array,
     shape: tuple[int, ...],
     grid: tuple[int, int, int],
     threadgroup: tuple[int, int, int],
     dtype: mx.Dtype,
 ) -> mx.array:
-    import mlx.core as mx
-
-    (made,) = kernel(name)(
-        inputs=[given],
+    """Call a kernel on one input; `dtype` is the type T of the logits in its source."""
+    (output,) = build_kernel(name)(
+        inputs=[values],
         template=[("T", dtype)],
         grid=grid,
         threadgroup=threadgroup,
         output_shapes=[shape],
         output_dtypes=[mx.float32],
     )
-    result: mx.array = made
+    result: mx.array = output
     return result
 
 
 @functools.cache
-def kernel(name: str) -> Any:
-    """The kernel object of one of the three sources, made once."""
-    import mlx.core as mx
-
-    given, made, source = _KERNELS[name]
+def build_kernel(name: str) -> Any:
+    """Return the kernel object of one of `_KERNELS`, built once."""
+    input_name, output_name, source = _KERNELS[name]
     return mx.fast.metal_kernel(
         name=f"mlxroute_signals_{name}",
-        input_names=[given],
-        output_names=[made],
+        input_names=[input_name],
+        output_names=[output_name],
         header=_CONSTANTS + _FUNCTIONS,
         source=source,
     )

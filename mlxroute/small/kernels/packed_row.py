@@ -1,19 +1,30 @@
-"""The packed row: what a kernel says about one position, and how the host reads it.
+"""The packed row: what the kernel computes about one position, and how the host reads it.
 
-One float32 row a position: `token_id, token_logit, s, t, u`, then the ids of the k largest logits,
-then those logits. Ids are exact in float32 up to 2^24. The row carries logits and sums, and the
-host does the rest in double precision: order, ties and gaps are exact, and a kernel stays short.
+One float32 row per position: `token_id, token_logit, s, t, u`, then the ids of the k largest
+logits, then those logits. Ids are exact in float32 up to 2^24. The kernel returns logits and sums,
+and the host derives the rest in double precision: order, ties and gaps are exact, and the kernel
+stays short.
 
-With m the largest logit, y = (x - m) log2(e), s = sum 2^y, t = sum y 2^y and u = sum y^2 2^y:
-lse = m + ln s, H = ln s - ln2 t/s, Var(log p) = ln2^2 (u/s - (t/s)^2).
+With the largest logit m and y = (x - m) log2(e) for each logit x, the sums over the row are
+s = sum 2^y, t = sum y 2^y and u = sum y^2 2^y. With p the softmax of the row, the definitions of
+entropy, H = -sum p ln p, and varentropy, Var(ln p), give
 
-- Order is by falling logit, then by rising id.
-- `token_id` is the greedy choice as `mlx_lm` makes it: in half precision the lowest id among those
-  of the k best whose logprob, rounded to the logits' dtype, equals the best one's.
-- y is at least -125, and m is within the finite float32 range.
-- A NaN counts as -inf in the order; it makes s, t and u NaN: flag 1, and lse and entropy are NaN.
-- +inf sets flag 2: lse is inf, the entropy that of an even choice among the infinite ones.
-- Nothing above -inf sets flag 4: lse is -inf, the entropy is NaN.
+    logsumexp = m + ln s
+    H         = ln s - ln2 t/s
+    Var(ln p) = ln2^2 (u/s - (t/s)^2)
+
+since ln p = (y - log2 s) ln2, so that m cancels. One pass computes the sums, moving them to a new
+reference when a larger m comes: Milakov and Gimelshein, "Online normalizer calculation for softmax"
+(arXiv 1805.02867), there for s alone.
+
+- The order is by falling logit, then by rising id.
+- `token_id` is the greedy choice of `mlx_lm`: in half precision the lowest id among those of the k
+  largest whose logprob, rounded to the logits' dtype, equals the best one's.
+- y is at least -125, and m is limited to the finite float32 range.
+- A NaN is ordered as -inf and makes s, t and u NaN: `LogitFault.NAN`, logsumexp and entropy NaN.
+- `LogitFault.POSITIVE_INFINITY`: logsumexp is inf, the entropy that of an even choice among the
+  infinite logits.
+- `LogitFault.ALL_NEGATIVE_INFINITY`: logsumexp is -inf, the entropy NaN.
 """
 
 from __future__ import annotations
@@ -33,7 +44,7 @@ LN_2 = math.log(2.0)
 
 
 def top_count(vocabulary_size: int) -> int:
-    """How many of the largest logits a row carries."""
+    """Return how many of the largest logits a packed row holds."""
     return min(TOP_K, vocabulary_size)
 
 

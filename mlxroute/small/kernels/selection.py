@@ -1,85 +1,86 @@
-"""Which form of the kernel runs here."""
+"""Choose the kernel that runs on this device, after a self-test of the Metal one."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import cast
+
+import mlx.core as mx
 
 from mlxroute.errors import UsageError
 from mlxroute.small.kernels import graph_kernel, metal_kernel
 from mlxroute.small.kernels.packed_row import HEADER_SIZE
 from mlxroute.types import Notify
 
-if TYPE_CHECKING:
-    import mlx.core as mx
-
-Kernel = Callable[["mx.array"], "mx.array"]
+Kernel = Callable[[mx.array], mx.array]
 """Logits [B, V] to packed rows, lazily."""
 
-NAMES = ("auto", "metal", "graph")
-# Of the sums, relative: what exponentials and orders of addition differ by.
+_NAMES = ("auto", "metal", "graph")
+# Relative: exponentials and the order of additions make the sums differ by less.
 _TOLERANCE = 1e-4
 
 
 def select_kernel(name: str, *, notify: Notify) -> Kernel:
-    """The kernel called `name`; `auto` is Metal's where it works, else the graph.
+    """Return the kernel called `name`; `auto` is the Metal kernel where it works, else the graph.
 
     Raises UsageError for an unknown name, and for `metal` where it does not work.
     """
-    if name not in NAMES:
-        raise UsageError(f"no kernel named {name!r}; there are: {', '.join(NAMES)}")
+    if name not in _NAMES:
+        raise UsageError(
+            f"unknown kernel {name!r}; choose one of {', '.join(_NAMES)}", parameter="kernel"
+        )
     if name == "graph" or (name == "auto" and not _has_metal()):
         return graph_kernel.pack_signals
-    fault = "MLX has no Metal GPU here" if not _has_metal() else _fault_of_metal()
+    fault = "MLX has no Metal GPU here" if not _has_metal() else _find_metal_fault()
     if fault is None:
         return metal_kernel.pack_signals
     if name == "metal":
-        raise UsageError(f"--kernel metal: {fault}; use --kernel auto")
-    notify(f"the Metal kernel is not used: {fault}; the graph form does its work")
+        raise UsageError(
+            f"the Metal kernel cannot be used: {fault}; choose kernel auto", parameter="kernel"
+        )
+    notify(f"the Metal kernel is not used: {fault}; the graph kernel runs instead")
     return graph_kernel.pack_signals
 
 
 def _has_metal() -> bool:
-    import mlx.core as mx
-
     return mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu)
 
 
 @functools.cache
-def _fault_of_metal() -> str | None:
-    return self_test(metal_kernel.pack_signals)
+def _find_metal_fault() -> str | None:
+    return find_fault(metal_kernel.pack_signals)
 
 
-def self_test(kernel: Kernel) -> str | None:
-    """What is wrong with a kernel on hard rows, the graph being right; None if nothing is."""
-    import mlx.core as mx
+def find_fault(kernel: Kernel) -> str | None:
+    """Run a kernel on hard rows and compare it with the graph; describe the first difference.
 
+    Returns None if there is none.
+    """
     for label, logits in _hard_rows():
         try:
-            got = cast("list[float]", kernel(logits)[0].tolist())
+            computed = cast("list[float]", kernel(logits)[0].tolist())
         except (RuntimeError, ValueError) as exc:
             return f"it failed on {label} ({' '.join(str(exc).split())[:200]})"
         expected = cast("list[float]", graph_kernel.pack_signals(logits)[0].tolist())
         # In half precision the greedy id may differ, by how a logsumexp rounds.
         token = slice(0, 2 if logits.dtype == mx.float32 else 0)
-        exact = [values[token] + values[HEADER_SIZE:] for values in (got, expected)]
-        sums = zip(got[2:HEADER_SIZE], expected[2:HEADER_SIZE], strict=True)
-        if exact[0] != exact[1] or not all(_near(a, b) for a, b in sums):
+        exact = [values[token] + values[HEADER_SIZE:] for values in (computed, expected)]
+        sums = zip(computed[2:HEADER_SIZE], expected[2:HEADER_SIZE], strict=True)
+        if exact[0] != exact[1] or not all(_is_close(a, b) for a, b in sums):
             return f"it is wrong on {label}"
     return None
 
 
-def _near(a: float, b: float) -> bool:
+def _is_close(a: float, b: float) -> bool:
     return (math.isnan(a) and math.isnan(b)) or math.isclose(
         a, b, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE
     )
 
 
 def _hard_rows() -> list[tuple[str, mx.array]]:
-    import mlx.core as mx
-
+    """Return rows that break careless kernels, each with a label for the error message."""
     key = mx.random.key(0)
     wide = mx.random.normal((1, 50_257), key=key) * 4
     ties = mx.round(mx.random.normal((1, 9_001), key=key))
