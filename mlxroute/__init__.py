@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mlxroute.small import SmallModel
     from mlxroute.types import Prices, RunStats, Signals, Source, StopReason, Token
 
-_HOMES = {
+_MODULES = {
     "Answer": "mlxroute.engine",
     "EntropyRouter": "mlxroute.routers",
     "LargeModel": "mlxroute.large",
@@ -59,7 +59,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    # Lazy, so that the command line answers before MLX and requests are loaded.
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    # Import on first use: `mlxroute --help` must not load MLX or requests.
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'mlxroute' has no attribute {name!r}")

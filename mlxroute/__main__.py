@@ -1,4 +1,4 @@
-"""`python -m mlxroute`."""
+"""Runs the command line as `python -m mlxroute`."""
 
 from mlxroute.cli import main
 

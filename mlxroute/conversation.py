@@ -1,4 +1,4 @@
-"""A conversation and its file."""
+"""A conversation, and the JSON file it is saved in."""
 
 from __future__ import annotations
 
@@ -21,9 +21,13 @@ _KEYS = {"format", "version", "system", "messages"}
 
 @dataclass(slots=True)
 class Conversation:
-    """Finished turns, alternating user and assistant, after an optional system prompt.
+    """A system prompt, if there is one, and alternating user and assistant messages.
 
-    A turn enters only together with its answer, so a failed one leaves nothing behind.
+    A user message is added together with its answer, so a failed request leaves no trace.
+
+    Args:
+        system: System prompt; None (default) for none.
+        turns: User and assistant messages in order, starting with the user's. Empty by default.
     """
 
     system: str | None = None
@@ -31,25 +35,25 @@ class Conversation:
 
     @property
     def messages(self) -> list[Message]:
-        """Everything so far, as a chat template takes it."""
+        """A copy of all messages, the system prompt first, in the form chat templates take."""
         system = [] if self.system is None else [_message("system", self.system)]
         return system + [dict(turn) for turn in self.turns]
 
     def add(self, user: str, assistant: str) -> None:
-        """Append a turn; the answer may be one that was stopped half-way."""
+        """Append a user message and its answer, which may be incomplete."""
         self.turns += [_message("user", user), _message("assistant", assistant)]
 
     def reset(self) -> None:
-        """Forget all turns; the system prompt stays."""
+        """Remove all messages but the system prompt."""
         self.turns.clear()
 
     def save(self, path: Path) -> None:
-        """Write the file atomically, readable by its owner only.
+        """Write the conversation to a file in one step, readable by its owner only.
 
-        Raises: UsageError when it cannot be written, or would replace something else.
+        Raises UsageError if the file cannot be written, or exists and is not a conversation.
         """
-        # Through a link, so that the file is replaced and not the link.
-        path = Path(os.path.realpath(_expanded(path)))
+        # Resolve links, so that the target is replaced and not the link.
+        path = Path(os.path.realpath(_expand_user(path)))
         if os.path.lexists(path) and not _is_conversation(path):
             raise UsageError(f"{path} exists and is not a saved conversation; choose another name")
         document = {
@@ -66,10 +70,10 @@ class Conversation:
 
     @classmethod
     def load(cls, path: Path) -> Conversation:
-        """Read a saved conversation. Raises: UsageError when it is not one."""
-        path = _expanded(path)
+        """Read a conversation from a file; raise UsageError if it does not hold one."""
+        path = _expand_user(path)
         try:
-            # A pipe or a device could go on for ever.
+            # Reading a pipe or a device might never end.
             if path.exists() and not path.is_file():
                 raise UsageError(f"cannot load {path}: it is not a file")
             document = json.loads(path.read_bytes())
@@ -89,12 +93,12 @@ def _message(role: str, content: str) -> Message:
 
 def _parse(document: Any) -> Conversation:
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
-        raise UsageError(f'no "format": "{_FORMAT}" in it')
+        raise UsageError(f'it has no "format": "{_FORMAT}"')
     if document.get("version") != _VERSION:
         raise UsageError(f'"version" is {document.get("version")!r}, not {_VERSION}')
     if document.keys() != _KEYS:
-        odd = ", ".join(sorted(document.keys() ^ _KEYS))
-        raise UsageError(f"missing or unknown key: {odd}")
+        wrong_keys = ", ".join(sorted(document.keys() ^ _KEYS))
+        raise UsageError(f"missing or unknown key: {wrong_keys}")
     system, messages = document["system"], document["messages"]
     if system is not None and not _is_text(system):
         raise UsageError('"system" is neither text nor null')
@@ -116,7 +120,7 @@ def _parse_turns(messages: list[Any]) -> Iterable[Message]:
 
 
 def _is_text(value: object) -> bool:
-    """Whether a JSON value is a string that can be encoded (JSON allows half surrogate pairs)."""
+    """Return whether a JSON value is a string that UTF-8 can encode (no lone surrogates)."""
     if not isinstance(value, str):
         return False
     try:
@@ -126,10 +130,10 @@ def _is_text(value: object) -> bool:
     return True
 
 
-def _expanded(path: Path) -> Path:
+def _expand_user(path: Path) -> Path:
     if "\0" in str(path):
-        raise UsageError("a file name cannot hold a NUL character")
-    # Unlike Path.expanduser, this leaves the name of an unknown user as it is.
+        raise UsageError("a file name cannot contain a NUL character")
+    # Path.expanduser raises for an unknown user; this leaves the path as it is.
     return Path(os.path.expanduser(path))
 
 
@@ -142,14 +146,15 @@ def _is_conversation(path: Path) -> bool:
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write a temporary file beside `path` and rename it, so that no half file is left."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        os.replace(temporary, path)
     except BaseException:
         with suppress(FileNotFoundError):
-            os.unlink(name)
+            os.unlink(temporary)
         raise

@@ -1,33 +1,35 @@
-"""Every error mlxroute raises on purpose. Messages say what was wrong, where, and what to do.
+"""Errors that mlxroute raises. A message says what was wrong, where, and what to do.
 
 MlxRouteError
-├── UsageError            a wrong value from the user: flag, prompt, address
-├── ConfigError           a wrong config file or environment value
-├── CatalogError          no such model or pair
-├── WeightsError          weights cannot be fetched, verified, converted or loaded
-│   ├── SourceUnreachable   one source did not answer (the next one is tried)
-│   ├── CorruptWeights      a cached file is not what was downloaded
-│   └── NotEnoughSpace      disk or memory is short
-├── ContextTooLong        the prompt does not fit the model's context
-├── RollbackError         the KV cache cannot be brought back to an earlier position
-├── LaunchError           the local server could not be started
-└── LargeError            the large model gave no usable token
-    ├── LargeTimeout        no full reply in time
-    ├── LargeUnreachable    no connection, or it broke
-    ├── LargeUnavailable    not asked at all, after what happened to the last calls
-    ├── LargeRefused        an HTTP error status, or an error in the body
-    ├── LargeUnrecorded     the ledger cannot be written, so nothing was sent
-    └── LargeProtocolError  a reply that cannot be trusted as a token
+├── UsageError              a wrong argument or input file
+├── ConfigError             a wrong config file, environment value or key file
+├── CatalogError            an unknown model name, or a broken catalogue file
+├── WeightsError            weights cannot be fetched, verified, converted or loaded
+│   ├── SourceUnreachable     a source of models did not answer, or lacks the model
+│   ├── CorruptWeights        a file is not what was published or stored
+│   └── NotEnoughSpace        disk or memory is short
+├── ContextTooLong          the prompt does not fit the model's context
+├── RollbackError           the KV cache cannot return to an earlier position
+├── LaunchError             the local server could not be started, or ended
+└── LargeError              the large model gave no usable token
+    ├── LargeTimeout          no complete reply before the deadline
+    ├── LargeUnreachable      no connection, or the connection broke
+    ├── LargeUnavailable      no call was made, because earlier calls failed or hang
+    ├── LargeRefused          an error status, a redirect, or an error in the body
+    ├── LargeUnrecorded       the ledger cannot be written, so nothing was sent
+    └── LargeProtocolError    a reply that cannot be trusted as a token
 """
 
 from __future__ import annotations
 
 
 class MlxRouteError(Exception):
-    """Base of the tree; its text is one line fit for a user.
+    """Base class of every error that mlxroute raises on purpose.
 
-    `parameter` names the argument that caused the error or whose value avoids it, None if no
-    argument does. The command line adds the flag that sets it.
+    Args:
+        message: One line for the user. Empty by default.
+        parameter: Name of the argument that caused the error, or whose value avoids it; None
+            (default) if no argument does. The command line adds the flag that sets it.
     """
 
     def __init__(self, message: str = "", *, parameter: str | None = None) -> None:
@@ -35,50 +37,74 @@ class MlxRouteError(Exception):
         self.parameter = parameter
 
 
-class UsageError(MlxRouteError): ...
+class UsageError(MlxRouteError):
+    """Raised for a wrong argument: a value, an address, a prompt or a file given by the user."""
 
 
-class ConfigError(MlxRouteError): ...
+class ConfigError(MlxRouteError):
+    """Raised when a config file, an environment variable or a key file is wrong."""
 
 
-class CatalogError(MlxRouteError): ...
+class CatalogError(MlxRouteError):
+    """Raised for an unknown model name, and for a catalogue file that cannot be used."""
 
 
-class WeightsError(MlxRouteError): ...
+class WeightsError(MlxRouteError):
+    """Raised when weights cannot be fetched, verified, converted or loaded."""
 
 
-class SourceUnreachable(WeightsError): ...
+class SourceUnreachable(WeightsError):
+    """Raised when a source of models does not answer or lacks the model.
+
+    The next source is tried; the error reaches the caller when there is none left.
+    """
 
 
-class CorruptWeights(WeightsError): ...
+class CorruptWeights(WeightsError):
+    """Raised when a downloaded or cached file is not what was published or stored."""
 
 
-class NotEnoughSpace(WeightsError): ...
+class NotEnoughSpace(WeightsError):
+    """Raised when a model needs more disk space or memory than is free."""
 
 
-class ContextTooLong(MlxRouteError): ...
+class ContextTooLong(MlxRouteError):
+    """Raised when a prompt has more tokens than the small model's context holds."""
 
 
-class RollbackError(MlxRouteError): ...
+class RollbackError(MlxRouteError):
+    """Raised when the KV cache cannot return to an earlier position."""
 
 
-class LaunchError(MlxRouteError): ...
+class LaunchError(MlxRouteError):
+    """Raised when a local server cannot be started, or ends by itself."""
 
 
-class LargeError(MlxRouteError): ...
+class LargeError(MlxRouteError):
+    """Base class of the errors of one call to the large model: it gave no usable token."""
 
 
-class LargeTimeout(LargeError): ...
+class LargeTimeout(LargeError):
+    """Raised when no complete reply arrives before the deadline."""
 
 
-class LargeUnreachable(LargeError): ...
+class LargeUnreachable(LargeError):
+    """Raised when the server cannot be connected to, or the connection breaks."""
 
 
-class LargeUnavailable(LargeError): ...
+class LargeUnavailable(LargeError):
+    """Raised instead of making a call, because earlier calls failed or still hang."""
 
 
 class LargeRefused(LargeError):
-    """`status` is the reply's; `retry_after_s` the seconds the server wants to be left alone."""
+    """Raised when the server answers with an error status, a redirect, or an error in the body.
+
+    Args:
+        message: One line for the user.
+        status: HTTP status of the reply; 0 (default) if it is not known.
+        retry_after_s: Seconds the server asks clients to wait before the next request. 0 by
+            default.
+    """
 
     def __init__(self, message: str, *, status: int = 0, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
@@ -86,7 +112,9 @@ class LargeRefused(LargeError):
         self.retry_after_s = retry_after_s
 
 
-class LargeUnrecorded(LargeError): ...
+class LargeUnrecorded(LargeError):
+    """Raised when the ledger cannot record a request, which is therefore not sent."""
 
 
-class LargeProtocolError(LargeError): ...
+class LargeProtocolError(LargeError):
+    """Raised for a reply that cannot be trusted as a token of the large model."""

@@ -1,4 +1,4 @@
-"""What left the machine: running totals and, on request, every request body in a file."""
+"""A record of what is sent to the large model: totals and, on request, every request body."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mlxroute.closeable import Closeable
 from mlxroute.errors import LargeUnrecorded, UsageError
 from mlxroute.types import Uploads
 
-_HIDDEN = "[key]"
+_REDACTED = "[key]"
 
 
 def _now() -> datetime:
@@ -23,11 +23,28 @@ def _now() -> datetime:
 
 
 class Ledger(Closeable):
-    """Counts what is sent to the large model, and writes it to a file of JSON Lines if given one.
+    """Counts what is sent to the large model and can write every request body to a file.
 
-    `sent` is called as a body is about to leave, once per attempt, `used` as replies come. Safe to
-    call from several threads. A body that cannot be written must not leave: once the file fails,
-    `sent` raises for good. Raises UsageError when the file cannot be opened.
+    `LargeModel` reports each request to its ledger before it sends the body. The file has one JSON
+    object per line: `time`, `url`, `bytes` and `body`. A body that cannot be written is not sent:
+    after the first failed write, every later request is refused. Methods may be called from
+    several threads.
+
+        with Ledger(Path("sent.jsonl")) as ledger, LargeModel(url, ledger=ledger) as large:
+            ...
+
+    Args:
+        path: File to append to. It is created, readable by its owner only, if it does not exist.
+            None (default) counts without writing a file.
+        now: Returns the current time in UTC, for the `time` of an entry. The system clock by
+            default.
+
+    Attributes:
+        uploads: Totals of what has been sent since the ledger was made.
+        failure: Why nothing more can be recorded or sent; None while the file can be written.
+
+    Raises:
+        UsageError: The file cannot be opened.
     """
 
     def __init__(self, path: Path | None = None, *, now: Callable[[], datetime] = _now) -> None:
@@ -35,48 +52,49 @@ class Ledger(Closeable):
         self._now = now
         self._lock = threading.Lock()
         self._secrets: list[str] = []
-        self._file = None if path is None else _opened(path)
+        self._file = None if path is None else _open_private(path)
         self.uploads = Uploads()
         self.failure: str | None = None
 
     def add_secret(self, secret: str | None) -> None:
-        """Write `[key]` wherever this text occurs from now on."""
+        """Write `[key]` in place of this text in all later entries; ignore None and empty text."""
         if secret:
             # Longest first: one may be part of another.
             self._secrets = sorted({*self._secrets, secret}, key=len, reverse=True)
 
     def raise_if_failed(self) -> None:
-        """Raise LargeUnrecorded when nothing may be sent any more."""
+        """Raise LargeUnrecorded if an earlier entry could not be written."""
         if self.failure is not None:
             raise LargeUnrecorded(self.failure)
 
     def record_request(self, url: str, body: bytes) -> None:
-        """Record a body that leaves now. Raises LargeUnrecorded when it must not."""
+        """Count and write a request body that is about to be sent, once per attempt.
+
+        Raises LargeUnrecorded if it cannot be written; the body must then not be sent.
+        """
         with self._lock:
             if self._file is not None:
                 self._write(url, body)
-            so_far = self.uploads
+            before = self.uploads
             self.uploads = replace(
-                so_far, requests=so_far.requests + 1, size_bytes=so_far.size_bytes + len(body)
+                before, requests=before.requests + 1, size_bytes=before.size_bytes + len(body)
             )
 
     def record_usage(
         self, *, prompt_tokens: int, cached_tokens: int, completion_tokens: int
     ) -> None:
-        """Count tokens of a request that is answered; the cached ones are part of its prompt.
-
-        Servers are not trusted to keep to that.
-        """
+        """Count the tokens of an answered request; `cached_tokens` are part of `prompt_tokens`."""
         with self._lock:
             total = self.uploads + Uploads(
                 tokens=prompt_tokens,
                 cached_tokens=cached_tokens,
                 completion_tokens=completion_tokens,
             )
+            # A server may claim more cached tokens than the prompts had.
             self.uploads = replace(total, cached_tokens=min(total.cached_tokens, total.tokens))
 
     def close(self) -> None:
-        """Close the file; what would be sent after that is refused."""
+        """Close the file, if there is one; requests after that are refused."""
         with self._lock:
             if self._file is not None:
                 self._file.close()
@@ -84,19 +102,19 @@ class Ledger(Closeable):
     def _write(self, url: str, body: bytes) -> None:
         assert self._file is not None
         if self.failure is None:
-            line = memoryview(self._line(url, body))
+            line = memoryview(self._encode_entry(url, body))
             try:
                 while line:
                     line = line[self._file.write(line) :]
             except (OSError, ValueError) as exc:
-                # Half a line may stand there now: no later one can be trusted to be whole.
+                # The file may end in half a line, which a later entry would continue.
                 reason = (exc.strerror if isinstance(exc, OSError) else None) or "it is closed"
                 self.failure = (
                     f"the ledger {self._path} cannot be written ({reason}); nothing more is sent"
                 )
         self.raise_if_failed()
 
-    def _line(self, url: str, body: bytes) -> bytes:
+    def _encode_entry(self, url: str, body: bytes) -> bytes:
         text = body.decode("utf-8", errors="replace")
         try:
             value = json.loads(text)
@@ -106,32 +124,30 @@ class Ledger(Closeable):
             "time": self._now().isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "url": url,
             "bytes": len(body),
-            "body": self._without_secrets(value),
+            "body": self._redact(value),
         }
         return json.dumps(entry, ensure_ascii=False).encode(errors="replace") + b"\n"
 
-    def _without_secrets(self, value: Any) -> Any:
-        # In the parsed value, where no escape can disguise a secret.
+    def _redact(self, value: Any) -> Any:
+        # In the parsed value: in JSON text, escapes could hide a secret.
         if isinstance(value, dict):
-            return {
-                self._without_secrets(key): self._without_secrets(item)
-                for key, item in value.items()
-            }
+            return {self._redact(key): self._redact(item) for key, item in value.items()}
         if isinstance(value, list):
-            return [self._without_secrets(item) for item in value]
+            return [self._redact(item) for item in value]
         if isinstance(value, str):
             for secret in self._secrets:
-                value = value.replace(secret, _HIDDEN)
+                value = value.replace(secret, _REDACTED)
         return value
 
 
-def _opened(path: Path) -> Any:
-    """The file, for appending, each write going straight to the system; new ones are private."""
+def _open_private(path: Path) -> Any:
+    """Open a file for unbuffered appending; a new file is readable by its owner only."""
     try:
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     except (OSError, ValueError) as exc:
         reason = (exc.strerror if isinstance(exc, OSError) else None) or "no such name"
         raise UsageError(
-            f"the ledger {path} cannot be written ({reason}); choose another --ledger FILE"
+            f"the ledger {path} cannot be written ({reason}); choose another file",
+            parameter="ledger",
         ) from exc
     return os.fdopen(handle, "ab", buffering=0)

@@ -168,7 +168,7 @@ def test_a_ledger_that_fails_ends_the_sending_and_not_the_answer(
     settling = sum(bool(request.body) for request in server.requests) - summary["requests"]
     (Path(os.environ["MLXROUTE_CACHE_DIR"]) / "endpoints.json").unlink()
     server.requests.clear()
-    monkeypatch.setattr("mlxroute.ledger._opened", lambda path: FillingDisk(settling + 1))
+    monkeypatch.setattr("mlxroute.ledger._open_private", lambda path: FillingDisk(settling + 1))
     tokens, summary, err = ask_json(capsys, tiny, server, "--ledger", "full")
     assert [token["checked"] for token in tokens] == [True, False, False, False]
     assert (summary["requests"], summary["escalated"], summary["unchecked"]) == (1, 1, 3)

@@ -1,1 +1,1 @@
-"""Question files and the grading of answers."""
+"""Question files, and grading of answers to their questions."""

@@ -1,4 +1,4 @@
-"""Marking answers: what was answered, strictly and leniently."""
+"""Grading of answers, strictly by the requested form and leniently by content."""
 
 from __future__ import annotations
 
@@ -7,107 +7,117 @@ import re
 import string
 from dataclasses import dataclass
 
+from mlxroute.questions.answer_patterns import BOXED, parse_number
 from mlxroute.questions.question_files import AnswerKind, Question
 
-_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
-_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
-_SAID = re.compile(r"answer\s+is\b(.*)", re.IGNORECASE | re.DOTALL)
-_LABEL = re.compile(r"\(\s*([A-Za-z])\s*\)")
-_LEADING = re.compile(r"\s*([A-Za-z])\s*(?:[.):]|$)")
+_AFTER_ANSWER_IS = re.compile(r"answer\s+is\b(.*)", re.IGNORECASE | re.DOTALL)
+_LABEL_IN_BRACKETS = re.compile(r"\(\s*([A-Za-z])\s*\)")
+_LABEL_AT_START = re.compile(r"\s*([A-Za-z])\s*(?:[.):]|$)")
 
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """Whether an answer is right in the form that was asked for, and in any; None: no answer."""
+    """Whether an answer is correct: in the requested form, and in any form.
+
+    Each is None if the text gives no answer in such a form.
+    """
 
     strict: bool | None
     lenient: bool | None
 
 
 def grade(question: Question, text: str) -> Grade:
-    """Mark a text against the question's answer, which must be known."""
+    """Grade a text against the question's answer, which must not be None."""
     assert question.answer is not None
     match question.kind:
         case AnswerKind.CHOICE:
-            return _mark_choice(question, text)
+            return _grade_choice(question, text)
         case AnswerKind.NUMBER:
-            return _mark_number(question.answer, text)
+            return _grade_number(question.answer, text)
         case AnswerKind.TEXT:
-            return _mark_text(question.answer, text)
+            return _grade_text(question.answer, text)
 
 
 def extract_answer(question: Question, text: str) -> str:
-    """What a text answers, in a form in which equal answers are equal; empty for no answer."""
+    """Return the answer that a text gives, normalised so that equal answers are equal strings.
+
+    The result is a label, a number or plain words, by the question's kind; empty for no answer.
+    """
     match question.kind:
         case AnswerKind.CHOICE:
-            return _chosen(question, text)[1] or ""
+            return _find_labels(question, text)[1] or ""
         case AnswerKind.NUMBER:
             value = _final_number(text)
             return "" if value is None else f"{value:g}"
         case AnswerKind.TEXT:
-            return _plain(text)
+            return _normalise(text)
 
 
-def _chosen(question: Question, text: str) -> tuple[str | None, str | None]:
-    """The label in the form that was asked for, and in any."""
-    said = _SAID.search(text)
-    after = said[1] if said else ""
-    strict = _label(question, _LABEL.search(after))
-    lenient = strict or _named(question, after) or _label(question, _LABEL.search(text))
-    lenient = lenient or _label(question, _LEADING.match(text)) or _named(question, text)
-    return strict, lenient
-
-
-def _mark_choice(question: Question, text: str) -> Grade:
-    strict, lenient = _chosen(question, text)
-    wanted = str(question.answer).upper()
+def _grade_choice(question: Question, text: str) -> Grade:
+    strict, lenient = _find_labels(question, text)
+    correct = str(question.answer).upper()
     return Grade(
-        None if strict is None else strict == wanted, None if lenient is None else lenient == wanted
+        None if strict is None else strict == correct,
+        None if lenient is None else lenient == correct,
     )
 
 
-def _label(question: Question, found: re.Match[str] | None) -> str | None:
+def _find_labels(question: Question, text: str) -> tuple[str | None, str | None]:
+    """Return the label given in the requested form, and the label given in any form."""
+    conclusion = _AFTER_ANSWER_IS.search(text)
+    after = conclusion[1] if conclusion else ""
+    strict = _label_in(question, _LABEL_IN_BRACKETS.search(after))
+    lenient = (
+        strict
+        or _first_choice_in(question, after)
+        or _label_in(question, _LABEL_IN_BRACKETS.search(text))
+        or _label_in(question, _LABEL_AT_START.match(text))
+        or _first_choice_in(question, text)
+    )
+    return strict, lenient
+
+
+def _label_in(question: Question, match: re.Match[str] | None) -> str | None:
+    """Return the letter of a match if it is one of the question's labels."""
     labels = [label.upper() for label, _ in question.choices]
-    return found[1].upper() if found and found[1].upper() in labels else None
+    return match[1].upper() if match and match[1].upper() in labels else None
 
 
-def _named(question: Question, text: str) -> str | None:
-    """The choice that is named first; of those that begin there, the longest."""
+def _first_choice_in(question: Question, text: str) -> str | None:
+    """Return the label of the choice whose text comes first; the longest of those that tie."""
     lowered = text.lower()
-    places = [
-        (at, -len(choice), label)
+    occurrences = [
+        (start, -len(choice), label)
         for label, choice in question.choices
-        if (at := lowered.find(choice.lower())) >= 0
+        if (start := lowered.find(choice.lower())) >= 0
     ]
-    return min(places)[2].upper() if places else None
+    return min(occurrences)[2].upper() if occurrences else None
 
 
-def _mark_number(wanted: str, text: str) -> Grade:
-    boxed = _BOXED.findall(text)
-    strict = boxed[0].strip() == wanted.strip() if boxed else None
+def _grade_number(correct: str, text: str) -> Grade:
+    boxed = BOXED.findall(text)
+    strict = boxed[0].strip() == correct.strip() if boxed else None
     value = _final_number(text)
-    lenient = None if value is None else math.isclose(value, _value(wanted), rel_tol=1e-9)
+    if value is None:
+        return Grade(strict, None)
+    correct_value = parse_number(correct)
+    lenient = correct_value is not None and math.isclose(value, correct_value, rel_tol=1e-9)
     return Grade(strict, lenient)
 
 
 def _final_number(text: str) -> float | None:
-    """The last number in the box, or in the text where there is none."""
-    boxed = _BOXED.findall(text)
-    numbers = _NUMBER.findall(boxed[0]) if boxed else _NUMBER.findall(text)
-    return _value(numbers[-1]) if numbers else None
+    """Return the last number in the first box, or in the text if it has no box."""
+    boxed = BOXED.findall(text)
+    return parse_number(boxed[0] if boxed else text)
 
 
-def _value(text: str) -> float:
-    found = _NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else math.nan
-
-
-def _mark_text(wanted: str, text: str) -> Grade:
+def _grade_text(correct: str, text: str) -> Grade:
     if not text.strip():
         return Grade(None, None)
-    plain, said = _plain(wanted), _plain(text)
-    return Grade(text.strip() == wanted.strip(), f" {plain} " in f" {said} ")
+    words, correct_words = _normalise(text), _normalise(correct)
+    return Grade(text.strip() == correct.strip(), f" {correct_words} " in f" {words} ")
 
 
-def _plain(text: str) -> str:
+def _normalise(text: str) -> str:
+    """Return the words in lower case, without punctuation, separated by single spaces."""
     return " ".join(text.casefold().translate(str.maketrans("", "", string.punctuation)).split())

@@ -1,8 +1,10 @@
-"""Files of questions: JSON Lines, one object a row.
+"""Question files: JSON Lines, one question per line.
 
-Understood are rows with a `prompt` and maybe an `answer`; those of CommonsenseQA, with `question`,
-`choices` and maybe an `answerKey`; and those of GSM8K, with a `problem` and maybe a `solution`.
-`id` is optional, and so is `cot`, an answer in full that serves as a worked example.
+A row has one of three forms:
+- `prompt`, and optionally `answer` or `answerKey`;
+- `question` and `choices`, and optionally `answerKey`, as in CommonsenseQA;
+- `problem`, and optionally `solution` with a boxed answer, as in GSM8K.
+`id` is optional, and so is `cot`, a complete answer that can serve as a worked example.
 """
 
 from __future__ import annotations
@@ -18,21 +20,20 @@ from pathlib import Path
 from typing import Any
 
 from mlxroute.errors import UsageError
+from mlxroute.questions.answer_patterns import BOXED, is_number
 from mlxroute.types import Message
 
-# A form with placeholders is one that small models copy.
-_CHOICE_FORM = (
+# An instruction, because small models copy a template (`[Explanation]. ...`) literally.
+_CHOICE_INSTRUCTION = (
     "Explain in one sentence, then end with: Therefore, the answer is <choice> (<label>)."
 )
-_NUMBER_FORM = "Solve the problem step by step and give the final answer as \\boxed{number}."
-_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
-_NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+")
-# Left in worked answers by a calculator; no model writes them.
-_CALCULATION = re.compile(r"<<[^<>]*>>")
+_NUMBER_INSTRUCTION = "Solve the problem step by step and give the final answer as \\boxed{number}."
+# GSM8K's worked answers carry calculator marks such as <<2*3=6>>, which no model writes.
+_CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 
 
 class AnswerKind(StrEnum):
-    """What an answer is compared as."""
+    """How answers to a question are compared."""
 
     CHOICE = "choice"
     NUMBER = "number"
@@ -41,10 +42,16 @@ class AnswerKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A user message; `name` says which row it is.
+    """A question for a model, with its correct answer if the file has one.
 
-    `form` asks for answers in a form that can be read. `answer` is the right one, of `choices` the
-    label; None where the file has none. `worked` is an answer in full.
+    Args:
+        name: The row's `id`; without one, its file and row number.
+        prompt: Text of the user message.
+        kind: How answers are compared. TEXT by default.
+        answer: The correct answer, for CHOICE its label. None (default) if it is not known.
+        choices: (label, text) pairs of a CHOICE question. Empty by default.
+        worked_answer: A complete answer, with its reasoning. None (default) if there is none.
+        instruction: Asks for an answer in a form that can be parsed. Empty by default.
     """
 
     name: str
@@ -52,118 +59,142 @@ class Question:
     kind: AnswerKind = AnswerKind.TEXT
     answer: str | None = None
     choices: tuple[tuple[str, str], ...] = ()
-    worked: str | None = None
-    form: str = ""
+    worked_answer: str | None = None
+    instruction: str = ""
 
     @property
     def fingerprint(self) -> str:
-        """Tells the question from others without telling it."""
+        """A hash that identifies the prompt without revealing it: 16 hexadecimal digits."""
         return hashlib.sha256(self.prompt.encode()).hexdigest()[:16]
 
 
 def read_questions(path: Path) -> list[Question]:
-    """All questions of a file, in order; blank lines do not count.
+    """Return the questions of a file in order, ignoring blank lines.
 
-    Raises UsageError naming the file, and the row where one is not as it should be.
+    Raises UsageError, naming the file and the row, if one cannot be used or the file has none.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as exc:
-        raise UsageError(f"the questions {path} cannot be read: {exc.strerror}") from exc
+        raise UsageError(f"the question file {path} cannot be read: {exc.strerror}") from exc
     except UnicodeDecodeError as exc:
-        raise UsageError(f"the questions {path} are not UTF-8 text") from exc
-    found = [
-        _question(line, where=f"{path}, row {number}")
+        raise UsageError(f"the question file {path} is not UTF-8 text") from exc
+    questions = [
+        _parse_row(line, where=f"{path}, row {number}")
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
-    if not found:
-        raise UsageError(f"the questions {path}: there are none")
-    return found
+    if not questions:
+        raise UsageError(f"the question file {path} has no questions")
+    return questions
 
 
 def sample_questions(questions: Sequence[Question], count: int) -> list[Question]:
-    """As many as wanted, or all there are, in the same shuffled order each time."""
+    """Return a random sample of at most `count` questions.
+
+    The order is shuffled with a fixed seed, so a smaller sample is the start of a larger one.
+    """
     return random.Random(0).sample(questions, len(questions))[:count]
 
 
 def read_worked_examples(path: Path | None, count: int) -> list[Question]:
-    """The first rows of a file that have an answer in full; none without a file.
+    """Return the first `count` questions of a file that have a worked answer.
 
-    Raises UsageError where there are fewer.
+    Return none if `path` is None. Raises UsageError if the file has fewer.
     """
     if path is None:
         return []
-    found = [each for each in read_questions(path) if each.worked is not None][:count]
-    if len(found) < count:
-        raise UsageError(f"{path}: {len(found)} rows have a `cot`, and {count} are wanted")
-    return found
+    questions = read_questions(path)
+    examples = [question for question in questions if question.worked_answer is not None][:count]
+    if len(examples) < count:
+        raise UsageError(
+            f"{path}: {count} rows with a `cot` are needed, but it has {len(examples)}"
+        )
+    return examples
 
 
 def question_messages(question: Question, examples: Sequence[Question] = ()) -> list[Message]:
-    """The question as a user's message, behind worked examples as earlier turns.
+    """Return the chat messages that ask a question.
 
-    Without examples it says which form is asked for.
+    Worked examples become earlier turns and show the form of an answer. Without any, the
+    question's instruction follows its prompt.
     """
-    turns: list[Message] = []
-    for each in examples:
-        turns.append({"role": "user", "content": each.prompt})
-        turns.append({"role": "assistant", "content": each.worked or ""})
-    asked = question.prompt
-    if question.form and not examples:
-        asked = f"{asked}\n\n{question.form}"
-    return [*turns, {"role": "user", "content": asked}]
+    messages: list[Message] = []
+    for example in examples:
+        messages.append({"role": "user", "content": example.prompt})
+        messages.append({"role": "assistant", "content": example.worked_answer or ""})
+    prompt = question.prompt
+    if question.instruction and not examples:
+        prompt = f"{prompt}\n\n{question.instruction}"
+    return [*messages, {"role": "user", "content": prompt}]
 
 
-def _question(line: str, *, where: str) -> Question:
+def _parse_row(line: str, *, where: str) -> Question:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as exc:
-        raise UsageError(f"{where}: no JSON ({exc.msg} at column {exc.colno})") from exc
+        raise UsageError(f"{where}: not valid JSON ({exc.msg} at column {exc.colno})") from exc
     if not isinstance(row, dict):
-        raise UsageError(f'{where}: a row is one JSON object, as in {{"prompt": "..."}}')
-    name, worked = str(row.get("id", where)), None
+        raise UsageError(f'{where}: a row must be a JSON object, such as {{"prompt": "..."}}')
+    name, worked_answer = str(row.get("id", where)), None
     if "cot" in row:
-        worked = _CALCULATION.sub("", _text(row, "cot", where))
+        worked_answer = _CALCULATOR_MARK.sub("", _required_text(row, "cot", where))
     if "choices" in row:
-        choices = _choices(row, where)
-        listed = "\n".join(f"{label}. {text}" for label, text in choices)
-        prompt = f"{_text(row, 'question', where)}\n{listed}"
-        answer = _optional(row, "answerKey", where)
-        if answer is not None and answer not in [label for label, _ in choices]:
-            raise UsageError(f"{where}: `answerKey` {answer!r} is none of the labels")
-        return Question(name, prompt, AnswerKind.CHOICE, answer, choices, worked, _CHOICE_FORM)
+        return _choice_question(row, name, worked_answer, where)
     if "problem" in row:
-        solution = _optional(row, "solution", where)
-        boxed = _BOXED.findall(solution or "")
-        prompt = _text(row, "problem", where)
+        boxed = BOXED.findall(_optional_text(row, "solution", where) or "")
         return Question(
-            name, prompt, AnswerKind.NUMBER, boxed[-1] if boxed else None, (), worked, _NUMBER_FORM
+            name,
+            _required_text(row, "problem", where),
+            AnswerKind.NUMBER,
+            boxed[-1] if boxed else None,
+            worked_answer=worked_answer,
+            instruction=_NUMBER_INSTRUCTION,
         )
-    answer = _optional(row, "answer", where) or _optional(row, "answerKey", where)
-    numeric = answer is not None and _NUMBER.fullmatch(answer.strip())
-    kind = AnswerKind.NUMBER if numeric else AnswerKind.TEXT
-    return Question(name, _text(row, "prompt", where), kind, answer, (), worked)
+    answer = _optional_text(row, "answer", where) or _optional_text(row, "answerKey", where)
+    kind = AnswerKind.NUMBER if answer is not None and is_number(answer) else AnswerKind.TEXT
+    prompt = _required_text(row, "prompt", where)
+    return Question(name, prompt, kind, answer, worked_answer=worked_answer)
+
+
+def _choice_question(
+    row: dict[str, Any], name: str, worked_answer: str | None, where: str
+) -> Question:
+    choices = _choices(row, where)
+    listing = "\n".join(f"{label}. {text}" for label, text in choices)
+    prompt = f"{_required_text(row, 'question', where)}\n{listing}"
+    answer = _optional_text(row, "answerKey", where)
+    labels = [label for label, _ in choices]
+    if answer is not None and answer not in labels:
+        raise UsageError(
+            f"{where}: `answerKey` {answer!r} is not one of the labels {', '.join(labels)}"
+        )
+    return Question(
+        name, prompt, AnswerKind.CHOICE, answer, choices, worked_answer, _CHOICE_INSTRUCTION
+    )
 
 
 def _choices(row: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
+    """Return the (label, text) pairs of a row."""
     try:
         labels, texts = row["choices"]["label"], row["choices"]["text"]
-        pairs = tuple((str(a), str(b)) for a, b in zip(labels, texts, strict=True))
+        return tuple((str(a), str(b)) for a, b in zip(labels, texts, strict=True))
     except (KeyError, TypeError, ValueError) as exc:
-        raise UsageError(f"{where}: `choices` needs a `label` and a `text` of one length") from exc
-    return pairs
+        raise UsageError(
+            f"{where}: `choices` needs a `label` list and a `text` list of equal length"
+        ) from exc
 
 
-def _optional(row: dict[str, Any], key: str, where: str) -> str | None:
+def _optional_text(row: dict[str, Any], key: str, where: str) -> str | None:
+    """Return a text or number of the row as text; None if the key is absent or null."""
     value = row.get(key)
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    return None if value is None else _text(row, key, where)
+    return None if value is None else _required_text(row, key, where)
 
 
-def _text(row: dict[str, Any], key: str, where: str) -> str:
+def _required_text(row: dict[str, Any], key: str, where: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise UsageError(f"{where}: `{key}` must be a text that is not empty")
+        raise UsageError(f"{where}: `{key}` must be a non-empty string")
     return value

@@ -1,4 +1,4 @@
-"""Marking answers, and the statistics of marks."""
+"""Grading of answers, and the statistics of grades."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXT = Question("q", "Who?", AnswerKind.TEXT, "Ada Lovelace")
         ("Therefore, the answer is river bank (b).", True, True),
         ("(A) is wrong. Therefore, the answer is (B)", True, True),
         ("Therefore, the answer is bank (A), not (B).", False, False),
-        # The longer of two choices that begin at one place.
+        # "bank" is a choice too, but "river bank" begins earlier.
         ("Therefore, the answer is river bank.", None, True),
         ("Therefore, the answer is library.", None, False),
         ("B. river bank", None, True),
@@ -30,7 +30,7 @@ TEXT = Question("q", "Who?", AnswerKind.TEXT, "Ada Lovelace")
         ("", None, None),
     ],
 )
-def test_a_choice_is_read_from_where_it_is_given(
+def test_a_choice_is_read_from_any_form_of_answer(
     text: str, strict: bool | None, lenient: bool | None
 ) -> None:
     assert grade(CHOICE, text) == Grade(strict, lenient)
@@ -49,20 +49,20 @@ def test_a_choice_is_read_from_where_it_is_given(
         ("many", None, None),
     ],
 )
-def test_a_number_is_the_boxed_one_or_the_last(
+def test_a_number_is_read_from_the_box_or_the_end_of_the_text(
     text: str, strict: bool | None, lenient: bool | None
 ) -> None:
     assert grade(NUMBER, text) == Grade(strict, lenient)
 
 
-def test_a_text_is_found_whatever_stands_around_it() -> None:
+def test_a_text_answer_may_be_part_of_a_sentence() -> None:
     assert grade(TEXT, "Ada Lovelace") == Grade(True, True)
     assert grade(TEXT, "It was ada lovelace, of course.") == Grade(False, True)
     assert grade(TEXT, "Adam Lovelace") == Grade(False, False)
     assert grade(TEXT, " ") == Grade(None, None)
 
 
-def test_intervals_and_p_values_are_those_of_the_literature() -> None:
+def test_intervals_and_p_values_equal_published_ones() -> None:
     # Newcombe (1998), example of 81 of 263; exact binomial tails.
     assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
@@ -83,9 +83,9 @@ def test_intervals_and_p_values_are_those_of_the_literature() -> None:
         (AnswerKind.TEXT, ("ice floats", "ice sinks"), False),
     ],
 )
-def test_outcomes_are_equal_where_answers_are(
+def test_equal_answers_are_extracted_as_equal_strings(
     kind: AnswerKind, texts: tuple[str, str], same: bool
 ) -> None:
     question = Question("q", "?", kind, None, (("A", "tea"), ("B", "milk")))
-    one, other = (extract_answer(question, text) for text in texts)
-    assert (one == other) is same
+    first, second = (extract_answer(question, text) for text in texts)
+    assert (first == second) is same

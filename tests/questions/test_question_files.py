@@ -1,4 +1,4 @@
-"""Files of questions: what is understood, and what is said of rows that are not."""
+"""Question files: the rows that can be read, and the errors for those that cannot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mlxroute.questions.question_files import (
 )
 
 
-def test_every_documented_form_becomes_a_prompt(tmp_path: Path) -> None:
+def test_every_documented_row_form_becomes_a_prompt(tmp_path: Path) -> None:
     file = tmp_path / "q.jsonl"
     file.write_text(
         '\ufeff{"id": "a", "prompt": "Why?"}\n\n'
@@ -32,66 +32,69 @@ def test_every_documented_form_becomes_a_prompt(tmp_path: Path) -> None:
     assert second.prompt == "Where?\nA. here\nB. there"
     assert third.prompt == "1 + 1?"
     assert question_messages(second) == [
-        {"role": "user", "content": f"{second.prompt}\n\n{second.form}"}
+        {"role": "user", "content": f"{second.prompt}\n\n{second.instruction}"}
     ]
     assert "answerKey" not in second.prompt
     assert "boxed{2}" not in third.prompt
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
-        ('{"prompt": "Why?"', "row 2: no JSON"),
-        ("[1]", "row 2: a row is one JSON object"),
-        ('{"prompt": " "}', "row 2: `prompt` must be a text"),
-        ('{"prompt": 3}', "row 2: `prompt` must be a text"),
-        ('{"question": "Why?"}', "row 2: `prompt` must be a text"),
+        ('{"prompt": "Why?"', "row 2: not valid JSON"),
+        ("[1]", "row 2: a row must be a JSON object"),
+        ('{"prompt": " "}', "row 2: `prompt` must be a non-empty string"),
+        ('{"prompt": 3}', "row 2: `prompt` must be a non-empty string"),
+        ('{"question": "Why?"}', "row 2: `prompt` must be a non-empty string"),
         ('{"question": "Why?", "choices": ["a"]}', "row 2: `choices` needs"),
         ('{"question": "?", "choices": {"label": ["A"], "text": []}}', "row 2: `choices` needs"),
-        ('{"problem": null}', "row 2: `problem` must be a text"),
+        ('{"problem": null}', "row 2: `problem` must be a non-empty string"),
     ],
 )
-def test_a_bad_row_is_named(tmp_path: Path, line: str, said: str) -> None:
+def test_an_invalid_row_is_named_in_the_error(tmp_path: Path, line: str, message: str) -> None:
     file = tmp_path / "q.jsonl"
     file.write_text(f'{{"prompt": "Why?"}}\n{line}\n', encoding="utf-8")
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         read_questions(file)
 
 
-def test_files_that_hold_nothing_to_ask_are_named(tmp_path: Path) -> None:
+def test_a_file_without_questions_is_named_in_the_error(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n\n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    for name, said in (("none", "No such file"), ("empty", "there are none"), ("binary", "UTF-8")):
-        with pytest.raises(UsageError, match=f"{name}.*{said}"):
+    for name, message in (
+        ("none", "No such file"),
+        ("empty", "has no questions"),
+        ("binary", "UTF-8"),
+    ):
+        with pytest.raises(UsageError, match=f"{name}.*{message}"):
             read_questions(tmp_path / name)
 
 
-def test_worked_examples_are_earlier_turns_that_show_the_form() -> None:
+def test_worked_examples_become_earlier_turns() -> None:
     examples = read_worked_examples(bench_file("questions", "examples.jsonl"), 2)
     question = read_questions(bench_file("questions", "everyday.jsonl"))[0]
-    turns = question_messages(question, examples)
-    assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2 + ["user"]
-    assert turns[1]["content"] == examples[0].worked
-    assert turns[-1]["content"] == question.prompt
+    messages = question_messages(question, examples)
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2 + ["user"]
+    assert messages[1]["content"] == examples[0].worked_answer
+    assert messages[-1]["content"] == question.prompt
 
 
-def test_our_questions_have_one_right_answer_each() -> None:
+def test_the_shipped_questions_have_one_correct_answer_each() -> None:
     questions = read_questions(bench_file("questions", "everyday.jsonl"))
     examples = read_worked_examples(bench_file("questions", "examples.jsonl"), 4)
-    assert len({each.fingerprint for each in (*questions, *examples)}) == 36
-    for each in (*questions, *examples):
-        assert each.answer in list("ABCDE")
-        assert len({text for _, text in each.choices}) == 5
-    for each in examples:
-        assert grade(each, each.worked or "").strict
-    # No label is right so often that it could be guessed.
-    counts = [sum(each.answer == label for each in questions) for label in "ABCDE"]
+    assert len({question.fingerprint for question in (*questions, *examples)}) == 36
+    for question in (*questions, *examples):
+        assert question.answer in list("ABCDE")
+        assert len({text for _, text in question.choices}) == 5
+    for example in examples:
+        assert grade(example, example.worked_answer or "").strict
+    # No label is correct so often that guessing it would pay.
+    counts = [sum(question.answer == label for question in questions) for label in "ABCDE"]
     assert max(counts) <= len(questions) / 3
 
 
-def test_more_questions_are_the_same_and_others() -> None:
+def test_a_smaller_sample_is_the_start_of_a_larger_one() -> None:
     questions = read_questions(bench_file("questions", "everyday.jsonl"))
     assert sample_questions(questions, 10) == sample_questions(questions, 20)[:10]
-    assert sorted(each.name for each in sample_questions(questions, 99)) == sorted(
-        each.name for each in questions
-    )
+    names = sorted(question.name for question in questions)
+    assert sorted(question.name for question in sample_questions(questions, 99)) == names
