@@ -1,4 +1,4 @@
-"""The catalogue: named models and pairs, score ranks and learned heads, shipped or the user's."""
+"""The catalogue of models, with their score ranks and learned heads, shipped or user-defined."""
 
 from mlxroute.catalog.catalog import Catalog, IndexPart, IndexSource, Model, Pair, shipped_dir
 

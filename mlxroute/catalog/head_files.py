@@ -1,7 +1,7 @@
-"""Learned heads by the small model they read: the user's own, else the shipped one.
+"""Files of learned heads, one for each small model.
 
-One safetensors file a model, `heads/<name>.safetensors`, in the user's catalogue folder or the
-shipped one; `mlxroute train` writes the user's.
+A head is `heads/<name>.safetensors` in the user's catalogue folder, where `mlxroute train` writes
+it, or in the shipped one. The user's head takes precedence.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from mlxroute.catalog import shipped_dir
 
 
 def user_head_file(small: str, folder: Path) -> Path:
-    """Where the user's head for a model is kept."""
+    """Return the path of a small model's head in the user's catalogue folder.
+
+    `small` is a model's name or the path of its folder.
+    """
     return folder / "heads" / f"{Path(small).name}.safetensors"
 
 
 def find_head_file(small: str, folder: Path) -> Path | None:
-    """The head for a model, or None where there is none."""
+    """Return the user's head for a small model, else the shipped one; None if neither exists."""
     files = (user_head_file(small, parent) for parent in (folder, shipped_dir()))
     return next((file for file in files if file.is_file()), None)

@@ -1,14 +1,14 @@
-"""Which scores a small model's positions have, by rank: where a budget starts from.
+"""Quantiles of a small model's router scores, from which a budget gets its first thresholds.
 
-One JSON file a model, `ranks/<name>.json`, in the user's catalogue folder or the shipped one;
-`mlxroute calibrate` writes the user's.
+They are `ranks/<name>.json` in the user's catalogue folder, where `mlxroute calibrate` writes them,
+or in the shipped one. The user's file takes precedence.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -16,14 +16,22 @@ from mlxroute.catalog import shipped_dir
 from mlxroute.errors import CatalogError
 from mlxroute.statistics import interpolated_quantile
 
-# A budget soon follows the model's own scores; until then those of another model serve.
-_GENERAL: Final = "qwen2.5-coder-0.5b"
-_FEWEST: Final = 2
+# A budget soon adapts to the model's own scores, so any model's will do at first.
+_FALLBACK_MODEL: Final = "qwen2.5-coder-0.5b"
+_MIN_QUANTILES: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreRanks:
-    """Scores at evenly spaced ranks, lowest first, by router; from `positions` of `data`."""
+    """The distribution of each router's scores over positions of a small model's answers.
+
+    Args:
+        small: Name of the small model, or the path of its folder.
+        data: Description of the questions that were answered.
+        positions: Number of positions that were scored.
+        quantiles: By router, its scores at evenly spaced ranks in rising order, from the lowest
+            (rank 0) to the highest (rank 1).
+    """
 
     small: str
     data: str
@@ -32,52 +40,63 @@ class ScoreRanks:
 
     @classmethod
     def find(cls, small: str, folder: Path) -> Self:
-        """What is known of a model, else what is of the default one.
+        """Return the ranks of a small model: the user's, else the shipped, else another model's.
 
-        Raises CatalogError for a file that does not hold what it should.
+        Raises CatalogError if the file is not valid.
         """
         for parent in (folder, shipped_dir()):
-            if (path := _file(parent, small)).is_file():
+            if (path := _ranks_file(parent, small)).is_file():
                 return cls._read(path)
-        return cls._read(_file(shipped_dir(), _GENERAL))
+        return cls._read(_ranks_file(shipped_dir(), _FALLBACK_MODEL))
 
     def __getitem__(self, router: str) -> tuple[float, ...]:
-        """The quantiles of a router's scores; of one that was not calibrated, 0 and 1."""
+        """Return the quantiles of a router's scores, (0.0, 1.0) if it was not calibrated."""
         return self.quantiles.get(router, (0.0, 1.0))
 
     def with_quantiles(self, router: str, quantiles: tuple[float, ...]) -> Self:
-        """The same, and a router's scores, if there are any."""
-        if len(quantiles) < _FEWEST:
+        """Return a copy with these quantiles for a router; with fewer than two, no change."""
+        if len(quantiles) < _MIN_QUANTILES:
             return self
         return replace(self, quantiles={**self.quantiles, router: quantiles})
 
     def threshold_at_rate(self, router: str, rate: float) -> float:
-        """The score that this share of the positions exceeds."""
+        """Return the score that a share `rate` (0 to 1) of the positions exceeds."""
         return interpolated_quantile(self[router], 1.0 - rate)
 
     def write(self, folder: Path) -> Path:
-        """Write it where `of` finds it; return the file."""
-        path = _file(folder, self.small)
+        """Write the ranks to the user's catalogue folder and return the file."""
+        path = _ranks_file(folder, self.small)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+        document = {
+            "small": self.small,
+            "data": self.data,
+            "positions": self.positions,
+            "quantiles": dict(self.quantiles),
+        }
+        path.write_text(json.dumps(document) + "\n", encoding="utf-8")
         return path
 
     @classmethod
     def _read(cls, path: Path) -> Self:
         try:
-            found: Any = json.loads(path.read_text(encoding="utf-8"))
+            table: Any = json.loads(path.read_text(encoding="utf-8"))
             quantiles = {
-                str(name): tuple(float(value) for value in values)
-                for name, values in found["quantiles"].items()
+                str(router): tuple(float(score) for score in scores)
+                for router, scores in table["quantiles"].items()
             }
-            ranks = cls(str(found["small"]), str(found["data"]), int(found["positions"]), quantiles)
+            ranks = cls(str(table["small"]), str(table["data"]), int(table["positions"]), quantiles)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as exc:
-            raise CatalogError(f"{path} holds no ranks; delete it and calibrate again") from exc
-        for name, values in quantiles.items():
-            if len(values) < _FEWEST or list(values) != sorted(values):
-                raise CatalogError(f"{path}: the scores of {name!r} do not rise")
+            raise CatalogError(
+                f"{path} is not a file of score ranks; delete it and run `mlxroute calibrate`"
+            ) from exc
+        for router, scores in quantiles.items():
+            if len(scores) < _MIN_QUANTILES or list(scores) != sorted(scores):
+                raise CatalogError(
+                    f"{path}: the scores of {router!r} must be at least {_MIN_QUANTILES}, in rising"
+                    " order; delete the file and run `mlxroute calibrate`"
+                )
         return ranks
 
 
-def _file(folder: Path, small: str) -> Path:
+def _ranks_file(folder: Path, small: str) -> Path:
     return folder / "ranks" / f"{Path(small).name}.json"

@@ -1,4 +1,4 @@
-"""The catalogue: what is shipped, what a user may add, and what is refused."""
+"""The catalogue: shipped entries, the user's entries, and errors for wrong ones."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def load(tmp_path: Path, text: str) -> Catalog:
     return Catalog.load(tmp_path)
 
 
-def test_shipped_models_that_need_no_hub_state_every_byte(catalog: Catalog) -> None:
+def test_models_on_the_package_index_have_exact_sizes_and_versions(catalog: Catalog) -> None:
     sizes = {m.name: m.index.gguf_bytes for m in catalog.models if m.index is not None}
     assert sizes == {
         "smollm2-135m": 98_362_432,
@@ -49,14 +49,14 @@ def test_shipped_models_that_need_no_hub_state_every_byte(catalog: Catalog) -> N
             assert all("==" in part.package for part in model.index.parts)
 
 
-def test_there_are_pairs_for_owners_of_larger_machines(catalog: Catalog) -> None:
+def test_there_are_pairs_for_large_machines(catalog: Catalog) -> None:
     large = {pair.large for pair in catalog.pairs if catalog.get_model(pair.large).parameters > 7e9}
     assert len(large) >= 5
     for pair in catalog.pairs:
         assert catalog.get_model(pair.small).parameters < catalog.get_model(pair.large).parameters
 
 
-def test_a_pair_is_found_by_both_names_or_by_the_small_one(catalog: Catalog) -> None:
+def test_a_pair_is_found_by_both_names_or_by_the_small_models(catalog: Catalog) -> None:
     pair = catalog.find_pair("qwen2.5-coder-0.5b", "qwen2.5-coder-7b")
     assert pair is not None
     assert pair.name == "qwen2.5-coder-0.5b+qwen2.5-coder-7b"
@@ -67,12 +67,12 @@ def test_a_pair_is_found_by_both_names_or_by_the_small_one(catalog: Catalog) -> 
     assert catalog.find_pair("qwen3-8b") is None
 
 
-def test_an_unknown_name_gets_near_matches(catalog: Catalog) -> None:
+def test_an_unknown_name_gets_similar_names(catalog: Catalog) -> None:
     with pytest.raises(CatalogError, match=r"did you mean qwen3-8b.*see `mlxroute models`"):
         catalog.get_model("Qwen3-8")
 
 
-def test_user_s_entries_come_after_the_shipped_ones(tmp_path: Path, catalog: Catalog) -> None:
+def test_the_users_entries_follow_the_shipped_ones(tmp_path: Path, catalog: Catalog) -> None:
     pair = '[[pairs]]\nsmall = "mine"\nlarge = "qwen3-8b"\nsame_vocabulary = false\n'
     mine = load(tmp_path, MODEL + pair + 'threshold = 1\ncalibration = "by hand"\n')
     assert mine.models[:-1] == catalog.models
@@ -111,14 +111,14 @@ def test_user_s_entries_come_after_the_shipped_ones(tmp_path: Path, catalog: Cat
         ),
     ],
 )
-def test_a_wrong_entry_is_named_with_its_file_and_key(
+def test_the_error_for_a_wrong_entry_names_its_file_and_key(
     text: str, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(CatalogError, match=message):
         load(tmp_path, text)
 
 
-def test_an_installed_package_carries_its_own_catalogue(tmp_path: Path) -> None:
+def test_an_installed_package_contains_the_catalogue(tmp_path: Path) -> None:
     package = Path(mlxroute.__file__).parent
     installed = tmp_path / "mlxroute"
     installed.mkdir()
@@ -129,7 +129,7 @@ def test_an_installed_package_carries_its_own_catalogue(tmp_path: Path) -> None:
     (installed / "_models").mkdir()
     (installed / "_models" / "mine.toml").write_text(MODEL)
     script = "from mlxroute.catalog import Catalog; print([m.name for m in Catalog.load().models])"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", script],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
@@ -137,10 +137,10 @@ def test_an_installed_package_carries_its_own_catalogue(tmp_path: Path) -> None:
         text=True,
         timeout=30,
     )
-    assert done.stdout.strip() == "['mine']", done.stderr
+    assert process.stdout.strip() == "['mine']", process.stderr
 
 
-def test_a_model_may_have_prices_and_is_found_by_either_of_its_names(tmp_path: Path) -> None:
+def test_prices_are_found_by_catalogue_name_and_by_hub_id(tmp_path: Path) -> None:
     catalog = load(tmp_path, MODEL + "price = { input = 2, output = 8.0 }\n")
     assert catalog.find_prices("mine") == catalog.find_prices("me/mine") == Prices(2, 2, 8.0)
     assert catalog.find_prices("smollm2-135m") is None
@@ -161,6 +161,6 @@ def test_a_model_may_have_prices_and_is_found_by_either_of_its_names(tmp_path: P
         "{ input = 1, output = 1, cached = 1 }",
     ],
 )
-def test_a_wrong_price_is_an_error_that_names_the_entry(tmp_path: Path, price: str) -> None:
+def test_the_error_for_a_wrong_price_names_the_entry(tmp_path: Path, price: str) -> None:
     with pytest.raises(CatalogError, match=r"models\[1\]\.price"):
         load(tmp_path, f"{MODEL}price = {price}\n")

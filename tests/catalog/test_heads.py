@@ -1,4 +1,4 @@
-"""Which head is used: the user's own before the shipped one, and not to judge what it learned."""
+"""Heads: which file is used, and that a head is not evaluated on its training questions."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def head_of(file: Path) -> tuple[MlpHead, dict[str, str]]:
     return MlpHead.load(file, hidden_size=size), about
 
 
-def test_the_users_head_goes_before_the_shipped_one(tmp_path: Path) -> None:
+def test_the_users_head_takes_precedence_over_the_shipped_one(tmp_path: Path) -> None:
     small = _SHIPPED[0].stem
     assert find_head_file(small, tmp_path) == _SHIPPED[0]
-    own = user_head_file(f"some/folder/{small}", tmp_path)
-    own.parent.mkdir()
-    own.touch()
-    assert find_head_file(small, tmp_path) == own
-    assert find_head_file("never-heard-of", tmp_path) is None
+    users_head = user_head_file(f"some/folder/{small}", tmp_path)
+    users_head.parent.mkdir()
+    users_head.touch()
+    assert find_head_file(small, tmp_path) == users_head
+    assert find_head_file("unknown-model", tmp_path) is None
 
 
 @pytest.mark.parametrize("file", _SHIPPED, ids=lambda file: file.stem)
-def test_a_shipped_head_is_small_and_says_where_it_comes_from(file: Path) -> None:
+def test_a_shipped_head_is_small_and_names_its_origin(file: Path) -> None:
     head, about = head_of(file)
     report = json.loads(about["report"])
     assert file.stat().st_size < 500_000
@@ -51,21 +51,21 @@ def test_a_shipped_head_is_small_and_says_where_it_comes_from(file: Path) -> Non
     assert len(head.questions) == sum(report["answers"].values())
     assert len(head.quantiles) > 50
     card = file.with_suffix(".md").read_text(encoding="utf-8")
-    for told in (report["large"].removesuffix(".gguf"), report["labels"], "MIT"):
-        assert told in card
+    for fact in (report["large"].removesuffix(".gguf"), report["labels"], "MIT"):
+        assert fact in card
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("file", _SHIPPED, ids=lambda file: file.stem)
-def test_no_test_question_was_learned_from(file: Path) -> None:
+def test_no_test_question_was_trained_on(file: Path) -> None:
     head, _ = head_of(file)
-    tested = {each.fingerprint for each in read_questions(_SHARED / "test.jsonl")}
-    trained = {each.fingerprint for each in read_questions(_SHARED / "train_router.jsonl")}
+    tested = {question.fingerprint for question in read_questions(_SHARED / "test.jsonl")}
+    trained = {question.fingerprint for question in read_questions(_SHARED / "train_router.jsonl")}
     assert not head.questions & tested
     assert head.questions <= trained
 
 
-def test_a_head_is_not_judged_by_questions_it_was_fitted_to() -> None:
+def test_a_head_is_not_evaluated_on_questions_it_was_fitted_to() -> None:
     questions = [Question(str(i), f"say {i}") for i in range(3)]
     head = MlpHead((), questions=frozenset([questions[1].fingerprint]))
     with pytest.raises(UsageError, match="fitted to 1 of these 3 questions"):
@@ -74,7 +74,7 @@ def test_a_head_is_not_judged_by_questions_it_was_fitted_to() -> None:
     check_unseen(None, questions)
 
 
-def test_a_model_without_a_head_is_named(
+def test_a_model_without_a_head_is_named_in_the_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny = make_tiny_model(tmp_path / "tiny")

@@ -1,4 +1,4 @@
-"""Ranks: the shipped ones, the user's own, and how `calibrate` makes them."""
+"""Score ranks: shipped files, the user's files, and how `calibrate` writes them."""
 
 from __future__ import annotations
 
@@ -16,52 +16,52 @@ from mlxroute.routers import make_router
 from tests.support.tiny import make_tiny_model
 
 
-def some(small: str) -> ScoreRanks:
+def make_ranks(small: str) -> ScoreRanks:
     return ScoreRanks(small, "a file", 500, {"entropy": (0.0, 0.5, 1.0, 2.0, 4.0)})
 
 
-def test_the_users_ranks_go_before_the_shipped_ones(tmp_path: Path) -> None:
+def test_the_users_ranks_take_precedence_over_the_shipped_ones(tmp_path: Path) -> None:
     shipped = ScoreRanks.find("qwen2.5-coder-0.5b", tmp_path)
     assert shipped.small == "qwen2.5-coder-0.5b"
-    some("qwen2.5-coder-0.5b").write(tmp_path)
-    assert ScoreRanks.find("qwen2.5-coder-0.5b", tmp_path) == some("qwen2.5-coder-0.5b")
-    assert ScoreRanks.find("some/folder/never-heard-of", tmp_path) == shipped
+    make_ranks("qwen2.5-coder-0.5b").write(tmp_path)
+    assert ScoreRanks.find("qwen2.5-coder-0.5b", tmp_path) == make_ranks("qwen2.5-coder-0.5b")
+    assert ScoreRanks.find("some/folder/unknown-model", tmp_path) == shipped
 
 
-def test_the_score_at_a_rate_is_what_that_share_exceeds() -> None:
-    ranks = some("x")
+def test_the_threshold_at_a_rate_is_exceeded_by_that_share() -> None:
+    ranks = make_ranks("x")
     assert [ranks.threshold_at_rate("entropy", rate) for rate in (0.0, 0.25, 0.125, 1.0)] == [
         4.0,
         2.0,
         3.0,
         0.0,
     ]
-    assert ranks["never calibrated"] == (0.0, 1.0)
+    assert ranks["not calibrated"] == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(
     "text",
     ["{", "[]", '{"small": "x"}', '{"small":"x","data":"d","positions":1,"quantiles":{"a":[2,1]}}'],
 )
-def test_a_broken_file_is_named(tmp_path: Path, text: str) -> None:
-    path = some("x").write(tmp_path)
+def test_an_invalid_file_is_named_in_the_error(tmp_path: Path, text: str) -> None:
+    path = make_ranks("x").write(tmp_path)
     path.write_text(text)
     with pytest.raises(CatalogError, match=r"x\.json"):
         ScoreRanks.find("x", tmp_path)
 
 
 @pytest.mark.parametrize("small", sorted({pair.small for pair in Catalog.load().pairs}))
-def test_budgets_can_start_with_every_small_model_of_the_catalogue(
+def test_every_small_model_of_the_catalogue_has_ranks_for_budgets(
     small: str, tmp_path: Path
 ) -> None:
     ranks = ScoreRanks.find(small, tmp_path)
     assert ranks.positions > 500
     for name in ("entropy", "margin", "max-probability", "logu", "random"):
-        found = make_router(name, budget=0.07, quantiles=ranks[name]).state.threshold
-        assert found == pytest.approx(ranks.threshold_at_rate(name, 0.07), rel=0.15)
+        threshold = make_router(name, budget=0.07, quantiles=ranks[name]).state.threshold
+        assert threshold == pytest.approx(ranks.threshold_at_rate(name, 0.07), rel=0.15)
 
 
-def test_calibrate_keeps_what_budgets_start_from(
+def test_calibrate_writes_the_ranks_that_budgets_start_from(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny = make_tiny_model(tmp_path / "tiny")
@@ -80,7 +80,7 @@ def test_calibrate_keeps_what_budgets_start_from(
     assert set(ranks.quantiles) == {"entropy", "margin", "max-probability", "logu", "random"}
 
 
-def test_calibrate_says_when_there_is_too_little(
+def test_calibrate_refuses_too_few_positions(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny = make_tiny_model(tmp_path / "tiny")
