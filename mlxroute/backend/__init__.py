@@ -1,1 +1,1 @@
-"""MLX on this machine: which device, which BLAS, how much memory, and loading weights to suit."""
+"""MLX on this machine: its BLAS, free memory, and loading models for its device."""

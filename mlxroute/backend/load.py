@@ -1,7 +1,7 @@
-"""Load a model directory the way this machine's device runs it best.
+"""Loading of model directories in the form that suits the device.
 
 On Metal and CUDA the weights stay as they are, quantised or not. MLX's CPU backend has no fast
-quantised or half-precision kernels, so there they become dense float32.
+kernels for quantised or half-precision weights, so on the CPU they become dense float32.
 """
 
 from __future__ import annotations
@@ -15,22 +15,27 @@ from typing import Any
 
 from mlxroute.backend.memory import available_bytes
 from mlxroute.errors import NotEnoughSpace, UsageError, WeightsError
+from mlxroute.safe_text import printable_line
 
-# Interpreter, tokenizer, MLX and a KV cache of a few thousand tokens.
 OVERHEAD_BYTES = 600 * 2**20
-# What mlx_lm raises on configurations and weights that are not what they should be.
-_BAD_FILES = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError)
+"""Memory beside the weights: interpreter, tokenizer, MLX, a KV cache of a few thousand tokens."""
+
+# Raised by mlx_lm for invalid configurations and weights.
+_INVALID_FILES = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError)
 
 
 def on_cpu() -> bool:
-    """Whether MLX's default device is the CPU."""
+    """Return whether MLX's default device is the CPU."""
     import mlx.core as mx
 
     return bool(mx.default_device() == mx.Device(mx.cpu))
 
 
 def memory_needed(path: Path) -> int:
-    """Bytes that loading the model directory `path` keeps resident on this device."""
+    """Return the bytes of memory that the model in directory `path` takes on this device.
+
+    Raises WeightsError if its files cannot be read.
+    """
     files = sorted(path.glob("model*.safetensors"))
     if not on_cpu():
         return sum(file.stat().st_size for file in files) + OVERHEAD_BYTES
@@ -40,16 +45,17 @@ def memory_needed(path: Path) -> int:
         bits = int(quantization.get("bits") or 4)
         return sum(_dense_bytes(file, bits) for file in files) + OVERHEAD_BYTES
     except (LookupError, TypeError, ValueError, AttributeError, ZeroDivisionError) as exc:
-        raise WeightsError(f"{path} is not a readable model: {_first_line(exc)}") from exc
+        raise WeightsError(f"{path} is not a readable model: {_brief(exc)}") from exc
 
 
 def _dense_bytes(file: Path, bits: int) -> int:
+    """Return the size of a safetensors file's weights as dense float32."""
     total = 0
     for name, entry in _safetensors_header(file).items():
         if name == "__metadata__" or name.endswith((".scales", ".biases")):
             continue
         count = math.prod(entry["shape"])
-        # A packed weight holds 32 / bits values in each 32-bit word.
+        # Quantised weights are packed, 32 / bits values in a 32-bit word.
         total += 4 * count * (32 // bits if entry["dtype"] == "U32" else 1)
     return total
 
@@ -68,16 +74,19 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
-            raise ValueError("it is not a table")
+            raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as exc:
         raise WeightsError(
-            f"{path} has no readable config.json, so it is no model ({exc})"
+            f"{path} is not a model directory: it has no readable config.json ({exc})"
         ) from exc
     return config
 
 
 def check_memory(path: Path, *, role: str) -> None:
-    """Raise NotEnoughSpace, with both figures, when the model at `path` does not fit in memory."""
+    """Raise NotEnoughSpace if the model in directory `path` does not fit in free memory.
+
+    `role`, "small" or "large", names the model in the message.
+    """
     needed, available = memory_needed(path), available_bytes()
     if needed > available:
         raise NotEnoughSpace(
@@ -88,10 +97,11 @@ def check_memory(path: Path, *, role: str) -> None:
 
 
 def load(path: Path, *, adapter: Path | None = None) -> tuple[Any, Any]:
-    """Load model and tokenizer of the directory `path`, with LoRA weights of `adapter` if given.
+    """Load the model and tokenizer in directory `path`.
 
-    Returns the `mlx_lm` objects (`nn.Module`, `TokenizerWrapper`). Raises WeightsError when the
-    files cannot be read as a model, UsageError when the adapter does not fit it.
+    `adapter` is a folder of LoRA weights as `mlx_lm.lora` writes, None (default) for none.
+    Returns the `mlx_lm` objects (`nn.Module`, `TokenizerWrapper`). Raises WeightsError if the files
+    cannot be loaded, UsageError if the adapter does not fit the model.
     """
     import mlx.core as mx
     from mlx_lm.tokenizer_utils import load as load_tokenizer
@@ -104,18 +114,19 @@ def load(path: Path, *, adapter: Path | None = None) -> tuple[Any, Any]:
             _widen(model)
             model = dequantize_model(model)
         mx.eval(model.parameters())
-        # The narrow copies are of no more use.
+        # Free the narrower copies of the weights.
         mx.clear_cache()
         tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
-    except _BAD_FILES as exc:
-        raise WeightsError(f"{path} cannot be loaded as a model: {_first_line(exc)}") from exc
+    except _INVALID_FILES as exc:
+        raise WeightsError(f"{path} cannot be loaded as a model: {_brief(exc)}") from exc
     if adapter is not None:
         try:
             model = load_adapters(model, str(adapter))
-        except _BAD_FILES as exc:
+        except _INVALID_FILES as exc:
             raise UsageError(
-                f"--adapter {adapter} is no MLX adapter (as `mlx_lm.lora` writes) that fits"
-                f" {path.name}: {_first_line(exc)}"
+                f"the adapter {adapter} is not an MLX adapter (as `mlx_lm.lora` writes) that fits"
+                f" {path.name}: {_brief(exc)}",
+                parameter="adapter",
             ) from exc
         if dense:
             _widen(model)
@@ -126,7 +137,7 @@ def load(path: Path, *, adapter: Path | None = None) -> tuple[Any, Any]:
 
 
 def _wire_memory() -> None:
-    """Keep weights resident on Metal, to the same limit as `mlx_lm` sets while it decodes."""
+    """Keep weights resident on Metal, up to the limit that `mlx_lm` sets while it decodes."""
     import mlx.core as mx
 
     if mx.metal.is_available():
@@ -134,24 +145,24 @@ def _wire_memory() -> None:
 
 
 def _widen(model: Any) -> None:
-    """Make floating-point weights float32, lazily, spread over the cores.
+    """Convert floating-point weights to float32, lazily, on several streams.
 
-    Most of the time goes into the system's first touch of new memory, one core at a time.
+    Most of the time goes into the operating system's work when a thread first writes to new
+    memory; the streams share it.
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten, tree_unflatten
 
     streams = [mx.new_stream(mx.Device(mx.cpu)) for _ in range(min(os.cpu_count() or 1, 4))]
-    given = [0] * len(streams)
+    loads = [0] * len(streams)
     wide = []
     for name, value in sorted(tree_flatten(model.parameters()), key=lambda item: -item[1].size):
         if mx.issubdtype(value.dtype, mx.floating):
-            least = given.index(min(given))
-            given[least] += value.size
-            wide.append((name, value.astype(mx.float32, stream=streams[least])))
+            index = loads.index(min(loads))
+            loads[index] += value.size
+            wide.append((name, value.astype(mx.float32, stream=streams[index])))
     model.update(tree_unflatten(wide))
 
 
-def _first_line(exc: BaseException) -> str:
-    text = str(exc).strip()
-    return " ".join(text.split())[:300] if text else type(exc).__name__
+def _brief(exc: BaseException) -> str:
+    return printable_line(str(exc)) or type(exc).__name__

@@ -1,4 +1,4 @@
-"""Model weights: resolve a name to a local directory by cache, download and conversion."""
+"""Model weights: a cache of model directories, filled by downloads and GGUF conversion."""
 
 from mlxroute.weights.resolve import (
     CachedModel,

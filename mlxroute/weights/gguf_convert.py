@@ -1,4 +1,7 @@
-"""GGUF to an MLX model directory: float16 safetensors and config.json, in bounded memory."""
+"""Conversion of GGUF files to MLX model directories: float16 weights and JSON files.
+
+Tensors are converted in slabs, so that memory stays bounded.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,14 @@ from gguf.quants import dequantize
 from mlxroute.errors import WeightsError
 from mlxroute.types import Progress
 from mlxroute.weights.gguf_file import GgufFile, GgufTensor
-from mlxroute.weights.gguf_tokenizer import Tokenizer
+from mlxroute.weights.gguf_tokenizer import TokenizerFiles
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 SLAB_ELEMENTS = 1 << 20
-# `dequantize` works on 16 rows at a time; rows of this many elements keep that in the CPU's cache.
+"""Elements that are converted at a time."""
+
+# `dequantize` works on 16 rows at a time; rows of at most this many elements fit the CPU's cache.
 _ROW_ELEMENTS = 1 << 14
 
 _GLOBAL_NAMES = {
@@ -47,8 +52,11 @@ _ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
-    """One tensor to write: its name in the output, and the heads its rows are permuted by."""
+class _Conversion:
+    """A tensor to write under a new name.
+
+    `heads` is the number of attention heads whose rows llama files interleave; None for others.
+    """
 
     name: str
     source: GgufTensor
@@ -56,32 +64,35 @@ class _Plan:
 
 
 def converted_bytes(gguf: GgufFile) -> int:
-    """Disk space of the float16 weights."""
+    """Return the size of the file's tensors as float16."""
     return sum(2 * tensor.elements for tensor in gguf.tensors.values())
 
 
-def build_config(gguf: GgufFile, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The config.json of a `llama` or `qwen2` GGUF file; WeightsError for anything else."""
+def build_config(gguf: GgufFile, tokenizer: TokenizerFiles) -> dict[str, Any]:
+    """Return the contents of config.json for a `llama` or `qwen2` file.
+
+    Raises WeightsError for other architectures and for what cannot be converted exactly.
+    """
     if gguf.architecture not in ("llama", "qwen2"):
         raise WeightsError(
             f"{gguf.path}: GGUF architecture {gguf.architecture!r} is not supported, only llama "
-            "and qwen2; use a model directory or a hub id instead"
+            "and qwen2 are; use a model directory or a hub id instead"
         )
     if gguf.metadata.get("split.count", 1) > 1:
         raise WeightsError(f"{gguf.path} is one part of a split GGUF: merge its parts first")
-    heads = _integer(gguf, "attention.head_count")
-    hidden = _integer(gguf, "embedding_length")
+    heads = _positive_integer(gguf, "attention.head_count")
+    hidden = _positive_integer(gguf, "embedding_length")
     config: dict[str, Any] = {
         "architectures": [
             "LlamaForCausalLM" if gguf.architecture == "llama" else "Qwen2ForCausalLM"
         ],
         "model_type": gguf.architecture,
         "hidden_size": hidden,
-        "intermediate_size": _integer(gguf, "feed_forward_length"),
-        "num_hidden_layers": _integer(gguf, "block_count"),
+        "intermediate_size": _positive_integer(gguf, "feed_forward_length"),
+        "num_hidden_layers": _positive_integer(gguf, "block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": _integer(gguf, "attention.head_count_kv", default=heads),
-        "max_position_embeddings": _integer(gguf, "context_length"),
+        "num_key_value_heads": _positive_integer(gguf, "attention.head_count_kv", default=heads),
+        "max_position_embeddings": _positive_integer(gguf, "context_length"),
         "rms_norm_eps": _short_float(gguf.get("attention.layer_norm_rms_epsilon", 1e-5)),
         "rope_theta": _short_float(gguf.get("rope.freq_base", 10000.0)),
         "vocab_size": _tensor(gguf, "token_embd.weight").shape[0],
@@ -91,7 +102,7 @@ def build_config(gguf: GgufFile, tokenizer: Tokenizer) -> dict[str, Any]:
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": list(tokenizer.eos_ids),
     }
-    head_dim = _integer(gguf, "attention.key_length", default=hidden // heads)
+    head_dim = _positive_integer(gguf, "attention.key_length", default=hidden // heads)
     if gguf.architecture == "llama":
         config["head_dim"] = head_dim
         config["attention_bias"] = "blk.0.attn_q.bias" in gguf.tensors
@@ -105,15 +116,16 @@ def build_config(gguf: GgufFile, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def write_model(
-    gguf: GgufFile, folder: Path, *, tokenizer: Tokenizer, label: str, progress: Progress
+    gguf: GgufFile, folder: Path, *, tokenizer: TokenizerFiles, label: str, progress: Progress
 ) -> dict[str, str]:
-    """Write the model directory into `folder`; returns the SHA-256 of the weights file by name."""
+    """Write a model directory into `folder` and return the SHA-256 of its weights file, by name.
+
+    Raises WeightsError for a model that cannot be converted exactly.
+    """
     config = build_config(gguf, tokenizer)
-    plans = [_plan(tensor, gguf, config) for tensor in gguf.tensors.values()]
+    conversions = _plan_conversions(gguf, config)
     weights = "model.safetensors"
-    digest = _write_safetensors(
-        [plan for plan in plans if plan is not None], gguf, folder / weights, label, progress
-    )
+    digest = _write_safetensors(conversions, gguf, folder / weights, label, progress)
     generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.eos_ids)}
     for file, table in {
         "config.json": config,
@@ -126,47 +138,54 @@ def write_model(
     return {weights: digest}
 
 
-def _plan(tensor: GgufTensor, gguf: GgufFile, config: dict[str, Any]) -> _Plan | None:
-    if tensor.name == _ROPE_FACTORS:
-        return None
+def _plan_conversions(gguf: GgufFile, config: dict[str, Any]) -> list[_Conversion]:
+    # The RoPE factors become part of the config.
+    return [
+        _plan_conversion(tensor, gguf, config)
+        for tensor in gguf.tensors.values()
+        if tensor.name != _ROPE_FACTORS
+    ]
+
+
+def _plan_conversion(tensor: GgufTensor, gguf: GgufFile, config: dict[str, Any]) -> _Conversion:
     if tensor.name in _GLOBAL_NAMES:
-        return _Plan(_GLOBAL_NAMES[tensor.name], tensor, None)
+        return _Conversion(_GLOBAL_NAMES[tensor.name], tensor, None)
     match tensor.name.split("."):
         case ["blk", layer, kind, ("weight" | "bias") as part] if kind in _LAYER_NAMES:
             heads = None
             if gguf.architecture == "llama" and kind in ("attn_q", "attn_k"):
                 heads = config["num_attention_heads" if kind == "attn_q" else "num_key_value_heads"]
-            return _Plan(f"model.layers.{layer}.{_LAYER_NAMES[kind]}.{part}", tensor, heads)
+            return _Conversion(f"model.layers.{layer}.{_LAYER_NAMES[kind]}.{part}", tensor, heads)
     raise WeightsError(
         f"{gguf.path}: tensor {tensor.name} does not belong to a plain {gguf.architecture} model"
     )
 
 
 def _write_safetensors(
-    plans: list[_Plan], gguf: GgufFile, path: Path, label: str, progress: Progress
+    conversions: list[_Conversion], gguf: GgufFile, path: Path, label: str, progress: Progress
 ) -> str:
-    """Stream the tensors out in file order; returns the SHA-256 of the file."""
+    """Write the tensors one slab at a time, in the order given, and return the file's SHA-256."""
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     total = 0
-    for plan in plans:
-        end = total + 2 * plan.source.elements
-        header[plan.name] = {
+    for conversion in conversions:
+        end = total + 2 * conversion.source.elements
+        header[conversion.name] = {
             "dtype": "F16",
-            "shape": list(plan.source.shape),
+            "shape": list(conversion.source.shape),
             "data_offsets": [total, end],
         }
         total = end
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
+    header_text = json.dumps(header, separators=(",", ":")).encode()
+    header_text += b" " * (-len(header_text) % 8)
     digest = hashlib.sha256()
     done = 0
     with open(path, "wb") as file:
-        for chunk in (len(head).to_bytes(8, "little"), head):
+        for chunk in (len(header_text).to_bytes(8, "little"), header_text):
             file.write(chunk)
             digest.update(chunk)
         progress(label, 0, total)
-        # No fsync: after a power cut the manifest's sizes tell a half-written file apart.
-        for slab in _slabs(plans, gguf):
+        # No fsync: if power fails, the sizes in the manifest reveal a half-written file.
+        for slab in _convert_slabs(conversions, gguf):
             file.write(slab)
             digest.update(slab)
             done += slab.nbytes
@@ -174,23 +193,22 @@ def _write_safetensors(
     return digest.hexdigest()
 
 
-def _slabs(plans: list[_Plan], gguf: GgufFile) -> Iterator[memoryview]:
-    """Converted slabs of all tensors, in order; a few are worked on ahead of the consumer."""
+def _convert_slabs(conversions: list[_Conversion], gguf: GgufFile) -> Iterator[memoryview]:
+    """Yield the converted slabs of all tensors in order; several threads convert the next ones."""
     workers = min(os.cpu_count() or 1, 8)
     pending: deque[Future[memoryview]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for plan in plans:
-                rows = gguf.rows(plan.source)
-                if plan.heads is not None:
-                    rows = _unpermuted(rows, plan.heads)
-                step = max(1, SLAB_ELEMENTS // plan.source.shape[-1])
+            for conversion in conversions:
+                tensor = conversion.source
+                rows = gguf.rows(tensor)
+                if conversion.heads is not None:
+                    rows = _unpermute(rows, conversion.heads)
+                step = max(1, SLAB_ELEMENTS // tensor.shape[-1])
                 for start in range(0, len(rows), step):
                     if len(pending) > 2 * workers:
                         yield pending.popleft().result()
-                    pending.append(
-                        pool.submit(_to_float16, rows[start : start + step], plan.source)
-                    )
+                    pending.append(pool.submit(_to_float16, rows[start : start + step], tensor))
             while pending:
                 yield pending.popleft().result()
         finally:
@@ -198,18 +216,18 @@ def _slabs(plans: list[_Plan], gguf: GgufFile) -> Iterator[memoryview]:
                 future.cancel()
 
 
-def _unpermuted(rows: Bytes, heads: int) -> Bytes:
-    """Undo the row order llama GGUF files use for rotary pairs: interleaved back to halves."""
+def _unpermute(rows: Bytes, heads: int) -> Bytes:
+    """Return the rows in MLX's order: llama GGUF files interleave the halves of rotary pairs."""
     order = np.arange(len(rows)).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
     return rows[order]
 
 
 def _to_float16(rows: Bytes, tensor: GgufTensor) -> memoryview:
-    """Dequantise raw rows; WeightsError if a value does not fit float16."""
+    """Dequantise rows of blocks; raise WeightsError if a value does not fit float16."""
     block, size = GGML_QUANT_SIZES[tensor.kind]
     raw = np.ascontiguousarray(rows).reshape(-1)
     blocks = raw.size // size
-    # Rows of blocks are independent, so any row length that divides the slab will do.
+    # Blocks are independent, so rows may have any length that divides the slab.
     blocks_per_row = next(
         n for n in range(max(1, _ROW_ELEMENTS // block), 0, -1) if blocks % n == 0
     )
@@ -221,11 +239,12 @@ def _to_float16(rows: Bytes, tensor: GgufTensor) -> memoryview:
         raise WeightsError(f"tensor {tensor.name} holds values beyond float16") from exc
     except NotImplementedError as exc:
         raise WeightsError(
-            f"tensor {tensor.name} is of type {tensor.kind.name}, which cannot be read"
+            f"tensor {tensor.name} has type {tensor.kind.name}, which is not supported"
         ) from exc
 
 
 def _rope_scaling(gguf: GgufFile, *, theta: float, head_dim: int) -> dict[str, Any] | None:
+    """Return the `rope_scaling` table of config.json; None if the file scales nothing."""
     kind = gguf.get("rope.scaling.type", "none")
     if _ROPE_FACTORS in gguf.tensors:
         return _llama3_scaling(gguf, theta=theta, head_dim=head_dim)
@@ -242,7 +261,12 @@ def _rope_scaling(gguf: GgufFile, *, theta: float, head_dim: int) -> dict[str, A
 
 
 def _llama3_scaling(gguf: GgufFile, *, theta: float, head_dim: int) -> dict[str, Any]:
-    """Llama 3 files hold the scaled frequencies, not the four numbers they were made from."""
+    """Return the four settings of Llama 3's RoPE scaling from the factors that it produced.
+
+    Llama 3 divides the frequencies of long wavelengths by `factor`, keeps those of short ones and
+    interpolates between them. The file holds the divisors, `rope_freqs.weight` [head_dim / 2]; the
+    settings other than `factor` are constants.
+    """
     tensor = gguf.tensors[_ROPE_FACTORS]
     stored = dequantize(gguf.rows(tensor), tensor.kind).reshape(-1)
     factor, low, high, context = round(float(stored.max()), 3), 1.0, 4.0, 8192
@@ -261,10 +285,13 @@ def _llama3_scaling(gguf: GgufFile, *, theta: float, head_dim: int) -> dict[str,
     }
 
 
-def _integer(gguf: GgufFile, key: str, *, default: int | None = None) -> int:
+def _positive_integer(gguf: GgufFile, key: str, *, default: int | None = None) -> int:
     value = gguf.get(key, default)
     if not isinstance(value, int) or value <= 0:
-        raise WeightsError(f"{gguf.path}: metadata {gguf.architecture}.{key} is {value!r}")
+        raise WeightsError(
+            f"{gguf.path}: metadata {gguf.architecture}.{key} must be a positive integer, "
+            f"not {value!r}"
+        )
     return value
 
 
@@ -275,5 +302,5 @@ def _tensor(gguf: GgufFile, name: str) -> GgufTensor:
 
 
 def _short_float(value: float) -> float:
-    """The shortest decimal of a float32: 1e-05, not 9.999999747378752e-06."""
+    """Return the shortest decimal of a float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))

@@ -1,7 +1,7 @@
-"""Reading GGUF files: metadata and the place of every tensor.
+"""The header of a GGUF file: its metadata, and the position of every tensor.
 
-The `gguf` package's reader takes about ten seconds to walk a 150,000 entry vocabulary; this one
-reads the same header in a fraction of a second. Dequantising is left to that package.
+The `gguf` package's reader takes about ten seconds for a vocabulary of 150,000 entries; this one
+takes a fraction of a second. Dequantisation is left to that package.
 """
 
 from __future__ import annotations
@@ -36,7 +36,14 @@ _SCALARS = {
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """One tensor: `shape` with rows first, raw blocks at `offset` of the file."""
+    """A tensor of a GGUF file.
+
+    Args:
+        name: Name of the tensor in the file.
+        shape: Its shape, rows first (GGUF stores the reverse).
+        kind: Quantisation type of its blocks.
+        offset: Position of its first byte in the file.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -45,24 +52,24 @@ class GgufTensor:
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds."""
+        """Number of its elements."""
         return math.prod(self.shape)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row of quantised blocks."""
+        """Size of one row of quantised blocks in bytes."""
         block, size = GGML_QUANT_SIZES[self.kind]
         return self.shape[-1] // int(block) * int(size)
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all rows."""
+        """Size of all rows in bytes."""
         return self.elements // self.shape[-1] * self.row_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """A GGUF file's header."""
+    """The header of a GGUF file: metadata values by key, tensors by name."""
 
     path: Path
     metadata: Mapping[str, Any]
@@ -70,43 +77,50 @@ class GgufFile:
 
     @property
     def architecture(self) -> str:
-        """The model family the file names, as in `llama`."""
+        """Model family, such as `llama`; empty if the file does not say."""
         return str(self.metadata.get("general.architecture", ""))
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A metadata value of this architecture: `get("block_count")`."""
+        """Return a value of the architecture: `get("block_count")` reads `llama.block_count`."""
         return self.metadata.get(f"{self.architecture}.{key}", default)
 
     def rows(self, tensor: GgufTensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The raw quantised rows, uint8 [rows, row bytes], mapped from the file."""
+        """Return the quantised rows, uint8 [rows, row bytes], memory-mapped from the file."""
         shape = (tensor.size_bytes // tensor.row_bytes, tensor.row_bytes)
         return np.memmap(self.path, np.uint8, "r", tensor.offset, shape)
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read a GGUF header; WeightsError if the file is not one, or is cut short."""
+    """Read the header of a GGUF file; raise WeightsError if it is not one, or is damaged."""
     try:
         with open(path, "rb") as file:
             if file.read(4) != b"GGUF":
                 raise WeightsError(f"{path} is not a GGUF file")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-                return _Header(view, path).read()
+                return _HeaderReader(view, path).read()
     except OSError as exc:
         raise WeightsError(f"{path} cannot be read: {exc.strerror or exc}") from exc
     except (struct.error, ValueError, KeyError) as exc:
         raise WeightsError(f"{path} is damaged: its header cannot be read ({exc})") from exc
 
 
-class _Header:
+class _HeaderReader:
+    """Reads a GGUF header from front to back, starting after its four magic bytes.
+
+    struct.error, ValueError and KeyError mean that the header is damaged.
+    """
+
     def __init__(self, view: mmap.mmap, path: Path) -> None:
         self._view = view
         self._path = path
-        self._at = 4
+        self._position = 4
 
     def read(self) -> GgufFile:
         version = self._scalar(GGUFValueType.UINT32)
         if version not in (2, 3):
-            raise WeightsError(f"{self._path} is GGUF version {version}; only 2 and 3 are read")
+            raise WeightsError(
+                f"{self._path} is GGUF version {version}; only versions 2 and 3 are supported"
+            )
         tensor_count = self._scalar(GGUFValueType.UINT64)
         metadata = {}
         for _ in range(self._scalar(GGUFValueType.UINT64)):
@@ -114,19 +128,19 @@ class _Header:
             metadata[key] = self._value(GGUFValueType(self._scalar(GGUFValueType.UINT32)))
         entries = [self._tensor_entry() for _ in range(tensor_count)]
         alignment = int(metadata.get("general.alignment", 32))
-        data_start = -(-self._at // alignment) * alignment
+        data_start = -(-self._position // alignment) * alignment
         tensors = {}
         for name, shape, kind, offset in entries:
             tensor = GgufTensor(name, shape, kind, data_start + offset)
             if tensor.offset + tensor.size_bytes > len(self._view):
-                raise WeightsError(f"{self._path} is cut short: it ends inside tensor {name}")
+                raise WeightsError(f"{self._path} is truncated: it ends inside tensor {name}")
             tensors[name] = tensor
         return GgufFile(self._path, metadata, tensors)
 
     def _tensor_entry(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
         name = self._string()
         dimensions = self._scalar(GGUFValueType.UINT32)
-        # GGUF lists the fastest dimension first.
+        # GGUF lists the fastest-varying dimension first.
         shape = tuple(self._scalar(GGUFValueType.UINT64) for _ in range(dimensions))[::-1]
         kind = GGMLQuantizationType(self._scalar(GGUFValueType.UINT32))
         if not shape or 0 in shape or shape[-1] % GGML_QUANT_SIZES[kind][0]:
@@ -138,13 +152,13 @@ class _Header:
             return self._string()
         if kind is not GGUFValueType.ARRAY:
             return self._scalar(kind)
-        item = GGUFValueType(self._scalar(GGUFValueType.UINT32))
+        item_kind = GGUFValueType(self._scalar(GGUFValueType.UINT32))
         count = self._scalar(GGUFValueType.UINT64)
-        if item in _SCALARS:
-            layout = np.dtype(_SCALARS[item])
+        if item_kind in _SCALARS:
+            layout = np.dtype(_SCALARS[item_kind])
             start = self._take(count * layout.itemsize)
             return np.frombuffer(self._view, layout, count, start).tolist()
-        return [self._value(item) for _ in range(count)]
+        return [self._value(item_kind) for _ in range(count)]
 
     def _scalar(self, kind: GGUFValueType) -> Any:
         layout = _SCALARS[kind]
@@ -156,8 +170,9 @@ class _Header:
         return self._view[start : start + length].decode("utf-8", errors="replace")
 
     def _take(self, count: int) -> int:
-        start = self._at
+        """Advance by `count` bytes and return the position before; raise ValueError at the end."""
+        start = self._position
         if start + count > len(self._view):
-            raise ValueError(f"it ends at byte {len(self._view)}")
-        self._at += count
+            raise ValueError(f"the file ends at byte {len(self._view)}")
+        self._position += count
         return start

@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file, as tokenizer.json and tokenizer_config.json."""
+"""Conversion of a GGUF file's tokenizer to tokenizer.json and tokenizer_config.json."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _QWEN2_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3_SPLIT = _QWEN2_SPLIT.replace(r"\p{N}| ?", r"\p{N}{1,3}| ?")
-# Control tokens that end an answer whatever the file calls its end token.
+# Control tokens that end an answer, in addition to the one that the file names.
 _END_TOKENS = (
     "<|im_end|>",
     "<|eot_id|>",
@@ -27,7 +27,9 @@ _END_TOKENS = (
 _SPACE = "▁"
 
 
-class _Type(IntEnum):
+class _TokenType(IntEnum):
+    """Values of `tokenizer.ggml.token_type`."""
+
     NORMAL = 1
     UNKNOWN = 2
     CONTROL = 3
@@ -37,8 +39,15 @@ class _Type(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Tokenizer:
-    """Both files' contents, and the ids config.json needs."""
+class TokenizerFiles:
+    """Contents of a tokenizer's files.
+
+    Args:
+        tokenizer: Contents of tokenizer.json.
+        config: Contents of tokenizer_config.json.
+        bos_id: Id of the begin token; None if there is none.
+        eos_ids: Ids of the tokens that end an answer, the file's own end token first.
+    """
 
     tokenizer: dict[str, Any]
     config: dict[str, Any]
@@ -46,24 +55,24 @@ class Tokenizer:
     eos_ids: tuple[int, ...]
 
 
-def build_tokenizer(gguf: GgufFile) -> Tokenizer:
-    """Translate the file's tokenizer; WeightsError for a kind that is not known exactly."""
+def build_tokenizer(gguf: GgufFile) -> TokenizerFiles:
+    """Convert a file's tokenizer; raise WeightsError if it cannot be converted exactly."""
     metadata = gguf.metadata
     tokens: list[str] = metadata.get("tokenizer.ggml.tokens") or []
-    types = metadata.get("tokenizer.ggml.token_type") or [_Type.NORMAL] * len(tokens)
+    types = metadata.get("tokenizer.ggml.token_type") or [_TokenType.NORMAL] * len(tokens)
     if not tokens or len(types) != len(tokens):
-        raise WeightsError(f"{gguf.path} holds no usable tokenizer")
+        raise WeightsError(f"{gguf.path} contains no usable tokenizer")
     match metadata.get("tokenizer.ggml.model"):
         case "gpt2":
-            pipeline = _byte_level(gguf, tokens, types)
+            pipeline = _byte_level_pipeline(gguf, tokens, types)
         case "llama":
-            pipeline = _sentencepiece(gguf, tokens, types)
+            pipeline = _sentencepiece_pipeline(gguf, tokens, types)
         case other:
             raise WeightsError(f"{gguf.path}: tokenizer {other!r} is not supported")
     special_ids = _special_ids(gguf, len(tokens))
     bos_id = special_ids.get("bos")
     if _adds_bos(gguf) and bos_id is not None:
-        pipeline["post_processor"] = _prepend(tokens[bos_id], bos_id)
+        pipeline["post_processor"] = _prepend_token(tokens[bos_id], bos_id)
     tokenizer = {
         "version": "1.0",
         "truncation": None,
@@ -80,10 +89,13 @@ def build_tokenizer(gguf: GgufFile) -> Tokenizer:
         config[f"{role}_token"] = tokens[token_id]
     if template := metadata.get("tokenizer.chat_template"):
         config["chat_template"] = template
-    return Tokenizer(tokenizer, config, bos_id, _eos_ids(gguf, tokens, types, special_ids))
+    return TokenizerFiles(tokenizer, config, bos_id, _eos_ids(gguf, tokens, types, special_ids))
 
 
-def _byte_level(gguf: GgufFile, tokens: Sequence[str], types: Sequence[int]) -> dict[str, Any]:
+def _byte_level_pipeline(
+    gguf: GgufFile, tokens: Sequence[str], types: Sequence[int]
+) -> dict[str, Any]:
+    """Return the normaliser, pre-tokenizer, decoder and model of a byte-level BPE tokenizer."""
     pre = gguf.metadata.get("tokenizer.ggml.pre", "default")
     normalizer: dict[str, Any] | None = None
     ignore_merges = False
@@ -124,7 +136,10 @@ def _byte_level(gguf: GgufFile, tokens: Sequence[str], types: Sequence[int]) -> 
     }
 
 
-def _sentencepiece(gguf: GgufFile, tokens: Sequence[str], types: Sequence[int]) -> dict[str, Any]:
+def _sentencepiece_pipeline(
+    gguf: GgufFile, tokens: Sequence[str], types: Sequence[int]
+) -> dict[str, Any]:
+    """Return the normaliser, decoder and model of a SentencePiece BPE tokenizer."""
     scores = gguf.metadata.get("tokenizer.ggml.scores")
     if not scores or len(scores) != len(tokens):
         raise WeightsError(f"{gguf.path} has no scores for its tokenizer")
@@ -140,7 +155,7 @@ def _sentencepiece(gguf: GgufFile, tokens: Sequence[str], types: Sequence[int]) 
         normalizers.insert(0, {"type": "Prepend", "prepend": _SPACE})
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     unknown = next(
-        (t for t, kind in zip(tokens, types, strict=True) if kind == _Type.UNKNOWN), None
+        (t for t, kind in zip(tokens, types, strict=True) if kind == _TokenType.UNKNOWN), None
     )
     return {
         "normalizer": _sequence(*normalizers, key="normalizers"),
@@ -165,11 +180,11 @@ def _sentencepiece(gguf: GgufFile, tokens: Sequence[str], types: Sequence[int]) 
 def _merges_from_scores(
     tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]
 ) -> list[list[str]]:
-    """SentencePiece joins the pair with the best-scored result first: merges in that order."""
+    """Return BPE merges in SentencePiece's order: the best-scored result first."""
     mergeable = {
         token: token_id
         for token_id, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in (_Type.NORMAL, _Type.USER_DEFINED)
+        if kind in (_TokenType.NORMAL, _TokenType.USER_DEFINED)
     }
     ranked = []
     for token, token_id in mergeable.items():
@@ -182,20 +197,21 @@ def _merges_from_scores(
 
 
 def _vocabulary(tokens: Sequence[str], types: Sequence[int]) -> dict[str, int]:
-    """Padding rows (`[PAD151665]`) are left out, as in the publishers' own tokenizers."""
+    """Return ids by token, without padding rows (`[PAD151665]`), as in the published tokenizers."""
     return {
         token: token_id
         for token_id, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind != _Type.UNUSED
+        if kind != _TokenType.UNUSED
     }
 
 
 def _added_tokens(
     tokens: Sequence[str], types: Sequence[int], special_ids: set[int]
 ) -> Iterator[dict[str, Any]]:
+    """Yield the `added_tokens` of tokenizer.json: special and user-defined tokens."""
     for token_id, (token, kind) in enumerate(zip(tokens, types, strict=True)):
-        special = kind in (_Type.CONTROL, _Type.UNKNOWN) or token_id in special_ids
-        if special or kind == _Type.USER_DEFINED:
+        special = kind in (_TokenType.CONTROL, _TokenType.UNKNOWN) or token_id in special_ids
+        if special or kind == _TokenType.USER_DEFINED:
             yield {
                 "id": token_id,
                 "content": token,
@@ -208,25 +224,23 @@ def _added_tokens(
 
 
 def _special_ids(gguf: GgufFile, count: int) -> dict[str, int]:
-    """Ids by transformers' role name; ids outside the vocabulary are ignored."""
+    """Return special token ids by their role in transformers, without ids that do not exist."""
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    found = {
-        role: gguf.metadata.get(f"tokenizer.ggml.{key}_token_id") for role, key in names.items()
-    }
-    return {role: i for role, i in found.items() if isinstance(i, int) and 0 <= i < count}
+    ids = {role: gguf.metadata.get(f"tokenizer.ggml.{key}_token_id") for role, key in names.items()}
+    return {role: i for role, i in ids.items() if isinstance(i, int) and 0 <= i < count}
 
 
 def _eos_ids(
     gguf: GgufFile, tokens: Sequence[str], types: Sequence[int], special_ids: dict[str, int]
 ) -> tuple[int, ...]:
-    """Every id that ends an answer, the file's own end token first."""
+    """Return the ids that end an answer, the file's own end token first."""
     ids = [special_ids[role] for role in ("eos",) if role in special_ids]
     if isinstance(turn_end := gguf.metadata.get("tokenizer.ggml.eot_token_id"), int):
         ids.append(turn_end)
     ids += [
         token_id
         for token_id, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind == _Type.CONTROL and token in _END_TOKENS
+        if kind == _TokenType.CONTROL and token in _END_TOKENS
     ]
     if not ids:
         raise WeightsError(f"{gguf.path} names no token that ends an answer")
@@ -234,13 +248,14 @@ def _eos_ids(
 
 
 def _adds_bos(gguf: GgufFile) -> bool:
-    """Whether a text starts with the begin token; the default depends on the tokenizer."""
+    """Return whether encoding puts the begin token first; the default depends on the tokenizer."""
     sentencepiece = gguf.metadata.get("tokenizer.ggml.model") == "llama"
     llama3 = gguf.metadata.get("tokenizer.ggml.pre") in ("llama-bpe", "llama3", "llama-v3")
     return bool(gguf.metadata.get("tokenizer.ggml.add_bos_token", sentencepiece or llama3))
 
 
-def _prepend(token: str, token_id: int) -> dict[str, Any]:
+def _prepend_token(token: str, token_id: int) -> dict[str, Any]:
+    """Return a post-processor that puts a token in front of the text."""
     special = {"SpecialToken": {"id": token, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
     return {

