@@ -1,4 +1,4 @@
-"""Errors that mlxroute raises. A message says what was wrong, where, and what to do.
+"""Errors that mlxroute raises. A message names what was wrong, where, and what to do.
 
 MlxRouteError
 ├── UsageError              a wrong argument or input file

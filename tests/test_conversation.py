@@ -1,4 +1,4 @@
-"""Conversations and the files they are kept in."""
+"""Conversations, and the files they are saved in."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_messages_start_with_the_system_prompt_and_alternate() -> None:
     assert conversation.messages == [{"role": "system", "content": "Be terse."}]
 
 
-def test_what_a_caller_does_to_the_messages_does_not_change_the_conversation() -> None:
+def test_messages_are_a_copy() -> None:
     conversation = Conversation()
     conversation.add("Hi", "Hello")
     conversation.messages[0]["content"] = "changed"
@@ -57,7 +57,7 @@ def test_a_loaded_conversation_equals_the_saved_one(
         assert Conversation.load(Path(folder) / "chat.json") == conversation
 
 
-def test_the_file_is_for_its_owner_only_and_readable_text(tmp_path: Path) -> None:
+def test_the_file_is_private_and_readable_text(tmp_path: Path) -> None:
     path = tmp_path / "chat.json"
     conversation = Conversation()
     conversation.add("日本語?", "はい")
@@ -68,7 +68,7 @@ def test_the_file_is_for_its_owner_only_and_readable_text(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_saving_through_a_link_replaces_what_it_points_to(tmp_path: Path) -> None:
+def test_saving_through_a_link_replaces_its_target(tmp_path: Path) -> None:
     Conversation("old").save(tmp_path / "real.json")
     link = tmp_path / "link.json"
     link.symlink_to("real.json")
@@ -77,7 +77,7 @@ def test_saving_through_a_link_replaces_what_it_points_to(tmp_path: Path) -> Non
     assert Conversation.load(tmp_path / "real.json").system == "new"
 
 
-def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_a_failed_save_leaves_only_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "chat.json"
     Conversation("old").save(path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -91,7 +91,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_saving_never_replaces_a_file_that_is_something_else(tmp_path: Path) -> None:
+def test_saving_never_replaces_another_kind_of_file(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("mine")
     with pytest.raises(UsageError, match="exists and is not a saved conversation"):
@@ -99,7 +99,7 @@ def test_saving_never_replaces_a_file_that_is_something_else(tmp_path: Path) -> 
     assert path.read_text() == "mine"
 
 
-def test_a_folder_that_does_not_exist_is_one_clear_line(tmp_path: Path) -> None:
+def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"cannot save to .*No such file or directory"):
         Conversation().save(tmp_path / "no" / "chat.json")
     with pytest.raises(UsageError, match=r"cannot load .*No such file or directory"):
@@ -107,7 +107,7 @@ def test_a_folder_that_does_not_exist_is_one_clear_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 300, "~nobody-of-this-name/chat.json"])
-def test_an_impossible_file_name_is_one_clear_line(name: str) -> None:
+def test_an_impossible_file_name_is_an_error(name: str) -> None:
     with pytest.raises(UsageError):
         Conversation().save(Path(name))
     with pytest.raises(UsageError):
@@ -119,7 +119,7 @@ def test_an_impossible_file_name_is_one_clear_line(name: str) -> None:
     [b"", b"hello", b"\xff\xfe", b"[" * 100_000, b"[]", b"null", b"{}"],
     ids=["empty", "text", "bytes", "deep", "list", "null", "object"],
 )
-def test_a_file_that_is_no_conversation_is_refused(tmp_path: Path, data: bytes) -> None:
+def test_a_file_that_is_not_a_conversation_is_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "chat.json"
     path.write_bytes(data)
     with pytest.raises(UsageError, match=r"chat\.json is not a"):

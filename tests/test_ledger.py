@@ -1,4 +1,4 @@
-"""The ledger: every body that leaves, byte for byte, and nothing that must not be written."""
+"""The ledger: every request body that is sent, without secrets, and the totals."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def test_a_line_says_when_where_and_what(tmp_path: Path) -> None:
+def test_a_line_has_time_address_size_and_body(tmp_path: Path) -> None:
     noon = datetime(2026, 1, 2, 12, 0, 0, 250_000, tzinfo=UTC)
     with Ledger(tmp_path / "sent", now=lambda: noon) as ledger:
         ledger.record_request(URL, b'{"prompt": "caf\xc3\xa9"}')
@@ -69,7 +69,7 @@ def test_the_file_holds_exactly_what_the_server_received(server: Loopback, tmp_p
     assert (uploads.requests, uploads.size_bytes) == (2, sum(map(len, received)))
 
 
-def test_the_questions_about_a_server_are_in_the_file_too(server: Loopback, tmp_path: Path) -> None:
+def test_the_requests_of_a_probe_are_recorded_too(server: Loopback, tmp_path: Path) -> None:
     path = tmp_path / "sent"
     with Ledger(path) as ledger, LargeModel(server.url, model="m", ledger=ledger) as large:
         large.connect()
@@ -84,7 +84,7 @@ def test_the_questions_about_a_server_are_in_the_file_too(server: Loopback, tmp_
     assert uploads.size_bytes == sum(len(request.body) for request in received)
 
 
-def test_a_new_file_is_private_and_an_old_one_is_added_to(tmp_path: Path) -> None:
+def test_a_new_file_is_private_and_an_existing_one_is_appended_to(tmp_path: Path) -> None:
     path = tmp_path / "sent"
     for _ in range(2):
         with Ledger(path) as ledger:
@@ -93,15 +93,15 @@ def test_a_new_file_is_private_and_an_old_one_is_added_to(tmp_path: Path) -> Non
     assert len(lines(path)) == 2
 
 
-def test_each_line_is_in_the_file_at_once(tmp_path: Path) -> None:
+def test_each_line_is_written_at_once(tmp_path: Path) -> None:
     with Ledger(tmp_path / "sent") as ledger:
         ledger.record_request(URL, b"{}")
         assert len(lines(tmp_path / "sent")) == 1
 
 
 @given(st.lists(st.text(max_size=5), max_size=4), st.booleans())
-def test_a_secret_is_written_in_no_disguise(
-    tmp_path_factory: Any, around: list[str], twice: bool
+def test_a_secret_is_redacted_in_any_encoding(
+    tmp_path_factory: Any, around: list[str], ensure_ascii: bool
 ) -> None:
     path = tmp_path_factory.mktemp("ledger") / "sent"
     text = KEY.join(["", *around, ""])
@@ -109,14 +109,16 @@ def test_a_secret_is_written_in_no_disguise(
     with Ledger(path) as ledger:
         ledger.add_secret(KEY[:6])
         ledger.add_secret(KEY)
-        ledger.record_request(URL, json.dumps(body, ensure_ascii=twice).encode(errors="replace"))
+        ledger.record_request(
+            URL, json.dumps(body, ensure_ascii=ensure_ascii).encode(errors="replace")
+        )
         ledger.record_request(URL, text.encode(errors="replace"))
     for written in lines(path):
         assert KEY[:6] not in json.dumps(written, ensure_ascii=False)
         assert "[key]" in str(written["body"])
 
 
-def test_the_large_model_tells_the_ledger_its_secrets(server: Loopback, tmp_path: Path) -> None:
+def test_the_large_model_adds_its_secrets_to_the_ledger(server: Loopback, tmp_path: Path) -> None:
     address = server.url.replace("//", "//user:pass-word@")
     with (
         Ledger(tmp_path / "sent") as ledger,
@@ -130,36 +132,37 @@ def test_the_large_model_tells_the_ledger_its_secrets(server: Loopback, tmp_path
 @pytest.mark.parametrize("name", ["missing/sent", "folder", "nul\0name"])
 def test_a_file_that_cannot_be_opened_is_an_error_at_once(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UsageError, match="cannot be written"):
+    with pytest.raises(UsageError, match="cannot be written") as caught:
         Ledger(tmp_path / name)
+    assert caught.value.parameter == "ledger"
 
 
-def test_what_cannot_be_recorded_does_not_leave(server: Loopback, tmp_path: Path) -> None:
+def test_a_body_that_cannot_be_recorded_is_not_sent(server: Loopback, tmp_path: Path) -> None:
     with (
         Ledger(tmp_path / "sent") as ledger,
         settled(LargeModel(server.url, model="m", ledger=ledger)) as large,
     ):
         large.next_token(context("a", VOCABULARY))
-        arrived, before = len(server.requests), large.uploads
+        request_count, before = len(server.requests), large.uploads
         ledger.close()
         for _ in range(3):
             with pytest.raises(LargeUnrecorded, match=r"sent cannot be written.*nothing more is"):
                 large.next_token(context("b", VOCABULARY))
         assert large.uploads == before
-    # What shows that the file fails is a request cut before its body.
-    assert [request.body for request in server.requests[arrived:]] in ([], [b""])
+    # The failure is noticed when the body is about to be sent, after the headers.
+    assert [request.body for request in server.requests[request_count:]] in ([], [b""])
     assert ledger.failure is not None
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
-def test_a_full_disk_is_named(tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_named_in_the_error(tmp_path: Path) -> None:
     with Ledger(Path("/dev/full")) as ledger:
         with pytest.raises(LargeUnrecorded, match="No space left"):
             ledger.record_request(URL, b"{}")
         assert ledger.uploads == Uploads()
 
 
-def test_a_call_that_fails_counts_if_it_left_and_not_if_there_was_no_connection(
+def test_a_failed_call_counts_only_if_its_body_was_sent(
     server: Loopback,
 ) -> None:
     server.script.append(Reply(b"oops", status=501))
@@ -177,7 +180,7 @@ def test_a_call_that_fails_counts_if_it_left_and_not_if_there_was_no_connection(
         assert large.uploads == Uploads()
 
 
-def test_tokens_are_as_the_server_counts_them_otherwise_as_the_small_model_does(
+def test_tokens_are_counted_by_the_server_else_by_the_small_model(
     server: Loopback,
 ) -> None:
     usage = {
@@ -189,30 +192,32 @@ def test_tokens_are_as_the_server_counts_them_otherwise_as_the_small_model_does(
         before = large.uploads
         server.script.append(Reply.of(legacy(" the") | {"usage": usage}))
         large.next_token(context("a", VOCABULARY))
-        told = large.uploads
+        after_counted = large.uploads
         server.script.append(Reply.of(legacy(" the") | {"usage": None}))
-        asked = context("a the", VOCABULARY)
-        large.next_token(asked)
-        untold = large.uploads - told
-    counted = told - before
-    assert (counted.tokens, counted.cached_tokens, counted.completion_tokens) == (40, 30, 2)
-    assert (untold.tokens, untold.cached_tokens) == (len(asked.token_ids), 0)
-    assert untold.completion_tokens == 1
+        uncounted_context = context("a the", VOCABULARY)
+        large.next_token(uncounted_context)
+        by_small_model = large.uploads - after_counted
+    by_server = after_counted - before
+    assert (by_server.tokens, by_server.cached_tokens) == (40, 30)
+    assert by_server.completion_tokens == 2
+    assert by_small_model.tokens == len(uncounted_context.token_ids)
+    assert by_small_model.cached_tokens == 0
+    assert by_small_model.completion_tokens == 1
 
 
-def test_a_server_that_claims_more_cached_tokens_than_it_got_earns_no_discount() -> None:
+def test_cached_tokens_never_exceed_prompt_tokens() -> None:
     ledger = Ledger()
     ledger.record_usage(prompt_tokens=10, cached_tokens=99, completion_tokens=0)
     assert ledger.uploads.cached_tokens == 10
 
 
-def test_a_cost_takes_cached_tokens_at_their_own_price() -> None:
+def test_a_cost_has_a_separate_price_for_cached_tokens() -> None:
     prices = Prices(input=2.0, cached_input=0.5, output=8.0)
     uploads = Uploads(tokens=1_000_000, cached_tokens=600_000, completion_tokens=250_000)
     assert prices.cost(uploads) == pytest.approx(0.8 + 0.3 + 2.0)
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 10**9)] * 5), min_size=2, max_size=2))
-def test_uploads_are_totals_that_can_be_compared(counts: list[tuple[int, ...]]) -> None:
-    before, more = (Uploads(*each) for each in counts)
+def test_uploads_can_be_added_and_subtracted(counts: list[tuple[int, ...]]) -> None:
+    before, more = (Uploads(*totals) for totals in counts)
     assert (before + more) - before == more

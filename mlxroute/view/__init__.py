@@ -1,4 +1,4 @@
-"""What the user sees of an answer: the live rendering, plain output and the lines about it."""
+"""Display of answers: live on a terminal, plain in a pipe, and their figures in words."""
 
 from mlxroute.view.live_view import AnswerStream, LiveView
 from mlxroute.view.plain_writer import PlainWriter

@@ -1,4 +1,4 @@
-"""The answer on a terminal: it scrolls by as it grows, above a status line that is always true."""
+"""Live display of an answer on a terminal: growing text above a status line."""
 
 from __future__ import annotations
 
@@ -27,49 +27,59 @@ from mlxroute.types import (
 )
 from mlxroute.view.plain_writer import PlainWriter
 from mlxroute.view.summary import status_line
-from mlxroute.view.word_wrap import Row, Styled, all_rows, full_rows
+from mlxroute.view.word_wrap import Row, StyledText, wrap_complete, wrap_growing
 
 _REFRESH_PER_S = 8
 _FRAME_S = 1 / 30
 _STATUS = Style(dim=True)
 _SMALL = Style()
 _LARGE = Style(color="magenta", underline=True)
-# From no shade at all to certain confusion; the text colour is set too, for any background.
+# From low to high entropy. The text colour is set too, so that any terminal background works.
 _HEAT = (
     Style(),
     *(Style.parse(f"#000000 on {shade}") for shade in ("#fff0b8", "#ffd978", "#ffb84d", "#ff8f3f")),
     Style.parse("#ffffff on #c22f14"),
 )
-_HEAT_FULL_NATS = 4.0
-_UNDERLINE = Style(underline=True, bold=True)
+_MIN_FULL_HEAT_NATS = 4.0
+_LARGE_HEAT = Style(underline=True, bold=True)
 _PROVISIONAL = Style(dim=True)
 
 
 class AnswerStream(Protocol):
-    """An answer being written: iterating it does the work, the rest may be read meanwhile."""
+    """An answer that is generated while it is iterated; its properties may be read meanwhile."""
 
     def __iter__(self) -> Iterator[Token]: ...
 
     def events(self) -> Iterator[Event]:
-        """The same, with the tokens that are shown early and those that are taken back."""
+        """Iterate over the tokens and over provisional and retracted ones."""
         ...
 
     def stats(self) -> RunStats:
-        """The figures so far; safe to call from another thread."""
+        """Return the figures so far; may be called from any thread."""
         ...
 
     @property
-    def activity(self) -> Activity: ...
+    def activity(self) -> Activity:
+        """What the engine is doing."""
+        ...
 
     @property
-    def prefill_done(self) -> int: ...
+    def prefill_done(self) -> int:
+        """Number of prompt tokens processed."""
+        ...
 
     @property
-    def prefill_total(self) -> int: ...
+    def prefill_total(self) -> int:
+        """Number of prompt tokens."""
+        ...
 
 
-class _Frame:
-    """The changing foot of the screen: the row being written and the status line."""
+class _LiveArea:
+    """The part of the screen that is redrawn: unfinished rows and the status line.
+
+    `unfinished` is committed text of less than a row; `provisional` is the text of provisional
+    tokens by index.
+    """
 
     def __init__(
         self,
@@ -79,31 +89,31 @@ class _Frame:
         chat_uploads: Callable[[], Uploads] | None,
         clock: Callable[[], float],
     ) -> None:
-        self.rest = Styled()
-        self.early: dict[int, str] = {}
+        self.unfinished = StyledText()
+        self.provisional: dict[int, str] = {}
         self._answer = answer
         self._threshold = threshold
         self._chat_uploads = chat_uploads
         self._clock = clock
         self._state: tuple[Activity, int] | None = None
-        self._since = 0.0
+        self._state_began_s = 0.0
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Read the answer's state now: this also runs while the network is being waited for."""
+        """Draw the answer's present state; also called while the engine waits for a reply."""
         stats = self._answer.stats()
         state = (self._answer.activity, stats.tokens)
         if state != self._state:
-            self._state, self._since = state, self._clock()
-        shown = self.rest.then("".join(self.early.values()), _PROVISIONAL)
-        # What is certain stays in sight; of what is not, as much as there is room for.
-        most = max(1, options.size.height - 2)
-        for row in all_rows(shown, width=options.max_width)[:most] or [[]]:
+            self._state, self._state_began_s = state, self._clock()
+        text = self.unfinished.append("".join(self.provisional.values()), _PROVISIONAL)
+        # If the screen is too short, the end of the provisional text is left out.
+        max_rows = max(1, options.size.height - 2)
+        for row in wrap_complete(text, width=options.max_width)[:max_rows] or [[]]:
             yield from row
             yield Segment.line()
         status = status_line(
             stats,
             activity=state[0],
-            activity_s=self._clock() - self._since,
+            activity_s=self._clock() - self._state_began_s,
             prefill=(self._answer.prefill_done, self._answer.prefill_total),
             routed=self._threshold != math.inf,
             chat=self._chat_uploads() if self._chat_uploads else None,
@@ -111,26 +121,32 @@ class _Frame:
         )
         yield Segment(status, _STATUS)
 
-    def take(self, event: Event, style: Callable[[Token], Style], *, width: int) -> list[Row]:
-        """Take in what happened; return the rows that no later event can change."""
+    def apply(self, event: Event, style: Callable[[Token], Style], *, width: int) -> list[Row]:
+        """Update the text by an event and return the rows that no later event can change."""
         match event:
             case Provisional():
-                self.early[event.index] = printable(event.text)
+                self.provisional[event.index] = printable(event.text)
             case Retracted():
-                for index in [index for index in self.early if index >= event.index]:
-                    del self.early[index]
+                for index in [index for index in self.provisional if index >= event.index]:
+                    del self.provisional[index]
             case Token():
-                self.early.pop(event.index, None)
-                grown = self.rest.then(printable(event.text), style(event))
-                rows, self.rest = full_rows(grown, width=width)
+                self.provisional.pop(event.index, None)
+                text = self.unfinished.append(printable(event.text), style(event))
+                rows, self.unfinished = wrap_growing(text, width=width)
                 return rows
         return []
 
 
 class LiveView:
-    """Shows answers on a console; where that is no capable terminal, as plain text.
+    """Shows answers live on a terminal, or as plain text where the console is not a capable one.
 
-    `chat_uploads` tells what was sent in the chat so far, this answer's part included.
+    Args:
+        console: Where answers are written.
+        heat: Whether tokens are shaded by entropy. If not, large tokens are coloured.
+        threshold: Entropy threshold in nats, for the heat scale; inf if nothing can be escalated.
+        chat_uploads: Returns what has been sent in the chat, including this answer. None (default)
+            outside a chat.
+        clock: Returns the time in seconds. The monotonic clock by default.
     """
 
     def __init__(
@@ -149,10 +165,10 @@ class LiveView:
         self._clock = clock
 
     def show(self, answer: AnswerStream) -> RunStats:
-        """Write the answer to its end.
+        """Generate and show an answer, and return its figures.
 
-        Rows that cannot change any more are printed for good. Whatever is raised on the way,
-        Ctrl-C included, leaves all committed text and a sound terminal behind.
+        Final rows are printed once. After any exception, including Ctrl-C, all committed text is on
+        the screen and the terminal is restored.
         """
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._show_live(answer)
@@ -161,34 +177,34 @@ class LiveView:
         return answer.stats()
 
     def _show_live(self, answer: AnswerStream) -> None:
-        frame = _Frame(
+        area = _LiveArea(
             answer,
             threshold=self._threshold,
             chat_uploads=self._chat_uploads,
             clock=self._clock,
         )
-        live = Live(frame, console=self._console, auto_refresh=False, transient=True)
+        live = Live(area, console=self._console, auto_refresh=False, transient=True)
         try:
             try:
                 live.start(refresh=True)
-                with _refreshed(live) as drawing:
-                    self._grow(answer, frame, live, drawing)
+                with _refresh_in_background(live) as drawing_lock:
+                    self._draw_events(answer, area, live, drawing_lock)
             finally:
                 live.stop()
         finally:
-            self._print(all_rows(frame.rest, width=self._console.width))
+            self._print(wrap_complete(area.unfinished, width=self._console.width))
 
-    def _grow(
+    def _draw_events(
         self,
         answer: AnswerStream,
-        frame: _Frame,
+        area: _LiveArea,
         live: Live,
-        drawing: AbstractContextManager[object],
+        drawing_lock: AbstractContextManager[object],
     ) -> None:
         drawn_s = -math.inf
         for event in answer.events():
-            with drawing:
-                rows = frame.take(event, self._style, width=self._console.width)
+            with drawing_lock:
+                rows = area.apply(event, self._style, width=self._console.width)
                 if rows:
                     self._print(rows)
                 elif self._clock() - drawn_s >= _FRAME_S:
@@ -212,34 +228,36 @@ class LiveView:
         if not self._heat:
             return _LARGE if token.source is Source.LARGE else _SMALL
         shade = heat_style(token.signals.entropy_nats, threshold=self._threshold)
-        return shade + _UNDERLINE if token.source is Source.LARGE else shade
+        return shade + _LARGE_HEAT if token.source is Source.LARGE else shade
 
 
 @contextmanager
-def _refreshed(live: Live) -> Iterator[AbstractContextManager[object]]:
-    """Draw again and again, also while the answer stands still; yield the lock of drawing.
+def _refresh_in_background(live: Live) -> Iterator[AbstractContextManager[object]]:
+    """Redraw at a fixed rate in a thread, also between events; yield the lock for drawing.
 
-    Inside the lock the foot may change its height: nobody else is counting its rows.
+    The height of the live area may change only inside the lock, as Live counts its rows.
     """
-    drawing, over = threading.Lock(), threading.Event()
+    drawing_lock, is_over = threading.Lock(), threading.Event()
 
     def refresh() -> None:
-        while not over.wait(1 / _REFRESH_PER_S):
-            with drawing:
+        while not is_over.wait(1 / _REFRESH_PER_S):
+            with drawing_lock:
                 live.refresh()
 
     thread = threading.Thread(target=refresh, daemon=True, name="mlxroute-view")
     thread.start()
     try:
-        yield drawing
+        yield drawing_lock
     finally:
-        over.set()
+        is_over.set()
         thread.join()
 
 
 def heat_style(entropy_nats: float, *, threshold: float) -> Style:
-    """The shade for an entropy on a scale from 0 to what is high for this threshold."""
+    """Return the shade for an entropy; the scale ends at 1.5 thresholds, but at least at 4 nats."""
     if not math.isfinite(entropy_nats):
         return _HEAT[-1]
-    full = max(threshold * 1.5, _HEAT_FULL_NATS) if math.isfinite(threshold) else _HEAT_FULL_NATS
-    return _HEAT[min(int(entropy_nats / full * len(_HEAT)), len(_HEAT) - 1)]
+    full_nats = _MIN_FULL_HEAT_NATS
+    if math.isfinite(threshold):
+        full_nats = max(threshold * 1.5, full_nats)
+    return _HEAT[min(int(entropy_nats / full_nats * len(_HEAT)), len(_HEAT) - 1)]

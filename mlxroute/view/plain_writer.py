@@ -1,4 +1,4 @@
-"""The writer of answers to pipes and files."""
+"""Plain output of answers, for pipes and files."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from mlxroute.safe_text import printable
 
 
 class PlainWriter:
-    """Writes an answer as it comes to a pipe or file and ends it with exactly one newline."""
+    """Writes an answer to a stream as it is generated, and ends it with exactly one newline."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
-        self._newlines = ""
+        self._held_newlines = ""
 
     def write(self, text: str) -> None:
-        """Write and flush; newlines wait until it is known that they are not the last ones."""
-        text = self._newlines + printable(text)
+        """Write text and flush; newlines at its end are held back until more text follows."""
+        text = self._held_newlines + printable(text)
         body = text.rstrip("\n")
-        self._newlines = text[len(body) :]
+        self._held_newlines = text[len(body) :]
         if body:
             self._stream.write(body)
             self._stream.flush()
 
     def finish(self) -> None:
-        """End the last line; the stream stays open."""
-        self._newlines = ""
+        """End the last line; leave the stream open."""
+        self._held_newlines = ""
         self._stream.write("\n")
         self._stream.flush()

@@ -1,4 +1,4 @@
-"""An answer's figures in words: the status line, the line after it, the demo's last paragraph."""
+"""Figures of answers as text: status line, summary line, chat totals, the demo's last paragraph."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mlxroute.types import Activity, Mode, RunStats, StopReason, Uploads
 
 
 def _number(value: float) -> str:
-    """Two or three significant digits."""
+    """Return a non-negative number with one decimal below 10 and with none above."""
     return f"{value:.1f}" if value < 9.95 else f"{value:,.0f}"
 
 
@@ -18,7 +18,7 @@ def _seconds(value: float) -> str:
 
 
 def _percent(fraction: float) -> str:
-    """Rounded so that only nothing reads 0 % and only everything reads 100 %."""
+    """Return a percentage, with a decimal below 10 % and above 99 %."""
     if fraction in (0.0, 1.0):
         return f"{fraction:.0%}"
     return f"{fraction:.1%}" if fraction < 0.1 or fraction > 0.99 else f"{fraction:.0%}"
@@ -35,47 +35,55 @@ def _size(size_bytes: int) -> str:
     return _count(size_bytes, "byte")
 
 
-def _uploaded(*, tokens: int, size_bytes: int, requests: int) -> str:
+def _describe_uploads(*, tokens: int, size_bytes: int, requests: int) -> str:
     sent = f"{_count(tokens, 'token')} ({_size(size_bytes)})"
     return f"uploaded {sent} in {_count(requests, 'request')}"
 
 
-def _uploaded_by(stats: RunStats) -> str:
-    return _uploaded(
+def _describe_answer_uploads(stats: RunStats) -> str:
+    return _describe_uploads(
         tokens=stats.uploaded_tokens, size_bytes=stats.uploaded_bytes, requests=stats.requests
     )
 
 
 def _cost(amount: float) -> str:
-    """Three significant digits and at least two decimals, in a currency only the user knows."""
+    """Return an amount without currency: three significant digits, at least two decimals."""
     decimals = 2 if amount <= 0 else max(2, 2 - math.floor(math.log10(amount)))
     return f"cost ~{amount:,.{decimals}f}"
 
 
-def _short(number: int) -> str:
+def _short_count(number: int) -> str:
+    """Return a count, shortened to thousands (k) or millions (M) from 10,000 on."""
     if number < 10_000:
         return f"{number:,}"
     return f"{number / 1e3:.1f}k" if number < 1_000_000 else f"{number / 1e6:.1f}M"
 
 
-def _doing(
+def _describe_activity(
     activity: Activity, *, activity_s: float, prefill: tuple[int, int]
 ) -> tuple[str, str, str]:
-    """What is being done, in many, fewer and fewest words."""
+    """Return what the engine is doing, in a long, a shorter and the shortest form."""
     match activity:
         case Activity.PREFILL:
-            terse = f"prompt {prefill[0]:,}/{prefill[1]:,}"
-            return f"reading {terse}", f"reading {terse}", terse
+            position = f"prompt {prefill[0]:,}/{prefill[1]:,}"
+            return f"reading {position}", f"reading {position}", position
         case Activity.WAIT:
-            lasts = _seconds(activity_s)
-            return f"asking the large model {lasts}", f"asking large {lasts}", f"asking {lasts}"
+            elapsed = _seconds(activity_s)
+            return (
+                f"asking the large model {elapsed}",
+                f"asking large {elapsed}",
+                f"asking {elapsed}",
+            )
         case Activity.DECODE:
             return "writing", "writing", "writing"
         case Activity.DONE:
             return "done", "done", "done"
 
 
-_ROOM = tuple(map(len, _doing(Activity.WAIT, activity_s=9.9, prefill=(0, 0))))
+# Cells that each form may take without moving the figures.
+_ACTIVITY_WIDTHS = tuple(
+    map(len, _describe_activity(Activity.WAIT, activity_s=9.9, prefill=(0, 0)))
+)
 
 
 def status_line(
@@ -88,10 +96,11 @@ def status_line(
     chat: Uploads | None,
     width: int,
 ) -> str:
-    """The figures so far and what is being done, in at most `width` cells.
+    """Return the figures so far and what the engine is doing, in at most `width` cells.
 
-    `chat` is what was sent in the whole chat. Room for the longest activity is kept, so that the
-    figures stay where they are.
+    `activity_s` is the time since the activity began, `prefill` the processed and the total prompt
+    tokens, `routed` whether positions can be escalated, `chat` the uploads of the whole chat, None
+    outside one. Figures do not move when the activity changes.
     """
     figures = [f"{_number(stats.tokens_per_s)} tok/s"] if stats.tokens else []
     if stats.tokens and routed:
@@ -101,25 +110,26 @@ def status_line(
     if stats.stall_s > 0:
         figures.append(f"waited {_seconds(stats.stall_s)}")
     if stats.uploaded_bytes:
-        sent = f"{_short(stats.uploaded_tokens)} ({_size(stats.uploaded_bytes)})"
+        sent = f"{_short_count(stats.uploaded_tokens)} ({_size(stats.uploaded_bytes)})"
         figures.append(f"uploaded {sent}")
     if chat is not None and chat.size_bytes:
-        figures.append(f"in all {_short(chat.tokens)} ({_size(chat.size_bytes)})")
+        figures.append(f"in all {_short_count(chat.tokens)} ({_size(chat.size_bytes)})")
     if stats.cost_estimate:
         figures.append(_cost(stats.cost_estimate))
-    forms = _doing(activity, activity_s=activity_s, prefill=prefill)
-    for gap, doing, room in zip((" · ", " · ", "  "), forms, _ROOM, strict=True):
-        line = gap.join([*figures, doing.ljust(room)])
+    forms = _describe_activity(activity, activity_s=activity_s, prefill=prefill)
+    separators = (" · ", " · ", "  ")
+    for separator, form, form_width in zip(separators, forms, _ACTIVITY_WIDTHS, strict=True):
+        line = separator.join([*figures, form.ljust(form_width)])
         if len(line) <= width:
             return line.rstrip()
     while figures and len(line) > width:
         figures.pop()
-        line = gap.join([*figures, doing.ljust(room)])
+        line = separator.join([*figures, form.ljust(form_width)])
     return line[:width].rstrip()
 
 
 def summary_line(stats: RunStats) -> str:
-    """One line about a finished answer."""
+    """Return one line about a finished answer."""
     parts = [
         _count(stats.tokens, "token"),
         f"{stats.escalated:,} escalated ({_percent(stats.escalation_rate)})",
@@ -130,7 +140,7 @@ def summary_line(stats: RunStats) -> str:
     if stats.stall_s > 0:
         parts.append(f"waited {_seconds(stats.stall_s)}")
     if stats.uploaded_bytes:
-        parts.append(_uploaded_by(stats))
+        parts.append(_describe_answer_uploads(stats))
     if stats.cost_estimate:
         parts.append(_cost(stats.cost_estimate))
     if stats.unchecked:
@@ -148,7 +158,7 @@ def summary_line(stats: RunStats) -> str:
 
 @dataclass(slots=True)
 class ChatTotals:
-    """Running figures over the answers of a chat."""
+    """Sums of the figures of a chat's answers."""
 
     answers: int = 0
     tokens: int = 0
@@ -159,7 +169,7 @@ class ChatTotals:
     total_s: float = 0.0
 
     def add(self, stats: RunStats) -> None:
-        """Count one answer in."""
+        """Add the figures of an answer."""
         self.answers += 1
         self.tokens += stats.tokens
         self.escalated += stats.escalated
@@ -169,9 +179,9 @@ class ChatTotals:
         self.total_s += stats.total_s
 
     def line(self, uploads: Uploads, *, cost: float | None) -> str:
-        """One line about all of them, with what was sent in the chat and an estimate of its cost.
+        """Return one line about all answers, with the uploads of the chat and their cost.
 
-        That is more than the answers': the server was asked how it answers, calls were given up.
+        `uploads` has more than the answers' own: those of the probe and of cancelled calls.
         """
         rate = self.escalated / self.tokens if self.tokens else 0.0
         parts = [
@@ -183,7 +193,7 @@ class ChatTotals:
             parts.append(f"waited {_seconds(self.stall_s)} of {_seconds(self.total_s)}")
         if uploads.size_bytes:
             parts.append(
-                _uploaded(
+                _describe_uploads(
                     tokens=uploads.tokens,
                     size_bytes=uploads.size_bytes,
                     requests=uploads.requests,
@@ -201,20 +211,27 @@ class ChatTotals:
 def closing_paragraph(
     stats: RunStats, *, small: str, large: str, threshold: float, allowance: str | None = None
 ) -> str:
-    """What a demo's answer showed, and what to try next."""
-    own = stats.tokens - stats.large_tokens
-    sentences = [f"{small} wrote {own:,} of the {_count(stats.tokens, 'token')} on this machine."]
+    """Return the demo's last paragraph: what its answer showed, and what to try next.
+
+    `small` and `large` are the models' names. `threshold` is in nats. `allowance` describes the
+    budget; None (default) if there is only a threshold.
+    """
+    small_tokens = stats.tokens - stats.large_tokens
+    uncertainty = _describe_uncertainty(threshold, allowance)
+    sentences = [
+        f"{small} wrote {small_tokens:,} of the {_count(stats.tokens, 'token')} on this machine."
+    ]
     if stats.escalated:
         sentences += [
-            f"{large} was asked for one token wherever {_unsure(threshold, allowance)}: "
+            f"{large} was asked for one token wherever {uncertainty}: "
             f"{_count(stats.escalated, 'time')}, at {_percent(stats.escalation_rate)} of the "
             f"positions. What it wrote is underlined; {_percent(stats.agreed / stats.escalated)} "
             f"of it is what {small} was about to write anyway.",
             f"{_seconds(stats.stall_s)} of {_seconds(stats.total_s)} went into waiting for it; "
-            f"{_uploaded_by(stats)}.",
+            f"{_describe_answer_uploads(stats)}.",
         ]
     elif not stats.unchecked:
-        sentences.append(f"{large} was not asked: nowhere {_unsure(threshold, allowance)}.")
+        sentences.append(f"{large} was not asked: nowhere {uncertainty}.")
     if failed := stats.unchecked - stats.withheld:
         sentences.append(
             f"{_count(failed, 'position')} should have been checked with {large}, which "
@@ -230,7 +247,8 @@ def closing_paragraph(
     return " ".join(sentences)
 
 
-def _unsure(threshold: float, allowance: str | None) -> str:
+def _describe_uncertainty(threshold: float, allowance: str | None) -> str:
+    """Return a clause about the positions that are escalated."""
     if allowance is not None:
         return f"the small model was least sure, within {allowance}"
     if threshold == -math.inf:

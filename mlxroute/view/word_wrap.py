@@ -1,7 +1,7 @@
-"""Word wrap by terminal cells for text that is still growing.
+"""Word wrap, by terminal cells, for text that is still growing.
 
-A row depends only on the text from its own start, and once it is full no later text changes it.
-So a growing text wraps to the same rows as the finished one, and full rows can be let go.
+A row depends only on the text from its start, and a full row is not changed by later text. A
+growing text therefore wraps to the same rows as the complete one, and full rows can be printed.
 """
 
 from __future__ import annotations
@@ -17,33 +17,32 @@ from rich.style import Style
 from wcwidth import iter_graphemes
 
 TAB_CELLS = 4
-_NEVER_FIRST = frozenset("、。，．：；！？）」』】〉》〕］｝’”ー々…,.:;!?)]}%\"'")
-_NEVER_LAST = frozenset("（「『【〈《〔［｛‘“([{\"'")
+_NOT_AT_ROW_START = frozenset("、。，．：；！？）」』】〉》〕］｝’”ー々…,.:;!?)]}%\"'")
+_NOT_AT_ROW_END = frozenset("（「『【〈《〔［｛‘“([{\"'")
 
 Row = list[Segment]
-"""One line of output without its newline, tabs expanded."""
+"""One row of output, without a newline and with tabs expanded."""
 
 
 @dataclass(frozen=True, slots=True)
-class Styled:
-    """Text with a style for each of its code points."""
+class StyledText:
+    """Text with a style for each code point."""
 
     text: str = ""
     styles: tuple[Style, ...] = ()
 
-    def then(self, text: str, style: Style) -> Styled:
-        """This text with more of it at the end."""
-        return Styled(self.text + text, self.styles + (style,) * len(text))
+    def append(self, text: str, style: Style) -> StyledText:
+        """Return a copy with more text at the end."""
+        return StyledText(self.text + text, self.styles + (style,) * len(text))
 
-    def after(self, index: int) -> Styled:
-        """The text from an index on."""
-        return Styled(self.text[index:], self.styles[index:])
+    def after(self, index: int) -> StyledText:
+        """Return the text from an index on."""
+        return StyledText(self.text[index:], self.styles[index:])
 
 
 @lru_cache(maxsize=4096)
 def _cells(cluster: str) -> int:
-    # Terminals differ on joined emoji: count the widest reading, which never shrinks as a
-    # cluster grows.
+    # Terminals differ on joined emoji. The widest reading never shrinks as a cluster grows.
     return max(cell_len(cluster), sum(cell_len(char) for char in cluster))
 
 
@@ -51,77 +50,82 @@ def _tab_stop(column: int) -> int:
     return column + TAB_CELLS - column % TAB_CELLS
 
 
-def _may_part(before: str, after: str) -> bool:
-    """Whether a row may end between two clusters with no space there: beside wide characters."""
-    if before[0] in _NEVER_LAST or after[0] in _NEVER_FIRST:
+def _can_break_between(before: str, after: str) -> bool:
+    """Return whether a row may end between two clusters without a space: if either is wide."""
+    if before[0] in _NOT_AT_ROW_END or after[0] in _NOT_AT_ROW_START:
         return False
     return cell_len(before[0]) == 2 or cell_len(after[0]) == 2
 
 
 def _row_end(text: str, width: int) -> tuple[int, int] | None:
-    """Where the first row's ink ends and the next row starts; None while the row may still grow."""
-    column = ink_end = at = 0
+    """Return where the first row's visible text ends and where the next row starts.
+
+    None means that the row is not full.
+    """
+    column = visible_end = index = 0
     previous = " "
-    part: tuple[int, int] | None = None
+    last_break: tuple[int, int] | None = None
     for cluster in iter_graphemes(text):
         if cluster == "\n":
-            return ink_end, at + 1
+            return visible_end, index + 1
         if cluster == "\t":
             column = _tab_stop(column)
         elif cluster == " ":
             column += 1
         else:
-            if ink_end and (previous in " \t" or _may_part(previous, cluster)):
-                part = ink_end, at
+            if visible_end and (previous in " \t" or _can_break_between(previous, cluster)):
+                last_break = visible_end, index
             if column + _cells(cluster) > width:
-                if part or at:
-                    return part or (ink_end, at)
-                return _too_wide(cluster, width)
+                if last_break or index:
+                    return last_break or (visible_end, index)
+                return _split_wide_cluster(cluster, width)
             column += _cells(cluster)
-            ink_end = at + len(cluster)
+            visible_end = index + len(cluster)
         previous = cluster
-        at += len(cluster)
+        index += len(cluster)
     return None
 
 
-def _too_wide(cluster: str, width: int) -> tuple[int, int]:
-    fits = [end for end in range(1, len(cluster)) if _cells(cluster[:end]) <= width]
-    end = fits[-1] if fits else 1
+def _split_wide_cluster(cluster: str, width: int) -> tuple[int, int]:
+    """Return the row end inside a cluster that is wider than a row."""
+    fitting = [end for end in range(1, len(cluster)) if _cells(cluster[:end]) <= width]
+    end = fitting[-1] if fitting else 1
     return end, end
 
 
-def _pieces(styled: Styled) -> Iterator[tuple[str, Style]]:
-    column = at = 0
+def _styled_clusters(styled: StyledText) -> Iterator[tuple[str, Style]]:
+    """Yield each cluster, tabs as spaces, with the style of its first code point."""
+    column = index = 0
     for cluster in iter_graphemes(styled.text):
-        shown = " " * (_tab_stop(column) - column) if cluster == "\t" else cluster
-        column += len(shown) if cluster in " \t" else _cells(cluster)
-        yield shown, styled.styles[at]
-        at += len(cluster)
+        text = " " * (_tab_stop(column) - column) if cluster == "\t" else cluster
+        column += len(text) if cluster in " \t" else _cells(cluster)
+        yield text, styled.styles[index]
+        index += len(cluster)
 
 
-def _row(styled: Styled, end: int) -> Row:
-    pieces = _pieces(Styled(styled.text[:end], styled.styles[:end]))
+def _build_row(styled: StyledText, end: int) -> Row:
+    clusters = _styled_clusters(StyledText(styled.text[:end], styled.styles[:end]))
     return [
-        Segment("".join(shown for shown, _ in run), style)
-        for style, run in groupby(pieces, key=lambda piece: piece[1])
+        Segment("".join(text for text, _ in run), style)
+        for style, run in groupby(clusters, key=lambda cluster: cluster[1])
     ]
 
 
-def full_rows(styled: Styled, *, width: int) -> tuple[list[Row], Styled]:
-    """The rows no later text can change, and the rest, which is less than one row.
+def wrap_growing(styled: StyledText, *, width: int) -> tuple[list[Row], StyledText]:
+    """Return the rows that later text cannot change, and the rest, which is less than one row.
 
-    Breaks at spaces and beside wide characters, folds longer words, drops the spaces at a break,
-    keeps indentation. A row holds at most `width` cells.
+    A row has at most `width` cells. Rows break at spaces, which are dropped there, and beside wide
+    characters; longer words are split. Indentation is kept.
     """
     rows = []
     while end := _row_end(styled.text, width):
-        rows.append(_row(styled, end[0]))
+        rows.append(_build_row(styled, end[0]))
         styled = styled.after(end[1])
     return rows, styled
 
 
-def all_rows(styled: Styled, *, width: int) -> list[Row]:
-    """Every row of a text that is complete; blank text after the last newline is no row."""
-    rows, rest = full_rows(styled, width=width)
-    ink = rest.text.rstrip(" \t")
-    return [*rows, _row(rest, len(ink))] if ink else rows
+def wrap_complete(styled: StyledText, *, width: int) -> list[Row]:
+    """Return all rows of a complete text; blanks after the last newline make no row."""
+    rows, rest = wrap_growing(styled, width=width)
+    visible = rest.text.rstrip(" \t")
+    return [*rows, _build_row(rest, len(visible))] if visible else rows

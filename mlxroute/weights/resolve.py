@@ -240,7 +240,7 @@ def _find_cached(
 def _fetch_and_store(store: Store, request: _Request, *, offline: bool) -> LocalModel:
     if offline and request.needs_network:
         raise WeightsError(
-            f"{request.name} is not in the cache ({store.root}) and `offline` forbids fetching it: "
+            f"{request.name} is not in the cache ({store.root}) and cannot be fetched offline: "
             f"run `mlxroute pull {request.name}` while online",
             parameter="offline",
         )

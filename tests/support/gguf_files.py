@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (
 
 
 def byte_alphabet() -> list[str]:
-    """The 256 printable stand-ins of byte-level BPE, by byte."""
+    """Return the 256 printable characters of byte-level BPE, in the order of their bytes."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     spare = iter(range(256, 512))
     return [chr(b) if b in plain else chr(next(spare)) for b in range(256)]
@@ -27,7 +27,7 @@ def byte_alphabet() -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class TinyModel:
-    """What a test may vary about a tiny model; sizes fit 32-element blocks."""
+    """Properties of a tiny model that a test may vary; sizes are multiples of 32-element blocks."""
 
     architecture: str = "llama"
     layers: int = 2
@@ -44,13 +44,13 @@ class TinyModel:
 
     @property
     def tokens(self) -> list[str]:
-        """256 bytes, three merges, four control tokens, a tool token, two padding rows."""
+        """Tokens: bytes, three merges, four control tokens, a tool token, two padding rows."""
         control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|other|>"]
         return [*byte_alphabet(), "th", "the", "Ġthe", *control, "<tool>", "[PAD264]", "[PAD265]"]
 
 
 def write_gguf(path: Path, model: TinyModel, *, seed: int = 0) -> Path:
-    """Write the model with random weights."""
+    """Write a model with random weights and return its path."""
     writer = GGUFWriter(path, model.architecture)
     writer.add_block_count(model.layers)
     writer.add_context_length(512)
@@ -74,8 +74,10 @@ def write_gguf(path: Path, model: TinyModel, *, seed: int = 0) -> Path:
 
 
 def reference_logits(path: Path, token_ids: list[int]) -> Array:
-    """Logits [positions, vocabulary] computed from the file itself, in the file's own layout:
-    llama rotates neighbouring elements, qwen2 rotates halves."""
+    """Return logits [positions, vocabulary], computed in NumPy from the file's own layout.
+
+    In llama files, rotary pairs are neighbouring elements; in qwen2 files, elements of two halves.
+    """
     reader = GGUFReader(path)
     weights = {
         t.name: np.array(dequantize(t.data, t.tensor_type), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""A model hub and a package index on loopback, as far as the real clients need them."""
+"""A model hub and a package index on loopback, with the routes that the real clients use."""
 
 from __future__ import annotations
 
@@ -8,19 +8,27 @@ import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from typing import Self
+
+from mlxroute.closeable import Closeable
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 @dataclass
 class Site:
-    """What a server serves, and how it misbehaves.
+    """What a server serves, its faults, and the requests it received.
 
-    `repositories` are files by hub id and name, `wheels` by file name. `altered` are hub files
-    sent with one byte changed, `cut` sends only that many bytes of a path, once. A path in
-    `held` gets no answer until `release` is set; `stalled` answers nothing at all.
+    Args:
+        repositories: Files of the hub, by hub id and name.
+        wheels: Files of the package index, by name.
+        altered: Names of hub files that are sent with one bit changed.
+        cut: By file name, the number of bytes after which the next transfer is cut.
+        held: Paths that are not answered until `release` is set.
+        stalled: Whether no path is answered until `release` is set.
+        release: Ends the waits of `held` and `stalled`.
+        requests: Number of requests, by method and path.
+        ranges: Range headers received.
     """
 
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -34,8 +42,8 @@ class Site:
     ranges: list[str] = field(default_factory=list)
 
 
-class SiteServer:
-    """Serves a Site until the `with` block ends."""
+class SiteServer(Closeable):
+    """Serves a Site on loopback within a `with` block."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -46,19 +54,15 @@ class SiteServer:
 
     @property
     def url(self) -> str:
-        """The address, without a final slash."""
+        """Address without a trailing slash."""
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> Self:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Answer all waiting requests and stop."""
         self.site.release.set()
         self._server.shutdown()
         self._server.server_close()
@@ -70,7 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: object) -> None:
-        """Keep the test output clean."""
+        """Log nothing."""
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
@@ -122,9 +126,9 @@ class _Handler(BaseHTTPRequestHandler):
         if file in self.site.altered:
             content = content[:-1] + bytes([content[-1] ^ 1])
         status = 200
-        if asked := self.headers.get("Range"):
-            self.site.ranges.append(asked)
-            start = int(asked.removeprefix("bytes=").partition("-")[0])
+        if byte_range := self.headers.get("Range"):
+            self.site.ranges.append(byte_range)
+            start = int(byte_range.removeprefix("bytes=").partition("-")[0])
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
             content, status = content[start:], 206
         self._send(content, body=body, status=status, headers=headers)
@@ -150,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def git_blob_id(content: bytes) -> str:
-    """The id git gives a file's content."""
+    """Return git's id of a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 

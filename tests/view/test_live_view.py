@@ -1,4 +1,4 @@
-"""What a terminal and a pipe show of an answer."""
+"""Answers on a terminal and in a pipe."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mlxroute.safe_text import printable
 from mlxroute.types import Activity, Provisional, Retracted, RunStats, Source
 from mlxroute.view import LiveView, PlainWriter
 from mlxroute.view.live_view import heat_style
-from mlxroute.view.word_wrap import Styled, all_rows, full_rows
+from mlxroute.view.word_wrap import StyledText, wrap_complete, wrap_growing
 from tests.support.scripted import ScriptedAnswer, Step, Terminal, token
 
 _PIECES = (
@@ -36,20 +36,20 @@ widths = st.integers(10, 120)
 
 
 def cut(text: str, places: list[int]) -> list[str]:
-    """The text in pieces, cut at any code points, also inside a character of several."""
+    """Return the text in pieces, split at any code points, also within a grapheme cluster."""
     edges = sorted({place % (len(text) + 1) for place in places} | {0, len(text)})
     return [text[a:b] for a, b in pairwise(edges)]
 
 
 def rows_of(text: str, width: int) -> list[str]:
-    return [plain(row) for row in all_rows(Styled().then(text, Style()), width=width)]
+    return [plain(row) for row in wrap_complete(StyledText().append(text, Style()), width=width)]
 
 
 def plain(row: list[Segment]) -> str:
     return "".join(segment.text for segment in row)
 
 
-def ink(text: str) -> str:
+def without_blanks(text: str) -> str:
     return re.sub(r"[ \t\n]", "", text)
 
 
@@ -64,24 +64,24 @@ def show(
 def test_growing_text_wraps_to_the_same_rows_as_the_finished_text(
     text: str, places: list[int], width: int
 ) -> None:
-    rest, rows = Styled(), []
+    rest, rows = StyledText(), []
     for piece in cut(text, places):
-        full, rest = full_rows(rest.then(piece, Style()), width=width)
+        full, rest = wrap_growing(rest.append(piece, Style()), width=width)
         rows += full
-    rows += all_rows(rest, width=width)
+    rows += wrap_complete(rest, width=width)
     assert [plain(row) for row in rows] == rows_of(text, width)
 
 
 @given(texts, widths)
-def test_rows_fit_the_width_and_lose_nothing_but_white_space(text: str, width: int) -> None:
+def test_rows_fit_the_width_and_lose_only_white_space(text: str, width: int) -> None:
     rows = rows_of(text, width)
     assert all(cell_len(row) <= width for row in rows)
-    assert ink("".join(rows)) == ink(text)
+    assert without_blanks("".join(rows)) == without_blanks(text)
 
 
 @settings(deadline=None)
 @given(texts, st.lists(st.integers(0, 500), max_size=40), widths)
-def test_the_screen_ends_up_with_the_one_shot_rendering_of_the_text(
+def test_the_screen_finally_shows_the_text_as_if_rendered_once(
     text: str, places: list[int], width: int
 ) -> None:
     terminal = Terminal(width=width)
@@ -93,7 +93,7 @@ def test_the_screen_ends_up_with_the_one_shot_rendering_of_the_text(
 
 
 @given(st.lists(st.text("abcdefgh", min_size=1, max_size=10), min_size=1), widths)
-def test_plain_words_wrap_as_textwrap_does_it(words: list[str], width: int) -> None:
+def test_plain_words_wrap_as_with_textwrap(words: list[str], width: int) -> None:
     text = " ".join(words)
     assert rows_of(text, width) == textwrap.wrap(text, width)
 
@@ -138,10 +138,10 @@ def test_a_resize_in_the_middle_loses_no_text(widths: tuple[int, ...]) -> None:
         width = widths[number * len(widths) // len(words)]
         steps += [resize(terminal, width), word]
     show(terminal, steps)
-    assert ink("".join(terminal.lines())) == ink("".join(words))
+    assert without_blanks("".join(terminal.lines())) == without_blanks("".join(words))
 
 
-def test_full_rows_are_written_once_and_stay_out_of_the_live_area() -> None:
+def test_full_rows_are_written_once_outside_the_live_area() -> None:
     terminal = Terminal(width=20)
     show(terminal, [f"line {number}\n" for number in range(300)])
     assert terminal.lines() == [f"line {number}" for number in range(300)]
@@ -206,7 +206,7 @@ def test_the_heat_scale_rises_to_one_and_a_half_thresholds_but_at_least_four_nat
     assert shades[99] == shades[-1] != shades[80]
 
 
-def test_an_entropy_that_is_no_number_has_the_last_shade() -> None:
+def test_an_entropy_of_nan_has_the_last_shade() -> None:
     assert heat_style(math.nan, threshold=2.0) == heat_style(100.0, threshold=2.0)
 
 
@@ -222,72 +222,74 @@ def test_every_shade_of_the_heat_scale_is_readable() -> None:
         assert (light + 0.05) / (dark + 0.05) >= 4.5
 
 
-def early(index: int, text: str) -> Provisional:
+def provisional(index: int, text: str) -> Provisional:
     return Provisional(index, 0, text, Source.SMALL, token(text).signals)
 
 
-def drawn(steps: list[Step]) -> tuple[Terminal, list[list[str]]]:
-    """A finished terminal, and what stood on it after each step."""
-    terminal, seen = Terminal(width=20), []
+def draw_steps(steps: list[Step]) -> tuple[Terminal, list[list[str]]]:
+    """Return the terminal after all steps, and its lines after each step."""
+    terminal, screens = Terminal(width=20), []
 
-    def look(answer: ScriptedAnswer) -> None:
-        seen.append(terminal.lines()[:-1])
+    def capture(answer: ScriptedAnswer) -> None:
+        screens.append(terminal.lines()[:-1])
 
-    # A clock of long seconds: every event is drawn at once.
+    # The clock advances a second per reading, so every event is drawn at once.
     ticks = iter(range(100_000))
     view = LiveView(terminal.console, heat=False, threshold=1.0, clock=lambda: next(ticks))
-    view.show(ScriptedAnswer([each for step in steps for each in (step, look)]))
-    return terminal, seen
+    view.show(ScriptedAnswer([action for step in steps for action in (step, capture)]))
+    return terminal, screens
 
 
-def test_provisional_tokens_are_dim_until_they_are_certain() -> None:
-    terminal, seen = drawn(["a ", early(1, "b "), early(2, "c"), token("b ", index=1)])
-    assert [lines[-1].rstrip() for lines in seen[:4]] == ["a", "a b", "a b c", "a b c"]
+def test_provisional_tokens_are_dim_until_they_are_committed() -> None:
+    terminal, screens = draw_steps(
+        ["a ", provisional(1, "b "), provisional(2, "c"), token("b ", index=1)]
+    )
+    assert [lines[-1].rstrip() for lines in screens[:4]] == ["a", "a b", "a b c", "a b c"]
     assert "\x1b[2mb c\x1b[0m" in terminal.raw
     assert terminal.lines()[-1].rstrip() == "a b"
 
 
-def test_what_is_retracted_gives_way_to_what_is_right() -> None:
-    steps: list[Step] = ["a ", early(1, "wrong "), early(2, "words"), Retracted(1)]
-    terminal, seen = drawn([*steps, token("right", index=1)])
-    assert [lines[-1].rstrip() for lines in seen[2:5]] == ["a wrong words", "a", "a right"]
+def test_retracted_text_is_replaced_by_committed_text() -> None:
+    steps: list[Step] = ["a ", provisional(1, "wrong "), provisional(2, "words"), Retracted(1)]
+    terminal, screens = draw_steps([*steps, token("right", index=1)])
+    assert [lines[-1].rstrip() for lines in screens[2:5]] == ["a wrong words", "a", "a right"]
     assert [line.rstrip() for line in terminal.lines()] == ["a right"]
 
 
 def test_many_rows_of_provisional_text_leave_no_trace() -> None:
-    words = [early(index, f"word{index} ") for index in range(1, 60)]
-    terminal, _ = drawn(["a ", *words, Retracted(1), *words, Retracted(30), Retracted(1)])
+    words = [provisional(index, f"word{index} ") for index in range(1, 60)]
+    terminal, _ = draw_steps(["a ", *words, Retracted(1), *words, Retracted(30), Retracted(1)])
     assert [line.rstrip() for line in terminal.lines()] == ["a"]
 
 
 def test_control_characters_of_provisional_text_do_not_reach_the_terminal() -> None:
-    # Writing one fails the terminal.
-    _, seen = drawn(["a", early(1, "\x1b[31mred\x07")])
-    assert "red" in seen[1][-1]
-    assert not any("\x1b" in line or "\x07" in line for lines in seen for line in lines)
+    # The terminal of the test fails if one is written.
+    _, screens = draw_steps(["a", provisional(1, "\x1b[31mred\x07")])
+    assert "red" in screens[1][-1]
+    assert not any("\x1b" in line or "\x07" in line for lines in screens for line in lines)
 
 
-def test_the_status_line_keeps_moving_while_the_network_is_waited_for() -> None:
+def test_the_status_line_is_updated_during_a_wait_for_the_network() -> None:
     terminal = Terminal(width=80)
     ticks = iter(number / 10 for number in range(10_000))
-    seen = threading.Event()
+    updated = threading.Event()
 
     class Watcher(io.StringIO):
         def write(self, text: str) -> int:
             if "asking the large model 1." in text:
-                seen.set()
+                updated.set()
             return super().write(text)
 
     def wait(answer: ScriptedAnswer) -> None:
         answer.activity = Activity.WAIT
-        assert seen.wait(20), "the status line stood still"
+        assert updated.wait(20), "the status line was not updated"
 
     terminal.console.file = Watcher()
     view = LiveView(terminal.console, heat=False, threshold=1.0, clock=lambda: next(ticks))
     view.show(ScriptedAnswer(["a", wait, "b"]))
 
 
-def test_the_status_line_tells_how_far_the_prompt_is_read() -> None:
+def test_the_status_line_shows_the_progress_of_the_prompt() -> None:
     terminal = Terminal(width=80)
     answer = ScriptedAnswer(["a"])
     answer.prefill_done, answer.prefill_total = 512, 1024
@@ -297,7 +299,7 @@ def test_the_status_line_tells_how_far_the_prompt_is_read() -> None:
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt(), LargeTimeout("no reply")])
-def test_whatever_ends_an_answer_early_leaves_its_text_and_a_sound_terminal(
+def test_an_exception_leaves_the_text_and_a_working_terminal(
     raised: BaseException,
 ) -> None:
     terminal = Terminal(width=20)
@@ -339,9 +341,7 @@ def test_a_dumb_terminal_gets_plain_text(term: str) -> None:
 
 
 @given(st.text("ab\n", max_size=12), st.lists(st.integers(0, 12), max_size=6))
-def test_plain_output_is_the_text_with_exactly_one_newline_at_its_end(
-    text: str, places: list[int]
-) -> None:
+def test_plain_output_ends_with_exactly_one_newline(text: str, places: list[int]) -> None:
     stream = io.StringIO()
     writer = PlainWriter(stream)
     for piece in cut(text, places):
@@ -350,7 +350,7 @@ def test_plain_output_is_the_text_with_exactly_one_newline_at_its_end(
     assert stream.getvalue() == text.rstrip("\n") + "\n"
 
 
-def test_plain_output_appears_at_once() -> None:
+def test_plain_output_is_flushed_at_once() -> None:
     stream = io.StringIO()
     PlainWriter(stream).write("token")
     assert stream.getvalue() == "token"

@@ -1,4 +1,4 @@
-"""The figures of an answer in words: status line, summary, totals and the demo's last paragraph."""
+"""Figures as text: status line, summary line, chat totals and the demo's last paragraph."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_status_line_shortens_itself_for_narrow_terminals() -> None:
     assert status(_STATS, width=12) == "asking 1.2 s"
 
 
-def test_the_figures_stand_still_while_the_activity_changes() -> None:
+def test_the_figures_do_not_move_when_the_activity_changes() -> None:
     for width in range(20, 130):
         waiting = status(_STATS, width=width)
         writing = status(_STATS, width=width, activity=Activity.DECODE)
@@ -99,7 +99,7 @@ def test_a_chat_without_routing_shows_no_escalation_rate() -> None:
     assert line == "12 tok/s · writing"
 
 
-def test_the_summary_has_every_figure_and_faults_only_when_there_are_some() -> None:
+def test_the_summary_has_every_figure_and_only_faults_that_occurred() -> None:
     assert summary_line(_STATS) == (
         "90 tokens, 6 escalated (6.7%), agreement 50%, 12 tok/s, waited 8.2 s, "
         "uploaded 2,345 tokens (12.3 kB) in 7 requests"
@@ -108,8 +108,8 @@ def test_the_summary_has_every_figure_and_faults_only_when_there_are_some() -> N
     assert summary_line(faulty) == (
         summary_line(_STATS) + ", 4 unchecked, 2 withheld, 1 failed call, ended by the token limit"
     )
-    alone = replace(NO_STATS, tokens=1, tokens_per_s=9.97)
-    assert summary_line(alone) == "1 token, 0 escalated (0%), 10 tok/s"
+    local = replace(NO_STATS, tokens=1, tokens_per_s=9.97)
+    assert summary_line(local) == "1 token, 0 escalated (0%), 10 tok/s"
 
 
 def test_totals_add_up_over_answers() -> None:
@@ -123,13 +123,13 @@ def test_totals_add_up_over_answers() -> None:
     )
 
 
-def test_the_status_line_tells_what_was_sent_in_this_answer_and_in_the_chat() -> None:
+def test_the_status_line_has_the_uploads_of_the_answer_and_of_the_chat() -> None:
     line = status(_STATS, width=140, chat=Uploads(requests=9, size_bytes=68_000, tokens=15_100))
     assert "uploaded 2,345 (12.3 kB) · in all 15.1k (68.0 kB) · asking" in line
 
 
 @pytest.mark.parametrize(
-    ("amount", "shown"),
+    ("amount", "text"),
     [
         (0.0000123456, "cost ~0.0000123"),
         (0.0123456, "cost ~0.0123"),
@@ -138,20 +138,20 @@ def test_the_status_line_tells_what_was_sent_in_this_answer_and_in_the_chat() ->
         (12345.678, "cost ~12,345.68"),
     ],
 )
-def test_a_cost_is_a_plain_number_of_no_currency(amount: float, shown: str) -> None:
-    assert shown in summary_line(replace(_STATS, cost_estimate=amount))
-    assert shown in status(replace(_STATS, cost_estimate=amount), width=200)
+def test_a_cost_is_a_number_without_currency(amount: float, text: str) -> None:
+    assert text in summary_line(replace(_STATS, cost_estimate=amount))
+    assert text in status(replace(_STATS, cost_estimate=amount), width=200)
     assert "cost" not in summary_line(replace(_STATS, cost_estimate=None))
 
 
-def test_withheld_positions_are_not_laid_at_the_servers_door() -> None:
+def test_withheld_positions_are_not_attributed_to_the_server() -> None:
     stats = replace(NO_STATS, tokens=9, unchecked=2, withheld=2)
     text = closing_paragraph(stats, small="tiny", large="huge", threshold=1.6)
     assert "did not answer" not in text
     assert "2 positions stayed here by --never-send" in text
 
 
-def test_the_closing_paragraph_says_what_happened_in_figures() -> None:
+def test_the_closing_paragraph_has_the_answers_figures() -> None:
     text = closing_paragraph(_STATS, small="tiny", large="huge", threshold=1.6)
     assert "tiny wrote 83 of the 90 tokens" in text
     assert "huge was asked for one token wherever the small model's entropy passed 1.6 nats" in text
@@ -172,11 +172,11 @@ def test_the_closing_paragraph_names_the_budget() -> None:
     assert "1.6 nats" not in text
 
 
-def test_the_closing_paragraph_admits_what_could_not_be_checked() -> None:
+def test_the_closing_paragraph_counts_positions_that_were_not_checked() -> None:
     failed = replace(NO_STATS, tokens=9, unchecked=2)
     text = closing_paragraph(failed, small="tiny", large="huge", threshold=1.6)
     assert "2 positions should have been checked with huge, which did not answer" in text
-    sure = closing_paragraph(
+    not_escalated = closing_paragraph(
         replace(failed, unchecked=0), small="tiny", large="huge", threshold=1.6
     )
-    assert "huge was not asked" in sure
+    assert "huge was not asked" in not_escalated

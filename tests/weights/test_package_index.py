@@ -176,7 +176,7 @@ def test_an_index_that_does_not_answer_times_out_within_five_seconds(
 
 
 def test_offline_opens_no_connection(site: Site, model: Model, tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="`offline` forbids fetching it"):
+    with pytest.raises(WeightsError, match="cannot be fetched offline"):
         get(model, tmp_path, offline=True)
     assert not site.requests
 

@@ -67,7 +67,7 @@ def test_the_error_for_an_incomplete_directory_names_the_missing_file(
         ("./nowhere/at/all", WeightsError, "no such directory or .gguf file"),
         ("/nowhere", WeightsError, "no such directory or .gguf file"),
         ("nowhere.gguf", WeightsError, "no model at nowhere.gguf: No such file"),
-        ("some-org/some-model", WeightsError, "`offline` forbids fetching it"),
+        ("some-org/some-model", WeightsError, "cannot be fetched offline"),
         ("", CatalogError, "no model named ''"),
     ],
 )
