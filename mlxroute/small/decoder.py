@@ -23,7 +23,7 @@ from mlxroute.small.continuations import continue_greedily
 from mlxroute.small.hidden_state import HiddenStateTap
 from mlxroute.small.kernels import select_kernel, unpack_signals
 from mlxroute.small.kv_cache import CacheCopy, PrefixCache
-from mlxroute.small.mlp_head import MlpHead
+from mlxroute.small.mlp_head import MlpHead, signal_features
 from mlxroute.types import Notify, Sampling, Signals
 
 _CLEAR_CACHE_EVERY = 256
@@ -58,12 +58,13 @@ class ScoredText:
     """The small model's signals at the n positions of a text that another model wrote.
 
     `logprobs` are those of the text's own tokens, in nats. `hidden` [n, D] are the final hidden
-    states, in the model's dtype.
+    states, in the model's dtype, and `features` [n, 4] the other inputs of a head.
     """
 
     signals: tuple[Signals, ...]
     logprobs: tuple[float, ...]
     hidden: mx.array
+    features: mx.array
 
 
 class Decoder:
@@ -153,13 +154,13 @@ class Decoder:
         self._last_pass = None
         packed = self._kernel(logits)
         chosen = mx.take_along_axis(logits, mx.array(list(next_ids))[:, None], axis=-1)
-        hidden = states[0]
-        mx.eval(packed, chosen, hidden)
+        hidden, features = states[0], signal_features(packed)
+        mx.eval(packed, chosen, hidden, features)
         rows = cast("list[list[float]]", packed.tolist())
         signals = [unpack_signals(values, has_head=False) for values in rows]
         next_logits = cast("list[float]", chosen[:, 0].astype(mx.float32).tolist())
         logprobs = [logit - row.lse for logit, row in zip(next_logits, signals, strict=True)]
-        return ScoredText(tuple(signals), tuple(logprobs), hidden)
+        return ScoredText(tuple(signals), tuple(logprobs), hidden, features)
 
     def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:
         """Run one step of a batch: row i feeds `token_ids[i]` after what row `parents[i]` holds."""

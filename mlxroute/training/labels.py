@@ -228,15 +228,13 @@ def _compare(
     """Return the labels of an answer, without continuations."""
     import mlx.core as mx
 
-    signals = [scored.signals[start] for start in answer.token_starts]
+    starts = mx.array(list(answer.token_starts))
     small_logprobs = [sum(scored.logprobs[i] for i in part) for part in _token_ranges(answer)]
-    hidden = scored.hidden[mx.array(list(answer.token_starts))].astype(mx.float16)
-    mx.eval(hidden)
+    hidden, features = scored.hidden[starts].astype(mx.float16), scored.features[starts]
+    mx.eval(hidden, features)
     return LabelledAnswer(
         hidden=hidden,
-        features=mx.array(
-            [[s.entropy_nats, s.varentropy, s.top_logprobs[0], s.margin] for s in signals]
-        ),
+        features=features,
         differs=mx.array([float(index is not None) for index in disagreements]),
         logprobs=mx.array(list(zip(small_logprobs, answer.logprobs, strict=True))),
         text=_decode(small, answer.token_ids),
