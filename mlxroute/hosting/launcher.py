@@ -1,4 +1,4 @@
-"""A large model served on this machine: `mlx_lm.server` as a child process on loopback."""
+"""Launches a large model on this machine: `mlx_lm.server` as a child process on loopback."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import psutil
 
-import mlxroute
 from mlxroute.backend.load import check_memory, memory_needed
+from mlxroute.closeable import Closeable
 from mlxroute.errors import LargeError, LaunchError
 from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.deadline import Deadline
@@ -26,14 +25,15 @@ from mlxroute.types import Progress, no_progress
 
 _POLL_S: Final = 0.1
 _STOP_GRACE_S: Final = 5.0
-_DEATH_S: Final = 1.0
+# How long after a broken connection the child's death may become visible.
+_DEATH_WAIT_S: Final = 1.0
 _LOADING: Final = "loading the large model"
 _LOG_TAIL_BYTES: Final = 16384
 _FIRST_REQUEST: Final = b'{"prompt": "1, 2, 3,", "max_tokens": 1, "temperature": 0}'
 
 
-class LocalServer:
-    """A running `mlx_lm.server`; ends with this process or at `stop`."""
+class LocalServer(Closeable):
+    """A running `mlx_lm.server`; it ends at `close`, or with this process."""
 
     def __init__(
         self, process: subprocess.Popen[bytes], *, port: int, log_path: Path, model_bytes: int
@@ -47,9 +47,10 @@ class LocalServer:
     def launch(
         cls, model_path: Path, *, cache_dir: Path, log_path: Path, port: int | None = None
     ) -> LocalServer:
-        """Start the child and return at once; `wait_until_ready` before use.
+        """Start the child and return at once; call `wait_until_ready` before use.
 
-        Raises NotEnoughSpace, WeightsError, or LaunchError when the port cannot be used.
+        Without `port` the system picks a free one. Raises NotEnoughSpace, WeightsError, or
+        LaunchError if the port or the log file cannot be used.
         """
         check_memory(model_path, role="large")
         with _listen(port) as listener:
@@ -60,17 +61,6 @@ class LocalServer:
                 log_path=log_path,
                 model_bytes=memory_needed(model_path),
             )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.stop()
 
     @property
     def url(self) -> str:
@@ -85,7 +75,7 @@ class LocalServer:
     def wait_until_ready(
         self, *, timeout_s: float = 180.0, progress: Progress = no_progress
     ) -> None:
-        """Return when the server has generated a token; raise LaunchError when it will not.
+        """Return once the server has generated a token. Raises LaunchError if it does not.
 
         `progress` counts the bytes of the model in memory.
         """
@@ -97,16 +87,16 @@ class LocalServer:
                 f"{self.url}/completions", body=_FIRST_REQUEST, deadline=deadline
             )
             while first.is_alive():
-                self._check_alive(deadline)
-                progress(_LOADING, min(self._resident(), total), total)
+                self._check_starting(deadline)
+                progress(_LOADING, min(self._resident_bytes(), total), total)
                 first.join(_POLL_S)
             if first.result().status != 200:
                 raise self._failure("it cannot generate")
         except LargeError as exc:
-            # A broken connection is seen a moment before the death that broke it.
+            # The connection breaks a moment before the death that broke it is visible.
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_DEATH_S)
-            self._check_alive(deadline)
+                self._process.wait(_DEATH_WAIT_S)
+            self._check_starting(deadline)
             raise self._failure(str(exc)) from exc
         finally:
             transport.close()
@@ -116,7 +106,7 @@ class LocalServer:
         """Block until the child ends; return its exit code (negative: the signal's number)."""
         return self._process.wait()
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """End the child, by force after a grace period. Safe to call twice."""
         if self._process.poll() is None:
             self._process.terminate()
@@ -128,33 +118,39 @@ class LocalServer:
         if self._process.stdin is not None:
             self._process.stdin.close()
 
-    def _check_alive(self, deadline: Deadline) -> None:
+    def _check_starting(self, deadline: Deadline) -> None:
+        """Raise LaunchError if the child has ended or its time is up."""
         code = self._process.poll()
         if code is not None:
-            raise self._failure(f"it ended while starting ({_ending(code)})")
+            raise self._failure(f"it ended while starting ({_exit_reason(code)})")
         if not deadline.left_s():
             raise self._failure(f"it was not ready in {deadline.seconds:.3g} s")
 
-    def _failure(self, what: str) -> LaunchError:
-        said = _last_line(self.log_path)
-        last = f": {said}" if said else ""
-        return LaunchError(f"the local server did not start: {what}{last} (log: {self.log_path})")
+    def _failure(self, reason: str) -> LaunchError:
+        last_line = _last_message(self.log_path)
+        detail = f": {last_line}" if last_line else ""
+        return LaunchError(
+            f"the local server did not start: {reason}{detail} (log: {self.log_path})"
+        )
 
-    def _resident(self) -> int:
+    def _resident_bytes(self) -> int:
         try:
             return int(psutil.Process(self._process.pid).memory_info().rss)
         except psutil.Error:
             return 0
 
 
-def _ending(code: int) -> str:
+def _exit_reason(code: int) -> str:
     if code == -signal.SIGKILL:
-        return "killed, perhaps for want of memory"
+        return "killed, possibly because memory ran out"
     return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def _listen(port: int | None) -> socket.socket:
-    """A socket on loopback, bound here so that no one can take the port before the child."""
+    """Return a listening socket on loopback.
+
+    It is bound here so that no other process can take the port before the child does.
+    """
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -164,7 +160,8 @@ def _listen(port: int | None) -> socket.socket:
         listener.close()
         reason = getattr(exc, "strerror", None) or "no such port"
         raise LaunchError(
-            f"port {port} cannot be used ({reason}); choose another with --port, or none"
+            f"port {port} cannot be used ({reason}); choose another, or none for a free one",
+            parameter="port",
         ) from exc
     return listener
 
@@ -181,7 +178,7 @@ def _spawn(
         os.fchmod(log, 0o600)
         return subprocess.Popen(
             [
-                # -P: what lies in the current directory must not be imported.
+                # -P: modules in the current directory must not be imported.
                 *(sys.executable, "-P", "-m", "mlxroute.hosting.mlx_lm_child"),
                 *("--model", str(model_path), "--cache-dir", str(cache_dir)),
                 *("--socket-fd", str(listener.fileno())),
@@ -191,7 +188,7 @@ def _spawn(
             stderr=log,
             env=os.environ | {"PYTHONPATH": _import_path()},
             pass_fds=(listener.fileno(),),
-            # A Ctrl-C in the terminal is for the answer, not for the server.
+            # A Ctrl-C in the terminal is meant for the answer, not for the server.
             start_new_session=True,
         )
     except OSError as exc:
@@ -201,17 +198,20 @@ def _spawn(
 
 
 def _import_path() -> str:
-    package = Path(mlxroute.__file__).resolve().parent.parent
-    return os.pathsep.join(filter(None, (str(package), os.environ.get("PYTHONPATH"))))
+    """Return a PYTHONPATH on which the child finds this package."""
+    folder = Path(__file__).resolve().parents[2]
+    return os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
 
 
-def _last_line(log_path: Path) -> str:
-    """The last line of a log that says something, without the class name of an exception."""
+def _last_message(log_path: Path) -> str:
+    """Return the last message of a log, without the class name of an exception."""
     try:
         with log_path.open("rb") as stream:
             stream.seek(max(0, log_path.stat().st_size - _LOG_TAIL_BYTES))
             lines = stream.read().decode("utf-8", errors="replace").splitlines()
     except OSError:
         return ""
-    told = [line for line in lines if line.strip() and not line.startswith((" ", "BLAS:"))]
-    return printable_line(re.sub(r"^(?:\w+\.)*[A-Z]\w*: ", "", told[-1])) if told else ""
+    messages = [line for line in lines if line.strip() and not line.startswith((" ", "BLAS:"))]
+    if not messages:
+        return ""
+    return printable_line(re.sub(r"^(?:\w+\.)*[A-Z]\w*: ", "", messages[-1]))

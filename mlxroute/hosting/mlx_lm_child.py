@@ -1,7 +1,7 @@
-"""The child process of `mlxroute host`: `mlx_lm.server` on a socket its parent opened.
+"""The child process of `LocalServer`: `mlx_lm.server` on a socket that its parent opened.
 
-Run as `python -m mlxroute.hosting.mlx_lm_child`. It ends when its standard input does, so it never
-outlives the parent that holds the other end, however that one dies.
+Run as `python -m mlxroute.hosting.mlx_lm_child`. It ends when its standard input is closed, so it
+never outlives the parent that holds the other end, however the parent ends.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Serve one model until the parent is gone."""
+    """Serve one model until the parent process ends."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
@@ -41,7 +41,7 @@ def _serve(model: Path, *, listener: socket.socket) -> None:
     from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
 
     class PromptCache(LRUPromptCache):  # type: ignore[misc]
-        """Never hands out a whole prompt: with no token left to compute the server dies."""
+        """Leaves one token of a prompt to compute: without any, the generation thread dies."""
 
         def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
             cache, rest = super().fetch_nearest_cache(model, tokens)
@@ -53,7 +53,7 @@ def _serve(model: Path, *, listener: socket.socket) -> None:
             return cache, tokens[-1:]
 
     class Server(ThreadingHTTPServer):
-        """Listens on the socket that the parent bound."""
+        """Listens on the socket that the parent has bound."""
 
         def server_bind(self) -> None:
             self.socket.close()
@@ -62,7 +62,7 @@ def _serve(model: Path, *, listener: socket.socket) -> None:
             self.server_name, self.server_port = "127.0.0.1", listener.getsockname()[1]
 
     class Handler(server.APIHandler):  # type: ignore[misc]
-        """Keeps the log for what went wrong."""
+        """Logs no requests, so that the log ends with the last error."""
 
         def log_request(self, code: object = "-", size: object = "-") -> None:
             pass
@@ -72,14 +72,14 @@ def _serve(model: Path, *, listener: socket.socket) -> None:
     server._run_http_server = functools.partial(
         server._run_http_server, server_class=Server, handler_class=Handler
     )
-    # What else lies in the user's hub cache is not on offer here.
+    # Without this, the server also offers every model in the user's hub cache.
     server.scan_cache_dir = lambda: SimpleNamespace(repos=())
     sys.argv = ["mlx_lm.server", "--model", str(model), "--log-level", "WARNING"]
     server.main()
 
 
 def _load(path: str, *, adapter_path: str | None = None, **_: object) -> tuple[Any, Any, Any]:
-    """`mlx_lm`'s `load`, with the weights in the form that suits this machine."""
+    """Load a model as `mlx_lm`'s `load` does, with weights in the form that suits this machine."""
     from mlxroute.backend.load import load
 
     adapter = None if adapter_path is None else Path(adapter_path)

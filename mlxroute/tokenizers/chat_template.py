@@ -1,4 +1,4 @@
-"""A model's tokenizer and chat template: conversations to prompt text, text to ids."""
+"""A model's tokenizer with its chat template: conversations to prompt text, text to ids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mlxroute.types import Message
 
 
 class ChatTokenizer:
-    """What a conversation looks like to a model; `tokenizer` is `mlx_lm`'s TokenizerWrapper."""
+    """Renders conversations for a model and encodes them; wraps `mlx_lm`'s TokenizerWrapper."""
 
     def __init__(self, tokenizer: Any, *, name: str) -> None:
         self._tokenizer = tokenizer
@@ -21,9 +21,9 @@ class ChatTokenizer:
 
     @classmethod
     def load(cls, path: Path, *, name: str) -> Self:
-        """Read the tokenizer of a model directory; its weights are not touched.
+        """Read the tokenizer of a model directory, without its weights.
 
-        Raises WeightsError when the files are no tokenizer.
+        Raises WeightsError if the files are not those of a tokenizer.
         """
         from mlx_lm.tokenizer_utils import load
 
@@ -31,12 +31,12 @@ class ChatTokenizer:
             return cls(load(path), name=name)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as exc:
             reason = " ".join(str(exc).split())[:200] or type(exc).__name__
-            raise WeightsError(f"{path} holds no tokenizer that can be read: {reason}") from exc
+            raise WeightsError(f"{path} has no readable tokenizer: {reason}") from exc
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The prompt text of a conversation, ready for the assistant's answer.
+        """Return the prompt text of a conversation, up to where the assistant's answer begins.
 
-        Raises UsageError when the chat template refuses the conversation.
+        Raises UsageError if the chat template rejects the conversation.
         """
         if not self._tokenizer.has_chat_template:
             return "\n".join(message["content"] for message in messages)
@@ -47,17 +47,17 @@ class ChatTokenizer:
                 list(messages),
                 tokenize=False,
                 add_generation_prompt=True,
-                # Routing is about the answer's tokens; templates without the switch ignore it.
+                # Only the answer's tokens are routed; templates without the switch ignore it.
                 enable_thinking=False,
             )
         except TemplateError as exc:
             raise UsageError(
-                f"the chat template of {self._name} refuses this conversation: {exc}"
+                f"the chat template of {self._name} rejects this conversation: {exc}"
             ) from exc
         return text
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a rendered prompt; special tokens in it are parsed, a missing BOS is added."""
+        """Return the ids of a rendered prompt: special tokens are parsed, a missing BOS is added."""
         bos = self.vocabulary.bos_text
         ids: list[int] = self._tokenizer.encode(
             text, add_special_tokens=bool(bos) and not text.startswith(bos)

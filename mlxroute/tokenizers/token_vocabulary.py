@@ -1,4 +1,4 @@
-"""Token ids to bytes and back, for byte-level BPE and SentencePiece-style vocabularies."""
+"""Token ids to bytes and back, for byte-level BPE and SentencePiece vocabularies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TokenVocabulary:
         self._special |= set(tokenizer.all_special_ids)
         self._bytes: dict[int, bytes] = {}
         self._anchor_ids: tuple[int, ...] = ()
-        # SentencePiece tokenizers begin every text with a space, also one from mid-answer.
+        # SentencePiece tokenizers add a space before every text, also before a part of an answer.
         if self.token_bytes(next(iter(self._plain("a")), -1)).startswith(b" "):
             self._anchor_ids = self._plain(_ANCHOR)
 
@@ -58,7 +58,7 @@ class TokenVocabulary:
         ids, data = self._without_prefix(text), text.encode()
         if b"".join(map(self.token_bytes, ids)) == data:
             return ids
-        # Normalisation changed a character: the text around it keeps its own tokens.
+        # Normalisation changed a character: halve the text, so that only it is spelled in bytes.
         if len(text) > 1:
             middle = len(text) // 2
             return self.encode(text[:middle]) + self.encode(text[middle:])
@@ -67,7 +67,7 @@ class TokenVocabulary:
 
     @cached_property
     def _byte_ids(self) -> dict[int, int]:
-        """The ids that stand for single bytes."""
+        """The id of each byte, as far as the vocabulary has ids for single bytes."""
         pieces = {byte: char for char, byte in BYTE_OF.items()}
         if not self._byte_level:
             pieces = {byte: f"<0x{byte:02X}>" for byte in range(256)}
@@ -89,7 +89,7 @@ class TokenVocabulary:
             return b""
         if token_id in self._added:
             content = self._added[token_id]
-            # Gemma has runs of spaces among its added tokens.
+            # Gemma's added tokens include runs of spaces.
             return (content if self._byte_level else content.replace(SPACE_MARK, " ")).encode()
         piece = self.piece(token_id)
         if piece is None:

@@ -30,7 +30,8 @@ class Auth(AuthBase):
     def __init__(self, address: Address, api_key: str | None) -> None:
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
             raise UsageError(
-                "api_key has characters that cannot be sent in a header, such as a line break"
+                "api_key has characters that cannot be sent in a header, such as a line break",
+                parameter="api_key",
             )
         self._basic = _basic_auth(*address.userinfo) if address.userinfo else None
         self._api_key = api_key

@@ -216,8 +216,12 @@ class Exchange(threading.Thread):
                 return self.timeout_error()
             case requests.exceptions.SSLError():
                 reason = _system_reason(exc)
-                hint = "; ca_bundle can name a private authority" if "CERTIFICATE" in reason else ""
-                return LargeUnreachable(f"the TLS connection to {url} failed ({reason}){hint}")
+                failure = f"the TLS connection to {url} failed ({reason})"
+                if "CERTIFICATE" not in reason:
+                    return LargeUnreachable(failure)
+                return LargeUnreachable(
+                    f"{failure}; ca_bundle can name a private authority", parameter="ca_bundle"
+                )
             case requests.exceptions.ProxyError():
                 return LargeUnreachable(f"the proxy for {url} refused or failed")
             case requests.exceptions.ChunkedEncodingError():
