@@ -45,7 +45,7 @@ def memory_needed(path: Path) -> int:
         bits = int(quantization.get("bits") or 4)
         return sum(_dense_bytes(file, bits) for file in files) + OVERHEAD_BYTES
     except (LookupError, TypeError, ValueError, AttributeError, ZeroDivisionError) as exc:
-        raise WeightsError(f"{path} is not a readable model: {_brief(exc)}") from exc
+        raise WeightsError(f"{path} is not a readable model: {_reason(exc)}") from exc
 
 
 def _dense_bytes(file: Path, bits: int) -> int:
@@ -118,14 +118,14 @@ def load(path: Path, *, adapter: Path | None = None) -> tuple[Any, Any]:
         mx.clear_cache()
         tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     except _INVALID_FILES as exc:
-        raise WeightsError(f"{path} cannot be loaded as a model: {_brief(exc)}") from exc
+        raise WeightsError(f"{path} cannot be loaded as a model: {_reason(exc)}") from exc
     if adapter is not None:
         try:
             model = load_adapters(model, str(adapter))
         except _INVALID_FILES as exc:
             raise UsageError(
                 f"the adapter {adapter} is not an MLX adapter (as `mlx_lm.lora` writes) that fits"
-                f" {path.name}: {_brief(exc)}",
+                f" {path.name}: {_reason(exc)}",
                 parameter="adapter",
             ) from exc
         if dense:
@@ -164,5 +164,5 @@ def _widen(model: Any) -> None:
     model.update(tree_unflatten(wide))
 
 
-def _brief(exc: BaseException) -> str:
+def _reason(exc: BaseException) -> str:
     return printable_line(str(exc)) or type(exc).__name__

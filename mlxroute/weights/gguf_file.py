@@ -101,7 +101,9 @@ def read_gguf(path: Path) -> GgufFile:
     except OSError as exc:
         raise WeightsError(f"{path} cannot be read: {exc.strerror or exc}") from exc
     except (struct.error, ValueError, KeyError) as exc:
-        raise WeightsError(f"{path} is damaged: its header cannot be read ({exc})") from exc
+        raise WeightsError(
+            f"{path} is damaged: its header cannot be read ({exc}); download it again"
+        ) from exc
 
 
 class _HeaderReader:
@@ -133,7 +135,9 @@ class _HeaderReader:
         for name, shape, kind, offset in entries:
             tensor = GgufTensor(name, shape, kind, data_start + offset)
             if tensor.offset + tensor.size_bytes > len(self._view):
-                raise WeightsError(f"{self._path} is truncated: it ends inside tensor {name}")
+                raise WeightsError(
+                    f"{self._path} is truncated: it ends inside tensor {name}; download it again"
+                )
             tensors[name] = tensor
         return GgufFile(self._path, metadata, tensors)
 

@@ -68,9 +68,8 @@ def is_reachable() -> bool:
     try:
         with ThreadPool(1) as pool:
             options = {"timeout": ANSWER_TIMEOUT_S}
-            pool.apply_async(get_session().head, (constants.ENDPOINT,), options).get(
-                ANSWER_TIMEOUT_S
-            )
+            request = pool.apply_async(get_session().head, (constants.ENDPOINT,), options)
+            request.get(ANSWER_TIMEOUT_S)
     except (HTTPError, OSError, ValueError, ImportError, PoolTimeout):
         return False
     return True
@@ -133,7 +132,7 @@ def _fetch_listing(hub_id: str) -> ModelInfo:
         ) from exc
     except (HTTPError, OSError, ValueError, ImportError) as exc:
         # ImportError: a SOCKS proxy is set and the package it needs is not installed.
-        raise SourceUnreachable(f"hub: not reachable ({_brief(exc)})") from exc
+        raise SourceUnreachable(f"hub: not reachable ({_reason(exc)})") from exc
 
 
 def _download(
@@ -159,7 +158,7 @@ def _download(
             raise
         # Not SourceUnreachable: the next run resumes here, and no other source is tried.
         raise WeightsError(
-            f"the download of {hub_id} was interrupted ({_brief(exc)}): run the same command again"
+            f"the download of {hub_id} was interrupted ({_reason(exc)}): run the same command again"
         ) from exc
 
 
@@ -199,6 +198,6 @@ def _progress_bar_class(counter: ByteCounter) -> type[Any]:
     return Bar
 
 
-def _brief(exc: Exception) -> str:
+def _reason(exc: Exception) -> str:
     text = str(exc).strip()
     return text.splitlines()[0] if text else type(exc).__name__

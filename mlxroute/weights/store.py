@@ -208,8 +208,8 @@ def require_space(folder: Path, needed: int, *, purpose: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise NotEnoughSpace(
-            f"{purpose} needs {megabytes(needed)} of disk space in {folder}, but only "
-            f"{megabytes(free)} is free: free some, or choose another cache folder",
+            f"{purpose} needs {_format_bytes(needed)} of disk space in {folder}, but only "
+            f"{_format_bytes(free)} is free: free some, or choose another cache folder",
             parameter="cache_dir",
         )
 
@@ -237,7 +237,7 @@ def disk_full(folder: Path) -> NotEnoughSpace:
     )
 
 
-def megabytes(count: int) -> str:
+def _format_bytes(count: int) -> str:
     """Return a byte count as text, such as `4.6 GB` or `92 MB`."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
