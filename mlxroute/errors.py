@@ -106,8 +106,15 @@ class LargeRefused(LargeError):
             default.
     """
 
-    def __init__(self, message: str, *, status: int = 0, retry_after_s: float = 0.0) -> None:
-        super().__init__(message)
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 0,
+        retry_after_s: float = 0.0,
+        parameter: str | None = None,
+    ) -> None:
+        super().__init__(message, parameter=parameter)
         self.status = status
         self.retry_after_s = retry_after_s
 

@@ -97,7 +97,7 @@ def run_probe(address: str, settings: Settings) -> int:
             with err.status("asking the server questions whose answers are known"):
                 verdict = large.probe()
         except NoUsableDialect as exc:
-            _print_refusals(out, exc.refusals)
+            _print_refusals(out, exc.rejected)
             err.print(f"error: {large.base_url}: {exc}", markup=False, soft_wrap=True)
             return EXIT_LARGE_FAILED
         sent = ledger.uploads
@@ -116,7 +116,7 @@ def _print_verdict(out: Console, verdict: Verdict, *, name: str) -> None:
     facts = {
         "model": name,
         "asked by": f"{verdict.dialect}: rung {verdict.rung} of 4, {_RUNGS[verdict.rung]}",
-        "tokenizer": verdict.tokens or "not known",
+        "tokenizer": verdict.token_source or "not known",
         "context": context,
         "one token": f"p50 {verdict.latency_p50_s * 1e3:,.0f} ms,"
         f" p95 {verdict.latency_p95_s * 1e3:,.0f} ms",
@@ -128,7 +128,7 @@ def _print_verdict(out: Console, verdict: Verdict, *, name: str) -> None:
     for check in verdict.checks:
         table.add_row(check.name, _MARKS[check.passed], _plain(check.detail))
     out.print(table)
-    _print_refusals(out, verdict.refusals)
+    _print_refusals(out, verdict.rejected)
 
 
 def _print_refusals(out: Console, refusals: tuple[RejectedDialect, ...]) -> None:

@@ -1,59 +1,84 @@
-"""The large model behind an address: one token per call, or an error that says why not."""
+"""The large model behind an address: asked for one position per call, over HTTP."""
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from mlxroute.closeable import Closeable
-from mlxroute.errors import (
-    LargeError,
-    LargeProtocolError,
-    LargeRefused,
-    LargeTimeout,
-    UsageError,
+from mlxroute.errors import LargeError, LargeProtocolError, LargeTimeout, UsageError
+from mlxroute.large.completion_request import (
+    CompletionRequest,
+    CompletionRequester,
+    TokensNotReplayed,
 )
-from mlxroute.large.completion_request import CompletionRequester, NotRepeated
 from mlxroute.large.http.address import parse_address
-from mlxroute.large.http.background import PendingCall, Tokens
+from mlxroute.large.http.background import PendingCall, PendingCalls, Tokens
 from mlxroute.large.http.circuit_breaker import CircuitBreaker
 from mlxroute.large.http.deadline import Deadline
-from mlxroute.large.http.stream_listener import StreamListener
 from mlxroute.large.http.transport import Transport
 from mlxroute.large.negotiation.negotiator import Negotiator
+from mlxroute.large.negotiation.shared_negotiator import SharedNegotiator
 from mlxroute.large.negotiation.verdict_file import Verdict
-from mlxroute.large.negotiation.vocabulary_pairing import Pairing, Pairings
-from mlxroute.large.prompt import Prompt, PromptForm
+from mlxroute.large.negotiation.vocabulary_pairing import VocabularyPairing
+from mlxroute.large.prompt import PromptForm
 from mlxroute.large.reply import CompletionAnswer
-from mlxroute.large.request_plan import RequestPlanner
-from mlxroute.large.streaming import StreamedTokens, may_do_whole
-from mlxroute.large.vocabulary.reply_reader import read_first_token, read_streamed_tokens
+from mlxroute.large.request_plan import RequestPlan, RequestPlanner
+from mlxroute.large.streaming import TokenStream, may_work_unstreamed
+from mlxroute.large.vocabulary.reply_reader import read_streamed_tokens
+from mlxroute.large.vocabulary.token_reader import TokenReader
 from mlxroute.large.vocabulary.token_sources import FileTokenSource, Tokenizer
 from mlxroute.ledger import Ledger
 from mlxroute.safe_text import printable_line
 from mlxroute.types import LargeContext, LargeToken, Uploads, Vocabulary
 
-_LONGEST_S: Final = 86_400
-_MOST_IN_FLIGHT: Final = 8
-# How long threads that were told to end may take before they are left to end by themselves.
-_ENDING_S: Final = 0.3
+_MAX_TIMEOUT_S: Final = 86_400
+_MAX_IN_FLIGHT: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _TokenCall:
+    """One call for the tokens after a position: the token itself and `prefetch` more."""
+
+    pairing: VocabularyPairing
+    deadline: Deadline
+    prefetch: int
+    stream: TokenStream
 
 
 class LargeModel(Closeable):
-    """One token per call from a large model on an OpenAI-compatible server.
+    """A large model on an OpenAI-compatible server, asked for one token per call.
 
-    `connect` finds out how the server wants to be asked, by questions whose answers are known;
-    the outcome is remembered in the file `verdicts`. `find_tokenizer` may know the tokenizer of a
-    model by the name the server gives it. `timeout_s` bounds a whole reply. `ledger` records what
-    is sent.
+    Before the first call the client negotiates a dialect: it asks the server questions whose
+    answers are known, in every dialect it speaks, until one is answered correctly. `connect` does
+    that ahead of time. Several calls may be in flight, each on a connection of its own. All
+    methods raise LargeError subclasses for failures of the server or the network.
 
-    Several calls may be under way. They take turns at what they share (the terms, the vocabularies'
-    pairing, the server's tokenise routes) and exchange over connections of their own.
+    **Parameters:**
+
+    * **base_url** - The address of the server's API, such as `http://127.0.0.1:8081/v1`. A
+      missing path becomes `/v1`; a user and password before the host are sent as basic
+      authentication.
+    * **model** - The name of the model on the server. Default: the server's only model; a server
+      with several needs a name.
+    * **api_key** - The key sent as a bearer token. Default: none.
+    * **timeout_s** - The time limit of one call, in seconds, retries included; above 0 and at
+      most 86,400. Default: 30.
+    * **connect_timeout_s** - The time limit for opening a connection, in seconds; same range.
+      Default: 5.
+    * **top_logprobs** - The number of alternatives to ask for at each position. Servers may
+      return fewer. Default: 5.
+    * **ca_bundle** - A file of PEM certificates that the server's certificate is checked against.
+      Default: the authorities of `requests`.
+    * **ledger** - Records every request body that is sent. Default: a ledger that only counts.
+    * **verdicts** - A JSON file that remembers the results of probes. Default: no file, so that
+      every client negotiates anew.
+    * **find_tokenizer** - Returns the large model's tokenizer on this machine, given the name the
+      server has for the model, or None. Default: none is found.
+
+    Raises UsageError for a wrong value.
     """
 
     def __init__(  # noqa: PLR0913 - what varies between servers
@@ -70,9 +95,12 @@ class LargeModel(Closeable):
         verdicts: Path | None = None,
         find_tokenizer: Callable[[str], Tokenizer | None] = lambda name: None,
     ) -> None:
-        if not (0 < timeout_s <= _LONGEST_S and 0 < connect_timeout_s <= _LONGEST_S):
-            raise UsageError(f"timeouts must be above 0 and at most {_LONGEST_S} seconds")
+        for name, seconds in (("timeout_s", timeout_s), ("connect_timeout_s", connect_timeout_s)):
+            if not 0 < seconds <= _MAX_TIMEOUT_S:
+                limits = f"must be above 0 and at most {_MAX_TIMEOUT_S} seconds"
+                raise UsageError(f"{name} {limits}, not {seconds:g}", parameter=name)
         self._address = parse_address(base_url)
+        self._timeout_s = timeout_s
         self._ledger = Ledger() if ledger is None else ledger
         self._transport = Transport(
             self._address,
@@ -81,32 +109,27 @@ class LargeModel(Closeable):
             ca_bundle=ca_bundle,
             ledger=self._ledger,
         )
-        self._breaker = CircuitBreaker(self._address.url)
-        self._asker = CompletionRequester(
+        self._breaker = CircuitBreaker(self.base_url)
+        self._reader = TokenReader()
+        self._requester = CompletionRequester(
             self._transport,
             self._ledger,
-            base_url=self._address.url,
+            base_url=self.base_url,
             top_logprobs=top_logprobs,
+            reader=self._reader,
         )
-        self._asker.model, self._asker.model_was_named = model, model is not None
-        self._timeout_s = timeout_s
-        self._model = model
-        self._settlement = Negotiator(
+        negotiator = Negotiator(
             self._transport,
-            self._asker,
-            base_url=self._address.url,
+            self._requester,
+            base_url=self.base_url,
             model=model,
             verdicts=verdicts,
             find_tokenizer=find_tokenizer,
-            deadline=self._deadline,
+            reader=self._reader,
         )
-        # Held while terms and pairing are read or found, with all calls that this takes.
-        self._turn = threading.RLock()
-        self._turn_deadline: Deadline | None = None
-        self._pairings = Pairings(self._settlement, self._asker.reader)
-        self._ways = RequestPlanner()
-        self._landed = threading.Condition()
-        self._flights: list[PendingCall] = []
+        self._negotiator = SharedNegotiator(negotiator, self._reader, base_url=self.base_url)
+        self._planner = RequestPlanner()
+        self._pending_calls = PendingCalls()
 
     def __repr__(self) -> str:
         return f"LargeModel({self.base_url!r}, model={self.model_name!r})"
@@ -118,118 +141,108 @@ class LargeModel(Closeable):
 
     @property
     def model_name(self) -> str:
-        """The model asked for, or the one the server says it has, fit to be shown."""
-        name = self._model or self._asker.model or "the server's own model"
-        # Servers list a local model by its path; only the last part means something.
+        """The name of the model, fit for display; a placeholder while it is not known."""
+        name = self._negotiator.model.known or "the server's own model"
+        # Servers list a local model by its path, of which only the last part is of interest.
         return printable_line(PurePosixPath(name).name if name.startswith("/") else name, limit=100)
 
     @property
     def uploads(self) -> Uploads:
-        """What was sent so far, questions about the server included."""
+        """The totals of what was sent so far, negotiation included."""
         return self._ledger.uploads
-
-    def close(self) -> None:
-        """End all calls and close the connections; a later call opens a new one."""
-        for flight in self._flights:
-            flight.cancel()
-        self._transport.close()
-        ends_s = time.monotonic() + _ENDING_S
-        for flight in self._flights:
-            flight.join(max(0.0, ends_s - time.monotonic()))
 
     @property
     def connected(self) -> bool:
-        """Whether it is settled how the server is asked."""
-        return self._settlement.terms is not None
-
-    def connect(self, *, thorough: bool = True) -> str:
-        """Settle how to ask the server; return one line saying what was found.
-
-        A remembered verdict is checked with one call, otherwise the server is probed; not
-        `thorough`, the first question alone decides, and nothing is remembered. Raises LargeError,
-        or UsageError when a model must be named.
-        """
-        with self._turn, self._breaker.guard():
-            terms = self._settlement.settle(thorough=thorough)
-        return f"large model {self.model_name} at {self.base_url} ({terms.dialect.name})"
-
-    def probe(self) -> Verdict:
-        """Find the best way to ask the server, whatever is remembered of it; remember the outcome.
-
-        Raises LargeError (`probe.NothingFits` when no way tells the truth) and UsageError.
-        """
-        with self._turn:
-            return self._settlement.probe()
-
-    def pair_vocabulary(self, vocabulary: Vocabulary) -> bool:
-        """Prepare for answers in a small vocabulary; return whether the large model shares it.
-
-        The token strings are compared id by id, once for each endpoint. Raises LargeError.
-        """
-        with self._turn:
-            self._settlement.settle(thorough=True)
-            return self._pairings.of(vocabulary).builder.same_vocabulary
+        """Whether a dialect was negotiated."""
+        return self._negotiator.negotiated is not None
 
     @property
     def knows_chat_template(self) -> bool:
-        """Whether a conversation reaches the large model in its own chat template."""
-        if self._pairings.latest is None:
+        """Whether the large model gets conversations in its own chat template."""
+        pairing = self._negotiator.pairing
+        if pairing is None:
             return False
-        builder = self._pairings.latest.builder
-        by_server = builder.form is not PromptForm.TEXT
-        return builder.same_vocabulary or by_server or isinstance(builder.tokens, FileTokenSource)
+        is_rendered_by_server = pairing.dialect.form is not PromptForm.TEXT
+        has_files = isinstance(pairing.builder.tokens, FileTokenSource)
+        return pairing.builder.same_vocabulary or is_rendered_by_server or has_files
 
     @property
     def max_in_flight(self) -> int:
-        """How many calls may be under way at once, as far as the server is known."""
-        terms = self._settlement.terms
-        # Two prompts of one text under way could complete each other to a cached whole.
-        first_token = terms is None or terms.dialect.crashes_on_cached_prompts
-        return 1 if first_token else _MOST_IN_FLIGHT
+        """How many calls may be in flight at once."""
+        negotiated = self._negotiator.negotiated
+        # Of two prompts in flight one may turn out to be the other with its reply: a cached prompt.
+        if negotiated is None or negotiated.dialect.crashes_on_cached_prompts:
+            return 1
+        return _MAX_IN_FLIGHT
+
+    @property
+    def can_stream(self) -> bool:
+        """Whether prefetched tokens arrive one by one."""
+        negotiated = self._negotiator.negotiated
+        return negotiated is not None and self._planner.can_stream(negotiated)
+
+    def connect(self, *, thorough: bool = True) -> str:
+        """Negotiate the dialect; return one line that names the model and the dialect.
+
+        A remembered verdict is checked with one request. Otherwise the server is probed or, if not
+        `thorough`, asked the first question alone, and the result is not remembered. Raises
+        LargeError, or UsageError if the server has several models and none was named.
+        """
+        with self._breaker.guard():
+            negotiated = self._negotiator.negotiate(self._new_deadline, thorough=thorough)
+        return f"large model {self.model_name} at {self.base_url} ({negotiated.dialect.name})"
+
+    def probe(self) -> Verdict:
+        """Probe the server, whatever is remembered of it; return and remember the verdict.
+
+        Raises LargeError (NoUsableDialect if no dialect works), or UsageError as `connect`.
+        """
+        return self._negotiator.probe(self._new_deadline)
+
+    def pair_vocabulary(self, vocabulary: Vocabulary) -> bool:
+        """Prepare for answers in a small model's vocabulary; return whether it is the large one's.
+
+        The two are compared token by token, once for each endpoint. Raises as `connect`.
+        """
+        return self._negotiator.pair(vocabulary, self._new_deadline).builder.same_vocabulary
 
     def next_token(self, context: LargeContext, *, deadline_s: float | None = None) -> LargeToken:
-        """The large model's greedy token after `context`. Raises LargeError subclasses only.
+        """Return the large model's greedy token after `context`.
 
-        LargeUnavailable means that there was no call: the last ones failed too often.
+        `deadline_s` is the time limit in seconds if it is below `timeout_s`. Raises LargeError
+        subclasses only; LargeUnavailable means that nothing was sent, after repeated failures.
         """
-        return self._next_tokens(
-            context, self._deadline_of(deadline_s), prefetch=0, publish=lambda tokens: None
-        )[0]
+        deadline = self._new_deadline(deadline_s)
+        return self._fetch_tokens(context, deadline, prefetch=0, publish=lambda tokens: None)[0]
 
     def begin(
         self, context: LargeContext, *, deadline_s: float | None = None, prefetch: int = 0
     ) -> PendingCall:
-        """Ask as `next_token` does, without waiting for the answer.
+        """Start `next_token` in the background; also ask for up to `prefetch` later tokens.
 
-        Up to `prefetch` of the large model's next tokens come with it, where the server's reply can
-        be taken apart without doubt; each is what a call after the ones before it would give. They
-        come one by one where the server's dialect streams, each with its own `latency_s`.
+        Each prefetched token is the one that a call for its position would return. There are fewer
+        where the reply leaves that in doubt. If `can_stream`, they arrive one by one.
         """
 
-        def ask(deadline: Deadline, publish: Callable[[Tokens], None]) -> Tokens:
-            return self._next_tokens(context, deadline, prefetch=prefetch, publish=publish)
+        def fetch(deadline: Deadline, publish: Callable[[Tokens], None]) -> Tokens:
+            return self._fetch_tokens(context, deadline, prefetch=prefetch, publish=publish)
 
-        self._flights = [flight for flight in self._flights if not flight.finished]
-        flight = PendingCall(ask, deadline=self._deadline_of(deadline_s), changed=self._landed)
-        self._flights.append(flight)
-        flight.start()
-        return flight
+        return self._pending_calls.start(fetch, self._new_deadline(deadline_s))
 
     def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
-        """Return when `ready()`, looked at whenever a flight lands, or when the time is up."""
-        with self._landed:
-            self._landed.wait_for(ready, timeout_s)
+        """Return when `ready()`, checked at each change of a call, is true, or at the timeout."""
+        self._pending_calls.wait(ready, timeout_s=timeout_s)
 
-    def _deadline_of(self, seconds: float | None) -> Deadline:
+    def close(self) -> None:
+        """Cancel all calls and close the connections; a later call opens new ones."""
+        self._pending_calls.cancel()
+        self._transport.close()
+        self._pending_calls.join()
+
+    def _new_deadline(self, seconds: float | None = None) -> Deadline:
         return Deadline(self._timeout_s if seconds is None else min(self._timeout_s, seconds))
 
-    @property
-    def can_stream(self) -> bool:
-        """Whether tokens ahead come one by one, as far as the server is known."""
-        terms = self._settlement.terms
-        return terms is not None and self._ways.may_stream(terms)
-
-    def _next_tokens(
+    def _fetch_tokens(
         self,
         context: LargeContext,
         deadline: Deadline,
@@ -237,153 +250,85 @@ class LargeModel(Closeable):
         prefetch: int,
         publish: Callable[[Tokens], None],
     ) -> Tokens:
+        """Make one call; if a stream breaks, return the tokens that had arrived."""
         if deadline.seconds <= 0:
             raise LargeTimeout(f"no time left to ask {self.base_url}")
-        coming = StreamedTokens(publish, deadline)
+        stream = TokenStream(publish, deadline)
         with self._breaker.guard(fragment=bool(context.fragment_ids)):
-            with self._my_turn(deadline):
-                pairing = self._prepared(context.vocabulary)
-            told = pairing.builder.stable_context(context)
+            pairing = self._negotiator.pair_within(deadline, context.vocabulary)
+            call = _TokenCall(pairing, deadline, prefetch, stream)
             try:
-                tokens = self._tokens_after(
-                    told, pairing, deadline, prefetch=prefetch, coming=coming
-                )
-            except NotRepeated:
-                if told is context:
-                    raise
-                # Where the server does not write its tokens again, it reads them in its own way.
-                tokens = self._tokens_after(
-                    context, pairing, deadline, prefetch=prefetch, coming=coming
-                )
+                return stream.complete(self._ask_stable(context, call))
             except LargeError:
-                if not coming.tokens:
+                if not stream.tokens:
                     raise
-                return coming.tokens
-        return coming.completed(tokens)
+                return stream.tokens
 
-    def _tokens_after(
-        self,
-        context: LargeContext,
-        pairing: Pairing,
-        deadline: Deadline,
-        *,
-        prefetch: int,
-        coming: StreamedTokens,
-    ) -> Tokens:
-        with self._my_turn(deadline):
-            prompt = self._prompt(context, pairing)
-        repeated: tuple[bytes, ...] = ()
-        if pairing.dialect.form is not PromptForm.IDS:
-            repeated = tuple(map(context.vocabulary.token_bytes, context.fragment_ids))
-        uploaded = 0
-
-        def listener(answered: CompletionAnswer) -> bool:
-            return coming.heard(read_streamed_tokens(answered, pairing.bridge, self._asker.reader))
-
-        for way in self._ways.after(pairing.terms, prefetch=prefetch):
+    def _ask_stable(self, context: LargeContext, call: _TokenCall) -> Tokens:
+        """Ask with the text that the server splits into the same tokens, then with all of it."""
+        stable_context = call.pairing.builder.stable_context(context)
+        if stable_context is not context:
             try:
-                answered = self._ask(
-                    pairing,
-                    prompt,
-                    context,
-                    repeated,
-                    way.count,
-                    deadline,
-                    listener=listener if way.streamed else None,
-                )
-            except (LargeProtocolError, LargeRefused) as exc:
-                if not way.streamed or coming.tokens or not may_do_whole(exc):
-                    raise
-                self._ways.not_streamed(pairing.terms)
-                continue
-            uploaded += answered.uploaded_bytes
-            tokens = way.read(answered, pairing.bridge, self._asker.reader)
-            # Behind the end of the answer there is nothing more to ask for.
-            if tokens or (way.read is read_first_token and answered.completion.ends):
-                break
-        if not tokens:
-            raise LargeProtocolError(f"{self.base_url} gives no whole character here")
-        completion = answered.completion
-        first = replace(
-            tokens[0],
-            prompt_tokens=completion.prompt_tokens,
-            cached_tokens=completion.cached_tokens,
-            completion_tokens=completion.completion_tokens,
-            uploaded_bytes=uploaded,
-        )
-        return (first, *pairing.builder.stable_prefix(context, tokens)[1:])
+                return self._ask(stable_context, call)
+            except TokensNotReplayed:
+                pass
+        return self._ask(context, call)
 
-    @contextmanager
-    def _my_turn(self, deadline: Deadline) -> Iterator[None]:
-        """Settle, pair and build inside, within this call's time."""
-        if not self._turn.acquire(timeout=deadline.left_s()):
-            raise deadline.error(self.base_url)
-        try:
-            self._turn_deadline = deadline
-            yield
-        finally:
-            self._turn_deadline = None
-            self._turn.release()
-
-    def _prepared(self, vocabulary: Vocabulary) -> Pairing:
-        try:
-            self._settlement.settle(thorough=False)
-        except UsageError as exc:
-            raise LargeRefused(str(exc)) from exc
-        return self._pairings.of(vocabulary)
-
-    def _prompt(self, context: LargeContext, pairing: Pairing) -> Prompt:
-        try:
-            prompt = pairing.builder.build(context)
-        except LargeRefused as exc:
-            self._settlement.failed(exc, pairing.terms)
-            raise
-        self._check_length(prompt)
-        return prompt
-
-    def _ask(
-        self,
-        pairing: Pairing,
-        prompt: Prompt,
-        context: LargeContext,
-        repeated: tuple[bytes, ...],
-        count: int,
-        deadline: Deadline,
-        *,
-        listener: StreamListener[CompletionAnswer] | None,
-    ) -> CompletionAnswer:
-        """One call; a dialect that keeps failing is given up, and the server probed anew."""
-        try:
-            answered = self._asker.ask(
+    def _ask(self, context: LargeContext, call: _TokenCall) -> Tokens:
+        """Build the prompt, ask the server and read its tokens, by one plan after the other."""
+        pairing, uploaded_bytes = call.pairing, 0
+        prompt = self._negotiator.build_prompt(context, pairing, call.deadline)
+        for plan in self._planner.plans(pairing.negotiated, prefetch=call.prefetch):
+            request = CompletionRequest(
                 pairing.dialect,
                 prompt,
-                count=count,
-                deadline=deadline,
-                repeated=repeated,
+                pairing.model,
+                plan.count,
+                replayed=pairing.replayed_tokens(context),
                 context=context,
-                listener=listener,
             )
+            answer = self._complete(request, plan, call)
+            if answer is None:
+                continue
+            uploaded_bytes += answer.uploaded_bytes
+            if tokens := plan.read(answer, pairing.bridge, self._reader):
+                first = _with_usage(tokens[0], answer, uploaded_bytes)
+                return (first, *pairing.builder.stable_prefix(context, tokens)[1:])
+            if plan.is_last(answer):
+                break
+        raise LargeProtocolError(f"{self.base_url} gave no whole character for this position")
+
+    def _complete(
+        self, request: CompletionRequest, plan: RequestPlan, call: _TokenCall
+    ) -> CompletionAnswer | None:
+        """Send one request; return None if it has to be sent again without streaming."""
+
+        def listen(partial: CompletionAnswer) -> bool:
+            tokens = read_streamed_tokens(partial, call.pairing.bridge, self._reader)
+            return call.stream.update(tokens)
+
+        negotiated = call.pairing.negotiated
+        listener = listen if plan.streamed else None
+        try:
+            answer = self._requester.complete(request, deadline=call.deadline, listener=listener)
         except LargeError as exc:
-            # It may well answer as a whole.
-            if listener is None or not may_do_whole(exc):
-                with self._turn:
-                    self._settlement.failed(exc, pairing.terms)
+            if plan.streamed and may_work_unstreamed(exc):
+                if call.stream.tokens:
+                    raise
+                self._planner.disable_streaming(negotiated)
+                return None
+            self._negotiator.record_failure(exc, negotiated)
             raise
-        self._settlement.fitted()
-        return answered
+        self._negotiator.record_success()
+        return answer
 
-    def _check_length(self, prompt: Prompt) -> None:
-        """Refuse, without a call, what the server said it cannot hold."""
-        terms = self._settlement.terms
-        verdict = None if terms is None else terms.verdict
-        if verdict is None or verdict.context_length is None:
-            return
-        if len(prompt.ids) >= verdict.context_length:
-            raise LargeProtocolError(
-                f"the chat has reached the large model's context of {verdict.context_length:,}"
-                " tokens; /reset starts anew"
-            )
 
-    def _deadline(self) -> Deadline:
-        """That of the call whose turn it is, or a new one for a call of its own."""
-        return self._turn_deadline or Deadline(self._timeout_s)
+def _with_usage(token: LargeToken, answer: CompletionAnswer, uploaded_bytes: int) -> LargeToken:
+    completion = answer.completion
+    return replace(
+        token,
+        prompt_tokens=completion.prompt_tokens,
+        cached_tokens=completion.cached_tokens,
+        completion_tokens=completion.completion_tokens,
+        uploaded_bytes=uploaded_bytes,
+    )

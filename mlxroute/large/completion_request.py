@@ -1,11 +1,11 @@
-"""One question to the server: a prompt in a dialect's form, the next greedy tokens back."""
+"""Requests for the next greedy tokens: sent in a dialect, their replies checked and counted."""
 
 from __future__ import annotations
 
 import json
 import threading
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError, LargeRefused
@@ -24,40 +24,77 @@ from mlxroute.ledger import Ledger
 from mlxroute.safe_text import printable_line
 from mlxroute.types import LargeContext
 
-# Vocabularies have tokens of some hundred characters, mostly spaces or dashes.
-_LONGEST_TOKEN: Final = 1000
+# The longest tokens of real vocabularies are runs of some hundred spaces or dashes.
+_MAX_TOKEN_CHARACTERS: Final = 1000
 
 
-class NotRepeated(LargeProtocolError):
-    """The server wrote other tokens than those it was to write again: no fault of the dialect."""
+class TokensNotReplayed(LargeProtocolError):
+    """The reply does not begin with the committed tokens that the server had to generate again.
+
+    The dialect may still be right: the server's tokenizer may split the prompt in another way.
+    """
 
 
-class _Count:
-    """Enters one call into the ledger as its reply comes; where the server gives no count, ours."""
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """A request for the next `count` greedy tokens after a prompt.
 
-    def __init__(self, ledger: Ledger, prompt_tokens: int) -> None:
+    `model` is the model name to send, None to send none. `replayed` are the bytes of committed
+    tokens that this form of prompt cannot hold: the server has to generate them again first.
+    `context` is the position that the prompt was built for, None for the question of a probe.
+    """
+
+    dialect: Dialect
+    prompt: Prompt
+    model: str | None
+    count: int
+    replayed: tuple[bytes, ...] = ()
+    context: LargeContext | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _EncodedRequest:
+    """A request as it is sent. The reply has to begin with the bytes `replayed`.
+
+    `prompt` is shorter than the one asked for if the cache guard moved its end to `replayed`.
+    """
+
+    dialect: Dialect
+    prompt: Prompt
+    replayed: bytes
+    count: int
+    max_tokens: int
+    body: bytes
+
+
+class _UsageRecorder:
+    """Enters the tokens of one request into the ledger while its reply arrives."""
+
+    def __init__(self, ledger: Ledger, request: CompletionRequest) -> None:
         self._ledger = ledger
-        self._prompt_tokens = prompt_tokens
-        self._counted = (0, 0, 0)
+        ids = request.prompt.ids if request.context is None else request.context.token_ids
+        self._prompt_tokens = len(ids)
+        self._recorded = (0, 0, 0)
 
-    def so_far(self, completion: Completion) -> None:
-        """Count what a reply says that was not counted yet."""
+    def record(self, completion: Completion) -> None:
+        """Record what exceeds the counts recorded so far; estimate those that the server omits."""
         prompt, generated = completion.prompt_tokens, completion.completion_tokens
         prompt = self._prompt_tokens if prompt is None else prompt
         cached = min(completion.cached_tokens or 0, prompt)
         generated = len(completion.positions) if generated is None else generated
-        found = (prompt, cached, generated)
-        more = [max(0, new - old) for new, old in zip(found, self._counted, strict=True)]
-        self._counted = found
+        totals = (prompt, cached, generated)
+        new = [max(0, b - a) for a, b in zip(self._recorded, totals, strict=True)]
+        self._recorded = totals
         self._ledger.record_usage(
-            prompt_tokens=more[0], cached_tokens=more[1], completion_tokens=more[2]
+            prompt_tokens=new[0], cached_tokens=new[1], completion_tokens=new[2]
         )
 
 
 class CompletionRequester:
-    """Asks one server. What it has been sent is remembered across dialects.
+    """Sends completion requests to one server and reads their replies.
 
-    Safe for several threads, which share that memory and the reader.
+    All dialects share its cache guard and `reader`, which learns from every reply. `top_logprobs`
+    is the number of alternatives asked for at each position. Safe for several threads.
     """
 
     def __init__(
@@ -67,195 +104,195 @@ class CompletionRequester:
         *,
         base_url: str,
         top_logprobs: int,
+        reader: TokenReader,
     ) -> None:
         self._transport = transport
         self._ledger = ledger
         self._base_url = base_url
         self._top_logprobs = top_logprobs
+        self._reader = reader
         self._cache_guard = MlxLmCacheGuard()
+        # Protects the cache guard, and the reader while it learns.
         self._lock = threading.Lock()
-        self.reader = TokenReader()
-        self.model: str | None = None
-        self.model_was_named = False
 
     def post(
         self, path: str, body: Mapping[str, object], *, deadline: Deadline
     ) -> Mapping[str, object]:
-        """POST JSON to a route at the server's root; return the JSON object of the reply.
+        """Post JSON to a route at the server's root; return the JSON object of the reply.
 
         Raises LargeError for any status but 200.
         """
-        reply = self._transport.call(path, at_root=True, body=_encoded(body), deadline=deadline)
+        reply = self._transport.call(path, at_root=True, body=_encode(body), deadline=deadline)
         if reply.status != 200:
             raise self._refusal(error_message(reply.body), reply)
         return parse_object(reply.body)
 
-    def ask(
+    def complete(
         self,
-        dialect: Dialect,
-        prompt: Prompt,
+        request: CompletionRequest,
         *,
-        count: int,
         deadline: Deadline,
-        repeated: tuple[bytes, ...] = (),
-        context: LargeContext | None = None,
         listener: StreamListener[CompletionAnswer] | None = None,
     ) -> CompletionAnswer:
-        """The next `count` greedy positions after `prompt` and `repeated`, or fewer at the end.
+        """Send a request; return its positions, fewer than asked for where the answer ends.
 
-        `repeated` are committed tokens that the form cannot carry and the server has to write
-        again. With `listener` the reply is streamed to it. Raises LargeError.
+        With a `listener` the reply is streamed to it. Raises LargeError, TokensNotReplayed among
+        them.
         """
-        # One token more than is read, so that this prompt and the read token are no cached whole.
-        spare = 1 if dialect.crashes_on_cached_prompts else 0
-        with self._lock:
-            replayed: tuple[bytes, ...] = ()
-            if dialect.crashes_on_cached_prompts:
-                text, replayed = self._cache_guard.plan(prompt.text, context=context)
-                prompt = replace(prompt, text=text)
-            if not (prompt.ids or prompt.text or prompt.messages):
-                raise LargeProtocolError("there is no text to send to the large model")
-            expected = (*replayed, *repeated)
-            asked = RequestOptions(
-                len(expected) + count + spare,
-                self._top_logprobs,
-                self._model_for(dialect),
-                streamed=listener is not None,
-            )
-            body = _encoded(dialect.request(prompt, asked))
-            if dialect.crashes_on_cached_prompts:
-                self._cache_guard.record_request(prompt.text, max_tokens=asked.max_tokens)
-        counted = _Count(
-            self._ledger, len(prompt.ids) if context is None else len(context.token_ids)
-        )
+        sent = self._prepare(request, streamed=listener is not None)
+        usage = _UsageRecorder(self._ledger, request)
 
-        def read_partial(reply: bytes) -> bool:
+        def read_partial(body: bytes) -> bool:
             assert listener is not None
-            completion = self._begun(dialect, prompt, reply)
+            completion = self._partial_completion(sent, body)
             if completion is None:
                 return False
-            counted.so_far(completion)
-            entries = completion.positions[:count]
-            return listener(
-                CompletionAnswer(entries, completion.text, False, completion, len(body))
-            )
+            usage.record(completion)
+            return listener(_partial_answer(sent, completion))
 
-        completion = self._complete(
-            dialect, prompt, body, asked, deadline, listener=read_partial if listener else None
+        reply = self._transport.call(
+            sent.dialect.path,
+            at_root=sent.dialect.at_root,
+            body=sent.body,
+            deadline=deadline,
+            listener=None if listener is None else read_partial,
         )
-        counted.so_far(completion)
-        rest = self._after(b"".join(expected), completion.positions)
-        entries = rest[:count]
-        text = completion.text if len(entries) == len(completion.positions) else ""
-        complete = len(entries) == count or entries[-1].ends
-        return CompletionAnswer(entries, text, complete, completion, len(body))
+        completion = self._completion(sent, reply)
+        usage.record(completion)
+        return self._answer(sent, completion)
 
-    def _model_for(self, dialect: Dialect) -> str | None:
-        return self.model if dialect.names_model or self.model_was_named else None
+    def _prepare(self, request: CompletionRequest, *, streamed: bool) -> _EncodedRequest:
+        dialect, prompt, replayed = request.dialect, request.prompt, request.replayed
+        is_guarded = dialect.crashes_on_cached_prompts
+        with self._lock:
+            if is_guarded:
+                text, cut_off = self._cache_guard.plan(prompt.text, context=request.context)
+                prompt, replayed = replace(prompt, text=text), (*cut_off, *replayed)
+            if not (prompt.ids or prompt.text or prompt.messages):
+                raise LargeProtocolError("the prompt for the large model is empty")
+            # One token more than is read: prompt and read tokens must not be a cached sequence.
+            max_tokens = len(replayed) + request.count + (1 if is_guarded else 0)
+            options = RequestOptions(
+                max_tokens, self._top_logprobs, request.model, streamed=streamed
+            )
+            body = _encode(dialect.request(prompt, options))
+            if is_guarded:
+                self._cache_guard.record_request(prompt.text, max_tokens=max_tokens)
+        return _EncodedRequest(dialect, prompt, b"".join(replayed), request.count, max_tokens, body)
 
-    def _begun(self, dialect: Dialect, prompt: Prompt, body: bytes) -> Completion | None:
-        """What a streamed reply says so far; None where that is nothing, or in doubt."""
+    def _partial_completion(self, sent: _EncodedRequest, body: bytes) -> Completion | None:
+        """Return what has arrived of a streamed reply; None if that cannot be used yet.
+
+        Errors are left to the whole reply, which holds them as well.
+        """
         try:
-            if not is_event_stream(body) or not (found := _joined(dialect, body)):
+            if not is_event_stream(body) or not (value := _join_events(sent.dialect, body)):
                 return None
-            if reported_error(found) is not None:
+            if reported_error(value) is not None:
                 return None
-            completion = dialect.completion(found, prompt)
-            self._check_lengths(completion)
+            completion = sent.dialect.completion(value, sent.prompt)
+            self._check_token_lengths(completion)
         except LargeProtocolError:
-            # The whole reply will be judged.
             return None
         with self._lock:
-            self.reader.learn(completion.positions)
+            self._reader.learn(completion.positions)
         return completion
 
-    def _complete(
-        self,
-        dialect: Dialect,
-        prompt: Prompt,
-        body: bytes,
-        ask: RequestOptions,
-        deadline: Deadline,
-        *,
-        listener: StreamListener[bytes] | None,
-    ) -> Completion:
-        watched = dialect.crashes_on_cached_prompts
-        reply = self._transport.call(
-            dialect.path, at_root=dialect.at_root, body=body, deadline=deadline, listener=listener
-        )
+    def _completion(self, sent: _EncodedRequest, reply: HttpReply) -> Completion:
+        """Return the whole reply, after the cache guard and the reader have learnt from it."""
+        is_guarded = sent.dialect.crashes_on_cached_prompts
         with self._lock:
-            if watched and reply.status != 200:
-                self._cache_guard.record_refusal(prompt.text, max_tokens=ask.max_tokens)
-            completion = self._understood(dialect, prompt, reply)
-            self._check_lengths(completion)
-            self.reader.learn(completion.positions)
-            if watched:
-                data = [self.reader.prompt_bytes(entry.token) for entry in completion.positions]
-                self._cache_guard.record_reply(prompt.text, data, usage=_usage(completion))
+            if is_guarded and reply.status != 200:
+                self._cache_guard.record_refusal(sent.prompt.text, max_tokens=sent.max_tokens)
+            completion = self._parse(sent, reply)
+            self._check_token_lengths(completion)
+            self._reader.learn(completion.positions)
+            if is_guarded:
+                tokens = [
+                    self._reader.prompt_bytes(position.token) for position in completion.positions
+                ]
+                self._cache_guard.record_reply(
+                    sent.prompt.text, tokens, usage=_cache_usage(completion)
+                )
         return completion
 
-    def _check_lengths(self, completion: Completion) -> None:
-        for entry in completion.positions:
-            spelled = (entry.token.piece, entry.token.data, entry.token.text)
-            if (length := max(len(form or "") for form in spelled)) > _LONGEST_TOKEN:
-                raise LargeProtocolError(
-                    f"{self._base_url} sent {length:,} characters as one token"
-                )
-
-    def _after(
-        self, expected: bytes, entries: tuple[ReplyPosition, ...]
-    ) -> tuple[ReplyPosition, ...]:
-        """The positions after those that repeat the committed bytes `expected`."""
-        data, skipped = b"", 0
-        while len(data) < len(expected) and skipped < len(entries):
-            data += self.reader.prompt_bytes(entries[skipped].token) or b""
-            skipped += 1
-        if data != expected or skipped == len(entries):
-            raise NotRepeated(
-                f"{self._base_url} did not continue the answer with the tokens it already has"
-            )
-        return entries[skipped:]
-
-    def _understood(self, dialect: Dialect, prompt: Prompt, reply: HttpReply) -> Completion:
+    def _parse(self, sent: _EncodedRequest, reply: HttpReply) -> Completion:
         if reply.status != 200:
             raise self._refusal(error_message(reply.body), reply)
         try:
-            if isinstance(dialect, StreamingDialect) and is_event_stream(reply.body):
-                value = _joined(dialect, reply.body)
+            if isinstance(sent.dialect, StreamingDialect) and is_event_stream(reply.body):
+                value = _join_events(sent.dialect, reply.body)
             else:
                 value = parse_object(reply.body)
             if (message := reported_error(value)) is not None:
                 raise self._refusal(message, reply)
-            return dialect.completion(value, prompt)
+            return sent.dialect.completion(value, sent.prompt)
         except LargeProtocolError as exc:
             raise LargeProtocolError(f"{self._base_url}: {exc}") from exc
 
+    def _check_token_lengths(self, completion: Completion) -> None:
+        for position in completion.positions:
+            token = position.token
+            length = max(len(form or "") for form in (token.piece, token.data, token.text))
+            if length > _MAX_TOKEN_CHARACTERS:
+                raise LargeProtocolError(
+                    f"{self._base_url} sent {length:,} characters as one token"
+                )
+
+    def _answer(self, sent: _EncodedRequest, completion: Completion) -> CompletionAnswer:
+        new = self._after_replayed(sent.replayed, completion.positions)
+        positions = new[: sent.count]
+        # The server's text holds all positions, so it is of no use for a part of them.
+        text = completion.text if len(positions) == len(completion.positions) else ""
+        is_complete = len(positions) == sent.count or positions[-1].ends
+        return CompletionAnswer(positions, text, is_complete, completion, len(sent.body))
+
+    def _after_replayed(
+        self, replayed: bytes, positions: tuple[ReplyPosition, ...]
+    ) -> tuple[ReplyPosition, ...]:
+        """Return the positions after those that replay these bytes; there is at least one."""
+        data, count = b"", 0
+        while len(data) < len(replayed) and count < len(positions):
+            data += self._reader.prompt_bytes(positions[count].token) or b""
+            count += 1
+        if data != replayed or count == len(positions):
+            raise TokensNotReplayed(
+                f"{self._base_url} did not continue the answer with the tokens it already has"
+            )
+        return positions[count:]
+
     def _refusal(self, message: str, reply: HttpReply) -> LargeRefused:
-        """The error for a reply that is no success, without the key should the server echo it."""
-        said = printable_line(self._transport.redact(message)) or "no reason given"
-        hint = "; check the API key" if reply.status in (401, 403) else ""
+        """Return the error for a reply; a key that the server echoes is removed from its text."""
+        reason = printable_line(self._transport.redact(message)) or "no reason given"
+        advice = "; check the API key" if reply.status in (401, 403) else ""
         if reply.retry_after_s:
-            hint = f"; it asks to be called again in {reply.retry_after_s:,.0f} s"
+            advice = f"; it asks to be called again in {reply.retry_after_s:,.0f} s"
         return LargeRefused(
-            f"{self._base_url} answered {reply.status}: {said}{hint}",
+            f"{self._base_url} answered {reply.status}: {reason}{advice}",
             status=reply.status,
             retry_after_s=reply.retry_after_s,
         )
 
 
-def _joined(dialect: Dialect, body: bytes) -> dict[str, object]:
+def _partial_answer(sent: _EncodedRequest, completion: Completion) -> CompletionAnswer:
+    """Return an answer that is still arriving. No dialect that streams replays tokens."""
+    positions = completion.positions[: sent.count]
+    return CompletionAnswer(positions, completion.text, False, completion, len(sent.body))
+
+
+def _join_events(dialect: Dialect, body: bytes) -> dict[str, object]:
     assert isinstance(dialect, StreamingDialect)
     return dialect.join_events(parse_events(body))
 
 
-def _encoded(body: Mapping[str, object]) -> bytes:
+def _encode(body: Mapping[str, object]) -> bytes:
     try:
         return json.dumps(body, ensure_ascii=False).encode()
     except UnicodeEncodeError as exc:
-        raise LargeProtocolError("the prompt holds half a surrogate pair") from exc
+        raise LargeProtocolError("the prompt contains a lone surrogate") from exc
 
 
-def _usage(completion: Completion) -> Usage | None:
+def _cache_usage(completion: Completion) -> Usage | None:
     if completion.prompt_tokens is None or completion.cached_tokens is None:
         return None
     return Usage(completion.prompt_tokens, completion.cached_tokens)

@@ -1,4 +1,4 @@
-"""How a reply is asked for and read: several tokens streamed, several at once, or one."""
+"""The order in which a position is asked for: several tokens streamed, several at once, or one."""
 
 from __future__ import annotations
 
@@ -6,46 +6,55 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from mlxroute.large.dialects import StreamingDialect
+from mlxroute.large.dialects import TEXT_ONLY_RUNG, StreamingDialect
 from mlxroute.large.negotiation.negotiator import NegotiatedDialect
+from mlxroute.large.reply import CompletionAnswer
 from mlxroute.large.vocabulary.reply_reader import ReadReply, read_all_tokens, read_first_token
 
-_MOST_PARTS: Final = 6
-_TEXT_ONLY_RUNG: Final = 4
+# The most large tokens that one character may take, more than any known tokenizer needs.
+_MAX_TOKENS_PER_CHARACTER: Final = 6
 
 
 @dataclass(frozen=True, slots=True)
 class RequestPlan:
-    """How many positions to ask for, how to read them, and whether to have them streamed."""
+    """How many positions to ask for, how to read the reply, and whether to stream it."""
 
     count: int
     read: ReadReply
     streamed: bool = False
 
+    def is_last(self, answer: CompletionAnswer) -> bool:
+        """Return whether no other plan can help: the answer ends, so it has no more positions."""
+        return self.read is read_first_token and answer.completion.ends
+
 
 class RequestPlanner:
-    """The ways to ask under some terms; what failed under them once is not tried again."""
+    """Plans the requests for a position; what has failed under a negotiated dialect is left out."""
 
     def __init__(self) -> None:
-        self._one_by_one: NegotiatedDialect | None = None
+        self._single_only: NegotiatedDialect | None = None
         self._unstreamed: NegotiatedDialect | None = None
 
-    def may_stream(self, terms: NegotiatedDialect) -> bool:
-        """Whether tokens ahead may come one by one."""
-        return isinstance(terms.dialect, StreamingDialect) and terms is not self._unstreamed
+    def can_stream(self, negotiated: NegotiatedDialect) -> bool:
+        """Return whether several tokens are asked for as a stream."""
+        return (
+            isinstance(negotiated.dialect, StreamingDialect) and negotiated is not self._unstreamed
+        )
 
-    def not_streamed(self, terms: NegotiatedDialect) -> None:
-        """A server did not take part in streaming."""
-        self._unstreamed = terms
+    def disable_streaming(self, negotiated: NegotiatedDialect) -> None:
+        """Stop streaming after the server has failed to."""
+        self._unstreamed = negotiated
 
-    def after(self, terms: NegotiatedDialect, *, prefetch: int) -> Iterator[RequestPlan]:
-        """One way after the other, each for when the one before gave no token."""
-        if prefetch and terms.dialect.rung < _TEXT_ONLY_RUNG and terms is not self._one_by_one:
-            if self.may_stream(terms):
+    def plans(self, negotiated: NegotiatedDialect, *, prefetch: int) -> Iterator[RequestPlan]:
+        """Yield plans in turn, each for the case that the last one gave no token."""
+        is_readable = negotiated.dialect.rung < TEXT_ONLY_RUNG
+        if prefetch and is_readable and negotiated is not self._single_only:
+            if self.can_stream(negotiated):
                 yield RequestPlan(prefetch + 1, read_all_tokens, streamed=True)
-            if not self.may_stream(terms):
+            # After a failed stream this is tried, after an unreadable one it would fail as well.
+            if not self.can_stream(negotiated):
                 yield RequestPlan(prefetch + 1, read_all_tokens)
-            # What came could not be taken apart, and hardly will be the next time.
-            self._one_by_one = terms
-        for count in range(1, _MOST_PARTS + 1):
+            # A reply that could not be split into tokens once hardly ever can.
+            self._single_only = negotiated
+        for count in range(1, _MAX_TOKENS_PER_CHARACTER + 1):
             yield RequestPlan(count, read_first_token)

@@ -1,4 +1,4 @@
-"""The tokens of one call while its reply is still coming."""
+"""The tokens of one call, published while the reply is still arriving."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from mlxroute.large.http.deadline import Deadline
 from mlxroute.types import LargeToken
 
 
-class StreamedTokens:
-    """Tells `publish` of each longer beginning of a call's tokens, and times them."""
+class TokenStream:
+    """Publishes the tokens of one call as they arrive, each with its latency.
+
+    `publish` receives all tokens so far; `tokens` are those that were published. Nothing is
+    published once the call is cancelled.
+    """
 
     def __init__(self, publish: Callable[[Tokens], None], deadline: Deadline) -> None:
         self._publish = publish
@@ -22,17 +26,17 @@ class StreamedTokens:
         self._began_s = time.perf_counter()
         self.tokens: Tokens = ()
 
-    def heard(self, tokens: Sequence[LargeToken]) -> bool:
-        """Publish those that are new; return whether there are any at all."""
+    def update(self, tokens: Sequence[LargeToken]) -> bool:
+        """Publish the tokens that are new; return whether any were ever published."""
         if not self._deadline.cancelled and (new := tokens[len(self.tokens) :]):
-            self.tokens += tuple(self._timed(token) for token in new)
+            self.tokens += tuple(self._with_latency(token) for token in new)
             self._publish(self.tokens)
         return bool(self.tokens)
 
-    def completed(self, tokens: Tokens) -> Tokens:
-        """What came in all: the beginning as it was published, with the counts of the whole."""
+    def complete(self, tokens: Tokens) -> Tokens:
+        """Return the tokens of the whole reply: published ones unchanged but for the counts."""
         if not self.tokens:
-            return (self._timed(tokens[0]), *tokens[1:])
+            return (self._with_latency(tokens[0]), *tokens[1:])
         whole, first = tokens[0], self.tokens[0]
         first = replace(
             first,
@@ -42,15 +46,15 @@ class StreamedTokens:
             uploaded_bytes=whole.uploaded_bytes,
         )
         new = tokens[len(self.tokens) :]
-        return (first, *self.tokens[1:], *map(self._timed, new))
+        return (first, *self.tokens[1:], *map(self._with_latency, new))
 
-    def _timed(self, token: LargeToken) -> LargeToken:
+    def _with_latency(self, token: LargeToken) -> LargeToken:
         latency_s = time.perf_counter() - self._began_s
         return replace(token, latency_s=latency_s, lost_s=self._deadline.lost_s)
 
 
-def may_do_whole(error: LargeError) -> bool:
-    """Whether a server that failed so at a streamed call may answer one that is not."""
+def may_work_unstreamed(error: LargeError) -> bool:
+    """Return whether a streamed request that failed so may be answered without streaming."""
     if isinstance(error, LargeRefused):
         return error.status not in (401, 403) and not retry.is_transient_status(error.status)
     return isinstance(error, LargeProtocolError)

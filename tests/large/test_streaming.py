@@ -99,7 +99,8 @@ _SERVERS = pytest.mark.parametrize(
 def model(server: Loopback, dialect: Dialect = LLAMA) -> LargeModel:
     large = settled(LargeModel(server.url, model="m"), dialect)
     # Both vocabularies are the same one.
-    large._settlement.shares = lambda vocabulary: True  # type: ignore[method-assign]
+    negotiator = large._negotiator._negotiator
+    negotiator.is_shared = lambda vocabulary, next_deadline: True  # type: ignore[method-assign]
     return large
 
 

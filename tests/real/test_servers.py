@@ -115,9 +115,9 @@ def test_the_probe_finds_the_best_rung(server: RunningServer, summaries: Summari
     with asked(server) as large:
         verdict = large.probe()
     shown = [f"{check.name} {check.passed}" for check in verdict.checks]
-    say(f"{server.kind}: {verdict.dialect}, {verdict.calls} calls; {', '.join(shown)}")
+    say(f"{server.kind}: {verdict.dialect}, {verdict.requests} calls; {', '.join(shown)}")
     assert (verdict.rung, verdict.dialect) == RUNGS[server.kind]
-    summaries.setdefault(server.kind, []).append(f"rung {verdict.rung} in {verdict.calls} calls")
+    summaries.setdefault(server.kind, []).append(f"rung {verdict.rung} in {verdict.requests} calls")
 
 
 def check_own_answers(

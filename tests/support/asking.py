@@ -47,14 +47,14 @@ def remember(path: Path, *, url: str, model: str | None, dialect: str) -> None:
         dialect=found.name,
         rung=found.rung,
         checks=(),
-        refusals=(),
-        tokens=None,
+        rejected=(),
+        token_source=None,
         context_length=None,
         latency_p50_s=0.0,
         latency_p95_s=0.0,
-        calls=1,
+        requests=1,
     )
-    VerdictFile(path).save(verdict, named=model)
+    VerdictFile(path).save(verdict, model=model)
 
 
 @contextlib.contextmanager

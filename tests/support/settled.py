@@ -18,21 +18,21 @@ from tests.support.vocabularies import TableVocabulary, context
 PLAIN: Final = PlainCompletions(logprobs=True)
 _COUNTING_ON: Final = (" 12", ",", " 13", ",", " 14", ",", " 15")
 _WRITTEN: Final = {
-    question.begun: (question.expected,)
+    question.text: (question.expected,)
     for question in (
         *probe_questions.MID_WORD,
         *probe_questions.TRAILING_SPACE,
         *probe_questions.MULTI_BYTE,
     )
 } | {
-    probe_questions.COUNTING.begun + "".join(_COUNTING_ON[:count]): _COUNTING_ON[count:]
+    probe_questions.COUNTING.text + "".join(_COUNTING_ON[:count]): _COUNTING_ON[count:]
     for count in range(len(_COUNTING_ON))
 }
 
 
 def settled(large: LargeModel, dialect: Dialect = PLAIN) -> LargeModel:
     """The client with its terms set, so that the next request is that of its first call."""
-    large._settlement.terms = NegotiatedDialect(dialect, None)
+    large._negotiator._negotiator.negotiated = NegotiatedDialect(dialect, None)
     return large
 
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Final
 
-from mlxroute.large.dialects.base import Dialect, RequestOptions, StreamingDialect
+from mlxroute.large.dialects.base import (
+    TEXT_ONLY_RUNG,
+    Dialect,
+    RequestOptions,
+    StreamingDialect,
+)
 from mlxroute.large.dialects.chat_continuation import ChatContinuation, ContinuationMethod
 from mlxroute.large.dialects.completions import PlainCompletions
 from mlxroute.large.dialects.llama_server import LlamaServer
@@ -48,6 +53,7 @@ def with_ids(dialect: Dialect) -> Dialect:
 
 __all__ = [
     "LADDER",
+    "TEXT_ONLY_RUNG",
     "Dialect",
     "RequestOptions",
     "StreamingDialect",

@@ -12,6 +12,8 @@ from mlxroute.large.reply import Completion
 
 NO_THINKING: Final = {"chat_template_kwargs": {"enable_thinking": False}}
 """Turns off reasoning in chat templates that have the switch; other templates ignore it."""
+TEXT_ONLY_RUNG: Final = 4
+"""The rung of dialects that give the text of a reply but not its tokens."""
 
 
 @dataclass(frozen=True, slots=True)

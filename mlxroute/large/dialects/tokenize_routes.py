@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, Protocol
+from typing import Final, Protocol, Self
 
 from mlxroute.errors import LargeProtocolError, LargeRefused
 from mlxroute.large.dialects.base import NO_THINKING
@@ -42,6 +43,12 @@ class TokenizeRoutes(ABC):
         self._model = model
         self._cached_ids: dict[tuple[str, str], tuple[int, ...]] = {}
         self._anchor_ids: tuple[int, ...] = ()
+
+    def with_post(self, post: Post) -> Self:
+        """Return the same routes, with the same cache, that send their requests with `post`."""
+        routes = copy.copy(self)
+        routes._post = post
+        return routes
 
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Return the ids of a conversation in the server's chat template."""

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
+from typing import Final
 
 from mlxroute.errors import LargeError, LargeProtocolError
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.types import LargeToken
 
 Tokens = tuple[LargeToken, ...]
+
+# How long the threads of cancelled calls may take before `join` returns without them.
+_JOIN_S: Final = 0.3
 
 
 class PendingCall(threading.Thread):
@@ -67,3 +72,37 @@ class PendingCall(threading.Thread):
     def cancel(self) -> None:
         """Cancel the call and drop any later reply; returns at once."""
         self._deadline.cancel()
+
+
+class PendingCalls:
+    """Starts calls in the background, waits for changes of any of them, and ends them all."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._calls: list[PendingCall] = []
+
+    def start(
+        self, ask: Callable[[Deadline, Callable[[Tokens], None]], Tokens], deadline: Deadline
+    ) -> PendingCall:
+        """Start a call, which runs `ask(deadline, publish)`, and return it."""
+        self._calls = [call for call in self._calls if not call.finished]
+        call = PendingCall(ask, deadline=deadline, changed=self._changed)
+        self._calls.append(call)
+        call.start()
+        return call
+
+    def wait(self, condition: Callable[[], bool], *, timeout_s: float) -> None:
+        """Return when `condition()` is true, checked at each change of a call; at the timeout."""
+        with self._changed:
+            self._changed.wait_for(condition, timeout_s)
+
+    def cancel(self) -> None:
+        """Cancel all calls; return at once."""
+        for call in self._calls:
+            call.cancel()
+
+    def join(self) -> None:
+        """Wait a moment for the threads of cancelled calls to end."""
+        end_s = time.monotonic() + _JOIN_S
+        for call in self._calls:
+            call.join(max(0.0, end_s - time.monotonic()))

@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 from mlxroute.errors import LargeError, LargeTimeout, LargeUnavailable
 
+# Returns the deadline of the next request: a new one each time, or one that several share.
+NextDeadline = Callable[[], "Deadline"]
+
 
 class Deadline:
     """The moment at which a call is given up; `cancel` brings it forward, from any thread.

@@ -1,4 +1,4 @@
-"""How a server is asked: settled by a probe, remembered, and given up when it stops fitting."""
+"""Chooses the dialect for one server, remembers it, and drops it when it stops working."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ from pathlib import Path
 from typing import Final
 
 from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused, UsageError
-from mlxroute.large.completion_request import CompletionRequester, NotRepeated
+from mlxroute.large.completion_request import CompletionRequester, TokensNotReplayed
 from mlxroute.large.dialects import LADDER, Dialect, dialect_named
-from mlxroute.large.dialects.tokenize_routes import TokenizeRoutes, find_tokenize_routes
-from mlxroute.large.http.deadline import Deadline
+from mlxroute.large.dialects.tokenize_routes import Post, TokenizeRoutes, find_tokenize_routes
+from mlxroute.large.http.deadline import NextDeadline
 from mlxroute.large.http.transport import Transport
 from mlxroute.large.negotiation import probe_questions
-from mlxroute.large.negotiation.prober import Found, NoUsableDialect, Prober
-from mlxroute.large.negotiation.served_models import ServedModel, listed, served_models
+from mlxroute.large.negotiation.prober import NoUsableDialect, Prober, ProbeResult
+from mlxroute.large.negotiation.served_models import (
+    ModelName,
+    ServedModel,
+    join_names,
+    list_served_models,
+)
 from mlxroute.large.negotiation.verdict_file import Verdict, VerdictFile
+from mlxroute.large.vocabulary.token_reader import TokenReader
 from mlxroute.large.vocabulary.token_sources import FileTokenSource, Tokenizer, TokenSource
 from mlxroute.large.vocabulary.vocabulary_comparison import (
     compare_decoded,
@@ -25,199 +31,229 @@ from mlxroute.large.vocabulary.vocabulary_comparison import (
     compare_pieces,
     fingerprint,
 )
+from mlxroute.statistics import percentile
 from mlxroute.types import Vocabulary
 
-_MISFITS: Final = 2
-_DIALECT_STATUSES: Final = {400, 404, 405, 415, 422}
+# Failures in a row after which the dialect is negotiated again.
+_MAX_FAILURES: Final = 2
+_WRONG_DIALECT_STATUSES: Final = {400, 404, 405, 415, 422}
 
 
 @dataclass(frozen=True, slots=True)
 class NegotiatedDialect:
-    """How the server is asked; without a verdict where only the first question was put to it."""
+    """The dialect in use; `verdict` is None if only its first check was made."""
 
     dialect: Dialect
     verdict: Verdict | None
 
 
 class Negotiator:
-    """Finds and keeps the terms of one endpoint. `deadline` makes the bound of each call."""
+    """Negotiates the dialect of one server. Not safe for several threads.
+
+    `model` is the model name the user gave, if any, and `verdicts` the file that remembers results,
+    if any. `find_tokenizer` returns the tokenizer of a model on this machine, by the name that the
+    server gives the model. `reader` is given the model's vocabulary when that becomes known.
+    `next_deadline`, passed to the methods, returns the deadline of each request.
+    """
 
     def __init__(
         self,
         transport: Transport,
-        asker: CompletionRequester,
+        requester: CompletionRequester,
         *,
         base_url: str,
         model: str | None,
         verdicts: Path | None,
         find_tokenizer: Callable[[str], Tokenizer | None],
-        deadline: Callable[[], Deadline],
+        reader: TokenReader,
     ) -> None:
         self._transport = transport
-        self._asker = asker
+        self._requester = requester
         self._base_url = base_url
-        self._model = model
         self._verdicts = None if verdicts is None else VerdictFile(verdicts)
         self._find_tokenizer = find_tokenizer
-        self._deadline = deadline
+        self._reader = reader
         self._served: tuple[ServedModel, ...] = ()
-        self._misfits = 0
+        self._failures = 0
+        self.model = ModelName(model)
         self.tokens: TokenSource | None = None
-        self.terms: NegotiatedDialect | None = None
+        self.negotiated: NegotiatedDialect | None = None
 
-    def settle(self, *, thorough: bool) -> NegotiatedDialect:
-        """The terms: those of an earlier probe if they still hold, else those of a new one.
+    def negotiate(self, next_deadline: NextDeadline, *, thorough: bool) -> NegotiatedDialect:
+        """Return the dialect in use; if there is none, that of the last verdict, or a new one.
 
-        Not `thorough`, the first question alone decides, and nothing is remembered. Raises
-        LargeError, or UsageError when a model must be named.
+        A remembered dialect is used if it still passes the first check. Otherwise the server is
+        probed or, if not `thorough`, the first dialect to pass its first check is taken and not
+        remembered. Raises LargeError, or UsageError if the user has to choose a model.
         """
-        if self.terms is None:
-            self._look_around()
-            found = self._remembered()
-            self.terms = found or (self._probed() if thorough else self._first_that_fits())
-        return self.terms
+        if self.negotiated is None:
+            self._inspect_server(next_deadline)
+            prober = self._prober(next_deadline)
+            negotiated = self._remembered(prober)
+            if negotiated is None:
+                negotiated = self._probed(prober) if thorough else self._first_working(prober)
+            self.negotiated = negotiated
+        return self.negotiated
 
-    def probe(self) -> Verdict:
-        """A new verdict, whatever is remembered. Raises as `settle`."""
-        self._look_around()
-        self.terms = self._probed()
-        assert self.terms.verdict is not None
-        return self.terms.verdict
+    def probe(self, next_deadline: NextDeadline) -> Verdict:
+        """Probe the server in any case; return and remember the verdict. Raises as `negotiate`."""
+        self._inspect_server(next_deadline)
+        self.negotiated = self._probed(self._prober(next_deadline))
+        assert self.negotiated.verdict is not None
+        return self.negotiated.verdict
 
-    def fitted(self) -> None:
-        """A call was answered as the terms have it."""
-        self._misfits = 0
+    def record_success(self) -> None:
+        """Count a request that was answered in the dialect in use."""
+        self._failures = 0
 
-    def failed(self, error: LargeError, terms: NegotiatedDialect) -> None:
-        """A call under these terms failed; terms that keep misfitting are given up and forgotten.
+    def record_failure(self, error: LargeError, negotiated: NegotiatedDialect) -> None:
+        """Count a request that failed; after two that the dialect may explain, forget the dialect.
 
-        Other terms than the present ones are no news: the call began under earlier ones.
+        `negotiated` is what the request was made under; an earlier dialect's failures do not count.
         """
-        if terms is not self.terms or not _misfits(error):
+        if negotiated is not self.negotiated or not _may_be_wrong_dialect(error):
             return
-        self._misfits += 1
-        if self._misfits >= _MISFITS:
-            self._misfits = 0
-            self.terms = None
+        self._failures += 1
+        if self._failures >= _MAX_FAILURES:
+            self._failures = 0
+            self.negotiated = None
             if self._verdicts is not None:
-                self._verdicts.forget(self._base_url, self._model)
+                self._verdicts.forget(self._base_url, self.model.given)
 
-    def shares(self, vocabulary: Vocabulary) -> bool | None:
-        """Whether the large model's vocabulary is this one, compared once for each endpoint.
+    def is_shared(self, vocabulary: Vocabulary, next_deadline: NextDeadline) -> bool | None:
+        """Return whether a small model's vocabulary is the large model's; None if unknown.
 
-        None where that cannot be told. Raises LargeError.
+        A result is remembered with the verdict. Call it after `negotiate`. Raises LargeError.
         """
-        assert self.terms is not None
-        verdict, small = self.terms.verdict, fingerprint(vocabulary)
-        if verdict is not None and (known := verdict.knows(small)) is not None:
-            return known
-        same: bool | None
-        match self.tokens:
+        assert self.negotiated is not None
+        verdict, digest = self.negotiated.verdict, fingerprint(vocabulary)
+        if verdict is not None and (remembered := verdict.is_shared(digest)) is not None:
+            return remembered
+        shared = self._compare(vocabulary, next_deadline)
+        if shared is not None and verdict is not None and self._verdicts is not None:
+            verdict = verdict.with_vocabulary(digest, shared=shared)
+            self.negotiated = replace(self.negotiated, verdict=verdict)
+            self._verdicts.save(verdict, model=self.model.given)
+        return shared
+
+    def _compare(self, vocabulary: Vocabulary, next_deadline: NextDeadline) -> bool | None:
+        match self.bind(self.tokens, next_deadline):
             case FileTokenSource() as files:
-                same = compare_entries(vocabulary, files.tokenizer.vocabulary)
+                return compare_entries(vocabulary, files.tokenizer.vocabulary)
             case TokenizeRoutes() as routes:
-                same = compare_decoded(vocabulary, routes.decode)
+                return compare_decoded(vocabulary, routes.decode)
             case _:
-                same = self._named_alike(vocabulary)
-        if same is not None and verdict is not None and self._verdicts is not None:
-            verdict = verdict.knowing(small, same)
-            self.terms = replace(self.terms, verdict=verdict)
-            self._verdicts.save(verdict, named=self._model)
-        return same
+                return self._compare_named_tokens(vocabulary, next_deadline)
 
-    def _named_alike(self, vocabulary: Vocabulary) -> bool | None:
-        """The same by what replies name; a server that names tokens is asked for enough of them."""
-        assert self.terms is not None
-        reader, prober, before = self._asker.reader, self._prober(), 0
+    def _compare_named_tokens(
+        self, vocabulary: Vocabulary, next_deadline: NextDeadline
+    ) -> bool | None:
+        """Compare with the pieces that replies have named; ask for more tokens if these are few."""
+        assert self.negotiated is not None
+        prober, count_before = self._prober(next_deadline), 0
         for question in probe_questions.MANY_TOKENS:
-            named = reader.pieces_by_id
-            if len(named) == before or compare_pieces(vocabulary, named) is not None:
+            pieces = self._reader.pieces_by_id
+            # A server that named no new token in the last reply will not do so in the next.
+            if len(pieces) == count_before or compare_pieces(vocabulary, pieces) is not None:
                 break
-            before = len(named)
-            prober.have_named(self.terms.dialect, question)
-        return compare_pieces(vocabulary, reader.pieces_by_id)
+            count_before = len(pieces)
+            prober.learn_tokens(self.negotiated.dialect, question)
+        return compare_pieces(vocabulary, self._reader.pieces_by_id)
 
-    def _look_around(self) -> None:
-        """Which models there are, and where ids of the large vocabulary come from."""
-        self._served = served_models(self._transport, self._deadline())
-        if self._model is None and len(self._served) == 1:
-            self._asker.model = self._served[0].name
-        self.tokens = self._find_tokens()
+    def bind(self, tokens: TokenSource | None, next_deadline: NextDeadline) -> TokenSource | None:
+        """Return the token source with these deadlines for its requests, if it makes any."""
+        if isinstance(tokens, TokenizeRoutes):
+            return tokens.with_post(self._post_within(next_deadline))
+        return tokens
 
-    def _find_tokens(self) -> TokenSource | None:
-        tokenizer = None if self._asker.model is None else self._find_tokenizer(self._asker.model)
+    def _inspect_server(self, next_deadline: NextDeadline) -> None:
+        """Find out which models there are and what gives token ids."""
+        self._served = list_served_models(self._transport, next_deadline())
+        if len(self._served) == 1:
+            self.model = replace(self.model, served=self._served[0].name)
+        name = self.model.known
+        tokenizer = None if name is None else self._find_tokenizer(name)
         if tokenizer is None:
-            return find_tokenize_routes(self._post, model=self._asker.model)
-        self._asker.reader.vocabulary = tokenizer.vocabulary
-        return FileTokenSource(tokenizer)
+            self.tokens = find_tokenize_routes(self._post_within(next_deadline), model=name)
+        else:
+            self.tokens = FileTokenSource(tokenizer)
+            self._reader.learn_vocabulary(tokenizer.vocabulary)
 
-    def _remembered(self) -> NegotiatedDialect | None:
-        """The terms of an earlier probe, if they still hold."""
-        verdict = None
-        if self._verdicts is not None:
-            verdict = self._verdicts.load(self._base_url, self._model)
-        dialect = None if verdict is None else dialect_named(verdict.dialect)
-        if verdict is None or dialect is None or verdict.model != self._asker.model:
+    def _post_within(self, next_deadline: NextDeadline) -> Post:
+        def post(path: str, body: Mapping[str, object]) -> Mapping[str, object]:
+            return self._requester.post(path, body, deadline=next_deadline())
+
+        return post
+
+    def _prober(self, next_deadline: NextDeadline) -> Prober:
+        return Prober(
+            self._requester,
+            model=self.model,
+            reader=self._reader,
+            tokens=self.bind(self.tokens, next_deadline),
+            next_deadline=next_deadline,
+        )
+
+    def _remembered(self, prober: Prober) -> NegotiatedDialect | None:
+        """Return the dialect of the last verdict if it is about this model and still works."""
+        if self._verdicts is None:
             return None
-        return NegotiatedDialect(dialect, verdict) if self._prober().fits(dialect) else None
+        verdict = self._verdicts.load(self._base_url, self.model.given)
+        if verdict is None or verdict.model != self.model.known:
+            return None
+        dialect = dialect_named(verdict.dialect)
+        if dialect is None or not prober.passes_first_check(dialect):
+            return None
+        return NegotiatedDialect(dialect, verdict)
 
-    def _probed(self) -> NegotiatedDialect:
+    def _probed(self, prober: Prober) -> NegotiatedDialect:
         try:
-            found = self._prober().find()
+            result = prober.find_dialect()
         except NoUsableDialect as exc:
-            raise self._unnamed() or exc from exc
-        verdict = self._verdict(found)
+            raise self._model_not_chosen() or exc from exc
+        verdict = self._verdict(result)
         if self._verdicts is not None:
-            self._verdicts.save(verdict, named=self._model)
-        return NegotiatedDialect(found.dialect, verdict)
+            self._verdicts.save(verdict, model=self.model.given)
+        return NegotiatedDialect(result.dialect, verdict)
 
-    def _first_that_fits(self) -> NegotiatedDialect:
-        """Terms found by the first question alone, in a few calls."""
-        prober = self._prober()
+    def _first_working(self, prober: Prober) -> NegotiatedDialect:
         for dialect in LADDER:
-            if prober.fits(dialect):
+            if prober.passes_first_check(dialect):
                 return NegotiatedDialect(dialect, None)
-        raise self._unnamed() or LargeProtocolError(
-            f"{self._base_url} answers in no way that is understood; try `mlxroute probe`"
+        raise self._model_not_chosen() or LargeProtocolError(
+            f"{self._base_url} works with none of the known dialects; probe it to see the reasons"
         )
 
-    def _unnamed(self) -> UsageError | None:
-        """The error for a server with several models of which none was named."""
-        if self._model is not None or len(self._served) < 2:
+    def _model_not_chosen(self) -> UsageError | None:
+        """Return the error for a server with several models of which the user chose none."""
+        if self.model.given is not None or len(self._served) < 2:
             return None
-        names = listed([model.name for model in self._served])
+        names = join_names([model.name for model in self._served])
         return UsageError(
-            f"{self._base_url} has several models; name one with --large-model: {names}"
+            f"model must be given, because {self._base_url} serves several: {names}",
+            parameter="model",
         )
 
-    def _prober(self) -> Prober:
-        return Prober(self._asker, self.tokens, deadline=self._deadline)
-
-    def _verdict(self, found: Found) -> Verdict:
-        ordered = sorted(found.latencies_s)
-        model = next((m for m in self._served if m.name == self._asker.model), None)
+    def _verdict(self, result: ProbeResult) -> Verdict:
+        model = next((m for m in self._served if m.name == self.model.known), None)
         return Verdict(
             base_url=self._base_url,
-            model=self._asker.model,
-            dialect=found.dialect.name,
-            rung=found.dialect.rung,
-            checks=found.checks,
-            refusals=found.refusals,
-            tokens=None if self.tokens is None else self.tokens.name,
+            model=self.model.known,
+            dialect=result.dialect.name,
+            rung=result.dialect.rung,
+            checks=result.checks,
+            rejected=result.rejected,
+            token_source=None if self.tokens is None else self.tokens.name,
             context_length=None if model is None else model.context_length,
-            latency_p50_s=ordered[len(ordered) // 2],
-            latency_p95_s=ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
-            calls=found.calls,
+            latency_p50_s=percentile(result.latencies_s, 0.5),
+            latency_p95_s=percentile(result.latencies_s, 0.95),
+            requests=result.requests,
         )
 
-    def _post(self, path: str, body: Mapping[str, object]) -> Mapping[str, object]:
-        return self._asker.post(path, body, deadline=self._deadline())
 
-
-def _misfits(error: LargeError) -> bool:
-    """Whether an error says that the server is asked in the wrong way."""
+def _may_be_wrong_dialect(error: LargeError) -> bool:
     if isinstance(error, LargeRefused):
-        # A 400 for a prompt that is too long says nothing about how it was asked.
-        too_long = re.search(r"context|too long|maximum|exceed", str(error))
-        return error.status in _DIALECT_STATUSES and not too_long
-    return isinstance(error, LargeProtocolError) and not isinstance(error, NotRepeated)
+        # Any dialect gets a 400 for a prompt that is too long.
+        is_too_long = re.search(r"context|too long|maximum|exceed", str(error))
+        return error.status in _WRONG_DIALECT_STATUSES and not is_too_long
+    return isinstance(error, LargeProtocolError) and not isinstance(error, TokensNotReplayed)

@@ -1,4 +1,4 @@
-"""Questions whose answers are known: what any model says through a server that tells the truth."""
+"""Questions for probing a server: texts that nearly every model continues in the same way."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ from mlxroute.types import Message
 
 @dataclass(frozen=True, slots=True)
 class ProbeQuestion:
-    """`begun` is continued with `expected`; `request` is what a chat is asked to get there."""
+    """A text that a model should continue with `expected`.
 
-    begun: str
+    A chat is asked `chat_request`, and `text` is the start of its answer.
+    """
+
+    text: str
     expected: str
-    request: str
+    chat_request: str
 
     def prompt(self, form: PromptForm, tokens: TokenSource | None) -> Prompt | None:
-        """The question in a form; None where ids are wanted and nothing gives them."""
+        """Return the question in this form; None if it takes token ids and `tokens` is None."""
         match form:
             case PromptForm.IDS:
-                return None if tokens is None else Prompt(ids=tokens.encode(self.begun))
+                return None if tokens is None else Prompt(ids=tokens.encode(self.text))
             case PromptForm.TEXT:
-                return Prompt(text=self.begun)
+                return Prompt(text=self.text)
             case PromptForm.CHAT:
-                asked: Message = {"role": "user", "content": self.request}
-                return Prompt(messages=(asked,), answer_start=self.begun)
+                message: Message = {"role": "user", "content": self.chat_request}
+                return Prompt(messages=(message,), answer_start=self.text)
 
 
 MID_WORD: Final = (
@@ -47,12 +50,14 @@ MID_WORD: Final = (
         "Write the word butterfly ten times, separated by spaces.",
     ),
 )
+"""The text ends inside a word."""
 TRAILING_SPACE: Final = (
     ProbeQuestion(
         "1, 2, 3, 4, 5, 6, ", "7", "Count from 1 to 20, separated by a comma and a space."
     ),
     ProbeQuestion("1 2 3 4 5 6 7 8 ", "9", "Count from 1 to 20, separated by spaces."),
 )
+"""The text ends with a space, which some servers remove."""
 MULTI_BYTE: Final = (
     ProbeQuestion(
         "漢字漢字漢字漢字漢字漢字漢字漢", "字", "Write 漢字 twenty times without spaces."
@@ -60,11 +65,12 @@ MULTI_BYTE: Final = (
     ProbeQuestion("café café café café café café caf", "é", "Write the word café ten times."),
     ProbeQuestion("ありがとう ありがとう ありがとう ありが", "とう", "Write ありがとう ten times."),
 )
+"""The next character takes several bytes, and often several tokens."""
 COUNTING: Final = ProbeQuestion(
     "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11,", " 12", "Count from 1 to 30, separated by commas."
 )
-# Asked for many tokens at a time, for the sake of the names that the reply gives them.
 MANY_TOKENS: Final = (MID_WORD[1], COUNTING, *MULTI_BYTE)
+"""Continued with many tokens, for the vocabulary pieces that the replies name."""
 SHORT_ANSWER: Final[tuple[Message, ...]] = (
     {"role": "user", "content": "Answer with one word. What colour is grass?"},
     {"role": "assistant", "content": "Green"},
@@ -72,5 +78,5 @@ SHORT_ANSWER: Final[tuple[Message, ...]] = (
     {"role": "assistant", "content": "White"},
     {"role": "user", "content": "Answer with one word. What colour is blood?"},
 )
+"""A chat whose answer ends after a word or, from a talkative model, after a sentence."""
 SHORT_ANSWER_TOKENS: Final = 24
-"""A chat whose answer is over after a word or, from a talkative model, a sentence."""

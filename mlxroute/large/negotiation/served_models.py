@@ -1,4 +1,4 @@
-"""The models a server says it has."""
+"""The models that a server lists, and the name of the one that is used."""
 
 from __future__ import annotations
 
@@ -7,24 +7,45 @@ from dataclasses import dataclass
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError, LargeRefused
+from mlxroute.large.dialects import Dialect
 from mlxroute.large.dialects.json_fields import as_array, parse_object
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import Transport
 from mlxroute.safe_text import printable_line
 
-_SHOWN: Final = 8
+_MAX_LISTED: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """An entry of `/v1/models`; the context length in tokens, where the server tells it."""
+    """An entry of `/v1/models`; the context length in tokens, None if it is not in the reply."""
 
     name: str
     context_length: int | None
 
 
-def served_models(transport: Transport, deadline: Deadline) -> tuple[ServedModel, ...]:
-    """What `/v1/models` lists; nothing where the server does not tell. Raises LargeError."""
+@dataclass(frozen=True, slots=True)
+class ModelName:
+    """The large model's name: the one the user gave, otherwise that of the only served model."""
+
+    given: str | None
+    served: str | None = None
+
+    @property
+    def known(self) -> str | None:
+        """The name, None if the user gave none and the server lists none or several."""
+        return self.served if self.given is None else self.given
+
+    def for_requests(self, dialect: Dialect) -> str | None:
+        """Return the name to send in requests of this dialect, None to leave it out."""
+        return self.known if dialect.names_model or self.given is not None else None
+
+
+def list_served_models(transport: Transport, deadline: Deadline) -> tuple[ServedModel, ...]:
+    """Return the models in `/v1/models`; none if the server has no such route.
+
+    Raises LargeError for other failures.
+    """
     try:
         reply = transport.call("/models", deadline=deadline)
         items = as_array(parse_object(reply.body).get("data"), what="data")
@@ -38,15 +59,15 @@ def served_models(transport: Transport, deadline: Deadline) -> tuple[ServedModel
     )
 
 
-def listed(names: Sequence[str]) -> str:
-    """Names for a message, the first few of them."""
-    shown = [printable_line(name, limit=80) for name in names[:_SHOWN]]
-    rest = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")
+def join_names(names: Sequence[str]) -> str:
+    """Return the first names as a list for a message, followed by the number of the others."""
+    first = [printable_line(name, limit=80) for name in names[:_MAX_LISTED]]
+    others = len(names) - len(first)
+    return ", ".join(first) + (f" and {others} more" if others > 0 else "")
 
 
 def _context_length(item: Mapping[str, object]) -> int | None:
     meta = item.get("meta")
-    found = [item.get("max_model_len"), item.get("context_length")]
-    found += [meta.get("n_ctx")] if isinstance(meta, dict) else []
-    return next((value for value in found if type(value) is int and value > 0), None)
+    values = [item.get("max_model_len"), item.get("context_length")]
+    values += [meta.get("n_ctx")] if isinstance(meta, dict) else []
+    return next((value for value in values if type(value) is int and value > 0), None)

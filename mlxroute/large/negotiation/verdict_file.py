@@ -1,4 +1,4 @@
-"""What a probe found out about an endpoint, and the file that remembers it."""
+"""What negotiation learnt about an endpoint, and the JSON file that keeps it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -16,7 +16,7 @@ _FORMAT: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class CapabilityCheck:
-    """The outcome of one question; `passed` is None where no answer could be known."""
+    """The outcome of one check of a dialect; `passed` is None if it could not be decided."""
 
     name: str
     passed: bool | None
@@ -25,7 +25,7 @@ class CapabilityCheck:
 
 @dataclass(frozen=True, slots=True)
 class RejectedDialect:
-    """A dialect that was not chosen, and why."""
+    """The name of a dialect that the server failed, and why."""
 
     dialect: str
     reason: str
@@ -33,9 +33,13 @@ class RejectedDialect:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How an endpoint is best asked. Latencies in seconds, of calls for one token.
+    """The result of probing one endpoint.
 
-    `same` says, by the fingerprint of a small vocabulary, whether the large one equals it.
+    `model` is the name of the model that was probed, None if the server told none. `rung` is the
+    exactness of the dialect, from 1 (best) to 4. `token_source` names what gave token ids of the
+    large vocabulary, None if nothing did. `context_length` is in tokens. The latencies are those
+    of probe requests for one token, in seconds. `shared_vocabularies` are pairs: the fingerprint
+    of a small model's vocabulary, and whether it equals the large model's.
     """
 
     base_url: str
@@ -43,54 +47,59 @@ class Verdict:
     dialect: str
     rung: int
     checks: tuple[CapabilityCheck, ...]
-    refusals: tuple[RejectedDialect, ...]
-    tokens: str | None
+    rejected: tuple[RejectedDialect, ...]
+    token_source: str | None
     context_length: int | None
     latency_p50_s: float
     latency_p95_s: float
-    calls: int
-    same: tuple[tuple[str, bool], ...] = ()
+    requests: int
+    shared_vocabularies: tuple[tuple[str, bool], ...] = ()
 
-    def knows(self, small: str) -> bool | None:
-        """Whether the vocabulary with this fingerprint is the large model's; None if not known."""
-        return dict(self.same).get(small)
+    def is_shared(self, fingerprint: str) -> bool | None:
+        """Return whether the vocabulary is the large model's; None if they were not compared."""
+        return dict(self.shared_vocabularies).get(fingerprint)
 
-    def knowing(self, small: str, same: bool) -> Self:
-        """The verdict with that knowledge."""
-        return replace(self, same=tuple(sorted({**dict(self.same), small: same}.items())))
+    def with_vocabulary(self, fingerprint: str, *, shared: bool) -> Self:
+        """Return a copy that also holds this result of a comparison."""
+        vocabularies = {**dict(self.shared_vocabularies), fingerprint: shared}
+        return replace(self, shared_vocabularies=tuple(sorted(vocabularies.items())))
 
 
 class VerdictFile:
-    """Verdicts by endpoint and model, in one JSON file. What cannot be read is probed again."""
+    """A JSON file with one verdict per endpoint and model. A damaged entry counts as missing."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def load(self, base_url: str, model: str | None) -> Verdict | None:
-        """The remembered verdict, if there is one."""
-        return _verdict(self._all().get(_key(base_url, model)))
+        """Return the verdict for an endpoint, None if there is none; `model` as in `save`."""
+        return _verdict_from_json(self._read_entries().get(_key(base_url, model)))
 
-    def save(self, verdict: Verdict, *, named: str | None) -> None:
-        """Remember a verdict for the model the user `named`; a full disk is not worth a word."""
-        self._write(self._all() | {_key(verdict.base_url, named): asdict(verdict)})
+    def save(self, verdict: Verdict, *, model: str | None) -> None:
+        """Store a verdict; `model` is the name the user gave, None if they gave none.
+
+        A file that cannot be written is ignored: the server is then probed again next time.
+        """
+        key = _key(verdict.base_url, model)
+        self._write_entries(self._read_entries() | {key: _verdict_to_json(verdict)})
 
     def forget(self, base_url: str, model: str | None) -> None:
-        """Drop a verdict that does not fit any more."""
-        verdicts = self._all()
-        if verdicts.pop(_key(base_url, model), None) is not None:
-            self._write(verdicts)
+        """Remove the verdict for an endpoint, if there is one; `model` as in `save`."""
+        entries = self._read_entries()
+        if entries.pop(_key(base_url, model), None) is not None:
+            self._write_entries(entries)
 
-    def _all(self) -> dict[str, Any]:
+    def _read_entries(self) -> dict[str, Any]:
         try:
-            value = json.loads(self._path.read_text(encoding="utf-8"))
+            content = json.loads(self._path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return {}
-        fits = isinstance(value, dict) and value.get("format") == _FORMAT
-        verdicts = value.get("verdicts") if fits else None
-        return verdicts if isinstance(verdicts, dict) else {}
+        is_readable = isinstance(content, dict) and content.get("format") == _FORMAT
+        entries = content.get("verdicts") if is_readable else None
+        return entries if isinstance(entries, dict) else {}
 
-    def _write(self, verdicts: Mapping[str, Any]) -> None:
-        text = json.dumps({"format": _FORMAT, "verdicts": verdicts}, indent=1)
+    def _write_entries(self, entries: Mapping[str, Any]) -> None:
+        text = json.dumps({"format": _FORMAT, "verdicts": entries}, indent=1)
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             descriptor, name = tempfile.mkstemp(dir=self._path.parent, prefix=self._path.name)
@@ -103,37 +112,82 @@ def _key(base_url: str, model: str | None) -> str:
     return f"{base_url} {model or ''}"
 
 
-def _verdict(value: object) -> Verdict | None:
-    if not isinstance(value, dict):
-        return None
+def _verdict_to_json(verdict: Verdict) -> dict[str, object]:
+    return {
+        "base_url": verdict.base_url,
+        "model": verdict.model,
+        "dialect": verdict.dialect,
+        "rung": verdict.rung,
+        "checks": [
+            {"name": check.name, "passed": check.passed, "detail": check.detail}
+            for check in verdict.checks
+        ],
+        "refusals": [
+            {"dialect": rejected.dialect, "reason": rejected.reason}
+            for rejected in verdict.rejected
+        ],
+        "tokens": verdict.token_source,
+        "context_length": verdict.context_length,
+        "latency_p50_s": verdict.latency_p50_s,
+        "latency_p95_s": verdict.latency_p95_s,
+        "calls": verdict.requests,
+        "same": [list(pair) for pair in verdict.shared_vocabularies],
+    }
+
+
+def _verdict_from_json(value: object) -> Verdict | None:
+    """Return the verdict; None unless it has exactly the written keys and their types."""
     try:
-        verdict = Verdict(
-            **{
-                **value,
-                "checks": tuple(CapabilityCheck(**check) for check in value["checks"]),
-                "refusals": tuple(RejectedDialect(**refusal) for refusal in value["refusals"]),
-                "same": tuple((small, same) for small, same in value["same"]),
-            }
-        )
-    except (TypeError, KeyError, ValueError):
+        verdict = _parsed_verdict(value)
+    except (TypeError, ValueError):
         return None
-    return verdict if _is_sound(verdict) else None
+    return verdict if _has_valid_types(verdict) else None
 
 
-def _is_sound(verdict: Verdict) -> bool:
-    """Whether every value has its type; JSON has numbers where Python has int and float."""
+def _parsed_verdict(value: object) -> Verdict:
+    entry = _object_with_keys(
+        value,
+        *("base_url", "model", "dialect", "rung", "checks", "refusals", "tokens"),
+        *("context_length", "latency_p50_s", "latency_p95_s", "calls", "same"),
+    )
+    checks = [_object_with_keys(item, "name", "passed", "detail") for item in entry["checks"]]
+    refusals = [_object_with_keys(item, "dialect", "reason") for item in entry["refusals"]]
+    return Verdict(
+        base_url=entry["base_url"],
+        model=entry["model"],
+        dialect=entry["dialect"],
+        rung=entry["rung"],
+        checks=tuple(CapabilityCheck(c["name"], c["passed"], c["detail"]) for c in checks),
+        rejected=tuple(RejectedDialect(r["dialect"], r["reason"]) for r in refusals),
+        token_source=entry["tokens"],
+        context_length=entry["context_length"],
+        latency_p50_s=entry["latency_p50_s"],
+        latency_p95_s=entry["latency_p95_s"],
+        requests=entry["calls"],
+        shared_vocabularies=tuple((fingerprint, shared) for fingerprint, shared in entry["same"]),
+    )
+
+
+def _object_with_keys(value: object, *keys: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or set(value) != set(keys):
+        raise ValueError(f"not a JSON object with the keys {', '.join(keys)}")
+    return value
+
+
+def _has_valid_types(verdict: Verdict) -> bool:
     texts = [verdict.base_url, verdict.dialect]
-    texts += [text for text in (verdict.model, verdict.tokens) if text is not None]
+    texts += [text for text in (verdict.model, verdict.token_source) if text is not None]
     texts += [text for check in verdict.checks for text in (check.name, check.detail)]
-    texts += [text for each in verdict.refusals for text in (each.dialect, each.reason)]
-    texts += [small for small, _ in verdict.same]
-    counts = [verdict.rung, verdict.calls, verdict.context_length or 0]
+    texts += [text for item in verdict.rejected for text in (item.dialect, item.reason)]
+    texts += [fingerprint for fingerprint, _ in verdict.shared_vocabularies]
+    counts = [verdict.rung, verdict.requests, verdict.context_length or 0]
+    # JSON does not keep the difference between 1 and 1.0.
     times_s = [verdict.latency_p50_s, verdict.latency_p95_s]
-    truths = [same for _, same in verdict.same]
-    passed = [check.passed for check in verdict.checks if check.passed is not None]
+    flags = [shared for _, shared in verdict.shared_vocabularies]
+    flags += [check.passed for check in verdict.checks if check.passed is not None]
     return (
         all(isinstance(text, str) for text in texts)
         and all(type(count) is int for count in counts)
         and all(type(time_s) in (int, float) for time_s in times_s)
-        and all(isinstance(truth, bool) for truth in (*truths, *passed))
+        and all(isinstance(flag, bool) for flag in flags)
     )

@@ -1,61 +1,66 @@
-"""Two vocabularies brought together: how the answers of the small one go out and come back."""
+"""A small model's vocabulary paired with the large model: its prompts out, its replies back."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from mlxroute.large.dialects import Dialect, with_ids
+from mlxroute.large.http.deadline import NextDeadline
 from mlxroute.large.negotiation.negotiator import NegotiatedDialect, Negotiator
+from mlxroute.large.prompt import PromptForm
 from mlxroute.large.vocabulary.bridge import Bridge
 from mlxroute.large.vocabulary.prompt_builder import PromptBuilder
 from mlxroute.large.vocabulary.token_reader import TokenReader
-from mlxroute.types import Vocabulary
+from mlxroute.types import LargeContext, Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
-class Pairing:
-    """How the answers of one small vocabulary go out and come back."""
+class VocabularyPairing:
+    """What turns answers of one small model into prompts, and replies into its tokens.
+
+    `dialect` is the negotiated one, in its most exact form for what is known of the vocabulary.
+    `model` is the model name that requests carry, None for no name.
+    """
 
     vocabulary: Vocabulary
-    terms: NegotiatedDialect
+    negotiated: NegotiatedDialect
     dialect: Dialect
+    model: str | None
     builder: PromptBuilder
     bridge: Bridge
 
+    def replayed_tokens(self, context: LargeContext) -> tuple[bytes, ...]:
+        """Return the tokens that the prompt cannot hold and the server has to generate again."""
+        if self.dialect.form is PromptForm.IDS:
+            return ()
+        return tuple(map(context.vocabulary.token_bytes, context.fragment_ids))
 
-class Pairings:
-    """The `latest` pairing, made anew when the terms or the vocabulary change."""
 
-    def __init__(self, settlement: Negotiator, reader: TokenReader) -> None:
-        self._settlement = settlement
-        self._reader = reader
-        self.latest: Pairing | None = None
+def pair_vocabulary(
+    vocabulary: Vocabulary,
+    negotiator: Negotiator,
+    reader: TokenReader,
+    next_deadline: NextDeadline,
+) -> VocabularyPairing:
+    """Compare a vocabulary with the large model's and pair them. Raises LargeError.
 
-    def of(self, vocabulary: Vocabulary) -> Pairing:
-        """The pairing with this vocabulary, under terms that are settled. Raises LargeError."""
-        settlement, reader, known = self._settlement, self._reader, self.latest
-        if (
-            known is None
-            or known.vocabulary is not vocabulary
-            or known.terms is not settlement.terms
-        ):
-            # What cannot be told now stays so: later answers must not differ from earlier ones.
-            same = bool(settlement.shares(vocabulary))
-            terms = settlement.terms
-            assert terms is not None
-            if same and reader.vocabulary is None:
-                reader.vocabulary = vocabulary
-            dialect = terms.dialect if reader.vocabulary is None else with_ids(terms.dialect)
-            known = self.latest = Pairing(
-                vocabulary,
-                terms,
-                dialect,
-                PromptBuilder(
-                    dialect.form,
-                    same_vocabulary=same,
-                    tokens=settlement.tokens,
-                    replays_fragments=dialect.crashes_on_cached_prompts,
-                ),
-                Bridge(reader, vocabulary, same_vocabulary=same),
-            )
-        return known
+    If they cannot be compared, they count as different for as long as the pairing is used: later
+    answers must not differ from earlier ones.
+    """
+    same = bool(negotiator.is_shared(vocabulary, next_deadline))
+    negotiated = negotiator.negotiated
+    assert negotiated is not None
+    if same and reader.vocabulary is None:
+        reader.learn_vocabulary(vocabulary)
+    dialect = negotiated.dialect
+    if reader.vocabulary is not None:
+        dialect = with_ids(dialect)
+    builder = PromptBuilder(
+        dialect.form,
+        same_vocabulary=same,
+        tokens=negotiator.tokens,
+        replays_fragments=dialect.crashes_on_cached_prompts,
+    )
+    bridge = Bridge(reader, vocabulary, same_vocabulary=same)
+    model = negotiator.model.for_requests(dialect)
+    return VocabularyPairing(vocabulary, negotiated, dialect, model, builder, bridge)

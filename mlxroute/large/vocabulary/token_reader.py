@@ -14,10 +14,10 @@ REPLACEMENT: Final = "\ufffd"
 
 
 class TokenReader:
-    """Reads the tokens of one large model; `vocabulary` is that model's, None while unknown."""
+    """Reads the tokens of one large model, by their names or, once known, by its vocabulary."""
 
     def __init__(self) -> None:
-        self.vocabulary: Vocabulary | None = None
+        self._vocabulary: Vocabulary | None = None
         self._pieces = PieceReader()
         self._pieces_by_id: dict[int, str] = {}
 
@@ -25,6 +25,15 @@ class TokenReader:
     def pieces_by_id(self) -> dict[int, str]:
         """The raw vocabulary pieces in replies so far; a copy, as other threads add to them."""
         return dict(self._pieces_by_id)
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """The model's vocabulary, None while unknown."""
+        return self._vocabulary
+
+    def learn_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Look up tokens that have an id in this vocabulary, the model's own, from now on."""
+        self._vocabulary = vocabulary
 
     def learn(self, positions: Iterable[ReplyPosition]) -> None:
         """Record the pieces of a reply; call it before reading any of its tokens."""
@@ -71,10 +80,10 @@ class TokenReader:
 
     def _vocabulary_of(self, token: ReplyToken) -> Vocabulary | None:
         """Return the model's vocabulary if it is known and has this token."""
-        if self.vocabulary is None or token.token_id is None:
+        if self._vocabulary is None or token.token_id is None:
             return None
-        piece = self.vocabulary.piece(token.token_id)
-        return self.vocabulary if piece is not None and token.piece in (None, piece) else None
+        piece = self._vocabulary.piece(token.token_id)
+        return self._vocabulary if piece is not None and token.piece in (None, piece) else None
 
     def _name(self, token: ReplyToken) -> str | None:
         if token.piece is not None:

@@ -408,7 +408,7 @@ def test_an_id_of_a_known_vocabulary_is_read_whatever_the_text() -> None:
     """A fragment that vLLM, SGLang, TGI and llama-server give by id alone."""
     vocabulary = TableVocabulary(["Ã", "a"])
     reader = TokenReader()
-    reader.vocabulary = vocabulary
+    reader.learn_vocabulary(vocabulary)
     identity = vocabulary.id_of("Ã")
     for name, reply in {
         "vLLM completions": vllm([identity], [""]),

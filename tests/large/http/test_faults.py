@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from mlxroute.large import LargeModel
 from mlxroute.large.dialects.mlx_lm import MlxLm
 from mlxroute.large.dialects.tokenize_routes import VllmTokenizeRoutes
 from mlxroute.large.http import retry
+from mlxroute.large.http.deadline import Deadline
 from tests.support.asking import THE, VOCABULARY, legacy
 from tests.support.loopback import Loopback, Reply, mlx_lm_reply
 from tests.support.settled import PLAIN, ask_once, settled
@@ -67,7 +69,8 @@ def test_a_refusal_of_a_tokenise_route_is_one_clean_line_without_the_key(server:
     echo = {"error": {"message": 'no: "sk-\\"1"\x1b[2J'}}
     server.script.append(Reply.of(echo, status=403))
     with LargeModel(server.url, api_key='sk-\\"1') as large:
-        routes = VllmTokenizeRoutes(large._settlement._post, model="m")
+        post = partial(large._requester.post, deadline=Deadline(30))
+        routes = VllmTokenizeRoutes(post, model="m")
         with pytest.raises(LargeRefused) as caught:
             routes.encode("text")
     assert str(caught.value) == f'{server.url} answered 403: no: "[key]" [2J; check the API key'

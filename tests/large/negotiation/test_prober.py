@@ -11,7 +11,7 @@ import pytest
 from mlxroute.errors import LargeRefused, LargeTimeout, LargeUnreachable
 from mlxroute.large import LargeModel
 from mlxroute.large.http import retry
-from mlxroute.large.negotiation.prober import NoUsableDialect, advice
+from mlxroute.large.negotiation.prober import NoUsableDialect, advise
 from mlxroute.large.negotiation.verdict_file import RejectedDialect, Verdict
 from tests.support import truthful
 from tests.support.loopback import Loopback, Reply, Request
@@ -46,7 +46,7 @@ def probe(answer: Callable[[Request], Reply], **options: Any) -> Verdict:
 
 
 def reasons(verdict: Verdict | NoUsableDialect) -> dict[str, str]:
-    return {refusal.dialect: refusal.reason for refusal in verdict.refusals}
+    return {refusal.dialect: refusal.reason for refusal in verdict.rejected}
 
 
 def outcomes(verdict: Verdict) -> dict[str, bool | None]:
@@ -65,11 +65,11 @@ def test_a_server_that_tells_the_truth_is_asked_in_its_own_dialect(
     for name in ("mid-word", "trailing space", "multi-byte", "two in a row"):
         assert found[name] is True, name
     by_id = family in ("vllm", "llama-server", "sglang")
-    assert verdict.tokens == ("the server's tokenise route" if by_id else None)
+    assert verdict.token_source == ("the server's tokenise route" if by_id else None)
     assert found.get("ids round-trip") is (True if by_id else None)
     chat = "chat" in family or family == "mistral"
     assert found["end of answer"] is (True if by_id or chat else None)
-    assert verdict.calls <= 24
+    assert verdict.requests <= 24
     assert 0 <= verdict.latency_p50_s <= verdict.latency_p95_s
 
 
@@ -324,7 +324,7 @@ def test_the_advice_fits_the_reasons(given: list[str], said: str) -> None:
     refusals = [RejectedDialect(str(number), reason) for number, reason in enumerate(given)]
     with pytest.raises(NoUsableDialect, match=said):
         raise NoUsableDialect(refusals)
-    assert "\n" not in advice(refusals)
+    assert "\n" not in advise(refusals)
 
 
 def test_an_address_without_the_apis_path_is_told_so() -> None:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mlxroute.large import LargeModel
-from mlxroute.large.negotiation.verdict_file import VerdictFile
+from mlxroute.large.negotiation.verdict_file import (
+    CapabilityCheck,
+    RejectedDialect,
+    Verdict,
+    VerdictFile,
+)
 from tests.support.asking import remember
 from tests.support.loopback import Loopback
 from tests.support.truthful import Truthful
@@ -61,12 +67,18 @@ def test_probing_ignores_what_is_remembered(tmp_path: Path) -> None:
 def test_verdicts_come_back_as_they_were_saved_each_under_its_own_model(tmp_path: Path) -> None:
     path = tmp_path / "verdicts.json"
     with Loopback(Truthful("llama-server")) as server, LargeModel(server.url) as large:
-        found = large.probe().knowing("abc", True).knowing("def", False)
+        found = (
+            large.probe().with_vocabulary("abc", shared=True).with_vocabulary("def", shared=False)
+        )
     file = VerdictFile(path)
-    file.save(found, named=None)
+    file.save(found, model=None)
     remember(path, url=found.base_url, model="other", dialect="TGI generate")
     assert file.load(found.base_url, None) == found
-    assert (found.knows("abc"), found.knows("def"), found.knows("x")) == (True, False, None)
+    assert (found.is_shared("abc"), found.is_shared("def"), found.is_shared("x")) == (
+        True,
+        False,
+        None,
+    )
     other = file.load(found.base_url, "other")
     assert other is not None
     assert other.dialect == "TGI generate"
@@ -74,6 +86,53 @@ def test_verdicts_come_back_as_they_were_saved_each_under_its_own_model(tmp_path
     file.forget(found.base_url, "never there")
     assert file.load(found.base_url, None) is None
     assert file.load(found.base_url, "other") == other
+
+
+def test_the_file_has_these_keys_and_values(tmp_path: Path) -> None:
+    """Released versions read and write this text; a change of it needs another format number."""
+    path = tmp_path / "endpoints.json"
+    verdict = Verdict(
+        base_url="http://host/v1",
+        model="m",
+        dialect="vLLM completions",
+        rung=1,
+        checks=(
+            CapabilityCheck("mid-word", True, "'pine' + 'apple'"),
+            CapabilityCheck("prefix cache", None, "the server does not report it"),
+        ),
+        rejected=(RejectedDialect("llama-server completion", "answered 404: Not Found"),),
+        token_source="the server's tokenise route",
+        context_length=4096,
+        latency_p50_s=0.25,
+        latency_p95_s=0.5,
+        requests=17,
+        shared_vocabularies=(("1f", True), ("2e", False)),
+    )
+    bare = replace(verdict, model=None, token_source=None, context_length=None)
+    VerdictFile(path).save(verdict, model=None)
+    VerdictFile(path).save(bare, model="other")
+    entry = {
+        "base_url": "http://host/v1",
+        "model": "m",
+        "dialect": "vLLM completions",
+        "rung": 1,
+        "checks": [
+            {"name": "mid-word", "passed": True, "detail": "'pine' + 'apple'"},
+            {"name": "prefix cache", "passed": None, "detail": "the server does not report it"},
+        ],
+        "refusals": [{"dialect": "llama-server completion", "reason": "answered 404: Not Found"}],
+        "tokens": "the server's tokenise route",
+        "context_length": 4096,
+        "latency_p50_s": 0.25,
+        "latency_p95_s": 0.5,
+        "calls": 17,
+        "same": [["1f", True], ["2e", False]],
+    }
+    bare_entry = entry | {"model": None, "tokens": None, "context_length": None}
+    entries = {"http://host/v1 ": entry, "http://host/v1 other": bare_entry}
+    assert path.read_text() == json.dumps({"format": 1, "verdicts": entries}, indent=1)
+    assert VerdictFile(path).load("http://host/v1", None) == verdict
+    assert VerdictFile(path).load("http://host/v1", "other") == bare
 
 
 def _damaged(value: object) -> list[str]:

@@ -158,7 +158,7 @@ def test_text_in_ids_of_a_known_vocabulary_arrives(
 ) -> None:
     large = SMALL[name]()
     reader = TokenReader()
-    reader.vocabulary = large
+    reader.learn_vocabulary(large)
     tokens = [named(ReplyToken(token_id=i), large.token_bytes(i)) for i in large.encode(text)]
     assert arrives(text, translated(tokens, small, reader, same=large is small), small)
 
@@ -170,7 +170,7 @@ def test_ids_of_the_same_vocabulary_pass_through_as_they_are(
 ) -> None:
     ids = small.encode(text)
     reader = TokenReader()
-    reader.vocabulary = small
+    reader.learn_vocabulary(small)
     tokens = [named(ReplyToken(token_id=i), small.token_bytes(i)) for i in ids]
     assert translated(tokens, small, reader, same=True) == ids
 

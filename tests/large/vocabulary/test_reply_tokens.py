@@ -318,7 +318,7 @@ def test_tags_and_ticked_boxes_are_text(text: str) -> None:
 def test_with_a_known_vocabulary_what_is_special_is_known_and_not_guessed() -> None:
     large = TableVocabulary(["<div>", "a"])
     reader = TokenReader()
-    reader.vocabulary = large
+    reader.learn_vocabulary(large)
     tag = ReplyToken(token_id=large.id_of("<div>"), text="<div>")
     assert (reader.is_special(tag), reader.text_bytes(tag)) == (False, b"<div>")
     end = ReplyToken(token_id=END_ID, text="")
@@ -328,7 +328,7 @@ def test_with_a_known_vocabulary_what_is_special_is_known_and_not_guessed() -> N
 
 def test_a_token_id_that_the_known_vocabulary_names_otherwise_is_read_by_its_name() -> None:
     reader = TokenReader()
-    reader.vocabulary = TableVocabulary(["a"])
+    reader.learn_vocabulary(TableVocabulary(["a"]))
     assert reader.text_bytes(ReplyToken(token_id=2, piece="b")) == b"b"
 
 

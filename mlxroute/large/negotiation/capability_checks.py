@@ -1,0 +1,293 @@
+"""Checks of one dialect: does the server answer it as one token at a time requires?"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Iterator
+from typing import Final
+
+from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused
+from mlxroute.large.completion_request import CompletionRequest, CompletionRequester
+from mlxroute.large.dialects import TEXT_ONLY_RUNG, Dialect
+from mlxroute.large.http.deadline import NextDeadline
+from mlxroute.large.negotiation import probe_questions
+from mlxroute.large.negotiation.probe_questions import ProbeQuestion
+from mlxroute.large.negotiation.served_models import ModelName
+from mlxroute.large.negotiation.verdict_file import CapabilityCheck
+from mlxroute.large.prompt import Prompt, PromptForm
+from mlxroute.large.reply import CompletionAnswer, ReplyPosition
+from mlxroute.large.vocabulary.token_reader import REPLACEMENT, TokenReader
+from mlxroute.large.vocabulary.token_sources import TokenSource
+from mlxroute.safe_text import printable_line
+
+# Statuses that show nothing about the dialect: access, load, the server's health. 500 is not one
+# of them: many servers answer it to a body that they do not understand.
+_UNRELATED_STATUSES: Final = {401, 402, 403, 408, 429, 502, 503, 504}
+_LOGPROB_TOLERANCE: Final = 1e-3
+_MAX_TOKENS_PER_CHARACTER: Final = 4
+
+
+class DialectRejected(Exception):
+    """The server failed a check of this dialect; the text is the reason."""
+
+
+class CapabilityChecker:
+    """Asks a server questions in one dialect and compares the replies with the expected ones.
+
+    `tokens` gives token ids for prompts, None if nothing does. Counts its `requests` and measures
+    `latencies_s`, in seconds, of those for one token. Methods raise DialectRejected, and LargeError
+    for failures that the dialect did not cause.
+    """
+
+    def __init__(
+        self,
+        requester: CompletionRequester,
+        dialect: Dialect,
+        *,
+        model: ModelName,
+        reader: TokenReader,
+        tokens: TokenSource | None,
+        next_deadline: NextDeadline,
+    ) -> None:
+        self._requester = requester
+        self._dialect = dialect
+        self._model = model
+        self._reader = reader
+        self._tokens = tokens
+        self._next_deadline = next_deadline
+        self.latencies_s: list[float] = []
+        self.requests = 0
+
+    def check_all(self) -> tuple[CapabilityCheck, ...]:
+        """Return the outcome of all checks; raise DialectRejected at the first that fails."""
+        return (*self._required_checks(), self._check_prefix_cache())
+
+    def _required_checks(self) -> Iterator[CapabilityCheck]:
+        yield self.check_mid_word()
+        logprobs = self._check_logprobs()
+        if not logprobs.passed and self._dialect.rung < TEXT_ONLY_RUNG:
+            raise DialectRejected(f"logprobs: {logprobs.detail}")
+        yield logprobs
+        checks = [
+            self._check_trailing_space,
+            self._check_multi_byte,
+            self._check_consecutive_requests,
+            self._check_end_of_answer,
+        ]
+        if self._dialect.form is PromptForm.IDS:
+            checks.append(self._check_ids)
+        for check in checks:
+            outcome = check()
+            if outcome.passed is False:
+                raise DialectRejected(f"{outcome.name}: {outcome.detail}")
+            yield outcome
+
+    def check_mid_word(self) -> CapabilityCheck:
+        """Check that a word that has begun is continued."""
+        text = ""
+        for question in probe_questions.MID_WORD:
+            text = self._continuation(self._prompt(question))
+            if _agrees(text, question.expected):
+                return CapabilityCheck("mid-word", True, f"{question.text[-8:]!r} + {text!r}")
+        raise DialectRejected(f"a begun word is not continued (it wrote {_quoted(text)})")
+
+    def request_tokens(self, question: ProbeQuestion, count: int) -> None:
+        """Have the server generate tokens, from whose names the reader learns the vocabulary."""
+        self._ask(self._prompt(question), count)
+
+    def _check_trailing_space(self) -> CapabilityCheck:
+        """Check that a space at the end of the prompt is kept."""
+        name, text = "trailing space", ""
+        for question in probe_questions.TRAILING_SPACE:
+            text = self._continuation(self._prompt(question))
+            if _agrees(text, question.expected):
+                return CapabilityCheck(name, True, f"{question.text[-6:]!r} + {text!r}")
+            if _agrees(text.lstrip(" "), question.expected):
+                return CapabilityCheck(name, False, "the space that ends a prompt is lost")
+        return CapabilityCheck(name, None, f"the model wrote {_quoted(text)}")
+
+    def _check_multi_byte(self) -> CapabilityCheck:
+        """Check that a character of several tokens can be read, by bytes or in a longer reply."""
+        name, text, is_broken = "multi-byte", "", False
+        for question in probe_questions.MULTI_BYTE:
+            prompt = self._prompt(question)
+            first = self._ask(prompt, 1)
+            data = self._reader.text_bytes(first.positions[0].token)
+            if data and question.expected.encode().startswith(data):
+                is_whole = bool(data.decode(errors="ignore"))
+                return CapabilityCheck(name, True, "whole" if is_whole else "in parts, by bytes")
+            text = first.completion.text
+            if not data:
+                text = self._continuation(prompt)
+                if _agrees(text, question.expected):
+                    return CapabilityCheck(name, True, "whole, after asking for more tokens")
+            elif _agrees(text, question.expected):
+                return CapabilityCheck(name, True, "whole")
+            is_broken = is_broken or self._breaks_characters(prompt)
+        if is_broken:
+            return CapabilityCheck(name, False, "a character of several tokens is never whole")
+        return CapabilityCheck(name, None, f"the model wrote {_quoted(text)}")
+
+    def _breaks_characters(self, prompt: Prompt) -> bool:
+        """Return whether even the tokens of a whole character are decoded as a part of one."""
+        text = self._ask(prompt, _MAX_TOKENS_PER_CHARACTER).completion.text
+        return text.startswith(REPLACEMENT)
+
+    def _check_consecutive_requests(self) -> CapabilityCheck:
+        """Check that two requests for one token generate what one request for two does."""
+        name = "two in a row"
+        prompt = self._prompt(probe_questions.COUNTING)
+        both = self._ask(prompt, 2)
+        first = self._ask(prompt, 1)
+        data = self._reader.text_bytes(first.positions[0].token)
+        if data is None:
+            return CapabilityCheck(name, None, "the first token has no text of its own")
+        second = self._ask(_append(prompt, first.positions[0], data), 1)
+        separate = self._all_bytes(first) + self._all_bytes(second)
+        joint = self._all_bytes(both) or both.completion.text.encode()
+        shown = repr(separate.decode(errors="replace"))
+        if separate == joint:
+            return CapabilityCheck(name, True, shown)
+        return CapabilityCheck(
+            name, False, f"{shown}, in one call {joint.decode(errors='replace')!r}"
+        )
+
+    def _check_end_of_answer(self) -> CapabilityCheck:
+        """Check that the end of an answer is reported where the model's own answer ends."""
+        name = "end of answer"
+        prompt = self._chat_prompt()
+        if prompt is None:
+            return CapabilityCheck(name, None, "the chat template is not known")
+        answer = self._ask(prompt, probe_questions.SHORT_ANSWER_TOKENS)
+        if not answer.completion.ends:
+            return CapabilityCheck(name, None, "the model had not ended after a sentence")
+        for position in answer.positions[:-1]:
+            data = self._reader.text_bytes(position.token)
+            if data is None:
+                return CapabilityCheck(name, None, "the answer's tokens have no text")
+            prompt = _append(prompt, position, data)
+        last = self._ask(prompt, 1).positions[0]
+        if not self._reader.ends(last):
+            return CapabilityCheck(name, False, f"it wrote {_quoted(last.token.text or '')}")
+        return CapabilityCheck(name, True, "said by finish reason")
+
+    def _check_logprobs(self) -> CapabilityCheck:
+        """Check that logprobs are given and are those of a greedy choice."""
+        name = "logprobs"
+        position = self._ask(self._prompt(probe_questions.COUNTING), 1).positions[0]
+        logprob, top = position.token.logprob, [token.logprob or 0.0 for token in position.top]
+        if logprob is None or not top:
+            return CapabilityCheck(name, False, "there are none")
+        if abs(logprob - top[0]) > _LOGPROB_TOLERANCE:
+            return CapabilityCheck(name, False, "the token written is not the most likely one")
+        if sum(map(math.exp, top)) > 1 + _LOGPROB_TOLERANCE:
+            return CapabilityCheck(name, False, "the probabilities add up to more than 1")
+        return CapabilityCheck(name, True, f"{len(top)} alternatives")
+
+    def _check_ids(self) -> CapabilityCheck:
+        """Check that the id of a generated token is the one its text is encoded as."""
+        name = "ids round-trip"
+        token = self._ask(self._prompt(probe_questions.COUNTING), 1).positions[0].token
+        assert self._tokens is not None
+        text = (self._reader.text_bytes(token) or b"").decode(errors="ignore")
+        if token.token_id in self._tokens.encode(probe_questions.COUNTING.text + text):
+            return CapabilityCheck(name, True, f"by {self._tokens.name}")
+        return CapabilityCheck(name, False, f"id {token.token_id} is not that of its text")
+
+    def _check_prefix_cache(self) -> CapabilityCheck:
+        """Check whether a longer prompt reuses the KV cache of its beginning; never rejects."""
+        name = "prefix cache"
+        question = probe_questions.COUNTING
+        longer = ProbeQuestion(question.text + " 12, 13, 14,", " 15", question.chat_request)
+        self._ask(self._prompt(question), 1)
+        completion = self._ask(self._prompt(longer), 1).completion
+        if completion.cached_tokens is None:
+            return CapabilityCheck(name, None, "the server does not report it")
+        detail = f"{completion.cached_tokens} of {completion.prompt_tokens} prompt tokens reused"
+        return CapabilityCheck(name, completion.cached_tokens > 0 or None, detail)
+
+    def _prompt(self, question: ProbeQuestion) -> Prompt:
+        prompt = question.prompt(self._dialect.form, self._tokens)
+        if prompt is None:
+            raise DialectRejected(
+                "the server has no tokenise route, and its tokenizer is not known"
+            )
+        return prompt
+
+    def _chat_prompt(self) -> Prompt | None:
+        """Return the chat with a short answer; None if its template is not known."""
+        messages = probe_questions.SHORT_ANSWER
+        if self._dialect.form is PromptForm.CHAT:
+            return Prompt(messages=messages)
+        if self._tokens is None:
+            return None
+        if self._dialect.form is PromptForm.TEXT:
+            text = self._tokens.prompt_text(messages)
+            return None if text is None else Prompt(text=text.removeprefix(self._tokens.bos_text))
+        try:
+            return Prompt(ids=self._tokens.prompt_ids(messages))
+        except LargeError:
+            return None
+
+    def _continuation(self, prompt: Prompt) -> str:
+        """Return what the model writes next, of as few tokens as end on a whole character."""
+        for count in range(1, _MAX_TOKENS_PER_CHARACTER + 1):
+            answer = self._ask(prompt, count)
+            data = [self._reader.text_bytes(position.token) for position in answer.positions]
+            text = answer.completion.text
+            if None not in data:
+                text = b"".join(part for part in data if part).decode(errors="replace")
+            if (text and REPLACEMENT not in text) or answer.completion.ends:
+                return text
+        return ""
+
+    def _all_bytes(self, answer: CompletionAnswer) -> bytes:
+        tokens = [position.token for position in answer.positions]
+        return b"".join(self._reader.text_bytes(token) or b"" for token in tokens)
+
+    def _ask(self, prompt: Prompt, count: int) -> CompletionAnswer:
+        """Send one request. Raises DialectRejected for a reply that does not fit the dialect."""
+        request = CompletionRequest(
+            self._dialect, prompt, self._model.for_requests(self._dialect), count
+        )
+        self.requests += 1
+        began_s = time.perf_counter()
+        try:
+            answer = self._requester.complete(request, deadline=self._next_deadline())
+        except LargeRefused as exc:
+            if exc.status in _UNRELATED_STATUSES:
+                raise
+            raise DialectRejected(_without_address(str(exc))) from exc
+        except LargeProtocolError as exc:
+            raise DialectRejected(_without_address(str(exc))) from exc
+        if count == 1:
+            self.latencies_s.append(time.perf_counter() - began_s)
+        return answer
+
+
+def _agrees(text: str, expected: str) -> bool:
+    """Return whether one text is the beginning of the other."""
+    return bool(text) and (expected.startswith(text) or text.startswith(expected))
+
+
+def _append(prompt: Prompt, position: ReplyPosition, data: bytes) -> Prompt:
+    """Return the prompt with one more token, whose bytes are `data`, at its end."""
+    if prompt.ids:
+        token_id = position.token.token_id
+        if token_id is None:
+            raise DialectRejected("the reply names no token ids")
+        return Prompt(ids=(*prompt.ids, token_id))
+    text = data.decode(errors="replace")
+    if prompt.messages:
+        return Prompt(messages=prompt.messages, answer_start=prompt.answer_start + text)
+    return Prompt(text=prompt.text + text)
+
+
+def _quoted(text: str) -> str:
+    return repr(printable_line(text, limit=40))
+
+
+def _without_address(text: str) -> str:
+    return re.sub(r"^https?://\S+?:? ", "", text)
