@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,14 @@ from pathlib import Path
 import pytest
 
 import mlxroute
-
-PACKAGE = Path(mlxroute.__file__).parent
+from tests.support.import_graph import (
+    MODULES,
+    PACKAGE,
+    circles,
+    imported_names,
+    imports_of,
+    module_graph,
+)
 
 _BASE = {"types", "errors", "closeable", "safe_text", "sequences", "statistics", "_version"}
 # For each room, the rooms it may import besides itself and the base.
@@ -35,8 +42,7 @@ _ROOMS: dict[str, set[str]] = {
     "engine": set(),
     "small": {"backend", "catalog", "config", "tokenizers", "weights"},
     "large": {"ledger", "tokenizers"},
-    # "" is the package itself, to tell a child where it lies
-    "hosting": {"backend", "large", ""},
+    "hosting": {"backend", "large"},
     "view": set(),
     "recorded": {"engine", "routers"},
     "training": {"catalog", "engine", "questions", "recorded", "routers", "small"},
@@ -66,47 +72,95 @@ _WALLS: dict[str, set[str]] = {
 }
 
 
-def _modules() -> list[Path]:
-    return sorted(PACKAGE.rglob("*.py"))
+# The wings of `large/`, and which of them each may import besides itself.
+_LARGE_WINGS: dict[str, set[str]] = {
+    "prompt": set(),
+    "reply": set(),
+    "http": set(),
+    "dialects": {"prompt", "reply"},
+    "vocabulary": {"prompt", "reply"},
+    "completion_request": {"prompt", "reply", "http", "dialects", "vocabulary"},
+}
+_LARGE_WINGS["negotiation"] = {*_LARGE_WINGS, "completion_request"}
+# What builds on all wings: the client and its parts.
+_LARGE_TOP = {"client", "request_plan", "streaming", ""}
+# Modules that stop at these wings of `large/`.
+_LARGE_WALLS: dict[str, set[str]] = {
+    "json": {"dialects", "completion_request", "negotiation"},
+    "requests": {"http"},
+    "urllib3": {"http"},
+    "http": {"http"},
+    "socket": {"http"},
+    "ssl": {"http"},
+}
 
 
-def _room(path: Path) -> str:
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return "" if parts[0] in {"__init__", "__main__"} else parts[0]
+def _room(name: str) -> str:
+    """Return the room of a module, "" for the package itself and for `python -m mlxroute`."""
+    parts = name.split(".")[1:]
+    return parts[0] if parts and parts[0] != "__main__" else ""
 
 
-def _imports(path: Path) -> set[str]:
-    return _imported(ast.parse(path.read_text(encoding="utf-8")))
+def _wing(name: str) -> str:
+    """Return the wing of a module of `large/`, "" for its `__init__`."""
+    return name.removeprefix("mlxroute.large").lstrip(".").split(".")[0]
 
 
-def _imported(tree: ast.AST) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-            if node.module == "mlxroute":
-                names |= {f"mlxroute.{alias.name}" for alias in node.names}
-    return names
-
-
-@pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_rooms_import_only_what_the_design_allows(path: Path) -> None:
-    room = _room(path)
-    for name in _imports(path):
-        top, *rest = name.split(".")
+@pytest.mark.parametrize("module", MODULES)
+def test_rooms_import_only_what_the_design_allows(module: str) -> None:
+    room = _room(module)
+    for name in imports_of(MODULES[module]):
+        top = name.split(".")[0]
         if top == "mlxroute":
-            target = rest[0] if rest else ""
+            target = _room(name)
             if room in _ROOMS and target != room:
-                assert target in _BASE | _ROOMS[room], f"{path} must not import {name}"
+                assert target in _BASE | _ROOMS[room], f"{module} must not import {name}"
         elif top in _WALLS:
-            assert room in _WALLS[top], f"{path} must not import {name}"
+            assert room in _WALLS[top], f"{module} must not import {name}"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if _room(name) == "large"])
+def test_wings_of_large_import_only_what_the_design_allows(module: str) -> None:
+    wing = _wing(module)
+    for name in imports_of(MODULES[module]):
+        if _room(name) == "large" and wing in _LARGE_WINGS:
+            assert _wing(name) in {wing} | _LARGE_WINGS[wing], f"{module} must not import {name}"
+        top = name.split(".")[0]
+        if top in _LARGE_WALLS:
+            assert wing in _LARGE_WALLS[top], f"{module} must not import {name}"
+
+
+def test_every_wing_of_large_has_a_rule() -> None:
+    wings = {_wing(name) for name in MODULES if _room(name) == "large"}
+    assert wings == _LARGE_WINGS.keys() | _LARGE_TOP
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    found = [" -> ".join(circle) for circle in circles(module_graph())]
+    assert not found, "\n".join(found)
+
+
+def test_no_import_runs_upward() -> None:
+    """Rooms form layers: none imports a room that imports it, directly or through others."""
+    rooms: dict[str, set[str]] = {}
+    for module, targets in module_graph().items():
+        room = _room(module)
+        rooms.setdefault(room, set()).update({_room(name) for name in targets} - {room})
+    found = [" -> ".join(circle) for circle in circles(rooms)]
+    assert not found, "\n".join(found)
+    assert not [room for room, targets in rooms.items() if room and targets & {"", "cli"}]
+
+
+def test_a_circle_is_found() -> None:
+    graph = {"a": {"b", "d"}, "b": {"c"}, "c": {"a"}, "d": set()}
+    (circle,) = circles(graph)
+    assert set(circle) == {"a", "b", "c"}
+    assert all(target in graph[name] for name, target in itertools.pairwise(circle))
 
 
 def test_every_room_has_a_rule() -> None:
     free = {"", "cli"}
-    assert {_room(path) for path in _modules()} - free == set(_ROOMS)
+    assert {_room(name) for name in MODULES} - free == set(_ROOMS)
 
 
 def _loaded_by(code: str) -> set[str]:
@@ -145,7 +199,7 @@ def test_small_imports_mlx_at_the_top_of_its_modules(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, functions):
             inside = ast.Module(body=list(node.body), type_ignores=[])
-            assert not {name.split(".")[0] for name in _imported(inside)} & {"mlx", "mlx_lm"}
+            assert not {name.split(".")[0] for name in imported_names(inside)} & {"mlx", "mlx_lm"}
 
 
 def test_the_public_names_are_sorted_and_all_there() -> None:
