@@ -57,7 +57,7 @@ class ChatTokenizer:
         return text
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Return the ids of a rendered prompt, with its special tokens parsed and a BOS at its start."""
+        """Return the ids of a rendered prompt, its special tokens parsed and a BOS at its start."""
         bos = self.vocabulary.bos_text
         ids: list[int] = self._tokenizer.encode(
             text, add_special_tokens=bool(bos) and not text.startswith(bos)
