@@ -14,6 +14,8 @@ from mlxroute.config import (
     read_never_send,
     read_prices,
 )
+from mlxroute.config.settings import declared_settings
+from mlxroute.config.settings_page import settings_page
 from mlxroute.errors import ConfigError
 from mlxroute.types import Prices
 
@@ -100,8 +102,8 @@ def test_a_chosen_key_goes_before_one_that_happens_to_be_set(tmp_path: Path) -> 
     environ = {"OPENAI_API_KEY": "ambient", "NAMED": "from-named"}
 
     def key(settings: Settings) -> str | None:
-        found = read_key(settings, environ)
-        return found.reveal() if found else None
+        secret = read_key(settings, environ)
+        return secret.reveal() if secret else None
 
     assert key(Settings()) == "ambient"
     assert key(Settings(key_file=str(file))) == "from-file"
@@ -124,8 +126,9 @@ def test_a_named_key_variable_that_is_not_set_is_an_error() -> None:
 
 
 def test_a_key_given_in_place_of_a_variables_name_is_not_repeated() -> None:
-    with pytest.raises(ConfigError, match="--key-env") as caught:
+    with pytest.raises(ConfigError, match="is not set") as caught:
         read_key(Settings(key_env="sk-proj-123"), {})
+    assert caught.value.parameter == "key_env"
     assert "123" not in str(caught.value)
 
 
@@ -147,19 +150,19 @@ def test_a_never_send_file_has_a_pattern_per_line(tmp_path: Path) -> None:
 
 
 def test_a_bad_pattern_is_named_by_itself_or_by_its_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--never-send '\(x' is no regular expression"):
+    with pytest.raises(ConfigError, match=r"never_send '\(x' is not a regular expression"):
         read_never_send(Settings(never_send=("ok", "(x")))
     file = tmp_path / "private"
     file.write_text("fine\n\nhidden(\n")
-    with pytest.raises(ConfigError, match=r"line 3 of .*private is no regular") as caught:
+    with pytest.raises(ConfigError, match=r"line 3 of .*private is not a regular") as caught:
         read_never_send(Settings(never_send_file=(str(file),)))
     assert "hidden" not in str(caught.value)
 
 
 def test_a_never_send_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"caf\xe9\n")
-    for name, said in [("missing", "No such file"), ("latin", "not UTF-8"), (".", "directory")]:
-        with pytest.raises(ConfigError, match=said):
+    for name, reason in [("missing", "No such file"), ("latin", "not UTF-8"), (".", "directory")]:
+        with pytest.raises(ConfigError, match=reason):
             read_never_send(Settings(never_send_file=(str(tmp_path / name),)))
 
 
@@ -185,3 +188,18 @@ def test_prices_come_from_the_settings(tmp_path: Path) -> None:
 def test_prices_that_make_no_estimate_are_refused(settings: Settings) -> None:
     with pytest.raises(ConfigError, match="price"):
         read_prices(settings)
+
+
+def test_the_page_of_all_settings_is_up_to_date() -> None:
+    page = Path(__file__).parents[1] / "docs" / "settings.md"
+    assert page.read_text(encoding="utf-8") == settings_page(), (
+        "docs/settings.md differs from the declared settings; write settings_page() to it"
+    )
+
+
+def test_every_setting_has_a_help_text_a_variable_and_a_flag_or_none() -> None:
+    for name, setting in declared_settings().items():
+        assert setting.help.endswith(".")
+        assert setting.variables[0] == f"MLXROUTE_{name.upper()}"
+        assert setting.default == getattr(Settings(), name)
+        assert bool(setting.commands) != name.startswith("price_")

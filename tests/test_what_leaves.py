@@ -126,7 +126,8 @@ def test_a_bad_pattern_is_one_clear_line_before_anything_is_loaded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["ask", "--small", "no/such", "--never-send", "(x", "hi"]) == 2
-    assert capsys.readouterr().err.startswith("error: --never-send '(x' is no regular expression")
+    error = "error: --never-send '(x' is not a regular expression"
+    assert capsys.readouterr().err.startswith(error)
 
 
 def test_a_chat_is_told_once_that_positions_stay_here(

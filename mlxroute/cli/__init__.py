@@ -1,4 +1,4 @@
-"""The command line: parse, build, run, report. Heavy imports happen inside the commands."""
+"""The command line: one file per command in `commands`, what they share beside it."""
 
 from mlxroute.cli.app import main
 

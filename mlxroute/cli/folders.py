@@ -1,4 +1,4 @@
-"""Where things are kept."""
+"""Folders and files of the command line."""
 
 from __future__ import annotations
 
@@ -11,34 +11,52 @@ from mlxroute.errors import UsageError
 RESULTS = Path("bench", "results")
 
 
-def cache_dir_of(cache_dir: str | None) -> Path:
-    """The folder weights are kept in."""
+def cache_dir_of(settings: Settings) -> Path:
+    """Return the folder of the model weights."""
     from mlxroute.weights import default_cache_dir
 
-    return Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+    return Path(settings.cache_dir).expanduser() if settings.cache_dir else default_cache_dir()
 
 
-def bench_file(folder: str, name: str) -> Path:
-    """A file of `bench/` in the repository, or its copy in an installed package."""
+def expand_optional(path: str | None) -> Path | None:
+    """Return a path of the settings with `~` expanded, None if it is not set."""
+    return Path(path).expanduser() if path else None
+
+
+def find_bench_file(folder: str, name: str) -> Path:
+    """Return a file of `bench/` in the repository, or its copy in an installed package.
+
+    Raises UsageError if there is neither.
+    """
     package = Path(__file__).parents[1]
     for parent in (package / f"_{folder}", package.parent / "bench" / folder):
         if (file := parent / name).is_file():
             return file
-    raise UsageError(f"bench/{folder}/{name} is not installed; run it from the repository")
+    raise UsageError(f"bench/{folder}/{name} is not installed; run this in the repository")
 
 
 def record_file(settings: Settings, kind: str, small: str, large: str) -> Path:
-    """Where a kind of record of two models is kept; its folder is made."""
-    folder = cache_dir_of(settings.cache_dir) / "bench"
+    """Return the file for records of a kind about two models, and create its folder."""
+    folder = cache_dir_of(settings) / "bench"
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{kind}-{_plain(small)}-{_plain(large)}.jsonl"
+    return folder / f"{kind}-{_file_name(small)}-{_file_name(large)}.jsonl"
 
 
-def source(data: Path) -> str:
-    """A data file's name with its folder's, as `csqa/test.jsonl`."""
+def host_log(cache_dir: Path) -> Path:
+    """Return the log file of a server started on this machine."""
+    return cache_dir / "logs" / "host.log"
+
+
+def data_name(data: Path) -> str:
+    """Return the name of a data file with that of its folder, as `csqa/test.jsonl`."""
     return "/".join(data.absolute().parts[-2:])
 
 
-def _plain(name: str) -> str:
-    """A model's name, or the end of its path, fit for a file's."""
-    return re.sub(r"[^\w.-]+", "-", Path(name).name)
+def report_source(data: Path) -> str:
+    """Return the name of a data file as reports of `bench` give it: `csqa-test`."""
+    return f"{data.absolute().parent.name}-{data.stem}"
+
+
+def _file_name(model: str) -> str:
+    """Return a model's name, or the last part of its path, as part of a file name."""
+    return re.sub(r"[^\w.-]+", "-", Path(model).name)

@@ -1,4 +1,4 @@
-"""Progress of downloads, conversions and loading, on stderr."""
+"""Progress on stderr: bytes of downloads and loading, and counts of long runs."""
 
 from __future__ import annotations
 
@@ -6,26 +6,43 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import TYPE_CHECKING
 
+from mlxroute.closeable import Closeable
 from mlxroute.types import Progress as OnProgress
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
 
+_LINE_INTERVAL_S = 60.0
+# Recent lines that the speed is estimated from: work done before the first of them, such as
+# replies read from a file, would make it look too fast.
+_RECENT_LINES = 5
 
-_SELDOM_S = 60.0
-# Lines that the speed is taken from: what was known before takes no time.
-_LINES = 5
+
+class _CountLines:
+    """Lines about a long count for an output that is not a terminal, one a minute."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._points = deque([(time.monotonic(), 0)], maxlen=_RECENT_LINES)
+
+    def update(self, label: str, done: int, total: int) -> None:
+        now_s = time.monotonic()
+        if now_s - self._points[-1][0] <= _LINE_INTERVAL_S:
+            return
+        first_s, first_done = self._points[0]
+        self._points.append((now_s, done))
+        left_s = (now_s - first_s) / max(1, done - first_done) * (total - done)
+        self._console.print(f"{label}: {done} of {total}, about {left_s / 60:.0f} min left")
 
 
 @contextmanager
-def counting(console: Console) -> Iterator[OnProgress]:
-    """Shows how many of a long run's pieces are done, and how long the rest may take.
+def count_progress(console: Console) -> Iterator[OnProgress]:
+    """Show how many items of a long run are done, and how long the rest may take.
 
-    A bar on a terminal, elsewhere a line a minute.
+    On a terminal this is a bar, elsewhere a line a minute.
     """
     from rich.progress import (
         BarColumn,
@@ -43,30 +60,21 @@ def counting(console: Console) -> Iterator[OnProgress]:
     )
     bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     tasks: dict[str, TaskID] = {}
-    said = deque([(time.monotonic(), 0)], maxlen=_LINES)
+    lines = _CountLines(console)
 
     def progress(label: str, done: int, total: int | None) -> None:
         if label not in tasks:
             tasks[label] = bars.add_task(label, total=total)
         bars.update(tasks[label], completed=done, total=total)
-        now_s = time.monotonic()
-        if (
-            not console.is_terminal
-            and total
-            and 0 < done < total
-            and now_s - said[-1][0] > _SELDOM_S
-        ):
-            since_s, before = said[0]
-            said.append((now_s, done))
-            left_s = (now_s - since_s) / max(1, done - before) * (total - done)
-            console.print(f"{label}: {done} of {total}, about {left_s / 60:.0f} min left")
+        if not console.is_terminal and total and 0 < done < total:
+            lines.update(label, done, total)
 
     with bars:
         yield progress
 
 
-class Reporter:
-    """Draws a bar per piece of work on a terminal; elsewhere prints a line as each one ends."""
+class ByteProgress(Closeable):
+    """Progress in bytes: on a terminal one bar per task, elsewhere a line when a task ends."""
 
     def __init__(self, console: Console) -> None:
         from rich.progress import (
@@ -90,19 +98,12 @@ class Reporter:
             disable=not console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._began: dict[str, float] = {}
+        self._start_s: dict[str, float] = {}
         self._finished: set[str] = set()
-
-    def __enter__(self) -> Reporter:
         self._bars.start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Remove the bars."""
         self._bars.stop()
 
     def notify(self, line: str) -> None:
@@ -110,15 +111,15 @@ class Reporter:
         self._console.print(line, style="dim", markup=False, soft_wrap=True)
 
     def progress(self, label: str, done: int, total: int | None) -> None:
-        """Show `done` of `total` bytes; safe to call from worker threads."""
+        """Show `done` of `total` bytes of a task; safe to call from worker threads."""
         if label in self._finished:
             return
         if label not in self._tasks:
             self._tasks[label] = self._bars.add_task(label, total=total)
-            self._began[label] = time.monotonic()
+            self._start_s[label] = time.monotonic()
         self._bars.update(self._tasks[label], completed=done, total=total)
         if total is not None and done >= total:
-            seconds = time.monotonic() - self._began[label]
+            seconds = time.monotonic() - self._start_s[label]
             self.notify(f"{label}: {total / 1e6:,.0f} MB in {seconds:.0f} s")
             self._bars.remove_task(self._tasks[label])
             self._finished.add(label)

@@ -31,13 +31,19 @@ def print_note(console: Console, text: str, *, style: str = _NOTE_STYLE) -> None
     console.print(text, style=style, markup=False, soft_wrap=True)
 
 
-def make_table(*columns: str, title: str | None = None, overflow: bool = False) -> Table:
-    """Return a table without borders; with `overflow`, long cells continue on the next line."""
+def make_table(
+    *columns: str, title: str | None = None, fold: bool = False, wrap: bool = True
+) -> Table:
+    """Return a table without borders.
+
+    With `fold`, words that are too long for a column are broken; without `wrap`, each row is one
+    line.
+    """
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold", title=title)
     for column in columns:
-        table.add_column(column, overflow="fold" if overflow else "ellipsis")
+        table.add_column(column, overflow="fold" if fold else "ellipsis", no_wrap=not wrap)
     return table
 
 
@@ -48,10 +54,18 @@ def history_path() -> Path:
     return platformdirs.user_state_path("mlxroute") / "chat_history"
 
 
-def show_live(
+def show_answer(
     answer: AnswerStream, *, heat: bool, threshold: float, out: Console, err: Console
 ) -> int:
-    """Show the answer while it is written; return 130 after Ctrl-C, else 0."""
+    """Show the answer live on a terminal, else as plain text; return 130 after Ctrl-C, else 0."""
+    if out.is_terminal:
+        return _show_live(answer, heat=heat, threshold=threshold, out=out, err=err)
+    return write_plain(answer, stream=sys.stdout, err=err)
+
+
+def _show_live(
+    answer: AnswerStream, *, heat: bool, threshold: float, out: Console, err: Console
+) -> int:
     from mlxroute.view import LiveView, summary_line
 
     code = EXIT_OK
@@ -82,9 +96,10 @@ def write_plain(answer: AnswerStream, *, stream: TextIO, err: Console) -> int:
     return code
 
 
-def discard_stdout() -> None:
-    """Redirect stdout to the null device, so that the flush at exit does not fail too.
+def discard_stdout() -> int:
+    """Redirect stdout to the null device after a BrokenPipeError; return 0.
 
-    For a BrokenPipeError: the reader of a pipe may leave before the end, which is no error.
+    The reader of a pipe may leave before the end. Without this the flush at exit fails too.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_OK

@@ -126,7 +126,7 @@ class Settings:
     )
     threshold: float | None = _setting(
         None,
-        "Ask the large model above this score; inf never asks, -inf always.",
+        "Ask the large model above this score; inf never asks, -inf always. Default: the pair's own.",
         metavar="X",
         commands=(*_ANSWERS, "demo"),
         unbounded=True,
@@ -162,9 +162,7 @@ class Settings:
         commands=_OWN_SMALL,
         choices=KernelName,
     )
-    max_tokens: int = _setting(
-        512, "Longest answer, in tokens.", metavar="N", commands=_ANSWERS
-    )
+    max_tokens: int = _setting(512, "Longest answer, in tokens.", metavar="N", commands=_ANSWERS)
     temperature: float = _setting(
         0.0,
         "Sampling temperature of the small model; 0 is greedy.",
@@ -183,9 +181,7 @@ class Settings:
     stop: tuple[str, ...] = _setting(
         (), "End the answer before this text; repeatable.", metavar="TEXT", commands=_ANSWERS
     )
-    system: str | None = _setting(
-        None, "System prompt.", metavar="TEXT", commands=_ANSWERS
-    )
+    system: str | None = _setting(None, "System prompt.", metavar="TEXT", commands=_ANSWERS)
     timeout: float = _setting(
         30.0,
         "Seconds that one call, and all failures of one answer together, may take.",
@@ -240,9 +236,7 @@ class Settings:
     strict: bool = _setting(
         False, "Stop with exit code 3 if the large model fails.", commands=_ANSWERS
     )
-    heat: bool = _setting(
-        False, "Shade every token by its entropy.", commands=(*_ANSWERS, "demo")
-    )
+    heat: bool = _setting(False, "Shade every token by its entropy.", commands=(*_ANSWERS, "demo"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +286,7 @@ def _kind(annotation: Any) -> type:
     """Return the type of a value that is set: `float` for `float | None`."""
     if isinstance(annotation, UnionType):
         (annotation,) = (member for member in get_args(annotation) if member is not type(None))
-    return tuple if get_args(annotation) else annotation  # type: ignore[no-any-return]
+    return tuple if get_args(annotation) else annotation
 
 
 def parse_share(text: str) -> float:

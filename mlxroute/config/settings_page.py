@@ -23,10 +23,15 @@ def settings_page() -> str:
 
 
 def _row(setting: Setting) -> str:
-    flag = f"`{setting.flag}`: {', '.join(setting.commands)}" if setting.commands else "none"
+    flag = f"`{setting.flag}`: {_commands(setting)}" if setting.commands else "none"
     variables = ", ".join(f"`{name}`" for name in setting.variables)
     cells = (f"`{setting.name}`", _type(setting), _default(setting), flag, variables, setting.help)
     return f"| {' | '.join(cells)} |\n"
+
+
+def _commands(setting: Setting) -> str:
+    every = {command for other in declared_settings().values() for command in other.commands}
+    return "every command" if set(setting.commands) == every else ", ".join(setting.commands)
 
 
 def _type(setting: Setting) -> str:

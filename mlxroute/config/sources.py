@@ -35,7 +35,9 @@ def load_settings(flags: Mapping[str, Any], *, environ: Mapping[str, str], path:
     flags_set = {name: value for name, value in flags.items() if value is not None}
     settings = Settings()
     for values in (_read_file(path), _read_environment(environ), flags_set):
-        sums = {name: getattr(settings, name) + values[name] for name in _ADDITIVE if name in values}
+        sums = {
+            name: getattr(settings, name) + values[name] for name in _ADDITIVE if name in values
+        }
         chosen = [name for name in _EXCLUSIVE if name in values]
         if len(chosen) > 1:
             raise ConfigError("a threshold and a budget exclude each other; set one of them")

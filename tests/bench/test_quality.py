@@ -21,7 +21,7 @@ from mlxroute.bench.plot import draw_quality
 from mlxroute.bench.quality import LARGE, SMALL, QualityResults, bench_quality, make_sides
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli import main
-from mlxroute.cli.commands.bench_quality import show
+from mlxroute.cli.commands.bench_quality import print_quality
 from mlxroute.engine import generate
 from mlxroute.errors import LargeError, LargeRefused
 from mlxroute.questions.question_files import AnswerKind, Question, question_messages
@@ -119,7 +119,7 @@ def test_answers_that_were_cut_off_are_told_of(
 
     def shown() -> str:
         text = StringIO()
-        show(report, Console(file=text, width=200))
+        print_quality(report, Console(file=text, width=200))
         return text.getvalue()
 
     assert report["sides"]["small"]["reached_limit"] == 2

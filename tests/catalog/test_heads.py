@@ -13,7 +13,7 @@ from mlxroute.catalog.head_files import find_head_file, user_head_file
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli import main
 from mlxroute.cli.commands.bench_quality import check_unseen
-from mlxroute.cli.session import chosen_router, router_of
+from mlxroute.cli.routing import choose_router, choose_router_name
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
 from mlxroute.questions.question_files import Question, read_questions
@@ -85,11 +85,11 @@ def test_a_model_without_a_head_is_named_in_the_error(
 def test_routers_with_known_ranks_have_a_default_rate() -> None:
     ranks = ScoreRanks.find("qwen2.5-coder-0.5b", user_catalog_dir())
     pair = Catalog.load().find_pair("qwen2.5-coder-0.5b")
-    router = chosen_router("margin", Settings(), pair, ranks)
+    router = choose_router("margin", Settings(), pair, ranks)
     assert router.state.threshold == ranks.threshold_at_rate("margin", 0.07)
     assert pair is not None
-    assert router_of(Settings(), pair) == pair.router
-    assert router_of(Settings(router="logu"), pair) == "logu"
+    assert choose_router_name(Settings(), pair) == pair.router
+    assert choose_router_name(Settings(router="logu"), pair) == "logu"
     # A threshold alone is in nats.
-    assert router_of(Settings(threshold=1.0), pair) == "entropy"
-    assert router_of(Settings(), None) == "entropy"
+    assert choose_router_name(Settings(threshold=1.0), pair) == "entropy"
+    assert choose_router_name(Settings(), None) == "entropy"

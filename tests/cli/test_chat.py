@@ -27,15 +27,29 @@ from tests.support.scripted import NO_STATS, ScriptedAnswer, Step
 ENTER, NEW_LINE, UP, CTRL_C, CTRL_D = "\r", "\x1b\r", "\x1b[A", "\x03", "\x04"
 
 
+class ScriptedRouting:
+    """A threshold and a budget."""
+
+    unit = "nats"
+
+    def __init__(self) -> None:
+        self.threshold = 2.5
+        self.budget: float | None = None
+
+    def set_threshold(self, threshold: float) -> None:
+        self.threshold = threshold
+
+    def set_budget(self, budget: float) -> None:
+        self.budget = budget
+
+
 class ScriptedSession:
     """Answers with the given scripts in turn, then with an echo of the last message."""
 
     def __init__(self, *scripts: Sequence[Step] | MlxRouteError) -> None:
         self._scripts = list(scripts)
         self.conversation = Conversation()
-        self.threshold = 2.5
-        self.unit = "nats"
-        self.budget: float | None = None
+        self.routing = ScriptedRouting()
         self.mode = "wait"
         self.modes = ("wait", "overlap")
         self.prices: Prices | None = None
@@ -53,12 +67,9 @@ class ScriptedSession:
         stats = replace(NO_STATS, escalated=1, uploaded_tokens=9, uploaded_bytes=99, requests=1)
         return ScriptedAnswer(script, stats=stats)
 
-    def keep_within(self, budget: float) -> None:
-        self.budget = budget
-
     def warnings(self, stats: RunStats) -> list[str]:
-        found, self.new_warnings = self.new_warnings, []
-        return found
+        warnings, self.new_warnings = self.new_warnings, []
+        return warnings
 
     def describe(self) -> str:
         return "tiny, asking huge"
@@ -104,7 +115,7 @@ class Chat:
         return self.run(LineReader(io.StringIO(text)))
 
     @property
-    def said(self) -> list[str]:
+    def printed(self) -> list[str]:
         return self.err.getvalue().splitlines()
 
 
@@ -156,7 +167,7 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_came(tmp_path: Path) -> None
         {"role": "user", "content": "go"},
         {"role": "assistant", "content": "half an"},
     ]
-    assert "(stopped)" in chat.said
+    assert "(stopped)" in chat.printed
     assert session.questions == ["go", "on"]
 
 
@@ -180,15 +191,15 @@ def test_a_message_without_an_answer_is_offered_again_for_editing(
 def test_an_error_is_one_line_and_the_conversation_goes_on(tmp_path: Path) -> None:
     chat = Chat(ScriptedSession(["fine"], LargeTimeout("no reply\x1b[2J in 3 s")), tmp_path)
     assert chat.type("one", ENTER, "two", ENTER, CTRL_C, CTRL_D) == 0
-    assert "error: no reply[2J in 3 s" in chat.said
+    assert "error: no reply[2J in 3 s" in chat.printed
     assert [turn["content"] for turn in chat.session.conversation.turns] == ["one", "fine"]
 
 
 def test_ctrl_c_clears_a_line_and_says_how_to_leave_on_an_empty_one(chat: Chat) -> None:
     assert chat.type("abandoned", CTRL_C, "/quit", ENTER) == 0
-    assert "Ctrl-D or /quit leaves the chat" not in chat.said
+    assert "Ctrl-D or /quit leaves the chat" not in chat.printed
     assert chat.type(CTRL_C, CTRL_D) == 0
-    assert "Ctrl-D or /quit leaves the chat" in chat.said
+    assert "Ctrl-D or /quit leaves the chat" in chat.printed
     assert chat.session.asked == []
 
 
@@ -247,7 +258,7 @@ def test_an_interrupt_in_a_pipe_ends_it_with_the_text_so_far(tmp_path: Path) -> 
 def test_help_lists_every_command(chat: Chat) -> None:
     chat.type("/help", ENTER, CTRL_D)
     for command in ("help", "reset", "stats", "threshold", "mode", "save", "load", "quit"):
-        assert any(line.startswith(f"/{command} ") for line in chat.said)
+        assert any(line.startswith(f"/{command} ") for line in chat.printed)
 
 
 def test_reset_forgets_the_turns_and_keeps_the_system_prompt(chat: Chat) -> None:
@@ -258,7 +269,7 @@ def test_reset_forgets_the_turns_and_keeps_the_system_prompt(chat: Chat) -> None
 
 def test_stats_add_up_over_the_chat(chat: Chat) -> None:
     chat.type("one", ENTER, "/reset", ENTER, "two", ENTER, "/stats", ENTER, CTRL_D)
-    assert any(line.startswith("2 answers, 2 tokens, 2 escalated (100%)") for line in chat.said)
+    assert any(line.startswith("2 answers, 2 tokens, 2 escalated (100%)") for line in chat.printed)
 
 
 def test_stats_count_everything_sent_in_the_chat_and_what_it_costs(chat: Chat) -> None:
@@ -273,12 +284,12 @@ def test_stats_count_everything_sent_in_the_chat_and_what_it_costs(chat: Chat) -
 def test_a_warning_follows_the_answer_it_is_about(chat: Chat) -> None:
     chat.session.new_warnings = ["3 positions kept local by --never-send"]
     chat.type("one", ENTER, "two", ENTER, CTRL_D)
-    told = [line for line in chat.said if "--never-send" in line]
-    assert told == ["warning: 3 positions kept local by --never-send"]
+    warnings = [line for line in chat.printed if "--never-send" in line]
+    assert warnings == ["warning: 3 positions kept local by --never-send"]
 
 
 @pytest.mark.parametrize(
-    ("value", "threshold", "said"),
+    ("value", "threshold", "expected"),
     [
         ("1.5", 1.5, "threshold 1.5 nats"),
         ("inf", math.inf, "threshold inf: the large model is never asked"),
@@ -288,39 +299,39 @@ def test_a_warning_follows_the_answer_it_is_about(chat: Chat) -> None:
         ("nan", 2.5, "error: /threshold takes a number, inf or -inf, not nan"),
     ],
 )
-def test_threshold_shows_and_sets(chat: Chat, value: str, threshold: float, said: str) -> None:
+def test_threshold_shows_and_sets(chat: Chat, value: str, threshold: float, expected: str) -> None:
     chat.type(f"/threshold {value}", ENTER, CTRL_D)
-    assert chat.session.threshold == threshold
-    assert said in chat.said
+    assert chat.session.routing.threshold == threshold
+    assert expected in chat.printed
 
 
 @pytest.mark.parametrize(
-    ("value", "mode", "said"),
+    ("value", "mode", "expected"),
     [
         ("overlap", "overlap", "mode overlap, of: wait, overlap"),
         ("", "wait", "mode wait, of: wait, overlap"),
-        ("fast", "wait", "error: no mode fast; there is: wait, overlap"),
+        ("fast", "wait", "error: unknown mode 'fast'; choose one of wait, overlap"),
     ],
 )
-def test_mode_shows_and_sets(chat: Chat, value: str, mode: str, said: str) -> None:
+def test_mode_shows_and_sets(chat: Chat, value: str, mode: str, expected: str) -> None:
     chat.type(f"/mode {value}", ENTER, CTRL_D)
     assert chat.session.mode == mode
-    assert said in chat.said
+    assert expected in chat.printed
 
 
 @pytest.mark.parametrize(
-    ("value", "budget", "said"),
+    ("value", "budget", "expected"),
     [
         ("3%", 0.03, "budget 3%"),
         ("0.1", 0.1, "budget 10%"),
         ("", None, "no budget; a threshold is set"),
-        ("much", None, "error: 'much' is no share from 0% to 100%; write 7% or 0.07"),
+        ("much", None, "error: 'much' is not a share from 0% to 100%; write 7% or 0.07"),
     ],
 )
-def test_budget_shows_and_sets(chat: Chat, value: str, budget: float | None, said: str) -> None:
+def test_budget_shows_and_sets(chat: Chat, value: str, budget: float | None, expected: str) -> None:
     chat.type(f"/budget {value}", ENTER, CTRL_D)
-    assert chat.session.budget == budget
-    assert said in chat.said
+    assert chat.session.routing.budget == budget
+    assert expected in chat.printed
 
 
 def test_a_saved_conversation_goes_on_after_loading(chat: Chat, tmp_path: Path) -> None:
@@ -328,35 +339,37 @@ def test_a_saved_conversation_goes_on_after_loading(chat: Chat, tmp_path: Path) 
     chat.type("one", ENTER, f"/save {path}", ENTER, "/reset", ENTER, CTRL_D)
     chat.type(f"/load {path}", ENTER, "two", ENTER, CTRL_D)
     assert [message["content"] for message in chat.session.asked[1]] == ["one", "echo one", "two"]
-    assert f"loaded 2 messages from {path}" in chat.said
+    assert f"loaded 2 messages from {path}" in chat.printed
 
 
 def test_a_bad_file_leaves_the_conversation_as_it_was(chat: Chat, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("{}")
     chat.type("one", ENTER, f"/load {tmp_path / 'bad.json'}", ENTER, "/load", ENTER, CTRL_D)
     assert len(chat.session.conversation.turns) == 2
-    assert "error: /load needs a file name" in chat.said
-    assert any("bad.json is not a conversation" in line for line in chat.said)
+    assert "error: /load needs a file name" in chat.printed
+    assert any("bad.json is not a conversation" in line for line in chat.printed)
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "expected"),
     [
-        ("/rset", "no command /rset; did you mean /reset?"),
-        ("/xyzzy", "no command /xyzzy; /help lists the commands"),
-        ("/", "no command /; /help lists the commands"),
+        ("/rset", "unknown command /rset; did you mean /reset?"),
+        ("/xyzzy", "unknown command /xyzzy; /help lists the commands"),
+        ("/", "unknown command /; /help lists the commands"),
         ("/reset all", "/reset takes no value"),
     ],
 )
-def test_a_wrong_command_is_one_line_and_asks_nothing(chat: Chat, command: str, said: str) -> None:
+def test_a_wrong_command_is_one_line_and_asks_nothing(
+    chat: Chat, command: str, expected: str
+) -> None:
     chat.type(command, ENTER, CTRL_D)
-    assert any(line.startswith(f"error: {said}") for line in chat.said)
+    assert any(line.startswith(f"error: {expected}") for line in chat.printed)
     assert chat.session.asked == []
 
 
 def test_commands_do_not_mind_capitals_and_spaces(chat: Chat) -> None:
     chat.type("/Threshold   1 ", ENTER, "/QUIT ", ENTER)
-    assert chat.session.threshold == 1.0
+    assert chat.session.routing.threshold == 1.0
 
 
 def test_bytes_that_are_no_text_do_not_break_what_is_asked(chat: Chat) -> None:
@@ -386,5 +399,8 @@ def test_commands_modes_and_paths_are_completed(
     completer = CommandCompleter(
         {"/stats": tuple, "/save": None, "/mode": lambda: ("wait", "overlap")}
     )
-    found = completer.get_completions(Document(typed), CompleteEvent())
-    assert [typed[: len(typed) + each.start_position] + each.text for each in found] == completed
+    completions = completer.get_completions(Document(typed), CompleteEvent())
+    assert [
+        typed[: len(typed) + completion.start_position] + completion.text
+        for completion in completions
+    ] == completed

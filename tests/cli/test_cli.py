@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from mlxroute.cli import main
-from mlxroute.cli.terminal import write_object
 from mlxroute.large.http import circuit_breaker
 from tests.support.tiny import make_tiny_model
 
@@ -39,7 +38,7 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--small", "qwen2.5-codr-0.5b", "hi"], "did you mean qwen2.5-coder-0.5b"),
         (["--large", "htp:/nowhere", "hi"], "http://"),
@@ -66,10 +65,10 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     ],
 )
 def test_a_mistake_is_one_clear_line_and_exit_code_2(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["ask", *arguments]) == 2
-    assert said in error_line(capsys)
+    assert message in error_line(capsys)
 
 
 def test_an_error_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,15 +193,6 @@ def test_offline_opens_no_socket(tiny: Path) -> None:
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
-
-
-def test_numbers_json_does_not_have_become_strings_at_any_depth() -> None:
-    stream = io.StringIO()
-    write_object({"a": float("nan"), "top": [[" the", float("-inf")], ["x", -1.0]]}, stream)
-    assert json.loads(stream.getvalue(), parse_constant=pytest.fail) == {
-        "a": "nan",
-        "top": [[" the", "-inf"], ["x", -1.0]],
-    }
 
 
 def test_the_version_and_the_model_list_are_printed(

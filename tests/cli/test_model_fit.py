@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mlxroute.catalog import Catalog
-from mlxroute.cli.model_fit import check_fits, demo_pairs, host_choice, resident_bytes
+from mlxroute.cli.model_fit import check_fits, default_host_model, demo_pairs, resident_bytes
 from mlxroute.errors import NotEnoughSpace
 
 GIB = 2**30
@@ -32,10 +32,10 @@ def test_no_room_for_a_demo_is_told_with_both_figures() -> None:
 
 
 def test_a_server_takes_a_smaller_model_where_no_pair_would_fit() -> None:
-    assert host_choice(CATALOG, available=24 * GIB, dense=True).name == "qwen2.5-coder-1.5b"
-    assert host_choice(CATALOG, available=4 * GIB, dense=True).name == "qwen2.5-coder-0.5b"
+    assert default_host_model(CATALOG, available=24 * GIB, dense=True).name == "qwen2.5-coder-1.5b"
+    assert default_host_model(CATALOG, available=4 * GIB, dense=True).name == "qwen2.5-coder-0.5b"
     with pytest.raises(NotEnoughSpace, match=r"smollm2-135m needs .* GiB are free"):
-        host_choice(CATALOG, available=GIB // 2, dense=True)
+        default_host_model(CATALOG, available=GIB // 2, dense=True)
 
 
 def test_a_model_that_does_not_fit_is_refused_with_a_smaller_choice() -> None:

@@ -21,7 +21,8 @@ import psutil
 import pytest
 from rich.console import Console
 
-from mlxroute.cli.terminal import token_object, write_object, write_plain
+from mlxroute.cli.json_lines import token_object, write_object
+from mlxroute.cli.terminal import write_plain
 from mlxroute.engine import Answer, Options
 from mlxroute.errors import (
     LargeError,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxroute.cli.folders import bench_file
+from mlxroute.cli.folders import find_bench_file
 from mlxroute.errors import UsageError
 from mlxroute.questions.grading import grade
 from mlxroute.questions.question_files import (
@@ -71,8 +71,8 @@ def test_a_file_without_questions_is_named_in_the_error(tmp_path: Path) -> None:
 
 
 def test_worked_examples_become_earlier_turns() -> None:
-    examples = read_worked_examples(bench_file("questions", "examples.jsonl"), 2)
-    question = read_questions(bench_file("questions", "everyday.jsonl"))[0]
+    examples = read_worked_examples(find_bench_file("questions", "examples.jsonl"), 2)
+    question = read_questions(find_bench_file("questions", "everyday.jsonl"))[0]
     messages = question_messages(question, examples)
     assert [message["role"] for message in messages] == ["user", "assistant"] * 2 + ["user"]
     assert messages[1]["content"] == examples[0].worked_answer
@@ -80,8 +80,8 @@ def test_worked_examples_become_earlier_turns() -> None:
 
 
 def test_the_shipped_questions_have_one_correct_answer_each() -> None:
-    questions = read_questions(bench_file("questions", "everyday.jsonl"))
-    examples = read_worked_examples(bench_file("questions", "examples.jsonl"), 4)
+    questions = read_questions(find_bench_file("questions", "everyday.jsonl"))
+    examples = read_worked_examples(find_bench_file("questions", "examples.jsonl"), 4)
     assert len({question.fingerprint for question in (*questions, *examples)}) == 36
     for question in (*questions, *examples):
         assert question.answer in list("ABCDE")
@@ -94,7 +94,7 @@ def test_the_shipped_questions_have_one_correct_answer_each() -> None:
 
 
 def test_a_smaller_sample_is_the_start_of_a_larger_one() -> None:
-    questions = read_questions(bench_file("questions", "everyday.jsonl"))
+    questions = read_questions(find_bench_file("questions", "everyday.jsonl"))
     assert sample_questions(questions, 10) == sample_questions(questions, 20)[:10]
     names = sorted(question.name for question in questions)
     assert sorted(question.name for question in sample_questions(questions, 99)) == names

@@ -1,1 +1,1 @@
-"""One module per command, imported when the command runs."""
+"""The commands, one file each: a function with the command's own options, and what it does."""

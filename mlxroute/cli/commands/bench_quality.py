@@ -2,161 +2,249 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
-from mlxroute.cli.commands.bench import finish
-from mlxroute.cli.folders import bench_file, cache_dir_of, record_file
-from mlxroute.cli.session import DEFAULT_ROUTER, HEAD, load_small, ranks_of
+import typer
+
+from mlxroute.cli.flags import AtOnce, Examples, Plot, Save, Shots
+from mlxroute.cli.folders import cache_dir_of, find_bench_file, record_file, report_source
+from mlxroute.cli.setting_options import parse_budget
 from mlxroute.config import Settings
+from mlxroute.config.settings import RouterName
 from mlxroute.errors import UsageError
-from mlxroute.questions.question_files import (
-    Question,
-    read_questions,
-    read_worked_examples,
-    sample_questions,
-)
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from mlxroute.bench.quality import QualitySide
-    from mlxroute.small.mlp_head import MlpHead
-
-# Share of the answers.
-_FEW_CUT: Final = 0.05
-# Of right answers only, in columns.
-_BAR: Final = 10
-
-
-@dataclass(frozen=True, slots=True)
-class QualityOptions:
-    """`count` questions of `data` behind `shots` worked examples, for every side.
-
-    Without data they are ours, and so are the examples.
-    """
-
-    data: Path | None
-    examples: Path | None
-    shots: int
-    count: int
-    chats: int
-    at_once: int
-    oracles: bool
-    plot: Path | None
-    save: bool
-
-
-def run_bench_quality(
-    settings: Settings, sides: Sequence[QualitySide], options: QualityOptions
-) -> int:
-    """Answer the questions with every side; return the exit code."""
-    from mlxroute.bench.quality import BUDGETS, QualityResults, bench_quality, measure_step_s
-    from mlxroute.cli.large_side import large_model
-    from mlxroute.cli.progress import Reporter, counting
-    from mlxroute.cli.terminal import consoles
-    from mlxroute.ledger import Ledger
+    from mlxroute.large import LargeModel
+    from mlxroute.questions.question_files import Question
     from mlxroute.recorded.replies import Replies
+    from mlxroute.small import SmallModel
+    from mlxroute.small.mlp_head import MlpHead
+    from mlxroute.types import Progress
 
-    if settings.large is None:
-        raise UsageError("bench quality needs a large model's server: --large URL")
-    if options.plot is not None:
-        from mlxroute.bench.plot import check_plot, draw_quality
+# Above this share of cut-off answers the report says so.
+_CUT_OFF_SHARE: Final = 0.05
+# Columns of a bar for an accuracy of 100 %.
+_BAR_WIDTH: Final = 10
 
-        check_plot(options.plot)
-    data = options.data or bench_file("questions", "everyday.jsonl")
-    questions = _answered(sample_questions(read_questions(data), options.count), data)
-    examples = _examples(options)
-    _, err = consoles()
-    with large_model(settings, settings.large, Ledger()) as large:
-        large.connect(thorough=False)
-        with Reporter(err) as reporter:
-            small = load_small(settings, reporter)
-        # These import MLX, which has to come after the BLAS that loading opens.
-        from mlxroute.bench.oracles import compute_oracles
-        from mlxroute.training.labels import collect_labels
 
-        large.pair_vocabulary(small.vocabulary)
-        uses_head = any(side.router == HEAD for side in sides)
-        ranks = ranks_of(small, HEAD if uses_head else DEFAULT_ROUTER, settings.head)
-        check_unseen(small.head, questions)
-        models = small.name, large.model_name
-        with (
-            Replies(
-                large, record_file(settings, "replies", *models), at_once=options.at_once
-            ) as replies,
-            counting(err) as progress,
-        ):
-            report = bench_quality(
-                small,
-                replies,
-                questions,
-                sides=sides,
-                examples=examples,
-                ranks=ranks,
-                max_tokens=settings.max_tokens,
-                step_s=measure_step_s(small, questions[0]),
-                chats=options.chats,
-                results=QualityResults(record_file(settings, "quality", *models)),
-                progress=progress,
-            )
-            if options.oracles:
-                answers = collect_labels(
-                    small,
-                    replies,
-                    questions,
-                    examples=examples,
-                    max_tokens=settings.max_tokens,
-                    folder=cache_dir_of(settings.cache_dir) / "labels",
-                    at_once=options.at_once,
-                    progress=progress,
-                )
-                budgets = sorted({*BUDGETS, *(side.budget for side in sides if side.router)})
-                report["oracles"] = compute_oracles(answers, questions, budgets, small.head)
-    show(report, err)
-    source = f"{data.absolute().parent.name}-{data.stem}"
-    name = f"quality-{small.name}-{source}"
-    code = finish({"data": source, **report}, name, save=options.save)
-    if options.plot is not None:
-        draw_quality(report, options.plot)
+def quality(
+    settings: Settings,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON Lines file of questions with answers. Default: our own.", metavar="FILE"
+        ),
+    ] = None,
+    budget: Annotated[
+        list[float] | None,
+        typer.Option(parser=parse_budget, metavar="SHARE", help="Repeatable. Default: 1% to 30%."),
+    ] = None,
+    router: Annotated[
+        list[RouterName] | None, typer.Option(help="Repeatable. Default: entropy and random.")
+    ] = None,
+    questions: Annotated[
+        int, typer.Option(help="Random sample of at most N questions.", min=1)
+    ] = 300,
+    tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 160,
+    examples: Examples = None,
+    shots: Shots = 4,
+    chats: Annotated[int, typer.Option(help="Questions answered at a time.", min=1)] = 4,
+    at_once: AtOnce = 4,
+    oracles: Annotated[
+        bool, typer.Option("--oracles", help="Add upper bounds from oracle routers.")
+    ] = False,
+    plot: Plot = None,
+    save: Save = False,
+) -> int:
+    """Accuracy of both models and of routed answers; resumes an interrupted run."""
+    from mlxroute.cli.bench_report import check_plot_option, write_report
+    from mlxroute.cli.large_side import make_large, require_large
+    from mlxroute.cli.terminal import make_consoles
+    from mlxroute.ledger import Ledger
+
+    address = require_large(settings, "bench quality")
+    check_plot_option(plot)
+    file = data or find_bench_file("questions", "everyday.jsonl")
+    routers = [name.value for name in router or (RouterName.ENTROPY, RouterName.RANDOM)]
+    run = _QualityRun(
+        questions=_read_questions(file, questions),
+        examples=_read_examples(examples, shots, own=data is None),
+        routers=routers,
+        budgets=budget,
+        chats=chats,
+        at_once=at_once,
+        oracles=oracles,
+    )
+    _, err = make_consoles()
+    settings = replace(settings, max_tokens=tokens)
+    with make_large(settings, address, Ledger()) as large:
+        report = run.measure(settings, large, err)
+    print_quality(report, err)
+    source = report_source(file)
+    name = f"quality-{report['small']}-{source}"
+    code = write_report({"data": source, **report}, name, save=save)
+    if plot is not None:
+        from mlxroute.bench.plot import draw_quality
+
+        draw_quality(report, plot)
     return code
 
 
-def _examples(options: QualityOptions) -> list[Question]:
-    ours = bench_file("questions", "examples.jsonl") if options.data is None else None
-    return read_worked_examples(options.examples or ours, options.shots)
+def _read_questions(file: Path, count: int) -> list[Question]:
+    from mlxroute.questions.question_files import read_questions, sample_questions
 
-
-def check_unseen(head: MlpHead | None, questions: list[Question]) -> None:
-    """A head must not be judged by what it was fitted to."""
-    known = frozenset() if head is None else head.questions
-    seen = sum(question.fingerprint in known for question in questions)
-    if seen:
-        raise UsageError(
-            f"the head was fitted to {seen} of these {len(questions)} questions, which would"
-            " flatter it; give others"
-        )
-
-
-def _answered(questions: list[Question], data: Path) -> list[Question]:
+    questions = sample_questions(read_questions(file), count)
     for question in questions:
         if question.answer is None:
-            raise UsageError(f"{data}: {question.name} has no answer to compare with")
+            raise UsageError(f"{file}: {question.name} has no answer to compare with")
     return questions
 
 
-def show(report: dict[str, Any], err: Console) -> None:
-    """The table, and a word where answers were cut off."""
-    from rich.table import Table
+def _read_examples(file: Path | None, count: int, *, own: bool) -> list[Question]:
+    """Return the worked examples: those of the file, else the project's for its own questions."""
+    from mlxroute.questions.question_files import read_worked_examples
 
+    if file is None and own:
+        file = find_bench_file("questions", "examples.jsonl")
+    return read_worked_examples(file, count)
+
+
+@dataclass(frozen=True, slots=True)
+class _QualityRun:
+    """Questions, worked examples before each of them, and the sides that answer them.
+
+    `budgets` of None are the default ones. `chats` questions are answered at a time, with at most
+    `at_once` calls in flight.
+    """
+
+    questions: list[Question]
+    examples: list[Question]
+    routers: list[str]
+    budgets: list[float] | None
+    chats: int
+    at_once: int
+    oracles: bool
+
+    def measure(self, settings: Settings, large: LargeModel, err: Console) -> dict[str, Any]:
+        """Load the small model, answer the questions with every side, and return the report."""
+        from mlxroute.cli.progress import ByteProgress
+        from mlxroute.cli.small_side import load_small
+
+        large.connect(thorough=False)
+        with ByteProgress(err) as progress:
+            small = load_small(settings, progress)
+        large.pair_vocabulary(small.vocabulary)
+        # MLX must be loaded by the small model first: it finds the faster BLAS.
+        from mlxroute.recorded.replies import Replies
+
+        record = record_file(settings, "replies", small.name, large.model_name)
+        with Replies(large, record, at_once=self.at_once) as replies:
+            return self._answer(settings, small, replies, large.model_name, err)
+
+    def _answer(
+        self,
+        settings: Settings,
+        small: SmallModel,
+        replies: Replies,
+        large_name: str,
+        err: Console,
+    ) -> dict[str, Any]:
+        from mlxroute.bench.quality import (
+            BUDGETS,
+            QualityResults,
+            bench_quality,
+            make_sides,
+            measure_step_s,
+        )
+        from mlxroute.cli.progress import count_progress
+        from mlxroute.cli.routing import DEFAULT_ROUTER, HEAD_ROUTER, find_ranks
+
+        sides = make_sides(self.routers, self.budgets or BUDGETS)
+        router = HEAD_ROUTER if HEAD_ROUTER in self.routers else DEFAULT_ROUTER
+        ranks = find_ranks(small, router, settings.head)
+        check_unseen(small.head, self.questions)
+        with count_progress(err) as progress:
+            report = bench_quality(
+                small,
+                replies,
+                self.questions,
+                sides=sides,
+                examples=self.examples,
+                ranks=ranks,
+                max_tokens=settings.max_tokens,
+                step_s=measure_step_s(small, self.questions[0]),
+                chats=self.chats,
+                results=QualityResults(record_file(settings, "quality", small.name, large_name)),
+                progress=progress,
+            )
+            if self.oracles:
+                report["oracles"] = self._bounds(settings, small, replies, sides, progress)
+        return report
+
+    def _bounds(
+        self,
+        settings: Settings,
+        small: SmallModel,
+        replies: Replies,
+        sides: list[QualitySide],
+        progress: Progress,
+    ) -> dict[str, Any]:
+        """Return the accuracies that oracle routers reach within the budgets of the sides."""
+        from mlxroute.bench.oracles import compute_oracles
+        from mlxroute.bench.quality import BUDGETS
+        from mlxroute.training.labels import collect_labels
+
+        answers = collect_labels(
+            small,
+            replies,
+            self.questions,
+            examples=self.examples,
+            max_tokens=settings.max_tokens,
+            folder=cache_dir_of(settings) / "labels",
+            at_once=self.at_once,
+            progress=progress,
+        )
+        budgets = sorted({*BUDGETS, *(side.budget for side in sides if side.router)})
+        return compute_oracles(answers, self.questions, budgets, small.head)
+
+
+def check_unseen(head: MlpHead | None, questions: list[Question]) -> None:
+    """Raise UsageError if the head was fitted to one of the questions."""
+    fitted = frozenset() if head is None else head.questions
+    count = sum(question.fingerprint in fitted for question in questions)
+    if count:
+        raise UsageError(
+            f"the head was fitted to {count} of these {len(questions)} questions, so their"
+            " accuracy would be too high; use other questions"
+        )
+
+
+def print_quality(report: dict[str, Any], err: Console) -> None:
+    """Print the report as a table, and a warning if many answers were cut off."""
+    err.print(_quality_table(report))
+    cut_off = max(side["reached_limit"] for side in report["sides"].values())
+    if cut_off > _CUT_OFF_SHARE * report["questions"]:
+        err.print(
+            f"up to {cut_off} of {report['questions']} answers of a side were cut off at"
+            f" {report['tokens']} tokens, and answers that are not complete by then count as"
+            " wrong; raise --tokens",
+            style="yellow",
+        )
+
+
+def _quality_table(report: dict[str, Any]) -> Table:
     from mlxroute.bench.oracles import ORACLES
+    from mlxroute.cli.terminal import make_table
 
     title = f"{report['questions']} questions, {report['examples']} worked examples"
-    table = Table(box=None, pad_edge=False, header_style="bold", title=title)
-    for column in ("side", "strict", "lenient, 95 %", "x small", "p", "escalated", "calls", ""):
-        table.add_column(column)
+    columns = ("side", "strict", "lenient, 95 %", "x small", "p", "escalated", "calls", "")
+    table = make_table(*columns, title=title)
     for name, side in report["sides"].items():
         strict, lenient = side["strict"], side["lenient"]
         low, high = lenient["interval"]
@@ -168,7 +256,7 @@ def show(report: dict[str, Any], err: Console) -> None:
             f"{lenient['p_against_small']:.2g}",
             f"{side['escalation_rate']:.2%}",
             str(side["calls"]),
-            "█" * round(_BAR * lenient["accuracy"]),
+            "█" * round(_BAR_WIDTH * lenient["accuracy"]),
         )
     for name in ORACLES:
         for point in report.get("oracles", {}).get(name, ()):
@@ -180,14 +268,6 @@ def show(report: dict[str, Any], err: Console) -> None:
                 "",
                 f"{point['escalation_rate']:.2%}",
                 "",
-                "█" * round(_BAR * point["accuracy"]),
+                "█" * round(_BAR_WIDTH * point["accuracy"]),
             )
-    err.print(table)
-    cut = max(side["reached_limit"] for side in report["sides"].values())
-    if cut > _FEW_CUT * report["questions"]:
-        err.print(
-            f"up to {cut} of {report['questions']} answers of a side were cut off at"
-            f" {report['tokens']} tokens, and what they had not said by then counts as wrong;"
-            " give more --tokens",
-            style="yellow",
-        )
+    return table

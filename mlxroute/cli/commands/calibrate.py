@@ -1,61 +1,90 @@
-"""`calibrate`: where a budget starts from, measured on the user's own prompts."""
+"""`calibrate`: measure the scores that budgets and thresholds start from."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from mlxroute.cli.folders import source
+import typer
+
+from mlxroute.cli.flags import QuestionFiles
+from mlxroute.cli.folders import data_name
 from mlxroute.config import Settings, user_catalog_dir
-from mlxroute.questions.question_files import read_questions, sample_questions
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mlxroute.catalog.score_ranks import ScoreRanks
 
 _RATES = (0.01, 0.03, 0.05, 0.07, 0.10, 0.15, 0.30)
 
 
-def run_calibrate(settings: Settings, *, data: list[Path], count: int, tokens: int) -> int:
-    """Calibrate every router, keep the ranks, show the thresholds; return the exit code."""
-    from rich.table import Table
+def calibrate(
+    settings: Settings,
+    data: QuestionFiles,
+    questions: Annotated[int, typer.Option(help="Questions per file, at most.", min=1)] = 12,
+    tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 64,
+) -> int:
+    """Measure the scores of your own questions, for budgets and thresholds."""
+    from mlxroute.cli.terminal import make_consoles, print_note
 
-    from mlxroute.cli.progress import Reporter, counting
-    from mlxroute.cli.session import load_small
-    from mlxroute.cli.terminal import consoles
+    _, err = make_consoles()
+    ranks = _measure_ranks(settings, data, count=questions, tokens=tokens)
+    err.print(_threshold_table(ranks))
+    file = ranks.write(user_catalog_dir())
+    print_note(err, f"written to {file}: budgets with {ranks.small} start from it", style="")
+    sys.stdout.write(json.dumps(_report(ranks)) + "\n")
+    return 0
+
+
+def _measure_ranks(settings: Settings, data: list[Path], *, count: int, tokens: int) -> ScoreRanks:
+    from mlxroute.cli.progress import ByteProgress, count_progress
+    from mlxroute.cli.small_side import load_small
+    from mlxroute.cli.terminal import make_consoles
+    from mlxroute.questions.question_files import read_questions, sample_questions
 
     questions = [
         question for file in data for question in sample_questions(read_questions(file), count)
     ]
-    _, err = consoles()
-    with Reporter(err) as reporter:
-        small = load_small(settings, reporter)
-    from mlxroute.training.calibration import calibrate
+    _, err = make_consoles()
+    with ByteProgress(err) as bytes_progress:
+        small = load_small(settings, bytes_progress)
+    from mlxroute.training.calibration import calibrate as measure
 
-    named = ", ".join(map(source, data))
-    with counting(err) as progress:
-        ranks = calibrate(
+    with count_progress(err) as progress:
+        return measure(
             small,
             questions,
-            data=f"{len(questions)} questions of {named}",
+            data=f"{len(questions)} questions of {', '.join(map(data_name, data))}",
             max_tokens=tokens,
             progress=progress,
         )
-    table = Table(box=None, pad_edge=False, header_style="bold", title=ranks.data)
-    table.add_column("escalated")
-    names = [name for name in ranks.quantiles if name != "random"]
-    for name in names:
-        table.add_column(f"{name} above")
+
+
+def _routers(ranks: ScoreRanks) -> list[str]:
+    return [name for name in ranks.quantiles if name != "random"]
+
+
+def _threshold_table(ranks: ScoreRanks) -> Table:
+    from mlxroute.cli.terminal import make_table
+
+    routers = _routers(ranks)
+    table = make_table("escalated", *(f"{name} above" for name in routers), title=ranks.data)
     for rate in _RATES:
-        table.add_row(
-            f"{rate:.0%}", *(f"{ranks.threshold_at_rate(name, rate):.4g}" for name in names)
-        )
-    err.print(table)
-    file = ranks.write(user_catalog_dir())
-    err.print(
-        f"kept in {file}: budgets with {small.name} start from it", markup=False, soft_wrap=True
-    )
-    found = {
-        name: {f"{r:g}": round(ranks.threshold_at_rate(name, r), 5) for r in _RATES}
-        for name in names
+        thresholds = [ranks.threshold_at_rate(name, rate) for name in routers]
+        table.add_row(f"{rate:.0%}", *(f"{threshold:.4g}" for threshold in thresholds))
+    return table
+
+
+def _report(ranks: ScoreRanks) -> dict[str, Any]:
+    return {
+        "small": ranks.small,
+        "data": ranks.data,
+        "positions": ranks.positions,
+        "thresholds": {
+            name: {f"{rate:g}": round(ranks.threshold_at_rate(name, rate), 5) for rate in _RATES}
+            for name in _routers(ranks)
+        },
     }
-    report = {"small": ranks.small, "data": ranks.data, "positions": ranks.positions}
-    sys.stdout.write(json.dumps({**report, "thresholds": found}) + "\n")
-    return 0

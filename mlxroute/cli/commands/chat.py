@@ -1,4 +1,4 @@
-"""The chat loop: messages in, answers out, and the commands between them."""
+"""`chat`: a conversation in the terminal, with commands between the messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from mlxroute.config import parse_share
+from mlxroute.cli.error_advice import error_message
+from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_OK
+from mlxroute.config import Settings, parse_share
 from mlxroute.conversation import Conversation
 from mlxroute.errors import MlxRouteError, UsageError
 from mlxroute.types import Message, Prices, RunStats, Uploads
@@ -22,32 +24,68 @@ if TYPE_CHECKING:
     from mlxroute.cli.line_input import Reader
     from mlxroute.view import AnswerStream
 
-# A path, as in "/usr/bin/env is what?", is no command.
+# A path, as in "/usr/bin/env is what?", is not a command.
 _COMMAND = re.compile(r"(/[^\s/]*)(?:[ \t]+(.*?))?\s*")
 _LEAVE_HINT = "Ctrl-D or /quit leaves the chat"
 _KEYS_HELP = "Enter sends, Alt-Enter starts a new line, Ctrl-C stops an answer, Tab completes"
 
 
-class ChatSession(Protocol):
-    """The models behind a chat and what can be set about them."""
+def chat(settings: Settings) -> int:
+    """Chat in the terminal (also the default without a command)."""
+    from mlxroute.cli.session import open_session
+    from mlxroute.cli.terminal import discard_stdout, history_path, make_consoles
 
-    conversation: Conversation
-    threshold: float
-    mode: str
+    out, err = make_consoles()
+    session = open_session(settings, err)
+    try:
+        return run_chat(
+            session,
+            console_out=out,
+            console_err=err,
+            history_path=history_path(),
+            heat=settings.heat,
+        )
+    except BrokenPipeError:
+        return discard_stdout()
+    finally:
+        session.close()
+
+
+class ChatRouting(Protocol):
+    """When the large model is asked, as a chat shows and changes it."""
+
+    @property
+    def threshold(self) -> float:
+        """The score above which the large model is asked."""
+        ...
 
     @property
     def unit(self) -> str:
-        """What a threshold is counted in."""
+        """The unit of the threshold."""
         ...
 
     @property
     def budget(self) -> float | None:
-        """The share of the tokens that may be the large model's; None where a threshold is set."""
+        """The largest share of escalated tokens; None if a threshold is set instead."""
         ...
 
-    def keep_within(self, budget: float) -> None:
-        """Ask at no more than this share of the tokens from now on."""
+    def set_threshold(self, threshold: float) -> None:
+        """Ask above this score from now on."""
         ...
+
+    def set_budget(self, budget: float) -> None:
+        """Ask for at most this share of the tokens from now on."""
+        ...
+
+
+class ChatSession(Protocol):
+    """The models behind a chat, and the conversation."""
+
+    conversation: Conversation
+    mode: str
+
+    @property
+    def routing(self) -> ChatRouting: ...
 
     @property
     def modes(self) -> tuple[str, ...]: ...
@@ -61,15 +99,15 @@ class ChatSession(Protocol):
         ...
 
     def warnings(self, stats: RunStats) -> list[str]:
-        """What the user should know after an answer and has not been told yet."""
+        """Return the warnings about an answer that were not returned before."""
         ...
 
     def answer(self, messages: Sequence[Message]) -> AnswerStream:
-        """Start answering a conversation."""
+        """Start to answer a conversation."""
         ...
 
     def describe(self) -> str:
-        """One line about the models."""
+        """Return one line about the models."""
         ...
 
 
@@ -82,42 +120,45 @@ def run_chat(
     heat: bool = False,
     reader: Reader | None = None,
 ) -> int:
-    """Hold a conversation until its end; return the exit code.
+    """Hold a conversation until the user leaves; return the exit code.
 
-    On a terminal errors are shown and the chat goes on; from a pipe they are raised.
+    On a terminal an error is shown and the chat goes on; from a pipe it is raised.
     """
     chat = _Chat(session, out=console_out, err=console_err, heat=heat)
     if reader is None:
-        reader = _reader(chat, history_path)
+        reader = _make_reader(chat, history_path)
     if reader.interactive:
-        chat.say(f"{session.describe()}. /help lists the commands.")
+        chat.print_line(f"{session.describe()}. /help lists the commands.")
     while True:
         try:
             text = reader.read(offered=chat.offered)
             chat.handle(text, interactive=reader.interactive)
         except EOFError:
-            return 0
+            return EXIT_OK
         except KeyboardInterrupt:
             if not reader.interactive:
-                return 130
-            chat.say(_LEAVE_HINT)
+                return EXIT_INTERRUPTED
+            chat.print_line(_LEAVE_HINT)
         except MlxRouteError as error:
             if not reader.interactive:
                 raise
-            chat.say(f"error: {error}", style="red")
+            chat.print_line(f"error: {error_message(error)}", style="red")
 
 
-def _reader(chat: _Chat, history_path: Path) -> Reader:
+def _make_reader(chat: _Chat, history_path: Path) -> Reader:
     from mlxroute.cli.line_input import CommandCompleter, LineEditor, LineReader
 
     if not sys.stdin.isatty():
         return LineReader(sys.stdin)
     completer = CommandCompleter(chat.completions())
-    return LineEditor(completer, history_path=history_path, notify=chat.say)
+    return LineEditor(completer, history_path=history_path, notify=chat.print_line)
 
 
 class _Chat:
-    """One chat on a pair of consoles. `offered` is a message that is still unanswered."""
+    """One chat on a pair of consoles.
+
+    `offered` is the last message if it got no answer: the next prompt offers it for editing.
+    """
 
     def __init__(self, session: ChatSession, *, out: Console, err: Console, heat: bool) -> None:
         from mlxroute.view import ChatTotals
@@ -130,7 +171,7 @@ class _Chat:
         self._totals = ChatTotals()
 
     def completions(self) -> dict[str, Callable[[], Sequence[str]] | None]:
-        """What may follow each command: words, or None for a path."""
+        """Return the values to complete after each command: words, or None for paths."""
         return {
             **dict.fromkeys(_COMMANDS, tuple),
             "/threshold": lambda: ("inf", "-inf"),
@@ -139,34 +180,36 @@ class _Chat:
             "/load": None,
         }
 
-    def say(self, line: str, *, style: str = "dim") -> None:
-        """One line for the user, beside the answers."""
+    def print_line(self, line: str, *, style: str = "dim") -> None:
+        """Print one line that is not part of an answer."""
         from rich.text import Text
 
         from mlxroute.safe_text import printable
 
-        # Only a terminal has an edge to wrap at.
+        # In a file or pipe, lines stay whole.
         self._err.print(Text(printable(line), style), soft_wrap=not self._err.is_terminal)
 
     def handle(self, text: str, *, interactive: bool) -> None:
-        """Answer a message or obey a command. Raises: EOFError to leave."""
+        """Answer a message or run a command. Raises EOFError to leave the chat."""
         self.offered = ""
         if command := _COMMAND.fullmatch(text):
-            self._obey(command[1], command[2] or "")
+            self._run(command[1], command[2] or "")
         elif text.strip():
             self._answer(text, interactive=interactive)
 
-    def _obey(self, name: str, value: str) -> None:
+    def _run(self, name: str, value: str) -> None:
         command = _COMMANDS.get(name.lower())
         if command is None:
             near = difflib.get_close_matches(name.lower(), _COMMANDS, n=1)
             advice = f"did you mean {near[0]}?" if near else "/help lists the commands"
-            raise UsageError(f"no command {name}; {advice} (a space in front sends it as text)")
+            raise UsageError(
+                f"unknown command {name}; {advice} (start with a space to send it as text)"
+            )
         if value and not command.takes:
             raise UsageError(f"{name} takes no value")
         if not value and command.takes == "FILE":
             raise UsageError(f"{name} needs a file name")
-        command.obey(self, value)
+        command.run(self, value)
 
     def _answer(self, user: str, *, interactive: bool) -> None:
         from mlxroute.view import LiveView, summary_line
@@ -175,7 +218,7 @@ class _Chat:
         view = LiveView(
             self._out,
             heat=self._heat,
-            threshold=self._session.threshold,
+            threshold=self._session.routing.threshold,
             chat_uploads=lambda: self._session.uploads,
         )
         answer = None
@@ -188,14 +231,14 @@ class _Chat:
                 self._keep(user, answer.stats())
             if not interactive:
                 raise
-            self.say("(stopped)")
+            self.print_line("(stopped)")
         else:
             self._keep(user, stats)
-            self.say(summary_line(stats))
+            self.print_line(summary_line(stats))
             for line in self._session.warnings(stats):
-                self.say(f"warning: {line}", style="yellow")
+                self.print_line(f"warning: {line}", style="yellow")
         if interactive:
-            self.say("")
+            self.print_line("")
 
     def _keep(self, user: str, stats: RunStats) -> None:
         self._session.conversation.add(user, stats.text)
@@ -204,50 +247,52 @@ class _Chat:
 
     def _help(self, value: str) -> None:
         for name, command in _COMMANDS.items():
-            self.say(f"{f'{name} {command.takes}':20}{command.help}")
-        self.say(_KEYS_HELP)
+            self.print_line(f"{f'{name} {command.takes}':20}{command.help}")
+        self.print_line(_KEYS_HELP)
 
     def _reset(self, value: str) -> None:
         self._session.conversation.reset()
-        self.say("the conversation starts anew")
+        self.print_line("the conversation is empty now")
 
     def _stats(self, value: str) -> None:
         uploads, prices = self._session.uploads, self._session.prices
         cost = None if prices is None else prices.cost(uploads)
-        self.say(self._totals.line(uploads, cost=cost))
+        self.print_line(self._totals.line(uploads, cost=cost))
 
     def _threshold(self, value: str) -> None:
         if value:
-            self._session.threshold = _threshold(value)
-        self.say(f"threshold {_described(self._session)}")
+            self._session.routing.set_threshold(_parse_threshold(value))
+        self.print_line(f"threshold {_describe_threshold(self._session.routing)}")
 
     def _budget(self, value: str) -> None:
         if value:
-            self._session.keep_within(parse_share(value))
-        found = self._session.budget
-        self.say("no budget; a threshold is set" if found is None else f"budget {100 * found:g}%")
+            self._session.routing.set_budget(parse_share(value))
+        budget = self._session.routing.budget
+        text = "no budget; a threshold is set" if budget is None else f"budget {100 * budget:g}%"
+        self.print_line(text)
 
     def _mode(self, value: str) -> None:
         if value:
             if value not in self._session.modes:
-                raise UsageError(f"no mode {value}; there is: {', '.join(self._session.modes)}")
+                choices = ", ".join(self._session.modes)
+                raise UsageError(f"unknown mode {value!r}; choose one of {choices}")
             self._session.mode = value
-        self.say(f"mode {self._session.mode}, of: {', '.join(self._session.modes)}")
+        self.print_line(f"mode {self._session.mode}, of: {', '.join(self._session.modes)}")
 
     def _save(self, value: str) -> None:
         self._session.conversation.save(Path(value))
-        self.say(f"saved to {value}")
+        self.print_line(f"saved to {value}")
 
     def _load(self, value: str) -> None:
         self._session.conversation = Conversation.load(Path(value))
         messages = len(self._session.conversation.turns)
-        self.say(f"loaded {messages} messages from {value}")
+        self.print_line(f"loaded {messages} messages from {value}")
 
     def _quit(self, value: str) -> None:
         raise EOFError
 
 
-def _threshold(value: str) -> float:
+def _parse_threshold(value: str) -> float:
     try:
         threshold = float(value)
     except ValueError:
@@ -257,32 +302,34 @@ def _threshold(value: str) -> float:
     return threshold
 
 
-def _described(session: ChatSession) -> str:
-    threshold = session.threshold
+def _describe_threshold(routing: ChatRouting) -> str:
+    threshold = routing.threshold
     if math.isinf(threshold):
         return f"{threshold:g}: the large model is {'never' if threshold > 0 else 'always'} asked"
-    return f"{threshold:g} {session.unit}"
+    return f"{threshold:g} {routing.unit}"
 
 
 @dataclass(frozen=True, slots=True)
 class _Command:
-    """What a command does, what may follow it ("[X]" when it need not), and its help."""
+    """A command: its method, the value it takes ("[X]" if it is optional), and its help."""
 
-    obey: Callable[[_Chat, str], None]
+    run: Callable[[_Chat, str], None]
     takes: str
     help: str
 
 
 _COMMANDS = {
-    "/help": _Command(_Chat._help, "", "this list"),
-    "/reset": _Command(_Chat._reset, "", "forget the conversation"),
-    "/stats": _Command(_Chat._stats, "", "figures of this chat so far"),
+    "/help": _Command(_Chat._help, "", "list the commands"),
+    "/reset": _Command(_Chat._reset, "", "start a new conversation"),
+    "/stats": _Command(_Chat._stats, "", "totals of this chat"),
     "/threshold": _Command(
-        _Chat._threshold, "[NATS]", "ask above this entropy; inf never, -inf always"
+        _Chat._threshold, "[NATS]", "ask above this entropy; inf never asks, -inf always"
     ),
-    "/budget": _Command(_Chat._budget, "[SHARE]", "ask at no more than this share, e.g. 7%"),
-    "/mode": _Command(_Chat._mode, "[NAME]", "how the wait for the large model is spent"),
+    "/budget": _Command(
+        _Chat._budget, "[SHARE]", "ask for at most this share of the tokens, e.g. 7%"
+    ),
+    "/mode": _Command(_Chat._mode, "[NAME]", "what to do during a call to the large model"),
     "/save": _Command(_Chat._save, "FILE", "write the conversation to a file"),
-    "/load": _Command(_Chat._load, "FILE", "go on with a saved conversation"),
-    "/quit": _Command(_Chat._quit, "", "leave, as Ctrl-D does"),
+    "/load": _Command(_Chat._load, "FILE", "continue a saved conversation"),
+    "/quit": _Command(_Chat._quit, "", "leave the chat, like Ctrl-D"),
 }

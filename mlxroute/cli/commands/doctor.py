@@ -1,17 +1,19 @@
-"""`doctor`: what this machine offers and what stands in the way, in one look."""
+"""`doctor`: check this machine, the settings and the server, in one report."""
 
 from __future__ import annotations
 
 import os
-import platform
-import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from mlxroute._version import __version__
+from mlxroute.cli.error_advice import error_message
+from mlxroute.cli.exit_codes import EXIT_OK, EXIT_USAGE
 from mlxroute.cli.folders import cache_dir_of
+from mlxroute.cli.setting_options import load_all_settings
 from mlxroute.config import (
     Settings,
     default_config_path,
@@ -24,44 +26,63 @@ from mlxroute.errors import ConfigError, MlxRouteError
 
 @dataclass(frozen=True, slots=True)
 class DoctorCheck:
-    """One line of the report; `good` is None for what is merely worth knowing."""
+    """One line of the report; `is_good` is None if the finding is neither good nor bad."""
 
     name: str
     finding: str
-    good: bool | None = True
+    is_good: bool | None = True
 
 
-def run_doctor(settings: Settings) -> int:
-    """Print every check; return 0 when nothing stands in the way, else 2."""
-    from mlxroute.cli.terminal import consoles
+def load_despite_bad_config(flags: Mapping[str, Any]) -> Settings:
+    """Return the settings; those of the flags alone if the config file or environment is bad.
 
-    out, err = consoles()
-    cache_dir = cache_dir_of(settings.cache_dir)
-    checks = [_versions(), *_device(cache_dir), _disk(cache_dir), _config()]
+    The error itself is a line of the report.
+    """
+    try:
+        return load_all_settings(flags)
+    except ConfigError:
+        return Settings(**{name: value for name, value in flags.items() if value is not None})
+
+
+def doctor(settings: Settings) -> int:
+    """Check device, memory, cache, network and server."""
+    from mlxroute.cli.terminal import make_consoles
+
+    out, err = make_consoles()
+    cache_dir = cache_dir_of(settings)
+    checks = [
+        _check_versions(),
+        *_check_device(cache_dir),
+        _check_cache(cache_dir),
+        _check_config(),
+    ]
     if settings.offline:
-        checks.append(DoctorCheck("network", "not checked: offline is set", good=None))
+        checks.append(DoctorCheck("network", "not checked: offline is set", is_good=None))
     else:
-        with err.status("asking the network"):
-            checks += [*_network(), _large(settings)]
+        with err.status("checking the network"):
+            checks += [*_check_network(), _check_large(settings)]
     width = max(len(check.name) for check in checks)
     for check in checks:
-        mark = {True: "ok  ", False: "FAIL", None: "-   "}[check.good]
+        mark = {True: "ok  ", False: "FAIL", None: "-   "}[check.is_good]
         out.print(f"{mark} {check.name:{width}}  {check.finding}", soft_wrap=True, markup=False)
-    return 2 if any(check.good is False for check in checks) else 0
+    return EXIT_USAGE if any(check.is_good is False for check in checks) else EXIT_OK
 
 
-def _versions() -> DoctorCheck:
-    found = []
+def _check_versions() -> DoctorCheck:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    packages = []
     for name in ("mlx", "mlx-lm"):
         try:
-            found.append(f"{name} {version(name)}")
+            packages.append(f"{name} {version(name)}")
         except PackageNotFoundError:
-            return DoctorCheck("versions", f"{name} is not installed", good=False)
+            return DoctorCheck("versions", f"{name} is not installed", is_good=False)
     python = f"Python {sys.version.split()[0]} on {platform.system()} {platform.machine()}"
-    return DoctorCheck("versions", f"mlxroute {__version__}, {', '.join(found)}, {python}")
+    return DoctorCheck("versions", f"mlxroute {__version__}, {', '.join(packages)}, {python}")
 
 
-def _device(cache_dir: Path) -> list[DoctorCheck]:
+def _check_device(cache_dir: Path) -> list[DoctorCheck]:
     from mlxroute.backend import blas, memory
 
     line = blas.interpose(cache_dir)
@@ -71,13 +92,14 @@ def _device(cache_dir: Path) -> list[DoctorCheck]:
     if line:
         checks.append(DoctorCheck("BLAS", line.removeprefix("BLAS: ")))
     available = memory.available_bytes()
-    checks.append(
-        DoctorCheck("memory", f"{available / 2**30:.1f} GiB free", good=available > 2**30)
-    )
+    text = f"{available / 2**30:.1f} GiB free"
+    checks.append(DoctorCheck("memory", text, is_good=available > 2**30))
     return checks
 
 
-def _disk(cache_dir: Path) -> DoctorCheck:
+def _check_cache(cache_dir: Path) -> DoctorCheck:
+    import shutil
+
     from mlxroute.weights import list_cached
 
     folder = cache_dir
@@ -85,45 +107,46 @@ def _disk(cache_dir: Path) -> DoctorCheck:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     models = ", ".join(sorted(entry.name for entry in list_cached(cache_dir))) or "no models yet"
-    writable = folder.is_dir() and os.access(folder, os.W_OK)
+    is_writable = folder.is_dir() and os.access(folder, os.W_OK)
     text = f"{cache_dir}: {models}; {free / 1e9:.0f} GB free"
-    return DoctorCheck("cache", text if writable else f"{text}; not writable", good=writable)
+    return DoctorCheck(
+        "cache", text if is_writable else f"{text}; not writable", is_good=is_writable
+    )
 
 
-def _config() -> DoctorCheck:
+def _check_config() -> DoctorCheck:
     path = default_config_path()
     try:
         settings = load_settings({}, environ=os.environ, path=path)
         read_never_send(settings)
         read_prices(settings)
     except ConfigError as exc:
-        return DoctorCheck("config", str(exc), good=False)
+        return DoctorCheck("config", error_message(exc), is_good=False)
     return DoctorCheck("config", f"{path}" if path.exists() else f"{path} (none; defaults apply)")
 
 
-def _network() -> list[DoctorCheck]:
+def _check_network() -> list[DoctorCheck]:
     from mlxroute.weights import check_sources
 
     return [
-        DoctorCheck(name, "reachable", good=True)
-        if there
-        else DoctorCheck(name, "not reachable", good=None)
-        for name, there in check_sources().items()
+        DoctorCheck(name, "reachable")
+        if is_reachable
+        else DoctorCheck(name, "not reachable", is_good=None)
+        for name, is_reachable in check_sources().items()
     ]
 
 
-def _large(settings: Settings) -> DoctorCheck:
+def _check_large(settings: Settings) -> DoctorCheck:
     if settings.large is None:
         advice = "no server configured (give --large URL or set OPENAI_BASE_URL)"
-        return DoctorCheck("large", advice, good=None)
-    from mlxroute.cli.large_side import large_model
-    from mlxroute.cli.session import open_ledger
+        return DoctorCheck("large", advice, is_good=None)
+    from mlxroute.cli.large_side import make_large, open_ledger
 
     try:
         with (
             open_ledger(settings) as ledger,
-            large_model(settings, settings.large, ledger) as large,
+            make_large(settings, settings.large, ledger) as large,
         ):
             return DoctorCheck("large", large.connect())
     except MlxRouteError as exc:
-        return DoctorCheck("large", str(exc), good=False)
+        return DoctorCheck("large", error_message(exc), is_good=False)

@@ -1,45 +1,57 @@
-"""`host`: a server for people who have none."""
+"""`host`: serve a large model on this machine."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Annotated
 
-from mlxroute.catalog import Catalog
-from mlxroute.cli.folders import cache_dir_of
-from mlxroute.cli.model_fit import check_fits, host_choice
+import typer
+
+from mlxroute.cli.folders import cache_dir_of, host_log
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import LaunchError
 
 
-def run_host(name: str | None, settings: Settings, *, port: int | None) -> int:
-    """Serve a model until interrupted; its address is the one line on stdout."""
-    from mlxroute.cli.progress import Reporter
-    from mlxroute.cli.terminal import consoles
+def host(
+    settings: Settings,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Model to serve. Default: the largest that fits.", metavar="NAME"),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port to listen on. Default: a free one.", min=1, max=65535)
+    ] = None,
+) -> int:
+    """Serve a model on this machine, with mlx_lm.server."""
+    from mlxroute.catalog import Catalog
+    from mlxroute.cli.model_fit import check_fits, default_host_model, measure_machine
+    from mlxroute.cli.progress import ByteProgress
+    from mlxroute.cli.terminal import make_consoles
     from mlxroute.hosting.launcher import LocalServer
     from mlxroute.weights import resolve
 
-    out, err = consoles()
-    cache_dir = cache_dir_of(settings.cache_dir)
+    out, err = make_consoles()
+    cache_dir = cache_dir_of(settings)
     catalog = Catalog.load(user_catalog_dir())
-    dense, available = device_room(cache_dir)
+    dense, available = measure_machine(cache_dir)
     if name is None:
-        name = host_choice(catalog, available=available, dense=dense).name
+        name = default_host_model(catalog, available=available, dense=dense).name
     if (model := catalog.find_model(name)) is not None:
         check_fits(model, catalog, available=available, dense=dense)
-    with Reporter(err) as reporter:
+    with ByteProgress(err) as progress:
         local = resolve(
             name,
             catalog=catalog,
             cache_dir=cache_dir,
             offline=settings.offline,
-            progress=reporter.progress,
-            notify=reporter.notify,
+            progress=progress.progress,
+            notify=progress.notify,
         )
     with LocalServer.launch(
         local.path, cache_dir=cache_dir, port=port, log_path=host_log(cache_dir)
     ) as server:
-        with Reporter(err) as reporter:
-            server.wait_until_ready(progress=reporter.progress)
+        with ByteProgress(err) as progress:
+            server.wait_until_ready(progress=progress.progress)
+        # Scripts read the address, so it is the only line on stdout.
         out.print(server.url, soft_wrap=True)
         err.print(
             f"serving {local.name}; try `mlxroute chat --large {server.url}` in another"
@@ -52,17 +64,3 @@ def run_host(name: str | None, settings: Settings, *, port: int | None) -> int:
         except KeyboardInterrupt:
             return 0
     raise LaunchError(f"the server ended by itself (exit code {code}; log: {server.log_path})")
-
-
-def device_room(cache_dir: Path) -> tuple[bool, int]:
-    """Whether weights run dense here (CPU backend), and the free memory in bytes."""
-    from mlxroute.backend import blas, memory
-    from mlxroute.backend.load import on_cpu
-
-    blas.interpose(cache_dir)
-    return on_cpu(), memory.available_bytes()
-
-
-def host_log(cache_dir: Path) -> Path:
-    """The log file of the local server."""
-    return cache_dir / "logs" / "host.log"

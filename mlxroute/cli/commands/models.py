@@ -1,28 +1,48 @@
-"""`models` and `pull`."""
+"""`models`: list the catalogue."""
 
 from __future__ import annotations
 
-from mlxroute.catalog import Catalog
+from typing import TYPE_CHECKING
+
 from mlxroute.cli.folders import cache_dir_of
 from mlxroute.config import Settings, user_catalog_dir
 
+if TYPE_CHECKING:
+    from pathlib import Path
 
-def list_models(settings: Settings) -> int:
-    """Print what has a name, what is cached, and which pairs go together."""
     from rich.table import Table
 
-    from mlxroute.cli.terminal import consoles
+    from mlxroute.catalog import Catalog
+
+
+def models(settings: Settings) -> int:
+    """List the models and pairs of the catalogue."""
+    from mlxroute.catalog import Catalog
+    from mlxroute.cli.terminal import make_consoles, make_table
+
+    out, _ = make_consoles()
+    catalog = Catalog.load(user_catalog_dir())
+    folder = cache_dir_of(settings)
+    out.print(_model_table(catalog, folder))
+    out.print()
+    pairs = make_table("small", "large", "threshold", "calibration", fold=True)
+    for pair in catalog.pairs:
+        pairs.add_row(pair.small, pair.large, f"{pair.threshold:g} nats", pair.calibration)
+    out.print(pairs)
+    out.print(f"\ncache: {folder}", soft_wrap=True, markup=False)
+    return 0
+
+
+def _model_table(catalog: Catalog, folder: Path) -> Table:
+    """Return the models of the catalogue, then cached ones that it does not name."""
+    from mlxroute.cli.terminal import make_table
     from mlxroute.weights import list_cached
 
-    out, _ = consoles()
-    catalog = Catalog.load(user_catalog_dir())
-    folder = cache_dir_of(settings.cache_dir)
-    here = {entry.name: entry for entry in list_cached(folder)}
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("model", "parameters", "hub", "index", "cached", "licence"):
-        table.add_column(column, overflow="fold")
+    cached = {entry.name: entry for entry in list_cached(folder)}
+    columns = ("model", "parameters", "hub", "index", "cached", "licence")
+    table = make_table(*columns, fold=True)
     for model in catalog.models:
-        entry = here.pop(model.name, None)
+        entry = cached.pop(model.name, None)
         table.add_row(
             model.name,
             f"{model.parameters / 1e9:.2f} B",
@@ -31,41 +51,10 @@ def list_models(settings: Settings) -> int:
             _gigabytes(entry.size_bytes) if entry else "",
             model.license,
         )
-    for entry in here.values():
+    for entry in cached.values():
         table.add_row(entry.name, "", "", "", _gigabytes(entry.size_bytes), "")
-    out.print(table)
-    out.print()
-    pairs = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("small", "large", "threshold", "calibration"):
-        pairs.add_column(column, overflow="fold")
-    for pair in catalog.pairs:
-        pairs.add_row(pair.small, pair.large, f"{pair.threshold:g} nats", pair.calibration)
-    out.print(pairs)
-    out.print(f"\ncache: {folder}", soft_wrap=True, markup=False)
-    return 0
+    return table
 
 
 def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB"
-
-
-def pull_model(name: str, settings: Settings) -> int:
-    """Fetch and verify a model; print the folder it is in."""
-    from mlxroute.cli.progress import Reporter
-    from mlxroute.cli.terminal import consoles
-    from mlxroute.weights import pull
-
-    out, err = consoles()
-    with Reporter(err) as reporter:
-        local = pull(
-            name,
-            catalog=Catalog.load(user_catalog_dir()),
-            cache_dir=cache_dir_of(settings.cache_dir),
-            offline=settings.offline,
-            progress=reporter.progress,
-            notify=reporter.notify,
-        )
-    what = "used as it is" if local.source == "directory" else f"verified ({local.source})"
-    err.print(f"{local.name}: {what}", style="dim", markup=False)
-    out.print(str(local.path), soft_wrap=True, markup=False)
-    return 0

@@ -1,4 +1,4 @@
-"""`train`: fit a head to where the user's large model should be asked."""
+"""`train`: fit a head that finds the tokens for which to ask the large model."""
 
 from __future__ import annotations
 
@@ -6,117 +6,93 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from mlxroute.catalog.head_files import user_head_file
-from mlxroute.cli.folders import cache_dir_of, record_file, source
-from mlxroute.cli.large_side import large_model
-from mlxroute.cli.session import load_small, open_ledger
+import typer
+
+from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
+from mlxroute.cli.folders import cache_dir_of, data_name, record_file
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
-from mlxroute.questions.question_files import (
-    Question,
-    read_questions,
-    read_worked_examples,
-    sample_questions,
-)
 from mlxroute.types import LabelKind
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mlxroute.large import LargeModel
+    from mlxroute.questions.question_files import Question
+    from mlxroute.small import SmallModel
     from mlxroute.training.head_fitting import FittedHead
+    from mlxroute.training.labels import LabelledAnswer
+
+_RECALL_COLUMNS = ("head", "entropy", "random", "oracle")
 
 
-@dataclass(frozen=True, slots=True)
-class TrainOptions:
-    """What is learned from: `count` questions of each file, behind `shots` worked examples."""
+def train(
+    settings: Settings,
+    data: QuestionFiles,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Head file to write. Default: your own for this small model.", metavar="FILE"
+        ),
+    ] = None,
+    labels: Annotated[
+        LabelKind, typer.Option(help="Which tokens the head learns to find.")
+    ] = LabelKind.CONSEQUENCE,
+    questions: Annotated[int, typer.Option(help="Questions per file, at most.", min=1)] = 500,
+    tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 160,
+    examples: Examples = None,
+    shots: Shots = 4,
+    at_once: AtOnce = 4,
+) -> int:
+    """Fit a router to the tokens where your large model would change the answer."""
+    from mlxroute.catalog.head_files import user_head_file
+    from mlxroute.cli.large_side import make_large, open_ledger, require_large
+    from mlxroute.cli.terminal import make_consoles
+    from mlxroute.questions.question_files import read_worked_examples
 
-    data: list[Path]
-    out: Path | None
-    labels: LabelKind
-    count: int
-    tokens: int
-    examples: Path | None
-    shots: int
-    at_once: int
-
-
-def run_train(settings: Settings, options: TrainOptions) -> int:
-    """Label, fit, judge on held-out answers, write; return the exit code."""
-    from mlxroute.cli.progress import Reporter, counting
-    from mlxroute.cli.terminal import consoles
-
-    if settings.large is None:
-        raise UsageError("train needs a large model's server: --large URL")
-    if options.out is not None and options.out.suffix != ".safetensors":
-        raise UsageError(f"--out {options.out}: a head is a .safetensors file")
-    questions = _questions(options)
-    examples = read_worked_examples(options.examples, options.shots)
-    _, err = consoles()
-    with (
-        open_ledger(settings) as ledger,
-        large_model(settings, settings.large, ledger) as large,
-    ):
-        large.connect(thorough=False)
-        with Reporter(err) as reporter:
-            small = load_small(settings, reporter)
-        large.pair_vocabulary(small.vocabulary)
-        from mlxroute.recorded.replies import Replies
-        from mlxroute.training.head_fitting import fit_head
-        from mlxroute.training.labels import collect_labels
-
-        record = record_file(settings, "replies", small.name, large.model_name)
-        with (
-            Replies(large, record, at_once=options.at_once) as replies,
-            counting(err) as progress,
-        ):
-            answers = collect_labels(
-                small,
-                replies,
-                questions,
-                examples=examples,
-                max_tokens=options.tokens,
-                folder=cache_dir_of(settings.cache_dir) / "labels",
-                at_once=options.at_once,
-                with_continuations=options.labels in (LabelKind.CONSEQUENCE, LabelKind.PREFERENCE),
-                progress=progress,
-            )
-        provenance = {
-            "small": small.name,
-            "large": large.model_name,
-            "data": [source(file) for file in options.data],
-            "examples": len(examples),
-        }
-        with err.status("fitting"):
-            fitted = fit_head(answers, questions, labels=options.labels, provenance=provenance)
-    out = options.out or user_head_file(small.name, user_catalog_dir())
-    fitted.write(out)
-    _show(fitted, err)
-    named = f" --head {options.out}" if options.out else ""
-    err.print(
-        f"written to {out}; use it with --router head{named} --budget 7%",
-        markup=False,
-        soft_wrap=True,
+    address = require_large(settings, "train")
+    if out is not None and out.suffix != ".safetensors":
+        raise UsageError(f"--out {out}: a head is a .safetensors file")
+    material = _Material(
+        questions=_read_labelled_questions(data, questions, labels),
+        examples=read_worked_examples(examples, shots),
+        sources=[data_name(file) for file in data],
+        labels=labels,
+        tokens=tokens,
+        at_once=at_once,
     )
-    if not fitted.beats_entropy:
-        err.print(
-            "warning: on the held-out answers it finds no more than entropy does; give more"
-            " questions, or stay with --router entropy",
-            style="yellow",
-            soft_wrap=True,
-        )
+    _, err = make_consoles()
+    with open_ledger(settings) as ledger, make_large(settings, address, ledger) as large:
+        small_name, fitted = _fit(settings, large, material, err)
+    file = out or user_head_file(small_name, user_catalog_dir())
+    fitted.write(file)
+    _print_recall(fitted, err)
+    _print_advice(fitted, file, named=out is not None, err=err)
     sys.stdout.write(json.dumps(fitted.report) + "\n")
     return 0
 
 
-def _questions(options: TrainOptions) -> list[Question]:
+@dataclass(frozen=True, slots=True)
+class _Material:
+    """What a head is fitted to: questions, worked examples before each, and kind of labels."""
+
+    questions: list[Question]
+    examples: list[Question]
+    sources: list[str]
+    labels: LabelKind
+    tokens: int
+    at_once: int
+
+
+def _read_labelled_questions(files: list[Path], count: int, labels: LabelKind) -> list[Question]:
+    from mlxroute.questions.question_files import read_questions, sample_questions
+
     questions = [
-        question
-        for file in options.data
-        for question in sample_questions(read_questions(file), options.count)
+        question for file in files for question in sample_questions(read_questions(file), count)
     ]
-    if options.labels is LabelKind.PREFERENCE:
+    if labels is LabelKind.PREFERENCE:
         for question in questions:
             if question.answer is None:
                 raise UsageError(
@@ -125,20 +101,89 @@ def _questions(options: TrainOptions) -> list[Question]:
     return questions
 
 
-def _show(fitted: FittedHead, err: Console) -> None:
-    from rich.table import Table
+def _fit(
+    settings: Settings, large: LargeModel, material: _Material, err: Console
+) -> tuple[str, FittedHead]:
+    """Label the large model's answers and fit a head; return it with the small model's name."""
+    from mlxroute.cli.progress import ByteProgress
+    from mlxroute.cli.small_side import load_small
+
+    large.connect(thorough=False)
+    with ByteProgress(err) as progress:
+        small = load_small(settings, progress)
+    large.pair_vocabulary(small.vocabulary)
+    # MLX must be loaded by the small model first: it finds the faster BLAS.
+    from mlxroute.training.head_fitting import fit_head
+
+    answers = _label_answers(settings, small, large, material, err)
+    provenance = {
+        "small": small.name,
+        "large": large.model_name,
+        "data": material.sources,
+        "examples": len(material.examples),
+    }
+    with err.status("fitting"):
+        fitted = fit_head(
+            answers, material.questions, labels=material.labels, provenance=provenance
+        )
+    return small.name, fitted
+
+
+def _label_answers(
+    settings: Settings, small: SmallModel, large: LargeModel, material: _Material, err: Console
+) -> list[LabelledAnswer]:
+    from mlxroute.cli.progress import count_progress
+    from mlxroute.recorded.replies import Replies
+    from mlxroute.training.labels import collect_labels
+
+    record = record_file(settings, "replies", small.name, large.model_name)
+    with (
+        Replies(large, record, at_once=material.at_once) as replies,
+        count_progress(err) as progress,
+    ):
+        return collect_labels(
+            small,
+            replies,
+            material.questions,
+            examples=material.examples,
+            max_tokens=material.tokens,
+            folder=cache_dir_of(settings) / "labels",
+            at_once=material.at_once,
+            with_continuations=material.labels in (LabelKind.CONSEQUENCE, LabelKind.PREFERENCE),
+            progress=progress,
+        )
+
+
+def _print_recall(fitted: FittedHead, err: Console) -> None:
+    from mlxroute.cli.terminal import make_table
 
     report = fitted.report
     err.print(
-        f"of {report['positions']['held_out']:,} held-out positions {report['differing']:.1%}"
-        f" differ and {report['to_find']:.1%} are to be found ({report['labels']});"
-        " share of these among the highest scores:",
+        f"of {report['positions']['held_out']:,} held-out positions, {report['differing']:.1%}"
+        f" differ and {report['to_find']:.1%} are to be found ({report['labels']} labels);"
+        " share of these among the positions with the highest scores:",
         highlight=False,
     )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("escalated", "head", "entropy", "random", "oracle"):
-        table.add_column(column)
+    table = make_table("escalated", *_RECALL_COLUMNS)
     for rate, row in report["recall"].items():
-        names = ("head", "entropy", "random", "oracle")
-        table.add_row(f"{float(rate):.0%}", *(f"{row[name]:.0%}" for name in names))
+        table.add_row(f"{float(rate):.0%}", *(f"{row[name]:.0%}" for name in _RECALL_COLUMNS))
     err.print(table)
+
+
+def _print_advice(fitted: FittedHead, file: Path, *, named: bool, err: Console) -> None:
+    """Print how to use the head; `named`: it must be named because it is not in its own place."""
+    from mlxroute.cli.terminal import WARNING_STYLE
+
+    flag = f" --head {file}" if named else ""
+    err.print(
+        f"written to {file}; use it with --router head{flag} --budget 7%",
+        markup=False,
+        soft_wrap=True,
+    )
+    if not fitted.beats_entropy:
+        err.print(
+            "warning: on the held-out answers the head finds no more than entropy does; train it"
+            " on more questions, or keep --router entropy",
+            style=WARNING_STYLE,
+            soft_wrap=True,
+        )

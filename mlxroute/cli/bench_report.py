@@ -1,0 +1,45 @@
+"""What the commands of `bench` share: the project's own prompts, and the end of a report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from mlxroute.cli.exit_codes import EXIT_OK
+from mlxroute.cli.folders import RESULTS, find_bench_file
+
+
+def read_own_prompts() -> list[str]:
+    """Return the prompts of `bench/prompts/varied.jsonl`."""
+    from mlxroute.questions.question_files import read_questions
+
+    file = find_bench_file("prompts", "varied.jsonl")
+    return [question.prompt for question in read_questions(file)]
+
+
+def check_plot_option(plot: Path | None) -> None:
+    """Raise UsageError, before anything is measured, if the plot cannot be drawn."""
+    if plot is not None:
+        from mlxroute.bench.plot import check_plot
+
+        check_plot(plot)
+
+
+def write_report(report: dict[str, Any], name: str, *, save: bool) -> int:
+    """Print the report, with its environment, as the last line of stdout; return the exit code.
+
+    With `save`, also write it to `bench/results/` under the name.
+    """
+    from mlxroute.bench.measurement import describe_environment
+
+    command = " ".join(["mlxroute", *sys.argv[1:]])
+    report = {**describe_environment(command), **report}
+    if save:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        file = RESULTS / f"{name}.json"
+        file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    sys.stdout.write(json.dumps(report) + "\n")
+    sys.stdout.flush()
+    return EXIT_OK

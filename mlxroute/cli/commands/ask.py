@@ -1,0 +1,77 @@
+"""`ask`: answer one question."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from mlxroute.cli.setting_options import replace_undecodable
+from mlxroute.config import Settings
+from mlxroute.errors import UsageError
+
+
+def ask(
+    settings: Settings,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Argument(help="The question; `-` reads it from stdin.", metavar="PROMPT"),
+    ] = None,
+    json: Annotated[
+        bool,
+        typer.Option("--json", help="Print JSON Lines: one object per token, then a summary."),
+    ] = False,
+    events: Annotated[
+        bool,
+        typer.Option("--events", help="With --json, also print provisional and retracted tokens."),
+    ] = False,
+) -> int:
+    """Answer one question and exit."""
+    from mlxroute.cli.json_lines import write_json
+    from mlxroute.cli.session import open_session
+    from mlxroute.cli.terminal import (
+        WARNING_STYLE,
+        discard_stdout,
+        make_consoles,
+        print_note,
+        show_answer,
+    )
+
+    if events and not json:
+        raise UsageError("--events goes with --json")
+    out, err = make_consoles()
+    question = _read_question(prompt or [])
+    session = open_session(settings, err)
+    try:
+        message = {"role": "user", "content": question}
+        answer = session.answer([*session.conversation.messages, message])
+        if json:
+            code = write_json(answer, session, stream=sys.stdout, events=events)
+        else:
+            threshold = session.routing.threshold
+            code = show_answer(answer, heat=settings.heat, threshold=threshold, out=out, err=err)
+        for line in session.warnings(answer.stats()):
+            print_note(err, f"warning: {line}", style=WARNING_STYLE)
+        return code
+    except BrokenPipeError:
+        return discard_stdout()
+    finally:
+        session.close()
+
+
+def _read_question(prompt: Sequence[str]) -> str:
+    """Return the words of the prompt; `-`, or no words at all, is replaced by standard input.
+
+    Raises UsageError for an empty prompt.
+    """
+    if "-" in prompt or (not prompt and not sys.stdin.isatty()):
+        piped = sys.stdin.read()
+        text = "\n\n".join(piped if word == "-" else word for word in prompt or ["-"])
+    else:
+        text = " ".join(prompt)
+    text = str(replace_undecodable(text))
+    if not text.strip():
+        raise UsageError('the prompt is empty; try `mlxroute ask "Why is the sky blue?"`')
+    return text

@@ -1,0 +1,95 @@
+"""`probe`: find out what a server can do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlxroute.cli.exit_codes import EXIT_LARGE_FAILED, EXIT_OK
+from mlxroute.config import Settings
+from mlxroute.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mlxroute.large.negotiation.verdict_file import RejectedDialect, Verdict
+
+_RUNGS = {
+    1: "token ids in and out",
+    2: "text in, ids or bytes out",
+    3: "continued chat turn",
+    4: "text only, no logprobs",
+}
+_MARKS = {True: "yes", False: "no", None: "?"}
+
+
+def probe(
+    settings: Settings,
+    url: Annotated[str, typer.Argument(help="The server, e.g. http://host:8000/v1.")],
+) -> int:
+    """Find out what a server can do and which protocol suits it best."""
+    if settings.offline:
+        # Before any import: urllib3 opens a socket on import, to find out about IPv6.
+        raise UsageError("--offline opens no connection, so there is nothing to probe")
+    from mlxroute.cli.large_side import make_large, open_ledger
+    from mlxroute.cli.terminal import make_consoles, print_note
+    from mlxroute.large.negotiation.prober import NoUsableDialect
+
+    out, err = make_consoles()
+    with open_ledger(settings) as ledger, make_large(settings, url, ledger) as large:
+        try:
+            with err.status("asking the server questions with known answers"):
+                verdict = large.probe()
+        except NoUsableDialect as exc:
+            _print_refusals(out, exc.refusals)
+            err.print(f"error: {large.base_url}: {exc}", markup=False, soft_wrap=True)
+            return EXIT_LARGE_FAILED
+        sent = ledger.uploads
+    _print_verdict(out, verdict, name=large.model_name)
+    text = f"{sent.requests} requests, {sent.size_bytes:,} bytes sent; the verdict is remembered"
+    print_note(err, text)
+    return EXIT_OK
+
+
+def _print_verdict(out: Console, verdict: Verdict, *, name: str) -> None:
+    from mlxroute.cli.terminal import make_table
+
+    length = verdict.context_length
+    facts = {
+        "model": name,
+        "protocol": f"{verdict.dialect}: rung {verdict.rung} of 4, {_RUNGS[verdict.rung]}",
+        "tokenizer": verdict.tokens or "unknown",
+        "context": "unknown" if length is None else f"{length:,} tokens",
+        "one token": f"p50 {verdict.latency_p50_s * 1e3:,.0f} ms,"
+        f" p95 {verdict.latency_p95_s * 1e3:,.0f} ms",
+    }
+    for label, text in facts.items():
+        out.print(f"{label:<10} {text}", markup=False, highlight=False, soft_wrap=True)
+    out.print()
+    table = make_table("capability", "", "observed", fold=True)
+    for check in verdict.checks:
+        table.add_row(check.name, _MARKS[check.passed], _escape(check.detail))
+    out.print(table)
+    _print_refusals(out, verdict.refusals)
+
+
+def _print_refusals(out: Console, refusals: tuple[RejectedDialect, ...]) -> None:
+    from mlxroute.cli.terminal import make_table
+
+    if not refusals:
+        return
+    out.print()
+    table = make_table("refused", "why", fold=True)
+    for refusal in refusals:
+        table.add_row(refusal.dialect, _escape(refusal.reason))
+    out.print(table)
+
+
+def _escape(text: str) -> str:
+    """Return a server's text without control characters, its brackets escaped for rich."""
+    from rich.markup import escape
+
+    from mlxroute.safe_text import printable
+
+    return escape(printable(text))

@@ -1,0 +1,38 @@
+"""`pull`: fetch a model into the cache."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mlxroute.cli.folders import cache_dir_of
+from mlxroute.config import Settings, user_catalog_dir
+
+
+def pull(
+    settings: Settings,
+    name: Annotated[
+        str, typer.Argument(help="Catalogue name, .gguf file or hub id.", metavar="NAME")
+    ],
+) -> int:
+    """Fetch a model into the cache and verify it."""
+    from mlxroute.catalog import Catalog
+    from mlxroute.cli.progress import ByteProgress
+    from mlxroute.cli.terminal import make_consoles, print_note
+    from mlxroute.weights import pull as pull_model
+
+    out, err = make_consoles()
+    with ByteProgress(err) as progress:
+        local = pull_model(
+            name,
+            catalog=Catalog.load(user_catalog_dir()),
+            cache_dir=cache_dir_of(settings),
+            offline=settings.offline,
+            progress=progress.progress,
+            notify=progress.notify,
+        )
+    outcome = "used as it is" if local.source == "directory" else f"verified ({local.source})"
+    print_note(err, f"{local.name}: {outcome}")
+    out.print(str(local.path), soft_wrap=True, markup=False)
+    return 0

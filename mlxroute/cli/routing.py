@@ -1,0 +1,129 @@
+"""Which positions are escalated: the router of the settings, and changes to it in a chat."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from mlxroute.catalog.head_files import find_head_file
+from mlxroute.catalog.score_ranks import ScoreRanks
+from mlxroute.cli.folders import expand_optional
+from mlxroute.config import Settings, user_catalog_dir
+from mlxroute.errors import UsageError
+from mlxroute.routers import BURST, Budget, Router, make_router
+
+if TYPE_CHECKING:
+    from mlxroute.catalog import Pair
+    from mlxroute.small import SmallModel
+
+HEAD_ROUTER = "head"
+DEFAULT_ROUTER = "entropy"
+# Share of positions that a router other than entropy escalates unless told otherwise.
+_DEFAULT_RATE = 0.07
+# As calibrated for the default small model.
+_DEFAULT_THRESHOLD_NATS = 1.64
+
+
+class RoutingRule:
+    """The router of a session, with a threshold or budget that can be changed.
+
+    Without a large model nothing is escalated: the threshold is inf and cannot be changed.
+    """
+
+    def __init__(self, router: Router, ranks: ScoreRanks, *, has_large: bool) -> None:
+        self._router = router
+        self._ranks = ranks
+        self._has_large = has_large
+
+    @property
+    def router(self) -> Router:
+        """The router for the next answer."""
+        if self._has_large:
+            return self._router
+        return make_router(DEFAULT_ROUTER, threshold=math.inf)
+
+    @property
+    def name(self) -> str:
+        """The name of the score."""
+        return self._router.name
+
+    @property
+    def unit(self) -> str:
+        """The unit of the threshold."""
+        return "nats" if self.name == DEFAULT_ROUTER else f"of {self.name}"
+
+    @property
+    def threshold(self) -> float:
+        """The score above which the next position is escalated."""
+        return self._router.state.threshold if self._has_large else math.inf
+
+    @property
+    def budget(self) -> float | None:
+        """The largest share of escalated tokens; None if a threshold is set instead."""
+        state = self._router.state
+        return state.rate if isinstance(state, Budget) else None
+
+    def set_threshold(self, threshold: float) -> None:
+        """Escalate above this score from now on. Raises UsageError without a large model."""
+        self._replace_router(threshold=threshold)
+
+    def set_budget(self, budget: float) -> None:
+        """Escalate at most this share from now on. Raises UsageError without a large model."""
+        self._replace_router(budget=budget)
+
+    def describe(self) -> str:
+        """Return when the large model is asked, in words."""
+        if self.budget is not None:
+            return f"for {100 * self.budget:g}% of the tokens, by {self.name}"
+        return f"above {self.threshold:g} {self.unit}"
+
+    def describe_budget(self) -> str | None:
+        """Return the budget in words; None if a threshold is set instead."""
+        if self.budget is None:
+            return None
+        return f"{100 * self.budget:g}% of the tokens and {BURST:g} more"
+
+    def _replace_router(self, **rule: float) -> None:
+        if not self._has_large:
+            raise UsageError("there is no large model to ask; start with --large URL")
+        self._router = make_router(self.name, quantiles=self._ranks[self.name], **rule)
+
+
+def choose_router_name(settings: Settings, pair: Pair | None) -> str:
+    """Return the router of the settings, else that of the catalogue for the pair.
+
+    Each router has thresholds of its own: one given without a router is one of entropy.
+    """
+    if settings.router is not None:
+        return settings.router
+    return DEFAULT_ROUTER if pair is None or settings.threshold is not None else pair.router
+
+
+def find_ranks(small: SmallModel, router: str, head: str | None = None) -> ScoreRanks:
+    """Return the calibrated scores of a small model.
+
+    For the `head` router, first load the head (a file; None: the one in the catalogue folders)
+    into the model. Raises UsageError if there is no head for the model.
+    """
+    folder = user_catalog_dir()
+    ranks = ScoreRanks.find(small.name, folder)
+    if router != HEAD_ROUTER:
+        return ranks
+    file = expand_optional(head) or find_head_file(small.name, folder)
+    if file is None:
+        raise UsageError(
+            f"there is no head for {small.name}; fit one with `mlxroute train`, or name one with"
+            " --head FILE"
+        )
+    return ranks.with_quantiles(HEAD_ROUTER, small.load_head(file))
+
+
+def choose_router(name: str, settings: Settings, pair: Pair | None, ranks: ScoreRanks) -> Router:
+    """Return the router at the budget or threshold of the settings, else at a default threshold."""
+    if settings.budget is not None:
+        return make_router(name, budget=settings.budget, quantiles=ranks[name])
+    if settings.threshold is not None:
+        return make_router(name, threshold=settings.threshold)
+    if name != DEFAULT_ROUTER:
+        return make_router(name, threshold=ranks.threshold_at_rate(name, _DEFAULT_RATE))
+    return make_router(name, threshold=pair.threshold if pair else _DEFAULT_THRESHOLD_NATS)

@@ -1,0 +1,123 @@
+"""The public JSON: every key is listed here, so that no rename in the library changes it."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxroute.cli import main
+from mlxroute.cli.json_lines import event_object, write_object
+from mlxroute.types import Provisional, Retracted, Signals, Source
+from tests.support.asking import legacy
+from tests.support.loopback import Loopback, Reply
+from tests.support.settled import honest
+from tests.support.tiny import make_tiny_model
+
+TOKEN_KEYS = [
+    "type",
+    "index",
+    "id",
+    "text",
+    "source",
+    "score",
+    "threshold",
+    "judgement",
+    "entropy_nats",
+    "margin",
+    "small_id",
+    "escalated",
+    "checked",
+    "large",
+    "prefetched",
+    "failure",
+    "time_s",
+]
+LARGE_KEYS = ["id", "ids", "text", "logprob", "top", "latency_s"]
+SUMMARY_KEYS = [
+    "type",
+    "text",
+    "tokens",
+    "large_tokens",
+    "escalated",
+    "agreed",
+    "fallbacks",
+    "unchecked",
+    "withheld",
+    "finish_reason",
+    "prompt_tokens",
+    "cached_prompt_tokens",
+    "ttft_s",
+    "itl_p50_s",
+    "itl_p95_s",
+    "stall_s",
+    "tokens_per_s",
+    "total_s",
+    "requests",
+    "uploaded_tokens",
+    "uploaded_bytes",
+    "large_cached_tokens",
+    "large_completion_tokens",
+    "cost_estimate",
+    "mode",
+    "calls",
+    "retracted",
+    "prefetch_generated",
+    "prefetch_used",
+    "held",
+    "redecoded",
+    "plan",
+    "advice",
+    "escalation_rate",
+    "agreement",
+    "router",
+    "threshold",
+    "budget",
+    "small",
+    "large",
+]
+
+
+def ask_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
+    assert main(["ask", "--json", *arguments, "hello"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_tokens_and_summary_have_these_keys_in_this_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = str(make_tiny_model(tmp_path / "tiny", context=200))
+    with Loopback(honest(lambda request: Reply.of(legacy("a")), name="huge")) as server:
+        routed = ["--small", tiny, "--large", server.url, "--threshold", "-inf"]
+        token, *_, summary = ask_json(capsys, *routed, "--mode", "wait", "--max-tokens", "2")
+    assert list(token) == TOKEN_KEYS
+    assert list(token["large"]) == LARGE_KEYS
+    assert list(summary) == SUMMARY_KEYS
+    assert (token["type"], summary["type"]) == ("token", "summary")
+    token, *_, summary = ask_json(capsys, "--small", tiny, "--offline", "--max-tokens", "2")
+    assert (list(token), token["large"]) == (TOKEN_KEYS, None)
+    assert (list(summary), summary["large"]) == (SUMMARY_KEYS, None)
+
+
+def test_provisional_and_retracted_tokens_have_these_keys() -> None:
+    signals = Signals(7, -0.5, 1.0, 0.5, 0.2, (7,), (-0.5,))
+    assert event_object(Provisional(3, 7, " the", Source.SMALL, signals)) == {
+        "type": "provisional",
+        "index": 3,
+        "id": 7,
+        "text": " the",
+        "source": "small",
+    }
+    assert event_object(Retracted(3)) == {"type": "retracted", "index": 3}
+
+
+def test_numbers_json_does_not_have_become_strings_at_any_depth() -> None:
+    stream = io.StringIO()
+    write_object({"a": float("nan"), "top": [[" the", float("-inf")], ["x", -1.0]]}, stream)
+    assert json.loads(stream.getvalue(), parse_constant=pytest.fail) == {
+        "a": "nan",
+        "top": [[" the", "-inf"], ["x", -1.0]],
+    }

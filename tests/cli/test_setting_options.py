@@ -1,0 +1,103 @@
+"""Options come from the declared settings; errors name the flag that helps."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from mlxroute.cli.error_advice import error_message
+from mlxroute.cli.setting_options import with_setting_options
+from mlxroute.config import settings as settings_module
+from mlxroute.config.settings import Settings, declared_settings
+from mlxroute.errors import ContextTooLong, UsageError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SettingsWithFoo(Settings):
+    """The settings and one more, declared by its field alone."""
+
+    foo: int | None = settings_module._setting(
+        None, "A fictitious setting.", metavar="N", commands=("ask",)
+    )
+
+
+@pytest.fixture
+def with_foo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings_module, "Settings", SettingsWithFoo)
+    monkeypatch.setattr("mlxroute.config.sources.Settings", SettingsWithFoo)
+    declared_settings.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _declared_again() -> object:
+    yield
+    declared_settings.cache_clear()
+
+
+def run(command: str, *arguments: str) -> tuple[int, str, list[Settings]]:
+    """Run a command that takes the settings and one option of its own."""
+    received = []
+
+    def show(
+        settings: Settings, own: Annotated[str, typer.Option(help="Its own option.")] = "x"
+    ) -> int:
+        received.append(settings)
+        return 3
+
+    app = typer.Typer(rich_markup_mode=None)
+    app.command()(with_setting_options(show, command))
+    result = CliRunner().invoke(app, arguments)
+    return result.exit_code, result.output, received
+
+
+@pytest.mark.usefixtures("with_foo")
+def test_one_field_makes_a_flag_a_variable_and_a_config_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code, _, received = run("ask", "--foo", "5", "--own", "y", "--stop", "a", "--stop", "b")
+    assert code == 3
+    assert received[0].foo == 5  # type: ignore[attr-defined]
+    assert received[0].stop == ("a", "b")
+    monkeypatch.setenv("MLXROUTE_FOO", "6")
+    _, _, received = run("ask")
+    assert received[0].foo == 6  # type: ignore[attr-defined]
+    assert "A fictitious setting." in run("ask", "--help")[1]
+    assert run("probe", "--foo", "5")[0] == 2
+
+
+def test_a_command_takes_the_settings_that_name_it_and_no_others() -> None:
+    help_text = run("models", "--help")[1]
+    assert "--cache-dir DIR" in help_text
+    assert "--own" in help_text
+    assert "--small" not in help_text
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            UsageError("max_tokens must be at least 1, not 0", parameter="max_tokens"),
+            "--max-tokens must be at least 1, not 0",
+        ),
+        (
+            UsageError("timeout_s must be above 0, not 0", parameter="timeout_s"),
+            "--timeout must be above 0, not 0",
+        ),
+        (
+            UsageError("unknown mode 'fast'; choose one of auto, wait", parameter="mode"),
+            "unknown mode 'fast'; choose one of auto, wait (--mode)",
+        ),
+        (UsageError("the prompt is empty"), "the prompt is empty"),
+        (UsageError("rows must be even", parameter="rows"), "rows must be even"),
+        (
+            ContextTooLong("the prompt is too long"),
+            "the prompt is too long; in a chat, /reset starts a new conversation",
+        ),
+    ],
+)
+def test_an_error_names_the_flag_or_command_that_helps(error: UsageError, message: str) -> None:
+    assert error_message(error) == message
