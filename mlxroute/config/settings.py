@@ -126,7 +126,8 @@ class Settings:
     )
     threshold: float | None = _setting(
         None,
-        "Ask the large model above this score; inf never asks, -inf always. Default: the pair's own.",
+        "Ask the large model above this score; inf never asks, -inf always. Default: the"
+        " pair's own.",
         metavar="X",
         commands=(*_ANSWERS, "demo"),
         unbounded=True,

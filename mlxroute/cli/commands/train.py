@@ -183,7 +183,7 @@ def _print_advice(fitted: FittedHead, file: Path, *, named: bool, err: Console) 
     if not fitted.beats_entropy:
         err.print(
             "warning: on the held-out answers the head finds no more than entropy does; train it"
-            " on more questions, or keep --router entropy",
+            " on more questions, or stay with --router entropy",
             style=WARNING_STYLE,
             soft_wrap=True,
         )
