@@ -42,7 +42,7 @@ def probe(
             with err.status("asking the server questions with known answers"):
                 verdict = large.probe()
         except NoUsableDialect as exc:
-            _print_refusals(out, exc.refusals)
+            _print_rejected(out, exc.rejected)
             err.print(f"error: {large.base_url}: {exc}", markup=False, soft_wrap=True)
             return EXIT_LARGE_FAILED
         sent = ledger.uploads
@@ -59,7 +59,7 @@ def _print_verdict(out: Console, verdict: Verdict, *, name: str) -> None:
     facts = {
         "model": name,
         "protocol": f"{verdict.dialect}: rung {verdict.rung} of 4, {_RUNGS[verdict.rung]}",
-        "tokenizer": verdict.tokens or "unknown",
+        "tokenizer": verdict.token_source or "unknown",
         "context": "unknown" if length is None else f"{length:,} tokens",
         "one token": f"p50 {verdict.latency_p50_s * 1e3:,.0f} ms,"
         f" p95 {verdict.latency_p95_s * 1e3:,.0f} ms",
@@ -71,18 +71,18 @@ def _print_verdict(out: Console, verdict: Verdict, *, name: str) -> None:
     for check in verdict.checks:
         table.add_row(check.name, _MARKS[check.passed], _escape(check.detail))
     out.print(table)
-    _print_refusals(out, verdict.refusals)
+    _print_rejected(out, verdict.rejected)
 
 
-def _print_refusals(out: Console, refusals: tuple[RejectedDialect, ...]) -> None:
+def _print_rejected(out: Console, rejected: tuple[RejectedDialect, ...]) -> None:
     from mlxroute.cli.terminal import make_table
 
-    if not refusals:
+    if not rejected:
         return
     out.print()
     table = make_table("refused", "why", fold=True)
-    for refusal in refusals:
-        table.add_row(refusal.dialect, _escape(refusal.reason))
+    for dialect in rejected:
+        table.add_row(dialect.dialect, _escape(dialect.reason))
     out.print(table)
 
 
