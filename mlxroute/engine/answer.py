@@ -17,7 +17,7 @@ from mlxroute.engine.modes.decode_context import DecodeContext
 from mlxroute.engine.modes.wait_loop import wait_loop
 from mlxroute.engine.options import Options, parse_mode
 from mlxroute.engine.protocols import LargeProtocol, RouterProtocol, SmallProtocol
-from mlxroute.engine.transcript import render_prompt
+from mlxroute.engine.transcript import RenderedPrompt, render_prompt
 from mlxroute.errors import UsageError
 from mlxroute.statistics import intervals, percentile
 from mlxroute.types import (
@@ -63,50 +63,21 @@ class Answer:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         began_s = clock()
-        experience = Experience() if experience is None else experience
         self._small = small
         self._options = options
         self._prompt = render_prompt(small, messages)
-        self._governor = Governor(
-            options.mode,
-            experience,
-            prefetch=options.prefetch,
-            call_ceiling=options.call_ceiling,
-        )
-        self._calls = AnswerCalls(
+        context = self._context = _decode_context(
+            small,
             large,
-            timeout_s=options.timeout_s,
-            governor=self._governor,
-            experience=experience,
-            clock=clock,
-        )
-        self._decider = Decider(
+            self._prompt,
             router,
-            self._calls,
-            eos_ids=small.vocabulary.eos_ids,
-            never_send=NeverSend(options.never_send, [message["content"] for message in messages]),
-            experience=experience,
-        )
-        max_tokens = min(options.max_tokens, small.context_length - len(self._prompt.ids))
-        self._commits = Commits(
-            max_tokens=max_tokens,
-            stop=options.stop,
-            strict=options.strict,
-            experience=experience,
+            options,
+            experience=Experience() if experience is None else experience,
             began_s=began_s,
             clock=clock,
         )
-        self._context = DecodeContext(
-            small=small,
-            prompt=self._prompt,
-            decider=self._decider,
-            calls=self._calls,
-            commits=self._commits,
-            max_tokens=max_tokens,
-            governor=self._governor,
-            experience=experience,
-            clock=clock,
-        )
+        self._governor, self._calls = context.governor, context.calls
+        self._decider, self._commits = context.decider, context.commits
         # A batch would draw other random numbers than a row alone.
         self._ahead = AheadLoop(self._context, branching=options.sampling.temperature == 0)
         self._reused = 0
@@ -126,7 +97,7 @@ class Answer:
     def events(self) -> Iterator[Event]:
         """Decode as by iteration, and yield provisional tokens and retractions in between."""
         if self._started:
-            raise UsageError("an answer can be iterated once; call generate again")
+            raise UsageError("an answer can be iterated only once; call generate again")
         self._started = True
         try:
             signals = self._prefill()
@@ -195,6 +166,58 @@ class Answer:
 
     def _on_prefill(self, label: str, done: int, total: int | None) -> None:
         self.prefill_done = done
+
+
+def _decode_context(
+    small: SmallProtocol,
+    large: LargeProtocol | None,
+    prompt: RenderedPrompt,
+    router: RouterProtocol,
+    options: Options,
+    *,
+    experience: Experience,
+    began_s: float,
+    clock: Callable[[], float],
+) -> DecodeContext:
+    """Build the parts of an answer, whose time counts from `began_s`."""
+    max_tokens = min(options.max_tokens, small.context_length - len(prompt.ids))
+    governor = Governor(
+        options.mode, experience, prefetch=options.prefetch, call_ceiling=options.call_ceiling
+    )
+    calls = AnswerCalls(
+        large,
+        timeout_s=options.timeout_s,
+        governor=governor,
+        experience=experience,
+        clock=clock,
+    )
+    texts = [message["content"] for message in prompt.messages]
+    decider = Decider(
+        router,
+        calls,
+        eos_ids=small.vocabulary.eos_ids,
+        never_send=NeverSend(options.never_send, texts),
+        experience=experience,
+    )
+    commits = Commits(
+        max_tokens=max_tokens,
+        stop=options.stop,
+        strict=options.strict,
+        experience=experience,
+        began_s=began_s,
+        clock=clock,
+    )
+    return DecodeContext(
+        small=small,
+        prompt=prompt,
+        decider=decider,
+        calls=calls,
+        commits=commits,
+        max_tokens=max_tokens,
+        governor=governor,
+        experience=experience,
+        clock=clock,
+    )
 
 
 def generate(  # noqa: PLR0913 - the options of the command line, by the same names
