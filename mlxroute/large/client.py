@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -258,7 +258,7 @@ class LargeModel(Closeable):
             pairing = self._negotiator.pair_within(deadline, context.vocabulary)
             call = _TokenCall(pairing, deadline, prefetch, stream)
             try:
-                return stream.complete(self._ask_stable(context, call))
+                return self._ask_stable(context, call)
             except LargeError:
                 if not stream.tokens:
                     raise
@@ -284,7 +284,7 @@ class LargeModel(Closeable):
                 prompt,
                 pairing.model,
                 plan.count,
-                replayed=pairing.replayed_tokens(context),
+                replayed=pairing.builder.replayed_tokens(context),
                 context=context,
             )
             answer = self._complete(request, plan, call)
@@ -292,8 +292,11 @@ class LargeModel(Closeable):
                 continue
             uploaded_bytes += answer.uploaded_bytes
             if tokens := plan.read(answer, pairing.bridge, self._reader):
-                first = _with_usage(tokens[0], answer, uploaded_bytes)
-                return (first, *pairing.builder.stable_prefix(context, tokens)[1:])
+                return call.stream.complete(
+                    pairing.builder.stable_prefix(context, tokens),
+                    answer.completion,
+                    uploaded_bytes=uploaded_bytes,
+                )
             if plan.is_last(answer):
                 break
         raise LargeProtocolError(f"{self.base_url} gave no whole character for this position")
@@ -321,14 +324,3 @@ class LargeModel(Closeable):
             raise
         self._negotiator.record_success()
         return answer
-
-
-def _with_usage(token: LargeToken, answer: CompletionAnswer, uploaded_bytes: int) -> LargeToken:
-    completion = answer.completion
-    return replace(
-        token,
-        prompt_tokens=completion.prompt_tokens,
-        cached_tokens=completion.cached_tokens,
-        completion_tokens=completion.completion_tokens,
-        uploaded_bytes=uploaded_bytes,
-    )

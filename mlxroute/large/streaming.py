@@ -10,6 +10,7 @@ from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused
 from mlxroute.large.http import retry
 from mlxroute.large.http.background import Tokens
 from mlxroute.large.http.deadline import Deadline
+from mlxroute.large.reply import Completion
 from mlxroute.types import LargeToken
 
 
@@ -33,20 +34,26 @@ class TokenStream:
             self._publish(self.tokens)
         return bool(self.tokens)
 
-    def complete(self, tokens: Tokens) -> Tokens:
-        """Return the tokens of the whole reply: published ones unchanged but for the counts."""
-        if not self.tokens:
-            return (self._with_latency(tokens[0]), *tokens[1:])
-        whole, first = tokens[0], self.tokens[0]
+    def complete(
+        self, tokens: Sequence[LargeToken], completion: Completion, *, uploaded_bytes: int
+    ) -> Tokens:
+        """Return the tokens of the whole reply; the first carries the counts of the call.
+
+        Published tokens are returned as they were published. `uploaded_bytes` is the size of the
+        call's request bodies.
+        """
+        published = self.tokens or (self._with_latency(tokens[0]),)
+        later = tokens[len(published) :]
         first = replace(
-            first,
-            prompt_tokens=whole.prompt_tokens,
-            cached_tokens=whole.cached_tokens,
-            completion_tokens=whole.completion_tokens,
-            uploaded_bytes=whole.uploaded_bytes,
+            published[0],
+            prompt_tokens=completion.prompt_tokens,
+            cached_tokens=completion.cached_tokens,
+            completion_tokens=completion.completion_tokens,
+            uploaded_bytes=uploaded_bytes,
         )
-        new = tokens[len(self.tokens) :]
-        return (first, *self.tokens[1:], *map(self._with_latency, new))
+        # Without a stream the later tokens arrived with the first, so they have no latency.
+        timed = map(self._with_latency, later) if self.tokens else later
+        return (first, *published[1:], *timed)
 
     def _with_latency(self, token: LargeToken) -> LargeToken:
         latency_s = time.perf_counter() - self._began_s

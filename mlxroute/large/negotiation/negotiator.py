@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
 
-from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused, UsageError
-from mlxroute.large.completion_request import CompletionRequester, TokensNotReplayed
+from mlxroute.errors import LargeProtocolError, UsageError
+from mlxroute.large.completion_request import CompletionRequester
 from mlxroute.large.dialects import LADDER, Dialect, dialect_named
 from mlxroute.large.dialects.tokenize_routes import Post, TokenizeRoutes, find_tokenize_routes
 from mlxroute.large.http.deadline import NextDeadline
@@ -33,10 +31,6 @@ from mlxroute.large.vocabulary.vocabulary_comparison import (
 )
 from mlxroute.statistics import percentile
 from mlxroute.types import Vocabulary
-
-# Failures in a row after which the dialect is negotiated again.
-_MAX_FAILURES: Final = 2
-_WRONG_DIALECT_STATUSES: Final = {400, 404, 405, 415, 422}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,26 +68,24 @@ class Negotiator:
         self._find_tokenizer = find_tokenizer
         self._reader = reader
         self._served: tuple[ServedModel, ...] = ()
-        self._failures = 0
         self.model = ModelName(model)
         self.tokens: TokenSource | None = None
         self.negotiated: NegotiatedDialect | None = None
 
     def negotiate(self, next_deadline: NextDeadline, *, thorough: bool) -> NegotiatedDialect:
-        """Return the dialect in use; if there is none, that of the last verdict, or a new one.
+        """Choose and return a dialect: that of the last verdict if it passes the first check.
 
-        A remembered dialect is used if it still passes the first check. Otherwise the server is
-        probed or, if not `thorough`, the first dialect to pass its first check is taken and not
-        remembered. Raises LargeError, or UsageError if the user has to choose a model.
+        Otherwise the server is probed or, if not `thorough`, the first dialect to pass its first
+        check is taken and not remembered. Raises LargeError, or UsageError if the user has to
+        choose a model.
         """
-        if self.negotiated is None:
-            self._inspect_server(next_deadline)
-            prober = self._prober(next_deadline)
-            negotiated = self._remembered(prober)
-            if negotiated is None:
-                negotiated = self._probed(prober) if thorough else self._first_working(prober)
-            self.negotiated = negotiated
-        return self.negotiated
+        self._inspect_server(next_deadline)
+        prober = self._prober(next_deadline)
+        negotiated = self._remembered(prober)
+        if negotiated is None:
+            negotiated = self._probed(prober) if thorough else self._first_working(prober)
+        self.negotiated = negotiated
+        return negotiated
 
     def probe(self, next_deadline: NextDeadline) -> Verdict:
         """Probe the server in any case; return and remember the verdict. Raises as `negotiate`."""
@@ -102,23 +94,11 @@ class Negotiator:
         assert self.negotiated.verdict is not None
         return self.negotiated.verdict
 
-    def record_success(self) -> None:
-        """Count a request that was answered in the dialect in use."""
-        self._failures = 0
-
-    def record_failure(self, error: LargeError, negotiated: NegotiatedDialect) -> None:
-        """Count a request that failed; after two that the dialect may explain, forget the dialect.
-
-        `negotiated` is what the request was made under; an earlier dialect's failures do not count.
-        """
-        if negotiated is not self.negotiated or not _may_be_wrong_dialect(error):
-            return
-        self._failures += 1
-        if self._failures >= _MAX_FAILURES:
-            self._failures = 0
-            self.negotiated = None
-            if self._verdicts is not None:
-                self._verdicts.forget(self._base_url, self.model.given)
+    def forget(self) -> None:
+        """Forget the dialect in use and its verdict."""
+        self.negotiated = None
+        if self._verdicts is not None:
+            self._verdicts.forget(self._base_url, self.model.given)
 
     def is_shared(self, vocabulary: Vocabulary, next_deadline: NextDeadline) -> bool | None:
         """Return whether a small model's vocabulary is the large model's; None if unknown.
@@ -249,11 +229,3 @@ class Negotiator:
             latency_p95_s=percentile(result.latencies_s, 0.95),
             requests=result.requests,
         )
-
-
-def _may_be_wrong_dialect(error: LargeError) -> bool:
-    if isinstance(error, LargeRefused):
-        # Any dialect gets a 400 for a prompt that is too long.
-        is_too_long = re.search(r"context|too long|maximum|exceed", str(error))
-        return error.status in _WRONG_DIALECT_STATUSES and not is_too_long
-    return isinstance(error, LargeProtocolError) and not isinstance(error, TokensNotReplayed)

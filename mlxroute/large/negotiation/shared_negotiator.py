@@ -1,13 +1,17 @@
-"""One negotiator for several calls at once: each waits for the others, within its deadline."""
+"""The negotiated dialect as several calls at once use it: locked, and dropped when it fails."""
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Final
 
 from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused, UsageError
+from mlxroute.large.completion_request import TokensNotReplayed
+from mlxroute.large.dialects.tokenize_routes import TokenizeRoutes
 from mlxroute.large.http.deadline import Deadline, NextDeadline
 from mlxroute.large.negotiation.negotiator import NegotiatedDialect, Negotiator
 from mlxroute.large.negotiation.served_models import ModelName
@@ -17,12 +21,16 @@ from mlxroute.large.prompt import Prompt
 from mlxroute.large.vocabulary.token_reader import TokenReader
 from mlxroute.types import LargeContext, Vocabulary
 
+# Failures in a row after which the dialect is negotiated again.
+_MAX_FAILURES: Final = 2
+_WRONG_DIALECT_STATUSES: Final = {400, 404, 405, 415, 422}
+
 
 class SharedNegotiator:
     """A negotiator and the vocabulary pairing in use, behind a lock. Safe for several threads.
 
-    The lock is held for all requests that a negotiation, a comparison of vocabularies or a prompt
-    takes, tokenise routes included.
+    The lock is held during all requests of a negotiation, of a comparison of vocabularies and of
+    building a prompt. A call waits for it no longer than its deadline.
     """
 
     def __init__(self, negotiator: Negotiator, reader: TokenReader, *, base_url: str) -> None:
@@ -30,6 +38,7 @@ class SharedNegotiator:
         self._reader = reader
         self._base_url = base_url
         self._lock = threading.Lock()
+        self._failures = 0
         self.pairing: VocabularyPairing | None = None
 
     @property
@@ -43,9 +52,9 @@ class SharedNegotiator:
         return self._negotiator.negotiated
 
     def negotiate(self, next_deadline: NextDeadline, *, thorough: bool) -> NegotiatedDialect:
-        """As `Negotiator.negotiate`."""
+        """Return the dialect in use; negotiate if there is none. Raises as `Negotiator`."""
         with self._lock:
-            return self._negotiator.negotiate(next_deadline, thorough=thorough)
+            return self._negotiated(next_deadline, thorough=thorough)
 
     def probe(self, next_deadline: NextDeadline) -> Verdict:
         """As `Negotiator.probe`."""
@@ -58,8 +67,8 @@ class SharedNegotiator:
         Raises LargeError, or UsageError if the user has to choose a model.
         """
         with self._lock:
-            self._negotiator.negotiate(next_deadline, thorough=True)
-            return self._pair(vocabulary, next_deadline)
+            pairing = self._current_pairing(vocabulary)
+            return pairing or self._pair(vocabulary, next_deadline, thorough=True)
 
     def pair_within(self, deadline: Deadline, vocabulary: Vocabulary) -> VocabularyPairing:
         """Return the pairing for a vocabulary, by this deadline and with few requests.
@@ -67,11 +76,12 @@ class SharedNegotiator:
         Raises LargeError.
         """
         with self._lock_within(deadline):
+            if (pairing := self._current_pairing(vocabulary)) is not None:
+                return pairing
             try:
-                self._negotiator.negotiate(lambda: deadline, thorough=False)
+                return self._pair(vocabulary, lambda: deadline, thorough=False)
             except UsageError as exc:
                 raise LargeRefused(str(exc), parameter=exc.parameter) from exc
-            return self._pair(vocabulary, lambda: deadline)
 
     def build_prompt(
         self, context: LargeContext, pairing: VocabularyPairing, deadline: Deadline
@@ -80,35 +90,55 @@ class SharedNegotiator:
 
         Raises LargeError, also for a prompt that the server is known to have no room for.
         """
+        builder = pairing.builder
         with self._lock_within(deadline):
-            tokens = self._negotiator.bind(pairing.builder.tokens, lambda: deadline)
+            if isinstance(builder.tokens, TokenizeRoutes):
+                tokens = self._negotiator.bind(builder.tokens, lambda: deadline)
+                builder = replace(builder, tokens=tokens)
             try:
-                prompt = replace(pairing.builder, tokens=tokens).build(context)
+                prompt = builder.build(context)
             except LargeRefused as exc:
-                self._negotiator.record_failure(exc, pairing.negotiated)
+                self._count_failure(exc, pairing.negotiated)
                 raise
         _check_context_length(prompt, pairing.negotiated.verdict)
         return prompt
 
     def record_success(self) -> None:
-        """As `Negotiator.record_success`."""
-        self._negotiator.record_success()
+        """Note that a request was answered in the dialect in use."""
+        self._failures = 0
 
     def record_failure(self, error: LargeError, negotiated: NegotiatedDialect) -> None:
-        """As `Negotiator.record_failure`."""
-        with self._lock:
-            self._negotiator.record_failure(error, negotiated)
+        """Note that a request failed; forget the dialect after two failures it may explain.
 
-    def _pair(self, vocabulary: Vocabulary, next_deadline: NextDeadline) -> VocabularyPairing:
+        `negotiated` is the dialect of the request. If it is no longer in use, nothing is counted.
+        """
+        with self._lock:
+            self._count_failure(error, negotiated)
+
+    def _count_failure(self, error: LargeError, negotiated: NegotiatedDialect) -> None:
+        if negotiated is not self.negotiated or not _may_be_wrong_dialect(error):
+            return
+        self._failures += 1
+        if self._failures >= _MAX_FAILURES:
+            self._failures = 0
+            self._negotiator.forget()
+
+    def _negotiated(self, next_deadline: NextDeadline, *, thorough: bool) -> NegotiatedDialect:
+        return self.negotiated or self._negotiator.negotiate(next_deadline, thorough=thorough)
+
+    def _current_pairing(self, vocabulary: Vocabulary) -> VocabularyPairing | None:
+        """Return the pairing in use if it is for this vocabulary and the dialect in use."""
         pairing = self.pairing
-        if (
-            pairing is None
-            or pairing.vocabulary is not vocabulary
-            or pairing.negotiated is not self._negotiator.negotiated
-        ):
-            pairing = pair_vocabulary(vocabulary, self._negotiator, self._reader, next_deadline)
-            self.pairing = pairing
-        return pairing
+        if pairing is None or pairing.negotiated is not self._negotiator.negotiated:
+            return None
+        return pairing if pairing.vocabulary is vocabulary else None
+
+    def _pair(
+        self, vocabulary: Vocabulary, next_deadline: NextDeadline, *, thorough: bool
+    ) -> VocabularyPairing:
+        self._negotiated(next_deadline, thorough=thorough)
+        self.pairing = pair_vocabulary(vocabulary, self._negotiator, self._reader, next_deadline)
+        return self.pairing
 
     @contextmanager
     def _lock_within(self, deadline: Deadline) -> Iterator[None]:
@@ -128,3 +158,11 @@ def _check_context_length(prompt: Prompt, verdict: Verdict | None) -> None:
             f"the prompt has reached the large model's context of {limit:,} tokens;"
             " start a new conversation"
         )
+
+
+def _may_be_wrong_dialect(error: LargeError) -> bool:
+    if isinstance(error, LargeRefused):
+        # Any dialect gets a 400 for a prompt that is too long.
+        is_too_long = re.search(r"context|too long|maximum|exceed", str(error))
+        return error.status in _WRONG_DIALECT_STATUSES and not is_too_long
+    return isinstance(error, LargeProtocolError) and not isinstance(error, TokensNotReplayed)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from mlxroute.large.dialects import Dialect, with_ids
 from mlxroute.large.http.deadline import NextDeadline
 from mlxroute.large.negotiation.negotiator import NegotiatedDialect, Negotiator
-from mlxroute.large.prompt import PromptForm
 from mlxroute.large.vocabulary.bridge import Bridge
 from mlxroute.large.vocabulary.prompt_builder import PromptBuilder
 from mlxroute.large.vocabulary.token_reader import TokenReader
-from mlxroute.types import LargeContext, Vocabulary
+from mlxroute.types import Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +27,6 @@ class VocabularyPairing:
     model: str | None
     builder: PromptBuilder
     bridge: Bridge
-
-    def replayed_tokens(self, context: LargeContext) -> tuple[bytes, ...]:
-        """Return the tokens that the prompt cannot hold and the server has to generate again."""
-        if self.dialect.form is PromptForm.IDS:
-            return ()
-        return tuple(map(context.vocabulary.token_bytes, context.fragment_ids))
 
 
 def pair_vocabulary(

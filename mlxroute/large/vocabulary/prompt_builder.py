@@ -56,6 +56,12 @@ class PromptBuilder:
             case PromptForm.CHAT:
                 return Prompt(messages=context.messages, answer_start=_answer_text(context))
 
+    def replayed_tokens(self, context: LargeContext) -> tuple[bytes, ...]:
+        """Return the tokens that the prompt cannot hold: the server has to generate them again."""
+        if self.form is PromptForm.IDS:
+            return ()
+        return tuple(map(context.vocabulary.token_bytes, context.fragment_ids))
+
     @property
     def carries_fragments(self) -> bool:
         """Whether a part of a character can be sent, or be generated again by the server."""
