@@ -188,7 +188,7 @@ def test_what_is_imported_before_a_model_is_loaded_leaves_mlx_out() -> None:
         ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
         for path in (PACKAGE / "cli").rglob("*.py")
     )
-    options = ["mlxroute.bench.latency", "mlxroute.bench.quality"]
+    options = ["mlxroute.bench.latency", "mlxroute.bench.plot", "mlxroute.bench.quality"]
     names = [*commands, *options, "mlxroute.small", "mlxroute.hosting.launcher"]
     assert not _loaded_by(f"import {', '.join(names)}") & {"mlx", "mlx_lm"}
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
 
 from mlxroute.bench.measurement import ratios, run_interleaved, spread, time_call
 from mlxroute.errors import UsageError
 from mlxroute.small.kernels import select_kernel, unpack_signals
 from mlxroute.types import no_notice
 
-if TYPE_CHECKING:
-    import mlx.core as mx
-
-Form = Callable[["mx.array"], object]
+Form = Callable[[mx.array], object]
 """One way to compute the signals of logits [1, V]."""
 
 VOCABULARIES = (49_152, 151_936, 262_144)
@@ -54,8 +54,6 @@ def kernel_form(name: str) -> Form:
 
 def _bench_size(sides: dict[str, Form], size: int, rounds: int) -> dict[str, Any]:
     """Return the report of one vocabulary size."""
-    import mlx.core as mx
-
     logits = mx.random.normal((1, size), key=mx.random.key(size)) * 3
     if mx.default_device() != mx.Device(mx.cpu):
         # The dtype of a model on a GPU; on a CPU the weights are float32.
@@ -80,8 +78,6 @@ def _timed(form: Form, logits: mx.array) -> Callable[[int], float]:
 
 def _plain_chain(logits: mx.array) -> object:
     """Compute log-softmax, entropy, argmax, top-8 and margin by separate operations."""
-    import mlx.core as mx
-
     logprobs = logits.astype(mx.float32)
     logprobs = logprobs - mx.logsumexp(logprobs, axis=-1, keepdims=True)
     entropy = -mx.sum(mx.exp(logprobs) * logprobs, axis=-1)
@@ -97,9 +93,6 @@ def _plain_chain(logits: mx.array) -> object:
 
 def _host_copy(logits: mx.array) -> object:
     """Copy the row to the host and compute entropy and top-8 with NumPy."""
-    import mlx.core as mx
-    import numpy as np
-
     row = np.array(logits.astype(mx.float32))[0]
     shifted = row - row.max()
     weights = np.exp(shifted)
@@ -111,9 +104,6 @@ def _host_copy(logits: mx.array) -> object:
 
 def _error(form: Form, logits: mx.array) -> dict[str, Any]:
     """Return the error of the entropy in nats against float64, and whether the top ids agree."""
-    import mlx.core as mx
-    import numpy as np
-
     signals: Any = form(logits)
     row = np.array(logits.astype(mx.float32))[0].astype(np.float64)
     logprobs = row - row.max()

@@ -8,16 +8,13 @@ labels hold that text for every k.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 from mlxroute.questions.question_files import Question
 from mlxroute.small.mlp_head import MlpHead
 from mlxroute.training.head_fitting import recall_table
 from mlxroute.training.labels import LabelledAnswer
 from mlxroute.types import LabelKind
-
-# Their names in reports.
-ORACLES: Final = ("disagreements", "critical_first")
 
 
 def compute_oracles(

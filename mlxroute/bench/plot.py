@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlxroute.bench.oracles import ORACLES
+from mlxroute.bench.quality import ORACLES
 from mlxroute.errors import UsageError
 
 

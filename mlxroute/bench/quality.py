@@ -29,6 +29,8 @@ from mlxroute.small import SmallModel
 from mlxroute.types import Message, Mode, Progress, Source, no_progress
 
 BUDGETS: Final = (0.01, 0.03, 0.05, 0.07, 0.10, 0.15, 0.30)
+# Names of the upper bounds that `oracles` adds to a report.
+ORACLES: Final = ("disagreements", "critical_first")
 _TIMEOUT_S: Final = 600.0
 _TIMED_STEPS: Final = 5
 

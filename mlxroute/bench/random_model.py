@@ -5,6 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
 _CONFIG = {
     "model_type": "llama",
     "hidden_size": 256,
@@ -26,11 +31,6 @@ def write_random_model(path: Path) -> Path:
 
     Returns `path`.
     """
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-    from mlx_lm.utils import load_model
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(_CONFIG), encoding="utf-8")
     mx.random.seed(0)

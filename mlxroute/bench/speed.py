@@ -9,6 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
+from mlx_lm import stream_generate
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
+
 from mlxroute.bench.kernel_cost import kernel_form
 from mlxroute.bench.measurement import ratios, run_interleaved, spread, time_call
 from mlxroute.engine import generate
@@ -123,8 +128,6 @@ def _run_mlxroute(small: SmallModel, prompt: str, max_tokens: int) -> SpeedRun:
 
 
 def _run_mlx_lm(small: SmallModel, prompt: str, max_tokens: int) -> SpeedRun:
-    from mlx_lm import stream_generate
-
     _reset(small)
     began_s = time.perf_counter()
     ids = small.encode_prompt(small.render([{"role": "user", "content": prompt}]))
@@ -134,8 +137,6 @@ def _run_mlx_lm(small: SmallModel, prompt: str, max_tokens: int) -> SpeedRun:
 
 def _time_tokens(token_ids: Iterator[int], began_s: float) -> SpeedRun:
     """Consume an answer that began at `began_s` of the clock, timing its tokens."""
-    import mlx.core as mx
-
     timed_ids = [(token_id, time.perf_counter() - began_s) for token_id in token_ids]
     ids, times_s = zip(*timed_ids, strict=True)
     return SpeedRun(ids, times_s, mx.get_peak_memory())
@@ -143,8 +144,6 @@ def _time_tokens(token_ids: Iterator[int], began_s: float) -> SpeedRun:
 
 def _reset(small: SmallModel) -> None:
     """Clear the KV cache, wait for the device, and reset its memory statistics."""
-    import mlx.core as mx
-
     small.rollback(len(small.cached_ids))
     mx.synchronize()
     mx.clear_cache()
@@ -153,10 +152,6 @@ def _reset(small: SmallModel) -> None:
 
 def _by_context(small: SmallModel) -> list[dict[str, Any]]:
     """Return the median step times of both sides after prompts of rising length."""
-    import mlx.core as mx
-    from mlx_lm.generate import generate_step
-    from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
-
     sentence_ids = small.encode_prompt("The quick brown fox jumps over the lazy dog. ")
     prompt_ids = list(itertools.islice(itertools.cycle(sentence_ids), max(CONTEXTS)))
     layers: list[Any] = make_prompt_cache(small.model)
@@ -200,15 +195,11 @@ def _median_gap(token_ids: Iterator[int]) -> float:
 
 
 def _vocabulary_size(small: SmallModel) -> int:
-    import mlx.core as mx
-
     return int(small.model(mx.array([[0]])).shape[-1])
 
 
 def _kernel_seconds(size: int) -> float:
     """Return the median time of kernel, transfer, signals and router for logits of this size."""
-    import mlx.core as mx
-
     logits = mx.random.normal((1, size), key=mx.random.key(0)) * 3
     mx.eval(logits)
     form = kernel_form("auto")
@@ -223,8 +214,6 @@ def _kernel_seconds(size: int) -> float:
 
 def _head_seconds(head: MlpHead) -> float:
     """Return the median time of a learned head for one position, with nothing else running."""
-    import mlx.core as mx
-
     values = head.layers[0][0].shape[1] - SIGNAL_COUNT
     hidden = mx.random.normal((1, values), key=mx.random.key(0))
     packed = mx.random.uniform(1.0, 2.0, (1, HEADER_SIZE + 2 * TOP_K), key=mx.random.key(1))

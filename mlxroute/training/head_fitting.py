@@ -7,7 +7,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
+
+import mlx.core as mx
+import mlx.nn as nn
 
 from mlxroute.errors import UsageError
 from mlxroute.questions.question_files import Question
@@ -21,9 +24,6 @@ from mlxroute.training.head_shapes import (
 )
 from mlxroute.training.labels import LabelledAnswer
 from mlxroute.types import LabelKind
-
-if TYPE_CHECKING:
-    import mlx.core as mx
 
 RATES: Final = (0.03, 0.05, 0.07, 0.10)
 # One answer in five judges the head.
@@ -56,7 +56,6 @@ class FittedHead:
 
     def write(self, path: Path) -> None:
         """Write the weights, and as metadata report, quantiles and questions, as safetensors."""
-        import mlx.core as mx
 
         arrays = {
             f"{index}.{name}": array
@@ -206,8 +205,6 @@ def _fit_stopped_perceptron(pairs: Sequence[_Pair], loss: Loss) -> MlpHead:
 
 def _logistic_loss(logits: mx.array, targets: mx.array, logprobs: mx.array) -> mx.array:
     """Return the mean logistic loss (binary cross-entropy; Cox, 1958) of logits [B]."""
-    import mlx.nn as nn
-
     loss: mx.array = nn.losses.binary_cross_entropy(logits, targets, with_logits=True)
     return loss
 
@@ -217,8 +214,5 @@ def _deferral_loss(logits: mx.array, targets: mx.array, logprobs: mx.array) -> m
 
     The marginal likelihood of Co-LLM (arXiv 2403.03870).
     """
-    import mlx.core as mx
-    import mlx.nn as nn
-
     keep, defer = nn.log_sigmoid(-logits), nn.log_sigmoid(logits)
     return -mx.mean(mx.logaddexp(keep + logprobs[:, 0], defer + logprobs[:, 1]))

@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import Any, Final, Self
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_map
 
 from mlxroute.small.mlp_head import SIGNAL_COUNT, MlpHead
 from mlxroute.training.labels import LabelledAnswer, to_list
-
-if TYPE_CHECKING:
-    import mlx.core as mx
-    import mlx.nn as nn
 
 COMPONENT_COUNTS: Final = (8, 16, 32, 64, 128)
 _SEED: Final = 0
@@ -36,7 +37,7 @@ _BATCH_SIZE: Final = 256
 _LEARNING_RATE: Final = 1e-3
 _WEIGHT_DECAY: Final = 0.05
 
-Loss = Callable[["mx.array", "mx.array", "mx.array"], "mx.array"]
+Loss = Callable[[mx.array, mx.array, mx.array], mx.array]
 """The mean loss of logits [B], given targets [B] and logprobs [B, 2]."""
 
 
@@ -58,8 +59,6 @@ class Positions:
     @classmethod
     def of(cls, pairs: Sequence[tuple[LabelledAnswer, Sequence[float]]]) -> Self:
         """Return the positions of answers, each paired with its targets."""
-        import mlx.core as mx
-
         answers = [answer for answer, _ in pairs]
         features = mx.concatenate([answer.features for answer in answers])
         hidden = mx.concatenate([answer.hidden for answer in answers]).astype(mx.float32)
@@ -93,9 +92,6 @@ def fit_linear(positions: Positions, loss: Loss, components: int) -> MlpHead:
     Minimizes `loss` with a ridge penalty by Adam (arXiv 1412.6980), the learning rate falling
     linearly to 0.
     """
-    import mlx.core as mx
-    import mlx.optimizers as optim
-
     mean, scale = _standardization(positions.inputs)
     standardized = (positions.inputs - mean) / scale
     basis = _principal_components(standardized, components)
@@ -130,8 +126,6 @@ def _principal_components(inputs: mx.array, components: int) -> mx.array:
     Its columns are the hidden state's leading principal components, scaled to unit variance, and
     the signals as they are.
     """
-    import mlx.core as mx
-
     hidden = inputs[:, :-SIGNAL_COUNT]
     # `eigh` runs on the CPU only; eigenvalues rise.
     variances, directions = mx.linalg.eigh(hidden.T @ hidden / hidden.shape[0], stream=mx.cpu)
@@ -148,11 +142,6 @@ def fit_perceptron(positions: Positions, validation: Positions, loss: Loss) -> M
     Stops after six epochs in which the loss on `validation` has not fallen, and returns the head
     with the lowest.
     """
-    import mlx.core as mx
-    import mlx.nn as nn
-    import mlx.optimizers as optim
-    from mlx.utils import tree_map
-
     mean, scale = _standardization(positions.inputs)
     x, x_validation = (positions.inputs - mean) / scale, (validation.inputs - mean) / scale
     mx.random.seed(_SEED)
@@ -193,8 +182,6 @@ def fit_perceptron(positions: Positions, validation: Positions, loss: Loss) -> M
 
 def _merge_standardization(layers: Sequence[Any], mean: mx.array, scale: mx.array) -> MlpHead:
     """Return a head on raw inputs from a perceptron's parameters on standardized ones."""
-    import mlx.core as mx
-
     first, _, last = layers
     weight = first["weight"] / scale
     merged = ((weight, first["bias"] - weight @ mean), (last["weight"], last["bias"]))
@@ -204,6 +191,4 @@ def _merge_standardization(layers: Sequence[Any], mean: mx.array, scale: mx.arra
 
 def _standardization(inputs: mx.array) -> tuple[mx.array, mx.array]:
     """Return each input's mean and standard deviation, the latter above 0."""
-    import mlx.core as mx
-
     return mx.mean(inputs, axis=0), mx.sqrt(mx.var(inputs, axis=0)) + 1e-6

@@ -16,7 +16,9 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar, cast
+from typing import Final, TypeVar, cast
+
+import mlx.core as mx
 
 from mlxroute.questions.grading import extract_answer, grade
 from mlxroute.questions.question_files import Question, question_messages
@@ -26,9 +28,6 @@ from mlxroute.small import SmallModel
 from mlxroute.small.decoder import ScoredText
 from mlxroute.small.kv_cache import CacheCopy
 from mlxroute.types import LabelKind, Message, Progress, no_progress
-
-if TYPE_CHECKING:
-    import mlx.core as mx
 
 # Rows of a batch of continuations.
 _BATCH_ROWS: Final = 48
@@ -226,8 +225,6 @@ def _compare(
     disagreements: Sequence[int | None],
 ) -> LabelledAnswer:
     """Return the labels of an answer, without continuations."""
-    import mlx.core as mx
-
     starts = mx.array(list(answer.token_starts))
     small_logprobs = [sum(scored.logprobs[i] for i in part) for part in _token_ranges(answer)]
     hidden, features = scored.hidden[starts].astype(mx.float16), scored.features[starts]
@@ -275,8 +272,6 @@ def to_list(values: mx.array) -> list[float]:
 
 def _write(answer: LabelledAnswer, file: Path) -> None:
     """Save an answer; an interruption leaves no incomplete file of this name."""
-    import mlx.core as mx
-
     # The names in the file are its format, whatever the fields are called.
     arrays = {
         "hidden": answer.hidden,
@@ -297,8 +292,6 @@ def _has_continuations(file: Path) -> bool:
 
 
 def _read(file: Path) -> LabelledAnswer:
-    import mlx.core as mx
-
     arrays, metadata = mx.load(str(file), return_metadata=True)
     assert isinstance(arrays, dict)
     assert isinstance(metadata, dict)

@@ -16,9 +16,9 @@ from rich.console import Console
 
 from mlxroute.backend.load import load
 from mlxroute.bench.concurrent_answers import ConcurrentAnswers
-from mlxroute.bench.oracles import ORACLES, compute_oracles
+from mlxroute.bench.oracles import compute_oracles
 from mlxroute.bench.plot import draw_quality
-from mlxroute.bench.quality import LARGE, SMALL, QualityResults, bench_quality, make_sides
+from mlxroute.bench.quality import LARGE, ORACLES, SMALL, QualityResults, bench_quality, make_sides
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli import main
 from mlxroute.cli.commands.bench_quality import print_quality
@@ -275,7 +275,11 @@ def test_the_picture_shows_every_router(
     ("row", "more", "said"),
     [
         ({"prompt": "Why?"}, [], "row 1 has no answer to compare with"),
-        ({"prompt": "Why?", "answer": "so", "cot": "so"}, ["--shots", "2"], "1 rows have a `cot`"),
+        (
+            {"prompt": "Why?", "answer": "so", "cot": "so"},
+            ["--shots", "2"],
+            "2 rows with a `cot` are needed, but it has 1",
+        ),
         ({"prompt": ""}, [], "row 1: `prompt` must be"),
     ],
 )

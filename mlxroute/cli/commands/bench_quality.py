@@ -239,7 +239,7 @@ def print_quality(report: dict[str, Any], err: Console) -> None:
 
 
 def _quality_table(report: dict[str, Any]) -> Table:
-    from mlxroute.bench.oracles import ORACLES
+    from mlxroute.bench.quality import ORACLES
     from mlxroute.cli.terminal import make_table
 
     title = f"{report['questions']} questions, {report['examples']} worked examples"
