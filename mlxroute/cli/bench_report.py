@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxroute.cli.exit_codes import EXIT_OK
-from mlxroute.cli.folders import RESULTS, cache_dir_of, find_bench_file
-from mlxroute.config import Settings
+from mlxroute.cli.folders import RESULTS, find_bench_file
 
 
 def read_own_prompts() -> list[str]:
@@ -20,13 +19,9 @@ def read_own_prompts() -> list[str]:
     return [question.prompt for question in read_questions(file)]
 
 
-def check_plot_option(plot: Path | None, settings: Settings) -> None:
+def check_plot_option(plot: Path | None) -> None:
     """Raise UsageError, before anything is measured, if the plot cannot be drawn."""
     if plot is not None:
-        from mlxroute.backend import blas
-
-        # The import below loads MLX, which must find the faster BLAS.
-        blas.interpose(cache_dir_of(settings))
         from mlxroute.bench.plot import check_plot
 
         check_plot(plot)

@@ -77,7 +77,7 @@ def latency(
     grid = _GridOptions(tokens, ratio or _RATIOS, rate or _RATES, delay, measure=not play)
     if not all(0 < share < 1 for share in grid.rates) or not all(r > 0 for r in grid.ratios):
         raise UsageError("--rate must be between 0 and 1, and --ratio above 0")
-    check_plot_option(plot, settings)
+    check_plot_option(plot)
     conversations = _read_conversations(data, prompts, read_worked_examples(examples, shots))
     _, err = make_consoles()
     report = _measure(settings, address, conversations, grid, err)

@@ -69,7 +69,7 @@ def quality(
     from mlxroute.ledger import Ledger
 
     address = require_large(settings, "bench quality")
-    check_plot_option(plot, settings)
+    check_plot_option(plot)
     file = data or find_bench_file("questions", "everyday.jsonl")
     routers = [name.value for name in router or (RouterName.ENTROPY, RouterName.RANDOM)]
     run = _QualityRun(
