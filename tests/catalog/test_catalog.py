@@ -123,8 +123,8 @@ def test_an_installed_package_contains_the_catalogue(tmp_path: Path) -> None:
     installed = tmp_path / "mlxroute"
     installed.mkdir()
     shutil.copytree(package / "catalog", installed / "catalog")
-    for file in ("errors.py", "types.py"):
-        shutil.copy(package / file, installed / file)
+    shutil.copytree(package / "types", installed / "types")
+    shutil.copy(package / "errors.py", installed / "errors.py")
     (installed / "__init__.py").touch()
     (installed / "_models").mkdir()
     (installed / "_models" / "mine.toml").write_text(MODEL)

@@ -1,0 +1,25 @@
+"""Callbacks of long work."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Receives the progress of long work; `total` is None while unknown."""
+
+    def __call__(self, label: str, done: int, total: int | None) -> None: ...
+
+
+class Notify(Protocol):
+    """Receives one line that the user should read."""
+
+    def __call__(self, line: str) -> None: ...
+
+
+def no_progress(label: str, done: int, total: int | None) -> None:
+    """Ignore progress."""
+
+
+def no_notice(line: str) -> None:
+    """Ignore a notice."""
