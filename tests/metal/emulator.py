@@ -1,8 +1,8 @@
-"""Runs the Metal text that MLX generates, on a CPU, in place of `mx.fast.metal_kernel`'s kernels.
+"""Run the Metal source that MLX generates on a CPU, in place of `mx.fast.metal_kernel`'s kernels.
 
-A kernel that is called inside export tracing is not run, but MLX prints the whole text it would
-give to Metal. That text is compiled as C++ against `shim.h` and run on the same arrays, so that
-the Python side of the kernel is tested with it.
+Called inside export tracing, a kernel does not run, but MLX prints the whole source it would give
+to Metal. That source is compiled as C++ with `shim.h` and run on the same arrays, so the Python
+side of the kernel is tested too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 
 from mlxroute.small.kernels import metal_kernel
 
-# As a C compiler, so that it does not build a C++ library first.
+# Run as a C compiler, because it would build a C++ library first.
 CLANG = (sys.executable, "-m", "ziglang", "cc", "-x", "c++")
 GXX = ("g++",)
 FORWARD, BACKWARD, RANDOM = 0, 1, 7
@@ -45,18 +45,19 @@ _ATTRIBUTES = {
 
 
 class EmulationError(Exception):
-    """The kernel broke a rule that a GPU does not enforce."""
+    """Raised when a kernel breaks a rule that a GPU does not enforce."""
 
 
 def default_compiler() -> Sequence[str]:
-    """g++ where there is one; the clang of the `ziglang` wheel everywhere else."""
+    """Return g++ if it is installed, else the clang of the `ziglang` wheel."""
     return GXX if shutil.which("g++") else CLANG
 
 
 class Emulator:
-    """Stands in for `metal_kernel.build_kernel`: gives kernel objects that run here.
+    """Replaces `metal_kernel.build_kernel`: its kernel objects run on this CPU.
 
-    `mutate` changes a kernel's text before it is compiled. `texts` holds every text that was run.
+    `schedule` is the order in which ready threads run (FORWARD, BACKWARD, or a random seed),
+    `mutate` changes a kernel's source before it is compiled, `texts` holds every source that ran.
     """
 
     def __init__(
@@ -73,26 +74,30 @@ class Emulator:
         self.texts: list[str] = []
 
     def kernel(self, name: str) -> Callable[..., list[mx.array]]:
-        """A kernel object for the source called `name`."""
+        """Return a kernel object for the source called `name`."""
         return functools.partial(self._run, _real_kernel(name))
 
     def _run(self, kernel: Any, *, inputs: list[mx.array], **call: Any) -> list[mx.array]:
         text = self._mutate(_generated(kernel, inputs, call))
         self.texts.append(text)
-        given = [np.array(value.view(mx.uint8)) for value in inputs]
+        buffers = [np.array(value.view(mx.uint8)) for value in inputs]
         shapes = [np.array(value.shape, dtype=np.int32) for value in inputs]
-        made = [np.full(shape, np.nan, dtype=np.float32) for shape in call["output_shapes"]]
+        outputs = [np.full(shape, np.nan, dtype=np.float32) for shape in call["output_shapes"]]
         _execute(
             _compiled(text, self._compiler),
-            [*given, *(s for s, i in zip(shapes, inputs, strict=True) if _uses_shape(text)), *made],
+            [
+                *buffers,
+                *(s for s, i in zip(shapes, inputs, strict=True) if _uses_shape(text)),
+                *outputs,
+            ],
             call["grid"],
             call["threadgroup"],
             self._schedule,
         )
-        return [mx.array(value) for value in made]
+        return [mx.array(value) for value in outputs]
 
 
-# Kept from the module itself, which the tests patch.
+# The original, because tests patch the module.
 _real_kernel = metal_kernel.build_kernel
 
 
@@ -111,31 +116,31 @@ _TEXTS: dict[Any, str] = {}
 
 
 def _trace(kernel: Any, inputs: list[mx.array], call: dict[str, Any]) -> str:
-    """What MLX prints while it traces a call of `kernel`."""
+    """Return what MLX prints while it traces a call of `kernel`."""
 
     def traced(*arrays: mx.array) -> Any:
         return kernel(inputs=list(arrays), verbose=True, **call)
 
     with tempfile.TemporaryDirectory() as folder:
         sys.stdout.flush()
-        kept = os.dup(1)
+        stdout = os.dup(1)
         log = Path(folder, "log")
         with log.open("wb") as stream:
             os.dup2(stream.fileno(), 1)
             try:
                 mx.export_function(str(Path(folder, "traced.mlxfn")), traced, *inputs)
             finally:
-                # C++ streams of MLX flush at every line end.
-                os.dup2(kept, 1)
-                os.close(kept)
+                # MLX flushes its C++ streams at every line end.
+                os.dup2(stdout, 1)
+                os.close(stdout)
         printed = log.read_text(encoding="ascii")
-    found = re.search(r"```\n(.*)```", printed, re.DOTALL)
-    assert found, printed
-    return found[1]
+    source = re.search(r"```\n(.*)```", printed, re.DOTALL)
+    assert source, printed
+    return source[1]
 
 
 def as_cpp(text: str) -> str:
-    """The generated text as C++, with a function that runs it."""
+    """Return the generated source as C++, with a function that runs it."""
     instantiation = re.search(r"\ntemplate \[\[host_name.*decltype\((\w+<.*>)\) .*;\n", text)
     assert instantiation, text
     body = text.replace(instantiation[0], "\n")
@@ -162,11 +167,11 @@ def as_cpp(text: str) -> str:
 
 
 def _threadgroup_arrays(text: str) -> str:
-    """Threadgroup arrays as references into the shim's memory, one behind the other."""
+    """Replace threadgroup arrays by references into the shim's memory, one after the other."""
     offsets = ["0"]
 
-    def reference(found: re.Match[str]) -> str:
-        kind, name, count = found.groups()
+    def reference(match: re.Match[str]) -> str:
+        kind, name, count = match.groups()
         begin = offsets[-1]
         bytes_ = f"sizeof({kind}) * ({count})"
         offsets.append(f"{begin} + {bytes_}")

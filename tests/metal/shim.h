@@ -1,11 +1,11 @@
-// Metal on a CPU: enough of it to run the logit kernel as MLX generates it.
+// The part of Metal that the logit kernel needs, on a CPU.
 //
-// Every GPU thread is a fiber. SIMD functions are meetings of the live lanes of a SIMD group,
-// threadgroup_barrier of all threads of a threadgroup. Lanes that meet at different places, and
-// threads that return while others wait at a barrier, are errors. Threadgroup memory is filled
+// Every GPU thread is a fiber. A SIMD function waits for the live lanes of its SIMD group,
+// threadgroup_barrier for all threads of the threadgroup. It is an error if lanes wait at different
+// source lines, or if threads return while others wait at a barrier. Threadgroup memory is filled
 // with 0xFF (NaN) before each threadgroup. Not modelled: GPU rounding, denormals, memory order.
 #pragma once
-// C headers only: no C++ library has to be found, or built, for it.
+// C headers only, so that no C++ library has to be found or built.
 #include <math.h>
 #include <setjmp.h>
 #include <stdint.h>
@@ -20,7 +20,7 @@
 #define SHIM_CONSTANT __attribute__((address_space(2)))
 #define SHIM_THREADGROUP __attribute__((address_space(3)))
 typedef __bf16 bfloat16_t;
-// Not every compiler's run-time library has it.
+// Some compilers' run-time libraries lack it.
 extern "C" __attribute__((weak)) __bf16 __truncsfbf2(float value) {
   uint32_t word;
   memcpy(&word, &value, 4);
@@ -36,7 +36,7 @@ extern "C" __attribute__((weak)) __bf16 __truncsfbf2(float value) {
 #define SHIM_THREADGROUP
 struct bfloat16_t {
   uint16_t bits;
-  // As in Metal, a float does not become a bfloat by itself.
+  // As in Metal, a float is not converted to a bfloat implicitly.
   explicit bfloat16_t(float value) {
     uint32_t word;
     memcpy(&word, &value, 4);
@@ -61,7 +61,7 @@ struct uint3 { uint x, y, z; };
 namespace shim {
 
 constexpr uint LANES = 32;
-constexpr uint MOST_THREADS = 1024;
+constexpr uint MAX_THREADS = 1024;
 constexpr size_t STACK = 64 * 1024;
 constexpr size_t ARENA = 32 * 1024;
 enum State { READY, AT_SIMD, AT_BARRIER, DONE };
@@ -69,15 +69,15 @@ enum State { READY, AT_SIMD, AT_BARRIER, DONE };
 struct Fiber {
   jmp_buf self;
   State state;
-  bool begun;
+  bool is_started;
   int line;
-  uint64_t given, got;
+  uint64_t operand, result;
   uint argument;
   int operation;
 };
 
 struct Machine {
-  Fiber fibers[MOST_THREADS];
+  Fiber fibers[MAX_THREADS];
   char *stacks;
   char arena[ARENA];
   jmp_buf scheduler;
@@ -97,7 +97,7 @@ inline void enter() {
   longjmp(machine.scheduler, 1);
 }
 
-[[gnu::noinline]] inline void give_way() {
+[[gnu::noinline]] inline void yield_fiber() {
   Fiber &fiber = machine.fibers[machine.current];
   if (_setjmp(fiber.self) == 0) _longjmp(machine.scheduler, 1);
 }
@@ -113,41 +113,41 @@ template <typename U> U of_bits(uint64_t bits) {
   return value;
 }
 
-template <typename U> U meet(Operation operation, U value, uint argument, int line) {
+template <typename U> U run_simd(Operation operation, U value, uint argument, int line) {
   Fiber &fiber = machine.fibers[machine.current];
-  fiber.given = bits_of(value);
+  fiber.operand = bits_of(value);
   fiber.argument = argument;
   fiber.operation = operation * 16 + int(sizeof(U)) + (U(0.5f) != U(0) ? 8 : 0);
   fiber.line = line;
   fiber.state = AT_SIMD;
-  give_way();
-  return of_bits<U>(machine.fibers[machine.current].got);
+  yield_fiber();
+  return of_bits<U>(machine.fibers[machine.current].result);
 }
 
 template <typename U> void reduce(Fiber *lanes, Operation operation) {
-  // A butterfly over the lanes that take part, as the hardware adds.
+  // A butterfly over the live lanes, in the order in which the hardware adds.
   U values[LANES];
-  bool here[LANES];
+  bool live[LANES];
   for (uint i = 0; i < LANES; i++) {
-    here[i] = lanes[i].state == AT_SIMD;
-    values[i] = here[i] ? of_bits<U>(lanes[i].given) : U(0);
+    live[i] = lanes[i].state == AT_SIMD;
+    values[i] = live[i] ? of_bits<U>(lanes[i].operand) : U(0);
   }
   for (uint step = 1; step < LANES; step *= 2) {
     U next[LANES];
-    bool there[LANES];
+    bool next_live[LANES];
     for (uint i = 0; i < LANES; i++) {
       const uint j = i ^ step;
-      there[i] = here[i] || here[j];
+      next_live[i] = live[i] || live[j];
       const U a = values[i], b = values[j];
-      if (!here[i] || !here[j]) next[i] = here[i] ? a : b;
+      if (!live[i] || !live[j]) next[i] = live[i] ? a : b;
       else if (operation == SUM) next[i] = U(a + b);
       else if (operation == MAX) next[i] = a > b ? a : b;
       else next[i] = a < b ? a : b;
     }
     memcpy(values, next, sizeof values);
-    memcpy(here, there, sizeof here);
+    memcpy(live, next_live, sizeof live);
   }
-  for (uint i = 0; i < LANES; i++) lanes[i].got = bits_of(values[i]);
+  for (uint i = 0; i < LANES; i++) lanes[i].result = bits_of(values[i]);
 }
 
 inline void complete(Fiber *lanes) {
@@ -158,22 +158,22 @@ inline void complete(Fiber *lanes) {
     else reduce<uint>(lanes, Operation(operation));
   } else {
     bool any = false;
-    for (uint i = 0; i < LANES; i++) any = any || (lanes[i].state == AT_SIMD && lanes[i].given);
+    for (uint i = 0; i < LANES; i++) any = any || (lanes[i].state == AT_SIMD && lanes[i].operand);
     for (uint i = 0; i < LANES; i++) {
-      // What an absent lane holds is undefined in Metal: here it is poison.
+      // The value of an absent lane is undefined in Metal; here all its bits are set.
       const uint from = operation == SHUFFLE ? lanes[i].argument : i - lanes[i].argument;
-      const bool there = from < LANES && lanes[from].state == AT_SIMD;
-      if (operation == ANY) lanes[i].got = any;
-      else if (operation == SHUFFLE_UP && i < lanes[i].argument) lanes[i].got = lanes[i].given;
-      else lanes[i].got = there ? lanes[from].given : ~uint64_t(0);
+      const bool is_live = from < LANES && lanes[from].state == AT_SIMD;
+      if (operation == ANY) lanes[i].result = any;
+      else if (operation == SHUFFLE_UP && i < lanes[i].argument) lanes[i].result = lanes[i].operand;
+      else lanes[i].result = is_live ? lanes[from].operand : ~uint64_t(0);
     }
   }
   for (uint i = 0; i < LANES; i++)
     if (lanes[i].state == AT_SIMD) lanes[i].state = READY;
 }
 
-// Whether a SIMD group's meeting is over; sets the error when its lanes disagree.
-inline bool simd_met(Fiber *lanes) {
+// Completes the SIMD function that all live lanes wait at; sets the error when lanes diverge.
+inline bool try_complete_simd(Fiber *lanes) {
   int line = 0, waiting = 0, elsewhere = 0;
   for (uint i = 0; i < LANES; i++) {
     if (lanes[i].state == READY) return false;
@@ -184,7 +184,7 @@ inline bool simd_met(Fiber *lanes) {
     line = lanes[i].line;
   }
   if (!waiting) return false;
-  // A lane that returned takes no part; `lanes[0]` names the operation, so it must be there.
+  // Lanes that returned take no part; `lanes[0]` holds the operation, so it must be live.
   if (elsewhere || lanes[0].state == DONE) {
     snprintf(machine.error, sizeof machine.error,
                   "lanes of a SIMD group diverge: lines %d and %d", line, elsewhere);
@@ -194,7 +194,7 @@ inline bool simd_met(Fiber *lanes) {
   return true;
 }
 
-inline bool barrier_met() {
+inline bool try_release_barrier() {
   uint waiting = 0, done = 0, line = 0;
   for (uint i = 0; i < machine.threads; i++) {
     const Fiber &fiber = machine.fibers[i];
@@ -211,7 +211,7 @@ inline bool barrier_met() {
 
 inline void start(uint index) {
   Fiber &fiber = machine.fibers[index];
-  fiber.begun = true;
+  fiber.is_started = true;
   getcontext(&machine.launched);
   machine.launched.uc_stack.ss_sp = machine.stacks + index * STACK;
   machine.launched.uc_stack.ss_size = STACK;
@@ -224,7 +224,7 @@ inline void start(uint index) {
   machine.current = index;
   if (_setjmp(machine.scheduler)) return;
   Fiber &fiber = machine.fibers[index];
-  if (fiber.begun) _longjmp(fiber.self, 1);
+  if (fiber.is_started) _longjmp(fiber.self, 1);
   start(index);
 }
 
@@ -233,7 +233,7 @@ inline uint next_random(uint &state) {
   return state;
 }
 
-// The order in which ready threads run: 0 forward, 1 backward, other: random from that seed.
+// `schedule` is the order in which ready threads run: 0 forward, 1 backward, else a random seed.
 inline bool run_threadgroup(uint schedule) {
   uint random = schedule * 2654435761u + 1;
   for (;;) {
@@ -246,10 +246,10 @@ inline bool run_threadgroup(uint schedule) {
       resume(index);
       ran = true;
       Fiber *lanes = &machine.fibers[index / LANES * LANES];
-      if (simd_met(lanes) && schedule < 2) break;
+      if (try_complete_simd(lanes) && schedule < 2) break;
       if (machine.error[0]) return false;
     }
-    if (barrier_met()) continue;
+    if (try_release_barrier()) continue;
     if (machine.error[0]) return false;
     if (!ran) return true;
   }
@@ -260,7 +260,7 @@ inline const char *run(void (*body)(), const uint *grid, const uint *threads, ui
   machine.threads = threads[0];
   machine.groups_x = grid[0] / threads[0];
   machine.error[0] = 0;
-  if (!machine.stacks) machine.stacks = (char *)malloc(MOST_THREADS * STACK);
+  if (!machine.stacks) machine.stacks = (char *)malloc(MAX_THREADS * STACK);
   const uint count = machine.groups_x * grid[1];
   for (uint i = 0; i < count; i++) {
     const uint group = schedule == 1 ? count - 1 - i : i;
@@ -269,14 +269,14 @@ inline const char *run(void (*body)(), const uint *grid, const uint *threads, ui
     memset(machine.arena, 0xFF, ARENA);
     for (uint j = 0; j < machine.threads; j++) {
       machine.fibers[j].state = READY;
-      machine.fibers[j].begun = false;
+      machine.fibers[j].is_started = false;
     }
     if (!run_threadgroup(schedule)) break;
   }
   return machine.error;
 }
 
-// The place of a threadgroup array: the same for every thread of the threadgroup.
+// The address of a threadgroup array: the same for every thread of the threadgroup.
 template <size_t OFFSET, size_t BYTES> void *threadgroup_memory() {
   static_assert(OFFSET + BYTES <= ARENA, "more threadgroup memory than Metal has");
   return machine.arena + OFFSET;
@@ -296,30 +296,30 @@ inline float exp2(float a) { return exp2f(a); }
 inline float log(float a) { return logf(a); }
 }
 enum class mem_flags { mem_none, mem_threadgroup, mem_device };
-inline float simd_sum(float a, SHIM_LINE) { return shim::meet(shim::SUM, a, 0, line); }
-inline uint simd_sum(uint a, SHIM_LINE) { return shim::meet(shim::SUM, a, 0, line); }
-inline float simd_max(float a, SHIM_LINE) { return shim::meet(shim::MAX, a, 0, line); }
-inline uint simd_max(uint a, SHIM_LINE) { return shim::meet(shim::MAX, a, 0, line); }
-inline float simd_min(float a, SHIM_LINE) { return shim::meet(shim::MIN, a, 0, line); }
-inline uint simd_min(uint a, SHIM_LINE) { return shim::meet(shim::MIN, a, 0, line); }
-inline bool simd_any(bool a, SHIM_LINE) { return shim::meet(shim::ANY, uint(a), 0, line); }
+inline float simd_sum(float a, SHIM_LINE) { return shim::run_simd(shim::SUM, a, 0, line); }
+inline uint simd_sum(uint a, SHIM_LINE) { return shim::run_simd(shim::SUM, a, 0, line); }
+inline float simd_max(float a, SHIM_LINE) { return shim::run_simd(shim::MAX, a, 0, line); }
+inline uint simd_max(uint a, SHIM_LINE) { return shim::run_simd(shim::MAX, a, 0, line); }
+inline float simd_min(float a, SHIM_LINE) { return shim::run_simd(shim::MIN, a, 0, line); }
+inline uint simd_min(uint a, SHIM_LINE) { return shim::run_simd(shim::MIN, a, 0, line); }
+inline bool simd_any(bool a, SHIM_LINE) { return shim::run_simd(shim::ANY, uint(a), 0, line); }
 inline float simd_shuffle(float a, ushort from, SHIM_LINE) {
-  return shim::meet(shim::SHUFFLE, a, from, line);
+  return shim::run_simd(shim::SHUFFLE, a, from, line);
 }
 inline uint simd_shuffle(uint a, ushort from, SHIM_LINE) {
-  return shim::meet(shim::SHUFFLE, a, from, line);
+  return shim::run_simd(shim::SHUFFLE, a, from, line);
 }
 inline float simd_shuffle_up(float a, ushort by, SHIM_LINE) {
-  return shim::meet(shim::SHUFFLE_UP, a, by, line);
+  return shim::run_simd(shim::SHUFFLE_UP, a, by, line);
 }
 inline uint simd_shuffle_up(uint a, ushort by, SHIM_LINE) {
-  return shim::meet(shim::SHUFFLE_UP, a, by, line);
+  return shim::run_simd(shim::SHUFFLE_UP, a, by, line);
 }
 inline void threadgroup_barrier(mem_flags, SHIM_LINE) {
   shim::Fiber &fiber = shim::machine.fibers[shim::machine.current];
   fiber.line = line;
   fiber.state = shim::AT_BARRIER;
-  shim::give_way();
+  shim::yield_fiber();
 }
 }  // namespace metal
 using namespace metal;

@@ -1,4 +1,4 @@
-"""The Metal kernel, as MLX generates it, run on a CPU and held against float64."""
+"""The Metal kernel, as MLX generates it, run on a CPU and compared with float64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.rows import VOCABULARIES, Row, check_packed, edge_rows, rando
 
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 SCHEDULES = (FORWARD, BACKWARD, RANDOM)
-# Long enough to be shared by two threadgroups.
+# A row of this size is shared by two threadgroups.
 SHARED = 8200
 
 Packed = list[list[float]]
@@ -32,7 +32,7 @@ Packed = list[list[float]]
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[mx.array], Packed]]:
-    """`pack_signals` on an emulator with the given options."""
+    """Return a function that builds `pack_signals` on an emulator."""
 
     def build(emulator: Emulator) -> Callable[[mx.array], Packed]:
         def pack(logits: mx.array) -> Packed:
@@ -51,11 +51,11 @@ def as_logits(rows: dict[str, Row], dtype: mx.Dtype) -> mx.array:
 def check(
     pack: Callable[[mx.array], Packed], rows: dict[str, Row], dtype: mx.Dtype, *, alone: bool
 ) -> None:
-    """All rows in one call, or (`alone`) each in a call of its own, shared by threadgroups."""
+    """Check all rows in one call, or (`alone`) one row per call, shared by threadgroups."""
     logits = as_logits(rows, dtype)
-    got = [pack(logits[i : i + 1])[0] for i in range(len(rows))] if alone else pack(logits)
-    seen = np.array(logits.astype(mx.float32))
-    for name, values, row in zip(rows, got, seen, strict=True):
+    packed_rows = [pack(logits[i : i + 1])[0] for i in range(len(rows))] if alone else pack(logits)
+    inputs = np.array(logits.astype(mx.float32))
+    for name, values, row in zip(rows, packed_rows, inputs, strict=True):
         where = f"{name}, {row.size} {dtype}"
         check_packed(values, row, where=where, half_ids=dtype != mx.float32)
 
@@ -67,7 +67,7 @@ def test_rows_of_every_short_length_agree_with_float64(
     pack = emulated(Emulator())
     for size in [*range(1, 18), 31, 32, 33, 63, 64, 65, 70, 257, 1025]:
         check(pack, random_rows(size) | edge_rows(size), dtype, alone=False)
-    # So few values lie in another address space.
+    # MLX puts so few values into another address space.
     check(pack, edge_rows(3), dtype, alone=True)
 
 
@@ -96,10 +96,10 @@ def test_in_half_precision_the_greedy_choice_is_mlx_lms(
     random = np.random.default_rng(5)
     logits = mx.array(random.standard_normal((60, 300)) * scale).astype(dtype)
     winners = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    theirs = mx.argmax(winners, axis=-1).tolist()
-    assert [int(values[0]) for values in emulated(Emulator())(logits)] == theirs
+    choices = mx.argmax(winners, axis=-1).tolist()
+    assert [int(values[0]) for values in emulated(Emulator())(logits)] == choices
     # The rounding matters: the largest logit alone would choose otherwise.
-    assert mx.argmax(logits, axis=-1).tolist() != theirs
+    assert mx.argmax(logits, axis=-1).tolist() != choices
 
 
 def replaced(old: str, new: str) -> Callable[[str], str]:
@@ -135,7 +135,7 @@ def test_every_mutant_is_caught(
     emulated: Callable[..., Callable[[mx.array], Packed]], name: str
 ) -> None:
     rows = edge_rows(1100)
-    # The mutant of a share needs a row that is shared.
+    # A mutant of a share shows only on a row that is shared.
     shared = {"best at the end": edge_rows(SHARED)["rising"][::-1]} if "share" in name else {}
     for schedule in (FORWARD, RANDOM):
         pack = emulated(Emulator(schedule=schedule, mutate=MUTANTS[name]))
@@ -143,7 +143,7 @@ def test_every_mutant_is_caught(
             check(pack, shared or rows, mx.bfloat16, alone=bool(shared))
         except (EmulationError, AssertionError):
             return
-    pytest.fail("nothing was wrong")
+    pytest.fail("no check failed")
 
 
 def test_the_sources_are_ascii_and_of_one_precision() -> None:
@@ -172,7 +172,7 @@ def test_rows_as_long_as_vocabularies_agree_with_float64(
     pack = emulated(Emulator(compiler=compiler, schedule=schedule))
     rows = random_rows(size) | edge_rows(size)
     if schedule != FORWARD:
-        # Every value of it goes into the list: slow, and said once.
+        # Every value of it enters the top list, which is slow; one schedule is enough.
         del rows["rising"]
     for dtype in DTYPES:
         check(pack, rows, dtype, alone=True)

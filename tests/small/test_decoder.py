@@ -1,4 +1,4 @@
-"""Steps that run ahead: invisible but for speed, exact when taken back."""
+"""Queued passes: they change nothing but speed, and leave no trace when discarded."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def small(loaded: tuple[Any, Any]) -> SmallModel:
 
 
 @contextlib.contextmanager
-def standing_still() -> Iterator[None]:
-    """Inside, no step runs ahead."""
+def no_queue() -> Iterator[None]:
+    """Inside, no pass is queued."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PrefixCache, "can_queue", False)
         yield
@@ -76,45 +76,45 @@ ACTIONS = st.lists(
 )
 
 
-def played(small: SmallModel, actions: list[Action], sampling: Sampling) -> list[Signals]:
-    """The signals along a script of commits and rollbacks."""
-    seen = [small.prefill(PROMPT, sampling=sampling)[0]]
+def play(small: SmallModel, actions: list[Action], sampling: Sampling) -> list[Signals]:
+    """Return the signals along a script of commits and rollbacks."""
+    history = [small.prefill(PROMPT, sampling=sampling)[0]]
     for action, number in actions:
-        own = seen[-1].token_id
+        own = history[-1].token_id
         if action == "back":
             small.rollback(number)
-            seen.append(small.step(own))
+            history.append(small.step(own))
         elif action == "several":
-            seen.append(small.extend([(own + i) % 300 for i in range(number)]))
+            history.append(small.extend([(own + i) % 300 for i in range(number)]))
         else:
-            seen.append(small.step((own + number) % 300))
-    return seen
+            history.append(small.step((own + number) % 300))
+    return history
 
 
 @settings(max_examples=25, deadline=None)
 @given(actions=ACTIONS, temperature=st.sampled_from([0.0, 0.9]))
-def test_running_ahead_changes_no_signal_whatever_is_committed(
+def test_a_queued_pass_changes_no_signal_whatever_is_committed(
     loaded: tuple[Any, Any], actions: list[Action], temperature: float
 ) -> None:
     sampling = Sampling(temperature=temperature, top_p=0.9 if temperature else 1.0, seed=11)
-    ahead = played(SmallModel(*loaded, name="a"), actions, sampling)
-    with standing_still():
-        still = played(SmallModel(*loaded, name="b"), actions, sampling)
-    assert ahead == still
+    queued = play(SmallModel(*loaded, name="a"), actions, sampling)
+    with no_queue():
+        unqueued = play(SmallModel(*loaded, name="b"), actions, sampling)
+    assert queued == unqueued
 
 
-def test_the_next_step_is_under_way_before_its_token_is_committed(small: SmallModel) -> None:
+def test_the_next_pass_is_queued_before_its_token_is_committed(small: SmallModel) -> None:
     signals, _ = small.prefill(PROMPT)
     passes = Passes(small)
     for _ in range(6):
         signals = small.step(signals.token_id)
     assert passes.count == 6
     small.step((signals.token_id + 1) % 300)
-    # The wrong guess was under way already: this token's own pass, and one ahead of it.
+    # The queued pass was for another token: this token's own pass, and the one queued after it.
     assert passes.count == 8
 
 
-def test_what_ran_ahead_is_not_part_of_the_context(small: SmallModel) -> None:
+def test_a_queued_token_is_not_part_of_the_context(small: SmallModel) -> None:
     signals, _ = small.prefill(PROMPT)
     small.step(signals.token_id)
     assert list(small.cached_ids) == [*PROMPT, signals.token_id]
@@ -122,7 +122,7 @@ def test_what_ran_ahead_is_not_part_of_the_context(small: SmallModel) -> None:
     assert small.prefill(again)[1] == len(PROMPT) + 1
 
 
-def test_a_window_that_cannot_give_tokens_back_never_runs_ahead(small: SmallModel) -> None:
+def test_nothing_is_queued_on_a_sliding_window_that_cannot_be_trimmed(small: SmallModel) -> None:
     from mlx_lm.generate import generate_step
     from mlx_lm.models.cache import RotatingKVCache
 
@@ -134,14 +134,14 @@ def test_a_window_that_cannot_give_tokens_back_never_runs_ahead(small: SmallMode
     ids = [small.prefill(PROMPT)[0].token_id]
     while len(ids) < 30:
         ids.append(small.step(ids[-1]).token_id)
-    # The prompt and 30 steps: none is under way any more.
+    # The prompt and 30 steps: none is queued.
     assert passes.count == 31
-    theirs = generate_step(mx.array(PROMPT), small.model, max_tokens=30, prompt_cache=windows())
-    assert ids == [int(token) for token, _ in theirs]
+    expected = generate_step(mx.array(PROMPT), small.model, max_tokens=30, prompt_cache=windows())
+    assert ids == [int(token) for token, _ in expected]
 
 
 class Syncs:
-    """Counts what makes the host wait for the device."""
+    """Counts the calls that make the host wait for the device."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.count = 0
@@ -167,26 +167,26 @@ def test_a_token_costs_one_synchronisation(
     signals, _ = small.prefill(PROMPT, sampling=Sampling(temperature=temperature, seed=1))
     syncs = Syncs(monkeypatch)
     for index in range(10):
-        # Every third token is not the model's own.
+        # Every third token differs from the model's own.
         signals = small.step((signals.token_id + (index % 3 == 2)) % 300)
     assert syncs.count == 10
 
 
-def test_another_thread_may_go_on_with_an_answer(small: SmallModel) -> None:
-    alone = played(small, [("own", 0)] * 8, Sampling())
-    seen = [small.prefill(PROMPT)[0]]
+def test_another_thread_may_continue_an_answer(small: SmallModel) -> None:
+    alone = play(small, [("own", 0)] * 8, Sampling())
+    history = [small.prefill(PROMPT)[0]]
 
-    def go_on() -> None:
-        seen.append(small.step(seen[-1].token_id))
+    def continue_answer() -> None:
+        history.append(small.step(history[-1].token_id))
 
     for index in range(8):
         if index % 2:
-            go_on()
+            continue_answer()
         else:
-            thread = threading.Thread(target=go_on)
+            thread = threading.Thread(target=continue_answer)
             thread.start()
             thread.join()
-    assert seen == alone
+    assert history == alone
 
 
 def random_head() -> MlpHead:
@@ -196,7 +196,7 @@ def random_head() -> MlpHead:
     return MlpHead(tuple((mx.random.normal(shape), mx.zeros(shape[0])) for shape in shapes))
 
 
-def test_a_heads_score_is_what_it_says_of_the_hidden_state_and_the_signals(
+def test_a_heads_score_is_computed_from_the_hidden_state_and_the_signals(
     small: SmallModel,
 ) -> None:
     head = random_head()
@@ -216,7 +216,7 @@ def test_a_heads_score_is_what_it_says_of_the_hidden_state_and_the_signals(
 
 
 def test_setting_a_head_in_the_middle_changes_no_token(small: SmallModel) -> None:
-    plain = played(small, [("own", 0)] * 4, Sampling())
+    plain = play(small, [("own", 0)] * 4, Sampling())
     signals, _ = small.prefill(PROMPT)
     signals = small.step(signals.token_id)
     small.set_head(random_head())

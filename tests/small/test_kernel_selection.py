@@ -1,4 +1,4 @@
-"""Which form of the kernel runs, and the self-test that decides it on a Metal machine."""
+"""Which kernel runs, and the self-test that decides it on a machine with Metal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _fresh_self_test() -> Iterator[None]:
 
 @pytest.fixture
 def with_metal(monkeypatch: pytest.MonkeyPatch) -> Callable[[Emulator | None], None]:
-    """Make this machine look as if it had a Metal GPU: the emulator, or one that fails."""
+    """Pretend that this machine has a Metal GPU: the emulator, or one that fails."""
 
     def pretend(emulator: Emulator | None) -> None:
         monkeypatch.setattr(selection, "_has_metal", lambda: True)

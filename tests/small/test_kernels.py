@@ -1,4 +1,4 @@
-"""The logit kernel's graph form against float64, and its greedy choice against mlx_lm's."""
+"""The graph kernel against float64, and its greedy choice against mlx_lm's."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def test_in_half_precision_the_greedy_choice_is_mlx_lms(dtype: mx.Dtype, scale: 
     logits = mx.array(random.standard_normal((40, 300)) * scale).astype(dtype)
     winners = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     tied = mx.sum(winners == mx.max(winners, axis=-1, keepdims=True), axis=-1)
-    theirs = mx.argmax(winners, axis=-1)
+    choices = mx.argmax(winners, axis=-1)
     compared = 0
-    for values, expected, ties in zip(packed(logits), theirs, tied, strict=True):
+    for values, expected, ties in zip(packed(logits), choices, tied, strict=True):
         if int(cast(Any, ties.item())) <= 8:
             compared += 1
             assert int(values[0]) == expected.item()
@@ -73,16 +73,16 @@ def test_in_half_precision_the_greedy_choice_is_mlx_lms(dtype: mx.Dtype, scale: 
 
 def test_masked_out_tokens_add_nothing_to_the_entropy() -> None:
     (values,) = packed(mx.array([[0.0, -math.inf, 0.0, -math.inf]]))
-    got = unpack_signals(values)
-    assert got.entropy_nats == pytest.approx(math.log(2))
-    assert got.margin == pytest.approx(0.0)
-    assert got.flags == 0
+    signals = unpack_signals(values)
+    assert signals.entropy_nats == pytest.approx(math.log(2))
+    assert signals.margin == pytest.approx(0.0)
+    assert signals.flags == 0
 
 
 def test_infinite_logits_share_the_probability() -> None:
     (values,) = packed(mx.array([[1.0, math.inf, 2.0, math.inf]]))
-    got = unpack_signals(values)
-    assert got.entropy_nats == pytest.approx(math.log(2))
-    assert got.top_ids == (1, 3, 2, 0)
-    assert got.top_logprobs == pytest.approx((-math.log(2), -math.log(2), -math.inf, -math.inf))
-    assert got.flags == 2
+    signals = unpack_signals(values)
+    assert signals.entropy_nats == pytest.approx(math.log(2))
+    assert signals.top_ids == (1, 3, 2, 0)
+    assert signals.top_logprobs == pytest.approx((-math.log(2), -math.log(2), -math.inf, -math.inf))
+    assert signals.flags == 2

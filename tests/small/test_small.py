@@ -1,4 +1,4 @@
-"""The small model on random weights: exact against mlx_lm, and safe to interrupt."""
+"""The small model on random weights: equal to mlx_lm, and safe to interrupt."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ def test_seeded_sampling_equals_mlx_lm_token_for_token(small: SmallModel) -> Non
     from mlx_lm.sample_utils import make_sampler
 
     prompt_ids = small.encode_prompt("once upon a time")
-    ours = decode(small, prompt_ids, 30, temperature=0.8, top_p=0.9, seed=7)
+    sampled = decode(small, prompt_ids, 30, temperature=0.8, top_p=0.9, seed=7)
     mx.random.seed(7)
-    theirs = reference_ids(small, prompt_ids, 30, sampler=make_sampler(0.8, top_p=0.9))
-    assert ours == theirs
-    assert ours != decode(small, prompt_ids, 30, temperature=0.8, top_p=0.9, seed=8)
+    expected = reference_ids(small, prompt_ids, 30, sampler=make_sampler(0.8, top_p=0.9))
+    assert sampled == expected
+    assert sampled != decode(small, prompt_ids, 30, temperature=0.8, top_p=0.9, seed=8)
 
 
 def test_a_second_turn_prefills_only_what_is_new(small: SmallModel) -> None:
@@ -105,7 +105,7 @@ def test_rolling_back_more_than_there_is_raises(small: SmallModel) -> None:
         small.rollback(4)
 
 
-def test_a_layer_that_cannot_give_tokens_back_is_an_error(small: SmallModel) -> None:
+def test_a_layer_that_cannot_be_trimmed_is_an_error(small: SmallModel) -> None:
     small.prefill([5, 6, 7])
     small._decoder.cache.layers[0].trim = lambda count: 0
     with pytest.raises(RollbackError, match="cannot roll back"):
@@ -129,13 +129,13 @@ def test_an_interrupt_while_waiting_for_the_device_costs_nothing(
     assert_same_as_fresh(small, more, reused=len(prompt_ids) + 6)
 
 
-def test_an_interrupt_inside_a_forward_pass_starts_the_cache_anew(
+def test_an_interrupt_inside_a_forward_pass_resets_the_cache(
     small: SmallModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt_ids = small.encode_prompt("interrupt me in the middle of it")
     ids = decode(small, prompt_ids, 6)
     with monkeypatch.context() as patch:
-        # The first layer has taken the token in, the second has not.
+        # The first layer holds the token, the second does not.
         patch.setattr(small._decoder.cache.layers[1], "update_and_fetch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             small.step(ids[5])
@@ -145,16 +145,16 @@ def test_an_interrupt_inside_a_forward_pass_starts_the_cache_anew(
 
 
 def assert_same_as_fresh(small: SmallModel, prompt_ids: list[int], *, reused: int) -> None:
-    signals, found = small.prefill(prompt_ids)
+    signals, count = small.prefill(prompt_ids)
     fresh = SmallModel(small.model, small.tokenizer, name="fresh")
     expected, _ = fresh.prefill(prompt_ids)
-    assert found == reused
+    assert count == reused
     small.rollback(0)
     assert {layer.offset for layer in small._decoder.cache.layers} == {len(prompt_ids)}
     assert math.isclose(signals.entropy_nats, expected.entropy_nats, abs_tol=1e-4)
 
 
-def test_a_cache_without_offsets_is_reused_when_a_prompt_only_goes_on(small: SmallModel) -> None:
+def test_a_cache_without_offsets_is_reused_when_a_prompt_extends_it(small: SmallModel) -> None:
     from mlx_lm.models.cache import CacheList
 
     small.prefill([5, 6, 7])
@@ -164,7 +164,7 @@ def test_a_cache_without_offsets_is_reused_when_a_prompt_only_goes_on(small: Sma
 
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
-def test_whatever_was_decoded_before_a_prompt_starts_from_its_own_prefix(
+def test_a_prompt_starts_from_its_own_prefix_whatever_was_decoded_before(
     path: Path, data: st.DataObject
 ) -> None:
     small = _shared(path)
@@ -211,11 +211,11 @@ def test_prefill_reports_progress_in_chunks(
     small: SmallModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mlxroute.small.model.PREFILL_STEP_SIZE", 10)
-    seen: list[tuple[int, int | None]] = []
+    reports: list[tuple[int, int | None]] = []
     signals, _ = small.prefill(
-        list(range(3, 34)), progress=lambda label, done, total: seen.append((done, total))
+        list(range(3, 34)), progress=lambda label, done, total: reports.append((done, total))
     )
-    assert seen == [(0, 31), (10, 31), (20, 31), (30, 31), (31, 31)]
+    assert reports == [(0, 31), (10, 31), (20, 31), (30, 31), (31, 31)]
     assert [signals.token_id] == reference_ids(small, list(range(3, 34)), 1, prefill_step_size=10)
 
 
@@ -252,7 +252,7 @@ def test_on_metal_the_weights_are_wired_as_mlx_lm_wires_them(
     assert limits == [12345]
 
 
-def test_memory_is_foretold_for_half_precision_weights(tmp_path: Path) -> None:
+def test_the_memory_of_half_precision_weights_is_predicted(tmp_path: Path) -> None:
     path = make_tiny_model(tmp_path / "h")
     weights = mx.load(str(path / "model.safetensors"))
     assert isinstance(weights, dict)
@@ -328,9 +328,9 @@ def test_an_incomplete_config_is_one_clear_error(tmp_path: Path, key: str | None
             memory_needed(path)
 
 
-def test_a_template_that_refuses_the_conversation_is_one_clear_error(small: SmallModel) -> None:
+def test_a_template_that_rejects_the_conversation_is_one_clear_error(small: SmallModel) -> None:
     small.tokenizer.chat_template = "{{ raise_exception('no system role here') }}"
-    with pytest.raises(UsageError, match=r"tiny refuses .* no system role here"):
+    with pytest.raises(UsageError, match=r"tiny rejects .* no system role here"):
         small.render(ask("hi"))
 
 

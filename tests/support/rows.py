@@ -1,4 +1,4 @@
-"""Hard rows of logits, and what a kernel must say about them, in float64."""
+"""Hard rows of logits, and the signals that a kernel must compute from them, in float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VOCABULARIES = (50_257, 151_936, 262_144)
 
 
 def random_rows(size: int, *, seed: int = 0) -> dict[str, Row]:
-    """Rows like those of language models, and unlike them."""
+    """Return rows like those of language models, and rows unlike them."""
     random = np.random.default_rng(seed)
     masked = random.standard_normal(size) * 3 + 200
     masked[random.random(size) < 0.9] = -math.inf
@@ -33,7 +33,7 @@ def random_rows(size: int, *, seed: int = 0) -> dict[str, Row]:
 
 
 def edge_rows(size: int) -> dict[str, Row]:
-    """Rows that break careless kernels; each is at least one value long."""
+    """Return rows that break careless kernels; `size` is at least 1."""
     random = np.random.default_rng(size)
     rows = {
         "all equal": np.full(size, 3.25),
@@ -59,42 +59,42 @@ def _with(random: np.random.Generator, size: int, value: float, *, count: int) -
 
 
 def check_packed(values: Sequence[float], row: Row, *, where: str, half_ids: bool = False) -> None:
-    """Assert that a packed row says of `row` (as the kernel got it) what float64 says.
+    """Assert that a packed row agrees with float64 about `row`, the kernel's input.
 
-    Order, logits and gaps must be equal; `half_ids` leaves the greedy id to another test, because
-    in half precision it is `mlx_lm`'s.
+    Order, logits and gaps must be equal. `where` names the row in a failure. `half_ids` skips the
+    greedy id, which in half precision is `mlx_lm`'s and has a test of its own.
     """
     exact = np.asarray(row, dtype=np.float64)
     ranked = np.where(np.isnan(exact), -math.inf, exact)
     k = min(TOP_K, exact.size)
     order = np.argsort(-ranked, kind="stable")[:k]
-    got = unpack_signals(values)
-    assert got.top_ids == tuple(order.tolist()), where
+    signals = unpack_signals(values)
+    assert signals.top_ids == tuple(order.tolist()), where
     np.testing.assert_array_equal(values[HEADER_SIZE + k :], ranked[order], err_msg=where)
     if not half_ids:
-        assert got.token_id == order[0], where
+        assert signals.token_id == order[0], where
     flags = LogitFault.NAN * bool(np.isnan(exact).any())
     flags |= LogitFault.POSITIVE_INFINITY * bool(
         ranked.max() == math.inf
     ) | LogitFault.ALL_NEGATIVE_INFINITY * bool(ranked.max() == -math.inf)
-    assert got.flags == flags, where
+    assert signals.flags == flags, where
     if flags & (LogitFault.NAN | LogitFault.ALL_NEGATIVE_INFINITY):
-        assert math.isnan(got.entropy_nats), where
-        assert math.isnan(got.lse) == bool(flags & LogitFault.NAN), where
+        assert math.isnan(signals.entropy_nats), where
+        assert math.isnan(signals.lse) == bool(flags & LogitFault.NAN), where
         return
     lse, logprobs = _logprobs(ranked)
     probs = np.exp(logprobs)
     terms = np.where(probs > 0, logprobs, 0.0)
     entropy = -(probs * terms).sum()
-    assert got.lse == (lse if math.isinf(lse) else _near(lse, 1e-6 * (1 + abs(lse)))), where
-    assert got.entropy_nats == _near(entropy, ENTROPY_BOUND), where
-    assert got.varentropy == _near((probs * (terms + entropy) ** 2).sum(), 1e-4), where
+    assert signals.lse == (lse if math.isinf(lse) else _near(lse, 1e-6 * (1 + abs(lse)))), where
+    assert signals.entropy_nats == _near(entropy, ENTROPY_BOUND), where
+    assert signals.varentropy == _near((probs * (terms + entropy) ** 2).sum(), 1e-4), where
     np.testing.assert_allclose(
-        got.top_logprobs, logprobs[order], rtol=1e-6, atol=1e-5, err_msg=where
+        signals.top_logprobs, logprobs[order], rtol=1e-6, atol=1e-5, err_msg=where
     )
     second = probs[order[1]] if k > 1 else 0.0
-    assert got.margin == _near(probs[order[0]] - second, ENTROPY_BOUND), where
-    assert got.logprob == _near(logprobs[got.token_id], ENTROPY_BOUND), where
+    assert signals.margin == _near(probs[order[0]] - second, ENTROPY_BOUND), where
+    assert signals.logprob == _near(logprobs[signals.token_id], ENTROPY_BOUND), where
 
 
 def _logprobs(ranked: Row) -> tuple[float, Row]:

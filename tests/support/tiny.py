@@ -1,4 +1,4 @@
-"""Model directories with a few thousand random weights, made in a moment."""
+"""Model directories with a few thousand random weights, written in milliseconds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make_tiny_model(
 ) -> Path:
     """Write a random two-layer model and a byte-level tokenizer that `mlx_lm` loads.
 
-    `extra` is what the configuration of this `model_type` holds besides the usual.
+    `context` is the model's limit in tokens; `extra` is added to its configuration.
     """
     import mlx.core as mx
     import mlx.nn as nn
@@ -69,9 +69,9 @@ def make_tiny_model(
 
 
 def teach_days(path: Path) -> None:
-    """Make an untied tiny model write `d` after `s`, so that it continues `Thurs`.
+    """Make an untied tiny model write `d` after `s`, so that it continues `Thurs` with `d`.
 
-    That is all a probe needs to see that a server continues a text.
+    A probe takes that as proof that a server continues a text.
     """
     import mlx.core as mx
 
@@ -79,7 +79,7 @@ def teach_days(path: Path) -> None:
     file = str(path / "model.safetensors")
     weights: dict[str, mx.array] = mx.load(file)  # type: ignore[assignment]
     embedding, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
-    # So large that no layer changes its direction, which is then the head's row for `d`.
+    # So large that no layer changes its direction, which is added to the output row of `d`.
     embedding[vocabulary["s"]] *= 30
     direction = embedding[vocabulary["s"]] * weights["model.norm.weight"]
     head[vocabulary["d"]] += 3 * direction / mx.linalg.norm(direction)
