@@ -1,4 +1,4 @@
-"""The import rule: who may know whom, and what `--help` may load."""
+"""The import rules: which room may import which, no circles, and what `--help` may load."""
 
 from __future__ import annotations
 
@@ -136,8 +136,8 @@ def test_every_wing_of_large_has_a_rule() -> None:
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    found = [" -> ".join(circle) for circle in circles(module_graph())]
-    assert not found, "\n".join(found)
+    paths = [" -> ".join(circle) for circle in circles(module_graph())]
+    assert not paths, "\n".join(paths)
 
 
 def test_no_import_runs_upward() -> None:
@@ -146,8 +146,8 @@ def test_no_import_runs_upward() -> None:
     for module, targets in module_graph().items():
         room = _room(module)
         rooms.setdefault(room, set()).update({_room(name) for name in targets} - {room})
-    found = [" -> ".join(circle) for circle in circles(rooms)]
-    assert not found, "\n".join(found)
+    paths = [" -> ".join(circle) for circle in circles(rooms)]
+    assert not paths, "\n".join(paths)
     assert not [room for room, targets in rooms.items() if room and targets & {"", "cli"}]
 
 

@@ -1,4 +1,4 @@
-"""The local server: starts, refuses with a reason, and never outlives its parent."""
+"""The local server starts, fails with a reason, and never outlives its parent."""
 
 from __future__ import annotations
 
@@ -47,9 +47,11 @@ def eventually(condition: Callable[[], bool]) -> bool:
 
 
 def test_a_started_server_generates_and_leaves_nothing_behind(tiny: Path, tmp_path: Path) -> None:
-    seen: list[tuple[int, int | None]] = []
+    progress_calls: list[tuple[int, int | None]] = []
     with launch(tiny, tmp_path) as server:
-        server.wait_until_ready(progress=lambda label, done, total: seen.append((done, total)))
+        server.wait_until_ready(
+            progress=lambda label, done, total: progress_calls.append((done, total))
+        )
         with LargeModel(server.url) as large:
             assert MlxLm.name in large.connect()
             assert large.model_name == "tiny-model"
@@ -57,13 +59,13 @@ def test_a_started_server_generates_and_leaves_nothing_behind(tiny: Path, tmp_pa
         assert stat.S_IMODE(server.log_path.stat().st_mode) == 0o600
         assert os.getpgid(server.pid) != os.getpgrp()
     assert not child.is_running()
-    assert seen[-1][0] == seen[-1][1]
+    assert progress_calls[-1][0] == progress_calls[-1][1]
     server.close()
     with pytest.raises(requests.ConnectionError):
         requests.get(server.url, timeout=5)
 
 
-def test_a_server_ends_with_its_parent_even_when_that_is_killed(tiny: Path, tmp_path: Path) -> None:
+def test_a_server_ends_with_its_parent_even_if_that_is_killed(tiny: Path, tmp_path: Path) -> None:
     program = (
         "import sys, time; from pathlib import Path\n"
         "from mlxroute.hosting.launcher import LocalServer\n"
@@ -82,7 +84,7 @@ def test_a_server_ends_with_its_parent_even_when_that_is_killed(tiny: Path, tmp_
         child = psutil.Process(pid)
         assert child.is_running()
         parent.send_signal(signal.SIGKILL)
-    # Its new parent may be slow to collect it; a zombie has ended all the same.
+    # Its new parent may be slow to reap it; a zombie has ended too.
     assert eventually(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
 
 
@@ -97,9 +99,7 @@ def test_a_port_in_use_is_one_clear_line(tiny: Path, tmp_path: Path) -> None:
         launch(tiny, tmp_path, port=99999)
 
 
-def test_a_model_that_cannot_be_loaded_says_why_and_where_the_log_is(
-    tiny: Path, tmp_path: Path
-) -> None:
+def test_a_load_failure_names_the_reason_and_the_log(tiny: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in tiny.iterdir():
@@ -127,13 +127,13 @@ def test_a_child_that_dies_while_starting_is_reported(tiny: Path, tmp_path: Path
     assert psutil.Process().children() == []
 
 
-def test_a_start_that_takes_too_long_is_given_up(tiny: Path, tmp_path: Path) -> None:
+def test_a_start_that_takes_too_long_fails(tiny: Path, tmp_path: Path) -> None:
     with launch(tiny, tmp_path) as server, pytest.raises(LaunchError, match=r"in 0\.05 s"):
         server.wait_until_ready(timeout_s=0.05)
     assert psutil.Process().children() == []
 
 
-def test_a_model_too_big_for_the_memory_is_refused_with_both_figures(
+def test_a_model_too_big_for_the_memory_is_refused_with_both_sizes(
     tiny: Path, tmp_path: Path
 ) -> None:
     big = tmp_path / "big"

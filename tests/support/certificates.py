@@ -17,7 +17,7 @@ class Authority:
         self._authority.cert_pem.write_to_path(str(self.bundle))
 
     def server(self, name: str = "127.0.0.1") -> ssl.SSLContext:
-        """What a server needs that claims to be `name`."""
+        """Return the TLS context of a server with a certificate for `name`."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._authority.issue_cert(name).configure_cert(context)
         return context

@@ -1,4 +1,4 @@
-"""A scripted HTTP server on loopback that can also stall, trickle, cut and talk nonsense."""
+"""A scripted HTTP server on loopback that can also stall, trickle, cut and send invalid HTTP."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from weakref import WeakSet
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request as it arrived; `json` of the body is None when it has none."""
+    """A request as it arrived; `json` is None without a body."""
 
     method: str
     path: str
@@ -34,7 +34,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What to answer.
+    """A reply to send.
 
     `raw` replaces the whole reply, status line included; `times` repeats the body. `stall_s` waits
     before the first byte, `byte_every_s` sends one byte at a time, `cut_at` closes the connection
@@ -56,7 +56,7 @@ class Reply:
 
     @staticmethod
     def of(value: object, *, status: int = 200) -> Reply:
-        """A JSON reply."""
+        """Return a JSON reply."""
         return Reply(json.dumps(value).encode(), status=status)
 
 
@@ -64,7 +64,7 @@ class _QuietServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that hangs up is what many tests want."""
+        """Ignore clients that hang up, as many tests make them do."""
 
 
 class Loopback:
@@ -127,7 +127,7 @@ class Loopback:
         self.close()
 
     def close(self) -> None:
-        """Stop at once, also where a reply is still being stalled."""
+        """Stop at once, even while a reply is stalled."""
         self._closing.set()
         self._stop()
 
@@ -143,7 +143,7 @@ class Loopback:
         address = self._server.server_address
         self._stop()
         self.hang_up()
-        # Bound but not listening: refuses, and nobody else gets the port.
+        # Bound but not listening: it refuses, and no other process gets the port.
         with contextlib.ExitStack() as stack:
             placeholder = stack.enter_context(socket.socket())
             placeholder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -160,15 +160,15 @@ class Loopback:
         self._thread.join()
 
     def opened(self, client: socket.socket) -> None:
-        """Take note of a connection."""
+        """Record a connection."""
         self._clients.add(client)
 
     def pause(self, seconds: float) -> None:
-        """Wait, but not beyond `close`."""
+        """Wait, but only until `close`."""
         self._closing.wait(seconds)
 
     def next_reply(self, request: Request) -> Reply:
-        """Record a request and choose its reply."""
+        """Record a request and return its reply."""
         self.requests.append(request)
         return self.script.popleft() if self.script else self.answer(request)
 
@@ -260,7 +260,7 @@ def mlx_lm_reply(
     logprob: float = -0.1,
     usage: dict[str, object] | None = None,
 ) -> Reply:
-    """A completion as `mlx_lm.server` writes it: unsorted, an arbitrary alternative in front."""
+    """Return a completion of `mlx_lm.server`: unsorted, with an arbitrary alternative in front."""
     content = []
     for token_id, piece in tokens:
         chosen = {"id": token_id, "token": piece, "logprob": logprob}

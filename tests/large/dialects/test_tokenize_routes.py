@@ -1,4 +1,4 @@
-"""The tokenise routes of servers: found by a sample text, and asked once for each text."""
+"""Tokenise routes: found by a sample text, and called once for each text."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_routes_of_a_truthful_server_are_found_and_asked_once_for_a_text(fam
     assert tokens.bos_text == ""
 
 
-def test_no_text_has_no_ids_and_no_route_no_tokens() -> None:
+def test_empty_text_has_no_ids_and_a_server_without_routes_no_source() -> None:
     assert find_tokenize_routes(Routes(Truthful("legacy")), model=None) is None
     tokens = find_tokenize_routes(Routes(Truthful("vllm")), model=None)
     assert tokens is not None
@@ -59,7 +59,7 @@ def test_no_text_has_no_ids_and_no_route_no_tokens() -> None:
 
 
 @pytest.mark.parametrize("family", ["vllm", "llama-server"])
-def test_a_route_that_lies_about_a_sample_is_not_used(family: str) -> None:
+def test_a_route_that_encodes_the_sample_wrongly_is_not_used(family: str) -> None:
     honest = Truthful(family)
 
     def other_ids(request: Request) -> Any:
@@ -74,7 +74,7 @@ def test_a_route_that_lies_about_a_sample_is_not_used(family: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [None, [], ["7"], [-1], [1.5], {"a": 1}, "ids"])
-def test_ids_that_are_none_are_a_route_that_is_not_used(tokens: object) -> None:
+def test_a_route_that_returns_invalid_ids_is_not_used(tokens: object) -> None:
     def nonsense(path: str, body: Mapping[str, object]) -> Mapping[str, object]:
         return {"tokens": tokens, "content": "Hello world"}
 
@@ -82,8 +82,8 @@ def test_ids_that_are_none_are_a_route_that_is_not_used(tokens: object) -> None:
 
 
 @pytest.mark.parametrize("drops", [True, False])
-def test_a_route_that_begins_every_text_with_a_space_gives_ids_without_it(drops: bool) -> None:
-    """As SentencePiece tokenizers do; their detokenise routes may take it away again."""
+def test_a_space_that_a_route_adds_before_every_text_is_left_out(drops: bool) -> None:
+    """SentencePiece tokenizers add it; their detokenise routes may remove it again."""
     honest = Truthful("vllm")
 
     def prefixed(request: Request) -> Any:

@@ -1,4 +1,4 @@
-"""When a server is left alone, and how it is found to be back."""
+"""When the circuit breaker pauses the calls, and how a probe ends the pause."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DOWN = LargeUnreachable("nobody there")
 
 
 class Circuit:
-    """A breaker on a clock of its own, and the calls that came through."""
+    """A breaker on a clock of its own; counts the calls it admits."""
 
     def __init__(self) -> None:
         self.clock = FakeClock()
@@ -41,7 +41,7 @@ class Circuit:
         self.calls = 0
 
     def ask(self, error: BaseException | None = None, *, fragment: bool = False) -> str:
-        """How a call ended: the name of its error, or nothing."""
+        """Make a call; return the name of its error, or an empty text."""
         try:
             with self.breaker.guard(fragment=fragment):
                 self.calls += 1
@@ -75,14 +75,14 @@ def test_a_success_between_failures_keeps_the_calls_going() -> None:
     assert circuit.calls == 7
 
 
-def test_after_a_pause_one_call_finds_out_and_its_success_ends_the_pause() -> None:
+def test_after_a_pause_one_probe_is_admitted_and_its_success_ends_the_pause() -> None:
     circuit = Circuit()
     circuit.open()
     circuit.clock.now += 4.9
     assert circuit.ask() == "LargeUnavailable"
     circuit.clock.now += 0.2
     with circuit.breaker.guard():
-        # While it is under way no other call goes through.
+        # No other call is admitted while it is in flight.
         assert circuit.ask() == "LargeUnavailable"
     assert [circuit.ask(), circuit.ask(DOWN), circuit.ask(DOWN), circuit.ask()] == [
         *("", "LargeUnreachable", "LargeUnreachable", "")
@@ -107,7 +107,7 @@ def test_pauses_double_up_to_five_minutes_and_begin_anew_after_a_success() -> No
 
 
 @pytest.mark.parametrize("status", [401, 402, 403, 404])
-def test_a_refusal_that_takes_a_person_to_heal_makes_the_longest_pause(status: int) -> None:
+def test_a_permanent_refusal_makes_the_longest_pause(status: int) -> None:
     circuit = Circuit()
     circuit.open(LargeRefused("no", status=status))
     circuit.clock.now += 299
@@ -116,13 +116,13 @@ def test_a_refusal_that_takes_a_person_to_heal_makes_the_longest_pause(status: i
     assert circuit.ask() == ""
 
 
-def test_a_server_that_says_when_is_left_alone_until_then_but_not_for_days() -> None:
+def test_a_retry_after_sets_the_pause_up_to_an_hour() -> None:
     circuit = Circuit()
     circuit.ask(LargeRefused("busy", status=429, retry_after_s=20.0))
     circuit.clock.now += 19
     assert circuit.ask() == "LargeUnavailable"
     circuit.clock.now += 1
-    # The first call after any pause decides, however few failures there were before it.
+    # The probe after any pause decides alone, however few failures came before.
     assert circuit.ask(DOWN) == "LargeUnreachable"
     assert circuit.ask() == "LargeUnavailable"
     circuit.clock.now += 10
@@ -131,7 +131,7 @@ def test_a_server_that_says_when_is_left_alone_until_then_but_not_for_days() -> 
     assert circuit.ask() == ""
 
 
-def test_an_unfit_reply_inside_a_character_says_nothing_about_the_server() -> None:
+def test_a_misfit_inside_a_character_does_not_count_as_a_failure() -> None:
     circuit, unfit = Circuit(), LargeProtocolError("another character")
     for _ in range(5):
         circuit.ask(unfit, fragment=True)
@@ -141,7 +141,7 @@ def test_an_unfit_reply_inside_a_character_says_nothing_about_the_server() -> No
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt(), LargeUnavailable("not now")])
-def test_a_call_without_an_outcome_leaves_the_next_one_to_find_out(end: BaseException) -> None:
+def test_a_probe_without_an_outcome_leaves_the_probing_to_the_next_call(end: BaseException) -> None:
     circuit = Circuit()
     circuit.open()
     circuit.clock.now += 5
@@ -158,7 +158,7 @@ def test_a_call_from_before_the_pause_does_not_lengthen_it() -> None:
     assert circuit.ask() == ""
 
 
-def test_the_breaker_spans_the_calls_of_a_large_model() -> None:
+def test_all_calls_of_a_large_model_share_a_breaker() -> None:
     with (
         Loopback(lambda request: Reply(b"{}")) as server,
         settled(LargeModel(server.url, model="m")) as large,
@@ -174,7 +174,7 @@ def test_the_breaker_spans_the_calls_of_a_large_model() -> None:
         assert len(server.requests) == made
 
 
-def test_a_bad_key_is_tried_three_times_and_not_at_every_position() -> None:
+def test_a_wrong_key_is_tried_three_times_not_at_every_position() -> None:
     with (
         Loopback(lambda request: Reply(b'{"error": "bad key"}', status=401)) as server,
         LargeModel(server.url, model="m", api_key="sk-secret") as large,
@@ -189,7 +189,7 @@ def test_a_bad_key_is_tried_three_times_and_not_at_every_position() -> None:
     assert made[0] < made[1] == made[2] == made[3]
 
 
-def test_terms_that_keep_failing_are_settled_anew_within_a_call() -> None:
+def test_a_dialect_that_keeps_failing_is_negotiated_again_within_a_call() -> None:
     wrong = [Reply(b'{"choices": [{"text": "a"'), Reply(b'{"error": "no such route"}', status=404)]
 
     def play(request: Request) -> Reply:

@@ -57,7 +57,7 @@ def server() -> Iterator[Loopback]:
         (b'{"error": "' + b"x" * 5000 + b'"}', "x" * 299 + "…"),
     ],
 )
-def test_an_error_says_what_the_server_said_in_one_clean_line(
+def test_an_error_quotes_the_server_in_one_clean_line(
     server: Loopback, body: bytes, said: str
 ) -> None:
     with pytest.raises(LargeRefused) as caught:
@@ -102,7 +102,7 @@ def test_an_error_with_status_200_is_an_error(server: Loopback) -> None:
         b'{"choices": ' + b"9" * 10_000 + b"}",
     ],
 )
-def test_a_reply_that_is_no_completion_is_a_protocol_error(server: Loopback, body: bytes) -> None:
+def test_a_malformed_completion_is_a_protocol_error(server: Loopback, body: bytes) -> None:
     with pytest.raises(LargeProtocolError):
         ask_once(server, Reply(body))
 
@@ -111,7 +111,7 @@ HUGE = "-1" + "0" * 400
 
 
 @pytest.mark.parametrize("value", ["NaN", "0.5", "-Infinity", HUGE, '"-1"', "null", "true"])
-def test_a_logprob_that_is_no_probability_is_a_protocol_error(server: Loopback, value: str) -> None:
+def test_an_invalid_logprob_is_a_protocol_error(server: Loopback, value: str) -> None:
     body = mlx_lm_reply([(THE, "Ġthe"), (2, "a")]).body.replace(b"-0.1", value.encode())
     body = body.replace(b"-7.0", b"-Infinity")
     with pytest.raises(LargeProtocolError):
@@ -119,13 +119,13 @@ def test_a_logprob_that_is_no_probability_is_a_protocol_error(server: Loopback, 
 
 
 @pytest.mark.parametrize("identity", [-1, 2**40, 1.5, "7", None, True])
-def test_an_id_that_is_none_is_a_protocol_error(server: Loopback, identity: object) -> None:
-    reply = mlx_lm_reply([(identity, "Ġthe"), (2, "a")])  # type: ignore[list-item]
+def test_an_invalid_id_is_a_protocol_error(server: Loopback, token_id: object) -> None:
+    reply = mlx_lm_reply([(token_id, "Ġthe"), (2, "a")])  # type: ignore[list-item]
     with pytest.raises(LargeProtocolError):
         ask_once(server, reply, dialect=MlxLm())
 
 
-def test_a_server_that_is_not_there_is_unreachable_at_once() -> None:
+def test_a_missing_server_is_unreachable_at_once() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
@@ -134,7 +134,7 @@ def test_a_server_that_is_not_there_is_unreachable_at_once() -> None:
     assert str(caught.value) == f"no connection to {url}/v1 (Connection refused)"
 
 
-def test_a_server_that_cuts_the_reply_is_unreachable(server: Loopback) -> None:
+def test_a_connection_cut_in_mid_reply_is_unreachable(server: Loopback) -> None:
     reply = Reply.of(legacy("a"))
     for cut_at in (0, 10, 150):
         server.script.clear()
@@ -174,14 +174,14 @@ def test_no_time_left_is_a_timeout_without_a_call(server: Loopback) -> None:
 
 
 @pytest.mark.parametrize("declared", [True, False])
-def test_a_reply_without_end_is_cut_off(server: Loopback, declared: bool) -> None:
+def test_an_endless_reply_is_cut_off(server: Loopback, declared: bool) -> None:
     body = b" " * (3 << 20)
     head = b"HTTP/1.1 200 OK\r\n" + (b"Content-Length: %d\r\n\r\n" % len(body) if declared else b"")
     with pytest.raises(LargeProtocolError, match="longer than"):
         ask_once(server, Reply(raw=head + (b"" if declared else b"\r\n") + body))
 
 
-def test_compression_is_not_asked_for_and_not_unpacked(server: Loopback) -> None:
+def test_compression_is_neither_requested_nor_unpacked(server: Loopback) -> None:
     bomb = gzip.compress(b" " * (50 << 20))
     with pytest.raises(LargeProtocolError, match="compressed"):
         ask_once(server, Reply(bomb, headers={"Content-Encoding": "gzip"}))
@@ -197,7 +197,7 @@ def test_compression_is_not_asked_for_and_not_unpacked(server: Loopback) -> None
         ("http://[oops", "an invalid URL"),
     ],
 )
-def test_a_redirect_is_refused_and_its_target_named(
+def test_a_redirect_is_an_error_that_names_its_target(
     server: Loopback, location: str, target: str
 ) -> None:
     with pytest.raises(LargeRefused) as caught:
@@ -216,7 +216,7 @@ def test_the_body_of_a_redirect_is_not_read(server: Loopback) -> None:
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_nonsense_on_the_wire_is_a_large_error(server: Loopback, raw: bytes) -> None:
+def test_invalid_http_is_a_large_error(server: Loopback, raw: bytes) -> None:
     with pytest.raises(LargeError):
         ask_once(server, Reply(raw=raw), timeout_s=5)
 
@@ -256,7 +256,7 @@ def test_any_change_to_a_reply_gives_a_token_or_a_large_error(
         assert "\ufffd" not in token.text
 
 
-def test_an_interrupt_passes_through_and_the_connection_is_not_used_again(
+def test_an_interrupt_propagates_and_the_connection_is_not_reused(
     server: Loopback,
 ) -> None:
     server.script.extend([Reply(stall_s=30), Reply.of(legacy("a"))])

@@ -1,4 +1,4 @@
-"""Which failures are tried again and when; connections kept, threads ended."""
+"""Retries of transient failures; connections are reused, and threads end."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ def server() -> Iterator[Loopback]:
         yield loopback
 
 
-# What to try again, and when
+# Transient failures and pauses
 
 
 @pytest.mark.parametrize(
-    ("status", "passing"),
+    ("status", "transient"),
     [
         *((status, True) for status in (408, 429, 500, 502, 503, 504, 529)),
         *((status, False) for status in (200, 204, 400, 401, 403, 404, 409, 422, 501, 505, 600)),
     ],
 )
-def test_only_statuses_that_ask_for_patience_pass(status: int, passing: bool) -> None:
-    assert retry.is_transient_status(status) is passing
+def test_transient_statuses(status: int, transient: bool) -> None:
+    assert retry.is_transient_status(status) is transient
 
 
 @pytest.mark.parametrize(
-    ("cause", "passing"),
+    ("cause", "transient"),
     [
         *((kind(), True) for kind in (ConnectionRefusedError, ConnectionResetError)),
         *((error, True) for error in (BrokenPipeError(), RemoteDisconnected(""))),
@@ -69,15 +69,15 @@ def test_only_statuses_that_ask_for_patience_pass(status: int, passing: bool) ->
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
 )
-def test_only_a_lost_connection_passes_however_deep_it_is_wrapped(
-    cause: Exception, passing: bool
+def test_a_lost_connection_is_transient_however_deep_it_is_wrapped(
+    cause: Exception, transient: bool
 ) -> None:
     wrapped = requests.ConnectionError("wrapped")
     wrapped.__context__ = cause
-    assert retry.is_transient_error(wrapped) is passing
+    assert retry.is_transient_error(wrapped) is transient
 
 
-def test_pauses_grow_to_a_cap_and_half_of_each_is_chance() -> None:
+def test_pauses_grow_to_a_cap_and_half_of_each_is_random() -> None:
     assert list(retry.backoff_s(lambda: 1.0)) == [0.1, 0.4, 1.0]
     assert list(retry.backoff_s(lambda: 0.0)) == [0.05, 0.2, 0.5]
 
@@ -107,7 +107,7 @@ def test_any_retry_after_gives_a_finite_number_of_seconds(value: str) -> None:
 
 
 class Waits:
-    """A sleep that only moves a clock."""
+    """A sleep that only advances a clock."""
 
     def __init__(self) -> None:
         self.clock = FakeClock()
@@ -119,7 +119,7 @@ class Waits:
 
 
 def call(url: str, waits: Waits, *, seconds: float = 30.0) -> int:
-    """One call; the status of its last reply."""
+    """Make one call; return the status of its last reply."""
     transport = Transport(parse_address(url), sleep=waits, random=lambda: 1.0)
     try:
         deadline = Deadline(seconds, clock=waits.clock)
@@ -139,7 +139,9 @@ def call(url: str, waits: Waits, *, seconds: float = 30.0) -> int:
     ],
     ids=lambda reply: f"{reply.status} cut {reply.cut_at} reset {reply.reset}",
 )
-def test_a_passing_failure_is_repeated_with_the_same_body(server: Loopback, failure: Reply) -> None:
+def test_a_transient_failure_is_retried_with_the_same_body(
+    server: Loopback, failure: Reply
+) -> None:
     server.script.extend([failure, failure, Reply()])
     waits = Waits()
     assert call(server.url, waits) == 200
@@ -155,7 +157,7 @@ def test_any_other_reply_is_final(server: Loopback, status: int) -> None:
     assert len(server.requests) == 1
 
 
-def test_a_refused_connection_is_tried_again_and_then_unreachable(server: Loopback) -> None:
+def test_a_refused_connection_is_retried_and_then_unreachable(server: Loopback) -> None:
     waits = Waits()
     with server.gone(), pytest.raises(LargeUnreachable, match="Connection refused"):
         call(server.url, waits)
@@ -164,13 +166,13 @@ def test_a_refused_connection_is_tried_again_and_then_unreachable(server: Loopba
     assert call(server.url, waits) == 200
 
 
-def test_the_last_reply_of_a_server_that_stays_unwell_is_returned(server: Loopback) -> None:
+def test_after_the_last_retry_the_failed_reply_is_returned(server: Loopback) -> None:
     server.script.extend([Reply(status=500), *[Reply(status=503)] * retry.RETRIES])
     assert call(server.url, Waits()) == 503
     assert len(server.requests) == 1 + retry.RETRIES
 
 
-def test_a_read_timeout_is_not_repeated(server: Loopback) -> None:
+def test_a_read_timeout_is_not_retried(server: Loopback) -> None:
     server.script.append(Reply(stall_s=30))
     transport = Transport(parse_address(server.url))
     with pytest.raises(LargeTimeout):
@@ -178,13 +180,13 @@ def test_a_read_timeout_is_not_repeated(server: Loopback) -> None:
     assert len(server.requests) == 1
 
 
-def test_a_reply_that_cannot_be_trusted_is_not_repeated(server: Loopback) -> None:
+def test_a_malformed_reply_is_not_retried(server: Loopback) -> None:
     with pytest.raises(LargeProtocolError):
         ask_once(server, Reply(b"{}"))
     assert len(server.requests) == 1
 
 
-def test_no_pause_reaches_past_the_deadline(server: Loopback) -> None:
+def test_no_pause_exceeds_the_deadline(server: Loopback) -> None:
     server.script.extend([Reply(status=503)] * 3)
     waits = Waits()
     assert call(server.url, waits, seconds=0.5) == 503
@@ -192,7 +194,7 @@ def test_no_pause_reaches_past_the_deadline(server: Loopback) -> None:
     assert waits.clock.now < 0.5
 
 
-def test_a_retry_after_that_fits_is_waited_for(server: Loopback) -> None:
+def test_a_retry_after_within_the_deadline_is_waited_for(server: Loopback) -> None:
     date = format_datetime(datetime.fromtimestamp(time.time() + 20, UTC), usegmt=True)
     server.script.append(Reply(status=429, headers={"Retry-After": "7"}))
     server.script.append(Reply(status=503, headers={"Retry-After": date}))
@@ -200,11 +202,11 @@ def test_a_retry_after_that_fits_is_waited_for(server: Loopback) -> None:
     waits = Waits()
     assert call(server.url, waits) == 200
     assert waits.seconds[0] == 7.0
-    # A date has whole seconds, and some time passes until it is read.
+    # A date has whole seconds, and some time passes before it is read.
     assert 0.4 < waits.seconds[1] <= 20.0
 
 
-def test_a_retry_after_beyond_the_deadline_fails_at_once_and_is_told(server: Loopback) -> None:
+def test_a_retry_after_beyond_the_deadline_fails_at_once_and_is_reported(server: Loopback) -> None:
     server.script.append(
         Reply(b'{"error": "slow down"}', status=429, headers={"Retry-After": "1800"})
     )
@@ -214,13 +216,13 @@ def test_a_retry_after_beyond_the_deadline_fails_at_once_and_is_told(server: Loo
         assert str(caught.value).endswith(
             "answered 429: slow down; it asks to be called again in 1,800 s"
         )
-        # A server that says when is taken at its word.
+        # The breaker pauses for as long.
         with pytest.raises(LargeUnavailable, match=r"not asked for another 1[78]\d\d s"):
             large.next_token(context("x", VOCABULARY))
     assert len(server.requests) == 1
 
 
-def test_a_token_says_what_failed_attempts_cost_it(
+def test_a_token_reports_the_time_lost_to_failed_attempts(
     server: Loopback, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retry, "_FIRST_PAUSE_S", 0.02)
@@ -262,7 +264,7 @@ def test_one_connection_serves_many_calls_and_retries(
     assert server.connections == 1
 
 
-def our_threads() -> list[threading.Thread]:
+def exchange_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "mlxroute-exchange"]
 
 
@@ -275,18 +277,18 @@ def our_threads() -> list[threading.Thread]:
     ],
     ids=["slow body", "slow body of HTTP/1.0", "slow header"],
 )
-def test_the_thread_of_a_call_given_up_ends_with_it(server: Loopback, reply: Reply) -> None:
+def test_the_thread_of_a_timed_out_exchange_ends(server: Loopback, reply: Reply) -> None:
     server.script.append(reply)
     transport = Transport(parse_address(server.url))
     with pytest.raises(LargeTimeout):
         transport.call("/completions", body=b"{}", deadline=Deadline(0.3))
-    for thread in our_threads():
-        # Each byte comes in time for its own read; unbroken, all of them take half a minute.
+    for thread in exchange_threads():
+        # Each byte is in time for its own read; unaborted, all of them take half a minute.
         thread.join(10)
         assert not thread.is_alive()
 
 
-def test_calls_that_cannot_be_ended_are_few(
+def test_the_number_of_hanging_exchanges_is_bounded(
     server: Loopback, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     released = threading.Event()
@@ -299,21 +301,21 @@ def test_calls_that_cannot_be_ended_are_few(
     monkeypatch.setattr(socket, "getaddrinfo", slow)
     server.script.append(Reply())
     transport = Transport(parse_address(server.url))
-    before = len(our_threads())
+    before = len(exchange_threads())
     try:
         for attempt in range(12):
             kind = LargeTimeout if attempt < 4 else LargeUnavailable
             with pytest.raises(kind):
                 transport.call("/completions", body=b"{}", deadline=Deadline(0.02))
-        assert len(our_threads()) == before + 4
+        assert len(exchange_threads()) == before + 4
     finally:
         released.set()
-    for thread in our_threads():
+    for thread in exchange_threads():
         thread.join(10)
     assert server.requests == []
     assert transport.call("/completions", body=b"{}", deadline=Deadline(30)).status == 200
 
 
-def test_a_token_longer_than_any_vocabulary_has_is_refused(server: Loopback) -> None:
+def test_a_token_longer_than_in_any_vocabulary_is_refused(server: Loopback) -> None:
     with pytest.raises(LargeProtocolError, match="10,000 characters as one token"):
         ask_once(server, legacy("a" * 10_000))

@@ -1,4 +1,4 @@
-"""A key that is used shows in nothing a command writes, nor in the list of processes."""
+"""The API key appears in no output of a command and not in the process list."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KEY = "sk-do-not-show-77aa"
 
 
 @pytest.mark.parametrize("form", ["--json", "--strict"])
-def test_the_key_of_a_command_is_seen_by_the_server_alone(tmp_path: Path, form: str) -> None:
+def test_only_the_server_sees_the_key_of_a_command(tmp_path: Path, form: str) -> None:
     commands: list[str] = []
     played: list[Request] = []
 

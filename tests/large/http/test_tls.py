@@ -1,4 +1,4 @@
-"""Certificates: always verified, by the public authorities or by those of --ca-bundle."""
+"""Certificates are always verified, by the public authorities or by those of `ca_bundle`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def answer(request: Request) -> Reply:
     return Reply.of(legacy("a"))
 
 
-def test_a_private_authority_is_trusted_when_named_and_its_connection_kept(
+def test_a_private_authority_is_trusted_if_named_and_its_connection_reused(
     authority: Authority,
 ) -> None:
     with (
@@ -38,13 +38,13 @@ def test_a_private_authority_is_trusted_when_named_and_its_connection_kept(
         assert server.connections == 1
 
 
-def test_a_named_bundle_holds_against_one_of_the_environment(
+def test_a_named_bundle_overrides_that_of_the_environment(
     authority: Authority, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(Authority(tmp_path).bundle))
     monkeypatch.setenv("no_proxy", "*")
     look_up = socket.getaddrinfo
-    # The environment counts for servers elsewhere, so this machine gets such a name.
+    # The environment applies to servers elsewhere only, so this machine gets another name.
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest: look_up("127.0.0.1", *rest))
     with Loopback(answer, tls=authority.server("server.example")) as server:
         url = server.url.replace("127.0.0.1", "server.example")
@@ -67,7 +67,7 @@ def test_a_certificate_that_does_not_verify_is_an_error_and_sends_nothing(
     assert "certificate verify failed" in str(caught.value)
     assert "ca_bundle" in str(caught.value)
     assert server.requests == []
-    # It is not a fault that passes.
+    # The failure is not transient.
     assert server.connections == 1
 
 
@@ -80,7 +80,7 @@ def test_a_certificate_that_does_not_verify_is_an_error_and_sends_nothing(
         (b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "holds no certificate"),
     ],
 )
-def test_a_bundle_that_is_none_is_one_clear_line_and_exit_code_2(
+def test_an_invalid_bundle_is_one_clear_line_and_exit_code_2(
     tmp_path: Path, content: bytes | None, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "bundle.pem"
@@ -93,6 +93,6 @@ def test_a_bundle_that_is_none_is_one_clear_line_and_exit_code_2(
     assert captured.out == ""
 
 
-def test_a_folder_is_no_bundle(tmp_path: Path) -> None:
+def test_a_folder_is_not_a_bundle(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="ca_bundle"):
         LargeModel("https://host/v1", ca_bundle=tmp_path)

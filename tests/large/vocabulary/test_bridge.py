@@ -1,4 +1,4 @@
-"""Any text that a large model may write arrives unchanged in three real small vocabularies."""
+"""Any text of a large model arrives unchanged in three real small vocabularies."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from tests.support import real_vocabularies
 from tests.support.real_vocabularies import ANY_TEXT
 from tests.support.vocabularies import TableVocabulary
 
-# As many tokens as the client asks for at most to see a character whole.
-MOST_PARTS = 6
+# The most tokens that the client asks for to complete a character.
+MAX_PARTS = 6
 SMALL = {
     "smollm2": real_vocabularies.smollm2,
     "qwen": real_vocabularies.qwen,
     "mistral": real_vocabularies.mistral,
 }
 _CHARACTER_OF = {byte: char for char, byte in BYTE_OF.items()}
-# A name in brackets alone is taken for a control token where nothing but its name is known, and
-# the replacement character for part of a character where nothing but text is.
+# Where only text is known, a name in brackets reads as a control token, and the replacement
+# character as part of a character.
 NO_BRACKETS = ANY_TEXT.map(lambda text: re.sub("[<\\[\ufffd]", "", text))
 CUTS = st.lists(st.integers(0, 60), max_size=12)
 
 
 def cut(text: str, at: Sequence[int]) -> list[bytes]:
-    """The bytes of a text cut at these places, no character into more than four pieces."""
+    """Cut the bytes of a text at these places, no character into more than four pieces."""
     data, ends = text.encode(), []
     whole = {len(text[:count].encode()) for count in range(len(text) + 1)}
     begun = 0
@@ -50,15 +50,15 @@ def cut(text: str, at: Sequence[int]) -> list[bytes]:
 def translated(
     tokens: Sequence[ReplyToken], small: TokenVocabulary, reader: TokenReader, *, same: bool = False
 ) -> tuple[int, ...]:
-    """What becomes of large tokens asked for one call at a time, as the client does."""
+    """Translate large tokens one call at a time, as the client does."""
     bridge = Bridge(reader, small, same_vocabulary=same)
     ids: list[int] = []
-    entries = [ReplyPosition(token) for token in tokens]
-    reader.learn(entries)
+    positions = [ReplyPosition(token) for token in tokens]
+    reader.learn(positions)
     at = 0
-    while at < len(entries):
-        for count in range(1, MOST_PARTS + 1):
-            read = entries[at : at + count]
+    while at < len(positions):
+        for count in range(1, MAX_PARTS + 1):
+            read = positions[at : at + count]
             bridged = bridge.first_token(read, _served(read))
             if bridged is not None:
                 break
@@ -67,22 +67,22 @@ def translated(
         data = b"".join(map(small.token_bytes, bridged.token_ids))
         assert same or bridged.text.encode() == data
         ids.extend(bridged.token_ids)
-        at += _tokens_in(data, entries[at:])
+        at += _tokens_in(data, positions[at:])
     return tuple(ids)
 
 
-def _served(entries: Sequence[ReplyPosition]) -> str:
-    return b"".join(_BYTES[entry.token] for entry in entries).decode(errors="replace")
+def _served(positions: Sequence[ReplyPosition]) -> str:
+    return b"".join(_BYTES[position.token] for position in positions).decode(errors="replace")
 
 
 _BYTES: dict[ReplyToken, bytes] = {}
 
 
-def _tokens_in(data: bytes, entries: Sequence[ReplyPosition]) -> int:
-    """How many of the tokens are just these bytes."""
+def _tokens_in(data: bytes, positions: Sequence[ReplyPosition]) -> int:
+    """Return how many of the tokens are exactly these bytes."""
     size = 0
-    for count, entry in enumerate(entries, start=1):
-        size += len(_BYTES[entry.token])
+    for count, position in enumerate(positions, start=1):
+        size += len(_BYTES[position.token])
         if size == len(data):
             return count
     raise AssertionError("the small ids end inside a large token")
@@ -140,7 +140,7 @@ def test_text_in_sentencepiece_pieces_arrives(
     tokens = []
     for part in cut(text, at):
         shown = part.decode(errors="ignore")
-        # What is no whole text, or holds the mark for a space, comes byte by byte.
+        # Parts of characters, and text with the space mark itself, come byte by byte.
         if shown.encode() == part and "▁" not in shown:
             tokens.append(named(ReplyToken(piece=shown.replace(" ", "▁")), part))
         else:
@@ -165,7 +165,7 @@ def test_text_in_ids_of_a_known_vocabulary_arrives(
 
 @given(text=ANY_TEXT)
 @settings(max_examples=40, deadline=None)
-def test_ids_of_the_same_vocabulary_pass_through_as_they_are(
+def test_ids_of_the_same_vocabulary_pass_through_unchanged(
     small: TokenVocabulary, text: str
 ) -> None:
     ids = small.encode(text)
@@ -177,10 +177,10 @@ def test_ids_of_the_same_vocabulary_pass_through_as_they_are(
 
 @given(text=NO_BRACKETS, at=CUTS)
 @settings(max_examples=40, deadline=None)
-def test_where_fragments_have_no_bytes_the_servers_own_reading_does(
+def test_fragments_without_bytes_are_read_from_the_servers_own_decoding(
     small: TokenVocabulary, text: str, at: list[int]
 ) -> None:
-    """A text-only server: part of a character is nothing, or the replacement character."""
+    """On a text-only server a fragment is empty text or the replacement character."""
     tokens = []
     for number, part in enumerate(cut(text, at)):
         shown = part.decode(errors="replace" if number % 2 else "ignore")
@@ -195,31 +195,35 @@ def test_a_character_that_the_small_vocabulary_lacks_is_refused() -> None:
         bridge.first_token([ReplyPosition(ReplyToken(data="a\U00040000".encode()))], "")
 
 
-def test_a_token_that_leaves_a_character_begun_waits_for_its_end() -> None:
+def test_a_token_that_ends_inside_a_character_waits_for_the_rest() -> None:
     small = TableVocabulary(["a", "Ã©"])
     bridge = Bridge(TokenReader(), small, same_vocabulary=False)
     first = ReplyPosition(ReplyToken(data=b"a\xc3", token_id=70))
     second = ReplyPosition(ReplyToken(data=b"\xa9", token_id=71))
     third = ReplyPosition(ReplyToken(data=b"a", token_id=72))
     assert bridge.first_token([first], "a\ufffd") is None
-    found = bridge.first_token([first, second, third], "aéa")
-    assert found is not None
-    assert (found.text, found.token_ids, found.large_ids) == ("aé", small.encode("aé"), (70, 71))
+    bridged = bridge.first_token([first, second, third], "aéa")
+    assert bridged is not None
+    assert (bridged.text, bridged.token_ids, bridged.large_ids) == (
+        "aé",
+        small.encode("aé"),
+        (70, 71),
+    )
 
 
-def test_of_the_same_vocabulary_the_ends_id_is_kept_and_otherwise_it_is_the_small_models() -> None:
+def test_an_end_token_keeps_its_id_only_in_the_same_vocabulary() -> None:
     small = TableVocabulary(["a"])
     for same, token_id, piece in [(True, 1, None), (False, 500, "</s>"), (False, 1, "<|im_end|>")]:
         bridge = Bridge(TokenReader(), small, same_vocabulary=same)
-        found = bridge.first_token(
+        bridged = bridge.first_token(
             [ReplyPosition(ReplyToken(token_id=token_id, piece=piece), ends=not same)], ""
         )
-        assert found is not None
-        assert (found.is_eos, found.token_ids, found.text) == (True, (1,), "")
-        assert found.large_ids == (token_id,)
+        assert bridged is not None
+        assert (bridged.is_eos, bridged.token_ids, bridged.text) == (True, (1,), "")
+        assert bridged.large_ids == (token_id,)
 
 
-def test_an_end_behind_part_of_a_character_is_no_text() -> None:
+def test_an_end_after_a_fragment_does_not_complete_it() -> None:
     bridge = Bridge(TokenReader(), TableVocabulary(["a"]), same_vocabulary=False)
     part, end = (
         ReplyPosition(ReplyToken(data=b"\xc3")),
@@ -229,7 +233,7 @@ def test_an_end_behind_part_of_a_character_is_no_text() -> None:
     assert bridge.first_token([ReplyPosition(ReplyToken()), end], "x") is None
 
 
-def test_a_special_token_behind_part_of_a_character_is_named() -> None:
+def test_a_special_token_after_a_fragment_is_an_error_that_names_it() -> None:
     bridge = Bridge(TokenReader(), TableVocabulary(["a"]), same_vocabulary=False)
     part, special = (
         ReplyPosition(ReplyToken(data=b"\xc3")),
@@ -248,6 +252,6 @@ def test_alternatives_are_shown_by_bytes_names_or_ids() -> None:
         ReplyToken(text="b"),
     )
     bridge = Bridge(TokenReader(), TableVocabulary(["a"]), same_vocabulary=False)
-    found = bridge.first_token([ReplyPosition(ReplyToken(data=b"a"), top)], "a")
-    assert found is not None
-    assert found.top == (("a", -0.1), (r"\xc3", -1.0), ("", -2.0), ("#77", -3.0))
+    bridged = bridge.first_token([ReplyPosition(ReplyToken(data=b"a"), top)], "a")
+    assert bridged is not None
+    assert bridged.top == (("a", -0.1), (r"\xc3", -1.0), ("", -2.0), ("#77", -3.0))

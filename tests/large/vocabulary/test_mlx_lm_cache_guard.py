@@ -1,4 +1,4 @@
-"""No request may equal a sequence that `mlx_lm.server` has cached: it would be its last."""
+"""No request may equal a sequence that `mlx_lm.server` has cached: that would crash it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mlxroute.large.vocabulary.mlx_lm_cache_guard import MlxLmCacheGuard, Usage
 from mlxroute.sequences import common_prefix_length
 from tests.support.vocabularies import TableVocabulary, context
 
-# No piece begins another, so a text has one tokenisation; "Ã" and "©" are the halves of "é".
+# No piece is a prefix of another, so a text has one tokenisation; "Ã" and "©" are the halves of "é".
 PIECES = ["a", "b", "Ġc", "dd", "Ã", "©"]
 VOCABULARY = TableVocabulary(PIECES)
 IDS = [VOCABULARY.id_of(piece) for piece in PIECES]
@@ -23,7 +23,7 @@ Ids = tuple[int, ...]
 
 @dataclass
 class Server:
-    """The part of `mlx_lm.server` that matters: what it has cached, and when it dies."""
+    """A model of `mlx_lm.server`: what it has cached, and when it crashes."""
 
     seed: int
     trims: bool
@@ -36,7 +36,7 @@ class Server:
         return IDS[hash((self.seed, ids)) % 5]
 
     def reusable(self, prompt: Ids) -> int:
-        """How many of a prompt's tokens need no computing."""
+        """Return how many of a prompt's tokens come from the cache."""
         if self.trims:
             shared = max((common_prefix_length(other, prompt) for other in self.cached), default=0)
             return min(shared, len(prompt) - 1)
@@ -56,25 +56,25 @@ class Server:
         return ids[len(prompt) :]
 
 
-def escalate(server: Server, sent: MlxLmCacheGuard, path: Ids, *, lost: bool) -> int | None:
-    """Ask for the token after `path` as the client does; None when the reply is not the path."""
+def escalate(server: Server, guard: MlxLmCacheGuard, path: Ids, *, lost: bool) -> int | None:
+    """Ask for the token after `path` as the client does; None if the reply leaves the path."""
     fragment = path[-1:] if path[-1] == OPEN_HALF else ()
     text = b"".join(map(VOCABULARY.token_bytes, path[: len(path) - len(fragment)])).decode()
-    wanted = context(
+    position_context = context(
         text, VOCABULARY, answer=path[: len(path) - len(fragment)], fragment_ids=fragment
     )
-    prompt, repeated = sent.plan(text, context=wanted)
+    prompt, repeated = guard.plan(text, context=position_context)
     repeated = (*repeated, *map(VOCABULARY.token_bytes, fragment))
     assert prompt.encode() + b"".join(repeated) == b"".join(map(VOCABULARY.token_bytes, path))
     count = len(repeated) + 2
-    sent.record_request(prompt, max_tokens=count)
+    guard.record_request(prompt, max_tokens=count)
     ids = VOCABULARY.encode(prompt)
     usage = Usage(prompt=len(ids), cached=server.reusable(ids))
     reply = server.complete(ids, count)
     if lost:
         return None
     data = [VOCABULARY.token_bytes(token_id) for token_id in reply]
-    sent.record_reply(prompt, data, usage=usage)
+    guard.record_reply(prompt, data, usage=usage)
     return reply[len(repeated)] if data[: len(repeated)] == list(repeated) else None
 
 
@@ -92,7 +92,7 @@ STEPS = st.lists(
 def test_no_prompt_equals_a_cached_sequence_and_every_answer_is_the_greedy_one(
     steps: list[tuple[str, int]], seed: int, trims: bool, loses: bool
 ) -> None:
-    server, sent = Server(seed, trims), MlxLmCacheGuard()
+    server, guard = Server(seed, trims), MlxLmCacheGuard()
     path = PROMPTS[0]
     for step, choice in steps:
         if step == "restart":
@@ -101,9 +101,9 @@ def test_no_prompt_equals_a_cached_sequence_and_every_answer_is_the_greedy_one(
             path = (*path, IDS[choice])
         elif step in ("escalate", "lost"):
             lost = loses and step == "lost"
-            token_id = escalate(server, sent, path, lost=lost)
-            # No answer only inside a character that the large model would not have begun, and
-            # where a lost reply was not what the small model went on with.
+            token_id = escalate(server, guard, path, lost=lost)
+            # There is no answer only inside a character that the large model would not begin, and
+            # where the small model did not continue with the lost reply.
             begun = path[-1] != OPEN_HALF or server.greedy(path[:-1]) == OPEN_HALF
             assert loses or not begun or token_id == server.greedy(path)
             path = (*path, token_id if token_id is not None else server.greedy(path))
@@ -111,45 +111,48 @@ def test_no_prompt_equals_a_cached_sequence_and_every_answer_is_the_greedy_one(
             path = (*path, server.greedy(path))
 
 
-def test_asking_at_every_position_costs_two_tokens_a_call_where_caches_can_be_trimmed() -> None:
-    server, sent = Server(seed=1, trims=True), MlxLmCacheGuard()
+def test_calls_at_every_position_cost_two_tokens_each_if_caches_can_be_trimmed() -> None:
+    server, guard = Server(seed=1, trims=True), MlxLmCacheGuard()
     path: Ids = PROMPTS[0]
     for _ in range(50):
-        token_id = escalate(server, sent, path, lost=False)
+        token_id = escalate(server, guard, path, lost=False)
         assert token_id is not None
         path = (*path, token_id)
-    # One more where an answer begins inside a character, and one to learn that caches are trimmed.
+    # One more inside a character, and one before the guard knows that caches are trimmed.
     assert server.generated <= 3 * 50
 
 
-def test_a_refused_request_is_not_repeated_around() -> None:
-    sent = MlxLmCacheGuard()
-    sent.record_request("a", max_tokens=2)
-    sent.record_refusal("a", max_tokens=2)
-    assert sent.plan("aa", context=context("aa", VOCABULARY, answer=(IDS[0], IDS[0]))) == ("aa", ())
+def test_a_refused_request_is_not_avoided_later() -> None:
+    guard = MlxLmCacheGuard()
+    guard.record_request("a", max_tokens=2)
+    guard.record_refusal("a", max_tokens=2)
+    assert guard.plan("aa", context=context("aa", VOCABULARY, answer=(IDS[0], IDS[0]))) == (
+        "aa",
+        (),
+    )
 
 
-def test_the_question_asked_again_is_sent_as_it_is() -> None:
-    sent = MlxLmCacheGuard()
-    sent.record_request("a", max_tokens=2)
-    sent.record_reply("a", [b"b", b"dd"])
-    wanted = context("a", VOCABULARY, answer=(IDS[0],))
-    assert sent.plan("a", context=wanted) == ("a", ())
-    assert sent.plan("abdd", context=wanted) == ("ab", (b"dd",))
+def test_the_same_prompt_asked_again_is_sent_unchanged() -> None:
+    guard = MlxLmCacheGuard()
+    guard.record_request("a", max_tokens=2)
+    guard.record_reply("a", [b"b", b"dd"])
+    position_context = context("a", VOCABULARY, answer=(IDS[0],))
+    assert guard.plan("a", context=position_context) == ("a", ())
+    assert guard.plan("abdd", context=position_context) == ("ab", (b"dd",))
 
 
-def test_a_token_without_bytes_does_not_lead_in_circles() -> None:
-    sent = MlxLmCacheGuard()
-    sent.record_request("a", max_tokens=2)
-    sent.record_reply("a", [b"b", b""])
-    prompt, repeated = sent.plan("ab", context=context("ab", VOCABULARY, answer=(IDS[0], IDS[1])))
+def test_a_token_without_bytes_does_not_make_the_plan_loop() -> None:
+    guard = MlxLmCacheGuard()
+    guard.record_request("a", max_tokens=2)
+    guard.record_reply("a", [b"b", b""])
+    prompt, repeated = guard.plan("ab", context=context("ab", VOCABULARY, answer=(IDS[0], IDS[1])))
     assert prompt.encode() + b"".join(repeated) == b"ab"
 
 
-def test_a_lost_reply_is_avoided_though_the_small_model_spells_its_tokens_finer() -> None:
-    sent = MlxLmCacheGuard()
-    sent.record_request("a", max_tokens=2)
+def test_a_lost_reply_is_avoided_even_if_the_small_vocabulary_has_shorter_tokens() -> None:
+    guard = MlxLmCacheGuard()
+    guard.record_request("a", max_tokens=2)
     fine = TableVocabulary(["a", "d", "y"])
-    wanted = context("addydy", fine, answer=fine.encode("addydy"))
-    prompt, repeated = sent.plan("addydy", context=wanted)
+    position_context = context("addydy", fine, answer=fine.encode("addydy"))
+    prompt, repeated = guard.plan("addydy", context=position_context)
     assert (prompt, b"".join(repeated)) == ("a", b"ddydy")

@@ -1,4 +1,4 @@
-"""The prompt of a position in the large model's own words, and whether the vocabularies agree."""
+"""The prompt of a position, and the spans of an answer that it is built from."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ RENDERED = "<s>user\nhi<|im_end|>\n<s>assistant\n"
 
 
 def dialect(name: str) -> Dialect:
-    found = dialect_named(name)
-    assert found is not None
-    return found
+    dialect = dialect_named(name)
+    assert dialect is not None
+    return dialect
 
 
 IDS, TEXT = dialect("vLLM completions"), dialect("OpenAI completions")
@@ -64,13 +64,13 @@ def answered(*spans: Span, fragment_ids: tuple[int, ...] = ()) -> LargeContext:
     )
 
 
-# What the builder sends
+# The prompt in each form
 
 
-def test_a_shared_vocabularys_ids_go_out_as_they_are_fragments_too() -> None:
+def test_ids_of_a_shared_vocabulary_are_sent_unchanged_fragments_included() -> None:
     half = SMALL.id_of("Ã")
-    wanted = answered(Span("aba"), fragment_ids=(half,))
-    prompt = builder_for(IDS, same=True, tokens=None).build(wanted)
+    position_context = answered(Span("aba"), fragment_ids=(half,))
+    prompt = builder_for(IDS, same=True, tokens=None).build(position_context)
     assert prompt.ids == (*SMALL.encode("aba"), half)
     assert (prompt.text, prompt.messages) == ("", ())
 
@@ -84,8 +84,8 @@ def test_a_shared_vocabulary_keeps_the_small_template_without_its_begin_token() 
 def test_what_the_large_model_wrote_keeps_its_own_ids() -> None:
     tokens = FileTokenSource(TableTokenizer(LARGE))
     wrote = Span("漢", (3, 4, 5))
-    wanted = answered(Span("the "), wrote, Span("pine"), Span("x", (7,)))
-    prompt = builder_for(IDS, same=False, tokens=tokens).build(wanted)
+    position_context = answered(Span("the "), wrote, Span("pine"), Span("x", (7,)))
+    prompt = builder_for(IDS, same=False, tokens=tokens).build(position_context)
     begin = tuple(TableTokenizer(LARGE).encode_prompt(RENDERED))
     assert prompt.ids == (*begin, *LARGE.encode("the "), 3, 4, 5, *LARGE.encode("pine"), 7)
 
@@ -101,14 +101,14 @@ def test_a_foreign_text_prompt_is_rendered_in_the_large_models_template() -> Non
     assert prompt.text == (RENDERED + "ab").removeprefix("<s>")
 
 
-def test_without_the_large_models_template_the_small_one_must_do() -> None:
+def test_without_the_large_models_template_the_small_models_text_is_sent() -> None:
     ids_only = find_tokenize_routes(truthful_routes, model=None)
     for tokens in (None, ids_only):
         prompt = builder_for(TEXT, same=False, tokens=tokens).build(answered(Span("ab")))
         assert prompt.text == "small template ab"
 
 
-def test_a_chat_is_given_the_conversation_and_the_begun_turn() -> None:
+def test_a_chat_prompt_has_the_messages_and_the_answer_start() -> None:
     for same in (True, False):
         prompt = builder_for(CHAT, same=same, tokens=None).build(answered(Span("a"), Span("b")))
         assert (prompt.messages, prompt.answer_start) == ((HI,), "ab")
@@ -125,34 +125,36 @@ def test_a_chat_is_given_the_conversation_and_the_begun_turn() -> None:
         (CHAT, True, False),
     ],
 )
-def test_a_begun_character_goes_out_where_it_can(asked: Dialect, same: bool, carried: bool) -> None:
+def test_a_fragment_is_sent_only_in_forms_that_carry_it(
+    asked: Dialect, same: bool, carried: bool
+) -> None:
     builder = builder_for(asked, same=same, tokens=FileTokenSource(TableTokenizer(LARGE)))
-    wanted = answered(Span("ab"), fragment_ids=(SMALL.id_of("Ã"),))
+    position_context = answered(Span("ab"), fragment_ids=(SMALL.id_of("Ã"),))
     assert builder.carries_fragments is carried
     if carried:
-        builder.build(wanted)
+        builder.build(position_context)
     else:
         with pytest.raises(LargeProtocolError, match="inside a character"):
-            builder.build(wanted)
+            builder.build(position_context)
 
 
-def test_ids_that_nothing_can_make_are_an_error() -> None:
+def test_an_id_prompt_without_a_tokenizer_is_an_error() -> None:
     with pytest.raises(LargeProtocolError, match="no tokenizer of the large model"):
         builder_for(IDS, same=False, tokens=None).build(answered())
 
 
-def test_a_template_that_refuses_the_conversation_is_an_error_of_the_large_side() -> None:
-    class Refuses(TableTokenizer):
+def test_a_template_that_rejects_the_conversation_is_a_large_error() -> None:
+    class Rejects(TableTokenizer):
         def render(self, messages: Sequence[Message]) -> str:
-            raise UsageError("the chat template of m refuses this conversation: no system turn")
+            raise UsageError("the chat template of m rejects this conversation: no system turn")
 
     for asked in (IDS, TEXT):
-        builder = builder_for(asked, same=False, tokens=FileTokenSource(Refuses(LARGE)))
+        builder = builder_for(asked, same=False, tokens=FileTokenSource(Rejects(LARGE)))
         with pytest.raises(LargeProtocolError, match="no system turn"):
             builder.build(answered())
 
 
-# Who wrote what
+# Spans
 
 
 def test_spans_join_what_the_small_model_wrote_and_keep_large_tokens_apart() -> None:
@@ -177,7 +179,7 @@ def test_spans_join_what_the_small_model_wrote_and_keep_large_tokens_apart() -> 
     )
 
 
-def test_a_large_token_without_ids_is_not_counted_to_one_that_has_them() -> None:
+def test_a_large_token_without_ids_is_not_joined_to_one_with_ids() -> None:
     assert spans([("x", (7,)), ("", ()), ("é", None)]) == (Span("x", (7,)), Span("é"))
 
 
@@ -193,13 +195,13 @@ TOKENS = st.lists(
 def test_spans_hold_the_whole_text_and_every_large_id_once(
     tokens: list[tuple[list[str], list[int]]],
 ) -> None:
-    found = spans(
+    joined = spans(
         (text, None if position else tuple(large_ids))
         for texts, large_ids in tokens
         for position, text in enumerate(texts)
     )
-    assert "".join(span.text for span in found) == "".join("".join(texts) for texts, _ in tokens)
-    ids = [i for span in found for i in span.large_ids]
+    assert "".join(span.text for span in joined) == "".join("".join(texts) for texts, _ in tokens)
+    ids = [i for span in joined for i in span.large_ids]
     assert ids == [i for _, large_ids in tokens for i in large_ids]
     named = [("".join(texts), tuple(ids)) for texts, ids in tokens if ids]
-    assert [(span.text, span.large_ids) for span in found if span.large_ids] == named
+    assert [(span.text, span.large_ids) for span in joined if span.large_ids] == named

@@ -1,4 +1,4 @@
-"""What a reply means: which token it names, and in whose vocabulary."""
+"""The token that a reply names, read into the small vocabulary."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def server() -> Iterator[Loopback]:
 
 
 def dialect(name: str) -> Dialect:
-    found = dialect_named(name)
-    assert found is not None
-    return found
+    dialect = dialect_named(name)
+    assert dialect is not None
+    return dialect
 
 
 def read(
@@ -64,8 +64,8 @@ def token(name: str, reply: Reply | dict[str, Any], **options: Any) -> BridgedTo
     return bridged
 
 
-def test_the_most_likely_alternative_is_the_token_not_the_first_entry(server: Loopback) -> None:
-    found = ask_mlx(
+def test_the_most_likely_alternative_is_the_token_not_the_first_item(server: Loopback) -> None:
+    large_token = ask_mlx(
         server,
         mlx_lm_reply(
             [(THE, "Ġthe"), (2, "a")],
@@ -76,15 +76,19 @@ def test_the_most_likely_alternative_is_the_token_not_the_first_entry(server: Lo
             },
         ),
     )
-    assert (found.token_ids, found.text, found.logprob) == ((THE,), " the", -0.1)
-    assert found.top == ((" the", -0.1), ("zz", -7.0))
-    assert found.large_ids == (THE,)
-    assert (found.prompt_tokens, found.cached_tokens, found.completion_tokens) == (12, 11, 2)
-    assert found.uploaded_bytes == len(server.requests[-1].body)
-    assert not found.is_eos
+    assert (large_token.token_ids, large_token.text, large_token.logprob) == ((THE,), " the", -0.1)
+    assert large_token.top == ((" the", -0.1), ("zz", -7.0))
+    assert large_token.large_ids == (THE,)
+    assert (
+        large_token.prompt_tokens,
+        large_token.cached_tokens,
+        large_token.completion_tokens,
+    ) == (12, 11, 2)
+    assert large_token.uploaded_bytes == len(server.requests[-1].body)
+    assert not large_token.is_eos
 
 
-def test_mlx_lm_is_asked_with_a_boolean_and_for_one_token_more_than_is_read(
+def test_mlx_lm_gets_boolean_logprobs_and_is_asked_for_one_spare_token(
     server: Loopback,
 ) -> None:
     ask_mlx(server, mlx_lm_reply([(THE, "Ġthe"), (2, "a")]))
@@ -97,71 +101,71 @@ def test_mlx_lm_is_asked_with_a_boolean_and_for_one_token_more_than_is_read(
     }
 
 
-def test_equal_logprobs_are_settled_as_the_greedy_sampler_does_by_the_lower_id() -> None:
+def test_equal_logprobs_go_to_the_lower_id_as_in_greedy_samplers() -> None:
     reply = mlx_lm_reply([(THE, "Ġthe"), (2, "a")], others=[(2, "a", -0.1), (9, "zz", -3.0)])
     assert token(MLX_LM, reply).token_ids == (2,)
 
 
 def test_an_end_after_the_second_token_does_not_end_the_answer_at_the_first() -> None:
     reply = mlx_lm_reply([(THE, "Ġthe"), (END_ID, "<|im_end|>")], finish="stop")
-    found = token(MLX_LM, reply)
-    assert (found.token_ids, found.is_eos) == ((THE,), False)
+    large_token = token(MLX_LM, reply)
+    assert (large_token.token_ids, large_token.is_eos) == ((THE,), False)
 
 
-def test_the_end_is_told_by_id_whatever_the_finish_reason() -> None:
-    found = token(MLX_LM, mlx_lm_reply([(END_ID, "<|im_end|>"), (2, "a")]))
-    assert (found.token_ids, found.text, found.is_eos) == ((END_ID,), "", True)
+def test_an_end_id_ends_the_answer_whatever_the_finish_reason() -> None:
+    large_token = token(MLX_LM, mlx_lm_reply([(END_ID, "<|im_end|>"), (2, "a")]))
+    assert (large_token.token_ids, large_token.text, large_token.is_eos) == ((END_ID,), "", True)
 
 
-def test_a_foreign_end_token_becomes_the_small_models_own() -> None:
-    found = token(MLX_LM, mlx_lm_reply([(7777, "</s>")], finish="stop"))
-    assert (found.token_ids, found.text, found.is_eos) == ((END_ID,), "", True)
+def test_a_foreign_end_token_becomes_the_small_models_end_token() -> None:
+    large_token = token(MLX_LM, mlx_lm_reply([(7777, "</s>")], finish="stop"))
+    assert (large_token.token_ids, large_token.text, large_token.is_eos) == ((END_ID,), "", True)
 
 
-def test_of_a_shared_vocabulary_a_fragment_passes_by_id_and_shows_no_text() -> None:
+def test_in_a_shared_vocabulary_a_fragment_keeps_its_id_and_has_no_text() -> None:
     fragment = VOCABULARY.id_of("Ã")
-    found = token(MLX_LM, mlx_lm_reply([(fragment, "Ã"), (2, "Ġa")]), same=True)
-    assert (found.token_ids, found.text, found.is_eos) == ((fragment,), "", False)
-    assert found.top[0][0] == r"\xc3"
+    large_token = token(MLX_LM, mlx_lm_reply([(fragment, "Ã"), (2, "Ġa")]), same=True)
+    assert (large_token.token_ids, large_token.text, large_token.is_eos) == ((fragment,), "", False)
+    assert large_token.top[0][0] == r"\xc3"
 
 
-def test_of_another_vocabulary_no_fragment_passes_though_it_has_the_same_id() -> None:
+def test_a_fragment_of_another_vocabulary_is_not_passed_by_id() -> None:
     fragment = VOCABULARY.id_of("Ã")
     assert read(MLX_LM, mlx_lm_reply([(fragment, "Ã"), (2, "Ġa")])) is None
 
 
-def test_a_fragment_before_the_wanted_token_must_be_repeated(server: Loopback) -> None:
+def test_a_committed_fragment_must_be_generated_again_first(server: Loopback) -> None:
     first, second = VOCABULARY.id_of("Ã"), VOCABULARY.id_of("©")
     with remembered(server, MLX_LM, model="m", tokenizer=TableTokenizer(VOCABULARY)) as large:
         server.script.append(mlx_lm_reply([(first, "Ã"), (second, "©"), (2, "a")]))
         server.script.append(mlx_lm_reply([(2, "a"), (second, "©"), (2, "a")]))
-        wanted = context("caf", VOCABULARY, fragment_ids=(first,))
-        found = large.next_token(wanted)
-        assert (found.token_ids, server.prompts[-1]) == ((second,), "caf")
+        position_context = context("caf", VOCABULARY, fragment_ids=(first,))
+        large_token = large.next_token(position_context)
+        assert (large_token.token_ids, server.prompts[-1]) == ((second,), "caf")
         assert server.requests[-1].json["max_tokens"] == 3
         with pytest.raises(LargeProtocolError, match="did not continue"):
-            large.next_token(wanted)
+            large.next_token(position_context)
 
 
 def test_a_token_of_another_vocabulary_is_spelled_by_its_bytes() -> None:
     small = TableVocabulary(["Ġ", "t", "he"])
-    found = token(MLX_LM, mlx_lm_reply([(900, "Ġthe"), (901, "Ġ")]), vocabulary=small)
-    assert (found.token_ids, found.text) == (small.encode(" the"), " the")
-    assert found.large_ids == (900,)
+    large_token = token(MLX_LM, mlx_lm_reply([(900, "Ġthe"), (901, "Ġ")]), vocabulary=small)
+    assert (large_token.token_ids, large_token.text) == (small.encode(" the"), " the")
+    assert large_token.large_ids == (900,)
 
 
 def test_the_same_id_for_another_piece_is_not_passed_through() -> None:
-    found = token(MLX_LM, mlx_lm_reply([(THE, "Ġt"), (2, "Ġa")]))
-    assert found.token_ids == VOCABULARY.encode(" t") != (THE,)
+    large_token = token(MLX_LM, mlx_lm_reply([(THE, "Ġt"), (2, "Ġa")]))
+    assert large_token.token_ids == VOCABULARY.encode(" t") != (THE,)
 
 
 @pytest.mark.parametrize(("piece", "text"), [("▁the", " the"), ("<0x65>", "e")])
-def test_sentencepiece_pieces_are_understood(piece: str, text: str) -> None:
+def test_sentencepiece_pieces_are_decoded(piece: str, text: str) -> None:
     assert token(MLX_LM, mlx_lm_reply([(900, piece), (901, "▁a")])).text == text
 
 
 @pytest.mark.parametrize("piece", ["<|im_start|>", "<think>", "[INST]", "<｜User｜>"])
-def test_foreign_special_tokens_are_no_text(piece: str) -> None:
+def test_foreign_special_tokens_are_refused(piece: str) -> None:
     with pytest.raises(LargeProtocolError, match="no token for the large model's special token"):
         read(MLX_LM, mlx_lm_reply([(900, piece), (901, "Ġa")]))
 
@@ -171,23 +175,23 @@ def test_a_foreign_token_that_the_small_vocabulary_cannot_spell_is_refused() -> 
         read(MLX_LM, mlx_lm_reply([(900, "Ā"), (901, "Ġa")]))
 
 
-def test_a_foreign_fragment_is_completed_by_asking_for_more(server: Loopback) -> None:
+def test_a_foreign_fragment_is_completed_by_a_second_request(server: Loopback) -> None:
     small = TableVocabulary(["Ã©"])
     half = mlx_lm_reply([(900, "Ã"), (901, "©"), (902, "Ġa")])
-    found = ask_mlx(server, half, half, vocabulary=small)
-    assert (found.token_ids, found.text) == (small.encode("é"), "é")
-    assert found.large_ids == (900, 901)
+    large_token = ask_mlx(server, half, half, vocabulary=small)
+    assert (large_token.token_ids, large_token.text) == (small.encode("é"), "é")
+    assert large_token.large_ids == (900, 901)
     assert [r.json["max_tokens"] for r in server.requests[-2:]] == [2, 3]
-    assert found.uploaded_bytes == sum(len(r.body) for r in server.requests[-2:])
+    assert large_token.uploaded_bytes == sum(len(r.body) for r in server.requests[-2:])
 
 
-def test_a_character_that_never_comes_to_its_end_is_refused(server: Loopback) -> None:
+def test_a_character_that_is_never_completed_is_refused(server: Loopback) -> None:
     half = mlx_lm_reply([(900, "Ã"), *[(901, "Ã")] * 7, (902, "Ġa")])
     with pytest.raises(LargeProtocolError, match="no whole character"):
         ask_mlx(server, *[half] * 6)
 
 
-def test_behind_the_end_of_the_answer_no_more_is_asked_for(server: Loopback) -> None:
+def test_after_the_end_of_the_answer_there_is_no_further_request(server: Loopback) -> None:
     half = mlx_lm_reply([(900, "Ã"), (END_ID, "<|im_end|>")], finish="stop")
     with pytest.raises(LargeProtocolError, match="no whole character"):
         ask_mlx(server, half)
@@ -200,10 +204,10 @@ def test_a_begin_token_the_server_adds_itself_is_not_sent_twice(server: Loopback
 
 
 def test_the_legacy_shape_gives_token_logprob_and_alternatives(server: Loopback) -> None:
-    found = ask_plain(server, legacy(" the"))
-    assert (found.token_ids, found.text, found.logprob) == ((THE,), " the", -0.5)
-    assert found.top == ((" the", -0.5), ("a", -2.0))
-    assert (found.prompt_tokens, found.cached_tokens) == (9, None)
+    large_token = ask_plain(server, legacy(" the"))
+    assert (large_token.token_ids, large_token.text, large_token.logprob) == ((THE,), " the", -0.5)
+    assert large_token.top == ((" the", -0.5), ("a", -2.0))
+    assert (large_token.prompt_tokens, large_token.cached_tokens) == (9, None)
     assert server.requests[-1].json == {
         "model": "m",
         "prompt": "x",
@@ -219,15 +223,19 @@ def test_ids_in_the_legacy_shape_pass_only_with_the_same_bytes() -> None:
     assert token(PLAIN, reply).token_ids == (VOCABULARY.id_of("b"),)
 
 
-def test_content_with_ids_and_bytes_is_understood() -> None:
+def test_chat_logprobs_with_ids_and_bytes_are_read() -> None:
     the = {"id": THE, "token": " the", "bytes": list(b" the"), "logprob": -0.25}
-    found = token(PLAIN, contents(the | {"top_logprobs": [the]}))
-    assert (found.token_ids, found.text, found.top) == ((THE,), " the", ((" the", -0.25),))
+    large_token = token(PLAIN, contents(the | {"top_logprobs": [the]}))
+    assert (large_token.token_ids, large_token.text, large_token.top) == (
+        (THE,),
+        " the",
+        ((" the", -0.25),),
+    )
 
 
-def test_a_server_without_logprobs_still_gives_its_token(server: Loopback) -> None:
-    found = ask_plain(server, contents(None, text=" the"))
-    assert (found.text, found.logprob, found.top) == (" the", None, ())
+def test_a_reply_without_logprobs_still_gives_a_token(server: Loopback) -> None:
+    large_token = ask_plain(server, contents(None, text=" the"))
+    assert (large_token.text, large_token.logprob, large_token.top) == (" the", None, ())
 
 
 @pytest.mark.parametrize(
@@ -240,9 +248,9 @@ def test_a_server_without_logprobs_still_gives_its_token(server: Loopback) -> No
         legacy("</s>", finish_reason="stop"),
     ],
 )
-def test_empty_text_and_stop_is_the_end(reply: dict[str, Any]) -> None:
-    found = token(PLAIN, reply)
-    assert (found.token_ids, found.text, found.is_eos) == ((END_ID,), "", True)
+def test_empty_text_with_stop_ends_the_answer(reply: dict[str, Any]) -> None:
+    large_token = token(PLAIN, reply)
+    assert (large_token.token_ids, large_token.text, large_token.is_eos) == ((END_ID,), "", True)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +263,7 @@ def test_empty_text_and_stop_is_the_end(reply: dict[str, Any]) -> None:
         contents({"id": 5, "token": "\ufffd", "bytes": [239, 191, 189], "logprob": -0.1}),
     ],
 )
-def test_what_may_be_part_of_a_character_is_asked_for_again_and_then_refused(
+def test_a_possible_part_of_a_character_is_requested_again_and_then_refused(
     server: Loopback, reply: dict[str, Any]
 ) -> None:
     assert read(PLAIN, reply) is None
@@ -271,12 +279,12 @@ def test_what_may_be_part_of_a_character_is_asked_for_again_and_then_refused(
         contents({"id": 5, "token": "a", "bytes": [97], "logprob": -0.1}, text="b"),
     ],
 )
-def test_a_text_that_is_not_the_tokens_is_refused(reply: dict[str, Any]) -> None:
+def test_a_text_that_differs_from_the_token_is_refused(reply: dict[str, Any]) -> None:
     with pytest.raises(LargeProtocolError, match="differ"):
         read(PLAIN, reply)
 
 
-def test_a_space_that_one_of_two_accounts_lost_is_kept() -> None:
+def test_a_leading_space_in_either_text_or_token_is_kept() -> None:
     assert token(PLAIN, legacy("the", text=" the")).text == " the"
 
 
@@ -288,8 +296,8 @@ def test_a_text_only_server_is_not_asked_inside_a_character(server: Loopback) ->
         assert len(server.requests) == asked
 
 
-def test_text_of_more_tokens_than_were_read_is_not_taken_for_one(server: Loopback) -> None:
-    """Some servers write 16 tokens at least, and the first of these has no text of its own."""
+def test_the_text_of_several_tokens_is_not_read_as_one(server: Loopback) -> None:
+    """Some servers generate at least 16 tokens; here the first one has no text."""
     names = ["\ufffd", "\ufffd", " the"]
     logprobs = {"tokens": names, "token_logprobs": [-0.5] * 3, "top_logprobs": [{}] * 3}
     reply = legacy("", text="é the", logprobs=logprobs)
@@ -297,25 +305,25 @@ def test_text_of_more_tokens_than_were_read_is_not_taken_for_one(server: Loopbac
         ask_plain(server, *[reply] * 2, *[legacy("")] * 4)
 
 
-# The end of an answer, and words that only look like it
+# The end of an answer, and text that only looks like a control token
 
 
-def test_an_end_token_after_text_is_the_end_and_is_not_counted_twice() -> None:
+def test_an_end_token_after_text_is_not_counted_twice() -> None:
     logprobs = {"tokens": ["b", "<|im_end|>"], "token_logprobs": [-0.5, -0.1]}
     reply = legacy("", text="b", finish_reason="stop", logprobs=logprobs)
-    entries = dialect(PLAIN).completion(reply, Prompt(text="x")).positions
-    assert [(each.token.text, each.ends) for each in entries] == [
+    positions = dialect(PLAIN).completion(reply, Prompt(text="x")).positions
+    assert [(position.token.text, position.ends) for position in positions] == [
         ("b", False),
         ("<|im_end|>", True),
     ]
 
 
 @pytest.mark.parametrize("text", ["<div>", "</p>", "<br>", "[X]", "<T>"])
-def test_tags_and_ticked_boxes_are_text(text: str) -> None:
+def test_html_tags_and_checkboxes_are_text(text: str) -> None:
     assert TokenReader().text_bytes(ReplyToken(text=text)) == text.encode()
 
 
-def test_with_a_known_vocabulary_what_is_special_is_known_and_not_guessed() -> None:
+def test_a_known_vocabulary_decides_which_tokens_are_special() -> None:
     large = TableVocabulary(["<div>", "a"])
     reader = TokenReader()
     reader.learn_vocabulary(large)
@@ -326,11 +334,11 @@ def test_with_a_known_vocabulary_what_is_special_is_known_and_not_guessed() -> N
     assert reader.ends(ReplyPosition(end))
 
 
-def test_a_token_id_that_the_known_vocabulary_names_otherwise_is_read_by_its_name() -> None:
+def test_a_piece_that_contradicts_the_known_vocabulary_wins_over_the_id() -> None:
     reader = TokenReader()
     reader.learn_vocabulary(TableVocabulary(["a"]))
     assert reader.text_bytes(ReplyToken(token_id=2, piece="b")) == b"b"
 
 
-def test_a_special_token_stands_for_its_name_in_a_prompt() -> None:
+def test_in_a_prompt_a_special_token_is_its_name() -> None:
     assert TokenReader().prompt_bytes(ReplyToken(piece="<|im_end|>")) == b"<|im_end|>"

@@ -1,4 +1,4 @@
-"""Tokens that a server would read as others stay for it to write again, in real vocabularies."""
+"""Tokens that a server would cut differently are left for it to generate, in real vocabularies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.real_vocabularies import ANY_TEXT
 from tests.support.worlds import token_of
 
 VOCABULARIES = {"smollm2": real_vocabularies.smollm2, "qwen": real_vocabularies.qwen}
-# Written one by one these join to other tokens: spaces, line ends, words and their parts.
+# Encoded together these merge into other tokens: spaces, line ends, words and their parts.
 PARTS = st.lists(
     st.sampled_from([" ", "\n", " \n", "\n\n", "\t", "a", "the", " the", "re", "2", ".", "é", "🦊"])
     | ANY_TEXT.filter(bool),
@@ -23,7 +23,7 @@ PARTS = st.lists(
 
 
 def written(vocabulary: Vocabulary, lead: str, parts: list[str]) -> LargeContext:
-    """The large model's answer `parts`, each cut into tokens by itself."""
+    """Return the context after the large model's answer `parts`, each encoded by itself."""
     spans: list[Span] = []
     ids: list[int] = []
     for part in parts:
@@ -42,51 +42,53 @@ def written(vocabulary: Vocabulary, lead: str, parts: list[str]) -> LargeContext
 @pytest.mark.parametrize("name", VOCABULARIES)
 @settings(max_examples=100, deadline=None)
 @given(lead=ANY_TEXT, parts=PARTS)
-def test_what_is_sent_reads_as_it_was_written_and_the_rest_is_to_be_repeated(
+def test_the_text_that_is_sent_is_cut_as_it_was_written_and_the_rest_is_repeated(
     name: str, lead: str, parts: list[str]
 ) -> None:
     vocabulary = VOCABULARIES[name]()
     context = written(vocabulary, lead, parts)
     own = tuple(token_id for span in context.spans for token_id in span.large_ids)
     assume(len(own) <= 64)
-    told = stable_context(context)
-    rest = told.fragment_ids
+    stable = stable_context(context)
+    rest = stable.fragment_ids
     kept = own[: len(own) - len(rest)]
     assert own == (*kept, *rest)
-    assert told.text.encode() + b"".join(map(vocabulary.token_bytes, rest)) == context.text.encode()
-    assert told.spans == context.spans[: len(kept)]
-    assert vocabulary.encode(told.text)[-len(kept) :] == kept or not kept
+    assert (
+        stable.text.encode() + b"".join(map(vocabulary.token_bytes, rest)) == context.text.encode()
+    )
+    assert stable.spans == context.spans[: len(kept)]
+    assert vocabulary.encode(stable.text)[-len(kept) :] == kept or not kept
     if vocabulary.encode(context.text)[-len(own) :] == own:
-        assert told is context
+        assert stable is context
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
 @settings(max_examples=100, deadline=None)
 @given(lead=ANY_TEXT, parts=PARTS)
-def test_tokens_ahead_are_taken_as_far_as_their_texts_read_as_they_were_written(
+def test_prefetched_tokens_are_kept_while_their_text_is_cut_as_it_was_written(
     name: str, lead: str, parts: list[str]
 ) -> None:
     vocabulary = VOCABULARIES[name]()
     context = LargeContext(lead, vocabulary.encode(lead), (), vocabulary, ())
     ids = [token_id for part in parts for token_id in vocabulary.encode(part)]
     tokens = [token_of((token_id,)) for token_id in ids]
-    found = stable_prefix(context, tokens)
-    assert list(found) == tokens[: len(found)]
+    prefix = stable_prefix(context, tokens)
+    assert list(prefix) == tokens[: len(prefix)]
 
-    def reads(count: int) -> bool:
+    def is_stable(count: int) -> bool:
         data = b"".join(map(vocabulary.token_bytes, ids[:count]))
         try:
             return vocabulary.encode(lead + data.decode()) == (*context.token_ids, *ids[:count])
         except UnicodeDecodeError:
             return False
 
-    assert all(reads(count) for count in range(1, len(found)))
-    # A cut far back in the lead itself may be another, and is not looked at.
-    if len(found) < len(tokens) and len(lead) <= 64:
-        assert not reads(len(found))
+    assert all(is_stable(count) for count in range(1, len(prefix)))
+    # A different cut far back in the lead is not checked.
+    if len(prefix) < len(tokens) and len(lead) <= 64:
+        assert not is_stable(len(prefix))
 
 
-def test_tokens_of_the_small_model_are_not_for_the_large_one_to_write() -> None:
+def test_tokens_of_the_small_model_do_not_move() -> None:
     vocabulary = real_vocabularies.smollm2()
     context = written(vocabulary, "Hi", [" ", "there"])
     assert stable_context(context).text == "Hi"
@@ -100,7 +102,7 @@ def test_tokens_of_the_small_model_are_not_for_the_large_one_to_write() -> None:
     assert stable_context(mixed) is mixed
 
 
-def test_too_many_tokens_to_write_again_are_left_as_they_are() -> None:
+def test_with_too_many_tokens_to_repeat_the_context_stays_unchanged() -> None:
     vocabulary = real_vocabularies.smollm2()
     assert stable_context(written(vocabulary, "Hi", [" ", "there", *[" the"] * 62])).text == "Hi"
     long = written(vocabulary, "Hi", [" ", "there", *[" the"] * 63])

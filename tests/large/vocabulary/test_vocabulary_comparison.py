@@ -1,4 +1,4 @@
-"""Whether two models share a vocabulary, by their files, by names in replies or by a route."""
+"""Vocabularies compared by their files, by pieces in replies, or by a detokenise route."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = TableVocabulary(["a", "b", "Ġ", "Ã", "©"], bos_text="<s>")
 LARGE = truthful.VOCABULARY
 
 
-def test_padding_and_further_ids_at_the_end_are_ignored() -> None:
+def test_padding_and_extra_ids_at_the_end_are_ignored() -> None:
     longer = TableVocabulary(["a", "b", "Ġ", "Ã", "©", "more", "<|extra|>"])
     assert compare_entries(SMALL, longer)
     assert compare_entries(longer, SMALL)
@@ -32,7 +32,7 @@ def test_one_token_that_differs_is_noticed() -> None:
     assert fingerprint(TableVocabulary(["a", "bc"])) != fingerprint(TableVocabulary(["ab", "c"]))
 
 
-def test_names_in_replies_tell_only_when_there_are_enough() -> None:
+def test_pieces_in_replies_decide_only_when_there_are_enough() -> None:
     pieces = {i: LARGE.piece(i) or "" for i in range(100)}
     assert compare_pieces(LARGE, pieces) is True
     assert compare_pieces(LARGE, {i: pieces[i] for i in range(5)}) is None
@@ -40,7 +40,7 @@ def test_names_in_replies_tell_only_when_there_are_enough() -> None:
     assert compare_pieces(LARGE, pieces | {10**6: "beyond"}) is False
 
 
-def test_a_detokenise_route_tells_for_whole_characters_in_few_calls() -> None:
+def test_a_detokenise_route_compares_whole_characters_in_few_calls() -> None:
     calls: list[Sequence[int]] = []
 
     def decode(ids: Sequence[int]) -> str:
@@ -53,14 +53,14 @@ def test_a_detokenise_route_tells_for_whole_characters_in_few_calls() -> None:
     assert compare_decoded(LARGE, lambda ids: decode(ids).replace("pine", "fir")) is False
 
 
-def test_the_first_space_that_a_sentencepiece_route_drops_is_no_difference() -> None:
+def test_a_leading_space_dropped_by_a_sentencepiece_route_is_ignored() -> None:
     words = TableVocabulary(["Ġthe", "Ġa", "b"])
     assert compare_decoded(words, lambda ids: "the ab") is True
     assert compare_decoded(words, lambda ids: " the ab") is True
     assert compare_decoded(words, lambda ids: "the a b") is False
 
 
-def test_a_detokenise_route_that_fails_tells_nothing() -> None:
+def test_a_detokenise_route_that_fails_decides_nothing() -> None:
     def fails(ids: Sequence[int]) -> str:
         raise LargeRefused("/detokenize answered 404: Not Found")
 
