@@ -118,7 +118,7 @@ def test_an_invalid_logprob_is_a_protocol_error(server: Loopback, value: str) ->
         ask_once(server, Reply(body), dialect=MlxLm())
 
 
-@pytest.mark.parametrize("identity", [-1, 2**40, 1.5, "7", None, True])
+@pytest.mark.parametrize("token_id", [-1, 2**40, 1.5, "7", None, True])
 def test_an_invalid_id_is_a_protocol_error(server: Loopback, token_id: object) -> None:
     reply = mlx_lm_reply([(token_id, "Ġthe"), (2, "a")])  # type: ignore[list-item]
     with pytest.raises(LargeProtocolError):

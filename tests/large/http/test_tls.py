@@ -89,7 +89,7 @@ def test_an_invalid_bundle_is_one_clear_line_and_exit_code_2(
     assert main(["ask", "--large", "https://host/v1", "--ca-bundle", str(path), "hi"]) == 2
     captured = capsys.readouterr()
     assert captured.err == f"error: {captured.err.strip().removeprefix('error: ')}\n"
-    assert f"ca_bundle {path} {said}" in captured.err
+    assert f"--ca-bundle {path} {said}" in captured.err
     assert captured.out == ""
 
 

@@ -11,7 +11,7 @@ from mlxroute.large.vocabulary.mlx_lm_cache_guard import MlxLmCacheGuard, Usage
 from mlxroute.sequences import common_prefix_length
 from tests.support.vocabularies import TableVocabulary, context
 
-# No piece is a prefix of another, so a text has one tokenisation; "Ã" and "©" are the halves of "é".
+# No piece is a prefix of another: a text has one tokenisation. "Ã" and "©" are the halves of "é".
 PIECES = ["a", "b", "Ġc", "dd", "Ã", "©"]
 VOCABULARY = TableVocabulary(PIECES)
 IDS = [VOCABULARY.id_of(piece) for piece in PIECES]
