@@ -15,9 +15,9 @@ from mlxroute.large.completion_request import (
     TokensNotReplayed,
 )
 from mlxroute.large.http.address import parse_address
-from mlxroute.large.http.background import PendingCall, PendingCalls, Tokens
 from mlxroute.large.http.circuit_breaker import CircuitBreaker
 from mlxroute.large.http.deadline import Deadline
+from mlxroute.large.http.pending_calls import PendingCall, PendingCalls, Tokens
 from mlxroute.large.http.transport import Transport
 from mlxroute.large.negotiation.negotiator import Negotiator
 from mlxroute.large.negotiation.shared_negotiator import SharedNegotiator

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused
 from mlxroute.large.http import retry
-from mlxroute.large.http.background import Tokens
 from mlxroute.large.http.deadline import Deadline
+from mlxroute.large.http.pending_calls import Tokens
 from mlxroute.large.reply import Completion
 from mlxroute.types import LargeToken
 

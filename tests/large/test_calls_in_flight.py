@@ -14,7 +14,7 @@ from mlxroute.engine import generate
 from mlxroute.errors import LargeRefused, LargeTimeout, LargeUnavailable
 from mlxroute.large import LargeModel
 from mlxroute.large.dialects.mlx_lm import MlxLm
-from mlxroute.large.http.background import PendingCall
+from mlxroute.large.http.pending_calls import PendingCall
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import Mode, Token
 from tests.support.asking import THE, VOCABULARY, legacy

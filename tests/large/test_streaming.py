@@ -14,7 +14,7 @@ from mlxroute.large import LargeModel
 from mlxroute.large.dialects import Dialect
 from mlxroute.large.dialects.llama_server import LlamaServer
 from mlxroute.large.dialects.vllm import VllmCompletions
-from mlxroute.large.http.background import PendingCall
+from mlxroute.large.http.pending_calls import PendingCall
 from mlxroute.large.reply import Completion, CompletionAnswer, ReplyPosition, ReplyToken
 from mlxroute.large.vocabulary.bridge import Bridge
 from mlxroute.large.vocabulary.reply_reader import read_streamed_tokens as first_ones

@@ -21,7 +21,7 @@ from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
 
 
 class ContinuationMethod(Enum):
-    """How a request says that the last turn is to be continued, not closed."""
+    """How a request marks its last turn as one to continue, not to close."""
 
     FLAGS = "flags"
     PREFIX = "prefix"

@@ -32,7 +32,7 @@ class BridgedToken:
 class Bridge:
     """Translates the tokens of one server.
 
-    `same_vocabulary` says that both models share their vocabulary; then ids pass through.
+    With `same_vocabulary` both models share their vocabulary, and ids pass through.
     """
 
     def __init__(

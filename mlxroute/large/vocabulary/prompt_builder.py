@@ -18,8 +18,8 @@ class PromptBuilder:
 
     With `same_vocabulary` both models share a vocabulary: the small model's ids and its rendered
     text are sent as they are. Otherwise `tokens` renders the conversation in the large model's
-    template, and what the large model wrote keeps the ids it gave. `replays_fragments` says that
-    the server can be made to generate committed tokens again, also parts of a character.
+    template, and tokens of the large model keep the ids it gave. `replays_fragments` is True where
+    the server can generate committed tokens again, also parts of a character.
     """
 
     form: PromptForm
