@@ -1,4 +1,4 @@
-"""`requests` sessions that can be aborted and send, store and follow nothing unasked."""
+"""`requests` sessions that can be aborted, keep no cookies and follow no redirects."""
 
 from __future__ import annotations
 

@@ -177,7 +177,9 @@ class Exchange(threading.Thread):
     def _read(self, response: requests.Response) -> bytes:
         # Decompressing a body that nobody asked to be compressed could fill the memory.
         if response.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
-            raise LargeProtocolError(f"{self._base_url} sent a compressed reply unasked")
+            raise LargeProtocolError(
+                f"{self._base_url} sent a compressed reply, which was not requested"
+            )
         body = bytearray()
         for chunk in response.iter_content(_CHUNK_BYTES):
             body += chunk
