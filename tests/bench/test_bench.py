@@ -1,4 +1,4 @@
-"""The bench: fair turns, honest fields, one line of JSON last on stdout."""
+"""The benchmarks: interleaved sides, report fields, one line of JSON at the end of stdout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mlxroute.small.mlp_head import SIGNAL_COUNT, MlpHead
 from tests.support.tiny import make_tiny_model
 
 
-def test_sides_take_turns_and_each_begins_as_often() -> None:
+def test_sides_are_interleaved_and_start_equally_often() -> None:
     order: list[str] = []
 
     def side(name: str, value: float) -> Callable[[int], float]:
@@ -36,7 +36,7 @@ def test_sides_take_turns_and_each_begins_as_often() -> None:
     assert results == {"a": [1.0, 2.0, 3.0], "b": [2.0, 3.0, 4.0]}
 
 
-def test_ratios_are_taken_pair_by_pair() -> None:
+def test_ratios_are_of_pairs() -> None:
     assert ratios([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
     assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
 
@@ -49,9 +49,11 @@ def test_bench_kernels_reports_times_ratios_and_errors() -> None:
     assert entry["error"]["graph"]["entropy_nats"] < 1e-5
     assert all(value["median"] > 0 for value in entry["chain_over"].values())
     assert report["metal"]
+    assert list(report) == ["metal", "kernels"]
+    assert list(entry) == ["vocabulary", "dtype", "ms", "chain_over", "error"]
 
 
-def test_a_kernel_that_is_wrong_shows_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_shows_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = graph_kernel.pack_signals
     monkeypatch.setattr(graph_kernel, "pack_signals", lambda logits: plain(logits * 1.1))
     (entry,) = bench_kernels(rounds=1, sizes=(3000,))["kernels"]
@@ -78,11 +80,37 @@ def test_bench_speed_ends_stdout_with_one_line_of_json(
     assert [entry["context"] for entry in report["by_context"]] == [32]
     for side in ("mlxroute", "mlx_lm"):
         assert set(report[side]) >= {"tokens_per_s", "ttft_s", "itl_p50_s", "itl_p95_s", "peak_mib"}
+    assert list(report) == [
+        "command",
+        "date",
+        "machine",
+        "versions",
+        "small",
+        "pairs",
+        "tokens",
+        "same_tokens",
+        "ratio_tokens_per_s",
+        "ratio_ttft",
+        "extra_peak_mib",
+        "mlxroute",
+        "mlx_lm",
+        "router_share_of_step",
+        "head_share_of_step",
+        "by_context",
+        "kernel_ms_by_vocabulary",
+    ]
+    assert list(report["machine"]) == ["system", "cores", "blas_threads", "device", "load_average"]
+    assert list(report["by_context"][0]) == [
+        "context",
+        "mlxroute_step_s",
+        "mlx_lm_step_s",
+        "ratio_tokens_per_s",
+    ]
     assert json.loads((tmp_path / "bench/results/speed-random.json").read_text()) == report
     assert "tokens_per_s" in captured.err
 
 
-def test_bench_speed_says_what_a_head_costs(
+def test_bench_speed_reports_the_cost_of_a_head(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("mlxroute.bench.speed.CONTEXTS", (32,))

@@ -1,4 +1,4 @@
-"""The server of `bench latency`: it keeps replies, and lets each call take its time."""
+"""The delayed server: recorded replies, set delays."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ def echo(request: Request) -> Reply:
     return Reply.of({"path": request.path, "said": request.json["said"]})
 
 
-def said(server: DelayedServer, word: str) -> requests.Response:
+def post(server: DelayedServer, word: str) -> requests.Response:
     return requests.post(f"{server.url}/completions", json={"said": word}, timeout=10)
 
 
-def test_replies_are_kept_and_given_again_when_the_server_has_gone(tmp_path: Path) -> None:
+def test_recorded_replies_outlive_the_server(tmp_path: Path) -> None:
     record = tmp_path / "record.jsonl"
     with Loopback(echo) as upstream:
         with DelayedServer(upstream.url, record=record) as server:
-            first = said(server, "a").json()
+            first = post(server, "a").json()
             assert first == {"path": "/v1/completions", "said": "a"}
-            assert said(server, "a").json() == first
+            assert post(server, "a").json() == first
             assert (server.forwarded, len(upstream.requests)) == (1, 1)
         url = upstream.url
     with DelayedServer(url, record=record) as server:
-        assert said(server, "a").json() == first
+        assert post(server, "a").json() == first
         assert server.forwarded == 0
 
 
-def test_a_call_takes_the_time_that_was_set(tmp_path: Path) -> None:
+def test_a_call_takes_the_set_time(tmp_path: Path) -> None:
     with (
         Loopback(echo) as upstream,
         DelayedServer(upstream.url, record=tmp_path / "record.jsonl") as server,
@@ -46,11 +46,11 @@ def test_a_call_takes_the_time_that_was_set(tmp_path: Path) -> None:
         server.delay_s = 0.3
         for _ in range(2):
             began_s = time.monotonic()
-            said(server, "a")
+            post(server, "a")
             assert time.monotonic() - began_s >= 0.3
 
 
-def test_each_further_token_takes_its_time(tmp_path: Path) -> None:
+def test_further_tokens_take_the_set_time(tmp_path: Path) -> None:
     with (
         Loopback(echo) as upstream,
         DelayedServer(upstream.url, record=tmp_path / "record.jsonl") as server,
@@ -62,7 +62,7 @@ def test_each_further_token_takes_its_time(tmp_path: Path) -> None:
         assert time.monotonic() - began_s >= 0.31
 
 
-def test_a_streamed_reply_comes_event_by_event_each_after_its_time(tmp_path: Path) -> None:
+def test_events_of_a_stream_arrive_at_the_set_times(tmp_path: Path) -> None:
     events = tuple(b'data: {"n": %d}\n\n' % number for number in range(4))
     with (
         Loopback(lambda request: Reply(chunks=events)) as upstream,
@@ -73,32 +73,32 @@ def test_a_streamed_reply_comes_event_by_event_each_after_its_time(tmp_path: Pat
             began_s = time.monotonic()
             body = {"max_tokens": 3, "stream": True}
             reply = requests.post(f"{server.url}/completions", json=body, timeout=10, stream=True)
-            came = [(time.monotonic() - began_s, part) for part in reply.iter_content(None)]
-            assert b"".join(part for _, part in came) == b"".join(events)
-            # The last event is that of the counts, with no token of its own.
-            assert all(t >= at for (t, _), at in zip(came, (0.1, 0.2, 0.3), strict=False))
-            assert came[-1][0] >= 0.3
+            arrivals = [(time.monotonic() - began_s, part) for part in reply.iter_content(None)]
+            assert b"".join(part for _, part in arrivals) == b"".join(events)
+            # The last event has the token counts only and is not delayed.
+            assert all(t >= at for (t, _), at in zip(arrivals, (0.1, 0.2, 0.3), strict=False))
+            assert arrivals[-1][0] >= 0.3
         assert len(upstream.requests) == 1
 
 
 @pytest.mark.parametrize("name", DELAYS)
-def test_every_delay_has_the_mean_that_was_set(name: str) -> None:
-    drawn = [DELAYS[name](random.Random(i)) for i in range(20_000)]
-    made = [value for value in drawn if value != float("inf")]
-    assert statistics.mean(made) == pytest.approx(1.0, rel=0.03)
-    assert len(made) == len(drawn) or name == "lossy"
+def test_every_delay_has_a_mean_of_one(name: str) -> None:
+    factors = [DELAYS[name](random.Random(i)) for i in range(20_000)]
+    finite = [factor for factor in factors if factor != float("inf")]
+    assert statistics.mean(finite) == pytest.approx(1.0, rel=0.03)
+    assert len(finite) == len(factors) or name == "lossy"
 
 
-def test_a_lost_call_is_refused_once_and_answered_when_made_again(tmp_path: Path) -> None:
+def test_a_lost_call_is_refused_once_and_answered_when_repeated(tmp_path: Path) -> None:
     with (
         Loopback(echo) as upstream,
         DelayedServer(upstream.url, record=tmp_path / "record.jsonl") as server,
     ):
         server.delay, server.delay_s = lossy, 0.001
-        codes = {word: said(server, word).status_code for word in map(str, range(200))}
+        codes = {word: post(server, word).status_code for word in map(str, range(200))}
         lost = [word for word, code in codes.items() if code == 503]
         assert 0 < len(lost) < 20
-        assert all(said(server, word).status_code == 200 for word in lost)
+        assert all(post(server, word).status_code == 200 for word in lost)
 
 
 @pytest.mark.parametrize(
@@ -108,14 +108,14 @@ def test_a_lost_call_is_refused_once_and_answered_when_made_again(tmp_path: Path
         (["--large", "http://127.0.0.1:9/v1", "--rate", "7"], "--rate must be between 0 and 1"),
     ],
 )
-def test_bench_latency_says_what_it_needs(
+def test_bench_latency_reports_missing_arguments(
     arguments: list[str], said_so: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", "latency", *arguments]) == 2
     assert said_so in capsys.readouterr().err
 
 
-def test_the_picture_of_a_report_has_a_panel_for_each_rate(tmp_path: Path) -> None:
+def test_the_plot_has_a_panel_for_each_rate(tmp_path: Path) -> None:
     points = [
         {"rate": rate, "ratio": ratio, "sides": {"wait": {"over_wait": 1.0}}}
         for rate in (0.03, 0.07)

@@ -1,4 +1,4 @@
-"""What the bench says of answers: who parted two of them, and how near `auto` is to the best."""
+"""The figures of `bench latency`: causes of differing answers, and `auto` against the best mode."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def escalated(token_id: int, *, margin_nats: float | None) -> Token:
 
 
 @pytest.mark.parametrize(
-    ("answer", "by"),
+    ("answer", "cause"),
     [
         ([written(65), escalated(66, margin_nats=3.0)], Divergence.NONE),
         ([written(65), escalated(67, margin_nats=0.05), written(70)], Divergence.SERVER),
-        # One that is sure of another token was asked something else.
+        # A clear preference for another token means another context.
         ([written(65), escalated(67, margin_nats=2.0)], Divergence.ENGINE),
         ([written(65), escalated(67, margin_nats=None)], Divergence.ENGINE),
         ([written(65), written(67)], Divergence.ENGINE),
@@ -58,12 +58,12 @@ def escalated(token_id: int, *, margin_nats: float | None) -> Token:
         ([written(65)], Divergence.ENGINE),
     ],
 )
-def test_only_a_near_tie_is_the_servers_doing(answer: list[Token], by: Divergence) -> None:
-    waited = [written(65), escalated(66, margin_nats=3.0)]
-    assert find_divergence(answer, waited) is by
+def test_only_a_near_tie_is_caused_by_the_server(answer: list[Token], cause: Divergence) -> None:
+    wait_answer = [written(65), escalated(66, margin_nats=3.0)]
+    assert find_divergence(answer, wait_answer) is cause
 
 
-def test_auto_is_compared_with_the_fastest_mode_within_its_calls() -> None:
+def test_auto_is_compared_with_the_fastest_mode_under_its_call_ceiling() -> None:
     bound = "hedge+prefetch, 1.5x calls"
     seconds = {"wait": 10.0, "hedge": 2.0, "wait+prefetch": 5.0, bound: 1.0, "auto": 2.5}
     calls = {"hedge": 40, "auto": 30, "wait+prefetch": 5, bound: 16}
@@ -82,6 +82,6 @@ def test_auto_is_compared_with_the_fastest_mode_within_its_calls() -> None:
         )
         for name in SIDES
     }
-    found = point_figures(sides, cost=BranchCost(4, 1.0, 1.5, 1e-5), call_s=10.0)
-    assert found["same_text"]
-    assert found["auto_over_best"] == {"auto": 0.8, "auto, 1.5x calls": 0.625}
+    report = point_figures(sides, cost=BranchCost(4, 1.0, 1.5, 1e-5), call_s=10.0)
+    assert report["same_text"]
+    assert report["auto_over_best"] == {"auto": 0.8, "auto, 1.5x calls": 0.625}

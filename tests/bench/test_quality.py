@@ -1,4 +1,4 @@
-"""`bench quality`: every side on every question, nothing asked twice, budgets kept."""
+"""`bench quality`: every side on every question, no call repeated, budgets kept."""
 
 from __future__ import annotations
 
@@ -30,17 +30,11 @@ from mlxroute.routers import BURST, make_router
 from mlxroute.small import SmallModel
 from mlxroute.training.labels import LabelledAnswer
 from mlxroute.types import Message
-from tests.support.fakes import Reply, ScriptedLarge
+from tests.support.fakes import NamedLarge, Reply
 from tests.support.tiny import make_tiny_model
 
 _TOKENS = 12
 _RANKS = ScoreRanks("tiny", "none", 0, {"entropy": (0.0, 6.0)})
-
-
-class Named(ScriptedLarge):
-    """A scripted large model with a name."""
-
-    model_name = "scripted"
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +45,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
 
 @pytest.fixture(scope="module")
 def questions(small: SmallModel) -> list[Question]:
-    """The small model's own answers are right to the first half."""
-    found = []
+    """Questions of which the small model answers the first half right."""
+    questions = []
     for i in range(8):
         prompt = f"say {i}"
         answer = generate(
@@ -63,8 +57,8 @@ def questions(small: SmallModel) -> list[Question]:
             max_tokens=_TOKENS,
         )
         text = "".join(token.text for token in answer)
-        found.append(Question(str(i), prompt, AnswerKind.TEXT, text if i < 4 else "never said"))
-    return found
+        questions.append(Question(str(i), prompt, AnswerKind.TEXT, text if i < 4 else "never said"))
+    return questions
 
 
 def run(
@@ -73,12 +67,12 @@ def run(
     path: Path,
     *,
     replies: tuple[Reply, ...] = ((70,),),
-) -> tuple[dict[str, Any], Named]:
-    large = Named(replies)
-    with Replies(large, path.with_suffix(".replies")) as kept:
+) -> tuple[dict[str, Any], NamedLarge]:
+    large = NamedLarge(replies)
+    with Replies(large, path.with_suffix(".replies")) as recorded:
         report = bench_quality(
             small,
-            kept,
+            recorded,
             questions,
             sides=make_sides(["entropy"], [0.1]),
             examples=[],
@@ -90,7 +84,7 @@ def run(
     return report, large
 
 
-def test_the_sides_are_marked_and_compared(
+def test_sides_are_graded_and_compared(
     small: SmallModel, questions: list[Question], tmp_path: Path
 ) -> None:
     report, large = run(small, questions, tmp_path / "r.jsonl")
@@ -102,17 +96,17 @@ def test_the_sides_are_marked_and_compared(
     assert sides["large"]["escalation_rate"] == 1
     assert sides["large"]["strict"]["p_against_small"] == 0.125
     assert sides["large"]["strict"]["over_small"] == 0
-    # What one side asked the others need not ask again.
-    asked = [tuple(context.token_ids) for context in large.contexts]
-    assert len(asked) == len(set(asked))
-    assert len(asked) <= sides["large"]["calls"] + sides["entropy 10%"]["calls"]
-    # One budget for all questions in a row.
+    # A call of one side is not repeated by the others.
+    calls = [tuple(context.token_ids) for context in large.contexts]
+    assert len(calls) == len(set(calls))
+    assert len(calls) <= sides["large"]["calls"] + sides["entropy 10%"]["calls"]
+    # The budget carries over from question to question.
     routed = sides["entropy 10%"]
     assert 0 < routed["calls"] <= 0.1 * routed["tokens"] + BURST
     assert 0 < routed["most_over_budget"] <= BURST
 
 
-def test_answers_that_were_cut_off_are_told_of(
+def test_cut_off_answers_are_reported(
     small: SmallModel, questions: list[Question], tmp_path: Path
 ) -> None:
     report, _ = run(small, questions[:2], tmp_path / "r.jsonl")
@@ -129,7 +123,7 @@ def test_answers_that_were_cut_off_are_told_of(
     assert "cut off" not in shown()
 
 
-def test_what_is_there_is_not_asked_again(
+def test_saved_answers_are_not_repeated(
     small: SmallModel, questions: list[Question], tmp_path: Path
 ) -> None:
     first, _ = run(small, questions, tmp_path / "r.jsonl")
@@ -138,7 +132,7 @@ def test_what_is_there_is_not_asked_again(
     assert large.contexts == []
 
 
-def test_a_line_that_was_not_written_to_its_end_is_answered_again(
+def test_an_answer_with_an_incomplete_line_is_repeated(
     small: SmallModel, questions: list[Question], tmp_path: Path
 ) -> None:
     path = tmp_path / "r.jsonl"
@@ -151,7 +145,7 @@ def test_a_line_that_was_not_written_to_its_end_is_answered_again(
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
-def test_an_interrupted_run_goes_on_to_the_same_report(
+def test_an_interrupted_run_resumes_to_the_same_report(
     small: SmallModel, questions: list[Question], tmp_path: Path
 ) -> None:
     whole, large = run(small, questions, tmp_path / "whole.jsonl")
@@ -160,82 +154,154 @@ def test_an_interrupted_run_goes_on_to_the_same_report(
     with pytest.raises(LargeError, match="no"):
         run(small, questions, tmp_path / "r.jsonl", replies=(*good, LargeRefused("no")))
     assert threading.active_count() == before
-    kept = (tmp_path / "r.jsonl").read_text().splitlines()
-    assert 3 <= len(kept) < 24
+    saved = (tmp_path / "r.jsonl").read_text().splitlines()
+    assert 3 <= len(saved) < 24
     resumed, large = run(small, questions, tmp_path / "r.jsonl")
     assert 0 < len(large.contexts) <= 21
     for report in (whole, resumed):
-        # Tokens that are known come many a call.
+        # One call returns many tokens once they are recorded.
         for name in ("calls", "uploaded_tokens", "seconds_median"):
             del report["sides"]["large"][name]
     assert resumed == whole
 
 
-def test_answers_written_together_are_those_written_alone(
+def test_saved_answers_have_fixed_names_and_keys(
+    small: SmallModel, questions: list[Question], tmp_path: Path
+) -> None:
+    run(small, questions[:1], tmp_path / "r.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    # A key that changes makes the answers of earlier runs unusable.
+    assert [line["key"] for line in lines] == [
+        "82b750b4c04adf14eaa3fe8b1669368cc29903bd2e624466ca7568f016f90fff",
+        "ecfe0dbcd4bc6e630a3dfb003b7d09bc0e8938b9694f0516806e5e6541236268",
+        "7287f65a99d159436a19f838720cc1b7f2956596ec28cceb7d578a857064c750",
+    ]
+    for line in lines:
+        assert list(line) == ["key", "row"]
+        assert list(line["row"]) == [
+            "question",
+            "text",
+            "strict",
+            "lenient",
+            "tokens",
+            "escalated",
+            "agreed",
+            "unchecked",
+            "calls",
+            "uploaded_tokens",
+            "seconds",
+            "scores",
+        ]
+
+
+def test_the_report_has_fixed_names(
+    small: SmallModel, questions: list[Question], tmp_path: Path
+) -> None:
+    report, _ = run(small, questions[:1], tmp_path / "r.jsonl")
+    assert list(report) == [
+        "small",
+        "large",
+        "questions",
+        "examples",
+        "tokens",
+        "chats",
+        "step_s",
+        "sides",
+    ]
+    for side in report["sides"].values():
+        assert list(side) == [
+            "router",
+            "budget",
+            "strict",
+            "lenient",
+            "escalation_rate",
+            "agreement",
+            "most_over_budget",
+            "tokens",
+            "reached_limit",
+            "calls",
+            "uploaded_tokens",
+            "seconds_median",
+        ]
+        for name in ("strict", "lenient"):
+            assert list(side[name]) == [
+                "accuracy",
+                "interval",
+                "no_answer",
+                "over_small",
+                "p_against_small",
+            ]
+
+
+def test_concurrent_answers_equal_those_written_alone(
     small: SmallModel, questions: list[Question]
 ) -> None:
-    turns = question_messages(questions[0])
+    conversation = question_messages(questions[0])
 
-    def alone(threshold: float, turns: list[Message], small: Any) -> list[int]:
+    def write(threshold: float, messages: list[Message], small: Any) -> list[int]:
         router = make_router("entropy", threshold=threshold)
-        large = Named([(70,), (71,), (72, 73)])
-        answer = generate(small, large, turns, router=router, max_tokens=_TOKENS, mode="wait")
+        large = NamedLarge([(70,), (71,), (72, 73)])
+        answer = generate(small, large, messages, router=router, max_tokens=_TOKENS, mode="wait")
         return [token.token_id for token in answer]
 
     thresholds = [math.inf, 5.0, 4.0, math.inf]
     other = question_messages(Question("x", "a longer question, about something else"))
-    together = ConcurrentAnswers(small, on_abort=lambda: None)
-    jobs = [(each, partial(alone, t, each)) for each in (turns, other) for t in thresholds]
-    found = together.run(jobs)
-    assert found == [alone(t, each, small) for each in (turns, other) for t in thresholds]
-    assert len({tuple(each) for each in found}) > 2
+    answers = ConcurrentAnswers(small, on_abort=lambda: None)
+    cases = [(messages, t) for messages in (conversation, other) for t in thresholds]
+    written = answers.run([(messages, partial(write, t, messages)) for messages, t in cases])
+    assert written == [write(t, messages, small) for messages, t in cases]
+    assert len({tuple(token_ids) for token_ids in written}) > 2
 
 
-def test_a_fault_in_one_answer_ends_the_others(
-    small: SmallModel, questions: list[Question]
-) -> None:
-    stopped: list[bool] = []
+def test_a_failing_answer_aborts_the_others(small: SmallModel, questions: list[Question]) -> None:
+    aborts: list[bool] = []
 
-    def fails(row: Any) -> None:
+    def fail(row: Any) -> None:
         row.extend([70])
         raise LargeRefused("no")
 
-    def goes_on(row: Any) -> None:
+    def continue_forever(row: Any) -> None:
         while True:
             row.extend([70])
 
-    together = ConcurrentAnswers(small, on_abort=lambda: stopped.append(True))
-    turns = question_messages(questions[0])
+    answers = ConcurrentAnswers(small, on_abort=lambda: aborts.append(True))
+    conversation = question_messages(questions[0])
     before = threading.active_count()
     with pytest.raises(LargeRefused):
-        together.run([(turns, goes_on), (turns, fails), (turns, goes_on)])
-    assert stopped
+        answers.run(
+            [
+                (conversation, continue_forever),
+                (conversation, fail),
+                (conversation, continue_forever),
+            ]
+        )
+    assert aborts
     assert threading.active_count() == before
 
 
-def test_the_fault_that_ended_the_others_is_told(
+def test_the_failure_that_aborted_the_others_is_raised(
     small: SmallModel, questions: list[Question]
 ) -> None:
-    over = threading.Event()
+    aborted = threading.Event()
 
-    def waits_for_a_call(row: Any) -> None:
-        over.wait(30)
+    def wait_for_a_call(row: Any) -> None:
+        aborted.wait(30)
         raise RecordingStopped("the run has ended")
 
-    def fails(row: Any) -> None:
+    def fail(row: Any) -> None:
         raise LargeRefused("no")
 
-    together = ConcurrentAnswers(small, on_abort=over.set)
-    turns = question_messages(questions[0])
+    answers = ConcurrentAnswers(small, on_abort=aborted.set)
+    conversation = question_messages(questions[0])
     with pytest.raises(LargeRefused):
-        together.run([(turns, waits_for_a_call), (turns, fails)])
+        answers.run([(conversation, wait_for_a_call), (conversation, fail)])
 
 
-def test_oracles_spend_where_it_helps() -> None:
+def test_oracles_spend_the_budget_where_it_helps() -> None:
     question = Question("q", "?", AnswerKind.CHOICE, "B", (("A", "tea"), ("B", "milk")))
 
-    def answered(*labels: str) -> LabelledAnswer:
-        texts = [f"The answer is ({each})." for each in labels]
+    def make_answer(*labels: str) -> LabelledAnswer:
+        texts = [f"The answer is ({label})." for label in labels]
         count = len(texts) - 1
         differs = mx.array([1.0] * count + [0.0] * (10 - count))
         return LabelledAnswer(
@@ -248,20 +314,22 @@ def test_oracles_spend_where_it_helps() -> None:
             continuations=tuple(texts[:-1]),
         )
 
-    # Right by itself; by the second disagreement, the first of which is critical; in vain.
-    answers = [answered("B", "B"), answered("A", "A", "B"), answered("A", "A", "A")]
-    found = compute_oracles(answers, [question] * 3, [0.0, 0.05, 0.1])
-    assert [each["accuracy"] for each in found["critical_first"]] == pytest.approx(
+    # Right alone; right with the second disagreement escalated, which is critical; never right.
+    answers = [make_answer("B", "B"), make_answer("A", "A", "B"), make_answer("A", "A", "A")]
+    bounds = compute_oracles(answers, [question] * 3, [0.0, 0.05, 0.1])
+    assert [point["accuracy"] for point in bounds["critical_first"]] == pytest.approx(
         [0.3333, 0.6667, 0.6667]
     )
-    assert found["critical_first"][1]["escalation_rate"] == pytest.approx(1 / 30, abs=1e-4)
-    assert [each["accuracy"] for each in found["disagreements"]] == pytest.approx([0.3333] * 3)
+    assert bounds["critical_first"][1]["escalation_rate"] == pytest.approx(1 / 30, abs=1e-4)
+    assert [point["accuracy"] for point in bounds["disagreements"]] == pytest.approx([0.3333] * 3)
     assert compute_oracles(answers, [question] * 3, [0.2])["disagreements"][0]["accuracy"] == 0.6667
-    finding = found["finding_the_critical"]
-    assert (finding["differing"], finding["to_find"]) == pytest.approx((0.1667, 0.0333), abs=1e-3)
+    assert list(bounds) == ["disagreements", "critical_first", "finding_the_critical"]
+    assert list(bounds["critical_first"][0]) == ["budget", "escalation_rate", "accuracy"]
+    recall = bounds["finding_the_critical"]
+    assert (recall["differing"], recall["to_find"]) == pytest.approx((0.1667, 0.0333), abs=1e-3)
 
 
-def test_the_picture_shows_every_router(
+def test_the_plot_shows_every_router(
     small: SmallModel, questions: list[Question], tmp_path: Path
 ) -> None:
     report, _ = run(small, questions[:2], tmp_path / "r.jsonl")

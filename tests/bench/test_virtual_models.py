@@ -1,4 +1,4 @@
-"""Models on a virtual clock: real tokens, set times, everything asked once."""
+"""Models on a virtual clock: real tokens, set times, no call repeated."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
 
 
 def threshold(small: SmallModel) -> float:
-    """A tenth of the positions exceeds it."""
+    """An entropy that a tenth of the positions exceeds."""
     ids = small.encode_prompt(small.render([{"role": "user", "content": "hi"}]))
     signals, _ = small.prefill(ids)
-    found = []
+    entropies = []
     for _ in range(60):
-        found.append(signals.entropy_nats)
+        entropies.append(signals.entropy_nats)
         signals = small.step(signals.token_id)
-    return sorted(found)[53]
+    return sorted(entropies)[53]
 
 
 def play(
-    small: SmallModel, known: OutputCache, large: ScriptedLarge, mode: Mode, **options: Any
+    small: SmallModel, outputs: OutputCache, large: ScriptedLarge, mode: Mode, **options: Any
 ) -> tuple[list[int], RunStats, float]:
     clock = VirtualClock()
     answer = Answer(
-        VirtualSmall(small, known, clock, BranchCost(4, _STEP_S, _BATCH_S, 1e-5)),
+        VirtualSmall(small, outputs, clock, BranchCost(4, _STEP_S, _BATCH_S, 1e-5)),
         VirtualLarge(
-            large, known, clock, call_s=_CALL_S, token_s=0.5, streams=False, delay=constant
+            large, outputs, clock, call_s=_CALL_S, token_s=0.5, streams=False, delay=constant
         ),
         [{"role": "user", "content": "hi"}],
         router=EntropyRouter(threshold(small)),
@@ -55,30 +55,30 @@ def play(
     return ids, answer.stats(), clock()
 
 
-def test_every_mode_plays_the_same_answer_and_waiting_takes_the_sum_of_its_parts(
+def test_every_mode_writes_the_same_answer_and_wait_takes_the_sum_of_steps_and_calls(
     small: SmallModel,
 ) -> None:
-    known, large = OutputCache(), ScriptedLarge([(70,)])
-    wanted, stats, waited_s = play(small, known, large, Mode.WAIT)
+    outputs, large = OutputCache(), ScriptedLarge([(70,)])
+    expected, stats, waited_s = play(small, outputs, large, Mode.WAIT)
     assert stats.escalated > 2
-    assert waited_s == pytest.approx(_STEP_S * (len(wanted) - 1) + _CALL_S * stats.calls)
+    assert waited_s == pytest.approx(_STEP_S * (len(expected) - 1) + _CALL_S * stats.calls)
     for mode in Mode:
-        ids, _, seconds = play(small, known, large, mode, prefetch=0)
-        assert ids == wanted
+        ids, _, seconds = play(small, outputs, large, mode, prefetch=0)
+        assert ids == expected
         assert seconds <= waited_s
-    asked = [tuple(context.token_ids) for context in large.contexts]
-    assert len(asked) == len(set(asked))
+    calls = [tuple(context.token_ids) for context in large.contexts]
+    assert len(calls) == len(set(calls))
 
 
-def test_a_server_that_contradicts_itself_still_plays_one_answer(small: SmallModel) -> None:
-    known, large = OutputCache(), ScriptedLarge([(70,), (71,), (72,)])
-    wanted, _, _ = play(small, known, large, Mode.WAIT)
+def test_a_server_that_contradicts_itself_still_gives_one_answer(small: SmallModel) -> None:
+    outputs, large = OutputCache(), ScriptedLarge([(70,), (71,), (72,)])
+    expected, _, _ = play(small, outputs, large, Mode.WAIT)
     for mode in (Mode.WAIT, Mode.OVERLAP):
-        ids, _, _ = play(small, known, large, mode, prefetch=3)
-        assert ids == wanted
+        ids, _, _ = play(small, outputs, large, mode, prefetch=3)
+        assert ids == expected
 
 
-def test_a_played_answer_is_the_small_models_own_where_nothing_is_asked(small: SmallModel) -> None:
+def test_tokens_without_escalation_are_the_small_models_own(small: SmallModel) -> None:
     ids, _, _ = play(small, OutputCache(), ScriptedLarge([(70,)]), Mode.WAIT)
     small.prefill(small.encode_prompt(small.render([{"role": "user", "content": "hi"}])))
     first = next(i for i, token in enumerate(ids) if token == 70)
@@ -90,18 +90,18 @@ def test_a_played_answer_is_the_small_models_own_where_nothing_is_asked(small: S
         signals = small.step(token)
 
 
-def test_delays_are_drawn_anew_for_each_context_and_alike_each_time(small: SmallModel) -> None:
+def test_delays_depend_on_the_context_alone(small: SmallModel) -> None:
     drawn: list[float] = []
 
-    def delay(dice: random.Random) -> float:
-        drawn.append(dice.random())
+    def delay(rng: random.Random) -> float:
+        drawn.append(rng.random())
         return drawn[-1]
 
     for _ in range(2):
-        clock, known = VirtualClock(), OutputCache()
+        clock, outputs = VirtualClock(), OutputCache()
         large = VirtualLarge(
             ScriptedLarge([(70,)]),
-            known,
+            outputs,
             clock,
             call_s=1.0,
             token_s=0.0,
@@ -109,7 +109,7 @@ def test_delays_are_drawn_anew_for_each_context_and_alike_each_time(small: Small
             delay=delay,
         )
         answer = Answer(
-            VirtualSmall(small, known, clock, BranchCost(4, 1.0, 1.5, 1e-5)),
+            VirtualSmall(small, outputs, clock, BranchCost(4, 1.0, 1.5, 1e-5)),
             large,
             [{"role": "user", "content": "hi"}],
             router=EntropyRouter(threshold(small)),

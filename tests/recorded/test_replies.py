@@ -1,7 +1,8 @@
-"""The large model for several answers at once: bounded, remembered, ended with the run."""
+"""Recorded replies of the large model: bounded calls, the file, the end of a run."""
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,34 @@ import pytest
 from mlxroute.errors import LargeError
 from mlxroute.recorded.replies import Replies
 from mlxroute.types import LargeContext, LargeToken, Vocabulary
-from tests.support.fakes import Reply, ScriptedLarge
+from tests.support.fakes import NamedLarge, Reply
+
+# A line as earlier versions wrote it, for the token after the ids 1, 70.
+_LINE = (
+    '{"key": "7fe43e8e8e7bc21bc9d711b46614437b", "token_ids": [71, 72], "text": "GH",'
+    ' "is_eos": false, "logprob": -0.5, "top": [["GH", -0.5], ["G", -1.5]], "prompt_tokens": 10,'
+    ' "cached_tokens": 8, "completion_tokens": 1, "uploaded_bytes": 100, "latency_s": 0.25,'
+    ' "large_ids": [5], "lost_s": 0.0}\n'
+)
+_TOKEN = LargeToken(
+    token_ids=(71, 72),
+    text="GH",
+    is_eos=False,
+    logprob=-0.5,
+    top=(("GH", -0.5), ("G", -1.5)),
+    prompt_tokens=10,
+    cached_tokens=8,
+    completion_tokens=1,
+    uploaded_bytes=100,
+    latency_s=0.25,
+    large_ids=(5,),
+)
 
 
-class Held:
-    """A call that lands when it is let go."""
+class BlockedCall:
+    """A call that finishes when the test says so."""
 
-    def __init__(self, large: Holding, tokens: tuple[LargeToken, ...]) -> None:
+    def __init__(self, large: BlockingLarge, tokens: tuple[LargeToken, ...]) -> None:
         self._large = large
         self._tokens = tokens
         self.ready = False
@@ -28,46 +50,45 @@ class Held:
         return self.ready
 
     def result(self) -> tuple[LargeToken, ...]:
-        self._large.under_way -= 1
+        self._large.in_flight -= 1
         return self._tokens
 
     def cancel(self) -> None:
-        self._large.under_way -= 1
+        self._large.in_flight -= 1
 
 
-class Holding(ScriptedLarge):
-    """Lets calls land when it is told to, and counts those under way."""
-
-    model_name = "holding"
+class BlockingLarge(NamedLarge):
+    """A large model whose calls finish by `finish_calls`; counts the calls in flight."""
 
     def __init__(self, replies: list[Reply]) -> None:
         super().__init__(replies)
-        self.held: list[Held] = []
-        self.under_way = self.most = 0
-        self.landed = threading.Condition()
+        self.calls: list[BlockedCall] = []
+        self.in_flight = self.max_seen_in_flight = 0
+        self.changed = threading.Condition()
 
-    def begin(self, context: LargeContext, *, deadline_s: float, prefetch: int) -> Held:  # type: ignore[override]
-        flight = Held(
-            self, super().begin(context, deadline_s=deadline_s, prefetch=prefetch).result()
-        )
-        with self.landed:
-            self.held.append(flight)
-            self.under_way += 1
-            self.most = max(self.most, self.under_way)
-            self.landed.notify_all()
-        return flight
+    def begin(  # type: ignore[override]
+        self, context: LargeContext, *, deadline_s: float, prefetch: int
+    ) -> BlockedCall:
+        scripted = super().begin(context, deadline_s=deadline_s, prefetch=prefetch)
+        call = BlockedCall(self, scripted.result())
+        with self.changed:
+            self.calls.append(call)
+            self.in_flight += 1
+            self.max_seen_in_flight = max(self.max_seen_in_flight, self.in_flight)
+            self.changed.notify_all()
+        return call
 
     def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
-        with self.landed:
-            self.landed.wait_for(ready, timeout_s)
+        with self.changed:
+            self.changed.wait_for(ready, timeout_s)
 
-    def let_go(self, count: int) -> None:
-        """Let that many calls land, as soon as there are as many."""
-        with self.landed:
-            self.landed.wait_for(lambda: sum(not each.ready for each in self.held) >= count)
-            for flight in [each for each in self.held if not each.ready][:count]:
-                flight.ready = True
-            self.landed.notify_all()
+    def finish_calls(self, count: int) -> None:
+        """Finish `count` calls, once that many are in flight."""
+        with self.changed:
+            self.changed.wait_for(lambda: sum(not call.ready for call in self.calls) >= count)
+            for call in [call for call in self.calls if not call.ready][:count]:
+                call.ready = True
+            self.changed.notify_all()
 
 
 def context(*ids: int) -> LargeContext:
@@ -76,43 +97,41 @@ def context(*ids: int) -> LargeContext:
     )
 
 
-def asked(replies: Replies, *ids: int, prefetch: int = 0) -> tuple[LargeToken, ...]:
+def ask(replies: Replies, *ids: int, prefetch: int = 0) -> tuple[LargeToken, ...]:
+    """Return what a new view answers to a context."""
     view = replies.new_view()
-    flight = view.begin(context(*ids), deadline_s=9, prefetch=prefetch)
-    view.wait(lambda: flight.ready, timeout_s=9)
-    return flight.result()
+    call = view.begin(context(*ids), deadline_s=9, prefetch=prefetch)
+    view.wait(lambda: call.ready, timeout_s=9)
+    return call.result()
 
 
-def test_no_more_calls_are_under_way_than_wanted(tmp_path: Path) -> None:
-    large = Holding([(70,)])
+def test_no_more_calls_are_in_flight_than_allowed(tmp_path: Path) -> None:
+    large = BlockingLarge([(70,)])
     replies = Replies(large, tmp_path / "r", at_once=2)
-    threads = [threading.Thread(target=asked, args=(replies, i)) for i in range(6)]
+    threads = [threading.Thread(target=ask, args=(replies, i)) for i in range(6)]
     for thread in threads:
         thread.start()
     for _ in range(3):
-        large.let_go(2)
+        large.finish_calls(2)
     for thread in threads:
         thread.join()
-    assert (large.most, len(large.held)) == (2, 6)
+    assert (large.max_seen_in_flight, len(large.calls)) == (2, 6)
 
 
-def test_tokens_are_known_one_behind_the_other(tmp_path: Path) -> None:
-    class Named(ScriptedLarge):
-        model_name = "scripted"
-
-    large = Named([(70,), (71, 72), (73,)])
+def test_recorded_tokens_are_returned_as_far_as_they_follow_each_other(tmp_path: Path) -> None:
+    large = NamedLarge([(70,), (71, 72), (73,)])
     replies = Replies(large, tmp_path / "r")
-    assert asked(replies, 1)[0].token_ids == (70,)
-    assert asked(replies, 1, 70)[0].token_ids == (71, 72)
-    silent = Named([LargeError("asked again")])
-    again = Replies(silent, tmp_path / "r")
-    assert [each.token_ids for each in asked(again, 1, prefetch=5)] == [(70,), (71, 72)]
-    assert len(asked(again, 1, prefetch=0)) == 1
-    assert silent.contexts == []
-    view = again.new_view()
-    flight = view.begin(context(1), deadline_s=9, prefetch=0)
-    # The engine looks at what a call brought more than once.
-    assert flight.result() == flight.result()
+    assert ask(replies, 1)[0].token_ids == (70,)
+    assert ask(replies, 1, 70)[0].token_ids == (71, 72)
+    failing = NamedLarge([LargeError("called again")])
+    reopened = Replies(failing, tmp_path / "r")
+    assert [token.token_ids for token in ask(reopened, 1, prefetch=5)] == [(70,), (71, 72)]
+    assert len(ask(reopened, 1, prefetch=0)) == 1
+    assert failing.contexts == []
+    view = reopened.new_view()
+    call = view.begin(context(1), deadline_s=9, prefetch=0)
+    # The engine reads the result of a call more than once.
+    assert call.result() == call.result()
     assert (view.uploads.requests, view.uploads.tokens, view.uploads.completion_tokens) == (
         1,
         10,
@@ -120,32 +139,61 @@ def test_tokens_are_known_one_behind_the_other(tmp_path: Path) -> None:
     )
 
 
-def test_a_call_that_was_made_counts_once_however_often_it_is_read(tmp_path: Path) -> None:
-    large = Holding([(70,)])
+def test_a_call_counts_once_however_often_its_result_is_read(tmp_path: Path) -> None:
+    large = BlockingLarge([(70,)])
     view = Replies(large, tmp_path / "r").new_view()
-    flight = view.begin(context(1), deadline_s=9, prefetch=0)
-    large.let_go(1)
-    assert flight.result() == flight.result()
+    call = view.begin(context(1), deadline_s=9, prefetch=0)
+    large.finish_calls(1)
+    assert call.result() == call.result()
     assert view.uploads.requests == 1
 
 
-def test_nobody_waits_once_the_run_has_ended(tmp_path: Path) -> None:
-    large = Holding([(70,)])
+def test_the_file_has_one_line_of_named_values_per_token(tmp_path: Path) -> None:
+    file = tmp_path / "r"
+    Replies(NamedLarge([]), file).record((1, 70), [_TOKEN])
+    assert file.read_text() == _LINE
+    assert list(json.loads(_LINE)) == [
+        "key",
+        "token_ids",
+        "text",
+        "is_eos",
+        "logprob",
+        "top",
+        "prompt_tokens",
+        "cached_tokens",
+        "completion_tokens",
+        "uploaded_bytes",
+        "latency_s",
+        "large_ids",
+        "lost_s",
+    ]
+
+
+def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "r"
+    file.write_text(_LINE)
+    replies = Replies(NamedLarge([LargeError("called again")]), file)
+    assert replies.find_tokens((1, 70), 3) == (_TOKEN,)
+    assert replies.find_tokens((1, 71), 3) == ()
+
+
+def test_waiting_answers_fail_once_the_run_has_ended(tmp_path: Path) -> None:
+    large = BlockingLarge([(70,)])
     replies = Replies(large, tmp_path / "r")
-    failed: list[LargeError] = []
+    failures: list[LargeError] = []
 
-    def ask(number: int) -> None:
+    def ask_and_fail(number: int) -> None:
         try:
-            asked(replies, number)
+            ask(replies, number)
         except LargeError as exc:
-            failed.append(exc)
+            failures.append(exc)
 
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(2)]
+    threads = [threading.Thread(target=ask_and_fail, args=(i,)) for i in range(2)]
     for thread in threads:
         thread.start()
     replies.close()
     for thread in threads:
         thread.join()
-    assert len(failed) == 2
+    assert len(failures) == 2
     with pytest.raises(LargeError, match="ended"):
-        asked(replies, 9)
+        ask(replies, 9)

@@ -202,6 +202,12 @@ class ScriptedLarge:
         )
 
 
+class NamedLarge(ScriptedLarge):
+    """A scripted large model with a name."""
+
+    model_name = "scripted"
+
+
 class FakeFlight:
     """A call that lands when its clock says so, at once without one."""
 

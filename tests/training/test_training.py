@@ -23,17 +23,11 @@ from mlxroute.small import SmallModel
 from mlxroute.training.head_fitting import FittedHead, fit_head, recall
 from mlxroute.training.labels import LabelledAnswer, collect_labels
 from mlxroute.types import LabelKind
-from tests.support.fakes import Reply, ScriptedLarge
+from tests.support.fakes import NamedLarge, Reply
 from tests.support.tiny import make_tiny_model
 
 _HIDDEN = 64
 _QUESTIONS = [Question(str(i), f"say {i}") for i in range(3)]
-
-
-class Named(ScriptedLarge):
-    """A scripted large model with a name."""
-
-    model_name = "scripted"
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +37,18 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
 
 
 def synthetic(count: int, *, seed: int = 0) -> list[LabelledAnswer]:
-    """Answers in which one direction of the state says where the models differ."""
-    key = mx.random.key(seed)
-    found = []
-    for each in mx.random.split(key, count):
-        hidden = mx.random.normal((40, _HIDDEN), key=each)
-        signals = mx.abs(mx.random.normal((40, 4), key=mx.random.split(each)[0]))
+    """Answers in which one dimension of the hidden state decides where the models differ."""
+    answers = []
+    for key in mx.random.split(mx.random.key(seed), count):
+        hidden = mx.random.normal((40, _HIDDEN), key=key)
+        features = mx.abs(mx.random.normal((40, 4), key=mx.random.split(key)[0]))
         differs = (hidden[:, 3] > 1.2).astype(mx.float32)
         # The large model's token is likely where the models differ, the small one's elsewhere.
         logprobs = mx.stack([-3 * differs, 3 * differs - 3], axis=1)
-        found.append(LabelledAnswer(hidden.astype(mx.float16), signals, differs, logprobs, "", 40))
-    return found
+        answers.append(
+            LabelledAnswer(hidden.astype(mx.float16), features, differs, logprobs, "", 40)
+        )
+    return answers
 
 
 def fitted_to(
@@ -69,14 +64,14 @@ def fitted_to(
 
 def labelled(
     small: SmallModel,
-    large: Named,
+    large: NamedLarge,
     folder: Path,
     *,
     questions: list[Question] | None = None,
     at_once: int = 1,
     with_continuations: bool = True,
 ) -> list[LabelledAnswer]:
-    """What `collect` gives for answers of up to 6 tokens."""
+    """Labels of answers of up to 6 tokens."""
     with Replies(large, folder / "replies.jsonl", at_once=at_once) as replies:
         return collect_labels(
             small,
@@ -91,134 +86,192 @@ def labelled(
 
 
 def greedy(small: SmallModel, ids: list[int], count: int) -> list[int]:
-    """What the small model writes behind some ids."""
+    """The small model's continuation of some ids."""
     signals, _ = small.prefill(ids)
-    found: list[int] = []
-    while len(found) < count and signals.token_id not in small.vocabulary.eos_ids:
-        found.append(signals.token_id)
+    written: list[int] = []
+    while len(written) < count and signals.token_id not in small.vocabulary.eos_ids:
+        written.append(signals.token_id)
         signals = small.step(signals.token_id)
-    return found
+    return written
 
 
 def spelled(small: SmallModel, ids: list[int]) -> str:
     return b"".join(map(small.vocabulary.token_bytes, ids)).decode(errors="replace")
 
 
-def test_labels_say_where_the_small_model_would_have_written_otherwise(
+def test_labels_mark_positions_where_the_small_model_chooses_another_token(
     small: SmallModel, tmp_path: Path
 ) -> None:
     ids = small.encode_prompt(small.render([{"role": "user", "content": "say 0"}]))
     own = greedy(small, ids, 1)[0]
     other = 70 if own != 70 else 71
-    (found,) = labelled(small, Named([(own,), (other,), (70,)]), tmp_path)
-    assert found.hidden.shape == (6, _HIDDEN)
-    differs = cast("list[float]", found.differs.tolist())
+    (answer,) = labelled(small, NamedLarge([(own,), (other,), (70,)]), tmp_path)
+    assert answer.hidden.shape == (6, _HIDDEN)
+    differs = cast("list[float]", answer.differs.tolist())
     written = [own, other, 70, 70, 70, 70]
     signals, _ = small.prefill(ids)
     for at, token_id in enumerate(written):
         assert differs[at] == float(signals.token_id != token_id)
-        assert mx.allclose(found.hidden[at], small.hidden_state(), atol=1e-2).item()
-        assert found.features[at].tolist() == pytest.approx(
+        assert mx.allclose(answer.hidden[at], small.hidden_state(), atol=1e-2).item()
+        assert answer.features[at].tolist() == pytest.approx(
             [signals.entropy_nats, signals.varentropy, signals.top_logprobs[0], signals.margin],
             rel=1e-4,
         )
-        given = cast("list[float]", found.logprobs[at].tolist())
+        given = cast("list[float]", answer.logprobs[at].tolist())
         assert given[1] == pytest.approx(-0.5)
         if token_id in signals.top_ids:
             place = signals.top_ids.index(token_id)
             assert given[0] == pytest.approx(signals.top_logprobs[place], abs=1e-3)
         signals = small.step(token_id)
-    assert (found.text, found.token_count) == (spelled(small, written), 6)
+    assert (answer.text, answer.token_count) == (spelled(small, written), 6)
 
 
-def test_the_small_model_goes_on_alone_from_each_disagreement(
+def test_the_small_model_continues_alone_from_each_disagreement(
     small: SmallModel, tmp_path: Path
 ) -> None:
     ids = small.encode_prompt(small.render([{"role": "user", "content": "say 0"}]))
-    (found,) = labelled(small, Named([(70,), (71,), (72,)]), tmp_path)
+    (answer,) = labelled(small, NamedLarge([(70,), (71,), (72,)]), tmp_path)
     written = [70, 71, 72, 72, 72, 72]
-    differs = cast("list[float]", found.differs.tolist())
+    differs = cast("list[float]", answer.differs.tolist())
     places = [at for at, value in enumerate(differs) if value]
-    assert len(places) == len(found.continuations) > 2
-    for at, text in zip(places, found.continuations, strict=True):
+    assert len(places) == len(answer.continuations) > 2
+    for at, text in zip(places, answer.continuations, strict=True):
         tail = greedy(small, ids + written[:at], 6 - at)
         assert text == spelled(small, written[:at] + tail)
 
 
-def test_a_token_that_the_small_vocabulary_spells_in_parts_is_one_position(
+def test_a_token_of_several_ids_in_the_small_vocabulary_is_one_position(
     small: SmallModel, tmp_path: Path
 ) -> None:
     ids = small.encode_prompt(small.render([{"role": "user", "content": "say 0"}]))
     own = greedy(small, ids, 1)[0]
     other = 70 if own != 70 else 71
-    # The first part is what the small model would write, the second hardly.
-    (found,) = labelled(small, Named([(own, other), (72,), (72,), (72,), (72,)]), tmp_path)
-    assert found.token_count == 6
-    assert found.hidden.shape[0] == found.logprobs.shape[0] == 5
+    # The small model chooses the first id, too, but not the second.
+    (answer,) = labelled(small, NamedLarge([(own, other), (72,), (72,), (72,), (72,)]), tmp_path)
+    assert answer.token_count == 6
+    assert answer.hidden.shape[0] == answer.logprobs.shape[0] == 5
     signals, _ = small.prefill(ids)
     second = small.step(own)
     assert second.token_id != other
-    assert cast("list[float]", found.differs.tolist())[0] == 1
-    assert found.continuations[0] == spelled(small, [own, *greedy(small, [*ids, own], 5)])
-    seen = cast("list[float]", found.features[0].tolist())
-    assert seen[0] == pytest.approx(signals.entropy_nats, rel=1e-4)
+    assert cast("list[float]", answer.differs.tolist())[0] == 1
+    assert answer.continuations[0] == spelled(small, [own, *greedy(small, [*ids, own], 5)])
+    features = cast("list[float]", answer.features[0].tolist())
+    assert features[0] == pytest.approx(signals.entropy_nats, rel=1e-4)
 
 
-def test_labels_of_several_answers_at_once_are_those_of_one_after_the_other(
+def test_labels_of_concurrent_answers_equal_those_of_single_answers(
     small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    three = labelled(small, Named([(70,)]), tmp_path / "3", questions=_QUESTIONS, at_once=3)
+    three = labelled(small, NamedLarge([(70,)]), tmp_path / "3", questions=_QUESTIONS, at_once=3)
     # Batches smaller than the disagreements of one answer.
     monkeypatch.setattr("mlxroute.training.labels._BATCH_ROWS", 2)
-    one = labelled(small, Named([(70,)]), tmp_path / "1", questions=_QUESTIONS)
-    assert [each.continuations for each in one] == [each.continuations for each in three]
+    one = labelled(small, NamedLarge([(70,)]), tmp_path / "1", questions=_QUESTIONS)
+    assert [answer.continuations for answer in one] == [answer.continuations for answer in three]
     plain = labelled(
-        small, Named([(70,)]), tmp_path / "p", questions=_QUESTIONS, with_continuations=False
+        small, NamedLarge([(70,)]), tmp_path / "p", questions=_QUESTIONS, with_continuations=False
     )
-    # What was not wanted then is added without a call.
-    silent = Named([LargeRefused("asked again")])
-    more = labelled(small, silent, tmp_path / "p", questions=_QUESTIONS)
-    assert [each.continuations for each in more] == [each.continuations for each in one]
-    assert all(each.continuations == () for each in plain)
+    # Continuations are added later without a call.
+    failing = NamedLarge([LargeRefused("called again")])
+    more = labelled(small, failing, tmp_path / "p", questions=_QUESTIONS)
+    assert [answer.continuations for answer in more] == [answer.continuations for answer in one]
+    assert all(answer.continuations == () for answer in plain)
     assert all(mx.array_equal(a.differs, b.differs) for a, b in zip(one, plain, strict=True))
 
 
-def test_what_is_labelled_is_not_asked_again_and_survives_a_fault(
+def test_saved_labels_are_not_made_again_and_survive_a_failure(
     small: SmallModel, tmp_path: Path
 ) -> None:
     questions = [Question(str(i), f"say {i}") for i in range(6)]
     replies: list[Reply] = [(70,)] * 26
     with pytest.raises(LargeError):
-        labelled(small, Named([*replies, LargeRefused("no")]), tmp_path, questions=questions)
+        labelled(small, NamedLarge([*replies, LargeRefused("no")]), tmp_path, questions=questions)
     assert len(list((tmp_path / "labels").iterdir())) == 4
-    large = Named([(70,)])
+    large = NamedLarge([(70,)])
     whole = labelled(small, large, tmp_path, questions=questions)
-    # Two tokens of the fifth answer were known.
+    # Two tokens of the fifth answer were recorded.
     assert (len(whole), len(large.contexts)) == (6, 10)
-    silent = Named([(70,)])
-    again = labelled(small, silent, tmp_path, questions=questions)
-    assert silent.contexts == []
+    failing = NamedLarge([(70,)])
+    again = labelled(small, failing, tmp_path, questions=questions)
+    assert failing.contexts == []
     assert all(mx.array_equal(a.hidden, b.hidden) for a, b in zip(whole, again, strict=True))
 
 
-def test_an_outcome_that_does_not_change_makes_no_label() -> None:
+_SAVED_NAME = "dde5336d127a5eec36d8463769028363c9ec92c37c98fa019861eda7d208070d.safetensors"
+
+
+def test_labels_of_an_earlier_version_are_read(small: SmallModel, tmp_path: Path) -> None:
+    arrays = {
+        "hidden": mx.zeros((2, _HIDDEN), dtype=mx.float16),
+        "signals": mx.full((2, 4), 0.25),
+        "differs": mx.array([0.0, 1.0]),
+        "logprobs": mx.full((2, 2), -0.5),
+    }
+    metadata = {"answer": '{"text": "ab", "tokens": 2, "alone": ["ac"]}'}
+    (tmp_path / "labels").mkdir()
+    mx.save_safetensors(str(tmp_path / "labels" / _SAVED_NAME), arrays, metadata)
+    (answer,) = labelled(small, NamedLarge([LargeRefused("called again")]), tmp_path)
+    assert mx.array_equal(answer.hidden, arrays["hidden"])
+    assert mx.array_equal(answer.features, arrays["signals"])
+    assert mx.array_equal(answer.differs, arrays["differs"])
+    assert mx.array_equal(answer.logprobs, arrays["logprobs"])
+    assert (answer.text, answer.token_count, answer.continuations) == ("ab", 2, ("ac",))
+
+
+def test_saved_labels_have_fixed_names(small: SmallModel, tmp_path: Path) -> None:
+    (answer,) = labelled(small, NamedLarge([(70,)]), tmp_path)
+    (file,) = (tmp_path / "labels").iterdir()
+    assert file.name == _SAVED_NAME
+    arrays, metadata = mx.load(str(file), return_metadata=True)
+    assert isinstance(arrays, dict)
+    assert isinstance(metadata, dict)
+    assert set(arrays) == {"hidden", "signals", "differs", "logprobs"}
+    assert json.loads(metadata["answer"]) == {
+        "text": answer.text,
+        "tokens": answer.token_count,
+        "alone": list(answer.continuations),
+    }
+
+
+def test_a_written_head_has_fixed_names(fitted: FittedHead, tmp_path: Path) -> None:
+    fitted.write(tmp_path / "h.safetensors")
+    _, metadata = mx.load(str(tmp_path / "h.safetensors"), return_metadata=True)
+    assert isinstance(metadata, dict)
+    assert set(metadata) == {"report", "quantiles", "questions"}
+    report = json.loads(metadata["report"])
+    assert list(report) == [
+        "small",
+        "labels",
+        "shape",
+        "answers",
+        "positions",
+        "differing",
+        "to_find",
+        "recall",
+    ]
+    assert list(report["recall"]) == ["0.03", "0.05", "0.07", "0.1"]
+    assert list(report["recall"]["0.1"]) == ["head", "entropy", "random", "oracle"]
+
+
+def test_an_unchanged_outcome_makes_no_target() -> None:
     question = Question("q", "?", AnswerKind.CHOICE, "B", (("A", "tea"), ("B", "milk")))
-    ends = [f"The answer is {each}." for each in ("tea (A)", "tea (A)", "milk (B)", "milk (B)")]
-    found = LabelledAnswer(
+    texts = [
+        f"The answer is {choice}." for choice in ("tea (A)", "tea (A)", "milk (B)", "milk (B)")
+    ]
+    answer = LabelledAnswer(
         hidden=mx.zeros((5, 1)),
         features=mx.zeros((5, 4)),
         differs=mx.array([0.0, 1.0, 1.0, 0.0, 1.0]),
         logprobs=mx.zeros((5, 2)),
-        text=ends[3],
+        text=texts[3],
         token_count=5,
-        continuations=tuple(ends[:3]),
+        continuations=tuple(texts[:3]),
     )
-    assert found.make_targets(question, LabelKind.DIVERGENCE) == [0, 1, 1, 0, 1]
-    assert found.make_targets(question, LabelKind.CONSEQUENCE) == [0, 0, 1, 0, 0]
-    assert found.make_targets(question, LabelKind.PREFERENCE) == [0, 0, 1, 0, 0]
+    assert answer.make_targets(question, LabelKind.DIVERGENCE) == [0, 1, 1, 0, 1]
+    assert answer.make_targets(question, LabelKind.CONSEQUENCE) == [0, 0, 1, 0, 0]
+    assert answer.make_targets(question, LabelKind.PREFERENCE) == [0, 0, 1, 0, 0]
     wrong = replace(question, answer="A")
-    assert found.make_targets(wrong, LabelKind.CONSEQUENCE) == [0, 0, 1, 0, 0]
-    assert found.make_targets(wrong, LabelKind.PREFERENCE) == [0, 0, 0, 0, 0]
+    assert answer.make_targets(wrong, LabelKind.CONSEQUENCE) == [0, 0, 1, 0, 0]
+    assert answer.make_targets(wrong, LabelKind.PREFERENCE) == [0, 0, 0, 0, 0]
 
 
 # Fitting
@@ -230,11 +283,13 @@ def fitted() -> FittedHead:
 
 
 @pytest.mark.parametrize("labels", [LabelKind.DIVERGENCE, LabelKind.DEFERRAL])
-def test_a_head_finds_what_tells_the_models_apart(labels: LabelKind, fitted: FittedHead) -> None:
-    again = fitted_to(synthetic(40), labels)
+def test_a_head_finds_positions_where_the_models_differ(
+    labels: LabelKind, fitted: FittedHead
+) -> None:
+    refitted = fitted_to(synthetic(40), labels)
     # The same answers give the same head.
-    assert (again.report == fitted.report) == (labels is LabelKind.DIVERGENCE)
-    fitted = again
+    assert (refitted.report == fitted.report) == (labels is LabelKind.DIVERGENCE)
+    fitted = refitted
     rows = fitted.report["recall"]
     assert rows["0.1"]["head"] > 0.7
     assert rows["0.1"]["entropy"] < 0.3
@@ -244,7 +299,7 @@ def test_a_head_finds_what_tells_the_models_apart(labels: LabelKind, fitted: Fit
     assert (fitted.report["small"], fitted.report["labels"]) == ("s", labels)
 
 
-def test_a_written_head_scores_as_the_fitted_one_inside_a_step(
+def test_a_written_head_scores_a_decode_step_like_the_fitted_one(
     small: SmallModel, fitted: FittedHead, tmp_path: Path
 ) -> None:
     fitted.write(tmp_path / "h.safetensors")
@@ -265,7 +320,7 @@ def test_a_written_head_scores_as_the_fitted_one_inside_a_step(
     small.set_head(None)
 
 
-def test_a_head_without_ranks_starts_budgets_anywhere(
+def test_a_head_without_quantiles_can_have_a_budget(
     small: SmallModel, fitted: FittedHead, tmp_path: Path
 ) -> None:
     file = tmp_path / "h.safetensors"
@@ -282,18 +337,18 @@ def test_a_head_without_ranks_starts_budgets_anywhere(
     small.set_head(None)
 
 
-def test_too_little_to_learn_from_is_said() -> None:
+def test_too_little_training_data_is_an_error() -> None:
     with pytest.raises(UsageError, match="at least 10 answers, not 9"):
         fitted_to(synthetic(9))
-    same = [replace(each, differs=mx.zeros(40)) for each in synthetic(20)]
+    same = [replace(answer, differs=mx.zeros(40)) for answer in synthetic(20)]
     with pytest.raises(UsageError, match="nothing to learn"):
         fitted_to(same)
-    silent = [replace(a, logprobs=mx.full((40, 2), math.nan)) for a in synthetic(20)]
+    failing = [replace(answer, logprobs=mx.full((40, 2), math.nan)) for answer in synthetic(20)]
     with pytest.raises(UsageError, match="its server gives none"):
-        fitted_to(silent, LabelKind.DEFERRAL)
+        fitted_to(failing, LabelKind.DEFERRAL)
 
 
-def test_recall_counts_the_differing_among_the_highest() -> None:
+def test_recall_counts_targets_among_the_highest_scores() -> None:
     scores, labels = [5.0, 4.0, 3.0, 2.0], [True, False, True, False]
     assert recall(scores, labels, 0.25) == 0.5
     assert recall(scores, labels, 0.75) == 1.0
@@ -311,7 +366,7 @@ def test_recall_counts_the_differing_among_the_highest() -> None:
         ),
     ],
 )
-def test_train_says_what_it_needs(
+def test_train_reports_missing_arguments(
     arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "q.jsonl"
@@ -320,9 +375,7 @@ def test_train_says_what_it_needs(
     assert said in capsys.readouterr().err
 
 
-def test_a_head_that_does_not_fit_is_one_clear_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unreadable_head_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = make_tiny_model(tmp_path / "tiny")
     (tmp_path / "h.safetensors").write_bytes(b"no")
     with pytest.raises(WeightsError):
