@@ -1,7 +1,7 @@
-"""What a call through `LargeModel` costs beyond a bare `requests` call with the same body.
+"""The overhead of a call through `LargeModel` over a plain `requests` call with the same body.
 
-Both ask the same server on loopback, which runs in a process of its own and keeps connections, in
-turns.
+Both call the same loopback server alternately. It runs in its own process and keeps connections
+alive.
 
     python bench/client_overhead.py --pairs 1000
 """
@@ -24,10 +24,10 @@ from mlxroute import LargeModel
 from mlxroute.types import LargeContext
 
 _PROMPT = "It is a truth universally acknowledged, that a " * 85
-_WARM_UP = 50
+_WARM_UP_PAIRS = 50
 
 
-class _Bytes:
+class _ByteVocabulary:
     """A vocabulary of single bytes."""
 
     eos_ids = frozenset({256})
@@ -46,12 +46,12 @@ class _Bytes:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    # Headers and body are two writes; the second must not wait for an acknowledgement.
+    # Headers and body are two writes; the second must not wait for the first to be acknowledged.
     disable_nagle_algorithm = True
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
-        # What also continues the first question of `connect`.
+        # This reply is also a valid answer to the probe that `connect` sends.
         logprobs = {"tokens": ["a"], "token_logprobs": [-0.1], "top_logprobs": [{"a": -0.1}]}
         choice = {"index": 0, "text": "a", "finish_reason": "length", "logprobs": logprobs}
         body = json.dumps({"choices": [choice]}).encode()
@@ -80,11 +80,11 @@ def main() -> None:
     try:
         assert child.stdout is not None
         url = f"http://127.0.0.1:{int(child.stdout.readline())}/v1"
-        ours, bare = _measure(url, options.pairs)
+        ours, plain = _measure(url, options.pairs)
     finally:
         child.kill()
         child.wait()
-    differences = [1e3 * (a - b) for a, b in zip(ours, bare, strict=True)]
+    differences = [1e3 * (a - b) for a, b in zip(ours, plain, strict=True)]
     report = {
         "command": f"python bench/client_overhead.py --pairs {options.pairs}",
         "date": time.strftime("%Y-%m-%d"),
@@ -92,7 +92,7 @@ def main() -> None:
         "prompt_bytes": len(_PROMPT),
         "overhead_ms": _spread(differences),
         "next_token_ms": _spread([1e3 * value for value in ours]),
-        "bare_requests_ms": _spread([1e3 * value for value in bare]),
+        "bare_requests_ms": _spread([1e3 * value for value in plain]),
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": {name: version(name) for name in ("mlxroute", "requests", "urllib3")},
     }
@@ -100,32 +100,32 @@ def main() -> None:
 
 
 def _measure(url: str, pairs: int) -> tuple[list[float], list[float]]:
-    """Seconds of each call through the client, and of the bare call beside it."""
+    """Return the seconds of each call through the client and of the plain call after it."""
     request = {"prompt": _PROMPT, "max_tokens": 1, "temperature": 0, "logprobs": 5, "model": "m"}
     body = json.dumps(request).encode()
     ids = tuple(_PROMPT.encode())
-    context = LargeContext(_PROMPT, token_ids=ids, fragment_ids=(), vocabulary=_Bytes())
-    ours, bare = [], []
+    context = LargeContext(_PROMPT, token_ids=ids, fragment_ids=(), vocabulary=_ByteVocabulary())
+    ours, plain = [], []
     with requests.Session() as session, LargeModel(url, model="m") as large:
         session.trust_env = False
         large.connect(thorough=False)
-        for _ in range(_WARM_UP + pairs):
-            began = time.perf_counter()
+        for _ in range(_WARM_UP_PAIRS + pairs):
+            began_s = time.perf_counter()
             large.next_token(context)
-            between = time.perf_counter()
+            between_s = time.perf_counter()
             session.post(f"{url}/completions", data=body, timeout=30).json()
-            ours.append(between - began)
-            bare.append(time.perf_counter() - between)
-    return ours[_WARM_UP:], bare[_WARM_UP:]
+            ours.append(between_s - began_s)
+            plain.append(time.perf_counter() - between_s)
+    return ours[_WARM_UP_PAIRS:], plain[_WARM_UP_PAIRS:]
 
 
 def _spread(values: list[float]) -> dict[str, float]:
-    """Median, fifth and 95th percentile."""
-    cuts = statistics.quantiles(values, n=20)
+    """Return the median and the 5th and 95th percentile."""
+    ventiles = statistics.quantiles(values, n=20)
     return {
         "median": round(statistics.median(values), 3),
-        "p5": round(cuts[0], 3),
-        "p95": round(cuts[-1], 3),
+        "p5": round(ventiles[0], 3),
+        "p95": round(ventiles[-1], 3),
     }
 
 

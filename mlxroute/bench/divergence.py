@@ -9,7 +9,7 @@ from typing import Final
 
 from mlxroute.types import Token
 
-# llama-server's logprobs vary by about this much with what else is in its batch.
+# llama-server's logprobs vary by about this much with what else it computes at the time.
 _NEAR_TIE_NATS: Final = 0.1
 
 

@@ -340,7 +340,7 @@ def _side_figures(
 def _max_excess(rows: Sequence[QualityRow], budget: float, chats: int) -> float:
     """Return the most escalations beyond the budget in any consecutive answers of a chat.
 
-    The token bucket bounds it by its burst.
+    This is a maximum-subarray sum (Kadane's algorithm). The token bucket bounds it by its burst.
     """
     largest = 0.0
     for chat in range(chats):
