@@ -1,40 +1,66 @@
-"""Options and fixtures every test may use."""
+"""Command-line options, worker processes and fixtures for the whole test suite."""
 
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from mlxroute.backend import blas
+from mlxroute.large.http import retry
 from mlxroute.weights import default_cache_dir
 
 # Read before a fixture hides the user's settings from the tests.
 CACHE_DIR = Path(os.environ.get("MLXROUTE_CACHE_DIR") or default_cache_dir())
+# Each worker holds the small model in memory, and all of them share one GPU.
+MAX_WORKERS = 2
 # No test depends on the speed of the machine.
 settings.register_profile("mlxroute", deadline=None)
 settings.load_profile("mlxroute")
 _OWN_VARIABLES = ("OPENAI_API_KEY", "OPENAI_BASE_URL")
+
+# Tests interrupt themselves; a job that a script starts in the background ignores SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # OpenBLAS reads this when it is loaded. More threads than cores slow each other down.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# MLX uses this BLAS only if it is loaded first; other conftest files import MLX.
+blas.interpose(CACHE_DIR)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--heavy", action="store_true", help="also run the tests marked heavy")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    # Before any test module imports MLX, as the command line does.
-    blas.interpose(CACHE_DIR)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return how many processes run the tests; 0 means this process alone.
+
+    Chosen files start sooner without workers, heavy tests need the machine for themselves, and
+    workers cannot show output as it comes (`-s`).
+    """
+    whole_suite = config.args_source is not pytest.Config.ArgsSource.ARGS
+    if not whole_suite or config.getoption("--heavy") or config.getoption("capture") == "no":
+        return 0
+    return min(MAX_WORKERS, os.cpu_count() or 1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--heavy"):
-        return
-    heavy = [item for item in items if item.get_closest_marker("heavy")]
-    if heavy:
+    """Leave heavy tests out unless asked for, and start the longest files first."""
+    if not config.getoption("--heavy"):
+        heavy = [item for item in items if item.get_closest_marker("heavy")]
         config.hook.pytest_deselected(items=heavy)
         items[:] = [item for item in items if item not in heavy]
+    # A long file that a worker starts last would keep the others waiting.
+    items.sort(key=lambda item: item.path.parent.name != "real")
+
+
+@pytest.fixture
+def short_retry_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries of a failed call follow after milliseconds."""
+    monkeypatch.setattr(retry, "_FIRST_PAUSE_S", 0.001)
 
 
 @pytest.fixture(autouse=True)

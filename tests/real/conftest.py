@@ -1,4 +1,4 @@
-"""Real weights in the user's own cache: fetched when they are not there yet."""
+"""Fixtures with real weights, which are downloaded to the user's own cache on first use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mlxroute.hosting.launcher import LocalServer
 from mlxroute.small import SmallModel
 from tests.conftest import CACHE_DIR
 
-# Of the spread of a matrix: enough to disagree often, too little to talk nonsense.
+# In standard deviations of a matrix: the models often disagree, and both write sentences.
 _NOISE = 0.07
 PROMPTS = [
     json.loads(line)["prompt"]
@@ -27,31 +27,32 @@ PROMPTS = [
 
 @pytest.fixture(scope="session")
 def load_small() -> Callable[[str], SmallModel]:
-    """Load a catalogue model once a session."""
-    loaded: dict[str, SmallModel] = {}
+    """Return a function that loads a model of the catalogue, once a session."""
+    models: dict[str, SmallModel] = {}
 
     def load(name: str) -> SmallModel:
-        if name not in loaded:
-            loaded[name] = SmallModel.load(name, cache_dir=CACHE_DIR)
-        return loaded[name]
+        if name not in models:
+            models[name] = SmallModel.load(name, cache_dir=CACHE_DIR)
+        return models[name]
 
     return load
 
 
 @pytest.fixture(scope="session")
 def smollm2(load_small: Callable[[str], SmallModel]) -> SmallModel:
-    """SmolLM2-135M, the smallest real model of the catalogue."""
+    """SmolLM2-135M, the smallest model of the catalogue."""
     return load_small("smollm2-135m")
 
 
 @pytest.fixture(scope="session")
 def smollm2_path(smollm2: SmallModel) -> Path:
+    """The folder of SmolLM2-135M."""
     return CACHE_DIR / "models" / smollm2.name
 
 
 @contextmanager
-def serving(path: Path, log_path: Path) -> Iterator[LocalServer]:
-    """A real mlx_lm.server for the model at `path`."""
+def serve(path: Path, log_path: Path) -> Iterator[LocalServer]:
+    """Run a real mlx_lm.server with the model at `path`."""
     with LocalServer.launch(path, cache_dir=CACHE_DIR, log_path=log_path) as server:
         server.wait_until_ready()
         yield server
@@ -60,14 +61,14 @@ def serving(path: Path, log_path: Path) -> Iterator[LocalServer]:
 @pytest.fixture
 def host(smollm2_path: Path, tmp_path: Path) -> Iterator[LocalServer]:
     """A real mlx_lm.server with SmolLM2-135M, for one test."""
-    with serving(smollm2_path, tmp_path / "host.log") as server:
+    with serve(smollm2_path, tmp_path / "host.log") as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def stranger_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another model of the same vocabulary: SmolLM2-135M with noise on its matrices."""
-    folder = tmp_path_factory.mktemp("stranger") / "stranger"
+def noisy_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of another model with the same vocabulary: SmolLM2-135M with added noise."""
+    folder = tmp_path_factory.mktemp("noisy") / "noisy"
     shutil.copytree(smollm2_path, folder)
     weights = mx.load(str(folder / "model.safetensors"))
     assert isinstance(weights, dict)
@@ -81,7 +82,7 @@ def stranger_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture
-def stranger(stranger_path: Path, tmp_path: Path) -> Iterator[LocalServer]:
+def noisy_host(noisy_path: Path, tmp_path: Path) -> Iterator[LocalServer]:
     """A real mlx_lm.server with a model that often disagrees with SmolLM2-135M."""
-    with serving(stranger_path, tmp_path / "host.log") as server:
+    with serve(noisy_path, tmp_path / "host.log") as server:
         yield server

@@ -1,4 +1,4 @@
-"""What mlx_lm and the servers would have written themselves."""
+"""Reference answers: what mlx_lm and the servers write themselves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NEAR_TIE_NATS = 0.01
 
 
 def mlx_lm_greedy(small: SmallModel, prompt: str, count: int) -> list[int]:
-    """The ids mlx_lm decodes greedily after a user message, the end token included."""
+    """Return the ids mlx_lm decodes greedily after a user message, the end token included."""
     import mlx.core as mx
     from mlx_lm.generate import generate_step
 
@@ -28,8 +28,8 @@ def mlx_lm_greedy(small: SmallModel, prompt: str, count: int) -> list[int]:
     return ids
 
 
-def server_greedy(url: str, prompt_text: str, count: int) -> list[dict[str, Any]]:
-    """The server's own greedy answer, as {"id", "gap"}: gap is top-1 minus top-2 logprob."""
+def mlx_lm_server_greedy(url: str, prompt_text: str, count: int) -> list[dict[str, Any]]:
+    """Return mlx_lm.server's greedy answer as {"id", "gap"}; gap is top-1 minus top-2 logprob."""
     body = {
         "prompt": prompt_text,
         "max_tokens": count,
@@ -46,26 +46,27 @@ def server_greedy(url: str, prompt_text: str, count: int) -> list[dict[str, Any]
     return entries
 
 
-def own_answer(server: RunningServer, prompt_text: str, count: int) -> list[dict[str, Any]]:
-    """A server's own greedy answer, as {"id", "gap"}; the gap is inf where it is unknown."""
+def greedy_answer(server: RunningServer, prompt_text: str, count: int) -> list[dict[str, Any]]:
+    """Return a server's greedy answer as {"id", "gap"}; the gap is inf where it is unknown."""
     match server.kind:
         case Kind.LLAMA_SERVER:
             return _llama_answer(server, prompt_text, count)
         case Kind.VLLM:
             return _vllm_answer(server, prompt_text, count)
         case Kind.MLX_LM:
-            return server_greedy(server.url, prompt_text, count)
+            return mlx_lm_server_greedy(server.url, prompt_text, count)
 
 
 def _llama_answer(server: RunningServer, prompt_text: str, count: int) -> list[dict[str, Any]]:
     body = {"prompt": prompt_text, "n_predict": count, "temperature": 0, "n_probs": 2}
     reply = _post(f"{server.root}/completion", body | {"return_tokens": True})
-    named, entries = list(reply.get("completion_probabilities", [])), []
+    probabilities, entries = list(reply.get("completion_probabilities", [])), []
     for token_id in reply["tokens"]:
         # A token that leaves its character unfinished has no entry.
-        found = named.pop(0) if named and named[0]["id"] == token_id else None
-        top = [] if found is None else [top["logprob"] for top in found["top_logprobs"]]
-        entries.append({"id": token_id, "gap": _gap(top)})
+        logprobs = []
+        if probabilities and probabilities[0]["id"] == token_id:
+            logprobs = [top["logprob"] for top in probabilities.pop(0)["top_logprobs"]]
+        entries.append({"id": token_id, "gap": _gap(logprobs)})
     return entries
 
 
@@ -88,7 +89,7 @@ def _vllm_answer(server: RunningServer, prompt_text: str, count: int) -> list[di
 
 
 def chat_answer(server: RunningServer, messages: list[Message], count: int) -> tuple[str, bool]:
-    """The text a server's own chat route writes greedily, and whether it ended by itself."""
+    """Return the text a server's chat route writes greedily, and whether it ended by itself."""
     body = {
         "model": server.model_id,
         "messages": messages,
@@ -112,7 +113,7 @@ def _gap(logprobs: list[float]) -> float:
 def first_difference(
     tokens: list[Token], expected: list[dict[str, Any]]
 ) -> tuple[int, float] | None:
-    """Where the two answers part, and the smaller of the two top-2 gaps seen there."""
+    """Return the first index at which the answers differ, and the smaller top-2 gap there."""
     for index, (token, entry) in enumerate(zip(tokens, expected, strict=False)):
         if token.token_id != entry["id"]:
             return index, min(entry["gap"], top_gap(token))
@@ -120,7 +121,7 @@ def first_difference(
 
 
 def top_gap(token: Token) -> float:
-    """Between the large model's two best choices for a token, in nats; inf if unknown."""
+    """Return the gap between the large model's two best choices, in nats; inf if unknown."""
     if token.escalation is None or token.escalation.large is None:
         return math.inf
     return _gap([logprob for _, logprob in token.escalation.large.top])

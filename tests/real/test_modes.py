@@ -18,9 +18,9 @@ from mlxroute.tokenizers.chat_template import ChatTokenizer
 from mlxroute.types import Mode, RunStats, Token
 from tests.real.conftest import PROMPTS
 
-# The prompt's last token computed alone or with others rounds differently in the server.
+# The server rounds a prompt's last token differently alone and together with others.
 _NEAR_TIE_NATS = 0.01
-# Longer than anybody waits.
+# No test waits this long.
 _FOREVER_S = 3600.0
 _OTHERS = (
     *((mode, prefetch) for mode in (Mode.OVERLAP, Mode.HEDGE) for prefetch in (0, 4)),
@@ -32,9 +32,9 @@ _OTHERS = (
 def test_the_modes_write_one_answer_and_leave_the_server_alive(
     smollm2: SmallModel, host: LocalServer
 ) -> None:
-    with _met(smollm2, host.url) as large:
-        waited = _answered(smollm2, large, PROMPTS[0], Mode.WAIT, count=12)
-        hedged = _answered(smollm2, large, PROMPTS[0], Mode.HEDGE, count=12, prefetch=2)
+    with _connect(smollm2, host.url) as large:
+        waited = _stats_of(smollm2, large, PROMPTS[0], Mode.WAIT, count=12)
+        hedged = _stats_of(smollm2, large, PROMPTS[0], Mode.HEDGE, count=12, prefetch=2)
     assert hedged.text == waited.text
     assert hedged.escalated == waited.escalated > 2
     assert hedged.prefetch_used > 0
@@ -43,16 +43,16 @@ def test_the_modes_write_one_answer_and_leave_the_server_alive(
 @pytest.mark.heavy
 @pytest.mark.parametrize("prompt", PROMPTS, ids=range(len(PROMPTS)))
 def test_an_answer_is_the_same_in_every_mode(
-    smollm2: SmallModel, stranger: LocalServer, prompt: str
+    smollm2: SmallModel, noisy_host: LocalServer, prompt: str
 ) -> None:
     redecoded = decided = 0
-    with _met(smollm2, stranger.url) as large:
-        waited, wanted = _answer(smollm2, large, prompt, Mode.WAIT)
+    with _connect(smollm2, noisy_host.url) as large:
+        waited, expected = _answer(smollm2, large, prompt, Mode.WAIT)
         for mode, prefetch in _OTHERS:
             stats, tokens = _answer(smollm2, large, prompt, mode, prefetch=prefetch)
             redecoded, decided = redecoded + stats.redecoded, decided + stats.tokens
             assert stats.unchecked == 0
-            if not _server_contradicts_itself(wanted, tokens):
+            if not _server_contradicts_itself(expected, tokens):
                 assert stats.text == waited.text, (mode, prefetch)
                 assert stats.escalated == waited.escalated
     print(  # noqa: T201
@@ -64,16 +64,16 @@ def test_an_answer_is_the_same_in_every_mode(
 @pytest.mark.heavy
 @pytest.mark.parametrize("mode", [Mode.WAIT, Mode.OVERLAP, Mode.HEDGE])
 def test_replies_out_of_order_leave_the_answer_as_it_is(
-    smollm2: SmallModel, stranger: LocalServer, tmp_path: Path, mode: Mode
+    smollm2: SmallModel, noisy_host: LocalServer, tmp_path: Path, mode: Mode
 ) -> None:
     with (
-        DelayedServer(stranger.url, record=tmp_path / "replies.jsonl") as server,
-        _met(smollm2, server.url) as large,
+        DelayedServer(noisy_host.url, record=tmp_path / "replies.jsonl") as server,
+        _connect(smollm2, server.url) as large,
     ):
-        waited = _answered(smollm2, large, PROMPTS[0], Mode.WAIT, count=48)
+        waited = _stats_of(smollm2, large, PROMPTS[0], Mode.WAIT, count=48)
         server.delay, server.delay_s = (lambda dice: dice.choice([0.1, 1.0, 4.0])), 0.5
         for prefetch in (0, 4):
-            late = _answered(smollm2, large, PROMPTS[0], mode, count=48, prefetch=prefetch)
+            late = _stats_of(smollm2, large, PROMPTS[0], mode, count=48, prefetch=prefetch)
             assert late.text == waited.text
             assert late.escalated == waited.escalated > waited.agreed
 
@@ -82,35 +82,35 @@ def test_replies_out_of_order_leave_the_answer_as_it_is(
 @pytest.mark.parametrize("seconds", [30.0, math.inf], ids=["after 30 s", "never"])
 @pytest.mark.parametrize("mode", [Mode.WAIT, Mode.OVERLAP, Mode.HEDGE])
 def test_a_server_that_is_late_costs_one_timeout_and_no_token(
-    smollm2: SmallModel, stranger: LocalServer, tmp_path: Path, mode: Mode, seconds: float
+    smollm2: SmallModel, noisy_host: LocalServer, tmp_path: Path, mode: Mode, seconds: float
 ) -> None:
     with (
-        DelayedServer(stranger.url, record=tmp_path / "replies.jsonl") as server,
-        _met(smollm2, server.url) as large,
+        DelayedServer(noisy_host.url, record=tmp_path / "replies.jsonl") as server,
+        _connect(smollm2, server.url) as large,
     ):
-        alone = _answered(smollm2, None, PROMPTS[0], mode, count=48)
-        # The third call and all that follow.
+        alone = _stats_of(smollm2, None, PROMPTS[0], mode, count=48)
+        # Delays the third call and all later ones.
         calls = itertools.count(1)
         server.delay = lambda dice: 0.001 if next(calls) < 3 else 1.0
         server.delay_s = min(seconds, _FOREVER_S)
-        late = _answered(smollm2, large, PROMPTS[0], mode, count=48, timeout_s=2.0)
+        late = _stats_of(smollm2, large, PROMPTS[0], mode, count=48, timeout_s=2.0)
     assert late.fallbacks > 0
     assert late.escalated < 3
-    # The two calls that were answered count, too.
+    # The stall time includes the two calls that were answered.
     assert late.stall_s < 2.0 + 5.0
     assert late.tokens == alone.tokens
 
 
-def _met(small: SmallModel, url: str) -> LargeModel:
-    # As for a server on this machine: the files of its model are found.
-    own = ChatTokenizer(small.tokenizer, name="own")
-    large = LargeModel(url, timeout_s=120, find_tokenizer=lambda name: own)
+def _connect(small: SmallModel, url: str) -> LargeModel:
+    # The model's files are on this machine, so its tokenizer is available.
+    tokenizer = ChatTokenizer(small.tokenizer, name="own")
+    large = LargeModel(url, timeout_s=120, find_tokenizer=lambda name: tokenizer)
     large.connect(thorough=False)
     large.pair_vocabulary(small.vocabulary)
     return large
 
 
-def _answered(*args: Any, **options: Any) -> RunStats:
+def _stats_of(*args: Any, **options: Any) -> RunStats:
     return _answer(*args, **options)[0]
 
 
@@ -124,12 +124,12 @@ def _answer(
     prefetch: int | None = 0,
     timeout_s: float = 120.0,
 ) -> tuple[RunStats, list[Token]]:
-    """The answer's figures, and its committed tokens, which are its text."""
+    """Return an answer's figures and its committed tokens."""
     answer = generate(
         small,
         large,
         prompt,
-        # At 96 tokens some 7 % of the positions.
+        # In an answer of 96 tokens, 3.6 nats escalate about 7 % of the positions.
         router=EntropyRouter(1.5 if count < 96 else 3.6),
         max_tokens=count,
         timeout_s=timeout_s,
@@ -142,13 +142,13 @@ def _answer(
     return stats, committed
 
 
-def _server_contradicts_itself(wanted: Sequence[Token], tokens: Sequence[Token]) -> bool:
-    """Whether answers part where the server gave one context two tokens, at a near tie."""
-    for mine, other in zip(tokens, wanted, strict=False):
-        if mine.token_id != other.token_id:
-            asked = [each.escalation for each in (mine, other) if each.escalation is not None]
-            tops = [each.large.top for each in asked if each.large is not None]
+def _server_contradicts_itself(expected: Sequence[Token], tokens: Sequence[Token]) -> bool:
+    """Return whether the answers first differ where the server chose differently at a near tie."""
+    for token, other in zip(tokens, expected, strict=False):
+        if token.token_id != other.token_id:
+            escalations = [token.escalation, other.escalation]
+            tops = [call.large.top for call in escalations if call is not None and call.large]
             near = [top[0][1] - top[1][1] < _NEAR_TIE_NATS for top in tops if len(top) > 1]
-            print(f"the server contradicts itself at {mine.index}: {tops}")  # noqa: T201
+            print(f"the server contradicts itself at {token.index}: {tops}")  # noqa: T201
             return len(near) == 2 and any(near)
     return False

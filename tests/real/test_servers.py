@@ -1,6 +1,6 @@
-"""Any OpenAI-compatible server: three real ones give their own answers, token for token.
+"""Three real OpenAI-compatible servers give their own greedy answers, token for token.
 
-All figures in one go:  python -m pytest --heavy -m heavy tests/real/test_servers.py -s
+To print all figures:  python -m pytest --heavy -m heavy tests/real/test_servers.py -s
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from mlxroute.small import SmallModel
 from mlxroute.tokenizers.chat_template import ChatTokenizer
 from mlxroute.types import LargeToken, Mode, RunStats, StopReason, Token
 from tests.real.conftest import PROMPTS
-from tests.real.exact import chat_answer, first_difference, own_answer, top_gap
-from tests.real.servers import Kind, RunningServer, model_directory, running
+from tests.real.exact import chat_answer, first_difference, greedy_answer, top_gap
+from tests.real.servers import Kind, RunningServer, model_directory, run_server
 
 SMALL, LARGER = "smollm2-135m", "qwen2.5-coder-0.5b"
-BRIDGED = [
+BRIDGE_PROMPTS = [
     json.loads(line)["prompt"]
     for line in (Path(__file__).parent / "bridge_prompts.jsonl")
     .read_text(encoding="utf-8")
@@ -33,8 +33,8 @@ RUNGS = {
     Kind.VLLM: (1, "vLLM completions"),
     Kind.MLX_LM: (2, "mlx_lm completions"),
 }
-# The same position computed in one batch or alone differs this much; llama-server has Q4_1 weights
-# and rounds its activations to 8 bits.
+# How much logprobs differ between a batch and a single row; llama-server has Q4_1 weights and
+# rounds activations to 8 bits.
 NEAR_TIE_NATS = {Kind.LLAMA_SERVER: 0.1, Kind.VLLM: 0.01, Kind.MLX_LM: 0.01}
 TIMEOUT_S = 120.0
 
@@ -47,7 +47,7 @@ def say(line: str) -> None:
 
 @pytest.fixture(scope="module")
 def summaries() -> Iterator[Summaries]:
-    """One line of figures for each server, shown when the module is through."""
+    """One line of figures for each server, printed at the end of the module."""
     lines: Summaries = {}
     yield lines
     for server, figures in lines.items():
@@ -56,7 +56,7 @@ def summaries() -> Iterator[Summaries]:
 
 
 def servers_of(model: str, *, heavy: bool) -> Callable[..., RunningServer]:
-    """A fixture that serves `model` by each program in turn; vLLM is heavy in any case."""
+    """Return a fixture that serves `model` with each program in turn; vLLM is always heavy."""
     params = [
         pytest.param(kind, marks=pytest.mark.heavy if heavy or kind is Kind.VLLM else ())
         for kind in Kind
@@ -67,8 +67,8 @@ def servers_of(model: str, *, heavy: bool) -> Callable[..., RunningServer]:
         request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     ) -> Iterator[RunningServer]:
         log_path = tmp_path_factory.mktemp("server") / "log"
-        with running(request.param, model, log_path=log_path) as started:
-            yield started
+        with run_server(request.param, model, log_path=log_path) as running:
+            yield running
 
     return server
 
@@ -77,10 +77,10 @@ server = servers_of(SMALL, heavy=False)
 larger_server = servers_of(LARGER, heavy=True)
 
 
-def always(
+def escalate_always(
     small: SmallModel, large: LargeModel, prompt: str, *, count: int, prefetch: int = 0
 ) -> tuple[list[Token], RunStats]:
-    """Every token from the large model; a failed call fails the test."""
+    """Take every token from the large model; a failed call fails the test."""
     answer = generate(
         small,
         large,
@@ -98,38 +98,46 @@ def always(
     return tokens, answer.stats()
 
 
-def asked(server: RunningServer) -> LargeModel:
-    """A client as the command line makes it: mlx_lm.server cannot tokenise, the files here can."""
-    own = None
+def client_of(server: RunningServer) -> LargeModel:
+    """Return a client as the command line makes it.
+
+    mlx_lm.server has no tokenise route, so the tokenizer comes from the model's files.
+    """
+    tokenizer = None
     if server.kind is Kind.MLX_LM:
-        own = ChatTokenizer.load(model_directory(server.model), name=server.model)
-    return LargeModel(server.url, timeout_s=TIMEOUT_S, find_tokenizer=lambda name: own)
+        tokenizer = ChatTokenizer.load(model_directory(server.model), name=server.model)
+    return LargeModel(
+        server.url,
+        timeout_s=TIMEOUT_S,
+        verdicts=server.verdicts,
+        find_tokenizer=lambda name: tokenizer,
+    )
 
 
 def calls_of(tokens: list[Token]) -> list[LargeToken]:
-    escalations = [token.escalation for token in tokens]
-    return [found.large for found in escalations if found is not None and found.large is not None]
+    escalations = [token.escalation for token in tokens if token.escalation is not None]
+    return [escalation.large for escalation in escalations if escalation.large is not None]
 
 
 def test_the_probe_finds_the_best_rung(server: RunningServer, summaries: Summaries) -> None:
-    with asked(server) as large:
+    with client_of(server) as large:
         verdict = large.probe()
-    shown = [f"{check.name} {check.passed}" for check in verdict.checks]
-    say(f"{server.kind}: {verdict.dialect}, {verdict.requests} calls; {', '.join(shown)}")
+    checks = [f"{check.name} {check.passed}" for check in verdict.checks]
+    say(f"{server.kind}: {verdict.dialect}, {verdict.requests} calls; {', '.join(checks)}")
     assert (verdict.rung, verdict.dialect) == RUNGS[server.kind]
     summaries.setdefault(server.kind, []).append(f"rung {verdict.rung} in {verdict.requests} calls")
 
 
-def check_own_answers(
+def check_greedy_answers(
     small: SmallModel, server: RunningServer, prompts: list[str], *, count: int, prefetch: int = 0
 ) -> str:
-    """Always escalating gives the server's own answers but for near-ties; says how many."""
+    """Always escalating gives the server's own answers except at near-ties; return how many."""
     equal = 0
-    with asked(server) as large:
+    with client_of(server) as large:
         for prompt in prompts:
             text = small.render([{"role": "user", "content": prompt}])
-            expected = own_answer(server, text, count)
-            tokens, stats = always(small, large, prompt, count=count, prefetch=prefetch)
+            expected = greedy_answer(server, text, count)
+            tokens, stats = escalate_always(small, large, prompt, count=count, prefetch=prefetch)
             assert bool(prefetch) == bool(stats.prefetch_used)
             difference = first_difference(tokens, expected)
             if difference is None:
@@ -145,7 +153,7 @@ def check_own_answers(
 def test_always_escalating_gives_the_servers_own_answer(
     server: RunningServer, smollm2: SmallModel
 ) -> None:
-    check_own_answers(smollm2, server, [PROMPTS[4]], count=12)
+    check_greedy_answers(smollm2, server, [PROMPTS[4]], count=8)
 
 
 @pytest.mark.heavy
@@ -153,8 +161,8 @@ def test_tokens_ahead_are_the_servers_own_streamed_or_not(
     server: RunningServer, smollm2: SmallModel
 ) -> None:
     prompts = [PROMPTS[4], "Repeat exactly: 🦊🦊🦊🦊"]
-    check_own_answers(smollm2, server, prompts, count=32, prefetch=7)
-    with asked(server) as large:
+    check_greedy_answers(smollm2, server, prompts, count=32, prefetch=7)
+    with client_of(server) as large:
         large.connect()
         assert large.can_stream == (server.kind is not Kind.MLX_LM)
 
@@ -163,18 +171,18 @@ def test_tokens_ahead_are_the_servers_own_streamed_or_not(
 def test_always_escalating_gives_the_servers_own_answers_to_ten_prompts(
     server: RunningServer, smollm2: SmallModel, summaries: Summaries
 ) -> None:
-    figure = check_own_answers(smollm2, server, PROMPTS[:10], count=48)
+    figure = check_greedy_answers(smollm2, server, PROMPTS[:10], count=48)
     summaries.setdefault(server.kind, []).append(figure)
 
 
 def test_characters_of_several_tokens_and_the_end_of_the_answer_arrive_whole(
     server: RunningServer, smollm2: SmallModel
 ) -> None:
-    with asked(server) as large:
-        emoji, stats = always(smollm2, large, "Repeat exactly: 🦊🦊🦊🦊", count=24)
+    with client_of(server) as large:
+        emoji, stats = escalate_always(smollm2, large, "Repeat exactly: 🦊🦊🦊🦊", count=24)
         assert "🦊" in stats.text
         assert any(token.text == "" for token in emoji[:-1]), "no character took several tokens"
-        ended, stats = always(smollm2, large, "Say only the word yes.", count=48)
+        ended, stats = escalate_always(smollm2, large, "Say only the word yes.", count=48)
         assert stats.finish_reason is StopReason.EOS
         assert ended[-1].text == ""
 
@@ -208,12 +216,14 @@ def test_200_escalations_leave_the_server_alive_and_cost_the_same_late_and_early
 
 
 def consecutive(small: SmallModel, server: RunningServer, *, words: int) -> list[LargeToken]:
-    """A hundred escalations in a row; the prompt has 40 tokens and 4 for each of `words`."""
+    """Make a hundred escalations; the prompt has 40 tokens and four more for each of `words`."""
     prompt = "Tell a long story with these words: " + "apple pear plum, " * words
     calls: list[LargeToken] = []
-    with asked(server) as large:
+    with client_of(server) as large:
         while len(calls) < 100:
-            tokens, _ = always(small, large, f"{prompt} {len(calls)}", count=100 - len(calls))
+            tokens, _ = escalate_always(
+                small, large, f"{prompt} {len(calls)}", count=100 - len(calls)
+            )
             calls += calls_of(tokens)
     return calls
 
@@ -224,12 +234,12 @@ def test_another_vocabulary_gives_the_large_models_own_text(
 ) -> None:
     server = larger_server
     same = 0
-    with asked(server) as large:
-        for prompt in BRIDGED:
+    with client_of(server) as large:
+        for prompt in BRIDGE_PROMPTS:
             messages = [{"role": "user", "content": prompt}]
             expected, ended = chat_answer(server, messages, 48)
-            tokens, stats = always(smollm2, large, prompt, count=48)
-            index = differs_at(stats, expected, ended)
+            tokens, stats = escalate_always(smollm2, large, prompt, count=48)
+            index = first_different_character(stats, expected, ended)
             if index is None:
                 same += 1
                 continue
@@ -238,20 +248,20 @@ def test_another_vocabulary_gives_the_large_models_own_text(
                 f"{gap_at(tokens, index):.4f} nats: {stats.text[index : index + 20]!r} "
                 f"instead of {expected[index : index + 20]!r}"
             )
-    figure = f"another vocabulary: {same} of {len(BRIDGED)} texts the large model's own"
+    figure = f"another vocabulary: {same} of {len(BRIDGE_PROMPTS)} texts the large model's own"
     say(f"{server.kind}: {figure}")
     summaries.setdefault(server.kind, []).append(figure)
     assert same >= 9
 
 
-def differs_at(stats: RunStats, expected: str, ended: bool) -> int | None:
-    """The first character that is not the large model's own; None when there is none.
+def first_different_character(stats: RunStats, expected: str, ended: bool) -> int | None:
+    """Return the first character that differs from the large model's own answer, or None.
 
-    Where one answer was cut by its length the other may go on.
+    Where the token limit cut one answer, the other may be longer.
     """
     text = stats.text
-    for index, (own, other) in enumerate(zip(text, expected, strict=False)):
-        if own != other:
+    for index, (actual, wanted) in enumerate(zip(text, expected, strict=False)):
+        if actual != wanted:
             return index
     too_short = len(text) < len(expected) and stats.finish_reason is not StopReason.LENGTH
     too_long = len(text) > len(expected) and ended
@@ -259,7 +269,7 @@ def differs_at(stats: RunStats, expected: str, ended: bool) -> int | None:
 
 
 def gap_at(tokens: list[Token], index: int) -> float:
-    """The top-2 gap of the call that wrote the character at `index`."""
+    """Return the top-2 gap of the call that wrote the character at `index`."""
     length, gap = 0, math.inf
     for token in tokens:
         gap = top_gap(token) if token.escalation else gap
