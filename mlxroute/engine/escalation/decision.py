@@ -108,10 +108,10 @@ class Decider:
             return own
         if not self._calls.is_open:
             return self.unchecked(own)
-        if (number := self._never_send.match(transcript.context().text)) is not None:
-            failure = f"withheld: never-send pattern {number}"
-            escalation = Escalation(own.signals.token_id, None, failure, latency_s=0.0)
-            return replace(own, escalation=escalation, checked=False, withheld=True)
+        if self._never_send.has_patterns:
+            number = self._never_send.match(transcript.context().text)
+            if number is not None:
+                return _withheld(own, number)
         if transcript.ends_in_character:
             return None
         return self.from_prefetched(own, transcript.ids)
@@ -149,7 +149,8 @@ class Decider:
                 return None
             return _escalated(own, outcome.tokens[0], latency_s=outcome.latency_s, prefetched=True)
         if outcome.error is None:
-            self.prefetched.add(ids, call.pending, max_tokens=call.max_tokens)
+            if call.max_tokens > 1:
+                self.prefetched.add(ids, call.pending, max_tokens=call.max_tokens)
             self._experience.on_call_answered(
                 len(outcome.tokens),
                 outcome.tokens[0].latency_s or outcome.latency_s,
@@ -164,6 +165,13 @@ class Decider:
             own.signals.token_id, None, str(outcome.error), latency_s=outcome.latency_s
         )
         return replace(own, escalation=escalation, checked=False, error=outcome.error)
+
+
+def _withheld(own: Decision, pattern: int) -> Decision:
+    """Return the decision to keep a position local because a never-send pattern matches."""
+    failure = f"withheld: never-send pattern {pattern}"
+    escalation = Escalation(own.signals.token_id, None, failure, latency_s=0.0)
+    return replace(own, escalation=escalation, checked=False, withheld=True)
 
 
 def _escalated(

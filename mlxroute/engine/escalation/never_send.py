@@ -26,6 +26,11 @@ class NeverSend:
         # The beginning that a context must have for the match to hold, and the pattern's number.
         self._last_match: tuple[str, int] | None = None
 
+    @property
+    def has_patterns(self) -> bool:
+        """Whether there is anything to search for."""
+        return bool(self._patterns)
+
     def match(self, context: str) -> int | None:
         """Return the number, from 1, of a pattern that matches, None if there is none.
 

@@ -111,7 +111,8 @@ class Exchange(threading.Thread):
         """Send the request and keep the outcome for `result`."""
         try:
             self._reply = self._send()
-            self.is_transient = retry.is_transient_status(self._reply.status)
+            if self._reply.status != 200:
+                self.is_transient = retry.is_transient_status(self._reply.status)
         except LargeError as exc:
             self._error = exc
         except (requests.RequestException, HTTPError, HTTPException, OSError, ValueError) as exc:
@@ -171,7 +172,9 @@ class Exchange(threading.Thread):
             return HttpReply(
                 response.status_code,
                 self._read(response),
-                retry_after_s=retry.retry_after_s(retry_after, now_s=time.time()),
+                retry_after_s=retry.retry_after_s(retry_after, now_s=time.time())
+                if retry_after
+                else 0.0,
             )
 
     def _read(self, response: requests.Response) -> bytes:

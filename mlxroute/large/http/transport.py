@@ -68,15 +68,11 @@ class Transport:
         part of a reply; it is called from another thread.
         """
         url = (self._address.root if at_root else self._address.url) + path
-        for pause_s in retry.backoff_s(self._random):
-            left_s = deadline.left_s()
-            exchange = self._attempt(url, deadline=deadline, body=body, listener=listener)
-            pause_s = max(pause_s, exchange.retry_after_s)
-            if not exchange.is_transient or pause_s >= deadline.left_s():
-                return exchange.result()
-            (self._sleep or deadline.pause)(pause_s)
-            deadline.lost_s += left_s - deadline.left_s()
-        return self._attempt(url, deadline=deadline, body=body, listener=listener).result()
+        left_s = deadline.left_s()
+        exchange = self._attempt(url, deadline=deadline, body=body, listener=listener)
+        if exchange.is_transient:
+            exchange = self._retry(exchange, left_s, url, deadline, body, listener)
+        return exchange.result()
 
     def begin(
         self,
@@ -98,6 +94,31 @@ class Transport:
     def close(self) -> None:
         """End every exchange and close the connections; a later call opens new ones."""
         self._endpoint.sessions.close()
+
+    def _retry(
+        self,
+        exchange: Exchange,
+        left_s: float,
+        url: str,
+        deadline: Deadline,
+        body: bytes | None,
+        listener: StreamListener[bytes] | None,
+    ) -> Exchange:
+        """Repeat a transient failure while the deadline leaves time; return the last exchange.
+
+        `left_s` is the time that was left before the failed attempt.
+        """
+        for backoff_s in retry.backoff_s(self._random):
+            pause_s = max(backoff_s, exchange.retry_after_s)
+            if pause_s >= deadline.left_s():
+                break
+            (self._sleep or deadline.pause)(pause_s)
+            deadline.lost_s += left_s - deadline.left_s()
+            left_s = deadline.left_s()
+            exchange = self._attempt(url, deadline=deadline, body=body, listener=listener)
+            if not exchange.is_transient:
+                break
+        return exchange
 
     def _attempt(
         self,
