@@ -17,9 +17,9 @@ from mlxroute.errors import LargeError, LargeUnrecorded, UsageError
 from mlxroute.large import LargeModel
 from mlxroute.ledger import Ledger
 from mlxroute.types import Prices, Uploads
-from tests.support.asking import VOCABULARY, legacy
 from tests.support.loopback import Loopback, Reply
-from tests.support.settled import honest, settled
+from tests.support.negotiated import honest, negotiated
+from tests.support.scripted_calls import VOCABULARY, legacy
 from tests.support.vocabularies import context
 
 URL = "http://127.0.0.1:1/v1/completions"
@@ -56,7 +56,7 @@ def test_a_line_has_time_address_size_and_body(tmp_path: Path) -> None:
 def test_the_file_holds_exactly_what_the_server_received(server: Loopback, tmp_path: Path) -> None:
     path = tmp_path / "sent"
     address = server.url.replace("//", "//user:pass@")
-    with Ledger(path) as ledger, settled(LargeModel(address, model="m", ledger=ledger)) as large:
+    with Ledger(path) as ledger, negotiated(LargeModel(address, model="m", ledger=ledger)) as large:
         for text in ("a", 'é\n"\u2028 漢字 \x7f'):
             large.next_token(context(text, VOCABULARY))
         uploads = large.uploads
@@ -122,7 +122,7 @@ def test_the_large_model_adds_its_secrets_to_the_ledger(server: Loopback, tmp_pa
     address = server.url.replace("//", "//user:pass-word@")
     with (
         Ledger(tmp_path / "sent") as ledger,
-        settled(LargeModel(address, model="m", api_key="sk-secret", ledger=ledger)) as large,
+        negotiated(LargeModel(address, model="m", api_key="sk-secret", ledger=ledger)) as large,
     ):
         large.next_token(context("my key is sk-secret, pass-word", VOCABULARY))
     assert lines(tmp_path / "sent")[-1]["body"]["prompt"] == "my key is [key], [key]"
@@ -140,7 +140,7 @@ def test_a_file_that_cannot_be_opened_is_an_error_at_once(tmp_path: Path, name: 
 def test_a_body_that_cannot_be_recorded_is_not_sent(server: Loopback, tmp_path: Path) -> None:
     with (
         Ledger(tmp_path / "sent") as ledger,
-        settled(LargeModel(server.url, model="m", ledger=ledger)) as large,
+        negotiated(LargeModel(server.url, model="m", ledger=ledger)) as large,
     ):
         large.next_token(context("a", VOCABULARY))
         request_count, before = len(server.requests), large.uploads
@@ -166,15 +166,15 @@ def test_a_failed_call_counts_only_if_its_body_was_sent(
     server: Loopback,
 ) -> None:
     server.script.append(Reply(b"oops", status=501))
-    with settled(LargeModel(server.url, model="m")) as large:
+    with negotiated(LargeModel(server.url, model="m")) as large:
         with pytest.raises(LargeError):
             large.next_token(context("a", VOCABULARY))
         assert large.uploads == Uploads(requests=1, size_bytes=len(server.requests[0].body))
     server.script.extend([Reply(status=503), Reply.of(legacy("a"))])
-    with settled(LargeModel(server.url, model="m")) as large:
+    with negotiated(LargeModel(server.url, model="m")) as large:
         large.next_token(context("a", VOCABULARY))
         assert large.uploads.requests == 2
-    with settled(LargeModel("http://127.0.0.1:9/v1", model="m")) as large:
+    with negotiated(LargeModel("http://127.0.0.1:9/v1", model="m")) as large:
         with pytest.raises(LargeError):
             large.next_token(context("a", VOCABULARY))
         assert large.uploads == Uploads()
@@ -188,7 +188,7 @@ def test_tokens_are_counted_by_the_server_else_by_the_small_model(
         "completion_tokens": 2,
         "prompt_tokens_details": {"cached_tokens": 30},
     }
-    with settled(LargeModel(server.url, model="m")) as large:
+    with negotiated(LargeModel(server.url, model="m")) as large:
         before = large.uploads
         server.script.append(Reply.of(legacy(" the") | {"usage": usage}))
         large.next_token(context("a", VOCABULARY))

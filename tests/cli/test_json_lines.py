@@ -12,9 +12,9 @@ import pytest
 from mlxroute.cli import main
 from mlxroute.cli.json_lines import event_object, write_object
 from mlxroute.types import Provisional, Retracted, Signals, Source
-from tests.support.asking import legacy
 from tests.support.loopback import Loopback, Reply
-from tests.support.settled import honest
+from tests.support.negotiated import honest
+from tests.support.scripted_calls import legacy
 from tests.support.tiny import make_tiny_model
 
 TOKEN_KEYS = [

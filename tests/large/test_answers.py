@@ -1,4 +1,4 @@
-"""Over five hundred answers with a fault in each: all complete, none leaks, nothing piles up."""
+"""Over five hundred answers with a fault in each: complete, without the key, without leaks."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ from mlxroute.large.http import retry
 from mlxroute.large.http.transport import MAX_HANGING
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import LargeContext, LargeToken, Mode, Source, StopReason, Token, Uploads
-from tests.support.asking import legacy
 from tests.support.certificates import Authority
 from tests.support.fakes import FakeFlight, ScriptedSmall
 from tests.support.loopback import Loopback, Reply, Request
-from tests.support.settled import honest, settled
+from tests.support.negotiated import honest, negotiated
+from tests.support.scripted_calls import legacy
 
 KEY: Final = "sk-do-not-show-5f1c"
 SMALL: Final = b"the small model says this"
@@ -54,7 +54,7 @@ _MB: Final = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One way to fail: what the server sends, and what may come of it (None: a token).
+    """One fault: what the server sends, and the outcomes it may have (None: a token).
 
     A fault that `passes` is healed by a retry; a `slow` one lasts until the deadline. Without a
     reply it is no single request's, but the network's.
@@ -178,16 +178,16 @@ class Stage:
 
 
 class Faulty:
-    """A large model with a fault on some calls; keeps what became of every call."""
+    """A large model with a fault on some calls; records the outcome of every call."""
 
     def __init__(self, large: LargeModel, stage: Stage, fault: Fault) -> None:
         self.large = large
         self.outcomes: list[LargeToken | LargeError] = []
         self.errors: list[LargeError] = []
-        # Call -> for how many requests the fault lasts.
+        # Call -> the number of requests that the fault lasts for.
         self.plan: dict[int, int] = {}
-        # Calls before which it had to be settled anew how the server is asked.
-        self.settling: set[int] = set()
+        # The calls that had to negotiate the dialect again.
+        self.negotiating_calls: set[int] = set()
         self._stage = stage
         self._fault = fault
 
@@ -202,7 +202,7 @@ class Faulty:
     def begin(self, context: LargeContext, *, deadline_s: float, prefetch: int) -> FakeFlight:
         times = self.plan.get(len(self.outcomes))
         if not self.large.connected:
-            self.settling.add(len(self.outcomes))
+            self.negotiating_calls.add(len(self.outcomes))
         playing = self._stage.playing(self._fault, times=times) if times else None
         outcome: LargeToken | LargeError
         try:
@@ -220,17 +220,17 @@ class Faulty:
 
 @dataclass(frozen=True, slots=True)
 class Played:
-    """An answer that was decoded, and everything that could be seen of it."""
+    """An answer that was decoded, and all text that could show the key."""
 
     fault: Fault
     tokens: list[Token]
     answer: Answer
     faulty: Faulty
-    seen: str
+    output: str
 
 
 class _Recorded:
-    """An answer whose tokens are kept as they pass."""
+    """An answer that records its tokens."""
 
     def __init__(self, answer: Answer) -> None:
         self.stats = answer.stats
@@ -243,44 +243,44 @@ class _Recorded:
             yield token
 
 
-def play(stage: Stage, authority: Authority, fault: Fault, dice: random.Random) -> Played:
+def play(stage: Stage, authority: Authority, fault: Fault, rng: random.Random) -> Played:
     """Decode one answer with a fault at a random position, for one request or for many."""
     server = stage.tls if fault.name == "wrong certificate" else stage.plain
-    asked = dice.sample(range(len(SMALL)), 5)
-    first, count = dice.randrange(5), dice.choice((1, 1, 5))
+    escalated = rng.sample(range(len(SMALL)), 5)
+    first, count = rng.randrange(5), rng.choice((1, 1, 5))
     large = LargeModel(server.url, model="m", api_key=KEY, ca_bundle=authority.bundle)
-    with settled(large):
+    with negotiated(large):
         faulty = Faulty(large, stage, fault)
-        faulty.plan = {call: dice.choice((1, 100)) for call in range(first, first + count)}
+        faulty.plan = {call: rng.choice((1, 100)) for call in range(first, first + count)}
         answer = Answer(
-            ScriptedSmall(SMALL, entropies=dict.fromkeys(asked, 2.0)),
+            ScriptedSmall(SMALL, entropies=dict.fromkeys(escalated, 2.0)),
             faulty,
             [{"role": "user", "content": "hi"}],
             router=EntropyRouter(1.0),
-            # A busy machine must not turn calls into time-outs that are to fail otherwise.
+            # Long enough that a busy machine causes no timeouts of its own.
             options=Options(timeout_s=0.08 if fault.slow else 30.0, mode=Mode.WAIT),
         )
         recorded, out, err = _Recorded(answer), io.StringIO(), io.StringIO()
         write_plain(recorded, stream=out, err=Console(file=err))  # type: ignore[arg-type]
         for token in recorded.tokens:
             write_object(token_object(token), out)
-        seen = [out.getvalue(), err.getvalue(), repr(large), repr(vars(large))]
-        seen += [_everything(error, fault) for error in faulty.errors]
-    return Played(fault, recorded.tokens, answer, faulty, "".join(seen))
+        output = [out.getvalue(), err.getvalue(), repr(large), repr(vars(large))]
+        output += [_everything(error, fault) for error in faulty.errors]
+    return Played(fault, recorded.tokens, answer, faulty, "".join(output))
 
 
 def _everything(error: BaseException, fault: Fault) -> str:
     """An exception with its causes and frames, and the frames' variables if those hold no echo."""
     echoes = fault.reply is not None and KEY.encode() in fault.reply.body
-    found = traceback.TracebackException.from_exception(error, capture_locals=not echoes)
-    return "".join(found.format()) + repr(error)
+    formatted = traceback.TracebackException.from_exception(error, capture_locals=not echoes)
+    return "".join(formatted.format()) + repr(error)
 
 
 def check(played: Played) -> None:
-    """Every promise about one answer."""
+    """Check everything that holds for every answer."""
     stats, tokens, fault = played.answer.stats(), played.tokens, played.fault
     assert stats.finish_reason is StopReason.EOS
-    # What failed is the small model's token and nothing else; what was answered, the large one's.
+    # A failed call leaves the small model's token; an answered one gives the large model's.
     made = [o for o in played.faulty.outcomes if not isinstance(o, LargeUnavailable)]
     calls = [token for token in tokens if token.escalation is not None]
     for token, outcome in zip(calls, made, strict=True):
@@ -293,21 +293,23 @@ def check(played: Played) -> None:
     assert (stats.fallbacks, stats.unchecked) == (len(failed), len(unchecked))
     assert stats.escalated == len(made) - len(failed)
     assert LATE not in stats.text
-    # Whatever waited until the deadline was the answer's last call.
+    # A timeout uses up the time for all calls, so it ends them.
     assert not any(isinstance(o, LargeTimeout) for o in made[:-1])
     for call, outcome in enumerate(played.faulty.outcomes):
         if (times := played.faulty.plan.get(call)) is None:
-            wanted: tuple[type[LargeError] | None, ...] = (None,)
+            expected: tuple[type[LargeError] | None, ...] = (None,)
         else:
-            wanted = (None,) if fault.passes and times == 1 else fault.outcomes
-        if call in played.faulty.settling:
-            # A question takes the fault in place of the call, or none is answered well.
-            wanted = (*wanted, None, LargeProtocolError)
+            expected = (None,) if fault.passes and times == 1 else fault.outcomes
+        if call in played.faulty.negotiating_calls:
+            # A request of the negotiation may get the fault instead, or no dialect may work.
+            expected = (*expected, None, LargeProtocolError)
         kind = type(outcome) if isinstance(outcome, LargeError) else None
-        # A pause follows several failures; a busy machine adds time-outs to the slow ones.
-        assert kind in (*wanted, LargeUnavailable) or (fault.slow and kind is LargeTimeout), outcome
-    assert KEY not in played.seen
-    text, _, _ = played.seen.partition('{"type"')
+        # The circuit breaker may be open; a busy machine adds timeouts to the slow faults.
+        assert kind in (*expected, LargeUnavailable) or (fault.slow and kind is LargeTimeout), (
+            outcome
+        )
+    assert KEY not in played.output
+    text, _, _ = played.output.partition('{"type"')
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
     for error in played.faulty.errors:
         assert str(error).isprintable()
@@ -327,16 +329,16 @@ def test_every_answer_survives_every_fault(
     caplog.set_level(logging.DEBUG)
     authority = Authority(tmp_path_factory.mktemp("authority"))
     stage = Stage(authority, Authority(tmp_path_factory.mktemp("stranger")))
-    dice, order = random.Random(0), [*FAULTS] * ROUNDS
-    dice.shuffle(order)
-    process, warm, settled_anew = psutil.Process(), 0, 0
+    rng, order = random.Random(0), [*FAULTS] * ROUNDS
+    rng.shuffle(order)
+    process, warm, renegotiations = psutil.Process(), 0, 0
     try:
         for number, fault in enumerate(order):
-            played = play(stage, authority, fault, dice)
+            played = play(stage, authority, fault, rng)
             check(played)
             calls = enumerate(played.faulty.outcomes)
-            settled_anew += any(
-                call in played.faulty.settling and isinstance(outcome, LargeToken)
+            renegotiations += any(
+                call in played.faulty.negotiating_calls and isinstance(outcome, LargeToken)
                 for call, outcome in calls
             )
             assert len(our_threads()) <= MAX_HANGING
@@ -346,7 +348,7 @@ def test_every_answer_survives_every_fault(
     finally:
         stage.close()
     assert process.memory_info().rss - warm < 40 * _MB
-    assert settled_anew
+    assert renegotiations
     assert all(stage.played[fault.name] >= 10 for fault in FAULTS)
     for thread in our_threads():
         thread.join(10)

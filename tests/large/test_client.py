@@ -1,4 +1,4 @@
-"""Finding out how a server wants to be asked, and keeping secrets."""
+"""The client: connecting, negotiation within a call, vocabularies, the address and secrets."""
 
 from __future__ import annotations
 
@@ -13,10 +13,18 @@ from mlxroute.errors import LargeProtocolError, LargeRefused, UsageError
 from mlxroute.large import LargeModel
 from mlxroute.large.negotiation.verdict_file import VerdictFile
 from mlxroute.types import Message, Span
-from tests.support import truthful
-from tests.support.asking import MLX_LM, PLAIN, THE, VOCABULARY, ask_plain, legacy, remembered
+from tests.support import family_servers
+from tests.support.family_servers import FamilyServer
 from tests.support.loopback import Loopback, Reply, Request, mlx_lm_reply
-from tests.support.truthful import Truthful
+from tests.support.scripted_calls import (
+    MLX_LM,
+    PLAIN,
+    THE,
+    VOCABULARY,
+    ask_plain,
+    connected_client,
+    legacy,
+)
 from tests.support.vocabularies import TableTokenizer, TableVocabulary, context
 
 
@@ -28,7 +36,7 @@ def server() -> Iterator[Loopback]:
 
 def test_connect_names_the_model_and_the_dialect() -> None:
     with (
-        Loopback(Truthful("mlx_lm", models=["/home/someone/big-7b"])) as server,
+        Loopback(FamilyServer("mlx_lm", models=["/home/someone/big-7b"])) as server,
         LargeModel(server.url.removesuffix("/v1")) as large,
     ):
         line = large.connect()
@@ -36,21 +44,24 @@ def test_connect_names_the_model_and_the_dialect() -> None:
         assert (large.base_url, large.model_name) == (server.url, "big-7b")
 
 
-def test_connecting_again_asks_nothing() -> None:
-    with Loopback(Truthful("mlx_lm")) as server, LargeModel(server.url) as large:
-        line, asked = large.connect(), len(server.requests)
-        assert (large.connect(), len(server.requests)) == (line, asked)
+def test_connecting_again_sends_nothing() -> None:
+    with Loopback(FamilyServer("mlx_lm")) as server, LargeModel(server.url) as large:
+        line, count = large.connect(), len(server.requests)
+        assert (large.connect(), len(server.requests)) == (line, count)
 
 
 def test_the_only_model_of_a_plain_server_is_used() -> None:
-    with Loopback(Truthful("legacy", models=["only"])) as server, LargeModel(server.url) as large:
+    with (
+        Loopback(FamilyServer("legacy", models=["only"])) as server,
+        LargeModel(server.url) as large,
+    ):
         assert "only" in large.connect()
-        large.next_token(context("1, 2, 3,", truthful.VOCABULARY))
+        large.next_token(context("1, 2, 3,", family_servers.VOCABULARY))
         assert server.requests[-1].json["model"] == "only"
 
 
 def test_several_models_need_a_choice() -> None:
-    with Loopback(Truthful("legacy", models=["m1", "m\x1b[31m2"])) as server:
+    with Loopback(FamilyServer("legacy", models=["m1", "m\x1b[31m2"])) as server:
         with LargeModel(server.url) as large:
             with pytest.raises(UsageError, match=r"^model must be .*: m1, m \[31m2$") as caught:
                 large.connect()
@@ -62,47 +73,52 @@ def test_several_models_need_a_choice() -> None:
 
 
 def test_several_models_on_mlx_lm_need_no_choice() -> None:
-    answer = Truthful("mlx_lm", models=["m1", "m2"], needs_model=False)
+    answer = FamilyServer("mlx_lm", models=["m1", "m2"], needs_model=False)
     with Loopback(answer) as server, LargeModel(server.url) as large:
         large.connect()
-        large.next_token(context("1, 2, 3,", truthful.VOCABULARY))
+        large.next_token(context("1, 2, 3,", family_servers.VOCABULARY))
         assert "model" not in server.requests[-1].json
 
 
-def test_a_client_that_never_connected_finds_a_way_within_its_first_call() -> None:
-    with Loopback(Truthful("legacy")) as server, LargeModel(server.url) as large:
-        token = large.next_token(context("1, 2, 3,", truthful.VOCABULARY), deadline_s=20)
+def test_a_client_that_never_connected_negotiates_within_its_first_call() -> None:
+    with Loopback(FamilyServer("legacy")) as server, LargeModel(server.url) as large:
+        token = large.next_token(context("1, 2, 3,", family_servers.VOCABULARY), deadline_s=20)
         assert token.text == " "
 
 
-def test_a_server_that_no_way_fits_is_a_protocol_error_that_names_the_probe() -> None:
+def test_a_server_that_no_dialect_fits_is_a_protocol_error_that_advises_a_probe() -> None:
     with (
-        Loopback(Truthful("closing chat")) as server,
+        Loopback(FamilyServer("closing chat")) as server,
         LargeModel(server.url) as large,
         pytest.raises(LargeProtocolError, match="probe it"),
     ):
-        large.next_token(context("1, 2, 3,", truthful.VOCABULARY))
+        large.next_token(context("1, 2, 3,", family_servers.VOCABULARY))
 
 
-def test_a_dialect_that_keeps_failing_is_given_up_and_another_is_found(tmp_path: Path) -> None:
+def test_a_dialect_that_keeps_failing_is_forgotten_and_another_is_chosen(
+    tmp_path: Path,
+) -> None:
     verdicts = tmp_path / "verdicts.json"
-    wanted = context("1, 2, 3,", truthful.VOCABULARY)
-    with Loopback(Truthful("vllm")) as server, LargeModel(server.url, verdicts=verdicts) as large:
+    position = context("1, 2, 3,", family_servers.VOCABULARY)
+    with (
+        Loopback(FamilyServer("vllm")) as server,
+        LargeModel(server.url, verdicts=verdicts) as large,
+    ):
         large.connect()
-        server.answer = Truthful("mlx_lm")
+        server.answer = FamilyServer("mlx_lm")
         for _ in range(2):
             with pytest.raises(LargeRefused):
-                large.next_token(wanted)
+                large.next_token(position)
         assert VerdictFile(verdicts).load(server.url, None) is None
-        assert large.next_token(wanted).text == " "
+        assert large.next_token(position).text == " "
 
 
-def test_tokens_that_the_server_does_not_repeat_do_not_make_its_dialect_unfit(
+def test_tokens_that_the_server_does_not_replay_do_not_count_against_its_dialect(
     server: Loopback,
 ) -> None:
     fragment = VOCABULARY.id_of("Ã")
     other = mlx_lm_reply([(2, "a"), (2, "a"), (2, "a")])
-    with remembered(server, MLX_LM, model="m", tokenizer=TableTokenizer(VOCABULARY)) as large:
+    with connected_client(server, MLX_LM, model="m", tokenizer=TableTokenizer(VOCABULARY)) as large:
         for _ in range(4):
             server.script.append(other)
             with pytest.raises(LargeProtocolError, match="did not continue"):
@@ -111,29 +127,29 @@ def test_tokens_that_the_server_does_not_repeat_do_not_make_its_dialect_unfit(
         assert large.next_token(context("x", VOCABULARY)).text == " the"
 
 
-BEGUN = tuple(VOCABULARY.id_of(piece) for piece in ("Ġ", "t", "h", "e"))
+LETTERS = tuple(VOCABULARY.id_of(piece) for piece in ("Ġ", "t", "h", "e"))
 SPELLED_OUT = context(
     "a the",
     VOCABULARY,
-    answer=(VOCABULARY.id_of("a"), *BEGUN),
-    spans=(Span("a"), *(Span(c, (i,)) for c, i in zip(" the", BEGUN, strict=True))),
+    answer=(VOCABULARY.id_of("a"), *LETTERS),
+    spans=(Span("a"), *(Span(c, (i,)) for c, i in zip(" the", LETTERS, strict=True))),
 )
 
 
-def test_tokens_that_the_server_would_read_as_another_are_written_again_by_it(
+def test_tokens_that_the_server_would_tokenize_otherwise_are_replayed(
     server: Loopback,
 ) -> None:
-    again = [(i, VOCABULARY.piece(i) or "") for i in BEGUN]
-    with remembered(server, MLX_LM, model="m", tokenizer=TableTokenizer(VOCABULARY)) as large:
-        server.script.append(mlx_lm_reply([*again, (3, "b"), (2, "a")]))
+    replayed = [(i, VOCABULARY.piece(i) or "") for i in LETTERS]
+    with connected_client(server, MLX_LM, model="m", tokenizer=TableTokenizer(VOCABULARY)) as large:
+        server.script.append(mlx_lm_reply([*replayed, (3, "b"), (2, "a")]))
         assert large.next_token(SPELLED_OUT).text == "b"
     assert server.requests[-1].json["prompt"] == "a"
 
 
-def test_where_the_server_does_not_write_its_tokens_again_it_reads_the_text(
+def test_where_the_server_does_not_replay_its_tokens_it_gets_the_whole_text(
     server: Loopback,
 ) -> None:
-    with remembered(server, MLX_LM, model="m", tokenizer=TableTokenizer(VOCABULARY)) as large:
+    with connected_client(server, MLX_LM, model="m", tokenizer=TableTokenizer(VOCABULARY)) as large:
         server.script.append(mlx_lm_reply([(2, "a")] * 6))
         server.script.append(mlx_lm_reply([(3, "b"), (2, "a")]))
         assert large.next_token(SPELLED_OUT).text == "b"
@@ -142,25 +158,25 @@ def test_where_the_server_does_not_write_its_tokens_again_it_reads_the_text(
 
 def test_a_shared_vocabulary_is_compared_once_and_remembered(tmp_path: Path) -> None:
     verdicts = tmp_path / "verdicts.json"
-    shared, other = truthful.VOCABULARY, TableVocabulary(["a", "b"])
-    with Loopback(Truthful("vllm")) as server:
+    shared, other = family_servers.VOCABULARY, TableVocabulary(["a", "b"])
+    with Loopback(FamilyServer("vllm")) as server:
         with LargeModel(server.url, verdicts=verdicts) as large:
             assert large.pair_vocabulary(shared)
             assert not large.pair_vocabulary(other)
-        asked = len(server.requests)
+        before = len(server.requests)
         with LargeModel(server.url, verdicts=verdicts) as large:
             assert large.pair_vocabulary(shared)
             assert not large.pair_vocabulary(other)
-        paths = [request.path for request in server.requests[asked:]]
+        paths = [request.path for request in server.requests[before:]]
         assert paths.count("/v1/completions") == 1
         assert paths.count("/detokenize") == 1
 
 
-def test_with_a_shared_vocabulary_ids_go_out_and_come_back_inside_a_character_too() -> None:
-    vocabulary = truthful.VOCABULARY
+def test_with_a_shared_vocabulary_ids_are_sent_and_received_inside_a_character_too() -> None:
+    vocabulary = family_servers.VOCABULARY
     ids = vocabulary.encode("漢字漢字漢")
     halves = vocabulary.encode("字")
-    with Loopback(Truthful("vllm")) as server, LargeModel(server.url) as large:
+    with Loopback(FamilyServer("vllm")) as server, LargeModel(server.url) as large:
         large.connect()
         token = large.next_token(
             context("漢字漢字漢", vocabulary, answer=ids, fragment_ids=halves[:1])
@@ -170,30 +186,30 @@ def test_with_a_shared_vocabulary_ids_go_out_and_come_back_inside_a_character_to
         assert server.requests[-1].json["return_tokens_as_token_ids"] is True
 
 
-def naming(count: int) -> Truthful:
-    """An mlx_lm server whose replies name so many tokens beside those it would name."""
+def naming(count: int) -> FamilyServer:
+    """Return an mlx_lm server whose replies name this many additional tokens."""
 
     def names(path: str, body: dict[str, Any], reply: dict[str, Any]) -> dict[str, Any]:
         for position in reply["choices"][0]["logprobs"]["content"]:
             position["top_logprobs"] += [
-                {"id": i, "token": truthful.VOCABULARY.piece(i), "logprob": -9.0}
+                {"id": i, "token": family_servers.VOCABULARY.piece(i), "logprob": -9.0}
                 for i in range(80, 80 + count)
             ]
         return reply
 
-    return Truthful("mlx_lm", shows=names)
+    return FamilyServer("mlx_lm", change_reply=names)
 
 
-def test_whether_the_vocabulary_is_shared_is_settled_before_the_first_answer() -> None:
-    vocabulary = truthful.VOCABULARY
+def test_vocabularies_are_compared_before_the_first_answer() -> None:
+    vocabulary = family_servers.VOCABULARY
     halves = vocabulary.encode("字")
     begun = context("漢字漢字漢", vocabulary, fragment_ids=halves[:1])
     with Loopback(naming(60)) as server, LargeModel(server.url) as large:
         assert large.next_token(begun).token_ids == halves[1:2]
 
 
-def test_what_cannot_be_told_of_the_vocabulary_at_first_changes_no_later_answer() -> None:
-    vocabulary = truthful.VOCABULARY
+def test_a_vocabulary_that_cannot_be_compared_at_first_counts_as_another_from_then_on() -> None:
+    vocabulary = family_servers.VOCABULARY
     begun = context("漢字漢字漢", vocabulary, fragment_ids=vocabulary.encode("字")[:1])
     with Loopback(naming(0)) as server, LargeModel(server.url) as large:
         for _ in range(2):
@@ -203,20 +219,20 @@ def test_what_cannot_be_told_of_the_vocabulary_at_first_changes_no_later_answer(
             large.next_token(context("1, 2, 3,", vocabulary))
 
 
-def test_with_another_vocabulary_the_large_models_own_words_go_out() -> None:
-    large_vocabulary, small = truthful.VOCABULARY, TableVocabulary(["Red", "R", "e", "d"])
+def test_with_another_vocabulary_the_large_models_own_ids_are_sent() -> None:
+    large_vocabulary, small = family_servers.VOCABULARY, TableVocabulary(["Red", "R", "e", "d"])
     asked: Message = {"role": "user", "content": "What colour is blood?"}
-    wanted = context("small words", small, messages=(asked,))
-    with Loopback(Truthful("vllm")) as server, LargeModel(server.url) as large:
+    position = context("small words", small, messages=(asked,))
+    with Loopback(FamilyServer("vllm")) as server, LargeModel(server.url) as large:
         large.connect()
-        token = large.next_token(wanted)
+        token = large.next_token(position)
         assert (token.text, token.token_ids) == ("Red", small.encode("Red"))
         assert token.large_ids == (large_vocabulary.id_of("Red"),)
         sent = server.requests[-1].json["prompt"]
         tokenizer = TableTokenizer(large_vocabulary)
         assert sent == tokenizer.encode_prompt(tokenizer.render([asked]))
-        wanted = context("", small, messages=(asked,), spans=(Span("Red", token.large_ids),))
-        assert large.next_token(wanted).is_eos
+        position = context("", small, messages=(asked,), spans=(Span("Red", token.large_ids),))
+        assert large.next_token(position).is_eos
 
 
 @pytest.mark.parametrize(
@@ -306,7 +322,7 @@ def test_credentials_of_a_netrc_file_are_never_sent(
 
 
 def test_cookies_of_a_server_are_not_kept(server: Loopback) -> None:
-    with remembered(server, PLAIN, model="m") as large:
+    with connected_client(server, PLAIN, model="m") as large:
         body = json.dumps(legacy("a")).encode()
         server.script.append(Reply(body, headers={"Set-Cookie": "id=1"}))
         server.script.append(Reply.of(legacy("a")))

@@ -90,13 +90,13 @@ def speak_ascii_bytes(path: Path) -> None:
     vocabulary = tokenizer["model"]["vocab"]
     tokenizer["model"]["merges"] = []
     (path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    spoken = [0.0] * len(vocabulary)
+    scale = [0.0] * len(vocabulary)
     for piece, token_id in vocabulary.items():
-        spoken[token_id] = float(len(piece) == 1 and piece.isascii())
+        scale[token_id] = float(len(piece) == 1 and piece.isascii())
     weights: dict[str, mx.array] = mx.load(str(path / "model.safetensors"))  # type: ignore[assignment]
     name = "lm_head.weight"
     # A row of zeros has logit 0, and the largest of many is above that.
-    weights[name] = weights[name] * mx.array(spoken)[:, None]
+    weights[name] = weights[name] * mx.array(scale)[:, None]
     mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "mlx"})
 
 
@@ -142,7 +142,7 @@ def generates(url: str) -> bool:
     return False
 
 
-def walk(large: LargeModel, model: Model, *, calls: int, seed: int) -> None:
+def escalate_along_answers(large: LargeModel, model: Model, *, calls: int, seed: int) -> None:
     """Escalate along the model's own greedy answers, the small model agreeing in between."""
     chance = random.Random(seed)
     made = 0
@@ -161,7 +161,7 @@ def test_200_calls_along_its_own_answers_leave_the_server_alive(
 ) -> None:
     with stock_server(tiny.path, hub_cache=tmp_path / "none") as url, LargeModel(url) as large:
         assert "mlx_lm completions" in large.connect()
-        walk(large, tiny, calls=200, seed=1)
+        escalate_along_answers(large, tiny, calls=200, seed=1)
         abandon(large, tiny)
         assert generates(url)
         # What the client avoids is real: the same text asked without care ends this server.
@@ -244,7 +244,7 @@ def test_200_calls_along_smollm2s_answers_leave_the_server_alive(tmp_path: Path)
         LargeModel(url, timeout_s=120) as large,
     ):
         large.connect()
-        walk(large, model, calls=200, seed=2)
+        escalate_along_answers(large, model, calls=200, seed=2)
         assert generates(url)
 
 

@@ -10,7 +10,7 @@ from mlxroute.large.dialects import LADDER, Dialect, RequestOptions, dialect_nam
 from mlxroute.large.prompt import Prompt, PromptForm
 from tests.support.prompt_forms import IDS, QUESTION, prompt_for
 
-BEGUN: dict[str, Any] = {"role": "assistant", "content": "He"}
+ANSWER_START: dict[str, Any] = {"role": "assistant", "content": "He"}
 SAMPLING = {"repetition_penalty": 1.0, "presence_penalty": 0, "frequency_penalty": 0}
 LIMITS = {"max_tokens": 2, "temperature": 0}
 LOGPROBS = {"logprobs": True, "top_logprobs": 7}
@@ -63,7 +63,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "OpenAI completions": {"prompt": "He", **LIMITS, "logprobs": 7, "model": "m"},
     "OpenAI completions, text only": {"prompt": "He", **LIMITS, "model": "m"},
     "chat continuation (flags)": {
-        "messages": [QUESTION, BEGUN],
+        "messages": [QUESTION, ANSWER_START],
         **LIMITS,
         **LOGPROBS,
         **FLAGS,
@@ -71,30 +71,30 @@ REQUESTS: dict[str, dict[str, Any]] = {
         "model": "m",
     },
     "chat continuation (prefix)": {
-        "messages": [QUESTION, BEGUN | {"prefix": True}],
+        "messages": [QUESTION, ANSWER_START | {"prefix": True}],
         **LIMITS,
         **LOGPROBS,
         "model": "m",
     },
     "chat continuation (trailing turn, echoing)": {
-        "messages": [QUESTION, BEGUN],
+        "messages": [QUESTION, ANSWER_START],
         **LIMITS,
         **LOGPROBS,
         "model": "m",
     },
     "chat continuation (trailing turn)": {
-        "messages": [QUESTION, BEGUN],
+        "messages": [QUESTION, ANSWER_START],
         **LIMITS,
         **LOGPROBS,
         "model": "m",
     },
     "chat continuation (prefix, echoing, text only)": {
-        "messages": [QUESTION, BEGUN | {"prefix": True}],
+        "messages": [QUESTION, ANSWER_START | {"prefix": True}],
         **LIMITS,
         "model": "m",
     },
     "chat continuation (trailing turn, text only)": {
-        "messages": [QUESTION, BEGUN],
+        "messages": [QUESTION, ANSWER_START],
         **LIMITS,
         "model": "m",
     },
@@ -107,50 +107,50 @@ PATHS = {
 }
 
 
-@pytest.mark.parametrize("asked", LADDER, ids=lambda each: each.name)
-def test_a_request_has_these_keys_and_no_others(asked: Dialect) -> None:
-    request = asked.request(
-        prompt_for(asked), RequestOptions(max_tokens=2, top_logprobs=7, model="m")
+@pytest.mark.parametrize("dialect", LADDER, ids=lambda dialect: dialect.name)
+def test_a_request_has_these_keys_and_no_others(dialect: Dialect) -> None:
+    request = dialect.request(
+        prompt_for(dialect), RequestOptions(max_tokens=2, top_logprobs=7, model="m")
     )
-    assert request == REQUESTS[asked.name]
-    path = PATHS.get(asked.name)
-    openai = "/chat/completions" if asked.form is PromptForm.CHAT else "/completions"
-    assert (asked.path, asked.at_root) == (path or openai, path is not None)
+    assert request == REQUESTS[dialect.name]
+    path = PATHS.get(dialect.name)
+    openai = "/chat/completions" if dialect.form is PromptForm.CHAT else "/completions"
+    assert (dialect.path, dialect.at_root) == (path or openai, path is not None)
 
 
-@pytest.mark.parametrize("asked", LADDER, ids=lambda each: each.name)
-def test_without_a_model_none_is_named(asked: Dialect) -> None:
-    request = asked.request(
-        prompt_for(asked), RequestOptions(max_tokens=2, top_logprobs=7, model=None)
+@pytest.mark.parametrize("dialect", LADDER, ids=lambda dialect: dialect.name)
+def test_without_a_model_none_is_named(dialect: Dialect) -> None:
+    request = dialect.request(
+        prompt_for(dialect), RequestOptions(max_tokens=2, top_logprobs=7, model=None)
     )
-    expected = {k: v for k, v in REQUESTS[asked.name].items() if k != "model"}
+    expected = {k: v for k, v in REQUESTS[dialect.name].items() if k != "model"}
     assert request == expected
 
 
-def test_a_turn_of_which_nothing_is_written_is_not_begun() -> None:
-    for asked in LADDER:
-        if asked.form is PromptForm.CHAT:
-            request = asked.request(Prompt(messages=(QUESTION,)), RequestOptions(2, 7, "m"))
+def test_an_empty_answer_has_no_assistant_turn() -> None:
+    for dialect in LADDER:
+        if dialect.form is PromptForm.CHAT:
+            request = dialect.request(Prompt(messages=(QUESTION,)), RequestOptions(2, 7, "m"))
             assert request["messages"] == [QUESTION]
             assert not set(request) & set(FLAGS)
 
 
-def test_dialects_have_names_of_their_own_and_come_best_rung_first() -> None:
-    names = [each.name for each in LADDER]
+def test_dialects_have_unique_names_and_are_sorted_by_rung() -> None:
+    names = [dialect.name for dialect in LADDER]
     assert len(set(names)) == len(names)
-    rungs = [each.rung for each in LADDER]
+    rungs = [dialect.rung for dialect in LADDER]
     assert rungs == sorted(rungs)
     assert [dialect_named(name) for name in names] == list(LADDER)
     assert dialect_named("telepathy") is None
-    ids = {each.name for each in LADDER if each.form is PromptForm.IDS}
-    assert ids == {each.name for each in LADDER if each.rung == 1}
+    ids = {dialect.name for dialect in LADDER if dialect.form is PromptForm.IDS}
+    assert ids == {dialect.name for dialect in LADDER if dialect.rung == 1}
 
 
-def test_only_vllm_has_a_form_for_vocabularies_that_are_known() -> None:
-    for each in LADDER:
-        exact = with_ids(each)
-        if each.name == "vLLM completions":
+def test_only_vllm_has_a_variant_for_known_vocabularies() -> None:
+    for dialect in LADDER:
+        exact = with_ids(dialect)
+        if dialect.name == "vLLM completions":
             request = exact.request(IDS, RequestOptions(2, 7, "m"))
-            assert request == REQUESTS[each.name] | {"return_tokens_as_token_ids": True}
+            assert request == REQUESTS[dialect.name] | {"return_tokens_as_token_ids": True}
         else:
-            assert exact is each
+            assert exact is dialect

@@ -20,9 +20,9 @@ from mlxroute.large.vocabulary.bridge import Bridge
 from mlxroute.large.vocabulary.reply_reader import read_streamed_tokens as first_ones
 from mlxroute.large.vocabulary.token_reader import TokenReader
 from mlxroute.types import LargeToken
-from tests.support.asking import VOCABULARY
 from tests.support.loopback import Loopback, Reply, Request
-from tests.support.settled import settled
+from tests.support.negotiated import negotiated
+from tests.support.scripted_calls import VOCABULARY
 from tests.support.vocabularies import context
 
 LLAMA = LlamaServer()
@@ -42,7 +42,7 @@ def event(value: dict[str, Any]) -> bytes:
 
 
 def llama(names: Sequence[str], *, stop: str = "limit", whole: bool = False) -> list[bytes]:
-    """What llama-server streams, or its whole reply."""
+    """Return the parts that llama-server streams, or its whole reply."""
     parts = []
     for name in names:
         data = VOCABULARY.token_bytes(VOCABULARY.id_of(name))
@@ -66,7 +66,7 @@ def llama(names: Sequence[str], *, stop: str = "limit", whole: bool = False) -> 
 
 
 def vllm(names: Sequence[str], *, stop: str = "limit", whole: bool = False) -> list[bytes]:
-    """What vLLM streams, or its whole reply."""
+    """Return the parts that vLLM streams, or its whole reply."""
     finish = "stop" if stop == "eos" else "length"
     texts = [VOCABULARY.token_bytes(VOCABULARY.id_of(name)).decode() for name in names]
     ids = [VOCABULARY.id_of(name) for name in names]
@@ -77,15 +77,15 @@ def vllm(names: Sequence[str], *, stop: str = "limit", whole: bool = False) -> l
     usage: dict[str, Any] = {"prompt_tokens": 7, "completion_tokens": len(ids)}
     usage["prompt_tokens_details"] = {"cached_tokens": 6}
     if whole:
-        merge_events = {key: [each[key][0] for each in logprobs] for key in logprobs[0]}
-        choice = {"text": "".join(texts), "token_ids": ids, "logprobs": merge_events}
+        joined = {key: [part[key][0] for part in logprobs] for key in logprobs[0]}
+        choice = {"text": "".join(texts), "token_ids": ids, "logprobs": joined}
         reply = {"choices": [choice | {"finish_reason": finish}], "usage": usage}
         return [json.dumps(reply).encode()]
     ends = [None] * (len(ids) - 1) + [finish]
     rows = zip(texts, ids, logprobs, ends, strict=True)
     chunks = [
-        {"text": text, "token_ids": [i], "logprobs": each, "finish_reason": end}
-        for text, i, each, end in rows
+        {"text": text, "token_ids": [i], "logprobs": part, "finish_reason": end}
+        for text, i, part, end in rows
     ]
     counts = {"choices": [], "usage": usage}
     return [*(event({"choices": [chunk]}) for chunk in chunks), event(counts), b"data: [DONE]\n\n"]
@@ -97,7 +97,7 @@ _SERVERS = pytest.mark.parametrize(
 
 
 def model(server: Loopback, dialect: Dialect = LLAMA) -> LargeModel:
-    large = settled(LargeModel(server.url, model="m"), dialect)
+    large = negotiated(LargeModel(server.url, model="m"), dialect)
     # Both vocabularies are the same one.
     negotiator = large._negotiator._negotiator
     negotiator.is_shared = lambda vocabulary, next_deadline: True  # type: ignore[method-assign]
@@ -109,15 +109,15 @@ def read_streamed_tokens(large: LargeModel, *, prefetch: int = 2) -> PendingCall
     return large.begin(context("th", VOCABULARY, answer=ids), prefetch=prefetch)
 
 
-def until(large: LargeModel, flight: PendingCall, count: int) -> tuple[LargeToken, ...]:
-    """The flight's tokens, as soon as there are so many; all of them with 0."""
+def until(large: LargeModel, call: PendingCall, count: int) -> tuple[LargeToken, ...]:
+    """Return the call's tokens once there are `count`, or, with 0, once all are there."""
 
-    def there() -> bool:
-        return flight.ready and (len(flight.result()) >= count > 0 or flight.finished)
+    def arrived() -> bool:
+        return call.ready and (len(call.result()) >= count > 0 or call.finished)
 
-    large.wait(there, timeout_s=20)
-    assert there()
-    return flight.result()
+    large.wait(arrived, timeout_s=20)
+    assert arrived()
+    return call.result()
 
 
 def texts(tokens: Sequence[LargeToken]) -> list[str]:
@@ -125,49 +125,49 @@ def texts(tokens: Sequence[LargeToken]) -> list[str]:
 
 
 @_SERVERS
-def test_each_token_is_there_as_soon_as_it_comes(
+def test_each_token_is_published_as_soon_as_it_arrives(
     server: Loopback, dialect: Dialect, writes: Any
 ) -> None:
-    let = threading.Semaphore(0)
-    server.script.append(Reply(chunks=tuple(writes(_WORDS)), before=lambda _: let.acquire()))
+    gate = threading.Semaphore(0)
+    server.script.append(Reply(chunks=tuple(writes(_WORDS)), before=lambda _: gate.acquire()))
     with model(server, dialect) as large:
-        flight = read_streamed_tokens(large)
+        call = read_streamed_tokens(large)
         for count in (1, 2):
-            let.release()
-            assert len(until(large, flight, count)) == count
-            assert not flight.finished
-        let.release(9)
-        tokens = until(large, flight, 0)
+            gate.release()
+            assert len(until(large, call, count)) == count
+            assert not call.finished
+        gate.release(9)
+        tokens = until(large, call, 0)
     assert texts(tokens) == ["a", "b", " the"]
-    assert sorted({token.latency_s for token in tokens}) == [each.latency_s for each in tokens]
+    assert sorted({token.latency_s for token in tokens}) == [token.latency_s for token in tokens]
     assert server.requests[0].json["stream"] is True
 
 
 @_SERVERS
 @pytest.mark.parametrize("stop", ["limit", "eos"])
-def test_a_stream_says_what_the_whole_reply_says(
+def test_a_stream_gives_the_tokens_of_the_whole_reply(
     server: Loopback, dialect: Dialect, writes: Any, stop: str
 ) -> None:
     names = [*_WORDS, "<|im_end|>"] if stop == "eos" else _WORDS
-    found = []
+    replies = []
     for whole in (False, True):
         parts = tuple(writes(names, stop=stop, whole=whole))
         server.script.append(Reply(parts[0]) if whole else Reply(chunks=parts))
         with model(server, dialect) as large:
-            found.append(
+            replies.append(
                 until(large, read_streamed_tokens(large, prefetch=5 if stop == "eos" else 2), 0)
             )
             assert large.uploads.tokens == 7
             assert large.uploads.cached_tokens == 6
             assert large.uploads.completion_tokens == len(names)
-    assert texts(found[0]) == ["a", "b", " the", *(["(end)"] if stop == "eos" else [])]
-    for streamed, told in zip(*found, strict=True):
+    assert texts(replies[0]) == ["a", "b", " the", *(["(end)"] if stop == "eos" else [])]
+    for streamed, unstreamed in zip(*replies, strict=True):
         for field in fields(LargeToken):
             if field.name != "latency_s":
-                assert getattr(streamed, field.name) == getattr(told, field.name), field.name
+                assert getattr(streamed, field.name) == getattr(unstreamed, field.name), field.name
 
 
-def test_a_stream_that_breaks_off_leaves_what_came_and_is_not_asked_again(
+def test_a_stream_that_breaks_keeps_the_tokens_received_and_is_not_retried(
     server: Loopback,
 ) -> None:
     server.script.append(Reply(chunks=(*llama(_WORDS)[:2], b"")))
@@ -177,14 +177,14 @@ def test_a_stream_that_breaks_off_leaves_what_came_and_is_not_asked_again(
     assert len(server.requests) == 1
 
 
-def test_a_stream_that_breaks_off_before_its_first_token_is_asked_again(server: Loopback) -> None:
+def test_a_stream_that_breaks_before_its_first_token_is_retried(server: Loopback) -> None:
     server.script.extend([Reply(chunks=(b":\n\n", b"")), Reply(chunks=tuple(llama(_WORDS)))])
     with model(server) as large:
         assert texts(until(large, read_streamed_tokens(large), 0)) == ["a", "b", " the"]
     assert len(server.requests) == 2
 
 
-def test_a_server_that_refuses_to_stream_is_asked_for_whole_replies_from_then_on(
+def test_after_a_refused_stream_whole_replies_are_asked_for(
     server: Loopback,
 ) -> None:
     def answer(request: Request) -> Reply:
@@ -200,7 +200,7 @@ def test_a_server_that_refuses_to_stream_is_asked_for_whole_replies_from_then_on
     assert [bool(request.json.get("stream")) for request in server.requests] == [True, False, False]
 
 
-def test_a_server_that_answers_as_a_whole_all_the_same_is_understood(server: Loopback) -> None:
+def test_a_whole_reply_to_a_streamed_request_is_read(server: Loopback) -> None:
     server.script.append(Reply(llama(_WORDS, whole=True)[0]))
     with model(server) as large:
         assert texts(until(large, read_streamed_tokens(large), 0)) == ["a", "b", " the"]
@@ -213,21 +213,21 @@ def test_an_error_in_the_middle_of_a_stream_ends_it(server: Loopback) -> None:
         assert texts(until(large, read_streamed_tokens(large), 0)) == ["a"]
 
 
-def test_a_cancelled_stream_ends_and_what_came_of_it_is_counted(server: Loopback) -> None:
-    let = threading.Semaphore(1)
-    server.script.append(Reply(chunks=tuple(llama(_WORDS)), before=lambda _: let.acquire()))
+def test_a_cancelled_stream_ends_and_its_usage_is_counted(server: Loopback) -> None:
+    gate = threading.Semaphore(1)
+    server.script.append(Reply(chunks=tuple(llama(_WORDS)), before=lambda _: gate.acquire()))
     with model(server) as large:
-        flight = read_streamed_tokens(large)
-        until(large, flight, 1)
-        flight.cancel()
-        flight.join(10)
-        assert texts(flight.result()) == ["a"]
+        call = read_streamed_tokens(large)
+        until(large, call, 1)
+        call.cancel()
+        call.join(10)
+        assert texts(call.result()) == ["a"]
         assert large.uploads.completion_tokens == 1
         assert large.uploads.tokens == 2
-        let.release(9)
+        gate.release(9)
 
 
-def test_a_token_without_text_waits_for_what_it_turns_out_to_be() -> None:
+def test_a_token_without_text_waits_for_the_positions_after_it() -> None:
     # Of another vocabulary, so that an id alone says nothing.
     reader = TokenReader()
     bridge = Bridge(reader, VOCABULARY, same_vocabulary=False)
@@ -237,7 +237,7 @@ def test_a_token_without_text_waits_for_what_it_turns_out_to_be() -> None:
         ReplyPosition(ReplyToken(7, data=b"b")),
     )
     for count in (1, 2, 3):
-        came = entries[:count]
+        received = entries[:count]
         text = "ab" if count == 3 else "a"
-        answered = CompletionAnswer(came, text, False, Completion(came, text), 0)
+        answered = CompletionAnswer(received, text, False, Completion(received, text), 0)
         assert texts(first_ones(answered, bridge, reader)) == ["a"]

@@ -12,13 +12,13 @@ import pytest
 from mlxroute.large.dialects.json_fields import parse_object
 from mlxroute.large.dialects.tokenize_routes import find_tokenize_routes
 from mlxroute.types import Message
-from tests.support import truthful
+from tests.support import family_servers
 from tests.support.loopback import Request
-from tests.support.truthful import Truthful
+from tests.support.family_servers import FamilyServer
 from tests.support.vocabularies import TableTokenizer
 
 HI: Message = {"role": "user", "content": "hi"}
-LARGE = truthful.VOCABULARY
+LARGE = family_servers.VOCABULARY
 RENDERED = "<s>user\nhi<|im_end|>\n<s>assistant\n"
 
 
@@ -37,7 +37,7 @@ class Routes:
 
 @pytest.mark.parametrize("family", ["vllm", "sglang", "llama-server"])
 def test_the_routes_of_a_truthful_server_are_found_and_asked_once_for_a_text(family: str) -> None:
-    routes = Routes(Truthful(family))
+    routes = Routes(FamilyServer(family))
     tokens = find_tokenize_routes(routes, model="m")
     assert tokens is not None
     asked = len(routes.asked)
@@ -52,15 +52,15 @@ def test_the_routes_of_a_truthful_server_are_found_and_asked_once_for_a_text(fam
 
 
 def test_empty_text_has_no_ids_and_a_server_without_routes_no_source() -> None:
-    assert find_tokenize_routes(Routes(Truthful("legacy")), model=None) is None
-    tokens = find_tokenize_routes(Routes(Truthful("vllm")), model=None)
+    assert find_tokenize_routes(Routes(FamilyServer("legacy")), model=None) is None
+    tokens = find_tokenize_routes(Routes(FamilyServer("vllm")), model=None)
     assert tokens is not None
     assert tokens.encode("") == ()
 
 
 @pytest.mark.parametrize("family", ["vllm", "llama-server"])
 def test_a_route_that_encodes_the_sample_wrongly_is_not_used(family: str) -> None:
-    honest = Truthful(family)
+    honest = FamilyServer(family)
 
     def other_ids(request: Request) -> Any:
         if request.path == "/tokenize":
@@ -84,7 +84,7 @@ def test_a_route_that_returns_invalid_ids_is_not_used(tokens: object) -> None:
 @pytest.mark.parametrize("drops", [True, False])
 def test_a_space_that_a_route_adds_before_every_text_is_left_out(drops: bool) -> None:
     """SentencePiece tokenizers add it; their detokenise routes may remove it again."""
-    honest = Truthful("vllm")
+    honest = FamilyServer("vllm")
 
     def prefixed(request: Request) -> Any:
         body = request.json

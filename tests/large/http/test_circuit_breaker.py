@@ -16,10 +16,10 @@ from mlxroute.errors import (
 )
 from mlxroute.large import LargeModel
 from mlxroute.large.http.circuit_breaker import FAILURES, CircuitBreaker
-from tests.support.asking import VOCABULARY, legacy
 from tests.support.fakes import FakeClock
 from tests.support.loopback import Loopback, Reply, Request
-from tests.support.settled import honest, settled
+from tests.support.negotiated import honest, negotiated
+from tests.support.scripted_calls import VOCABULARY, legacy
 from tests.support.vocabularies import context
 
 
@@ -161,7 +161,7 @@ def test_a_call_from_before_the_pause_does_not_lengthen_it() -> None:
 def test_all_calls_of_a_large_model_share_a_breaker() -> None:
     with (
         Loopback(lambda request: Reply(b"{}")) as server,
-        settled(LargeModel(server.url, model="m")) as large,
+        negotiated(LargeModel(server.url, model="m")) as large,
     ):
         for _ in range(3):
             with pytest.raises(LargeProtocolError):
@@ -197,7 +197,7 @@ def test_a_dialect_that_keeps_failing_is_negotiated_again_within_a_call() -> Non
 
     with (
         Loopback(honest(play)) as server,
-        settled(LargeModel(server.url, model="m")) as large,
+        negotiated(LargeModel(server.url, model="m")) as large,
     ):
         for _ in range(2):
             with pytest.raises((LargeRefused, LargeProtocolError)):

@@ -29,9 +29,9 @@ from mlxroute.large.dialects.mlx_lm import MlxLm
 from mlxroute.large.dialects.tokenize_routes import VllmTokenizeRoutes
 from mlxroute.large.http import retry
 from mlxroute.large.http.deadline import Deadline
-from tests.support.asking import THE, VOCABULARY, legacy
 from tests.support.loopback import Loopback, Reply, mlx_lm_reply
-from tests.support.settled import PLAIN, ask_once, settled
+from tests.support.negotiated import PLAIN, ask_once, negotiated
+from tests.support.scripted_calls import THE, VOCABULARY, legacy
 from tests.support.vocabularies import context
 
 
@@ -140,7 +140,7 @@ def test_a_connection_cut_in_mid_reply_is_unreachable(server: Loopback) -> None:
         server.script.clear()
         server.script.extend([Reply(reply.body, cut_at=cut_at)] * (retry.RETRIES + 1))
         with (
-            settled(LargeModel(server.url, model="m")) as large,
+            negotiated(LargeModel(server.url, model="m")) as large,
             pytest.raises(LargeUnreachable),
         ):
             large.next_token(context("x", VOCABULARY))
@@ -157,7 +157,7 @@ def test_a_connection_cut_in_mid_reply_is_unreachable(server: Loopback) -> None:
 )
 def test_the_deadline_holds_whatever_the_server_does(server: Loopback, reply: Reply) -> None:
     server.script.extend([reply, Reply.of(legacy("a"))])
-    with settled(LargeModel(server.url, model="m", timeout_s=20)) as large:
+    with negotiated(LargeModel(server.url, model="m", timeout_s=20)) as large:
         start_s = time.monotonic()
         with pytest.raises(LargeTimeout, match=r"in 0\.3 s"):
             large.next_token(context("x", VOCABULARY), deadline_s=0.3)
@@ -260,7 +260,7 @@ def test_an_interrupt_propagates_and_the_connection_is_not_reused(
     server: Loopback,
 ) -> None:
     server.script.extend([Reply(stall_s=30), Reply.of(legacy("a"))])
-    with settled(LargeModel(server.url, model="m")) as large:
+    with negotiated(LargeModel(server.url, model="m")) as large:
         main = threading.main_thread().ident
         assert main is not None
         timer = threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT))

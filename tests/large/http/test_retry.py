@@ -29,10 +29,10 @@ from mlxroute.large.http import retry
 from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import Transport
-from tests.support.asking import VOCABULARY, legacy
 from tests.support.fakes import FakeClock
 from tests.support.loopback import Loopback, Reply
-from tests.support.settled import ask_once, settled
+from tests.support.negotiated import ask_once, negotiated
+from tests.support.scripted_calls import VOCABULARY, legacy
 from tests.support.vocabularies import context
 
 NOW = datetime(2026, 11, 22, 12, 0, 0, tzinfo=UTC)
@@ -210,7 +210,7 @@ def test_a_retry_after_beyond_the_deadline_fails_at_once_and_is_reported(server:
     server.script.append(
         Reply(b'{"error": "slow down"}', status=429, headers={"Retry-After": "1800"})
     )
-    with settled(LargeModel(server.url, model="m")) as large:
+    with negotiated(LargeModel(server.url, model="m")) as large:
         with pytest.raises(LargeRefused) as caught:
             large.next_token(context("x", VOCABULARY))
         assert str(caught.value).endswith(
@@ -228,7 +228,7 @@ def test_a_token_reports_the_time_lost_to_failed_attempts(
     monkeypatch.setattr(retry, "_FIRST_PAUSE_S", 0.02)
     token = Reply.of(legacy("a"))
     server.script.extend([token, Reply(status=503), token, token])
-    with settled(LargeModel(server.url, model="m")) as large:
+    with negotiated(LargeModel(server.url, model="m")) as large:
         tokens = [large.next_token(context("x", VOCABULARY)) for _ in range(3)]
     assert [token.lost_s >= 0.01 for token in tokens] == [False, True, False]
     assert tokens[1].lost_s < tokens[1].latency_s
@@ -257,7 +257,7 @@ def test_one_connection_serves_many_calls_and_retries(
     monkeypatch.setattr(retry, "_FIRST_PAUSE_S", 0.001)
     for _ in range(20):
         server.script.extend([Reply.of(legacy("a")), Reply(status=429), Reply.of(legacy("a"))])
-    with settled(LargeModel(server.url, model="m")) as large:
+    with negotiated(LargeModel(server.url, model="m")) as large:
         for _ in range(40):
             large.next_token(context("x", VOCABULARY))
     assert len(server.requests) == 60

@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.asking import legacy
 from tests.support.loopback import Loopback, Reply, Request
-from tests.support.settled import honest
+from tests.support.negotiated import honest
+from tests.support.scripted_calls import legacy
 from tests.support.tiny import make_tiny_model
 
 KEY = "sk-do-not-show-77aa"

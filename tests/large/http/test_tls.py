@@ -10,10 +10,10 @@ import pytest
 from mlxroute.cli import main
 from mlxroute.errors import LargeUnreachable, UsageError
 from mlxroute.large import LargeModel
-from tests.support.asking import VOCABULARY, legacy
 from tests.support.certificates import Authority
 from tests.support.loopback import Loopback, Reply, Request
-from tests.support.settled import settled
+from tests.support.negotiated import negotiated
+from tests.support.scripted_calls import VOCABULARY, legacy
 from tests.support.vocabularies import context
 
 
@@ -31,7 +31,7 @@ def test_a_private_authority_is_trusted_if_named_and_its_connection_reused(
 ) -> None:
     with (
         Loopback(answer, tls=authority.server()) as server,
-        settled(LargeModel(server.url, model="m", ca_bundle=authority.bundle)) as large,
+        negotiated(LargeModel(server.url, model="m", ca_bundle=authority.bundle)) as large,
     ):
         for _ in range(5):
             assert large.next_token(context("x", VOCABULARY)).text == "a"
@@ -48,7 +48,7 @@ def test_a_named_bundle_overrides_that_of_the_environment(
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest: look_up("127.0.0.1", *rest))
     with Loopback(answer, tls=authority.server("server.example")) as server:
         url = server.url.replace("127.0.0.1", "server.example")
-        with settled(LargeModel(url, model="m", ca_bundle=authority.bundle)) as large:
+        with negotiated(LargeModel(url, model="m", ca_bundle=authority.bundle)) as large:
             assert large.next_token(context("x", VOCABULARY)).text == "a"
 
 

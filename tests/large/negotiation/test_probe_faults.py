@@ -1,4 +1,4 @@
-"""A server that fails while it is being settled: one clear error, and no verdict of it."""
+"""A server that fails during a negotiation: one clear error, and no verdict."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from mlxroute.errors import (
 )
 from mlxroute.large import LargeModel
 from mlxroute.large.http import retry
-from tests.support.asking import legacy
 from tests.support.loopback import Loopback, Reply, Request
-from tests.support.settled import honest
+from tests.support.negotiated import honest
+from tests.support.scripted_calls import legacy
 
 KEY: Final = "sk-do-not-keep-3c9e"
 FAULTS: Final = {
@@ -43,19 +43,19 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def failing(after: int, fault: Reply) -> Callable[[Request], Reply]:
-    """An honest server for so many requests, from then on a fault."""
+    """Return an honest server that has a fault after this many requests."""
     answer = honest(lambda request: Reply.of(legacy("a")))
-    seen: list[Request] = []
+    requests: list[Request] = []
 
     def fail(request: Request) -> Reply:
-        seen.append(request)
-        return answer(request) if len(seen) <= after else fault
+        requests.append(request)
+        return answer(request) if len(requests) <= after else fault
 
     return fail
 
 
 def connect(server: Loopback, verdicts: Path) -> LargeModel:
-    """Connect to a server that answers at once or never."""
+    """Connect with a timeout that fits a server that answers at once or never."""
     large = LargeModel(server.url, api_key=KEY, timeout_s=2.0, verdicts=verdicts)
     try:
         large.connect()
@@ -64,7 +64,7 @@ def connect(server: Loopback, verdicts: Path) -> LargeModel:
     return large
 
 
-# At once; in the first question; in the midst of what the right dialect is asked.
+# At once; in the first check; among the checks of the right dialect.
 @pytest.mark.parametrize("after", [0, 6, 10])
 @every_fault
 def test_a_fault_while_probing_is_one_error_and_no_verdict(
@@ -76,7 +76,7 @@ def test_a_fault_while_probing_is_one_error_and_no_verdict(
         with pytest.raises(kind) as caught:
             connect(server, verdicts)
         if kind is LargeTimeout:
-            # Nothing follows what took all the time of a call.
+            # The probe ends at the first timeout.
             assert len(server.requests) <= after + 1
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 400
@@ -84,10 +84,10 @@ def test_a_fault_while_probing_is_one_error_and_no_verdict(
     assert not verdicts.exists()
 
 
-# At once; at the question that checks what is remembered.
+# At once; in the request that checks the remembered dialect.
 @pytest.mark.parametrize("after", [0, 3])
 @every_fault
-def test_a_fault_while_a_verdict_is_checked_leaves_it_as_it_was(
+def test_a_fault_while_a_verdict_is_checked_leaves_the_file_unchanged(
     fault: str, after: int, tmp_path: Path
 ) -> None:
     reply, kind = FAULTS[fault]
@@ -128,16 +128,16 @@ def test_a_probe_keeps_its_verdict_for_the_owner_alone_and_no_key_in_it(
 
     def echo(request: Request) -> Reply:
         reply = answer(request)
-        said = {"error": f"no: {request.headers['authorization']}"}
-        return reply if reply.status == 200 else Reply.of(said, status=reply.status)
+        refusal = {"error": f"no: {request.headers['authorization']}"}
+        return reply if reply.status == 200 else Reply.of(refusal, status=reply.status)
 
     with Loopback(echo) as server:
         assert main(["probe", server.url]) == 0
-        asked = sum(bool(request.body) for request in server.requests)
+        sent = sum(bool(request.body) for request in server.requests)
     captured = capsys.readouterr()
     text = verdict_file().read_text(encoding="utf-8")
     assert "OpenAI completions" in captured.out
-    assert captured.err.startswith(f"{asked} requests, ")
+    assert captured.err.startswith(f"{sent} requests, ")
     assert "Bearer [key]" in text
     assert KEY not in text + captured.out + captured.err
     assert stat.S_IMODE(verdict_file().stat().st_mode) == 0o600

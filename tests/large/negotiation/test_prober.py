@@ -1,4 +1,4 @@
-"""Finding out how a server is asked: a way that lies is refused for its lie, and the next taken."""
+"""Probing: a dialect that the server answers wrongly is rejected, and the next one is taken."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from mlxroute.large import LargeModel
 from mlxroute.large.http import retry
 from mlxroute.large.negotiation.prober import NoUsableDialect, advise
 from mlxroute.large.negotiation.verdict_file import RejectedDialect, Verdict
-from tests.support import truthful
+from tests.support.family_servers import VOCABULARY, FamilyServer, Ids, Json
 from tests.support.loopback import Loopback, Reply, Request
-from tests.support.truthful import Ids, Json, Truthful
 from tests.support.vocabularies import TableTokenizer, context
 
 FAMILIES = {
@@ -46,7 +45,7 @@ def probe(answer: Callable[[Request], Reply], **options: Any) -> Verdict:
 
 
 def reasons(verdict: Verdict | NoUsableDialect) -> dict[str, str]:
-    return {refusal.dialect: refusal.reason for refusal in verdict.rejected}
+    return {item.dialect: item.reason for item in verdict.rejected}
 
 
 def outcomes(verdict: Verdict) -> dict[str, bool | None]:
@@ -54,39 +53,37 @@ def outcomes(verdict: Verdict) -> dict[str, bool | None]:
 
 
 @pytest.mark.parametrize(("family", "dialect"), FAMILIES.items())
-def test_a_server_that_tells_the_truth_is_asked_in_its_own_dialect(
-    family: str, dialect: str
-) -> None:
-    verdict = probe(Truthful(family))
+def test_a_server_that_answers_correctly_gets_its_own_dialect(family: str, dialect: str) -> None:
+    verdict = probe(FamilyServer(family))
     assert (verdict.dialect, verdict.model) == (dialect, "m")
-    found = outcomes(verdict)
+    passed = outcomes(verdict)
     logprobs = family not in ("text only", "mistral")
-    assert found["logprobs"] is logprobs
+    assert passed["logprobs"] is logprobs
     for name in ("mid-word", "trailing space", "multi-byte", "two in a row"):
-        assert found[name] is True, name
+        assert passed[name] is True, name
     by_id = family in ("vllm", "llama-server", "sglang")
     assert verdict.token_source == ("the server's tokenise route" if by_id else None)
-    assert found.get("ids round-trip") is (True if by_id else None)
+    assert passed.get("ids round-trip") is (True if by_id else None)
     chat = "chat" in family or family == "mistral"
-    assert found["end of answer"] is (True if by_id or chat else None)
+    assert passed["end of answer"] is (True if by_id or chat else None)
     assert verdict.requests <= 24
     assert 0 <= verdict.latency_p50_s <= verdict.latency_p95_s
 
 
-def test_what_a_server_tells_of_itself_is_in_the_verdict() -> None:
-    answer = Truthful("llama-server")
+def test_the_context_length_that_a_server_reports_is_in_the_verdict() -> None:
+    answer = FamilyServer("llama-server")
 
-    def knows_its_context(request: Request) -> Reply:
+    def with_context_length(request: Request) -> Reply:
         if request.path == "/v1/models":
             return Reply.of({"data": [{"id": "m", "meta": {"n_ctx": 2048}}]})
         return answer(request)
 
-    verdict = probe(knows_its_context)
+    verdict = probe(with_context_length)
     assert verdict.context_length == 2048
     assert outcomes(verdict)["prefix cache"] is True
 
 
-# Lies, each with the dialect that has to be refused for it and the one that is left
+# Faults, each with the dialect that has to be rejected for it
 
 
 def drops_logprobs(path: str, body: Json, reply: Json) -> Json:
@@ -108,8 +105,8 @@ def too_probable(path: str, body: Json, reply: Json) -> Json:
 
 
 def _fresh(path: str, text: str) -> str:
-    """The prompt as the text of a user's message, a new answer after it."""
-    return TableTokenizer(truthful.VOCABULARY).render([{"role": "user", "content": text}])
+    """Return the prompt as a user's message, with a new answer after it."""
+    return TableTokenizer(VOCABULARY).render([{"role": "user", "content": text}])
 
 
 def _trimmed(path: str, text: str) -> str:
@@ -117,66 +114,76 @@ def _trimmed(path: str, text: str) -> str:
 
 
 def _by_two(path: str, ids: Ids) -> Ids:
-    """Right alone, wrong after another in the same call."""
-    counting = ids[0] == truthful.VOCABULARY.id_of("Ġ12")
-    return (ids[0], *[truthful.VOCABULARY.id_of("Sure")] * (len(ids) - 1)) if counting else ids
+    """Return a wrong second token after a right first one in the same call."""
+    counting = ids[0] == VOCABULARY.id_of("Ġ12")
+    return (ids[0], *[VOCABULARY.id_of("Sure")] * (len(ids) - 1)) if counting else ids
 
 
 @pytest.mark.parametrize(
-    ("family", "lies", "dialect", "reason"),
+    ("family", "faults", "dialect", "reason"),
     [
-        ("legacy", {"hears": _fresh}, "OpenAI completions", "a begun word is not continued"),
-        ("legacy", {"shows": drops_logprobs}, "OpenAI completions", "logprobs: there are none"),
         (
             "legacy",
-            {"shows": another_token},
+            {"change_prompt": _fresh},
+            "OpenAI completions",
+            "a begun word is not continued",
+        ),
+        (
+            "legacy",
+            {"change_reply": drops_logprobs},
+            "OpenAI completions",
+            "logprobs: there are none",
+        ),
+        (
+            "legacy",
+            {"change_reply": another_token},
             "OpenAI completions",
             "logprobs: the token written is not the most likely one",
         ),
         (
             "legacy",
-            {"shows": too_probable},
+            {"change_reply": too_probable},
             "OpenAI completions",
             "logprobs: the probabilities add up to more than 1",
         ),
         (
             "legacy",
-            {"hears": _trimmed},
+            {"change_prompt": _trimmed},
             "OpenAI completions",
             "trailing space: the space that ends a prompt is lost",
         ),
         (
             "legacy",
-            {"says": _by_two},
+            {"change_tokens": _by_two},
             "OpenAI completions",
             "two in a row: ' 12,', in one call ' 12Sure'",
         ),
     ],
     ids=["starts anew", "no logprobs", "another token", "above 1", "trims", "two calls differ"],
 )
-def test_a_completions_route_that_lies_is_refused_and_the_chat_is_taken(
-    family: str, lies: dict[str, Any], dialect: str, reason: str
+def test_a_faulty_completions_route_is_rejected_and_the_chat_is_taken(
+    family: str, faults: dict[str, Any], dialect: str, reason: str
 ) -> None:
-    liar, honest = Truthful(family, **lies), Truthful("chat by flags")
-    verdict = probe(lambda request: (honest if "chat" in request.path else liar)(request))
+    faulty, honest = FamilyServer(family, **faults), FamilyServer("chat by flags")
+    verdict = probe(lambda request: (honest if "chat" in request.path else faulty)(request))
     assert reasons(verdict)[dialect].startswith(reason)
     assert verdict.dialect == "chat continuation (flags)"
 
 
 def _closed(path: str, text: str) -> str:
-    """A begun turn closed, and a new one begun."""
-    begun = text.rpartition("<s>assistant\n")[2]
-    return text + "<|im_end|>\n<s>assistant\n" if begun else text
+    """Return the prompt with its assistant turn closed and a new one begun."""
+    answer = text.rpartition("<s>assistant\n")[2]
+    return text + "<|im_end|>\n<s>assistant\n" if answer else text
 
 
-def test_a_chat_that_closes_the_turn_is_refused_in_every_form() -> None:
+def test_a_chat_that_closes_the_turn_is_rejected_in_every_form() -> None:
     with pytest.raises(NoUsableDialect, match="starts a new answer") as caught:
-        probe(Truthful("chat by flags", hears=_closed))
+        probe(FamilyServer("chat by flags", change_prompt=_closed))
     assert "not continued (it wrote 'Sure')" in reasons(caught.value)["chat continuation (flags)"]
 
 
-def test_a_server_that_reads_ids_as_text_is_asked_in_text() -> None:
-    ids, text = Truthful("vllm"), Truthful("legacy")
+def test_a_server_that_reads_ids_as_text_is_sent_text() -> None:
+    ids, text = FamilyServer("vllm"), FamilyServer("legacy")
 
     def answer(request: Request) -> Reply:
         if request.path != "/v1/completions":
@@ -192,8 +199,8 @@ def test_a_server_that_reads_ids_as_text_is_asked_in_text() -> None:
     assert verdict.dialect == "OpenAI completions"
 
 
-def test_ids_that_are_not_those_of_the_text_are_refused() -> None:
-    twelve, other = map(truthful.VOCABULARY.id_of, ("Ġ12", "Sure"))
+def test_ids_that_are_not_those_of_the_text_are_rejected() -> None:
+    twelve, other = map(VOCABULARY.id_of, ("Ġ12", "Sure"))
 
     def other_ids(path: str, body: Json, reply: Json) -> Json:
         if path == "/v1/completions":
@@ -201,12 +208,14 @@ def test_ids_that_are_not_those_of_the_text_are_refused() -> None:
             choice["token_ids"] = [other if i == twelve else i for i in choice["token_ids"]]
         return reply
 
-    liar = Truthful("vllm", shows=other_ids, hears=lambda path, text: text.replace("Sure", " 12"))
-    honest = Truthful("legacy")
+    faulty = FamilyServer(
+        "vllm", change_reply=other_ids, change_prompt=lambda path, text: text.replace("Sure", " 12")
+    )
+    honest = FamilyServer("legacy")
 
     def answer(request: Request) -> Reply:
         by_text = request.path == "/v1/completions" and isinstance(request.json["prompt"], str)
-        return (honest if by_text else liar)(request)
+        return (honest if by_text else faulty)(request)
 
     verdict = probe(answer)
     assert reasons(verdict)["vLLM completions"] == (
@@ -215,53 +224,53 @@ def test_ids_that_are_not_those_of_the_text_are_refused() -> None:
     assert verdict.dialect == "OpenAI completions"
 
 
-def test_characters_that_never_come_whole_are_refused() -> None:
-    def in_shreds(path: str, body: Json, reply: Json) -> Json:
+def test_characters_that_are_never_whole_are_rejected() -> None:
+    def in_parts(path: str, body: Json, reply: Json) -> Json:
         names = reply["choices"][0]["logprobs"]["tokens"]
         reply["choices"][0]["text"] = "".join(names)
         return reply
 
-    liar, honest = Truthful("legacy", shows=in_shreds), Truthful("chat by flags")
-    verdict = probe(lambda request: (honest if "chat" in request.path else liar)(request))
+    faulty, honest = FamilyServer("legacy", change_reply=in_parts), FamilyServer("chat by flags")
+    verdict = probe(lambda request: (honest if "chat" in request.path else faulty)(request))
     assert reasons(verdict)["OpenAI completions"] == (
         "multi-byte: a character of several tokens is never whole"
     )
     assert verdict.dialect == "chat continuation (flags)"
 
 
-def test_an_answer_that_ends_too_late_is_refused() -> None:
+def test_an_answer_that_ends_too_late_is_rejected() -> None:
     def leaks(path: str, body: Json, reply: Json) -> Json:
-        """The end token is text like any other, and `stop` is said only later."""
+        """Write the end token as text, and report `stop` too late."""
         choice = reply["choices"][0]
         if choice["text"].startswith("Red") or not choice["text"]:
             count = body["max_tokens"]
-            begun = ["Red"] if choice["text"] else []
-            spoken = [*begun, "<|im_end|>", "\n", "\n"][:count]
-            choice["text"] = "".join(spoken)
-            choice["finish_reason"] = "stop" if count > len(spoken) else "length"
+            first = ["Red"] if choice["text"] else []
+            texts = [*first, "<|im_end|>", "\n", "\n"][:count]
+            choice["text"] = "".join(texts)
+            choice["finish_reason"] = "stop" if count > len(texts) else "length"
             choice["logprobs"] = {
-                "tokens": spoken,
-                "token_logprobs": [-0.1] * len(spoken),
-                "top_logprobs": [{name: -0.1} for name in spoken],
+                "tokens": texts,
+                "token_logprobs": [-0.1] * len(texts),
+                "top_logprobs": [{name: -0.1} for name in texts],
             }
         return reply
 
-    liar, honest = Truthful("legacy", shows=leaks), Truthful("chat by flags")
-    files = TableTokenizer(truthful.VOCABULARY)
+    faulty, honest = FamilyServer("legacy", change_reply=leaks), FamilyServer("chat by flags")
+    files = TableTokenizer(VOCABULARY)
     verdict = probe(
-        lambda request: (honest if "chat" in request.path else liar)(request),
+        lambda request: (honest if "chat" in request.path else faulty)(request),
         find_tokenizer=lambda name: files,
     )
     assert reasons(verdict)["OpenAI completions"].startswith("end of answer: it wrote")
     assert verdict.dialect == "chat continuation (flags)"
 
 
-# The server's own trouble is no refusal
+# Failures that no dialect caused reject none
 
 
 @pytest.mark.parametrize("status", [401, 402, 403, 408, 429, 502, 503, 504])
-def test_a_server_in_trouble_is_not_refused_for_it(status: int) -> None:
-    honest = Truthful("legacy")
+def test_a_status_that_no_dialect_caused_ends_the_probe(status: int) -> None:
+    honest = FamilyServer("legacy")
 
     def answer(request: Request) -> Reply:
         if request.path != "/v1/completions":
@@ -273,8 +282,8 @@ def test_a_server_in_trouble_is_not_refused_for_it(status: int) -> None:
     assert caught.value.status == status
 
 
-def test_a_server_too_busy_to_tokenise_is_not_settled_for_less() -> None:
-    honest = Truthful("vllm")
+def test_a_server_too_busy_to_tokenise_does_not_get_a_lesser_dialect() -> None:
+    honest = FamilyServer("vllm")
 
     def answer(request: Request) -> Reply:
         if request.path == "/tokenize":
@@ -285,8 +294,8 @@ def test_a_server_too_busy_to_tokenise_is_not_settled_for_less() -> None:
         probe(answer)
 
 
-def test_a_body_that_breaks_a_server_is_a_refusal() -> None:
-    honest = Truthful("legacy")
+def test_a_body_that_breaks_a_server_rejects_the_dialect() -> None:
+    honest = FamilyServer("legacy")
 
     def answer(request: Request) -> Reply:
         reply = honest(request)
@@ -297,21 +306,21 @@ def test_a_body_that_breaks_a_server_is_a_refusal() -> None:
     assert reasons(verdict)["mlx_lm completions"] == "answered 500: oops"
 
 
-def test_a_server_that_falls_silent_or_goes_away_is_not_refused_for_it() -> None:
-    honest = Truthful("legacy")
-    silent = Reply(stall_s=30)
+def test_a_server_that_stalls_or_disconnects_ends_the_probe() -> None:
+    honest = FamilyServer("legacy")
+    stalled = Reply(stall_s=30)
     with pytest.raises(LargeTimeout):
-        probe(lambda r: silent if "completions" in r.path else honest(r), timeout_s=0.3)
+        probe(lambda r: stalled if "completions" in r.path else honest(r), timeout_s=0.3)
     cut = Reply(b"{}", cut_at=0)
     with pytest.raises(LargeUnreachable):
         probe(lambda r: cut if "completions" in r.path else honest(r))
 
 
-# What to do when nothing fits
+# Advice when every dialect is rejected
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("reasons_given", "advice"),
     [
         (["answered 404: Not Found", "the server has no tokenise route"], "end in the API's path"),
         (["answered 404: Not Found", "logprobs: there are none"], "gives no logprobs"),
@@ -320,29 +329,29 @@ def test_a_server_that_falls_silent_or_goes_away_is_not_refused_for_it() -> None
         (["answered 404: x", "answered 400: bad model"], r"\(answered 400: bad model\)"),
     ],
 )
-def test_the_advice_fits_the_reasons(given: list[str], said: str) -> None:
-    refusals = [RejectedDialect(str(number), reason) for number, reason in enumerate(given)]
-    with pytest.raises(NoUsableDialect, match=said):
-        raise NoUsableDialect(refusals)
-    assert "\n" not in advise(refusals)
+def test_the_advice_fits_the_reasons(reasons_given: list[str], advice: str) -> None:
+    rejected = [RejectedDialect(str(number), reason) for number, reason in enumerate(reasons_given)]
+    with pytest.raises(NoUsableDialect, match=advice):
+        raise NoUsableDialect(rejected)
+    assert "\n" not in advise(rejected)
 
 
-def test_an_address_without_the_apis_path_is_told_so() -> None:
+def test_an_address_without_the_apis_path_gets_that_advice() -> None:
     with pytest.raises(NoUsableDialect, match="does it end in the API's path, as in /v1"):
-        probe(Truthful("nothing"))
+        probe(FamilyServer("nothing"))
 
 
-def test_a_slow_server_is_settled_within_the_calls_own_time() -> None:
-    """Without an earlier probe one call bounds all the questions together."""
-    honest = Truthful("legacy")
+def test_a_negotiation_ends_at_the_deadline_of_its_call() -> None:
+    """All requests of a negotiation within a call share the deadline of the call."""
+    honest = FamilyServer("legacy")
 
     def slow(request: Request) -> Reply:
         reply = honest(request)
         return Reply(reply.body, status=reply.status, stall_s=0.1)
 
     with Loopback(slow) as server, LargeModel(server.url) as large:
-        wanted = context("1, 2, 3,", truthful.VOCABULARY)
+        position = context("1, 2, 3,", VOCABULARY)
         with pytest.raises(LargeTimeout):
-            large.next_token(wanted, deadline_s=0.35)
+            large.next_token(position, deadline_s=0.35)
         assert len(server.requests) <= 5
-        assert large.next_token(wanted, deadline_s=25).text == " "
+        assert large.next_token(position, deadline_s=25).text == " "

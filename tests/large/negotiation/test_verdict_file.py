@@ -1,4 +1,4 @@
-"""What a probe found is remembered, checked, dropped when it no longer fits, mended if damaged."""
+"""Verdicts: remembered, checked, replaced when they no longer work, and damaged files."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from mlxroute.large.negotiation.verdict_file import (
     Verdict,
     VerdictFile,
 )
-from tests.support.asking import remember
+from tests.support.family_servers import FamilyServer
 from tests.support.loopback import Loopback
-from tests.support.truthful import Truthful
+from tests.support.scripted_calls import save_verdict
 
 
 def test_a_remembered_verdict_is_used_after_one_call(tmp_path: Path) -> None:
     verdicts = tmp_path / "folder" / "verdicts.json"
-    with Loopback(Truthful("vllm")) as server:
+    with Loopback(FamilyServer("vllm")) as server:
         with LargeModel(server.url, verdicts=verdicts) as large:
             line = large.connect()
-        asked = len(server.requests)
+        before = len(server.requests)
         with LargeModel(server.url, verdicts=verdicts) as large:
             assert large.connect() == line
-        paths = [request.path for request in server.requests[asked:]]
+        paths = [request.path for request in server.requests[before:]]
     assert paths.count("/v1/completions") == 1
     assert VerdictFile(verdicts).load(server.url, None) is not None
 
 
-def test_a_verdict_that_no_longer_fits_is_found_anew(tmp_path: Path) -> None:
+def test_a_verdict_that_no_longer_works_is_replaced(tmp_path: Path) -> None:
     verdicts = tmp_path / "verdicts.json"
-    with Loopback(Truthful("legacy")) as server:
-        remember(verdicts, url=server.url, model=None, dialect="mlx_lm completions")
+    with Loopback(FamilyServer("legacy")) as server:
+        save_verdict(verdicts, url=server.url, model=None, dialect="mlx_lm completions")
         with LargeModel(server.url, verdicts=verdicts) as large:
             assert "OpenAI completions" in large.connect()
         verdict = VerdictFile(verdicts).load(server.url, None)
@@ -46,8 +46,8 @@ def test_a_verdict_that_no_longer_fits_is_found_anew(tmp_path: Path) -> None:
 
 def test_a_verdict_about_another_model_is_not_used(tmp_path: Path) -> None:
     verdicts = tmp_path / "verdicts.json"
-    with Loopback(Truthful("legacy", models=["new"])) as server:
-        remember(verdicts, url=server.url, model=None, dialect="OpenAI completions, text only")
+    with Loopback(FamilyServer("legacy", models=["new"])) as server:
+        save_verdict(verdicts, url=server.url, model=None, dialect="OpenAI completions, text only")
         with LargeModel(server.url, verdicts=verdicts) as large:
             assert "new" in large.connect()
         verdict = VerdictFile(verdicts).load(server.url, None)
@@ -57,35 +57,35 @@ def test_a_verdict_about_another_model_is_not_used(tmp_path: Path) -> None:
 
 def test_probing_ignores_what_is_remembered(tmp_path: Path) -> None:
     verdicts = tmp_path / "verdicts.json"
-    with Loopback(Truthful("legacy")) as server:
-        remember(verdicts, url=server.url, model="m", dialect="OpenAI completions, text only")
+    with Loopback(FamilyServer("legacy")) as server:
+        save_verdict(verdicts, url=server.url, model="m", dialect="OpenAI completions, text only")
         with LargeModel(server.url, model="m", verdicts=verdicts) as large:
             assert large.probe().dialect == "OpenAI completions"
             assert "(OpenAI completions)" in large.connect()
 
 
-def test_verdicts_come_back_as_they_were_saved_each_under_its_own_model(tmp_path: Path) -> None:
+def test_verdicts_are_loaded_as_they_were_saved_by_endpoint_and_model(tmp_path: Path) -> None:
     path = tmp_path / "verdicts.json"
-    with Loopback(Truthful("llama-server")) as server, LargeModel(server.url) as large:
-        found = (
+    with Loopback(FamilyServer("llama-server")) as server, LargeModel(server.url) as large:
+        probed = (
             large.probe().with_vocabulary("abc", shared=True).with_vocabulary("def", shared=False)
         )
     file = VerdictFile(path)
-    file.save(found, model=None)
-    remember(path, url=found.base_url, model="other", dialect="TGI generate")
-    assert file.load(found.base_url, None) == found
-    assert (found.is_shared("abc"), found.is_shared("def"), found.is_shared("x")) == (
+    file.save(probed, model=None)
+    save_verdict(path, url=probed.base_url, model="other", dialect="TGI generate")
+    assert file.load(probed.base_url, None) == probed
+    assert (probed.is_shared("abc"), probed.is_shared("def"), probed.is_shared("x")) == (
         True,
         False,
         None,
     )
-    other = file.load(found.base_url, "other")
+    other = file.load(probed.base_url, "other")
     assert other is not None
     assert other.dialect == "TGI generate"
-    file.forget(found.base_url, None)
-    file.forget(found.base_url, "never there")
-    assert file.load(found.base_url, None) is None
-    assert file.load(found.base_url, "other") == other
+    file.forget(probed.base_url, None)
+    file.forget(probed.base_url, "never there")
+    assert file.load(probed.base_url, None) is None
+    assert file.load(probed.base_url, "other") == other
 
 
 def test_the_file_has_these_keys_and_values(tmp_path: Path) -> None:
@@ -174,9 +174,9 @@ def _damaged(value: object) -> list[str]:
         ("unheard_of", 1),
     ],
 )
-def test_a_damaged_verdict_is_probed_again(tmp_path: Path, name: str, value: object) -> None:
+def test_a_damaged_verdict_is_ignored(tmp_path: Path, name: str, value: object) -> None:
     path = tmp_path / "verdicts.json"
-    remember(path, url="http://host/v1", model=None, dialect="TGI generate")
+    save_verdict(path, url="http://host/v1", model=None, dialect="TGI generate")
     assert VerdictFile(path).load("http://host/v1", None) is not None
     whole = json.loads(path.read_text())
     whole["verdicts"]["http://host/v1 "][name] = value
@@ -184,19 +184,19 @@ def test_a_damaged_verdict_is_probed_again(tmp_path: Path, name: str, value: obj
     assert VerdictFile(path).load("http://host/v1", None) is None
 
 
-def test_a_damaged_file_is_probed_again_and_mended(tmp_path: Path) -> None:
+def test_a_damaged_file_is_ignored_and_replaced(tmp_path: Path) -> None:
     path = tmp_path / "verdicts.json"
-    remember(path, url="http://host/v1", model=None, dialect="TGI generate")
+    save_verdict(path, url="http://host/v1", model=None, dialect="TGI generate")
     sound = json.loads(path.read_text())["verdicts"]
     for text in [*_damaged(sound), "\udcff\udcfe"]:
         path.write_bytes(text.encode(errors="surrogateescape"))
         assert VerdictFile(path).load("http://host/v1", None) is None
-    remember(path, url="http://host/v1", model=None, dialect="TGI generate")
+    save_verdict(path, url="http://host/v1", model=None, dialect="TGI generate")
     assert VerdictFile(path).load("http://host/v1", None) is not None
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" / "verdicts.json"
-    remember(path, url="http://host/v1", model=None, dialect="TGI generate")
+    save_verdict(path, url="http://host/v1", model=None, dialect="TGI generate")
     assert VerdictFile(path).load("http://host/v1", None) is None

@@ -17,14 +17,14 @@ from mlxroute.large.dialects.tokenize_routes import find_tokenize_routes
 from mlxroute.large.vocabulary.prompt_builder import PromptBuilder
 from mlxroute.large.vocabulary.token_sources import FileTokenSource, TokenSource
 from mlxroute.types import LargeContext, Message, Span
-from tests.support import truthful
+from tests.support import family_servers
+from tests.support.family_servers import FamilyServer
 from tests.support.loopback import Request
-from tests.support.truthful import Truthful
 from tests.support.vocabularies import TableTokenizer, TableVocabulary, context
 
 HI: Message = {"role": "user", "content": "hi"}
 SMALL = TableVocabulary(["a", "b", "Ġ", "Ã", "©"], bos_text="<s>")
-LARGE = truthful.VOCABULARY
+LARGE = family_servers.VOCABULARY
 RENDERED = "<s>user\nhi<|im_end|>\n<s>assistant\n"
 
 
@@ -39,7 +39,7 @@ CHAT, MLX_LM = dialect("chat continuation (flags)"), dialect("mlx_lm completions
 
 
 def truthful_routes(path: str, body: Mapping[str, object]) -> Mapping[str, object]:
-    reply = Truthful("vllm")(Request("POST", path, {}, json.dumps(body).encode()))
+    reply = FamilyServer("vllm")(Request("POST", path, {}, json.dumps(body).encode()))
     return parse_object(reply.body)
 
 

@@ -14,16 +14,16 @@ from mlxroute.large.prompt import Prompt
 from mlxroute.large.reply import ReplyPosition, ReplyToken
 from mlxroute.large.vocabulary.bridge import Bridge, BridgedToken
 from mlxroute.large.vocabulary.token_reader import TokenReader
-from tests.support.asking import (
+from tests.support.scripted_calls import (
     MLX_LM,
     PLAIN,
     THE,
     VOCABULARY,
     ask_mlx,
     ask_plain,
-    contents,
+    content_reply,
     legacy,
-    remembered,
+    connected_client,
 )
 from tests.support.loopback import Loopback, Reply, mlx_lm_reply
 from tests.support.vocabularies import END_ID, TableTokenizer, TableVocabulary, context
@@ -136,7 +136,7 @@ def test_a_fragment_of_another_vocabulary_is_not_passed_by_id() -> None:
 
 def test_a_committed_fragment_must_be_generated_again_first(server: Loopback) -> None:
     first, second = VOCABULARY.id_of("Ã"), VOCABULARY.id_of("©")
-    with remembered(server, MLX_LM, model="m", tokenizer=TableTokenizer(VOCABULARY)) as large:
+    with connected_client(server, MLX_LM, model="m", tokenizer=TableTokenizer(VOCABULARY)) as large:
         server.script.append(mlx_lm_reply([(first, "Ã"), (second, "©"), (2, "a")]))
         server.script.append(mlx_lm_reply([(2, "a"), (second, "©"), (2, "a")]))
         position_context = context("caf", VOCABULARY, fragment_ids=(first,))
@@ -225,7 +225,7 @@ def test_ids_in_the_legacy_shape_pass_only_with_the_same_bytes() -> None:
 
 def test_chat_logprobs_with_ids_and_bytes_are_read() -> None:
     the = {"id": THE, "token": " the", "bytes": list(b" the"), "logprob": -0.25}
-    large_token = token(PLAIN, contents(the | {"top_logprobs": [the]}))
+    large_token = token(PLAIN, content_reply(the | {"top_logprobs": [the]}))
     assert (large_token.token_ids, large_token.text, large_token.top) == (
         (THE,),
         " the",
@@ -234,7 +234,7 @@ def test_chat_logprobs_with_ids_and_bytes_are_read() -> None:
 
 
 def test_a_reply_without_logprobs_still_gives_a_token(server: Loopback) -> None:
-    large_token = ask_plain(server, contents(None, text=" the"))
+    large_token = ask_plain(server, content_reply(None, text=" the"))
     assert (large_token.text, large_token.logprob, large_token.top) == (" the", None, ())
 
 
@@ -243,8 +243,8 @@ def test_a_reply_without_logprobs_still_gives_a_token(server: Loopback) -> None:
     [
         legacy("", finish_reason="stop"),
         legacy("<|im_end|>", text="", finish_reason="stop"),
-        contents({"id": 5, "token": "", "bytes": [], "logprob": -0.1}, finish_reason="stop"),
-        contents(None, finish_reason="stop"),
+        content_reply({"id": 5, "token": "", "bytes": [], "logprob": -0.1}, finish_reason="stop"),
+        content_reply(None, finish_reason="stop"),
         legacy("</s>", finish_reason="stop"),
     ],
 )
@@ -258,9 +258,9 @@ def test_empty_text_with_stop_ends_the_answer(reply: dict[str, Any]) -> None:
     [
         legacy(""),
         legacy("\ufffd"),
-        contents(None),
-        contents({"id": 5, "token": "", "bytes": [0xE2], "logprob": -0.1}, text=""),
-        contents({"id": 5, "token": "\ufffd", "bytes": [239, 191, 189], "logprob": -0.1}),
+        content_reply(None),
+        content_reply({"id": 5, "token": "", "bytes": [0xE2], "logprob": -0.1}, text=""),
+        content_reply({"id": 5, "token": "\ufffd", "bytes": [239, 191, 189], "logprob": -0.1}),
     ],
 )
 def test_a_possible_part_of_a_character_is_requested_again_and_then_refused(
@@ -276,7 +276,7 @@ def test_a_possible_part_of_a_character_is_requested_again_and_then_refused(
     [
         legacy("Ã", text="\ufffd"),
         legacy(" the", text=" cat"),
-        contents({"id": 5, "token": "a", "bytes": [97], "logprob": -0.1}, text="b"),
+        content_reply({"id": 5, "token": "a", "bytes": [97], "logprob": -0.1}, text="b"),
     ],
 )
 def test_a_text_that_differs_from_the_token_is_refused(reply: dict[str, Any]) -> None:
@@ -289,7 +289,7 @@ def test_a_leading_space_in_either_text_or_token_is_kept() -> None:
 
 
 def test_a_text_only_server_is_not_asked_inside_a_character(server: Loopback) -> None:
-    with remembered(server, PLAIN, model="m") as large:
+    with connected_client(server, PLAIN, model="m") as large:
         asked = len(server.requests)
         with pytest.raises(LargeProtocolError, match="inside a character"):
             large.next_token(context("caf", VOCABULARY, fragment_ids=(VOCABULARY.id_of("Ã"),)))

@@ -11,11 +11,11 @@ from mlxroute.large.vocabulary.vocabulary_comparison import (
     compare_pieces,
     fingerprint,
 )
-from tests.support import truthful
+from tests.support import family_servers
 from tests.support.vocabularies import TableVocabulary
 
 SMALL = TableVocabulary(["a", "b", "Ġ", "Ã", "©"], bos_text="<s>")
-LARGE = truthful.VOCABULARY
+LARGE = family_servers.VOCABULARY
 
 
 def test_padding_and_extra_ids_at_the_end_are_ignored() -> None:

@@ -1,4 +1,4 @@
-"""Asking a scripted server once, and replies to script it with."""
+"""Clients connected to a scripted server, single calls of them, and replies for the script."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ MLX_LM = "mlx_lm completions"
 
 
 def legacy(text: str, /, **changes: Any) -> dict[str, Any]:
-    """A reply in the shape of vLLM and of OpenAI's legacy models."""
+    """Return a reply in the format of vLLM and of OpenAI's legacy models."""
     logprobs = {"tokens": [text], "token_logprobs": [-0.5], "top_logprobs": [{text: -0.5, "a": -2}]}
     choice = {"index": 0, "text": text, "finish_reason": "length", "logprobs": logprobs} | changes
     return {"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 1}}
 
 
-def contents(token: dict[str, Any] | None, /, **changes: Any) -> dict[str, Any]:
-    """A reply in the shape of llama-server."""
+def content_reply(token: dict[str, Any] | None, /, **changes: Any) -> dict[str, Any]:
+    """Return a reply with `logprobs.content`, the format of OpenAI's chats."""
     text = "" if token is None else token["token"]
     logprobs = None if token is None else {"content": [token]}
     choice = {"index": 0, "text": text, "finish_reason": "length", "logprobs": logprobs} | changes
     return {"choices": [choice]}
 
 
-def remember(path: Path, *, url: str, model: str | None, dialect: str) -> None:
-    """Write down what an earlier probe of a server found."""
-    found = dialect_named(dialect)
-    assert found is not None
+def save_verdict(path: Path, *, url: str, model: str | None, dialect: str) -> None:
+    """Write the verdict file of an earlier probe."""
+    probed = dialect_named(dialect)
+    assert probed is not None
     verdict = Verdict(
         base_url=url,
         model=model,
-        dialect=found.name,
-        rung=found.rung,
+        dialect=probed.name,
+        rung=probed.rung,
         checks=(),
         rejected=(),
         token_source=None,
@@ -58,7 +58,7 @@ def remember(path: Path, *, url: str, model: str | None, dialect: str) -> None:
 
 
 @contextlib.contextmanager
-def remembered(
+def connected_client(
     server: Loopback,
     dialect: str,
     *,
@@ -66,9 +66,9 @@ def remembered(
     tokenizer: Tokenizer | None = None,
     **options: Any,
 ) -> Iterator[LargeModel]:
-    """A client that knows how a scripted server is asked, from an earlier probe.
+    """A client that has connected by the verdict of an earlier probe.
 
-    `tokenizer` are the large model's files, for a `model` that is named.
+    `tokenizer` is the large model's, for a client that names the `model`.
     """
     no_route = Reply.of({"error": "Not Found"}, status=404)
     fits = mlx_lm_reply([(9, "apple"), (2, "a")]) if dialect == MLX_LM else Reply.of(legacy("app"))
@@ -76,7 +76,7 @@ def remembered(
     server.script.extend([Reply.of({"data": []}), *routes, fits])
     with tempfile.TemporaryDirectory() as folder:
         verdicts = Path(folder) / "verdicts.json"
-        remember(verdicts, url=server.url, model=model, dialect=dialect)
+        save_verdict(verdicts, url=server.url, model=model, dialect=dialect)
         options |= {"verdicts": verdicts, "find_tokenizer": lambda name: tokenizer}
         with LargeModel(server.url, model=model, **options) as large:
             large.connect()
@@ -87,10 +87,10 @@ def remembered(
 def ask_plain(
     server: Loopback, *replies: Reply | dict[str, Any], text: str = "x", **options: Any
 ) -> LargeToken:
-    """Ask a plain server once, settled on that before."""
-    with remembered(server, PLAIN, model="m", **options) as large:
+    """Return the token of one call to a plain server, after a connection."""
+    with connected_client(server, PLAIN, model="m", **options) as large:
         server.script.extend(
-            each if isinstance(each, Reply) else Reply.of(each) for each in replies
+            reply if isinstance(reply, Reply) else Reply.of(reply) for reply in replies
         )
         return large.next_token(context(text, VOCABULARY))
 
@@ -98,7 +98,7 @@ def ask_plain(
 def ask_mlx(
     server: Loopback, *replies: Reply, text: str = "x", vocabulary: TableVocabulary = VOCABULARY
 ) -> LargeToken:
-    """Ask an mlx_lm server once, settled on that before."""
-    with remembered(server, MLX_LM) as large:
+    """Return the token of one call to an mlx_lm server, after a connection."""
+    with connected_client(server, MLX_LM) as large:
         server.script.extend(replies)
         return large.next_token(context(text, vocabulary))

@@ -1,7 +1,7 @@
-"""Servers of each family that tell the truth about a model which knows a few texts by heart.
+"""Servers of each family, all with a model that knows a few texts by heart.
 
-As `answer` of a `Loopback`. A test that wants a lie changes what the model hears of a prompt or
-what is said of its tokens.
+Each is the `answer` of a `Loopback`. It replies correctly; tests of faulty servers pass functions
+that change prompts, tokens or replies.
 """
 
 from __future__ import annotations
@@ -32,21 +32,26 @@ _KNOWN: Final = (
 
 Ids = tuple[int, ...]
 Json = dict[str, Any]
-Hears = Callable[[str, str], str]
-Says = Callable[[str, Ids], Ids]
-Shows = Callable[[str, Json, Json], Json]
+ChangePrompt = Callable[[str, str], str]
+ChangeTokens = Callable[[str, Ids], Ids]
+ChangeReply = Callable[[str, Json, Json], Json]
 
 
-def knows(written: str) -> str | None:
-    """What the model writes after this, to the end of its answer; None for what it never saw."""
+def continuation(written: str) -> str | None:
+    """Return what the model writes next, to the end of its answer; None for an unknown text."""
     begun = written.rpartition(_TURN)[2]
     if _TURN in written and not begun:
         return "Red" if "blood?" in written else "Sure! Here you are: one, two, three."
     return next((text[len(begun) :] for text in _KNOWN if text.startswith(begun)), None)
 
 
-class Truthful:
-    """`hears` may change the text a route gives the model, `says` its tokens, `shows` a reply."""
+class FamilyServer:
+    """The replies of one server family.
+
+    `change_prompt(path, text)` may change the prompt that the model gets on a route,
+    `change_tokens(path, ids)` the tokens it generates, and `change_reply(path, request, reply)` the
+    JSON of the reply.
+    """
 
     def __init__(
         self,
@@ -55,15 +60,17 @@ class Truthful:
         vocabulary: TableVocabulary = VOCABULARY,
         models: Sequence[str] = ("m",),
         needs_model: bool = True,
-        hears: Hears = lambda path, text: text,
-        says: Says = lambda path, ids: ids,
-        shows: Shows = lambda path, body, reply: reply,
+        change_prompt: ChangePrompt = lambda path, text: text,
+        change_tokens: ChangeTokens = lambda path, ids: ids,
+        change_reply: ChangeReply = lambda path, body, reply: reply,
     ) -> None:
         self._vocabulary = vocabulary
         self._tokenizer = TableTokenizer(vocabulary)
         self._models = models
         self._needs_model = needs_model and len(models) > 1
-        self._hears, self._says, self._shows = hears, says, shows
+        self._change_prompt = change_prompt
+        self._change_tokens = change_tokens
+        self._change_reply = change_reply
         self._routes = self._families()[family]
 
     def __call__(self, request: Request) -> Reply:
@@ -79,9 +86,9 @@ class Truthful:
             return Reply.of({"error": "you must name a model"}, status=400)
         try:
             reply = route(request.path, dict(body))
-        except _Refuses as exc:
+        except _Refused as exc:
             return Reply.of({"error": {"message": str(exc)}}, status=exc.status)
-        return Reply.of(self._shows(request.path, body, reply))
+        return Reply.of(self._change_reply(request.path, body, reply))
 
     def _families(self) -> dict[str, dict[str, Callable[[str, Json], Json]]]:
         routes = {"/tokenize": self._tokenize, "/detokenize": self._detokenize}
@@ -116,21 +123,21 @@ class Truthful:
     # The model
 
     def _write(self, path: str, prompt: str | Sequence[int], count: int) -> Ids:
-        """The next greedy tokens after a prompt, to the end of the answer at most."""
+        """Return the next greedy tokens after a prompt, at most to the end of the answer."""
         data = prompt.encode() if isinstance(prompt, str) else self._bytes(prompt)
-        data = self._hears(path, data.decode(errors="surrogateescape")).encode(
+        data = self._change_prompt(path, data.decode(errors="surrogateescape")).encode(
             errors="surrogateescape"
         )
         written: list[int] = []
         while len(written) < count and END_ID not in written:
             written.append(self._greedy(data))
             data += self._vocabulary.token_bytes(written[-1])
-        return self._says(path, tuple(written))
+        return self._change_tokens(path, tuple(written))
 
     def _greedy(self, data: bytes) -> int:
-        # Inside a character the text so far is cut there; what it spells is looked up whole.
+        # A text that ends inside a character is looked up without that part.
         whole = data.decode(errors="ignore")
-        rest = knows(whole)
+        rest = continuation(whole)
         follows = (" the" if rest is None else rest).encode()[len(data) - len(whole.encode()) :]
         if not follows:
             return END_ID
@@ -151,7 +158,7 @@ class Truthful:
 
     def _bytes(self, ids: Sequence[int]) -> bytes:
         if not all(type(i) is int and 0 <= i < self._vocabulary.size for i in ids):
-            raise _Refuses("prompt holds an id that is none", 400)
+            raise _Refused("prompt holds an id that is none", 400)
         return b"".join(map(self._named_bytes, ids))
 
     def _named_bytes(self, token_id: int) -> bytes:
@@ -159,7 +166,7 @@ class Truthful:
         return name.encode() if token_id <= END_ID else self._vocabulary.token_bytes(token_id)
 
     def _deltas(self, ids: Ids) -> list[str]:
-        """What each token adds to the text, held back until a character is complete."""
+        """Return what each token adds to the text; a character is added when it is complete."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return [decoder.decode(self._vocabulary.token_bytes(i)) for i in ids]
 
@@ -171,9 +178,9 @@ class Truthful:
     def _mlx_lm(self, path: str, body: Json) -> Json:
         _only(body, "model prompt max_tokens temperature logprobs top_logprobs")
         if not isinstance(body["prompt"], str):
-            raise _Refuses("text input must be of type str", 404)
+            raise _Refused("text input must be of type str", 404)
         if not isinstance(body.get("logprobs"), bool):
-            raise _Refuses("logprobs must be of type bool", 400)
+            raise _Refused("logprobs must be of type bool", 400)
         ids = self._write(path, body["prompt"], body["max_tokens"])
         content = []
         for token_id in ids:
@@ -238,8 +245,8 @@ class Truthful:
         )
         ids = self._write(path, body["input_ids"], body["sampling_params"]["max_new_tokens"])
         tops = [
-            [[value, i, self._shown(i)] for i, value in self._top(each, body["top_logprobs_num"])]
-            for each in ids
+            [[value, i, self._shown(i)] for i, value in self._top(top_id, body["top_logprobs_num"])]
+            for top_id in ids
         ]
         stopped = {"type": "stop", "matched": END_ID}
         meta = {
@@ -258,7 +265,7 @@ class Truthful:
     def _tgi(self, path: str, body: Json) -> Json:
         _only(body, "inputs parameters")
         ids = self._write(path, body["inputs"], body["parameters"]["max_new_tokens"])
-        tops = [[self._tgi_token(i, value) for i, value in self._top(each, 5)] for each in ids]
+        tops = [[self._tgi_token(i, value) for i, value in self._top(top_id, 5)] for top_id in ids]
         details = {
             "finish_reason": "eos_token" if ids[-1] == END_ID else "length",
             "generated_tokens": len(ids),
@@ -290,13 +297,13 @@ class Truthful:
     def _legacy(self, path: str, body: Json) -> Json:
         _only(body, "model prompt max_tokens temperature logprobs")
         if not isinstance(body["prompt"], str):
-            raise _Refuses("prompt must be a string", 400)
+            raise _Refused("prompt must be a string", 400)
         if isinstance(body.get("logprobs"), bool):
-            raise _Refuses("logprobs must be an integer", 400)
+            raise _Refused("logprobs must be an integer", 400)
         ids = self._write(path, body["prompt"], body["max_tokens"])
-        spoken = tuple(i for i in ids if i != END_ID)
-        names = [self._shown(i) for i in spoken]
-        logprobs = self._legacy_logprobs(spoken, names, body)
+        text_ids = tuple(i for i in ids if i != END_ID)
+        names = [self._shown(i) for i in text_ids]
+        logprobs = self._legacy_logprobs(text_ids, names, body)
         return _choice(ids, text=self._text(ids), logprobs=logprobs)
 
     def _legacy_logprobs(self, ids: Ids, names: list[str], body: Json) -> Json | None:
@@ -356,14 +363,14 @@ class Truthful:
         if continues:
             messages, begun = messages[:-1], messages[-1]["content"]
         ids = self._write(path, self._tokenizer.render(messages) + begun, body["max_tokens"])
-        spoken = [i for i in ids if i != END_ID]
+        text_ids = [i for i in ids if i != END_ID]
         content = [
             {**top[0], "top_logprobs": top}
-            for token_id in spoken
+            for token_id in text_ids
             if body.get("logprobs")
             for top in [[self._named(i, p) for i, p in self._top(token_id, body["top_logprobs"])]]
         ]
-        for entry in (each for item in content for each in [item, *item["top_logprobs"]]):
+        for entry in (token for item in content for token in [item, *item["top_logprobs"]]):
             entry.pop("id", None)
         message = {"role": "assistant", "content": self._text(ids)}
         reply = _choice(ids, text="", logprobs={"content": content} if content else None)
@@ -378,7 +385,7 @@ class Truthful:
             return {"tokens": self._tokenizer.encode_prompt(body["prompt"])}
         _only(body, "model messages add_generation_prompt chat_template_kwargs")
         if "messages" not in body:
-            raise _Refuses("prompt or messages", 400)
+            raise _Refused("prompt or messages", 400)
         text = self._tokenizer.render(body["messages"])
         return {"tokens": self._tokenizer.encode_prompt(text)}
 
@@ -398,17 +405,17 @@ class Truthful:
         return {"content": text} if "/completion" in self._routes else {"prompt": text}
 
 
-class _Refuses(Exception):
+class _Refused(Exception):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
 
 
 def _only(body: Json, *keys: str) -> None:
-    """As strict as the strictest servers, so that no dialect can send a key its family lacks."""
+    """Refuse unknown keys, as the strictest servers do."""
     unknown = set(body) - set(" ".join(keys).split())
     if unknown:
-        raise _Refuses(f"Unexpected fields in the request: {sorted(unknown)}", 422)
+        raise _Refused(f"Unexpected fields in the request: {sorted(unknown)}", 422)
 
 
 def _choice(ids: Ids, *, text: str, logprobs: Json | None) -> Json:

@@ -1,4 +1,4 @@
-"""Clients that need no probe, and a server that a probe finds honest, for tests of single calls."""
+"""Clients whose dialect is set without a negotiation, and a server that passes one."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mlxroute.large.dialects.completions import PlainCompletions
 from mlxroute.large.negotiation import probe_questions
 from mlxroute.large.negotiation.negotiator import NegotiatedDialect
 from mlxroute.types import LargeToken
-from tests.support.asking import VOCABULARY, legacy
 from tests.support.loopback import Loopback, Reply, Request
+from tests.support.scripted_calls import VOCABULARY, legacy
 from tests.support.vocabularies import TableVocabulary, context
 
 PLAIN: Final = PlainCompletions(logprobs=True)
-_COUNTING_ON: Final = (" 12", ",", " 13", ",", " 14", ",", " 15")
-_WRITTEN: Final = {
+_COUNTED: Final = (" 12", ",", " 13", ",", " 14", ",", " 15")
+_CONTINUATIONS: Final = {
     question.text: (question.expected,)
     for question in (
         *probe_questions.MID_WORD,
@@ -25,13 +25,13 @@ _WRITTEN: Final = {
         *probe_questions.MULTI_BYTE,
     )
 } | {
-    probe_questions.COUNTING.text + "".join(_COUNTING_ON[:count]): _COUNTING_ON[count:]
-    for count in range(len(_COUNTING_ON))
+    probe_questions.COUNTING.text + "".join(_COUNTED[:count]): _COUNTED[count:]
+    for count in range(len(_COUNTED))
 }
 
 
-def settled(large: LargeModel, dialect: Dialect = PLAIN) -> LargeModel:
-    """The client with its terms set, so that the next request is that of its first call."""
+def negotiated(large: LargeModel, dialect: Dialect = PLAIN) -> LargeModel:
+    """Set the client's dialect, so that its next request is that of its first call."""
     large._negotiator._negotiator.negotiated = NegotiatedDialect(dialect, None)
     return large
 
@@ -45,30 +45,30 @@ def ask_once(
     vocabulary: TableVocabulary = VOCABULARY,
     **options: Any,
 ) -> LargeToken:
-    """One call, one request, and this reply to it."""
+    """Return the token of one call, whose one request gets this reply."""
     server.script.append(reply if isinstance(reply, Reply) else Reply.of(reply))
-    with settled(LargeModel(server.url, **({"model": "m"} | options)), dialect) as large:
+    with negotiated(LargeModel(server.url, **({"model": "m"} | options)), dialect) as large:
         return large.next_token(context(text, vocabulary))
 
 
-def honest(play: Callable[[Request], Reply], *, name: str = "m") -> Callable[[Request], Reply]:
-    """The `answer` of a plain server with one model: the truth to a probe, otherwise `play`."""
+def honest(script: Callable[[Request], Reply], *, name: str = "m") -> Callable[[Request], Reply]:
+    """Return the `answer` of a plain server: correct in a negotiation, otherwise `script`."""
 
     def answer(request: Request) -> Reply:
-        return settling(request, name=name) or play(request)
+        return negotiation_reply(request, name=name) or script(request)
 
     return answer
 
 
-def settling(request: Request, *, name: str = "m") -> Reply | None:
-    """What an honest plain server says to a request of the settlement; None to any other."""
+def negotiation_reply(request: Request, *, name: str = "m") -> Reply | None:
+    """Return a plain server's correct reply to a request of a negotiation; None to any other."""
     if request.path.endswith("/models"):
         return Reply.of({"data": [{"id": name}]})
     if not request.path.endswith("/v1/completions"):
         return Reply.of({"error": "no such route"}, status=404)
     if type(request.json.get("logprobs")) is not int:
         return Reply.of({"error": "logprobs must be a number"}, status=400)
-    tokens = _WRITTEN.get(request.json["prompt"])
+    tokens = _CONTINUATIONS.get(request.json["prompt"])
     return None if tokens is None else _completion(tokens[: request.json["max_tokens"]])
 
 
