@@ -166,14 +166,10 @@ def test_a_ledger_that_fails_ends_the_sending_and_not_the_answer(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     _, summary, _ = ask_json(capsys, tiny, server)
-    negotiation_requests = (
-        sum(bool(request.body) for request in server.requests) - summary["requests"]
-    )
+    negotiating = sum(bool(request.body) for request in server.requests) - summary["requests"]
     (Path(os.environ["MLXROUTE_CACHE_DIR"]) / "endpoints.json").unlink()
     server.requests.clear()
-    monkeypatch.setattr(
-        "mlxroute.ledger._open_private", lambda path: FillingDisk(negotiation_requests + 1)
-    )
+    monkeypatch.setattr("mlxroute.ledger._open_private", lambda path: FillingDisk(negotiating + 1))
     tokens, summary, err = ask_json(capsys, tiny, server, "--ledger", "full")
     assert [token["checked"] for token in tokens] == [True, False, False, False]
     assert (summary["requests"], summary["escalated"], summary["unchecked"]) == (1, 1, 3)
@@ -182,7 +178,7 @@ def test_a_ledger_that_fails_ends_the_sending_and_not_the_answer(
     assert {token["failure"] for token in tokens} == {None}
     said = "the ledger full cannot be written (No space left on device); nothing more is sent"
     assert err.count(f"warning: {said}") == 1
-    assert sum(bool(request.body) for request in server.requests) == negotiation_requests + 1
+    assert sum(bool(request.body) for request in server.requests) == negotiating + 1
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")

@@ -56,8 +56,8 @@ _MB: Final = 1 << 20
 class Fault:
     """One fault: what the server sends, and the outcomes it may have (None: a token).
 
-    A fault that `passes` is healed by a retry; a `slow` one lasts until the deadline. Without a
-    reply it is no single request's, but the network's.
+    A fault that `passes` ends with a retry; a `slow` one lasts until the deadline. A fault without
+    a reply is one of the network.
     """
 
     name: str
@@ -134,7 +134,7 @@ FAULTS: Final = (
 
 
 class Stage:
-    """Servers, plain and TLS, that answer well except while a fault is played."""
+    """Two servers, one with TLS, that answer correctly except while a fault is played."""
 
     def __init__(self, authority: Authority, stranger: Authority) -> None:
         self.played: Counter[str] = Counter()
@@ -317,7 +317,7 @@ def check(played: Played) -> None:
 
 
 def our_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "mlxroute-large"]
+    return [thread for thread in threading.enumerate() if thread.name == "mlxroute-exchange"]
 
 
 def test_every_answer_survives_every_fault(

@@ -164,7 +164,7 @@ def test_200_calls_along_its_own_answers_leave_the_server_alive(
         escalate_along_answers(large, tiny, calls=200, seed=1)
         abandon(large, tiny)
         assert generates(url)
-        # What the client avoids is real: the same text asked without care ends this server.
+        # Without the guard the same prompts do crash this server.
         prompt = PROMPTS[0]
         for count in range(3):
             text = tiny.context(prompt, count).text
@@ -175,7 +175,7 @@ def test_200_calls_along_its_own_answers_leave_the_server_alive(
 
 
 def abandon(large: LargeModel, model: Model) -> None:
-    """Give up a call, whose cached end is then unknown, and go on right behind that end."""
+    """Time out calls, so that their cached sequences are unknown; then ask right behind those."""
     prompt = PROMPTS[1]
     for start in (20, 30, 40):
         with pytest.raises(LargeTimeout):
@@ -226,7 +226,7 @@ def test_answers_are_written_at_once_as_they_are_one_by_one(tiny: Model, tmp_pat
 
 @pytest.mark.heavy
 def test_200_calls_along_smollm2s_answers_leave_the_server_alive(tmp_path: Path) -> None:
-    found = resolve(
+    resolved = resolve(
         "smollm2-135m",
         catalog=Catalog.load(),
         cache_dir=default_cache_dir(),
@@ -234,8 +234,8 @@ def test_200_calls_along_smollm2s_answers_leave_the_server_alive(tmp_path: Path)
         progress=no_progress,
         notify=no_notice,
     )
-    # Left alone, the server computes in the stored precision, which is slow without a GPU.
-    path = float32_copy(found.path, tmp_path / "model")
+    # By default the server computes in the stored precision, which is slow without a GPU.
+    path = float32_copy(resolved.path, tmp_path / "model")
     questions = ["Why is the sky blue?", "Name three rivers.", "Greet me with many emoji."]
     prompts = [f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n" for q in questions]
     model = load_model(path, prompts, steps=STEPS)
