@@ -13,8 +13,8 @@ from mlxroute.large.dialects.json_fields import parse_object
 from mlxroute.large.dialects.tokenize_routes import find_tokenize_routes
 from mlxroute.types import Message
 from tests.support import family_servers
-from tests.support.loopback import Request
 from tests.support.family_servers import FamilyServer
+from tests.support.loopback import Request
 from tests.support.vocabularies import TableTokenizer
 
 HI: Message = {"role": "user", "content": "hi"}

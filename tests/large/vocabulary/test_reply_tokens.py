@@ -14,6 +14,7 @@ from mlxroute.large.prompt import Prompt
 from mlxroute.large.reply import ReplyPosition, ReplyToken
 from mlxroute.large.vocabulary.bridge import Bridge, BridgedToken
 from mlxroute.large.vocabulary.token_reader import TokenReader
+from tests.support.loopback import Loopback, Reply, mlx_lm_reply
 from tests.support.scripted_calls import (
     MLX_LM,
     PLAIN,
@@ -21,11 +22,10 @@ from tests.support.scripted_calls import (
     VOCABULARY,
     ask_mlx,
     ask_plain,
+    connected_client,
     content_reply,
     legacy,
-    connected_client,
 )
-from tests.support.loopback import Loopback, Reply, mlx_lm_reply
 from tests.support.vocabularies import END_ID, TableTokenizer, TableVocabulary, context
 
 
