@@ -163,7 +163,7 @@ def test_a_full_disk_is_named_in_the_error(tmp_path: Path) -> None:
 
 
 def test_a_failed_call_counts_only_if_its_body_was_sent(
-    server: Loopback,
+    server: Loopback, short_retry_pauses: None
 ) -> None:
     server.script.append(Reply(b"oops", status=501))
     with negotiated(LargeModel(server.url, model="m")) as large:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
     return SmallModel(model, tokenizer, name="tiny")
 
 
+@cache
 def threshold(small: SmallModel) -> float:
     """An entropy that a tenth of the positions exceeds."""
     ids = small.encode_prompt(small.render([{"role": "user", "content": "hi"}]))

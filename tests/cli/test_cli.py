@@ -121,7 +121,10 @@ def test_with_no_server_the_small_model_answers_and_the_ways_to_get_one_are_told
 
 
 def test_an_unreachable_server_leaves_an_unchecked_answer_and_exit_code_0(
-    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    short_retry_pauses: None,
 ) -> None:
     # However slow the machine, the pause after three failures lasts to the end.
     monkeypatch.setattr(circuit_breaker, "_FIRST_PAUSE_S", 300.0)

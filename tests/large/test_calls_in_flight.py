@@ -248,7 +248,7 @@ def test_an_interrupt_in_the_middle_of_eight_calls_ends_at_once(server: Loopback
 
     def stall(request: Request) -> Reply:
         started.release()
-        return Reply(stall_s=30)
+        return Reply(stall_s=120)
 
     main = threading.main_thread().ident
     assert main is not None
@@ -268,12 +268,12 @@ def test_an_interrupt_in_the_middle_of_eight_calls_ends_at_once(server: Loopback
     thread.join()
     assert len(server.requests) == 8
     # Half a second is the goal; a busy machine gets more, but far less than the stalls.
-    assert times[1] - times[0] < 5
+    assert times[1] - times[0] < 20
 
 
 def test_a_server_that_never_answers_costs_one_timeout_in_all(server: Loopback) -> None:
     began_s = time.monotonic()
-    tokens = answered(server, lambda request: Reply(stall_s=30), mode=Mode.OVERLAP, timeout_s=0.5)
+    tokens = answered(server, lambda request: Reply(stall_s=120), mode=Mode.OVERLAP, timeout_s=0.5)
     assert bytes(token.token_id for token in tokens[:-1]) == b"abcdefgh" * 3
-    assert time.monotonic() - began_s < 10
+    assert time.monotonic() - began_s < 20
     assert not any(token.escalation and token.escalation.large for token in tokens)

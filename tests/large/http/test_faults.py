@@ -134,7 +134,9 @@ def test_a_missing_server_is_unreachable_at_once() -> None:
     assert str(caught.value) == f"no connection to {url}/v1 (Connection refused)"
 
 
-def test_a_connection_cut_in_mid_reply_is_unreachable(server: Loopback) -> None:
+def test_a_connection_cut_in_mid_reply_is_unreachable(
+    server: Loopback, short_retry_pauses: None
+) -> None:
     reply = Reply.of(legacy("a"))
     for cut_at in (0, 10, 150):
         server.script.clear()
@@ -149,9 +151,9 @@ def test_a_connection_cut_in_mid_reply_is_unreachable(server: Loopback) -> None:
 @pytest.mark.parametrize(
     "reply",
     [
-        Reply(stall_s=30),
-        Reply(b" " * 900, byte_every_s=0.02),
-        Reply(raw=b"HTTP/1.1 200 OK\r\nX: " + b"y" * 900, byte_every_s=0.02),
+        Reply(stall_s=120),
+        Reply(b" " * 4000, byte_every_s=0.02),
+        Reply(raw=b"HTTP/1.1 200 OK\r\nX: " + b"y" * 4000, byte_every_s=0.02),
     ],
     ids=["silent", "a byte now and then", "endless header"],
 )
@@ -161,7 +163,7 @@ def test_the_deadline_holds_whatever_the_server_does(server: Loopback, reply: Re
         start_s = time.monotonic()
         with pytest.raises(LargeTimeout, match=r"in 0\.3 s"):
             large.next_token(context("x", VOCABULARY), deadline_s=0.3)
-        assert time.monotonic() - start_s < 5
+        assert time.monotonic() - start_s < 20
         used = server.connections
         assert large.next_token(context("x", VOCABULARY)).text == "a"
         assert server.connections == used + 1
