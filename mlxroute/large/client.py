@@ -95,10 +95,8 @@ class LargeModel(Closeable):
         verdicts: Path | None = None,
         find_tokenizer: Callable[[str], Tokenizer | None] = lambda name: None,
     ) -> None:
-        for name, seconds in (("timeout_s", timeout_s), ("connect_timeout_s", connect_timeout_s)):
-            if not 0 < seconds <= _MAX_TIMEOUT_S:
-                limits = f"must be above 0 and at most {_MAX_TIMEOUT_S} seconds"
-                raise UsageError(f"{name} {limits}, not {seconds:g}", parameter=name)
+        _check_timeout("timeout_s", timeout_s)
+        _check_timeout("connect_timeout_s", connect_timeout_s)
         self._address = parse_address(base_url)
         self._timeout_s = timeout_s
         self._ledger = Ledger() if ledger is None else ledger
@@ -324,3 +322,9 @@ class LargeModel(Closeable):
             raise
         self._negotiator.record_success()
         return answer
+
+
+def _check_timeout(parameter: str, seconds: float) -> None:
+    if not 0 < seconds <= _MAX_TIMEOUT_S:
+        limits = f"must be above 0 and at most {_MAX_TIMEOUT_S} seconds"
+        raise UsageError(f"{parameter} {limits}, not {seconds:g}", parameter=parameter)

@@ -11,7 +11,7 @@ from mlxroute.large.negotiation.negotiator import NegotiatedDialect
 from mlxroute.large.reply import CompletionAnswer
 from mlxroute.large.vocabulary.reply_reader import ReadReply, read_all_tokens, read_first_token
 
-# The most large tokens that one character may take, more than any known tokenizer needs.
+# Upper bound on the large tokens of one character.
 _MAX_TOKENS_PER_CHARACTER: Final = 6
 
 

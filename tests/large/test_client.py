@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,14 @@ def test_a_malformed_address_is_one_clear_line_with_an_example(typed: str, reaso
 def test_the_address_is_completed(typed: str, url: str) -> None:
     with LargeModel(typed) as large:
         assert large.base_url == url
+
+
+@pytest.mark.parametrize("parameter", ["timeout_s", "connect_timeout_s"])
+@pytest.mark.parametrize("seconds", [0, -1.0, 86_401, math.nan])
+def test_a_timeout_out_of_range_names_its_parameter(parameter: str, seconds: float) -> None:
+    with pytest.raises(UsageError, match=f"^{parameter} must be above 0 and at most") as caught:
+        LargeModel("http://host/v1", **{parameter: seconds})  # type: ignore[arg-type]
+    assert caught.value.parameter == parameter
 
 
 # Secrets

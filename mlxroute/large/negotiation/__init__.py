@@ -1,1 +1,1 @@
-"""Negotiation: finds and remembers the most exact way to ask a server."""
+"""Negotiation: finds and remembers the most exact dialect that a server answers correctly."""

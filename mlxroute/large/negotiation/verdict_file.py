@@ -1,4 +1,4 @@
-"""What negotiation learnt about an endpoint, and the JSON file that keeps it."""
+"""The verdict of probing an endpoint, and the JSON file that remembers verdicts."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class RejectedDialect:
 class Verdict:
     """The result of probing one endpoint.
 
-    `model` is the name of the model that was probed, None if the server told none. `rung` is the
-    exactness of the dialect, from 1 (best) to 4. `token_source` names what gave token ids of the
-    large vocabulary, None if nothing did. `context_length` is in tokens. The latencies are those
-    of probe requests for one token, in seconds. `shared_vocabularies` are pairs: the fingerprint
-    of a small model's vocabulary, and whether it equals the large model's.
+    `model` is the name of the model that was probed, None if neither the user nor the server named
+    one. `rung` is the exactness of the dialect, from 1 (best) to 4. `token_source` names what gave
+    token ids of the large vocabulary, None if nothing did. `context_length` is in tokens. The
+    latencies are those of probe requests for one token, in seconds. `shared_vocabularies` are
+    pairs: the fingerprint of a small model's vocabulary, and whether it equals the large model's.
     """
 
     base_url: str
