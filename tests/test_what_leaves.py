@@ -176,8 +176,8 @@ def test_a_ledger_that_fails_ends_the_sending_and_not_the_answer(
     # No call was made, so none failed.
     assert summary["fallbacks"] == 0
     assert {token["failure"] for token in tokens} == {None}
-    said = "the ledger full cannot be written (No space left on device); nothing more is sent"
-    assert err.count(f"warning: {said}") == 1
+    failure = "the ledger full cannot be written (No space left on device); nothing more is sent"
+    assert err.count(f"warning: {failure}") == 1
     assert sum(bool(request.body) for request in server.requests) == negotiating + 1
 
 
@@ -225,12 +225,12 @@ def test_the_key_appears_in_no_output_file_or_log(
     assert main(["ask", "--key-env", KEY, "--large", server.url, "--small", str(tiny), "hi"]) == 2
     captured = capsys.readouterr()
     files = (path, Path(os.environ["MLXROUTE_CACHE_DIR"]) / "endpoints.json")
-    seen = captured.out + captured.err + caplog.text
-    seen += "".join(file.read_text(encoding="utf-8") for file in files)
-    assert "[key]" in seen
+    output = captured.out + captured.err + caplog.text
+    output += "".join(file.read_text(encoding="utf-8") for file in files)
+    assert "[key]" in output
     assert "/v1/completions" in caplog.text
     assert all(request.headers["authorization"] == f"Bearer {KEY}" for request in server.requests)
-    assert KEY not in seen
+    assert KEY not in output
 
 
 def test_the_key_appears_in_no_repr_and_no_traceback(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_the_key_appears_in_no_repr_and_no_traceback(tmp_path: Path) -> None:
     large = LargeModel("http://127.0.0.1:9/v1", api_key=KEY, ledger=ledger)
     address = parse_address("http://127.0.0.1:9/v1")
     transport = Transport(address, api_key=KEY, ledger=ledger)
-    shown = [repr(each) for each in (settings, Settings(), secret, large, transport, ledger)]
+    shown = [repr(item) for item in (settings, Settings(), secret, large, transport, ledger)]
     with pytest.raises(LargeError) as caught:
         large.next_token(context("a", VOCABULARY))
     shown += traceback.format_exception(caught.value)
@@ -265,13 +265,13 @@ def test_the_key_appears_in_no_command_line(tiny: Path, tmp_path: Path) -> None:
         ) as asking:
             while not slow.requests and asking.poll() is None:
                 time.sleep(0.02)
-            lines = [_command_line(each) for each in Path("/proc").glob("[0-9]*")]
+            lines = [_command_line(folder) for folder in Path("/proc").glob("[0-9]*")]
             asking.kill()
-            said = asking.communicate()[0]
+            output = asking.communicate()[0]
         assert slow.requests[0].headers["authorization"] == f"Bearer {KEY}"
     assert any(slow.url.encode() in line for line in lines)
     assert not any(KEY.encode() in line for line in lines)
-    assert KEY not in said
+    assert KEY not in output
 
 
 def _command_line(process: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""Where a chat's lines come from: an editor on a terminal, or a stream."""
+"""Messages of a chat: typed in a line editor on a terminal, or read from a stream."""
 
 from __future__ import annotations
 
@@ -22,18 +22,21 @@ from mlxroute.types import Notify
 
 
 class Reader(Protocol):
-    """Gives the user's next message; `interactive` readers can offer one for editing."""
+    """A source of messages; an `interactive` one can offer a message for editing."""
 
     @property
     def interactive(self) -> bool: ...
 
     def read(self, *, offered: str) -> str:
-        """One message, "" for one that was given up. Raises: EOFError, KeyboardInterrupt."""
+        """Return the next message, "" if the user cancelled it.
+
+        Raises EOFError at the end, KeyboardInterrupt on Ctrl-C.
+        """
         ...
 
 
 class LineReader:
-    """One message per line of a stream."""
+    """A reader of a stream with one message per line."""
 
     interactive = False
 
@@ -41,7 +44,7 @@ class LineReader:
         self._stream = stream
 
     def read(self, *, offered: str) -> str:
-        """The next line. Raises: EOFError at the end; UsageError when it is no text."""
+        """Return the next line. Raises EOFError at the end, UsageError if it is not text."""
         try:
             line = self._stream.readline()
         except UnicodeDecodeError as error:
@@ -52,7 +55,11 @@ class LineReader:
 
 
 class LineEditor:
-    """A line editor: Enter sends, Alt-Enter starts a new line, pasted text keeps its lines."""
+    """A line editor: Enter sends, Alt-Enter starts a new line, pasted text keeps its lines.
+
+    What was typed before, also in earlier chats, is in the file `history_path`; if that cannot be
+    written, `notify` is called.
+    """
 
     interactive = True
 
@@ -72,7 +79,7 @@ class LineEditor:
             key_bindings=_key_bindings(),
             completer=completer,
             complete_while_typing=False,
-            # The menu would keep eight rows free below every prompt.
+            # A menu would reserve eight rows below every prompt.
             complete_style=CompleteStyle.READLINE_LIKE,
             history=_history(history_path, notify),
             input=input,
@@ -81,7 +88,10 @@ class LineEditor:
         )
 
     def read(self, *, offered: str) -> str:
-        """One message. Raises: EOFError on Ctrl-D, KeyboardInterrupt on Ctrl-C when empty."""
+        """Return the next message; Ctrl-C cancels one.
+
+        Raises EOFError on Ctrl-D, KeyboardInterrupt on Ctrl-C at an empty prompt.
+        """
         try:
             return _encodable(self._session.prompt(default=offered))
         except KeyboardInterrupt:
@@ -91,9 +101,9 @@ class LineEditor:
 
 
 class CommandCompleter(Completer):
-    """Completes a chat's commands and what may follow them.
+    """A completer of a chat's commands and their values.
 
-    `values` gives for each command the words that may follow, or None for a path.
+    `values` maps a command to a function that returns its possible values, or to None for a path.
     """
 
     def __init__(self, values: Mapping[str, Callable[[], Sequence[str]] | None]) -> None:
@@ -105,23 +115,23 @@ class CommandCompleter(Completer):
         if not command.startswith("/"):
             return
         if not space:
-            yield from _starting(command, self._values)
+            yield from _complete(command, self._values)
         elif command in self._values:
             if (words := self._values[command]) is not None:
-                yield from _starting(value, words())
+                yield from _complete(value, words())
             else:
                 for path in self._paths.get_completions(Document(value), event):
-                    # Only what is displayed marks a directory by its slash.
+                    # The slash after a directory is in the displayed text only.
                     slash = "/" if path.display_text.endswith("/") else ""
                     yield Completion(path.text + slash, path.start_position, path.display)
 
 
 def _encodable(text: str) -> str:
-    """The text with what was pasted as bytes of no character replaced."""
+    """Return the text with pasted bytes that are not characters replaced."""
     return text.encode(errors="replace").decode()
 
 
-def _starting(text: str, words: Iterable[str]) -> Iterable[Completion]:
+def _complete(text: str, words: Iterable[str]) -> Iterable[Completion]:
     return (Completion(word, -len(text)) for word in words if word.startswith(text))
 
 
@@ -139,8 +149,8 @@ def _key_bindings() -> KeyBindings:
     return bindings
 
 
-class _OwnFileHistory(FileHistory):
-    """A history file; what cannot be written to it does not end the chat."""
+class _SafeFileHistory(FileHistory):
+    """A history file; a failure to write to it does not end the chat."""
 
     def store_string(self, string: str) -> None:
         with suppress(OSError):
@@ -153,6 +163,8 @@ def _history(path: Path, notify: Notify) -> History:
         path.touch(mode=0o600)
         path.chmod(0o600)
     except OSError as error:
-        notify(f"what you type is not remembered: cannot write {path}: {error.strerror}")
+        notify(
+            f"your messages are not kept for the next chat: cannot write {path}: {error.strerror}"
+        )
         return InMemoryHistory()
-    return _OwnFileHistory(path)
+    return _SafeFileHistory(path)

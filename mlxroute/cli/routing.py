@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 HEAD_ROUTER = "head"
 DEFAULT_ROUTER = "entropy"
-# Share of positions that a router other than entropy escalates unless told otherwise.
+# Share of positions that a router other than entropy escalates by default.
 _DEFAULT_RATE = 0.07
 # As calibrated for the default small model.
 _DEFAULT_THRESHOLD_NATS = 1.64

@@ -216,7 +216,7 @@ def test_without_a_place_for_the_history_the_chat_works_and_says_so(tmp_path: Pa
     (tmp_path / "state").write_text("a file, not a folder")
     chat = Chat(ScriptedSession(), tmp_path)
     assert chat.type("hello", ENTER, CTRL_D) == 0
-    assert chat.notices[0].startswith("what you type is not remembered: cannot write")
+    assert chat.notices[0].startswith("your messages are not kept for the next chat: cannot write")
     assert chat.session.questions == ["hello"]
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mlxroute.small.mlp_head import MlpHead
     from mlxroute.types import Progress
 
-# Above this share of cut-off answers the report says so.
+# A larger share of cut-off answers gives a warning.
 _CUT_OFF_SHARE: Final = 0.05
 # Columns of a bar for an accuracy of 100 %.
 _BAR_WIDTH: Final = 10

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mlxroute.cli.folders import cache_dir_of, host_log
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import LaunchError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mlxroute.weights import LocalModel
 
 
 def host(
@@ -22,14 +27,39 @@ def host(
     ] = None,
 ) -> int:
     """Serve a model on this machine, with mlx_lm.server."""
+    from mlxroute.cli.progress import ByteProgress
+    from mlxroute.cli.terminal import make_consoles, print_note
+    from mlxroute.hosting.launcher import LocalServer
+
+    out, err = make_consoles()
+    cache_dir = cache_dir_of(settings)
+    local = _fetch(name, settings, err)
+    with LocalServer.launch(
+        local.path, cache_dir=cache_dir, port=port, log_path=host_log(cache_dir)
+    ) as server:
+        with ByteProgress(err) as progress:
+            server.wait_until_ready(progress=progress.progress)
+        # Scripts read the address, so it is the only line on stdout.
+        out.print(server.url, soft_wrap=True)
+        print_note(
+            err,
+            f"serving {local.name}; try `mlxroute chat --large {server.url}` in another"
+            " terminal; Ctrl-C stops the server",
+        )
+        try:
+            code = server.wait()
+        except KeyboardInterrupt:
+            return 0
+    raise LaunchError(f"the server ended by itself (exit code {code}; log: {server.log_path})")
+
+
+def _fetch(name: str | None, settings: Settings, err: Console) -> LocalModel:
+    """Fetch the model, by default the largest that fits; raise NotEnoughSpace if it does not."""
     from mlxroute.catalog import Catalog
     from mlxroute.cli.model_fit import check_fits, default_host_model, measure_machine
     from mlxroute.cli.progress import ByteProgress
-    from mlxroute.cli.terminal import make_consoles
-    from mlxroute.hosting.launcher import LocalServer
     from mlxroute.weights import resolve
 
-    out, err = make_consoles()
     cache_dir = cache_dir_of(settings)
     catalog = Catalog.load(user_catalog_dir())
     dense, available = measure_machine(cache_dir)
@@ -38,7 +68,7 @@ def host(
     if (model := catalog.find_model(name)) is not None:
         check_fits(model, catalog, available=available, dense=dense)
     with ByteProgress(err) as progress:
-        local = resolve(
+        return resolve(
             name,
             catalog=catalog,
             cache_dir=cache_dir,
@@ -46,21 +76,3 @@ def host(
             progress=progress.progress,
             notify=progress.notify,
         )
-    with LocalServer.launch(
-        local.path, cache_dir=cache_dir, port=port, log_path=host_log(cache_dir)
-    ) as server:
-        with ByteProgress(err) as progress:
-            server.wait_until_ready(progress=progress.progress)
-        # Scripts read the address, so it is the only line on stdout.
-        out.print(server.url, soft_wrap=True)
-        err.print(
-            f"serving {local.name}; try `mlxroute chat --large {server.url}` in another"
-            " terminal; Ctrl-C stops the server",
-            style="dim",
-            markup=False,
-        )
-        try:
-            code = server.wait()
-        except KeyboardInterrupt:
-            return 0
-    raise LaunchError(f"the server ended by itself (exit code {code}; log: {server.log_path})")
