@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
+from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli import main
+from mlxroute.cli.bench_report import write_report
+from mlxroute.cli.commands.calibrate import report_object as calibrate_report
 from mlxroute.cli.json_lines import event_object, write_object
 from mlxroute.types import Provisional, Retracted, Signals, Source
 from tests.support.loopback import Loopback, Reply
@@ -121,3 +124,20 @@ def test_numbers_json_does_not_have_become_strings_at_any_depth() -> None:
         "a": "nan",
         "top": [[" the", "-inf"], ["x", -1.0]],
     }
+
+
+def test_the_report_of_calibrate_has_these_keys_in_this_order() -> None:
+    quantiles = {"entropy": (0.0, 1.0), "random": (0.0, 1.0)}
+    report = calibrate_report(ScoreRanks("tiny", "3 questions of mine", 300, quantiles))
+    assert list(report) == ["small", "data", "positions", "thresholds"]
+    assert list(report["thresholds"]) == ["entropy"]
+    rates = ["0.01", "0.03", "0.05", "0.07", "0.1", "0.15", "0.3"]
+    assert list(report["thresholds"]["entropy"]) == rates
+
+
+def test_a_report_of_bench_begins_with_how_it_was_made(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert write_report({"kernels": []}, "kernels", save=False) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert list(report) == ["command", "date", "machine", "versions", "kernels"]

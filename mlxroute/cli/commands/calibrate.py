@@ -35,7 +35,7 @@ def calibrate(
     err.print(_threshold_table(ranks))
     file = ranks.write(user_catalog_dir())
     print_note(err, f"written to {file}: budgets with {ranks.small} start from it", style="")
-    sys.stdout.write(json.dumps(_report(ranks)) + "\n")
+    sys.stdout.write(json.dumps(report_object(ranks)) + "\n")
     return 0
 
 
@@ -78,7 +78,8 @@ def _threshold_table(ranks: ScoreRanks) -> Table:
     return table
 
 
-def _report(ranks: ScoreRanks) -> dict[str, Any]:
+def report_object(ranks: ScoreRanks) -> dict[str, Any]:
+    """Return the JSON object of the last line of stdout."""
     return {
         "small": ranks.small,
         "data": ranks.data,
