@@ -6,7 +6,6 @@ step and batch times. Alone, it covers a whole grid within minutes.
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 import time
@@ -60,6 +59,7 @@ class _LatencyBench:
         prompts: Sequence[Sequence[Message]],
         grid: LatencyGrid,
         large_step_s: float,
+        progress: Progress,
     ) -> None:
         self._small = small
         self._large = large
@@ -67,6 +67,8 @@ class _LatencyBench:
         self._prompts = prompts
         self._grid = grid
         self._large_step_s = large_step_s
+        self._progress = progress
+        self._answers_done = 0
         self._outputs = OutputCache()
         self.small_only = SideAnswers()
         for prompt in prompts:
@@ -95,9 +97,23 @@ class _LatencyBench:
             rate: statistics.fmean(entropies[index : index + 2]) for rate, index in indices.items()
         }
 
-    def measure(
-        self, threshold: float, call_s: float, on_answer: Callable[[], None]
-    ) -> dict[str, SideAnswers]:
+    def report_point(self, rate: float, threshold: float, ratio: float) -> dict[str, Any]:
+        """Run all sides at one point of the grid and return its report."""
+        call_s = ratio * self.step_s
+        forwarded = self._server.forwarded
+        simulated = self.simulate(threshold, call_s)
+        sides = self.measure(threshold, call_s) if self._grid.measure else simulated
+        return {
+            "rate": rate,
+            "ratio": ratio,
+            "call_s": round(call_s, 4),
+            "threshold_nats": round(threshold, 4),
+            "passed_on": self._server.forwarded - forwarded,
+            **point_figures(sides, cost=self.cost, call_s=call_s),
+            **_reference_speeds(sides["wait"], simulated, call_s, self._large_step_s),
+        }
+
+    def measure(self, threshold: float, call_s: float) -> dict[str, SideAnswers]:
         """Let every side answer before the delayed server, interleaved."""
         self._server.delay, self._server.delay_s = DELAYS[self._grid.delay], call_s
         self._server.token_s = self._large_step_s
@@ -115,7 +131,7 @@ class _LatencyBench:
                     sides[name].experience,
                 )
                 sides[name].add(run, tokens)
-                on_answer()
+                self._count_answer()
 
             return answer
 
@@ -126,9 +142,7 @@ class _LatencyBench:
             answers.drop_first()
         return sides
 
-    def simulate(
-        self, threshold: float, call_s: float, on_answer: Callable[[], None]
-    ) -> dict[str, SideAnswers]:
+    def simulate(self, threshold: float, call_s: float) -> dict[str, SideAnswers]:
         """Let every side answer on a virtual clock."""
         sides = {name: SideAnswers() for name in SIDES}
         for name, answers in sides.items():
@@ -155,9 +169,21 @@ class _LatencyBench:
                     clock,
                 )
                 answers.add(run, tokens)
-                on_answer()
+                self._count_answer()
             answers.drop_first()
         return sides
+
+    def _count_answer(self) -> None:
+        """Report progress after an answer of a point."""
+        grid = self._grid
+        runs = 2 if grid.measure else 1
+        answers_per_run = (1 + len(self._prompts)) * len(SIDES)
+        self._answers_done += 1
+        self._progress(
+            "answers",
+            self._answers_done,
+            len(grid.rates) * len(grid.ratios) * runs * answers_per_run,
+        )
 
 
 def bench_latency(
@@ -176,32 +202,12 @@ def bench_latency(
     so that few requests of the measurement go to the real server. `large_step_s` is the large
     model's time per token when one call asks for several.
     """
-    bench = _LatencyBench(small, large, server, prompts, grid, large_step_s)
-    runs = 2 if grid.measure else 1
-    total = len(grid.rates) * len(grid.ratios) * runs * (1 + len(prompts)) * len(SIDES)
-    done = itertools.count(1)
-
-    def on_answer() -> None:
-        progress("answers", next(done), total)
-
-    points = []
-    for rate, threshold in bench.thresholds().items():
-        for ratio in grid.ratios:
-            call_s = ratio * bench.step_s
-            forwarded = server.forwarded
-            simulated = bench.simulate(threshold, call_s, on_answer)
-            sides = bench.measure(threshold, call_s, on_answer) if grid.measure else simulated
-            points.append(
-                {
-                    "rate": rate,
-                    "ratio": ratio,
-                    "call_s": round(call_s, 4),
-                    "threshold_nats": round(threshold, 4),
-                    "passed_on": server.forwarded - forwarded,
-                    **point_figures(sides, cost=bench.cost, call_s=call_s),
-                    **_reference_speeds(sides["wait"], simulated, call_s, large_step_s),
-                }
-            )
+    bench = _LatencyBench(small, large, server, prompts, grid, large_step_s, progress)
+    points = [
+        bench.report_point(rate, threshold, ratio)
+        for rate, threshold in bench.thresholds().items()
+        for ratio in grid.ratios
+    ]
     return {
         "small": small.name,
         "large": large.model_name,

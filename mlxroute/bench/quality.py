@@ -168,20 +168,8 @@ def bench_quality(  # noqa: PLR0913 - all of these are settings of one run
     seconds are those of an answer alone, without its prompt: `step_s` for each token plus the time
     of its calls.
     """
-    run = _QualityRun(small, replies, examples, ranks, max_tokens, step_s, results)
-    routers = {(side, chat): run.new_router(side) for side in sides for chat in range(chats)}
-    rows: dict[str, list[QualityRow]] = {side.name: [] for side in sides}
-    progress("questions", 0, len(questions))
-    for begin in range(0, len(questions), chats):
-        group = questions[begin : begin + chats]
-        tasks = [
-            run.new_task(side, question, routers[side, chat])
-            for chat, question in enumerate(group)
-            for side in sides
-        ]
-        for task, row in zip(tasks, run.answer(tasks), strict=True):
-            rows[task.side.name].append(row)
-        progress("questions", begin + len(group), len(questions))
+    bench = _QualityBench(small, replies, examples, ranks, max_tokens, step_s, results)
+    rows = bench.answer_all(questions, sides, chats, progress)
     return {
         "small": small.name,
         "large": replies.model_name,
@@ -208,7 +196,7 @@ class _Task:
 
 
 @dataclass(frozen=True, slots=True)
-class _QualityRun:
+class _QualityBench:
     """The settings that all answers of a run share."""
 
     small: SmallModel
@@ -218,6 +206,29 @@ class _QualityRun:
     max_tokens: int
     step_s: float
     results: QualityResults
+
+    def answer_all(
+        self,
+        questions: Sequence[Question],
+        sides: Sequence[QualitySide],
+        chats: int,
+        progress: Progress,
+    ) -> dict[str, list[QualityRow]]:
+        """Let every side answer every question; return the answers by side, in question order."""
+        routers = {(side, chat): self.new_router(side) for side in sides for chat in range(chats)}
+        rows: dict[str, list[QualityRow]] = {side.name: [] for side in sides}
+        progress("questions", 0, len(questions))
+        for begin in range(0, len(questions), chats):
+            group = questions[begin : begin + chats]
+            tasks = [
+                self.new_task(side, question, routers[side, chat])
+                for chat, question in enumerate(group)
+                for side in sides
+            ]
+            for task, row in zip(tasks, self.answer(tasks), strict=True):
+                rows[task.side.name].append(row)
+            progress("questions", begin + len(group), len(questions))
+        return rows
 
     def new_router(self, side: QualitySide) -> Router:
         """Return a side's router as it is before the first question."""

@@ -58,23 +58,7 @@ def bench_speed(
     Steps are timed by context length, the kernel by vocabulary size; the README explains the
     fields.
     """
-    total = 2 * (pairs + 1)
-    done = itertools.count(1)
-
-    def with_progress(
-        side: Callable[[SmallModel, str, int], SpeedRun],
-    ) -> Callable[[int], SpeedRun]:
-        def run(index: int) -> SpeedRun:
-            result = side(small, prompts[index % len(prompts)], max_tokens)
-            progress("pairs", next(done), total)
-            return result
-
-        return run
-
-    runs = run_interleaved(
-        {"mlxroute": with_progress(_run_mlxroute), "mlx_lm": with_progress(_run_mlx_lm)},
-        rounds=pairs,
-    )
+    runs = _run_pairs(small, prompts, pairs, max_tokens, progress)
     ours, theirs = runs["mlxroute"], runs["mlx_lm"]
     kernel_s = _kernel_seconds(_vocabulary_size(small))
     itl_s = percentile(intervals(ours[0].times_s), 0.5)
@@ -97,6 +81,29 @@ def bench_speed(
             str(size): round(1e3 * _kernel_seconds(size), 4) for size in VOCABULARIES
         },
     }
+
+
+def _run_pairs(
+    small: SmallModel, prompts: Sequence[str], pairs: int, max_tokens: int, progress: Progress
+) -> dict[str, list[SpeedRun]]:
+    """Let both sides answer the prompts in turn, interleaved; return the runs of each."""
+    total = 2 * (pairs + 1)
+    done = itertools.count(1)
+
+    def with_progress(
+        side: Callable[[SmallModel, str, int], SpeedRun],
+    ) -> Callable[[int], SpeedRun]:
+        def run(index: int) -> SpeedRun:
+            result = side(small, prompts[index % len(prompts)], max_tokens)
+            progress("pairs", next(done), total)
+            return result
+
+        return run
+
+    return run_interleaved(
+        {"mlxroute": with_progress(_run_mlxroute), "mlx_lm": with_progress(_run_mlx_lm)},
+        rounds=pairs,
+    )
 
 
 def _by_side(

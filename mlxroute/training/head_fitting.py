@@ -96,16 +96,7 @@ def fit_head(
     held_out = Positions.of(pairs[::_HELD_OUT_STRIDE])
     fitted_pairs = [pair for index, pair in enumerate(pairs) if index % _HELD_OUT_STRIDE]
     fitted = Positions.of(fitted_pairs)
-    if len(set(fitted.is_target)) == 1 or not any(held_out.is_target):
-        raise UsageError(
-            f"the {labels} labels are all equal, or all 0 on the held-out answers: there is"
-            " nothing to learn; give more questions"
-        )
-    if labels is LabelKind.DEFERRAL and not fitted.has_logprobs:
-        raise UsageError(
-            "deferral needs the large model's logprobs, and its server gives none;"
-            " choose other labels"
-        )
+    _check_learnable(fitted, held_out, labels)
     loss = _deferral_loss if labels is LabelKind.DEFERRAL else _logistic_loss
     head, shape = _fit_best_shape(fitted_pairs, loss)
     scores = held_out.score(head)
@@ -122,6 +113,20 @@ def fit_head(
     }
     fingerprints = tuple(question.fingerprint for question in questions)
     return FittedHead(head, report, _quantiles(scores), fingerprints)
+
+
+def _check_learnable(fitted: Positions, held_out: Positions, labels: LabelKind) -> None:
+    """Raise UsageError where a head has nothing to learn or to be judged by."""
+    if len(set(fitted.is_target)) == 1 or not any(held_out.is_target):
+        raise UsageError(
+            f"the {labels} labels are all equal, or all 0 on the held-out answers: there is"
+            " nothing to learn; give more questions"
+        )
+    if labels is LabelKind.DEFERRAL and not fitted.has_logprobs:
+        raise UsageError(
+            "deferral needs the large model's logprobs, and its server gives none;"
+            " choose other labels"
+        )
 
 
 def _quantiles(scores: Sequence[float]) -> tuple[float, ...]:

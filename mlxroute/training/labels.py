@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeVar, cast
@@ -95,12 +95,11 @@ def collect_labels(  # noqa: PLR0913 - all of these are settings of one run
     with_continuations: bool = True,
     progress: Progress = no_progress,
 ) -> list[LabelledAnswer]:
-    """Return labels of the large model's answers to the questions, saved in `folder`.
+    """Return labels of the large model's answers to the questions, from `folder` or made now.
 
-    What `folder` holds is read, the rest is computed, with at most `at_once` calls in flight.
-    `examples` are worked examples that precede each question. `with_continuations` adds the small
-    model's continuations. Raises LargeError when the large model fails; labels made until then
-    stay saved.
+    `examples` are worked examples that precede each question. At most `at_once` calls are in
+    flight. `with_continuations` adds the small model's continuations. Raises LargeError when the
+    large model fails; labels made until then stay saved.
     """
     folder.mkdir(parents=True, exist_ok=True)
     done = itertools.count()
@@ -113,26 +112,48 @@ def collect_labels(  # noqa: PLR0913 - all of these are settings of one run
     missing = [
         (conversation, file)
         for conversation, file in zip(conversations, files, strict=True)
-        if not file.exists() or (with_continuations and not _has_continuations(file))
+        if not _is_saved(file, with_continuations=with_continuations)
     ]
     for _ in range(len(questions) - len(missing)):
         progress("questions", next(done), len(questions))
     for group in _chunks(missing, _ANSWERS_PER_SLOT * at_once):
-        group_conversations = [conversation for conversation, _ in group]
-        answers = write_large_answers(
+        _label_files(
             small,
             replies,
-            group_conversations,
-            max_tokens=max_tokens,
+            group,
+            max_tokens,
             at_once=at_once,
+            with_continuations=with_continuations,
             on_answer=lambda: progress("questions", next(done), len(questions)),
         )
-        labelled_answers = _label(
-            small, group_conversations, answers, max_tokens, with_continuations=with_continuations
-        )
-        for (_, file), labelled in zip(group, labelled_answers, strict=True):
-            _write(labelled, file)
     return [_read(file) for file in files]
+
+
+def _label_files(
+    small: SmallModel,
+    replies: Replies,
+    group: Sequence[tuple[Sequence[Message], Path]],
+    max_tokens: int,
+    *,
+    at_once: int,
+    with_continuations: bool,
+    on_answer: Callable[[], None],
+) -> None:
+    """Label the answers to conversations, each saved in the file beside it."""
+    conversations = [conversation for conversation, _ in group]
+    answers = write_large_answers(
+        small,
+        replies,
+        conversations,
+        max_tokens=max_tokens,
+        at_once=at_once,
+        on_answer=on_answer,
+    )
+    labels = _label(
+        small, conversations, answers, max_tokens, with_continuations=with_continuations
+    )
+    for (_, file), labelled in zip(group, labels, strict=True):
+        _write(labelled, file)
 
 
 def _chunks(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
@@ -285,8 +306,12 @@ def _write(answer: LabelledAnswer, file: Path) -> None:
     partial.rename(file)
 
 
-def _has_continuations(file: Path) -> bool:
-    """Return whether the file holds a continuation of every disagreement."""
+def _is_saved(file: Path, *, with_continuations: bool) -> bool:
+    """Return whether the file exists, with a continuation of every disagreement if required."""
+    if not file.exists():
+        return False
+    if not with_continuations:
+        return True
     answer = _read(file)
     return len(answer.continuations) == sum(to_list(answer.differs))
 

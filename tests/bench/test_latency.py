@@ -23,14 +23,16 @@ class UnstreamedLarge(NamedLarge):
 
 def test_a_simulated_report_has_fixed_names(tmp_path: Path) -> None:
     small = SmallModel(*load(make_tiny_model(tmp_path / "tiny")), name="tiny")
-    report = bench_latency(
-        small,
-        cast("LargeModel", UnstreamedLarge([(70,)])),
-        DelayedServer("http://127.0.0.1:9/v1", record=tmp_path / "record.jsonl"),
-        [[{"role": "user", "content": "hi"}]],
-        LatencyGrid(24, [12.0], [0.1], "constant", measure=False),
-        large_step_s=0.01,
-    )
+    record = tmp_path / "record.jsonl"
+    with DelayedServer("http://127.0.0.1:9/v1", record=record) as server:
+        report = bench_latency(
+            small,
+            cast("LargeModel", UnstreamedLarge([(70,)])),
+            server,
+            [[{"role": "user", "content": "hi"}]],
+            LatencyGrid(24, [12.0], [0.1], "constant", measure=False),
+            large_step_s=0.01,
+        )
     assert list(report) == [
         "small",
         "large",
