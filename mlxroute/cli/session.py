@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from mlxroute.cli.error_advice import error_message
 from mlxroute.cli.large_side import make_large, open_ledger
 from mlxroute.cli.routing import (
     DEFAULT_ROUTER,
@@ -234,7 +235,8 @@ def _connect_large(settings: Settings, ledger: Ledger, err: Console) -> LargeMod
 
         if settings.strict:
             raise
-        text = f"warning: {printable(str(exc))}; until it answers, the small model writes alone"
+        failure = printable(error_message(exc))
+        text = f"warning: {failure}; until it answers, the small model writes alone"
         print_note(err, text, style=WARNING_STYLE)
     return large
 
