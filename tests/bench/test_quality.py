@@ -30,7 +30,7 @@ from mlxroute.routers import BURST, make_router
 from mlxroute.small import SmallModel
 from mlxroute.training.labels import LabelledAnswer
 from mlxroute.types import Message
-from tests.support.fakes import NamedLarge, Reply
+from tests.support.fakes import NamedLarge, ScriptedReply
 from tests.support.tiny import make_tiny_model
 
 _TOKENS = 12
@@ -66,7 +66,7 @@ def run(
     questions: list[Question],
     path: Path,
     *,
-    replies: tuple[Reply, ...] = ((70,),),
+    replies: tuple[ScriptedReply, ...] = ((70,),),
 ) -> tuple[dict[str, Any], NamedLarge]:
     large = NamedLarge(replies)
     with Replies(large, path.with_suffix(".replies")) as recorded:
@@ -149,7 +149,7 @@ def test_an_interrupted_run_resumes_to_the_same_report(
     small: SmallModel, questions: list[Question], tmp_path: Path
 ) -> None:
     whole, large = run(small, questions, tmp_path / "whole.jsonl")
-    good: list[Reply] = [(70,)] * (len(large.contexts) - 20)
+    good: list[ScriptedReply] = [(70,)] * (len(large.contexts) - 20)
     before = threading.active_count()
     with pytest.raises(LargeError, match="no"):
         run(small, questions, tmp_path / "r.jsonl", replies=(*good, LargeRefused("no")))

@@ -124,9 +124,9 @@ class SharedMachineSmall(WorldSmall):
         return super().branch(parents, token_ids)
 
     def _delay_calls(self) -> None:
-        for flight in self._large.flights:
-            if not flight.finished:
-                flight.lands_s += 0.8
+        for call in self._large.calls:
+            if not call.finished:
+                call.ready_s += 0.8
 
 
 def answered(
@@ -149,7 +149,7 @@ def answered(
 
 
 def world(seed: int) -> World:
-    return World(seed, doubt=0.1, agreement=0.4, loss=0.0, end=0.0, longest_s=40.0)
+    return World(seed, doubt=0.1, agreement=0.4, loss=0.0, end=0.0, max_call_s=40.0)
 
 
 def test_a_ceiling_bounds_the_calls_and_changes_no_text() -> None:
@@ -200,7 +200,7 @@ def test_auto_waits_where_decoding_delays_the_calls() -> None:
     for seed in range(8):
         for mode in times:
             known = experience if mode is Mode.AUTO else Experience()
-            one = replace(world(seed), longest_s=20.0)
+            one = replace(world(seed), max_call_s=20.0)
             _, seconds = answered(one, known, shared_machine=True, mode=mode, prefetch=0)
             times[mode] += seconds
     assert times[Mode.HEDGE] > 1.2 * times[Mode.WAIT]

@@ -61,8 +61,8 @@ def run(world: World, *, order: int = 0, budget: float | None = None, **options:
         clock=clock,
     )
     events = list(answer.events())
-    assert all(f.finished and f.settled for f in large.flights), "a call was left behind"
-    assert answer.stats().calls == len(large.flights)
+    assert all(f.finished and f.consumed for f in large.calls), "a call was left behind"
+    assert answer.stats().calls == len(large.calls)
     return Run(events, answer.stats(), list(small.fed), clock.now)
 
 
@@ -124,8 +124,8 @@ _WORLDS = st.builds(
     agreement=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
     end=st.sampled_from([0.0, 0.03, 0.2]),
     loss=st.sampled_from([0.0, 0.1, 0.5]),
-    longest_s=st.sampled_from([0.0, 3.0, 30.0]),
-    cap=st.sampled_from([1, 2, 8]),
+    max_call_s=st.sampled_from([0.0, 3.0, 30.0]),
+    max_in_flight=st.sampled_from([1, 2, 8]),
     whole_only=st.booleans(),
     rounding=st.sampled_from([0.0, 0.1, 0.5]),
     window=st.sampled_from([1 << 30, 1 << 30, 9, 0]),
@@ -188,7 +188,9 @@ def test_a_disagreement_retracts_what_followed_the_small_token() -> None:
 
 
 def test_hedge_keeps_the_branch_that_the_large_model_chose() -> None:
-    worlds = [World(i, agreement=0.0, loss=0.0, end=0.0, doubt=0.2, longest_s=20) for i in range(9)]
+    worlds = [
+        World(i, agreement=0.0, loss=0.0, end=0.0, doubt=0.2, max_call_s=20) for i in range(9)
+    ]
     overlapped, hedged = (
         [run(w, mode=mode) for w in worlds] for mode in (Mode.OVERLAP, Mode.HEDGE)
     )
@@ -196,7 +198,7 @@ def test_hedge_keeps_the_branch_that_the_large_model_chose() -> None:
 
 
 def test_the_likeliest_branch_gets_the_calls_where_they_are_few() -> None:
-    sure = World(0, agreement=1.0, loss=0.0, end=0.0, doubt=0.3, longest_s=20, cap=2)
+    sure = World(0, agreement=1.0, loss=0.0, end=0.0, doubt=0.3, max_call_s=20, max_in_flight=2)
     worlds = [replace(sure, seed=i) for i in range(9)]
     overlapped, hedged = (
         [run(w, mode=mode) for w in worlds] for mode in (Mode.OVERLAP, Mode.HEDGE)
@@ -263,7 +265,7 @@ def test_strict_raises_once_everything_before_the_lost_call_is_committed(mode: M
 @pytest.mark.parametrize("mode", Mode)
 @pytest.mark.parametrize("prefetch", [0, 4])
 def test_a_server_that_never_answers_costs_one_timeout_in_all(mode: Mode, prefetch: int) -> None:
-    world = World(5, doubt=1.0, end=0.0, loss=0.0, longest_s=0.0)
+    world = World(5, doubt=1.0, end=0.0, loss=0.0, max_call_s=0.0)
     clock = FakeClock()
     large = HangingLarge(world, clock, prompt=_PROMPT, order=0)
     answer = Answer(
@@ -281,13 +283,13 @@ def test_a_server_that_never_answers_costs_one_timeout_in_all(mode: Mode, prefet
     assert answer.stats().stall_s <= 10.5
     # A step of a batch takes half as long again.
     assert clock.now <= 39 * 1.5 + 10.5
-    assert all(flight.finished for flight in large.flights)
+    assert all(call.finished for call in large.calls)
 
 
 class HangingLarge(WorldLarge):
     """A large model whose calls never become ready, not even at their deadline."""
 
     def begin(self, *arguments: Any, **named: Any) -> Any:
-        flight = super().begin(*arguments, **named)
-        flight.lands_s = float("inf")
-        return flight
+        call = super().begin(*arguments, **named)
+        call.ready_s = float("inf")
+        return call

@@ -23,7 +23,7 @@ from mlxroute.types import (
     Token,
     Uploads,
 )
-from tests.support.fakes import FakeClock, FakeFlight
+from tests.support.fakes import FakeCall, FakeClock
 from tests.support.tiny import make_tiny_model
 from tests.support.worlds import token_of
 
@@ -69,24 +69,24 @@ class RandomLarge:
         self._oracle = oracle
         self._clock = clock
         self._order = random.Random(1)
-        self._flights: list[FakeFlight] = []
+        self._calls: list[FakeCall] = []
         self.uploads = Uploads()
 
     @property
     def max_in_flight(self) -> int:
         return 4
 
-    def begin(self, context: LargeContext, *, deadline_s: float, prefetch: int) -> FakeFlight:
+    def begin(self, context: LargeContext, *, deadline_s: float, prefetch: int) -> FakeCall:
         dice = random.Random(str(list(context.token_ids)))
         own = self._oracle.prefill(context.token_ids)[0].token_id
         token: LargeToken = token_of((own if dice.random() < 0.5 else dice.randrange(200),))
-        lands_s = self._clock.now + self._order.random()
-        self._flights.append(FakeFlight(token, lands_s=lands_s, clock=self._clock))
-        return self._flights[-1]
+        ready_s = self._clock.now + self._order.random()
+        self._calls.append(FakeCall(token, ready_s=ready_s, clock=self._clock))
+        return self._calls[-1]
 
     def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
         if not ready():
-            self._clock.now = min(f.lands_s for f in self._flights if not f.ready)
+            self._clock.now = min(call.ready_s for call in self._calls if not call.ready)
 
 
 def run(

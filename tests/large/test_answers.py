@@ -38,7 +38,7 @@ from mlxroute.large.http.transport import MAX_HANGING
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import LargeContext, LargeToken, Mode, Source, StopReason, Token, Uploads
 from tests.support.certificates import Authority
-from tests.support.fakes import FakeFlight, ScriptedSmall
+from tests.support.fakes import FakeCall, ScriptedSmall
 from tests.support.loopback import Loopback, Reply, Request
 from tests.support.negotiated import honest, negotiated
 from tests.support.scripted_calls import legacy
@@ -199,7 +199,7 @@ class Faulty:
     def max_in_flight(self) -> int:
         return 1
 
-    def begin(self, context: LargeContext, *, deadline_s: float, prefetch: int) -> FakeFlight:
+    def begin(self, context: LargeContext, *, deadline_s: float, prefetch: int) -> FakeCall:
         times = self.plan.get(len(self.outcomes))
         if not self.large.connected:
             self.negotiating_calls.add(len(self.outcomes))
@@ -212,7 +212,7 @@ class Faulty:
             outcome = exc
             self.errors.append(exc)
         self.outcomes.append(outcome)
-        return FakeFlight(outcome, lands_s=0.0, clock=None)
+        return FakeCall(outcome, ready_s=0.0, clock=None)
 
     def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
         assert ready()

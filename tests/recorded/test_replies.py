@@ -13,7 +13,7 @@ import pytest
 from mlxroute.errors import LargeError
 from mlxroute.recorded.replies import Replies
 from mlxroute.types import LargeContext, LargeToken, Vocabulary
-from tests.support.fakes import NamedLarge, Reply
+from tests.support.fakes import NamedLarge, ScriptedReply
 
 # A line as earlier versions wrote it, for the token after the ids 1, 70.
 _LINE = (
@@ -60,7 +60,7 @@ class BlockedCall:
 class BlockingLarge(NamedLarge):
     """A large model whose calls finish by `finish_calls`; counts the calls in flight."""
 
-    def __init__(self, replies: list[Reply]) -> None:
+    def __init__(self, replies: list[ScriptedReply]) -> None:
         super().__init__(replies)
         self.calls: list[BlockedCall] = []
         self.in_flight = self.max_seen_in_flight = 0

@@ -1,6 +1,6 @@
-"""Scripted models for exact schedules.
+"""Scripted models and a clock that a test sets, for exact schedules of calls.
 
-Vocabulary: one id per byte, 256 ends the answer, 257 ends one character and begins another.
+The vocabulary has one id per byte; 256 ends the answer, 257 ends one character and begins another.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STRADDLING = 257
 
 
 class ByteVocabulary:
-    """Ids 0..255 are bytes, then the end token, then the two inner bytes of "éé"."""
+    """Ids 0 to 255 are bytes, 256 is the end token, 257 the two middle bytes of "éé"."""
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -53,12 +53,12 @@ class ByteVocabulary:
 
 
 def signals(token_id: int, entropy_nats: float = 0.0) -> Signals:
-    """Signals with one interesting number."""
+    """Return signals of which only the token and the entropy matter."""
     return Signals(token_id, -0.1, entropy_nats, 0.0, 0.9, (token_id,), (-0.1,))
 
 
 class ScriptedSmall:
-    """Says `script[i]` as token i of every answer, with `entropies[i]` nats of doubt."""
+    """Proposes `script[i]` as token i of every answer, with an entropy of `entropies[i]` nats."""
 
     def __init__(
         self,
@@ -135,18 +135,18 @@ class ScriptedSmall:
         return signals(self._script[at], self._entropies.get(self._position, 0.0))
 
 
-Reply = bytes | LargeError | tuple[int, ...]
+ScriptedReply = bytes | LargeError | tuple[int, ...]
 
 
 class ScriptedLarge:
-    """Answers call i with `replies[i]` (the last one again): bytes, ids, or an error to raise.
+    """Answers call i with `replies[i]`, then repeats the last: bytes, ids, or an error to raise.
 
-    `seconds` pass on the fake clock at every call, `lost_s` of them in attempts that failed.
+    Each call takes `seconds` on the fake clock, `lost_s` of them in failed attempts.
     """
 
     def __init__(
         self,
-        replies: Sequence[Reply],
+        replies: Sequence[ScriptedReply],
         *,
         clock: FakeClock | None = None,
         seconds: float = 0.0,
@@ -157,7 +157,7 @@ class ScriptedLarge:
         self._seconds = seconds
         self.uploads = Uploads()
         self._lost_s = lost_s
-        self._flights: list[FakeFlight] = []
+        self._calls: list[FakeCall] = []
         self.contexts: list[LargeContext] = []
         self.deadlines: list[float] = []
 
@@ -165,24 +165,24 @@ class ScriptedLarge:
     def max_in_flight(self) -> int:
         return 8
 
-    def begin(self, context: LargeContext, *, deadline_s: float, prefetch: int) -> FakeFlight:
+    def begin(self, context: LargeContext, *, deadline_s: float, prefetch: int) -> FakeCall:
         reply = self._replies[min(len(self.contexts), len(self._replies) - 1)]
         self.contexts.append(context)
         self.deadlines.append(deadline_s)
         self.uploads += Uploads(requests=1, size_bytes=100)
-        lands_s = 0.0
+        ready_s = 0.0
         if self._clock is not None:
-            lands_s = self._clock.now + min(self._seconds, deadline_s)
-        flight = FakeFlight(self._tokens(reply), lands_s=lands_s, clock=self._clock)
-        self._flights.append(flight)
-        return flight
+            ready_s = self._clock.now + min(self._seconds, deadline_s)
+        call = FakeCall(self._tokens(reply), ready_s=ready_s, clock=self._clock)
+        self._calls.append(call)
+        return call
 
     def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
         if self._clock is not None and not ready():
-            coming = [flight.lands_s for flight in self._flights if not flight.ready]
-            self._clock.now = min([*coming, self._clock.now + timeout_s])
+            ready_times_s = [call.ready_s for call in self._calls if not call.ready]
+            self._clock.now = min([*ready_times_s, self._clock.now + timeout_s])
 
-    def _tokens(self, reply: Reply) -> LargeToken | LargeError:
+    def _tokens(self, reply: ScriptedReply) -> LargeToken | LargeError:
         if isinstance(reply, LargeError):
             return reply
         self.uploads += Uploads(tokens=10, cached_tokens=8, completion_tokens=1)
@@ -208,20 +208,20 @@ class NamedLarge(ScriptedLarge):
     model_name = "scripted"
 
 
-class FakeFlight:
-    """A call that lands when its clock says so, at once without one."""
+class FakeCall:
+    """A call that is ready at `ready_s` on its clock, and at once without a clock."""
 
     def __init__(
-        self, outcome: LargeToken | LargeError, *, lands_s: float, clock: FakeClock | None
+        self, outcome: LargeToken | LargeError, *, ready_s: float, clock: FakeClock | None
     ) -> None:
         self._outcome = outcome
         self._clock = clock
-        self.lands_s = lands_s
+        self.ready_s = ready_s
         self.cancelled = False
 
     @property
     def ready(self) -> bool:
-        return self._clock is None or self._clock.now >= self.lands_s
+        return self._clock is None or self._clock.now >= self.ready_s
 
     @property
     def finished(self) -> bool:
@@ -238,7 +238,7 @@ class FakeFlight:
 
 
 class FakeClock:
-    """A clock that stands still until told otherwise."""
+    """A clock that shows the time in `now`, in seconds, until a test changes it."""
 
     def __init__(self) -> None:
         self.now = 0.0

@@ -1,4 +1,4 @@
-"""One prompt in each of the forms that dialects take."""
+"""A prompt in each form that dialects accept."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ CHAT = Prompt(messages=(QUESTION,), answer_start="He")
 
 
 def dialect(name: str) -> Dialect:
-    found = dialect_named(name)
-    assert found is not None
-    return found
+    known = dialect_named(name)
+    assert known is not None
+    return known
 
 
-def prompt_for(asked: Dialect) -> Prompt:
-    return {PromptForm.IDS: IDS, PromptForm.TEXT: TEXT, PromptForm.CHAT: CHAT}[asked.form]
+def prompt_for(dialect: Dialect) -> Prompt:
+    return {PromptForm.IDS: IDS, PromptForm.TEXT: TEXT, PromptForm.CHAT: CHAT}[dialect.form]

@@ -1,4 +1,4 @@
-"""An answer that follows a script, and a terminal that remembers what was written to it."""
+"""A scripted answer, and a terminal that records what is written to it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def token(
 
 
 class ScriptedAnswer:
-    """Gives its texts and tokens in turn, raises its exceptions, calls its functions."""
+    """An answer of steps: texts and events are yielded, exceptions raised, functions called."""
 
     def __init__(self, steps: Sequence[Step], *, stats: RunStats = NO_STATS) -> None:
         self._steps = steps
@@ -104,7 +104,7 @@ _ESCAPE = re.compile(r"\x1b\[(\??)([0-9;]*)([A-Za-z])")
 
 
 class Terminal:
-    """Understands what rich writes for a live area, and refuses every other control."""
+    """A terminal that interprets rich's live display and rejects any other control sequence."""
 
     def __init__(self, *, width: int, term: str = "xterm-256color", no_color: bool = False) -> None:
         self.stream = io.StringIO()
@@ -127,7 +127,7 @@ class Terminal:
         return self.raw.rfind("\x1b[?25h") >= self.raw.rfind("\x1b[?25l")
 
     def lines(self) -> list[str]:
-        """What stands on the screen and above it, without blank lines at the end."""
+        """Return the lines of the screen and its history, without blank lines at the end."""
         lines, row, at, raw = [""], 0, 0, self.raw
         while at < len(raw):
             char = raw[at]

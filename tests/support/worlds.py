@@ -1,7 +1,7 @@
-"""Two models whose every word follows from the words before, and calls that land as a clock says.
+"""Two random models on a fake clock, for comparing the modes on many schedules of calls.
 
-What is answered depends on the context alone, when it is answered on the dice alone: so any
-two ways of asking meet the same server.
+Their tokens depend only on the ids before, the duration of a call only on the random `order`: every
+mode gets the same answers, at other times.
 """
 
 from __future__ import annotations
@@ -29,11 +29,19 @@ _SPELLED = (b"ab", b"a.b", "é".encode(), b"..")
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """How often things happen: doubt, agreement, ends, lost calls; and how calls take time.
+    """A pair of models, given by probabilities, and the limits of their server and KV cache.
 
-    With `whole_only` no call can be made inside a character, as with most real servers. A batch
-    decides otherwise than a row alone at positions so close to it, by `rounding`. If it `streams`,
-    tokens ahead come one by one, slower or faster than steps.
+    * **seed** - Determines every token.
+    * **doubt** - Share of positions at which the small model's entropy is above 2 nats.
+    * **agreement** - Share of calls that return the small model's own token.
+    * **end** - Share of positions at which a model ends the answer.
+    * **loss** - Share of positions at which a call fails.
+    * **max_call_s** - Longest duration of a call, in seconds.
+    * **max_in_flight** - Most calls at a time.
+    * **whole_only** - Calls inside a character fail, as with most real servers.
+    * **rounding** - Share of positions at which a batch may decide differently from a single row.
+    * **window** - Tokens after which the KV cache can no longer be rolled back.
+    * **streams** - Prefetched tokens arrive one by one, faster or slower than steps.
     """
 
     seed: int
@@ -41,37 +49,37 @@ class World:
     agreement: float = 0.5
     end: float = 0.03
     loss: float = 0.1
-    longest_s: float = 6.0
-    cap: int = 8
+    max_call_s: float = 6.0
+    max_in_flight: int = 8
     whole_only: bool = False
     rounding: float = 0.0
     window: int = 1 << 30
     streams: bool = False
 
-    def dice(self, kind: str, ids: Sequence[int]) -> random.Random:
-        """Chance that is the same wherever the same ids come before."""
+    def rng(self, kind: str, ids: Sequence[int]) -> random.Random:
+        """Return a random generator that depends only on the seed, `kind` and the ids before."""
         return random.Random(f"{self.seed} {kind} {list(ids)}")
 
     def small(self, ids: Sequence[int]) -> tuple[int, float]:
-        """The small model's choice after these ids of the answer, and its entropy."""
-        dice = self.dice("small", ids)
-        token = EOS if dice.random() < self.end else dice.choice(_WORDS)
-        return token, 2.0 + dice.random() if dice.random() < self.doubt else 0.5 * dice.random()
+        """Return the small model's token after these ids of the answer, and its entropy."""
+        rng = self.rng("small", ids)
+        token = EOS if rng.random() < self.end else rng.choice(_WORDS)
+        return token, 2.0 + rng.random() if rng.random() < self.doubt else 0.5 * rng.random()
 
     def large(self, ids: Sequence[int]) -> tuple[int, ...] | LargeError:
-        """The large model's token after these ids of the answer, or why it does not come."""
-        dice = self.dice("large", ids)
-        if dice.random() < self.loss:
-            return dice.choice((LargeRefused("no"), LargeTimeout("late"), LargeUnavailable("off")))
-        if dice.random() < self.agreement:
+        """Return the large model's token after these ids of the answer, or the call's error."""
+        rng = self.rng("large", ids)
+        if rng.random() < self.loss:
+            return rng.choice((LargeRefused("no"), LargeTimeout("late"), LargeUnavailable("off")))
+        if rng.random() < self.agreement:
             return (self.small(ids)[0],)
-        if dice.random() < self.end:
+        if rng.random() < self.end:
             return (EOS,)
-        return tuple(dice.choice(_SPELLED)) if dice.random() < 0.3 else (dice.choice(_WORDS),)
+        return tuple(rng.choice(_SPELLED)) if rng.random() < 0.3 else (rng.choice(_WORDS),)
 
 
 class WorldSmall(ScriptedSmall):
-    """The small model of a world; each step takes a second of the clock, a batch a half more."""
+    """The small model of a world; a step takes 1 s on the clock, a step of a batch 1.5 s."""
 
     def __init__(self, world: World, clock: FakeClock) -> None:
         super().__init__(())
@@ -108,10 +116,12 @@ class WorldSmall(ScriptedSmall):
     def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:
         assert 1 < len(parents) <= 4
         rows = self._rows or [self.fed]
-        self._rows = [[*rows[row], each] for row, each in zip(parents, token_ids, strict=True)]
+        self._rows = [
+            [*rows[row], token_id] for row, token_id in zip(parents, token_ids, strict=True)
+        ]
         self._clock.now += 1.5
         self.batches += 1
-        return [self._seen(row, batched=True) for row in self._rows]
+        return [self._signals_after(row, batched=True) for row in self._rows]
 
     def select(self, row: int) -> None:
         if self._rows:
@@ -119,62 +129,63 @@ class WorldSmall(ScriptedSmall):
             self._rows = []
 
     def _signals(self) -> Signals:
-        return self._seen(self.fed, batched=False)
+        return self._signals_after(self.fed, batched=False)
 
-    def _seen(self, ids: Sequence[int], *, batched: bool) -> Signals:
+    def _signals_after(self, ids: Sequence[int], *, batched: bool) -> Signals:
         token, entropy = self._world.small(ids)
-        dice = self._world.dice("others", ids)
-        others = dice.sample([each for each in (*b"ab.", EOS) if each != token], 3)
+        rng = self._world.rng("others", ids)
+        others = rng.sample([token_id for token_id in (*b"ab.", EOS) if token_id != token], 3)
         gap = 0.5
-        if dice.random() < self._world.rounding:
-            entropy = 1.0 + dice.uniform(-0.3, 0.3) * _BAND
-        if dice.random() < self._world.rounding:
-            gap = dice.random() * 0.4 * _BAND
+        if rng.random() < self._world.rounding:
+            entropy = 1.0 + rng.uniform(-0.3, 0.3) * _BAND
+        if rng.random() < self._world.rounding:
+            gap = rng.random() * 0.4 * _BAND
         first = [token, others[0]]
         if batched:
-            entropy += dice.uniform(-0.5, 0.5) * _BAND
-            if gap < _BAND and dice.random() < 0.5:
+            entropy += rng.uniform(-0.5, 0.5) * _BAND
+            if gap < _BAND and rng.random() < 0.5:
                 first.reverse()
         tops = (-0.7, -0.7 - gap, -1.6 - gap, -2.5 - gap)
         return Signals(first[0], -0.7, entropy, 0.0, 0.1, (*first, *others[1:]), tops)
 
 
-class WorldFlight:
-    """A call that lands at its moment, unless it was cancelled before; a stream goes on from there.
+class WorldCall:
+    """A call that is ready at `ready_s` unless it is cancelled before.
 
-    It brings a token every `step_s`, and breaks off after `last` tokens, with a second's silence.
+    A stream brings a token every `step_s` from then on. It breaks off a second after `max_tokens`
+    tokens. A call is `consumed` once its result was read or it was cancelled.
     """
 
     def __init__(
         self,
         outcome: tuple[LargeToken, ...] | LargeError,
         *,
-        lands_s: float,
+        ready_s: float,
         clock: FakeClock,
         step_s: float = 0.0,
-        last: int | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         self._outcome = outcome
         self._clock = clock
         self._step_s = step_s
-        self._last = last
-        self.lands_s = lands_s
-        self.settled = False
+        self._max_tokens = max_tokens
+        self.ready_s = ready_s
+        self.consumed = False
         self.cancelled_s = math.inf
 
     @property
     def times_s(self) -> list[float]:
-        """When it changes: with each token of a stream and at its end."""
+        """The times of its tokens and of its end."""
         count = 1 if isinstance(self._outcome, LargeError) else len(self._outcome)
-        times_s = [self.lands_s + self._step_s * number for number in range(count)]
-        if self._last is not None and self._last < count:
-            times_s = [*times_s[: self._last], times_s[self._last - 1] + 1.0]
+        times_s = [self.ready_s + self._step_s * number for number in range(count)]
+        if self._max_tokens is not None and self._max_tokens < count:
+            times_s = [*times_s[: self._max_tokens], times_s[self._max_tokens - 1] + 1.0]
         return [time_s for time_s in times_s if time_s <= self.cancelled_s]
 
     @property
     def ready(self) -> bool:
-        assert self.cancelled_s >= self.lands_s, "a cancelled call is not looked at"
-        return self._clock.now >= self.lands_s
+        assert self.cancelled_s >= self.ready_s, "a cancelled call is not read"
+        return self._clock.now >= self.ready_s
 
     @property
     def finished(self) -> bool:
@@ -184,76 +195,76 @@ class WorldFlight:
 
     def result(self) -> tuple[LargeToken, ...]:
         assert self.ready
-        self.settled = True
+        self.consumed = True
         if isinstance(self._outcome, LargeError):
             raise self._outcome
-        came = sum(time_s <= self._clock.now for time_s in self.times_s)
-        return self._outcome[: came if self._last is None else min(came, self._last)]
+        count = sum(time_s <= self._clock.now for time_s in self.times_s)
+        return self._outcome[: count if self._max_tokens is None else min(count, self._max_tokens)]
 
     def cancel(self) -> None:
-        assert not self.finished or not self.settled
+        assert not self.finished or not self.consumed
         assert self.cancelled_s == math.inf
-        self.settled = True
+        self.consumed = True
         self.cancelled_s = self._clock.now
 
 
 class WorldLarge:
-    """The large model of a world, whose calls take as long as the dice of `order` say."""
+    """The large model of a world; the seed `order` determines how long each call takes."""
 
     def __init__(self, world: World, clock: FakeClock, *, prompt: str, order: int) -> None:
         self._world = world
         self._clock = clock
         self._prompt = prompt
-        self._dice = random.Random(order)
+        self._rng = random.Random(order)
         self.uploads = Uploads()
-        self.flights: list[WorldFlight] = []
+        self.calls: list[WorldCall] = []
 
     @property
     def max_in_flight(self) -> int:
-        return self._world.cap
+        return self._world.max_in_flight
 
-    def begin(self, context: LargeContext, *, deadline_s: float, prefetch: int) -> WorldFlight:
-        assert sum(not flight.settled for flight in self.flights) < self._world.cap
+    def begin(self, context: LargeContext, *, deadline_s: float, prefetch: int) -> WorldCall:
+        assert sum(not call.consumed for call in self.calls) < self._world.max_in_flight
         prompt_ids = list(self._prompt.encode())
         assert list(context.token_ids[: len(prompt_ids)]) == prompt_ids
         ids = tuple(context.token_ids[len(prompt_ids) :])
         _check(context, self._prompt, ids)
-        lands_s = self._clock.now + self._dice.uniform(0.0, self._world.longest_s)
+        ready_s = self._clock.now + self._rng.uniform(0.0, self._world.max_call_s)
         outcome = self._tokens(ids, prefetch)
         if self._world.whole_only and context.fragment_ids:
             outcome = LargeProtocolError("inside a character")
         streamed = self._world.streams and prefetch > 0
-        flight = WorldFlight(
+        call = WorldCall(
             outcome,
-            lands_s=lands_s,
+            ready_s=ready_s,
             clock=self._clock,
-            step_s=self._dice.choice((0.2, 3.0)) if streamed else 0.0,
-            last=self._dice.randint(1, 8) if streamed else None,
+            step_s=self._rng.choice((0.2, 3.0)) if streamed else 0.0,
+            max_tokens=self._rng.randint(1, 8) if streamed else None,
         )
-        self.flights.append(flight)
-        return flight
+        self.calls.append(call)
+        return call
 
     def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
         ends_s = self._clock.now + timeout_s
         while not ready() and self._clock.now < ends_s:
-            coming = [t for flight in self.flights for t in flight.times_s if t > self._clock.now]
-            assert coming, "nothing is waited for"
-            self._clock.now = min(ends_s, *coming)
+            times_s = [t for call in self.calls for t in call.times_s if t > self._clock.now]
+            assert times_s, "no call is in flight"
+            self._clock.now = min(ends_s, *times_s)
 
     def _tokens(self, ids: tuple[int, ...], prefetch: int) -> tuple[LargeToken, ...] | LargeError:
-        found: list[LargeToken] = []
-        while len(found) <= prefetch and not (found and found[-1].is_eos):
+        tokens: list[LargeToken] = []
+        while len(tokens) <= prefetch and not (tokens and tokens[-1].is_eos):
             answer = self._world.large(ids)
             if isinstance(answer, LargeError):
-                # A call for this position would be lost: nothing is known of it.
-                return tuple(found) or answer
-            found.append(token_of(answer))
+                # A call for this position fails, so no prefetched token may replace it.
+                return tuple(tokens) or answer
+            tokens.append(token_of(answer))
             ids = (*ids, *answer)
-        return tuple(found)
+        return tuple(tokens)
 
 
 def token_of(ids: tuple[int, ...]) -> LargeToken:
-    """A large token of these small ids, as if it had come by itself."""
+    """Return a large token of these small ids, as a call for it alone returns it."""
     return LargeToken(
         token_ids=ids,
         text="",
@@ -270,7 +281,7 @@ def token_of(ids: tuple[int, ...]) -> LargeToken:
 
 
 def _check(context: LargeContext, prompt: str, ids: tuple[int, ...]) -> None:
-    """The context is one and the same text in all its forms."""
+    """Check that all forms of the context are the same text."""
     whole = ids[: len(ids) - len(context.fragment_ids)]
     data = b"".join(map(ByteVocabulary().token_bytes, whole))
     assert context.text == prompt + data.decode(errors="ignore")

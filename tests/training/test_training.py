@@ -23,7 +23,7 @@ from mlxroute.small import SmallModel
 from mlxroute.training.head_fitting import FittedHead, fit_head, recall
 from mlxroute.training.labels import LabelledAnswer, collect_labels
 from mlxroute.types import LabelKind
-from tests.support.fakes import NamedLarge, Reply
+from tests.support.fakes import NamedLarge, ScriptedReply
 from tests.support.tiny import make_tiny_model
 
 _HIDDEN = 64
@@ -182,7 +182,7 @@ def test_saved_labels_are_not_made_again_and_survive_a_failure(
     small: SmallModel, tmp_path: Path
 ) -> None:
     questions = [Question(str(i), f"say {i}") for i in range(6)]
-    replies: list[Reply] = [(70,)] * 26
+    replies: list[ScriptedReply] = [(70,)] * 26
     with pytest.raises(LargeError):
         labelled(small, NamedLarge([*replies, LargeRefused("no")]), tmp_path, questions=questions)
     assert len(list((tmp_path / "labels").iterdir())) == 4
