@@ -40,9 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A small model on your machine that asks a large one only for the tokens it is unsure of.",
 )
-bench = typer.Typer(
-    rich_markup_mode=None, help="Benchmarks, each with its baselines in the same run."
-)
+bench = typer.Typer(rich_markup_mode=None, help="Run a benchmark together with its baselines.")
 
 
 @app.callback(invoke_without_command=True)

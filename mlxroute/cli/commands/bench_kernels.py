@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 def kernels(
     settings: Settings,
-    rounds: Annotated[int, typer.Option(help="Timings of each form.", min=1)] = 30,
+    rounds: Annotated[int, typer.Option(help="Timings per implementation.", min=1)] = 30,
     save: Save = False,
 ) -> int:
-    """The logit kernel and plain operations: time, and error against float64."""
+    """Time the logit kernel and plain operations; compare both with float64."""
     from mlxroute.backend import blas
     from mlxroute.cli.bench_report import write_report
     from mlxroute.cli.terminal import make_consoles

@@ -45,7 +45,7 @@ def latency(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="JSON Lines file of questions. Default: 20 prompts of our own.", metavar="FILE"
+            help="JSON Lines file of questions. Default: 20 built-in prompts.", metavar="FILE"
         ),
     ] = None,
     examples: Examples = None,
@@ -67,7 +67,7 @@ def latency(
     plot: Plot = None,
     save: Save = False,
 ) -> int:
-    """Every mode, with a server that replays answers after a set delay."""
+    """Compare all modes with calls that take a set time."""
     from mlxroute.cli.bench_report import check_plot_option, write_report
     from mlxroute.cli.large_side import require_large
     from mlxroute.cli.terminal import make_consoles

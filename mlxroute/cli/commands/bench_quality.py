@@ -38,7 +38,8 @@ def quality(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="JSON Lines file of questions with answers. Default: our own.", metavar="FILE"
+            help="JSON Lines file of questions with answers. Default: built-in ones.",
+            metavar="FILE",
         ),
     ] = None,
     budget: Annotated[
@@ -62,7 +63,7 @@ def quality(
     plot: Plot = None,
     save: Save = False,
 ) -> int:
-    """Accuracy of both models and of routed answers; resumes an interrupted run."""
+    """Measure the accuracy of both models and of routed answers; can be resumed."""
     from mlxroute.cli.bench_report import check_plot_option, write_report
     from mlxroute.cli.large_side import make_large, require_large
     from mlxroute.cli.terminal import make_consoles

@@ -23,11 +23,11 @@ RANDOM = "random"
 
 def speed(
     settings: Settings,
-    pairs: Annotated[int, typer.Option(help="Answers of each side.", min=1)] = 10,
+    pairs: Annotated[int, typer.Option(help="Answers per program.", min=1)] = 10,
     tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=2)] = 128,
     save: Save = False,
 ) -> int:
-    """Decoding without escalation, and mlx_lm; `--small random` is a tiny model."""
+    """Compare local decoding with mlx_lm; `--small random` is a tiny model."""
     from mlxroute.catalog.head_files import find_head_file
     from mlxroute.cli.bench_report import read_own_prompts, write_report
     from mlxroute.cli.progress import ByteProgress
