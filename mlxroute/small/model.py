@@ -91,24 +91,21 @@ class SmallModel:
     ) -> SmallModel:
         """Load a model, downloading what is not cached.
 
-        Call it before anything else imports MLX: on Linux it opens a BLAS that is faster than the
-        one of MLX's CPU build, which MLX uses only if it is open before MLX is imported.
+        Call it before anything else imports MLX: on Linux it opens a faster BLAS than the one of
+        MLX's CPU build, and MLX uses that only if it is open before MLX is imported.
 
         Parameters:
-        - `spec`: a catalogue name (`qwen2.5-coder-0.5b`), a model directory, a GGUF file, or the
-          id of a repository on the Hugging Face hub.
+        - `spec`: a catalogue name (`qwen2.5-coder-0.5b`), a model directory, a GGUF file or the id
+          of a Hugging Face repository.
         - `adapter`: a directory of LoRA weights, as `mlx_lm.lora` writes it. Default: none.
-        - `cache_dir`: the folder of downloaded weights and of the renamed BLAS. Default: mlxroute's
-          folder in the user's cache.
+        - `cache_dir`: the folder of weights and of the BLAS. Default: mlxroute's in the user cache.
         - `offline`: use cached and local files only. Default: False.
         - `kernel`: as for the constructor. Default `auto`.
         - `progress`: receives the state of downloads and conversions. Default: ignored.
-        - `notify`: receives lines that the user should read once, such as which BLAS is in use.
-          Default: ignored.
+        - `notify`: receives lines to read once, such as the BLAS in use. Default: ignored.
 
-        Raises CatalogError for an unknown name, WeightsError where the weights cannot be fetched or
-        read, NotEnoughSpace where disk or memory is short, UsageError for an adapter or a kernel
-        that does not fit.
+        Raises CatalogError for an unknown name, WeightsError for weights that cannot be fetched or
+        read, NotEnoughSpace, and UsageError for an adapter or kernel that does not fit.
         """
         cache_dir = cache_dir or default_cache_dir()
         local = resolve(
