@@ -21,9 +21,9 @@ from mlxroute.engine.options import MAX_PREFETCH
 from mlxroute.engine.protocols import SmallProtocol
 from mlxroute.questions.grading import grade
 from mlxroute.questions.question_files import Question, question_messages
-from mlxroute.recorded.json_lines import read_json_lines
 from mlxroute.recorded.large_answers import PlaceholderSmall
 from mlxroute.recorded.replies import Replies
+from mlxroute.recorded.row_file import read_json_lines
 from mlxroute.routers import Budget, Router, make_router
 from mlxroute.small import SmallModel
 from mlxroute.types import Message, Mode, Progress, Source, no_progress

@@ -39,7 +39,7 @@ class Answer:
     `generate` makes one. `stats()` may be called at any time; `activity`, `prefill_done` and
     `prefill_total` (tokens) tell another thread how far it is.
 
-    Parameters:
+    Args:
         small: The small model.
         large: The large model; None where no position can be escalated.
         messages: The conversation, ending with the user's message.
@@ -246,7 +246,7 @@ def generate(  # noqa: PLR0913 - the options of the command line, by the same na
     token. `mode`, `prefetch`, `call_ceiling` and `experience` change time and calls, not the text,
     given the same replies of the server.
 
-    Parameters:
+    Args:
         small: The small model.
         large: The large model; None if every position is to be the small model's.
         messages: The conversation, or the text of one user message.

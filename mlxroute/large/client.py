@@ -56,27 +56,26 @@ class LargeModel(Closeable):
     that ahead of time. Several calls may be in flight, each on a connection of its own. All
     methods raise LargeError subclasses for failures of the server or the network.
 
-    **Parameters:**
-
-    * **base_url** - The address of the server's API, such as `http://127.0.0.1:8081/v1`. A
-      missing path becomes `/v1`; a user and password before the host are sent as basic
-      authentication.
-    * **model** - The name of the model on the server. Default: the server's only model; a server
-      with several needs a name.
-    * **api_key** - The key sent as a bearer token. Default: none.
-    * **timeout_s** - The time limit of one call, in seconds, retries included; above 0 and at
-      most 86,400. Default: 30.
-    * **connect_timeout_s** - The time limit for opening a connection, in seconds; same range.
-      Default: 5.
-    * **top_logprobs** - The number of alternatives to ask for at each position. Servers may
-      return fewer. Default: 5.
-    * **ca_bundle** - A file of PEM certificates that the server's certificate is checked against.
-      Default: the authorities of `requests`.
-    * **ledger** - Records every request body that is sent. Default: a ledger that only counts.
-    * **verdicts** - A JSON file that remembers the results of probes. Default: no file, so that
-      every client negotiates anew.
-    * **find_tokenizer** - Returns the large model's tokenizer on this machine, given the name the
-      server has for the model, or None. Default: none is found.
+    Args:
+        base_url: The address of the server's API, such as `http://127.0.0.1:8081/v1`. A missing
+            path becomes `/v1`; a user and password before the host are sent as basic
+            authentication.
+        model: The name of the model on the server. Default: the server's only model; a server with
+            several needs a name.
+        api_key: The key sent as a bearer token. Default: none.
+        timeout_s: The time limit of one call, in seconds, retries included; above 0 and at most
+            86,400. Default: 30.
+        connect_timeout_s: The time limit for opening a connection, in seconds; same range. Default:
+            5.
+        top_logprobs: The number of alternatives to ask for at each position. Servers may return
+            fewer. Default: 5.
+        ca_bundle: A file of PEM certificates that the server's certificate is checked against.
+            Default: the authorities of `requests`.
+        ledger: Records every request body that is sent. Default: a ledger that only counts.
+        verdicts: A JSON file that remembers the results of probes. Default: no file, so that every
+            client negotiates anew.
+        find_tokenizer: Returns the large model's tokenizer on this machine, given the name the
+            server has for the model, or None. Default: none is found.
 
     Raises UsageError for a wrong value.
     """

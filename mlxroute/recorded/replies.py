@@ -14,7 +14,7 @@ from typing import Any, Final
 from mlxroute.closeable import Closeable
 from mlxroute.engine.protocols import NamedLargeProtocol, PendingCallProtocol
 from mlxroute.errors import LargeError
-from mlxroute.recorded.json_lines import read_json_lines
+from mlxroute.recorded.row_file import read_json_lines
 from mlxroute.types import LargeContext, LargeToken, Uploads
 
 _POLL_S: Final = 0.1

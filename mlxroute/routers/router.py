@@ -64,7 +64,7 @@ def make_router(
 class EntropyRouter(Router):
     """Escalates positions where the small model's entropy is high.
 
-    Parameters:
+    Args:
         threshold: Entropy in nats over the full vocabulary above which a position is escalated;
             `inf` never escalates and `-inf` always does. None, the default, with a budget.
         budget: Greatest share of positions that are escalated, from 0 to 1 (0.07 is 7 %), plus a

@@ -22,7 +22,7 @@ class Activity(StrEnum):
 class Token:
     """One committed token of an answer.
 
-    Parameters:
+    Args:
         index: Its number in the answer, from 0.
         token_id: Its id in the small model's vocabulary.
         text: What it adds to the visible text. Empty for an end token, for a token that is only
@@ -77,7 +77,7 @@ Event = Token | Provisional | Retracted
 class RunStats:
     """The summary of one answer. Times are in seconds, rates are fractions.
 
-    Parameters:
+    Args:
         text: The answer.
         tokens: Committed tokens.
         large_tokens: Those of them that came from the large model.

@@ -62,7 +62,7 @@ class Signals:
     Logprobs and entropy are natural logarithms over the full vocabulary, before temperature,
     computed in float32.
 
-    Parameters:
+    Args:
         token_id: The model's own choice: greedy, or sampled if a temperature is set.
         logprob: Log-probability of that choice, in nats.
         entropy_nats: Entropy, in nats.

@@ -122,7 +122,7 @@ class Uploads:
 class Prices:
     """Prices of the large model's server, for a million tokens, in the currency it bills.
 
-    Parameters:
+    Args:
         input: Price of prompt tokens.
         cached_input: Price of prompt tokens from the server's cache.
         output: Price of generated tokens.
