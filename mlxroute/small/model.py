@@ -104,8 +104,7 @@ class SmallModel:
         - `progress`: receives the state of downloads and conversions. Default: ignored.
         - `notify`: receives lines to read once, such as the BLAS in use. Default: ignored.
 
-        Raises CatalogError for an unknown name, WeightsError for weights that cannot be fetched or
-        read, NotEnoughSpace, and UsageError for an adapter or kernel that does not fit.
+        Raises CatalogError, WeightsError, NotEnoughSpace; UsageError for a wrong adapter or kernel.
         """
         cache_dir = cache_dir or default_cache_dir()
         local = resolve(
@@ -117,7 +116,6 @@ class SmallModel:
             notify=notify,
         )
         blas_line = blas.interpose(cache_dir)
-
         from mlxroute.backend.load import check_memory, load, on_cpu
 
         if blas_line and on_cpu():
