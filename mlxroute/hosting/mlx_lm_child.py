@@ -10,19 +10,19 @@ import argparse
 import functools
 import json
 import logging
-import os
 import socket
 import sys
-import threading
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from mlxroute.hosting.end_with_parent import end_with_parent
+
 
 def main() -> None:
     """Serve one model until the parent process ends."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--cache-dir", type=Path, required=True)
@@ -85,12 +85,6 @@ def _load(path: str, *, adapter_path: str | None = None, **_: object) -> tuple[A
     adapter = None if adapter_path is None else Path(adapter_path)
     model, tokenizer = load(Path(path), adapter=adapter)
     return model, tokenizer, json.loads(Path(path, "config.json").read_text(encoding="utf-8"))
-
-
-def _end_with_parent() -> None:
-    while os.read(sys.stdin.fileno(), 1):
-        pass
-    os._exit(0)
 
 
 if __name__ == "__main__":

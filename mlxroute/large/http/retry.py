@@ -1,4 +1,4 @@
-"""Transient failures: which ones are retried, and the pause before each retry.
+"""Retries: which failures are transient, how often they are repeated, and after which pause.
 
 Every request may be sent twice: replies are greedy, and requests change nothing on the server.
 """
@@ -10,14 +10,62 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http.client import IncompleteRead
-from typing import Final
+from typing import Final, Protocol, TypeVar
 
 from requests.exceptions import ChunkedEncodingError
+
+from mlxroute.large.http.deadline import Deadline
 
 RETRIES: Final = 3
 _FIRST_PAUSE_S: Final = 0.1
 _GROWTH: Final = 4
 _MAX_PAUSE_S: Final = 1.0
+
+
+class Attempt(Protocol):
+    """A finished attempt to exchange a request for a reply."""
+
+    @property
+    def is_transient(self) -> bool:
+        """Whether it failed and the same request may succeed later."""
+        ...
+
+    @property
+    def retry_after_s(self) -> float:
+        """The seconds that the server asks to wait before the next request, 0 if it does not."""
+        ...
+
+
+_Attempt = TypeVar("_Attempt", bound=Attempt)
+
+
+def retry_transient(
+    failed: _Attempt,
+    attempt: Callable[[], _Attempt],
+    deadline: Deadline,
+    *,
+    left_s: float,
+    sleep: Callable[[float], object],
+    random: Callable[[], float],
+) -> _Attempt:
+    """Repeat a transient failure at most `RETRIES` times; return the last attempt.
+
+    The pause before each attempt is the backoff or, if longer, what the server asks for. There is
+    no further attempt if the pause is as long as the time left until the deadline. `left_s` is the
+    time that was left before the failed attempt; the deadline's `lost_s` counts what failures cost.
+    """
+    last = failed
+    for backoff in backoff_s(random):
+        pause_s = max(backoff, last.retry_after_s)
+        if pause_s >= deadline.left_s():
+            break
+        sleep(pause_s)
+        deadline.lost_s += left_s - deadline.left_s()
+        left_s = deadline.left_s()
+        last = attempt()
+        if not last.is_transient:
+            break
+    return last
 
 
 def is_transient_status(status: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -68,10 +69,18 @@ class Transport:
         part of a reply; it is called from another thread.
         """
         url = (self._address.root if at_root else self._address.url) + path
+        attempt = partial(self._attempt, url, deadline=deadline, body=body, listener=listener)
         left_s = deadline.left_s()
-        exchange = self._attempt(url, deadline=deadline, body=body, listener=listener)
+        exchange = attempt()
         if exchange.is_transient:
-            exchange = self._retry(exchange, left_s, url, deadline, body, listener)
+            exchange = retry.retry_transient(
+                exchange,
+                attempt,
+                deadline,
+                left_s=left_s,
+                sleep=self._sleep or deadline.pause,
+                random=self._random,
+            )
         return exchange.result()
 
     def begin(
@@ -94,31 +103,6 @@ class Transport:
     def close(self) -> None:
         """End every exchange and close the connections; a later call opens new ones."""
         self._endpoint.sessions.close()
-
-    def _retry(
-        self,
-        exchange: Exchange,
-        left_s: float,
-        url: str,
-        deadline: Deadline,
-        body: bytes | None,
-        listener: StreamListener[bytes] | None,
-    ) -> Exchange:
-        """Repeat a transient failure while the deadline leaves time; return the last exchange.
-
-        `left_s` is the time that was left before the failed attempt.
-        """
-        for backoff_s in retry.backoff_s(self._random):
-            pause_s = max(backoff_s, exchange.retry_after_s)
-            if pause_s >= deadline.left_s():
-                break
-            (self._sleep or deadline.pause)(pause_s)
-            deadline.lost_s += left_s - deadline.left_s()
-            left_s = deadline.left_s()
-            exchange = self._attempt(url, deadline=deadline, body=body, listener=listener)
-            if not exchange.is_transient:
-                break
-        return exchange
 
     def _attempt(
         self,
