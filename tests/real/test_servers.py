@@ -260,8 +260,8 @@ def first_different_character(stats: RunStats, expected: str, ended: bool) -> in
     Where the token limit cut one answer, the other may be longer.
     """
     text = stats.text
-    for index, (actual, wanted) in enumerate(zip(text, expected, strict=False)):
-        if actual != wanted:
+    for index, (actual, own) in enumerate(zip(text, expected, strict=False)):
+        if actual != own:
             return index
     too_short = len(text) < len(expected) and stats.finish_reason is not StopReason.LENGTH
     too_long = len(text) > len(expected) and ended
