@@ -70,9 +70,11 @@ class MlxLmCacheGuard:
 
     def record_refusal(self, prompt: str, *, max_tokens: int) -> None:
         """Record that the server generated nothing for a request."""
-        self._unread[prompt].remove(max_tokens)
-        if not self._unread[prompt]:
-            del self._unread[prompt]
+        limits = self._unread.get(prompt, [])
+        if max_tokens in limits:
+            limits.remove(max_tokens)
+        if not limits:
+            self._unread.pop(prompt, None)
 
     def record_reply(
         self, prompt: str, tokens: Sequence[bytes | None], *, usage: Usage | None = None
@@ -84,7 +86,8 @@ class MlxLmCacheGuard:
         if usage is not None and 0 < usage.cached == usage.prompt - 1:
             self._forget_covered(prompt, known, usage.prompt)
         # Earlier requests whose replies were lost generated the same tokens, up to their limits.
-        limits = self._unread.pop(prompt)
+        # The reply to another request with this prompt may have been read first.
+        limits = self._unread.pop(prompt, [len(known)])
         for count in {min(count, len(known)) for count in limits}:
             self._remember(prompt, known[:count], usage)
         longer = [count for count in limits if count > len(known)]

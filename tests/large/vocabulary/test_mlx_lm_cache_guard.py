@@ -156,3 +156,21 @@ def test_a_lost_reply_is_avoided_even_if_the_small_vocabulary_has_shorter_tokens
     position_context = context("addydy", fine, answer=fine.encode("addydy"))
     prompt, repeated = guard.plan("addydy", context=position_context)
     assert (prompt, b"".join(repeated)) == ("a", b"ddydy")
+
+
+def test_two_requests_of_one_prompt_may_be_in_flight() -> None:
+    guard = MlxLmCacheGuard()
+    for _ in range(2):
+        guard.record_request("ab", max_tokens=2)
+    for _ in range(2):
+        guard.record_reply("ab", [b"a", b" c"])
+    assert guard.plan("aba c", context=None) == ("aba", (b" c",))
+
+
+def test_a_refusal_after_the_reply_to_the_same_prompt_changes_nothing() -> None:
+    guard = MlxLmCacheGuard()
+    for _ in range(2):
+        guard.record_request("ab", max_tokens=2)
+    guard.record_reply("ab", [b"a", b" c"])
+    guard.record_refusal("ab", max_tokens=2)
+    assert guard.plan("aba c", context=None) == ("aba", (b" c",))
