@@ -1,7 +1,7 @@
 """The overhead of a call through `LargeModel` over a plain `requests` call with the same body.
 
-Both call the same loopback server alternately. It runs in its own process and keeps connections
-alive.
+Both call the same loopback server alternately. The server runs in its own process and keeps
+connections alive.
 
     python bench/client_overhead.py --pairs 1000
 """

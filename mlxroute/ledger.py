@@ -57,7 +57,7 @@ class Ledger(Closeable):
         self.failure: str | None = None
 
     def add_secret(self, secret: str | None) -> None:
-        """Write `[key]` in place of this text in all later entries; ignore None and empty text."""
+        """Write `[key]` in place of this text in all later entries; None and "" are ignored."""
         if secret:
             # Longest first: one may be part of another.
             self._secrets = sorted({*self._secrets, secret}, key=len, reverse=True)
@@ -129,7 +129,7 @@ class Ledger(Closeable):
         return json.dumps(entry, ensure_ascii=False).encode(errors="replace") + b"\n"
 
     def _redact(self, value: Any) -> Any:
-        # In the parsed value: in JSON text, escapes could hide a secret.
+        # Replace in the parsed value: in JSON text, escapes could hide a secret.
         if isinstance(value, dict):
             return {self._redact(key): self._redact(item) for key, item in value.items()}
         if isinstance(value, list):

@@ -85,7 +85,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 def check_memory(path: Path, *, role: str) -> None:
     """Raise NotEnoughSpace if the model in directory `path` does not fit in free memory.
 
-    `role`, "small" or "large", names the model in the message.
+    Args:
+        path: Model directory.
+        role: "small" or "large", for the message.
     """
     needed, available = memory_needed(path), available_bytes()
     if needed > available:
@@ -97,11 +99,17 @@ def check_memory(path: Path, *, role: str) -> None:
 
 
 def load(path: Path, *, adapter: Path | None = None) -> tuple[Any, Any]:
-    """Load the model and tokenizer in directory `path`.
+    """Load a model and its tokenizer; return the `mlx_lm` objects.
 
-    `adapter` is a folder of LoRA weights as `mlx_lm.lora` writes, None (default) for none.
-    Returns the `mlx_lm` objects (`nn.Module`, `TokenizerWrapper`). Raises WeightsError if the files
-    cannot be loaded, UsageError if the adapter does not fit the model.
+    These are an `nn.Module` and a `TokenizerWrapper`.
+
+    Args:
+        path: Model directory.
+        adapter: Folder of LoRA weights as `mlx_lm.lora` writes. None (default) for none.
+
+    Raises:
+        WeightsError: The files cannot be loaded.
+        UsageError: The adapter does not fit the model.
     """
     import mlx.core as mx
     from mlx_lm.tokenizer_utils import load as load_tokenizer

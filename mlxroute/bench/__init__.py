@@ -1,1 +1,1 @@
-"""Measurements: what a step costs, beside baselines measured in the same run."""
+"""Benchmarks of speed, kernels, latency and quality, each with baselines of the same run."""

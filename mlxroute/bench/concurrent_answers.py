@@ -1,4 +1,4 @@
-"""Several answers at a time, their decode steps batched.
+"""Several answers at a time, with batched decode steps.
 
 The engine writes each answer in a thread of its own, with an `AnswerRow` as its small model. The
 calling thread owns the real model: it decodes one batch step whenever all unfinished answers wait
@@ -25,14 +25,16 @@ _T = TypeVar("_T")
 
 
 class _Aborted(Exception):
-    """Another answer failed, or the run was interrupted."""
+    """Raised in a job when another job failed or the run was interrupted."""
 
 
 class ConcurrentAnswers:
     """Runs jobs that each write one answer, with the small model's steps batched.
 
-    `on_abort` is called when a job fails or the run is interrupted, so that calls in flight end.
-    Only the thread that calls `run` uses `small`.
+    Args:
+        small: The small model, which only the thread that calls `run` uses.
+        on_abort: Called when a job fails or the run is interrupted; it must end the calls in
+            flight.
     """
 
     def __init__(self, small: SmallModel, *, on_abort: Callable[[], None]) -> None:
@@ -47,8 +49,11 @@ class ConcurrentAnswers:
     def run(self, jobs: Sequence[tuple[Sequence[Message], Callable[[AnswerRow], _T]]]) -> list[_T]:
         """Run all jobs at once and return their results in order.
 
-        A job is a conversation and a function that writes the answer to it with the `AnswerRow` it
-        is given. Raises what the first failing job raises, once all jobs have ended.
+        If a job fails, the others are aborted, and its exception is raised once all have ended.
+
+        Args:
+            jobs: For each job, a conversation and the function that answers it. The function takes
+                the `AnswerRow` to use as its small model.
         """
         rows, batch = self._prefill([conversation for conversation, _ in jobs])
         self._running = len(jobs)
@@ -120,7 +125,13 @@ class ConcurrentAnswers:
         inputs: Sequence[tuple[int, int]],
         signals: Sequence[Signals],
     ) -> None:
-        """Give each waiting row its signals; `inputs[i]` is what row i of the batch was fed."""
+        """Give each waiting row its signals.
+
+        Args:
+            waiting: Rows that wait for a step.
+            inputs: Parent row and token id of each row of the batch.
+            signals: Signals of each row of the batch.
+        """
         with self._changed:
             for row in waiting:
                 row.batch_row = inputs.index((row.batch_row, row.token_id))
@@ -136,7 +147,15 @@ class ConcurrentAnswers:
 
 
 class AnswerRow(ForwardOnlySmall):
-    """The small model as one answer uses it: row `batch_row` of the batch."""
+    """The small model as one answer uses it.
+
+    Args:
+        answers: The batch's owner.
+        prompt: Rendered prompt.
+        prompt_ids: Ids of the prompt.
+        first: Signals after the prompt.
+        batch_row: Index of the answer's row in the batch.
+    """
 
     def __init__(
         self,

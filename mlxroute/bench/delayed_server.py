@@ -1,4 +1,4 @@
-"""A proxy before the large model's server that records replies and delays each of them."""
+"""A proxy for the large model's server that records its replies and delays them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def heavy_tailed(rng: random.Random) -> float:
 
 
 def lossy(rng: random.Random) -> float:
-    """Return inf, a call to be refused once with a 503, for 3 % of the calls, else 1."""
+    """Return inf, for a call that is refused once with status 503, for 3 % of the calls; else 1."""
     return math.inf if rng.random() < _LOST_SHARE else 1.0
 
 
@@ -64,12 +64,20 @@ class _RecordedReply:
 
 
 class DelayedServer:
-    """A loopback proxy for `upstream` that replies from the file `record` where it can.
+    """A loopback proxy that delays replies, and repeats recorded ones without asking the server.
 
-    A POST request takes `delay_s` in all, times a factor that `delay` draws, and `token_s` for each
-    token after the first that it asks for: before the whole reply or, in a stream, before each
-    further event. The factor depends on the request alone. Both times are 0 at first.
-    `forwarded` counts the requests that were sent to `upstream`.
+    A reply to a POST request arrives after `delay_s` times the factor that `delay` draws for the
+    request. Each further token takes `token_s` more; a stream sends each token at its own time.
+
+    Args:
+        upstream: Address of the real server.
+        record: File of recorded replies; new ones are appended.
+
+    Attributes:
+        delay_s: Mean seconds until the first token. 0 at first.
+        token_s: Seconds for each further token. 0 at first.
+        delay: Draws the factor of a delay. Always 1 at first.
+        forwarded: Number of requests that were sent to the real server.
     """
 
     def __init__(self, upstream: str, *, record: Path) -> None:
@@ -79,7 +87,7 @@ class DelayedServer:
         self._record = record
         self._lock = threading.Lock()
         self._replies: dict[str, _RecordedReply] = {}
-        # Requests that were refused and not yet repeated.
+        # Keys of requests that were refused and not yet repeated.
         self._refused: set[str] = set()
         self.delay_s = 0.0
         self.token_s = 0.0
@@ -111,9 +119,9 @@ class DelayedServer:
         self._server.server_close()
 
     def reply(self, method: str, path: str, body: bytes) -> tuple[int, list[bytes]]:
-        """Return status and body of the reply, after its delay; a stream's body event by event.
+        """Wait for the delay, then return the reply's status and body, or the events of a stream.
 
-        The caller waits `token_s` between events.
+        The caller must wait `token_s` between events.
         """
         began_s = time.monotonic()
         key = hashlib.sha256(b"\0".join([method.encode(), path.encode(), body])).hexdigest()
@@ -134,7 +142,7 @@ class DelayedServer:
         return reply.status, [event + _EVENT_END for event in events]
 
     def _refuse(self, key: str) -> bool:
-        """Return whether to refuse a lost call: True and False in turn for each request."""
+        """Return whether to refuse a lost call: alternately True and False for each request."""
         with self._lock:
             self._refused ^= {key}
             return key in self._refused

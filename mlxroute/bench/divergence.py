@@ -16,7 +16,8 @@ _NEAR_TIE_NATS: Final = 0.1
 class Divergence(Enum):
     """Why an answer differs from that of `wait`.
 
-    Server: it decided a near tie differently. Engine: anything else, an error of ours.
+    SERVER: the server decided a near tie differently. ENGINE: any other difference, which is a bug
+    of the engine.
     """
 
     NONE = auto()

@@ -1,7 +1,7 @@
-"""The speed of every mode at set call times: measured before a delayed server, and simulated.
+"""The speed of every mode at set call times: measured with a delayed server, and simulated.
 
 The simulation runs the same engine on a virtual clock, with the same answers and with the measured
-step and batch times. Alone, it covers a whole grid within minutes.
+step and batch times. Without the measurement, a whole grid takes minutes.
 """
 
 from __future__ import annotations
@@ -37,8 +37,12 @@ _TIMEOUT_S: Final = 3600.0
 class LatencyGrid:
     """The points of a run: each call time with each escalation rate.
 
-    Answers have up to `max_tokens`; `ratios` are call times in decode steps, `rates` shares of
-    escalated positions, `delay` a name of `DELAYS`. Without `measure` there is only a simulation.
+    Args:
+        max_tokens: Maximum length of an answer.
+        ratios: Call times, in decode steps.
+        rates: Shares of escalated positions.
+        delay: Distribution of the call time, a name of `DELAYS`.
+        measure: Whether to measure. If not, the report has the simulation alone. True by default.
     """
 
     max_tokens: int
@@ -49,7 +53,7 @@ class LatencyGrid:
 
 
 class _LatencyBench:
-    """The pair of models and what was measured of it before the first point."""
+    """The pair of models, with the measurements that precede the first point."""
 
     def __init__(
         self,
@@ -114,7 +118,7 @@ class _LatencyBench:
         }
 
     def measure(self, threshold: float, call_s: float) -> dict[str, SideAnswers]:
-        """Let every side answer before the delayed server, interleaved."""
+        """Let every side answer all prompts with the delayed server, interleaved."""
         self._server.delay, self._server.delay_s = DELAYS[self._grid.delay], call_s
         self._server.token_s = self._large_step_s
         sides = {name: SideAnswers() for name in SIDES}
@@ -135,7 +139,7 @@ class _LatencyBench:
 
             return answer
 
-        # In the warm-up `auto` measures both models.
+        # The first answer is a warm-up, in which `auto` measures both models.
         run_interleaved({name: answerer(name) for name in SIDES}, rounds=len(self._prompts))
         self._server.delay_s = self._server.token_s = 0.0
         for answers in sides.values():
@@ -143,7 +147,7 @@ class _LatencyBench:
         return sides
 
     def simulate(self, threshold: float, call_s: float) -> dict[str, SideAnswers]:
-        """Let every side answer on a virtual clock."""
+        """Let every side answer all prompts on a virtual clock."""
         sides = {name: SideAnswers() for name in SIDES}
         for name, answers in sides.items():
             for prompt in [self._prompts[0], *self._prompts]:
@@ -198,9 +202,17 @@ def bench_latency(
 ) -> dict[str, Any]:
     """Return the report of all sides at all points of the grid.
 
-    `large` must be a client of `server`. The simulation comes first and fills the server's record,
-    so that few requests of the measurement go to the real server. `large_step_s` is the large
-    model's time per token when one call asks for several.
+    The simulation comes first and fills the server's record, so that few requests of the
+    measurement go to the real server.
+
+    Args:
+        small: The small model.
+        large: A client of `server`.
+        server: Proxy that delays the large model's replies.
+        prompts: Conversations to answer.
+        grid: Points to measure.
+        large_step_s: Seconds per token of a call for several tokens.
+        progress: Receives the number of answers so far.
     """
     bench = _LatencyBench(small, large, server, prompts, grid, large_step_s, progress)
     points = [
@@ -226,9 +238,9 @@ def bench_latency(
 def _reference_speeds(
     wait: SideAnswers, simulated: Mapping[str, SideAnswers], call_s: float, large_step_s: float
 ) -> dict[str, Any]:
-    """Return the simulated speed of each side, and the speed if the large model wrote alone.
+    """Return the simulated speed of each side, and the speed of the large model alone.
 
-    The latter takes one call for each answer of `wait`, then `large_step_s` for each token.
+    The large model alone takes one call for each answer, then `large_step_s` for each token.
     """
     count = sum(run.tokens for run in wait.stats)
     streaming_s = len(wait.stats) * call_s + count * large_step_s

@@ -40,7 +40,7 @@ def point_figures(
 def _auto_over_best(by_side: Mapping[str, Any]) -> dict[str, float]:
     """Return the speed of `auto` over that of the fastest fixed mode, by call ceiling.
 
-    A fixed mode counts if it made no more calls than the ceiling allows, with or without it.
+    A fixed mode counts if it made no more calls than the ceiling allows, whether it had one or not.
     """
     ratios = {}
     for name, side in SIDES.items():
@@ -112,9 +112,10 @@ def side_figures(answers: SideAnswers, wait: SideAnswers | None) -> dict[str, An
 
 
 def _predict_speeds(pair: Mapping[str, Any], cost: BranchCost, call_s: float) -> dict[str, float]:
-    """Return tokens per second of each mode by the governor's formulas; none without escalations.
+    """Return tokens per second of each mode, predicted by the governor's formulas.
 
-    They start from the measured figures of the pair, the step and the call.
+    The inputs are the measured figures of the pair, the step and the call. Without an escalation
+    there is no prediction.
     """
     if not pair["escalated"]:
         return {}

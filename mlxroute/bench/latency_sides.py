@@ -1,4 +1,4 @@
-"""The settings that `bench latency` compares, and the answers that each gave."""
+"""The settings that `bench latency` compares, and the answers with each."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SIDES: Final = {
 
 @dataclass(slots=True)
 class SideAnswers:
-    """The answers of one side, and the experience that it gathered over them."""
+    """The answers of one side, and the experience gathered over them."""
 
     experience: Experience = field(default_factory=Experience)
     stats: list[RunStats] = field(default_factory=list)
@@ -53,6 +53,6 @@ class SideAnswers:
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens per second of all answers, from request to last token."""
+        """Tokens per second over all answers, from request to last token."""
         count = sum(stats.tokens for stats in self.stats)
         return count / sum(stats.total_s for stats in self.stats)

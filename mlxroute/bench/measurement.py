@@ -1,4 +1,4 @@
-"""Interleaved measurements, their summaries, and what a report says about the environment."""
+"""Interleaved measurements, their summaries, and the environment of a report."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ _Result = TypeVar("_Result")
 def run_interleaved(
     sides: Mapping[str, Callable[[int], _Result]], *, rounds: int, warm_ups: int = 1
 ) -> dict[str, list[_Result]]:
-    """Run every side once per round, each round starting with another side; return the results.
+    """Run every side once per round; return the results of each side by round.
 
-    A side is called with the round's number. The first `warm_ups` rounds have number 0 and no
-    results.
+    The side that starts rotates from round to round.
+
+    Args:
+        sides: Functions to run, by name. They take the number of the round, 0 in a warm-up.
+        rounds: Number of rounds with results.
+        warm_ups: Number of rounds before, without results. 1 by default.
     """
     names = list(sides)
     results: dict[str, list[_Result]] = {name: [] for name in names}
@@ -42,21 +46,21 @@ def spread(values: Sequence[float], *, digits: int = 4) -> dict[str, float]:
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """Return the spread of ours over theirs, pair by pair."""
+    """Return the spread of the ratios `ours / theirs`, pair by pair."""
     return spread([a / b for a, b in zip(ours, theirs, strict=True)], digits=3)
 
 
 def time_call(
     work: Callable[[], object], *, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Return how many seconds one call takes."""
+    """Return the seconds that one call of `work` takes."""
     began_s = clock()
     work()
     return clock() - began_s
 
 
 def describe_environment(command: str) -> dict[str, Any]:
-    """Return command, date, machine and versions, as a report names them."""
+    """Return command, date, machine and versions, for a report."""
     import mlx.core as mx
 
     return {

@@ -1,8 +1,8 @@
 """Upper bounds: the accuracy of routers that know the large model's answers, from labels.
 
-With the first k disagreements of an answer escalated and no other position, the answer is the
-large model's text up to the next disagreement and the small model's continuation from there. The
-labels hold that text for every k.
+An oracle escalates the first k disagreements of an answer and nothing else. The answer is then the
+large model's text up to the next disagreement, and the small model's continuation from there. The
+labels contain that text for every k.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ def compute_oracles(
 ) -> dict[str, Any]:
     """Return the accuracy of two oracle routers within each budget, and the recall of scores.
 
-    `disagreements` escalates each disagreement while the budget lasts, which carries over from
-    question to question. `critical_first` escalates only disagreements that change the outcome,
-    and questions that take the fewest of them first. `finding_the_critical` is the recall of
-    entropy and `head` for those positions along the large model's answers. Both oracles are our
-    own definitions.
+    Keys of the report:
+    - `disagreements`: an oracle that escalates each disagreement while the budget lasts; what is
+      left of a budget carries over to the next question.
+    - `critical_first`: an oracle that escalates only disagreements that change the outcome, first
+      in the questions that need the fewest.
+    - `finding_the_critical`: the share of these disagreements that entropy and `head` find.
+
+    Both oracles are this project's own definitions.
     """
     pairs = list(zip(answers, questions, strict=True))
     correct = [answer.find_correct(question) for answer, question in pairs]
@@ -51,7 +54,7 @@ def _escalate_in_order(
 ) -> dict[str, float]:
     """Return the point of a router that escalates every disagreement while the budget lasts.
 
-    `correct[i][k]` says whether answer i is right with its first k disagreements escalated.
+    `correct[i][k]` is whether answer i is right with its first k disagreements escalated.
     """
     credit, spent, right = 0.0, 0, 0
     for answer_correct, count in zip(correct, tokens, strict=True):
@@ -64,7 +67,7 @@ def _escalate_in_order(
 
 
 def _escalations_needed(outcomes: Sequence[str], correct: Sequence[bool]) -> int | None:
-    """Return how many critical disagreements must be escalated for a right answer, if any do."""
+    """Return how many critical disagreements a right answer needs; None if it stays wrong."""
     if True not in correct:
         return None
     first_right = correct.index(True)

@@ -12,7 +12,7 @@ from mlxroute.errors import UsageError
 
 
 def check_plot(path: Path) -> None:
-    """Raise UsageError if no plot can be written to `path`; called before a long measurement."""
+    """Raise UsageError if no plot can be written to `path`. Call it before a long measurement."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("a plot needs matplotlib; install mlxroute[plot]", parameter="plot")
     if not path.parent.is_dir():

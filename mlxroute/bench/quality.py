@@ -1,4 +1,4 @@
-"""The quality of answers: each model alone, and routed answers within budgets."""
+"""The accuracy of answers: by each model alone, and routed within budgets."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ LARGE: Final = QualitySide("large")
 
 @dataclass(frozen=True, slots=True)
 class QualityRow:
-    """One graded answer; `scores` are those of its positions, from which a budget carries over."""
+    """One graded answer; `scores`, of its positions, restore a budget's state after it."""
 
     question: str
     text: str
@@ -164,9 +164,9 @@ def bench_quality(  # noqa: PLR0913 - all of these are settings of one run
     """Return the report of all sides on all questions; answers in `results` are not repeated.
 
     `chats` questions are answered at a time, by all sides, in one batch. Question i belongs to chat
-    i modulo `chats`, and in a chat a budget carries over from question to question. The reported
-    seconds are those of an answer alone, without its prompt: `step_s` for each token plus the time
-    of its calls.
+    i modulo `chats`; within a chat, a budget carries over to the next question. The reported
+    seconds are computed, as if each answer were written alone: `step_s` for each token plus the
+    time of its calls, without the prompt.
     """
     bench = _QualityBench(small, replies, examples, ranks, max_tokens, step_s, results)
     rows = bench.answer_all(questions, sides, chats, progress)
@@ -231,7 +231,7 @@ class _QualityBench:
         return rows
 
     def new_router(self, side: QualitySide) -> Router:
-        """Return a side's router as it is before the first question."""
+        """Return a side's router in its state before the first question."""
         if side.router is None:
             return make_router("entropy", threshold=-math.inf if side.is_large else math.inf)
         return make_router(side.router, budget=side.budget, quantiles=self.ranks[side.router])
@@ -243,7 +243,7 @@ class _QualityBench:
         return _Task(side, question, conversation, router, key)
 
     def answer(self, tasks: Sequence[_Task]) -> list[QualityRow]:
-        """Return the answers, saved or new; afterwards the routers' states follow them."""
+        """Return the answers, saved or new, and bring the routers to their states after them."""
         jobs = [
             (task.conversation, partial(self._write_answer, task))
             for task in tasks
@@ -267,7 +267,7 @@ class _QualityBench:
         """Return the name of an answer: a hash of all that it depends on."""
         models = [self.small.name, self.replies.model_name]
         ranks = self.ranks[side.router] if side.router else ()
-        # One model alone answers the same in every state of its router.
+        # The answer of one model alone does not depend on its router's state.
         state = _budget_text(router) if side.router else ""
         parts = [*models, side.router, side.is_large, self.max_tokens, ranks, conversation, state]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -27,7 +27,7 @@ _EOS = "<|im_end|>"
 
 
 def write_random_model(path: Path) -> Path:
-    """Write a model that `mlx_lm` loads: 4.2 million random weights, a tokenizer of single bytes.
+    """Write a model for `mlx_lm`: 4.2 million random weights and a tokenizer of single bytes.
 
     Returns `path`.
     """

@@ -53,10 +53,16 @@ def bench_speed(
     max_tokens: int,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Return a report on `pairs` answers of each side, and on step times.
+    """Return a report on answers by both sides, and on the time of a step and of the kernel.
 
-    Steps are timed by context length, the kernel by vocabulary size; the README explains the
-    fields.
+    Steps are timed by context length, the kernel by vocabulary size.
+
+    Args:
+        small: The small model, which both sides use.
+        prompts: Texts to answer.
+        pairs: Number of answers by each side.
+        max_tokens: Maximum length of an answer.
+        progress: Receives the number of answers so far.
     """
     runs = _run_pairs(small, prompts, pairs, max_tokens, progress)
     ours, theirs = runs["mlxroute"], runs["mlx_lm"]
@@ -143,7 +149,7 @@ def _run_mlx_lm(small: SmallModel, prompt: str, max_tokens: int) -> SpeedRun:
 
 
 def _time_tokens(token_ids: Iterator[int], began_s: float) -> SpeedRun:
-    """Consume an answer that began at `began_s` of the clock, timing its tokens."""
+    """Return the timed tokens of an answer that began at `began_s` of the clock."""
     timed_ids = [(token_id, time.perf_counter() - began_s) for token_id in token_ids]
     ids, times_s = zip(*timed_ids, strict=True)
     return SpeedRun(ids, times_s, mx.get_peak_memory())
@@ -206,7 +212,7 @@ def _vocabulary_size(small: SmallModel) -> int:
 
 
 def _kernel_seconds(size: int) -> float:
-    """Return the median time of kernel, transfer, signals and router for logits of this size."""
+    """Return the median seconds of kernel, transfer, signals and router for logits of this size."""
     logits = mx.random.normal((1, size), key=mx.random.key(0)) * 3
     mx.eval(logits)
     form = kernel_form("auto")
@@ -220,7 +226,7 @@ def _kernel_seconds(size: int) -> float:
 
 
 def _head_seconds(head: MlpHead) -> float:
-    """Return the median time of a learned head for one position, with nothing else running."""
+    """Return the median seconds of a learned head for one position, with nothing else running."""
     values = head.layers[0][0].shape[1] - SIGNAL_COUNT
     hidden = mx.random.normal((1, values), key=mx.random.key(0))
     packed = mx.random.uniform(1.0, 2.0, (1, HEADER_SIZE + 2 * TOP_K), key=mx.random.key(1))
@@ -229,6 +235,6 @@ def _head_seconds(head: MlpHead) -> float:
 
 
 def _median_seconds(work: Callable[[], None]) -> float:
-    """Return the median time of 21 calls after a warm-up."""
+    """Return the median seconds of 21 calls after a warm-up."""
     work()
     return percentile([time_call(work) for _ in range(21)], 0.5)

@@ -1,4 +1,4 @@
-"""Both models on a virtual clock: the time that a schedule takes, without waiting for it.
+"""Both models on a virtual clock, to find out how long an answer takes without waiting for it.
 
 The engine and all tokens are real: the small model computes each position once and the large model
 answers each call once. Only the times of a step, a batch and a call are set.
@@ -47,10 +47,12 @@ class VirtualClock:
 class OutputCache:
     """The outputs of both models so far, so that each is computed once.
 
-    `signals` and `batch_signals` are by all token ids before the position, the latter from rows of
-    a batch, which round differently. `outcomes` are those of calls, by context and prefetch.
-    `large_tokens` are the large model's first answers to each context: a server that computes a
-    near tie in two ways would otherwise give two.
+    Args:
+        signals: Signals of the small model, by all token ids before the position.
+        batch_signals: The same from a row of a batch, which rounds differently.
+        outcomes: Outcomes of calls, by context and prefetch.
+        large_tokens: The large model's first answer to each context. A server may decide a near tie
+            differently the next time.
     """
 
     signals: dict[tuple[int, ...], Signals] = field(default_factory=dict)
@@ -63,7 +65,7 @@ class OutputCache:
     ) -> tuple[LargeToken, ...]:
         """Return the tokens after `ids`, each replaced by the first answer to its context.
 
-        Ends with the first token that this changes: those after it do not follow.
+        The tokens after the first replaced one are dropped, because they do not follow it.
         """
         consistent: list[LargeToken] = []
         for token in tokens:
@@ -172,7 +174,7 @@ class VirtualSmall:
 
 
 class _VirtualCall:
-    """A call whose outcome arrives at set times: one per token, or one for all."""
+    """A call whose outcome arrives at set times, one for each token or one for all."""
 
     def __init__(self, outcome: _Outcome, *, times_s: Sequence[float], clock: VirtualClock) -> None:
         self._outcome = outcome
@@ -182,7 +184,7 @@ class _VirtualCall:
 
     @property
     def next_change_s(self) -> float:
-        """When its next token arrives; inf if none will."""
+        """Time at which the next token arrives; inf if none will."""
         last_s = min(self._cancelled_s, self._times_s[-1])
         later = (time_s for time_s in self._times_s if self._clock.now_s < time_s <= last_s)
         return next(later, math.inf)
@@ -208,10 +210,16 @@ class _VirtualCall:
 
 
 class VirtualLarge:
-    """The large model, whose calls take `call_s` times a factor that `delay` draws per context.
+    """The large model on the virtual clock.
 
-    Each token after the first takes `token_s` more; if `streams`, each arrives at its own time,
-    else all arrive with the last.
+    Args:
+        large: The real large model.
+        outputs: Outputs so far.
+        clock: The virtual clock.
+        call_s: Mean seconds until the first token of a call.
+        token_s: Seconds for each further token.
+        streams: Whether each token arrives at its own time. If not, all arrive with the last.
+        delay: Draws the factor of `call_s` for a context.
     """
 
     def __init__(
@@ -251,7 +259,7 @@ class VirtualLarge:
                 outcome = self._outputs.make_consistent(key[0], outcome)
             self._outputs.outcomes[key] = outcome
         factor = self._delay(random.Random(str(key)))
-        # A lost call is repeated at once.
+        # A lost call is repeated at once, so it takes the mean time.
         first_s = self._call_s * (factor if math.isfinite(factor) else 1.0)
         timed_outcome, latencies_s = self._add_latencies(self._outputs.outcomes[key], first_s)
         times_s = [self._clock.now_s + latency_s for latency_s in latencies_s]
@@ -265,7 +273,7 @@ class VirtualLarge:
             self._clock.now_s = min(ends_s, *(call.next_change_s for call in self._calls))
 
     def _add_latencies(self, outcome: _Outcome, first_s: float) -> tuple[_Outcome, list[float]]:
-        """Return a call's outcome with latencies in its tokens, and when parts of it arrive."""
+        """Return a call's outcome with the latencies of its tokens, and when its parts arrive."""
         if isinstance(outcome, LargeError):
             return outcome, [first_s]
         latencies_s = [first_s + number * self._token_s for number in range(len(outcome))]

@@ -16,7 +16,7 @@ from mlxroute.catalog import shipped_dir
 from mlxroute.errors import CatalogError
 from mlxroute.statistics import interpolated_quantile
 
-# A budget soon adapts to the model's own scores, so any model's will do at first.
+# A budget soon adapts to the scores it sees, so it may start from those of another model.
 _FALLBACK_MODEL: Final = "qwen2.5-coder-0.5b"
 _MIN_QUANTILES: Final = 2
 

@@ -1,4 +1,4 @@
-"""The command line: one file per command in `commands`, what they share beside it."""
+"""The command line: one file per command in `commands`, shared code beside it."""
 
 from mlxroute.cli.app import main
 

@@ -1,6 +1,6 @@
 """The command line: registers the commands, and turns errors into one line and an exit code.
 
-Text goes to stdout, everything else to stderr. Commands import what is heavy when they run.
+Text goes to stdout, everything else to stderr. Commands import heavy modules when they run.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _make_streams_safe() -> None:
-    """Keep a standard stream that is closed, or is not UTF-8, from ending an answer."""
+    """Make standard streams usable that are closed or cannot encode a character."""
     if sys.stdin is None:
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
     if sys.stdout is None:

@@ -1,4 +1,4 @@
-"""What the commands of `bench` share: the project's own prompts, and the end of a report."""
+"""Built-in prompts, and the output of reports, for the `bench` commands."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mlxroute.cli.exit_codes import EXIT_OK
 from mlxroute.cli.folders import RESULTS, find_bench_file
 
 
-def read_own_prompts() -> list[str]:
-    """Return the prompts of `bench/prompts/varied.jsonl`."""
+def read_builtin_prompts() -> list[str]:
+    """Return the built-in prompts, those of `bench/prompts/varied.jsonl`."""
     from mlxroute.questions.question_files import read_questions
 
     file = find_bench_file("prompts", "varied.jsonl")

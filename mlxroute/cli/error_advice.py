@@ -5,7 +5,7 @@ from __future__ import annotations
 from mlxroute.config.settings import declared_settings
 from mlxroute.errors import ContextTooLong, MlxRouteError
 
-# Parameters of the library that are no settings, or whose settings have other names.
+# Parameters of the library that are not settings, or whose settings have other names.
 _OTHER_FLAGS = {
     "timeout_s": "--timeout",
     "model": "--large-model",

@@ -1,4 +1,4 @@
-"""Options that several commands share and that are no settings."""
+"""Options that several commands share and that are not settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Examples = Annotated[
     typer.Option(help="Questions with a `cot`, used as worked examples.", metavar="FILE"),
 ]
 Shots = Annotated[int, typer.Option(help="Number of worked examples.", min=0)]
-AtOnce = Annotated[int, typer.Option(help="Most calls in flight at a time.", min=1)]
+AtOnce = Annotated[int, typer.Option(help="Maximum number of calls in flight.", min=1)]
 Plot = Annotated[
     Path | None, typer.Option(help="Also draw a plot; needs mlxroute[plot].", metavar="PNG")
 ]

@@ -35,8 +35,8 @@ def find_bench_file(folder: str, name: str) -> Path:
     raise UsageError(f"bench/{folder}/{name} is not installed; run this in the repository")
 
 
-def record_file(settings: Settings, kind: str, small: str, large: str) -> Path:
-    """Return the file for records of a kind about two models, and create its folder."""
+def record_path(settings: Settings, kind: str, small: str, large: str) -> Path:
+    """Return the path of the file that keeps a kind of records of a pair; create its folder."""
     folder = cache_dir_of(settings) / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{kind}-{_file_name(small)}-{_file_name(large)}.jsonl"

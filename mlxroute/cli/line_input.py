@@ -22,15 +22,20 @@ from mlxroute.types import Notify
 
 
 class Reader(Protocol):
-    """A source of messages; an `interactive` one can offer a message for editing."""
+    """A source of messages; an `interactive` one can show a text for editing."""
 
     @property
     def interactive(self) -> bool: ...
 
-    def read(self, *, offered: str) -> str:
+    def read(self, *, initial_text: str) -> str:
         """Return the next message, "" if the user cancelled it.
 
-        Raises EOFError at the end, KeyboardInterrupt on Ctrl-C.
+        Args:
+            initial_text: Text to edit, if the reader is interactive.
+
+        Raises:
+            EOFError: There are no more messages.
+            KeyboardInterrupt: The user pressed Ctrl-C.
         """
         ...
 
@@ -43,7 +48,7 @@ class LineReader:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
-    def read(self, *, offered: str) -> str:
+    def read(self, *, initial_text: str) -> str:
         """Return the next line. Raises EOFError at the end, UsageError if it is not text."""
         try:
             line = self._stream.readline()
@@ -57,8 +62,12 @@ class LineReader:
 class LineEditor:
     """A line editor: Enter sends, Alt-Enter starts a new line, pasted text keeps its lines.
 
-    What was typed before, also in earlier chats, is in the file `history_path`; if that cannot be
-    written, `notify` is called.
+    Args:
+        completer: Completes commands and their values on Tab.
+        history_path: File that keeps the messages of all chats.
+        notify: Receives a warning if that file cannot be written.
+        input: Terminal input. None (default) for stdin.
+        output: Terminal output. None (default) for the terminal, even with stdout in a pipe.
     """
 
     interactive = True
@@ -87,13 +96,13 @@ class LineEditor:
             output=output or create_output(always_prefer_tty=True),
         )
 
-    def read(self, *, offered: str) -> str:
+    def read(self, *, initial_text: str) -> str:
         """Return the next message; Ctrl-C cancels one.
 
         Raises EOFError on Ctrl-D, KeyboardInterrupt on Ctrl-C at an empty prompt.
         """
         try:
-            return _encodable(self._session.prompt(default=offered))
+            return _encodable(self._session.prompt(default=initial_text))
         except KeyboardInterrupt:
             if self._session.default_buffer.text:
                 return ""
@@ -103,7 +112,8 @@ class LineEditor:
 class CommandCompleter(Completer):
     """A completer of a chat's commands and their values.
 
-    `values` maps a command to a function that returns its possible values, or to None for a path.
+    Args:
+        values: For each command, a function that returns its possible values; None for a path.
     """
 
     def __init__(self, values: Mapping[str, Callable[[], Sequence[str]] | None]) -> None:

@@ -60,7 +60,7 @@ def demo_pairs(catalog: Catalog, *, available: int, dense: bool) -> list[Pair]:
 
 
 def default_host_model(catalog: Catalog, *, available: int, dense: bool) -> Model:
-    """Return the model that `host` serves by default: the largest that fits and is quick to get.
+    """Return the model that `host` serves by default: the largest that fits and downloads quickly.
 
     Raises NotEnoughSpace if none fits.
     """

@@ -22,7 +22,7 @@ _RECENT_LINES = 5
 
 
 class _CountLines:
-    """Lines about a long count for an output that is not a terminal, one a minute."""
+    """Progress of a long run on an output that is not a terminal: one line a minute."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

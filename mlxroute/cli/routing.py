@@ -1,4 +1,4 @@
-"""Which positions are escalated: the router of the settings, and changes to it in a chat."""
+"""The router of the settings, and changes to its threshold or budget in a chat."""
 
 from __future__ import annotations
 
@@ -72,10 +72,11 @@ class RoutingRule:
         self._replace_router(budget=budget)
 
     def describe(self) -> str:
-        """Return when the large model is asked, in words."""
+        """Return in words which tokens the large model is asked for."""
         if self.budget is not None:
-            return f"for {100 * self.budget:g}% of the tokens, by {self.name}"
-        return f"above {self.threshold:g} {self.unit}"
+            return f"for at most {100 * self.budget:g}% of the tokens, by {self.name}"
+        unit = f" {self.unit}" if self.name == DEFAULT_ROUTER else ""
+        return f"where {self.name} is above {self.threshold:g}{unit}"
 
     def describe_budget(self) -> str | None:
         """Return the budget in words; None if a threshold is set instead."""
@@ -92,7 +93,7 @@ class RoutingRule:
 def choose_router_name(settings: Settings, pair: Pair | None) -> str:
     """Return the router of the settings, else that of the catalogue for the pair.
 
-    Each router has thresholds of its own: one given without a router is one of entropy.
+    A threshold without a router is one of entropy, because each router has its own scale.
     """
     if settings.router is not None:
         return settings.router

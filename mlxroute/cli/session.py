@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from mlxroute.cli.error_advice import error_message
-from mlxroute.cli.large_side import make_large, open_ledger
+from mlxroute.cli.large_setup import make_large, open_ledger
 from mlxroute.cli.routing import (
     DEFAULT_ROUTER,
     RoutingRule,
@@ -17,7 +17,7 @@ from mlxroute.cli.routing import (
     choose_router_name,
     find_ranks,
 )
-from mlxroute.cli.small_side import load_small
+from mlxroute.cli.small_setup import load_small
 from mlxroute.cli.terminal import WARNING_STYLE, print_note
 from mlxroute.config import Settings, read_never_send, read_prices, user_catalog_dir
 from mlxroute.conversation import Conversation
@@ -127,7 +127,7 @@ class Session:
         return new
 
     def describe(self) -> str:
-        """Return one line: the models, and when the large one is asked."""
+        """Return one line about the models and which tokens the large one is asked for."""
         if self.large is None:
             return f"{self.small.name} alone"
         return (
@@ -188,7 +188,7 @@ def make_session(
     never_send: tuple[re.Pattern[str], ...],
     prices: Prices | None = None,
 ) -> Session:
-    """Return a session of loaded models that routes as the settings or the catalogue's pair say."""
+    """Return a session of loaded models with the router of the settings or of the pair."""
     name = choose_router_name(settings, pair)
     ranks = find_ranks(small, name, settings.head)
     router = choose_router(name, settings, pair, ranks)

@@ -25,10 +25,13 @@ def load_all_settings(flags: Mapping[str, Any]) -> Settings:
 def with_setting_options(
     run: Callable[..., int], command: str, *, load: LoadSettings = load_all_settings
 ) -> Callable[..., None]:
-    """Return `run` as typer takes it: with an option for each setting of the command.
+    """Return `run` as a function for typer, with an option for each setting of the command.
 
-    `run` takes the merged settings as `settings` beside its own parameters, and returns the exit
-    code. `command` is the name that the declarations use, as `bench speed`.
+    Args:
+        run: Takes the merged settings as `settings` beside its own parameters; returns the exit
+            code.
+        command: Name of the command in the declarations, such as `bench speed`.
+        load: Makes the settings from the flags. Merges all sources by default.
     """
     options = {
         name: _option(setting)
@@ -60,7 +63,7 @@ def replace_undecodable(value: Any) -> Any:
 
 
 def parse_budget(text: str) -> float:
-    """Parse a share for typer, which shows the error as one of the option."""
+    """Parse a share; raise the error that typer shows with the name of the option."""
     try:
         return parse_share(text)
     except ConfigError as exc:
@@ -72,7 +75,7 @@ def _keyword_only(parameters: list[inspect.Parameter]) -> list[inspect.Parameter
 
 
 def _option(setting: Setting) -> inspect.Parameter:
-    """Return the parameter that typer makes an option of; its default None means not given."""
+    """Return the parameter from which typer makes the option; its default None means not set."""
     annotation: Any = setting.choices or setting.kind
     if setting.kind is tuple:
         annotation = list[str]

@@ -36,8 +36,11 @@ def make_table(
 ) -> Table:
     """Return a table without borders.
 
-    With `fold`, words that are too long for a column are broken; without `wrap`, each row is one
-    line.
+    Args:
+        columns: Headings of the columns.
+        title: Title of the table. None (default) for none.
+        fold: Whether to break words that are too long for a column. If not, they are cut off.
+        wrap: Whether a row may take several lines.
     """
     from rich.table import Table
 
@@ -78,7 +81,7 @@ def _show_live(
 
 
 def write_plain(answer: AnswerStream, *, stream: TextIO, err: Console) -> int:
-    """Write committed text as it is decoded and a summary line to stderr.
+    """Write committed text to `stream` as it is decoded, then a summary line to stderr.
 
     Returns 130 after Ctrl-C, else 0.
     """
@@ -99,7 +102,7 @@ def write_plain(answer: AnswerStream, *, stream: TextIO, err: Console) -> int:
 def discard_stdout() -> int:
     """Redirect stdout to the null device after a BrokenPipeError; return 0.
 
-    The reader of a pipe may leave before the end. Without this the flush at exit fails too.
+    The reader of a pipe may close it early. Without this, the flush at exit fails too.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_OK

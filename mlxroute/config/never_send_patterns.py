@@ -15,7 +15,10 @@ def read_never_send(settings: Settings) -> tuple[re.Pattern[str], ...]:
     A file has one pattern per line; blank lines and lines that begin with `#` are ignored. Raises
     ConfigError with the pattern, or with the file and line of one that is read from a file.
     """
-    patterns = [_compile(text, where=f"never_send {text!r}") for text in settings.never_send]
+    patterns = [
+        _compile(text, where=f"never_send {text!r}", parameter="never_send")
+        for text in settings.never_send
+    ]
     for name in settings.never_send_file:
         patterns += _read_file(Path(name).expanduser())
     return tuple(patterns)
@@ -30,15 +33,20 @@ def _read_file(path: Path) -> list[re.Pattern[str]]:
         raise ConfigError(f"the never-send file {path} cannot be read: {reason}") from exc
     return [
         # The error names the line only: the file's contents may be private.
-        _compile(line.strip(), where=f"line {number} of the never-send file {path}")
+        _compile(
+            line.strip(),
+            where=f"line {number} of the never-send file {path}",
+            parameter="never_send_file",
+        )
         for number, line in enumerate(lines, start=1)
         if line.strip() and not line.lstrip().startswith("#")
     ]
 
 
-def _compile(text: str, *, where: str) -> re.Pattern[str]:
+def _compile(text: str, *, where: str, parameter: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except (re.error, RecursionError, OverflowError) as exc:
-        error = ConfigError(f"{where} is not a regular expression: {exc}", parameter="never_send")
-        raise error from exc
+        raise ConfigError(
+            f"{where} is not a regular expression: {exc}", parameter=parameter
+        ) from exc

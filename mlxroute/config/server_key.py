@@ -31,8 +31,8 @@ class Secret:
 def read_key(settings: Settings, environ: Mapping[str, str]) -> Secret | None:
     """Return the server's key, None if there is none.
 
-    A variable named by `key_env` comes first, then the key file, then OPENAI_API_KEY: what the
-    user chose overrides a variable that merely happens to be set. Raises ConfigError if the named
+    A variable named by `key_env` comes first, then the key file, then OPENAI_API_KEY, which may be
+    set for another program. Raises ConfigError if the named
     variable is not set, or the key file cannot be read or is readable by other users.
     """
     is_variable_chosen = settings.key_env != DEFAULT_KEY_ENV

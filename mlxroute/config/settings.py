@@ -21,6 +21,7 @@ from mlxroute.types import Mode
 DEFAULT_KEY_ENV = "OPENAI_API_KEY"
 _VARIABLE_PREFIX = "MLXROUTE_"
 
+# Groups of commands that take the same flags.
 _ANSWERS = ("chat", "ask")
 _OWN_SMALL = (*_ANSWERS, "calibrate", "bench speed")
 _ALL_SMALL = (*_OWN_SMALL, "train", "bench latency", "bench quality")
@@ -35,7 +36,7 @@ _Value = TypeVar("_Value")
 
 
 class RouterName(StrEnum):
-    """Routers that the command line knows."""
+    """Names of the scores that `--router` takes."""
 
     ENTROPY = "entropy"
     MARGIN = "margin"
@@ -66,12 +67,18 @@ def _setting(
 ) -> _Value:
     """Declare a setting.
 
-    `text` is its help; `commands` are those that take its flag, none for a setting of the config
-    file and environment only; `variable` is a second environment variable, read after its own;
-    `choices` are the values that its flag takes; a `share` may be written as `7%` or `0.07`; an
-    `unbounded` number may be inf or -inf.
+    Args:
+        default: Its value where no source sets it.
+        text: Its help.
+        metavar: Placeholder for its value in the help. None (default) for typer's own.
+        commands: Commands that take its flag. Empty (default) for a setting of the config file and
+            the environment only.
+        variable: A second environment variable, read if its own is not set. None by default.
+        choices: Values that it accepts. None (default) for any of its type.
+        share: Whether it is a share, which may be written as `7%` or `0.07`.
+        unbounded: Whether it is a number that may be inf or -inf.
     """
-    about = {
+    metadata = {
         "help": text,
         "metavar": metavar,
         "commands": tuple(commands),
@@ -80,7 +87,7 @@ def _setting(
         "is_share": share,
         "is_unbounded": unbounded,
     }
-    return field(default=default, metadata=about)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +121,7 @@ class Settings:
     )
     router: str | None = _setting(
         None,
-        "Score that decides which tokens the large model is asked for.",
+        "Score that decides which tokens the large model is asked for. Default: the pair's own.",
         commands=_ANSWERS,
         choices=RouterName,
     )
@@ -153,7 +160,7 @@ class Settings:
     )
     call_ceiling: float | None = _setting(
         None,
-        "Most calls per escalated token. Default: no limit, or 1.5 if prices are set.",
+        "Limit on calls per escalated token. Default: none, or 1.5 if prices are set.",
         metavar="X",
         commands=_ANSWERS,
     )
@@ -185,7 +192,7 @@ class Settings:
     system: str | None = _setting(None, "System prompt.", metavar="TEXT", commands=_ANSWERS)
     timeout: float = _setting(
         30.0,
-        "Seconds that one call, and all failures of one answer together, may take.",
+        "Limit in seconds for one call, and for all failures in one answer together.",
         metavar="S",
         commands=(*_OWN_SERVER, "bench quality"),
     )
@@ -212,13 +219,13 @@ class Settings:
     )
     ledger: str | None = _setting(
         None,
-        "Write every request body that is sent to this file.",
+        "Append every request body to this file before it is sent.",
         metavar="FILE",
         commands=_OWN_SERVER,
     )
     never_send: tuple[str, ...] = _setting(
         (),
-        "Never escalate once the context matches this regular expression; repeatable.",
+        "Never ask the large model once the context matches this regular expression; repeatable.",
         metavar="PATTERN",
         commands=_ANSWERS,
     )
@@ -242,10 +249,19 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A declared setting, as flags, sources and documentation read it.
+    """A declared setting, from which flags, environment variables and documentation are made.
 
-    `kind` is bool, int, float, str, or tuple for a list of texts. `variables` are the environment
-    variables to read, the first that is present counts.
+    Args:
+        name: Name of the field of `Settings`, and its key in the config file.
+        kind: bool, int, float, str, or tuple for a list of texts.
+        default: Value where no source sets it.
+        help: Help text of its flag.
+        metavar: Placeholder for its value in the help; None for typer's own.
+        commands: Commands that take its flag.
+        variables: Environment variables to read; the first that is present counts.
+        choices: Values that it accepts; None for any of its type.
+        is_share: Whether it may be written as `7%` or `0.07`.
+        is_unbounded: Whether it may be inf or -inf.
     """
 
     name: str
@@ -271,14 +287,14 @@ def declared_settings() -> dict[str, Setting]:
     annotations = get_type_hints(Settings)
     settings = {}
     for item in fields(Settings):
-        about = dict(item.metadata)
-        own, second = f"{_VARIABLE_PREFIX}{item.name.upper()}", about.pop("second_variable")
+        metadata = dict(item.metadata)
+        own, second = f"{_VARIABLE_PREFIX}{item.name.upper()}", metadata.pop("second_variable")
         settings[item.name] = Setting(
             name=item.name,
             kind=_kind(annotations[item.name]),
             default=item.default,
             variables=(own, second) if second else (own,),
-            **about,
+            **metadata,
         )
     return settings
 

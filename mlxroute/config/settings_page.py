@@ -9,8 +9,8 @@ _HEAD = """\
 
 A flag overrides an environment variable, which overrides the config file (`config.toml` in the
 platform's config folder, or the file named by `MLXROUTE_CONFIG`). In the config file a setting has
-the name in the first column. `threshold` and `budget` replace each other; `never_send` and
-`never_send_file` add up over all three sources.
+the name in the first column. A `threshold` replaces the `budget` of an earlier source, and a
+`budget` the `threshold`. The values of `never_send` and `never_send_file` from all sources add up.
 
 | setting | type | default | flag of | environment | meaning |
 |---|---|---|---|---|---|

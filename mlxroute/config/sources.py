@@ -1,4 +1,4 @@
-"""Where settings come from: the config file, environment variables and flags."""
+"""Loading of settings from the config file, environment variables and flags."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlxroute.errors import ConfigError
 
 # A pattern in the config file must stay in force when a flag adds another one.
 _ADDITIVE = ("never_send", "never_send_file")
-# Alternatives: the source that comes later replaces the other one.
+# A threshold replaces the budget of an earlier source, and a budget the threshold.
 _EXCLUSIVE = ("threshold", "budget")
 _BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 _TOML_TYPES: dict[type, tuple[type, ...]] = {

@@ -1,4 +1,4 @@
-"""Launches a large model on this machine: `mlx_lm.server` as a child process on loopback."""
+"""Launch of a large model on this machine: `mlx_lm.server` as a child process on loopback."""
 
 from __future__ import annotations
 
@@ -25,15 +25,22 @@ from mlxroute.types import Progress, no_progress
 
 _POLL_S: Final = 0.1
 _STOP_GRACE_S: Final = 5.0
-# How long after a broken connection the child's death may become visible.
-_DEATH_WAIT_S: Final = 1.0
+# How long after a broken connection the end of the child may become visible.
+_EXIT_WAIT_S: Final = 1.0
 _LOADING: Final = "loading the large model"
 _LOG_TAIL_BYTES: Final = 16384
 _FIRST_REQUEST: Final = b'{"prompt": "1, 2, 3,", "max_tokens": 1, "temperature": 0}'
 
 
 class LocalServer(Closeable):
-    """A running `mlx_lm.server`; it ends at `close`, or with this process."""
+    """A running `mlx_lm.server`, which ends at `close` or with this process.
+
+    Args:
+        process: The child process.
+        port: Port that it listens on.
+        log_path: File with its output.
+        model_bytes: Memory that the loaded model takes.
+    """
 
     def __init__(
         self, process: subprocess.Popen[bytes], *, port: int, log_path: Path, model_bytes: int
@@ -49,8 +56,16 @@ class LocalServer(Closeable):
     ) -> LocalServer:
         """Start the child and return at once; call `wait_until_ready` before use.
 
-        Without `port` the system picks a free one. Raises NotEnoughSpace, WeightsError, or
-        LaunchError if the port or the log file cannot be used.
+        Args:
+            model_path: Directory of the model to serve.
+            cache_dir: Cache folder, which contains the faster BLAS.
+            log_path: File for the child's output, which is overwritten.
+            port: Port to listen on. None (default) for a free one.
+
+        Raises:
+            NotEnoughSpace: The model does not fit in free memory.
+            WeightsError: The model's files cannot be read.
+            LaunchError: The port or the log file cannot be used.
         """
         check_memory(model_path, role="large")
         with _listen(port) as listener:
@@ -75,27 +90,32 @@ class LocalServer(Closeable):
     def wait_until_ready(
         self, *, timeout_s: float = 180.0, progress: Progress = no_progress
     ) -> None:
-        """Return once the server has generated a token. Raises LaunchError if it does not.
+        """Return once the server has generated a token.
 
-        `progress` counts the bytes of the model in memory.
+        Args:
+            timeout_s: Seconds to wait. 180 by default.
+            progress: Receives the bytes of the model in memory.
+
+        Raises:
+            LaunchError: The server ends, or generates no token in time.
         """
         # The port answers long before the model is loaded, so only a token proves it ready.
         deadline, total = Deadline(timeout_s), self._model_bytes
         transport = Transport(parse_address(self.url))
         try:
-            first = transport.begin(
+            exchange = transport.begin(
                 f"{self.url}/completions", body=_FIRST_REQUEST, deadline=deadline
             )
-            while first.is_alive():
+            while exchange.is_alive():
                 self._check_starting(deadline)
                 progress(_LOADING, min(self._resident_bytes(), total), total)
-                first.join(_POLL_S)
-            if first.result().status != 200:
+                exchange.join(_POLL_S)
+            if exchange.result().status != 200:
                 raise self._failure("it cannot generate")
         except LargeError as exc:
-            # The connection breaks a moment before the death that broke it is visible.
+            # The connection breaks a moment before the end of the child becomes visible.
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_DEATH_WAIT_S)
+                self._process.wait(_EXIT_WAIT_S)
             self._check_starting(deadline)
             raise self._failure(str(exc)) from exc
         finally:
@@ -119,7 +139,7 @@ class LocalServer(Closeable):
             self._process.stdin.close()
 
     def _check_starting(self, deadline: Deadline) -> None:
-        """Raise LaunchError if the child has ended or its time is up."""
+        """Raise LaunchError if the child has ended or the deadline is over."""
         code = self._process.poll()
         if code is not None:
             raise self._failure(f"it ended while starting ({_exit_reason(code)})")

@@ -41,7 +41,7 @@ def _serve(model: Path, *, listener: socket.socket) -> None:
     from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
 
     class PromptCache(LRUPromptCache):  # type: ignore[misc]
-        """Leaves one token of a prompt to compute: without any, the generation thread dies."""
+        """Leaves a token of a prompt uncached: without any, the generation thread ends."""
 
         def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
             cache, rest = super().fetch_nearest_cache(model, tokens)

@@ -16,7 +16,7 @@ _COMMAS_BEFORE_NUMBER = re.compile(r"^([-+]?),+(?=[\d.])")
 def is_number(text: str) -> bool:
     """Return whether the whole text is a number.
 
-    Commas are judged differently from `NUMBER`: none may end the number, but some may begin it.
+    Unlike `NUMBER`, this rejects a comma at the end and accepts commas at the start.
     """
     text = _COMMAS_BEFORE_NUMBER.sub(r"\1", text.strip())
     return NUMBER.fullmatch(text) is not None and not text.endswith(",")

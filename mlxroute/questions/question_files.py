@@ -51,7 +51,7 @@ class Question:
         answer: The correct answer, for CHOICE its label. None (default) if it is not known.
         choices: (label, text) pairs of a CHOICE question. Empty by default.
         worked_answer: A complete answer, with its reasoning. None (default) if there is none.
-        instruction: Asks for an answer in a form that can be parsed. Empty by default.
+        instruction: Text that asks for an answer in a form that can be parsed. Empty by default.
     """
 
     name: str
@@ -92,7 +92,7 @@ def read_questions(path: Path) -> list[Question]:
 def sample_questions(questions: Sequence[Question], count: int) -> list[Question]:
     """Return a random sample of at most `count` questions.
 
-    The order is shuffled with a fixed seed, so a smaller sample is the start of a larger one.
+    The shuffle has a fixed seed, so a smaller sample is the start of a larger one.
     """
     return random.Random(0).sample(questions, len(questions))[:count]
 

@@ -12,7 +12,12 @@ from mlxroute.types import Message
 
 
 class ChatTokenizer:
-    """Renders conversations for a model and encodes them; wraps `mlx_lm`'s TokenizerWrapper."""
+    """Renders conversations for a model and encodes them; wraps `mlx_lm`'s TokenizerWrapper.
+
+    Args:
+        tokenizer: The TokenizerWrapper.
+        name: The model's name, for error messages.
+    """
 
     def __init__(self, tokenizer: Any, *, name: str) -> None:
         self._tokenizer = tokenizer
@@ -57,7 +62,7 @@ class ChatTokenizer:
         return text
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Return the ids of a rendered prompt, its special tokens parsed and a BOS at its start."""
+        """Return the ids of a rendered prompt, with its special tokens parsed and its BOS added."""
         bos = self.vocabulary.bos_text
         ids: list[int] = self._tokenizer.encode(
             text, add_special_tokens=bool(bos) and not text.startswith(bos)

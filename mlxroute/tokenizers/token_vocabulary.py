@@ -11,10 +11,13 @@ _ANCHOR: Final = "\n"
 
 
 class TokenVocabulary:
-    """The vocabulary of a loaded tokenizer; implements `mlxroute.types.Vocabulary`."""
+    """The vocabulary of a loaded tokenizer; implements `mlxroute.types.Vocabulary`.
+
+    Args:
+        tokenizer: `mlx_lm`'s TokenizerWrapper around a fast tokenizer.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
-        """`tokenizer` is `mlx_lm`'s TokenizerWrapper around a fast tokenizer."""
         self._tokenizer = tokenizer
         self._size = len(tokenizer)
         self._byte_level = _is_byte_level(tokenizer)
@@ -58,7 +61,7 @@ class TokenVocabulary:
         ids, data = self._without_prefix(text), text.encode()
         if b"".join(map(self.token_bytes, ids)) == data:
             return ids
-        # Normalisation changed a character: halve the text, so that only it is spelled in bytes.
+        # Normalisation changed a character: halve the text until only that one is encoded as bytes.
         if len(text) > 1:
             middle = len(text) // 2
             return self.encode(text[:middle]) + self.encode(text[middle:])

@@ -77,8 +77,9 @@ class AnswerStream(Protocol):
 class _LiveArea:
     """The part of the screen that is redrawn: unfinished rows and the status line.
 
-    `unfinished` is committed text of less than a row; `provisional` is the text of provisional
-    tokens by index.
+    Attributes:
+        unfinished: Committed text of less than a row.
+        provisional: Text of the provisional tokens, by index.
     """
 
     def __init__(

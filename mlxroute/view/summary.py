@@ -96,11 +96,18 @@ def status_line(
     chat: Uploads | None,
     width: int,
 ) -> str:
-    """Return the figures so far and what the engine is doing, in at most `width` cells.
+    """Return the figures so far and what the engine is doing.
 
-    `activity_s` is the time since the activity began, `prefill` the processed and the total prompt
-    tokens, `routed` whether positions can be escalated, `chat` the uploads of the whole chat, None
-    outside one. Figures do not move when the activity changes.
+    Figures keep their place when the activity changes.
+
+    Args:
+        stats: The figures.
+        activity: What the engine is doing.
+        activity_s: Seconds since the activity began.
+        prefill: Number of processed prompt tokens, and of all prompt tokens.
+        routed: Whether positions can be escalated.
+        chat: Uploads of the whole chat; None outside a chat.
+        width: Maximum length in cells.
     """
     figures = [f"{_number(stats.tokens_per_s)} tok/s"] if stats.tokens else []
     if stats.tokens and routed:
@@ -113,7 +120,7 @@ def status_line(
         sent = f"{_short_count(stats.uploaded_tokens)} ({_size(stats.uploaded_bytes)})"
         figures.append(f"uploaded {sent}")
     if chat is not None and chat.size_bytes:
-        figures.append(f"in all {_short_count(chat.tokens)} ({_size(chat.size_bytes)})")
+        figures.append(f"chat total {_short_count(chat.tokens)} ({_size(chat.size_bytes)})")
     if stats.cost_estimate:
         figures.append(_cost(stats.cost_estimate))
     forms = _describe_activity(activity, activity_s=activity_s, prefill=prefill)
@@ -181,7 +188,7 @@ class ChatTotals:
     def line(self, uploads: Uploads, *, cost: float | None) -> str:
         """Return one line about all answers, with the uploads of the chat and their cost.
 
-        `uploads` has more than the answers' own: those of the probe and of cancelled calls.
+        `uploads` also includes those of the probe and of cancelled calls.
         """
         rate = self.escalated / self.tokens if self.tokens else 0.0
         parts = [
@@ -213,8 +220,12 @@ def closing_paragraph(
 ) -> str:
     """Return the demo's last paragraph: what its answer showed, and what to try next.
 
-    `small` and `large` are the models' names. `threshold` is in nats. `allowance` describes the
-    budget; None (default) if there is only a threshold.
+    Args:
+        stats: Figures of the answer.
+        small: Name of the small model.
+        large: Name of the large model.
+        threshold: Threshold of the router in nats.
+        allowance: The budget in words. None (default) if there is only a threshold.
     """
     small_tokens = stats.tokens - stats.large_tokens
     uncertainty = _describe_uncertainty(threshold, allowance)
@@ -231,24 +242,24 @@ def closing_paragraph(
             f"{_describe_answer_uploads(stats)}.",
         ]
     elif not stats.unchecked:
-        sentences.append(f"{large} was not asked: nowhere {uncertainty}.")
+        sentences.append(f"{large} was not asked: there was no position where {uncertainty}.")
     if failed := stats.unchecked - stats.withheld:
         sentences.append(
             f"{_count(failed, 'position')} should have been checked with {large}, which "
             "did not answer."
         )
     if stats.withheld:
-        sentences.append(f"{_count(stats.withheld, 'position')} stayed here by --never-send.")
+        sentences.append(f"{_count(stats.withheld, 'position')} kept local by --never-send.")
     sentences.append(
         "Try next: `mlxroute demo --heat` shades each token by how unsure the small model was; "
-        "`mlxroute host` starts a large model that stays, for `mlxroute chat --large URL`; "
+        "`mlxroute host` keeps a large model running for `mlxroute chat --large URL`; "
         "`mlxroute models` lists other pairs."
     )
     return " ".join(sentences)
 
 
 def _describe_uncertainty(threshold: float, allowance: str | None) -> str:
-    """Return a clause about the positions that are escalated."""
+    """Return a clause that describes the escalated positions."""
     if allowance is not None:
         return f"the small model was least sure, within {allowance}"
     if threshold == -math.inf:

@@ -102,15 +102,15 @@ def _byte_level_pipeline(
     match pre:
         case "qwen2" | "deepseek-r1-qwen":
             normalizer = {"type": "NFC"}
-            pre_tokenizer = _sequence(_split(_QWEN2_SPLIT), _bytes(use_regex=False))
+            pre_tokenizer = _sequence(_split(_QWEN2_SPLIT), _byte_level(use_regex=False))
         case "llama-bpe" | "llama3" | "llama-v3":
             ignore_merges = True
-            pre_tokenizer = _sequence(_split(_LLAMA3_SPLIT), _bytes(use_regex=False))
+            pre_tokenizer = _sequence(_split(_LLAMA3_SPLIT), _byte_level(use_regex=False))
         case "smollm":
             digits = {"type": "Digits", "individual_digits": True}
-            pre_tokenizer = _sequence(digits, _bytes(use_regex=True))
+            pre_tokenizer = _sequence(digits, _byte_level(use_regex=True))
         case "default" | "gpt-2":
-            pre_tokenizer = _bytes(use_regex=True)
+            pre_tokenizer = _byte_level(use_regex=True)
         case _:
             raise WeightsError(f"{gguf.path}: pre-tokenizer {pre!r} is not supported")
     merges = gguf.metadata.get("tokenizer.ggml.merges")
@@ -119,8 +119,8 @@ def _byte_level_pipeline(
     return {
         "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
-        "post_processor": _bytes(use_regex=False),
-        "decoder": _bytes(use_regex=False),
+        "post_processor": _byte_level(use_regex=False),
+        "decoder": _byte_level(use_regex=False),
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -279,7 +279,7 @@ def _split(pattern: str) -> dict[str, Any]:
     }
 
 
-def _bytes(*, use_regex: bool) -> dict[str, Any]:
+def _byte_level(*, use_regex: bool) -> dict[str, Any]:
     return {
         "type": "ByteLevel",
         "add_prefix_space": False,

@@ -76,12 +76,17 @@ def is_reachable() -> bool:
 
 
 def fetch_snapshot(hub_id: str, folder: Path, *, progress: Progress) -> Snapshot:
-    """Download a model repository into `folder` and verify every file.
+    """Download a model repository and verify every file. Keeps complete files of an earlier run.
 
-    Complete files of an earlier run are kept. `progress` is called from several threads, one at a
-    time. Raises SourceUnreachable if the hub does not answer within five seconds or does not have
-    the model, CorruptWeights if a file is not the listed one, and WeightsError if the repository
-    has no MLX weights or the download fails.
+    Args:
+        hub_id: The repository, `org/name`.
+        folder: Where its files are written.
+        progress: Receives the bytes so far; called from several threads, one at a time.
+
+    Raises:
+        SourceUnreachable: The hub does not answer within five seconds, or lacks the model.
+        CorruptWeights: A file differs from the hub's listing.
+        WeightsError: The repository has no MLX weights, or the download fails.
     """
     info = _fetch_listing(hub_id)
     files = {

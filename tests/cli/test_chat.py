@@ -308,8 +308,8 @@ def test_threshold_shows_and_sets(chat: Chat, value: str, threshold: float, expe
 @pytest.mark.parametrize(
     ("value", "mode", "expected"),
     [
-        ("overlap", "overlap", "mode overlap, of: wait, overlap"),
-        ("", "wait", "mode wait, of: wait, overlap"),
+        ("overlap", "overlap", "mode overlap; choices: wait, overlap"),
+        ("", "wait", "mode wait; choices: wait, overlap"),
         ("fast", "wait", "error: unknown mode 'fast'; choose one of wait, overlap"),
     ],
 )

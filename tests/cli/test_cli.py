@@ -52,7 +52,7 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["--mode", "race", "hi"], "'wait'"),
         (["--prefetch", "-1", "hi"], "--prefetch must be from 0 to 64"),
         (["--call-ceiling", "0.5", "hi"], "--call-ceiling must be at least 1"),
-        (["--events", "hi"], "--events goes with --json"),
+        (["--events", "hi"], "--events needs --json"),
         (["--max-tokens", "0", "hi"], "--max-tokens"),
         (["--timeout", "inf", "hi"], "--timeout"),
         (["--seed", "-1", "hi"], "--seed"),

@@ -125,7 +125,7 @@ def test_totals_add_up_over_answers() -> None:
 
 def test_the_status_line_has_the_uploads_of_the_answer_and_of_the_chat() -> None:
     line = status(_STATS, width=140, chat=Uploads(requests=9, size_bytes=68_000, tokens=15_100))
-    assert "uploaded 2,345 (12.3 kB) · in all 15.1k (68.0 kB) · asking" in line
+    assert "uploaded 2,345 (12.3 kB) · chat total 15.1k (68.0 kB) · asking" in line
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_withheld_positions_are_not_attributed_to_the_server() -> None:
     stats = replace(NO_STATS, tokens=9, unchecked=2, withheld=2)
     text = closing_paragraph(stats, small="tiny", large="huge", threshold=1.6)
     assert "did not answer" not in text
-    assert "2 positions stayed here by --never-send" in text
+    assert "2 positions kept local by --never-send" in text
 
 
 def test_the_closing_paragraph_has_the_answers_figures() -> None:

@@ -40,7 +40,7 @@ def ask(
     )
 
     if events and not json:
-        raise UsageError("--events goes with --json")
+        raise UsageError("--events needs --json")
     out, err = make_consoles()
     question = _read_question(prompt or [])
     session = open_session(settings, err)

@@ -19,7 +19,10 @@ def kernels(
     rounds: Annotated[int, typer.Option(help="Timings per implementation.", min=1)] = 30,
     save: Save = False,
 ) -> int:
-    """Time the logit kernel and plain operations; compare both with float64."""
+    """Time the logit kernel against plain MLX operations.
+
+    Also shows the error of each implementation against float64.
+    """
     from mlxroute.backend import blas
     from mlxroute.cli.bench_report import write_report
     from mlxroute.cli.terminal import make_consoles

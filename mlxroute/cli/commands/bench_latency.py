@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlxroute.cli.flags import Examples, Plot, Save, Shots
-from mlxroute.cli.folders import record_file, report_source
+from mlxroute.cli.folders import record_path, report_source
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
 from mlxroute.types import Message
@@ -67,9 +67,9 @@ def latency(
     plot: Plot = None,
     save: Save = False,
 ) -> int:
-    """Compare all modes with calls that take a set time."""
+    """Compare the speed of all modes at set call times."""
     from mlxroute.cli.bench_report import check_plot_option, write_report
-    from mlxroute.cli.large_side import require_large
+    from mlxroute.cli.large_setup import require_large
     from mlxroute.cli.terminal import make_consoles
     from mlxroute.questions.question_files import read_worked_examples
 
@@ -94,7 +94,7 @@ def latency(
 
 @dataclass(frozen=True, slots=True)
 class _GridOptions:
-    """The options of `bench.latency.LatencyGrid`, which loads MLX when it is imported."""
+    """The arguments of `bench.latency.LatencyGrid`, whose import loads MLX."""
 
     tokens: int
     ratios: Sequence[float]
@@ -106,8 +106,8 @@ class _GridOptions:
 def _read_conversations(
     data: Path | None, count: int, examples: Sequence[Question]
 ) -> list[list[Message]]:
-    """Return conversations from a file of questions, or from the project's own prompts."""
-    from mlxroute.cli.bench_report import read_own_prompts
+    """Return conversations from a file of questions, or from the built-in prompts."""
+    from mlxroute.cli.bench_report import read_builtin_prompts
     from mlxroute.questions.question_files import (
         Question,
         question_messages,
@@ -116,7 +116,7 @@ def _read_conversations(
     )
 
     if data is None:
-        return [question_messages(Question(text, text)) for text in read_own_prompts()[:count]]
+        return [question_messages(Question(text, text)) for text in read_builtin_prompts()[:count]]
     questions = sample_questions(read_questions(data), count)
     return [question_messages(question, examples) for question in questions]
 
@@ -129,7 +129,7 @@ def _measure(
     err: Console,
 ) -> dict[str, Any]:
     """Run the grid of call times and escalation rates on a proxy that delays the replies."""
-    from mlxroute.cli.large_side import make_large
+    from mlxroute.cli.large_setup import make_large
     from mlxroute.cli.progress import count_progress
     from mlxroute.ledger import Ledger
 
@@ -140,11 +140,11 @@ def _measure(
     grid = LatencyGrid(
         options.tokens, options.ratios, options.rates, options.delay, measure=options.measure
     )
-    record = record_file(settings, "latency", small.name, large_name)
-    patient = replace(settings, timeout=_CALL_TIMEOUT_S)
+    record = record_path(settings, "latency", small.name, large_name)
+    settings = replace(settings, timeout=_CALL_TIMEOUT_S)
     with (
         DelayedServer(address, record=record) as server,
-        make_large(patient, server.url, Ledger()) as large,
+        make_large(settings, server.url, Ledger()) as large,
         count_progress(err) as progress,
     ):
         large.connect(thorough=False)
@@ -165,12 +165,12 @@ def _measure_large(
 ) -> tuple[SmallModel, str, float]:
     """Load the small model; return it, the large model's name and its seconds per token.
 
-    This asks the server itself, not the proxy: records go by the model's name, and a server that
-    is down is named in the error.
+    This asks the server itself, not the proxy: the name of the proxy's record needs the model's
+    name, and an error then names the server.
     """
-    from mlxroute.cli.large_side import make_large
+    from mlxroute.cli.large_setup import make_large
     from mlxroute.cli.progress import ByteProgress
-    from mlxroute.cli.small_side import load_small
+    from mlxroute.cli.small_setup import load_small
     from mlxroute.ledger import Ledger
 
     with make_large(settings, address, Ledger()) as large:
@@ -190,10 +190,12 @@ def _print_latency(report: dict[str, Any], err: Console) -> None:
         err.print(_point_table(report, point, has_bars=err.width >= _WIDTH_WITH_BARS))
         same = "the same text in every mode" if point["same_text"] else "DIFFERENT TEXTS"
         if differed := point["server_differed"]:
-            same += f", except in {differed} answers: the server gave one context two tokens"
+            same += (
+                f", except in {differed} answers, where the server decided a near tie differently"
+            )
         err.print(same)
         ratios = [f"{name}: {ratio:.2f}" for name, ratio in point["auto_over_best"].items()]
-        err.print(f"auto over the fastest fixed mode, same ceiling on calls: {'; '.join(ratios)}")
+        err.print(f"speed of auto over the fastest mode with its call ceiling: {'; '.join(ratios)}")
 
 
 def _point_table(report: dict[str, Any], point: dict[str, Any], *, has_bars: bool) -> Table:
@@ -204,7 +206,7 @@ def _point_table(report: dict[str, Any], point: dict[str, Any], *, has_bars: boo
         f"{point['realised_rate']:.1%} escalated, agreement {point['agreement']}, "
         f"coverage {point['coverage_4']} of 4, {point['coverage_8']} of 8"
     )
-    columns = ("mode", "tok/s", "played", "formula", "stall", "calls", "over wait")
+    columns = ("mode", "tok/s", "simulated", "predicted", "stall", "calls", "over wait")
     table = make_table(*columns, *([""] if has_bars else []), title=title, wrap=False)
     for name, side in point["sides"].items():
         table.add_row(

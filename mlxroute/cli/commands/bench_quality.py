@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from mlxroute.cli.flags import AtOnce, Examples, Plot, Save, Shots
-from mlxroute.cli.folders import cache_dir_of, find_bench_file, record_file, report_source
+from mlxroute.cli.folders import cache_dir_of, find_bench_file, record_path, report_source
 from mlxroute.cli.setting_options import parse_budget
 from mlxroute.config import Settings
 from mlxroute.config.settings import RouterName
@@ -44,13 +44,18 @@ def quality(
     ] = None,
     budget: Annotated[
         list[float] | None,
-        typer.Option(parser=parse_budget, metavar="SHARE", help="Repeatable. Default: 1% to 30%."),
+        typer.Option(
+            parser=parse_budget,
+            metavar="SHARE",
+            help="Budget of routed answers; repeatable. Default: seven from 1% to 30%.",
+        ),
     ] = None,
     router: Annotated[
-        list[RouterName] | None, typer.Option(help="Repeatable. Default: entropy and random.")
+        list[RouterName] | None,
+        typer.Option(help="Router to compare; repeatable. Default: entropy and random."),
     ] = None,
     questions: Annotated[
-        int, typer.Option(help="Random sample of at most N questions.", min=1)
+        int, typer.Option(help="Maximum number of questions, sampled at random.", min=1)
     ] = 300,
     tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 160,
     examples: Examples = None,
@@ -63,9 +68,12 @@ def quality(
     plot: Plot = None,
     save: Save = False,
 ) -> int:
-    """Measure the accuracy of both models and of routed answers; can be resumed."""
+    """Measure the accuracy of both models and of routed answers.
+
+    An interrupted run continues where it stopped.
+    """
     from mlxroute.cli.bench_report import check_plot_option, write_report
-    from mlxroute.cli.large_side import make_large, require_large
+    from mlxroute.cli.large_setup import make_large, require_large
     from mlxroute.cli.terminal import make_consoles
     from mlxroute.ledger import Ledger
 
@@ -75,7 +83,7 @@ def quality(
     routers = [name.value for name in router or (RouterName.ENTROPY, RouterName.RANDOM)]
     run = _QualityRun(
         questions=_read_questions(file, questions),
-        examples=_read_examples(examples, shots, own=data is None),
+        examples=_read_examples(examples, shots, is_builtin=data is None),
         routers=routers,
         budgets=budget,
         chats=chats,
@@ -107,21 +115,27 @@ def _read_questions(file: Path, count: int) -> list[Question]:
     return questions
 
 
-def _read_examples(file: Path | None, count: int, *, own: bool) -> list[Question]:
-    """Return the worked examples: those of the file, else the project's for its own questions."""
+def _read_examples(file: Path | None, count: int, *, is_builtin: bool) -> list[Question]:
+    """Return the worked examples of a file; built-in questions have built-in ones by default."""
     from mlxroute.questions.question_files import read_worked_examples
 
-    if file is None and own:
+    if file is None and is_builtin:
         file = find_bench_file("questions", "examples.jsonl")
     return read_worked_examples(file, count)
 
 
 @dataclass(frozen=True, slots=True)
 class _QualityRun:
-    """Questions, worked examples before each of them, and the sides that answer them.
+    """The options of one run.
 
-    `budgets` of None are the default ones. `chats` questions are answered at a time, with at most
-    `at_once` calls in flight.
+    Args:
+        questions: Questions to answer.
+        examples: Worked examples before each question.
+        routers: Names of the routers to compare.
+        budgets: Budgets of each router; None for the default ones.
+        chats: Number of questions that are answered at a time.
+        at_once: Maximum number of calls in flight.
+        oracles: Whether to add upper bounds from oracle routers.
     """
 
     questions: list[Question]
@@ -135,16 +149,16 @@ class _QualityRun:
     def measure(self, settings: Settings, large: LargeModel, err: Console) -> dict[str, Any]:
         """Load the small model, answer the questions with every side, and return the report."""
         from mlxroute.cli.progress import ByteProgress
-        from mlxroute.cli.small_side import load_small
+        from mlxroute.cli.small_setup import load_small
 
         large.connect(thorough=False)
         with ByteProgress(err) as progress:
             small = load_small(settings, progress)
         large.pair_vocabulary(small.vocabulary)
-        # MLX must be loaded by the small model first: it finds the faster BLAS.
+        # Loading the small model loads the faster BLAS, which must come before MLX.
         from mlxroute.recorded.replies import Replies
 
-        record = record_file(settings, "replies", small.name, large.model_name)
+        record = record_path(settings, "replies", small.name, large.model_name)
         with Replies(large, record, at_once=self.at_once) as replies:
             return self._answer(settings, small, replies, large.model_name, err)
 
@@ -181,7 +195,7 @@ class _QualityRun:
                 max_tokens=settings.max_tokens,
                 step_s=measure_step_s(small, self.questions[0]),
                 chats=self.chats,
-                results=QualityResults(record_file(settings, "quality", small.name, large_name)),
+                results=QualityResults(record_path(settings, "quality", small.name, large_name)),
                 progress=progress,
             )
             if self.oracles:
@@ -196,7 +210,7 @@ class _QualityRun:
         sides: list[QualitySide],
         progress: Progress,
     ) -> dict[str, Any]:
-        """Return the accuracies that oracle routers reach within the budgets of the sides."""
+        """Return the accuracy of each oracle router within the budgets of the run."""
         from mlxroute.bench.oracles import compute_oracles
         from mlxroute.bench.quality import BUDGETS
         from mlxroute.training.labels import collect_labels
@@ -233,7 +247,7 @@ def print_quality(report: dict[str, Any], err: Console) -> None:
     if cut_off > _CUT_OFF_SHARE * report["questions"]:
         err.print(
             f"up to {cut_off} of {report['questions']} answers of a side were cut off at"
-            f" {report['tokens']} tokens, and answers that are not complete by then count as"
+            f" {report['tokens']} tokens, and answers that are incomplete by then count as"
             " wrong; raise --tokens",
             style="yellow",
         )

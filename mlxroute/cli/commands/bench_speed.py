@@ -23,13 +23,16 @@ RANDOM = "random"
 
 def speed(
     settings: Settings,
-    pairs: Annotated[int, typer.Option(help="Answers per program.", min=1)] = 10,
+    pairs: Annotated[int, typer.Option(help="Number of answers by each of the two.", min=1)] = 10,
     tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=2)] = 128,
     save: Save = False,
 ) -> int:
-    """Compare local decoding with mlx_lm; `--small random` is a tiny model."""
+    """Compare local decoding with mlx_lm.
+
+    `--small random` takes a tiny model with random weights.
+    """
     from mlxroute.catalog.head_files import find_head_file
-    from mlxroute.cli.bench_report import read_own_prompts, write_report
+    from mlxroute.cli.bench_report import read_builtin_prompts, write_report
     from mlxroute.cli.progress import ByteProgress
     from mlxroute.cli.terminal import make_consoles
 
@@ -48,7 +51,7 @@ def speed(
                 status.update(f"measuring: answer {done} of {total}")
 
             report = bench_speed(
-                small, read_own_prompts(), pairs=pairs, max_tokens=tokens, progress=progress
+                small, read_builtin_prompts(), pairs=pairs, max_tokens=tokens, progress=progress
             )
     _print_speed(report, err)
     return write_report(report, f"speed-{small.name}", save=save)
@@ -57,7 +60,7 @@ def speed(
 def _load_small(settings: Settings, progress: ByteProgress, folder: Path) -> SmallModel:
     """Load the small model of the settings; for `random` write a tiny one to the folder."""
     if settings.small != RANDOM:
-        from mlxroute.cli.small_side import load_small
+        from mlxroute.cli.small_setup import load_small
 
         return load_small(settings, progress)
     from mlxroute.backend import blas

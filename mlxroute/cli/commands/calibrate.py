@@ -24,24 +24,31 @@ _RATES = (0.01, 0.03, 0.05, 0.07, 0.10, 0.15, 0.30)
 def calibrate(
     settings: Settings,
     data: QuestionFiles,
-    questions: Annotated[int, typer.Option(help="Questions per file, at most.", min=1)] = 12,
+    questions: Annotated[
+        int, typer.Option(help="Maximum number of questions per file, sampled at random.", min=1)
+    ] = 12,
     tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 64,
 ) -> int:
-    """Measure the scores of your own questions, for budgets and thresholds."""
+    """Measure router scores on your own questions, for budgets.
+
+    Also prints the threshold of each router for several escalation rates.
+    """
     from mlxroute.cli.terminal import make_consoles, print_note
 
     _, err = make_consoles()
     ranks = _measure_ranks(settings, data, count=questions, tokens=tokens)
     err.print(_threshold_table(ranks))
     file = ranks.write(user_catalog_dir())
-    print_note(err, f"written to {file}: budgets with {ranks.small} start from it", style="")
+    print_note(
+        err, f"written to {file}; budgets for {ranks.small} start from these scores", style=""
+    )
     sys.stdout.write(json.dumps(report_object(ranks)) + "\n")
     return 0
 
 
 def _measure_ranks(settings: Settings, data: list[Path], *, count: int, tokens: int) -> ScoreRanks:
     from mlxroute.cli.progress import ByteProgress, count_progress
-    from mlxroute.cli.small_side import load_small
+    from mlxroute.cli.small_setup import load_small
     from mlxroute.cli.terminal import make_consoles
     from mlxroute.questions.question_files import read_questions, sample_questions
 

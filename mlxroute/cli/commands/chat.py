@@ -52,7 +52,7 @@ def chat(settings: Settings) -> int:
 
 
 class ChatRouting(Protocol):
-    """When the large model is asked, as a chat shows and changes it."""
+    """The threshold or budget of a session, which a chat shows and changes."""
 
     @property
     def threshold(self) -> float:
@@ -120,7 +120,7 @@ def run_chat(
     heat: bool = False,
     reader: Reader | None = None,
 ) -> int:
-    """Hold a conversation until the user leaves; return the exit code.
+    """Run a chat until the user leaves it; return the exit code.
 
     On a terminal an error is shown and the chat goes on; from a pipe it is raised.
     """
@@ -131,7 +131,7 @@ def run_chat(
         chat.print_line(f"{session.describe()}. /help lists the commands.")
     while True:
         try:
-            text = reader.read(offered=chat.offered)
+            text = reader.read(initial_text=chat.unanswered)
             chat.handle(text, interactive=reader.interactive)
         except EOFError:
             return EXIT_OK
@@ -157,13 +157,15 @@ def _make_reader(chat: _Chat, history_path: Path) -> Reader:
 class _Chat:
     """One chat on a pair of consoles.
 
-    `offered` is the last message if it got no answer: the next prompt offers it for editing.
+    Attributes:
+        unanswered: The last message if it got no answer, else empty; the next prompt starts with
+            it.
     """
 
     def __init__(self, session: ChatSession, *, out: Console, err: Console, heat: bool) -> None:
         from mlxroute.view import ChatTotals
 
-        self.offered = ""
+        self.unanswered = ""
         self._session = session
         self._out = out
         self._err = err
@@ -191,7 +193,7 @@ class _Chat:
 
     def handle(self, text: str, *, interactive: bool) -> None:
         """Answer a message or run a command. Raises EOFError to leave the chat."""
-        self.offered = ""
+        self.unanswered = ""
         if command := _COMMAND.fullmatch(text):
             self._run(command[1], command[2] or "")
         elif text.strip():
@@ -214,7 +216,7 @@ class _Chat:
     def _answer(self, user: str, *, interactive: bool) -> None:
         from mlxroute.view import LiveView, summary_line
 
-        self.offered = user
+        self.unanswered = user
         view = LiveView(
             self._out,
             heat=self._heat,
@@ -243,7 +245,7 @@ class _Chat:
     def _keep(self, user: str, stats: RunStats) -> None:
         self._session.conversation.add(user, stats.text)
         self._totals.add(stats)
-        self.offered = ""
+        self.unanswered = ""
 
     def _help(self, value: str) -> None:
         for name, command in _COMMANDS.items():
@@ -277,7 +279,7 @@ class _Chat:
                 choices = ", ".join(self._session.modes)
                 raise UsageError(f"unknown mode {value!r}; choose one of {choices}")
             self._session.mode = value
-        self.print_line(f"mode {self._session.mode}, of: {', '.join(self._session.modes)}")
+        self.print_line(f"mode {self._session.mode}; choices: {', '.join(self._session.modes)}")
 
     def _save(self, value: str) -> None:
         self._session.conversation.save(Path(value))
@@ -323,7 +325,7 @@ _COMMANDS = {
     "/reset": _Command(_Chat._reset, "", "start a new conversation"),
     "/stats": _Command(_Chat._stats, "", "totals of this chat"),
     "/threshold": _Command(
-        _Chat._threshold, "[NATS]", "ask above this entropy; inf never asks, -inf always"
+        _Chat._threshold, "[X]", "ask above this score; inf never asks, -inf always"
     ),
     "/budget": _Command(
         _Chat._budget, "[SHARE]", "ask for at most this share of the tokens, e.g. 7%"

@@ -65,10 +65,10 @@ def _fetch_pair(
 def _serve_and_answer(
     pair: Pair, large_weights: LocalModel, settings: Settings, out: Console, err: Console
 ) -> int:
-    from mlxroute.cli.large_side import make_tokenizer_finder, open_ledger
+    from mlxroute.cli.large_setup import make_tokenizer_finder, open_ledger
     from mlxroute.cli.progress import ByteProgress
     from mlxroute.cli.session import make_session
-    from mlxroute.cli.small_side import load_small
+    from mlxroute.cli.small_setup import load_small
     from mlxroute.cli.terminal import print_note
     from mlxroute.hosting.launcher import LocalServer
     from mlxroute.large import LargeModel

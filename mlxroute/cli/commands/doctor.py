@@ -26,7 +26,13 @@ from mlxroute.errors import ConfigError, MlxRouteError
 
 @dataclass(frozen=True, slots=True)
 class DoctorCheck:
-    """One line of the report; `is_good` is None if the finding is neither good nor bad."""
+    """One line of the report.
+
+    Args:
+        name: What was checked.
+        finding: The outcome in words.
+        is_good: True for `ok`, False for `FAIL`, None where the finding is neither.
+    """
 
     name: str
     finding: str
@@ -45,7 +51,7 @@ def load_despite_bad_config(flags: Mapping[str, Any]) -> Settings:
 
 
 def doctor(settings: Settings) -> int:
-    """Check device, memory, cache, network and server."""
+    """Check device, memory, cache, settings, network and server."""
     from mlxroute.cli.terminal import make_consoles
 
     out, err = make_consoles()
@@ -122,7 +128,9 @@ def _check_config() -> DoctorCheck:
         read_prices(settings)
     except ConfigError as exc:
         return DoctorCheck("config", error_message(exc), is_good=False)
-    return DoctorCheck("config", f"{path}" if path.exists() else f"{path} (none; defaults apply)")
+    return DoctorCheck(
+        "config", f"{path}" if path.exists() else f"{path} (no such file; defaults apply)"
+    )
 
 
 def _check_network() -> list[DoctorCheck]:
@@ -140,7 +148,7 @@ def _check_large(settings: Settings) -> DoctorCheck:
     if settings.large is None:
         advice = "no server configured (give --large URL or set OPENAI_BASE_URL)"
         return DoctorCheck("large", advice, is_good=None)
-    from mlxroute.cli.large_side import make_large, open_ledger
+    from mlxroute.cli.large_setup import make_large, open_ledger
 
     try:
         with (

@@ -26,13 +26,15 @@ _MARKS = {True: "yes", False: "no", None: "?"}
 
 def probe(
     settings: Settings,
-    url: Annotated[str, typer.Argument(help="The server, e.g. http://host:8000/v1.")],
+    url: Annotated[
+        str, typer.Argument(help="The server, e.g. http://host:8000/v1.", metavar="URL")
+    ],
 ) -> int:
     """Find out what a server can do and which protocol suits it best."""
     if settings.offline:
         # Before any import: urllib3 opens a socket on import, to find out about IPv6.
         raise UsageError("--offline opens no connection, so there is nothing to probe")
-    from mlxroute.cli.large_side import make_large, open_ledger
+    from mlxroute.cli.large_setup import make_large, open_ledger
     from mlxroute.cli.terminal import make_consoles, print_note
     from mlxroute.large.negotiation.prober import NoUsableDialect
 

@@ -13,7 +13,7 @@ from mlxroute.config import Settings, user_catalog_dir
 def pull(
     settings: Settings,
     name: Annotated[
-        str, typer.Argument(help="Catalogue name, .gguf file or hub id.", metavar="NAME")
+        str, typer.Argument(help="Model: catalogue name, .gguf file or hub id.", metavar="NAME")
     ],
 ) -> int:
     """Fetch a model into the cache and verify it."""

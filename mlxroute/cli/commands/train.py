@@ -1,4 +1,4 @@
-"""`train`: fit a head that finds the tokens for which to ask the large model."""
+"""`train`: fit a learned head to a pair of models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
-from mlxroute.cli.folders import cache_dir_of, data_name, record_file
+from mlxroute.cli.folders import cache_dir_of, data_name, record_path
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
 from mlxroute.types import LabelKind
@@ -34,21 +34,27 @@ def train(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Head file to write. Default: your own for this small model.", metavar="FILE"
+            help="Head file to write. Default: the small model's, in your catalogue folder.",
+            metavar="FILE",
         ),
     ] = None,
     labels: Annotated[
         LabelKind, typer.Option(help="Which tokens the head learns to find.")
     ] = LabelKind.CONSEQUENCE,
-    questions: Annotated[int, typer.Option(help="Questions per file, at most.", min=1)] = 500,
+    questions: Annotated[
+        int, typer.Option(help="Maximum number of questions per file, sampled at random.", min=1)
+    ] = 500,
     tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 160,
     examples: Examples = None,
     shots: Shots = 4,
     at_once: AtOnce = 4,
 ) -> int:
-    """Fit a router to the tokens where your large model would change the answer."""
+    """Fit a learned head, for `--router head`, to your two models.
+
+    The head finds the tokens where the large model would change the answer.
+    """
     from mlxroute.catalog.head_files import user_head_file
-    from mlxroute.cli.large_side import make_large, open_ledger, require_large
+    from mlxroute.cli.large_setup import make_large, open_ledger, require_large
     from mlxroute.cli.terminal import make_consoles
     from mlxroute.questions.question_files import read_worked_examples
 
@@ -69,14 +75,23 @@ def train(
     file = out or user_head_file(small_name, user_catalog_dir())
     fitted.write(file)
     _print_recall(fitted, err)
-    _print_advice(fitted, file, named=out is not None, err=err)
+    _print_advice(fitted, file, is_elsewhere=out is not None, err=err)
     sys.stdout.write(json.dumps(fitted.report) + "\n")
     return 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Material:
-    """What a head is fitted to: questions, worked examples before each, and kind of labels."""
+    """What a head is fitted to: questions, worked examples before each, and labels.
+
+    Args:
+        questions: Questions that both models answer.
+        examples: Worked examples before each question.
+        sources: Names of the question files.
+        labels: Which tokens the head learns to find.
+        tokens: Maximum length of an answer.
+        at_once: Maximum number of calls in flight.
+    """
 
     questions: list[Question]
     examples: list[Question]
@@ -106,13 +121,13 @@ def _fit(
 ) -> tuple[str, FittedHead]:
     """Label the large model's answers and fit a head; return it with the small model's name."""
     from mlxroute.cli.progress import ByteProgress
-    from mlxroute.cli.small_side import load_small
+    from mlxroute.cli.small_setup import load_small
 
     large.connect(thorough=False)
     with ByteProgress(err) as progress:
         small = load_small(settings, progress)
     large.pair_vocabulary(small.vocabulary)
-    # MLX must be loaded by the small model first: it finds the faster BLAS.
+    # Loading the small model loads the faster BLAS, which must come before MLX.
     from mlxroute.training.head_fitting import fit_head
 
     answers = _label_answers(settings, small, large, material, err)
@@ -136,7 +151,7 @@ def _label_answers(
     from mlxroute.recorded.replies import Replies
     from mlxroute.training.labels import collect_labels
 
-    record = record_file(settings, "replies", small.name, large.model_name)
+    record = record_path(settings, "replies", small.name, large.model_name)
     with (
         Replies(large, record, at_once=material.at_once) as replies,
         count_progress(err) as progress,
@@ -159,9 +174,10 @@ def _print_recall(fitted: FittedHead, err: Console) -> None:
 
     report = fitted.report
     err.print(
-        f"of {report['positions']['held_out']:,} held-out positions, {report['differing']:.1%}"
-        f" differ and {report['to_find']:.1%} are to be found ({report['labels']} labels);"
-        " share of these among the positions with the highest scores:",
+        f"{report['positions']['held_out']:,} held-out positions: the models differ at"
+        f" {report['differing']:.1%}, the head should find {report['to_find']:.1%}"
+        f" ({report['labels']} labels). Share of these among the positions with the highest"
+        " scores:",
         highlight=False,
     )
     table = make_table("escalated", *_RECALL_COLUMNS)
@@ -170,11 +186,11 @@ def _print_recall(fitted: FittedHead, err: Console) -> None:
     err.print(table)
 
 
-def _print_advice(fitted: FittedHead, file: Path, *, named: bool, err: Console) -> None:
-    """Print how to use the head; `named`: it must be named because it is not in its own place."""
+def _print_advice(fitted: FittedHead, file: Path, *, is_elsewhere: bool, err: Console) -> None:
+    """Print how to use the head; `is_elsewhere` if it is not in the catalogue folder."""
     from mlxroute.cli.terminal import WARNING_STYLE
 
-    flag = f" --head {file}" if named else ""
+    flag = f" --head {file}" if is_elsewhere else ""
     err.print(
         f"written to {file}; use it with --router head{flag} --budget 7%",
         markup=False,
