@@ -26,7 +26,7 @@ def write(tmp_path: Path, text: str) -> Path:
     return path
 
 
-def test_flags_win_over_environment_and_environment_over_file(tmp_path: Path) -> None:
+def test_flags_override_the_environment_which_overrides_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, 'small = "file"\nthreshold = 1\nmax_tokens = 10\n')
     environ = {"MLXROUTE_THRESHOLD": "2", "MLXROUTE_MAX_TOKENS": "20"}
     settings = load_settings({"max_tokens": 30, "seed": None}, environ=environ, path=path)
@@ -51,11 +51,11 @@ def test_a_budget_that_is_no_share_is_refused(tmp_path: Path, value: str) -> Non
         load_settings({}, environ={}, path=write(tmp_path, f"budget = {value}\n"))
 
 
-def test_without_a_file_the_defaults_hold(tmp_path: Path) -> None:
+def test_without_a_file_the_defaults_apply(tmp_path: Path) -> None:
     assert load_settings({}, environ={}, path=tmp_path / "none.toml") == Settings()
 
 
-def test_the_usual_variable_names_the_large_server(tmp_path: Path) -> None:
+def test_openai_base_url_sets_the_large_server(tmp_path: Path) -> None:
     environ = {"OPENAI_BASE_URL": "http://one/v1"}
     assert load_settings({}, environ=environ, path=tmp_path / "x").large == "http://one/v1"
     environ["MLXROUTE_LARGE"] = "http://two/v1"
@@ -83,7 +83,7 @@ def test_a_bad_environment_value_names_its_variable(tmp_path: Path) -> None:
         load_settings({}, environ={"MLXROUTE_THRESHOLD": "abc"}, path=tmp_path / "x")
 
 
-def test_stop_strings_and_switches_can_stand_in_the_file(tmp_path: Path) -> None:
+def test_the_file_can_set_stop_strings_and_booleans(tmp_path: Path) -> None:
     path = write(tmp_path, 'stop = ["a", "b"]\noffline = true\n')
     settings = load_settings({}, environ={"MLXROUTE_STRICT": "true"}, path=path)
     assert (settings.stop, settings.offline, settings.strict) == (("a", "b"), True, True)
@@ -95,7 +95,7 @@ def test_a_key_never_shows_in_repr_or_text() -> None:
     assert secret.reveal() == "sk-very-secret"
 
 
-def test_a_chosen_key_goes_before_one_that_happens_to_be_set(tmp_path: Path) -> None:
+def test_a_chosen_key_overrides_openai_api_key(tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text("from-file\n")
     file.chmod(0o600)
@@ -149,7 +149,7 @@ def test_a_never_send_file_has_a_pattern_per_line(tmp_path: Path) -> None:
     assert patterns == ["zero", "first", "b#c", "\\bcafé"]
 
 
-def test_a_bad_pattern_is_named_by_itself_or_by_its_line(tmp_path: Path) -> None:
+def test_the_error_for_a_bad_pattern_names_it_or_its_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"never_send '\(x' is not a regular expression"):
         read_never_send(Settings(never_send=("ok", "(x")))
     file = tmp_path / "private"
@@ -185,7 +185,7 @@ def test_prices_come_from_the_settings(tmp_path: Path) -> None:
         Settings(price_input=1.0, price_output=float("inf")),
     ],
 )
-def test_prices_that_make_no_estimate_are_refused(settings: Settings) -> None:
+def test_incomplete_or_invalid_prices_are_refused(settings: Settings) -> None:
     with pytest.raises(ConfigError, match="price"):
         read_prices(settings)
 

@@ -1,4 +1,4 @@
-"""From the command line: what leaves the machine, what does not, and that the key shows nowhere."""
+"""What the command line sends to the server, and that the key is in no output."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_bad_pattern_is_one_clear_line_before_anything_is_loaded(
     assert capsys.readouterr().err.startswith(error)
 
 
-def test_a_chat_is_told_once_that_positions_stay_here(
+def test_a_chat_warns_once_about_withheld_positions(
     tiny: Path,
     server: Loopback,
     monkeypatch: pytest.MonkeyPatch,
@@ -159,7 +159,7 @@ class FillingDisk:
         pass
 
 
-def test_a_ledger_that_fails_ends_the_sending_and_not_the_answer(
+def test_after_a_failed_ledger_write_nothing_is_sent_and_the_answer_completes(
     tiny: Path,
     server: Loopback,
     monkeypatch: pytest.MonkeyPatch,

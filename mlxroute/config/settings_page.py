@@ -1,6 +1,11 @@
-"""The documentation page of all settings."""
+"""The documentation page of all settings.
+
+`python -m mlxroute.config.settings_page` prints it.
+"""
 
 from __future__ import annotations
+
+import sys
 
 from mlxroute.config.settings import Setting, declared_settings
 
@@ -47,3 +52,7 @@ def _default(setting: Setting) -> str:
     if setting.kind is bool:
         return str(setting.default).lower()
     return "none" if setting.default in (None, ()) else f"`{setting.default}`"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(settings_page())

@@ -159,7 +159,7 @@ def test_blank_messages_are_not_asked(chat: Chat) -> None:
     assert chat.session.asked == []
 
 
-def test_an_interrupted_answer_is_kept_as_far_as_it_came(tmp_path: Path) -> None:
+def test_the_text_of_an_interrupted_answer_is_kept(tmp_path: Path) -> None:
     session = ScriptedSession(["half ", "an", KeyboardInterrupt()])
     chat = Chat(session, tmp_path)
     assert chat.type("go", ENTER, "on", ENTER, CTRL_D) == 0
@@ -195,7 +195,7 @@ def test_an_error_is_one_line_and_the_conversation_goes_on(tmp_path: Path) -> No
     assert [turn["content"] for turn in chat.session.conversation.turns] == ["one", "fine"]
 
 
-def test_ctrl_c_clears_a_line_and_says_how_to_leave_on_an_empty_one(chat: Chat) -> None:
+def test_ctrl_c_clears_a_line_and_on_an_empty_one_shows_how_to_leave(chat: Chat) -> None:
     assert chat.type("abandoned", CTRL_C, "/quit", ENTER) == 0
     assert "Ctrl-D or /quit leaves the chat" not in chat.printed
     assert chat.type(CTRL_C, CTRL_D) == 0
@@ -212,7 +212,7 @@ def test_the_history_is_kept_for_its_owner_only_and_offered_next_time(chat: Chat
     assert chat.session.questions[-1] == "first question"
 
 
-def test_without_a_place_for_the_history_the_chat_works_and_says_so(tmp_path: Path) -> None:
+def test_a_history_that_cannot_be_written_is_a_note_and_the_chat_works(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("a file, not a folder")
     chat = Chat(ScriptedSession(), tmp_path)
     assert chat.type("hello", ENTER, CTRL_D) == 0
@@ -334,7 +334,7 @@ def test_budget_shows_and_sets(chat: Chat, value: str, budget: float | None, exp
     assert expected in chat.printed
 
 
-def test_a_saved_conversation_goes_on_after_loading(chat: Chat, tmp_path: Path) -> None:
+def test_a_loaded_conversation_can_be_continued(chat: Chat, tmp_path: Path) -> None:
     path = tmp_path / "my chat.json"
     chat.type("one", ENTER, f"/save {path}", ENTER, "/reset", ENTER, CTRL_D)
     chat.type(f"/load {path}", ENTER, "two", ENTER, CTRL_D)
@@ -367,12 +367,12 @@ def test_a_wrong_command_is_one_line_and_asks_nothing(
     assert chat.session.asked == []
 
 
-def test_commands_do_not_mind_capitals_and_spaces(chat: Chat) -> None:
+def test_commands_ignore_case_and_surrounding_spaces(chat: Chat) -> None:
     chat.type("/Threshold   1 ", ENTER, "/QUIT ", ENTER)
     assert chat.session.routing.threshold == 1.0
 
 
-def test_bytes_that_are_no_text_do_not_break_what_is_asked(chat: Chat) -> None:
+def test_undecodable_bytes_in_a_message_are_replaced(chat: Chat) -> None:
     chat.type("caf\udce9", ENTER, CTRL_D)
     assert [question.encode() for question in chat.session.questions] == [b"caf?"]
 

@@ -71,7 +71,7 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(
     assert message in error_line(capsys)
 
 
-def test_an_error_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_contains_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ask", "--small", "no/\x1b[2J\x9bfolder", "--offline", "hi"]) == 2
     assert "no/[2Jfolder" in error_line(capsys)
 
@@ -110,7 +110,7 @@ def test_too_little_memory_is_refused_with_both_figures(tiny: Path) -> None:
     assert "needs 0.6 GiB of memory" in result.stderr
 
 
-def test_with_no_server_the_small_model_answers_and_the_ways_to_get_one_are_told(
+def test_without_a_server_the_small_model_answers_and_a_note_shows_how_to_get_one(
     tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["ask", "--small", str(tiny), "--max-tokens", "5", "hi"]) == 0
@@ -148,7 +148,7 @@ def test_strict_turns_an_unreachable_server_into_exit_code_3(
     assert "127.0.0.1:9" in error_line(capsys)
 
 
-def test_standard_input_takes_the_place_of_a_dash(
+def test_a_dash_is_replaced_by_standard_input(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["ask", "--small", str(tiny), "--max-tokens", "6", "--json", "--offline"]
@@ -164,7 +164,7 @@ def test_standard_input_takes_the_place_of_a_dash(
     assert text(piped="What is this?\n\nthe diff") == alone
 
 
-def test_a_reader_that_goes_away_is_no_error(tiny: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(tiny: Path) -> None:
     with subprocess.Popen(
         command("ask", "--json", "--offline", "--small", str(tiny), "--max-tokens", "60", "hi"),
         stdout=subprocess.PIPE,
@@ -209,7 +209,7 @@ def test_the_version_and_the_model_list_are_printed(
     assert "smollm2-135m" in listed
 
 
-def test_the_doctor_reports_and_says_whether_something_stands_in_the_way(
+def test_doctor_reports_every_check_and_its_outcome(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["doctor", "--cache-dir", str(tmp_path)]) == 0
@@ -220,7 +220,7 @@ def test_the_doctor_reports_and_says_whether_something_stands_in_the_way(
     assert "FAIL large" in capsys.readouterr().out
 
 
-def test_a_broken_config_is_a_line_of_the_doctors_report(
+def test_a_bad_config_is_a_line_of_the_doctors_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path(os.environ["MLXROUTE_CONFIG"]).write_text("thresold = 3\n")
@@ -231,7 +231,7 @@ def test_a_broken_config_is_a_line_of_the_doctors_report(
     assert "GiB free" in report
 
 
-def test_the_doctor_asks_nobody_when_offline(
+def test_doctor_makes_no_request_when_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLXROUTE_OFFLINE", "1")
@@ -240,7 +240,7 @@ def test_the_doctor_asks_nobody_when_offline(
 
 
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
-def test_a_prompt_that_is_not_utf8_is_answered_all_the_same(tiny: Path, locale: str) -> None:
+def test_a_prompt_that_is_not_utf8_is_answered(tiny: Path, locale: str) -> None:
     arguments = ("--offline", "--small", str(tiny), "--max-tokens", "3")
     result = subprocess.run(
         command("ask", *arguments, "-", "--system", os.fsdecode(b"h\xff")),
@@ -267,7 +267,7 @@ def test_an_output_that_cannot_be_written_is_one_clear_line(tiny: Path) -> None:
     assert "error: " in result.stderr
 
 
-def test_a_chat_without_a_large_model_says_that_a_threshold_has_no_use(
+def test_setting_a_threshold_without_a_large_model_is_an_error(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("/threshold 3\n"))
@@ -275,7 +275,7 @@ def test_a_chat_without_a_large_model_says_that_a_threshold_has_no_use(
     assert "no large model" in error_line(capsys)
 
 
-def test_entries_of_the_users_own_are_in_the_catalogue(
+def test_the_users_entries_are_in_the_catalogue(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = Path(os.environ["MLXROUTE_CONFIG"]).parent / "models"

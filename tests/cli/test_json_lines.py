@@ -117,7 +117,7 @@ def test_provisional_and_retracted_tokens_have_these_keys() -> None:
     assert event_object(Retracted(3)) == {"type": "retracted", "index": 3}
 
 
-def test_numbers_json_does_not_have_become_strings_at_any_depth() -> None:
+def test_infinities_and_nan_become_strings_at_any_depth() -> None:
     stream = io.StringIO()
     write_object({"a": float("nan"), "top": [[" the", float("-inf")], ["x", -1.0]]}, stream)
     assert json.loads(stream.getvalue(), parse_constant=pytest.fail) == {
@@ -135,7 +135,7 @@ def test_the_report_of_calibrate_has_these_keys_in_this_order() -> None:
     assert list(report["thresholds"]["entropy"]) == rates
 
 
-def test_a_report_of_bench_begins_with_how_it_was_made(
+def test_a_bench_report_begins_with_its_command_and_environment(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert write_report({"kernels": []}, "kernels", save=False) == 0

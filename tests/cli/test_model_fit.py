@@ -1,4 +1,4 @@
-"""Which models are chosen for how much memory."""
+"""Which models fit into how much memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_a_cpu_demo_takes_the_largest_pair_that_comes_from_the_package_index() -
 
 
 @pytest.mark.parametrize("gib", [6, 8, 16, 64])
-def test_a_gpu_demo_fits_in_memory_and_is_no_burden_to_download(gib: int) -> None:
+def test_a_gpu_demo_fits_in_memory_and_has_a_small_download(gib: int) -> None:
     for pair in demo_pairs(CATALOG, available=gib * GIB, dense=False):
         models = [CATALOG.get_model(pair.small), CATALOG.get_model(pair.large)]
         assert sum(resident_bytes(model, dense=False) for model in models) <= gib * GIB
@@ -26,7 +26,7 @@ def test_a_gpu_demo_fits_in_memory_and_is_no_burden_to_download(gib: int) -> Non
         assert pair.same_vocabulary
 
 
-def test_no_room_for_a_demo_is_told_with_both_figures() -> None:
+def test_a_demo_that_does_not_fit_is_refused_with_both_figures() -> None:
     with pytest.raises(NotEnoughSpace, match=r"needs \d+\.\d GiB .* and 2\.0 GiB are free"):
         demo_pairs(CATALOG, available=2 * GIB, dense=True)
 

@@ -1,4 +1,4 @@
-"""The local server starts, fails with a reason, and never outlives its parent."""
+"""The local server: its start, the errors when it fails, and its end with its parent."""
 
 from __future__ import annotations
 

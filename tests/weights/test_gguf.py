@@ -94,7 +94,7 @@ def test_unpermuting_undoes_the_row_order_of_llama_files(heads: int, half: int) 
     np.testing.assert_array_equal(_unpermute(stored, heads), original)
 
 
-def test_config_states_the_file_s_metadata(tmp_path: Path) -> None:
+def test_config_contains_the_files_metadata(tmp_path: Path) -> None:
     source = write_gguf(tmp_path / "m.gguf", TinyModel(theta=10000.0))
     gguf = read_gguf(source)
     assert build_config(gguf, build_tokenizer(gguf)) == {

@@ -70,7 +70,7 @@ def test_qwen2_text_survives_up_to_unicode_composition(text: str, folder: Path) 
         ("default", "a 123 b", ["a", "Ġ123", "Ġb"]),
     ],
 )
-def test_each_pre_tokenizer_cuts_words_its_own_way(
+def test_each_pre_tokenizer_splits_words_differently(
     pre: str, text: str, words: list[str], tmp_path: Path
 ) -> None:
     tokenizer = tokenizer_of(write_gguf(tmp_path / "m.gguf", TinyModel(pre=pre)))
