@@ -28,7 +28,7 @@ from mlxroute.small import SmallModel
 from mlxroute.statistics import intervals
 from mlxroute.types import Message, Mode, Progress, RunStats, Token, no_progress
 
-# Tokens of a call that is long enough to tell the time per token.
+# Tokens of a call that is long enough to measure the time per token.
 _LONG_PREFETCH: Final = 32
 _TIMEOUT_S: Final = 3600.0
 

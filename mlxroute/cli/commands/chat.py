@@ -122,7 +122,7 @@ def run_chat(
 ) -> int:
     """Run a chat until the user leaves it; return the exit code.
 
-    On a terminal an error is shown and the chat goes on; from a pipe it is raised.
+    On a terminal, errors are shown and the chat continues; from a pipe, they are raised.
     """
     chat = _Chat(session, out=console_out, err=console_err, heat=heat)
     if reader is None:
