@@ -12,7 +12,7 @@ from mlxroute.types import Mode, RunStats, Token
 
 @dataclass(frozen=True, slots=True)
 class LatencySide:
-    """A mode with its prefetch and its call ceiling, as in `Options`."""
+    """A mode with its prefetch and its call ceiling, which have the meaning of `Options`."""
 
     mode: Mode
     prefetch: int | None = 0

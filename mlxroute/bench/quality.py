@@ -55,7 +55,7 @@ LARGE: Final = QualitySide("large")
 
 @dataclass(frozen=True, slots=True)
 class QualityRow:
-    """One graded answer; `scores`, of its positions, restore a budget's state after it."""
+    """One graded answer; the `scores` of its positions restore the budget's state after it."""
 
     question: str
     text: str

@@ -33,7 +33,13 @@ _MIB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class SpeedRun:
-    """One timed answer; `times_s` are its tokens' times since the start of the request."""
+    """One timed answer.
+
+    Args:
+        token_ids: Ids of its tokens.
+        times_s: Time of each token, in seconds since the start of the request.
+        peak_bytes: Largest memory use of MLX during the answer.
+    """
 
     token_ids: tuple[int, ...]
     times_s: tuple[float, ...]

@@ -77,7 +77,14 @@ class OutputCache:
 
 
 class VirtualSmall:
-    """The small model, whose step and batch take the times in `cost`."""
+    """The small model on the virtual clock.
+
+    Args:
+        small: The real small model.
+        outputs: Outputs so far.
+        clock: The virtual clock.
+        cost: Seconds that a step and a batch take.
+    """
 
     def __init__(
         self, small: SmallModel, outputs: OutputCache, clock: VirtualClock, cost: BranchCost

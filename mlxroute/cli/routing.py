@@ -28,6 +28,11 @@ class RoutingRule:
     """The router of a session, with a threshold or budget that can be changed.
 
     Without a large model nothing is escalated: the threshold is inf and cannot be changed.
+
+    Args:
+        router: The router with its first threshold or budget.
+        ranks: Calibrated scores, from which a new budget starts.
+        has_large: Whether there is a large model.
     """
 
     def __init__(self, router: Router, ranks: ScoreRanks, *, has_large: bool) -> None:

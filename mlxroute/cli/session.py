@@ -45,7 +45,17 @@ _NO_LARGE = (
 
 
 class Session:
-    """Two models, the rule that routes between them, and the conversation so far."""
+    """Two models, the rule that routes between them, and the conversation so far.
+
+    Args:
+        small: The small model.
+        large: The large model; None if the small one answers alone.
+        settings: The settings of the run.
+        routing: The router, with its threshold or budget.
+        ledger: The record of what is sent; `close` closes it.
+        never_send: Patterns of text that must stay on this machine.
+        prices: Prices of the large model. None (default) for no cost estimate.
+    """
 
     def __init__(
         self,

@@ -69,9 +69,14 @@ class _StagedModel:
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """A model that belongs in the cache.
+    """A request for a model that belongs in the cache.
 
-    `fetch` makes its directory in a staging folder: it fetches, verifies and converts.
+    Args:
+        name: Name it was requested by.
+        key: Its key in the cache.
+        fingerprint: Size and time of the local file it is made from; empty for a download.
+        needs_network: Whether fetching it needs the network.
+        fetch: Makes its directory in a staging folder: fetches, verifies and converts.
     """
 
     name: str
@@ -97,8 +102,19 @@ def resolve(
 ) -> LocalModel:
     """Return the model directory for `spec`; fetch and store the model if it is not cached.
 
-    Raises CatalogError for an unknown name, CorruptWeights for a damaged cache entry,
-    NotEnoughSpace, and WeightsError if no source has the model or `offline` forbids fetching it.
+    Args:
+        spec: Catalogue name, directory, .gguf file or hub id.
+        catalog: The catalogue.
+        cache_dir: The cache folder.
+        offline: Whether fetching is forbidden.
+        progress: Receives the bytes of downloads, hashes and conversions.
+        notify: Receives lines for the user.
+
+    Raises:
+        CatalogError: The name is unknown.
+        CorruptWeights: The cache entry is damaged.
+        NotEnoughSpace: The disk has too little free space.
+        WeightsError: No source has the model, or `offline` forbids fetching it.
     """
     request = _parse_spec(spec, catalog=catalog, progress=progress, notify=notify)
     if isinstance(request, LocalModel):

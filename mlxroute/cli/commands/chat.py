@@ -313,7 +313,13 @@ def _describe_threshold(routing: ChatRouting) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Command:
-    """A command: its method, the value it takes ("[X]" if it is optional), and its help."""
+    """A command of a chat.
+
+    Args:
+        run: Its method.
+        takes: Name of the value it takes, in brackets if it is optional; empty for none.
+        help: Its help text.
+    """
 
     run: Callable[[_Chat, str], None]
     takes: str
