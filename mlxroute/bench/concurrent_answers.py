@@ -70,7 +70,7 @@ class ConcurrentAnswers:
             except BaseException:
                 self._abort()
                 raise
-        return _results(futures)
+        return _collect_results(futures)
 
     def step(self, row: AnswerRow, token_id: int) -> Signals:
         """Feed a token to an answer's row; return the signals after it. Called by `AnswerRow`."""
@@ -113,7 +113,7 @@ class ConcurrentAnswers:
                 self._changed.notify_all()
 
     def _wait_for_rows(self) -> list[AnswerRow]:
-        """Return the rows that wait for a step, once all unfinished answers do; none at the end."""
+        """Block until all unfinished answers wait for a step; return their rows, if any."""
         with self._changed:
             self._changed.wait_for(lambda: self._running == 0 or self._is_aborted)
             waiting, self._waiting = self._waiting, []
@@ -201,7 +201,7 @@ class AnswerRow(ForwardOnlySmall):
         return self._answers.step(self, last_id)
 
 
-def _results(futures: Sequence[Future[_T]]) -> list[_T]:
+def _collect_results(futures: Sequence[Future[_T]]) -> list[_T]:
     """Return the jobs' results, or raise the failure that aborted the other jobs."""
     failures = [failure for future in futures if (failure := future.exception()) is not None]
     for failure in failures:

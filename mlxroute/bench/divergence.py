@@ -1,4 +1,4 @@
-"""The comparison of two answers to one prompt: whether they differ, and which side caused it."""
+"""The comparison of two answers to one prompt: whether they differ, and why."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Final
 
 from mlxroute.types import Token
 
-# llama-server's logprobs vary by about this much with what else it computes at the time.
+# llama-server's logprobs vary by about this much with its other work at the time.
 _NEAR_TIE_NATS: Final = 0.1
 
 
 class Divergence(Enum):
-    """Why an answer differs from that of `wait`.
+    """The cause of a difference between an answer and that of `wait`.
 
     SERVER: the server decided a near tie differently. ENGINE: any other difference, which is a bug
     of the engine.

@@ -86,12 +86,12 @@ class _LatencyBench:
         prompt_ids = small.encode_prompt(small.render(prompts[0]))
         small.prefill(prompt_ids)
         measured = small.measure_branch_cost(prompt_ids[-1], rows=BRANCH_ROWS)
-        # The machine's speed drifts, so only the ratio of two simultaneous measurements is used.
+        # The machine's speed drifts, so only the ratio of these two measurements is used.
         self.batch_over_step = measured.batch_s / measured.step_s
         batch_s = self.batch_over_step * self.step_s
         self.cost = replace(measured, step_s=self.step_s, batch_s=batch_s)
 
-    def thresholds(self) -> dict[float, float]:
+    def compute_thresholds(self) -> dict[float, float]:
         """Return the threshold of each rate, in nats, halfway between two observed entropies."""
         entropies = sorted(
             token.signals.entropy_nats for tokens in self.small_only.tokens for token in tokens
@@ -217,7 +217,7 @@ def bench_latency(
     bench = _LatencyBench(small, large, server, prompts, grid, large_step_s, progress)
     points = [
         bench.report_point(rate, threshold, ratio)
-        for rate, threshold in bench.thresholds().items()
+        for rate, threshold in bench.compute_thresholds().items()
         for ratio in grid.ratios
     ]
     return {

@@ -1,4 +1,4 @@
-"""The figures that `bench latency` reports: speeds, stalls, calls, and facts about the pair."""
+"""The figures in the report of `bench latency`: speeds, stalls, calls, and those of the pair."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mlxroute.bench.divergence import Divergence, find_divergence
 from mlxroute.bench.latency_sides import SIDES, SideAnswers
 from mlxroute.engine import Experience
 from mlxroute.engine.experience import MovingAverage
-from mlxroute.engine.governor import mode_times
+from mlxroute.engine.governor import expected_mode_times
 from mlxroute.types import BranchCost, Mode
 
 
@@ -58,7 +58,7 @@ def _auto_over_best(by_side: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _pair_figures(wait: SideAnswers) -> dict[str, Any]:
-    """Return how often the models agree at escalated positions.
+    """Return the figures of the pair: escalation rate, agreement and coverage.
 
     `coverage_k` is the share where the large model's token is among the small one's k likeliest.
     """
@@ -83,7 +83,7 @@ def _share(values: Sequence[bool]) -> float | None:
 
 
 def side_figures(answers: SideAnswers, wait: SideAnswers | None) -> dict[str, Any]:
-    """Return one side's times, tokens and calls; with `wait`, also relative to its answers."""
+    """Return one side's times, tokens and calls; with `wait`, also compared with its answers."""
     runs = answers.stats
     seconds, count = sum(run.total_s for run in runs), sum(run.tokens for run in runs)
     figures = {
@@ -126,6 +126,6 @@ def _predict_speeds(pair: Mapping[str, Any], cost: BranchCost, call_s: float) ->
         agreement=MovingAverage(pair["agreement"]),
         coverage=MovingAverage(pair["coverage_4"]),
     )
-    predicted = mode_times(experience, branch_cost=cost.batch_s / cost.step_s)
+    predicted = expected_mode_times(experience, branch_cost=cost.batch_s / cost.step_s)
     times = {"wait": predicted.wait_s, "overlap": predicted.overlap_s, "hedge": predicted.hedge_s}
     return {name: round(1.0 / seconds, 4) for name, seconds in times.items()}

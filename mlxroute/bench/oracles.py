@@ -75,7 +75,7 @@ def _escalations_needed(outcomes: Sequence[str], correct: Sequence[bool]) -> int
 
 
 def _escalate_cheapest(costs: Sequence[int | None], tokens: int, budget: float) -> dict[str, float]:
-    """Return the point of a router that answers the questions with the lowest costs right."""
+    """Return the point of a router that escalates for the questions with the lowest costs."""
     spent, right = 0, 0
     for cost in sorted(cost for cost in costs if cost is not None):
         if spent + cost > budget * tokens:

@@ -72,7 +72,7 @@ class QualityRow:
 
 
 class QualityResults:
-    """A file of graded answers, so that an interrupted run continues where it stopped."""
+    """A file of graded answers, from which an interrupted run continues."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -81,7 +81,7 @@ class QualityResults:
             self._rows[item["key"]] = _row_from_json(item["row"])
 
     def find(self, key: str) -> QualityRow | None:
-        """Return the answer saved under a key."""
+        """Return the answer saved under a key; None if there is none."""
         return self._rows.get(key)
 
     def add(self, key: str, row: QualityRow) -> None:
@@ -92,7 +92,7 @@ class QualityResults:
 
 
 def _row_to_json(row: QualityRow) -> dict[str, Any]:
-    """Return a row as the file has it; the names are part of the file format."""
+    """Return a row as in the file; the keys are part of the file format."""
     return {
         "question": row.question,
         "text": row.text,
@@ -186,7 +186,7 @@ def bench_quality(  # noqa: PLR0913 - all of these are settings of one run
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """One question for one side; `key` names the answer in the results."""
+    """One question for one side; `key` is the key of the answer in the results."""
 
     side: QualitySide
     question: Question
@@ -264,7 +264,7 @@ class _QualityBench:
         return rows
 
     def _key(self, side: QualitySide, conversation: Sequence[Message], router: Router) -> str:
-        """Return the name of an answer: a hash of all that it depends on."""
+        """Return the key of an answer: a hash of all that it depends on."""
         models = [self.small.name, self.replies.model_name]
         ranks = self.ranks[side.router] if side.router else ()
         # The answer of one model alone does not depend on its router's state.
@@ -285,11 +285,11 @@ class _QualityBench:
             timeout_s=_TIMEOUT_S,
             strict=True,
             mode=Mode.WAIT,
-            # One call brings many tokens where all positions are escalated.
+            # All positions are escalated, so a call returns many tokens that are used.
             prefetch=MAX_PREFETCH if side.is_large else 0,
         )
         tokens = list(answer)
-        # A token of the large model that takes several ids is one position.
+        # A token of the large model with several ids is one position.
         scores = [
             token.score for token in tokens if token.source is Source.SMALL or token.escalation
         ]
@@ -313,7 +313,7 @@ class _QualityBench:
 
 
 def _budget_text(router: Router) -> str:
-    """Return a budget's state in the notation that the keys of saved answers contain."""
+    """Return a budget's state as text; the keys of saved answers depend on its exact form."""
     state = router.state
     assert isinstance(state, Budget)
     return (
@@ -349,7 +349,7 @@ def _side_figures(
 
 
 def _max_excess(rows: Sequence[QualityRow], budget: float, chats: int) -> float:
-    """Return the most escalations beyond the budget in any consecutive answers of a chat.
+    """Return the greatest excess of escalations over the budget in consecutive answers of a chat.
 
     This is a maximum-subarray sum (Kadane's algorithm). The token bucket bounds it by its burst.
     """

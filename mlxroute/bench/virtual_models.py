@@ -251,7 +251,7 @@ class VirtualLarge:
 
     @property
     def uploads(self) -> Uploads:
-        """Always empty: calls are not uploads of the virtual answer."""
+        """Always empty: the simulation counts no uploads."""
         return Uploads()
 
     @property

@@ -1,4 +1,4 @@
-"""One routed answer: `generate`, and the object it returns."""
+"""One routed answer: `generate`, and the `Answer` that it returns."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from mlxroute.types import (
 class Answer:
     """An answer that is decoded by iterating over it, one committed `Token` at a time.
 
-    `generate` makes one. `stats()` may be called at any time; `activity`, `prefill_done` and
-    `prefill_total` (tokens) tell another thread how far it is.
+    `generate` makes one. `stats()` and the attributes may be read at any time, also from another
+    thread.
 
     Args:
         small: The small model.
@@ -48,7 +48,13 @@ class Answer:
         experience: Measurements of the pair from earlier answers; a new object by default.
         clock: Returns seconds; `time.perf_counter` by default.
 
-    Raises UsageError for an empty prompt and ContextTooLong for one that does not fit.
+    Attributes:
+        prefill_done: Tokens of the prompt that the small model has read.
+        prefill_total: Tokens of the prompt.
+
+    Raises:
+        UsageError: The prompt is empty.
+        ContextTooLong: The prompt does not fit in the small model's context.
     """
 
     def __init__(
@@ -78,7 +84,7 @@ class Answer:
         )
         self._governor, self._calls = context.governor, context.calls
         self._decider, self._commits = context.decider, context.commits
-        # A batch would draw other random numbers than a row alone.
+        # A batch would draw other random numbers than a single row.
         self._ahead = AheadLoop(self._context, branching=options.sampling.temperature == 0)
         self._reused = 0
         self._advice: str | None = None
@@ -88,14 +94,15 @@ class Answer:
         self.prefill_total = len(self._prompt.ids)
 
     def __iter__(self) -> Iterator[Token]:
-        """Decode to the end; an iterator that is dropped leaves the answer `cancelled`.
+        """Decode to the end and yield the committed tokens.
 
-        Raises UsageError at a second iteration.
+        If the iterator is dropped before, the finish reason stays `cancelled`. Raises UsageError at
+        a second iteration.
         """
         return (event for event in self.events() if isinstance(event, Token))
 
     def events(self) -> Iterator[Event]:
-        """Decode as by iteration, and yield provisional tokens and retractions in between."""
+        """Decode to the end and yield committed tokens, provisional tokens and retractions."""
         if self._started:
             raise UsageError("an answer can be iterated only once; call generate again")
         self._started = True
@@ -179,7 +186,7 @@ def _decode_context(
     began_s: float,
     clock: Callable[[], float],
 ) -> DecodeContext:
-    """Build the parts of an answer, whose time counts from `began_s`."""
+    """Build the collaborators of an answer, whose time counts from `began_s`."""
     max_tokens = min(options.max_tokens, small.context_length - len(prompt.ids))
     governor = Governor(
         options.mode, experience, prefetch=options.prefetch, call_ceiling=options.call_ceiling
@@ -248,31 +255,33 @@ def generate(  # noqa: PLR0913 - the options of the command line, by the same na
 
     Args:
         small: The small model.
-        large: The large model; None if every position is to be the small model's.
+        large: The large model; None to answer with the small model alone.
         messages: The conversation, or the text of one user message.
         router: Scores each position, and decides by a threshold or a budget.
         max_tokens: Greatest length of the answer, in tokens; 512 by default.
         stop: Texts before which the answer ends; none by default.
-        temperature: Of the small model's own tokens; 0, the default, is greedy.
+        temperature: Temperature of the small model's own tokens; 0, the default, is greedy.
         top_p: Nucleus sampling of the small model's own tokens, above 0 and at most 1, the default.
         seed: Makes sampling repeatable; None, the default, does not.
-        timeout_s: Seconds that a call may take, and that all failures together may cost the answer;
-            30 by default.
+        timeout_s: Time limit in seconds of each call, and of all waiting for failed calls in the
+            answer; 30 by default.
         strict: Raise the first LargeError while iterating; by default the small model's token stays
             and is marked as unchecked.
-        never_send: Patterns of text that must stay on this machine. From a position on whose
-            context one matches, no position is escalated. None by default.
+        never_send: Patterns of text that must stay on this machine. Once one matches the context,
+            no later position is escalated. None by default.
         prices: Prices for the cost estimate in `stats()`; None, the default, gives none.
         mode: What to do while a call is in flight: `wait`, `overlap`, `hedge`, or `auto`, the
             default, which picks among them.
         prefetch: Tokens that each call returns beyond the one it is made for, 0 to 64; None, the
             default, leaves it to the mode.
-        call_ceiling: Greatest number of calls for each escalated position, at least 1, over all
+        call_ceiling: Greatest average number of calls per escalated position, at least 1, over all
             answers with the same `experience`; None, the default, is no bound.
         experience: Measurements of the pair from earlier answers, which this one adds to; a new
             object by default.
 
-    Raises UsageError and ContextTooLong before any work.
+    Raises:
+        UsageError: The prompt is empty, or a value is out of range.
+        ContextTooLong: The prompt does not fit in the small model's context.
     """
     if isinstance(messages, str):
         if not messages.strip():

@@ -11,7 +11,7 @@ from mlxroute.types import Source, StopReason, Token
 
 
 class Commits:
-    """Commits decisions in order until the answer has `ended`, and counts them.
+    """Commits decisions in order until the answer has `ended`, and counts tokens and escalations.
 
     `max_tokens` bounds the answer, `stop` are stop strings, and `strict` turns a decision's error
     into an exception. `began_s` is the clock time at which the request began.

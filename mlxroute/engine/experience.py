@@ -12,7 +12,7 @@ from mlxroute.types import BranchCost, LargeToken, Signals
 BRANCH_ROWS: Final = 4
 # Prior weight, in observations, of a slowdown of 1.0.
 SLOWDOWN_PRIOR: Final = 3
-# Least weight of a new observation; positions outnumber escalated ones, so theirs is smaller.
+# Least weight of a new observation; the second is that of committed positions, which are frequent.
 _WEIGHT: Final = 0.05
 _POSITION_WEIGHT: Final = 0.005
 
@@ -39,26 +39,30 @@ class MovingAverage:
 class Experience:
     """Measurements of one pair of models over the answers of a session.
 
-    Each `on_...` method records one kind of event. Rates start as guesses; times start at 0, which
-    stands for not measured. Times in seconds:
+    Each `on_...` method records one kind of event. Shares are from 0 to 1 and start as guesses;
+    times start at 0, which stands for not measured.
 
-    - `step_s`: a decode step, while no call is in flight.
-    - `call_s`: a call for one token, while decoding waits.
-    - `prefetch_call_s`: a call that prefetches, until its first token, while decoding waits.
-    - `large_step_s`: each further token of a call that prefetches.
-    - `step_slowdown`, `call_slowdown`: how many times as long a step and a call take while the
-      other is under way, as where both models share a machine.
-
-    Shares, from 0 to 1:
-
-    - `agreement`: escalated positions where the large token is the small model's own choice.
-    - `coverage`: escalated positions where it is among the `BRANCH_ROWS` likeliest choices.
-    - `escalation_rate`: committed positions that are escalated.
-    - `prefetch_hit_rate`: escalated positions that a prefetched token answered, of those where
-      calls prefetched.
-
-    `branch_cost` is None until measured. `answered_calls` returned a token; `started_calls` were
-    made for `escalated_positions` and for positions that were never reached.
+    Attributes:
+        step_s: Seconds of a decode step while no call is in flight.
+        call_s: Seconds until the first token of a call that prefetches nothing, or streams, while
+            decoding waits.
+        prefetch_call_s: Seconds until the first token of a call that prefetches, while decoding
+            waits.
+        large_step_s: Seconds of each further token of a call that prefetches.
+        step_slowdown: Time of a step while a call is in flight, over `step_s`. It exceeds 1 where
+            both models share a machine.
+        call_slowdown: Time of a call while decoding goes on, over its time while decoding waits.
+        agreement: Share of escalations where the large token is the small model's own choice.
+        coverage: Share of escalations where it is among the `BRANCH_ROWS` likeliest choices.
+        escalation_rate: Share of committed positions that were escalated.
+        prefetch_hit_rate: Share of escalations that a prefetched token answered, while calls
+            prefetch.
+        branch_cost: Times of a step of one row and of a batch; None until measured.
+        answered_calls: Calls that returned a token.
+        started_calls: All calls, also those for positions that were never reached.
+        escalated_positions: Committed positions that were escalated.
+        calls_prefetch: Whether the last answered call could return more than one token.
+        advice_was_given: Whether the session's advice to stream was given.
     """
 
     step_s: MovingAverage = field(default_factory=lambda: MovingAverage(0.0))
@@ -85,7 +89,7 @@ class Experience:
         _record_time(seconds, self.step_s, self.step_slowdown, is_alone=is_alone)
 
     def on_call_started(self) -> None:
-        """Record that a call began."""
+        """Record that a call was started."""
         self.started_calls += 1
 
     def on_call_answered(
@@ -93,8 +97,8 @@ class Experience:
     ) -> None:
         """Record a call that returned its first token after `seconds`, with `tokens` so far.
 
-        `is_alone` says that decoding waited for it. A call that `is_streamed` returns its first
-        token as soon as a call for one token would, and may return more.
+        `is_alone` is True if decoding waited for the call. The first token of a call that
+        `is_streamed` takes as long as a call for one token; more may follow.
         """
         self.answered_calls += 1
         self.calls_prefetch = is_streamed or tokens > 1
@@ -104,7 +108,7 @@ class Experience:
             self.call_s.add(seconds)
 
     def on_continuation_finished(self, tokens: Sequence[LargeToken]) -> None:
-        """Record the tokens of a call that prefetched, once no more of them can arrive."""
+        """Record the tokens of a call that prefetched, once no more can arrive."""
         if len(tokens) < 2:
             return
         if tokens[-1].latency_s:
@@ -142,7 +146,7 @@ class Experience:
 def _record_time(
     seconds: float, average: MovingAverage, slowdown: MovingAverage, *, is_alone: bool
 ) -> None:
-    """Add to the average time, or where both models worked at once, to the slowdown."""
+    """Add to the average or, if both models worked at once and it is known, to the slowdown."""
     if is_alone or not average.value:
         average.add(seconds)
     else:

@@ -21,7 +21,7 @@ from mlxroute.types import Mode
 
 # Tokens that a call prefetches under auto, where that pays.
 PREFETCH_TOKENS: Final = 16
-# Every so many calls the alternative is measured again.
+# The alternative is measured again once in this many calls.
 _TRY_EVERY: Final = 24
 # Assumed cost of a batch of branches, in steps, until it is measured.
 _ASSUMED_BRANCH_COST: Final = 1.5
@@ -40,7 +40,7 @@ class ModeTimes:
     hedge_s: float
 
 
-def mode_times(experience: Experience, *, branch_cost: float) -> ModeTimes:
+def expected_mode_times(experience: Experience, *, branch_cost: float) -> ModeTimes:
     """Return the expected times by the module's formulas; `branch_cost` is b."""
     step_s, call_s = experience.step_s.value, experience.call_s.value
     rate = experience.escalation_rate.value
@@ -58,9 +58,12 @@ def mode_times(experience: Experience, *, branch_cost: float) -> ModeTimes:
 class Governor:
     """Picks the mode, the prefetch and the calls of one answer.
 
-    `mode` is a fixed mode, or auto. `prefetch` fixes the tokens that each call prefetches; None
-    leaves them to the mode. `call_ceiling` bounds the calls of a session, in calls for each
-    escalated position; None is no bound.
+    Args:
+        mode: A fixed mode, or auto.
+        experience: The measurements to decide by.
+        prefetch: Tokens that each call prefetches; None leaves the number to the mode.
+        call_ceiling: Greatest number of calls of a session, in calls per escalated position; None
+            is no bound.
     """
 
     def __init__(
@@ -89,7 +92,7 @@ class Governor:
         # Then measure one while decoding goes on.
         if experience.call_slowdown.count == SLOWDOWN_PRIOR or self._is_trial:
             return Mode.OVERLAP
-        expected = mode_times(experience, branch_cost=self._branch_cost)
+        expected = expected_mode_times(experience, branch_cost=self._branch_cost)
         times_s = {
             Mode.WAIT: expected.wait_s,
             Mode.OVERLAP: expected.overlap_s,
@@ -109,17 +112,17 @@ class Governor:
         if not experience.prefetch_call_s.count:
             return PREFETCH_TOKENS
         missed = 1 - experience.prefetch_hit_rate.value
-        pays = experience.prefetch_call_s.value * missed < experience.call_s.value
-        return PREFETCH_TOKENS if pays != self._is_trial else 0
+        is_worthwhile = experience.prefetch_call_s.value * missed < experience.call_s.value
+        return PREFETCH_TOKENS if is_worthwhile != self._is_trial else 0
 
     def on_call_started(self) -> None:
-        """Remember the mode in which a call began."""
+        """Remember the mode in which a call was started."""
         self._last_mode = self.mode
 
     def may_decode_ahead(self, oldest_call_s: float | None) -> bool:
-        """Return whether decoding goes on beside calls in flight, the oldest of this age.
+        """Return whether decoding may go on while calls are in flight.
 
-        `oldest_call_s` is None without calls in flight.
+        `oldest_call_s` is the age of the oldest call in seconds, None without calls in flight.
         """
         if oldest_call_s is None:
             return True
@@ -143,7 +146,10 @@ class Governor:
         return is_likeliest and experience.started_calls + joined + 1 <= allowed
 
     def advice(self) -> str | None:
-        """Return once a session, with figures, that streaming the large model would be faster."""
+        """Return the advice to stream the large model, with figures, if that would be faster.
+
+        It is given once a session; otherwise returns None.
+        """
         experience = self._experience
         if (
             experience.advice_was_given
@@ -153,7 +159,7 @@ class Governor:
             return None
         large_s, step_s = experience.large_step_s.value, experience.step_s.value
         call_s, rate = experience.call_s.value, experience.escalation_rate.value
-        # p > (d - a) / R, with d the large model's seconds a token.
+        # Streaming is faster if p > (d - a) / R, with d the large model's seconds per token.
         if not call_s or rate <= (large_s - step_s) / call_s:
             return None
         experience.on_advice()
@@ -164,7 +170,10 @@ class Governor:
         )
 
     def explain(self) -> str:
-        """Return auto's mode and the figures behind it; empty before the first call."""
+        """Return the mode that `auto` picks and the figures behind it.
+
+        Empty for a fixed mode, and until the first call is answered.
+        """
         experience = self._experience
         if not experience.call_s.count or self._mode is not Mode.AUTO:
             return ""

@@ -1,4 +1,4 @@
-"""The options of one answer."""
+"""The options of one answer, and their limits."""
 
 from __future__ import annotations
 

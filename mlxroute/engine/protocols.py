@@ -27,7 +27,7 @@ class SmallProtocol(Protocol):
 
     @property
     def context_length(self) -> int:
-        """The greatest number of tokens of prompt and answer."""
+        """Greatest total number of tokens of prompt and answer."""
         ...
 
     def render(self, messages: Sequence[Message]) -> str:
@@ -68,11 +68,11 @@ class SmallProtocol(Protocol):
 
     @property
     def max_rows(self) -> int:
-        """How many rows a batch may have now; 1 where the KV cache cannot be branched."""
+        """Greatest number of rows of a batch now; 1 where the KV cache cannot be branched."""
         ...
 
     def measure_branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
-        """Measure a step of `rows` rows, with `token_id` as the next token.
+        """Measure a decode step of one row and of `rows` rows, with `token_id` as the next token.
 
         The KV cache is left as it was.
         """
@@ -95,7 +95,7 @@ class PendingCallProtocol(Protocol):
 
     @property
     def ready(self) -> bool:
-        """Whether it has returned a token or failed; true at its deadline at the latest."""
+        """Whether the call has returned a token or failed; true at its deadline at the latest."""
         ...
 
     @property
@@ -111,7 +111,7 @@ class PendingCallProtocol(Protocol):
         ...
 
     def cancel(self) -> None:
-        """Abort the call and drop what still arrives; returns at once."""
+        """Abort the call and drop any later reply; return at once."""
         ...
 
 
@@ -125,7 +125,7 @@ class LargeProtocol(Protocol):
 
     @property
     def max_in_flight(self) -> int:
-        """How many calls may be in flight; may change as more is learned of the server."""
+        """Greatest number of calls in flight; may change once the server is negotiated."""
         ...
 
     def begin(
@@ -133,13 +133,16 @@ class LargeProtocol(Protocol):
     ) -> PendingCallProtocol:
         """Start a call for the token after `context`.
 
-        It returns up to `prefetch` more tokens, where they cost no further call, and is ready after
-        `deadline_s` seconds at the latest.
+        The call also asks for up to `prefetch` later tokens. It is ready after `deadline_s` seconds
+        at the latest.
         """
         ...
 
     def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
-        """Block until `ready()` is true, which only changes with a call, or for `timeout_s`."""
+        """Block until `ready()` is true, for `timeout_s` at most.
+
+        `ready` is checked whenever a call changes.
+        """
         ...
 
 
@@ -173,7 +176,7 @@ class RouterState(Protocol):
 
 
 class RouterProtocol(Protocol):
-    """Scores positions, and holds the state after the last committed one of any answer."""
+    """A score of positions, and the router state after the last committed position."""
 
     @property
     def state(self) -> RouterState: ...
@@ -183,7 +186,7 @@ class RouterProtocol(Protocol):
 
     @property
     def gain(self) -> float:
-        """How much the score changes at most where logprobs, entropy and head score change by 1."""
+        """Greatest change of the score if logprobs, entropy and head score change by at most 1."""
         ...
 
     def score(self, signals: Signals, position: int) -> float:

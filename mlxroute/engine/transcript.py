@@ -22,7 +22,10 @@ class RenderedPrompt:
 
 
 def render_prompt(small: SmallProtocol, messages: Sequence[Message]) -> RenderedPrompt:
-    """Render a conversation. Raises UsageError if it is empty, ContextTooLong if too long."""
+    """Render a conversation.
+
+    Raises UsageError for an empty prompt, ContextTooLong for one that does not fit in the context.
+    """
     text = small.render(messages)
     ids = tuple(small.encode_prompt(text))
     if not ids:
@@ -105,11 +108,11 @@ class Transcript:
             fragment_ids=fragment_ids,
             vocabulary=self.prompt.vocabulary,
             messages=self.prompt.messages,
-            spans=spans((token.text, token.large_ids) for token in whole),
+            spans=group_spans((token.text, token.large_ids) for token in whole),
         )
 
 
-def spans(tokens: Iterable[tuple[str, tuple[int, ...] | None]]) -> tuple[Span, ...]:
+def group_spans(tokens: Iterable[tuple[str, tuple[int, ...] | None]]) -> tuple[Span, ...]:
     """Group an answer's text by the model that wrote it.
 
     `tokens` are pairs of text and `large_ids` as in `WrittenToken`. Adjacent text of the small

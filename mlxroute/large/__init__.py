@@ -1,4 +1,4 @@
-"""The large model: one next token over HTTP from an OpenAI-compatible server."""
+"""The large model: a client of an OpenAI-compatible server, which generates single tokens."""
 
 from mlxroute.large.client import LargeModel
 

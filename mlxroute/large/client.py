@@ -1,4 +1,4 @@
-"""The large model behind an address: asked for one position per call, over HTTP."""
+"""`LargeModel`: the client of a server, with one call per position."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _MAX_IN_FLIGHT: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class _TokenCall:
-    """One call for the tokens after a position: the token itself and `prefetch` more."""
+    """One call for the next token of an answer and up to `prefetch` later ones."""
 
     pairing: VocabularyPairing
     deadline: Deadline
@@ -74,10 +74,11 @@ class LargeModel(Closeable):
         ledger: Records every request body that is sent. Default: a ledger that only counts.
         verdicts: A JSON file that remembers the results of probes. Default: no file, so that every
             client negotiates anew.
-        find_tokenizer: Returns the large model's tokenizer on this machine, given the name the
-            server has for the model, or None. Default: none is found.
+        find_tokenizer: Returns the tokenizer of a model on this machine, given the server's name of
+            the model, or None if there is none. Default: always None.
 
-    Raises UsageError for a wrong value.
+    Raises:
+        UsageError: A value is out of range or cannot be used.
     """
 
     def __init__(  # noqa: PLR0913 - what varies between servers
@@ -138,7 +139,7 @@ class LargeModel(Closeable):
 
     @property
     def model_name(self) -> str:
-        """The name of the model, fit for display; a placeholder while it is not known."""
+        """The name of the model for display; a placeholder while it is not known."""
         name = self._negotiator.model.known or "the server's own model"
         # Servers list a local model by its path, of which only the last part is of interest.
         return printable_line(PurePosixPath(name).name if name.startswith("/") else name, limit=100)
@@ -165,9 +166,9 @@ class LargeModel(Closeable):
 
     @property
     def max_in_flight(self) -> int:
-        """How many calls may be in flight at once."""
+        """Greatest number of calls in flight at once."""
         negotiated = self._negotiator.negotiated
-        # Of two prompts in flight one may turn out to be the other with its reply: a cached prompt.
+        # A second prompt may equal the first one with its reply, which is not known in time.
         if negotiated is None or negotiated.dialect.crashes_on_cached_prompts:
             return 1
         return _MAX_IN_FLIGHT
@@ -206,8 +207,8 @@ class LargeModel(Closeable):
     def next_token(self, context: LargeContext, *, deadline_s: float | None = None) -> LargeToken:
         """Return the large model's greedy token after `context`.
 
-        `deadline_s` is the time limit in seconds if it is below `timeout_s`. Raises LargeError
-        subclasses only; LargeUnavailable means that nothing was sent, after repeated failures.
+        The time limit is the smaller of `deadline_s` and `timeout_s`, in seconds. Raises LargeError
+        subclasses only; with LargeUnavailable nothing was sent, because earlier calls failed.
         """
         deadline = self._new_deadline(deadline_s)
         return self._fetch_tokens(context, deadline, prefetch=0, publish=lambda tokens: None)[0]
@@ -217,8 +218,8 @@ class LargeModel(Closeable):
     ) -> PendingCall:
         """Start `next_token` in the background; also ask for up to `prefetch` later tokens.
 
-        Each prefetched token is the one that a call for its position would return. There are fewer
-        where the reply leaves that in doubt. If `can_stream`, they arrive one by one.
+        A prefetched token is the one that a call for its position would return; tokens of which
+        that is not certain are left out. If `can_stream`, they arrive one by one.
         """
 
         def fetch(deadline: Deadline, publish: Callable[[Tokens], None]) -> Tokens:
@@ -227,7 +228,7 @@ class LargeModel(Closeable):
         return self._pending_calls.start(fetch, self._new_deadline(deadline_s))
 
     def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
-        """Return when `ready()`, checked at each change of a call, is true, or at the timeout."""
+        """Block until `ready()` is true, checked at each change of a call, or until the timeout."""
         self._pending_calls.wait(ready, timeout_s=timeout_s)
 
     def close(self) -> None:
@@ -247,7 +248,7 @@ class LargeModel(Closeable):
         prefetch: int,
         publish: Callable[[Tokens], None],
     ) -> Tokens:
-        """Make one call; if a stream breaks, return the tokens that had arrived."""
+        """Make one call; if a stream breaks, return the tokens that arrived before."""
         if deadline.seconds <= 0:
             raise LargeTimeout(f"no time left to ask {self.base_url}")
         stream = TokenStream(publish, deadline)
@@ -262,7 +263,7 @@ class LargeModel(Closeable):
                 return stream.tokens
 
     def _ask_stable(self, context: LargeContext, call: _TokenCall) -> Tokens:
-        """Ask with the text that the server splits into the same tokens, then with all of it."""
+        """Ask with a context that the server tokenizes as committed; else with the whole one."""
         stable_context = call.pairing.builder.stable_context(context)
         if stable_context is not context:
             try:
@@ -272,7 +273,7 @@ class LargeModel(Closeable):
         return self._ask(context, call)
 
     def _ask(self, context: LargeContext, call: _TokenCall) -> Tokens:
-        """Build the prompt, ask the server and read its tokens, by one plan after the other."""
+        """Build the prompt, ask the server and read its tokens, trying one plan after the other."""
         pairing, uploaded_bytes = call.pairing, 0
         prompt = self._negotiator.build_prompt(context, pairing, call.deadline)
         for plan in self._planner.plans(pairing.negotiated, prefetch=call.prefetch):
@@ -301,7 +302,7 @@ class LargeModel(Closeable):
     def _complete(
         self, request: CompletionRequest, plan: RequestPlan, call: _TokenCall
     ) -> CompletionAnswer | None:
-        """Send one request; return None if it has to be sent again without streaming."""
+        """Send one request; return None if it must be repeated without streaming."""
 
         def listen(partial: CompletionAnswer) -> bool:
             tokens = read_streamed_tokens(partial, call.pairing.bridge, self._reader)

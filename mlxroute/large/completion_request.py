@@ -29,9 +29,9 @@ _MAX_TOKEN_CHARACTERS: Final = 1000
 
 
 class TokensNotReplayed(LargeProtocolError):
-    """The reply does not begin with the committed tokens that the server had to generate again.
+    """Raised for a reply without the committed tokens that the server had to generate again.
 
-    The dialect may still be right: the server's tokenizer may split the prompt in another way.
+    The dialect may be right: the server's tokenizer may split the prompt in another way.
     """
 
 
@@ -54,7 +54,7 @@ class CompletionRequest:
 
 @dataclass(frozen=True, slots=True)
 class _EncodedRequest:
-    """A request as it is sent. The reply has to begin with the bytes `replayed`.
+    """A request as it is sent; its reply must begin with the bytes `replayed`.
 
     `prompt` is shorter than the one asked for if the cache guard moved its end to `replayed`.
     """
@@ -68,7 +68,7 @@ class _EncodedRequest:
 
 
 class _UsageRecorder:
-    """Enters the tokens of one request into the ledger while its reply arrives."""
+    """Records the token counts of one request in the ledger while its reply arrives."""
 
     def __init__(self, ledger: Ledger, request: CompletionRequest) -> None:
         self._ledger = ledger
@@ -77,7 +77,7 @@ class _UsageRecorder:
         self._recorded = (0, 0, 0)
 
     def record(self, completion: Completion) -> None:
-        """Record what exceeds the counts recorded so far; estimate those that the server omits."""
+        """Record the increase of the counts since the last time; estimate those not reported."""
         prompt, generated = completion.prompt_tokens, completion.completion_tokens
         prompt = self._prompt_tokens if prompt is None else prompt
         cached = min(completion.cached_tokens or 0, prompt)
@@ -136,8 +136,8 @@ class CompletionRequester:
     ) -> CompletionAnswer:
         """Send a request; return its positions, fewer than asked for where the answer ends.
 
-        With a `listener` the reply is streamed to it. Raises LargeError, TokensNotReplayed among
-        them.
+        With a `listener` the reply is streamed to it. Raises LargeError, and its subclass
+        TokensNotReplayed.
         """
         sent = self._prepare(request, streamed=listener is not None)
         usage = _UsageRecorder(self._ledger, request)
@@ -170,7 +170,7 @@ class CompletionRequester:
                 prompt, replayed = replace(prompt, text=text), (*cut_off, *replayed)
             if not (prompt.ids or prompt.text or prompt.messages):
                 raise LargeProtocolError("the prompt for the large model is empty")
-            # One token more than is read: prompt and read tokens must not be a cached sequence.
+            # One token more than is read, so that prompt and read tokens are no cached sequence.
             max_tokens = len(replayed) + request.count + (1 if is_guarded else 0)
             options = RequestOptions(
                 max_tokens, self._top_logprobs, request.model, streamed=streamed
@@ -181,7 +181,7 @@ class CompletionRequester:
         return _EncodedRequest(dialect, prompt, b"".join(replayed), request.count, max_tokens, body)
 
     def _partial_completion(self, sent: _EncodedRequest, body: bytes) -> Completion | None:
-        """Return what has arrived of a streamed reply; None if that cannot be used yet.
+        """Return the part of a streamed reply that has arrived; None while it cannot be used.
 
         Errors are left to the whole reply, which holds them as well.
         """
@@ -199,7 +199,7 @@ class CompletionRequester:
         return completion
 
     def _completion(self, sent: _EncodedRequest, reply: HttpReply) -> Completion:
-        """Return the whole reply, after the cache guard and the reader have learnt from it."""
+        """Return the whole reply; record it in the cache guard and the reader."""
         is_guarded = sent.dialect.crashes_on_cached_prompts
         with self._lock:
             if is_guarded and reply.status != 200:
@@ -242,7 +242,7 @@ class CompletionRequester:
     def _answer(self, sent: _EncodedRequest, completion: Completion) -> CompletionAnswer:
         new = self._after_replayed(sent.replayed, completion.positions)
         positions = new[: sent.count]
-        # The server's text holds all positions, so it is of no use for a part of them.
+        # The server's text is that of all positions, so it does not fit a part of them.
         text = completion.text if len(positions) == len(completion.positions) else ""
         is_complete = len(positions) == sent.count or positions[-1].ends
         return CompletionAnswer(positions, text, is_complete, completion, len(sent.body))
@@ -262,7 +262,7 @@ class CompletionRequester:
         return positions[count:]
 
     def _refusal(self, message: str, reply: HttpReply) -> LargeRefused:
-        """Return the error for a reply; a key that the server echoes is removed from its text."""
+        """Return the error for a refusal, with an echoed key removed from the server's text."""
         reason = printable_line(self._transport.redact(message)) or "no reason given"
         advice = "; check the API key" if reply.status in (401, 403) else ""
         if reply.retry_after_s:

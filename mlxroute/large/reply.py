@@ -1,4 +1,4 @@
-"""What a server replied: the generated positions and tokens, in whatever form it gave them."""
+"""A server's reply: generated positions and tokens, as the dialects read them."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class CompletionAnswer:
-    """The positions a call asked for, the whole reply, and the size of the request in bytes.
+    """The positions that a request asked for, with the whole reply.
 
-    `text` is the server's own decoding of these positions; it is empty where the reply holds more
-    than them. `complete` is True if there are as many positions as asked for, or if the answer
-    ends with them.
+    `text` is the server's own decoding of these positions; it is empty if the reply holds further
+    ones. `complete` is True if there are as many positions as asked for, or if the answer ends
+    with them. `uploaded_bytes` is the size of the request body.
     """
 
     positions: tuple[ReplyPosition, ...]

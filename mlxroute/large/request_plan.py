@@ -1,4 +1,4 @@
-"""The order in which a position is asked for: several tokens streamed, several at once, or one."""
+"""The requests for a position, in order: several tokens streamed, several at once, or one."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ class RequestPlan:
     streamed: bool = False
 
     def is_last(self, answer: CompletionAnswer) -> bool:
-        """Return whether no other plan can help: the answer ends, so it has no more positions."""
+        """Return whether a longer request is useless, because the answer ends in this reply."""
         return self.read is read_first_token and answer.completion.ends
 
 
 class RequestPlanner:
-    """Plans the requests for a position; what has failed under a negotiated dialect is left out."""
+    """Plans the requests for a position, without the kinds that failed under the same dialect."""
 
     def __init__(self) -> None:
         self._single_only: NegotiatedDialect | None = None
         self._unstreamed: NegotiatedDialect | None = None
 
     def can_stream(self, negotiated: NegotiatedDialect) -> bool:
-        """Return whether several tokens are asked for as a stream."""
+        """Return whether requests for several tokens are streamed."""
         return (
             isinstance(negotiated.dialect, StreamingDialect) and negotiated is not self._unstreamed
         )
 
     def disable_streaming(self, negotiated: NegotiatedDialect) -> None:
-        """Stop streaming after the server has failed to."""
+        """Plan no more streams for a server that failed to stream."""
         self._unstreamed = negotiated
 
     def plans(self, negotiated: NegotiatedDialect, *, prefetch: int) -> Iterator[RequestPlan]:
-        """Yield plans in turn, each for the case that the last one gave no token."""
+        """Yield plans in order; each is for the case that the one before gave no token."""
         is_readable = negotiated.dialect.rung < TEXT_ONLY_RUNG
         if prefetch and is_readable and negotiated is not self._single_only:
             if self.can_stream(negotiated):
                 yield RequestPlan(prefetch + 1, read_all_tokens, streamed=True)
-            # After a failed stream this is tried, after an unreadable one it would fail as well.
+            # A failed stream has disabled streaming; an unreadable one would be unreadable again.
             if not self.can_stream(negotiated):
                 yield RequestPlan(prefetch + 1, read_all_tokens)
-            # A reply that could not be split into tokens once hardly ever can.
+            # A server whose reply could not be split into tokens is asked for single tokens.
             self._single_only = negotiated
         for count in range(1, _MAX_TOKENS_PER_CHARACTER + 1):
             yield RequestPlan(count, read_first_token)

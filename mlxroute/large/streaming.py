@@ -28,7 +28,7 @@ class TokenStream:
         self.tokens: Tokens = ()
 
     def update(self, tokens: Sequence[LargeToken]) -> bool:
-        """Publish the tokens that are new; return whether any were ever published."""
+        """Publish new tokens; return whether any token of the call was published."""
         if not self._deadline.cancelled and (new := tokens[len(self.tokens) :]):
             self.tokens += tuple(self._with_latency(token) for token in new)
             self._publish(self.tokens)
@@ -61,7 +61,7 @@ class TokenStream:
 
 
 def may_work_unstreamed(error: LargeError) -> bool:
-    """Return whether a streamed request that failed so may be answered without streaming."""
+    """Return whether a streamed request with this error may succeed without streaming."""
     if isinstance(error, LargeRefused):
         return error.status not in (401, 403) and not retry.is_transient_status(error.status)
     return isinstance(error, LargeProtocolError)

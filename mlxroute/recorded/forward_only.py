@@ -1,4 +1,4 @@
-"""A base class for small models that only decode forward, as `wait` mode needs them."""
+"""A base class for small models without rollback, which is enough for `wait` mode."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from mlxroute.errors import RollbackError
 from mlxroute.types import BranchCost, Signals
 
-_MESSAGE = "this small model decodes forward only: it has no rollback and no branches"
+_MESSAGE = "this small model has no rollback and no branches; use mode wait"
 
 
 class ForwardOnlySmall:
-    """The part of `SmallProtocol` about rollback and branches, for a model that has neither."""
+    """A small model that has neither rollback nor branches: their part of `SmallProtocol`."""
 
     max_rows = 1
     cached_ids: Sequence[int] = ()

@@ -1,4 +1,4 @@
-"""The large model's own answers, several at a time, without a decode step of the small model."""
+"""The large model's own answers, written several at a time and without small decode steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mlxroute.routers import make_router
 from mlxroute.types import Message, Mode, Progress, Sampling, Signals, Vocabulary
 
 _TIMEOUT_S: Final = 600.0
-# Every position is escalated, so no value of these is used.
+# No value of these is used, because every position is escalated.
 _PLACEHOLDER_SIGNALS: Final = Signals(
     token_id=-1,
     logprob=0.0,
@@ -57,8 +57,8 @@ def write_large_answers(
     """Return the large model's greedy answers to the conversations, in their order.
 
     At most `at_once` answers are written at a time; `on_answer` is called after each of them, in
-    the thread that wrote it. Of `small` only the chat template and the vocabulary are used. Raises
-    LargeError when the large model fails.
+    the thread that wrote it. Only the chat template and the vocabulary of `small` are used. Raises
+    LargeError if the large model fails.
     """
 
     def write(conversation: Sequence[Message]) -> LargeAnswer:
@@ -107,7 +107,7 @@ def _write_answer(
 
 
 class PlaceholderSmall(ForwardOnlySmall):
-    """A small model that decodes nothing: only the text side of `small` is used.
+    """A small model that decodes nothing; it has the template and vocabulary of `small`.
 
     Instances in several threads may share one `small`.
     """

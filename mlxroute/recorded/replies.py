@@ -21,15 +21,15 @@ _POLL_S: Final = 0.1
 
 
 class RecordingStopped(LargeError):
-    """The run has ended, by an interrupt or the failure of another answer; no call is made."""
+    """Raised for calls after the end of a run, by an interrupt or the failure of an answer."""
 
 
 class Replies(Closeable):
     """The large model and its recorded tokens, by the token ids before them. Thread-safe.
 
-    `path` belongs to one pair of models, since the ids are those of the small model's vocabulary;
-    it is read now and appended to with each new token. At most `at_once` calls are in flight, each
-    for a different answer.
+    The file `path` belongs to one pair of models, because the ids are those of the small model's
+    vocabulary. It is read at once, and each new token is appended to it. At most `at_once` calls
+    are in flight, each for a different answer.
     """
 
     def __init__(self, large: NamedLargeProtocol, path: Path, *, at_once: int = 1) -> None:
@@ -48,11 +48,11 @@ class Replies(Closeable):
         return self._large.model_name
 
     def new_view(self) -> RecordedLargeView:
-        """Return the large model as one answer uses it."""
+        """Return a view of the large model for one answer."""
         return RecordedLargeView(self)
 
     def close(self) -> None:
-        """Make every wait for a call, now and later, raise RecordingStopped."""
+        """End the run: every wait for a call, now and later, raises RecordingStopped."""
         self._closed = True
 
     def find_tokens(self, token_ids: Sequence[int], limit: int) -> tuple[LargeToken, ...]:
@@ -82,7 +82,7 @@ class Replies(Closeable):
         self._call_slots.release()
 
     def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
-        """Return when `ready()` or after `timeout_s`. Raises RecordingStopped."""
+        """Block until `ready()` is true, or for `timeout_s`. Raises RecordingStopped."""
         while timeout_s > 0 and not ready() and not self._closed:
             self._large.wait(ready, timeout_s=min(_POLL_S, timeout_s))
             timeout_s -= _POLL_S
@@ -105,9 +105,9 @@ class Replies(Closeable):
 
 
 class RecordedLargeView:
-    """The large model as one answer uses it: recorded tokens first, calls where there are none.
+    """The large model for one answer: recorded tokens, and calls for those not recorded.
 
-    `uploads` and `calls_s` count recorded calls as if they had been made now.
+    `uploads` and `calls_s` (seconds) count recorded calls as if they had been made now.
     """
 
     def __init__(self, replies: Replies) -> None:
@@ -218,12 +218,12 @@ class _RecordingCall:
 
 
 def _key(token_ids: Sequence[int]) -> str:
-    """Return the record's name for a sequence of token ids."""
+    """Return the key of a sequence of token ids in the file."""
     return hashlib.sha256(array("q", token_ids).tobytes()).hexdigest()[:32]
 
 
 def _token_to_json(token: LargeToken) -> dict[str, Any]:
-    """Return a token as the file has it; the names are part of the file format."""
+    """Return a token as in the file; the keys are part of the file format."""
     return {
         "token_ids": token.token_ids,
         "text": token.text,

@@ -1,4 +1,4 @@
-"""JSON Lines files that a long run appends to and that survive an interruption."""
+"""JSON Lines files that a long run appends to, also across interruptions."""
 
 from __future__ import annotations
 

@@ -31,9 +31,9 @@ BURST: Final = 4.0
 _LEARNING_RATE: Final = 0.02
 # Number of scores that a new one is ranked among.
 _WINDOW: Final = 256
-# Coprime to the window, so that expected scores leave it in an even mixture of ranks.
+# Coprime to the window, so that the expected scores leave the window in mixed order.
 _STRIDE: Final = 101
-# Refills that add up to a whole escalation may fall short of 1 by rounding.
+# Below 1, because refills that add up to 1 may be rounded down.
 _ONE_ESCALATION: Final = 1.0 - 1e-9
 
 
@@ -56,7 +56,7 @@ class Budget:
 
     @classmethod
     def of(cls, rate: float, quantiles: Sequence[float], *, resolution: float) -> Budget:
-        """Return a budget at its start, whose window holds expected scores.
+        """Return the initial state of a budget, whose window holds expected scores.
 
         `quantiles` are expected scores at evenly spaced ranks, lowest first. Raises UsageError
         for a rate outside 0 to 1.
@@ -100,7 +100,10 @@ class Budget:
         )
 
     def is_borderline(self, score: float, band: float) -> bool:
-        """Return whether a score that differs by `band` could be rounded to another step."""
+        """Return whether a score that differs by `band` could be rounded to another step.
+
+        Each step counts, not only the threshold: the rounded score becomes part of the state.
+        """
         if not math.isfinite(score):
             return False
         steps = score / self.resolution

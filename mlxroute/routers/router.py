@@ -1,4 +1,4 @@
-"""Routers: a score of each position, and the state that decides which ones are escalated."""
+"""Routers: a score of each position, and the state that judges it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from mlxroute.routers.scores import SCORES
 from mlxroute.routers.threshold import Threshold
 from mlxroute.types import Signals
 
-# Initial quantiles of a budget without a calibration; it follows the real scores soon.
+# Initial quantiles of a budget without a calibration; real scores soon replace them.
 _UNCALIBRATED = (0.0, 1.0)
 
 
 class Router:
-    """Scores positions by the score called `name`.
+    """A score, called `name`, and the router state after the last committed position.
 
-    `state` is the state after the last committed position. A budget's goes on from answer to
-    answer, so use one router for a conversation.
+    The state of a budget goes on from answer to answer, so use one router for a conversation.
     """
 
     def __init__(self, name: str, state: Threshold | Budget) -> None:
@@ -28,7 +27,7 @@ class Router:
 
     @property
     def gain(self) -> float:
-        """How much the score changes at most where logprobs, entropy and head score change by 1."""
+        """Greatest change of the score if logprobs, entropy and head score change by at most 1."""
         return self._score.gain
 
     def score(self, signals: Signals, position: int) -> float:
@@ -72,7 +71,8 @@ class EntropyRouter(Router):
         quantiles: Entropies in nats at evenly spaced ranks, lowest first, with which a budget
             starts; by default those of no calibration, 0 and 1.
 
-    Raises UsageError unless exactly one of threshold and budget is given.
+    Raises:
+        UsageError: Not exactly one of threshold and budget is given, or a value is out of range.
     """
 
     def __init__(

@@ -19,8 +19,8 @@ class Score:
     """A score and its scale.
 
     `function` returns it for a position's signals and number; NaN for broken logits. A budget
-    rounds it to steps of `resolution`. It changes by at most `gain` where logprobs, entropy and
-    head score change by 1.
+    rounds it to steps of `resolution`. `gain` is its greatest change if logprobs, entropy and
+    head score change by at most 1.
     """
 
     function: Callable[[Signals, int], float]
@@ -60,8 +60,8 @@ def logu(signals: Signals, position: int) -> float:
     total = sum(evidence)
     if not 0 < total < math.inf:
         return math.nan
-    terms = ((x / total) * (_digamma(x + 1) - _digamma(total + 1)) for x in evidence)
-    return -sum(terms)
+    summands = ((x / total) * (_digamma(x + 1) - _digamma(total + 1)) for x in evidence)
+    return -sum(summands)
 
 
 def head(signals: Signals, position: int) -> float:
@@ -70,7 +70,7 @@ def head(signals: Signals, position: int) -> float:
 
 
 def chance(signals: Signals, position: int) -> float:
-    """Return a pseudo-random number from 0 to 1 by the position alone: the control."""
+    """Return a pseudo-random number from 0 to 1 that depends on the position alone: a control."""
     return random.Random(position).random()
 
 
@@ -78,7 +78,7 @@ SCORES: Final[dict[str, Score]] = {
     "entropy": Score(entropy, 0.02, 1.0),
     "margin": Score(margin, 0.005, 1.0),
     "max-probability": Score(max_probability, 0.005, 1.0),
-    # A ratio of logits of some tens, so it changes far less than they do.
+    # It depends on ratios of logits, which are some tens, so it changes far less than they do.
     "logu": Score(logu, 2e-4, 0.1),
     "head": Score(head, 0.02, 1.0),
     "random": Score(chance, 1e-4, 0.0),

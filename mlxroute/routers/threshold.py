@@ -1,4 +1,4 @@
-"""A fixed threshold."""
+"""A fixed threshold: positions with a higher score are escalated."""
 
 from __future__ import annotations
 

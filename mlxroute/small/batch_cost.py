@@ -1,4 +1,4 @@
-"""Measure what a batched step costs next to a step of one row, and how differently it rounds."""
+"""The cost of a batched step compared with a step of one row, and how differently it rounds."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from mlxroute.small.decoder import Decoder
 
 _STEPS: Final = 3
-# The largest difference of a few steps, times this, bounds those of later steps.
+# Later differences are assumed to be at most the largest measured one times this.
 _SAFETY_FACTOR: Final = 8.0
 # Rounding of float32 logits whose magnitude is some tens.
 _MIN_ROUNDING_NATS: Final = 1e-5
 
 
-def measure(decoder: Decoder, token_id: int, *, rows: int) -> BranchCost:
-    """Decode a few tokens from `token_id` on, as one row and as `rows` equal rows.
+def measure_branch_cost(decoder: Decoder, token_id: int, *, rows: int) -> BranchCost:
+    """Measure a few steps from `token_id` on, as one row and as `rows` equal rows.
 
-    Every token is rolled back, so the KV cache holds the same tokens afterwards.
+    The KV cache holds the same tokens afterwards.
     """
     single, single_s = [], []
     batched, batched_s = [], []

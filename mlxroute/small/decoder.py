@@ -47,7 +47,7 @@ class _Pass:
 
 @dataclass(frozen=True, slots=True)
 class _Outputs:
-    """What is computed from a pass, lazily: `packed` rows [B, n], the model's `token` [B, 1]."""
+    """Lazy results of a pass: `packed` rows [B, n], and the model's own `token` [B, 1]."""
 
     packed: mx.array
     token: mx.array
@@ -71,10 +71,14 @@ class Decoder:
     """A model, its KV cache and the forward pass queued behind the last step.
 
     One thread may use it at a time.
+
+    Args:
+        model: The `mlx_lm` model.
+        kernel: The name of the logit kernel, as in `select_kernel`.
+        notify: Receives the warning of `select_kernel`.
     """
 
     def __init__(self, model: Any, *, kernel: str, notify: Notify) -> None:
-        """`kernel` names the logit kernel, see `select_kernel`; `notify` gets its warning."""
         self.cache = PrefixCache(model)
         self._model = model
         self._kernel = select_kernel(kernel, notify=notify)
@@ -89,7 +93,7 @@ class Decoder:
         self._step_count = 0
 
     def begin(self, prompt_ids: Sequence[int], sampling: Sampling) -> int:
-        """Start a sequence; return how many of its leading ids are cached already."""
+        """Start a sequence; return how many of its leading ids the cache holds."""
         self._discard_queued()
         self._random_states.clear()
         self._sampler = (
@@ -112,7 +116,8 @@ class Decoder:
     def step(self, token_ids: Sequence[int]) -> Signals:
         """Feed committed tokens and return the signals of the next position.
 
-        The pass after it is queued first, so a step costs one device synchronisation.
+        The next pass is queued before the result is read, so a step costs one device
+        synchronisation.
         """
         current = self._take_queued(token_ids) or self._run_pass(token_ids)
         self._last_pass = current
@@ -191,7 +196,7 @@ class Decoder:
         max_tokens: Sequence[int],
         eos_ids: frozenset[int],
     ) -> list[list[int]]:
-        """See `continuations.continue_greedily`."""
+        """Continue several sequences greedily, as `continuations.continue_greedily`."""
         return continue_greedily(self._model, starts, max_tokens=max_tokens, eos_ids=eos_ids)
 
     def rollback(self, count: int) -> None:
@@ -240,7 +245,7 @@ class Decoder:
         return current
 
     def _take_queued(self, token_ids: Sequence[int]) -> _Pass | None:
-        """Return the queued pass if it ran on exactly these tokens, and commit its token."""
+        """Return the queued pass and commit its token if it is the only one of `token_ids`."""
         queued = self._queued
         if queued is None or len(token_ids) != 1 or token_ids[0] != self._queued_id:
             return None
@@ -258,7 +263,7 @@ class Decoder:
         return _Pass(logits, self._tap.last())
 
     def _build_outputs(self, current: _Pass) -> _Outputs:
-        """Build the graph from a pass to its packed rows and the model's own token."""
+        """Build the graph of packed rows and the model's own token from a pass."""
         packed = self._kernel(current.logits)
         if self._sampler is None:
             token = packed[:, :1].astype(mx.int32)
@@ -287,7 +292,7 @@ def _evaluate_later(array: mx.array) -> None:
 
 
 def _random_state() -> mx.array:
-    """Return MLX's own random state, which samplers advance; writing into it sets it."""
+    """Return MLX's random state: samplers advance it, and assigning its content sets it."""
     state: Any = mx.random.state
     live: mx.array = state[0]
     return live

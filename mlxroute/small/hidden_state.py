@@ -1,4 +1,4 @@
-"""The final hidden state, read from the forward pass that decoding runs anyway."""
+"""The final hidden state, taken from the forward pass of decoding."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class HiddenStateTap:
 
 
 def _keep_outputs(norm: Any, outputs: list[Any]) -> None:
-    """Make every call of the module `norm` replace the content of `outputs`."""
+    """Make every call of the module `norm` put its result into `outputs`, as the only item."""
     plain = type(norm)
 
     def call(module: Any, hidden: Any) -> Any:

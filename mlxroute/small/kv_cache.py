@@ -23,7 +23,7 @@ CacheCopy = list[Any]
 """Copies of KV cache layers, one per layer of the model, that later steps do not change."""
 
 _MAX_ROWS = 8
-# Memory that the rows of a batch may take together.
+# Greatest memory of all rows of a batch.
 _BATCH_BYTES = 1 << 30
 _INTERRUPTED = "a forward pass was interrupted, so the KV cache is unusable; prefill a prompt first"
 
@@ -31,10 +31,10 @@ _INTERRUPTED = "a forward pass was interrupted, so the KV cache is unusable; pre
 class PrefixCache:
     """The KV cache of one sequence, or of a batch that continues it, with its token ids.
 
-    `token_ids` are the ids in the layers, with two exceptions: the layers may hold one queued
-    token more (see `record_queued_pass`), and after an interrupt inside a forward pass they may
-    disagree, until the next prompt resets them. In a batch every row holds `token_ids` followed by
-    its own entry of `batch_tails`; all tails have the same length.
+    `token_ids` are the ids in the layers, with two exceptions: the layers may also hold one queued
+    token (see `record_queued_pass`), and after an interrupt inside a forward pass they may differ,
+    until the next prompt resets them. In a batch each row holds `token_ids` followed by its own
+    entry of `batch_tails`; all tails have the same length.
     """
 
     def __init__(self, model: Any) -> None:
@@ -52,9 +52,9 @@ class PrefixCache:
 
     @contextmanager
     def record_pass(self, token_ids: Sequence[int]) -> Iterator[None]:
-        """Record `token_ids` as cached once the forward pass inside has been built.
+        """Record `token_ids` as cached once the forward pass in the `with` block has been built.
 
-        Evaluation may come later. An interrupt inside makes the cache inconsistent.
+        Evaluation may come later. An interrupt in the block makes the cache inconsistent.
         """
         self._is_consistent = False
         yield
@@ -63,7 +63,7 @@ class PrefixCache:
 
     @contextmanager
     def record_batch_pass(self, parents: Sequence[int], token_ids: Sequence[int]) -> Iterator[None]:
-        """Arrange rows so that row i continues row `parents[i]`, then record one token per row."""
+        """Make row i a copy of row `parents[i]`; after the block record one token per row."""
         self._is_consistent = False
         rows = max(1, len(self.batch_tails))
         if list(parents) != list(range(rows)):
@@ -77,7 +77,7 @@ class PrefixCache:
 
     @contextmanager
     def record_queued_pass(self) -> Iterator[None]:
-        """Record the forward pass inside as one queued token, to be confirmed or discarded."""
+        """Record the pass in the `with` block as one queued token, to confirm or discard."""
         self._is_consistent = False
         yield
         self._has_queued = True
@@ -122,7 +122,7 @@ class PrefixCache:
         return max(1, min(_MAX_ROWS, _BATCH_BYTES // max(1, size)))
 
     def copy(self, count: int) -> CacheCopy:
-        """Return copies of the layers' first `count` tokens, fit for a batch.
+        """Return copies of the layers with their first `count` tokens, fit for a batch.
 
         Raises UsageError for caches that cannot be batched or cut there, RollbackError where the
         layers do not hold `count` tokens of one sequence.
@@ -146,7 +146,7 @@ class PrefixCache:
         return self.can_rollback(1)
 
     def can_rollback(self, count: int) -> bool:
-        """Whether `count` tokens fed next could be removed again."""
+        """Return whether `count` tokens fed next could be removed again."""
         return self.is_trimmable and all(_has_room(layer, count) for layer in self.layers)
 
     @property
@@ -178,7 +178,7 @@ class PrefixCache:
     def keep_common_prefix(self, prompt_ids: Sequence[int]) -> int:
         """Keep the tokens shared with a new prompt; return how many they are.
 
-        The prompt's last token is never kept, because it seeds the first decode step.
+        The prompt's last token is never kept, because the first decode step feeds it.
         """
         if not self._is_consistent:
             self.reset()
@@ -193,12 +193,12 @@ class PrefixCache:
 
 
 def _has_rows(layer: Any) -> bool:
-    """Whether a layer consists of keys and values alone, so that rows can be taken from it."""
+    """Return whether a layer has only keys and values, so that rows can be taken from it."""
     return getattr(layer, "caches", None) is None and hasattr(layer, "keys")
 
 
 def _has_room(layer: Any, count: int) -> bool:
-    """Whether a layer can be trimmed after `count` more tokens; a full sliding window cannot."""
+    """Return whether a layer can be trimmed after `count` more tokens; a full window cannot."""
     parts = getattr(layer, "caches", None)
     if parts is not None:
         return all(_has_room(part, count) for part in parts)

@@ -18,7 +18,7 @@ SIGNAL_COUNT = 4
 
 @dataclass(frozen=True, slots=True)
 class MlpHead:
-    """Linear layers with ReLU between them; the last one gives the score.
+    """A head of linear layers with ReLU between them; the last one gives the score.
 
     `layers` are pairs (weight [out, in], bias [out]); the input of the first is the hidden state
     followed by `signal_features`. `quantiles` are the head's scores at evenly spaced ranks, and

@@ -1,4 +1,4 @@
-"""The small model: loading, prefill, decode steps, batches and rollback."""
+"""`SmallModel`: loading, prefill, decode steps, batches and rollback of the small model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mlxroute.backend import blas
 from mlxroute.catalog import Catalog
 from mlxroute.config import user_catalog_dir
 from mlxroute.errors import UsageError
-from mlxroute.small.batch_cost import measure
+from mlxroute.small.batch_cost import measure_branch_cost
 from mlxroute.tokenizers.chat_template import ChatTokenizer
 from mlxroute.types import (
     BranchCost,
@@ -44,16 +44,27 @@ class SmallModel:
     `SmallModel.load` builds one from a name or a path; the constructor takes a model that is
     loaded already. One thread may use it at a time.
 
-    Parameters:
-    - `model`: the `mlx_lm` model (an `mlx.nn.Module`), kept as the attribute `model`.
-    - `tokenizer`: the `mlx_lm` tokenizer (a `TokenizerWrapper`), kept as the attribute `tokenizer`.
-    - `name`: what results and messages call the model. Calibrated scores and learned heads are
-      found by it, so a catalogue model should keep its catalogue name.
-    - `kernel`: what computes the signals from the logits: `metal`, the fused Metal kernel; `graph`,
-      the same from MLX operations, on any device; `auto`, Metal where it works. Default `auto`.
-    - `notify`: receives one line of text if `auto` does not use a Metal GPU. Default: ignored.
+    Args:
+        model: The `mlx_lm` model (an `mlx.nn.Module`).
+        tokenizer: The `mlx_lm` tokenizer (a `TokenizerWrapper`).
+        name: The name of the model in results and messages. Score ranks and learned heads are
+            looked up by it, so a catalogue model should keep its catalogue name.
+        kernel: What computes the signals from the logits: `metal`, the fused Metal kernel; `graph`,
+            the same from MLX operations, on any device; `auto`, Metal where it works. Default:
+            `auto`.
+        notify: Receives a warning if `auto` cannot use the Metal kernel on a Metal GPU. Default:
+            ignored.
 
-    Raises UsageError for an unknown kernel, and for `metal` where it does not work.
+    Attributes:
+        model: As given.
+        tokenizer: As given.
+        name: As given.
+        vocabulary: The tokenizer's vocabulary.
+        context_length: Greatest total number of tokens of prompt and answer.
+        head: The learned head that `load_head` read; None without one.
+
+    Raises:
+        UsageError: The kernel is unknown, or it is `metal` and does not work here.
     """
 
     def __init__(
@@ -65,7 +76,7 @@ class SmallModel:
         kernel: str = "auto",
         notify: Notify = no_notice,
     ) -> None:
-        # Imports MLX, which has to come after the BLAS that `load` opens.
+        # It imports MLX, which must follow the BLAS that `load` opens.
         from mlxroute.small.decoder import Decoder
 
         self.model = model
@@ -94,17 +105,21 @@ class SmallModel:
         Call it before anything else imports MLX: on Linux it opens a faster BLAS than the one of
         MLX's CPU build, and MLX uses that only if it is open before MLX is imported.
 
-        Parameters:
-        - `spec`: a catalogue name (`qwen2.5-coder-0.5b`), a model directory, a GGUF file or the id
-          of a Hugging Face repository.
-        - `adapter`: a directory of LoRA weights, as `mlx_lm.lora` writes it. Default: none.
-        - `cache_dir`: the folder of weights and of the BLAS. Default: mlxroute's in the user cache.
-        - `offline`: use cached and local files only. Default: False.
-        - `kernel`: as for the constructor. Default `auto`.
-        - `progress`: receives the state of downloads and conversions. Default: ignored.
-        - `notify`: receives lines to read once, such as the BLAS in use. Default: ignored.
+        Args:
+            spec: A catalogue name (`qwen2.5-coder-0.5b`), a model directory, a GGUF file or the id
+                of a Hugging Face repository.
+            adapter: A directory of LoRA weights, as `mlx_lm.lora` writes it. Default: none.
+            cache_dir: The folder of weights and of the BLAS. Default: mlxroute's in the user cache.
+            offline: Use cached and local files only. Default: False.
+            kernel: As for the constructor. Default: `auto`.
+            progress: Receives the state of downloads and conversions. Default: ignored.
+            notify: Receives lines for the user, such as the BLAS in use. Default: ignored.
 
-        Raises CatalogError, WeightsError, NotEnoughSpace; UsageError for a wrong adapter or kernel.
+        Raises:
+            CatalogError: The name is unknown, or a catalogue file cannot be used.
+            WeightsError: The weights cannot be fetched, verified, converted or loaded.
+            NotEnoughSpace: The model needs more disk space or memory than is free.
+            UsageError: The adapter or the kernel cannot be used.
         """
         cache_dir = cache_dir or default_cache_dir()
         local = resolve(
@@ -132,7 +147,7 @@ class SmallModel:
         return self._chat_tokenizer.render(messages)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Return the ids of a rendered prompt; parse special tokens in it, add a missing BOS."""
+        """Return the ids of a rendered prompt, special tokens parsed and a missing BOS added."""
         return self._chat_tokenizer.encode_prompt(text)
 
     @property
@@ -155,10 +170,10 @@ class SmallModel:
         sampling: Sampling | None = None,
         progress: Progress = no_progress,
     ) -> tuple[Signals, int]:
-        """Run a prompt; return the first position's signals and how many ids were cached already.
+        """Run a prompt; return the first position's signals and the number of ids reused.
 
         The KV cache keeps the prefix it shares with the prompt. The rest runs in chunks, except
-        for the last id, which seeds the first decode step. Raises UsageError for an empty prompt.
+        for the last id, which the first decode step feeds. Raises UsageError for an empty prompt.
         """
         if not prompt_ids:
             raise UsageError("the prompt is empty")
@@ -182,8 +197,8 @@ class SmallModel:
     def extend(self, token_ids: Sequence[int]) -> Signals:
         """Feed committed tokens in one pass; return the signals of the position after the last.
 
-        The pass for the model's own next token is queued meanwhile. Feeding that token next takes
-        its result; feeding another one discards it.
+        The forward pass of the model's own next token is queued. If that token is fed next, the
+        queued pass is used, else it is discarded.
         """
         return self._decoder.step(token_ids)
 
@@ -237,26 +252,26 @@ class SmallModel:
         )
 
     def can_rollback(self, count: int) -> bool:
-        """Whether `count` tokens fed next could be rolled back.
+        """Return whether `count` tokens fed next could be rolled back.
 
-        Some caches can never roll back; a sliding window cannot once it is full.
+        Some caches can never be rolled back; a sliding window cannot once it is full.
         """
         return self._decoder.cache.can_rollback(count)
 
     @property
     def max_rows(self) -> int:
-        """The most rows `branch` may have now: fewer after a long text, 1 without batches."""
+        """Greatest number of rows for `branch` now: fewer after a long text, 1 without batches."""
         return self._decoder.cache.max_rows
 
     def measure_branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
-        """Measure in a few steps what a step of `rows` rows costs beside a step of one row.
+        """Measure a decode step of one row and of `rows` rows, in a few steps each.
 
         `token_id` is the next token. The KV cache holds the same tokens afterwards.
         """
-        return measure(self._decoder, token_id, rows=rows)
+        return measure_branch_cost(self._decoder, token_id, rows=rows)
 
     def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:
-        """Feed one token to each row of a batch; return the signals of the position after it.
+        """Feed one token to each row of a batch; return the signals after each.
 
         Row i continues row `parents[i]` of the previous batch; the first batch continues the single
         sequence, row 0. Rows of a batch round differently from a single row. `select` ends the
@@ -273,7 +288,7 @@ class SmallModel:
         self._decoder.rollback(count)
 
     def hidden_state(self) -> mx.array:
-        """Return the final norm's output at the last fed position, [D], in the model's dtype.
+        """Return the final hidden state at the last fed position, [D], in the model's dtype.
 
         Raises RollbackError before the first step and after a rollback, UsageError for an
         architecture whose hidden state cannot be read.

@@ -1,1 +1,1 @@
-"""What a router learns from the user's own questions: score ranks, labels and heads."""
+"""Training of routers with the user's own questions: score ranks, labels and heads."""

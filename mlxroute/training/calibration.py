@@ -31,9 +31,8 @@ def calibrate(
 ) -> ScoreRanks:
     """Answer the questions with the small model alone and rank each router's scores.
 
-    In a routed answer the scores differ a little, because they follow tokens of the large model.
-    `data` names the questions in the result and in errors. Raises UsageError for fewer than 200
-    positions.
+    Scores in routed answers differ a little, because some tokens are the large model's. `data`
+    names the questions in the result and in errors. Raises UsageError for fewer than 200 positions.
     """
     signals: list[Signals] = []
     for done, question in enumerate(questions):

@@ -26,7 +26,7 @@ from mlxroute.training.labels import LabelledAnswer
 from mlxroute.types import LabelKind
 
 RATES: Final = (0.03, 0.05, 0.07, 0.10)
-# One answer in five judges the head.
+# One answer in five is held out to judge the head.
 _HELD_OUT_STRIDE: Final = 5
 _FOLDS: Final = 4
 _MIN_ANSWERS: Final = 10
@@ -37,7 +37,7 @@ _Pair = tuple[LabelledAnswer, Sequence[float]]
 
 @dataclass(frozen=True, slots=True)
 class FittedHead:
-    """A head, with its report on held-out answers.
+    """A head and its report on held-out answers.
 
     `quantiles` are its held-out scores at evenly spaced ranks, `questions` the fingerprints of all
     questions it was fitted or judged with.
@@ -55,7 +55,7 @@ class FittedHead:
         return bool(sum(row["head"] for row in rows) > sum(row["entropy"] for row in rows))
 
     def write(self, path: Path) -> None:
-        """Write the weights, and as metadata report, quantiles and questions, as safetensors."""
+        """Write a safetensors file of the weights; report, quantiles and questions are metadata."""
 
         arrays = {
             f"{index}.{name}": array
@@ -116,7 +116,7 @@ def fit_head(
 
 
 def _check_learnable(fitted: Positions, held_out: Positions, labels: LabelKind) -> None:
-    """Raise UsageError where a head has nothing to learn or to be judged by."""
+    """Raise UsageError if the labels leave nothing to learn or nothing to judge the head by."""
     if len(set(fitted.is_target)) == 1 or not any(held_out.is_target):
         raise UsageError(
             f"the {labels} labels are all equal, or all 0 on the held-out answers: there is"
@@ -203,7 +203,7 @@ def _fit_best_shape(pairs: Sequence[_Pair], loss: Loss) -> tuple[MlpHead, str]:
 
 
 def _fit_stopped_perceptron(pairs: Sequence[_Pair], loss: Loss) -> MlpHead:
-    """Fit a perceptron to three quarters of the answers; the others tell when to stop."""
+    """Fit a perceptron to three quarters of the answers; the others decide when to stop."""
     training = Positions.of([pair for index, pair in enumerate(pairs) if index % _FOLDS])
     return fit_perceptron(training, Positions.of(pairs[::_FOLDS]), loss)
 

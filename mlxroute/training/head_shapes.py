@@ -45,9 +45,12 @@ Loss = Callable[[mx.array, mx.array, mx.array], mx.array]
 class Positions:
     """The N positions of several answers, as training data.
 
-    `inputs` [N, D + 4] are those of a head, `targets` [N] are 1 where it should escalate,
-    `logprobs` [N, 2] are the small and the large model's, in nats; `differs` says where the models
-    disagree; `entropies` are the small model's, in nats.
+    Attributes:
+        inputs: The inputs of a head, [N, D + 4].
+        targets: 1 where a head should escalate, else 0, [N].
+        logprobs: Those of the small and the large model, in nats, [N, 2].
+        differs: Whether the models disagree, for each position.
+        entropies: Those of the small model, in nats.
     """
 
     inputs: mx.array
@@ -139,8 +142,8 @@ def _principal_components(inputs: mx.array, components: int) -> mx.array:
 def fit_perceptron(positions: Positions, validation: Positions, loss: Loss) -> MlpHead:
     """Fit a head with one hidden layer by AdamW (arXiv 1711.05101), with early stopping.
 
-    Stops after six epochs in which the loss on `validation` has not fallen, and returns the head
-    with the lowest.
+    Stops after six epochs without a lower loss on `validation`, and returns the head with the
+    lowest one.
     """
     mean, scale = _standardization(positions.inputs)
     x, x_validation = (positions.inputs - mean) / scale, (validation.inputs - mean) / scale
@@ -181,7 +184,7 @@ def fit_perceptron(positions: Positions, validation: Positions, loss: Loss) -> M
 
 
 def _merge_standardization(layers: Sequence[Any], mean: mx.array, scale: mx.array) -> MlpHead:
-    """Return a head on raw inputs from a perceptron's parameters on standardized ones."""
+    """Return a head for raw inputs from the parameters of a perceptron for standardized ones."""
     first, _, last = layers
     weight = first["weight"] / scale
     merged = ((weight, first["bias"] - weight @ mean), (last["weight"], last["bias"]))

@@ -1,4 +1,4 @@
-"""Labels along the large model's answers: where the models disagree, and where that matters.
+"""Labels of the large model's answers: where the models disagree, and where that matters.
 
 The large model answers greedily. The small model reads the answer and gives, at each position, its
 own choice and its hidden state (the labels of R2R, arXiv 2505.21600, before its judge). From each
@@ -31,7 +31,7 @@ from mlxroute.types import LabelKind, Message, Progress, no_progress
 
 # Rows of a batch of continuations.
 _BATCH_ROWS: Final = 48
-# Answers differ in length: with several for each call slot, no slot is idle for long.
+# Answers differ in length; with several per call slot no slot is idle for long.
 _ANSWERS_PER_SLOT: Final = 4
 _METADATA_KEY: Final = "answer"
 _T = TypeVar("_T")
@@ -44,9 +44,9 @@ class LabelledAnswer:
     `hidden` [n, D] are final-norm states in float16, `features` [n, 4] the other inputs of a head
     (see `small.mlp_head.signal_features`), `differs` [n] is 1 where the models disagree.
     `logprobs` [n, 2] are the small and the large model's logprobs of the large model's token, in
-    nats, NaN where the server gave none. `text` is the answer of `token_count` tokens.
-    `continuations` are the texts with the small model alone from each disagreement on, none if
-    they were not made.
+    nats, NaN where the server gave none. `text` is the answer, of `token_count` tokens.
+    `continuations` are the whole texts that result if the small model continues alone from each
+    disagreement; empty if they were not made.
     """
 
     hidden: mx.array
@@ -58,11 +58,11 @@ class LabelledAnswer:
     continuations: tuple[str, ...] = ()
 
     def find_outcomes(self, question: Question) -> list[str]:
-        """Return the outcomes with exactly the first 0, 1, ... disagreements escalated."""
+        """Return the extracted answers with the first 0, 1, ... disagreements escalated."""
         return [extract_answer(question, text) for text in (*self.continuations, self.text)]
 
     def find_correct(self, question: Question) -> list[bool]:
-        """Return whether the answer is right with the first 0, 1, ... disagreements escalated."""
+        """Return whether each of these answers is right, in the order of `find_outcomes`."""
         return [grade(question, text).lenient is True for text in (*self.continuations, self.text)]
 
     def make_targets(self, question: Question, labels: LabelKind) -> list[float]:
@@ -139,7 +139,7 @@ def _label_files(
     with_continuations: bool,
     on_answer: Callable[[], None],
 ) -> None:
-    """Label the answers to conversations, each saved in the file beside it."""
+    """Label the answers to conversations; save each in the file that is paired with it."""
     conversations = [conversation for conversation, _ in group]
     answers = write_large_answers(
         small,
@@ -173,7 +173,7 @@ def _file_key(
 class _Fork:
     """A disagreement that the small model continues from: prefix, cache and own token.
 
-    `answer_index` is the answer's index among those that are continued in one go.
+    `answer_index` is the answer's index among those that are continued in the same batch.
     """
 
     answer_index: int
@@ -190,7 +190,7 @@ def _label(
     *,
     with_continuations: bool,
 ) -> Iterator[LabelledAnswer]:
-    """Read the answers with the small model; continue from disagreements once they fill a batch."""
+    """Yield the labels of the answers; continue from disagreements once they fill a batch."""
     labelled: list[LabelledAnswer] = []
     forks: list[_Fork] = []
     for conversation, answer in zip(conversations, answers, strict=True):
@@ -245,7 +245,7 @@ def _compare(
     scored: ScoredText,
     disagreements: Sequence[int | None],
 ) -> LabelledAnswer:
-    """Return the labels of an answer, without continuations."""
+    """Return the labels of one answer, without continuations."""
     starts = mx.array(list(answer.token_starts))
     small_logprobs = [sum(scored.logprobs[i] for i in part) for part in _token_ranges(answer)]
     hidden, features = scored.hidden[starts].astype(mx.float16), scored.features[starts]

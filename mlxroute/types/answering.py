@@ -34,7 +34,7 @@ class Token:
         signals: The small model's view of the position.
         escalation: The large model's answer, or the reason for its absence; None where the position
             was not escalated, and for the second and later ids of a large token.
-        checked: Whether the large model's token was not wanted, or was obtained.
+        checked: False where the router escalated the position and the small model's token stayed.
         time_s: Seconds since the request began.
     """
 
@@ -53,7 +53,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Provisional:
-    """A token that becomes number `index` of the answer unless it is retracted."""
+    """A token that was shown before it is committed, as number `index` of the answer."""
 
     index: int
     token_id: int
@@ -64,13 +64,13 @@ class Provisional:
 
 @dataclass(frozen=True, slots=True)
 class Retracted:
-    """The provisional tokens from number `index` on are not part of the answer."""
+    """The retraction of all provisional tokens from number `index` on."""
 
     index: int
 
 
 Event = Token | Provisional | Retracted
-"""An event while an answer is decoded; the `Token`s alone are the answer."""
+"""What `Answer.events` yields; the `Token`s alone are the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class RunStats:
         escalated: Positions that the large model answered.
         agreed: Those of them where it chose the small model's own token.
         fallbacks: Calls that failed, so that the small model's token stayed.
-        unchecked: Positions where the large model's token was wanted and not obtained.
+        unchecked: Positions that the router escalated and where the small model's token stayed.
         withheld: Those of them that a never-send pattern kept local.
         finish_reason: Why the answer ended.
         prompt_tokens: Tokens of the prompt.
@@ -93,7 +93,7 @@ class RunStats:
         itl_p50_s: Median inter-token latency.
         itl_p95_s: 95th percentile of the inter-token latency.
         stall_s: Time in which decoding waited for the large model.
-        tokens_per_s: Tokens a second after the first one.
+        tokens_per_s: Tokens per second after the first one.
         total_s: Time to the last token.
         requests: Requests sent, answered or not.
         uploaded_tokens: Prompt tokens of answered requests, as the server counts them, or else the
@@ -103,16 +103,17 @@ class RunStats:
         large_completion_tokens: Tokens that the server generated.
         cost_estimate: Estimated cost; None without prices.
         mode: The mode used last; `wait` by default.
-        calls: Calls begun, also for positions that were retracted; 0 by default.
+        calls: Calls started, also for positions that were retracted; 0 by default.
         retracted: Provisional tokens that were taken back; 0 by default.
-        prefetch_generated: Tokens that calls returned beyond the one each was made for; 0 by
-            default.
+        prefetch_generated: Prefetched tokens, which calls returned beyond the one they were made
+            for; 0 by default.
         prefetch_used: Those of them that answered a position; 0 by default.
         held: Whether decoding paused somewhere because the KV cache could not be rolled back
             there; False by default.
         redecoded: Decisions of a batch that were made again with one row; 0 by default.
         plan: The mode that `auto` picked and the figures behind it; empty by default.
-        advice: That streaming the large model would be faster, once a session; None by default.
+        advice: The advice to stream the large model, where that would be faster, once a session;
+            None by default.
     """
 
     text: str
@@ -155,5 +156,5 @@ class RunStats:
 
     @property
     def agreement(self) -> float | None:
-        """Share of escalations where the large token was the small model's own choice."""
+        """Share of escalations where the large token is the small model's own; None without any."""
         return self.agreed / self.escalated if self.escalated else None

@@ -1,4 +1,4 @@
-"""Callbacks of long work."""
+"""Callbacks for progress and notices."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Receives the progress of long work; `total` is None while unknown."""
+    """Receives how much of a long task is done; `total` is None while unknown."""
 
     def __call__(self, label: str, done: int, total: int | None) -> None: ...
 

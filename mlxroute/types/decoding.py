@@ -17,7 +17,7 @@ class Source(StrEnum):
 class Mode(StrEnum):
     """What the small model does while a call to the large model is in flight.
 
-    The text is the same in each.
+    All modes give the same text.
     """
 
     AUTO = "auto"
@@ -36,7 +36,7 @@ class StopReason(StrEnum):
 
 
 class Judgement(StrEnum):
-    """A router's judgement of a position, by its score alone."""
+    """A router's judgement of a position."""
 
     KEEP = "keep"
     ESCALATE = "escalate"

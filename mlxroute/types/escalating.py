@@ -48,7 +48,7 @@ class LargeToken:
     and logprob, the likeliest first. `large_ids` are the server's own ids, empty where it names
     none. `prompt_tokens`, `cached_tokens` and `completion_tokens` are the server's counts, None
     where it reports none. `uploaded_bytes` is the size of the request bodies. `latency_s` are
-    seconds since the call began, `lost_s` those of them in attempts that failed.
+    seconds since the call began, `lost_s` the part of them spent on failed attempts.
     """
 
     token_ids: tuple[int, ...]

@@ -8,12 +8,13 @@ from enum import StrEnum
 class LabelKind(StrEnum):
     """What a head learns to predict.
 
-    - divergence: the models choose different tokens.
-    - consequence: they do, and the outcome of the answer depends on it.
-    - preference: the outcome is right with the large model's token and wrong with the small one's
-      (CITER, arXiv 2502.01976, along the large model's answer).
-    - deferral: no labels; the head mixes both models so that the answer becomes likely
-      (Co-LLM, arXiv 2403.03870).
+    Attributes:
+        DIVERGENCE: Whether the models choose different tokens.
+        CONSEQUENCE: Whether they do and the outcome of the answer depends on it.
+        PREFERENCE: Whether the outcome is right with the large model's token and wrong with the
+            small one's (CITER, arXiv 2502.01976, along the large model's answer).
+        DEFERRAL: No labels. The head mixes both models so that the answer becomes likely (Co-LLM,
+            arXiv 2403.03870).
     """
 
     DIVERGENCE = "divergence"

@@ -121,7 +121,7 @@ def test_an_answer_cut_in_mid_character_shows_no_replacement_character() -> None
     assert answer.stats().finish_reason is StopReason.LENGTH
 
 
-def test_agreement_counts_escalations_where_both_models_want_the_same_token() -> None:
+def test_agreement_counts_escalations_where_both_models_choose_the_same_token() -> None:
     _, answer = run(ScriptedSmall(b"abc", entropies={0: 2.0, 1: 2.0}), ScriptedLarge([b"a", b"x"]))
     stats = answer.stats()
     assert (stats.escalated, stats.agreed, stats.agreement) == (2, 1, 0.5)

@@ -9,7 +9,7 @@ import pytest
 
 from mlxroute.engine import Answer, Experience, Options
 from mlxroute.engine.experience import SLOWDOWN_PRIOR, MovingAverage
-from mlxroute.engine.governor import Governor, mode_times
+from mlxroute.engine.governor import Governor, expected_mode_times
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import BranchCost, Mode, RunStats, Signals
 from tests.support.fakes import FakeClock
@@ -76,7 +76,7 @@ def test_the_formulas_give_the_times_of_a_worked_example() -> None:
     # a = 5 ms, R = 170 ms, p = 7 %, q = .4, c = .8, b = 1.3.
     experience = measured(step=5.0, call=170.0, agreement=0.4, coverage=0.8)
     experience.escalation_rate = MovingAverage(0.07, 9)
-    times = mode_times(experience, branch_cost=1.3)
+    times = expected_mode_times(experience, branch_cost=1.3)
     assert times.wait_s == pytest.approx(16.9, abs=0.05)
     assert times.overlap_s == pytest.approx(12.1, abs=0.05)
     assert times.hedge_s == pytest.approx(9.6, abs=0.05)

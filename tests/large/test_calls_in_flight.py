@@ -1,4 +1,4 @@
-"""Several calls in call, with real threads and a server on loopback."""
+"""Several calls in flight, with real threads and a server on loopback."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_calls_that_fail_together_open_the_breaker_once(server: Loopback) -> Non
         for call in calls:
             with pytest.raises(LargeRefused):
                 wait_for(large, call).result()
-        with pytest.raises(LargeUnavailable, match="not asked for another 5 s"):
+        with pytest.raises(LargeUnavailable, match="paused for another 5 s"):
             large.next_token(context("a", VOCABULARY))
 
 

@@ -175,7 +175,7 @@ def test_200_calls_along_its_own_answers_leave_the_server_alive(
 
 
 def abandon(large: LargeModel, model: Model) -> None:
-    """Time out calls, so that their cached sequences are unknown; then ask right behind those."""
+    """Time out calls, so that their cached sequences are unknown; then ask after them."""
     prompt = PROMPTS[1]
     for start in (20, 30, 40):
         with pytest.raises(LargeTimeout):

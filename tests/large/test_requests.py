@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mlxroute.large.dialects import LADDER, Dialect, RequestOptions, dialect_named, with_ids
+from mlxroute.large.dialects import LADDER, Dialect, RequestOptions, get_dialect, prefer_ids
 from mlxroute.large.prompt import Prompt, PromptForm
 from tests.support.prompt_forms import IDS, QUESTION, prompt_for
 
@@ -140,15 +140,15 @@ def test_dialects_have_unique_names_and_are_sorted_by_rung() -> None:
     assert len(set(names)) == len(names)
     rungs = [dialect.rung for dialect in LADDER]
     assert rungs == sorted(rungs)
-    assert [dialect_named(name) for name in names] == list(LADDER)
-    assert dialect_named("telepathy") is None
+    assert [get_dialect(name) for name in names] == list(LADDER)
+    assert get_dialect("telepathy") is None
     ids = {dialect.name for dialect in LADDER if dialect.form is PromptForm.IDS}
     assert ids == {dialect.name for dialect in LADDER if dialect.rung == 1}
 
 
 def test_only_vllm_has_a_variant_for_known_vocabularies() -> None:
     for dialect in LADDER:
-        exact = with_ids(dialect)
+        exact = prefer_ids(dialect)
         if dialect.name == "vLLM completions":
             request = exact.request(IDS, RequestOptions(2, 7, "m"))
             assert request == REQUESTS[dialect.name] | {"return_tokens_as_token_ids": True}

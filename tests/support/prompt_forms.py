@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlxroute.large.dialects import Dialect, dialect_named
+from mlxroute.large.dialects import Dialect, get_dialect
 from mlxroute.large.prompt import Prompt, PromptForm
 from mlxroute.types import Message
 
@@ -13,7 +13,7 @@ CHAT = Prompt(messages=(QUESTION,), answer_start="He")
 
 
 def dialect(name: str) -> Dialect:
-    known = dialect_named(name)
+    known = get_dialect(name)
     assert known is not None
     return known
 

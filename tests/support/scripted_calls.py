@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxroute.large import LargeModel
-from mlxroute.large.dialects import dialect_named
+from mlxroute.large.dialects import get_dialect
 from mlxroute.large.negotiation.verdict_file import Verdict, VerdictFile
 from mlxroute.large.vocabulary.token_sources import Tokenizer
 from mlxroute.types import LargeToken
@@ -39,7 +39,7 @@ def content_reply(token: dict[str, Any] | None, /, **changes: Any) -> dict[str, 
 
 def save_verdict(path: Path, *, url: str, model: str | None, dialect: str) -> None:
     """Write the verdict file of an earlier probe."""
-    probed = dialect_named(dialect)
+    probed = get_dialect(dialect)
     assert probed is not None
     verdict = Verdict(
         base_url=url,

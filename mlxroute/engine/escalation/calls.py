@@ -1,4 +1,4 @@
-"""The calls of one answer: their number, their time, and what failures may cost."""
+"""The calls of one answer: starting, waiting and collecting, within an allowance for failures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mlxroute.engine.protocols import LargeProtocol, PendingCallProtocol
 from mlxroute.errors import LargeError, LargeTimeout, LargeUnavailable, LargeUnrecorded
 from mlxroute.types import LargeContext, LargeToken, Mode, Uploads
 
-# The large side enforces the deadline itself and reports a better reason, so it goes first.
+# The engine waits this much longer, since the large model's own error at the deadline is better.
 _GRACE_S = 0.25
 
 
@@ -21,8 +21,8 @@ class Call:
     """A call for one position, in flight or finished.
 
     `started_s` and `expires_s` are clock times; `stall_before_s` is the answer's total stall when
-    the call began. `is_alone` says that decoding waits for it, `max_tokens` how many tokens it may
-    return, and `is_joined` that it is a position inside an earlier call's prefetched tokens.
+    the call began. `is_alone` is True if decoding waits for it; `max_tokens` is the greatest number
+    of tokens it returns; `is_joined` is True if it waits for a prefetched token of an earlier call.
     """
 
     pending: PendingCallProtocol
@@ -36,9 +36,9 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class CallOutcome:
-    """The result of a finished call: tokens, or an error, and its latency in seconds.
+    """The result of a finished call: tokens or an error, and its latency in seconds.
 
-    A joined call has neither where the earlier call's tokens differ from the answer.
+    A joined call has neither if the earlier call's tokens contradict the answer.
     """
 
     tokens: tuple[LargeToken, ...]
@@ -80,7 +80,7 @@ class AnswerCalls:
 
     @property
     def uploads(self) -> Uploads:
-        """What the calls of this answer sent."""
+        """Totals of what the calls of this answer sent."""
         return self._uploads_so_far() - self._uploads_before
 
     @property
@@ -110,7 +110,7 @@ class AnswerCalls:
         return max(ages_s, default=None)
 
     def start(self, context: LargeContext) -> Call:
-        """Start a call; only while the calls are open."""
+        """Start a call; requires `is_open`."""
         assert self._large is not None
         deadline_s = min(self._timeout_s, self._failure_allowance_s)
         started_s = self._clock()
@@ -132,13 +132,13 @@ class AnswerCalls:
         return call
 
     def join(self, pending: PendingCallProtocol) -> Call:
-        """Wait for a prefetched token of an earlier call as for a call of its own."""
+        """Return a call that waits for a prefetched token of an earlier call."""
         call = Call(pending, self._clock(), math.inf, self.stall_s, is_alone=False, is_joined=True)
         self._in_flight.append(call)
         return call
 
     def take_stalled(self) -> bool:
-        """Return whether decoding waited since this was called last."""
+        """Return whether decoding has waited since the last call of this method."""
         stalled, self._stalled_since_step = self._stalled_since_step, False
         return stalled
 
@@ -146,12 +146,12 @@ class AnswerCalls:
         """Return whether a call has a result, or its time is up."""
         return call.pending.ready or self._clock() >= call.expires_s
 
-    def wait(self, is_news: Callable[[], bool] = lambda: False) -> None:
-        """Block until a call is finished or `is_news()` is true."""
+    def wait(self, has_news: Callable[[], bool] = lambda: False) -> None:
+        """Block until a call is finished or `has_news()` is true."""
         assert self._large is not None
 
         def is_ready() -> bool:
-            return any(call.pending.ready for call in self._in_flight) or is_news()
+            return any(call.pending.ready for call in self._in_flight) or has_news()
 
         began_s = self._clock()
         left_s = min(call.expires_s for call in self._in_flight) - began_s
@@ -189,7 +189,7 @@ class AnswerCalls:
         self.discard(list(self._in_flight))
 
     def _charge(self, call: Call, *, lost_s: float) -> None:
-        """Charge the waiting that a failure caused; each second is charged once."""
+        """Subtract the waiting that a failure caused from the allowance, each second only once."""
         since_s = max(call.stall_before_s, self._charged_s)
         cost_s = min(lost_s, self.stall_s - since_s)
         self._charged_s = since_s + cost_s

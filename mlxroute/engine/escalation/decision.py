@@ -20,9 +20,10 @@ class Decision:
     """What to commit at a position, and how it was decided.
 
     `threshold` and `judgement` are the router's, `state_after` is its state after the position.
-    `token_ids` has several ids for a large token that is spelled as several small ones. `ends` says
-    that the answer is over. `checked` is False where the large model's token was wanted and not
-    obtained, because of `error`, a never-send pattern (`withheld`) or an answer without calls left.
+    `token_ids` has several ids for a large token that is spelled as several small ones. `ends` is
+    True if the token ends the answer. `checked` is False if the router escalated the position but
+    the small model's token stays: because of `error`, a never-send pattern (`withheld`), or because
+    the answer has no calls left.
     """
 
     signals: Signals
@@ -46,7 +47,7 @@ class Decision:
 
 
 class Decider:
-    """Decides one position after the other, with a call or without.
+    """Decides positions one after the other, with a call or without.
 
     A decision depends on the tokens before it and on the large model's replies, never on timing,
     except that repeated failures end the answer's calls.
@@ -79,8 +80,8 @@ class Decider:
         for tokens in self.prefetched.take_finished():
             self._experience.on_continuation_finished(tokens)
 
-    def small_choice(self, signals: Signals, state: RouterState) -> Decision:
-        """Return the small model's own token with the router's judgement of the position."""
+    def judge(self, signals: Signals, state: RouterState) -> Decision:
+        """Return the decision for the small model's own token, with the router's judgement."""
         score = self._router.score(signals, state.positions)
         judgement, state_after = state.decide(score)
         return Decision(
@@ -94,43 +95,45 @@ class Decider:
             ends=signals.token_id in self._eos_ids,
         )
 
-    def is_borderline(self, own: Decision, state: RouterState, band: float) -> bool:
+    def is_borderline(self, small_choice: Decision, state: RouterState, band: float) -> bool:
         """Return whether signals that differ by `band` nats could be judged differently."""
-        return state.is_borderline(own.score, band * self._router.gain)
+        return state.is_borderline(small_choice.score, band * self._router.gain)
 
-    def without_call(self, own: Decision, transcript: Transcript) -> Decision | None:
-        """Return what can be decided now; None where a call is needed.
+    def decide_without_call(
+        self, small_choice: Decision, transcript: Transcript
+    ) -> Decision | None:
+        """Return the decision that needs no call; None if the position needs one.
 
-        That is the small model's token where it is kept, blocked or out of calls, and a large token
-        that an earlier call prefetched.
+        That is the small model's token if the router keeps it, a never-send pattern matches or the
+        answer has no calls left, and a large token that an earlier call prefetched.
         """
-        if own.judgement is not Judgement.ESCALATE:
-            return own
+        if small_choice.judgement is not Judgement.ESCALATE:
+            return small_choice
         if not self._calls.is_open:
-            return self.unchecked(own)
+            return self.leave_unchecked(small_choice)
         if self._never_send.has_patterns:
             number = self._never_send.match(transcript.context().text)
             if number is not None:
-                return _withheld(own, number)
+                return _withhold(small_choice, number)
         if transcript.ends_in_character:
             return None
-        return self.from_prefetched(own, transcript.ids)
+        return self.decide_from_prefetched(small_choice, transcript.ids)
 
-    def unchecked(self, own: Decision) -> Decision:
-        """Return the small model's token, marked as not checked by the large model."""
-        return replace(own, checked=False)
+    def leave_unchecked(self, small_choice: Decision) -> Decision:
+        """Return the decision for the small model's token, marked as unchecked."""
+        return replace(small_choice, checked=False)
 
-    def from_prefetched(self, own: Decision, ids: Sequence[int]) -> Decision | None:
-        """Return the large token after these answer ids, if an earlier call prefetched it."""
+    def decide_from_prefetched(self, small_choice: Decision, ids: Sequence[int]) -> Decision | None:
+        """Return the decision for a prefetched token after these answer ids; None without one."""
         token = self.prefetched.find(ids)
         if token is None:
             return None
-        return _escalated(own, token, latency_s=0.0, prefetched=True)
+        return _escalate(small_choice, token, latency_s=0.0, prefetched=True)
 
     def start_call(self, transcript: Transcript) -> Call:
         """Start a call for the position after the transcript.
 
-        Where a call in flight may still prefetch that token, join it instead.
+        If a call in flight may still prefetch that token, join it instead.
         """
         if not transcript.ends_in_character:
             pending = self.prefetched.pending(transcript.ids)
@@ -138,16 +141,20 @@ class Decider:
                 return self._calls.join(pending)
         return self._calls.start(transcript.context())
 
-    def from_call(self, own: Decision, call: Call, ids: Sequence[int]) -> Decision | None:
-        """Return what a finished call decides at the position after these answer ids.
+    def decide_from_call(
+        self, small_choice: Decision, call: Call, ids: Sequence[int]
+    ) -> Decision | None:
+        """Return the decision by a finished call for the position after these answer ids.
 
-        None where the call was joined and did not bring the token, so that a call is needed.
+        None if a joined call did not return the token, so that the position needs a call.
         """
         outcome = self._calls.collect(call)
         if call.is_joined:
             if outcome.error is not None or not outcome.tokens:
                 return None
-            return _escalated(own, outcome.tokens[0], latency_s=outcome.latency_s, prefetched=True)
+            return _escalate(
+                small_choice, outcome.tokens[0], latency_s=outcome.latency_s, prefetched=True
+            )
         if outcome.error is None:
             if call.max_tokens > 1:
                 self.prefetched.add(ids, call.pending, max_tokens=call.max_tokens)
@@ -157,31 +164,31 @@ class Decider:
                 is_alone=call.is_alone,
                 is_streamed=call.max_tokens > 1 and not call.pending.finished,
             )
-            return _escalated(own, outcome.tokens[0], latency_s=outcome.latency_s)
-        # These errors say that nothing was sent, so there was no call to report.
+            return _escalate(small_choice, outcome.tokens[0], latency_s=outcome.latency_s)
+        # With these errors nothing was sent, so there was no call to report.
         if isinstance(outcome.error, LargeUnavailable | LargeUnrecorded):
-            return replace(own, checked=False, error=outcome.error)
+            return replace(small_choice, checked=False, error=outcome.error)
         escalation = Escalation(
-            own.signals.token_id, None, str(outcome.error), latency_s=outcome.latency_s
+            small_choice.signals.token_id, None, str(outcome.error), latency_s=outcome.latency_s
         )
-        return replace(own, escalation=escalation, checked=False, error=outcome.error)
+        return replace(small_choice, escalation=escalation, checked=False, error=outcome.error)
 
 
-def _withheld(own: Decision, pattern: int) -> Decision:
+def _withhold(small_choice: Decision, pattern: int) -> Decision:
     """Return the decision to keep a position local because a never-send pattern matches."""
     failure = f"withheld: never-send pattern {pattern}"
-    escalation = Escalation(own.signals.token_id, None, failure, latency_s=0.0)
-    return replace(own, escalation=escalation, checked=False, withheld=True)
+    escalation = Escalation(small_choice.signals.token_id, None, failure, latency_s=0.0)
+    return replace(small_choice, escalation=escalation, checked=False, withheld=True)
 
 
-def _escalated(
-    own: Decision, token: LargeToken, *, latency_s: float, prefetched: bool = False
+def _escalate(
+    small_choice: Decision, token: LargeToken, *, latency_s: float, prefetched: bool = False
 ) -> Decision:
     """Return the decision for the large model's token."""
     return replace(
-        own,
+        small_choice,
         token_ids=token.token_ids,
         source=Source.LARGE,
         ends=token.is_eos,
-        escalation=Escalation(own.signals.token_id, token, None, latency_s, prefetched),
+        escalation=Escalation(small_choice.signals.token_id, token, None, latency_s, prefetched),
     )

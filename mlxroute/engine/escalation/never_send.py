@@ -1,4 +1,4 @@
-"""Never-send patterns: contexts that match stay on this machine."""
+"""Never-send patterns: contexts that match one stay on this machine."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _REPEATS = re.compile(r"\{(?:\d*,)?(\d+)\}")
 class NeverSend:
     """Searches the context of each position for patterns.
 
-    `texts` are the messages that the prompt was rendered from, since a chat template may change
-    them. A match holds for every later context that begins with the text it was found in.
+    `texts` are the messages of the prompt; they are searched too, because a chat template may
+    change them. A match in a context holds for every later context that begins with it.
     """
 
     def __init__(self, patterns: Sequence[re.Pattern[str]], texts: Sequence[str]) -> None:
@@ -28,14 +28,13 @@ class NeverSend:
 
     @property
     def has_patterns(self) -> bool:
-        """Whether there is anything to search for."""
+        """Whether there is any pattern."""
         return bool(self._patterns)
 
     def match(self, context: str) -> int | None:
-        """Return the number, from 1, of a pattern that matches, None if there is none.
+        """Return the number, from 1, of a pattern that matches; None if none does.
 
-        Text that was searched before is searched again only as far as new text can change the
-        outcome.
+        Text without a match is searched again only where new text may complete one.
         """
         if self._last_match is not None and context.startswith(self._last_match[0]):
             return self._last_match[1]
@@ -57,7 +56,7 @@ class NeverSend:
 
 
 def _max_match_length(pattern: str) -> int:
-    """Return an upper bound of the characters that decide on a match from its start."""
+    """Return an upper bound of the characters, from its start on, that a match depends on."""
     if _UNBOUNDED.search(pattern):
         return 1 << 62
     # A part of a pattern is at least as long as one match of it, and repeats can be nested.

@@ -13,7 +13,7 @@ from mlxroute.engine.protocols import PendingCallProtocol
 from mlxroute.errors import LargeProtocolError
 from mlxroute.types import LargeToken
 
-# Continuations kept for an answer.
+# Number of continuations kept for an answer.
 _MAX_CONTINUATIONS = 8
 
 
@@ -38,7 +38,7 @@ class _Continuation:
         return not self._pending.finished and len(self.tokens) < self._max_tokens
 
     def after(self, ids: Sequence[int]) -> LargeToken | None:
-        """Return the token after `ids`; None where they do not end at one of its tokens."""
+        """Return the prefetched token after `ids`; None if it does not start there."""
         if (end := self._end_of_prefix(ids)) is None:
             return None
         for number, token in enumerate(self.tokens):
@@ -56,7 +56,7 @@ class _Continuation:
             return False
         path = [token_id for token in self.tokens for token_id in token.token_ids]
         missing = len(ids) - start - len(path)
-        # Each token that is still to come has at least one id.
+        # Each missing token has at least one id.
         in_reach = 0 <= missing < self._max_tokens - len(self.tokens)
         return in_reach and list(ids[start:])[: len(path)] == path
 
@@ -75,7 +75,7 @@ class _Continuation:
 
 
 class PrefetchedPosition:
-    """The token after some ids that a call in flight may bring, as a pending call of its own."""
+    """A token that a call in flight may still prefetch, with the interface of a pending call."""
 
     def __init__(self, continuation: _Continuation, ids: tuple[int, ...]) -> None:
         self._continuation = continuation
@@ -92,9 +92,9 @@ class PrefetchedPosition:
         return self.ready
 
     def result(self) -> tuple[LargeToken, ...]:
-        """Return the token; nothing where the continuation differs from the ids.
+        """Return the token; nothing if the continuation contradicts the ids.
 
-        Raises LargeProtocolError where the call ended before its last token.
+        Raises LargeProtocolError if the call ended before its last token.
         """
         if (token := self._continuation.after(self._ids)) is not None:
             return (token,)
@@ -135,21 +135,21 @@ class PrefetchedTokens:
         return next((token for token in tokens if token is not None), None)
 
     def pending(self, ids: Sequence[int]) -> PrefetchedPosition | None:
-        """Return the position after these ids in a call in flight that may still bring it."""
+        """Return the token after these ids as pending if a call in flight may still prefetch it."""
         for continuation in self._continuations:
             if continuation.may_reach(ids):
                 return PrefetchedPosition(continuation, tuple(ids))
         return None
 
     def take_finished(self) -> Iterator[tuple[LargeToken, ...]]:
-        """Yield the tokens of each continuation that is complete, once."""
+        """Yield the tokens of each continuation that has become complete, once."""
         for continuation in self._continuations:
             if not continuation.is_reported and not continuation.is_pending:
                 continuation.is_reported = True
                 yield continuation.tokens
 
     def on_committed(self, ids: Sequence[int], count: int) -> None:
-        """Cancel calls in flight that continue another answer than the first `count` of `ids`."""
+        """Cancel calls in flight whose tokens contradict the first `count` of `ids`."""
         for continuation in self._continuations:
             if continuation.is_pending and continuation.contradicts(ids[:count]):
                 continuation.cancel()

@@ -1,1 +1,1 @@
-"""Decode loops: wait, overlap and hedge, and the governor that picks one for auto."""
+"""The decode loops: of `wait`, and of `overlap` and `hedge`."""

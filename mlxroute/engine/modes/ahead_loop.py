@@ -2,8 +2,8 @@
 
 A branch is one continuation of the committed answer: the small model's own choices, and under
 `hedge` also some of its next likeliest choices at the positions with a call. Branches of equal
-length are decoded as one batch. What the large model decides at a position drops the branches that
-took another token there; when none is left, decoding goes back to that position.
+length are decoded as one batch. The large model's token at a position drops the branches that have
+another token there; when none is left, decoding goes back to that position.
 
 A batch rounds differently from a row alone. Where that could change a decision, the tokens since
 the first batch are decoded again, one row and one token at a time, before the decision is made.
@@ -19,7 +19,7 @@ from mlxroute.engine.escalation.calls import Call
 from mlxroute.engine.escalation.decision import Decision
 from mlxroute.engine.experience import BRANCH_ROWS
 from mlxroute.engine.modes.answer_cache import AnswerCache
-from mlxroute.engine.modes.branches import Branch, Branches, Position, likeliest
+from mlxroute.engine.modes.branches import Branch, Branches, Position, find_likeliest
 from mlxroute.engine.modes.decode_context import DecodeContext
 from mlxroute.engine.modes.provisional import ProvisionalTokens
 from mlxroute.engine.protocols import RouterState
@@ -34,8 +34,8 @@ class AheadLoop:
     """Decodes ahead of the commits along one branch, or several if `branching`.
 
     `provisional` counts the retracted tokens, `redecoded` the decisions that were made again
-    without a batch; `was_blocked` says that the KV cache could not be rolled back somewhere, so
-    that decoding paused there.
+    without a batch. `was_blocked` is True if decoding paused because the KV cache could not be
+    rolled back.
     """
 
     def __init__(self, context: DecodeContext, *, branching: bool) -> None:
@@ -91,36 +91,36 @@ class AheadLoop:
                 self._decide_by_prefetched(position)
 
     def _has_new_prefetched(self) -> bool:
-        """Return whether calls brought tokens that were not compared with pending positions."""
+        """Return whether tokens were prefetched that no pending position was compared with."""
         return self._context.decider.prefetched.generated != self._checked_prefetched
 
     def _answer(self, position: Position, call: Call) -> Decision | None:
-        """Return what a call decides, if it is finished or not waited for any longer."""
+        """Return the decision by a call if it is finished or the calls are closed, else None."""
         context = self._context
         if context.calls.is_finished(call):
             ids = self._branches.transcript_before(position).ids
-            decision = context.decider.from_call(position.small_choice, call, ids)
+            decision = context.decider.decide_from_call(position.small_choice, call, ids)
             return decision or self._call_again(position)
         if not context.calls.is_open:
             # Failures have used up the time that they may cost this answer.
             context.calls.discard([call])
-            return context.decider.unchecked(position.small_choice)
+            return context.decider.leave_unchecked(position.small_choice)
         return None
 
     def _call_again(self, position: Position) -> Decision | None:
-        """Call for a token that a joined call did not bring, unless it is known by now."""
+        """Call for a token that a joined call did not return, unless it is known by now."""
         transcript = self._branches.transcript_before(position)
         decider = self._context.decider
-        decision = decider.without_call(position.small_choice, transcript)
+        decision = decider.decide_without_call(position.small_choice, transcript)
         position.call = decider.start_call(transcript) if decision is None else None
         return decision
 
     def _decide_by_prefetched(self, position: Position) -> None:
-        """Decide a pending position whose token another call brought."""
+        """Decide a pending position whose token another call prefetched."""
         if position.call is None or position.in_character:
             return
         ids = self._branches.transcript_before(position).ids
-        decision = self._context.decider.from_prefetched(position.small_choice, ids)
+        decision = self._context.decider.decide_from_prefetched(position.small_choice, ids)
         if decision is not None:
             self._context.calls.discard([position.call])
             self._decide(position, decision)
@@ -139,20 +139,20 @@ class AheadLoop:
     # The next positions
 
     def _decide_next_positions(self) -> bool:
-        """Judge the next position of each branch that was decoded; return whether any could be."""
+        """Judge the next position of each decoded branch; return whether any branch changed."""
         is_progress = False
         for branch in sorted(self._branches.all, key=lambda branch: -branch.probability):
-            # A likelier branch may have taken this one's place.
+            # Forks of a likelier branch may have displaced this one.
             if branch.signals is None or branch not in self._branches.all:
                 continue
             state = self._router_state_after(branch)
-            own = self._context.decider.small_choice(branch.signals, state)
-            if not self._cache.is_exact and self._is_borderline(own, state):
+            small_choice = self._context.decider.judge(branch.signals, state)
+            if not self._cache.is_exact and self._is_borderline(small_choice, state):
                 self.redecoded += 1
                 branch.batch_row, branch.signals, branch.decode_alone = None, None, True
                 is_progress = True
             else:
-                is_progress = self._add_position(branch, own) or is_progress
+                is_progress = self._add_position(branch, small_choice) or is_progress
         return is_progress
 
     def _router_state_after(self, branch: Branch) -> RouterState:
@@ -160,30 +160,32 @@ class AheadLoop:
             return branch.steps[-1].choice.state_after
         return self._context.decider.router_state
 
-    def _is_borderline(self, own: Decision, state: RouterState) -> bool:
+    def _is_borderline(self, small_choice: Decision, state: RouterState) -> bool:
         """Return whether the rounding of batches could change the decision."""
         cost = self._context.experience.branch_cost
         band_nats = 0.0 if cost is None else cost.rounding_nats
-        best, second = own.signals.top_logprobs[:2]
+        best, second = small_choice.signals.top_logprobs[:2]
         is_tie = best - second <= band_nats
-        return is_tie or self._context.decider.is_borderline(own, state, band_nats)
+        return is_tie or self._context.decider.is_borderline(small_choice, state, band_nats)
 
-    def _add_position(self, branch: Branch, own: Decision) -> bool:
+    def _add_position(self, branch: Branch, small_choice: Decision) -> bool:
         """Add the next position to a branch, with a call if it needs one.
 
         Returns False where it needs a call that cannot be made now.
         """
         context, transcript = self._context, self._branches.transcript(branch)
-        position = Position(len(transcript), own, None, transcript.ends_in_character)
-        decision = context.decider.without_call(own, transcript)
+        position = Position(len(transcript), small_choice, None, transcript.ends_in_character)
+        decision = context.decider.decide_without_call(small_choice, transcript)
         if decision is not None:
             position.final = decision
             self._branches.append(branch, position, decision)
         elif context.calls.has_free_slot and self._may_call(branch):
             position.call = context.decider.start_call(transcript)
-            self._branches.append(branch, position, own, math.exp(own.signals.top_logprobs[0]))
-            self._measure_branch_cost(own.signals)
-            self._fork(branch, own)
+            self._branches.append(
+                branch, position, small_choice, math.exp(small_choice.signals.top_logprobs[0])
+            )
+            self._measure_branch_cost(small_choice.signals)
+            self._fork(branch, small_choice)
         else:
             return False
         return True
@@ -192,7 +194,7 @@ class AheadLoop:
         """Return whether the ceiling allows a call at the end of a branch."""
         if branch.is_certain:
             return True
-        is_likeliest = branch is likeliest(self._open_branches())
+        is_likeliest = branch is find_likeliest(self._open_branches())
         joined = self._context.calls.joined
         return self._context.governor.may_call_speculatively(
             is_likeliest=is_likeliest, joined=joined
@@ -200,13 +202,13 @@ class AheadLoop:
 
     @property
     def _max_branches(self) -> int:
-        """How many branches there may be now; one until the rounding of batches is measured."""
+        """Greatest number of branches now; 1 until the rounding of batches is measured."""
         context, cost = self._context, self._context.experience.branch_cost
         if cost is None or not self._branching or context.governor.mode is not Mode.HEDGE:
             return 1
         return min(cost.rows, context.small.max_rows)
 
-    def _fork(self, branch: Branch, own: Decision) -> None:
+    def _fork(self, branch: Branch, small_choice: Decision) -> None:
         """Fork a branch by the small model's next likeliest choices at its last position.
 
         Only the likeliest branches are kept.
@@ -214,12 +216,12 @@ class AheadLoop:
         max_branches = self._max_branches
         if max_branches == 1:
             return
-        signals = own.signals
+        signals = small_choice.signals
         choices = zip(signals.top_ids, signals.top_logprobs, strict=True)
         others = [choice for choice in choices if choice[0] != signals.token_id]
         for token_id, logprob in others[: max_branches - 1]:
             ends = token_id in self._context.small.vocabulary.eos_ids
-            choice = replace(own, token_ids=(token_id,), ends=ends)
+            choice = replace(small_choice, token_ids=(token_id,), ends=ends)
             fork = self._branches.fork(branch, choice, math.exp(logprob))
             if fork.probability >= _MIN_PROBABILITY:
                 self._branches.all.append(fork)
@@ -248,9 +250,9 @@ class AheadLoop:
         Returns whether anything was done.
         """
         context, open_branches = self._context, self._open_branches()
-        if (best := likeliest(open_branches)) is None:
+        if (best := find_likeliest(open_branches)) is None:
             return False
-        # It was decoded and needs a call that could not be made.
+        # A decoded branch is still open only if it needs a call that could not be made.
         if best.signals:
             return not context.calls.has_free_slot and self._free_slot(best)
         if not context.governor.may_decode_ahead(context.calls.oldest_age_s):
@@ -270,9 +272,9 @@ class AheadLoop:
         return True
 
     def _free_slot(self, best: Branch) -> bool:
-        """Give up the least likely call that the likeliest branch does not need.
+        """Cancel the least likely call that the likeliest branch does not need.
 
-        The branches that had it go back to that position. Returns whether there was one.
+        Branches that wait for it are cut back to its position. Returns whether there was one.
         """
         shortened: tuple[Branch, Position] | None = None
         for branch in self._branches.all:
@@ -309,7 +311,7 @@ class AheadLoop:
         return branch.batch_row is not None and self._length(branch) == len(self._cache) + 1
 
     def _feed(self, branch: Branch) -> None:
-        """Decode one branch as a row alone, from where the KV cache holds it."""
+        """Decode one branch as a single row, after the part of it that the KV cache holds."""
         transcript = self._branches.transcript(branch)
         if branch.batch_row is None or self._cache.is_batch:
             self._cache.collapse(transcript.ids)
@@ -319,7 +321,7 @@ class AheadLoop:
         branch.batch_row, branch.decode_alone = 0, False
 
     def _feed_batch(self, branches: list[Branch]) -> None:
-        """Decode one token of each branch as a batch; the branches have one length."""
+        """Decode one token of each branch as a batch; the branches have the same length."""
         parents = [branch.batch_row or 0 for branch in branches]
         ids = [branch.steps[-1].decision.token_ids[-1] for branch in branches]
         signals = self._cache.feed_batch(parents, ids)

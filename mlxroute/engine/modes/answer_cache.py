@@ -13,15 +13,15 @@ from mlxroute.types import Signals
 class AnswerCache:
     """Brings the small model's KV cache to a branch, by rollback and by feeding tokens.
 
-    What the cache holds is the small model's own state; only how much of it was computed by a row
-    alone, and so without the rounding of batches, is kept here.
+    The small model owns the cache's content. This object only keeps how many of its tokens were
+    computed as a single row, without the rounding of batches.
     """
 
     def __init__(self, context: DecodeContext) -> None:
         self._context = context
         self._small = context.small
         self._prompt_length = len(context.prompt.ids)
-        # Answer tokens at the start of the cache that were computed as a row alone.
+        # Number of leading answer tokens that were computed as a single row.
         self._exact_length = 0
 
     def __len__(self) -> int:
@@ -36,17 +36,16 @@ class AnswerCache:
 
     @property
     def is_exact(self) -> bool:
-        """Whether all of it was computed as a row alone."""
+        """Whether all answer tokens in the cache were computed as a single row."""
         return not self.is_batch and self._exact_length == len(self._ids)
 
     def feed(self, transcript: Transcript, *, exactly: bool) -> Signals:
         """Feed an answer to the only row; return the signals of the position after it.
 
-        What the cache shares with the answer is kept, up to the start of a decision: a decision's
-        tokens are fed in one pass, as they are in `wait`, so that they round the same. With
+        Cached tokens that are part of the answer are kept, up to the start of a decision: the
+        tokens of a decision are fed in one pass, as in `wait`, so that they round the same. With
         `exactly`, tokens that a batch computed are computed again.
         """
-        tokens = transcript.tokens
         tokens = transcript.tokens
         reusable = min(len(self._ids), self._exact_length) if exactly else len(self._ids)
         start = min(reusable, len(tokens) - 1)
@@ -66,7 +65,7 @@ class AnswerCache:
         return self._small.branch(parents, ids)
 
     def collapse(self, ids: Sequence[int]) -> None:
-        """End the batch with the row that shares most with `ids`; drop what differs from them."""
+        """End the batch: keep the row with the longest prefix of `ids`, and cut it there."""
         if tails := self._small.batch_tails:
             rest = ids[len(self._ids) :]
             rows = range(len(tails))
@@ -74,7 +73,10 @@ class AnswerCache:
         self._cut(common_prefix_length(self._ids, ids))
 
     def finish(self, ids: Sequence[int], *, last_decision: int) -> None:
-        """Hold a finished answer except for its last decision, which starts at that index."""
+        """Make the cache hold the finished answer `ids` up to its last decision.
+
+        `last_decision` is the index in `ids` at which that decision starts.
+        """
         self.collapse(ids[:-1])
         # A branch that was complete was not fed while others were decoded.
         if len(self._ids) < last_decision:

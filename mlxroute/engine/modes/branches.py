@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mlxroute.engine.escalation.calls import Call
 from mlxroute.engine.escalation.decision import Decision
-from mlxroute.engine.modes.decode_context import extended
+from mlxroute.engine.modes.decode_context import append_decision
 from mlxroute.engine.transcript import Transcript
 from mlxroute.types import Signals
 
@@ -17,8 +17,9 @@ from mlxroute.types import Signals
 class Position:
     """A position that is not committed yet, after `index` tokens of the answer.
 
-    `small_choice` is the small model's token there, `call` the call in flight for it, and `final`
-    what was decided, once it is. Branches that pass through a position share this object.
+    `small_choice` is the decision for the small model's token, `call` the call in flight for the
+    position, and `final` the decision, once it is made. `in_character` is True if the answer before
+    the position ends inside a character. Branches that share a position share this object.
     """
 
     index: int
@@ -51,9 +52,9 @@ class Step:
 class Branch:
     """One continuation of the committed answer.
 
-    `batch_row` is its row in the small model's batch, None where the KV cache does not hold its
-    beginning. `signals` are those of the position after its last step, None until it is decoded.
-    `decode_alone` says that it must be decoded again without a batch.
+    `batch_row` is its row in the small model's batch, None if the KV cache holds no beginning of
+    it. `signals` are those of the position after its last step, None until it is decoded.
+    `decode_alone` is True if it must be decoded again without a batch.
     """
 
     steps: list[Step]
@@ -112,22 +113,22 @@ class Branches:
 
     def append(self, branch: Branch, position: Position, choice: Decision, p: float = 1.0) -> None:
         """Add a step to a branch; `p` is the small model's probability of the choice."""
-        transcript = extended(self.transcript(branch), choice)
+        transcript = append_decision(self.transcript(branch), choice)
         branch.steps.append(Step(position, choice, transcript, p))
         branch.signals = None
 
     def fork(self, branch: Branch, choice: Decision, p: float) -> Branch:
         """Return a new branch that makes another choice at the last step of a branch."""
         before, last = branch.steps[:-1], branch.steps[-1]
-        transcript = extended(before[-1].transcript if before else self.committed, choice)
+        transcript = append_decision(before[-1].transcript if before else self.committed, choice)
         step = Step(last.position, choice, transcript, p)
         return Branch([*before, step], branch.batch_row)
 
     def decide(self, position: Position, decision: Decision) -> list[Call]:
-        """Record what was decided at a position; return the calls that this makes useless.
+        """Record the decision at a position; return the calls that are no longer needed.
 
-        Branches that took another token there are dropped. Where all did, decoding goes back to a
-        new branch that ends with the decision.
+        Branches with another token there are dropped. If all have another one, a new branch that
+        ends with the decision replaces them.
         """
         position.call, position.final = None, decision
         kept: list[Branch] = []
@@ -150,7 +151,7 @@ class Branches:
         return self.keep(kept)
 
     def keep(self, branches: Sequence[Branch]) -> list[Call]:
-        """Drop all other branches; return the calls of positions that only those had."""
+        """Keep only these branches; return the calls for positions that none of them has."""
         reached = {id(step.position) for branch in branches for step in branch.steps}
         dropped = [p for p in self.pending_positions() if id(p) not in reached]
         calls = [position.call for position in dropped if position.call is not None]
@@ -173,12 +174,12 @@ class Branches:
         return step.decision
 
     def _refresh(self, branch: Branch, start: int) -> None:
-        """Rewrite the transcripts from a step on, whose decision has the same tokens."""
+        """Rebuild the transcripts from a step on, after a decision with the same tokens."""
         transcript = branch.steps[start - 1].transcript if start else self.committed
         for step in branch.steps[start:]:
-            transcript = step.transcript = extended(transcript, step.decision)
+            transcript = step.transcript = append_decision(transcript, step.decision)
 
 
-def likeliest(branches: Sequence[Branch]) -> Branch | None:
+def find_likeliest(branches: Sequence[Branch]) -> Branch | None:
     """Return the branch with the highest probability; None without branches."""
     return max(branches, key=lambda branch: branch.probability, default=None)

@@ -17,7 +17,7 @@ from mlxroute.types import Signals, Token
 
 @dataclass(frozen=True, slots=True)
 class DecodeContext:
-    """The parts of one answer, each the owner of its state."""
+    """The collaborators of one answer, each the owner of its state."""
 
     small: SmallProtocol
     prompt: RenderedPrompt
@@ -34,7 +34,7 @@ class DecodeContext:
         stalled = self.calls.take_stalled()
         began_s = self.clock()
         signals = self.small.extend(token_ids)
-        # After a stall the step was computed during the wait, so its time says nothing.
+        # After a stall the queued step is finished already, so its time is not that of a step.
         if len(token_ids) == 1 and not stalled:
             is_alone = not self.calls.in_flight
             self.experience.on_step(self.clock() - began_s, is_alone=is_alone)
@@ -48,6 +48,6 @@ class DecodeContext:
         self.decider.prefetched.on_committed(transcript.ids, len(self.commits))
 
 
-def extended(transcript: Transcript, decision: Decision) -> Transcript:
-    """Return the transcript with a decision's tokens."""
+def append_decision(transcript: Transcript, decision: Decision) -> Transcript:
+    """Return the transcript followed by a decision's tokens."""
     return transcript.extend(decision.token_ids, ends=decision.ends, large_ids=decision.large_ids)

@@ -10,7 +10,7 @@ from mlxroute.types import Provisional, Retracted
 
 
 class ProvisionalTokens:
-    """The tokens shown beyond the committed ones; `retracted` counts those taken back."""
+    """The provisional tokens on show; `retracted` counts those that were taken back."""
 
     def __init__(self) -> None:
         self._shown_ids: list[int] = []
@@ -33,7 +33,7 @@ class ProvisionalTokens:
                 index += 1
 
     def retract(self, ids: Sequence[int], *, committed: int) -> Iterator[Retracted]:
-        """Take back what is shown from the first token on that differs from `ids`."""
+        """Retract the shown tokens from the first one on that differs from `ids`."""
         same = common_prefix_length(self._shown_ids, ids)
         if same < len(self._shown_ids):
             self.retracted += len(self._shown_ids) - same

@@ -38,15 +38,15 @@ LADDER: Final[tuple[Dialect, ...]] = (
 """Every dialect, the best rung first; within a rung, native routes first."""
 
 
-def dialect_named(name: str) -> Dialect | None:
-    """Return the dialect of that name, or None."""
+def get_dialect(name: str) -> Dialect | None:
+    """Return the dialect of this name; None if there is none."""
     return next((dialect for dialect in LADDER if dialect.name == name), None)
 
 
-def with_ids(dialect: Dialect) -> Dialect:
-    """Return the variant of a dialect that names alternatives by id, where there is one.
+def prefer_ids(dialect: Dialect) -> Dialect:
+    """Return the variant of a dialect that names alternatives by id, or else the dialect.
 
-    It is for callers that know the large vocabulary and can look the ids up.
+    It is for callers that know the large vocabulary and can look up the ids.
     """
     return VllmCompletions(by_id=True) if isinstance(dialect, VllmCompletions) else dialect
 
@@ -57,6 +57,6 @@ __all__ = [
     "Dialect",
     "RequestOptions",
     "StreamingDialect",
-    "dialect_named",
-    "with_ids",
+    "get_dialect",
+    "prefer_ids",
 ]

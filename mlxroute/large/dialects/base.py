@@ -31,7 +31,7 @@ class RequestOptions:
 
 
 class Dialect(ABC):
-    """How one family of servers is asked for greedy tokens, and how its replies are read.
+    """The JSON of one family of servers: requests for greedy tokens, and their replies.
 
     A subclass sets `name`, `rung`, `form` and `path`, and those of the other attributes whose
     default does not fit. Requests contain only keys that the family knows, because strict servers
@@ -67,7 +67,7 @@ class Dialect(ABC):
 
 
 class StreamingDialect(Dialect):
-    """A dialect whose streamed replies hold the same details of every token as whole replies."""
+    """A dialect whose streamed replies describe tokens as fully as whole replies."""
 
     @abstractmethod
     def join_events(self, events: Sequence[Mapping[str, object]]) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""`/v1/chat/completions` with a begun assistant turn, which the server has to continue."""
+"""`/v1/chat/completions` with an unfinished assistant turn, which the server must continue."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
 
 
 class ContinuationMethod(Enum):
-    """How a request marks its last turn as one to continue, not to close."""
+    """How a request marks its last chat turn as unfinished."""
 
     FLAGS = "flags"
     PREFIX = "prefix"
@@ -29,10 +29,10 @@ class ContinuationMethod(Enum):
 
 
 class ChatContinuation(Dialect):
-    """One method of continuing a turn.
+    """The dialect of chat servers that continue an unfinished assistant turn.
 
-    `echoes` is for servers whose reply repeats the beginning of the turn. Without `logprobs` the
-    request asks for none.
+    `method` is how requests mark the turn. `echoes` is for servers whose reply repeats the
+    beginning of the turn. Without `logprobs` requests ask for none.
     """
 
     form = PromptForm.CHAT
@@ -69,7 +69,7 @@ class ChatContinuation(Dialect):
         return add_model(body, options)
 
     def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
-        """Read a reply. Null content, as of a tool call, counts as empty text."""
+        """Read a reply. Null content, as in a tool call, counts as empty text."""
         choice = first_choice(reply)
         text = self._continuation(choice, prompt)
         logprobs = choice.get("logprobs")

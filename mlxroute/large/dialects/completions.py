@@ -25,9 +25,10 @@ from mlxroute.tokenizers.control_tokens import is_control_token
 
 
 class PlainCompletions(Dialect):
-    """Reads the legacy logprobs (vLLM, OpenAI, Together) and those in the shape of chats.
+    """The dialect of any server with OpenAI's `/v1/completions`.
 
-    Without `logprobs` it asks for none: for servers that ignore or refuse them.
+    It reads logprobs in the legacy shape (vLLM, OpenAI, Together) and in that of chats. Without
+    `logprobs` requests ask for none, for servers that ignore or refuse them.
     """
 
     form = PromptForm.TEXT

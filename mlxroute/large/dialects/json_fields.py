@@ -1,4 +1,7 @@
-"""Checked values from the JSON of untrusted replies: token ids, logprobs, counts, error texts."""
+"""Checks of values in the JSON of replies: token ids, logprobs, counts, error texts.
+
+Replies are not trusted: the functions `as_...` raise LargeProtocolError for a wrong value.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ def parse_object(body: bytes) -> dict[str, object]:
 
 
 def error_message(body: bytes) -> str:
-    """Return the message of an error reply, in any of the shapes servers use; empty if none."""
+    """Return the message of an error reply in any of the usual shapes; empty if it has none."""
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
@@ -86,7 +89,7 @@ def usage_counts(reply: Mapping[str, object]) -> Counts:
 
 
 def checked_counts(prompt: object, cached: object, completion: object) -> Counts:
-    """Return three counts of a reply, None for a value that is not a count."""
+    """Return three counts of a reply; None for a value that is not a count."""
     return Counts(
         prompt_tokens=_checked_count(prompt),
         cached_tokens=_checked_count(cached),
@@ -127,7 +130,7 @@ def as_token_id(value: object) -> int:
 
 
 def as_logprob(value: object) -> float:
-    """Return `value` if it is a natural-log probability; -inf is one, NaN is not."""
+    """Return `value` if it is a logprob in nats; -inf is one, NaN is not."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise LargeProtocolError("a logprob is not a number")
     try:

@@ -26,7 +26,10 @@ _FIELDS: Final = [
 
 
 class LlamaServer(StreamingDialect):
-    """A token that is part of a character has an id only, without text or logprob."""
+    """The dialect of `llama-server`.
+
+    A token that is part of a character has an id only, without text or logprob.
+    """
 
     name = "llama-server completion"
     rung = 1
@@ -76,7 +79,7 @@ class LlamaServer(StreamingDialect):
 
 
 def _align(ids: Sequence[int], with_text: Sequence[ReplyPosition]) -> list[ReplyPosition]:
-    """Return one position for each id; those that come with text are in the same order."""
+    """Return one position for each id; `with_text` are some of them, in the same order."""
     positions, rest = [], list(with_text)
     for token_id in ids:
         if rest and rest[0].token.token_id == token_id:

@@ -26,7 +26,7 @@ _MAX_TOP_LOGPROBS: Final = 11
 
 
 class MlxLm(Dialect):
-    """The `/v1/completions` of `mlx_lm.server`, where `logprobs` is a boolean."""
+    """The dialect of `mlx_lm.server`: `/v1/completions`, where `logprobs` is a boolean."""
 
     name = "mlx_lm completions"
     rung = 2

@@ -18,7 +18,10 @@ from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
 
 
 class OllamaGenerate(Dialect):
-    """Used because Ollama's `/v1/completions` applies the chat template and drops logprobs."""
+    """The dialect of Ollama.
+
+    Its `/v1/completions` is not used: it applies the chat template and drops logprobs.
+    """
 
     name = "Ollama generate"
     rung = 2
@@ -40,7 +43,7 @@ class OllamaGenerate(Dialect):
         return add_model(body, options)
 
     def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
-        """Read a reply. The end token has no logprobs, nor has a lost part of a character."""
+        """Read a reply. The end token and a lost part of a character have no logprobs."""
         text = as_text(reply.get("response"), what="response")
         logprobs = as_array(reply.get("logprobs") or [], what="logprobs")
         positions = [parse_chat_position(item) for item in logprobs]

@@ -22,7 +22,7 @@ from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
 
 
 class SglangGenerate(Dialect):
-    """A token is a triple of logprob, id and text; chosen tokens and alternatives are two lists."""
+    """The dialect of SGLang, where a token is a triple of logprob, id and text."""
 
     name = "SGLang generate"
     rung = 1
@@ -32,7 +32,7 @@ class SglangGenerate(Dialect):
     names_model = False
 
     def request(self, prompt: Prompt, options: RequestOptions) -> dict[str, object]:
-        """Ask for greedy tokens; only at temperature 0 does it report logprobs before scaling."""
+        """Ask for greedy tokens; at temperature 0 the server reports logprobs before scaling."""
         return {
             "input_ids": list(prompt.ids),
             "sampling_params": {

@@ -1,4 +1,4 @@
-"""Server-sent events: their JSON, also from a body of which only the beginning has arrived."""
+"""Server-sent events: parsing and merging their JSON, also from an incomplete body."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DONE: Final = b"[DONE]"
 
 
 def is_event_stream(body: bytes) -> bool:
-    """Return whether a body consists of events; a server that does not stream sends an object."""
+    """Return whether a body consists of events, not of one JSON value."""
     return not body.lstrip().startswith((b"{", b"["))
 
 
@@ -28,8 +28,8 @@ def merge_events(
 ) -> dict[str, object]:
     """Merge events into one object.
 
-    The values under the keys `lists` and `texts` are concatenated; of any other key, the last
-    value that is not null counts.
+    The values of the keys `lists` and `texts` are concatenated; any other key gets its last value
+    that is not null.
     """
     merged: dict[str, object] = {}
     for event in events:

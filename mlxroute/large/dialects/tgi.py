@@ -26,7 +26,7 @@ _MAX_TOP: Final = 5
 
 
 class TgiGenerate(Dialect):
-    """Greedy decoding is `do_sample: false`; the server refuses a temperature of 0."""
+    """The dialect of Text Generation Inference, which refuses a temperature of 0."""
 
     name = "TGI generate"
     rung = 2
@@ -36,7 +36,7 @@ class TgiGenerate(Dialect):
     names_model = False
 
     def request(self, prompt: Prompt, options: RequestOptions) -> dict[str, object]:
-        """Ask for greedy tokens."""
+        """Ask for greedy tokens, by `do_sample: false`."""
         return {
             "inputs": prompt.text,
             "parameters": {

@@ -21,7 +21,7 @@ _BUSY_STATUSES: Final = {408, 429, 502, 503, 504}
 
 
 class Post(Protocol):
-    """Posts a JSON body to a route at the server's root and returns the reply's JSON object.
+    """A function that posts JSON to a route at the server's root and returns the reply's object.
 
     Raises LargeError for any status but 200.
     """
@@ -30,7 +30,7 @@ class Post(Protocol):
 
 
 class TokenizeRoutes(ABC):
-    """Ids from a server's own routes; the ids of a text are cached.
+    """The routes of a server that convert between text and token ids; ids are cached by text.
 
     Implements `vocabulary.token_sources.TokenSource`. Methods raise LargeError.
     """
@@ -68,7 +68,7 @@ class TokenizeRoutes(ABC):
         """Return the text of ids, special tokens by their names."""
 
     def detect_prefix(self) -> None:
-        """Find out whether the server adds a space before every text, as SentencePiece does."""
+        """Detect whether the server adds a space before every text, as SentencePiece does."""
         anchor = self._encode(_ANCHOR)
         rest = _ids_after(anchor, self._encode(_ANCHOR + _SAMPLE))
         if rest != self._encode(_SAMPLE):
@@ -137,7 +137,7 @@ class VllmTokenizeRoutes(TokenizeRoutes):
 
 
 def find_tokenize_routes(post: Post, *, model: str | None) -> TokenizeRoutes | None:
-    """Return the routes of a server that encode and decode a sample text; None if it has none.
+    """Return the routes of a server, tried with a sample text; None if it has none.
 
     Raises LargeError for a server that is too busy to answer.
     """
@@ -157,7 +157,7 @@ def find_tokenize_routes(post: Post, *, model: str | None) -> TokenizeRoutes | N
 
 
 def _ids_after(anchor: tuple[int, ...], ids: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the ids after `anchor`; empty if the two texts share a token."""
+    """Return the ids after `anchor`; empty if `ids` does not begin with it."""
     return ids[len(anchor) :] if ids[: len(anchor)] == anchor else ()
 
 

@@ -27,7 +27,10 @@ _ID_NAME = re.compile(r"token_id:(\d{1,9})")
 
 
 class VllmCompletions(StreamingDialect):
-    """With `by_id`, alternatives come as ids: as text, tokens that read the same are merged."""
+    """The dialect of vLLM.
+
+    With `by_id` alternatives are named by id. Named by text, tokens with the same text are merged.
+    """
 
     name = "vLLM completions"
     rung = 1
@@ -63,7 +66,7 @@ class VllmCompletions(StreamingDialect):
         )
 
     def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
-        """Read a reply. Raises LargeProtocolError if it has no ids: then the server is not vLLM."""
+        """Read a reply. Raises LargeProtocolError for one without ids: the server is not vLLM."""
         choice = first_choice(reply)
         if choice.get("token_ids") is None:
             raise LargeProtocolError("the reply names no token ids")

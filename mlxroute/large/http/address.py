@@ -22,7 +22,7 @@ class Address:
 
     @property
     def root(self) -> str:
-        """The address without the version (`/v1`) that ends its path: the base of native routes."""
+        """The address without the version (`/v1`) at the end: the base of native routes."""
         return re.sub(r"/v\d+$", "", self.url)
 
     @property
@@ -35,7 +35,7 @@ class Address:
 
 
 def parse_address(text: str) -> Address:
-    """Parse and check a typed address; a missing path becomes `/v1`. Raises UsageError."""
+    """Parse and check an address; a missing path becomes `/v1`. Raises UsageError."""
     typed = text.strip()
     try:
         parts = urlsplit(typed)

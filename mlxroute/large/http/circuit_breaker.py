@@ -1,4 +1,4 @@
-"""A circuit breaker with half-open probes."""
+"""A circuit breaker with half-open probes, shared by all calls to one server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FIRST_PAUSE_S: Final = 5.0
 _MAX_PAUSE_S: Final = 300.0
 # The longest `Retry-After` that is respected.
 _MAX_RETRY_AFTER_S: Final = 3600.0
-# Key, payment, permission, address: a retry cannot mend these.
+# Wrong key, payment, permission or address: retries do not help.
 _PERMANENT_STATUSES: Final = (401, 402, 403, 404)
 
 
@@ -46,8 +46,8 @@ class CircuitBreaker:
     def guard(self, *, fragment: bool = False) -> Iterator[None]:
         """Count the outcome of the call made inside. Raises LargeUnavailable during a pause.
 
-        With `fragment` the answer ends inside a character. The large model may then rightly
-        choose another character, so a reply that does not fit is not a failure of the server.
+        `fragment` is True if the answer ends inside a character. The large model may then choose
+        another character, so a reply that does not fit is not a failure of the server.
         """
         with self._lock:
             is_probe = self._admit()
@@ -72,9 +72,9 @@ class CircuitBreaker:
             return False
         left_s = self._paused_until_s - self._clock()
         if left_s > 0 or self._probing:
-            when = f"for another {left_s:.0f} s" if left_s >= 1 else "at this moment"
+            duration = f"for another {left_s:.0f} s" if left_s >= 1 else "at this moment"
             raise LargeUnavailable(
-                f"{self._url} is not asked {when}; last failure: {self._last_failure}"
+                f"calls to {self._url} are paused {duration}; last failure: {self._last_failure}"
             )
         self._probing = True
         return True

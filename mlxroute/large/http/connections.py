@@ -1,4 +1,4 @@
-"""`requests` sessions that can be aborted, keep no cookies and follow no redirects."""
+"""HTTP sessions that can be aborted, keep no cookies and follow no redirects."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class HttpSession(requests.Session):
         )
         self.auth = auth
         self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
-        # A proxy of the environment cannot reach a server on this machine.
+        # A proxy that the environment names cannot reach a server on this machine.
         self.trust_env = not address.is_loopback
         self.aborted = False
 
@@ -88,7 +88,7 @@ class HttpSession(requests.Session):
         return None
 
     def abort(self) -> None:
-        """End every exchange, also one that another thread is blocked in, and close."""
+        """End the exchange, also if another thread is blocked in it, and close."""
         self.aborted = True
         self._adapter.abort()
         self.close()
@@ -97,7 +97,7 @@ class HttpSession(requests.Session):
 class HttpSessionPool:
     """The sessions of one server; each belongs to one exchange at a time.
 
-    So one exchange can be aborted without affecting another. Safe for several threads.
+    Aborting one exchange therefore does not affect another. Safe for several threads.
     """
 
     def __init__(self, address: Address, auth: Auth) -> None:

@@ -1,4 +1,4 @@
-"""The deadline of a call."""
+"""The deadline of a call, and its cancellation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NextDeadline = Callable[[], "Deadline"]
 
 
 class Deadline:
-    """The moment at which a call is given up; `cancel` brings it forward, from any thread.
+    """The moment at which a call ends in any case; `cancel` ends it at once, from any thread.
 
     There is one for each call, shared by its attempts. `lost_s` counts the seconds spent on
     attempts that were retried.
@@ -32,7 +32,7 @@ class Deadline:
         return 0.0 if self.cancelled else max(0.0, self._end_s - self._clock())
 
     def cancel(self) -> None:
-        """Give the call up now."""
+        """End the call now."""
         self.cancelled = True
         self.wake()
 
@@ -42,7 +42,7 @@ class Deadline:
             self._changed.notify_all()
 
     def wait_for(self, done: Callable[[], bool]) -> None:
-        """Return when `done()` is true, or at the deadline."""
+        """Block until `done()` is true, or until the deadline."""
         with self._changed:
             self._changed.wait_for(lambda: self.cancelled or done(), self.left_s())
 

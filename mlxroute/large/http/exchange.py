@@ -1,4 +1,4 @@
-"""One HTTP request and its reply: bounded in time and size, with errors translated."""
+"""One HTTP request and its reply, with limits of time and size, and errors as LargeError."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Endpoint:
 
 
 class _LedgerBody:
-    """A request body that is entered in the ledger once the connection is open to send it."""
+    """A request body that is recorded in the ledger once the connection is open to send it."""
 
     def __init__(self, data: bytes, *, url: str, ledger: Ledger) -> None:
         self._data = data
@@ -63,7 +63,7 @@ class _LedgerBody:
         return len(self._data)
 
     def read(self, size: int = -1) -> bytes:
-        """Return the whole body at the first call, whatever the size: it is in memory anyway."""
+        """Return the whole body at the first call, whatever `size` is, and nothing later."""
         if self._was_read:
             return b""
         self._was_read = True
@@ -74,8 +74,9 @@ class _LedgerBody:
 class Exchange(threading.Thread):
     """One request and its reply, in a thread of its own.
 
-    No timeout of `requests` bounds a whole exchange: a socket timeout bounds one read, so a byte a
-    second passes, and a name lookup has none. The caller waits for `finished` up to the deadline.
+    No timeout of `requests` bounds a whole exchange: a socket timeout bounds one read, which a
+    server that sends a byte per second never exceeds, and a name lookup has none. The caller waits
+    for `finished` up to the deadline.
     """
 
     def __init__(
@@ -116,9 +117,9 @@ class Exchange(threading.Thread):
         except LargeError as exc:
             self._error = exc
         except (requests.RequestException, HTTPError, HTTPException, OSError, ValueError) as exc:
-            # Not kept as a cause: it holds the request, which holds the key.
+            # The exception is not kept as a cause: it holds the request, which holds the key.
             self._error = self._translate(exc)
-            # The listener cannot take back what it used.
+            # Tokens that the listener published cannot be retracted by a retry.
             self.is_transient = retry.is_transient_error(exc) and not self._was_used
         finally:
             with self._finish_lock:
@@ -178,7 +179,7 @@ class Exchange(threading.Thread):
             )
 
     def _read(self, response: requests.Response) -> bytes:
-        # Decompressing a body that nobody asked to be compressed could fill the memory.
+        # Decompressing a body, which was not requested, could fill the memory.
         if response.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
             raise LargeProtocolError(
                 f"{self._base_url} sent a compressed reply, which was not requested"
@@ -240,7 +241,7 @@ class Exchange(threading.Thread):
 
 
 def _system_reason(exc: BaseException) -> str:
-    """Return the text of the innermost system error; outer ones repeat addresses and objects."""
+    """Return the text of the innermost system error, without addresses and object names."""
     reason = "the server closed it"
     cause: BaseException | None = exc
     while cause is not None:

@@ -13,19 +13,18 @@ from mlxroute.types import LargeToken
 
 Tokens = tuple[LargeToken, ...]
 
-# How long the threads of cancelled calls may take before `join` returns without them.
+# Greatest time that `join` waits for the threads of cancelled calls.
 _JOIN_S: Final = 0.3
 
 
 class PendingCall(threading.Thread):
     """One call in its own thread.
 
-    `ready` becomes True when there is an answer or an error, at the deadline at the latest. An
-    answer may be published before it is complete; it grows until `finished` is True. `changed` is
-    notified of each change.
+    `ready` becomes True when there is a token or an error, at the deadline at the latest. Further
+    tokens may be published until `finished` is True. `changed` is notified of each change.
 
-    An `Exchange` has a further thread: while a name lookup blocks that one, this one still releases
-    its locks and reports the failure to the circuit breaker, at the deadline.
+    Each `Exchange` of the call has a thread of its own: if a name lookup blocks that thread, this
+    one still ends the call at the deadline and reports the failure to the circuit breaker.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class PendingCall(threading.Thread):
             self._changed.notify_all()
 
     def result(self) -> Tokens:
-        """Return the tokens of a `ready` call received so far. Raises LargeError subclasses."""
+        """Return the tokens that a `ready` call has received. Raises LargeError subclasses."""
         if self._error is not None and self._tokens is None:
             raise self._error
         if self._tokens is None:
@@ -75,7 +74,7 @@ class PendingCall(threading.Thread):
 
 
 class PendingCalls:
-    """Starts calls in the background, waits for changes of any of them, and ends them all."""
+    """All calls of a client: starts them, waits for their changes, and cancels them."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -92,7 +91,7 @@ class PendingCalls:
         return call
 
     def wait(self, condition: Callable[[], bool], *, timeout_s: float) -> None:
-        """Return when `condition()` is true, checked at each change of a call; at the timeout."""
+        """Block until `condition()` is true, checked at each change of a call, or the timeout."""
         with self._changed:
             self._changed.wait_for(condition, timeout_s)
 
@@ -102,7 +101,7 @@ class PendingCalls:
             call.cancel()
 
     def join(self) -> None:
-        """Wait a moment for the threads of cancelled calls to end."""
+        """Wait, for 0.3 s at most, until the threads of cancelled calls have ended."""
         end_s = time.monotonic() + _JOIN_S
         for call in self._calls:
             call.join(max(0.0, end_s - time.monotonic()))

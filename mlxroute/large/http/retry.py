@@ -1,6 +1,6 @@
-"""Retries: which failures are transient, how often they are repeated, and after which pause.
+"""Retries: which failures are transient, how often a request is repeated, and the pauses between.
 
-Every request may be sent twice: replies are greedy, and requests change nothing on the server.
+A repeated request is harmless: replies are greedy, and requests change nothing on the server.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Attempt(Protocol):
 
     @property
     def is_transient(self) -> bool:
-        """Whether it failed and the same request may succeed later."""
+        """Whether the attempt failed and the same request may succeed later."""
         ...
 
     @property
     def retry_after_s(self) -> float:
-        """The seconds that the server asks to wait before the next request, 0 if it does not."""
+        """The seconds that the server asks to wait before the next request; 0 by default."""
         ...
 
 
@@ -50,9 +50,9 @@ def retry_transient(
 ) -> _Attempt:
     """Repeat a transient failure at most `RETRIES` times; return the last attempt.
 
-    The pause before each attempt is the backoff or, if longer, what the server asks for. There is
-    no further attempt if the pause is as long as the time left until the deadline. `left_s` is the
-    time that was left before the failed attempt; the deadline's `lost_s` counts what failures cost.
+    The pause before each attempt is the backoff or, if longer, the one that the server asks for.
+    There is no further attempt if the deadline would pass during the pause. `left_s` is the time
+    left before the failed attempt. The time that failures cost is added to the deadline's `lost_s`.
     """
     last = failed
     for backoff in backoff_s(random):
@@ -74,9 +74,9 @@ def is_transient_status(status: int) -> bool:
 
 
 def is_transient_error(error: BaseException) -> bool:
-    """Return whether an exception was caused by a connection refused, reset or closed early.
+    """Return whether a connection was refused, reset or closed early.
 
-    A timeout was not: the request may still be running.
+    A timeout is not transient: the server may still be computing the reply.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -93,7 +93,7 @@ def backoff_s(random: Callable[[], float]) -> Iterator[float]:
 
 
 def retry_after_s(value: str | None, *, now_s: float) -> float:
-    """Return the seconds that a `Retry-After` (a number or a date) asks for, 0 if unreadable.
+    """Return the seconds that a `Retry-After` (a number or a date) asks for; 0 if unreadable.
 
     `now_s` is the wall clock, in seconds since 1970.
     """

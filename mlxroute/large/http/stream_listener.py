@@ -1,4 +1,4 @@
-"""The listener that receives a reply while it is still arriving."""
+"""The listener of a streamed reply."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ Partial = TypeVar("Partial", contravariant=True)
 class StreamListener(Protocol[Partial]):
     """Receives a streamed reply while it is still arriving.
 
-    It is called each time more has arrived, with all that has arrived so far, in the thread that
-    reads the reply. It returns whether it has used any of it: a reply that was used is not
-    requested again if its connection breaks.
+    It is called at each new part with everything received so far, in the thread that reads the
+    reply. It returns whether it has used any part: a request whose reply was used is not retried
+    if the connection breaks.
     """
 
     def __call__(self, partial: Partial, /) -> bool: ...

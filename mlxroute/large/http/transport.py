@@ -18,7 +18,7 @@ from mlxroute.large.http.exchange import Endpoint, Exchange, HttpReply
 from mlxroute.large.http.stream_listener import StreamListener
 from mlxroute.ledger import Ledger
 
-# Exchanges whose threads could not be ended: only a name lookup or a proxy can block one for long.
+# Exchanges whose threads may outlive their calls: a name lookup or a proxy can block a thread.
 MAX_HANGING: Final = 4
 
 
@@ -134,5 +134,5 @@ class Transport:
             if len(self._hanging) < MAX_HANGING:
                 return
         raise LargeUnavailable(
-            f"{self._address.url} is not asked while {MAX_HANGING} earlier calls still hang"
+            f"no call to {self._address.url}: {MAX_HANGING} earlier calls still hang"
         )

@@ -1,1 +1,1 @@
-"""Negotiation: finds and remembers the most exact dialect that a server answers correctly."""
+"""Negotiation: the search for the most exact dialect that a server answers correctly."""

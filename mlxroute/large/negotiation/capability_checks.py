@@ -1,4 +1,4 @@
-"""Checks of one dialect: does the server answer it as one token at a time requires?"""
+"""Checks of one dialect: whether the server answers requests for single tokens correctly."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ _MAX_TOKENS_PER_CHARACTER: Final = 4
 
 
 class DialectRejected(Exception):
-    """The server failed a check of this dialect; the text is the reason."""
+    """Raised when the server fails a check of a dialect; the text is the reason."""
 
 
 class CapabilityChecker:
     """Asks a server questions in one dialect and compares the replies with the expected ones.
 
-    `tokens` gives token ids for prompts, None if nothing does. Counts its `requests` and measures
-    `latencies_s`, in seconds, of those for one token. Methods raise DialectRejected, and LargeError
-    for failures that the dialect did not cause.
+    `tokens` gives token ids for prompts, None if there is no source. `requests` counts requests;
+    `latencies_s` are the latencies in seconds of those for one token. Methods raise
+    DialectRejected, and LargeError for failures that the dialect did not cause.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class CapabilityChecker:
             yield outcome
 
     def check_mid_word(self) -> CapabilityCheck:
-        """Check that a word that has begun is continued."""
+        """Check that the server continues an unfinished word."""
         text = ""
         for question in probe_questions.MID_WORD:
             text = self._continuation(self._prompt(question))
@@ -94,7 +94,7 @@ class CapabilityChecker:
         raise DialectRejected(f"a begun word is not continued (it wrote {_quoted(text)})")
 
     def request_tokens(self, question: ProbeQuestion, count: int) -> None:
-        """Have the server generate tokens, from whose names the reader learns the vocabulary."""
+        """Request tokens, from whose names the reader learns the vocabulary."""
         self._ask(self._prompt(question), count)
 
     def _check_trailing_space(self) -> CapabilityCheck:
@@ -131,12 +131,12 @@ class CapabilityChecker:
         return CapabilityCheck(name, None, f"the model wrote {_quoted(text)}")
 
     def _breaks_characters(self, prompt: Prompt) -> bool:
-        """Return whether even the tokens of a whole character are decoded as a part of one."""
+        """Return whether even the tokens of a whole character are decoded as a broken one."""
         text = self._ask(prompt, _MAX_TOKENS_PER_CHARACTER).completion.text
         return text.startswith(REPLACEMENT)
 
     def _check_consecutive_requests(self) -> CapabilityCheck:
-        """Check that two requests for one token generate what one request for two does."""
+        """Check that two requests for one token give the same text as one request for two."""
         name = "two in a row"
         prompt = self._prompt(probe_questions.COUNTING)
         both = self._ask(prompt, 2)
@@ -187,7 +187,7 @@ class CapabilityChecker:
         return CapabilityCheck(name, True, f"{len(top)} alternatives")
 
     def _check_ids(self) -> CapabilityCheck:
-        """Check that the id of a generated token is the one its text is encoded as."""
+        """Check that a generated token has the id that its text is encoded as."""
         name = "ids round-trip"
         token = self._ask(self._prompt(probe_questions.COUNTING), 1).positions[0].token
         assert self._tokens is not None
@@ -217,7 +217,7 @@ class CapabilityChecker:
         return prompt
 
     def _chat_prompt(self) -> Prompt | None:
-        """Return the chat with a short answer; None if its template is not known."""
+        """Return a chat prompt with a short answer; None if the template is not known."""
         messages = probe_questions.SHORT_ANSWER
         if self._dialect.form is PromptForm.CHAT:
             return Prompt(messages=messages)
@@ -232,7 +232,7 @@ class CapabilityChecker:
             return None
 
     def _continuation(self, prompt: Prompt) -> str:
-        """Return what the model writes next, of as few tokens as end on a whole character."""
+        """Return the next text, of the fewest tokens that end on a whole character."""
         for count in range(1, _MAX_TOKENS_PER_CHARACTER + 1):
             answer = self._ask(prompt, count)
             data = [self._reader.text_bytes(position.token) for position in answer.positions]

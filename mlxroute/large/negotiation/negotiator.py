@@ -1,4 +1,4 @@
-"""Chooses the dialect for one server, remembers it, and drops it when it stops working."""
+"""The negotiator of one server: chooses its dialect and remembers the verdict."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlxroute.errors import LargeProtocolError, UsageError
 from mlxroute.large.completion_request import CompletionRequester
-from mlxroute.large.dialects import LADDER, Dialect, dialect_named
+from mlxroute.large.dialects import LADDER, Dialect, get_dialect
 from mlxroute.large.dialects.tokenize_routes import Post, TokenizeRoutes, find_tokenize_routes
 from mlxroute.large.http.deadline import NextDeadline
 from mlxroute.large.http.transport import Transport
@@ -35,7 +35,7 @@ from mlxroute.types import Vocabulary
 
 @dataclass(frozen=True, slots=True)
 class NegotiatedDialect:
-    """The dialect in use; `verdict` is None if only its first check was made."""
+    """The dialect in use; `verdict` is None if only the first check was made."""
 
     dialect: Dialect
     verdict: Verdict | None
@@ -47,7 +47,7 @@ class Negotiator:
     `model` is the model name the user gave, if any, and `verdicts` the file that remembers results,
     if any. `find_tokenizer` returns the tokenizer of a model on this machine, by the name that the
     server gives the model. `reader` is given the model's vocabulary when that becomes known.
-    `next_deadline`, passed to the methods, returns the deadline of each request.
+    The `next_deadline` of the methods returns the deadline of each request.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Negotiator:
     def _compare_named_tokens(
         self, vocabulary: Vocabulary, next_deadline: NextDeadline
     ) -> bool | None:
-        """Compare with the pieces that replies have named; ask for more tokens if these are few."""
+        """Compare with the pieces in replies; request more tokens if there are few."""
         assert self.negotiated is not None
         prober, count_before = self._prober(next_deadline), 0
         for question in probe_questions.MANY_TOKENS:
@@ -141,13 +141,13 @@ class Negotiator:
         return compare_pieces(vocabulary, self._reader.pieces_by_id)
 
     def bind(self, tokens: TokenSource | None, next_deadline: NextDeadline) -> TokenSource | None:
-        """Return the token source with these deadlines for its requests, if it makes any."""
+        """Return the token source, with these deadlines for its requests if it sends any."""
         if isinstance(tokens, TokenizeRoutes):
             return tokens.with_post(self._post_within(next_deadline))
         return tokens
 
     def _inspect_server(self, next_deadline: NextDeadline) -> None:
-        """Find out which models there are and what gives token ids."""
+        """Find the served models and a source of token ids."""
         self._served = list_served_models(self._transport, next_deadline())
         if len(self._served) == 1:
             self.model = replace(self.model, served=self._served[0].name)
@@ -181,7 +181,7 @@ class Negotiator:
         verdict = self._verdicts.load(self._base_url, self.model.given)
         if verdict is None or verdict.model != self.model.known:
             return None
-        dialect = dialect_named(verdict.dialect)
+        dialect = get_dialect(verdict.dialect)
         if dialect is None or not prober.passes_first_check(dialect):
             return None
         return NegotiatedDialect(dialect, verdict)
@@ -205,7 +205,7 @@ class Negotiator:
         )
 
     def _model_not_chosen(self) -> UsageError | None:
-        """Return the error for a server with several models of which the user chose none."""
+        """Return the error for a server with several models if the user chose none, else None."""
         if self.model.given is not None or len(self._served) < 2:
             return None
         names = join_names([model.name for model in self._served])

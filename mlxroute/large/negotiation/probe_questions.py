@@ -22,7 +22,7 @@ class ProbeQuestion:
     chat_request: str
 
     def prompt(self, form: PromptForm, tokens: TokenSource | None) -> Prompt | None:
-        """Return the question in this form; None if it takes token ids and `tokens` is None."""
+        """Return the prompt in this form; None if it needs token ids and `tokens` is None."""
         match form:
             case PromptForm.IDS:
                 return None if tokens is None else Prompt(ids=tokens.encode(self.text))

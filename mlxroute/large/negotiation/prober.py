@@ -1,4 +1,4 @@
-"""Finds the most exact dialect that a server answers correctly, whatever its name."""
+"""The prober: finds the most exact dialect that a server answers correctly."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ProbeResult:
 
 
 class NoUsableDialect(LargeProtocolError):
-    """The server failed every dialect; `rejected` has the reasons, the text what to try first."""
+    """Raised when every dialect is rejected; `rejected` has the reasons, the text advises."""
 
     def __init__(self, rejected: Sequence[RejectedDialect]) -> None:
         self.rejected = tuple(rejected)
@@ -46,9 +46,10 @@ class NoUsableDialect(LargeProtocolError):
 
 
 class Prober:
-    """Checks dialects of one server. `tokens` gives token ids for prompts, None if nothing does.
+    """Checks the dialects of one server, from the most exact rung down.
 
-    Methods raise LargeError for failures that no dialect caused.
+    `tokens` gives token ids for prompts, None if there is no source. Methods raise LargeError for
+    failures that no dialect caused.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Prober:
         raise NoUsableDialect(rejected)
 
     def passes_first_check(self, dialect: Dialect) -> bool:
-        """Return whether the server continues a begun word in this dialect."""
+        """Return whether the server continues an unfinished word in this dialect."""
         try:
             self._checker(dialect).check_mid_word()
         except DialectRejected:
@@ -111,7 +112,7 @@ class Prober:
 
 
 def advise(rejected: Sequence[RejectedDialect]) -> str:
-    """Return what to try first when every dialect was rejected."""
+    """Return advice for a server that failed every dialect."""
     reasons = [dialect.reason for dialect in rejected]
     if all(" 404" in reason or "tokenise" in reason for reason in reasons):
         return "nothing at this address completes text; does it end in the API's path, as in /v1?"

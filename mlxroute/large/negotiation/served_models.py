@@ -18,7 +18,7 @@ _MAX_LISTED: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """An entry of `/v1/models`; the context length in tokens, None if it is not in the reply."""
+    """An entry of `/v1/models`; `context_length` is in tokens, None if not reported."""
 
     name: str
     context_length: int | None
@@ -42,9 +42,9 @@ class ModelName:
 
 
 def list_served_models(transport: Transport, deadline: Deadline) -> tuple[ServedModel, ...]:
-    """Return the models in `/v1/models`; none if the server has no such route.
+    """Return the models in `/v1/models`; none if the server has no readable list.
 
-    Raises LargeError for other failures.
+    Raises LargeError if the server cannot be reached.
     """
     try:
         reply = transport.call("/models", deadline=deadline)

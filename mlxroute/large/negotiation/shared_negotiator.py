@@ -1,4 +1,4 @@
-"""The negotiated dialect as several calls at once use it: locked, and dropped when it fails."""
+"""The negotiated dialect, shared by several calls, and forgotten when it keeps failing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SharedNegotiator:
     """A negotiator and the vocabulary pairing in use, behind a lock. Safe for several threads.
 
     The lock is held during all requests of a negotiation, of a comparison of vocabularies and of
-    building a prompt. A call waits for it no longer than its deadline.
+    building a prompt. `pair_within` and `build_prompt` wait for it until their deadline at most.
     """
 
     def __init__(self, negotiator: Negotiator, reader: TokenReader, *, base_url: str) -> None:
@@ -57,7 +57,7 @@ class SharedNegotiator:
             return self._negotiated(next_deadline, thorough=thorough)
 
     def probe(self, next_deadline: NextDeadline) -> Verdict:
-        """As `Negotiator.probe`."""
+        """Probe the server, as `Negotiator.probe`."""
         with self._lock:
             return self._negotiator.probe(next_deadline)
 
@@ -88,7 +88,7 @@ class SharedNegotiator:
     ) -> Prompt:
         """Return the prompt for a position, by this deadline.
 
-        Raises LargeError, also for a prompt that the server is known to have no room for.
+        Raises LargeError, also for a prompt that does not fit in the server's known context.
         """
         builder = pairing.builder
         with self._lock_within(deadline):
@@ -104,11 +104,11 @@ class SharedNegotiator:
         return prompt
 
     def record_success(self) -> None:
-        """Note that a request was answered in the dialect in use."""
+        """Record that a request was answered in the dialect in use."""
         self._failures = 0
 
     def record_failure(self, error: LargeError, negotiated: NegotiatedDialect) -> None:
-        """Note that a request failed; forget the dialect after two failures it may explain.
+        """Record a failed request; forget the dialect after two that it may have caused.
 
         `negotiated` is the dialect of the request. If it is no longer in use, nothing is counted.
         """
@@ -151,7 +151,7 @@ class SharedNegotiator:
 
 
 def _check_context_length(prompt: Prompt, verdict: Verdict | None) -> None:
-    """Refuse, without a request, a prompt of token ids that fills the server's context."""
+    """Raise LargeProtocolError for a prompt of token ids that fills the server's context."""
     limit = None if verdict is None else verdict.context_length
     if limit is not None and len(prompt.ids) >= limit:
         raise LargeProtocolError(

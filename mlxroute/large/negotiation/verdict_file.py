@@ -16,7 +16,7 @@ _FORMAT: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class CapabilityCheck:
-    """The outcome of one check of a dialect; `passed` is None if it could not be decided."""
+    """The outcome of one check of a dialect; `passed` is None if it was inconclusive."""
 
     name: str
     passed: bool | None
@@ -36,8 +36,8 @@ class Verdict:
     """The result of probing one endpoint.
 
     `model` is the name of the model that was probed, None if neither the user nor the server named
-    one. `rung` is the exactness of the dialect, from 1 (best) to 4. `token_source` names what gave
-    token ids of the large vocabulary, None if nothing did. `context_length` is in tokens. The
+    one. `rung` is the exactness of the dialect, from 1 (best) to 4. `token_source` names the source
+    of token ids of the large vocabulary, None without one. `context_length` is in tokens. The
     latencies are those of probe requests for one token, in seconds. `shared_vocabularies` are
     pairs: the fingerprint of a small model's vocabulary, and whether it equals the large model's.
     """
@@ -72,7 +72,7 @@ class VerdictFile:
         self._path = path
 
     def load(self, base_url: str, model: str | None) -> Verdict | None:
-        """Return the verdict for an endpoint, None if there is none; `model` as in `save`."""
+        """Return the verdict for an endpoint; None if there is none. `model` is as in `save`."""
         return _verdict_from_json(self._read_entries().get(_key(base_url, model)))
 
     def save(self, verdict: Verdict, *, model: str | None) -> None:
@@ -84,7 +84,7 @@ class VerdictFile:
         self._write_entries(self._read_entries() | {key: _verdict_to_json(verdict)})
 
     def forget(self, base_url: str, model: str | None) -> None:
-        """Remove the verdict for an endpoint, if there is one; `model` as in `save`."""
+        """Remove the verdict for an endpoint, if there is one. `model` is as in `save`."""
         entries = self._read_entries()
         if entries.pop(_key(base_url, model), None) is not None:
             self._write_entries(entries)

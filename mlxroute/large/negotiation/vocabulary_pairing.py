@@ -1,10 +1,10 @@
-"""A small model's vocabulary paired with the large model: its prompts out, its replies back."""
+"""A small vocabulary paired with the large model: a prompt builder and a bridge for replies."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlxroute.large.dialects import Dialect, with_ids
+from mlxroute.large.dialects import Dialect, prefer_ids
 from mlxroute.large.http.deadline import NextDeadline
 from mlxroute.large.negotiation.negotiator import NegotiatedDialect, Negotiator
 from mlxroute.large.vocabulary.bridge import Bridge
@@ -15,9 +15,9 @@ from mlxroute.types import Vocabulary
 
 @dataclass(frozen=True, slots=True)
 class VocabularyPairing:
-    """What turns answers of one small model into prompts, and replies into its tokens.
+    """The prompt builder and the bridge for one small vocabulary.
 
-    `dialect` is the negotiated one, in its most exact form for what is known of the vocabulary.
+    `dialect` is the negotiated one, or its variant for a known large vocabulary (`prefer_ids`).
     `model` is the model name that requests carry, None for no name.
     """
 
@@ -47,7 +47,7 @@ def pair_vocabulary(
         reader.learn_vocabulary(vocabulary)
     dialect = negotiated.dialect
     if reader.vocabulary is not None:
-        dialect = with_ids(dialect)
+        dialect = prefer_ids(dialect)
     builder = PromptBuilder(
         dialect.form,
         same_vocabulary=same,

@@ -1,1 +1,1 @@
-"""Two vocabularies: prompts for the large model, and its tokens as ids of the small model."""
+"""Both vocabularies: prompts for the large model, and its tokens in the small vocabulary."""

@@ -30,7 +30,7 @@ class BridgedToken:
 
 
 class Bridge:
-    """Translates the tokens of one server.
+    """Translates the tokens of one server into the small vocabulary.
 
     With `same_vocabulary` both models share their vocabulary, and ids pass through.
     """
@@ -77,10 +77,10 @@ class Bridge:
         )
 
     def all_tokens(self, positions: Sequence[ReplyPosition]) -> list[BridgedToken]:
-        """Translate as many tokens as the positions spell one after the other.
+        """Translate the positions into tokens, up to the first part that gives no token.
 
-        Each is what `first_token` returns there. Raises LargeProtocolError if the first one cannot
-        be spelled.
+        Each token is the one that `first_token` returns there. Raises LargeProtocolError if the
+        first one cannot be spelled.
         """
         tokens: list[BridgedToken] = []
         while positions and not (tokens and tokens[-1].is_eos):
@@ -116,7 +116,7 @@ class Bridge:
                 return whole, count
         else:
             return None
-        # The server names no bytes for one of them; its decoding of all of them serves instead.
+        # The bytes of a position are unknown: use the server's decoding of all positions.
         if text and REPLACEMENT not in text and not any(map(self._reader.ends, positions)):
             return text, len(positions)
         return None
@@ -136,7 +136,7 @@ class Bridge:
     def _shared_id(self, token: ReplyToken) -> int | None:
         """Return the token's id if the small vocabulary has the same token under it.
 
-        Between different vocabularies a part of a character has no shared id: the large model
+        A part of a character has no shared id between different vocabularies: the large model
         could not continue from it.
         """
         token_id = token.token_id

@@ -1,8 +1,8 @@
-"""Avoids prompts that are equal to a sequence in the prompt cache of `mlx_lm.server`.
+"""A guard against prompts that equal a sequence in the prompt cache of `mlx_lm.server`.
 
-The server caches a finished request under its prompt and all generated tokens. A later prompt equal
-to such a sequence leaves it nothing to compute, and its generation thread dies. So such a prompt is
-sent without its last tokens, which the greedy reply then has to repeat first.
+The server caches the prompt and the generated tokens of each finished request. A later prompt that
+equals such a sequence leaves it nothing to compute, and its generation thread dies. Such a prompt
+is therefore sent without its last tokens, which the greedy reply then generates again.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from mlxroute.types import LargeContext
 # The server's default is 10 sequences; its user can set more.
 _MAX_FINISHED = 512
 _MAX_UNREAD = 16
-# Ids of the small vocabulary for one token of another large vocabulary; only oddities take more.
+# Greatest number of small ids assumed for one token of another large vocabulary.
 _MAX_SPELLED = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """The server's counts: tokens of a prompt, and those of them that it had cached."""
+    """The server's counts: the tokens of a prompt, and how many of them were cached."""
 
     prompt: int
     cached: int
@@ -32,7 +32,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class _FinishedRequest:
-    """The tokens a request generated; the whole sequence's length in bytes and in tokens."""
+    """The `tokens` that a request generated.
+
+    `size` is the length of prompt and tokens in bytes, `total` in tokens, None if unknown.
+    """
 
     tokens: tuple[bytes, ...]
     size: int
@@ -44,13 +47,13 @@ class MlxLmCacheGuard:
 
     def __init__(self) -> None:
         self._finished: OrderedDict[bytes, _FinishedRequest] = OrderedDict()
-        # Prompt -> `max_tokens` of each of its requests whose reply was not read (yet).
+        # Prompt -> `max_tokens` of each of its requests whose reply was not read.
         self._unread: OrderedDict[str, list[int]] = OrderedDict()
 
     def plan(self, prompt: str, *, context: LargeContext | None) -> tuple[str, tuple[bytes, ...]]:
         """Return the text to send for `prompt`, and the tokens that the reply must repeat first.
 
-        `context`, where known, has the tokens that make up the end of the prompt.
+        `context` has the tokens at the end of the prompt; None if they are unknown.
         """
         repeated: tuple[bytes, ...] = ()
         while True:
@@ -79,7 +82,7 @@ class MlxLmCacheGuard:
     def record_reply(
         self, prompt: str, tokens: Sequence[bytes | None], *, usage: Usage | None = None
     ) -> None:
-        """Record the tokens a request generated; with one of unknown bytes it stays unread."""
+        """Record the tokens that a request generated; ignore them if one has unknown bytes."""
         known = tuple(token for token in tokens if token)
         if len(known) < len(tokens):
             return
@@ -95,10 +98,10 @@ class MlxLmCacheGuard:
             self._unread[prompt] = longer
 
     def _forget_covered(self, prompt: str, tokens: tuple[bytes, ...], prompt_tokens: int) -> None:
-        """Drop the cached beginnings of this sequence, which the server has just dropped itself.
+        """Forget cached beginnings of this sequence, which the server has just dropped itself.
 
-        It does so where its caches can be trimmed, which shows when all but one token of a prompt
-        come from a longer sequence. Equal token counts show that both have the same tokens.
+        The server drops them if its caches can be trimmed. That is certain if it took all but one
+        token of a prompt from a longer sequence. Equal token counts show equal tokens.
         """
         if self._may_be_cached_prefix(prompt, prompt_tokens - 1):
             return
@@ -133,7 +136,7 @@ class MlxLmCacheGuard:
     def _cut_to_unread(
         self, prompt: str, repeated: tuple[bytes, ...], context: LargeContext
     ) -> tuple[str, tuple[bytes, ...]] | None:
-        """Cut a prompt back to the prompt of an unread request that it may be the sequence of."""
+        """Cut a prompt to that of an unread request whose cached sequence it may equal."""
         end = len(context.token_ids) - len(context.fragment_ids)
         for start, limits in reversed(self._unread.items()):
             if prompt.startswith(start) and prompt != start:
@@ -147,7 +150,7 @@ class MlxLmCacheGuard:
 
 
 def _cuts(prompt: str, tokens: tuple[bytes, ...]) -> Iterator[tuple[str, tuple[bytes, ...]]]:
-    """Yield the prompt without its last one, two... tokens, where a whole character ends there."""
+    """Yield the prompt without its last 1, 2, ... tokens, if it then ends on a whole character."""
     data = prompt.encode()
     for kept in range(len(tokens) - 1, -1, -1):
         tail = tokens[kept:]
@@ -157,7 +160,7 @@ def _cuts(prompt: str, tokens: tuple[bytes, ...]) -> Iterator[tuple[str, tuple[b
 
 
 def _slice(tokens: Sequence[bytes], data: bytes, *, rest: bytes) -> tuple[bytes, ...]:
-    """Return the tokens that spell `data`, the ones after them spelling `rest`; else none."""
+    """Return the tokens that spell `data` if the ones after them spell `rest`; else none."""
     sizes = [len(b"".join(tokens[start:])) for start in range(len(tokens) + 1)]
     size = len(data) + len(rest)
     if size not in sizes or len(rest) not in sizes:

@@ -15,7 +15,7 @@ class _Family(Enum):
 
 
 class PieceReader:
-    """Reads the pieces of one vocabulary, whose family it infers from earlier pieces."""
+    """Reads the pieces of one vocabulary, whose family is inferred from earlier pieces."""
 
     def __init__(self) -> None:
         self._family: _Family | None = None

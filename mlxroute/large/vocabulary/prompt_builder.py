@@ -1,4 +1,4 @@
-"""The prompt of a position, in the form that a server accepts and the large model's template."""
+"""The prompt of a position, in the form that the server accepts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class PromptBuilder:
 
     With `same_vocabulary` both models share a vocabulary: the small model's ids and its rendered
     text are sent as they are. Otherwise `tokens` renders the conversation in the large model's
-    template, and tokens of the large model keep the ids it gave. `replays_fragments` is True where
-    the server can generate committed tokens again, also parts of a character.
+    template, and tokens of the large model keep the ids it gave. `replays_fragments` is True if the
+    server can generate committed tokens again, also parts of a character.
     """
 
     form: PromptForm
@@ -34,7 +34,7 @@ class PromptBuilder:
     def stable_prefix(
         self, context: LargeContext, tokens: Sequence[LargeToken]
     ) -> Sequence[LargeToken]:
-        """Return the leading tokens that calls of their own would also give; see `retokenised`."""
+        """Return the leading tokens that separate calls would also return; see `retokenised`."""
         return retokenised.stable_prefix(context, tokens) if self._is_retokenised else tokens
 
     @property
@@ -46,7 +46,7 @@ class PromptBuilder:
         """Return the prompt. Raises LargeProtocolError where the form cannot carry the context."""
         if context.fragment_ids and not self.carries_fragments:
             raise LargeProtocolError(
-                "the answer ends inside a character, which this server cannot be sent"
+                "the answer ends inside a character, and this server accepts only whole characters"
             )
         match self.form:
             case PromptForm.IDS:

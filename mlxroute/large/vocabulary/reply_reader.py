@@ -14,12 +14,15 @@ from mlxroute.types import LargeToken
 
 
 class ReadReply(Protocol):
-    """Reads the tokens of a reply; returns none when more positions are needed."""
+    """A function that reads the tokens of a reply; it returns none if more positions are needed."""
 
     def __call__(
         self, answer: CompletionAnswer, bridge: Bridge, reader: TokenReader
     ) -> list[LargeToken]:
-        """Raises LargeProtocolError for a token that the small vocabulary cannot spell."""
+        """Return the tokens.
+
+        Raises LargeProtocolError for a token that the small vocabulary cannot spell.
+        """
         ...
 
 
@@ -34,14 +37,14 @@ def read_first_token(
 def read_all_tokens(
     answer: CompletionAnswer, bridge: Bridge, reader: TokenReader
 ) -> list[LargeToken]:
-    """Return all tokens; none where a call for the first one alone might read it differently."""
+    """Return all tokens; none if a call for the first one alone might read it differently."""
     return _read_consistent(answer, bridge, reader) if answer.complete else []
 
 
 def read_streamed_tokens(
     answer: CompletionAnswer, bridge: Bridge, reader: TokenReader
 ) -> list[LargeToken]:
-    """Return the tokens received so far that `read_all_tokens` will return, too."""
+    """Return those tokens of an incomplete reply that `read_all_tokens` will return as well."""
     # A token without text may turn out to be the end of the answer, or a part of a character.
     with_text = itertools.takewhile(
         lambda position: reader.ends(position) or reader.text_bytes(position.token),
@@ -69,7 +72,7 @@ def _read_consistent(
 def _agrees(reader: TokenReader, positions: Sequence[ReplyPosition], text: str) -> bool:
     """Return whether the positions spell the beginning of the server's own decoding of them.
 
-    That may lack the leading space, or be empty.
+    The server's text may lack the leading space, or be empty.
     """
     data = b""
     for position in positions:

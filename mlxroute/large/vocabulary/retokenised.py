@@ -1,8 +1,8 @@
-"""Answers that a server, which receives their text, tokenizes differently than they were written.
+"""Answers whose text a server tokenizes into other tokens than the committed ones.
 
 A model may write " \\n" and "\\n" where its tokenizer makes one token of " \\n\\n". A server that
-accepts only text then continues another token sequence than the committed one. So the text is
-sent up to the place where the two sequences differ, and the server generates the committed tokens
+accepts only text then continues another token sequence than the committed one. The text is
+therefore sent up to the first token that differs, and the server generates the committed tokens
 after it again.
 """
 
@@ -18,43 +18,46 @@ from mlxroute.types import LargeContext, LargeToken, Vocabulary
 
 # Each repeated token costs the server a decode step.
 _MAX_REPEATED: Final = 64
-# Text before the answer that is tokenized with it, as its last characters may merge with it.
+# Text before the tokens that is tokenized with them, since its last characters may join the first.
 _LEAD_CHARACTERS: Final = 64
 
 
 def stable_context(context: LargeContext) -> LargeContext:
-    """Return the context without the tokens that its tokenizer would cut differently.
+    """Return the context without the tokens that would be tokenized differently.
 
     They move to `fragment_ids`. Only the latest tokens of the large model can move, because the
     server would not generate any others again. If too many would have to move, the context is
     returned unchanged.
     """
-    own = _latest_large_ids(context)
-    pieces = [context.vocabulary.token_bytes(token_id) for token_id in own]
+    large_ids = _latest_large_ids(context)
+    pieces = [context.vocabulary.token_bytes(token_id) for token_id in large_ids]
     data = context.text.encode()
     start = len(data) - len(b"".join(pieces))
     lead = decode_or_none(data[:start])
     if lead is None:
         return context
-    kept = len(own)
-    while kept and (stable := _stable_count(context.vocabulary, lead, pieces, own[:kept])) < kept:
+    kept = len(large_ids)
+    while (
+        kept
+        and (stable := _stable_count(context.vocabulary, lead, pieces, large_ids[:kept])) < kept
+    ):
         kept = stable
-    if kept == len(own) or len(own) - kept > _MAX_REPEATED:
+    if kept == len(large_ids) or len(large_ids) - kept > _MAX_REPEATED:
         return context
     return replace(
         context,
         text=lead + b"".join(pieces[:kept]).decode(),
-        fragment_ids=(*own[kept:], *context.fragment_ids),
-        spans=context.spans[: kept - len(own) - len(context.fragment_ids)],
+        fragment_ids=(*large_ids[kept:], *context.fragment_ids),
+        spans=context.spans[: kept - len(large_ids) - len(context.fragment_ids)],
     )
 
 
 def stable_prefix(context: LargeContext, tokens: Sequence[LargeToken]) -> tuple[LargeToken, ...]:
-    """Return the leading tokens that calls of their own would also give.
+    """Return the leading tokens that separate calls would also return.
 
-    The call for a token sends the tokens before it as text. Where the tokenizer would cut those
-    differently, that token and all after it are dropped: some of the tokens before it may be
-    committed as the small model's, which the server cannot be made to generate again.
+    The call for a token sends the tokens before it as text. If those would be tokenized
+    differently, the token and all after it are dropped: some of the tokens before it may be
+    committed as the small model's, which the server would not generate again.
     """
     ids = context.fragment_ids
     pieces = [context.vocabulary.token_bytes(token_id) for token_id in ids]
@@ -67,7 +70,7 @@ def stable_prefix(context: LargeContext, tokens: Sequence[LargeToken]) -> tuple[
 
 
 def _latest_large_ids(context: LargeContext) -> tuple[int, ...]:
-    """Return the ids at the end of the text that the large model wrote in one go."""
+    """Return the ids of the large model's last uninterrupted run of tokens in the text."""
     count, fragments = 0, len(context.fragment_ids)
     for token_id, span in zip(reversed(context.token_ids), reversed(context.spans), strict=False):
         if span.large_ids != (token_id,) or not context.vocabulary.token_bytes(token_id):
@@ -82,7 +85,7 @@ def _latest_large_ids(context: LargeContext) -> tuple[int, ...]:
 def _stable_count(
     vocabulary: Vocabulary, lead: str, pieces: Sequence[bytes], ids: tuple[int, ...]
 ) -> int:
-    """Return how many of `ids` the tokenizer keeps when it cuts their text after `lead`.
+    """Return how many leading `ids` the tokenizer reproduces from their text after `lead`.
 
     `pieces` begins with the bytes of the ids.
     """

@@ -32,7 +32,7 @@ class TokenReader:
         return self._vocabulary
 
     def learn_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Look up tokens that have an id in this vocabulary, the model's own, from now on."""
+        """Read tokens with an id by this vocabulary, the model's own, from now on."""
         self._vocabulary = vocabulary
 
     def learn(self, positions: Iterable[ReplyPosition]) -> None:
@@ -45,7 +45,7 @@ class TokenReader:
                         self._pieces_by_id[token.token_id] = token.piece
 
     def text_bytes(self, token: ReplyToken) -> bytes | None:
-        """Return the bytes a token adds to the text: none for a special one, None if unclear."""
+        """Return the bytes that a token adds to the text: empty if special, None if unknown."""
         if self.is_special(token):
             return b""
         if (known := self._vocabulary_of(token)) is not None and token.token_id is not None:
@@ -59,7 +59,7 @@ class TokenReader:
         return token.text.encode() if token.text and REPLACEMENT not in token.text else None
 
     def prompt_bytes(self, token: ReplyToken) -> bytes | None:
-        """Return the bytes a token has in the text of a prompt, where a special one has a name."""
+        """Return the bytes of a token in the text of a prompt: of its name if special."""
         if self.is_special(token):
             return (self._name(token) or "").encode() or None
         return self.text_bytes(token)

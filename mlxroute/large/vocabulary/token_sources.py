@@ -1,4 +1,4 @@
-"""Sources of ids of the large vocabulary: the model's own tokenizer files, or its server."""
+"""Sources of token ids of the large vocabulary: tokenizer files on this machine, or the server."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Tokenizer(Protocol):
 
 
 class TokenSource(Protocol):
-    """Gives ids of the large vocabulary. Methods raise LargeError."""
+    """A source of token ids of the large vocabulary. Methods raise LargeError."""
 
     @property
     def name(self) -> str: ...
@@ -35,7 +35,7 @@ class TokenSource(Protocol):
         ...
 
     def prompt_text(self, messages: Sequence[Message]) -> str | None:
-        """Return the same as text, None if the source gives ids only."""
+        """Return the text of `prompt_ids`; None if the source gives ids only."""
         ...
 
     def encode(self, text: str) -> tuple[int, ...]:

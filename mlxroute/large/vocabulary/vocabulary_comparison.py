@@ -1,4 +1,4 @@
-"""Whether two models share a vocabulary: token strings compared id by id, without padding."""
+"""Comparison of two vocabularies: token by token, without padding."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def compare_entries(small: Vocabulary, large: Vocabulary) -> bool:
 
 
 def compare_decoded(small: Vocabulary, decode: Callable[[Sequence[int]], str]) -> bool | None:
-    """Compare by the server's detokenise route, for the tokens that are whole characters.
+    """Return whether the server's detokenise route gives the same text for the small ids.
 
-    Returns None if the route fails.
+    Only tokens of whole characters are compared. Returns None if the route fails.
     """
     whole_ids = [i for i in range(small.size) if decode_or_none(small.token_bytes(i))]
     for start in range(0, len(whole_ids), _CHUNK):
@@ -48,7 +48,7 @@ def compare_decoded(small: Vocabulary, decode: Callable[[Sequence[int]], str]) -
 
 
 def compare_pieces(small: Vocabulary, pieces_by_id: Mapping[int, str]) -> bool | None:
-    """Compare by the pieces that replies named; returns None while there are too few of them."""
+    """Return whether the pieces in replies are those of the small vocabulary; None if too few."""
     if any(small.piece(token_id) != piece for token_id, piece in pieces_by_id.items()):
         return False
     return True if len(pieces_by_id) >= MIN_EQUAL_PIECES else None

@@ -1,4 +1,4 @@
-"""The logit kernel: from a row of logits to the packed row that holds all a router needs."""
+"""The logit kernel: computes a packed row, which holds the signals, from a row of logits."""
 
 from mlxroute.small.kernels.packed_row import unpack_signals
 from mlxroute.small.kernels.selection import Kernel, select_kernel

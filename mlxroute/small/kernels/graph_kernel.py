@@ -16,9 +16,9 @@ from mlxroute.small.kernels.packed_row import LARGEST_FLOAT, LOG2_E, LOWEST_EXPO
 _CHUNK = 128
 # Up to this many values, chunks save no time.
 _MAX_UNCHUNKED = 8192
-# Values added at a time: a long float32 sum loses digits on a CPU.
+# Values added at a time, because a long float32 sum loses digits on a CPU.
 _SUM_WIDTH = 16
-# Along the last axis MLX adds several values at a time, so more may remain.
+# Values in the last sum: along the last axis MLX adds several at a time, so more are accurate.
 _LAST_SUM_WIDTH = 32
 # Coefficients of 2^f on [-1/2, 1/2] by Chebyshev interpolation, relative error 1e-7.
 _EXP2 = (1.00000008, 0.69314719, 0.24022107, 0.05550357, 0.00967603, 0.00133909)
@@ -34,15 +34,18 @@ def pack_signals(logits: mx.array) -> mx.array:
 
 @functools.cache
 def _compiled() -> Callable[[mx.array], mx.array]:
-    """Trace the graph once per shape, so that a step does not build some sixty nodes in Python."""
+    """Return `_pack` compiled: a step then does not build some sixty nodes in Python."""
     return mx.compile(_pack)
 
 
 def _pack(logits: mx.array) -> mx.array:
-    """Build the graph in few operations: on a CPU each costs as much as reading 1,000 values."""
+    """Build the graph of the packed rows.
+
+    It has few operations, because on a CPU each costs as much as reading 1,000 values.
+    """
     rows = logits.astype(mx.float32)
     ids, top = _find_top(rows, top_count(rows.shape[1]))
-    # From the rows themselves, so that a NaN in them makes every sum NaN.
+    # The sums use the rows themselves, so that a NaN in them makes every sum NaN.
     parts = [_partial_sums(part[:, None]) for part in _weigh(rows, top[:, :1])]
     sums = _sum(mx.concatenate(parts, axis=1))
     greedy = _choose_greedily(ids, top, sums, logits.dtype)
@@ -108,7 +111,7 @@ def _exp2(y: mx.array) -> mx.array:
     rounded = y + _ROUND
     f = y - (rounded - _ROUND)
     f2 = f * f
-    # Horner's scheme is deeper than what MLX fuses into one operation; this is not.
+    # MLX fuses these operations into one; Horner's scheme would be too deep for that.
     low, middle, high = (_EXP2[i + 1] * f + _EXP2[i] for i in (0, 2, 4))
     power = low + middle * f2 + high * (f2 * f2)
     return (power.view(mx.int32) + (rounded.view(mx.int32) << 23)).view(mx.float32)

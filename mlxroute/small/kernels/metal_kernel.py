@@ -77,9 +77,9 @@ inline Best offered(Best list, float value, uint id, uint lane, uint last) {
   Best worst;
   worst.value = simd_shuffle(list.value, ushort(last));
   worst.id = simd_shuffle(list.id, ushort(last));
-  bool wants = better(value, id, worst);
-  while (simd_any(wants)) {
-    const uint first = simd_min(wants ? lane : 32u);
+  bool has_better = better(value, id, worst);
+  while (simd_any(has_better)) {
+    const uint first = simd_min(has_better ? lane : 32u);
     const float new_value = simd_shuffle(value, ushort(first));
     const uint new_id = simd_shuffle(id, ushort(first));
     Best above;
@@ -92,7 +92,7 @@ inline Best offered(Best list, float value, uint id, uint lane, uint last) {
     }
     worst.value = simd_shuffle(list.value, ushort(last));
     worst.id = simd_shuffle(list.id, ushort(last));
-    wants = wants && lane != first && better(value, id, worst);
+    has_better = has_better && lane != first && better(value, id, worst);
   }
   return list;
 }
@@ -152,7 +152,7 @@ _READ = """
     float values[AT_ONCE];
     uint ids[AT_ONCE];
     float largest = moments.m;
-    bool wants = false;
+    bool has_better = false;
     for (uint i = 0u; i < AT_ONCE; i++) {
       const uint id = at + i * THREADS + lid;
       float value = -INFINITY;
@@ -161,7 +161,7 @@ _READ = """
       values[i] = metal::isnan(value) ? -INFINITY : value;
       ids[i] = id < end ? id : NOBODY;
       largest = metal::max(largest, metal::min(values[i], LARGEST));
-      wants = wants || better(values[i], ids[i], worst);
+      has_better = has_better || better(values[i], ids[i], worst);
     }
     moments = moved(moments, largest);
     for (uint i = 0u; i < AT_ONCE; i++) {
@@ -171,7 +171,7 @@ _READ = """
       moments.t += y * weight;
       moments.u += y * y * weight;
     }
-    if (simd_any(wants)) {
+    if (simd_any(has_better)) {
       for (uint i = 0u; i < AT_ONCE; i++) best = offered(best, values[i], ids[i], lane, k - 1u);
       worst.value = simd_shuffle(best.value, ushort(k - 1u));
       worst.id = simd_shuffle(best.id, ushort(k - 1u));

@@ -1,4 +1,4 @@
-"""Choose the kernel that runs on this device, after a self-test of the Metal one."""
+"""The choice of the kernel for this device, after a self-test of the Metal kernel."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Kernel = Callable[[mx.array], mx.array]
 """Logits [B, V] to packed rows, lazily."""
 
 _NAMES = ("auto", "metal", "graph")
-# Relative: exponentials and the order of additions make the sums differ by less.
+# Relative and absolute; rounding makes the sums of correct kernels differ by less.
 _TOLERANCE = 1e-4
 
 
 def select_kernel(name: str, *, notify: Notify) -> Kernel:
-    """Return the kernel called `name`; `auto` is the Metal kernel where it works, else the graph.
+    """Return the kernel called `name`; `auto` is the Metal kernel if it works, else the graph.
 
     Raises UsageError for an unknown name, and for `metal` where it does not work.
     """
@@ -54,9 +54,9 @@ def _find_metal_fault() -> str | None:
 
 
 def find_fault(kernel: Kernel) -> str | None:
-    """Run a kernel on hard rows and compare it with the graph; describe the first difference.
+    """Compare a kernel with the graph kernel on hard rows; describe the first difference.
 
-    Returns None if there is none.
+    Returns None if there is no difference.
     """
     for label, logits in _hard_rows():
         try:
@@ -80,7 +80,7 @@ def _is_close(a: float, b: float) -> bool:
 
 
 def _hard_rows() -> list[tuple[str, mx.array]]:
-    """Return rows that break careless kernels, each with a label for the error message."""
+    """Return rows with special values, ties and uneven sizes, each with a label for messages."""
     key = mx.random.key(0)
     wide = mx.random.normal((1, 50_257), key=key) * 4
     ties = mx.round(mx.random.normal((1, 9_001), key=key))

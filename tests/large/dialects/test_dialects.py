@@ -1,4 +1,4 @@
-"""The documented replies of position dialect's servers."""
+"""The documented replies of each dialect's servers."""
 
 from __future__ import annotations
 

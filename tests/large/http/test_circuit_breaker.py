@@ -60,7 +60,7 @@ def test_three_failures_in_a_row_stop_the_calls_and_say_why() -> None:
     circuit = Circuit()
     circuit.open()
     with (
-        pytest.raises(LargeUnavailable, match=r"not asked for another 5 s; .*nobody there"),
+        pytest.raises(LargeUnavailable, match=r"paused for another 5 s; .*nobody there"),
         circuit.breaker.guard(),
     ):
         pass

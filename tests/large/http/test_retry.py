@@ -217,7 +217,7 @@ def test_a_retry_after_beyond_the_deadline_fails_at_once_and_is_reported(server:
             "answered 429: slow down; it asks to be called again in 1,800 s"
         )
         # The breaker pauses for as long.
-        with pytest.raises(LargeUnavailable, match=r"not asked for another 1[78]\d\d s"):
+        with pytest.raises(LargeUnavailable, match=r"paused for another 1[78]\d\d s"):
             large.next_token(context("x", VOCABULARY))
     assert len(server.requests) == 1
 

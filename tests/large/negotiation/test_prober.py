@@ -282,7 +282,7 @@ def test_a_status_that_no_dialect_caused_ends_the_probe(status: int) -> None:
     assert caught.value.status == status
 
 
-def test_a_server_too_busy_to_tokenise_does_not_get_a_lesser_dialect() -> None:
+def test_a_server_too_busy_to_tokenize_does_not_get_a_lesser_dialect() -> None:
     honest = FamilyServer("vllm")
 
     def answer(request: Request) -> Reply:

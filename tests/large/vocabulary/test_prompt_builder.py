@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxroute.engine.transcript import spans
+from mlxroute.engine.transcript import group_spans
 from mlxroute.errors import LargeProtocolError, UsageError
-from mlxroute.large.dialects import Dialect, dialect_named
+from mlxroute.large.dialects import Dialect, get_dialect
 from mlxroute.large.dialects.json_fields import parse_object
 from mlxroute.large.dialects.tokenize_routes import find_tokenize_routes
 from mlxroute.large.vocabulary.prompt_builder import PromptBuilder
@@ -29,7 +29,7 @@ RENDERED = "<s>user\nhi<|im_end|>\n<s>assistant\n"
 
 
 def dialect(name: str) -> Dialect:
-    dialect = dialect_named(name)
+    dialect = get_dialect(name)
     assert dialect is not None
     return dialect
 
@@ -169,7 +169,7 @@ def test_spans_join_what_the_small_model_wrote_and_keep_large_tokens_apart() -> 
         ("", ()),
         ("d", ()),
     ]
-    assert spans(written) == (
+    assert group_spans(written) == (
         Span("ab"),
         Span(" the", (9,)),
         Span("", (8,)),
@@ -180,7 +180,7 @@ def test_spans_join_what_the_small_model_wrote_and_keep_large_tokens_apart() -> 
 
 
 def test_a_large_token_without_ids_is_not_joined_to_one_with_ids() -> None:
-    assert spans([("x", (7,)), ("", ()), ("é", None)]) == (Span("x", (7,)), Span("é"))
+    assert group_spans([("x", (7,)), ("", ()), ("é", None)]) == (Span("x", (7,)), Span("é"))
 
 
 TOKENS = st.lists(
@@ -195,7 +195,7 @@ TOKENS = st.lists(
 def test_spans_hold_the_whole_text_and_every_large_id_once(
     tokens: list[tuple[list[str], list[int]]],
 ) -> None:
-    joined = spans(
+    joined = group_spans(
         (text, None if position else tuple(large_ids))
         for texts, large_ids in tokens
         for position, text in enumerate(texts)

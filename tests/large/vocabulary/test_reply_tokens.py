@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects import Dialect, dialect_named
+from mlxroute.large.dialects import Dialect, get_dialect
 from mlxroute.large.prompt import Prompt
 from mlxroute.large.reply import ReplyPosition, ReplyToken
 from mlxroute.large.vocabulary.bridge import Bridge, BridgedToken
@@ -36,7 +36,7 @@ def server() -> Iterator[Loopback]:
 
 
 def dialect(name: str) -> Dialect:
-    dialect = dialect_named(name)
+    dialect = get_dialect(name)
     assert dialect is not None
     return dialect
 
