@@ -29,26 +29,23 @@ def stable_context(context: LargeContext) -> LargeContext:
     server would not generate any others again. If too many would have to move, the context is
     returned unchanged.
     """
-    large_ids = _latest_large_ids(context)
-    pieces = [context.vocabulary.token_bytes(token_id) for token_id in large_ids]
+    ids = _latest_large_ids(context)
+    pieces = [context.vocabulary.token_bytes(token_id) for token_id in ids]
     data = context.text.encode()
     start = len(data) - len(b"".join(pieces))
     lead = decode_or_none(data[:start])
     if lead is None:
         return context
-    kept = len(large_ids)
-    while (
-        kept
-        and (stable := _stable_count(context.vocabulary, lead, pieces, large_ids[:kept])) < kept
-    ):
+    kept = len(ids)
+    while kept and (stable := _stable_count(context.vocabulary, lead, pieces, ids[:kept])) < kept:
         kept = stable
-    if kept == len(large_ids) or len(large_ids) - kept > _MAX_REPEATED:
+    if kept == len(ids) or len(ids) - kept > _MAX_REPEATED:
         return context
     return replace(
         context,
         text=lead + b"".join(pieces[:kept]).decode(),
-        fragment_ids=(*large_ids[kept:], *context.fragment_ids),
-        spans=context.spans[: kept - len(large_ids) - len(context.fragment_ids)],
+        fragment_ids=(*ids[kept:], *context.fragment_ids),
+        spans=context.spans[: kept - len(ids) - len(context.fragment_ids)],
     )
 
 
