@@ -13,8 +13,13 @@ from mlxroute.types import Source, StopReason, Token
 class Commits:
     """Commits decisions in order until the answer has `ended`, and counts tokens and escalations.
 
-    `max_tokens` bounds the answer, `stop` are stop strings, and `strict` turns a decision's error
-    into an exception. `began_s` is the clock time at which the request began.
+    Args:
+        max_tokens: Greatest length of the answer, in tokens.
+        stop: Stop strings.
+        strict: Raise the error of a decision.
+        experience: Counts committed and escalated positions.
+        began_s: Clock time at which the request began.
+        clock: Returns seconds.
     """
 
     def __init__(

@@ -39,9 +39,14 @@ class TokensNotReplayed(LargeProtocolError):
 class CompletionRequest:
     """A request for the next `count` greedy tokens after a prompt.
 
-    `model` is the model name to send, None to send none. `replayed` are the bytes of committed
-    tokens that this form of prompt cannot hold: the server has to generate them again first.
-    `context` is the position that the prompt was built for, None for the question of a probe.
+    Attributes:
+        dialect: The dialect to send it in.
+        prompt: The prompt.
+        model: The model name to send; None to send none.
+        count: Number of tokens to ask for.
+        replayed: The bytes of committed tokens that this form of prompt cannot hold: the server
+            has to generate them again first.
+        context: The position that the prompt was built for; None for the question of a probe.
     """
 
     dialect: Dialect

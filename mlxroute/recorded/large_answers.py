@@ -35,9 +35,10 @@ _PLACEHOLDER_SIGNALS: Final = Signals(
 class LargeAnswer:
     """An answer of the large model in the small model's vocabulary.
 
-    `token_ids` include the end token unless the answer was cut off. `token_starts` are the indices
-    in `token_ids` at which a token of the large model starts; `logprobs` are the logprobs of these
-    tokens in nats, NaN where the server gave none.
+    Attributes:
+        token_ids: Its tokens, with the end token unless it was cut off.
+        token_starts: The indices in `token_ids` at which tokens of the large model start.
+        logprobs: Logprobs of these tokens in nats, NaN where the server gave none.
     """
 
     token_ids: tuple[int, ...]

@@ -41,9 +41,14 @@ _ONE_ESCALATION: Final = 1.0 - 1e-9
 class Budget:
     """Immutable router state of a budget after `positions` positions.
 
-    `rate` is the budget, from 0 to 1; `rank` the rank, from 0 to 1, above which scores are
-    escalated; `bucket` the level of the token bucket. `recent` are the latest scores, oldest first,
-    and `ordered` the same scores in rising order.
+    Attributes:
+        rate: The budget, from 0 to 1.
+        resolution: The step that scores are rounded to.
+        rank: The rank, from 0 to 1, above which scores are escalated.
+        bucket: Level of the token bucket.
+        recent: The latest scores, oldest first.
+        ordered: The same scores in rising order.
+        positions: Number of positions so far.
     """
 
     rate: float

@@ -41,12 +41,16 @@ _T = TypeVar("_T")
 class LabelledAnswer:
     """The n positions of one answer of the large model.
 
-    `hidden` [n, D] are final-norm states in float16, `features` [n, 4] the other inputs of a head
-    (see `small.mlp_head.signal_features`), `differs` [n] is 1 where the models disagree.
-    `logprobs` [n, 2] are the small and the large model's logprobs of the large model's token, in
-    nats, NaN where the server gave none. `text` is the answer, of `token_count` tokens.
-    `continuations` are the whole texts that result if the small model continues alone from each
-    disagreement; empty if they were not made.
+    Attributes:
+        hidden: Final hidden states in float16, [n, D].
+        features: The other inputs of a head (see `small.mlp_head.signal_features`), [n, 4].
+        differs: 1 where the models disagree, else 0, [n].
+        logprobs: The small and the large model's logprobs of the large model's token, in nats, NaN
+            where the server gave none, [n, 2].
+        text: The answer.
+        token_count: Its length in tokens.
+        continuations: The whole texts that result if the small model continues alone from each
+            disagreement; empty if they were not made.
     """
 
     hidden: mx.array

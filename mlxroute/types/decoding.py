@@ -91,8 +91,10 @@ class Signals:
 class Sampling:
     """How the small model chooses its own token.
 
-    A `temperature` of 0 is greedy, a `top_p` of 1 keeps all tokens; a `seed` makes sampling
-    repeatable.
+    Args:
+        temperature: 0, the default, is greedy.
+        top_p: Nucleus sampling; 1, the default, keeps all tokens.
+        seed: Makes sampling repeatable; None, the default, does not.
     """
 
     temperature: float = 0.0
@@ -104,7 +106,11 @@ class Sampling:
 class BranchCost:
     """Median seconds of a decode step of one row, and of a batch of `rows` rows.
 
-    `rounding_nats` bounds the difference of logprobs and entropies between the two.
+    Attributes:
+        rows: Number of rows of the batch.
+        step_s: Seconds of a step of one row.
+        batch_s: Seconds of a step of the batch.
+        rounding_nats: Bound of the differences of logprobs and entropies between the two.
     """
 
     rows: int

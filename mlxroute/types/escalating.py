@@ -24,10 +24,14 @@ class Span:
 class LargeContext:
     """Everything the large model may need to generate the next token of an answer.
 
-    `text` is the prompt in the small model's template and the answer up to the last token that ends
-    on a whole character; `spans` are that part of the answer. `fragment_ids` are the tokens after
-    it, whose bytes end inside a character. `token_ids` are prompt and answer in the small model's
-    vocabulary, and `messages` the conversation.
+    Attributes:
+        text: The prompt in the small model's template, and the answer up to the last token that
+            ends on a whole character.
+        token_ids: Prompt and answer, in the small model's vocabulary.
+        fragment_ids: The tokens after `text`, whose bytes end inside a character.
+        vocabulary: The small model's vocabulary.
+        messages: The conversation.
+        spans: The answer in `text`, by the model that wrote it.
     """
 
     text: str
@@ -42,13 +46,19 @@ class LargeContext:
 class LargeToken:
     """One token of the large model, in the small model's vocabulary.
 
-    `token_ids` is one id where the vocabularies share the token, and several where its bytes are
-    spelled in the small vocabulary. `is_eos` marks the end of the answer; `token_ids` is then the
-    small model's end token. `logprob` is None where the server gives none. `top` are pairs of text
-    and logprob, the likeliest first. `large_ids` are the server's own ids, empty where it names
-    none. `prompt_tokens`, `cached_tokens` and `completion_tokens` are the server's counts, None
-    where it reports none. `uploaded_bytes` is the size of the request bodies. `latency_s` are
-    seconds since the call began, `lost_s` the part of them spent on failed attempts.
+    Attributes:
+        token_ids: One id if the vocabularies share the token, several if its bytes are spelled in
+            the small vocabulary; the small model's end token if `is_eos`.
+        text: Its text; empty for a part of a character and for an end token.
+        is_eos: Whether it ends the answer.
+        logprob: Its log-probability in nats; None if the server gives none.
+        top: Pairs of text and logprob, the likeliest first.
+        prompt_tokens: The server's count; None if it reports none. Likewise `cached_tokens` and
+            `completion_tokens`.
+        uploaded_bytes: Size of the request bodies.
+        latency_s: Seconds since the call was started.
+        large_ids: The server's own ids; empty if it names none.
+        lost_s: The part of `latency_s` spent on failed attempts.
     """
 
     token_ids: tuple[int, ...]
@@ -69,7 +79,12 @@ class LargeToken:
 class Escalation:
     """The outcome of one escalated position: a large token, or the reason for its absence.
 
-    A `prefetched` token came with an earlier call and took no call of its own.
+    Attributes:
+        small_id: The small model's own token.
+        large: The large token; None after a failure.
+        failure: Why there is no large token.
+        latency_s: Seconds that the call took.
+        prefetched: Whether the token came with an earlier call and took none of its own.
     """
 
     small_id: int
@@ -88,9 +103,12 @@ class Escalation:
 class Uploads:
     """Totals of what was sent to the large model.
 
-    `requests` and `size_bytes` count every body sent, answered or not. The tokens are those of
-    answered requests: `tokens` of prompts, `cached_tokens` of them from the server's cache, and
-    `completion_tokens` generated.
+    Attributes:
+        requests: Request bodies sent, answered or not.
+        size_bytes: Size of these bodies.
+        tokens: Prompt tokens of answered requests.
+        cached_tokens: Those of them that came from the server's cache.
+        completion_tokens: Tokens generated.
     """
 
     requests: int = 0

@@ -20,9 +20,14 @@ _GRACE_S = 0.25
 class Call:
     """A call for one position, in flight or finished.
 
-    `started_s` and `expires_s` are clock times; `stall_before_s` is the answer's total stall when
-    the call began. `is_alone` is True if decoding waits for it; `max_tokens` is the greatest number
-    of tokens it returns; `is_joined` is True if it waits for a prefetched token of an earlier call.
+    Attributes:
+        pending: The call of the large model, or a prefetched token to wait for.
+        started_s: Clock time of the start.
+        expires_s: Clock time after which its result is not waited for.
+        stall_before_s: The answer's total stall when the call was started, in seconds.
+        is_alone: Whether decoding waits for it.
+        max_tokens: Greatest number of tokens that it returns.
+        is_joined: Whether it waits for a prefetched token of an earlier call.
     """
 
     pending: PendingCallProtocol

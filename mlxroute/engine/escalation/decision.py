@@ -19,11 +19,20 @@ from mlxroute.types import Escalation, Judgement, LargeToken, Signals, Source
 class Decision:
     """What to commit at a position, and how it was decided.
 
-    `threshold` and `judgement` are the router's, `state_after` is its state after the position.
-    `token_ids` has several ids for a large token that is spelled as several small ones. `ends` is
-    True if the token ends the answer. `checked` is False if the router escalated the position but
-    the small model's token stays: because of `error`, a never-send pattern (`withheld`), or because
-    the answer has no calls left.
+    Attributes:
+        signals: The small model's view of the position.
+        score: The router's score.
+        threshold: The router's threshold.
+        judgement: The router's judgement.
+        state_after: The router's state after the position.
+        token_ids: The token; several ids for a large token that is spelled as several small ones.
+        source: The model that the token is from.
+        ends: Whether the token ends the answer.
+        escalation: The outcome of the escalation; None if there was none.
+        checked: False if the router escalated the position but the small model's token stays:
+            because of `error`, a never-send pattern, or because the answer has no calls left.
+        withheld: Whether a never-send pattern kept the position local.
+        error: Why the call failed.
     """
 
     signals: Signals

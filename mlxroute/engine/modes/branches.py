@@ -17,9 +17,14 @@ from mlxroute.types import Signals
 class Position:
     """A position that is not committed yet, after `index` tokens of the answer.
 
-    `small_choice` is the decision for the small model's token, `call` the call in flight for the
-    position, and `final` the decision, once it is made. `in_character` is True if the answer before
-    the position ends inside a character. Branches that share a position share this object.
+    Branches that share a position share this object.
+
+    Attributes:
+        index: Number of answer tokens before it.
+        small_choice: The decision for the small model's token.
+        call: The call in flight for it.
+        in_character: Whether the answer before it ends inside a character.
+        final: The decision, once it is made.
     """
 
     index: int
@@ -52,9 +57,12 @@ class Step:
 class Branch:
     """One continuation of the committed answer.
 
-    `batch_row` is its row in the small model's batch, None if the KV cache holds no beginning of
-    it. `signals` are those of the position after its last step, None until it is decoded.
-    `decode_alone` is True if it must be decoded again without a batch.
+    Attributes:
+        steps: Its tokens after the committed ones.
+        batch_row: Its row in the small model's batch; None if the KV cache holds no beginning of
+            it.
+        signals: Those of the position after its last step; None until it is decoded.
+        decode_alone: Whether it must be decoded again without a batch.
     """
 
     steps: list[Step]

@@ -44,10 +44,17 @@ class NegotiatedDialect:
 class Negotiator:
     """Negotiates the dialect of one server. Not safe for several threads.
 
-    `model` is the model name the user gave, if any, and `verdicts` the file that remembers results,
-    if any. `find_tokenizer` returns the tokenizer of a model on this machine, by the name that the
-    server gives the model. `reader` is given the model's vocabulary when that becomes known.
     The `next_deadline` of the methods returns the deadline of each request.
+
+    Args:
+        transport: Sends the request for the list of models.
+        requester: Sends the requests of checks.
+        base_url: The address, for messages and as the key of verdicts.
+        model: The name of the model that the user gave; None if they gave none.
+        verdicts: The file that remembers verdicts; None for none.
+        find_tokenizer: Returns the tokenizer of a model on this machine, given the server's name of
+            the model, or None.
+        reader: Gets the model's vocabulary when that becomes known.
     """
 
     def __init__(

@@ -35,11 +35,21 @@ class RejectedDialect:
 class Verdict:
     """The result of probing one endpoint.
 
-    `model` is the name of the model that was probed, None if neither the user nor the server named
-    one. `rung` is the exactness of the dialect, from 1 (best) to 4. `token_source` names the source
-    of token ids of the large vocabulary, None without one. `context_length` is in tokens. The
-    latencies are those of probe requests for one token, in seconds. `shared_vocabularies` are
-    pairs: the fingerprint of a small model's vocabulary, and whether it equals the large model's.
+    Attributes:
+        base_url: The address of the endpoint.
+        model: The name of the model that was probed; None if neither the user nor the server named
+            one.
+        dialect: The name of the dialect.
+        rung: The exactness of the dialect, from 1 (best) to 4.
+        checks: The outcomes of its checks.
+        rejected: The dialects that were rejected before it.
+        token_source: The name of the source of token ids; None without one.
+        context_length: The large model's context, in tokens; None if unknown.
+        latency_p50_s: Median latency of probe requests for one token, in seconds.
+        latency_p95_s: 95th percentile of the same.
+        requests: Number of probe requests.
+        shared_vocabularies: Pairs of the fingerprint of a small model's vocabulary and whether it
+            equals the large model's.
     """
 
     base_url: str

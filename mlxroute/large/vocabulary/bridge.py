@@ -16,9 +16,13 @@ from mlxroute.types import Vocabulary
 class BridgedToken:
     """A large token as ids of the small vocabulary.
 
-    `text` is empty for a part of a character and for a special token. `top` are the alternatives
-    as (text, logprob). `large_ids` are the ids in the large vocabulary, empty when the server
-    names none. `position_count` is the number of reply positions that the token takes up.
+    Attributes:
+        token_ids: Its ids in the small vocabulary.
+        text: Its text; empty for a part of a character and for a special token.
+        is_eos: Whether it ends the answer.
+        top: The alternatives, as (text, logprob).
+        large_ids: Its ids in the large vocabulary; empty if the server names none.
+        position_count: Number of reply positions that it takes up.
     """
 
     token_ids: tuple[int, ...]
