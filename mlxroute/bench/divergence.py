@@ -16,8 +16,10 @@ _NEAR_TIE_NATS: Final = 0.1
 class Divergence(Enum):
     """The cause of a difference between an answer and that of `wait`.
 
-    SERVER: the server decided a near tie differently. ENGINE: any other difference, which is a bug
-    of the engine.
+    Attributes:
+        NONE: The answers are equal.
+        SERVER: The server decided a near tie differently.
+        ENGINE: Any other difference, which is a bug of the engine.
     """
 
     NONE = auto()

@@ -42,7 +42,7 @@ class Experience:
     Each `on_...` method records one kind of event. Shares are from 0 to 1 and start as guesses;
     times start at 0, which stands for not measured.
 
-    Attributes:
+    Args:
         step_s: Seconds of a decode step while no call is in flight.
         call_s: Seconds until the first token of a call that prefetches nothing, or streams, while
             decoding waits.

@@ -39,7 +39,7 @@ class TokensNotReplayed(LargeProtocolError):
 class CompletionRequest:
     """A request for the next `count` greedy tokens after a prompt.
 
-    Attributes:
+    Args:
         dialect: The dialect to send it in.
         prompt: The prompt.
         model: The model name to send; None to send none.

@@ -35,7 +35,7 @@ _PLACEHOLDER_SIGNALS: Final = Signals(
 class LargeAnswer:
     """An answer of the large model in the small model's vocabulary.
 
-    Attributes:
+    Args:
         token_ids: Its tokens, with the end token unless it was cut off.
         token_starts: The indices in `token_ids` at which tokens of the large model start.
         logprobs: Logprobs of these tokens in nats, NaN where the server gave none.

@@ -41,7 +41,7 @@ _ONE_ESCALATION: Final = 1.0 - 1e-9
 class Budget:
     """Immutable router state of a budget after `positions` positions.
 
-    Attributes:
+    Args:
         rate: The budget, from 0 to 1.
         resolution: The step that scores are rounded to.
         rank: The rank, from 0 to 1, above which scores are escalated.

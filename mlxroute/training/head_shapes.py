@@ -45,7 +45,7 @@ Loss = Callable[[mx.array, mx.array, mx.array], mx.array]
 class Positions:
     """The N positions of several answers, as training data.
 
-    Attributes:
+    Args:
         inputs: The inputs of a head, [N, D + 4].
         targets: 1 where a head should escalate, else 0, [N].
         logprobs: Those of the small and the large model, in nats, [N, 2].

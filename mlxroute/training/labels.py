@@ -41,7 +41,7 @@ _T = TypeVar("_T")
 class LabelledAnswer:
     """The n positions of one answer of the large model.
 
-    Attributes:
+    Args:
         hidden: Final hidden states in float16, [n, D].
         features: The other inputs of a head (see `small.mlp_head.signal_features`), [n, 4].
         differs: 1 where the models disagree, else 0, [n].

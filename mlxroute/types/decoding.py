@@ -106,7 +106,7 @@ class Sampling:
 class BranchCost:
     """Median seconds of a decode step of one row, and of a batch of `rows` rows.
 
-    Attributes:
+    Args:
         rows: Number of rows of the batch.
         step_s: Seconds of a step of one row.
         batch_s: Seconds of a step of the batch.

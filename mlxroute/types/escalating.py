@@ -24,7 +24,7 @@ class Span:
 class LargeContext:
     """Everything the large model may need to generate the next token of an answer.
 
-    Attributes:
+    Args:
         text: The prompt in the small model's template, and the answer up to the last token that
             ends on a whole character.
         token_ids: Prompt and answer, in the small model's vocabulary.
@@ -46,7 +46,7 @@ class LargeContext:
 class LargeToken:
     """One token of the large model, in the small model's vocabulary.
 
-    Attributes:
+    Args:
         token_ids: One id if the vocabularies share the token, several if its bytes are spelled in
             the small vocabulary; the small model's end token if `is_eos`.
         text: Its text; empty for a part of a character and for an end token.
@@ -79,7 +79,7 @@ class LargeToken:
 class Escalation:
     """The outcome of one escalated position: a large token, or the reason for its absence.
 
-    Attributes:
+    Args:
         small_id: The small model's own token.
         large: The large token; None after a failure.
         failure: Why there is no large token.
@@ -103,7 +103,7 @@ class Escalation:
 class Uploads:
     """Totals of what was sent to the large model.
 
-    Attributes:
+    Args:
         requests: Request bodies sent, answered or not.
         size_bytes: Size of these bodies.
         tokens: Prompt tokens of answered requests.

@@ -20,7 +20,7 @@ _GRACE_S = 0.25
 class Call:
     """A call for one position, in flight or finished.
 
-    Attributes:
+    Args:
         pending: The call of the large model, or a prefetched token to wait for.
         started_s: Clock time of the start.
         expires_s: Clock time after which its result is not waited for.

@@ -19,7 +19,7 @@ from mlxroute.types import Escalation, Judgement, LargeToken, Signals, Source
 class Decision:
     """What to commit at a position, and how it was decided.
 
-    Attributes:
+    Args:
         signals: The small model's view of the position.
         score: The router's score.
         threshold: The router's threshold.

@@ -19,7 +19,7 @@ class Position:
 
     Branches that share a position share this object.
 
-    Attributes:
+    Args:
         index: Number of answer tokens before it.
         small_choice: The decision for the small model's token.
         call: The call in flight for it.
@@ -57,7 +57,7 @@ class Step:
 class Branch:
     """One continuation of the committed answer.
 
-    Attributes:
+    Args:
         steps: Its tokens after the committed ones.
         batch_row: Its row in the small model's batch; None if the KV cache holds no beginning of
             it.

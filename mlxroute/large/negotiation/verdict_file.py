@@ -35,7 +35,7 @@ class RejectedDialect:
 class Verdict:
     """The result of probing one endpoint.
 
-    Attributes:
+    Args:
         base_url: The address of the endpoint.
         model: The name of the model that was probed; None if neither the user nor the server named
             one.

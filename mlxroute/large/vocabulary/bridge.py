@@ -16,7 +16,7 @@ from mlxroute.types import Vocabulary
 class BridgedToken:
     """A large token as ids of the small vocabulary.
 
-    Attributes:
+    Args:
         token_ids: Its ids in the small vocabulary.
         text: Its text; empty for a part of a character and for a special token.
         is_eos: Whether it ends the answer.
