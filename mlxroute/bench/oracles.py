@@ -25,9 +25,9 @@ def compute_oracles(
 ) -> dict[str, Any]:
     """Return the accuracy of two oracle routers within each budget, and the recall of scores.
 
-    The key `disagreements` is for an oracle that escalates each disagreement while the budget lasts;
-    what is left of a budget carries over to the next question. `critical_first` is for an oracle
-    that escalates only disagreements that change the outcome, first in the questions that need the
+    `disagreements` in the report is an oracle that escalates each disagreement while the budget
+    lasts; what is left of a budget carries over to the next question. `critical_first` is one that
+    escalates only disagreements that change the outcome, first in the questions that need the
     fewest. `finding_the_critical` is the share of these disagreements that entropy and `head` find.
 
     Both oracles are this project's own definitions.
