@@ -31,9 +31,10 @@ def resident_bytes(model: Model, *, dense: bool) -> int:
     return max(model.parameters * 4, converted * 2) + OVERHEAD_BYTES
 
 
-def demo_pairs(catalog: Catalog, *, available: int, dense: bool) -> list[Pair]:
-    """Return the pairs that the demo may use here, the largest large model first.
+def demo_pairs(catalog: Catalog, *, small: str, available: int, dense: bool) -> list[Pair]:
+    """Return the pairs that the demo may use here, the best first.
 
+    Those with the default model `small` come first, then those with the largest large model.
     Raises NotEnoughSpace if the smallest of them needs more than the `available` bytes.
     """
 
@@ -56,12 +57,17 @@ def demo_pairs(catalog: Catalog, *, available: int, dense: bool) -> list[Pair]:
             f" {_gibibytes(available)} are free; close programs, or use"
             " `mlxroute ask --small NAME --large URL`"
         )
-    return sorted(pairs, key=lambda pair: catalog.get_model(pair.large).parameters, reverse=True)
+
+    def rank(pair: Pair) -> tuple[bool, int]:
+        return pair.small == small, catalog.get_model(pair.large).parameters
+
+    return sorted(pairs, key=rank, reverse=True)
 
 
-def default_host_model(catalog: Catalog, *, available: int, dense: bool) -> Model:
-    """Return the model that `host` serves by default: the largest that fits and downloads quickly.
+def default_host_model(catalog: Catalog, *, small: str, available: int, dense: bool) -> Model:
+    """Return the model that `host` serves by default, among those that fit and download quickly.
 
+    It is the largest that is paired with the default model `small`, else the largest of all.
     Raises NotEnoughSpace if none fits.
     """
 
@@ -75,7 +81,8 @@ def default_host_model(catalog: Catalog, *, available: int, dense: bool) -> Mode
     if not fitting:
         least = min(light, key=lambda model: model.parameters)
         check_fits(least, catalog, available=available, dense=dense)
-    return max(fitting, key=lambda model: model.parameters)
+    partners = {pair.large for pair in catalog.pairs if pair.small == small}
+    return max(fitting, key=lambda model: (model.name in partners, model.parameters))
 
 
 def check_fits(model: Model, catalog: Catalog, *, available: int, dense: bool) -> None:

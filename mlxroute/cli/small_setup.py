@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from mlxroute.cli.folders import expand_optional
@@ -11,7 +12,14 @@ if TYPE_CHECKING:
     from mlxroute.cli.progress import ByteProgress
     from mlxroute.small import SmallModel
 
-DEFAULT_SMALL = "qwen2.5-coder-0.5b"
+_GENERAL_SMALL = "qwen2.5-0.5b"
+# Also on the package index, for networks that reach no model hub.
+_INDEXED_SMALL = "qwen2.5-coder-0.5b"
+
+
+def default_small() -> str:
+    """Return the small model where none is chosen: on a Mac a general one, elsewhere a coder."""
+    return _GENERAL_SMALL if sys.platform == "darwin" else _INDEXED_SMALL
 
 
 def load_small(settings: Settings, progress: ByteProgress) -> SmallModel:
@@ -19,7 +27,7 @@ def load_small(settings: Settings, progress: ByteProgress) -> SmallModel:
     from mlxroute.small import SmallModel
 
     return SmallModel.load(
-        settings.small or DEFAULT_SMALL,
+        settings.small or default_small(),
         adapter=expand_optional(settings.adapter),
         cache_dir=expand_optional(settings.cache_dir),
         offline=settings.offline,

@@ -56,6 +56,13 @@ def test_there_are_pairs_for_large_machines(catalog: Catalog) -> None:
         assert catalog.get_model(pair.small).parameters < catalog.get_model(pair.large).parameters
 
 
+@pytest.mark.parametrize("large", ["qwen2.5-7b", "qwen2.5-14b", "qwen2.5-32b"])
+def test_the_general_model_has_larger_partners_of_its_family(catalog: Catalog, large: str) -> None:
+    pair = catalog.find_pair("qwen2.5-0.5b", large)
+    assert pair is not None
+    assert pair.same_vocabulary
+
+
 def test_a_pair_is_found_by_both_names_or_by_the_small_models(catalog: Catalog) -> None:
     pair = catalog.find_pair("qwen2.5-coder-0.5b", "qwen2.5-coder-7b")
     assert pair is not None

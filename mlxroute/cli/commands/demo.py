@@ -23,12 +23,13 @@ def demo(settings: Settings) -> int:
     """Fetch two models and watch an answer being routed."""
     from mlxroute.catalog import Catalog
     from mlxroute.cli.model_fit import demo_pairs, measure_machine
+    from mlxroute.cli.small_setup import default_small
     from mlxroute.cli.terminal import make_consoles
 
     out, err = make_consoles()
     catalog = Catalog.load(user_catalog_dir())
     dense, available = measure_machine(cache_dir_of(settings))
-    pairs = demo_pairs(catalog, available=available, dense=dense)
+    pairs = demo_pairs(catalog, small=default_small(), available=available, dense=dense)
     pair, large_weights = _fetch_pair(pairs, catalog, settings, err)
     return _serve_and_answer(pair, large_weights, settings, out, err)
 

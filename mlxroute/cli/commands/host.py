@@ -58,13 +58,15 @@ def _fetch(name: str | None, settings: Settings, err: Console) -> LocalModel:
     from mlxroute.catalog import Catalog
     from mlxroute.cli.model_fit import check_fits, default_host_model, measure_machine
     from mlxroute.cli.progress import ByteProgress
+    from mlxroute.cli.small_setup import default_small
     from mlxroute.weights import resolve
 
     cache_dir = cache_dir_of(settings)
     catalog = Catalog.load(user_catalog_dir())
     dense, available = measure_machine(cache_dir)
     if name is None:
-        name = default_host_model(catalog, available=available, dense=dense).name
+        small = default_small()
+        name = default_host_model(catalog, small=small, available=available, dense=dense).name
     if (model := catalog.find_model(name)) is not None:
         check_fits(model, catalog, available=available, dense=dense)
     with ByteProgress(err) as progress:
