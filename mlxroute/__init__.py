@@ -4,7 +4,7 @@ from mlxroute import EntropyRouter, LargeModel, SmallModel, generate
 
 small = SmallModel.load("qwen2.5-coder-0.5b")
 large = LargeModel("http://127.0.0.1:8081/v1")
-for token in generate(small, large, "Why is the sky blue?", router=EntropyRouter(2.5)):
+for token in generate(small, large, "Why is the sky blue?", router=EntropyRouter()):
     print(token.text, token.source)
 """
 

@@ -89,7 +89,7 @@ class Pair:
         small: Catalogue name of the small model.
         large: Catalogue name of the large model.
         same_vocabulary: Whether both assign the same ids to the same tokens.
-        threshold: Default entropy threshold in nats.
+        threshold: Entropy in nats that about 7 % of the positions exceed.
         calibration: Where the threshold comes from.
         router: Default score of positions. "entropy" by default.
     """

@@ -10,7 +10,7 @@ from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli.folders import expand_optional
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
-from mlxroute.routers import BURST, Budget, Router, make_router
+from mlxroute.routers import BURST, DEFAULT_BUDGET, Budget, Router, make_router
 
 if TYPE_CHECKING:
     from mlxroute.catalog import Pair
@@ -18,10 +18,6 @@ if TYPE_CHECKING:
 
 HEAD_ROUTER = "head"
 DEFAULT_ROUTER = "entropy"
-# Share of positions that a router other than entropy escalates by default.
-_DEFAULT_RATE = 0.07
-# As calibrated for the default small model.
-_DEFAULT_THRESHOLD_NATS = 1.64
 
 
 class RoutingRule:
@@ -64,9 +60,9 @@ class RoutingRule:
 
     @property
     def budget(self) -> float | None:
-        """The largest share of escalated tokens; None if a threshold is set instead."""
+        """The largest share of escalated tokens; None with a threshold or without a large model."""
         state = self._router.state
-        return state.rate if isinstance(state, Budget) else None
+        return state.rate if isinstance(state, Budget) and self._has_large else None
 
     def set_threshold(self, threshold: float) -> None:
         """Escalate above this score from now on. Raises UsageError without a large model."""
@@ -124,12 +120,9 @@ def find_ranks(small: SmallModel, router: str, head: str | None = None) -> Score
     return ranks.with_quantiles(HEAD_ROUTER, small.load_head(file))
 
 
-def choose_router(name: str, settings: Settings, pair: Pair | None, ranks: ScoreRanks) -> Router:
-    """Return the router at the budget or threshold of the settings, else at a default threshold."""
-    if settings.budget is not None:
-        return make_router(name, budget=settings.budget, quantiles=ranks[name])
+def choose_router(name: str, settings: Settings, ranks: ScoreRanks) -> Router:
+    """Return the router at the threshold or budget of the settings, else at the default budget."""
     if settings.threshold is not None:
         return make_router(name, threshold=settings.threshold)
-    if name != DEFAULT_ROUTER:
-        return make_router(name, threshold=ranks.threshold_at_rate(name, _DEFAULT_RATE))
-    return make_router(name, threshold=pair.threshold if pair else _DEFAULT_THRESHOLD_NATS)
+    budget = DEFAULT_BUDGET if settings.budget is None else settings.budget
+    return make_router(name, budget=budget, quantiles=ranks[name])

@@ -201,7 +201,7 @@ def make_session(
     """Return a session of loaded models with the router of the settings or of the pair."""
     name = choose_router_name(settings, pair)
     ranks = find_ranks(small, name, settings.head)
-    router = choose_router(name, settings, pair, ranks)
+    router = choose_router(name, settings, ranks)
     return Session(
         small,
         large,

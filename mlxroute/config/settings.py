@@ -133,15 +133,15 @@ class Settings:
     )
     threshold: float | None = _setting(
         None,
-        "Ask the large model above this score; inf never asks, -inf always. Default: the"
-        " pair's own.",
+        "Ask the large model above this score, in place of a budget; inf never asks, -inf always.",
         metavar="X",
         commands=(*_ANSWERS, "demo"),
         unbounded=True,
     )
     budget: float | None = _setting(
         None,
-        "Ask the large model for at most this share of the tokens, e.g. 7%.",
+        "Ask the large model for at most this share of the tokens. Default: 7%, unless a"
+        " threshold is set.",
         metavar="SHARE",
         commands=(*_ANSWERS, "demo"),
         share=True,

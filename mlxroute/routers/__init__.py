@@ -3,9 +3,18 @@
 Pure functions and immutable values: no clock, no I/O, no arrays.
 """
 
-from mlxroute.routers.budget import BURST, Budget
+from mlxroute.routers.budget import BURST, DEFAULT_BUDGET, Budget
 from mlxroute.routers.router import EntropyRouter, Router, make_router
 from mlxroute.routers.scores import SCORES
 from mlxroute.routers.threshold import Threshold
 
-__all__ = ["BURST", "SCORES", "Budget", "EntropyRouter", "Router", "Threshold", "make_router"]
+__all__ = [
+    "BURST",
+    "DEFAULT_BUDGET",
+    "SCORES",
+    "Budget",
+    "EntropyRouter",
+    "Router",
+    "Threshold",
+    "make_router",
+]

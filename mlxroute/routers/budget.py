@@ -27,6 +27,8 @@ from mlxroute.statistics import interpolated_quantile
 from mlxroute.types import Judgement
 
 BURST: Final = 4.0
+DEFAULT_BUDGET: Final = 0.07
+"""The share that is escalated at most where no threshold or budget is given."""
 # eta of the quantile tracking.
 _LEARNING_RATE: Final = 0.02
 # Number of scores that a new one is ranked among.

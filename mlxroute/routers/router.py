@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mlxroute.errors import UsageError
-from mlxroute.routers.budget import Budget
+from mlxroute.routers.budget import DEFAULT_BUDGET, Budget
 from mlxroute.routers.scores import SCORES
 from mlxroute.routers.threshold import Threshold
 from mlxroute.types import Signals
 
 # Initial quantiles of a budget without a calibration; real scores soon replace them.
 _UNCALIBRATED = (0.0, 1.0)
+# Entropies in nats of a 0.5B model, on 945 positions of answers to CommonsenseQA and GSM8K.
+_TYPICAL_ENTROPIES = (
+    0.0, 0.00044, 0.0018, 0.0052, 0.011, 0.024, 0.079, 0.15, 0.24, 0.39, 0.54, 0.69, 0.82, 0.99,
+    1.27, 1.7, 2.61,
+)  # fmt: skip
 
 
 class Router:
@@ -61,18 +66,18 @@ def make_router(
 
 
 class EntropyRouter(Router):
-    """Escalates positions where the small model's entropy is high.
+    """Escalates positions where the small model's entropy is high: by default, 7 % of them.
 
     Args:
         threshold: Entropy in nats over the full vocabulary above which a position is escalated;
             `inf` never escalates and `-inf` always does. None, the default, with a budget.
         budget: Greatest share of positions that are escalated, from 0 to 1 (0.07 is 7 %), plus a
-            burst of 4. None, the default, with a threshold.
+            burst of 4. None, the default, is 0.07 without a threshold.
         quantiles: Entropies in nats at evenly spaced ranks, lowest first, with which a budget
-            starts; by default those of no calibration, 0 and 1.
+            starts; by default those of a 0.5B model.
 
     Raises:
-        UsageError: Not exactly one of threshold and budget is given, or a value is out of range.
+        UsageError: Both threshold and budget are given, or a value is out of range.
     """
 
     def __init__(
@@ -80,7 +85,9 @@ class EntropyRouter(Router):
         threshold: float | None = None,
         *,
         budget: float | None = None,
-        quantiles: Sequence[float] = _UNCALIBRATED,
+        quantiles: Sequence[float] = _TYPICAL_ENTROPIES,
     ) -> None:
+        if threshold is None and budget is None:
+            budget = DEFAULT_BUDGET
         router = make_router("entropy", threshold=threshold, budget=budget, quantiles=quantiles)
         super().__init__(router.name, router.state)

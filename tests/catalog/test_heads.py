@@ -17,6 +17,7 @@ from mlxroute.cli.routing import choose_router, choose_router_name
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
 from mlxroute.questions.question_files import Question, read_questions
+from mlxroute.routers import Budget, Threshold
 from mlxroute.small.mlp_head import SIGNAL_COUNT, MlpHead
 from tests.support.tiny import make_tiny_model
 
@@ -83,11 +84,24 @@ def test_a_model_without_a_head_is_named_in_the_error(
     assert advice in capsys.readouterr().err
 
 
-def test_routers_with_known_ranks_have_a_default_rate() -> None:
+@pytest.mark.parametrize("name", ["entropy", "margin"])
+def test_every_router_has_a_budget_of_7_percent_unless_a_threshold_is_set(name: str) -> None:
     ranks = ScoreRanks.find("qwen2.5-coder-0.5b", user_catalog_dir())
+
+    def state(settings: Settings) -> Threshold | Budget:
+        return choose_router(name, settings, ranks).state
+
+    by_default, budget = state(Settings()), state(Settings(budget=0.03))
+    assert isinstance(by_default, Budget)
+    assert isinstance(budget, Budget)
+    assert (by_default.rate, budget.rate) == (0.07, 0.03)
+    # It starts from the calibration.
+    assert by_default.threshold == pytest.approx(ranks.threshold_at_rate(name, 0.07), rel=0.15)
+    assert state(Settings(threshold=1.5)) == Threshold(1.5)
+
+
+def test_the_router_is_that_of_the_settings_else_that_of_the_pair() -> None:
     pair = Catalog.load().find_pair("qwen2.5-coder-0.5b")
-    router = choose_router("margin", Settings(), pair, ranks)
-    assert router.state.threshold == ranks.threshold_at_rate("margin", 0.07)
     assert pair is not None
     assert choose_router_name(Settings(), pair) == pair.router
     assert choose_router_name(Settings(router="logu"), pair) == "logu"

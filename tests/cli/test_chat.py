@@ -319,6 +319,12 @@ def test_mode_shows_and_sets(chat: Chat, value: str, mode: str, expected: str) -
     assert expected in chat.printed
 
 
+def test_the_threshold_of_a_budget_is_shown_as_one_that_moves(chat: Chat) -> None:
+    chat.session.routing.budget = 0.07
+    chat.type("/threshold", ENTER, CTRL_D)
+    assert "threshold 2.5 nats now; it follows the budget" in chat.printed
+
+
 @pytest.mark.parametrize(
     ("value", "budget", "expected"),
     [

@@ -105,6 +105,19 @@ def test_tokens_and_summary_have_these_keys_in_this_order(
     assert (list(summary), summary["large"]) == (SUMMARY_KEYS, None)
 
 
+def test_the_summary_has_a_budget_of_7_percent_unless_a_threshold_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = str(make_tiny_model(tmp_path / "tiny", context=200))
+    with Loopback(honest(lambda request: Reply.of(legacy("a")), name="huge")) as server:
+        always = ["--small", tiny, "--large", server.url, "--max-tokens", "2"]
+        by_default = ask_json(capsys, *always)[-1]
+        threshold = ask_json(capsys, *always, "--threshold", "inf")[-1]
+    assert by_default["budget"] == 0.07
+    assert by_default["threshold"] not in ("inf", "-inf")
+    assert (threshold["budget"], threshold["threshold"]) == (None, "inf")
+
+
 def test_provisional_and_retracted_tokens_have_these_keys() -> None:
     signals = Signals(7, -0.5, 1.0, 0.5, 0.2, (7,), (-0.5,))
     assert event_object(Provisional(3, 7, " the", Source.SMALL, signals)) == {

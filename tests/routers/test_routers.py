@@ -72,6 +72,16 @@ def test_a_router_takes_a_threshold_or_a_budget(given_: dict[str, float]) -> Non
         make_router("entropy", threshold=given_.get("threshold"), budget=given_.get("budget"))
 
 
+def test_an_entropy_router_without_arguments_has_a_budget_of_7_percent() -> None:
+    state = EntropyRouter().state
+    assert isinstance(state, Budget)
+    assert state.rate == 0.07
+    # It starts near the entropy that 7 % of the positions of a real model exceed.
+    assert 1.3 < state.threshold < 2.0
+    with pytest.raises(UsageError, match="either"):
+        EntropyRouter(1.0, budget=0.07)
+
+
 @pytest.mark.parametrize("rate", [-0.1, 1.1, math.nan])
 def test_a_budget_outside_0_to_1_is_refused(rate: float) -> None:
     with pytest.raises(UsageError, match="from 0% to 100%"):

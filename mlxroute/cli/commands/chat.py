@@ -308,7 +308,8 @@ def _describe_threshold(routing: ChatRouting) -> str:
     threshold = routing.threshold
     if math.isinf(threshold):
         return f"{threshold:g}: the large model is {'never' if threshold > 0 else 'always'} asked"
-    return f"{threshold:g} {routing.unit}"
+    text = f"{threshold:g} {routing.unit}"
+    return text if routing.budget is None else f"{text} now; it follows the budget"
 
 
 @dataclass(frozen=True, slots=True)
