@@ -159,6 +159,7 @@ def bench_quality(  # noqa: PLR0913 - all of these are settings of one run
     step_s: float,
     results: QualityResults,
     chats: int = 1,
+    accept_within: float = 0.0,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Return the report of all sides on all questions; answers in `results` are not repeated.
@@ -168,7 +169,9 @@ def bench_quality(  # noqa: PLR0913 - all of these are settings of one run
     seconds are computed, as if each answer were written alone: `step_s` for each token plus the
     time of its calls, without the prompt.
     """
-    bench = _QualityBench(small, replies, examples, ranks, max_tokens, step_s, results)
+    bench = _QualityBench(
+        small, replies, examples, ranks, max_tokens, step_s, results, accept_within
+    )
     rows = bench.answer_all(questions, sides, chats, progress)
     return {
         "small": small.name,
@@ -177,6 +180,7 @@ def bench_quality(  # noqa: PLR0913 - all of these are settings of one run
         "examples": len(examples),
         "tokens": max_tokens,
         "chats": chats,
+        "accept_within": accept_within,
         "step_s": round(step_s, 5),
         "sides": {
             side.name: _side_figures(side, rows, chats, max_tokens=max_tokens) for side in sides
@@ -206,6 +210,7 @@ class _QualityBench:
     max_tokens: int
     step_s: float
     results: QualityResults
+    accept_within: float
 
     def answer_all(
         self,
@@ -269,7 +274,17 @@ class _QualityBench:
         ranks = self.ranks[side.router] if side.router else ()
         # The answer of one model alone does not depend on its router's state.
         state = _budget_text(router) if side.router else ""
-        parts = [*models, side.router, side.is_large, self.max_tokens, ranks, conversation, state]
+        parts: list[object] = [
+            *models,
+            side.router,
+            side.is_large,
+            self.max_tokens,
+            ranks,
+            conversation,
+            state,
+        ]
+        if side.router and self.accept_within:
+            parts.append(self.accept_within)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _write_answer(self, task: _Task, small: SmallProtocol) -> QualityRow:
@@ -287,6 +302,7 @@ class _QualityBench:
             mode=Mode.WAIT,
             # All positions are escalated, so a call returns many tokens that are used.
             prefetch=MAX_PREFETCH if side.is_large else 0,
+            accept_within=self.accept_within if side.router else 0.0,
         )
         tokens = list(answer)
         # A token of the large model with several ids is one position.

@@ -255,6 +255,11 @@ class VirtualLarge:
         return Uploads()
 
     @property
+    def is_local(self) -> bool:
+        """False: the simulated models do not slow each other."""
+        return False
+
+    @property
     def max_in_flight(self) -> int:
         return self._large.max_in_flight
 

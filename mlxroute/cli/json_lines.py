@@ -70,6 +70,7 @@ def token_object(token: Token) -> dict[str, Any]:
         "checked": token.checked,
         "large": None if large is None else _large_object(large),
         "prefetched": escalation.prefetched if escalation else False,
+        "accepted": escalation.accepted if escalation else False,
         "failure": escalation.failure if escalation else None,
         "time_s": round(token.time_s, 6),
     }
@@ -95,6 +96,7 @@ def summary_object(stats: RunStats, session: Session) -> dict[str, Any]:
         "large_tokens": stats.large_tokens,
         "escalated": stats.escalated,
         "agreed": stats.agreed,
+        "accepted": stats.accepted,
         "fallbacks": stats.fallbacks,
         "unchecked": stats.unchecked,
         "withheld": stats.withheld,

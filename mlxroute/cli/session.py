@@ -110,6 +110,7 @@ class Session:
             mode=self.mode,
             prefetch=settings.prefetch,
             call_ceiling=self._call_ceiling(),
+            accept_within=settings.accept_within,
             experience=self._experience,
         )
 
@@ -226,6 +227,7 @@ def _check_settings(settings: Settings) -> None:
         timeout_s=settings.timeout,
         mode=parse_mode(settings.mode),
         call_ceiling=settings.call_ceiling,
+        accept_within=settings.accept_within,
         prefetch=settings.prefetch,
     )
 

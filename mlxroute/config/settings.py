@@ -164,6 +164,12 @@ class Settings:
         metavar="X",
         commands=_ANSWERS,
     )
+    accept_within: float = _setting(
+        0.0,
+        "Keep the small model's token if the large one finds it at most X nats less likely.",
+        metavar="X",
+        commands=(*_ANSWERS, "bench quality"),
+    )
     kernel: str = _setting(
         "auto",
         "Implementation of the logit kernel.",

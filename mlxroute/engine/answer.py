@@ -160,6 +160,7 @@ class Answer:
             prefetch_used=commits.prefetch_used,
             held=self._ahead.was_blocked,
             redecoded=self._ahead.redecoded,
+            accepted=commits.accepted,
             plan=self._governor.explain(),
             advice=self._advice,
         )
@@ -189,7 +190,11 @@ def _decode_context(
     """Build the collaborators of an answer, whose time counts from `began_s`."""
     max_tokens = min(options.max_tokens, small.context_length - len(prompt.ids))
     governor = Governor(
-        options.mode, experience, prefetch=options.prefetch, call_ceiling=options.call_ceiling
+        options.mode,
+        experience,
+        prefetch=options.prefetch,
+        call_ceiling=options.call_ceiling,
+        is_local=large is not None and large.is_local,
     )
     calls = AnswerCalls(
         large,
@@ -202,7 +207,8 @@ def _decode_context(
     decider = Decider(
         router,
         calls,
-        eos_ids=small.vocabulary.eos_ids,
+        vocabulary=small.vocabulary,
+        accept_within=options.accept_within,
         never_send=NeverSend(options.never_send, texts),
         experience=experience,
     )
@@ -245,6 +251,7 @@ def generate(  # noqa: PLR0913 - the options of the command line, by the same na
     mode: Mode | str = Mode.AUTO,
     prefetch: int | None = None,
     call_ceiling: float | None = None,
+    accept_within: float = 0.0,
     experience: Experience | None = None,
 ) -> Answer:
     """Answer a conversation with the small model, escalating where the router decides so.
@@ -276,6 +283,9 @@ def generate(  # noqa: PLR0913 - the options of the command line, by the same na
             default, leaves it to the mode.
         call_ceiling: Greatest average number of calls per escalated position, at least 1, over all
             answers with the same `experience`; None, the default, is no bound.
+        accept_within: Nats by which the small model's token may be less likely to the large model
+            than the large model's own and still be kept, at an escalated position; 0, the default,
+            always takes the large model's.
         experience: Measurements of the pair from earlier answers, which this one adds to; a new
             object by default.
 
@@ -298,5 +308,6 @@ def generate(  # noqa: PLR0913 - the options of the command line, by the same na
         mode=parse_mode(mode),
         prefetch=prefetch,
         call_ceiling=call_ceiling,
+        accept_within=accept_within,
     )
     return Answer(small, large, messages, router=router, options=options, experience=experience)

@@ -49,6 +49,7 @@ class Commits:
         self.unchecked = 0
         self.withheld = 0
         self.prefetch_used = 0
+        self.accepted = 0
 
     def __len__(self) -> int:
         return len(self.times_s)
@@ -99,12 +100,16 @@ class Commits:
             return
         if escalation.large is not None:
             self._experience.on_escalated(
-                decision.signals, escalation.large, prefetched=escalation.prefetched
+                decision.signals,
+                escalation.large,
+                keeps_small=escalation.agreed or escalation.accepted,
+                prefetched=escalation.prefetched,
             )
         self.escalated += escalation.large is not None
         self.fallbacks += escalation.large is None
         self.agreed += escalation.agreed
         self.prefetch_used += escalation.prefetched
+        self.accepted += escalation.accepted
 
     def _release(self, tokens: Iterator[Token]) -> Iterator[Token]:
         for token in tokens:

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from mlxroute.engine.machine_load import CORES
 from mlxroute.types import BranchCost, LargeToken, Signals
 
 # Branches of a position, the small model's own choice included.
 BRANCH_ROWS: Final = 4
 # Prior weight, in observations, of a slowdown of 1.0.
 SLOWDOWN_PRIOR: Final = 3
+# A machine with at least this share of its cores busy has none to spare for decoding.
+_BUSY_SHARE: Final = 0.5
 # Least weight of a new observation; the second is that of committed positions, which are frequent.
 _WEIGHT: Final = 0.05
 _POSITION_WEIGHT: Final = 0.005
@@ -82,7 +85,14 @@ class Experience:
     started_calls: int = 0
     escalated_positions: int = 0
     calls_prefetch: bool = False
+    busy_cores: MovingAverage = field(default_factory=lambda: MovingAverage(0.0))
+    was_slowed: bool = False
     advice_was_given: bool = False
+
+    @property
+    def machine_is_busy(self) -> bool:
+        """Whether calls to this machine leave too few cores for decoding at the same time."""
+        return self.was_slowed or self.busy_cores.value >= _BUSY_SHARE * CORES
 
     def on_step(self, seconds: float, *, is_alone: bool) -> None:
         """Record a decode step of one row; `is_alone` if no call was in flight."""
@@ -119,13 +129,14 @@ class Experience:
             return
         self.large_step_s.add(max(0.0, seconds) / (len(tokens) - 1))
 
-    def on_escalated(self, signals: Signals, token: LargeToken, *, prefetched: bool) -> None:
-        """Record a large token that was committed at a position with these signals."""
-        agrees = token.token_ids == (signals.token_id,)
-        self.agreement.add(agrees)
+    def on_escalated(
+        self, signals: Signals, token: LargeToken, *, keeps_small: bool, prefetched: bool
+    ) -> None:
+        """Record an escalation, by which the small model's token stays if `keeps_small`."""
+        self.agreement.add(keeps_small)
         top_ids = signals.top_ids[:BRANCH_ROWS]
         is_covered = len(token.token_ids) == 1 and token.token_ids[0] in top_ids
-        self.coverage.add(agrees or is_covered)
+        self.coverage.add(keeps_small or is_covered)
         if self.calls_prefetch:
             self.prefetch_hit_rate.add(prefetched)
 
@@ -137,6 +148,15 @@ class Experience:
     def on_branch_cost(self, cost: BranchCost) -> None:
         """Record what a batch of branches costs."""
         self.branch_cost = cost
+
+    def on_local_wait(self, seconds: float, busy_core_s: float) -> None:
+        """Record a wait for a call to this machine, and what other processes computed in it."""
+        if seconds > 0:
+            self.busy_cores.add(busy_core_s / seconds)
+
+    def on_slowed_step(self) -> None:
+        """Record that a call on this machine slowed a decode step far beyond its usual time."""
+        self.was_slowed = True
 
     def on_advice(self) -> None:
         """Record that the advice to stream the large model was given."""

@@ -27,6 +27,10 @@ _TRY_EVERY: Final = 24
 _ASSUMED_BRANCH_COST: Final = 1.5
 # Decoding pauses when a call takes this many times the average: decoding may be delaying it.
 _OVERDUE: Final = 4.0
+# Calls to a server on this machine that are measured before decoding goes on beside one.
+_LOCAL_CALLS: Final = 2
+# A step that takes this many times its average is slowed by a call on this machine.
+_SLOWED: Final = 3.0
 # Switch modes only for gains above 5 %.
 _SWITCH_GAIN: Final = 0.95
 
@@ -64,6 +68,9 @@ class Governor:
         prefetch: Tokens that each call prefetches; None leaves the number to the mode.
         call_ceiling: Greatest number of calls of a session, in calls per escalated position; None
             is no bound.
+        is_local: Whether the server runs on this machine. Under auto, decoding then goes on beside
+            a call, and calls prefetch, only where cores are free, and no longer once a step was
+            slowed.
     """
 
     def __init__(
@@ -73,11 +80,13 @@ class Governor:
         *,
         prefetch: int | None,
         call_ceiling: float | None,
+        is_local: bool = False,
     ) -> None:
         self._mode = mode
         self._experience = experience
         self._prefetch = prefetch
         self._call_ceiling = call_ceiling
+        self._is_local = is_local
         self._last_mode = Mode.WAIT
 
     @property
@@ -86,6 +95,8 @@ class Governor:
         experience = self._experience
         if self._mode is not Mode.AUTO:
             return self._mode
+        if self._must_wait:
+            return Mode.WAIT
         # Measure a call alone first; one as short as a step leaves nothing to gain.
         if not experience.call_s.count or experience.call_s.value < experience.step_s.value:
             return Mode.WAIT
@@ -107,7 +118,7 @@ class Governor:
         experience = self._experience
         if self._prefetch is not None:
             return self._prefetch
-        if self._mode is not Mode.AUTO or not experience.call_s.count:
+        if self._mode is not Mode.AUTO or not experience.call_s.count or self._must_wait:
             return 0
         if not experience.prefetch_call_s.count:
             return PREFETCH_TOKENS
@@ -118,6 +129,18 @@ class Governor:
     def on_call_started(self) -> None:
         """Remember the mode in which a call was started."""
         self._last_mode = self.mode
+
+    def on_shared_step(self, seconds: float) -> bool:
+        """Record a step beside a call; return whether that call slowed it, so that it should stop.
+
+        Only auto stops, and only where the server runs on this machine.
+        """
+        average = self._experience.step_s
+        is_slowed = average.count > 1 and seconds > _SLOWED * average.value
+        if not (is_slowed and self._is_local and self._mode is Mode.AUTO):
+            return False
+        self._experience.on_slowed_step()
+        return True
 
     def may_decode_ahead(self, oldest_call_s: float | None) -> bool:
         """Return whether decoding may go on while calls are in flight.
@@ -183,6 +206,14 @@ class Governor:
             f" agreement {experience.agreement.value:.0%},"
             f" coverage {experience.coverage.value:.0%}"
         )
+
+    @property
+    def _must_wait(self) -> bool:
+        """Whether decoding beside a call would, or might, slow both models down."""
+        experience = self._experience
+        if not self._is_local:
+            return False
+        return experience.call_s.count < _LOCAL_CALLS or experience.machine_is_busy
 
     @property
     def _branch_cost(self) -> float:

@@ -30,6 +30,7 @@ class Options:
     mode: Mode = Mode.AUTO
     prefetch: int | None = None
     call_ceiling: float | None = None
+    accept_within: float = 0.0
 
     def __post_init__(self) -> None:
         sampling = self.sampling
@@ -44,6 +45,8 @@ class Options:
             "temperature", sampling.temperature, 0 <= sampling.temperature < math.inf, "at least 0"
         )
         _check("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "above 0 and at most 1")
+        is_valid = 0 <= self.accept_within < math.inf
+        _check("accept_within", self.accept_within, is_valid, "at least 0 nats")
         if sampling.seed is not None:
             _check("seed", sampling.seed, 0 <= sampling.seed < 2**64, "from 0 to 2^64 - 1")
         if self.prefetch is not None:

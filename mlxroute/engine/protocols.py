@@ -124,6 +124,11 @@ class LargeProtocol(Protocol):
         ...
 
     @property
+    def is_local(self) -> bool:
+        """Whether the server runs on this machine, so that both models share its cores."""
+        ...
+
+    @property
     def max_in_flight(self) -> int:
         """Greatest number of calls in flight; may change once the server is negotiated."""
         ...

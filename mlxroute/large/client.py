@@ -165,6 +165,11 @@ class LargeModel(Closeable):
         return pairing.builder.same_vocabulary or is_rendered_by_server or has_files
 
     @property
+    def is_local(self) -> bool:
+        """Whether the server's address is one of this machine."""
+        return self._address.is_loopback
+
+    @property
     def max_in_flight(self) -> int:
         """Greatest number of calls in flight at once."""
         negotiated = self._negotiator.negotiated

@@ -120,6 +120,10 @@ class RecordedLargeView:
         return self._replies.model_name
 
     @property
+    def is_local(self) -> bool:
+        return False
+
+    @property
     def max_in_flight(self) -> int:
         return 1
 
@@ -224,7 +228,7 @@ def _key(token_ids: Sequence[int]) -> str:
 
 def _token_to_json(token: LargeToken) -> dict[str, Any]:
     """Return a token as in the file; the keys are part of the file format."""
-    return {
+    item: dict[str, Any] = {
         "token_ids": token.token_ids,
         "text": token.text,
         "is_eos": token.is_eos,
@@ -238,6 +242,10 @@ def _token_to_json(token: LargeToken) -> dict[str, Any]:
         "large_ids": token.large_ids,
         "lost_s": token.lost_s,
     }
+    if token.top_bytes:
+        # Any byte is one character of Latin-1.
+        item["top_bytes"] = [(data.decode("latin-1"), logprob) for data, logprob in token.top_bytes]
+    return item
 
 
 def _token_from_json(item: dict[str, Any]) -> LargeToken:
@@ -254,4 +262,8 @@ def _token_from_json(item: dict[str, Any]) -> LargeToken:
         latency_s=item["latency_s"],
         large_ids=tuple(item["large_ids"]),
         lost_s=item["lost_s"],
+        # Files of earlier versions have none.
+        top_bytes=tuple(
+            (text.encode("latin-1"), logprob) for text, logprob in item.get("top_bytes", ())
+        ),
     )

@@ -111,6 +111,8 @@ class RunStats:
         held: Whether decoding paused somewhere because the KV cache could not be rolled back
             there; False by default.
         redecoded: Decisions of a batch that were made again with one row; 0 by default.
+        accepted: Escalations where the small model's token was kept, within `accept_within`; 0 by
+            default.
         plan: The mode that `auto` picked and the figures behind it; empty by default.
         advice: The advice to stream the large model, where that would be faster, once a session;
             None by default.
@@ -146,6 +148,7 @@ class RunStats:
     prefetch_used: int = 0
     held: bool = False
     redecoded: int = 0
+    accepted: int = 0
     plan: str = ""
     advice: str | None = None
 

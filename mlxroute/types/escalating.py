@@ -59,6 +59,7 @@ class LargeToken:
         latency_s: Seconds since the call was started.
         large_ids: The server's own ids; empty if it names none.
         lost_s: The part of `latency_s` spent on failed attempts.
+        top_bytes: The alternatives that are text, as pairs of bytes and logprob; empty by default.
     """
 
     token_ids: tuple[int, ...]
@@ -73,6 +74,7 @@ class LargeToken:
     latency_s: float
     large_ids: tuple[int, ...] = ()
     lost_s: float = 0.0
+    top_bytes: tuple[tuple[bytes, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,8 @@ class Escalation:
         failure: Why there is no large token.
         latency_s: Seconds that the call took.
         prefetched: Whether the token came with an earlier call and took none of its own.
+        accepted: Whether the small model's token was kept because the large model finds it nearly
+            as likely as its own.
     """
 
     small_id: int
@@ -92,6 +96,7 @@ class Escalation:
     failure: str | None
     latency_s: float
     prefetched: bool = False
+    accepted: bool = False
 
     @property
     def agreed(self) -> bool:

@@ -205,6 +205,7 @@ def test_the_report_has_fixed_names(
         "examples",
         "tokens",
         "chats",
+        "accept_within",
         "step_s",
         "sides",
     ]

@@ -36,6 +36,7 @@ TOKEN_KEYS = [
     "checked",
     "large",
     "prefetched",
+    "accepted",
     "failure",
     "time_s",
 ]
@@ -47,6 +48,7 @@ SUMMARY_KEYS = [
     "large_tokens",
     "escalated",
     "agreed",
+    "accepted",
     "fallbacks",
     "unchecked",
     "withheld",

@@ -10,6 +10,7 @@ import pytest
 from mlxroute.engine import Answer, Experience, Options
 from mlxroute.engine.experience import SLOWDOWN_PRIOR, MovingAverage
 from mlxroute.engine.governor import Governor, expected_mode_times
+from mlxroute.engine.machine_load import CORES
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import BranchCost, Mode, RunStats, Signals
 from tests.support.fakes import FakeClock
@@ -127,6 +128,93 @@ class SharedMachineSmall(WorldSmall):
         for call in self._large.calls:
             if not call.finished:
                 call.ready_s += 0.8
+
+
+class LocalLarge(WorldLarge):
+    """A large model on the small model's machine."""
+
+    @property
+    def is_local(self) -> bool:
+        return True
+
+
+class SpinningSmall(WorldSmall):
+    """A small model whose steps take 30 times as long while the large one computes."""
+
+    def __init__(self, world: World, clock: FakeClock, large: WorldLarge) -> None:
+        super().__init__(world, clock)
+        self._large = large
+        self.slow_steps = 0
+
+    def extend(self, token_ids: Sequence[int]) -> Signals:
+        if any(not call.finished for call in self._large.calls):
+            self._clock.now += 29.0
+            self.slow_steps += 1
+        return super().extend(token_ids)
+
+
+@pytest.fixture
+def idle_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other process computes anything."""
+    monkeypatch.setattr("mlxroute.engine.escalation.calls.other_busy_core_s", lambda: 0.0)
+
+
+def local_governor(experience: Experience) -> Governor:
+    return Governor(Mode.AUTO, experience, prefetch=None, call_ceiling=None, is_local=True)
+
+
+def test_on_this_machine_auto_waits_until_two_calls_were_measured() -> None:
+    experience = Experience(step_s=MovingAverage(1.0, 9))
+    for _ in range(2):
+        assert local_governor(experience).mode is Mode.WAIT
+        assert local_governor(experience).prefetch == 0
+        experience.on_call_answered(1, 20.0, is_alone=True)
+    assert local_governor(experience).mode is Mode.OVERLAP
+    assert local_governor(experience).prefetch > 0
+
+
+def test_on_this_machine_auto_waits_while_calls_keep_the_cores_busy() -> None:
+    experience = measured(call=34.0)
+    assert local_governor(experience).mode is not Mode.WAIT
+    experience.on_local_wait(2.0, 2.0 * CORES)
+    assert local_governor(experience).mode is Mode.WAIT
+    assert local_governor(experience).prefetch == 0
+    assert governor(experience).mode is not Mode.WAIT
+
+
+def test_a_slowed_step_ends_decoding_beside_calls_on_this_machine() -> None:
+    experience = measured(call=34.0)
+    assert not local_governor(experience).on_shared_step(2.9)
+    assert not governor(experience).on_shared_step(30.0)
+    assert local_governor(experience).mode is not Mode.WAIT
+    assert local_governor(experience).on_shared_step(3.1)
+    assert local_governor(experience).mode is Mode.WAIT
+    assert local_governor(experience).prefetch == 0
+
+
+@pytest.mark.usefixtures("idle_cores")
+@pytest.mark.parametrize("streams", [False, True])
+def test_on_a_machine_without_room_auto_loses_two_steps_at_most(streams: bool) -> None:
+    experience = Experience()
+    slow_steps = 0
+    for seed in range(6):
+        clock = FakeClock()
+        one = replace(world(seed), streams=streams)
+        large = LocalLarge(one, clock, prompt="[user]hi>", order=0)
+        small = SpinningSmall(one, clock, large)
+        answer = Answer(
+            small,
+            large,
+            [{"role": "user", "content": "hi"}],
+            router=EntropyRouter(1.0),
+            options=Options(max_tokens=120, timeout_s=10_000.0),
+            experience=experience,
+            clock=clock,
+        )
+        for _ in answer:
+            pass
+        slow_steps += small.slow_steps
+    assert slow_steps <= 2
 
 
 def answered(

@@ -29,7 +29,7 @@ _OPTIONS: dict[str, Any] = {
 }
 _SAME = (
     *("text", "tokens", "large_tokens", "escalated", "agreed", "fallbacks", "unchecked"),
-    *("withheld", "finish_reason"),
+    *("withheld", "accepted", "finish_reason"),
 )
 
 
@@ -142,6 +142,7 @@ _WORLDS = st.builds(
     never_send=st.sampled_from([(), (re.compile(r"b\.b"),)]),
     prefetch=st.sampled_from([1, 4, 8]),
     budget=st.sampled_from([None, None, 0.1, 0.4]),
+    accept_within=st.sampled_from([0.0, 0.2]),
 )
 def test_the_answer_is_the_same_in_every_mode_whatever_the_timing_of_calls(
     world: World, order: int, prefetch: int, **options: Any

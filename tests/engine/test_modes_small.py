@@ -73,6 +73,10 @@ class RandomLarge:
         self.uploads = Uploads()
 
     @property
+    def is_local(self) -> bool:
+        return False
+
+    @property
     def max_in_flight(self) -> int:
         return 4
 

@@ -196,6 +196,10 @@ class Faulty:
         return self.large.uploads
 
     @property
+    def is_local(self) -> bool:
+        return False
+
+    @property
     def max_in_flight(self) -> int:
         return 1
 

@@ -162,6 +162,10 @@ class ScriptedLarge:
         self.deadlines: list[float] = []
 
     @property
+    def is_local(self) -> bool:
+        return False
+
+    @property
     def max_in_flight(self) -> int:
         return 8
 

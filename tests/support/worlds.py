@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlxroute.errors import (
     LargeError,
@@ -220,6 +220,10 @@ class WorldLarge:
         self.calls: list[WorldCall] = []
 
     @property
+    def is_local(self) -> bool:
+        return False
+
+    @property
     def max_in_flight(self) -> int:
         return self._world.max_in_flight
 
@@ -258,9 +262,17 @@ class WorldLarge:
             if isinstance(answer, LargeError):
                 # A call for this position fails, so no prefetched token may replace it.
                 return tuple(tokens) or answer
-            tokens.append(token_of(answer))
+            token = token_of(answer)
+            tokens.append(replace(token, top_bytes=self._alternatives(ids)))
             ids = (*ids, *answer)
         return tuple(tokens)
+
+    def _alternatives(self, ids: tuple[int, ...]) -> tuple[tuple[bytes, float], ...]:
+        """Return the small model's token, at most 0.4 nats less likely than the large one's."""
+        small_id = self._world.small(ids)[0]
+        gap = 0.4 * self._world.rng("gap", ids).random()
+        data = ByteVocabulary().token_bytes(small_id)
+        return ((data, -0.5 - gap),) if data else ()
 
 
 def token_of(ids: tuple[int, ...]) -> LargeToken:

@@ -195,6 +195,7 @@ class _QualityRun:
                 max_tokens=settings.max_tokens,
                 step_s=measure_step_s(small, self.questions[0]),
                 chats=self.chats,
+                accept_within=settings.accept_within,
                 results=QualityResults(record_path(settings, "quality", small.name, large_name)),
                 progress=progress,
             )

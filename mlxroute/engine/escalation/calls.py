@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from mlxroute.engine.experience import Experience
 from mlxroute.engine.governor import Governor
+from mlxroute.engine.machine_load import other_busy_core_s
 from mlxroute.engine.protocols import LargeProtocol, PendingCallProtocol
 from mlxroute.errors import LargeError, LargeTimeout, LargeUnavailable, LargeUnrecorded
 from mlxroute.types import LargeContext, LargeToken, Mode, Uploads
@@ -159,13 +160,18 @@ class AnswerCalls:
             return any(call.pending.ready for call in self._in_flight) or has_news()
 
         began_s = self._clock()
+        is_measured = self._large.is_local and self._governor.mode is Mode.WAIT
+        busy_before_s = other_busy_core_s() if is_measured else 0.0
         left_s = min(call.expires_s for call in self._in_flight) - began_s
         self.is_stalling = self._stalled_since_step = True
         try:
             self._large.wait(is_ready, timeout_s=max(0.0, min(left_s, self._timeout_s)))
         finally:
             self.is_stalling = False
-            self.stall_s += self._clock() - began_s
+            waited_s = self._clock() - began_s
+            self.stall_s += waited_s
+            if is_measured:
+                self._experience.on_local_wait(waited_s, other_busy_core_s() - busy_before_s)
 
     def collect(self, call: Call) -> CallOutcome:
         """Remove a finished call and return its outcome."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ from mlxroute.engine.experience import Experience
 from mlxroute.engine.protocols import RouterProtocol, RouterState
 from mlxroute.engine.transcript import Transcript
 from mlxroute.errors import LargeError, LargeUnavailable, LargeUnrecorded
-from mlxroute.types import Escalation, Judgement, LargeToken, Signals, Source
+from mlxroute.types import Escalation, Judgement, LargeToken, Signals, Source, Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +68,16 @@ class Decider:
         router: RouterProtocol,
         calls: AnswerCalls,
         *,
-        eos_ids: frozenset[int],
+        vocabulary: Vocabulary,
+        accept_within: float,
         never_send: NeverSend,
         experience: Experience,
     ) -> None:
         self._router = router
         self._calls = calls
-        self._eos_ids = eos_ids
+        self._vocabulary = vocabulary
+        self._eos_ids = vocabulary.eos_ids
+        self._accept_within = accept_within
         self._never_send = never_send
         self._experience = experience
         self.prefetched = PrefetchedTokens()
@@ -137,7 +141,7 @@ class Decider:
         token = self.prefetched.find(ids)
         if token is None:
             return None
-        return _escalate(small_choice, token, latency_s=0.0, prefetched=True)
+        return self._escalate(small_choice, token, latency_s=0.0, prefetched=True)
 
     def start_call(self, transcript: Transcript) -> Call:
         """Start a call for the position after the transcript.
@@ -161,7 +165,7 @@ class Decider:
         if call.is_joined:
             if outcome.error is not None or not outcome.tokens:
                 return None
-            return _escalate(
+            return self._escalate(
                 small_choice, outcome.tokens[0], latency_s=outcome.latency_s, prefetched=True
             )
         if outcome.error is None:
@@ -173,7 +177,7 @@ class Decider:
                 is_alone=call.is_alone,
                 is_streamed=call.max_tokens > 1 and not call.pending.finished,
             )
-            return _escalate(small_choice, outcome.tokens[0], latency_s=outcome.latency_s)
+            return self._escalate(small_choice, outcome.tokens[0], latency_s=outcome.latency_s)
         # With these errors nothing was sent, so there was no call to report.
         if isinstance(outcome.error, LargeUnavailable | LargeUnrecorded):
             return replace(small_choice, checked=False, error=outcome.error)
@@ -182,22 +186,41 @@ class Decider:
         )
         return replace(small_choice, escalation=escalation, checked=False, error=outcome.error)
 
+    def _escalate(
+        self,
+        small_choice: Decision,
+        token: LargeToken,
+        *,
+        latency_s: float,
+        prefetched: bool = False,
+    ) -> Decision:
+        """Return the decision for the large model's token, or for the small one it accepts."""
+        escalation = Escalation(
+            small_choice.signals.token_id, token, None, latency_s, prefetched=prefetched
+        )
+        if self._is_acceptable(small_choice, token):
+            return replace(small_choice, escalation=replace(escalation, accepted=True))
+        return replace(
+            small_choice,
+            token_ids=token.token_ids,
+            source=Source.LARGE,
+            ends=token.is_eos,
+            escalation=escalation,
+        )
+
+    def _is_acceptable(self, small_choice: Decision, token: LargeToken) -> bool:
+        """Return whether the large model finds another token of the small one nearly as likely."""
+        if not self._accept_within or token.logprob is None:
+            return False
+        small_bytes = self._vocabulary.token_bytes(small_choice.signals.token_id)
+        if not small_bytes or token.token_ids == small_choice.token_ids:
+            return False
+        logprob = dict(token.top_bytes).get(small_bytes, -math.inf)
+        return token.logprob - logprob <= self._accept_within
+
 
 def _withhold(small_choice: Decision, pattern: int) -> Decision:
     """Return the decision to keep a position local because a never-send pattern matches."""
     failure = f"withheld: never-send pattern {pattern}"
     escalation = Escalation(small_choice.signals.token_id, None, failure, latency_s=0.0)
     return replace(small_choice, escalation=escalation, checked=False, withheld=True)
-
-
-def _escalate(
-    small_choice: Decision, token: LargeToken, *, latency_s: float, prefetched: bool = False
-) -> Decision:
-    """Return the decision for the large model's token."""
-    return replace(
-        small_choice,
-        token_ids=token.token_ids,
-        source=Source.LARGE,
-        ends=token.is_eos,
-        escalation=Escalation(small_choice.signals.token_id, token, None, latency_s, prefetched),
-    )

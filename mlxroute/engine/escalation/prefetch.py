@@ -119,6 +119,11 @@ class PrefetchedTokens:
         kept = sum(len(continuation.tokens) - 1 for continuation in self._continuations)
         return self._dropped + kept
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether more tokens may arrive."""
+        return any(continuation.is_pending for continuation in self._continuations)
+
     def add(self, ids: Sequence[int], pending: PendingCallProtocol, *, max_tokens: int) -> None:
         """Keep the tokens of a call after `ids` that has returned its first token."""
         continuation = _Continuation(tuple(ids), pending, max_tokens)

@@ -36,9 +36,15 @@ class DecodeContext:
         signals = self.small.extend(token_ids)
         # After a stall the queued step is finished already, so its time is not that of a step.
         if len(token_ids) == 1 and not stalled:
-            is_alone = not self.calls.in_flight
-            self.experience.on_step(self.clock() - began_s, is_alone=is_alone)
+            self._record_step(self.clock() - began_s)
         return signals
+
+    def _record_step(self, seconds: float) -> None:
+        prefetched = self.decider.prefetched
+        is_alone = not self.calls.in_flight and not prefetched.is_pending
+        self.experience.on_step(seconds, is_alone=is_alone)
+        if not is_alone and self.governor.on_shared_step(seconds):
+            prefetched.close()
 
     def commit(self, decision: Decision, transcript: Transcript) -> Iterator[Token]:
         """Commit the decision that ends the transcript; yield the tokens that can be released."""

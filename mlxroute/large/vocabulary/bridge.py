@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlxroute.errors import LargeProtocolError
 from mlxroute.large.reply import ReplyPosition, ReplyToken
@@ -23,6 +23,7 @@ class BridgedToken:
         top: The alternatives, as (text, logprob).
         large_ids: Its ids in the large vocabulary; empty if the server names none.
         position_count: Number of reply positions that it takes up.
+        top_bytes: The alternatives that are text, as (bytes, logprob).
     """
 
     token_ids: tuple[int, ...]
@@ -31,6 +32,7 @@ class BridgedToken:
     top: tuple[tuple[str, float], ...]
     large_ids: tuple[int, ...] = ()
     position_count: int = 1
+    top_bytes: tuple[tuple[bytes, float], ...] = ()
 
 
 class Bridge:
@@ -53,6 +55,18 @@ class Bridge:
         character, so that more of them are needed. Raises LargeProtocolError for a token that the
         small vocabulary cannot spell.
         """
+        bridged = self._first_token(positions, text)
+        if bridged is None:
+            return None
+        alternatives = [(token, token.logprob) for token in positions[0].top]
+        top_bytes = tuple(
+            (token_bytes, logprob)
+            for token, logprob in alternatives
+            if logprob is not None and (token_bytes := self._reader.text_bytes(token))
+        )
+        return replace(bridged, top_bytes=top_bytes)
+
+    def _first_token(self, positions: Sequence[ReplyPosition], text: str) -> BridgedToken | None:
         first = positions[0]
         top = tuple(
             (self._display(other), other.logprob)

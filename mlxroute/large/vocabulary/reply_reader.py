@@ -97,4 +97,5 @@ def _large_token(bridged: BridgedToken, first: ReplyPosition) -> LargeToken:
         uploaded_bytes=0,
         latency_s=0.0,
         large_ids=bridged.large_ids,
+        top_bytes=bridged.top_bytes,
     )
