@@ -23,6 +23,8 @@ from mlxroute.types import LargeContext, Vocabulary
 
 # Failures in a row after which the dialect is negotiated again.
 _MAX_FAILURES: Final = 2
+# Longer than any use of the lock but a negotiation.
+_FAILURE_LOCK_S: Final = 0.1
 _WRONG_DIALECT_STATUSES: Final = {400, 404, 405, 415, 422}
 
 
@@ -110,10 +112,16 @@ class SharedNegotiator:
     def record_failure(self, error: LargeError, negotiated: NegotiatedDialect) -> None:
         """Record a failed request; forget the dialect after two that it may have caused.
 
-        `negotiated` is the dialect of the request. If it is no longer in use, nothing is counted.
+        `negotiated` is the dialect of the request. If it is no longer in use, or is negotiated anew
+        at this moment, nothing is counted.
         """
-        with self._lock:
+        # Waiting out a negotiation could keep a failed call beyond its deadline.
+        if not self._lock.acquire(timeout=_FAILURE_LOCK_S):
+            return
+        try:
             self._count_failure(error, negotiated)
+        finally:
+            self._lock.release()
 
     def _count_failure(self, error: LargeError, negotiated: NegotiatedDialect) -> None:
         if negotiated is not self.negotiated or not _may_be_wrong_dialect(error):
