@@ -11,6 +11,7 @@ from hypothesis import settings
 
 from mlxroute.backend import blas
 from mlxroute.large.http import retry
+from mlxroute.large.negotiation import running_servers
 from mlxroute.weights import default_cache_dir
 
 # Read before a fixture hides the user's settings from the tests.
@@ -67,7 +68,8 @@ def short_retry_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 def _own_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """No test reads or writes the user's own settings, keys, history or verdicts."""
+    """No test uses the user's own settings, keys, history, verdicts or servers."""
+    monkeypatch.setattr(running_servers, "DEFAULT_PORTS", {})
     for name in list(os.environ):
         if name in _OWN_VARIABLES or name.startswith("MLXROUTE_"):
             monkeypatch.delenv(name)

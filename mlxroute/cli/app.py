@@ -35,7 +35,6 @@ from mlxroute.errors import LargeError, MlxRouteError
 
 app = typer.Typer(
     name="mlxroute",
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="A small model on your machine that asks a large one only for the tokens it is unsure of.",
@@ -68,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _make_streams_safe()
     arguments: list[str] = list(sys.argv[1:] if argv is None else argv)
     try:
-        code: Any = app(arguments, standalone_mode=False)
+        code: Any = app(arguments, prog_name="mlxroute", standalone_mode=False)
     except typer.TyperException as exc:
         return _fail(_usage_message(exc), EXIT_USAGE)
     except LargeError as exc:

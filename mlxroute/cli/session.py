@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from mlxroute.cli.routing import (
     choose_router_name,
     find_ranks,
 )
+from mlxroute.cli.server_offers import no_large_lines
 from mlxroute.cli.small_setup import load_small
 from mlxroute.cli.terminal import WARNING_STYLE, print_note
 from mlxroute.config import Settings, read_never_send, read_prices, user_catalog_dir
@@ -38,10 +40,6 @@ if TYPE_CHECKING:
 # Calls per escalated position in mode `auto` where calls cost money.
 _PRICED_CALL_CEILING = 1.5
 _OFFLINE = "--offline: the small model answers alone"
-_NO_LARGE = (
-    "no large model: the small one answers alone. Give a server with --large URL (or"
-    " OPENAI_BASE_URL), or start one here with `mlxroute host`."
-)
 
 
 class Session:
@@ -153,8 +151,13 @@ class Session:
         self._ledger.close()
 
 
-def open_session(settings: Settings, err: Console) -> Session:
-    """Check the settings, connect to the large model's server and load the small model."""
+def open_session(
+    settings: Settings, err: Console, *, command: str, words: Sequence[str] = ()
+) -> Session:
+    """Check the settings, connect to the large model's server and load the small model.
+
+    `command` and its arguments, `words`, are repeated where a server is offered.
+    """
     from mlxroute.catalog import Catalog
     from mlxroute.cli.progress import ByteProgress
 
@@ -166,10 +169,11 @@ def open_session(settings: Settings, err: Console) -> Session:
         if large is not None:
             resources.callback(large.close)
         with ByteProgress(err) as progress:
-            small = load_small(settings, progress)
             if large is None:
-                progress.notify(_OFFLINE if settings.offline else _NO_LARGE)
-            else:
+                for line in _no_large_lines(settings, command, words):
+                    progress.notify(line)
+            small = load_small(settings, progress)
+            if large is not None:
                 _pair_vocabularies(large, small, progress)
         catalog = Catalog.load(user_catalog_dir())
         if prices is None and large is not None:
@@ -251,6 +255,14 @@ def _connect_large(settings: Settings, ledger: Ledger, err: Console) -> LargeMod
         text = f"warning: {failure}; until it answers, the small model writes alone"
         print_note(err, text, style=WARNING_STYLE)
     return large
+
+
+def _no_large_lines(settings: Settings, command: str, words: Sequence[str]) -> list[str]:
+    if settings.offline:
+        return [_OFFLINE]
+    if settings.small is not None:
+        command += f" --small {shlex.quote(settings.small)}"
+    return no_large_lines(command, words)
 
 
 def _pair_vocabularies(large: LargeModel, small: SmallModel, progress: ByteProgress) -> None:

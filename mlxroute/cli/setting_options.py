@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mlxroute.cli.shell_completion import complete_model
 from mlxroute.config import Settings, default_config_path, load_settings, parse_share
 from mlxroute.config.settings import Setting, declared_settings
 from mlxroute.errors import ConfigError
@@ -80,7 +81,11 @@ def _option(setting: Setting) -> inspect.Parameter:
     if setting.kind is tuple:
         annotation = list[str]
     option = typer.Option(
-        setting.flag, help=setting.help, metavar=setting.metavar, parser=_parser(setting)
+        setting.flag,
+        help=setting.help,
+        metavar=setting.metavar,
+        parser=_parser(setting),
+        autocompletion=complete_model if setting.name == "small" else None,
     )
     return inspect.Parameter(
         setting.name,

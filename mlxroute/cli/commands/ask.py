@@ -43,7 +43,7 @@ def ask(
         raise UsageError("--events needs --json")
     out, err = make_consoles()
     question = _read_question(prompt or [])
-    session = open_session(settings, err)
+    session = open_session(settings, err, command="ask", words=prompt or ())
     try:
         message = {"role": "user", "content": question}
         answer = session.answer([*session.conversation.messages, message])

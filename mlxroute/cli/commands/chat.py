@@ -36,7 +36,7 @@ def chat(settings: Settings) -> int:
     from mlxroute.cli.terminal import discard_stdout, history_path, make_consoles
 
     out, err = make_consoles()
-    session = open_session(settings, err)
+    session = open_session(settings, err, command="chat")
     try:
         return run_chat(
             session,

@@ -66,7 +66,7 @@ def doctor(settings: Settings) -> int:
         checks.append(DoctorCheck("network", "not checked: offline is set", is_good=None))
     else:
         with err.status("checking the network"):
-            checks += [*_check_network(), _check_large(settings)]
+            checks += [*_check_network(), *_check_running_servers(), _check_large(settings)]
     width = max(len(check.name) for check in checks)
     for check in checks:
         mark = {True: "ok  ", False: "FAIL", None: "-   "}[check.is_good]
@@ -142,6 +142,17 @@ def _check_network() -> list[DoctorCheck]:
         else DoctorCheck(name, "not reachable", is_good=None)
         for name, is_reachable in check_sources().items()
     ]
+
+
+def _check_running_servers() -> list[DoctorCheck]:
+    from mlxroute.cli.server_offers import describe_server, use_command
+    from mlxroute.large.negotiation.running_servers import DEFAULT_PORTS, find_running_servers
+
+    ports = ", ".join(str(port) for port in sorted(DEFAULT_PORTS))
+    return [
+        DoctorCheck("servers here", f"{describe_server(server)}; try `{use_command(server)}`")
+        for server in find_running_servers()
+    ] or [DoctorCheck("servers here", f"none on the usual ports ({ports})", is_good=None)]
 
 
 def _check_large(settings: Settings) -> DoctorCheck:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlxroute.cli.folders import cache_dir_of, host_log
+from mlxroute.cli.shell_completion import complete_model
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import LaunchError
 
@@ -20,7 +21,11 @@ def host(
     settings: Settings,
     name: Annotated[
         str | None,
-        typer.Argument(help="Model to serve. Default: the largest that fits.", metavar="NAME"),
+        typer.Argument(
+            help="Model to serve. Default: the largest that fits.",
+            metavar="NAME",
+            autocompletion=complete_model,
+        ),
     ] = None,
     port: Annotated[
         int | None, typer.Option(help="Port to listen on. Default: a free one.", min=1, max=65535)

@@ -7,13 +7,19 @@ from typing import Annotated
 import typer
 
 from mlxroute.cli.folders import cache_dir_of
+from mlxroute.cli.shell_completion import complete_model
 from mlxroute.config import Settings, user_catalog_dir
 
 
 def pull(
     settings: Settings,
     name: Annotated[
-        str, typer.Argument(help="Model: catalogue name, .gguf file or hub id.", metavar="NAME")
+        str,
+        typer.Argument(
+            help="Model: catalogue name, .gguf file or hub id.",
+            metavar="NAME",
+            autocompletion=complete_model,
+        ),
     ],
 ) -> int:
     """Fetch a model into the cache and verify it."""
