@@ -61,17 +61,12 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
-    """A server that is ready.
-
-    `url` is the base of its OpenAI-compatible routes. Clients keep what probes find in the file
-    `verdicts`, so that a server is probed once.
-    """
+    """A server that is ready. `url` is the base of its OpenAI-compatible routes."""
 
     kind: Kind
     model: str
     url: str
     model_id: str
-    verdicts: Path
 
     @property
     def root(self) -> str:
@@ -126,7 +121,7 @@ def llama_server(model: str, *, log_path: Path) -> Iterator[RunningServer]:
         *("--context", str(CONTEXT_TOKENS)),
     ]
     with _process(command, port=port, log_path=log_path, environment={}):
-        yield _describe(Kind.LLAMA_SERVER, model, port, log_path)
+        yield _describe(Kind.LLAMA_SERVER, model, port)
 
 
 @contextmanager
@@ -151,7 +146,7 @@ def vllm_server(model: str, *, log_path: Path) -> Iterator[RunningServer]:
         "DO_NOT_TRACK": "1",
     }
     with _process(command, port=port, log_path=log_path, environment=environment):
-        yield _describe(Kind.VLLM, model, port, log_path)
+        yield _describe(Kind.VLLM, model, port)
 
 
 @contextmanager
@@ -161,9 +156,7 @@ def mlx_lm_server(model: str, *, log_path: Path) -> Iterator[RunningServer]:
         model_directory(model), cache_dir=CACHE_DIR, log_path=log_path
     ) as server:
         server.wait_until_ready()
-        yield RunningServer(
-            Kind.MLX_LM, model, server.url, "default_model", _verdicts_beside(log_path)
-        )
+        yield RunningServer(Kind.MLX_LM, model, server.url, "default_model")
 
 
 def model_directory(model: str) -> Path:
@@ -276,11 +269,7 @@ def _free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def _describe(kind: Kind, model: str, port: int, log_path: Path) -> RunningServer:
+def _describe(kind: Kind, model: str, port: int) -> RunningServer:
     url = f"http://127.0.0.1:{port}/v1"
     models = requests.get(f"{url}/models", timeout=60).json()["data"]
-    return RunningServer(kind, model, url, models[0]["id"], _verdicts_beside(log_path))
-
-
-def _verdicts_beside(log_path: Path) -> Path:
-    return log_path.with_name("endpoints.json")
+    return RunningServer(kind, model, url, models[0]["id"])

@@ -41,7 +41,6 @@ def test_a_server_killed_in_mid_answer_costs_no_token_and_less_than_a_timeout(
     # On a slow machine, too, the circuit breaker stays open until the answer ends.
     monkeypatch.setattr(circuit_breaker, "_FIRST_PAUSE_S", 300.0)
     with LargeModel(host.url, timeout_s=60) as large:
-        large.connect(thorough=False)
         answer = generate(
             smollm2,
             large,

@@ -106,12 +106,7 @@ def client_of(server: RunningServer) -> LargeModel:
     tokenizer = None
     if server.kind is Kind.MLX_LM:
         tokenizer = ChatTokenizer.load(model_directory(server.model), name=server.model)
-    return LargeModel(
-        server.url,
-        timeout_s=TIMEOUT_S,
-        verdicts=server.verdicts,
-        find_tokenizer=lambda name: tokenizer,
-    )
+    return LargeModel(server.url, timeout_s=TIMEOUT_S, find_tokenizer=lambda name: tokenizer)
 
 
 def calls_of(tokens: list[Token]) -> list[LargeToken]:
