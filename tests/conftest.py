@@ -25,9 +25,9 @@ _OWN_VARIABLES = ("OPENAI_API_KEY", "OPENAI_BASE_URL")
 
 # Tests interrupt themselves; a job that a script starts in the background ignores SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # OpenBLAS reads this when it is loaded. More threads than cores slow each other down.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# OpenBLAS reads this when it is loaded. Its threads spin while they wait for each other, which makes
+# several of them very slow where other processes use the cores.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # MLX uses this BLAS only if it is loaded first; other conftest files import MLX.
 blas.interpose(CACHE_DIR)
 
