@@ -25,8 +25,8 @@ _OWN_VARIABLES = ("OPENAI_API_KEY", "OPENAI_BASE_URL")
 
 # Tests interrupt themselves; a job that a script starts in the background ignores SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# OpenBLAS reads this when it is loaded. Its threads spin while they wait for each other, which makes
-# several of them very slow where other processes use the cores.
+# OpenBLAS reads this when it is loaded. Its threads spin while they wait for each other, so that
+# several of them are very slow where other processes use the cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # MLX uses this BLAS only if it is loaded first; other conftest files import MLX.
 blas.interpose(CACHE_DIR)
