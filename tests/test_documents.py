@@ -1,0 +1,177 @@
+"""The documents: their command lines parse, their links lead somewhere, the README is short."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+import mlxroute
+from mlxroute.cli.app import app
+
+_ROOT = Path(mlxroute.__file__).parent.parent
+_README = _ROOT / "README.md"
+_PAGES = [_README, *sorted((_ROOT / "docs").glob("*.md"))]
+_LINKED_PAGES = [*_PAGES, _ROOT / "CONTRIBUTING.md", *sorted((_ROOT / "models").rglob("*.md"))]
+_MAX_README_BYTES = 9216
+_SHELL_OPERATORS = {"|", "||", "&&", ";", "&", ">", ">>", "<", "(", ")"}
+
+_FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+_INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+_TARGET = re.compile(r"\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"")
+_HEADING = re.compile(r"^#{1,6} (.+)$", re.MULTILINE)
+
+
+def _text(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def _blocks(page: Path, *languages: str) -> list[str]:
+    return [body for language, body in _FENCED.findall(_text(page)) if language in languages]
+
+
+def _inline_code(page: Path) -> list[str]:
+    return _INLINE.findall(_FENCED.sub("", _text(page)))
+
+
+def _words(line: str) -> list[str]:
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    return list(lexer)
+
+
+def _our_commands(line: str) -> Iterator[list[str]]:
+    """Yield the arguments of each call of `mlxroute` in a line of shell."""
+    if "mlxroute " not in f"{line} ":
+        return
+    command: list[str] = []
+    for word in [*_words(line), ";"]:
+        if word not in _SHELL_OPERATORS:
+            command.append(word)
+            continue
+        while command and re.match(r"[A-Z_]+=", command[0]):
+            del command[0]
+        if command and Path(command[0]).name == "mlxroute":
+            yield command[1:]
+        command = []
+
+
+def _parse(arguments: list[str]) -> None:
+    """Parse a command line as the program does, without running it; raise its usage error."""
+    command = typer.main.get_command(app)
+    names = ["mlxroute"]
+    while arguments and (nested := getattr(command, "commands", {}).get(arguments[0])):
+        names.append(arguments[0])
+        command, arguments = nested, arguments[1:]
+    if hasattr(command, "commands") and arguments and not arguments[0].startswith("-"):
+        raise AssertionError(f"{' '.join(names)} has no command {arguments[0]}")
+    try:
+        command.make_context(" ".join(names), list(arguments))
+    except typer.Exit:  # --help and --version
+        assert arguments[-1] in ("--help", "--version")
+
+
+def _command_lines(page: Path) -> list[str]:
+    blocks = [line for block in _blocks(page, "", "bash", "sh") for line in block.splitlines()]
+    spans = [span for span in _inline_code(page) if span.startswith("mlxroute ")]
+    return [line for line in [*blocks, *spans] if any(_our_commands(line))]
+
+
+def _options() -> set[str]:
+    """Return the options of all commands."""
+    found_options: set[str] = set()
+    commands = [typer.main.get_command(app)]
+    while commands:
+        command = commands.pop()
+        commands += getattr(command, "commands", {}).values()
+        context = typer.Context(command)
+        found_options.update(
+            name for parameter in command.get_params(context) for name in parameter.opts
+        )
+    return found_options
+
+
+def _slug(heading: str) -> str:
+    """Return the anchor that a heading gets."""
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+    return re.sub(r"[^\w\- ]", "", text.lower()).strip().replace(" ", "-")
+
+
+def _broken_links(page: Path) -> list[str]:
+    broken = []
+    for groups in _TARGET.findall(_FENCED.sub("", _text(page))):
+        target = "".join(groups)
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if not file.exists():
+            broken.append(target)
+        elif anchor and anchor not in {_slug(heading) for heading in _HEADING.findall(_text(file))}:
+            broken.append(target)
+    return broken
+
+
+def test_the_readme_is_short() -> None:
+    assert len(_README.read_bytes()) <= _MAX_README_BYTES
+
+
+@pytest.mark.parametrize("page", _PAGES, ids=lambda page: page.name)
+def test_every_command_line_parses(page: Path) -> None:
+    for line in _command_lines(page):
+        for arguments in _our_commands(line):
+            try:
+                _parse(arguments)
+            except Exception as exc:
+                in_prose = f"`{line}`" in _text(page)
+                # In prose a command may be named without its arguments.
+                if not (in_prose and type(exc).__name__ == "MissingParameter"):
+                    raise AssertionError(f"{line}: {exc}") from exc
+
+
+def test_the_readme_has_command_lines_to_parse() -> None:
+    assert len(_command_lines(_README)) >= 8
+
+
+@pytest.mark.parametrize("line", ["mlxroute askk hi", "x | mlxroute ask --no-such -", "mlxroute x y"])
+def test_a_wrong_command_line_does_not_parse(line: str) -> None:
+    with pytest.raises((AssertionError, typer.TyperException)):
+        for arguments in _our_commands(line):
+            _parse(arguments)
+
+
+@pytest.mark.parametrize("page", _PAGES, ids=lambda page: page.name)
+def test_every_flag_in_prose_exists(page: Path) -> None:
+    flags = {span.split()[0].split("|")[0] for span in _inline_code(page) if span[:2] == "--"}
+    assert flags - _options() - {"--heavy"} == set()
+
+
+@pytest.mark.parametrize("page", _LINKED_PAGES, ids=lambda page: page.name)
+def test_every_link_inside_the_repository_leads_somewhere(page: Path) -> None:
+    assert _broken_links(page) == []
+
+
+def test_a_broken_link_is_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# A b\n[x](page.md#a-b) [y](none.md) [z](#c) ![i](no.svg)", encoding="utf-8")
+    assert _broken_links(page) == ["none.md", "#c", "no.svg"]
+
+
+@pytest.mark.parametrize("page", _PAGES, ids=lambda page: page.name)
+def test_python_examples_are_valid(page: Path) -> None:
+    for block in _blocks(page, "python"):
+        for node in ast.parse(block).body:
+            if isinstance(node, ast.ImportFrom) and node.module == "mlxroute":
+                assert {name.name for name in node.names} <= set(mlxroute.__all__)
+
+
+def test_every_headline_figure_links_to_its_report() -> None:
+    section = _text(_README).split("## Measured")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 6
+    assert [row for row in rows if "bench/results/" not in row] == []
