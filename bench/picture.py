@@ -78,9 +78,7 @@ def draw_record(record: dict[str, Any], *, dark: bool) -> str:
     figures = record["figures"]
     caption = (
         f"{record['small']} wrote {figures['tokens'] - figures['escalated']} of"
-        f" {figures['tokens']} tokens here; {record['large']} was asked for"
-        f" {figures['escalated']}, and chose another token at"
-        f" {figures['escalated'] - figures['agreed']}"
+        f" {figures['tokens']} tokens, {record['large']} the other {figures['escalated']}"
     )
     tokens = [PicturedToken(row["text"], row.get("small_text")) for row in record["tokens"]]
     return draw_answer(record["question"], tokens, caption=caption, dark=dark)

@@ -84,16 +84,14 @@ def _command_lines(page: Path) -> list[str]:
 
 def _options() -> set[str]:
     """Return the options of all commands."""
-    found_options: set[str] = set()
+    names: set[str] = set()
     commands = [typer.main.get_command(app)]
     while commands:
         command = commands.pop()
         commands += getattr(command, "commands", {}).values()
         context = typer.Context(command)
-        found_options.update(
-            name for parameter in command.get_params(context) for name in parameter.opts
-        )
-    return found_options
+        names.update(name for parameter in command.get_params(context) for name in parameter.opts)
+    return names
 
 
 def _slug(heading: str) -> str:
@@ -110,9 +108,8 @@ def _broken_links(page: Path) -> list[str]:
             continue
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
-        if not file.exists():
-            broken.append(target)
-        elif anchor and anchor not in {_slug(heading) for heading in _HEADING.findall(_text(file))}:
+        anchors = [_slug(heading) for heading in _HEADING.findall(_text(file))] if anchor else []
+        if not file.exists() or (anchor and anchor not in anchors):
             broken.append(target)
     return broken
 
@@ -138,11 +135,13 @@ def test_the_readme_has_command_lines_to_parse() -> None:
     assert len(_command_lines(_README)) >= 8
 
 
-@pytest.mark.parametrize("line", ["mlxroute askk hi", "x | mlxroute ask --no-such -", "mlxroute x y"])
+@pytest.mark.parametrize(
+    "line", ["mlxroute askk hi", "x | mlxroute ask --no-such -", "mlxroute x y"]
+)
 def test_a_wrong_command_line_does_not_parse(line: str) -> None:
+    (arguments,) = _our_commands(line)
     with pytest.raises((AssertionError, typer.TyperException)):
-        for arguments in _our_commands(line):
-            _parse(arguments)
+        _parse(arguments)
 
 
 @pytest.mark.parametrize("page", _PAGES, ids=lambda page: page.name)

@@ -104,7 +104,9 @@ def _rows(
 ) -> Iterator[Row]:
     answer = StyledText()
     for token in tokens:
-        answer = answer.append(printable(token.text), _style(token))
+        word = printable(token.text).lstrip(" ")
+        answer = answer.append(" " * (len(printable(token.text)) - len(word)), _PLAIN)
+        answer = answer.append(word, _style(token))
     yield from _wrap(f"> {question}", _QUESTION, width)
     yield []
     yield from wrap_complete(answer, width=width)
@@ -112,13 +114,14 @@ def _rows(
     for index, token in enumerate(tokens):
         if token.replaced and token.small_text is not None:
             line = StyledText().append(f"token {index + 1}: the small model had ", _DIM)
-            line = line.append(_quote(token.small_text), _PLAIN)
+            line = line.append(_name(token.small_text), _PLAIN)
             line = line.append(", the large one chose ", _DIM)
-            yield from wrap_complete(line.append(_quote(token.text), _REPLACED), width=width)
+            yield from wrap_complete(line.append(_name(token.text), _REPLACED), width=width)
     if any(token.small_text == token.text for token in tokens):
-        line = StyledText().append("underlined only", _CONFIRMED)
-        line = line.append(": asked, and the large model chose the same token", _DIM)
+        line = StyledText().append("underlined", _CONFIRMED)
+        line = line.append(": asked as well, and both chose the same", _DIM)
         yield from wrap_complete(line, width=width)
+    yield []
     yield from _wrap(caption, _DIM, width)
 
 
@@ -132,10 +135,12 @@ def _style(token: PicturedToken) -> Style:
     return _REPLACED if token.replaced else _CONFIRMED
 
 
-def _quote(text: str) -> str:
-    """Return the text on one line, in quotes; `end` for a token without text."""
-    shown = printable(text).replace("\n", "\\n").replace("\t", "\\t")
-    return f"“{shown}”" if shown else "end"
+def _name(text: str) -> str:
+    """Return the text of a token on one line, or what it is if it shows nothing."""
+    if not text:
+        return "the end"
+    line = printable(text).replace("\n", "\\n").replace("\t", "\\t").strip(" ")
+    return line or "a space"
 
 
 def _spans(row: Row, colours: _Colours) -> str:
