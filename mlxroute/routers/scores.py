@@ -78,8 +78,8 @@ SCORES: Final[dict[str, Score]] = {
     "entropy": Score(entropy, 0.02, 1.0),
     "margin": Score(margin, 0.005, 1.0),
     "max-probability": Score(max_probability, 0.005, 1.0),
-    # It depends on ratios of logits, which are some tens, so it changes far less than they do.
-    "logu": Score(logu, 2e-4, 0.1),
+    # The sum of its partial derivatives stays below 1 where the logits add up to 20 or more.
+    "logu": Score(logu, 2e-4, 1.0),
     "head": Score(head, 0.02, 1.0),
     "random": Score(chance, 1e-4, 0.0),
 }
