@@ -75,9 +75,9 @@ class Session:
         self.modes = tuple(Mode)
         self.mode: str = settings.mode
         self.conversation = Conversation(system=settings.system)
+        self.never_send = never_send
         self._settings = settings
         self._ledger = ledger
-        self._never_send = never_send
         self._experience = Experience()
         self._warning_kinds: set[str] = set()
 
@@ -85,6 +85,11 @@ class Session:
     def uploads(self) -> Uploads:
         """What was sent since the start of the session."""
         return self._ledger.uploads
+
+    @property
+    def timeout_s(self) -> float:
+        """The time limit of one call, in seconds."""
+        return self._settings.timeout
 
     def answer(self, messages: Sequence[Message]) -> Answer:
         """Start to answer a conversation."""
@@ -103,7 +108,7 @@ class Session:
             seed=settings.seed,
             timeout_s=settings.timeout,
             strict=settings.strict,
-            never_send=self._never_send,
+            never_send=self.never_send,
             prices=self.prices,
             mode=self.mode,
             prefetch=settings.prefetch,

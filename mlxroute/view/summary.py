@@ -1,4 +1,4 @@
-"""Figures of answers as text: status line, summary line, chat totals, the demo's last paragraph."""
+"""Figures of answers as text: status line, summary line and chat totals."""
 
 from __future__ import annotations
 
@@ -6,44 +6,15 @@ import math
 from dataclasses import dataclass
 
 from mlxroute.types import Activity, Mode, RunStats, StopReason, Uploads
-
-
-def _number(value: float) -> str:
-    """Return a non-negative number with one decimal below 10 and with none above."""
-    return f"{value:.1f}" if value < 9.95 else f"{value:,.0f}"
-
-
-def _seconds(value: float) -> str:
-    return f"{_number(value)} s"
-
-
-def _percent(fraction: float) -> str:
-    """Return a percentage, with a decimal below 10 % and above 99 %."""
-    if fraction in (0.0, 1.0):
-        return f"{fraction:.0%}"
-    return f"{fraction:.1%}" if fraction < 0.1 or fraction > 0.99 else f"{fraction:.0%}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def _size(size_bytes: int) -> str:
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size_bytes >= scale:
-            return f"{size_bytes / scale:.1f} {unit}"
-    return _count(size_bytes, "byte")
-
-
-def _describe_uploads(*, tokens: int, size_bytes: int, requests: int) -> str:
-    sent = f"{_count(tokens, 'token')} ({_size(size_bytes)})"
-    return f"uploaded {sent} in {_count(requests, 'request')}"
-
-
-def _describe_answer_uploads(stats: RunStats) -> str:
-    return _describe_uploads(
-        tokens=stats.uploaded_tokens, size_bytes=stats.uploaded_bytes, requests=stats.requests
-    )
+from mlxroute.view.figures import (
+    describe_answer_uploads,
+    describe_uploads,
+    format_count,
+    format_number,
+    format_percent,
+    format_seconds,
+    format_size,
+)
 
 
 def _cost(amount: float) -> str:
@@ -68,7 +39,7 @@ def _describe_activity(
             position = f"prompt {prefill[0]:,}/{prefill[1]:,}"
             return f"reading {position}", f"reading {position}", position
         case Activity.WAIT:
-            elapsed = _seconds(activity_s)
+            elapsed = format_seconds(activity_s)
             return (
                 f"asking the large model {elapsed}",
                 f"asking large {elapsed}",
@@ -109,18 +80,18 @@ def status_line(
         chat: Uploads of the whole chat; None outside a chat.
         width: Maximum length in cells.
     """
-    figures = [f"{_number(stats.tokens_per_s)} tok/s"] if stats.tokens else []
+    figures = [f"{format_number(stats.tokens_per_s)} tok/s"] if stats.tokens else []
     if stats.tokens and routed:
-        figures.append(f"{_percent(stats.escalation_rate)} escalated")
+        figures.append(f"{format_percent(stats.escalation_rate)} escalated")
         if stats.mode is not Mode.WAIT:
             figures.append(str(stats.mode))
     if stats.stall_s > 0:
-        figures.append(f"waited {_seconds(stats.stall_s)}")
+        figures.append(f"waited {format_seconds(stats.stall_s)}")
     if stats.uploaded_bytes:
-        sent = f"{_short_count(stats.uploaded_tokens)} ({_size(stats.uploaded_bytes)})"
+        sent = f"{_short_count(stats.uploaded_tokens)} ({format_size(stats.uploaded_bytes)})"
         figures.append(f"uploaded {sent}")
     if chat is not None and chat.size_bytes:
-        figures.append(f"chat total {_short_count(chat.tokens)} ({_size(chat.size_bytes)})")
+        figures.append(f"chat total {_short_count(chat.tokens)} ({format_size(chat.size_bytes)})")
     if stats.cost_estimate:
         figures.append(_cost(stats.cost_estimate))
     forms = _describe_activity(activity, activity_s=activity_s, prefill=prefill)
@@ -138,16 +109,16 @@ def status_line(
 def summary_line(stats: RunStats) -> str:
     """Return one line about a finished answer."""
     parts = [
-        _count(stats.tokens, "token"),
-        f"{stats.escalated:,} escalated ({_percent(stats.escalation_rate)})",
+        format_count(stats.tokens, "token"),
+        f"{stats.escalated:,} escalated ({format_percent(stats.escalation_rate)})",
     ]
     if stats.agreement is not None:
-        parts.append(f"agreement {_percent(stats.agreement)}")
-    parts.append(f"{_number(stats.tokens_per_s)} tok/s")
+        parts.append(f"agreement {format_percent(stats.agreement)}")
+    parts.append(f"{format_number(stats.tokens_per_s)} tok/s")
     if stats.stall_s > 0:
-        parts.append(f"waited {_seconds(stats.stall_s)}")
+        parts.append(f"waited {format_seconds(stats.stall_s)}")
     if stats.uploaded_bytes:
-        parts.append(_describe_answer_uploads(stats))
+        parts.append(describe_answer_uploads(stats))
     if stats.cost_estimate:
         parts.append(_cost(stats.cost_estimate))
     if stats.unchecked:
@@ -155,7 +126,7 @@ def summary_line(stats: RunStats) -> str:
     if stats.withheld:
         parts.append(f"{stats.withheld:,} withheld")
     if stats.fallbacks:
-        parts.append(_count(stats.fallbacks, "failed call"))
+        parts.append(format_count(stats.fallbacks, "failed call"))
     if stats.finish_reason is StopReason.LENGTH:
         parts.append("ended by the token limit")
     if stats.plan:
@@ -192,15 +163,15 @@ class ChatTotals:
         """
         rate = self.escalated / self.tokens if self.tokens else 0.0
         parts = [
-            _count(self.answers, "answer"),
-            _count(self.tokens, "token"),
-            f"{self.escalated:,} escalated ({_percent(rate)})",
+            format_count(self.answers, "answer"),
+            format_count(self.tokens, "token"),
+            f"{self.escalated:,} escalated ({format_percent(rate)})",
         ]
         if self.stall_s > 0:
-            parts.append(f"waited {_seconds(self.stall_s)} of {_seconds(self.total_s)}")
+            parts.append(f"waited {format_seconds(self.stall_s)} of {format_seconds(self.total_s)}")
         if uploads.size_bytes:
             parts.append(
-                _describe_uploads(
+                describe_uploads(
                     tokens=uploads.tokens,
                     size_bytes=uploads.size_bytes,
                     requests=uploads.requests,
@@ -213,55 +184,3 @@ class ChatTotals:
         if self.withheld:
             parts.append(f"{self.withheld:,} withheld")
         return ", ".join(parts)
-
-
-def closing_paragraph(
-    stats: RunStats, *, small: str, large: str, threshold: float, allowance: str | None = None
-) -> str:
-    """Return the demo's last paragraph: what its answer showed, and what to try next.
-
-    Args:
-        stats: Figures of the answer.
-        small: Name of the small model.
-        large: Name of the large model.
-        threshold: Threshold of the router in nats.
-        allowance: The budget in words. None (default) if there is only a threshold.
-    """
-    small_tokens = stats.tokens - stats.large_tokens
-    uncertainty = _describe_uncertainty(threshold, allowance)
-    sentences = [
-        f"{small} wrote {small_tokens:,} of the {_count(stats.tokens, 'token')} on this machine."
-    ]
-    if stats.escalated:
-        sentences += [
-            f"{large} was asked for one token wherever {uncertainty}: "
-            f"{_count(stats.escalated, 'time')}, at {_percent(stats.escalation_rate)} of the "
-            f"positions. What it wrote is underlined; {_percent(stats.agreed / stats.escalated)} "
-            f"of it is what {small} was about to write anyway.",
-            f"{_seconds(stats.stall_s)} of {_seconds(stats.total_s)} went into waiting for it; "
-            f"{_describe_answer_uploads(stats)}.",
-        ]
-    elif not stats.unchecked:
-        sentences.append(f"{large} was not asked: there was no position where {uncertainty}.")
-    if failed := stats.unchecked - stats.withheld:
-        sentences.append(
-            f"{_count(failed, 'position')} should have been checked with {large}, which "
-            "did not answer."
-        )
-    if stats.withheld:
-        sentences.append(f"{_count(stats.withheld, 'position')} kept local by --never-send.")
-    sentences.append(
-        "Try next: `mlxroute demo --heat` shades each token by how unsure the small model was; "
-        "`mlxroute host` keeps a large model running for `mlxroute chat --large URL`; "
-        "`mlxroute models` lists other pairs."
-    )
-    return " ".join(sentences)
-
-
-def _describe_uncertainty(threshold: float, allowance: str | None) -> str:
-    """Return a clause that describes the escalated positions."""
-    if allowance is not None:
-        return f"the small model was least sure, within {allowance}"
-    if threshold == -math.inf:
-        return "there was a token to write"
-    return f"the small model's entropy passed {threshold:g} nats"

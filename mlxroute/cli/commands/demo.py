@@ -1,26 +1,33 @@
-"""`demo`: fetch two models, serve the large one here, and show an answer by both."""
+"""`demo`: fetch two models, serve the large one here, and let both and each alone answer."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from mlxroute.cli.folders import cache_dir_of, host_log
+import typer
+
+from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_OK
+from mlxroute.cli.folders import cache_dir_of, find_bench_file, host_log
+from mlxroute.cli.setting_options import replace_undecodable
 from mlxroute.config import Settings, read_never_send, user_catalog_dir
-from mlxroute.errors import SourceUnreachable, WeightsError
+from mlxroute.errors import SourceUnreachable, UsageError, WeightsError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from mlxroute.catalog import Catalog, Pair
-    from mlxroute.cli.session import Session
+    from mlxroute.questions.demo_question import DemoQuestion
     from mlxroute.weights import LocalModel
 
-QUESTION = "Explain the difference between a list and a tuple in Python in two sentences."
-_MAX_TOKENS = 160
 
-
-def demo(settings: Settings) -> int:
-    """Fetch two models and watch an answer being routed."""
+def demo(
+    settings: Settings,
+    question: Annotated[
+        str | None,
+        typer.Option(help="Ask this instead of the demo's question.", metavar="TEXT"),
+    ] = None,
+) -> int:
+    """Fetch two models; a question is answered by the small one, by both and by the large one."""
     from mlxroute.catalog import Catalog
     from mlxroute.cli.model_fit import demo_pairs, measure_machine
     from mlxroute.cli.small_setup import default_small
@@ -30,8 +37,20 @@ def demo(settings: Settings) -> int:
     catalog = Catalog.load(user_catalog_dir())
     dense, available = measure_machine(cache_dir_of(settings))
     pairs = demo_pairs(catalog, small=default_small(), available=available, dense=dense)
+    demo_question = _choose_question(question)
     pair, large_weights = _fetch_pair(pairs, catalog, settings, err)
-    return _serve_and_answer(pair, large_weights, settings, out, err)
+    return _serve_and_answer(pair, large_weights, demo_question, settings, out, err)
+
+
+def _choose_question(text: str | None) -> DemoQuestion:
+    """Return the user's question, else the demo's. Raises UsageError for an empty one."""
+    from mlxroute.questions.demo_question import DemoQuestion, read_demo_question
+
+    if text is None:
+        return read_demo_question(find_bench_file("questions", "demo.json"))
+    if not text.strip():
+        raise UsageError("the question is empty", parameter="question")
+    return DemoQuestion(str(replace_undecodable(text)))
 
 
 def _fetch_pair(
@@ -64,8 +83,14 @@ def _fetch_pair(
 
 
 def _serve_and_answer(
-    pair: Pair, large_weights: LocalModel, settings: Settings, out: Console, err: Console
+    pair: Pair,
+    large_weights: LocalModel,
+    question: DemoQuestion,
+    settings: Settings,
+    out: Console,
+    err: Console,
 ) -> int:
+    from mlxroute.cli.demo_story import tell_story
     from mlxroute.cli.large_setup import make_tokenizer_finder, open_ledger
     from mlxroute.cli.progress import ByteProgress
     from mlxroute.cli.session import make_session
@@ -100,14 +125,20 @@ def _serve_and_answer(
         session = make_session(
             small, large, settings, pair=pair, ledger=ledger, never_send=never_send
         )
-        return _show(session, pair, settings, out, err)
+        try:
+            tell_story(session, pair, question, heat=settings.heat, out=out, err=err)
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPTED
+        return EXIT_OK
 
 
 def _demo_settings(settings: Settings, pair: Pair) -> Settings:
     """Return the settings for the demo's own models, with those of the user that apply to them."""
+    from mlxroute.cli.demo_story import MAX_TOKENS
+
     return Settings(
         small=pair.small,
-        max_tokens=_MAX_TOKENS,
+        max_tokens=MAX_TOKENS,
         cache_dir=settings.cache_dir,
         heat=settings.heat,
         offline=settings.offline,
@@ -115,24 +146,3 @@ def _demo_settings(settings: Settings, pair: Pair) -> Settings:
         threshold=settings.threshold,
         budget=settings.budget,
     )
-
-
-def _show(session: Session, pair: Pair, settings: Settings, out: Console, err: Console) -> int:
-    """Show the question, the answer while it is written, and a paragraph about it."""
-    from mlxroute.cli.terminal import show_answer
-    from mlxroute.view import closing_paragraph
-
-    threshold = session.routing.threshold
-    err.print(f"\n> {QUESTION}\n", style="bold", markup=False)
-    answer = session.answer([{"role": "user", "content": QUESTION}])
-    code = show_answer(answer, heat=settings.heat, threshold=threshold, out=out, err=err)
-    paragraph = closing_paragraph(
-        answer.stats(),
-        small=pair.small,
-        large=pair.large,
-        threshold=session.routing.threshold,
-        allowance=session.routing.describe_budget(),
-    )
-    err.print()
-    err.print(paragraph, markup=False)
-    return code

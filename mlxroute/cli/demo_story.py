@@ -1,0 +1,228 @@
+"""The demo's three answers to one question: by the small model, by both, by the large model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+from mlxroute.cli.demo_tables import list_escalations, table_of_answers, table_of_escalations
+from mlxroute.cli.terminal import print_note
+from mlxroute.engine import generate
+from mlxroute.engine.options import MAX_PREFETCH
+from mlxroute.questions.demo_question import DemoQuestion, find_conclusion
+from mlxroute.recorded.large_answers import PlaceholderSmall
+from mlxroute.routers import make_router
+from mlxroute.safe_text import printable_line
+from mlxroute.types import (
+    Activity,
+    Event,
+    Message,
+    Mode,
+    Progress,
+    RunStats,
+    Sampling,
+    Signals,
+    Token,
+)
+from mlxroute.view import (
+    DemoAnswer,
+    LiveView,
+    closing_paragraph,
+    describe_choice,
+    describe_outcome,
+    result_line,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mlxroute.catalog import Pair
+    from mlxroute.cli.session import Session
+    from mlxroute.engine import Answer
+    from mlxroute.engine.protocols import SmallProtocol
+    from mlxroute.view import AnswerStream
+
+MAX_TOKENS: Final = 160
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """The demo's answers with the tokens of the routed one."""
+
+    small: DemoAnswer
+    routed: DemoAnswer
+    large: DemoAnswer
+    routed_tokens: tuple[Token, ...]
+
+
+def tell_story(
+    session: Session,
+    pair: Pair,
+    question: DemoQuestion,
+    *,
+    heat: bool,
+    out: Console,
+    err: Console,
+) -> None:
+    """Let both models and each alone answer a question, live, and say what came out.
+
+    Raises KeyboardInterrupt after a Ctrl-C during an answer.
+    """
+    stage = _Stage(question, heat=heat, out=out, err=err)
+    threshold = session.routing.threshold
+    err.print(f"\n> {question.prompt}", style="bold", markup=False)
+    story = _answer_three_times(session, pair, question, stage)
+    err.print()
+    err.print(table_of_answers((story.small, story.routed, story.large), width=err.width))
+    if rows := list_escalations(story.routed_tokens, session.small.vocabulary):
+        err.print()
+        err.print(table_of_escalations(rows, width=err.width))
+    paragraphs = [
+        describe_outcome(
+            story.small, story.routed, story.large, is_measured_pair=pair.name == question.pair
+        ),
+        closing_paragraph(
+            story.routed.stats,
+            small=pair.small,
+            large=pair.large,
+            threshold=threshold,
+            allowance=session.routing.describe_budget(),
+        ),
+    ]
+    if question.candidates:
+        choice = describe_choice(
+            pair=question.pair,
+            candidates=question.candidates,
+            small_wrong=question.small_wrong,
+            corrected=question.corrected,
+        )
+        paragraphs.insert(1, choice)
+    for paragraph in filter(None, paragraphs):
+        err.print()
+        err.print(paragraph, markup=False)
+
+
+def _answer_three_times(
+    session: Session, pair: Pair, question: DemoQuestion, stage: _Stage
+) -> Story:
+    messages: list[Message] = [{"role": "user", "content": question.prompt}]
+    assert session.large is not None
+    alone = generate(
+        session.small,
+        None,
+        messages,
+        router=make_router("entropy", threshold=math.inf),
+        max_tokens=MAX_TOKENS,
+    )
+    small, _ = stage.show(alone, f"1. {pair.small} alone", f"{pair.small} alone", math.inf)
+    routing = session.routing
+    heading = f"2. {pair.small}, asking {pair.large} {routing.describe()}"
+    routed, tokens = stage.show(
+        session.answer(messages), heading, "The routed answer", routing.threshold
+    )
+    last = large_alone(session, messages)
+    large, _ = stage.show(last, f"3. {pair.large} alone", f"{pair.large} alone", -math.inf)
+    return Story(small, routed, large, tokens)
+
+
+def large_alone(session: Session, messages: Sequence[Message]) -> Answer:
+    """Return the large model's own answer, streamed, which ends early where a call fails."""
+    return generate(
+        _EndingSmall(session.small),
+        session.large,
+        messages,
+        router=make_router("entropy", threshold=-math.inf),
+        max_tokens=MAX_TOKENS,
+        timeout_s=session.timeout_s,
+        never_send=session.never_send,
+        mode=Mode.WAIT,
+        prefetch=MAX_PREFETCH,
+    )
+
+
+def _failure(stats: RunStats) -> str | None:
+    """Return why an answer of the large model alone is not complete; None if it is."""
+    if stats.withheld:
+        return "kept local by --never-send"
+    return "the server did not answer" if stats.unchecked else None
+
+
+class _EndingSmall(PlaceholderSmall):
+    """A small model that decodes nothing and ends the answer at a position left to it."""
+
+    def __init__(self, small: SmallProtocol) -> None:
+        super().__init__(small)
+        self._end_id = next(iter(small.vocabulary.eos_ids), 0)
+
+    def prefill(
+        self, prompt_ids: Sequence[int], *, sampling: Sampling, progress: Progress
+    ) -> tuple[Signals, int]:
+        signals, reused = super().prefill(prompt_ids, sampling=sampling, progress=progress)
+        return replace(signals, token_id=self._end_id), reused
+
+    def extend(self, token_ids: Sequence[int]) -> Signals:
+        return replace(super().extend(token_ids), token_id=self._end_id)
+
+
+class _KeptAnswer:
+    """An answer that keeps its tokens while it is shown."""
+
+    def __init__(self, answer: AnswerStream) -> None:
+        self._answer = answer
+        self.tokens: list[Token] = []
+
+    def __iter__(self) -> Iterator[Token]:
+        return (event for event in self.events() if isinstance(event, Token))
+
+    def events(self) -> Iterator[Event]:
+        for event in self._answer.events():
+            if isinstance(event, Token):
+                self.tokens.append(event)
+            yield event
+
+    def stats(self) -> RunStats:
+        return self._answer.stats()
+
+    @property
+    def activity(self) -> Activity:
+        return self._answer.activity
+
+    @property
+    def prefill_done(self) -> int:
+        return self._answer.prefill_done
+
+    @property
+    def prefill_total(self) -> int:
+        return self._answer.prefill_total
+
+
+class _Stage:
+    """Shows one answer after the other, and judges each."""
+
+    def __init__(self, question: DemoQuestion, *, heat: bool, out: Console, err: Console) -> None:
+        self._question = question
+        self._heat = heat
+        self._out = out
+        self._err = err
+
+    def show(
+        self, answer: AnswerStream, heading: str, writer: str, threshold: float
+    ) -> tuple[DemoAnswer, tuple[Token, ...]]:
+        """Show an answer live below its heading; return it, judged, with its tokens."""
+        self._err.print()
+        self._err.print(heading, style="bold cyan", markup=False)
+        kept = _KeptAnswer(answer)
+        stats = LiveView(self._out, heat=self._heat, threshold=threshold).show(kept)
+        conclusion = find_conclusion(stats.text)
+        shown = DemoAnswer(
+            writer=writer,
+            stats=stats,
+            is_judged=bool(self._question.answers),
+            is_right=self._question.judge(stats.text),
+            conclusion=printable_line(conclusion, limit=40) if conclusion else None,
+            failure=_failure(stats) if threshold == -math.inf else None,
+        )
+        print_note(self._err, result_line(shown))
+        return shown, tuple(kept.tokens)

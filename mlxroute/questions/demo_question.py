@@ -1,0 +1,77 @@
+"""The question of the demo, and whether an answer to it is right."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlxroute.errors import UsageError
+
+_CONCLUSION = re.compile(r"answer\s+is\b", re.IGNORECASE)
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True, slots=True)
+class DemoQuestion:
+    """The question of the demo, and the measurements that it was chosen from.
+
+    Args:
+        prompt: The user message, which asks for a conclusion "the answer is ...".
+        answers: Accepted conclusions. Empty (default) if no answer can be called right or wrong.
+        pair: Name of the pair of models that it was measured with. Empty by default.
+        candidates: Number of questions that it was chosen from. 0 by default.
+        small_wrong: Those of them that the small model alone answered wrong. 0 by default.
+        corrected: Those of these that the routed answer got right. 0 by default.
+    """
+
+    prompt: str
+    answers: tuple[str, ...] = ()
+    pair: str = ""
+    candidates: int = 0
+    small_wrong: int = 0
+    corrected: int = 0
+
+    def judge(self, text: str) -> bool | None:
+        """Return whether an answer is right; None if it has no conclusion or cannot be judged."""
+        conclusion = find_conclusion(text)
+        if conclusion is None or not self.answers:
+            return None
+        return any(_contains(conclusion, answer) for answer in self.answers)
+
+
+def read_demo_question(path: Path) -> DemoQuestion:
+    """Return the question of a JSON file. Raises UsageError, naming the file, for a wrong one."""
+    try:
+        row = json.loads(path.read_text(encoding="utf-8"))
+        return DemoQuestion(
+            prompt=f"{row['question']} {row['instruction']}",
+            answers=tuple(row["answers"]),
+            pair=row["pair"],
+            candidates=row["candidates"],
+            small_wrong=row["small_wrong"],
+            corrected=row["corrected"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise UsageError(f"{path} is not a question for the demo: {exc}") from exc
+
+
+def find_conclusion(text: str) -> str | None:
+    """Return the line after the last "answer is" of a text; None if there is none."""
+    matches = list(_CONCLUSION.finditer(text))
+    if not matches:
+        return None
+    return text[matches[-1].end() :].strip().partition("\n")[0] or None
+
+
+def _contains(text: str, answer: str) -> bool:
+    """Return whether the words of an answer stand in a text, one after the other."""
+    words, searched = _words(text), _words(answer)
+    size = len(searched)
+    return any(words[i : i + size] == searched for i in range(len(words) - size + 1))
+
+
+def _words(text: str) -> Sequence[str]:
+    return _WORD.findall(text.casefold())
