@@ -7,8 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from mlxroute.cli.demo_tables import list_escalations, table_of_answers, table_of_escalations
-from mlxroute.cli.terminal import print_note
+from mlxroute.cli.demo_tables import (
+    list_escalations,
+    table_of_answers,
+    table_of_commands,
+    table_of_escalations,
+)
 from mlxroute.engine import generate
 from mlxroute.engine.options import MAX_PREFETCH
 from mlxroute.questions.demo_question import DemoQuestion, find_conclusion
@@ -45,6 +49,11 @@ if TYPE_CHECKING:
     from mlxroute.view import AnswerStream
 
 MAX_TOKENS: Final = 160
+_NEXT_COMMANDS: Final = (
+    ('mlxroute demo --question "..."', "asks your own question"),
+    ("mlxroute demo --heat", "shades each token by how unsure the small model was"),
+    ("mlxroute host", "keeps a large model running for `mlxroute chat`"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +111,8 @@ def tell_story(
     for paragraph in filter(None, paragraphs):
         err.print()
         err.print(paragraph, markup=False)
+    err.print("\nNext:")
+    err.print(table_of_commands(_NEXT_COMMANDS))
 
 
 def _answer_three_times(
@@ -221,8 +232,8 @@ class _Stage:
             stats=stats,
             is_judged=bool(self._question.answers),
             is_right=self._question.judge(stats.text),
-            conclusion=printable_line(conclusion, limit=40) if conclusion else None,
+            conclusion=printable_line(conclusion, limit=40).strip(" .*:") if conclusion else None,
             failure=_failure(stats) if threshold == -math.inf else None,
         )
-        print_note(self._err, result_line(shown))
+        self._err.print(result_line(shown), style="dim", markup=False)
         return shown, tuple(kept.tokens)

@@ -88,10 +88,21 @@ def table_of_answers(answers: Sequence[DemoAnswer], *, width: int) -> Table:
             f"{answer.stats.large_tokens:,}",
             format_size(answer.stats.uploaded_bytes) if answer.stats.requests else "-",
         )
-        for name, answer in zip(("small alone", "routed", "large alone"), answers, strict=True)
+        for name, answer in zip(("small", "routed", "large"), answers, strict=True)
     ]
-    columns = ("", "answer", "time", "tokens", "large", "uploaded")
+    columns = ("", "answer", "time", "tokens", "by large", "uploaded")
     return _table(columns, lines, width, optional=5)
+
+
+def table_of_commands(rows: Sequence[tuple[str, str]]) -> Table:
+    """Return a table of commands, each with what it does."""
+    from rich.text import Text
+
+    table = make_table("", "", fold=True)
+    table.show_header = False
+    for command, effect in rows:
+        table.add_row(Text(command), Text(effect))
+    return table
 
 
 def _table(

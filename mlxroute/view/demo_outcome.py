@@ -1,4 +1,4 @@
-"""The demo's answers in words: a line for each, how they came out, and a closing paragraph."""
+"""The demo's answers in words: a line for each, how they came out, and the routed one's figures."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class DemoAnswer:
 
     @property
     def verdict(self) -> str:
-        """One or two words for the result; empty if the answer is not judged."""
+        """One word for the result; empty if the answer is not judged."""
         if self.failure is not None:
             return "failed"
         if not self.is_judged:
             return ""
-        return {True: "right", False: "wrong", None: "no answer"}[self.is_right]
+        return {True: "right", False: "wrong", None: "unclear"}[self.is_right]
 
 
 def result_line(answer: DemoAnswer) -> str:
@@ -160,11 +160,6 @@ def closing_paragraph(
         )
     if stats.withheld:
         sentences.append(f"{format_count(stats.withheld, 'position')} kept local by --never-send.")
-    sentences.append(
-        "Try next: `mlxroute demo --heat` shades each token by how unsure the small model was; "
-        "`mlxroute host` keeps a large model running for `mlxroute chat --large URL`; "
-        "`mlxroute models` lists other pairs."
-    )
     return " ".join(sentences)
 
 

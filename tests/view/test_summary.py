@@ -160,7 +160,6 @@ def test_the_closing_paragraph_has_the_answers_figures() -> None:
         "8.2 s of 20 s went into waiting for it; uploaded 2,345 tokens (12.3 kB) in 7 requests"
         in text
     )
-    assert "`mlxroute demo --heat`" in text
     assert "\n" not in text
 
 

@@ -1,0 +1,230 @@
+"""The demo's three answers with scripted models, and what it says about them."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from mlxroute.catalog import Catalog, Pair
+from mlxroute.catalog.score_ranks import ScoreRanks
+from mlxroute.cli.app import main
+from mlxroute.cli.demo_story import tell_story
+from mlxroute.cli.folders import find_bench_file
+from mlxroute.cli.routing import RoutingRule
+from mlxroute.cli.session import Session
+from mlxroute.config import Settings
+from mlxroute.errors import LargeTimeout
+from mlxroute.ledger import Ledger
+from mlxroute.questions.demo_question import DemoQuestion, read_demo_question
+from mlxroute.routers import make_router
+from tests.support.fakes import EOS, ScriptedLarge, ScriptedReply, ScriptedSmall
+
+PAIR = Pair("tiny", "huge", same_vocabulary=True, threshold=1.0, calibration="none")
+QUESTION = DemoQuestion(
+    "Which?", ("B", "bee"), pair="tiny+huge", candidates=30, small_wrong=20, corrected=9
+)
+# The small model is unsure of the last letter alone.
+SMALL_ANSWER = b"Well, the answer is A."
+UNSURE_AT = SMALL_ANSWER.index(b"A")
+
+
+class Demo:
+    """A demo with captured output; large answers are given byte by byte."""
+
+    def __init__(
+        self,
+        *,
+        routed: ScriptedReply = b"B",
+        large: str = "The answer is B.",
+        large_end: ScriptedReply = (EOS,),
+        question: DemoQuestion = QUESTION,
+        never_send: tuple[re.Pattern[str], ...] = (),
+        small: ScriptedSmall | None = None,
+        width: int = 100,
+    ) -> None:
+        own_answer: list[ScriptedReply] = [bytes([code]) for code in large.encode()]
+        self.large = ScriptedLarge([routed, *own_answer, large_end])
+        self.out, self.err = io.StringIO(), io.StringIO()
+        router = make_router("entropy", threshold=1.0)
+        ranks = ScoreRanks("tiny", "none", 0, {})
+        session = Session(
+            small or ScriptedSmall(SMALL_ANSWER, entropies={UNSURE_AT: 2.0}),  # type: ignore[arg-type]
+            self.large,  # type: ignore[arg-type]
+            Settings(mode="wait"),
+            routing=RoutingRule(router, ranks, has_large=True),
+            ledger=Ledger(),
+            never_send=never_send,
+        )
+        tell_story(
+            session,
+            PAIR,
+            question,
+            heat=False,
+            out=Console(file=self.out, width=width, _environ={}),
+            err=Console(file=self.err, width=width, _environ={}),
+        )
+
+    @property
+    def lines(self) -> list[str]:
+        return [line.rstrip() for line in self.err.getvalue().splitlines()]
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.err.getvalue().split())
+
+
+def test_the_three_answers_are_shown_each_with_its_verdict_and_figures() -> None:
+    demo = Demo(width=200)
+    assert demo.out.getvalue().splitlines() == [
+        "Well, the answer is A.",
+        "Well, the answer is B.",
+        "The answer is B.",
+    ]
+    results = [line for line in demo.lines if " · " in line]
+    assert len(results) == 3
+    assert re.fullmatch(r"wrong: A · 23 tokens in \d.* · nothing uploaded", results[0])
+    assert re.fullmatch(
+        r"right: B · 23 tokens in \d.* · 1 by the large model \(4\.3%\)"
+        r" · uploaded 10 tokens \(100 bytes\) in 1 request",
+        results[1],
+    )
+    assert re.fullmatch(
+        r"right: B · 17 tokens in \d.* · uploaded 170 tokens .* in 17 requests", results[2]
+    )
+    headings = [line for line in demo.lines if re.match(r"\d\. ", line)]
+    assert headings == [
+        "1. tiny alone",
+        "2. tiny, asking huge where entropy is above 1 nats",
+        "3. huge alone",
+    ]
+
+
+def test_the_expected_outcome_is_told_with_how_the_question_was_chosen() -> None:
+    text = Demo().text
+    assert "tiny alone was wrong. With 1 of 23 tokens from the large model" in text
+    assert "the answer became right. huge alone was right too, with all 17 tokens its own." in text
+    assert "chosen because it shows the effect: with tiny+huge, of 30 questions" in text
+    assert "had 20 wrong, and the routed answer was right for 9 of these" in text
+
+
+@pytest.mark.parametrize(
+    ("routed", "large", "sentences"),
+    [
+        (b"C", "The answer is B.", "The routed answer: wrong. huge alone: right."),
+        (b"A", "The answer is A.", "The routed answer: wrong. huge alone: wrong."),
+        (b"B", "I do not know.", "The routed answer: right. huge alone: unclear."),
+    ],
+)
+def test_another_outcome_is_told_as_it_is(routed: bytes, large: str, sentences: str) -> None:
+    text = Demo(routed=routed, large=large).text
+    assert f"tiny alone: wrong. {sentences}" in text
+    assert "here it came out otherwise. Where two tokens are almost equally likely" in text
+    assert "became right" not in text
+
+
+def test_a_small_model_that_is_right_alone_is_told_too() -> None:
+    small = ScriptedSmall(b"The answer is bee.", entropies={14: 2.0})
+    text = Demo(small=small, routed=b"b").text
+    assert "tiny alone: right. The routed answer: right. huge alone: right." in text
+
+
+def test_other_models_than_the_measured_ones_are_no_surprise() -> None:
+    other = DemoQuestion("Which?", ("C",), pair="a+b", candidates=3, small_wrong=2, corrected=1)
+    text = Demo(question=other).text
+    assert "came out otherwise. It was chosen with other models." in text
+
+
+def test_an_own_question_gets_no_verdict() -> None:
+    demo = Demo(question=DemoQuestion("Why?"))
+    assert not re.search("right|wrong|chosen", demo.text)
+    assert demo.lines[1] == "> Why?"
+    assert "mlxroute demo --heat" in demo.text
+    assert "huge was asked for one token wherever" in demo.text
+
+
+def test_escalated_tokens_are_listed_with_both_choices() -> None:
+    lines = Demo().lines
+    header = next(i for i, line in enumerate(lines) if line.startswith("token"))
+    assert lines[header].split() == ["token", "after", "small", "model", "large", "model"]
+    row = [str(UNSURE_AT + 1), "…Well,", "the", "answer", "is", '"A"', '"B"']
+    assert lines[header + 1].split() == row
+    assert lines[header + 2] == ""
+
+
+def test_agreement_and_text_like_markup_are_listed_as_they_are() -> None:
+    small = ScriptedSmall(b"[b]the answer is B", entropies={0: 2.0, 3: 2.0})
+    text = Demo(small=small, routed=b"[", large="the answer is B").text
+    assert '1 "[" the same' in text
+    assert '4 …[b] "t" "t"' not in text
+    assert "4 …[b]" in text
+
+
+def test_a_narrow_terminal_has_narrow_tables() -> None:
+    demo = Demo(width=40)
+    assert all(len(line) <= 40 for line in demo.lines if not line.startswith(("right", "wrong")))
+    assert "after" not in demo.text
+    assert f'{UNSURE_AT + 1} "A" "B"' in demo.text
+
+
+def test_a_failed_call_leaves_the_small_models_token_and_is_counted() -> None:
+    demo = Demo(routed=LargeTimeout("late"))
+    assert demo.out.getvalue().splitlines()[1] == "Well, the answer is A."
+    assert f'{UNSURE_AT + 1} …Well, the answer is "A" no answer' in demo.text
+    assert "1 position should have been checked with huge, which did not answer." in demo.text
+
+
+def test_the_large_models_answer_ends_where_the_server_fails() -> None:
+    demo = Demo(large="The ans", large_end=LargeTimeout("late"))
+    assert demo.out.getvalue().splitlines()[2] == "The ans"
+    assert "failed: the server did not answer · 8 tokens" in demo.text
+    assert "huge alone: failed." in demo.text
+
+
+def test_nothing_is_sent_that_must_stay_here() -> None:
+    demo = Demo(never_send=(re.compile("Which"),))
+    assert demo.large.contexts == []
+    assert "failed: kept local by --never-send" in demo.text
+    assert "1 position kept local by --never-send." in demo.text
+
+
+def test_the_shipped_question_is_one_of_the_measured_candidates() -> None:
+    question = read_demo_question(find_bench_file("questions", "demo.json"))
+    assert question.prompt.endswith("then end with: Therefore, the answer is ...")
+    assert question.answers
+    assert 0 < question.corrected <= question.small_wrong <= question.candidates
+    pair = Catalog.load().find_pair(*question.pair.split("+"))
+    assert pair is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "is_right"),
+    [
+        ("Therefore, the answer is B.", True),
+        ("The answer is: **bee**", True),
+        ("the answer is A. No: the answer is B", True),
+        ("B it is. The answer is A.", False),
+        ("The answer is A.\nNot B.", False),
+        ("The answer is Abba.", False),
+        ("B", None),
+        ("The answer is", None),
+        ("", None),
+    ],
+)
+def test_only_the_last_conclusion_counts(text: str, is_right: bool | None) -> None:
+    assert QUESTION.judge(text) is is_right
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"question": "Why?"}'])
+def test_a_damaged_question_file_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "demo.json").write_text(content)
+    with pytest.raises(Exception, match=r"demo\.json is not a question for the demo"):
+        read_demo_question(tmp_path / "demo.json")
+
+
+def test_an_empty_question_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--question", " "]) == 2
+    assert "the question is empty" in capsys.readouterr().err
