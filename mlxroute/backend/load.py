@@ -20,6 +20,9 @@ from mlxroute.safe_text import printable_line
 OVERHEAD_BYTES = 600 * 2**20
 """Memory beside the weights: interpreter, tokenizer, MLX, a KV cache of a few thousand tokens."""
 
+# A KV cache of 8,192 tokens, from a tenth of the file (32B, Q4) to a fifth (1.5B, Q4).
+_GGUF_CACHE_SHARE = 0.2
+
 # Raised by mlx_lm for invalid configurations and weights.
 _INVALID_FILES = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError)
 
@@ -32,10 +35,16 @@ def on_cpu() -> bool:
 
 
 def memory_needed(path: Path) -> int:
-    """Return the bytes of memory that the model in directory `path` takes on this device.
+    """Return the bytes of memory that a model takes on this device.
 
-    Raises WeightsError if its files cannot be read.
+    Args:
+        path: Model directory, or a GGUF file, which llama.cpp loads as it is.
+
+    Raises:
+        WeightsError: Its files cannot be read.
     """
+    if path.is_file():
+        return gguf_memory_needed(path.stat().st_size)
     files = sorted(path.glob("model*.safetensors"))
     if not on_cpu():
         return sum(file.stat().st_size for file in files) + OVERHEAD_BYTES
@@ -46,6 +55,11 @@ def memory_needed(path: Path) -> int:
         return sum(_dense_bytes(file, bits) for file in files) + OVERHEAD_BYTES
     except (LookupError, TypeError, ValueError, AttributeError, ZeroDivisionError) as exc:
         raise WeightsError(f"{path} is not a readable model: {_reason(exc)}") from exc
+
+
+def gguf_memory_needed(file_bytes: int) -> int:
+    """Return the bytes of memory that llama.cpp takes for a GGUF file of this size."""
+    return file_bytes + int(file_bytes * _GGUF_CACHE_SHARE) + OVERHEAD_BYTES
 
 
 def _dense_bytes(file: Path, bits: int) -> int:
@@ -83,10 +97,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def check_memory(path: Path, *, role: str) -> None:
-    """Raise NotEnoughSpace if the model in directory `path` does not fit in free memory.
+    """Raise NotEnoughSpace if a model does not fit in free memory.
 
     Args:
-        path: Model directory.
+        path: Model directory or GGUF file.
         role: "small" or "large", for the message.
     """
     needed, available = memory_needed(path), available_bytes()

@@ -1,11 +1,14 @@
-"""Which catalogue models fit this machine's memory."""
+"""Which catalogue models fit this machine's memory, and which program serves them."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 
-from mlxroute.backend.load import OVERHEAD_BYTES
+from mlxroute.backend.load import OVERHEAD_BYTES, gguf_memory_needed
 from mlxroute.catalog import Catalog, Model, Pair
+from mlxroute.cli.folders import cache_dir_of
+from mlxroute.config import Settings
+from mlxroute.config.settings import EngineName
 from mlxroute.errors import NotEnoughSpace
 
 # A first try should not begin with a download of half an hour.
@@ -13,48 +16,84 @@ _DEMO_DOWNLOAD_BYTES = 6 * 10**9
 _DEMO_CPU_PARAMETERS = 2 * 10**9
 
 
-def measure_machine(cache_dir: Path) -> tuple[bool, int]:
-    """Return whether weights are dense here (on a CPU backend), and the free memory in bytes."""
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What this machine runs models with.
+
+    Args:
+        is_dense: Whether MLX has dense float32 weights here, as on its CPU backend.
+        available_bytes: Free memory.
+        engine: Program that serves a large model here, a value of `EngineName`.
+    """
+
+    is_dense: bool
+    available_bytes: int
+    engine: str
+
+    def serves_gguf(self, spec: str, catalog: Catalog) -> bool:
+        """Return whether llama.cpp serves the model that `spec` names, from its GGUF file."""
+        if self.engine != EngineName.AUTO:
+            return self.engine == EngineName.LLAMA_CPP
+        model = catalog.find_model(spec)
+        has_gguf = spec.endswith(".gguf") if model is None else model.index is not None
+        return self.is_dense and has_gguf
+
+    def loaded_bytes(self, model: Model) -> int:
+        """Return the memory that a model takes in MLX."""
+        if not self.is_dense:
+            return model.hub_bytes + OVERHEAD_BYTES
+        converted = model.index.converted_bytes if model.index else 0
+        # Converted weights are half precision; a GGUF may have an untied output layer.
+        return max(model.parameters * 4, converted * 2) + OVERHEAD_BYTES
+
+    def served_bytes(self, model: Model) -> int:
+        """Return the memory that a model takes in the program that serves it."""
+        served_by_llama_cpp = self.engine == EngineName.LLAMA_CPP or (
+            self.engine == EngineName.AUTO and self.is_dense
+        )
+        if model.index and served_by_llama_cpp:
+            return gguf_memory_needed(model.index.gguf_bytes)
+        return self.loaded_bytes(model)
+
+    def serves_quickly(self, model: Model) -> bool:
+        """Return whether a first try of a served model begins and answers soon enough."""
+        if self.is_dense or self.engine == EngineName.LLAMA_CPP:
+            return model.index is not None and model.parameters <= _DEMO_CPU_PARAMETERS
+        return model.hub_bytes <= _DEMO_DOWNLOAD_BYTES
+
+
+def measure_machine(settings: Settings) -> Machine:
+    """Return what this machine runs models with, with the engine of the settings."""
     from mlxroute.backend import blas, memory
     from mlxroute.backend.load import on_cpu
 
-    blas.interpose(cache_dir)
-    return on_cpu(), memory.available_bytes()
+    blas.interpose(cache_dir_of(settings))
+    return Machine(on_cpu(), memory.available_bytes(), settings.engine)
 
 
-def resident_bytes(model: Model, *, dense: bool) -> int:
-    """Return the memory of a loaded model: float32 weights if `dense`, else as downloaded."""
-    if not dense:
-        return model.hub_bytes + OVERHEAD_BYTES
-    converted = model.index.converted_bytes if model.index else 0
-    # Converted weights are half precision; a GGUF may have an untied output layer.
-    return max(model.parameters * 4, converted * 2) + OVERHEAD_BYTES
-
-
-def demo_pairs(catalog: Catalog, *, small: str, available: int, dense: bool) -> list[Pair]:
+def demo_pairs(catalog: Catalog, machine: Machine, *, small: str) -> list[Pair]:
     """Return the pairs that the demo may use here, the best first.
 
     Those with the default model `small` come first, then those with the largest large model.
-    Raises NotEnoughSpace if the smallest of them needs more than the `available` bytes.
+    Raises NotEnoughSpace if the smallest of them needs more memory than is free.
     """
 
     def needed(pair: Pair) -> int:
-        models = (catalog.get_model(pair.small), catalog.get_model(pair.large))
-        return sum(resident_bytes(model, dense=dense) for model in models)
+        small_bytes = machine.loaded_bytes(catalog.get_model(pair.small))
+        return small_bytes + machine.served_bytes(catalog.get_model(pair.large))
 
     def is_light(pair: Pair) -> bool:
         small, large = catalog.get_model(pair.small), catalog.get_model(pair.large)
-        if dense:
-            return large.index is not None and large.parameters <= _DEMO_CPU_PARAMETERS
-        return small.hub_bytes + large.hub_bytes <= _DEMO_DOWNLOAD_BYTES
+        downloads_quickly = small.hub_bytes + large.hub_bytes <= _DEMO_DOWNLOAD_BYTES
+        return machine.serves_quickly(large) and (machine.is_dense or downloads_quickly)
 
     candidates = [pair for pair in catalog.pairs if pair.same_vocabulary and is_light(pair)]
-    pairs = [pair for pair in candidates if needed(pair) <= available]
+    pairs = [pair for pair in candidates if needed(pair) <= machine.available_bytes]
     if not pairs:
         least = min(map(needed, candidates), default=0)
         raise NotEnoughSpace(
             f"the smallest pair for a demo needs {_gibibytes(least)} of memory and"
-            f" {_gibibytes(available)} are free; close programs, or use"
+            f" {_gibibytes(machine.available_bytes)} are free; close programs, or use"
             " `mlxroute ask --small NAME --large URL`"
         )
 
@@ -64,36 +103,29 @@ def demo_pairs(catalog: Catalog, *, small: str, available: int, dense: bool) -> 
     return sorted(pairs, key=rank, reverse=True)
 
 
-def default_host_model(catalog: Catalog, *, small: str, available: int, dense: bool) -> Model:
+def default_host_model(catalog: Catalog, machine: Machine, *, small: str) -> Model:
     """Return the model that `host` serves by default, among those that fit and download quickly.
 
     It is the largest that is paired with the default model `small`, else the largest of all.
     Raises NotEnoughSpace if none fits.
     """
-
-    def is_light(model: Model) -> bool:
-        if dense:
-            return model.index is not None and model.parameters <= _DEMO_CPU_PARAMETERS
-        return model.hub_bytes <= _DEMO_DOWNLOAD_BYTES
-
-    light = [model for model in catalog.models if is_light(model)]
-    fitting = [model for model in light if resident_bytes(model, dense=dense) <= available]
+    light = [model for model in catalog.models if machine.serves_quickly(model)]
+    fitting = [model for model in light if machine.served_bytes(model) <= machine.available_bytes]
     if not fitting:
-        least = min(light, key=lambda model: model.parameters)
-        check_fits(least, catalog, available=available, dense=dense)
+        check_fits(min(light, key=lambda model: model.parameters), catalog, machine)
     partners = {pair.large for pair in catalog.pairs if pair.small == small}
     return max(fitting, key=lambda model: (model.name in partners, model.parameters))
 
 
-def check_fits(model: Model, catalog: Catalog, *, available: int, dense: bool) -> None:
-    """Raise NotEnoughSpace, naming a smaller model that would fit, if a model does not fit."""
-    needed = resident_bytes(model, dense=dense)
+def check_fits(model: Model, catalog: Catalog, machine: Machine) -> None:
+    """Raise NotEnoughSpace, naming a smaller model that would fit, if a served model does not."""
+    needed, available = machine.served_bytes(model), machine.available_bytes
     if needed <= available:
         return
     smaller = [
         other
         for other in catalog.models
-        if resident_bytes(other, dense=dense) <= available and other.parameters < model.parameters
+        if machine.served_bytes(other) <= available and other.parameters < model.parameters
     ]
     choice = max(smaller, key=lambda other: other.parameters, default=None)
     hint = f"; {choice.name} would fit" if choice else "; no model of the catalogue is small enough"

@@ -54,6 +54,14 @@ class KernelName(StrEnum):
     GRAPH = "graph"
 
 
+class EngineName(StrEnum):
+    """Programs that serve a large model here; `auto` is llama.cpp where MLX has no GPU."""
+
+    AUTO = "auto"
+    MLX = "mlx"
+    LLAMA_CPP = "llama.cpp"
+
+
 def _setting(
     default: _Value,
     text: str,
@@ -175,6 +183,13 @@ class Settings:
         "Implementation of the logit kernel.",
         commands=_OWN_SMALL,
         choices=KernelName,
+    )
+    engine: str = _setting(
+        "auto",
+        "Program that serves the large model here. Default: llama.cpp for a model with a GGUF file"
+        " where MLX has no GPU, else mlx_lm.server.",
+        commands=("demo", "host"),
+        choices=EngineName,
     )
     max_tokens: int = _setting(512, "Longest answer, in tokens.", metavar="N", commands=_ANSWERS)
     temperature: float = _setting(

@@ -1,14 +1,18 @@
-"""Launch of a large model on this machine: `mlx_lm.server` as a child process on loopback."""
+"""Launch of a large model on this machine: a server as a child process on loopback.
+
+The kind of model decides which: `mlx_lm.server` serves a model directory, and llama.cpp's
+`llama-server` a GGUF file.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -16,24 +20,24 @@ import psutil
 
 from mlxroute.backend.load import check_memory, memory_needed
 from mlxroute.closeable import Closeable
-from mlxroute.errors import LargeError, LaunchError
+from mlxroute.errors import LargeError, LargeUnreachable, LaunchError
+from mlxroute.hosting.child_log import failure_reason
+from mlxroute.hosting.server_choice import choose_server
 from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import Transport
-from mlxroute.safe_text import printable_line
 from mlxroute.types import Progress, no_progress
 
 _POLL_S: Final = 0.1
 _STOP_GRACE_S: Final = 5.0
-# How long after a broken connection the end of the child may become visible.
-_EXIT_WAIT_S: Final = 1.0
 _LOADING: Final = "loading the large model"
-_LOG_TAIL_BYTES: Final = 16384
+_STILL_LOADING: Final = 503
+_BACKLOG: Final = 16
 _FIRST_REQUEST: Final = b'{"prompt": "1, 2, 3,", "max_tokens": 1, "temperature": 0}'
 
 
 class LocalServer(Closeable):
-    """A running `mlx_lm.server`, which ends at `close` or with this process.
+    """A running server of a large model, which ends at `close` or with this process.
 
     Args:
         process: The child process.
@@ -57,7 +61,8 @@ class LocalServer(Closeable):
         """Start the child and return at once; call `wait_until_ready` before use.
 
         Args:
-            model_path: Directory of the model to serve.
+            model_path: Directory of the model to serve, or a GGUF file, whose name without
+                `.gguf` becomes the name of the served model.
             cache_dir: Cache folder, which contains the faster BLAS.
             log_path: File for the child's output, which is overwritten.
             port: Port to listen on. None (default) for a free one.
@@ -65,14 +70,17 @@ class LocalServer(Closeable):
         Raises:
             NotEnoughSpace: The model does not fit in free memory.
             WeightsError: The model's files cannot be read.
-            LaunchError: The port or the log file cannot be used.
+            LaunchError: The port or the log file cannot be used, or llama.cpp is missing.
         """
         check_memory(model_path, role="large")
-        with _listen(port) as listener:
-            process = _spawn(model_path, cache_dir=cache_dir, log_path=log_path, listener=listener)
+        server = choose_server(model_path)
+        with _reserve(port) as bound:
+            if server.takes_listening_socket:
+                bound.listen(_BACKLOG)
+            arguments = server.arguments(model_path, cache_dir)
             return cls(
-                process,
-                port=listener.getsockname()[1],
+                _spawn([server.module, *arguments], log_path=log_path, bound=bound),
+                port=bound.getsockname()[1],
                 log_path=log_path,
                 model_bytes=memory_needed(model_path),
             )
@@ -99,25 +107,11 @@ class LocalServer(Closeable):
         Raises:
             LaunchError: The server ends, or generates no token in time.
         """
-        # The port answers long before the model is loaded, so only a token proves it ready.
         deadline, total = Deadline(timeout_s), self._model_bytes
         transport = Transport(parse_address(self.url))
         try:
-            exchange = transport.begin(
-                f"{self.url}/completions", body=_FIRST_REQUEST, deadline=deadline
-            )
-            while exchange.is_alive():
-                self._check_starting(deadline)
-                progress(_LOADING, min(self._resident_bytes(), total), total)
-                exchange.join(_POLL_S)
-            if exchange.result().status != 200:
-                raise self._failure("it cannot generate")
-        except LargeError as exc:
-            # The connection breaks a moment before the end of the child becomes visible.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_EXIT_WAIT_S)
-            self._check_starting(deadline)
-            raise self._failure(str(exc)) from exc
+            while not self._generates(transport, deadline, progress):
+                self._pause()
         finally:
             transport.close()
         progress(_LOADING, total, total)
@@ -138,6 +132,34 @@ class LocalServer(Closeable):
         if self._process.stdin is not None:
             self._process.stdin.close()
 
+    def _generates(self, transport: Transport, deadline: Deadline, progress: Progress) -> bool:
+        """Return whether the server generates a token; False while it is still loading.
+
+        A port may answer long before the model is loaded, so only a token proves a server ready.
+        """
+        total = self._model_bytes
+        exchange = transport.begin(
+            f"{self.url}/completions", body=_FIRST_REQUEST, deadline=deadline
+        )
+        while exchange.is_alive():
+            self._check_starting(deadline)
+            progress(_LOADING, min(self._resident_bytes(), total), total)
+            exchange.join(_POLL_S)
+        try:
+            status = exchange.result().status
+        except LargeUnreachable:
+            # Not listening yet, or about to end: the connection breaks a moment before that.
+            return False
+        except LargeError as exc:
+            raise self._failure(str(exc)) from exc
+        if status not in (200, _STILL_LOADING):
+            raise self._failure("it cannot generate")
+        return status == 200
+
+    def _pause(self) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_POLL_S)
+
     def _check_starting(self, deadline: Deadline) -> None:
         """Raise LaunchError if the child has ended or the deadline is over."""
         code = self._process.poll()
@@ -147,8 +169,8 @@ class LocalServer(Closeable):
             raise self._failure(f"it was not ready in {deadline.seconds:.3g} s")
 
     def _failure(self, reason: str) -> LaunchError:
-        last_line = _last_message(self.log_path)
-        detail = f": {last_line}" if last_line else ""
+        reason_logged = failure_reason(self.log_path)
+        detail = f": {reason_logged}" if reason_logged else ""
         return LaunchError(
             f"the local server did not start: {reason}{detail} (log: {self.log_path})"
         )
@@ -166,29 +188,29 @@ def _exit_reason(code: int) -> str:
     return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def _listen(port: int | None) -> socket.socket:
-    """Return a listening socket on loopback.
+def _reserve(port: int | None) -> socket.socket:
+    """Return a socket bound to a port of loopback.
 
-    It is bound here so that no other process can take the port before the child does.
+    The child inherits it, so no other process is given the port before the child listens.
     """
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", port or 0))
-        listener.listen(16)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(("127.0.0.1", port or 0))
     except (OSError, OverflowError) as exc:
-        listener.close()
+        bound.close()
         reason = getattr(exc, "strerror", None) or "no such port"
         raise LaunchError(
             f"port {port} cannot be used ({reason}); choose another, or none for a free one",
             parameter="port",
         ) from exc
-    return listener
+    return bound
 
 
 def _spawn(
-    model_path: Path, *, cache_dir: Path, log_path: Path, listener: socket.socket
+    command: Sequence[str], *, log_path: Path, bound: socket.socket
 ) -> subprocess.Popen[bytes]:
+    """Start a module of this package as a child process, with its arguments and the socket."""
     try:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -197,17 +219,13 @@ def _spawn(
     try:
         os.fchmod(log, 0o600)
         return subprocess.Popen(
-            [
-                # -P: modules in the current directory must not be imported.
-                *(sys.executable, "-P", "-m", "mlxroute.hosting.mlx_lm_child"),
-                *("--model", str(model_path), "--cache-dir", str(cache_dir)),
-                *("--socket-fd", str(listener.fileno())),
-            ],
+            # -P: modules in the current directory must not be imported.
+            [sys.executable, "-P", "-m", *command, "--socket-fd", str(bound.fileno())],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
             env=os.environ | {"PYTHONPATH": _import_path()},
-            pass_fds=(listener.fileno(),),
+            pass_fds=(bound.fileno(),),
             # A Ctrl-C in the terminal is meant for the answer, not for the server.
             start_new_session=True,
         )
@@ -221,17 +239,3 @@ def _import_path() -> str:
     """Return a PYTHONPATH on which the child finds this package."""
     folder = Path(__file__).resolve().parents[2]
     return os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-
-
-def _last_message(log_path: Path) -> str:
-    """Return the last message of a log, without the class name of an exception."""
-    try:
-        with log_path.open("rb") as stream:
-            stream.seek(max(0, log_path.stat().st_size - _LOG_TAIL_BYTES))
-            lines = stream.read().decode("utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    messages = [line for line in lines if line.strip() and not line.startswith((" ", "BLAS:"))]
-    if not messages:
-        return ""
-    return printable_line(re.sub(r"^(?:\w+\.)*[A-Z]\w*: ", "", messages[-1]))

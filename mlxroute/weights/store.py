@@ -257,7 +257,8 @@ def _stat_file(path: Path, file: str, manifest: Manifest, record: FileRecord) ->
 
 
 def _damaged(file: str, name: str, reason: str) -> CorruptWeights:
+    flag = " --gguf" if file.endswith(".gguf") else ""
     return CorruptWeights(
         f"cached file {file} of {name} is damaged ({reason}): "
-        f"run `mlxroute pull {name}` to fetch it again"
+        f"run `mlxroute pull {name}{flag}` to fetch it again"
     )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mlxroute.catalog import Catalog, Pair
+    from mlxroute.cli.model_fit import Machine
     from mlxroute.questions.demo_question import DemoQuestion
     from mlxroute.weights import LocalModel
 
@@ -35,10 +36,10 @@ def demo(
 
     out, err = make_consoles()
     catalog = Catalog.load(user_catalog_dir())
-    dense, available = measure_machine(cache_dir_of(settings))
-    pairs = demo_pairs(catalog, small=default_small(), available=available, dense=dense)
+    machine = measure_machine(settings)
+    pairs = demo_pairs(catalog, machine, small=default_small())
     demo_question = _choose_question(question)
-    pair, large_weights = _fetch_pair(pairs, catalog, settings, err)
+    pair, large_weights = _fetch_pair(pairs, catalog, machine, settings, err)
     return _serve_and_answer(pair, large_weights, demo_question, settings, out, err)
 
 
@@ -54,7 +55,7 @@ def _choose_question(text: str | None) -> DemoQuestion:
 
 
 def _fetch_pair(
-    pairs: list[Pair], catalog: Catalog, settings: Settings, err: Console
+    pairs: list[Pair], catalog: Catalog, machine: Machine, settings: Settings, err: Console
 ) -> tuple[Pair, LocalModel]:
     """Fetch the first pair whose sources are reachable; return it with the large weights."""
     from mlxroute.cli.progress import ByteProgress
@@ -65,9 +66,13 @@ def _fetch_pair(
         err.print(f"models: {pair.small} here, {pair.large} as the large one", markup=False)
         try:
             with ByteProgress(err) as progress:
-                for name in (pair.small, pair.large):
+                for name, as_gguf in (
+                    (pair.small, False),
+                    (pair.large, machine.serves_gguf(pair.large, catalog)),
+                ):
                     local = resolve(
                         name,
+                        as_gguf=as_gguf,
                         catalog=catalog,
                         cache_dir=cache_dir_of(settings),
                         offline=settings.offline,

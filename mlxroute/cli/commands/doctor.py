@@ -112,7 +112,7 @@ def _check_cache(cache_dir: Path) -> DoctorCheck:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    models = ", ".join(sorted(entry.name for entry in list_cached(cache_dir))) or "no models yet"
+    models = ", ".join(sorted({entry.name for entry in list_cached(cache_dir)})) or "no models yet"
     is_writable = folder.is_dir() and os.access(folder, os.W_OK)
     text = f"{cache_dir}: {models}; {free / 1e9:.0f} GB free"
     return DoctorCheck(

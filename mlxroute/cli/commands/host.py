@@ -31,7 +31,7 @@ def host(
         int | None, typer.Option(help="Port to listen on. Default: a free one.", min=1, max=65535)
     ] = None,
 ) -> int:
-    """Serve a model on this machine, with mlx_lm.server."""
+    """Serve a model on this machine, with mlx_lm.server or llama.cpp."""
     from mlxroute.cli.progress import ByteProgress
     from mlxroute.cli.terminal import make_consoles, print_note
     from mlxroute.hosting.launcher import LocalServer
@@ -66,20 +66,19 @@ def _fetch(name: str | None, settings: Settings, err: Console) -> LocalModel:
     from mlxroute.cli.small_setup import default_small
     from mlxroute.weights import resolve
 
-    cache_dir = cache_dir_of(settings)
     catalog = Catalog.load(user_catalog_dir())
-    dense, available = measure_machine(cache_dir)
+    machine = measure_machine(settings)
     if name is None:
-        small = default_small()
-        name = default_host_model(catalog, small=small, available=available, dense=dense).name
+        name = default_host_model(catalog, machine, small=default_small()).name
     if (model := catalog.find_model(name)) is not None:
-        check_fits(model, catalog, available=available, dense=dense)
+        check_fits(model, catalog, machine)
     with ByteProgress(err) as progress:
         return resolve(
             name,
             catalog=catalog,
-            cache_dir=cache_dir,
+            cache_dir=cache_dir_of(settings),
             offline=settings.offline,
             progress=progress.progress,
             notify=progress.notify,
+            as_gguf=machine.serves_gguf(name, catalog),
         )

@@ -38,21 +38,23 @@ def _model_table(catalog: Catalog, folder: Path) -> Table:
     from mlxroute.cli.terminal import make_table
     from mlxroute.weights import list_cached
 
-    cached = {entry.name: entry for entry in list_cached(folder)}
+    cached: dict[str, int] = {}
+    for entry in list_cached(folder):
+        cached[entry.name] = cached.get(entry.name, 0) + entry.size_bytes
     columns = ("model", "parameters", "hub", "index", "cached", "licence")
     table = make_table(*columns, fold=True)
     for model in catalog.models:
-        entry = cached.pop(model.name, None)
+        size = cached.pop(model.name, None)
         table.add_row(
             model.name,
             f"{model.parameters / 1e9:.2f} B",
             _gigabytes(model.hub_bytes),
             _gigabytes(model.index.gguf_bytes) if model.index else "",
-            _gigabytes(entry.size_bytes) if entry else "",
+            "" if size is None else _gigabytes(size),
             model.license,
         )
-    for entry in cached.values():
-        table.add_row(entry.name, "", "", "", _gigabytes(entry.size_bytes), "")
+    for name, size in cached.items():
+        table.add_row(name, "", "", "", _gigabytes(size), "")
     return table
 
 

@@ -21,6 +21,9 @@ def pull(
             autocompletion=complete_model,
         ),
     ],
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="Keep it as the GGUF file that llama.cpp serves.")
+    ] = False,
 ) -> int:
     """Fetch a model into the cache and verify it."""
     from mlxroute.catalog import Catalog
@@ -37,8 +40,11 @@ def pull(
             offline=settings.offline,
             progress=progress.progress,
             notify=progress.notify,
+            as_gguf=gguf,
         )
-    outcome = "used as it is" if local.source == "directory" else f"verified ({local.source})"
+    outcome = (
+        "used as it is" if local.source in ("directory", "file") else f"verified ({local.source})"
+    )
     print_note(err, f"{local.name}: {outcome}")
     out.print(str(local.path), soft_wrap=True, markup=False)
     return 0

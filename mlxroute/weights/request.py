@@ -1,0 +1,101 @@
+"""A request for a model that belongs in the cache, answered from the cache or by a fetch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlxroute.errors import WeightsError
+from mlxroute.types import Progress
+from mlxroute.weights.store import Manifest, Store, disk_errors, record_file
+
+
+@dataclass(frozen=True, slots=True)
+class LocalModel:
+    """A model on this machine.
+
+    Args:
+        name: Name it was requested by.
+        path: A directory that mlx_lm can load, or a GGUF file.
+        source: Description of where it came from.
+    """
+
+    name: str
+    path: Path
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class StagedModel:
+    """A model directory ready to be stored; `sha256` has the hashes that are already known."""
+
+    path: Path
+    source: str
+    sha256: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request for a model that belongs in the cache.
+
+    Args:
+        name: Name it was requested by.
+        key: Its key in the cache.
+        fingerprint: Size and time of the local file it is made from; empty for a download.
+        needs_network: Whether fetching it needs the network.
+        fetch: Makes its directory in a staging folder: fetches, verifies and converts.
+        gguf_file: Name of the GGUF file in its directory. Empty (default) if it is converted.
+    """
+
+    name: str
+    key: str
+    fingerprint: str
+    needs_network: bool
+    fetch: Callable[[Path], StagedModel]
+    gguf_file: str = ""
+
+    def model_in(self, folder: Path, source: str) -> LocalModel:
+        """Return the model in its finished directory."""
+        return LocalModel(self.name, folder / self.gguf_file, source)
+
+
+def find_cached(
+    store: Store, request: Request, *, hash_progress: Progress | None = None
+) -> LocalModel | None:
+    """Return the cached model; None if it is absent, or was made from another version of its file.
+
+    With `hash_progress`, hash all files. Raises CorruptWeights for a damaged entry.
+    """
+    manifest = store.read_manifest(request.key, name=request.name)
+    if manifest is None or manifest.fingerprint != request.fingerprint:
+        return None
+    if hash_progress is None:
+        store.check(request.key, manifest)
+    else:
+        store.verify(request.key, manifest, progress=hash_progress)
+    return request.model_in(store.model_dir(request.key), manifest.source)
+
+
+def fetch_and_store(store: Store, request: Request, *, offline: bool) -> LocalModel:
+    """Fetch the model and store it in the cache.
+
+    Raises WeightsError if no source has it, or if `offline` forbids the fetch that it needs.
+    """
+    if offline and request.needs_network:
+        flag = " --gguf" if request.gguf_file else ""
+        raise WeightsError(
+            f"{request.name} is not in the cache ({store.root}) and cannot be fetched offline: "
+            f"run `mlxroute pull {request.name}{flag}` while online",
+            parameter="offline",
+        )
+    staged = request.fetch(store.staging_dir(request.key))
+    with disk_errors(store.root):
+        files = {
+            file.name: record_file(file, sha256=staged.sha256.get(file.name))
+            for file in sorted(staged.path.iterdir())
+            if file.is_file()
+        }
+    manifest = Manifest(request.name, staged.source, request.fingerprint, files)
+    path = store.commit(request.key, staged.path, manifest)
+    return request.model_in(path, staged.source)
