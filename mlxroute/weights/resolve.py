@@ -187,6 +187,8 @@ def _parse_gguf_spec(
         if not path.is_file():
             raise WeightsError(f"no model at {spec}: there is no such file")
         return LocalModel(path.stem, path, "file")
+    if model is None and "/" not in spec and not os.path.isdir(spec):
+        raise catalog.unknown_model(spec)
     if model is None or model.index is None:
         raise WeightsError(
             f"llama.cpp serves GGUF files and {spec} has none: give a .gguf file, or choose the"

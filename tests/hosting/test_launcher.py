@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -19,10 +20,16 @@ import pytest
 import requests
 
 from mlxroute.errors import LaunchError, NotEnoughSpace
+from mlxroute.hosting import server_choice
 from mlxroute.hosting.launcher import LocalServer
 from mlxroute.large import LargeModel
 from mlxroute.large.dialects.mlx_lm import MlxLm
+from tests.support.gguf_files import TinyModel, reference_logits, write_gguf
 from tests.support.tiny import make_tiny_model, teach_days
+
+needs_llama_cpp = pytest.mark.skipif(
+    find_spec("xllamacpp") is None, reason="xllamacpp is installed on Linux only"
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +37,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = make_tiny_model(tmp_path_factory.mktemp("launcher") / "tiny-model", tied=False)
     teach_days(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gguf(tmp_path_factory.mktemp("launcher") / "tiny-model.gguf", TinyModel())
+
+
+@pytest.fixture(params=["mlx", pytest.param("llama.cpp", marks=needs_llama_cpp)])
+def model(request: pytest.FixtureRequest, tiny: Path, tiny_gguf: Path) -> Path:
+    """The same test for both servers: a model directory and a GGUF file."""
+    return tiny if request.param == "mlx" else tiny_gguf
 
 
 def launch(path: Path, folder: Path, *, port: int | None = None) -> LocalServer:
@@ -46,15 +64,14 @@ def eventually(condition: Callable[[], bool]) -> bool:
     return False
 
 
-def test_a_started_server_generates_and_leaves_nothing_behind(tiny: Path, tmp_path: Path) -> None:
+def test_a_started_server_generates_and_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
     progress_calls: list[tuple[int, int | None]] = []
-    with launch(tiny, tmp_path) as server:
+    with launch(model, tmp_path) as server:
         server.wait_until_ready(
             progress=lambda label, done, total: progress_calls.append((done, total))
         )
-        with LargeModel(server.url) as large:
-            assert MlxLm.name in large.connect()
-            assert large.model_name == "tiny-model"
+        models = requests.get(f"{server.url}/models", timeout=5).json()["data"]
+        assert models[0]["id"].split("/")[-1] == "tiny-model"
         child = psutil.Process(server.pid)
         assert stat.S_IMODE(server.log_path.stat().st_mode) == 0o600
         assert os.getpgid(server.pid) != os.getpgrp()
@@ -65,7 +82,25 @@ def test_a_started_server_generates_and_leaves_nothing_behind(tiny: Path, tmp_pa
         requests.get(server.url, timeout=5)
 
 
-def test_a_server_ends_with_its_parent_even_if_that_is_killed(tiny: Path, tmp_path: Path) -> None:
+def test_mlx_lms_server_is_recognised(tiny: Path, tmp_path: Path) -> None:
+    with launch(tiny, tmp_path) as server:
+        server.wait_until_ready()
+        with LargeModel(server.url) as large:
+            assert MlxLm.name in large.connect()
+            assert large.model_name == "tiny-model"
+
+
+@needs_llama_cpp
+def test_llama_cpp_takes_and_returns_token_ids(tiny_gguf: Path, tmp_path: Path) -> None:
+    with launch(tiny_gguf, tmp_path) as server:
+        server.wait_until_ready()
+        root = server.url.removesuffix("/v1")
+        body = {"prompt": [65, 66], "n_predict": 1, "temperature": 0.0, "return_tokens": True}
+        reply = requests.post(f"{root}/completion", json=body, timeout=30).json()
+    assert reply["tokens"] == [int(reference_logits(tiny_gguf, [65, 66])[-1].argmax())]
+
+
+def test_a_server_ends_with_its_parent_even_if_that_is_killed(model: Path, tmp_path: Path) -> None:
     program = (
         "import sys, time; from pathlib import Path\n"
         "from mlxroute.hosting.launcher import LocalServer\n"
@@ -76,7 +111,9 @@ def test_a_server_ends_with_its_parent_even_if_that_is_killed(tiny: Path, tmp_pa
         "sys.stdout.write(f'{server.pid}\\n'); sys.stdout.flush(); time.sleep(600)\n"
     )
     parent = subprocess.Popen(
-        [sys.executable, "-c", program, str(tiny), str(tmp_path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, str(model), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     with parent:
         assert parent.stdout is not None
@@ -88,15 +125,15 @@ def test_a_server_ends_with_its_parent_even_if_that_is_killed(tiny: Path, tmp_pa
     assert eventually(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
 
 
-def test_a_port_in_use_is_one_clear_line(tiny: Path, tmp_path: Path) -> None:
+def test_a_port_in_use_is_one_clear_line(model: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(LaunchError, match=rf"port {port} cannot be used \(.*in use\)"):
-            launch(tiny, tmp_path, port=port)
+            launch(model, tmp_path, port=port)
     with pytest.raises(LaunchError, match="port 99999 cannot be used"):
-        launch(tiny, tmp_path, port=99999)
+        launch(model, tmp_path, port=99999)
 
 
 def test_a_load_failure_names_the_reason_and_the_log(tiny: Path, tmp_path: Path) -> None:
@@ -114,21 +151,67 @@ def test_a_load_failure_names_the_reason_and_the_log(tiny: Path, tmp_path: Path)
     assert psutil.Process().children() == []
 
 
-def test_a_child_that_dies_while_starting_is_reported(tiny: Path, tmp_path: Path) -> None:
+@needs_llama_cpp
+def test_llama_cpps_first_error_is_the_reason_of_a_load_failure(tmp_path: Path) -> None:
+    broken = write_gguf(tmp_path / "broken.gguf", TinyModel(architecture="unheard_of"))
+    with launch(broken, tmp_path) as server, pytest.raises(LaunchError) as caught:
+        server.wait_until_ready()
+    assert "unheard_of" in str(caught.value)
+    assert "exit code 1" in str(caught.value)
+    assert str(tmp_path / "logs" / "host.log") in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert psutil.Process().children() == []
+
+
+@needs_llama_cpp
+def test_a_port_is_kept_until_llama_cpp_listens_on_it(tiny_gguf: Path, tmp_path: Path) -> None:
+    with launch(tiny_gguf, tmp_path) as server:
+        port = int(server.url.split(":")[2].split("/")[0])
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        server.wait_until_ready()
+        assert requests.get(f"{server.url}/models", timeout=5).ok
+
+
+@needs_llama_cpp
+def test_web_pages_may_not_use_llama_cpps_server(tiny_gguf: Path, tmp_path: Path) -> None:
+    with launch(tiny_gguf, tmp_path) as server:
+        server.wait_until_ready()
+        page = {"Origin": "https://somewhere.example"}
+        reply = requests.get(f"{server.url}/models", headers=page, timeout=5)
+    assert "Access-Control-Allow-Origin" not in reply.headers
+
+
+def test_a_missing_llama_cpp_is_one_clear_line(
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_choice, "find_spec", lambda name: None)
+    with pytest.raises(LaunchError, match="run `pip install xllamacpp`") as caught:
+        launch(tiny_gguf, tmp_path)
+    assert caught.value.parameter == "engine"
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (4, 2), (8, 4), (16, 8)])
+def test_llama_cpp_leaves_cores_to_the_small_model(cores: int, threads: int) -> None:
+    assert server_choice.server_threads(cores) == threads
+
+
+def test_a_child_that_dies_while_starting_is_reported(model: Path, tmp_path: Path) -> None:
     def kill_children(label: str, done: int, total: int | None) -> None:
         for child in psutil.Process().children():
             child.kill()
 
     with (
-        launch(tiny, tmp_path) as server,
+        launch(model, tmp_path) as server,
         pytest.raises(LaunchError, match="killed, possibly because memory ran out"),
     ):
         server.wait_until_ready(progress=kill_children)
     assert psutil.Process().children() == []
 
 
-def test_a_start_that_takes_too_long_fails(tiny: Path, tmp_path: Path) -> None:
-    with launch(tiny, tmp_path) as server, pytest.raises(LaunchError, match=r"in 0\.05 s"):
+def test_a_start_that_takes_too_long_fails(model: Path, tmp_path: Path) -> None:
+    with launch(model, tmp_path) as server, pytest.raises(LaunchError, match=r"in 0\.05 s"):
         server.wait_until_ready(timeout_s=0.05)
     assert psutil.Process().children() == []
 
@@ -144,6 +227,18 @@ def test_a_model_too_big_for_the_memory_is_refused_with_both_sizes(
     header = json.dumps({"weight": entry}).encode()
     with (big / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(1 << 40)
+    with pytest.raises(NotEnoughSpace, match=r"needs \d+\.\d GiB .* \d+\.\d GiB are free"):
+        launch(big, tmp_path)
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_gguf_file_too_big_for_the_memory_is_refused_with_both_sizes(
+    tiny_gguf: Path, tmp_path: Path
+) -> None:
+    big = tmp_path / "big.gguf"
+    with big.open("wb") as file:
+        file.write(tiny_gguf.read_bytes())
         file.truncate(1 << 40)
     with pytest.raises(NotEnoughSpace, match=r"needs \d+\.\d GiB .* \d+\.\d GiB are free"):
         launch(big, tmp_path)

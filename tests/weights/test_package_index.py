@@ -11,6 +11,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -19,6 +20,7 @@ import pytest
 from mlxroute import weights
 from mlxroute.catalog import Catalog, IndexPart, IndexSource, Model
 from mlxroute.errors import CorruptWeights, WeightsError
+from mlxroute.types import no_notice
 from mlxroute.weights import package_index as index_module
 from tests.support.gguf_files import TinyModel, write_gguf
 from tests.support.hub_server import Site, SiteServer
@@ -243,3 +245,53 @@ def as_toml(model: Model) -> str:
         f'parameters = 1\nhub_id = "{model.hub_id}"\nhub_bytes = 1\n[models.index]\n'
         f'gguf_sha256 = "{model.index.gguf_sha256}"\nconverted_bytes = 1\nparts = [{parts}]\n'
     )
+
+
+def test_a_gguf_file_is_kept_as_it_came(
+    site: Site, model: Model, gguf: bytes, tmp_path: Path
+) -> None:
+    journal = Journal()
+
+    def resolve(function: str = "resolve", *, offline: bool = False) -> weights.LocalModel:
+        local = getattr(weights, function)(
+            "tiny",
+            catalog=Catalog((model,), ()),
+            cache_dir=tmp_path,
+            offline=offline,
+            progress=journal.progress,
+            notify=journal.notices.append,
+            as_gguf=True,
+        )
+        assert isinstance(local, weights.LocalModel)
+        return local
+
+    with pytest.raises(WeightsError, match="run `mlxroute pull tiny --gguf` while online"):
+        resolve(offline=True)
+    local = resolve()
+    assert (local.name, local.path.name) == ("tiny", "tiny.gguf")
+    assert local.path.read_bytes() == gguf
+    assert not list((tmp_path / "staging").iterdir())
+    assert resolve(offline=True) == local
+    local.path.write_bytes(b"x" * len(gguf))
+    with pytest.raises(CorruptWeights, match="run `mlxroute pull tiny --gguf` to fetch it again"):
+        resolve()
+    assert resolve("pull") == local
+    assert local.path.read_bytes() == gguf
+    # The converted model is another entry of the cache.
+    assert get(model, tmp_path).steps
+    assert [entry.name for entry in weights.list_cached(tmp_path)] == ["tiny", "tiny"]
+
+
+def test_an_altered_gguf_file_is_refused(site: Site, model: Model, tmp_path: Path) -> None:
+    assert model.index is not None
+    altered = replace(model, index=replace(model.index, gguf_sha256="0" * 64))
+    with pytest.raises(CorruptWeights, match="its SHA-256 differs"):
+        weights.resolve(
+            "tiny",
+            catalog=Catalog((altered,), ()),
+            cache_dir=tmp_path,
+            offline=False,
+            progress=Journal().progress,
+            notify=no_notice,
+            as_gguf=True,
+        )

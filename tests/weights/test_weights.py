@@ -29,7 +29,12 @@ def gguf(tmp_path: Path) -> Path:
 
 
 def get(
-    spec: str | Path, catalog: Catalog, cache: Path, *, function: str = "resolve"
+    spec: str | Path,
+    catalog: Catalog,
+    cache: Path,
+    *,
+    function: str = "resolve",
+    as_gguf: bool = False,
 ) -> weights.LocalModel:
     return getattr(weights, function)(  # type: ignore[no-any-return]
         str(spec),
@@ -38,6 +43,7 @@ def get(
         offline=True,
         progress=no_progress,
         notify=no_notice,
+        as_gguf=as_gguf,
     )
 
 
@@ -85,6 +91,29 @@ def test_a_gguf_file_is_converted_once(catalog: Catalog, gguf: Path, tmp_path: P
     again = get(gguf, catalog, tmp_path / "cache")
     assert again == first
     assert (again.path / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_llama_cpp_gets_the_users_gguf_file_where_it_is(
+    catalog: Catalog, gguf: Path, tmp_path: Path
+) -> None:
+    local = get(gguf, catalog, tmp_path / "cache", as_gguf=True)
+    assert (local.path, local.name) == (gguf, gguf.stem)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nowhere/missing.gguf", "there is no such file"),
+        ("some-org/some-model", "some-org/some-model has none: give a .gguf file"),
+        ("qwen3-8b", "qwen3-8b has none: give a .gguf file"),
+    ],
+)
+def test_llama_cpp_is_given_nothing_but_gguf_files(
+    catalog: Catalog, tmp_path: Path, spec: str, message: str
+) -> None:
+    with pytest.raises(WeightsError, match=message):
+        get(spec, catalog, tmp_path / "cache", as_gguf=True)
 
 
 def test_a_changed_gguf_file_is_converted_again(
