@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -43,6 +44,11 @@ def record_answer(
         )
         tokens = list(answer)
         large_name = large.model_name
+        alone = generate(
+            small, None, question, router=EntropyRouter(math.inf), max_tokens=max_tokens
+        )
+        for _ in alone:
+            pass
     stats = answer.stats()
     command = ["python", "bench/picture.py", *sys.argv[1:]]
     rows: list[dict[str, Any]] = []
@@ -61,6 +67,7 @@ def record_answer(
         "large": large_name.removesuffix(".gguf"),
         "budget": budget,
         "tokens": rows,
+        "small_alone": alone.stats().text,
         "figures": {
             "tokens": stats.tokens,
             "escalated": stats.escalated,
@@ -78,7 +85,8 @@ def draw_record(record: dict[str, Any], *, dark: bool) -> str:
     figures = record["figures"]
     caption = (
         f"{record['small']} wrote {figures['tokens'] - figures['escalated']} of"
-        f" {figures['tokens']} tokens, {record['large']} the other {figures['escalated']}"
+        f" {figures['tokens']} tokens, {record['large']} the other {figures['escalated']}\n"
+        f"alone, {record['small']} answers: {record['small_alone']}"
     )
     tokens = [PicturedToken(row["text"], row.get("small_text")) for row in record["tokens"]]
     return draw_answer(record["question"], tokens, caption=caption, dark=dark)
