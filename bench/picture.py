@@ -86,7 +86,7 @@ def draw_record(record: dict[str, Any], *, dark: bool) -> str:
     caption = (
         f"{record['small']} wrote {figures['tokens'] - figures['escalated']} of"
         f" {figures['tokens']} tokens, {record['large']} the other {figures['escalated']}\n"
-        f"alone, {record['small']} answers: {record['small_alone']}"
+        f"alone it answers: {record['small_alone']}"
     )
     tokens = [PicturedToken(row["text"], row.get("small_text")) for row in record["tokens"]]
     return draw_answer(record["question"], tokens, caption=caption, dark=dark)
