@@ -35,7 +35,7 @@ _ROOMS: dict[str, set[str]] = {
     "ledger": set(),
     "conversation": set(),
     "tokenizers": set(),
-    "backend": set(),
+    "backend": {"tokenizers"},
     "weights": {"catalog"},
     "questions": set(),
     "routers": set(),

@@ -10,12 +10,15 @@ import json
 import math
 import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from mlxroute.backend.memory import available_bytes
+from mlxroute.backend.plain_model import load_plain_model, read_plain_config
 from mlxroute.errors import NotEnoughSpace, UsageError, WeightsError
 from mlxroute.safe_text import printable_line
+from mlxroute.tokenizers.fast_tokenizer import FastTokenizer, read_plain_tokenizer_config
 
 OVERHEAD_BYTES = 600 * 2**20
 """Memory beside the weights: interpreter, tokenizer, MLX, a KV cache of a few thousand tokens."""
@@ -113,9 +116,7 @@ def check_memory(path: Path, *, role: str) -> None:
 
 
 def load(path: Path, *, adapter: Path | None = None) -> tuple[Any, Any]:
-    """Load a model and its tokenizer; return the `mlx_lm` objects.
-
-    These are an `nn.Module` and a `TokenizerWrapper`.
+    """Load a model and its tokenizer: the `mlx_lm` model, and its tokenizer or a FastTokenizer.
 
     Args:
         path: Model directory.
@@ -126,36 +127,69 @@ def load(path: Path, *, adapter: Path | None = None) -> tuple[Any, Any]:
         UsageError: The adapter does not fit the model.
     """
     import mlx.core as mx
-    from mlx_lm.tokenizer_utils import load as load_tokenizer
-    from mlx_lm.utils import dequantize_model, load_adapters, load_model
 
-    dense = on_cpu()
     try:
-        model, config = load_model(path, lazy=True)
-        if dense:
-            _widen(model)
-            model = dequantize_model(model)
-        mx.eval(model.parameters())
-        # Free the narrower copies of the weights.
-        mx.clear_cache()
-        tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+        loaded = _load_plain(path) if adapter is None else None
+        model, tokenizer = loaded or _load_with_mlx_lm(path)
     except _INVALID_FILES as exc:
         raise WeightsError(f"{path} cannot be loaded as a model: {_reason(exc)}") from exc
     if adapter is not None:
-        try:
-            model = load_adapters(model, str(adapter))
-        except _INVALID_FILES as exc:
-            raise UsageError(
-                f"the adapter {adapter} is not an MLX adapter (as `mlx_lm.lora` writes) that fits"
-                f" {path.name}: {_reason(exc)}",
-                parameter="adapter",
-            ) from exc
-        if dense:
-            _widen(model)
-        mx.eval(model.parameters())
+        model = _add_adapter(model, adapter, path)
+    # Free the narrower copies of the weights.
+    mx.clear_cache()
     model.eval()
     _wire_memory()
     return model, tokenizer
+
+
+def _load_plain(path: Path) -> tuple[Any, Any] | None:
+    """Load a model and tokenizer that need no transformers; None if they do."""
+    import mlx.core as mx
+
+    config = read_plain_config(path)
+    if config is None or read_plain_tokenizer_config(path) is None:
+        return None
+    with ThreadPoolExecutor(1) as pool:
+        # Both take a while without Python's lock: the tokenizer is parsed, the weights are read.
+        tokenizer = pool.submit(FastTokenizer.read, path, eos_token_ids=config.get("eos_token_id"))
+        model = load_plain_model(path, config)
+        if on_cpu():
+            _widen(model)
+        mx.eval(model.parameters())
+    fast = tokenizer.result()
+    return None if fast is None else (model, fast)
+
+
+def _load_with_mlx_lm(path: Path) -> tuple[Any, Any]:
+    import mlx.core as mx
+    from mlx_lm.tokenizer_utils import load as load_tokenizer
+    from mlx_lm.utils import dequantize_model, load_model
+
+    model, config = load_model(path, lazy=True)
+    if on_cpu():
+        _widen(model)
+        model = dequantize_model(model)
+    mx.eval(model.parameters())
+    return model, load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+
+
+def _add_adapter(model: Any, adapter: Path, path: Path) -> Any:
+    """Return a model with LoRA weights. Raises UsageError if they do not fit."""
+    import mlx.core as mx
+    from mlx_lm.utils import load_adapters
+
+    try:
+        model = load_adapters(model, str(adapter))
+    except _INVALID_FILES as exc:
+        raise UsageError(
+            f"the adapter {adapter} is not an MLX adapter (as `mlx_lm.lora` writes) that fits"
+            f" {path.name}: {_reason(exc)}",
+            parameter="adapter",
+        ) from exc
+    if on_cpu():
+        _widen(model)
+    mx.eval(model.parameters())
+    return model
 
 
 def _wire_memory() -> None:

@@ -19,7 +19,6 @@ from mlx_lm.sample_utils import make_sampler
 
 from mlxroute.errors import RollbackError
 from mlxroute.small.batch import Batch
-from mlxroute.small.continuations import continue_greedily
 from mlxroute.small.hidden_state import HiddenStateTap
 from mlxroute.small.kernels import select_kernel, unpack_signals
 from mlxroute.small.kv_cache import CacheCopy, PrefixCache
@@ -197,6 +196,9 @@ class Decoder:
         eos_ids: frozenset[int],
     ) -> list[list[int]]:
         """Continue several sequences greedily, as `continuations.continue_greedily`."""
+        # `mlx_lm.generate` imports transformers, which decoding itself does without.
+        from mlxroute.small.continuations import continue_greedily
+
         return continue_greedily(self._model, starts, max_tokens=max_tokens, eos_ids=eos_ids)
 
     def rollback(self, count: int) -> None:

@@ -12,6 +12,7 @@ from mlxroute.config import user_catalog_dir
 from mlxroute.errors import UsageError
 from mlxroute.small.batch_cost import measure_branch_cost
 from mlxroute.tokenizers.chat_template import ChatTokenizer
+from mlxroute.tokenizers.fast_tokenizer import FastTokenizer
 from mlxroute.types import (
     BranchCost,
     Message,
@@ -46,7 +47,7 @@ class SmallModel:
 
     Args:
         model: The `mlx_lm` model (an `mlx.nn.Module`).
-        tokenizer: The `mlx_lm` tokenizer (a `TokenizerWrapper`).
+        tokenizer: The `mlx_lm` tokenizer (a `TokenizerWrapper`), or a `FastTokenizer`.
         name: The name of the model in results and messages. Score ranks and learned heads are
             looked up by it, so a catalogue model should keep its catalogue name.
         kernel: What computes the signals from the logits: `metal`, the fused Metal kernel; `graph`,
@@ -57,7 +58,6 @@ class SmallModel:
 
     Attributes:
         model: As given.
-        tokenizer: As given.
         name: As given.
         vocabulary: The tokenizer's vocabulary.
         context_length: Greatest total number of tokens of prompt and answer.
@@ -80,13 +80,25 @@ class SmallModel:
         from mlxroute.small.decoder import Decoder
 
         self.model = model
-        self.tokenizer = tokenizer
         self.name = name
+        self._tokenizer = tokenizer
         self._chat_tokenizer = ChatTokenizer(tokenizer, name=name)
         self.vocabulary = self._chat_tokenizer.vocabulary
         self.context_length = _context_length(model)
         self.head: MlpHead | None = None
         self._decoder = Decoder(model, kernel=kernel, notify=notify)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The `mlx_lm` tokenizer (a `TokenizerWrapper`).
+
+        Where `load` found a tokenizer that needs no transformers, this reads it in full at first
+        use; conversations are rendered by it from then on.
+        """
+        if isinstance(self._tokenizer, FastTokenizer):
+            self._tokenizer = self._tokenizer.read_in_full()
+            self._chat_tokenizer = ChatTokenizer(self._tokenizer, name=self.name)
+        return self._tokenizer
 
     @classmethod
     def load(

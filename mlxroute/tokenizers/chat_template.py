@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from mlxroute.errors import UsageError, WeightsError
+from mlxroute.tokenizers.fast_tokenizer import FastTokenizer
 from mlxroute.tokenizers.token_vocabulary import TokenVocabulary
 from mlxroute.types import Message
 
@@ -15,7 +16,7 @@ class ChatTokenizer:
     """Renders conversations for a model and encodes them; wraps `mlx_lm`'s TokenizerWrapper.
 
     Args:
-        tokenizer: The TokenizerWrapper.
+        tokenizer: The TokenizerWrapper, or a FastTokenizer.
         name: The model's name, for error messages.
     """
 
@@ -30,6 +31,10 @@ class ChatTokenizer:
 
         Raises WeightsError if the files are not those of a tokenizer.
         """
+        # Its end tokens are those of the model's configuration, which is not read here.
+        fast = FastTokenizer.read(path, eos_token_ids=None)
+        if fast is not None:
+            return cls(fast, name=name)
         from mlx_lm.tokenizer_utils import load
 
         try:

@@ -14,7 +14,7 @@ class TokenVocabulary:
     """The vocabulary of a loaded tokenizer; implements `mlxroute.types.Vocabulary`.
 
     Args:
-        tokenizer: `mlx_lm`'s TokenizerWrapper around a fast tokenizer.
+        tokenizer: `mlx_lm`'s TokenizerWrapper around a fast tokenizer, or a FastTokenizer.
     """
 
     def __init__(self, tokenizer: Any) -> None:

@@ -1,0 +1,196 @@
+"""A model's tokenizer, read by the `tokenizers` library alone.
+
+`mlx_lm` reads it with transformers, whose import and reading take seconds. For plain tokenizers,
+such as those converted from GGUF files, the results are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+# The settings of tokenizer_config.json that this module understands.
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+_SETTINGS = {*_ROLES, "chat_template", "model_max_length", "clean_up_tokenization_spaces"}
+_CLASS = "PreTrainedTokenizerFast"
+# Files that add to tokenizer.json and tokenizer_config.json, or replace parts of them.
+_OTHER_FILES = (
+    "added_tokens.json",
+    "additional_chat_templates",
+    "chat_template.jinja",
+    "chat_template.json",
+    "special_tokens_map.json",
+)
+# What only transformers renders: its own block tag, and switches whose names differ.
+_SPECIAL_TEMPLATE_WORDS = ("generation %}", "generation -%}", "think")
+
+
+class FastTokenizer:
+    """The part of `mlx_lm`'s TokenizerWrapper that mlxroute uses, under the same names.
+
+    Args:
+        backend: The `tokenizers.Tokenizer`.
+        path: Folder of its files.
+        config: Contents of tokenizer_config.json.
+        eos_token_ids: Ids that end an answer, besides that of `eos_token`.
+
+    Attributes:
+        backend_tokenizer: As `backend`.
+        bos_token: The begin token; None if there is none.
+        has_chat_template: Whether conversations can be rendered.
+    """
+
+    def __init__(
+        self, backend: Any, *, path: Path, config: Mapping[str, Any], eos_token_ids: Iterable[int]
+    ) -> None:
+        self.backend_tokenizer = backend
+        self._path = path
+        self._template = config.get("chat_template")
+        self._roles = {role: config[role] for role in _ROLES if role in config}
+        self._eos_ids = tuple(eos_token_ids)
+        self._lock = threading.Lock()
+        self.bos_token: str | None = self._roles.get("bos_token")
+        self.has_chat_template = self._template is not None
+
+    @classmethod
+    def read(cls, path: Path, *, eos_token_ids: int | Iterable[int] | None) -> Self | None:
+        """Read the tokenizer of a model directory; return None if only transformers can.
+
+        A file that cannot be read is left to transformers too, which raises the error.
+        """
+        from tokenizers import Tokenizer
+
+        config = read_plain_tokenizer_config(path)
+        if config is None:
+            return None
+        try:
+            backend = Tokenizer.from_file(str(path / "tokenizer.json"))
+        except Exception:  # noqa: BLE001  The library raises Exception itself.
+            return None
+        special = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
+        if not special.issuperset(config[role] for role in _ROLES if role in config):
+            return None
+        if isinstance(eos_token_ids, int):
+            eos_token_ids = [eos_token_ids]
+        return cls(backend, path=path, config=config, eos_token_ids=eos_token_ids or ())
+
+    def read_in_full(self) -> Any:
+        """Return `mlx_lm`'s TokenizerWrapper for the same files."""
+        from mlx_lm.tokenizer_utils import load
+
+        return load(self._path, eos_token_ids=list(self._eos_ids) or None)
+
+    def __len__(self) -> int:
+        return int(self.backend_tokenizer.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, Any]:
+        """The added tokens by id."""
+        return dict(self.backend_tokenizer.get_added_tokens_decoder())
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """The ids of the tokens with a role."""
+        return [self.backend_tokenizer.token_to_id(token) for token in self._roles.values()]
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The id of the begin token; None if there is none."""
+        return None if self.bos_token is None else self._id(self.bos_token)
+
+    @property
+    def eos_token_ids(self) -> set[int]:
+        """The ids that end an answer."""
+        own = self._roles.get("eos_token")
+        return {*self._eos_ids, *([] if own is None else [self._id(own)])}
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return the ids by piece, added tokens included."""
+        return dict(self.backend_tokenizer.get_vocab(with_added_tokens=True))
+
+    def convert_ids_to_tokens(self, token_id: int) -> str | None:
+        """Return the piece of an id."""
+        piece: str | None = self.backend_tokenizer.id_to_token(token_id)
+        return piece
+
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, split_special_tokens: bool = False
+    ) -> list[int]:
+        """Return the ids of a text.
+
+        Args:
+            text: The text.
+            add_special_tokens: Whether to add what the tokenizer puts around a text, such as a
+                begin token.
+            split_special_tokens: Whether special tokens in the text are ordinary text.
+        """
+        with self._lock:
+            if self.backend_tokenizer.encode_special_tokens != split_special_tokens:
+                self.backend_tokenizer.encode_special_tokens = split_special_tokens
+            encoding = self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return list(encoding.ids)
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, str]], *, tokenize: bool = False, **values: Any
+    ) -> str:
+        """Return a conversation as text; `values` are variables of the template."""
+        assert not tokenize
+        chat = [dict(message) for message in messages]
+        text: str = self._compiled_template.render(
+            messages=chat, tools=None, documents=None, **self._roles, **values
+        )
+        return text
+
+    @cached_property
+    def _compiled_template(self) -> Any:
+        """The template in the environment that transformers gives chat templates."""
+        from jinja2 import TemplateError
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def raise_exception(message: str) -> None:
+            raise TemplateError(message)
+
+        def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+            return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
+        environment.filters["tojson"] = to_json
+        environment.globals["raise_exception"] = raise_exception
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        return environment.from_string(str(self._template))
+
+    def _id(self, token: str) -> int:
+        return int(self.backend_tokenizer.token_to_id(token))
+
+
+def read_plain_tokenizer_config(path: Path) -> dict[str, Any] | None:
+    """Return the tokenizer_config.json of a model directory if a FastTokenizer follows all of it.
+
+    None for any other, or if it cannot be read.
+    """
+    if any((path / name).exists() for name in _OTHER_FILES):
+        return None
+    try:
+        config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config if _is_plain(config) else None
+
+
+def _is_plain(config: Any) -> bool:
+    """Return whether this module understands everything in a tokenizer_config.json."""
+    if not isinstance(config, dict) or config.keys() - _SETTINGS != {"tokenizer_class"}:
+        return False
+    texts = [config[key] for key in (*_ROLES, "chat_template") if key in config]
+    if config["tokenizer_class"] != _CLASS or not all(isinstance(text, str) for text in texts):
+        return False
+    template = config.get("chat_template", "")
+    return not any(word in template for word in _SPECIAL_TEMPLATE_WORDS)

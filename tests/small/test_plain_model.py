@@ -1,0 +1,108 @@
+"""Models loaded without transformers: the same as by mlx_lm, and only where they can be."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from mlxroute.backend.load import load
+from mlxroute.backend.plain_model import load_plain_model, read_plain_config
+from mlxroute.small import SmallModel
+from mlxroute.tokenizers.fast_tokenizer import FastTokenizer
+from tests.support.tiny import make_tiny_model
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_plain_model_is_the_one_that_mlx_lm_loads(
+    tmp_path: Path, model_type: str, tied: bool
+) -> None:
+    from mlx_lm.utils import load_model
+
+    path = make_tiny_model(tmp_path / "m", model_type=model_type, tied=tied)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
+    config = read_plain_config(path)
+    assert config is not None
+    expected, expected_config = load_model(path)
+    assert config == expected_config
+    model = load_plain_model(path, config)
+    assert type(model) is type(expected)
+    weights = [dict(tree_flatten(m.parameters())) for m in (model, expected)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(mx.array_equal(weights[0][name], weights[1][name]) for name in weights[0])
+    ids = mx.array([[1, 5, 9]])
+    loaded, tokenizer = load(path)
+    assert isinstance(tokenizer, FastTokenizer)
+    assert mx.array_equal(loaded(ids), expected(ids))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "gemma3_text"},
+        {"quantization": {"group_size": 32, "bits": 4}},
+        {"quantization_config": {"quant_method": "fp8"}},
+        {"model_file": "model.py"},
+        {"text_config": {}},
+    ],
+)
+def test_other_models_are_left_to_mlx_lm(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = make_tiny_model(tmp_path / "m")
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert read_plain_config(path) is None
+
+
+def test_the_public_tokenizer_is_that_of_mlx_lm(tmp_path: Path) -> None:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    model, tokenizer = load(make_tiny_model(tmp_path / "m"))
+    small = SmallModel(model, tokenizer, name="m")
+    before = small.render([{"role": "user", "content": "hi"}])
+    assert isinstance(small.tokenizer, TokenizerWrapper)
+    assert small.tokenizer is small.tokenizer
+    assert small.tokenizer.eos_token_ids == small.vocabulary.eos_ids
+    assert small.render([{"role": "user", "content": "hi"}]) == before
+
+
+def run_python(script: str, *arguments: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()[-1]
+
+
+def test_an_answer_of_a_plain_model_imports_nothing_that_takes_long(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path / "m")
+    script = (
+        "import sys\n"
+        "from mlxroute.cli import main\n"
+        "main(['ask', '--offline', '--max-tokens', '2', '--small', sys.argv[1], 'hi'])\n"
+        "names = ('transformers', 'huggingface_hub', 'requests', 'numpy', 'gguf')\n"
+        "print([name for name in names if name in sys.modules])"
+    )
+    assert run_python(script, str(path)) == "[]"
+
+
+def test_mlx_lm_is_complete_when_it_is_used_after_a_plain_model() -> None:
+    script = (
+        "import sys\n"
+        "from mlxroute.backend.mlx_lm_package import defer_mlx_lm_init\n"
+        "defer_mlx_lm_init()\n"
+        "import mlx_lm.models.llama\n"
+        "light = 'transformers' not in sys.modules\n"
+        "import mlx_lm\n"
+        "from mlx_lm import stream_generate\n"
+        "from mlx_lm.generate import stream_generate as same\n"
+        "defer_mlx_lm_init()\n"
+        "print(light, stream_generate is same, mlx_lm.__version__ != '', mlx_lm.load is not None)"
+    )
+    assert run_python(script) == "True True True True"
