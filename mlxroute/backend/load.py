@@ -115,12 +115,15 @@ def check_memory(path: Path, *, role: str) -> None:
         )
 
 
-def load(path: Path, *, adapter: Path | None = None) -> tuple[Any, Any]:
+def load(
+    path: Path, *, adapter: Path | None = None, full_tokenizer: bool = False
+) -> tuple[Any, Any]:
     """Load a model and its tokenizer: the `mlx_lm` model, and its tokenizer or a FastTokenizer.
 
     Args:
         path: Model directory.
         adapter: Folder of LoRA weights as `mlx_lm.lora` writes. None (default) for none.
+        full_tokenizer: Whether the tokenizer must be that of `mlx_lm`. False by default.
 
     Raises:
         WeightsError: The files cannot be loaded.
@@ -133,6 +136,8 @@ def load(path: Path, *, adapter: Path | None = None) -> tuple[Any, Any]:
         model, tokenizer = loaded or _load_with_mlx_lm(path)
     except _INVALID_FILES as exc:
         raise WeightsError(f"{path} cannot be loaded as a model: {_reason(exc)}") from exc
+    if full_tokenizer and isinstance(tokenizer, FastTokenizer):
+        tokenizer = tokenizer.read_in_full()
     if adapter is not None:
         model = _add_adapter(model, adapter, path)
     # Free the narrower copies of the weights.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mlxroute.backend.mlx_lm_package import defer_mlx_lm_init
 
@@ -52,7 +52,7 @@ def load_plain_model(path: Path, config: dict[str, Any]) -> Any:
     architecture = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     weights: dict[str, Any] = {}
     for file in sorted(path.glob("model*.safetensors")):
-        weights.update(mx.load(str(file)))
+        weights.update(cast(dict[str, Any], mx.load(str(file))))
     model = architecture.Model(architecture.ModelArgs.from_dict(config))
     if hasattr(model, "sanitize"):
         weights = model.sanitize(weights)

@@ -83,7 +83,7 @@ def _load(path: str, *, adapter_path: str | None = None, **_: object) -> tuple[A
     from mlxroute.backend.load import load
 
     adapter = None if adapter_path is None else Path(adapter_path)
-    model, tokenizer = load(Path(path), adapter=adapter)
+    model, tokenizer = load(Path(path), adapter=adapter, full_tokenizer=True)
     return model, tokenizer, json.loads(Path(path, "config.json").read_text(encoding="utf-8"))
 
 
