@@ -15,7 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from mlxroute.backend.memory import available_bytes
-from mlxroute.backend.plain_model import load_plain_model, read_plain_config
+from mlxroute.backend.plain_model import (
+    keep_embedding_narrow,
+    load_plain_model,
+    read_plain_config,
+)
 from mlxroute.errors import NotEnoughSpace, UsageError, WeightsError
 from mlxroute.safe_text import printable_line
 from mlxroute.tokenizers.fast_tokenizer import FastTokenizer, read_plain_tokenizer_config
@@ -159,7 +163,7 @@ def _load_plain(path: Path) -> tuple[Any, Any] | None:
         tokenizer = pool.submit(FastTokenizer.read, path, eos_token_ids=config.get("eos_token_id"))
         model = load_plain_model(path, config)
         if on_cpu():
-            _widen(model)
+            _widen(model, kept=keep_embedding_narrow(model))
         mx.eval(model.parameters())
     fast = tokenizer.result()
     return None if fast is None else (model, fast)
@@ -205,8 +209,8 @@ def _wire_memory() -> None:
         mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
 
 
-def _widen(model: Any) -> None:
-    """Convert floating-point weights to float32, lazily, on several streams.
+def _widen(model: Any, *, kept: frozenset[str] = frozenset()) -> None:
+    """Convert floating-point weights but those `kept` to float32, lazily, on several streams.
 
     Most of the time goes into the operating system's work when a thread first writes to new
     memory; the streams share it.
@@ -218,7 +222,7 @@ def _widen(model: Any) -> None:
     loads = [0] * len(streams)
     wide = []
     for name, value in sorted(tree_flatten(model.parameters()), key=lambda item: -item[1].size):
-        if mx.issubdtype(value.dtype, mx.floating):
+        if mx.issubdtype(value.dtype, mx.floating) and name not in kept:
             index = loads.index(min(loads))
             loads[index] += value.size
             wide.append((name, value.astype(mx.float32, stream=streams[index])))

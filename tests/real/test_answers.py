@@ -21,7 +21,7 @@ from tests.conftest import CACHE_DIR
 TOKEN_KEYS = {
     *("type", "index", "id", "text", "source", "score", "entropy_nats", "margin", "small_id"),
     *("escalated", "checked", "large", "prefetched", "failure", "time_s"),
-    *("threshold", "judgement"),
+    *("threshold", "judgement", "accepted"),
 }
 SUMMARY_KEYS = {
     *("type", "text", "tokens", "escalated", "escalation_rate", "agreement", "fallbacks"),

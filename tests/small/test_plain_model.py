@@ -6,13 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxroute.backend.load import load
+from mlxroute.backend.load import load, on_cpu
 from mlxroute.backend.plain_model import load_plain_model, read_plain_config
 from mlxroute.small import SmallModel
 from mlxroute.tokenizers.fast_tokenizer import FastTokenizer
@@ -41,6 +41,29 @@ def test_a_plain_model_is_the_one_that_mlx_lm_loads(
     loaded, tokenizer = load(path)
     assert isinstance(tokenizer, FastTokenizer)
     assert mx.array_equal(loaded(ids), expected(ids))
+
+
+@pytest.mark.skipif(not on_cpu(), reason="Metal and CUDA run half-precision weights as they are")
+@pytest.mark.parametrize("tied", [True, False])
+def test_half_precision_weights_give_the_numbers_of_wide_ones(tmp_path: Path, tied: bool) -> None:
+    path = make_tiny_model(tmp_path / "m", model_type="qwen2", tied=tied)
+    file = str(path / "model.safetensors")
+    weights = cast(dict[str, mx.array], mx.load(file))
+    narrow = {name: value.astype(mx.float16) for name, value in weights.items()}
+    mx.eval(narrow)
+    mx.save_safetensors(file, narrow, {"format": "mlx"})
+    config = read_plain_config(path)
+    assert config is not None
+    wide = load_plain_model(path, config)
+    wide.load_weights([(name, value.astype(mx.float32)) for name, value in narrow.items()])
+    model, _ = load(path)
+    ids = mx.array([[1, 5, 9, 300]])
+    logits = model(ids)
+    assert logits.dtype == mx.float32
+    assert mx.array_equal(logits, wide(ids))
+    dtypes = {name: value.dtype for name, value in tree_flatten(model.parameters())}
+    kept = set() if tied else {"model.embed_tokens.weight"}
+    assert {name for name, dtype in dtypes.items() if dtype != mx.float32} == kept
 
 
 @pytest.mark.parametrize(
