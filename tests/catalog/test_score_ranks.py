@@ -12,7 +12,7 @@ from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli import main
 from mlxroute.config import user_catalog_dir
 from mlxroute.errors import CatalogError
-from mlxroute.routers import make_router
+from mlxroute.routers import SCORES, make_router
 from tests.support.tiny import make_tiny_model
 
 
@@ -77,7 +77,8 @@ def test_calibrate_writes_the_ranks_that_budgets_start_from(
     assert report["thresholds"]["entropy"]["0.07"] == round(
         ranks.threshold_at_rate("entropy", 0.07), 5
     )
-    assert set(ranks.quantiles) == {"entropy", "margin", "max-probability", "logu", "random"}
+    # A head needs hidden states, so it brings its own.
+    assert set(ranks.quantiles) == set(SCORES) - {"head"}
 
 
 def test_calibrate_refuses_too_few_positions(
