@@ -106,6 +106,8 @@ def tell_story(
             candidates=question.candidates,
             small_wrong=question.small_wrong,
             corrected=question.corrected,
+            small_right=question.small_right,
+            spoiled=question.spoiled,
         )
         paragraphs.insert(1, choice)
     for paragraph in filter(None, paragraphs):
@@ -232,7 +234,7 @@ class _Stage:
             stats=stats,
             is_judged=bool(self._question.answers),
             is_right=self._question.judge(stats.text),
-            conclusion=printable_line(conclusion, limit=40).strip(" .*:") if conclusion else None,
+            conclusion=printable_line(conclusion, limit=40) if conclusion else None,
             failure=_failure(stats) if threshold == -math.inf else None,
         )
         self._err.print(result_line(shown), style="dim", markup=False)

@@ -11,6 +11,7 @@ from pathlib import Path
 from mlxroute.errors import UsageError
 
 _CONCLUSION = re.compile(r"answer\s+is\b", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"[.!?](?=\s)|\n")
 _WORD = re.compile(r"\w+")
 
 
@@ -25,6 +26,8 @@ class DemoQuestion:
         candidates: Number of questions that it was chosen from. 0 by default.
         small_wrong: Those of them that the small model alone answered wrong. 0 by default.
         corrected: Those of these that the routed answer got right. 0 by default.
+        small_right: Candidates that the small model alone answered right. 0 by default.
+        spoiled: Those of these that the routed answer did not get right. 0 by default.
     """
 
     prompt: str
@@ -33,6 +36,8 @@ class DemoQuestion:
     candidates: int = 0
     small_wrong: int = 0
     corrected: int = 0
+    small_right: int = 0
+    spoiled: int = 0
 
     def judge(self, text: str) -> bool | None:
         """Return whether an answer is right; None if it has no conclusion or cannot be judged."""
@@ -53,17 +58,23 @@ def read_demo_question(path: Path) -> DemoQuestion:
             candidates=row["candidates"],
             small_wrong=row["small_wrong"],
             corrected=row["corrected"],
+            small_right=row["small_right"],
+            spoiled=row["spoiled"],
         )
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise UsageError(f"{path} is not a question for the demo: {exc}") from exc
 
 
 def find_conclusion(text: str) -> str | None:
-    """Return the line after the last "answer is" of a text; None if there is none."""
+    """Return the rest of the sentence after the last "answer is" of a text; None if there is none.
+
+    Of a calculation, only what follows the last equals sign counts.
+    """
     matches = list(_CONCLUSION.finditer(text))
     if not matches:
         return None
-    return text[matches[-1].end() :].strip().partition("\n")[0] or None
+    sentence = _SENTENCE_END.split(text[matches[-1].end() :].strip())[0]
+    return sentence.rpartition("=")[2].strip(' .:*`"') or None
 
 
 def _contains(text: str, answer: str) -> bool:

@@ -103,12 +103,21 @@ def describe_outcome(
     return f"{sentence} {_compare_times(routed, large)}".strip()
 
 
-def describe_choice(*, pair: str, candidates: int, small_wrong: int, corrected: int) -> str:
-    """Return how the question was chosen: from how many, and how often routing helped there."""
+def describe_choice(
+    *,
+    pair: str,
+    candidates: int,
+    small_wrong: int,
+    corrected: int,
+    small_right: int,
+    spoiled: int,
+) -> str:
+    """Return how the question was chosen: from how many, and what routing did there."""
     return (
-        f"The question was chosen because it shows the effect: with {pair}, of {candidates:,}"
-        f" questions the small model alone had {small_wrong:,} wrong, and the routed answer was"
-        f" right for {corrected:,} of these."
+        f"The question was chosen because it shows the effect. With {pair}, of {candidates:,}"
+        f" questions the small model alone had {small_wrong:,} wrong and {small_right:,} right;"
+        f" routing made {corrected:,} of the wrong ones right, and {spoiled:,} of the right ones"
+        " wrong or unclear."
     )
 
 

@@ -25,7 +25,14 @@ from tests.support.fakes import EOS, ScriptedLarge, ScriptedReply, ScriptedSmall
 
 PAIR = Pair("tiny", "huge", same_vocabulary=True, threshold=1.0, calibration="none")
 QUESTION = DemoQuestion(
-    "Which?", ("B", "bee"), pair="tiny+huge", candidates=30, small_wrong=20, corrected=9
+    "Which?",
+    ("B", "bee"),
+    pair="tiny+huge",
+    candidates=30,
+    small_wrong=20,
+    corrected=9,
+    small_right=7,
+    spoiled=2,
 )
 # The small model is unsure of the last letter alone.
 SMALL_ANSWER = b"Well, the answer is A."
@@ -107,8 +114,8 @@ def test_the_expected_outcome_is_told_with_how_the_question_was_chosen() -> None
     text = Demo().text
     assert "tiny alone was wrong. With 1 of 23 tokens from the large model" in text
     assert "the answer became right. huge alone was right too, with all 17 tokens its own." in text
-    assert "chosen because it shows the effect: with tiny+huge, of 30 questions" in text
-    assert "had 20 wrong, and the routed answer was right for 9 of these" in text
+    assert "chosen because it shows the effect. With tiny+huge, of 30 questions" in text
+    assert "had 20 wrong and 7 right; routing made 9 of the wrong ones right, and 2 of" in text
 
 
 @pytest.mark.parametrize(
@@ -195,7 +202,8 @@ def test_the_shipped_question_is_one_of_the_measured_candidates() -> None:
     question = read_demo_question(find_bench_file("questions", "demo.json"))
     assert question.prompt.endswith("then end with: Therefore, the answer is ...")
     assert question.answers
-    assert 0 < question.corrected <= question.small_wrong <= question.candidates
+    assert 0 < question.corrected <= question.small_wrong
+    assert question.spoiled <= question.small_right <= question.candidates - question.small_wrong
     pair = Catalog.load().find_pair(*question.pair.split("+"))
     assert pair is not None
 
@@ -209,6 +217,9 @@ def test_the_shipped_question_is_one_of_the_measured_candidates() -> None:
         ("B it is. The answer is A.", False),
         ("The answer is A.\nNot B.", False),
         ("The answer is Abba.", False),
+        ("The answer is A. A is not B.", False),
+        ("The answer is B - 1 = A", False),
+        ("The answer is A + 1 = B.", True),
         ("B", None),
         ("The answer is", None),
         ("", None),
