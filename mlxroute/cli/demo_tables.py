@@ -55,7 +55,7 @@ def list_escalations(tokens: Sequence[Token], vocabulary: Vocabulary) -> list[Es
             large = escalation.large
             row = EscalatedToken(
                 number=token.index + 1,
-                before=printable_line(text[-_CONTEXT_CHARACTERS:]),
+                before=_end_of(text),
                 small=show((escalation.small_id,)),
                 large=None if large is None else show(large.token_ids),
                 agreed=escalation.agreed,
@@ -70,7 +70,7 @@ def table_of_escalations(rows: Sequence[EscalatedToken], *, width: int) -> Table
     lines = []
     for row in rows[:_MAX_ROWS]:
         large = "no answer" if row.large is None else "the same" if row.agreed else row.large
-        lines.append((str(row.number), f"…{row.before}" if row.before else "", row.small, large))
+        lines.append((str(row.number), row.before, row.small, large))
     table = _table(("token", "after", "small model", "large model"), lines, width, optional=1)
     if len(rows) > _MAX_ROWS:
         table.caption = f"and {len(rows) - _MAX_ROWS} more"
@@ -103,6 +103,14 @@ def table_of_commands(rows: Sequence[tuple[str, str]]) -> Table:
     for command, effect in rows:
         table.add_row(Text(command), Text(effect))
     return table
+
+
+def _end_of(text: str) -> str:
+    """Return the last whole words of a text as one line, after "…" if there are words before."""
+    line = printable_line(text, limit=len(text) + 1)
+    if len(line) <= _CONTEXT_CHARACTERS:
+        return line
+    return "…" + line[-_CONTEXT_CHARACTERS:].partition(" ")[2]
 
 
 def _table(

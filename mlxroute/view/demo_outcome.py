@@ -114,10 +114,9 @@ def describe_choice(
 ) -> str:
     """Return how the question was chosen: from how many, and what routing did there."""
     return (
-        f"The question was chosen because it shows the effect. With {pair}, of {candidates:,}"
-        f" questions the small model alone had {small_wrong:,} wrong and {small_right:,} right;"
-        f" routing made {corrected:,} of the wrong ones right, and {spoiled:,} of the right ones"
-        " wrong or unclear."
+        f"The question was chosen because it shows the effect: of {candidates:,} tried with {pair},"
+        f" routing made {corrected:,} of the {small_wrong:,} right that the small model alone had"
+        f" wrong, and {spoiled:,} of the {small_right:,} wrong or unclear that it had right."
     )
 
 

@@ -114,8 +114,8 @@ def test_the_expected_outcome_is_told_with_how_the_question_was_chosen() -> None
     text = Demo().text
     assert "tiny alone was wrong. With 1 of 23 tokens from the large model" in text
     assert "the answer became right. huge alone was right too, with all 17 tokens its own." in text
-    assert "chosen because it shows the effect. With tiny+huge, of 30 questions" in text
-    assert "had 20 wrong and 7 right; routing made 9 of the wrong ones right, and 2 of" in text
+    assert "it shows the effect: of 30 tried with tiny+huge, routing made 9 of the 20" in text
+    assert "alone had wrong, and 2 of the 7 wrong or unclear that it had right." in text
 
 
 @pytest.mark.parametrize(
@@ -157,17 +157,22 @@ def test_escalated_tokens_are_listed_with_both_choices() -> None:
     lines = Demo().lines
     header = next(i for i, line in enumerate(lines) if line.startswith("token"))
     assert lines[header].split() == ["token", "after", "small", "model", "large", "model"]
-    row = [str(UNSURE_AT + 1), "…Well,", "the", "answer", "is", '"A"', '"B"']
+    row = [str(UNSURE_AT + 1), "Well,", "the", "answer", "is", '"A"', '"B"']
     assert lines[header + 1].split() == row
     assert lines[header + 2] == ""
+
+
+def test_the_text_before_a_token_is_cut_between_words() -> None:
+    small = ScriptedSmall(b"Some words that fill the line, the answer is A", entropies={45: 2.0})
+    assert '46 …fill the line, the answer is "A" "B"' in Demo(small=small).text
 
 
 def test_agreement_and_text_like_markup_are_listed_as_they_are() -> None:
     small = ScriptedSmall(b"[b]the answer is B", entropies={0: 2.0, 3: 2.0})
     text = Demo(small=small, routed=b"[", large="the answer is B").text
     assert '1 "[" the same' in text
-    assert '4 …[b] "t" "t"' not in text
-    assert "4 …[b]" in text
+    assert '4 [b] "t" "t"' not in text
+    assert "4 [b]" in text
 
 
 def test_a_narrow_terminal_has_narrow_tables() -> None:
@@ -180,7 +185,7 @@ def test_a_narrow_terminal_has_narrow_tables() -> None:
 def test_a_failed_call_leaves_the_small_models_token_and_is_counted() -> None:
     demo = Demo(routed=LargeTimeout("late"))
     assert demo.out.getvalue().splitlines()[1] == "Well, the answer is A."
-    assert f'{UNSURE_AT + 1} …Well, the answer is "A" no answer' in demo.text
+    assert f'{UNSURE_AT + 1} Well, the answer is "A" no answer' in demo.text
     assert "1 position should have been checked with huge, which did not answer." in demo.text
 
 
