@@ -131,7 +131,10 @@ def _answer_three_times(
     )
     small, _ = stage.show(alone, f"1. {pair.small} alone", f"{pair.small} alone", math.inf)
     routing = session.routing
-    heading = f"2. {pair.small}, asking {pair.large} {routing.describe()}"
+    rule = routing.describe()
+    if (allowance := routing.describe_budget()) is not None:
+        rule = f"where it is least sure, for at most {allowance}"
+    heading = f"2. {pair.small}, asking {pair.large} {rule}"
     routed, tokens = stage.show(
         session.answer(messages), heading, "The routed answer", routing.threshold
     )

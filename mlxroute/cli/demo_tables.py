@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # On narrower terminals the tables have fewer columns.
 _WIDE_COLUMNS: Final = 60
-_CONTEXT_CHARACTERS: Final = 26
+_CONTEXT_CHARACTERS: Final = 32
 _MAX_ROWS: Final = 16
 
 

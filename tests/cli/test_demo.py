@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -52,11 +53,12 @@ class Demo:
         never_send: tuple[re.Pattern[str], ...] = (),
         small: ScriptedSmall | None = None,
         width: int = 100,
+        rule: dict[str, Any] | None = None,
     ) -> None:
         own_answer: list[ScriptedReply] = [bytes([code]) for code in large.encode()]
         self.large = ScriptedLarge([routed, *own_answer, large_end])
         self.out, self.err = io.StringIO(), io.StringIO()
-        router = make_router("entropy", threshold=1.0)
+        router = make_router("entropy", **(rule or {"threshold": 1.0}))
         ranks = ScoreRanks("tiny", "none", 0, {})
         session = Session(
             small or ScriptedSmall(SMALL_ANSWER, entropies={UNSURE_AT: 2.0}),  # type: ignore[arg-type]
@@ -108,6 +110,11 @@ def test_the_three_answers_are_shown_each_with_its_verdict_and_figures() -> None
         "2. tiny, asking huge where entropy is above 1 nats",
         "3. huge alone",
     ]
+
+
+def test_the_heading_names_the_whole_budget() -> None:
+    text = Demo(rule={"budget": 0.07}).text
+    assert "asking huge where it is least sure, for at most 7% of the tokens and 4 more" in text
 
 
 def test_the_expected_outcome_is_told_with_how_the_question_was_chosen() -> None:
