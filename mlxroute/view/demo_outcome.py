@@ -130,7 +130,7 @@ def _compare_times(routed: DemoAnswer, large: DemoAnswer) -> str:
         return f"The routed answer was written {ratio:.1f} times as fast as the large model's own."
     return (
         "On this machine the large model alone wrote faster; routing pays where the large model is"
-        " slower, far away, or paid by the token."
+        " slower or far away."
     )
 
 
