@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from mlxroute.cli.demo_tables import (
     list_escalations,
+    result_text,
     table_of_answers,
     table_of_commands,
     table_of_escalations,
@@ -36,7 +37,6 @@ from mlxroute.view import (
     closing_paragraph,
     describe_choice,
     describe_outcome,
-    result_line,
 )
 
 if TYPE_CHECKING:
@@ -240,5 +240,5 @@ class _Stage:
             conclusion=printable_line(conclusion, limit=40) if conclusion else None,
             failure=_failure(stats) if threshold == -math.inf else None,
         )
-        self._err.print(result_line(shown), style="dim", markup=False)
+        self._err.print(result_text(shown))
         return shown, tuple(kept.tokens)

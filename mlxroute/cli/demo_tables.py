@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Final
 from mlxroute.cli.terminal import make_table
 from mlxroute.safe_text import printable, printable_line
 from mlxroute.types import Token, Vocabulary
-from mlxroute.view import DemoAnswer
+from mlxroute.view import DemoAnswer, result_line
 from mlxroute.view.figures import format_seconds, format_size
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
+_VERDICT_STYLES: Final = {"right": "bold green", "wrong": "bold red"}
 # On narrower terminals the tables have fewer columns.
 _WIDE_COLUMNS: Final = 60
 _CONTEXT_CHARACTERS: Final = 32
@@ -77,6 +79,16 @@ def table_of_escalations(rows: Sequence[EscalatedToken], *, width: int) -> Table
     return table
 
 
+def result_text(answer: DemoAnswer) -> Text:
+    """Return the line about a finished answer, with its verdict in colour."""
+    from rich.text import Text
+
+    text = Text(result_line(answer))
+    text.stylize("dim", len(answer.verdict))
+    text.stylize(_VERDICT_STYLES.get(answer.verdict, ""), 0, len(answer.verdict))
+    return text
+
+
 def table_of_answers(answers: Sequence[DemoAnswer], *, width: int) -> Table:
     """Return a table of the verdict, time, tokens and uploads of the three answers."""
     lines = [
@@ -123,5 +135,5 @@ def _table(
     table = make_table(*(columns[i] for i in kept), fold=True)
     for line in lines:
         # Text, unlike a string, is not read as markup.
-        table.add_row(*(Text(line[i]) for i in kept))
+        table.add_row(*(Text(line[i], _VERDICT_STYLES.get(line[i], "")) for i in kept))
     return table
