@@ -39,7 +39,9 @@ def no_large_lines(command: str, words: Sequence[str] = ()) -> list[str]:
 
 def describe_server(server: RunningServer) -> str:
     """Return a server's kind, address and first models, as printable text."""
-    names = [printable_line(name, limit=_NAME_LIMIT) for name in server.writers[:_MAX_NAMES]]
+    # Some servers give a model the path of its folder as its name.
+    names = [name.rsplit("/", 1)[-1] if name[0] == "/" else name for name in server.writers]
+    names = [printable_line(name, limit=_NAME_LIMIT) for name in names[:_MAX_NAMES]]
     others = len(server.writers) - len(names)
     more = f" and {others} more" if others else ""
     return f"{server.name} at {server.url} with {', '.join(names)}{more}"

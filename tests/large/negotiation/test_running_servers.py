@@ -108,6 +108,8 @@ def test_the_offer_is_the_exact_command() -> None:
     several = RunningServer("LM Studio", "http://127.0.0.1:1234/v1", ("text-embedding-x", "a b"))
     assert use_command(several).endswith(" --large http://127.0.0.1:1234/v1 --large-model 'a b'")
     assert describe_server(several) == "LM Studio at http://127.0.0.1:1234/v1 with a b"
+    folder = RunningServer("mlx_lm.server", "http://127.0.0.1:8081/v1", ("/home/me/models/huge",))
+    assert describe_server(folder).endswith(" with huge")
 
 
 def test_names_of_a_server_cannot_control_the_terminal() -> None:
