@@ -73,7 +73,8 @@ def keep_embedding_narrow(model: Any) -> frozenset[str]:
 
     class WideningEmbedding(nn.Embedding):  # type: ignore[misc]
         def __call__(self, ids: mx.array) -> mx.array:
-            return self["weight"][ids].astype(mx.float32)
+            rows: mx.array = self["weight"][ids]
+            return rows.astype(mx.float32)
 
     embedding = model.model.embed_tokens
     if model.args.tie_word_embeddings or type(embedding) is not nn.Embedding:
