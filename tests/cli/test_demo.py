@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rich.console import Console
 from mlxroute.catalog import Catalog, Pair
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli.app import main
+from mlxroute.cli.commands.demo import leave_a_core_to_the_server
 from mlxroute.cli.demo_story import tell_story
 from mlxroute.cli.folders import find_bench_file
 from mlxroute.cli.routing import RoutingRule
@@ -251,3 +253,17 @@ def test_a_damaged_question_file_is_named(content: str, tmp_path: Path) -> None:
 def test_an_empty_question_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--question", " "]) == 2
     assert "the question is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("cores", "own", "threads"), [(2, None, "1"), (8, None, "7"), (1, None, "1"), (8, "3", "3")]
+)
+def test_one_core_is_left_to_the_server_unless_the_user_says_otherwise(
+    cores: int, own: str | None, threads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", own or "")
+    if own is None:
+        monkeypatch.delenv("OPENBLAS_NUM_THREADS")
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    leave_a_core_to_the_server()
+    assert os.environ["OPENBLAS_NUM_THREADS"] == threads

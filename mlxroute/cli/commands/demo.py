@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import os
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from mlxroute.questions.demo_question import DemoQuestion
     from mlxroute.weights import LocalModel
 
+_THREADS_VARIABLE: Final = "OPENBLAS_NUM_THREADS"
+
 
 def demo(
     settings: Settings,
@@ -35,12 +38,21 @@ def demo(
     from mlxroute.cli.terminal import make_consoles
 
     out, err = make_consoles()
+    demo_question = _choose_question(question)
     catalog = Catalog.load(user_catalog_dir())
+    leave_a_core_to_the_server()
     machine = measure_machine(settings)
     pairs = demo_pairs(catalog, machine, small=default_small())
-    demo_question = _choose_question(question)
     pair, large_weights = _fetch_pair(pairs, catalog, machine, settings, err)
     return _serve_and_answer(pair, large_weights, demo_question, settings, out, err)
+
+
+def leave_a_core_to_the_server() -> None:
+    """Let the small model's BLAS use all cores but one, unless the user has set their number.
+
+    Threads of OpenBLAS spin while they wait for each other, so one busy core slows all of them.
+    """
+    os.environ.setdefault(_THREADS_VARIABLE, str(max(1, (os.cpu_count() or 1) - 1)))
 
 
 def _choose_question(text: str | None) -> DemoQuestion:
