@@ -9,7 +9,7 @@ from mlxroute.catalog import Catalog, Model, Pair
 from mlxroute.cli.folders import cache_dir_of
 from mlxroute.config import Settings
 from mlxroute.config.settings import EngineName
-from mlxroute.errors import NotEnoughSpace
+from mlxroute.errors import NotEnoughSpace, UsageError
 
 # A first try should not begin with a download of half an hour.
 _DEMO_DOWNLOAD_BYTES = 6 * 10**9
@@ -63,10 +63,18 @@ class Machine:
 
 
 def measure_machine(settings: Settings) -> Machine:
-    """Return what this machine runs models with, with the engine of the settings."""
+    """Return what this machine runs models with, with the engine of the settings.
+
+    Raises UsageError for an unknown engine.
+    """
     from mlxroute.backend import blas, memory
     from mlxroute.backend.load import on_cpu
 
+    if settings.engine not in list(EngineName):
+        raise UsageError(
+            f"unknown engine {settings.engine!r}; choose one of {', '.join(EngineName)}",
+            parameter="engine",
+        )
     blas.interpose(cache_dir_of(settings))
     return Machine(on_cpu(), memory.available_bytes(), settings.engine)
 

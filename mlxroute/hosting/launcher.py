@@ -30,6 +30,8 @@ from mlxroute.types import Progress, no_progress
 
 _POLL_S: Final = 0.1
 _STOP_GRACE_S: Final = 5.0
+# How long after a failed reply the end of the child may become visible.
+_EXIT_WAIT_S: Final = 1.0
 _LOADING: Final = "loading the large model"
 _STILL_LOADING: Final = 503
 _BACKLOG: Final = 16
@@ -151,10 +153,18 @@ class LocalServer(Closeable):
             # Not listening yet, or about to end: the connection breaks a moment before that.
             return False
         except LargeError as exc:
+            self._check_exit(deadline)
             raise self._failure(str(exc)) from exc
         if status not in (200, _STILL_LOADING):
+            self._check_exit(deadline)
             raise self._failure("it cannot generate")
         return status == 200
+
+    def _check_exit(self, deadline: Deadline) -> None:
+        """Raise LaunchError if the child ends shortly after a failed reply."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_EXIT_WAIT_S)
+        self._check_starting(deadline)
 
     def _pause(self) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):

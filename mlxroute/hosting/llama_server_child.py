@@ -8,6 +8,7 @@ holds the other end; while it loads the file, it ends only once that is done.
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 import sys
 import threading
@@ -59,10 +60,16 @@ def _serve(model: Path, *, bound: socket.socket, threads: int) -> object:
     settings.load_mode = _LOAD_WITHOUT_MMAP
     settings.verbosity = _LOG_WARNINGS
     settings.ui = False
-    settings.endpoint_slots = False
+    settings.endpoint_slots, settings.endpoint_metrics = False, True
     # By default the pages of any web site may use the server.
     settings.cors_origins, settings.cors_origins_explicit = "localhost", True
-    return xllamacpp.Server(settings)
+    try:
+        return xllamacpp.Server(settings)
+    except RuntimeError as exc:
+        sys.stderr.write(f"{exc}\n")
+        sys.stderr.flush()
+        # Threads of the half-started server may crash a regular exit.
+        os._exit(1)
 
 
 if __name__ == "__main__":

