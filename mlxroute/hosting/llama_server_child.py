@@ -8,10 +8,10 @@ holds the other end; while it loads the file, it ends only once that is done.
 from __future__ import annotations
 
 import argparse
-import os
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +21,7 @@ _CONTEXT_TOKENS: Final = 8192
 # Memory for the KV caches of earlier conversations; llama.cpp's own limit is 8 GiB.
 _PROMPT_CACHE_MIB: Final = 512
 _LOG_WARNINGS: Final = 2
+_LOG_WAIT_S: Final = 1.0
 _LOAD_WITHOUT_MMAP: Final = 0
 
 
@@ -65,11 +66,10 @@ def _serve(model: Path, *, bound: socket.socket, threads: int) -> object:
     settings.cors_origins, settings.cors_origins_explicit = "localhost", True
     try:
         return xllamacpp.Server(settings)
-    except RuntimeError as exc:
-        sys.stderr.write(f"{exc}\n")
-        sys.stderr.flush()
-        # Threads of the half-started server may crash a regular exit.
-        os._exit(1)
+    except RuntimeError:
+        # The reason is in llama.cpp's log, which a thread of its own writes.
+        time.sleep(_LOG_WAIT_S)
+        raise
 
 
 if __name__ == "__main__":

@@ -197,16 +197,25 @@ def test_llama_cpp_leaves_cores_to_the_small_model(cores: int, threads: int) -> 
     assert server_choice.server_threads(cores) == threads
 
 
-def test_a_child_that_dies_while_starting_is_reported(model: Path, tmp_path: Path) -> None:
+def test_a_child_that_dies_while_starting_is_reported(tiny: Path, tmp_path: Path) -> None:
     def kill_children(label: str, done: int, total: int | None) -> None:
         for child in psutil.Process().children():
             child.kill()
 
     with (
-        launch(model, tmp_path) as server,
+        launch(tiny, tmp_path) as server,
         pytest.raises(LaunchError, match="killed, possibly because memory ran out"),
     ):
         server.wait_until_ready(progress=kill_children)
+    assert psutil.Process().children() == []
+
+
+@needs_llama_cpp
+def test_llama_cpps_end_while_starting_is_reported(tiny_gguf: Path, tmp_path: Path) -> None:
+    with launch(tiny_gguf, tmp_path) as server:
+        psutil.Process(server.pid).kill()
+        with pytest.raises(LaunchError, match="killed, possibly because memory ran out"):
+            server.wait_until_ready()
     assert psutil.Process().children() == []
 
 
