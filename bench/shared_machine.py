@@ -1,16 +1,20 @@
-"""Compare `auto` with `wait` where the large model's server shares this machine.
+"""Compare `auto` with the fixed modes where the large model's server shares this machine.
 
 Start a server first, then run this script with its address:
 
-    python bench/shared_machine.py http://127.0.0.1:8081/v1
+    python bench/shared_machine.py http://127.0.0.1:8081/v1 [ROUNDS [TOKENS [MODE ...]]]
 
-Prints one line of JSON: for each answer, tokens per second of both modes and auto's longest step.
+Each round answers every prompt in `auto` and in every fixed mode (or those named), in an order that
+rotates. The experience of `auto` lasts for the whole run, as in a chat. Prints JSON: tokens per
+second of each answer, the ratio of `auto` to the fixed mode of the best median, and the steps that
+took three times a quiet step.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import statistics
 import sys
 import time
@@ -23,52 +27,76 @@ PROMPTS = (
     "Why is the sky blue? Answer in two sentences.",
     "How does a bicycle stay upright? Answer in two sentences.",
 )
-ROUNDS = 2
+SLOW_STEP = 3.0
 
 
 def answer(
-    small: SmallModel, large: LargeModel, prompt: str, experience: Experience | None
-) -> tuple[float, float]:
-    """Answer in `auto` with its experience, else in `wait`; return tokens/s and longest step."""
+    small: SmallModel,
+    large: LargeModel,
+    prompt: str,
+    mode: str,
+    *,
+    experience: Experience | None,
+    max_tokens: int,
+) -> tuple[float, list[float]]:
+    """Answer in one mode; return tokens per second and the seconds between tokens."""
     run = generate(
         small,
         large,
         prompt,
         router=EntropyRouter(budget=0.07),
-        mode="wait" if experience is None else "auto",
-        prefetch=0 if experience is None else None,
-        max_tokens=48,
+        mode=mode,
+        max_tokens=max_tokens,
         experience=experience,
     )
     times_s = [time.perf_counter() for _ in run]
-    steps_s = [later - earlier for earlier, later in itertools.pairwise(times_s)]
-    return run.stats().tokens_per_s, max(steps_s)
+    gaps_s = [later - earlier for earlier, later in itertools.pairwise(times_s)]
+    return run.stats().tokens_per_s, gaps_s
 
 
 def main() -> None:
-    """Measure both modes in turns and print the report."""
+    """Measure all modes in turns and print the report."""
+    address, *numbers = sys.argv[1:]
+    rounds = int(numbers[0]) if numbers else 5
+    max_tokens = int(numbers[1]) if numbers[1:] else 48
     small = SmallModel.load("qwen2.5-coder-0.5b")
     experience = Experience()
+    fixed_modes = numbers[2:] or ["wait", "overlap", "hedge"]
+    modes = [*fixed_modes, "auto"]
     rows = []
-    with LargeModel(sys.argv[1]) as large:
+    with LargeModel(address) as large:
         large.connect(thorough=False)
         large.pair_vocabulary(small.vocabulary)
-        answer(small, large, PROMPTS[0], None)
-        for number in range(ROUNDS):
-            for prompt in PROMPTS:
-                modes = [None, experience] if number % 2 == 0 else [experience, None]
-                figures = {mode is None: answer(small, large, prompt, mode) for mode in modes}
-                (wait, _), (auto, longest_s) = figures[True], figures[False]
-                rows.append(
-                    {
-                        "wait_tokens_per_s": round(wait, 2),
-                        "auto_over_wait": round(auto / wait, 3),
-                        "longest_step_s": round(longest_s, 2),
-                    }
+        answer(small, large, PROMPTS[0], "wait", experience=None, max_tokens=max_tokens)
+        for number, prompt in itertools.product(range(rounds), PROMPTS):
+            row = {}
+            for mode in modes:
+                row[mode], gaps_s = answer(
+                    small,
+                    large,
+                    prompt,
+                    mode,
+                    experience=experience if mode == "auto" else None,
+                    max_tokens=max_tokens,
                 )
+                if mode == "auto":
+                    slow_s = SLOW_STEP * experience.step_s.value
+                    row["slowed_steps"] = sum(gap_s > slow_s for gap_s in gaps_s)
+                    row["longest_gap_s"] = max(gaps_s)
+            modes.append(modes.pop(0))
+            rows.append(row)
+            print(number, row, file=sys.stderr)
+    medians = {mode: statistics.median(row[mode] for row in rows) for mode in modes}
+    best = max(fixed_modes, key=lambda mode: medians[mode])
     report = {
-        "answers": rows,
-        "median": round(statistics.median(row["auto_over_wait"] for row in rows), 3),
+        "command": " ".join(["python", "bench/shared_machine.py", *sys.argv[1:]]),
+        "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS", "all"),
+        "answers": [{key: round(value, 3) for key, value in row.items()} for row in rows],
+        "median_tokens_per_s": {mode: round(value, 2) for mode, value in medians.items()},
+        "best_fixed_mode": best,
+        "auto_over_best": round(statistics.median(row["auto"] / row[best] for row in rows), 3),
+        "first_auto_over_best": round(rows[0]["auto"] / rows[0][best], 3),
+        "cores_of_a_step": round(experience.step_cores.value, 2),
         "busy_cores_during_calls": round(experience.busy_cores.value, 2),
         "stopped_after_a_slowed_step": experience.was_slowed,
     }

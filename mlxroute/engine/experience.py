@@ -13,8 +13,8 @@ from mlxroute.types import BranchCost, LargeToken, Signals
 BRANCH_ROWS: Final = 4
 # Prior weight, in observations, of a slowdown of 1.0.
 SLOWDOWN_PRIOR: Final = 3
-# A machine with at least this share of its cores busy has none to spare for decoding.
-_BUSY_SHARE: Final = 0.5
+# Cores that other processes may use, beyond those that decoding leaves idle.
+_BACKGROUND_CORES: Final = 0.3
 # Least weight of a new observation; the second is that of committed positions, which are frequent.
 _WEIGHT: Final = 0.05
 _POSITION_WEIGHT: Final = 0.005
@@ -65,6 +65,9 @@ class Experience:
         started_calls: All calls, also those for positions that were never reached.
         escalated_positions: Committed positions that were escalated.
         calls_prefetch: Whether the last answered call could return more than one token.
+        busy_cores: Cores that other processes use while decoding waits for a call to this machine.
+        step_cores: Cores that this process uses in a decode step.
+        was_slowed: Whether a call to this machine slowed a decode step far beyond its usual time.
         advice_was_given: Whether the session's advice to stream was given.
     """
 
@@ -86,13 +89,15 @@ class Experience:
     escalated_positions: int = 0
     calls_prefetch: bool = False
     busy_cores: MovingAverage = field(default_factory=lambda: MovingAverage(0.0))
+    step_cores: MovingAverage = field(default_factory=lambda: MovingAverage(0.0))
     was_slowed: bool = False
     advice_was_given: bool = False
 
     @property
     def machine_is_busy(self) -> bool:
         """Whether calls to this machine leave too few cores for decoding at the same time."""
-        return self.was_slowed or self.busy_cores.value >= _BUSY_SHARE * CORES
+        used_cores = self.busy_cores.value + self.step_cores.value
+        return self.was_slowed or used_cores > CORES + _BACKGROUND_CORES
 
     def on_step(self, seconds: float, *, is_alone: bool) -> None:
         """Record a decode step of one row; `is_alone` if no call was in flight."""
@@ -153,6 +158,11 @@ class Experience:
         """Record a wait for a call to this machine, and what other processes computed in it."""
         if seconds > 0:
             self.busy_cores.add(busy_core_s / seconds)
+
+    def on_local_step(self, seconds: float, busy_core_s: float) -> None:
+        """Record what this process computed in a decode step beside a server on this machine."""
+        if seconds > 0:
+            self.step_cores.add(busy_core_s / seconds)
 
     def on_slowed_step(self) -> None:
         """Record that a call on this machine slowed a decode step far beyond its usual time."""

@@ -69,8 +69,8 @@ class Governor:
         call_ceiling: Greatest number of calls of a session, in calls per escalated position; None
             is no bound.
         is_local: Whether the server runs on this machine. Under auto, decoding then goes on beside
-            a call, and calls prefetch, only where cores are free, and no longer once a step was
-            slowed.
+            a call, and calls prefetch, only where the cores suffice for both, and no longer once a
+            step was slowed.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Governor:
         self._experience = experience
         self._prefetch = prefetch
         self._call_ceiling = call_ceiling
-        self._is_local = is_local
+        self.is_local = is_local
         self._last_mode = Mode.WAIT
 
     @property
@@ -137,7 +137,7 @@ class Governor:
         """
         average = self._experience.step_s
         is_slowed = average.count > 1 and seconds > _SLOWED * average.value
-        if not (is_slowed and self._is_local and self._mode is Mode.AUTO):
+        if not (is_slowed and self.is_local and self._mode is Mode.AUTO):
             return False
         self._experience.on_slowed_step()
         return True
@@ -211,7 +211,7 @@ class Governor:
     def _must_wait(self) -> bool:
         """Whether decoding beside a call would, or might, slow both models down."""
         experience = self._experience
-        if not self._is_local:
+        if not self.is_local:
             return False
         return experience.call_s.count < _LOCAL_CALLS or experience.machine_is_busy
 

@@ -1,4 +1,4 @@
-"""How busy other processes keep the processor cores of this machine."""
+"""How busy this process and all others keep the processor cores of this machine."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import time
 import psutil
 
 CORES = os.cpu_count() or 1
+
+
+def own_busy_core_s() -> float:
+    """Return the core-seconds that this process has used, counted from some start."""
+    return time.process_time()
 
 
 def other_busy_core_s() -> float:

@@ -176,7 +176,10 @@ def test_on_this_machine_auto_waits_until_two_calls_were_measured() -> None:
 def test_on_this_machine_auto_waits_while_calls_keep_the_cores_busy() -> None:
     experience = measured(call=34.0)
     assert local_governor(experience).mode is not Mode.WAIT
-    experience.on_local_wait(2.0, 2.0 * CORES)
+    experience.on_local_step(1.0, float(CORES))
+    experience.on_local_wait(2.0, 0.2)
+    assert local_governor(experience).mode is not Mode.WAIT
+    experience.on_local_wait(2.0, 2.0)
     assert local_governor(experience).mode is Mode.WAIT
     assert local_governor(experience).prefetch == 0
     assert governor(experience).mode is not Mode.WAIT

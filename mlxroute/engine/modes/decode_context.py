@@ -10,6 +10,7 @@ from mlxroute.engine.escalation.calls import AnswerCalls
 from mlxroute.engine.escalation.decision import Decider, Decision
 from mlxroute.engine.experience import Experience
 from mlxroute.engine.governor import Governor
+from mlxroute.engine.machine_load import own_busy_core_s
 from mlxroute.engine.protocols import SmallProtocol
 from mlxroute.engine.transcript import RenderedPrompt, Transcript
 from mlxroute.types import Signals, Token
@@ -32,17 +33,19 @@ class DecodeContext:
     def feed(self, token_ids: Sequence[int]) -> Signals:
         """Feed the small model's only row; return the signals of the next position."""
         stalled = self.calls.take_stalled()
-        began_s = self.clock()
+        began_s, busy_before_s = self.clock(), own_busy_core_s()
         signals = self.small.extend(token_ids)
         # After a stall the queued step is finished already, so its time is not that of a step.
         if len(token_ids) == 1 and not stalled:
-            self._record_step(self.clock() - began_s)
+            self._record_step(self.clock() - began_s, own_busy_core_s() - busy_before_s)
         return signals
 
-    def _record_step(self, seconds: float) -> None:
+    def _record_step(self, seconds: float, busy_core_s: float) -> None:
         prefetched = self.decider.prefetched
         is_alone = not self.calls.in_flight and not prefetched.is_pending
         self.experience.on_step(seconds, is_alone=is_alone)
+        if is_alone and self.governor.is_local:
+            self.experience.on_local_step(seconds, busy_core_s)
         if not is_alone and self.governor.on_shared_step(seconds):
             prefetched.close()
 
