@@ -1,0 +1,112 @@
+"""Count the answers that are the same in every mode, for one tolerance of `--accept-within`.
+
+Start a server first, then run this script with its address, a tolerance in nats and a file:
+
+    python bench/equal_answers.py http://127.0.0.1:8081/v1 0.1 rows.jsonl [SMALL]
+
+Writes 20 answers of 96 tokens in each mode, with and without prefetch, one row per answer; a file
+with rows is continued. Prints JSON: how many answers equal that of `wait` without prefetch, and how
+far the large model's logprobs moved at positions before the first difference.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from mlxroute import EntropyRouter, LargeModel, SmallModel, Token, generate
+
+PROMPTS = Path(__file__).parent / "prompts" / "varied.jsonl"
+MODES = ("wait", "overlap", "hedge", "auto")
+PREFETCH = (0, 16)
+ANSWERS, TOKENS = 20, 96
+# The server may wait for other work of the machine; a late call would change the answer.
+TIMEOUT_S = 1800.0
+
+
+def describe(token: Token) -> list[Any]:
+    """Return id, source and, where escalated, the large model's best tokens with logprobs."""
+    large = None if token.escalation is None else token.escalation.large
+    top = None if large is None else [[text, round(value, 4)] for text, value in large.top[:3]]
+    return [token.token_id, str(token.source), top]
+
+
+def main() -> None:
+    """Write the missing answers and print the report."""
+    address, tolerance, path = sys.argv[1], float(sys.argv[2]), Path(sys.argv[3])
+    small = SmallModel.load(sys.argv[4] if sys.argv[4:] else "smollm2-135m")
+    prompts = [json.loads(row)["prompt"] for row in PROMPTS.read_text().split("\n") if row]
+    rows = [json.loads(row) for row in path.read_text().split("\n") if row] if path.exists() else []
+    done = {(row["mode"], row["prefetch"], row["prompt"]): row["tokens"] for row in rows}
+    with LargeModel(address) as large, path.open("a") as file:
+        large.connect(thorough=False)
+        large.pair_vocabulary(small.vocabulary)
+        # Neighbouring answers have different prompts, so that no cache is warmer than in a chat.
+        for prefetch, mode, number in itertools.product(PREFETCH, MODES, range(ANSWERS)):
+            if (mode, prefetch, number) in done:
+                continue
+            answer = generate(
+                small,
+                large,
+                prompts[number],
+                router=EntropyRouter(budget=0.07),
+                mode=mode,
+                prefetch=prefetch,
+                max_tokens=TOKENS,
+                accept_within=tolerance,
+                timeout_s=TIMEOUT_S,
+                strict=True,
+            )
+            tokens = [describe(token) for token in answer]
+            done[mode, prefetch, number] = tokens
+            row = {"mode": mode, "prefetch": prefetch, "prompt": number, "tokens": tokens}
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+    print(json.dumps(compare(done, tolerance)))
+
+
+def compare(done: dict[tuple[str, int, int], list[Any]], tolerance: float) -> dict[str, Any]:
+    """Return the report over all answers."""
+    equal: dict[str, int] = {}
+    moved: list[float] = []
+    same_everywhere = set(range(ANSWERS))
+    for (mode, prefetch, number), tokens in done.items():
+        base = done["wait", 0, number]
+        ids = [token[0] for token in tokens]
+        is_equal = ids == [token[0] for token in base]
+        name = f"{mode}, prefetch {prefetch}"
+        equal[name] = equal.get(name, 0) + is_equal
+        if not is_equal:
+            same_everywhere.discard(number)
+        for ours, theirs in zip(tokens, base, strict=False):
+            if ours[2] and theirs[2]:
+                moved.append(abs(_gap(ours[2]) - _gap(theirs[2])))
+            if ours[0] != theirs[0]:
+                break
+    return {
+        "accept_within": tolerance,
+        "answers": ANSWERS,
+        "tokens": TOKENS,
+        "equal_to_wait": equal,
+        "equal_in_all_modes": len(same_everywhere),
+        "moved_gap_nats": {
+            "positions": len(moved),
+            "share_moved": round(sum(value > 0 for value in moved) / len(moved), 3),
+            "median": round(statistics.median(moved), 4),
+            "p95": round(statistics.quantiles(moved, n=20)[-1], 4),
+            "max": round(max(moved), 4),
+        },
+    }
+
+
+def _gap(top: list[list[Any]]) -> float:
+    """Return the nats between the large model's best token and its second."""
+    return float(top[0][1] - top[1][1]) if len(top) > 1 else 0.0
+
+
+if __name__ == "__main__":
+    main()
