@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlxroute.answers.document import AnswerDocument
+from mlxroute.answers.document_file import format_inline, read_document
+from mlxroute.answers.record_json import is_text
 from mlxroute.errors import UsageError
+from mlxroute.private_file import expand_path, read_private, write_private
 from mlxroute.types import Message
 
 _FORMAT = "mlxroute conversation"
 _VERSION = 1
 _KEYS = {"format", "version", "system", "messages"}
+_OPTIONAL_KEYS = {"answers"}
+_MAX_BYTES = 512 * 10**6
 
 
 @dataclass(slots=True)
@@ -28,10 +32,13 @@ class Conversation:
     Args:
         system: System prompt; None (default) for none.
         turns: User and assistant messages in order, starting with the user's. Empty by default.
+        answers: The document of each assistant message in `turns`, None for one without. Empty by
+            default.
     """
 
     system: str | None = None
     turns: list[Message] = field(default_factory=list)
+    answers: list[AnswerDocument | None] = field(default_factory=list)
 
     @property
     def messages(self) -> list[Message]:
@@ -39,21 +46,31 @@ class Conversation:
         system = [] if self.system is None else [_message("system", self.system)]
         return system + [dict(turn) for turn in self.turns]
 
-    def add(self, user: str, assistant: str) -> None:
-        """Append a user message and its answer, which may be incomplete."""
+    @property
+    def last_answer(self) -> AnswerDocument | None:
+        """The document of the last assistant message; None without one."""
+        return self.answers[-1] if self.answers else None
+
+    def add(self, user: str, assistant: str, answer: AnswerDocument | None = None) -> None:
+        """Append a user message and its answer, which may be incomplete, with its document."""
+        self.answers += [None] * (len(self.turns) // 2 - len(self.answers))
         self.turns += [_message("user", user), _message("assistant", assistant)]
+        self.answers.append(answer)
 
     def reset(self) -> None:
         """Remove all messages but the system prompt."""
         self.turns.clear()
+        self.answers.clear()
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, *, redact: Callable[[Any], Any] = lambda value: value) -> None:
         """Write the conversation to a file in one step, readable by its owner only.
 
-        Raises UsageError if the file cannot be written, or exists and is not a conversation.
+        The documents of answers with escalated positions are kept, without the secrets that
+        `redact` removes from a JSON value. Raises UsageError if the file cannot be written, or
+        exists and is not a conversation.
         """
         # Resolve links, so that the target is replaced and not the link.
-        path = Path(os.path.realpath(_expand_user(path)))
+        path = Path(os.path.realpath(expand_path(path)))
         if os.path.lexists(path) and not _is_conversation(path):
             raise UsageError(f"{path} exists and is not a saved conversation; choose another name")
         document = {
@@ -62,23 +79,22 @@ class Conversation:
             "system": self.system,
             "messages": self.turns,
         }
-        text = json.dumps(document, ensure_ascii=False, indent=1) + "\n"
-        try:
-            _write_atomically(path, text.encode())
-        except OSError as error:
-            raise UsageError(f"cannot save to {path}: {error.strerror}") from error
+        text = json.dumps(document, ensure_ascii=False, indent=1)
+        routed = [item if item and item.escalated_tokens else None for item in self.answers]
+        if any(routed):
+            lines = [format_inline(item, redact=redact) if item else "null" for item in routed]
+            text = (
+                text.removesuffix("\n}") + ',\n "answers": [\n  ' + ",\n  ".join(lines) + "\n ]\n}"
+            )
+        write_private(path, f"{text}\n".encode())
 
     @classmethod
     def load(cls, path: Path) -> Conversation:
         """Read a conversation from a file; raise UsageError if it does not hold one."""
-        path = _expand_user(path)
+        path = expand_path(path)
+        data = read_private(path, limit_bytes=_MAX_BYTES)
         try:
-            # Reading a pipe or a device might never end.
-            if path.exists() and not path.is_file():
-                raise UsageError(f"cannot load {path}: it is not a file")
-            document = json.loads(path.read_bytes())
-        except OSError as error:
-            raise UsageError(f"cannot load {path}: {error.strerror}") from error
+            document = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{path} is not a saved conversation: not a JSON file") from error
         try:
@@ -96,15 +112,19 @@ def _parse(document: Any) -> Conversation:
         raise UsageError(f'it has no "format": "{_FORMAT}"')
     if document.get("version") != _VERSION:
         raise UsageError(f'"version" is {document.get("version")!r}, not {_VERSION}')
-    if document.keys() != _KEYS:
-        wrong_keys = ", ".join(sorted(document.keys() ^ _KEYS))
+    if document.keys() - _OPTIONAL_KEYS != _KEYS:
+        wrong_keys = ", ".join(sorted((document.keys() - _OPTIONAL_KEYS) ^ _KEYS))
         raise UsageError(f"missing or unknown key: {wrong_keys}")
     system, messages = document["system"], document["messages"]
-    if system is not None and not _is_text(system):
+    if system is not None and not is_text(system):
         raise UsageError('"system" is neither text nor null')
     if not isinstance(messages, list) or len(messages) % 2:
         raise UsageError('"messages" is not a list of question and answer pairs')
-    return Conversation(system, list(_parse_turns(messages)))
+    turns = list(_parse_turns(messages))
+    answers = document.get("answers", [None] * (len(turns) // 2))
+    if not isinstance(answers, list) or len(answers) != len(turns) // 2:
+        raise UsageError('"answers" is not a list with an item for each answer')
+    return Conversation(system, turns, list(_parse_answers(answers)))
 
 
 def _parse_turns(messages: list[Any]) -> Iterable[Message]:
@@ -114,27 +134,17 @@ def _parse_turns(messages: list[Any]) -> Iterable[Message]:
             raise UsageError(f'message {index + 1} does not have just "role" and "content"')
         if message["role"] != role:
             raise UsageError(f'message {index + 1} has role {message["role"]!r}, not "{role}"')
-        if not _is_text(message["content"]):
+        if not is_text(message["content"]):
             raise UsageError(f'"content" of message {index + 1} is not text')
         yield _message(role, message["content"])
 
 
-def _is_text(value: object) -> bool:
-    """Return whether a JSON value is a string that UTF-8 can encode (no lone surrogates)."""
-    if not isinstance(value, str):
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _expand_user(path: Path) -> Path:
-    if "\0" in str(path):
-        raise UsageError("a file name cannot contain a NUL character")
-    # Path.expanduser raises for an unknown user; this leaves the path as it is.
-    return Path(os.path.expanduser(path))
+def _parse_answers(answers: list[Any]) -> Iterable[AnswerDocument | None]:
+    for index, answer in enumerate(answers):
+        try:
+            yield None if answer is None else read_document(answer)
+        except UsageError as error:
+            raise UsageError(f"answers[{index}] is not an answer document: {error}") from None
 
 
 def _is_conversation(path: Path) -> bool:
@@ -143,18 +153,3 @@ def _is_conversation(path: Path) -> bool:
     except UsageError:
         return False
     return True
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    """Write a temporary file beside `path` and rename it, so that no half file is left."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise

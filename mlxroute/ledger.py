@@ -124,16 +124,17 @@ class Ledger(Closeable):
             "time": self._now().isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "url": url,
             "bytes": len(body),
-            "body": self._redact(value),
+            "body": self.redact(value),
         }
         return json.dumps(entry, ensure_ascii=False).encode(errors="replace") + b"\n"
 
-    def _redact(self, value: Any) -> Any:
+    def redact(self, value: Any) -> Any:
+        """Return a JSON value with `[key]` in place of every secret."""
         # Replace in the parsed value: in JSON text, escapes could hide a secret.
         if isinstance(value, dict):
-            return {self._redact(key): self._redact(item) for key, item in value.items()}
+            return {self.redact(key): self.redact(item) for key, item in value.items()}
         if isinstance(value, list):
-            return [self._redact(item) for item in value]
+            return [self.redact(item) for item in value]
         if isinstance(value, str):
             for secret in self._secrets:
                 value = value.replace(secret, _REDACTED)

@@ -27,6 +27,8 @@ from mlxroute.cli.commands.host import host
 from mlxroute.cli.commands.models import models
 from mlxroute.cli.commands.probe import probe
 from mlxroute.cli.commands.pull import pull
+from mlxroute.cli.commands.replay import replay
+from mlxroute.cli.commands.show import show
 from mlxroute.cli.commands.train import train
 from mlxroute.cli.error_advice import error_message
 from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_LARGE_FAILED, EXIT_OK, EXIT_USAGE
@@ -54,7 +56,7 @@ def _root(
         raise typer.Exit(chat(load_all_settings({})))
 
 
-for run in (chat, ask, demo, models, pull, host, calibrate, train, probe):
+for run in (chat, ask, show, replay, demo, models, pull, host, calibrate, train, probe):
     app.command(run.__name__)(with_setting_options(run, run.__name__))
 app.command("doctor")(with_setting_options(doctor, "doctor", load=load_despite_bad_config))
 for run in (speed, latency, quality, kernels):

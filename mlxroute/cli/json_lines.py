@@ -1,6 +1,7 @@
 """Answers as JSON Lines: the public form of tokens, events and summaries.
 
-Every key is written out here, so that renaming a field of the library cannot change the output.
+Every key is written out here, or is a field of the answer document, so that renaming a field of the
+library cannot change the output.
 """
 
 from __future__ import annotations
@@ -9,15 +10,19 @@ import json
 import math
 from typing import TYPE_CHECKING, Any, TextIO
 
+from mlxroute.answers.document import AnswerSummary
+from mlxroute.answers.record_json import to_json
 from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_OK
 from mlxroute.types import Event, LargeToken, Provisional, Retracted, RunStats, Token
 
 if TYPE_CHECKING:
+    from mlxroute.answers.recorded_answer import RecordedAnswer
     from mlxroute.cli.session import Session
-    from mlxroute.engine import Answer
 
 
-def write_json(answer: Answer, session: Session, *, stream: TextIO, events: bool = False) -> int:
+def write_json(
+    answer: RecordedAnswer, session: Session, *, stream: TextIO, events: bool = False
+) -> int:
     """Write one object per committed token, then a summary; return 130 after Ctrl-C, else 0.
 
     With `events`, also write one object per provisional token and per retraction.
@@ -91,42 +96,7 @@ def summary_object(stats: RunStats, session: Session) -> dict[str, Any]:
     """Return the JSON object of an answer's summary."""
     return {
         "type": "summary",
-        "text": stats.text,
-        "tokens": stats.tokens,
-        "large_tokens": stats.large_tokens,
-        "escalated": stats.escalated,
-        "agreed": stats.agreed,
-        "accepted": stats.accepted,
-        "fallbacks": stats.fallbacks,
-        "unchecked": stats.unchecked,
-        "withheld": stats.withheld,
-        "finish_reason": stats.finish_reason.value,
-        "prompt_tokens": stats.prompt_tokens,
-        "cached_prompt_tokens": stats.cached_prompt_tokens,
-        "ttft_s": round(stats.ttft_s, 6),
-        "itl_p50_s": round(stats.itl_p50_s, 6),
-        "itl_p95_s": round(stats.itl_p95_s, 6),
-        "stall_s": round(stats.stall_s, 6),
-        "tokens_per_s": round(stats.tokens_per_s, 6),
-        "total_s": round(stats.total_s, 6),
-        "requests": stats.requests,
-        "uploaded_tokens": stats.uploaded_tokens,
-        "uploaded_bytes": stats.uploaded_bytes,
-        "large_cached_tokens": stats.large_cached_tokens,
-        "large_completion_tokens": stats.large_completion_tokens,
-        # Not rounded: a cheap token costs less than 1e-6.
-        "cost_estimate": stats.cost_estimate,
-        "mode": stats.mode.value,
-        "calls": stats.calls,
-        "retracted": stats.retracted,
-        "prefetch_generated": stats.prefetch_generated,
-        "prefetch_used": stats.prefetch_used,
-        "held": stats.held,
-        "redecoded": stats.redecoded,
-        "plan": stats.plan,
-        "advice": stats.advice,
-        "escalation_rate": stats.escalation_rate,
-        "agreement": stats.agreement,
+        **to_json(AnswerSummary.of(stats)),
         "router": session.routing.name,
         "threshold": session.routing.threshold,
         "budget": session.routing.budget,

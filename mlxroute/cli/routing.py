@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mlxroute.catalog.head_files import find_head_file
@@ -14,6 +15,7 @@ from mlxroute.routers import BURST, DEFAULT_BUDGET, Budget, Router, make_router
 
 if TYPE_CHECKING:
     from mlxroute.catalog import Pair
+    from mlxroute.large import LargeModel
     from mlxroute.small import SmallModel
 
 HEAD_ROUTER = "head"
@@ -63,6 +65,12 @@ class RoutingRule:
         """The largest share of escalated tokens; None with a threshold or without a large model."""
         state = self._router.state
         return state.rate if isinstance(state, Budget) and self._has_large else None
+
+    def as_settings(self, settings: Settings) -> Settings:
+        """Return the settings with the present threshold or budget, and with this router's name."""
+        if self.budget is not None:
+            return replace(settings, budget=self.budget, threshold=None)
+        return replace(settings, threshold=self.threshold, budget=None, router=self.name)
 
     def set_threshold(self, threshold: float) -> None:
         """Escalate above this score from now on. Raises UsageError without a large model."""
@@ -126,3 +134,12 @@ def choose_router(name: str, settings: Settings, ranks: ScoreRanks) -> Router:
         return make_router(name, threshold=settings.threshold)
     budget = DEFAULT_BUDGET if settings.budget is None else settings.budget
     return make_router(name, budget=budget, quantiles=ranks[name])
+
+
+def make_routing(
+    small: SmallModel, large: LargeModel | None, settings: Settings, pair: Pair | None
+) -> RoutingRule:
+    """Return the rule with the router of the settings or of the pair."""
+    name = choose_router_name(settings, pair)
+    ranks = find_ranks(small, name, settings.head)
+    return RoutingRule(choose_router(name, settings, ranks), ranks, has_large=large is not None)

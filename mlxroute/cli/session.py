@@ -7,16 +7,17 @@ import re
 import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlxroute.cli.answer_origin import make_origin
 from mlxroute.cli.error_advice import error_message
 from mlxroute.cli.large_setup import make_large, open_ledger
 from mlxroute.cli.routing import (
     DEFAULT_ROUTER,
     RoutingRule,
-    choose_router,
-    choose_router_name,
-    find_ranks,
+    make_routing,
 )
 from mlxroute.cli.server_offers import no_large_lines
 from mlxroute.cli.small_setup import load_small
@@ -31,9 +32,9 @@ from mlxroute.types import Message, Mode, Prices, RunStats, Uploads
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mlxroute.answers.recorded_answer import RecordedAnswer
     from mlxroute.catalog import Pair
     from mlxroute.cli.progress import ByteProgress
-    from mlxroute.engine import Answer
     from mlxroute.large import LargeModel
     from mlxroute.small import SmallModel
 
@@ -91,16 +92,30 @@ class Session:
         """The time limit of one call, in seconds."""
         return self._settings.timeout
 
-    def answer(self, messages: Sequence[Message]) -> Answer:
+    def answer(self, messages: Sequence[Message]) -> RecordedAnswer:
         """Start to answer a conversation."""
+        from mlxroute.answers.recorded_answer import RecordedAnswer
+        from mlxroute.answers.reply_recorder import ReplyRecorder
         from mlxroute.engine import generate
 
         settings = self._settings
-        return generate(
+        recorder = None if self.large is None else ReplyRecorder(self.large)
+        router = self.routing.router
+        origin = make_origin(
+            messages,
             self.small,
             self.large,
+            router,
+            settings,
+            mode=self.mode,
+            call_ceiling=self._call_ceiling(),
+            never_send=len(self.never_send),
+        )
+        answer = generate(
+            self.small,
+            recorder,
             messages,
-            router=self.routing.router,
+            router=router,
             max_tokens=settings.max_tokens,
             stop=settings.stop,
             temperature=settings.temperature,
@@ -116,6 +131,61 @@ class Session:
             accept_within=settings.accept_within,
             experience=self._experience,
         )
+        return RecordedAnswer(answer, origin, recorder)
+
+    def save_answer(self, answer: RecordedAnswer, path: Path) -> None:
+        """Write the document of an answer to a file. Raises UsageError."""
+        from mlxroute.answers.document_file import save_document
+
+        save_document(answer.document(), path, redact=self._ledger.redact)
+
+    def save_conversation(self, path: Path) -> None:
+        """Write the conversation to a file. Raises UsageError."""
+        self.conversation.save(path, redact=self._ledger.redact)
+
+    def change_large(self, address: str, model: str | None, err: Console) -> None:
+        """Use another large model from the next answer on.
+
+        Raises UsageError, and changes nothing, for an address that cannot be used.
+        """
+        settings = replace(self._settings, large=address, large_model=model)
+        if settings.offline:
+            raise UsageError("with --offline there is no large model; start without it")
+        large, before = _connect_large(settings, self._ledger, err), self.large
+        self._change_models(self.small, large, settings, err)
+        if before is not None:
+            before.close()
+
+    def change_small(self, name: str, err: Console) -> None:
+        """Use another small model from the next answer on.
+
+        Raises an error, and changes nothing, if the model cannot be loaded.
+        """
+        from mlxroute.cli.progress import ByteProgress
+
+        settings = replace(self._settings, small=name, adapter=None)
+        with ByteProgress(err) as progress:
+            small = load_small(settings, progress)
+        self._change_models(small, self.large, settings, err)
+
+    def _change_models(
+        self, small: SmallModel, large: LargeModel | None, settings: Settings, err: Console
+    ) -> None:
+        """Replace the models, and the router by one with the same threshold or budget."""
+        from mlxroute.cli.progress import ByteProgress
+        from mlxroute.engine import Experience
+
+        if large is not None:
+            with ByteProgress(err) as progress:
+                _pair_vocabularies(large, small, progress)
+        pair, prices = _find_pair(small, large), _find_prices(settings, large)
+        if self.large is not None:
+            settings = self.routing.as_settings(settings)
+        self.routing = make_routing(small, large, settings, pair)
+        self.small, self.large, self.prices = small, large, prices
+        self._settings = settings
+        self._experience = Experience()
+        self._warning_kinds.clear()
 
     def _call_ceiling(self) -> float | None:
         chosen = self._settings.call_ceiling
@@ -163,11 +233,10 @@ def open_session(
 
     `command` and its arguments, `words`, are repeated where a server is offered.
     """
-    from mlxroute.catalog import Catalog
     from mlxroute.cli.progress import ByteProgress
 
     _check_settings(settings)
-    never_send, prices = read_never_send(settings), read_prices(settings)
+    never_send = read_never_send(settings)
     with ExitStack() as resources:
         ledger = resources.enter_context(open_ledger(settings))
         large = _connect_large(settings, ledger, err)
@@ -180,19 +249,14 @@ def open_session(
             small = load_small(settings, progress)
             if large is not None:
                 _pair_vocabularies(large, small, progress)
-        catalog = Catalog.load(user_catalog_dir())
-        if prices is None and large is not None:
-            prices = catalog.find_prices(large.model_name)
-        pair = catalog.find_pair(small.name, large.model_name) if large else None
-        pair = pair or catalog.find_pair(small.name)
         session = make_session(
             small,
             large,
             settings,
-            pair=pair,
+            pair=_find_pair(small, large),
             ledger=ledger,
             never_send=never_send,
-            prices=prices,
+            prices=_find_prices(settings, large),
         )
         resources.pop_all()
     return session
@@ -209,18 +273,34 @@ def make_session(
     prices: Prices | None = None,
 ) -> Session:
     """Return a session of loaded models with the router of the settings or of the pair."""
-    name = choose_router_name(settings, pair)
-    ranks = find_ranks(small, name, settings.head)
-    router = choose_router(name, settings, ranks)
     return Session(
         small,
         large,
         settings,
-        routing=RoutingRule(router, ranks, has_large=large is not None),
+        routing=make_routing(small, large, settings, pair),
         ledger=ledger,
         never_send=never_send,
         prices=prices,
     )
+
+
+def _find_pair(small: SmallModel, large: LargeModel | None) -> Pair | None:
+    """Return the catalogue's entry for two models, else for the small one."""
+    from mlxroute.catalog import Catalog
+
+    catalog = Catalog.load(user_catalog_dir())
+    pair = catalog.find_pair(small.name, large.model_name) if large else None
+    return pair or catalog.find_pair(small.name)
+
+
+def _find_prices(settings: Settings, large: LargeModel | None) -> Prices | None:
+    """Return the prices of the settings, else the catalogue's for the large model."""
+    from mlxroute.catalog import Catalog
+
+    prices = read_prices(settings)
+    if prices is not None or large is None:
+        return prices
+    return Catalog.load(user_catalog_dir()).find_prices(large.model_name)
 
 
 def _check_settings(settings: Settings) -> None:

@@ -98,10 +98,11 @@ def _option(setting: Setting) -> inspect.Parameter:
 def _parser(setting: Setting) -> Callable[[str], float] | None:
     if setting.is_share:
         return parse_budget
-    return _parse_number if setting.is_unbounded else None
+    return parse_number if setting.is_unbounded else None
 
 
-def _parse_number(text: str) -> float:
+def parse_number(text: str) -> float:
+    """Parse a number, inf or -inf; raise the error that typer shows with the name of the option."""
     try:
         return float(text)
     except ValueError as exc:

@@ -28,7 +28,7 @@ _ALL_SMALL = (*_OWN_SMALL, "train", "bench latency", "bench quality")
 _OWN_SERVER = (*_ANSWERS, "train", "probe")
 _OFFLINE = (*_OWN_SMALL, "pull", "probe", "doctor")
 _EVERYWHERE = (
-    *(*_ALL_SMALL, "demo", "models", "pull", "host", "probe", "doctor"),
+    *(*_ALL_SMALL, "replay", "demo", "models", "pull", "host", "probe", "doctor"),
     "bench kernels",
 )
 
@@ -137,7 +137,7 @@ class Settings:
         None,
         "Learned head for `--router head`, as written by `train`.",
         metavar="FILE",
-        commands=(*_ANSWERS, "bench quality"),
+        commands=(*_ANSWERS, "replay", "bench quality"),
     )
     threshold: float | None = _setting(
         None,
@@ -181,7 +181,7 @@ class Settings:
     kernel: str = _setting(
         "auto",
         "Implementation of the logit kernel.",
-        commands=_OWN_SMALL,
+        commands=(*_OWN_SMALL, "replay"),
         choices=KernelName,
     )
     engine: str = _setting(
@@ -265,7 +265,9 @@ class Settings:
     strict: bool = _setting(
         False, "Stop with exit code 3 if the large model fails.", commands=_ANSWERS
     )
-    heat: bool = _setting(False, "Shade every token by its entropy.", commands=(*_ANSWERS, "demo"))
+    heat: bool = _setting(
+        False, "Shade every token by its entropy.", commands=(*_ANSWERS, "replay", "demo")
+    )
 
 
 @dataclass(frozen=True, slots=True)

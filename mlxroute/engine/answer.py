@@ -119,6 +119,11 @@ class Answer:
         self._activity = Activity.DONE
 
     @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """The ids of the rendered prompt."""
+        return self._prompt.ids
+
+    @property
     def activity(self) -> Activity:
         """What the answer is doing now."""
         return Activity.WAIT if self._calls.is_stalling else self._activity

@@ -7,7 +7,7 @@ from mlxroute.view.demo_outcome import (
     describe_outcome,
     result_line,
 )
-from mlxroute.view.live_view import AnswerStream, LiveView
+from mlxroute.view.live_view import AnswerStream, DocumentedStream, LiveView
 from mlxroute.view.plain_writer import PlainWriter
 from mlxroute.view.summary import ChatTotals, summary_line
 
@@ -15,6 +15,7 @@ __all__ = [
     "AnswerStream",
     "ChatTotals",
     "DemoAnswer",
+    "DocumentedStream",
     "LiveView",
     "PlainWriter",
     "closing_paragraph",

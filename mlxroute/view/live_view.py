@@ -11,9 +11,10 @@ from typing import Protocol
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
-from rich.segment import Segment, Segments
+from rich.segment import Segment
 from rich.style import Style
 
+from mlxroute.answers.document import AnswerDocument
 from mlxroute.safe_text import printable
 from mlxroute.types import (
     Activity,
@@ -27,13 +28,13 @@ from mlxroute.types import (
 )
 from mlxroute.view.plain_writer import PlainWriter
 from mlxroute.view.summary import status_line
-from mlxroute.view.word_wrap import Row, StyledText, wrap_complete, wrap_growing
+from mlxroute.view.word_wrap import Row, StyledText, print_rows, wrap_complete, wrap_growing
 
 _REFRESH_PER_S = 8
 _FRAME_S = 1 / 30
 _STATUS = Style(dim=True)
 _SMALL = Style()
-_LARGE = Style(color="magenta", underline=True)
+LARGE_STYLE = Style(color="magenta", underline=True)
 # From low to high entropy. The text colour is set too, so that any terminal background works.
 _HEAT = (
     Style(),
@@ -71,6 +72,14 @@ class AnswerStream(Protocol):
     @property
     def prefill_total(self) -> int:
         """Number of prompt tokens."""
+        ...
+
+
+class DocumentedStream(AnswerStream, Protocol):
+    """An answer that can be saved with the origin of its tokens."""
+
+    def document(self) -> AnswerDocument:
+        """Return the document of the answer so far."""
         ...
 
 
@@ -221,13 +230,11 @@ class LiveView:
             writer.finish()
 
     def _print(self, rows: list[Row]) -> None:
-        if rows:
-            segments = [segment for row in rows for segment in (*row, Segment.line())]
-            self._console.print(Segments(segments), end="", crop=False)
+        print_rows(self._console, rows)
 
     def _style(self, token: Token) -> Style:
         if not self._heat:
-            return _LARGE if token.source is Source.LARGE else _SMALL
+            return LARGE_STYLE if token.source is Source.LARGE else _SMALL
         shade = heat_style(token.signals.entropy_nats, threshold=self._threshold)
         return shade + _LARGE_HEAT if token.source is Source.LARGE else shade
 

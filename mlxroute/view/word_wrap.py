@@ -6,13 +6,14 @@ growing text therefore wraps to the same rows as the complete one, and full rows
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 
 from rich.cells import cell_len
-from rich.segment import Segment
+from rich.console import Console
+from rich.segment import Segment, Segments
 from rich.style import Style
 from wcwidth import iter_graphemes
 
@@ -129,3 +130,10 @@ def wrap_complete(styled: StyledText, *, width: int) -> list[Row]:
     rows, rest = wrap_growing(styled, width=width)
     visible = rest.text.rstrip(" \t")
     return [*rows, _build_row(rest, len(visible))] if visible else rows
+
+
+def print_rows(console: Console, rows: Sequence[Row]) -> None:
+    """Print rows as they are."""
+    if rows:
+        segments = [segment for row in rows for segment in (*row, Segment.line())]
+        console.print(Segments(segments), end="", crop=False)

@@ -11,11 +11,11 @@ from mlxroute.bench.latency import LatencyGrid, bench_latency
 from mlxroute.bench.latency_sides import SIDES
 from mlxroute.large import LargeModel
 from mlxroute.small import SmallModel
-from tests.support.fakes import NamedLarge
+from tests.support.fakes import ScriptedLarge
 from tests.support.tiny import make_tiny_model
 
 
-class UnstreamedLarge(NamedLarge):
+class UnstreamedLarge(ScriptedLarge):
     """A scripted large model with the properties that the simulation reads."""
 
     can_stream = False

@@ -30,7 +30,7 @@ from mlxroute.routers import BURST, make_router
 from mlxroute.small import SmallModel
 from mlxroute.training.labels import LabelledAnswer
 from mlxroute.types import Message
-from tests.support.fakes import NamedLarge, ScriptedReply
+from tests.support.fakes import ScriptedLarge, ScriptedReply
 from tests.support.tiny import make_tiny_model
 
 _TOKENS = 12
@@ -67,8 +67,8 @@ def run(
     path: Path,
     *,
     replies: tuple[ScriptedReply, ...] = ((70,),),
-) -> tuple[dict[str, Any], NamedLarge]:
-    large = NamedLarge(replies)
+) -> tuple[dict[str, Any], ScriptedLarge]:
+    large = ScriptedLarge(replies)
     with Replies(large, path.with_suffix(".replies")) as recorded:
         report = bench_quality(
             small,
@@ -241,7 +241,7 @@ def test_concurrent_answers_equal_those_written_alone(
 
     def write(threshold: float, messages: list[Message], small: Any) -> list[int]:
         router = make_router("entropy", threshold=threshold)
-        large = NamedLarge([(70,), (71,), (72, 73)])
+        large = ScriptedLarge([(70,), (71,), (72, 73)])
         answer = generate(small, large, messages, router=router, max_tokens=_TOKENS, mode="wait")
         return [token.token_id for token in answer]
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from mlxroute.cli.commands.chat import run_chat
 from mlxroute.cli.line_input import CommandCompleter, LineEditor, LineReader, Reader
 from mlxroute.conversation import Conversation
-from mlxroute.errors import ContextTooLong, LargeTimeout, MlxRouteError, UsageError
+from mlxroute.errors import ContextTooLong, LargeTimeout, MlxRouteError, UsageError, WeightsError
 from mlxroute.types import Message, Prices, RunStats, Uploads
 from tests.support.scripted import NO_STATS, ScriptedAnswer, Step
 
@@ -57,6 +57,7 @@ class ScriptedSession:
         self.uploads = Uploads(requests=1, size_bytes=50, tokens=8, completion_tokens=1)
         self.new_warnings: list[str] = []
         self.asked: list[list[Message]] = []
+        self.changes: list[tuple[str | None, ...]] = []
 
     def answer(self, messages: Sequence[Message]) -> ScriptedAnswer:
         self.asked.append(list(messages))
@@ -66,6 +67,17 @@ class ScriptedSession:
         self.uploads += Uploads(requests=1, size_bytes=99, tokens=9)
         stats = replace(NO_STATS, escalated=1, uploaded_tokens=9, uploaded_bytes=99, requests=1)
         return ScriptedAnswer(script, stats=stats)
+
+    def save_conversation(self, path: Path) -> None:
+        self.conversation.save(path)
+
+    def change_large(self, address: str, model: str | None, err: Console) -> None:
+        self.changes.append(("large", address, model))
+
+    def change_small(self, name: str, err: Console) -> None:
+        if name == "none":
+            raise WeightsError("there is no model none")
+        self.changes.append(("small", name))
 
     def warnings(self, stats: RunStats) -> list[str]:
         warnings, self.new_warnings = self.new_warnings, []

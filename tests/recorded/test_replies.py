@@ -13,7 +13,7 @@ import pytest
 from mlxroute.errors import LargeError
 from mlxroute.recorded.replies import Replies
 from mlxroute.types import LargeContext, LargeToken, Vocabulary
-from tests.support.fakes import NamedLarge, ScriptedReply
+from tests.support.fakes import ScriptedLarge, ScriptedReply
 
 # A line as earlier versions wrote it, for the token after the ids 1, 70.
 _LINE = (
@@ -57,7 +57,7 @@ class BlockedCall:
         self._large.in_flight -= 1
 
 
-class BlockingLarge(NamedLarge):
+class BlockingLarge(ScriptedLarge):
     """A large model whose calls finish by `finish_calls`; counts the calls in flight."""
 
     def __init__(self, replies: list[ScriptedReply]) -> None:
@@ -119,11 +119,11 @@ def test_no_more_calls_are_in_flight_than_allowed(tmp_path: Path) -> None:
 
 
 def test_recorded_tokens_are_returned_as_far_as_they_follow_each_other(tmp_path: Path) -> None:
-    large = NamedLarge([(70,), (71, 72), (73,)])
+    large = ScriptedLarge([(70,), (71, 72), (73,)])
     replies = Replies(large, tmp_path / "r")
     assert ask(replies, 1)[0].token_ids == (70,)
     assert ask(replies, 1, 70)[0].token_ids == (71, 72)
-    failing = NamedLarge([LargeError("called again")])
+    failing = ScriptedLarge([LargeError("called again")])
     reopened = Replies(failing, tmp_path / "r")
     assert [token.token_ids for token in ask(reopened, 1, prefetch=5)] == [(70,), (71, 72)]
     assert len(ask(reopened, 1, prefetch=0)) == 1
@@ -150,7 +150,7 @@ def test_a_call_counts_once_however_often_its_result_is_read(tmp_path: Path) -> 
 
 def test_the_file_has_one_line_of_named_values_per_token(tmp_path: Path) -> None:
     file = tmp_path / "r"
-    Replies(NamedLarge([]), file).record((1, 70), [_TOKEN])
+    Replies(ScriptedLarge([]), file).record((1, 70), [_TOKEN])
     assert file.read_text() == _LINE
     assert list(json.loads(_LINE)) == [
         "key",
@@ -172,7 +172,7 @@ def test_the_file_has_one_line_of_named_values_per_token(tmp_path: Path) -> None
 def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     file = tmp_path / "r"
     file.write_text(_LINE)
-    replies = Replies(NamedLarge([LargeError("called again")]), file)
+    replies = Replies(ScriptedLarge([LargeError("called again")]), file)
     assert replies.find_tokens((1, 70), 3) == (_TOKEN,)
     assert replies.find_tokens((1, 71), 3) == ()
 

@@ -60,6 +60,8 @@ def signals(token_id: int, entropy_nats: float = 0.0) -> Signals:
 class ScriptedSmall:
     """Proposes `script[i]` as token i of every answer, with an entropy of `entropies[i]` nats."""
 
+    name = "tiny"
+
     def __init__(
         self,
         script: Sequence[int],
@@ -144,6 +146,9 @@ class ScriptedLarge:
     Each call takes `seconds` on the fake clock, `lost_s` of them in failed attempts.
     """
 
+    model_name = "scripted"
+    base_url = "http://127.0.0.1:1/v1"
+
     def __init__(
         self,
         replies: Sequence[ScriptedReply],
@@ -204,12 +209,6 @@ class ScriptedLarge:
             latency_s=self._seconds,
             lost_s=self._lost_s,
         )
-
-
-class NamedLarge(ScriptedLarge):
-    """A scripted large model with a name."""
-
-    model_name = "scripted"
 
 
 class FakeCall:

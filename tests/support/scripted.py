@@ -11,7 +11,9 @@ from dataclasses import replace
 
 from rich.console import Console
 
+from mlxroute.answers.document import AnswerDocument
 from mlxroute.types import Activity, Event, Judgement, RunStats, Signals, Source, StopReason, Token
+from tests.support.documents import make_document
 
 NO_STATS = RunStats(
     text="",
@@ -95,6 +97,9 @@ class ScriptedAnswer:
                 self.given.append(item.text)
             yield item
         self.activity = Activity.DONE
+
+    def document(self) -> AnswerDocument:
+        return make_document()
 
     def stats(self) -> RunStats:
         return replace(self._stats, text="".join(self.given), tokens=len(self.given))

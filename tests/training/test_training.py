@@ -23,7 +23,7 @@ from mlxroute.small import SmallModel
 from mlxroute.training.head_fitting import FittedHead, fit_head, recall
 from mlxroute.training.labels import LabelledAnswer, collect_labels
 from mlxroute.types import LabelKind
-from tests.support.fakes import NamedLarge, ScriptedReply
+from tests.support.fakes import ScriptedLarge, ScriptedReply
 from tests.support.tiny import make_tiny_model
 
 _HIDDEN = 64
@@ -64,7 +64,7 @@ def fitted_to(
 
 def labelled(
     small: SmallModel,
-    large: NamedLarge,
+    large: ScriptedLarge,
     folder: Path,
     *,
     questions: list[Question] | None = None,
@@ -105,7 +105,7 @@ def test_labels_mark_positions_where_the_small_model_chooses_another_token(
     ids = small.encode_prompt(small.render([{"role": "user", "content": "say 0"}]))
     own = greedy(small, ids, 1)[0]
     other = 70 if own != 70 else 71
-    (answer,) = labelled(small, NamedLarge([(own,), (other,), (70,)]), tmp_path)
+    (answer,) = labelled(small, ScriptedLarge([(own,), (other,), (70,)]), tmp_path)
     assert answer.hidden.shape == (6, _HIDDEN)
     differs = cast("list[float]", answer.differs.tolist())
     written = [own, other, 70, 70, 70, 70]
@@ -130,7 +130,7 @@ def test_the_small_model_continues_alone_from_each_disagreement(
     small: SmallModel, tmp_path: Path
 ) -> None:
     ids = small.encode_prompt(small.render([{"role": "user", "content": "say 0"}]))
-    (answer,) = labelled(small, NamedLarge([(70,), (71,), (72,)]), tmp_path)
+    (answer,) = labelled(small, ScriptedLarge([(70,), (71,), (72,)]), tmp_path)
     written = [70, 71, 72, 72, 72, 72]
     differs = cast("list[float]", answer.differs.tolist())
     places = [at for at, value in enumerate(differs) if value]
@@ -147,7 +147,7 @@ def test_a_token_of_several_ids_in_the_small_vocabulary_is_one_position(
     own = greedy(small, ids, 1)[0]
     other = 70 if own != 70 else 71
     # The small model chooses the first id, too, but not the second.
-    (answer,) = labelled(small, NamedLarge([(own, other), (72,), (72,), (72,), (72,)]), tmp_path)
+    (answer,) = labelled(small, ScriptedLarge([(own, other), (72,), (72,), (72,), (72,)]), tmp_path)
     assert answer.token_count == 6
     assert answer.hidden.shape[0] == answer.logprobs.shape[0] == 5
     signals, _ = small.prefill(ids)
@@ -162,16 +162,20 @@ def test_a_token_of_several_ids_in_the_small_vocabulary_is_one_position(
 def test_labels_of_concurrent_answers_equal_those_of_single_answers(
     small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    three = labelled(small, NamedLarge([(70,)]), tmp_path / "3", questions=_QUESTIONS, at_once=3)
+    three = labelled(small, ScriptedLarge([(70,)]), tmp_path / "3", questions=_QUESTIONS, at_once=3)
     # Batches smaller than the disagreements of one answer.
     monkeypatch.setattr("mlxroute.training.labels._BATCH_ROWS", 2)
-    one = labelled(small, NamedLarge([(70,)]), tmp_path / "1", questions=_QUESTIONS)
+    one = labelled(small, ScriptedLarge([(70,)]), tmp_path / "1", questions=_QUESTIONS)
     assert [answer.continuations for answer in one] == [answer.continuations for answer in three]
     plain = labelled(
-        small, NamedLarge([(70,)]), tmp_path / "p", questions=_QUESTIONS, with_continuations=False
+        small,
+        ScriptedLarge([(70,)]),
+        tmp_path / "p",
+        questions=_QUESTIONS,
+        with_continuations=False,
     )
     # Continuations are added later without a call.
-    failing = NamedLarge([LargeRefused("called again")])
+    failing = ScriptedLarge([LargeRefused("called again")])
     more = labelled(small, failing, tmp_path / "p", questions=_QUESTIONS)
     assert [answer.continuations for answer in more] == [answer.continuations for answer in one]
     assert all(answer.continuations == () for answer in plain)
@@ -184,13 +188,15 @@ def test_saved_labels_are_not_made_again_and_survive_a_failure(
     questions = [Question(str(i), f"say {i}") for i in range(6)]
     replies: list[ScriptedReply] = [(70,)] * 26
     with pytest.raises(LargeError):
-        labelled(small, NamedLarge([*replies, LargeRefused("no")]), tmp_path, questions=questions)
+        labelled(
+            small, ScriptedLarge([*replies, LargeRefused("no")]), tmp_path, questions=questions
+        )
     assert len(list((tmp_path / "labels").iterdir())) == 4
-    large = NamedLarge([(70,)])
+    large = ScriptedLarge([(70,)])
     whole = labelled(small, large, tmp_path, questions=questions)
     # Two tokens of the fifth answer were recorded.
     assert (len(whole), len(large.contexts)) == (6, 10)
-    failing = NamedLarge([(70,)])
+    failing = ScriptedLarge([(70,)])
     again = labelled(small, failing, tmp_path, questions=questions)
     assert failing.contexts == []
     assert all(mx.array_equal(a.hidden, b.hidden) for a, b in zip(whole, again, strict=True))
@@ -209,7 +215,7 @@ def test_labels_of_an_earlier_version_are_read(small: SmallModel, tmp_path: Path
     metadata = {"answer": '{"text": "ab", "tokens": 2, "alone": ["ac"]}'}
     (tmp_path / "labels").mkdir()
     mx.save_safetensors(str(tmp_path / "labels" / _SAVED_NAME), arrays, metadata)
-    (answer,) = labelled(small, NamedLarge([LargeRefused("called again")]), tmp_path)
+    (answer,) = labelled(small, ScriptedLarge([LargeRefused("called again")]), tmp_path)
     assert mx.array_equal(answer.hidden, arrays["hidden"])
     assert mx.array_equal(answer.features, arrays["signals"])
     assert mx.array_equal(answer.differs, arrays["differs"])
@@ -218,7 +224,7 @@ def test_labels_of_an_earlier_version_are_read(small: SmallModel, tmp_path: Path
 
 
 def test_saved_labels_have_fixed_names(small: SmallModel, tmp_path: Path) -> None:
-    (answer,) = labelled(small, NamedLarge([(70,)]), tmp_path)
+    (answer,) = labelled(small, ScriptedLarge([(70,)]), tmp_path)
     (file,) = (tmp_path / "labels").iterdir()
     assert file.name == _SAVED_NAME
     arrays, metadata = mx.load(str(file), return_metadata=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from mlxroute.answers.document_file import check_target
 from mlxroute.cli.setting_options import replace_undecodable
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
@@ -27,6 +29,13 @@ def ask(
         bool,
         typer.Option("--events", help="With --json, also print provisional and retracted tokens."),
     ] = False,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write the answer, with the origin of each token, for `show` and `replay`.",
+            metavar="FILE",
+        ),
+    ] = None,
 ) -> int:
     """Answer one question and exit."""
     from mlxroute.cli.json_lines import write_json
@@ -41,9 +50,12 @@ def ask(
 
     if events and not json:
         raise UsageError("--events needs --json")
+    if save is not None:
+        check_target(save)
     out, err = make_consoles()
     question = _read_question(prompt or [])
     session = open_session(settings, err, command="ask", words=prompt or ())
+    answer = None
     try:
         message = {"role": "user", "content": question}
         answer = session.answer([*session.conversation.messages, message])
@@ -59,6 +71,9 @@ def ask(
         return discard_stdout()
     finally:
         session.close()
+        # Also an answer that was stopped or failed.
+        if save is not None and answer is not None:
+            session.save_answer(answer, save)
 
 
 def _read_question(prompt: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mlxroute.cli.line_input import Reader
-    from mlxroute.view import AnswerStream
+    from mlxroute.view import DocumentedStream
 
 # A path, as in "/usr/bin/env is what?", is not a command.
 _COMMAND = re.compile(r"(/[^\s/]*)(?:[ \t]+(.*?))?\s*")
@@ -102,8 +102,20 @@ class ChatSession(Protocol):
         """Return the warnings about an answer that were not returned before."""
         ...
 
-    def answer(self, messages: Sequence[Message]) -> AnswerStream:
+    def answer(self, messages: Sequence[Message]) -> DocumentedStream:
         """Start to answer a conversation."""
+        ...
+
+    def save_conversation(self, path: Path) -> None:
+        """Write the conversation to a file. Raises UsageError."""
+        ...
+
+    def change_large(self, address: str, model: str | None, err: Console) -> None:
+        """Use another large model from the next answer on."""
+        ...
+
+    def change_small(self, name: str, err: Console) -> None:
+        """Use another small model from the next answer on."""
         ...
 
     def describe(self) -> str:
@@ -230,20 +242,21 @@ class _Chat:
             stats = view.show(answer)
         except KeyboardInterrupt:
             if answer is not None and answer.stats().text:
-                self._keep(user, answer.stats())
+                self._keep(user, answer)
             if not interactive:
                 raise
             self.print_line("(stopped)")
         else:
-            self._keep(user, stats)
+            self._keep(user, answer)
             self.print_line(summary_line(stats))
             for line in self._session.warnings(stats):
                 self.print_line(f"warning: {line}", style="yellow")
         if interactive:
             self.print_line("")
 
-    def _keep(self, user: str, stats: RunStats) -> None:
-        self._session.conversation.add(user, stats.text)
+    def _keep(self, user: str, answer: DocumentedStream) -> None:
+        stats = answer.stats()
+        self._session.conversation.add(user, stats.text, answer.document())
         self._totals.add(stats)
         self.unanswered = ""
 
@@ -281,8 +294,28 @@ class _Chat:
             self._session.mode = value
         self.print_line(f"mode {self._session.mode}; choices: {', '.join(self._session.modes)}")
 
+    def _why(self, value: str) -> None:
+        from mlxroute.view.answer_text import escalation_rows
+        from mlxroute.view.word_wrap import print_rows
+
+        answer = self._session.conversation.last_answer
+        if answer is None:
+            raise UsageError("there is no answer yet whose tokens are known")
+        print_rows(self._err, escalation_rows(answer, width=self._err.width))
+
+    def _large(self, value: str) -> None:
+        if value:
+            address, *model = value.split(maxsplit=1)
+            self._session.change_large(address, model[0] if model else None, self._err)
+        self.print_line(self._session.describe())
+
+    def _small(self, value: str) -> None:
+        if value:
+            self._session.change_small(value, self._err)
+        self.print_line(self._session.describe())
+
     def _save(self, value: str) -> None:
-        self._session.conversation.save(Path(value))
+        self._session.save_conversation(Path(value))
         self.print_line(f"saved to {value}")
 
     def _load(self, value: str) -> None:
@@ -338,7 +371,10 @@ _COMMANDS = {
         _Chat._budget, "[SHARE]", "ask for at most this share of the tokens, e.g. 7%"
     ),
     "/mode": _Command(_Chat._mode, "[NAME]", "what to do during a call to the large model"),
-    "/save": _Command(_Chat._save, "FILE", "write the conversation to a file"),
+    "/why": _Command(_Chat._why, "", "where the large model was asked, and what both chose"),
+    "/large": _Command(_Chat._large, "[URL [ID]]", "use another large model"),
+    "/small": _Command(_Chat._small, "[NAME]", "use another small model"),
+    "/save": _Command(_Chat._save, "FILE", "write the conversation and its /why to a file"),
     "/load": _Command(_Chat._load, "FILE", "continue a saved conversation"),
     "/quit": _Command(_Chat._quit, "", "leave the chat, like Ctrl-D"),
 }

@@ -1,0 +1,120 @@
+"""Answer documents as bytes and as files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mlxroute.answers.document import FORMAT, VERSION, AnswerDocument
+from mlxroute.answers.record_json import from_json, to_json
+from mlxroute.errors import UsageError
+from mlxroute.private_file import expand_path, read_private, write_private
+
+_MAX_BYTES = 256 * 10**6
+_REQUIRED_KEYS = {"role", "content"}
+
+
+def format_document(
+    document: AnswerDocument, *, redact: Callable[[Any], Any] = lambda value: value
+) -> bytes:
+    """Return a document as JSON: one key a line, one token and one reply a line.
+
+    `redact` gets the JSON value and returns it without secrets; by default nothing is removed.
+    """
+    value = redact(to_json(document))
+    lines = [f"{json.dumps(key)}: {_format_value(item)}" for key, item in value.items()]
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def format_inline(
+    document: AnswerDocument, *, redact: Callable[[Any], Any] = lambda value: value
+) -> str:
+    """Return a document as JSON on one line."""
+    return _dump(redact(to_json(document)))
+
+
+def _format_value(value: Any) -> str:
+    if isinstance(value, list) and value:
+        return "[\n " + ",\n ".join(map(_dump, value)) + "\n]"
+    return _dump(value)
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(", ", ":"))
+
+
+def parse_document(data: bytes) -> AnswerDocument:
+    """Return the document of its JSON. Raises UsageError for anything else."""
+    try:
+        value = json.loads(data, parse_constant=_reject_constant)
+    except (ValueError, RecursionError) as error:
+        raise UsageError("it is not JSON") from error
+    return read_document(value)
+
+
+def read_document(value: Any) -> AnswerDocument:
+    """Return the document of a JSON value. Raises UsageError for anything else."""
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise UsageError(f'it has no "format": "{FORMAT}"')
+    version = value.get("version")
+    if version != VERSION or isinstance(version, bool):
+        raise UsageError(f'"version" is not {VERSION}; a newer mlxroute may read it')
+    document = from_json(AnswerDocument, value)
+    for number, message in enumerate(document.messages):
+        if not message.keys() >= _REQUIRED_KEYS:
+            raise UsageError(f'messages[{number}] has no "role" or no "content"')
+    if not document.messages:
+        raise UsageError("messages is empty")
+    if [token.index for token in document.tokens] != list(range(len(document.tokens))):
+        raise UsageError("tokens are not numbered from 0")
+    for number, reply in enumerate(document.replies):
+        if not 0 <= reply.after <= len(document.tokens):
+            raise UsageError(f"replies[{number}].after is not a position of the answer")
+        if not all(token.ids for token in reply.tokens):
+            raise UsageError(f"replies[{number}] has a token without ids")
+    return document
+
+
+def _reject_constant(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+def load_document(path: Path) -> AnswerDocument:
+    """Read a document from a file. Raises UsageError if it does not hold one."""
+    path = expand_path(path)
+    data = read_private(path, limit_bytes=_MAX_BYTES)
+    try:
+        return parse_document(data)
+    except UsageError as error:
+        raise UsageError(f"{path} is not a saved answer that this version reads: {error}") from None
+
+
+def check_target(path: Path) -> Path:
+    """Return the path of a file to save a document to.
+
+    Raises UsageError if its folder cannot be written, or if it exists and holds something else.
+    """
+    path = Path(os.path.realpath(expand_path(path)))
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"cannot save to {path}: {path.parent} is not a folder to write to")
+    if os.path.lexists(path):
+        try:
+            load_document(path)
+        except UsageError:
+            raise UsageError(
+                f"{path} exists and is not a saved answer; choose another name"
+            ) from None
+    return path
+
+
+def save_document(
+    document: AnswerDocument, path: Path, *, redact: Callable[[Any], Any] = lambda value: value
+) -> None:
+    """Write a document to a file in one step, readable by its owner only.
+
+    Raises UsageError if that fails, or if the file exists and holds something else.
+    """
+    write_private(check_target(path), format_document(document, redact=redact))

@@ -1,0 +1,93 @@
+"""A saved answer, ready to be decoded again against its recorded replies."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mlxroute.answers.document import AnswerDocument
+from mlxroute.answers.recorded_answer import AnswerOrigin, RecordedAnswer, hash_ids
+from mlxroute.answers.replayed_large import ReplayedLarge
+from mlxroute.answers.reply_recorder import ReplyRecorder
+from mlxroute.answers.router_record import record_router, restore_router
+from mlxroute.cli.routing import HEAD_ROUTER, find_ranks
+from mlxroute.config import Settings
+from mlxroute.engine import generate
+from mlxroute.errors import UsageError
+from mlxroute.routers import Router, make_router
+from mlxroute.types import Mode
+
+if TYPE_CHECKING:
+    from mlxroute.small import SmallModel
+
+
+def prepare_replay(
+    document: AnswerDocument,
+    small: SmallModel,
+    settings: Settings,
+    *,
+    budget: float | None,
+    threshold: float | None,
+    mode: Mode | None,
+) -> RecordedAnswer:
+    """Return the answer of a document, to be decoded again without calls.
+
+    `budget`, `threshold` and `mode` replace the recorded ones unless they are None. Raises
+    UsageError if the small model reads the prompt otherwise than the recorded one.
+    """
+    messages = [dict(message) for message in document.messages]
+    prompt_ids = small.encode_prompt(small.render(messages))
+    if hash_ids(prompt_ids) != document.prompt.sha256:
+        raise UsageError(
+            f"{small.name} reads the prompt as {len(prompt_ids):,} other tokens than those recorded"
+            f" ({document.prompt.tokens:,}), so the replies do not fit"
+        )
+    router = _choose_router(document, small, settings, budget=budget, threshold=threshold)
+    options = document.options
+    if mode is not None:
+        options = replace(options, mode=mode)
+    origin = AnswerOrigin(
+        messages=messages,
+        vocabulary=small.vocabulary,
+        models=document.models,
+        router=record_router(router),
+        options=options,
+    )
+    recorder = ReplyRecorder(ReplayedLarge(document, prompt_tokens=len(prompt_ids)))
+    answer = generate(
+        small,
+        recorder,
+        messages,
+        router=router,
+        max_tokens=options.max_tokens,
+        stop=options.stop,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+        mode=options.mode,
+        prefetch=options.prefetch,
+        call_ceiling=options.call_ceiling,
+        accept_within=options.accept_within,
+    )
+    return RecordedAnswer(answer, origin, recorder)
+
+
+def _choose_router(
+    document: AnswerDocument,
+    small: SmallModel,
+    settings: Settings,
+    *,
+    budget: float | None,
+    threshold: float | None,
+) -> Router:
+    """Return the recorded router in its recorded state, or one at another threshold or budget."""
+    recorded = restore_router(document.router)
+    if recorded.name != HEAD_ROUTER and budget is None and threshold is None:
+        return recorded
+    # For a learned head, this loads it.
+    ranks = find_ranks(small, recorded.name, settings.head)
+    if threshold is not None:
+        return make_router(recorded.name, threshold=threshold)
+    if budget is not None:
+        return make_router(recorded.name, budget=budget, quantiles=ranks[recorded.name])
+    return recorded

@@ -1,0 +1,48 @@
+"""`show`: print a saved answer, or write it as a page or a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlxroute.answers.document_file import load_document
+from mlxroute.config import Settings
+from mlxroute.private_file import expand_path, write_private
+
+
+def show(
+    settings: Settings,
+    file: Annotated[Path, typer.Argument(help="Answer saved with `ask --save`.", metavar="FILE")],
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write it as a page that loads nothing.", metavar="OUT"),
+    ] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write it as a picture.", metavar="OUT")] = None,
+) -> int:
+    """Print a saved answer, token by token where the large model was asked."""
+    from mlxroute.cli.exit_codes import EXIT_OK
+    from mlxroute.cli.terminal import discard_stdout, make_consoles, print_note
+
+    document = load_document(file)
+    out, err = make_consoles()
+    if html is not None:
+        from mlxroute.view.answer_html import draw_page
+
+        write_private(expand_path(html), draw_page(document).encode())
+        print_note(err, f"wrote {html}")
+    if svg is not None:
+        from mlxroute.view.answer_picture import draw_document
+
+        write_private(expand_path(svg), draw_document(document).encode())
+        print_note(err, f"wrote {svg}")
+    if html is None and svg is None:
+        from mlxroute.view.answer_text import answer_rows
+        from mlxroute.view.word_wrap import print_rows
+
+        try:
+            print_rows(out, answer_rows(document, width=out.width))
+        except BrokenPipeError:
+            return discard_stdout()
+    return EXIT_OK

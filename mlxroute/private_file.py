@@ -1,0 +1,58 @@
+"""Files that hold a conversation: written in one step, readable by their owner only."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from mlxroute.errors import UsageError
+
+
+def expand_path(path: Path) -> Path:
+    """Return a path that a user typed with `~` expanded. Raises UsageError for a NUL character."""
+    if "\0" in str(path):
+        raise UsageError("a file name cannot contain a NUL character")
+    # Path.expanduser raises for an unknown user; this leaves the path as it is.
+    return Path(os.path.expanduser(path))
+
+
+def read_private(path: Path, *, limit_bytes: int) -> bytes:
+    """Return the content of a regular file.
+
+    Raises UsageError if it cannot be read, is not a file, or is larger than `limit_bytes`.
+    """
+    try:
+        # Reading a pipe or a device might never end.
+        if path.exists() and not path.is_file():
+            raise UsageError(f"cannot load {path}: it is not a file")
+        with path.open("rb") as file:
+            data = file.read(limit_bytes + 1)
+    except OSError as error:
+        raise UsageError(f"cannot load {path}: {error.strerror}") from error
+    if len(data) > limit_bytes:
+        raise UsageError(f"cannot load {path}: it is larger than {limit_bytes // 10**6} MB")
+    return data
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Replace a file in one step; a link is followed. Raises UsageError if that fails.
+
+    A temporary file beside it is renamed, so that no half file is left.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise UsageError(f"cannot save to {path}: {error.strerror}") from error
