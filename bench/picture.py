@@ -84,12 +84,13 @@ def draw_record(record: dict[str, Any], *, dark: bool) -> str:
     """Return the picture of a recorded answer."""
     figures = record["figures"]
     caption = (
-        f"{record['small']} wrote {figures['tokens'] - figures['escalated']} of"
-        f" {figures['tokens']} tokens, {record['large']} the other {figures['escalated']}\n"
-        f"alone it answers: {record['small_alone']}"
+        f"{record['small']} (small): {figures['tokens'] - figures['escalated']} of"
+        f" {figures['tokens']} tokens\n"
+        f"{record['large']} (large): {figures['escalated']}\n"
+        f"the small model alone: {record['small_alone']}"
     )
     tokens = [PicturedToken(row["text"], row.get("small_text")) for row in record["tokens"]]
-    return draw_answer(record["question"], tokens, caption=caption, dark=dark)
+    return draw_answer(record["question"], tokens, caption=caption, dark=dark, width=60)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ PLOTS: dict[str, tuple[str, Callable[[Mapping[str, Any], Path], None]]] = {
 
 def main() -> None:
     """Draw every plot to docs/images/; the same report gives the same file."""
+    os.environ.setdefault("SOURCE_DATE_EPOCH", "0")  # No date in the files.
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "mlxroute"})
     for name, (report_name, draw) in PLOTS.items():
         report = json.loads((ROOT / "bench" / "results" / report_name).read_text(encoding="utf-8"))

@@ -24,7 +24,7 @@ def draw_latency(report: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     rates = sorted({point["rate"] for point in report["points"]})
-    figure = Figure(figsize=(5 * len(rates), 4), layout="constrained")
+    figure = Figure(figsize=(3 * len(rates), 5), layout="constrained")
     panels = figure.subplots(1, len(rates), sharey=True, squeeze=False)[0]
     for panel, rate in zip(panels, rates, strict=True):
         points = [point for point in report["points"] if point["rate"] == rate]
@@ -33,20 +33,26 @@ def draw_latency(report: Mapping[str, Any], path: Path) -> None:
             panel.plot(
                 [point["ratio"] for point in points],
                 [point["sides"][name]["over_wait"] for point in points],
-                marker="o",
+                marker=".",
                 label=name,
+                **_line_of(name),
             )
+        ratios = [point["ratio"] for point in points]
         panel.set(title=f"{rate:.0%} escalated", xlabel="call time in steps", xscale="log")
-        panel.axhline(1.0, color="grey", linewidth=0.5)
-    panels[0].set_ylabel("tokens/s over wait")
-    panels[0].legend(fontsize="small")
-    figure.suptitle(f"{report['small']} with {report['large']}, {report['delay']} call times")
+        panel.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
+        panel.minorticks_off()
+        panel.grid(axis="y", color="lightgrey", linewidth=0.5)
+    panels[0].set_ylabel("tokens/s over those of wait")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(rates))
+    figure.suptitle(f"{_models(report)}, {report['delay']} call times")
     figure.savefig(path, dpi=120)
 
 
 def draw_quality(report: Mapping[str, Any], path: Path) -> None:
     """Plot accuracy over escalation rate: one line per router, and each model alone."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     panel = figure.subplots()
@@ -60,16 +66,32 @@ def draw_quality(report: Mapping[str, Any], path: Path) -> None:
         rates, accuracies, low, high = zip(*points, strict=True)
         panel.plot(rates, accuracies, marker="o", label=router)
         panel.fill_between(rates, low, high, alpha=0.15)
-    for name in ORACLES:
+    for name, marker in zip(ORACLES, "s^", strict=True):
         if oracle_points := report.get("oracles", {}).get(name):
             points = sorted(
                 (point["escalation_rate"], point["accuracy"]) for point in oracle_points
             )
             label = f"oracle: {name.replace('_', ' ')}"
-            panel.plot(*zip(*points, strict=True), color="grey", marker=".", label=label)
+            panel.plot(*zip(*points, strict=True), color="grey", marker=marker, label=label)
     for name, style in (("small", ":"), ("large", "--")):
-        panel.axhline(sides[name]["lenient"]["accuracy"], color="grey", linestyle=style, label=name)
-    panel.set(xlabel="share of tokens escalated", ylabel="accuracy", ylim=(0, 1))
+        panel.axhline(
+            sides[name]["lenient"]["accuracy"], color="grey", linestyle=style, label=f"{name} alone"
+        )
+    panel.set(xlabel="tokens escalated", ylabel="right answers", xlim=(0, None), ylim=(0, 1))
+    panel.xaxis.set_major_formatter(PercentFormatter(1))
+    panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     panel.legend(fontsize="small")
-    figure.suptitle(f"{report['small']} with {report['large']}, {report['questions']} questions")
+    figure.suptitle(f"{_models(report)}, {report['questions']} questions", fontsize="medium")
     figure.savefig(path, dpi=120)
+
+
+def _models(report: Mapping[str, Any]) -> str:
+    return f"{report['small']} with {report['large'].removesuffix('.gguf')}"
+
+
+def _line_of(mode: str) -> dict[str, Any]:
+    """Return colour and dashes: the colour tells the mode, the dashes its options."""
+    name = mode.split("+")[0].split(",")[0]
+    colours = {"wait": "C0", "overlap": "C1", "hedge": "C2", "auto": "black"}
+    style = "--" if "," in mode else "-" if "+" in mode or name == "auto" else ":"
+    return {"color": colours.get(name), "linestyle": style}
