@@ -42,7 +42,7 @@ def main() -> None:
     prompts = [json.loads(row)["prompt"] for row in PROMPTS.read_text().split("\n") if row]
     rows = [json.loads(row) for row in path.read_text().split("\n") if row] if path.exists() else []
     done = {(row["mode"], row["prefetch"], row["prompt"]): row["tokens"] for row in rows}
-    with LargeModel(address) as large, path.open("a") as file:
+    with LargeModel(address, timeout_s=TIMEOUT_S) as large, path.open("a") as file:
         large.connect(thorough=False)
         large.pair_vocabulary(small.vocabulary)
         # Neighbouring answers have different prompts, so that no cache is warmer than in a chat.
