@@ -21,7 +21,8 @@ from typing import Any
 from mlxroute import EntropyRouter, LargeModel, SmallModel, Token, generate
 
 PROMPTS = Path(__file__).parent / "prompts" / "varied.jsonl"
-MODES = ("wait", "overlap", "hedge", "auto")
+# `auto` uses one of these at any time.
+MODES = ("wait", "overlap", "hedge")
 PREFETCH = (0, 16)
 ANSWERS, TOKENS = 20, 96
 # The server may wait for other work of the machine; a late call would change the answer.
