@@ -1,5 +1,21 @@
-"""Runs the command line as `python -m mlxroute`."""
+"""Runs the command line as `python -m mlxroute`, and as the command `mlxroute`."""
 
-from mlxroute.cli import main
+import os
+import signal
+from typing import NoReturn
 
-raise SystemExit(main())
+_EXIT_INTERRUPTED = 130
+
+
+def run() -> NoReturn:
+    """Run the command line and end the process with its exit code."""
+    # While modules are imported, and after the command, Ctrl-C has nothing to stop but the process.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(_EXIT_INTERRUPTED))
+    from mlxroute.cli import main
+
+    raise SystemExit(main())
+
+
+if __name__ == "__main__":
+    run()

@@ -12,6 +12,7 @@ from hypothesis import settings
 from mlxroute.backend import blas
 from mlxroute.large.http import retry
 from mlxroute.large.negotiation import running_servers
+from mlxroute.view.live_area import REWRAPPING_VARIABLES
 from mlxroute.weights import default_cache_dir
 
 # Read before a fixture hides the user's settings from the tests.
@@ -22,6 +23,7 @@ MAX_WORKERS = 2
 settings.register_profile("mlxroute", deadline=None)
 settings.load_profile("mlxroute")
 _OWN_VARIABLES = ("OPENAI_API_KEY", "OPENAI_BASE_URL")
+_TERMINAL_VARIABLES = ("TERM_PROGRAM", "FORCE_COLOR", "NO_COLOR", "COLUMNS", *REWRAPPING_VARIABLES)
 
 # Tests interrupt themselves; a job that a script starts in the background ignores SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -71,7 +73,7 @@ def _own_environment(
     """No test uses the user's own settings, keys, history, verdicts or servers."""
     monkeypatch.setattr(running_servers, "DEFAULT_PORTS", {})
     for name in list(os.environ):
-        if name in _OWN_VARIABLES or name.startswith("MLXROUTE_"):
+        if name in (*_OWN_VARIABLES, *_TERMINAL_VARIABLES) or name.startswith("MLXROUTE_"):
             monkeypatch.delenv(name)
     home = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("MLXROUTE_CONFIG", str(home / "config.toml"))

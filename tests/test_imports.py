@@ -54,7 +54,8 @@ _ROOMS: dict[str, set[str]] = {
     "small": {"backend", "catalog", "config", "tokenizers", "weights"},
     "large": {"ledger", "tokenizers"},
     "hosting": {"backend", "large"},
-    "view": {"answers"},
+    "terminal_modes": set(),
+    "view": {"answers", "terminal_modes"},
     "recorded": {"engine", "routers"},
     "training": {"catalog", "engine", "questions", "recorded", "routers", "small"},
     "bench": {

@@ -5,10 +5,8 @@ Text goes to stdout, everything else to stderr. Commands import heavy modules wh
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
-from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -32,7 +30,9 @@ from mlxroute.cli.commands.show import show
 from mlxroute.cli.commands.train import train
 from mlxroute.cli.error_advice import error_message
 from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_LARGE_FAILED, EXIT_OK, EXIT_USAGE
+from mlxroute.cli.process_signals import ProcessSignals
 from mlxroute.cli.setting_options import load_all_settings, with_setting_options
+from mlxroute.cli.standard_streams import OutputUnusable, make_streams_safe
 from mlxroute.errors import LargeError, MlxRouteError
 
 app = typer.Typer(
@@ -66,8 +66,21 @@ app.add_typer(bench, name="bench")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; every expected error is one line."""
-    _make_streams_safe()
-    arguments: list[str] = list(sys.argv[1:] if argv is None else argv)
+    make_streams_safe()
+    code = EXIT_OK
+    with ProcessSignals() as signals:
+        try:
+            code = _run(list(sys.argv[1:] if argv is None else argv))
+            sys.stdout.flush()
+        except OutputUnusable as exc:
+            # A reader of a pipe may close it early.
+            code = EXIT_OK if exc.is_closed_pipe else _fail(str(exc), EXIT_USAGE)
+        except KeyboardInterrupt:
+            code = EXIT_INTERRUPTED
+    return code if signals.exit_code is None else signals.exit_code
+
+
+def _run(arguments: list[str]) -> int:
     try:
         code: Any = app(arguments, prog_name="mlxroute", standalone_mode=False)
     except typer.TyperException as exc:
@@ -81,23 +94,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as exc:
         return _fail(f"{exc.filename or 'the output'}: {exc.strerror}", EXIT_USAGE)
     return int(code or EXIT_OK)
-
-
-def _make_streams_safe() -> None:
-    """Make standard streams usable that are closed or cannot encode a character."""
-    if sys.stdin is None:
-        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    for stream, errors in (
-        (sys.stdin, "replace"),
-        (sys.stdout, "backslashreplace"),
-        (sys.stderr, "backslashreplace"),
-    ):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors=errors)
 
 
 def _usage_message(exc: typer.TyperException) -> str:

@@ -14,15 +14,19 @@ _OTHER_FLAGS = {
     "port": "--port",
 }
 
+_SHORTEN_CHAT = "/reset starts a new conversation"
+_SHORTEN_PROMPT = "shorten the prompt, or choose a model with a longer context (--small)"
 
-def error_message(error: MlxRouteError) -> str:
+
+def error_message(error: MlxRouteError, *, in_chat: bool = False) -> str:
     """Return the error's text with the flag that sets the parameter it names.
 
-    The flag replaces the parameter at the start of the text and otherwise follows the text.
+    The flag replaces the parameter at the start of the text and otherwise follows the text. With
+    `in_chat`, the advice may be a command of the chat.
     """
     text, parameter = str(error), error.parameter
     if isinstance(error, ContextTooLong):
-        return f"{text}; in a chat, /reset starts a new conversation"
+        return f"{text}; {_SHORTEN_CHAT if in_chat else _SHORTEN_PROMPT}"
     flag = None if parameter is None else _flag(parameter)
     if flag is None:
         return text

@@ -91,6 +91,7 @@ class LineEditor:
             # A menu would reserve eight rows below every prompt.
             complete_style=CompleteStyle.READLINE_LIKE,
             history=_history(history_path, notify),
+            enable_suspend=True,
             input=input,
             # With stdout in a pipe the prompt belongs on stderr.
             output=output or create_output(always_prefer_tty=True),
@@ -153,6 +154,8 @@ def _key_bindings() -> KeyBindings:
         event.current_buffer.validate_and_handle()
 
     @bindings.add("escape", "enter")
+    # Typed during an answer, when the terminal turns Enter into a newline.
+    @bindings.add("escape", "c-j")
     def new_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 

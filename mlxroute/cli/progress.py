@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+from mlxroute.cli.terminal import print_note, redraw
 from mlxroute.closeable import Closeable
 from mlxroute.types import Progress as OnProgress
 
@@ -69,7 +70,7 @@ def count_progress(console: Console) -> Iterator[OnProgress]:
         if not console.is_terminal and total and 0 < done < total:
             lines.update(label, done, total)
 
-    with bars:
+    with redraw(console, pause=bars.stop, resume=bars.start), bars:
         yield progress
 
 
@@ -100,15 +101,17 @@ class ByteProgress(Closeable):
         self._tasks: dict[str, TaskID] = {}
         self._start_s: dict[str, float] = {}
         self._finished: set[str] = set()
-        self._bars.start()
+        self._display = ExitStack()
+        self._display.enter_context(redraw(console, pause=self._bars.stop, resume=self._bars.start))
+        self._display.enter_context(self._bars)
 
     def close(self) -> None:
         """Remove the bars."""
-        self._bars.stop()
+        self._display.close()
 
     def notify(self, line: str) -> None:
         """Print one line above the bars."""
-        self._console.print(line, style="dim", markup=False, soft_wrap=True)
+        print_note(self._console, line)
 
     def progress(self, label: str, done: int, total: int | None) -> None:
         """Show `done` of `total` bytes of a task; safe to call from worker threads."""

@@ -21,7 +21,7 @@ from mlxroute.cli.routing import (
 )
 from mlxroute.cli.server_offers import no_large_lines
 from mlxroute.cli.small_setup import load_small
-from mlxroute.cli.terminal import WARNING_STYLE, print_note
+from mlxroute.cli.terminal import WARNING_STYLE, print_note, show_status
 from mlxroute.config import Settings, read_never_send, read_prices, user_catalog_dir
 from mlxroute.conversation import Conversation
 from mlxroute.errors import LargeError, LargeUnrecorded, UsageError
@@ -327,7 +327,7 @@ def _connect_large(settings: Settings, ledger: Ledger, err: Console) -> LargeMod
         return None
     large = make_large(settings, settings.large, ledger)
     try:
-        with err.status(f"connecting to {large.base_url}"):
+        with show_status(err, f"connecting to {large.base_url}"):
             large.connect()
     except LargeUnrecorded as exc:
         raise UsageError(str(exc), parameter=exc.parameter) from exc

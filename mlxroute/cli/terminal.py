@@ -4,31 +4,74 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_OK
+from mlxroute.terminal_modes import TERMINAL
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.status import Status
     from rich.table import Table
 
     from mlxroute.view import AnswerStream
 
 WARNING_STYLE = "yellow"
 _NOTE_STYLE = "dim"
+_FORCE_COLOURS = ("FORCE_COLOR", "CLICOLOR_FORCE")
+_DUMB_TERMINALS = ("dumb", "unknown")
 
 
 def make_consoles() -> tuple[Console, Console]:
     """Return consoles for stdout and stderr."""
+    return _make_console(sys.stdout), _make_console(sys.stderr, stderr=True)
+
+
+def _make_console(stream: TextIO, *, stderr: bool = False) -> Console:
+    """Return a console that redraws nothing unless it writes to a terminal.
+
+    Variables such as FORCE_COLOR or TTY_COMPATIBLE can add colours elsewhere, but no control codes.
+    """
     from rich.console import Console
 
-    return Console(highlight=False), Console(stderr=True, highlight=False)
+    is_terminal = stream.isatty()
+    is_dumb = os.environ.get("TERM", "").lower() in _DUMB_TERMINALS
+    is_coloured = not os.environ.get("NO_COLOR") and any(
+        os.environ.get(name, "") not in ("", "0") for name in _FORCE_COLOURS
+    )
+    return Console(
+        stderr=stderr,
+        highlight=False,
+        force_terminal=is_terminal,
+        force_interactive=is_terminal and not is_dumb,
+        color_system="standard" if is_coloured and not is_terminal else "auto",
+    )
+
+
+@contextmanager
+def show_status(console: Console, text: str) -> Iterator[Status]:
+    """Show what the block does while it runs, on a terminal only."""
+    status = console.status(text)
+    with redraw(console, pause=status.stop, resume=status.start), status:
+        yield status
+
+
+def redraw(
+    console: Console, *, pause: Callable[[], None], resume: Callable[[], None]
+) -> AbstractContextManager[None]:
+    """Return `TERMINAL.redraw` for a display on the console, or nothing if that draws none."""
+    return TERMINAL.redraw(pause=pause, resume=resume) if console.is_interactive else nullcontext()
 
 
 def print_note(console: Console, text: str, *, style: str = _NOTE_STYLE) -> None:
-    """Print text that is not part of an answer, without wrapping it or reading markup in it."""
-    console.print(text, style=style, markup=False, soft_wrap=True)
+    """Print text that is not part of an answer, without reading markup in it.
+
+    A terminal wraps it at words. In a file or pipe, lines stay whole.
+    """
+    console.print(text, style=style, markup=False, soft_wrap=not console.is_terminal)
 
 
 def make_table(
@@ -97,12 +140,3 @@ def write_plain(answer: AnswerStream, *, stream: TextIO, err: Console) -> int:
     writer.finish()
     print_note(err, summary_line(answer.stats()))
     return code
-
-
-def discard_stdout() -> int:
-    """Redirect stdout to the null device after a BrokenPipeError; return 0.
-
-    The reader of a pipe may close it early. Without this, the flush at exit fails too.
-    """
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return EXIT_OK

@@ -7,7 +7,8 @@ from mlxroute.view.demo_outcome import (
     describe_outcome,
     result_line,
 )
-from mlxroute.view.live_view import AnswerStream, DocumentedStream, LiveView
+from mlxroute.view.live_area import AnswerStream, DocumentedStream
+from mlxroute.view.live_view import LiveView
 from mlxroute.view.plain_writer import PlainWriter
 from mlxroute.view.summary import ChatTotals, summary_line
 

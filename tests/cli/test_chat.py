@@ -246,12 +246,55 @@ def test_stdin_that_is_no_terminal_is_read_line_by_line(
     assert chat.session.questions == ["one"]
 
 
-def test_an_error_in_a_pipe_ends_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("failure", "code"), [(ContextTooLong("too long"), 2), (LargeTimeout("no reply"), 3)]
+)
+def test_an_error_in_a_pipe_ends_nothing_and_is_the_exit_code(
+    tmp_path: Path, failure: MlxRouteError, code: int
+) -> None:
+    chat = Chat(ScriptedSession(failure), tmp_path)
+    assert chat.pipe("one\n/mode\ntwo\n") == code
+    assert chat.session.questions == ["one", "two"]
+    assert any(line.startswith(f"error: {failure}") for line in chat.printed)
+    assert chat.pipe("/mode fast\nthree\n") == 2
+    assert chat.session.questions[-1] == "three"
+
+
+_NO_COMMANDS = (
+    "/* TODO */ explain",
+    "/tmp is full, why?",
+    "/etc/hosts?",
+    "//comment",
+    "/dev/null",
+    "/\\d+/g matches what?",
+    "/r/python or /r/rust?",
+    "/ means what?",
+    "/été est beau",
+)
+
+
+@pytest.mark.parametrize("text", _NO_COMMANDS)
+def test_text_that_begins_with_a_slash_is_a_message_unless_it_names_a_command(
+    chat: Chat, text: str
+) -> None:
+    assert chat.type(text, ENTER, CTRL_D) == 0
+    assert chat.session.questions == [text]
+
+
+@pytest.mark.parametrize(
+    "text", [*_NO_COMMANDS, "/helpful is a word", "/stast", "/help me", "/quit smoking how?", "/"]
+)
+def test_piped_text_that_is_no_command_is_answered(chat: Chat, text: str) -> None:
+    assert chat.pipe(f"{text}\nnext\n") == 0
+    assert chat.session.questions == [text, "next"]
+
+
+def test_a_prompt_that_is_too_long_gets_the_advice_of_a_chat(tmp_path: Path) -> None:
     chat = Chat(ScriptedSession(ContextTooLong("too long")), tmp_path)
-    with pytest.raises(ContextTooLong):
-        chat.pipe("one\ntwo\n")
-    with pytest.raises(UsageError, match="did you mean /stats"):
-        chat.pipe("/stast\n")
+    chat.pipe("one\n")
+    assert "error: too long; /reset starts a new conversation" in chat.err.getvalue().replace(
+        "\n", " "
+    )
 
 
 def test_piped_bytes_that_are_no_text_are_one_clear_error(chat: Chat) -> None:
@@ -375,6 +418,8 @@ def test_a_bad_file_leaves_the_conversation_as_it_was(chat: Chat, tmp_path: Path
         ("/xyzzy", "unknown command /xyzzy; /help lists the commands"),
         ("/", "unknown command /; /help lists the commands"),
         ("/reset all", "/reset takes no value"),
+        ("/halp me", "unknown command /halp; did you mean /help?"),
+        ("/clear", "unknown command /clear; /help lists the commands"),
     ],
 )
 def test_a_wrong_command_is_one_line_and_asks_nothing(

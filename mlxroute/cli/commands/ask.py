@@ -42,7 +42,6 @@ def ask(
     from mlxroute.cli.session import open_session
     from mlxroute.cli.terminal import (
         WARNING_STYLE,
-        discard_stdout,
         make_consoles,
         print_note,
         show_answer,
@@ -67,8 +66,6 @@ def ask(
         for line in session.warnings(answer.stats()):
             print_note(err, f"warning: {line}", style=WARNING_STYLE)
         return code
-    except BrokenPipeError:
-        return discard_stdout()
     finally:
         session.close()
         # Also an answer that was stopped or failed.

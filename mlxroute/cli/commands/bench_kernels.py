@@ -25,13 +25,13 @@ def kernels(
     """
     from mlxroute.backend import blas
     from mlxroute.cli.bench_report import write_report
-    from mlxroute.cli.terminal import make_consoles
+    from mlxroute.cli.terminal import make_consoles, show_status
 
     _, err = make_consoles()
     blas.interpose(cache_dir_of(settings))
     from mlxroute.bench.kernel_cost import bench_kernels
 
-    with err.status("measuring"):
+    with show_status(err, "measuring"):
         report = bench_kernels(rounds=rounds)
     _print_kernels(report, err)
     return write_report(report, "kernels", save=save)

@@ -12,6 +12,7 @@ import typer
 
 from mlxroute.cli.flags import Examples, Plot, Save, Shots
 from mlxroute.cli.folders import record_path, report_source
+from mlxroute.cli.terminal import show_status
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
 from mlxroute.types import Message
@@ -180,7 +181,7 @@ def _measure_large(
             small = load_small(settings, progress)
         from mlxroute.bench.latency import measure_large_step_s
 
-        with err.status("measuring the large model"):
+        with show_status(err, "measuring the large model"):
             seconds = measure_large_step_s(small, large, conversations[:_STREAMED_ANSWERS])
     return small, name, seconds
 

@@ -34,7 +34,7 @@ def speed(
     from mlxroute.catalog.head_files import find_head_file
     from mlxroute.cli.bench_report import read_builtin_prompts, write_report
     from mlxroute.cli.progress import ByteProgress
-    from mlxroute.cli.terminal import make_consoles
+    from mlxroute.cli.terminal import make_consoles, show_status
 
     _, err = make_consoles()
     with ByteProgress(err) as byte_progress, tempfile.TemporaryDirectory() as folder:
@@ -45,7 +45,7 @@ def speed(
             small.set_head(None)
         from mlxroute.bench.speed import bench_speed
 
-        with err.status("measuring") as status:
+        with show_status(err, "measuring") as status:
 
             def progress(label: str, done: int, total: int | None) -> None:
                 status.update(f"measuring: answer {done} of {total}")

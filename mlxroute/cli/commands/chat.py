@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
+from mlxroute.cli.chat_session import ChatRouting, ChatSession
+from mlxroute.cli.command_words import describe_doubt, split_command
 from mlxroute.cli.error_advice import error_message
-from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_OK
+from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_LARGE_FAILED, EXIT_OK, EXIT_USAGE
 from mlxroute.config import Settings, parse_share
 from mlxroute.conversation import Conversation
-from mlxroute.errors import MlxRouteError, UsageError
-from mlxroute.types import Message, Prices, RunStats, Uploads
+from mlxroute.errors import LargeError, MlxRouteError, UsageError
+from mlxroute.terminal_modes import TERMINAL
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from mlxroute.cli.line_input import Reader
     from mlxroute.view import DocumentedStream
 
-# A path, as in "/usr/bin/env is what?", is not a command.
-_COMMAND = re.compile(r"(/[^\s/]*)(?:[ \t]+(.*?))?\s*")
 _LEAVE_HINT = "Ctrl-D or /quit leaves the chat"
 _KEYS_HELP = "Enter sends, Alt-Enter starts a new line, Ctrl-C stops an answer, Tab completes"
 
@@ -33,7 +31,7 @@ _KEYS_HELP = "Enter sends, Alt-Enter starts a new line, Ctrl-C stops an answer, 
 def chat(settings: Settings) -> int:
     """Chat in the terminal (also the default without a command)."""
     from mlxroute.cli.session import open_session
-    from mlxroute.cli.terminal import discard_stdout, history_path, make_consoles
+    from mlxroute.cli.terminal import history_path, make_consoles
 
     out, err = make_consoles()
     session = open_session(settings, err, command="chat")
@@ -45,82 +43,8 @@ def chat(settings: Settings) -> int:
             history_path=history_path(),
             heat=settings.heat,
         )
-    except BrokenPipeError:
-        return discard_stdout()
     finally:
         session.close()
-
-
-class ChatRouting(Protocol):
-    """The threshold or budget of a session, which a chat shows and changes."""
-
-    @property
-    def threshold(self) -> float:
-        """The score above which the large model is asked."""
-        ...
-
-    @property
-    def unit(self) -> str:
-        """The unit of the threshold."""
-        ...
-
-    @property
-    def budget(self) -> float | None:
-        """The largest share of escalated tokens; None if a threshold is set instead."""
-        ...
-
-    def set_threshold(self, threshold: float) -> None:
-        """Ask above this score from now on."""
-        ...
-
-    def set_budget(self, budget: float) -> None:
-        """Ask for at most this share of the tokens from now on."""
-        ...
-
-
-class ChatSession(Protocol):
-    """The models behind a chat, and the conversation."""
-
-    conversation: Conversation
-    mode: str
-
-    @property
-    def routing(self) -> ChatRouting: ...
-
-    @property
-    def modes(self) -> tuple[str, ...]: ...
-
-    @property
-    def prices(self) -> Prices | None: ...
-
-    @property
-    def uploads(self) -> Uploads:
-        """What was sent since the start; may be read from another thread."""
-        ...
-
-    def warnings(self, stats: RunStats) -> list[str]:
-        """Return the warnings about an answer that were not returned before."""
-        ...
-
-    def answer(self, messages: Sequence[Message]) -> DocumentedStream:
-        """Start to answer a conversation."""
-        ...
-
-    def save_conversation(self, path: Path) -> None:
-        """Write the conversation to a file. Raises UsageError."""
-        ...
-
-    def change_large(self, address: str, model: str | None, err: Console) -> None:
-        """Use another large model from the next answer on."""
-        ...
-
-    def change_small(self, name: str, err: Console) -> None:
-        """Use another small model from the next answer on."""
-        ...
-
-    def describe(self) -> str:
-        """Return one line about the models."""
-        ...
 
 
 def run_chat(
@@ -134,33 +58,50 @@ def run_chat(
 ) -> int:
     """Run a chat until the user leaves it; return the exit code.
 
-    On a terminal, errors are shown and the chat continues; from a pipe, they are raised.
+    Errors are shown, and the chat continues. From a pipe, the exit code is that of the last one.
     """
     chat = _Chat(session, out=console_out, err=console_err, heat=heat)
     if reader is None:
         reader = _make_reader(chat, history_path)
-    if reader.interactive:
-        chat.print_line(f"{session.describe()}. /help lists the commands.")
+    chat.is_interactive = reader.interactive
+    if not reader.interactive:
+        return _talk(chat, reader)
+    chat.print_line(f"{session.describe()}. /help lists the commands.")
+    # What is typed during an answer waits for the next prompt.
+    with TERMINAL.hide_typing(by_key=True):
+        return _talk(chat, reader)
+
+
+def _talk(chat: _Chat, reader: Reader) -> int:
+    code = EXIT_OK
     while True:
         try:
             text = reader.read(initial_text=chat.unanswered)
-            chat.handle(text, interactive=reader.interactive)
+            code = _handle(chat, text) or code
         except EOFError:
-            return EXIT_OK
+            return code
         except KeyboardInterrupt:
             if not reader.interactive:
                 return EXIT_INTERRUPTED
             chat.print_line(_LEAVE_HINT)
-        except MlxRouteError as error:
-            if not reader.interactive:
-                raise
-            chat.print_line(f"error: {error_message(error)}", style="red")
+
+
+def _handle(chat: _Chat, text: str) -> int:
+    """Answer a message or run a command; show an error and return its exit code from a pipe."""
+    try:
+        chat.handle(text)
+    except MlxRouteError as error:
+        chat.print_line(f"error: {error_message(error, in_chat=True)}", style="red")
+        if not chat.is_interactive:
+            return EXIT_LARGE_FAILED if isinstance(error, LargeError) else EXIT_USAGE
+    return EXIT_OK
 
 
 def _make_reader(chat: _Chat, history_path: Path) -> Reader:
     from mlxroute.cli.line_input import CommandCompleter, LineEditor, LineReader
 
-    if not sys.stdin.isatty():
+    # An editor draws its line, which belongs on a terminal.
+    if not sys.stdin.isatty() or not (sys.stdout.isatty() or sys.stderr.isatty()):
         return LineReader(sys.stdin)
     completer = CommandCompleter(chat.completions())
     return LineEditor(completer, history_path=history_path, notify=chat.print_line)
@@ -172,12 +113,14 @@ class _Chat:
     Attributes:
         unanswered: The last message if it got no answer, else empty; the next prompt starts with
             it.
+        is_interactive: Whether the user can answer a question.
     """
 
     def __init__(self, session: ChatSession, *, out: Console, err: Console, heat: bool) -> None:
         from mlxroute.view import ChatTotals
 
         self.unanswered = ""
+        self.is_interactive = True
         self._session = session
         self._out = out
         self._err = err
@@ -203,29 +146,24 @@ class _Chat:
         # In a file or pipe, lines stay whole.
         self._err.print(Text(printable(line), style), soft_wrap=not self._err.is_terminal)
 
-    def handle(self, text: str, *, interactive: bool) -> None:
+    def handle(self, text: str) -> None:
         """Answer a message or run a command. Raises EOFError to leave the chat."""
         self.unanswered = ""
-        if command := _COMMAND.fullmatch(text):
-            self._run(command[1], command[2] or "")
+        name, value = split_command(text)
+        command = _COMMANDS.get(name)
+        if command is not None and (command.takes or not value):
+            self._run(name, command, value)
+        elif self.is_interactive and (doubt := describe_doubt(name, value, _COMMANDS)):
+            raise UsageError(f"{doubt} (start with a space to send it as text)")
         elif text.strip():
-            self._answer(text, interactive=interactive)
+            self._answer(text)
 
-    def _run(self, name: str, value: str) -> None:
-        command = _COMMANDS.get(name.lower())
-        if command is None:
-            near = difflib.get_close_matches(name.lower(), _COMMANDS, n=1)
-            advice = f"did you mean {near[0]}?" if near else "/help lists the commands"
-            raise UsageError(
-                f"unknown command {name}; {advice} (start with a space to send it as text)"
-            )
-        if value and not command.takes:
-            raise UsageError(f"{name} takes no value")
+    def _run(self, name: str, command: _Command, value: str) -> None:
         if not value and command.takes == "FILE":
             raise UsageError(f"{name} needs a file name")
         command.run(self, value)
 
-    def _answer(self, user: str, *, interactive: bool) -> None:
+    def _answer(self, user: str) -> None:
         from mlxroute.view import LiveView, summary_line
 
         self.unanswered = user
@@ -243,7 +181,7 @@ class _Chat:
         except KeyboardInterrupt:
             if answer is not None and answer.stats().text:
                 self._keep(user, answer)
-            if not interactive:
+            if not self.is_interactive:
                 raise
             self.print_line("(stopped)")
         else:
@@ -251,7 +189,7 @@ class _Chat:
             self.print_line(summary_line(stats))
             for line in self._session.warnings(stats):
                 self.print_line(f"warning: {line}", style="yellow")
-        if interactive:
+        if self.is_interactive:
             self.print_line("")
 
     def _keep(self, user: str, answer: DocumentedStream) -> None:
@@ -261,8 +199,15 @@ class _Chat:
         self.unanswered = ""
 
     def _help(self, value: str) -> None:
+        from rich.markup import escape
+
+        from mlxroute.cli.terminal import make_table
+
+        table = make_table("", "")
+        table.show_header = False
         for name, command in _COMMANDS.items():
-            self.print_line(f"{f'{name} {command.takes}':20}{command.help}")
+            table.add_row(escape(f"{name} {command.takes}"), command.help, style="dim")
+        self._err.print(table)
         self.print_line(_KEYS_HELP)
 
     def _reset(self, value: str) -> None:

@@ -52,7 +52,7 @@ def load_despite_bad_config(flags: Mapping[str, Any]) -> Settings:
 
 def doctor(settings: Settings) -> int:
     """Check device, memory, cache, settings, network and server."""
-    from mlxroute.cli.terminal import make_consoles
+    from mlxroute.cli.terminal import make_consoles, show_status
 
     out, err = make_consoles()
     cache_dir = cache_dir_of(settings)
@@ -65,7 +65,7 @@ def doctor(settings: Settings) -> int:
     if settings.offline:
         checks.append(DoctorCheck("network", "not checked: offline is set", is_good=None))
     else:
-        with err.status("checking the network"):
+        with show_status(err, "checking the network"):
             checks += [*_check_network(), *_check_running_servers(), _check_large(settings)]
     width = max(len(check.name) for check in checks)
     for check in checks:

@@ -35,13 +35,13 @@ def probe(
         # Before any import: urllib3 opens a socket on import, to find out about IPv6.
         raise UsageError("--offline opens no connection, so there is nothing to probe")
     from mlxroute.cli.large_setup import make_large, open_ledger
-    from mlxroute.cli.terminal import make_consoles, print_note
+    from mlxroute.cli.terminal import make_consoles, print_note, show_status
     from mlxroute.large.negotiation.prober import NoUsableDialect
 
     out, err = make_consoles()
     with open_ledger(settings) as ledger, make_large(settings, url, ledger) as large:
         try:
-            with err.status("asking the server questions with known answers"):
+            with show_status(err, "asking the server questions with known answers"):
                 verdict = large.probe()
         except NoUsableDialect as exc:
             _print_rejected(out, exc.rejected)

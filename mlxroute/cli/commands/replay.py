@@ -41,7 +41,7 @@ def replay(
     from mlxroute.cli.exit_codes import EXIT_OK
     from mlxroute.cli.progress import ByteProgress
     from mlxroute.cli.small_setup import load_small
-    from mlxroute.cli.terminal import discard_stdout, make_consoles, print_note, show_answer
+    from mlxroute.cli.terminal import make_consoles, print_note, show_answer
 
     if budget is not None and threshold is not None:
         raise UsageError("--budget and --threshold exclude each other")
@@ -58,11 +58,8 @@ def replay(
     answer = prepare_replay(
         document, small, settings, budget=budget, threshold=threshold, mode=mode
     )
-    try:
-        limit = answer.origin.router.threshold or 0.0
-        code = show_answer(answer, heat=settings.heat, threshold=limit, out=out, err=err)
-    except BrokenPipeError:
-        return discard_stdout()
+    limit = answer.origin.router.threshold or 0.0
+    code = show_answer(answer, heat=settings.heat, threshold=limit, out=out, err=err)
     if code == EXIT_OK:
         for line in compare_answers(document, answer.document()):
             print_note(err, line)

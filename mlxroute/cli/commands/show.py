@@ -23,7 +23,7 @@ def show(
 ) -> int:
     """Print a saved answer, token by token where the large model was asked."""
     from mlxroute.cli.exit_codes import EXIT_OK
-    from mlxroute.cli.terminal import discard_stdout, make_consoles, print_note
+    from mlxroute.cli.terminal import make_consoles, print_note
 
     document = load_document(file)
     out, err = make_consoles()
@@ -41,8 +41,5 @@ def show(
         from mlxroute.view.answer_text import answer_rows
         from mlxroute.view.word_wrap import print_rows
 
-        try:
-            print_rows(out, answer_rows(document, width=out.width))
-        except BrokenPipeError:
-            return discard_stdout()
+        print_rows(out, answer_rows(document, width=out.width))
     return EXIT_OK

@@ -12,6 +12,7 @@ import typer
 
 from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
 from mlxroute.cli.folders import cache_dir_of, data_name, record_path
+from mlxroute.cli.terminal import show_status
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
 from mlxroute.types import LabelKind
@@ -137,7 +138,7 @@ def _fit(
         "data": material.sources,
         "examples": len(material.examples),
     }
-    with err.status("fitting"):
+    with show_status(err, "fitting"):
         fitted = fit_head(
             answers, material.questions, labels=material.labels, provenance=provenance
         )

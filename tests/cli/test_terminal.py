@@ -1,0 +1,226 @@
+"""Commands on a pseudo-terminal: signals, typing during an answer, and output elsewhere."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.pseudo_terminal import DEADLINE_S, PseudoTerminal
+from tests.support.tiny import make_tiny_model
+
+CTRL_C, CTRL_D, CTRL_Z = "\x03", "\x04", "\x1a"
+PROMPT = "/help lists the commands"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny", context=100_000)
+
+
+def command(name: str, tiny: Path, *arguments: str, max_tokens: int = 90_000) -> list[str]:
+    """Return a command whose answer lasts longer than any test."""
+    options = ["--offline", "--small", str(tiny), "--max-tokens", str(max_tokens)]
+    return [sys.executable, "-m", "mlxroute", name, *options, *arguments]
+
+
+def wait_for_answer(terminal: PseudoTerminal, name: str) -> int:
+    """Wait until an answer is being written; return the length of the output."""
+    if name == "chat":
+        terminal.wait_for(PROMPT)
+        terminal.type("hello\r")
+    end = terminal.wait_for("writing")
+    terminal.wait_until(lambda: not terminal.echoes, "hidden typing")
+    return end
+
+
+@pytest.mark.parametrize("name", ["ask", "chat"])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGQUIT, 131)]
+)
+def test_a_signal_in_mid_answer_leaves_the_terminal_as_it_was(
+    tiny: Path, name: str, number: signal.Signals, code: int
+) -> None:
+    question = ["hi"] if name == "ask" else []
+    with PseudoTerminal(command(name, tiny, *question)) as terminal:
+        wait_for_answer(terminal, name)
+        terminal.send(number)
+        assert terminal.wait() == code
+        assert terminal.is_as_before
+        assert "Traceback" not in terminal.output
+
+
+def test_a_signal_at_the_prompt_leaves_the_terminal_as_it_was(tiny: Path) -> None:
+    with PseudoTerminal(command("chat", tiny)) as terminal:
+        terminal.wait_for(PROMPT)
+        terminal.wait_until(lambda: not terminal.echoes, "line editor")
+        terminal.send(signal.SIGTERM)
+        assert terminal.wait() == 143
+        assert terminal.is_as_before
+        assert "Traceback" not in terminal.output
+
+
+@pytest.mark.parametrize("name", ["ask", "chat"])
+def test_ctrl_z_shows_the_cursor_and_the_answer_goes_on_afterwards(tiny: Path, name: str) -> None:
+    question = ["hi"] if name == "ask" else []
+    with PseudoTerminal(command(name, tiny, *question)) as terminal:
+        wait_for_answer(terminal, name)
+        terminal.type(CTRL_Z)
+        terminal.wait_stopped()
+        assert terminal.is_as_before
+        stopped_at = len(terminal.output)
+        terminal.send(signal.SIGCONT)
+        terminal.wait_for("writing", after=stopped_at)
+        terminal.wait_until(lambda: not terminal.echoes, "hidden typing")
+        terminal.type(CTRL_C)
+        if name == "chat":
+            terminal.wait_for("(stopped)")
+            terminal.type(CTRL_D)
+        assert terminal.wait() == (130 if name == "ask" else 0)
+        assert terminal.is_as_before
+
+
+def test_a_second_ctrl_c_leaves_no_traceback(tiny: Path) -> None:
+    with PseudoTerminal(command("ask", tiny, "hi")) as terminal:
+        wait_for_answer(terminal, "ask")
+        terminal.type(CTRL_C)
+        terminal.type(CTRL_C)
+        assert terminal.wait() == 130
+        assert terminal.is_as_before
+        assert "Traceback" not in terminal.output
+
+
+def test_ctrl_c_while_a_model_is_loaded_leaves_the_terminal_as_it_was(tiny: Path) -> None:
+    with PseudoTerminal(command("ask", tiny, "hi")) as terminal:
+        terminal.wait_for("the small model answers alone")
+        terminal.type(CTRL_C)
+        assert terminal.wait() == 130
+        assert terminal.is_as_before
+        assert "Traceback" not in terminal.output
+
+
+def test_ctrl_c_while_the_command_line_is_imported_leaves_no_traceback() -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from mlxroute.__main__ import run\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'typer':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "run()"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=DEADLINE_S)
+    assert (result.returncode, result.stdout, result.stderr) == (130, b"", b"")
+
+
+def test_what_is_typed_during_an_answer_waits_for_the_next_prompt(tiny: Path) -> None:
+    with PseudoTerminal(command("chat", tiny, max_tokens=2_000)) as terminal:
+        start = wait_for_answer(terminal, "chat")
+        terminal.type("/stats\r")
+        end = terminal.wait_for("2,000 tokens, 0 escalated", after=start)
+        assert "/stats" not in terminal.output[start:end]
+        terminal.wait_for("1 answer, 2,000 tokens", after=end)
+        terminal.type(CTRL_D)
+        assert terminal.wait() == 0
+        assert terminal.is_as_before
+
+
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE", "CLICOLOR_FORCE"])
+def test_only_a_terminal_gets_the_live_view(tiny: Path, variable: str) -> None:
+    result = subprocess.run(
+        command("ask", tiny, "hi", max_tokens=20),
+        capture_output=True,
+        timeout=DEADLINE_S,
+        env={**os.environ, variable: "1", "TTY_INTERACTIVE": "1", "TERM": "xterm"},
+    )
+    assert result.returncode == 0
+    assert b"\x1b" not in result.stdout
+    assert b"tok/s \xc2\xb7" not in result.stderr
+    for control in (b"\x1b[?", b"\x1b[2K", b"\x1b[1A", b"\r"):
+        assert control not in result.stderr
+
+
+def test_an_answer_goes_to_a_file_as_text_and_its_figures_to_the_terminal(
+    tiny: Path, tmp_path: Path
+) -> None:
+    with (tmp_path / "answer.txt").open("w+b") as file:
+        asking = command("ask", tiny, "hi", max_tokens=20)
+        with PseudoTerminal(asking, stdout=file) as terminal:
+            terminal.wait_for("20 tokens")
+            assert terminal.wait() == 0
+        file.seek(0)
+        assert b"\x1b" not in file.read()
+
+
+def test_an_answer_is_shown_live_with_its_figures_in_a_file(tiny: Path, tmp_path: Path) -> None:
+    with (tmp_path / "figures.txt").open("w+b") as file:
+        asking = command("ask", tiny, "hi", max_tokens=20)
+        with PseudoTerminal(asking, stderr=file) as terminal:
+            terminal.wait_for("writing")
+            assert terminal.wait() == 0
+        file.seek(0)
+        figures = file.read()
+        assert b"20 tokens" in figures
+        assert b"\x1b" not in figures
+
+
+def test_a_dumb_terminal_gets_no_control_codes(tiny: Path) -> None:
+    asking = command("ask", tiny, "hi", max_tokens=20)
+    with PseudoTerminal(asking, environ={"TERM": "dumb"}) as terminal:
+        terminal.wait_for("20 tokens")
+        assert terminal.wait() == 0
+        assert "\x1b" not in terminal.output
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["models"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_pipe_ends_any_command_without_an_error(
+    arguments: list[str], unbuffered: str
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(
+        [sys.executable, "-m", "mlxroute", *arguments],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=DEADLINE_S,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (0, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["models"]])
+def test_a_full_output_is_one_clear_line(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "mlxroute", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=DEADLINE_S,
+        )
+    assert result.returncode == 2
+    assert result.stderr == b"error: the output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", "2>&1 >/dev/null | true"])
+def test_an_answer_does_not_need_stderr(tiny: Path, tmp_path: Path, redirection: str) -> None:
+    if "full" in redirection and not Path("/dev/full").exists():
+        pytest.skip("a device of Linux")
+    code = tmp_path / "code"
+    answer = command("ask", tiny, "hi", "--json", max_tokens=20)
+    script = f'{{ "$@" {redirection.partition("|")[0]}; echo $? > {code}; }}'
+    if "|" in redirection:
+        script = f'{{ sleep 0; "$@" > {tmp_path}/out; echo $? > {code}; }} 2>&1 | true'
+    result = subprocess.run(
+        ["sh", "-c", script, "sh", *answer], capture_output=True, text=True, timeout=DEADLINE_S
+    )
+    text = (tmp_path / "out").read_text() if "|" in redirection else result.stdout
+    assert code.read_text().strip() == "0"
+    assert '"type": "summary"' in text
