@@ -58,6 +58,7 @@ _ROOMS: dict[str, set[str]] = {
     "view": {"answers", "terminal_modes"},
     "recorded": {"engine", "routers"},
     "training": {"catalog", "engine", "questions", "recorded", "routers", "small"},
+    "serving": {"engine", "recorded", "small"},
     "bench": {
         "catalog",
         "engine",
@@ -65,6 +66,7 @@ _ROOMS: dict[str, set[str]] = {
         "questions",
         "recorded",
         "routers",
+        "serving",
         "small",
         "training",
     },
@@ -201,7 +203,7 @@ def test_what_is_imported_before_a_model_is_loaded_leaves_mlx_out() -> None:
         for path in (PACKAGE / "cli").rglob("*.py")
     )
     options = ["mlxroute.bench.latency", "mlxroute.bench.plot", "mlxroute.bench.quality"]
-    names = [*commands, *options, "mlxroute.small", "mlxroute.hosting.launcher"]
+    names = [*commands, *options, "mlxroute.small", "mlxroute.serving", "mlxroute.hosting.launcher"]
     assert not _loaded_by(f"import {', '.join(names)}") & {"mlx", "mlx_lm"}
 
 

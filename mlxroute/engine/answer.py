@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from mlxroute.engine.commits import Commits
 from mlxroute.engine.escalation.calls import AnswerCalls
@@ -16,7 +17,12 @@ from mlxroute.engine.modes.ahead_loop import AheadLoop
 from mlxroute.engine.modes.decode_context import DecodeContext
 from mlxroute.engine.modes.wait_loop import wait_loop
 from mlxroute.engine.options import Options, parse_mode
-from mlxroute.engine.protocols import LargeProtocol, RouterProtocol, SmallProtocol
+from mlxroute.engine.protocols import (
+    BatchingProtocol,
+    LargeProtocol,
+    RouterProtocol,
+    SmallProtocol,
+)
 from mlxroute.engine.transcript import RenderedPrompt, render_prompt
 from mlxroute.errors import UsageError
 from mlxroute.statistics import intervals, percentile
@@ -47,6 +53,8 @@ class Answer:
         options: Limits, sampling and mode.
         experience: Measurements of the pair from earlier answers; a new object by default.
         clock: Returns seconds; `time.perf_counter` by default.
+        batching: Where the small model may decode in a batch with other answers, and the text must
+            not depend on that: what tells when it did. None by default.
 
     Attributes:
         prefill_done: Tokens of the prompt that the small model has read.
@@ -67,6 +75,7 @@ class Answer:
         options: Options,
         experience: Experience | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        batching: BatchingProtocol | None = None,
     ) -> None:
         began_s = clock()
         self._small = small
@@ -82,6 +91,8 @@ class Answer:
             began_s=began_s,
             clock=clock,
         )
+        if batching is not None:
+            context = self._context = replace(context, batching=batching)
         self._governor, self._calls = context.governor, context.calls
         self._decider, self._commits = context.decider, context.commits
         # A batch would draw other random numbers than a single row.
@@ -108,7 +119,8 @@ class Answer:
         self._started = True
         try:
             signals = self._prefill()
-            if self._options.mode is Mode.WAIT or not self._calls.is_open:
+            is_waiting = self._options.mode is Mode.WAIT or not self._calls.is_open
+            if is_waiting and self._context.batching is None:
                 yield from wait_loop(self._context, signals)
             else:
                 yield from self._ahead.run(signals)

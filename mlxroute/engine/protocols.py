@@ -90,6 +90,24 @@ class SmallProtocol(Protocol):
         ...
 
 
+class BatchingProtocol(Protocol):
+    """What tells signals of a batch with other answers from those of one row."""
+
+    @property
+    def was_batched(self) -> bool:
+        """Whether the latest signals come from a batch."""
+        ...
+
+    @property
+    def rounding_nats(self) -> float:
+        """Bound of the differences of logprobs and entropies between a batch and a single row."""
+        ...
+
+    def extend_alone(self, token_ids: Sequence[int]) -> Signals:
+        """Feed tokens in one pass, as one row; return the signals of the position after them."""
+        ...
+
+
 class PendingCallProtocol(Protocol):
     """A call to the large model, in flight or finished."""
 

@@ -18,6 +18,21 @@ _SAFETY_FACTOR: Final = 8.0
 _MIN_ROUNDING_NATS: Final = 1e-5
 
 
+class RoundingBound:
+    """A bound of the differences between signals of a batch and of a single row, by samples.
+
+    Attributes:
+        nats: The bound for logprobs, entropies and head scores.
+    """
+
+    def __init__(self) -> None:
+        self.nats = _MIN_ROUNDING_NATS
+
+    def add(self, single: Signals, batched: Signals) -> None:
+        """Take the two signals of one position into account."""
+        self.nats = max(self.nats, _SAFETY_FACTOR * _max_difference(single, batched))
+
+
 def measure_branch_cost(decoder: Decoder, token_id: int, *, rows: int) -> BranchCost:
     """Measure a few steps from `token_id` on, as one row and as `rows` equal rows.
 
@@ -40,12 +55,14 @@ def measure_branch_cost(decoder: Decoder, token_id: int, *, rows: int) -> Branch
         parents = list(range(rows))
     decoder.select(0)
     decoder.rollback(_STEPS)
-    difference = max(_max_difference(a, b) for a, b in zip(single, batched, strict=True))
+    rounding = RoundingBound()
+    for a, b in zip(single, batched, strict=True):
+        rounding.add(a, b)
     return BranchCost(
         rows=rows,
         step_s=statistics.median(single_s[1:]),
         batch_s=statistics.median(batched_s[1:]),
-        rounding_nats=max(_MIN_ROUNDING_NATS, _SAFETY_FACTOR * difference),
+        rounding_nats=rounding.nats,
     )
 
 

@@ -9,13 +9,13 @@ queued on caches that cannot be trimmed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
-from mlx_lm.sample_utils import make_sampler
 
 from mlxroute.errors import RollbackError
 from mlxroute.small.batch import Batch
@@ -23,9 +23,13 @@ from mlxroute.small.hidden_state import HiddenStateTap
 from mlxroute.small.kernels import select_kernel, unpack_signals
 from mlxroute.small.kv_cache import CacheCopy, PrefixCache
 from mlxroute.small.mlp_head import MlpHead, signal_features
+from mlxroute.small.row_batch import RowBatch
+from mlxroute.small.row_sampler import RowSampler
 from mlxroute.types import Notify, Sampling, Signals
 
 _CLEAR_CACHE_EVERY = 256
+# A prompt this long is evaluated in as many parts as the model has layers, a shorter one in fewer.
+_TOKENS_PER_LAYER = 1024
 
 Head = Callable[[mx.array, mx.array], mx.array]
 """A learned head: hidden states [B, D] and packed rows [B, n] to scores [B, 1], all lazy."""
@@ -83,33 +87,51 @@ class Decoder:
         self._kernel = select_kernel(kernel, notify=notify)
         self._head: Head | None = None
         self._tap = HiddenStateTap(model)
-        self._sampler: Callable[[mx.array], mx.array] | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sampler: RowSampler | None = None
         self._last_pass: _Pass | None = None
         self._queued: _Pass | None = None
         self._queued_id: int | None = None
-        # While sampling: (cached tokens after a step, random state before it), for rollback.
-        self._random_states: list[tuple[int, mx.array]] = []
         self._step_count = 0
+
+    def with_own_cache(self) -> Decoder:
+        """Return a decoder of the same model with the same head and an empty KV cache."""
+        other = copy.copy(self)
+        other.cache = PrefixCache(self._model)
+        other._reset()
+        return other
 
     def begin(self, prompt_ids: Sequence[int], sampling: Sampling) -> int:
         """Start a sequence; return how many of its leading ids the cache holds."""
         self._discard_queued()
-        self._random_states.clear()
-        self._sampler = (
-            make_sampler(temp=sampling.temperature, top_p=sampling.top_p)
-            if sampling.temperature > 0
-            else None
-        )
-        if sampling.seed is not None:
-            mx.random.seed(sampling.seed)
+        self.sampler = RowSampler(sampling) if sampling.temperature > 0 else None
         return self.cache.keep_common_prefix(prompt_ids)
 
     def prefill(self, token_ids: Sequence[int]) -> None:
         """Fill the KV cache with tokens, without signals, and wait for the device."""
         self._discard_queued()
+        for _ in self.prefill_in_parts(token_ids, parts=1):
+            pass
+
+    def prefill_in_parts(
+        self, token_ids: Sequence[int], *, parts: int | None = None
+    ) -> Iterator[None]:
+        """Do what `prefill` does in several parts, with the same result; yield after each part.
+
+        A part is the evaluation of some layers. The cache must not be used before the last part.
+        By default there are more parts for more tokens.
+        """
+        self._discard_queued()
         with self.cache.record_pass(token_ids):
             self._model(mx.array(list(token_ids))[None], cache=self.cache.layers)
-        mx.eval([layer.state for layer in self.cache.layers])
+            layers = self.cache.layers
+            parts = parts or -(-len(layers) * len(token_ids) // _TOKENS_PER_LAYER)
+            size = -(-len(layers) // min(parts, len(layers)))
+            for begin in range(0, len(layers), size):
+                mx.eval([layer.state for layer in layers[begin : begin + size]])
+                yield
         mx.clear_cache()
 
     def step(self, token_ids: Sequence[int]) -> Signals:
@@ -120,10 +142,7 @@ class Decoder:
         """
         current = self._take_queued(token_ids) or self._run_pass(token_ids)
         self._last_pass = current
-        if self._sampler is not None:
-            state = mx.array(_random_state())
-            self._random_states.append((len(self.cache.token_ids), state))
-        outputs = self._build_outputs(current)
+        outputs = self._build_outputs(current, [(self.sampler, len(self.cache.token_ids))])
         if self.cache.can_queue:
             with self.cache.record_queued_pass():
                 self._queued = self._build_pass(outputs.token)
@@ -178,11 +197,38 @@ class Decoder:
         """End the batch and continue with one of its rows."""
         self.cache.select(row)
 
-    def compute_signals(self, tokens: mx.array, layers: list[Any]) -> list[Signals]:
-        """Feed tokens [B, n] to cache layers; return the signals after the last of each row."""
-        packed = self._build_outputs(self._build_pass(tokens, layers)).packed
+    def compute_signals(
+        self,
+        tokens: mx.array,
+        layers: list[Any],
+        samplers: Sequence[tuple[RowSampler | None, int]] = (),
+    ) -> list[Signals]:
+        """Feed tokens [B, n] to cache layers; return the signals after the last of each row.
+
+        `samplers` are the sampler and the length of each row; by default all rows are greedy.
+        """
+        packed = self._build_outputs(self._build_pass(tokens, layers), samplers).packed
         rows = cast("list[list[float]]", packed.tolist())
         return [unpack_signals(values, has_head=self._head is not None) for values in rows]
+
+    def start_rows(self) -> RowBatch:
+        """Return a batch without rows, independent of this decoder's own cache."""
+        return RowBatch(self.compute_signals)
+
+    def take_cache(self) -> tuple[CacheCopy, list[int]]:
+        """Give the KV cache and its ids away and continue with an empty one.
+
+        Raises RollbackError as `PrefixCache.take`.
+        """
+        self._discard_queued()
+        self._last_pass = None
+        return self.cache.take()
+
+    def load_cache(self, layers: CacheCopy, token_ids: Sequence[int]) -> None:
+        """Continue with a KV cache that holds `token_ids`."""
+        self._discard_queued()
+        self._last_pass = None
+        self.cache.load(layers, token_ids)
 
     def start_batch(self, copies: Sequence[CacheCopy]) -> Batch:
         """Return a batch over copies of KV caches, independent of this decoder's own cache."""
@@ -208,8 +254,8 @@ class Decoder:
         """
         self._discard_queued()
         self.cache.rollback(count)
-        while self._random_states and self._random_states[-1][0] > len(self.cache.token_ids):
-            _random_state()[:] = self._random_states.pop()[1]
+        if self.sampler is not None:
+            self.sampler.rewind(len(self.cache.token_ids))
         self._last_pass = None
 
     def load_head(self, path: Path) -> MlpHead:
@@ -264,40 +310,45 @@ class Decoder:
         logits = self._model(tokens, cache=self.cache.layers if layers is None else layers)[:, -1]
         return _Pass(logits, self._tap.last())
 
-    def _build_outputs(self, current: _Pass) -> _Outputs:
-        """Build the graph of packed rows and the model's own token from a pass."""
+    def _build_outputs(
+        self, current: _Pass, samplers: Sequence[tuple[RowSampler | None, int]]
+    ) -> _Outputs:
+        """Build the graph of packed rows and the model's own tokens from a pass.
+
+        `samplers` are the sampler and the length of each row; without any, all rows are greedy.
+        """
         packed = self._kernel(current.logits)
-        if self._sampler is None:
-            token = packed[:, :1].astype(mx.int32)
-        else:
-            token = self._sample(current.logits)
-            chosen = [token, mx.take_along_axis(current.logits, token, axis=-1)]
-            packed = mx.concatenate(
-                [*(part.astype(mx.float32) for part in chosen), packed[:, 2:]], axis=-1
-            )
+        if any(sampler is not None for sampler, _ in samplers):
+            packed = _draw_tokens(packed, current.logits, samplers)
+        token = packed[:, :1].astype(mx.int32)
         if self._head is not None:
             hidden = current.hidden
             assert hidden is not None
             packed = mx.concatenate([packed, self._head(hidden, packed)], axis=-1)
         return _Outputs(packed, token)
 
-    def _sample(self, logits: mx.array) -> mx.array:
-        """Draw the token [1, 1] of logits [1, V] as `mlx_lm.generate_step` draws it."""
-        assert self._sampler is not None
-        logprobs = logits - mx.logsumexp(logits, keepdims=True)
-        return self._sampler(logprobs).reshape(1, 1)
+
+def _draw_tokens(
+    packed: mx.array, logits: mx.array, samplers: Sequence[tuple[RowSampler | None, int]]
+) -> mx.array:
+    """Return the packed rows with the token and logit that the sampler of the row draws."""
+    rows = []
+    for index, (sampler, length) in enumerate(samplers):
+        row = packed[index : index + 1]
+        if sampler is not None:
+            row_logits = logits[index : index + 1]
+            token = sampler.draw(row_logits, length=length)
+            chosen = [token, mx.take_along_axis(row_logits, token, axis=-1)]
+            row = mx.concatenate(
+                [*(part.astype(mx.float32) for part in chosen), row[:, 2:]], axis=-1
+            )
+        rows.append(row)
+    return rows[0] if len(rows) == 1 else mx.concatenate(rows, axis=0)
 
 
 def _evaluate_later(array: mx.array) -> None:
     start: Callable[..., None] = mx.async_eval
     start(array)
-
-
-def _random_state() -> mx.array:
-    """Return MLX's random state: samplers advance it, and assigning its content sets it."""
-    state: Any = mx.random.state
-    live: mx.array = state[0]
-    return live
 
 
 def _hidden_size(model: Any) -> int:

@@ -25,6 +25,7 @@ CacheCopy = list[Any]
 _MAX_ROWS = 8
 # Greatest memory of all rows of a batch.
 _BATCH_BYTES = 1 << 30
+_NOT_ONE_SEQUENCE = "the KV cache holds a batch or a queued token; select a row or roll back first"
 _INTERRUPTED = "a forward pass was interrupted, so the KV cache is unusable; prefill a prompt first"
 
 
@@ -49,6 +50,25 @@ class PrefixCache:
         self._has_queued = False
         # False during a forward pass, and after one that was interrupted.
         self._is_consistent = True
+
+    def take(self) -> tuple[CacheCopy, list[int]]:
+        """Give the layers and their ids away and become empty.
+
+        Raises RollbackError while there is a batch, and after an interrupted forward pass.
+        """
+        if not self._is_consistent:
+            raise RollbackError(_INTERRUPTED)
+        if self._has_queued or self.batch_tails:
+            raise RollbackError(_NOT_ONE_SEQUENCE)
+        layers, token_ids = self.layers, self.token_ids
+        self.reset()
+        return layers, token_ids
+
+    def load(self, layers: CacheCopy, token_ids: Sequence[int]) -> None:
+        """Become the owner of layers that hold `token_ids`."""
+        self.reset()
+        self.layers = layers
+        self.token_ids = list(token_ids)
 
     @contextmanager
     def record_pass(self, token_ids: Sequence[int]) -> Iterator[None]:
@@ -130,9 +150,7 @@ class PrefixCache:
         if not self._is_consistent:
             raise RollbackError(_INTERRUPTED)
         if self._has_queued or self.batch_tails:
-            raise RollbackError(
-                "the KV cache holds a batch or a queued token; select a row or roll back first"
-            )
+            raise RollbackError(_NOT_ONE_SEQUENCE)
         if not 0 < count <= len(self.token_ids):
             raise RollbackError(f"cannot copy {count} of {len(self.token_ids)} cached tokens")
         is_part = count < len(self.token_ids)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from mlxroute.small.decoder import Head, ScoredText
     from mlxroute.small.kv_cache import CacheCopy
     from mlxroute.small.mlp_head import MlpHead
+    from mlxroute.small.row_batch import RowBatch
+    from mlxroute.small.row_sampler import RowSampler
 
 # As `mlx_lm.generate_step`, so that the same prompt rounds the same way.
 PREFILL_STEP_SIZE = 2048
@@ -187,6 +190,27 @@ class SmallModel:
         The KV cache keeps the prefix it shares with the prompt. The rest runs in chunks, except
         for the last id, which the first decode step feeds. Raises UsageError for an empty prompt.
         """
+        parts = self.prefill_in_parts(prompt_ids, sampling=sampling, progress=progress, parts=1)
+        while True:
+            try:
+                next(parts)
+            except StopIteration as end:
+                signals: tuple[Signals, int] = end.value
+                return signals
+
+    def prefill_in_parts(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        sampling: Sampling | None = None,
+        progress: Progress = no_progress,
+        parts: int | None = None,
+    ) -> Generator[None, None, tuple[Signals, int]]:
+        """Do what `prefill` does, with the same result, in parts of at most some layers.
+
+        Yields after each part, and returns what `prefill` returns. `parts` is the number of parts
+        of a chunk; by default longer chunks have more.
+        """
         if not prompt_ids:
             raise UsageError("the prompt is empty")
         reused = self._decoder.begin(prompt_ids, sampling or Sampling())
@@ -195,7 +219,7 @@ class SmallModel:
         progress("prompt", done, total)
         while total - done > 1:
             chunk = prompt_ids[done : min(done + PREFILL_STEP_SIZE, total - 1)]
-            self._decoder.prefill(chunk)
+            yield from self._decoder.prefill_in_parts(chunk, parts=parts)
             done += len(chunk)
             progress("prompt", done, total)
         signals = self.step(prompt_ids[-1])
@@ -245,6 +269,37 @@ class SmallModel:
         does not hold `count` tokens of one sequence.
         """
         return self._decoder.cache.copy(count)
+
+    def with_own_cache(self) -> SmallModel:
+        """Return a small model of the same weights, tokenizer and head with its own KV cache."""
+        other = copy.copy(self)
+        other._decoder = self._decoder.with_own_cache()
+        return other
+
+    @property
+    def sampler(self) -> RowSampler | None:
+        """What draws the tokens of the present sequence; None if they are greedy."""
+        return self._decoder.sampler
+
+    @property
+    def cache_layers(self) -> Sequence[Any]:
+        """The layers of the KV cache."""
+        return self._decoder.cache.layers
+
+    def take_cache(self) -> tuple[CacheCopy, list[int]]:
+        """Give the KV cache and its ids away and continue with an empty one.
+
+        Raises RollbackError while there is a batch, and after an interrupted forward pass.
+        """
+        return self._decoder.take_cache()
+
+    def load_cache(self, layers: CacheCopy, token_ids: Sequence[int]) -> None:
+        """Continue with a KV cache that holds `token_ids`."""
+        self._decoder.load_cache(layers, token_ids)
+
+    def start_rows(self) -> RowBatch:
+        """Return a batch without rows; the model's own KV cache is left alone."""
+        return self._decoder.start_rows()
 
     def start_batch(self, copies: Sequence[CacheCopy]) -> Batch:
         """Return a batch with one row per copy; the model's own KV cache is left alone."""

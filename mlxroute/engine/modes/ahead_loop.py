@@ -162,8 +162,7 @@ class AheadLoop:
 
     def _is_borderline(self, small_choice: Decision, state: RouterState) -> bool:
         """Return whether the rounding of batches could change the decision."""
-        cost = self._context.experience.branch_cost
-        band_nats = 0.0 if cost is None else cost.rounding_nats
+        band_nats = self._context.rounding_nats
         best, second = small_choice.signals.top_logprobs[:2]
         is_tie = best - second <= band_nats
         return is_tie or self._context.decider.is_borderline(small_choice, state, band_nats)

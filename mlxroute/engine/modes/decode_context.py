@@ -11,14 +11,18 @@ from mlxroute.engine.escalation.decision import Decider, Decision
 from mlxroute.engine.experience import Experience
 from mlxroute.engine.governor import Governor
 from mlxroute.engine.machine_load import own_busy_core_s
-from mlxroute.engine.protocols import SmallProtocol
+from mlxroute.engine.protocols import BatchingProtocol, SmallProtocol
 from mlxroute.engine.transcript import RenderedPrompt, Transcript
 from mlxroute.types import Signals, Token
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeContext:
-    """The collaborators of one answer, each the owner of its state."""
+    """The collaborators of one answer, each the owner of its state.
+
+    `batching` is there where the small model may decode in a batch with other answers and the
+    text must not depend on that.
+    """
 
     small: SmallProtocol
     prompt: RenderedPrompt
@@ -29,12 +33,33 @@ class DecodeContext:
     governor: Governor
     experience: Experience
     clock: Callable[[], float]
+    batching: BatchingProtocol | None = None
 
-    def feed(self, token_ids: Sequence[int]) -> Signals:
-        """Feed the small model's only row; return the signals of the next position."""
+    @property
+    def was_batched(self) -> bool:
+        """Whether the latest signals may differ from those of one row by rounding."""
+        return self.batching is not None and self.batching.was_batched
+
+    @property
+    def rounding_nats(self) -> float:
+        """Bound of the rounding of batches, of branches and with other answers."""
+        cost, batching = self.experience.branch_cost, self.batching
+        return max(
+            0.0 if cost is None else cost.rounding_nats,
+            0.0 if batching is None else batching.rounding_nats,
+        )
+
+    def feed(self, token_ids: Sequence[int], *, alone: bool = False) -> Signals:
+        """Feed the small model's only row; return the signals of the next position.
+
+        With `alone` it is not batched with other answers.
+        """
         stalled = self.calls.take_stalled()
         began_s, busy_before_s = self.clock(), own_busy_core_s()
-        signals = self.small.extend(token_ids)
+        if alone and self.batching is not None:
+            signals = self.batching.extend_alone(token_ids)
+        else:
+            signals = self.small.extend(token_ids)
         # After a stall the queued step is finished already, so its time is not that of a step.
         if len(token_ids) == 1 and not stalled:
             self._record_step(self.clock() - began_s, own_busy_core_s() - busy_before_s)

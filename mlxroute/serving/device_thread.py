@@ -1,0 +1,296 @@
+"""The thread that owns MLX: prompts, decode steps of one row, and steps of the batch.
+
+A turn of the loop serves what the answers' threads have asked for: a step of all rows that wait for
+one, or a part of a prompt. A step begins once every answer that computes on its own has asked for
+its next token, or after a short time; an answer that waits for the large model is not waited for.
+While others decode, prompts get half of the time.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Final
+
+from mlxroute.errors import MlxRouteError
+from mlxroute.serving.prompts import EncodedPrompt
+from mlxroute.serving.row import (
+    AnswerCancelled,
+    DeviceRequest,
+    Feed,
+    Invoke,
+    Prefill,
+    Release,
+    Row,
+)
+from mlxroute.serving.sequence import DecodedSequence
+from mlxroute.small import SmallModel
+from mlxroute.types import Signals
+
+if TYPE_CHECKING:
+    from mlxroute.small.prefix_store import PrefixStore
+
+# How long a step waits for answers that are about to ask, in steps, and at most in seconds.
+_GRACE_STEPS: Final = 0.5
+_MAX_GRACE_S: Final = 0.05
+
+
+class DeviceClosed(MlxRouteError):
+    """Raised in answers that run when the scheduler is closed."""
+
+
+class DeviceThread:
+    """Runs the requests of all rows in one thread.
+
+    Args:
+        small: The small model.
+        cache_bytes: Greatest memory of KV caches that are kept for later prompts.
+
+    Attributes:
+        steps: Forward passes of decoding so far, of the batch or of one row.
+        batched_tokens: Tokens that steps of the batch fed.
+        single_tokens: Tokens that steps of one row fed.
+    """
+
+    def __init__(self, small: SmallModel, *, cache_bytes: int) -> None:
+        # They import MLX, which must follow the BLAS that loading a model opens.
+        from mlxroute.small.batch_cost import RoundingBound
+        from mlxroute.small.prefix_store import PrefixStore
+
+        self.small = small
+        self.store: PrefixStore = PrefixStore(cache_bytes)
+        self.steps = self.batched_tokens = self.single_tokens = 0
+        self._batch = small.start_rows()
+        self._rounding = RoundingBound()
+        self._inbox: SimpleQueue[tuple[Row, DeviceRequest] | None] = SimpleQueue()
+        self._requests: dict[Row, DeviceRequest] = {}
+        self._prefills: dict[Row, Generator[None, None, tuple[Signals, int]]] = {}
+        # Rows whose prompt is read; True while the answer computes, and will ask soon.
+        self._decoding: dict[Row, bool] = {}
+        self._step_s = 0.0
+        self._grace_ends_s = 0.0
+        # Seconds of decoding that prompts owe to the other answers.
+        self._prefill_debt_s = 0.0
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, name="mlxroute-device", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several answers are decoded."""
+        return len(self._decoding) > 1
+
+    @property
+    def rounding_nats(self) -> float:
+        """Bound of the differences of logprobs and entropies between a batch and a single row."""
+        return self._rounding.nats
+
+    @property
+    def batch_bytes(self) -> int:
+        """The memory of the batch's KV caches."""
+        return self._batch.size_bytes
+
+    def new_row(
+        self,
+        prompt: EncodedPrompt,
+        *,
+        is_exact: bool = False,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Row:
+        """Return the small model for one answer; `Row.release` ends it."""
+        sequence = DecodedSequence(self.small.with_own_cache(), self._batch)
+        return Row(self, sequence, prompt, is_exact=is_exact, on_progress=on_progress)
+
+    def post(self, row: Row, request: DeviceRequest) -> None:
+        """Queue a request; the reply is put into `row.replies`."""
+        if self._is_closing and not isinstance(request, Release):
+            row.replies.put(DeviceClosed("the endpoint is closing"))
+        elif not self._thread.is_alive():
+            row.replies.put(None)
+        else:
+            self._inbox.put((row, request))
+
+    def wake(self) -> None:
+        """Make the thread look at rows that were cancelled or are blocked now."""
+        self._inbox.put(None)
+
+    def close(self) -> None:
+        """End the thread; the answers must have ended."""
+        self._is_closing = True
+        self.wake()
+        self._thread.join()
+        self.store.clear()
+
+    # In the thread
+
+    def _run(self) -> None:
+        while not (self._is_closing and self._inbox.empty() and not self._requests):
+            self._receive()
+            for row in [row for row in self._requests if row.is_cancelled]:
+                self._refuse(row)
+            for row, request in list(self._requests.items()):
+                if isinstance(request, Invoke | Release):
+                    self._serve(row, request)
+            if self._is_step_due():
+                self._step()
+            elif self._prefills:
+                self._prefill_part()
+
+    def _receive(self) -> None:
+        """Take the requests that have arrived; block while there is nothing to do."""
+        timeout_s: float | None = None
+        if self._is_step_due() or (self._prefills and not self._prefill_must_wait()):
+            timeout_s = 0.0
+        elif self._has_feeds():
+            timeout_s = max(0.0, self._grace_ends_s - time.perf_counter())
+        try:
+            while True:
+                message = (
+                    self._inbox.get_nowait()
+                    if timeout_s == 0.0
+                    else self._inbox.get(timeout=timeout_s)
+                )
+                if message is not None:
+                    self._accept(*message)
+                timeout_s = 0.0
+        except Empty:
+            return
+
+    def _accept(self, row: Row, request: DeviceRequest) -> None:
+        self._requests[row] = request
+        if row in self._decoding:
+            self._decoding[row] = False
+        if isinstance(request, Prefill):
+            self._prefills[row] = self._start_prefill(row, request)
+        elif isinstance(request, Feed) and self._grace_ends_s == 0.0:
+            grace_s = min(_MAX_GRACE_S, _GRACE_STEPS * self._step_s)
+            self._grace_ends_s = time.perf_counter() + grace_s
+
+    def _reply(self, row: Row, reply: object) -> None:
+        del self._requests[row]
+        self._prefills.pop(row, None)
+        if row in self._decoding:
+            self._decoding[row] = True
+        row.replies.put(reply)
+
+    def _refuse(self, row: Row) -> None:
+        if not isinstance(self._requests[row], Release):
+            self._reply(row, AnswerCancelled())
+
+    def _serve(self, row: Row, request: Invoke | Release) -> None:
+        if isinstance(request, Invoke):
+            self._attempt(row, request.function)
+        else:
+            self._decoding.pop(row, None)
+            self._attempt(row, lambda: self._release(row))
+
+    def _attempt(self, row: Row, function: Callable[[], object]) -> None:
+        """Reply to a row with what a function returns or raises."""
+        try:
+            reply = function()
+        except Exception as exc:  # noqa: BLE001 - it is raised in the row's own thread
+            reply = exc
+        self._reply(row, reply)
+
+    def _release(self, row: Row) -> None:
+        if (cache := row.sequence.release()) is not None:
+            self.store.add(*cache)
+
+    # Prompts
+
+    def _start_prefill(
+        self, row: Row, request: Prefill
+    ) -> Generator[None, None, tuple[Signals, int]]:
+        small, ids = row.sequence.small, request.prompt_ids
+        if not row.is_exact and (prefix := self.store.find(ids[:-1])) is not None:
+            small.load_cache(*prefix)
+        return small.prefill_in_parts(ids, sampling=request.sampling, progress=request.progress)
+
+    def _prefill_must_wait(self) -> bool:
+        return self._prefill_debt_s > 0 and (self._has_feeds() or self._has_running())
+
+    def _prefill_part(self) -> None:
+        if self._prefill_must_wait():
+            return
+        row, parts = next(iter(self._prefills.items()))
+        began_s = time.perf_counter()
+        try:
+            next(parts)
+        except StopIteration as end:
+            self._keep_prompt(row)
+            self._decoding[row] = True
+            self._reply(row, end.value)
+        except Exception as exc:  # noqa: BLE001 - it is raised in the row's own thread
+            self._reply(row, exc)
+        self._prefill_debt_s += time.perf_counter() - began_s
+
+    def _keep_prompt(self, row: Row) -> None:
+        """Put the KV cache of a prompt into the store, for answers that begin before this ends."""
+        self.store.add_part(row.sequence.small.cache_layers, row.sequence.ids[:-1])
+
+    # Steps
+
+    def _has_feeds(self) -> bool:
+        return any(isinstance(request, Feed) for request in self._requests.values())
+
+    def _has_running(self) -> bool:
+        """Return whether an answer computes on its own and will ask for a token soon."""
+        return any(runs and not row.is_blocked for row, runs in self._decoding.items())
+
+    def _is_step_due(self) -> bool:
+        if not self._has_feeds():
+            return False
+        return not self._has_running() or time.perf_counter() >= self._grace_ends_s
+
+    def _step(self) -> None:
+        """Feed a token to each row that waits for one: in one batch where there are several."""
+        began_s = time.perf_counter()
+        self._grace_ends_s = 0.0
+        batched: dict[Row, Feed] = {}
+        expected: dict[Row, Signals] = {}
+        for row, request in list(self._requests.items()):
+            if not isinstance(request, Feed):
+                continue
+            if request.alone or not self.is_shared:
+                self._step_alone(row, request)
+                continue
+            if row.is_exact and row.sequence.batch_row is None:
+                expected[row] = row.sequence.extend(request.token_ids[:1])
+                row.sequence.rollback(1)
+            if row.sequence.enter_batch():
+                batched[row] = request
+            else:
+                self._step_alone(row, request)
+        if batched:
+            self._step_batch(batched, expected)
+        self._step_s = time.perf_counter() - began_s
+        self._prefill_debt_s = max(0.0, self._prefill_debt_s - self._step_s)
+
+    def _step_alone(self, row: Row, request: Feed) -> None:
+        row.was_batched = False
+        self.steps += 1
+        self.single_tokens += len(request.token_ids)
+        self._attempt(row, lambda: row.sequence.extend(request.token_ids))
+
+    def _step_batch(self, feeds: dict[Row, Feed], expected: dict[Row, Signals]) -> None:
+        token_ids = {
+            row.sequence.batch_row: feed.token_ids[0]
+            for row, feed in feeds.items()
+            if row.sequence.batch_row is not None
+        }
+        signals = self._batch.step(token_ids)
+        self.steps += 1
+        self.batched_tokens += len(feeds)
+        for row, feed in feeds.items():
+            batch_row = row.sequence.batch_row
+            assert batch_row is not None
+            row.sequence.on_batch_step(feed.token_ids[0])
+            if row in expected:
+                self._rounding.add(expected[row], signals[batch_row])
+            # Each row of a batch takes one token per step.
+            feed.token_ids = feed.token_ids[1:]
+            if not feed.token_ids:
+                row.was_batched = True
+                self._reply(row, signals[batch_row])

@@ -1,0 +1,76 @@
+"""Prompts of answers: conversations, texts, and token ids."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+from mlxroute.errors import ContextTooLong, UsageError
+from mlxroute.types import Message, Vocabulary
+
+# Fast tokenizers of `transformers` must not encode in two threads at once.
+_tokenizer_lock = threading.Lock()
+
+
+class PromptTokenizer(Protocol):
+    """The part of a small model that turns conversations into token ids."""
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+
+    @property
+    def context_length(self) -> int: ...
+
+    def render(self, messages: Sequence[Message]) -> str: ...
+
+    def encode_prompt(self, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """A prompt as the small model reads it; `messages` is empty for a text or token ids."""
+
+    messages: tuple[Message, ...]
+    text: str
+    ids: tuple[int, ...]
+
+
+def encode_prompt(
+    small: PromptTokenizer, prompt: Sequence[Message] | str | Sequence[int]
+) -> EncodedPrompt:
+    """Encode a conversation, a text or token ids. Thread-safe.
+
+    Raises UsageError for an empty prompt or an unknown id, ContextTooLong for one that is too long.
+    """
+    messages: tuple[Message, ...] = ()
+    with _tokenizer_lock:
+        if isinstance(prompt, str):
+            text, ids = prompt, tuple(small.encode_prompt(prompt))
+        elif prompt and isinstance(prompt[0], int):
+            ids = tuple(cast("Sequence[int]", prompt))
+            text = _decode(small.vocabulary, ids)
+        else:
+            messages = tuple(cast("Sequence[Message]", prompt))
+            text = small.render(messages)
+            ids = tuple(small.encode_prompt(text))
+    if not ids:
+        raise UsageError("the prompt is empty", parameter="prompt")
+    if len(ids) >= small.context_length:
+        raise ContextTooLong(
+            f"the prompt has {len(ids):,} tokens and the small model's context holds"
+            f" {small.context_length:,}; shorten it"
+        )
+    return EncodedPrompt(messages, text, ids)
+
+
+def _decode(vocabulary: Vocabulary, ids: Sequence[int]) -> str:
+    """Return the text of token ids, with the names of special tokens."""
+    parts = []
+    for token_id in ids:
+        piece = vocabulary.piece(token_id)
+        if piece is None:
+            raise UsageError(f"there is no token {token_id}", parameter="prompt")
+        parts.append(vocabulary.token_bytes(token_id) or piece.encode())
+    return b"".join(parts).decode("utf-8", errors="replace")

@@ -1,0 +1,49 @@
+"""What is asked of the scheduler, and what it reports besides the engine's events."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mlxroute.engine.options import Options
+from mlxroute.engine.protocols import RouterProtocol
+from mlxroute.errors import MlxRouteError
+from mlxroute.types import Event, Message
+
+
+class QueueFull(MlxRouteError):
+    """Raised when no more answers can wait for their turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptProgress:
+    """The small model has read `done` of the `total` tokens of the prompt."""
+
+    done: int
+    total: int
+
+
+ServedEvent = Event | PromptProgress
+"""What `RunningAnswer.events` yields."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerRequest:
+    """One answer to write.
+
+    Args:
+        prompt: A conversation; or a text or token ids, which are continued as they are.
+        router: Decides which positions are escalated; its state goes on where a caller uses one for
+            several answers, which must not run at the same time.
+        options: Limits, sampling and mode.
+        local_only: Make no call to the large model. False by default.
+        exact: Write the text that the answer has alone in a new process: no KV cache of an earlier
+            answer is used, and decisions that the rounding of a batch could change are made again
+            with one row. False by default.
+    """
+
+    prompt: Sequence[Message] | str | Sequence[int]
+    router: RouterProtocol
+    options: Options = field(default_factory=Options)
+    local_only: bool = False
+    exact: bool = False

@@ -1,0 +1,215 @@
+"""The small model as one served answer uses it: its requests run in the thread that owns MLX."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
+from typing import Any, Protocol, TypeVar, cast
+
+from mlxroute.serving.prompts import EncodedPrompt
+from mlxroute.serving.sequence import DecodedSequence
+from mlxroute.types import BranchCost, Message, Progress, Sampling, Signals, Vocabulary
+
+_T = TypeVar("_T")
+
+
+class AnswerCancelled(Exception):
+    """Raised in an answer's thread once the answer is cancelled."""
+
+
+@dataclass(slots=True)
+class Prefill:
+    """A request to run the prompt."""
+
+    prompt_ids: Sequence[int]
+    sampling: Sampling
+    progress: Progress
+
+
+@dataclass(slots=True)
+class Feed:
+    """A request to feed tokens; as one row, outside the batch, if `alone`."""
+
+    token_ids: Sequence[int]
+    alone: bool = False
+
+
+@dataclass(slots=True)
+class Invoke:
+    """A request to call a function."""
+
+    function: Callable[[], Any]
+
+
+@dataclass(slots=True)
+class Release:
+    """A request to end the sequence and to keep its KV cache in the prefix store."""
+
+
+DeviceRequest = Prefill | Feed | Invoke | Release
+
+
+class Device(Protocol):
+    """The thread that owns MLX, as rows see it."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several answers are decoded."""
+        ...
+
+    @property
+    def rounding_nats(self) -> float:
+        """Bound of the differences of logprobs and entropies between a batch and a single row."""
+        ...
+
+    def post(self, row: Row, request: DeviceRequest) -> None:
+        """Queue a request; the reply is put into `row.replies`."""
+        ...
+
+    def wake(self) -> None:
+        """Make the thread look at rows that were cancelled."""
+        ...
+
+
+class Row:
+    """The small model as one answer uses it; it fulfils the engine's `SmallProtocol`.
+
+    Args:
+        device: The thread that owns MLX.
+        sequence: The tokens on the device.
+        prompt: The encoded prompt.
+        is_exact: Whether no KV cache of an earlier answer may be used, and the rounding of batches
+            matters.
+        on_progress: Receives how many tokens of the prompt are read, and how many there are.
+
+    Attributes:
+        replies: Receives the reply to each request, or an exception to raise.
+        is_blocked: Whether the answer waits for the large model.
+        is_cancelled: Whether the answer was cancelled.
+        was_batched: Whether the latest signals come from a batch.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        sequence: DecodedSequence,
+        prompt: EncodedPrompt,
+        *,
+        is_exact: bool = False,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self.sequence = sequence
+        self.prompt = prompt
+        self.is_exact = is_exact
+        self.replies: SimpleQueue[Any] = SimpleQueue()
+        self.is_blocked = self.is_cancelled = self.was_batched = False
+        self._device = device
+        self._on_progress = on_progress
+
+    def cancel(self) -> None:
+        """Make the next request of the answer, or the present one, raise AnswerCancelled."""
+        self.is_cancelled = True
+        self._device.wake()
+
+    def check_cancelled(self) -> None:
+        """Raise AnswerCancelled if the answer was cancelled."""
+        if self.is_cancelled:
+            raise AnswerCancelled
+
+    @contextmanager
+    def blocked(self) -> Iterator[None]:
+        """Let other answers decode without this one in the `with` block."""
+        self.is_blocked = True
+        self._device.wake()
+        try:
+            yield
+        finally:
+            self.is_blocked = False
+
+    def release(self) -> None:
+        """End the sequence."""
+        self._request(Release())
+
+    # The engine's SmallProtocol
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self.sequence.small.vocabulary
+
+    @property
+    def context_length(self) -> int:
+        return self.sequence.small.context_length
+
+    def render(self, messages: Sequence[Message]) -> str:
+        return self.prompt.text
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return list(self.prompt.ids)
+
+    @property
+    def cached_ids(self) -> Sequence[int]:
+        return self.sequence.ids
+
+    @property
+    def batch_tails(self) -> Sequence[Sequence[int]]:
+        return () if self.sequence.batch_row else self.sequence.small.batch_tails
+
+    def prefill(
+        self, prompt_ids: Sequence[int], *, sampling: Sampling, progress: Progress
+    ) -> tuple[Signals, int]:
+        def report(label: str, done: int, total: int | None) -> None:
+            progress(label, done, total)
+            self._on_progress(done, len(prompt_ids))
+
+        # Answers must not share MLX's own random state.
+        if sampling.temperature > 0 and sampling.seed is None:
+            sampling = replace(sampling, seed=secrets.randbits(63))
+        reply = self._request(Prefill(prompt_ids, sampling, report))
+        return cast("tuple[Signals, int]", reply)
+
+    def extend(self, token_ids: Sequence[int]) -> Signals:
+        return cast(Signals, self._request(Feed(token_ids)))
+
+    def extend_alone(self, token_ids: Sequence[int]) -> Signals:
+        """Do what `extend` does as one row, whatever else is decoded."""
+        return cast(Signals, self._request(Feed(token_ids, alone=True)))
+
+    @property
+    def rounding_nats(self) -> float:
+        """Bound of the differences of logprobs and entropies between a batch and a single row."""
+        return self._device.rounding_nats
+
+    def can_rollback(self, count: int) -> bool:
+        return self.sequence.batch_row is not None or self.sequence.small.can_rollback(count)
+
+    def rollback(self, count: int) -> None:
+        self._invoke(lambda: self.sequence.rollback(count))
+
+    @property
+    def max_rows(self) -> int:
+        # The rows of other answers are a better use of a batch than branches.
+        if self._device.is_shared or self.sequence.batch_row is not None:
+            return 1
+        return self.sequence.small.max_rows
+
+    def measure_branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
+        return self._invoke(lambda: self.sequence.small.measure_branch_cost(token_id, rows=rows))
+
+    def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:
+        return self._invoke(lambda: self.sequence.small.branch(parents, token_ids))
+
+    def select(self, row: int) -> None:
+        self._invoke(lambda: self.sequence.small.select(row))
+
+    def _invoke(self, function: Callable[[], _T]) -> _T:
+        return cast(_T, self._request(Invoke(function)))
+
+    def _request(self, request: DeviceRequest) -> Any:
+        self._device.post(self, request)
+        reply = self.replies.get()
+        if isinstance(reply, BaseException):
+            raise reply
+        return reply

@@ -1,0 +1,174 @@
+"""`AnswerScheduler`: a queue of answers, several of which are written at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from mlxroute.closeable import Closeable
+from mlxroute.engine import Answer, Experience
+from mlxroute.engine.protocols import LargeProtocol
+from mlxroute.serving.device_thread import DeviceThread
+from mlxroute.serving.prompts import EncodedPrompt, encode_prompt
+from mlxroute.serving.requests import AnswerRequest, QueueFull
+from mlxroute.serving.row import Row
+from mlxroute.serving.running_answer import RunningAnswer
+from mlxroute.serving.stoppable_large import StoppableLarge
+from mlxroute.small import SmallModel
+
+DEFAULT_CACHE_BYTES: Final = 1 << 30
+"""Memory of KV caches that are kept for later prompts, where nothing else is said."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerFigures:
+    """The present state of a scheduler, and totals since it was made.
+
+    Args:
+        running: Answers that are being written.
+        queued: Answers that wait for their turn.
+        cache_entries: KV caches that are kept for later prompts.
+        cache_bytes: Their memory.
+        batch_bytes: Memory of the batch's KV caches.
+        cache_hits: Prompts that began with a kept KV cache.
+        cache_misses: Prompts that did not.
+        steps: Forward passes of decoding.
+        batched_tokens: Tokens that steps of a batch fed.
+        single_tokens: Tokens that steps of one row fed.
+    """
+
+    running: int
+    queued: int
+    cache_entries: int
+    cache_bytes: int
+    batch_bytes: int
+    cache_hits: int
+    cache_misses: int
+    steps: int
+    batched_tokens: int
+    single_tokens: int
+
+
+class AnswerScheduler(Closeable):
+    """Writes answers as they are submitted, up to `max_running` at a time. Thread-safe.
+
+    Alone, an answer is decoded as `generate` decodes it. Several are rows of one batch, which they
+    join and leave at any step.
+
+    Args:
+        small: The small model, which nothing else may use until the scheduler is closed.
+        large: The large model; None where the small one answers alone.
+        experience: Measurements of the pair from earlier answers; a new object by default.
+        max_running: Greatest number of answers written at a time. 8 by default.
+        max_queued: Greatest number of answers that wait for their turn. 32 by default.
+        cache_bytes: Greatest memory of KV caches that are kept for later prompts. 1 GiB by default.
+    """
+
+    def __init__(
+        self,
+        small: SmallModel,
+        large: LargeProtocol | None,
+        *,
+        experience: Experience | None = None,
+        max_running: int = 8,
+        max_queued: int = 32,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> None:
+        self._small = small
+        self._large = large
+        self._experience = Experience() if experience is None else experience
+        self._max_running = max_running
+        self._max_queued = max_queued
+        self._device = DeviceThread(small, cache_bytes=cache_bytes)
+        self._changed = threading.Condition()
+        self._queue: deque[RunningAnswer] = deque()
+        self._running: dict[RunningAnswer, threading.Thread] = {}
+        self._is_closed = False
+
+    def submit(self, request: AnswerRequest) -> RunningAnswer:
+        """Queue an answer, which is written as soon as it is its turn.
+
+        Raises QueueFull if too many wait or the scheduler is closed, UsageError for an empty
+        prompt and ContextTooLong for one that does not fit in the small model's context.
+        """
+        prompt = encode_prompt(self._small, request.prompt)
+        start = partial(self._start_answer, request, prompt)
+        answer = RunningAnswer(request, prompt, device=self._device, start=start)
+        with self._changed:
+            if self._is_closed:
+                raise QueueFull("the endpoint is closing")
+            has_turn = len(self._running) < self._max_running and not self._queue
+            if not has_turn and len(self._queue) >= self._max_queued:
+                raise QueueFull(f"{self._max_queued} requests wait already; try again later")
+            self._queue.append(answer)
+            self._start_next()
+        return answer
+
+    def figures(self) -> SchedulerFigures:
+        """Return the present state and the totals."""
+        device, store = self._device, self._device.store
+        return SchedulerFigures(
+            running=len(self._running),
+            queued=len(self._queue),
+            cache_entries=len(store),
+            cache_bytes=store.size_bytes,
+            batch_bytes=device.batch_bytes,
+            cache_hits=store.hits,
+            cache_misses=store.misses,
+            steps=device.steps,
+            batched_tokens=device.batched_tokens,
+            single_tokens=device.single_tokens,
+        )
+
+    def drain(self, *, timeout_s: float | None = None) -> bool:
+        """Refuse new answers and wait for the others; return whether all have ended in time."""
+        with self._changed:
+            self._is_closed = True
+            return self._changed.wait_for(
+                lambda: not (self._running or self._queue), timeout=timeout_s
+            )
+
+    def close(self) -> None:
+        """Cancel all answers and end all threads."""
+        with self._changed:
+            self._is_closed = True
+            answers = [*self._queue, *self._running]
+        for answer in answers:
+            answer.cancel()
+        self.drain()
+        self._device.close()
+
+    def _start_answer(self, request: AnswerRequest, prompt: EncodedPrompt, row: Row) -> Answer:
+        is_local = self._large is None or request.local_only
+        large = None if is_local or self._large is None else StoppableLarge(self._large, row)
+        return Answer(
+            row,
+            large,
+            prompt.messages,
+            router=request.router,
+            options=request.options,
+            experience=self._experience,
+            batching=row if request.exact else None,
+        )
+
+    def _start_next(self) -> None:
+        """Start answers whose turn it is; requires the lock."""
+        while self._queue and len(self._running) < self._max_running:
+            answer = self._queue.popleft()
+            thread = threading.Thread(
+                target=self._write, args=(answer,), name="mlxroute-answer", daemon=True
+            )
+            self._running[answer] = thread
+            thread.start()
+
+    def _write(self, answer: RunningAnswer) -> None:
+        try:
+            answer.write()
+        finally:
+            with self._changed:
+                del self._running[answer]
+                self._start_next()
+                self._changed.notify_all()

@@ -1,0 +1,82 @@
+"""The tokens of one answer on the device: one row in a KV cache of its own, or a row of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mlxroute.errors import RollbackError
+from mlxroute.small import SmallModel
+from mlxroute.types import Signals
+
+if TYPE_CHECKING:
+    from mlxroute.small.kv_cache import CacheCopy
+    from mlxroute.small.row_batch import BatchRow, RowBatch
+
+
+class DecodedSequence:
+    """A sequence that moves between a KV cache of its own and a batch.
+
+    Only the thread that owns MLX may call the methods.
+
+    Args:
+        small: The small model with a KV cache that no other sequence uses.
+        batch: The batch.
+    """
+
+    def __init__(self, small: SmallModel, batch: RowBatch) -> None:
+        self.small = small
+        self.batch_row: BatchRow | None = None
+        self._batch = batch
+        # The ids of the batched row.
+        self._ids: list[int] = []
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """The ids in the KV cache."""
+        return self.small.cached_ids if self.batch_row is None else self._ids
+
+    def extend(self, token_ids: Sequence[int]) -> Signals:
+        """Feed tokens as one row; return the signals after them."""
+        self.leave_batch()
+        return self.small.extend(token_ids)
+
+    def enter_batch(self) -> bool:
+        """Move into the batch, if there is room for a sequence of this kind; return whether."""
+        if self.batch_row is not None:
+            return True
+        if not self._batch.has_room(self.small.cache_layers, len(self.small.cached_ids) + 1):
+            return False
+        sampler = self.small.sampler
+        layers, self._ids = self.small.take_cache()
+        self.batch_row = self._batch.join(layers, len(self._ids), sampler=sampler)
+        return True
+
+    def leave_batch(self) -> None:
+        """Move into the KV cache of its own; outside the batch do nothing."""
+        if self.batch_row is not None:
+            self.small.load_cache(self._batch.leave(self.batch_row), self._ids)
+            self.batch_row = None
+
+    def on_batch_step(self, token_id: int) -> None:
+        """Record a token that a step of the batch fed."""
+        self._ids.append(token_id)
+
+    def rollback(self, count: int) -> None:
+        """Remove the last `count` tokens. Raises RollbackError."""
+        if self.batch_row is None:
+            self.small.rollback(count)
+        elif 0 <= count <= len(self._ids):
+            self._batch.trim(self.batch_row, count)
+            del self._ids[len(self._ids) - count :]
+        else:
+            raise RollbackError(f"cannot roll back {count} of {len(self._ids)} tokens")
+
+    def release(self) -> tuple[CacheCopy, list[int]] | None:
+        """Give up the KV cache; return it with its ids, or None if it cannot be used again."""
+        self.leave_batch()
+        try:
+            self.small.select(0)
+            return self.small.take_cache()
+        except RollbackError:
+            return None

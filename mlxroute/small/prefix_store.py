@@ -1,0 +1,139 @@
+"""KV caches of earlier sequences, found by the longest prefix that a new prompt shares."""
+
+from __future__ import annotations
+
+import copy
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_lm.models.cache import KVCache
+
+from mlxroute.small.kv_cache import CacheCopy
+
+# A shorter prefix is computed again faster than it is looked after.
+_MIN_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    layers: CacheCopy
+    token_ids: array[int]
+    size_bytes: int
+    # Whether a part of the layers from the start on is a KV cache of its own.
+    is_divisible: bool
+
+
+class PrefixStore:
+    """Least recently used KV caches, at most `max_bytes` of them together.
+
+    Layers with all keys and values are usable up to any token. Others, such as sliding windows and
+    recurrent states, are usable only where the prompt continues the whole sequence.
+
+    Attributes:
+        hits: Lookups that found a prefix.
+        misses: Lookups that found none.
+        size_bytes: Memory of all caches.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        # The least recently used entry first.
+        self._entries: OrderedDict[int, _Entry] = OrderedDict()
+        self._next_key = 0
+        self.hits = 0
+        self.misses = 0
+        self.size_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def add(self, layers: CacheCopy, token_ids: Sequence[int]) -> None:
+        """Keep a KV cache that holds `token_ids`, and drop what it contains or displaces.
+
+        Later changes of `layers` by their owner leave what is kept here as it is.
+        """
+        ids = array("q", token_ids)
+        is_divisible = _is_divisible(layers)
+        if len(ids) < _MIN_TOKENS:
+            return
+        for key, entry in list(self._entries.items()):
+            shared = _common_length(entry.token_ids, ids)
+            if is_divisible and shared == len(ids):
+                self._entries.move_to_end(key)
+                return
+            if shared == len(entry.token_ids) and (is_divisible or shared == len(ids)):
+                self._remove(key)
+        kept = _cut(layers, len(ids)) if is_divisible else copy.deepcopy(layers)
+        entry = _Entry(kept, ids, sum(layer.nbytes for layer in kept), is_divisible)
+        if entry.size_bytes > self._max_bytes:
+            return
+        self._entries[self._next_key] = entry
+        self._next_key += 1
+        self.size_bytes += entry.size_bytes
+        while self.size_bytes > self._max_bytes:
+            self._remove(next(iter(self._entries)))
+
+    def add_part(self, layers: Sequence[Any], token_ids: Sequence[int]) -> None:
+        """Keep the part of a KV cache that holds `token_ids`, if its kind has parts."""
+        if _is_divisible(layers):
+            self.add(list(layers), token_ids)
+
+    def find(self, token_ids: Sequence[int]) -> tuple[CacheCopy, Sequence[int]] | None:
+        """Return a KV cache of the longest kept prefix of `token_ids`, and its ids."""
+        ids = array("q", token_ids)
+        best_key, best_length = None, _MIN_TOKENS - 1
+        for key, entry in self._entries.items():
+            length = _common_length(entry.token_ids, ids)
+            is_usable = entry.is_divisible or length == len(entry.token_ids)
+            if is_usable and length > best_length:
+                best_key, best_length = key, length
+        if best_key is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._entries.move_to_end(best_key)
+        entry = self._entries[best_key]
+        if entry.is_divisible:
+            layers = _cut(entry.layers, best_length)
+        else:
+            layers = copy.deepcopy(entry.layers)
+        return layers, ids[:best_length]
+
+    def clear(self) -> None:
+        """Drop all caches."""
+        self._entries.clear()
+        self.size_bytes = 0
+
+    def _remove(self, key: int) -> None:
+        self.size_bytes -= self._entries.pop(key).size_bytes
+
+
+def _is_divisible(layers: Sequence[Any]) -> bool:
+    return all(type(layer) is KVCache for layer in layers)
+
+
+def _cut(layers: CacheCopy, count: int) -> CacheCopy:
+    """Return caches of the first `count` tokens; the first step on either side copies its part."""
+    parts: list[Any] = []
+    for layer in layers:
+        part = KVCache()
+        part.state = (layer.keys[..., :count, :], layer.values[..., :count, :], count)
+        parts.append(part)
+    return parts
+
+
+def _common_length(first: array[int], second: array[int]) -> int:
+    """Return how many leading ids two sequences share, by bisection of equal halves."""
+    low, high = 0, min(len(first), len(second))
+    if first[:high] == second[:high]:
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low

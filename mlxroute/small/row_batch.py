@@ -1,0 +1,265 @@
+"""Rows of different lengths decoded as one batch, each of which may pause, leave or be cut.
+
+`mlx_lm`'s batched KV cache aligns its rows at the right, so that a row that pauses or leaves makes
+it copy all others. Here each row has its own length in a buffer that all rows share. A pause costs
+nothing, a join or a leave copies one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache
+
+from mlxroute.small.kv_cache import CacheCopy
+from mlxroute.small.row_sampler import RowSampler
+from mlxroute.types import Signals
+
+# Tokens by which the buffers grow, as those of `mlx_lm`.
+_GROWTH = 256
+# Greatest memory of the buffers.
+_MAX_BYTES = 1 << 32
+_CLEAR_CACHE_EVERY = 256
+
+ComputeSignals = Callable[
+    [mx.array, list[Any], Sequence[tuple[RowSampler | None, int]]], list[Signals]
+]
+"""Feeds tokens [B, 1] to cache layers; the pairs are the sampler and the length of each row."""
+
+
+@dataclass(eq=False, slots=True)
+class BatchRow:
+    """A row of a `RowBatch`: its place in the buffers and the number of its tokens."""
+
+    index: int
+    length: int
+    sampler: RowSampler | None = None
+
+
+@dataclass(slots=True)
+class _StepPlan:
+    """What all layers share in one step.
+
+    `positions` [B, 1, 1, 1] are the places of the new tokens, `offsets` [B] the same, `mask`
+    [B, 1, 1, n] the places that each row attends to. The last `idle` rows of the buffers stay
+    out of the step.
+    """
+
+    positions: mx.array
+    offsets: mx.array
+    mask: mx.array
+    width: int
+    idle: int
+
+
+class _LayerRows:
+    """The KV cache of one layer, in the form in which `mlx_lm` models use one."""
+
+    def __init__(self, keys: mx.array, values: mx.array) -> None:
+        self.keys = keys
+        self.values = values
+        self.plan: _StepPlan
+
+    @property
+    def offset(self) -> mx.array:
+        return self.plan.offsets
+
+    def make_mask(
+        self, count: int, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array:
+        if window_size is None:
+            return self.plan.mask
+        places = mx.arange(self.plan.width)
+        return self.plan.mask & (places > self.plan.positions - window_size)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        plan = self.plan
+        self.keys = _put(self.keys, keys, plan)
+        self.values = _put(self.values, values, plan)
+        rows = len(keys)
+        return self.keys[:rows, :, : plan.width], self.values[:rows, :, : plan.width]
+
+
+def _put(buffer: mx.array, values: mx.array, plan: _StepPlan) -> mx.array:
+    """Write one token [B, H, 1, D] of each row into a buffer, without a copy of the buffer."""
+    if plan.idle:
+        values = mx.pad(values, [(0, plan.idle), (0, 0), (0, 0), (0, 0)])
+    return mx.put_along_axis(buffer, plan.positions, values, axis=2)
+
+
+class RowBatch:
+    """A batch of sequences over one buffer per layer.
+
+    Signals of a batched row round differently from those of a single row.
+
+    Args:
+        compute_signals: Runs a forward pass over the layers.
+    """
+
+    def __init__(self, compute_signals: ComputeSignals) -> None:
+        self._compute_signals = compute_signals
+        self._layers: list[_LayerRows] = []
+        self._rows: list[BatchRow] = []
+        self._step_count = 0
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def size_bytes(self) -> int:
+        """The memory of the buffers."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._layers)
+
+    def has_room(self, layers: Sequence[Any], length: int) -> bool:
+        """Return whether a sequence of these cache layers and this length can become a row."""
+        if not all(type(layer) is KVCache and layer.keys is not None for layer in layers):
+            return False
+        token_bytes = sum(_token_bytes(layer) for layer in layers)
+        width = _capacity(max([length, *(row.length for row in self._rows)]))
+        return token_bytes * width * (len(self._rows) + 1) <= _MAX_BYTES
+
+    def join(
+        self, layers: Sequence[Any], length: int, *, sampler: RowSampler | None = None
+    ) -> BatchRow:
+        """Copy the first `length` tokens of a KV cache into a new row."""
+        row = BatchRow(len(self._rows), length, sampler)
+        self._rows.append(row)
+        self._resize(layers)
+        for buffers, layer in zip(self._layers, layers, strict=True):
+            buffers.keys[row.index, :, :length] = layer.keys[0, :, :length]
+            buffers.values[row.index, :, :length] = layer.values[0, :, :length]
+        self._evaluate()
+        return row
+
+    def fork(self, row: BatchRow, length: int) -> BatchRow:
+        """Return a new row with the first `length` tokens of a row."""
+        return self.join(self._views(row), length)
+
+    def leave(self, row: BatchRow) -> CacheCopy:
+        """Remove a row; return its KV cache."""
+        copies = [_copied(view) for view in self._views(row)]
+        mx.eval([(layer.keys, layer.values) for layer in copies])
+        self.drop(row)
+        return copies
+
+    def drop(self, row: BatchRow) -> None:
+        """Remove a row; the last row takes its place."""
+        last = self._rows.pop()
+        if last is not row:
+            copies = [_copied(view) for view in self._views(last)]
+            # Evaluated first: a view of the buffers would keep them from being written in place.
+            mx.eval([(layer.keys, layer.values) for layer in copies])
+            for buffers, layer in zip(self._layers, copies, strict=True):
+                buffers.keys[row.index, :, : last.length] = layer.keys[0]
+                buffers.values[row.index, :, : last.length] = layer.values[0]
+            last.index = row.index
+            self._rows[last.index] = last
+            self._evaluate()
+        if not self._rows:
+            self._layers = []
+            mx.clear_cache()
+
+    def trim(self, row: BatchRow, count: int) -> None:
+        """Remove the last `count` tokens of a row."""
+        row.length -= count
+        if row.sampler is not None:
+            row.sampler.rewind(row.length)
+
+    def step(self, token_ids: Mapping[BatchRow, int]) -> dict[BatchRow, Signals]:
+        """Feed one token to some of the rows; return the signals after each of them."""
+        self._grow()
+        # Rows in between compute a token that is overwritten by their next one.
+        count = 1 + max(row.index for row in token_ids)
+        rows = self._rows[:count]
+        for row in token_ids:
+            row.length += 1
+        plan = self._plan(rows, token_ids)
+        for layer in self._layers:
+            layer.plan = plan
+        tokens = mx.array([[token_ids.get(row, 0)] for row in rows])
+        samplers = [(row.sampler if row in token_ids else None, row.length) for row in rows]
+        signals = self._compute_signals(tokens, list(self._layers), samplers)
+        self._evaluate()
+        self._step_count += 1
+        if self._step_count % _CLEAR_CACHE_EVERY == 0:
+            mx.clear_cache()
+        return {row: signals[row.index] for row in token_ids}
+
+    def _plan(self, rows: Sequence[BatchRow], token_ids: Mapping[BatchRow, int]) -> _StepPlan:
+        places = [row.length - (row in token_ids) for row in rows]
+        idle = len(self._layers[0].keys) - len(rows)
+        unused = [row.length for row in self._rows[len(rows) :]]
+        unused += [0] * (idle - len(unused))
+        width = max(places) + 1
+        offsets = mx.array(places)
+        positions = mx.array([*places, *unused])[:, None, None, None]
+        mask = mx.arange(width) <= offsets[:, None, None, None]
+        return _StepPlan(positions, offsets, mask, width, idle)
+
+    def _views(self, row: BatchRow) -> list[KVCache]:
+        views = []
+        for buffers in self._layers:
+            view = KVCache()
+            keys = buffers.keys[row.index : row.index + 1, :, : row.length]
+            values = buffers.values[row.index : row.index + 1, :, : row.length]
+            view.state = (keys, values, row.length)
+            views.append(view)
+        return views
+
+    def _grow(self) -> None:
+        """Make room for one more token of each row."""
+        longest = max(row.length for row in self._rows)
+        if longest >= self._layers[0].keys.shape[2]:
+            self._reshape(len(self._layers[0].keys), _capacity(longest))
+
+    def _resize(self, layers: Sequence[Any]) -> None:
+        """Make room for all rows, the last of which is new and like `layers`."""
+        width = _capacity(max(row.length for row in self._rows))
+        if not self._layers:
+            self._layers = [_LayerRows(*_empty(layer, 2, width)) for layer in layers]
+        rows, present = self._layers[0].keys.shape[0], self._layers[0].keys.shape[2]
+        while rows < len(self._rows):
+            rows *= 2
+        # A buffer that was made for a long row is not kept at twice the present need.
+        if present < width or present > 2 * width or rows != len(self._layers[0].keys):
+            self._reshape(rows, width)
+
+    def _reshape(self, rows: int, width: int) -> None:
+        for layer in self._layers:
+            layer.keys = _reshaped(layer.keys, rows, width)
+            layer.values = _reshaped(layer.values, rows, width)
+        self._evaluate()
+
+    def _evaluate(self) -> None:
+        mx.eval([(layer.keys, layer.values) for layer in self._layers])
+
+
+def _copied(layer: Any) -> KVCache:
+    copy = KVCache()
+    copy.state = (mx.contiguous(layer.keys), mx.contiguous(layer.values), layer.offset)
+    return copy
+
+
+def _capacity(length: int) -> int:
+    """Return the width of a buffer for rows of `length` tokens and at least one more."""
+    return (length // _GROWTH + 1) * _GROWTH
+
+
+def _token_bytes(layer: Any) -> int:
+    size: int = layer.nbytes // layer.keys.shape[2]
+    return size
+
+
+def _empty(layer: Any, rows: int, width: int) -> tuple[mx.array, mx.array]:
+    shapes = [(rows, part.shape[1], width, part.shape[3]) for part in (layer.keys, layer.values)]
+    keys, values = (mx.zeros(shape, layer.keys.dtype) for shape in shapes)
+    return keys, values
+
+
+def _reshaped(buffer: mx.array, rows: int, width: int) -> mx.array:
+    part = buffer[:rows, :, :width]
+    widths = [(0, rows - part.shape[0]), (0, 0), (0, width - part.shape[2]), (0, 0)]
+    return mx.pad(part, widths)

@@ -1,0 +1,55 @@
+"""The sampler of one sequence, with a random state of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.sample_utils import make_sampler
+
+from mlxroute.types import Sampling
+
+
+class RowSampler:
+    """Draws the tokens of one sequence; other sequences do not change what it draws.
+
+    Args:
+        sampling: Temperature above 0, top-p and seed. Without a seed MLX's own random state is
+            used.
+    """
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sample = make_sampler(temp=sampling.temperature, top_p=sampling.top_p)
+        self._key = None if sampling.seed is None else mx.random.key(sampling.seed)
+        # (length of the sequence, random state before the draw at that length), for rollback.
+        self._states: list[tuple[int, mx.array]] = []
+
+    def draw(self, logits: mx.array, *, length: int) -> mx.array:
+        """Draw the token [1, 1] of logits [1, V] as `mlx_lm.generate_step` draws it, lazily.
+
+        `length` is the number of tokens in the sequence.
+        """
+        if self._key is not None:
+            _random_state()[:] = self._key
+        self._states.append((length, mx.array(_random_state())))
+        logprobs = logits - mx.logsumexp(logits, keepdims=True)
+        token: mx.array = self._sample(logprobs).reshape(1, 1)
+        if self._key is not None:
+            self._key = mx.array(_random_state())
+        return token
+
+    def rewind(self, length: int) -> None:
+        """Restore the random state of the time at which the sequence had `length` tokens."""
+        while self._states and self._states[-1][0] > length:
+            state = self._states.pop()[1]
+            if self._key is None:
+                _random_state()[:] = state
+            else:
+                self._key = state
+
+
+def _random_state() -> mx.array:
+    """Return MLX's random state: samplers advance it, and assigning its content sets it."""
+    state: Any = mx.random.state
+    live: mx.array = state[0]
+    return live
