@@ -141,16 +141,8 @@ class RecordedLargeView:
 
     def count_call(self, context: LargeContext, tokens: Sequence[LargeToken]) -> None:
         """Add a call and its tokens to the totals."""
-        first = tokens[0]
-        prompt = len(context.token_ids) if first.prompt_tokens is None else first.prompt_tokens
-        self.calls_s += first.latency_s
-        self.uploads += Uploads(
-            requests=1,
-            tokens=prompt,
-            cached_tokens=first.cached_tokens or 0,
-            completion_tokens=len(tokens),
-            size_bytes=first.uploaded_bytes,
-        )
+        self.calls_s += tokens[0].latency_s
+        self.uploads += Uploads.of_call(context, tokens)
 
 
 class _RecordedCall:

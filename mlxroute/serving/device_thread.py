@@ -66,7 +66,7 @@ class DeviceThread:
         self._rounding = RoundingBound()
         self._inbox: SimpleQueue[tuple[Row, DeviceRequest] | None] = SimpleQueue()
         self._requests: dict[Row, DeviceRequest] = {}
-        self._prefills: dict[Row, Generator[None, None, tuple[Signals, int]]] = {}
+        self._prefills: dict[Row, Generator[None, None, int]] = {}
         # Rows whose prompt is read; True while the answer computes, and will ask soon.
         self._decoding: dict[Row, bool] = {}
         self._step_s = 0.0
@@ -200,9 +200,7 @@ class DeviceThread:
 
     # Prompts
 
-    def _start_prefill(
-        self, row: Row, request: Prefill
-    ) -> Generator[None, None, tuple[Signals, int]]:
+    def _start_prefill(self, row: Row, request: Prefill) -> Generator[None, None, int]:
         small, ids = row.sequence.small, request.prompt_ids
         if not row.is_exact and (prefix := self.store.find(ids[:-1])) is not None:
             small.load_cache(*prefix)
@@ -219,16 +217,13 @@ class DeviceThread:
         try:
             next(parts)
         except StopIteration as end:
-            self._keep_prompt(row)
+            # Answers with the same prompt may begin before this one ends.
+            self.store.add(list(row.sequence.small.cache_layers), row.sequence.ids)
             self._decoding[row] = True
             self._reply(row, end.value)
         except Exception as exc:  # noqa: BLE001 - it is raised in the row's own thread
             self._reply(row, exc)
         self._prefill_debt_s += time.perf_counter() - began_s
-
-    def _keep_prompt(self, row: Row) -> None:
-        """Put the KV cache of a prompt into the store, for answers that begin before this ends."""
-        self.store.add_part(row.sequence.small.cache_layers, row.sequence.ids[:-1])
 
     # Steps
 

@@ -22,7 +22,7 @@ class AnswerCancelled(Exception):
 
 @dataclass(slots=True)
 class Prefill:
-    """A request to run the prompt."""
+    """A request to run the prompt without its last token."""
 
     prompt_ids: Sequence[int]
     sampling: Sampling
@@ -167,8 +167,11 @@ class Row:
         # Answers must not share MLX's own random state.
         if sampling.temperature > 0 and sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(63))
-        reply = self._request(Prefill(prompt_ids, sampling, report))
-        return cast("tuple[Signals, int]", reply)
+        reused = cast(int, self._request(Prefill(prompt_ids, sampling, report)))
+        # The last token is a decode step like the later ones, so that a batch may take it.
+        signals = self.extend(prompt_ids[-1:])
+        report("prompt", len(prompt_ids), len(prompt_ids))
+        return signals, reused
 
     def extend(self, token_ids: Sequence[int]) -> Signals:
         return cast(Signals, self._request(Feed(token_ids)))

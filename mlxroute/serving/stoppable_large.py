@@ -7,7 +7,7 @@ from typing import Final
 
 from mlxroute.engine.protocols import LargeProtocol, PendingCallProtocol
 from mlxroute.serving.row import Row
-from mlxroute.types import LargeContext, Uploads
+from mlxroute.types import LargeContext, LargeToken, Uploads
 
 # A cancelled answer stops waiting after this time at the latest.
 _POLL_S: Final = 0.05
@@ -16,16 +16,15 @@ _POLL_S: Final = 0.05
 class StoppableLarge:
     """A large model whose waits mark the answer's row as blocked and end when it is cancelled.
 
-    `uploads` counts this answer's calls alone as far as the large model's totals tell.
+    Attributes:
+        uploads: What the calls of this answer alone sent, by their replies. A call that failed or
+            was dropped counts as a request of unknown size.
     """
 
     def __init__(self, large: LargeProtocol, row: Row) -> None:
         self._large = large
         self._row = row
-
-    @property
-    def uploads(self) -> Uploads:
-        return self._large.uploads
+        self.uploads = Uploads()
 
     @property
     def is_local(self) -> bool:
@@ -39,7 +38,8 @@ class StoppableLarge:
         self, context: LargeContext, *, deadline_s: float, prefetch: int
     ) -> PendingCallProtocol:
         self._row.check_cancelled()
-        return self._large.begin(context, deadline_s=deadline_s, prefetch=prefetch)
+        call = self._large.begin(context, deadline_s=deadline_s, prefetch=prefetch)
+        return _CountedCall(self, context, call)
 
     def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
         with self._row.blocked():
@@ -50,3 +50,40 @@ class StoppableLarge:
                 )
                 timeout_s -= _POLL_S
         self._row.check_cancelled()
+
+
+class _CountedCall:
+    """A call that adds to its answer's uploads once its outcome is known."""
+
+    def __init__(
+        self, large: StoppableLarge, context: LargeContext, call: PendingCallProtocol
+    ) -> None:
+        self._large = large
+        self._context = context
+        self._call = call
+        self._counted = Uploads()
+
+    @property
+    def ready(self) -> bool:
+        return self._call.ready
+
+    @property
+    def finished(self) -> bool:
+        return self._call.finished
+
+    def result(self) -> tuple[LargeToken, ...]:
+        self._count(Uploads(requests=1))
+        tokens = self._call.result()
+        # A streamed call may be read again when more tokens have arrived.
+        self._count(Uploads.of_call(self._context, tokens))
+        return tokens
+
+    def cancel(self) -> None:
+        self._count(Uploads(requests=1))
+        self._call.cancel()
+
+    def _count(self, uploads: Uploads) -> None:
+        """Replace what this call has counted, unless that is more."""
+        if uploads.completion_tokens >= self._counted.completion_tokens:
+            self._large.uploads += uploads - self._counted
+            self._counted = uploads

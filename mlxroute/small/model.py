@@ -195,8 +195,11 @@ class SmallModel:
             try:
                 next(parts)
             except StopIteration as end:
-                signals: tuple[Signals, int] = end.value
-                return signals
+                reused: int = end.value
+                break
+        signals = self.step(prompt_ids[-1])
+        progress("prompt", len(prompt_ids), len(prompt_ids))
+        return signals, reused
 
     def prefill_in_parts(
         self,
@@ -205,11 +208,10 @@ class SmallModel:
         sampling: Sampling | None = None,
         progress: Progress = no_progress,
         parts: int | None = None,
-    ) -> Generator[None, None, tuple[Signals, int]]:
-        """Do what `prefill` does, with the same result, in parts of at most some layers.
+    ) -> Generator[None, None, int]:
+        """Run a prompt without its last id; yield after each part, return the number of ids reused.
 
-        Yields after each part, and returns what `prefill` returns. `parts` is the number of parts
-        of a chunk; by default longer chunks have more.
+        The parts are those of `Decoder.prefill_in_parts`, for each chunk.
         """
         if not prompt_ids:
             raise UsageError("the prompt is empty")
@@ -222,9 +224,7 @@ class SmallModel:
             yield from self._decoder.prefill_in_parts(chunk, parts=parts)
             done += len(chunk)
             progress("prompt", done, total)
-        signals = self.step(prompt_ids[-1])
-        progress("prompt", total, total)
-        return signals, reused
+        return reused
 
     def step(self, token_id: int) -> Signals:
         """Feed one committed token; return the signals of the next position."""

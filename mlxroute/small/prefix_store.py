@@ -51,7 +51,7 @@ class PrefixStore:
         return len(self._entries)
 
     def add(self, layers: CacheCopy, token_ids: Sequence[int]) -> None:
-        """Keep a KV cache that holds `token_ids`, and drop what it contains or displaces.
+        """Keep a KV cache that holds `token_ids`; drop those that it contains or displaces.
 
         Later changes of `layers` by their owner leave what is kept here as it is.
         """
@@ -75,11 +75,6 @@ class PrefixStore:
         self.size_bytes += entry.size_bytes
         while self.size_bytes > self._max_bytes:
             self._remove(next(iter(self._entries)))
-
-    def add_part(self, layers: Sequence[Any], token_ids: Sequence[int]) -> None:
-        """Keep the part of a KV cache that holds `token_ids`, if its kind has parts."""
-        if _is_divisible(layers):
-            self.add(list(layers), token_ids)
 
     def find(self, token_ids: Sequence[int]) -> tuple[CacheCopy, Sequence[int]] | None:
         """Return a KV cache of the longest kept prefix of `token_ids`, and its ids."""

@@ -122,6 +122,18 @@ class Uploads:
     cached_tokens: int = 0
     completion_tokens: int = 0
 
+    @classmethod
+    def of_call(cls, context: LargeContext, tokens: Sequence[LargeToken]) -> Uploads:
+        """Return what one call sent and got, as its tokens tell."""
+        first = tokens[0]
+        return cls(
+            requests=1,
+            size_bytes=first.uploaded_bytes,
+            tokens=len(context.token_ids) if first.prompt_tokens is None else first.prompt_tokens,
+            cached_tokens=first.cached_tokens or 0,
+            completion_tokens=len(tokens),
+        )
+
     def __add__(self, other: Uploads) -> Uploads:
         return Uploads(
             self.requests + other.requests,
