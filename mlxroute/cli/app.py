@@ -6,7 +6,7 @@ Text goes to stdout, everything else to stderr. Commands import heavy modules wh
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -30,6 +30,7 @@ from mlxroute.cli.commands.show import show
 from mlxroute.cli.commands.train import train
 from mlxroute.cli.error_advice import error_message
 from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_LARGE_FAILED, EXIT_OK, EXIT_USAGE
+from mlxroute.cli.help_format import HelpCommand, HelpGroup
 from mlxroute.cli.process_signals import ProcessSignals
 from mlxroute.cli.setting_options import load_all_settings, with_setting_options
 from mlxroute.cli.standard_streams import OutputUnusable, make_streams_safe
@@ -37,11 +38,14 @@ from mlxroute.errors import LargeError, MlxRouteError
 
 app = typer.Typer(
     name="mlxroute",
+    cls=HelpGroup,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="A small model on your machine that asks a large one only for the tokens it is unsure of.",
 )
-bench = typer.Typer(rich_markup_mode=None, help="Run a benchmark together with its baselines.")
+bench = typer.Typer(
+    cls=HelpGroup, rich_markup_mode=None, help="Run a benchmark together with its baselines."
+)
 
 
 @app.callback(invoke_without_command=True)
@@ -56,12 +60,18 @@ def _root(
         raise typer.Exit(chat(load_all_settings({})))
 
 
+def _add(group: typer.Typer, name: str, run: Callable[..., None]) -> None:
+    """Add a command, whose first line of help is shown in full in the list of commands."""
+    summary = (run.__doc__ or "").partition("\n")[0]
+    group.command(name, cls=HelpCommand, short_help=summary)(run)
+
+
 for run in (chat, ask, show, replay, demo, models, pull, host, calibrate, train, probe):
-    app.command(run.__name__)(with_setting_options(run, run.__name__))
-app.command("doctor")(with_setting_options(doctor, "doctor", load=load_despite_bad_config))
+    _add(app, run.__name__, with_setting_options(run, run.__name__))
+_add(app, "doctor", with_setting_options(doctor, "doctor", load=load_despite_bad_config))
 for run in (speed, latency, quality, kernels):
-    bench.command(run.__name__)(with_setting_options(run, f"bench {run.__name__}"))
-app.add_typer(bench, name="bench")
+    _add(bench, run.__name__, with_setting_options(run, f"bench {run.__name__}"))
+app.add_typer(bench, name="bench", short_help=bench.info.help)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

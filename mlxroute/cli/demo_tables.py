@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from mlxroute.cli.terminal import make_table
+from mlxroute.cli.terminal import make_fitting_table, make_table
 from mlxroute.safe_text import printable, printable_line
 from mlxroute.types import Token, Vocabulary
 from mlxroute.view import DemoAnswer, result_line
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _VERDICT_STYLES: Final = {"right": "bold green", "wrong": "bold red"}
-# On narrower terminals the tables have fewer columns.
-_WIDE_COLUMNS: Final = 60
 _CONTEXT_CHARACTERS: Final = 32
 _MAX_ROWS: Final = 16
 
@@ -131,9 +129,6 @@ def _table(
     """Return a table, without the column of number `optional` where the terminal is narrow."""
     from rich.text import Text
 
-    kept = [i for i in range(len(columns)) if width >= _WIDE_COLUMNS or i != optional]
-    table = make_table(*(columns[i] for i in kept), fold=True)
-    for line in lines:
-        # Text, unlike a string, is not read as markup.
-        table.add_row(*(Text(line[i], _VERDICT_STYLES.get(line[i], "")) for i in kept))
-    return table
+    rows = [[Text(cell, _VERDICT_STYLES.get(cell, "")) for cell in line] for line in lines]
+    essential = [i for i in range(len(columns)) if i != optional]
+    return make_fitting_table(columns, rows, width=width, essential=essential)

@@ -11,7 +11,7 @@ import typer
 
 from mlxroute.cli.shell_completion import complete_model
 from mlxroute.config import Settings, default_config_path, load_settings, parse_share
-from mlxroute.config.settings import Setting, declared_settings
+from mlxroute.config.settings import Setting, declared_settings, replace_escapes
 from mlxroute.errors import ConfigError
 
 LoadSettings = Callable[[Mapping[str, Any]], Settings]
@@ -95,9 +95,11 @@ def _option(setting: Setting) -> inspect.Parameter:
     )
 
 
-def _parser(setting: Setting) -> Callable[[str], float] | None:
+def _parser(setting: Setting) -> Callable[[str], Any] | None:
     if setting.is_share:
         return parse_budget
+    if setting.has_escapes:
+        return replace_escapes
     return parse_number if setting.is_unbounded else None
 
 

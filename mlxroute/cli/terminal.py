@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
     from rich.table import Table
+    from rich.text import Text
 
     from mlxroute.view import AnswerStream
 
 WARNING_STYLE = "yellow"
+# On narrower terminals, tables have fewer columns.
+_NARROW_COLUMNS = 60
 _NOTE_STYLE = "dim"
+_LABEL_INDENT = 5
 _FORCE_COLOURS = ("FORCE_COLOR", "CLICOLOR_FORCE")
 _DUMB_TERMINALS = ("dumb", "unknown")
 
@@ -74,6 +78,23 @@ def print_note(console: Console, text: str, *, style: str = _NOTE_STYLE) -> None
     console.print(text, style=style, markup=False, soft_wrap=not console.is_terminal)
 
 
+def print_labelled(console: Console, label: str, text: str) -> None:
+    """Print a label and a text, which a terminal wraps beside the label, or below a wide one."""
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    if not console.is_terminal:
+        console.print(Text(f"{label}{text}"), soft_wrap=True)
+    elif console.width < _NARROW_COLUMNS:
+        console.print(Text(label.rstrip()))
+        console.print(Padding(Text(text, overflow="fold"), (0, 0, 0, _LABEL_INDENT)))
+    else:
+        grid = Table.grid()
+        grid.add_row(Text(label, no_wrap=True), Text(text, overflow="fold"))
+        console.print(grid)
+
+
 def make_table(
     *columns: str, title: str | None = None, fold: bool = False, wrap: bool = True
 ) -> Table:
@@ -90,6 +111,31 @@ def make_table(
     table = Table(box=None, pad_edge=False, header_style="bold", title=title)
     for column in columns:
         table.add_column(column, overflow="fold" if fold else "ellipsis", no_wrap=not wrap)
+    return table
+
+
+def make_fitting_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str | Text]],
+    *,
+    width: int,
+    essential: Sequence[int],
+) -> Table:
+    """Return a table that has only its essential columns where the terminal is narrow.
+
+    Args:
+        columns: Headings of the columns.
+        rows: Their cells.
+        width: Width of the terminal.
+        essential: Indices of the columns to keep.
+    """
+    from rich.text import Text
+
+    kept = range(len(columns)) if width >= _NARROW_COLUMNS else essential
+    table = make_table(*(columns[i] for i in kept), fold=True)
+    for row in rows:
+        # Text, unlike a string, is not read as markup.
+        table.add_row(*(Text(cell) if isinstance(cell := row[i], str) else cell for i in kept))
     return table
 
 

@@ -8,18 +8,20 @@ in docs/settings.md follow from it.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from functools import cache
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from mlxroute.errors import ConfigError
 from mlxroute.types import Mode
 
 DEFAULT_KEY_ENV = "OPENAI_API_KEY"
 _VARIABLE_PREFIX = "MLXROUTE_"
+_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
 # Groups of commands that take the same flags.
 _ANSWERS = ("chat", "ask")
@@ -70,8 +72,7 @@ def _setting(
     commands: Sequence[str] = (),
     variable: str | None = None,
     choices: type[StrEnum] | None = None,
-    share: bool = False,
-    unbounded: bool = False,
+    form: Literal["share", "unbounded", "escapes"] | None = None,
 ) -> _Value:
     """Declare a setting.
 
@@ -83,8 +84,9 @@ def _setting(
             the environment only.
         variable: A second environment variable, read if its own is not set. None by default.
         choices: Values that it accepts. None (default) for any of its type.
-        share: Whether it is a share, which may be written as `7%` or `0.07`.
-        unbounded: Whether it is a number that may be inf or -inf.
+        form: How it may be written beside the form of its type, which is all by default (None): a
+            share as `7%` or `0.07`, an unbounded number as inf or -inf, or a text with the escapes
+            `\\n`, `\\t` and `\\\\`, as in TOML.
     """
     metadata = {
         "help": text,
@@ -92,8 +94,9 @@ def _setting(
         "commands": tuple(commands),
         "second_variable": variable,
         "choices": choices,
-        "is_share": share,
-        "is_unbounded": unbounded,
+        "is_share": form == "share",
+        "is_unbounded": form == "unbounded",
+        "has_escapes": form == "escapes",
     }
     return field(default=default, metadata=metadata)
 
@@ -144,7 +147,7 @@ class Settings:
         "Ask the large model above this score, in place of a budget; inf never asks, -inf always.",
         metavar="X",
         commands=(*_ANSWERS, "demo"),
-        unbounded=True,
+        form="unbounded",
     )
     budget: float | None = _setting(
         None,
@@ -152,7 +155,7 @@ class Settings:
         " threshold is set.",
         metavar="SHARE",
         commands=(*_ANSWERS, "demo"),
-        share=True,
+        form="share",
     )
     mode: str = _setting(
         "auto",
@@ -208,7 +211,12 @@ class Settings:
         None, "Random seed, for repeatable sampling.", metavar="N", commands=_ANSWERS
     )
     stop: tuple[str, ...] = _setting(
-        (), "End the answer before this text; repeatable.", metavar="TEXT", commands=_ANSWERS
+        (),
+        "End the answer before this text, in which \\n is a line break, \\t a tab and \\\\ a"
+        " backslash; repeatable.",
+        metavar="TEXT",
+        commands=_ANSWERS,
+        form="escapes",
     )
     system: str | None = _setting(None, "System prompt.", metavar="TEXT", commands=_ANSWERS)
     timeout: float = _setting(
@@ -285,6 +293,7 @@ class Setting:
         choices: Values that it accepts; None for any of its type.
         is_share: Whether it may be written as `7%` or `0.07`.
         is_unbounded: Whether it may be inf or -inf.
+        has_escapes: Whether `\\n`, `\\t` and `\\\\` stand for other characters, as they do in TOML.
     """
 
     name: str
@@ -297,6 +306,7 @@ class Setting:
     choices: type[StrEnum] | None
     is_share: bool
     is_unbounded: bool
+    has_escapes: bool
 
     @property
     def flag(self) -> str:
@@ -327,6 +337,11 @@ def _kind(annotation: Any) -> type:
     if isinstance(annotation, UnionType):
         (annotation,) = (member for member in get_args(annotation) if member is not type(None))
     return tuple if get_args(annotation) else annotation
+
+
+def replace_escapes(text: str) -> str:
+    """Return a text with a line break, a tab and a backslash for `\\n`, `\\t` and `\\\\`."""
+    return re.sub(r"\\([nt\\])", lambda match: _ESCAPES[match[1]], text)
 
 
 def parse_share(text: str) -> float:

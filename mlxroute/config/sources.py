@@ -9,7 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlxroute.config.settings import Setting, Settings, declared_settings, parse_share
+from mlxroute.config.settings import (
+    Setting,
+    Settings,
+    declared_settings,
+    parse_share,
+    replace_escapes,
+)
 from mlxroute.errors import ConfigError
 
 # A pattern in the config file must stay in force when a flag adds another one.
@@ -105,7 +111,7 @@ def _parse_variable(setting: Setting, variable: str, text: str) -> Any:
             raise ConfigError(f"{where} must be true or false, not {text!r}")
         return _BOOLEANS[text.lower()]
     if setting.kind is tuple:
-        return (text,)
+        return (replace_escapes(text) if setting.has_escapes else text,)
     try:
         return setting.kind(text)
     except ValueError as exc:

@@ -54,6 +54,27 @@ def run(command: str, *arguments: str) -> tuple[int, str, list[Settings]]:
     return result.exit_code, result.output, received
 
 
+@pytest.mark.parametrize(
+    ("text", "stop"),
+    [
+        (r"\n", "\n"),
+        (r"\n\n\t", "\n\n\t"),
+        (r"\\n", r"\n"),
+        (r"\\", "\\"),
+        (r"\d\x0a", r"\d\x0a"),
+        ("\n", "\n"),
+        ("END", "END"),
+    ],
+)
+def test_a_stop_text_may_contain_escapes(
+    text: str, stop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, received = run("ask", "--stop", text)
+    monkeypatch.setenv("MLXROUTE_STOP", text)
+    received += run("ask")[2]
+    assert [settings.stop for settings in received] == [(stop,), (stop,)]
+
+
 @pytest.mark.usefixtures("with_foo")
 def test_one_field_makes_a_flag_a_variable_and_a_config_key(
     monkeypatch: pytest.MonkeyPatch,
@@ -95,7 +116,8 @@ def test_a_command_takes_the_settings_that_name_it_and_no_others() -> None:
         (UsageError("rows must be even", parameter="rows"), "rows must be even"),
         (
             ContextTooLong("the prompt is too long"),
-            "the prompt is too long; in a chat, /reset starts a new conversation",
+            "the prompt is too long; shorten the prompt, or choose a model with a longer context"
+            " (--small)",
         ),
     ],
 )

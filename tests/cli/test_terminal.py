@@ -50,7 +50,7 @@ def test_a_signal_in_mid_answer_leaves_the_terminal_as_it_was(
         wait_for_answer(terminal, name)
         terminal.send(number)
         assert terminal.wait() == code
-        assert terminal.is_as_before
+        terminal.wait_until(lambda: terminal.is_as_before, "restored terminal")
         assert "Traceback" not in terminal.output
 
 
@@ -60,7 +60,7 @@ def test_a_signal_at_the_prompt_leaves_the_terminal_as_it_was(tiny: Path) -> Non
         terminal.wait_until(lambda: not terminal.echoes, "line editor")
         terminal.send(signal.SIGTERM)
         assert terminal.wait() == 143
-        assert terminal.is_as_before
+        terminal.wait_until(lambda: terminal.is_as_before, "restored terminal")
         assert "Traceback" not in terminal.output
 
 
@@ -71,7 +71,7 @@ def test_ctrl_z_shows_the_cursor_and_the_answer_goes_on_afterwards(tiny: Path, n
         wait_for_answer(terminal, name)
         terminal.type(CTRL_Z)
         terminal.wait_stopped()
-        assert terminal.is_as_before
+        terminal.wait_until(lambda: terminal.is_as_before, "restored terminal")
         stopped_at = len(terminal.output)
         terminal.send(signal.SIGCONT)
         terminal.wait_for("writing", after=stopped_at)
@@ -81,7 +81,7 @@ def test_ctrl_z_shows_the_cursor_and_the_answer_goes_on_afterwards(tiny: Path, n
             terminal.wait_for("(stopped)")
             terminal.type(CTRL_D)
         assert terminal.wait() == (130 if name == "ask" else 0)
-        assert terminal.is_as_before
+        terminal.wait_until(lambda: terminal.is_as_before, "restored terminal")
 
 
 def test_a_second_ctrl_c_leaves_no_traceback(tiny: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_second_ctrl_c_leaves_no_traceback(tiny: Path) -> None:
         terminal.type(CTRL_C)
         terminal.type(CTRL_C)
         assert terminal.wait() == 130
-        assert terminal.is_as_before
+        terminal.wait_until(lambda: terminal.is_as_before, "restored terminal")
         assert "Traceback" not in terminal.output
 
 
@@ -99,7 +99,7 @@ def test_ctrl_c_while_a_model_is_loaded_leaves_the_terminal_as_it_was(tiny: Path
         terminal.wait_for("the small model answers alone")
         terminal.type(CTRL_C)
         assert terminal.wait() == 130
-        assert terminal.is_as_before
+        terminal.wait_until(lambda: terminal.is_as_before, "restored terminal")
         assert "Traceback" not in terminal.output
 
 
@@ -127,7 +127,7 @@ def test_what_is_typed_during_an_answer_waits_for_the_next_prompt(tiny: Path) ->
         terminal.wait_for("1 answer, 2,000 tokens", after=end)
         terminal.type(CTRL_D)
         assert terminal.wait() == 0
-        assert terminal.is_as_before
+        terminal.wait_until(lambda: terminal.is_as_before, "restored terminal")
 
 
 @pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE", "CLICOLOR_FORCE"])

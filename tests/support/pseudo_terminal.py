@@ -153,6 +153,13 @@ class PseudoTerminal:
         """Wait until the command is stopped, as by Ctrl-Z."""
         assert self._report.readline() == "stopped\n"
 
+    def drain(self) -> None:
+        """Wait until everything that an ended command wrote is in `output`."""
+        os.write(self._end_of_command, b"\x1b[0m-end-")
+        self.wait_for("-end-")
+        with self._changed:
+            self._written = self._written.removesuffix(b"\x1b[0m-end-")
+
     def wait(self) -> int:
         """Wait for the end of the command; return its exit code."""
         return self._shell.wait(DEADLINE_S)

@@ -52,7 +52,7 @@ def load_despite_bad_config(flags: Mapping[str, Any]) -> Settings:
 
 def doctor(settings: Settings) -> int:
     """Check device, memory, cache, settings, network and server."""
-    from mlxroute.cli.terminal import make_consoles, show_status
+    from mlxroute.cli.terminal import make_consoles, print_labelled, show_status
 
     out, err = make_consoles()
     cache_dir = cache_dir_of(settings)
@@ -70,7 +70,7 @@ def doctor(settings: Settings) -> int:
     width = max(len(check.name) for check in checks)
     for check in checks:
         mark = {True: "ok  ", False: "FAIL", None: "-   "}[check.is_good]
-        out.print(f"{mark} {check.name:{width}}  {check.finding}", soft_wrap=True, markup=False)
+        print_labelled(out, f"{mark} {check.name:{width}}  ", check.finding)
     return EXIT_USAGE if any(check.is_good is False for check in checks) else EXIT_OK
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from mlxroute.cli.folders import cache_dir_of
@@ -10,42 +11,42 @@ from mlxroute.config import Settings, user_catalog_dir
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from rich.table import Table
-
     from mlxroute.catalog import Catalog
 
 
 def models(settings: Settings) -> int:
     """List the models and pairs of the catalogue."""
     from mlxroute.catalog import Catalog
-    from mlxroute.cli.terminal import make_consoles, make_table
+    from mlxroute.cli.terminal import make_consoles, make_fitting_table, print_labelled
 
     out, _ = make_consoles()
     catalog = Catalog.load(user_catalog_dir())
     folder = cache_dir_of(settings)
-    out.print(_model_table(catalog, folder))
+    columns = ("model", "parameters", "hub", "index", "cached", "licence")
+    rows = list(_model_rows(catalog, folder))
+    out.print(make_fitting_table(columns, rows, width=out.width, essential=(0, 2, 4)))
     out.print()
-    pairs = make_table("small", "large", "threshold", "calibration", fold=True)
-    for pair in catalog.pairs:
-        pairs.add_row(pair.small, pair.large, f"{pair.threshold:g} nats", pair.calibration)
-    out.print(pairs)
-    out.print(f"\ncache: {folder}", soft_wrap=True, markup=False)
+    columns = ("small", "large", "threshold", "calibration")
+    pairs = [
+        (pair.small, pair.large, f"{pair.threshold:g} nats", pair.calibration)
+        for pair in catalog.pairs
+    ]
+    out.print(make_fitting_table(columns, pairs, width=out.width, essential=(0, 1)))
+    out.print()
+    print_labelled(out, "cache: ", str(folder))
     return 0
 
 
-def _model_table(catalog: Catalog, folder: Path) -> Table:
-    """Return the models of the catalogue, then cached ones that it does not name."""
-    from mlxroute.cli.terminal import make_table
+def _model_rows(catalog: Catalog, folder: Path) -> Iterator[tuple[str, ...]]:
+    """Yield the models of the catalogue, then cached ones that it does not name."""
     from mlxroute.weights import list_cached
 
     cached: dict[str, int] = {}
     for entry in list_cached(folder):
         cached[entry.name] = cached.get(entry.name, 0) + entry.size_bytes
-    columns = ("model", "parameters", "hub", "index", "cached", "licence")
-    table = make_table(*columns, fold=True)
     for model in catalog.models:
         size = cached.pop(model.name, None)
-        table.add_row(
+        yield (
             model.name,
             f"{model.parameters / 1e9:.2f} B",
             _gigabytes(model.hub_bytes),
@@ -54,8 +55,7 @@ def _model_table(catalog: Catalog, folder: Path) -> Table:
             model.license,
         )
     for name, size in cached.items():
-        table.add_row(name, "", "", "", _gigabytes(size), "")
-    return table
+        yield name, "", "", "", _gigabytes(size), ""
 
 
 def _gigabytes(size: int) -> str:
