@@ -15,6 +15,7 @@ import typer
 import mlxroute
 from mlxroute.answers.document import AnswerSummary
 from mlxroute.cli.app import app
+from mlxroute.types import CallFailure
 
 _ROOT = Path(mlxroute.__file__).parent.parent
 _README = _ROOT / "README.md"
@@ -195,4 +196,4 @@ def test_the_json_page_names_exactly_the_keys_that_are_printed() -> None:
         for key in node.keys
         if isinstance(key, ast.Constant) and isinstance(key.value, str)
     }
-    assert documented == printed | set(AnswerSummary.__slots__)
+    assert documented == printed | set(AnswerSummary.__slots__) | set(CallFailure.__slots__)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from enum import StrEnum
 
-from mlxroute.types import Judgement, Message, Mode, RunStats, Source, StopReason
+from mlxroute.types import CallFailure, Judgement, Message, Mode, RunStats, Source, StopReason
 
 Bytes = bytes
 """The type, where a field has its name."""
@@ -220,6 +220,7 @@ class AnswerSummary:
     advice: str | None
     escalation_rate: float
     agreement: float | None
+    failures: tuple[CallFailure, ...] = ()
 
     @classmethod
     def of(cls, stats: RunStats) -> AnswerSummary:

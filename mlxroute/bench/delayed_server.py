@@ -16,7 +16,8 @@ from types import TracebackType
 from typing import Final, Self
 from urllib.parse import urlsplit
 
-import requests
+from mlxroute.large.http.address import parse_address
+from mlxroute.large.http.connections import Auth, HttpSessionPool
 
 _TIMEOUT_S: Final = 600.0
 # Standard deviation of the logarithm of a jittered delay.
@@ -72,6 +73,7 @@ class DelayedServer:
     Args:
         upstream: Address of the real server.
         record: File of recorded replies; new ones are appended.
+        api_key: The key of the real server. None (default) for none.
 
     Attributes:
         delay_s: Mean seconds until the first token. 0 at first.
@@ -80,8 +82,10 @@ class DelayedServer:
         forwarded: Number of requests that were sent to the real server.
     """
 
-    def __init__(self, upstream: str, *, record: Path) -> None:
-        parts = urlsplit(upstream)
+    def __init__(self, upstream: str, *, record: Path, api_key: str | None = None) -> None:
+        address = parse_address(upstream)
+        self._sessions = HttpSessionPool(address, Auth(address, api_key))
+        parts = urlsplit(address.url)
         self._root = f"{parts.scheme}://{parts.netloc}"
         self._path = parts.path
         self._record = record
@@ -117,6 +121,7 @@ class DelayedServer:
     ) -> None:
         self._server.shutdown()
         self._server.server_close()
+        self._sessions.close()
 
     def reply(self, method: str, path: str, body: bytes) -> tuple[int, list[bytes]]:
         """Wait for the delay, then return the reply's status and body, or the events of a stream.
@@ -149,13 +154,18 @@ class DelayedServer:
 
     def _forward(self, key: str, method: str, path: str, body: bytes) -> _RecordedReply:
         """Send a request to `upstream` and record the reply unless it is an error."""
-        response = requests.request(
-            method,
-            f"{self._root}{path}",
-            data=body,
-            headers={"Content-Type": "application/json"},
-            timeout=_TIMEOUT_S,
-        )
+        session = self._sessions.acquire()
+        try:
+            response = session.request(
+                method,
+                f"{self._root}{path}",
+                data=body,
+                headers={"Content-Type": "application/json"},
+                timeout=_TIMEOUT_S,
+                allow_redirects=False,
+            )
+        finally:
+            self._sessions.release(session)
         reply = _RecordedReply(response.status_code, response.content)
         with self._lock:
             self.forwarded += 1

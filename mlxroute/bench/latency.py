@@ -292,6 +292,7 @@ def _answer(
         options=Options(
             max_tokens=max_tokens,
             timeout_s=_TIMEOUT_S,
+            strict=True,
             mode=side.mode,
             prefetch=side.prefetch,
             call_ceiling=side.call_ceiling,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from mlxroute.conversation import Conversation
-from mlxroute.types import Message, Prices, RunStats, Uploads
+from mlxroute.types import Message, OnFailure, Prices, RunStats, Uploads
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,8 +66,8 @@ class ChatSession(Protocol):
         """Return the warnings about an answer that were not returned before."""
         ...
 
-    def answer(self, messages: Sequence[Message]) -> DocumentedStream:
-        """Start to answer a conversation."""
+    def answer(self, messages: Sequence[Message], *, on_failure: OnFailure) -> DocumentedStream:
+        """Start to answer a conversation; `on_failure` as in `generate`."""
         ...
 
     def save_conversation(self, path: Path) -> None:

@@ -14,6 +14,7 @@ from mlxroute.cli.demo_tables import (
     table_of_commands,
     table_of_escalations,
 )
+from mlxroute.cli.failure_notes import FailureNotes
 from mlxroute.engine import generate
 from mlxroute.engine.options import MAX_PREFETCH
 from mlxroute.questions.demo_question import DemoQuestion, find_conclusion
@@ -25,11 +26,13 @@ from mlxroute.types import (
     Event,
     Message,
     Mode,
+    OnFailure,
     Progress,
     RunStats,
     Sampling,
     Signals,
     Token,
+    ignore_failure,
 )
 from mlxroute.view import (
     DemoAnswer,
@@ -136,14 +139,19 @@ def _answer_three_times(
         rule = f"where it is least sure, for at most {allowance}"
     heading = f"2. {pair.small}, asking {pair.large} {rule}"
     routed, tokens = stage.show(
-        session.answer(messages), heading, "The routed answer", routing.threshold
+        session.answer(messages, on_failure=stage.notes),
+        heading,
+        "The routed answer",
+        routing.threshold,
     )
-    last = large_alone(session, messages)
+    last = large_alone(session, messages, on_failure=stage.notes)
     large, _ = stage.show(last, f"3. {pair.large} alone", f"{pair.large} alone", -math.inf)
     return Story(small, routed, large, tokens)
 
 
-def large_alone(session: Session, messages: Sequence[Message]) -> Answer:
+def large_alone(
+    session: Session, messages: Sequence[Message], *, on_failure: OnFailure = ignore_failure
+) -> Answer:
     """Return the large model's own answer, streamed, which ends early where a call fails."""
     return generate(
         _EndingSmall(session.small),
@@ -155,6 +163,7 @@ def large_alone(session: Session, messages: Sequence[Message]) -> Answer:
         never_send=session.never_send,
         mode=Mode.WAIT,
         prefetch=MAX_PREFETCH,
+        on_failure=on_failure,
     )
 
 
@@ -162,6 +171,8 @@ def _failure(stats: RunStats) -> str | None:
     """Return why an answer of the large model alone is not complete; None if it is."""
     if stats.withheld:
         return "kept local by --never-send"
+    if stats.failures:
+        return stats.failures[0].reason
     return "the server did not answer" if stats.unchecked else None
 
 
@@ -222,6 +233,7 @@ class _Stage:
         self._heat = heat
         self._out = out
         self._err = err
+        self.notes = FailureNotes(out, err)
 
     def show(
         self, answer: AnswerStream, heading: str, writer: str, threshold: float
@@ -231,6 +243,7 @@ class _Stage:
         self._err.print(heading, style="bold cyan", markup=False)
         kept = _KeptAnswer(answer)
         stats = LiveView(self._out, heat=self._heat, threshold=threshold).show(kept)
+        self.notes.flush()
         conclusion = find_conclusion(stats.text)
         shown = DemoAnswer(
             writer=writer,

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxroute.cli.folders import cache_dir_of, expand_optional
-from mlxroute.config import Settings, read_key, user_catalog_dir
+from mlxroute.cli.terminal import WARNING_STYLE, print_note, redraw
+from mlxroute.config import Secret, Settings, read_key, user_catalog_dir
+from mlxroute.config.settings import DEFAULT_KEY_ENV
 from mlxroute.errors import UsageError, WeightsError
 from mlxroute.ledger import Ledger
 
+# A server that has its model in memory answers sooner.
+_SLOW_REPLY_S = 5.0
+
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from mlxroute.large import LargeModel
+    from mlxroute.large.http.address import Address
     from mlxroute.tokenizers.chat_template import ChatTokenizer
 
 
@@ -29,11 +40,13 @@ def require_large(settings: Settings, command: str) -> str:
     return settings.large
 
 
-def make_large(settings: Settings, address: str, ledger: Ledger) -> LargeModel:
-    """Return a client, not yet connected, for the server at the address."""
+def make_large(settings: Settings, address: str, ledger: Ledger, err: Console) -> LargeModel:
+    """Return a client, not yet connected, for the server at the address; print warnings."""
     from mlxroute.large import LargeModel
 
-    key = read_key(settings, os.environ)
+    key = find_key(settings, address)
+    for line in _secret_warnings(settings, address, has_key=key is not None):
+        print_note(err, f"warning: {line}", style=WARNING_STYLE)
     return LargeModel(
         address,
         model=settings.large_model,
@@ -44,6 +57,71 @@ def make_large(settings: Settings, address: str, ledger: Ledger) -> LargeModel:
         verdicts=cache_dir_of(settings) / "endpoints.json",
         find_tokenizer=make_tokenizer_finder(settings, address),
     )
+
+
+@contextmanager
+def first_reply_status(large: LargeModel, err: Console, title: str) -> Iterator[None]:
+    """Show that a server is waited for, and after a while why that can take long."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    limit_s = large.first_reply_timeout_s
+    text = (
+        f"waiting for {large.base_url}: it may be loading the model; {limit_s:g} s at most,"
+        " which --timeout raises"
+    )
+    timer = threading.Timer(_SLOW_REPLY_S, print_note, (err, text))
+    timer.daemon = True
+    bars = Progress(*columns, console=err, transient=True, disable=not err.is_interactive)
+    bars.add_task(title, total=None)
+    with redraw(err, pause=bars.stop, resume=bars.start), bars:
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
+def find_key(settings: Settings, address: str) -> Secret | None:
+    """Return the key for a server; None if its address holds a user and a password."""
+    from mlxroute.large.http.address import parse_address
+
+    return None if parse_address(address).userinfo else read_key(settings, os.environ)
+
+
+def _secret_warnings(settings: Settings, typed: str, *, has_key: bool) -> Iterator[str]:
+    """Yield what the user should know about the secret that is sent; `typed` is the address."""
+    from mlxroute.large.http.address import parse_address
+
+    address = parse_address(typed)
+    names_key = settings.key_file is not None or settings.key_env != DEFAULT_KEY_ENV
+    if address.userinfo and names_key:
+        yield "the user and password of the address are sent, not the key that the settings name"
+    if address.userinfo and any(typed in word for word in sys.argv[1:]):
+        yield (
+            "a password on the command line is visible to other users of this machine;"
+            " OPENAI_BASE_URL or the config file can hold the address"
+        )
+    if address.is_loopback or not (has_key or address.userinfo):
+        return
+    usual = os.environ.get("OPENAI_BASE_URL", "")
+    if has_key and not names_key and usual and not _is_same_host(usual, address):
+        yield (
+            f"the key in {DEFAULT_KEY_ENV} goes to {address.url}, but OPENAI_BASE_URL names another"
+            " server; --key-env and --key-file name another key"
+        )
+    if address.url.startswith("http://"):
+        secret = "password" if address.userinfo else "key"
+        yield f"the {secret} goes to {address.url} unencrypted; use https outside your own network"
+
+
+def _is_same_host(text: str, address: Address) -> bool:
+    from mlxroute.large.http.address import parse_address
+
+    try:
+        return parse_address(text).host == address.host
+    except UsageError:
+        return False
 
 
 def make_tokenizer_finder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -162,10 +163,16 @@ def _key_bindings() -> KeyBindings:
     return bindings
 
 
+# A user and a password before the host of a URL.
+_PASSWORD_IN_URL = re.compile(r"://[^/\s]*@")
+
+
 class _SafeFileHistory(FileHistory):
-    """A history file; a failure to write to it does not end the chat."""
+    """A history file without passwords; a failure to write to it does not end the chat."""
 
     def store_string(self, string: str) -> None:
+        if _PASSWORD_IN_URL.search(string):
+            return
         with suppress(OSError):
             super().store_string(_encodable(string))
 

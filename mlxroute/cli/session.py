@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import shlex
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from mlxroute.cli.answer_origin import make_origin
 from mlxroute.cli.error_advice import error_message
-from mlxroute.cli.large_setup import make_large, open_ledger
+from mlxroute.cli.large_setup import first_reply_status, make_large, open_ledger
 from mlxroute.cli.routing import (
     DEFAULT_ROUTER,
     RoutingRule,
@@ -21,20 +20,29 @@ from mlxroute.cli.routing import (
 )
 from mlxroute.cli.server_offers import no_large_lines
 from mlxroute.cli.small_setup import load_small
-from mlxroute.cli.terminal import WARNING_STYLE, print_note, show_status
+from mlxroute.cli.terminal import WARNING_STYLE, print_note
+from mlxroute.cli.vocabulary_note import pair_vocabularies
 from mlxroute.config import Settings, read_never_send, read_prices, user_catalog_dir
 from mlxroute.conversation import Conversation
 from mlxroute.errors import LargeError, LargeUnrecorded, UsageError
 from mlxroute.ledger import Ledger
 from mlxroute.routers import make_router
-from mlxroute.types import Message, Mode, Prices, RunStats, Uploads
+from mlxroute.safe_text import printable
+from mlxroute.types import (
+    Message,
+    Mode,
+    OnFailure,
+    Prices,
+    RunStats,
+    Uploads,
+    ignore_failure,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from mlxroute.answers.recorded_answer import RecordedAnswer
     from mlxroute.catalog import Pair
-    from mlxroute.cli.progress import ByteProgress
     from mlxroute.large import LargeModel
     from mlxroute.small import SmallModel
 
@@ -92,8 +100,10 @@ class Session:
         """The time limit of one call, in seconds."""
         return self._settings.timeout
 
-    def answer(self, messages: Sequence[Message]) -> RecordedAnswer:
-        """Start to answer a conversation."""
+    def answer(
+        self, messages: Sequence[Message], *, on_failure: OnFailure = ignore_failure
+    ) -> RecordedAnswer:
+        """Start to answer a conversation; `on_failure` as in `generate`."""
         from mlxroute.answers.recorded_answer import RecordedAnswer
         from mlxroute.answers.reply_recorder import ReplyRecorder
         from mlxroute.engine import generate
@@ -130,6 +140,7 @@ class Session:
             call_ceiling=self._call_ceiling(),
             accept_within=settings.accept_within,
             experience=self._experience,
+            on_failure=on_failure,
         )
         return RecordedAnswer(answer, origin, recorder)
 
@@ -177,7 +188,7 @@ class Session:
 
         if large is not None:
             with ByteProgress(err) as progress:
-                _pair_vocabularies(large, small, progress)
+                pair_vocabularies(large, small, progress)
         pair, prices = _find_pair(small, large), _find_prices(settings, large)
         if self.large is not None:
             settings = self.routing.as_settings(settings)
@@ -195,7 +206,10 @@ class Session:
 
     def warnings(self, stats: RunStats) -> list[str]:
         """Return the warnings about an answer, each kind once in a session."""
-        warnings = {"ledger": self._ledger.failure} if self._ledger.failure else {}
+        warnings = {}
+        is_said = any(failure.reason == self._ledger.failure for failure in stats.failures)
+        if self._ledger.failure and not is_said:
+            warnings["ledger"] = self._ledger.failure
         if stats.withheld:
             noun = "position" if stats.withheld == 1 else "positions"
             warnings["withheld"] = f"{stats.withheld:,} {noun} kept local by --never-send"
@@ -248,7 +262,7 @@ def open_session(
                     progress.notify(line)
             small = load_small(settings, progress)
             if large is not None:
-                _pair_vocabularies(large, small, progress)
+                pair_vocabularies(large, small, progress)
         session = make_session(
             small,
             large,
@@ -325,15 +339,13 @@ def _connect_large(settings: Settings, ledger: Ledger, err: Console) -> LargeMod
     """Return the large model, None if there is none; a failure is a warning unless `strict`."""
     if settings.offline or settings.large is None:
         return None
-    large = make_large(settings, settings.large, ledger)
+    large = make_large(settings, settings.large, ledger, err)
     try:
-        with show_status(err, f"connecting to {large.base_url}"):
+        with first_reply_status(large, err, f"connecting to {large.base_url}"):
             large.connect()
     except LargeUnrecorded as exc:
         raise UsageError(str(exc), parameter=exc.parameter) from exc
     except LargeError as exc:
-        from mlxroute.safe_text import printable
-
         if settings.strict:
             raise
         failure = printable(error_message(exc))
@@ -348,16 +360,3 @@ def _no_large_lines(settings: Settings, command: str, words: Sequence[str]) -> l
     if settings.small is not None:
         command += f" --small {shlex.quote(settings.small)}"
     return no_large_lines(command, words)
-
-
-def _pair_vocabularies(large: LargeModel, small: SmallModel, progress: ByteProgress) -> None:
-    """Compare the two vocabularies now rather than at the first escalation."""
-    if not large.connected:
-        return
-    with contextlib.suppress(LargeError):
-        if large.pair_vocabulary(small.vocabulary):
-            return
-        line = f"the vocabularies of {large.model_name} and {small.name} differ"
-        if not large.knows_chat_template:
-            line += "; its chat template is not known here, so it gets the small model's"
-        progress.notify(line)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from mlxroute.engine.commits import Commits
 from mlxroute.engine.escalation.calls import AnswerCalls
 from mlxroute.engine.escalation.decision import Decider
+from mlxroute.engine.escalation.failures import AnswerFailures
 from mlxroute.engine.escalation.never_send import NeverSend
 from mlxroute.engine.experience import Experience
 from mlxroute.engine.governor import Governor
@@ -31,11 +32,13 @@ from mlxroute.types import (
     Event,
     Message,
     Mode,
+    OnFailure,
     Prices,
     RunStats,
     Sampling,
     Signals,
     Token,
+    ignore_failure,
 )
 
 
@@ -52,6 +55,7 @@ class Answer:
         router: Scores positions; its state goes on from answer to answer.
         options: Limits, sampling and mode.
         experience: Measurements of the pair from earlier answers; a new object by default.
+        on_failure: Called at the first failure of each kind; by default nothing is.
         clock: Returns seconds; `time.perf_counter` by default.
         batching: Where the small model may decode in a batch with other answers, and the text must
             not depend on that: what tells when it did. None by default.
@@ -65,7 +69,7 @@ class Answer:
         ContextTooLong: The prompt does not fit in the small model's context.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - two models, and what several answers share
         self,
         small: SmallProtocol,
         large: LargeProtocol | None,
@@ -74,10 +78,12 @@ class Answer:
         router: RouterProtocol,
         options: Options,
         experience: Experience | None = None,
+        on_failure: OnFailure = ignore_failure,
         clock: Callable[[], float] = time.perf_counter,
         batching: BatchingProtocol | None = None,
     ) -> None:
         began_s = clock()
+        self._failures = AnswerFailures(on_failure)
         self._small = small
         self._options = options
         self._prompt = render_prompt(small, messages)
@@ -88,6 +94,7 @@ class Answer:
             router,
             options,
             experience=Experience() if experience is None else experience,
+            failures=self._failures,
             began_s=began_s,
             clock=clock,
         )
@@ -180,6 +187,7 @@ class Answer:
             accepted=commits.accepted,
             plan=self._governor.explain(),
             advice=self._advice,
+            failures=self._failures.all,
         )
 
     def _prefill(self) -> Signals:
@@ -193,7 +201,7 @@ class Answer:
         self.prefill_done = done
 
 
-def _decode_context(
+def _decode_context(  # noqa: PLR0913 - the collaborators of an answer
     small: SmallProtocol,
     large: LargeProtocol | None,
     prompt: RenderedPrompt,
@@ -201,6 +209,7 @@ def _decode_context(
     options: Options,
     *,
     experience: Experience,
+    failures: AnswerFailures,
     began_s: float,
     clock: Callable[[], float],
 ) -> DecodeContext:
@@ -234,6 +243,7 @@ def _decode_context(
         stop=options.stop,
         strict=options.strict,
         experience=experience,
+        failures=failures,
         began_s=began_s,
         clock=clock,
     )
@@ -270,6 +280,7 @@ def generate(  # noqa: PLR0913 - the options of the command line, by the same na
     call_ceiling: float | None = None,
     accept_within: float = 0.0,
     experience: Experience | None = None,
+    on_failure: OnFailure = ignore_failure,
 ) -> Answer:
     """Answer a conversation with the small model, escalating where the router decides so.
 
@@ -305,6 +316,8 @@ def generate(  # noqa: PLR0913 - the options of the command line, by the same na
             always takes the large model's.
         experience: Measurements of the pair from earlier answers, which this one adds to; a new
             object by default.
+        on_failure: Called with the first failure of each kind, while the answer goes on; by default
+            nothing is, and `stats().failures` has them all.
 
     Raises:
         UsageError: The prompt is empty, or a value is out of range.
@@ -327,4 +340,12 @@ def generate(  # noqa: PLR0913 - the options of the command line, by the same na
         call_ceiling=call_ceiling,
         accept_within=accept_within,
     )
-    return Answer(small, large, messages, router=router, options=options, experience=experience)
+    return Answer(
+        small,
+        large,
+        messages,
+        router=router,
+        options=options,
+        experience=experience,
+        on_failure=on_failure,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from mlxroute.engine.escalation.decision import Decision
+from mlxroute.engine.escalation.failures import AnswerFailures
 from mlxroute.engine.experience import Experience
 from mlxroute.engine.stop_strings import StopStrings
 from mlxroute.types import Source, StopReason, Token
@@ -18,6 +19,7 @@ class Commits:
         stop: Stop strings.
         strict: Raise the error of a decision.
         experience: Counts committed and escalated positions.
+        failures: Counts positions that stay unchecked because of an error.
         began_s: Clock time at which the request began.
         clock: Returns seconds.
     """
@@ -29,9 +31,11 @@ class Commits:
         stop: Sequence[str],
         strict: bool,
         experience: Experience,
+        failures: AnswerFailures,
         began_s: float,
         clock: Callable[[], float],
     ) -> None:
+        self._failures = failures
         self._max_tokens = max_tokens
         self._stop_strings = StopStrings(stop)
         self._strict = strict
@@ -94,6 +98,8 @@ class Commits:
     def _count(self, decision: Decision) -> None:
         self.unchecked += not decision.checked
         self.withheld += decision.withheld
+        if decision.error is not None:
+            self._failures.record(decision.error)
         escalation = None if decision.withheld else decision.escalation
         self._experience.on_committed(escalated=escalation is not None)
         if escalation is None:

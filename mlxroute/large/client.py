@@ -30,12 +30,15 @@ from mlxroute.large.streaming import TokenStream, may_work_unstreamed
 from mlxroute.large.vocabulary.reply_reader import read_streamed_tokens
 from mlxroute.large.vocabulary.token_reader import TokenReader
 from mlxroute.large.vocabulary.token_sources import FileTokenSource, Tokenizer
+from mlxroute.large.vocabulary.vocabulary_comparison import VocabularyComparison
 from mlxroute.ledger import Ledger
 from mlxroute.safe_text import printable_line
 from mlxroute.types import LargeContext, LargeToken, Uploads, Vocabulary
 
 _MAX_TIMEOUT_S: Final = 86_400
 _MAX_IN_FLIGHT: Final = 8
+# The first reply may have to wait until the server has loaded the model.
+_FIRST_REPLY_FACTOR: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,8 @@ class LargeModel(Closeable):
             several needs a name.
         api_key: The key sent as a bearer token. Default: none.
         timeout_s: The time limit of one call, in seconds, retries included; above 0 and at most
-            86,400. Default: 30.
+            86,400. `connect` and `probe` wait four times as long for the first reply of a server
+            that may have to load the model. Default: 30.
         connect_timeout_s: The time limit for opening a connection, in seconds; same range. Default:
             5.
         top_logprobs: The number of alternatives to ask for at each position. Servers may return
@@ -165,9 +169,25 @@ class LargeModel(Closeable):
         return pairing.builder.same_vocabulary or is_rendered_by_server or has_files
 
     @property
+    def is_verdict_saved(self) -> bool:
+        """Whether the verdict of the last probe is in the file of verdicts."""
+        return self._negotiator.is_verdict_saved
+
+    @property
+    def vocabulary_comparison(self) -> VocabularyComparison | None:
+        """How the paired vocabulary compares with the large model's; None before a pairing."""
+        pairing = self._negotiator.pairing
+        return None if pairing is None else pairing.comparison
+
+    @property
     def is_local(self) -> bool:
         """Whether the server's address is one of this machine."""
         return self._address.is_loopback
+
+    @property
+    def first_reply_timeout_s(self) -> float:
+        """The time limit of the first reply to `connect` and `probe`, in seconds."""
+        return min(_MAX_TIMEOUT_S, _FIRST_REPLY_FACTOR * self._timeout_s)
 
     @property
     def max_in_flight(self) -> int:
@@ -192,7 +212,7 @@ class LargeModel(Closeable):
         LargeError, or UsageError if the server has several models and none was named.
         """
         with self._breaker.guard():
-            negotiated = self._negotiator.negotiate(self._new_deadline, thorough=thorough)
+            negotiated = self._negotiator.negotiate(self._first_deadline, thorough=thorough)
         return f"large model {self.model_name} at {self.base_url} ({negotiated.dialect.name})"
 
     def probe(self) -> Verdict:
@@ -200,12 +220,13 @@ class LargeModel(Closeable):
 
         Raises LargeError (NoUsableDialect if no dialect works), or UsageError as `connect`.
         """
-        return self._negotiator.probe(self._new_deadline)
+        return self._negotiator.probe(self._first_deadline)
 
     def pair_vocabulary(self, vocabulary: Vocabulary) -> bool:
         """Prepare for answers in a small model's vocabulary; return whether it is the large one's.
 
-        The two are compared token by token, once for each endpoint. Raises as `connect`.
+        The two are compared token by token, once for each endpoint. Vocabularies that cannot be
+        compared count as different. Raises as `connect`.
         """
         return self._negotiator.pair(vocabulary, self._new_deadline).builder.same_vocabulary
 
@@ -244,6 +265,12 @@ class LargeModel(Closeable):
 
     def _new_deadline(self, seconds: float | None = None) -> Deadline:
         return Deadline(self._timeout_s if seconds is None else min(self._timeout_s, seconds))
+
+    def _first_deadline(self) -> Deadline:
+        """Return the deadline of a request of a negotiation."""
+        if not self._transport.is_reachable or self._transport.has_served:
+            return self._new_deadline()
+        return Deadline(self.first_reply_timeout_s, awaits_loading=True)
 
     def _fetch_tokens(
         self,

@@ -20,6 +20,7 @@ from mlxroute.large.prompt import Prompt
 from mlxroute.large.reply import Completion, CompletionAnswer, ReplyPosition
 from mlxroute.large.vocabulary.mlx_lm_cache_guard import MlxLmCacheGuard, Usage
 from mlxroute.large.vocabulary.token_reader import TokenReader
+from mlxroute.large.vocabulary.truncation_guard import TruncationGuard
 from mlxroute.ledger import Ledger
 from mlxroute.safe_text import printable_line
 from mlxroute.types import LargeContext
@@ -117,7 +118,8 @@ class CompletionRequester:
         self._top_logprobs = top_logprobs
         self._reader = reader
         self._cache_guard = MlxLmCacheGuard()
-        # Protects the cache guard, and the reader while it learns.
+        self._truncation_guard = TruncationGuard()
+        # Protects the guards, and the reader while it learns.
         self._lock = threading.Lock()
 
     def post(
@@ -231,9 +233,11 @@ class CompletionRequester:
                 value = parse_object(reply.body)
             if (message := reported_error(value)) is not None:
                 raise self._refusal(message, reply)
-            return sent.dialect.completion(value, sent.prompt)
+            completion = sent.dialect.completion(value, sent.prompt)
+            self._truncation_guard.check(sent.prompt.text, completion.prompt_tokens)
         except LargeProtocolError as exc:
             raise LargeProtocolError(f"{self._base_url}: {exc}") from exc
+        return completion
 
     def _check_token_lengths(self, completion: Completion) -> None:
         for position in completion.positions:

@@ -10,7 +10,9 @@ from mlxroute.types.answering import (
 )
 from mlxroute.types.callbacks import (
     Notify,
+    OnFailure,
     Progress,
+    ignore_failure,
     no_notice,
     no_progress,
 )
@@ -27,6 +29,7 @@ from mlxroute.types.decoding import (
     Vocabulary,
 )
 from mlxroute.types.escalating import (
+    CallFailure,
     Escalation,
     LargeContext,
     LargeToken,
@@ -41,6 +44,7 @@ from mlxroute.types.label_kind import (
 __all__ = [
     "Activity",
     "BranchCost",
+    "CallFailure",
     "Escalation",
     "Event",
     "Judgement",
@@ -51,6 +55,7 @@ __all__ = [
     "Message",
     "Mode",
     "Notify",
+    "OnFailure",
     "Prices",
     "Progress",
     "Provisional",
@@ -64,6 +69,7 @@ __all__ = [
     "Token",
     "Uploads",
     "Vocabulary",
+    "ignore_failure",
     "no_notice",
     "no_progress",
 ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from mlxroute.types.decoding import Judgement, Mode, Signals, Source, StopReason
-from mlxroute.types.escalating import Escalation
+from mlxroute.types.escalating import CallFailure, Escalation
 
 
 class Activity(StrEnum):
@@ -116,6 +116,8 @@ class RunStats:
         plan: The mode that `auto` picked and the figures behind it; empty by default.
         advice: The advice to stream the large model, where that would be faster, once a session;
             None by default.
+        failures: Why positions stayed unchecked, by kind in the order of their first; none by
+            default. Withheld positions are not among them.
     """
 
     text: str
@@ -151,6 +153,7 @@ class RunStats:
     accepted: int = 0
     plan: str = ""
     advice: str | None = None
+    failures: tuple[CallFailure, ...] = ()
 
     @property
     def escalation_rate(self) -> float:

@@ -105,6 +105,26 @@ class Escalation:
 
 
 @dataclass(frozen=True, slots=True)
+class CallFailure:
+    """The positions of an answer that the large model did not decide for one kind of reason.
+
+    Args:
+        kind: The kind: `timeout`, `unreachable`, `status 401` and so on, `invalid reply`, `paused`,
+            `no time left` or `not recorded`.
+        reason: The text of the first error of this kind.
+        count: Number of positions.
+        was_called: Whether calls were made. False where earlier failures prevented them.
+        parameter: Name of the argument that the error named; None (default) if it named none.
+    """
+
+    kind: str
+    reason: str
+    count: int
+    was_called: bool
+    parameter: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Uploads:
     """Totals of what was sent to the large model.
 

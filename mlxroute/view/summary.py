@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from mlxroute.types import Activity, Mode, RunStats, StopReason, Uploads
+from mlxroute.types import Activity, CallFailure, Mode, RunStats, StopReason, Uploads
 from mlxroute.view.figures import (
     describe_answer_uploads,
     describe_uploads,
@@ -125,13 +125,28 @@ def summary_line(stats: RunStats) -> str:
         parts.append(f"{stats.unchecked:,} unchecked")
     if stats.withheld:
         parts.append(f"{stats.withheld:,} withheld")
-    if stats.fallbacks:
-        parts.append(format_count(stats.fallbacks, "failed call"))
+    parts += _describe_failures(stats)
     if stats.finish_reason is StopReason.LENGTH:
         parts.append("ended by the token limit")
     if stats.plan:
         parts.append(stats.plan)
     return ", ".join(parts)
+
+
+def _describe_failures(stats: RunStats) -> list[str]:
+    """Return how many calls failed, and how many were not made, with the kinds of reasons."""
+    parts = []
+    if stats.fallbacks:
+        kinds = ", ".join(failure.kind for failure in stats.failures if failure.was_called)
+        parts.append(
+            format_count(stats.fallbacks, "failed call") + (f" ({kinds})" if kinds else "")
+        )
+    not_made = [failure for failure in stats.failures if not failure.was_called]
+    if not_made:
+        count = sum(failure.count for failure in not_made)
+        kinds = ", ".join(failure.kind for failure in not_made)
+        parts.append(f"{format_count(count, 'call')} not made ({kinds})")
+    return parts
 
 
 @dataclass(slots=True)
@@ -145,6 +160,8 @@ class ChatTotals:
     withheld: int = 0
     stall_s: float = 0.0
     total_s: float = 0.0
+    # The last failure of each kind, with the count of all.
+    failures: dict[str, CallFailure] = field(default_factory=dict)
 
     def add(self, stats: RunStats) -> None:
         """Add the figures of an answer."""
@@ -155,6 +172,17 @@ class ChatTotals:
         self.stall_s += stats.stall_s
         self.withheld += stats.withheld
         self.total_s += stats.total_s
+        for failure in stats.failures:
+            earlier = self.failures.get(failure.kind)
+            count = failure.count + (0 if earlier is None else earlier.count)
+            self.failures[failure.kind] = replace(failure, count=count)
+
+    def failure_lines(self) -> list[str]:
+        """Return a line for each kind of failure: its count, and the last reason."""
+        return [
+            f"{format_count(failure.count, 'position')} unchecked, {failure.kind}: {failure.reason}"
+            for failure in self.failures.values()
+        ]
 
     def line(self, uploads: Uploads, *, cost: float | None) -> str:
         """Return one line about all answers, with the uploads of the chat and their cost.

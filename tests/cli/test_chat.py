@@ -21,7 +21,7 @@ from mlxroute.cli.commands.chat import run_chat
 from mlxroute.cli.line_input import CommandCompleter, LineEditor, LineReader, Reader
 from mlxroute.conversation import Conversation
 from mlxroute.errors import ContextTooLong, LargeTimeout, MlxRouteError, UsageError, WeightsError
-from mlxroute.types import Message, Prices, RunStats, Uploads
+from mlxroute.types import Message, OnFailure, Prices, RunStats, Uploads, ignore_failure
 from tests.support.scripted import NO_STATS, ScriptedAnswer, Step
 
 ENTER, NEW_LINE, UP, CTRL_C, CTRL_D = "\r", "\x1b\r", "\x1b[A", "\x03", "\x04"
@@ -59,7 +59,9 @@ class ScriptedSession:
         self.asked: list[list[Message]] = []
         self.changes: list[tuple[str | None, ...]] = []
 
-    def answer(self, messages: Sequence[Message]) -> ScriptedAnswer:
+    def answer(
+        self, messages: Sequence[Message], *, on_failure: OnFailure = ignore_failure
+    ) -> ScriptedAnswer:
         self.asked.append(list(messages))
         script = self._scripts.pop(0) if self._scripts else [f"echo {messages[-1]['content']}"]
         if isinstance(script, MlxRouteError):
@@ -222,6 +224,12 @@ def test_the_history_is_kept_for_its_owner_only_and_offered_next_time(chat: Chat
     chat.type("second question", ENTER, CTRL_D)
     chat.type(UP, UP, ENTER, CTRL_D)
     assert chat.session.questions[-1] == "first question"
+
+
+def test_a_password_in_an_address_is_not_kept_in_the_history(chat: Chat) -> None:
+    chat.type("/large http://me:s3cret@box/v1", ENTER, "hello", ENTER, CTRL_D)
+    assert "hello" in chat.history_path.read_text(encoding="utf-8")
+    assert "s3cret" not in chat.history_path.read_text(encoding="utf-8")
 
 
 def test_a_history_that_cannot_be_written_is_a_note_and_the_chat_works(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ SUMMARY_KEYS = [
     "advice",
     "escalation_rate",
     "agreement",
+    "failures",
     "router",
     "threshold",
     "budget",

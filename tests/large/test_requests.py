@@ -29,6 +29,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
             *("content", "tokens", "stop_type", "completion_probabilities"),
             *("tokens_evaluated", "tokens_predicted", "timings", "truncated"),
         ],
+        "model": "m",
     },
     "vLLM completions": {
         "prompt": [5, 6],
@@ -57,6 +58,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
         "stream": False,
         "truncate": False,
         **LOGPROBS,
+        "think": False,
         "options": {"num_predict": 2, "temperature": 0, "repeat_penalty": 1.0},
         "model": "m",
     },

@@ -19,6 +19,7 @@ from mlxroute.large.reply import Completion, CompletionAnswer, ReplyPosition, Re
 from mlxroute.large.vocabulary.bridge import Bridge
 from mlxroute.large.vocabulary.reply_reader import read_streamed_tokens as first_ones
 from mlxroute.large.vocabulary.token_reader import TokenReader
+from mlxroute.large.vocabulary.vocabulary_comparison import SAME
 from mlxroute.types import LargeToken
 from tests.support.loopback import Loopback, Reply, Request
 from tests.support.negotiated import negotiated
@@ -100,7 +101,7 @@ def model(server: Loopback, dialect: Dialect = LLAMA) -> LargeModel:
     large = negotiated(LargeModel(server.url, model="m"), dialect)
     # Both vocabularies are the same one.
     negotiator = large._negotiator._negotiator
-    negotiator.is_shared = lambda vocabulary, next_deadline: True  # type: ignore[method-assign]
+    negotiator.compare = lambda vocabulary, next_deadline: SAME  # type: ignore[method-assign]
     return large
 
 

@@ -213,7 +213,7 @@ class FamilyServer:
     def _llama(self, path: str, body: Json) -> Json:
         _only(
             body,
-            "prompt n_predict n_probs temperature samplers cache_prompt return_tokens",
+            "model prompt n_predict n_probs temperature samplers cache_prompt return_tokens",
             "response_fields",
         )
         ids = self._write(path, body["prompt"], body["n_predict"])
@@ -280,7 +280,7 @@ class FamilyServer:
         return {"id": token_id, "text": text, "logprob": value, "special": special}
 
     def _ollama(self, path: str, body: Json) -> Json:
-        _only(body, "model prompt raw stream truncate logprobs top_logprobs options")
+        _only(body, "model prompt raw stream truncate think logprobs top_logprobs options")
         ids = self._write(path, body["prompt"], body["options"]["num_predict"])
         deltas = self._deltas(ids)
         entries = [
@@ -390,13 +390,13 @@ class FamilyServer:
         return {"tokens": self._tokenizer.encode_prompt(text)}
 
     def _llama_tokenize(self, path: str, body: Json) -> Json:
-        _only(body, "content add_special parse_special")
+        _only(body, "model content add_special parse_special")
         parse = body["parse_special"]
         encode = self._tokenizer.encode_prompt if parse else self._vocabulary.encode
         return {"tokens": list(encode(body["content"]))}
 
     def _apply_template(self, path: str, body: Json) -> Json:
-        _only(body, "messages chat_template_kwargs")
+        _only(body, "model messages chat_template_kwargs")
         return {"prompt": self._tokenizer.render(body["messages"])}
 
     def _detokenize(self, path: str, body: Json) -> Json:

@@ -38,6 +38,7 @@ def ask(
     ] = None,
 ) -> int:
     """Answer one question and exit."""
+    from mlxroute.cli.failure_notes import FailureNotes
     from mlxroute.cli.json_lines import write_json
     from mlxroute.cli.session import open_session
     from mlxroute.cli.terminal import (
@@ -57,12 +58,14 @@ def ask(
     answer = None
     try:
         message = {"role": "user", "content": question}
-        answer = session.answer([*session.conversation.messages, message])
+        notes = FailureNotes(out, err)
+        answer = session.answer([*session.conversation.messages, message], on_failure=notes)
         if json:
             code = write_json(answer, session, stream=sys.stdout, events=events)
         else:
             threshold = session.routing.threshold
             code = show_answer(answer, heat=settings.heat, threshold=threshold, out=out, err=err)
+        notes.flush()
         for line in session.warnings(answer.stats()):
             print_note(err, f"warning: {line}", style=WARNING_STYLE)
         return code

@@ -130,7 +130,7 @@ def _measure(
     err: Console,
 ) -> dict[str, Any]:
     """Run the grid of call times and escalation rates on a proxy that delays the replies."""
-    from mlxroute.cli.large_setup import make_large
+    from mlxroute.cli.large_setup import find_key, make_large
     from mlxroute.cli.progress import count_progress
     from mlxroute.ledger import Ledger
 
@@ -143,9 +143,10 @@ def _measure(
     )
     record = record_path(settings, "latency", small.name, large_name)
     settings = replace(settings, timeout=_CALL_TIMEOUT_S)
+    key = find_key(settings, address)
     with (
-        DelayedServer(address, record=record) as server,
-        make_large(settings, server.url, Ledger()) as large,
+        DelayedServer(address, record=record, api_key=key.reveal() if key else None) as server,
+        make_large(settings, server.url, Ledger(), err) as large,
         count_progress(err) as progress,
     ):
         large.connect(thorough=False)
@@ -174,7 +175,7 @@ def _measure_large(
     from mlxroute.cli.small_setup import load_small
     from mlxroute.ledger import Ledger
 
-    with make_large(settings, address, Ledger()) as large:
+    with make_large(settings, address, Ledger(), err) as large:
         large.connect(thorough=False)
         name = large.model_name
         with ByteProgress(err) as progress:

@@ -92,7 +92,7 @@ def quality(
     )
     _, err = make_consoles()
     settings = replace(settings, max_tokens=tokens)
-    with make_large(settings, address, Ledger()) as large:
+    with make_large(settings, address, Ledger(), err) as large:
         report = run.measure(settings, large, err)
     print_quality(report, err)
     source = report_source(file)

@@ -164,6 +164,7 @@ class _Chat:
         command.run(self, value)
 
     def _answer(self, user: str) -> None:
+        from mlxroute.cli.failure_notes import FailureNotes
         from mlxroute.view import LiveView, summary_line
 
         self.unanswered = user
@@ -173,11 +174,15 @@ class _Chat:
             threshold=self._session.routing.threshold,
             chat_uploads=lambda: self._session.uploads,
         )
-        answer = None
+        answer, notes = None, FailureNotes(self._out, self._err)
         try:
             message = {"role": "user", "content": user}
-            answer = self._session.answer([*self._session.conversation.messages, message])
-            stats = view.show(answer)
+            messages = [*self._session.conversation.messages, message]
+            answer = self._session.answer(messages, on_failure=notes)
+            try:
+                stats = view.show(answer)
+            finally:
+                notes.flush()
         except KeyboardInterrupt:
             if answer is not None and answer.stats().text:
                 self._keep(user, answer)
@@ -218,6 +223,8 @@ class _Chat:
         uploads, prices = self._session.uploads, self._session.prices
         cost = None if prices is None else prices.cost(uploads)
         self.print_line(self._totals.line(uploads, cost=cost))
+        for line in self._totals.failure_lines():
+            self.print_line(line)
 
     def _threshold(self, value: str) -> None:
         if value:

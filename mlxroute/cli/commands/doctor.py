@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlxroute._version import __version__
 from mlxroute.cli.error_advice import error_message
@@ -22,6 +22,9 @@ from mlxroute.config import (
     read_prices,
 )
 from mlxroute.errors import ConfigError, MlxRouteError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,8 @@ def doctor(settings: Settings) -> int:
         checks.append(DoctorCheck("network", "not checked: offline is set", is_good=None))
     else:
         with show_status(err, "checking the network"):
-            checks += [*_check_network(), *_check_running_servers(), _check_large(settings)]
+            checks += [*_check_network(), *_check_running_servers()]
+        checks.append(_check_large(settings, err))
     width = max(len(check.name) for check in checks)
     for check in checks:
         mark = {True: "ok  ", False: "FAIL", None: "-   "}[check.is_good]
@@ -155,16 +159,17 @@ def _check_running_servers() -> list[DoctorCheck]:
     ] or [DoctorCheck("servers here", f"none on the usual ports ({ports})", is_good=None)]
 
 
-def _check_large(settings: Settings) -> DoctorCheck:
+def _check_large(settings: Settings, err: Console) -> DoctorCheck:
     if settings.large is None:
         advice = "no server configured (give --large URL or set OPENAI_BASE_URL)"
         return DoctorCheck("large", advice, is_good=None)
-    from mlxroute.cli.large_setup import make_large, open_ledger
+    from mlxroute.cli.large_setup import first_reply_status, make_large, open_ledger
 
     try:
         with (
             open_ledger(settings) as ledger,
-            make_large(settings, settings.large, ledger) as large,
+            make_large(settings, settings.large, ledger, err) as large,
+            first_reply_status(large, err, f"connecting to {large.base_url}"),
         ):
             return DoctorCheck("large", large.connect())
     except MlxRouteError as exc:

@@ -34,14 +34,15 @@ def probe(
     if settings.offline:
         # Before any import: urllib3 opens a socket on import, to find out about IPv6.
         raise UsageError("--offline opens no connection, so there is nothing to probe")
-    from mlxroute.cli.large_setup import make_large, open_ledger
-    from mlxroute.cli.terminal import make_consoles, print_note, show_status
+    from mlxroute.cli.large_setup import first_reply_status, make_large, open_ledger
+    from mlxroute.cli.terminal import make_consoles, print_note
     from mlxroute.large.negotiation.prober import NoUsableDialect
 
     out, err = make_consoles()
-    with open_ledger(settings) as ledger, make_large(settings, url, ledger) as large:
+    with open_ledger(settings) as ledger, make_large(settings, url, ledger, err) as large:
         try:
-            with show_status(err, "asking the server questions with known answers"):
+            title = "asking the server questions with known answers"
+            with first_reply_status(large, err, title):
                 verdict = large.probe()
         except NoUsableDialect as exc:
             _print_rejected(out, exc.rejected)
@@ -49,7 +50,8 @@ def probe(
             return EXIT_LARGE_FAILED
         sent = ledger.uploads
     _print_verdict(out, verdict, name=large.model_name)
-    text = f"{sent.requests} requests, {sent.size_bytes:,} bytes sent; the verdict is remembered"
+    outcome = "is remembered" if large.is_verdict_saved else "could not be saved"
+    text = f"{sent.requests} requests, {sent.size_bytes:,} bytes sent; the verdict {outcome}"
     print_note(err, text)
     return EXIT_OK
 

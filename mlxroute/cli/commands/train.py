@@ -71,7 +71,7 @@ def train(
         at_once=at_once,
     )
     _, err = make_consoles()
-    with open_ledger(settings) as ledger, make_large(settings, address, ledger) as large:
+    with open_ledger(settings) as ledger, make_large(settings, address, ledger, err) as large:
         small_name, fitted = _fit(settings, large, material, err)
     file = out or user_head_file(small_name, user_catalog_dir())
     fitted.write(file)

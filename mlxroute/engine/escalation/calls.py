@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from mlxroute.engine.escalation.failures import AllowanceUsed
 from mlxroute.engine.experience import Experience
 from mlxroute.engine.governor import Governor
 from mlxroute.engine.machine_load import other_busy_core_s
@@ -93,6 +94,12 @@ class AnswerCalls:
     def is_open(self) -> bool:
         """Whether this answer may still make calls."""
         return self._large is not None and self._failure_allowance_s > 0
+
+    @property
+    def closed_error(self) -> LargeError | None:
+        """Why this answer makes no more calls; None if it may, or if there is no large model."""
+        is_closed = self._large is not None and not self.is_open
+        return AllowanceUsed(self._timeout_s) if is_closed else None
 
     @property
     def has_free_slot(self) -> bool:

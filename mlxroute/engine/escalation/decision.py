@@ -33,7 +33,7 @@ class Decision:
         checked: False if the router escalated the position but the small model's token stays:
             because of `error`, a never-send pattern, or because the answer has no calls left.
         withheld: Whether a never-send pattern kept the position local.
-        error: Why the call failed.
+        error: Why the call failed, or was not made.
     """
 
     signals: Signals
@@ -133,8 +133,8 @@ class Decider:
         return self.decide_from_prefetched(small_choice, transcript.ids)
 
     def leave_unchecked(self, small_choice: Decision) -> Decision:
-        """Return the decision for the small model's token, marked as unchecked."""
-        return replace(small_choice, checked=False)
+        """Return the decision for the small model's token, unchecked as no more calls are made."""
+        return replace(small_choice, checked=False, error=self._calls.closed_error)
 
     def decide_from_prefetched(self, small_choice: Decision, ids: Sequence[int]) -> Decision | None:
         """Return the decision for a prefetched token after these answer ids; None without one."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
+from typing import Final
 
 from mlxroute.errors import LargeProtocolError
 from mlxroute.large.dialects.base import NO_THINKING, Dialect, RequestOptions, add_model
@@ -18,6 +19,9 @@ from mlxroute.large.dialects.json_fields import (
 )
 from mlxroute.large.prompt import Prompt, PromptForm
 from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
+
+# Fields of a message that hold the thoughts of a model, beside its content.
+_THOUGHTS: Final = ("reasoning_content", "reasoning", "thinking")
 
 
 class ContinuationMethod(Enum):
@@ -81,17 +85,28 @@ class ChatContinuation(Dialect):
         if not positions:
             positions = [ReplyPosition(ReplyToken(text=text))]
         if choice.get("finish_reason") == "stop":
-            if text and len(positions) == 1:
+            if text and _lacks_end_token(positions, text):
                 positions.append(ReplyPosition(ReplyToken(text="")))
             positions = list(mark_end(positions))
         return Completion(tuple(positions), text, **usage_counts(reply))
 
     def _continuation(self, choice: Mapping[str, object], prompt: Prompt) -> str:
         """Return the reply's text without an echo of the turn's beginning."""
-        content = as_object(choice.get("message"), what="message").get("content")
+        message = as_object(choice.get("message"), what="message")
+        content = message.get("content")
         text = "" if content is None else as_text(content, what="message.content")
+        if not text and any(message.get(key) for key in _THOUGHTS):
+            raise LargeProtocolError("the model thinks first, instead of continuing the answer")
         if not (self._echoes and prompt.answer_start):
             return text
         if not text.startswith(prompt.answer_start):
             raise LargeProtocolError("the reply does not begin with the turn it continues")
         return text[len(prompt.answer_start) :]
+
+
+def _lacks_end_token(positions: Sequence[ReplyPosition], text: str) -> bool:
+    """Return whether the tokens of an ended answer spell its whole text, so none is its end."""
+    if len(positions) == 1:
+        return True
+    names = (token.data or (token.text or "").encode() for token in (p.token for p in positions))
+    return bool(positions[-1].token.text) and b"".join(names).strip() == text.encode().strip()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.base import RequestOptions, StreamingDialect
+from mlxroute.large.dialects.base import RequestOptions, StreamingDialect, add_model
 from mlxroute.large.dialects.json_fields import (
     as_array,
     as_text,
@@ -36,7 +36,6 @@ class LlamaServer(StreamingDialect):
     form = PromptForm.IDS
     path = "/completion"
     at_root = True
-    names_model = False
 
     def request(self, prompt: Prompt, options: RequestOptions) -> dict[str, object]:
         """Ask for greedy tokens, whatever samplers the server was started with."""
@@ -50,7 +49,8 @@ class LlamaServer(StreamingDialect):
             "return_tokens": True,
             "response_fields": _FIELDS,
         }
-        return body | {"stream": True} if options.streamed else body
+        # A server with several models (router mode) needs the name; one with a single ignores it.
+        return add_model(body | {"stream": True} if options.streamed else body, options)
 
     def join_events(self, events: Sequence[Mapping[str, object]]) -> dict[str, object]:
         """Merge the events received so far into one reply."""

@@ -36,6 +36,8 @@ class OllamaGenerate(Dialect):
             "raw": True,
             "stream": False,
             "truncate": False,
+            # A thinking model's text would be parsed, although `raw` skips its template.
+            "think": False,
             "logprobs": True,
             "top_logprobs": options.top_logprobs,
             "options": {"num_predict": options.max_tokens, "temperature": 0, "repeat_penalty": 1.0},
@@ -43,8 +45,12 @@ class OllamaGenerate(Dialect):
         return add_model(body, options)
 
     def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
-        """Read a reply. The end token and a lost part of a character have no logprobs."""
-        text = as_text(reply.get("response"), what="response")
+        """Read a reply. The end token and a lost part of a character have no logprobs.
+
+        Servers that parse a raw answer for thinking put that part into another field.
+        """
+        thinking = as_text(reply.get("thinking") or "", what="thinking")
+        text = thinking + as_text(reply.get("response"), what="response")
         logprobs = as_array(reply.get("logprobs") or [], what="logprobs")
         positions = [parse_chat_position(item) for item in logprobs]
         if not positions:

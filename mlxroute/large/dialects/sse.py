@@ -20,7 +20,7 @@ def parse_events(body: bytes) -> list[dict[str, object]]:
     """Parse the events of a body up to its last complete line. Raises LargeProtocolError."""
     lines = body[: body.rfind(b"\n") + 1].splitlines()
     values = [line.removeprefix(_DATA).strip() for line in lines if line.startswith(_DATA)]
-    return [parse_object(value) for value in values if value != _DONE]
+    return [parse_object(value) for value in values if value and value != _DONE]
 
 
 def merge_events(

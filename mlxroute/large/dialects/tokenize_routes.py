@@ -74,6 +74,10 @@ class TokenizeRoutes(ABC):
         if rest != self._encode(_SAMPLE):
             self._anchor_ids = anchor if rest else ()
 
+    def _call(self, path: str, body: Mapping[str, object]) -> Mapping[str, object]:
+        """Post to a route, with the name of the model if that is known."""
+        return self._post(path, body if self._model is None else {**body, "model": self._model})
+
     def _encode_without_prefix(self, text: str) -> tuple[int, ...]:
         if not self._anchor_ids or not text:
             return self._encode(text)
@@ -100,11 +104,11 @@ class LlamaTokenizeRoutes(TokenizeRoutes):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens by their names."""
-        reply = self._post("/detokenize", {"tokens": list(ids)})
+        reply = self._call("/detokenize", {"tokens": list(ids)})
         return as_text(reply.get("content"), what="text")
 
     def _encode_messages(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        reply = self._post("/apply-template", {"messages": list(messages), **NO_THINKING})
+        reply = self._call("/apply-template", {"messages": list(messages), **NO_THINKING})
         text = as_text(reply.get("prompt"), what="the rendered prompt")
         return self._tokenize({"content": text, "add_special": True, "parse_special": True})
 
@@ -112,7 +116,7 @@ class LlamaTokenizeRoutes(TokenizeRoutes):
         return self._tokenize({"content": text, "add_special": False, "parse_special": False})
 
     def _tokenize(self, body: Mapping[str, object]) -> tuple[int, ...]:
-        return _token_ids(self._post("/tokenize", body))
+        return _token_ids(self._call("/tokenize", body))
 
 
 class VllmTokenizeRoutes(TokenizeRoutes):
@@ -120,20 +124,17 @@ class VllmTokenizeRoutes(TokenizeRoutes):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens by their names."""
-        reply = self._post("/detokenize", self._with_model({"tokens": list(ids)}))
+        reply = self._call("/detokenize", {"tokens": list(ids)})
         # vLLM calls it prompt, SGLang text.
         return as_text(reply.get("prompt", reply.get("text")), what="text")
 
     def _encode_messages(self, messages: Sequence[Message]) -> tuple[int, ...]:
         body = {"messages": list(messages), "add_generation_prompt": True, **NO_THINKING}
-        return _token_ids(self._post("/tokenize", self._with_model(body)))
+        return _token_ids(self._call("/tokenize", body))
 
     def _encode(self, text: str) -> tuple[int, ...]:
         body = {"prompt": text, "add_special_tokens": False}
-        return _token_ids(self._post("/tokenize", self._with_model(body)))
-
-    def _with_model(self, body: dict[str, object]) -> dict[str, object]:
-        return body if self._model is None else body | {"model": self._model}
+        return _token_ids(self._call("/tokenize", body))
 
 
 def find_tokenize_routes(post: Post, *, model: str | None) -> TokenizeRoutes | None:

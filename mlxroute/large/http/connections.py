@@ -7,24 +7,34 @@ import contextlib
 import socket
 import ssl
 import threading
+import time
+from collections.abc import Callable
 from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from weakref import WeakSet
 
 import requests
 from requests.adapters import HTTPAdapter
-from requests.auth import AuthBase, HTTPBasicAuth
+from requests.auth import AuthBase
 
 from mlxroute._version import __version__
 from mlxroute.errors import UsageError
 from mlxroute.large.http.address import Address
+from mlxroute.large.http.limited_response import LimitedResponse
+
+# Routers and load balancers drop a silent connection without a word after a minute or more.
+_MAX_IDLE_S: Final = 55.0
+_KEEPALIVE_IDLE_S: Final = 20
+_KEEPALIVE_INTERVAL_S: Final = 10
+_KEEPALIVE_PROBES: Final = 3
 
 
 class Auth(AuthBase):
-    """Signs requests with the API key, or with the user and password of the address.
+    """Signs requests with the user and password of the address, or else with the API key.
 
-    Every session has one, so that `requests` never looks for credentials in a netrc file.
+    The address was typed for this server; the key may be one that another program needs. Every
+    session has an `Auth`, so that `requests` never looks for credentials in a netrc file.
     """
 
     def __init__(self, address: Address, api_key: str | None) -> None:
@@ -33,20 +43,20 @@ class Auth(AuthBase):
                 "api_key has characters that cannot be sent in a header, such as a line break",
                 parameter="api_key",
             )
-        self._basic = _basic_auth(*address.userinfo) if address.userinfo else None
-        self._api_key = api_key
         self._secrets = [api_key] if api_key else []
+        self._header = f"Bearer {api_key}" if api_key else None
         if address.userinfo:
             user, password = address.userinfo
-            joined = base64.b64encode(f"{user}:{password}".encode()).decode()
-            self._secrets += [secret for secret in (joined, password) if secret]
+            # requests would encode text as Latin-1, which lacks many characters.
+            joined = f"{user}:{password}".encode(errors="surrogateescape")
+            encoded = base64.b64encode(joined).decode()
+            self._header = f"Basic {encoded}"
+            self._secrets += [encoded, password or user]
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         """Add the `Authorization` header."""
-        if self._api_key is not None:
-            request.headers["Authorization"] = f"Bearer {self._api_key}"
-        elif self._basic is not None:
-            self._basic(request)
+        if self._header is not None:
+            request.headers["Authorization"] = self._header
         return request
 
     def redact(self, text: str) -> str:
@@ -54,11 +64,6 @@ class Auth(AuthBase):
         for secret in self._secrets:
             text = text.replace(secret, "[key]")
         return text
-
-
-def _basic_auth(user: str, password: str) -> HTTPBasicAuth:
-    # As bytes: requests would encode text as Latin-1, which lacks many characters.
-    return HTTPBasicAuth(user.encode(), password.encode())
 
 
 class HttpSession(requests.Session):
@@ -82,6 +87,11 @@ class HttpSession(requests.Session):
         self.trust_env = not address.is_loopback
         self.aborted = False
 
+    @property
+    def connection_count(self) -> int:
+        """The number of connections opened so far."""
+        return self._adapter.connection_count
+
     # Without this, requests reads a redirect's whole body and parses its target.
     def get_redirect_target(self, resp: requests.Response) -> None:
         """Return None: redirects are not followed."""
@@ -100,18 +110,31 @@ class HttpSessionPool:
     Aborting one exchange therefore does not affect another. Safe for several threads.
     """
 
-    def __init__(self, address: Address, auth: Auth) -> None:
+    def __init__(
+        self, address: Address, auth: Auth, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._address = address
         self._auth = auth
+        self._clock = clock
         self._lock = threading.Lock()
-        self._idle: list[HttpSession] = []
+        # With the times of their release, the latest last.
+        self._idle: list[tuple[float, HttpSession]] = []
         self._in_use: set[HttpSession] = set()
 
-    def acquire(self) -> HttpSession:
-        """Return the session used last, whose connection is most likely alive, or a new one."""
+    def acquire(self, *, fresh: bool = False) -> HttpSession:
+        """Return the session used last, whose connection is most likely alive, or a new one.
+
+        Sessions that were idle for nearly a minute are closed. With `fresh` all idle ones are.
+        """
         with self._lock:
-            session = self._idle.pop() if self._idle else HttpSession(self._address, self._auth)
+            oldest_s = self._clock() - _MAX_IDLE_S
+            dropped = [s for released_s, s in self._idle if fresh or released_s <= oldest_s]
+            self._idle = self._idle[len(dropped) :]
+            session = self._idle.pop()[1] if self._idle else None
+            session = session or HttpSession(self._address, self._auth)
             self._in_use.add(session)
+        for old in dropped:
+            old.close()
         return session
 
     def release(self, session: HttpSession) -> None:
@@ -119,12 +142,12 @@ class HttpSessionPool:
         with self._lock:
             self._in_use.discard(session)
             if not session.aborted:
-                self._idle.append(session)
+                self._idle.append((self._clock(), session))
 
     def close(self) -> None:
         """Abort every exchange and close every connection; later sessions are new."""
         with self._lock:
-            idle, self._idle = self._idle, []
+            idle, self._idle = [session for _, session in self._idle], []
             in_use, self._in_use = self._in_use, set()
         for session in (*idle, *in_use):
             session.abort()
@@ -137,13 +160,23 @@ class _Adapter(HTTPAdapter):
         self._lock = threading.Lock()
         self._sockets: WeakSet[socket.socket] = WeakSet()
         self._aborted = False
+        self.connection_count = 0
         super().__init__()
+
+    def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
+        super().init_poolmanager(*arguments, **options, socket_options=_socket_options())
+
+    def proxy_manager_for(self, proxy: Any, **options: Any) -> Any:
+        if not str(proxy).lower().startswith("socks"):
+            options["socket_options"] = _socket_options()
+        return super().proxy_manager_for(proxy, **options)
 
     def get_connection_with_tls_context(self, *args: Any, **options: Any) -> Any:
         pool: Any = super().get_connection_with_tls_context(*args, **options)
         if not issubclass(pool.ConnectionCls, _TrackedConnection):
             bases = (_TrackedConnection, pool.ConnectionCls)
-            pool.ConnectionCls = type("TrackedConnection", bases, {"on_connect": self._track})
+            attributes = {"on_connect": self._track, "response_class": LimitedResponse}
+            pool.ConnectionCls = type("TrackedConnection", bases, attributes)
         return pool
 
     def abort(self) -> None:
@@ -156,6 +189,7 @@ class _Adapter(HTTPAdapter):
     def _track(self, connection: Any) -> None:
         with self._lock:
             self._sockets.add(connection.sock)
+            self.connection_count += 1
             aborted = self._aborted
         if aborted:
             _shut_down(connection.sock)
@@ -169,6 +203,24 @@ class _TrackedConnection:
     def connect(self) -> None:
         super().connect()  # type: ignore[misc]
         type(self).on_connect(self)
+
+
+def _socket_options() -> list[tuple[int, int, int]]:
+    """Return the options of each socket: no delay, and TCP keep-alive where the system has it."""
+    options = [
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    ]
+    for names, value in (
+        # The first is Linux's name, the second that of macOS.
+        (("TCP_KEEPIDLE", "TCP_KEEPALIVE"), _KEEPALIVE_IDLE_S),
+        (("TCP_KEEPINTVL",), _KEEPALIVE_INTERVAL_S),
+        (("TCP_KEEPCNT",), _KEEPALIVE_PROBES),
+    ):
+        name = next((name for name in names if hasattr(socket, name)), None)
+        if name is not None:
+            options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
+    return options
 
 
 def _shut_down(sock: socket.socket) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Final
@@ -12,11 +14,18 @@ from urllib.parse import urljoin, urlsplit
 import requests
 from urllib3.exceptions import HTTPError
 
-from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused, LargeUnreachable
+from mlxroute.errors import (
+    LargeError,
+    LargeProtocolError,
+    LargeRefused,
+    LargeUnavailable,
+    LargeUnreachable,
+)
 from mlxroute.large.http import retry
 from mlxroute.large.http.address import Address
 from mlxroute.large.http.connections import HttpSessionPool
 from mlxroute.large.http.deadline import Deadline
+from mlxroute.large.http.proxy import describe_proxy, find_proxy, proxy_problem
 from mlxroute.large.http.stream_listener import StreamListener
 from mlxroute.ledger import Ledger
 from mlxroute.safe_text import printable_line
@@ -71,8 +80,27 @@ class _LedgerBody:
         return self._data
 
 
+class _Claim:
+    """The right of one of two equal exchanges to use its reply: of the first that gets one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.owner: Exchange | None = None
+        self.claimed_s = 0.0
+
+    def take(self, exchange: Exchange) -> bool:
+        """Claim the right; return whether the exchange has it."""
+        with self._lock:
+            if self.owner is None:
+                self.owner, self.claimed_s = exchange, time.monotonic()
+            return self.owner is exchange
+
+
 class Exchange(threading.Thread):
     """One request and its reply, in a thread of its own.
+
+    A `rival` is an equal exchange whose connection may be dead: this one opens a new connection,
+    and the reply that begins first is used.
 
     No timeout of `requests` bounds a whole exchange: a socket timeout bounds one read, which a
     server that sends a byte per second never exceeds, and a name lookup has none. The caller waits
@@ -87,10 +115,14 @@ class Exchange(threading.Thread):
         body: bytes | None,
         deadline: Deadline,
         listener: StreamListener[bytes] | None = None,
+        rival: Exchange | None = None,
     ) -> None:
         super().__init__(daemon=True, name="mlxroute-exchange")
         self._endpoint = endpoint
-        self._session = endpoint.sessions.acquire()
+        self._session = endpoint.sessions.acquire(fresh=rival is not None)
+        self._connections_before = self._session.connection_count
+        self._began_s = time.monotonic()
+        self._claim: _Claim = _Claim() if rival is None else rival._claim
         self._url = url
         self._body = body
         self._deadline = deadline
@@ -102,6 +134,28 @@ class Exchange(threading.Thread):
         self.is_transient = False
         """Whether the exchange failed and the same request may succeed later."""
         self.finished = False
+
+    @property
+    def reuses_connection(self) -> bool:
+        """Whether the request went over a connection that was opened for an earlier one."""
+        opened = self._session.connection_count - self._connections_before
+        return self._connections_before > 0 and not opened
+
+    @property
+    def has_reply(self) -> bool:
+        """Whether the reply has begun."""
+        return self._claim.owner is self
+
+    @property
+    def reply_began_s(self) -> float:
+        """Seconds from the start until the reply began; 0 without a reply."""
+        return self._claim.claimed_s - self._began_s if self.has_reply else 0.0
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether the server says that it is loading its model."""
+        reply = self._reply
+        return reply is not None and reply.status == 503 and b"loading" in reply.body.lower()
 
     @property
     def retry_after_s(self) -> float:
@@ -155,6 +209,9 @@ class Exchange(threading.Thread):
     def _send(self) -> HttpReply:
         endpoint, body = self._endpoint, self._body
         endpoint.ledger.raise_if_failed()
+        proxy = find_proxy(endpoint.address)
+        if proxy is not None and (problem := proxy_problem(proxy)) is not None:
+            raise LargeUnreachable(problem)
         left_s = max(self._deadline.left_s(), 0.001)
         with self._session.request(
             "GET" if body is None else "POST",
@@ -167,6 +224,9 @@ class Exchange(threading.Thread):
             # Set for each request: REQUESTS_CA_BUNDLE would override the session's own.
             verify=endpoint.verify,
         ) as response:
+            if not self._claim.take(self):
+                raise LargeUnavailable(f"another connection to {self._base_url} answered first")
+            self._deadline.wake()
             if 300 <= response.status_code < 400:
                 raise self._redirect_error(response.headers.get("Location", ""))
             retry_after = response.headers.get("Retry-After")
@@ -193,7 +253,9 @@ class Exchange(threading.Thread):
                 )
             if not self._deadline.left_s():
                 raise self.timeout_error()
-            if self._listener is not None and response.status_code == 200:
+            # Events end with a line.
+            is_news = self._listener is not None and b"\n" in chunk
+            if is_news and self._listener is not None and response.status_code == 200:
                 self._was_used = self._listener(bytes(body)) or self._was_used
         return bytes(body)
 
@@ -229,23 +291,42 @@ class Exchange(threading.Thread):
                     f"{failure}; ca_bundle can name a private authority", parameter="ca_bundle"
                 )
             case requests.exceptions.ProxyError():
-                return LargeUnreachable(f"the proxy for {url} refused or failed")
+                return LargeUnreachable(self._proxy_failure(exc))
             case requests.exceptions.ChunkedEncodingError():
                 return LargeUnreachable(f"the connection to {url} broke in mid-reply")
             case requests.ConnectionError():
                 if not self._deadline.left_s():
                     return self.timeout_error()
                 return LargeUnreachable(f"no connection to {url} ({_system_reason(exc)})")
+            case requests.exceptions.InvalidURL() | requests.exceptions.InvalidSchema():
+                return LargeUnreachable(f"the address {url} cannot be called")
             case _:
                 return LargeProtocolError(f"the call to {url} failed ({type(exc).__name__})")
 
+    def _proxy_failure(self, exc: BaseException) -> str:
+        proxy = find_proxy(self._endpoint.address)
+        name = "the proxy" if proxy is None else f"the proxy {describe_proxy(proxy)}"
+        # The proxy's refusal of a tunnel has a text of its own, such as "Tunnel connection failed".
+        reason = _system_reason(exc, default="it closed the connection")
+        texts = [str(cause) for cause in _causes(exc) if isinstance(cause, OSError)]
+        refusals = [re.search(r"failed: ([0-9]{3})", text) for text in texts]
+        status = next((match[1] for match in refusals if match), None)
+        if status is not None:
+            reason = f"it answered {status}" + ("; check its password" if status == "407" else "")
+        return f"{name} for {self._base_url} failed ({reason})"
 
-def _system_reason(exc: BaseException) -> str:
-    """Return the text of the innermost system error, without addresses and object names."""
-    reason = "the server closed it"
+
+def _causes(exc: BaseException) -> Iterator[BaseException]:
     cause: BaseException | None = exc
     while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _system_reason(exc: BaseException, *, default: str = "the server closed it") -> str:
+    """Return the text of the innermost system error, without addresses and object names."""
+    reason = default
+    for cause in _causes(exc):
         if isinstance(cause, OSError) and cause.strerror:
             reason = cause.strerror
-        cause = cause.__cause__ or cause.__context__
     return printable_line(reason, limit=120)

@@ -5,8 +5,9 @@ A repeated request is harmless: replies are greedy, and requests change nothing 
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http.client import IncompleteRead
@@ -31,6 +32,11 @@ class Attempt(Protocol):
         ...
 
     @property
+    def is_loading(self) -> bool:
+        """Whether the server says that it is loading its model."""
+        ...
+
+    @property
     def retry_after_s(self) -> float:
         """The seconds that the server asks to wait before the next request; 0 by default."""
         ...
@@ -50,12 +56,17 @@ def retry_transient(
 ) -> _Attempt:
     """Repeat a transient failure at most `RETRIES` times; return the last attempt.
 
+    A server that is loading its model is asked without limit if the deadline awaits that.
+
     The pause before each attempt is the backoff or, if longer, the one that the server asks for.
     There is no further attempt if the deadline would pass during the pause. `left_s` is the time
     left before the failed attempt. The time that failures cost is added to the deadline's `lost_s`.
     """
     last = failed
-    for backoff in backoff_s(random):
+    for number in itertools.count():
+        if number >= RETRIES and not (last.is_loading and deadline.awaits_loading):
+            break
+        backoff = backoff_s(number, random)
         pause_s = max(backoff, last.retry_after_s)
         if pause_s >= deadline.left_s():
             break
@@ -86,10 +97,10 @@ def is_transient_error(error: BaseException) -> bool:
     return False
 
 
-def backoff_s(random: Callable[[], float]) -> Iterator[float]:
-    """Yield the seconds to wait before each retry: exponential, capped, half of it random."""
-    for attempt in range(RETRIES):
-        yield min(_MAX_PAUSE_S, _FIRST_PAUSE_S * _GROWTH**attempt) * (0.5 + 0.5 * random())
+def backoff_s(number: int, random: Callable[[], float]) -> float:
+    """Return the seconds to wait before a retry: exponential, capped, half of it random."""
+    pause_s: float = _FIRST_PAUSE_S * _GROWTH ** min(number, RETRIES)
+    return min(_MAX_PAUSE_S, pause_s) * (0.5 + 0.5 * random())
 
 
 def retry_after_s(value: str | None, *, now_s: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -20,6 +20,9 @@ from mlxroute.ledger import Ledger
 
 # Exchanges whose threads may outlive their calls: a name lookup or a proxy can block a thread.
 MAX_HANGING: Final = 4
+# Share of the time limit of a call after which a used connection without a reply is doubted.
+_DOUBT_SHARE: Final = 1 / 3
+_USUAL_FACTOR: Final = 2.0
 
 
 class Transport:
@@ -41,8 +44,10 @@ class Transport:
         self._sleep = sleep
         self._random = random
         ledger = Ledger() if ledger is None else ledger
-        for secret in (api_key, address.userinfo and address.userinfo[1]):
-            ledger.add_secret(secret)
+        ledger.add_secret(api_key)
+        if address.userinfo is not None:
+            user, password = address.userinfo
+            ledger.add_secret(password or user)
         self._endpoint = Endpoint(
             address,
             HttpSessionPool(address, self._auth),
@@ -52,6 +57,11 @@ class Transport:
         )
         self._lock = threading.Lock()
         self._hanging: list[Exchange] = []
+        self._slowest_reply_s = 0.0
+        self.is_reachable = False
+        """Whether the server has answered a request, with whatever status."""
+        self.has_served = False
+        """Whether it has answered a POST request with status 200."""
 
     def call(
         self,
@@ -81,7 +91,10 @@ class Transport:
                 sleep=self._sleep or deadline.pause,
                 random=self._random,
             )
-        return exchange.result()
+        reply = exchange.result()
+        self.is_reachable = True
+        self.has_served = self.has_served or (body is not None and reply.status == 200)
+        return reply
 
     def begin(
         self,
@@ -90,9 +103,12 @@ class Transport:
         deadline: Deadline,
         body: bytes | None = None,
         listener: StreamListener[bytes] | None = None,
+        rival: Exchange | None = None,
     ) -> Exchange:
-        """Send one request and return without waiting for its reply."""
-        exchange = Exchange(self._endpoint, url, body=body, deadline=deadline, listener=listener)
+        """Send one request and return without waiting for its reply; `rival` as in Exchange."""
+        exchange = Exchange(
+            self._endpoint, url, body=body, deadline=deadline, listener=listener, rival=rival
+        )
         exchange.start()
         return exchange
 
@@ -112,21 +128,50 @@ class Transport:
         body: bytes | None,
         listener: StreamListener[bytes] | None,
     ) -> Exchange:
-        """Return a finished exchange. Raises LargeTimeout at the deadline."""
+        """Return a finished exchange. Raises LargeTimeout at the deadline.
+
+        A connection that was used before may have been dropped without a word: if no reply begins
+        on it for long, the request is repeated on a new one, and the first reply is used.
+        """
         self._check_hanging()
-        exchange = self.begin(url, deadline=deadline, body=body, listener=listener)
+        begin = partial(self.begin, url, deadline=deadline, body=body, listener=listener)
+        began_left_s = deadline.left_s()
+        exchanges = [begin()]
+        first = exchanges[0]
         try:
-            deadline.wait_for(lambda: exchange.finished)
+            deadline.wait_for(
+                lambda: first.finished or first.has_reply, limit_s=self._patience_s(deadline)
+            )
+            is_silent = not first.finished and not first.has_reply
+            if is_silent and first.reuses_connection and deadline.left_s():
+                lost_s = began_left_s - deadline.left_s()
+                exchanges.append(begin(rival=first))
+            deadline.wait_for(lambda: _used(exchanges) is not None)
         finally:
-            unfinished = not exchange.finished
             # A late reply must not be read, and the thread should not outlive the call.
-            if unfinished and not exchange.abort():
-                with self._lock:
-                    self._hanging.append(exchange)
-        if unfinished:
-            raise exchange.timeout_error()
-        exchange.join()
-        return exchange
+            used = _used(exchanges)
+            for exchange in exchanges:
+                if exchange is not used:
+                    self._end(exchange)
+        if used is None:
+            raise first.timeout_error()
+        used.join()
+        if used is not first:
+            deadline.lost_s += lost_s
+        self._slowest_reply_s = max(self._slowest_reply_s, used.reply_began_s)
+        return used
+
+    def _patience_s(self, deadline: Deadline) -> float:
+        """Return the seconds without a reply after which a used connection is doubted.
+
+        A server that is slow by nature is not sent every request twice.
+        """
+        return max(deadline.seconds * _DOUBT_SHARE, _USUAL_FACTOR * self._slowest_reply_s)
+
+    def _end(self, exchange: Exchange) -> None:
+        if not exchange.finished and not exchange.abort():
+            with self._lock:
+                self._hanging.append(exchange)
 
     def _check_hanging(self) -> None:
         with self._lock:
@@ -136,3 +181,11 @@ class Transport:
         raise LargeUnavailable(
             f"no call to {self._address.url}: {MAX_HANGING} earlier calls still hang"
         )
+
+
+def _used(exchanges: Sequence[Exchange]) -> Exchange | None:
+    """Return the exchange that has the reply or, if all failed without one, the last; else None."""
+    for exchange in exchanges:
+        if exchange.has_reply:
+            return exchange if exchange.finished else None
+    return exchanges[-1] if all(exchange.finished for exchange in exchanges) else None

@@ -171,7 +171,7 @@ class CapabilityChecker:
         last = self._ask(prompt, 1).positions[0]
         if not self._reader.ends(last):
             return CapabilityCheck(name, False, f"it wrote {_quoted(last.token.text or '')}")
-        return CapabilityCheck(name, True, "said by finish reason")
+        return CapabilityCheck(name, True, f"said by {'finish reason' if last.ends else 'its id'}")
 
     def _check_logprobs(self) -> CapabilityCheck:
         """Check that logprobs are given and are those of a greedy choice."""

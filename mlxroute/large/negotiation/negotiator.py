@@ -24,6 +24,7 @@ from mlxroute.large.negotiation.verdict_file import Verdict, VerdictFile
 from mlxroute.large.vocabulary.token_reader import TokenReader
 from mlxroute.large.vocabulary.token_sources import FileTokenSource, Tokenizer, TokenSource
 from mlxroute.large.vocabulary.vocabulary_comparison import (
+    VocabularyComparison,
     compare_decoded,
     compare_entries,
     compare_pieces,
@@ -78,6 +79,8 @@ class Negotiator:
         self.model = ModelName(model)
         self.tokens: TokenSource | None = None
         self.negotiated: NegotiatedDialect | None = None
+        self.is_verdict_saved = False
+        """Whether the verdict of the last probe is in the file."""
 
     def negotiate(self, next_deadline: NextDeadline, *, thorough: bool) -> NegotiatedDialect:
         """Choose and return a dialect: that of the last verdict if it passes the first check.
@@ -107,23 +110,24 @@ class Negotiator:
         if self._verdicts is not None:
             self._verdicts.forget(self._base_url, self.model.given)
 
-    def is_shared(self, vocabulary: Vocabulary, next_deadline: NextDeadline) -> bool | None:
-        """Return whether a small model's vocabulary is the large model's; None if unknown.
+    def compare(self, vocabulary: Vocabulary, next_deadline: NextDeadline) -> VocabularyComparison:
+        """Compare a small model's vocabulary with the large model's.
 
         A result is remembered with the verdict. Call it after `negotiate`. Raises LargeError.
         """
         assert self.negotiated is not None
         verdict, digest = self.negotiated.verdict, fingerprint(vocabulary)
         if verdict is not None and (remembered := verdict.is_shared(digest)) is not None:
-            return remembered
-        shared = self._compare(vocabulary, next_deadline)
+            return VocabularyComparison(remembered, verdict.difference(digest))
+        comparison = self._compare(vocabulary, next_deadline)
+        shared = comparison.is_same
         if shared is not None and verdict is not None and self._verdicts is not None:
-            verdict = verdict.with_vocabulary(digest, shared=shared)
+            verdict = verdict.with_vocabulary(digest, shared=shared, difference=comparison.detail)
             self.negotiated = replace(self.negotiated, verdict=verdict)
             self._verdicts.save(verdict, model=self.model.given)
-        return shared
+        return comparison
 
-    def _compare(self, vocabulary: Vocabulary, next_deadline: NextDeadline) -> bool | None:
+    def _compare(self, vocabulary: Vocabulary, next_deadline: NextDeadline) -> VocabularyComparison:
         match self.bind(self.tokens, next_deadline):
             case FileTokenSource() as files:
                 return compare_entries(vocabulary, files.tokenizer.vocabulary)
@@ -134,14 +138,15 @@ class Negotiator:
 
     def _compare_named_tokens(
         self, vocabulary: Vocabulary, next_deadline: NextDeadline
-    ) -> bool | None:
+    ) -> VocabularyComparison:
         """Compare with the pieces in replies; request more tokens if there are few."""
         assert self.negotiated is not None
         prober, count_before = self._prober(next_deadline), 0
         for question in probe_questions.MANY_TOKENS:
             pieces = self._reader.pieces_by_id
             # A server that named no new token in the last reply will not do so in the next.
-            if len(pieces) == count_before or compare_pieces(vocabulary, pieces) is not None:
+            known = compare_pieces(vocabulary, pieces).is_same is not None
+            if known or len(pieces) == count_before:
                 break
             count_before = len(pieces)
             prober.learn_tokens(self.negotiated.dialect, question)
@@ -199,8 +204,9 @@ class Negotiator:
         except NoUsableDialect as exc:
             raise self._model_not_chosen() or exc from exc
         verdict = self._verdict(result)
-        if self._verdicts is not None:
-            self._verdicts.save(verdict, model=self.model.given)
+        self.is_verdict_saved = self._verdicts is not None and self._verdicts.save(
+            verdict, model=self.model.given
+        )
         return NegotiatedDialect(result.dialect, verdict)
 
     def _first_working(self, prober: Prober) -> NegotiatedDialect:

@@ -33,7 +33,7 @@ class RunningServer:
     """A server on this machine that lists models; its texts are not trusted.
 
     Args:
-        name: What kind of server it seems to be.
+        name: Its kind, as the list of models names it, or a phrase with its port.
         url: Its address, as `--large` takes it.
         models: Ids of the models that it lists.
     """
@@ -69,4 +69,6 @@ def _running_server(port: int, body: bytes) -> RunningServer | None:
     if not models or not all(isinstance(model, str) for model in models):
         return None
     name = _NAME_BY_OWNER.get(owner) if isinstance(owner, str) else None
-    return RunningServer(name or DEFAULT_PORTS[port], f"http://127.0.0.1:{port}/v1", models)
+    # A port alone shows little: any server may listen on it.
+    name = name or f"a server on the port of {DEFAULT_PORTS[port]}"
+    return RunningServer(name, f"http://127.0.0.1:{port}/v1", models)

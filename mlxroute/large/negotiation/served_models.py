@@ -14,6 +14,7 @@ from mlxroute.large.http.transport import Transport
 from mlxroute.safe_text import printable_line
 
 _MAX_LISTED: Final = 8
+_MAX_NAME_CHARACTERS: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ def list_served_models(transport: Transport, deadline: Deadline) -> tuple[Served
     return tuple(
         ServedModel(item["id"], _context_length(item))
         for item in entries
-        if isinstance(item.get("id"), str) and item["id"]
+        if _is_name(item.get("id"))
     )
 
 
@@ -64,6 +65,13 @@ def join_names(names: Sequence[str]) -> str:
     first = [printable_line(name, limit=80) for name in names[:_MAX_LISTED]]
     others = len(names) - len(first)
     return ", ".join(first) + (f" and {others} more" if others > 0 else "")
+
+
+def _is_name(value: object) -> bool:
+    """Return whether a value can be sent back as the name of a model."""
+    if not isinstance(value, str) or not 0 < len(value) <= _MAX_NAME_CHARACTERS:
+        return False
+    return not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _context_length(item: Mapping[str, object]) -> int | None:

@@ -53,6 +53,11 @@ class SharedNegotiator:
         """The dialect in use, None before the first negotiation."""
         return self._negotiator.negotiated
 
+    @property
+    def is_verdict_saved(self) -> bool:
+        """Whether the verdict of the last probe is in the file."""
+        return self._negotiator.is_verdict_saved
+
     def negotiate(self, next_deadline: NextDeadline, *, thorough: bool) -> NegotiatedDialect:
         """Return the dialect in use; negotiate if there is none. Raises as `Negotiator`."""
         with self._lock:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 _FORMAT: Final = 1
+# Begins the name of a check that compared a small model's vocabulary, before its fingerprint.
+_COMPARISON: Final = "vocabulary "
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +71,19 @@ class Verdict:
         """Return whether the vocabulary is the large model's; None if they were not compared."""
         return dict(self.shared_vocabularies).get(fingerprint)
 
-    def with_vocabulary(self, fingerprint: str, *, shared: bool) -> Self:
-        """Return a copy that also holds this result of a comparison."""
+    def difference(self, fingerprint: str) -> str:
+        """Return an example of how a vocabulary differs from the large model's; empty if none."""
+        name = _COMPARISON + fingerprint
+        return next((check.detail for check in self.checks if check.name == name), "")
+
+    def with_vocabulary(self, fingerprint: str, *, shared: bool, difference: str = "") -> Self:
+        """Return a copy that also holds this result of a comparison, with an example."""
         vocabularies = {**dict(self.shared_vocabularies), fingerprint: shared}
-        return replace(self, shared_vocabularies=tuple(sorted(vocabularies.items())))
+        name = _COMPARISON + fingerprint
+        checks = tuple(check for check in self.checks if check.name != name)
+        if difference:
+            checks += (CapabilityCheck(name, shared, difference),)
+        return replace(self, shared_vocabularies=tuple(sorted(vocabularies.items())), checks=checks)
 
 
 class VerdictFile:
@@ -85,13 +96,13 @@ class VerdictFile:
         """Return the verdict for an endpoint; None if there is none. `model` is as in `save`."""
         return _verdict_from_json(self._read_entries().get(_key(base_url, model)))
 
-    def save(self, verdict: Verdict, *, model: str | None) -> None:
+    def save(self, verdict: Verdict, *, model: str | None) -> bool:
         """Store a verdict; `model` is the name the user gave, None if they gave none.
 
-        A file that cannot be written is ignored: the server is then probed again next time.
+        Returns False if the file cannot be written: the server is then probed again next time.
         """
         key = _key(verdict.base_url, model)
-        self._write_entries(self._read_entries() | {key: _verdict_to_json(verdict)})
+        return self._write_entries(self._read_entries() | {key: _verdict_to_json(verdict)})
 
     def forget(self, base_url: str, model: str | None) -> None:
         """Remove the verdict for an endpoint, if there is one. `model` is as in `save`."""
@@ -108,7 +119,7 @@ class VerdictFile:
         entries = content.get("verdicts") if is_readable else None
         return entries if isinstance(entries, dict) else {}
 
-    def _write_entries(self, entries: Mapping[str, Any]) -> None:
+    def _write_entries(self, entries: Mapping[str, Any]) -> bool:
         text = json.dumps({"format": _FORMAT, "verdicts": entries}, indent=1)
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +127,8 @@ class VerdictFile:
             with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
                 stream.write(text)
             Path(name).replace(self._path)
+            return True
+        return False
 
 
 def _key(base_url: str, model: str | None) -> str:

@@ -10,6 +10,7 @@ from mlxroute.large.negotiation.negotiator import NegotiatedDialect, Negotiator
 from mlxroute.large.vocabulary.bridge import Bridge
 from mlxroute.large.vocabulary.prompt_builder import PromptBuilder
 from mlxroute.large.vocabulary.token_reader import TokenReader
+from mlxroute.large.vocabulary.vocabulary_comparison import VocabularyComparison
 from mlxroute.types import Vocabulary
 
 
@@ -22,6 +23,7 @@ class VocabularyPairing:
     """
 
     vocabulary: Vocabulary
+    comparison: VocabularyComparison
     negotiated: NegotiatedDialect
     dialect: Dialect
     model: str | None
@@ -40,7 +42,8 @@ def pair_vocabulary(
     If they cannot be compared, they count as different for as long as the pairing is used: later
     answers must not differ from earlier ones.
     """
-    same = bool(negotiator.is_shared(vocabulary, next_deadline))
+    comparison = negotiator.compare(vocabulary, next_deadline)
+    same = bool(comparison.is_same)
     negotiated = negotiator.negotiated
     assert negotiated is not None
     if same and reader.vocabulary is None:
@@ -56,4 +59,4 @@ def pair_vocabulary(
     )
     bridge = Bridge(reader, vocabulary, same_vocabulary=same)
     model = negotiator.model.for_requests(dialect)
-    return VocabularyPairing(vocabulary, negotiated, dialect, model, builder, bridge)
+    return VocabularyPairing(vocabulary, comparison, negotiated, dialect, model, builder, bridge)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from mlxroute.errors import LargeError
+from mlxroute.safe_text import printable_line
 from mlxroute.tokenizers.utf8 import decode_or_none
 from mlxroute.types import Vocabulary
 
@@ -23,16 +25,36 @@ def fingerprint(vocabulary: Vocabulary) -> str:
     return digest.hexdigest()
 
 
-def compare_entries(small: Vocabulary, large: Vocabulary) -> bool:
-    """Return whether every id that both vocabularies have stands for the same token."""
+@dataclass(frozen=True, slots=True)
+class VocabularyComparison:
+    """The outcome of comparing a small vocabulary with the large model's.
+
+    `is_same` is None if they could not be compared. `detail` is an example of a difference, or why
+    there was no comparison; empty if that is not known.
+    """
+
+    is_same: bool | None
+    detail: str = ""
+
+
+SAME: Final = VocabularyComparison(True)
+
+
+def compare_entries(small: Vocabulary, large: Vocabulary) -> VocabularyComparison:
+    """Compare every id that both vocabularies have."""
     shared = min(small.size, large.size)
-    return shared > 0 and all(small.piece(i) == large.piece(i) for i in range(shared))
+    for token_id in range(shared):
+        if (piece := small.piece(token_id)) != (other := large.piece(token_id)):
+            return _different(token_id, piece, other)
+    return SAME if shared else VocabularyComparison(None, "one of them is empty")
 
 
-def compare_decoded(small: Vocabulary, decode: Callable[[Sequence[int]], str]) -> bool | None:
-    """Return whether the server's detokenise route gives the same text for the small ids.
+def compare_decoded(
+    small: Vocabulary, decode: Callable[[Sequence[int]], str]
+) -> VocabularyComparison:
+    """Compare the texts that the server's detokenise route gives for the small ids.
 
-    Only tokens of whole characters are compared. Returns None if the route fails.
+    Only tokens of whole characters are compared.
     """
     whole_ids = [i for i in range(small.size) if decode_or_none(small.token_bytes(i))]
     for start in range(0, len(whole_ids), _CHUNK):
@@ -40,15 +62,45 @@ def compare_decoded(small: Vocabulary, decode: Callable[[Sequence[int]], str]) -
         text = b"".join(map(small.token_bytes, ids)).decode("utf-8")
         try:
             # Some tokenizers drop the leading space of a text.
-            if decode(ids).lstrip(" ") != text.lstrip(" "):
-                return False
+            other = decode(ids).lstrip(" ")
         except LargeError:
-            return None
-    return True if whole_ids else None
+            return VocabularyComparison(None, "the server's detokenise route failed")
+        if other != text.lstrip(" "):
+            return _first_difference(small, ids, text.lstrip(" "), other)
+    return SAME if whole_ids else VocabularyComparison(None, "one of them is empty")
 
 
-def compare_pieces(small: Vocabulary, pieces_by_id: Mapping[int, str]) -> bool | None:
-    """Return whether the pieces in replies are those of the small vocabulary; None if too few."""
-    if any(small.piece(token_id) != piece for token_id, piece in pieces_by_id.items()):
-        return False
-    return True if len(pieces_by_id) >= MIN_EQUAL_PIECES else None
+def compare_pieces(small: Vocabulary, pieces_by_id: Mapping[int, str]) -> VocabularyComparison:
+    """Compare the pieces in replies, if there are enough of them."""
+    for token_id, piece in pieces_by_id.items():
+        if (own := small.piece(token_id)) != piece:
+            return _different(token_id, own, piece)
+    if len(pieces_by_id) >= MIN_EQUAL_PIECES:
+        return SAME
+    reason = "the server names too few tokens by id" if pieces_by_id else "the server names no ids"
+    return VocabularyComparison(None, reason)
+
+
+def _different(token_id: int, small: str | None, large: str | None) -> VocabularyComparison:
+    return VocabularyComparison(False, f"token {token_id} is {_quoted(small)} and {_quoted(large)}")
+
+
+def _first_difference(
+    small: Vocabulary, ids: Sequence[int], text: str, other: str
+) -> VocabularyComparison:
+    """Return the difference of two texts, of which `text` is that of the small ids."""
+    same = next((n for n, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), None)
+    place = min(len(text), len(other)) if same is None else same
+    # The leading spaces that were dropped are part of the first token.
+    position = place + len(b"".join(map(small.token_bytes, ids)).decode()) - len(text)
+    for token_id in ids:
+        own = small.token_bytes(token_id).decode()
+        if position < len(own):
+            start = max(0, place - position)
+            return _different(token_id, own, other[start : start + len(own)])
+        position -= len(own)
+    return VocabularyComparison(False)
+
+
+def _quoted(piece: str | None) -> str:
+    return "nothing" if piece is None else repr(printable_line(piece, limit=20))

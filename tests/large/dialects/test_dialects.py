@@ -347,6 +347,17 @@ def test_deepseeks_own_name_for_cached_tokens_is_read() -> None:
     assert (completion.prompt_tokens, completion.cached_tokens) == (12, 8)
 
 
+def test_a_thinking_ollamas_text_is_in_another_field() -> None:
+    """Servers that parse a raw answer for thinking, although it has no template, move the text."""
+    assert texts(read("Ollama generate", ollama("", thinking=" a"))) == [(None, "", False)]
+    moved = ollama("", thinking=" a")
+    moved["logprobs"][0]["token"] = " a"
+    completion = read("Ollama generate", moved)
+    assert (texts(completion), completion.text) == ([(None, " a", False)], " a")
+    ended = moved | {"done_reason": "stop"}
+    assert texts(read("Ollama generate", ended)) == [(None, " a", False), (None, "", True)]
+
+
 # Chat
 
 
@@ -366,6 +377,45 @@ def test_a_chat_tokens_bytes_count_not_its_text() -> None:
 def test_a_chat_reply_without_content_and_with_stop_ends_the_answer(content: str | None) -> None:
     for name in ("chat continuation (flags)", "chat continuation (trailing turn, text only)"):
         assert texts(read(name, chat(content, finish="stop"))) == [(None, "", True)]
+
+
+def spelled(*texts: str, content: str) -> dict[str, Any]:
+    """Return an ended reply whose logprobs name these tokens."""
+    reply = chat(content, finish="stop", token="x")
+    reply["choices"][0]["logprobs"]["content"] = [{"token": t, "logprob": -0.5} for t in texts]
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("tokens", "content", "last"),
+    [
+        # Logprobs without the end token: it follows the last token.
+        (["Re", "d", "."], "Red.", ""),
+        ([" Re", "d", "."], "Red.", ""),
+        (["Red"], "Red", ""),
+        # Logprobs with the end token, which is no text.
+        (["Re", "d", "<|im_end|>"], "Red", "<|im_end|>"),
+        (["Re", "d", ""], "Red", ""),
+    ],
+)
+def test_the_end_of_a_chat_answer_is_after_its_text(
+    tokens: list[str], content: str, last: str
+) -> None:
+    completion = read("chat continuation (flags)", spelled(*tokens, content=content))
+    *before, end = texts(completion)
+    assert end == (None, last, True)
+    assert [ends for _, _, ends in before] == [False] * len(before)
+    assert "".join(text or "" for _, text, _ in before).strip() == content
+
+
+def test_a_chat_reply_with_thoughts_in_place_of_text_is_refused() -> None:
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        reply = chat(None, token="Okay")
+        reply["choices"][0]["message"][key] = "Okay"
+        with pytest.raises(LargeProtocolError, match="thinks first"):
+            read("chat continuation (flags)", reply)
+        reply["choices"][0]["message"]["content"] = "Okay"
+        assert read("chat continuation (flags)", reply).text == "Okay"
 
 
 def test_a_fragment_has_an_empty_name_and_no_bytes() -> None:

@@ -78,8 +78,8 @@ def test_a_lost_connection_is_transient_however_deep_it_is_wrapped(
 
 
 def test_pauses_grow_to_a_cap_and_half_of_each_is_random() -> None:
-    assert list(retry.backoff_s(lambda: 1.0)) == [0.1, 0.4, 1.0]
-    assert list(retry.backoff_s(lambda: 0.0)) == [0.05, 0.2, 0.5]
+    assert [retry.backoff_s(n, lambda: 1.0) for n in range(3)] == [0.1, 0.4, 1.0]
+    assert [retry.backoff_s(n, lambda: 0.0) for n in range(3)] == [0.05, 0.2, 0.5]
 
 
 @pytest.mark.parametrize(

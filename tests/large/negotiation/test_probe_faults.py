@@ -29,7 +29,7 @@ FAULTS: Final = {
     "refused": (Reply(cut_at=0, reset=True), LargeUnreachable),
     "401": (Reply.of({"error": f"Bearer {KEY}?"}, status=401), LargeRefused),
     "429": (Reply(status=429, headers={"Retry-After": "1800"}), LargeRefused),
-    "503": (Reply(b"loading", status=503), LargeError),
+    "503": (Reply(b"overloaded", status=503), LargeError),
     "stalled": (Reply(stall_s=30), LargeTimeout),
     "50 MB": (Reply(b" " * (1 << 20), times=50), LargeProtocolError),
     "truncated": (Reply(b'{"choices": [{"text": "app'), LargeProtocolError),
@@ -56,7 +56,7 @@ def failing(after: int, fault: Reply) -> Callable[[Request], Reply]:
 
 def connect(server: Loopback, verdicts: Path) -> LargeModel:
     """Connect with a timeout that fits a server that answers at once or never."""
-    large = LargeModel(server.url, api_key=KEY, timeout_s=2.0, verdicts=verdicts)
+    large = LargeModel(server.url, api_key=KEY, timeout_s=1.0, verdicts=verdicts)
     try:
         large.connect()
     finally:
@@ -76,8 +76,8 @@ def test_a_fault_while_probing_is_one_error_and_no_verdict(
         with pytest.raises(kind) as caught:
             connect(server, verdicts)
         if kind is LargeTimeout:
-            # The probe ends at the first timeout.
-            assert len(server.requests) <= after + 1
+            # The probe ends at the first timeout; one request may be repeated on a new connection.
+            assert len(server.requests) <= after + 2
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 400
     assert KEY not in str(caught.value)

@@ -70,6 +70,14 @@ def test_a_server_that_answers_correctly_gets_its_own_dialect(family: str, diale
     assert 0 <= verdict.latency_p50_s <= verdict.latency_p95_s
 
 
+def test_a_llama_server_with_several_models_gets_the_name_on_every_native_route() -> None:
+    """In router mode it refuses a request without the name of a model."""
+    server = FamilyServer("llama-server", models=("m", "other"))
+    verdict = probe(server, model="m")
+    assert (verdict.dialect, verdict.rung) == ("llama-server completion", 1)
+    assert verdict.token_source == "the server's tokenise route"
+
+
 def test_the_context_length_that_a_server_reports_is_in_the_verdict() -> None:
     answer = FamilyServer("llama-server")
 

@@ -20,13 +20,13 @@ LARGE = family_servers.VOCABULARY
 
 def test_padding_and_extra_ids_at_the_end_are_ignored() -> None:
     longer = TableVocabulary(["a", "b", "Ġ", "Ã", "©", "more", "<|extra|>"])
-    assert compare_entries(SMALL, longer)
-    assert compare_entries(longer, SMALL)
+    assert compare_entries(SMALL, longer).is_same
+    assert compare_entries(longer, SMALL).is_same
 
 
 def test_one_token_that_differs_is_noticed() -> None:
     other = TableVocabulary(["a", "b", "Ġ", "Ä", "©"])
-    assert not compare_entries(SMALL, other)
+    assert compare_entries(SMALL, other).is_same is False
     assert fingerprint(SMALL) != fingerprint(other)
     assert fingerprint(SMALL) == fingerprint(TableVocabulary(["a", "b", "Ġ", "Ã", "©"]))
     assert fingerprint(TableVocabulary(["a", "bc"])) != fingerprint(TableVocabulary(["ab", "c"]))
@@ -34,10 +34,10 @@ def test_one_token_that_differs_is_noticed() -> None:
 
 def test_pieces_in_replies_decide_only_when_there_are_enough() -> None:
     pieces = {i: LARGE.piece(i) or "" for i in range(100)}
-    assert compare_pieces(LARGE, pieces) is True
-    assert compare_pieces(LARGE, {i: pieces[i] for i in range(5)}) is None
-    assert compare_pieces(LARGE, pieces | {50: "other"}) is False
-    assert compare_pieces(LARGE, pieces | {10**6: "beyond"}) is False
+    assert compare_pieces(LARGE, pieces).is_same is True
+    assert compare_pieces(LARGE, {i: pieces[i] for i in range(5)}).is_same is None
+    assert compare_pieces(LARGE, pieces | {50: "other"}).is_same is False
+    assert compare_pieces(LARGE, pieces | {10**6: "beyond"}).is_same is False
 
 
 def test_a_detokenise_route_compares_whole_characters_in_few_calls() -> None:
@@ -47,22 +47,42 @@ def test_a_detokenise_route_compares_whole_characters_in_few_calls() -> None:
         calls.append(ids)
         return b"".join(map(LARGE.token_bytes, ids)).decode()
 
-    assert compare_decoded(LARGE, decode) is True
+    assert compare_decoded(LARGE, decode).is_same is True
     assert len(calls) == 1
-    assert compare_decoded(LARGE, lambda ids: decode(ids)[1:]) is False
-    assert compare_decoded(LARGE, lambda ids: decode(ids).replace("pine", "fir")) is False
+    assert compare_decoded(LARGE, lambda ids: decode(ids)[1:]).is_same is False
+    assert compare_decoded(LARGE, lambda ids: decode(ids).replace("pine", "fir")).is_same is False
 
 
 def test_a_leading_space_dropped_by_a_sentencepiece_route_is_ignored() -> None:
     words = TableVocabulary(["Ġthe", "Ġa", "b"])
-    assert compare_decoded(words, lambda ids: "the ab") is True
-    assert compare_decoded(words, lambda ids: " the ab") is True
-    assert compare_decoded(words, lambda ids: "the a b") is False
+    assert compare_decoded(words, lambda ids: "the ab").is_same is True
+    assert compare_decoded(words, lambda ids: " the ab").is_same is True
+    assert compare_decoded(words, lambda ids: "the a b").is_same is False
 
 
 def test_a_detokenise_route_that_fails_decides_nothing() -> None:
     def fails(ids: Sequence[int]) -> str:
         raise LargeRefused("/detokenize answered 404: Not Found")
 
-    assert compare_decoded(LARGE, fails) is None
-    assert compare_decoded(TableVocabulary([]), lambda ids: "") is None
+    assert compare_decoded(LARGE, fails).is_same is None
+    assert compare_decoded(TableVocabulary([]), lambda ids: "").is_same is None
+
+
+def test_a_difference_has_an_example_and_a_failure_its_reason() -> None:
+    other = TableVocabulary(["a", "b", "Ġ", "Ä", "©"])
+    assert compare_entries(SMALL, other).detail == "token 5 is 'Ã' and 'Ä'"
+    pieces = {i: LARGE.piece(i) or "" for i in range(100)}
+    assert compare_pieces(LARGE, pieces | {10**6: "x\x1b[2J"}).detail == (
+        "token 1000000 is nothing and 'x [2J'"
+    )
+    assert compare_pieces(LARGE, {}).detail == "the server names no ids"
+    assert compare_pieces(LARGE, {0: pieces[0]}).detail == "the server names too few tokens by id"
+    words = TableVocabulary(["Ġthe", "Ġa", "bc", "d"])
+    for text, detail in {
+        "the abcd": "",
+        "the abxd": "token 2 is 'bc' and 'bx'",
+        " the Abcd": "token 1 is ' a' and ' A'",
+        "the abc": "token 3 is 'd' and ''",
+        "": "token 0 is ' the' and ''",
+    }.items():
+        assert compare_decoded(words, lambda ids, text=text: text).detail == detail  # type: ignore[misc]

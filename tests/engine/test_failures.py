@@ -1,0 +1,134 @@
+"""Failures of an answer: the first of each kind is reported, and all are counted by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from mlxroute.engine import Answer, Options, generate
+from mlxroute.engine.escalation.failures import AllowanceUsed, failure_kind
+from mlxroute.errors import (
+    LargeError,
+    LargeProtocolError,
+    LargeRefused,
+    LargeTimeout,
+    LargeUnavailable,
+    LargeUnreachable,
+    LargeUnrecorded,
+)
+from mlxroute.routers import EntropyRouter
+from mlxroute.types import CallFailure, Mode
+from tests.support.fakes import FakeClock, ScriptedLarge, ScriptedSmall
+
+KEY_GONE = LargeRefused("http://box/v1 answered 401: no; check the API key", status=401)
+NO_MODEL = LargeRefused("http://box/v1 answered 404: no such model", status=404)
+TOO_LONG = LargeRefused("http://box/v1 answered 413: too large", status=413)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (LargeTimeout("x"), "timeout"),
+        (LargeUnreachable("x"), "unreachable"),
+        (LargeUnavailable("x"), "paused"),
+        (AllowanceUsed(30), "no time left"),
+        (LargeUnrecorded("x"), "not recorded"),
+        (LargeProtocolError("x"), "invalid reply"),
+        (LargeRefused("x", status=401), "status 401"),
+        (LargeRefused("x"), "refused"),
+        (LargeError("x"), "failed"),
+    ],
+)
+def test_kinds(error: LargeError, kind: str) -> None:
+    assert failure_kind(error) == kind
+
+
+@pytest.mark.parametrize("mode", ["wait", "overlap", "hedge", "auto"])
+def test_each_kind_is_reported_once_and_counted(mode: str) -> None:
+    steps: list[bytes | LargeError] = [b"a", KEY_GONE, b"b", KEY_GONE, NO_MODEL, TOO_LONG, KEY_GONE]
+    reported: list[CallFailure] = []
+    answer = generate(
+        ScriptedSmall(b"hello w", entropies=dict.fromkeys(range(7), 2.0)),
+        ScriptedLarge(steps),
+        "hi",
+        router=EntropyRouter(1.0),
+        mode=mode,
+        on_failure=reported.append,
+    )
+    for token in answer:
+        if token.index == 1:
+            # Not only at the end of the answer.
+            assert [failure.kind for failure in reported] == ["status 401"]
+    assert [(failure.kind, failure.reason) for failure in reported] == [
+        ("status 401", str(KEY_GONE)),
+        ("status 404", str(NO_MODEL)),
+        ("status 413", str(TOO_LONG)),
+    ]
+    stats = answer.stats()
+    assert [(failure.kind, failure.count) for failure in stats.failures] == [
+        ("status 401", 3),
+        ("status 404", 1),
+        ("status 413", 1),
+    ]
+    assert (stats.fallbacks, stats.unchecked) == (5, 5)
+
+
+def answer_with(
+    replies: Sequence[bytes | LargeError], *, seconds: float = 0.0, strict: bool = False
+) -> Answer:
+    """Return an answer of four uncertain positions whose calls take `seconds` each."""
+    clock = FakeClock()
+    return Answer(
+        ScriptedSmall(b"abcd", entropies=dict.fromkeys(range(4), 2.0)),
+        ScriptedLarge(replies, clock=clock, seconds=seconds),
+        [{"role": "user", "content": "hi"}],
+        router=EntropyRouter(1.0),
+        options=Options(timeout_s=10.0, mode=Mode.WAIT, strict=strict),
+        clock=clock,
+    )
+
+
+def test_calls_that_are_not_made_have_a_reason_as_well() -> None:
+    paused = LargeUnavailable("calls to http://box/v1 are paused; last failure: answered 401")
+    answer = answer_with([paused, paused, b"x"])
+    list(answer)
+    (failure,) = answer.stats().failures
+    assert (failure.kind, failure.count, failure.was_called) == ("paused", 2, False)
+    assert failure.reason == str(paused)
+
+
+def test_positions_after_the_answers_time_for_failures_say_so() -> None:
+    answer = answer_with([LargeTimeout("late")], seconds=10.0)
+    list(answer)
+    stats = answer.stats()
+    assert [(failure.kind, failure.count) for failure in stats.failures] == [
+        ("timeout", 1),
+        ("no time left", 3),
+    ]
+    assert "10 s of waiting" in stats.failures[1].reason
+    assert stats.failures[1].parameter == "timeout_s"
+    assert (stats.fallbacks, stats.unchecked) == (1, 4)
+
+
+def test_a_strict_answer_never_goes_on_without_the_large_model() -> None:
+    with pytest.raises(LargeTimeout):
+        list(answer_with([LargeTimeout("late")], seconds=10.0, strict=True))
+    # The failed attempts inside a successful call have used up the time.
+    clock = FakeClock()
+    answer = Answer(
+        ScriptedSmall(b"abcd", entropies=dict.fromkeys(range(4), 2.0)),
+        ScriptedLarge([b"x"], clock=clock, seconds=9.9, lost_s=9.9),
+        [{"role": "user", "content": "hi"}],
+        router=EntropyRouter(1.0),
+        options=Options(timeout_s=10.0, mode=Mode.WAIT, strict=True),
+        clock=clock,
+    )
+    with pytest.raises(AllowanceUsed):
+        list(answer)
+
+
+def test_an_answer_without_a_failure_has_none() -> None:
+    answer = answer_with([b"x"])
+    list(answer)
+    assert answer.stats().failures == ()
