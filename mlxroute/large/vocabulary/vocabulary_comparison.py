@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from mlxroute.errors import LargeError
-from mlxroute.safe_text import printable_line
 from mlxroute.tokenizers.utf8 import decode_or_none
 from mlxroute.types import Vocabulary
 
 _CHUNK: Final = 4096
+_MAX_CHARACTERS: Final = 20
 # This many equal pieces are not a coincidence.
 MIN_EQUAL_PIECES: Final = 48
 
@@ -103,4 +103,4 @@ def _first_difference(
 
 
 def _quoted(piece: str | None) -> str:
-    return "nothing" if piece is None else repr(printable_line(piece, limit=20))
+    return "nothing" if piece is None else repr(piece[:_MAX_CHARACTERS])

@@ -45,7 +45,9 @@ def test_a_server_is_asked_for_its_models_and_nothing_else(
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     (running,) = search(monkeypatch, server.port)
     url = f"http://127.0.0.1:{server.port}/v1"
-    assert running == RunningServer("Ollama", url, ("qwen2.5:7b", "llama3.2"))
+    assert running == RunningServer(
+        "a server on the port of Ollama", url, ("qwen2.5:7b", "llama3.2")
+    )
     (request,) = server.requests
     assert (request.method, request.path, request.body) == ("GET", "/v1/models", b"")
     assert not request.headers.keys() & {"authorization", "cookie", "proxy-authorization"}
@@ -60,7 +62,7 @@ def test_ports_where_nothing_listens_are_left_out(
     with Loopback(lambda request: listing("m", owned_by="llamacpp")) as other:
         names = [running.name for running in search(monkeypatch, server.port, other.port)]
     # A listed model's owner is surer than the port.
-    assert names == ["Ollama", "llama-server"]
+    assert names == ["a server on the port of Ollama", "llama-server"]
 
 
 @pytest.mark.parametrize(

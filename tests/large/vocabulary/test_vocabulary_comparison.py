@@ -73,16 +73,16 @@ def test_a_difference_has_an_example_and_a_failure_its_reason() -> None:
     assert compare_entries(SMALL, other).detail == "token 5 is 'Ã' and 'Ä'"
     pieces = {i: LARGE.piece(i) or "" for i in range(100)}
     assert compare_pieces(LARGE, pieces | {10**6: "x\x1b[2J"}).detail == (
-        "token 1000000 is nothing and 'x [2J'"
+        "token 1000000 is nothing and 'x\\x1b[2J'"
     )
     assert compare_pieces(LARGE, {}).detail == "the server names no ids"
     assert compare_pieces(LARGE, {0: pieces[0]}).detail == "the server names too few tokens by id"
     words = TableVocabulary(["Ġthe", "Ġa", "bc", "d"])
     for text, detail in {
         "the abcd": "",
-        "the abxd": "token 2 is 'bc' and 'bx'",
-        " the Abcd": "token 1 is ' a' and ' A'",
-        "the abc": "token 3 is 'd' and ''",
-        "": "token 0 is ' the' and ''",
+        "the abxd": "token 4 is 'bc' and 'bx'",
+        " the Abcd": "token 3 is ' a' and ' A'",
+        "the abc": "token 5 is 'd' and ''",
+        "": "token 2 is ' the' and ''",
     }.items():
         assert compare_decoded(words, lambda ids, text=text: text).detail == detail  # type: ignore[misc]
