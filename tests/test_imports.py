@@ -58,7 +58,7 @@ _ROOMS: dict[str, set[str]] = {
     "view": {"answers", "terminal_modes"},
     "recorded": {"engine", "routers"},
     "training": {"catalog", "engine", "questions", "recorded", "routers", "small"},
-    "serving": {"engine", "recorded", "small"},
+    "serving": {"backend", "engine", "recorded", "small"},
     "bench": {
         "catalog",
         "engine",

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from mlxroute.bench.concurrent_answers import ConcurrentAnswers
 from mlxroute.bench.significance import mcnemar_p, wilson_interval
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.engine import generate
@@ -25,6 +24,7 @@ from mlxroute.recorded.large_answers import PlaceholderSmall
 from mlxroute.recorded.replies import Replies
 from mlxroute.recorded.row_file import read_json_lines
 from mlxroute.routers import Budget, Router, make_router
+from mlxroute.serving.concurrent_answers import ConcurrentAnswers
 from mlxroute.small import SmallModel
 from mlxroute.types import Message, Mode, Progress, Source, no_progress
 

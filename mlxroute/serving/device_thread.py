@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
+from mlxroute.backend.device_streams import end_device_streams
 from mlxroute.errors import MlxRouteError
+from mlxroute.sequences import common_prefix_length
 from mlxroute.serving.prompts import EncodedPrompt
 from mlxroute.serving.row import (
     AnswerCancelled,
@@ -57,23 +59,27 @@ class DeviceThread:
     def __init__(self, small: SmallModel, *, cache_bytes: int) -> None:
         # They import MLX, which must follow the BLAS that loading a model opens.
         from mlxroute.small.batch_cost import RoundingBound
-        from mlxroute.small.prefix_store import PrefixStore
+        from mlxroute.small.prefix_store import MIN_PREFIX_TOKENS, PrefixStore
 
+        self._min_prefix = MIN_PREFIX_TOKENS
         self.small = small
         self.store: PrefixStore = PrefixStore(cache_bytes)
         self.steps = self.batched_tokens = self.single_tokens = 0
-        self._batch = small.start_rows()
+        self._batch = small.decoder.start_rows()
         self._rounding = RoundingBound()
         self._inbox: SimpleQueue[tuple[Row, DeviceRequest] | None] = SimpleQueue()
         self._requests: dict[Row, DeviceRequest] = {}
         self._prefills: dict[Row, Generator[None, None, int]] = {}
-        # Rows whose prompt is read; True while the answer computes, and will ask soon.
-        self._decoding: dict[Row, bool] = {}
+        # Rows whose prompt is read.
+        self._decoding: set[Row] = set()
+        # Those who compute on their own and will ask for a step soon.
+        self._awaited: set[object] = set()
         self._step_s = 0.0
         self._grace_ends_s = 0.0
         # Seconds of decoding that prompts owe to the other answers.
         self._prefill_debt_s = 0.0
-        self._is_closing = False
+        self._is_closing = self._has_ended = False
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="mlxroute-device", daemon=True)
         self._thread.start()
 
@@ -98,23 +104,31 @@ class DeviceThread:
         *,
         is_exact: bool = False,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
+        asker: object = None,
     ) -> Row:
-        """Return the small model for one answer; `Row.release` ends it."""
+        """Return the small model for one answer; `Row.release` ends it. Arguments as for `Row`."""
         sequence = DecodedSequence(self.small.with_own_cache(), self._batch)
-        return Row(self, sequence, prompt, is_exact=is_exact, on_progress=on_progress)
+        return Row(self, sequence, prompt, is_exact=is_exact, on_progress=on_progress, asker=asker)
 
     def post(self, row: Row, request: DeviceRequest) -> None:
         """Queue a request; the reply is put into `row.replies`."""
-        if self._is_closing and not isinstance(request, Release):
-            row.replies.put(DeviceClosed("the endpoint is closing"))
-        elif not self._thread.is_alive():
-            row.replies.put(None)
-        else:
-            self._inbox.put((row, request))
+        with self._lock:
+            if not self._has_ended:
+                self._inbox.put((row, request))
+                return
+        row.replies.put(None if isinstance(request, Release) else _closed())
 
     def wake(self) -> None:
-        """Make the thread look at rows that were cancelled or are blocked now."""
+        """Make the thread look at rows that were cancelled."""
         self._inbox.put(None)
+
+    def set_awaited(self, asker: object, is_awaited: bool) -> None:
+        """Say whether somebody computes on his own and will ask for a step soon."""
+        if is_awaited:
+            self._awaited.add(asker)
+        elif asker in self._awaited:
+            self._awaited.discard(asker)
+            self.wake()
 
     def close(self) -> None:
         """End the thread; the answers must have ended."""
@@ -126,17 +140,32 @@ class DeviceThread:
     # In the thread
 
     def _run(self) -> None:
-        while not (self._is_closing and self._inbox.empty() and not self._requests):
-            self._receive()
-            for row in [row for row in self._requests if row.is_cancelled]:
-                self._refuse(row)
+        try:
+            while not (self._is_closing and self._inbox.empty() and not self._requests):
+                self._receive()
+                self._take_turn()
+        finally:
+            with self._lock:
+                self._has_ended = True
+            while not self._inbox.empty():
+                if (message := self._inbox.get()) is not None:
+                    self._requests[message[0]] = message[1]
             for row, request in list(self._requests.items()):
-                if isinstance(request, Invoke | Release):
-                    self._serve(row, request)
-            if self._is_step_due():
-                self._step()
-            elif self._prefills:
-                self._prefill_part()
+                self._reply(row, None if isinstance(request, Release) else _closed())
+            end_device_streams()
+
+    def _take_turn(self) -> None:
+        for row, request in list(self._requests.items()):
+            if row.is_cancelled and not isinstance(request, Release):
+                self._reply(row, AnswerCancelled())
+            elif isinstance(request, Invoke):
+                self._attempt(row, request.function)
+            elif isinstance(request, Release):
+                self._release(row)
+        if self._is_step_due():
+            self._step()
+        elif self._prefills and not self._prefill_must_wait():
+            self._prefill_part()
 
     def _receive(self) -> None:
         """Take the requests that have arrived; block while there is nothing to do."""
@@ -160,8 +189,7 @@ class DeviceThread:
 
     def _accept(self, row: Row, request: DeviceRequest) -> None:
         self._requests[row] = request
-        if row in self._decoding:
-            self._decoding[row] = False
+        self._awaited.discard(row.asker)
         if isinstance(request, Prefill):
             self._prefills[row] = self._start_prefill(row, request)
         elif isinstance(request, Feed) and self._grace_ends_s == 0.0:
@@ -172,19 +200,8 @@ class DeviceThread:
         del self._requests[row]
         self._prefills.pop(row, None)
         if row in self._decoding:
-            self._decoding[row] = True
+            self._awaited.add(row.asker)
         row.replies.put(reply)
-
-    def _refuse(self, row: Row) -> None:
-        if not isinstance(self._requests[row], Release):
-            self._reply(row, AnswerCancelled())
-
-    def _serve(self, row: Row, request: Invoke | Release) -> None:
-        if isinstance(request, Invoke):
-            self._attempt(row, request.function)
-        else:
-            self._decoding.pop(row, None)
-            self._attempt(row, lambda: self._release(row))
 
     def _attempt(self, row: Row, function: Callable[[], object]) -> None:
         """Reply to a row with what a function returns or raises."""
@@ -195,31 +212,44 @@ class DeviceThread:
         self._reply(row, reply)
 
     def _release(self, row: Row) -> None:
-        if (cache := row.sequence.release()) is not None:
-            self.store.add(*cache)
+        def release() -> None:
+            if (cache := row.sequence.release()) is not None:
+                self.store.add(*cache)
+
+        self._decoding.discard(row)
+        self._attempt(row, release)
 
     # Prompts
 
     def _start_prefill(self, row: Row, request: Prefill) -> Generator[None, None, int]:
         small, ids = row.sequence.small, request.prompt_ids
-        if not row.is_exact and (prefix := self.store.find(ids[:-1])) is not None:
-            small.load_cache(*prefix)
+        if not row.is_exact:
+            self._load_prefix(row, ids[:-1])
         return small.prefill_in_parts(ids, sampling=request.sampling, progress=request.progress)
 
+    def _load_prefix(self, row: Row, ids: Sequence[int]) -> None:
+        """Give a row the longest prefix of `ids` that the store or another row holds."""
+        prefix = self.store.find(ids)
+        length = 0 if prefix is None else len(prefix[1])
+        for other in self._decoding:
+            shared = common_prefix_length(other.sequence.ids, ids)
+            if shared > max(length, self._min_prefix - 1) and other.sequence.is_divisible:
+                prefix, length = other.sequence.copy(shared), shared
+        if prefix is not None:
+            row.sequence.small.decoder.load_cache(*prefix)
+
     def _prefill_must_wait(self) -> bool:
-        return self._prefill_debt_s > 0 and (self._has_feeds() or self._has_running())
+        return self._prefill_debt_s > 0 and (self._has_feeds() or bool(self._awaited))
 
     def _prefill_part(self) -> None:
-        if self._prefill_must_wait():
-            return
         row, parts = next(iter(self._prefills.items()))
         began_s = time.perf_counter()
         try:
             next(parts)
         except StopIteration as end:
             # Answers with the same prompt may begin before this one ends.
-            self.store.add(list(row.sequence.small.cache_layers), row.sequence.ids)
-            self._decoding[row] = True
+            self.store.add(row.sequence.small.decoder.cache.layers, row.sequence.ids)
+            self._decoding.add(row)
             self._reply(row, end.value)
         except Exception as exc:  # noqa: BLE001 - it is raised in the row's own thread
             self._reply(row, exc)
@@ -230,14 +260,10 @@ class DeviceThread:
     def _has_feeds(self) -> bool:
         return any(isinstance(request, Feed) for request in self._requests.values())
 
-    def _has_running(self) -> bool:
-        """Return whether an answer computes on its own and will ask for a token soon."""
-        return any(runs and not row.is_blocked for row, runs in self._decoding.items())
-
     def _is_step_due(self) -> bool:
         if not self._has_feeds():
             return False
-        return not self._has_running() or time.perf_counter() >= self._grace_ends_s
+        return not self._awaited or time.perf_counter() >= self._grace_ends_s
 
     def _step(self) -> None:
         """Feed a token to each row that waits for one: in one batch where there are several."""
@@ -248,26 +274,39 @@ class DeviceThread:
         for row, request in list(self._requests.items()):
             if not isinstance(request, Feed):
                 continue
-            if request.alone or not self.is_shared:
-                self._step_alone(row, request)
-                continue
-            if row.is_exact and row.sequence.batch_row is None:
-                expected[row] = row.sequence.extend(request.token_ids[:1])
-                row.sequence.rollback(1)
-            if row.sequence.enter_batch():
-                batched[row] = request
-            else:
-                self._step_alone(row, request)
+            try:
+                if not request.alone and self.is_shared and self._enter_batch(row, expected):
+                    batched[row] = request
+                else:
+                    self._step_alone(row, request)
+            except Exception as exc:  # noqa: BLE001 - it is raised in the row's own thread
+                self._reply(row, exc)
         if batched:
-            self._step_batch(batched, expected)
+            try:
+                self._step_batch(batched, expected)
+            except Exception as exc:  # noqa: BLE001 - it is raised in the rows' own threads
+                self._drop_batch(exc)
         self._step_s = time.perf_counter() - began_s
         self._prefill_debt_s = max(0.0, self._prefill_debt_s - self._step_s)
 
+    def _enter_batch(self, row: Row, expected: dict[Row, Signals]) -> bool:
+        """Make a row part of the batch if there is room; return whether it is.
+
+        For an exact row that is new there, first compute the step as one row too.
+        """
+        sequence = row.sequence
+        if row.is_exact and sequence.batch_row is None and sequence.is_divisible:
+            token_id = cast(Feed, self._requests[row]).token_ids[0]
+            expected[row] = sequence.extend([token_id])
+            sequence.rollback(1)
+        return sequence.enter_batch()
+
     def _step_alone(self, row: Row, request: Feed) -> None:
+        signals = row.sequence.extend(request.token_ids)
         row.was_batched = False
         self.steps += 1
         self.single_tokens += len(request.token_ids)
-        self._attempt(row, lambda: row.sequence.extend(request.token_ids))
+        self._reply(row, signals)
 
     def _step_batch(self, feeds: dict[Row, Feed], expected: dict[Row, Signals]) -> None:
         token_ids = {
@@ -289,3 +328,18 @@ class DeviceThread:
             if not feed.token_ids:
                 row.was_batched = True
                 self._reply(row, signals[batch_row])
+
+    def _drop_batch(self, failure: Exception) -> None:
+        """End all answers of the batch, whose KV caches are undefined after a failed step."""
+        self._batch.clear()
+        for row in self._decoding:
+            if row.sequence.batch_row is not None:
+                row.sequence.lose()
+                if row in self._requests:
+                    self._reply(row, failure)
+                else:
+                    row.cancel()
+
+
+def _closed() -> DeviceClosed:
+    return DeviceClosed("the endpoint is closing")

@@ -73,6 +73,10 @@ class Device(Protocol):
         """Make the thread look at rows that were cancelled."""
         ...
 
+    def set_awaited(self, asker: object, is_awaited: bool) -> None:
+        """Say whether somebody computes on his own and will ask for a step soon."""
+        ...
+
 
 class Row:
     """The small model as one answer uses it; it fulfils the engine's `SmallProtocol`.
@@ -84,10 +88,11 @@ class Row:
         is_exact: Whether no KV cache of an earlier answer may be used, and the rounding of batches
             matters.
         on_progress: Receives how many tokens of the prompt are read, and how many there are.
+        asker: Who is going to ask for the next step after a reply; None, the default, for the row.
 
     Attributes:
         replies: Receives the reply to each request, or an exception to raise.
-        is_blocked: Whether the answer waits for the large model.
+        asker: As given.
         is_cancelled: Whether the answer was cancelled.
         was_batched: Whether the latest signals come from a batch.
     """
@@ -100,12 +105,14 @@ class Row:
         *,
         is_exact: bool = False,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
+        asker: object = None,
     ) -> None:
+        self.asker = self if asker is None else asker
         self.sequence = sequence
         self.prompt = prompt
         self.is_exact = is_exact
         self.replies: SimpleQueue[Any] = SimpleQueue()
-        self.is_blocked = self.is_cancelled = self.was_batched = False
+        self.is_cancelled = self.was_batched = False
         self._device = device
         self._on_progress = on_progress
 
@@ -122,12 +129,11 @@ class Row:
     @contextmanager
     def blocked(self) -> Iterator[None]:
         """Let other answers decode without this one in the `with` block."""
-        self.is_blocked = True
-        self._device.wake()
+        self._device.set_awaited(self.asker, False)
         try:
             yield
         finally:
-            self.is_blocked = False
+            self._device.set_awaited(self.asker, True)
 
     def release(self) -> None:
         """End the sequence."""

@@ -27,6 +27,7 @@ class DecodedSequence:
     def __init__(self, small: SmallModel, batch: RowBatch) -> None:
         self.small = small
         self.batch_row: BatchRow | None = None
+        self._decoder = small.decoder
         self._batch = batch
         # The ids of the batched row.
         self._ids: list[int] = []
@@ -35,6 +36,23 @@ class DecodedSequence:
     def ids(self) -> Sequence[int]:
         """The ids in the KV cache."""
         return self.small.cached_ids if self.batch_row is None else self._ids
+
+    @property
+    def is_divisible(self) -> bool:
+        """Whether the KV cache can be cut and copied at any token."""
+        return self.batch_row is not None or self._decoder.cache.is_divisible
+
+    def copy(self, count: int) -> tuple[CacheCopy, Sequence[int]]:
+        """Return a KV cache of the first `count` tokens, and their ids; requires `is_divisible`."""
+        ids = self.ids[:count]
+        if self.batch_row is not None:
+            return self._batch.copy(self.batch_row, count), ids
+        return self._decoder.cache.share(count), ids
+
+    def lose(self) -> None:
+        """Forget the row, which the batch has lost."""
+        self.batch_row = None
+        self._ids = []
 
     def extend(self, token_ids: Sequence[int]) -> Signals:
         """Feed tokens as one row; return the signals after them."""
@@ -45,17 +63,18 @@ class DecodedSequence:
         """Move into the batch, if there is room for a sequence of this kind; return whether."""
         if self.batch_row is not None:
             return True
-        if not self._batch.has_room(self.small.cache_layers, len(self.small.cached_ids) + 1):
+        decoder = self._decoder
+        length = len(decoder.cache.token_ids)
+        if not (self.is_divisible and self._batch.has_room(decoder.cache.layers, length + 1)):
             return False
-        sampler = self.small.sampler
-        layers, self._ids = self.small.take_cache()
-        self.batch_row = self._batch.join(layers, len(self._ids), sampler=sampler)
+        layers, self._ids = decoder.take_cache()
+        self.batch_row = self._batch.join(layers, length, sampler=decoder.sampler)
         return True
 
     def leave_batch(self) -> None:
         """Move into the KV cache of its own; outside the batch do nothing."""
         if self.batch_row is not None:
-            self.small.load_cache(self._batch.leave(self.batch_row), self._ids)
+            self._decoder.load_cache(self._batch.leave(self.batch_row), self._ids)
             self.batch_row = None
 
     def on_batch_step(self, token_id: int) -> None:
@@ -77,6 +96,6 @@ class DecodedSequence:
         self.leave_batch()
         try:
             self.small.select(0)
-            return self.small.take_cache()
+            return self._decoder.take_cache()
         except RollbackError:
             return None

@@ -51,6 +51,15 @@ class PrefixCache:
         # False during a forward pass, and after one that was interrupted.
         self._is_consistent = True
 
+    @property
+    def is_divisible(self) -> bool:
+        """Whether there is one sequence, any leading part of which is a KV cache of its own."""
+        return self._is_consistent and not self.batch_tails and is_plain(self.layers)
+
+    def share(self, count: int) -> CacheCopy:
+        """Return caches of the first `count` tokens, at no cost; requires `is_divisible`."""
+        return share(self.layers, count)
+
     def take(self) -> tuple[CacheCopy, list[int]]:
         """Give the layers and their ids away and become empty.
 
@@ -210,6 +219,24 @@ class PrefixCache:
         return common
 
 
+def is_plain(layers: Sequence[Any]) -> bool:
+    """Return whether all layers have all keys and values, so that any leading part is a cache."""
+    return all(type(layer) is KVCache and layer.keys is not None for layer in layers)
+
+
+def share(layers: Sequence[Any], count: int) -> CacheCopy:
+    """Return caches of the first `count` tokens of plain layers, at no cost.
+
+    The next step on either side copies its own part.
+    """
+    parts: list[Any] = []
+    for layer in layers:
+        part = KVCache()
+        part.state = (layer.keys[..., :count, :], layer.values[..., :count, :], count)
+        parts.append(part)
+    return parts
+
+
 def _has_rows(layer: Any) -> bool:
     """Return whether a layer has only keys and values, so that rows can be taken from it."""
     return getattr(layer, "caches", None) is None and hasattr(layer, "keys")
@@ -239,6 +266,4 @@ def _copy_part(layer: Any, count: int) -> Any:
             "continuing from the middle of a text needs plain KV caches, and this architecture"
             f" has {type(layer).__name__}"
         )
-    part = KVCache()
-    part.state = (layer.keys[..., :count, :], layer.values[..., :count, :], count)
-    return part
+    return share([layer], count)[0]

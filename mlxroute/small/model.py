@@ -30,11 +30,9 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
     from mlxroute.small.batch import Batch
-    from mlxroute.small.decoder import Head, ScoredText
+    from mlxroute.small.decoder import Decoder, Head, ScoredText
     from mlxroute.small.kv_cache import CacheCopy
     from mlxroute.small.mlp_head import MlpHead
-    from mlxroute.small.row_batch import RowBatch
-    from mlxroute.small.row_sampler import RowSampler
 
 # As `mlx_lm.generate_step`, so that the same prompt rounds the same way.
 PREFILL_STEP_SIZE = 2048
@@ -277,29 +275,9 @@ class SmallModel:
         return other
 
     @property
-    def sampler(self) -> RowSampler | None:
-        """What draws the tokens of the present sequence; None if they are greedy."""
-        return self._decoder.sampler
-
-    @property
-    def cache_layers(self) -> Sequence[Any]:
-        """The layers of the KV cache."""
-        return self._decoder.cache.layers
-
-    def take_cache(self) -> tuple[CacheCopy, list[int]]:
-        """Give the KV cache and its ids away and continue with an empty one.
-
-        Raises RollbackError while there is a batch, and after an interrupted forward pass.
-        """
-        return self._decoder.take_cache()
-
-    def load_cache(self, layers: CacheCopy, token_ids: Sequence[int]) -> None:
-        """Continue with a KV cache that holds `token_ids`."""
-        self._decoder.load_cache(layers, token_ids)
-
-    def start_rows(self) -> RowBatch:
-        """Return a batch without rows; the model's own KV cache is left alone."""
-        return self._decoder.start_rows()
+    def decoder(self) -> Decoder:
+        """The decode steps and the KV cache, for code that decodes several sequences."""
+        return self._decoder
 
     def start_batch(self, copies: Sequence[CacheCopy]) -> Batch:
         """Return a batch with one row per copy; the model's own KV cache is left alone."""

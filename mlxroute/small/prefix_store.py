@@ -7,14 +7,12 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Final
 
-from mlx_lm.models.cache import KVCache
+from mlxroute.small.kv_cache import CacheCopy, is_plain, share
 
-from mlxroute.small.kv_cache import CacheCopy
-
-# A shorter prefix is computed again faster than it is looked after.
-_MIN_TOKENS = 16
+MIN_PREFIX_TOKENS: Final = 16
+"""Shorter prefixes are computed again faster than they are looked after."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +54,8 @@ class PrefixStore:
         Later changes of `layers` by their owner leave what is kept here as it is.
         """
         ids = array("q", token_ids)
-        is_divisible = _is_divisible(layers)
-        if len(ids) < _MIN_TOKENS:
+        is_divisible = is_plain(layers)
+        if len(ids) < MIN_PREFIX_TOKENS:
             return
         for key, entry in list(self._entries.items()):
             shared = _common_length(entry.token_ids, ids)
@@ -66,7 +64,7 @@ class PrefixStore:
                 return
             if shared == len(entry.token_ids) and (is_divisible or shared == len(ids)):
                 self._remove(key)
-        kept = _cut(layers, len(ids)) if is_divisible else copy.deepcopy(layers)
+        kept = share(layers, len(ids)) if is_divisible else copy.deepcopy(layers)
         entry = _Entry(kept, ids, sum(layer.nbytes for layer in kept), is_divisible)
         if entry.size_bytes > self._max_bytes:
             return
@@ -79,7 +77,7 @@ class PrefixStore:
     def find(self, token_ids: Sequence[int]) -> tuple[CacheCopy, Sequence[int]] | None:
         """Return a KV cache of the longest kept prefix of `token_ids`, and its ids."""
         ids = array("q", token_ids)
-        best_key, best_length = None, _MIN_TOKENS - 1
+        best_key, best_length = None, MIN_PREFIX_TOKENS - 1
         for key, entry in self._entries.items():
             length = _common_length(entry.token_ids, ids)
             is_usable = entry.is_divisible or length == len(entry.token_ids)
@@ -92,7 +90,7 @@ class PrefixStore:
         self._entries.move_to_end(best_key)
         entry = self._entries[best_key]
         if entry.is_divisible:
-            layers = _cut(entry.layers, best_length)
+            layers = share(entry.layers, best_length)
         else:
             layers = copy.deepcopy(entry.layers)
         return layers, ids[:best_length]
@@ -104,20 +102,6 @@ class PrefixStore:
 
     def _remove(self, key: int) -> None:
         self.size_bytes -= self._entries.pop(key).size_bytes
-
-
-def _is_divisible(layers: Sequence[Any]) -> bool:
-    return all(type(layer) is KVCache for layer in layers)
-
-
-def _cut(layers: CacheCopy, count: int) -> CacheCopy:
-    """Return caches of the first `count` tokens; the first step on either side copies its part."""
-    parts: list[Any] = []
-    for layer in layers:
-        part = KVCache()
-        part.state = (layer.keys[..., :count, :], layer.values[..., :count, :], count)
-        parts.append(part)
-    return parts
 
 
 def _common_length(first: array[int], second: array[int]) -> int:

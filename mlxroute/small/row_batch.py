@@ -134,24 +134,28 @@ class RowBatch:
         self._evaluate()
         return row
 
-    def fork(self, row: BatchRow, length: int) -> BatchRow:
-        """Return a new row with the first `length` tokens of a row."""
-        return self.join(self._views(row), length)
+    def copy(self, row: BatchRow, count: int) -> CacheCopy:
+        """Return a KV cache of the first `count` tokens of a row."""
+        copies = [_copied(view) for view in self._views(row, count)]
+        mx.eval([(layer.keys, layer.values) for layer in copies])
+        return copies
 
     def leave(self, row: BatchRow) -> CacheCopy:
         """Remove a row; return its KV cache."""
-        copies = [_copied(view) for view in self._views(row)]
-        mx.eval([(layer.keys, layer.values) for layer in copies])
-        self.drop(row)
+        copies = self.copy(row, row.length)
+        self._drop(row)
         return copies
 
-    def drop(self, row: BatchRow) -> None:
+    def clear(self) -> None:
+        """Remove all rows."""
+        self._rows, self._layers = [], []
+
+    def _drop(self, row: BatchRow) -> None:
         """Remove a row; the last row takes its place."""
         last = self._rows.pop()
         if last is not row:
-            copies = [_copied(view) for view in self._views(last)]
-            # Evaluated first: a view of the buffers would keep them from being written in place.
-            mx.eval([(layer.keys, layer.values) for layer in copies])
+            # A copy, because a view of the buffers would keep them from being written in place.
+            copies = self.copy(last, last.length)
             for buffers, layer in zip(self._layers, copies, strict=True):
                 buffers.keys[row.index, :, : last.length] = layer.keys[0]
                 buffers.values[row.index, :, : last.length] = layer.values[0]
@@ -199,13 +203,13 @@ class RowBatch:
         mask = mx.arange(width) <= offsets[:, None, None, None]
         return _StepPlan(positions, offsets, mask, width, idle)
 
-    def _views(self, row: BatchRow) -> list[KVCache]:
+    def _views(self, row: BatchRow, count: int) -> list[KVCache]:
         views = []
         for buffers in self._layers:
             view = KVCache()
-            keys = buffers.keys[row.index : row.index + 1, :, : row.length]
-            values = buffers.values[row.index : row.index + 1, :, : row.length]
-            view.state = (keys, values, row.length)
+            keys = buffers.keys[row.index : row.index + 1, :, :count]
+            values = buffers.values[row.index : row.index + 1, :, :count]
+            view.state = (keys, values, count)
             views.append(view)
         return views
 

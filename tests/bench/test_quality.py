@@ -15,7 +15,6 @@ import pytest
 from rich.console import Console
 
 from mlxroute.backend.load import load
-from mlxroute.bench.concurrent_answers import ConcurrentAnswers
 from mlxroute.bench.oracles import compute_oracles
 from mlxroute.bench.plot import draw_quality
 from mlxroute.bench.quality import LARGE, ORACLES, SMALL, QualityResults, bench_quality, make_sides
@@ -27,6 +26,7 @@ from mlxroute.errors import LargeError, LargeRefused
 from mlxroute.questions.question_files import AnswerKind, Question, question_messages
 from mlxroute.recorded.replies import RecordingStopped, Replies
 from mlxroute.routers import BURST, make_router
+from mlxroute.serving.concurrent_answers import ConcurrentAnswers
 from mlxroute.small import SmallModel
 from mlxroute.training.labels import LabelledAnswer
 from mlxroute.types import Message
