@@ -70,7 +70,12 @@ def first_reply_status(large: LargeModel, err: Console, title: str) -> Iterator[
         f"waiting for {large.base_url}: it may be loading the model; {limit_s:g} s at most,"
         " which --timeout raises"
     )
-    timer = threading.Timer(_SLOW_REPLY_S, print_note, (err, text))
+
+    def explain() -> None:
+        if not large.has_replied:
+            print_note(err, text)
+
+    timer = threading.Timer(_SLOW_REPLY_S, explain)
     timer.daemon = True
     bars = Progress(*columns, console=err, transient=True, disable=not err.is_interactive)
     bars.add_task(title, total=None)

@@ -185,6 +185,11 @@ class LargeModel(Closeable):
         return self._address.is_loopback
 
     @property
+    def has_replied(self) -> bool:
+        """Whether the server has answered a request that needs the model."""
+        return self._transport.has_served
+
+    @property
     def first_reply_timeout_s(self) -> float:
         """The time limit of the first reply to `connect` and `probe`, in seconds."""
         return min(_MAX_TIMEOUT_S, _FIRST_REPLY_FACTOR * self._timeout_s)

@@ -105,3 +105,16 @@ def test_the_error_of_a_command_names_the_flag(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err.endswith(
         f"error: no full reply from {server.url} in 1 s; a longer limit may help (--timeout)\n"
     )
+
+
+def test_a_slow_negotiation_after_the_first_reply_is_not_explained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(large_setup, "_SLOW_REPLY_S", 0.05)
+    err = Console(file=io.StringIO())
+    with Loopback(READY) as server, LargeModel(server.url) as large:
+        large.connect()
+        with large_setup.first_reply_status(large, err, "connecting"):
+            time.sleep(0.3)
+    assert isinstance(err.file, io.StringIO)
+    assert err.file.getvalue() == ""
