@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from mlxroute.conversation import Conversation
 from mlxroute.errors import UsageError
+from tests.support.documents import make_document
 
 text = st.text()
 
@@ -151,3 +152,46 @@ def test_a_damaged_conversation_is_refused_with_the_reason(
     with pytest.raises(UsageError) as caught:
         Conversation.load(path)
     assert complaint in str(caught.value)
+
+
+def test_without_documents_the_file_is_as_before(tmp_path: Path) -> None:
+    path = tmp_path / "chat.json"
+    conversation = Conversation("Be terse.")
+    conversation.add("Hi", "Hello")
+    conversation.add("And?", "Bye", make_document(unsure=()))
+    conversation.save(path)
+    assert path.read_text() == (
+        '{\n "format": "mlxroute conversation",\n "version": 1,\n "system": "Be terse.",\n'
+        ' "messages": [\n  {\n   "role": "user",\n   "content": "Hi"\n  },\n'
+        '  {\n   "role": "assistant",\n   "content": "Hello"\n  },\n'
+        '  {\n   "role": "user",\n   "content": "And?"\n  },\n'
+        '  {\n   "role": "assistant",\n   "content": "Bye"\n  }\n ]\n}\n'
+    )
+
+
+def test_documents_of_routed_answers_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "chat.json"
+    conversation = Conversation()
+    conversation.add("Hi", "Hello")
+    conversation.add("And?", "Bye", make_document())
+    conversation.save(path)
+    assert Conversation.load(path) == conversation
+    assert len(json.loads(path.read_bytes())["answers"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ([], '"answers" is not a list with an item for each answer'),
+        ({}, '"answers" is not a list'),
+        ([{}], r'answers\[0\] is not an answer document: it has no "format"'),
+    ],
+)
+def test_wrong_documents_are_refused(answers: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "chat.json"
+    conversation = Conversation()
+    conversation.add("Hi", "Hello")
+    conversation.save(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "answers": answers}))
+    with pytest.raises(UsageError, match=message):
+        Conversation.load(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 import shlex
 from collections.abc import Iterator
@@ -13,9 +14,10 @@ import pytest
 import typer
 
 import mlxroute
+from mlxroute.answers import document
 from mlxroute.answers.document import AnswerSummary
 from mlxroute.cli.app import app
-from mlxroute.types import CallFailure
+from mlxroute.types import CallFailure, RunStats
 
 _ROOT = Path(mlxroute.__file__).parent.parent
 _README = _ROOT / "README.md"
@@ -197,3 +199,23 @@ def test_the_json_page_names_exactly_the_keys_that_are_printed() -> None:
         if isinstance(key, ast.Constant) and isinstance(key.value, str)
     }
     assert documented == printed | set(AnswerSummary.__slots__) | set(CallFailure.__slots__)
+
+
+def test_the_page_of_saved_answers_names_exactly_the_keys_of_the_format() -> None:
+    blocks = "".join(_blocks(_ROOT / "docs" / "answers.md", ""))
+    documented = set(re.findall(r'"(\w+)":', blocks)) - {"role", "content"}
+    records = [item for item in vars(document).values() if dataclasses.is_dataclass(item)]
+    keys = {
+        field.name
+        for record in records
+        if record not in (AnswerSummary, CallFailure, RunStats)
+        for field in dataclasses.fields(record)
+    }
+    # A choice names its bytes only where its text is not them.
+    assert documented == keys - {"bytes"}
+
+
+def test_the_page_of_saved_answers_names_every_decision() -> None:
+    page = _text(_ROOT / "docs" / "answers.md")
+    _, *named = re.findall(r"^\| `([a-z ]+)` \|", page, re.MULTILINE)
+    assert named == [decision.value for decision in document.TokenDecision]

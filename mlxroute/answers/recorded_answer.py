@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from mlxroute._version import __version__
@@ -16,6 +16,7 @@ from mlxroute.answers.document import (
     ModelPair,
     OptionsRecord,
     PromptRecord,
+    RecordedReply,
     RouterRecord,
 )
 from mlxroute.answers.reply_recorder import ReplyRecorder
@@ -100,7 +101,12 @@ class RecordedAnswer:
         """Return the document of the answer so far."""
         origin, prompt_ids = self.origin, self._answer.prompt_ids
         token_ids = [token.token_id for token in self.tokens]
-        replies = () if self._recorder is None else self._recorder.replies(prompt_ids, token_ids)
+        models = origin.models
+        replies: tuple[RecordedReply, ...] = ()
+        if self._recorder is not None:
+            # The server's model may be known only once it has been asked.
+            models = replace(models, large=self._recorder.model_name)
+            replies = self._recorder.replies(prompt_ids, token_ids)
         return AnswerDocument(
             format=FORMAT,
             version=VERSION,
@@ -109,7 +115,7 @@ class RecordedAnswer:
             id=origin.id,
             messages=tuple(origin.messages),
             prompt=PromptRecord(len(prompt_ids), hash_ids(prompt_ids)),
-            models=origin.models,
+            models=models,
             router=origin.router,
             options=origin.options,
             summary=AnswerSummary.of(self.stats()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mlxroute.answers.document import Choice, RecordedReply, RecordedToken
-from mlxroute.engine.protocols import LargeProtocol, PendingCallProtocol
+from mlxroute.engine.protocols import NamedLargeProtocol, PendingCallProtocol
 from mlxroute.sequences import common_prefix_length
 from mlxroute.types import LargeContext, LargeToken, Uploads
 
@@ -13,9 +13,13 @@ from mlxroute.types import LargeContext, LargeToken, Uploads
 class ReplyRecorder:
     """A large model that keeps the replies to one answer's calls."""
 
-    def __init__(self, large: LargeProtocol) -> None:
+    def __init__(self, large: NamedLargeProtocol) -> None:
         self._large = large
         self._calls: list[_RecordedCall] = []
+
+    @property
+    def model_name(self) -> str:
+        return self._large.model_name
 
     @property
     def uploads(self) -> Uploads:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from rich.segment import Segment
 from rich.style import Style
 
 from mlxroute.answers.document import AnswerDocument, Choice, DocumentToken, TokenDecision
@@ -21,7 +22,6 @@ _BOLD = Style(bold=True)
 _CHECKED = Style(underline=True)
 _UNCHECKED = Style(color="yellow", underline=True)
 _STYLES = {
-    TokenDecision.AGREED: _CHECKED,
     TokenDecision.ACCEPTED: _CHECKED,
     TokenDecision.UNCHECKED: _UNCHECKED,
 }
@@ -128,13 +128,15 @@ def _choices(
 def _name(text: str) -> str:
     """Return the text of a token in quotes, on one line."""
     line = printable(text).replace("\n", "\\n").replace("\t", "\\t")
+    # A row must not break inside a name.
+    line = line.replace(" ", "\u00a0")
     return f'"{line[:_NAME_CHARACTERS]}"' if line else "(nothing)"
 
 
 def _share(logprob: float | None) -> str:
     if logprob is None or math.isnan(logprob):
         return ""
-    return f" {format_percent(min(1.0, math.exp(min(0.0, logprob))))}"
+    return f"\u00a0{format_percent(min(1.0, math.exp(min(0.0, logprob))))}"
 
 
 def _style(token: DocumentToken) -> Style:
@@ -142,8 +144,6 @@ def _style(token: DocumentToken) -> Style:
 
 
 def _indented(parts: Iterable[_Part], width: int) -> list[Row]:
-    from rich.segment import Segment
-
     rows = _wrap(parts, max(1, width - len(_INDENT)))
     return [[Segment(_INDENT), *row] for row in rows]
 

@@ -475,3 +475,45 @@ def test_commands_modes_and_paths_are_completed(
         typed[: len(typed) + completion.start_position] + completion.text
         for completion in completions
     ] == completed
+
+
+def test_why_lists_the_escalations_of_the_last_answer(chat: Chat) -> None:
+    chat.type("one", ENTER, "/why", ENTER, CTRL_D)
+    text = chat.err.getvalue().replace("\u00a0", " ")
+    assert "token 3, after a" in text
+    assert '  small  "c" 90%' in text
+    assert '  large  "d" 61%' in text
+
+
+def test_why_without_an_answer_is_an_error(chat: Chat) -> None:
+    chat.type("/why", ENTER, CTRL_D)
+    assert "error: there is no answer yet" in " ".join(chat.err.getvalue().split())
+
+
+def test_save_and_load_keep_the_escalations(chat: Chat, tmp_path: Path) -> None:
+    file = tmp_path / "chat.json"
+    chat.type("one", ENTER, f"/save {file}", ENTER, "/reset", ENTER, f"/load {file}", ENTER, CTRL_D)
+    (answer,) = Conversation.load(file).answers
+    assert answer is not None
+    assert len(answer.escalated_tokens) == 1
+    assert chat.session.conversation.last_answer == answer
+
+
+def test_models_change_in_mid_chat(chat: Chat) -> None:
+    commands = ("/large http://box/v1 big", "/large http://box", "/small other", "/small", "/large")
+    assert (
+        chat.type("one", ENTER, *(key for line in commands for key in (line, ENTER)), CTRL_D) == 0
+    )
+    assert chat.session.changes == [
+        ("large", "http://box/v1", "big"),
+        ("large", "http://box", None),
+        ("small", "other"),
+    ]
+    assert chat.printed.count("tiny, asking huge") == 5
+    assert len(chat.session.conversation.turns) == 2
+
+
+def test_a_model_that_cannot_be_loaded_leaves_the_chat_running(chat: Chat) -> None:
+    assert chat.type("/small none", ENTER, "one", ENTER, CTRL_D) == 0
+    assert "error: there is no model none" in chat.printed
+    assert chat.session.questions == ["one"]

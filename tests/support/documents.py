@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from mlxroute.answers.document import AnswerDocument, ModelPair, OptionsRecord
 from mlxroute.answers.recorded_answer import AnswerOrigin, RecordedAnswer
 from mlxroute.answers.reply_recorder import ReplyRecorder
 from mlxroute.answers.router_record import record_router
-from mlxroute.engine import generate
-from mlxroute.engine.protocols import LargeProtocol, SmallProtocol
+from mlxroute.engine import Answer
+from mlxroute.engine.options import Options
+from mlxroute.engine.protocols import NamedLargeProtocol, SmallProtocol
 from mlxroute.routers import EntropyRouter, Router
 from mlxroute.types import Message, Mode
 from tests.support.fakes import ScriptedLarge, ScriptedReply, ScriptedSmall
@@ -21,20 +23,20 @@ OPTIONS = OptionsRecord(Mode.WAIT, 0, None, 0.0, 64, (), 0.0, 1.0, None, 0)
 
 def record_answer(
     small: SmallProtocol,
-    large: LargeProtocol | None,
+    large: NamedLargeProtocol | None,
     *,
     router: Router | None = None,
     messages: Sequence[Message] = QUESTION,
     mode: Mode = Mode.WAIT,
     prefetch: int | None = 0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> RecordedAnswer:
     """Return an answer of these models that records itself; by default above 1 nat."""
     router = EntropyRouter(1.0) if router is None else router
     origin = AnswerOrigin(messages, small.vocabulary, PAIR, record_router(router), OPTIONS)
     recorder = None if large is None else ReplyRecorder(large)
-    answer = generate(
-        small, recorder, messages, router=router, mode=mode, prefetch=prefetch, max_tokens=64
-    )
+    options = Options(mode=mode, prefetch=prefetch, max_tokens=64)
+    answer = Answer(small, recorder, messages, router=router, options=options, clock=clock)
     return RecordedAnswer(answer, origin, recorder)
 
 

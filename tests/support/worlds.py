@@ -211,6 +211,8 @@ class WorldCall:
 class WorldLarge:
     """The large model of a world; the seed `order` determines how long each call takes."""
 
+    model_name = "world"
+
     def __init__(self, world: World, clock: FakeClock, *, prompt: str, order: int) -> None:
         self._world = world
         self._clock = clock

@@ -13,6 +13,7 @@ from mlxroute.cli.chat_session import ChatRouting, ChatSession
 from mlxroute.cli.command_words import describe_doubt, split_command
 from mlxroute.cli.error_advice import error_message
 from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_LARGE_FAILED, EXIT_OK, EXIT_USAGE
+from mlxroute.cli.shell_completion import complete_model
 from mlxroute.config import Settings, parse_share
 from mlxroute.conversation import Conversation
 from mlxroute.errors import LargeError, MlxRouteError, UsageError
@@ -133,6 +134,7 @@ class _Chat:
             **dict.fromkeys(_COMMANDS, tuple),
             "/threshold": lambda: ("inf", "-inf"),
             "/mode": lambda: self._session.modes,
+            "/small": lambda: complete_model(""),
             "/save": None,
             "/load": None,
         }

@@ -75,12 +75,15 @@ def compare_answers(recorded: AnswerDocument, replayed: AnswerDocument) -> list[
     from mlxroute.view.figures import format_count
 
     before, after = ([token.id for token in item.tokens] for item in (recorded, replayed))
+    same = common_prefix_length(before, after)
     lines = ["the answer is the recorded one"]
     if before != after:
-        first = common_prefix_length(before, after) + 1
-        lines = [f"the answer differs from the recorded one from token {first} on"]
+        lines = [f"the answer differs from the recorded one from token {same + 1} on"]
+    known = {token.index for token in recorded.tokens[: same + 1] if not token.checked}
     missing = missing_positions(replayed.tokens)
-    if missing:
+    if kept := len(known.intersection(missing)):
+        lines.append(f"unchecked as in the recorded answer: {format_count(kept, 'position')}")
+    if missing := [index for index in missing if index not in known]:
         numbers = ", ".join(str(index + 1) for index in missing[:_MAX_NUMBERS])
         more = ", ..." if len(missing) > _MAX_NUMBERS else ""
         lines.append(

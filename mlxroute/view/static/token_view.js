@@ -35,28 +35,27 @@ const STYLE = `
 .tv-earlier pre { white-space: pre-wrap; font: inherit; margin: .25rem 0 .75rem; }
 .tv-bar { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; align-items: center; margin-top: .75rem; }
 .tv-bar label { cursor: pointer; }
+.tv-legend { display: inline-flex; flex-wrap: wrap; gap: 0 1rem; }
 .tv-answer { grid-area: text; }
 .tv-more { grid-area: more; }
 .tv-tokens { white-space: pre-wrap; border-radius: .25rem; }
 .tv-token { border-radius: .2rem; cursor: default; text-underline-offset: .2em; }
-.tv-token[data-source="large"] {
+.tv-token[data-source="large"] .tv-word {
   color: var(--large); text-decoration: underline solid var(--large) 1px;
 }
-.tv-token[data-decision="replaced"], .tv-token[data-decision="continued"] {
+.tv-token[data-decision="replaced"] .tv-word, .tv-token[data-decision="continued"] .tv-word {
   text-decoration-thickness: 2px; background: var(--large-tint); font-weight: 600;
 }
-.tv-token[data-decision="accepted"] { text-decoration: underline dotted var(--large) 2px; }
-.tv-token[data-decision="unchecked"] {
+.tv-token[data-decision="accepted"] .tv-word { text-decoration: underline dotted var(--large) 2px; }
+.tv-token[data-decision="unchecked"] .tv-word {
   color: var(--unchecked); text-decoration: underline dashed var(--unchecked) 2px;
 }
 .tv-token[data-provisional] { opacity: .5; font-style: italic; }
-.tv-token:hover { background: var(--line); }
+.tv-tokens .tv-token:hover { background: var(--line); }
 .tv-token[aria-current="true"] { outline: 2px solid var(--focus); outline-offset: 1px; }
 .tv-token:focus-visible, .tv-page :focus-visible { outline: 2px solid var(--focus); outline-offset: 1px; }
 .tv-heat .tv-token { background: rgb(var(--heat) / calc(var(--entropy, 0) * .8)); }
-.tv-heat .tv-token[data-source="large"], .tv-heat .tv-token[data-decision="unchecked"] {
-  color: var(--text);
-}
+.tv-heat .tv-token[data-decision] .tv-word { color: var(--text); background: none; }
 .tv-detail {
   grid-area: detail; position: sticky; top: 1rem; max-height: calc(100vh - 2rem); overflow: auto;
   box-sizing: border-box; padding: .75rem 1rem 1rem; border: 1px solid var(--line);
@@ -64,12 +63,14 @@ const STYLE = `
 }
 .tv-detail code, .tv-asked code { font: .875rem ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
   white-space: pre-wrap; }
+.tv-close { float: right; font: inherit; color: inherit; background: none; border: 0; cursor: pointer;
+  padding: 0 .35rem; line-height: 1.5; }
 .tv-lists { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: .75rem;
   margin-top: .75rem; }
 .tv-lists h3 { font-size: .875rem; margin: 0 0 .25rem; }
 .tv-lists ol, .tv-asked { list-style: none; margin: 0; padding: 0; }
 .tv-lists li {
-  display: flex; justify-content: space-between; gap: .5rem; padding: .1rem .3rem; margin-bottom: 2px;
+  display: flex; justify-content: space-between; align-items: center; gap: .5rem; padding: .1rem .3rem; margin-bottom: 2px;
   border-radius: .2rem; font-size: .875rem;
   background: linear-gradient(to right, var(--small-bar) var(--share), transparent var(--share));
 }
@@ -97,6 +98,9 @@ const STYLE = `
 }
 `;
 
+const ENDS = {
+  eos: "end token", stop_string: "stop string", length: "token limit", cancelled: "cancelled",
+};
 const FULL_HEAT_NATS = 4;
 // Control characters, and those that change the direction of the text around them.
 const CONTROLS = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]/g;
@@ -122,6 +126,12 @@ function element(tag, attributes = {}, ...children) {
   }
   node.append(...children.filter((child) => child !== null));
   return node;
+}
+
+/** Return the blanks at the start of a token's text, and the rest, which alone is underlined. */
+function splitWord(text) {
+  const word = clean(text).trimStart();
+  return [clean(text).slice(0, clean(text).length - word.length), element("span", { class: "tv-word" }, word)];
 }
 
 /** Return the text of a token with its blanks visible. */
@@ -220,7 +230,7 @@ export class TokenView {
       "data-decision": token.decision,
       "data-provisional": provisional ? "" : null,
       tabindex: index === 0 ? 0 : -1,
-    }, clean(token.text));
+    }, ...splitWord(token.text));
     const entropy = token.small?.entropy_nats;
     const heat = typeof entropy === "number" ? Math.min(1, entropy / FULL_HEAT_NATS) : Number(entropy !== undefined);
     node.style.setProperty("--entropy", heat.toFixed(3));
@@ -284,7 +294,10 @@ export class TokenView {
       return;
     }
     this.detail.dataset.index = index;
+    const close = element("button", { type: "button", class: "tv-close", "aria-label": "Close" }, "×");
+    close.addEventListener("click", () => this.select(null));
     this.detail.replaceChildren(
+      close,
       element("h2", {}, `Token ${index + 1}: `, element("code", {}, visible(token.text))),
       element("p", {}, describeDecision(token)),
       element("p", { class: "tv-dim" }, this.#describeScore(token)),
@@ -335,9 +348,10 @@ export class TokenView {
 
 /** Return the figures of an answer as a list of terms. */
 export function renderFigures(summary) {
+  const count = (value) => Number(value).toLocaleString("en-US");
   const seconds = (value) => `${number(value)} s`;
   const terms = [
-    ["tokens", summary.tokens],
+    ["tokens", count(summary.tokens)],
     ["by the large model", `${summary.large_tokens} (${percent(summary.large_tokens / (summary.tokens || 1))})`],
     ["positions asked", `${summary.escalated} (${percent(summary.escalation_rate)})`],
     ["agreement", summary.agreement === null ? "–" : percent(summary.agreement)],
@@ -347,9 +361,9 @@ export function renderFigures(summary) {
     ["total", seconds(summary.total_s)],
     ["waited for calls", seconds(summary.stall_s)],
     ["calls", summary.calls],
-    ["uploaded", `${summary.uploaded_tokens} tokens, ${summary.uploaded_bytes} bytes`],
+    ["uploaded", `${count(summary.uploaded_tokens)} tokens, ${count(summary.uploaded_bytes)} bytes`],
     ["mode", summary.mode],
-    ["ended by", String(summary.finish_reason).replace("_", " ")],
+    ["ended by", ENDS[summary.finish_reason] ?? summary.finish_reason],
   ];
   const items = terms.map(([term, value]) =>
     element("div", {}, element("dt", {}, term), element("dd", {}, clean(value))),
@@ -364,7 +378,7 @@ function renderAsked(tokens, view) {
     const small = element("code", {}, visible(token.small?.text ?? ""));
     const outcomes = {
       replaced: () => [" → ", element("code", { class: "tv-new" }, visible(token.large.text))],
-      agreed: () => [" both"],
+      agreed: () => [" by both"],
       accepted: () => [" kept over ", element("code", {}, visible(token.large.text))],
       unchecked: () => [" unchecked"],
     };
@@ -375,6 +389,20 @@ function renderAsked(tokens, view) {
   });
   return element("section", {}, element("h2", {}, "Where the large model was asked"),
     rows.length ? element("ul", { class: "tv-asked" }, ...rows) : element("p", { class: "tv-dim" }, "Nowhere."));
+}
+
+/** Return an example of each way of showing a token that occurs in the answer. */
+function renderLegend(tokens) {
+  const decisions = new Set(tokens.map((token) => token.decision));
+  const examples = [
+    ["replaced", "large", "replaced", " by the large model"],
+    ["agreed", "large", "confirmed", " by it"],
+    ["accepted", "small", "kept", ", nearly as likely to it"],
+    ["unchecked", "small", "unchecked", ", no reply"],
+  ].filter(([decision]) => decisions.has(decision));
+  const items = examples.map(([decision, source, word, rest]) => element("span", {},
+    element("span", { class: "tv-token", "data-source": source, "data-decision": decision }, ...splitWord(word)), rest));
+  return element("span", { class: "tv-dim tv-legend" }, ...items);
 }
 
 /** Show a whole answer document in `main`. */
@@ -408,10 +436,7 @@ export function showDocument(answer, main) {
       "div",
       { class: "tv-bar" },
       element("label", {}, heat, " Heat: shade by uncertainty"),
-      element("span", { class: "tv-dim" },
-        element("span", { class: "tv-token", "data-source": "large", "data-decision": "replaced" }, "replaced"), " by the large model · ",
-        element("span", { class: "tv-token", "data-source": "large", "data-decision": "agreed" }, "confirmed"), " by it · ",
-        element("span", { class: "tv-token", "data-decision": "unchecked" }, "unchecked")),
+      renderLegend(answer.tokens),
     ),
   );
   main.replaceChildren(

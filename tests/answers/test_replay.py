@@ -1,0 +1,97 @@
+"""Replays: the recorded answer again, in every mode, without a call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlxroute.answers.document import AnswerDocument
+from mlxroute.answers.document_file import format_document, parse_document
+from mlxroute.answers.recorded_answer import RecordedAnswer
+from mlxroute.answers.replayed_large import ReplayedLarge, missing_positions
+from mlxroute.errors import LargeRefused
+from mlxroute.routers import EntropyRouter
+from mlxroute.types import Mode
+from tests.support.documents import QUESTION, make_document, record_answer
+from tests.support.fakes import FakeClock, ScriptedLarge, ScriptedSmall
+from tests.support.worlds import World, WorldLarge, WorldSmall
+
+PROMPT_TOKENS = len("[user]hi?>")
+
+
+def finish(answer: RecordedAnswer) -> AnswerDocument:
+    for _ in answer:
+        pass
+    return parse_document(format_document(answer.document()))
+
+
+def replay(
+    document: AnswerDocument, script: bytes, unsure: Sequence[int], threshold: float
+) -> AnswerDocument:
+    small = ScriptedSmall(script, entropies=dict.fromkeys(unsure, 2.0))
+    large = ReplayedLarge(document, prompt_tokens=PROMPT_TOKENS)
+    return finish(record_answer(small, large, router=EntropyRouter(threshold)))
+
+
+def test_a_replay_gives_the_recorded_answer_and_sends_nothing() -> None:
+    document = make_document(b"abcd", [b"x", b"c"], unsure=(1, 2))
+    again = replay(document, b"abcd", (1, 2), 1.0)
+    assert again.summary.text == document.summary.text == "axcd"
+    assert [token.decision for token in again.tokens] == [t.decision for t in document.tokens]
+    assert (again.summary.requests, again.summary.uploaded_bytes) == (0, 0)
+    assert again.models.large == "scripted"
+
+
+def test_a_position_whose_reply_was_not_recorded_is_named() -> None:
+    document = make_document(b"abcd", [b"x"], unsure=(1,))
+    again = replay(document, b"abcd", (1,), -math.inf)
+    assert missing_positions(again.tokens) == [0, 2, 3, 4]
+    assert again.summary.text == "axcd"
+
+
+def test_a_failed_call_has_no_reply() -> None:
+    document = make_document(b"abcd", [LargeRefused("no"), b"x"], unsure=(1, 2))
+    assert [reply.after for reply in document.replies] == [2]
+    assert missing_positions(replay(document, b"abcd", (1, 2), 1.0).tokens) == [1]
+
+
+def test_prefetched_tokens_are_replayed() -> None:
+    small = ScriptedSmall(b"abcd", entropies={0: 2.0, 1: 2.0})
+    document = finish(record_answer(small, ScriptedLarge([b"a", b"b"]), prefetch=0))
+    again = ReplayedLarge(document, prompt_tokens=PROMPT_TOKENS)
+    answer = record_answer(
+        ScriptedSmall(b"abcd", entropies={0: 2.0, 1: 2.0}), again, mode=Mode.WAIT, prefetch=4
+    )
+    assert [token.prefetched for token in finish(answer).tokens[:2]] == [False, True]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(list(Mode)), st.sampled_from(list(Mode)))
+def test_every_mode_replays_what_any_mode_recorded(seed: int, first: Mode, second: Mode) -> None:
+    world, clock = World(seed=seed, loss=0.0), FakeClock()
+    recorded = finish(
+        record_answer(
+            WorldSmall(world, clock),
+            WorldLarge(world, clock, prompt="[user]hi?>", order=seed),
+            mode=first,
+            prefetch=2,
+            clock=clock,
+        )
+    )
+    large = ReplayedLarge(recorded, prompt_tokens=PROMPT_TOKENS)
+    again = finish(
+        record_answer(WorldSmall(world, clock), large, mode=second, prefetch=0, clock=clock)
+    )
+    assert [token.id for token in again.tokens] == [token.id for token in recorded.tokens]
+    assert missing_positions(again.tokens) == []
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_prompt_is_the_messages(count: int) -> None:
+    document = make_document(messages=QUESTION * count)
+    assert len(document.messages) == count
+    assert document.question == "hi?"

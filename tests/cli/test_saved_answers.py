@@ -1,0 +1,193 @@
+"""`ask --save`, `show` and `replay` on a tiny model."""
+
+from __future__ import annotations
+
+import io
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxroute.cli import main
+from mlxroute.safe_text import printable
+from tests.support.loopback import Loopback, Reply
+from tests.support.negotiated import honest
+from tests.support.scripted_calls import legacy
+from tests.support.tiny import make_tiny_model
+
+KEY = "sk-abcdef123456"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny", context=200)
+
+
+@pytest.fixture
+def saved(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the file of an answer whose every position was asked for."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    file = tmp_path / "answer.json"
+    with Loopback(honest(lambda request: Reply.of(legacy("a")), name="huge")) as server:
+        address = server.url.replace("//", "//someone:password@")
+        routed = ["--small", str(tiny), "--large", address, "--threshold", "-inf"]
+        code = main(["ask", *routed, "--max-tokens", "4", "--save", str(file), f"is {KEY} a key?"])
+    assert code == 0
+    return file
+
+
+def read(file: Path) -> Any:
+    return json.loads(file.read_bytes())
+
+
+def test_a_saved_answer_is_private_and_holds_no_secret(saved: Path) -> None:
+    assert stat.S_IMODE(saved.stat().st_mode) == 0o600
+    text = saved.read_text()
+    assert not [secret for secret in (KEY, "someone", "password") if secret in text]
+    document = read(saved)
+    assert document["models"]["large"] == "huge"
+    assert document["messages"] == [{"role": "user", "content": "is [key] a key?"}]
+    assert [token["decision"] for token in document["tokens"]] == ["replaced"] * 4
+
+
+def test_a_stopped_answer_and_a_failed_one_are_saved(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "answer.json"
+    routed = ["--small", str(tiny), "--large", "http://127.0.0.1:9/v1", "--threshold", "-inf"]
+    assert main(["ask", *routed, "--max-tokens", "3", "--save", str(file), "hi"]) == 0
+    assert [token["decision"] for token in read(file)["tokens"]] == ["unchecked"] * 3
+
+
+def test_a_file_of_another_kind_is_refused_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+    assert main(["ask", "--small", "no/such/model", "--save", str(file), "hi"]) == 2
+    assert "is not a saved answer; choose another name" in capsys.readouterr().err
+    assert file.read_text() == "mine"
+
+
+def test_show_prints_the_answer(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["show", str(saved)]) == 0
+    out = capsys.readouterr().out.replace("\u00a0", " ")
+    assert "> is [key] a key?" in out
+    assert '  large  "a"' in out
+
+
+def test_show_writes_a_page_and_a_picture(saved: Path, tmp_path: Path) -> None:
+    page, picture = tmp_path / "a.html", tmp_path / "a.svg"
+    assert main(["show", str(saved), "--html", str(page), "--svg", str(picture)]) == 0
+    assert page.read_text().startswith("<!DOCTYPE html>")
+    assert picture.read_text().startswith("<svg")
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (page, picture)} == {0o600}
+
+
+@pytest.mark.parametrize("command", ["show", "replay"])
+def test_a_file_that_is_no_answer_is_one_error(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "x.json"
+    file.write_text("{}")
+    assert main([command, str(file)]) == 2
+    assert "x.json is not a saved answer" in capsys.readouterr().err
+    assert main([command, str(tmp_path / "none.json")]) == 2
+
+
+@pytest.fixture
+def plain(tiny: Path, tmp_path: Path) -> Path:
+    """Return the file of an answer to a question without a key."""
+    file = tmp_path / "answer.json"
+    with Loopback(honest(lambda request: Reply.of(legacy("a")), name="huge")) as server:
+        routed = ["--small", str(tiny), "--large", server.url, "--budget", "50%"]
+        assert main(["ask", *routed, "--max-tokens", "9", "--save", str(file), "hello"]) == 0
+    return file
+
+
+@pytest.mark.parametrize("mode", ["wait", "overlap", "hedge", "auto"])
+def test_a_replay_needs_no_server(
+    mode: str, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    again = tmp_path / "again.json"
+    assert main(["replay", str(plain), "--mode", mode, "--save", str(again)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.rstrip("\n") == printable(read(plain)["summary"]["text"])
+    assert "the answer is the recorded one" in captured.err
+    assert "not recorded" not in captured.err
+    assert [t["id"] for t in read(again)["tokens"]] == [t["id"] for t in read(plain)["tokens"]]
+    assert read(again)["summary"]["requests"] == 0
+
+
+def test_a_replay_names_the_positions_that_need_another_reply(
+    plain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = read(plain)["tokens"]
+    asked = [token["index"] for token in tokens if token["large"] or not token["checked"]]
+    capsys.readouterr()
+    assert main(["replay", str(plain), "--threshold", "-inf"]) == 0
+    err = capsys.readouterr().err
+    first = next(number for number in range(9) if number not in asked)
+    assert "needed a reply that was not recorded" in err
+    assert f"token: {first + 1}" in err
+    assert main(["replay", str(plain), "--threshold", "inf"]) == 0
+    assert "the answer differs from the recorded one from token" in capsys.readouterr().err
+
+
+def test_another_prompt_cannot_be_replayed(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = read(plain)
+    document["messages"][0]["content"] = "another"
+    plain.write_text(json.dumps(document))
+    assert main(["replay", str(plain)]) == 2
+    assert "so the replies do not fit" in capsys.readouterr().err
+
+
+def test_a_threshold_and_a_budget_exclude_each_other(
+    plain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["replay", str(plain), "--threshold", "1", "--budget", "3%"]) == 2
+    assert "--budget and --threshold exclude each other" in capsys.readouterr().err
+
+
+def test_a_chat_changes_its_models_and_keeps_what_both_chose(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_tiny_model(tmp_path / "other", seed=1, context=200)
+    file = tmp_path / "chat.json"
+    with (
+        Loopback(honest(lambda request: Reply.of(legacy("a")), name="huge")) as first,
+        Loopback(honest(lambda request: Reply.of(legacy("b")), name="vast")) as second,
+    ):
+        lines = ["one", f"/large {second.url}", "two", f"/small {other}", "/threshold", "three"]
+        commands = "\n".join([*lines, "/why", f"/save {file}"])
+        monkeypatch.setattr("sys.stdin", io.StringIO(commands))
+        routed = ["--small", str(tiny), "--large", first.url, "--threshold", "-1"]
+        assert main(["chat", *routed, "--max-tokens", "2"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.split() == ["aa", "bb", "bb"]
+    assert "threshold -1 nats" in captured.err
+    assert captured.err.count('large  "b"') == 2
+    answers = read(file)["answers"]
+    assert [item["models"]["large"] for item in answers] == ["huge", "vast", "vast"]
+    assert [item["models"]["small_spec"] for item in answers] == [str(tiny), str(tiny), str(other)]
+
+
+@pytest.mark.parametrize("command", ["/large ftp://x", "/small no/such/model"])
+def test_models_that_cannot_be_used_are_an_error(
+    command: str, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{command}\n"))
+    assert main(["chat", "--small", str(tiny), "--large", "http://127.0.0.1:9/v1"]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_offline_there_is_no_other_large_model(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("/large http://127.0.0.1:9/v1\n"))
+    assert main(["chat", "--small", str(tiny), "--offline"]) == 2
+    assert "error: with --offline there is no large model" in capsys.readouterr().err

@@ -1,0 +1,93 @@
+"""Saved answers as text, as a page and as a picture."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from mlxroute.answers.document import AnswerDocument
+from mlxroute.answers.record_json import to_json
+from mlxroute.errors import LargeRefused
+from mlxroute.view.answer_html import draw_page, read_token_view
+from mlxroute.view.answer_picture import draw_document
+from mlxroute.view.answer_text import answer_rows, escalation_rows
+from mlxroute.view.word_wrap import Row, print_rows
+from tests.support.documents import make_document
+from tests.support.fakes import ScriptedReply
+from tests.support.scripted import Terminal
+
+HOSTILE = b"</script><img src=x onerror=alert(1)>\x1b[2J\xe2\x80\xae"
+
+
+def lines(rows: list[Row]) -> list[str]:
+    return ["".join(segment.text for segment in row).replace("\u00a0", " ") for row in rows]
+
+
+@pytest.fixture
+def document() -> AnswerDocument:
+    replies: list[ScriptedReply] = [b"d", b" ", LargeRefused("the server is\x1b[2J down")]
+    return make_document(b"a cat sat on a mat.", replies, unsure=(2, 5, 10))
+
+
+def test_the_text_lists_what_both_models_chose(document: AnswerDocument) -> None:
+    text = lines(answer_rows(document, width=80))
+    assert text[0].startswith("tiny, asking scripted at threshold 1.0, by entropy (mode wait)")
+    assert "> hi?" in text
+    assert "a dat sat on a mat." in text
+    at = text.index("token 3, after a")
+    assert text[at + 1 : at + 4] == [
+        '  small  "c" 90%',
+        '  large  "d" 61%',
+        "  the large model's token replaced the small one's (score 2, threshold 1)",
+    ]
+    assert "  both chose the same (score 2, threshold 1)" in text
+    assert "  unchecked: the server is [2J down (score 2, threshold 1)" in text
+    assert text[-2].startswith("20 tokens, 2 escalated (10%), agreement 50%")
+
+
+@pytest.mark.parametrize("width", [80, 40, 10])
+def test_no_row_is_wider_than_the_terminal(document: AnswerDocument, width: int) -> None:
+    terminal = Terminal(width=width)
+    print_rows(terminal.console, answer_rows(document, width=width))
+    # `lines` fails on a control character.
+    assert max(map(len, terminal.lines())) <= width
+
+
+def test_an_answer_without_escalations_says_so() -> None:
+    text = lines(escalation_rows(make_document(unsure=()), width=80))
+    assert text == ["the large model was asked nowhere in this answer"]
+
+
+def test_the_page_loads_nothing_and_runs_its_own_script_alone(document: AnswerDocument) -> None:
+    page = draw_page(document)
+    assert not re.search(r"(?:src|href)=|@import|url\(|https?://(?!127\.0\.0\.1)", page)
+    script = page.split('<script type="module">')[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; script-src 'sha256-{digest}'" in page
+    assert script.startswith(read_token_view())
+
+
+def test_the_page_holds_the_document_without_the_replies(document: AnswerDocument) -> None:
+    data = draw_page(document).split('id="answer">')[1].split("</script>")[0]
+    assert json.loads(data) == {**to_json(document), "replies": []}
+
+
+def test_no_text_of_an_answer_ends_the_script() -> None:
+    document = make_document(HOSTILE, messages=[{"role": "user", "content": HOSTILE.decode()}])
+    page = draw_page(document)
+    assert page.count("</script>") == 2
+    assert "<img" not in page
+    assert "\x1b" not in page.split('id="answer">')[0]
+
+
+def test_the_picture_shows_replaced_tokens(document: AnswerDocument) -> None:
+    picture = draw_document(document)
+    text = "".join(ElementTree.fromstring(picture).itertext())
+    assert "token 3: the small model had c, the large one chose d" in text
+    assert "tiny wrote 18 of 20 tokens, scripted the other 2" in " ".join(text.split())
+    assert ElementTree.fromstring(draw_document(make_document(HOSTILE))) is not None
