@@ -13,14 +13,15 @@ from mlxroute.answers.document import AnswerDocument
 from mlxroute.answers.document_file import format_inline, read_document
 from mlxroute.answers.record_json import is_text
 from mlxroute.errors import UsageError
-from mlxroute.private_file import expand_path, read_private, write_private
+from mlxroute.private_file import expand_path, write_private
 from mlxroute.types import Message
+from mlxroute.untrusted_text import MalformedText, TextFile, parse_json
 
 _FORMAT = "mlxroute conversation"
 _VERSION = 1
 _KEYS = {"format", "version", "system", "messages"}
 _OPTIONAL_KEYS = {"answers"}
-_MAX_BYTES = 512 * 10**6
+_MAX_BYTES = 512 * 2**20
 
 
 @dataclass(slots=True)
@@ -92,11 +93,12 @@ class Conversation:
     def load(cls, path: Path) -> Conversation:
         """Read a conversation from a file; raise UsageError if it does not hold one."""
         path = expand_path(path)
-        data = read_private(path, limit_bytes=_MAX_BYTES)
+        text = TextFile(path, "the conversation", max_bytes=_MAX_BYTES).read()
         try:
-            document = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path} is not a saved conversation: not a JSON file") from error
+            # Lone surrogates are named below, with their message.
+            document = parse_json(text, strict=False)
+        except MalformedText as error:
+            raise UsageError(f"{path} is not a saved conversation: {error}") from error
         try:
             return _parse(document)
         except UsageError as error:

@@ -144,7 +144,12 @@ class Ledger(Closeable):
 def _open_private(path: Path) -> Any:
     """Open a file for unbuffered appending; a new file is readable by its owner only."""
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        # Without O_NONBLOCK, opening a pipe waits for its reader.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
+        handle = os.open(path, flags, 0o600)
+        os.set_blocking(handle, True)
+        if _ends_in_half_a_line(path):
+            os.write(handle, b"\n")
     except (OSError, ValueError) as exc:
         reason = (exc.strerror if isinstance(exc, OSError) else None) or "no such name"
         raise UsageError(
@@ -152,3 +157,12 @@ def _open_private(path: Path) -> Any:
             parameter="ledger",
         ) from exc
     return os.fdopen(handle, "ab", buffering=0)
+
+
+def _ends_in_half_a_line(path: Path) -> bool:
+    """Return whether an earlier run was stopped in the middle of an entry."""
+    if not path.is_file() or not path.stat().st_size or not os.access(path, os.R_OK):
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"

@@ -18,24 +18,6 @@ def expand_path(path: Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def read_private(path: Path, *, limit_bytes: int) -> bytes:
-    """Return the content of a regular file.
-
-    Raises UsageError if it cannot be read, is not a file, or is larger than `limit_bytes`.
-    """
-    try:
-        # Reading a pipe or a device might never end.
-        if path.exists() and not path.is_file():
-            raise UsageError(f"cannot load {path}: it is not a file")
-        with path.open("rb") as file:
-            data = file.read(limit_bytes + 1)
-    except OSError as error:
-        raise UsageError(f"cannot load {path}: {error.strerror}") from error
-    if len(data) > limit_bytes:
-        raise UsageError(f"cannot load {path}: it is larger than {limit_bytes // 10**6} MB")
-    return data
-
-
 def write_private(path: Path, data: bytes) -> None:
     """Replace a file in one step; a link is followed. Raises UsageError if that fails.
 

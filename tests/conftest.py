@@ -76,6 +76,7 @@ def _own_environment(
         if name in (*_OWN_VARIABLES, *_TERMINAL_VARIABLES) or name.startswith("MLXROUTE_"):
             monkeypatch.delenv(name)
     home = tmp_path_factory.mktemp("home")
+    (home / "config.toml").touch()
     monkeypatch.setenv("MLXROUTE_CONFIG", str(home / "config.toml"))
     monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
     (home / "cache").mkdir()

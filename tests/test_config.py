@@ -154,7 +154,7 @@ def test_the_error_for_a_bad_pattern_names_it_or_its_line(tmp_path: Path) -> Non
         read_never_send(Settings(never_send=("ok", "(x")))
     file = tmp_path / "private"
     file.write_text("fine\n\nhidden(\n")
-    with pytest.raises(ConfigError, match=r"line 3 of .*private is not a regular") as caught:
+    with pytest.raises(ConfigError, match=r"row 3 of .*private is not a regular") as caught:
         read_never_send(Settings(never_send_file=(str(file),)))
     assert "hidden" not in str(caught.value)
 

@@ -29,6 +29,8 @@ _BASE = {
     "statistics",
     "private_file",
     "_version",
+    "untrusted_text",
+    "user_folders",
 }
 # For each room, the rooms it may import besides itself and the base.
 _ROOMS: dict[str, set[str]] = {
@@ -39,6 +41,8 @@ _ROOMS: dict[str, set[str]] = {
     "sequences": set(),
     "statistics": set(),
     "private_file": set(),
+    "untrusted_text": set(),
+    "user_folders": set(),
     "_version": set(),
     "answers": {"engine", "routers"},
     "config": set(),

@@ -6,14 +6,15 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from mlxroute.answers.document import FORMAT, VERSION, AnswerDocument
 from mlxroute.answers.record_json import from_json, to_json
 from mlxroute.errors import UsageError
-from mlxroute.private_file import expand_path, read_private, write_private
+from mlxroute.private_file import expand_path, write_private
+from mlxroute.untrusted_text import MalformedText, TextFile, parse_json
 
-_MAX_BYTES = 256 * 10**6
+_MAX_BYTES = 256 * 2**20
 _REQUIRED_KEYS = {"role", "content"}
 
 
@@ -46,12 +47,12 @@ def _dump(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(", ", ":"))
 
 
-def parse_document(data: bytes) -> AnswerDocument:
+def parse_document(text: str) -> AnswerDocument:
     """Return the document of its JSON. Raises UsageError for anything else."""
     try:
-        value = json.loads(data, parse_constant=_reject_constant)
-    except (ValueError, RecursionError) as error:
-        raise UsageError("it is not JSON") from error
+        value = parse_json(text)
+    except MalformedText as error:
+        raise UsageError(str(error)) from error
     return read_document(value)
 
 
@@ -78,16 +79,12 @@ def read_document(value: Any) -> AnswerDocument:
     return document
 
 
-def _reject_constant(name: str) -> NoReturn:
-    raise ValueError(name)
-
-
 def load_document(path: Path) -> AnswerDocument:
     """Read a document from a file. Raises UsageError if it does not hold one."""
     path = expand_path(path)
-    data = read_private(path, limit_bytes=_MAX_BYTES)
+    text = TextFile(path, "the saved answer", max_bytes=_MAX_BYTES).read()
     try:
-        return parse_document(data)
+        return parse_document(text)
     except UsageError as error:
         raise UsageError(f"{path} is not a saved answer that this version reads: {error}") from None
 

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 from urllib.parse import urlsplit
 
 from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.connections import Auth, HttpSessionPool
+
+from mlxroute.recorded.row_file import append_records, read_records
 
 _TIMEOUT_S: Final = 600.0
 # Standard deviation of the logarithm of a jittered delay.
@@ -90,17 +92,13 @@ class DelayedServer:
         self._path = parts.path
         self._record = record
         self._lock = threading.Lock()
-        self._replies: dict[str, _RecordedReply] = {}
         # Keys of requests that were refused and not yet repeated.
         self._refused: set[str] = set()
         self.delay_s = 0.0
         self.token_s = 0.0
         self.delay: Callable[[random.Random], float] = constant
         self.forwarded = 0
-        if record.exists():
-            for line in record.read_text(encoding="utf-8").splitlines():
-                item = json.loads(line)
-                self._replies[item["key"]] = _RecordedReply(item["status"], item["body"].encode())
+        self._replies = dict(read_records(record, _reply_from_json))
         self._server = _Server(("127.0.0.1", 0), self)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
@@ -172,9 +170,12 @@ class DelayedServer:
             if response.ok:
                 self._replies[key] = reply
                 line = {"key": key, "status": reply.status, "body": reply.body.decode()}
-                with self._record.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                append_records(self._record, [line])
         return reply
+
+
+def _reply_from_json(item: Any) -> tuple[str, _RecordedReply]:
+    return str(item["key"]), _RecordedReply(int(item["status"]), item["body"].encode())
 
 
 def _further_tokens(body: bytes) -> int:

@@ -16,17 +16,17 @@ from typing import Any, Final
 from mlxroute.bench.significance import mcnemar_p, wilson_interval
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.engine import generate
-from mlxroute.engine.options import MAX_PREFETCH
 from mlxroute.engine.protocols import SmallProtocol
 from mlxroute.questions.grading import grade
 from mlxroute.questions.question_files import Question, question_messages
 from mlxroute.recorded.large_answers import PlaceholderSmall
 from mlxroute.recorded.replies import Replies
-from mlxroute.recorded.row_file import read_json_lines
+from mlxroute.recorded.row_file import append_records, read_records
 from mlxroute.routers import Budget, Router, make_router
 from mlxroute.serving.concurrent_answers import ConcurrentAnswers
 from mlxroute.small import SmallModel
 from mlxroute.types import Message, Mode, Progress, Source, no_progress
+from mlxroute.types.limits import MAX_PREFETCH
 
 BUDGETS: Final = (0.01, 0.03, 0.05, 0.07, 0.10, 0.15, 0.30)
 # Names of the upper bounds that `oracles` adds to a report.
@@ -76,9 +76,7 @@ class QualityResults:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._rows: dict[str, QualityRow] = {}
-        for item in read_json_lines(path):
-            self._rows[item["key"]] = _row_from_json(item["row"])
+        self._rows = dict(read_records(path, _keyed_row))
 
     def find(self, key: str) -> QualityRow | None:
         """Return the answer saved under a key; None if there is none."""
@@ -87,8 +85,7 @@ class QualityResults:
     def add(self, key: str, row: QualityRow) -> None:
         """Save an answer."""
         self._rows[key] = row
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, "row": _row_to_json(row)}) + "\n")
+        append_records(self._path, [{"key": key, "row": _row_to_json(row)}])
 
 
 def _row_to_json(row: QualityRow) -> dict[str, Any]:
@@ -107,6 +104,10 @@ def _row_to_json(row: QualityRow) -> dict[str, Any]:
         "seconds": row.seconds,
         "scores": row.scores,
     }
+
+
+def _keyed_row(item: Any) -> tuple[str, QualityRow]:
+    return str(item["key"]), _row_from_json(item["row"])
 
 
 def _row_from_json(item: Mapping[str, Any]) -> QualityRow:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from itertools import chain
@@ -17,7 +16,10 @@ from typing import Any, TypeVar
 
 from mlxroute.errors import CatalogError
 from mlxroute.types import Prices
+from mlxroute.types.limits import shown_value
+from mlxroute.untrusted_text import MalformedText, TextFile, parse_toml
 
+_MAX_FILE_BYTES = 128 * 1024
 Entry = TypeVar("Entry", "Model", "Pair", "IndexSource", "IndexPart", Prices)
 
 
@@ -189,12 +191,11 @@ def shipped_dir() -> Path:
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
+    source = TextFile(file, "the catalogue", max_bytes=_MAX_FILE_BYTES, error=CatalogError)
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise CatalogError(f"{file} is not valid TOML: {exc}") from exc
-    except OSError as exc:
-        raise CatalogError(f"{file} cannot be read: {exc.strerror}") from exc
+        return parse_toml(source.read())
+    except MalformedText as exc:
+        raise source.refuse(str(exc)) from exc
 
 
 def _parse_model(entry: Mapping[str, Any], *, where: str) -> Model:
@@ -242,6 +243,7 @@ _SIMPLE_TYPES: dict[str, tuple[type, ...]] = {
     "float": (float, int),
     "bool": (bool,),
 }
+_TYPE_WORDS = {"str": "a text", "int": "an integer", "float": "a number", "bool": "true or false"}
 
 
 def _build(kind: type[Entry], entry: Mapping[str, Any], *, where: str) -> Entry:
@@ -260,7 +262,8 @@ def _build(kind: type[Entry], entry: Mapping[str, Any], *, where: str) -> Entry:
         value = entry[key]
         # A bool is an int to isinstance.
         if types and (not isinstance(value, types) or isinstance(value, bool) != (bool in types)):
-            raise CatalogError(f"{where}: `{key}` must be {field.type}, not {value!r}")
+            words = _TYPE_WORDS[str(field.type)]
+            raise CatalogError(f"{where}: `{key}` must be {words}, not {shown_value(value)}")
     return kind(**entry)
 
 
@@ -280,7 +283,7 @@ def _tables(entry: Mapping[str, Any], key: str, *, where: str) -> Sequence[Mappi
 
 def _table(value: object, *, where: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise CatalogError(f"{where} must be a table, not {value!r}")
+        raise CatalogError(f"{where} must be a table, not {shown_value(value)}")
     return value
 
 

@@ -15,10 +15,12 @@ from typing import Any, Final, Self
 from mlxroute.catalog import shipped_dir
 from mlxroute.errors import CatalogError
 from mlxroute.statistics import interpolated_quantile
+from mlxroute.untrusted_text import TextFile, parse_json
 
 # A budget soon adapts to the scores it sees, so it may start from those of another model.
 _FALLBACK_MODEL: Final = "qwen2.5-coder-0.5b"
 _MIN_QUANTILES: Final = 2
+_MAX_FILE_BYTES: Final = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +80,15 @@ class ScoreRanks:
 
     @classmethod
     def _read(cls, path: Path) -> Self:
+        file = TextFile(path, "the score ranks", max_bytes=_MAX_FILE_BYTES, error=CatalogError)
         try:
-            table: Any = json.loads(path.read_text(encoding="utf-8"))
+            table: Any = parse_json(file.read())
             quantiles = {
                 str(router): tuple(float(score) for score in scores)
                 for router, scores in table["quantiles"].items()
             }
             ranks = cls(str(table["small"]), str(table["data"]), int(table["positions"]), quantiles)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as exc:
+        except (ValueError, OverflowError, TypeError, KeyError, AttributeError) as exc:
             raise CatalogError(
                 f"{path} is not a file of score ranks; delete it and run `mlxroute calibrate`"
             ) from exc

@@ -16,7 +16,6 @@ from mlxroute.cli.demo_tables import (
 )
 from mlxroute.cli.failure_notes import FailureNotes
 from mlxroute.engine import generate
-from mlxroute.engine.options import MAX_PREFETCH
 from mlxroute.questions.demo_question import DemoQuestion, find_conclusion
 from mlxroute.recorded.large_answers import PlaceholderSmall
 from mlxroute.routers import make_router
@@ -34,6 +33,7 @@ from mlxroute.types import (
     Token,
     ignore_failure,
 )
+from mlxroute.types.limits import MAX_PREFETCH
 from mlxroute.view import (
     DemoAnswer,
     LiveView,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
+from mlxroute.user_folders import expand_user
 
 RESULTS = Path("bench", "results")
 
@@ -15,12 +16,12 @@ def cache_dir_of(settings: Settings) -> Path:
     """Return the folder of the model weights."""
     from mlxroute.weights import default_cache_dir
 
-    return Path(settings.cache_dir).expanduser() if settings.cache_dir else default_cache_dir()
+    return expand_user(settings.cache_dir) if settings.cache_dir else default_cache_dir()
 
 
 def expand_optional(path: str | None) -> Path | None:
     """Return a path of the settings with `~` expanded, None if it is not set."""
-    return Path(path).expanduser() if path else None
+    return expand_user(path) if path else None
 
 
 def find_bench_file(folder: str, name: str) -> Path:

@@ -43,7 +43,7 @@ class RoutingRule:
         """The router for the next answer."""
         if self._has_large:
             return self._router
-        return make_router(DEFAULT_ROUTER, threshold=math.inf)
+        return make_router(self.name, threshold=math.inf)
 
     @property
     def name(self) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_OK
 from mlxroute.terminal_modes import TERMINAL
+from mlxroute.user_folders import state_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -141,9 +142,7 @@ def make_fitting_table(
 
 def history_path() -> Path:
     """Return the path of the file with the messages typed in chats."""
-    import platformdirs
-
-    return platformdirs.user_state_path("mlxroute") / "chat_history"
+    return state_folder() / "chat_history"
 
 
 def show_answer(

@@ -3,50 +3,66 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+import warnings
 
 from mlxroute.config.settings import Settings
-from mlxroute.errors import ConfigError
+from mlxroute.errors import ConfigError, MlxRouteError
+from mlxroute.untrusted_text import TextFile
+from mlxroute.user_folders import expand_user
+
+_MAX_FILE_BYTES = 2**20
 
 
 def read_never_send(settings: Settings) -> tuple[re.Pattern[str], ...]:
-    """Return the compiled patterns of the settings, then those of their files, in order.
+    r"""Return the compiled patterns of the settings, then those of their files, in order.
 
-    A file has one pattern per line; blank lines and lines that begin with `#` are ignored. Raises
-    ConfigError with the pattern, or with the file and line of one that is read from a file.
+    A file has one pattern per row, which ends at `\n`; blank rows and rows that begin with `#` are
+    ignored. Raises ConfigError with the pattern, or with the file and row of one that is read from
+    a file.
     """
     patterns = [
-        _compile(text, where=f"never_send {text!r}", parameter="never_send")
+        compile_pattern(text, where=f"never_send {text!r}", parameter="never_send")
         for text in settings.never_send
     ]
     for name in settings.never_send_file:
-        patterns += _read_file(Path(name).expanduser())
+        file = TextFile(
+            expand_user(name),
+            "the never-send file",
+            max_bytes=_MAX_FILE_BYTES,
+            error=ConfigError,
+        )
+        patterns += _read_file(file)
     return tuple(patterns)
 
 
-def _read_file(path: Path) -> list[re.Pattern[str]]:
-    try:
-        # With a byte order mark in it, the first pattern would never match.
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as exc:
-        reason = (exc.strerror if isinstance(exc, OSError) else None) or "it is not UTF-8 text"
-        raise ConfigError(f"the never-send file {path} cannot be read: {reason}") from exc
-    return [
-        # The error names the line only: the file's contents may be private.
-        _compile(
-            line.strip(),
-            where=f"line {number} of the never-send file {path}",
-            parameter="never_send_file",
-        )
-        for number, line in enumerate(lines, start=1)
-        if line.strip() and not line.lstrip().startswith("#")
-    ]
+def compile_pattern(
+    text: str,
+    *,
+    where: str,
+    error: type[MlxRouteError] = ConfigError,
+    parameter: str | None = None,
+) -> re.Pattern[str]:
+    """Return a compiled pattern.
 
-
-def _compile(text: str, *, where: str, parameter: str) -> re.Pattern[str]:
+    Raises `error`, with `where` in its text, for one that is no regular expression.
+    """
     try:
-        return re.compile(text)
+        with warnings.catch_warnings():
+            # Python warns of set operations that it may understand one day.
+            warnings.simplefilter("ignore")
+            return re.compile(text)
     except (re.error, RecursionError, OverflowError) as exc:
-        raise ConfigError(
-            f"{where} is not a regular expression: {exc}", parameter=parameter
-        ) from exc
+        raise error(f"{where} is not a regular expression: {exc}", parameter=parameter) from exc
+
+
+def _read_file(file: TextFile) -> list[re.Pattern[str]]:
+    patterns = []
+    for number, row in file.rows():
+        text = row.strip()
+        if "\r" in text:
+            raise file.refuse("its lines end with a carriage return alone; save it with \\n")
+        if text and not text.startswith("#"):
+            # The error names the row only: the file's contents may be private.
+            where = f"row {number} of the never-send file {file.path}"
+            patterns.append(compile_pattern(text, where=where))
+    return patterns

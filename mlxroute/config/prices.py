@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from mlxroute.config.settings import Settings
 from mlxroute.errors import ConfigError
 from mlxroute.types import Prices
+from mlxroute.types.limits import LIMITS, shown_value
 
 
 def read_prices(settings: Settings) -> Prices | None:
@@ -15,10 +14,11 @@ def read_prices(settings: Settings) -> Prices | None:
     Cached input costs as much as other input unless it has a price of its own. Raises ConfigError
     for a price that is negative or not finite, and for one without its counterpart.
     """
-    prices = (settings.price_input, settings.price_cached_input, settings.price_output)
-    if any(price is not None and not 0 <= price < math.inf for price in prices):
-        raise ConfigError("a price must be a finite number of at least 0, per million tokens")
-    match prices:
+    for name in ("price_input", "price_cached_input", "price_output"):
+        price = getattr(settings, name)
+        if price is not None and not LIMITS[name].accepts(price):
+            raise ConfigError(f"{name} must be {LIMITS[name].words}, not {shown_value(price)}")
+    match (settings.price_input, settings.price_cached_input, settings.price_output):
         case (None, None, None):
             return None
         case (float(uncached), cached, float(output)):

@@ -10,7 +10,11 @@ from pathlib import Path
 
 from mlxroute.config.settings import DEFAULT_KEY_ENV, Settings
 from mlxroute.errors import ConfigError
+from mlxroute.untrusted_text import TextFile
+from mlxroute.user_folders import expand_user
 
+_MAX_FILE_BYTES = 64 * 1024
+_NO_KEY = "holds no key: it has a line break or other characters that no key has"
 _VARIABLE_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
 
 
@@ -32,17 +36,23 @@ def read_key(settings: Settings, environ: Mapping[str, str]) -> Secret | None:
     """Return the server's key, None if there is none.
 
     A variable named by `key_env` comes first, then the key file, then OPENAI_API_KEY, which may be
-    set for another program. Raises ConfigError if the named
-    variable is not set, or the key file cannot be read or is readable by other users.
+    set for another program. Raises ConfigError if the named variable is not set, the key file
+    cannot be read, is empty or is readable by other users, or what is there cannot be a key.
     """
     is_variable_chosen = settings.key_env != DEFAULT_KEY_ENV
     if not is_variable_chosen and settings.key_file is not None:
-        value = _read_key_file(Path(settings.key_file).expanduser())
-    else:
-        value = environ.get(settings.key_env, "").strip()
-        if is_variable_chosen and not value:
-            raise ConfigError(_missing_variable(settings.key_env), parameter="key_env")
+        return _read_key_file(expand_user(settings.key_file))
+    value = environ.get(settings.key_env, "").strip()
+    if is_variable_chosen and not value:
+        raise ConfigError(_missing_variable(settings.key_env), parameter="key_env")
+    if not _is_key(value):
+        raise ConfigError(f"the environment variable {settings.key_env} {_NO_KEY}")
     return Secret(value) if value else None
+
+
+def _is_key(text: str) -> bool:
+    """Return whether a text can be sent in a header."""
+    return text.isascii() and text.isprintable()
 
 
 def _missing_variable(name: str) -> str:
@@ -52,12 +62,13 @@ def _missing_variable(name: str) -> str:
     return "the environment variable that should hold the key is not set"
 
 
-def _read_key_file(path: Path) -> str:
-    try:
-        mode = path.stat().st_mode
-        value = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"the key file {path} cannot be read: {exc}") from exc
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+def _read_key_file(path: Path) -> Secret:
+    file = TextFile(path, "the key file", max_bytes=_MAX_FILE_BYTES, error=ConfigError)
+    value = file.read().strip()
+    if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise ConfigError(f"other users can open the key file {path}; run `chmod 600 {path}`")
-    return value
+    if not value:
+        raise ConfigError(f"the key file {path} is empty; write the key into it")
+    if not _is_key(value):
+        raise ConfigError(f"the key file {path} {_NO_KEY}")
+    return Secret(value)

@@ -197,7 +197,7 @@ class Settings:
     max_tokens: int = _setting(512, "Longest answer, in tokens.", metavar="N", commands=_ANSWERS)
     temperature: float = _setting(
         0.0,
-        "Sampling temperature of the small model; 0 is greedy.",
+        "Sampling temperature of the small model; below 0.001 it is greedy.",
         metavar="T",
         commands=_ANSWERS,
     )

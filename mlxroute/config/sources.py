@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import tomllib
+import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mlxroute.config.never_send_patterns import compile_pattern
+from mlxroute.config.paths import CONFIG_VARIABLE
 from mlxroute.config.settings import (
     Setting,
     Settings,
@@ -16,31 +18,55 @@ from mlxroute.config.settings import (
     parse_share,
     replace_escapes,
 )
-from mlxroute.errors import ConfigError
+from mlxroute.errors import ConfigError, MlxRouteError, UsageError
+from mlxroute.types.limits import LIMITS, shown_value
+from mlxroute.untrusted_text import MalformedText, TextFile, parse_toml
 
 # A pattern in the config file must stay in force when a flag adds another one.
 _ADDITIVE = ("never_send", "never_send_file")
 # A threshold replaces the budget of an earlier source, and a budget the threshold.
 _EXCLUSIVE = ("threshold", "budget")
 _BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
-_TOML_TYPES: dict[type, tuple[type, ...]] = {
-    bool: (bool,),
-    int: (int,),
-    float: (float, int),
-    str: (str,),
-    tuple: (list, str),
+_MAX_CONFIG_BYTES = 64 * 1024
+_TYPE_WORDS = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    tuple: "a text or a list of texts",
 }
 
 
-def load_settings(flags: Mapping[str, Any], *, environ: Mapping[str, str], path: Path) -> Settings:
-    """Merge the config file at `path` (if it exists), the environment and flags, in this order.
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """The place that a value comes from, as errors name it.
 
-    A flag of None is not set. Later sources override earlier ones, except that never-send patterns
-    add up. Raises ConfigError with the file or variable and the key.
+    Args:
+        subject: The value in words, as in `the environment variable MLXROUTE_SEED`.
+        error: Class of the errors. ConfigError by default.
+        parameter: Name of the setting if a flag set it; None by default.
     """
-    flags_set = {name: value for name, value in flags.items() if value is not None}
+
+    subject: str
+    error: type[MlxRouteError] = ConfigError
+    parameter: str | None = None
+
+    def refuse(self, expected: str, value: object) -> MlxRouteError:
+        """Return the error for a value that is not what was expected."""
+        text = f"{self.subject} must be {expected}, not {shown_value(value)}"
+        return self.error(text, parameter=self.parameter)
+
+
+def load_settings(flags: Mapping[str, Any], *, environ: Mapping[str, str], path: Path) -> Settings:
+    """Merge the config file at `path`, the environment and flags, in this order.
+
+    A file that does not exist is no error unless `MLXROUTE_CONFIG` names it. A flag of None is not
+    set. Later sources override earlier ones, except that never-send patterns add up. Raises
+    ConfigError with the file or variable and the key, and UsageError for a flag.
+    """
     settings = Settings()
-    for values in (_read_file(path), _read_environment(environ), flags_set):
+    file_values = _read_file(path, is_required=bool(environ.get(CONFIG_VARIABLE)))
+    for values in (file_values, _read_environment(environ), _check_flags(flags)):
         sums = {
             name: getattr(settings, name) + values[name] for name in _ADDITIVE if name in values
         }
@@ -52,18 +78,32 @@ def load_settings(flags: Mapping[str, Any], *, environ: Mapping[str, str], path:
     return settings
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def _read_file(path: Path, *, is_required: bool) -> dict[str, Any]:
+    if not is_required and _is_missing(path):
         return {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
-        raise ConfigError(f"the config file {path} cannot be read: {exc}") from exc
-    where = f"config file {path}"
-    return {
-        key: _check_value(_find_setting(key, where=where), value, where=where)
-        for key, value in table.items()
-    }
+    file = TextFile(path, "the config file", max_bytes=_MAX_CONFIG_BYTES, error=ConfigError)
+    try:
+        table = parse_toml(file.read())
+    except MalformedText as exc:
+        raise file.refuse(str(exc)) from exc
+    where = f"the config file {path}"
+    values = {}
+    for key, value in table.items():
+        setting = _find_setting(key, where=where)
+        origin = _Origin(f"{key} in {where}")
+        values[key] = _check_value(setting, _typed_value(setting, value, origin), origin)
+    return values
+
+
+def _is_missing(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except (OSError, ValueError):
+        # Reading it gives the reason.
+        return False
+    return False
 
 
 def _find_setting(key: str, *, where: str) -> Setting:
@@ -72,24 +112,24 @@ def _find_setting(key: str, *, where: str) -> Setting:
         return known[key]
     near = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-    raise ConfigError(f"unknown key {key!r} in {where}; {hint}")
+    raise ConfigError(f"unknown key {shown_value(key)} in {where}; {hint}")
 
 
-def _check_value(setting: Setting, value: Any, *, where: str) -> Any:
+def _typed_value(setting: Setting, value: Any, origin: _Origin) -> Any:
     """Return a TOML value in the setting's type."""
     if setting.is_share and isinstance(value, str):
-        return parse_share(value)
-    types = _TOML_TYPES[setting.kind]
-    # To Python True is an int, to a user it is not a number.
-    fits = bool in types if isinstance(value, bool) else isinstance(value, types)
-    if not fits:
-        expected = " or ".join(kind.__name__ for kind in types)
-        raise ConfigError(
-            f"{setting.name} in {where} must be {expected}, not {type(value).__name__}"
-        )
+        return _share(value, origin)
     if setting.kind is tuple:
-        return (value,) if isinstance(value, str) else tuple(str(item) for item in value)
-    return float(value) if setting.kind is float else value
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            raise origin.refuse(_TYPE_WORDS[tuple], value)
+        return tuple(items)
+    kinds = (int, float) if setting.kind is float else (setting.kind,)
+    # To Python True is an int, to a user it is not a number.
+    is_fitting = isinstance(value, kinds) and isinstance(value, bool) == (setting.kind is bool)
+    if not is_fitting:
+        raise origin.refuse(_TYPE_WORDS[setting.kind], value)
+    return _float(value) if setting.kind is float else value
 
 
 def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -98,21 +138,59 @@ def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         variable = next((name for name in setting.variables if name in environ), None)
         # An empty variable counts as not set.
         if variable is not None and environ[variable]:
-            values[setting.name] = _parse_variable(setting, variable, environ[variable])
+            # Bytes that are not UTF-8 are lone surrogates here, which nothing can encode.
+            text = environ[variable].encode(errors="surrogateescape").decode(errors="replace")
+            origin = _Origin(f"the environment variable {variable}")
+            values[setting.name] = _check_value(
+                setting, _parse_variable(setting, text, origin), origin
+            )
     return values
 
 
-def _parse_variable(setting: Setting, variable: str, text: str) -> Any:
+def _parse_variable(setting: Setting, text: str, origin: _Origin) -> Any:
     if setting.is_share:
-        return parse_share(text)
-    where = f"the environment variable {variable}"
-    if setting.kind is bool:
-        if text.lower() not in _BOOLEANS:
-            raise ConfigError(f"{where} must be true or false, not {text!r}")
-        return _BOOLEANS[text.lower()]
+        return _share(text, origin)
     if setting.kind is tuple:
         return (replace_escapes(text) if setting.has_escapes else text,)
     try:
-        return setting.kind(text)
-    except ValueError as exc:
-        raise ConfigError(f"{where} must be a number, not {text!r}") from exc
+        return _BOOLEANS[text.lower()] if setting.kind is bool else setting.kind(text)
+    except (KeyError, ValueError) as exc:
+        raise origin.refuse(_TYPE_WORDS[setting.kind], text) from exc
+
+
+def _check_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    known = declared_settings()
+    return {
+        name: _check_value(known[name], value, _Origin(name, UsageError, parameter=name))
+        for name, value in flags.items()
+        if value is not None
+    }
+
+
+def _check_value(setting: Setting, value: Any, origin: _Origin) -> Any:
+    """Return a value of the setting's type; raise the error of its origin for one out of range."""
+    limits = LIMITS.get(setting.name)
+    if limits is not None and not limits.accepts(value):
+        raise origin.refuse(limits.words, value)
+    if setting.choices is not None and value not in list(setting.choices):
+        raise origin.refuse(f"one of {', '.join(setting.choices)}", value)
+    if setting.name == "never_send":
+        for pattern in value:
+            separator = ": " if origin.parameter is None else " "
+            where = f"{origin.subject}{separator}{shown_value(pattern)}"
+            compile_pattern(pattern, where=where, error=origin.error, parameter=origin.parameter)
+    return value
+
+
+def _share(text: str, origin: _Origin) -> float:
+    try:
+        return parse_share(text)
+    except ConfigError as exc:
+        raise origin.refuse(LIMITS["budget"].words, text) from exc
+
+
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf

@@ -103,7 +103,7 @@ class Answer:
         self._governor, self._calls = context.governor, context.calls
         self._decider, self._commits = context.decider, context.commits
         # A batch would draw other random numbers than a single row.
-        self._ahead = AheadLoop(self._context, branching=options.sampling.temperature == 0)
+        self._ahead = AheadLoop(self._context, branching=options.sampling.is_greedy)
         self._reused = 0
         self._advice: str | None = None
         self._started = False
@@ -295,7 +295,8 @@ def generate(  # noqa: PLR0913 - the options of the command line, by the same na
         router: Scores each position, and decides by a threshold or a budget.
         max_tokens: Greatest length of the answer, in tokens; 512 by default.
         stop: Texts before which the answer ends; none by default.
-        temperature: Temperature of the small model's own tokens; 0, the default, is greedy.
+        temperature: Temperature of the small model's own tokens; below 0.001 they are greedy. 0 by
+            default.
         top_p: Nucleus sampling of the small model's own tokens, above 0 and at most 1, the default.
         seed: Makes sampling repeatable; None, the default, does not.
         timeout_s: Time limit in seconds of each call, and of all waiting for failed calls in the

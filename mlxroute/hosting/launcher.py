@@ -27,6 +27,7 @@ from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import Transport
 from mlxroute.types import Progress, no_progress
+from mlxroute.user_folders import check_temporary_folder
 
 _POLL_S: Final = 0.1
 _STOP_GRACE_S: Final = 5.0
@@ -70,10 +71,12 @@ class LocalServer(Closeable):
             port: Port to listen on. None (default) for a free one.
 
         Raises:
+            ConfigError: There is no folder for temporary files.
             NotEnoughSpace: The model does not fit in free memory.
             WeightsError: The model's files cannot be read.
             LaunchError: The port or the log file cannot be used, or llama.cpp is missing.
         """
+        check_temporary_folder()
         check_memory(model_path, role="large")
         server = choose_server(model_path)
         with _reserve(port) as bound:

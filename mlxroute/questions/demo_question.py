@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlxroute.errors import UsageError
+from mlxroute.untrusted_text import TextFile, parse_json
 
 _CONCLUSION = re.compile(r"answer\s+is\b", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?](?=\s)|\n")
 _WORD = re.compile(r"\w+")
+_MAX_FILE_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,10 @@ class DemoQuestion:
 
 def read_demo_question(path: Path) -> DemoQuestion:
     """Return the question of a JSON file. Raises UsageError, naming the file, for a wrong one."""
+    file = TextFile(path, "the question file", max_bytes=_MAX_FILE_BYTES)
+    text = file.read()
     try:
-        row = json.loads(path.read_text(encoding="utf-8"))
+        row = parse_json(text)
         return DemoQuestion(
             prompt=f"{row['question']} {row['instruction']}",
             answers=tuple(row["answers"]),
@@ -61,7 +64,7 @@ def read_demo_question(path: Path) -> DemoQuestion:
             small_right=row["small_right"],
             spoiled=row["spoiled"],
         )
-    except (OSError, ValueError, KeyError, TypeError) as exc:
+    except (ValueError, KeyError, TypeError) as exc:
         raise UsageError(f"{path} is not a question for the demo: {exc}") from exc
 
 

@@ -1,4 +1,4 @@
-"""Question files: JSON Lines, one question per line.
+r"""Question files: JSON Lines, one question per row, which ends at `\n`.
 
 A row has one of three forms:
 - `prompt`, and optionally `answer` or `answerKey`;
@@ -10,7 +10,7 @@ A row has one of three forms:
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import random
 import re
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ from typing import Any
 from mlxroute.errors import UsageError
 from mlxroute.questions.answer_patterns import BOXED, is_number
 from mlxroute.types import Message
+from mlxroute.untrusted_text import MalformedText, TextFile, parse_json
 
 # An instruction, because small models copy a template (`[Explanation]. ...`) literally.
 _CHOICE_INSTRUCTION = (
@@ -30,6 +31,7 @@ _CHOICE_INSTRUCTION = (
 _NUMBER_INSTRUCTION = "Solve the problem step by step and give the final answer as \\boxed{number}."
 # GSM8K's worked answers carry calculator marks such as <<2*3=6>>, which no model writes.
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
+_MAX_FILE_BYTES = 256 * 2**20
 
 
 class AnswerKind(StrEnum):
@@ -73,16 +75,11 @@ def read_questions(path: Path) -> list[Question]:
 
     Raises UsageError, naming the file and the row, if one cannot be used or the file has none.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as exc:
-        raise UsageError(f"the question file {path} cannot be read: {exc.strerror}") from exc
-    except UnicodeDecodeError as exc:
-        raise UsageError(f"the question file {path} is not UTF-8 text") from exc
+    file = TextFile(path, "the question file", max_bytes=_MAX_FILE_BYTES)
     questions = [
-        _parse_row(line, where=f"{path}, row {number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
+        _parse_row(text, where=f"{path}, row {number}")
+        for number, text in file.rows()
+        if text.strip()
     ]
     if not questions:
         raise UsageError(f"the question file {path} has no questions")
@@ -131,12 +128,12 @@ def question_messages(question: Question, examples: Sequence[Question] = ()) -> 
 
 def _parse_row(line: str, *, where: str) -> Question:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as exc:
-        raise UsageError(f"{where}: not valid JSON ({exc.msg} at column {exc.colno})") from exc
+        row = parse_json(line)
+    except MalformedText as exc:
+        raise UsageError(f"{where}: {exc}") from exc
     if not isinstance(row, dict):
         raise UsageError(f'{where}: a row must be a JSON object, such as {{"prompt": "..."}}')
-    name, worked_answer = str(row.get("id", where)), None
+    name, worked_answer = _optional_text(row, "id", where) or where, None
     if "cot" in row:
         worked_answer = _CALCULATOR_MARK.sub("", _required_text(row, "cot", where))
     if "choices" in row:
@@ -189,6 +186,8 @@ def _optional_text(row: dict[str, Any], key: str, where: str) -> str | None:
     """Return a text or number of the row as text; None if the key is absent or null."""
     value = row.get(key)
     if isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise UsageError(f"{where}: `{key}` must be a finite number")
         return str(value)
     return None if value is None else _required_text(row, key, where)
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from mlxroute.engine import generate
-from mlxroute.engine.options import MAX_PREFETCH
 from mlxroute.engine.protocols import SmallProtocol
 from mlxroute.recorded.forward_only import ForwardOnlySmall
 from mlxroute.recorded.replies import Replies
 from mlxroute.routers import make_router
 from mlxroute.types import Message, Mode, Progress, Sampling, Signals, Vocabulary
+from mlxroute.types.limits import MAX_PREFETCH
 
 _TIMEOUT_S: Final = 600.0
 # No value of these is used, because every position is escalated.

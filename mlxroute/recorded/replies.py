@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from array import array
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from typing import Any, Final
 from mlxroute.closeable import Closeable
 from mlxroute.engine.protocols import NamedLargeProtocol, PendingCallProtocol
 from mlxroute.errors import LargeError
-from mlxroute.recorded.row_file import read_json_lines
+from mlxroute.recorded.row_file import append_records, read_records
 from mlxroute.types import LargeContext, LargeToken, Uploads
 
 _POLL_S: Final = 0.1
@@ -37,10 +36,8 @@ class Replies(Closeable):
         self._path = path
         self._lock = threading.Lock()
         self._call_slots = threading.Semaphore(at_once)
-        self._tokens: dict[str, LargeToken] = {}
         self._closed = False
-        for item in read_json_lines(path):
-            self._tokens[item["key"]] = _token_from_json(item)
+        self._tokens = dict(read_records(path, _keyed_token))
 
     @property
     def model_name(self) -> str:
@@ -90,14 +87,15 @@ class Replies(Closeable):
 
     def record(self, token_ids: Sequence[int], tokens: Sequence[LargeToken]) -> None:
         """Record the tokens that follow these ids, in memory and on disk."""
-        ids = list(token_ids)
-        with self._lock, self._path.open("a", encoding="utf-8") as file:
+        ids, items = list(token_ids), []
+        with self._lock:
             for token in tokens:
                 key = _key(ids)
                 if key not in self._tokens:
                     self._tokens[key] = token
-                    file.write(json.dumps({"key": key, **_token_to_json(token)}) + "\n")
+                    items.append({"key": key, **_token_to_json(token)})
                 ids += token.token_ids
+            append_records(self._path, items)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -238,6 +236,10 @@ def _token_to_json(token: LargeToken) -> dict[str, Any]:
         # Any byte is one character of Latin-1.
         item["top_bytes"] = [(data.decode("latin-1"), logprob) for data, logprob in token.top_bytes]
     return item
+
+
+def _keyed_token(item: Any) -> tuple[str, LargeToken]:
+    return str(item["key"]), _token_from_json(item)
 
 
 def _token_from_json(item: dict[str, Any]) -> LargeToken:

@@ -3,21 +3,74 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Final, TypeVar
+
+from mlxroute.errors import UsageError
+from mlxroute.untrusted_text import MalformedText, TextFile, parse_json
+
+_MAX_FILE_BYTES: Final = 4 * 2**30
+_CHUNK_BYTES: Final = 2**16
+_T = TypeVar("_T")
 
 
-def read_json_lines(path: Path) -> Iterator[Any]:
-    """Yield the value of each line; nothing if the file does not exist.
+def read_records(path: Path, parse: Callable[[Any], _T]) -> Iterator[_T]:
+    r"""Yield `parse` of the value of each row; nothing if the file does not exist.
 
-    An incomplete last line, left by an interrupted run, is removed from the file.
+    Rows end at `\n`. An incomplete last row, left by an interrupted run, is removed from the file.
+    Raises UsageError, with the row, for one that is no JSON or that `parse` cannot read.
     """
     if not path.exists():
         return
-    text = path.read_text(encoding="utf-8")
-    complete = text[: text.rfind("\n") + 1]
-    if complete != text:
-        path.write_text(complete, encoding="utf-8")
-    for line in complete.splitlines():
-        yield json.loads(line)
+    file = TextFile(path, "the file of records", max_bytes=_MAX_FILE_BYTES)
+    _remove_incomplete_row(path)
+    for number, text in file.rows():
+        try:
+            record = parse(parse_json(text, strict=False))
+        except (MalformedText, KeyError, TypeError, ValueError, AttributeError) as exc:
+            reason = str(exc) if isinstance(exc, MalformedText) else "it is no such record"
+            raise file.refuse(f"{reason}; delete the row or the file", row=number) from exc
+        yield record
+
+
+def append_records(path: Path, items: Sequence[Any]) -> None:
+    """Append a row for each item. Raises UsageError if the file cannot be written."""
+    data = b"".join(json.dumps(item).encode() + b"\n" for item in items)
+    try:
+        # In one write, so that rows of several processes do not mix.
+        with path.open("ab", buffering=0) as file:
+            while data:
+                data = data[file.write(data) :]
+    except OSError as exc:
+        raise _unwritable(path, exc) from exc
+
+
+def _remove_incomplete_row(path: Path) -> None:
+    if not path.is_file() or path.stat().st_size == 0:
+        return
+    try:
+        with path.open("rb") as file:
+            size = _complete_size(file)
+        if size < path.stat().st_size:
+            os.truncate(path, size)
+    except OSError as exc:
+        raise _unwritable(path, exc) from exc
+
+
+def _complete_size(file: BinaryIO) -> int:
+    r"""Return the size of a file up to its last `\n`."""
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - _CHUNK_BYTES)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
+def _unwritable(path: Path, exc: OSError) -> UsageError:
+    return UsageError(f"the file of records {path} cannot be written: {exc.strerror}")

@@ -171,7 +171,7 @@ class Row:
             self._on_progress(done, len(prompt_ids))
 
         # Answers must not share MLX's own random state.
-        if sampling.temperature > 0 and sampling.seed is None:
+        if not sampling.is_greedy and sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(63))
         reused = cast(int, self._request(Prefill(prompt_ids, sampling, report)))
         # The last token is a decode step like the later ones, so that a batch may take it.

@@ -106,7 +106,7 @@ class Decoder:
     def begin(self, prompt_ids: Sequence[int], sampling: Sampling) -> int:
         """Start a sequence; return how many of its leading ids the cache holds."""
         self._discard_queued()
-        self.sampler = RowSampler(sampling) if sampling.temperature > 0 else None
+        self.sampler = None if sampling.is_greedy else RowSampler(sampling)
         return self.cache.keep_common_prefix(prompt_ids)
 
     def prefill(self, token_ids: Sequence[int]) -> None:

@@ -24,6 +24,7 @@ from mlxroute.types import (
     no_notice,
     no_progress,
 )
+from mlxroute.user_folders import check_temporary_folder
 from mlxroute.weights import default_cache_dir, resolve
 
 if TYPE_CHECKING:
@@ -129,11 +130,13 @@ class SmallModel:
             notify: Receives lines for the user, such as the BLAS in use. Default: ignored.
 
         Raises:
+            ConfigError: There is no home folder, or no folder for temporary files.
             CatalogError: The name is unknown, or a catalogue file cannot be used.
             WeightsError: The weights cannot be fetched, verified, converted or loaded.
             NotEnoughSpace: The model needs more disk space or memory than is free.
             UsageError: The adapter or the kernel cannot be used.
         """
+        check_temporary_folder()
         cache_dir = cache_dir or default_cache_dir()
         local = resolve(
             str(spec),

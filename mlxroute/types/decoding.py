@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntFlag, StrEnum
-from typing import Protocol
+from typing import Final, Protocol
+
+GREEDY_BELOW: Final = 0.001
+"""The temperature below which sampling is greedy."""
 
 
 class Source(StrEnum):
@@ -92,7 +95,8 @@ class Sampling:
     """How the small model chooses its own token.
 
     Args:
-        temperature: 0, the default, is greedy.
+        temperature: Below 0.001 sampling is greedy: logprobs divided by less exceed the range of
+            float16. 0 by default.
         top_p: Nucleus sampling; 1, the default, keeps all tokens.
         seed: Makes sampling repeatable; None, the default, does not.
     """
@@ -100,6 +104,11 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature < GREEDY_BELOW
 
 
 @dataclass(frozen=True, slots=True)

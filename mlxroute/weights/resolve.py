@@ -16,11 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
-
 from mlxroute.catalog import Catalog, Model
 from mlxroute.errors import CorruptWeights, SourceUnreachable, WeightsError
 from mlxroute.types import Notify, Progress
+from mlxroute.user_folders import cache_folder
 from mlxroute.weights.request import LocalModel, Request, StagedModel, fetch_and_store, find_cached
 from mlxroute.weights.store import Store, disk_errors, require_space
 
@@ -46,7 +45,7 @@ class CachedModel:
 
 def default_cache_dir() -> Path:
     """Return the platform's cache folder for mlxroute."""
-    return Path(platformdirs.user_cache_dir("mlxroute", appauthor=False))
+    return cache_folder()
 
 
 def resolve(
