@@ -29,6 +29,7 @@ _MAX_DEPTH: Final = 100
 _MAX_KEY_PARTS: Final = 1000
 # A pipe that nobody writes to never ends.
 _PIPE_LIMIT_S: Final = 10.0
+_MAX_PIPE_BYTES: Final = 64 * 2**20
 _BYTE_ORDER_MARK: Final = "\ufeff"
 _OTHER_ENCODINGS: Final = ((b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
 
@@ -60,7 +61,7 @@ class TextFile:
         with self._open() as stream, self._read_errors():
             data = stream.read(self.max_bytes + 1)
         if len(data) > self.max_bytes:
-            raise self._too_large()
+            raise self._too_large(self.max_bytes)
         return self._decode(data)
 
     def rows(self) -> Iterator[tuple[int, str]]:
@@ -73,7 +74,7 @@ class TextFile:
             while data := self._read_row(stream, number + 1):
                 number, size = number + 1, size + len(data)
                 if size > self.max_bytes:
-                    raise self._too_large()
+                    raise self._too_large(self.max_bytes)
                 yield number, self._decode(data.removesuffix(b"\n"), row=number).removesuffix("\r")
 
     def refuse(self, reason: str, *, row: int | None = None) -> MlxRouteError:
@@ -92,7 +93,7 @@ class TextFile:
             status = os.fstat(handle)
             if stat.S_ISREG(status.st_mode):
                 if status.st_size > self.max_bytes:
-                    raise self._too_large()
+                    raise self._too_large(self.max_bytes)
                 return os.fdopen(os.dup(handle), "rb")
             with self._read_errors():
                 return io.BytesIO(self._read_pipe(handle))
@@ -100,12 +101,13 @@ class TextFile:
             os.close(handle)
 
     def _read_pipe(self, handle: int) -> bytes:
-        """Return what a pipe or device holds, as it is written; one byte too many is enough."""
+        """Return what a pipe or device holds, as it is written."""
         parts: list[bytes] = []
-        size, ends_s = 0, time.monotonic() + _PIPE_LIMIT_S
+        size, limit = 0, min(self.max_bytes, _MAX_PIPE_BYTES)
+        ends_s = time.monotonic() + _PIPE_LIMIT_S
         poll = select.poll()
         poll.register(handle, select.POLLIN)
-        while size <= self.max_bytes:
+        while size <= limit:
             if not poll.poll(1000 * max(0.0, ends_s - time.monotonic())):
                 raise self.refuse(f"its end did not come within {_PIPE_LIMIT_S:g} seconds")
             part = os.read(handle, _CHUNK_BYTES)
@@ -113,6 +115,8 @@ class TextFile:
                 break
             parts.append(part)
             size += len(part)
+        if size > limit:
+            raise self._too_large(limit)
         return b"".join(parts)
 
     def _read_row(self, stream: BinaryIO, number: int) -> bytes:
@@ -143,8 +147,8 @@ class TextFile:
         # Joined files have one where a file began.
         return text.lstrip(_BYTE_ORDER_MARK)
 
-    def _too_large(self) -> MlxRouteError:
-        kib = self.max_bytes // 1024
+    def _too_large(self, limit_bytes: int) -> MlxRouteError:
+        kib = limit_bytes // 1024
         return self.refuse(
             f"it is larger than {f'{kib // 1024} MiB' if kib > 1023 else f'{kib} KiB'}"
         )

@@ -16,7 +16,7 @@ from mlxroute.config import (
 )
 from mlxroute.config.settings import declared_settings
 from mlxroute.config.settings_page import settings_page
-from mlxroute.errors import ConfigError
+from mlxroute.errors import ConfigError, UsageError
 from mlxroute.types import Prices
 
 
@@ -53,6 +53,123 @@ def test_a_budget_that_is_no_share_is_refused(tmp_path: Path, value: str) -> Non
 
 def test_without_a_file_the_defaults_apply(tmp_path: Path) -> None:
     assert load_settings({}, environ={}, path=tmp_path / "none.toml") == Settings()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('max_tokens = "a"', "must be an integer, not 'a'"),
+        ("temperature = true", "must be a number, not true"),
+        ("strict = 1", "must be true or false, not 1"),
+        ("small = 3", "must be a text, not 3"),
+        ("never_send = [1, true]", r"must be a text or a list of texts, not \[1, true\]"),
+        ('never_send = ["(x"]', r": '\(x' is not a regular expression"),
+        ('budget = "700%"', "must be a share from 0% to 100%, such as 7% or 0.07, not '700%'"),
+        ("budget = 7", "must be a share from 0% to 100%, such as 7% or 0.07, not 7"),
+        ("temperature = -1", "must be at least 0, and finite, not -1"),
+        ("temperature = nan", "must be at least 0, and finite, not nan"),
+        (f"temperature = 1{'0' * 400}", "must be at least 0, and finite, not inf"),
+        ("threshold = nan", "must be a number, inf or -inf, not nan"),
+        ("timeout = 0", "must be above 0 and at most 86400 seconds, not 0"),
+        ("seed = -1", r"must be from 0 to 2\^64 - 1, not -1"),
+        ("price_input = -1", "must be a finite number of at least 0, per million tokens, not -1"),
+        ('mode = "fast"', "must be one of auto, wait, overlap, hedge, not 'fast'"),
+        ('router = "x"', "must be one of entropy, .*, not 'x'"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key_and_file(
+    tmp_path: Path, line: str, expected: str
+) -> None:
+    path = write(tmp_path, f"{line}\n")
+    key = line.split()[0]
+    with pytest.raises(
+        ConfigError, match=f"^{key} in the config file .*toml ?{expected}"
+    ) as caught:
+        load_settings({}, environ={}, path=path)
+    assert caught.value.parameter is None
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("MLXROUTE_BUDGET", "700%", " must be a share from 0% to 100%.*, not '700%'"),
+        ("MLXROUTE_TEMPERATURE", "-1", " must be at least 0"),
+        ("MLXROUTE_SEED", "9" * 5000, " must be an integer, not '9"),
+        ("MLXROUTE_STRICT", "perhaps", " must be true or false"),
+        ("MLXROUTE_MODE", "fast", " must be one of auto, "),
+        ("MLXROUTE_NEVER_SEND", "(x", r": '\(x' is not a regular expression"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_variable(
+    variable: str, value: str, expected: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"^the environment variable {variable}{expected}"):
+        load_settings({}, environ={variable: value}, path=tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"temperature": -1.0}, "^temperature must be at least 0"),
+        ({"never_send": ("ok", "(x")}, r"^never_send '\(x' is not a regular expression"),
+    ],
+)
+def test_a_wrong_flag_is_named_as_a_parameter(
+    flags: dict[str, object], expected: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=expected) as caught:
+        load_settings(flags, environ={}, path=tmp_path / "x")
+    assert caught.value.parameter in flags
+
+
+def test_a_config_file_that_the_environment_names_must_exist(tmp_path: Path) -> None:
+    path = tmp_path / "none.toml"
+    with pytest.raises(ConfigError, match="No such file"):
+        load_settings({}, environ={"MLXROUTE_CONFIG": str(path)}, path=path)
+
+
+def test_bytes_of_the_environment_that_are_no_text_are_replaced(tmp_path: Path) -> None:
+    environ = {"MLXROUTE_SYSTEM": "caf\udce9"}
+    assert load_settings({}, environ=environ, path=tmp_path / "x").system == "caf\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "is empty"),
+        (b"\xef\xbb\xbf\n", "is empty"),
+        (b"sk-a\nsk-b\n", "holds no key"),
+        (b"sk-\xc3\xa9", "holds no key"),
+        (b"sk-a\0", "NUL"),
+    ],
+)
+def test_a_key_file_without_a_key_is_refused_without_its_content(
+    tmp_path: Path, data: bytes, reason: str
+) -> None:
+    file = tmp_path / "key"
+    file.write_bytes(data)
+    file.chmod(0o600)
+    with pytest.raises(ConfigError, match=f"the key file .*{reason}") as caught:
+        read_key(Settings(key_file=str(file)), {})
+    assert "sk-" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["sk-a\nb", "sk-\udce9", "sk-…"])
+def test_a_variable_that_holds_no_key_is_named(value: str) -> None:
+    with pytest.raises(ConfigError, match="variable OPENAI_API_KEY holds no key") as caught:
+        read_key(Settings(), {"OPENAI_API_KEY": value})
+    assert "sk-" not in str(caught.value)
+
+
+def test_rows_of_a_never_send_file_end_at_line_feeds_only(tmp_path: Path) -> None:
+    file = tmp_path / "private"
+    file.write_bytes("a\u2028b\n".encode())
+    settings = Settings(never_send_file=(str(file),))
+    assert [pattern.pattern for pattern in read_never_send(settings)] == ["a\u2028b"]
+    # Such a file would be one pattern that never matches.
+    file.write_bytes(b"one\rtwo\r")
+    with pytest.raises(ConfigError, match="carriage return"):
+        read_never_send(settings)
 
 
 def test_openai_base_url_sets_the_large_server(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -221,3 +222,19 @@ def test_a_cost_has_a_separate_price_for_cached_tokens() -> None:
 def test_uploads_can_be_added_and_subtracted(counts: list[tuple[int, ...]]) -> None:
     before, more = (Uploads(*totals) for totals in counts)
     assert (before + more) - before == more
+
+
+def test_a_pipe_without_a_reader_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "sent")
+    with pytest.raises(UsageError, match="cannot be written"):
+        Ledger(tmp_path / "sent")
+
+
+def test_a_half_entry_of_an_earlier_run_does_not_spoil_the_next(tmp_path: Path) -> None:
+    (tmp_path / "sent").write_bytes(b'{"time": "2026')
+    for _ in range(2):
+        with Ledger(tmp_path / "sent") as ledger:
+            ledger.record_request(URL, b"{}")
+    half, *rest = (tmp_path / "sent").read_bytes().split(b"\n")
+    assert half == b'{"time": "2026'
+    assert [json.loads(row)["url"] for row in rest if row] == [URL, URL]

@@ -15,6 +15,30 @@ _MAX_MODULE_LINES = 400
 _MAX_FUNCTION_LINES = 45
 _MAX_FILES = 15
 # They name no content.
+_PARSERS = {"json.load", "json.loads", "tomllib.load", "tomllib.loads"}
+# Modules that read text which is no file of a user, and the door itself.
+_TEXT_READERS = {
+    "untrusted_text.py": "the door",
+    "ledger.py": "a request body of this program",
+    "bench/delayed_server.py": "a request body of this program",
+    "backend/blas.py": "an error message",
+    "backend/memory.py": "files of the kernel",
+    "backend/load.py": "metadata of weights",
+    "backend/plain_model.py": "metadata of weights",
+    "small/mlp_head.py": "metadata of weights",
+    "training/labels.py": "metadata of weights",
+    "tokenizers/fast_tokenizer.py": "metadata of weights",
+    "weights/store.py": "metadata of weights",
+    "weights/hub.py": "an error message",
+    "hosting/child_log.py": "the log of a child",
+    "hosting/mlx_lm_child.py": "metadata of weights",
+    "large/dialects/json_fields.py": "the door of replies",
+    "large/dialects/sse.py": "the door of streamed replies",
+    "large/negotiation/running_servers.py": "a reply of a server on this machine",
+    "large/negotiation/verdict_file.py": "a file of this program, which may be damaged",
+    "cli/standard_streams.py": "the null device",
+    "view/answer_html.py": "a file of this package",
+}
 _EMPTY_NAMES = {"found", "each", "told", "seen", "wanted"}
 
 
@@ -36,6 +60,20 @@ def _body_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """Count the lines after the signature and the docstring."""
     body = node.body[1:] if ast.get_docstring(node) else node.body
     return (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+def _text_readers(tree: ast.Module) -> Iterator[str]:
+    """Yield the calls of a module that read text or parse it, or split it at other characters."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        mode = next((ast.unparse(item) for item in node.args if isinstance(item, ast.Constant)), "")
+        is_open = name == "open" or name.endswith(".open")
+        is_binary = name.startswith(("os.", "archive.")) or "b" in mode or "w" in mode
+        is_parser = name.endswith((".splitlines", ".read_text")) or name in _PARSERS
+        if is_parser or (is_open and not is_binary):
+            yield f"{node.lineno} {name}"
 
 
 def _bound_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
@@ -85,6 +123,15 @@ def test_no_two_public_classes_have_one_name() -> None:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
     )
     assert {name: n for name, n in counts.items() if n > 1} == {}
+
+
+def test_text_from_outside_is_read_in_one_place() -> None:
+    readers = {
+        str(path.relative_to(_PACKAGE)): list(_text_readers(_tree(path))) for path in _modules()
+    }
+    assert {
+        path: calls for path, calls in readers.items() if calls and path not in _TEXT_READERS
+    } == {}
 
 
 def test_no_name_is_empty_of_content() -> None:

@@ -36,6 +36,8 @@ from mlxroute.cli.setting_options import load_all_settings, with_setting_options
 from mlxroute.cli.standard_streams import OutputUnusable, make_streams_safe
 from mlxroute.errors import LargeError, MlxRouteError
 
+_MAX_ERROR_CHARACTERS = 2000
+
 app = typer.Typer(
     name="mlxroute",
     cls=HelpGroup,
@@ -112,7 +114,9 @@ def _usage_message(exc: typer.TyperException) -> str:
 
 
 def _fail(text: str, code: int) -> int:
-    from mlxroute.safe_text import printable
+    from mlxroute.safe_text import printable, printable_line
 
-    typer.echo(f"error: {printable(' '.join(text.split()))}", err=True)
+    # `printable` removes what `printable_line` would replace by spaces.
+    line = printable_line(printable(text), limit=_MAX_ERROR_CHARACTERS)
+    typer.echo(f"error: {line}", err=True)
     return code

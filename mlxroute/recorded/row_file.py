@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar
 
 from mlxroute.errors import UsageError
-from mlxroute.untrusted_text import MalformedText, TextFile, parse_json
+from mlxroute.untrusted_text import MAX_ROW_BYTES, MalformedText, TextFile, parse_json
 
 _MAX_FILE_BYTES: Final = 4 * 2**30
-_CHUNK_BYTES: Final = 2**16
 _T = TypeVar("_T")
 
 
@@ -53,23 +52,18 @@ def _remove_incomplete_row(path: Path) -> None:
     try:
         with path.open("rb") as file:
             size = _complete_size(file)
-        if size < path.stat().st_size:
+        if size is not None and size < path.stat().st_size:
             os.truncate(path, size)
     except OSError as exc:
         raise _unwritable(path, exc) from exc
 
 
-def _complete_size(file: BinaryIO) -> int:
-    r"""Return the size of a file up to its last `\n`."""
-    end = file.seek(0, os.SEEK_END)
-    while end > 0:
-        start = max(0, end - _CHUNK_BYTES)
-        file.seek(start)
-        newline = file.read(end - start).rfind(b"\n")
-        if newline >= 0:
-            return start + newline + 1
-        end = start
-    return 0
+def _complete_size(file: BinaryIO) -> int | None:
+    r"""Return the size of a file up to its last `\n`; None if the last row is too long."""
+    start = max(0, file.seek(0, os.SEEK_END) - MAX_ROW_BYTES)
+    file.seek(start)
+    newline = file.read(MAX_ROW_BYTES).rfind(b"\n")
+    return None if newline < 0 < start else start + newline + 1
 
 
 def _unwritable(path: Path, exc: OSError) -> UsageError:

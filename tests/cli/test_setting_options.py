@@ -9,11 +9,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli.error_advice import error_message
+from mlxroute.cli.routing import RoutingRule
 from mlxroute.cli.setting_options import with_setting_options
 from mlxroute.config import settings as settings_module
 from mlxroute.config.settings import Settings, declared_settings
 from mlxroute.errors import ContextTooLong, UsageError
+from mlxroute.routers import make_router
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -123,3 +126,11 @@ def test_a_command_takes_the_settings_that_name_it_and_no_others() -> None:
 )
 def test_an_error_names_the_flag_or_command_that_helps(error: UsageError, message: str) -> None:
     assert error_message(error) == message
+
+
+@pytest.mark.parametrize("name", ["entropy", "margin", "logu", "random"])
+def test_without_a_large_model_the_chosen_router_scores_and_never_escalates(name: str) -> None:
+    ranks = ScoreRanks("tiny", "none", 0, {})
+    rule = RoutingRule(make_router(name, budget=0.07), ranks, has_large=False)
+    assert (rule.router.name, rule.name) == (name, name)
+    assert rule.threshold == float("inf")

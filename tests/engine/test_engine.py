@@ -289,8 +289,12 @@ def test_times_and_uploads_are_added_up() -> None:
     [
         *({"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}),
         *({"timeout_s": 0.0}, {"timeout_s": math.inf}, {"seed": -1}, {"seed": 2**64}),
+        *({name: math.nan} for name in ("temperature", "top_p", "timeout_s", "accept_within")),
+        *({"accept_within": -1.0}, {"accept_within": math.inf}, {"call_ceiling": math.nan}),
+        *({"max_tokens": 1.5}, {"max_tokens": True}, {"seed": 0.5}, {"prefetch": 10**5000}),
+        *({"temperature": "hot"}, {"temperature": None}, {"temperature": math.inf}),
     ],
 )
-def test_values_out_of_range_are_refused(options: dict[str, float]) -> None:
+def test_values_out_of_range_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(UsageError, match=r"^[a-z_]+ must be "):
         generate(ScriptedSmall(b"a"), None, "hi", router=EntropyRouter(1.0), **options)  # type: ignore[arg-type]

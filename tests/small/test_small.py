@@ -70,6 +70,30 @@ def test_seeded_sampling_equals_mlx_lm_token_for_token(small: SmallModel) -> Non
     assert sampled != decode(small, prompt_ids, 30, temperature=0.8, top_p=0.9, seed=8)
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("temperature", [1e-320, 1e-40, 1e-6, 0.000999])
+def test_below_a_thousandth_sampling_is_greedy(
+    small: SmallModel, dtype: mx.Dtype, temperature: float
+) -> None:
+    small.model.set_dtype(dtype)
+    prompt_ids = small.encode_prompt("once upon a time")
+    greedy = decode(small, prompt_ids, 20)
+    assert decode(small, prompt_ids, 20, temperature=temperature, seed=7) == greedy
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_the_lowest_temperature_that_samples_draws_likely_tokens(
+    small: SmallModel, dtype: mx.Dtype
+) -> None:
+    small.model.set_dtype(dtype)
+    signals, _ = small.prefill(
+        small.encode_prompt("once upon a time"), sampling=Sampling(temperature=0.001, seed=7)
+    )
+    for _ in range(20):
+        assert signals.logprob > signals.top_logprobs[0] - 0.05
+        signals = small.step(signals.token_id)
+
+
 def test_a_second_turn_prefills_only_what_is_new(small: SmallModel) -> None:
     first = small.encode_prompt("a" * 100)
     decode(small, first, 5)
