@@ -17,9 +17,10 @@ platform's config folder, or the file named by `MLXROUTE_CONFIG`). In the config
 the name in the first column. A `threshold` replaces the `budget` of an earlier source, and a
 `budget` the `threshold`. The values of `never_send` and `never_send_file` from all sources add up.
 
-Config files, key files, never-send files and question files are UTF-8, with or without a byte order mark;
-rows end at `\\n`. A file that `MLXROUTE_CONFIG` names must exist. Without a home folder (no `HOME`, and no
-entry in the password database), set `HOME`, or `XDG_CONFIG_HOME`, `XDG_CACHE_HOME` and `XDG_STATE_HOME`.
+Config files, key files, never-send files and question files are UTF-8, with or without a byte order
+mark; rows end at `\\n`. A file that `MLXROUTE_CONFIG` names must exist. Without a home folder (no
+`HOME`, and no entry in the password database), set `HOME`, or `XDG_CONFIG_HOME`, `XDG_CACHE_HOME`
+and `XDG_STATE_HOME`.
 
 | setting | type | default | flag of | environment | meaning |
 |---|---|---|---|---|---|
