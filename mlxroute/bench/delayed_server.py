@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 
 from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.connections import Auth, HttpSessionPool
-
 from mlxroute.recorded.row_file import append_records, read_records
 
 _TIMEOUT_S: Final = 600.0
