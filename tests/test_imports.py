@@ -62,7 +62,9 @@ _ROOMS: dict[str, set[str]] = {
     "view": {"answers", "terminal_modes"},
     "recorded": {"engine", "routers"},
     "training": {"catalog", "engine", "questions", "recorded", "routers", "small"},
-    "serving": {"backend", "engine", "recorded", "small"},
+    "serving": {
+        *("answers", "backend", "config", "engine", "large", "recorded", "routers", "small"),
+    },
     "bench": {
         "catalog",
         "engine",
@@ -87,6 +89,10 @@ _WALLS: dict[str, set[str]] = {
     "gguf": {"weights"},
     "numpy": {"weights", "bench"},
     "huggingface_hub": {"weights"},
+    "starlette": {"serving", "cli"},
+    "uvicorn": {"serving"},
+    "h11": {"serving"},
+    "prometheus_client": {"serving"},
 }
 
 
@@ -192,7 +198,9 @@ def _loaded_by(code: str) -> set[str]:
 def test_help_loads_nothing_heavy() -> None:
     loaded = _loaded_by("from mlxroute.cli import main\nmain(['--help'])")
     heavy = {"mlx", "mlx_lm", "transformers", "numpy", "requests", "huggingface_hub", "gguf"}
-    assert not loaded & (heavy | {"prompt_toolkit", "rich", "psutil"})
+    assert not loaded & (
+        heavy | {"prompt_toolkit", "rich", "psutil", "starlette", "uvicorn", "asyncio"}
+    )
 
 
 def test_importing_the_package_does_no_work() -> None:

@@ -127,10 +127,15 @@ class RecordedReply:
 
 @dataclass(frozen=True, slots=True)
 class PromptRecord:
-    """The rendered prompt: its number of tokens, and the SHA-256 of their ids."""
+    """The rendered prompt: its number of tokens, and the SHA-256 of their ids.
+
+    `text` is the prompt itself where it is more than the messages in the chat template: of a text
+    completion, and of an answer that continues a begun one.
+    """
 
     tokens: int
     sha256: str
+    text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,9 +267,9 @@ class AnswerDocument:
 
     @property
     def question(self) -> str:
-        """The last message of the user; empty without one."""
+        """The last message of the user, or else the prompt of a text completion."""
         texts = [item["content"] for item in self.messages if item["role"] == "user"]
-        return texts[-1] if texts else ""
+        return texts[-1] if texts else self.prompt.text or ""
 
     @property
     def escalated_tokens(self) -> list[DocumentToken]:

@@ -67,7 +67,7 @@ def read_document(value: Any) -> AnswerDocument:
     for number, message in enumerate(document.messages):
         if not message.keys() >= _REQUIRED_KEYS:
             raise UsageError(f'messages[{number}] has no "role" or no "content"')
-    if not document.messages:
+    if not document.messages and document.prompt.text is None:
         raise UsageError("messages is empty")
     if [token.index for token in document.tokens] != list(range(len(document.tokens))):
         raise UsageError("tokens are not numbered from 0")

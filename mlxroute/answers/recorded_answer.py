@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from mlxroute._version import __version__
@@ -25,6 +25,10 @@ from mlxroute.engine import Answer
 from mlxroute.types import Activity, Event, Message, RunStats, Token, Vocabulary
 
 
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
 @dataclass(frozen=True, slots=True)
 class AnswerOrigin:
     """What an answer is made from.
@@ -36,6 +40,9 @@ class AnswerOrigin:
         router: The router before the answer.
         options: The options.
         id: Its id in an endpoint; None (default) elsewhere.
+        prompt_text: The prompt, if it is more than `messages` in the chat template: of a text
+            completion, or of a continued answer. None (default) otherwise.
+        created: The time at which it began, in UTC. Now by default.
     """
 
     messages: Sequence[Message]
@@ -44,6 +51,8 @@ class AnswerOrigin:
     router: RouterRecord
     options: OptionsRecord
     id: str | None = None
+    prompt_text: str | None = None
+    created: datetime = field(default_factory=_now)
 
 
 class RecordedAnswer:
@@ -65,7 +74,6 @@ class RecordedAnswer:
         self._answer = answer
         self.origin = origin
         self._recorder = recorder
-        self._created = datetime.now(UTC)
         self.tokens: list[Token] = []
 
     def __iter__(self) -> Iterator[Token]:
@@ -99,29 +107,49 @@ class RecordedAnswer:
 
     def document(self) -> AnswerDocument:
         """Return the document of the answer so far."""
-        origin, prompt_ids = self.origin, self._answer.prompt_ids
-        token_ids = [token.token_id for token in self.tokens]
-        models = origin.models
-        replies: tuple[RecordedReply, ...] = ()
-        if self._recorder is not None:
-            # The server's model may be known only once it has been asked.
-            models = replace(models, large=self._recorder.model_name)
-            replies = self._recorder.replies(prompt_ids, token_ids)
-        return AnswerDocument(
-            format=FORMAT,
-            version=VERSION,
-            mlxroute=__version__,
-            created=self._created.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-            id=origin.id,
-            messages=tuple(origin.messages),
-            prompt=PromptRecord(len(prompt_ids), hash_ids(prompt_ids)),
-            models=models,
-            router=origin.router,
-            options=origin.options,
-            summary=AnswerSummary.of(self.stats()),
-            tokens=tuple(describe_token(token, origin.vocabulary) for token in self.tokens),
-            replies=replies,
+        return make_document(
+            self.origin,
+            self.tokens,
+            self.stats(),
+            prompt_ids=self._answer.prompt_ids,
+            recorder=self._recorder,
         )
+
+
+def make_document(
+    origin: AnswerOrigin,
+    tokens: Sequence[Token],
+    stats: RunStats,
+    *,
+    prompt_ids: Sequence[int],
+    recorder: ReplyRecorder | None,
+) -> AnswerDocument:
+    """Return the document of an answer of which these are the tokens and the figures.
+
+    `recorder` is the large model that it asks; None if there is none.
+    """
+    token_ids = [token.token_id for token in tokens]
+    models = origin.models
+    replies: tuple[RecordedReply, ...] = ()
+    if recorder is not None:
+        # The server's model may be known only once it has been asked.
+        models = replace(models, large=recorder.model_name)
+        replies = recorder.replies(prompt_ids, token_ids)
+    return AnswerDocument(
+        format=FORMAT,
+        version=VERSION,
+        mlxroute=__version__,
+        created=origin.created.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        id=origin.id,
+        messages=tuple(origin.messages),
+        prompt=PromptRecord(len(prompt_ids), hash_ids(prompt_ids), origin.prompt_text),
+        models=models,
+        router=origin.router,
+        options=origin.options,
+        summary=AnswerSummary.of(stats),
+        tokens=tuple(describe_token(token, origin.vocabulary) for token in tokens),
+        replies=replies,
+    )
 
 
 def hash_ids(token_ids: Sequence[int]) -> str:

@@ -35,6 +35,8 @@ def prepare_replay(
     `budget`, `threshold` and `mode` replace the recorded ones unless they are None. Raises
     UsageError if the small model reads the prompt otherwise than the recorded one.
     """
+    if document.prompt.text is not None:
+        raise UsageError("the answer continues a text, not a conversation, and cannot be replayed")
     messages = [dict(message) for message in document.messages]
     prompt_ids = small.encode_prompt(small.render(messages))
     if hash_ids(prompt_ids) != document.prompt.sha256:

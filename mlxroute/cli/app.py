@@ -26,6 +26,7 @@ from mlxroute.cli.commands.models import models
 from mlxroute.cli.commands.probe import probe
 from mlxroute.cli.commands.pull import pull
 from mlxroute.cli.commands.replay import replay
+from mlxroute.cli.commands.serve import serve
 from mlxroute.cli.commands.show import show
 from mlxroute.cli.commands.train import train
 from mlxroute.cli.error_advice import error_message
@@ -68,7 +69,7 @@ def _add(group: typer.Typer, name: str, run: Callable[..., None]) -> None:
     group.command(name, cls=HelpCommand, short_help=summary)(run)
 
 
-for run in (chat, ask, show, replay, demo, models, pull, host, calibrate, train, probe):
+for run in (*(chat, ask, serve, show, replay, demo, models, pull, host, calibrate, train, probe),):
     _add(app, run.__name__, with_setting_options(run, run.__name__))
 _add(app, "doctor", with_setting_options(doctor, "doctor", load=load_despite_bad_config))
 for run in (speed, latency, quality, kernels):

@@ -8,7 +8,7 @@ from mlxroute.backend.load import OVERHEAD_BYTES, gguf_memory_needed
 from mlxroute.catalog import Catalog, Model, Pair
 from mlxroute.cli.folders import cache_dir_of
 from mlxroute.config import Settings
-from mlxroute.config.settings import EngineName
+from mlxroute.config.setting_choices import EngineName
 from mlxroute.errors import NotEnoughSpace, UsageError
 
 # A first try should not begin with a download of half an hour.

@@ -72,6 +72,17 @@ class RoutingRule:
             return replace(settings, budget=self.budget, threshold=None)
         return replace(settings, threshold=self.threshold, budget=None, router=self.name)
 
+    def new_router(self, *, budget: float | None = None, threshold: float | None = None) -> Router:
+        """Return a router in its first state, by default with this rule's threshold or budget."""
+        if not self._has_large:
+            return self.router
+        if budget is None and threshold is None:
+            budget = self.budget
+            threshold = self.threshold if budget is None else None
+        return make_router(
+            self.name, budget=budget, threshold=threshold, quantiles=self._ranks[self.name]
+        )
+
     def set_threshold(self, threshold: float) -> None:
         """Escalate above this score from now on. Raises UsageError without a large model."""
         self._replace_router(threshold=threshold)

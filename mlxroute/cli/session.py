@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlxroute.cli.answer_origin import make_origin
 from mlxroute.cli.error_advice import error_message
@@ -118,7 +118,7 @@ class Session:
             router,
             settings,
             mode=self.mode,
-            call_ceiling=self._call_ceiling(),
+            call_ceiling=self.call_ceiling,
             never_send=len(self.never_send),
         )
         answer = generate(
@@ -137,7 +137,7 @@ class Session:
             prices=self.prices,
             mode=self.mode,
             prefetch=settings.prefetch,
-            call_ceiling=self._call_ceiling(),
+            call_ceiling=self.call_ceiling,
             accept_within=settings.accept_within,
             experience=self._experience,
             on_failure=on_failure,
@@ -148,11 +148,15 @@ class Session:
         """Write the document of an answer to a file. Raises UsageError."""
         from mlxroute.answers.document_file import save_document
 
-        save_document(answer.document(), path, redact=self._ledger.redact)
+        save_document(answer.document(), path, redact=self.redact)
+
+    def redact(self, value: Any) -> Any:
+        """Return a JSON value without the server's key."""
+        return self._ledger.redact(value)
 
     def save_conversation(self, path: Path) -> None:
         """Write the conversation to a file. Raises UsageError."""
-        self.conversation.save(path, redact=self._ledger.redact)
+        self.conversation.save(path, redact=self.redact)
 
     def change_large(self, address: str, model: str | None, err: Console) -> None:
         """Use another large model from the next answer on.
@@ -198,7 +202,9 @@ class Session:
         self._experience = Experience()
         self._warning_kinds.clear()
 
-    def _call_ceiling(self) -> float | None:
+    @property
+    def call_ceiling(self) -> float | None:
+        """The limit on calls per escalated position; None for none."""
         chosen = self._settings.call_ceiling
         if chosen is None and self.prices is not None and self.mode == Mode.AUTO:
             return _PRICED_CALL_CEILING

@@ -16,6 +16,7 @@ from functools import cache
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
+from mlxroute.config.setting_choices import EngineName, KernelName, RouterName, ToolPolicyName
 from mlxroute.errors import ConfigError
 from mlxroute.types import Mode
 
@@ -25,9 +26,10 @@ _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
 # Groups of commands that take the same flags.
 _ANSWERS = ("chat", "ask")
-_OWN_SMALL = (*_ANSWERS, "calibrate", "bench speed")
+_ROUTED = (*_ANSWERS, "serve")
+_OWN_SMALL = (*_ROUTED, "calibrate", "bench speed")
 _ALL_SMALL = (*_OWN_SMALL, "train", "bench latency", "bench quality")
-_OWN_SERVER = (*_ANSWERS, "train", "probe")
+_OWN_SERVER = (*_ROUTED, "train", "probe")
 _OFFLINE = (*_OWN_SMALL, "pull", "probe", "doctor")
 _EVERYWHERE = (
     *(*_ALL_SMALL, "replay", "demo", "models", "pull", "host", "probe", "doctor"),
@@ -35,33 +37,6 @@ _EVERYWHERE = (
 )
 
 _Value = TypeVar("_Value")
-
-
-class RouterName(StrEnum):
-    """Names of the scores that `--router` takes."""
-
-    ENTROPY = "entropy"
-    MARGIN = "margin"
-    MAX_PROBABILITY = "max-probability"
-    LOGU = "logu"
-    HEAD = "head"
-    RANDOM = "random"
-
-
-class KernelName(StrEnum):
-    """Implementations of the logit kernel; `auto` is Metal where it works, else the graph."""
-
-    AUTO = "auto"
-    METAL = "metal"
-    GRAPH = "graph"
-
-
-class EngineName(StrEnum):
-    """Programs that serve a large model here; `auto` is llama.cpp where MLX has no GPU."""
-
-    AUTO = "auto"
-    MLX = "mlx"
-    LLAMA_CPP = "llama.cpp"
 
 
 def _setting(
@@ -115,7 +90,7 @@ class Settings:
         None,
         "Server of the large model, e.g. http://host:8000/v1.",
         metavar="URL",
-        commands=(*_ANSWERS, "train", "doctor", "bench latency", "bench quality"),
+        commands=(*_ROUTED, "train", "doctor", "bench latency", "bench quality"),
         variable="OPENAI_BASE_URL",
     )
     large_model: str | None = _setting(
@@ -133,20 +108,20 @@ class Settings:
     router: str | None = _setting(
         None,
         "Score that decides which tokens the large model is asked for. Default: the pair's own.",
-        commands=_ANSWERS,
+        commands=_ROUTED,
         choices=RouterName,
     )
     head: str | None = _setting(
         None,
         "Learned head for `--router head`, as written by `train`.",
         metavar="FILE",
-        commands=(*_ANSWERS, "replay", "bench quality"),
+        commands=(*_ROUTED, "replay", "bench quality"),
     )
     threshold: float | None = _setting(
         None,
         "Ask the large model above this score, in place of a budget; inf never asks, -inf always.",
         metavar="X",
-        commands=(*_ANSWERS, "demo"),
+        commands=(*_ROUTED, "demo"),
         form="unbounded",
     )
     budget: float | None = _setting(
@@ -154,32 +129,32 @@ class Settings:
         "Ask the large model for at most this share of the tokens. Default: 7%, unless a"
         " threshold is set.",
         metavar="SHARE",
-        commands=(*_ANSWERS, "demo"),
+        commands=(*_ROUTED, "demo"),
         form="share",
     )
     mode: str = _setting(
         "auto",
         "What to do during a call to the large model; every mode gives the same text.",
-        commands=_ANSWERS,
+        commands=_ROUTED,
         choices=Mode,
     )
     prefetch: int | None = _setting(
         None,
         "Extra tokens to request with each call, from 0 to 64.",
         metavar="N",
-        commands=_ANSWERS,
+        commands=_ROUTED,
     )
     call_ceiling: float | None = _setting(
         None,
         "Limit on calls per escalated token. Default: none, or 1.5 if prices are set.",
         metavar="X",
-        commands=_ANSWERS,
+        commands=_ROUTED,
     )
     accept_within: float = _setting(
         0.0,
         "Keep the small model's token if the large one finds it at most X nats less likely.",
         metavar="X",
-        commands=(*_ANSWERS, "bench quality"),
+        commands=(*_ROUTED, "bench quality"),
     )
     kernel: str = _setting(
         "auto",
@@ -194,21 +169,21 @@ class Settings:
         commands=("demo", "host"),
         choices=EngineName,
     )
-    max_tokens: int = _setting(512, "Longest answer, in tokens.", metavar="N", commands=_ANSWERS)
+    max_tokens: int = _setting(512, "Longest answer, in tokens.", metavar="N", commands=_ROUTED)
     temperature: float = _setting(
         0.0,
         "Sampling temperature of the small model; below 0.001 it is greedy.",
         metavar="T",
-        commands=_ANSWERS,
+        commands=_ROUTED,
     )
     top_p: float = _setting(
         1.0,
         "Nucleus sampling of the small model: probability mass to keep, up to 1.",
         metavar="P",
-        commands=_ANSWERS,
+        commands=_ROUTED,
     )
     seed: int | None = _setting(
-        None, "Random seed, for repeatable sampling.", metavar="N", commands=_ANSWERS
+        None, "Random seed, for repeatable sampling.", metavar="N", commands=_ROUTED
     )
     stop: tuple[str, ...] = _setting(
         (),
@@ -256,13 +231,61 @@ class Settings:
         (),
         "Never ask the large model once the context matches this regular expression; repeatable.",
         metavar="PATTERN",
-        commands=_ANSWERS,
+        commands=_ROUTED,
     )
     never_send_file: tuple[str, ...] = _setting(
         (),
         "File with one --never-send pattern per line; repeatable.",
         metavar="FILE",
-        commands=_ANSWERS,
+        commands=_ROUTED,
+    )
+    host: str = _setting(
+        "127.0.0.1",
+        "Address to listen on; another one than this machine's own needs a key for clients.",
+        metavar="ADDRESS",
+        commands=("serve",),
+    )
+    port: int = _setting(8787, "Port to listen on.", metavar="N", commands=("serve",))
+    client_key_env: str | None = _setting(
+        None,
+        "Environment variable with the key that clients must send.",
+        metavar="VARIABLE",
+        commands=("serve",),
+    )
+    client_key_file: str | None = _setting(
+        None,
+        "File (mode 0600) with the keys of clients, one a line.",
+        metavar="FILE",
+        commands=("serve",),
+    )
+    allow_host: tuple[str, ...] = _setting(
+        (),
+        "Further host name by which clients call the endpoint; repeatable.",
+        metavar="NAME",
+        commands=("serve",),
+    )
+    allow_origin: tuple[str, ...] = _setting(
+        (),
+        "Origin of web pages that may call the endpoint, e.g. http://localhost:3000; repeatable.",
+        metavar="ORIGIN",
+        commands=("serve",),
+    )
+    tools: str = _setting(
+        "refuse",
+        "What to do with a request with tools or a schema: refuse it, or send the whole of it to"
+        " the large model.",
+        commands=("serve",),
+        choices=ToolPolicyName,
+    )
+    max_running: int = _setting(8, "Answers to write at a time.", metavar="N", commands=("serve",))
+    max_queued: int = _setting(
+        32, "Requests that may wait for their turn.", metavar="N", commands=("serve",)
+    )
+    cache_memory: float = _setting(
+        1.0,
+        "Memory in GB for the KV caches of earlier prompts.",
+        metavar="GB",
+        commands=("serve",),
     )
     price_input: float | None = _setting(None, "Price of a million input tokens.")
     price_cached_input: float | None = _setting(
@@ -271,7 +294,7 @@ class Settings:
     price_output: float | None = _setting(None, "Price of a million output tokens.")
     offline: bool = _setting(False, "Open no network connection.", commands=_OFFLINE)
     strict: bool = _setting(
-        False, "Stop with exit code 3 if the large model fails.", commands=_ANSWERS
+        False, "Stop with exit code 3 if the large model fails.", commands=_ROUTED
     )
     heat: bool = _setting(
         False, "Shade every token by its entropy.", commands=(*_ANSWERS, "replay", "demo")

@@ -13,16 +13,22 @@ from mlxroute.types import LargeContext, Message, Span, Vocabulary
 
 @dataclass(frozen=True, slots=True)
 class RenderedPrompt:
-    """A conversation, its text in the small model's chat template, and the ids of that text."""
+    """A conversation, its text in the small model's chat template, and the ids of that text.
+
+    `begun`, the end of the text, is the part of the answer that was there before.
+    """
 
     vocabulary: Vocabulary
     messages: tuple[Message, ...]
     text: str
     ids: tuple[int, ...]
+    begun: str = ""
 
 
-def render_prompt(small: SmallProtocol, messages: Sequence[Message]) -> RenderedPrompt:
-    """Render a conversation.
+def render_prompt(
+    small: SmallProtocol, messages: Sequence[Message], *, begun: str = ""
+) -> RenderedPrompt:
+    """Render a conversation; `begun` is the part of the answer that `small` adds to it.
 
     Raises UsageError for an empty prompt, ContextTooLong for one that does not fit in the context.
     """
@@ -35,7 +41,7 @@ def render_prompt(small: SmallProtocol, messages: Sequence[Message]) -> Rendered
             f"the prompt has {len(ids):,} tokens and the small model's context holds"
             f" {small.context_length:,}; shorten it"
         )
-    return RenderedPrompt(small.vocabulary, tuple(messages), text, ids)
+    return RenderedPrompt(small.vocabulary, tuple(messages), text, ids, begun)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +114,9 @@ class Transcript:
             fragment_ids=fragment_ids,
             vocabulary=self.prompt.vocabulary,
             messages=self.prompt.messages,
-            spans=group_spans((token.text, token.large_ids) for token in whole),
+            spans=group_spans(
+                [(self.prompt.begun, ()), *((token.text, token.large_ids) for token in whole)]
+            ),
         )
 
 

@@ -38,10 +38,11 @@ class EncodedPrompt:
 
 
 def encode_prompt(
-    small: PromptTokenizer, prompt: Sequence[Message] | str | Sequence[int]
+    small: PromptTokenizer, prompt: Sequence[Message] | str | Sequence[int], *, begun: str = ""
 ) -> EncodedPrompt:
     """Encode a conversation, a text or token ids. Thread-safe.
 
+    `begun` is the text of the assistant's turn that the answer to a conversation continues.
     Raises UsageError for an empty prompt or an unknown id, ContextTooLong for one that is too long.
     """
     messages: tuple[Message, ...] = ()
@@ -53,7 +54,7 @@ def encode_prompt(
             text = _decode(small.vocabulary, ids)
         else:
             messages = tuple(cast("Sequence[Message]", prompt))
-            text = small.render(messages)
+            text = small.render(messages) + begun
             ids = tuple(small.encode_prompt(text))
     if not ids:
         raise UsageError("the prompt is empty", parameter="prompt")

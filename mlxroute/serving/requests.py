@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mlxroute.engine.options import Options
-from mlxroute.engine.protocols import RouterProtocol
+from mlxroute.engine.protocols import LargeProtocol, RouterProtocol
 from mlxroute.errors import MlxRouteError
 from mlxroute.types import Event, Message
 
@@ -40,6 +40,10 @@ class AnswerRequest:
         exact: Write the text that the answer has alone in a new process: no KV cache of an earlier
             answer is used, and decisions that the rounding of a batch could change are made again
             with one row. False by default.
+        large: What is asked in place of the scheduler's large model, such as a record of its
+            replies. None by default.
+        begun: Text of the assistant's turn that the answer continues, after a conversation. Empty
+            by default.
     """
 
     prompt: Sequence[Message] | str | Sequence[int]
@@ -47,3 +51,5 @@ class AnswerRequest:
     options: Options = field(default_factory=Options)
     local_only: bool = False
     exact: bool = False
+    large: LargeProtocol | None = None
+    begun: str = ""

@@ -94,7 +94,7 @@ class AnswerScheduler(Closeable):
         Raises QueueFull if too many wait or the scheduler is closed, UsageError for an empty
         prompt and ContextTooLong for one that does not fit in the small model's context.
         """
-        prompt = encode_prompt(self._small, request.prompt)
+        prompt = encode_prompt(self._small, request.prompt, begun=request.begun)
         start = partial(self._start_answer, request, prompt)
         answer = RunningAnswer(request, prompt, device=self._device, start=start)
         with self._changed:
@@ -142,16 +142,16 @@ class AnswerScheduler(Closeable):
         self._device.close()
 
     def _start_answer(self, request: AnswerRequest, prompt: EncodedPrompt, row: Row) -> Answer:
-        is_local = self._large is None or request.local_only
-        large = None if is_local or self._large is None else StoppableLarge(self._large, row)
+        large = None if request.local_only else request.large or self._large
         return Answer(
             row,
-            large,
+            None if large is None else StoppableLarge(large, row),
             prompt.messages,
             router=request.router,
             options=request.options,
             experience=self._experience,
             batching=row if request.exact else None,
+            begun=request.begun,
         )
 
     def _start_next(self) -> None:

@@ -12,7 +12,7 @@ from mlxroute.cli.flags import AtOnce, Examples, Plot, Save, Shots
 from mlxroute.cli.folders import cache_dir_of, find_bench_file, record_path, report_source
 from mlxroute.cli.setting_options import parse_budget
 from mlxroute.config import Settings
-from mlxroute.config.settings import RouterName
+from mlxroute.config.setting_choices import RouterName
 from mlxroute.errors import UsageError
 
 if TYPE_CHECKING:

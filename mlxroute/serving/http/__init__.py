@@ -1,0 +1,1 @@
+"""The endpoint: an OpenAI-compatible HTTP API on top of the scheduler."""

@@ -1,0 +1,200 @@
+"""The endpoint behind the routes: it starts answers, counts them and keeps their documents."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from mlxroute.answers.document import OptionsRecord
+from mlxroute.answers.document_file import format_document
+from mlxroute.answers.recorded_answer import AnswerOrigin, make_document
+from mlxroute.answers.reply_recorder import ReplyRecorder
+from mlxroute.answers.router_record import record_router
+from mlxroute.closeable import Closeable
+from mlxroute.config.setting_choices import ToolPolicyName
+from mlxroute.errors import UsageError
+from mlxroute.serving.http.answer_store import DEFAULT_STORE_BYTES, AnswerStore
+from mlxroute.serving.http.metrics import EndpointMetrics
+from mlxroute.serving.http.model_names import ModelNames, ModelRole
+from mlxroute.serving.http.parsing.common_fields import AnswerFields
+from mlxroute.serving.http.served_answer import ServedAnswer
+from mlxroute.serving.http.serving_session import ServingSession
+from mlxroute.serving.requests import AnswerRequest
+from mlxroute.serving.scheduler import DEFAULT_CACHE_BYTES, AnswerScheduler
+from mlxroute.types import Message, Notify, RunStats, no_notice
+
+
+@dataclass(frozen=True, slots=True)
+class ServingLimits:
+    """Limits of an endpoint.
+
+    Args:
+        max_running: Greatest number of answers written at a time. 8 by default.
+        max_queued: Greatest number of answers that wait for their turn. 32 by default.
+        cache_bytes: Greatest memory of KV caches kept for later prompts. 1 GiB by default.
+        store_bytes: Greatest size of the answer documents that are kept. 32 MiB by default.
+        keep_alive_s: Seconds of silence after which a stream gets a comment. 10 by default.
+        tools: What is done with a request that has tools or a schema. Refused by default.
+    """
+
+    max_running: int = 8
+    max_queued: int = 32
+    cache_bytes: int = DEFAULT_CACHE_BYTES
+    store_bytes: int = DEFAULT_STORE_BYTES
+    keep_alive_s: float = 10.0
+    tools: ToolPolicyName = ToolPolicyName.REFUSE
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for a value out of range."""
+        for name, low in (("max_running", 1), ("max_queued", 0), ("cache_bytes", 0)):
+            if getattr(self, name) < low:
+                parameter = "cache_memory" if name == "cache_bytes" else name
+                raise UsageError(f"{parameter} must be at least {low}", parameter=parameter)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What an answer is asked for.
+
+    Args:
+        fields: The common fields of the request.
+        prompt: The conversation, or a text or token ids.
+        begun: The text of the assistant's turn that the answer continues.
+        answer_id: The id of the answer.
+        owner: Who may read its document; "" for everybody.
+    """
+
+    fields: AnswerFields
+    prompt: Sequence[Message] | str | Sequence[int]
+    answer_id: str
+    owner: str
+    begun: str = ""
+
+    @property
+    def is_continued(self) -> bool:
+        """Whether the prompt is more than a conversation in the chat template."""
+        return bool(self.begun) or not isinstance(self.prompt[0], dict)
+
+
+class AnswerEndpoint(Closeable):
+    """Answers requests with the models of a session.
+
+    Args:
+        session: The models and the options.
+        limits: Limits of the endpoint.
+        notify: Receives a line about each answer. Default: ignored.
+
+    Attributes:
+        session: As given.
+        limits: As given.
+        names: The ids of the models.
+        store: The documents of the latest answers.
+        metrics: The figures of the endpoint.
+    """
+
+    def __init__(
+        self, session: ServingSession, limits: ServingLimits, *, notify: Notify = no_notice
+    ) -> None:
+        self.session = session
+        self.limits = limits
+        self.names = ModelNames(session, created=int(time.time()))
+        self.store = AnswerStore(limits.store_bytes)
+        self.metrics = EndpointMetrics()
+        self._notify = notify
+        self.scheduler = AnswerScheduler(
+            session.small,
+            session.large,
+            experience=session.experience,
+            max_running=limits.max_running,
+            max_queued=limits.max_queued,
+            cache_bytes=limits.cache_bytes,
+        )
+        self.metrics.watch(self.scheduler)
+
+    def start(self, asked: Asked) -> ServedAnswer:
+        """Queue an answer. It encodes the prompt, so that it may take a while.
+
+        Raises QueueFull, UsageError and ContextTooLong.
+        """
+        session, fields = self.session, asked.fields
+        is_local = fields.is_local(session)
+        recorder = None if is_local or session.large is None else ReplyRecorder(session.large)
+        router = fields.make_router(session)
+        router_record = record_router(router)
+        running = self.scheduler.submit(
+            AnswerRequest(
+                asked.prompt,
+                router,
+                fields.options,
+                local_only=is_local,
+                exact=fields.exact,
+                large=recorder,
+                begun=asked.begun,
+            )
+        )
+        models = session.model_pair
+        origin = AnswerOrigin(
+            messages=running.prompt.messages,
+            vocabulary=session.small.vocabulary,
+            models=replace(models, large=None, large_url=None) if is_local else models,
+            router=router_record,
+            options=_record_options(fields),
+            id=asked.answer_id,
+            prompt_text=running.prompt.text if asked.is_continued else None,
+        )
+        return ServedAnswer(running, origin, recorder, on_end=partial(self._on_end, asked))
+
+    def close(self) -> None:
+        """Cancel all answers and end all threads."""
+        self.scheduler.close()
+
+    def _on_end(self, asked: Asked, answer: ServedAnswer) -> None:
+        """Count an answer and keep its document."""
+        run = answer.run
+        if run is None:
+            return
+        waited_s = answer.running.stats().queue_wait_s
+        self.metrics.on_answer(asked.fields.role, run, answer.tokens, queue_wait_s=waited_s)
+        document = make_document(
+            answer.origin,
+            answer.tokens,
+            run,
+            prompt_ids=answer.running.prompt.ids,
+            recorder=answer.recorder,
+        )
+        data = format_document(document, redact=self.session.redact)
+        self.store.add(asked.answer_id, asked.owner, data)
+        self._notify(_describe(asked.fields.role, run))
+
+
+def _record_options(fields: AnswerFields) -> OptionsRecord:
+    options, sampling = fields.options, fields.options.sampling
+    return OptionsRecord(
+        mode=options.mode,
+        prefetch=options.prefetch,
+        call_ceiling=options.call_ceiling,
+        accept_within=options.accept_within,
+        max_tokens=options.max_tokens,
+        stop=options.stop,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        never_send=len(options.never_send),
+    )
+
+
+def _describe(role: ModelRole, run: RunStats) -> str:
+    """Return a line about an answer: what was routed, without any of its text."""
+    parts = [
+        f"{role}: {run.prompt_tokens:,} + {run.tokens:,} tokens",
+        f"{run.large_tokens:,} from the large model in {run.calls:,} calls",
+        f"{run.tokens_per_s:.1f} tokens/s",
+        f"ended by {run.finish_reason}",
+    ]
+    if run.cached_prompt_tokens:
+        parts[0] += f" ({run.cached_prompt_tokens:,} cached)"
+    if run.unchecked:
+        parts.insert(2, f"{run.unchecked:,} unchecked")
+    return ", ".join(parts)

@@ -1,0 +1,102 @@
+"""The figures of an endpoint in Prometheus' text format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from mlxroute.serving.scheduler import AnswerScheduler
+from mlxroute.types import RunStats, Token
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+_CALL_BUCKETS_S: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_ANSWER_BUCKETS_S: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_SPEED_BUCKETS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500)
+
+
+class EndpointMetrics:
+    """Counts requests and answers. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"mlxroute_{name}", text, labels, registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"mlxroute_{name}", text, buckets=buckets, registry=self.registry)
+
+        self._requests = counter("requests", "Requests by route and status.", "route", "status")
+        self._answers = counter("answers", "Answers by model and end.", "model", "finish_reason")
+        self._tokens = counter("tokens", "Committed tokens by the model they are from.", "source")
+        self._escalated = counter("escalations", "Positions that the large model decided.")
+        self._agreed = counter("agreements", "Escalations where it chose the small one's token.")
+        self._unchecked = counter("unchecked", "Positions that it should have decided but did not.")
+        self._failures = counter("large_failures", "Calls to the large model that failed.")
+        self._calls = counter("large_calls", "Calls to the large model.")
+        self._call_s = histogram("large_call_seconds", "Time of a call.", _CALL_BUCKETS_S)
+        self._stall_s = counter("stall_seconds", "Time in which answers waited for calls.")
+        self._uploaded_tokens = counter("uploaded_tokens", "Prompt tokens of calls.")
+        self._uploaded_bytes = counter("uploaded_bytes", "Size of the bodies of calls.")
+        self._cost = counter("estimated_cost", "Estimated cost of calls, where prices are set.")
+        self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
+        self._cached_tokens = counter("cached_prompt_tokens", "Those that a KV cache held.")
+        self._ttft_s = histogram("ttft_seconds", "Time to the first token.", _ANSWER_BUCKETS_S)
+        self._queue_s = histogram("queue_seconds", "Time in the queue.", _ANSWER_BUCKETS_S)
+        self._speed = histogram("answer_tokens_per_second", "Speed of an answer.", _SPEED_BUCKETS)
+
+    def watch(self, scheduler: AnswerScheduler) -> None:
+        """Report the present state of a scheduler."""
+        for name, text in (
+            ("running", "Answers that are being written."),
+            ("queued", "Answers that wait for their turn."),
+            ("cache_entries", "KV caches that are kept for later prompts."),
+            ("cache_bytes", "Memory of these KV caches."),
+            ("batch_bytes", "Memory of the KV caches of running answers."),
+            ("cache_hits", "Prompts that began with a kept KV cache, so far."),
+            ("cache_misses", "Prompts that did not, so far."),
+        ):
+            gauge = Gauge(f"mlxroute_{name}", text, registry=self.registry)
+            gauge.set_function(partial(_read_figure, scheduler, name))
+
+    def on_request(self, route: str, status: int) -> None:
+        """Count a request."""
+        self._requests.labels(route, str(status)).inc()
+
+    def on_answer(
+        self, model: str, run: RunStats, tokens: Iterable[Token], *, queue_wait_s: float
+    ) -> None:
+        """Count an answer, complete or not."""
+        self._answers.labels(model, run.finish_reason.value).inc()
+        self._tokens.labels("small").inc(run.tokens - run.large_tokens)
+        self._tokens.labels("large").inc(run.large_tokens)
+        self._escalated.inc(run.escalated)
+        self._agreed.inc(run.agreed)
+        self._unchecked.inc(run.unchecked)
+        self._failures.inc(run.fallbacks)
+        self._calls.inc(run.calls)
+        self._stall_s.inc(run.stall_s)
+        self._uploaded_tokens.inc(max(0, run.uploaded_tokens))
+        self._uploaded_bytes.inc(max(0, run.uploaded_bytes))
+        self._cost.inc(max(0.0, run.cost_estimate or 0.0))
+        self._prompt_tokens.inc(run.prompt_tokens)
+        self._cached_tokens.inc(run.cached_prompt_tokens)
+        self._queue_s.observe(queue_wait_s)
+        if run.tokens:
+            self._ttft_s.observe(run.ttft_s)
+        if run.tokens_per_s:
+            self._speed.observe(run.tokens_per_s)
+        for token in tokens:
+            if token.escalation is not None and not token.escalation.prefetched:
+                self._call_s.observe(token.escalation.latency_s)
+
+    def text(self) -> bytes:
+        """Return all figures."""
+        return generate_latest(self.registry)
+
+
+def _read_figure(scheduler: AnswerScheduler, name: str) -> float:
+    return float(getattr(scheduler.figures(), name))

@@ -1,0 +1,153 @@
+"""The fields that chat completions and text completions share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Final
+
+from mlxroute.engine import Options
+from mlxroute.routers import Router
+from mlxroute.serving.http.api_error import wrong
+from mlxroute.serving.http.model_names import ModelNames, ModelRole
+from mlxroute.serving.http.parsing.fields import Fields
+from mlxroute.serving.http.serving_session import ServingSession
+from mlxroute.types import Mode, Sampling
+
+MAX_TOP_LOGPROBS: Final = 8
+_MAX_STOPS: Final = 16
+_MAX_TOKENS: Final = 2**31
+_ROUTED_ONLY: Final = ("budget", "threshold", "mode")
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerFields:
+    """What a request says about its answers, beside the prompt.
+
+    Args:
+        model: The id of the model, as replies name it.
+        role: Which models answer.
+        options: Limits, sampling and mode.
+        budget: The greatest share of escalated tokens; None if it is not set.
+        threshold: The score above which tokens are escalated; None if it is not set.
+        local_only: Whether nothing may be sent to the large model.
+        exact: Whether the text must be the one that the answer has alone.
+        stream: Whether the reply is a stream.
+        include_usage: Whether a stream ends with its usage.
+        events: Whether a stream has provisional tokens and the progress of the prompt.
+        ignored: The names of fields that are not known.
+    """
+
+    model: str
+    role: ModelRole
+    options: Options
+    budget: float | None
+    threshold: float | None
+    local_only: bool
+    exact: bool
+    stream: bool
+    include_usage: bool
+    events: bool
+    ignored: tuple[str, ...] = ()
+
+    def make_router(self, session: ServingSession) -> Router:
+        """Return the router of one answer."""
+        if self.role is ModelRole.LARGE:
+            return session.make_router(None, -math.inf)
+        if self.is_local(session):
+            return session.make_router(None, math.inf)
+        return session.make_router(self.budget, self.threshold)
+
+    def is_local(self, session: ServingSession) -> bool:
+        """Return whether the small model answers alone."""
+        return self.local_only or self.role is ModelRole.SMALL or session.large is None
+
+
+def read_common(fields: Fields, session: ServingSession, names: ModelNames) -> AnswerFields:
+    """Return the common fields; `ignored` is for the caller to fill in. Raises ApiError."""
+    _refuse_unsupported(fields)
+    role = names.role(fields.text("model"))
+    budget, threshold = fields.share("budget"), fields.score("threshold")
+    mode = fields.choice("mode", Mode)
+    if budget is not None and threshold is not None:
+        raise wrong("threshold", "a threshold and a budget exclude each other; send one of them")
+    if threshold is not None and math.isnan(threshold):
+        raise wrong("threshold", "threshold must be a number")
+    options = _read_options(fields, session.options, mode)
+    # Fields that have no effect must not look as if they had one.
+    if role is not ModelRole.ROUTED or session.large is None:
+        for name in _ROUTED_ONLY:
+            fields.ignore(name)
+        budget = threshold = None
+    stream = fields.flag("stream")
+    stream_options = fields.take("stream_options") or {}
+    if not isinstance(stream_options, dict):
+        raise wrong("stream_options", "stream_options must be an object")
+    include_usage = Fields(stream_options).flag("include_usage")
+    return AnswerFields(
+        model=names.id_of(role),
+        role=role,
+        options=options,
+        budget=budget,
+        threshold=threshold,
+        local_only=fields.flag("local_only"),
+        exact=fields.flag("exact"),
+        stream=stream,
+        include_usage=stream and include_usage,
+        events=fields.flag("events") and stream,
+    )
+
+
+def with_ignored(answer: AnswerFields, fields: Fields) -> AnswerFields:
+    """Return the fields with the names of those that nothing has read."""
+    return replace(answer, ignored=tuple(fields.ignored))
+
+
+def _read_options(fields: Fields, defaults: Options, mode: str | None) -> Options:
+    longest = fields.integer("max_completion_tokens", low=1, high=_MAX_TOKENS)
+    shortest = fields.integer("max_tokens", low=0, high=_MAX_TOKENS)
+    max_tokens = longest or shortest
+    temperature, top_p = fields.number("temperature"), fields.number("top_p")
+    if temperature is not None and not 0 <= temperature <= 100:
+        raise wrong("temperature", "temperature must be from 0 to 100")
+    # Some clients write 0 for "not set".
+    if top_p is not None and not 0 <= top_p <= 1:
+        raise wrong("top_p", "top_p must be from 0 to 1")
+    sampling, seed = defaults.sampling, fields.integer("seed", low=-(2**63), high=2**64 - 1)
+    if seed is None:
+        seed = sampling.seed
+    _refuse_filters(fields, sampling.temperature if temperature is None else temperature)
+    return replace(
+        defaults,
+        max_tokens=defaults.max_tokens if max_tokens is None else max(1, max_tokens),
+        stop=fields.texts("stop", limit=_MAX_STOPS) or defaults.stop,
+        sampling=Sampling(
+            temperature=sampling.temperature if temperature is None else temperature,
+            top_p=top_p or sampling.top_p,
+            seed=None if seed is None else seed % 2**64,
+        ),
+        mode=defaults.mode if mode is None else Mode(mode),
+    )
+
+
+def _refuse_filters(fields: Fields, temperature: float) -> None:
+    """Refuse filters of other servers; greedy decoding is the same with and without them."""
+    for name, neutral in (("top_k", (0, -1)), ("min_p", (0,)), ("typical_p", (1,))):
+        if temperature == 0:
+            fields.take(name)
+        else:
+            reason = "use temperature and top_p"
+            fields.refuse(name, neutral=neutral, reason=reason)
+
+
+def _refuse_unsupported(fields: Fields) -> None:
+    """Raise for fields that would change the answer and are not implemented."""
+    fields.refuse("n", neutral=(1,), reason="send one request for each answer")
+    fields.refuse("best_of", neutral=(1,), reason="send one request for each answer")
+    for name in ("presence_penalty", "frequency_penalty"):
+        fields.refuse(name, neutral=(0,), reason="tokens are not penalised")
+    fields.refuse("repetition_penalty", neutral=(1, 0), reason="tokens are not penalised")
+    fields.refuse("logit_bias", neutral=({}, []), reason="logits are not changed")
+    fields.refuse("modalities", neutral=([], ["text"]), reason="answers are text")
+    fields.refuse("audio", neutral=(), reason="answers are text")
+    fields.refuse("use_beam_search", neutral=(False,), reason="answers are decoded once")

@@ -1,0 +1,1 @@
+"""Replies: answers as JSON bodies and as streams of server-sent events."""

@@ -1,0 +1,81 @@
+"""The figures of a served answer, as replies carry them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mlxroute.serving.http.model_names import ModelRole
+from mlxroute.types import RunStats, StopReason
+
+FINISH_REASONS = {
+    StopReason.EOS: "stop",
+    StopReason.STOP_STRING: "stop",
+    StopReason.LENGTH: "length",
+}
+_FIGURES = (
+    "tokens",
+    "large_tokens",
+    "escalated",
+    "escalation_rate",
+    "agreed",
+    "agreement",
+    "accepted",
+    "unchecked",
+    "withheld",
+    "fallbacks",
+    "calls",
+    "uploaded_tokens",
+    "uploaded_bytes",
+    "cost_estimate",
+)
+_MAX_FAILURES = 4
+_TIMES = ("ttft_s", "stall_s", "tokens_per_s", "total_s")
+
+
+def summarize(
+    runs: Sequence[RunStats],
+    *,
+    role: ModelRole,
+    small: str,
+    large: str | None,
+) -> dict[str, Any]:
+    """Return what was routed in the answers of a request, usually one.
+
+    `large` is None if the large model could not be asked.
+    """
+    total = {name: _total(runs, name) for name in _FIGURES if name not in ("escalation_rate",)}
+    tokens, escalated = total["tokens"], total["escalated"]
+    total["escalation_rate"] = round(escalated / tokens, 6) if tokens else 0.0
+    total["agreement"] = round(total["agreed"] / escalated, 6) if escalated else None
+    summary: dict[str, Any] = {"role": role, "small": small, "large": large, **total}
+    if len(runs) == 1:
+        summary |= {name: round(getattr(runs[0], name), 6) for name in _TIMES}
+        summary["mode"] = runs[0].mode
+    failures = [failure for run in runs for failure in run.failures]
+    if failures:
+        summary["failures"] = [
+            {"kind": item.kind, "reason": item.reason, "positions": item.count}
+            for item in failures[:_MAX_FAILURES]
+        ]
+    return summary
+
+
+def _total(runs: Sequence[RunStats], name: str) -> Any:
+    values = [getattr(run, name) for run in runs]
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def usage(runs: Sequence[RunStats], prompt_tokens: int, summary: dict[str, Any]) -> dict[str, Any]:
+    """Return the `usage` of a reply."""
+    completion_tokens = sum(run.tokens for run in runs)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {
+            "cached_tokens": sum(run.cached_prompt_tokens for run in runs),
+        },
+        "mlxroute": summary,
+    }

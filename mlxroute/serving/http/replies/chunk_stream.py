@@ -1,0 +1,108 @@
+"""One answer as the events of a stream."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import asdict
+from typing import Any
+
+from mlxroute.serving.http.api_error import to_api_error
+from mlxroute.serving.http.parsing.common_fields import AnswerFields
+from mlxroute.serving.http.replies.answer_summary_json import FINISH_REASONS
+from mlxroute.serving.http.replies.event_stream import COMMENT, DONE, encode_error, encode_event
+from mlxroute.serving.http.replies.reply_forms import ReplyForm
+from mlxroute.serving.http.replies.token_logprobs import LogprobForms
+from mlxroute.serving.http.served_answer import ServedAnswer
+from mlxroute.serving.requests import PromptProgress, ServedEvent
+from mlxroute.types import Provisional, Retracted, Token
+
+
+class ChunkStream:
+    """Turns the events of an answer into chunks.
+
+    Args:
+        answer: The answer.
+        form: The forms of the chunks.
+        fields: What the request says.
+        logprobs: The form of logprobs; None without.
+        is_chat: Whether it is a chat completion.
+        keep_alive_s: Seconds of silence after which a comment is sent.
+        report: Returns the summary and the usage of the complete answer.
+    """
+
+    def __init__(
+        self,
+        answer: ServedAnswer,
+        form: ReplyForm,
+        fields: AnswerFields,
+        *,
+        logprobs: LogprobForms | None,
+        is_chat: bool,
+        keep_alive_s: float,
+        report: Any,
+    ) -> None:
+        self._answer = answer
+        self._form = form
+        self._fields = fields
+        self._logprobs = logprobs
+        self._is_chat = is_chat
+        self._keep_alive_s = keep_alive_s
+        self._report = report
+        self._offset = 0
+
+    async def parts(self) -> AsyncIterator[bytes]:
+        """Yield the encoded events of the stream."""
+        if (first := self._form.first_chunk()) is not None:
+            yield encode_event(first)
+        try:
+            async with aclosing(self._answer.events(idle_s=self._keep_alive_s)) as events:
+                async for event in events:
+                    chunk = None if event is None else self._chunk(event)
+                    if chunk is not None:
+                        yield encode_event(chunk)
+                    elif event is None:
+                        yield COMMENT
+        except Exception as exc:  # noqa: BLE001 - the status was sent already
+            yield encode_error(to_api_error(exc, calls=self._answer.calls))
+            return
+        summary, usage = self._report()
+        assert self._answer.run is not None
+        finish_reason = FINISH_REASONS[self._answer.run.finish_reason]
+        yield encode_event(self._form.last_chunk(finish_reason, summary))
+        if self._fields.include_usage:
+            yield encode_event(self._form.usage_chunk(usage))
+        yield DONE
+
+    def _chunk(self, event: ServedEvent) -> dict[str, Any] | None:
+        if isinstance(event, Token):
+            return self._token_chunk(event)
+        if not self._fields.events:
+            return None
+        match event:
+            case Provisional():
+                return self._form.event_chunk(
+                    {
+                        "provisional": {
+                            "index": event.index,
+                            "text": event.text,
+                            "source": event.source,
+                        }
+                    }
+                )
+            case Retracted():
+                return self._form.event_chunk({"retracted": asdict(event)})
+            case PromptProgress():
+                return self._form.event_chunk({"prompt": asdict(event)})
+
+    def _token_chunk(self, token: Token) -> dict[str, Any] | None:
+        logprobs = None
+        if self._logprobs is not None:
+            if self._is_chat:
+                logprobs = self._logprobs.chat([token])
+            else:
+                logprobs = self._logprobs.completion([token], offset=self._offset)
+                self._offset += len(token.text)
+        elif not token.text:
+            return None
+        return self._form.text_chunk(token.text, logprobs)

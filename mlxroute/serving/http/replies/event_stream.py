@@ -1,0 +1,96 @@
+"""Replies that arrive as server-sent events, and clients that go away."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, Final, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from mlxroute.serving.http.api_error import ApiError
+
+COMMENT: Final = b": keep-alive\n\n"
+DONE: Final = b"data: [DONE]\n\n"
+_T = TypeVar("_T")
+
+
+def encode_event(value: Any) -> bytes:
+    """Return a JSON value as an event."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return f"data: {text}\n\n".encode(errors="replace")
+
+
+class ClientGone(Exception):
+    """Raised when a client has left before its reply was complete."""
+
+
+async def unless_gone(receive: Receive, work: Awaitable[_T], *, cancel: Callable[[], None]) -> _T:
+    """Return the result of `work`; call `cancel` and raise ClientGone if the client leaves.
+
+    `receive` must not have another reader until then.
+    """
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone
+        return working.result()
+    finally:
+        watching.cancel()
+        if not working.done():
+            cancel()
+            working.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """A stream of events, which ends when the client leaves.
+
+    Args:
+        parts: The encoded events.
+        cancel: Called when the client leaves before the end.
+        headers: Further headers.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        parts: AsyncIterator[bytes],
+        *,
+        cancel: Callable[[], None],
+        headers: Mapping[str, str],
+    ) -> None:
+        own = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        self.status_code = 200
+        self.background = None
+        self._parts = parts
+        self._cancel = cancel
+        self.init_headers({**own, **headers})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await unless_gone(receive, self._send_all(send), cancel=self._cancel)
+        except (ClientGone, OSError):
+            return
+
+    async def _send_all(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        async for part in self._parts:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def encode_error(error: ApiError) -> bytes:
+    """Return the event that ends a stream with an error."""
+    return encode_event(error.body())

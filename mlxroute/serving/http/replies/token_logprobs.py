@@ -1,0 +1,104 @@
+"""Logprobs of tokens in the two forms of the API, with the origin of each token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mlxroute.answers.record_json import to_json
+from mlxroute.answers.token_description import describe_ids, describe_token
+from mlxroute.types import Source, Token, Vocabulary
+
+# What OpenAI's API gives for a token whose logprob is not known.
+_UNKNOWN_LOGPROB = -9999.0
+_PROVENANCE = ("source", "score", "threshold", "decision", "checked", "small", "large")
+
+
+class LogprobForms:
+    """The logprobs of one answer's tokens.
+
+    Args:
+        vocabulary: The small model's vocabulary.
+        top: Number of alternatives of each token.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, top: int) -> None:
+        self._vocabulary = vocabulary
+        self._top = top
+
+    def chat(self, tokens: Iterable[Token]) -> dict[str, Any]:
+        """Return the `logprobs` of a choice of a chat completion."""
+        return {"content": [self._entry(token) for token in self._shown(tokens)], "refusal": None}
+
+    def completion(self, tokens: Iterable[Token], *, offset: int = 0) -> dict[str, Any]:
+        """Return the `logprobs` of a choice of a text completion, whose text starts at `offset`."""
+        lists: dict[str, list[Any]] = {
+            "tokens": [],
+            "token_logprobs": [],
+            "top_logprobs": [],
+            "text_offset": [],
+            "provenance": [],
+        }
+        for token in self._shown(tokens):
+            entry = self._entry(token)
+            lists["tokens"].append(entry["token"])
+            lists["token_logprobs"].append(entry["logprob"])
+            top = {item["token"]: item["logprob"] for item in entry["top_logprobs"]}
+            lists["top_logprobs"].append(top)
+            lists["text_offset"].append(offset)
+            origin = {name: entry[name] for name in ("text", *_PROVENANCE) if name in entry}
+            lists["provenance"].append(origin)
+            offset += len(token.text)
+        return lists
+
+    def _shown(self, tokens: Iterable[Token]) -> list[Token]:
+        return [token for token in tokens if token.token_id not in self._vocabulary.eos_ids]
+
+    def _entry(self, token: Token) -> dict[str, Any]:
+        """Return the entry of a token: OpenAI's keys, the text that it adds, and its origin."""
+        record = to_json(describe_token(token, self._vocabulary))
+        text, data = describe_ids((token.token_id,), self._vocabulary)
+        top = self._large_top(token) if token.source is Source.LARGE else self._small_top(token)
+        return {
+            "token": text,
+            "logprob": self._logprob(token),
+            "bytes": list(text.encode() if data is None else data),
+            "top_logprobs": top[: self._top],
+            "text": token.text,
+            **{name: record[name] for name in _PROVENANCE if name in record},
+        }
+
+    def _logprob(self, token: Token) -> float:
+        """Return the logprob that the token's own model gave it."""
+        signals, escalation = token.signals, token.escalation
+        if token.source is Source.LARGE:
+            if escalation is None:
+                # The first part of a large token carries the logprob of the whole one.
+                return 0.0
+            large = escalation.large
+            if large is not None and large.logprob is not None:
+                return large.logprob
+        elif token.token_id == signals.token_id:
+            return signals.logprob
+        known = dict(zip(signals.top_ids, signals.top_logprobs, strict=False))
+        return known.get(token.token_id, _UNKNOWN_LOGPROB)
+
+    def _small_top(self, token: Token) -> list[dict[str, Any]]:
+        signals = token.signals
+        pairs = zip(signals.top_ids, signals.top_logprobs, strict=False)
+        return [self._choice(token_id, logprob) for token_id, logprob in pairs]
+
+    def _choice(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text, data = describe_ids((token_id,), self._vocabulary)
+        return _choice(text, logprob, text.encode() if data is None else data)
+
+    def _large_top(self, token: Token) -> list[dict[str, Any]]:
+        large = None if token.escalation is None else token.escalation.large
+        if large is None:
+            return []
+        pairs = large.top
+        return [_choice(text, logprob, text.encode(errors="replace")) for text, logprob in pairs]
+
+
+def _choice(text: str, logprob: float, data: Sequence[int]) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(data)}

@@ -1,0 +1,271 @@
+"""The routes: each reads a request, has it answered, and writes the reply."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from functools import wraps
+from typing import Any, Final
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from mlxroute.serving.http.answer_endpoint import AnswerEndpoint, Asked
+from mlxroute.serving.http.api_error import ApiError, to_api_error, wrong
+from mlxroute.serving.http.metrics import CONTENT_TYPE
+from mlxroute.serving.http.parsing.chat_fields import ToolsNeeded, read_chat
+from mlxroute.serving.http.parsing.common_fields import AnswerFields
+from mlxroute.serving.http.parsing.prompt_fields import read_completion
+from mlxroute.serving.http.parsing.request_body import read_json
+from mlxroute.serving.http.replies.answer_summary_json import FINISH_REASONS, summarize, usage
+from mlxroute.serving.http.replies.chunk_stream import ChunkStream
+from mlxroute.serving.http.replies.event_stream import ClientGone, EventStream, unless_gone
+from mlxroute.serving.http.replies.reply_forms import ReplyForm
+from mlxroute.serving.http.replies.token_logprobs import LogprobForms
+from mlxroute.serving.http.served_answer import ServedAnswer
+from mlxroute.serving.requests import QueueFull
+
+ID_HEADER: Final = "x-mlxroute-id"
+_CLIENT_GONE_STATUS: Final = 499
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def endpoint_of(request: Request) -> AnswerEndpoint:
+    """Return the endpoint. Raises ApiError while the models are being loaded."""
+    endpoint: AnswerEndpoint | None = request.app.state.endpoint
+    if endpoint is None:
+        raise ApiError(503, "the models are being loaded", code="loading", retry_after_s=5)
+    return endpoint
+
+
+def route(handler: Handler) -> Handler:
+    """Return a handler that replies errors in the API's form and counts requests."""
+
+    @wraps(handler)
+    async def handle(request: Request) -> Response:
+        try:
+            response = await handler(request)
+        except ClientGone:
+            response = Response(status_code=_CLIENT_GONE_STATUS)
+        except Exception as exc:  # noqa: BLE001 - no traceback may reach a client
+            error = to_api_error(exc)
+            if error.status == 500:
+                request.app.state.notify(f"error: {type(exc).__name__}: {exc}")
+            response = error.response()
+        if (endpoint := request.app.state.endpoint) is not None:
+            endpoint.metrics.on_request(handler.__name__, response.status_code)
+        return response
+
+    return handle
+
+
+@route
+async def health(request: Request) -> Response:
+    """Reply 200 once requests are answered, 503 before."""
+    endpoint_of(request)
+    return JSONResponse({"status": "ok"})
+
+
+@route
+async def metrics(request: Request) -> Response:
+    """Reply the figures in Prometheus' text format."""
+    return Response(endpoint_of(request).metrics.text(), media_type=CONTENT_TYPE)
+
+
+@route
+async def models(request: Request) -> Response:
+    """Reply the list of models."""
+    return JSONResponse(endpoint_of(request).names.describe_all())
+
+
+@route
+async def model(request: Request) -> Response:
+    """Reply the entry of one model."""
+    names = endpoint_of(request).names
+    return JSONResponse(names.describe(names.role(request.path_params["model"])))
+
+
+@route
+async def answer_document(request: Request) -> Response:
+    """Reply the document of an answer."""
+    store, owner = endpoint_of(request).store, request.state.owner
+    data = store.find(request.path_params["answer_id"], owner)
+    if data is None:
+        raise ApiError(404, "there is no such answer, or no longer", code="answer_not_found")
+    return Response(data, media_type="application/json", headers={"Cache-Control": "no-store"})
+
+
+@route
+async def chat_completions(request: Request) -> Response:
+    """Answer a conversation."""
+    endpoint = endpoint_of(request)
+    values = await read_json(request)
+    try:
+        chat = read_chat(values, endpoint.session, endpoint.names)
+    except ToolsNeeded as need:
+        raise wrong(
+            need.param,
+            f"{need.param}: tools and schemas are not supported by the routed model; start the"
+            " endpoint with --tools large to have the large model answer such requests alone",
+            code="unsupported_value",
+        ) from None
+    reply = _Reply(endpoint, chat.answer, is_chat=True, top_logprobs=chat.top_logprobs)
+    asked = Asked(chat.answer, chat.messages, reply.reply_id, request.state.owner, begun=chat.begun)
+    if chat.answer.stream:
+        return await reply.stream(request, asked)
+    return await reply.whole(request, [asked])
+
+
+@route
+async def completions(request: Request) -> Response:
+    """Continue texts or token ids."""
+    endpoint = endpoint_of(request)
+    values = await read_json(request)
+    fields = read_completion(values, endpoint.session, endpoint.names)
+    if fields.echo:
+        raise wrong("echo", "echo is not supported", code="unsupported_value")
+    reply = _Reply(endpoint, fields.answer, is_chat=False, top_logprobs=fields.top_logprobs)
+    asked = [
+        Asked(fields.answer, prompt, reply.answer_id(number), request.state.owner)
+        for number, prompt in enumerate(fields.prompts)
+    ]
+    if fields.answer.stream:
+        return await reply.stream(request, asked[0])
+    return await reply.whole(request, asked)
+
+
+class _Reply:
+    """The reply to one request for answers."""
+
+    def __init__(
+        self,
+        endpoint: AnswerEndpoint,
+        fields: AnswerFields,
+        *,
+        is_chat: bool,
+        top_logprobs: int | None,
+    ) -> None:
+        self._endpoint = endpoint
+        self._fields = fields
+        self._is_chat = is_chat
+        self.reply_id = ("chatcmpl-" if is_chat else "cmpl-") + secrets.token_hex(16)
+        self._form = ReplyForm(
+            is_chat=is_chat,
+            reply_id=self.reply_id,
+            model=fields.model,
+            created=int(time.time()),
+            include_usage=fields.include_usage,
+        )
+        vocabulary = endpoint.session.small.vocabulary
+        self._logprobs = None if top_logprobs is None else LogprobForms(vocabulary, top_logprobs)
+        self._answers: list[ServedAnswer] = []
+
+    def answer_id(self, number: int) -> str:
+        """Return the id of an answer of a reply with several."""
+        return self.reply_id if number == 0 else f"{self.reply_id}-{number}"
+
+    async def stream(self, request: Request, asked: Asked) -> Response:
+        """Reply an answer as a stream."""
+        answer = await self._start(asked)
+        stream = ChunkStream(
+            answer,
+            self._form,
+            self._fields,
+            logprobs=self._logprobs,
+            is_chat=self._is_chat,
+            keep_alive_s=self._endpoint.limits.keep_alive_s,
+            report=self._report,
+        )
+        headers = {ID_HEADER: self.reply_id}
+        return EventStream(stream.parts(), cancel=self._cancel, headers=headers)
+
+    async def whole(self, request: Request, asked: Sequence[Asked]) -> Response:
+        """Reply answers in one body."""
+        try:
+            await unless_gone(request.receive, self._answer_all(asked), cancel=self._cancel)
+        except ClientGone:
+            raise
+        except Exception as exc:
+            self._cancel()
+            calls = sum(answer.calls for answer in self._answers)
+            error = to_api_error(exc, calls=calls)
+            error.headers[ID_HEADER] = self.reply_id
+            raise error from exc
+        summary, figures = self._report()
+        body = self._form.whole(
+            [self._choice(number, answer) for number, answer in enumerate(self._answers)],
+            figures,
+            summary,
+        )
+        return JSONResponse(body, headers={ID_HEADER: self.reply_id})
+
+    async def _answer_all(self, asked: Sequence[Asked]) -> None:
+        """Have all answers written, as many at a time as the scheduler runs."""
+        limit = self._endpoint.limits.max_running
+        for number, item in enumerate(asked):
+            if number >= limit:
+                await self._answers[number - limit].wait()
+            await self._start_after_own(item)
+        for answer in self._answers:
+            await answer.wait()
+
+    async def _start_after_own(self, asked: Asked) -> None:
+        """Start an answer; where the queue is full, wait for an earlier answer of this reply."""
+        while True:
+            try:
+                await self._start(asked)
+            except QueueFull:
+                earlier = [answer for answer in self._answers if not answer.running.ended]
+                if not earlier:
+                    raise
+                await earlier[0].wait()
+            else:
+                return
+
+    async def _start(self, asked: Asked) -> ServedAnswer:
+        starting = asyncio.ensure_future(asyncio.to_thread(self._endpoint.start, asked))
+        try:
+            answer = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            # The thread goes on, and its answer would be nobody's.
+            starting.add_done_callback(_cancel_started)
+            raise
+        self._answers.append(answer)
+        answer.start(asyncio.get_running_loop())
+        return answer
+
+    def _cancel(self) -> None:
+        for answer in self._answers:
+            answer.cancel()
+
+    def _choice(self, number: int, answer: ServedAnswer) -> dict[str, Any]:
+        assert answer.run is not None
+        logprobs = None
+        if self._logprobs is not None:
+            form = self._logprobs.chat if self._is_chat else self._logprobs.completion
+            logprobs = form(answer.tokens)
+        finish_reason = FINISH_REASONS[answer.run.finish_reason]
+        return self._form.choice(number, answer.text, finish_reason, logprobs)
+
+    def _report(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the summary and the usage of the complete answers."""
+        runs = [answer.run for answer in self._answers if answer.run is not None]
+        models = self._answers[0].origin.models
+        summary = summarize(
+            runs,
+            role=self._fields.role,
+            small=models.small,
+            large=models.large,
+        )
+        prompt_tokens = sum(run.prompt_tokens for run in runs)
+        figures = usage(runs, prompt_tokens, summary)
+        ids = [self.answer_id(number) for number in range(len(self._answers))]
+        answer_ids = {"id": ids[0]} if len(ids) == 1 else {"id": ids[0], "answer_ids": ids}
+        return {**answer_ids, **summary, "ignored": list(self._fields.ignored)}, figures
+
+
+def _cancel_started(starting: asyncio.Future[ServedAnswer]) -> None:
+    if not starting.cancelled() and starting.exception() is None:
+        starting.result().cancel()

@@ -1,0 +1,60 @@
+"""What an endpoint serves: two models, and the options that a request can change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mlxroute.answers.document import ModelPair
+from mlxroute.engine import Experience, Options
+from mlxroute.routers import Router
+
+if TYPE_CHECKING:
+    from mlxroute.large import LargeModel
+    from mlxroute.small import SmallModel
+
+MakeRouter = Callable[[float | None, float | None], Router]
+"""Makes the router of one answer from a budget and a threshold; None is not set."""
+
+
+def _unchanged(value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class ServingSession:
+    """Two models and what applies to a request that says nothing else.
+
+    Args:
+        small: The small model, which nothing else may use.
+        large: The large model; None where the small one answers alone.
+        make_router: Makes a router in its first state; without a budget and a threshold, by the
+            session's own rule.
+        options: Limits, sampling and mode. The library's defaults by default.
+        models: The models as answer documents name them; by default by `small` and `large`.
+        experience: Measurements of the pair. New by default.
+        redact: Removes secrets from a JSON value of an answer document. By default nothing.
+    """
+
+    small: SmallModel
+    large: LargeModel | None
+    make_router: MakeRouter
+    options: Options = field(default_factory=Options)
+    models: ModelPair | None = None
+    experience: Experience = field(default_factory=Experience)
+    redact: Callable[[Any], Any] = _unchanged
+
+    @property
+    def model_pair(self) -> ModelPair:
+        """The models as answer documents name them."""
+        if self.models is not None:
+            return self.models
+        large = self.large
+        return ModelPair(
+            small=self.small.name,
+            small_spec=None,
+            adapter=None,
+            large=None if large is None else large.model_name,
+            large_url=None if large is None else large.base_url,
+        )

@@ -1,0 +1,228 @@
+"""Requests that are refused: wrong fields, foreign hosts and pages, wrong keys, full queues."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from starlette.testclient import TestClient
+
+from mlxroute.serving.http.answer_endpoint import ServingLimits
+from mlxroute.serving.http.guard import AccessRules
+from mlxroute.serving.http.parsing.fields import clean_text
+from mlxroute.serving.http.parsing.request_body import MAX_BODY_BYTES
+from mlxroute.small import SmallModel
+from tests.support.endpoint import chat, make_session, running
+
+_KEY, _OTHER_KEY = "a-key-of-a-client-01", "a-key-of-a-client-02"
+
+
+def error_of(response: Any, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    error: dict[str, Any] = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["message"].isprintable()
+    return error
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 2}, "n"),
+        ({"n": True}, "n"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"logit_bias": {"5": 100}}, "logit_bias"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 2}, "top_p"),
+        ({"temperature": 1, "top_k": 40}, "top_k"),
+        ({"max_tokens": -3}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"top_logprobs": 20, "logprobs": True}, "top_logprobs"),
+        ({"stop": [1]}, "stop"),
+        ({"seed": 2**65}, "seed"),
+        ({"stream": "yes"}, "stream"),
+        ({"budget": 7}, "budget"),
+        ({"budget": 0.1, "threshold": 1}, "threshold"),
+        ({"mode": "fast"}, "mode"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "robot", "content": ""}]}, "messages[0].role"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[0].content[0]",
+        ),
+        ({"messages": [{"role": "tool", "content": "1"}]}, "messages[0].role"),
+        ({"continue_final_message": True}, "continue_final_message"),
+    ],
+)
+def test_a_field_that_would_change_the_answer_is_named(
+    client: TestClient, fields: dict[str, Any], param: str
+) -> None:
+    error = error_of(client.post("/v1/chat/completions", json=chat(**fields)), 400)
+    assert error["param"] == param
+
+
+@pytest.mark.parametrize(
+    "prompt", [None, "", [], [[]], [["a"]], {"a": 1}, [1, "a"], [[-1]], [10**9], [True], [[1.5]]]
+)
+def test_a_wrong_prompt_is_named(client: TestClient, prompt: Any) -> None:
+    error = error_of(client.post("/v1/completions", json={"prompt": prompt}), 400)
+    assert error["param"] == "prompt"
+
+
+def test_an_unknown_model_is_named(client: TestClient) -> None:
+    error = error_of(client.post("/v1/chat/completions", json=chat(model="gpt-4o\x1b[2J")), 404)
+    assert error["code"] == "model_not_found"
+    assert "tiny:small" in error["message"]
+
+
+def test_a_prompt_longer_than_the_context(client: TestClient) -> None:
+    error = error_of(client.post("/v1/chat/completions", json=chat("fox " * 2000)), 400)
+    assert error["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"[]", b"1", b'{"a": NaN}', b"\xff\xfe", b"[" * 100_000, b"1" * 10_000]
+)
+def test_a_body_that_is_no_object(client: TestClient, data: bytes) -> None:
+    error_of(client.post("/v1/chat/completions", content=data), 400)
+
+
+def test_a_body_that_is_too_large(client: TestClient) -> None:
+    error_of(client.post("/v1/chat/completions", content=b" " * (MAX_BODY_BYTES + 1)), 413)
+    parts = (b" " * 2**20 for _ in range(8))
+    error_of(client.post("/v1/chat/completions", content=parts), 413)
+
+
+def test_unknown_paths_say_what_there_is(client: TestClient) -> None:
+    for path in ("responses", "embeddings", "messages"):
+        error = error_of(client.post(f"/v1/{path}", json={}), 404)
+        assert "/v1/chat/completions" in error["message"]
+    error_of(client.get("/v1/chat/completions"), 405)
+
+
+def test_a_foreign_host_is_refused(client: TestClient) -> None:
+    for host in ("evil.example", "evil.example:8787", "127.0.0.1.evil.example", "10.0.0.1", ""):
+        error_of(client.get("/v1/models", headers={"host": host}), 403)
+    for host in ("localhost:8787", "127.0.0.1", "[::1]:8787", "LOCALHOST"):
+        assert client.get("/v1/models", headers={"host": host}).status_code == 200
+
+
+def test_a_foreign_page_is_refused(client: TestClient) -> None:
+    for origin in ("https://evil.example", "null", "http://127.0.0.1:1", "http://[", "\x1b"):
+        error_of(client.post("/v1/chat/completions", headers={"origin": origin}, json=chat()), 403)
+    own = {"origin": "http://127.0.0.1:8787"}
+    assert client.get("/v1/models", headers=own).status_code == 200
+
+
+def test_an_allowed_page_gets_its_headers(small: SmallModel) -> None:
+    rules = AccessRules(allowed_origins=("https://page.example",))
+    with running(make_session(small), rules=rules) as client:
+        headers = {
+            "origin": "https://page.example",
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "authorization,content-type",
+        }
+        preflight = client.options("/v1/chat/completions", headers=headers)
+        assert preflight.status_code == 200
+        reply = client.get("/v1/models", headers={"origin": "https://page.example"})
+        assert reply.headers["access-control-allow-origin"] == "https://page.example"
+
+
+def test_keys(small: SmallModel) -> None:
+    rules = AccessRules(keys=(_KEY, _OTHER_KEY))
+    with running(make_session(small), rules=rules) as client:
+        assert client.get("/health").status_code == 200
+        for headers in ({}, {"authorization": "Bearer no"}, {"authorization": f"Basic {_KEY}"}):
+            for path in ("/v1/models", "/metrics", "/v1/mlxroute/answers/a"):
+                assert "key" in error_of(client.get(path, headers=headers), 401)["message"]
+        owner = {"authorization": f"Bearer {_KEY}"}
+        reply = client.post("/v1/chat/completions", json=chat(), headers=owner).json()
+        path = f"/v1/mlxroute/answers/{reply['id']}"
+        assert client.get(path, headers={"x-api-key": _KEY}).status_code == 200
+        other = {"authorization": f"Bearer {_OTHER_KEY}"}
+        error_of(client.get(path, headers=other), 404)
+
+
+def test_a_full_queue_says_when_to_come_back(small: SmallModel) -> None:
+    limits = ServingLimits(max_running=1, max_queued=0)
+    with running(make_session(small, max_tokens=400), limits=limits) as client:
+        endpoint = client.app.state.endpoint  # type: ignore[attr-defined]
+        session = endpoint.session
+        from mlxroute.serving import AnswerRequest
+
+        request = AnswerRequest("the fox", session.make_router(None, None), session.options)
+        busy = endpoint.scheduler.submit(request)
+        response = client.post("/v1/chat/completions", json=chat(stream=True))
+        error = error_of(response, 429)
+        assert error["code"] == "queue_full"
+        assert int(response.headers["retry-after"]) > 0
+        busy.cancel()
+
+
+def test_limits_are_checked() -> None:
+    with pytest.raises(Exception, match="max_running must be at least 1"):
+        ServingLimits(max_running=0)
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+_NAMES = st.sampled_from(
+    [
+        *("model", "messages", "prompt", "n", "stop", "seed", "temperature", "top_p", "stream"),
+        *("stream_options", "logprobs", "top_logprobs", "tools", "tool_choice", "budget"),
+        *(
+            "threshold",
+            "mode",
+            "local_only",
+            "exact",
+            "events",
+            "response_format",
+            "echo",
+            "suffix",
+        ),
+        *("max_tokens", "max_completion_tokens", "continue_final_message", "top_k", "logit_bias"),
+    ]
+)
+_MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "x"]), "content": _JSON}),
+    max_size=2,
+)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.sampled_from(["chat/completions", "completions"]),
+    st.dictionaries(_NAMES, _JSON, max_size=3),
+    st.booleans(),
+    _MESSAGES,
+)
+def test_any_body_gives_a_reply_or_an_error_in_form(
+    client: TestClient, path: str, fields: dict[str, Any], is_whole: bool, messages: list[Any]
+) -> None:
+    body = {"prompt": "the", **(chat() if is_whole else {"messages": messages}), "max_tokens": 1}
+    response = client.post(f"/v1/{path}", content=json.dumps({**body, **fields}))
+    if response.status_code != 200:
+        assert 400 <= response.status_code < 500
+        error_of(response, response.status_code)
+
+
+@given(st.text(st.characters(codec=None), max_size=20))
+def test_clean_text_has_no_lone_surrogates(text: str) -> None:
+    cleaned = clean_text(text)
+    cleaned.encode()
+    if not any(0xD800 <= ord(c) < 0xE000 for c in text):
+        assert cleaned == text
