@@ -35,7 +35,7 @@ _OTHER_ENCODINGS: Final = ((b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
 
 
 class MalformedText(ValueError):
-    """Raised for a text that is not the JSON or TOML it should be; the message is the reason."""
+    """Raised for what is no text, JSON or TOML where it should be; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,23 +135,31 @@ class TextFile:
             raise self.refuse(_reason(exc)) from exc
 
     def _decode(self, data: bytes, *, row: int | None = None) -> str:
-        for mark, name in _OTHER_ENCODINGS:
-            if data.startswith(mark) and row in (None, 1):
-                raise self.refuse(f"it is {name} text; save it as UTF-8", row=row)
         try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError as exc:
-            raise self.refuse("it is not UTF-8 text", row=row) from exc
-        if "\0" in text:
-            raise self.refuse("it has NUL characters, so it is no text", row=row)
-        # Joined files have one where a file began.
-        return text.lstrip(_BYTE_ORDER_MARK)
+            return decode_text(data)
+        except MalformedText as exc:
+            raise self.refuse(str(exc), row=row) from exc
 
     def _too_large(self, limit_bytes: int) -> MlxRouteError:
         kib = limit_bytes // 1024
         return self.refuse(
             f"it is larger than {f'{kib // 1024} MiB' if kib > 1023 else f'{kib} KiB'}"
         )
+
+
+def decode_text(data: bytes) -> str:
+    """Return UTF-8 bytes as text, without a byte order mark. Raises MalformedText."""
+    for mark, name in _OTHER_ENCODINGS:
+        if data.startswith(mark):
+            raise MalformedText(f"it is {name} text; save it as UTF-8")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as exc:
+        raise MalformedText("it is not UTF-8 text") from exc
+    if "\0" in text:
+        raise MalformedText("it has NUL characters, so it is no text")
+    # Joined files have one where a file began.
+    return text.lstrip(_BYTE_ORDER_MARK)
 
 
 def parse_json(text: str, *, strict: bool = True) -> Any:

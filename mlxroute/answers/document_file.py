@@ -12,7 +12,7 @@ from mlxroute.answers.document import FORMAT, VERSION, AnswerDocument
 from mlxroute.answers.record_json import from_json, to_json
 from mlxroute.errors import UsageError
 from mlxroute.private_file import expand_path, write_private
-from mlxroute.untrusted_text import MalformedText, TextFile, parse_json
+from mlxroute.untrusted_text import MalformedText, TextFile, decode_text, parse_json
 
 _MAX_BYTES = 256 * 2**20
 _REQUIRED_KEYS = {"role", "content"}
@@ -47,10 +47,10 @@ def _dump(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(", ", ":"))
 
 
-def parse_document(text: str) -> AnswerDocument:
+def parse_document(data: bytes) -> AnswerDocument:
     """Return the document of its JSON. Raises UsageError for anything else."""
     try:
-        value = parse_json(text)
+        value = parse_json(decode_text(data))
     except MalformedText as error:
         raise UsageError(str(error)) from error
     return read_document(value)
@@ -84,7 +84,7 @@ def load_document(path: Path) -> AnswerDocument:
     path = expand_path(path)
     text = TextFile(path, "the saved answer", max_bytes=_MAX_BYTES).read()
     try:
-        return parse_document(text)
+        return parse_document(text.encode())
     except UsageError as error:
         raise UsageError(f"{path} is not a saved answer that this version reads: {error}") from None
 

@@ -165,7 +165,7 @@ def _change(key: str, content: Any) -> bytes:
         ("tokens.1.index", 7, "tokens are not numbered from 0"),
         ("tokens.1.id", 2**64, r"tokens\[1\]\.id is not an integer"),
         ("tokens.1.id", True, r"tokens\[1\]\.id is not an integer"),
-        ("tokens.1.text", "\ud800", r"tokens\[1\]\.text is not text"),
+        ("tokens.1.text", "\ud800", "half a surrogate pair"),
         ("tokens.0.source", "both", r"tokens\[0\]\.source is not one of small, large"),
         ("tokens.0.small.top.0.bytes", [256], r"top\[0\]\.bytes is not a list of bytes"),
         ("tokens.0.checked", 1, r"tokens\[0\]\.checked is not true or false"),
@@ -254,7 +254,7 @@ def test_a_file_that_cannot_be_written_is_one_error(name: str, tmp_path: Path) -
 def test_a_file_that_cannot_be_read_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No such file"):
         load_document(tmp_path / "none.json")
-    with pytest.raises(UsageError, match="it is not a file"):
+    with pytest.raises(UsageError, match="it is larger than 64 MiB"):
         load_document(Path("/dev/zero"))
 
 

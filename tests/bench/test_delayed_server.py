@@ -106,6 +106,7 @@ def test_a_lost_call_is_refused_once_and_answered_when_repeated(tmp_path: Path) 
     [
         ([], "--large URL"),
         (["--large", "http://127.0.0.1:9/v1", "--rate", "7"], "--rate must be between 0 and 1"),
+        (["--large", "http://127.0.0.1:9/v1", "--ratio", "inf"], "--ratio above 0 and finite"),
     ],
 )
 def test_bench_latency_reports_missing_arguments(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -76,8 +77,9 @@ def latency(
 
     address = require_large(settings, "bench latency")
     grid = _GridOptions(tokens, ratio or _RATIOS, rate or _RATES, delay, measure=not play)
-    if not all(0 < share < 1 for share in grid.rates) or not all(r > 0 for r in grid.ratios):
-        raise UsageError("--rate must be between 0 and 1, and --ratio above 0")
+    is_valid = all(0 < share < 1 for share in grid.rates)
+    if not is_valid or not all(0 < steps < math.inf for steps in grid.ratios):
+        raise UsageError("--rate must be between 0 and 1, and --ratio above 0 and finite")
     check_plot_option(plot)
     conversations = _read_conversations(data, prompts, read_worked_examples(examples, shots))
     _, err = make_consoles()

@@ -231,6 +231,9 @@ def _shut_down(sock: socket.socket) -> None:
 
 def check_ca_bundle(path: Path) -> str:
     """Return the path of a file of PEM certificates. Raises UsageError if it holds none."""
+    # Reading a pipe or a device might never end.
+    if path.exists() and not path.is_file():
+        raise UsageError(f"ca_bundle {path} is not a file", parameter="ca_bundle")
     try:
         ssl.create_default_context(cafile=path)
     except ssl.SSLError as exc:

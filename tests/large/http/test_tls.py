@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -93,6 +94,8 @@ def test_an_invalid_bundle_is_one_clear_line_and_exit_code_2(
     assert captured.out == ""
 
 
-def test_a_folder_is_not_a_bundle(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="ca_bundle"):
-        LargeModel("https://host/v1", ca_bundle=tmp_path)
+def test_a_folder_or_a_pipe_is_not_a_bundle(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(UsageError, match=r"ca_bundle .* is not a file"):
+            LargeModel("https://host/v1", ca_bundle=path)
