@@ -36,7 +36,8 @@ class AnswerRequest:
         router: Decides which positions are escalated; its state goes on where a caller uses one for
             several answers, which must not run at the same time.
         options: Limits, sampling and mode.
-        local_only: Make no call to the large model. False by default.
+        local_only: Make no call to the large model, and escalate nothing; `router` is not used, nor
+            is it without a large model. False by default.
         exact: Write the text that the answer has alone in a new process: no KV cache of an earlier
             answer is used, and decisions that the rounding of a batch could change are made again
             with one row. False by default.

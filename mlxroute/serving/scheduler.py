@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Final
 from mlxroute.closeable import Closeable
 from mlxroute.engine import Answer, Experience
 from mlxroute.engine.protocols import LargeProtocol
+from mlxroute.routers import make_router
 from mlxroute.serving.device_thread import DeviceThread
 from mlxroute.serving.prompts import EncodedPrompt, encode_prompt
 from mlxroute.serving.requests import AnswerRequest, QueueFull
@@ -143,11 +145,13 @@ class AnswerScheduler(Closeable):
 
     def _start_answer(self, request: AnswerRequest, prompt: EncodedPrompt, row: Row) -> Answer:
         large = None if request.local_only else request.large or self._large
+        # Else the positions that the router escalates would count as unchecked.
+        no_router = make_router("entropy", threshold=math.inf)
         return Answer(
             row,
             None if large is None else StoppableLarge(large, row),
             prompt.messages,
-            router=request.router,
+            router=no_router if large is None else request.router,
             options=request.options,
             experience=self._experience,
             batching=row if request.exact else None,

@@ -55,7 +55,9 @@ class PrefixStore:
         """
         ids = array("q", token_ids)
         is_divisible = is_plain(layers)
-        if len(ids) < MIN_PREFIX_TOKENS:
+        kept = share(layers, len(ids)) if is_divisible else copy.deepcopy(layers)
+        size_bytes = sum(layer.nbytes for layer in kept)
+        if len(ids) < MIN_PREFIX_TOKENS or size_bytes > self._max_bytes:
             return
         for key, entry in list(self._entries.items()):
             shared = _common_length(entry.token_ids, ids)
@@ -64,13 +66,9 @@ class PrefixStore:
                 return
             if shared == len(entry.token_ids) and (is_divisible or shared == len(ids)):
                 self._remove(key)
-        kept = share(layers, len(ids)) if is_divisible else copy.deepcopy(layers)
-        entry = _Entry(kept, ids, sum(layer.nbytes for layer in kept), is_divisible)
-        if entry.size_bytes > self._max_bytes:
-            return
-        self._entries[self._next_key] = entry
+        self._entries[self._next_key] = _Entry(kept, ids, size_bytes, is_divisible)
         self._next_key += 1
-        self.size_bytes += entry.size_bytes
+        self.size_bytes += size_bytes
         while self.size_bytes > self._max_bytes:
             self._remove(next(iter(self._entries)))
 

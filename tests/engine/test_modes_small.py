@@ -24,22 +24,11 @@ from mlxroute.types import (
     Uploads,
 )
 from tests.support.fakes import FakeCall, FakeClock
-from tests.support.tiny import make_tiny_model
+from tests.support.tiny import KINDS, WINDOW, make_tiny_model
 from tests.support.worlds import token_of
 
-_WINDOW = 32
-_KINDS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "gemma3_text": {"head_dim": 16, "sliding_window": _WINDOW, "sliding_window_pattern": 2},
-    "lfm2": {
-        **{"norm_eps": 1e-6, "conv_bias": False, "conv_L_cache": 3, "block_dim": 64},
-        **{"block_multiple_of": 1, "block_ffn_dim_multiplier": 1.0},
-        **{"block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention"]},
-    },
-}
 
-
-@pytest.fixture(scope="module", params=_KINDS)
+@pytest.fixture(scope="module", params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -47,7 +36,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def loaded(kind: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     path = tmp_path_factory.mktemp(kind) / kind
-    return load(make_tiny_model(path, model_type=kind, extra=_KINDS[kind]))
+    return load(make_tiny_model(path, model_type=kind, extra=KINDS[kind]))
 
 
 class RandomRouter:
@@ -171,7 +160,7 @@ def test_a_plain_cache_can_always_be_rolled_back_and_a_full_window_not(
     small = SmallModel(*loaded, name="small")
     small.prefill(list(range(5, 15)))
     assert small.can_rollback(1) == (kind != "lfm2")
-    assert small.can_rollback(_WINDOW) == (kind == "llama")
+    assert small.can_rollback(WINDOW) == (kind == "llama")
 
 
 def test_prompts_of_different_lengths_are_decoded_as_one_batch(

@@ -1,66 +1,68 @@
-"""Answers of the scheduler are those that the engine writes alone."""
+"""The scheduler: answers as written alone, calls that hold nobody, cancellation, the queue."""
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+import time
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from mlxroute.backend.load import load
-from mlxroute.engine import Options, generate
-from mlxroute.routers import make_router
-from mlxroute.serving import AnswerRequest, AnswerScheduler, PromptProgress, RunningAnswer
+from mlxroute.errors import ContextTooLong, LargeRefused, UsageError
+from mlxroute.serving import (
+    AnswerRequest,
+    AnswerScheduler,
+    PromptProgress,
+    QueueFull,
+    RunningAnswer,
+)
 from mlxroute.small import SmallModel
-from mlxroute.types import Message, StopReason, Token
-from tests.support.tiny import make_tiny_model
+from mlxroute.types import LargeContext, Mode, Sampling, StopReason, Token
+from tests.serving.conftest import (
+    PROMPTS,
+    ReleasedLarge,
+    alone,
+    choose_by_text,
+    held,
+    request,
+    written,
+)
+from tests.support.tiny import KINDS, make_tiny_model
 
-_PROMPTS = ["the quick brown fox", "a lazy dog and a", "def main", "Thursday " * 20]
-_TOKENS = 24
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
-    path = make_tiny_model(tmp_path_factory.mktemp("small") / "tiny")
-    return SmallModel(*load(path), name="tiny")
-
-
-@pytest.fixture
-def scheduler(small: SmallModel) -> Iterator[AnswerScheduler]:
-    with AnswerScheduler(small, None) as scheduler:
-        yield scheduler
-
-
-def messages(prompt: str) -> list[Message]:
-    return [{"role": "user", "content": prompt}]
+_SAMPLING = Sampling(temperature=1.0, top_p=0.95, seed=11)
+# A threshold that random weights exceed at some positions.
+_SOMETIMES = 5.58
+_ROUNDING_NATS = 0.05
 
 
-def request(prompt: str, *, max_tokens: int = _TOKENS, exact: bool = False) -> AnswerRequest:
-    router = make_router("entropy", threshold=math.inf)
-    return AnswerRequest(messages(prompt), router, Options(max_tokens=max_tokens), exact=exact)
+def choose(context: LargeContext) -> int:
+    return choose_by_text(context.token_ids)
 
 
-def written(answer: RunningAnswer) -> list[int]:
-    return [event.token_id for event in answer.events() if isinstance(event, Token)]
+def finish_reason(answer: RunningAnswer) -> StopReason:
+    run = answer.stats().run
+    assert run is not None
+    return run.finish_reason
 
 
-def alone(small: SmallModel, prompt: str, *, max_tokens: int = _TOKENS) -> list[int]:
-    router = make_router("entropy", threshold=math.inf)
-    own = small.with_own_cache()
-    answer = generate(own, None, messages(prompt), router=router, max_tokens=max_tokens)
-    return [token.token_id for token in answer]
+def wait_until(condition: Any) -> None:
+    end_s = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end_s
+        time.sleep(0.001)
 
 
 def test_one_answer_is_decoded_as_one_row(scheduler: AnswerScheduler, small: SmallModel) -> None:
-    answer = scheduler.submit(request(_PROMPTS[0]))
+    answer = scheduler.submit(request(PROMPTS[0]))
     events = list(answer.events())
-    assert [e.token_id for e in events if isinstance(e, Token)] == alone(small, _PROMPTS[0])
-    assert any(isinstance(event, PromptProgress) for event in events)
-    figures = answer.stats()
-    assert figures.run is not None
-    assert figures.run.finish_reason is not StopReason.CANCELLED
-    assert not figures.batched
+    assert [e.token_id for e in events if isinstance(e, Token)] == alone(small, PROMPTS[0])
+    progress = [event for event in events if isinstance(event, PromptProgress)]
+    assert progress[-1].done == progress[-1].total == answer.stats().prompt_tokens
+    assert finish_reason(answer) is StopReason.LENGTH
+    assert not answer.stats().batched
     assert scheduler.figures().batched_tokens == 0
 
 
@@ -68,15 +70,255 @@ def test_one_answer_is_decoded_as_one_row(scheduler: AnswerScheduler, small: Sma
 def test_answers_of_a_batch_are_what_each_would_be_alone(
     scheduler: AnswerScheduler, small: SmallModel, exact: bool
 ) -> None:
-    answers = [scheduler.submit(request(prompt, exact=exact)) for prompt in _PROMPTS]
-    assert [written(answer) for answer in answers] == [alone(small, p) for p in _PROMPTS]
+    with held(scheduler):
+        answers = [scheduler.submit(request(prompt, exact=exact)) for prompt in PROMPTS]
+    assert [written(answer) for answer in answers] == [alone(small, p) for p in PROMPTS]
     assert any(answer.stats().batched for answer in answers)
+    assert scheduler.figures().batched_tokens > 0
 
 
-def test_no_thread_is_left(small: SmallModel) -> None:
+def test_sampled_answers_of_a_batch_are_what_each_would_be_alone(
+    scheduler: AnswerScheduler, small: SmallModel
+) -> None:
+    with held(scheduler):
+        sampled = [scheduler.submit(request(p, sampling=_SAMPLING)) for p in PROMPTS[:2]]
+        greedy = scheduler.submit(request(PROMPTS[2]))
+    expected = [alone(small, p, temperature=1.0, top_p=0.95, seed=11) for p in PROMPTS[:2]]
+    assert [written(answer) for answer in sampled] == expected
+    assert written(greedy) == alone(small, PROMPTS[2])
+    assert all(answer.stats().batched for answer in sampled)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("mode", list(Mode))
+def test_routed_answers_of_a_batch_are_what_each_would_be_alone(
+    small: SmallModel, mode: Mode, exact: bool
+) -> None:
+    large = ReleasedLarge(choose)
+    expected = [alone(small, p, large=large, threshold=_SOMETIMES, mode="wait") for p in PROMPTS]
+    with AnswerScheduler(small, large) as scheduler:
+        with held(scheduler):
+            answers = [
+                scheduler.submit(request(p, threshold=_SOMETIMES, mode=mode, exact=exact))
+                for p in PROMPTS
+            ]
+        assert [written(answer) for answer in answers] == expected
+        for answer in answers:
+            run = answer.stats().run
+            assert run is not None
+            assert run.escalated
+            assert run.uploaded_bytes == 10 * run.calls == 10 * run.requests
+
+
+def test_an_answer_that_waits_for_the_large_model_holds_no_other(small: SmallModel) -> None:
+    large = ReleasedLarge(choose, holds=True)
+    with AnswerScheduler(small, large) as scheduler:
+        waiting = scheduler.submit(request(PROMPTS[0], threshold=-math.inf, mode=Mode.WAIT))
+        large.await_calls(1)
+        assert written(scheduler.submit(request(PROMPTS[1]))) == alone(small, PROMPTS[1])
+        assert not waiting.ended
+        large.release()
+        expected = alone(small, PROMPTS[0], large=ReleasedLarge(choose), threshold=-math.inf)
+        assert written(waiting) == expected
+        run = waiting.stats().run
+        assert run is not None
+        assert run.stall_s > 0
+
+
+def test_a_failing_large_model_leaves_positions_unchecked(small: SmallModel) -> None:
+    large = ReleasedLarge(lambda context: LargeRefused("no"))
+    with AnswerScheduler(small, large) as scheduler:
+        with held(scheduler):
+            answers = [scheduler.submit(request(p, threshold=_SOMETIMES)) for p in PROMPTS]
+        assert [written(answer) for answer in answers] == [alone(small, p) for p in PROMPTS]
+        runs = [answer.stats().run for answer in answers]
+    assert all(run is not None and run.unchecked == run.fallbacks > 0 for run in runs)
+
+
+def test_a_local_answer_makes_no_call(small: SmallModel) -> None:
+    large = ReleasedLarge(choose)
+    with AnswerScheduler(small, large) as scheduler:
+        answer = scheduler.submit(request(PROMPTS[0], threshold=-math.inf, local_only=True))
+        assert written(answer) == alone(small, PROMPTS[0])
+    run = answer.stats().run
+    assert run is not None
+    assert run.unchecked == 0
+    assert not large.calls
+
+
+def test_a_cancelled_answer_ends_within_a_step(scheduler: AnswerScheduler) -> None:
+    answer = scheduler.submit(request(PROMPTS[0], max_tokens=400))
+    other = scheduler.submit(request(PROMPTS[1]))
+    events = answer.events()
+    for event in events:
+        if isinstance(event, Token):
+            answer.cancel()
+            break
+    later = [event for event in events if isinstance(event, Token)]
+    assert len(later) < 400
+    assert finish_reason(answer) is StopReason.CANCELLED
+    assert written(other)
+    # The KV cache of the cancelled answer is kept for its next try.
+    assert scheduler.figures().cache_entries >= 1
+
+
+def test_a_cancelled_call_ends_with_its_answer(small: SmallModel) -> None:
+    large = ReleasedLarge(choose, holds=True)
+    with AnswerScheduler(small, large) as scheduler:
+        answer = scheduler.submit(request(PROMPTS[0], threshold=-math.inf, mode=Mode.WAIT))
+        large.await_calls(1)
+        answer.cancel()
+        assert written(answer) == []
+        assert large.calls[0].is_cancelled
+
+
+def test_a_prompt_that_is_read_can_be_cancelled(scheduler: AnswerScheduler) -> None:
+    with held(scheduler):
+        answer = scheduler.submit(request("Thursday " * 40))
+        wait_until(lambda: not scheduler._device._inbox.empty())
+        answer.cancel()
+    assert written(answer) == []
+    figures = scheduler.figures()
+    assert figures.cache_entries == figures.steps == 0
+
+
+def test_answers_wait_in_order_for_their_turn(small: SmallModel) -> None:
+    with AnswerScheduler(small, None, max_running=1, max_queued=2) as scheduler:
+        with held(scheduler):
+            answers = [scheduler.submit(request(PROMPTS[0])) for _ in range(3)]
+            with pytest.raises(QueueFull):
+                scheduler.submit(request(PROMPTS[0]))
+            assert (scheduler.figures().running, scheduler.figures().queued) == (1, 2)
+            answers[1].cancel()
+        assert written(answers[1]) == []
+        assert written(answers[0]) == written(answers[2]) == alone(small, PROMPTS[0])
+        waits_s = [answer.stats().queue_wait_s for answer in answers]
+        assert waits_s == sorted(waits_s)
+        assert written(scheduler.submit(request(PROMPTS[0])))
+
+
+def test_a_bad_prompt_is_refused_before_it_waits(scheduler: AnswerScheduler) -> None:
+    with pytest.raises(ContextTooLong):
+        scheduler.submit(request("Thursday " * 500))
+    with pytest.raises(UsageError, match="there is no token"):
+        scheduler.submit(AnswerRequest([10**6], request("x").router))
+    with pytest.raises(UsageError, match="empty"):
+        scheduler.submit(AnswerRequest("", request("x").router))
+
+
+def test_texts_and_token_ids_are_continued_as_they_are(
+    scheduler: AnswerScheduler, small: SmallModel
+) -> None:
+    text = small.render([{"role": "user", "content": PROMPTS[0]}])
+    for prompt in (text, small.encode_prompt(text)):
+        answer = scheduler.submit(AnswerRequest(prompt, request("x").router, request("x").options))
+        assert answer.prompt.text == text
+        assert written(answer) == alone(small, PROMPTS[0])
+
+
+def test_a_second_turn_reads_the_new_tokens_only(
+    scheduler: AnswerScheduler, small: SmallModel
+) -> None:
+    first = scheduler.submit(request(PROMPTS[3]))
+    ids = [*first.prompt.ids, *written(first)]
+    second = scheduler.submit(AnswerRequest([*ids, 70, 71], request("x").router))
+    written(second)
+    run = second.stats().run
+    assert run is not None
+    # The last token of an answer is never fed.
+    assert run.cached_prompt_tokens == len(ids) - 1
+    exact = scheduler.submit(AnswerRequest([*ids, 70, 71], request("x").router, exact=True))
+    assert written(exact)
+    run = exact.stats().run
+    assert run is not None
+    assert run.cached_prompt_tokens == 0
+
+
+def test_a_failed_step_ends_the_answers_of_the_batch_alone(
+    scheduler: AnswerScheduler, small: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(token_ids: object) -> None:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler._device._batch, "step", fail)
+        with held(scheduler):
+            answers = [scheduler.submit(request(prompt)) for prompt in PROMPTS[:2]]
+        for answer in answers:
+            with pytest.raises(RuntimeError, match="no memory"):
+                written(answer)
+    assert written(scheduler.submit(request(PROMPTS[0]))) == alone(small, PROMPTS[0])
+
+
+def test_closing_ends_all_answers_and_threads(small: SmallModel) -> None:
     before = threading.active_count()
-    scheduler = AnswerScheduler(small, None)
-    answers = [scheduler.submit(request(prompt, max_tokens=400)) for prompt in _PROMPTS]
+    large = ReleasedLarge(choose, holds=True)
+    scheduler = AnswerScheduler(small, large, max_running=3)
+    answers = [scheduler.submit(request(prompt, max_tokens=400)) for prompt in PROMPTS]
+    answers.append(scheduler.submit(request(PROMPTS[0], threshold=-math.inf)))
     scheduler.close()
     assert all(answer.ended for answer in answers)
     assert threading.active_count() == before
+    with pytest.raises(QueueFull):
+        scheduler.submit(request(PROMPTS[0]))
+
+
+def _alter_near_ties(scheduler: AnswerScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the batch choose the second token where the two best are within `_ROUNDING_NATS`."""
+    batch = scheduler._device._batch
+    step = batch.step
+
+    def altered(token_ids: Any) -> Any:
+        rows = step(token_ids)
+        for row, signals in rows.items():
+            best, second = signals.top_logprobs[:2]
+            if best - second < _ROUNDING_NATS:
+                rows[row] = replace(signals, token_id=signals.top_ids[1])
+        return rows
+
+    monkeypatch.setattr(batch, "step", altered)
+    monkeypatch.setattr(scheduler._device._rounding, "nats", _ROUNDING_NATS)
+
+
+@pytest.mark.parametrize("mode", [Mode.WAIT, Mode.OVERLAP])
+def test_decisions_within_the_rounding_are_made_again_where_asked(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch, mode: Mode
+) -> None:
+    large = ReleasedLarge(choose)
+    expected = [alone(small, p, large=large, threshold=_SOMETIMES, mode="wait") for p in PROMPTS]
+    with AnswerScheduler(small, large) as scheduler:
+        _alter_near_ties(scheduler, monkeypatch)
+        texts = {}
+        for exact in (False, True):
+            with held(scheduler):
+                answers = [
+                    scheduler.submit(request(p, threshold=_SOMETIMES, mode=mode, exact=exact))
+                    for p in PROMPTS
+                ]
+            texts[exact] = [written(answer) for answer in answers]
+    assert texts[False] != expected
+    assert texts[True] == expected
+    runs = [answer.stats().run for answer in answers]
+    assert sum(run.redecoded for run in runs if run is not None) > 0
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "lfm2"])
+def test_caches_that_cannot_be_batched_take_turns(
+    kind: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp(kind) / kind
+    small = SmallModel(*load(make_tiny_model(path, model_type=kind, extra=KINDS[kind])), name=kind)
+    large = ReleasedLarge(choose)
+    expected = [alone(small, p, large=large, threshold=_SOMETIMES, mode="wait") for p in PROMPTS]
+    with AnswerScheduler(small, large) as scheduler:
+        for _ in range(2):
+            with held(scheduler):
+                answers = [
+                    scheduler.submit(request(p, threshold=_SOMETIMES, mode=Mode.OVERLAP))
+                    for p in PROMPTS
+                ]
+            assert [written(answer) for answer in answers] == expected
+        assert scheduler.figures().batched_tokens == 0
+        # The prompts were kept whole, and so serve the same prompts only.
+        runs = [answer.stats().run for answer in answers]
+        assert all(run is not None and run.cached_prompt_tokens for run in runs)

@@ -12,6 +12,17 @@ _TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+WINDOW = 32
+# Architectures with plain caches, sliding windows, and states that cannot be rolled back.
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gemma3_text": {"head_dim": 16, "sliding_window": WINDOW, "sliding_window_pattern": 2},
+    "lfm2": {
+        **{"norm_eps": 1e-6, "conv_bias": False, "conv_L_cache": 3, "block_dim": 64},
+        **{"block_multiple_of": 1, "block_ffn_dim_multiplier": 1.0},
+        **{"block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention"]},
+    },
+}
 _TEXTS = [
     "the quick brown fox jumps over the lazy dog",
     "def main():\n\treturn 42  # answers everything",

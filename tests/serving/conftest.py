@@ -1,0 +1,180 @@
+"""A small model with random weights, and large models whose replies a test releases."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxroute.backend.load import load
+from mlxroute.engine import Options, generate
+from mlxroute.errors import LargeError
+from mlxroute.routers import make_router
+from mlxroute.serving import AnswerRequest, AnswerScheduler, RunningAnswer
+from mlxroute.serving.prompts import encode_prompt
+from mlxroute.serving.row import Invoke
+from mlxroute.small import SmallModel
+from mlxroute.types import LargeContext, LargeToken, Message, Mode, Sampling, Token, Uploads
+from tests.support.tiny import make_tiny_model
+
+PROMPTS = ["the quick brown fox", "a lazy dog and a", "def main", "Thursday " * 20]
+TOKENS = 24
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
+    path: Path = make_tiny_model(tmp_path_factory.mktemp("serving") / "tiny")
+    return SmallModel(*load(path), name="tiny")
+
+
+@pytest.fixture
+def scheduler(small: SmallModel) -> Iterator[AnswerScheduler]:
+    with AnswerScheduler(small, None) as scheduler:
+        yield scheduler
+
+
+def messages(prompt: str) -> list[Message]:
+    return [{"role": "user", "content": prompt}]
+
+
+def request(
+    prompt: str,
+    *,
+    max_tokens: int = TOKENS,
+    threshold: float = math.inf,
+    mode: Mode = Mode.AUTO,
+    sampling: Sampling | None = None,
+    **flags: bool,
+) -> AnswerRequest:
+    options = Options(max_tokens=max_tokens, mode=mode, sampling=sampling or Sampling())
+    router = make_router("entropy", threshold=threshold)
+    return AnswerRequest(messages(prompt), router, options, **flags)
+
+
+def written(answer: RunningAnswer) -> list[int]:
+    """Wait for an answer; return its token ids."""
+    return [event.token_id for event in answer.events() if isinstance(event, Token)]
+
+
+def alone(
+    small: SmallModel,
+    prompt: str,
+    *,
+    large: Any = None,
+    threshold: float = math.inf,
+    **options: Any,
+) -> list[int]:
+    """Return the token ids of an answer that `generate` writes alone."""
+    router = make_router("entropy", threshold=threshold)
+    own = small.with_own_cache()
+    options = {"max_tokens": TOKENS, **options}
+    answer = generate(own, large, messages(prompt), router=router, **options)
+    return [token.token_id for token in answer]
+
+
+@contextmanager
+def held(scheduler: AnswerScheduler) -> Iterator[None]:
+    """Stop the thread of the device in the `with` block, so that what is submitted meets there."""
+    device = scheduler._device
+    row = device.new_row(encode_prompt(scheduler._small, "held"))
+    entered, ended = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        entered.set()
+        assert ended.wait(30)
+
+    device.post(row, Invoke(wait))
+    assert entered.wait(30)
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+class ReleasedLarge:
+    """A large model that replies with `choose(context)`, at once or when the test says so."""
+
+    is_local = False
+    max_in_flight = 8
+    model_name = "released"
+
+    def __init__(
+        self, choose: Callable[[LargeContext], int | LargeError], *, holds: bool = False
+    ) -> None:
+        self._choose = choose
+        self._holds = holds
+        self._changed = threading.Condition()
+        self.calls: list[ReleasedCall] = []
+        self.uploads = Uploads()
+
+    def begin(self, context: LargeContext, *, deadline_s: float, prefetch: int) -> ReleasedCall:
+        call = ReleasedCall(self._choose(context), is_ready=not self._holds)
+        with self._changed:
+            self.calls.append(call)
+            self._changed.notify_all()
+        return call
+
+    def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
+        with self._changed:
+            self._changed.wait_for(ready, timeout_s)
+
+    def await_calls(self, count: int) -> None:
+        """Block until `count` calls have been made."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.calls) >= count, 30)
+
+    def release(self) -> None:
+        """Let all calls, and later ones, reply."""
+        with self._changed:
+            self._holds = False
+            for call in self.calls:
+                call.is_ready = True
+            self._changed.notify_all()
+
+
+class ReleasedCall:
+    """A call of a `ReleasedLarge`."""
+
+    def __init__(self, outcome: int | LargeError, *, is_ready: bool) -> None:
+        self._outcome = outcome
+        self.is_ready = is_ready
+        self.is_cancelled = False
+
+    @property
+    def ready(self) -> bool:
+        return self.is_ready
+
+    finished = ready
+
+    def result(self) -> tuple[LargeToken, ...]:
+        if isinstance(self._outcome, LargeError):
+            raise self._outcome
+        return (_large_token(self._outcome),)
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+def _large_token(token_id: int) -> LargeToken:
+    return LargeToken(
+        token_ids=(token_id,),
+        text="",
+        is_eos=False,
+        logprob=-0.1,
+        top=(),
+        prompt_tokens=None,
+        cached_tokens=None,
+        completion_tokens=1,
+        uploaded_bytes=10,
+        latency_s=0.0,
+    )
+
+
+def choose_by_text(ids: Sequence[int]) -> int:
+    """Return a token that depends on all the ids before it."""
+    return 60 + sum(ids) % 40

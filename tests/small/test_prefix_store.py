@@ -1,0 +1,106 @@
+"""The store of KV caches: the longest shared prefix, within its memory, the least used out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+from mlxroute.sequences import common_prefix_length
+from mlxroute.small.prefix_store import MIN_PREFIX_TOKENS, PrefixStore
+
+_TOKEN_BYTES = 8
+
+
+def layers_of(ids: list[int]) -> list[Any]:
+    """Return a cache of one layer whose keys are the ids."""
+    layer = KVCache()
+    keys = mx.array(ids, dtype=mx.float32).reshape(1, 1, -1, 1)
+    layer.state = (keys, keys, len(ids))
+    return [layer]
+
+
+def sliding_layers_of(ids: list[int]) -> list[Any]:
+    layer = RotatingKVCache(max_size=8)
+    for token_id in ids:
+        keys = mx.full((1, 1, 1, 1), token_id, dtype=mx.float32)
+        layer.update_and_fetch(keys, keys)
+    return [layer]
+
+
+def held_ids(layers: list[Any]) -> list[int]:
+    (layer,) = layers
+    keys, _ = layer.keys_and_values()
+    return [int(value) for value in keys[0, 0, :, 0].tolist()]
+
+
+_PREFIX = list(range(MIN_PREFIX_TOKENS))
+_SEQUENCES = st.lists(st.integers(0, 2), max_size=12).map(lambda tail: [*_PREFIX, *tail])
+
+
+@given(
+    actions=st.lists(st.tuples(st.booleans(), _SEQUENCES), max_size=30),
+    capacity=st.integers(0, 120),
+)
+def test_the_longest_prefix_of_what_is_kept_is_returned(
+    actions: list[tuple[bool, list[int]]], capacity: int
+) -> None:
+    store = PrefixStore(capacity * _TOKEN_BYTES)
+    # The least recently used first.
+    kept: list[list[int]] = []
+    for is_addition, ids in actions:
+        if is_addition:
+            store.add(layers_of(ids), ids)
+            container = [old for old in kept if old[: len(ids)] == ids]
+            if container:
+                kept.remove(container[0])
+                kept.append(container[0])
+                continue
+            if len(ids) <= capacity:
+                kept = [*(old for old in kept if ids[: len(old)] != old), ids]
+                while sum(map(len, kept)) > capacity:
+                    kept.pop(0)
+        elif (match := store.find(ids)) is None:
+            assert not kept
+        else:
+            layers, prefix = match
+            length = max(common_prefix_length(old, ids) for old in kept)
+            assert held_ids(layers) == list(prefix) == ids[:length]
+            used = next(old for old in kept if common_prefix_length(old, ids) == length)
+            kept.remove(used)
+            kept.append(used)
+        assert len(store) == len(kept)
+        assert store.size_bytes == _TOKEN_BYTES * sum(map(len, kept)) <= capacity * _TOKEN_BYTES
+
+
+def test_later_steps_of_either_side_leave_what_is_kept_alone() -> None:
+    store = PrefixStore(1 << 20)
+    ids = list(range(40))
+    layers = layers_of(ids)
+    store.add(layers, ids)
+    new = mx.full((1, 1, 1, 1), 99, dtype=mx.float32)
+    layers[0].update_and_fetch(new, new)
+    for _ in range(2):
+        match = store.find([*ids[:30], 7])
+        assert match is not None
+        assert held_ids(match[0]) == ids[:30]
+        match[0][0].update_and_fetch(new, new)
+        assert held_ids(match[0]) == [*ids[:30], 99]
+    assert (store.hits, store.misses) == (2, 0)
+
+
+def test_a_sliding_window_is_used_whole_or_not_at_all() -> None:
+    store = PrefixStore(1 << 20)
+    ids = list(range(20))
+    store.add(sliding_layers_of(ids), ids)
+    assert store.find([*ids[:18], 99]) is None
+    match = store.find([*ids, 99])
+    assert match is not None
+    assert list(match[1]) == ids
+    assert match[0][0].offset == 20
+    store.clear()
+    assert store.find([*ids, 99]) is None
+    assert store.size_bytes == len(store) == 0
