@@ -37,6 +37,14 @@ class _ByteVocabulary:
     def piece(self, token_id: int) -> str | None:
         return None
 
+    @property
+    def control_names(self) -> frozenset[str]:
+        return frozenset()
+
+    @property
+    def special_names(self) -> frozenset[str]:
+        return frozenset()
+
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id])
 

@@ -83,7 +83,7 @@ class _LatencyBench:
             for tokens in self.small_only.tokens
             for interval in intervals([token.time_s for token in tokens])
         )
-        prompt_ids = small.encode_prompt(small.render(prompts[0]))
+        prompt_ids = small.encode_conversation(prompts[0]).ids
         small.prefill(prompt_ids)
         measured = small.measure_branch_cost(prompt_ids[-1], rows=BRANCH_ROWS)
         # The machine's speed drifts, so only the ratio of these two measurements is used.

@@ -129,7 +129,7 @@ def _row_from_json(item: Mapping[str, Any]) -> QualityRow:
 
 def measure_step_s(small: SmallModel, question: Question) -> float:
     """Return the median seconds of a few decode steps after a question."""
-    signals, _ = small.prefill(small.encode_prompt(small.render(question_messages(question))))
+    signals, _ = small.prefill(small.encode_conversation(question_messages(question)).ids)
     times_s = []
     for _ in range(_TIMED_STEPS):
         began_s = time.perf_counter()

@@ -149,7 +149,7 @@ def _run_mlxroute(small: SmallModel, prompt: str, max_tokens: int) -> SpeedRun:
 def _run_mlx_lm(small: SmallModel, prompt: str, max_tokens: int) -> SpeedRun:
     _reset(small)
     began_s = time.perf_counter()
-    ids = small.encode_prompt(small.render([{"role": "user", "content": prompt}]))
+    ids = small.encode_conversation([{"role": "user", "content": prompt}]).ids
     replies = stream_generate(small.model, small.tokenizer, ids, max_tokens=max_tokens)
     return _time_tokens((reply.token for reply in replies), began_s)
 
@@ -171,7 +171,7 @@ def _reset(small: SmallModel) -> None:
 
 def _by_context(small: SmallModel) -> list[dict[str, Any]]:
     """Return the median step times of both sides after prompts of rising length."""
-    sentence_ids = small.encode_prompt("The quick brown fox jumps over the lazy dog. ")
+    sentence_ids = small.vocabulary.encode("The quick brown fox jumps over the lazy dog. ")
     prompt_ids = list(itertools.islice(itertools.cycle(sentence_ids), max(CONTEXTS)))
     layers: list[Any] = make_prompt_cache(small.model)
 

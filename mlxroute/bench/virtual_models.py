@@ -17,6 +17,7 @@ from mlxroute.errors import LargeError
 from mlxroute.small import SmallModel
 from mlxroute.types import (
     BranchCost,
+    EncodedPrompt,
     LargeContext,
     LargeToken,
     Message,
@@ -111,11 +112,8 @@ class VirtualSmall:
     def max_rows(self) -> int:
         return self._cost.rows
 
-    def render(self, messages: Sequence[Message]) -> str:
-        return self._small.render(messages)
-
-    def encode_prompt(self, text: str) -> list[int]:
-        return self._small.encode_prompt(text)
+    def encode_conversation(self, messages: Sequence[Message]) -> EncodedPrompt:
+        return self._small.encode_conversation(messages)
 
     def prefill(
         self, prompt_ids: Sequence[int], *, sampling: Sampling, progress: Progress

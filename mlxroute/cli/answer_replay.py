@@ -38,7 +38,7 @@ def prepare_replay(
     if document.prompt.text is not None:
         raise UsageError("the answer continues a text, not a conversation, and cannot be replayed")
     messages = [dict(message) for message in document.messages]
-    prompt_ids = small.encode_prompt(small.render(messages))
+    prompt_ids = small.encode_conversation(messages).ids
     if hash_ids(prompt_ids) != document.prompt.sha256:
         raise UsageError(
             f"{small.name} reads the prompt as {len(prompt_ids):,} other tokens than those recorded"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from mlxroute.large import LargeModel
     from mlxroute.large.http.address import Address
-    from mlxroute.tokenizers.chat_template import ChatTokenizer
+    from mlxroute.tokenizers.chat_tokenizer import ChatTokenizer
 
 
 def open_ledger(settings: Settings) -> Ledger:
@@ -159,7 +159,7 @@ def _load_tokenizer(folder: Path, name: str, cache_dir: Path) -> ChatTokenizer |
 
     # Importing the tokenizer imports MLX, which must find the faster BLAS.
     blas.interpose(cache_dir)
-    from mlxroute.tokenizers.chat_template import ChatTokenizer
+    from mlxroute.tokenizers.chat_tokenizer import ChatTokenizer
 
     try:
         return ChatTokenizer.load(folder, name=name)

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 # Calls per escalated position in mode `auto` where calls cost money.
 _PRICED_CALL_CEILING = 1.5
+_MAX_NAMES = 3
 _OFFLINE = "--offline: the small model answers alone"
 
 
@@ -219,6 +220,12 @@ class Session:
         if stats.withheld:
             noun = "position" if stats.withheld == 1 else "positions"
             warnings["withheld"] = f"{stats.withheld:,} {noun} kept local by --never-send"
+        if self.large is not None and self.large.neutralised:
+            names = ", ".join(map(printable, self.large.neutralised[:_MAX_NAMES]))
+            warnings["neutralised"] = (
+                f"{self.large.model_name} would read {names} in your messages as control tokens,"
+                " so it gets them with a space inside"
+            )
         if stats.held:
             warnings["held"] = (
                 f"the KV cache of {self.small.name} cannot be rolled back at every length, so"

@@ -7,6 +7,7 @@ from typing import Any, Protocol, Self
 
 from mlxroute.types import (
     BranchCost,
+    EncodedPrompt,
     Judgement,
     LargeContext,
     LargeToken,
@@ -30,12 +31,8 @@ class SmallProtocol(Protocol):
         """Greatest total number of tokens of prompt and answer."""
         ...
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """Return the prompt text of a conversation."""
-        ...
-
-    def encode_prompt(self, text: str) -> list[int]:
-        """Return the ids of a rendered prompt."""
+    def encode_conversation(self, messages: Sequence[Message]) -> EncodedPrompt:
+        """Return the prompt of a conversation, its message contents as plain text."""
         ...
 
     @property

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from mlxroute.engine.characters import CharacterState
 from mlxroute.engine.protocols import SmallProtocol
 from mlxroute.errors import ContextTooLong, UsageError
-from mlxroute.types import LargeContext, Message, Span, Vocabulary
+from mlxroute.messages import read_messages
+from mlxroute.types import LargeContext, Message, PromptText, Span, Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +21,14 @@ class RenderedPrompt:
 
     vocabulary: Vocabulary
     messages: tuple[Message, ...]
-    text: str
+    rendered: PromptText
     ids: tuple[int, ...]
     begun: str = ""
+
+    @property
+    def text(self) -> str:
+        """The text."""
+        return self.rendered.text
 
 
 def render_prompt(
@@ -30,10 +36,12 @@ def render_prompt(
 ) -> RenderedPrompt:
     """Render a conversation; `begun` is the part of the answer that `small` adds to it.
 
-    Raises UsageError for an empty prompt, ContextTooLong for one that does not fit in the context.
+    Raises UsageError for an empty prompt and for messages that are not text, ContextTooLong for a
+    prompt that does not fit in the context.
     """
-    text = small.render(messages)
-    ids = tuple(small.encode_prompt(text))
+    conversation = read_messages(messages)
+    encoded = small.encode_conversation(conversation)
+    ids = encoded.ids
     if not ids:
         raise UsageError("the prompt is empty")
     if len(ids) >= small.context_length:
@@ -41,7 +49,7 @@ def render_prompt(
             f"the prompt has {len(ids):,} tokens and the small model's context holds"
             f" {small.context_length:,}; shorten it"
         )
-    return RenderedPrompt(small.vocabulary, tuple(messages), text, ids, begun)
+    return RenderedPrompt(small.vocabulary, conversation, encoded.rendered, ids, begun)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +112,11 @@ class Transcript:
         """Return the texts that the tokens from number `index` on add."""
         return tuple(token.text for token in self.tokens[index:])
 
+    @property
+    def text(self) -> str:
+        """The text of the prompt and of the answer, up to its last whole character."""
+        return self.prompt.text + "".join(token.text for token in self.tokens)
+
     def context(self) -> LargeContext:
         """Return the large model's input for the position after the last token."""
         fragment_ids = self.characters.fragment_ids
@@ -117,6 +130,7 @@ class Transcript:
             spans=group_spans(
                 [(self.prompt.begun, ()), *((token.text, token.large_ids) for token in whole)]
             ),
+            prompt=self.prompt.rendered,
         )
 
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from mlxroute.closeable import Closeable
-from mlxroute.errors import LargeError, LargeProtocolError, LargeTimeout, UsageError
+from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused, LargeTimeout, UsageError
 from mlxroute.large.completion_request import (
     CompletionRequest,
     CompletionRequester,
     TokensNotReplayed,
 )
+from mlxroute.large.dialects.system_role import SystemRole
 from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.circuit_breaker import CircuitBreaker
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.pending_calls import PendingCall, PendingCalls, Tokens
+from mlxroute.large.http.stream_listener import StreamListener
 from mlxroute.large.http.transport import Transport
 from mlxroute.large.negotiation.negotiator import Negotiator
 from mlxroute.large.negotiation.shared_negotiator import SharedNegotiator
@@ -131,6 +133,9 @@ class LargeModel(Closeable):
         )
         self._negotiator = SharedNegotiator(negotiator, self._reader, base_url=self.base_url)
         self._planner = RequestPlanner()
+        self._system_role = SystemRole()
+        # Names of control tokens, in order; a dict because sets have none.
+        self._neutralised: dict[str, None] = {}
         self._pending_calls = PendingCalls()
 
     def __repr__(self) -> str:
@@ -178,6 +183,14 @@ class LargeModel(Closeable):
         """How the paired vocabulary compares with the large model's; None before a pairing."""
         pairing = self._negotiator.pairing
         return None if pairing is None else pairing.comparison
+
+    @property
+    def neutralised(self) -> tuple[str, ...]:
+        """Names of control tokens in messages that were sent with a space in them so far.
+
+        The server would have read them as control tokens.
+        """
+        return tuple(self._neutralised)
 
     @property
     def is_local(self) -> bool:
@@ -313,6 +326,8 @@ class LargeModel(Closeable):
         """Build the prompt, ask the server and read its tokens, trying one plan after the other."""
         pairing, uploaded_bytes = call.pairing, 0
         prompt = self._negotiator.build_prompt(context, pairing, call.deadline)
+        prompt = self._system_role.adapt(prompt)
+        self._neutralised |= dict.fromkeys(prompt.neutralised)
         for plan in self._planner.plans(pairing.negotiated, prefetch=call.prefetch):
             request = CompletionRequest(
                 pairing.dialect,
@@ -348,7 +363,7 @@ class LargeModel(Closeable):
         negotiated = call.pairing.negotiated
         listener = listen if plan.streamed else None
         try:
-            answer = self._requester.complete(request, deadline=call.deadline, listener=listener)
+            answer = self._request(request, call, listener)
         except LargeError as exc:
             if plan.streamed and may_work_unstreamed(exc):
                 if call.stream.tokens:
@@ -358,6 +373,25 @@ class LargeModel(Closeable):
             self._negotiator.record_failure(exc, negotiated)
             raise
         self._negotiator.record_success()
+        return answer
+
+    def _request(
+        self,
+        request: CompletionRequest,
+        call: _TokenCall,
+        listener: StreamListener[CompletionAnswer] | None,
+    ) -> CompletionAnswer:
+        """Send one request; if the server refuses its system message, send it without one."""
+        deadline = call.deadline
+        try:
+            return self._requester.complete(request, deadline=deadline, listener=listener)
+        except LargeRefused as exc:
+            prompt = self._system_role.after_refusal(request.prompt, exc)
+            if prompt is None:
+                raise
+        request = replace(request, prompt=prompt)
+        answer = self._requester.complete(request, deadline=deadline, listener=listener)
+        self._system_role.record_accepted()
         return answer
 
 

@@ -21,10 +21,12 @@ class Prompt:
     """A prompt in one form; the fields of the other forms are empty.
 
     `ids` are token ids of the large vocabulary. `text` is a rendered prompt. `messages` are a chat
-    whose assistant turn has begun with `answer_start`.
+    whose assistant turn has begun with `answer_start`. `neutralised` are the names of control
+    tokens in message contents, which got a space because the server would read them as tokens.
     """
 
     ids: tuple[int, ...] = ()
     text: str = ""
     messages: tuple[Message, ...] = ()
     answer_start: str = ""
+    neutralised: tuple[str, ...] = ()

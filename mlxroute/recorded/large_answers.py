@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from mlxroute.engine.protocols import SmallProtocol
 from mlxroute.recorded.forward_only import ForwardOnlySmall
 from mlxroute.recorded.replies import Replies
 from mlxroute.routers import make_router
-from mlxroute.types import Message, Mode, Progress, Sampling, Signals, Vocabulary
+from mlxroute.types import EncodedPrompt, Message, Mode, Progress, Sampling, Signals, Vocabulary
 from mlxroute.types.limits import MAX_PREFETCH
 
 _TIMEOUT_S: Final = 600.0
@@ -113,9 +112,6 @@ class PlaceholderSmall(ForwardOnlySmall):
     Instances in several threads may share one `small`.
     """
 
-    # Fast tokenizers of `transformers` must not encode in two threads at once.
-    _tokenizer_lock = threading.Lock()
-
     def __init__(self, small: SmallProtocol) -> None:
         self._small = small
 
@@ -127,13 +123,8 @@ class PlaceholderSmall(ForwardOnlySmall):
     def context_length(self) -> int:
         return self._small.context_length
 
-    def render(self, messages: Sequence[Message]) -> str:
-        with self._tokenizer_lock:
-            return self._small.render(messages)
-
-    def encode_prompt(self, text: str) -> list[int]:
-        with self._tokenizer_lock:
-            return self._small.encode_prompt(text)
+    def encode_conversation(self, messages: Sequence[Message]) -> EncodedPrompt:
+        return self._small.encode_conversation(messages)
 
     def prefill(
         self, prompt_ids: Sequence[int], *, sampling: Sampling, progress: Progress

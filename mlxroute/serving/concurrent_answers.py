@@ -15,10 +15,18 @@ from typing import Final, TypeVar
 from mlxroute.recorded.forward_only import ForwardOnlySmall
 from mlxroute.recorded.replies import RecordingStopped
 from mlxroute.serving.device_thread import DeviceThread
-from mlxroute.serving.prompts import EncodedPrompt, encode_prompt
+from mlxroute.serving.prompts import ServedPrompt, encode_prompt
 from mlxroute.serving.row import AnswerCancelled, Row
 from mlxroute.small import SmallModel
-from mlxroute.types import Message, Progress, Sampling, Signals, Vocabulary
+from mlxroute.types import (
+    EncodedPrompt,
+    Message,
+    Progress,
+    PromptText,
+    Sampling,
+    Signals,
+    Vocabulary,
+)
 
 _T = TypeVar("_T")
 _CACHE_BYTES: Final = 1 << 30
@@ -99,7 +107,7 @@ class _SharedTexts:
         self._rows: list[Row] = []
         self._is_aborted = False
 
-    def begin(self, asker: AnswerRow, prompt: EncodedPrompt) -> _Text:
+    def begin(self, asker: AnswerRow, prompt: ServedPrompt) -> _Text:
         """Return the text of a prompt alone, with its signals."""
         with self._lock:
             is_new = prompt.ids not in self._roots
@@ -144,7 +152,7 @@ class _SharedTexts:
 
     def _compute_signals(self, asker: AnswerRow, text: _Text, row: Row | None) -> None:
         if row is None:
-            prompt = EncodedPrompt((), "", text.ids)
+            prompt = ServedPrompt((), EncodedPrompt(text.ids, PromptText("", "")))
             row = self._device.new_row(prompt, asker=asker)
             with self._lock:
                 self._rows.append(row)
@@ -202,11 +210,8 @@ class AnswerRow(ForwardOnlySmall):
     def context_length(self) -> int:
         return self._small.context_length
 
-    def render(self, messages: Sequence[Message]) -> str:
-        return self._prompt.text
-
-    def encode_prompt(self, text: str) -> list[int]:
-        return list(self._prompt.ids)
+    def encode_conversation(self, messages: Sequence[Message]) -> EncodedPrompt:
+        return self._prompt.encoded
 
     def prefill(
         self, prompt_ids: Sequence[int], *, sampling: Sampling, progress: Progress

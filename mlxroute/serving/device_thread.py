@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, cast
 from mlxroute.backend.device_streams import end_device_streams
 from mlxroute.errors import MlxRouteError
 from mlxroute.sequences import common_prefix_length
-from mlxroute.serving.prompts import EncodedPrompt
+from mlxroute.serving.prompts import ServedPrompt
 from mlxroute.serving.row import (
     AnswerCancelled,
     DeviceRequest,
@@ -100,7 +100,7 @@ class DeviceThread:
 
     def new_row(
         self,
-        prompt: EncodedPrompt,
+        prompt: ServedPrompt,
         *,
         is_exact: bool = False,
         on_progress: Callable[[int, int], None] = lambda done, total: None,

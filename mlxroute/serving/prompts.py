@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 from mlxroute.errors import ContextTooLong, UsageError
-from mlxroute.types import Message, Vocabulary
+from mlxroute.types import EncodedPrompt, Message, PromptText, Vocabulary
 
 # Fast tokenizers of `transformers` must not encode in two threads at once.
 _tokenizer_lock = threading.Lock()
@@ -23,23 +23,29 @@ class PromptTokenizer(Protocol):
     @property
     def context_length(self) -> int: ...
 
-    def render(self, messages: Sequence[Message]) -> str: ...
+    def encode_conversation(
+        self, messages: Sequence[Message], *, begun: str = ""
+    ) -> EncodedPrompt: ...
 
-    def encode_prompt(self, text: str) -> list[int]: ...
+    def encode_rendered(self, text: str) -> EncodedPrompt: ...
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedPrompt:
+class ServedPrompt:
     """A prompt as the small model reads it; `messages` is empty for a text or token ids."""
 
     messages: tuple[Message, ...]
-    text: str
-    ids: tuple[int, ...]
+    encoded: EncodedPrompt
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The token ids."""
+        return self.encoded.ids
 
 
 def encode_prompt(
     small: PromptTokenizer, prompt: Sequence[Message] | str | Sequence[int], *, begun: str = ""
-) -> EncodedPrompt:
+) -> ServedPrompt:
     """Encode a conversation, a text or token ids. Thread-safe.
 
     `begun` is the text of the assistant's turn that the answer to a conversation continues.
@@ -48,14 +54,15 @@ def encode_prompt(
     messages: tuple[Message, ...] = ()
     with _tokenizer_lock:
         if isinstance(prompt, str):
-            text, ids = prompt, tuple(small.encode_prompt(prompt))
+            encoded = small.encode_rendered(prompt)
         elif prompt and isinstance(prompt[0], int):
             ids = tuple(cast("Sequence[int]", prompt))
             text = _decode(small.vocabulary, ids)
+            encoded = EncodedPrompt(ids, PromptText(text, text))
         else:
             messages = tuple(cast("Sequence[Message]", prompt))
-            text = small.render(messages) + begun
-            ids = tuple(small.encode_prompt(text))
+            encoded = small.encode_conversation(messages, begun=begun)
+    ids = encoded.ids
     if not ids:
         raise UsageError("the prompt is empty", parameter="prompt")
     if len(ids) >= small.context_length:
@@ -63,7 +70,7 @@ def encode_prompt(
             f"the prompt has {len(ids):,} tokens and the small model's context holds"
             f" {small.context_length:,}; shorten it"
         )
-    return EncodedPrompt(messages, text, ids)
+    return ServedPrompt(messages, encoded)
 
 
 def _decode(vocabulary: Vocabulary, ids: Sequence[int]) -> str:

@@ -9,9 +9,17 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar, cast
 
-from mlxroute.serving.prompts import EncodedPrompt
+from mlxroute.serving.prompts import ServedPrompt
 from mlxroute.serving.sequence import DecodedSequence
-from mlxroute.types import BranchCost, Message, Progress, Sampling, Signals, Vocabulary
+from mlxroute.types import (
+    BranchCost,
+    EncodedPrompt,
+    Message,
+    Progress,
+    Sampling,
+    Signals,
+    Vocabulary,
+)
 
 _T = TypeVar("_T")
 
@@ -101,7 +109,7 @@ class Row:
         self,
         device: Device,
         sequence: DecodedSequence,
-        prompt: EncodedPrompt,
+        prompt: ServedPrompt,
         *,
         is_exact: bool = False,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -149,11 +157,8 @@ class Row:
     def context_length(self) -> int:
         return self.sequence.small.context_length
 
-    def render(self, messages: Sequence[Message]) -> str:
-        return self.prompt.text
-
-    def encode_prompt(self, text: str) -> list[int]:
-        return list(self.prompt.ids)
+    def encode_conversation(self, messages: Sequence[Message]) -> EncodedPrompt:
+        return self.prompt.encoded
 
     @property
     def cached_ids(self) -> Sequence[int]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mlxroute.engine import Answer
 from mlxroute.errors import MlxRouteError
-from mlxroute.serving.prompts import EncodedPrompt
+from mlxroute.serving.prompts import ServedPrompt
 from mlxroute.serving.requests import AnswerRequest, PromptProgress, ServedEvent
 from mlxroute.serving.row import AnswerCancelled, Row
 from mlxroute.types import RunStats
@@ -48,7 +48,7 @@ class RunningAnswer:
     def __init__(
         self,
         request: AnswerRequest,
-        prompt: EncodedPrompt,
+        prompt: ServedPrompt,
         *,
         device: DeviceThread,
         start: Callable[[Row], Answer],

@@ -14,7 +14,7 @@ from mlxroute.engine import Answer, Experience
 from mlxroute.engine.protocols import LargeProtocol
 from mlxroute.routers import make_router
 from mlxroute.serving.device_thread import DeviceThread
-from mlxroute.serving.prompts import EncodedPrompt, encode_prompt
+from mlxroute.serving.prompts import ServedPrompt, encode_prompt
 from mlxroute.serving.requests import AnswerRequest, QueueFull
 from mlxroute.serving.row import Row
 from mlxroute.serving.running_answer import RunningAnswer
@@ -143,7 +143,7 @@ class AnswerScheduler(Closeable):
         self.drain()
         self._device.close()
 
-    def _start_answer(self, request: AnswerRequest, prompt: EncodedPrompt, row: Row) -> Answer:
+    def _start_answer(self, request: AnswerRequest, prompt: ServedPrompt, row: Row) -> Answer:
         large = None if request.local_only else request.large or self._large
         # Else the positions that the router escalates would count as unchecked.
         no_router = make_router("entropy", threshold=math.inf)

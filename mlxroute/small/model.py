@@ -12,10 +12,11 @@ from mlxroute.catalog import Catalog
 from mlxroute.config import user_catalog_dir
 from mlxroute.errors import UsageError
 from mlxroute.small.batch_cost import measure_branch_cost
-from mlxroute.tokenizers.chat_template import ChatTokenizer
+from mlxroute.tokenizers.chat_tokenizer import ChatTokenizer
 from mlxroute.tokenizers.fast_tokenizer import FastTokenizer
 from mlxroute.types import (
     BranchCost,
+    EncodedPrompt,
     Message,
     Notify,
     Progress,
@@ -153,18 +154,27 @@ class SmallModel:
             notify(blas_line)
         check_memory(local.path, role="small")
         model, tokenizer = load(local.path, adapter=adapter)
-        return cls(model, tokenizer, name=local.name, kernel=kernel, notify=notify)
+        small = cls(model, tokenizer, name=local.name, kernel=kernel, notify=notify)
+        if not small._chat_tokenizer.has_chat_template:
+            notify(
+                f"{local.name} has no chat template: its messages are joined by newlines and it may"
+                " not stop; choose an instruction-tuned model, or add chat_template.jinja to"
+                f" {local.path}"
+            )
+        return small
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """Return the prompt text of a conversation, ready for the assistant's answer.
+    def encode_conversation(self, messages: Sequence[Message], *, begun: str = "") -> EncodedPrompt:
+        """Return the prompt of a conversation, ready for the assistant's answer.
 
-        Raises UsageError if the chat template rejects the conversation.
+        `begun`, empty by default, is the beginning of that answer. It and the message contents
+        become plain text, also where they hold names of control tokens. Raises
+        UsageError for messages that are not text, and for a chat template that cannot be used.
         """
-        return self._chat_tokenizer.render(messages)
+        return self._chat_tokenizer.encode_conversation(messages, begun=begun)
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Return the ids of a rendered prompt, special tokens parsed and a missing BOS added."""
-        return self._chat_tokenizer.encode_prompt(text)
+    def encode_rendered(self, text: str) -> EncodedPrompt:
+        """Return the prompt of a text that the caller rendered; its control tokens are meant."""
+        return self._chat_tokenizer.encode_rendered(text)
 
     @property
     def cached_ids(self) -> Sequence[int]:

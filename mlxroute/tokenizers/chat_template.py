@@ -1,75 +1,151 @@
-"""A model's tokenizer with its chat template: conversations to prompt text, text to ids."""
+"""A chat template: conversations to prompt text, in the form that the template accepts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
 
-from mlxroute.errors import UsageError, WeightsError
-from mlxroute.tokenizers.fast_tokenizer import FastTokenizer
-from mlxroute.tokenizers.token_vocabulary import TokenVocabulary
-from mlxroute.types import Message
+from mlxroute.errors import UsageError
+from mlxroute.messages import fold_system, join_neighbours
+from mlxroute.tokenizers.content_marks import ContentMarks
+from mlxroute.tokenizers.control_tokens import ControlTokens
+from mlxroute.tokenizers.template_sandbox import (
+    TemplateFailure,
+    TemplateProgram,
+    TemplateTooCostly,
+    guard,
+)
+from mlxroute.types import Message, PromptText
+
+_SWITCH: Final = "add_generation_prompt"
+
+TemplateMessages = Sequence[Mapping[str, Any]]
 
 
-class ChatTokenizer:
-    """Renders conversations for a model and encodes them; wraps `mlx_lm`'s TokenizerWrapper.
+class ChatTemplate:
+    """The chat template of a model.
 
     Args:
-        tokenizer: The TokenizerWrapper, or a FastTokenizer.
+        source: The template; its text, or the function of a tokenizer that renders by itself.
+        variables: Variables of the template, such as `bos_token`.
         name: The model's name, for error messages.
     """
 
-    def __init__(self, tokenizer: Any, *, name: str) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, source: str | Callable[..., Any], *, variables: Mapping[str, object], name: str
+    ) -> None:
+        self._source = source
+        self._variables = dict(variables)
         self._name = name
-        self.vocabulary = TokenVocabulary(tokenizer)
+        self._program: TemplateProgram | None = None
 
-    @classmethod
-    def load(cls, path: Path, *, name: str) -> Self:
-        """Read the tokenizer of a model directory, without its weights.
+    def render(self, messages: Sequence[Message], controls: ControlTokens) -> PromptText:
+        """Return a prompt, up to where the assistant's answer begins.
 
-        Raises WeightsError if the files are not those of a tokenizer.
+        A template that refuses or leaves out a system message gets its text in the first user
+        message; one that needs alternating roles gets neighbours joined; one that needs lists of
+        parts gets them. Raises UsageError if the template fails in every form.
         """
-        # Its end tokens are those of the model's configuration, which is not read here.
-        fast = FastTokenizer.read(path, eos_token_ids=None)
-        if fast is not None:
-            return cls(fast, name=name)
-        from mlx_lm.tokenizer_utils import load
+        source = self._source if isinstance(self._source, str) else ""
+        texts = [message["content"] for message in messages]
+        marks = ContentMarks(controls, [*texts, source])
+        failure: TemplateFailure | None = None
+        partial: PromptText | None = None
+        for form in _forms(messages):
+            try:
+                rendered, is_complete = self._render_form(form, marks)
+            except TemplateTooCostly as exc:
+                raise self._error(exc) from exc
+            except TemplateFailure as exc:
+                failure = failure or exc
+                continue
+            if is_complete:
+                return rendered
+            partial = partial or rendered
+        # A template may change the contents on purpose, so that they cannot be recognised.
+        if partial is not None:
+            return partial
+        assert failure is not None
+        raise self._error(failure) from failure
 
-        try:
-            return cls(load(path), name=name)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as exc:
-            reason = " ".join(str(exc).split())[:200] or type(exc).__name__
-            raise WeightsError(f"{path} has no readable tokenizer: {reason}") from exc
-
-    def render(self, messages: Sequence[Message]) -> str:
-        """Return the prompt text of a conversation, up to where the assistant's answer begins.
-
-        Raises UsageError if the chat template rejects the conversation.
-        """
-        if not self._tokenizer.has_chat_template:
-            return "\n".join(message["content"] for message in messages)
-        from jinja2 import TemplateError
-
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                list(messages),
-                tokenize=False,
-                add_generation_prompt=True,
-                # Only the answer's tokens are routed; templates without the switch ignore it.
-                enable_thinking=False,
-            )
-        except TemplateError as exc:
-            raise UsageError(
-                f"the chat template of {self._name} rejects this conversation: {exc}"
-            ) from exc
-        return text
-
-    def encode_prompt(self, text: str) -> list[int]:
-        """Return the ids of a rendered prompt, with its special tokens parsed and its BOS added."""
-        bos = self.vocabulary.bos_text
-        ids: list[int] = self._tokenizer.encode(
-            text, add_special_tokens=bool(bos) and not text.startswith(bos)
+    def _error(self, failure: TemplateFailure) -> UsageError:
+        return UsageError(
+            f"the chat template of {self._name} fails: {failure}; choose another model or correct"
+            " the template"
         )
-        return ids
+
+    def _render_form(
+        self, messages: TemplateMessages, marks: ContentMarks
+    ) -> tuple[PromptText, bool]:
+        """Return the prompt, and whether the messages that matter most are in it."""
+        plain = self._run(messages)
+        marked = self._run(_map_texts(messages, marks.mark))
+        is_faithful = marks.unmark(marked) == plain
+        if not is_faithful:
+            # The template looks into the contents: it may see all but control tokens.
+            marked = self._run(_map_texts(messages, marks.mark_names))
+        opening = self._missing_opening(messages, plain, marks)
+        core = [_content_text(m).strip() for m in messages if m["role"] == "system"]
+        core.append(_content_text(messages[-1]).strip() if messages else "")
+        if is_faithful:
+            is_complete = all(marks.mark(text) in marked for text in core)
+        else:
+            is_complete = all(text in plain for text in core)
+        return PromptText(marks.unmark(marked) + opening, marked + opening), is_complete
+
+    def _missing_opening(
+        self, messages: TemplateMessages, rendered: str, marks: ContentMarks
+    ) -> str:
+        """Return what begins an assistant's turn if the template does not write it when asked."""
+        if not isinstance(self._source, str) or _SWITCH in self._source:
+            return ""
+        answer = {"role": "assistant", "content": marks.answer}
+        try:
+            longer = self._run([*messages, answer])
+        except TemplateFailure:
+            return ""
+        begin, mark, _ = longer.partition(marks.answer)
+        opening = begin.removeprefix(rendered)
+        return opening if mark and opening != begin and opening.strip() else ""
+
+    def _run(self, messages: TemplateMessages) -> str:
+        chat = [dict(message) for message in messages]
+        # Only the answer's tokens are routed; templates without the switch ignore it.
+        switches = {_SWITCH: True, "enable_thinking": False}
+        if not isinstance(self._source, str):
+            render = self._source
+            return str(guard(lambda: render(chat, tokenize=False, **switches)))
+        if self._program is None:
+            self._program = TemplateProgram(self._source)
+        values = {"messages": chat, "tools": None, "documents": None}
+        return self._program.render(values | self._variables | switches)
+
+
+def _forms(messages: Sequence[Message]) -> Iterator[TemplateMessages]:
+    """Yield the forms of a conversation, the given one first."""
+    folded = fold_system(messages)
+    forms = [list(messages), folded, join_neighbours(messages), join_neighbours(folded)]
+    different = [form for i, form in enumerate(forms) if form not in forms[:i]]
+    yield from different
+    for form in different:
+        yield [
+            {"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in form
+        ]
+
+
+def _content_text(message: Mapping[str, Any]) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _map_texts(messages: TemplateMessages, change: Callable[[str], str]) -> TemplateMessages:
+    """Return the messages with changed texts."""
+    changed = []
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, str):
+            content = change(content)
+        else:
+            content = [part | {"text": change(part["text"])} for part in content]
+        changed.append({**message, "content": content})
+    return changed

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
-from functools import cached_property
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,6 +40,7 @@ class FastTokenizer:
     Attributes:
         backend_tokenizer: As `backend`.
         bos_token: The begin token; None if there is none.
+        chat_template: The chat template; None if there is none.
         has_chat_template: Whether conversations can be rendered.
     """
 
@@ -50,12 +49,12 @@ class FastTokenizer:
     ) -> None:
         self.backend_tokenizer = backend
         self._path = path
-        self._template = config.get("chat_template")
+        self.chat_template: str | None = config.get("chat_template")
         self._roles = {role: config[role] for role in _ROLES if role in config}
         self._eos_ids = tuple(eos_token_ids)
         self._lock = threading.Lock()
         self.bos_token: str | None = self._roles.get("bos_token")
-        self.has_chat_template = self._template is not None
+        self.has_chat_template = self.chat_template is not None
 
     @classmethod
     def read(cls, path: Path, *, eos_token_ids: int | Iterable[int] | None) -> Self | None:
@@ -94,6 +93,11 @@ class FastTokenizer:
         return dict(self.backend_tokenizer.get_added_tokens_decoder())
 
     @property
+    def special_tokens_map(self) -> dict[str, str]:
+        """The tokens with a role, by role: variables of the chat template."""
+        return dict(self._roles)
+
+    @property
     def all_special_ids(self) -> list[int]:
         """The ids of the tokens with a role."""
         return [self.backend_tokenizer.token_to_id(token) for token in self._roles.values()]
@@ -102,6 +106,11 @@ class FastTokenizer:
     def bos_token_id(self) -> int | None:
         """The id of the begin token; None if there is none."""
         return None if self.bos_token is None else self._id(self.bos_token)
+
+    @property
+    def unk_token_id(self) -> int | None:
+        """The id that stands for an unknown character; None if there is none."""
+        return None if "unk_token" not in self._roles else self._id(self._roles["unk_token"])
 
     @property
     def eos_token_ids(self) -> set[int]:
@@ -134,38 +143,6 @@ class FastTokenizer:
                 self.backend_tokenizer.encode_special_tokens = split_special_tokens
             encoding = self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return list(encoding.ids)
-
-    def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], *, tokenize: bool = False, **values: Any
-    ) -> str:
-        """Return a conversation as text; `values` are variables of the template."""
-        assert not tokenize
-        chat = [dict(message) for message in messages]
-        text: str = self._compiled_template.render(
-            messages=chat, tools=None, documents=None, **self._roles, **values
-        )
-        return text
-
-    @cached_property
-    def _compiled_template(self) -> Any:
-        """The template in the environment that transformers gives chat templates."""
-        from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def raise_exception(message: str) -> None:
-            raise TemplateError(message)
-
-        def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-            return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
-        environment.filters["tojson"] = to_json
-        environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        return environment.from_string(str(self._template))
 
     def _id(self, token: str) -> int:
         return int(self.backend_tokenizer.token_to_id(token))

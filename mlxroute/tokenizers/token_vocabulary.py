@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cached_property
 from typing import Any, Final
 
 from mlxroute.tokenizers.byte_pieces import BYTE_OF, SPACE_MARK, byte_piece
+from mlxroute.tokenizers.control_tokens import ControlTokens, is_control_token
 
 _ANCHOR: Final = "\n"
 
@@ -15,6 +17,10 @@ class TokenVocabulary:
 
     Args:
         tokenizer: `mlx_lm`'s TokenizerWrapper around a fast tokenizer, or a FastTokenizer.
+
+    Attributes:
+        control_ids: The ids of the control tokens, by name.
+        controls: Their names.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -27,6 +33,8 @@ class TokenVocabulary:
         }
         self._special = {int(token_id) for token_id, token in added.items() if token.special}
         self._special |= set(tokenizer.all_special_ids)
+        self.control_ids = self._find_control_ids()
+        self.controls = ControlTokens(self.control_ids)
         self._bytes: dict[int, bytes] = {}
         self._anchor_ids: tuple[int, ...] = ()
         # SentencePiece tokenizers add a space before every text, also before a part of an answer.
@@ -57,6 +65,40 @@ class TokenVocabulary:
             self._bytes[token_id] = self._spell(token_id)
         return self._bytes[token_id]
 
+    @property
+    def control_names(self) -> frozenset[str]:
+        return self.controls.names
+
+    @cached_property
+    def special_names(self) -> frozenset[str]:
+        return frozenset(name for name, i in self.control_ids.items() if i in self._special)
+
+    @cached_property
+    def unexpected_ids(self) -> frozenset[int]:
+        """The ids of control tokens, without the one that stands for an unknown character."""
+        ends = {*self.eos_ids, self._tokenizer.bos_token_id}
+        unknown = {getattr(self._tokenizer, "unk_token_id", None)} - ends
+        return frozenset(self.control_ids.values()) - unknown
+
+    def encode_content(self, text: str, *, prefixed: bool) -> tuple[int, ...]:
+        """Return the ids of a message's content, none of which is a control token.
+
+        `prefixed` adds the space that SentencePiece tokenizers put before a text.
+        """
+        ids = self._plain(text) if prefixed and self._anchor_ids else self.encode(text)
+        if self.unexpected_ids.isdisjoint(ids):
+            return ids
+        starts = [start + 1 for start, _ in self.controls.find(text)]
+        if starts == [] or starts == [len(text)]:
+            starts = [len(text) // 2]
+        if len(text) <= 1:
+            return tuple(i for i in self._spell_bytes(text) if i not in self.unexpected_ids)
+        cuts = [0, *starts, len(text)]
+        parts = [text[start:end] for start, end in itertools.pairwise(cuts)]
+        encoded = [self.encode_content(parts[0], prefixed=prefixed)]
+        encoded += [self.encode_content(part, prefixed=False) for part in parts[1:]]
+        return tuple(token_id for ids in encoded for token_id in ids)
+
     def encode(self, text: str) -> tuple[int, ...]:
         ids, data = self._without_prefix(text), text.encode()
         if b"".join(map(self.token_bytes, ids)) == data:
@@ -65,8 +107,17 @@ class TokenVocabulary:
         if len(text) > 1:
             middle = len(text) // 2
             return self.encode(text[:middle]) + self.encode(text[middle:])
-        spelled = [self._byte_ids.get(byte) for byte in data]
-        return ids if None in spelled else tuple(i for i in spelled if i is not None)
+        return self._spell_bytes(text) or ids
+
+    def _spell_bytes(self, text: str) -> tuple[int, ...]:
+        """Return the ids of the bytes of a text; none if one of them has no id."""
+        spelled = [self._byte_ids.get(byte) for byte in text.encode()]
+        return () if None in spelled else tuple(i for i in spelled if i is not None)
+
+    def _find_control_ids(self) -> dict[str, int]:
+        ids = self._special | {i for i, name in self._added.items() if is_control_token(name)}
+        named = {self._added.get(i) or self.piece(i) or "": i for i in ids | set(self.eos_ids)}
+        return {name: token_id for name, token_id in named.items() if name}
 
     @cached_property
     def _byte_ids(self) -> dict[int, int]:

@@ -198,7 +198,7 @@ def _label(
     labelled: list[LabelledAnswer] = []
     forks: list[_Fork] = []
     for conversation, answer in zip(conversations, answers, strict=True):
-        prompt_ids = small.encode_prompt(small.render(conversation))
+        prompt_ids = small.encode_conversation(conversation).ids
         scored = small.score_text(prompt_ids, answer.token_ids)
         disagreements = _find_disagreements(answer, scored)
         if with_continuations:

@@ -40,11 +40,16 @@ from mlxroute.types.escalating import (
 from mlxroute.types.label_kind import (
     LabelKind,
 )
+from mlxroute.types.prompt_text import (
+    EncodedPrompt,
+    PromptText,
+)
 
 __all__ = [
     "Activity",
     "BranchCost",
     "CallFailure",
+    "EncodedPrompt",
     "Escalation",
     "Event",
     "Judgement",
@@ -58,6 +63,7 @@ __all__ = [
     "OnFailure",
     "Prices",
     "Progress",
+    "PromptText",
     "Provisional",
     "Retracted",
     "RunStats",

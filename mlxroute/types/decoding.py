@@ -150,6 +150,16 @@ class Vocabulary(Protocol):
         """Number of ids, counting from 0, without the padding of the weights."""
         ...
 
+    @property
+    def control_names(self) -> frozenset[str]:
+        """Names of the control tokens, such as `<|im_end|>`, which no text may become."""
+        ...
+
+    @property
+    def special_names(self) -> frozenset[str]:
+        """The control tokens that add no text; others, such as `<think>`, are part of answers."""
+        ...
+
     def piece(self, token_id: int) -> str | None:
         """Return the raw entry of an id (`Ġthe`, `▁the`, `<|im_end|>`); None if out of range."""
         ...

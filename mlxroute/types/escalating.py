@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlxroute.types.decoding import Message, Vocabulary
+from mlxroute.types.prompt_text import PromptText
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class LargeContext:
         vocabulary: The small model's vocabulary.
         messages: The conversation.
         spans: The answer in `text`, by the model that wrote it.
+        prompt: The part of `text` before the answer; None if it is not known.
     """
 
     text: str
@@ -40,6 +42,7 @@ class LargeContext:
     vocabulary: Vocabulary
     messages: tuple[Message, ...] = ()
     spans: tuple[Span, ...] = ()
+    prompt: PromptText | None = None
 
 
 @dataclass(frozen=True, slots=True)

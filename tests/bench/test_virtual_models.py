@@ -30,7 +30,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
 @cache
 def threshold(small: SmallModel) -> float:
     """An entropy that a tenth of the positions exceeds."""
-    ids = small.encode_prompt(small.render([{"role": "user", "content": "hi"}]))
+    ids = list(small.encode_conversation([{"role": "user", "content": "hi"}]).ids)
     signals, _ = small.prefill(ids)
     entropies = []
     for _ in range(60):
@@ -82,10 +82,10 @@ def test_a_server_that_contradicts_itself_still_gives_one_answer(small: SmallMod
 
 def test_tokens_without_escalation_are_the_small_models_own(small: SmallModel) -> None:
     ids, _, _ = play(small, OutputCache(), ScriptedLarge([(70,)]), Mode.WAIT)
-    small.prefill(small.encode_prompt(small.render([{"role": "user", "content": "hi"}])))
+    small.prefill(list(small.encode_conversation([{"role": "user", "content": "hi"}]).ids))
     first = next(i for i, token in enumerate(ids) if token == 70)
     signals, _ = small.prefill(
-        small.encode_prompt(small.render([{"role": "user", "content": "hi"}]))
+        list(small.encode_conversation([{"role": "user", "content": "hi"}]).ids)
     )
     for token in ids[:first]:
         assert signals.token_id == token

@@ -95,7 +95,7 @@ def run(
         clock=clock,
     )
     tokens = list(answer)
-    prompt = small.encode_prompt(small.render([{"role": "user", "content": "hi"}]))
+    prompt = list(small.encode_conversation([{"role": "user", "content": "hi"}]).ids)
     assert list(small.cached_ids[: len(prompt)]) == prompt
     return tokens, list(small.cached_ids[len(prompt) :]), answer.stats()
 

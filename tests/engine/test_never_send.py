@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Sequence
-from typing import cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxroute.engine import Answer, Options
+from mlxroute.engine.escalation import never_send
 from mlxroute.engine.escalation.never_send import NeverSend
 from mlxroute.routers import EntropyRouter
-from mlxroute.types import Message, Prices, Source, Token
+from mlxroute.types import EncodedPrompt, Message, Prices, Source, Token
 from tests.support.fakes import FakeClock, ScriptedLarge, ScriptedSmall
 
 USER: Message = {"role": "user", "content": "hi"}
@@ -72,8 +73,8 @@ def test_a_match_may_begin_in_the_prompt_and_end_in_the_answer() -> None:
 
 def test_a_match_in_a_message_counts_though_the_template_drops_it() -> None:
     class Forgetful(ScriptedSmall):
-        def render(self, messages: Sequence[Message]) -> str:
-            return super().render(messages[-1:])
+        def encode_conversation(self, messages: Sequence[Message]) -> EncodedPrompt:
+            return super().encode_conversation(messages[-1:])
 
     large = ScriptedLarge([b"X"])
     system: Message = {"role": "system", "content": "project Zebra"}
@@ -138,11 +139,12 @@ def _pattern(pieces: list[str]) -> re.Pattern[str] | None:
 def test_what_is_not_searched_again_could_not_have_matched(
     pattern: re.Pattern[str], steps: list[tuple[int, str]]
 ) -> None:
-    # Each step takes some text back, as a rollback does, and adds some.
+    # Each step takes some text back, as a rollback does, and adds some. An empty text is left out,
+    # because `re` and `regex` disagree whether `\B` matches it.
     guard = NeverSend([pattern], [])
-    context, matched = "", None
+    context, matched = ".", None
     for taken, added in steps:
-        context = context[: max(0, len(context) - taken)] + added
+        context = context[: max(1, len(context) - taken)] + added
         if matched is None or not context.startswith(matched):
             matched = context if pattern.search(context) else None
         assert guard.match(context) == (None if matched is None else 1)
@@ -166,20 +168,98 @@ def test_a_match_may_be_long(pattern: str) -> None:
     assert guard.match(context + "END") == 1
 
 
-def test_a_long_prompt_is_not_searched_again_for_every_token() -> None:
-    class Recording:
-        pattern = "token-[0-9]{3}"
+def test_a_long_prompt_is_not_searched_again_for_every_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    starts: list[int] = []
 
-        def __init__(self) -> None:
-            self.starts: list[int] = []
+    def record(pattern: object, text: str, start: int) -> bool:
+        starts.append(start)
+        return False
 
-        def search(self, text: str, start: int = 0) -> None:
-            self.starts.append(start)
-
-    recording = Recording()
-    guard = NeverSend([cast("re.Pattern[str]", recording)], [])
+    monkeypatch.setattr(never_send, "_search", record)
+    guard = NeverSend([re.compile("token-[0-9]{3}")], [])
     prompt = "x" * 10_000
     for length in range(3):
         assert guard.match(prompt + "y" * length) is None
-    assert recording.starts[0] == 0
-    assert all(start > 9_900 for start in recording.starts[1:])
+    assert starts[0] == 0
+    assert all(start > 9_000 for start in starts[1:])
+
+
+_UNICODE = [
+    ("Zo\u00eb", "Zoe\u0308"),
+    ("Zoe\u0308", "Zo\u00eb"),
+    (r"Zoe\u0308", "Zo\u00eb"),
+    (r"Zo\u00eb", "Zoe\u0308"),
+    (r"\bZo[e\u00eb]\b", "Zoe\u0308 said"),
+    ("secret", "sec\u200bret"),
+    ("secret", "s\u00adecret"),
+    ("secret", "sec\u202eret\u2066"),
+    ("secret", "\ufeffsec\u200d\u2060ret"),
+    ("secret", "sec\ufe0fret"),
+    ("secret", "sec\U000e0041ret"),
+    ("secret", "sec\x00ret"),
+    ("sec\u00adret", "secret"),
+    ("secret", "\uff53\uff45\uff43\uff52\uff45\uff54"),
+    ("\uff53ecret", "secret"),
+    (r"\d{4}-\d{4}", "\uff11\uff12\uff13\uff14\uff0d\uff15\uff16\uff17\uff18"),
+    ("John Smith", "John\u00a0Smith"),
+    ("\uff08x\uff09", "(x)"),
+    ("file", "\ufb01le"),
+    ("(?i)stra\u00dfe", "STRASSE"),
+    ("(?i)STRASSE", "stra\u00dfe"),
+    ("(?i:stra\u00dfe) 1", "STRASSE 1"),
+    (r"(?i)\bzo\u00eb\S", "ZOE\u0308!"),
+    ("\u1e69", "s\u0307\u0323"),
+    (r"\N{LATIN SMALL LETTER E WITH DIAERESIS}", "e\u0308"),
+]
+
+
+@pytest.mark.parametrize(("pattern", "text"), _UNICODE)
+def test_a_pattern_matches_text_that_looks_the_same(pattern: str, text: str) -> None:
+    for texts, context in (([text], ""), ([], f"a {text} b")):
+        assert NeverSend([re.compile(pattern)], texts).match(context) == 1
+
+
+@pytest.mark.parametrize(("pattern", "text"), _UNICODE)
+def test_text_that_looks_the_same_may_arrive_in_parts(pattern: str, text: str) -> None:
+    guard = NeverSend([re.compile(pattern)], [])
+    context = "x" * 400 + " "
+    numbers = [guard.match(context + text[:length]) for length in range(len(text) + 1)]
+    assert numbers[0] is None
+    assert guard.match(f"{context}{text} ") == 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        ("stra\u00dfe", "STRASSE"),
+        ("Zoe", "Zo\u00eb"),
+        ("a\u200b", "b"),
+        ("\u200b", "b"),
+        ("\u200b|x", "b"),
+        ("[\u200b]", "b"),
+        ("\uff0e", "b"),
+    ],
+)
+def test_a_pattern_does_not_match_other_text(pattern: str, text: str) -> None:
+    assert NeverSend([re.compile(pattern)], [text]).match(text) is None
+
+
+def test_a_pattern_that_takes_too_long_counts_as_a_match() -> None:
+    guard = NeverSend([re.compile("absent"), re.compile("^(a|aa)+$")], [])
+    began_s = time.monotonic()
+    assert guard.match("a" * 200 + "b") == 2
+    assert time.monotonic() - began_s < 20
+
+
+@settings(max_examples=200, deadline=None)
+@given(pattern=st.text(max_size=12), text=st.text(max_size=20))
+def test_any_pattern_that_matches_a_text_keeps_it(pattern: str, text: str) -> None:
+    try:
+        compiled = re.compile(pattern)
+    except (re.error, OverflowError):
+        return
+    number = NeverSend([compiled], [text]).match(text)
+    if text and compiled.search(text):
+        assert number == 1

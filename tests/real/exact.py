@@ -19,7 +19,7 @@ def mlx_lm_greedy(small: SmallModel, prompt: str, count: int) -> list[int]:
     import mlx.core as mx
     from mlx_lm.generate import generate_step
 
-    prompt_ids = small.encode_prompt(small.render([{"role": "user", "content": prompt}]))
+    prompt_ids = list(small.encode_conversation([{"role": "user", "content": prompt}]).ids)
     ids = []
     for token, _ in generate_step(mx.array(prompt_ids), small.model, max_tokens=count):
         ids.append(int(token))

@@ -28,7 +28,7 @@ def check_never_escalating(small: SmallModel, prompts: list[str], count: int) ->
 def check_always_escalating(small: SmallModel, url: str, prompts: list[str], count: int) -> None:
     with LargeModel(url, timeout_s=120) as large:
         for prompt in prompts:
-            text = small.render([{"role": "user", "content": prompt}])
+            text = small.encode_conversation([{"role": "user", "content": prompt}]).text
             expected = mlx_lm_server_greedy(url, text, count)
             answer = generate(
                 small,

@@ -14,7 +14,7 @@ from mlxroute import EntropyRouter, LargeModel, generate
 from mlxroute.bench.delayed_server import DelayedServer
 from mlxroute.hosting.launcher import LocalServer
 from mlxroute.small import SmallModel
-from mlxroute.tokenizers.chat_template import ChatTokenizer
+from mlxroute.tokenizers.chat_tokenizer import ChatTokenizer
 from mlxroute.types import Mode, RunStats, Token
 from tests.real.conftest import PROMPTS
 

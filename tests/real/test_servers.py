@@ -15,7 +15,7 @@ import pytest
 
 from mlxroute import EntropyRouter, LargeModel, generate
 from mlxroute.small import SmallModel
-from mlxroute.tokenizers.chat_template import ChatTokenizer
+from mlxroute.tokenizers.chat_tokenizer import ChatTokenizer
 from mlxroute.types import LargeToken, Mode, RunStats, StopReason, Token
 from tests.real.conftest import PROMPTS
 from tests.real.exact import chat_answer, first_difference, greedy_answer, top_gap
@@ -130,7 +130,7 @@ def check_greedy_answers(
     equal = 0
     with client_of(server) as large:
         for prompt in prompts:
-            text = small.render([{"role": "user", "content": prompt}])
+            text = small.encode_conversation([{"role": "user", "content": prompt}]).text
             expected = greedy_answer(server, text, count)
             tokens, stats = escalate_always(small, large, prompt, count=count, prefetch=prefetch)
             assert bool(prefetch) == bool(stats.prefetch_used)

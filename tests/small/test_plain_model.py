@@ -88,11 +88,11 @@ def test_the_public_tokenizer_is_that_of_mlx_lm(tmp_path: Path) -> None:
 
     model, tokenizer = load(make_tiny_model(tmp_path / "m"))
     small = SmallModel(model, tokenizer, name="m")
-    before = small.render([{"role": "user", "content": "hi"}])
+    before = small.encode_conversation([{"role": "user", "content": "hi"}]).text
     assert isinstance(small.tokenizer, TokenizerWrapper)
     assert small.tokenizer is small.tokenizer
     assert small.tokenizer.eos_token_ids == small.vocabulary.eos_ids
-    assert small.render([{"role": "user", "content": "hi"}]) == before
+    assert small.encode_conversation([{"role": "user", "content": "hi"}]).text == before
 
 
 def run_python(script: str, *arguments: str) -> str:

@@ -55,14 +55,14 @@ def decode(small: SmallModel, prompt_ids: list[int], count: int, **kwargs: Any) 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_greedy_decoding_equals_mlx_lm_token_for_token(small: SmallModel, prompt: str) -> None:
-    prompt_ids = small.encode_prompt(small.render(ask(prompt)))
+    prompt_ids = list(small.encode_conversation(ask(prompt)).ids)
     assert decode(small, prompt_ids, 40) == reference_ids(small, prompt_ids, 40)
 
 
 def test_seeded_sampling_equals_mlx_lm_token_for_token(small: SmallModel) -> None:
     from mlx_lm.sample_utils import make_sampler
 
-    prompt_ids = small.encode_prompt("once upon a time")
+    prompt_ids = list(small.vocabulary.encode("once upon a time"))
     sampled = decode(small, prompt_ids, 30, temperature=0.8, top_p=0.9, seed=7)
     mx.random.seed(7)
     expected = reference_ids(small, prompt_ids, 30, sampler=make_sampler(0.8, top_p=0.9))
@@ -76,7 +76,7 @@ def test_below_a_thousandth_sampling_is_greedy(
     small: SmallModel, dtype: mx.Dtype, temperature: float
 ) -> None:
     small.model.set_dtype(dtype)
-    prompt_ids = small.encode_prompt("once upon a time")
+    prompt_ids = small.vocabulary.encode("once upon a time")
     greedy = decode(small, prompt_ids, 20)
     assert decode(small, prompt_ids, 20, temperature=temperature, seed=7) == greedy
 
@@ -87,7 +87,7 @@ def test_the_lowest_temperature_that_samples_draws_likely_tokens(
 ) -> None:
     small.model.set_dtype(dtype)
     signals, _ = small.prefill(
-        small.encode_prompt("once upon a time"), sampling=Sampling(temperature=0.001, seed=7)
+        small.vocabulary.encode("once upon a time"), sampling=Sampling(temperature=0.001, seed=7)
     )
     for _ in range(20):
         assert signals.logprob > signals.top_logprobs[0] - 0.05
@@ -95,9 +95,9 @@ def test_the_lowest_temperature_that_samples_draws_likely_tokens(
 
 
 def test_a_second_turn_prefills_only_what_is_new(small: SmallModel) -> None:
-    first = small.encode_prompt("a" * 100)
+    first = list(small.vocabulary.encode("a" * 100))
     decode(small, first, 5)
-    second = [*small.cached_ids, *small.encode_prompt(" and more")]
+    second = [*small.cached_ids, *list(small.vocabulary.encode(" and more"))]
     _, reused = small.prefill(second)
     assert reused == len(first) + 4
     signals, _ = small.prefill(second)
@@ -108,7 +108,7 @@ def test_a_second_turn_prefills_only_what_is_new(small: SmallModel) -> None:
 
 
 def test_the_same_prompt_again_keeps_one_token_to_seed_decoding(small: SmallModel) -> None:
-    prompt_ids = small.encode_prompt("same again")
+    prompt_ids = list(small.vocabulary.encode("same again"))
     first, _ = small.prefill(prompt_ids)
     again, reused = small.prefill(prompt_ids)
     assert reused == len(prompt_ids) - 1
@@ -116,7 +116,7 @@ def test_the_same_prompt_again_keeps_one_token_to_seed_decoding(small: SmallMode
 
 
 def test_rollback_forgets_exactly_that_many_tokens(small: SmallModel) -> None:
-    prompt_ids = small.encode_prompt("roll me back")
+    prompt_ids = list(small.vocabulary.encode("roll me back"))
     ids = decode(small, prompt_ids, 10)
     small.rollback(4)
     assert list(small.cached_ids) == [*prompt_ids, *ids[:5]]
@@ -143,7 +143,7 @@ def interrupted(*arguments: object, **options: object) -> Any:
 def test_an_interrupt_while_waiting_for_the_device_costs_nothing(
     small: SmallModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompt_ids = small.encode_prompt("interrupt me in the middle of it")
+    prompt_ids = list(small.vocabulary.encode("interrupt me in the middle of it"))
     ids = decode(small, prompt_ids, 6)
     with monkeypatch.context() as patch:
         patch.setattr("mlxroute.small.decoder.unpack_signals", interrupted)
@@ -156,7 +156,7 @@ def test_an_interrupt_while_waiting_for_the_device_costs_nothing(
 def test_an_interrupt_inside_a_forward_pass_resets_the_cache(
     small: SmallModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompt_ids = small.encode_prompt("interrupt me in the middle of it")
+    prompt_ids = list(small.vocabulary.encode("interrupt me in the middle of it"))
     ids = decode(small, prompt_ids, 6)
     with monkeypatch.context() as patch:
         # The first layer holds the token, the second does not.
@@ -213,7 +213,7 @@ def _shared(path: Path) -> SmallModel:
 
 
 def test_the_hidden_state_is_what_the_output_layer_saw(small: SmallModel) -> None:
-    prompt_ids = small.encode_prompt("hidden")
+    prompt_ids = list(small.vocabulary.encode("hidden"))
     small.prefill(prompt_ids)
     hidden = small.hidden_state()
     logits = small.model.model.embed_tokens.as_linear(hidden)
@@ -251,7 +251,7 @@ def test_the_context_length_comes_from_the_model(tmp_path: Path) -> None:
 def test_never_escalating_through_the_engine_equals_mlx_lm(small: SmallModel) -> None:
     answer = generate(small, None, "Hi", router=EntropyRouter(math.inf), max_tokens=24)
     ids = [token.token_id for token in answer]
-    prompt_ids = small.encode_prompt(small.render(ask("Hi")))
+    prompt_ids = list(small.encode_conversation(ask("Hi")).ids)
     assert ids == reference_ids(small, prompt_ids, 24)[: len(ids)]
 
 
@@ -354,8 +354,8 @@ def test_an_incomplete_config_is_one_clear_error(tmp_path: Path, key: str | None
 
 def test_a_template_that_rejects_the_conversation_is_one_clear_error(small: SmallModel) -> None:
     small.tokenizer.chat_template = "{{ raise_exception('no system role here') }}"
-    with pytest.raises(UsageError, match=r"tiny rejects .* no system role here"):
-        small.render(ask("hi"))
+    with pytest.raises(UsageError, match=r"tiny fails: no system role here"):
+        small.encode_conversation(ask("hi"))
 
 
 def test_a_broken_weights_file_is_one_clear_error(tmp_path: Path) -> None:

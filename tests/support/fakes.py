@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from mlxroute.errors import LargeError
 from mlxroute.types import (
     BranchCost,
+    EncodedPrompt,
     LargeContext,
     LargeToken,
     Message,
     Progress,
+    PromptText,
     Sampling,
     Signals,
     Uploads,
@@ -37,6 +39,14 @@ class ByteVocabulary:
     @property
     def size(self) -> int:
         return EOS + 1
+
+    @property
+    def control_names(self) -> frozenset[str]:
+        return frozenset({"</s>"})
+
+    @property
+    def special_names(self) -> frozenset[str]:
+        return self.control_names
 
     def piece(self, token_id: int) -> str | None:
         if token_id == EOS:
@@ -92,11 +102,9 @@ class ScriptedSmall:
     def context_length(self) -> int:
         return self._context
 
-    def render(self, messages: Sequence[Message]) -> str:
-        return "".join(f"[{message['role']}]{message['content']}" for message in messages) + ">"
-
-    def encode_prompt(self, text: str) -> list[int]:
-        return list(text.encode())
+    def encode_conversation(self, messages: Sequence[Message]) -> EncodedPrompt:
+        text = "".join(f"[{message['role']}]{message['content']}" for message in messages) + ">"
+        return EncodedPrompt(tuple(text.encode()), PromptText(text, text))
 
     def prefill(
         self, prompt_ids: Sequence[int], *, sampling: Sampling, progress: Progress

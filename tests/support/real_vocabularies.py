@@ -21,7 +21,7 @@ from gguf import GGUFWriter
 from hypothesis import strategies as st
 
 from mlxroute.catalog import Catalog
-from mlxroute.tokenizers.chat_template import ChatTokenizer
+from mlxroute.tokenizers.chat_tokenizer import ChatTokenizer
 from mlxroute.tokenizers.token_vocabulary import TokenVocabulary
 from mlxroute.types import no_notice, no_progress
 from mlxroute.weights import resolve

@@ -6,7 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlxroute.types import LargeContext, Message, Span
+from mlxroute.tokenizers.content_marks import ContentMarks
+from mlxroute.tokenizers.control_tokens import ControlTokens
+from mlxroute.types import EncodedPrompt, LargeContext, Message, PromptText, Span
 
 END_ID = 1
 
@@ -25,6 +27,14 @@ class TableVocabulary:
     @property
     def bos_text(self) -> str:
         return self._bos_text
+
+    @property
+    def control_names(self) -> frozenset[str]:
+        return frozenset(self._pieces[: END_ID + 1])
+
+    @property
+    def special_names(self) -> frozenset[str]:
+        return self.control_names
 
     def id_of(self, piece: str) -> int:
         return self._pieces.index(piece)
@@ -65,6 +75,15 @@ class TableTokenizer:
     def render(self, messages: Sequence[Message]) -> str:
         turns = [f"<s>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in messages]
         return "".join(turns) + "<s>assistant\n"
+
+    def encode_conversation(self, messages: Sequence[Message]) -> EncodedPrompt:
+        """Encode a conversation whose contents hold no control tokens."""
+        text = self.render(messages)
+        marks = ContentMarks(ControlTokens(self.vocabulary.control_names), [text])
+        contents = [turn | {"content": marks.mark(turn["content"])} for turn in messages]
+        return EncodedPrompt(
+            tuple(self.encode_prompt(text)), PromptText(text, self.render(contents))
+        )
 
     def encode_prompt(self, text: str) -> list[int]:
         ids: list[int] = []

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mlxroute.catalog import Catalog
-from mlxroute.tokenizers.chat_template import ChatTokenizer
+from mlxroute.tokenizers.chat_tokenizer import ChatTokenizer
 from mlxroute.tokenizers.fast_tokenizer import FastTokenizer
 from mlxroute.types import no_notice, no_progress
 from mlxroute.weights import resolve
@@ -88,7 +88,7 @@ def test_conversations_are_rendered_as_by_transformers(
     fast, full = _both(folder)
     roles = (["system"] if system else []) + ["user", "assistant"] * 2
     messages = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
-    rendered = [ChatTokenizer(t, name="m").render(messages) for t in (fast, full)]
+    rendered = [ChatTokenizer(t, name="m").encode_conversation(messages).text for t in (fast, full)]
     assert rendered[0] == rendered[1]
 
 
@@ -113,7 +113,7 @@ def test_templates_run_in_the_same_environment(tmp_path: Path, template: str) ->
     for tokenizer in (fast, fast.read_in_full()):
         try:
             messages = [{"role": "user", "content": 'é"<'}, {"role": "user", "content": "b"}]
-            outcomes.append(ChatTokenizer(tokenizer, name="m").render(messages))
+            outcomes.append(ChatTokenizer(tokenizer, name="m").encode_conversation(messages).text)
         except Exception as exc:  # noqa: BLE001
             outcomes.append(f"{type(exc)} {exc}")
     assert outcomes[0] == outcomes[1]

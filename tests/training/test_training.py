@@ -102,7 +102,7 @@ def spelled(small: SmallModel, ids: list[int]) -> str:
 def test_labels_mark_positions_where_the_small_model_chooses_another_token(
     small: SmallModel, tmp_path: Path
 ) -> None:
-    ids = small.encode_prompt(small.render([{"role": "user", "content": "say 0"}]))
+    ids = list(small.encode_conversation([{"role": "user", "content": "say 0"}]).ids)
     own = greedy(small, ids, 1)[0]
     other = 70 if own != 70 else 71
     (answer,) = labelled(small, ScriptedLarge([(own,), (other,), (70,)]), tmp_path)
@@ -129,7 +129,7 @@ def test_labels_mark_positions_where_the_small_model_chooses_another_token(
 def test_the_small_model_continues_alone_from_each_disagreement(
     small: SmallModel, tmp_path: Path
 ) -> None:
-    ids = small.encode_prompt(small.render([{"role": "user", "content": "say 0"}]))
+    ids = list(small.encode_conversation([{"role": "user", "content": "say 0"}]).ids)
     (answer,) = labelled(small, ScriptedLarge([(70,), (71,), (72,)]), tmp_path)
     written = [70, 71, 72, 72, 72, 72]
     differs = cast("list[float]", answer.differs.tolist())
@@ -143,7 +143,7 @@ def test_the_small_model_continues_alone_from_each_disagreement(
 def test_a_token_of_several_ids_in_the_small_vocabulary_is_one_position(
     small: SmallModel, tmp_path: Path
 ) -> None:
-    ids = small.encode_prompt(small.render([{"role": "user", "content": "say 0"}]))
+    ids = list(small.encode_conversation([{"role": "user", "content": "say 0"}]).ids)
     own = greedy(small, ids, 1)[0]
     other = 70 if own != 70 else 71
     # The small model chooses the first id, too, but not the second.
@@ -311,7 +311,7 @@ def test_a_written_head_scores_a_decode_step_like_the_fitted_one(
     fitted.write(tmp_path / "h.safetensors")
     quantiles = small.load_head(tmp_path / "h.safetensors")
     assert quantiles == fitted.quantiles
-    signals, _ = small.prefill(small.encode_prompt("hello"))
+    signals, _ = small.prefill(list(small.vocabulary.encode("hello")))
     own = [signals.entropy_nats, signals.varentropy, signals.top_logprobs[0], signals.margin]
     inputs = mx.concatenate([small.hidden_state().astype(mx.float32), mx.array(own)])[None]
     assert signals.head_score == pytest.approx(fitted.head.score(inputs).item(), rel=1e-3, abs=1e-3)

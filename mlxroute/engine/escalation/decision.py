@@ -125,7 +125,7 @@ class Decider:
         if not self._calls.is_open:
             return self.leave_unchecked(small_choice)
         if self._never_send.has_patterns:
-            number = self._never_send.match(transcript.context().text)
+            number = self._never_send.match(transcript.text)
             if number is not None:
                 return _withhold(small_choice, number)
         if transcript.ends_in_character:

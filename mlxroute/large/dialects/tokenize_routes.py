@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol, Self
@@ -11,11 +13,18 @@ from typing import Final, Protocol, Self
 from mlxroute.errors import LargeProtocolError, LargeRefused
 from mlxroute.large.dialects.base import NO_THINKING
 from mlxroute.large.dialects.json_fields import as_array, as_text, as_token_id
-from mlxroute.types import Message
+from mlxroute.messages import fold_system
+from mlxroute.tokenizers.control_tokens import ControlTokens
+from mlxroute.types import Message, PromptText
 
 _SAMPLE: Final = "Hello world"
 _MAX_CACHED: Final = 4096
 _ANCHOR: Final = "\n"
+_ANY_CONTROLS: Final = ControlTokens((), any_form=True)
+# Names of control tokens hold one of these, in every vocabulary we know.
+_MAY_BE_CONTROL: Final = re.compile(r"[<>\[\]|｜]")
+TEMPLATE_STATUSES: Final = frozenset({400, 422, 500})
+"""Statuses with which servers answer if their chat template refuses a conversation."""
 # Statuses that do not show whether the route exists.
 _BUSY_STATUSES: Final = {408, 429, 502, 503, 504}
 
@@ -37,6 +46,9 @@ class TokenizeRoutes(ABC):
 
     name: Final = "the server's tokenise route"
     bos_text: Final = ""
+    vocabulary: Final = None
+    reads_control_tokens: bool
+    """Whether names of control tokens in texts become control tokens."""
 
     def __init__(self, post: Post, *, model: str | None) -> None:
         self._post = post
@@ -53,15 +65,31 @@ class TokenizeRoutes(ABC):
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Return the ids of a conversation in the server's chat template."""
         key = ("prompt", json.dumps(list(messages)))
-        return self._cached(key, lambda: self._encode_messages(messages))
+        return self._cached(key, lambda: self._encode_accepted(messages))
 
-    def prompt_text(self, messages: Sequence[Message]) -> str | None:
+    def prompt_text(self, messages: Sequence[Message]) -> PromptText | None:
         """Return None: the routes give ids only."""
         return None
 
+    def _encode_accepted(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Encode the messages; without a system role if the server's template refuses it."""
+        try:
+            return self._encode_messages(messages)
+        except LargeRefused as exc:
+            folded = fold_system(messages)
+            if exc.status not in TEMPLATE_STATUSES or folded == list(messages):
+                raise
+            return self._encode_messages(folded)
+
     def encode(self, text: str) -> tuple[int, ...]:
         """Return the ids of a piece of plain text."""
-        return self._cached(("text", text), lambda: self._encode_without_prefix(text))
+        return self._cached(("text", text), lambda: self._encode_plain(text))
+
+    def _encode_plain(self, text: str) -> tuple[int, ...]:
+        """Encode a text in parts, so that no part holds the name of a control token."""
+        cuts = [0, *(start + 1 for start, _ in _ANY_CONTROLS.find(text)), len(text)]
+        parts = [text[start:end] for start, end in itertools.pairwise(cuts)] if text else [""]
+        return tuple(i for part in parts for i in self._encode_without_prefix(part))
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -102,15 +130,61 @@ class TokenizeRoutes(ABC):
 class LlamaTokenizeRoutes(TokenizeRoutes):
     """`llama-server`: `/apply-template`, `/tokenize`, `/detokenize`."""
 
+    reads_control_tokens = False
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens by their names."""
         reply = self._call("/detokenize", {"tokens": list(ids)})
         return as_text(reply.get("content"), what="text")
 
     def _encode_messages(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        text = self._render(messages)
+        system = [m["content"].strip() for m in messages if m["role"] == "system"]
+        if not all(content in text for content in system):
+            # Some templates leave out a system message without a word.
+            messages = fold_system(messages)
+            text = self._render(messages)
+        if any(self._holds_control_tokens(message["content"]) for message in messages):
+            return self._encode_apart(messages)
+        return self._encode_markers(text, is_first=True)
+
+    def _encode_apart(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Encode the template's text with its control tokens, and contents as plain text."""
+        everything = "".join(message["content"] for message in messages)
+        mark = next(c for c in map(chr, range(0xF0000, 0x110000)) if c not in everything)
+        marked = [m | {"content": _between_marks(m["content"], mark)} for m in messages]
+        parts = self._render(marked).split(mark)
+        if len(parts) != 2 * sum(bool(m["content"].strip()) for m in messages) + 1:
+            # The template changes contents, so that they cannot be told from its own text.
+            plain = [m | {"content": _ANY_CONTROLS.neutralise(m["content"])[0]} for m in messages]
+            return self._encode_markers(self._render(plain), is_first=True)
+        ids: tuple[int, ...] = ()
+        for number, part in enumerate(parts):
+            if number % 2:
+                ids += self.encode(part)
+            elif part:
+                ids += self._encode_markers(part, is_first=not number)
+        return ids
+
+    def _holds_control_tokens(self, content: str) -> bool:
+        if not _MAY_BE_CONTROL.search(content):
+            return False
+        if next(_ANY_CONTROLS.find(content), None) is not None:
+            return True
+        parsed = self._tokenize({"content": content, "add_special": False, "parse_special": True})
+        return parsed != self._encode(content)
+
+    def _render(self, messages: Sequence[Message]) -> str:
         reply = self._call("/apply-template", {"messages": list(messages), **NO_THINKING})
-        text = as_text(reply.get("prompt"), what="the rendered prompt")
-        return self._tokenize({"content": text, "add_special": True, "parse_special": True})
+        return as_text(reply.get("prompt"), what="the rendered prompt")
+
+    def _encode_markers(self, text: str, *, is_first: bool) -> tuple[int, ...]:
+        """Return the ids of the template's text, control tokens included."""
+        body: dict[str, object] = {"add_special": is_first, "parse_special": True}
+        if is_first or not self._anchor_ids:
+            return self._tokenize({"content": text, **body})
+        ids = self._tokenize({"content": _ANCHOR + text, **body})
+        return _ids_after(self._anchor_ids, ids) or self._tokenize({"content": text, **body})
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return self._tokenize({"content": text, "add_special": False, "parse_special": False})
@@ -121,6 +195,8 @@ class LlamaTokenizeRoutes(TokenizeRoutes):
 
 class VllmTokenizeRoutes(TokenizeRoutes):
     """vLLM and SGLang: `/tokenize`, for a text or messages, and `/detokenize`."""
+
+    reads_control_tokens = True
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens by their names."""
@@ -155,6 +231,15 @@ def find_tokenize_routes(post: Post, *, model: str | None) -> TokenizeRoutes | N
             if exc.status in _BUSY_STATUSES:
                 raise
     return None
+
+
+def _between_marks(content: str, mark: str) -> str:
+    """Return a content with a mark before and after it; the template may trim what is around."""
+    core = content.strip()
+    if not core:
+        return content
+    start = content.index(core)
+    return f"{content[:start]}{mark}{core}{mark}{content[start + len(core) :]}"
 
 
 def _ids_after(anchor: tuple[int, ...], ids: tuple[int, ...]) -> tuple[int, ...]:

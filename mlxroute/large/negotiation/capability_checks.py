@@ -224,8 +224,10 @@ class CapabilityChecker:
         if self._tokens is None:
             return None
         if self._dialect.form is PromptForm.TEXT:
-            text = self._tokens.prompt_text(messages)
-            return None if text is None else Prompt(text=text.removeprefix(self._tokens.bos_text))
+            rendered = self._tokens.prompt_text(messages)
+            if rendered is None:
+                return None
+            return Prompt(text=rendered.text.removeprefix(self._tokens.bos_text))
         try:
             return Prompt(ids=self._tokens.prompt_ids(messages))
         except LargeError:

@@ -9,7 +9,8 @@ from mlxroute.errors import LargeProtocolError, UsageError
 from mlxroute.large.prompt import Prompt, PromptForm
 from mlxroute.large.vocabulary import retokenised
 from mlxroute.large.vocabulary.token_sources import TokenSource
-from mlxroute.types import LargeContext, LargeToken
+from mlxroute.tokenizers.control_tokens import ControlTokens, control_tokens
+from mlxroute.types import LargeContext, LargeToken, Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +51,16 @@ class PromptBuilder:
             )
         match self.form:
             case PromptForm.IDS:
-                return Prompt(ids=self._ids(context))
+                return self._ids_prompt(context)
             case PromptForm.TEXT:
-                return Prompt(text=self._text(context))
+                return self._text_prompt(context)
             case PromptForm.CHAT:
-                return Prompt(messages=context.messages, answer_start=_answer_text(context))
+                messages, names = self._plain_messages(context)
+                return Prompt(
+                    messages=messages,
+                    answer_start=self._plain_answer(context),
+                    neutralised=names,
+                )
 
     def replayed_tokens(self, context: LargeContext) -> tuple[bytes, ...]:
         """Return the tokens that the prompt cannot hold: the server has to generate them again."""
@@ -67,29 +73,62 @@ class PromptBuilder:
         """Whether a part of a character can be sent, or be generated again by the server."""
         return self.same_vocabulary and (self.form is PromptForm.IDS or self.replays_fragments)
 
-    def _ids(self, context: LargeContext) -> tuple[int, ...]:
+    def _ids_prompt(self, context: LargeContext) -> Prompt:
         if self.same_vocabulary:
-            return tuple(context.token_ids)
+            return Prompt(ids=tuple(context.token_ids))
         if self.tokens is None:
             raise LargeProtocolError("no tokenizer of the large model is known")
+        messages: tuple[Message, ...] = context.messages
+        names: tuple[str, ...] = ()
+        if self.tokens.reads_control_tokens:
+            messages, names = self._plain_messages(context)
         try:
-            ids = list(self.tokens.prompt_ids(context.messages))
+            ids = list(self.tokens.prompt_ids(messages))
         except UsageError as exc:
             raise LargeProtocolError(str(exc)) from exc
         for span in context.spans:
             ids += span.large_ids or self.tokens.encode(span.text)
-        return tuple(ids)
+        return Prompt(ids=tuple(ids), neutralised=names)
 
-    def _text(self, context: LargeContext) -> str:
+    def _text_prompt(self, context: LargeContext) -> Prompt:
+        rendered, bos_text = context.prompt, context.vocabulary.bos_text
         if not self.same_vocabulary and self.tokens is not None and context.messages:
             try:
-                rendered = self.tokens.prompt_text(context.messages)
+                own = self.tokens.prompt_text(context.messages)
             except UsageError as exc:
                 raise LargeProtocolError(str(exc)) from exc
-            if rendered is not None:
-                return rendered.removeprefix(self.tokens.bos_text) + _answer_text(context)
+            if own is not None:
+                rendered, bos_text = own, self.tokens.bos_text
+        if rendered is None:
+            return Prompt(text=context.text.removeprefix(bos_text))
+        text, names = self._controls(context).neutralise_content(rendered)
         # The server adds the begin token itself; two of them change the model's answer.
-        return context.text.removeprefix(context.vocabulary.bos_text)
+        text = text.removeprefix(bos_text) + self._plain_answer(context)
+        return Prompt(text=text, neutralised=names)
+
+    def _plain_messages(self, context: LargeContext) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+        """Return the messages without control tokens, and the names of those that were in them."""
+        controls = self._controls(context)
+        messages: list[Message] = []
+        names: list[str] = []
+        for message in context.messages:
+            content, in_content = controls.neutralise(message["content"])
+            messages.append(message | {"content": content})
+            names += in_content
+        return tuple(messages), tuple(dict.fromkeys(names))
+
+    def _plain_answer(self, context: LargeContext) -> str:
+        """Return the answer so far without control tokens; thinking keeps its marks."""
+        return self._controls(context, in_answer=True).neutralise(_answer_text(context))[0]
+
+    def _controls(self, context: LargeContext, *, in_answer: bool = False) -> ControlTokens:
+        """Return the control tokens of the server, as far as they are known."""
+        vocabulary = context.vocabulary if self.same_vocabulary else None
+        if vocabulary is None and self.tokens is not None:
+            vocabulary = self.tokens.vocabulary
+        known = context.vocabulary if vocabulary is None else vocabulary
+        names = known.special_names if in_answer else known.control_names
+        return control_tokens(names, any_form=vocabulary is None, in_answer=in_answer)
 
 
 def _answer_text(context: LargeContext) -> str:

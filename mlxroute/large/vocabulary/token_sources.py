@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, Protocol
 
-from mlxroute.types import Message, Vocabulary
+from mlxroute.types import EncodedPrompt, Message, PromptText, Vocabulary
 
 
 class Tokenizer(Protocol):
@@ -14,9 +14,7 @@ class Tokenizer(Protocol):
     @property
     def vocabulary(self) -> Vocabulary: ...
 
-    def render(self, messages: Sequence[Message]) -> str: ...
-
-    def encode_prompt(self, text: str) -> list[int]: ...
+    def encode_conversation(self, messages: Sequence[Message]) -> EncodedPrompt: ...
 
 
 class TokenSource(Protocol):
@@ -34,8 +32,18 @@ class TokenSource(Protocol):
         """Return the ids of a conversation in the large model's template, ready for the answer."""
         ...
 
-    def prompt_text(self, messages: Sequence[Message]) -> str | None:
+    def prompt_text(self, messages: Sequence[Message]) -> PromptText | None:
         """Return the text of `prompt_ids`; None if the source gives ids only."""
+        ...
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """The large vocabulary; None if only the server has it."""
+        ...
+
+    @property
+    def reads_control_tokens(self) -> bool:
+        """Whether `prompt_ids` turns names of control tokens in contents into control tokens."""
         ...
 
     def encode(self, text: str) -> tuple[int, ...]:
@@ -47,6 +55,7 @@ class FileTokenSource:
     """A TokenSource that uses the model's own tokenizer files."""
 
     name: Final = "tokenizer files"
+    reads_control_tokens: Final = False
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -56,10 +65,14 @@ class FileTokenSource:
         return self.tokenizer.vocabulary.bos_text
 
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode_prompt(self.tokenizer.render(messages)))
+        return self.tokenizer.encode_conversation(messages).ids
 
-    def prompt_text(self, messages: Sequence[Message]) -> str | None:
-        return self.tokenizer.render(messages)
+    def prompt_text(self, messages: Sequence[Message]) -> PromptText | None:
+        return self.tokenizer.encode_conversation(messages).rendered
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self.tokenizer.vocabulary
 
     def encode(self, text: str) -> tuple[int, ...]:
         return self.tokenizer.vocabulary.encode(text)

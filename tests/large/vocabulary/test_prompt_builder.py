@@ -146,12 +146,73 @@ def test_an_id_prompt_without_a_tokenizer_is_an_error() -> None:
 def test_a_template_that_rejects_the_conversation_is_a_large_error() -> None:
     class Rejects(TableTokenizer):
         def render(self, messages: Sequence[Message]) -> str:
-            raise UsageError("the chat template of m rejects this conversation: no system turn")
+            raise UsageError("the chat template of m fails: no system turn")
 
     for asked in (IDS, TEXT):
         builder = builder_for(asked, same=False, tokens=FileTokenSource(Rejects(LARGE)))
         with pytest.raises(LargeProtocolError, match="no system turn"):
             builder.build(answered())
+
+
+# Control tokens in messages
+
+BAD: Message = {"role": "user", "content": "a<|im_end|>b <|eot_id|> [TODO]"}
+
+
+def asked(*spans: Span) -> LargeContext:
+    small = TableTokenizer(SMALL)
+    encoded = small.encode_conversation([BAD])
+    text = encoded.text + "".join(span.text for span in spans)
+    return LargeContext(
+        text, encoded.ids, (), SMALL, messages=(BAD,), spans=spans, prompt=encoded.rendered
+    )
+
+
+def test_a_text_prompt_keeps_only_the_templates_control_tokens() -> None:
+    prompt = builder_for(TEXT, same=True, tokens=None).build(asked(Span("x<|im_end|>")))
+    assert prompt.text == (
+        "user\na< |im_end|>b <|eot_id|> [TODO]<|im_end|>\n<s>assistant\nx< |im_end|>"
+    )
+    assert prompt.neutralised == ("<|im_end|>",)
+
+
+def test_a_foreign_text_prompt_keeps_only_the_large_templates_control_tokens() -> None:
+    tokens = FileTokenSource(TableTokenizer(LARGE))
+    prompt = builder_for(TEXT, same=False, tokens=tokens).build(asked())
+    assert prompt.text == (
+        "<s>user\na< |im_end|>b <|eot_id|> [TODO]<|im_end|>\n<s>assistant\n"
+    ).removeprefix(LARGE.bos_text)
+
+
+def test_for_an_unknown_vocabulary_control_tokens_are_known_by_their_form() -> None:
+    prompt = builder_for(TEXT, same=False, tokens=None).build(asked())
+    assert prompt.text == "user\na< |im_end|>b < |eot_id|> [TODO]<|im_end|>\n<s>assistant\n"
+    assert prompt.neutralised == ("<|im_end|>", "<|eot_id|>")
+
+
+def test_a_chat_prompt_has_no_control_tokens() -> None:
+    prompt = builder_for(CHAT, same=False, tokens=None).build(asked(Span("x</s><think>y")))
+    assert prompt.messages == ({"role": "user", "content": "a< |im_end|>b < |eot_id|> [TODO]"},)
+    assert prompt.answer_start == "x< /s><think>y"
+    prompt = builder_for(CHAT, same=True, tokens=None).build(asked())
+    assert prompt.messages[0]["content"] == "a< |im_end|>b <|eot_id|> [TODO]"
+    assert prompt.neutralised == ("<|im_end|>",)
+
+
+def test_an_id_prompt_by_a_route_that_reads_control_tokens_has_none_in_contents() -> None:
+    sent: list[object] = []
+
+    def routes(path: str, body: Mapping[str, object]) -> Mapping[str, object]:
+        sent.append(body.get("messages", body.get("prompt")))
+        return truthful_routes(path, body)
+
+    tokens = find_tokenize_routes(routes, model=None)
+    sent.clear()
+    prompt = builder_for(IDS, same=False, tokens=tokens).build(asked(Span("x</s>")))
+    assert prompt.neutralised == ("<|im_end|>", "<|eot_id|>")
+    assert "<|im_end|>" not in str(sent)
+    assert "</s>" not in str(sent)
+    assert prompt.ids.count(1) == 1
 
 
 # Spans

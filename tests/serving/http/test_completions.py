@@ -125,7 +125,7 @@ def test_a_begun_turn_is_continued(client: TestClient, small: SmallModel) -> Non
     flagged = post(client, chat(messages=messages, continue_final_message=True))
     messages[1]["prefix"] = True  # type: ignore[assignment]
     prefixed = post(client, chat(messages=messages))
-    text = small.render(messages[:1]) + begun
+    text = small.encode_conversation(messages[:1]).text + begun
     raw = post(client, {"prompt": text}, "completions")
     texts = [reply["choices"][0]["message"]["content"] for reply in (flagged, prefixed)]
     assert texts == [raw["choices"][0]["text"]] * 2

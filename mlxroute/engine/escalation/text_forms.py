@@ -1,0 +1,80 @@
+"""Forms of Unicode text in which a reader sees the same, and patterns rewritten for them."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import Final
+
+# Characters that show nothing: zero-width ones, marks of direction, soft hyphens, variation
+# selectors, fillers, tags, and control characters but tab and line breaks.
+_INVISIBLE: Final = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5"
+    "\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0"
+    "\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
+)
+_IGNORES_CASE: Final = re.compile(r"\(\?[a-zA-Z]*i")
+# Parts of a pattern whose letters are no text: escapes, and the beginnings of groups.
+_SYNTAX: Final = re.compile(r"\\(?:[xuU][0-9a-fA-F]+|N\{[^}]*\}|.)|\(\?[a-zA-Z]*[-:)]?", re.DOTALL)
+
+# Escapes of single characters; `re` itself has read them without an error.
+_ESCAPE: Final = re.compile(
+    r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|N\{([^}]*)\}|.)", re.DOTALL
+)
+
+
+def text_forms(text: str) -> list[str]:
+    """Return the forms of a text that differ: as it is, and normalised without invisible text.
+
+    The normal forms are NFC, and NFKC, which makes full-width letters ordinary ones.
+    """
+    composed = visible = _INVISIBLE.sub("", text)
+    if not visible.isascii():
+        composed = unicodedata.normalize("NFC", visible)
+        visible = _INVISIBLE.sub("", unicodedata.normalize("NFKC", visible))
+    return list(dict.fromkeys([text, composed, visible]))
+
+
+def fold_text(text: str) -> str:
+    """Return a text in the form in which upper and lower case are equal."""
+    visible = _INVISIBLE.sub("", unicodedata.normalize("NFKC", text))
+    return unicodedata.normalize("NFKC", visible.casefold())
+
+
+def pattern_forms(pattern: str) -> list[str]:
+    """Return a pattern and, if they differ, the patterns for normalised texts."""
+    spelled = _INVISIBLE.sub("", _ESCAPE.sub(_spell_escape, pattern))
+    if spelled.isascii():
+        return list(dict.fromkeys([pattern, spelled]))
+    composed = unicodedata.normalize("NFC", spelled)
+    plain = unicodedata.normalize("NFC", "".join(map(_plain_form, spelled)))
+    return list(dict.fromkeys([pattern, composed, plain]))
+
+
+def ignores_case(pattern: re.Pattern[str]) -> bool:
+    """Return whether a pattern, or a part of it, ignores upper and lower case."""
+    return bool(pattern.flags & re.IGNORECASE or _IGNORES_CASE.search(pattern.pattern))
+
+
+def fold_pattern(pattern: str) -> str:
+    """Return a pattern for texts of `fold_text`."""
+    parts, done = [], 0
+    for match in _SYNTAX.finditer(pattern):
+        parts += [fold_text(pattern[done : match.start()]), match[0]]
+        done = match.end()
+    return "".join(parts) + fold_text(pattern[done:])
+
+
+def _spell_escape(escape: re.Match[str]) -> str:
+    """Return the character of an escape if it is not ASCII; all others as they are."""
+    code = escape[1] or escape[2] or escape[3]
+    char = chr(int(code, 16)) if code else ""
+    if escape[4]:
+        char = unicodedata.lookup(escape[4])
+    return escape[0] if char.isascii() else char
+
+
+def _plain_form(char: str) -> str:
+    """Return the compatible form of a character, escaped where it would be syntax."""
+    plain = unicodedata.normalize("NFKC", char)
+    return re.escape(plain) if plain != char and plain.isascii() else plain

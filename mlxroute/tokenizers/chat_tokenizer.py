@@ -1,0 +1,128 @@
+"""A model's tokenizer with its chat template: the one way from message contents to token ids."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from mlxroute.errors import UsageError, WeightsError
+from mlxroute.messages import read_messages
+from mlxroute.tokenizers.chat_template import ChatTemplate
+from mlxroute.tokenizers.content_marks import ContentMarks
+from mlxroute.tokenizers.fast_tokenizer import FastTokenizer
+from mlxroute.tokenizers.prompt_encoder import PromptEncoder
+from mlxroute.tokenizers.token_vocabulary import TokenVocabulary
+from mlxroute.types import EncodedPrompt, Message, PromptText
+
+
+class ChatTokenizer:
+    """Encodes conversations for a model; wraps `mlx_lm`'s TokenizerWrapper.
+
+    Args:
+        tokenizer: The TokenizerWrapper, or a FastTokenizer.
+        name: The model's name, for error messages.
+
+    Attributes:
+        vocabulary: The tokenizer's vocabulary.
+    """
+
+    def __init__(self, tokenizer: Any, *, name: str) -> None:
+        self._tokenizer = tokenizer
+        self._name = name
+        self.vocabulary = TokenVocabulary(tokenizer)
+        self._encoder = PromptEncoder(tokenizer, self.vocabulary)
+        self._template: tuple[Any, ChatTemplate] | None = None
+        self._last: EncodedPrompt | None = None
+        # Tokenizers of transformers must not encode in two threads at once.
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(cls, path: Path, *, name: str) -> Self:
+        """Read the tokenizer of a model directory, without its weights.
+
+        Raises WeightsError if the files are not those of a tokenizer.
+        """
+        # Its end tokens are those of the model's configuration, which is not read here.
+        fast = FastTokenizer.read(path, eos_token_ids=None)
+        if fast is not None:
+            return cls(fast, name=name)
+        from mlx_lm.tokenizer_utils import load
+
+        try:
+            return cls(load(path), name=name)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as exc:
+            reason = " ".join(str(exc).split())[:200] or type(exc).__name__
+            raise WeightsError(f"{path} has no readable tokenizer: {reason}") from exc
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model has a chat template; without one, messages are joined by newlines."""
+        return bool(self._tokenizer.has_chat_template) and self._source() not in ("", None)
+
+    def encode_conversation(
+        self, messages: Sequence[Mapping[str, object]], *, begun: str = ""
+    ) -> EncodedPrompt:
+        """Return the prompt of a conversation, up to where the assistant's answer begins.
+
+        `begun`, empty by default, is the beginning of that answer. It and the message contents
+        become plain text, whatever they contain; the control tokens in the ids are those of the
+        template, and the begin token. Raises UsageError for messages that are not
+        text, and for a chat template that cannot be used.
+        """
+        conversation = read_messages(messages)
+        with self._lock:
+            rendered = self._render(conversation)
+            if begun:
+                marked = ContentMarks(self.vocabulary.controls, [begun]).mark(begun)
+                rendered = PromptText(rendered.text + begun, rendered.marked + marked)
+            if self._last is None or self._last.rendered != rendered:
+                self._last = EncodedPrompt(tuple(self._encoder.encode(rendered)), rendered)
+            return self._last
+
+    def encode_rendered(self, text: str) -> EncodedPrompt:
+        """Return the prompt of a text that the caller rendered; its control tokens are meant."""
+        rendered = PromptText(text, text)
+        with self._lock:
+            return EncodedPrompt(tuple(self._encoder.encode(rendered)), rendered)
+
+    def _render(self, messages: tuple[Message, ...]) -> PromptText:
+        if not self.has_chat_template:
+            text = "\n".join(message["content"] for message in messages)
+            return PromptText(text, ContentMarks(self.vocabulary.controls, [text]).mark(text))
+        # The template of a tokenizer of transformers can be changed.
+        source = self._source()
+        if self._template is None or self._template[0] != source:
+            self._template = source, self._make_template(source)
+        return self._template[1].render(messages, self.vocabulary.controls)
+
+    def _make_template(self, source: Any) -> ChatTemplate:
+        if isinstance(source, Mapping | list):
+            names = source if isinstance(source, Mapping) else ()
+            if "default" not in names:
+                listed = ", ".join(map(str, names)) or "none"
+                raise UsageError(
+                    f"the chat templates of {self._name} are named {listed}, and none is named"
+                    " default; name one of them so in its tokenizer_config.json"
+                )
+            source = source["default"]
+        if not isinstance(source, str) and not callable(source):
+            raise UsageError(f"the chat template of {self._name} is not text; choose another model")
+        variables = self._tokenizer.special_tokens_map
+        return ChatTemplate(source, variables=variables, name=self._name)
+
+    def _source(self) -> Any:
+        """Return the template's text, several by name, or a function that renders."""
+        tokenizer = self._tokenizer
+        if isinstance(tokenizer, FastTokenizer):
+            return tokenizer.chat_template
+        from transformers import PreTrainedTokenizerBase
+
+        own = getattr(type(tokenizer), "apply_chat_template", None)
+        inner = getattr(tokenizer, "_tokenizer", tokenizer)
+        inner_own = getattr(type(inner), "apply_chat_template", own)
+        has_function = getattr(tokenizer, "_chat_template", None) is not None
+        if has_function or inner_own is not PreTrainedTokenizerBase.apply_chat_template:
+            return tokenizer.apply_chat_template
+        return tokenizer.chat_template
