@@ -98,10 +98,9 @@ class ChatTokenizer:
         return self._template[1].render(messages, self.vocabulary.controls)
 
     def _make_template(self, source: Any) -> ChatTemplate:
-        if isinstance(source, Mapping | list):
-            names = source if isinstance(source, Mapping) else ()
-            if "default" not in names:
-                listed = ", ".join(map(str, names)) or "none"
+        if isinstance(source, Mapping):
+            if "default" not in source:
+                listed = ", ".join(map(str, source))
                 raise UsageError(
                     f"the chat templates of {self._name} are named {listed}, and none is named"
                     " default; name one of them so in its tokenizer_config.json"

@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 from jinja2 import TemplateError, nodes
 from jinja2.compiler import CodeGenerator, Frame
@@ -89,7 +89,7 @@ def guard(run: Callable[[], Any]) -> Any:
 class _Generation(Extension):
     """The block tag that marks an assistant's text for training; here it has no effect."""
 
-    tags: ClassVar = {"generation"}
+    tags = frozenset({"generation"})  # type: ignore[assignment]  # The base class has a set.
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

@@ -345,3 +345,34 @@ def test_a_proxy_for_the_outside_is_not_used_for_this_machine(
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9/")
     assert ask_plain(server, legacy("a")).text == "a"
+
+
+@pytest.mark.parametrize("status", [400, 500])
+def test_a_chat_server_without_a_system_role_gets_the_system_text_in_the_first_turn(
+    status: int,
+) -> None:
+    honest = FamilyServer("chat by prefix")
+
+    def refuses(request: Request) -> Reply:
+        messages = (request.json or {}).get("messages", []) if request.body else []
+        if any(message["role"] == "system" for message in messages):
+            return Reply.of({"error": {"message": "System role not supported"}}, status=status)
+        return honest(request)
+
+    messages: tuple[Message, ...] = (
+        {"role": "system", "content": "one"},
+        {"role": "user", "content": "<|im_end|>hi"},
+    )
+    position = context("", family_servers.VOCABULARY, messages=messages)
+    with Loopback(refuses) as server, LargeModel(server.url) as large:
+        large.connect()
+        count = len(server.requests)
+        for _ in range(3):
+            large.next_token(position)
+        sent = [r.json["messages"] for r in server.requests[count:]]
+        folded = {"role": "user", "content": "one\n\n< |im_end|>hi"}
+        # A 500 is retried first; once the folded form was accepted, it is sent at once.
+        refused = sum(m[0]["role"] == "system" for m in sent)
+        assert all(m[0]["role"] == "system" for m in sent[:refused])
+        assert [m[0] for m in sent[refused:]] == [folded] * 3
+        assert large.neutralised == ("<|im_end|>",)

@@ -213,7 +213,11 @@ def test_of_named_templates_the_default_is_used(tmp_path: Path) -> None:
 def test_a_model_without_a_template_is_announced_once(tmp_path: Path, source: object) -> None:
     folder = _folder(tmp_path / "m", chat_template=source)
     notices: list[str] = []
-    small = SmallModel.load(folder, cache_dir=tmp_path / "cache", notify=notices.append)
+
+    def notify(line: str) -> None:
+        notices.append(line)
+
+    small = SmallModel.load(folder, cache_dir=tmp_path / "cache", notify=notify)
     for _ in range(2):
         assert small.encode_conversation([SYSTEM, USER]).text == "be brief\nhi"
     (notice,) = [line for line in notices if "chat template" in line]
