@@ -18,6 +18,10 @@ class PromptText:
     text: str
     marked: str
 
+    def cut(self, length: int) -> PromptText:
+        """Return its beginning of at most this length."""
+        return PromptText(self.text[:length], self.marked[:length])
+
     def has_content(self, start: int, end: int) -> bool:
         """Return whether a part of the text holds characters of a message's content."""
         return self.text[start:end] != self.marked[start:end]

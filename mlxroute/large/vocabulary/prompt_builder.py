@@ -58,7 +58,7 @@ class PromptBuilder:
                 messages, names = self._plain_messages(context)
                 return Prompt(
                     messages=messages,
-                    answer_start=self._plain_answer(context),
+                    answer_start=self._plain_answer(context, _answer_text(context)),
                     neutralised=names,
                 )
 
@@ -92,18 +92,22 @@ class PromptBuilder:
 
     def _text_prompt(self, context: LargeContext) -> Prompt:
         rendered, bos_text = context.prompt, context.vocabulary.bos_text
+        answer = "" if rendered is None else context.text[len(rendered.text) :]
         if not self.same_vocabulary and self.tokens is not None and context.messages:
             try:
                 own = self.tokens.prompt_text(context.messages)
             except UsageError as exc:
                 raise LargeProtocolError(str(exc)) from exc
             if own is not None:
-                rendered, bos_text = own, self.tokens.bos_text
+                rendered, bos_text, answer = own, self.tokens.bos_text, _answer_text(context)
         if rendered is None:
             return Prompt(text=context.text.removeprefix(bos_text))
+        if rendered is context.prompt:
+            # Tokens that the server generates again may begin at the end of the prompt.
+            rendered = rendered.cut(len(context.text))
         text, names = self._controls(context).neutralise_content(rendered)
         # The server adds the begin token itself; two of them change the model's answer.
-        text = text.removeprefix(bos_text) + self._plain_answer(context)
+        text = text.removeprefix(bos_text) + self._plain_answer(context, answer)
         return Prompt(text=text, neutralised=names)
 
     def _plain_messages(self, context: LargeContext) -> tuple[tuple[Message, ...], tuple[str, ...]]:
@@ -117,9 +121,9 @@ class PromptBuilder:
             names += in_content
         return tuple(messages), tuple(dict.fromkeys(names))
 
-    def _plain_answer(self, context: LargeContext) -> str:
+    def _plain_answer(self, context: LargeContext, answer: str) -> str:
         """Return the answer so far without control tokens; thinking keeps its marks."""
-        return self._controls(context, in_answer=True).neutralise(_answer_text(context))[0]
+        return self._controls(context, in_answer=True).neutralise(answer)[0]
 
     def _controls(self, context: LargeContext, *, in_answer: bool = False) -> ControlTokens:
         """Return the control tokens of the server, as far as they are known."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -174,6 +175,14 @@ def test_a_text_prompt_keeps_only_the_templates_control_tokens() -> None:
         "user\na< |im_end|>b <|eot_id|> [TODO]<|im_end|>\n<s>assistant\nx< |im_end|>"
     )
     assert prompt.neutralised == ("<|im_end|>",)
+
+
+def test_a_text_prompt_may_end_before_the_end_of_the_template() -> None:
+    position_context = asked()
+    text = position_context.text.removesuffix("\n")
+    shorter = replace(position_context, text=text, fragment_ids=(2,))
+    prompt = builder_for(MLX_LM, same=True, tokens=None).build(shorter)
+    assert prompt.text == "user\na< |im_end|>b <|eot_id|> [TODO]<|im_end|>\n<s>assistant"
 
 
 def test_a_foreign_text_prompt_keeps_only_the_large_templates_control_tokens() -> None:
