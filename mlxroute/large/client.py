@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from mlxroute.closeable import Closeable
-from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused, LargeTimeout, UsageError
+from mlxroute.errors import LargeError, LargeProtocolError, LargeTimeout, UsageError
 from mlxroute.large.completion_request import (
     CompletionRequest,
     CompletionRequester,
@@ -19,13 +19,12 @@ from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.circuit_breaker import CircuitBreaker
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.pending_calls import PendingCall, PendingCalls, Tokens
-from mlxroute.large.http.stream_listener import StreamListener
 from mlxroute.large.http.transport import Transport
 from mlxroute.large.negotiation.negotiator import Negotiator
 from mlxroute.large.negotiation.shared_negotiator import SharedNegotiator
 from mlxroute.large.negotiation.verdict_file import Verdict
 from mlxroute.large.negotiation.vocabulary_pairing import VocabularyPairing
-from mlxroute.large.prompt import PromptForm
+from mlxroute.large.prompt import Prompt, PromptForm
 from mlxroute.large.reply import CompletionAnswer
 from mlxroute.large.request_plan import RequestPlan, RequestPlanner
 from mlxroute.large.streaming import TokenStream, may_work_unstreamed
@@ -326,7 +325,6 @@ class LargeModel(Closeable):
         """Build the prompt, ask the server and read its tokens, trying one plan after the other."""
         pairing, uploaded_bytes = call.pairing, 0
         prompt = self._negotiator.build_prompt(context, pairing, call.deadline)
-        prompt = self._system_role.adapt(prompt)
         self._neutralised |= dict.fromkeys(prompt.neutralised)
         for plan in self._planner.plans(pairing.negotiated, prefetch=call.prefetch):
             request = CompletionRequest(
@@ -360,10 +358,16 @@ class LargeModel(Closeable):
             tokens = read_streamed_tokens(partial, call.pairing.bridge, self._reader)
             return call.stream.update(tokens)
 
+        def send(prompt: Prompt) -> CompletionAnswer:
+            return self._requester.complete(
+                replace(request, prompt=prompt),
+                deadline=call.deadline,
+                listener=listen if plan.streamed else None,
+            )
+
         negotiated = call.pairing.negotiated
-        listener = listen if plan.streamed else None
         try:
-            answer = self._request(request, call, listener)
+            answer = self._system_role.send(request.prompt, send)
         except LargeError as exc:
             if plan.streamed and may_work_unstreamed(exc):
                 if call.stream.tokens:
@@ -373,25 +377,6 @@ class LargeModel(Closeable):
             self._negotiator.record_failure(exc, negotiated)
             raise
         self._negotiator.record_success()
-        return answer
-
-    def _request(
-        self,
-        request: CompletionRequest,
-        call: _TokenCall,
-        listener: StreamListener[CompletionAnswer] | None,
-    ) -> CompletionAnswer:
-        """Send one request; if the server refuses its system message, send it without one."""
-        deadline = call.deadline
-        try:
-            return self._requester.complete(request, deadline=deadline, listener=listener)
-        except LargeRefused as exc:
-            prompt = self._system_role.after_refusal(request.prompt, exc)
-            if prompt is None:
-                raise
-        request = replace(request, prompt=prompt)
-        answer = self._requester.complete(request, deadline=deadline, listener=listener)
-        self._system_role.record_accepted()
         return answer
 
 

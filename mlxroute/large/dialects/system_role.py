@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 from mlxroute.errors import LargeRefused
 from mlxroute.large.dialects.tokenize_routes import TEMPLATE_STATUSES
 from mlxroute.large.prompt import Prompt
 from mlxroute.messages import fold_system
+
+_T = TypeVar("_T")
 
 
 class SystemRole:
@@ -16,18 +20,22 @@ class SystemRole:
     def __init__(self) -> None:
         self._is_refused = False
 
-    def adapt(self, prompt: Prompt) -> Prompt:
-        """Return the prompt, without a system message if the server refuses those."""
-        return _without_system(prompt) if self._is_refused else prompt
+    def send(self, prompt: Prompt, send: Callable[[Prompt], _T]) -> _T:
+        """Send a prompt; if it is refused, send it without a system message, and so from then on.
 
-    def after_refusal(self, prompt: Prompt, refusal: LargeRefused) -> Prompt | None:
-        """Return the prompt to try after a refusal; None if it cannot be due to the system role."""
+        Raises what `send` raises.
+        """
         folded = _without_system(prompt)
-        return folded if folded != prompt and refusal.status in TEMPLATE_STATUSES else None
-
-    def record_accepted(self) -> None:
-        """Record that the server took a prompt that it had refused with a system message."""
+        if self._is_refused:
+            return send(folded)
+        try:
+            return send(prompt)
+        except LargeRefused as exc:
+            if folded == prompt or exc.status not in TEMPLATE_STATUSES:
+                raise
+        reply = send(folded)
         self._is_refused = True
+        return reply
 
 
 def _without_system(prompt: Prompt) -> Prompt:
