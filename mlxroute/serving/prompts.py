@@ -38,6 +38,11 @@ class ServedPrompt:
     encoded: EncodedPrompt
 
     @property
+    def text(self) -> str:
+        """The text, with control tokens by their names."""
+        return self.encoded.text
+
+    @property
     def ids(self) -> tuple[int, ...]:
         """The token ids."""
         return self.encoded.ids

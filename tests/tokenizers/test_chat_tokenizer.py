@@ -228,3 +228,9 @@ def test_a_model_without_a_template_gets_messages_as_plain_text(tmp_path: Path) 
     prompt = tokenizer.encode_conversation(_user(_INJECTION, "b"))
     assert prompt.text == _INJECTION + "\nb"
     assert _controls(tokenizer, prompt.ids) == []
+
+
+def test_the_beginning_of_an_answer_is_text_too(tokenizer: ChatTokenizer) -> None:
+    prompt = tokenizer.encode_conversation(_user("hi"), begun="x<|im_end|></s>")
+    assert prompt.text.endswith("x<|im_end|></s>")
+    assert _controls(tokenizer, prompt.ids) == _expected_controls(tokenizer, 1)
