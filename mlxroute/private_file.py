@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 from mlxroute.errors import UsageError
+from mlxroute.replace_file import replace_file
 
 
 def expand_path(path: Path) -> Path:
@@ -25,16 +24,6 @@ def write_private(path: Path, data: bytes) -> None:
     """
     target = Path(os.path.realpath(path))
     try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
+        replace_file(target, data, mode=0o600, durable=True)
     except OSError as error:
         raise UsageError(f"cannot save to {path}: {error.strerror}") from error

@@ -6,32 +6,37 @@ kernels for quantised or half-precision weights, so on the CPU they become dense
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import struct
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from mlxroute.backend.memory import available_bytes
+from mlxroute.backend.model_config import check_understood, quantized_bits, read_config
+from mlxroute.backend.model_files import (
+    check_adapter,
+    dense_float32_bytes,
+    read_tensors,
+    weight_files,
+)
 from mlxroute.backend.plain_model import (
+    is_plain,
     keep_embedding_narrow,
     load_plain_model,
-    read_plain_config,
+    plain_architecture,
 )
-from mlxroute.errors import NotEnoughSpace, UsageError, WeightsError
+from mlxroute.errors import MlxRouteError, NotEnoughSpace, UsageError, WeightsError
 from mlxroute.safe_text import printable_line
+from mlxroute.tokenizers.end_tokens import find_end_ids
 from mlxroute.tokenizers.fast_tokenizer import FastTokenizer, read_plain_tokenizer_config
+from mlxroute.types import Notify, no_notice
 
 OVERHEAD_BYTES = 600 * 2**20
 """Memory beside the weights: interpreter, tokenizer, MLX, a KV cache of a few thousand tokens."""
 
 # A KV cache of 8,192 tokens, from a tenth of the file (32B, Q4) to a fifth (1.5B, Q4).
 _GGUF_CACHE_SHARE = 0.2
-
-# Raised by mlx_lm for invalid configurations and weights.
-_INVALID_FILES = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError)
 
 
 def on_cpu() -> bool:
@@ -52,55 +57,19 @@ def memory_needed(path: Path) -> int:
     """
     if path.is_file():
         return gguf_memory_needed(path.stat().st_size)
-    files = sorted(path.glob("model*.safetensors"))
+    files = weight_files(path)
     if not on_cpu():
         return sum(file.stat().st_size for file in files) + OVERHEAD_BYTES
-    config = _read_config(path)
-    quantization = config.get("quantization") or config.get("quantization_config") or {}
     try:
-        bits = int(quantization.get("bits") or 4)
-        return sum(_dense_bytes(file, bits) for file in files) + OVERHEAD_BYTES
-    except (LookupError, TypeError, ValueError, AttributeError, ZeroDivisionError) as exc:
+        bits = quantized_bits(read_config(path))
+        return sum(dense_float32_bytes(file, bits) for file in files) + OVERHEAD_BYTES
+    except (TypeError, ValueError, ZeroDivisionError) as exc:
         raise WeightsError(f"{path} is not a readable model: {_reason(exc)}") from exc
 
 
 def gguf_memory_needed(file_bytes: int) -> int:
     """Return the bytes of memory that llama.cpp takes for a GGUF file of this size."""
     return file_bytes + int(file_bytes * _GGUF_CACHE_SHARE) + OVERHEAD_BYTES
-
-
-def _dense_bytes(file: Path, bits: int) -> int:
-    """Return the size of a safetensors file's weights as dense float32."""
-    total = 0
-    for name, entry in _safetensors_header(file).items():
-        if name == "__metadata__" or name.endswith((".scales", ".biases")):
-            continue
-        count = math.prod(entry["shape"])
-        # Quantised weights are packed, 32 / bits values in a 32-bit word.
-        total += 4 * count * (32 // bits if entry["dtype"] == "U32" else 1)
-    return total
-
-
-def _safetensors_header(file: Path) -> dict[str, Any]:
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header: dict[str, Any] = json.loads(stream.read(min(length, 100 * 2**20)))
-    except (OSError, ValueError, struct.error) as exc:
-        raise WeightsError(f"{file} is not a readable safetensors file ({exc})") from exc
-    return header
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("it is not a JSON object")
-    except (OSError, ValueError) as exc:
-        raise WeightsError(
-            f"{path} is not a model directory: it has no readable config.json ({exc})"
-        ) from exc
-    return config
 
 
 def check_memory(path: Path, *, role: str) -> None:
@@ -110,17 +79,26 @@ def check_memory(path: Path, *, role: str) -> None:
         path: Model directory or GGUF file.
         role: "small" or "large", for the message.
     """
-    needed, available = memory_needed(path), available_bytes()
+    require_memory(memory_needed(path), available_bytes(), name=path.name, role=role)
+
+
+def require_memory(needed: int, available: int, *, name: str, role: str) -> None:
+    """Raise NotEnoughSpace if a model needs more bytes of memory than are free."""
     if needed > available:
         raise NotEnoughSpace(
-            f"the {role} model {path.name} needs {needed / 2**30:.1f} GiB of memory and"
-            f" {available / 2**30:.1f} GiB are free; close programs or choose a smaller model"
-            " (`mlxroute models`)"
+            f"the {role} model {name} needs {needed / 2**30:.1f} GiB of memory and"
+            f" {available / 2**30:.1f} GiB are free; close programs, choose a smaller model"
+            " (`mlxroute models`), or skip this check",
+            parameter="skip_memory_check",
         )
 
 
 def load(
-    path: Path, *, adapter: Path | None = None, full_tokenizer: bool = False
+    path: Path,
+    *,
+    adapter: Path | None = None,
+    full_tokenizer: bool = False,
+    notify: Notify = no_notice,
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer: the `mlx_lm` model, and its tokenizer or a FastTokenizer.
 
@@ -128,20 +106,34 @@ def load(
         path: Model directory.
         adapter: Folder of LoRA weights as `mlx_lm.lora` writes. None (default) for none.
         full_tokenizer: Whether the tokenizer must be that of `mlx_lm`. False by default.
+        notify: Receives a line if the context is shorter than the configuration says. Ignored by
+            default.
 
     Raises:
-        WeightsError: The files cannot be loaded.
+        WeightsError: The files cannot be loaded, or `mlx_lm` ignores what they ask for.
         UsageError: The adapter does not fit the model.
     """
     import mlx.core as mx
 
+    config = read_config(path)
+    for file in weight_files(path):
+        read_tensors(file)
     try:
-        loaded = _load_plain(path) if adapter is None else None
-        model, tokenizer = loaded or _load_with_mlx_lm(path)
-    except _INVALID_FILES as exc:
+        loaded = _load_plain(path, config) if adapter is None else None
+        model, tokenizer, window = loaded or _load_with_mlx_lm(path, config)
+    except MlxRouteError:
+        raise
+    except Exception as exc:
         raise WeightsError(f"{path} cannot be loaded as a model: {_reason(exc)}") from exc
     if full_tokenizer and isinstance(tokenizer, FastTokenizer):
         tokenizer = tokenizer.read_in_full()
+    _add_end_tokens(tokenizer)
+    if window is not None:
+        model.args.max_position_embeddings = window
+        notify(
+            f"the context of {path.name} is {window:,} tokens here: mlx_lm ignores its sliding"
+            " window, which has that size"
+        )
     if adapter is not None:
         model = _add_adapter(model, adapter, path)
     # Free the narrower copies of the weights.
@@ -151,13 +143,13 @@ def load(
     return model, tokenizer
 
 
-def _load_plain(path: Path) -> tuple[Any, Any] | None:
+def _load_plain(path: Path, config: dict[str, Any]) -> tuple[Any, Any, int | None] | None:
     """Load a model and tokenizer that need no transformers; None if they do."""
     import mlx.core as mx
 
-    config = read_plain_config(path)
-    if config is None or read_plain_tokenizer_config(path) is None:
+    if not is_plain(path, config) or read_plain_tokenizer_config(path) is None:
         return None
+    window = check_understood(config, plain_architecture(config), path)
     with ThreadPoolExecutor(1) as pool:
         # Both take a while without Python's lock: the tokenizer is parsed, the weights are read.
         tokenizer = pool.submit(FastTokenizer.read, path, eos_token_ids=config.get("eos_token_id"))
@@ -166,20 +158,29 @@ def _load_plain(path: Path) -> tuple[Any, Any] | None:
             _widen(model, kept=keep_embedding_narrow(model))
         mx.eval(model.parameters())
     fast = tokenizer.result()
-    return None if fast is None else (model, fast)
+    return None if fast is None else (model, fast, window)
 
 
-def _load_with_mlx_lm(path: Path) -> tuple[Any, Any]:
+def _load_with_mlx_lm(path: Path, config: dict[str, Any]) -> tuple[Any, Any, int | None]:
     import mlx.core as mx
     from mlx_lm.tokenizer_utils import load as load_tokenizer
-    from mlx_lm.utils import dequantize_model, load_model
+    from mlx_lm.utils import _get_classes, dequantize_model, load_model
 
-    model, config = load_model(path, lazy=True)
+    architecture = sys.modules[_get_classes(config)[0].__module__]
+    window = check_understood(config, architecture, path)
+    model, config = load_model(path, lazy=True, model_config=config)
     if on_cpu():
         _widen(model)
         model = dequantize_model(model)
     mx.eval(model.parameters())
-    return model, load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+    tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+    return model, tokenizer, window
+
+
+def _add_end_tokens(tokenizer: Any) -> None:
+    """Let the known end tokens of a vocabulary end answers too, whatever its files say."""
+    ids = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+    tokenizer.eos_token_ids = {*tokenizer.eos_token_ids, *find_end_ids(ids)}
 
 
 def _add_adapter(model: Any, adapter: Path, path: Path) -> Any:
@@ -188,8 +189,9 @@ def _add_adapter(model: Any, adapter: Path, path: Path) -> Any:
     from mlx_lm.utils import load_adapters
 
     try:
+        check_adapter(adapter)
         model = load_adapters(model, str(adapter))
-    except _INVALID_FILES as exc:
+    except Exception as exc:
         raise UsageError(
             f"the adapter {adapter} is not an MLX adapter (as `mlx_lm.lora` writes) that fits"
             f" {path.name}: {_reason(exc)}",

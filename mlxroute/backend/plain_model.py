@@ -6,11 +6,14 @@ That module imports transformers, which takes a second.
 from __future__ import annotations
 
 import importlib
-import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 from mlxroute.backend.mlx_lm_package import defer_mlx_lm_init
+from mlxroute.backend.model_config import read_config
+from mlxroute.errors import WeightsError
 
 # The architectures that the conversion of GGUF files writes.
 _ARCHITECTURES = ("llama", "qwen2")
@@ -26,19 +29,25 @@ def read_plain_config(path: Path) -> dict[str, Any] | None:
     None for any other model, or if its files cannot be read.
     """
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        if config["model_type"] not in _ARCHITECTURES or config.keys() & _SPECIAL_KEYS:
-            return None
-        generation = path / "generation_config.json"
-        if generation.exists():
-            settings = json.loads(generation.read_text(encoding="utf-8"))
-            if eos_token_id := settings.get("eos_token_id"):
-                config["eos_token_id"] = eos_token_id
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        config = read_config(path)
+    except WeightsError:
         return None
-    if (path / "hf_quant_config.json").exists():
-        return None
-    return dict(config)
+    return config if is_plain(path, config) else None
+
+
+def is_plain(path: Path, config: Mapping[str, Any]) -> bool:
+    """Return whether `load_plain_model` can load a model, given its configuration."""
+    return (
+        config["model_type"] in _ARCHITECTURES
+        and not config.keys() & _SPECIAL_KEYS
+        and not (path / "hf_quant_config.json").exists()
+    )
+
+
+def plain_architecture(config: Mapping[str, Any]) -> ModuleType:
+    """Return the module of `mlx_lm` for a plain model."""
+    defer_mlx_lm_init()
+    return importlib.import_module(f"mlx_lm.models.{config['model_type']}")
 
 
 def load_plain_model(path: Path, config: dict[str, Any]) -> Any:
@@ -46,10 +55,9 @@ def load_plain_model(path: Path, config: dict[str, Any]) -> Any:
 
     The same steps as `mlx_lm.utils.load_model` takes for such a model.
     """
-    defer_mlx_lm_init()
+    architecture = plain_architecture(config)
     import mlx.core as mx
 
-    architecture = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     weights: dict[str, Any] = {}
     for file in sorted(path.glob("model*.safetensors")):
         weights.update(cast(dict[str, Any], mx.load(str(file))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,16 @@ def check_plot(path: Path) -> None:
         raise UsageError("a plot needs matplotlib; install mlxroute[plot]", parameter="plot")
     if not path.parent.is_dir():
         raise UsageError(f"the plot {path} needs an existing folder", parameter="plot")
+    from matplotlib.figure import Figure
+
+    kinds = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds or path.is_dir():
+        raise UsageError(
+            f"the plot {path} needs a name that ends in one of {', '.join(sorted(kinds))}",
+            parameter="plot",
+        )
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"the plot {path} cannot be written there", parameter="plot")
 
 
 def draw_latency(report: Mapping[str, Any], path: Path) -> None:

@@ -82,6 +82,13 @@ class Model:
     index: IndexSource | None = None
     price: Prices | None = None
 
+    @property
+    def float32_bytes(self) -> int:
+        """Size of its weights as dense float32."""
+        converted = self.index.converted_bytes if self.index else 0
+        # Converted weights are half precision; a GGUF may have an untied output layer.
+        return max(self.parameters * 4, converted * 2)
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:

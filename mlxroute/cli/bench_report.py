@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from mlxroute.cli.exit_codes import EXIT_OK
 from mlxroute.cli.folders import RESULTS, find_bench_file
+from mlxroute.errors import UsageError
 
 
 def read_builtin_prompts() -> list[str]:
@@ -27,6 +29,17 @@ def check_plot_option(plot: Path | None) -> None:
         check_plot(plot)
 
 
+def check_save_option(save: bool) -> None:
+    """Raise UsageError, before anything is measured, if the report cannot be saved."""
+    if save:
+        try:
+            RESULTS.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise UsageError(f"the folder {RESULTS} cannot be made ({exc.strerror})") from exc
+        if not os.access(RESULTS, os.W_OK):
+            raise UsageError(f"the folder {RESULTS} cannot be written")
+
+
 def write_report(report: dict[str, Any], name: str, *, save: bool) -> int:
     """Print the report, with its environment, as the last line of stdout; return the exit code.
 
@@ -37,7 +50,6 @@ def write_report(report: dict[str, Any], name: str, *, save: bool) -> int:
     command = " ".join(["mlxroute", *sys.argv[1:]])
     report = {**describe_environment(command), **report}
     if save:
-        RESULTS.mkdir(parents=True, exist_ok=True)
         file = RESULTS / f"{name}.json"
         file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps(report) + "\n")

@@ -10,6 +10,8 @@ from mlxroute.errors import UsageError
 from mlxroute.user_folders import expand_user
 
 RESULTS = Path("bench", "results")
+# File systems allow 255 bytes; a character has up to 4.
+_NAME_CHARACTERS = 50
 
 
 def cache_dir_of(settings: Settings) -> Path:
@@ -40,7 +42,7 @@ def record_path(settings: Settings, kind: str, small: str, large: str) -> Path:
     """Return the path of the file that keeps a kind of records of a pair; create its folder."""
     folder = cache_dir_of(settings) / "bench"
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{kind}-{_file_name(small)}-{_file_name(large)}.jsonl"
+    return folder / f"{kind}-{model_file_name(small)}-{model_file_name(large)}.jsonl"
 
 
 def host_log(cache_dir: Path) -> Path:
@@ -58,6 +60,6 @@ def report_source(data: Path) -> str:
     return f"{data.absolute().parent.name}-{data.stem}"
 
 
-def _file_name(model: str) -> str:
+def model_file_name(model: str) -> str:
     """Return a model's name, or the last part of its path, as part of a file name."""
-    return re.sub(r"[^\w.-]+", "-", Path(model).name)
+    return re.sub(r"[^\w.-]+", "-", Path(model).name)[:_NAME_CHARACTERS]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
-from mlxroute.backend.load import OVERHEAD_BYTES, gguf_memory_needed
+from mlxroute.backend.load import OVERHEAD_BYTES, gguf_memory_needed, require_memory
 from mlxroute.catalog import Catalog, Model, Pair
 from mlxroute.cli.folders import cache_dir_of
 from mlxroute.config import Settings
 from mlxroute.config.setting_choices import EngineName
 from mlxroute.errors import NotEnoughSpace, UsageError
+from mlxroute.weights import WeightsSize
 
 # A first try should not begin with a download of half an hour.
 _DEMO_DOWNLOAD_BYTES = 6 * 10**9
@@ -40,11 +42,8 @@ class Machine:
 
     def loaded_bytes(self, model: Model) -> int:
         """Return the memory that a model takes in MLX."""
-        if not self.is_dense:
-            return model.hub_bytes + OVERHEAD_BYTES
-        converted = model.index.converted_bytes if model.index else 0
-        # Converted weights are half precision; a GGUF may have an untied output layer.
-        return max(model.parameters * 4, converted * 2) + OVERHEAD_BYTES
+        size = model.float32_bytes if self.is_dense else model.hub_bytes
+        return size + OVERHEAD_BYTES
 
     def served_bytes(self, model: Model) -> int:
         """Return the memory that a model takes in the program that serves it."""
@@ -54,6 +53,11 @@ class Machine:
         if model.index and served_by_llama_cpp:
             return gguf_memory_needed(model.index.gguf_bytes)
         return self.loaded_bytes(model)
+
+    def require_memory(self, size: WeightsSize) -> None:
+        """Raise NotEnoughSpace for a large model that does not fit in MLX's memory."""
+        weights = size.float32_bytes if self.is_dense else size.stored_bytes
+        require_memory(weights + OVERHEAD_BYTES, self.available_bytes, name=size.name, role="large")
 
     def serves_quickly(self, model: Model) -> bool:
         """Return whether a first try of a served model begins and answers soon enough."""
@@ -76,7 +80,8 @@ def measure_machine(settings: Settings) -> Machine:
             parameter="engine",
         )
     blas.interpose(cache_dir_of(settings))
-    return Machine(on_cpu(), memory.available_bytes(), settings.engine)
+    available = sys.maxsize if settings.skip_memory_check else memory.available_bytes()
+    return Machine(on_cpu(), available, settings.engine)
 
 
 def demo_pairs(catalog: Catalog, machine: Machine, *, small: str) -> list[Pair]:
@@ -101,8 +106,9 @@ def demo_pairs(catalog: Catalog, machine: Machine, *, small: str) -> list[Pair]:
         least = min(map(needed, candidates), default=0)
         raise NotEnoughSpace(
             f"the smallest pair for a demo needs {_gibibytes(least)} of memory and"
-            f" {_gibibytes(machine.available_bytes)} are free; close programs, or use"
-            " `mlxroute ask --small NAME --large URL`"
+            f" {_gibibytes(machine.available_bytes)} are free; close programs, use"
+            " `mlxroute ask --small NAME --large URL`, or skip this check",
+            parameter="skip_memory_check",
         )
 
     def rank(pair: Pair) -> tuple[bool, int]:
@@ -139,7 +145,8 @@ def check_fits(model: Model, catalog: Catalog, machine: Machine) -> None:
     hint = f"; {choice.name} would fit" if choice else "; no model of the catalogue is small enough"
     raise NotEnoughSpace(
         f"{model.name} needs {_gibibytes(needed)} of memory and {_gibibytes(available)}"
-        f" are free{hint}"
+        f" are free{hint}, or skip this check",
+        parameter="skip_memory_check",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxroute.catalog.head_files import find_head_file
@@ -126,17 +127,29 @@ def find_ranks(small: SmallModel, router: str, head: str | None = None) -> Score
     For the `head` router, first load the head (a file; None: the one in the catalogue folders)
     into the model. Raises UsageError if there is no head for the model.
     """
-    folder = user_catalog_dir()
-    ranks = ScoreRanks.find(small.name, folder)
+    ranks = ScoreRanks.find(small.name, user_catalog_dir())
     if router != HEAD_ROUTER:
         return ranks
-    file = expand_optional(head) or find_head_file(small.name, folder)
+    return ranks.with_quantiles(HEAD_ROUTER, small.load_head(head_file(small.name, head)))
+
+
+def head_file(small: str, head: str | None) -> Path:
+    """Return the file of a learned head: `head`, else the one of the catalogue folders.
+
+    `small` is the small model's name. Raises UsageError if there is no such file.
+    """
+    file = expand_optional(head)
+    if file is not None:
+        if not file.is_file():
+            raise UsageError(f"there is no file {file}", parameter="head")
+        return file
+    file = find_head_file(small, user_catalog_dir())
     if file is None:
         raise UsageError(
-            f"there is no head for {small.name}; fit one with `mlxroute train`, or name one with"
+            f"there is no head for {small}; fit one with `mlxroute train`, or name one with"
             " --head FILE"
         )
-    return ranks.with_quantiles(HEAD_ROUTER, small.load_head(file))
+    return file
 
 
 def choose_router(name: str, settings: Settings, ranks: ScoreRanks) -> Router:

@@ -15,11 +15,13 @@ from mlxroute.cli.error_advice import error_message
 from mlxroute.cli.large_setup import first_reply_status, make_large, open_ledger
 from mlxroute.cli.routing import (
     DEFAULT_ROUTER,
+    HEAD_ROUTER,
     RoutingRule,
+    head_file,
     make_routing,
 )
 from mlxroute.cli.server_offers import no_large_lines
-from mlxroute.cli.small_setup import load_small
+from mlxroute.cli.small_setup import default_small, load_small
 from mlxroute.cli.terminal import WARNING_STYLE, print_note
 from mlxroute.cli.vocabulary_note import pair_vocabularies
 from mlxroute.config import Settings, read_never_send, read_prices, user_catalog_dir
@@ -336,6 +338,8 @@ def _check_settings(settings: Settings) -> None:
     from mlxroute.types import Sampling
 
     name = settings.router or DEFAULT_ROUTER
+    if name == HEAD_ROUTER or settings.head is not None:
+        head_file(settings.small or default_small(), settings.head)
     make_router(name, threshold=0.0 if settings.threshold is None else settings.threshold)
     Options(
         max_tokens=settings.max_tokens,

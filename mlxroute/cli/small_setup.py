@@ -32,6 +32,7 @@ def load_small(settings: Settings, progress: ByteProgress) -> SmallModel:
         cache_dir=expand_optional(settings.cache_dir),
         offline=settings.offline,
         kernel=settings.kernel,
+        skip_memory_check=settings.skip_memory_check,
         progress=progress.progress,
         notify=progress.notify,
     )

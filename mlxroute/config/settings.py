@@ -292,6 +292,11 @@ class Settings:
         None, "Price of a million input tokens from the server's cache. Default: `price_input`."
     )
     price_output: float | None = _setting(None, "Price of a million output tokens.")
+    skip_memory_check: bool = _setting(
+        False,
+        "Load models even if they seem too large for the free memory.",
+        commands=(*_ALL_SMALL, "demo", "host"),
+    )
     offline: bool = _setting(False, "Open no network connection.", commands=_OFFLINE)
     strict: bool = _setting(
         False, "Stop with exit code 3 if the large model fails.", commands=_ROUTED

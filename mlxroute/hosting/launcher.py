@@ -59,7 +59,13 @@ class LocalServer(Closeable):
 
     @classmethod
     def launch(
-        cls, model_path: Path, *, cache_dir: Path, log_path: Path, port: int | None = None
+        cls,
+        model_path: Path,
+        *,
+        cache_dir: Path,
+        log_path: Path,
+        port: int | None = None,
+        skip_memory_check: bool = False,
     ) -> LocalServer:
         """Start the child and return at once; call `wait_until_ready` before use.
 
@@ -69,6 +75,8 @@ class LocalServer(Closeable):
             cache_dir: Cache folder, which contains the faster BLAS.
             log_path: File for the child's output, which is overwritten.
             port: Port to listen on. None (default) for a free one.
+            skip_memory_check: Whether to start it even if the model needs more memory than is
+                free. False by default.
 
         Raises:
             ConfigError: There is no folder for temporary files.
@@ -77,7 +85,8 @@ class LocalServer(Closeable):
             LaunchError: The port or the log file cannot be used, or llama.cpp is missing.
         """
         check_temporary_folder()
-        check_memory(model_path, role="large")
+        if not skip_memory_check:
+            check_memory(model_path, role="large")
         server = choose_server(model_path)
         with _reserve(port) as bound:
             if server.takes_listening_socket:

@@ -12,6 +12,7 @@ from mlxroute.catalog import Catalog
 from mlxroute.config import user_catalog_dir
 from mlxroute.errors import UsageError
 from mlxroute.small.batch_cost import measure_branch_cost
+from mlxroute.small.memory_check import make_size_check
 from mlxroute.tokenizers.chat_tokenizer import ChatTokenizer
 from mlxroute.tokenizers.fast_tokenizer import FastTokenizer
 from mlxroute.types import (
@@ -26,7 +27,7 @@ from mlxroute.types import (
     no_progress,
 )
 from mlxroute.user_folders import check_temporary_folder
-from mlxroute.weights import default_cache_dir, resolve
+from mlxroute.weights import accept_any_size, default_cache_dir, resolve
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -112,6 +113,7 @@ class SmallModel:
         cache_dir: Path | None = None,
         offline: bool = False,
         kernel: str = "auto",
+        skip_memory_check: bool = False,
         progress: Progress = no_progress,
         notify: Notify = no_notice,
     ) -> SmallModel:
@@ -127,6 +129,8 @@ class SmallModel:
             cache_dir: The folder of weights and of the BLAS. Default: mlxroute's in the user cache.
             offline: Use cached and local files only. Default: False.
             kernel: As for the constructor. Default: `auto`.
+            skip_memory_check: Load the model even if it needs more memory than is free. Default:
+                False.
             progress: Receives the state of downloads and conversions. Default: ignored.
             notify: Receives lines for the user, such as the BLAS in use. Default: ignored.
 
@@ -146,14 +150,16 @@ class SmallModel:
             offline=offline,
             progress=progress,
             notify=notify,
+            check_size=accept_any_size if skip_memory_check else make_size_check(cache_dir),
         )
         blas_line = blas.interpose(cache_dir)
         from mlxroute.backend.load import check_memory, load, on_cpu
 
         if blas_line and on_cpu():
             notify(blas_line)
-        check_memory(local.path, role="small")
-        model, tokenizer = load(local.path, adapter=adapter)
+        if not skip_memory_check:
+            check_memory(local.path, role="small")
+        model, tokenizer = load(local.path, adapter=adapter, notify=notify)
         small = cls(model, tokenizer, name=local.name, kernel=kernel, notify=notify)
         if not small._chat_tokenizer.has_chat_template:
             notify(

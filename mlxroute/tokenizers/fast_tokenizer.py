@@ -118,6 +118,10 @@ class FastTokenizer:
         own = self._roles.get("eos_token")
         return {*self._eos_ids, *([] if own is None else [self._id(own)])}
 
+    @eos_token_ids.setter
+    def eos_token_ids(self, ids: Iterable[int]) -> None:
+        self._eos_ids = tuple(sorted(ids))
+
     def get_vocab(self) -> dict[str, int]:
         """Return the ids by piece, added tokens included."""
         return dict(self.backend_tokenizer.get_vocab(with_added_tokens=True))

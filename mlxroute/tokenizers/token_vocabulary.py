@@ -47,8 +47,8 @@ class TokenVocabulary:
 
     @property
     def bos_text(self) -> str:
-        first = self._tokenizer.encode("a")[0]
-        return self._tokenizer.bos_token if first == self._tokenizer.bos_token_id else ""
+        first = list(self._tokenizer.encode("a"))[:1]
+        return self._tokenizer.bos_token if first == [self._tokenizer.bos_token_id] else ""
 
     @property
     def size(self) -> int:

@@ -1,6 +1,6 @@
 """Model weights: a cache of model directories, filled by downloads and GGUF conversion."""
 
-from mlxroute.weights.request import LocalModel
+from mlxroute.weights.request import CheckSize, LocalModel, WeightsSize, accept_any_size
 from mlxroute.weights.resolve import (
     CachedModel,
     check_sources,
@@ -12,7 +12,10 @@ from mlxroute.weights.resolve import (
 
 __all__ = [
     "CachedModel",
+    "CheckSize",
     "LocalModel",
+    "WeightsSize",
+    "accept_any_size",
     "check_sources",
     "default_cache_dir",
     "list_cached",

@@ -18,6 +18,15 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from mlxroute.errors import WeightsError
+from mlxroute.safe_text import printable_line
+from mlxroute.weights.gguf_metadata import GgufMetadata
+
+# Bounds on what a header may hold, far above those of any model: what is damaged is refused early.
+_MOST_HEADER_BYTES = 512 << 20
+_MOST_ITEMS = 1 << 23
+_MOST_DIMENSIONS = 4
+_MOST_NESTING = 4
+_MOST_ALIGNMENT = 1 << 20
 
 _SCALARS = {
     GGUFValueType.UINT8: "<B",
@@ -69,20 +78,16 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """The header of a GGUF file: metadata values by key, tensors by name."""
+    """The header of a GGUF file: its metadata, and its tensors by name."""
 
     path: Path
-    metadata: Mapping[str, Any]
+    metadata: GgufMetadata
     tensors: Mapping[str, GgufTensor]
 
     @property
     def architecture(self) -> str:
         """Model family, such as `llama`; empty if the file does not say."""
-        return str(self.metadata.get("general.architecture", ""))
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Return a value of the architecture: `get("block_count")` reads `llama.block_count`."""
-        return self.metadata.get(f"{self.architecture}.{key}", default)
+        return self.metadata.architecture
 
     def rows(self, tensor: GgufTensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return the quantised rows, uint8 [rows, row bytes], memory-mapped from the file."""
@@ -101,8 +106,9 @@ def read_gguf(path: Path) -> GgufFile:
     except OSError as exc:
         raise WeightsError(f"{path} cannot be read: {exc.strerror or exc}") from exc
     except (struct.error, ValueError, KeyError) as exc:
+        reason = printable_line(str(exc))[:200]
         raise WeightsError(
-            f"{path} is damaged: its header cannot be read ({exc}); download it again"
+            f"{path} is damaged: its header cannot be read ({reason}); download it again"
         ) from exc
 
 
@@ -116,34 +122,49 @@ class _HeaderReader:
         self._view = view
         self._path = path
         self._position = 4
+        self._items_left = _MOST_ITEMS
 
     def read(self) -> GgufFile:
-        version = self._scalar(GGUFValueType.UINT32)
-        if version not in (2, 3):
-            raise WeightsError(
-                f"{self._path} is GGUF version {version}; only versions 2 and 3 are supported"
-            )
+        self._check_version(self._scalar(GGUFValueType.UINT32))
         tensor_count = self._scalar(GGUFValueType.UINT64)
-        metadata = {}
+        metadata: dict[str, Any] = {}
         for _ in range(self._scalar(GGUFValueType.UINT64)):
             key = self._string()
+            if key in metadata:
+                raise ValueError(f"{key} occurs twice")
             metadata[key] = self._value(GGUFValueType(self._scalar(GGUFValueType.UINT32)))
         entries = [self._tensor_entry() for _ in range(tensor_count)]
-        alignment = int(metadata.get("general.alignment", 32))
+        checked = GgufMetadata(metadata, self._path)
+        alignment = checked.integer("general.alignment", default=32, most=_MOST_ALIGNMENT)
         data_start = -(-self._position // alignment) * alignment
-        tensors = {}
+        tensors: dict[str, GgufTensor] = {}
         for name, shape, kind, offset in entries:
             tensor = GgufTensor(name, shape, kind, data_start + offset)
+            if name in tensors:
+                raise ValueError(f"tensor {name} occurs twice")
             if tensor.offset + tensor.size_bytes > len(self._view):
                 raise WeightsError(
                     f"{self._path} is truncated: it ends inside tensor {name}; download it again"
                 )
             tensors[name] = tensor
-        return GgufFile(self._path, metadata, tensors)
+        return GgufFile(self._path, checked, tensors)
+
+    def _check_version(self, version: int) -> None:
+        if version in (2, 3):
+            return
+        if version & 0xFFFF == 0:
+            raise WeightsError(
+                f"{self._path} is a big-endian GGUF file; only little-endian ones are supported"
+            )
+        raise WeightsError(
+            f"{self._path} is GGUF version {version}; only versions 2 and 3 are supported"
+        )
 
     def _tensor_entry(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
         name = self._string()
         dimensions = self._scalar(GGUFValueType.UINT32)
+        if dimensions > _MOST_DIMENSIONS:
+            raise ValueError(f"tensor {name} has {dimensions} dimensions")
         # GGUF lists the fastest-varying dimension first.
         shape = tuple(self._scalar(GGUFValueType.UINT64) for _ in range(dimensions))[::-1]
         kind = GGMLQuantizationType(self._scalar(GGUFValueType.UINT32))
@@ -151,18 +172,21 @@ class _HeaderReader:
             raise ValueError(f"tensor {name} has shape {shape}")
         return name, shape, kind, self._scalar(GGUFValueType.UINT64)
 
-    def _value(self, kind: GGUFValueType) -> Any:
+    def _value(self, kind: GGUFValueType, depth: int = 0) -> Any:
         if kind is GGUFValueType.STRING:
             return self._string()
         if kind is not GGUFValueType.ARRAY:
             return self._scalar(kind)
         item_kind = GGUFValueType(self._scalar(GGUFValueType.UINT32))
         count = self._scalar(GGUFValueType.UINT64)
+        self._items_left -= count
+        if self._items_left < 0 or depth > _MOST_NESTING:
+            raise ValueError("its lists are too long or too deep")
         if item_kind in _SCALARS:
             layout = np.dtype(_SCALARS[item_kind])
             start = self._take(count * layout.itemsize)
             return np.frombuffer(self._view, layout, count, start).tolist()
-        return [self._value(item_kind) for _ in range(count)]
+        return [self._value(item_kind, depth + 1) for _ in range(count)]
 
     def _scalar(self, kind: GGUFValueType) -> Any:
         layout = _SCALARS[kind]
@@ -176,7 +200,7 @@ class _HeaderReader:
     def _take(self, count: int) -> int:
         """Advance by `count` bytes and return the position before; raise ValueError at the end."""
         start = self._position
-        if start + count > len(self._view):
-            raise ValueError(f"the file ends at byte {len(self._view)}")
+        if start + count > min(len(self._view), _MOST_HEADER_BYTES):
+            raise ValueError(f"it needs {start + count} bytes")
         self._position += count
         return start

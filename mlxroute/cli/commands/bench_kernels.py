@@ -24,9 +24,10 @@ def kernels(
     Also shows the error of each implementation against float64.
     """
     from mlxroute.backend import blas
-    from mlxroute.cli.bench_report import write_report
+    from mlxroute.cli.bench_report import check_save_option, write_report
     from mlxroute.cli.terminal import make_consoles, show_status
 
+    check_save_option(save)
     _, err = make_consoles()
     blas.interpose(cache_dir_of(settings))
     from mlxroute.bench.kernel_cost import bench_kernels

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlxroute.cli.flags import Examples, Plot, Save, Shots
-from mlxroute.cli.folders import record_path, report_source
+from mlxroute.cli.folders import model_file_name, record_path, report_source
 from mlxroute.cli.terminal import show_status
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
@@ -70,7 +70,7 @@ def latency(
     save: Save = False,
 ) -> int:
     """Compare the speed of all modes at set call times."""
-    from mlxroute.cli.bench_report import check_plot_option, write_report
+    from mlxroute.cli.bench_report import check_plot_option, check_save_option, write_report
     from mlxroute.cli.large_setup import require_large
     from mlxroute.cli.terminal import make_consoles
     from mlxroute.questions.question_files import read_worked_examples
@@ -81,12 +81,14 @@ def latency(
     if not is_valid or not all(0 < steps < math.inf for steps in grid.ratios):
         raise UsageError("--rate must be between 0 and 1, and --ratio above 0 and finite")
     check_plot_option(plot)
+    check_save_option(save)
     conversations = _read_conversations(data, prompts, read_worked_examples(examples, shots))
     _, err = make_consoles()
     report = _measure(settings, address, conversations, grid, err)
     _print_latency(report, err)
     source = "varied" if data is None else report_source(data)
-    name = f"latency-{report['small']}-{source}-{delay}{'-played' if play else ''}"
+    small = model_file_name(report["small"])
+    name = f"latency-{small}-{source}-{delay}{'-played' if play else ''}"
     code = write_report({"data": source, **report}, name, save=save)
     if plot is not None:
         from mlxroute.bench.plot import draw_latency

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from mlxroute.cli.flags import AtOnce, Examples, Plot, Save, Shots
-from mlxroute.cli.folders import cache_dir_of, find_bench_file, record_path, report_source
+from mlxroute.cli.folders import (
+    cache_dir_of,
+    find_bench_file,
+    model_file_name,
+    record_path,
+    report_source,
+)
 from mlxroute.cli.setting_options import parse_budget
 from mlxroute.config import Settings
 from mlxroute.config.setting_choices import RouterName
@@ -72,15 +78,20 @@ def quality(
 
     An interrupted run continues where it stopped.
     """
-    from mlxroute.cli.bench_report import check_plot_option, write_report
+    from mlxroute.cli.bench_report import check_plot_option, check_save_option, write_report
     from mlxroute.cli.large_setup import make_large, require_large
+    from mlxroute.cli.routing import head_file
+    from mlxroute.cli.small_setup import default_small
     from mlxroute.cli.terminal import make_consoles
     from mlxroute.ledger import Ledger
 
     address = require_large(settings, "bench quality")
     check_plot_option(plot)
+    check_save_option(save)
     file = data or find_bench_file("questions", "everyday.jsonl")
     routers = [name.value for name in router or (RouterName.ENTROPY, RouterName.RANDOM)]
+    if RouterName.HEAD in routers or settings.head is not None:
+        head_file(settings.small or default_small(), settings.head)
     run = _QualityRun(
         questions=_read_questions(file, questions),
         examples=_read_examples(examples, shots, is_builtin=data is None),
@@ -96,7 +107,7 @@ def quality(
         report = run.measure(settings, large, err)
     print_quality(report, err)
     source = report_source(file)
-    name = f"quality-{report['small']}-{source}"
+    name = f"quality-{model_file_name(report['small'])}-{source}"
     code = write_report({"data": source, **report}, name, save=save)
     if plot is not None:
         from mlxroute.bench.plot import draw_quality

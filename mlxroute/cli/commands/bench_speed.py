@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlxroute.cli.flags import Save
-from mlxroute.cli.folders import cache_dir_of
+from mlxroute.cli.folders import cache_dir_of, model_file_name
 from mlxroute.config import Settings, user_catalog_dir
 
 if TYPE_CHECKING:
@@ -32,10 +32,11 @@ def speed(
     `--small random` takes a tiny model with random weights.
     """
     from mlxroute.catalog.head_files import find_head_file
-    from mlxroute.cli.bench_report import read_builtin_prompts, write_report
+    from mlxroute.cli.bench_report import check_save_option, read_builtin_prompts, write_report
     from mlxroute.cli.progress import ByteProgress
     from mlxroute.cli.terminal import make_consoles, show_status
 
+    check_save_option(save)
     _, err = make_consoles()
     with ByteProgress(err) as byte_progress, tempfile.TemporaryDirectory() as folder:
         small = _load_small(settings, byte_progress, Path(folder))
@@ -54,7 +55,7 @@ def speed(
                 small, read_builtin_prompts(), pairs=pairs, max_tokens=tokens, progress=progress
             )
     _print_speed(report, err)
-    return write_report(report, f"speed-{small.name}", save=save)
+    return write_report(report, f"speed-{model_file_name(small.name)}", save=save)
 
 
 def _load_small(settings: Settings, progress: ByteProgress, folder: Path) -> SmallModel:

@@ -122,7 +122,10 @@ def _serve_and_answer(
     with (
         open_ledger(settings) as ledger,
         LocalServer.launch(
-            large_weights.path, cache_dir=cache_dir, log_path=host_log(cache_dir)
+            large_weights.path,
+            cache_dir=cache_dir,
+            log_path=host_log(cache_dir),
+            skip_memory_check=settings.skip_memory_check,
         ) as server,
         LargeModel(
             server.url,

@@ -40,7 +40,11 @@ def host(
     cache_dir = cache_dir_of(settings)
     local = _fetch(name, settings, err)
     with LocalServer.launch(
-        local.path, cache_dir=cache_dir, port=port, log_path=host_log(cache_dir)
+        local.path,
+        cache_dir=cache_dir,
+        port=port,
+        log_path=host_log(cache_dir),
+        skip_memory_check=settings.skip_memory_check,
     ) as server:
         with ByteProgress(err) as progress:
             server.wait_until_ready(progress=progress.progress)
@@ -83,4 +87,5 @@ def _fetch(name: str | None, settings: Settings, err: Console) -> LocalModel:
             progress=progress.progress,
             notify=progress.notify,
             as_gguf=as_gguf,
+            check_size=machine.require_memory,
         )

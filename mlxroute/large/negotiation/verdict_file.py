@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Self
+
+from mlxroute.replace_file import replace_file
 
 _FORMAT: Final = 1
 # Begins the name of a check that compared a small model's vocabulary, before its fingerprint.
@@ -123,10 +123,7 @@ class VerdictFile:
         text = json.dumps({"format": _FORMAT, "verdicts": entries}, indent=1)
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(dir=self._path.parent, prefix=self._path.name)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                stream.write(text)
-            Path(name).replace(self._path)
+            replace_file(self._path, text.encode(), mode=0o600)
             return True
         return False
 

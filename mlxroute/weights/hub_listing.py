@@ -1,0 +1,120 @@
+"""The hub's listing of a repository, and the reasons why it gives none."""
+
+from __future__ import annotations
+
+import os
+from multiprocessing import TimeoutError as PoolTimeout
+from multiprocessing.pool import ThreadPool
+from typing import Any
+
+from huggingface_hub import HfApi, ModelInfo, constants, get_session, get_token
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from mlxroute.errors import SourceUnreachable
+from mlxroute.safe_text import printable_line
+from mlxroute.types import Notify
+
+ANSWER_TIMEOUT_S = 5.0
+_REFUSALS = (401, 403)
+_PUBLIC_HUB = "https://huggingface.co"
+
+# Hubs that timed out in this process; they are not tried again.
+_unresponsive_hubs: set[str] = set()
+
+
+def is_reachable() -> bool:
+    """Return whether the hub answers within five seconds."""
+    try:
+        with ThreadPool(1) as pool:
+            options = {"timeout": ANSWER_TIMEOUT_S}
+            request = pool.apply_async(get_session().head, (constants.ENDPOINT,), options)
+            request.get(ANSWER_TIMEOUT_S)
+    except (HTTPError, OSError, ValueError, ImportError, PoolTimeout):
+        return False
+    return True
+
+
+def fetch_listing(hub_id: str, *, notify: Notify) -> tuple[ModelInfo, bool | None]:
+    """Return a repository's listing, and the `token` argument for downloads from it.
+
+    A hub that refuses the user's token is asked again without it, as for public repositories no
+    token is needed. `notify` receives a line if that works. Raises SourceUnreachable if the hub
+    gives no listing.
+    """
+    try:
+        return _request_listing(hub_id, None), None
+    except SourceUnreachable as exc:
+        if not (_status(exc.__cause__) in _REFUSALS and get_token()):
+            raise
+        refusal = f"it refuses the token of {_token_source()}"
+        gated = exc if isinstance(exc.__cause__, GatedRepoError) else None
+    try:
+        info = _request_listing(hub_id, False)
+    except SourceUnreachable as exc:
+        if gated is not None:
+            raise gated from exc
+        raise _unreachable(
+            f"{refusal}, and lists no public repository {hub_id}; renew the token, or remove it"
+        ) from exc
+    notify(f"hub: {refusal}; fetching {hub_id}, which is public, without it")
+    return info, False
+
+
+def _request_listing(hub_id: str, token: bool | None) -> ModelInfo:
+    """Return the repository's listing; raise SourceUnreachable if the hub gives none.
+
+    The request runs in a daemon thread, because a name look-up has no timeout.
+    """
+    if constants.ENDPOINT in _unresponsive_hubs:
+        raise _unreachable("it did not answer an earlier request")
+    options: dict[str, Any] = {"files_metadata": True, "timeout": ANSWER_TIMEOUT_S, "token": token}
+    try:
+        with ThreadPool(1) as pool:
+            return pool.apply_async(HfApi().model_info, (hub_id,), options).get(ANSWER_TIMEOUT_S)
+    except PoolTimeout as exc:
+        _unresponsive_hubs.add(constants.ENDPOINT)
+        raise _unreachable(f"no answer within {ANSWER_TIMEOUT_S:.0f} s") from exc
+    except OfflineModeIsEnabled as exc:
+        raise _unreachable("HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids to reach it") from exc
+    except GatedRepoError as exc:
+        raise _unreachable(
+            f"{hub_id} asks you to accept its licence on its page and to set HF_TOKEN"
+        ) from exc
+    except RepositoryNotFoundError as exc:
+        raise _unreachable(f"no repository {hub_id} (a private one needs HF_TOKEN)") from exc
+    except HFValidationError as exc:
+        raise _unreachable(f"no repository can be named {hub_id}") from exc
+    except (HTTPError, OSError, ValueError, ImportError, AttributeError, TypeError) as exc:
+        # ImportError: a SOCKS proxy is set and the package it needs is not installed. The last
+        # two: the answer has another form than the client expects, as that of a login page.
+        status = _status(exc)
+        verb = "not reachable" if status is None else f"it answers {status}"
+        reason = printable_line(str(exc)) or type(exc).__name__
+        raise _unreachable(f"{verb} ({reason})") from exc
+
+
+def _unreachable(reason: str) -> SourceUnreachable:
+    """Return the error for a hub that gives no listing; it names the variable that replaces it."""
+    endpoint = constants.ENDPOINT
+    mirror = "" if endpoint == _PUBLIC_HUB else f"; HF_ENDPOINT is {printable_line(endpoint)}"
+    return SourceUnreachable(f"hub: {reason}{mirror}")
+
+
+def _token_source() -> str:
+    variables = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+    return next((name for name in variables if os.environ.get(name)), constants.HF_TOKEN_PATH)
+
+
+def _status(exc: BaseException | None) -> int | None:
+    """Return the HTTP status that the client reports; None if there was no answer."""
+    if not isinstance(exc, HfHubHTTPError):
+        return None
+    status: int | None = getattr(exc.response, "status_code", None)
+    return status

