@@ -23,8 +23,6 @@ _TEXT_READERS = {
     "bench/delayed_server.py": "a request body of this program",
     "backend/blas.py": "an error message",
     "backend/memory.py": "files of the kernel",
-    "backend/load.py": "metadata of weights",
-    "backend/plain_model.py": "metadata of weights",
     "small/mlp_head.py": "metadata of weights",
     "training/labels.py": "metadata of weights",
     "tokenizers/fast_tokenizer.py": "metadata of weights",

@@ -5,13 +5,13 @@ What cannot be read is a WeightsError that names the file.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mlxroute.errors import WeightsError
 from mlxroute.safe_text import printable_line
+from mlxroute.untrusted_text import MalformedText, TextFile, parse_json
 
 _MOST_JSON_BYTES = 64 << 20
 _INDEX = "model.safetensors.index.json"
@@ -19,19 +19,13 @@ _INDEX = "model.safetensors.index.json"
 
 def read_json_object(file: Path) -> dict[str, Any]:
     """Return the object in a JSON file of a model directory."""
+    text = TextFile(file, "the model's file", _MOST_JSON_BYTES, WeightsError)
     try:
-        with file.open("rb") as stream:
-            data = stream.read(_MOST_JSON_BYTES + 1)
-        if len(data) > _MOST_JSON_BYTES:
-            raise ValueError(f"it has more than {_MOST_JSON_BYTES >> 20} MiB")
-        value = json.loads(data.decode("utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("it is not a JSON object")
-    except (OSError, ValueError, RecursionError) as exc:
-        raise WeightsError(
-            f"{file.parent} is not a model directory: it has no readable {file.name}"
-            f" ({printable_line(str(exc), limit=120)})"
-        ) from exc
+        value = parse_json(text.read(), strict=False)
+    except MalformedText as exc:
+        raise text.refuse(printable_line(str(exc))) from exc
+    if not isinstance(value, dict):
+        raise text.refuse("it is not a JSON object")
     return value
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from mlxroute.errors import CorruptWeights, WeightsError
 from mlxroute.safe_text import printable_line
 from mlxroute.types import Notify, Progress, no_notice
+from mlxroute.untrusted_text import TextFile, parse_json
 from mlxroute.weights.byte_counter import ByteCounter
 from mlxroute.weights.hub_listing import fetch_listing
 from mlxroute.weights.request import CheckSize, WeightsSize, accept_any_size
@@ -31,6 +31,7 @@ from mlxroute.weights.store import disk_errors, require_space, sha256_of
 STALL_TIMEOUT_S = 60.0
 PARALLEL_DOWNLOADS = 3
 _POLL_S = 0.2
+_MOST_JSON_BYTES = 64 << 20
 
 # Top-level files that mlx_lm reads. Python files are never fetched.
 _MODEL_FILES = (
@@ -120,13 +121,14 @@ def _widening(config_file: Path) -> float:
     A file that cannot be read is refused when the model is loaded.
     """
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+        text = TextFile(config_file, "the model's file", _MOST_JSON_BYTES, WeightsError)
+        config = parse_json(text.read(), strict=False)
         quantization = config.get("quantization") or config.get("quantization_config")
         if quantization:
             scale_bits = 32 / int(quantization.get("group_size") or 64)
             return max(1.0, 32 / (int(quantization["bits"]) + scale_bits))
         dtype = config.get("dtype") or config.get("torch_dtype")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
+    except (WeightsError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
         return 1.0
     return 2.0 if dtype in ("float16", "bfloat16") else 1.0
 
