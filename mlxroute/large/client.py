@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from mlxroute.closeable import Closeable
-from mlxroute.errors import LargeError, LargeProtocolError, LargeTimeout, UsageError
+from mlxroute.errors import LargeError, LargeProtocolError, LargeTimeout
 from mlxroute.large.completion_request import (
     CompletionRequest,
     CompletionRequester,
@@ -35,8 +35,8 @@ from mlxroute.large.vocabulary.vocabulary_comparison import VocabularyComparison
 from mlxroute.ledger import Ledger
 from mlxroute.safe_text import printable_line
 from mlxroute.types import LargeContext, LargeToken, Uploads, Vocabulary
+from mlxroute.types.limits import MAX_TIMEOUT_S, check_number
 
-_MAX_TIMEOUT_S: Final = 86_400
 _MAX_IN_FLIGHT: Final = 8
 # The first reply may have to wait until the server has loaded the model.
 _FIRST_REPLY_FACTOR: Final = 4
@@ -100,8 +100,8 @@ class LargeModel(Closeable):
         verdicts: Path | None = None,
         find_tokenizer: Callable[[str], Tokenizer | None] = lambda name: None,
     ) -> None:
-        _check_timeout("timeout_s", timeout_s)
-        _check_timeout("connect_timeout_s", connect_timeout_s)
+        check_number("timeout_s", timeout_s, limits="timeout")
+        check_number("connect_timeout_s", connect_timeout_s, limits="timeout")
         self._address = parse_address(base_url)
         self._timeout_s = timeout_s
         self._ledger = Ledger() if ledger is None else ledger
@@ -204,7 +204,7 @@ class LargeModel(Closeable):
     @property
     def first_reply_timeout_s(self) -> float:
         """The time limit of the first reply to `connect` and `probe`, in seconds."""
-        return min(_MAX_TIMEOUT_S, _FIRST_REPLY_FACTOR * self._timeout_s)
+        return min(MAX_TIMEOUT_S, _FIRST_REPLY_FACTOR * self._timeout_s)
 
     @property
     def max_in_flight(self) -> int:
@@ -378,9 +378,3 @@ class LargeModel(Closeable):
             raise
         self._negotiator.record_success()
         return answer
-
-
-def _check_timeout(parameter: str, seconds: float) -> None:
-    if not 0 < seconds <= _MAX_TIMEOUT_S:
-        limits = f"must be above 0 and at most {_MAX_TIMEOUT_S} seconds"
-        raise UsageError(f"{parameter} {limits}, not {seconds:g}", parameter=parameter)

@@ -25,6 +25,7 @@ from typing import Final
 from mlxroute.errors import UsageError
 from mlxroute.statistics import interpolated_quantile
 from mlxroute.types import Judgement
+from mlxroute.types.limits import check_number
 
 BURST: Final = 4.0
 DEFAULT_BUDGET: Final = 0.07
@@ -33,6 +34,7 @@ DEFAULT_BUDGET: Final = 0.07
 _LEARNING_RATE: Final = 0.02
 # Number of scores that a new one is ranked among.
 _WINDOW: Final = 256
+_MIN_QUANTILES: Final = 2
 # Coprime to the window, so that the expected scores leave the window in mixed order.
 _STRIDE: Final = 101
 # Below 1, because refills that add up to 1 may be rounded down.
@@ -66,10 +68,14 @@ class Budget:
         """Return the initial state of a budget, whose window holds expected scores.
 
         `quantiles` are expected scores at evenly spaced ranks, lowest first. Raises UsageError
-        for a rate outside 0 to 1.
+        for a rate outside 0 to 1, and for quantiles that are too few or not in rising order.
         """
-        if not 0 <= rate <= 1:
-            raise UsageError(f"budget must be from 0% to 100%, not {rate:.4g}", parameter="budget")
+        check_number("budget", rate)
+        if len(quantiles) < _MIN_QUANTILES or list(quantiles) != sorted(quantiles):
+            raise UsageError(
+                f"quantiles must be at least {_MIN_QUANTILES} scores in rising order",
+                parameter="quantiles",
+            )
         expected = [interpolated_quantile(quantiles, (i + 0.5) / _WINDOW) for i in range(_WINDOW)]
         mixed = [_rounded(expected[i * _STRIDE % _WINDOW], resolution) for i in range(_WINDOW)]
         return cls(rate, resolution, 1.0 - rate, BURST, tuple(mixed), tuple(sorted(mixed)))

@@ -9,6 +9,7 @@ from mlxroute.routers.budget import DEFAULT_BUDGET, Budget
 from mlxroute.routers.scores import SCORES
 from mlxroute.routers.threshold import Threshold
 from mlxroute.types import Signals
+from mlxroute.types.limits import check_number
 
 # Initial quantiles of a budget without a calibration; real scores soon replace them.
 _UNCALIBRATED = (0.0, 1.0)
@@ -60,6 +61,7 @@ def make_router(
     if (threshold is None) == (budget is None):
         raise UsageError("a router takes either a threshold or a budget")
     if threshold is not None:
+        check_number("threshold", threshold)
         return Router(name, Threshold(threshold))
     assert budget is not None
     return Router(name, Budget.of(budget, quantiles, resolution=SCORES[name].resolution))

@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -259,3 +260,16 @@ def test_the_control_depends_on_the_position_alone() -> None:
 
 def test_without_a_head_its_score_is_not_a_number() -> None:
     assert math.isnan(SCORES["head"].function(row(1.0, 0.0), 0))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"budget": value} for value in (math.nan, math.inf, -0.01, 1.01, "7%", True)),
+        *({"threshold": value} for value in (math.nan, "1", False)),
+        *({"budget": 0.1, "quantiles": scores} for scores in ((), (1.0,), (1.0, 0.0))),
+    ],
+)
+def test_what_is_no_number_in_range_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="must be"):
+        EntropyRouter(**options)
