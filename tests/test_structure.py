@@ -35,6 +35,8 @@ _TEXT_READERS = {
     "large/negotiation/running_servers.py": "a reply of a server on this machine",
     "large/negotiation/verdict_file.py": "a file of this program, which may be damaged",
     "cli/standard_streams.py": "the null device",
+    "serving/http/endpoint_app.py": "a file of this package",
+    "serving/http/parsing/request_body.py": "the door of requests",
     "view/answer_html.py": "a file of this package",
 }
 _EMPTY_NAMES = {"found", "each", "told", "seen", "wanted"}

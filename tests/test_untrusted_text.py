@@ -19,6 +19,7 @@ from mlxroute import untrusted_text
 from mlxroute.catalog import Catalog
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.config import Settings, load_settings, read_key, read_never_send
+from mlxroute.config.client_keys import read_client_keys
 from mlxroute.config.settings import declared_settings
 from mlxroute.conversation import Conversation
 from mlxroute.errors import ConfigError, MlxRouteError, UsageError
@@ -33,6 +34,11 @@ Reader = Callable[[Path], Any]
 def read_key_file(path: Path) -> Any:
     path.chmod(0o600)
     return read_key(Settings(key_file=str(path)), {})
+
+
+def read_client_key_file(path: Path) -> Any:
+    path.chmod(0o600)
+    return read_client_keys(Settings(client_key_file=str(path)), {})
 
 
 def read_catalog(path: Path) -> Any:
@@ -53,6 +59,7 @@ READERS: dict[str, tuple[Reader, bytes]] = {
         b'budget = "7%"\nstop = ["a", "b"]\ntemperature = 0.5\nstrict = true\n',
     ),
     "key": (read_key_file, b"sk-1234\n"),
+    "client keys": (read_client_key_file, b"0123456789abcdef\nfedcba9876543210\n"),
     "never-send": (
         lambda path: read_never_send(Settings(never_send_file=(str(path),))),
         b"# secrets\n\\bcaf\xc3\xa9\n[a-z]+\n",

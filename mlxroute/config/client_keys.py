@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from mlxroute.config.server_key import Secret
+from mlxroute.config.server_key import MAX_KEY_FILE_BYTES, Secret, refuse_readable_by_others
 from mlxroute.config.settings import Settings
 from mlxroute.errors import ConfigError
+from mlxroute.untrusted_text import TextFile
+from mlxroute.user_folders import expand_user
 
 _SHORTEST_KEY = 16
 
@@ -27,7 +28,7 @@ def read_client_keys(settings: Settings, environ: Mapping[str, str]) -> tuple[Se
             )
         keys.append(value)
     if settings.client_key_file is not None:
-        keys += _read_file(Path(settings.client_key_file).expanduser())
+        keys += _read_file(expand_user(settings.client_key_file))
     for key in keys:
         if len(key) < _SHORTEST_KEY:
             raise ConfigError(
@@ -38,14 +39,9 @@ def read_client_keys(settings: Settings, environ: Mapping[str, str]) -> tuple[Se
 
 
 def _read_file(path: Path) -> list[str]:
-    try:
-        mode = path.stat().st_mode
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"the key file {path} cannot be read: {exc}") from exc
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise ConfigError(f"other users can open the key file {path}; run `chmod 600 {path}`")
-    keys = [line.strip() for line in lines if line.strip()]
+    file = TextFile(path, "the key file", max_bytes=MAX_KEY_FILE_BYTES, error=ConfigError)
+    keys = [text.strip() for _, text in file.rows() if text.strip()]
+    refuse_readable_by_others(path)
     if not keys:
         raise ConfigError(f"the key file {path} holds no key", parameter="client_key_file")
     return keys

@@ -13,7 +13,7 @@ from mlxroute.errors import ConfigError
 from mlxroute.untrusted_text import TextFile
 from mlxroute.user_folders import expand_user
 
-_MAX_FILE_BYTES = 64 * 1024
+MAX_KEY_FILE_BYTES = 64 * 1024
 _NO_KEY = "holds no key: it has a line break or other characters that no key has"
 _VARIABLE_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
 
@@ -62,11 +62,16 @@ def _missing_variable(name: str) -> str:
     return "the environment variable that should hold the key is not set"
 
 
-def _read_key_file(path: Path) -> Secret:
-    file = TextFile(path, "the key file", max_bytes=_MAX_FILE_BYTES, error=ConfigError)
-    value = file.read().strip()
+def refuse_readable_by_others(path: Path) -> None:
+    """Raise ConfigError for a key file that other users can open."""
     if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise ConfigError(f"other users can open the key file {path}; run `chmod 600 {path}`")
+
+
+def _read_key_file(path: Path) -> Secret:
+    file = TextFile(path, "the key file", max_bytes=MAX_KEY_FILE_BYTES, error=ConfigError)
+    value = file.read().strip()
+    refuse_readable_by_others(path)
     if not value:
         raise ConfigError(f"the key file {path} is empty; write the key into it")
     if not _is_key(value):
