@@ -209,10 +209,10 @@ def test_a_bad_prompt_is_refused_before_it_waits(scheduler: AnswerScheduler) -> 
 def test_texts_and_token_ids_are_continued_as_they_are(
     scheduler: AnswerScheduler, small: SmallModel
 ) -> None:
-    text = small.render([{"role": "user", "content": PROMPTS[0]}])
-    for prompt in (text, small.encode_prompt(text)):
+    encoded = small.encode_conversation([{"role": "user", "content": PROMPTS[0]}])
+    for prompt in (encoded.text, list(encoded.ids)):
         answer = scheduler.submit(AnswerRequest(prompt, request("x").router, request("x").options))
-        assert answer.prompt.text == text
+        assert answer.prompt.text == encoded.text
         assert written(answer) == alone(small, PROMPTS[0])
 
 

@@ -76,7 +76,7 @@ def test_below_a_thousandth_sampling_is_greedy(
     small: SmallModel, dtype: mx.Dtype, temperature: float
 ) -> None:
     small.model.set_dtype(dtype)
-    prompt_ids = small.vocabulary.encode("once upon a time")
+    prompt_ids = list(small.vocabulary.encode("once upon a time"))
     greedy = decode(small, prompt_ids, 20)
     assert decode(small, prompt_ids, 20, temperature=temperature, seed=7) == greedy
 
