@@ -95,6 +95,9 @@ def _request_listing(hub_id: str, token: bool | None) -> ModelInfo:
         # ImportError: a SOCKS proxy is set and the package it needs is not installed. The last
         # two: the answer has another form than the client expects, as that of a login page.
         status = _status(exc)
+        if isinstance(exc, OSError) and exc.filename and status is None:
+            file = printable_line(f"{exc.filename}: {exc.strerror}")
+            raise _unreachable(f"its token cannot be read ({file}); check HF_HOME") from exc
         verb = "not reachable" if status is None else f"it answers {status}"
         reason = printable_line(str(exc)) or type(exc).__name__
         raise _unreachable(f"{verb} ({reason})") from exc

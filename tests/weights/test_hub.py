@@ -241,6 +241,16 @@ def test_an_offline_variable_is_named(
         get(tmp_path / "cache")
 
 
+def test_a_folder_of_the_hub_that_cannot_be_used_is_named(
+    hub: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("x")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "file" / "t"))
+    with pytest.raises(WeightsError, match=r"token cannot be read \(.*/file/t: Not a directory\)"):
+        get(tmp_path / "cache")
+
+
 def test_a_stalled_transfer_ends_with_a_hint(
     hub: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
