@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 _SHOW_CURSOR: Final = b"\x1b[?25h"
+# Marks pasted text, so that its lines are not taken for messages.
+_MARK_PASTES: Final = b"\x1b[?2004h"
+_LEAVE_PASTES: Final = b"\x1b[?2004l"
 _LOCAL_FLAGS: Final = 3
 
 
@@ -22,6 +25,7 @@ class TerminalModes:
         self._hidden: list[Any] | None = None
         self._display: tuple[Callable[[], None], Callable[[], None]] | None = None
         self._cursor_is_hidden = False
+        self._marks_pastes = False
         self._blocks = 0
         self._stop_is_pending = False
 
@@ -32,9 +36,10 @@ class TerminalModes:
         """
         if (terminal := _terminal()) is not None and self._before is not None:
             _set_modes(terminal, self._before)
-        if self._cursor_is_hidden and (output := _terminal(1, 2)) is not None:
-            with contextlib.suppress(OSError):
-                os.write(output, _SHOW_CURSOR)
+        if self._marks_pastes:
+            _write(_LEAVE_PASTES)
+        if self._cursor_is_hidden:
+            _write(_SHOW_CURSOR)
 
     @contextmanager
     def hide_typing(self, *, by_key: bool = False) -> Iterator[None]:
@@ -56,7 +61,10 @@ class TerminalModes:
             yield
         finally:
             _set_modes(terminal, before)
+            if self._marks_pastes:
+                _write(_LEAVE_PASTES)
             self._before = self._hidden = None
+            self._marks_pastes = False
 
     @contextmanager
     def redraw(self, *, pause: Callable[[], None], resume: Callable[[], None]) -> Iterator[None]:
@@ -69,6 +77,7 @@ class TerminalModes:
         outer, self._display = self._display, (pause, resume)
         self._cursor_is_hidden = True
         try:
+            self._mark_pastes()
             # With stdout in a pipe, the keys may belong to the program that reads it.
             with self.hide_typing() if os.isatty(1) else contextlib.nullcontext():
                 yield
@@ -102,7 +111,15 @@ class TerminalModes:
         signal.signal(signal.SIGTSTP, handler)
         if terminal is not None and modes is not None:
             _set_modes(terminal, modes)
+        if self._display is not None:
+            self._mark_pastes()
         resume()
+
+    def _mark_pastes(self) -> None:
+        """Let the terminal mark what is pasted for a line editor, which unmarks it at its end."""
+        if self._hidden is not None and not self._hidden[_LOCAL_FLAGS] & termios.ICANON:
+            self._marks_pastes = True
+            _write(_MARK_PASTES)
 
     def continue_process(self) -> None:
         """Hide what is typed again, after the shell has set modes of its own."""
@@ -122,6 +139,13 @@ def _nothing() -> None:
 def _terminal(*descriptors: int) -> int | None:
     """Return the first of the standard streams, or of the given ones, that is a terminal."""
     return next((fd for fd in descriptors or (0, 1, 2) if os.isatty(fd)), None)
+
+
+def _write(sequence: bytes) -> None:
+    """Write a control sequence to the terminal at once, past the buffers of the streams."""
+    if (output := _terminal(1, 2)) is not None:
+        with contextlib.suppress(OSError):
+            os.write(output, sequence)
 
 
 def _modes(terminal: int) -> list[Any] | None:

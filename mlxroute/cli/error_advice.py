@@ -14,8 +14,8 @@ _OTHER_FLAGS = {
     "port": "--port",
 }
 
-_SHORTEN_CHAT = "/reset starts a new conversation"
-_SHORTEN_PROMPT = "shorten the prompt, or choose a model with a longer context (--small)"
+_LONG_CHAT = "; /reset starts a new conversation"
+_LONG_PROMPT = ", or choose a small model with a longer context (--small)"
 
 
 def error_message(error: MlxRouteError, *, in_chat: bool = False) -> str:
@@ -26,7 +26,7 @@ def error_message(error: MlxRouteError, *, in_chat: bool = False) -> str:
     """
     text, parameter = str(error), error.parameter
     if isinstance(error, ContextTooLong):
-        return f"{text}; {_SHORTEN_CHAT if in_chat else _SHORTEN_PROMPT}"
+        return text + (_LONG_CHAT if in_chat else _LONG_PROMPT)
     flag = None if parameter is None else _flag(parameter)
     if flag is None:
         return text

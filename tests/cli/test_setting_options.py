@@ -118,9 +118,8 @@ def test_a_command_takes_the_settings_that_name_it_and_no_others() -> None:
         (UsageError("the prompt is empty"), "the prompt is empty"),
         (UsageError("rows must be even", parameter="rows"), "rows must be even"),
         (
-            ContextTooLong("the prompt is too long"),
-            "the prompt is too long; shorten the prompt, or choose a model with a longer context"
-            " (--small)",
+            ContextTooLong("too long; shorten it"),
+            "too long; shorten it, or choose a small model with a longer context (--small)",
         ),
     ],
 )

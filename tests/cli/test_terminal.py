@@ -130,6 +130,23 @@ def test_what_is_typed_during_an_answer_waits_for_the_next_prompt(tiny: Path) ->
         terminal.wait_until(lambda: terminal.is_as_before, "restored terminal")
 
 
+def test_text_pasted_during_an_answer_is_one_message(tiny: Path) -> None:
+    with PseudoTerminal(command("chat", tiny, max_tokens=2_000)) as terminal:
+        start = wait_for_answer(terminal, "chat")
+        terminal.wait_for("\x1b[?2004h", after=terminal.output.find("hello"))
+        lines = "".join(f"line {number} of many\r" for number in range(10_000))
+        terminal.type(f"\x1b[200~{lines}\x1b[201~\r")
+        end = terminal.wait_for("2,000 tokens, 0 escalated", after=start)
+        assert "line 1 of many" not in terminal.output[start:end]
+        # The whole text is one prompt.
+        terminal.wait_for("the small model's context holds", after=end)
+        terminal.type(CTRL_C)
+        terminal.type(CTRL_D)
+        terminal.wait()
+        terminal.wait_until(lambda: terminal.is_as_before, "restored terminal")
+        assert terminal.output.rfind("\x1b[?2004l") > terminal.output.rfind("\x1b[?2004h")
+
+
 @pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE", "CLICOLOR_FORCE"])
 def test_only_a_terminal_gets_the_live_view(tiny: Path, variable: str) -> None:
     result = subprocess.run(
