@@ -11,10 +11,10 @@ from mlxroute.cli.demo_tables import (
     list_escalations,
     result_text,
     table_of_answers,
-    table_of_commands,
     table_of_escalations,
 )
 from mlxroute.cli.failure_notes import FailureNotes
+from mlxroute.cli.terminal import print_labelled
 from mlxroute.engine import generate
 from mlxroute.questions.demo_question import DemoQuestion, find_conclusion
 from mlxroute.recorded.large_answers import PlaceholderSmall
@@ -117,7 +117,9 @@ def tell_story(
         err.print()
         err.print(paragraph, markup=False)
     err.print("\nNext:")
-    err.print(table_of_commands(_NEXT_COMMANDS))
+    width = max(len(command) for command, _ in _NEXT_COMMANDS)
+    for command, effect in _NEXT_COMMANDS:
+        print_labelled(err, f"{command:{width}}  ", effect)
 
 
 def _answer_three_times(

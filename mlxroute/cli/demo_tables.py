@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from mlxroute.cli.terminal import make_fitting_table, make_table
+from mlxroute.cli.terminal import make_fitting_table
 from mlxroute.safe_text import printable, printable_line
 from mlxroute.types import Token, Vocabulary
 from mlxroute.view import DemoAnswer, result_line
@@ -102,17 +102,6 @@ def table_of_answers(answers: Sequence[DemoAnswer], *, width: int) -> Table:
     ]
     columns = ("", "answer", "time", "tokens", "by large", "uploaded")
     return _table(columns, lines, width, optional=5)
-
-
-def table_of_commands(rows: Sequence[tuple[str, str]]) -> Table:
-    """Return a table of commands, each with what it does."""
-    from rich.text import Text
-
-    table = make_table("", "", fold=True)
-    table.show_header = False
-    for command, effect in rows:
-        table.add_row(Text(command), Text(effect))
-    return table
 
 
 def _end_of(text: str) -> str:
