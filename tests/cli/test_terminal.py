@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.pseudo_terminal import DEADLINE_S, PseudoTerminal
@@ -82,6 +83,18 @@ def test_ctrl_z_shows_the_cursor_and_the_answer_goes_on_afterwards(tiny: Path, n
             terminal.type(CTRL_D)
         assert terminal.wait() == (130 if name == "ask" else 0)
         terminal.wait_until(lambda: terminal.is_as_before, "restored terminal")
+
+
+def test_a_signal_ends_a_server_that_was_started(tiny: Path) -> None:
+    hosting = [sys.executable, "-m", "mlxroute", "host", str(tiny)]
+    with PseudoTerminal(hosting) as terminal:
+        terminal.wait_for("serving tiny")
+        children = psutil.Process(terminal.pid).children(recursive=True)
+        assert children
+        terminal.send(signal.SIGTERM)
+        assert terminal.wait() == 143
+        _, alive = psutil.wait_procs(children, timeout=5)
+        assert alive == []
 
 
 def test_a_second_ctrl_c_leaves_no_traceback(tiny: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 import textwrap
@@ -139,6 +140,26 @@ def test_a_resize_in_the_middle_loses_no_text(widths: tuple[int, ...]) -> None:
         steps += [resize(terminal, width), word]
     show(terminal, steps)
     assert without_blanks("".join(terminal.lines())) == without_blanks("".join(words))
+
+
+@pytest.mark.parametrize(
+    ("variables", "erased_rows"), [(["TMUX"], 2), (["TMUX", "STY"], 0), ([], 0)]
+)
+def test_a_terminal_that_wraps_its_rows_again_is_cleared_of_all_of_them(
+    monkeypatch: pytest.MonkeyPatch, variables: list[str], erased_rows: int
+) -> None:
+    for name in variables:
+        monkeypatch.setenv(name, "1")
+    terminal = Terminal(width=60)
+    # 50 cells take three rows of 20.
+    steps = ["word " * 10, resize(terminal, 20), ".", " end"]
+    clock = itertools.count().__next__
+    LiveView(terminal.console, heat=False, threshold=math.inf, clock=clock).show(
+        ScriptedAnswer(steps)
+    )
+    erasure = "\r\x1b[2K" + "\x1b[1A\x1b[2K" * erased_rows
+    # The display itself erases the two rows that it has drawn.
+    assert (erasure + "\r\x1b[2K\x1b[1A\x1b[2K" in terminal.raw) == bool(erased_rows)
 
 
 def test_full_rows_are_written_once_outside_the_live_area() -> None:
