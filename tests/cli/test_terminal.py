@@ -88,7 +88,7 @@ def test_ctrl_z_shows_the_cursor_and_the_answer_goes_on_afterwards(tiny: Path, n
 def test_a_signal_ends_a_server_that_was_started(tiny: Path) -> None:
     hosting = [sys.executable, "-m", "mlxroute", "host", str(tiny)]
     with PseudoTerminal(hosting) as terminal:
-        terminal.wait_for("serving tiny")
+        terminal.wait_for("serving ")
         children = psutil.Process(terminal.pid).children(recursive=True)
         assert children
         terminal.send(signal.SIGTERM)

@@ -152,7 +152,7 @@ def test_a_terminal_that_wraps_its_rows_again_is_cleared_of_all_of_them(
         monkeypatch.setenv(name, "1")
     terminal = Terminal(width=60)
     # 50 cells take three rows of 20.
-    steps = ["word " * 10, resize(terminal, 20), ".", " end"]
+    steps: list[Step] = ["word " * 10, resize(terminal, 20), ".", " end"]
     clock = itertools.count().__next__
     LiveView(terminal.console, heat=False, threshold=math.inf, clock=clock).show(
         ScriptedAnswer(steps)
