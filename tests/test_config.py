@@ -18,6 +18,7 @@ from mlxroute.config.settings import declared_settings
 from mlxroute.config.settings_page import settings_page
 from mlxroute.errors import ConfigError, UsageError
 from mlxroute.types import Prices
+from mlxroute.types.limits import LIMITS
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -72,6 +73,9 @@ def test_without_a_file_the_defaults_apply(tmp_path: Path) -> None:
         ("threshold = nan", "must be a number, inf or -inf, not nan"),
         ("timeout = 0", "must be above 0 and at most 86400 seconds, not 0"),
         ("seed = -1", r"must be from 0 to 2\^64 - 1, not -1"),
+        ("port = 70000", "must be from 0 to 65535, not 70000"),
+        ("cache_memory = nan", "must be from 0 to 1000000 GB, not nan"),
+        ("max_running = 0", "must be at least 1, not 0"),
         ("price_input = -1", "must be a finite number of at least 0, per million tokens, not -1"),
         ('mode = "fast"', "must be one of auto, wait, overlap, hedge, not 'fast'"),
         ('router = "x"', "must be one of entropy, .*, not 'x'"),
@@ -320,3 +324,8 @@ def test_every_setting_has_a_help_text_a_variable_and_a_flag_or_none() -> None:
         assert setting.variables[0] == f"MLXROUTE_{name.upper()}"
         assert setting.default == getattr(Settings(), name)
         assert bool(setting.commands) != name.startswith("price_")
+
+
+def test_every_number_has_limits() -> None:
+    numbers = {item.name for item in declared_settings().values() if item.kind in (int, float)}
+    assert numbers <= LIMITS.keys()

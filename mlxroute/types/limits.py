@@ -13,6 +13,8 @@ from mlxroute.errors import UsageError
 
 MAX_PREFETCH: Final = 64
 MAX_TIMEOUT_S: Final = 86_400
+_MAX_PORT: Final = 65_535
+_MAX_GB: Final = 1_000_000
 # Longest value, in characters, that a message repeats in full.
 _SHOWN: Final = 40
 
@@ -57,6 +59,10 @@ LIMITS: Final[Mapping[str, Limits]] = {
     "call_ceiling": Limits("at least 1", lambda x: x >= 1),
     "threshold": Limits("a number, inf or -inf", lambda _: True),
     "budget": Limits("a share from 0% to 100%, such as 7% or 0.07", lambda x: 0 <= x <= 1),
+    "port": Limits("from 0 to 65535", lambda n: 0 <= n <= _MAX_PORT, integer=True),
+    "max_running": Limits("at least 1", lambda n: n >= 1, integer=True),
+    "max_queued": Limits("at least 0", lambda n: n >= 0, integer=True),
+    "cache_memory": Limits("from 0 to 1000000 GB", lambda gb: 0 <= gb <= _MAX_GB),
     "price_input": _PRICE,
     "price_cached_input": _PRICE,
     "price_output": _PRICE,
