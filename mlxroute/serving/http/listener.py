@@ -29,6 +29,7 @@ _MAX_HEAD_BYTES: Final = 64 * 2**10
 # Connections that wait for a request; above it the oldest is closed.
 _MAX_WAITING: Final = 512
 _OPEN_FILES: Final = 4096
+_LAST_PORT: Final = 65_535
 _BACKLOG: Final = 1024
 # `timeout` and some supervisors send one signal twice, to the process and to its group.
 _SAME_SIGNAL_S: Final = 0.2
@@ -132,11 +133,13 @@ class EndpointServer(uvicorn.Server):
 
 def bind(host: str, port: int) -> socket.socket:
     """Return a socket that listens. Raises UsageError if the address cannot be used."""
+    if not 0 <= port <= _LAST_PORT:
+        raise UsageError(f"port must be from 0 to {_LAST_PORT}, not {port}", parameter="port")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    except (OSError, OverflowError) as exc:
-        reason = getattr(exc, "strerror", None) or str(exc)
+    except OSError as exc:
+        reason = exc.strerror or str(exc)
         raise UsageError(
             f"cannot listen on port {port} of {host}: {reason}; choose another",
             parameter="port",

@@ -52,7 +52,7 @@ class Fields:
         except OverflowError:
             number = math.inf
         if not math.isfinite(number):
-            raise wrong(name, f"{name} is too large")
+            raise wrong(name, f"{name} must be a finite number")
         return number
 
     def integer(self, name: str, *, low: int, high: int) -> int | None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from starlette.requests import ClientDisconnect, Request
 
 from mlxroute.serving.http.api_error import ApiError
+from mlxroute.untrusted_text import MalformedText, parse_json
 
 MAX_BODY_BYTES: Final = 4 * 2**20
 _MAX_BODY_S: Final = 30.0
@@ -23,15 +23,18 @@ async def read_json(request: Request) -> dict[str, Any]:
         raise ApiError(408, f"the body did not arrive within {_MAX_BODY_S:.0f} seconds") from None
     except ClientDisconnect:
         raise ApiError(400, "the client left before its request was complete") from None
-    return parse_json(data)
+    return parse_body(data)
 
 
-def parse_json(data: bytes) -> dict[str, Any]:
+def parse_body(data: bytes) -> dict[str, Any]:
     """Return the JSON object in `data`. Raises ApiError for anything else."""
     try:
-        value = json.loads(data, parse_constant=_reject_constant)
-    except (ValueError, RecursionError):
-        raise ApiError(400, "the body is not JSON") from None
+        # Clients may cut a text inside a character; texts are cleaned where they are read.
+        value = parse_json(data.decode(), strict=False)
+    except UnicodeDecodeError:
+        raise ApiError(400, "the body is not UTF-8") from None
+    except MalformedText as exc:
+        raise ApiError(400, f"the body is {exc}") from None
     if not isinstance(value, dict):
         raise ApiError(400, "the body is not a JSON object")
     return value
@@ -54,7 +57,3 @@ def _too_large() -> ApiError:
     error = ApiError(413, f"the body is larger than {MAX_BODY_BYTES // 2**20} MiB")
     error.headers["Connection"] = "close"
     return error
-
-
-def _reject_constant(name: str) -> NoReturn:
-    raise ValueError(name)

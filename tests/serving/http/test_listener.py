@@ -1,0 +1,192 @@
+"""Connections that wait or send slowly, and signals that end the endpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxroute.cli import main
+from mlxroute.errors import UsageError
+from mlxroute.serving.http import listener
+from mlxroute.serving.http.endpoint_app import create_app
+from mlxroute.serving.http.listener import EndpointServer, bind
+from mlxroute.small import SmallModel
+from tests.support.endpoint import chat, make_session
+from tests.support.tiny import make_tiny_model
+
+
+@pytest.fixture
+def port(small: SmallModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Serve a tiny model on a free port."""
+    monkeypatch.setattr(listener, "_MAX_HEAD_S", 0.5)
+    monkeypatch.setattr(listener, "_MAX_WAITING", 20)
+    server = EndpointServer(create_app(make_session(small)), on_second_signal=lambda: None)
+    sock = bind("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+    thread.start()
+    try:
+        yield sock.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def request(port: int, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    with contextlib.closing(connection):
+        connection.request(method, path, None if body is None else json.dumps(body))
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
+
+def is_closed(sock: socket.socket) -> bool:
+    sock.settimeout(5)
+    try:
+        return sock.recv(1) == b""
+    except ConnectionError:
+        return True
+
+
+def test_requests_are_answered(port: int) -> None:
+    assert request(port, "GET", "/health") == (200, {"status": "ok"})
+    status, reply = request(port, "POST", "/v1/chat/completions", chat())
+    assert status == 200
+    assert reply["choices"][0]["message"]["content"]
+
+
+def test_a_slow_sender_is_closed(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        began_s = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            for byte in b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n" * 10:
+                sock.send(bytes([byte]))
+                time.sleep(0.02)
+                if time.monotonic() - began_s > 3:
+                    break
+        assert is_closed(sock)
+        assert time.monotonic() - began_s < 3
+
+
+def test_idle_connections_do_not_keep_others_out(port: int) -> None:
+    idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(60)]
+    try:
+        assert request(port, "GET", "/health")[0] == 200
+        assert all(map(is_closed, idle))
+    finally:
+        for sock in idle:
+            sock.close()
+
+
+def test_a_running_answer_is_no_idle_connection(port: int) -> None:
+    status, _ = request(port, "POST", "/v1/chat/completions", chat(max_tokens=400))
+    assert status == 200
+
+
+def test_an_address_in_use_is_refused(port: int) -> None:
+    with pytest.raises(UsageError, match="cannot listen on port"):
+        bind("127.0.0.1", port)
+
+
+def serve(path: Path, *arguments: str) -> tuple[subprocess.Popen[str], int]:
+    """Start `mlxroute serve` with a tiny model on a free port."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "mlxroute", "serve", "--small", str(path), "--offline"),
+            *("--port", "0", *arguments),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    port = int(process.stdout.readline().rsplit(":", 1)[1].split("/")[0])
+    end_s = time.monotonic() + 60
+    while request_or_none(port) != 200 and time.monotonic() < end_s:
+        time.sleep(0.1)
+    return process, port
+
+
+def request_or_none(port: int) -> int | None:
+    with contextlib.suppress(OSError):
+        return request(port, "GET", "/health")[0]
+    return None
+
+
+@contextlib.contextmanager
+def begin_stream(port: int, **fields: Any) -> Iterator[http.client.HTTPResponse]:
+    """Yield a stream whose first chunks were read."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    body = chat(stream=True, temperature=1.5, seed=1, **fields)
+    with contextlib.closing(connection):
+        connection.request("POST", "/v1/chat/completions", json.dumps(body))
+        with contextlib.closing(connection.getresponse()) as response:
+            for _ in range(6):
+                response.readline()
+            yield response
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("served") / "tiny", context=32_768)
+
+
+def test_a_first_signal_drains_and_a_second_one_ends(tiny: Path) -> None:
+    process, port = serve(tiny)
+    with process, begin_stream(port, max_tokens=300) as response:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert request_or_none(port) is None
+        assert response.read().endswith(b"data: [DONE]\n\n")
+        assert process.wait(timeout=20) == 0
+
+    process, port = serve(tiny)
+    with process, begin_stream(port, max_tokens=30_000) as response:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == 0
+        with pytest.raises(http.client.IncompleteRead):
+            response.read()
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", "0.0.0.0"], "other machines could use the endpoint"),
+        (["--small", "no-such-model"], "no-such-model"),
+        (["--max-running", "0"], "--max-running must be at least 1"),
+        (["--client-key-env", "MLXROUTE_NO_SUCH_KEY"], "is not set"),
+        (["--port", "99999"], "--port must be from 0 to 65535"),
+    ],
+)
+def test_settings_that_cannot_be_used(
+    tiny: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = [] if "--small" in arguments else ["--small", str(tiny)]
+    port = [] if "--port" in arguments else ["--port", "0"]
+    assert main(["serve", "--offline", *small, *port, *arguments]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_keys_of_clients_come_from_a_private_file(tmp_path: Path, tiny: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("0123456789abcdef-one\n\n0123456789abcdef-two\n")
+    os.chmod(file, 0o644)
+    assert main(["serve", "--offline", "--client-key-file", str(file), "--port", "0"]) == 2

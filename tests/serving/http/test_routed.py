@@ -1,0 +1,250 @@
+"""Answers with a large model: what replies say of it, failures, and clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from mlxroute.errors import LargeUnreachable
+from mlxroute.serving.http.answer_endpoint import ServingLimits
+from mlxroute.serving.http.endpoint_app import create_app
+from mlxroute.small import SmallModel
+from mlxroute.types import LargeContext, LargeToken
+from tests.support.endpoint import chat, make_session, read_stream, running
+from tests.support.fakes import ScriptedLarge
+
+_X = 40
+_ALWAYS = {"threshold": "-inf"}
+
+
+class _NeverReady:
+    ready = finished = False
+
+    def __init__(self) -> None:
+        self.cancelled = False
+
+    def result(self) -> tuple[LargeToken, ...]:
+        raise AssertionError("it is never ready")
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class HangingLarge(ScriptedLarge):
+    """A large model whose calls end only when they are cancelled."""
+
+    def __init__(self) -> None:
+        super().__init__([(_X,)])
+        self.hanging: list[_NeverReady] = []
+
+    def begin(  # type: ignore[override]
+        self, context: LargeContext, *, deadline_s: float, prefetch: int
+    ) -> _NeverReady:
+        self.hanging.append(_NeverReady())
+        return self.hanging[-1]
+
+    def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
+        time.sleep(min(timeout_s, 0.01))
+
+
+@pytest.fixture
+def large() -> ScriptedLarge:
+    return ScriptedLarge([(_X,)])
+
+
+@pytest.fixture
+def routed(small: SmallModel, large: ScriptedLarge) -> Iterator[TestClient]:
+    with running(make_session(small, large)) as client:
+        yield client
+
+
+def post(client: TestClient, body: dict[str, Any]) -> Any:
+    response = client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_each_token_names_the_model_that_it_is_from(
+    routed: TestClient, large: ScriptedLarge
+) -> None:
+    reply = post(routed, chat(logprobs=True, top_logprobs=1, max_tokens=4, **_ALWAYS))
+    assert reply["model"] == "tiny+scripted"
+    entries = reply["choices"][0]["logprobs"]["content"]
+    assert [entry["source"] for entry in entries] == ["large"] * 4
+    for entry in entries:
+        assert entry["logprob"] == -0.5
+        assert entry["decision"] in ("replaced", "agreed")
+        assert entry["large"]["ids"] == [_X]
+        assert "id" in entry["small"]
+    summary = reply["mlxroute"]
+    assert summary["escalated"] == summary["large_tokens"] == 4
+    assert summary["escalation_rate"] == 1.0
+    assert summary["calls"] == len(large.contexts)
+    assert reply["usage"]["mlxroute"]["escalated"] == 4
+    document = routed.get(f"/v1/mlxroute/answers/{reply['id']}").json()
+    assert [token["source"] for token in document["tokens"]] == ["large"] * 4
+    assert document["replies"]
+
+
+@pytest.mark.parametrize("fields", [{"model": "mlxroute:small", **_ALWAYS}, {"local_only": True}])
+def test_a_local_answer_calls_nothing(
+    routed: TestClient, large: ScriptedLarge, fields: dict[str, Any]
+) -> None:
+    reply = post(routed, chat(**fields))
+    assert large.contexts == []
+    summary = reply["mlxroute"]
+    assert (summary["large"], summary["escalated"], summary["unchecked"]) == (None, 0, 0)
+
+
+def test_a_field_without_effect_is_named(routed: TestClient) -> None:
+    reply = post(routed, chat(model="mlxroute:small", budget=0.5, mode="wait"))
+    assert reply["mlxroute"]["ignored"] == ["budget", "mode"]
+
+
+def test_the_large_model_alone(routed: TestClient) -> None:
+    reply = post(routed, chat(model="mlxroute:large", max_tokens=3))
+    assert reply["model"] == "tiny+scripted:large"
+    assert reply["mlxroute"]["large_tokens"] == 3
+
+
+def test_a_budget_of_a_request_is_kept(routed: TestClient) -> None:
+    none = post(routed, chat(budget=0))
+    assert none["mlxroute"]["escalated"] == 0
+    some = post(routed, chat(budget="50%"))
+    assert 0 < some["mlxroute"]["escalated"] <= 0.5 * some["mlxroute"]["tokens"] + 4
+
+
+def test_a_large_model_that_is_down_leaves_marks(small: SmallModel) -> None:
+    down = ScriptedLarge([LargeUnreachable("no connection\x1b[2J")])
+    with running(make_session(small, down)) as client:
+        reply = post(client, chat(logprobs=True, max_tokens=3, **_ALWAYS))
+        entries = reply["choices"][0]["logprobs"]["content"]
+        assert [entry["source"] for entry in entries] == ["small"] * 3
+        assert not any(entry["checked"] for entry in entries)
+        summary = reply["mlxroute"]
+        assert (summary["escalated"], summary["unchecked"]) == (0, 3)
+        assert summary["failures"][0]["kind"] == "unreachable"
+
+
+def test_a_strict_endpoint_fails_in_form(small: SmallModel) -> None:
+    down = ScriptedLarge([(_X,), LargeUnreachable("no connection")])
+    session = make_session(small, down)
+    object.__setattr__(session, "options", _strict(session.options))
+    with running(session) as client:
+        response = client.post("/v1/chat/completions", json=chat(**_ALWAYS))
+        assert response.status_code == 502
+        assert response.headers["x-should-retry"] == "false"
+        assert response.json()["error"]["code"] == "large_model_failed"
+        body = chat(stream=True, **_ALWAYS)
+        events = read_stream(client.post("/v1/chat/completions", json=body).text)
+        assert events[-1]["error"]["code"] == "large_model_failed"
+        reasons = [c["finish_reason"] for e in events if "choices" in e for c in e["choices"]]
+        assert set(reasons) == {None}
+
+
+def _strict(options: Any) -> Any:
+    from dataclasses import replace
+
+    return replace(options, strict=True)
+
+
+def test_a_silent_stream_is_kept_alive(small: SmallModel) -> None:
+    hanging = HangingLarge()
+    limits = ServingLimits(keep_alive_s=0.05)
+    app = create_app(make_session(small, hanging), limits=limits)
+    received: list[bytes] = []
+
+    def on_body(data: bytes) -> bool:
+        received.append(data)
+        return b"".join(received).count(b": keep-alive\n\n") >= 2
+
+    asyncio.run(_call_until(app, chat(stream=True, **_ALWAYS), on_body))
+    assert b"".join(received).startswith(b"data: ")
+    app.state.endpoint.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_its_answer_and_its_calls(
+    small: SmallModel, stream: bool
+) -> None:
+    hanging = HangingLarge()
+    app = create_app(make_session(small, hanging), limits=ServingLimits(keep_alive_s=0.05))
+    asyncio.run(
+        _call_until(app, chat(stream=stream, **_ALWAYS), lambda data: bool(hanging.hanging))
+    )
+    endpoint = app.state.endpoint
+    deadline_s = time.monotonic() + 5
+    while endpoint.scheduler.figures().running and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert endpoint.scheduler.figures().running == 0
+    assert all(call.cancelled for call in hanging.hanging)
+    endpoint.close()
+    names = [thread.name for thread in threading.enumerate()]
+    assert not [name for name in names if name.startswith("mlxroute")]
+
+
+async def _call_until(app: Any, body: dict[str, Any], stop: Callable[[bytes], bool]) -> None:
+    """Send a request, and leave once `stop`, called with each part and while idle, is true."""
+    left = asyncio.Event()
+    messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop()
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body" and stop(message["body"]):
+            left.set()
+
+    async def watch() -> None:
+        while not left.is_set():
+            await asyncio.sleep(0.01)
+            if not received_only and stop(b""):
+                left.set()
+
+    received_only = body.get("stream", False) and stop.__name__ == "on_body"
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/chat/completions",
+        "raw_path": b"/v1/chat/completions",
+        "query_string": b"",
+        "headers": [(b"host", b"127.0.0.1")],
+        "http_version": "1.1",
+        "scheme": "http",
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 8787),
+    }
+    async with asyncio.timeout(20):
+        watching = asyncio.ensure_future(watch())
+        await app(scope, receive, send)
+        watching.cancel()
+
+
+def test_concurrent_answers_count_their_own_calls(small: SmallModel, large: ScriptedLarge) -> None:
+    with running(make_session(small, large)) as client:
+        replies: list[Any] = []
+        bodies = [chat(max_tokens=n, **_ALWAYS) for n in (2, 4, 6)]
+        threads = [
+            threading.Thread(target=lambda body=body: replies.append(post(client, body)))
+            for body in bodies
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        counts = sorted(reply["mlxroute"]["large_tokens"] for reply in replies)
+        assert counts == [2, 4, 6]
+        total = sum(reply["mlxroute"]["uploaded_bytes"] for reply in replies)
+        assert total <= large.uploads.size_bytes
+    assert math.isfinite(total)
