@@ -45,7 +45,7 @@ KEYS = {
     "OptionsRecord": (
         "mode prefetch call_ceiling accept_within max_tokens stop temperature top_p seed never_send"
     ),
-    "PromptRecord": "tokens sha256",
+    "PromptRecord": "tokens sha256 text",
     "RecordedReply": "after then tokens",
     "RecordedToken": "ids text ends logprob top top_bytes large_ids latency_s",
     "RouterRecord": "name threshold budget positions state",

@@ -34,7 +34,7 @@ _ROUTES: Final = (
     ("/health", routes.health, "GET"),
     ("/metrics", routes.metrics, "GET"),
 )
-_SCRIPT: Final = re.compile(r"<script>(.*?)</script>", re.DOTALL)
+_SCRIPT: Final = re.compile(rb"<script>(.*?)</script>", re.DOTALL)
 
 
 def create_app(
@@ -95,8 +95,8 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
 
 def _page() -> routes.Handler:
     """Return the handler of the page, whose script is the only one that a browser runs."""
-    html = (files("mlxroute.serving.http") / "page" / "index.html").read_text(encoding="utf-8")
-    digests = [hashlib.sha256(script.encode()).digest() for script in _SCRIPT.findall(html)]
+    html = (files("mlxroute.serving.http") / "page" / "index.html").read_bytes()
+    digests = [hashlib.sha256(script).digest() for script in _SCRIPT.findall(html)]
     scripts = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
     policy = (
         f"default-src 'none'; script-src {scripts or chr(39) + 'none' + chr(39)};"

@@ -175,7 +175,7 @@ def test_a_silent_stream_is_kept_alive(small: SmallModel) -> None:
 def test_a_client_that_leaves_ends_its_answer_and_its_calls(
     small: SmallModel, stream: bool
 ) -> None:
-    hanging = HangingLarge()
+    hanging, before = HangingLarge(), set(threading.enumerate())
     app = create_app(make_session(small, hanging), limits=ServingLimits(keep_alive_s=0.05))
     asyncio.run(
         _call_until(app, chat(stream=stream, **_ALWAYS), lambda data: bool(hanging.hanging))
@@ -187,8 +187,8 @@ def test_a_client_that_leaves_ends_its_answer_and_its_calls(
     assert endpoint.scheduler.figures().running == 0
     assert all(call.cancelled for call in hanging.hanging)
     endpoint.close()
-    names = [thread.name for thread in threading.enumerate()]
-    assert not [name for name in names if name.startswith("mlxroute")]
+    new = set(threading.enumerate()) - before
+    assert not [thread for thread in new if thread.name.startswith("mlxroute")]
 
 
 async def _call_until(app: Any, body: dict[str, Any], stop: Callable[[bytes], bool]) -> None:
