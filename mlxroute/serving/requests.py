@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from mlxroute.engine.options import Options
 from mlxroute.engine.protocols import LargeProtocol, RouterProtocol
 from mlxroute.errors import MlxRouteError
-from mlxroute.types import Event, Message
+from mlxroute.types import Event, Message, Signals
 
 
 class QueueFull(MlxRouteError):
@@ -25,6 +25,23 @@ class PromptProgress:
 
 ServedEvent = Event | PromptProgress
 """What `RunningAnswer.events` yields."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredPrompt:
+    """A prompt as the small model finds it.
+
+    Args:
+        text: Its text.
+        ids: Its token ids.
+        signals: The small model's signals at each position but the first.
+        logprobs: The logprobs of the prompt's own tokens there, in nats.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    signals: tuple[Signals, ...]
+    logprobs: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,9 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from queue import SimpleQueue
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Final, Protocol, TypeVar, cast
 
 from mlxroute.serving.prompts import ServedPrompt
 from mlxroute.serving.sequence import DecodedSequence
@@ -22,6 +23,7 @@ from mlxroute.types import (
 )
 
 _T = TypeVar("_T")
+_SCORED_AT_ONCE: Final = 128
 
 
 class AnswerCancelled(Exception):
@@ -146,6 +148,22 @@ class Row:
     def release(self) -> None:
         """End the sequence."""
         self._request(Release())
+
+    def score_prompt(self) -> tuple[list[Signals], list[float]]:
+        """Return the signals at each position of the prompt but the first, and its own logprobs.
+
+        Raises UsageError for an architecture whose hidden state cannot be read.
+        """
+        ids, small = self.prompt.ids, self.sequence.small
+        signals: list[Signals] = []
+        logprobs: list[float] = []
+        # The logits of a part are in memory at once, and other answers decode between parts.
+        for start in range(1, len(ids), _SCORED_AT_ONCE):
+            part = ids[start : start + _SCORED_AT_ONCE]
+            scored = self._invoke(partial(small.score_text, ids[:start], part))
+            signals += scored.signals
+            logprobs += scored.logprobs
+        return signals, logprobs
 
     # The engine's SmallProtocol
 

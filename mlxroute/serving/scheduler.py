@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -15,11 +16,12 @@ from mlxroute.engine.protocols import LargeProtocol
 from mlxroute.routers import make_router
 from mlxroute.serving.device_thread import DeviceThread
 from mlxroute.serving.prompts import ServedPrompt, encode_prompt
-from mlxroute.serving.requests import AnswerRequest, QueueFull
+from mlxroute.serving.requests import AnswerRequest, QueueFull, ScoredPrompt
 from mlxroute.serving.row import Row
 from mlxroute.serving.running_answer import RunningAnswer
 from mlxroute.serving.stoppable_large import StoppableLarge
 from mlxroute.small import SmallModel
+from mlxroute.types import Message
 
 DEFAULT_CACHE_BYTES: Final = 1 << 30
 """Memory of KV caches that are kept for later prompts, where nothing else is said."""
@@ -108,6 +110,19 @@ class AnswerScheduler(Closeable):
             self._queue.append(answer)
             self._start_next()
         return answer
+
+    def score(self, prompt: Sequence[Message] | str | Sequence[int]) -> ScoredPrompt:
+        """Return how likely the small model finds a prompt, token by token; blocks until then.
+
+        Raises as `submit`, and UsageError where the architecture does not allow it.
+        """
+        served = encode_prompt(self._small, prompt)
+        row = self._device.new_row(served, is_exact=True)
+        try:
+            signals, logprobs = row.score_prompt()
+        finally:
+            row.release()
+        return ScoredPrompt(served.text, served.ids, tuple(signals), tuple(logprobs))
 
     def figures(self) -> SchedulerFigures:
         """Return the present state and the totals."""

@@ -15,9 +15,10 @@ from starlette.responses import JSONResponse, Response
 from mlxroute.serving.http.answer_endpoint import AnswerEndpoint, Asked
 from mlxroute.serving.http.api_error import ApiError, to_api_error, wrong
 from mlxroute.serving.http.metrics import CONTENT_TYPE
+from mlxroute.serving.http.model_names import ModelRole
 from mlxroute.serving.http.parsing.chat_fields import ToolsNeeded, read_chat
 from mlxroute.serving.http.parsing.common_fields import AnswerFields
-from mlxroute.serving.http.parsing.prompt_fields import read_completion
+from mlxroute.serving.http.parsing.prompt_fields import PromptFields, read_completion
 from mlxroute.serving.http.parsing.request_body import read_json
 from mlxroute.serving.http.replies.answer_summary_json import FINISH_REASONS, summarize, usage
 from mlxroute.serving.http.replies.chunk_stream import ChunkStream
@@ -25,7 +26,7 @@ from mlxroute.serving.http.replies.event_stream import ClientGone, EventStream, 
 from mlxroute.serving.http.replies.reply_forms import ReplyForm
 from mlxroute.serving.http.replies.token_logprobs import LogprobForms
 from mlxroute.serving.http.served_answer import ServedAnswer
-from mlxroute.serving.requests import QueueFull
+from mlxroute.serving.requests import QueueFull, ScoredPrompt
 
 ID_HEADER: Final = "x-mlxroute-id"
 _CLIENT_GONE_STATUS: Final = 499
@@ -124,8 +125,7 @@ async def completions(request: Request) -> Response:
     endpoint = endpoint_of(request)
     values = await read_json(request)
     fields = read_completion(values, endpoint.session, endpoint.names)
-    if fields.echo:
-        raise wrong("echo", "echo is not supported", code="unsupported_value")
+    _check_echo(fields, endpoint)
     reply = _Reply(endpoint, fields.answer, is_chat=False, top_logprobs=fields.top_logprobs)
     asked = [
         Asked(fields.answer, prompt, reply.answer_id(number), request.state.owner)
@@ -133,7 +133,22 @@ async def completions(request: Request) -> Response:
     ]
     if fields.answer.stream:
         return await reply.stream(request, asked[0])
-    return await reply.whole(request, asked)
+    return await reply.whole(request, asked, echo=fields)
+
+
+def _check_echo(fields: PromptFields, endpoint: AnswerEndpoint) -> None:
+    """Raise for an echo that cannot be exact: the large model does not score prompts."""
+    if not fields.echo:
+        return
+    if fields.answer.stream:
+        raise wrong("echo", "echo is not streamed", code="unsupported_value")
+    if fields.top_logprobs is not None and not fields.answer.is_local(endpoint.session):
+        small = endpoint.names.id_of(ModelRole.SMALL)
+        raise wrong(
+            "echo",
+            f"logprobs of a prompt are the small model's alone; ask {small} for them",
+            code="unsupported_value",
+        )
 
 
 class _Reply:
@@ -161,6 +176,7 @@ class _Reply:
         vocabulary = endpoint.session.small.vocabulary
         self._logprobs = None if top_logprobs is None else LogprobForms(vocabulary, top_logprobs)
         self._answers: list[ServedAnswer] = []
+        self._scores: list[ScoredPrompt] = []
 
     def answer_id(self, number: int) -> str:
         """Return the id of an answer of a reply with several."""
@@ -181,10 +197,13 @@ class _Reply:
         headers = {ID_HEADER: self.reply_id}
         return EventStream(stream.parts(), cancel=self._cancel, headers=headers)
 
-    async def whole(self, request: Request, asked: Sequence[Asked]) -> Response:
-        """Reply answers in one body."""
+    async def whole(
+        self, request: Request, asked: Sequence[Asked], *, echo: PromptFields | None = None
+    ) -> Response:
+        """Reply answers in one body, after their prompts if these are to be echoed."""
+        work = self._answer_all(asked, is_scored=bool(echo and echo.echo and self._logprobs))
         try:
-            await unless_gone(request.receive, self._answer_all(asked), cancel=self._cancel)
+            await unless_gone(request.receive, work, cancel=self._cancel)
         except ClientGone:
             raise
         except Exception as exc:
@@ -195,14 +214,14 @@ class _Reply:
             raise error from exc
         summary, figures = self._report()
         body = self._form.whole(
-            [self._choice(number, answer) for number, answer in enumerate(self._answers)],
+            [self._choice(number, echo) for number in range(len(self._answers))],
             figures,
             summary,
         )
         return JSONResponse(body, headers={ID_HEADER: self.reply_id})
 
-    async def _answer_all(self, asked: Sequence[Asked]) -> None:
-        """Have all answers written, as many at a time as the scheduler runs."""
+    async def _answer_all(self, asked: Sequence[Asked], *, is_scored: bool) -> None:
+        """Have all answers written, as many at a time as the scheduler runs, and prompts scored."""
         limit = self._endpoint.limits.max_running
         for number, item in enumerate(asked):
             if number >= limit:
@@ -210,6 +229,9 @@ class _Reply:
             await self._start_after_own(item)
         for answer in self._answers:
             await answer.wait()
+        if is_scored:
+            score = self._endpoint.scheduler.score
+            self._scores = [await asyncio.to_thread(score, item.prompt) for item in asked]
 
     async def _start_after_own(self, asked: Asked) -> None:
         """Start an answer; where the queue is full, wait for an earlier answer of this reply."""
@@ -240,14 +262,23 @@ class _Reply:
         for answer in self._answers:
             answer.cancel()
 
-    def _choice(self, number: int, answer: ServedAnswer) -> dict[str, Any]:
+    def _choice(self, number: int, echo: PromptFields | None) -> dict[str, Any]:
+        answer = self._answers[number]
         assert answer.run is not None
+        # With `max_tokens: 0` the one token that was written is left out.
+        tokens = [] if echo and echo.writes_nothing else answer.tokens
+        prompt_text = answer.running.prompt.text if echo and echo.echo else ""
         logprobs = None
         if self._logprobs is not None:
-            form = self._logprobs.chat if self._is_chat else self._logprobs.completion
-            logprobs = form(answer.tokens)
-        finish_reason = FINISH_REASONS[answer.run.finish_reason]
-        return self._form.choice(number, answer.text, finish_reason, logprobs)
+            if self._is_chat:
+                logprobs = self._logprobs.chat(tokens)
+            else:
+                logprobs = self._logprobs.completion(tokens, offset=len(prompt_text))
+        if self._scores and self._logprobs is not None and logprobs is not None:
+            before = self._logprobs.prompt(self._scores[number])
+            logprobs = {key: before[key] + values for key, values in logprobs.items()}
+        text = prompt_text + "".join(token.text for token in tokens)
+        return self._form.choice(number, text, FINISH_REASONS[answer.run.finish_reason], logprobs)
 
     def _report(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the summary and the usage of the complete answers."""

@@ -15,6 +15,8 @@ from mlxroute.routers import make_router
 from mlxroute.small import SmallModel
 from tests.support.endpoint import chat, read_stream
 
+_LISTS = ("tokens", "token_logprobs", "top_logprobs")
+
 
 def alone(small: SmallModel, prompt: str, *, max_tokens: int = 12) -> str:
     router = make_router("entropy", threshold=math.inf)
@@ -201,3 +203,26 @@ def test_models_are_listed(client: TestClient) -> None:
     assert listed["data"][0]["context_length"] == 512
     assert client.get("/v1/models/tiny:small").json() == listed["data"][1]
     assert client.get("/v1/models/tiny:large").status_code == 404
+
+
+def test_an_echo_gives_the_likelihood_of_a_prompt(client: TestClient, small: SmallModel) -> None:
+    ids = list(small.vocabulary.encode("the quick brown fox jumps over the lazy dog"))
+    body = {"prompt": [ids], "echo": True, "logprobs": 1, "max_tokens": 1}
+    (choice,) = post(client, body, "completions")["choices"]
+    logprobs = choice["logprobs"]
+    assert len(logprobs["tokens"]) == len(ids) + 1
+    assert logprobs["token_logprobs"][0] is None
+    own = small.with_own_cache()
+    expected = own.score_text(ids[:1], ids[1:]).logprobs
+    assert logprobs["token_logprobs"][1:-1] == pytest.approx(expected, abs=1e-4)
+    # The greedy token is among the alternatives, and the prompt's own token always is.
+    for token, value, top in zip(*(logprobs[k][1:-1] for k in _LISTS), strict=True):
+        assert top[token] == value
+        assert max(top.values()) >= value
+    assert "".join(logprobs["tokens"][: len(ids)]) == choice["text"][: logprobs["text_offset"][-1]]
+
+
+def test_an_echo_without_an_answer(client: TestClient) -> None:
+    body = {"prompt": "the fox", "echo": True, "max_tokens": 0}
+    (choice,) = post(client, body, "completions")["choices"]
+    assert choice["text"] == "the fox"

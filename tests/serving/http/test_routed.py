@@ -248,3 +248,12 @@ def test_concurrent_answers_count_their_own_calls(small: SmallModel, large: Scri
         total = sum(reply["mlxroute"]["uploaded_bytes"] for reply in replies)
         assert total <= large.uploads.size_bytes
     assert math.isfinite(total)
+
+
+def test_an_echo_with_logprobs_is_the_small_models(routed: TestClient) -> None:
+    body = {"prompt": "the fox", "echo": True, "logprobs": 1, "max_tokens": 1}
+    response = routed.post("/v1/completions", json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "echo"
+    small = {**body, "model": "mlxroute:small"}
+    assert routed.post("/v1/completions", json=small).status_code == 200

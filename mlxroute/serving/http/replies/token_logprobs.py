@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 from mlxroute.answers.record_json import to_json
 from mlxroute.answers.token_description import describe_ids, describe_token
+from mlxroute.serving.requests import ScoredPrompt
 from mlxroute.types import Source, Token, Vocabulary
 
 # What OpenAI's API gives for a token whose logprob is not known.
@@ -51,6 +54,26 @@ class LogprobForms:
             offset += len(token.text)
         return lists
 
+    def prompt(self, prompt: ScoredPrompt) -> dict[str, Any]:
+        """Return the `logprobs` of the prompt itself, in the form of a text completion."""
+        texts = [describe_ids((token_id,), self._vocabulary)[0] for token_id in prompt.ids]
+        lengths = [len(text) for text in texts]
+        tops: list[dict[str, float] | None] = [None]
+        for signals, token_id, logprob in zip(
+            prompt.signals, prompt.ids[1:], prompt.logprobs, strict=True
+        ):
+            pairs = list(zip(signals.top_ids, signals.top_logprobs, strict=False))[: self._top]
+            # The token itself comes last: where two tokens have one text, its own logprob counts.
+            pairs = [pair for pair in pairs if pair[0] != token_id] + [(token_id, logprob)]
+            tops.append({self._choice(i, value)["token"]: _finite(value) for i, value in pairs})
+        return {
+            "tokens": texts,
+            "token_logprobs": [None, *map(_finite, prompt.logprobs)],
+            "top_logprobs": tops,
+            "text_offset": [0, *accumulate(lengths[:-1])],
+            "provenance": [None] * len(texts),
+        }
+
     def _shown(self, tokens: Iterable[Token]) -> list[Token]:
         return [token for token in tokens if token.token_id not in self._vocabulary.eos_ids]
 
@@ -69,6 +92,9 @@ class LogprobForms:
         }
 
     def _logprob(self, token: Token) -> float:
+        return _finite(self._known_logprob(token))
+
+    def _known_logprob(self, token: Token) -> float:
         """Return the logprob that the token's own model gave it."""
         signals, escalation = token.signals, token.escalation
         if token.source is Source.LARGE:
@@ -101,4 +127,9 @@ class LogprobForms:
 
 
 def _choice(text: str, logprob: float, data: Sequence[int]) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(data)}
+    return {"token": text, "logprob": _finite(logprob), "bytes": list(data)}
+
+
+def _finite(logprob: float) -> float:
+    """Return a logprob that JSON can carry."""
+    return logprob if math.isfinite(logprob) else _UNKNOWN_LOGPROB
