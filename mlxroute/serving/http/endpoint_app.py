@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.resources import files
 from typing import Final
 
 from starlette.applications import Starlette
@@ -22,6 +18,7 @@ from mlxroute.serving.http import routes
 from mlxroute.serving.http.answer_endpoint import AnswerEndpoint, ServingLimits
 from mlxroute.serving.http.api_error import ApiError
 from mlxroute.serving.http.guard import AccessRules, Guard
+from mlxroute.serving.http.page.chat_page import read_chat_page
 from mlxroute.serving.http.serving_session import ServingSession
 from mlxroute.types import Notify, no_notice
 
@@ -34,7 +31,6 @@ _ROUTES: Final = (
     ("/health", routes.health, "GET"),
     ("/metrics", routes.metrics, "GET"),
 )
-_SCRIPT: Final = re.compile(rb"<script>(.*?)</script>", re.DOTALL)
 
 
 def create_app(
@@ -75,7 +71,7 @@ def create_loading_app(rules: AccessRules, *, notify: Notify) -> Starlette:
     app = Starlette(
         routes=[
             *(Route(path, handler, methods=[method]) for path, handler, method in _ROUTES),
-            Route("/", _page(), methods=["GET"]),
+            Route("/", _make_page_handler(), methods=["GET"]),
         ],
         middleware=middleware,
         exception_handlers={HTTPException: _on_http_error},
@@ -93,26 +89,13 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
         endpoint.close()
 
 
-def _page() -> routes.Handler:
-    """Return the handler of the page, whose script is the only one that a browser runs."""
-    html = (files("mlxroute.serving.http") / "page" / "index.html").read_bytes()
-    digests = [hashlib.sha256(script).digest() for script in _SCRIPT.findall(html)]
-    scripts = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
-    policy = (
-        f"default-src 'none'; script-src {scripts or chr(39) + 'none' + chr(39)};"
-        " style-src 'unsafe-inline'; img-src data:; connect-src 'self'; base-uri 'none';"
-        " form-action 'none'; frame-ancestors 'none'"
-    )
-    headers = {
-        "Content-Security-Policy": policy,
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-    }
+def _make_page_handler() -> routes.Handler:
+    page = read_chat_page()
 
-    async def page(request: Request) -> Response:
-        return Response(html, media_type="text/html", headers=headers)
+    async def handle(request: Request) -> Response:
+        return Response(page.html, media_type="text/html", headers=page.headers)
 
-    return page
+    return handle
 
 
 async def _on_http_error(request: Request, exc: Exception) -> Response:

@@ -99,7 +99,7 @@ const STYLE = `
 `;
 
 const ENDS = {
-  eos: "end token", stop_string: "stop string", length: "token limit", cancelled: "cancelled",
+  eos: "end token", stop: "its own end", stop_string: "stop string", length: "token limit", cancelled: "cancelled",
 };
 const FULL_HEAT_NATS = 4;
 // Control characters, and those that change the direction of the text around them.
@@ -160,6 +160,7 @@ export function describeDecision(token) {
     replaced: "The large model was asked, and its token replaced the small model's.",
     accepted: "The large model was asked; the small model's token is nearly as likely, and was kept.",
     unchecked: `To be asked, but unchecked${reason}. The small model's token was kept.`,
+    provisional: "Not committed yet: a call to the large model may change it.",
     continued: "A further part of the large model's token before it.",
   };
   return words[token.decision] ?? clean(token.decision);

@@ -1,0 +1,1 @@
+"""The page at `/`: a chat that shows which model wrote each token."""
