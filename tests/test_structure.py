@@ -38,6 +38,7 @@ _TEXT_READERS = {
     "serving/http/endpoint_app.py": "a file of this package",
     "serving/http/parsing/request_body.py": "the door of requests",
     "view/answer_html.py": "a file of this package",
+    "serving/http/page/chat_page.py": "a file of this package",
 }
 _EMPTY_NAMES = {"found", "each", "told", "seen", "wanted"}
 

@@ -134,9 +134,10 @@ function splitWord(text) {
   return [clean(text).slice(0, clean(text).length - word.length), element("span", { class: "tv-word" }, word)];
 }
 
-/** Return the text of a token with its blanks visible. */
+/** Return the text of a token with its blanks and control characters visible. */
 function visible(text) {
-  const line = clean(text).replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "␣");
+  const code = (control) => `\\u${control.charCodeAt(0).toString(16).padStart(4, "0")}`;
+  const line = String(text).replace(CONTROLS, code).replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "␣");
   return line || "(nothing)";
 }
 

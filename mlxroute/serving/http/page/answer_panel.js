@@ -48,8 +48,8 @@ class AnswerPanel {
       for await (const chunk of chunks) this.#read(chunk);
       this.isComplete = true;
     } catch (error) {
-      this.problem = error.name === "AbortError" ? null : error;
-      if (this.problem && !(error instanceof EndpointError)) throw error;
+      if (error instanceof EndpointError) this.problem = error;
+      else if (error.name !== "AbortError") this.problem = new EndpointError(`The page failed: ${error.message}`);
     } finally {
       this.view.retract(this.committed);
       this.node.removeAttribute("aria-busy");
@@ -128,11 +128,11 @@ class AnswerPanel {
   async #findDocument() {
     if (!this.id || (this.isComplete && !this.settings.isOpen)) return null;
     for (let tries = 0; tries < DOCUMENT_TRIES; tries += 1) {
+      if (!this.isComplete) await new Promise((resolve) => setTimeout(resolve, DOCUMENT_PAUSE_MS));
       try {
         return await this.endpoint.document(this.id);
       } catch (error) {
-        if (error.isUnreachable) return null;
-        await new Promise((resolve) => setTimeout(resolve, DOCUMENT_PAUSE_MS));
+        if (this.isComplete || error.isUnreachable) break;
       }
     }
     return null;
@@ -165,10 +165,10 @@ function renderCounts(summary) {
     ["by large model", count(summary.large_tokens) + share(summary.large_tokens)],
     ["escalated", count(summary.escalated) + share(summary.escalated)],
     ["calls", count(summary.calls)],
-    ["uploaded tokens", count(summary.uploaded_tokens)],
+    ["uploaded", `${count(summary.uploaded_tokens)} tokens`],
     ["tokens/s", number(summary.tokens_per_s)],
     ["time", `${number(summary.total_s)} s`],
-    ["cost", summary.cost_estimate ? number(summary.cost_estimate) : summary.cost_estimate === 0 ? "0" : "no prices set"],
+    ["cost", summary.cost_estimate ? number(summary.cost_estimate) : summary.cost_estimate === 0 ? "0" : "no prices"],
   ];
   return element("dl", { class: "counts" },
     ...terms.map(([term, value]) => element("div", {}, element("dt", {}, term), element("dd", {}, clean(value)))));

@@ -3,6 +3,7 @@
 // It stands in one module with token_view.js, endpoint_client.js and answer_panel.js, in this order.
 
 const RETRY_MS = 2500;
+const AGAIN = "This page tries again by itself.";
 const MODES = {
   "": "What the small model does during a call.",
   auto: "Chooses one of the others by measurement.",
@@ -66,6 +67,8 @@ class ChatPage {
       event.preventDefault();
       byId("ask").requestSubmit();
     });
+    // Browsers that know field-sizing let the field grow with its text.
+    if (!CSS.supports("field-sizing", "content")) byId("question").rows = 3;
     byId("budget").addEventListener("input", () => this.#setBudget(true));
     byId("budget-reset").addEventListener("click", () => {
       this.#setBudget(false);
@@ -98,8 +101,8 @@ class ChatPage {
   }
 
   #waitForServer(error) {
-    const isLoading = error.status === 503;
-    this.#say(isLoading ? "The models are being loaded." : `${error.message} This page tries again by itself.`);
+    const reason = error.isUnreachable ? "No connection to the server." : error.message;
+    this.#say(error.status === 503 ? "The models are being loaded." : `${reason} ${AGAIN}`);
     this.#retry = setTimeout(() => this.#connect(), RETRY_MS);
   }
 
@@ -161,7 +164,6 @@ class ChatPage {
     this.#showHeat();
     this.#controller = new AbortController();
     this.#showRunning();
-    panel.node.scrollIntoView({ block: "nearest" });
     const following = this.#followEnd();
     await panel.run(this.#messagesFor(turn), this.#controller.signal);
     following.disconnect();
@@ -272,8 +274,9 @@ class ChatPage {
     byId("settings-line").textContent = settings.describe();
     byId("budget").disabled = byId("mode").disabled = !isRouted;
     byId("local-only").disabled = !this.#hasLarge;
-    for (const { again } of this.#turns) {
-      again.textContent = `Answer again: ${settings.describe().replace(/^[A-Z]/, (letter) => letter.toLowerCase())}`;
+    for (const { again, panels } of this.#turns) {
+      const verb = panels.some((panel) => panel.text) ? "Answer" : "Try";
+      again.textContent = `${verb} again: ${settings.describe().replace(/^[A-Z]/, (letter) => letter.toLowerCase())}`;
     }
   }
 
@@ -295,6 +298,7 @@ class ChatPage {
     for (const turn of this.#turns) {
       const isLast = turn === this.#turns.at(-1);
       turn.again.hidden = isRunning || !isLast;
+      turn.again.disabled = !this.#isReady;
       for (const panel of turn.panels) {
         panel.useLabel.hidden = !(turn.panels.length > 1 && panel.text);
         panel.use.disabled = isRunning || !isLast;
