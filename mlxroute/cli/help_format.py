@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Any, Final
 
 from typer.core import TyperCommand, TyperGroup
 
-if TYPE_CHECKING:
-    from typer import Context
 
 # Below this width, the help of a long option begins on a line of its own.
 _NARROW_COLUMNS: Final = 60
@@ -19,7 +17,7 @@ _NARROW_COLUMNS: Final = 60
 class HelpCommand(TyperCommand):
     """A command whose help fits the terminal."""
 
-    def get_help(self, ctx: Context) -> str:
+    def get_help(self, ctx: Any) -> str:
         """Return the help text."""
         return _format_help(self, ctx)
 
@@ -27,12 +25,12 @@ class HelpCommand(TyperCommand):
 class HelpGroup(TyperGroup):
     """A group of commands whose help fits the terminal."""
 
-    def get_help(self, ctx: Context) -> str:
+    def get_help(self, ctx: Any) -> str:
         """Return the help text."""
         return _format_help(self, ctx)
 
 
-def _format_help(command: TyperCommand | TyperGroup, context: Context) -> str:
+def _format_help(command: TyperCommand | TyperGroup, context: Any) -> str:
     formatter = context.make_formatter()
     columns = shutil.get_terminal_size().columns
     if columns < _NARROW_COLUMNS:

@@ -26,12 +26,12 @@ def models(settings: Settings) -> int:
     rows = list(_model_rows(catalog, folder))
     out.print(make_fitting_table(columns, rows, width=out.width, essential=(0, 2, 4)))
     out.print()
-    columns = ("small", "large", "threshold", "calibration")
+    pair_columns = ("small", "large", "threshold", "calibration")
     pairs = [
         (pair.small, pair.large, f"{pair.threshold:g} nats", pair.calibration)
         for pair in catalog.pairs
     ]
-    out.print(make_fitting_table(columns, pairs, width=out.width, essential=(0, 1)))
+    out.print(make_fitting_table(pair_columns, pairs, width=out.width, essential=(0, 1)))
     out.print()
     print_labelled(out, "cache: ", str(folder))
     return 0
