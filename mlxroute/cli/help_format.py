@@ -9,7 +9,6 @@ from typing import Any, Final
 
 from typer.core import TyperCommand, TyperGroup
 
-
 # Below this width, the help of a long option begins on a line of its own.
 _NARROW_COLUMNS: Final = 60
 
@@ -42,9 +41,9 @@ def _format_help(command: TyperCommand | TyperGroup, context: Any) -> str:
                 [(_break_choices(name, width - 4), text) for name, text in rows], col_max=width // 3
             )
 
-        formatter.write_dl = write_narrow_list  # type: ignore[method-assign, assignment]
+        formatter.write_dl = write_narrow_list
     command.format_help(context, formatter)
-    return formatter.getvalue().rstrip("\n")
+    return str(formatter.getvalue()).rstrip("\n")
 
 
 def _break_choices(text: str, width: int) -> str:
