@@ -49,11 +49,12 @@ def request(
     threshold: float = math.inf,
     mode: Mode = Mode.AUTO,
     sampling: Sampling | None = None,
-    **flags: bool,
+    local_only: bool = False,
+    exact: bool = False,
 ) -> AnswerRequest:
     options = Options(max_tokens=max_tokens, mode=mode, sampling=sampling or Sampling())
     router = make_router("entropy", threshold=threshold)
-    return AnswerRequest(messages(prompt), router, options, **flags)
+    return AnswerRequest(messages(prompt), router, options, local_only=local_only, exact=exact)
 
 
 def written(answer: RunningAnswer) -> list[int]:
