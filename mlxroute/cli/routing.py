@@ -94,8 +94,8 @@ class RoutingRule:
 
     def describe(self) -> str:
         """Return in words which tokens the large model is asked for."""
-        if self.budget is not None:
-            return f"for at most {100 * self.budget:g}% of the tokens, by {self.name}"
+        if (budget := self.describe_budget()) is not None:
+            return f"for at most {budget}, by {self.name}"
         unit = f" {self.unit}" if self.name == DEFAULT_ROUTER else ""
         return f"where {self.name} is above {self.threshold:g}{unit}"
 

@@ -115,8 +115,8 @@ def describe_choice(
     """Return how the question was chosen: from how many, and what routing did there."""
     return (
         f"The question was chosen because it shows the effect: of {candidates:,} tried with {pair},"
-        f" routing made {corrected:,} of the {small_wrong:,} right that the small model alone had"
-        f" wrong, and {spoiled:,} of the {small_right:,} wrong or unclear that it had right."
+        f" routing corrected {corrected:,} of the small model's {small_wrong:,} wrong answers, and"
+        f" made {spoiled:,} of its {small_right:,} right ones wrong or unclear."
     )
 
 
@@ -151,12 +151,12 @@ def closing_paragraph(
     uncertainty = _describe_uncertainty(threshold, allowance)
     sentences = [f"{small} wrote {small_tokens:,} of the {tokens} on this machine."]
     if stats.escalated:
-        share, agreed = format_percent(stats.escalation_rate), format_percent(stats.agreement or 0)
+        share = format_percent(stats.escalation_rate)
         stall, total = format_seconds(stats.stall_s), format_seconds(stats.total_s)
         sentences += [
             f"{large} was asked for one token wherever {uncertainty}: "
-            f"{format_count(stats.escalated, 'time')}, at {share} of the positions. What it wrote "
-            f"is underlined; {agreed} of it is what {small} was about to write anyway.",
+            f"{format_count(stats.escalated, 'time')}, at {share} of the positions. Those "
+            f"tokens are underlined; {stats.agreed:,} of them {small} would have written, too.",
             f"{stall} of {total} went into waiting for it; {describe_answer_uploads(stats)}.",
         ]
     elif not stats.unchecked:
