@@ -32,6 +32,7 @@ from mlxroute.large.vocabulary.reply_reader import read_streamed_tokens
 from mlxroute.large.vocabulary.token_reader import TokenReader
 from mlxroute.large.vocabulary.token_sources import FileTokenSource, Tokenizer
 from mlxroute.large.vocabulary.vocabulary_comparison import VocabularyComparison
+from mlxroute.large.whole_chat import WholeChat
 from mlxroute.ledger import Ledger
 from mlxroute.safe_text import printable_line
 from mlxroute.types import LargeContext, LargeToken, Uploads, Vocabulary
@@ -269,6 +270,16 @@ class LargeModel(Closeable):
             return self._fetch_tokens(context, deadline, prefetch=prefetch, publish=publish)
 
         return self._pending_calls.start(fetch, self._new_deadline(deadline_s))
+
+    def whole_chat(self, *, timeout_s: float) -> WholeChat:
+        """Return a chat completion that the server answers alone, within `timeout_s`."""
+        return WholeChat(
+            self._requester,
+            self._breaker,
+            self._ledger,
+            model=self._negotiator.model.known,
+            deadline=Deadline(timeout_s),
+        )
 
     def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
         """Block until `ready()` is true, checked at each change of a call, or until the timeout."""

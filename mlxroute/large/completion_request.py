@@ -123,13 +123,15 @@ class CompletionRequester:
         self._lock = threading.Lock()
 
     def post(
-        self, path: str, body: Mapping[str, object], *, deadline: Deadline
+        self, path: str, body: Mapping[str, object], *, deadline: Deadline, at_root: bool = True
     ) -> Mapping[str, object]:
-        """Post JSON to a route at the server's root; return the JSON object of the reply.
+        """Post JSON to a route; return the JSON object of the reply.
+
+        The route is at the server's root, or below the base address unless `at_root`.
 
         Raises LargeError for any status but 200.
         """
-        reply = self._transport.call(path, at_root=True, body=_encode(body), deadline=deadline)
+        reply = self._transport.call(path, at_root=at_root, body=_encode(body), deadline=deadline)
         if reply.status != 200:
             raise self._refusal(error_message(reply.body), reply)
         return parse_object(reply.body)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,7 +23,7 @@ from mlxroute.serving.http.model_names import ModelNames, ModelRole
 from mlxroute.serving.http.parsing.common_fields import AnswerFields
 from mlxroute.serving.http.served_answer import ServedAnswer
 from mlxroute.serving.http.serving_session import ServingSession
-from mlxroute.serving.requests import AnswerRequest
+from mlxroute.serving.requests import AnswerRequest, QueueFull
 from mlxroute.serving.scheduler import DEFAULT_CACHE_BYTES, AnswerScheduler
 from mlxroute.types import Message, Notify, RunStats, no_notice
 
@@ -92,6 +94,8 @@ class AnswerEndpoint(Closeable):
         names: The ids of the models.
         store: The documents of the latest answers.
         metrics: The figures of the endpoint.
+        notify: As given.
+        forwards: The threads of requests that the large model answers alone.
     """
 
     def __init__(
@@ -102,7 +106,9 @@ class AnswerEndpoint(Closeable):
         self.names = ModelNames(session, created=int(time.time()))
         self.store = AnswerStore(limits.store_bytes)
         self.metrics = EndpointMetrics()
-        self._notify = notify
+        self.notify = notify
+        self.forwards = ThreadPoolExecutor(limits.max_running, "mlxroute-forward")
+        self._forwarded = 0
         self.scheduler = AnswerScheduler(
             session.small,
             session.large,
@@ -146,9 +152,24 @@ class AnswerEndpoint(Closeable):
         )
         return ServedAnswer(running, origin, recorder, on_end=partial(self._on_end, asked))
 
+    @contextmanager
+    def forwarding(self) -> Iterator[None]:
+        """Count a request in the block as one that the large model answers alone.
+
+        Raises QueueFull if too many are. The event loop's thread alone may enter it.
+        """
+        if self._forwarded >= self.limits.max_running + self.limits.max_queued:
+            raise QueueFull(f"{self._forwarded} requests are being forwarded already; try later")
+        self._forwarded += 1
+        try:
+            yield
+        finally:
+            self._forwarded -= 1
+
     def close(self) -> None:
         """Cancel all answers and end all threads."""
         self.scheduler.close()
+        self.forwards.shutdown(wait=False, cancel_futures=True)
 
     def _on_end(self, asked: Asked, answer: ServedAnswer) -> None:
         """Count an answer and keep its document."""
@@ -166,7 +187,7 @@ class AnswerEndpoint(Closeable):
         )
         data = format_document(document, redact=self.session.redact)
         self.store.add(asked.answer_id, asked.owner, data)
-        self._notify(_describe(asked.fields.role, run))
+        self.notify(_describe(asked.fields.role, run))
 
 
 def _record_options(fields: AnswerFields) -> OptionsRecord:

@@ -19,6 +19,7 @@ from mlxroute.serving.http.answer_endpoint import AnswerEndpoint, ServingLimits
 from mlxroute.serving.http.api_error import ApiError
 from mlxroute.serving.http.guard import AccessRules, Guard
 from mlxroute.serving.http.page.chat_page import read_chat_page
+from mlxroute.serving.http.replies.reply_forms import ID_HEADER
 from mlxroute.serving.http.serving_session import ServingSession
 from mlxroute.types import Notify, no_notice
 
@@ -65,7 +66,7 @@ def create_loading_app(rules: AccessRules, *, notify: Notify) -> Starlette:
             allow_origins=rules.allowed_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=[routes.ID_HEADER, "Retry-After"],
+            expose_headers=[ID_HEADER, "Retry-After"],
         )
         middleware.insert(0, cors)
     app = Starlette(

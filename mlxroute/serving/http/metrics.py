@@ -42,6 +42,7 @@ class EndpointMetrics:
         self._uploaded_tokens = counter("uploaded_tokens", "Prompt tokens of calls.")
         self._uploaded_bytes = counter("uploaded_bytes", "Size of the bodies of calls.")
         self._cost = counter("estimated_cost", "Estimated cost of calls, where prices are set.")
+        self._forwarded = counter("forwarded_requests", "Requests that the large model answered.")
         self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
         self._cached_tokens = counter("cached_prompt_tokens", "Those that a KV cache held.")
         self._ttft_s = histogram("ttft_seconds", "Time to the first token.", _ANSWER_BUCKETS_S)
@@ -92,6 +93,14 @@ class EndpointMetrics:
         for token in tokens:
             if token.escalation is not None and not token.escalation.prefetched:
                 self._call_s.observe(token.escalation.latency_s)
+
+    def on_forwarded(self, *, completion_tokens: int, prompt_tokens: int, latency_s: float) -> None:
+        """Count a request that the large model has answered alone."""
+        self._forwarded.inc()
+        self._calls.inc()
+        self._call_s.observe(latency_s)
+        self._tokens.labels("large").inc(completion_tokens)
+        self._uploaded_tokens.inc(prompt_tokens)
 
     def text(self) -> bytes:
         """Return all figures."""

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from mlxroute.serving.http.answer_endpoint import AnswerEndpoint, Asked
 from mlxroute.serving.http.api_error import ApiError, to_api_error, wrong
+from mlxroute.serving.http.forwarding import forward_chat
 from mlxroute.serving.http.metrics import CONTENT_TYPE
 from mlxroute.serving.http.model_names import ModelRole
 from mlxroute.serving.http.parsing.chat_fields import ToolsNeeded, read_chat
@@ -23,12 +24,11 @@ from mlxroute.serving.http.parsing.request_body import read_json
 from mlxroute.serving.http.replies.answer_summary_json import FINISH_REASONS, summarize, usage
 from mlxroute.serving.http.replies.chunk_stream import ChunkStream
 from mlxroute.serving.http.replies.event_stream import ClientGone, EventStream, unless_gone
-from mlxroute.serving.http.replies.reply_forms import ReplyForm
+from mlxroute.serving.http.replies.reply_forms import ID_HEADER, ReplyForm
 from mlxroute.serving.http.replies.token_logprobs import LogprobForms
 from mlxroute.serving.http.served_answer import ServedAnswer
 from mlxroute.serving.requests import QueueFull, ScoredPrompt
 
-ID_HEADER: Final = "x-mlxroute-id"
 _CLIENT_GONE_STATUS: Final = 499
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -106,12 +106,7 @@ async def chat_completions(request: Request) -> Response:
     try:
         chat = read_chat(values, endpoint.session, endpoint.names)
     except ToolsNeeded as need:
-        raise wrong(
-            need.param,
-            f"{need.param}: tools and schemas are not supported by the routed model; start the"
-            " endpoint with --tools large to have the large model answer such requests alone",
-            code="unsupported_value",
-        ) from None
+        return await forward_chat(request, endpoint, values, need)
     reply = _Reply(endpoint, chat.answer, is_chat=True, top_logprobs=chat.top_logprobs)
     asked = Asked(chat.answer, chat.messages, reply.reply_id, request.state.owner, begun=chat.begun)
     if chat.answer.stream:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
+
+ID_HEADER: Final = "x-mlxroute-id"
+"""The header with the id of a reply."""
 
 
 class ReplyForm:

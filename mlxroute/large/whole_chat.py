@@ -1,0 +1,65 @@
+"""A chat completion that the server of the large model answers alone, as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mlxroute.large.completion_request import CompletionRequester
+from mlxroute.large.http.circuit_breaker import CircuitBreaker
+from mlxroute.large.http.deadline import Deadline
+from mlxroute.ledger import Ledger
+
+
+class WholeChat:
+    """One chat completion of the server. `LargeModel.whole_chat` makes it.
+
+    Args:
+        requester: Sends the request.
+        breaker: Refuses it while the server fails.
+        ledger: Counts its tokens.
+        model: The name of the model to send; None to send none.
+        deadline: The end of the call.
+    """
+
+    def __init__(
+        self,
+        requester: CompletionRequester,
+        breaker: CircuitBreaker,
+        ledger: Ledger,
+        *,
+        model: str | None,
+        deadline: Deadline,
+    ) -> None:
+        self._requester = requester
+        self._breaker = breaker
+        self._ledger = ledger
+        self._model = model
+        self._deadline = deadline
+
+    def ask(self, body: Mapping[str, object]) -> Mapping[str, object]:
+        """Send a request with this body and the model's name; return the reply. Raises LargeError.
+
+        Blocks until the reply is complete.
+        """
+        named = {**body} if self._model is None else {**body, "model": self._model}
+        with self._breaker.guard():
+            reply = self._requester.post(
+                "/chat/completions", named, deadline=self._deadline, at_root=False
+            )
+        usage = reply.get("usage")
+        if isinstance(usage, Mapping):
+            self._ledger.record_usage(
+                prompt_tokens=_count(usage, "prompt_tokens"),
+                cached_tokens=0,
+                completion_tokens=_count(usage, "completion_tokens"),
+            )
+        return reply
+
+    def cancel(self) -> None:
+        """End the call now, from any thread."""
+        self._deadline.cancel()
+
+
+def _count(usage: Mapping[str, object], name: str) -> int:
+    value = usage.get(name)
+    return value if isinstance(value, int) and value > 0 else 0

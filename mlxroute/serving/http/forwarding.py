@@ -1,0 +1,208 @@
+"""Requests with tools or a schema, which the large model answers alone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Any, Final
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from mlxroute.config.setting_choices import ToolPolicyName
+from mlxroute.engine.escalation.never_send import NeverSend
+from mlxroute.errors import LargeRefused
+from mlxroute.serving.http.answer_endpoint import AnswerEndpoint
+from mlxroute.serving.http.api_error import ApiError, to_api_error, wrong
+from mlxroute.serving.http.model_names import ModelRole
+from mlxroute.serving.http.parsing.chat_fields import ToolsNeeded
+from mlxroute.serving.http.parsing.fields import Fields
+from mlxroute.serving.http.replies.event_stream import (
+    COMMENT,
+    DONE,
+    EventStream,
+    encode_error,
+    encode_event,
+    unless_gone,
+)
+from mlxroute.serving.http.replies.reply_forms import ID_HEADER
+
+# Fields that are the endpoint's own, or that it answers itself.
+_OWN_FIELDS: Final = frozenset(
+    {"budget", "threshold", "mode", "local_only", "exact", "events", "stream", "stream_options"}
+)
+_MAX_ANSWER_S: Final = 600.0
+
+
+async def forward_chat(
+    request: Request, endpoint: AnswerEndpoint, values: Mapping[str, Any], need: ToolsNeeded
+) -> Response:
+    """Have the large model answer a whole request. Raises ApiError where that is not allowed."""
+    fields = Fields(values)
+    role = endpoint.names.role(fields.text("model"))
+    _check_allowed(endpoint, role, fields, values, need)
+    forwarded = _ForwardedChat(endpoint, values)
+    if not fields.flag("stream"):
+        reply = await unless_gone(request.receive, forwarded.ask(), cancel=forwarded.cancel)
+        return JSONResponse(reply, headers={ID_HEADER: forwarded.reply_id})
+    options = Fields(fields.take("stream_options") or {})
+    parts = forwarded.stream(include_usage=options.flag("include_usage"))
+    headers = {ID_HEADER: forwarded.reply_id}
+    return EventStream(parts, cancel=forwarded.cancel, headers=headers)
+
+
+def _check_allowed(
+    endpoint: AnswerEndpoint,
+    role: ModelRole,
+    fields: Fields,
+    values: Mapping[str, Any],
+    need: ToolsNeeded,
+) -> None:
+    if endpoint.limits.tools is not ToolPolicyName.LARGE:
+        reason = "start the endpoint with --tools large to have the large one answer them"
+    elif endpoint.session.large is None:
+        reason = "only a large model could answer such requests, and there is none"
+    elif role is ModelRole.SMALL or fields.flag("local_only"):
+        reason = "the small model cannot answer such requests alone"
+    else:
+        patterns = endpoint.session.options.never_send
+        never_send = NeverSend(patterns, list(_texts(values)))
+        if never_send.has_patterns and never_send.match("") is not None:
+            raise ApiError(400, "a --never-send pattern keeps this request here", param=need.param)
+        return
+    raise wrong(
+        need.param,
+        f"{need.param}: the routed model has no tools and no schemas; {reason}",
+        code="unsupported_value",
+    )
+
+
+class _ForwardedChat:
+    """One request that is sent on, and its reply under the endpoint's own names."""
+
+    def __init__(self, endpoint: AnswerEndpoint, values: Mapping[str, Any]) -> None:
+        assert endpoint.session.large is not None
+        self._endpoint = endpoint
+        self._large = endpoint.session.large
+        self._body = {key: item for key, item in values.items() if key not in _OWN_FIELDS}
+        self._body.pop("model", None)
+        self._call = self._large.whole_chat(timeout_s=_MAX_ANSWER_S)
+        self.reply_id = f"chatcmpl-{secrets.token_hex(16)}"
+        self._keys = {
+            "created": int(time.time()),
+            "model": endpoint.names.id_of(ModelRole.LARGE),
+        }
+
+    def cancel(self) -> None:
+        """End the call."""
+        self._call.cancel()
+
+    async def ask(self) -> dict[str, Any]:
+        """Return the body of the whole reply. Raises ApiError."""
+        endpoint, began_s = self._endpoint, time.perf_counter()
+        with endpoint.forwarding():
+            try:
+                reply = await asyncio.get_running_loop().run_in_executor(
+                    endpoint.forwards, self._call.ask, self._body
+                )
+            except LargeRefused as exc:
+                status = exc.status if 400 <= exc.status < 429 else 502
+                message = f"the large model's server refused the request: {exc}"
+                raise ApiError(status, message, code="large_model_failed") from exc
+        choices, usage = reply.get("choices"), reply.get("usage")
+        if not isinstance(choices, list) or not all(isinstance(item, dict) for item in choices):
+            raise ApiError(502, "the large model's reply has no choices", code="large_model_failed")
+        counts = Fields(usage if isinstance(usage, dict) else {})
+        summary = self._summary(counts)
+        endpoint.metrics.on_forwarded(
+            completion_tokens=summary["tokens"],
+            prompt_tokens=summary["uploaded_tokens"],
+            latency_s=time.perf_counter() - began_s,
+        )
+        endpoint.notify(f"large alone, for tools: {summary['tokens']:,} tokens in 1 call")
+        figures = {**usage} if isinstance(usage, dict) else {}
+        return {
+            "id": self.reply_id,
+            "object": "chat.completion",
+            **self._keys,
+            "choices": choices,
+            "usage": {**figures, "mlxroute": summary},
+            "mlxroute": {"id": self.reply_id, **summary},
+        }
+
+    async def stream(self, *, include_usage: bool) -> AsyncIterator[bytes]:
+        """Yield the reply as the events of a stream; it is sent as soon as it is whole."""
+        yield self._chunk({"role": "assistant", "content": ""}, None, include_usage)
+        asking = asyncio.ensure_future(self.ask())
+        try:
+            while not asking.done():
+                await asyncio.wait({asking}, timeout=self._endpoint.limits.keep_alive_s)
+                if not asking.done():
+                    yield COMMENT
+            reply = asking.result()
+        except Exception as exc:  # noqa: BLE001 - the status was sent already
+            yield encode_error(to_api_error(exc, calls=1))
+            return
+        finally:
+            asking.cancel()
+        message = reply["choices"][0].get("message") if reply["choices"] else None
+        delta = {key: item for key, item in (message or {}).items() if key != "role"}
+        calls = delta.get("tool_calls")
+        if isinstance(calls, list):
+            delta["tool_calls"] = [
+                {"index": i, **call} for i, call in enumerate(calls) if isinstance(call, dict)
+            ]
+        yield self._chunk(delta, None, include_usage)
+        reason = reply["choices"][0].get("finish_reason") if reply["choices"] else "stop"
+        last = self._chunk({}, reason or "stop", include_usage, mlxroute=reply["mlxroute"])
+        yield last
+        if include_usage:
+            yield encode_event({**self._head(), "choices": [], "usage": reply["usage"]})
+        yield DONE
+
+    def _head(self) -> dict[str, Any]:
+        return {"id": self.reply_id, "object": "chat.completion.chunk", **self._keys}
+
+    def _chunk(
+        self, delta: dict[str, Any], reason: str | None, include_usage: bool, **more: Any
+    ) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+        usage = {"usage": None} if include_usage else {}
+        return encode_event({**self._head(), "choices": [choice], **usage, **more})
+
+    def _summary(self, counts: Fields) -> dict[str, Any]:
+        tokens = prompt_tokens = 0
+        with contextlib.suppress(ApiError):
+            tokens = counts.integer("completion_tokens", low=0, high=2**40) or 0
+            prompt_tokens = counts.integer("prompt_tokens", low=0, high=2**40) or 0
+        prices = self._endpoint.session.options.prices
+        cost = None
+        if prices is not None:
+            cost = (prompt_tokens * prices.input + tokens * prices.output) / 1e6
+        return {
+            "role": ModelRole.LARGE,
+            "forwarded": True,
+            "small": None,
+            "large": self._large.model_name,
+            "tokens": tokens,
+            "large_tokens": tokens,
+            "calls": 1,
+            "uploaded_tokens": prompt_tokens,
+            "cost_estimate": cost,
+        }
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in a JSON value, keys included."""
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, list):
+            pending += item
+        elif isinstance(item, dict):
+            pending += [*item.keys(), *item.values()]

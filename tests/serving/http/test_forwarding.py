@@ -1,0 +1,110 @@
+"""Requests with tools: refused, or answered by the large model alone and marked as such."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from mlxroute.config.setting_choices import ToolPolicyName
+from mlxroute.large import LargeModel
+from mlxroute.serving.http.answer_endpoint import ServingLimits
+from mlxroute.small import SmallModel
+from tests.support.endpoint import chat, make_session, read_stream, running
+from tests.support.loopback import Loopback, Reply, Request
+
+_TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+_CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+_REPLY = {
+    "id": "theirs",
+    "model": "theirs",
+    "choices": [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": None, "tool_calls": [_CALL]},
+            "finish_reason": "tool_calls",
+        }
+    ],
+    "usage": {"prompt_tokens": 30, "completion_tokens": 7, "total_tokens": 37},
+}
+_LIMITS = ServingLimits(tools=ToolPolicyName.LARGE)
+
+
+@pytest.fixture
+def server() -> Iterator[Loopback]:
+    def answer(request: Request) -> Reply:
+        if (request.json or {}).get("tools") == [1]:
+            return Reply.of({"error": {"message": "bad tools"}}, status=422)
+        return Reply.of(_REPLY)
+
+    with Loopback(answer) as server:
+        yield server
+
+
+@pytest.fixture
+def client(small: SmallModel, server: Loopback) -> Iterator[TestClient]:
+    with LargeModel(server.url, model="big") as large:
+        session = make_session(small, large)
+        options = replace(session.options, never_send=(re.compile("secret"),))
+        with running(replace(session, options=options), limits=_LIMITS) as client:
+            yield client
+
+
+def post(client: TestClient, **fields: Any) -> Any:
+    return client.post("/v1/chat/completions", json=chat(**fields))
+
+
+def test_tools_are_refused_by_default(small: SmallModel) -> None:
+    with running(make_session(small)) as client:
+        error = post(client, tools=_TOOLS).json()["error"]
+        assert error["param"] == "tools"
+        assert "--tools large" in error["message"]
+
+
+def test_the_large_model_answers_the_whole_request(client: TestClient, server: Loopback) -> None:
+    reply = post(client, tools=_TOOLS, budget=0.1).json()
+    assert reply["choices"] == _REPLY["choices"]
+    assert reply["model"] == "tiny+big:large"
+    assert reply["id"] != "theirs"
+    assert reply["mlxroute"]["forwarded"] is True
+    assert reply["mlxroute"]["large_tokens"] == 7
+    assert reply["usage"]["total_tokens"] == 37
+    (request,) = server.requests
+    assert request.path.endswith("/chat/completions")
+    assert request.json == {**chat(tools=_TOOLS), "model": "big"}
+
+
+def test_a_stream_of_it_has_the_usual_chunks(client: TestClient) -> None:
+    body = {"tools": _TOOLS, "stream": True, "stream_options": {"include_usage": True}}
+    first, calls, last, usage, done = read_stream(post(client, **body).text)
+    assert done == "[DONE]"
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert calls["choices"][0]["delta"]["tool_calls"] == [{"index": 0, **_CALL}]
+    assert last["choices"][0]["finish_reason"] == "tool_calls"
+    assert last["mlxroute"]["forwarded"] is True
+    assert usage["usage"]["total_tokens"] == 37
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model": "mlxroute:small"},
+        {"local_only": True},
+        {"messages": [{"role": "user", "content": "a secret"}]},
+    ],
+)
+def test_what_must_stay_here_stays(
+    client: TestClient, server: Loopback, fields: dict[str, Any]
+) -> None:
+    assert post(client, tools=_TOOLS, **fields).status_code == 400
+    assert server.requests == []
+
+
+def test_a_refusal_of_the_server_is_passed_on(client: TestClient) -> None:
+    response = post(client, tools=[1])
+    assert response.status_code == 422
+    assert "bad tools" in response.json()["error"]["message"]
