@@ -36,6 +36,7 @@ blas.interpose(CACHE_DIR)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--heavy", action="store_true", help="also run the tests marked heavy")
+    parser.addoption("--chaos-seed", type=int, help="repeat the faults of an earlier chaos run")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

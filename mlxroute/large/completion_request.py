@@ -200,7 +200,7 @@ class CompletionRequester:
             if reported_error(value) is not None:
                 return None
             completion = sent.dialect.completion(value, sent.prompt)
-            self._check_token_lengths(completion)
+            self._check_tokens(completion)
         except LargeProtocolError:
             return None
         with self._lock:
@@ -214,7 +214,7 @@ class CompletionRequester:
             if is_guarded and reply.status != 200:
                 self._cache_guard.record_refusal(sent.prompt.text, max_tokens=sent.max_tokens)
             completion = self._parse(sent, reply)
-            self._check_token_lengths(completion)
+            self._check_tokens(completion)
             self._reader.learn(completion.positions)
             if is_guarded:
                 tokens = [
@@ -241,7 +241,12 @@ class CompletionRequester:
             raise LargeProtocolError(f"{self._base_url}: {exc}") from exc
         return completion
 
-    def _check_token_lengths(self, completion: Completion) -> None:
+    def _check_tokens(self, completion: Completion) -> None:
+        """Raise LargeProtocolError for tokens of another model, or of no real vocabulary."""
+        try:
+            self._reader.check(completion.positions)
+        except LargeProtocolError as exc:
+            raise LargeProtocolError(f"{self._base_url}: {exc}") from exc
         for position in completion.positions:
             token = position.token
             length = max(len(form or "") for form in (token.piece, token.data, token.text))

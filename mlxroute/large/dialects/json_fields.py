@@ -42,17 +42,20 @@ def error_message(body: bytes) -> str:
 
 def reported_error(reply: Mapping[str, object]) -> str | None:
     """Return the message of an error that a reply with status 200 reports; None if it has none."""
-    if reply.get("error") or reply.get("object") == "error":
+    code = reply.get("code")
+    is_error_code = type(code) is int and code >= 400
+    is_named = reply.get("error") or reply.get("errors") or reply.get("object") == "error"
+    if is_named or reply.get("success") is False or is_error_code:
         return _message_of(reply) or "an error without a message"
     return None
 
 
 def _message_of(value: Mapping[str, object]) -> str:
-    for key in ("error", "message", "detail"):
+    for key in ("error", "errors", "message", "msg", "detail"):
         match value.get(key):
             case {"message": str(message)} | str(message) if message:
                 return message
-            case [{"msg": str(message)}, *_]:
+            case [{"msg": str(message)} | {"message": str(message)} | str(message), *_]:
                 return message
     return ""
 

@@ -57,6 +57,9 @@ def parse_address(text: str) -> Address:
     typed = text.strip()
     if not typed.isprintable() or " " in typed:
         raise _invalid(typed, "it contains a space or a control character")
+    if "\\" in typed:
+        # Browsers read it as a slash, so that another host follows it.
+        raise _invalid(typed, "it contains a backslash; write it as %5C in a password")
     try:
         parts = urlsplit(typed)
         host = parts.hostname

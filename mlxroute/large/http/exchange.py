@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from http.client import HTTPException
+from http.client import BadStatusLine, HTTPException, IncompleteRead
 from typing import Final
 from urllib.parse import urljoin, urlsplit
 
@@ -100,7 +100,7 @@ class Exchange(threading.Thread):
     """One request and its reply, in a thread of its own.
 
     A `rival` is an equal exchange whose connection may be dead: this one opens a new connection,
-    and the reply that begins first is used.
+    and the reply that begins first is used. With `fresh` no used connection is taken either.
 
     No timeout of `requests` bounds a whole exchange: a socket timeout bounds one read, which a
     server that sends a byte per second never exceeds, and a name lookup has none. The caller waits
@@ -116,10 +116,11 @@ class Exchange(threading.Thread):
         deadline: Deadline,
         listener: StreamListener[bytes] | None = None,
         rival: Exchange | None = None,
+        fresh: bool = False,
     ) -> None:
         super().__init__(daemon=True, name="mlxroute-exchange")
         self._endpoint = endpoint
-        self._session = endpoint.sessions.acquire(fresh=rival is not None)
+        self._session = endpoint.sessions.acquire(fresh=fresh or rival is not None)
         self._connections_before = self._session.connection_count
         self._began_s = time.monotonic()
         self._claim: _Claim = _Claim() if rival is None else rival._claim
@@ -227,8 +228,9 @@ class Exchange(threading.Thread):
             if not self._claim.take(self):
                 raise LargeUnavailable(f"another connection to {self._base_url} answered first")
             self._deadline.wake()
-            if 300 <= response.status_code < 400:
-                raise self._redirect_error(response.headers.get("Location", ""))
+            location = response.headers.get("Location")
+            if 300 <= response.status_code < 400 and location:
+                raise self._redirect_error(location)
             retry_after = response.headers.get("Retry-After")
             return HttpReply(
                 response.status_code,
@@ -240,7 +242,8 @@ class Exchange(threading.Thread):
 
     def _read(self, response: requests.Response) -> bytes:
         # Decompressing a body, which was not requested, could fill the memory.
-        if response.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
+        encoding = response.headers.get("Content-Encoding", "").strip().lower()
+        if encoding not in ("", "identity"):
             raise LargeProtocolError(
                 f"{self._base_url} sent a compressed reply, which was not requested"
             )
@@ -275,33 +278,49 @@ class Exchange(threading.Thread):
     def _translate(self, exc: Exception) -> LargeError:
         url = self._base_url
         match exc:
-            case requests.ConnectTimeout():
-                seconds = self._endpoint.connect_timeout_s
-                return LargeUnreachable(
-                    f"no connection to {url} in {seconds:.3g} s; is it running?"
-                )
             case requests.Timeout():
-                return self.timeout_error()
+                return self._timeout_error()
             case requests.exceptions.SSLError():
-                reason = _system_reason(exc)
-                failure = f"the TLS connection to {url} failed ({reason})"
-                if "CERTIFICATE" not in reason:
-                    return LargeUnreachable(failure)
-                return LargeUnreachable(
-                    f"{failure}; ca_bundle can name a private authority", parameter="ca_bundle"
-                )
+                return self._tls_error(_system_reason(exc))
             case requests.exceptions.ProxyError():
                 return LargeUnreachable(self._proxy_failure(exc))
             case requests.exceptions.ChunkedEncodingError():
                 return LargeUnreachable(f"the connection to {url} broke in mid-reply")
-            case requests.ConnectionError():
+            case requests.ConnectionError() if not _is_invalid_http(exc):
                 if not self._deadline.left_s():
                     return self.timeout_error()
-                return LargeUnreachable(f"no connection to {url} ({_system_reason(exc)})")
+                return LargeUnreachable(f"no connection to {self._route} ({_system_reason(exc)})")
             case requests.exceptions.InvalidURL() | requests.exceptions.InvalidSchema():
                 return LargeUnreachable(f"the address {url} cannot be called")
             case _:
-                return LargeProtocolError(f"the call to {url} failed ({type(exc).__name__})")
+                return LargeProtocolError(f"{self._route} sent no valid HTTP reply")
+
+    def _timeout_error(self) -> LargeError:
+        """Return the error for a socket's timeout: of the reply, or of opening the connection."""
+        # The handshake of TLS and that with a proxy belong to opening a connection.
+        if not self._deadline.left_s():
+            return self.timeout_error()
+        seconds = self._endpoint.connect_timeout_s
+        return LargeUnreachable(
+            f"no connection to {self._route} in {seconds:.3g} s; is it running?"
+        )
+
+    def _tls_error(self, reason: str) -> LargeUnreachable:
+        failure = f"the TLS connection to {self._base_url} failed ({reason})"
+        if "CERTIFICATE" in reason:
+            return LargeUnreachable(
+                f"{failure}; ca_bundle can name a private authority", parameter="ca_bundle"
+            )
+        if "WRONG_VERSION" in reason:
+            failure += "; the address of a server without TLS begins with http://"
+        return LargeUnreachable(failure)
+
+    @property
+    def _route(self) -> str:
+        """The server's address, and the proxy on the way to it."""
+        proxy = find_proxy(self._endpoint.address)
+        way = "" if proxy is None else f" through the proxy {describe_proxy(proxy)}"
+        return f"{self._base_url}{way}"
 
     def _proxy_failure(self, exc: BaseException) -> str:
         proxy = find_proxy(self._endpoint.address)
@@ -321,6 +340,17 @@ def _causes(exc: BaseException) -> Iterator[BaseException]:
     while cause is not None:
         yield cause
         cause = cause.__cause__ or cause.__context__
+
+
+def _is_invalid_http(exc: BaseException) -> bool:
+    """Return whether bytes arrived that are not HTTP, unlike where the connection was lost."""
+    for cause in _causes(exc):
+        if isinstance(cause, BadStatusLine) and cause.line.startswith("HTTP/"):
+            # A line without an end was cut off.
+            return cause.line.endswith("\n")
+        if isinstance(cause, HTTPException):
+            return not isinstance(cause, ConnectionError | IncompleteRead)
+    return False
 
 
 def _system_reason(exc: BaseException, *, default: str = "the server closed it") -> str:

@@ -37,7 +37,12 @@ def proxy_problem(proxy: str) -> str | None:
         parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
         # requests takes the user of a URL without a scheme for the scheme.
         is_complete = (
-            bool(parts.hostname) and parts.port != 0 and ("://" in proxy or "@" not in proxy)
+            bool(parts.hostname)
+            and (parts.hostname or "").isascii()
+            and parts.port != 0
+            and ("://" in proxy or "@" not in proxy)
+            and proxy.isprintable()
+            and not any(char in proxy for char in " \\")
         )
     except ValueError:
         is_complete = False

@@ -23,6 +23,8 @@ MAX_HANGING: Final = 4
 # Share of the time limit of a call after which a used connection without a reply is doubted.
 _DOUBT_SHARE: Final = 1 / 3
 _USUAL_FACTOR: Final = 2.0
+# Used connections in a row that a server was silent on, after which every request gets a new one.
+_MAX_SILENT: Final = 2
 
 
 class Transport:
@@ -58,6 +60,7 @@ class Transport:
         self._lock = threading.Lock()
         self._hanging: list[Exchange] = []
         self._slowest_reply_s = 0.0
+        self._silent_connections = 0
         self.is_reachable = False
         """Whether the server has answered a request, with whatever status."""
         self.has_served = False
@@ -107,7 +110,13 @@ class Transport:
     ) -> Exchange:
         """Send one request and return without waiting for its reply; `rival` as in Exchange."""
         exchange = Exchange(
-            self._endpoint, url, body=body, deadline=deadline, listener=listener, rival=rival
+            self._endpoint,
+            url,
+            body=body,
+            deadline=deadline,
+            listener=listener,
+            rival=rival,
+            fresh=self._silent_connections >= _MAX_SILENT,
         )
         exchange.start()
         return exchange
@@ -158,6 +167,9 @@ class Transport:
         used.join()
         if used is not first:
             deadline.lost_s += lost_s
+            self._silent_connections += 1
+        elif first.reuses_connection and first.has_reply:
+            self._silent_connections = 0
         self._slowest_reply_s = max(self._slowest_reply_s, used.reply_began_s)
         return used
 

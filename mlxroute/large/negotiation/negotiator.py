@@ -105,8 +105,9 @@ class Negotiator:
         return self.negotiated.verdict
 
     def forget(self) -> None:
-        """Forget the dialect in use and its verdict."""
+        """Forget the dialect in use, its verdict, and the vocabulary of the model."""
         self.negotiated = None
+        self._reader.forget()
         if self._verdicts is not None:
             self._verdicts.forget(self._base_url, self.model.given)
 

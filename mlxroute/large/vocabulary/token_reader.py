@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
+from mlxroute.errors import LargeProtocolError
 from mlxroute.large.reply import ReplyPosition, ReplyToken
 from mlxroute.large.vocabulary.piece_reader import PieceReader
 from mlxroute.tokenizers.control_tokens import is_control_token
+from mlxroute.tokenizers.utf8 import decode_or_none
 from mlxroute.types import Vocabulary
 
 REPLACEMENT: Final = "\ufffd"
@@ -43,6 +45,30 @@ class TokenReader:
                     self._pieces.learn([token.piece])
                     if token.token_id is not None:
                         self._pieces_by_id[token.token_id] = token.piece
+
+    def check(self, positions: Iterable[ReplyPosition]) -> None:
+        """Raise LargeProtocolError for an id that is another token in the known vocabulary.
+
+        The server then has another model than before, and its ids must not pass as tokens.
+        """
+        for position in positions:
+            token, known = position.token, self._vocabulary
+            if known is None or token.token_id is None or token.data is None:
+                continue
+            expected = known.token_bytes(token.token_id)
+            # Some servers strip spaces, and give a part of a character as something else.
+            is_comparable = decode_or_none(expected) and expected.strip() and token.data
+            is_whole = REPLACEMENT.encode() not in token.data
+            if is_comparable and is_whole and token.data.strip() != expected.strip():
+                raise LargeProtocolError(
+                    f"token {token.token_id} is {token.data.decode(errors='replace')!r} where"
+                    f" {expected.decode()!r} was expected: the server has another model now"
+                )
+
+    def forget(self) -> None:
+        """Forget the model's vocabulary and the pieces in its replies."""
+        self._vocabulary = None
+        self._pieces, self._pieces_by_id = PieceReader(), {}
 
     def text_bytes(self, token: ReplyToken) -> bytes | None:
         """Return the bytes that a token adds to the text: empty if special, None if unknown."""

@@ -89,6 +89,13 @@ def test_a_call_on_a_dropped_connection_is_repeated_on_a_new_one_in_time() -> No
     assert large.uploads.requests == 5
 
 
+def test_after_two_dropped_connections_every_call_gets_a_new_one() -> None:
+    with dropping_server() as server, negotiated(LargeModel(server.url, timeout_s=3)) as large:
+        tokens = [large.next_token(context("x", VOCABULARY)) for _ in range(8)]
+    assert [token.lost_s > 0.5 for token in tokens] == [False, True, True, *[False] * 5]
+    assert server.connections == 8
+
+
 def test_a_new_connection_that_is_silent_is_not_doubted() -> None:
     with Loopback() as server:
         server.script.append(Reply(stall_s=30))

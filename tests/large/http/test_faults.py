@@ -273,3 +273,82 @@ def test_an_interrupt_propagates_and_the_connection_is_not_reused(
         used = server.connections
         assert large.next_token(context("x", VOCABULARY)).text == "a"
         assert server.connections == used + 1
+
+
+# Replies at the edge of HTTP
+
+BODY = json.dumps(legacy("a")).encode()
+
+
+def raw_reply(head: str, body: bytes = BODY) -> Reply:
+    return Reply(raw=head.replace("\n", "\r\n").encode("latin-1") + b"\r\n\r\n" + body)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        raw_reply(f"HTTP/2 200 OK\nContent-Length: {len(BODY)}"),
+        raw_reply(f"HTTP/1.1 20 OK\nContent-Length: {len(BODY)}"),
+        Reply(raw=BODY),
+        Reply(raw=b"\x15\x03\x01\x00\x02\x02\x16"),
+        raw_reply("HTTP/1.1 200 OK\n" + "X: y\n" * 200),
+        raw_reply("HTTP/1.1 200 OK\nX: " + "y" * 100_000),
+        raw_reply(f"HTTP/1.1 200 OK\nContent-Length: 3\nContent-Length: {len(BODY)}"),
+        raw_reply("HTTP/1.1 200 OK\nTransfer-Encoding: chunked", b"-5\r\n" + BODY),
+    ],
+)
+def test_what_is_not_http_is_said_and_not_called_a_lost_connection(
+    server: Loopback, reply: Reply
+) -> None:
+    with pytest.raises(LargeProtocolError, match=r"sent no valid HTTP reply$"):
+        ask_once(server, reply)
+    assert len(server.requests) == 1
+
+
+def test_an_empty_content_encoding_is_none(server: Loopback) -> None:
+    reply = Reply(BODY, headers={"Content-Encoding": ""})
+    assert ask_once(server, reply).text == "a"
+
+
+@pytest.mark.parametrize("status", [300, 301, 304])
+def test_a_redirect_without_a_target_is_a_status(server: Loopback, status: int) -> None:
+    with pytest.raises(LargeRefused, match=f"answered {status}: no reason given$"):
+        ask_once(server, Reply(b"", status=status))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"errors": [{"message": "no quota"}]}',
+        b'{"errors": ["no quota"]}',
+        b'{"success": false, "message": "no quota"}',
+        b'{"code": 401, "msg": "no quota"}',
+    ],
+)
+def test_an_error_with_status_200_is_quoted_in_any_shape(server: Loopback, body: bytes) -> None:
+    with pytest.raises(LargeRefused, match=r"answered 200: no quota$"):
+        ask_once(server, Reply(body))
+
+
+def test_a_server_without_tls_is_said(server: Loopback) -> None:
+    url = server.url.replace("http:", "https:")
+    with LargeModel(url) as large, pytest.raises(LargeUnreachable, match=r"begins with http://$"):
+        large.connect()
+
+
+@pytest.mark.parametrize("is_proxy", [False, True])
+def test_a_handshake_that_stalls_is_no_connection_and_not_a_late_reply(
+    monkeypatch: pytest.MonkeyPatch, is_proxy: bool
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        url = f"https://127.0.0.1:{port}/v1"
+        way = ""
+        if is_proxy:
+            monkeypatch.setenv("https_proxy", f"http://me:word@127.0.0.1:{port}")
+            monkeypatch.setenv("no_proxy", "")
+            url, way = "https://box.example/v1", f" through the proxy http://127.0.0.1:{port}"
+        large = LargeModel(url, timeout_s=20, connect_timeout_s=0.3)
+        with large, pytest.raises(LargeUnreachable) as caught:
+            large.connect()
+    assert str(caught.value) == f"no connection to {url}{way} in 0.3 s; is it running?"

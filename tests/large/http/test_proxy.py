@@ -62,6 +62,10 @@ def test_a_socks_proxy_without_its_package_names_the_package(
         ("http://me:word@127.0.0.1:9", "proxy http://127.0.0.1:9 for http://box.example/v1 failed"),
         ("127.0.0.1:9", "proxy http://127.0.0.1:9 for"),
         ("me:word@127.0.0.1:9", "not a URL such as http://host:3128"),
+        (" ", "not a URL"),
+        ("http://127.0.0.1:9\n", "not a URL"),
+        ("http://127.0.0.1\\@host:9", "not a URL"),
+        ("http://\uff1127.0.0.1:9", "not a URL"),
     ],
 )
 def test_a_proxy_that_cannot_be_used_is_named_without_its_password(

@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 
 from mlxroute.errors import LargeProtocolError
+from mlxroute.large import LargeModel
 from mlxroute.large.dialects import Dialect, get_dialect
 from mlxroute.large.prompt import Prompt
 from mlxroute.large.reply import ReplyPosition, ReplyToken
 from mlxroute.large.vocabulary.bridge import Bridge, BridgedToken
 from mlxroute.large.vocabulary.token_reader import TokenReader
+from tests.support.family_servers import VOCABULARY as FAMILY
+from tests.support.family_servers import FamilyServer
 from tests.support.loopback import Loopback, Reply, mlx_lm_reply
 from tests.support.scripted_calls import (
     MLX_LM,
@@ -342,3 +345,56 @@ def test_a_piece_that_contradicts_the_known_vocabulary_wins_over_the_id() -> Non
 
 def test_in_a_prompt_a_special_token_is_its_name() -> None:
     assert TokenReader().prompt_bytes(ReplyToken(piece="<|im_end|>")) == b"<|im_end|>"
+
+
+# A server that has another model than before
+
+
+@pytest.mark.parametrize(
+    ("token", "is_right"),
+    [
+        (ReplyToken(token_id=4, data=b" the"), True),
+        (ReplyToken(token_id=4, data=b"the"), True),
+        (ReplyToken(token_id=4, text=" the"), True),
+        (ReplyToken(token_id=4, data=b""), True),
+        (ReplyToken(token_id=4, data=b" cat"), False),
+        (ReplyToken(token_id=4, data="\ufffd".encode()), True),
+        (ReplyToken(token_id=5, data="é".encode()), True),
+        (ReplyToken(token_id=0, data=b"anything"), True),
+        (ReplyToken(data=b" cat"), True),
+    ],
+)
+def test_an_id_that_is_another_token_than_in_the_known_vocabulary_is_refused(
+    token: ReplyToken, is_right: bool
+) -> None:
+    reader = TokenReader()
+    position = ReplyPosition(token)
+    reader.check([position])
+    reader.learn_vocabulary(TableVocabulary(["a", "b", "Ġthe", "Ã"]))
+    if is_right:
+        reader.check([position])
+    else:
+        with pytest.raises(LargeProtocolError, match="the server has another model now"):
+            reader.check([position])
+    reader.forget()
+    reader.check([position])
+
+
+def test_another_model_under_the_same_address_is_noticed_and_negotiated_with() -> None:
+    pieces = [piece for n in range(2, FAMILY.size) if (piece := FAMILY.piece(n)) is not None]
+    other = FamilyServer("llama-server", vocabulary=TableVocabulary(pieces[::-1]))
+    written = "pineapple pine"
+    question = context(written, FAMILY, answer=FAMILY.encode(written))
+    first = FamilyServer("llama-server", vocabulary=FAMILY)
+    with Loopback(first) as server, LargeModel(server.url) as large:
+        large.connect()
+        assert large.pair_vocabulary(FAMILY)
+        before = large.next_token(question)
+        server.answer = other
+        for _ in range(2):
+            with pytest.raises(LargeProtocolError, match="has another model now"):
+                large.next_token(question)
+        after = large.next_token(question)
+    assert before.text == "apple"
+    # The conversation, which is empty here, is now rendered by the other model's template.
+    assert after.text == "Sure"

@@ -1,0 +1,52 @@
+"""Twenty answers in a row with faults at random moments; `tests/real` has the same at length."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from mlxroute import LargeModel
+from mlxroute.types import Mode
+from tests.support.chaos import Chaos, nothing_left_behind, shorten_pauses
+from tests.support.fakes import ScriptedSmall
+from tests.support.loopback import Reply
+from tests.support.negotiated import honest
+from tests.support.network_faults import FaultProxy
+from tests.support.scripted_calls import legacy
+
+SEED = 19
+
+
+def test_twenty_answers_with_faults_at_random_moments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_retry_pauses: None
+) -> None:
+    shorten_pauses(monkeypatch, 0.05)
+    with nothing_left_behind(tmp_path):
+        proxy = FaultProxy(honest(lambda request: Reply.of(legacy("L"))))
+        url = proxy.server.url
+        with LargeModel(url, timeout_s=60) as large, LargeModel(url) as reference:
+            large.connect()
+            chaos = Chaos(
+                ScriptedSmall(
+                    b"the small model says this", entropies=dict.fromkeys((2, 5, 9), 2.0)
+                ),
+                proxy,
+                large,
+                reference,
+                random.Random(SEED),
+                threshold=1.0,
+                max_tokens=24,
+                timeout_s=0.8,
+                pause_s=0.05,
+                modes=(Mode.WAIT, Mode.OVERLAP),
+                accidents={"refused": proxy.server.gone},
+            )
+            for _ in range(2):
+                chaos.chat()
+        proxy.server.close()
+    print(chaos.report())  # noqa: T201
+    assert chaos.answers == 20
+    assert chaos.disturbed >= 8
+    assert chaos.compared >= 4

@@ -1,0 +1,244 @@
+"""A chaos run: many answers in a row through a proxy that plays faults at random moments."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+import pytest
+
+from mlxroute import EntropyRouter, LargeModel, generate
+from mlxroute.conversation import Conversation
+from mlxroute.engine.protocols import SmallProtocol
+from mlxroute.large.http import circuit_breaker
+from mlxroute.types import CallFailure, Mode, RunStats, StopReason, Token
+from tests.support.network_faults import FAULTS, FaultProxy, NetworkFault
+
+TURNS: Final = 10
+# Far more than a busy machine adds to an answer, far less than what hangs.
+_SLACK_S: Final = 20.0
+_SETTLE_S: Final = 10.0
+_DISTURBED_SHARE: Final = 0.85
+_ENDS: Final = {StopReason.EOS, StopReason.LENGTH}
+# A context in which a server is gone; it may be entered and left in mid-answer.
+Accident = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What happens during one answer: a fault on some requests, in one mode.
+
+    An `accident` lasts for as many tokens instead.
+    """
+
+    fault: NetworkFault | None
+    accident: str | None
+    first: int
+    count: int
+    mode: Mode
+    prefetch: int
+
+    @property
+    def is_harmless(self) -> bool:
+        """Whether every position must be checked."""
+        return self.accident is None and (self.fault is None or self.fault.harmless)
+
+    def __str__(self) -> str:
+        name = self.fault.name if self.fault else self.accident or "no fault"
+        return f"{name}, {self.first}+{self.count}, {self.mode}, prefetch {self.prefetch}"
+
+
+@dataclass(slots=True)
+class Chaos:
+    """Chats with one client through a proxy.
+
+    Args:
+        small: The small model.
+        proxy: The proxy, whose address `large` has.
+        large: The client.
+        reference: Another client of the same address, for undisturbed answers.
+        rng: Decides what happens; its seed repeats it.
+        threshold: The router's threshold, in nats.
+        max_tokens: Greatest length of an answer.
+        timeout_s: Time limit of a call, and of all failures of an answer.
+        pause_s: Greatest pause of the circuit breaker, which is over before the next answer.
+        modes: The modes to choose from.
+        accidents: Further faults by name.
+    """
+
+    small: SmallProtocol
+    proxy: FaultProxy
+    large: LargeModel
+    reference: LargeModel
+    rng: random.Random
+    threshold: float
+    max_tokens: int
+    timeout_s: float
+    pause_s: float
+    modes: tuple[Mode, ...] = tuple(Mode)
+    accidents: dict[str, Accident] = field(default_factory=dict)
+    answers: int = 0
+    compared: int = 0
+    disturbed: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    resident_bytes: list[int] = field(default_factory=list)
+    _queue: list[NetworkFault | str] = field(default_factory=list)
+
+    def chat(self) -> None:
+        """Play one chat of ten turns and check every answer."""
+        conversation = Conversation(system="Answer briefly.")
+        for turn in range(TURNS):
+            question = f"Question {turn}: what is {self.rng.randrange(100)} good for?"
+            plan = self._plan()
+            print(f"answer {self.answers}: {plan}", flush=True)  # noqa: T201
+            messages = [*conversation.messages, {"role": "user", "content": question}]
+            conversation.add(question, self._answer(messages, plan))
+            self.answers += 1
+            gc.collect()
+            self.resident_bytes.append(psutil.Process().memory_info().rss)
+        check_threads_end("mlxroute-call", "mlxroute-exchange")
+
+    def _plan(self) -> Plan:
+        if not self._queue:
+            self._queue = [*FAULTS, *self.accidents]
+            self.rng.shuffle(self._queue)
+        drawn = self._queue.pop() if self.rng.random() < _DISTURBED_SHARE else None
+        fault = drawn if isinstance(drawn, NetworkFault) else None
+        accident = drawn if isinstance(drawn, str) else None
+        mode = self.rng.choice(self.modes)
+        prefetch = self.rng.choice((0, 4)) if mode is Mode.WAIT else 0
+        count = self.rng.choice((1, 1, 2, 5, 1000))
+        return Plan(fault, accident, self.rng.randrange(5), count, mode, prefetch)
+
+    def _answer(self, messages: list[dict[str, str]], plan: Plan) -> str:
+        """Play one answer and check it; return its text."""
+        reported: list[CallFailure] = []
+        played_before = self.proxy.played.total()
+        self.proxy.plan(plan.fault, first=plan.first, count=plan.count)
+        began_s = time.monotonic()
+        tokens: list[Token] = []
+        with contextlib.ExitStack() as stack:
+            answer = self._generate(self.large, messages, plan, on_failure=reported.append)
+            for token in answer:
+                tokens.append(token)
+                if plan.accident and token.index == plan.first:
+                    stack.enter_context(self.accidents[plan.accident]())
+                    self.proxy.played[plan.accident] += 1
+                elif token.index == plan.first + plan.count:
+                    stack.close()
+        took_s = time.monotonic() - began_s
+        self.proxy.plan(None)
+        stats = answer.stats()
+        is_disturbed = self.proxy.played.total() > played_before
+        self.disturbed += is_disturbed
+        self._check(stats, tokens, reported)
+        assert took_s < self._limit_s(self.large, plan) + _SLACK_S, f"{took_s:.1f} s"
+        assert not (plan.is_harmless and stats.failures), stats.failures
+        if plan.prefetch == 0 or not is_disturbed:
+            self._compare(messages, plan, tokens)
+        time.sleep(self.pause_s if stats.failures else 0.0)
+        self.failures.update({failure.kind: failure.count for failure in stats.failures})
+        return stats.text
+
+    def _check(self, stats: RunStats, tokens: list[Token], reported: list[CallFailure]) -> None:
+        """Check that an answer is whole, and that what failed is counted and said."""
+        assert stats.finish_reason in _ENDS
+        assert stats.text == "".join(token.text for token in tokens)
+        assert [token.index for token in tokens] == list(range(stats.tokens))
+        unchecked = [token for token in tokens if not token.checked]
+        assert all(token.token_id == token.signals.token_id for token in unchecked)
+        assert stats.unchecked == len(unchecked) == sum(f.count for f in stats.failures)
+        assert [f.kind for f in reported] == [f.kind for f in stats.failures]
+        assert all(f.reason and f.reason.isprintable() for f in reported)
+
+    def _compare(self, messages: list[dict[str, str]], plan: Plan, tokens: list[Token]) -> None:
+        """Compare an answer with the undisturbed one, up to its first unchecked token."""
+        undisturbed = list(self._generate(self.reference, messages, plan))
+        assert all(token.checked for token in undisturbed)
+        checked = next((n for n, token in enumerate(tokens) if not token.checked), len(tokens))
+        expected = [token.token_id for token in undisturbed]
+        if checked == len(tokens):
+            self.compared += 1
+            assert [token.token_id for token in tokens] == expected
+        else:
+            assert [token.token_id for token in tokens[:checked]] == expected[:checked]
+
+    def _generate(
+        self, large: LargeModel, messages: list[dict[str, str]], plan: Plan, **options: Any
+    ) -> Any:
+        return generate(
+            self.small,
+            large,
+            messages,
+            router=EntropyRouter(self.threshold),
+            max_tokens=self.max_tokens,
+            timeout_s=self._limit_s(large, plan),
+            mode=plan.mode,
+            prefetch=plan.prefetch,
+            **options,
+        )
+
+    def _limit_s(self, large: LargeModel, plan: Plan) -> float:
+        """Return the time limit of failures; a busy machine must not exceed it without a fault."""
+        return 60.0 if large is self.reference or plan.is_harmless else self.timeout_s
+
+    def report(self) -> str:
+        """Return one line of figures."""
+        growth = self.resident_bytes[-1] - self.resident_bytes[len(self.resident_bytes) // 4]
+        return (
+            f"{self.answers} answers, {self.disturbed} disturbed, {self.compared} compared whole,"
+            f" {self.proxy.played.total()} faults of {len(self.proxy.played)} kinds, failures"
+            f" {dict(self.failures)}, memory {growth / 1e6:+.1f} MB"
+        )
+
+
+def shorten_pauses(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Bound every pause of the circuit breaker, which would end the faults for minutes."""
+    for name in ("_FIRST_PAUSE_S", "_MAX_PAUSE_S", "_MAX_RETRY_AFTER_S"):
+        monkeypatch.setattr(circuit_breaker, name, seconds)
+
+
+def check_threads_end(*names: str) -> None:
+    """Check that the threads of these names end in time."""
+    end_s = time.monotonic() + _SETTLE_S
+    for thread in threading.enumerate():
+        if thread.name in names:
+            thread.join(max(0.0, end_s - time.monotonic()))
+            assert not thread.is_alive(), thread
+
+
+@contextlib.contextmanager
+def nothing_left_behind(folder: Path) -> Iterator[None]:
+    """Check that threads, open files, sockets, children and temporary files are as before."""
+    before_directory, tempfile.tempdir = tempfile.tempdir, str(folder)
+    before = _resources()
+    try:
+        yield
+        end_s = time.monotonic() + _SETTLE_S
+        while (after := _resources()) != before and time.monotonic() < end_s:
+            gc.collect()
+            time.sleep(0.05)
+        assert after == before
+        assert list(folder.iterdir()) == []
+    finally:
+        tempfile.tempdir = before_directory
+
+
+def _resources() -> dict[str, object]:
+    process = psutil.Process()
+    return {
+        "threads": sorted(thread.name for thread in threading.enumerate()),
+        "descriptors": process.num_fds(),
+        "connections": len(process.net_connections(kind="all")),
+        "children": sorted(child.pid for child in process.children(recursive=True)),
+    }
