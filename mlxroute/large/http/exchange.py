@@ -345,9 +345,9 @@ def _causes(exc: BaseException) -> Iterator[BaseException]:
 def _is_invalid_http(exc: BaseException) -> bool:
     """Return whether bytes arrived that are not HTTP, unlike where the connection was lost."""
     for cause in _causes(exc):
-        if isinstance(cause, BadStatusLine) and cause.line.startswith("HTTP/"):
+        if isinstance(cause, BadStatusLine) and (line := str(cause.args[0])).startswith("HTTP/"):
             # A line without an end was cut off.
-            return cause.line.endswith("\n")
+            return line.endswith("\n")
         if isinstance(cause, HTTPException):
             return not isinstance(cause, ConnectionError | IncompleteRead)
     return False
