@@ -10,7 +10,6 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from mlxroute.engine import Answer
-from mlxroute.errors import MlxRouteError
 from mlxroute.serving.prompts import ServedPrompt
 from mlxroute.serving.requests import AnswerRequest, PromptProgress, ServedEvent
 from mlxroute.serving.row import AnswerCancelled, Row
@@ -52,10 +51,12 @@ class RunningAnswer:
         *,
         device: DeviceThread,
         start: Callable[[Row], Answer],
+        leave_queue: Callable[[RunningAnswer], bool],
     ) -> None:
         self.request = request
         self.prompt = prompt
         self._start_answer = start
+        self._leave_queue = leave_queue
         self._submitted_s = time.perf_counter()
         self._queue_wait_s: float | None = None
         self._events: SimpleQueue[ServedEvent | None] = SimpleQueue()
@@ -100,6 +101,8 @@ class RunningAnswer:
     def cancel(self) -> None:
         """End the answer within one decode step, also in the queue and while the prompt is read."""
         self._row.cancel()
+        if self._leave_queue(self):
+            self._end()
 
     def stats(self) -> AnswerFigures:
         """Return the figures so far; final once the events have ended."""
@@ -122,15 +125,16 @@ class RunningAnswer:
                 self._events.put(event)
         except AnswerCancelled:
             pass
-        except (MlxRouteError, RuntimeError, ValueError, OSError, MemoryError) as exc:
+        except Exception as exc:  # noqa: BLE001 - `events` raises it
             self._failure = exc
         finally:
-            self.end()
+            try:
+                self._row.release()
+            finally:
+                self._end()
 
-    def end(self) -> None:
-        """Give up the row and end the events."""
-        try:
-            self._row.release()
-        finally:
-            self._ended.set()
-            self._events.put(None)
+    def _end(self) -> None:
+        if self._queue_wait_s is None:
+            self._queue_wait_s = time.perf_counter() - self._submitted_s
+        self._ended.set()
+        self._events.put(None)

@@ -100,7 +100,9 @@ class AnswerScheduler(Closeable):
         """
         prompt = encode_prompt(self._small, request.prompt, begun=request.begun)
         start = partial(self._start_answer, request, prompt)
-        answer = RunningAnswer(request, prompt, device=self._device, start=start)
+        answer = RunningAnswer(
+            request, prompt, device=self._device, start=start, leave_queue=self._leave_queue
+        )
         with self._changed:
             if self._is_closed:
                 raise QueueFull("the endpoint is closing")
@@ -172,6 +174,15 @@ class AnswerScheduler(Closeable):
             batching=row if request.exact else None,
             begun=request.begun,
         )
+
+    def _leave_queue(self, answer: RunningAnswer) -> bool:
+        """Remove an answer from the queue; return whether it was there."""
+        with self._changed:
+            if answer not in self._queue:
+                return False
+            self._queue.remove(answer)
+            self._changed.notify_all()
+            return True
 
     def _start_next(self) -> None:
         """Start answers whose turn it is; requires the lock."""

@@ -190,7 +190,8 @@ def test_answers_wait_in_order_for_their_turn(small: SmallModel) -> None:
                 scheduler.submit(request(PROMPTS[0]))
             assert (scheduler.figures().running, scheduler.figures().queued) == (1, 2)
             answers[1].cancel()
-        assert written(answers[1]) == []
+            assert written(answers[1]) == []
+            assert scheduler.figures().queued == 1
         assert written(answers[0]) == written(answers[2]) == alone(small, PROMPTS[0])
         waits_s = [answer.stats().queue_wait_s for answer in answers]
         assert waits_s == sorted(waits_s)
