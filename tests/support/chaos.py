@@ -230,7 +230,7 @@ def nothing_left_behind(folder: Path) -> Iterator[None]:
         while (after := _resources()) != before and time.monotonic() < end_s:
             gc.collect()
             time.sleep(0.05)
-        assert after == before
+        assert after == before, (before, after)
         assert list(folder.iterdir()) == []
     finally:
         tempfile.tempdir = before_directory

@@ -129,7 +129,8 @@ class HttpSessionPool:
         with self._lock:
             oldest_s = self._clock() - _MAX_IDLE_S
             dropped = [s for released_s, s in self._idle if fresh or released_s <= oldest_s]
-            self._idle = self._idle[len(dropped) :]
+            # One that was released while the pool was closing is aborted.
+            self._idle = [item for item in self._idle[len(dropped) :] if not item[1].aborted]
             session = self._idle.pop()[1] if self._idle else None
             session = session or HttpSession(self._address, self._auth)
             self._in_use.add(session)

@@ -170,7 +170,8 @@ class Exchange(threading.Thread):
             if self._reply.status != 200:
                 self.is_transient = retry.is_transient_status(self._reply.status)
         except LargeError as exc:
-            self._error = exc
+            # Its traceback would keep the reply, and so the connection, open.
+            self._error = exc.with_traceback(None)
         except (requests.RequestException, HTTPError, HTTPException, OSError, ValueError) as exc:
             # The exception is not kept as a cause: it holds the request, which holds the key.
             self._error = self._translate(exc)
@@ -179,6 +180,9 @@ class Exchange(threading.Thread):
         finally:
             with self._finish_lock:
                 self.finished = True
+                # A client that was closed meanwhile closes no connection that is released later.
+                if self._deadline.cancelled:
+                    self._session.abort()
                 self._endpoint.sessions.release(self._session)
             self._deadline.wake()
 

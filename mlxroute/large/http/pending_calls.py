@@ -105,3 +105,5 @@ class PendingCalls:
         end_s = time.monotonic() + _JOIN_S
         for call in self._calls:
             call.join(max(0.0, end_s - time.monotonic()))
+        # An error keeps what its traceback names, down to a connection.
+        self._calls = [call for call in self._calls if not call.finished]

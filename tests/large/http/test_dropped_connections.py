@@ -164,6 +164,28 @@ def test_idle_connections_are_kept_alive_by_tcp() -> None:
         transport.close()
 
 
+def test_a_cancelled_exchange_leaves_no_connection_behind() -> None:
+    """It may end after its client was closed, which closes the idle connections only once."""
+    with Loopback(lambda request: Reply()) as server:
+        transport = Transport(parse_address(server.url))
+        transport.close()
+        deadline = Deadline(30)
+        deadline.cancel()
+        exchange = transport.begin(f"{server.url}/models", deadline=deadline)
+        exchange.join()
+        assert transport._endpoint.sessions._idle == []
+
+
+def test_an_aborted_session_is_not_used_again() -> None:
+    address = parse_address("http://127.0.0.1:1/v1")
+    pool = HttpSessionPool(address, Auth(address, None))
+    session = pool.acquire()
+    pool.release(session)
+    session.abort()
+    assert pool.acquire() is not session
+    pool.close()
+
+
 def test_a_half_closed_connection_is_replaced_at_once() -> None:
     with (
         Loopback(lambda request: Reply.of(legacy("a"))) as server,
