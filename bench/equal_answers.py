@@ -47,7 +47,7 @@ def main() -> None:
         large.connect(thorough=False)
         large.pair_vocabulary(small.vocabulary)
         # Neighbouring answers have different prompts, so that no cache is warmer than in a chat.
-        for prefetch, mode, number in itertools.product(PREFETCH, MODES, range(ANSWERS)):
+        for mode, prefetch, number in itertools.product(MODES, PREFETCH, range(ANSWERS)):
             if (mode, prefetch, number) in done:
                 continue
             answer = generate(
