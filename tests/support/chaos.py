@@ -168,12 +168,16 @@ class Chaos:
         undisturbed = list(self._generate(self.reference, messages, plan))
         assert all(token.checked for token in undisturbed)
         checked = next((n for n, token in enumerate(tokens) if not token.checked), len(tokens))
-        expected = [token.token_id for token in undisturbed]
-        if checked == len(tokens):
-            self.compared += 1
-            assert [token.token_id for token in tokens] == expected
-        else:
-            assert [token.token_id for token in tokens[:checked]] == expected[:checked]
+        is_whole = checked == len(tokens)
+        self.compared += is_whole
+        expected = [token.text for token in undisturbed][: None if is_whole else checked]
+        received = [token.text for token in tokens[:checked]]
+        assert received == expected, f"{received} instead of {expected}, {self._dialects()}"
+
+    def _dialects(self) -> str:
+        """Return how the two clients call the server."""
+        pairings = [large._negotiator.pairing for large in (self.large, self.reference)]
+        return " and ".join(f"{p.dialect.name}, {p.comparison}" if p else "-" for p in pairings)
 
     def _generate(
         self, large: LargeModel, messages: list[dict[str, str]], plan: Plan, **options: Any
