@@ -15,7 +15,8 @@ from tests.support.pseudo_terminal import DEADLINE_S, PseudoTerminal
 from tests.support.tiny import make_tiny_model
 
 CTRL_C, CTRL_D, CTRL_Z = "\x03", "\x04", "\x1a"
-PROMPT = "/help lists the commands"
+# The line before it may be wrapped anywhere.
+PROMPT = "commands."
 
 
 @pytest.fixture(scope="module")

@@ -232,9 +232,9 @@ class Exchange(threading.Thread):
             if not self._claim.take(self):
                 raise LargeUnavailable(f"another connection to {self._base_url} answered first")
             self._deadline.wake()
-            location = response.headers.get("Location")
-            if 300 <= response.status_code < 400 and location:
-                raise self._redirect_error(location)
+            # A variable of this frame would show the address, and a key in it, in a traceback.
+            if 300 <= response.status_code < 400 and response.headers.get("Location"):
+                raise self._redirect_error(response)
             retry_after = response.headers.get("Retry-After")
             return HttpReply(
                 response.status_code,
@@ -266,9 +266,9 @@ class Exchange(threading.Thread):
                 self._was_used = self._listener(bytes(body)) or self._was_used
         return bytes(body)
 
-    def _redirect_error(self, location: str) -> LargeRefused:
+    def _redirect_error(self, response: requests.Response) -> LargeRefused:
         try:
-            parts = urlsplit(urljoin(self._url, location))
+            parts = urlsplit(urljoin(self._url, response.headers["Location"]))
             host = parts.netloc.rpartition("@")[2]
             path = self._url.removeprefix(self._base_url)
             target = f"{parts.scheme}://{host}{parts.path}".removesuffix(path)
