@@ -22,6 +22,13 @@ _SWITCH: Final = "add_generation_prompt"
 TemplateMessages = Sequence[Mapping[str, Any]]
 
 
+class _TextPart(dict[str, Any]):
+    """A part of a content. It has no text form: a template that prints it expects a text."""
+
+    def __repr__(self) -> str:
+        raise TemplateFailure("it prints a list of parts")
+
+
 class ChatTemplate:
     """The chat template of a model.
 
@@ -49,6 +56,8 @@ class ChatTemplate:
         source = self._source if isinstance(self._source, str) else ""
         texts = [message["content"] for message in messages]
         marks = ContentMarks(controls, [*texts, source])
+        if self._program is not None:
+            self._program.start()
         failure: TemplateFailure | None = None
         partial: PromptText | None = None
         for form in _forms(messages):
@@ -84,14 +93,27 @@ class ChatTemplate:
         if not is_faithful:
             # The template looks into the contents: it may see all but control tokens.
             marked = self._run(_map_texts(messages, marks.mark_names))
+            if marks.are_lost(marked, map(_content_text, messages)):
+                # It rewrites marks or leaves them out: a space inside the names does not need them.
+                marked = self._run(_map_texts(messages, marks.break_up_names))
         opening = self._missing_opening(messages, plain, marks)
-        core = [_content_text(m).strip() for m in messages if m["role"] == "system"]
-        core.append(_content_text(messages[-1]).strip() if messages else "")
-        if is_faithful:
-            is_complete = all(marks.mark(text) in marked for text in core)
-        else:
-            is_complete = all(text in plain for text in core)
+        is_complete = all(
+            (marks.mark(text) in marked if is_faithful else text in plain)
+            or self._is_used(messages, number, marks)
+            for number, message in enumerate(messages)
+            if (message["role"] == "system" or number == len(messages) - 1)
+            and (text := _content_text(message).strip())
+        )
         return PromptText(marks.unmark(marked) + opening, marked + opening), is_complete
+
+    def _is_used(self, messages: TemplateMessages, number: int, marks: ContentMarks) -> bool:
+        """Return whether the end of a message is in the prompt, whatever was changed before it."""
+        longer = _map_texts([messages[number]], lambda text: text + marks.answer)
+        try:
+            rendered = self._run([*messages[:number], *longer, *messages[number + 1 :]])
+        except TemplateFailure:
+            return False
+        return marks.answer in rendered
 
     def _missing_opening(
         self, messages: TemplateMessages, rendered: str, marks: ContentMarks
@@ -109,6 +131,14 @@ class ChatTemplate:
         return opening if mark and opening != begin and opening.strip() else ""
 
     def _run(self, messages: TemplateMessages) -> str:
+        text = self._render_unchecked(messages)
+        try:
+            text.encode()
+        except UnicodeEncodeError as exc:
+            raise TemplateFailure("it writes half a surrogate pair") from exc
+        return text
+
+    def _render_unchecked(self, messages: TemplateMessages) -> str:
         chat = [dict(message) for message in messages]
         # Only the answer's tokens are routed; templates without the switch ignore it.
         switches = {_SWITCH: True, "enable_thinking": False}
@@ -118,7 +148,7 @@ class ChatTemplate:
         if self._program is None:
             self._program = TemplateProgram(self._source)
         values = {"messages": chat, "tools": None, "documents": None}
-        return self._program.render(values | self._variables | switches)
+        return self._program.run(values | self._variables | switches)
 
 
 def _forms(messages: Sequence[Message]) -> Iterator[TemplateMessages]:
@@ -129,7 +159,8 @@ def _forms(messages: Sequence[Message]) -> Iterator[TemplateMessages]:
     yield from different
     for form in different:
         yield [
-            {"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in form
+            {"role": m["role"], "content": [_TextPart(type="text", text=m["content"])]}
+            for m in form
         ]
 
 
@@ -146,6 +177,6 @@ def _map_texts(messages: TemplateMessages, change: Callable[[str], str]) -> Temp
         if isinstance(content, str):
             content = change(content)
         else:
-            content = [part | {"text": change(part["text"])} for part in content]
+            content = [_TextPart(part, text=change(part["text"])) for part in content]
         changed.append({**message, "content": content})
     return changed

@@ -6,7 +6,7 @@ before a template is rendered. What is not marked afterwards is the template's o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from mlxroute.errors import UsageError
@@ -58,9 +58,9 @@ class ContentMarks:
     def mark_names(self, text: str) -> str:
         """Return the text with marks on control tokens only, and on parts of them at its ends."""
         names = self._controls.names
-        longest = max(map(len, names), default=0)
-        if len(text) < longest:
+        if any(text in name for name in names):
             return self.mark(text)
+        longest = min(max(map(len, names), default=0), len(text))
         head = max((n for n in range(longest) if self._ends_name(text[:n])), default=0)
         tail = max((n for n in range(1, longest) if self._begins_name(text[-n:])), default=0)
         spans = [(0, head), *self._controls.find(text), (len(text) - tail, len(text))]
@@ -74,6 +74,18 @@ class ContentMarks:
     def unmark(self, text: str) -> str:
         """Return the text without marks."""
         return text.translate(self._originals)
+
+    def break_up_names(self, text: str) -> str:
+        """Return the text with a space inside each control token, so that it is plain text."""
+        return self._controls.neutralise(text)[0]
+
+    def are_lost(self, rendered: str, contents: Iterable[str]) -> bool:
+        """Return whether a rendering of `mark_names` texts has fewer marks than they have."""
+        given = sum(self._count(self.mark_names(text)) for text in contents)
+        return self._count(rendered) < given
+
+    def _count(self, text: str) -> int:
+        return 0 if text.isascii() else sum(ord(char) in self._originals for char in text)
 
     def _begins_name(self, text: str) -> bool:
         return any(name.startswith(text) for name in self._controls.names)

@@ -20,7 +20,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from mlxroute.errors import MlxRouteError
 from mlxroute.safe_text import printable_line
 
-_MAX_SOURCE: Final = 1 << 20
+# Compiling this much takes two seconds at most.
+_MAX_SOURCE: Final = 1 << 17
 # Characters of one value, and of all that a template reads and writes.
 _MAX_CHARACTERS: Final = 1 << 25
 _MAX_TOTAL: Final = 1 << 27
@@ -32,10 +33,16 @@ _MAX_BITS: Final = 4096
 _WIDE_FORMAT: Final = re.compile(r"%(?:\([^)]*\))?[-#0 +]*(?:\d{0,6}\.)?(?:\*|\d{6})|\{[^{}]*\d{6}")
 _MAX_TIME_FORMAT: Final = 1000
 _MAX_INDENT: Final = 64
-_STEPS_PER_CLOCK: Final = 256
 _MAX_ITEMS: Final = 1 << 20
 # What these return can be as long as the product of their arguments.
 _MULTIPLYING: Final = {"replace", "join", "translate", "indent", "wordwrap", "batch", "expandtabs"}
+# These take far more time or memory than their arguments, and cannot be stopped meanwhile.
+_SLOW: Final = {"pprint", "striptags", "sum", "urlencode", "urlize", "wordwrap", "xmlattr"}
+_SLOW_BY_ITEM: Final = {"batch", "dictsort", "groupby", "slice", "sort", "unique"}
+_MAX_SLOW: Final = 1 << 14
+# These turn a text into a list of its parts.
+_SPLITTING: Final = {"list", "rsplit", "split", "splitlines", "title", "wordcount"}
+_MAX_SPLIT: Final = 1 << 22
 
 
 class TemplateFailure(MlxRouteError):
@@ -62,9 +69,12 @@ class TemplateProgram:
         self._environment = _BoundedEnvironment()
         self._template = guard(lambda: self._environment.from_string(source))
 
-    def render(self, values: Mapping[str, object]) -> str:
-        """Return its output for these variables. Raises TemplateFailure."""
+    def start(self) -> None:
+        """Begin a rendering: the bounds hold for all of its runs together."""
         self._environment.start()
+
+    def run(self, values: Mapping[str, object]) -> str:
+        """Return its output for these variables. Raises TemplateFailure."""
         text: str = guard(lambda: self._template.render(values))
         self._environment.spend(len(text))
         return text
@@ -151,7 +161,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.spend(size)
         if self._steps > _MAX_STEPS:
             raise TemplateTooCostly("it does not end")
-        if self._steps % _STEPS_PER_CLOCK == 0 and time.monotonic() > self._end_s:
+        if time.monotonic() > self._end_s:
             raise TemplateTooCostly(f"it takes more than {_MAX_SECONDS:.0f} s")
 
     def spend(self, size: int) -> None:
@@ -226,8 +236,14 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
                 product *= max(1, size)
             if product > 8 * _MAX_CHARACTERS:
                 raise TemplateTooCostly(f"it writes more than {_MAX_CHARACTERS:,} characters")
-        elif sum(sizes) > _MAX_CHARACTERS:
-            raise TemplateTooCostly(f"it reads more than {_MAX_CHARACTERS:,} characters")
+        limit = _MAX_SPLIT if name in _SPLITTING else _MAX_CHARACTERS
+        if name in _SLOW_BY_ITEM:
+            sizes = [len(value) for value in values if not _is_number(value)]
+        if name in _SLOW or name in _SLOW_BY_ITEM:
+            limit = _MAX_SLOW
+            sizes += [abs(value) for value in values if _is_number(value)]
+        if sum(sizes) > limit:
+            raise TemplateTooCostly(f"its {name or 'call'} reads more than {limit:,} characters")
 
     def _count_output(self, value: Any) -> Any:
         """Count what an expression writes; Jinja calls this for each of them."""

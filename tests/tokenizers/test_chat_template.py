@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 
 from mlxroute.errors import UsageError
 from mlxroute.small import SmallModel
+from mlxroute.tokenizers import template_sandbox
 from mlxroute.tokenizers.chat_template import ChatTemplate
 from mlxroute.tokenizers.chat_tokenizer import ChatTokenizer
 from mlxroute.tokenizers.control_tokens import ControlTokens
@@ -106,6 +110,8 @@ _FAILING = [
     "{{ '%d' % 'x' }}",
     "{{ messages | no_such_filter }}",
     "{{ {}['x'].y }}",
+    "{{ '\\ud800' }}",
+    "{{ messages[0].content ~ '\\udcff' }}",
 ]
 
 
@@ -149,6 +155,13 @@ _COSTLY = [
     "{% for a in [[1, 1]] recursive %}{% for i in range(99999) %}{{ loop(a) }}{% endfor %}"
     "{% endfor %}",
     "x" * (1 << 21),
+    "{{ messages | slice(1000000) | list | length }}",
+    "{{ ('a' * 1000000) | wordwrap(1) }}",
+    "{{ ('a.com ' * 1000000) | urlize }}",
+    "{{ ('<' * 10000000) | striptags }}",
+    "{{ ([[1]] * 400000) | sum(start=[]) }}",
+    "{{ ('a' * 10000000) | batch(1) | list | length }}",
+    "{{ ('ab ' * 10000000).split() | length }}",
 ]
 
 
@@ -159,6 +172,44 @@ def test_a_template_that_never_ends_or_fills_memory_is_stopped(template: str) ->
         render(template)
     assert "\n" not in str(failure.value)
     assert time.monotonic() - began_s < 20
+
+
+def test_all_runs_of_a_template_for_one_prompt_share_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Each look at the clock takes a hundredth of a second.
+    clock = SimpleNamespace(monotonic=itertools.count(0, 0.01).__next__)
+    monkeypatch.setattr(template_sandbox, "time", clock)
+    # One run takes two of the five seconds; it is run for each form of the messages.
+    with pytest.raises(UsageError, match="takes more than 5 s"):
+        render("{% for i in range(200) %}{% endfor %}", SYSTEM, USER)
+
+
+def test_a_list_of_parts_is_never_printed() -> None:
+    template = (
+        "{% for m in messages %}{% if m.content is string %}{{ raise_exception('no text') }}"
+        "{% endif %}{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(UsageError, match="the chat template of m fails: no text"):
+        render(template)
+
+
+@pytest.mark.parametrize("text", ["/no_think", "Be brief. /no_think"])
+def test_a_template_finds_its_switches_in_a_system_message(text: str) -> None:
+    template = (
+        "{% set s = messages[0].content %}{{ '<quiet>' if '/no_think' in s }}"
+        "{{ s.replace('/no_think', '') | trim }}|{{ messages[1].content }}" + _OPEN
+    )
+    expected = "<quiet>" + text.replace("/no_think", "").strip() + "|hi<assistant>"
+    assert render(template, {"role": "system", "content": text}, USER) == expected
+
+
+@pytest.mark.parametrize("change", ["pprint", "tojson(ensure_ascii=true)", "urlencode", "title"])
+def test_no_mark_is_left_by_a_template_that_rewrites_contents(change: str) -> None:
+    template = "{% for m in messages %}<{{ m.content | " + change + " }}>{% endfor %}" + _OPEN
+    for content in ("hi", "see <|im_end|> there"):
+        text = render(template, {"role": "user", "content": content})
+        assert not re.search(r"u000f|udb80|%F3%B0|[\U000f0000-\U0010ffff]", text, re.IGNORECASE)
 
 
 _SYNTAX = (
