@@ -13,13 +13,17 @@ _PARAGRAPH: Final = "\n\n"
 _ROLES: Final = ("system", "user", "assistant")
 _TAGS: Final = ("think", "thinking", "thought", "reasoning", "seed:think")
 # Thinking that the answer begins with; cut off answers may never close it.
-_THINKING: Final = [re.compile(rf"\s*<{tag}>.*?(?:</{tag}>|\Z)\s*", re.DOTALL) for tag in _TAGS] + [
-    re.compile(rf"\s*{re.escape(begin)}.*?(?:{re.escape(end)}|\Z)\s*", re.DOTALL)
+_THINKING: Final = [
+    re.compile(rf"[\s\ufeff]*<{tag}>.*?(?:</{tag}>|\Z)\s*", re.DOTALL) for tag in _TAGS
+] + [
+    re.compile(rf"[\s\ufeff]*{re.escape(begin)}.*?(?:{re.escape(end)}|\Z)\s*", re.DOTALL)
     for begin, end in [
         ("[THINK]", "[/THINK]"),
         ("◁think▷", "◁/think▷"),
         ("<|begin_of_thought|>", "<|end_of_thought|>"),
         ("<|START_THINKING|>", "<|END_THINKING|>"),
+        ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
+        ("<|channel>thought", "<channel|>"),
     ]
 ]
 # Some templates write the opening tag themselves, as the last part of the prompt.

@@ -25,6 +25,9 @@ _ANSWER = "42, because\n\n</b> is HTML"
         "[THINK]x[/THINK]",
         "<thinking>x</thinking> ",
         "◁think▷x◁/think▷",
+        "<|channel|>analysis<|message|>x<|end|><|start|>assistant<|channel|>final<|message|>",
+        "<|channel>thought\nx<channel|>",
+        "\ufeff<think>x</think>",
     ],
 )
 def test_the_thinking_an_answer_begins_with_is_left_out(thinking: str) -> None:

@@ -19,11 +19,15 @@ _CONTROL_TOKEN: Final = re.compile(
 # What to look for in a text for an unknown vocabulary. Square brackets are listed as well here,
 # because texts are full of words such as `[WARNING]`.
 _IN_TEXT: Final = re.compile(
-    r"<[|｜][^<>\s]{1,80}[|｜]>|<\|[a-z_]{2,40}>|<[a-z_]{2,40}\|>"
+    r"<[|｜][^<>\s]{1,80}[|｜]>|<\|[a-z_]{2,40}>|<[a-z_]{2,40}\|>|<\[\w{1,40}(?:▁\w{1,40})+\]>"
+    r"|\[\|(?:system|user|assistant|tool|endofturn)\|\]|</?(?:seed|minimax):[a-z_]{2,40}>"
+    r"|<_(?:user|bot|system|end)>|<(?:reserved|SPECIAL|TOKENS_UNUSED)_\d{1,5}>"
+    r"|<(?:EOT|sop|eop|eoh|eoa|file_sep|repo_name|gh_stars)>|\]~!b\[|\]~b\]|\[e~\["
+    r"|<(?:jupyter|issue|commit)_[a-z]{2,10}>"
     r"|</?(?:s|bos|eos|pad|unk|mask|think|im_start|im_end|(?:start|end)_of_(?:turn|image|audio)"
     r"|end_of_utterance|tool_(?:call|response)|unused\d{1,5}|fim_[a-z]{3,6}|extra_id_\d{1,3})>"
     r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_(?:CALLS|RESULTS|CONTENT)|THINK|ARGS|CALL_ID"
-    r"|IMG|IMG_BREAK|IMG_END|AUDIO|BEGIN_AUDIO|PREFIX|MIDDLE|SUFFIX|CLS|SEP|PAD|UNK|MASK"
+    r"|EOT|UNUSED_TOKEN_\d{1,5}|IMG|IMG_BREAK|IMG_END|AUDIO|BEGIN_AUDIO|PREFIX|MIDDLE|SUFFIX|CLS|SEP|PAD|UNK|MASK"
     r"|gMASK|sop|eop|BOS|EOS)\]"
 )
 # Any of these inside a control token's name makes it plain text.
@@ -68,7 +72,7 @@ class ControlTokens:
             self._lengths.setdefault(name[0], []).append(len(name))
         for first, lengths in self._lengths.items():
             self._lengths[first] = sorted(set(lengths), reverse=True)
-        firsts = {*self._lengths, *("<[" if any_form else "")}
+        firsts = {*self._lengths, *("<[]" if any_form else "")}
         self._first = re.compile(
             f"[{''.join(map(re.escape, sorted(firsts)))}]" if firsts else "(?!)"
         )

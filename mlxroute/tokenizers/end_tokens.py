@@ -20,6 +20,13 @@ END_TOKENS: Final = (
     "<EOT>",
     "_<EOT>",
     "[EOT]",
+    "<|END_OF_TURN_TOKEN|>",
+    "<|endofturn|>",
+    "<|role_end|>",
+    "<｜end▁of▁sentence｜>",
+    "<seed:eos>",
+    "[|endofturn|]",
+    "[e~[",
 )
 # In vocabularies with this token, `<|end|>` only ends a part of an answer, such as its reasoning.
 _ANSWER_END: Final = "<|return|>"

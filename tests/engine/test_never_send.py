@@ -187,6 +187,12 @@ def test_a_long_prompt_is_not_searched_again_for_every_token(
 
 
 _UNICODE = [
+    ("O'Brien", "O\u2019Brien"),
+    ("O\u2019Brien", "O'Brien"),
+    ("(?i)o\u2019brien", "O'BRIEN"),
+    ("project-x", "project\u2011x"),
+    (r"\d{3}-\d{4}", "555\u20124567"),
+    ('"x"', "\u201cx\u201d"),
     ("Zo\u00eb", "Zoe\u0308"),
     ("Zoe\u0308", "Zo\u00eb"),
     (r"Zoe\u0308", "Zo\u00eb"),

@@ -15,6 +15,8 @@ from mlxroute.types import PromptText
 _ANY_FAMILY = (
     "<|eot_id|> <|start_header_id|> <start_of_turn> </s> [/INST] <｜User｜> <think>"
     " <|end▁of▁sentence|> <fim_prefix> [TOOL_CALLS] <|im_end|> <|channel>"
+    " [|endofturn|] [|user|] ]~b] ]~!b[ [e~[ <seed:bos> </seed:think> <[begin▁of▁sentence]> <_user>"
+    " <reserved_106> <SPECIAL_10> <EOT> [EOT] <sop> <file_sep> [UNUSED_TOKEN_146]"
 )
 _NAMES = ["<|im_start|>", "<|im_end|>", "</s>", "[INST]", "<|", "EOS", "< |x", "a b", "|"]
 
@@ -69,6 +71,13 @@ def test_control_tokens_of_any_family_are_known_by_their_form(text: str) -> None
         "x <| y |> z",
         "if a<b|c>d:",
         "<a|b>",
+        "<xsl:template>",
+        "std::vector<xml:node>",
+        "Vec<[u8]>",
+        "re.match('<[0-9]>')",
+        "a[|b|]c",
+        "<role>admin</role>",
+        "<PRE>",
     ],
 )
 def test_ordinary_text_is_left_alone(text: str) -> None:

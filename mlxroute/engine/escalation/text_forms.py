@@ -13,6 +13,14 @@ _INVISIBLE: Final = re.compile(
     "\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0"
     "\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
 )
+# Quotation marks and hyphens that programs put in place of those on the keyboard.
+_TYPOGRAPHIC: Final = str.maketrans(
+    {
+        **dict.fromkeys("\u2018\u2019\u201a\u201b\u02b9\u02bc\u2032", "'"),
+        **dict.fromkeys("\u201c\u201d\u201e\u201f\u2033", '"'),
+        **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2043\u2212", "-"),
+    }
+)
 _IGNORES_CASE: Final = re.compile(r"\(\?[a-zA-Z]*i")
 # Parts of a pattern whose letters are no text: escapes, and the beginnings of groups.
 _SYNTAX: Final = re.compile(r"\\(?:[xuU][0-9a-fA-F]+|N\{[^}]*\}|.)|\(\?[a-zA-Z]*[-:)]?", re.DOTALL)
@@ -26,19 +34,26 @@ _ESCAPE: Final = re.compile(
 def text_forms(text: str) -> list[str]:
     """Return the forms of a text that differ: as it is, and normalised without invisible text.
 
-    The normal forms are NFC, and NFKC, which makes full-width letters ordinary ones.
+    The normal forms are NFC, and NFKC, which makes full-width letters ordinary ones; with NFKC,
+    typographic quotation marks and hyphens become those of a keyboard.
     """
     composed = visible = _INVISIBLE.sub("", text)
     if not visible.isascii():
         composed = unicodedata.normalize("NFC", visible)
-        visible = _INVISIBLE.sub("", unicodedata.normalize("NFKC", visible))
+        visible = _INVISIBLE.sub("", _compatible_form(visible))
     return list(dict.fromkeys([text, composed, visible]))
 
 
 def fold_text(text: str) -> str:
     """Return a text in the form in which upper and lower case are equal."""
-    visible = _INVISIBLE.sub("", unicodedata.normalize("NFKC", text))
+    visible = _INVISIBLE.sub("", _compatible_form(text))
     return unicodedata.normalize("NFKC", visible.casefold())
+
+
+def _compatible_form(text: str) -> str:
+    """Return NFKC, with the quotation marks and hyphens of a keyboard."""
+    # NFKC makes three characters of a triple prime, and two of a double one.
+    return unicodedata.normalize("NFKC", text.translate(_TYPOGRAPHIC)).translate(_TYPOGRAPHIC)
 
 
 def pattern_forms(pattern: str) -> list[str]:
@@ -76,5 +91,5 @@ def _spell_escape(escape: re.Match[str]) -> str:
 
 def _plain_form(char: str) -> str:
     """Return the compatible form of a character, escaped where it would be syntax."""
-    plain = unicodedata.normalize("NFKC", char)
+    plain = _compatible_form(char)
     return re.escape(plain) if plain != char and plain.isascii() else plain
