@@ -29,7 +29,11 @@ from mlxroute.backend.plain_model import (
 from mlxroute.errors import MlxRouteError, NotEnoughSpace, UsageError, WeightsError
 from mlxroute.safe_text import printable_line
 from mlxroute.tokenizers.end_tokens import find_end_ids
-from mlxroute.tokenizers.fast_tokenizer import FastTokenizer, read_plain_tokenizer_config
+from mlxroute.tokenizers.fast_tokenizer import (
+    FastTokenizer,
+    load_full_tokenizer,
+    read_plain_tokenizer_config,
+)
 from mlxroute.types import Notify, no_notice
 
 OVERHEAD_BYTES = 600 * 2**20
@@ -163,7 +167,6 @@ def _load_plain(path: Path, config: dict[str, Any]) -> tuple[Any, Any, int | Non
 
 def _load_with_mlx_lm(path: Path, config: dict[str, Any]) -> tuple[Any, Any, int | None]:
     import mlx.core as mx
-    from mlx_lm.tokenizer_utils import load as load_tokenizer
     from mlx_lm.utils import _get_classes, dequantize_model, load_model
 
     architecture = sys.modules[_get_classes(config)[0].__module__]
@@ -173,7 +176,7 @@ def _load_with_mlx_lm(path: Path, config: dict[str, Any]) -> tuple[Any, Any, int
         _widen(model)
         model = dequantize_model(model)
     mx.eval(model.parameters())
-    tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+    tokenizer = load_full_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     return model, tokenizer, window
 
 

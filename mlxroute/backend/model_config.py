@@ -27,6 +27,7 @@ _CONTEXT: Final = "max_position_embeddings"
 _COMPUTING: Final[Mapping[str, tuple[object, ...]]] = {
     "alibi": (False,),
     "attention_chunk_size": (),
+    "attention_multiplier": (),
     "attn_logit_softcapping": (0,),
     "clip_qkv": (0,),
     "embedding_multiplier": (1,),
@@ -143,7 +144,10 @@ def _check_values(table: Mapping[str, Any], path: Path) -> None:
         is_count = isinstance(value, int) and not isinstance(value, bool)
         most = _BOUNDS.get(key)
         too_long = isinstance(value, list) and len(value) > _LONGEST_LIST
-        if too_long or (most and value is not None and is_count and not 0 <= value <= most):
+        is_text = most is not None and isinstance(value, str)
+        if too_long or is_text or (most and is_count and not 0 <= value <= most):
+            raise WeightsError(f"{path / 'config.json'}: {printable_line(key)} is out of bounds")
+        if key == "rope_theta" and not (_is_finite(value) and value > 0):
             raise WeightsError(f"{path / 'config.json'}: {printable_line(key)} is out of bounds")
     ids = table.get("eos_token_id")
     items = ids if isinstance(ids, list) else [] if ids is None else [ids]
@@ -152,6 +156,10 @@ def _check_values(table: Mapping[str, Any], path: Path) -> None:
             f"{path}: eos_token_id is {printable_line(repr(ids), limit=60)}, no token id and no"
             " list of them"
         )
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _flatten_rope_parameters(table: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from mlxroute.errors import UsageError, WeightsError
 from mlxroute.messages import read_messages
 from mlxroute.tokenizers.chat_template import ChatTemplate
 from mlxroute.tokenizers.content_marks import ContentMarks
-from mlxroute.tokenizers.fast_tokenizer import FastTokenizer
+from mlxroute.tokenizers.fast_tokenizer import FastTokenizer, load_full_tokenizer
 from mlxroute.tokenizers.prompt_encoder import PromptEncoder
 from mlxroute.tokenizers.token_vocabulary import TokenVocabulary
 from mlxroute.types import EncodedPrompt, Message, PromptText
@@ -48,10 +48,8 @@ class ChatTokenizer:
         fast = FastTokenizer.read(path, eos_token_ids=None)
         if fast is not None:
             return cls(fast, name=name)
-        from mlx_lm.tokenizer_utils import load
-
         try:
-            return cls(load(path), name=name)
+            return cls(load_full_tokenizer(path), name=name)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as exc:
             reason = " ".join(str(exc).split())[:200] or type(exc).__name__
             raise WeightsError(f"{path} has no readable tokenizer: {reason}") from exc

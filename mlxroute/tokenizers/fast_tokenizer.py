@@ -80,9 +80,7 @@ class FastTokenizer:
 
     def read_in_full(self) -> Any:
         """Return `mlx_lm`'s TokenizerWrapper for the same files."""
-        from mlx_lm.tokenizer_utils import load
-
-        return load(self._path, eos_token_ids=list(self._eos_ids) or None)
+        return load_full_tokenizer(self._path, eos_token_ids=list(self._eos_ids) or None)
 
     def __len__(self) -> int:
         return int(self.backend_tokenizer.get_vocab_size(with_added_tokens=True))
@@ -150,6 +148,18 @@ class FastTokenizer:
 
     def _id(self, token: str) -> int:
         return int(self.backend_tokenizer.token_to_id(token))
+
+
+def load_full_tokenizer(path: Path, *, eos_token_ids: int | list[int] | None = None) -> Any:
+    """Return `mlx_lm`'s TokenizerWrapper for the files of a model directory; runs no code in them.
+
+    Raises what transformers raises for files that it cannot read.
+    """
+    from mlx_lm.tokenizer_utils import load
+
+    # Without this transformers asks the user whether to run the code.
+    settings = {"trust_remote_code": False}
+    return load(path, tokenizer_config_extra=settings, eos_token_ids=eos_token_ids)
 
 
 def read_plain_tokenizer_config(path: Path) -> dict[str, Any] | None:

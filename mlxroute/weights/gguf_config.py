@@ -31,6 +31,8 @@ def build_config(gguf: GgufFile, tokenizer: TokenizerFiles) -> dict[str, Any]:
     heads = metadata.integer("{arch}.attention.head_count", most=_MOST_HEADS)
     hidden = metadata.integer("{arch}.embedding_length", most=_LARGEST_SIZE)
     theta = metadata.number("{arch}.rope.freq_base", default=10000.0)
+    if theta == 0:
+        raise metadata.refuse("{arch}.rope.freq_base")
     config: dict[str, Any] = {
         "architectures": [
             "LlamaForCausalLM" if gguf.architecture == "llama" else "Qwen2ForCausalLM"
@@ -100,6 +102,8 @@ def _head_dim(gguf: GgufFile, *, hidden: int, heads: int) -> int:
     """Return the size of an attention head; raise WeightsError for what mlx_lm has no place for."""
     metadata = gguf.metadata
     usual = hidden // heads
+    if not metadata.has("{arch}.attention.key_length") and (hidden % heads or usual % 2):
+        raise metadata.refuse("{arch}.attention.head_count")
     head_dim = metadata.integer(
         "{arch}.attention.key_length", default=max(1, usual), most=_LARGEST_HEAD
     )

@@ -142,6 +142,9 @@ def _to_float16(rows: Bytes, tensor: GgufTensor) -> memoryview:
     try:
         with np.errstate(over="raise", invalid="raise"):
             values = dequantize(raw.reshape(-1, blocks_per_row * size), tensor.kind)
-            return memoryview(values.astype(np.float16).reshape(-1)).cast("B")
+            narrow = values.astype(np.float16).reshape(-1)
     except FloatingPointError as exc:
         raise WeightsError(f"tensor {tensor.name} holds values beyond float16") from exc
+    if not np.isfinite(narrow).all():
+        raise WeightsError(f"tensor {tensor.name} holds values that are no numbers")
+    return memoryview(narrow).cast("B")

@@ -129,7 +129,7 @@ class _HeaderReader:
         tensor_count = self._scalar(GGUFValueType.UINT64)
         metadata: dict[str, Any] = {}
         for _ in range(self._scalar(GGUFValueType.UINT64)):
-            key = self._string()
+            key = self._name()
             if key in metadata:
                 raise ValueError(f"{key} occurs twice")
             metadata[key] = self._value(GGUFValueType(self._scalar(GGUFValueType.UINT32)))
@@ -161,7 +161,7 @@ class _HeaderReader:
         )
 
     def _tensor_entry(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
-        name = self._string()
+        name = self._name()
         dimensions = self._scalar(GGUFValueType.UINT32)
         if dimensions > _MOST_DIMENSIONS:
             raise ValueError(f"tensor {name} has {dimensions} dimensions")
@@ -191,6 +191,13 @@ class _HeaderReader:
     def _scalar(self, kind: GGUFValueType) -> Any:
         layout = _SCALARS[kind]
         return struct.unpack_from(layout, self._view, self._take(struct.calcsize(layout)))[0]
+
+    def _name(self) -> str:
+        """Return the name of a value or tensor, which messages may print."""
+        name = self._string()
+        if not name.isprintable():
+            raise ValueError(f"a name in it has control characters: {printable_line(name)[:50]}")
+        return name
 
     def _string(self) -> str:
         length = self._scalar(GGUFValueType.UINT64)

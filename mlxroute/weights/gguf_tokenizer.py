@@ -8,6 +8,7 @@ from enum import IntEnum
 from typing import Any
 
 from mlxroute.errors import WeightsError
+from mlxroute.safe_text import printable_line
 from mlxroute.tokenizers.end_tokens import END_TOKENS, find_end_ids
 from mlxroute.weights.gguf_file import GgufFile
 
@@ -64,6 +65,8 @@ def build_tokenizer(gguf: GgufFile) -> TokenizerFiles:
     types = metadata.integers("tokenizer.ggml.token_type") or [_TokenType.NORMAL] * len(tokens)
     if not tokens or len(types) != len(tokens):
         raise WeightsError(f"{gguf.path} contains no usable tokenizer")
+    if not set(types) <= {0, *_TokenType}:
+        raise metadata.refuse("tokenizer.ggml.token_type")
     types = _typed_end_tokens(tokens, types)
     match metadata.text("tokenizer.ggml.model", default=""):
         case "gpt2":
@@ -113,6 +116,13 @@ def _byte_level_pipeline(
     merges = [merge.split(" ", 1) for merge in gguf.metadata.texts("tokenizer.ggml.merges")]
     if not merges or any(len(pair) != 2 for pair in merges):
         raise WeightsError(f"{gguf.path} has no usable merges for its tokenizer")
+    vocabulary = _vocabulary(tokens, types)
+    for left, right in merges:
+        if not {left, right, left + right} <= vocabulary.keys():
+            raise WeightsError(
+                f"{gguf.path}: the tokenizer has no token for its merge"
+                f" {printable_line(left + right)!r}"
+            )
     return {
         "normalizer": {"type": "NFC"} if is_composed else None,
         "pre_tokenizer": pre_tokenizer,
@@ -127,7 +137,7 @@ def _byte_level_pipeline(
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": _is_llama3(gguf),
-            "vocab": _vocabulary(tokens, types),
+            "vocab": vocabulary,
             "merges": merges,
         },
     }

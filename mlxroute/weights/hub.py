@@ -16,7 +16,11 @@ from typing import Any
 from huggingface_hub import constants, hf_hub_download
 
 # The base error of whichever HTTP library the installed client is built on.
-from huggingface_hub.errors import HTTPError, XetDownloadError  # type: ignore[attr-defined]
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
+    GatedRepoError,
+    HTTPError,
+    XetDownloadError,
+)
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mlxroute.errors import CorruptWeights, WeightsError
@@ -24,7 +28,7 @@ from mlxroute.safe_text import printable_line
 from mlxroute.types import Notify, Progress, no_notice
 from mlxroute.untrusted_text import TextFile, parse_json
 from mlxroute.weights.byte_counter import ByteCounter
-from mlxroute.weights.hub_listing import fetch_listing
+from mlxroute.weights.hub_listing import REFUSALS, fetch_listing, gate_reason, http_status
 from mlxroute.weights.request import CheckSize, WeightsSize, accept_any_size
 from mlxroute.weights.store import disk_errors, require_space, sha256_of
 
@@ -32,6 +36,10 @@ STALL_TIMEOUT_S = 60.0
 PARALLEL_DOWNLOADS = 3
 _POLL_S = 0.2
 _MOST_JSON_BYTES = 64 << 20
+
+_DTYPES = ("dtype", "torch_dtype")
+# Methods whose configurations do not say how many bits a weight has.
+_METHOD_BITS = {"fp8": 8, "mxfp8": 8, "mxfp4": 4}
 
 # Top-level files that mlx_lm reads. Python files are never fetched.
 _MODEL_FILES = (
@@ -124,10 +132,13 @@ def _widening(config_file: Path) -> float:
         text = TextFile(config_file, "the model's file", _MOST_JSON_BYTES, WeightsError)
         config = parse_json(text.read(), strict=False)
         quantization = config.get("quantization") or config.get("quantization_config")
+        if quantization and quantization.get("quant_method") in _METHOD_BITS:
+            return 32 / _METHOD_BITS[quantization["quant_method"]]
         if quantization:
             scale_bits = 32 / int(quantization.get("group_size") or 64)
             return max(1.0, 32 / (int(quantization["bits"]) + scale_bits))
-        dtype = config.get("dtype") or config.get("torch_dtype")
+        part = config.get("text_config") or {}
+        dtype = next((t[key] for t in (config, part) for key in _DTYPES if t.get(key)), None)
     except (WeightsError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
         return 1.0
     return 2.0 if dtype in ("float16", "bfloat16") else 1.0
@@ -176,6 +187,10 @@ class _Download:
         except (HTTPError, OSError, RuntimeError, XetDownloadError) as exc:
             if isinstance(exc, OSError) and exc.errno is not None:
                 raise
+            # The client hides some refusals behind an error of its own.
+            refusal = exc if http_status(exc) is not None else exc.__cause__
+            if http_status(refusal) in REFUSALS:
+                raise self._refused(refusal) from exc
             # Not SourceUnreachable: the next run resumes here, and no other source is tried.
             raise WeightsError(
                 f"the download of {self._hub_id} was interrupted ({_reason(exc)}): run the same"
@@ -190,6 +205,14 @@ class _Download:
             except PoolTimeout:
                 if time.monotonic() - self._activity_s > STALL_TIMEOUT_S:
                     raise self._stalled() from None
+
+    def _refused(self, exc: BaseException | None) -> WeightsError:
+        if isinstance(exc, GatedRepoError):
+            return WeightsError(f"hub: {gate_reason(self._hub_id)}")
+        return WeightsError(
+            f"hub: it lists {self._hub_id}, but refuses its files (status {http_status(exc)});"
+            " check HF_TOKEN, and whether you may read this repository"
+        )
 
     def _stalled(self) -> WeightsError:
         hint = "" if constants.HF_HUB_DISABLE_XET else ", or with HF_HUB_DISABLE_XET=1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from json import JSONDecodeError
 from multiprocessing import TimeoutError as PoolTimeout
 from multiprocessing.pool import ThreadPool
 from typing import Any
@@ -22,7 +23,10 @@ from mlxroute.safe_text import printable_line
 from mlxroute.types import Notify
 
 ANSWER_TIMEOUT_S = 5.0
-_REFUSALS = (401, 403)
+REFUSALS = (401, 403)
+# ImportError: a SOCKS proxy is set and the package it needs is not installed. The last three: the
+# answer has another form than the client expects.
+_FAILURES = (HTTPError, OSError, ValueError, ImportError, AttributeError, TypeError, KeyError)
 _PUBLIC_HUB = "https://huggingface.co"
 
 # Hubs that timed out in this process; they are not tried again.
@@ -51,7 +55,7 @@ def fetch_listing(hub_id: str, *, notify: Notify) -> tuple[ModelInfo, bool | Non
     try:
         return _request_listing(hub_id, None), None
     except SourceUnreachable as exc:
-        if not (_status(exc.__cause__) in _REFUSALS and get_token()):
+        if not (http_status(exc.__cause__) in REFUSALS and get_token()):
             raise
         refusal = f"it refuses the token of {_token_source()}"
         gated = exc if isinstance(exc.__cause__, GatedRepoError) else None
@@ -77,30 +81,48 @@ def _request_listing(hub_id: str, token: bool | None) -> ModelInfo:
     options: dict[str, Any] = {"files_metadata": True, "timeout": ANSWER_TIMEOUT_S, "token": token}
     try:
         with ThreadPool(1) as pool:
-            return pool.apply_async(HfApi().model_info, (hub_id,), options).get(ANSWER_TIMEOUT_S)
+            call = pool.apply_async(HfApi().model_info, (hub_id,), options)
+            return _check_listing(call.get(ANSWER_TIMEOUT_S))
     except PoolTimeout as exc:
         _unresponsive_hubs.add(constants.ENDPOINT)
         raise _unreachable(f"no answer within {ANSWER_TIMEOUT_S:.0f} s") from exc
     except OfflineModeIsEnabled as exc:
         raise _unreachable("HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids to reach it") from exc
     except GatedRepoError as exc:
-        raise _unreachable(
-            f"{hub_id} asks you to accept its licence on its page and to set HF_TOKEN"
-        ) from exc
+        raise _unreachable(gate_reason(hub_id)) from exc
     except RepositoryNotFoundError as exc:
         raise _unreachable(f"no repository {hub_id} (a private one needs HF_TOKEN)") from exc
     except HFValidationError as exc:
         raise _unreachable(f"no repository can be named {hub_id}") from exc
-    except (HTTPError, OSError, ValueError, ImportError, AttributeError, TypeError) as exc:
-        # ImportError: a SOCKS proxy is set and the package it needs is not installed. The last
-        # two: the answer has another form than the client expects, as that of a login page.
-        status = _status(exc)
-        if isinstance(exc, OSError) and exc.filename and status is None:
-            file = printable_line(f"{exc.filename}: {exc.strerror}")
-            raise _unreachable(f"its token cannot be read ({file}); check HF_HOME") from exc
-        verb = "not reachable" if status is None else f"it answers {status}"
-        reason = printable_line(str(exc)) or type(exc).__name__
-        raise _unreachable(f"{verb} ({reason})") from exc
+    except _FAILURES as exc:
+        raise _unreachable(_failure_reason(exc)) from exc
+
+
+def _failure_reason(exc: Exception) -> str:
+    status = http_status(exc)
+    if isinstance(exc, UnicodeEncodeError) and get_token():
+        return f"the token of {_token_source()} has characters that no token has"
+    if isinstance(exc, (JSONDecodeError, AttributeError, TypeError, KeyError)):
+        return "its answer is no listing of files; it may be the page of a login"
+    if isinstance(exc, OSError) and exc.filename and status is None:
+        file = printable_line(f"{exc.filename}: {exc.strerror}")
+        return f"its token cannot be read ({file}); check HF_HOME"
+    verb = "not reachable" if status is None else f"it answers {status}"
+    return f"{verb} ({printable_line(str(exc)) or type(exc).__name__})"
+
+
+def gate_reason(hub_id: str) -> str:
+    """Return why the hub gives no files of a repository with a licence to accept."""
+    return f"{hub_id} asks you to accept its licence on its page and to set HF_TOKEN"
+
+
+def _check_listing(info: ModelInfo) -> ModelInfo:
+    """Raise TypeError for a listing with sizes that are no numbers."""
+    for entry in info.siblings or ():
+        size = 0 if entry.size is None else entry.size
+        if type(size) is not int or size < 0:
+            raise TypeError(f"the size of {entry.rfilename} is {size!r}")
+    return info
 
 
 def _unreachable(reason: str) -> SourceUnreachable:
@@ -115,7 +137,7 @@ def _token_source() -> str:
     return next((name for name in variables if os.environ.get(name)), constants.HF_TOKEN_PATH)
 
 
-def _status(exc: BaseException | None) -> int | None:
+def http_status(exc: BaseException | None) -> int | None:
     """Return the HTTP status that the client reports; None if there was no answer."""
     if not isinstance(exc, HfHubHTTPError):
         return None

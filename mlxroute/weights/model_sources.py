@@ -25,6 +25,8 @@ from mlxroute.weights.request import (
 )
 from mlxroute.weights.store import disk_errors, require_space
 
+# The hub has no longer ones.
+_MAX_HUB_ID = 96
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 # Part of the fingerprint of a converted file of the user: older conversions are made again.
 _CONVERSION = 2
@@ -71,7 +73,7 @@ class Sources:
             return _user_directory(spec, path)
         if path.suffix == ".gguf":
             return self._user_gguf(spec, path)
-        if _HUB_ID.fullmatch(spec) and not spec.startswith("."):
+        if len(spec) <= _MAX_HUB_ID and _HUB_ID.fullmatch(spec) and not spec.startswith("."):
             return Request(
                 spec,
                 spec.replace("/", "--"),

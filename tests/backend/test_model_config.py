@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import struct
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from mlxroute.backend.load import load, memory_needed
 from mlxroute.backend.model_config import check_understood, read_config
 from mlxroute.errors import MlxRouteError, UsageError, WeightsError
 from mlxroute.small import SmallModel
+from mlxroute.tokenizers.chat_tokenizer import ChatTokenizer
 from tests.support.tiny import make_tiny_model
 
 
@@ -145,6 +147,10 @@ def test_yarn_gets_the_context_of_the_configuration(tmp_path: Path) -> None:
         ({"hidden_size": 2**60}, "hidden_size is out of bounds"),
         ({"layer_types": ["full_attention"] * 10**5}, "layer_types is out of bounds"),
         ({"num_attention_heads": 0}, "cannot be loaded as a model"),
+        ({"max_position_embeddings": "many"}, "max_position_embeddings is out of bounds"),
+        ({"rope_theta": 0}, "rope_theta is out of bounds"),
+        ({"rope_theta": math.nan}, "rope_theta is out of bounds"),
+        ({"attention_multiplier": 0.5}, "attention_multiplier = 0.5 is not supported"),
         ({"eos_token_id": "2"}, "eos_token_id is '2'"),
         ({"eos_token_id": [[2]]}, r"eos_token_id is \[\[2\]\]"),
         ({"rope_scaling": {"type": "magic", "factor": 2}}, "magic"),
@@ -156,6 +162,24 @@ def test_a_wrong_value_is_one_clear_error(
     path = change_config(make_tiny_model(tmp_path / "m"), **values)
     with pytest.raises(WeightsError, match=message):
         load(path)
+
+
+def test_code_of_a_tokenizer_is_refused_without_a_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(question: str = "") -> str:
+        pytest.fail("a question was asked")
+
+    monkeypatch.setattr("builtins.input", ask)
+    path = make_tiny_model(tmp_path / "m")
+    file = path / "tokenizer_config.json"
+    code = {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["code.T", None]}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **code}))
+    (path / "code.py").write_text("raise SystemExit(9)")
+    with pytest.raises(WeightsError, match="custom code"):
+        load(path)
+    with pytest.raises(WeightsError, match="custom code"):
+        ChatTokenizer.load(path, name="m")
 
 
 def test_a_missing_part_of_the_weights_is_named(tmp_path: Path) -> None:

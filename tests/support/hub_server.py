@@ -28,6 +28,8 @@ class Site:
         stalled: Whether no path is answered until `release` is set.
         refused_token: Status for requests with a token; 0 if tokens are accepted.
         refusal: Status and error code for all requests; status 0 for none.
+        refused_files: Status and error code for the files; status 0 for none.
+        listing: What is sent in place of every listing; empty for the listings themselves.
         release: Ends the waits of `held` and `stalled`.
         requests: Number of requests, by method and path.
         ranges: Range headers received.
@@ -41,6 +43,8 @@ class Site:
     stalled: bool = False
     refused_token: int = 0
     refusal: tuple[int, str] = (0, "")
+    refused_files: tuple[int, str] = (0, "")
+    listing: bytes = b""
     release: threading.Event = field(default_factory=threading.Event)
     requests: Counter[str] = field(default_factory=Counter)
     ranges: list[str] = field(default_factory=list)
@@ -91,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.site.requests[f"{self.command} {path}"] += 1
         if self.site.stalled or path in self.site.held:
             self.site.release.wait(30)
-        status, code = self.site.refusal
+        status, code = self.site.refused_files if "/resolve/" in path else self.site.refusal
         if self.site.refused_token and self.headers.get("Authorization"):
             status, code = self.site.refused_token, ""
         if status:
@@ -115,6 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(b'{"error": "none"}', body=body, status=404, headers=headers)
 
     def _listing(self, hub_id: str) -> bytes:
+        if self.site.listing:
+            return self.site.listing
         siblings = [
             {
                 "rfilename": file,

@@ -162,6 +162,11 @@ def test_metadata_without_effect_changes_nothing(tmp_path: Path) -> None:
         ("llama.embedding_length", 2**31 - 1, "embedding_length must be a positive integer"),
         ("tokenizer.ggml.tokens", "x", "tokens must be a list of texts"),
         ("tokenizer.ggml.merges", ["ab"], "no usable merges"),
+        ("tokenizer.ggml.merges", ["t h", "x yz"], "no token for its merge 'xyz'"),
+        ("tokenizer.ggml.token_type", [99] * 266, "token_type = a list of 266 values cannot"),
+        ("llama.rope.freq_base", 0.0, "llama.rope.freq_base = 0.0 cannot"),
+        ("llama.attention.head_count", 3, "llama.attention.head_count = 3 cannot"),
+        ("llama.\x1b[2J\nx", "v", "a name in it has control characters"),
         ("tokenizer.ggml.pre", "", "does not say how its tokenizer splits words"),
         ("tokenizer.ggml.add_bos_token", True, "puts a begin token before a text"),
     ],
@@ -173,8 +178,9 @@ def test_a_wrong_value_is_refused_with_its_key(
     if message.startswith("puts a begin"):
         metadata["tokenizer.ggml.bos_token_id"] = 2**32 - 1
     source = write_gguf(tmp_path / "m.gguf", TinyModel(metadata=metadata))
-    with pytest.raises(WeightsError, match=message):
+    with pytest.raises(WeightsError, match=message) as caught:
         check_convertible(source)
+    assert str(caught.value).isprintable()
 
 
 def test_heads_listed_by_layer_are_understood_if_equal(tmp_path: Path) -> None:
@@ -377,6 +383,25 @@ def test_an_unknown_type_of_weights_is_refused_before_the_conversion(tmp_path: P
     source.write_bytes(content[:position] + kind + content[position + 4 :])
     with pytest.raises(WeightsError, match=r"I64, which is not supported|truncated|damaged"):
         check_convertible(source)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_are_refused(value: float, tmp_path: Path) -> None:
+    source = write_gguf(
+        tmp_path / "m.gguf", TinyModel(extra={"output_norm.weight": ones(64) * value})
+    )
+    with pytest.raises(WeightsError, match=r"output_norm\.weight holds values that are no numbers"):
+        convert(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "name", ["[|endofturn|]", "<|END_OF_TURN_TOKEN|>", "[e~[", "<seed:eos>", "<|role_end|>"]
+)
+def test_end_tokens_of_other_families_are_known(name: str, tmp_path: Path) -> None:
+    tokens = TinyModel().tokens
+    tokens[262] = name
+    source = write_gguf(tmp_path / "m.gguf", TinyModel(metadata={"tokenizer.ggml.tokens": tokens}))
+    assert 262 in build_tokenizer(read_gguf(source)).eos_ids
 
 
 def test_a_norm_with_a_bias_is_refused_with_its_name(tmp_path: Path) -> None:

@@ -233,6 +233,61 @@ def test_each_refusal_of_the_hub_has_its_own_message(
     assert "\n" not in str(caught.value)
 
 
+def test_a_token_with_other_characters_is_named(
+    hub: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_\u00e9")
+    with pytest.raises(WeightsError, match="token of HF_TOKEN has characters that no token has"):
+        get(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "listing",
+    [
+        b"<html>login</html>",
+        b"[]",
+        b"null",
+        b'{"id": "o/m", "siblings": "x"}',
+        b'{"id": "o/m", "siblings": [{"rfilename": "config.json", "size": "x"}]}',
+        b'{"id": "o/m", "siblings": [{"rfilename": "config.json", "size": -5}]}',
+    ],
+)
+def test_an_answer_that_is_no_listing_is_named(hub: Site, tmp_path: Path, listing: bytes) -> None:
+    hub.listing = listing
+    with pytest.raises(WeightsError, match="its answer is no listing of files"):
+        get(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (401, "", r"refuses its files \(status 401\); check HF_TOKEN"),
+        (403, "", r"refuses its files \(status 403\); check HF_TOKEN"),
+        (401, "GatedRepo", "accept its licence on its page"),
+        (403, "GatedRepo", "accept its licence on its page"),
+    ],
+)
+def test_files_that_the_hub_refuses_are_no_interrupted_download(
+    hub: Site, tmp_path: Path, status: int, code: str, message: str
+) -> None:
+    hub.refused_files = (status, code)
+    with pytest.raises(WeightsError, match=message) as caught:
+        get(tmp_path / "cache")
+    assert "interrupted" not in str(caught.value)
+
+
+def test_an_id_that_is_too_long_for_the_hub_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="there is no such directory"):
+        weights.resolve(
+            "o/" + "a" * 300,
+            catalog=Catalog((), ()),
+            cache_dir=tmp_path,
+            offline=False,
+            progress=lambda *_: None,
+            notify=no_notice,
+        )
+
+
 def test_an_offline_variable_is_named(
     hub: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,6 +327,8 @@ def test_a_stalled_transfer_ends_with_a_hint(
         ({"dtype": "float32"}, 1.0),
         ({"quantization": {"bits": 4, "group_size": 64}}, 32 / 4.5),
         ({"quantization": "4bit"}, 1.0),
+        ({"text_config": {"torch_dtype": "bfloat16"}}, 2.0),
+        ({"quantization_config": {"quant_method": "fp8"}, "torch_dtype": "bfloat16"}, 4.0),
     ],
 )
 def test_the_size_is_checked_before_the_weights_are_downloaded(
