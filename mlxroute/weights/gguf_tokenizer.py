@@ -62,12 +62,7 @@ def build_tokenizer(gguf: GgufFile) -> TokenizerFiles:
     """Convert a file's tokenizer; raise WeightsError if it cannot be converted exactly."""
     metadata = gguf.metadata
     tokens = metadata.texts("tokenizer.ggml.tokens")
-    types = metadata.integers("tokenizer.ggml.token_type") or [_TokenType.NORMAL] * len(tokens)
-    if not tokens or len(types) != len(tokens):
-        raise WeightsError(f"{gguf.path} contains no usable tokenizer")
-    if not set(types) <= {0, *_TokenType}:
-        raise metadata.refuse("tokenizer.ggml.token_type")
-    types = _typed_end_tokens(tokens, types)
+    types = _read_types(gguf, tokens)
     match metadata.text("tokenizer.ggml.model", default=""):
         case "gpt2":
             pipeline = _byte_level_pipeline(gguf, tokens, types)
@@ -269,8 +264,14 @@ def _special_ids(gguf: GgufFile, count: int) -> dict[str, int]:
     return {role: token_id for role, token_id in ids.items() if token_id is not None}
 
 
-def _typed_end_tokens(tokens: Sequence[str], types: Sequence[int]) -> list[int]:
+def _read_types(gguf: GgufFile, tokens: Sequence[str]) -> list[int]:
     """Return the types of the tokens, with the known end tokens as control tokens."""
+    key = "tokenizer.ggml.token_type"
+    types = gguf.metadata.integers(key) or [_TokenType.NORMAL] * len(tokens)
+    if not tokens or len(types) != len(tokens):
+        raise WeightsError(f"{gguf.path} contains no usable tokenizer")
+    if not set(types) <= {0, *_TokenType}:
+        raise gguf.metadata.refuse(key)
     return [
         _TokenType.CONTROL if token in END_TOKENS else kind
         for token, kind in zip(tokens, types, strict=True)
