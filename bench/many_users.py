@@ -1,0 +1,140 @@
+"""Play many users of one replica of the large model on a virtual clock.
+
+    python bench/many_users.py --step-ms 20 --call-ms 50 --at-once 8 --path-ms 30 --rate 7%
+
+Each user has a small model of their own, writes answers without a pause and waits for each call
+(mode `wait`). The replica serves calls in order, a fixed number at once. The times are arguments:
+measure them for your models first, with `mlxroute probe` and `mlxroute bench latency`. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+USERS = (10, 30, 100, 300, 1000, 3000, 10_000)
+# The first part of the time is left out, because all users begin with an idle replica.
+PLAYED_S, LEFT_OUT_S = 240.0, 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What users and replica are like.
+
+    Args:
+        step_s: Seconds of a decode step of the small model.
+        rate: Share of the tokens that is escalated.
+        calls_per_escalation: Calls for each escalated token.
+        call_s: Seconds that the replica takes for a call while it serves `at_once` of them.
+        at_once: Number of calls that the replica serves at once.
+        path_s: Seconds between user and replica, there and back.
+    """
+
+    step_s: float
+    rate: float
+    call_s: float
+    at_once: int
+    path_s: float = 0.0
+    calls_per_escalation: float = 1.0
+
+    @property
+    def capacity(self) -> float:
+        """Calls a second that the replica can serve."""
+        return self.at_once / self.call_s
+
+    @property
+    def unqueued_tokens_per_s(self) -> float:
+        """Tokens a second of a user whose calls never wait for other users'."""
+        waited_s = self.rate * self.calls_per_escalation * (self.call_s + self.path_s)
+        return 1 / (self.step_s + waited_s)
+
+    @property
+    def most_users(self) -> float:
+        """Users whose calls the replica can just serve: capacity over calls/s of one user."""
+        calls_per_token = self.rate * self.calls_per_escalation
+        return self.capacity / (self.unqueued_tokens_per_s * calls_per_token)
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """What some number of users get; times in seconds."""
+
+    users: int
+    calls_per_s: float
+    tokens_per_s_of_a_user: float
+    call_p50_s: float
+    call_p95_s: float
+
+
+def play(load: Load, users: int, *, seed: int = 0) -> Played:
+    """Return what users get who all write at the same time."""
+    chance = random.Random(seed)
+    calls_per_token = load.rate * load.calls_per_escalation
+
+    def draw_tokens() -> int:
+        """Draw the number of tokens until the next call."""
+        return 1 + int(math.log(1 - chance.random()) / math.log(1 - calls_per_token))
+
+    # When a call reaches the replica, and the tokens that were written before it.
+    arrivals = [(tokens * load.step_s, tokens) for tokens in (draw_tokens() for _ in range(users))]
+    heapq.heapify(arrivals)
+    free_at_s = [0.0] * load.at_once
+    latencies_s, written = [], 0
+    while arrivals[0][0] < PLAYED_S:
+        arrived_s, tokens = heapq.heappop(arrivals)
+        ended_s = max(arrived_s, heapq.heappop(free_at_s)) + load.call_s
+        heapq.heappush(free_at_s, ended_s)
+        back_s = ended_s + load.path_s
+        if arrived_s >= LEFT_OUT_S:
+            latencies_s.append(back_s - arrived_s)
+            written += tokens
+        following = draw_tokens()
+        heapq.heappush(arrivals, (back_s + following * load.step_s, following))
+    counted_s = PLAYED_S - LEFT_OUT_S
+    return Played(
+        users,
+        round(len(latencies_s) / counted_s, 1),
+        round(written / counted_s / users, 2),
+        round(_quantile(latencies_s, 0.5), 3),
+        round(_quantile(latencies_s, 0.95), 3),
+    )
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def main() -> None:
+    """Print the capacity of the replica, and what 10 to 10,000 users get."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--step-ms", type=float, required=True)
+    parser.add_argument("--call-ms", type=float, required=True)
+    parser.add_argument("--at-once", type=int, required=True)
+    parser.add_argument("--path-ms", type=float, default=0.0)
+    parser.add_argument("--rate", default="7%")
+    parser.add_argument("--calls-per-escalation", type=float, default=1.0)
+    given = parser.parse_args()
+    load = Load(
+        step_s=given.step_ms / 1000,
+        rate=float(given.rate.removesuffix("%")) / 100,
+        call_s=given.call_ms / 1000,
+        at_once=given.at_once,
+        path_s=given.path_ms / 1000,
+        calls_per_escalation=given.calls_per_escalation,
+    )
+    report = {
+        "load": asdict(load),
+        "capacity_calls_per_s": round(load.capacity, 1),
+        "most_users": round(load.most_users),
+        "users": [asdict(play(load, users)) for users in USERS],
+    }
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

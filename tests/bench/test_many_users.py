@@ -1,0 +1,49 @@
+"""Many users of one replica, on a virtual clock."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_SCRIPT = Path(__file__).parents[2] / "bench" / "many_users.py"
+_FLAGS = ("--step-ms", "20", "--call-ms", "50", "--at-once", "8")
+# Of a user whose calls wait for no other user's: calls of 80 ms with the path.
+_TOKENS_PER_S = 1 / (0.02 + 0.07 * 0.08)
+
+
+def _play(*flags: str) -> dict[str, Any]:
+    command = [sys.executable, str(_SCRIPT), *_FLAGS, *flags]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    report: dict[str, Any] = json.loads(result.stdout)
+    return report
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    return _play("--path-ms", "30")
+
+
+def test_few_users_do_not_wait_for_each_other(report: dict[str, Any]) -> None:
+    few = report["users"][0]
+    assert few["users"] == 10
+    assert few["call_p50_s"] == 0.08
+    assert few["tokens_per_s_of_a_user"] == pytest.approx(_TOKENS_PER_S, rel=0.05)
+    assert few["calls_per_s"] == pytest.approx(10 * _TOKENS_PER_S * 0.07, rel=0.1)
+
+
+def test_too_many_users_share_the_capacity(report: dict[str, Any]) -> None:
+    many = report["users"][-1]
+    assert report["capacity_calls_per_s"] == 160
+    assert many["calls_per_s"] == pytest.approx(160, rel=0.02)
+    assert many["tokens_per_s_of_a_user"] == pytest.approx(160 / 0.07 / 10_000, rel=0.1)
+
+
+def test_more_calls_for_each_escalation_cost_capacity(report: dict[str, Any]) -> None:
+    assert report["most_users"] == round(160 / (0.07 * _TOKENS_PER_S))
+    several = _play("--path-ms", "30", "--calls-per-escalation", "2")
+    assert several["most_users"] < report["most_users"]
