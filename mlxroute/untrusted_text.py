@@ -172,7 +172,9 @@ def parse_json(text: str, *, strict: bool = True) -> Any:
     try:
         value = json.loads(text, parse_constant=constant, object_pairs_hook=_object)
     except json.JSONDecodeError as exc:
-        raise MalformedText(f"not valid JSON ({exc.msg} at column {exc.colno})") from exc
+        # Some of its messages end in a colon or in "at".
+        reason = exc.msg.rstrip(": ").removesuffix(" at")
+        raise MalformedText(f"not valid JSON ({reason} at column {exc.colno})") from exc
     except RecursionError as exc:
         raise MalformedText(_too_deep()) from exc
     except MalformedText:

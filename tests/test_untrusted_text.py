@@ -264,6 +264,8 @@ def test_a_row_that_is_too_long_is_refused_and_named(
         ("[" * 100_000, "nested more than 100 deep"),
         ("9" * 5000, "too many digits"),
         ("{", "not valid JSON"),
+        ('"', r"not valid JSON \(Unterminated string starting at column 1\)"),
+        ('["\t"]', r"not valid JSON \(Invalid control character at column 3\)"),
     ],
 )
 def test_json_that_parsers_disagree_on_is_refused(text: str, reason: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mlxroute.errors import LargeProtocolError
 from mlxroute.large import LargeModel
 from mlxroute.large.dialects import Dialect
 from mlxroute.large.dialects.llama_server import LlamaServer
@@ -242,3 +243,25 @@ def test_a_token_without_text_waits_for_the_positions_after_it() -> None:
         text = "ab" if count == 3 else "a"
         answered = CompletionAnswer(received, text, False, Completion(received, text), 0)
         assert texts(first_ones(answered, bridge, reader)) == ["a"]
+
+
+@_SERVERS
+def test_a_reply_may_begin_with_a_byte_order_mark(
+    server: Loopback, dialect: Dialect, writes: Any
+) -> None:
+    events, whole = tuple(writes(_WORDS)), next(iter(writes(_WORDS, whole=True)))
+    server.script.append(Reply(chunks=(b"\xef\xbb\xbf" + events[0], *events[1:])))
+    server.script.append(Reply(b"\xef\xbb\xbf" + whole))
+    with model(server, dialect) as large:
+        for _ in range(2):
+            assert texts(until(large, read_streamed_tokens(large), 0)) == ["a", "b", " the"]
+
+
+@_SERVERS
+@pytest.mark.parametrize("body", [b"<html>sign in</html>", b"no\n", b""])
+def test_a_reply_that_is_neither_json_nor_a_stream_is_named(
+    server: Loopback, dialect: Dialect, writes: Any, body: bytes
+) -> None:
+    server.script.extend([Reply(body), Reply(body)])
+    with model(server, dialect) as large, pytest.raises(LargeProtocolError, match="not JSON"):
+        until(large, read_streamed_tokens(large), 0)

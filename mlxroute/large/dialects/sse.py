@@ -8,17 +8,21 @@ from typing import Final
 from mlxroute.large.dialects.json_fields import as_array, as_object, first_choice, parse_object
 
 _DATA: Final = b"data:"
+_FIELDS: Final = (_DATA, b":", b"event:", b"id:", b"retry:")
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 _DONE: Final = b"[DONE]"
 
 
 def is_event_stream(body: bytes) -> bool:
-    """Return whether a body consists of events, not of one JSON value."""
-    return not body.lstrip().startswith((b"{", b"["))
+    """Return whether a body consists of events: whether its first line is a field of one."""
+    return body.removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(_FIELDS)
 
 
 def parse_events(body: bytes) -> list[dict[str, object]]:
     """Parse the events of a body up to its last complete line. Raises LargeProtocolError."""
-    lines = body[: body.rfind(b"\n") + 1].splitlines()
+    # Unlike that of a text, this `splitlines` knows the line ends of events alone.
+    end = max(body.rfind(b"\n"), body.rfind(b"\r")) + 1
+    lines = body[:end].removeprefix(_BYTE_ORDER_MARK).splitlines()
     values = [line.removeprefix(_DATA).strip() for line in lines if line.startswith(_DATA)]
     return [parse_object(value) for value in values if value and value != _DONE]
 
