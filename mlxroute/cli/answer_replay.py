@@ -44,6 +44,7 @@ def prepare_replay(
             f"{small.name} reads the prompt as {len(prompt_ids):,} other tokens than those recorded"
             f" ({document.prompt.tokens:,}), so the replies do not fit"
         )
+    _check_reply_ids(document, small)
     router = _choose_router(document, small, settings, budget=budget, threshold=threshold)
     options = document.options
     if mode is not None:
@@ -72,6 +73,18 @@ def prepare_replay(
         accept_within=options.accept_within,
     )
     return RecordedAnswer(answer, origin, recorder)
+
+
+def _check_reply_ids(document: AnswerDocument, small: SmallModel) -> None:
+    """Raise UsageError for a recorded token that the small model does not have."""
+    ids = (i for reply in document.replies for token in reply.tokens for i in token.ids)
+    size = small.vocabulary.size
+    unknown = next((token_id for token_id in ids if not 0 <= token_id < size), None)
+    if unknown is not None:
+        raise UsageError(
+            f"a recorded reply has the token id {unknown}, and {small.name} has only those below"
+            f" {size}"
+        )
 
 
 def _choose_router(

@@ -178,7 +178,7 @@ class Settings:
     )
     top_p: float = _setting(
         1.0,
-        "Nucleus sampling of the small model: probability mass to keep, up to 1.",
+        "Nucleus sampling of the small model: mass to keep, up to 1; below 0.001 it is greedy.",
         metavar="P",
         commands=_ROUTED,
     )

@@ -300,7 +300,8 @@ def generate(  # noqa: PLR0913 - the options of the command line, by the same na
         stop: Texts before which the answer ends; none by default.
         temperature: Temperature of the small model's own tokens; below 0.001 they are greedy. 0 by
             default.
-        top_p: Nucleus sampling of the small model's own tokens, above 0 and at most 1, the default.
+        top_p: Nucleus sampling of the small model's own tokens, above 0 and at most 1, the default;
+            below 0.001 they are greedy.
         seed: Makes sampling repeatable; None, the default, does not.
         timeout_s: Time limit in seconds of each call, and of all waiting for failed calls in the
             answer; 30 by default.

@@ -97,7 +97,8 @@ class Sampling:
     Args:
         temperature: Below 0.001 sampling is greedy: logprobs divided by less exceed the range of
             float16. 0 by default.
-        top_p: Nucleus sampling; 1, the default, keeps all tokens.
+        top_p: Nucleus sampling; 1, the default, keeps all tokens. Below 0.001 sampling is greedy:
+            float32 sums over a vocabulary are no more precise.
         seed: Makes sampling repeatable; None, the default, does not.
     """
 
@@ -108,7 +109,7 @@ class Sampling:
     @property
     def is_greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
-        return self.temperature < GREEDY_BELOW
+        return min(self.temperature, self.top_p) < GREEDY_BELOW
 
 
 @dataclass(frozen=True, slots=True)

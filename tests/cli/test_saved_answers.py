@@ -95,6 +95,35 @@ def test_show_writes_a_page_and_a_picture(saved: Path, tmp_path: Path) -> None:
     assert {stat.S_IMODE(file.stat().st_mode) for file in (page, picture)} == {0o600}
 
 
+@pytest.mark.parametrize("flag", ["--html", "--svg"])
+def test_show_does_not_replace_the_answer(
+    flag: str, saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = saved.read_bytes()
+    link = saved.with_name("link")
+    link.symlink_to(saved)
+    for target in (saved, link):
+        assert main(["show", str(saved), flag, str(target)]) == 2
+        assert "is the saved answer; choose another name" in capsys.readouterr().err
+    assert saved.read_bytes() == before
+
+
+@pytest.mark.parametrize("token_id", [10**12, 2**31, 100_000, -1])
+def test_a_replay_refuses_tokens_that_the_small_model_does_not_have(
+    token_id: int, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "answer.json"
+    with Loopback(honest(lambda request: Reply.of(legacy("a")), name="huge")) as server:
+        routed = ["--small", str(tiny), "--large", server.url, "--threshold", "-inf"]
+        assert main(["ask", *routed, "--max-tokens", "2", "--save", str(file), "hi"]) == 0
+    document = read(file)
+    document["replies"][0]["tokens"][0]["ids"] = [token_id]
+    file.write_text(json.dumps(document))
+    capsys.readouterr()
+    assert main(["replay", str(file)]) == 2
+    assert f"has the token id {token_id}," in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["show", "replay"])
 def test_a_file_that_is_no_answer_is_one_error(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

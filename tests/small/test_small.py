@@ -81,6 +81,13 @@ def test_below_a_thousandth_sampling_is_greedy(
     assert decode(small, prompt_ids, 20, temperature=temperature, seed=7) == greedy
 
 
+@pytest.mark.parametrize("top_p", [1e-320, 1e-40, 1e-8, 0.000999])
+def test_below_a_top_p_of_a_thousandth_sampling_is_greedy(small: SmallModel, top_p: float) -> None:
+    prompt_ids = list(small.vocabulary.encode("once upon a time"))
+    greedy = decode(small, prompt_ids, 20)
+    assert decode(small, prompt_ids, 20, temperature=1.0, top_p=top_p, seed=7) == greedy
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 def test_the_lowest_temperature_that_samples_draws_likely_tokens(
     small: SmallModel, dtype: mx.Dtype

@@ -9,6 +9,7 @@ import typer
 
 from mlxroute.answers.document_file import load_document
 from mlxroute.config import Settings
+from mlxroute.errors import UsageError
 from mlxroute.private_file import expand_path, write_private
 
 
@@ -26,6 +27,11 @@ def show(
     from mlxroute.cli.terminal import make_consoles, print_note
 
     document = load_document(file)
+    for path, parameter in ((html, "html"), (svg, "svg")):
+        if path is not None and _is_same_file(path, file):
+            raise UsageError(
+                f"{path} is the saved answer; choose another name", parameter=parameter
+            )
     out, err = make_consoles()
     if html is not None:
         from mlxroute.view.answer_html import draw_page
@@ -43,3 +49,10 @@ def show(
 
         print_rows(out, answer_rows(document, width=out.width))
     return EXIT_OK
+
+
+def _is_same_file(path: Path, other: Path) -> bool:
+    try:
+        return expand_path(path).samefile(expand_path(other))
+    except OSError:
+        return False
