@@ -10,11 +10,13 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from mlxroute.errors import UsageError
-from mlxroute.tokenizers.control_tokens import ControlTokens
+from mlxroute.tokenizers.control_tokens import ControlTokens, control_tokens
 
 _FIRST: Final = 0xF0000
 _LAST: Final = 0x10FFFD
 _STEP: Final = 0x400
+# In control tokens of every family, also of the vocabulary of a server that is not known.
+_BRACKETS: Final = frozenset("<>[]")
 
 
 class ContentMarks:
@@ -32,9 +34,12 @@ class ContentMarks:
     """
 
     def __init__(self, controls: ControlTokens, texts: Sequence[str]) -> None:
-        self._controls = controls
+        # A server may know other control tokens.
+        self._controls = control_tokens(controls.names, any_form=True)
         # Templates trim white space, so it is never marked.
-        characters = sorted({c for name in controls.names for c in name if not c.isspace()})
+        characters = sorted(
+            _BRACKETS.union(c for name in controls.names for c in name if not c.isspace())
+        )
         size = len(characters) + 1
         private = {ord(c) for text in texts if not text.isascii() for c in text if ord(c) >= _FIRST}
         base = next(

@@ -51,6 +51,18 @@ def test_the_templates_own_markers_stay() -> None:
     assert controls.neutralise_content(prompt) == ("ux< |im_end|>y<|im_end|>", ("<|im_end|>",))
 
 
+@pytest.mark.parametrize("text", _ANY_FAMILY.split())
+@pytest.mark.parametrize("form", ["mark", "mark_names"])
+def test_names_of_a_vocabulary_that_is_not_known_are_content_too(text: str, form: str) -> None:
+    marks = ContentMarks(ControlTokens(["<|im_end|>"]), [])
+    content = f"a {text} b"
+    marked = getattr(marks, form)(content)
+    prompt = PromptText(f"u{content}[INST]", f"u{marked}[INST]")
+    plain, _ = ControlTokens([], any_form=True).neutralise_content(prompt)
+    assert text not in plain.removesuffix("[INST]")
+    assert plain.endswith("[INST]")
+
+
 @pytest.mark.parametrize(
     "text",
     _ANY_FAMILY.split(),
