@@ -53,7 +53,13 @@ def _make_console(stream: TextIO, *, stderr: bool = False) -> Console:
         force_terminal=is_terminal,
         force_interactive=is_terminal and not is_dumb,
         color_system="standard" if is_coloured and not is_terminal else "auto",
+        _environ={name: value for name, value in os.environ.items() if _is_usable(name, value)},
     )
+
+
+def _is_usable(name: str, value: str) -> bool:
+    """Return whether rich can use an environment variable: in 0 columns it would print nothing."""
+    return name not in ("COLUMNS", "LINES") or (value.isdecimal() and int(value[:9]) > 0)
 
 
 @contextmanager

@@ -87,6 +87,19 @@ def test_show_prints_the_answer(saved: Path, capsys: pytest.CaptureFixture[str])
     assert '  large  "a"' in out
 
 
+@pytest.mark.parametrize("columns", ["0", "-3", "\u00b2", "x"])
+def test_an_unusable_width_in_the_environment_is_ignored(
+    columns: str,
+    saved: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    capsys.readouterr()
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main(["show", str(saved)]) == 0
+    assert "key?" in capsys.readouterr().out
+
+
 def test_show_writes_a_page_and_a_picture(saved: Path, tmp_path: Path) -> None:
     page, picture = tmp_path / "a.html", tmp_path / "a.svg"
     assert main(["show", str(saved), "--html", str(page), "--svg", str(picture)]) == 0
