@@ -13,6 +13,8 @@ _CONTROLS = (
 # A lone surrogate, which JSON may carry, cannot be encoded for any stream.
 _REPLACEMENTS = dict.fromkeys(_CONTROLS, "") | dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
 
+_READ_PER_SHOWN = 20
+
 
 def printable(text: str) -> str:
     """Return the text without control characters; newlines and tabs are kept."""
@@ -21,6 +23,9 @@ def printable(text: str) -> str:
 
 def printable_line(text: str, *, limit: int = 300) -> str:
     """Return the text as one printable line of at most `limit` characters."""
-    line = "".join(c if c.isprintable() else " " for c in text)
+    # The time must not grow with a text that is cut anyway.
+    begun = text[: _READ_PER_SHOWN * limit]
+    line = "".join(c if c.isprintable() else " " for c in begun)
     line = re.sub(r"\s+", " ", line).strip()
-    return line if len(line) <= limit else line[: limit - 1] + "…"
+    is_whole = len(begun) == len(text) and len(line) <= limit
+    return line if is_whole else line[: limit - 1] + "…"

@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Final, Protocol, cast
 
 from mlxroute.errors import ContextTooLong, UsageError
 from mlxroute.types import EncodedPrompt, Message, PromptText, Vocabulary
 
 # Fast tokenizers of `transformers` must not encode in two threads at once.
 _tokenizer_lock = threading.Lock()
+# More than any text has on average. Encoding takes seconds for each million, and others wait.
+_MAX_BYTES_PER_TOKEN: Final = 32
 
 
 class PromptTokenizer(Protocol):
@@ -56,6 +58,7 @@ def encode_prompt(
     `begun` is the text of the assistant's turn that the answer to a conversation continues.
     Raises UsageError for an empty prompt or an unknown id, ContextTooLong for one that is too long.
     """
+    _check_size(prompt, begun, small.context_length)
     messages: tuple[Message, ...] = ()
     with _tokenizer_lock:
         if isinstance(prompt, str):
@@ -76,6 +79,25 @@ def encode_prompt(
             f" {small.context_length:,}; shorten it"
         )
     return ServedPrompt(messages, encoded)
+
+
+def _check_size(
+    prompt: Sequence[Message] | str | Sequence[int], begun: str, context_length: int
+) -> None:
+    """Raise ContextTooLong for a prompt that is too long at first sight, before it is encoded."""
+    texts = [begun]
+    # A message has a token of its own, and so has an id.
+    least = 0 if isinstance(prompt, str) else len(prompt)
+    if isinstance(prompt, str):
+        texts.append(prompt)
+    elif prompt and not isinstance(prompt[0], int):
+        texts += [message["content"] for message in cast("Sequence[Message]", prompt)]
+    least += sum(len(text.encode(errors="replace")) for text in texts) // _MAX_BYTES_PER_TOKEN
+    if least >= context_length:
+        raise ContextTooLong(
+            f"the prompt is far longer than the small model's context, {context_length:,} tokens;"
+            " shorten it"
+        )
 
 
 def _decode(vocabulary: Vocabulary, ids: Sequence[int]) -> str:

@@ -69,6 +69,7 @@ class Guard:
             return
         headers = Headers(scope=scope)
         try:
+            _check_length(headers)
             self._check_host(headers)
             self._check_origin(headers)
             scope.setdefault("state", {})["owner"] = self._check_key(headers, scope["path"])
@@ -119,6 +120,14 @@ class Guard:
             code="invalid_api_key",
         )
         error.headers["WWW-Authenticate"] = "Bearer"
+        raise error
+
+
+def _check_length(headers: Headers) -> None:
+    """Refuse a body with two lengths: a proxy may take its end for the next request."""
+    if "transfer-encoding" in headers and "content-length" in headers:
+        error = ApiError(400, "Content-Length and Transfer-Encoding exclude each other")
+        error.headers["Connection"] = "close"
         raise error
 
 

@@ -26,6 +26,8 @@ from mlxroute.errors import UsageError
 _MAX_HEAD_S: Final = 10.0
 _KEEP_ALIVE_S: Final = 15
 _MAX_HEAD_BYTES: Final = 64 * 2**10
+# A client that reads nothing of its reply for so long is taken for gone.
+_MAX_UNREAD_S: Final = 60.0
 # Connections that wait for a request; above it the oldest is closed.
 _MAX_WAITING: Final = 512
 _OPEN_FILES: Final = 4096
@@ -36,13 +38,14 @@ _SAME_SIGNAL_S: Final = 0.2
 
 
 class BoundedConnection(H11Protocol):
-    """A connection whose request line and headers must arrive in time."""
+    """A connection whose head must arrive in time and whose replies must be read."""
 
     _waiting: dict[BoundedConnection, None] = {}  # noqa: RUF012 - shared on purpose
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._head_timer: asyncio.TimerHandle | None = None
+        self._unread_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
@@ -62,7 +65,20 @@ class BoundedConnection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         self._stop_waiting()
+        self.resume_writing()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Wait for the client to read, but not for long."""
+        super().pause_writing()
+        self._unread_timer = self.loop.call_later(_MAX_UNREAD_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on once the client has read."""
+        super().resume_writing()
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
 
     def on_response_complete(self) -> None:
         """Keep the connection for the next request, for a short time."""

@@ -34,7 +34,7 @@ def parse_body(data: bytes) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise ApiError(400, "the body is not UTF-8") from None
     except MalformedText as exc:
-        raise ApiError(400, f"the body is {exc}") from None
+        raise ApiError(400, f"the body cannot be used: {exc}") from None
     if not isinstance(value, dict):
         raise ApiError(400, "the body is not a JSON object")
     return value
