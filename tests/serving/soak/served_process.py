@@ -30,7 +30,7 @@ from mlxroute.serving.http.serving_session import ServingSession
 from tests.support.endpoint import new_router
 
 LIMITS: Final = ServingLimits(cache_bytes=4 * 2**20, store_bytes=2**20)
-_LARGE_TIMEOUT_S: Final = 0.5
+_LARGE_TIMEOUT_S: Final = 0.25
 _PAUSE_S: Final = 0.05
 
 
