@@ -162,6 +162,16 @@ def decode_text(data: bytes) -> str:
     return text.lstrip(_BYTE_ORDER_MARK)
 
 
+def check_piped_text(text: str) -> str:
+    """Return text of standard input without a byte order mark. Raises MalformedText.
+
+    Bytes that are not UTF-8 were replaced when it was decoded, as a diff may hold some.
+    """
+    if "\0" in text:
+        raise MalformedText("it has NUL characters, as UTF-16 text has; convert it to UTF-8")
+    return text.lstrip(_BYTE_ORDER_MARK)
+
+
 def parse_json(text: str, *, strict: bool = True) -> Any:
     """Return the value of a JSON text. Raises MalformedText.
 

@@ -18,7 +18,7 @@ from prompt_toolkit.output import Output
 from prompt_toolkit.output.defaults import create_output
 from prompt_toolkit.shortcuts import CompleteStyle
 
-from mlxroute.errors import UsageError
+from mlxroute.cli.standard_streams import read_piped
 from mlxroute.types import Notify
 
 
@@ -51,10 +51,7 @@ class LineReader:
 
     def read(self, *, initial_text: str) -> str:
         """Return the next line. Raises EOFError at the end, UsageError if it is not text."""
-        try:
-            line = self._stream.readline()
-        except UnicodeDecodeError as error:
-            raise UsageError(f"stdin is not {error.encoding} text") from error
+        line = read_piped(self._stream.readline)
         if not line:
             raise EOFError
         return line.rstrip("\n")

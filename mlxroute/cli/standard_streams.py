@@ -6,7 +6,11 @@ import io
 import os
 import select
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
+
+from mlxroute.errors import UsageError
+from mlxroute.untrusted_text import MalformedText, check_piped_text
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -77,3 +81,13 @@ def _guarded(stream: io.TextIOWrapper, *, is_needed: bool) -> io.TextIOWrapper:
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
+
+
+def read_piped(read: Callable[[], str]) -> str:
+    """Return what `read` reads from standard input. Raises UsageError if it is not text."""
+    try:
+        return check_piped_text(read())
+    except UnicodeDecodeError as error:
+        raise UsageError(f"stdin is not {error.encoding} text") from error
+    except MalformedText as error:
+        raise UsageError(f"stdin: {error}") from error

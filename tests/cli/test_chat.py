@@ -311,6 +311,11 @@ def test_piped_bytes_that_are_no_text_are_one_clear_error(chat: Chat) -> None:
         chat.run(LineReader(stream))
 
 
+def test_piped_utf_16_text_is_one_clear_error(chat: Chat) -> None:
+    with pytest.raises(UsageError, match="stdin: it has NUL characters, as UTF-16"):
+        chat.run(LineReader(io.StringIO("h\0i\0\n")))
+
+
 def test_an_interrupt_in_a_pipe_ends_it_with_the_text_so_far(tmp_path: Path) -> None:
     chat = Chat(ScriptedSession(["half", KeyboardInterrupt()]), tmp_path)
     assert chat.pipe("one\ntwo\n") == 130

@@ -11,6 +11,7 @@ import typer
 
 from mlxroute.answers.document_file import check_target
 from mlxroute.cli.setting_options import replace_undecodable
+from mlxroute.cli.standard_streams import read_piped
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
 
@@ -82,7 +83,7 @@ def _read_question(prompt: Sequence[str]) -> str:
     Raises UsageError for an empty prompt.
     """
     if "-" in prompt or (not prompt and not sys.stdin.isatty()):
-        piped = sys.stdin.read()
+        piped = read_piped(sys.stdin.read)
         text = "\n\n".join(piped if word == "-" else word for word in prompt or ["-"])
     else:
         text = " ".join(prompt)
