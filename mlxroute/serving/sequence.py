@@ -85,11 +85,9 @@ class DecodedSequence:
         """Remove the last `count` tokens. Raises RollbackError."""
         if self.batch_row is None:
             self.small.rollback(count)
-        elif 0 <= count <= len(self._ids):
+        else:
             self._batch.trim(self.batch_row, count)
             del self._ids[len(self._ids) - count :]
-        else:
-            raise RollbackError(f"cannot roll back {count} of {len(self._ids)} tokens")
 
     def release(self) -> tuple[CacheCopy, list[int]] | None:
         """Give up the KV cache; return it with its ids, or None if it cannot be used again."""

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
+from mlxroute.errors import RollbackError
 from mlxroute.small.kv_cache import CacheCopy
 from mlxroute.small.row_sampler import RowSampler
 from mlxroute.types import Signals
@@ -167,7 +168,9 @@ class RowBatch:
             mx.clear_cache()
 
     def trim(self, row: BatchRow, count: int) -> None:
-        """Remove the last `count` tokens of a row."""
+        """Remove the last `count` tokens of a row. Raises RollbackError if it has fewer."""
+        if not 0 <= count <= row.length:
+            raise RollbackError(f"cannot roll back {count} of {row.length} tokens")
         row.length -= count
         if row.sampler is not None:
             row.sampler.rewind(row.length)

@@ -55,10 +55,10 @@ class Schedules(RuleBasedStateMachine):
         exact=st.booleans(),
     )
     def submit(self, prompt: str, threshold: float, max_tokens: int, exact: bool) -> RunningAnswer:
+        expected = self.expected(prompt, threshold)[:max_tokens]
         answer = self.scheduler.submit(
             request(prompt, threshold=threshold, max_tokens=max_tokens, exact=exact)
         )
-        expected = self.expected(prompt, threshold)[:max_tokens]
         self.read[answer] = answer.events(), [], expected
         return answer
 

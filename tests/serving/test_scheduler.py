@@ -30,6 +30,7 @@ from tests.serving.conftest import (
     request,
     written,
 )
+from tests.support.batch_start import start_batch_of
 from tests.support.tiny import KINDS, make_tiny_model
 
 _SAMPLING = Sampling(temperature=1.0, top_p=0.95, seed=11)
@@ -68,22 +69,22 @@ def test_one_answer_is_decoded_as_one_row(scheduler: AnswerScheduler, small: Sma
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_answers_of_a_batch_are_what_each_would_be_alone(
-    scheduler: AnswerScheduler, small: SmallModel, exact: bool
+    scheduler: AnswerScheduler, small: SmallModel, monkeypatch: pytest.MonkeyPatch, exact: bool
 ) -> None:
-    with held(scheduler):
-        answers = [scheduler.submit(request(prompt, exact=exact)) for prompt in PROMPTS]
+    start_batch_of(len(PROMPTS), scheduler, monkeypatch)
+    answers = [scheduler.submit(request(prompt, exact=exact)) for prompt in PROMPTS]
     assert [written(answer) for answer in answers] == [alone(small, p) for p in PROMPTS]
-    assert any(answer.stats().batched for answer in answers)
+    assert all(answer.stats().batched for answer in answers)
     assert scheduler.figures().batched_tokens > 0
 
 
 def test_sampled_answers_of_a_batch_are_what_each_would_be_alone(
-    scheduler: AnswerScheduler, small: SmallModel
+    scheduler: AnswerScheduler, small: SmallModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with held(scheduler):
-        sampled = [scheduler.submit(request(p, sampling=_SAMPLING)) for p in PROMPTS[:2]]
-        greedy = scheduler.submit(request(PROMPTS[2]))
     expected = [alone(small, p, temperature=1.0, top_p=0.95, seed=11) for p in PROMPTS[:2]]
+    start_batch_of(3, scheduler, monkeypatch)
+    sampled = [scheduler.submit(request(p, sampling=_SAMPLING)) for p in PROMPTS[:2]]
+    greedy = scheduler.submit(request(PROMPTS[2]))
     assert [written(answer) for answer in sampled] == expected
     assert written(greedy) == alone(small, PROMPTS[2])
     assert all(answer.stats().batched for answer in sampled)
@@ -243,8 +244,8 @@ def test_a_failed_step_ends_the_answers_of_the_batch_alone(
 
     with monkeypatch.context() as patch:
         patch.setattr(scheduler._device._batch, "step", fail)
-        with held(scheduler):
-            answers = [scheduler.submit(request(prompt)) for prompt in PROMPTS[:2]]
+        start_batch_of(2, scheduler, monkeypatch)
+        answers = [scheduler.submit(request(prompt)) for prompt in PROMPTS[:2]]
         for answer in answers:
             with pytest.raises(RuntimeError, match="no memory"):
                 written(answer)
@@ -291,11 +292,11 @@ def test_decisions_within_the_rounding_are_made_again_where_asked(
         _alter_near_ties(scheduler, monkeypatch)
         texts = {}
         for exact in (False, True):
-            with held(scheduler):
-                answers = [
-                    scheduler.submit(request(p, threshold=_SOMETIMES, mode=mode, exact=exact))
-                    for p in PROMPTS
-                ]
+            start_batch_of(len(PROMPTS), scheduler, monkeypatch)
+            answers = [
+                scheduler.submit(request(p, threshold=_SOMETIMES, mode=mode, exact=exact))
+                for p in PROMPTS
+            ]
             texts[exact] = [written(answer) for answer in answers]
     assert texts[False] != expected
     assert texts[True] == expected

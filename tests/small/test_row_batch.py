@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mlxroute.backend.load import load
+from mlxroute.errors import RollbackError
 from mlxroute.small import SmallModel
-from mlxroute.small.row_batch import BatchRow
+from mlxroute.small.row_batch import BatchRow, RowBatch
 from tests.support.tiny import make_tiny_model
 
 _MAX_ROWS = 5
@@ -38,6 +39,8 @@ _ACTIONS = st.lists(
 
 
 @settings(max_examples=25)
+# The last cut asks for more tokens than there are.
+@example(actions=[("trim", 0)] * 3 + [("trim", 404), ("step", 1), ("leave", 0)])
 @given(actions=_ACTIONS)
 def test_rows_join_pause_are_cut_and_leave_without_changing_others(
     small: SmallModel, actions: list[tuple[str, int]]
@@ -66,9 +69,7 @@ def test_rows_join_pause_are_cut_and_leave_without_changing_others(
             signals = alone.extend([9])
             _check(small, [*ids, 9], signals.entropy_nats)
         elif action == "trim":
-            count = 1 + number % 3
-            batch.trim(row, count)
-            del rows[row][-count:]
+            _trim(batch, row, rows[row], 1 + number % 3)
         elif action == "step":
             some = {row: 5 + (number + i) % 250 for i, row in enumerate(rows) if number >> i & 1}
             for row, signals in (batch.step(some) if some else {}).items():
@@ -78,6 +79,16 @@ def test_rows_join_pause_are_cut_and_leave_without_changing_others(
     for row in list(rows):
         batch.leave(row)
     assert batch.size_bytes == 0
+
+
+def _trim(batch: RowBatch, row: BatchRow, ids: list[int], count: int) -> None:
+    """Remove the last `count` tokens of a row, which refuses if it has fewer."""
+    if count > len(ids):
+        with pytest.raises(RollbackError, match=f"cannot roll back {count} of {len(ids)}"):
+            batch.trim(row, count)
+        return
+    batch.trim(row, count)
+    del ids[-count:]
 
 
 def _check(small: SmallModel, ids: list[int], entropy_nats: float) -> None:

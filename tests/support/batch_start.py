@@ -1,0 +1,38 @@
+"""The start of a batch at a time that the machine's speed does not decide."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from mlxroute.serving import AnswerScheduler
+from mlxroute.serving.row import Feed
+
+_DEADLINE_S = 60.0
+
+
+def start_batch_of(count: int, scheduler: AnswerScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hold decoding until `count` answers wait for their first step, which is then one batch.
+
+    Without this a slow prompt makes the others decode without it, and they may end before. Call it
+    before the answers are submitted.
+    """
+    device = scheduler._device
+    is_step_due, must_wait = device._is_step_due, device._prefill_must_wait
+    end_s = time.monotonic() + _DEADLINE_S
+    has_started = False
+
+    def is_due() -> bool:
+        nonlocal has_started
+        if not has_started:
+            feeds = sum(isinstance(request, Feed) for request in device._requests.values())
+            has_started = feeds >= count or time.monotonic() > end_s
+        if not has_started:
+            # The answers' threads need the interpreter.
+            time.sleep(0.001)
+            return False
+        return is_step_due()
+
+    monkeypatch.setattr(device, "_is_step_due", is_due)
+    monkeypatch.setattr(device, "_prefill_must_wait", lambda: has_started and must_wait())
