@@ -187,15 +187,16 @@ def test_answers_wait_in_order_for_their_turn(small: SmallModel) -> None:
     with AnswerScheduler(small, None, max_running=1, max_queued=2) as scheduler:
         with held(scheduler):
             answers = [scheduler.submit(request(PROMPTS[0])) for _ in range(3)]
+            submitted_s = time.perf_counter()
             with pytest.raises(QueueFull):
                 scheduler.submit(request(PROMPTS[0]))
             assert (scheduler.figures().running, scheduler.figures().queued) == (1, 2)
             answers[1].cancel()
             assert written(answers[1]) == []
             assert scheduler.figures().queued == 1
+            least_wait_s = time.perf_counter() - submitted_s
         assert written(answers[0]) == written(answers[2]) == alone(small, PROMPTS[0])
-        waits_s = [answer.stats().queue_wait_s for answer in answers]
-        assert waits_s == sorted(waits_s)
+        assert answers[2].stats().queue_wait_s >= least_wait_s
         assert written(scheduler.submit(request(PROMPTS[0])))
 
 

@@ -139,7 +139,7 @@ class Chaos:
                     stack.close()
         took_s = time.monotonic() - began_s
         self.proxy.plan(None)
-        stats = answer.stats()
+        stats: RunStats = answer.stats()
         is_disturbed = self.proxy.played.total() > played_before
         self.disturbed += is_disturbed
         self._check(stats, tokens, reported)
