@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
 # Calls per escalated position in mode `auto` where calls cost money.
 _PRICED_CALL_CEILING = 1.5
+# The same in every mode where each call sends the worked examples too.
+_FRAMED_CALL_CEILING = 1.0
 _MAX_NAMES = 3
 _OFFLINE = "--offline: the small model answers alone"
 
@@ -209,6 +211,8 @@ class Session:
     def call_ceiling(self) -> float | None:
         """The limit on calls per escalated position; None for none."""
         chosen = self._settings.call_ceiling
+        if chosen is None and self.large is not None and self.large.is_approximate:
+            return _FRAMED_CALL_CEILING
         if chosen is None and self.prices is not None and self.mode == Mode.AUTO:
             return _PRICED_CALL_CEILING
         return chosen

@@ -146,7 +146,8 @@ class Settings:
     )
     call_ceiling: float | None = _setting(
         None,
-        "Limit on calls per escalated token. Default: none, or 1.5 if prices are set.",
+        "Limit on calls per escalated token. Default: none; 1.5 if prices are set; 1 on a server"
+        " that only chats.",
         metavar="X",
         commands=_ROUTED,
     )

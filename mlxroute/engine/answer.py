@@ -38,6 +38,7 @@ from mlxroute.types import (
     Sampling,
     Signals,
     Token,
+    Uploads,
     ignore_failure,
 )
 
@@ -137,7 +138,7 @@ class Answer:
         finally:
             self._calls.close()
             self._decider.prefetched.close()
-        self._advice = self._governor.advice()
+        self._advice = self._governor.advice(**self._costs())
         self._activity = Activity.DONE
 
     @property
@@ -192,6 +193,14 @@ class Answer:
             advice=self._advice,
             failures=self._failures.all,
         )
+
+    def _costs(self) -> dict[str, float]:
+        """Return the cost of the answer's calls, and of an answer by the large model alone."""
+        prices, uploads = self._options.prices, self._calls.uploads
+        if prices is None or not uploads.requests:
+            return {}
+        whole = Uploads(tokens=len(self._prompt.ids), completion_tokens=len(self._commits.times_s))
+        return {"cost": prices.cost(uploads), "whole_cost": prices.cost(whole)}
 
     def _prefill(self) -> Signals:
         signals, self._reused = self._small.prefill(

@@ -164,6 +164,12 @@ class LargeModel(Closeable):
         return self._negotiator.negotiated is not None
 
     @property
+    def is_approximate(self) -> bool:
+        """Whether the tokens may differ from those that the model itself would write."""
+        negotiated = self._negotiator.negotiated
+        return negotiated is not None and negotiated.dialect.is_approximate
+
+    @property
     def knows_chat_template(self) -> bool:
         """Whether the large model gets conversations in its own chat template."""
         pairing = self._negotiator.pairing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Mapping
@@ -10,7 +11,12 @@ from typing import Final
 
 from mlxroute.errors import LargeProtocolError, LargeRefused
 from mlxroute.large.dialects import Dialect, RequestOptions, StreamingDialect
-from mlxroute.large.dialects.json_fields import error_message, parse_object, reported_error
+from mlxroute.large.dialects.json_fields import (
+    error_message,
+    parse_object,
+    reported_error,
+    usage_counts,
+)
 from mlxroute.large.dialects.sse import is_event_stream, parse_events
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.exchange import HttpReply
@@ -86,9 +92,19 @@ class _UsageRecorder:
         """Record the increase of the counts since the last time; estimate those not reported."""
         prompt, generated = completion.prompt_tokens, completion.completion_tokens
         prompt = self._prompt_tokens if prompt is None else prompt
-        cached = min(completion.cached_tokens or 0, prompt)
         generated = len(completion.positions) if generated is None else generated
-        totals = (prompt, cached, generated)
+        self._record(prompt, completion.cached_tokens, generated)
+
+    def record_unread(self, reply: HttpReply) -> None:
+        """Record the counts of a reply that has no usable token, such as one of thoughts only."""
+        with contextlib.suppress(LargeProtocolError):
+            counts = usage_counts(parse_object(reply.body))
+            prompt, generated = counts["prompt_tokens"], counts["completion_tokens"]
+            if prompt is not None and generated is not None:
+                self._record(prompt, counts["cached_tokens"], generated)
+
+    def _record(self, prompt: int, cached: int | None, generated: int) -> None:
+        totals = (prompt, min(cached or 0, prompt), generated)
         new = [max(0, b - a) for a, b in zip(self._recorded, totals, strict=True)]
         self._recorded = totals
         self._ledger.record_usage(
@@ -166,7 +182,11 @@ class CompletionRequester:
             deadline=deadline,
             listener=None if listener is None else read_partial,
         )
-        completion = self._completion(sent, reply)
+        try:
+            completion = self._completion(sent, reply)
+        except LargeProtocolError:
+            usage.record_unread(reply)
+            raise
         usage.record(completion)
         return self._answer(sent, completion)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mlxroute.large.completion_request import CompletionRequester
+from mlxroute.large.dialects.json_fields import usage_counts
 from mlxroute.large.http.circuit_breaker import CircuitBreaker
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.ledger import Ledger
@@ -46,20 +47,14 @@ class WholeChat:
             reply = self._requester.post(
                 "/chat/completions", named, deadline=self._deadline, at_root=False
             )
-        usage = reply.get("usage")
-        if isinstance(usage, Mapping):
-            self._ledger.record_usage(
-                prompt_tokens=_count(usage, "prompt_tokens"),
-                cached_tokens=0,
-                completion_tokens=_count(usage, "completion_tokens"),
-            )
+        counts = usage_counts(reply)
+        self._ledger.record_usage(
+            prompt_tokens=counts["prompt_tokens"] or 0,
+            cached_tokens=counts["cached_tokens"] or 0,
+            completion_tokens=counts["completion_tokens"] or 0,
+        )
         return reply
 
     def cancel(self) -> None:
         """End the call now, from any thread."""
         self._deadline.cancel()
-
-
-def _count(usage: Mapping[str, object], name: str) -> int:
-    value = usage.get(name)
-    return value if isinstance(value, int) and value > 0 else 0

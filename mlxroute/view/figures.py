@@ -35,14 +35,18 @@ def format_size(size_bytes: int) -> str:
     return format_count(size_bytes, "byte")
 
 
-def describe_uploads(*, tokens: int, size_bytes: int, requests: int) -> str:
-    """Return a clause about what was sent."""
-    sent = f"{format_count(tokens, 'token')} ({format_size(size_bytes)})"
+def describe_uploads(*, tokens: int, cached: int, size_bytes: int, requests: int) -> str:
+    """Return a clause about what was sent; `cached` tokens came from the server's cache."""
+    details = [f"{cached:,} cached"] * bool(cached) + [format_size(size_bytes)]
+    sent = f"{format_count(tokens, 'token')} ({', '.join(details)})"
     return f"uploaded {sent} in {format_count(requests, 'request')}"
 
 
 def describe_answer_uploads(stats: RunStats) -> str:
     """Return a clause about what was sent for an answer."""
     return describe_uploads(
-        tokens=stats.uploaded_tokens, size_bytes=stats.uploaded_bytes, requests=stats.requests
+        tokens=stats.uploaded_tokens,
+        cached=stats.large_cached_tokens,
+        size_bytes=stats.uploaded_bytes,
+        requests=stats.requests,
     )

@@ -201,6 +201,7 @@ class ChatTotals:
             parts.append(
                 describe_uploads(
                     tokens=uploads.tokens,
+                    cached=uploads.cached_tokens,
                     size_bytes=uploads.size_bytes,
                     requests=uploads.requests,
                 )

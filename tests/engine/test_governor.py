@@ -109,6 +109,15 @@ def test_the_advice_to_stream_is_given_once_with_figures() -> None:
     assert governor(experience).advice() is None
 
 
+def test_the_advice_names_the_cost_where_the_large_model_alone_is_cheaper() -> None:
+    experience = measured(step=0.01, call=2.0)
+    assert governor(experience).advice(cost=0.01, whole_cost=0.02) is None
+    assert governor(experience).advice(cost=0.01, whole_cost=0.0) is None
+    advice = governor(experience).advice(cost=0.0361, whole_cost=0.012) or ""
+    assert "for this answer cost 0.036, its whole answer would cost about 0.012" in advice
+    assert governor(experience).advice(cost=1.0, whole_cost=0.5) is None
+
+
 class SharedMachineSmall(WorldSmall):
     """A small model whose steps delay the large one, as on one machine."""
 

@@ -108,6 +108,8 @@ def test_the_summary_has_every_figure_and_only_faults_that_occurred() -> None:
     assert summary_line(faulty) == (
         summary_line(_STATS) + ", 4 unchecked, 2 withheld, 1 failed call, ended by the token limit"
     )
+    cached = replace(_STATS, large_cached_tokens=2_048)
+    assert "uploaded 2,345 tokens (2,048 cached, 12.3 kB) in 7 requests" in summary_line(cached)
     local = replace(NO_STATS, tokens=1, tokens_per_s=9.97)
     assert summary_line(local) == "1 token, 0 escalated (0%), 10 tok/s"
 

@@ -10,7 +10,8 @@ from mlxroute.large.dialects.base import (
     RequestOptions,
     StreamingDialect,
 )
-from mlxroute.large.dialects.chat_continuation import ChatContinuation, ContinuationMethod
+from mlxroute.large.dialects.chat.chat_continuation import ChatContinuation, ContinuationMethod
+from mlxroute.large.dialects.chat.fielded_dialect import FieldedDialect
 from mlxroute.large.dialects.completions import PlainCompletions
 from mlxroute.large.dialects.llama_server import LlamaServer
 from mlxroute.large.dialects.mlx_lm import MlxLm
@@ -40,7 +41,12 @@ LADDER: Final[tuple[Dialect, ...]] = (
 
 def get_dialect(name: str) -> Dialect | None:
     """Return the dialect of this name; None if there is none."""
-    return next((dialect for dialect in LADDER if dialect.name == name), None)
+    for dialect in LADDER:
+        if dialect.name == name:
+            return dialect
+        if isinstance(dialect, FieldedDialect) and (changed := dialect.named(name)) is not None:
+            return changed
+    return None
 
 
 def prefer_ids(dialect: Dialect) -> Dialect:
@@ -55,6 +61,7 @@ __all__ = [
     "LADDER",
     "TEXT_ONLY_RUNG",
     "Dialect",
+    "FieldedDialect",
     "RequestOptions",
     "StreamingDialect",
     "get_dialect",

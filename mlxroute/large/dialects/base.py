@@ -54,6 +54,9 @@ class Dialect(ABC):
     names_model: bool = True
     """Whether requests name the model even if the server has only one."""
 
+    is_approximate: bool = False
+    """Whether the tokens may differ from those that the model itself would write."""
+
     crashes_on_cached_prompts: bool = False
     """Whether a prompt that equals a finished request's prompt and answer crashes the server."""
 

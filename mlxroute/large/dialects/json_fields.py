@@ -17,6 +17,7 @@ from mlxroute.large.reply import ReplyPosition, ReplyToken
 # Rounding in the server's softmax can lift the logprob of a certain token this far above 0.
 _LOGPROB_SLACK: Final = 1e-3
 _MAX_TOKEN_ID: Final = 1 << 31
+_MAX_ITEMS: Final = 8
 
 
 def parse_object(body: bytes) -> dict[str, object]:
@@ -35,6 +36,9 @@ def error_message(body: bytes) -> str:
     except (ValueError, RecursionError):
         text = body[:2000].decode("utf-8", errors="replace").strip()
         return "" if text.startswith("<") else text
+    if isinstance(value, list) and value:
+        # Google's form.
+        value = value[0]
     if not isinstance(value, dict):
         return value if isinstance(value, str) else ""
     return _message_of(value)
@@ -53,11 +57,35 @@ def reported_error(reply: Mapping[str, object]) -> str | None:
 def _message_of(value: Mapping[str, object]) -> str:
     for key in ("error", "errors", "message", "msg", "detail"):
         match value.get(key):
+            # A proxy's message about the message of the server behind it.
+            case {"metadata": {"raw": str(raw)}} if raw:
+                return error_message(raw.encode("utf-8", errors="replace"))
             case {"message": str(message)} | str(message) if message:
-                return message
-            case [{"msg": str(message)} | {"message": str(message)} | str(message), *_]:
-                return message
+                return _unfolded(message)
+            case {"detail": [_, *_] as items}:
+                return _message_of_items(items)
+            case [_, *_] as items:
+                return _message_of_items(items)
     return ""
+
+
+def _unfolded(message: str) -> str:
+    """Return the message inside a message that is itself the JSON of an error."""
+    if not message.startswith("{"):
+        return message
+    return error_message(message.encode("utf-8", errors="replace")) or message
+
+
+def _message_of_items(items: Sequence[object]) -> str:
+    """Return the messages of a list; one about a field begins with the name of the field."""
+    messages = []
+    for item in items[:_MAX_ITEMS]:
+        match item:
+            case {"loc": [*_, str(name)], "msg": str(message)}:
+                messages.append(f"{name}: {message}")
+            case {"msg": str(message)} | {"message": str(message)} | str(message):
+                messages.append(message)
+    return "; ".join(messages)
 
 
 def first_choice(reply: Mapping[str, object]) -> Mapping[str, object]:
@@ -69,34 +97,61 @@ def first_choice(reply: Mapping[str, object]) -> Mapping[str, object]:
 
 
 class Counts(TypedDict):
-    """The token counts of a Completion, None where the reply has none."""
+    """The token counts of a Completion, None where the reply has none.
+
+    The tokens of thoughts are a part of `completion_tokens`.
+    """
 
     prompt_tokens: int | None
     cached_tokens: int | None
     completion_tokens: int | None
+    reasoning_tokens: int | None
 
 
 def usage_counts(reply: Mapping[str, object]) -> Counts:
-    """Return prompt, cached and completion tokens from an OpenAI-style `usage`."""
-    usage = reply.get("usage")
-    if not isinstance(usage, dict):
-        usage = {}
-    details = usage.get("prompt_tokens_details")
-    cached = details.get("cached_tokens") if isinstance(details, dict) else None
-    return checked_counts(
+    """Return the token counts of an OpenAI-style `usage`."""
+    usage = _object_in(reply, "usage")
+    # Two names of providers follow the usual one.
+    cached = [
+        _object_in(usage, "prompt_tokens_details").get("cached_tokens"),
+        usage.get("prompt_cache_hit_tokens"),
+        usage.get("num_cached_tokens"),
+    ]
+    counts = checked_counts(
         usage.get("prompt_tokens"),
-        # DeepSeek's own name for it.
-        usage.get("prompt_cache_hit_tokens") if cached is None else cached,
+        next((count for count in cached if count is not None), None),
         usage.get("completion_tokens"),
     )
+    counts["reasoning_tokens"] = _checked_count(
+        _object_in(usage, "completion_tokens_details").get("reasoning_tokens")
+    )
+    return _with_hidden_thoughts(counts, _checked_count(usage.get("total_tokens")))
+
+
+def _with_hidden_thoughts(counts: Counts, total: int | None) -> Counts:
+    """Return the counts with the thoughts that only the total counts, as some providers have it."""
+    prompt, completion = counts["prompt_tokens"], counts["completion_tokens"]
+    if prompt is None or completion is None or total is None or total <= prompt + completion:
+        return counts
+    counts["completion_tokens"] = total - prompt
+    if counts["reasoning_tokens"] is None:
+        counts["reasoning_tokens"] = total - prompt - completion
+    return counts
+
+
+def _object_in(value: Mapping[str, object], key: str) -> Mapping[str, object]:
+    """Return the object at a key; an empty one where there is none."""
+    inner = value.get(key)
+    return inner if isinstance(inner, dict) else {}
 
 
 def checked_counts(prompt: object, cached: object, completion: object) -> Counts:
-    """Return three counts of a reply; None for a value that is not a count."""
+    """Return the counts of a reply without thoughts; None for a value that is not a count."""
     return Counts(
         prompt_tokens=_checked_count(prompt),
         cached_tokens=_checked_count(cached),
         completion_tokens=_checked_count(completion),
+        reasoning_tokens=None,
     )
 
 

@@ -235,14 +235,11 @@ class Exchange(threading.Thread):
             # A variable of this frame would show the address, and a key in it, in a traceback.
             if 300 <= response.status_code < 400 and response.headers.get("Location"):
                 raise self._redirect_error(response)
-            retry_after = response.headers.get("Retry-After")
-            return HttpReply(
-                response.status_code,
-                self._read(response),
-                retry_after_s=retry.retry_after_s(retry_after, now_s=time.time())
-                if retry_after
-                else 0.0,
+            status, body = response.status_code, self._read(response)
+            pause_s = retry.asked_pause_s(
+                response.headers, b"" if status == 200 else body, now_s=time.time()
             )
+            return HttpReply(status, body, retry_after_s=pause_s)
 
     def _read(self, response: requests.Response) -> bytes:
         # Decompressing a body, which was not requested, could fill the memory.

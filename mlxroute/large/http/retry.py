@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http.client import IncompleteRead
@@ -21,6 +21,7 @@ RETRIES: Final = 3
 _FIRST_PAUSE_S: Final = 0.1
 _GROWTH: Final = 4
 _MAX_PAUSE_S: Final = 1.0
+_RETRY_DELAY: Final = re.compile(rb'"retryDelay": {0,9}"([0-9.]{1,20})s"')
 
 
 class Attempt(Protocol):
@@ -101,6 +102,20 @@ def backoff_s(number: int, random: Callable[[], float]) -> float:
     """Return the seconds to wait before a retry: exponential, capped, half of it random."""
     pause_s: float = _FIRST_PAUSE_S * _GROWTH ** min(number, RETRIES)
     return min(_MAX_PAUSE_S, pause_s) * (0.5 + 0.5 * random())
+
+
+def asked_pause_s(headers: Mapping[str, str], body: bytes, *, now_s: float) -> float:
+    """Return the seconds that a reply asks to wait before the next request; 0 if it asks for none.
+
+    `Retry-After` counts first, then OpenAI's header in milliseconds, then the delay in the body of
+    Google's refusals. `now_s` is the wall clock, in seconds since 1970.
+    """
+    if value := headers.get("Retry-After"):
+        return retry_after_s(value, now_s=now_s)
+    if value := headers.get("retry-after-ms"):
+        return retry_after_s(value, now_s=now_s) / 1000
+    delay = _RETRY_DELAY.search(body)
+    return retry_after_s(delay[1].decode(), now_s=now_s) if delay else 0.0
 
 
 def retry_after_s(value: str | None, *, now_s: float) -> float:

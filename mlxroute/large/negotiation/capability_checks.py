@@ -11,6 +11,7 @@ from typing import Final
 from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused
 from mlxroute.large.completion_request import CompletionRequest, CompletionRequester
 from mlxroute.large.dialects import TEXT_ONLY_RUNG, Dialect
+from mlxroute.large.dialects.chat.request_fields import names_field
 from mlxroute.large.http.deadline import NextDeadline
 from mlxroute.large.negotiation import probe_questions
 from mlxroute.large.negotiation.probe_questions import ProbeQuestion
@@ -25,6 +26,8 @@ from mlxroute.safe_text import printable_line
 # Statuses that show nothing about the dialect: access, load, the server's health. 500 is not one
 # of them: many servers answer it to a body that they do not understand.
 _UNRELATED_STATUSES: Final = {401, 402, 403, 408, 429, 502, 503, 504}
+# Also the status of a refusal of logprobs.
+_FORBIDDEN: Final = 403
 _LOGPROB_TOLERANCE: Final = 1e-3
 _MAX_TOKENS_PER_CHARACTER: Final = 4
 
@@ -259,7 +262,8 @@ class CapabilityChecker:
         try:
             answer = self._requester.complete(request, deadline=self._next_deadline())
         except LargeRefused as exc:
-            if exc.status in _UNRELATED_STATUSES:
+            is_about_field = exc.status == _FORBIDDEN and names_field(str(exc))
+            if exc.status in _UNRELATED_STATUSES and not is_about_field:
                 raise
             raise DialectRejected(_without_address(str(exc))) from exc
         except LargeProtocolError as exc:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlxroute.errors import LargeProtocolError, UsageError
 from mlxroute.large.completion_request import CompletionRequester
-from mlxroute.large.dialects import LADDER, Dialect, get_dialect
+from mlxroute.large.dialects import Dialect, get_dialect
 from mlxroute.large.dialects.tokenize_routes import Post, TokenizeRoutes, find_tokenize_routes
 from mlxroute.large.http.deadline import NextDeadline
 from mlxroute.large.http.transport import Transport
@@ -211,9 +211,8 @@ class Negotiator:
         return NegotiatedDialect(result.dialect, verdict)
 
     def _first_working(self, prober: Prober) -> NegotiatedDialect:
-        for dialect in LADDER:
-            if prober.passes_first_check(dialect):
-                return NegotiatedDialect(dialect, None)
+        if (dialect := prober.find_working_dialect()) is not None:
+            return NegotiatedDialect(dialect, None)
         raise self._model_not_chosen() or LargeProtocolError(
             f"{self._base_url} works with none of the known dialects; probe it to see the reasons"
         )

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 from mlxroute.errors import LargeProtocolError
 from mlxroute.large.completion_request import CompletionRequester
-from mlxroute.large.dialects import LADDER, Dialect
+from mlxroute.large.dialects import LADDER, Dialect, FieldedDialect
 from mlxroute.large.http.deadline import NextDeadline
 from mlxroute.large.negotiation.capability_checks import CapabilityChecker, DialectRejected
+from mlxroute.large.negotiation.field_negotiator import TOO_MUCH_THINKING, FieldNegotiator
 from mlxroute.large.negotiation.probe_questions import ProbeQuestion
 from mlxroute.large.negotiation.served_models import ModelName
 from mlxroute.large.negotiation.verdict_file import CapabilityCheck, RejectedDialect
 from mlxroute.large.vocabulary.token_reader import TokenReader
 from mlxroute.large.vocabulary.token_sources import TokenSource
+
+_T = TypeVar("_T")
 
 # Tokens requested at a time to learn the names of vocabulary pieces.
 _TOKENS_TO_NAME: Final = 24
@@ -35,6 +38,15 @@ class ProbeResult:
     rejected: tuple[RejectedDialect, ...]
     latencies_s: tuple[float, ...]
     requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked(Generic[_T]):
+    """A dialect, with the fields that the server takes, and what its checks returned."""
+
+    dialect: Dialect
+    checker: CapabilityChecker
+    result: _T
 
 
 class NoUsableDialect(LargeProtocolError):
@@ -66,6 +78,8 @@ class Prober:
         self._reader = reader
         self._tokens = tokens
         self._next_deadline = next_deadline
+        self._fields = FieldNegotiator()
+        self._requests = 0
 
     def find_dialect(self) -> ProbeResult:
         """Return the first dialect that passes all checks, from the most exact rung down.
@@ -73,27 +87,47 @@ class Prober:
         Raises NoUsableDialect if none does.
         """
         rejected: list[RejectedDialect] = []
-        requests = 0
         for dialect in LADDER:
-            checker = self._checker(dialect)
             try:
-                checks = checker.check_all()
+                checked = self._check(dialect, CapabilityChecker.check_all)
             except DialectRejected as exc:
                 rejected.append(RejectedDialect(dialect.name, str(exc)))
             else:
-                latencies_s = tuple(checker.latencies_s)
-                requests += checker.requests
-                return ProbeResult(dialect, checks, tuple(rejected), latencies_s, requests)
-            requests += checker.requests
+                latencies_s = tuple(checked.checker.latencies_s)
+                return ProbeResult(
+                    checked.dialect, checked.result, tuple(rejected), latencies_s, self._requests
+                )
         raise NoUsableDialect(rejected)
 
+    def find_working_dialect(self) -> Dialect | None:
+        """Return the first dialect in which the server continues an unfinished word, or None."""
+        for dialect in LADDER:
+            with contextlib.suppress(DialectRejected):
+                return self._check(dialect, CapabilityChecker.check_mid_word).dialect
+        return None
+
     def passes_first_check(self, dialect: Dialect) -> bool:
-        """Return whether the server continues an unfinished word in this dialect."""
+        """Return whether the server continues an unfinished word in exactly this dialect."""
         try:
             self._checker(dialect).check_mid_word()
         except DialectRejected:
             return False
         return True
+
+    def _check(self, dialect: Dialect, check: Callable[[CapabilityChecker], _T]) -> _Checked[_T]:
+        """Check a dialect with the fields that the server takes. Raises DialectRejected."""
+        if isinstance(dialect, FieldedDialect):
+            dialect = self._fields.applied_to(dialect)
+        while True:
+            checker = self._checker(dialect)
+            try:
+                return _Checked(dialect, checker, check(checker))
+            except DialectRejected as exc:
+                if not isinstance(dialect, FieldedDialect):
+                    raise
+                dialect = self._fields.changed_for(dialect, exc)
+            finally:
+                self._requests += checker.requests
 
     def learn_tokens(self, dialect: Dialect, question: ProbeQuestion) -> None:
         """Let the reader learn the names of tokens that the server generates."""
@@ -116,6 +150,8 @@ def advise(rejected: Sequence[RejectedDialect]) -> str:
     reasons = [dialect.reason for dialect in rejected]
     if all(" 404" in reason or "tokenise" in reason for reason in reasons):
         return "nothing at this address completes text; does it end in the API's path, as in /v1?"
+    if TOO_MUCH_THINKING in reasons:
+        return f"{TOO_MUCH_THINKING}; choose a model that does not think"
     if any("not continued" in reason for reason in reasons):
         return (
             "the server starts a new answer instead of continuing one (or its model cannot finish a"

@@ -47,6 +47,23 @@ def server() -> Iterator[Loopback]:
         (b'{"error": {"message": "too\\nlong", "code": 400}}', "too long"),
         (b'{"error": "Unauthorized"}', "Unauthorized"),
         (b'{"object": "error", "message": "queue is full"}', "queue is full"),
+        # The shapes of hosted providers.
+        (b'[{"error": {"code": 400, "message": "Unknown name", "details": []}}]', "Unknown name"),
+        (b'{"code": "invalid-argument", "error": "no such parameter"}', "no such parameter"),
+        (
+            b'{"message": {"detail": [{"loc": ["body", "n"], "msg": "not permitted"}, 1]}}',
+            "n: not permitted",
+        ),
+        (
+            b'{"message": "{\\"detail\\": [{\\"loc\\": [0], \\"msg\\": \\"no\\"}, \\"b\\"]}"}',
+            "no; b",
+        ),
+        (
+            b'{"error": {"message": "Provider returned error", "metadata":'
+            b' {"raw": "{\\"error\\": {\\"message\\": \\"too few\\"}}"}}}',
+            "too few",
+        ),
+        (b'{"error": {"message": "{not JSON"}}', "{not JSON"),
         (b'{"detail": "nope"}', "nope"),
         (b'{"detail": [{"msg": "field required", "loc": []}]}', "field required"),
         (b'"just text"', "just text"),

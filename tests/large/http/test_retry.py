@@ -206,6 +206,28 @@ def test_a_retry_after_within_the_deadline_is_waited_for(server: Loopback) -> No
     assert 0.4 < waits.seconds[1] <= 20.0
 
 
+def test_a_pause_that_hosted_servers_ask_for_in_their_own_way_is_waited_for(
+    server: Loopback,
+) -> None:
+    details = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "3.25s"}]
+    quota = {"code": 429, "status": "RESOURCE_EXHAUSTED", "details": details}
+    server.script.append(Reply.of([{"error": quota}], status=429))
+    server.script.append(Reply(status=429, headers={"retry-after-ms": "1500"}))
+    server.script.append(Reply(status=429, headers={"retry-after-ms": "9", "Retry-After": "2"}))
+    server.script.append(Reply())
+    waits = Waits()
+    assert call(server.url, waits) == 200
+    assert waits.seconds == [3.25, 1.5, 2.0]
+
+
+@given(st.dictionaries(st.sampled_from(["Retry-After", "retry-after-ms"]), st.text()), st.binary())
+def test_any_reply_asks_for_a_pause_of_some_seconds_or_none(
+    headers: dict[str, str], body: bytes
+) -> None:
+    for whole in (body, b'"retryDelay": "' + body + b's"'):
+        assert 0 <= retry.asked_pause_s(headers, whole, now_s=1e9) < float("inf")
+
+
 def test_a_retry_after_beyond_the_deadline_fails_at_once_and_is_reported(server: Loopback) -> None:
     server.script.append(
         Reply(b'{"error": "slow down"}', status=429, headers={"Retry-After": "1800"})

@@ -7,11 +7,12 @@ from enum import Enum
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.base import NO_THINKING, Dialect, RequestOptions, add_model
+from mlxroute.large.dialects.base import NO_THINKING, RequestOptions, add_model
+from mlxroute.large.dialects.chat.chat_reply import chat_text
+from mlxroute.large.dialects.chat.fielded_dialect import FieldedDialect
 from mlxroute.large.dialects.json_fields import (
     as_array,
     as_object,
-    as_text,
     first_choice,
     mark_end,
     parse_chat_position,
@@ -20,8 +21,7 @@ from mlxroute.large.dialects.json_fields import (
 from mlxroute.large.prompt import Prompt, PromptForm
 from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
 
-# Fields of a message that hold the thoughts of a model, beside its content.
-_THOUGHTS: Final = ("reasoning_content", "reasoning", "thinking")
+_FLAGS: Final = {"continue_final_message": True, "add_generation_prompt": False}
 
 
 class ContinuationMethod(Enum):
@@ -32,7 +32,7 @@ class ContinuationMethod(Enum):
     TRAILING = "trailing turn"
 
 
-class ChatContinuation(Dialect):
+class ChatContinuation(FieldedDialect):
     """The dialect of chat servers that continue an unfinished assistant turn.
 
     `method` is how requests mark the turn. `echoes` is for servers whose reply repeats the
@@ -47,40 +47,38 @@ class ChatContinuation(Dialect):
     ) -> None:
         self._method = method
         self._echoes = echoes
-        self._logprobs = logprobs
+        self.reads_logprobs = logprobs
         details = [method.value, *["echoing"] * echoes, *["text only"] * (not logprobs)]
-        self.name = f"chat continuation ({', '.join(details)})"
+        self.name = self.plain_name = f"chat continuation ({', '.join(details)})"
         self.rung = 3 if logprobs else 4
+        if method is ContinuationMethod.FLAGS:
+            self.own_names = frozenset((*_FLAGS, *NO_THINKING))
+        elif method is ContinuationMethod.PREFIX:
+            self.own_names = frozenset(("prefix",))
 
     def request(self, prompt: Prompt, options: RequestOptions) -> dict[str, object]:
         """Ask for greedy tokens; an empty answer start adds no assistant turn."""
         messages: list[dict[str, object]] = [dict(message) for message in prompt.messages]
-        body: dict[str, object] = {
-            "messages": messages,
-            "max_tokens": options.max_tokens,
-            "temperature": 0,
-        }
+        body: dict[str, object] = {"messages": messages} | self.request_fields(options)
         if prompt.answer_start:
             messages.append({"role": "assistant", "content": prompt.answer_start})
             if self._method is ContinuationMethod.PREFIX:
                 messages[-1]["prefix"] = True
             elif self._method is ContinuationMethod.FLAGS:
-                body |= {"continue_final_message": True, "add_generation_prompt": False}
+                body |= _FLAGS
         if self._method is ContinuationMethod.FLAGS:
             body |= NO_THINKING
-        if self._logprobs:
-            body |= {"logprobs": True, "top_logprobs": options.top_logprobs}
         return add_model(body, options)
 
     def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
         """Read a reply. Null content, as in a tool call, counts as empty text."""
         choice = first_choice(reply)
-        text = self._continuation(choice, prompt)
+        text = self._continuation(reply, prompt)
         logprobs = choice.get("logprobs")
         logprobs = {} if logprobs is None else as_object(logprobs, what="logprobs")
         content = as_array(logprobs.get("content") or [], what="logprobs.content")
         positions = [parse_chat_position(item) for item in content]
-        if self._logprobs and not positions and text:
+        if self.reads_logprobs and not positions and text:
             raise LargeProtocolError("the reply has text and no logprobs")
         if not positions:
             positions = [ReplyPosition(ReplyToken(text=text))]
@@ -90,13 +88,9 @@ class ChatContinuation(Dialect):
             positions = list(mark_end(positions))
         return Completion(tuple(positions), text, **usage_counts(reply))
 
-    def _continuation(self, choice: Mapping[str, object], prompt: Prompt) -> str:
+    def _continuation(self, reply: Mapping[str, object], prompt: Prompt) -> str:
         """Return the reply's text without an echo of the turn's beginning."""
-        message = as_object(choice.get("message"), what="message")
-        content = message.get("content")
-        text = "" if content is None else as_text(content, what="message.content")
-        if not text and any(message.get(key) for key in _THOUGHTS):
-            raise LargeProtocolError("the model thinks first, instead of continuing the answer")
+        text = chat_text(reply)
         if not (self._echoes and prompt.answer_start):
             return text
         if not text.startswith(prompt.answer_start):
