@@ -3,11 +3,14 @@
     python bench/serving_throughput.py alone|together|routed|second-turn [SMALL] [TOKENS] [ROUNDS]
 
 - `alone`: seconds per token of the scheduler with one answer against those of `generate`, in turns.
-- `together`: tokens per second of 4 and of 8 answers over those of one, never escalating.
-- `routed`: the same for 4 answers at a budget of 7 %, with calls of 34 steps. The large model is a
-  timer whose tokens never agree; answers follow each other, as those of clients that ask again.
+- `together`: tokens per second of 4 and of 8 clients over those of one, never escalating.
+- `routed`: those of 4 clients over those of one at a budget of 7 %, with calls of 34 steps. The
+  large model is a timer whose tokens never agree.
 - `second-turn`: seconds to the first token in the second turn of a chat of 2,000 tokens, over those
   of a new prompt of some 50 tokens.
+
+In `together` and `routed` each client asks again as soon as it is answered, for a minute. TOKENS is
+the longest answer.
 
 Prints a line per measurement and JSON at the end.
 """
@@ -33,8 +36,8 @@ from mlxroute.serving import AnswerRequest, AnswerScheduler
 from mlxroute.types import LargeContext, LargeToken, Message, RunStats, Token, Uploads
 
 PROMPTS = Path(__file__).parent / "prompts" / "varied.jsonl"
+WINDOW_S = 60.0
 CALL_STEPS = 34
-ROUTED_ANSWERS = 12
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa")
 
 
@@ -108,23 +111,6 @@ def write(
     return run, times_s
 
 
-def write_all(
-    scheduler: AnswerScheduler,
-    prompts: Sequence[str],
-    new_router: Callable[[], EntropyRouter],
-    count: int,
-    *,
-    clients: int,
-) -> list[RunStats]:
-    """Write an answer to each prompt, `clients` at a time; return their figures."""
-
-    def ask(prompt: str) -> RunStats:
-        return write(scheduler, conversation(prompt), new_router(), count)[0]
-
-    with ThreadPoolExecutor(clients) as pool:
-        return list(pool.map(ask, prompts))
-
-
 def measure_alone(small: SmallModel, prompts: list[str], count: int, rounds: int) -> Any:
     """Compare the median seconds per token, in turns with the same prompt."""
     plain, ratios = small.with_own_cache(), []
@@ -144,26 +130,55 @@ def measure_alone(small: SmallModel, prompts: list[str], count: int, rounds: int
     return {"speed_over_generate": round(statistics.median(ratios), 3)}
 
 
+def receive_tokens(
+    scheduler: AnswerScheduler,
+    prompts: Sequence[str],
+    new_router: Callable[[], EntropyRouter],
+    count: int,
+    *,
+    clients: int,
+) -> list[Token]:
+    """Return what clients get in a window; each asks the next prompt as soon as it is answered."""
+    end_s = time.perf_counter() + WINDOW_S
+    waiting = itertools.cycle(prompts)
+    received: list[Token] = []
+
+    def ask_again(_: int) -> None:
+        while time.perf_counter() < end_s:
+            options = Options(max_tokens=count, timeout_s=600.0)
+            request = AnswerRequest(conversation(next(waiting)), new_router(), options)
+            answer = scheduler.submit(request)
+            for event in answer.events():
+                if time.perf_counter() >= end_s:
+                    answer.cancel()
+                    break
+                if isinstance(event, Token):
+                    received.append(event)
+
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(ask_again, range(clients)))
+    return received
+
+
 def measure_together(
     small: SmallModel, prompts: list[str], count: int, rounds: int, clients: tuple[int, ...]
 ) -> Any:
-    """Compare tokens per second, prompts included, in turns with one answer."""
+    """Compare tokens per second, prompts included, in turns with one client."""
     ratios: dict[int, list[float]] = {number: [] for number in clients}
-    with AnswerScheduler(small, None) as scheduler:
-        for _ in range(rounds):
-            speeds = {}
-            for number in (1, *clients):
-                began_s = time.perf_counter()
-                runs = write_all(scheduler, prompts[:number], never, count, clients=number)
-                speeds[number] = sum(run.tokens for run in runs) / (time.perf_counter() - began_s)
-                print(f"{number} at a time: {speeds[number]:.2f} tokens/s", flush=True)
-            for number in clients:
-                ratios[number].append(speeds[number] / speeds[1])
+    for _ in range(rounds):
+        speeds = {}
+        for number in (1, *clients):
+            with AnswerScheduler(small, None) as scheduler:
+                received = receive_tokens(scheduler, prompts, never, count, clients=number)
+            speeds[number] = len(received) / WINDOW_S
+            print(f"{number} at a time: {speeds[number]:.2f} tokens/s", flush=True)
+        for number in clients:
+            ratios[number].append(speeds[number] / speeds[1])
     return {number: round(statistics.median(values), 2) for number, values in ratios.items()}
 
 
 def measure_routed(small: SmallModel, prompts: list[str], count: int, rounds: int) -> Any:
-    """Compare tokens per second of 4 clients with one, which all ask again when answered."""
+    """Compare tokens per second of 4 clients with one, in turns."""
     own = small.with_own_cache()
     signals, _ = own.prefill([5, 6, 7])
     times_s = []
@@ -177,13 +192,10 @@ def measure_routed(small: SmallModel, prompts: list[str], count: int, rounds: in
         speeds = []
         for clients in (1, 4):
             with AnswerScheduler(small, large) as scheduler:
-                began_s = time.perf_counter()
-                asked = list(itertools.islice(itertools.cycle(prompts), ROUTED_ANSWERS))
-                runs = write_all(scheduler, asked, routed, count, clients=clients)
-                tokens = sum(run.tokens for run in runs)
-                speeds.append(tokens / (time.perf_counter() - began_s))
-                rate = sum(run.escalated for run in runs) / tokens
-                print(f"{clients} clients: {speeds[-1]:.2f} tokens/s, {rate:.1%} escalated")
+                received = receive_tokens(scheduler, prompts, routed, count, clients=clients)
+            speeds.append(len(received) / WINDOW_S)
+            rate = sum(token.escalation is not None for token in received) / len(received)
+            print(f"{clients} clients: {speeds[-1]:.2f} tokens/s, {rate:.1%} escalated", flush=True)
         ratios.append(speeds[1] / speeds[0])
     return {"4 over 1": round(statistics.median(ratios), 2)}
 

@@ -98,7 +98,7 @@ def main() -> None:
         "first_auto_over_best": round(rows[0]["auto"] / rows[0][best], 3),
         "cores_of_a_step": round(experience.step_cores.value, 2),
         "busy_cores_during_calls": round(experience.busy_cores.value, 2),
-        "stopped_after_a_slowed_step": experience.was_slowed,
+        "pauses_after_slowed_steps": experience.pauses,
     }
     print(json.dumps(report))
 

@@ -15,6 +15,8 @@ BRANCH_ROWS: Final = 4
 SLOWDOWN_PRIOR: Final = 3
 # Cores that other processes may use, beyond those that decoding leaves idle.
 _BACKGROUND_CORES: Final = 0.3
+# Calls that decoding waits for after calls slowed its steps.
+_PAUSE_CALLS: Final = 128
 # Least weight of a new observation; the second is that of committed positions, which are frequent.
 _WEIGHT: Final = 0.05
 _POSITION_WEIGHT: Final = 0.005
@@ -67,7 +69,8 @@ class Experience:
         calls_prefetch: Whether the last answered call could return more than one token.
         busy_cores: Cores that other processes use while decoding waits for a call to this machine.
         step_cores: Cores that this process uses in a decode step.
-        was_slowed: Whether a call to this machine slowed a decode step far beyond its usual time.
+        pauses: How often calls to this machine slowed decode steps far beyond their usual time.
+        pause_end: The number of answered calls until which decoding waits for them therefore.
         advice_was_given: Whether the session's advice to stream was given.
     """
 
@@ -90,14 +93,16 @@ class Experience:
     calls_prefetch: bool = False
     busy_cores: MovingAverage = field(default_factory=lambda: MovingAverage(0.0))
     step_cores: MovingAverage = field(default_factory=lambda: MovingAverage(0.0))
-    was_slowed: bool = False
+    pauses: int = 0
+    pause_end: int = 0
     advice_was_given: bool = False
 
     @property
     def machine_is_busy(self) -> bool:
         """Whether calls to this machine leave too few cores for decoding at the same time."""
         used_cores = self.busy_cores.value + self.step_cores.value
-        return self.was_slowed or used_cores > CORES + _BACKGROUND_CORES
+        is_paused = self.answered_calls < self.pause_end
+        return is_paused or used_cores > CORES + _BACKGROUND_CORES
 
     def on_step(self, seconds: float, *, is_alone: bool) -> None:
         """Record a decode step of one row; `is_alone` if no call was in flight."""
@@ -164,9 +169,10 @@ class Experience:
         if seconds > 0:
             self.step_cores.add(busy_core_s / seconds)
 
-    def on_slowed_step(self) -> None:
-        """Record that a call on this machine slowed a decode step far beyond its usual time."""
-        self.was_slowed = True
+    def on_slowed_steps(self) -> None:
+        """Record that calls to this machine slowed decode steps far beyond their usual time."""
+        self.pause_end = self.answered_calls + _PAUSE_CALLS
+        self.pauses += 1
 
     def on_advice(self) -> None:
         """Record that the advice to stream the large model was given."""

@@ -31,6 +31,8 @@ _OVERDUE: Final = 4.0
 _LOCAL_CALLS: Final = 2
 # A step that takes this many times its average is slowed by a call on this machine.
 _SLOWED: Final = 3.0
+# Slowed steps of an answer may cost this share of a call's time, which decoding hides.
+_SLOWED_SHARE: Final = 0.5
 # Switch modes only for gains above 5 %.
 _SWITCH_GAIN: Final = 0.95
 
@@ -69,8 +71,8 @@ class Governor:
         call_ceiling: Greatest number of calls of a session, in calls per escalated position; None
             is no bound.
         is_local: Whether the server runs on this machine. Under auto, decoding then goes on beside
-            a call, and calls prefetch, only where the cores suffice for both, and no longer once a
-            step was slowed.
+            a call, and calls prefetch, only where the cores suffice for both, and not for some
+            time after calls have slowed its steps.
     """
 
     def __init__(
@@ -88,6 +90,8 @@ class Governor:
         self._call_ceiling = call_ceiling
         self.is_local = is_local
         self._last_mode = Mode.WAIT
+        # Seconds that slowed steps of this answer took beyond their average.
+        self._slowed_s = 0.0
 
     @property
     def mode(self) -> Mode:
@@ -131,7 +135,7 @@ class Governor:
         self._last_mode = self.mode
 
     def on_shared_step(self, seconds: float) -> bool:
-        """Record a step beside a call; return whether that call slowed it, so that it should stop.
+        """Record a step beside a call; return whether calls slow steps so much that it should stop.
 
         Only auto stops, and only where the server runs on this machine.
         """
@@ -139,7 +143,11 @@ class Governor:
         is_slowed = average.count > 1 and seconds > _SLOWED * average.value
         if not (is_slowed and self.is_local and self._mode is Mode.AUTO):
             return False
-        self._experience.on_slowed_step()
+        self._slowed_s += seconds - average.value
+        if self._slowed_s <= _SLOWED_SHARE * self._experience.call_s.value:
+            return False
+        self._slowed_s = 0.0
+        self._experience.on_slowed_steps()
         return True
 
     def may_decode_ahead(self, oldest_call_s: float | None) -> bool:

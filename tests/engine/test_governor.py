@@ -194,14 +194,26 @@ def test_on_this_machine_auto_waits_while_calls_keep_the_cores_busy() -> None:
     assert governor(experience).mode is not Mode.WAIT
 
 
-def test_a_slowed_step_ends_decoding_beside_calls_on_this_machine() -> None:
+def test_slowed_steps_end_decoding_beside_calls_on_this_machine_for_some_calls() -> None:
     experience = measured(call=34.0)
     assert not local_governor(experience).on_shared_step(2.9)
     assert not governor(experience).on_shared_step(30.0)
     assert local_governor(experience).mode is not Mode.WAIT
-    assert local_governor(experience).on_shared_step(3.1)
-    assert local_governor(experience).mode is Mode.WAIT
-    assert local_governor(experience).prefetch == 0
+    assert local_governor(experience).on_shared_step(30.0)
+    for _ in range(128):
+        assert local_governor(experience).mode is Mode.WAIT
+        assert local_governor(experience).prefetch == 0
+        experience.on_call_answered(1, 34.0, is_alone=True)
+    assert local_governor(experience).mode is not Mode.WAIT
+
+
+@pytest.mark.parametrize(("call", "slowed"), [(2.0, 1), (6.0, 2), (34.0, 9)])
+def test_slowed_steps_may_cost_half_of_the_call_that_decoding_hides(
+    call: float, slowed: int
+) -> None:
+    local = local_governor(measured(call=call))
+    stopped = [local.on_shared_step(3.1) for _ in range(slowed)]
+    assert stopped == [*[False] * (slowed - 1), True]
 
 
 @pytest.mark.usefixtures("idle_cores")
