@@ -14,8 +14,8 @@ from tests.support.loopback import Reply, Request
 
 Json = dict[str, Any]
 Refuse = Callable[[Json], Reply | None]
-# The next tokens of the answer to these messages, as texts, and whether the answer ends.
-Write = Callable[[Sequence[Json], int], tuple[list[str], bool]]
+# The next tokens of the answer to these messages, and whether the answer ends.
+Write = Callable[[Sequence[Json], int], tuple[list[bytes], bool]]
 
 _MESSAGES: Final = {"model", "messages"}
 _SAMPLING: Final = {"max_tokens", "temperature", "logprobs", "top_logprobs"}
@@ -56,7 +56,7 @@ class Provider:
             )
         choice: Json = {
             "index": 0,
-            "message": {"role": "assistant", "content": "".join(tokens)},
+            "message": {"role": "assistant", "content": b"".join(tokens).decode(errors="replace")},
             "finish_reason": "stop" if ends else "length",
             "logprobs": None,
         }
@@ -93,8 +93,8 @@ class HostedServer:
         return Reply.of({"error": {"message": "Not Found"}}, status=404)
 
 
-def _logprobs(token: str) -> Json:
-    entry = {"token": token, "bytes": list(token.encode()), "logprob": -0.1}
+def _logprobs(token: bytes) -> Json:
+    entry = {"token": token.decode(errors="replace"), "bytes": list(token), "logprob": -0.1}
     return {**entry, "top_logprobs": [entry]}
 
 

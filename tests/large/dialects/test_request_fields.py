@@ -44,8 +44,8 @@ FIELDS = {
 MAX_REQUESTS = 12
 
 
-def _write(messages: object, count: int) -> tuple[list[str], bool]:
-    return [" a"] * count, False
+def _write(messages: object, count: int) -> tuple[list[bytes], bool]:
+    return [b" a"] * count, False
 
 
 def _search(provider: Provider) -> tuple[RequestFields | None, int, list[int]]:

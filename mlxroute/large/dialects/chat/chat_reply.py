@@ -19,9 +19,6 @@ _MAX_TOKENS_PER_CHARACTER: Final = 8
 class ModelThinks(LargeProtocolError):
     """Raised for a reply whose tokens are all thoughts, before the answer."""
 
-    def __init__(self) -> None:
-        super().__init__("the model thinks first, instead of continuing the answer")
-
 
 def chat_text(reply: Mapping[str, object]) -> str:
     """Return the text of a chat reply; null content, as in a tool call, counts as empty.
@@ -33,10 +30,9 @@ def chat_text(reply: Mapping[str, object]) -> str:
     has_thoughts = has_thoughts or any(message.get(key) for key in _THOUGHTS)
     counts = usage_counts(reply)
     is_long = (counts["completion_tokens"] or 0) > _MAX_TOKENS_PER_CHARACTER
-    if not text and (has_thoughts or counts["reasoning_tokens"] or is_long):
-        raise ModelThinks
-    if text.lstrip().startswith(_THOUGHT_MARK):
-        raise ModelThinks
+    is_hidden = not text and (has_thoughts or counts["reasoning_tokens"] or is_long)
+    if is_hidden or text.lstrip().startswith(_THOUGHT_MARK):
+        raise ModelThinks("the model thinks first, instead of continuing the answer")
     return text
 
 
