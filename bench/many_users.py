@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 
 USERS = (10, 30, 100, 300, 1000, 3000, 10_000)
 # The first part of the time is left out, because all users begin with an idle replica.
-PLAYED_S, LEFT_OUT_S = 240.0, 60.0
+LEFT_OUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,11 @@ class Load:
     calls_per_escalation: float = 1.0
 
     @property
+    def calls_per_token(self) -> float:
+        """Calls for each token of a user."""
+        return self.rate * self.calls_per_escalation
+
+    @property
     def capacity(self) -> float:
         """Calls a second that the replica can serve."""
         return self.at_once / self.call_s
@@ -50,14 +55,13 @@ class Load:
     @property
     def unqueued_tokens_per_s(self) -> float:
         """Tokens a second of a user whose calls never wait for other users'."""
-        waited_s = self.rate * self.calls_per_escalation * (self.call_s + self.path_s)
+        waited_s = self.calls_per_token * (self.call_s + self.path_s)
         return 1 / (self.step_s + waited_s)
 
     @property
     def most_users(self) -> float:
         """Users whose calls the replica can just serve: capacity over calls/s of one user."""
-        calls_per_token = self.rate * self.calls_per_escalation
-        return self.capacity / (self.unqueued_tokens_per_s * calls_per_token)
+        return self.capacity / (self.unqueued_tokens_per_s * self.calls_per_token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,21 +75,21 @@ class Played:
     call_p95_s: float
 
 
-def play(load: Load, users: int, *, seed: int = 0) -> Played:
+def draw_tokens(chance: random.Random, calls_per_token: float) -> int:
+    """Return a random number of tokens up to the next call."""
+    return 1 + int(math.log(1 - chance.random()) / math.log(1 - calls_per_token))
+
+
+def play(load: Load, users: int, *, counted_s: float = 180.0, seed: int = 0) -> Played:
     """Return what users get who all write at the same time."""
     chance = random.Random(seed)
-    calls_per_token = load.rate * load.calls_per_escalation
-
-    def draw_tokens() -> int:
-        """Draw the number of tokens until the next call."""
-        return 1 + int(math.log(1 - chance.random()) / math.log(1 - calls_per_token))
-
+    first = [draw_tokens(chance, load.calls_per_token) for _ in range(users)]
     # When a call reaches the replica, and the tokens that were written before it.
-    arrivals = [(tokens * load.step_s, tokens) for tokens in (draw_tokens() for _ in range(users))]
+    arrivals = [(tokens * load.step_s, tokens) for tokens in first]
     heapq.heapify(arrivals)
     free_at_s = [0.0] * load.at_once
     latencies_s, written = [], 0
-    while arrivals[0][0] < PLAYED_S:
+    while arrivals[0][0] < LEFT_OUT_S + counted_s:
         arrived_s, tokens = heapq.heappop(arrivals)
         ended_s = max(arrived_s, heapq.heappop(free_at_s)) + load.call_s
         heapq.heappush(free_at_s, ended_s)
@@ -93,19 +97,19 @@ def play(load: Load, users: int, *, seed: int = 0) -> Played:
         if arrived_s >= LEFT_OUT_S:
             latencies_s.append(back_s - arrived_s)
             written += tokens
-        following = draw_tokens()
+        following = draw_tokens(chance, load.calls_per_token)
         heapq.heappush(arrivals, (back_s + following * load.step_s, following))
-    counted_s = PLAYED_S - LEFT_OUT_S
     return Played(
         users,
-        round(len(latencies_s) / counted_s, 1),
+        round(len(latencies_s) / counted_s, 2),
         round(written / counted_s / users, 2),
-        round(_quantile(latencies_s, 0.5), 3),
-        round(_quantile(latencies_s, 0.95), 3),
+        round(quantile(latencies_s, 0.5), 3),
+        round(quantile(latencies_s, 0.95), 3),
     )
 
 
-def _quantile(values: Sequence[float], share: float) -> float:
+def quantile(values: Sequence[float], share: float) -> float:
+    """Return the value that a share of some values is below."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from mlxroute.large import LargeModel
     from mlxroute.ledger import Ledger
     from mlxroute.routers import EntropyRouter
+    from mlxroute.serving.http.endpoint_app import create_app
+    from mlxroute.serving.http.serving_session import ServingSession
     from mlxroute.small import SmallModel
     from mlxroute.types import Prices, RunStats, Signals, Source, StopReason, Token
 
@@ -32,11 +34,13 @@ _MODULES = {
     "MlxRouteError": "mlxroute.errors",
     "Prices": "mlxroute.types",
     "RunStats": "mlxroute.types",
+    "ServingSession": "mlxroute.serving.http.serving_session",
     "Signals": "mlxroute.types",
     "SmallModel": "mlxroute.small",
     "Source": "mlxroute.types",
     "StopReason": "mlxroute.types",
     "Token": "mlxroute.types",
+    "create_app": "mlxroute.serving.http.endpoint_app",
     "generate": "mlxroute.engine",
 }
 
@@ -48,12 +52,14 @@ __all__ = [
     "MlxRouteError",
     "Prices",
     "RunStats",
+    "ServingSession",
     "Signals",
     "SmallModel",
     "Source",
     "StopReason",
     "Token",
     "__version__",
+    "create_app",
     "generate",
 ]
 

@@ -233,6 +233,11 @@ def test_small_imports_mlx_at_the_top_of_its_modules(path: Path) -> None:
             assert not {name.split(".")[0] for name in imported_names(inside)} & {"mlx", "mlx_lm"}
 
 
+def test_the_endpoint_is_imported_without_a_model() -> None:
+    code = "from mlxroute import ServingSession, create_app"
+    assert not _loaded_by(code) & {"mlx", "mlx_lm", "numpy", "requests", "uvicorn"}
+
+
 def test_the_public_names_are_sorted_and_all_there() -> None:
     assert list(mlxroute.__all__) == sorted(mlxroute.__all__)
     for name in mlxroute.__all__:

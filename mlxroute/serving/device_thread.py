@@ -191,7 +191,10 @@ class DeviceThread:
         self._requests[row] = request
         self._awaited.discard(row.asker)
         if isinstance(request, Prefill):
-            self._prefills[row] = self._start_prefill(row, request)
+            try:
+                self._prefills[row] = self._start_prefill(row, request)
+            except Exception as exc:  # noqa: BLE001 - it is raised in the row's own thread
+                self._reply(row, exc)
         elif isinstance(request, Feed) and self._grace_ends_s == 0.0:
             grace_s = min(_MAX_GRACE_S, _GRACE_STEPS * self._step_s)
             self._grace_ends_s = time.perf_counter() + grace_s

@@ -79,7 +79,8 @@ def test_pointing_at_a_token_shows_both_choices_and_the_decision(page: Any) -> N
 
 
 def test_heat_shades_unsure_tokens_and_nothing_is_wider_than_the_screen(page: Any) -> None:
-    colour = "getComputedStyle(document.querySelector('[data-index=\"7\"]')).backgroundColor"
+    word = "document.querySelector('[data-index=\"7\"] .tv-word')"
+    colour = f"getComputedStyle({word}).backgroundColor"
     before = page.evaluate(colour)
     page.check("input[role=switch]")
     assert page.evaluate(colour) != before

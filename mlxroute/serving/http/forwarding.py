@@ -30,10 +30,10 @@ from mlxroute.serving.http.replies.event_stream import (
 )
 from mlxroute.serving.http.replies.reply_forms import ID_HEADER
 
+# Fields of routed answers, which a forwarded request does not have.
+_ROUTED_FIELDS: Final = frozenset({"budget", "threshold", "mode", "exact", "events"})
 # Fields that are the endpoint's own, or that it answers itself.
-_OWN_FIELDS: Final = frozenset(
-    {"budget", "threshold", "mode", "local_only", "exact", "events", "stream", "stream_options"}
-)
+_OWN_FIELDS: Final = _ROUTED_FIELDS | {"local_only", "stream", "stream_options"}
 _MAX_ANSWER_S: Final = 600.0
 
 
@@ -87,6 +87,7 @@ class _ForwardedChat:
         assert endpoint.session.large is not None
         self._endpoint = endpoint
         self._large = endpoint.session.large
+        self._ignored = sorted(_ROUTED_FIELDS & values.keys())
         self._body = {key: item for key, item in values.items() if key not in _OWN_FIELDS}
         self._body.pop("model", None)
         self._call = self._large.whole_chat(timeout_s=_MAX_ANSWER_S)
@@ -118,9 +119,10 @@ class _ForwardedChat:
         counts = Fields(usage if isinstance(usage, dict) else {})
         summary = self._summary(counts)
         endpoint.metrics.on_forwarded(
-            completion_tokens=summary["tokens"],
+            tokens=summary["tokens"],
             prompt_tokens=summary["uploaded_tokens"],
-            latency_s=time.perf_counter() - began_s,
+            cost=summary["cost_estimate"] or 0.0,
+            seconds=time.perf_counter() - began_s,
         )
         endpoint.notify(f"large alone, for tools: {summary['tokens']:,} tokens in 1 call")
         figures = {**usage} if isinstance(usage, dict) else {}
@@ -192,6 +194,7 @@ class _ForwardedChat:
             "calls": 1,
             "uploaded_tokens": prompt_tokens,
             "cost_estimate": cost,
+            "ignored": self._ignored,
         }
 
 

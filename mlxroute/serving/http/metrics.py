@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from mlxroute.serving.scheduler import AnswerScheduler
 from mlxroute.types import RunStats, Token
@@ -15,6 +16,31 @@ CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _CALL_BUCKETS_S: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _ANSWER_BUCKETS_S: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _SPEED_BUCKETS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500)
+_STATES: Final = (
+    ("running", "Answers that are being written."),
+    ("queued", "Answers that wait for their turn."),
+    ("cache_entries", "KV caches that are kept for later prompts."),
+    ("cache_bytes", "Memory of these KV caches."),
+    ("batch_bytes", "Memory of the KV caches of running answers."),
+)
+_TOTALS: Final = (
+    ("cache_hits", "Prompts that began with a kept KV cache."),
+    ("cache_misses", "Prompts that did not."),
+)
+
+
+class _SchedulerCollector(Collector):
+    """The present state of a scheduler, and its totals."""
+
+    def __init__(self, scheduler: AnswerScheduler) -> None:
+        self._scheduler = scheduler
+
+    def collect(self) -> Iterable[Metric]:
+        figures = self._scheduler.figures()
+        for name, text in _STATES:
+            yield GaugeMetricFamily(f"mlxroute_{name}", text, value=getattr(figures, name))
+        for name, text in _TOTALS:
+            yield CounterMetricFamily(f"mlxroute_{name}", text, value=getattr(figures, name))
 
 
 class EndpointMetrics:
@@ -43,6 +69,8 @@ class EndpointMetrics:
         self._uploaded_bytes = counter("uploaded_bytes", "Size of the bodies of calls.")
         self._cost = counter("estimated_cost", "Estimated cost of calls, where prices are set.")
         self._forwarded = counter("forwarded_requests", "Requests that the large model answered.")
+        self._forwarded_tokens = counter("forwarded_tokens", "Tokens of its answers to them.")
+        self._forwarded_s = histogram("forwarded_seconds", "Time of them.", _ANSWER_BUCKETS_S)
         self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
         self._cached_tokens = counter("cached_prompt_tokens", "Those that a KV cache held.")
         self._ttft_s = histogram("ttft_seconds", "Time to the first token.", _ANSWER_BUCKETS_S)
@@ -51,17 +79,7 @@ class EndpointMetrics:
 
     def watch(self, scheduler: AnswerScheduler) -> None:
         """Report the present state of a scheduler."""
-        for name, text in (
-            ("running", "Answers that are being written."),
-            ("queued", "Answers that wait for their turn."),
-            ("cache_entries", "KV caches that are kept for later prompts."),
-            ("cache_bytes", "Memory of these KV caches."),
-            ("batch_bytes", "Memory of the KV caches of running answers."),
-            ("cache_hits", "Prompts that began with a kept KV cache, so far."),
-            ("cache_misses", "Prompts that did not, so far."),
-        ):
-            gauge = Gauge(f"mlxroute_{name}", text, registry=self.registry)
-            gauge.set_function(partial(_read_figure, scheduler, name))
+        self.registry.register(_SchedulerCollector(scheduler))
 
     def on_request(self, route: str, status: int) -> None:
         """Count a request."""
@@ -94,18 +112,14 @@ class EndpointMetrics:
             if token.escalation is not None and not token.escalation.prefetched:
                 self._call_s.observe(token.escalation.latency_s)
 
-    def on_forwarded(self, *, completion_tokens: int, prompt_tokens: int, latency_s: float) -> None:
+    def on_forwarded(self, *, tokens: int, prompt_tokens: int, cost: float, seconds: float) -> None:
         """Count a request that the large model has answered alone."""
         self._forwarded.inc()
-        self._calls.inc()
-        self._call_s.observe(latency_s)
-        self._tokens.labels("large").inc(completion_tokens)
+        self._forwarded_tokens.inc(tokens)
+        self._forwarded_s.observe(seconds)
         self._uploaded_tokens.inc(prompt_tokens)
+        self._cost.inc(max(0.0, cost))
 
     def text(self) -> bytes:
         """Return all figures."""
         return generate_latest(self.registry)
-
-
-def _read_figure(scheduler: AnswerScheduler, name: str) -> float:
-    return float(getattr(scheduler.figures(), name))

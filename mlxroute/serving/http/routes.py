@@ -12,6 +12,7 @@ from typing import Any, Final
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from mlxroute.errors import ContextTooLong
 from mlxroute.serving.http.answer_endpoint import AnswerEndpoint, Asked
 from mlxroute.serving.http.api_error import ApiError, to_api_error, wrong
 from mlxroute.serving.http.forwarding import forward_chat
@@ -245,6 +246,9 @@ class _Reply:
         starting = asyncio.ensure_future(asyncio.to_thread(self._endpoint.start, asked))
         try:
             answer = await asyncio.shield(starting)
+        except ContextTooLong as exc:
+            param = "messages" if self._is_chat else "prompt"
+            raise wrong(param, str(exc), code="context_length_exceeded") from exc
         except asyncio.CancelledError:
             # The thread goes on, and its answer would be nobody's.
             starting.add_done_callback(_cancel_started)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxroute.answers.document import ModelPair
 from mlxroute.engine import Experience, Options
-from mlxroute.routers import Router
+from mlxroute.routers import EntropyRouter, Router
 
 if TYPE_CHECKING:
     from mlxroute.large import LargeModel
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 MakeRouter = Callable[[float | None, float | None], Router]
 """Makes the router of one answer from a budget and a threshold; None is not set."""
+
+
+def _make_entropy_router(budget: float | None, threshold: float | None) -> Router:
+    return EntropyRouter(threshold, budget=budget)
 
 
 def _unchanged(value: Any) -> Any:
@@ -30,7 +34,7 @@ class ServingSession:
         small: The small model, which nothing else may use.
         large: The large model; None where the small one answers alone.
         make_router: Makes a router in its first state; without a budget and a threshold, by the
-            session's own rule.
+            session's own rule. An `EntropyRouter` by default.
         options: Limits, sampling and mode. The library's defaults by default.
         models: The models as answer documents name them; by default by `small` and `large`.
         experience: Measurements of the pair. New by default.
@@ -39,7 +43,7 @@ class ServingSession:
 
     small: SmallModel
     large: LargeModel | None
-    make_router: MakeRouter
+    make_router: MakeRouter = _make_entropy_router
     options: Options = field(default_factory=Options)
     models: ModelPair | None = None
     experience: Experience = field(default_factory=Experience)

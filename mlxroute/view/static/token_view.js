@@ -54,8 +54,9 @@ const STYLE = `
 .tv-tokens .tv-token:hover { background: var(--line); }
 .tv-token[aria-current="true"] { outline: 2px solid var(--focus); outline-offset: 1px; }
 .tv-token:focus-visible, .tv-page :focus-visible { outline: 2px solid var(--focus); outline-offset: 1px; }
-.tv-heat .tv-token { background: rgb(var(--heat) / calc(var(--entropy, 0) * .8)); }
-.tv-heat .tv-token[data-decision] .tv-word { color: var(--text); background: none; }
+.tv-heat .tv-token[data-decision] .tv-word {
+  color: var(--text); background: rgb(var(--heat) / calc(var(--entropy, 0) * .8)); border-radius: .2rem;
+}
 .tv-detail {
   grid-area: detail; position: sticky; top: 1rem; max-height: calc(100vh - 2rem); overflow: auto;
   box-sizing: border-box; padding: .75rem 1rem 1rem; border: 1px solid var(--line);
@@ -70,13 +71,15 @@ const STYLE = `
 .tv-lists h3 { font-size: .875rem; margin: 0 0 .25rem; }
 .tv-lists ol, .tv-asked { list-style: none; margin: 0; padding: 0; }
 .tv-lists li {
-  display: flex; justify-content: space-between; align-items: center; gap: .5rem; padding: .1rem .3rem; margin-bottom: 2px;
-  border-radius: .2rem; font-size: .875rem;
+  display: flex; justify-content: space-between; align-items: center; gap: .35rem; padding: .1rem .3rem; margin-bottom: 2px;
+  border-radius: .2rem; font-size: .8125rem; line-height: 1.55;
   background: linear-gradient(to right, var(--small-bar) var(--share), transparent var(--share));
 }
 .tv-lists .tv-by-large li {
   background: linear-gradient(to right, var(--bar) var(--share), transparent var(--share));
 }
+.tv-lists li code { font-size: .8125rem; }
+.tv-lists li span { flex: none; font-variant-numeric: tabular-nums; }
 .tv-lists li.tv-chosen { font-weight: 700; }
 .tv-figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr));
   gap: .5rem 1rem; margin: 0 0 1.5rem; }

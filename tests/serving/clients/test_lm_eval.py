@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlxroute.bench.quality import SMALL, QualityResults, bench_quality
+from mlxroute import LargeModel
+from mlxroute.bench.delayed_server import DelayedServer
+from mlxroute.bench.quality import SMALL, QualityResults, QualitySide, bench_quality
+from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.questions.question_files import Question, question_messages, read_questions
+from mlxroute.recorded.replies import Replies
 from mlxroute.small import SmallModel
 from tests.conftest import CACHE_DIR
+from tests.serving.clients.endpoint_process import run_server
 from tests.serving.clients.installation import python_client, run_client
 
 pytestmark = pytest.mark.heavy
 
 _MODEL = "smollm2-135m"
+_PAIR = ("qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b")
+_ROUTED = QualitySide("routed", "entropy", 0.1)
 _QUESTIONS = 20
-_TOKENS = 8
+_TOKENS = 24
 _SHARED = Path(__file__).parents[4] / "shared" / "data" / "gsm8k"
 _TASK = """
 task: {task}
@@ -65,28 +73,79 @@ def questions() -> list[Question]:
     return read_questions(_SHARED / "test.jsonl")[:_QUESTIONS]
 
 
-@pytest.fixture(scope="module")
-def bench_texts(
-    questions: list[Question], tmp_path_factory: pytest.TempPathFactory
+def _bench_texts(
+    small: SmallModel,
+    replies: Replies,
+    questions: Sequence[Question],
+    side: QualitySide,
+    path: Path,
 ) -> dict[str, str]:
-    """Return the text of the small model's answer to each prompt, as `bench quality` writes it."""
-    path = tmp_path_factory.mktemp("bench") / "answers.jsonl"
+    """Return the text of one side's answer to each prompt, as `bench quality` writes it."""
     bench_quality(
-        SmallModel.load(_MODEL, cache_dir=CACHE_DIR),
-        _NoReplies(),  # type: ignore[arg-type]
+        small,
+        replies,
         questions,
-        sides=[SMALL],
+        sides=[side],
         examples=(),
-        ranks={},  # type: ignore[arg-type]
+        ranks=ScoreRanks.find(small.name, path.parent),
         max_tokens=_TOKENS,
         step_s=0.1,
         results=QualityResults(path),
+        # Each question is a chat of its own, as each request to the endpoint is.
+        chats=len(questions),
     )
     rows = [
         json.loads(line)["row"] for line in path.read_text(encoding="utf-8").split("\n") if line
     ]
+    assert bool(sum(row["escalated"] for row in rows)) == (side is _ROUTED)
     texts = {row["question"]: row["text"] for row in rows}
     return {_prompt(question): texts[question.name] for question in questions}
+
+
+@pytest.fixture(scope="module")
+def small_texts(
+    questions: list[Question], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """Return the small model's own texts by prompt."""
+    small = SmallModel.load(_MODEL, cache_dir=CACHE_DIR)
+    path = tmp_path_factory.mktemp("bench") / "answers.jsonl"
+    return _bench_texts(small, _NoReplies(), questions, SMALL, path)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def large_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A large model that answers a request that it had before as it did then."""
+    folder = tmp_path_factory.mktemp("large")
+    with (
+        run_server(folder, "host", _PAIR[1]) as upstream,
+        DelayedServer(upstream, record=folder / "replies.jsonl") as server,
+    ):
+        yield server.url
+
+
+@pytest.fixture(scope="module")
+def routed_texts(
+    questions: list[Question], large_address: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """Return the routed texts by prompt."""
+    folder = tmp_path_factory.mktemp("routed-bench")
+    small = SmallModel.load(_PAIR[0], cache_dir=CACHE_DIR)
+    with LargeModel(large_address, timeout_s=600) as large:
+        large.connect(thorough=False)
+        large.pair_vocabulary(small.vocabulary)
+        with Replies(large, folder / "replies.jsonl") as replies:
+            return _bench_texts(small, replies, questions, _ROUTED, folder / "answers.jsonl")
+
+
+@pytest.fixture(scope="module")
+def routed_endpoint(
+    routed_texts: dict[str, str], large_address: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """The endpoint of the pair, with the budget and the mode of `bench quality`."""
+    flags = ("--small", _PAIR[0], "--large", large_address, "--budget", str(_ROUTED.budget))
+    mode = ("--mode", "wait", "--prefetch", "0", "--timeout", "600", "--port", "0")
+    with run_server(tmp_path_factory.mktemp("routed"), "serve", *flags, *mode) as address:
+        yield address
 
 
 def _prompt(question: Question) -> str:
@@ -124,12 +183,32 @@ def _run(
 
 
 def _model_args(address: str, path: str, **more: str | int) -> str:
-    values = {"base_url": f"{address}/{path}", "model": "mlxroute:small", **more}
+    values = {"base_url": f"{address}/{path}", **more}
     return ",".join(f"{key}={value}" for key, value in values.items())
 
 
-def _tokenizer() -> str:
-    return str(CACHE_DIR / "models" / _MODEL)
+def _tokenizer(model: str) -> dict[str, str]:
+    folder = CACHE_DIR / "models" / model
+    return {"tokenizer_backend": "huggingface", "tokenizer": str(folder)}
+
+
+def _ask_questions(
+    kind: str, address: str, model: str, questions: Sequence[Question], folder: Path, home: Path
+) -> dict[str, str]:
+    """Return the texts that lm-eval gets, by prompt."""
+    name = "mlxroute:small" if model == _MODEL else "mlxroute"
+    common: dict[str, str | int] = {"model": name, "max_gen_toks": _TOKENS, "timeout": 600}
+    if kind == "chat":
+        flags = ["--apply_chat_template"]
+        args = _model_args(address, "chat/completions", **common)
+    else:
+        # lm-eval applies the chat template itself and sends token ids, two prompts a request.
+        flags = ["--apply_chat_template", "--batch_size", "2"]
+        args = _model_args(address, "completions", **common, **_tokenizer(model))
+    client = "local-chat-completions" if kind == "chat" else "local-completions"
+    rows = [{"prompt": _prompt(question), "answer": question.answer} for question in questions]
+    samples = _run(folder, home, *flags, rows=rows, task=_GENERATED, model=client, model_args=args)
+    return {sample["doc"]["prompt"]: sample["resps"][0][0] for sample in samples}
 
 
 @pytest.mark.parametrize("kind", ["chat", "token-ids"])
@@ -137,28 +216,25 @@ def test_gsm8k_answers_are_those_of_bench_quality(
     kind: str,
     local_endpoint: str,
     questions: list[Question],
-    bench_texts: dict[str, str],
+    small_texts: dict[str, str],
     home: Path,
     tmp_path: Path,
 ) -> None:
-    if kind == "chat":
-        model = "local-chat-completions"
-        args = _model_args(local_endpoint, "chat/completions", max_gen_toks=_TOKENS)
-    else:
-        # lm-eval applies the chat template itself and sends token ids, two prompts a request.
-        model = "local-completions"
-        args = _model_args(
-            local_endpoint,
-            "completions",
-            max_gen_toks=_TOKENS,
-            tokenizer_backend="huggingface",
-            tokenizer=_tokenizer(),
-        )
-    flags = ["--apply_chat_template", *(["--batch_size", "2"] if kind == "token-ids" else [])]
-    rows = [{"prompt": _prompt(question), "answer": question.answer} for question in questions]
-    samples = _run(tmp_path, home, *flags, rows=rows, task=_GENERATED, model=model, model_args=args)
-    texts = {sample["doc"]["prompt"]: sample["resps"][0][0] for sample in samples}
-    assert texts == bench_texts
+    texts = _ask_questions(kind, local_endpoint, _MODEL, questions, tmp_path, home)
+    assert texts == small_texts
+
+
+@pytest.mark.parametrize("kind", ["chat", "token-ids"])
+def test_routed_gsm8k_answers_are_those_of_bench_quality(
+    kind: str,
+    routed_endpoint: str,
+    questions: list[Question],
+    routed_texts: dict[str, str],
+    home: Path,
+    tmp_path: Path,
+) -> None:
+    texts = _ask_questions(kind, routed_endpoint, _PAIR[0], questions, tmp_path, home)
+    assert texts == routed_texts
 
 
 def test_likelihoods_choose_the_likelier_ending(
@@ -168,9 +244,7 @@ def test_likelihoods_choose_the_likelier_ending(
         {"prompt": "One, two,", "choices": [" three", " banana"]},
         {"prompt": "Paris is the capital of", "choices": [" France", " Peru"]},
     ]
-    args = _model_args(
-        local_endpoint, "completions", tokenizer_backend="huggingface", tokenizer=_tokenizer()
-    )
+    args = _model_args(local_endpoint, "completions", model="mlxroute:small", **_tokenizer(_MODEL))
     samples = _run(
         tmp_path, home, rows=rows, task=_CHOSEN, model="local-completions", model_args=args
     )

@@ -72,10 +72,17 @@ def test_the_large_model_answers_the_whole_request(client: TestClient, server: L
     assert reply["id"] != "theirs"
     assert reply["mlxroute"]["forwarded"] is True
     assert reply["mlxroute"]["large_tokens"] == 7
+    assert reply["mlxroute"]["ignored"] == ["budget"]
     assert reply["usage"]["total_tokens"] == 37
     (request,) = server.requests
     assert request.path.endswith("/chat/completions")
     assert request.json == {**chat(tools=_TOOLS), "model": "big"}
+    figures = client.get("/metrics").text
+    for line in ("forwarded_requests_total 1.0", "forwarded_tokens_total 7.0"):
+        assert f"\nmlxroute_{line}\n" in figures
+    # Routed answers have lines of their own.
+    assert 'mlxroute_tokens_total{source="large"}' not in figures
+    assert "\nmlxroute_large_calls_total 0.0\n" in figures
 
 
 def test_a_stream_of_it_has_the_usual_chunks(client: TestClient) -> None:

@@ -315,7 +315,7 @@ def test_heat_and_a_narrow_screen(browser: Any, address: str) -> None:
         page.wait_for_selector("#send:enabled")
         assert not page.is_visible("#budget")
         chat.ask()
-        shade = "getComputedStyle(document.querySelector('.answer .tv-token')).backgroundColor"
+        shade = "getComputedStyle(document.querySelector('.answer .tv-word')).backgroundColor"
         before = page.evaluate(shade)
         page.click("#settings summary")
         page.check("#heat")

@@ -41,6 +41,7 @@ def error_of(response: Any, status: int) -> dict[str, Any]:
         ({"temperature": 1, "top_k": 40}, "top_k"),
         ({"max_tokens": -3}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
         ({"top_logprobs": 20, "logprobs": True}, "top_logprobs"),
         ({"stop": [1]}, "stop"),
         ({"seed": 2**65}, "seed"),
@@ -59,6 +60,7 @@ def error_of(response: Any, status: int) -> dict[str, Any]:
         ),
         ({"messages": [{"role": "tool", "content": "1"}]}, "messages[0].role"),
         ({"continue_final_message": True}, "continue_final_message"),
+        ({"messages": [{"role": "user", "content": "fox " * 5000}]}, "messages"),
     ],
 )
 def test_a_field_that_would_change_the_answer_is_named(
@@ -69,7 +71,11 @@ def test_a_field_that_would_change_the_answer_is_named(
 
 
 @pytest.mark.parametrize(
-    "prompt", [None, "", [], [[]], [["a"]], {"a": 1}, [1, "a"], [[-1]], [10**9], [True], [[1.5]]]
+    "prompt",
+    [
+        *(None, "", [], [[]], [["a"]], {"a": 1}, [1, "a"], [[-1]], [10**9], [True], [[1.5]]),
+        *("fox " * 5000, [5] * 5000),
+    ],
 )
 def test_a_wrong_prompt_is_named(client: TestClient, prompt: Any) -> None:
     error = error_of(client.post("/v1/completions", json={"prompt": prompt}), 400)

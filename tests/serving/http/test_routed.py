@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,6 +84,7 @@ def test_each_token_names_the_model_that_it_is_from(
     for entry in entries:
         assert entry["logprob"] == -0.5
         assert entry["decision"] in ("replaced", "agreed")
+        assert (entry["unchecked_reason"], entry["prefetched"]) == (None, False)
         assert entry["large"]["ids"] == [_X]
         assert "id" in entry["small"]
     summary = reply["mlxroute"]
@@ -104,15 +107,53 @@ def test_a_local_answer_calls_nothing(
     assert (summary["large"], summary["escalated"], summary["unchecked"]) == (None, 0, 0)
 
 
-def test_a_field_without_effect_is_named(routed: TestClient) -> None:
-    reply = post(routed, chat(model="mlxroute:small", budget=0.5, mode="wait"))
-    assert reply["mlxroute"]["ignored"] == ["budget", "mode"]
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model": "mlxroute:small", "budget": 0.5, "mode": "wait"},
+        {"model": "mlxroute:large", "threshold": 1.0, "mode": "wait"},
+        {"local_only": True, "budget": 0.5},
+        {"top_logprobs": 3, "events": True, "stream_options": {"include_usage": True}},
+    ],
+)
+def test_fields_without_effect_are_named(routed: TestClient, fields: dict[str, Any]) -> None:
+    reply = post(routed, chat(**fields))
+    assert reply["mlxroute"]["ignored"] == sorted(fields.keys() - {"model", "local_only"})
+
+
+def test_the_large_model_does_not_answer_locally(routed: TestClient) -> None:
+    body = chat(model="mlxroute:large", local_only=True)
+    response = routed.post("/v1/chat/completions", json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "local_only")
+    assert "ask tiny+scripted:small" in response.json()["error"]["message"]
 
 
 def test_the_large_model_alone(routed: TestClient) -> None:
     reply = post(routed, chat(model="mlxroute:large", max_tokens=3))
     assert reply["model"] == "tiny+scripted:large"
     assert reply["mlxroute"]["large_tokens"] == 3
+
+
+def test_figures_for_prometheus(routed: TestClient) -> None:
+    for _ in range(2):
+        post(routed, chat("the quick brown fox " * 20, max_tokens=4, **_ALWAYS))
+    lines = routed.get("/metrics").text.splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert values['mlxroute_answers_total{finish_reason="length",model="routed"}'] == "2.0"
+    assert values['mlxroute_tokens_total{source="large"}'] == "8.0"
+    assert values["mlxroute_escalations_total"] == values["mlxroute_large_calls_total"] == "8.0"
+    assert values["mlxroute_cache_hits_total"] == values["mlxroute_cache_misses_total"] == "1.0"
+    assert float(values["mlxroute_cached_prompt_tokens_total"]) > 0
+    assert values["mlxroute_running"] == values["mlxroute_queued"] == "0.0"
+
+
+def test_the_page_on_the_endpoint_names_every_figure(routed: TestClient) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "serve.md").read_text(encoding="utf-8")
+    section = page.split("## Figures for Prometheus")[1].split("\n## ")[0]
+    documented = set(re.findall(r"`(\w+)`", section)) - {"mlxroute_"}
+    lines = routed.get("/metrics").text.splitlines()
+    named = {line.split()[2].removeprefix("mlxroute_") for line in lines if "# TYPE" in line}
+    assert documented == {name for name in named if not name.endswith("_created")}
 
 
 def test_a_budget_of_a_request_is_kept(routed: TestClient) -> None:
@@ -129,6 +170,7 @@ def test_a_large_model_that_is_down_leaves_marks(small: SmallModel) -> None:
         entries = reply["choices"][0]["logprobs"]["content"]
         assert [entry["source"] for entry in entries] == ["small"] * 3
         assert not any(entry["checked"] for entry in entries)
+        assert all("no connection" in entry["unchecked_reason"] for entry in entries)
         summary = reply["mlxroute"]
         assert (summary["escalated"], summary["unchecked"]) == (0, 3)
         assert summary["failures"][0]["kind"] == "unreachable"

@@ -16,6 +16,7 @@ class AnswerPanel {
     this.finish = null;
     this.summary = null;
     this.committed = 0;
+    this.largeShown = 0;
     this.startMs = performance.now();
     this.firstMs = null;
     this.title = element("h4", {}, settings.describe());
@@ -85,6 +86,7 @@ class AnswerPanel {
     this.view.append({ ...entry, index: this.committed });
     this.#markCode(this.committed);
     this.committed += 1;
+    this.largeShown += entry.source === "large";
     this.text += entry.text;
     const seconds = (performance.now() - this.firstMs) / 1000;
     const rate = this.committed > 1 && seconds > 0 ? `, ${number((this.committed - 1) / seconds)} tokens/s` : "";
@@ -114,7 +116,7 @@ class AnswerPanel {
       this.#addProblem(`At ${failure.positions ?? failure.count} positions the small model's token stays unchecked: ${failure.reason}.`);
     }
     if (!this.summary) return;
-    if (this.isComplete) this.state.textContent = this.finish === "length" ? "ended by the token limit" : "";
+    if (this.isComplete) this.state.textContent = this.#describeEnd();
     this.body.append(renderCounts(this.summary));
     const all = element("details", {}, element("summary", {}, "All figures"));
     all.append(renderFigures({ ...this.summary, finish_reason: this.finish }));
@@ -122,6 +124,13 @@ class AnswerPanel {
     save.title = "Save the answer as JSON, for `mlxroute show` and `mlxroute replay`";
     save.addEventListener("click", () => this.#save());
     this.after.append(this.useLabel, save, all);
+  }
+
+  /** Return what ended the answer, where its text does not show it. */
+  #describeEnd() {
+    if (this.finish === "length") return "ended by the token limit";
+    // The token that ends an answer has no text, but is counted.
+    return this.summary.large_tokens > this.largeShown ? "ended by the large model" : "";
   }
 
   /** Return the document where the reply lacks something that is in it; null if it is not there. */
@@ -162,7 +171,7 @@ function renderCounts(summary) {
   const share = (part) => (summary.tokens ? ` (${percent(part / summary.tokens)})` : "");
   const terms = [
     ["tokens", count(summary.tokens)],
-    ["by large model", count(summary.large_tokens) + share(summary.large_tokens)],
+    ["large model", count(summary.large_tokens) + share(summary.large_tokens)],
     ["escalated", count(summary.escalated) + share(summary.escalated)],
     ["calls", count(summary.calls)],
     ["uploaded", `${count(summary.uploaded_tokens)} tokens`],

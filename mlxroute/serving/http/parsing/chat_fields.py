@@ -59,9 +59,12 @@ def read_chat(values: dict[str, Any], session: ServingSession, names: ModelNames
     """Return the fields of a chat completion. Raises ApiError, and ToolsNeeded."""
     fields = Fields(values)
     answer = read_common(fields, session, names)
+    if fields.take("max_tokens") == 0:
+        raise wrong("max_tokens", "max_tokens must be at least 1")
     _check_tools(fields)
     top = fields.integer("top_logprobs", low=0, high=MAX_TOP_LOGPROBS)
-    has_logprobs = fields.flag("logprobs")
+    if not (has_logprobs := fields.flag("logprobs")):
+        fields.ignore("top_logprobs")
     messages, continues = _read_messages(fields)
     begun = messages.pop()["content"] if continues else ""
     if not messages:

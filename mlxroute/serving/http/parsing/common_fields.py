@@ -18,6 +18,7 @@ MAX_TOP_LOGPROBS: Final = 8
 _MAX_STOPS: Final = 16
 _MAX_TOKENS: Final = 2**31
 _ROUTED_ONLY: Final = ("budget", "threshold", "mode")
+_STREAM_ONLY: Final = ("stream_options", "events")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,33 +69,40 @@ def read_common(fields: Fields, session: ServingSession, names: ModelNames) -> A
     _refuse_unsupported(fields)
     role = names.role(fields.text("model"))
     budget, threshold = fields.share("budget"), fields.score("threshold")
-    mode = fields.choice("mode", Mode)
+    mode, local_only = fields.choice("mode", Mode), fields.flag("local_only")
     if budget is not None and threshold is not None:
         raise wrong("threshold", "a threshold and a budget exclude each other; send one of them")
     if threshold is not None and math.isnan(threshold):
         raise wrong("threshold", "threshold must be a number")
-    options = _read_options(fields, session.options, mode)
+    if local_only and role is ModelRole.LARGE:
+        reason = f"the large model is not on this side; ask {names.id_of(ModelRole.SMALL)} instead"
+        raise wrong("local_only", f"local_only excludes {names.id_of(role)}: {reason}")
     # Fields that have no effect must not look as if they had one.
-    if role is not ModelRole.ROUTED or session.large is None:
+    if role is not ModelRole.ROUTED or local_only or session.large is None:
         for name in _ROUTED_ONLY:
             fields.ignore(name)
-        budget = threshold = None
+        budget = threshold = mode = None
+    options = _read_options(fields, session.options, mode)
     stream = fields.flag("stream")
     stream_options = fields.take("stream_options") or {}
     if not isinstance(stream_options, dict):
         raise wrong("stream_options", "stream_options must be an object")
     include_usage = Fields(stream_options).flag("include_usage")
+    events = fields.flag("events")
+    if not stream:
+        for name in _STREAM_ONLY:
+            fields.ignore(name)
     return AnswerFields(
         model=names.id_of(role),
         role=role,
         options=options,
         budget=budget,
         threshold=threshold,
-        local_only=fields.flag("local_only"),
+        local_only=local_only,
         exact=fields.flag("exact"),
         stream=stream,
         include_usage=stream and include_usage,
-        events=fields.flag("events") and stream,
+        events=events and stream,
     )
 
 

@@ -14,7 +14,10 @@ from mlxroute.types import Source, Token, Vocabulary
 
 # What OpenAI's API gives for a token whose logprob is not known.
 _UNKNOWN_LOGPROB = -9999.0
-_PROVENANCE = ("source", "score", "threshold", "decision", "checked", "small", "large")
+_PROVENANCE = (
+    *("source", "score", "threshold", "decision", "checked", "unchecked_reason", "prefetched"),
+    *("small", "large"),
+)
 
 
 class LogprobForms:
