@@ -100,7 +100,7 @@ def test_the_three_answers_are_shown_each_with_its_verdict_and_figures() -> None
     assert re.fullmatch(r"wrong: A · 23 tokens in \d.* · nothing uploaded", results[0])
     assert re.fullmatch(
         r"right: B · 23 tokens in \d.* · 1 by the large model \(4\.3%\)"
-        r" · uploaded 10 tokens \(100 bytes\) in 1 request",
+        r" · uploaded 10 tokens \(8 cached, 100 bytes\) in 1 request",
         results[1],
     )
     assert re.fullmatch(

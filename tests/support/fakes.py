@@ -173,6 +173,7 @@ class ScriptedLarge:
         self._calls: list[FakeCall] = []
         self.contexts: list[LargeContext] = []
         self.deadlines: list[float] = []
+        self.is_approximate = False
 
     @property
     def is_local(self) -> bool:

@@ -69,9 +69,7 @@ def test_a_provider_that_continues_answers_is_asked_to(name: str, tmp_path: Path
     with Loopback(HostedServer(PROVIDERS[name], write)) as server:
         with LargeModel(server.url, verdicts=verdicts) as large:
             verdict = large.probe()
-            token = large.next_token(
-                context("1, 2, 3,", VOCABULARY, messages=[ASK], spans=[Span("1, 2, 3,")])
-            )
+            token = large.next_token(POSITION)
         assert verdict.dialect == dialect
         assert verdict.requests <= MAX_REQUESTS
         assert token.text
