@@ -18,6 +18,7 @@ MlxRouteError
     ├── LargeRefused          an error status, a redirect, or an error in the body
     ├── LargeUnrecorded       the ledger cannot be written, so nothing was sent
     └── LargeProtocolError    a reply that cannot be trusted as a token
+        └── LargeUnreadable     a reply that is no HTTP, no JSON object, or too long
 """
 
 from __future__ import annotations
@@ -118,6 +119,11 @@ class LargeRefused(LargeError):
         self.status = status
         self.retry_after_s = retry_after_s
 
+    @property
+    def may_pass(self) -> bool:
+        """Whether the status is about load or the server's health, not about the request."""
+        return self.status in (408, 429, 502, 503, 504)
+
 
 class LargeUnrecorded(LargeError):
     """Raised when the ledger cannot record a request, which is therefore not sent."""
@@ -125,3 +131,10 @@ class LargeUnrecorded(LargeError):
 
 class LargeProtocolError(LargeError):
     """Raised for a reply that cannot be trusted as a token of the large model."""
+
+
+class LargeUnreadable(LargeProtocolError):
+    """Raised for a reply that is no HTTP, no JSON object, or too long: nothing can be told of it.
+
+    What is between client and server may have sent it, so it shows nothing about the server.
+    """

@@ -172,15 +172,17 @@ def check_piped_text(text: str) -> str:
     return text.lstrip(_BYTE_ORDER_MARK)
 
 
-def parse_json(text: str, *, strict: bool = True) -> Any:
+def parse_json(text: str, *, strict: bool = True, unique_keys: bool = True) -> Any:
     """Return the value of a JSON text. Raises MalformedText.
 
-    A key that appears twice and values nested more than 100 deep are refused. So are NaN,
-    infinities and lone surrogates unless `strict` is False; Python writes them.
+    Values nested more than 100 deep are refused. So is a key that appears twice unless
+    `unique_keys` is False, and NaN, infinities and lone surrogates unless `strict` is False; Python
+    writes them.
     """
     constant = _refuse_constant if strict else None
+    hook = _object if unique_keys else None
     try:
-        value = json.loads(text, parse_constant=constant, object_pairs_hook=_object)
+        value = json.loads(text, parse_constant=constant, object_pairs_hook=hook)
     except json.JSONDecodeError as exc:
         # Some of its messages end in a colon or in "at".
         reason = exc.msg.rstrip(": ").removesuffix(" at")

@@ -23,10 +23,13 @@ from mlxroute.config.client_keys import read_client_keys
 from mlxroute.config.settings import declared_settings
 from mlxroute.conversation import Conversation
 from mlxroute.errors import ConfigError, MlxRouteError, UsageError
+from mlxroute.large.negotiation.verdict_file import VerdictFile
 from mlxroute.questions.demo_question import read_demo_question
 from mlxroute.questions.question_files import read_questions
 from mlxroute.recorded.row_file import append_records, read_records
+from mlxroute.tokenizers.fast_tokenizer import read_plain_tokenizer_config
 from mlxroute.untrusted_text import MalformedText, TextFile, parse_json, parse_toml
+from mlxroute.weights.store import Store
 
 Reader = Callable[[Path], Any]
 
@@ -53,6 +56,19 @@ def read_ranks(path: Path) -> Any:
     return ScoreRanks.find("tiny", path.parent)
 
 
+def read_tokenizer_config(path: Path) -> Any:
+    path.rename(path.with_name("tokenizer_config.json"))
+    return read_plain_tokenizer_config(path.parent)
+
+
+def read_manifest(path: Path) -> Any:
+    folder = path.parent / "models" / "m"
+    folder.mkdir(parents=True)
+    path.rename(folder / "mlxroute-manifest.json")
+    manifest = Store(path.parent).read_manifest("m", name="m")
+    return manifest and manifest.size_bytes
+
+
 READERS: dict[str, tuple[Reader, bytes]] = {
     "config": (
         lambda path: load_settings({}, environ={}, path=path),
@@ -74,6 +90,19 @@ READERS: dict[str, tuple[Reader, bytes]] = {
     "ranks": (
         read_ranks,
         b'{"small": "a", "data": "b", "positions": 1, "quantiles": {"entropy": [0, 1]}}',
+    ),
+    "manifest": (
+        read_manifest,
+        b'{"version": 1, "name": "m", "source": "s", "fingerprint": "", "files":'
+        b' {"a": {"size": 1, "sha256": "00", "mtime_ns": 1}}}',
+    ),
+    "verdicts": (
+        lambda path: VerdictFile(path).load("http://h/v1", None),
+        b'{"format": 1, "verdicts": {"http://h/v1 ": {"base_url": "http://h/v1"}}}',
+    ),
+    "tokenizer config": (
+        read_tokenizer_config,
+        b'{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "a", "chat_template": "b"}',
     ),
     "records": (
         lambda path: list(read_records(path, lambda item: item["key"])),

@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from mlxroute.backend.memory import available_bytes
-from mlxroute.backend.model_config import check_understood, quantized_bits, read_config
+from mlxroute.backend.model_config import (
+    check_understood,
+    ignored_generation_settings,
+    quantized_bits,
+    read_config,
+)
 from mlxroute.backend.model_files import (
     check_adapter,
     dense_float32_bytes,
@@ -110,8 +115,8 @@ def load(
         path: Model directory.
         adapter: Folder of LoRA weights as `mlx_lm.lora` writes. None (default) for none.
         full_tokenizer: Whether the tokenizer must be that of `mlx_lm`. False by default.
-        notify: Receives a line if the context is shorter than the configuration says. Ignored by
-            default.
+        notify: Receives a line if the context is shorter than the configuration says, and one for
+            settings of generation_config.json that have no effect. Ignored by default.
 
     Raises:
         WeightsError: The files cannot be loaded, or `mlx_lm` ignores what they ask for.
@@ -137,6 +142,11 @@ def load(
         notify(
             f"the context of {path.name} is {window:,} tokens here: mlx_lm ignores its sliding"
             " window, which has that size"
+        )
+    if ignored := ignored_generation_settings(path):
+        notify(
+            f"generation_config.json of {path.name} sets {', '.join(ignored)}, which has no effect"
+            " here: the likeliest token is written, or one is sampled"
         )
     if adapter is not None:
         model = _add_adapter(model, adapter, path)

@@ -52,6 +52,27 @@ _COMPUTING: Final[Mapping[str, tuple[object, ...]]] = {
     "use_parallel_residual": (False,),
     "use_qk_norm": (False,),
 }
+# Keys of generation_config.json that forbid, force or penalise tokens, and values that do not.
+_DECODING: Final[Mapping[str, tuple[object, ...]]] = {
+    "bad_words_ids": ([],),
+    "begin_suppress_tokens": ([],),
+    "diversity_penalty": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
+    "exponential_decay_length_penalty": (),
+    "force_words_ids": ([],),
+    "forced_bos_token_id": (),
+    "forced_decoder_ids": ([],),
+    "forced_eos_token_id": (),
+    "guidance_scale": (1,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
+    "penalty_alpha": (0,),
+    "sequence_bias": ({}, []),
+    "suppress_tokens": ([],),
+}
 # Bounds far above any model, so that a damaged file does not fill the memory.
 _BOUNDS: Final = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 1 << 12),
@@ -91,6 +112,21 @@ def read_config(path: Path) -> dict[str, Any]:
         # `mlx_lm` ties by default and would ignore the file's output layer.
         config["tie_word_embeddings"] = False
     return config
+
+
+def ignored_generation_settings(path: Path) -> tuple[str, ...]:
+    """Return the keys of a generation_config.json that ask for another answer than is written.
+
+    Those of sampling are left out, as the caller sets it. Raises WeightsError for a file that
+    cannot be read.
+    """
+    file = path / "generation_config.json"
+    table = read_json_object(file) if file.exists() else {}
+    return tuple(
+        key
+        for key, neutral in _DECODING.items()
+        if (value := table.get(key)) is not None and value not in neutral
+    )
 
 
 def quantized_bits(config: Mapping[str, Any]) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import logging
 import socket
 import sys
@@ -81,10 +80,11 @@ def _serve(model: Path, *, listener: socket.socket) -> None:
 def _load(path: str, *, adapter_path: str | None = None, **_: object) -> tuple[Any, Any, Any]:
     """Load a model as `mlx_lm`'s `load` does, with weights in the form that suits this machine."""
     from mlxroute.backend.load import load
+    from mlxroute.backend.model_files import read_json_object
 
     adapter = None if adapter_path is None else Path(adapter_path)
     model, tokenizer = load(Path(path), adapter=adapter, full_tokenizer=True)
-    return model, tokenizer, json.loads(Path(path, "config.json").read_text(encoding="utf-8"))
+    return model, tokenizer, read_json_object(Path(path, "config.json"))
 
 
 if __name__ == "__main__":

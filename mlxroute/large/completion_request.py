@@ -258,7 +258,7 @@ class CompletionRequester:
             completion = sent.dialect.completion(value, sent.prompt)
             self._truncation_guard.check(sent.prompt.text, completion.prompt_tokens)
         except LargeProtocolError as exc:
-            raise LargeProtocolError(f"{self._base_url}: {exc}") from exc
+            raise type(exc)(f"{self._base_url}: {exc}") from exc
         return completion
 
     def _check_tokens(self, completion: Completion) -> None:

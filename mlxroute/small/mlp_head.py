@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlxroute.errors import WeightsError
+from mlxroute.safe_text import printable_line
 from mlxroute.small.kernels.packed_row import HEADER_SIZE, LN_2
+from mlxroute.untrusted_text import parse_json
 
 # Entropy (nats), varentropy, the best token's logprob, margin.
 SIGNAL_COUNT = 4
@@ -51,10 +53,13 @@ class MlpHead:
                 f" ({hidden_size} of the hidden state, {SIGNAL_COUNT} signals) to 1"
             )
         try:
-            quantiles = tuple(float(value) for value in json.loads(metadata.get("quantiles", "[]")))
-            questions = frozenset(map(str, json.loads(metadata.get("questions", "[]"))))
-        except (ValueError, TypeError) as exc:
-            raise WeightsError(f"the head {path} has broken metadata: {exc}") from exc
+            quantiles = tuple(map(float, parse_json(metadata.get("quantiles", "[]"))))
+            questions = frozenset(map(str, parse_json(metadata.get("questions", "[]"))))
+            if not all(map(math.isfinite, quantiles)):
+                raise ValueError("a quantile is not finite")
+        except (ValueError, TypeError, OverflowError) as exc:
+            reason = printable_line(str(exc), limit=120)
+            raise WeightsError(f"the head {path} has broken metadata: {reason}") from exc
         return cls(tuple(layers), quantiles, questions)
 
     def __call__(self, hidden: mx.array, packed: mx.array) -> mx.array:

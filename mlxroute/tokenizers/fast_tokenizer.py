@@ -6,16 +6,19 @@ such as those converted from GGUF files, the results are the same.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
+
+from mlxroute.errors import WeightsError
+from mlxroute.untrusted_text import MalformedText, TextFile, parse_json
 
 # The settings of tokenizer_config.json that this module understands.
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _SETTINGS = {*_ROLES, "chat_template", "model_max_length", "clean_up_tokenization_spaces"}
 _CLASS = "PreTrainedTokenizerFast"
+_MOST_BYTES: Final = 64 << 20
 # Files that add to tokenizer.json and tokenizer_config.json, or replace parts of them.
 _OTHER_FILES = (
     "added_tokens.json",
@@ -169,9 +172,10 @@ def read_plain_tokenizer_config(path: Path) -> dict[str, Any] | None:
     """
     if any((path / name).exists() for name in _OTHER_FILES):
         return None
+    file = TextFile(path / "tokenizer_config.json", "the model's file", _MOST_BYTES, WeightsError)
     try:
-        config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = parse_json(file.read(), strict=False)
+    except (WeightsError, MalformedText):
         return None
     return config if _is_plain(config) else None
 

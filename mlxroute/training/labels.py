@@ -20,6 +20,7 @@ from typing import Final, TypeVar, cast
 
 import mlx.core as mx
 
+from mlxroute.errors import UsageError
 from mlxroute.questions.grading import extract_answer, grade
 from mlxroute.questions.question_files import Question, question_messages
 from mlxroute.recorded.large_answers import LargeAnswer, write_large_answers
@@ -28,6 +29,7 @@ from mlxroute.small import SmallModel
 from mlxroute.small.decoder import ScoredText
 from mlxroute.small.kv_cache import CacheCopy
 from mlxroute.types import LabelKind, Message, Progress, no_progress
+from mlxroute.untrusted_text import parse_json
 
 # Rows of a batch of continuations.
 _BATCH_ROWS: Final = 48
@@ -321,16 +323,20 @@ def _is_saved(file: Path, *, with_continuations: bool) -> bool:
 
 
 def _read(file: Path) -> LabelledAnswer:
-    arrays, metadata = mx.load(str(file), return_metadata=True)
-    assert isinstance(arrays, dict)
-    assert isinstance(metadata, dict)
-    answer = json.loads(metadata[_METADATA_KEY])
-    return LabelledAnswer(
-        hidden=arrays["hidden"],
-        features=arrays["signals"],
-        differs=arrays["differs"],
-        logprobs=arrays["logprobs"],
-        text=answer["text"],
-        token_count=answer["tokens"],
-        continuations=tuple(answer["alone"]),
-    )
+    """Return the answer in a file. Raises UsageError if the file is damaged."""
+    try:
+        arrays, metadata = mx.load(str(file), return_metadata=True)
+        assert isinstance(arrays, dict)
+        assert isinstance(metadata, dict)
+        answer = parse_json(metadata[_METADATA_KEY], strict=False)
+        return LabelledAnswer(
+            hidden=arrays["hidden"],
+            features=arrays["signals"],
+            differs=arrays["differs"],
+            logprobs=arrays["logprobs"],
+            text=str(answer["text"]),
+            token_count=int(answer["tokens"]),
+            continuations=tuple(map(str, answer["alone"])),
+        )
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, OverflowError) as exc:
+        raise UsageError(f"the file of labels {file} is damaged; delete it") from exc

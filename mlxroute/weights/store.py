@@ -19,16 +19,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from mlxroute.errors import CorruptWeights, NotEnoughSpace, WeightsError
 from mlxroute.replace_file import replace_file
 from mlxroute.types import Notify, Progress
+from mlxroute.untrusted_text import TextFile, parse_json
 from mlxroute.weights.byte_counter import ByteCounter
 
 MANIFEST = "mlxroute-manifest.json"
 MANIFEST_VERSION = 1
 CHUNK_BYTES = 4 << 20
+_MOST_MANIFEST_BYTES = 16 << 20
 
 # What `flock` raises on file systems without locks, such as some network ones.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -91,16 +93,14 @@ class Store:
 
         `name` is the model's name in messages. Raises CorruptWeights if the file is damaged.
         """
-        file = self.model_dir(key) / MANIFEST
+        path = self.model_dir(key) / MANIFEST
+        file = TextFile(path, "the manifest", _MOST_MANIFEST_BYTES, WeightsError)
         try:
-            table = json.loads(file.read_text(encoding="utf-8"))
-            if table["version"] != MANIFEST_VERSION:
+            if not path.exists():
                 return None
-            files = {path: FileRecord(**entry) for path, entry in table["files"].items()}
-            return Manifest(table["name"], table["source"], table["fingerprint"], files)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+            table = parse_json(file.read(), strict=False)
+            return _manifest(table) if table["version"] == MANIFEST_VERSION else None
+        except (WeightsError, OSError, ValueError, LookupError, TypeError, AttributeError) as exc:
             raise _damaged(MANIFEST, name, "it cannot be read") from exc
 
     def check(self, key: str, manifest: Manifest) -> None:
@@ -236,6 +236,18 @@ def _is_same_file(path: Path, handle: BinaryIO) -> bool:
         return os.path.samestat(os.stat(path), os.fstat(handle.fileno()))
     except FileNotFoundError:
         return False
+
+
+def _manifest(table: Mapping[str, Any]) -> Manifest:
+    """Return the manifest of a JSON object. Raises ValueError, LookupError or TypeError."""
+    files = {path: FileRecord(**entry) for path, entry in table["files"].items()}
+    manifest = Manifest(table["name"], table["source"], table["fingerprint"], files)
+    texts = [manifest.name, manifest.source, manifest.fingerprint]
+    texts += [record.sha256 for record in files.values()]
+    counts = [count for record in files.values() for count in (record.size, record.mtime_ns)]
+    if not all(isinstance(text, str) for text in texts) or not all(type(n) is int for n in counts):
+        raise ValueError("a value has another type")
+    return manifest
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -34,6 +34,26 @@ def check(architecture: str, **values: Any) -> int | None:
     return check_understood({"model_type": architecture, **values}, module, Path("m"))
 
 
+def test_settings_that_force_or_forbid_tokens_have_a_line(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path / "m")
+    sampling = {"temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.1, "do_sample": True}
+    neutral = {"suppress_tokens": [], "num_beams": 1, "forced_eos_token_id": None}
+    lines: list[str] = []
+    (path / "generation_config.json").write_text(json.dumps(sampling | neutral))
+    load(path, notify=lambda line: lines.append(line))
+    assert lines == []
+    forced = {"suppress_tokens": [3], "bad_words_ids": [[4]], "no_repeat_ngram_size": 3}
+    (path / "generation_config.json").write_text(json.dumps(sampling | forced))
+    load(path, notify=lambda line: lines.append(line))
+    assert lines == [
+        "generation_config.json of m sets bad_words_ids, no_repeat_ngram_size, suppress_tokens,"
+        " which has no effect here: the likeliest token is written, or one is sampled"
+    ]
+    (path / "generation_config.json").write_text("[" * 100_000)
+    with pytest.raises(WeightsError, match=r"generation_config.json cannot be read"):
+        load(path)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -99,6 +99,21 @@ def spelled(small: SmallModel, ids: list[int]) -> str:
     return b"".join(map(small.vocabulary.token_bytes, ids)).decode(errors="replace")
 
 
+@pytest.mark.parametrize("metadata", ["{", "[" * 100_000, "[]", '{"text": 1}', '{"tokens": "x"}'])
+def test_a_damaged_file_of_labels_is_named(
+    metadata: str, small: SmallModel, tmp_path: Path
+) -> None:
+    labelled(small, ScriptedLarge([(70,)] * 3), tmp_path, with_continuations=False)
+    (file,) = (tmp_path / "labels").glob("*.safetensors")
+    arrays = mx.load(str(file))
+    assert isinstance(arrays, dict)
+    mx.save_safetensors(str(file), arrays, {"answer": metadata})
+    for _ in range(2):
+        with pytest.raises(UsageError, match=rf"labels {file} is damaged; delete it"):
+            labelled(small, ScriptedLarge([]), tmp_path, with_continuations=False)
+        file.write_bytes(b"no safetensors")
+
+
 def test_labels_mark_positions_where_the_small_model_chooses_another_token(
     small: SmallModel, tmp_path: Path
 ) -> None:
@@ -337,9 +352,20 @@ def test_a_head_without_quantiles_can_have_a_budget(
     quantiles = small.load_head(tmp_path / "plain.safetensors")
     ranks = ScoreRanks.find("tiny", tmp_path).with_quantiles("head", quantiles)
     assert make_router("head", budget=0.1, quantiles=ranks["head"]).state.threshold > 0
-    mx.save_safetensors(str(tmp_path / "broken.safetensors"), arrays, {"quantiles": "["})
-    with pytest.raises(WeightsError, match="broken metadata"):
-        small.load_head(tmp_path / "broken.safetensors")
+    for broken in (
+        "[",
+        "[" * 100_000,
+        "{}9",
+        "[1e999]",
+        "[" + "9" * 400 + "]",
+        "5",
+        '["a"]',
+        "[null]",
+    ):
+        mx.save_safetensors(str(tmp_path / "broken.safetensors"), arrays, {"quantiles": broken})
+        with pytest.raises(WeightsError, match="broken metadata") as caught:
+            small.load_head(tmp_path / "broken.safetensors")
+        assert str(caught.value).isprintable()
     small.set_head(None)
 
 

@@ -5,14 +5,14 @@ Replies are not trusted: the functions `as_...` raise LargeProtocolError for a w
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final, TypedDict
 
-from mlxroute.errors import LargeProtocolError
+from mlxroute.errors import LargeProtocolError, LargeUnreadable
 from mlxroute.large.reply import ReplyPosition, ReplyToken
+from mlxroute.untrusted_text import MalformedText, decode_text, parse_json
 
 # Rounding in the server's softmax can lift the logprob of a certain token this far above 0.
 _LOGPROB_SLACK: Final = 1e-3
@@ -21,19 +21,21 @@ _MAX_ITEMS: Final = 8
 
 
 def parse_object(body: bytes) -> dict[str, object]:
-    """Parse the JSON object in a reply's body. Raises LargeProtocolError."""
+    """Parse the JSON object in a reply's body. Raises LargeUnreadable."""
     try:
-        value = json.loads(body)
-    except (ValueError, RecursionError) as exc:
-        raise LargeProtocolError("the reply is not JSON") from exc
-    return as_object(value, what="the reply")
+        value = _parse(body)
+    except MalformedText as exc:
+        raise LargeUnreadable("the reply is not JSON") from exc
+    if not isinstance(value, dict):
+        raise LargeUnreadable("the reply is not a JSON object")
+    return value
 
 
 def error_message(body: bytes) -> str:
     """Return the message of an error reply in any of the usual shapes; empty if it has none."""
     try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
+        value = _parse(body)
+    except MalformedText:
         text = body[:2000].decode("utf-8", errors="replace").strip()
         return "" if text.startswith("<") else text
     if isinstance(value, list) and value:
@@ -42,6 +44,11 @@ def error_message(body: bytes) -> str:
     if not isinstance(value, dict):
         return value if isinstance(value, str) else ""
     return _message_of(value)
+
+
+def _parse(body: bytes) -> object:
+    # Two alternatives of a position may have the same text, and so the same key.
+    return parse_json(decode_text(body), strict=False, unique_keys=False)
 
 
 def reported_error(reply: Mapping[str, object]) -> str | None:

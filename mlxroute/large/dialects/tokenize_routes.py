@@ -8,15 +8,16 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, Protocol, Self
+from typing import Final, Protocol, Self, TypeVar
 
-from mlxroute.errors import LargeProtocolError, LargeRefused
+from mlxroute.errors import LargeProtocolError, LargeRefused, LargeUnreadable
 from mlxroute.large.dialects.base import NO_THINKING
 from mlxroute.large.dialects.json_fields import as_array, as_text, as_token_id
 from mlxroute.messages import fold_system
 from mlxroute.tokenizers.control_tokens import ControlTokens
 from mlxroute.types import Message, PromptText
 
+_T = TypeVar("_T")
 _SAMPLE: Final = "Hello world"
 _MAX_CACHED: Final = 4096
 _ANCHOR: Final = "\n"
@@ -25,8 +26,8 @@ _ANY_CONTROLS: Final = ControlTokens((), any_form=True)
 _MAY_BE_CONTROL: Final = re.compile(r"[<>\[\]|｜]")
 TEMPLATE_STATUSES: Final = frozenset({400, 422, 500})
 """Statuses with which servers answer if their chat template refuses a conversation."""
-# Statuses that do not show whether the route exists.
-_BUSY_STATUSES: Final = {408, 429, 502, 503, 504}
+# Statuses of routes that fail, or that do not exist.
+_UNCLEAR_STATUSES: Final = {200, 500}
 
 
 class Post(Protocol):
@@ -95,16 +96,33 @@ class TokenizeRoutes(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens by their names."""
 
-    def detect_prefix(self) -> None:
+    def convert_sample(self) -> bool:
+        """Return whether a sample text is converted rightly; also detect the prefix of texts."""
+        ids = self.encode(_SAMPLE)
+        if not ids or self.decode(ids).strip() != _SAMPLE:
+            return False
+        self._detect_prefix()
+        return True
+
+    def _detect_prefix(self) -> None:
         """Detect whether the server adds a space before every text, as SentencePiece does."""
         anchor = self._encode(_ANCHOR)
         rest = _ids_after(anchor, self._encode(_ANCHOR + _SAMPLE))
         if rest != self._encode(_SAMPLE):
             self._anchor_ids = anchor if rest else ()
 
-    def _call(self, path: str, body: Mapping[str, object]) -> Mapping[str, object]:
-        """Post to a route, with the name of the model if that is known."""
-        return self._post(path, body if self._model is None else {**body, "model": self._model})
+    def _call(
+        self, path: str, body: Mapping[str, object], read: Callable[[Mapping[str, object]], _T]
+    ) -> _T:
+        """Post to a route, with the model's name if that is known; return what `read` reads.
+
+        A request whose reply cannot be read is sent once more.
+        """
+        named = body if self._model is None else {**body, "model": self._model}
+        try:
+            return read(self._post(path, named))
+        except LargeProtocolError:
+            return read(self._post(path, named))
 
     def _encode_without_prefix(self, text: str) -> tuple[int, ...]:
         if not self._anchor_ids or not text:
@@ -134,8 +152,7 @@ class LlamaTokenizeRoutes(TokenizeRoutes):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens by their names."""
-        reply = self._call("/detokenize", {"tokens": list(ids)})
-        return as_text(reply.get("content"), what="text")
+        return self._call("/detokenize", {"tokens": list(ids)}, _text_under("content"))
 
     def _encode_messages(self, messages: Sequence[Message]) -> tuple[int, ...]:
         text = self._render(messages)
@@ -175,8 +192,8 @@ class LlamaTokenizeRoutes(TokenizeRoutes):
         return parsed != self._encode(content)
 
     def _render(self, messages: Sequence[Message]) -> str:
-        reply = self._call("/apply-template", {"messages": list(messages), **NO_THINKING})
-        return as_text(reply.get("prompt"), what="the rendered prompt")
+        body = {"messages": list(messages), **NO_THINKING}
+        return self._call("/apply-template", body, _text_under("prompt"))
 
     def _encode_markers(self, text: str, *, is_first: bool) -> tuple[int, ...]:
         """Return the ids of the template's text, control tokens included."""
@@ -190,7 +207,7 @@ class LlamaTokenizeRoutes(TokenizeRoutes):
         return self._tokenize({"content": text, "add_special": False, "parse_special": False})
 
     def _tokenize(self, body: Mapping[str, object]) -> tuple[int, ...]:
-        return _token_ids(self._call("/tokenize", body))
+        return self._call("/tokenize", body, _token_ids)
 
 
 class VllmTokenizeRoutes(TokenizeRoutes):
@@ -200,35 +217,38 @@ class VllmTokenizeRoutes(TokenizeRoutes):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens by their names."""
-        reply = self._call("/detokenize", {"tokens": list(ids)})
         # vLLM calls it prompt, SGLang text.
-        return as_text(reply.get("prompt", reply.get("text")), what="text")
+        return self._call("/detokenize", {"tokens": list(ids)}, _text_under("prompt", "text"))
 
     def _encode_messages(self, messages: Sequence[Message]) -> tuple[int, ...]:
         body = {"messages": list(messages), "add_generation_prompt": True, **NO_THINKING}
-        return _token_ids(self._call("/tokenize", body))
+        return self._call("/tokenize", body, _token_ids)
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        body = {"prompt": text, "add_special_tokens": False}
-        return _token_ids(self._call("/tokenize", body))
+        return self._call("/tokenize", {"prompt": text, "add_special_tokens": False}, _token_ids)
 
 
-def find_tokenize_routes(post: Post, *, model: str | None) -> TokenizeRoutes | None:
+def find_tokenize_routes(
+    post: Post, *, model: str | None, former: object = None
+) -> TokenizeRoutes | None:
     """Return the routes of a server, tried with a sample text; None if it has none.
 
-    Raises LargeError for a server that is too busy to answer.
+    Routes of the kind of `former` worked before: a failure that may pass does not show that they
+    are gone. Raises LargeError for it, and for a server that is too busy to answer.
     """
     for kind in (LlamaTokenizeRoutes, VllmTokenizeRoutes):
         routes = kind(post, model=model)
         try:
-            ids = routes.encode(_SAMPLE)
-            if ids and routes.decode(ids).strip() == _SAMPLE:
-                routes.detect_prefix()
+            if routes.convert_sample():
                 return routes
+        except LargeUnreadable:
+            if isinstance(former, kind):
+                raise
         except LargeProtocolError:
             continue
         except LargeRefused as exc:
-            if exc.status in _BUSY_STATUSES:
+            is_unclear = isinstance(former, kind) and exc.status in _UNCLEAR_STATUSES
+            if exc.may_pass or is_unclear:
                 raise
     return None
 
@@ -245,6 +265,16 @@ def _between_marks(content: str, mark: str) -> str:
 def _ids_after(anchor: tuple[int, ...], ids: tuple[int, ...]) -> tuple[int, ...]:
     """Return the ids after `anchor`; empty if `ids` does not begin with it."""
     return ids[len(anchor) :] if ids[: len(anchor)] == anchor else ()
+
+
+def _text_under(*keys: str) -> Callable[[Mapping[str, object]], str]:
+    """Return a function that reads the text of a reply, under the first of these keys it has."""
+
+    def read(reply: Mapping[str, object]) -> str:
+        value = next((reply[key] for key in keys if key in reply), None)
+        return as_text(value, what="text")
+
+    return read
 
 
 def _token_ids(reply: Mapping[str, object]) -> tuple[int, ...]:

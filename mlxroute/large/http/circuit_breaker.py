@@ -21,15 +21,18 @@ _FIRST_PAUSE_S: Final = 5.0
 _MAX_PAUSE_S: Final = 300.0
 # The longest `Retry-After` that is respected.
 _MAX_RETRY_AFTER_S: Final = 3600.0
-# Wrong key, payment, permission or address: retries do not help.
-_PERMANENT_STATUSES: Final = (401, 402, 403, 404)
+# Wrong key, payment or permission: no later call helps.
+_ACCESS_STATUSES: Final = (401, 402, 403)
+# A wrong model or address; or a route, where another dialect may help.
+_NOT_FOUND: Final = 404
 
 
 class CircuitBreaker:
     """Pauses all calls after three failures in a row, or for as long as a `Retry-After` asks.
 
-    After a pause one call probes the server: its success ends the pause, its failure doubles it.
-    Safe for several threads. A cancelled call counts neither as a success nor as a failure.
+    A wrong key, payment or permission pauses them at once. After a pause one call probes the
+    server: its success ends the pause, its failure doubles it. A cancelled call counts neither as a
+    success nor as a failure. Safe for several threads.
     """
 
     def __init__(self, url: str, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -88,12 +91,13 @@ class CircuitBreaker:
             return  # The call began before the pause.
         self._failures += 1
         self._last_failure = str(error)
-        retry_after_s = 0.0
+        retry_after_s, is_final = 0.0, False
         pause_s = min(_MAX_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(self._pauses, 10))
         if isinstance(error, LargeRefused):
             retry_after_s = min(error.retry_after_s, _MAX_RETRY_AFTER_S)
-            if error.status in _PERMANENT_STATUSES:
+            is_final = error.status in _ACCESS_STATUSES
+            if is_final or error.status == _NOT_FOUND:
                 pause_s = _MAX_PAUSE_S
-        if retry_after_s or is_probe or self._failures >= FAILURES:
+        if retry_after_s or is_final or is_probe or self._failures >= FAILURES:
             self._pauses += 1
             self._paused_until_s = self._clock() + max(retry_after_s, pause_s)

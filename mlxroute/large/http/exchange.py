@@ -20,6 +20,7 @@ from mlxroute.errors import (
     LargeRefused,
     LargeUnavailable,
     LargeUnreachable,
+    LargeUnreadable,
 )
 from mlxroute.large.http import retry
 from mlxroute.large.http.address import Address
@@ -214,9 +215,8 @@ class Exchange(threading.Thread):
     def _send(self) -> HttpReply:
         endpoint, body = self._endpoint, self._body
         endpoint.ledger.raise_if_failed()
-        proxy = find_proxy(endpoint.address)
-        if proxy is not None and (problem := proxy_problem(proxy)) is not None:
-            raise LargeUnreachable(problem)
+        if not self._connections_before:
+            self._check_proxy()
         left_s = max(self._deadline.left_s(), 0.001)
         with self._session.request(
             "GET" if body is None else "POST",
@@ -231,7 +231,6 @@ class Exchange(threading.Thread):
         ) as response:
             if not self._claim.take(self):
                 raise LargeUnavailable(f"another connection to {self._base_url} answered first")
-            self._deadline.wake()
             # A variable of this frame would show the address, and a key in it, in a traceback.
             if 300 <= response.status_code < 400 and response.headers.get("Location"):
                 raise self._redirect_error(response)
@@ -241,18 +240,24 @@ class Exchange(threading.Thread):
             )
             return HttpReply(status, body, retry_after_s=pause_s)
 
+    def _check_proxy(self) -> None:
+        """Raise LargeUnreachable for a proxy that cannot be used."""
+        proxy = find_proxy(self._endpoint.address)
+        if proxy is not None and (problem := proxy_problem(proxy)) is not None:
+            raise LargeUnreachable(problem)
+
     def _read(self, response: requests.Response) -> bytes:
         # Decompressing a body, which was not requested, could fill the memory.
         encoding = response.headers.get("Content-Encoding", "").strip().lower()
         if encoding not in ("", "identity"):
-            raise LargeProtocolError(
+            raise LargeUnreadable(
                 f"{self._base_url} sent a compressed reply, which was not requested"
             )
         body = bytearray()
         for chunk in response.iter_content(_CHUNK_BYTES):
             body += chunk
             if len(body) > MAX_REPLY_BYTES:
-                raise LargeProtocolError(
+                raise LargeUnreadable(
                     f"the reply of {self._base_url} is longer than {MAX_REPLY_BYTES} bytes"
                 )
             if not self._deadline.left_s():
@@ -294,7 +299,7 @@ class Exchange(threading.Thread):
             case requests.exceptions.InvalidURL() | requests.exceptions.InvalidSchema():
                 return LargeUnreachable(f"the address {url} cannot be called")
             case _:
-                return LargeProtocolError(f"{self._route} sent no valid HTTP reply")
+                return LargeUnreadable(f"{self._route} sent no valid HTTP reply")
 
     def _timeout_error(self) -> LargeError:
         """Return the error for a socket's timeout: of the reply, or of opening the connection."""

@@ -148,14 +148,13 @@ class Transport:
         exchanges = [begin()]
         first = exchanges[0]
         try:
-            deadline.wait_for(
-                lambda: first.finished or first.has_reply, limit_s=self._patience_s(deadline)
-            )
+            deadline.wait_for(lambda: first.finished, limit_s=self._patience_s(deadline))
             is_silent = not first.finished and not first.has_reply
             if is_silent and first.reuses_connection and deadline.left_s():
                 lost_s = began_left_s - deadline.left_s()
                 exchanges.append(begin(rival=first))
-            deadline.wait_for(lambda: _used(exchanges) is not None)
+            if not first.finished:
+                deadline.wait_for(lambda: _used(exchanges) is not None)
         finally:
             # A late reply must not be read, and the thread should not outlive the call.
             used = _used(exchanges)

@@ -8,9 +8,14 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
-from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused
-from mlxroute.large.completion_request import CompletionRequest, CompletionRequester
+from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused, LargeUnreadable
+from mlxroute.large.completion_request import (
+    CompletionRequest,
+    CompletionRequester,
+    TokensNotReplayed,
+)
 from mlxroute.large.dialects import TEXT_ONLY_RUNG, Dialect
+from mlxroute.large.dialects.chat.chat_reply import ModelThinks
 from mlxroute.large.dialects.chat.request_fields import names_field
 from mlxroute.large.http.deadline import NextDeadline
 from mlxroute.large.negotiation import probe_questions
@@ -23,17 +28,29 @@ from mlxroute.large.vocabulary.token_reader import REPLACEMENT, TokenReader
 from mlxroute.large.vocabulary.token_sources import TokenSource
 from mlxroute.safe_text import printable_line
 
-# Statuses that show nothing about the dialect: access, load, the server's health. 500 is not one
-# of them: many servers answer it to a body that they do not understand.
-_UNRELATED_STATUSES: Final = {401, 402, 403, 408, 429, 502, 503, 504}
+# Statuses that show nothing about the dialect, besides those that may pass. 500 is not one of
+# them: many servers answer it to a body that they do not understand.
+_ACCESS_STATUSES: Final = {401, 402, 403}
 # Also the status of a refusal of logprobs.
 _FORBIDDEN: Final = 403
+# Statuses of a request whose form the server does not know.
+_WRONG_FORM_STATUSES: Final = {400, 404, 405, 415, 422}
+# A reply with this status may hold an error of the moment, or be damaged on its way.
+_OK: Final = 200
+_ATTEMPTS: Final = 2
 _LOGPROB_TOLERANCE: Final = 1e-3
 _MAX_TOKENS_PER_CHARACTER: Final = 4
 
 
 class DialectRejected(Exception):
-    """Raised when the server fails a check of a dialect; the text is the reason."""
+    """Raised when the server fails a check of a dialect; the text is the reason.
+
+    `error` is the error of the request that failed; None if the reply was read and is wrong.
+    """
+
+    def __init__(self, reason: str, error: LargeError | None = None) -> None:
+        super().__init__(reason)
+        self.error = error
 
 
 class CapabilityChecker:
@@ -253,24 +270,47 @@ class CapabilityChecker:
         return b"".join(self._reader.text_bytes(token) or b"" for token in tokens)
 
     def _ask(self, prompt: Prompt, count: int) -> CompletionAnswer:
-        """Send one request. Raises DialectRejected for a reply that does not fit the dialect."""
+        """Send one request, and again if the reply does not fit: one bad reply shows little.
+
+        Raises DialectRejected if the server refuses it, or if the second reply does not fit either.
+        """
+        for _ in range(_ATTEMPTS):
+            try:
+                return self._send(prompt, count)
+            except ModelThinks as exc:
+                error: LargeError = exc
+                break
+            except LargeProtocolError as exc:
+                error = exc
+            except LargeRefused as exc:
+                is_about_field = exc.status == _FORBIDDEN and names_field(str(exc))
+                if exc.may_pass or (exc.status in _ACCESS_STATUSES and not is_about_field):
+                    raise
+                error = exc
+                if exc.status != _OK:
+                    break
+        raise DialectRejected(_without_address(str(error)), error) from error
+
+    def _send(self, prompt: Prompt, count: int) -> CompletionAnswer:
         request = CompletionRequest(
             self._dialect, prompt, self._model.for_requests(self._dialect), count
         )
         self.requests += 1
         began_s = time.perf_counter()
-        try:
-            answer = self._requester.complete(request, deadline=self._next_deadline())
-        except LargeRefused as exc:
-            is_about_field = exc.status == _FORBIDDEN and names_field(str(exc))
-            if exc.status in _UNRELATED_STATUSES and not is_about_field:
-                raise
-            raise DialectRejected(_without_address(str(exc))) from exc
-        except LargeProtocolError as exc:
-            raise DialectRejected(_without_address(str(exc))) from exc
+        answer = self._requester.complete(request, deadline=self._next_deadline())
         if count == 1:
             self.latencies_s.append(time.perf_counter() - began_s)
         return answer
+
+
+def may_be_wrong_dialect(error: LargeError) -> bool:
+    """Return whether the dialect of a request may have caused its failure."""
+    if isinstance(error, LargeRefused):
+        # Any dialect gets a 400 for a prompt that is too long.
+        is_too_long = re.search(r"context|too long|maximum|exceed", str(error))
+        return error.status in _WRONG_FORM_STATUSES and not is_too_long
+    is_unrelated = isinstance(error, LargeUnreadable | TokensNotReplayed)
+    return isinstance(error, LargeProtocolError) and not is_unrelated
 
 
 def _agrees(text: str, expected: str) -> bool:

@@ -79,6 +79,7 @@ class Negotiator:
         self.model = ModelName(model)
         self.tokens: TokenSource | None = None
         self.negotiated: NegotiatedDialect | None = None
+        self._former: Dialect | None = None
         self.is_verdict_saved = False
         """Whether the verdict of the last probe is in the file."""
 
@@ -86,8 +87,8 @@ class Negotiator:
         """Choose and return a dialect: that of the last verdict if it passes the first check.
 
         Otherwise the server is probed or, if not `thorough`, the first dialect to pass its first
-        check is taken and not remembered. Raises LargeError, or UsageError if the user has to
-        choose a model.
+        check is taken and not remembered: that of the last negotiation, if the server does not
+        refuse it. Raises LargeError, or UsageError if the user has to choose a model.
         """
         self._inspect_server(next_deadline)
         prober = self._prober(next_deadline)
@@ -106,6 +107,8 @@ class Negotiator:
 
     def forget(self) -> None:
         """Forget the dialect in use, its verdict, and the vocabulary of the model."""
+        if self.negotiated is not None:
+            self._former = self.negotiated.dialect
         self.negotiated = None
         self._reader.forget()
         if self._verdicts is not None:
@@ -167,7 +170,8 @@ class Negotiator:
         name = self.model.known
         tokenizer = None if name is None else self._find_tokenizer(name)
         if tokenizer is None:
-            self.tokens = find_tokenize_routes(self._post_within(next_deadline), model=name)
+            post = self._post_within(next_deadline)
+            self.tokens = find_tokenize_routes(post, model=name, former=self.tokens)
         else:
             self.tokens = FileTokenSource(tokenizer)
             self._reader.learn_vocabulary(tokenizer.vocabulary)
@@ -211,6 +215,10 @@ class Negotiator:
         return NegotiatedDialect(result.dialect, verdict)
 
     def _first_working(self, prober: Prober) -> NegotiatedDialect:
+        former = self._former
+        # Another dialect could give other answers than those before.
+        if former is not None and prober.is_kept(former):
+            return NegotiatedDialect(former, None)
         if (dialect := prober.find_working_dialect()) is not None:
             return NegotiatedDialect(dialect, None)
         raise self._model_not_chosen() or LargeProtocolError(

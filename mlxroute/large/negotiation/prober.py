@@ -11,7 +11,11 @@ from mlxroute.errors import LargeProtocolError
 from mlxroute.large.completion_request import CompletionRequester
 from mlxroute.large.dialects import LADDER, Dialect, FieldedDialect
 from mlxroute.large.http.deadline import NextDeadline
-from mlxroute.large.negotiation.capability_checks import CapabilityChecker, DialectRejected
+from mlxroute.large.negotiation.capability_checks import (
+    CapabilityChecker,
+    DialectRejected,
+    may_be_wrong_dialect,
+)
 from mlxroute.large.negotiation.field_negotiator import TOO_MUCH_THINKING, FieldNegotiator
 from mlxroute.large.negotiation.probe_questions import ProbeQuestion
 from mlxroute.large.negotiation.served_models import ModelName
@@ -111,6 +115,20 @@ class Prober:
         try:
             self._checker(dialect).check_mid_word()
         except DialectRejected:
+            return False
+        return True
+
+    def is_kept(self, dialect: Dialect) -> bool:
+        """Return whether a dialect that worked before passes its first check again.
+
+        Raises LargeError where the server neither answers the check nor refuses its form: what
+        failed may pass, and another dialect might give other answers.
+        """
+        try:
+            self._checker(dialect).check_mid_word()
+        except DialectRejected as exc:
+            if exc.error is not None and not may_be_wrong_dialect(exc.error):
+                raise exc.error from None
             return False
         return True
 

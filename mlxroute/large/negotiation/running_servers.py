@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from mlxroute.errors import LargeProtocolError
+from mlxroute.large.dialects.json_fields import as_array, as_object, as_text, parse_object
 from mlxroute.large.http.loopback_get import get_from_ports
 
 DEFAULT_PORTS: Final[Mapping[int, str]] = {
@@ -61,13 +62,15 @@ def find_running_servers() -> tuple[RunningServer, ...]:
 def _running_server(port: int, body: bytes) -> RunningServer | None:
     """Return the server that sent a reply; None if the reply lists no models."""
     try:
-        entries = json.loads(body)["data"]
-        models = tuple(entry["id"] for entry in entries if entry["id"])
-        owner = entries[0].get("owned_by")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        entries = as_array(parse_object(body).get("data"), what="data")
+        items = [as_object(entry, what="a model") for entry in entries]
+        names = [as_text(item.get("id"), what="a model's id") for item in items]
+    except LargeProtocolError:
         return None
-    if not models or not all(isinstance(model, str) for model in models):
+    models = tuple(filter(None, names))
+    if not models:
         return None
+    owner = items[0].get("owned_by")
     name = _NAME_BY_OWNER.get(owner) if isinstance(owner, str) else None
     # A port alone shows little: any server may listen on it.
     name = name or f"a server on the port of {DEFAULT_PORTS[port]}"

@@ -48,8 +48,7 @@ def list_served_models(transport: Transport, deadline: Deadline) -> tuple[Served
     Raises LargeError if the server cannot be reached.
     """
     try:
-        reply = transport.call("/models", deadline=deadline)
-        items = as_array(parse_object(reply.body).get("data"), what="data")
+        items = _list_items(transport, deadline)
     except (LargeProtocolError, LargeRefused):
         return ()
     entries = [item for item in items if isinstance(item, dict)]
@@ -58,6 +57,20 @@ def list_served_models(transport: Transport, deadline: Deadline) -> tuple[Served
         for item in entries
         if _is_name(item.get("id"))
     )
+
+
+def _list_items(transport: Transport, deadline: Deadline) -> Sequence[object]:
+    def request() -> Sequence[object]:
+        reply = transport.call("/models", deadline=deadline)
+        if reply.status != 200:
+            return ()
+        return as_array(parse_object(reply.body).get("data"), what="data")
+
+    try:
+        return request()
+    except LargeProtocolError:
+        # One bad reply does not show that there is no list.
+        return request()
 
 
 def join_names(names: Sequence[str]) -> str:

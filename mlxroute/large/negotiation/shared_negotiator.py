@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +9,9 @@ from dataclasses import replace
 from typing import Final
 
 from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused, UsageError
-from mlxroute.large.completion_request import TokensNotReplayed
 from mlxroute.large.dialects.tokenize_routes import TokenizeRoutes
 from mlxroute.large.http.deadline import Deadline, NextDeadline
+from mlxroute.large.negotiation.capability_checks import may_be_wrong_dialect
 from mlxroute.large.negotiation.negotiator import NegotiatedDialect, Negotiator
 from mlxroute.large.negotiation.served_models import ModelName
 from mlxroute.large.negotiation.verdict_file import Verdict
@@ -25,7 +24,6 @@ from mlxroute.types import LargeContext, Vocabulary
 _MAX_FAILURES: Final = 2
 # Longer than any use of the lock but a negotiation.
 _FAILURE_LOCK_S: Final = 0.1
-_WRONG_DIALECT_STATUSES: Final = {400, 404, 405, 415, 422}
 
 
 class SharedNegotiator:
@@ -129,7 +127,7 @@ class SharedNegotiator:
             self._lock.release()
 
     def _count_failure(self, error: LargeError, negotiated: NegotiatedDialect) -> None:
-        if negotiated is not self.negotiated or not _may_be_wrong_dialect(error):
+        if negotiated is not self.negotiated or not may_be_wrong_dialect(error):
             return
         self._failures += 1
         if self._failures >= _MAX_FAILURES:
@@ -171,11 +169,3 @@ def _check_context_length(prompt: Prompt, verdict: Verdict | None) -> None:
             f"the prompt has reached the large model's context of {limit:,} tokens;"
             " start a new conversation"
         )
-
-
-def _may_be_wrong_dialect(error: LargeError) -> bool:
-    if isinstance(error, LargeRefused):
-        # Any dialect gets a 400 for a prompt that is too long.
-        is_too_long = re.search(r"context|too long|maximum|exceed", str(error))
-        return error.status in _WRONG_DIALECT_STATUSES and not is_too_long
-    return isinstance(error, LargeProtocolError) and not isinstance(error, TokensNotReplayed)

@@ -9,9 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Self
 
+from mlxroute.errors import UsageError
 from mlxroute.replace_file import replace_file
+from mlxroute.untrusted_text import MalformedText, TextFile, parse_json
 
 _FORMAT: Final = 1
+_MAX_BYTES: Final = 16 * 2**20
 # Begins the name of a check that compared a small model's vocabulary, before its fingerprint.
 _COMPARISON: Final = "vocabulary "
 
@@ -111,9 +114,10 @@ class VerdictFile:
             self._write_entries(entries)
 
     def _read_entries(self) -> dict[str, Any]:
+        file = TextFile(self._path, "the file of verdicts", max_bytes=_MAX_BYTES)
         try:
-            content = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            content = parse_json(file.read(), strict=False)
+        except (UsageError, MalformedText):
             return {}
         is_readable = isinstance(content, dict) and content.get("format") == _FORMAT
         entries = content.get("verdicts") if is_readable else None

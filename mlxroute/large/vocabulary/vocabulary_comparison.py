@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from mlxroute.errors import LargeError
+from mlxroute.errors import LargeProtocolError, LargeRefused, LargeUnreadable
 from mlxroute.tokenizers.utf8 import decode_or_none
 from mlxroute.types import Vocabulary
 
@@ -54,7 +54,7 @@ def compare_decoded(
 ) -> VocabularyComparison:
     """Compare the texts that the server's detokenise route gives for the small ids.
 
-    Only tokens of whole characters are compared.
+    Only tokens of whole characters are compared. Raises LargeError for a failure that may pass.
     """
     whole_ids = [i for i in range(small.size) if decode_or_none(small.token_bytes(i))]
     for start in range(0, len(whole_ids), _CHUNK):
@@ -63,7 +63,9 @@ def compare_decoded(
         try:
             # Some tokenizers drop the leading space of a text.
             other = decode(ids).lstrip(" ")
-        except LargeError:
+        except (LargeRefused, LargeProtocolError) as exc:
+            if isinstance(exc, LargeUnreadable) or (isinstance(exc, LargeRefused) and exc.may_pass):
+                raise
             return VocabularyComparison(None, "the server's detokenise route failed")
         if other != text.lstrip(" "):
             return _first_difference(small, ids, text.lstrip(" "), other)

@@ -75,6 +75,8 @@ def test_ports_where_nothing_listens_are_left_out(
         Reply.of({"data": []}),
         Reply.of({"data": [{"id": 3}]}),
         Reply.of({"data": ["m"]}),
+        Reply.of({"data": [{"id": "\ud800"}]}),
+        Reply.of({"data": [{"id": ""}]}),
         Reply.of({"error": "a key is needed"}, status=401),
         Reply(raw=b"SSH-2.0-OpenSSH_9.2\r\n"),
         Reply(b'{"data":[{"id":"m"}]}' + b" " * (1 << 20)),

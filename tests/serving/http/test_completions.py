@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 from mlxroute.answers.document_file import parse_document
 from mlxroute.engine import generate
 from mlxroute.routers import make_router
+from mlxroute.serving.prompts import encode_prompt
 from mlxroute.small import SmallModel
 from tests.support.endpoint import chat, read_stream
 
@@ -119,6 +120,24 @@ def test_a_text_completion_continues_texts_and_ids(client: TestClient, small: Sm
     assert all(len(top) <= 2 for top in logprobs["top_logprobs"])
     assert reply["object"] == by_ids["object"] == "text_completion"
     assert len(reply["mlxroute"]["answer_ids"]) == 2
+
+
+def test_only_a_whole_prompt_has_control_tokens_of_the_client(
+    client: TestClient, small: SmallModel
+) -> None:
+    """A program renders the text of a completion; the content of a message is a user's."""
+    name = next(iter(sorted(small.vocabulary.control_names)))
+    control_id = small.vocabulary.control_ids[name]
+    meant = encode_prompt(small, f"the {name} fox").ids
+    message = [{"role": "user", "content": f"the {name} fox"}]
+    plain = [{"role": "user", "content": "the fox"}]
+    assert meant.count(control_id) == 1
+    for content in (message, plain):
+        ids = encode_prompt(small, content).ids
+        assert ids.count(control_id) == encode_prompt(small, plain).ids.count(control_id)
+    by_text = post(client, {"prompt": f"the {name} fox"}, "completions")
+    by_ids = post(client, {"prompt": list(meant)}, "completions")
+    assert by_text["choices"][0]["text"] == by_ids["choices"][0]["text"]
 
 
 def test_a_begun_turn_is_continued(client: TestClient, small: SmallModel) -> None:
