@@ -147,14 +147,17 @@ class Uploads:
 
     @classmethod
     def of_call(cls, context: LargeContext, tokens: Sequence[LargeToken]) -> Uploads:
-        """Return what one call sent and got, as its tokens tell."""
+        """Return what one call sent and got, as its tokens tell.
+
+        A server may have generated more than the tokens of the answer, such as thoughts.
+        """
         first = tokens[0]
         return cls(
             requests=1,
             size_bytes=first.uploaded_bytes,
             tokens=len(context.token_ids) if first.prompt_tokens is None else first.prompt_tokens,
             cached_tokens=first.cached_tokens or 0,
-            completion_tokens=len(tokens),
+            completion_tokens=max(len(tokens), first.completion_tokens or 0),
         )
 
     def __add__(self, other: Uploads) -> Uploads:

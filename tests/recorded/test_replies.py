@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -12,7 +13,7 @@ import pytest
 
 from mlxroute.errors import LargeError
 from mlxroute.recorded.replies import Replies
-from mlxroute.types import LargeContext, LargeToken, Vocabulary
+from mlxroute.types import LargeContext, LargeToken, Uploads, Vocabulary
 from tests.support.fakes import ScriptedLarge, ScriptedReply
 
 # A line as earlier versions wrote it, for the token after the ids 1, 70.
@@ -197,3 +198,11 @@ def test_waiting_answers_fail_once_the_run_has_ended(tmp_path: Path) -> None:
     assert len(failures) == 2
     with pytest.raises(LargeError, match="ended"):
         ask(replies, 9)
+
+
+def test_generated_tokens_beyond_the_answer_are_counted() -> None:
+    token = replace(_TOKEN, completion_tokens=40)
+    assert Uploads.of_call(context(1), [token]).completion_tokens == 40
+    assert Uploads.of_call(context(1), [token, *[_TOKEN] * 60]).completion_tokens == 61
+    unknown = replace(_TOKEN, completion_tokens=None)
+    assert Uploads.of_call(context(1), [unknown]).completion_tokens == 1
