@@ -21,7 +21,7 @@ from mlxroute.cli.routing import (
     make_routing,
 )
 from mlxroute.cli.server_offers import no_large_lines
-from mlxroute.cli.small_setup import default_small, load_small
+from mlxroute.cli.small_setup import load_small, small_name
 from mlxroute.cli.terminal import WARNING_STYLE, print_note
 from mlxroute.cli.vocabulary_note import pair_vocabularies
 from mlxroute.config import Settings, read_never_send, read_prices, user_catalog_dir
@@ -343,7 +343,7 @@ def _check_settings(settings: Settings) -> None:
 
     name = settings.router or DEFAULT_ROUTER
     if name == HEAD_ROUTER or settings.head is not None:
-        head_file(settings.small or default_small(), settings.head)
+        head_file(small_name(settings), settings.head)
     make_router(name, threshold=0.0 if settings.threshold is None else settings.threshold)
     Options(
         max_tokens=settings.max_tokens,

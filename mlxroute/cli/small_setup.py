@@ -22,6 +22,16 @@ def default_small() -> str:
     return _GENERAL_SMALL if sys.platform == "darwin" else _INDEXED_SMALL
 
 
+def small_name(settings: Settings) -> str:
+    """Return the name that the small model of the settings has: with an adapter, it shows which.
+
+    Raises UsageError if the adapter cannot be read.
+    """
+    from mlxroute.backend.adapter_folder import adapted_name
+
+    return adapted_name(settings.small or default_small(), expand_optional(settings.adapter))
+
+
 def load_small(settings: Settings, progress: ByteProgress) -> SmallModel:
     """Fetch the small model if it is not cached, and load it."""
     from mlxroute.small import SmallModel

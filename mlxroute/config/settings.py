@@ -103,7 +103,7 @@ class Settings:
         None,
         "Folder with LoRA weights for the small model.",
         metavar="DIR",
-        commands=_OWN_SMALL,
+        commands=_ALL_SMALL,
     )
     router: str | None = _setting(
         None,

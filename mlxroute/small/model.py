@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxroute.backend import blas
+from mlxroute.backend.adapter_folder import adapted_name
 from mlxroute.catalog import Catalog
 from mlxroute.config import user_catalog_dir
 from mlxroute.errors import UsageError
@@ -62,7 +63,8 @@ class SmallModel:
 
     Attributes:
         model: As given.
-        name: As given.
+        name: As given. With an adapter, `load` adds a fingerprint of it.
+        plain_name: The name without an adapter.
         vocabulary: The tokenizer's vocabulary.
         context_length: Greatest total number of tokens of prompt and answer.
         head: The learned head that `load_head` read; None without one.
@@ -84,7 +86,7 @@ class SmallModel:
         from mlxroute.small.decoder import Decoder
 
         self.model = model
-        self.name = name
+        self.name = self.plain_name = name
         self._tokenizer = tokenizer
         self._chat_tokenizer = ChatTokenizer(tokenizer, name=name)
         self.vocabulary = self._chat_tokenizer.vocabulary
@@ -152,6 +154,7 @@ class SmallModel:
             notify=notify,
             check_size=accept_any_size if skip_memory_check else make_size_check(cache_dir),
         )
+        name = adapted_name(local.name, adapter)
         blas_line = blas.interpose(cache_dir)
         from mlxroute.backend.load import check_memory, load, on_cpu
 
@@ -160,7 +163,8 @@ class SmallModel:
         if not skip_memory_check:
             check_memory(local.path, role="small")
         model, tokenizer = load(local.path, adapter=adapter, notify=notify)
-        small = cls(model, tokenizer, name=local.name, kernel=kernel, notify=notify)
+        small = cls(model, tokenizer, name=name, kernel=kernel, notify=notify)
+        small.plain_name = local.name
         if not small._chat_tokenizer.has_chat_template:
             notify(
                 f"{local.name} has no chat template: its messages are joined by newlines and it may"

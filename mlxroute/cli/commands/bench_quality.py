@@ -11,6 +11,7 @@ import typer
 from mlxroute.cli.flags import AtOnce, Examples, Plot, Save, Shots
 from mlxroute.cli.folders import (
     cache_dir_of,
+    expand_optional,
     find_bench_file,
     model_file_name,
     record_path,
@@ -81,7 +82,7 @@ def quality(
     from mlxroute.cli.bench_report import check_plot_option, check_save_option, write_report
     from mlxroute.cli.large_setup import make_large, require_large
     from mlxroute.cli.routing import head_file
-    from mlxroute.cli.small_setup import default_small
+    from mlxroute.cli.small_setup import small_name
     from mlxroute.cli.terminal import make_consoles
     from mlxroute.ledger import Ledger
 
@@ -91,7 +92,7 @@ def quality(
     file = data or find_bench_file("questions", "everyday.jsonl")
     routers = [name.value for name in router or (RouterName.ENTROPY, RouterName.RANDOM)]
     if RouterName.HEAD in routers or settings.head is not None:
-        head_file(settings.small or default_small(), settings.head)
+        head_file(small_name(settings), settings.head)
     run = _QualityRun(
         questions=_read_questions(file, questions),
         examples=_read_examples(examples, shots, is_builtin=data is None),
@@ -101,6 +102,7 @@ def quality(
         at_once=at_once,
         oracles=oracles,
     )
+    check_unused_by_adapter(settings, run.questions)
     _, err = make_consoles()
     settings = replace(settings, max_tokens=tokens)
     with make_large(settings, address, Ledger(), err) as large:
@@ -169,7 +171,7 @@ class _QualityRun:
         # Loading the small model loads the faster BLAS, which must come before MLX.
         from mlxroute.recorded.replies import Replies
 
-        record = record_path(settings, "replies", small.name, large.model_name)
+        record = record_path(settings, "replies", small.plain_name, large.model_name)
         with Replies(large, record, at_once=self.at_once) as replies:
             return self._answer(settings, small, replies, large.model_name, err)
 
@@ -249,6 +251,21 @@ def check_unseen(head: MlpHead | None, questions: list[Question]) -> None:
         raise UsageError(
             f"the head was fitted to {count} of these {len(questions)} questions, so their"
             " accuracy would be too high; use other questions"
+        )
+
+
+def check_unused_by_adapter(settings: Settings, questions: list[Question]) -> None:
+    """Raise UsageError if the adapter of the settings was trained with one of the questions."""
+    from mlxroute.backend.adapter_folder import read_trained_questions
+
+    adapter = expand_optional(settings.adapter)
+    trained = frozenset() if adapter is None else read_trained_questions(adapter)
+    count = sum(question.fingerprint in trained for question in questions)
+    if count:
+        raise UsageError(
+            f"the adapter was trained with {count} of these {len(questions)} questions, so their"
+            " accuracy would be too high; use other questions",
+            parameter="adapter",
         )
 
 

@@ -152,7 +152,7 @@ def _label_answers(
     from mlxroute.recorded.replies import Replies
     from mlxroute.training.labels import collect_labels
 
-    record = record_path(settings, "replies", small.name, large.model_name)
+    record = record_path(settings, "replies", small.plain_name, large.model_name)
     with (
         Replies(large, record, at_once=material.at_once) as replies,
         count_progress(err) as progress,

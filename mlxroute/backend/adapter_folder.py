@@ -1,0 +1,63 @@
+"""Folders of LoRA weights: their fingerprint, and where they come from.
+
+A folder has `adapters.safetensors` and `adapter_config.json`, as `mlx_lm.lora` writes them. That of
+`mlxroute adapt` also has `provenance.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Final
+
+from mlxroute.backend.model_files import read_json_object
+from mlxroute.errors import UsageError, WeightsError
+
+WEIGHTS_FILE: Final = "adapters.safetensors"
+CONFIG_FILE: Final = "adapter_config.json"
+PROVENANCE_FILE: Final = "provenance.json"
+_DIGITS: Final = 8
+
+
+def adapted_name(name: str, adapter: Path | None) -> str:
+    """Return the name of a model with an adapter, such as `smollm2-135m+1a2b3c4d`.
+
+    The digits are a fingerprint of the adapter, so that ranks, heads and records of one adapted
+    model are not used for another. Without an adapter the name stays as it is.
+
+    Args:
+        name: Name of the model, or the path of its folder.
+        adapter: Folder of LoRA weights, or None.
+
+    Raises:
+        UsageError: The folder cannot be read.
+    """
+    if adapter is None:
+        return name
+    digest = hashlib.sha256()
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        try:
+            digest.update((adapter / file).read_bytes())
+        except OSError as exc:
+            raise UsageError(
+                f"the adapter {adapter} has no readable {file}: {exc.strerror}",
+                parameter="adapter",
+            ) from exc
+    return f"{name}+{digest.hexdigest()[:_DIGITS]}"
+
+
+def read_trained_questions(adapter: Path) -> frozenset[str]:
+    """Return the fingerprints of the questions that an adapter was trained or chosen with.
+
+    Empty for an adapter that other programs made. Raises UsageError if the file is no provenance.
+    """
+    file = adapter / PROVENANCE_FILE
+    if not file.exists():
+        return frozenset()
+    try:
+        questions: Any = read_json_object(file).get("questions")
+    except WeightsError as exc:
+        raise UsageError(str(exc), parameter="adapter") from exc
+    if not isinstance(questions, list):
+        raise UsageError(f"{file} has no list of questions", parameter="adapter")
+    return frozenset(str(question) for question in questions)
