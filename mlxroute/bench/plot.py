@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlxroute.bench.quality import ORACLES
+from mlxroute.bench.quality.sides import ORACLES
 from mlxroute.errors import UsageError
 
 
@@ -61,39 +61,54 @@ def draw_latency(report: Mapping[str, Any], path: Path) -> None:
 
 
 def draw_quality(report: Mapping[str, Any], path: Path) -> None:
-    """Plot accuracy over escalation rate: one line per router, and each model alone."""
+    """Plot accuracy over large tokens a question: one line per router, and each model alone."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     panel = figure.subplots()
-    sides = report["sides"]
+    sides, questions = report["sides"], report["questions"]
+    small = sides["small"]["lenient"]["accuracy"]
     for router in sorted({side["router"] for side in sides.values() if side["router"]}):
         points = sorted(
-            (side["escalation_rate"], side["lenient"]["accuracy"], *side["lenient"]["interval"])
+            (
+                _large_tokens(side, side["tokens"] / questions),
+                side["lenient"]["accuracy"],
+                *side["lenient"]["interval"],
+            )
             for side in sides.values()
             if side["router"] == router
         )
-        rates, accuracies, low, high = zip(*points, strict=True)
-        panel.plot(rates, accuracies, marker="o", label=router)
-        panel.fill_between(rates, low, high, alpha=0.15)
-    for name, marker in zip(ORACLES, "s^", strict=True):
+        spent, accuracies, low, high = zip(*points, strict=True)
+        (line,) = panel.plot(spent, accuracies, marker="o", label=router)
+        # Every router starts from the small model alone.
+        panel.plot((0, spent[0]), (small, accuracies[0]), color=line.get_color(), linestyle=":")
+        panel.fill_between(spent, low, high, alpha=0.15)
+    for (name, label), marker in zip(ORACLES.items(), "sD^", strict=True):
         if oracle_points := report.get("oracles", {}).get(name):
+            large_tokens = sides["large"]["tokens"] / questions
             points = sorted(
-                (point["escalation_rate"], point["accuracy"]) for point in oracle_points
+                (_large_tokens(point, large_tokens), point["accuracy"]) for point in oracle_points
             )
-            label = f"oracle: {name.replace('_', ' ')}"
             panel.plot(*zip(*points, strict=True), color="grey", marker=marker, label=label)
     for name, style in (("small", ":"), ("large", "--")):
         panel.axhline(
             sides[name]["lenient"]["accuracy"], color="grey", linestyle=style, label=f"{name} alone"
         )
-    panel.set(xlabel="tokens escalated", ylabel="right answers", xlim=(0, None), ylim=(0, 1))
-    panel.xaxis.set_major_formatter(PercentFormatter(1))
+    panel.set(xlabel="large tokens a question", ylabel="right answers", xlim=(0, None), ylim=(0, 1))
     panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     panel.legend(fontsize="small")
-    figure.suptitle(f"{_models(report)}, {report['questions']} questions", fontsize="medium")
+    figure.suptitle(f"{_models(report)}, {questions} questions", fontsize="medium")
     figure.savefig(path, dpi=120)
+
+
+def _large_tokens(point: Mapping[str, Any], tokens: float) -> float:
+    """Return the large tokens a question of a side or an oracle, whose answers have `tokens`.
+
+    Reports of earlier versions have only the share.
+    """
+    share: float = point["escalation_rate"]
+    return float(point.get("large_tokens_per_question", share * tokens))
 
 
 def _models(report: Mapping[str, Any]) -> str:

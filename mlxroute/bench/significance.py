@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from statistics import fmean
 from typing import Final
 
 # The normal quantile of a two-sided 95 % interval.
 _Z: Final = 1.959963984540054
+_MIN_PAIRS: Final = 2
 
 
 def wilson_interval(right: int, count: int) -> tuple[float, float]:
@@ -28,3 +31,38 @@ def mcnemar_p(only_first: int, only_second: int) -> float:
     count, fewer = only_first + only_second, min(only_first, only_second)
     tail = sum(math.comb(count, k) for k in range(fewer + 1)) / (1 << count)
     return min(1.0, 2 * tail)
+
+
+def ratio_interval(
+    numerators: Sequence[float], denominators: Sequence[float]
+) -> tuple[float, float] | None:
+    """Return the 95 % interval of the ratio of two sums of paired values (Fieller, 1954).
+
+    Return None if it is unbounded: if the sum of the denominators does not differ from 0.
+    """
+    count = len(numerators)
+    if count < _MIN_PAIRS:
+        return None
+    a, b = fmean(numerators), fmean(denominators)
+    scale = _Z * _Z / (count * (count - 1))
+    cov_aa = scale * sum((x - a) ** 2 for x in numerators)
+    cov_bb = scale * sum((y - b) ** 2 for y in denominators)
+    cov_ab = scale * sum((x - a) * (y - b) for x, y in zip(numerators, denominators, strict=True))
+    # The ratios r for which the mean of (numerator - r denominator) does not differ from 0.
+    square, half_linear = b * b - cov_bb, a * b - cov_ab
+    if square <= 0:
+        return None
+    root = math.sqrt(max(0.0, half_linear**2 - square * (a * a - cov_aa)))
+    return (half_linear - root) / square, (half_linear + root) / square
+
+
+def difference_interval(only_first: int, only_second: int, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of the difference of two shares of the same `count` questions.
+
+    The other counts are of questions that only one of the two sides answered right. Normal
+    approximation (Wald).
+    """
+    difference = (only_first - only_second) / count
+    variance = (only_first + only_second) / count - difference**2
+    half_width = _Z * math.sqrt(max(0.0, variance) / count)
+    return difference - half_width, difference + half_width

@@ -16,6 +16,20 @@ class RouterName(StrEnum):
     RANDOM = "random"
 
 
+class BenchRouterName(StrEnum):
+    """Names of the routers of `bench quality`: those of `--router`, and three baselines."""
+
+    ENTROPY = "entropy"
+    MARGIN = "margin"
+    MAX_PROBABILITY = "max-probability"
+    LOGU = "logu"
+    HEAD = "head"
+    RANDOM = "random"
+    POSITION = "position"
+    FIRST = "first"
+    SENTENCE = "sentence"
+
+
 class KernelName(StrEnum):
     """Implementations of the logit kernel; `auto` is Metal where it works, else the graph."""
 

@@ -210,6 +210,11 @@ class AnswerRow(ForwardOnlySmall):
     def context_length(self) -> int:
         return self._small.context_length
 
+    @property
+    def answer_ids(self) -> Sequence[int]:
+        """The ids of the answer so far, without the prompt."""
+        return self._text.ids[len(self._prompt.ids) :] if self._text else ()
+
     def encode_conversation(self, messages: Sequence[Message]) -> EncodedPrompt:
         return self._prompt.encoded
 

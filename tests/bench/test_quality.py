@@ -15,12 +15,14 @@ import pytest
 from rich.console import Console
 
 from mlxroute.backend.load import load
-from mlxroute.bench.oracles import compute_oracles
 from mlxroute.bench.plot import draw_quality
-from mlxroute.bench.quality import LARGE, ORACLES, SMALL, QualityResults, bench_quality, make_sides
+from mlxroute.bench.quality.graded_answers import QualityResults
+from mlxroute.bench.quality.oracles import compute_oracles
+from mlxroute.bench.quality.question_runs import bench_quality
+from mlxroute.bench.quality.sides import LARGE, ORACLES, SMALL, make_sides
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli import main
-from mlxroute.cli.commands.bench_quality import print_quality
+from mlxroute.cli.quality_tables import print_quality
 from mlxroute.engine import generate
 from mlxroute.errors import LargeError, LargeRefused
 from mlxroute.questions.question_files import AnswerKind, Question, question_messages
@@ -67,6 +69,8 @@ def run(
     path: Path,
     *,
     replies: tuple[ScriptedReply, ...] = ((70,),),
+    routers: tuple[str, ...] = ("entropy",),
+    compare: tuple[tuple[str, str], ...] = (),
 ) -> tuple[dict[str, Any], ScriptedLarge]:
     large = ScriptedLarge(replies)
     with Replies(large, path.with_suffix(".replies")) as recorded:
@@ -74,12 +78,13 @@ def run(
             small,
             recorded,
             questions,
-            sides=make_sides(["entropy"], [0.1]),
+            sides=make_sides(routers, [0.1]),
             examples=[],
             ranks=_RANKS,
             max_tokens=_TOKENS,
             step_s=0.01,
             results=QualityResults(path),
+            compare=compare,
         )
     return report, large
 
@@ -104,6 +109,26 @@ def test_sides_are_graded_and_compared(
     routed = sides["entropy 10%"]
     assert 0 < routed["calls"] <= 0.1 * routed["tokens"] + BURST
     assert 0 < routed["most_over_budget"] <= BURST
+
+
+def test_baselines_look_at_places_and_resume(
+    small: SmallModel, questions: list[Question], tmp_path: Path
+) -> None:
+    routers = ("position", "first", "sentence")
+    report, _ = run(small, questions, tmp_path / "r.jsonl", routers=routers)
+    names = [f"{router} 10%" for router in routers]
+    assert list(report["sides"]) == ["small", "large", *names]
+    for name in names:
+        side = report["sides"][name]
+        assert 0 < side["calls"] <= 0.1 * side["tokens"] + BURST
+        assert side["large_tokens_per_question"] == side["calls"] / len(questions)
+    saved = [json.loads(line)["row"] for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [row["scores"][:3] for row in saved[2:5]] == [[1, 0, 0], [0, -1, -2], [1, 0, 0]]
+    pairs = (("first 10%", "position 10%"), ("large", "small"))
+    again, large = run(small, questions, tmp_path / "r.jsonl", routers=routers, compare=pairs)
+    assert large.contexts == []
+    assert again["sides"] == report["sides"]
+    assert [(item["first"], item["second"]) for item in again["comparisons"]] == list(pairs)
 
 
 def test_cut_off_answers_are_reported(
@@ -203,11 +228,13 @@ def test_the_report_has_fixed_names(
         "large",
         "questions",
         "examples",
+        "form",
         "tokens",
         "chats",
         "accept_within",
         "step_s",
         "sides",
+        "comparisons",
     ]
     for side in report["sides"].values():
         assert list(side) == [
@@ -216,6 +243,7 @@ def test_the_report_has_fixed_names(
             "strict",
             "lenient",
             "escalation_rate",
+            "large_tokens_per_question",
             "agreement",
             "most_over_budget",
             "tokens",
@@ -231,6 +259,8 @@ def test_the_report_has_fixed_names(
                 "no_answer",
                 "over_small",
                 "p_against_small",
+                "gap_recovered",
+                "gap_interval",
             ]
 
 
@@ -315,29 +345,50 @@ def test_oracles_spend_the_budget_where_it_helps() -> None:
             continuations=tuple(texts[:-1]),
         )
 
-    # Right alone; right with the second disagreement escalated, which is critical; never right.
-    answers = [make_answer("B", "B"), make_answer("A", "A", "B"), make_answer("A", "A", "A")]
-    bounds = compute_oracles(answers, [question] * 3, [0.0, 0.05, 0.1])
-    assert [point["accuracy"] for point in bounds["critical_first"]] == pytest.approx(
-        [0.3333, 0.6667, 0.6667]
-    )
-    assert bounds["critical_first"][1]["escalation_rate"] == pytest.approx(1 / 30, abs=1e-4)
-    assert [point["accuracy"] for point in bounds["disagreements"]] == pytest.approx([0.3333] * 3)
-    assert compute_oracles(answers, [question] * 3, [0.2])["disagreements"][0]["accuracy"] == 0.6667
-    assert list(bounds) == ["disagreements", "critical_first", "finding_the_critical"]
-    assert list(bounds["critical_first"][0]) == ["budget", "escalation_rate", "accuracy"]
+    # Right alone; right with the second disagreement escalated, which is critical; right by luck
+    # with the first one, where the large model is wrong; spoiled by the large model.
+    answers = [
+        make_answer("B", "B"),
+        make_answer("A", "A", "B"),
+        make_answer("A", "B", "A", "C"),
+        make_answer("B", "A"),
+    ]
+    bounds = compute_oracles(answers, [question] * 4, [0.0, 0.05, 0.1, 0.2])
+
+    def accuracies(name: str) -> list[float]:
+        return [point["accuracy"] for point in bounds[name]]
+
+    assert accuracies("gold") == [0.5, 1.0, 1.0, 1.0]
+    assert accuracies("disagreements") == [0.5, 0.25, 0.5, 0.5]
+    # The second answer costs 2, the third 3, the fourth 1: 0, 2, 4 and 8 may be spent.
+    assert accuracies("large_outcome") == [0.5, 0.25, 0.5, 0.5]
+    spent = [point["large_tokens_per_question"] for point in bounds["large_outcome"]]
+    assert spent == [0, 0.25, 0.75, 1.5]
+    # Its ceiling is the large model alone.
+    assert accuracies("large_outcome")[-1] == 2 / 4
+    assert bounds["gold"][1]["escalation_rate"] == pytest.approx(2 / 40)
+    assert list(bounds) == [*ORACLES, "finding_the_critical"]
+    assert list(bounds["gold"][0]) == [
+        "budget",
+        "escalation_rate",
+        "large_tokens_per_question",
+        "accuracy",
+    ]
     recall = bounds["finding_the_critical"]
-    assert (recall["differing"], recall["to_find"]) == pytest.approx((0.1667, 0.0333), abs=1e-3)
+    assert (recall["differing"], recall["to_find"]) == pytest.approx((0.175, 0.125), abs=1e-3)
 
 
 def test_the_plot_shows_every_router(
     small: SmallModel, questions: list[Question], tmp_path: Path
 ) -> None:
     report, _ = run(small, questions[:2], tmp_path / "r.jsonl")
+    # Reports of earlier versions have no large tokens per question.
     point = {"budget": 0.05, "escalation_rate": 0.04, "accuracy": 0.5}
     report["oracles"] = {name: [point] for name in ORACLES}
-    draw_quality(report, tmp_path / "q.png")
-    assert (tmp_path / "q.png").read_bytes().startswith(b"\x89PNG")
+    draw_quality(report, tmp_path / "q.svg")
+    drawing = (tmp_path / "q.svg").read_text()
+    for label in ("entropy", "large tokens a question", *ORACLES.values()):
+        assert f"<!-- {label} -->" in drawing
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_a_file_without_questions_is_named_in_the_error(tmp_path: Path) -> None:
 
 
 def test_worked_examples_become_earlier_turns() -> None:
-    examples = read_worked_examples(find_bench_file("questions", "examples.jsonl"), 2)
+    examples = read_worked_examples(find_bench_file("questions", "choice_examples.jsonl"), 2)
     question = read_questions(find_bench_file("questions", "everyday.jsonl"))[0]
     messages = question_messages(question, examples)
     assert [message["role"] for message in messages] == ["user", "assistant"] * 2 + ["user"]
@@ -81,7 +81,7 @@ def test_worked_examples_become_earlier_turns() -> None:
 
 def test_the_shipped_questions_have_one_correct_answer_each() -> None:
     questions = read_questions(find_bench_file("questions", "everyday.jsonl"))
-    examples = read_worked_examples(find_bench_file("questions", "examples.jsonl"), 4)
+    examples = read_worked_examples(find_bench_file("questions", "choice_examples.jsonl"), 4)
     assert len({question.fingerprint for question in (*questions, *examples)}) == 36
     for question in (*questions, *examples):
         assert question.answer in list("ABCDE")

@@ -19,14 +19,13 @@ from mlxroute.cli.folders import (
 )
 from mlxroute.cli.setting_options import parse_budget
 from mlxroute.config import Settings
-from mlxroute.config.setting_choices import RouterName
+from mlxroute.config.setting_choices import BenchRouterName
 from mlxroute.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
-    from mlxroute.bench.quality import QualitySide
+    from mlxroute.bench.quality.sides import QualitySide
     from mlxroute.large import LargeModel
     from mlxroute.questions.question_files import Question
     from mlxroute.recorded.replies import Replies
@@ -34,10 +33,14 @@ if TYPE_CHECKING:
     from mlxroute.small.mlp_head import MlpHead
     from mlxroute.types import Progress
 
-# A larger share of cut-off answers gives a warning.
-_CUT_OFF_SHARE: Final = 0.05
-# Columns of a bar for an accuracy of 100 %.
-_BAR_WIDTH: Final = 10
+# A cheap router, and baselines that every other one has to beat.
+_DEFAULT_ROUTERS: Final = (
+    BenchRouterName.ENTROPY,
+    BenchRouterName.RANDOM,
+    BenchRouterName.POSITION,
+    BenchRouterName.FIRST,
+    BenchRouterName.SENTENCE,
+)
 
 
 def quality(
@@ -58,8 +61,19 @@ def quality(
         ),
     ] = None,
     router: Annotated[
-        list[RouterName] | None,
-        typer.Option(help="Router to compare; repeatable. Default: entropy and random."),
+        list[BenchRouterName] | None,
+        typer.Option(
+            help="Router to measure; repeatable. Default: entropy, random, position, first and"
+            " sentence."
+        ),
+    ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Two sides to compare, such as "head 5%,small"; repeatable. Default: each routed'
+            " side with the best baseline of its budget.",
+            metavar="A,B",
+        ),
     ] = None,
     questions: Annotated[
         int, typer.Option(help="Maximum number of questions, sampled at random.", min=1)
@@ -79,8 +93,10 @@ def quality(
 
     An interrupted run continues where it stopped.
     """
+    from mlxroute.bench.quality.sides import BUDGETS, make_sides
     from mlxroute.cli.bench_report import check_plot_option, check_save_option, write_report
     from mlxroute.cli.large_setup import make_large, require_large
+    from mlxroute.cli.quality_tables import print_quality
     from mlxroute.cli.routing import head_file
     from mlxroute.cli.small_setup import small_name
     from mlxroute.cli.terminal import make_consoles
@@ -90,14 +106,16 @@ def quality(
     check_plot_option(plot)
     check_save_option(save)
     file = data or find_bench_file("questions", "everyday.jsonl")
-    routers = [name.value for name in router or (RouterName.ENTROPY, RouterName.RANDOM)]
-    if RouterName.HEAD in routers or settings.head is not None:
+    routers = [name.value for name in dict.fromkeys(router or _DEFAULT_ROUTERS)]
+    if BenchRouterName.HEAD in routers or settings.head is not None:
         head_file(small_name(settings), settings.head)
+    sides = make_sides(routers, dict.fromkeys(budget or BUDGETS))
+    sampled = _read_questions(file, questions)
     run = _QualityRun(
-        questions=_read_questions(file, questions),
-        examples=_read_examples(examples, shots, is_builtin=data is None),
-        routers=routers,
-        budgets=budget,
+        questions=sampled,
+        examples=_read_examples(examples, shots, sampled),
+        sides=sides,
+        compare=[_parse_comparison(text, sides) for text in compare or ()],
         chats=chats,
         at_once=at_once,
         oracles=oracles,
@@ -128,13 +146,25 @@ def _read_questions(file: Path, count: int) -> list[Question]:
     return questions
 
 
-def _read_examples(file: Path | None, count: int, *, is_builtin: bool) -> list[Question]:
-    """Return the worked examples of a file; built-in questions have built-in ones by default."""
+def _read_examples(file: Path | None, count: int, questions: list[Question]) -> list[Question]:
+    """Return the worked examples of a file, by default the built-in ones for such questions."""
+    from mlxroute.questions.prompt_form import choose_examples_file
     from mlxroute.questions.question_files import read_worked_examples
 
-    if file is None and is_builtin:
-        file = find_bench_file("questions", "examples.jsonl")
+    if file is None and (name := choose_examples_file(questions)) is not None:
+        file = find_bench_file("questions", name)
     return read_worked_examples(file, count)
+
+
+def _parse_comparison(text: str, sides: list[QualitySide]) -> tuple[str, str]:
+    """Return the names of two sides that are separated by a comma."""
+    names = [side.name for side in sides]
+    first, _, second = (part.strip() for part in text.partition(","))
+    if first not in names or second not in names:
+        raise UsageError(
+            f"--compare {text}: name two sides, separated by a comma, of {', '.join(names)}"
+        )
+    return first, second
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +174,8 @@ class _QualityRun:
     Args:
         questions: Questions to answer.
         examples: Worked examples before each question.
-        routers: Names of the routers to compare.
-        budgets: Budgets of each router; None for the default ones.
+        sides: Each model alone, and each router with each budget.
+        compare: Names of sides to compare; empty for the default pairs.
         chats: Number of questions that are answered at a time.
         at_once: Maximum number of calls in flight.
         oracles: Whether to add upper bounds from oracle routers.
@@ -153,8 +183,8 @@ class _QualityRun:
 
     questions: list[Question]
     examples: list[Question]
-    routers: list[str]
-    budgets: list[float] | None
+    sides: list[QualitySide]
+    compare: list[tuple[str, str]]
     chats: int
     at_once: int
     oracles: bool
@@ -183,18 +213,13 @@ class _QualityRun:
         large_name: str,
         err: Console,
     ) -> dict[str, Any]:
-        from mlxroute.bench.quality import (
-            BUDGETS,
-            QualityResults,
-            bench_quality,
-            make_sides,
-            measure_step_s,
-        )
+        from mlxroute.bench.quality.graded_answers import QualityResults
+        from mlxroute.bench.quality.question_runs import bench_quality, measure_step_s
         from mlxroute.cli.progress import count_progress
         from mlxroute.cli.routing import DEFAULT_ROUTER, HEAD_ROUTER, find_ranks
 
-        sides = make_sides(self.routers, self.budgets or BUDGETS)
-        router = HEAD_ROUTER if HEAD_ROUTER in self.routers else DEFAULT_ROUTER
+        has_head = any(side.router == HEAD_ROUTER for side in self.sides)
+        router = HEAD_ROUTER if has_head else DEFAULT_ROUTER
         ranks = find_ranks(small, router, settings.head)
         check_unseen(small.head, self.questions)
         with count_progress(err) as progress:
@@ -202,7 +227,8 @@ class _QualityRun:
                 small,
                 replies,
                 self.questions,
-                sides=sides,
+                sides=self.sides,
+                compare=self.compare,
                 examples=self.examples,
                 ranks=ranks,
                 max_tokens=settings.max_tokens,
@@ -213,7 +239,7 @@ class _QualityRun:
                 progress=progress,
             )
             if self.oracles:
-                report["oracles"] = self._bounds(settings, small, replies, sides, progress)
+                report["oracles"] = self._bounds(settings, small, replies, progress)
         return report
 
     def _bounds(
@@ -221,12 +247,11 @@ class _QualityRun:
         settings: Settings,
         small: SmallModel,
         replies: Replies,
-        sides: list[QualitySide],
         progress: Progress,
     ) -> dict[str, Any]:
         """Return the accuracy of each oracle router within the budgets of the run."""
-        from mlxroute.bench.oracles import compute_oracles
-        from mlxroute.bench.quality import BUDGETS
+        from mlxroute.bench.quality.oracles import compute_oracles
+        from mlxroute.bench.quality.sides import BUDGETS
         from mlxroute.training.labels import collect_labels
 
         answers = collect_labels(
@@ -239,7 +264,7 @@ class _QualityRun:
             at_once=self.at_once,
             progress=progress,
         )
-        budgets = sorted({*BUDGETS, *(side.budget for side in sides if side.router)})
+        budgets = sorted({*BUDGETS, *(side.budget for side in self.sides if side.router)})
         return compute_oracles(answers, self.questions, budgets, small.head)
 
 
@@ -267,51 +292,3 @@ def check_unused_by_adapter(settings: Settings, questions: list[Question]) -> No
             " accuracy would be too high; use other questions",
             parameter="adapter",
         )
-
-
-def print_quality(report: dict[str, Any], err: Console) -> None:
-    """Print the report as a table, and a warning if many answers were cut off."""
-    err.print(_quality_table(report))
-    cut_off = max(side["reached_limit"] for side in report["sides"].values())
-    if cut_off > _CUT_OFF_SHARE * report["questions"]:
-        err.print(
-            f"up to {cut_off} of {report['questions']} answers of a side were cut off at"
-            f" {report['tokens']} tokens, and answers that are incomplete by then count as"
-            " wrong; raise --tokens",
-            style="yellow",
-        )
-
-
-def _quality_table(report: dict[str, Any]) -> Table:
-    from mlxroute.bench.quality import ORACLES
-    from mlxroute.cli.terminal import make_table
-
-    title = f"{report['questions']} questions, {report['examples']} worked examples"
-    columns = ("side", "strict", "lenient, 95 %", "x small", "p", "escalated", "calls", "")
-    table = make_table(*columns, title=title)
-    for name, side in report["sides"].items():
-        strict, lenient = side["strict"], side["lenient"]
-        low, high = lenient["interval"]
-        table.add_row(
-            name,
-            f"{strict['accuracy']:.1%}",
-            f"{lenient['accuracy']:.1%} ({100 * low:.0f}-{100 * high:.0f})",
-            f"{lenient['over_small']:.2f}" if lenient["over_small"] else "",
-            f"{lenient['p_against_small']:.2g}",
-            f"{side['escalation_rate']:.2%}",
-            str(side["calls"]),
-            "█" * round(_BAR_WIDTH * lenient["accuracy"]),
-        )
-    for name in ORACLES:
-        for point in report.get("oracles", {}).get(name, ()):
-            table.add_row(
-                f"{name.replace('_', ' ')} {point['budget']:g}",
-                "",
-                f"{point['accuracy']:.1%}",
-                "",
-                "",
-                f"{point['escalation_rate']:.2%}",
-                "",
-                "█" * round(_BAR_WIDTH * point["accuracy"]),
-            )
-    return table

@@ -11,7 +11,9 @@ import pytest
 
 from mlxroute import LargeModel
 from mlxroute.bench.delayed_server import DelayedServer
-from mlxroute.bench.quality import SMALL, QualityResults, QualitySide, bench_quality
+from mlxroute.bench.quality.graded_answers import QualityResults
+from mlxroute.bench.quality.question_runs import bench_quality
+from mlxroute.bench.quality.sides import SMALL, QualitySide
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.questions.question_files import Question, question_messages, read_questions
 from mlxroute.recorded.replies import Replies

@@ -7,124 +7,36 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
-from mlxroute.bench.significance import mcnemar_p, wilson_interval
+from mlxroute.bench.quality.baselines import (
+    POSITION_ROUTERS,
+    BaselineRouter,
+    QualityRouter,
+    make_quality_router,
+)
+from mlxroute.bench.quality.comparisons import compare_sides, pair_with_best_baseline
+from mlxroute.bench.quality.graded_answers import QualityResults, QualityRow
+from mlxroute.bench.quality.side_figures import side_figures
+from mlxroute.bench.quality.sides import SMALL, QualitySide
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.engine import generate
-from mlxroute.engine.protocols import SmallProtocol
 from mlxroute.questions.grading import grade
+from mlxroute.questions.prompt_form import describe_form
 from mlxroute.questions.question_files import Question, question_messages
 from mlxroute.recorded.large_answers import PlaceholderSmall
 from mlxroute.recorded.replies import Replies
-from mlxroute.recorded.row_file import append_records, read_records
-from mlxroute.routers import Budget, Router, make_router
-from mlxroute.serving.concurrent_answers import ConcurrentAnswers
+from mlxroute.routers import Budget, make_router
+from mlxroute.serving.concurrent_answers import AnswerRow, ConcurrentAnswers
 from mlxroute.small import SmallModel
 from mlxroute.types import Message, Mode, Progress, Source, no_progress
 from mlxroute.types.limits import MAX_PREFETCH
 
-BUDGETS: Final = (0.01, 0.03, 0.05, 0.07, 0.10, 0.15, 0.30)
-# Names of the upper bounds that `oracles` adds to a report.
-ORACLES: Final = ("disagreements", "critical_first")
 _TIMEOUT_S: Final = 600.0
 _TIMED_STEPS: Final = 5
-
-
-@dataclass(frozen=True, slots=True)
-class QualitySide:
-    """One model alone (no `router`), or both with a router and a budget."""
-
-    name: str
-    router: str | None = None
-    budget: float = 0.0
-
-    @property
-    def is_large(self) -> bool:
-        """Whether the large model answers alone."""
-        return self.name == LARGE.name
-
-
-SMALL: Final = QualitySide("small")
-LARGE: Final = QualitySide("large")
-
-
-@dataclass(frozen=True, slots=True)
-class QualityRow:
-    """One graded answer; the `scores` of its positions restore the budget's state after it."""
-
-    question: str
-    text: str
-    strict: bool | None
-    lenient: bool | None
-    tokens: int
-    escalated: int
-    agreed: int
-    unchecked: int
-    calls: int
-    uploaded_tokens: int
-    seconds: float
-    scores: tuple[float, ...]
-
-
-class QualityResults:
-    """A file of graded answers, from which an interrupted run continues."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._rows = dict(read_records(path, _keyed_row))
-
-    def find(self, key: str) -> QualityRow | None:
-        """Return the answer saved under a key; None if there is none."""
-        return self._rows.get(key)
-
-    def add(self, key: str, row: QualityRow) -> None:
-        """Save an answer."""
-        self._rows[key] = row
-        append_records(self._path, [{"key": key, "row": _row_to_json(row)}])
-
-
-def _row_to_json(row: QualityRow) -> dict[str, Any]:
-    """Return a row as in the file; the keys are part of the file format."""
-    return {
-        "question": row.question,
-        "text": row.text,
-        "strict": row.strict,
-        "lenient": row.lenient,
-        "tokens": row.tokens,
-        "escalated": row.escalated,
-        "agreed": row.agreed,
-        "unchecked": row.unchecked,
-        "calls": row.calls,
-        "uploaded_tokens": row.uploaded_tokens,
-        "seconds": row.seconds,
-        "scores": row.scores,
-    }
-
-
-def _keyed_row(item: Any) -> tuple[str, QualityRow]:
-    return str(item["key"]), _row_from_json(item["row"])
-
-
-def _row_from_json(item: Mapping[str, Any]) -> QualityRow:
-    return QualityRow(
-        question=item["question"],
-        text=item["text"],
-        strict=item["strict"],
-        lenient=item["lenient"],
-        tokens=item["tokens"],
-        escalated=item["escalated"],
-        agreed=item["agreed"],
-        unchecked=item["unchecked"],
-        calls=item["calls"],
-        uploaded_tokens=item["uploaded_tokens"],
-        seconds=item["seconds"],
-        scores=tuple(item["scores"]),
-    )
 
 
 def measure_step_s(small: SmallModel, question: Question) -> float:
@@ -138,16 +50,6 @@ def measure_step_s(small: SmallModel, question: Question) -> float:
     return statistics.median(times_s)
 
 
-def make_sides(routers: Iterable[str], budgets: Iterable[float]) -> list[QualitySide]:
-    """Return both models alone, and each router with each budget."""
-    routed = [
-        QualitySide(f"{router} {100 * budget:g}%", router, budget)
-        for router in routers
-        for budget in budgets
-    ]
-    return [SMALL, LARGE, *routed]
-
-
 def bench_quality(  # noqa: PLR0913 - all of these are settings of one run
     small: SmallModel,
     replies: Replies,
@@ -159,6 +61,7 @@ def bench_quality(  # noqa: PLR0913 - all of these are settings of one run
     max_tokens: int,
     step_s: float,
     results: QualityResults,
+    compare: Sequence[tuple[str, str]] = (),
     chats: int = 1,
     accept_within: float = 0.0,
     progress: Progress = no_progress,
@@ -168,7 +71,8 @@ def bench_quality(  # noqa: PLR0913 - all of these are settings of one run
     `chats` questions are answered at a time, by all sides, in one batch. Question i belongs to chat
     i modulo `chats`; within a chat, a budget carries over to the next question. The reported
     seconds are computed, as if each answer were written alone: `step_s` for each token plus the
-    time of its calls, without the prompt.
+    time of its calls, without the prompt. `compare` names pairs of sides to compare; by default,
+    each routed side is compared with the best baseline of its budget.
     """
     bench = _QualityBench(
         small, replies, examples, ranks, max_tokens, step_s, results, accept_within
@@ -179,13 +83,15 @@ def bench_quality(  # noqa: PLR0913 - all of these are settings of one run
         "large": replies.model_name,
         "questions": len(questions),
         "examples": len(examples),
+        "form": describe_form(questions, examples),
         "tokens": max_tokens,
         "chats": chats,
         "accept_within": accept_within,
         "step_s": round(step_s, 5),
         "sides": {
-            side.name: _side_figures(side, rows, chats, max_tokens=max_tokens) for side in sides
+            side.name: side_figures(side, rows, chats, max_tokens=max_tokens) for side in sides
         },
+        "comparisons": compare_sides(compare or pair_with_best_baseline(sides, rows), rows),
     }
 
 
@@ -196,7 +102,7 @@ class _Task:
     side: QualitySide
     question: Question
     conversation: list[Message]
-    router: Router
+    router: QualityRouter
     key: str
 
 
@@ -236,13 +142,13 @@ class _QualityBench:
             progress("questions", begin + len(group), len(questions))
         return rows
 
-    def new_router(self, side: QualitySide) -> Router:
+    def new_router(self, side: QualitySide) -> QualityRouter:
         """Return a side's router in its state before the first question."""
         if side.router is None:
             return make_router("entropy", threshold=-math.inf if side.is_large else math.inf)
-        return make_router(side.router, budget=side.budget, quantiles=self.ranks[side.router])
+        return make_quality_router(side.router, side.budget, self.ranks[side.router])
 
-    def new_task(self, side: QualitySide, question: Question, router: Router) -> _Task:
+    def new_task(self, side: QualitySide, question: Question, router: QualityRouter) -> _Task:
         """Return the task of answering a question with the router in its present state."""
         conversation = question_messages(question, self.examples)
         key = self._key(side, conversation, router)
@@ -269,10 +175,14 @@ class _QualityBench:
             rows.append(row)
         return rows
 
-    def _key(self, side: QualitySide, conversation: Sequence[Message], router: Router) -> str:
+    def _key(
+        self, side: QualitySide, conversation: Sequence[Message], router: QualityRouter
+    ) -> str:
         """Return the key of an answer: a hash of all that it depends on."""
         models = [self.small.name, self.replies.model_name]
-        ranks = self.ranks[side.router] if side.router else ()
+        # Baselines and single models have no calibrated scores.
+        uncalibrated = {None, *POSITION_ROUTERS}
+        ranks = () if side.router in uncalibrated else self.ranks[str(side.router)]
         # The answer of one model alone does not depend on its router's state.
         state = _budget_text(router) if side.router else ""
         parts: list[object] = [
@@ -288,12 +198,14 @@ class _QualityBench:
             parts.append(self.accept_within)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def _write_answer(self, task: _Task, small: SmallProtocol) -> QualityRow:
+    def _write_answer(self, task: _Task, row: AnswerRow) -> QualityRow:
         """Write and grade one answer."""
         side = task.side
         large = self.replies.new_view()
+        if isinstance(task.router, BaselineRouter):
+            task.router.begin_answer(row)
         answer = generate(
-            PlaceholderSmall(self.small) if side.is_large else small,
+            PlaceholderSmall(self.small) if side.is_large else row,
             None if side is SMALL else large,
             task.conversation,
             router=task.router,
@@ -329,7 +241,7 @@ class _QualityBench:
         )
 
 
-def _budget_text(router: Router) -> str:
+def _budget_text(router: QualityRouter) -> str:
     """Return a budget's state as text; the keys of saved answers depend on its exact form."""
     state = router.state
     assert isinstance(state, Budget)
@@ -338,61 +250,3 @@ def _budget_text(router: Router) -> str:
         f" purse={state.bucket!r}, recent={state.recent!r}, ordered={state.ordered!r},"
         f" seen={state.positions!r})"
     )
-
-
-def _side_figures(
-    side: QualitySide, rows: Mapping[str, Sequence[QualityRow]], chats: int, *, max_tokens: int
-) -> dict[str, Any]:
-    """Return the report of one side."""
-    own_rows, small_rows = rows[side.name], rows[SMALL.name]
-    tokens = sum(row.tokens for row in own_rows)
-    escalated = sum(row.escalated for row in own_rows)
-    agreed = sum(row.agreed for row in own_rows)
-    seconds = [row.seconds for row in own_rows]
-    return {
-        "router": side.router,
-        "budget": side.budget if side.router else None,
-        "strict": _accuracy([r.strict for r in own_rows], [r.strict for r in small_rows]),
-        "lenient": _accuracy([r.lenient for r in own_rows], [r.lenient for r in small_rows]),
-        "escalation_rate": round(escalated / tokens, 5) if tokens else 0.0,
-        "agreement": round(agreed / escalated, 4) if escalated and side.router else None,
-        "most_over_budget": _max_excess(own_rows, side.budget, chats) if side.router else None,
-        "tokens": tokens,
-        "reached_limit": sum(row.tokens >= max_tokens for row in own_rows),
-        "calls": sum(row.calls for row in own_rows),
-        "uploaded_tokens": sum(row.uploaded_tokens for row in own_rows),
-        "seconds_median": round(statistics.median(seconds), 3) if seconds else 0,
-    }
-
-
-def _max_excess(rows: Sequence[QualityRow], budget: float, chats: int) -> float:
-    """Return the greatest excess of escalations over the budget in consecutive answers of a chat.
-
-    This is a maximum-subarray sum (Kadane's algorithm). The token bucket bounds it by its burst.
-    """
-    largest = 0.0
-    for chat in range(chats):
-        excess = 0.0
-        for row in rows[chat::chats]:
-            excess = max(0.0, excess) + row.escalated - budget * row.tokens
-            largest = max(largest, excess)
-    return round(largest, 3)
-
-
-def _accuracy(marks: Sequence[bool | None], small_marks: Sequence[bool | None]) -> dict[str, Any]:
-    """Return the share of right answers and its comparison with the small model alone.
-
-    A text without an answer (None) counts as wrong and is counted in `no_answer`.
-    """
-    right, count = sum(mark is True for mark in marks), len(marks)
-    small_right = sum(mark is True for mark in small_marks)
-    low, high = wilson_interval(right, count)
-    pairs = [(own is True, small is True) for own, small in zip(marks, small_marks, strict=True)]
-    p_value = mcnemar_p(pairs.count((True, False)), pairs.count((False, True)))
-    return {
-        "accuracy": round(right / count, 4),
-        "interval": [round(low, 4), round(high, 4)],
-        "no_answer": sum(mark is None for mark in marks),
-        "over_small": round(right / small_right, 3) if small_right else None,
-        "p_against_small": float(f"{p_value:.3g}"),
-    }

@@ -1,0 +1,1 @@
+"""`bench quality`: answers of all sides, their figures, comparisons and upper bounds."""

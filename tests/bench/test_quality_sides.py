@@ -1,0 +1,291 @@
+"""`bench quality`: baselines, gaps, comparisons, tables and the form of the questions."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from rich.console import Console
+
+from mlxroute.bench.quality.baselines import POSITION_ROUTERS, BaselineRouter, starts_sentence
+from mlxroute.bench.quality.comparisons import compare_sides, pair_with_best_baseline
+from mlxroute.bench.quality.graded_answers import QualityRow
+from mlxroute.bench.quality.side_figures import side_figures
+from mlxroute.bench.quality.sides import LARGE, SMALL, QualitySide, make_sides
+from mlxroute.bench.significance import difference_interval, ratio_interval
+from mlxroute.cli import main
+from mlxroute.cli.quality_tables import print_quality
+from mlxroute.config.setting_choices import BenchRouterName, RouterName
+from mlxroute.questions.prompt_form import choose_examples_file, describe_form
+from mlxroute.questions.question_files import AnswerKind, Question
+from mlxroute.routers import BURST
+from mlxroute.serving.concurrent_answers import AnswerRow
+from mlxroute.types import Judgement
+from tests.support.fakes import signals
+
+_ROW = QualityRow("q", "", None, None, 10, 1, 0, 0, 1, 50, 0.5, ())
+
+
+class _TextRow:
+    """An answer's small model whose tokens are characters."""
+
+    vocabulary: Any
+
+    def __init__(self) -> None:
+        self.vocabulary = self
+        self.answer_ids: list[int] = []
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return chr(token_id).encode()
+
+
+def _escalated_places(name: str, budget: float, texts: list[str]) -> list[list[int]]:
+    """Return the escalated positions of answers whose tokens are characters."""
+    router = BaselineRouter(name, budget)
+    places: list[list[int]] = []
+    for text in texts:
+        row = _TextRow()
+        router.begin_answer(cast("AnswerRow", row))
+        places.append([])
+        for place, character in enumerate(text):
+            score = router.score(signals(ord(character)), router.state.positions)
+            judgement, router.state = router.state.decide(score)
+            if judgement is Judgement.ESCALATE:
+                places[-1].append(place)
+            row.answer_ids.append(ord(character))
+    return places
+
+
+def _rows(marks: str) -> list[QualityRow]:
+    """Return answers: `1` is right, `0` wrong, `-` no answer."""
+    values = {"1": True, "0": False, "-": None}
+    return [replace(_ROW, strict=values[mark], lenient=values[mark]) for mark in marks]
+
+
+def test_every_router_can_be_measured() -> None:
+    assert {name.value for name in BenchRouterName} == {
+        *(name.value for name in RouterName),
+        *POSITION_ROUTERS,
+    }
+
+
+def test_position_escalates_the_first_position_alone() -> None:
+    places = _escalated_places("position", 0.5, ["x" * 20] * 40)
+    assert {place for answer in places for place in answer} == {0}
+    # The budget allows more than one token an answer.
+    assert sum(map(len, places)) == 40
+
+
+def test_position_stays_within_the_budget() -> None:
+    places = _escalated_places("position", 0.02, ["x" * 20] * 100)
+    assert {place for answer in places for place in answer} == {0}
+    assert 30 <= sum(map(len, places)) <= 0.02 * 2000 + BURST
+
+
+def test_first_escalates_the_first_positions_that_the_budget_allows() -> None:
+    places = _escalated_places("first", 0.2, ["x" * 20] * 60)
+    assert all(answer == list(range(len(answer))) for answer in places[20:])
+    assert statistics.fmean(map(len, places)) == pytest.approx(4, abs=0.5)
+    assert {len(answer) for answer in places[20:]} <= {3, 4, 5}
+
+
+def test_sentence_escalates_the_first_token_of_every_sentence() -> None:
+    places = _escalated_places("sentence", 0.5, ["Yes. It is 3.5 m. (So!) Why?\nOh"] * 3)
+    # A character is a token: a space before a word is a token of its own here.
+    assert places[-1] == [0, 5, 18, 24, 29]
+
+
+@pytest.mark.parametrize(
+    ("text", "token", "is_start"),
+    [
+        ("", "The", True),
+        ("", "\n", True),
+        ("Yes.", " It", True),
+        ("Yes. ", "It", True),
+        ('"Yes."', " It", True),
+        ("Yes", ".", False),
+        ("Yes.", " ", False),
+        ("Yes.", "", False),
+        ("It is 3.", "5", False),
+        ("Yes", " it", False),
+        ("Yes", "\nIt", True),
+        ("- tea\n", "- milk", True),
+    ],
+)
+def test_starts_of_sentences(text: str, token: str, is_start: bool) -> None:
+    assert starts_sentence(text, token) is is_start
+
+
+def test_the_gap_recovered_lies_between_the_models_alone() -> None:
+    rows = {
+        "small": _rows("1" * 20 + "0" * 80),
+        "large": _rows("1" * 70 + "0" * 30),
+        "head 5%": _rows("1" * 45 + "-" * 55),
+    }
+    side = QualitySide("head 5%", "head", 0.05)
+    figures = side_figures(side, rows, 1, max_tokens=20)
+    assert figures["lenient"]["gap_recovered"] == 0.5
+    low, high = figures["lenient"]["gap_interval"]
+    assert 0.3 < low < 0.5 < high < 0.7
+    assert figures["lenient"]["no_answer"] == 55
+    assert figures["large_tokens_per_question"] == 1
+    ends = [
+        side_figures(end, rows, 1, max_tokens=20)["lenient"]["gap_recovered"]
+        for end in (SMALL, LARGE)
+    ]
+    assert ends == [0, 1]
+
+
+@pytest.mark.parametrize("large", ["1100", "1000", "1110"])
+def test_a_gap_that_may_be_none_has_no_interval(large: str) -> None:
+    rows = {"small": _rows("1100"), "large": _rows(large), "head 5%": _rows("1110")}
+    side = QualitySide("head 5%", "head", 0.05)
+    figures = side_figures(side, rows, 1, max_tokens=20)["lenient"]
+    assert figures["gap_interval"] is None
+    assert figures["gap_recovered"] == (1.0 if large == "1110" else None)
+
+
+def test_a_side_without_the_models_alone_has_no_comparisons() -> None:
+    side = QualitySide("head 5%", "head", 0.05)
+    figures = side_figures(side, {side.name: _rows("1100")}, 1, max_tokens=20)["lenient"]
+    assert figures["accuracy"] == 0.5
+    for name in ("over_small", "p_against_small", "gap_recovered", "gap_interval"):
+        assert figures[name] is None
+
+
+def test_the_interval_of_a_ratio_holds_it_in_95_of_100_samples() -> None:
+    draw = random.Random(1)
+    held = 0
+    for _ in range(400):
+        pairs = [(draw.random() < 0.2, draw.random() < 0.6, draw.random()) for _ in range(200)]
+        gaps = [float(large) - float(small) for small, large, _ in pairs]
+        gains = [
+            gap if chance < 0.5 else 0.0 for gap, (_, _, chance) in zip(gaps, pairs, strict=True)
+        ]
+        interval = ratio_interval(gains, gaps)
+        assert interval is not None
+        held += interval[0] <= 0.5 <= interval[1]
+    assert 0.92 <= held / 400 <= 0.98
+
+
+def test_intervals_of_ratios_and_differences_have_known_values() -> None:
+    # Fieller's interval of a constant ratio is that ratio.
+    assert ratio_interval([1, 2, 3], [2, 4, 6]) == pytest.approx((0.5, 0.5))
+    assert ratio_interval([1.0], [1.0]) is None
+    # 0.1 +- 1.96 sqrt((0.3 - 0.01) / 100)
+    assert difference_interval(20, 10, 100) == pytest.approx((-0.00555, 0.20555), abs=1e-5)
+
+
+def test_two_sides_are_compared_on_the_same_questions() -> None:
+    rows = {"a": _rows("111111110"), "b": _rows("0000001-1")}
+    (item,) = compare_sides([("a", "b")], rows)
+    assert (item["first"], item["second"]) == ("a", "b")
+    for kind in ("strict", "lenient"):
+        assert (item[kind]["only_first"], item[kind]["only_second"]) == (7, 1)
+        assert item[kind]["p"] == pytest.approx(18 / 256, abs=1e-4)
+        assert item[kind]["difference"] == pytest.approx(6 / 9, abs=1e-4)
+    (reverse,) = compare_sides([("b", "a")], rows)
+    assert reverse["lenient"]["difference"] == -item["lenient"]["difference"]
+
+
+def test_every_side_is_compared_with_the_best_baseline_of_its_budget() -> None:
+    sides = make_sides(["head", "entropy", "first", "random"], [0.05, 0.07])
+    marks = {
+        "small": "0000",
+        "large": "1111",
+        "head 5%": "1110",
+        "entropy 5%": "1100",
+        "first 5%": "1000",
+        "random 5%": "0000",
+        "head 7%": "1110",
+        "entropy 7%": "1000",
+        "first 7%": "1110",
+        "random 7%": "0000",
+    }
+    rows = {name: _rows(text) for name, text in marks.items()}
+    assert pair_with_best_baseline(sides, rows) == [
+        ("head 5%", "entropy 5%"),
+        ("head 7%", "first 7%"),
+        ("entropy 5%", "first 5%"),
+        ("entropy 7%", "first 7%"),
+    ]
+    assert pair_with_best_baseline(make_sides(["head"], [0.05]), rows) == []
+
+
+def _report(large: str) -> dict[str, Any]:
+    sides = make_sides(["head", "first"], [0.05])
+    marks = {"small": "0000100000", "large": large, "head 5%": "1111110000", "first 5%": "1" * 10}
+    rows = {name: _rows(text) for name, text in marks.items()}
+    return {
+        "questions": 10,
+        "form": "2 worked examples as earlier turns, such as: So (A).",
+        "tokens": 20,
+        "sides": {side.name: side_figures(side, rows, 1, max_tokens=20) for side in sides},
+        "comparisons": compare_sides(pair_with_best_baseline(sides, rows), rows),
+        "oracles": {"gold": [{"budget": 0.05, "accuracy": 0.9, "large_tokens_per_question": 0.3}]},
+    }
+
+
+def _shown(report: dict[str, Any]) -> list[str]:
+    text = StringIO()
+    print_quality(report, Console(file=text, width=200))
+    return [" ".join(line.split()) for line in text.getvalue().splitlines()]
+
+
+def test_the_tables_name_form_costs_and_pairs() -> None:
+    lines = _shown(_report("1111101111"))
+    assert lines[0] == "10 questions, 2 worked examples as earlier turns, such as: So (A)."
+    assert lines[1] == (
+        "side strict in form lenient, 95 % gap recovered, 95 % large tokens calls uploaded seconds"
+    )
+    assert "large 90.0% 100% 90.0% (60 to 98) 1.00 1.00 50 0.5" in lines
+    assert any(line.startswith("head 5% 60.0% 100% 60.0% (31 to 83) 62.5% (") for line in lines)
+    assert "oracle, gold (luck) 5% 90.0% 0.30" in lines
+    assert "head 5% first 5% 0 4 -40.0% (-70 to -10) 0.12" in lines
+    assert not any("strict marks say little" in line for line in lines)
+
+
+def test_answers_of_the_large_model_in_another_form_give_a_warning() -> None:
+    lines = _shown(_report("111110----"))
+    assert any("the large model gave 6 of 10 answers in the requested form" in x for x in lines)
+
+
+def test_worked_examples_are_chosen_by_the_kind_of_the_questions() -> None:
+    choice = Question("c", "?", AnswerKind.CHOICE, "A", (("A", "tea"),), instruction="Explain.")
+    number = Question("n", "?", AnswerKind.NUMBER, "3", instruction="Solve.")
+    assert choose_examples_file([choice, choice]) == "choice_examples.jsonl"
+    assert choose_examples_file([number]) == "number_examples.jsonl"
+    assert choose_examples_file([choice, number]) is None
+    # A prompt with a number as its answer says itself what is asked for.
+    assert choose_examples_file([replace(number, instruction="")]) is None
+    assert choose_examples_file([Question("t", "?")]) is None
+
+
+def test_the_form_is_described() -> None:
+    number = Question("n", "?", AnswerKind.NUMBER, "3", instruction="Solve.")
+    example = replace(number, worked_answer="So \\boxed{3}.")
+    assert describe_form([number], [example]) == (
+        "1 worked examples as earlier turns, such as: So \\boxed{3}."
+    )
+    assert describe_form([number, number], []) == "instruction: Solve."
+    assert describe_form([Question("t", "?")], []) == "the prompt alone"
+
+
+@pytest.mark.parametrize("pair", ["head 5%", "small,head 7%", "small,", "small;large"])
+def test_an_unknown_side_is_named(
+    pair: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "q.jsonl"
+    file.write_text(json.dumps({"prompt": "Why?", "answer": "so"}) + "\n")
+    arguments = ["bench", "quality", "--data", str(file), "--large", "http://127.0.0.1:9/v1"]
+    arguments += ["--router", "first", "--budget", "5%", "--compare", pair]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert f"--compare {pair}: name two sides" in " ".join(said.split())
+    assert "small, large, first 5%" in " ".join(said.split())
