@@ -18,7 +18,8 @@ MlxRouteError
     ├── LargeRefused          an error status, a redirect, or an error in the body
     ├── LargeUnrecorded       the ledger cannot be written, so nothing was sent
     └── LargeProtocolError    a reply that cannot be trusted as a token
-        └── LargeUnreadable     a reply that is no HTTP, no JSON object, or too long
+        ├── LargeUnreadable     a reply that is no HTTP, no JSON object, or too long
+        └── LargeNotContinued   a reply that does not go on with the answer
 """
 
 from __future__ import annotations
@@ -137,4 +138,11 @@ class LargeUnreadable(LargeProtocolError):
     """Raised for a reply that is no HTTP, no JSON object, or too long: nothing can be told of it.
 
     What is between client and server may have sent it, so it shows nothing about the server.
+    """
+
+
+class LargeNotContinued(LargeProtocolError):
+    """Raised for a reply that does not go on with the answer where it was asked to.
+
+    The server works, and may well go on with the answer at another position.
     """

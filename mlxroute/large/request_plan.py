@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from mlxroute.large.dialects import TEXT_ONLY_RUNG, StreamingDialect
+from mlxroute.large.dialects import StreamingDialect
 from mlxroute.large.negotiation.negotiator import NegotiatedDialect
 from mlxroute.large.reply import CompletionAnswer
 from mlxroute.large.vocabulary.reply_reader import ReadReply, read_all_tokens, read_first_token
@@ -47,7 +47,7 @@ class RequestPlanner:
 
     def plans(self, negotiated: NegotiatedDialect, *, prefetch: int) -> Iterator[RequestPlan]:
         """Yield plans in order; each is for the case that the one before gave no token."""
-        is_readable = negotiated.dialect.rung < TEXT_ONLY_RUNG
+        is_readable = negotiated.dialect.names_tokens
         if prefetch and is_readable and negotiated is not self._single_only:
             if self.can_stream(negotiated):
                 yield RequestPlan(prefetch + 1, read_all_tokens, streamed=True)

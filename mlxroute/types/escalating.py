@@ -112,8 +112,8 @@ class CallFailure:
     """The positions of an answer that the large model did not decide for one kind of reason.
 
     Args:
-        kind: The kind: `timeout`, `unreachable`, `status 401` and so on, `invalid reply`, `paused`,
-            `no time left` or `not recorded`.
+        kind: The kind: `timeout`, `unreachable`, `status 401` and so on, `invalid reply`, `not
+            continued`, `paused`, `no time left` or `not recorded`.
         reason: The text of the first error of this kind.
         count: Number of positions.
         was_called: Whether calls were made. False where earlier failures prevented them.

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from mlxroute.large.dialects import LADDER, Dialect, RequestOptions, get_dialect, prefer_ids
+from mlxroute.large.dialects.chat.framing import frame
 from mlxroute.large.prompt import Prompt, PromptForm
-from tests.support.prompt_forms import IDS, QUESTION, prompt_for
+from tests.support.prompt_forms import CHAT, IDS, QUESTION, prompt_for
 
 ANSWER_START: dict[str, Any] = {"role": "assistant", "content": "He"}
 SAMPLING = {"repetition_penalty": 1.0, "presence_penalty": 0, "frequency_penalty": 0}
@@ -98,6 +99,14 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "chat continuation (trailing turn, text only)": {
         "messages": [QUESTION, ANSWER_START],
         **LIMITS,
+        "model": "m",
+    },
+    "completion by example": {
+        "messages": list(frame(CHAT).messages),
+        **LIMITS,
+        # What the reply repeats, and a few more to recognise where it ends.
+        "max_tokens": 6,
+        **LOGPROBS,
         "model": "m",
     },
 }

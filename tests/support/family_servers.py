@@ -10,7 +10,10 @@ import codecs
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from mlxroute.large.dialects.chat.framing import Framing
+from mlxroute.large.negotiation.continuation_questions import CONTINUATIONS, FINISHED
 from mlxroute.types import Message
+from tests.support.example_chat import read_question
 from tests.support.loopback import Reply, Request
 from tests.support.vocabularies import BYTE_CHARACTERS, END_ID, TableTokenizer, TableVocabulary
 
@@ -28,6 +31,8 @@ _KNOWN: Final = (
     "café " * 10,
     "Red",
     "Sure! Here you are: one, two, three.",
+    *(question.text + question.expected for _, question in CONTINUATIONS),
+    FINISHED.text,
 )
 
 Ids = tuple[int, ...]
@@ -117,6 +122,7 @@ class FamilyServer:
             "echoing chat": {"/v1/chat/completions": self._echoing},
             "mistral": {"/v1/chat/completions": self._mistral},
             "closing chat": {"/v1/chat/completions": self._closing},
+            "chat by example": {"/v1/chat/completions": self._by_example},
             "nothing": {},
         }
 
@@ -358,11 +364,25 @@ class FamilyServer:
     def _closing(self, path: str, body: Json) -> Json:
         return self._chat(path, body, continues=False)
 
+    def _by_example(self, path: str, body: Json) -> Json:
+        _only(body, "model messages max_tokens temperature logprobs top_logprobs")
+        question = read_question(body["messages"])
+        if question is None:
+            return self._closing(path, body)
+        turns, answer, part = question
+        # Real vocabularies have longer tokens than this one.
+        count = body["max_tokens"] - Framing((), part).repeated_tokens
+        rest = self._write(path, self._tokenizer.render(turns) + answer, count)
+        return self._chat_reply(body, (*self._vocabulary.encode(part), *rest))
+
     def _chat(self, path: str, body: Json, *, continues: bool) -> Json:
         messages, begun = body["messages"], ""
         if continues:
             messages, begun = messages[:-1], messages[-1]["content"]
         ids = self._write(path, self._tokenizer.render(messages) + begun, body["max_tokens"])
+        return self._chat_reply(body, ids)
+
+    def _chat_reply(self, body: Json, ids: Ids) -> Json:
         text_ids = [i for i in ids if i != END_ID]
         content = [
             {**top[0], "top_logprobs": top}

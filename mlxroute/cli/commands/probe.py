@@ -20,6 +20,7 @@ _RUNGS = {
     2: "text in, ids or bytes out",
     3: "continued chat turn",
     4: "text only, no logprobs",
+    5: "chat that goes on by example; approximate, not the model's own greedy answer",
 }
 _MARKS = {True: "yes", False: "no", None: "?"}
 
@@ -62,7 +63,7 @@ def _print_verdict(out: Console, verdict: Verdict, *, name: str) -> None:
     length = verdict.context_length
     facts = {
         "model": name,
-        "protocol": f"{verdict.dialect}: rung {verdict.rung} of 4, {_RUNGS[verdict.rung]}",
+        "protocol": f"{verdict.dialect}: rung {verdict.rung} of 5, {_RUNGS[verdict.rung]}",
         "tokenizer": verdict.token_source or "unknown",
         "context": "unknown" if length is None else f"{length:,} tokens",
         "one token": f"p50 {verdict.latency_p50_s * 1e3:,.0f} ms,"

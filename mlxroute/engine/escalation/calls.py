@@ -11,7 +11,13 @@ from mlxroute.engine.experience import Experience
 from mlxroute.engine.governor import Governor
 from mlxroute.engine.machine_load import other_busy_core_s
 from mlxroute.engine.protocols import LargeProtocol, PendingCallProtocol
-from mlxroute.errors import LargeError, LargeTimeout, LargeUnavailable, LargeUnrecorded
+from mlxroute.errors import (
+    LargeError,
+    LargeNotContinued,
+    LargeTimeout,
+    LargeUnavailable,
+    LargeUnrecorded,
+)
 from mlxroute.types import LargeContext, LargeToken, Mode, Uploads
 
 # The engine waits this much longer, since the large model's own error at the deadline is better.
@@ -190,7 +196,7 @@ class AnswerCalls:
                 raise LargeTimeout(f"no answer from the large model in {latency_s:.3g} s")
             tokens = call.pending.result()
         except LargeError as exc:
-            if not isinstance(exc, LargeUnavailable | LargeUnrecorded):
+            if not isinstance(exc, LargeUnavailable | LargeUnrecorded | LargeNotContinued):
                 self._charge(call, lost_s=latency_s)
             return CallOutcome((), exc, latency_s)
         self._charge(call, lost_s=tokens[0].lost_s if tokens and not call.is_joined else 0.0)

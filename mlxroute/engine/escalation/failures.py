@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from mlxroute.errors import (
     LargeError,
+    LargeNotContinued,
     LargeProtocolError,
     LargeRefused,
     LargeTimeout,
@@ -33,6 +34,7 @@ _KINDS: tuple[tuple[type[LargeError], str], ...] = (
     (AllowanceUsed, "no time left"),
     (LargeUnavailable, "paused"),
     (LargeUnrecorded, "not recorded"),
+    (LargeNotContinued, "not continued"),
     (LargeProtocolError, "invalid reply"),
 )
 

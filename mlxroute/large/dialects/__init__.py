@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from mlxroute.large.dialects.base import (
-    TEXT_ONLY_RUNG,
-    Dialect,
-    RequestOptions,
-    StreamingDialect,
-)
+from mlxroute.large.dialects.base import Dialect, RequestOptions, StreamingDialect
 from mlxroute.large.dialects.chat.chat_continuation import ChatContinuation, ContinuationMethod
+from mlxroute.large.dialects.chat.example_completion import ExampleCompletion
 from mlxroute.large.dialects.chat.fielded_dialect import FieldedDialect
 from mlxroute.large.dialects.completions import PlainCompletions
 from mlxroute.large.dialects.llama_server import LlamaServer
@@ -35,6 +31,7 @@ LADDER: Final[tuple[Dialect, ...]] = (
     PlainCompletions(logprobs=False),
     ChatContinuation(ContinuationMethod.PREFIX, echoes=True, logprobs=False),
     ChatContinuation(ContinuationMethod.TRAILING, logprobs=False),
+    ExampleCompletion(),
 )
 """Every dialect, the best rung first; within a rung, native routes first."""
 
@@ -59,7 +56,6 @@ def prefer_ids(dialect: Dialect) -> Dialect:
 
 __all__ = [
     "LADDER",
-    "TEXT_ONLY_RUNG",
     "Dialect",
     "FieldedDialect",
     "RequestOptions",

@@ -12,8 +12,6 @@ from mlxroute.large.reply import Completion
 
 NO_THINKING: Final = {"chat_template_kwargs": {"enable_thinking": False}}
 """Turns off reasoning in chat templates that have the switch; other templates ignore it."""
-TEXT_ONLY_RUNG: Final = 4
-"""The rung of dialects that give the text of a reply but not its tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +40,8 @@ class Dialect(ABC):
     """Unique name, shown to users."""
 
     rung: int
-    """1: ids in and out. 2: text in, ids or bytes out. 3: continued chat turn. 4: text only."""
+    """1: ids in and out. 2: text in, ids or bytes out. 3: continued chat turn. 4: text only.
+    5: a new chat turn that goes on by worked examples."""
 
     form: PromptForm
 
@@ -53,6 +52,9 @@ class Dialect(ABC):
 
     names_model: bool = True
     """Whether requests name the model even if the server has only one."""
+
+    names_tokens: bool = True
+    """Whether replies can be divided into tokens; False where they are text alone."""
 
     is_approximate: bool = False
     """Whether the tokens may differ from those that the model itself would write."""

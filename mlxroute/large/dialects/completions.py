@@ -38,6 +38,7 @@ class PlainCompletions(Dialect):
         self._logprobs = logprobs
         self.name = "OpenAI completions" if logprobs else "OpenAI completions, text only"
         self.rung = 2 if logprobs else 4
+        self.names_tokens = logprobs
 
     def request(self, prompt: Prompt, options: RequestOptions) -> dict[str, object]:
         """Ask for greedy tokens."""

@@ -10,6 +10,7 @@ from typing import Final
 
 from mlxroute.errors import (
     LargeError,
+    LargeNotContinued,
     LargeProtocolError,
     LargeRefused,
     LargeUnavailable,
@@ -25,6 +26,8 @@ _MAX_RETRY_AFTER_S: Final = 3600.0
 _ACCESS_STATUSES: Final = (401, 402, 403)
 # A wrong model or address; or a route, where another dialect may help.
 _NOT_FOUND: Final = 404
+# Errors that show no fault of the server.
+_NO_FAILURES: Final = (LargeUnavailable, LargeUnrecorded, LargeNotContinued)
 
 
 class CircuitBreaker:
@@ -58,7 +61,7 @@ class CircuitBreaker:
             yield
         except LargeError as exc:
             misfit = fragment and isinstance(exc, LargeProtocolError)
-            if not (misfit or isinstance(exc, LargeUnavailable | LargeUnrecorded)):
+            if not (misfit or isinstance(exc, _NO_FAILURES)):
                 with self._lock:
                     self._record_failure(exc, is_probe=is_probe)
             raise

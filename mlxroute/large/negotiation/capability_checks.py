@@ -8,17 +8,24 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
-from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused, LargeUnreadable
+from mlxroute.errors import (
+    LargeError,
+    LargeNotContinued,
+    LargeProtocolError,
+    LargeRefused,
+    LargeUnreadable,
+)
 from mlxroute.large.completion_request import (
     CompletionRequest,
     CompletionRequester,
     TokensNotReplayed,
 )
-from mlxroute.large.dialects import TEXT_ONLY_RUNG, Dialect
+from mlxroute.large.dialects import Dialect
 from mlxroute.large.dialects.chat.chat_reply import ModelThinks
 from mlxroute.large.dialects.chat.request_fields import names_field
 from mlxroute.large.http.deadline import NextDeadline
 from mlxroute.large.negotiation import probe_questions
+from mlxroute.large.negotiation.continuation_questions import CONTINUATIONS, FINISHED
 from mlxroute.large.negotiation.probe_questions import ProbeQuestion
 from mlxroute.large.negotiation.served_models import ModelName
 from mlxroute.large.negotiation.verdict_file import CapabilityCheck
@@ -39,6 +46,8 @@ _WRONG_FORM_STATUSES: Final = {400, 404, 405, 415, 422}
 _OK: Final = 200
 _ATTEMPTS: Final = 2
 _LOGPROB_TOLERANCE: Final = 1e-3
+# The share of continuations that a server needs right if it goes on by example.
+_MIN_SCORE: Final = 0.75
 _MAX_TOKENS_PER_CHARACTER: Final = 4
 
 
@@ -82,12 +91,44 @@ class CapabilityChecker:
 
     def check_all(self) -> tuple[CapabilityCheck, ...]:
         """Return the outcome of all checks; raise DialectRejected at the first that fails."""
+        if self._dialect.is_approximate:
+            return (*self._scored_checks(), self._check_logprobs(), self._check_prefix_cache())
         return (*self._required_checks(), self._check_prefix_cache())
+
+    def _scored_checks(self) -> tuple[CapabilityCheck, ...]:
+        """Check continuations of all kinds; raise DialectRejected if too few are right."""
+        checks = [self._check_place(name, question) for name, question in CONTINUATIONS]
+        checks.append(self._check_finished_answer())
+        right = sum(check.passed is True for check in checks)
+        score = f"{right} of {len(checks)} answers were continued as they go on"
+        if right < _MIN_SCORE * len(checks):
+            first = next(check for check in checks if not check.passed)
+            raise DialectRejected(f"only {score} ({first.name}: {first.detail})")
+        return (CapabilityCheck("score", True, score), *checks)
+
+    def _check_place(self, name: str, question: ProbeQuestion) -> CapabilityCheck:
+        """Check that the server goes on with an answer that ends at a place of one kind."""
+        text = self._continuation(self._prompt(question))
+        detail = f"{question.text[-8:]!r} + {text[:40]!r}" if text else "it did not go on"
+        return CapabilityCheck(name, _agrees(text, question.expected), detail)
+
+    def _check_finished_answer(self) -> CapabilityCheck:
+        """Check that the server adds nothing to an answer that is complete."""
+        name, prompt = "end of answer", self._prompt(FINISHED)
+        try:
+            position = self._ask(prompt, 1).positions[0]
+        except DialectRejected as exc:
+            if not isinstance(exc.error, LargeNotContinued):
+                raise
+            return CapabilityCheck(name, False, "it did not go on")
+        if self._reader.ends(position):
+            return CapabilityCheck(name, True, "said by finish reason")
+        return CapabilityCheck(name, False, f"it wrote {_quoted(position.token.text or '')}")
 
     def _required_checks(self) -> Iterator[CapabilityCheck]:
         yield self.check_mid_word()
         logprobs = self._check_logprobs()
-        if not logprobs.passed and self._dialect.rung < TEXT_ONLY_RUNG:
+        if not logprobs.passed and self._dialect.names_tokens:
             raise DialectRejected(f"logprobs: {logprobs.detail}")
         yield logprobs
         checks = [
@@ -254,14 +295,22 @@ class CapabilityChecker:
             return None
 
     def _continuation(self, prompt: Prompt) -> str:
-        """Return the next text, of the fewest tokens that end on a whole character."""
+        """Return the next text, of the fewest tokens that end on a whole character.
+
+        It is empty if the reply does not go on with the answer so far.
+        """
         for count in range(1, _MAX_TOKENS_PER_CHARACTER + 1):
-            answer = self._ask(prompt, count)
+            try:
+                answer = self._ask(prompt, count)
+            except DialectRejected as exc:
+                if not isinstance(exc.error, LargeNotContinued):
+                    raise
+                return ""
             data = [self._reader.text_bytes(position.token) for position in answer.positions]
             text = answer.completion.text
             if None not in data:
                 text = b"".join(part for part in data if part).decode(errors="replace")
-            if (text and REPLACEMENT not in text) or answer.completion.ends:
+            if (text and REPLACEMENT not in text) or answer.positions[-1].ends:
                 return text
         return ""
 
@@ -277,7 +326,7 @@ class CapabilityChecker:
         for _ in range(_ATTEMPTS):
             try:
                 return self._send(prompt, count)
-            except ModelThinks as exc:
+            except (ModelThinks, LargeNotContinued) as exc:
                 error: LargeError = exc
                 break
             except LargeProtocolError as exc:
@@ -309,7 +358,7 @@ def may_be_wrong_dialect(error: LargeError) -> bool:
         # Any dialect gets a 400 for a prompt that is too long.
         is_too_long = re.search(r"context|too long|maximum|exceed", str(error))
         return error.status in _WRONG_FORM_STATUSES and not is_too_long
-    is_unrelated = isinstance(error, LargeUnreadable | TokensNotReplayed)
+    is_unrelated = isinstance(error, LargeUnreadable | TokensNotReplayed | LargeNotContinued)
     return isinstance(error, LargeProtocolError) and not is_unrelated
 
 

@@ -170,6 +170,12 @@ def advise(rejected: Sequence[RejectedDialect]) -> str:
         return "nothing at this address completes text; does it end in the API's path, as in /v1?"
     if TOO_MUCH_THINKING in reasons:
         return f"{TOO_MUCH_THINKING}; choose a model that does not think"
+    if "were continued" in reasons[-1]:
+        return (
+            "the server only chats, and its model does not go on with begun answers by example:"
+            f" {reasons[-1]}; use a stronger model, or a server with /v1/completions (vLLM,"
+            " llama-server, mlx_lm.server)"
+        )
     if any("not continued" in reason for reason in reasons):
         return (
             "the server starts a new answer instead of continuing one (or its model cannot finish a"

@@ -15,6 +15,8 @@ from mlxroute.untrusted_text import MalformedText, TextFile, parse_json
 
 _FORMAT: Final = 1
 _MAX_BYTES: Final = 16 * 2**20
+APPROXIMATE_RUNG: Final = 5
+"""The rung whose tokens are those of a model that was asked to go on with an answer."""
 # Begins the name of a check that compared a small model's vocabulary, before its fingerprint.
 _COMPARISON: Final = "vocabulary "
 
@@ -45,7 +47,7 @@ class Verdict:
         model: The name of the model that was probed; None if neither the user nor the server named
             one.
         dialect: The name of the dialect.
-        rung: The exactness of the dialect, from 1 (best) to 4.
+        rung: The exactness of the dialect, from 1 (best) to 5.
         checks: The outcomes of its checks.
         rejected: The dialects that were rejected before it.
         token_source: The name of the source of token ids; None without one.
@@ -69,6 +71,11 @@ class Verdict:
     latency_p95_s: float
     requests: int
     shared_vocabularies: tuple[tuple[str, bool], ...] = ()
+
+    @property
+    def is_approximate(self) -> bool:
+        """Whether tokens may differ from those of the large model's own greedy answer."""
+        return self.rung >= APPROXIMATE_RUNG
 
     def is_shared(self, fingerprint: str) -> bool | None:
         """Return whether the vocabulary is the large model's; None if they were not compared."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from mlxroute.large import LargeModel
 from mlxroute.large.http import retry
 from mlxroute.large.negotiation.prober import NoUsableDialect, advise
 from mlxroute.large.negotiation.verdict_file import RejectedDialect, Verdict
+from tests.support.example_chat import read_question
 from tests.support.family_servers import VOCABULARY, FamilyServer, Ids, Json
 from tests.support.loopback import Loopback, Reply, Request
 from tests.support.vocabularies import TableTokenizer, context
@@ -89,6 +91,60 @@ def test_the_context_length_that_a_server_reports_is_in_the_verdict() -> None:
     verdict = probe(with_context_length)
     assert verdict.context_length == 2048
     assert outcomes(verdict)["prefix cache"] is True
+
+
+def test_a_server_that_only_chats_is_asked_by_example() -> None:
+    verdict = probe(FamilyServer("chat by example"))
+    assert (verdict.dialect, verdict.rung) == ("completion by example", 5)
+    assert verdict.is_approximate
+    score, *checks = verdict.checks
+    assert (score.name, score.passed) == ("score", True)
+    assert score.detail == "12 of 12 answers were continued as they go on"
+    assert all(check.passed for check in checks if check.name != "prefix cache")
+    assert "chat continuation (trailing turn)" in reasons(verdict)
+    assert verdict.requests <= 60
+
+
+def _chatty(path: str, body: Json, reply: Json) -> Json:
+    message = reply["choices"][0]["message"]
+    message["content"] = f"Sure, here is the rest: {message['content']}"
+    return reply
+
+
+def _repeating(path: str, body: Json, reply: Json) -> Json:
+    """Repeat the part that was asked for twice."""
+    if question := read_question(body["messages"]):
+        reply["choices"][0]["message"]["content"] = question[2] * 2
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_chatty, "only 0 of 12 answers were continued as they go on (inside a word: it did"),
+        (
+            _repeating,
+            "only 0 of 12 answers were continued as they go on (inside a word: 'igh scat'",
+        ),
+    ],
+)
+def test_a_model_that_does_not_go_on_by_example_is_refused(change: Any, reason: str) -> None:
+    with pytest.raises(NoUsableDialect) as caught:
+        probe(FamilyServer("chat by example", change_reply=change))
+    assert reasons(caught.value)["completion by example"].startswith(reason)
+    assert "only chats" in str(caught.value)
+
+
+def test_a_remembered_verdict_by_example_is_checked_with_one_question(tmp_path: Path) -> None:
+    answer = FamilyServer("chat by example")
+    with Loopback(answer) as server:
+        with LargeModel(server.url, verdicts=tmp_path / "verdicts.json") as large:
+            large.probe()
+        count = len(server.requests)
+        with LargeModel(server.url, verdicts=tmp_path / "verdicts.json") as again:
+            assert "(completion by example)" in again.connect()
+            assert again.is_approximate
+        assert len(server.requests) - count <= 4
 
 
 # Faults, each with the dialect that has to be rejected for it
@@ -185,7 +241,7 @@ def _closed(path: str, text: str) -> str:
 
 
 def test_a_chat_that_closes_the_turn_is_rejected_in_every_form() -> None:
-    with pytest.raises(NoUsableDialect, match="starts a new answer") as caught:
+    with pytest.raises(NoUsableDialect, match="the server only chats") as caught:
         probe(FamilyServer("chat by flags", change_prompt=_closed))
     assert "not continued (it wrote 'Sure')" in reasons(caught.value)["chat continuation (flags)"]
 

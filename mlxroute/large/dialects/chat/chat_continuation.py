@@ -51,6 +51,7 @@ class ChatContinuation(FieldedDialect):
         details = [method.value, *["echoing"] * echoes, *["text only"] * (not logprobs)]
         self.name = self.plain_name = f"chat continuation ({', '.join(details)})"
         self.rung = 3 if logprobs else 4
+        self.names_tokens = logprobs
         if method is ContinuationMethod.FLAGS:
             self.own_names = frozenset((*_FLAGS, *NO_THINKING))
         elif method is ContinuationMethod.PREFIX:

@@ -1,0 +1,66 @@
+"""`/v1/chat/completions` of servers that only start new answers: completion by example."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Final
+
+from mlxroute.errors import LargeNotContinued
+from mlxroute.large.dialects.base import RequestOptions, add_model
+from mlxroute.large.dialects.chat.chat_reply import chat_text
+from mlxroute.large.dialects.chat.fielded_dialect import FieldedDialect
+from mlxroute.large.dialects.chat.framing import frame, may_end, repeated_size
+from mlxroute.large.dialects.chat.reply_pieces import drop_bytes, read_pieces
+from mlxroute.large.dialects.json_fields import first_choice, mark_end, usage_counts
+from mlxroute.large.prompt import Prompt, PromptForm
+from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
+
+# Tokens beyond those asked for: the last word of a text is left out, and a mark is recognised.
+_SPARE_TOKENS: Final = 3
+
+
+class ExampleCompletion(FieldedDialect):
+    """The dialect of chat servers that only start new answers.
+
+    Worked examples show the model how to go on with a begun answer: it writes the end of the answer
+    so far again and goes on from there. A reply that does not begin with that end gives no token,
+    so that no comment and no lost space gets into the answer. The tokens are those of a model that
+    was asked to continue, and not of its own greedy answer.
+    """
+
+    name = plain_name = "completion by example"
+    rung = 5
+    form = PromptForm.CHAT
+    path = "/chat/completions"
+    is_approximate = True
+    needs_greedy = False
+    needs_logprobs = False
+
+    def request(self, prompt: Prompt, options: RequestOptions) -> dict[str, object]:
+        """Ask for the end of the answer so far and the tokens after it."""
+        framing = frame(prompt)
+        count = framing.repeated_tokens + options.max_tokens + _SPARE_TOKENS
+        body: dict[str, object] = {"messages": [dict(message) for message in framing.messages]}
+        return add_model(body | self.request_fields(replace(options, max_tokens=count)), options)
+
+    def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
+        """Read a reply. Raises LargeNotContinued if it does not go on with the answer so far."""
+        choice, text, answer = first_choice(reply), chat_text(reply), prompt.answer_start
+        size = repeated_size(prompt, text)
+        if size is None:
+            raise LargeNotContinued("the reply does not go on from the end of the answer so far")
+        ended, rest = choice.get("finish_reason") == "stop", text[size:]
+        if ended and answer and not rest and not (answer.endswith(text) and may_end(answer)):
+            raise LargeNotContinued("the reply ends where the answer so far cannot end")
+        positions = drop_bytes(read_pieces(choice, text), len(text[:size].encode()))
+        return Completion(_with_end(positions, ended=ended), rest, **usage_counts(reply))
+
+
+def _with_end(positions: tuple[ReplyPosition, ...], *, ended: bool) -> tuple[ReplyPosition, ...]:
+    """Return the positions with the end of the answer; there is at least one."""
+    end = ReplyPosition(ReplyToken(text=""))
+    if ended:
+        return mark_end((*positions, end))
+    # A reply that was too short has a token of unknown text: more tokens are asked for.
+    return positions or (end,)

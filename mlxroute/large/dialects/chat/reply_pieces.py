@@ -1,0 +1,67 @@
+"""The pieces of a reply's text: the server's tokens, or words where it names no tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Final
+
+from mlxroute.large.dialects.json_fields import as_array, as_object, parse_chat_position
+from mlxroute.large.reply import ReplyPosition, ReplyToken
+
+# A word with the space before it, a number, space, or one other character. Scripts without spaces
+# between words are read character by character.
+_WORD: Final = re.compile(r" ?[^\W\d_\u2e80-\U0010ffff]+| ?\d+|\s+|.", re.DOTALL)
+
+_REPLACEMENT: Final = "\ufffd"
+
+
+def read_pieces(choice: Mapping[str, object], text: str) -> list[ReplyPosition]:
+    """Return the positions of a choice whose text is `text`, without the end of the answer.
+
+    They are the tokens with logprobs, if those spell the text, and otherwise its words; the last
+    word is left out where the reply was cut off, as it may go on.
+    """
+    tokens = _tokens(choice)
+    spelled = b"".join(map(piece_bytes, tokens)).decode(errors="ignore")
+    # A reply that was cut inside a character ends in the replacement character.
+    if spelled.strip() == text.rstrip(_REPLACEMENT).strip():
+        return tokens
+    words = [ReplyPosition(ReplyToken(text=match[0])) for match in _WORD.finditer(text)]
+    return words if choice.get("finish_reason") == "stop" else words[:-1]
+
+
+def piece_bytes(position: ReplyPosition) -> bytes:
+    """Return the bytes of a piece."""
+    token = position.token
+    return (token.text or "").encode() if token.data is None else token.data
+
+
+def drop_bytes(positions: Sequence[ReplyPosition], size: int) -> tuple[ReplyPosition, ...]:
+    """Return the positions after the first `size` bytes.
+
+    A token that goes beyond them is cut: what is left has no id and no alternatives.
+    """
+    for count, position in enumerate(positions):
+        data = piece_bytes(position)
+        if size <= 0:
+            return tuple(positions[count:])
+        if len(data) > size:
+            rest = _token_of(data[size:], position.token)
+            return (ReplyPosition(rest), *positions[count + 1 :])
+        size -= len(data)
+    return ()
+
+
+def _tokens(choice: Mapping[str, object]) -> list[ReplyPosition]:
+    logprobs = choice.get("logprobs")
+    logprobs = {} if logprobs is None else as_object(logprobs, what="logprobs")
+    content = as_array(logprobs.get("content") or [], what="logprobs.content")
+    positions = [parse_chat_position(item) for item in content]
+    # Some servers list the end of the answer too, as a token without text.
+    return [position for position in positions if piece_bytes(position)]
+
+
+def _token_of(data: bytes, token: ReplyToken) -> ReplyToken:
+    return replace(token, token_id=None, piece=None, data=data, text=None)
