@@ -262,11 +262,13 @@ class CompletionRequester:
         return completion
 
     def _check_tokens(self, completion: Completion) -> None:
-        """Raise LargeProtocolError for tokens of another model, or of no real vocabulary."""
+        """Raise LargeProtocolError for tokens of another model or of none, and for the key."""
         try:
             self._reader.check(completion.positions)
         except LargeProtocolError as exc:
             raise LargeProtocolError(f"{self._base_url}: {exc}") from exc
+        if self._transport.has_secret(completion.text):
+            raise LargeProtocolError(f"{self._base_url} wrote the key into the answer")
         for position in completion.positions:
             token = position.token
             length = max(len(form or "") for form in (token.piece, token.data, token.text))

@@ -31,6 +31,7 @@ from mlxroute.errors import (
     LargeTimeout,
     LargeUnavailable,
     LargeUnreachable,
+    LargeUnreadable,
 )
 from mlxroute.large import LargeModel
 from mlxroute.large.http import retry
@@ -88,7 +89,7 @@ def _echo(status: int) -> Reply:
 _WHOLE = json.dumps(legacy(LARGE)).encode()
 _REFUSED = (LargeRefused,)
 _LOST = (LargeUnreachable,)
-_UNFIT = (LargeProtocolError,)
+_UNFIT = (LargeProtocolError, LargeUnreadable)
 FAULTS: Final = (
     Fault("refused", None, _LOST),
     Fault("reset before the reply", Reply(_WHOLE, cut_at=0, reset=True), _LOST, passes=True),

@@ -351,3 +351,23 @@ PROVIDERS: Final = {
     "OpenRouter": Provider(_openrouter),
 }
 """The providers whose replies are scripted, each with a kind of model."""
+FIELDS: Final = {
+    "OpenAI GPT-4.1": "",
+    "OpenAI GPT-5 mini": "max_completion_tokens, no temperature, no logprobs, effort minimal,"
+    " 16 tokens or more",
+    "OpenAI GPT-5.6": "max_completion_tokens, effort none, 16 tokens or more",
+    "OpenAI o3": None,
+    "Anthropic Claude 4.5": "",
+    "Anthropic Claude 5": "no temperature, effort none",
+    "Google Flash": "no logprobs, effort none",
+    "Google Pro": "no logprobs, effort low, 64 tokens or more",
+    "xAI without reasoning": "",
+    "xAI Grok 4": None,
+    "Mistral": "no logprobs, effort none",
+    "Groq Llama": "no logprobs",
+    "Groq Qwen": "no logprobs, effort none",
+    "Groq GPT-OSS": "no logprobs, effort low, 64 tokens or more",
+    "DeepSeek": "thinking disabled",
+    "OpenRouter": "16 tokens or more",
+}
+"""The fields that each takes, as `RequestFields` describes them; None if thoughts cost too much."""

@@ -28,6 +28,9 @@ _MAX_IDLE_S: Final = 55.0
 _KEEPALIVE_IDLE_S: Final = 20
 _KEEPALIVE_INTERVAL_S: Final = 10
 _KEEPALIVE_PROBES: Final = 3
+# A secret of this length is recognised by its beginning.
+_MIN_SECRET: Final = 16
+_RECOGNISED: Final = 8
 
 
 class Auth(AuthBase):
@@ -64,6 +67,15 @@ class Auth(AuthBase):
         for secret in self._secrets:
             text = text.replace(secret, "[key]")
         return text
+
+    def is_in(self, text: str) -> bool:
+        """Return whether a text has a secret, or its beginning where the text is cut off.
+
+        Short secrets, such as the word `none`, may be words of any text and are not looked for.
+        """
+        return any(
+            secret[:_RECOGNISED] in text for secret in self._secrets if len(secret) >= _MIN_SECRET
+        )
 
 
 class HttpSession(requests.Session):

@@ -125,6 +125,10 @@ class Transport:
         """Replace the key or password in a server's text, which may echo it."""
         return self._auth.redact(text)
 
+    def has_secret(self, text: str) -> bool:
+        """Return whether a server's text has the key or password, or its beginning."""
+        return self._auth.is_in(text)
+
     def close(self) -> None:
         """End every exchange and close the connections; a later call opens new ones."""
         self._endpoint.sessions.close()

@@ -18,28 +18,9 @@ from mlxroute.large.dialects.chat.request_fields import (
     Thinking,
 )
 from mlxroute.large.dialects.json_fields import error_message, parse_object, usage_counts
-from tests.support.hosted_servers import PROVIDERS, Json, Provider
+from tests.support.hosted_servers import FIELDS, PROVIDERS, Json, Provider
 
 ASK = {"role": "user", "content": "Count."}
-FIELDS = {
-    "OpenAI GPT-4.1": "",
-    "OpenAI GPT-5 mini": "max_completion_tokens, no temperature, no logprobs, effort minimal,"
-    " 16 tokens or more",
-    "OpenAI GPT-5.6": "max_completion_tokens, effort none, 16 tokens or more",
-    "OpenAI o3": None,
-    "Anthropic Claude 4.5": "",
-    "Anthropic Claude 5": "no temperature, effort none",
-    "Google Flash": "no logprobs, effort none",
-    "Google Pro": "no logprobs, effort low, 64 tokens or more",
-    "xAI without reasoning": "",
-    "xAI Grok 4": None,
-    "Mistral": "no logprobs, effort none",
-    "Groq Llama": "no logprobs",
-    "Groq Qwen": "no logprobs, effort none",
-    "Groq GPT-OSS": "no logprobs, effort low, 64 tokens or more",
-    "DeepSeek": "thinking disabled",
-    "OpenRouter": "16 tokens or more",
-}
 # The refused and the unread requests of a probe, before the first usable reply.
 MAX_REQUESTS = 12
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mlxroute.errors import LargeProtocolError
 from tests.support.loopback import Loopback, Reply, Request
-from tests.support.negotiated import honest
+from tests.support.negotiated import ask_once, honest
 from tests.support.scripted_calls import legacy
 from tests.support.tiny import make_tiny_model
 
@@ -48,3 +49,15 @@ def test_only_the_server_sees_the_key_of_a_command(tmp_path: Path, form: str) ->
     assert "[key]" in result.stdout + result.stderr
     assert any("mlxroute ask" in command for command in commands)
     assert KEY not in "".join([*commands, result.stdout, result.stderr])
+
+
+@pytest.mark.parametrize("text", [KEY, f" the key is {KEY}.", KEY[:9]])
+def test_a_reply_with_the_key_gives_no_token(text: str) -> None:
+    with Loopback() as server, pytest.raises(LargeProtocolError, match="wrote the key") as caught:
+        ask_once(server, legacy(text), api_key=KEY)
+    assert KEY[:8] not in str(caught.value)
+
+
+def test_a_short_key_may_be_a_word_of_an_answer() -> None:
+    with Loopback() as server:
+        assert ask_once(server, legacy("a"), api_key="a").text == "a"
