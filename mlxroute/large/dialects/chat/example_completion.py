@@ -10,8 +10,9 @@ from mlxroute.errors import LargeNotContinued
 from mlxroute.large.dialects.base import RequestOptions, add_model
 from mlxroute.large.dialects.chat.chat_reply import chat_text
 from mlxroute.large.dialects.chat.fielded_dialect import FieldedDialect
-from mlxroute.large.dialects.chat.framing import frame, may_end, repeated_size
-from mlxroute.large.dialects.chat.reply_pieces import drop_bytes, read_pieces
+from mlxroute.large.dialects.chat.framing import HIDDEN, frame, may_end, repeated_size
+from mlxroute.large.dialects.chat.reply_leaks import find_leak
+from mlxroute.large.dialects.chat.reply_pieces import drop_bytes, read_pieces, take_bytes
 from mlxroute.large.dialects.json_fields import first_choice, mark_end, usage_counts
 from mlxroute.large.prompt import Prompt, PromptForm
 from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
@@ -54,6 +55,11 @@ class ExampleCompletion(FieldedDialect):
         if ended and answer and not rest and not (answer.endswith(text) and may_end(answer)):
             raise LargeNotContinued("the reply ends where the answer so far cannot end")
         positions = drop_bytes(read_pieces(choice, text), len(text[:size].encode()))
+        if (leak := find_leak(answer, rest, HIDDEN)) is not None:
+            ended, rest = False, rest[:leak]
+            positions = take_bytes(positions, len(rest.encode()))
+            if not positions or not rest.strip():
+                raise LargeNotContinued("the reply goes on with control tokens or with the request")
         return Completion(_with_end(positions, ended=ended), rest, **usage_counts(reply))
 
 

@@ -178,6 +178,13 @@ def _worked_examples() -> Iterator[Message]:
         yield {"role": "assistant", "content": part + rest}
 
 
+HIDDEN: Final = (
+    _BEGIN,
+    _END,
+    *(part.strip() for part in (_ASK_FIRST, _ASK_NEXT, _ASK_LAST)),
+    *re.split(r"(?<=[.:]) ", _INSTRUCTIONS),
+)
+"""The texts of the framing, which a reply must not repeat."""
 _BEGINNING: Final = tuple(
     itertools.chain([{"role": "system", "content": _INSTRUCTIONS}], _worked_examples())
 )

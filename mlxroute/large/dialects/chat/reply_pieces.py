@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -52,6 +53,12 @@ def drop_bytes(positions: Sequence[ReplyPosition], size: int) -> tuple[ReplyPosi
             return (ReplyPosition(rest), *positions[count + 1 :])
         size -= len(data)
     return ()
+
+
+def take_bytes(positions: Sequence[ReplyPosition], size: int) -> tuple[ReplyPosition, ...]:
+    """Return the positions that end within the first `size` bytes."""
+    ends = itertools.accumulate(len(piece_bytes(position)) for position in positions)
+    return tuple(positions[: sum(end <= size for end in ends)])
 
 
 def _tokens(choice: Mapping[str, object]) -> list[ReplyPosition]:

@@ -1,0 +1,79 @@
+"""Hosted providers whose models only start new answers: asked by example, with their own fields."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Final
+
+import pytest
+
+from mlxroute.large import LargeModel
+from mlxroute.large.dialects.chat.request_fields import MAX_GENERATED_PER_TOKEN
+from mlxroute.large.http import retry
+from mlxroute.large.negotiation.continuation_questions import CONTINUATIONS, FINISHED
+from mlxroute.large.negotiation.prober import NoUsableDialect
+from mlxroute.types import Message, Span
+from tests.support.example_chat import write_by_example
+from tests.support.family_servers import VOCABULARY
+from tests.support.hosted_servers import FIELDS, PROVIDERS, HostedServer, Json
+from tests.support.loopback import Loopback
+from tests.support.vocabularies import context
+
+MAX_REQUESTS = 70
+ASK: Final[Message] = {"role": "user", "content": "Count."}
+POSITION: Final = context("1, 2, 3,", VOCABULARY, messages=(ASK,), spans=(Span("1, 2, 3,"),))
+# The others continue a begun answer.
+BY_EXAMPLE: Final = FIELDS.keys() - {"Anthropic Claude 4.5", "Mistral", "DeepSeek"}
+_TOKEN: Final = re.compile(r" ?[^\W\d_\u2e80-\U0010ffff]+|\d+|\s+|.", re.DOTALL)
+_KNOWN: Final = (
+    "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13",
+    FINISHED.text,
+    *(question.text + question.expected + " and so on" for _, question in CONTINUATIONS),
+)
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "_FIRST_PAUSE_S", 0.001)
+
+
+def go_on(conversation: Sequence[Message], answer: str) -> str:
+    """Go on with an answer that is known by heart; else begin one."""
+    known = next((text for text in _KNOWN if answer and text.startswith(answer)), None)
+    return "Sure! Here is an answer." if known is None else known[len(answer) :]
+
+
+def write(messages: Sequence[Json], count: int) -> tuple[list[bytes], bool]:
+    """Write a new answer, as asked by example."""
+    tokens = [token.encode() for token in _TOKEN.findall(write_by_example(messages, go_on))]
+    return tokens[:count], len(tokens) < count
+
+
+@pytest.mark.parametrize("name", sorted(name for name in BY_EXAMPLE if FIELDS[name] is not None))
+def test_a_provider_is_asked_by_example_with_the_fields_that_it_takes(name: str) -> None:
+    with Loopback(HostedServer(PROVIDERS[name], write)) as server:
+        with LargeModel(server.url) as large:
+            verdict = large.probe()
+            token = large.next_token(POSITION)
+            assert large.is_approximate
+        dialect, _, fields = verdict.dialect.partition(" with ")
+        assert (dialect, fields, verdict.rung) == ("completion by example", FIELDS[name], 5)
+        assert verdict.requests <= MAX_REQUESTS
+        assert " 4".startswith(token.text)
+        assert _limit(server.requests[-1].json) <= MAX_GENERATED_PER_TOKEN
+
+
+def _limit(body: Json) -> int:
+    return int(body.get("max_tokens") or body["max_completion_tokens"])
+
+
+@pytest.mark.parametrize("name", sorted(name for name in BY_EXAMPLE if FIELDS[name] is None))
+def test_a_model_whose_thoughts_cost_too_much_is_refused_in_one_line(name: str) -> None:
+    with Loopback(HostedServer(PROVIDERS[name], write)) as server:
+        with LargeModel(server.url) as large, pytest.raises(NoUsableDialect) as caught:
+            large.probe()
+        text = str(caught.value)
+        assert text.startswith("the model thinks before it answers: a token costs more than 64")
+        assert "\n" not in text
+        assert len(server.requests) <= MAX_REQUESTS
