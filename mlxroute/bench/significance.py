@@ -59,10 +59,10 @@ def ratio_interval(
 def difference_interval(only_first: int, only_second: int, count: int) -> tuple[float, float]:
     """Return the 95 % interval of the difference of two shares of the same `count` questions.
 
-    The other counts are of questions that only one of the two sides answered right. Normal
-    approximation (Wald).
+    The other counts are of questions that only one of the two sides answered right. Adjusted normal
+    approximation (Bonett and Price, 2012), which is no point where the sides never differ.
     """
-    difference = (only_first - only_second) / count
-    variance = (only_first + only_second) / count - difference**2
-    half_width = _Z * math.sqrt(max(0.0, variance) / count)
-    return difference - half_width, difference + half_width
+    total = count + 2
+    first, second = (only_first + 1) / total, (only_second + 1) / total
+    half_width = _Z * math.sqrt((first + second - (first - second) ** 2) / total)
+    return first - second - half_width, first - second + half_width

@@ -178,8 +178,10 @@ def test_intervals_of_ratios_and_differences_have_known_values() -> None:
     # Fieller's interval of a constant ratio is that ratio.
     assert ratio_interval([1, 2, 3], [2, 4, 6]) == pytest.approx((0.5, 0.5))
     assert ratio_interval([1.0], [1.0]) is None
-    # 0.1 +- 1.96 sqrt((0.3 - 0.01) / 100)
-    assert difference_interval(20, 10, 100) == pytest.approx((-0.00555, 0.20555), abs=1e-5)
+    # 10 / 102 +- 1.96 sqrt((32 / 102 - (10 / 102) ** 2) / 102)
+    assert difference_interval(20, 10, 100) == pytest.approx((-0.00898, 0.20506), abs=1e-5)
+    low, high = difference_interval(0, 0, 100)
+    assert -low == high == pytest.approx(0.02717, abs=1e-4)
 
 
 def test_two_sides_are_compared_on_the_same_questions() -> None:
@@ -247,7 +249,7 @@ def test_the_tables_name_form_costs_and_pairs() -> None:
     assert "large 90.0% 100% 90.0% (60 to 98) 1.00 1.00 50 0.5" in lines
     assert any(line.startswith("head 5% 60.0% 100% 60.0% (31 to 83) 62.5% (") for line in lines)
     assert "oracle, gold (luck) 5% 90.0% 0.30" in lines
-    assert "head 5% first 5% 0 4 -40.0% (-70 to -10) 0.12" in lines
+    assert "head 5% first 5% 0 4 -40.0% (-69 to 2) 0.12" in lines
     assert not any("strict marks say little" in line for line in lines)
 
 
