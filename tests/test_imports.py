@@ -65,7 +65,9 @@ _ROOMS: dict[str, set[str]] = {
     "terminal_modes": set(),
     "view": {"answers", "terminal_modes"},
     "recorded": {"engine", "routers"},
-    "training": {"catalog", "engine", "questions", "recorded", "routers", "small"},
+    "training": {
+        *("backend", "catalog", "engine", "questions", "recorded", "routers", "small"),
+    },
     "serving": {
         *("answers", "backend", "config", "engine", "large", "recorded", "routers", "small"),
         "view",
@@ -85,7 +87,7 @@ _ROOMS: dict[str, set[str]] = {
 # Third parties that stop at these rooms.
 _WALLS: dict[str, set[str]] = {
     "mlx": {"small", "backend", "hosting", "weights", "cli", "bench", "training"},
-    "mlx_lm": {"small", "backend", "hosting", "tokenizers", "bench"},
+    "mlx_lm": {"small", "backend", "hosting", "tokenizers", "bench", "training"},
     "requests": {"large", "weights", "bench"},
     "rich": {"view", "cli"},
     "typer": {"cli"},

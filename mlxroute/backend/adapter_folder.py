@@ -46,6 +46,23 @@ def adapted_name(name: str, adapter: Path | None) -> str:
     return f"{name}+{digest.hexdigest()[:_DIGITS]}"
 
 
+def read_adapter_config(adapter: Path) -> dict[str, Any]:
+    """Return what the configuration of a LoRA adapter says of its weights.
+
+    Raises UsageError for an adapter of another kind.
+    """
+    config = read_json_object(adapter / CONFIG_FILE)
+    if config.get("fine_tune_type", "lora") != "lora":
+        raise UsageError(
+            f"the adapter {adapter} has no LoRA weights to train further", parameter="adapter"
+        )
+    return {
+        "fine_tune_type": "lora",
+        "num_layers": config.get("num_layers"),
+        "lora_parameters": config.get("lora_parameters"),
+    }
+
+
 def read_trained_questions(adapter: Path) -> frozenset[str]:
     """Return the fingerprints of the questions that an adapter was trained or chosen with.
 

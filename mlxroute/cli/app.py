@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from mlxroute._version import __version__
+from mlxroute.cli.commands.adapt import adapt
 from mlxroute.cli.commands.ask import ask
 from mlxroute.cli.commands.bench_kernels import kernels
 from mlxroute.cli.commands.bench_latency import latency
@@ -69,7 +70,9 @@ def _add(group: typer.Typer, name: str, run: Callable[..., None]) -> None:
     group.command(name, cls=HelpCommand, short_help=summary)(run)
 
 
-for run in (*(chat, ask, serve, show, replay, demo, models, pull, host, calibrate, train, probe),):
+for run in (
+    *(chat, ask, serve, show, replay, demo, models, pull, host, calibrate, train, adapt, probe),
+):
     _add(app, run.__name__, with_setting_options(run, run.__name__))
 _add(app, "doctor", with_setting_options(doctor, "doctor", load=load_despite_bad_config))
 for run in (speed, latency, quality, kernels):

@@ -28,8 +28,8 @@ _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 _ANSWERS = ("chat", "ask")
 _ROUTED = (*_ANSWERS, "serve")
 _OWN_SMALL = (*_ROUTED, "calibrate", "bench speed")
-_ALL_SMALL = (*_OWN_SMALL, "train", "bench latency", "bench quality")
-_OWN_SERVER = (*_ROUTED, "train", "probe")
+_ALL_SMALL = (*_OWN_SMALL, "train", "adapt", "bench latency", "bench quality")
+_OWN_SERVER = (*_ROUTED, "train", "adapt", "probe")
 _OFFLINE = (*_OWN_SMALL, "pull", "probe", "doctor")
 _EVERYWHERE = (
     *(*_ALL_SMALL, "replay", "demo", "models", "pull", "host", "probe", "doctor"),
@@ -90,7 +90,7 @@ class Settings:
         None,
         "Server of the large model, e.g. http://host:8000/v1.",
         metavar="URL",
-        commands=(*_ROUTED, "train", "doctor", "bench latency", "bench quality"),
+        commands=(*_ROUTED, "train", "adapt", "doctor", "bench latency", "bench quality"),
         variable="OPENAI_BASE_URL",
     )
     large_model: str | None = _setting(

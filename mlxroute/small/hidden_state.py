@@ -33,6 +33,46 @@ class HiddenStateTap:
         return self._outputs[0] if self._outputs else None
 
 
+class ChosenRows:
+    """Computes a model's logits at chosen positions only, which saves most of the memory.
+
+    The output layer has far more values than any other, so the final norm gets a subclass that
+    passes only the chosen positions on. Where an architecture keeps its final norm elsewhere, all
+    logits are computed.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._indices: list[Any] = []
+        norm = _find_final_norm(model)
+        self._has_norm = norm is not None
+        if norm is not None:
+            _choose_rows(norm, self._indices)
+
+    def logits(self, tokens: Any, indices: Any) -> Any:
+        """Return the logits [N, V] at positions of tokens [B, T], given as indices into B * T."""
+        self._indices[:] = [indices] if self._has_norm else []
+        try:
+            logits = self._model(tokens)
+        finally:
+            self._indices.clear()
+        rows = logits.reshape(-1, logits.shape[-1])
+        return rows if self._has_norm else rows[indices]
+
+
+def _choose_rows(norm: Any, indices: list[Any]) -> None:
+    """Make calls of the module `norm` return the rows `indices[0]` as [1, N, D], if it is set."""
+    plain = type(norm)
+
+    def call(module: Any, hidden: Any) -> Any:
+        output = plain.__call__(module, hidden)
+        if not indices:
+            return output
+        return output.reshape(-1, output.shape[-1])[indices[0]][None]
+
+    norm.__class__ = type(plain.__name__, (plain,), {"__call__": call})
+
+
 def _keep_outputs(norm: Any, outputs: list[Any]) -> None:
     """Make every call of the module `norm` put its result into `outputs`, as the only item."""
     plain = type(norm)

@@ -261,7 +261,7 @@ def _compare(
         features=features,
         differs=mx.array([float(index is not None) for index in disagreements]),
         logprobs=mx.array(list(zip(small_logprobs, answer.logprobs, strict=True))),
-        text=_decode(small, answer.token_ids),
+        text=decode_answer(small, answer.token_ids),
         token_count=len(answer.token_ids),
     )
 
@@ -278,10 +278,10 @@ def _continue(small: SmallModel, forks: Sequence[_Fork], max_tokens: int) -> Ite
             [(fork.cache, fork.token_id) for fork in group], max_tokens=limits
         )
         for fork, tail in zip(group, tails, strict=True):
-            yield _decode(small, (*fork.prefix_ids, fork.token_id, *tail))
+            yield decode_answer(small, (*fork.prefix_ids, fork.token_id, *tail))
 
 
-def _decode(small: SmallModel, token_ids: Sequence[int]) -> str:
+def decode_answer(small: SmallModel, token_ids: Sequence[int]) -> str:
     """Return the text of an answer, without its end token."""
     vocabulary = small.vocabulary
     data = b"".join(

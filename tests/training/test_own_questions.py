@@ -72,7 +72,49 @@ def test_a_head_is_fitted_to_a_users_questions_and_judged_by_others(
     assert report["sides"]["head 30%"]["escalation_rate"] > 0
 
 
-@pytest.mark.parametrize("command", ["calibrate", "train", "bench quality"])
+def test_a_small_model_is_adapted_to_a_users_questions(
+    models: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small, url = models
+
+    def run(*arguments: str) -> tuple[int, dict[str, Any], str]:
+        code = main([*arguments, "--small", str(small), "--cache-dir", str(tmp_path / "cache")])
+        captured = capsys.readouterr()
+        return code, json.loads(captured.out or "{}"), " ".join(captured.err.split())
+
+    data = write_questions(tmp_path, "data.jsonl", range(20))
+    out = tmp_path / "adapter"
+    adapt = ["adapt", "--large", url, "--tokens", "6", "--learning-rate", "2e-3"]
+    code, report, messages = run(*adapt, "--data", str(data), "--out", str(out))
+    assert code == 0, messages
+    assert report["answers"] == {"trained": 16, "held_out": 4}
+    assert report["figures"][0]["loss"] > report["kept"]["loss"]
+    assert f"use it with --adapter {out}" in messages
+    provenance = json.loads((out / "provenance.json").read_text())
+    assert len(provenance["questions"]) == 20
+    assert len(provenance["data"][0]["sha256"]) == 64
+    (record,) = (tmp_path / "cache" / "bench").glob("replies-*")
+    rows = record.read_bytes()
+
+    # No answer is asked for again, and a folder with files is left alone.
+    code, _, messages = run(*adapt, "--data", str(data), "--out", str(out))
+    assert (code, "choose a new folder" in messages) == (2, True)
+    more = ["--data", str(data), "--out", str(tmp_path / "b"), "--adapter", str(out)]
+    code, further, messages = run(*adapt, *more, "--epochs", "1")
+    assert code == 0, messages
+    assert further["figures"][0]["loss"] == pytest.approx(report["kept"]["loss"], rel=0.05)
+    assert further["started_from"].startswith(f"{small}+")
+    assert record.read_bytes() == rows
+
+    adapted = ["--data", str(data), "--adapter", str(out)]
+    code, _, messages = run("bench", "quality", "--large", url, *adapted)
+    assert (code, "trained with 20 of these 20 questions" in messages) == (2, True)
+    code, measured, messages = run("calibrate", "--questions", "20", "--tokens", "40", *adapted)
+    assert code == 0, messages
+    assert measured["small"] == further["started_from"]
+
+
+@pytest.mark.parametrize("command", ["calibrate", "train", "adapt", "bench quality"])
 def test_an_unreadable_row_is_named_and_no_file_is_changed(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,6 +126,8 @@ def test_an_unreadable_row_is_named_and_no_file_is_changed(
     arguments = [*command.split(), "--data", str(data)]
     if command != "calibrate":
         arguments += ["--large", "http://127.0.0.1:9/v1"]
+    if command == "adapt":
+        arguments += ["--out", str(tmp_path / "adapter")]
     if command == "train":
         arguments += ["--out", str(head)]
     assert main(arguments) == 2

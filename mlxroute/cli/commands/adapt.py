@@ -1,0 +1,280 @@
+"""`adapt`: tune the small model to the large one's answers."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlxroute._version import __version__
+from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_OK
+from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
+from mlxroute.cli.folders import data_name, expand_optional, record_path
+from mlxroute.config import Settings
+from mlxroute.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from mlxroute.large import LargeModel
+    from mlxroute.questions.question_files import Question
+    from mlxroute.small import SmallModel
+    from mlxroute.training.adaptation import TuningOutcome, WorkedAnswer
+
+# A larger share of cut-off answers gives a warning.
+_CUT_OFF_SHARE = 0.05
+_RECORDING = "large model's answers"
+
+
+def adapt(
+    settings: Settings,
+    data: QuestionFiles,
+    out: Annotated[
+        Path, typer.Option(help="New folder for the adapter, for --adapter.", metavar="DIR")
+    ],
+    questions: Annotated[
+        int, typer.Option(help="Maximum number of questions per file, sampled at random.", min=1)
+    ] = 500,
+    tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 160,
+    examples: Examples = None,
+    shots: Shots = 4,
+    at_once: AtOnce = 4,
+    epochs: Annotated[
+        int, typer.Option(help="Greatest number of times each answer is trained on.", min=1)
+    ] = 2,
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA weights.", min=1, max=256)] = 16,
+    learning_rate: Annotated[
+        float, typer.Option(help="Step size of the optimiser.", metavar="X")
+    ] = 8e-5,
+) -> int:
+    """Tune the small model (LoRA) to the large model's answers.
+
+    Answers are recorded, so that none is asked for twice; Ctrl-C keeps the best weights so far.
+    """
+    from mlxroute.cli.large_setup import make_large, open_ledger, require_large
+    from mlxroute.cli.terminal import make_consoles
+    from mlxroute.questions.question_files import read_worked_examples
+
+    address = require_large(settings, "adapt")
+    if not 0 < learning_rate < 1:
+        raise UsageError("--learning-rate must be between 0 and 1")
+    _check_folder(out)
+    run = _AdaptRun(
+        data=data,
+        questions=_read_questions(data, questions),
+        examples=read_worked_examples(examples, shots),
+        tokens=tokens,
+        at_once=at_once,
+        epochs=epochs,
+        rank=rank,
+        learning_rate=learning_rate,
+        command=[
+            *("mlxroute", "adapt", "--out", str(out), "--questions", str(questions)),
+            *("--tokens", str(tokens), "--epochs", str(epochs), "--rank", str(rank)),
+            *("--learning-rate", f"{learning_rate:g}"),
+            *(word for file in data for word in ("--data", str(file))),
+            *(("--examples", str(examples), "--shots", str(shots)) if examples else ()),
+        ],
+    )
+    _, err = make_consoles()
+    with open_ledger(settings) as ledger, make_large(settings, address, ledger, err) as large:
+        outcome = run.adapt(settings, large, out, err)
+    _print_figures(outcome, out, err)
+    shown = {name: value for name, value in outcome.report.items() if name != "questions"}
+    sys.stdout.write(json.dumps(shown) + "\n")
+    return EXIT_INTERRUPTED if outcome.ended_by == "interrupt" else EXIT_OK
+
+
+def _check_folder(out: Path) -> None:
+    """Raise UsageError unless the folder is new or empty."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UsageError(f"--out {out}: choose a new folder for the adapter; this one has files")
+
+
+def _read_questions(files: Sequence[Path], count: int) -> list[Question]:
+    from mlxroute.questions.question_files import read_questions, sample_questions
+
+    questions = [
+        question for file in files for question in sample_questions(read_questions(file), count)
+    ]
+    # A prompt in two files, or twice in one, is asked once.
+    return list({question.fingerprint: question for question in questions}.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _AdaptRun:
+    """The options of one run.
+
+    Args:
+        data: Files of the questions.
+        questions: Questions that the large model answers.
+        examples: Worked examples before each question.
+        tokens: Maximum length of an answer.
+        at_once: Maximum number of calls in flight.
+        epochs: Greatest number of times that each answer is trained on.
+        rank: Rank of the LoRA weights.
+        learning_rate: Step size of the optimiser.
+        command: Words of the command line that starts this run, without the models.
+    """
+
+    data: list[Path]
+    questions: list[Question]
+    examples: list[Question]
+    tokens: int
+    at_once: int
+    epochs: int
+    rank: int
+    learning_rate: float
+    command: list[str]
+
+    def adapt(
+        self, settings: Settings, large: LargeModel, out: Path, err: Console
+    ) -> TuningOutcome:
+        """Record the large model's answers, and train the small model on them."""
+        from mlxroute.cli.progress import ByteProgress, count_progress
+        from mlxroute.cli.small_setup import load_small
+        from mlxroute.cli.terminal import print_note
+
+        start = expand_optional(settings.adapter)
+        large.connect(thorough=False)
+        with ByteProgress(err) as progress:
+            small = load_small(settings, progress)
+        large.pair_vocabulary(small.vocabulary)
+        answers = self._record(settings, small, large, err)
+        # Loading the small model loads the faster BLAS, which must come before MLX.
+        from mlxroute.training.adaptation import TuningOptions, adapt_to_answers, split_answers
+        from mlxroute.training.lora_tuning import LoraShape
+
+        trained, held_out = split_answers(answers)
+        options = TuningOptions(
+            shape=LoraShape(rank=self.rank),
+            learning_rate=self.learning_rate,
+            epochs=self.epochs,
+            max_tokens=self.tokens,
+            start=start,
+            skip_memory_check=settings.skip_memory_check,
+        )
+        self._warn_of_cut_off(small, answers, err)
+        with count_progress(err) as steps:
+            return adapt_to_answers(
+                small,
+                trained,
+                held_out,
+                options,
+                folder=out,
+                provenance=self._provenance(settings, small, large),
+                progress=steps,
+                notify=lambda line: print_note(err, line),
+            )
+
+    def _record(
+        self, settings: Settings, small: SmallModel, large: LargeModel, err: Console
+    ) -> list[WorkedAnswer]:
+        """Return the large model's answers to the questions, recorded before or now."""
+        from mlxroute.cli.progress import count_progress
+        from mlxroute.questions.question_files import question_messages
+        from mlxroute.recorded.large_answers import write_large_answers
+        from mlxroute.recorded.replies import Replies
+        from mlxroute.training.adaptation import WorkedAnswer
+
+        conversations = [question_messages(item, self.examples) for item in self.questions]
+        record = record_path(settings, "replies", small.plain_name, large.model_name)
+        done = itertools.count()
+        with (
+            Replies(large, record, at_once=self.at_once) as replies,
+            count_progress(err) as progress,
+        ):
+            progress(_RECORDING, next(done), len(conversations))
+            answers = write_large_answers(
+                small,
+                replies,
+                conversations,
+                max_tokens=self.tokens,
+                at_once=self.at_once,
+                on_answer=lambda: progress(_RECORDING, next(done), len(conversations)),
+            )
+        return list(map(WorkedAnswer, self.questions, conversations, answers))
+
+    def _provenance(
+        self, settings: Settings, small: SmallModel, large: LargeModel
+    ) -> dict[str, Any]:
+        from mlxroute.backend.adapter_folder import read_trained_questions
+
+        start = expand_optional(settings.adapter)
+        earlier = frozenset() if start is None else read_trained_questions(start)
+        names = {question.fingerprint for question in self.questions}
+        models = ["--small", small.plain_name, "--large", large.base_url]
+        models += [] if start is None else ["--adapter", str(start)]
+        return {
+            "mlxroute": __version__,
+            "small": small.plain_name,
+            "started_from": None if start is None else small.name,
+            "large": large.model_name,
+            "data": [{"name": data_name(file), "sha256": _hash_file(file)} for file in self.data],
+            "examples": len(self.examples),
+            "command": shlex.join([*self.command, *models]),
+            "rank": self.rank if start is None else None,
+            "learning_rate": self.learning_rate,
+            "epochs": self.epochs,
+            "tokens": self.tokens,
+            "questions": sorted(names | earlier),
+        }
+
+    def _warn_of_cut_off(
+        self, small: SmallModel, answers: Sequence[WorkedAnswer], err: Console
+    ) -> None:
+        from mlxroute.cli.terminal import WARNING_STYLE, print_note
+
+        ends = small.vocabulary.eos_ids
+        cut_off = sum(not ends & set(item.answer.token_ids[-1:]) for item in answers)
+        if cut_off > _CUT_OFF_SHARE * len(answers):
+            print_note(
+                err,
+                f"warning: {cut_off} of {len(answers)} answers of the large model were cut off at"
+                f" {self.tokens} tokens, from which the small one does not learn to end; raise"
+                " --tokens",
+                style=WARNING_STYLE,
+            )
+
+
+def _hash_file(file: Path) -> str | None:
+    """Return the SHA-256 of a file; None for a pipe."""
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
+def _print_figures(outcome: TuningOutcome, out: Path, err: Console) -> None:
+    """Print the held-out figures, and how to use the adapter or why there is none."""
+    from mlxroute.cli.terminal import WARNING_STYLE, make_table, print_note
+
+    report = outcome.report
+    counts = report["answers"]
+    judge = "right answers" if report["judged_by"] == "answers" else "the large model's outcomes"
+    title = f"{counts['held_out']} held-out of {counts['held_out'] + counts['trained']} answers"
+    table = make_table("epochs", "loss", f"accuracy, by {judge}", "", title=title)
+    for figures in outcome.figures:
+        kept = "kept" if figures is outcome.best else ""
+        table.add_row(f"{figures.epoch:g}", f"{figures.loss:.3f}", f"{figures.accuracy:.0%}", kept)
+    err.print(table)
+    print_note(err, f"ended by {outcome.ended_by} after {report['seconds'] / 60:.0f} min", style="")
+    if outcome.best is None:
+        text = (
+            "warning: the training did not lower the held-out loss, so no adapter is written; give"
+            " more questions, or a lower --learning-rate"
+        )
+        print_note(err, text, style=WARNING_STYLE)
+        return
+    print_note(
+        err,
+        f"written to {out}; use it with --adapter {shlex.quote(str(out))}, and measure it with"
+        " `mlxroute bench quality` on other questions",
+        style="",
+    )

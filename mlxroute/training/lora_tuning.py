@@ -1,0 +1,208 @@
+"""LoRA tuning by `mlx_lm`'s tuner, in sections between which held-out examples are judged."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.callbacks import TrainingCallback
+from mlx_lm.tuner.trainer import TrainingArgs, evaluate, train
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from mlxroute.backend.load import on_cpu
+from mlxroute.errors import UsageError
+from mlxroute.small.hidden_state import ChosenRows
+from mlxroute.training.tuning_examples import Batch
+
+# Larger gradients, which single batches give, make the training diverge.
+_MAX_GRADIENT_NORM: Final = 1.0
+_LORA_WEIGHTS: Final = ("lora_a", "lora_b")
+_NEVER: Final = 10**9
+
+
+class TrainingDiverged(UsageError):
+    """Raised when the loss is no number any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraShape:
+    """The size of an adapter.
+
+    Args:
+        rank: Rank of the matrices.
+        layers: Number of layers with LoRA weights, the last ones of the model.
+        scale: Factor of the product of the two matrices.
+    """
+
+    rank: int = 16
+    layers: int = 12
+    scale: float = 20.0
+
+    def config(self) -> dict[str, Any]:
+        """Return the adapter's configuration, as `mlx_lm` reads it."""
+        return {
+            "fine_tune_type": "lora",
+            "num_layers": self.layers,
+            "lora_parameters": {"rank": self.rank, "scale": self.scale, "dropout": 0.0},
+        }
+
+
+class LoraTuning:
+    """LoRA weights of a model that are trained; all other weights stay as they are.
+
+    Args:
+        model: The `mlx_lm` model. It gets LoRA weights, unless it was loaded with some.
+        shape: Their size. None for a model that has LoRA weights.
+        learning_rate: Step size of the optimiser (Adam; Kingma and Ba, 2014).
+    """
+
+    def __init__(self, model: Any, shape: LoraShape | None, *, learning_rate: float) -> None:
+        self._model = model
+        self._rows = ChosenRows(model)
+        self._optimizer = _ClippedAdam(learning_rate=learning_rate)
+        model.freeze()
+        if shape is None:
+            model.apply_to_modules(_unfreeze_lora)
+        else:
+            # The first values are the same in every run.
+            mx.random.seed(0)
+            parameters = shape.config()["lora_parameters"]
+            linear_to_lora_layers(model, min(shape.layers, len(model.layers)), parameters)
+        if not tree_flatten(model.trainable_parameters()):
+            raise UsageError("the model has no weights that LoRA can adapt")
+        mx.eval(model.parameters())
+
+    def train(
+        self,
+        batches: Iterator[Batch],
+        *,
+        steps: int,
+        accumulate: int,
+        latest: Path,
+        on_step: Callable[[float], None],
+    ) -> None:
+        """Take the next `steps` batches and update the weights after every `accumulate` of them.
+
+        Args:
+            batches: Endless batches.
+            steps: Number of batches, a multiple of `accumulate`.
+            accumulate: Number of batches whose gradients are averaged.
+            latest: File that the tuner writes the weights to at the end.
+            on_step: Called with the loss of each batch, in nats a token.
+        """
+        arguments = TrainingArgs(
+            iters=steps,
+            steps_per_report=1,
+            steps_per_save=_NEVER,
+            adapter_file=str(latest),
+            grad_accumulation_steps=accumulate,
+        )
+        with _tuner():
+            train(
+                self._model,
+                self._optimizer,
+                None,
+                args=arguments,
+                loss=self._loss,
+                iterate_batches=lambda **_: batches,
+                training_callback=_LossReports(on_step),
+            )
+        self._model.eval()
+
+    def mean_loss(self, batches: Sequence[Batch]) -> float:
+        """Return the mean loss over all tokens to predict, in nats."""
+        with _tuner():
+            return float(
+                evaluate(
+                    self._model,
+                    None,
+                    batch_size=1,
+                    num_batches=-1,
+                    loss=self._loss,
+                    iterate_batches=lambda **_: iter(batches),
+                )
+            )
+
+    def measure_bytes(self, batch: Batch) -> int:
+        """Return the memory that a training step with this batch takes beside the weights."""
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        with _tuner():
+            mx.eval(nn.value_and_grad(self._model, self._loss)(self._model, *batch))
+        peak = mx.get_peak_memory()
+        mx.clear_cache()
+        return max(0, int(peak - before))
+
+    def write_weights(self, file: Path) -> None:
+        """Write the LoRA weights, in half precision; readers get the old file or the new one."""
+        weights = {
+            name: value.astype(mx.float16)
+            for name, value in tree_flatten(self._model.trainable_parameters())
+        }
+        partial = file.with_suffix(".partial.safetensors")
+        mx.save_safetensors(str(partial), weights, {"format": "mlx"})
+        os.replace(partial, file)
+
+    def _loss(
+        self, model: Any, inputs: mx.array, indices: mx.array, targets: mx.array, weights: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Return the mean loss of the tokens to predict, and their number."""
+        logits = self._rows.logits(inputs, indices).astype(mx.float32)
+        count = weights.sum()
+        return (nn.losses.cross_entropy(logits, targets) * weights).sum() / count, count
+
+
+class _ClippedAdam(optim.Adam):  # type: ignore[misc]
+    """Adam with a limit on the norm of the gradients."""
+
+    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+        clipped, _ = optim.clip_grad_norm(gradients, _MAX_GRADIENT_NORM)
+        return super().apply_gradients(clipped, parameters)
+
+
+class _LossReports(TrainingCallback):  # type: ignore[misc]
+    """Passes the loss of each batch on."""
+
+    def __init__(self, on_step: Callable[[float], None]) -> None:
+        self._on_step = on_step
+
+    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+        loss = float(train_info["train_loss"])
+        if not math.isfinite(loss):
+            raise TrainingDiverged(
+                "the training diverged: its loss is no number; choose a lower learning rate",
+                parameter="learning_rate",
+            )
+        self._on_step(loss)
+
+
+@contextlib.contextmanager
+def _tuner() -> Iterator[None]:
+    """Keep the tuner's own progress off stdout, and from compiling C++ for the CPU.
+
+    A C++ compiler is not everywhere, and takes longer than it saves.
+    """
+    compiles = not on_cpu()
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        if not compiles:
+            mx.disable_compile()
+        try:
+            yield
+        finally:
+            if not compiles:
+                mx.enable_compile()
+
+
+def _unfreeze_lora(name: str, module: Any) -> None:
+    if all(key in module for key in _LORA_WEIGHTS):
+        module.unfreeze(recurse=False, keys=list(_LORA_WEIGHTS))

@@ -1,0 +1,82 @@
+"""What a small model is tuned on: token sequences, and the token to predict at some positions."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import mlx.core as mx
+
+# Lengths are rounded up to these multiples, so that batches have few shapes.
+_LENGTH_STEP: Final = 32
+_TARGET_STEP: Final = 64
+
+Batch = tuple[mx.array, mx.array, mx.array, mx.array]
+"""Inputs [B, T]; indices of the positions to predict in the flattened inputs, the tokens to predict
+there, and their weights, 0 for padding, all [N]."""
+
+
+@dataclass(frozen=True, slots=True)
+class TuningExample:
+    """A token sequence with the tokens to predict.
+
+    Args:
+        token_ids: Prompt and answer, without tokens after the last position.
+        positions: Indices in `token_ids` after which a token is predicted.
+        targets: These tokens.
+    """
+
+    token_ids: tuple[int, ...]
+    positions: tuple[int, ...]
+    targets: tuple[int, ...]
+
+
+def answer_example(prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> TuningExample:
+    """Return the example that predicts an answer, which must not be empty, but not its prompt."""
+    first = len(prompt_ids) - 1
+    return TuningExample(
+        token_ids=(*prompt_ids, *answer_ids[:-1]),
+        positions=tuple(range(first, first + len(answer_ids))),
+        targets=tuple(answer_ids),
+    )
+
+
+def make_batches(examples: Sequence[TuningExample], size: int) -> list[Batch]:
+    """Return batches of at most `size` examples of similar length; every example is in one."""
+    ordered = sorted(examples, key=lambda example: len(example.token_ids))
+    return [_make_batch(ordered[i : i + size]) for i in range(0, len(ordered), size)]
+
+
+def shuffled_batches(batches: Sequence[Batch], *, skip: int = 0) -> Iterator[Batch]:
+    """Yield all batches again and again, each time in another order, without the first `skip`.
+
+    The orders are the same in every run.
+    """
+
+    def orders() -> Iterator[Batch]:
+        for epoch in itertools.count():
+            yield from random.Random(epoch).sample(batches, len(batches))
+
+    return itertools.islice(orders(), skip, None)
+
+
+def _make_batch(examples: Sequence[TuningExample]) -> Batch:
+    length = _round_up(max(len(example.token_ids) for example in examples), _LENGTH_STEP)
+    rows = [[*item.token_ids, *[0] * (length - len(item.token_ids))] for item in examples]
+    indices = [row * length + i for row, item in enumerate(examples) for i in item.positions]
+    targets = [token_id for item in examples for token_id in item.targets]
+    padding = [0] * (_round_up(len(targets), _TARGET_STEP) - len(targets))
+    weights = [1.0] * len(targets) + [0.0] * len(padding)
+    return (
+        mx.array(rows),
+        mx.array(indices + padding),
+        mx.array(targets + padding),
+        mx.array(weights),
+    )
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step

@@ -1,0 +1,287 @@
+"""Adapting a small model to recorded answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+
+from mlxroute.backend.load import load
+from mlxroute.errors import NotEnoughSpace, UsageError
+from mlxroute.questions.question_files import Question, question_messages
+from mlxroute.recorded.large_answers import LargeAnswer
+from mlxroute.small import SmallModel
+from mlxroute.training import adaptation
+from mlxroute.training.adaptation import (
+    HeldOutFigures,
+    TuningOptions,
+    TuningOutcome,
+    WorkedAnswer,
+    adapt_to_answers,
+    make_examples,
+    split_answers,
+)
+from mlxroute.training.lora_tuning import LoraShape, LoraTuning
+from mlxroute.training.tuning_examples import answer_example, make_batches, shuffled_batches
+from tests.support.tiny import make_tiny_model
+
+_RATE = 2e-3
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny")
+
+
+@pytest.fixture
+def small(path: Path) -> SmallModel:
+    model, tokenizer = load(path)
+    return SmallModel(model, tokenizer, name="tiny")
+
+
+def worked_answers(small: SmallModel, count: int, *, gold: bool = True) -> list[WorkedAnswer]:
+    """Answers that all say the same, to prompts of different lengths."""
+    answers = []
+    end = min(small.vocabulary.eos_ids)
+    for number in range(count):
+        text = f"say {number}{'!' * number}"
+        question = Question(text, text, answer="lazy dog" if gold else None)
+        token_ids = (*small.vocabulary.encode("the lazy dog"), end)
+        starts = tuple(range(len(token_ids)))
+        answer = LargeAnswer(token_ids, starts, (0.0,) * len(token_ids))
+        answers.append(WorkedAnswer(question, question_messages(question), answer))
+    return answers
+
+
+def adapt(
+    small: SmallModel,
+    folder: Path,
+    *,
+    answers: list[WorkedAnswer] | None = None,
+    epochs: int = 6,
+    start: Path | None = None,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> TuningOutcome:
+    """Adapt the model to 24 answers; `on_step` is called after each step."""
+    trained, held_out = split_answers(answers or worked_answers(small, 24))
+    shape = LoraShape(rank=4, layers=2)
+    options = TuningOptions(shape, _RATE, epochs, max_tokens=8, start=start)
+    return adapt_to_answers(
+        small,
+        trained,
+        held_out,
+        options,
+        folder=folder,
+        provenance={"small": "tiny"},
+        progress=lambda label, done, total: on_step(done),
+    )
+
+
+# Examples
+
+
+def test_only_the_answer_is_predicted(small: SmallModel) -> None:
+    example = answer_example([5, 6, 7], [8, 9, 10])
+    assert example.token_ids == (5, 6, 7, 8, 9)
+    assert (example.positions, example.targets) == ((2, 3, 4), (8, 9, 10))
+    other = answer_example([5, 6, 7, 8, 9, 10, 11], [12, 13])
+    tuning = LoraTuning(small.model, LoraShape(rank=2, layers=1), learning_rate=_RATE)
+    losses = []
+    for item in (example, other):
+        logits = small.model(mx.array([item.token_ids]))[0]
+        chosen = logits[mx.array(item.positions)]
+        losses += nn.losses.cross_entropy(chosen, mx.array(item.targets)).tolist()
+    (batch,) = make_batches([other, example], 2)
+    assert tuning.mean_loss([batch]) == pytest.approx(sum(losses) / 5, rel=1e-4)
+    assert tuning.mean_loss(make_batches([example, other], 1)) == pytest.approx(
+        sum(losses) / 5, rel=1e-4
+    )
+
+
+def test_every_example_is_in_one_batch_and_an_epoch_has_all_batches() -> None:
+    examples = [answer_example([1] * (n + 1), [2, 3]) for n in range(11)]
+    batches = make_batches(examples, 4)
+    assert [batch[0].shape[0] for batch in batches] == [4, 4, 3]
+    assert sum(batch[3].sum().item() for batch in batches) == 22
+    stream, later = shuffled_batches(batches), shuffled_batches(batches, skip=4)
+    epochs = [next(stream) for _ in range(9)]
+    for begin in (0, 3, 6):
+        assert {id(batch) for batch in epochs[begin : begin + 3]} == set(map(id, batches))
+    assert [id(next(later)) for _ in range(5)] == [id(batch) for batch in epochs[4:]]
+
+
+def test_one_answer_in_five_is_held_out_and_repeated_prompts_are_used_once(
+    small: SmallModel,
+) -> None:
+    answers = worked_answers(small, 20)
+    trained, held_out = split_answers([*answers, *answers])
+    assert (len(trained), len(held_out)) == (16, 4)
+    assert not {a.question.prompt for a in trained} & {a.question.prompt for a in held_out}
+    with pytest.raises(UsageError, match="at least 10 different questions, not 9"):
+        split_answers([*answers[:9], *answers[:9]])
+
+
+# Training
+
+
+def test_the_held_out_loss_falls_and_the_adapter_gives_it_again(
+    small: SmallModel, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {name: value for name, value in tree_flatten(small.model.parameters())}
+    outcome = adapt(small, tmp_path / "a")
+    assert capsys.readouterr().out == ""
+    first, best = outcome.figures[0], outcome.best
+    assert best is not None
+    assert best.loss < first.loss / 2
+    assert (first.accuracy, best.accuracy) == (0.0, 1.0)
+    after = dict(tree_flatten(small.model.parameters()))
+    assert all(
+        mx.array_equal(value, after[name.replace(".weight", ".linear.weight")]).item()
+        for name, value in before.items()
+        if "_proj" in name
+    )
+    names = {file.name for file in (tmp_path / "a").iterdir()}
+    assert names == {"adapters.safetensors", "adapter_config.json", "provenance.json"}
+    provenance = json.loads((tmp_path / "a" / "provenance.json").read_text())
+    assert provenance == outcome.report
+    assert provenance["small"] == "tiny"
+    assert provenance["answers"] == {"trained": 19, "held_out": 5}
+    assert provenance["kept"]["loss"] == best.loss
+
+    model, tokenizer = load(path, adapter=tmp_path / "a")
+    adapted = SmallModel(model, tokenizer, name="adapted")
+    _, held_out = split_answers(worked_answers(adapted, 24))
+    batches = make_batches(make_examples(adapted, held_out), 8)
+    tuning = LoraTuning(model, None, learning_rate=_RATE)
+    assert tuning.mean_loss(batches) == pytest.approx(best.loss, rel=0.02, abs=1e-3)
+
+
+def test_an_adapter_is_trained_further(path: Path, small: SmallModel, tmp_path: Path) -> None:
+    first = adapt(small, tmp_path / "a", epochs=1)
+    assert first.best is not None
+    model, tokenizer = load(path, adapter=tmp_path / "a")
+    adapted = SmallModel(model, tokenizer, name="adapted")
+    second = adapt(adapted, tmp_path / "b", epochs=1, start=tmp_path / "a")
+    assert second.figures[0].loss == pytest.approx(first.best.loss, rel=0.02)
+    assert second.best is not None
+    assert second.best.loss < first.best.loss
+    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert config["lora_parameters"]["rank"] == 4
+    load(path, adapter=tmp_path / "b")
+
+
+def test_a_quantised_model_is_tuned(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path / "q", quantized=True)
+    model, tokenizer = load(path)
+    small = SmallModel(model, tokenizer, name="q")
+    outcome = adapt(small, tmp_path / "a", epochs=2)
+    assert outcome.best is not None
+    load(path, adapter=tmp_path / "a")
+
+
+def test_quantised_layers_get_lora_weights() -> None:
+    # On a Mac the weights stay quantised.
+    layer = nn.QuantizedLinear(64, 64, bias=False, group_size=32, bits=4)
+    model = nn.Module()
+    model.layers = [nn.Module()]
+    model.layers[0].proj = layer
+    LoraTuning(model, LoraShape(rank=2, layers=1), learning_rate=_RATE)
+    names = {name for name, _ in tree_flatten(model.trainable_parameters())}
+    assert names == {"layers.0.proj.lora_a", "layers.0.proj.lora_b"}
+
+
+@pytest.mark.parametrize("step", [1, 8])
+def test_an_interrupt_keeps_the_best_weights(step: int, small: SmallModel, tmp_path: Path) -> None:
+    def interrupt(done: int) -> None:
+        if done == step:
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "a"
+    if step == 1:
+        with pytest.raises(KeyboardInterrupt):
+            adapt(small, folder, on_step=interrupt)
+        assert not list(folder.iterdir())
+        return
+    outcome = adapt(small, folder, on_step=interrupt)
+    assert outcome.ended_by == "interrupt"
+    assert outcome.best == outcome.figures[-1]
+    assert json.loads((folder / "provenance.json").read_text())["ended_by"] == "interrupt"
+
+
+@pytest.mark.parametrize(
+    ("figures", "kept", "ended_by"),
+    [
+        ([(3, 0.5), (2, 0.5), (1, 0.5)], 2, "epochs"),
+        ([(3, 0.5), (2, 0.5), (2.5, 0.5), (1, 0.5)], 3, "epochs"),
+        ([(3, 0.5), (2, 0.5), (2.5, 0.5), (2.1, 0.5), (1, 0.5)], 1, "held-out loss"),
+        ([(3, 0.5), (3, 0.5), (3.1, 0.5)], None, "held-out loss"),
+        ([(3, 0.5), (2, 0.8), (1, 0.2), (0.5, 0.8)], 1, "held-out accuracy"),
+        ([(3, 0.8), (2, 0.2)], None, "held-out accuracy"),
+    ],
+)
+def test_held_out_figures_decide_when_to_stop(
+    figures: list[tuple[float, float]],
+    kept: int | None,
+    ended_by: str,
+    small: SmallModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    script = iter(figures)
+
+    def judge(self: object, epoch: float, batches: object) -> HeldOutFigures:
+        loss, accuracy = next(script)
+        return HeldOutFigures(epoch, loss, accuracy)
+
+    monkeypatch.setattr(adaptation._Training, "_judge", judge)
+    epochs = len(figures) // 2 if ended_by == "epochs" else 4
+    if ended_by == "epochs":
+        # A half epoch is judged at a time.
+        figures += [(9.0, 0.5)] * (2 * epochs + 1 - len(figures))
+        script = iter(figures)
+    outcome = adapt(small, tmp_path / "a", epochs=epochs)
+    assert outcome.ended_by == ended_by
+    assert outcome.best == (None if kept is None else outcome.figures[kept])
+    assert (tmp_path / "a" / "adapters.safetensors").exists() == (kept is not None)
+
+
+def test_a_divergence_keeps_the_best_weights(
+    small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rate = 1e30
+    trained, held_out = split_answers(worked_answers(small, 24))
+    options = TuningOptions(LoraShape(rank=2, layers=2), rate, 4, max_tokens=4)
+    with pytest.raises(UsageError, match="the training diverged"):
+        adapt_to_answers(small, trained, held_out, options, folder=tmp_path / "a", provenance={})
+    assert not list((tmp_path / "a").iterdir())
+
+
+# Memory
+
+
+def test_fewer_answers_are_read_at_once_where_little_memory_is_free(
+    small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LoraTuning, "measure_bytes", lambda self, batch: 100 * batch[0].size)
+    longest = max(
+        make_batches([example], 1)[0][0].size
+        for example in make_examples(small, worked_answers(small, 24))
+    )
+    monkeypatch.setattr(adaptation, "available_bytes", lambda: int(2.5 * 125 * longest))
+    outcome = adapt(small, tmp_path / "a", epochs=1)
+    assert outcome.report["read_at_once"] == 2
+    assert outcome.best is not None
+    monkeypatch.setattr(adaptation, "available_bytes", lambda: int(0.9 * 125 * longest))
+    with pytest.raises(NotEnoughSpace, match="choose a smaller model"):
+        adapt(small, tmp_path / "b", epochs=1)
+
+
+def test_a_step_takes_memory(small: SmallModel) -> None:
+    tuning = LoraTuning(small.model, LoraShape(rank=2, layers=1), learning_rate=_RATE)
+    (batch,) = make_batches([answer_example([5] * 100, [6] * 100)], 1)
+    assert tuning.measure_bytes(batch) > 4 * 100 * small.vocabulary.size
