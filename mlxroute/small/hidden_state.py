@@ -49,11 +49,14 @@ class ChosenRows:
         if norm is not None:
             _choose_rows(norm, self._indices)
 
-    def logits(self, tokens: Any, indices: Any) -> Any:
-        """Return the logits [N, V] at positions of tokens [B, T], given as indices into B * T."""
+    def logits(self, tokens: Any, indices: Any, *, cache: Any = None) -> Any:
+        """Return the logits [N, V] at positions of tokens [B, T], given as indices into B * T.
+
+        `cache` holds what precedes the tokens, nothing by default.
+        """
         self._indices[:] = [indices] if self._has_norm else []
         try:
-            logits = self._model(tokens)
+            logits = self._model(tokens, cache=cache)
         finally:
             self._indices.clear()
         rows = logits.reshape(-1, logits.shape[-1])

@@ -37,13 +37,19 @@ from mlxroute.training.held_out_answers import (
     standard_error,
 )
 from mlxroute.training.labels import decode_answer
-from mlxroute.training.lora_tuning import LoraShape, LoraTuning, TrainingDiverged
+from mlxroute.training.lora_tuning import (
+    LoraShape,
+    LoraTuning,
+    TrainingDiverged,
+    can_share_prefix,
+)
 from mlxroute.training.tuning_examples import (
     Batch,
     TuningExample,
     answer_example,
     make_batches,
     shuffled_batches,
+    split_prefix,
 )
 from mlxroute.types import Message, Notify, Progress, no_notice, no_progress
 
@@ -182,12 +188,7 @@ class _Training:
         self._config = (
             options.shape.config() if options.start is None else read_adapter_config(options.start)
         )
-        self._tuning = LoraTuning(
-            small.model,
-            options.shape if options.start is None else None,
-            learning_rate=options.learning_rate,
-        )
-        self._held_out_examples = make_examples(small, held_out)
+        self._held_out_answers = held_out
         self._held_out = [
             HeldOutAnswer(
                 item.question, item.conversation, decode_answer(small, item.answer.token_ids)
@@ -201,8 +202,18 @@ class _Training:
 
     def run(self, trained: Sequence[WorkedAnswer], notify: Notify) -> TuningOutcome:
         """Train until the held-out figures or the number of epochs end it."""
-        examples = make_examples(self._small, trained)
-        size = self._choose_batch_size([*examples, *self._held_out_examples])
+        examples = make_examples(self._small, [*trained, *self._held_out_answers])
+        prefix_ids: tuple[int, ...] = ()
+        if can_share_prefix(self._small.model):
+            prefix_ids, examples = split_prefix(examples)
+        self._tuning = LoraTuning(
+            self._small.model,
+            self._options.shape if self._options.start is None else None,
+            learning_rate=self._options.learning_rate,
+            prefix_ids=prefix_ids,
+        )
+        size = self._choose_batch_size(examples, len(prefix_ids))
+        examples, held_out_examples = examples[: len(trained)], examples[len(trained) :]
         if size < BATCH_SIZE:
             notify(f"little memory is free: each batch of {BATCH_SIZE} is read {size} at a time")
         settings: dict[str, Any] = {
@@ -210,7 +221,8 @@ class _Training:
             "read_at_once": size,
         }
         try:
-            self._train(make_batches(examples, size), size, settings)
+            batches, held_out = make_batches(examples, size), make_batches(held_out_examples, size)
+            self._train(batches, held_out, BATCH_SIZE // size, settings)
         except (KeyboardInterrupt, TrainingDiverged) as exc:
             if self._best is None:
                 raise
@@ -220,14 +232,18 @@ class _Training:
             self._write_provenance(report)
         return TuningOutcome(tuple(self._figures), self._best, self._ended_by, report)
 
-    def _train(self, batches: Sequence[Batch], size: int, settings: dict[str, Any]) -> None:
-        held_out_batches = make_batches(self._held_out_examples, size)
-        accumulate = BATCH_SIZE // size
+    def _train(
+        self,
+        batches: Sequence[Batch],
+        held_out: Sequence[Batch],
+        accumulate: int,
+        settings: Mapping[str, Any],
+    ) -> None:
         # Whole updates only.
         section = accumulate * max(1, round(len(batches) / accumulate / _JUDGED_PER_EPOCH))
         total = _JUDGED_PER_EPOCH * self._options.epochs * section
         stream = shuffled_batches(batches)
-        self._figures.append(self._judge(0.0, held_out_batches))
+        self._figures.append(self._judge(0.0, held_out))
         steps = itertools.count(1)
         self._progress("training steps", 0, total)
         for done in range(section, total + 1, section):
@@ -239,7 +255,7 @@ class _Training:
                     latest=Path(scratch) / WEIGHTS_FILE,
                     on_step=lambda _: self._progress("training steps", next(steps), total),
                 )
-            figures = self._judge(done / len(batches), held_out_batches)
+            figures = self._judge(done / len(batches), held_out)
             if self._add_figures(figures):
                 self._write(settings)
             if self._ended_by:
@@ -294,8 +310,10 @@ class _Training:
     def _write_provenance(self, report: Mapping[str, Any]) -> None:
         replace_file(self._folder / PROVENANCE_FILE, json.dumps(report, indent=1).encode())
 
-    def _choose_batch_size(self, examples: Sequence[TuningExample]) -> int:
+    def _choose_batch_size(self, examples: Sequence[TuningExample], prefix: int) -> int:
         """Return how many answers fit in free memory at a time, at most `BATCH_SIZE`.
+
+        `prefix` is the number of tokens before all examples.
 
         One step with the shortest example shows how much memory a token takes. Raises
         NotEnoughSpace.
@@ -305,20 +323,21 @@ class _Training:
         ordered = sorted(examples, key=lambda example: len(example.token_ids))
         (shortest,) = make_batches(ordered[:1], 1)
         (longest,) = make_batches(ordered[-1:], 1)
-        used = self._tuning.measure_bytes(shortest)
-        needed = int(_MEMORY_MARGIN * used * longest[0].size / shortest[0].size)
+        token_bytes = self._tuning.measure_bytes(shortest) / (prefix + shortest[0].size)
         available = available_bytes()
         size = BATCH_SIZE
-        while size > 1 and size * needed > available:
+        while (needed := _MEMORY_MARGIN * token_bytes * (prefix + size * longest[0].size)) > (
+            available
+        ):
+            if size == 1:
+                raise NotEnoughSpace(
+                    f"training on an answer of {prefix + len(ordered[-1].token_ids)} tokens with"
+                    f" its prompt needs some {needed / 2**30:.1f} GiB of memory beside the model,"
+                    f" and {available / 2**30:.1f} GiB are free; close programs, choose a smaller"
+                    " model or shorter answers, or skip this check",
+                    parameter="skip_memory_check",
+                )
             size //= 2
-        if needed > available:
-            raise NotEnoughSpace(
-                f"training on an answer of {len(ordered[-1].token_ids)} tokens with its prompt"
-                f" needs some {needed / 2**30:.1f} GiB of memory beside the model, and"
-                f" {available / 2**30:.1f} GiB are free; close programs, choose a smaller model or"
-                " shorter answers, or skip this check",
-                parameter="skip_memory_check",
-            )
         return size
 
 

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import ConcatenateKVCache, KVCache, make_prompt_cache
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import TrainingArgs, evaluate, train
 from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -63,10 +64,20 @@ class LoraTuning:
         model: The `mlx_lm` model. It gets LoRA weights, unless it was loaded with some.
         shape: Their size. None for a model that has LoRA weights.
         learning_rate: Step size of the optimiser (Adam; Kingma and Ba, 2014).
+        prefix_ids: Tokens that precede those of all batches; they are read once for each batch.
+            Empty by default. It must be empty for a model where `can_share_prefix` is false.
     """
 
-    def __init__(self, model: Any, shape: LoraShape | None, *, learning_rate: float) -> None:
+    def __init__(
+        self,
+        model: Any,
+        shape: LoraShape | None,
+        *,
+        learning_rate: float,
+        prefix_ids: Sequence[int] = (),
+    ) -> None:
         self._model = model
+        self._prefix_ids = tuple(prefix_ids)
         self._rows = ChosenRows(model)
         self._optimizer = _ClippedAdam(learning_rate=learning_rate)
         model.freeze()
@@ -157,9 +168,25 @@ class LoraTuning:
         self, model: Any, inputs: mx.array, indices: mx.array, targets: mx.array, weights: mx.array
     ) -> tuple[mx.array, mx.array]:
         """Return the mean loss of the tokens to predict, and their number."""
-        logits = self._rows.logits(inputs, indices).astype(mx.float32)
+        cache = self._read_prefix(rows=inputs.shape[0]) if self._prefix_ids else None
+        logits = self._rows.logits(inputs, indices, cache=cache).astype(mx.float32)
         count = weights.sum()
         return (nn.losses.cross_entropy(logits, targets) * weights).sum() / count, count
+
+    def _read_prefix(self, *, rows: int) -> list[ConcatenateKVCache]:
+        """Return KV caches of the prefix for a number of rows, through which gradients pass."""
+        cache = [ConcatenateKVCache() for _ in self._model.layers]
+        self._model(mx.array([self._prefix_ids]), cache=cache)
+        for layer in cache:
+            layer.state = tuple(
+                mx.broadcast_to(part, (rows, *part.shape[1:])) for part in layer.state
+            )
+        return cache
+
+
+def can_share_prefix(model: Any) -> bool:
+    """Return whether all layers of a model have plain KV caches, which `LoraTuning` can share."""
+    return all(type(layer) is KVCache for layer in make_prompt_cache(model))
 
 
 class _ClippedAdam(optim.Adam):  # type: ignore[misc]

@@ -10,6 +10,8 @@ from typing import Final
 
 import mlx.core as mx
 
+from mlxroute.sequences import common_prefix_length
+
 # Lengths are rounded up to these multiples, so that batches have few shapes.
 _LENGTH_STEP: Final = 32
 _TARGET_STEP: Final = 64
@@ -42,6 +44,26 @@ def answer_example(prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Tuni
         positions=tuple(range(first, first + len(answer_ids))),
         targets=tuple(answer_ids),
     )
+
+
+def split_prefix(
+    examples: Sequence[TuningExample],
+) -> tuple[tuple[int, ...], list[TuningExample]]:
+    """Return the tokens with which all examples begin, and the examples without them.
+
+    At least the tokens from the first position to predict on stay in the examples.
+    """
+    shortest = min(example.positions[0] for example in examples)
+    first = examples[0].token_ids[:shortest]
+    length = min(common_prefix_length(first, example.token_ids) for example in examples)
+    return first[:length], [
+        TuningExample(
+            example.token_ids[length:],
+            tuple(position - length for position in example.positions),
+            example.targets,
+        )
+        for example in examples
+    ]
 
 
 def make_batches(examples: Sequence[TuningExample], size: int) -> list[Batch]:

@@ -26,9 +26,14 @@ from mlxroute.training.adaptation import (
     make_examples,
     split_answers,
 )
-from mlxroute.training.lora_tuning import LoraShape, LoraTuning
-from mlxroute.training.tuning_examples import answer_example, make_batches, shuffled_batches
-from tests.support.tiny import make_tiny_model
+from mlxroute.training.lora_tuning import LoraShape, LoraTuning, can_share_prefix
+from mlxroute.training.tuning_examples import (
+    answer_example,
+    make_batches,
+    shuffled_batches,
+    split_prefix,
+)
+from tests.support.tiny import KINDS, make_tiny_model
 
 _RATE = 2e-3
 
@@ -101,6 +106,46 @@ def test_only_the_answer_is_predicted(small: SmallModel) -> None:
     assert tuning.mean_loss(make_batches([example, other], 1)) == pytest.approx(
         sum(losses) / 5, rel=1e-4
     )
+
+
+def test_a_shared_prefix_changes_neither_loss_nor_gradients(
+    path: Path, small: SmallModel, tmp_path: Path
+) -> None:
+    examples = [answer_example([5, 6, 7, 8, 9, *([11] * n)], [12 + n, 3]) for n in (0, 1, 4)]
+    prefix_ids, shorter = split_prefix(examples)
+    assert prefix_ids == (5, 6, 7, 8)
+    assert [item.token_ids[0] for item in shorter] == [9, 9, 9]
+    assert can_share_prefix(small.model)
+    written = []
+    for prefix, items in (((), examples), (prefix_ids, shorter)):
+        model, _ = load(path)
+        tuning = LoraTuning(
+            model, LoraShape(rank=2, layers=2), learning_rate=_RATE, prefix_ids=prefix
+        )
+        batches = make_batches(items, 3)
+        tuning.train(
+            shuffled_batches(batches),
+            steps=2,
+            accumulate=1,
+            latest=tmp_path / "latest.safetensors",
+            on_step=lambda loss: None,
+        )
+        written.append(
+            (tuning.mean_loss(batches), dict(tree_flatten(model.trainable_parameters())))
+        )
+    (loss, weights), (prefix_loss, prefix_weights) = written
+    assert prefix_loss == pytest.approx(loss, rel=1e-3)
+    for name, value in weights.items():
+        assert mx.allclose(value, prefix_weights[name], atol=1e-4).item(), name
+
+
+def test_a_model_with_other_caches_is_trained_without_a_shared_prefix(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path / "g", model_type="gemma3_text", extra=KINDS["gemma3_text"])
+    model, tokenizer = load(path)
+    assert not can_share_prefix(model)
+    small = SmallModel(model, tokenizer, name="g")
+    outcome = adapt(small, tmp_path / "a", epochs=1)
+    assert outcome.best is not None
 
 
 def test_every_example_is_in_one_batch_and_an_epoch_has_all_batches() -> None:
@@ -267,16 +312,17 @@ def test_a_divergence_keeps_the_best_weights(
 def test_fewer_answers_are_read_at_once_where_little_memory_is_free(
     small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LoraTuning, "measure_bytes", lambda self, batch: 100 * batch[0].size)
-    longest = max(
-        make_batches([example], 1)[0][0].size
-        for example in make_examples(small, worked_answers(small, 24))
+    prefix_ids, examples = split_prefix(make_examples(small, worked_answers(small, 24)))
+    prefix = len(prefix_ids)
+    longest = max(make_batches([example], 1)[0][0].size for example in examples)
+    monkeypatch.setattr(
+        LoraTuning, "measure_bytes", lambda self, batch: 100 * (prefix + batch[0].size)
     )
-    monkeypatch.setattr(adaptation, "available_bytes", lambda: int(2.5 * 125 * longest))
+    monkeypatch.setattr(adaptation, "available_bytes", lambda: 125 * int(prefix + 2.5 * longest))
     outcome = adapt(small, tmp_path / "a", epochs=1)
     assert outcome.report["read_at_once"] == 2
     assert outcome.best is not None
-    monkeypatch.setattr(adaptation, "available_bytes", lambda: int(0.9 * 125 * longest))
+    monkeypatch.setattr(adaptation, "available_bytes", lambda: 125 * int(prefix + 0.9 * longest))
     with pytest.raises(NotEnoughSpace, match="choose a smaller model"):
         adapt(small, tmp_path / "b", epochs=1)
 

@@ -17,6 +17,7 @@ from mlxroute._version import __version__
 from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_OK
 from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
 from mlxroute.cli.folders import data_name, expand_optional, record_path
+from mlxroute.cli.worked_examples import read_examples
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
 
@@ -62,16 +63,16 @@ def adapt(
     """
     from mlxroute.cli.large_setup import make_large, open_ledger, require_large
     from mlxroute.cli.terminal import make_consoles
-    from mlxroute.questions.question_files import read_worked_examples
 
     address = require_large(settings, "adapt")
     if not 0 < learning_rate < 1:
         raise UsageError("--learning-rate must be between 0 and 1")
     _check_folder(out)
+    sampled = _read_questions(data, questions)
     run = _AdaptRun(
         data=data,
-        questions=_read_questions(data, questions),
-        examples=read_worked_examples(examples, shots),
+        questions=sampled,
+        examples=read_examples(examples, shots, sampled),
         tokens=tokens,
         at_once=at_once,
         epochs=epochs,
@@ -82,7 +83,8 @@ def adapt(
             *("--tokens", str(tokens), "--epochs", str(epochs), "--rank", str(rank)),
             *("--learning-rate", f"{learning_rate:g}"),
             *(word for file in data for word in ("--data", str(file))),
-            *(("--examples", str(examples), "--shots", str(shots)) if examples else ()),
+            *("--shots", str(shots)),
+            *(("--examples", str(examples)) if examples else ()),
         ],
     )
     _, err = make_consoles()

@@ -18,6 +18,7 @@ from mlxroute.cli.folders import (
     report_source,
 )
 from mlxroute.cli.setting_options import parse_budget
+from mlxroute.cli.worked_examples import read_examples
 from mlxroute.config import Settings
 from mlxroute.config.setting_choices import BenchRouterName
 from mlxroute.errors import UsageError
@@ -113,7 +114,7 @@ def quality(
     sampled = _read_questions(file, questions)
     run = _QualityRun(
         questions=sampled,
-        examples=_read_examples(examples, shots, sampled),
+        examples=read_examples(examples, shots, sampled),
         sides=sides,
         compare=[_parse_comparison(text, sides) for text in compare or ()],
         chats=chats,
@@ -144,16 +145,6 @@ def _read_questions(file: Path, count: int) -> list[Question]:
         if question.answer is None:
             raise UsageError(f"{file}: {question.name} has no answer to compare with")
     return questions
-
-
-def _read_examples(file: Path | None, count: int, questions: list[Question]) -> list[Question]:
-    """Return the worked examples of a file, by default the built-in ones for such questions."""
-    from mlxroute.questions.prompt_form import choose_examples_file
-    from mlxroute.questions.question_files import read_worked_examples
-
-    if file is None and (name := choose_examples_file(questions)) is not None:
-        file = find_bench_file("questions", name)
-    return read_worked_examples(file, count)
 
 
 def _parse_comparison(text: str, sides: list[QualitySide]) -> tuple[str, str]:
