@@ -284,6 +284,7 @@ class LargeModel(Closeable):
             self._breaker,
             self._ledger,
             model=self._negotiator.model.known,
+            controls=self._negotiator.control_tokens,
             deadline=Deadline(timeout_s),
         )
 
@@ -377,7 +378,7 @@ class LargeModel(Closeable):
 
         def send(prompt: Prompt) -> CompletionAnswer:
             return self._requester.complete(
-                replace(request, prompt=prompt),
+                request if prompt is request.prompt else replace(request, prompt=prompt),
                 deadline=call.deadline,
                 listener=listen if plan.streamed else None,
             )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from mlxroute.large.completion_request import CompletionRequester
 from mlxroute.large.dialects.json_fields import usage_counts
 from mlxroute.large.http.circuit_breaker import CircuitBreaker
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.ledger import Ledger
+from mlxroute.tokenizers.control_tokens import ControlTokens
 
 
 class WholeChat:
@@ -19,6 +20,7 @@ class WholeChat:
         breaker: Refuses it while the server fails.
         ledger: Counts its tokens.
         model: The name of the model to send; None to send none.
+        controls: The server's control tokens, which texts of messages must not have.
         deadline: The end of the call.
     """
 
@@ -29,20 +31,25 @@ class WholeChat:
         ledger: Ledger,
         *,
         model: str | None,
+        controls: ControlTokens,
         deadline: Deadline,
     ) -> None:
         self._requester = requester
         self._breaker = breaker
         self._ledger = ledger
         self._model = model
+        self._controls = controls
         self._deadline = deadline
 
     def ask(self, body: Mapping[str, object]) -> Mapping[str, object]:
         """Send a request with this body and the model's name; return the reply. Raises LargeError.
 
-        Blocks until the reply is complete.
+        Names of control tokens in messages are sent as plain text, with a space inside. Blocks
+        until the reply is complete.
         """
         named = {**body} if self._model is None else {**body, "model": self._model}
+        if "messages" in body:
+            named["messages"] = _change_texts(body["messages"], self._plain)
         with self._breaker.guard():
             reply = self._requester.post(
                 "/chat/completions", named, deadline=self._deadline, at_root=False
@@ -58,3 +65,17 @@ class WholeChat:
     def cancel(self) -> None:
         """End the call now, from any thread."""
         self._deadline.cancel()
+
+    def _plain(self, text: str) -> str:
+        return self._controls.neutralise(text)[0]
+
+
+def _change_texts(value: object, change: Callable[[str], str]) -> object:
+    """Return a JSON value with every text in it changed; keys stay."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_change_texts(item, change) for item in value]
+    if isinstance(value, dict):
+        return {key: _change_texts(item, change) for key, item in value.items()}
+    return value

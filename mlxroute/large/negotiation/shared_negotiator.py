@@ -18,6 +18,7 @@ from mlxroute.large.negotiation.verdict_file import Verdict
 from mlxroute.large.negotiation.vocabulary_pairing import VocabularyPairing, pair_vocabulary
 from mlxroute.large.prompt import Prompt
 from mlxroute.large.vocabulary.token_reader import TokenReader
+from mlxroute.tokenizers.control_tokens import ControlTokens, control_tokens
 from mlxroute.types import LargeContext, Vocabulary
 
 # Failures in a row after which the dialect is negotiated again.
@@ -50,6 +51,15 @@ class SharedNegotiator:
     def negotiated(self) -> NegotiatedDialect | None:
         """The dialect in use, None before the first negotiation."""
         return self._negotiator.negotiated
+
+    @property
+    def control_tokens(self) -> ControlTokens:
+        """The control tokens of the server, and everything in their form."""
+        pairing = self.pairing
+        is_shared = pairing is not None and pairing.builder.same_vocabulary
+        vocabulary = pairing.vocabulary if pairing and is_shared else self._reader.vocabulary
+        names = frozenset[str]() if vocabulary is None else vocabulary.control_names
+        return control_tokens(names, any_form=True)
 
     @property
     def is_verdict_saved(self) -> bool:

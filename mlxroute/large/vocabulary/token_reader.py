@@ -51,9 +51,11 @@ class TokenReader:
 
         The server then has another model than before, and its ids must not pass as tokens.
         """
-        for position in positions:
-            token, known = position.token, self._vocabulary
-            if known is None or token.token_id is None or token.data is None:
+        known = self._vocabulary
+        if known is None:
+            return
+        for token in (position.token for position in positions):
+            if token.token_id is None or token.data is None:
                 continue
             expected = known.token_bytes(token.token_id)
             # Some servers strip spaces, and give a part of a character as something else.
