@@ -33,6 +33,8 @@ from mlxroute.types import LargeContext
 
 # The longest tokens of real vocabularies are runs of some hundred spaces or dashes.
 _MAX_TOKEN_CHARACTERS: Final = 1000
+# For an estimate of the tokens of a request.
+_BYTES_PER_TOKEN: Final = 4
 
 
 class TokensNotReplayed(LargeProtocolError):
@@ -82,10 +84,12 @@ class _EncodedRequest:
 class _UsageRecorder:
     """Records the token counts of one request in the ledger while its reply arrives."""
 
-    def __init__(self, ledger: Ledger, request: CompletionRequest) -> None:
+    def __init__(self, ledger: Ledger, request: CompletionRequest, *, body: bytes) -> None:
         self._ledger = ledger
         ids = request.prompt.ids if request.context is None else request.context.token_ids
-        self._prompt_tokens = len(ids)
+        # The request has far more than the conversation where it shows worked examples.
+        is_framed = request.dialect.is_approximate
+        self._prompt_tokens = len(body) // _BYTES_PER_TOKEN if is_framed else len(ids)
         self._recorded = (0, 0, 0)
 
     def record(self, completion: Completion) -> None:
@@ -165,7 +169,7 @@ class CompletionRequester:
         TokensNotReplayed.
         """
         sent = self._prepare(request, streamed=listener is not None)
-        usage = _UsageRecorder(self._ledger, request)
+        usage = _UsageRecorder(self._ledger, request, body=sent.body)
 
         def read_partial(body: bytes) -> bool:
             assert listener is not None

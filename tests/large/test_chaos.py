@@ -11,6 +11,8 @@ from mlxroute import LargeModel
 from mlxroute.types import Mode
 from tests.support.chaos import Chaos, nothing_left_behind, shorten_pauses
 from tests.support.fakes import ScriptedSmall
+from tests.support.hosted_servers import PROVIDERS, HostedServer
+from tests.support.known_answers import write_known
 from tests.support.loopback import Reply
 from tests.support.negotiated import honest
 from tests.support.network_faults import FaultProxy
@@ -50,3 +52,39 @@ def test_twenty_answers_with_faults_at_random_moments(
     assert chaos.answers == 20
     assert chaos.disturbed >= 8
     assert chaos.compared >= 4
+
+
+def test_forty_answers_by_example_with_faults_at_random_moments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_retry_pauses: None
+) -> None:
+    """The same on a server that only chats; its tokens are words."""
+    shorten_pauses(monkeypatch, 0.05)
+    with nothing_left_behind(tmp_path):
+        server = HostedServer(PROVIDERS["OpenAI GPT-4.1"], write_known)
+        proxy = FaultProxy(server)
+        url = proxy.server.url
+        with LargeModel(url, timeout_s=60) as large, LargeModel(url) as reference:
+            large.connect()
+            assert large.is_approximate
+            chaos = Chaos(
+                ScriptedSmall(
+                    b"the small model says this", entropies=dict.fromkeys((2, 5, 9), 2.0)
+                ),
+                proxy,
+                large,
+                reference,
+                random.Random(SEED),
+                threshold=1.0,
+                max_tokens=24,
+                timeout_s=0.8,
+                pause_s=0.05,
+                modes=(Mode.WAIT, Mode.OVERLAP),
+                accidents={"refused": proxy.server.gone},
+            )
+            for _ in range(4):
+                chaos.chat()
+        proxy.server.close()
+    print(chaos.report())  # noqa: T201
+    assert chaos.answers == 40
+    assert len(proxy.played) >= 20
+    assert chaos.compared >= 6

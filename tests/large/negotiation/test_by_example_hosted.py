@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from typing import Final
 
 import pytest
@@ -11,12 +9,11 @@ import pytest
 from mlxroute.large import LargeModel
 from mlxroute.large.dialects.chat.request_fields import MAX_GENERATED_PER_TOKEN
 from mlxroute.large.http import retry
-from mlxroute.large.negotiation.continuation_questions import CONTINUATIONS, FINISHED
 from mlxroute.large.negotiation.prober import NoUsableDialect
 from mlxroute.types import Message, Span
-from tests.support.example_chat import write_by_example
 from tests.support.family_servers import VOCABULARY
 from tests.support.hosted_servers import FIELDS, PROVIDERS, HostedServer, Json
+from tests.support.known_answers import write_known
 from tests.support.loopback import Loopback
 from tests.support.vocabularies import context
 
@@ -25,12 +22,6 @@ ASK: Final[Message] = {"role": "user", "content": "Count."}
 POSITION: Final = context("1, 2, 3,", VOCABULARY, messages=(ASK,), spans=(Span("1, 2, 3,"),))
 # The others continue a begun answer.
 BY_EXAMPLE: Final = FIELDS.keys() - {"Anthropic Claude 4.5", "Mistral", "DeepSeek"}
-_TOKEN: Final = re.compile(r" ?[^\W\d_\u2e80-\U0010ffff]+|\d+|\s+|.", re.DOTALL)
-_KNOWN: Final = (
-    "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13",
-    FINISHED.text,
-    *(question.text + question.expected + " and so on" for _, question in CONTINUATIONS),
-)
 
 
 @pytest.fixture(autouse=True)
@@ -38,21 +29,9 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "_FIRST_PAUSE_S", 0.001)
 
 
-def go_on(conversation: Sequence[Message], answer: str) -> str:
-    """Go on with an answer that is known by heart; else begin one."""
-    known = next((text for text in _KNOWN if answer and text.startswith(answer)), None)
-    return "Sure! Here is an answer." if known is None else known[len(answer) :]
-
-
-def write(messages: Sequence[Json], count: int) -> tuple[list[bytes], bool]:
-    """Write a new answer, as asked by example."""
-    tokens = [token.encode() for token in _TOKEN.findall(write_by_example(messages, go_on))]
-    return tokens[:count], len(tokens) < count
-
-
 @pytest.mark.parametrize("name", sorted(name for name in BY_EXAMPLE if FIELDS[name] is not None))
 def test_a_provider_is_asked_by_example_with_the_fields_that_it_takes(name: str) -> None:
-    with Loopback(HostedServer(PROVIDERS[name], write)) as server:
+    with Loopback(HostedServer(PROVIDERS[name], write_known)) as server:
         with LargeModel(server.url) as large:
             verdict = large.probe()
             token = large.next_token(POSITION)
@@ -70,7 +49,7 @@ def _limit(body: Json) -> int:
 
 @pytest.mark.parametrize("name", sorted(name for name in BY_EXAMPLE if FIELDS[name] is None))
 def test_a_model_whose_thoughts_cost_too_much_is_refused_in_one_line(name: str) -> None:
-    with Loopback(HostedServer(PROVIDERS[name], write)) as server:
+    with Loopback(HostedServer(PROVIDERS[name], write_known)) as server:
         with LargeModel(server.url) as large, pytest.raises(NoUsableDialect) as caught:
             large.probe()
         text = str(caught.value)
