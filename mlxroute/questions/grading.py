@@ -8,6 +8,7 @@ import string
 from dataclasses import dataclass
 
 from mlxroute.questions.answer_patterns import BOXED, parse_number
+from mlxroute.questions.code_grading import extract_program, passes
 from mlxroute.questions.question_files import AnswerKind, Question
 
 _AFTER_ANSWER_IS = re.compile(r"answer\s+is\b(.*)", re.IGNORECASE | re.DOTALL)
@@ -36,12 +37,15 @@ def grade(question: Question, text: str) -> Grade:
             return _grade_number(question.answer, text)
         case AnswerKind.TEXT:
             return _grade_text(question.answer, text)
+        case AnswerKind.CODE:
+            return _grade_code(question, text)
 
 
 def extract_answer(question: Question, text: str) -> str:
     """Return the answer that a text gives, normalised so that equal answers are equal strings.
 
-    The result is a label, a number or plain words, by the question's kind; empty for no answer.
+    The result is a label, a number, plain words, or whether the code passes its tests, by the
+    question's kind; empty for no answer.
     """
     match question.kind:
         case AnswerKind.CHOICE:
@@ -51,6 +55,9 @@ def extract_answer(question: Question, text: str) -> str:
             return "" if value is None else f"{value:g}"
         case AnswerKind.TEXT:
             return _normalise(text)
+        case AnswerKind.CODE:
+            passed = _grade_code(question, text).lenient
+            return "" if passed is None else "passed" if passed else "failed"
 
 
 def _grade_choice(question: Question, text: str) -> Grade:
@@ -109,6 +116,16 @@ def _final_number(text: str) -> float | None:
     """Return the last number in the first box, or in the text if it has no box."""
     boxed = BOXED.findall(text)
     return parse_number(boxed[0] if boxed else text)
+
+
+def _grade_code(question: Question, text: str) -> Grade:
+    assert question.function is not None
+    strict = extract_program(question.function, text, strict=True)
+    lenient = strict or extract_program(question.function, text, strict=False)
+    return Grade(
+        None if strict is None else passes(question.function, strict),
+        None if lenient is None else passes(question.function, lenient),
+    )
 
 
 def _grade_text(correct: str, text: str) -> Grade:

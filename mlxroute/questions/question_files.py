@@ -1,9 +1,10 @@
 r"""Question files: JSON Lines, one question per row, which ends at `\n`.
 
-A row has one of three forms:
+A row has one of four forms:
 - `prompt`, and optionally `answer` or `answerKey`;
 - `question` and `choices`, and optionally `answerKey`, as in CommonsenseQA;
-- `problem`, and optionally `solution` with a boxed answer, as in GSM8K.
+- `problem`, and optionally `solution` with a boxed answer, as in GSM8K;
+- `prompt`, `entry_point` and `test`, the start of a function to complete, as in HumanEval.
 `id` is optional, and so is `cot`, a complete answer that can serve as a worked example.
 """
 
@@ -28,6 +29,7 @@ from mlxroute.untrusted_text import MalformedText, TextFile, parse_json
 _CHOICE_INSTRUCTION = (
     "Explain in one sentence, then end with: Therefore, the answer is <choice> (<label>)."
 )
+_CODE_INSTRUCTION = "Answer with the whole function in one Python code block."
 _NUMBER_INSTRUCTION = "Solve the problem step by step and give the final answer as \\boxed{number}."
 # GSM8K's worked answers carry calculator marks such as <<2*3=6>>, which no model writes.
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
@@ -40,6 +42,22 @@ class AnswerKind(StrEnum):
     CHOICE = "choice"
     NUMBER = "number"
     TEXT = "text"
+    CODE = "code"
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionTask:
+    """A Python function to complete.
+
+    Args:
+        name: The name of the function.
+        start: The program up to the body of the function: imports, helpers, signature, docstring.
+        test: A program that defines `check(function)`, which raises if the function is wrong.
+    """
+
+    name: str
+    start: str
+    test: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +72,7 @@ class Question:
         choices: (label, text) pairs of a CHOICE question. Empty by default.
         worked_answer: A complete answer, with its reasoning. None (default) if there is none.
         instruction: Text that asks for an answer in a form that can be parsed. Empty by default.
+        function: What a CODE question asks for. None (default) for other kinds.
     """
 
     name: str
@@ -63,6 +82,7 @@ class Question:
     choices: tuple[tuple[str, str], ...] = ()
     worked_answer: str | None = None
     instruction: str = ""
+    function: FunctionTask | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -133,7 +153,8 @@ def _parse_row(line: str, *, where: str) -> Question:
         raise UsageError(f"{where}: {exc}") from exc
     if not isinstance(row, dict):
         raise UsageError(f'{where}: a row must be a JSON object, such as {{"prompt": "..."}}')
-    name, worked_answer = _optional_text(row, "id", where) or where, None
+    row_id = _optional_text(row, "id", where) or _optional_text(row, "task_id", where)
+    name, worked_answer = row_id or where, None
     if "cot" in row:
         worked_answer = _CALCULATOR_MARK.sub("", _required_text(row, "cot", where))
     if "choices" in row:
@@ -148,6 +169,8 @@ def _parse_row(line: str, *, where: str) -> Question:
             worked_answer=worked_answer,
             instruction=_NUMBER_INSTRUCTION,
         )
+    if "entry_point" in row:
+        return _code_question(row, name, worked_answer, where)
     answer = _optional_text(row, "answer", where) or _optional_text(row, "answerKey", where)
     kind = AnswerKind.NUMBER if answer is not None and is_number(answer) else AnswerKind.TEXT
     prompt = _required_text(row, "prompt", where)
@@ -168,6 +191,27 @@ def _choice_question(
         )
     return Question(
         name, prompt, AnswerKind.CHOICE, answer, choices, worked_answer, _CHOICE_INSTRUCTION
+    )
+
+
+def _code_question(
+    row: dict[str, Any], name: str, worked_answer: str | None, where: str
+) -> Question:
+    start = _required_text(row, "prompt", where)
+    function = FunctionTask(
+        _required_text(row, "entry_point", where), start, _required_text(row, "test", where)
+    )
+    if f"def {function.name}(" not in start:
+        raise UsageError(f"{where}: `prompt` must hold the start of `def {function.name}(`")
+    prompt = f"Complete this function:\n```python\n{start.strip()}\n```"
+    return Question(
+        name,
+        prompt,
+        AnswerKind.CODE,
+        function.test,
+        worked_answer=worked_answer,
+        instruction=_CODE_INSTRUCTION,
+        function=function,
     )
 
 

@@ -1,0 +1,142 @@
+"""Questions that ask for code: the program of an answer, its tests, and the isolated process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from mlxroute.errors import UsageError
+from mlxroute.questions import code_sandbox
+from mlxroute.questions.code_grading import extract_program
+from mlxroute.questions.code_sandbox import run_program
+from mlxroute.questions.grading import Grade, extract_answer, grade
+from mlxroute.questions.question_files import (
+    AnswerKind,
+    FunctionTask,
+    Question,
+    question_messages,
+    read_questions,
+)
+
+_START = 'import math\n\ndef helper(x):\n    return x\n\ndef half(x):\n    """Halve x."""\n'
+_ROW = {
+    "task_id": "Set/7",
+    "prompt": _START,
+    "entry_point": "half",
+    "canonical_solution": "    return x / 2\n",
+    "test": "def check(candidate):\n    assert candidate(4) == 2\n    assert candidate(3) == 1.5\n",
+}
+_FUNCTION = FunctionTask("half", _START, _ROW["test"])
+_GOOD, _BAD = "def half(x):\n    return helper(x) / 2", "def half(x):\n    return x // 2"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _isolation() -> None:
+    try:
+        run_program("")
+    except UsageError as exc:
+        pytest.skip(str(exc))
+
+
+@pytest.fixture
+def question(tmp_path: Path) -> Question:
+    file = tmp_path / "code.jsonl"
+    file.write_text(json.dumps(_ROW) + "\n")
+    return read_questions(file)[0]
+
+
+def test_a_function_to_complete_is_read(question: Question) -> None:
+    assert (question.name, question.kind) == ("Set/7", AnswerKind.CODE)
+    assert question.function == _FUNCTION
+    (message,) = question_messages(question)
+    assert message["content"].startswith("Complete this function:\n```python\nimport math\n")
+    assert message["content"].endswith("the whole function in one Python code block.")
+
+
+@pytest.mark.parametrize("row", [{"test": ""}, {"entry_point": "double"}, {"entry_point": 3.5}])
+def test_a_wrong_row_is_named(row: dict[str, object], tmp_path: Path) -> None:
+    file = tmp_path / "code.jsonl"
+    file.write_text(json.dumps({**_ROW, **row}) + "\n")
+    with pytest.raises(UsageError, match="row 1"):
+        read_questions(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"Here:\n```python\n{_GOOD}\n```\nDone.", Grade(True, True)),
+        (f"```\n{_GOOD}\n```", Grade(True, True)),
+        (f"```python\n{_BAD}\n```", Grade(False, False)),
+        (f"```python\nprint(1)\n```\nthen\n```python\n{_GOOD}\n```", Grade(True, True)),
+        # Cut off inside the block, without a block, and the body alone.
+        (f"```python\n{_GOOD}\n", Grade(None, True)),
+        (_GOOD, Grade(None, True)),
+        ("    return x / 2\n", Grade(None, True)),
+        ("```python\n    return x / 2\n```", Grade(None, True)),
+        ("I cannot do that.", Grade(None, False)),
+        ("```python\ndef half(x:\n```", Grade(False, False)),
+        (" \n", Grade(None, None)),
+    ],
+)
+def test_code_is_graded_by_its_tests(text: str, expected: Grade, question: Question) -> None:
+    assert grade(question, text) == expected
+    outcome = {None: "", True: "passed", False: "failed"}[expected.lenient]
+    assert extract_answer(question, text) == outcome
+
+
+def test_helpers_of_the_start_are_kept() -> None:
+    program = extract_program(_FUNCTION, f"```python\n{_GOOD}\n```", strict=True)
+    assert program is not None
+    assert program.startswith("import math\n\ndef helper(x):")
+    assert program.count("def half(") == 1
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "raise ValueError",
+        "def f(:",
+        "import sys\nsys.exit(0)",
+        "import os\nos._exit(0)",
+        "import os\nos.kill(os.getpid(), 9)",
+        "x = bytearray(3 << 30)",
+        "open('here', 'w')",
+        "import os\nos.rmdir('{folder}')",
+        "import os\nos.chmod('{folder}', 0)",
+        "import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=5)",
+        "import os\nassert os.environ.get('HOME')",
+    ],
+)
+def test_programs_that_fail_or_reach_outside(program: str, tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert not run_program(
+            program.replace("{folder}", str(folder)).replace("{port}", str(port))
+        )
+    assert os.access(folder, os.W_OK)
+
+
+def test_programs_that_run_to_their_end() -> None:
+    assert run_program("import math, re, typing\nprint('a' * 100_000)\nassert math.pi > 3")
+    assert run_program("x = '\ud800'")
+
+
+def test_a_program_that_never_ends_is_ended() -> None:
+    began_s = time.monotonic()
+    assert not run_program("import time\ntime.sleep(60)", timeout_s=0.5)
+    assert time.monotonic() - began_s < 20
+
+
+def test_nothing_is_run_without_isolation(
+    monkeypatch: pytest.MonkeyPatch, question: Question
+) -> None:
+    monkeypatch.setattr(code_sandbox, "_run_child", lambda *_: b"isolation: no namespace")
+    with pytest.raises(UsageError, match=r"only in isolation.*: no namespace"):
+        grade(question, "```python\ndef half(x):\n    return x * 0.5\n```")
