@@ -47,8 +47,9 @@ class RequestPlanner:
 
     def plans(self, negotiated: NegotiatedDialect, *, prefetch: int) -> Iterator[RequestPlan]:
         """Yield plans in order; each is for the case that the one before gave no token."""
-        is_readable = negotiated.dialect.names_tokens
-        if prefetch and is_readable and negotiated is not self._single_only:
+        # Asked by example, the model may go on differently once a token is part of the answer.
+        is_certain = negotiated.dialect.names_tokens and not negotiated.dialect.is_approximate
+        if prefetch and is_certain and negotiated is not self._single_only:
             if self.can_stream(negotiated):
                 yield RequestPlan(prefetch + 1, read_all_tokens, streamed=True)
             # A failed stream has disabled streaming; an unreadable one would be unreadable again.
