@@ -140,8 +140,8 @@ def choose_positions(kind: str, start: Transcript, tokens: list[OwnToken]) -> li
 def compare(by_example: LargeModel, start: Transcript, tokens: list[OwnToken], index: int) -> Row:
     """Ask for one token by example and return how it compares with the large model's own."""
     transcript = start
-    for token in tokens[:index]:
-        transcript = extend(transcript, token)
+    for earlier in tokens[:index]:
+        transcript = extend(transcript, earlier)
     own, uploads = tokens[index], by_example.uploads
     row: Row = {"before": transcript.text[-24:], "own": own.text, "ends": own.ends}
     try:

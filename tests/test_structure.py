@@ -20,6 +20,7 @@ _PARSERS = {"json.load", "json.loads", "tomllib.load", "tomllib.loads"}
 _TEXT_READERS = {
     "untrusted_text.py": "the door",
     "ledger.py": "a request body of this program",
+    "bench/chat_only_server.py": "a request body of this program",
     "bench/delayed_server.py": "a request body of this program",
     "backend/blas.py": "an error message",
     "backend/memory.py": "files of the kernel",
