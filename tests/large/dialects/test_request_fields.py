@@ -103,11 +103,18 @@ def test_a_description_that_was_not_written_is_refused(description: str) -> None
 def test_any_texts_of_refusals_end_the_search(texts: list[str]) -> None:
     search = FieldSearch()
     for number in range(60):
-        text = " ".join(texts) if number % 2 else "logprobs temperature max_tokens thinking"
+        text = " ".join(texts) if number % 2 else "logprobs or temperature, and thinking"
         if search.after_refusal(text) is None:
             break
     else:
         raise AssertionError("the search does not end")
+
+
+def test_a_refusal_that_repeats_the_request_shows_nothing_about_its_fields() -> None:
+    search = FieldSearch()
+    body = {"messages": [ASK], **search.fields.body(RequestOptions(1, 5, "m"), logprobs=True)}
+    assert search.after_refusal(f"cannot handle {body}") is None
+    assert search.fields == RequestFields()
 
 
 def test_a_model_that_keeps_thinking_ends_the_search() -> None:

@@ -126,6 +126,9 @@ class FieldSearch:
     def after_refusal(self, text: str) -> RequestFields | None:
         """Return fields that avoid a refusal, whose text names a field; None if none do."""
         now = self.fields
+        if all(_names(text, name) for name in (now.limit_name, "temperature", "logprobs")):
+            # The text repeats the request, and says nothing about a field.
+            return None
         if _TOO_FEW.search(text) and _names(text, *_LIMIT_NAMES, "max_output_tokens"):
             if now.least_tokens >= _SMALL_BUDGET:
                 return self.after_thinking()
