@@ -10,6 +10,7 @@ from mlxroute.engine import Answer, Options, generate
 from mlxroute.engine.escalation.failures import AllowanceUsed, failure_kind
 from mlxroute.errors import (
     LargeError,
+    LargeNotContinued,
     LargeProtocolError,
     LargeRefused,
     LargeTimeout,
@@ -35,6 +36,7 @@ TOO_LONG = LargeRefused("http://box/v1 answered 413: too large", status=413)
         (AllowanceUsed(30), "no time left"),
         (LargeUnrecorded("x"), "not recorded"),
         (LargeProtocolError("x"), "invalid reply"),
+        (LargeNotContinued("x"), "not continued"),
         (LargeRefused("x", status=401), "status 401"),
         (LargeRefused("x"), "refused"),
         (LargeError("x"), "failed"),
@@ -109,6 +111,13 @@ def test_positions_after_the_answers_time_for_failures_say_so() -> None:
     assert "10 s of waiting" in stats.failures[1].reason
     assert stats.failures[1].parameter == "timeout_s"
     assert (stats.fallbacks, stats.unchecked) == (1, 4)
+
+
+def test_replies_that_do_not_go_on_cost_none_of_the_time_for_failures() -> None:
+    answer = answer_with([LargeNotContinued("elsewhere")], seconds=10.0)
+    list(answer)
+    stats = answer.stats()
+    assert [(failure.kind, failure.count) for failure in stats.failures] == [("not continued", 4)]
 
 
 def test_a_strict_answer_never_goes_on_without_the_large_model() -> None:

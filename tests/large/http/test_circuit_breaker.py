@@ -9,6 +9,7 @@ import pytest
 
 from mlxroute.errors import (
     LargeError,
+    LargeNotContinued,
     LargeProtocolError,
     LargeRefused,
     LargeUnavailable,
@@ -138,6 +139,13 @@ def test_a_misfit_inside_a_character_does_not_count_as_a_failure() -> None:
     assert circuit.ask() == ""
     circuit.open(unfit)
     assert circuit.ask() == "LargeUnavailable"
+
+
+def test_replies_that_do_not_go_on_with_the_answer_pause_no_calls() -> None:
+    circuit = Circuit()
+    for _ in range(FAILURES + 1):
+        assert circuit.ask(LargeNotContinued("elsewhere")) == "LargeNotContinued"
+    assert circuit.ask() == ""
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt(), LargeUnavailable("not now")])

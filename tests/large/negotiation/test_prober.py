@@ -14,6 +14,7 @@ from mlxroute.large import LargeModel
 from mlxroute.large.http import retry
 from mlxroute.large.negotiation.prober import NoUsableDialect, advise
 from mlxroute.large.negotiation.verdict_file import RejectedDialect, Verdict
+from mlxroute.types import Message, Span
 from tests.support.example_chat import read_question
 from tests.support.family_servers import VOCABULARY, FamilyServer, Ids, Json
 from tests.support.loopback import Loopback, Reply, Request
@@ -103,6 +104,18 @@ def test_a_server_that_only_chats_is_asked_by_example() -> None:
     assert all(check.passed for check in checks if check.name != "prefix cache")
     assert "chat continuation (trailing turn)" in reasons(verdict)
     assert verdict.requests <= 60
+
+
+def test_by_example_a_call_returns_one_token_whatever_is_prefetched() -> None:
+    ask: Message = {"role": "user", "content": "Count."}
+    answer = "1, 2, 3,"
+    position = context(answer, VOCABULARY, messages=(ask,), spans=(Span(answer),))
+    with Loopback(FamilyServer("chat by example")) as server, LargeModel(server.url) as large:
+        large.connect()
+        call = large.begin(position, prefetch=4)
+        large.wait(lambda: call.finished, timeout_s=30)
+        (token,) = call.result()
+    assert token.text and " 4".startswith(token.text)
 
 
 def _chatty(path: str, body: Json, reply: Json) -> Json:
