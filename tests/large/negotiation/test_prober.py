@@ -115,7 +115,8 @@ def test_by_example_a_call_returns_one_token_whatever_is_prefetched() -> None:
         call = large.begin(position, prefetch=4)
         large.wait(lambda: call.finished, timeout_s=30)
         (token,) = call.result()
-    assert token.text and " 4".startswith(token.text)
+    assert token.text
+    assert " 4".startswith(token.text)
 
 
 def _chatty(path: str, body: Json, reply: Json) -> Json:
