@@ -61,25 +61,25 @@ def draw_latency(report: Mapping[str, Any], path: Path) -> None:
 
 
 def draw_quality(report: Mapping[str, Any], path: Path) -> None:
-    """Plot accuracy over large tokens a question: one line per router, and each model alone."""
+    """Plot accuracy over large tokens a question: one line per router, and each model alone.
+
+    Without right answers it is the F1 score with the large model's answers.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     panel = figure.subplots()
     sides, questions = report["sides"], report["questions"]
-    small = sides["small"]["lenient"]["accuracy"]
+    small = _merit(sides["small"])[0]
     for router in sorted({side["router"] for side in sides.values() if side["router"]}):
         points = sorted(
-            (
-                _large_tokens(side, side["tokens"] / questions),
-                side["lenient"]["accuracy"],
-                *side["lenient"]["interval"],
-            )
+            (_large_tokens(side, side["tokens"] / questions), _merit(side))
             for side in sides.values()
             if side["router"] == router
         )
-        spent, accuracies, low, high = zip(*points, strict=True)
+        spent = [tokens for tokens, _ in points]
+        accuracies, low, high = zip(*(merit for _, merit in points), strict=True)
         (line,) = panel.plot(spent, accuracies, marker="o", label=router)
         # Every router starts from the small model alone.
         panel.plot((0, spent[0]), (small, accuracies[0]), color=line.get_color(), linestyle=":")
@@ -92,14 +92,23 @@ def draw_quality(report: Mapping[str, Any], path: Path) -> None:
             )
             panel.plot(*zip(*points, strict=True), color="grey", marker=marker, label=label)
     for name, style in (("small", ":"), ("large", "--")):
-        panel.axhline(
-            sides[name]["lenient"]["accuracy"], color="grey", linestyle=style, label=f"{name} alone"
-        )
-    panel.set(xlabel="large tokens a question", ylabel="right answers", xlim=(0, None), ylim=(0, 1))
+        merit = _merit(sides[name])[0]
+        panel.axhline(merit, color="grey", linestyle=style, label=f"{name} alone")
+    has_answers = sides["large"]["lenient"] is not None
+    merit_name = "right answers" if has_answers else "F1 with the large model's answers"
+    panel.set(xlabel="large tokens a question", ylabel=merit_name, xlim=(0, None), ylim=(0, 1))
     panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     panel.legend(fontsize="small")
     figure.suptitle(f"{_models(report)}, {questions} questions", fontsize="medium")
     figure.savefig(path, dpi=120)
+
+
+def _merit(side: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Return the accuracy of a side, or its agreement with the large model, and the interval."""
+    marks = side["lenient"]
+    if marks is not None:
+        return marks["accuracy"], *marks["interval"]
+    return side["with_large"]["f1"], *side["with_large"]["interval"]
 
 
 def _large_tokens(point: Mapping[str, Any], tokens: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Final
 
 # The normal quantile of a two-sided 95 % interval.
@@ -54,6 +54,15 @@ def ratio_interval(
         return None
     root = math.sqrt(max(0.0, half_linear**2 - square * (a * a - cov_aa)))
     return (half_linear - root) / square, (half_linear + root) / square
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of a mean, by the normal approximation; without width for one."""
+    center = fmean(values)
+    if len(values) < _MIN_PAIRS:
+        return center, center
+    half_width = _Z * stdev(values) / math.sqrt(len(values))
+    return center - half_width, center + half_width
 
 
 def difference_interval(only_first: int, only_second: int, count: int) -> tuple[float, float]:

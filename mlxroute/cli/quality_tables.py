@@ -24,14 +24,19 @@ def print_quality(report: dict[str, Any], err: Console) -> None:
         err.print(_comparisons_table(report["comparisons"]))
     sides, count = report["sides"], report["questions"]
     cut_off = max(side["reached_limit"] for side in sides.values())
+    strict = sides["large"]["strict"]
     if cut_off > _CUT_OFF_SHARE * count:
+        result = (
+            "answers that are incomplete by then count as wrong"
+            if strict
+            else "only their beginnings are compared"
+        )
         err.print(
             f"up to {cut_off} of {count} answers of a side were cut off at"
-            f" {report['tokens']} tokens, and answers that are incomplete by then count as"
-            " wrong; raise --tokens",
+            f" {report['tokens']} tokens, and {result}; raise --tokens",
             style="yellow",
         )
-    in_form = count - sides["large"]["strict"]["no_answer"]
+    in_form = count - strict["no_answer"] if strict is not None else count
     if in_form < _IN_FORM_SHARE * count:
         err.print(
             f"the large model gave {in_form} of {count} answers in the requested form, so the"
@@ -44,21 +49,19 @@ def _sides_table(report: Mapping[str, Any]) -> Table:
     """Return the table of all sides and oracles; costs are means a question, seconds a median."""
     from mlxroute.bench.quality.sides import ORACLES
 
-    count = report["questions"]
-    title = f"{count} questions, {report['form']}"
-    columns = (
-        *("side", "strict", "in form", "lenient, 95 %", "gap recovered, 95 %"),
-        *("large tokens", "calls", "uploaded", "seconds"),
+    sides, count = report["sides"], report["questions"]
+    has_answers = sides["large"]["lenient"] is not None
+    merits = (
+        ("strict", "in form", "lenient, 95 %", "gap recovered, 95 %")
+        if has_answers
+        else ("F1 with the large model's answer, 95 %", "identical")
     )
-    table = make_table(*columns, title=title)
-    for name, side in report["sides"].items():
-        strict, lenient = side["strict"], side["lenient"]
+    columns = ("side", *merits, "large tokens", "calls", "uploaded", "seconds")
+    table = make_table(*columns, title=f"{count} questions, {report['form']}")
+    for name, side in sides.items():
         table.add_row(
             name,
-            f"{strict['accuracy']:.1%}",
-            f"{1 - strict['no_answer'] / count:.0%}",
-            _share(lenient["accuracy"], lenient["interval"]),
-            _share(lenient["gap_recovered"], lenient["gap_interval"]) if side["router"] else "",
+            *(_marks(side, count) if has_answers else _agreement(side, count)),
             f"{side['large_tokens_per_question']:.2f}",
             f"{side['calls'] / count:.2f}",
             f"{side['uploaded_tokens'] / count:.0f}",
@@ -77,19 +80,45 @@ def _sides_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
+def _marks(side: Mapping[str, Any], count: int) -> tuple[str, ...]:
+    strict, lenient = side["strict"], side["lenient"]
+    return (
+        f"{strict['accuracy']:.1%}",
+        f"{1 - strict['no_answer'] / count:.0%}",
+        _share(lenient["accuracy"], lenient["interval"]),
+        _share(lenient["gap_recovered"], lenient["gap_interval"]) if side["router"] else "",
+    )
+
+
+def _agreement(side: Mapping[str, Any], count: int) -> tuple[str, ...]:
+    with_large = side["with_large"]
+    return _share(
+        with_large["f1"], with_large["interval"]
+    ), f"{with_large['identical'] / count:.0%}"
+
+
 def _comparisons_table(comparisons: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the table of McNemar's tests, by lenient marks."""
-    columns = ("side", "against", "right: only it", "only the other", "difference, 95 %", "p")
-    table = make_table(*columns, title="paired comparisons (McNemar, lenient)")
+    """Return the table of paired tests: McNemar's by lenient marks, else sign tests by F1."""
+    has_answers = "lenient" in comparisons[0]
+    kind, counts = (
+        ("lenient", ("only_first", "only_second"))
+        if has_answers
+        else ("with_large", ("more_first", "more_second"))
+    )
+    titles, title = (
+        (("right: only it", "only the other"), "paired comparisons (McNemar, lenient)")
+        if has_answers
+        else (("closer: it", "the other"), "paired comparisons (sign test, F1)")
+    )
+    table = make_table("side", "against", *titles, "difference, 95 %", "p", title=title)
     for item in comparisons:
-        lenient = item["lenient"]
+        values = item[kind]
         table.add_row(
             item["first"],
             item["second"],
-            str(lenient["only_first"]),
-            str(lenient["only_second"]),
-            _share(lenient["difference"], lenient["interval"]),
-            f"{lenient['p']:.2g}",
+            *(str(values[name]) for name in counts),
+            _share(values["difference"], values["interval"]),
+            f"{values['p']:.2g}",
         )
     return table
 

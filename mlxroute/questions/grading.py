@@ -54,7 +54,7 @@ def extract_answer(question: Question, text: str) -> str:
             value = _final_number(text)
             return "" if value is None else f"{value:g}"
         case AnswerKind.TEXT:
-            return _normalise(text)
+            return normalise_words(text)
         case AnswerKind.CODE:
             passed = _grade_code(question, text).lenient
             return "" if passed is None else "passed" if passed else "failed"
@@ -131,10 +131,10 @@ def _grade_code(question: Question, text: str) -> Grade:
 def _grade_text(correct: str, text: str) -> Grade:
     if not text.strip():
         return Grade(None, None)
-    words, correct_words = _normalise(text), _normalise(correct)
+    words, correct_words = normalise_words(text), normalise_words(correct)
     return Grade(text.strip() == correct.strip(), f" {correct_words} " in f" {words} ")
 
 
-def _normalise(text: str) -> str:
+def normalise_words(text: str) -> str:
     """Return the words in lower case, without punctuation, separated by single spaces."""
     return " ".join(text.casefold().translate(str.maketrans("", "", string.punctuation)).split())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+from dataclasses import replace
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -131,6 +132,30 @@ def test_baselines_look_at_places_and_resume(
     assert [(item["first"], item["second"]) for item in again["comparisons"]] == list(pairs)
 
 
+def test_questions_without_answers_are_judged_by_the_large_model(
+    small: SmallModel, questions: list[Question], tmp_path: Path
+) -> None:
+    prompts = [replace(question, answer=None) for question in questions]
+    report, _ = run(small, prompts, tmp_path / "r.jsonl", routers=("entropy", "first"))
+    sides = report["sides"]
+    assert all(side["strict"] is side["lenient"] is None for side in sides.values())
+    assert sides["large"]["with_large"] == {"f1": 1, "interval": [1, 1], "identical": 8}
+    assert 0 <= sides["small"]["with_large"]["f1"] < 1
+    (pair,) = report["comparisons"]
+    assert (pair["first"], pair["second"]) == ("entropy 10%", "first 10%")
+    assert pair["with_large"]["difference"] == pytest.approx(
+        sides["entropy 10%"]["with_large"]["f1"] - sides["first 10%"]["with_large"]["f1"], abs=2e-4
+    )
+    text = StringIO()
+    print_quality(report, Console(file=text, width=200))
+    shown = " ".join(text.getvalue().split())
+    assert "F1 with the large model's answer, 95 % identical large tokens" in shown
+    assert "large 100.0% (100 to 100) 100%" in shown
+    assert "paired comparisons (sign test, F1)" in shown
+    draw_quality(report, tmp_path / "q.svg")
+    assert "F1 with the large model's answers" in (tmp_path / "q.svg").read_text()
+
+
 def test_cut_off_answers_are_reported(
     small: SmallModel, questions: list[Question], tmp_path: Path
 ) -> None:
@@ -242,6 +267,7 @@ def test_the_report_has_fixed_names(
             "budget",
             "strict",
             "lenient",
+            "with_large",
             "escalation_rate",
             "large_tokens_per_question",
             "agreement",
@@ -394,7 +420,7 @@ def test_the_plot_shows_every_router(
 @pytest.mark.parametrize(
     ("row", "more", "said"),
     [
-        ({"prompt": "Why?"}, [], "row 1 has no answer to compare with"),
+        ({"prompt": "Why?"}, ["--oracles"], "row 1 has no answer to compare with; --oracles"),
         (
             {"prompt": "Why?", "answer": "so", "cot": "so"},
             ["--shots", "2"],
@@ -413,10 +439,22 @@ def test_bench_quality_names_what_is_missing(
     file = tmp_path / "q.jsonl"
     file.write_text(json.dumps(row) + "\n")
     arguments = ["bench", "quality", "--data", str(file), "--large", "http://127.0.0.1:9/v1"]
-    if more:
-        arguments += ["--examples", str(file), *more]
+    if "--shots" in more:
+        arguments += ["--examples", str(file)]
+    arguments += more
     assert main(arguments) == 2
     assert said in capsys.readouterr().err
+
+
+def test_either_all_questions_have_an_answer_or_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "q.jsonl"
+    file.write_text('{"prompt": "Why?", "answer": "so"}\n{"prompt": "How?"}\n')
+    assert main(["bench", "quality", "--data", str(file), "--large", "http://127.0.0.1:9/v1"]) == 2
+    assert "row 2 has no answer to compare with; other rows have one" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_bench_quality_needs_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

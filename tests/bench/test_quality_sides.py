@@ -13,12 +13,13 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 
+from mlxroute.bench.quality.agreement import compare_agreement, token_f1
 from mlxroute.bench.quality.baselines import POSITION_ROUTERS, BaselineRouter, starts_sentence
 from mlxroute.bench.quality.comparisons import compare_sides, pair_with_best_baseline
 from mlxroute.bench.quality.graded_answers import QualityRow
 from mlxroute.bench.quality.side_figures import side_figures
 from mlxroute.bench.quality.sides import LARGE, SMALL, QualitySide, make_sides
-from mlxroute.bench.significance import difference_interval, ratio_interval
+from mlxroute.bench.significance import difference_interval, mean_interval, ratio_interval
 from mlxroute.cli import main
 from mlxroute.cli.quality_tables import print_quality
 from mlxroute.config.setting_choices import BenchRouterName, RouterName
@@ -181,7 +182,39 @@ def test_intervals_of_ratios_and_differences_have_known_values() -> None:
     # 10 / 102 +- 1.96 sqrt((32 / 102 - (10 / 102) ** 2) / 102)
     assert difference_interval(20, 10, 100) == pytest.approx((-0.00898, 0.20506), abs=1e-5)
     low, high = difference_interval(0, 0, 100)
+    assert mean_interval([1.0]) == (1, 1)
+    # 2 +- 1.96 / sqrt(3)
+    assert mean_interval([1, 2, 3]) == pytest.approx((0.86842, 3.13158), abs=1e-5)
     assert -low == high == pytest.approx(0.02717, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "expected"),
+    [
+        ("The sea is blue.", "the sea is BLUE", 1.0),
+        ("blue is the sea", "the sea is blue", 1.0),
+        ("the sea", "the sea is blue", 2 * 2 / 6),
+        ("the the the", "the sea", 2 * 1 / 5),
+        ("yes", "no", 0.0),
+        ("", "no", 0.0),
+        ("", " .", 1.0),
+    ],
+)
+def test_the_f1_score_of_words(text: str, reference: str, expected: float) -> None:
+    assert token_f1(text, reference) == token_f1(reference, text) == pytest.approx(expected)
+
+
+def test_agreement_is_compared_answer_by_answer() -> None:
+    def answers(*texts: str) -> list[QualityRow]:
+        return [replace(_ROW, text=text) for text in texts]
+
+    large = answers("a b", "a b", "a b", "a b")
+    compared = compare_agreement(
+        answers("a b", "a b", "a c", "a b"), answers("c", "c", "a b", "a b"), large
+    )
+    assert (compared["more_first"], compared["more_second"]) == (2, 1)
+    assert compared["difference"] == pytest.approx((1 + 1 - 0.5) / 4)
+    assert compared["p"] == 1
 
 
 def test_two_sides_are_compared_on_the_same_questions() -> None:

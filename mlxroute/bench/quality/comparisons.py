@@ -5,19 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mlxroute.bench.quality.agreement import compare_agreement, f1_scores
 from mlxroute.bench.quality.baselines import BASELINES
 from mlxroute.bench.quality.graded_answers import QualityRow
-from mlxroute.bench.quality.sides import QualitySide
+from mlxroute.bench.quality.sides import LARGE, QualitySide
 from mlxroute.bench.significance import difference_interval, mcnemar_p
 
 
 def compare_sides(
-    pairs: Sequence[tuple[str, str]], rows: Mapping[str, Sequence[QualityRow]]
+    pairs: Sequence[tuple[str, str]],
+    rows: Mapping[str, Sequence[QualityRow]],
+    *,
+    has_answers: bool = True,
 ) -> list[dict[str, Any]]:
     """Return McNemar's test of each pair of sides, by strict and by lenient marks.
 
-    `rows` are the answers of each side, by its name, to the same questions in the same order.
+    `rows` are the answers of each side, by its name, to the same questions in the same order. If
+    these have no right answers, the pairs are compared by their agreement with the large model.
     """
+    if not has_answers:
+        large_rows = rows[LARGE.name]
+        return [
+            {
+                "first": first,
+                "second": second,
+                "with_large": compare_agreement(rows[first], rows[second], large_rows),
+            }
+            for first, second in pairs
+        ]
     return [
         {
             "first": first,
@@ -36,13 +51,24 @@ def compare_sides(
 
 
 def pair_with_best_baseline(
-    sides: Sequence[QualitySide], rows: Mapping[str, Sequence[QualityRow]]
+    sides: Sequence[QualitySide],
+    rows: Mapping[str, Sequence[QualityRow]],
+    *,
+    has_answers: bool = True,
 ) -> list[tuple[str, str]]:
-    """Return each routed side beside the best baseline of its budget, by lenient marks.
+    """Return each routed side beside the best baseline of its budget.
 
-    Entropy is a baseline for the other routers and is compared with the other baselines. Being
-    chosen on these questions favours the baseline.
+    The best one has the most right answers by lenient marks, or else agrees most with the large
+    model; being chosen on these questions favours it. Entropy is a baseline for the other routers
+    and is compared with the other baselines.
     """
+
+    def merit(side: QualitySide) -> float:
+        own_rows = rows[side.name]
+        if has_answers:
+            return sum(row.lenient is True for row in own_rows)
+        return sum(f1_scores(own_rows, rows[LARGE.name]))
+
     pairs = []
     for side in sides:
         if side.router is None or side.router in BASELINES[:-1]:
@@ -53,13 +79,8 @@ def pair_with_best_baseline(
             if other.router in BASELINES and other.budget == side.budget and other != side
         ]
         if baselines:
-            best = max(baselines, key=lambda other: _count_right(rows[other.name]))
-            pairs.append((side.name, best.name))
+            pairs.append((side.name, max(baselines, key=merit).name))
     return pairs
-
-
-def _count_right(rows: Sequence[QualityRow]) -> int:
-    return sum(row.lenient is True for row in rows)
 
 
 def _compare(first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from mlxroute.bench.quality.side_figures import side_figures
 from mlxroute.bench.quality.sides import SMALL, QualitySide
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.engine import generate
-from mlxroute.questions.grading import grade
+from mlxroute.questions.grading import Grade, grade
 from mlxroute.questions.prompt_form import describe_form
 from mlxroute.questions.question_files import Question, question_messages
 from mlxroute.recorded.large_answers import PlaceholderSmall
@@ -72,12 +72,15 @@ def bench_quality(  # noqa: PLR0913 - all of these are settings of one run
     i modulo `chats`; within a chat, a budget carries over to the next question. The reported
     seconds are computed, as if each answer were written alone: `step_s` for each token plus the
     time of its calls, without the prompt. `compare` names pairs of sides to compare; by default,
-    each routed side is compared with the best baseline of its budget.
+    each routed side is compared with the best baseline of its budget. Questions without a right
+    answer are judged by agreement with the large model.
     """
     bench = _QualityBench(
         small, replies, examples, ranks, max_tokens, step_s, results, accept_within
     )
     rows = bench.answer_all(questions, sides, chats, progress)
+    has_answers = all(question.answer is not None for question in questions)
+    pairs = compare or pair_with_best_baseline(sides, rows, has_answers=has_answers)
     return {
         "small": small.name,
         "large": replies.model_name,
@@ -89,9 +92,12 @@ def bench_quality(  # noqa: PLR0913 - all of these are settings of one run
         "accept_within": accept_within,
         "step_s": round(step_s, 5),
         "sides": {
-            side.name: side_figures(side, rows, chats, max_tokens=max_tokens) for side in sides
+            side.name: side_figures(
+                side, rows, chats, max_tokens=max_tokens, has_answers=has_answers
+            )
+            for side in sides
         },
-        "comparisons": compare_sides(compare or pair_with_best_baseline(sides, rows), rows),
+        "comparisons": compare_sides(pairs, rows, has_answers=has_answers),
     }
 
 
@@ -223,7 +229,8 @@ class _QualityBench:
             token.score for token in tokens if token.source is Source.SMALL or token.escalation
         ]
         stats = answer.stats()
-        grades = grade(task.question, stats.text)
+        has_answer = task.question.answer is not None
+        grades = grade(task.question, stats.text) if has_answer else Grade(None, None)
         small_tokens = 0 if side.is_large else stats.tokens
         return QualityRow(
             question=task.question.name,

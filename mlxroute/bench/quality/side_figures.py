@@ -6,17 +6,24 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mlxroute.bench.quality.agreement import agreement_figures
 from mlxroute.bench.quality.graded_answers import QualityRow
 from mlxroute.bench.quality.sides import LARGE, SMALL, QualitySide
 from mlxroute.bench.significance import mcnemar_p, ratio_interval, wilson_interval
 
 
 def side_figures(
-    side: QualitySide, rows: Mapping[str, Sequence[QualityRow]], chats: int, *, max_tokens: int
+    side: QualitySide,
+    rows: Mapping[str, Sequence[QualityRow]],
+    chats: int,
+    *,
+    max_tokens: int,
+    has_answers: bool = True,
 ) -> dict[str, Any]:
     """Return the report of one side, given the answers of all sides to the same questions.
 
-    Comparisons with a model alone that is not among the sides are None.
+    Comparisons with a model alone that is not among the sides are None, and so are the marks if the
+    questions have no right answers (`has_answers`).
     """
     own_rows = rows[side.name]
     tokens = sum(row.tokens for row in own_rows)
@@ -27,8 +34,9 @@ def side_figures(
     return {
         "router": side.router,
         "budget": side.budget if side.router else None,
-        "strict": _accuracy(_strict_marks(own_rows), *(_strict_marks(r) for r in alone)),
-        "lenient": _accuracy(_lenient_marks(own_rows), *(_lenient_marks(r) for r in alone)),
+        "strict": _accuracy(*map(_strict_marks, (own_rows, *alone))) if has_answers else None,
+        "lenient": _accuracy(*map(_lenient_marks, (own_rows, *alone))) if has_answers else None,
+        "with_large": agreement_figures(own_rows, alone[1]),
         "escalation_rate": round(escalated / tokens, 5) if tokens else 0.0,
         "large_tokens_per_question": round(escalated / len(own_rows), 4),
         "agreement": round(agreed / escalated, 4) if escalated and side.router else None,

@@ -111,7 +111,7 @@ def quality(
     if BenchRouterName.HEAD in routers or settings.head is not None:
         head_file(small_name(settings), settings.head)
     sides = make_sides(routers, dict.fromkeys(budget or BUDGETS))
-    sampled = _read_questions(file, questions)
+    sampled = _read_questions(file, questions, needs_answers=oracles)
     run = _QualityRun(
         questions=sampled,
         examples=read_examples(examples, shots, sampled),
@@ -137,13 +137,14 @@ def quality(
     return code
 
 
-def _read_questions(file: Path, count: int) -> list[Question]:
+def _read_questions(file: Path, count: int, *, needs_answers: bool) -> list[Question]:
     from mlxroute.questions.question_files import read_questions, sample_questions
 
     questions = sample_questions(read_questions(file), count)
-    for question in questions:
-        if question.answer is None:
-            raise UsageError(f"{file}: {question.name} has no answer to compare with")
+    missing = [question for question in questions if question.answer is None]
+    if missing and (needs_answers or len(missing) < len(questions)):
+        reason = "--oracles needs one" if needs_answers else "other rows have one"
+        raise UsageError(f"{file}: {missing[0].name} has no answer to compare with; {reason}")
     return questions
 
 
