@@ -42,18 +42,16 @@ def measure_accuracy(
     Right is the file's answer if all questions have one, else the outcome of the large model's.
     """
     by_gold = judged_by_gold(answers)
-    # The KV cache may hold what the model computed with earlier weights.
-    small = small.with_own_cache()
     right = 0
-    for begin in range(0, len(answers), _BATCH_ROWS):
-        group = answers[begin : begin + _BATCH_ROWS]
-        for answer, text in zip(group, _write_texts(small, group, max_tokens), strict=True):
-            question = answer.question
-            if by_gold:
-                right += grade(question, text).lenient is True
-            else:
-                outcome = extract_answer(question, answer.large_text)
-                right += extract_answer(question, text) == outcome
+    conversations = [answer.conversation for answer in answers]
+    written = write_answers(small, conversations, max_tokens=max_tokens)
+    for answer, token_ids in zip(answers, written, strict=True):
+        text, question = decode_answer(small, token_ids), answer.question
+        if by_gold:
+            right += grade(question, text).lenient is True
+        else:
+            outcome = extract_answer(question, answer.large_text)
+            right += extract_answer(question, text) == outcome
     return right / len(answers)
 
 
@@ -69,32 +67,38 @@ def standard_error(share: float, count: int) -> float:
 def write_answers(
     small: SmallModel, conversations: Sequence[Sequence[Message]], *, max_tokens: int
 ) -> list[list[int]]:
-    """Return the small model's greedy answers, written as one batch, without end tokens.
+    """Return the small model's greedy answers, written in batches, without end tokens."""
+    # The KV cache may hold what the model computed with earlier weights.
+    small = small.with_own_cache()
+    written: list[list[int]] = []
+    for begin in range(0, len(conversations), _BATCH_ROWS):
+        group = conversations[begin : begin + _BATCH_ROWS]
+        try:
+            written += _write_batch(small, group, max_tokens)
+        except UsageError:
+            # The architecture's KV cache cannot be batched.
+            written += [_write_alone(small, conversation, max_tokens) for conversation in group]
+    return written
 
-    Raises UsageError for an architecture whose KV cache cannot be batched.
-    """
+
+def _write_batch(
+    small: SmallModel, conversations: Sequence[Sequence[Message]], max_tokens: int
+) -> list[list[int]]:
+    eos_ids = small.vocabulary.eos_ids
     starts = []
-    limits = []
     for conversation in conversations:
         signals, copy = small.prefill_copy(small.encode_conversation(conversation).ids)
         starts.append((copy, signals.token_id))
-        limits.append(0 if signals.token_id in small.vocabulary.eos_ids else max_tokens - 1)
+    limits = [0 if first in eos_ids else max_tokens - 1 for _, first in starts]
     tails = small.continue_greedily(starts, max_tokens=limits)
     return [
-        [] if first in small.vocabulary.eos_ids else [first, *tail]
+        [] if first in eos_ids else [first, *tail]
         for (_, first), tail in zip(starts, tails, strict=True)
     ]
 
 
-def _write_texts(small: SmallModel, answers: Sequence[HeldOutAnswer], max_tokens: int) -> list[str]:
-    conversations = [answer.conversation for answer in answers]
-    try:
-        written = write_answers(small, conversations, max_tokens=max_tokens)
-    except UsageError:
-        router = make_router("entropy", threshold=math.inf)
-        answers_alone = (
-            generate(small, None, conversation, router=router, max_tokens=max_tokens)
-            for conversation in conversations
-        )
-        return ["".join(token.text for token in answer) for answer in answers_alone]
-    return [decode_answer(small, token_ids) for token_ids in written]
+def _write_alone(small: SmallModel, conversation: Sequence[Message], max_tokens: int) -> list[int]:
+    router = make_router("entropy", threshold=math.inf)
+    answer = generate(small, None, conversation, router=router, max_tokens=max_tokens)
+    ids = [token.token_id for token in answer]
+    return [token_id for token_id in ids if token_id not in small.vocabulary.eos_ids]

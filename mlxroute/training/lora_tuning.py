@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -163,6 +163,13 @@ class LoraTuning:
         partial = file.with_suffix(".partial.safetensors")
         mx.save_safetensors(str(partial), weights, {"format": "mlx"})
         os.replace(partial, file)
+
+    def read_weights(self, file: Path) -> None:
+        """Go on with weights that `write_weights` wrote."""
+        weights = cast("dict[str, mx.array]", mx.load(str(file)))
+        wide = [(name, value.astype(mx.float32)) for name, value in weights.items()]
+        self._model.load_weights(wide, strict=False)
+        mx.eval(self._model.parameters())
 
     def _loss(
         self, model: Any, inputs: mx.array, indices: mx.array, targets: mx.array, weights: mx.array

@@ -35,6 +35,16 @@ class TuningExample:
     positions: tuple[int, ...]
     targets: tuple[int, ...]
 
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """The tokens up to the first position."""
+        return self.token_ids[: self.positions[0] + 1]
+
+    def without(self, prefix: int) -> TuningExample:
+        """Return the example without its first `prefix` tokens, of which it predicts none."""
+        positions = tuple(position - prefix for position in self.positions)
+        return TuningExample(self.token_ids[prefix:], positions, self.targets)
+
 
 def answer_example(prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> TuningExample:
     """Return the example that predicts an answer, which must not be empty, but not its prompt."""
@@ -46,24 +56,12 @@ def answer_example(prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Tuni
     )
 
 
-def split_prefix(
-    examples: Sequence[TuningExample],
-) -> tuple[tuple[int, ...], list[TuningExample]]:
-    """Return the tokens with which all examples begin, and the examples without them.
-
-    At least the tokens from the first position to predict on stay in the examples.
-    """
+def find_common_prefix(examples: Sequence[TuningExample]) -> tuple[int, ...]:
+    """Return the tokens with which all examples begin, none of which is at a position."""
     shortest = min(example.positions[0] for example in examples)
     first = examples[0].token_ids[:shortest]
     length = min(common_prefix_length(first, example.token_ids) for example in examples)
-    return first[:length], [
-        TuningExample(
-            example.token_ids[length:],
-            tuple(position - length for position in example.positions),
-            example.targets,
-        )
-        for example in examples
-    ]
+    return first[:length]
 
 
 def make_batches(examples: Sequence[TuningExample], size: int) -> list[Batch]:

@@ -12,11 +12,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxroute.backend.load import load
-from mlxroute.errors import NotEnoughSpace, UsageError
+from mlxroute.errors import LargeProtocolError, LargeRefused, NotEnoughSpace, UsageError
 from mlxroute.questions.question_files import Question, question_messages
 from mlxroute.recorded.large_answers import LargeAnswer
+from mlxroute.recorded.replies import Replies
 from mlxroute.small import SmallModel
-from mlxroute.training import adaptation
+from mlxroute.training import adaptation, batch_size
 from mlxroute.training.adaptation import (
     HeldOutFigures,
     TuningOptions,
@@ -26,13 +27,17 @@ from mlxroute.training.adaptation import (
     make_examples,
     split_answers,
 )
+from mlxroute.training.held_out_answers import write_answers
 from mlxroute.training.lora_tuning import LoraShape, LoraTuning, can_share_prefix
+from mlxroute.training.on_policy import Corrector
 from mlxroute.training.tuning_examples import (
     answer_example,
+    find_common_prefix,
     make_batches,
     shuffled_batches,
-    split_prefix,
 )
+from mlxroute.types import no_progress
+from tests.support.fakes import ScriptedLarge
 from tests.support.tiny import KINDS, make_tiny_model
 
 _RATE = 2e-3
@@ -69,13 +74,15 @@ def adapt(
     *,
     answers: list[WorkedAnswer] | None = None,
     epochs: int = 6,
+    rounds: int = 0,
+    corrector: Corrector | None = None,
     start: Path | None = None,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> TuningOutcome:
     """Adapt the model to 24 answers; `on_step` is called after each step."""
     trained, held_out = split_answers(answers or worked_answers(small, 24))
     shape = LoraShape(rank=4, layers=2)
-    options = TuningOptions(shape, _RATE, epochs, max_tokens=8, start=start)
+    options = TuningOptions(shape, _RATE, epochs, max_tokens=8, rounds=rounds, start=start)
     return adapt_to_answers(
         small,
         trained,
@@ -83,6 +90,7 @@ def adapt(
         options,
         folder=folder,
         provenance={"small": "tiny"},
+        corrector=corrector,
         progress=lambda label, done, total: on_step(done),
     )
 
@@ -112,7 +120,8 @@ def test_a_shared_prefix_changes_neither_loss_nor_gradients(
     path: Path, small: SmallModel, tmp_path: Path
 ) -> None:
     examples = [answer_example([5, 6, 7, 8, 9, *([11] * n)], [12 + n, 3]) for n in (0, 1, 4)]
-    prefix_ids, shorter = split_prefix(examples)
+    prefix_ids = find_common_prefix(examples)
+    shorter = [example.without(len(prefix_ids)) for example in examples]
     assert prefix_ids == (5, 6, 7, 8)
     assert [item.token_ids[0] for item in shorter] == [9, 9, 9]
     assert can_share_prefix(small.model)
@@ -279,9 +288,9 @@ def test_held_out_figures_decide_when_to_stop(
 ) -> None:
     script = iter(figures)
 
-    def judge(self: object, epoch: float, batches: object) -> HeldOutFigures:
+    def judge(self: object, number: int, epoch: float, batches: object) -> HeldOutFigures:
         loss, accuracy = next(script)
-        return HeldOutFigures(epoch, loss, accuracy)
+        return HeldOutFigures(number, epoch, loss, accuracy)
 
     monkeypatch.setattr(adaptation._Training, "_judge", judge)
     epochs = len(figures) // 2 if ended_by == "epochs" else 4
@@ -306,23 +315,95 @@ def test_a_divergence_keeps_the_best_weights(
     assert not list((tmp_path / "a").iterdir())
 
 
+# On-policy rounds
+
+
+def test_the_large_model_corrects_own_answers(small: SmallModel, tmp_path: Path) -> None:
+    conversation = question_messages(Question("q", "say"))
+    (written,) = write_answers(small, [conversation], max_tokens=4)
+    assert len(written) == 4
+    end = min(small.vocabulary.eos_ids)
+    other = 70 if written[1] != 70 else 71
+    # It agrees, writes another token, agrees with the own token after that, and ends.
+    large = ScriptedLarge([(written[0],), (other,), (written[2],), (end,)])
+    with Replies(large, tmp_path / "replies.jsonl") as replies:
+        corrector = Corrector(replies, at_once=1)
+        corrections = corrector.correct_own_answers(
+            small, [conversation], max_tokens=4, progress=no_progress
+        )
+    (example,) = corrections.examples
+    assert example is not None
+    assert corrections.agreement == 0.5
+    assert corrections.incomplete == 0
+    prompt_ids = small.encode_conversation(conversation).ids
+    assert example.prompt_ids == prompt_ids
+    assert example.token_ids == (*prompt_ids, *written[:3])
+    assert example.targets == (written[0], other, written[2], end)
+    asked = [tuple(context.token_ids) for context in large.contexts]
+    assert asked == [(*prompt_ids, *written[:count]) for count in range(4)]
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_an_answer_that_the_server_cannot_continue_is_used_up_to_there(
+    count: int, small: SmallModel, tmp_path: Path
+) -> None:
+    conversation = question_messages(Question("q", "say"))
+    (written,) = write_answers(small, [conversation], max_tokens=4)
+    refusal = LargeProtocolError("it did not continue the answer")
+    large = ScriptedLarge([*((token_id,) for token_id in written[:count]), refusal])
+    with Replies(large, tmp_path / "replies.jsonl") as replies:
+        corrections = Corrector(replies, at_once=1).correct_own_answers(
+            small, [conversation], max_tokens=4, progress=no_progress
+        )
+    (example,) = corrections.examples
+    assert (example is None) == (count == 0)
+    assert example is None or example.targets == tuple(written[:count])
+    assert corrections.incomplete == 1
+
+
+def test_a_failing_server_ends_the_corrections(small: SmallModel, tmp_path: Path) -> None:
+    large = ScriptedLarge([LargeRefused("no")])
+    conversation = question_messages(Question("q", "say"))
+    with Replies(large, tmp_path / "replies.jsonl") as replies, pytest.raises(LargeRefused):
+        Corrector(replies, at_once=1).correct_own_answers(
+            small, [conversation], max_tokens=4, progress=no_progress
+        )
+
+
+def test_on_policy_rounds_start_from_the_best_weights(small: SmallModel, tmp_path: Path) -> None:
+    # The large model writes `y` everywhere.
+    token_id = small.vocabulary.encode("y")[0]
+    large = ScriptedLarge([(token_id,)])
+    with Replies(large, tmp_path / "replies.jsonl", at_once=2) as replies:
+        corrector = Corrector(replies, at_once=2)
+        outcome = adapt(small, tmp_path / "a", epochs=1, rounds=2, corrector=corrector)
+    assert {figures.round for figures in outcome.figures} >= {0, 1}
+    assert outcome.best is not None
+    assert outcome.best.round >= 1
+    assert large.contexts
+    provenance = json.loads((tmp_path / "a" / "provenance.json").read_text())
+    assert provenance["kept"]["round"] == outcome.best.round
+    agreements = [item["agreement"] for item in provenance["corrections"]]
+    assert agreements[0] < 1
+
+
 # Memory
 
 
 def test_fewer_answers_are_read_at_once_where_little_memory_is_free(
     small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prefix_ids, examples = split_prefix(make_examples(small, worked_answers(small, 24)))
-    prefix = len(prefix_ids)
-    longest = max(make_batches([example], 1)[0][0].size for example in examples)
+    examples = make_examples(small, worked_answers(small, 24))
+    prefix = len(find_common_prefix(examples))
+    longest = max(make_batches([item.without(prefix)], 1)[0][0].size for item in examples)
     monkeypatch.setattr(
         LoraTuning, "measure_bytes", lambda self, batch: 100 * (prefix + batch[0].size)
     )
-    monkeypatch.setattr(adaptation, "available_bytes", lambda: 125 * int(prefix + 2.5 * longest))
+    monkeypatch.setattr(batch_size, "available_bytes", lambda: 125 * int(prefix + 2.5 * longest))
     outcome = adapt(small, tmp_path / "a", epochs=1)
     assert outcome.report["read_at_once"] == 2
     assert outcome.best is not None
-    monkeypatch.setattr(adaptation, "available_bytes", lambda: 125 * int(prefix + 0.9 * longest))
+    monkeypatch.setattr(batch_size, "available_bytes", lambda: 125 * int(prefix + 0.9 * longest))
     with pytest.raises(NotEnoughSpace, match="choose a smaller model"):
         adapt(small, tmp_path / "b", epochs=1)
 

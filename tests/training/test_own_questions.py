@@ -102,9 +102,14 @@ def test_a_small_model_is_adapted_to_a_users_questions(
     more = ["--data", str(data), "--out", str(tmp_path / "b"), "--adapter", str(out)]
     code, further, messages = run(*adapt, *more, "--epochs", "1")
     assert code == 0, messages
+    assert record.read_bytes() == rows
     assert further["figures"][0]["loss"] == pytest.approx(report["kept"]["loss"], rel=0.05)
     assert further["started_from"].startswith(f"{small}+")
-    assert record.read_bytes() == rows
+    again = ["--data", str(data), "--out", str(tmp_path / "c"), "--rounds", "1"]
+    code, rounds, messages = run(*adapt, *again, "--epochs", "1")
+    assert code == 0, messages
+    assert {figures["round"] for figures in rounds["figures"]} == {0, 1}
+    assert 0 < rounds["corrections"][0]["agreement"] <= 1
 
     adapted = ["--data", str(data), "--adapter", str(out)]
     code, _, messages = run("bench", "quality", "--large", url, *adapted)

@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
     from mlxroute.large import LargeModel
     from mlxroute.questions.question_files import Question
+    from mlxroute.recorded.replies import Replies
     from mlxroute.small import SmallModel
-    from mlxroute.training.adaptation import TuningOutcome, WorkedAnswer
+    from mlxroute.training.adaptation import TuningOptions, TuningOutcome, WorkedAnswer
+    from mlxroute.types import Progress
 
 # A larger share of cut-off answers gives a warning.
 _CUT_OFF_SHARE = 0.05
@@ -52,6 +54,12 @@ def adapt(
     epochs: Annotated[
         int, typer.Option(help="Greatest number of times each answer is trained on.", min=1)
     ] = 2,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            help="On-policy rounds: the large model corrects the small one's own answers.", min=0
+        ),
+    ] = 0,
     rank: Annotated[int, typer.Option(help="Rank of the LoRA weights.", min=1, max=256)] = 16,
     learning_rate: Annotated[
         float, typer.Option(help="Step size of the optimiser.", metavar="X")
@@ -76,11 +84,13 @@ def adapt(
         tokens=tokens,
         at_once=at_once,
         epochs=epochs,
+        rounds=rounds,
         rank=rank,
         learning_rate=learning_rate,
         command=[
             *("mlxroute", "adapt", "--out", str(out), "--questions", str(questions)),
-            *("--tokens", str(tokens), "--epochs", str(epochs), "--rank", str(rank)),
+            *("--tokens", str(tokens), "--epochs", str(epochs), "--rounds", str(rounds)),
+            *("--rank", str(rank)),
             *("--learning-rate", f"{learning_rate:g}"),
             *(word for file in data for word in ("--data", str(file))),
             *("--shots", str(shots)),
@@ -123,6 +133,7 @@ class _AdaptRun:
         tokens: Maximum length of an answer.
         at_once: Maximum number of calls in flight.
         epochs: Greatest number of times that each answer is trained on.
+        rounds: Number of on-policy rounds.
         rank: Rank of the LoRA weights.
         learning_rate: Step size of the optimiser.
         command: Words of the command line that starts this run, without the models.
@@ -134,6 +145,7 @@ class _AdaptRun:
     tokens: int
     at_once: int
     epochs: int
+    rounds: int
     rank: int
     learning_rate: float
     command: list[str]
@@ -144,67 +156,69 @@ class _AdaptRun:
         """Record the large model's answers, and train the small model on them."""
         from mlxroute.cli.progress import ByteProgress, count_progress
         from mlxroute.cli.small_setup import load_small
-        from mlxroute.cli.terminal import print_note
 
-        start = expand_optional(settings.adapter)
         large.connect(thorough=False)
         with ByteProgress(err) as progress:
             small = load_small(settings, progress)
         large.pair_vocabulary(small.vocabulary)
-        answers = self._record(settings, small, large, err)
         # Loading the small model loads the faster BLAS, which must come before MLX.
-        from mlxroute.training.adaptation import TuningOptions, adapt_to_answers, split_answers
-        from mlxroute.training.lora_tuning import LoraShape
+        from mlxroute.recorded.replies import Replies
+        from mlxroute.training.adaptation import adapt_to_answers, split_answers
+        from mlxroute.training.on_policy import Corrector
 
-        trained, held_out = split_answers(answers)
-        options = TuningOptions(
-            shape=LoraShape(rank=self.rank),
-            learning_rate=self.learning_rate,
-            epochs=self.epochs,
-            max_tokens=self.tokens,
-            start=start,
-            skip_memory_check=settings.skip_memory_check,
-        )
-        self._warn_of_cut_off(small, answers, err)
-        with count_progress(err) as steps:
+        record = record_path(settings, "replies", small.plain_name, large.model_name)
+        with (
+            Replies(large, record, at_once=self.at_once) as replies,
+            count_progress(err) as counts,
+        ):
+            answers = self._record(small, replies, counts)
+            self._warn_of_cut_off(small, answers, err)
+            trained, held_out = split_answers(answers)
             return adapt_to_answers(
                 small,
                 trained,
                 held_out,
-                options,
+                self._tuning_options(settings),
                 folder=out,
                 provenance=self._provenance(settings, small, large),
-                progress=steps,
-                notify=lambda line: print_note(err, line),
+                corrector=Corrector(replies, self.at_once) if self.rounds else None,
+                progress=counts,
             )
 
     def _record(
-        self, settings: Settings, small: SmallModel, large: LargeModel, err: Console
+        self, small: SmallModel, replies: Replies, progress: Progress
     ) -> list[WorkedAnswer]:
         """Return the large model's answers to the questions, recorded before or now."""
-        from mlxroute.cli.progress import count_progress
         from mlxroute.questions.question_files import question_messages
         from mlxroute.recorded.large_answers import write_large_answers
-        from mlxroute.recorded.replies import Replies
         from mlxroute.training.adaptation import WorkedAnswer
 
         conversations = [question_messages(item, self.examples) for item in self.questions]
-        record = record_path(settings, "replies", small.plain_name, large.model_name)
         done = itertools.count()
-        with (
-            Replies(large, record, at_once=self.at_once) as replies,
-            count_progress(err) as progress,
-        ):
-            progress(_RECORDING, next(done), len(conversations))
-            answers = write_large_answers(
-                small,
-                replies,
-                conversations,
-                max_tokens=self.tokens,
-                at_once=self.at_once,
-                on_answer=lambda: progress(_RECORDING, next(done), len(conversations)),
-            )
+        progress(_RECORDING, next(done), len(conversations))
+        answers = write_large_answers(
+            small,
+            replies,
+            conversations,
+            max_tokens=self.tokens,
+            at_once=self.at_once,
+            on_answer=lambda: progress(_RECORDING, next(done), len(conversations)),
+        )
         return list(map(WorkedAnswer, self.questions, conversations, answers))
+
+    def _tuning_options(self, settings: Settings) -> TuningOptions:
+        from mlxroute.training.adaptation import TuningOptions
+        from mlxroute.training.lora_tuning import LoraShape
+
+        return TuningOptions(
+            shape=LoraShape(rank=self.rank),
+            learning_rate=self.learning_rate,
+            epochs=self.epochs,
+            max_tokens=self.tokens,
+            rounds=self.rounds,
+            start=expand_optional(settings.adapter),
+            skip_memory_check=settings.skip_memory_check,
+        )
 
     def _provenance(
         self, settings: Settings, small: SmallModel, large: LargeModel
@@ -227,6 +241,7 @@ class _AdaptRun:
             "rank": self.rank if start is None else None,
             "learning_rate": self.learning_rate,
             "epochs": self.epochs,
+            "rounds": self.rounds,
             "tokens": self.tokens,
             "questions": sorted(names | earlier),
         }
@@ -256,16 +271,26 @@ def _hash_file(file: Path) -> str | None:
 def _print_figures(outcome: TuningOutcome, out: Path, err: Console) -> None:
     """Print the held-out figures, and how to use the adapter or why there is none."""
     from mlxroute.cli.terminal import WARNING_STYLE, make_table, print_note
+    from mlxroute.training.adaptation import BATCH_SIZE
 
     report = outcome.report
     counts = report["answers"]
     judge = "right answers" if report["judged_by"] == "answers" else "the large model's outcomes"
     title = f"{counts['held_out']} held-out of {counts['held_out'] + counts['trained']} answers"
-    table = make_table("epochs", "loss", f"accuracy, by {judge}", "", title=title)
+    table = make_table("round", "epochs", "loss", f"accuracy, by {judge}", "", title=title)
     for figures in outcome.figures:
         kept = "kept" if figures is outcome.best else ""
-        table.add_row(f"{figures.epoch:g}", f"{figures.loss:.3f}", f"{figures.accuracy:.0%}", kept)
+        table.add_row(
+            str(figures.round),
+            f"{figures.epoch:g}",
+            f"{figures.loss:.3f}",
+            f"{figures.accuracy:.0%}",
+            kept,
+        )
     err.print(table)
+    if report["read_at_once"] < BATCH_SIZE:
+        text = f"little memory was free, so a batch was read {report['read_at_once']} at a time"
+        print_note(err, text)
     print_note(err, f"ended by {outcome.ended_by} after {report['seconds'] / 60:.0f} min", style="")
     if outcome.best is None:
         text = (

@@ -1,0 +1,111 @@
+"""The large model's own choice at each position of answers that another model wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+from mlxroute.engine.protocols import SmallProtocol
+from mlxroute.engine.transcript import Transcript, render_prompt
+from mlxroute.errors import LargeProtocolError
+from mlxroute.recorded.replies import RecordedLargeView, Replies
+from mlxroute.types import LargeContext, LargeToken, Message
+
+_TIMEOUT_S: Final = 600.0
+# Tokens after a disagreement are of no use, so a call asks for fewer than it may.
+_PREFETCH: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenAnswer:
+    """An answer in the small model's vocabulary.
+
+    Args:
+        conversation: The conversation that it answers.
+        token_ids: Its tokens, without the end token.
+        is_whole: Whether an end token followed.
+    """
+
+    conversation: Sequence[Message]
+    token_ids: Sequence[int]
+    is_whole: bool
+
+    @property
+    def positions(self) -> int:
+        """The number of tokens, with the end token."""
+        return len(self.token_ids) + self.is_whole
+
+
+def find_large_choices(
+    small: SmallProtocol,
+    replies: Replies,
+    answers: Sequence[WrittenAnswer],
+    *,
+    at_once: int,
+    on_answer: Callable[[], None],
+) -> list[list[int]]:
+    """Return, for each position of the answers, the token that the large model would write there.
+
+    Where the large model's token is spelled as several of the small one, this is the first that
+    differs. A call returns tokens up to the next disagreement, so an answer takes one call more
+    than it has disagreements. An answer that the server cannot continue at some position has no
+    choices from there on. `at_once` and `on_answer` as in `write_large_answers`. Raises LargeError
+    if the large model fails otherwise.
+    """
+
+    def choose(answer: WrittenAnswer) -> list[int]:
+        choices = _find_choices(small, replies.new_view(), answer)
+        on_answer()
+        return choices
+
+    with ThreadPoolExecutor(at_once) as pool:
+        futures = [pool.submit(choose, answer) for answer in answers]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            replies.close()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _find_choices(
+    small: SmallProtocol, large: RecordedLargeView, answer: WrittenAnswer
+) -> list[int]:
+    transcript = Transcript(render_prompt(small, answer.conversation))
+    choices: list[int] = []
+    while len(choices) < answer.positions:
+        begin = len(choices)
+        prefetch = min(_PREFETCH, answer.positions - begin - 1)
+        try:
+            tokens = _call(large, transcript.context(), prefetch)
+        except LargeProtocolError:
+            # Some texts of the small model are spelled otherwise by the server.
+            return choices
+        choices += _choices_until_disagreement(tokens, answer, begin)
+        for token_id in answer.token_ids[begin : len(choices)]:
+            transcript = transcript.extend((token_id,), ends=False)
+    return choices
+
+
+def _choices_until_disagreement(
+    tokens: Sequence[LargeToken], answer: WrittenAnswer, begin: int
+) -> list[int]:
+    """Return the ids of the tokens up to the first that differs from the answer at `begin`."""
+    rest = answer.token_ids[begin:]
+    ids = [token_id for token in tokens for token_id in token.token_ids]
+    for number, token_id in enumerate(ids):
+        if number >= len(rest) or rest[number] != token_id:
+            return ids[: number + 1]
+    return ids[: answer.positions - begin]
+
+
+def _call(large: RecordedLargeView, context: LargeContext, prefetch: int) -> tuple[LargeToken, ...]:
+    call = large.begin(context, deadline_s=_TIMEOUT_S, prefetch=prefetch)
+    try:
+        large.wait(lambda: call.ready, timeout_s=_TIMEOUT_S)
+        return call.result()
+    except BaseException:
+        call.cancel()
+        raise
