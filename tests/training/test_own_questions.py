@@ -71,6 +71,19 @@ def test_a_head_is_fitted_to_a_users_questions_and_judged_by_others(
     assert (code, list(report["sides"])) == (0, ["small", "large", "head 30%"])
     assert report["sides"]["head 30%"]["escalation_rate"] > 0
 
+    # Only tokens after those of the large model: the server refuses what the small one writes here.
+    baselines = ["bench", "quality", "--large", url, "--tokens", "4", "--budget", "30%"]
+    baselines += ["--router", "position", "--router", "first", "--compare", "first 30%,small"]
+    baselines += ["--data", str(unused), "--oracles"]
+    code, report, messages = run(*baselines)
+    assert code == 0, messages
+    routers = [side["router"] for side in report["sides"].values()]
+    assert routers == [None, None, "position", "first"]
+    assert report["form"] == "the prompt alone"
+    (pair,) = report["comparisons"]
+    assert (pair["first"], pair["second"]) == ("first 30%", "small")
+    assert [point["budget"] for point in report["oracles"]["large_outcome"]][-1] == 0.3
+
 
 def test_a_small_model_is_adapted_to_a_users_questions(
     models: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
