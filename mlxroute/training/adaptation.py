@@ -26,8 +26,6 @@ from mlxroute.backend.adapter_folder import (
     read_adapter_config,
 )
 from mlxroute.errors import UsageError
-from mlxroute.questions.question_files import Question
-from mlxroute.recorded.large_answers import LargeAnswer
 from mlxroute.replace_file import replace_file
 from mlxroute.small import SmallModel
 from mlxroute.training.batch_size import choose_batch_size
@@ -39,7 +37,6 @@ from mlxroute.training.held_out_answers import (
 )
 from mlxroute.training.labels import decode_answer
 from mlxroute.training.lora_tuning import (
-    LoraShape,
     LoraTuning,
     TrainingDiverged,
     can_share_prefix,
@@ -53,7 +50,15 @@ from mlxroute.training.tuning_examples import (
     make_batches,
     shuffled_batches,
 )
-from mlxroute.types import Message, Progress, no_progress
+from mlxroute.training.tuning_types import (
+    INTERRUPT,
+    UNFINISHED,
+    HeldOutFigures,
+    TuningOptions,
+    TuningOutcome,
+    WorkedAnswer,
+)
+from mlxroute.types import Progress, no_progress
 
 BATCH_SIZE: Final = 8
 MIN_ANSWERS: Final = 10
@@ -62,74 +67,6 @@ _MAX_HELD_OUT: Final = 48
 _JUDGED_PER_EPOCH: Final = 2
 # Training ends when the held-out loss did not fall so many times in a row.
 _PATIENCE: Final = 2
-
-
-@dataclass(frozen=True, slots=True)
-class WorkedAnswer:
-    """A question, the conversation that asks it, and the large model's answer."""
-
-    question: Question
-    conversation: Sequence[Message]
-    answer: LargeAnswer
-
-
-@dataclass(frozen=True, slots=True)
-class HeldOutFigures:
-    """Figures of the held-out answers after some epochs.
-
-    Args:
-        round: Number of the on-policy round, 0 before the first.
-        epoch: How often each answer was trained on.
-        loss: Mean loss of the large model's tokens, in nats; each round has other held-out tokens.
-        accuracy: Share of the questions that the small model answers right.
-    """
-
-    round: int
-    epoch: float
-    loss: float
-    accuracy: float
-
-
-@dataclass(frozen=True, slots=True)
-class TuningOptions:
-    """The settings of one training.
-
-    Args:
-        shape: Size of a new adapter.
-        rounds: Number of on-policy rounds after the training; 0 by default.
-        start: Folder of the adapter that the model was loaded with, which is trained further. None
-            (default) for a new one.
-        learning_rate: Step size of the optimiser.
-        epochs: Greatest number of times that each answer is trained on.
-        max_tokens: Maximum length of the small model's own answers.
-        skip_memory_check: Whether to train even if memory seems too small. False by default.
-    """
-
-    shape: LoraShape
-    learning_rate: float
-    epochs: int
-    max_tokens: int
-    rounds: int = 0
-    start: Path | None = None
-    skip_memory_check: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class TuningOutcome:
-    """What a training did.
-
-    Args:
-        figures: Held-out figures: before the training, and after each half epoch.
-        best: Those of the weights that were kept; None if none were better than before.
-        ended_by: What ended the training: `epochs`, `held-out loss`, `held-out accuracy`,
-            `interrupt` or `divergence`.
-        report: All of this and the settings, as in the provenance.
-    """
-
-    figures: tuple[HeldOutFigures, ...]
-    best: HeldOutFigures | None
-    ended_by: str
-    report: Mapping[str, Any]
 
 
 def split_answers(
@@ -223,7 +160,11 @@ class _Training:
         self._began_s = time.monotonic()
         self._figures: list[HeldOutFigures] = []
         self._best: HeldOutFigures | None = None
-        self._corrections: list[dict[str, Any]] = []
+        self._corrections: list[Mapping[str, Any]] = []
+        if options.interrupted is not None:
+            self._figures = list(options.interrupted.figures)
+            self._best = options.interrupted.best
+            self._corrections = list(options.interrupted.corrections)
         self._ended_by = ""
 
     def run(self, corrector: Corrector | None, provenance: dict[str, Any]) -> TuningOutcome:
@@ -248,27 +189,31 @@ class _Training:
             "read_at_once": size,
         }
         try:
-            trained, held_out = (
-                self._examples[: self._trained_count],
-                self._examples[self._trained_count :],
-            )
-            self._train(
-                0, self._section(trained, held_out, size, epochs=self._options.epochs), size
-            )
-            if corrector is not None and self._best is not None:
-                for number in range(1, self._options.rounds + 1):
-                    self._train(number, self._correct(number, corrector, size), size)
-                    if self._best.round < number:
-                        # The same weights would write the same answers again.
-                        break
+            self._train_rounds(corrector, size)
         except (KeyboardInterrupt, TrainingDiverged) as exc:
             if self._best is None:
                 raise
-            self._ended_by = "interrupt" if isinstance(exc, KeyboardInterrupt) else "divergence"
+            self._ended_by = INTERRUPT if isinstance(exc, KeyboardInterrupt) else "divergence"
         report = self._report()
         if self._best is not None:
             self._write_provenance()
         return TuningOutcome(tuple(self._figures), self._best, self._ended_by, report)
+
+    def _train_rounds(self, corrector: Corrector | None, size: int) -> None:
+        """Train on the large model's answers, then in on-policy rounds, from where a run ended."""
+        done = 0 if self._best is None else self._best.round
+        if done == 0:
+            count = self._trained_count
+            trained, held_out = self._examples[:count], self._examples[count:]
+            section = self._section(trained, held_out, size, epochs=self._options.epochs)
+            self._train(0, section, size)
+        if corrector is None or self._best is None:
+            return
+        for number in range(done + 1, self._options.rounds + 1):
+            self._train(number, self._correct(number, corrector, size), size)
+            if self._best.round < number:
+                # The same weights would write the same answers again.
+                return
 
     def _correct(self, number: int, corrector: Corrector, size: int) -> _Section:
         """Return the large model's answers, and own answers of the best weights, corrected."""
@@ -310,12 +255,16 @@ class _Training:
         steps = accumulate * updates
         total = _JUDGED_PER_EPOCH * section.epochs * steps
         label = f"training steps, round {number}" if number else "training steps"
-        stream = shuffled_batches(section.trained)
         self._ended_by = ""
-        self._figures.append(self._judge(number, 0.0, section.held_out))
-        counter = itertools.count(1)
-        self._progress(label, 0, total)
-        for done in range(steps, total + 1, steps):
+        begin = 0
+        if self._best is not None and self._best.round == number:
+            begin = steps * round(self._best.epoch * len(section.trained) / steps)
+        else:
+            self._figures.append(self._judge(number, 0.0, section.held_out))
+        stream = shuffled_batches(section.trained, skip=begin)
+        counter = itertools.count(begin)
+        self._progress(label, next(counter), total)
+        for done in range(begin + steps, total + 1, steps):
             with tempfile.TemporaryDirectory() as scratch:
                 self._tuning.train(
                     stream,
@@ -365,7 +314,7 @@ class _Training:
             "figures": [asdict(figures) for figures in self._figures],
             "kept": None if self._best is None else asdict(self._best),
             "corrections": self._corrections,
-            "ended_by": self._ended_by or "unfinished",
+            "ended_by": self._ended_by or UNFINISHED[-1],
             "seconds": round(time.monotonic() - self._began_s),
             "peak_memory_gb": round(mx.get_peak_memory() / 1e9, 2),
         }

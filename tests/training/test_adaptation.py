@@ -18,15 +18,7 @@ from mlxroute.recorded.large_answers import LargeAnswer
 from mlxroute.recorded.replies import Replies
 from mlxroute.small import SmallModel
 from mlxroute.training import adaptation, batch_size
-from mlxroute.training.adaptation import (
-    HeldOutFigures,
-    TuningOptions,
-    TuningOutcome,
-    WorkedAnswer,
-    adapt_to_answers,
-    make_examples,
-    split_answers,
-)
+from mlxroute.training.adaptation import adapt_to_answers, make_examples, split_answers
 from mlxroute.training.held_out_answers import write_answers
 from mlxroute.training.lora_tuning import LoraShape, LoraTuning, can_share_prefix
 from mlxroute.training.on_policy import Corrector
@@ -35,6 +27,13 @@ from mlxroute.training.tuning_examples import (
     find_common_prefix,
     make_batches,
     shuffled_batches,
+)
+from mlxroute.training.tuning_types import (
+    HeldOutFigures,
+    InterruptedRun,
+    TuningOptions,
+    TuningOutcome,
+    WorkedAnswer,
 )
 from mlxroute.types import no_progress
 from tests.support.fakes import ScriptedLarge
@@ -77,12 +76,15 @@ def adapt(
     rounds: int = 0,
     corrector: Corrector | None = None,
     start: Path | None = None,
+    interrupted: InterruptedRun | None = None,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> TuningOutcome:
     """Adapt the model to 24 answers; `on_step` is called after each step."""
     trained, held_out = split_answers(answers or worked_answers(small, 24))
     shape = LoraShape(rank=4, layers=2)
-    options = TuningOptions(shape, _RATE, epochs, max_tokens=8, rounds=rounds, start=start)
+    options = TuningOptions(
+        shape, _RATE, epochs, max_tokens=8, rounds=rounds, start=start, interrupted=interrupted
+    )
     return adapt_to_answers(
         small,
         trained,
@@ -265,6 +267,77 @@ def test_an_interrupt_keeps_the_best_weights(step: int, small: SmallModel, tmp_p
     assert outcome.ended_by == "interrupt"
     assert outcome.best == outcome.figures[-1]
     assert json.loads((folder / "provenance.json").read_text())["ended_by"] == "interrupt"
+
+
+def test_an_interrupted_training_goes_on_from_the_kept_weights(
+    path: Path, small: SmallModel, tmp_path: Path
+) -> None:
+    def interrupt(done: int) -> None:
+        # The second half epoch of three batches has one update.
+        if done == 3:
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "a"
+    first = adapt(small, folder, epochs=2, on_step=interrupt)
+    report = json.loads((folder / "provenance.json").read_text())
+    interrupted = InterruptedRun.from_report(report)
+    assert interrupted is not None
+    assert interrupted.best == first.best
+    assert interrupted.figures == first.figures[:2]
+
+    model, tokenizer = load(path, adapter=folder)
+    steps: list[int] = []
+    second = adapt(
+        SmallModel(model, tokenizer, name="tiny"),
+        folder,
+        epochs=2,
+        start=folder,
+        interrupted=interrupted,
+        on_step=steps.append,
+    )
+    assert steps == list(range(2, 9))
+    assert second.figures[:2] == first.figures[:2]
+    epochs = [figures.epoch for figures in second.figures]
+    assert epochs == sorted(set(epochs))
+    assert second.ended_by == "epochs"
+    assert second.best is not None
+    assert second.best.loss < first.figures[1].loss
+    report = json.loads((folder / "provenance.json").read_text())
+    assert InterruptedRun.from_report(report) is None
+
+
+def test_an_interrupted_round_goes_on_with_the_next(
+    path: Path, small: SmallModel, tmp_path: Path
+) -> None:
+    large = ScriptedLarge([(small.vocabulary.encode("y")[0],)])
+    with Replies(large, tmp_path / "replies.jsonl") as replies:
+        corrector = Corrector(replies, at_once=1)
+        folder = tmp_path / "a"
+        first = adapt(small, folder, epochs=1, rounds=1, corrector=corrector)
+        assert first.best is not None
+        assert first.best.round == 1
+        report = {**first.report, "ended_by": "unfinished"}
+        interrupted = InterruptedRun.from_report(report)
+        model, tokenizer = load(path, adapter=folder)
+        second = adapt(
+            SmallModel(model, tokenizer, name="tiny"),
+            folder,
+            epochs=1,
+            rounds=2,
+            corrector=corrector,
+            start=folder,
+            interrupted=interrupted,
+        )
+    kept = first.figures.index(first.best)
+    assert second.figures[: kept + 1] == first.figures[: kept + 1]
+    assert {figures.round for figures in second.figures[kept + 1 :]} == {2}
+    assert [item["round"] for item in second.report["corrections"]] == [1, 2]
+
+
+@pytest.mark.parametrize("report", [{}, {"ended_by": "interrupt", "figures": 3}])
+def test_what_is_no_report_of_a_training_is_refused(report: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="no report"):
+        InterruptedRun.from_report(report)
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,13 @@ def test_a_small_model_is_adapted_to_a_users_questions(
     # No answer is asked for again, and a folder with files is left alone.
     code, _, messages = run(*adapt, "--data", str(data), "--out", str(out))
     assert (code, "choose a new folder" in messages) == (2, True)
+    (out / "provenance.json").write_text(json.dumps({**provenance, "ended_by": "unfinished"}))
+    code, resumed, messages = run(*adapt, "--data", str(data), "--out", str(out))
+    assert code == 0, messages
+    assert "going on from round 0" in messages
+    assert resumed["figures"][0] == report["figures"][0]
+    assert record.read_bytes() == rows
+    report = resumed
     more = ["--data", str(data), "--out", str(tmp_path / "b"), "--adapter", str(out)]
     code, further, messages = run(*adapt, *more, "--epochs", "1")
     assert code == 0, messages

@@ -7,7 +7,7 @@ import itertools
 import json
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,7 +30,12 @@ if TYPE_CHECKING:
     from mlxroute.questions.question_files import Question
     from mlxroute.recorded.replies import Replies
     from mlxroute.small import SmallModel
-    from mlxroute.training.adaptation import TuningOptions, TuningOutcome, WorkedAnswer
+    from mlxroute.training.tuning_types import (
+        InterruptedRun,
+        TuningOptions,
+        TuningOutcome,
+        WorkedAnswer,
+    )
     from mlxroute.types import Progress
 
 # A larger share of cut-off answers gives a warning.
@@ -70,12 +75,11 @@ def adapt(
     Answers are recorded, so that none is asked for twice; Ctrl-C keeps the best weights so far.
     """
     from mlxroute.cli.large_setup import make_large, open_ledger, require_large
-    from mlxroute.cli.terminal import make_consoles
+    from mlxroute.cli.terminal import make_consoles, print_note
 
     address = require_large(settings, "adapt")
     if not 0 < learning_rate < 1:
         raise UsageError("--learning-rate must be between 0 and 1")
-    _check_folder(out)
     sampled = _read_questions(data, questions)
     run = _AdaptRun(
         data=data,
@@ -87,29 +91,67 @@ def adapt(
         rounds=rounds,
         rank=rank,
         learning_rate=learning_rate,
-        command=[
-            *("mlxroute", "adapt", "--out", str(out), "--questions", str(questions)),
-            *("--tokens", str(tokens), "--epochs", str(epochs), "--rounds", str(rounds)),
-            *("--rank", str(rank)),
-            *("--learning-rate", f"{learning_rate:g}"),
-            *(word for file in data for word in ("--data", str(file))),
-            *("--shots", str(shots)),
-            *(("--examples", str(examples)) if examples else ()),
-        ],
+        command=shlex.join(
+            [
+                *("mlxroute", "adapt", *_model_words(settings, address), "--out", str(out)),
+                *(word for file in data for word in ("--data", str(file))),
+                *("--questions", str(questions), "--tokens", str(tokens), "--shots", str(shots)),
+                *(("--examples", str(examples)) if examples else ()),
+                *("--epochs", str(epochs), "--rounds", str(rounds), "--rank", str(rank)),
+                *("--learning-rate", f"{learning_rate:g}"),
+            ]
+        ),
     )
     _, err = make_consoles()
+    interrupted = _find_interrupted(out, run.command)
+    if interrupted is not None:
+        best = interrupted.best
+        print_note(err, f"going on from round {best.round}, {best.epoch:g} epochs")
     with open_ledger(settings) as ledger, make_large(settings, address, ledger, err) as large:
-        outcome = run.adapt(settings, large, out, err)
+        outcome = run.adapt(settings, large, out, interrupted, err)
     _print_figures(outcome, out, err)
     shown = {name: value for name, value in outcome.report.items() if name != "questions"}
     sys.stdout.write(json.dumps(shown) + "\n")
     return EXIT_INTERRUPTED if outcome.ended_by == "interrupt" else EXIT_OK
 
 
-def _check_folder(out: Path) -> None:
-    """Raise UsageError unless the folder is new or empty."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UsageError(f"--out {out}: choose a new folder for the adapter; this one has files")
+def _model_words(settings: Settings, address: str) -> list[str]:
+    """Return the flags that name the models, without the user and password of the address."""
+    from mlxroute.cli.small_setup import default_small
+    from mlxroute.large.http.address import parse_address
+
+    words = ["--small", settings.small or default_small(), "--large", parse_address(address).url]
+    if settings.large_model is not None:
+        words += ["--large-model", settings.large_model]
+    return words if settings.adapter is None else [*words, "--adapter", settings.adapter]
+
+
+def _find_interrupted(out: Path, command: str) -> InterruptedRun | None:
+    """Return the interrupted run of this command that the folder holds; None for a new folder.
+
+    Raises UsageError for a folder with other files.
+    """
+    from mlxroute.backend.adapter_folder import PROVENANCE_FILE
+    from mlxroute.backend.model_files import read_json_object
+
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    file = out / PROVENANCE_FILE
+    if file.is_file():
+        report = read_json_object(file)
+        if report.get("command") == command:
+            from mlxroute.training.tuning_types import InterruptedRun
+
+            try:
+                interrupted = InterruptedRun.from_report(report)
+            except ValueError as exc:
+                raise UsageError(f"{file}: {exc}; choose a new folder") from exc
+            if interrupted is not None:
+                return interrupted
+    raise UsageError(
+        f"--out {out}: choose a new folder for the adapter; this one has files, and no interrupted"
+        " run of this command"
+    )
 
 
 def _read_questions(files: Sequence[Path], count: int) -> list[Question]:
@@ -136,7 +178,7 @@ class _AdaptRun:
         rounds: Number of on-policy rounds.
         rank: Rank of the LoRA weights.
         learning_rate: Step size of the optimiser.
-        command: Words of the command line that starts this run, without the models.
+        command: The command line of this run.
     """
 
     data: list[Path]
@@ -148,10 +190,15 @@ class _AdaptRun:
     rounds: int
     rank: int
     learning_rate: float
-    command: list[str]
+    command: str
 
     def adapt(
-        self, settings: Settings, large: LargeModel, out: Path, err: Console
+        self,
+        settings: Settings,
+        large: LargeModel,
+        out: Path,
+        interrupted: InterruptedRun | None,
+        err: Console,
     ) -> TuningOutcome:
         """Record the large model's answers, and train the small model on them."""
         from mlxroute.cli.progress import ByteProgress, count_progress
@@ -159,7 +206,8 @@ class _AdaptRun:
 
         large.connect(thorough=False)
         with ByteProgress(err) as progress:
-            small = load_small(settings, progress)
+            start = settings if interrupted is None else replace(settings, adapter=str(out))
+            small = load_small(start, progress)
         large.pair_vocabulary(small.vocabulary)
         # Loading the small model loads the faster BLAS, which must come before MLX.
         from mlxroute.recorded.replies import Replies
@@ -178,7 +226,7 @@ class _AdaptRun:
                 small,
                 trained,
                 held_out,
-                self._tuning_options(settings),
+                self._tuning_options(start, interrupted),
                 folder=out,
                 provenance=self._provenance(settings, small, large),
                 corrector=Corrector(replies, self.at_once) if self.rounds else None,
@@ -191,7 +239,7 @@ class _AdaptRun:
         """Return the large model's answers to the questions, recorded before or now."""
         from mlxroute.questions.question_files import question_messages
         from mlxroute.recorded.large_answers import write_large_answers
-        from mlxroute.training.adaptation import WorkedAnswer
+        from mlxroute.training.tuning_types import WorkedAnswer
 
         conversations = [question_messages(item, self.examples) for item in self.questions]
         done = itertools.count()
@@ -206,9 +254,11 @@ class _AdaptRun:
         )
         return list(map(WorkedAnswer, self.questions, conversations, answers))
 
-    def _tuning_options(self, settings: Settings) -> TuningOptions:
-        from mlxroute.training.adaptation import TuningOptions
+    def _tuning_options(
+        self, settings: Settings, interrupted: InterruptedRun | None
+    ) -> TuningOptions:
         from mlxroute.training.lora_tuning import LoraShape
+        from mlxroute.training.tuning_types import TuningOptions
 
         return TuningOptions(
             shape=LoraShape(rank=self.rank),
@@ -217,27 +267,26 @@ class _AdaptRun:
             max_tokens=self.tokens,
             rounds=self.rounds,
             start=expand_optional(settings.adapter),
+            interrupted=interrupted,
             skip_memory_check=settings.skip_memory_check,
         )
 
     def _provenance(
         self, settings: Settings, small: SmallModel, large: LargeModel
     ) -> dict[str, Any]:
-        from mlxroute.backend.adapter_folder import read_trained_questions
+        from mlxroute.backend.adapter_folder import adapted_name, read_trained_questions
 
         start = expand_optional(settings.adapter)
         earlier = frozenset() if start is None else read_trained_questions(start)
         names = {question.fingerprint for question in self.questions}
-        models = ["--small", small.plain_name, "--large", large.base_url]
-        models += [] if start is None else ["--adapter", str(start)]
         return {
             "mlxroute": __version__,
             "small": small.plain_name,
-            "started_from": None if start is None else small.name,
+            "started_from": adapted_name(small.plain_name, start) if start else None,
             "large": large.model_name,
             "data": [{"name": data_name(file), "sha256": _hash_file(file)} for file in self.data],
             "examples": len(self.examples),
-            "command": shlex.join([*self.command, *models]),
+            "command": self.command,
             "rank": self.rank if start is None else None,
             "learning_rate": self.learning_rate,
             "epochs": self.epochs,

@@ -1,0 +1,126 @@
+"""What a training takes and gives: answers, options, held-out figures and the outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from mlxroute.questions.question_files import Question
+from mlxroute.recorded.large_answers import LargeAnswer
+from mlxroute.training.lora_tuning import LoraShape
+from mlxroute.types import Message
+
+INTERRUPT: Final = "interrupt"
+UNFINISHED: Final = (INTERRUPT, "unfinished")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkedAnswer:
+    """A question, the conversation that asks it, and the large model's answer."""
+
+    question: Question
+    conversation: Sequence[Message]
+    answer: LargeAnswer
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutFigures:
+    """Figures of the held-out answers after some epochs.
+
+    Args:
+        round: Number of the on-policy round, 0 before the first.
+        epoch: How often each answer was trained on.
+        loss: Mean loss of the large model's tokens, in nats; each round has other held-out tokens.
+        accuracy: Share of the questions that the small model answers right.
+    """
+
+    round: int
+    epoch: float
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True, slots=True)
+class InterruptedRun:
+    """An earlier run of the same training that did not end.
+
+    Args:
+        figures: Its held-out figures up to those of the weights that it kept.
+        corrections: Its figures of corrected answers.
+    """
+
+    figures: tuple[HeldOutFigures, ...]
+    corrections: tuple[Mapping[str, Any], ...]
+
+    @property
+    def best(self) -> HeldOutFigures:
+        """The figures of the weights that it kept."""
+        return self.figures[-1]
+
+    @classmethod
+    def from_report(cls, report: Mapping[str, Any]) -> InterruptedRun | None:
+        """Read the report in an adapter's provenance; None if that run ended.
+
+        Raises ValueError if it is no such report.
+        """
+        try:
+            if report["ended_by"] not in UNFINISHED:
+                return None
+            figures = [_read_figures(item) for item in report["figures"]]
+            kept = figures.index(_read_figures(report["kept"]))
+            return cls(tuple(figures[: kept + 1]), tuple(report["corrections"]))
+        except (KeyError, TypeError, AttributeError) as exc:
+            raise ValueError("it is no report of a training") from exc
+
+
+def _read_figures(item: Mapping[str, Any]) -> HeldOutFigures:
+    return HeldOutFigures(
+        int(item["round"]), float(item["epoch"]), float(item["loss"]), float(item["accuracy"])
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TuningOptions:
+    """The settings of one training.
+
+    Args:
+        shape: Size of a new adapter.
+        rounds: Number of on-policy rounds after the training; 0 by default.
+        start: Folder of the adapter that the model was loaded with, which is trained further. None
+            (default) for a new one.
+        learning_rate: Step size of the optimiser.
+        epochs: Greatest number of times that each answer is trained on.
+        max_tokens: Maximum length of the small model's own answers.
+        interrupted: The run to go on with, whose adapter `start` is. None (default) for a new one.
+        skip_memory_check: Whether to train even if memory seems too small. False by default.
+    """
+
+    shape: LoraShape
+    learning_rate: float
+    epochs: int
+    max_tokens: int
+    rounds: int = 0
+    start: Path | None = None
+    interrupted: InterruptedRun | None = None
+    skip_memory_check: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TuningOutcome:
+    """What a training did.
+
+    Args:
+        figures: Held-out figures: before the training, and after each half epoch.
+        best: Those of the weights that were kept; None if none were better than before.
+        ended_by: What ended the training: `epochs`, `held-out loss`, `held-out accuracy`,
+            `interrupt` or `divergence`; `unfinished` in a
+            provenance if nothing did.
+        report: All of this and the settings, as in the provenance.
+    """
+
+    figures: tuple[HeldOutFigures, ...]
+    best: HeldOutFigures | None
+    ended_by: str
+    report: Mapping[str, Any]
