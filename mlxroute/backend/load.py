@@ -193,7 +193,9 @@ def _load_with_mlx_lm(path: Path, config: dict[str, Any]) -> tuple[Any, Any, int
 def _add_end_tokens(tokenizer: Any) -> None:
     """Let the known end tokens of a vocabulary end answers too, whatever its files say."""
     ids = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
-    tokenizer.eos_token_ids = {*tokenizer.eos_token_ids, *find_end_ids(ids)}
+    # An end token that is not in the vocabulary has no id.
+    named = set(tokenizer.eos_token_ids) - {None}
+    tokenizer.eos_token_ids = {*named, *find_end_ids(ids)}
 
 
 def _add_adapter(model: Any, adapter: Path, path: Path) -> Any:

@@ -181,7 +181,8 @@ def _check_values(table: Mapping[str, Any], path: Path) -> None:
         most = _BOUNDS.get(key)
         too_long = isinstance(value, list) and len(value) > _LONGEST_LIST
         is_text = most is not None and isinstance(value, str)
-        if too_long or is_text or (most and is_count and not 0 <= value <= most):
+        is_other = key == _CONTEXT and value is not None and not is_count
+        if too_long or is_text or is_other or (most and is_count and not 0 <= value <= most):
             raise WeightsError(f"{path / 'config.json'}: {printable_line(key)} is out of bounds")
         if key == "rope_theta" and not (_is_finite(value) and value > 0):
             raise WeightsError(f"{path / 'config.json'}: {printable_line(key)} is out of bounds")

@@ -32,7 +32,8 @@ class TokenVocabulary:
             int(token_id): token.content for token_id, token in added.items()
         }
         self._special = {int(token_id) for token_id, token in added.items() if token.special}
-        self._special |= set(tokenizer.all_special_ids)
+        # A role may name a token that the vocabulary lacks.
+        self._special |= set(tokenizer.all_special_ids) - {None}
         self.control_ids = self._find_control_ids()
         self.controls = ControlTokens(self.control_ids)
         self._bytes: dict[int, bytes] = {}

@@ -34,6 +34,25 @@ def check(architecture: str, **values: Any) -> int | None:
     return check_understood({"model_type": architecture, **values}, module, Path("m"))
 
 
+@pytest.mark.parametrize("value", [[], {}, "a", math.nan, 4096.5, True, -1])
+def test_a_context_that_is_no_number_is_refused(value: object, tmp_path: Path) -> None:
+    path = change_config(make_tiny_model(tmp_path / "m"), max_position_embeddings=value)
+    with pytest.raises(WeightsError, match="max_position_embeddings is out of bounds"):
+        load(path)
+
+
+@pytest.mark.parametrize("role", ["eos_token", "bos_token", "pad_token", "unk_token"])
+def test_a_role_of_a_token_that_is_not_in_the_vocabulary_is_no_token(
+    role: str, tmp_path: Path
+) -> None:
+    path = make_tiny_model(tmp_path / "m")
+    file = path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), role: "not there"}))
+    small = SmallModel(*load(path), name="m")
+    assert None not in small.vocabulary.eos_ids
+    assert small.encode_conversation([{"role": "user", "content": "hi"}]).ids
+
+
 def test_settings_that_force_or_forbid_tokens_have_a_line(tmp_path: Path) -> None:
     path = make_tiny_model(tmp_path / "m")
     sampling = {"temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.1, "do_sample": True}
