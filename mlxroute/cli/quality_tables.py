@@ -20,6 +20,8 @@ _IN_FORM_SHARE: Final = 0.9
 def print_quality(report: dict[str, Any], err: Console) -> None:
     """Print the report as tables, and warnings of answers that were cut off or in another form."""
     err.print(_sides_table(report))
+    if "oracles" in report:
+        err.print(_oracles_table(report["oracles"]))
     if report["comparisons"]:
         err.print(_comparisons_table(report["comparisons"]))
     sides, count = report["sides"], report["questions"]
@@ -46,18 +48,20 @@ def print_quality(report: dict[str, Any], err: Console) -> None:
 
 
 def _sides_table(report: Mapping[str, Any]) -> Table:
-    """Return the table of all sides and oracles; costs are means a question, seconds a median."""
-    from mlxroute.bench.quality.sides import ORACLES
-
+    """Return the table of all sides; costs are means a question, seconds a median."""
     sides, count = report["sides"], report["questions"]
     has_answers = sides["large"]["lenient"] is not None
     merits = (
-        ("strict", "in form", "lenient, 95 %", "gap recovered, 95 %")
+        ("strict", "in\nform", "lenient", "gap\nrecovered")
         if has_answers
-        else ("F1 with the large model's answer, 95 %", "identical")
+        else ("F1 with the large\nmodel's answer", "iden-\ntical")
     )
-    columns = ("side", *merits, "large tokens", "calls", "uploaded", "seconds")
-    table = make_table(*columns, title=f"{count} questions, {report['form']}")
+    columns = ("side", *merits, "large", "calls", "sent", "s")
+    title = (
+        f"{count} questions, {report['form']}\n"
+        "per cent, 95 % intervals; large tokens, calls, sent tokens, seconds a question"
+    )
+    table = make_table(*columns, title=title)
     for name, side in sides.items():
         table.add_row(
             name,
@@ -67,14 +71,20 @@ def _sides_table(report: Mapping[str, Any]) -> Table:
             f"{side['uploaded_tokens'] / count:.0f}",
             f"{side['seconds_median']:.1f}",
         )
+    return table
+
+
+def _oracles_table(oracles: Mapping[str, Any]) -> Table:
+    """Return the table of upper bounds."""
+    from mlxroute.bench.quality.sides import ORACLES
+
+    table = make_table("upper bound", "budget", "right", "large tokens")
     for key, label in ORACLES.items():
-        for point in report.get("oracles", {}).get(key, ()):
+        for point in oracles.get(key, ()):
             table.add_row(
-                f"{label} {100 * point['budget']:g}%",
-                "",
-                "",
-                f"{point['accuracy']:.1%}",
-                "",
+                label,
+                f"{100 * point['budget']:g}%",
+                f"{100 * point['accuracy']:.1f}",
                 f"{point['large_tokens_per_question']:.2f}",
             )
     return table
@@ -83,8 +93,8 @@ def _sides_table(report: Mapping[str, Any]) -> Table:
 def _marks(side: Mapping[str, Any], count: int) -> tuple[str, ...]:
     strict, lenient = side["strict"], side["lenient"]
     return (
-        f"{strict['accuracy']:.1%}",
-        f"{1 - strict['no_answer'] / count:.0%}",
+        f"{100 * strict['accuracy']:.1f}",
+        f"{100 * (1 - strict['no_answer'] / count):.0f}",
         _share(lenient["accuracy"], lenient["interval"]),
         _share(lenient["gap_recovered"], lenient["gap_interval"]) if side["router"] else "",
     )
@@ -92,9 +102,8 @@ def _marks(side: Mapping[str, Any], count: int) -> tuple[str, ...]:
 
 def _agreement(side: Mapping[str, Any], count: int) -> tuple[str, ...]:
     with_large = side["with_large"]
-    return _share(
-        with_large["f1"], with_large["interval"]
-    ), f"{with_large['identical'] / count:.0%}"
+    identical = f"{100 * with_large['identical'] / count:.0f}"
+    return _share(with_large["f1"], with_large["interval"]), identical
 
 
 def _comparisons_table(comparisons: Sequence[Mapping[str, Any]]) -> Table:
@@ -106,11 +115,11 @@ def _comparisons_table(comparisons: Sequence[Mapping[str, Any]]) -> Table:
         else ("with_large", ("more_first", "more_second"))
     )
     titles, title = (
-        (("right: only it", "only the other"), "paired comparisons (McNemar, lenient)")
+        (("right:\nonly it", "only the\nother"), "paired comparisons (McNemar, lenient)")
         if has_answers
-        else (("closer: it", "the other"), "paired comparisons (sign test, F1)")
+        else (("closer:\nit", "the\nother"), "paired comparisons (sign test, F1)")
     )
-    table = make_table("side", "against", *titles, "difference, 95 %", "p", title=title)
+    table = make_table("side", "against", *titles, "difference", "p", title=title)
     for item in comparisons:
         values = item[kind]
         table.add_row(
@@ -124,8 +133,9 @@ def _comparisons_table(comparisons: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _share(value: float | None, interval: Sequence[float] | None) -> str:
-    """Return a share in per cent with its interval; empty without a value."""
+    """Return a share in per cent with its interval, `?` if that is unbounded."""
     if value is None:
         return ""
-    bounds = f"{100 * interval[0]:.0f} to {100 * interval[1]:.0f}" if interval else "unbounded"
-    return f"{value:.1%} ({bounds})"
+    if interval is None:
+        return f"{100 * value:.1f} (?)"
+    return f"{100 * value:.1f} ({100 * interval[0]:.0f}..{100 * interval[1]:.0f})"

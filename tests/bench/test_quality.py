@@ -149,8 +149,8 @@ def test_questions_without_answers_are_judged_by_the_large_model(
     text = StringIO()
     print_quality(report, Console(file=text, width=200))
     shown = " ".join(text.getvalue().split())
-    assert "F1 with the large model's answer, 95 % identical large tokens" in shown
-    assert "large 100.0% (100 to 100) 100%" in shown
+    assert "F1 with the large iden-" in shown
+    assert "large 100.0 (100..100) 100 12.00" in shown
     assert "paired comparisons (sign test, F1)" in shown
     draw_quality(report, tmp_path / "q.svg")
     assert "F1 with the large model's answers" in (tmp_path / "q.svg").read_text()
