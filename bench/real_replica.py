@@ -6,8 +6,8 @@ Start a server first, then run this script with its address:
 
 A caller is a user as `many_users.py` plays them, with a clock in place of the small model: it waits
 for the tokens up to its next call, then asks for one token. Its conversation grows by these tokens
-from call to call. The time of a call is measured first, with callers that do not pause; then the
-same numbers of callers are measured and played. Prints JSON.
+from call to call. Before each number of callers, the time of a call is measured with callers that
+do not pause; with it, that number is played. Prints JSON.
 """
 
 from __future__ import annotations
@@ -136,6 +136,15 @@ def run(
     }
 
 
+def time_busy_replica(
+    callers: Sequence[Caller], large: LargeModel, rate: float, at_once: int, seconds: float
+) -> float:
+    """Return the seconds of a call while the replica serves `at_once` of them without a pause."""
+    unpaused = Load(step_s=0.0, rate=rate, call_s=1.0, at_once=at_once)
+    figures = run(callers[: 4 * at_once], large, unpaused, left_out_s=1.0, counted_s=seconds)
+    return at_once / float(figures["calls_per_s"])
+
+
 def main() -> None:
     """Measure, play and print both."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -155,18 +164,19 @@ def main() -> None:
         large.pair_vocabulary(small.vocabulary)
         for caller in callers:
             caller.call(large, 1)
-        times = {"left_out_s": given.seconds / 3, "counted_s": given.seconds}
-        # More callers than the replica serves at once, none of which pauses.
-        unpaused = Load(step_s=0.0, rate=rate, call_s=1.0, at_once=given.at_once)
-        busy = run(callers[: 4 * given.at_once], large, unpaused, **times)
-        call_s = given.at_once / busy["calls_per_s"]
-        load = Load(given.step_ms / 1000, rate, call_s, given.at_once)
-        print(f"{call_s:.3f} s a call, {given.at_once} at once", file=sys.stderr)
         rows = []
         for count in given.callers:
+            call_s = time_busy_replica(callers, large, rate, given.at_once, given.seconds / 2)
+            load = Load(given.step_ms / 1000, rate, call_s, given.at_once)
+            times = {"left_out_s": given.seconds / 3, "counted_s": given.seconds}
             measured = run(callers[:count], large, load, **times)
-            played = play(load, count, counted_s=PLAYED_S)
-            rows.append({"callers": count, "measured": measured, "played": asdict(played)})
+            played = asdict(play(load, count, counted_s=PLAYED_S))
+            row = {
+                "callers": count,
+                "call_s": round(call_s, 4),
+                "most_users": round(load.most_users, 1),
+            }
+            rows.append({**row, "measured": measured, "played": played})
             print(rows[-1], file=sys.stderr)
     report = {
         "command": f"python bench/real_replica.py {shlex.join(sys.argv[1:])}",
@@ -174,8 +184,7 @@ def main() -> None:
         "small": given.small,
         "step_ms": given.step_ms,
         "rate": rate,
-        "busy": {**busy, "call_s": round(call_s, 4), "at_once": given.at_once},
-        "most_users": round(load.most_users, 1),
+        "at_once": given.at_once,
         "callers": rows,
     }
     print(json.dumps(report, indent=1))

@@ -29,6 +29,8 @@ _PAIR = ("qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b")
 _ROUTED = QualitySide("routed", "entropy", 0.1)
 _QUESTIONS = 20
 _TOKENS = 24
+# Calls make the routed answers slow.
+_ROUTED_TOKENS = 12
 _SHARED = Path(__file__).parents[4] / "shared" / "data" / "gsm8k"
 _TASK = """
 task: {task}
@@ -79,27 +81,29 @@ def _bench_texts(
     small: SmallModel,
     replies: Replies,
     questions: Sequence[Question],
-    side: QualitySide,
     path: Path,
+    *,
+    routed: QualitySide | None = None,
 ) -> dict[str, str]:
-    """Return the text of one side's answer to each prompt, as `bench quality` writes it."""
+    """Return the small model's or the routed text to each prompt, as `bench quality` writes it."""
+    sides = [SMALL] if routed is None else [SMALL, routed]
     bench_quality(
         small,
         replies,
         questions,
-        sides=[side],
+        sides=sides,
         examples=(),
         ranks=ScoreRanks.find(small.name, path.parent),
-        max_tokens=_TOKENS,
+        max_tokens=_TOKENS if routed is None else _ROUTED_TOKENS,
         step_s=0.1,
         results=QualityResults(path),
         # Each question is a chat of its own, as each request to the endpoint is.
         chats=len(questions),
     )
-    rows = [
-        json.loads(line)["row"] for line in path.read_text(encoding="utf-8").split("\n") if line
-    ]
-    assert bool(sum(row["escalated"] for row in rows)) == (side is _ROUTED)
+    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+    # All sides answer a question before the next one.
+    rows = [json.loads(line)["row"] for line in lines[len(sides) - 1 :: len(sides)]]
+    assert bool(sum(row["escalated"] for row in rows)) == (routed is not None)
     texts = {row["question"]: row["text"] for row in rows}
     return {_prompt(question): texts[question.name] for question in questions}
 
@@ -111,7 +115,7 @@ def small_texts(
     """Return the small model's own texts by prompt."""
     small = SmallModel.load(_MODEL, cache_dir=CACHE_DIR)
     path = tmp_path_factory.mktemp("bench") / "answers.jsonl"
-    return _bench_texts(small, _NoReplies(), questions, SMALL, path)  # type: ignore[arg-type]
+    return _bench_texts(small, _NoReplies(), questions, path)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +140,8 @@ def routed_texts(
         large.connect(thorough=False)
         large.pair_vocabulary(small.vocabulary)
         with Replies(large, folder / "replies.jsonl") as replies:
-            return _bench_texts(small, replies, questions, _ROUTED, folder / "answers.jsonl")
+            path = folder / "answers.jsonl"
+            return _bench_texts(small, replies, questions, path, routed=_ROUTED)
 
 
 @pytest.fixture(scope="module")
@@ -198,8 +203,8 @@ def _ask_questions(
     kind: str, address: str, model: str, questions: Sequence[Question], folder: Path, home: Path
 ) -> dict[str, str]:
     """Return the texts that lm-eval gets, by prompt."""
-    name = "mlxroute:small" if model == _MODEL else "mlxroute"
-    common: dict[str, str | int] = {"model": name, "max_gen_toks": _TOKENS, "timeout": 600}
+    name, tokens = ("mlxroute:small", _TOKENS) if model == _MODEL else ("mlxroute", _ROUTED_TOKENS)
+    common: dict[str, str | int] = {"model": name, "max_gen_toks": tokens, "timeout": 600}
     if kind == "chat":
         flags = ["--apply_chat_template"]
         args = _model_args(address, "chat/completions", **common)
