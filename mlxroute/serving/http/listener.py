@@ -28,6 +28,8 @@ _KEEP_ALIVE_S: Final = 15
 _MAX_HEAD_BYTES: Final = 64 * 2**10
 # A client that reads nothing of its reply for so long is taken for gone.
 _MAX_UNREAD_S: Final = 60.0
+# The rest of a body whose request was refused may take so long.
+_MAX_REST_S: Final = 30.0
 # Connections that wait for a request; above it the oldest is closed.
 _MAX_WAITING: Final = 512
 _OPEN_FILES: Final = 4096
@@ -46,6 +48,7 @@ class BoundedConnection(H11Protocol):
         super().__init__(*args, **kwargs)
         self._head_timer: asyncio.TimerHandle | None = None
         self._unread_timer: asyncio.TimerHandle | None = None
+        self._rest_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
@@ -57,6 +60,10 @@ class BoundedConnection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Read a part of a request."""
         super().data_received(data)
+        if self.conn.their_state is not h11.SEND_BODY:
+            self._stop_rest_timer()
+        if self._rest_timer is not None:
+            return
         if self.conn.their_state is not h11.IDLE:
             self._stop_waiting()
         elif self._head_timer is None:
@@ -65,6 +72,7 @@ class BoundedConnection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         self._stop_waiting()
+        self._stop_rest_timer()
         self.resume_writing()
         super().connection_lost(exc)
 
@@ -81,10 +89,16 @@ class BoundedConnection(H11Protocol):
             self._unread_timer = None
 
     def on_response_complete(self) -> None:
-        """Keep the connection for the next request, for a short time."""
+        """Keep the connection for the rest of the body or the next request, for a short time."""
         super().on_response_complete()
-        if not self.transport.is_closing() and self.conn.their_state is h11.IDLE:
+        if self.transport.is_closing():
+            return
+        if self.conn.their_state is h11.IDLE:
             self._waiting[self] = None
+        elif self.conn.their_state is h11.SEND_BODY:
+            self._stop_rest_timer()
+            self._waiting[self] = None
+            self._rest_timer = self.loop.call_later(_MAX_REST_S, self.transport.abort)
 
     def _wait_for_head(self) -> None:
         self._waiting[self] = None
@@ -95,6 +109,11 @@ class BoundedConnection(H11Protocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _stop_rest_timer(self) -> None:
+        if self._rest_timer is not None:
+            self._rest_timer.cancel()
+            self._rest_timer = None
 
     def _close_waiting(self) -> None:
         self._stop_waiting()

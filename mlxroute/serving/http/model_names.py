@@ -30,7 +30,7 @@ class ModelNames:
     """
 
     def __init__(self, session: ServingSession, created: int) -> None:
-        pair = session.small.name
+        pair = session.small_name
         self._has_large = session.large is not None
         if session.large is not None:
             pair += f"+{session.large.model_name}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from mlxroute.answers.document import ModelPair
@@ -50,13 +51,19 @@ class ServingSession:
     redact: Callable[[Any], Any] = _unchanged
 
     @property
+    def small_name(self) -> str:
+        """The name of the small model; of a path, which clients need not know, the last part."""
+        path = PurePath(self.small.name)
+        return path.name if path.is_absolute() and path.name else self.small.name
+
+    @property
     def model_pair(self) -> ModelPair:
         """The models as answer documents name them."""
         if self.models is not None:
-            return self.models
+            return replace(self.models, small=self.small_name)
         large = self.large
         return ModelPair(
-            small=self.small.name,
+            small=self.small_name,
             small_spec=None,
             adapter=None,
             large=None if large is None else large.model_name,

@@ -80,6 +80,29 @@ def test_a_slow_sender_is_closed(port: int) -> None:
         assert time.monotonic() - began_s < 3
 
 
+def test_a_client_that_writes_its_whole_body_gets_the_refusal(port: int) -> None:
+    # A reset connection would hide the reply from clients that read it after they have written.
+    body = {"messages": " " * 20_000_000}
+    status, reply = request(port, "POST", "/v1/chat/completions", body)
+    assert (status, reply["error"]["message"]) == (413, "the body is larger than 4 MiB")
+
+
+def test_a_refused_request_does_not_keep_its_connection(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "_MAX_REST_S", 0.5)
+    head = b"POST /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99999\r\n\r\n{"
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        sock.sendall(head)
+        assert sock.recv(4096).startswith(b"HTTP/1.1 405 ")
+        began_s = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - began_s < 5:
+                sock.send(b" ")
+                time.sleep(0.05)
+        assert time.monotonic() - began_s < 5
+
+
 def test_idle_connections_do_not_keep_others_out(port: int) -> None:
     idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(60)]
     try:

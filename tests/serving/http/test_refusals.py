@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from starlette.testclient import TestClient
 
 from mlxroute.serving.http.answer_endpoint import ServingLimits
 from mlxroute.serving.http.guard import AccessRules
+from mlxroute.serving.http.model_names import ModelNames
 from mlxroute.serving.http.parsing.fields import clean_text
 from mlxroute.serving.http.parsing.request_body import MAX_BODY_BYTES
+from mlxroute.serving.http.serving_session import ServingSession
 from mlxroute.small import SmallModel
 from tests.support.endpoint import chat, make_session, running
 
@@ -232,3 +235,10 @@ def test_clean_text_has_no_lone_surrogates(text: str) -> None:
     cleaned.encode()
     if not any(0xD800 <= ord(c) < 0xE000 for c in text):
         assert cleaned == text
+
+
+def test_clients_do_not_learn_where_a_model_is() -> None:
+    small = SimpleNamespace(name="/home/me/models/tiny", context_length=512)
+    session = ServingSession(small, None)  # type: ignore[arg-type]
+    assert ModelNames(session, created=0).pair == "tiny"
+    assert session.model_pair.small == "tiny"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from starlette.requests import ClientDisconnect, Request
@@ -12,6 +14,9 @@ from mlxroute.untrusted_text import MalformedText, parse_json
 
 MAX_BODY_BYTES: Final = 4 * 2**20
 _MAX_BODY_S: Final = 30.0
+# A client that is cut off in mid-body sees a broken connection in place of the reply.
+_MAX_DISCARDED_BYTES: Final = 64 * 2**20
+_MAX_DISCARD_S: Final = 3.0
 
 
 async def read_json(request: Request) -> dict[str, Any]:
@@ -42,15 +47,27 @@ def parse_body(data: bytes) -> dict[str, Any]:
 
 async def _read(request: Request) -> bytes:
     length = request.headers.get("content-length", "")
-    if length.isdecimal() and (len(length) > 18 or int(length) > MAX_BODY_BYTES):
+    if length.isdecimal() and (len(length) > 18 or int(length) > _MAX_DISCARDED_BYTES):
         raise _too_large()
-    parts, size = [], 0
-    async for part in request.stream():
+    parts, size, stream = [], 0, request.stream()
+    async for part in stream:
         parts.append(part)
         size += len(part)
         if size > MAX_BODY_BYTES:
+            await _discard(stream)
             raise _too_large()
     return b"".join(parts)
+
+
+async def _discard(stream: AsyncIterator[bytes]) -> None:
+    """Read the rest of a body, or as much as its limits allow."""
+    size = 0
+    with contextlib.suppress(TimeoutError, ClientDisconnect):
+        async with asyncio.timeout(_MAX_DISCARD_S):
+            async for part in stream:
+                size += len(part)
+                if size > _MAX_DISCARDED_BYTES:
+                    return
 
 
 def _too_large() -> ApiError:
