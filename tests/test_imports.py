@@ -222,6 +222,7 @@ def test_what_is_imported_before_a_model_is_loaded_leaves_mlx_out() -> None:
         for path in (PACKAGE / "cli").rglob("*.py")
     )
     options = ["mlxroute.bench.latency", "mlxroute.bench.plot", "mlxroute.bench.quality"]
+    options.append("mlxroute.training.tuning_types")
     names = [*commands, *options, "mlxroute.small", "mlxroute.serving", "mlxroute.hosting.launcher"]
     assert not _loaded_by(f"import {', '.join(names)}") & {"mlx", "mlx_lm"}
 

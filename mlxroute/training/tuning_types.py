@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from mlxroute.questions.question_files import Question
 from mlxroute.recorded.large_answers import LargeAnswer
-from mlxroute.training.lora_tuning import LoraShape
 from mlxroute.types import Message
+
+if TYPE_CHECKING:
+    # It imports MLX, which must follow the BLAS that loading a model opens.
+    from mlxroute.training.lora_tuning import LoraShape
 
 INTERRUPT: Final = "interrupt"
 UNFINISHED: Final = (INTERRUPT, "unfinished")
