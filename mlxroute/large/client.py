@@ -385,7 +385,7 @@ class LargeModel(Closeable):
 
         negotiated = call.pairing.negotiated
         try:
-            answer = self._system_role.send(request.prompt, send)
+            answer = self._system_role.send(request.prompt, send, server=negotiated)
         except LargeError as exc:
             if plan.streamed and may_work_unstreamed(exc):
                 if call.stream.tokens:

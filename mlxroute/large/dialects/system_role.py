@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from mlxroute.errors import LargeRefused
 from mlxroute.large.dialects.tokenize_routes import TEMPLATE_STATUSES
@@ -12,27 +12,38 @@ from mlxroute.large.prompt import Prompt
 from mlxroute.messages import fold_system
 
 _T = TypeVar("_T")
+_REFUSALS: Final = 2
 
 
 class SystemRole:
     """Whether one server takes system messages, learned from its refusals."""
 
     def __init__(self) -> None:
-        self._is_refused = False
+        self._server: object = None
+        self._is_refused = self._is_taken = False
 
-    def send(self, prompt: Prompt, send: Callable[[Prompt], _T]) -> _T:
+    def send(self, prompt: Prompt, send: Callable[[Prompt], _T], *, server: object) -> _T:
         """Send a prompt; if it is refused, send it without a system message, and so from then on.
 
-        Raises what `send` raises.
+        It has to be refused twice, and by a server that has never taken a system message: another
+        form of the conversation changes the answer. Everything is forgotten when `server` is
+        another object than before. Raises what `send` raises.
         """
+        if server is not self._server:
+            self._server, self._is_refused, self._is_taken = server, False, False
         folded = _without_system(prompt)
         if self._is_refused:
             return send(folded)
-        try:
-            return send(prompt)
-        except LargeRefused as exc:
-            if folded == prompt or exc.status not in TEMPLATE_STATUSES:
-                raise
+        has_system = folded != prompt
+        for _ in range(_REFUSALS):
+            try:
+                reply = send(prompt)
+            except LargeRefused as exc:
+                if not has_system or self._is_taken or exc.status not in TEMPLATE_STATUSES:
+                    raise
+            else:
+                self._is_taken = self._is_taken or has_system
+                return reply
         reply = send(folded)
         self._is_refused = True
         return reply
