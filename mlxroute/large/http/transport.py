@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,8 @@ MAX_HANGING: Final = 4
 # Share of the time limit of a call after which a used connection without a reply is doubted.
 _DOUBT_SHARE: Final = 1 / 3
 _USUAL_FACTOR: Final = 2.0
+# Replies that show how slow a server usually is: those of several answers.
+_USUAL_REPLIES: Final = 100
 # Used connections in a row that a server was silent on, after which every request gets a new one.
 _MAX_SILENT: Final = 2
 
@@ -59,7 +62,8 @@ class Transport:
         )
         self._lock = threading.Lock()
         self._hanging: list[Exchange] = []
-        self._slowest_reply_s = 0.0
+        self._reply_times_s: deque[float] = deque(maxlen=_USUAL_REPLIES)
+        self._is_warm = False
         self._silent_connections = 0
         self.is_reachable = False
         """Whether the server has answered a request, with whatever status."""
@@ -173,7 +177,11 @@ class Transport:
             self._silent_connections += 1
         elif first.reuses_connection and first.has_reply:
             self._silent_connections = 0
-        self._slowest_reply_s = max(self._slowest_reply_s, used.reply_began_s)
+        if self.has_served and not self._is_warm:
+            # The first reply of the model may have waited until the server had loaded it.
+            self._is_warm = True
+            self._reply_times_s.clear()
+        self._reply_times_s.append(used.reply_began_s)
         return used
 
     def _patience_s(self, deadline: Deadline) -> float:
@@ -181,7 +189,8 @@ class Transport:
 
         A server that is slow by nature is not sent every request twice.
         """
-        return max(deadline.seconds * _DOUBT_SHARE, _USUAL_FACTOR * self._slowest_reply_s)
+        slowest_s = max(tuple(self._reply_times_s), default=0.0)
+        return max(deadline.seconds * _DOUBT_SHARE, _USUAL_FACTOR * slowest_s)
 
     def _end(self, exchange: Exchange) -> None:
         if not exchange.finished and not exchange.abort():

@@ -115,6 +115,21 @@ def test_a_server_that_is_slow_by_nature_is_not_asked_twice() -> None:
         transport.close()
 
 
+def test_a_slow_start_does_not_make_every_later_connection_trusted() -> None:
+    """The first reply waits for the model to be loaded; a connection may still be dropped later."""
+    with Loopback(lambda request: Reply()) as server:
+        transport = Transport(parse_address(server.url))
+        server.script.append(Reply(stall_s=2.0))
+        for seconds in (30, 30):
+            transport.call("/completions", body=b"{}", deadline=Deadline(seconds))
+        server.script.append(Reply(stall_s=20))
+        began_s = time.monotonic()
+        transport.call("/completions", body=b"{}", deadline=Deadline(3.0))
+        assert time.monotonic() - began_s < 2.9
+        assert len(server.requests) == 4
+        transport.close()
+
+
 def test_the_first_reply_of_two_is_used_whichever_connection_it_comes_from() -> None:
     """The used connection was only slow, and the new one is slower."""
     replies = [Reply(b'{"n": 1}', stall_s=0.7), Reply(b'{"n": 2}', stall_s=20)]
