@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
 from mlxroute.user_folders import expand_user
+
+if TYPE_CHECKING:
+    from mlxroute.large import LargeModel
 
 RESULTS = Path("bench", "results")
 # File systems allow 255 bytes; a character has up to 4.
@@ -36,6 +40,11 @@ def find_bench_file(folder: str, name: str) -> Path:
         if (file := parent / name).is_file():
             return file
     raise UsageError(f"bench/{folder}/{name} is not installed; run this in the repository")
+
+
+def recorded_name(large: LargeModel) -> str:
+    """Return the large model's name in records; by example, its tokens are not its own answer's."""
+    return f"{large.model_name}-by-example" if large.is_approximate else large.model_name
 
 
 def record_path(settings: Settings, kind: str, small: str, large: str) -> Path:

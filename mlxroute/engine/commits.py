@@ -8,6 +8,7 @@ from mlxroute.engine.escalation.decision import Decision
 from mlxroute.engine.escalation.failures import AnswerFailures
 from mlxroute.engine.experience import Experience
 from mlxroute.engine.stop_strings import StopStrings
+from mlxroute.errors import LargeNotContinued
 from mlxroute.types import Source, StopReason, Token
 
 
@@ -66,9 +67,11 @@ class Commits:
     def commit(self, decision: Decision, texts: Sequence[str]) -> Iterator[Token]:
         """Commit a decision, whose tokens add `texts`; yield the tokens that can be released.
 
-        Raises the decision's LargeError if `strict`.
+        Raises the decision's LargeError if `strict`, except for a reply that does not go on: the
+        server has not failed.
         """
-        if self._strict and decision.error is not None:
+        has_failed = not isinstance(decision.error, LargeNotContinued)
+        if self._strict and has_failed and decision.error is not None:
             raise decision.error
         self._count(decision)
         for number, (token_id, text) in enumerate(zip(decision.token_ids, texts, strict=True)):

@@ -286,6 +286,7 @@ class LargeModel(Closeable):
             model=self._negotiator.model.known,
             controls=self._negotiator.control_tokens,
             deadline=Deadline(timeout_s),
+            dialect=self._negotiator.dialect,
         )
 
     def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:

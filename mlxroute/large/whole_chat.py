@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from mlxroute.large.completion_request import CompletionRequester
+from mlxroute.large.dialects import Dialect, RequestOptions
 from mlxroute.large.dialects.json_fields import usage_counts
 from mlxroute.large.http.circuit_breaker import CircuitBreaker
 from mlxroute.large.http.deadline import Deadline
+from mlxroute.large.prompt import Prompt
+from mlxroute.large.reply import Completion
 from mlxroute.ledger import Ledger
 from mlxroute.tokenizers.control_tokens import ControlTokens
+from mlxroute.types import Message
 
 
 class WholeChat:
@@ -22,6 +26,7 @@ class WholeChat:
         model: The name of the model to send; None to send none.
         controls: The server's control tokens, which texts of messages must not have.
         deadline: The end of the call.
+        dialect: The dialect in use; None before a negotiation.
     """
 
     def __init__(
@@ -33,7 +38,9 @@ class WholeChat:
         model: str | None,
         controls: ControlTokens,
         deadline: Deadline,
+        dialect: Dialect | None = None,
     ) -> None:
+        self._dialect = dialect
         self._requester = requester
         self._breaker = breaker
         self._ledger = ledger
@@ -61,6 +68,17 @@ class WholeChat:
             completion_tokens=counts["completion_tokens"] or 0,
         )
         return reply
+
+    def answer(self, messages: Sequence[Message], *, max_tokens: int) -> Completion:
+        """Return the model's own answer to a conversation, with the fields that the server takes.
+
+        It is for servers that only chat, whose dialect asks for a new answer in this way. Raises
+        LargeError.
+        """
+        assert self._dialect is not None
+        prompt = Prompt(messages=tuple(messages))
+        options = RequestOptions(max_tokens, top_logprobs=1, model=self._model)
+        return self._dialect.completion(self.ask(self._dialect.request(prompt, options)), prompt)
 
     def cancel(self) -> None:
         """End the call now, from any thread."""

@@ -82,6 +82,8 @@ def _write_answer(
     conversation: Sequence[Message],
     max_tokens: int,
 ) -> LargeAnswer:
+    if replies.is_approximate:
+        return _encode_whole_answer(small, replies, conversation, max_tokens)
     answer = generate(
         small,
         replies.new_view(),
@@ -104,6 +106,17 @@ def _write_answer(
             logprobs.append(math.nan if large.logprob is None else large.logprob)
         token_ids.append(token.token_id)
     return LargeAnswer(tuple(token_ids), tuple(token_starts), tuple(logprobs))
+
+
+def _encode_whole_answer(
+    small: SmallProtocol, replies: Replies, conversation: Sequence[Message], max_tokens: int
+) -> LargeAnswer:
+    """Return the large model's own answer in the tokens that the small model would write it in."""
+    whole = replies.write_whole_answer(conversation, max_tokens=max_tokens, timeout_s=_TIMEOUT_S)
+    ids = small.vocabulary.encode(whole.text)[:max_tokens]
+    if whole.ends and len(ids) < max_tokens:
+        ids = (*ids, min(small.vocabulary.eos_ids))
+    return LargeAnswer(ids, tuple(range(len(ids))), (math.nan,) * len(ids))
 
 
 class PlaceholderSmall(ForwardOnlySmall):

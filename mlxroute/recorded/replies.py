@@ -8,19 +8,48 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from mlxroute.closeable import Closeable
 from mlxroute.engine.protocols import NamedLargeProtocol, PendingCallProtocol
 from mlxroute.errors import LargeError
 from mlxroute.recorded.row_file import append_records, read_records
-from mlxroute.types import LargeContext, LargeToken, Uploads
+from mlxroute.types import LargeContext, LargeToken, Message, Uploads
 
 _POLL_S: Final = 0.1
 
 
 class RecordingStopped(LargeError):
     """Raised for calls after the end of a run, by an interrupt or the failure of an answer."""
+
+
+class WholeAnswer(Protocol):
+    """An answer of the large model as a whole. `ends` is False where it was cut off."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def ends(self) -> bool: ...
+
+    @property
+    def prompt_tokens(self) -> int | None: ...
+
+    @property
+    def completion_tokens(self) -> int | None: ...
+
+
+class _WholeChat(Protocol):
+    def answer(self, messages: Sequence[Message], *, max_tokens: int) -> WholeAnswer: ...
+
+
+class RecordableLarge(NamedLargeProtocol, Protocol):
+    """A large model whose replies can be recorded."""
+
+    @property
+    def is_approximate(self) -> bool: ...
+
+    def whole_chat(self, *, timeout_s: float) -> _WholeChat: ...
 
 
 class Replies(Closeable):
@@ -31,7 +60,7 @@ class Replies(Closeable):
     are in flight, each for a different answer.
     """
 
-    def __init__(self, large: NamedLargeProtocol, path: Path, *, at_once: int = 1) -> None:
+    def __init__(self, large: RecordableLarge, path: Path, *, at_once: int = 1) -> None:
         self._large = large
         self._path = path
         self._lock = threading.Lock()
@@ -43,6 +72,26 @@ class Replies(Closeable):
     def model_name(self) -> str:
         """The large model's name."""
         return self._large.model_name
+
+    @property
+    def is_approximate(self) -> bool:
+        """Whether the large model's own answers are not those of calls for each token."""
+        return self._large.is_approximate
+
+    def write_whole_answer(
+        self, conversation: Sequence[Message], *, max_tokens: int, timeout_s: float
+    ) -> WholeAnswer:
+        """Return the large model's own answer, asked for as a whole; it is not recorded.
+
+        Raises LargeError, and RecordingStopped.
+        """
+        self._acquire_slot()
+        try:
+            return self._large.whole_chat(timeout_s=timeout_s).answer(
+                conversation, max_tokens=max_tokens
+            )
+        finally:
+            self.release_slot()
 
     def new_view(self) -> RecordedLargeView:
         """Return a view of the large model for one answer."""
@@ -69,10 +118,13 @@ class Replies(Closeable):
 
         Give the slot back with `release_slot`. Raises RecordingStopped.
         """
-        while not self._call_slots.acquire(timeout=_POLL_S):
-            self._check_open()
+        self._acquire_slot()
         with self._lock:
             return self._large.begin(context, deadline_s=deadline_s, prefetch=prefetch)
+
+    def _acquire_slot(self) -> None:
+        while not self._call_slots.acquire(timeout=_POLL_S):
+            self._check_open()
 
     def release_slot(self) -> None:
         """Give back the slot of a call that has finished or was cancelled."""

@@ -25,7 +25,7 @@ from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli import main
 from mlxroute.cli.quality_tables import print_quality
 from mlxroute.engine import generate
-from mlxroute.errors import LargeError, LargeRefused
+from mlxroute.errors import LargeError, LargeNotContinued, LargeRefused
 from mlxroute.questions.question_files import AnswerKind, Question, question_messages
 from mlxroute.recorded.replies import RecordingStopped, Replies
 from mlxroute.routers import BURST, make_router
@@ -33,7 +33,7 @@ from mlxroute.serving.concurrent_answers import ConcurrentAnswers
 from mlxroute.small import SmallModel
 from mlxroute.training.labels import LabelledAnswer
 from mlxroute.types import Message
-from tests.support.fakes import ScriptedLarge, ScriptedReply
+from tests.support.fakes import ScriptedLarge, ScriptedReply, ScriptedWholeAnswer
 from tests.support.tiny import make_tiny_model
 
 _TOKENS = 12
@@ -72,8 +72,9 @@ def run(
     replies: tuple[ScriptedReply, ...] = ((70,),),
     routers: tuple[str, ...] = ("entropy",),
     compare: tuple[tuple[str, str], ...] = (),
+    large: ScriptedLarge | None = None,
 ) -> tuple[dict[str, Any], ScriptedLarge]:
-    large = ScriptedLarge(replies)
+    large = large or ScriptedLarge(replies)
     with Replies(large, path.with_suffix(".replies")) as recorded:
         report = bench_quality(
             small,
@@ -110,6 +111,23 @@ def test_sides_are_graded_and_compared(
     routed = sides["entropy 10%"]
     assert 0 < routed["calls"] <= 0.1 * routed["tokens"] + BURST
     assert 0 < routed["most_over_budget"] <= BURST
+
+
+def test_a_server_that_only_chats_is_asked_for_its_whole_answers(
+    small: SmallModel, questions: list[Question], tmp_path: Path
+) -> None:
+    """A position where it does not go on stays the small model's, and ends no run."""
+    misfit = LargeNotContinued("elsewhere")
+    large = ScriptedLarge([misfit, (70,), misfit])
+    large.is_approximate = True
+    large.whole_answer = ScriptedWholeAnswer(str(questions[0].answer))
+    report, _ = run(small, questions, tmp_path / "r.jsonl", large=large)
+    alone = report["sides"]["large"]
+    assert alone["calls"] == len(questions)
+    assert alone["strict"]["accuracy"] >= 1 / len(questions)
+    assert len(large.whole_answer.conversations) == len(questions)
+    routed = report["sides"]["entropy 10%"]
+    assert routed["unchecked"] > 0
 
 
 def test_baselines_look_at_places_and_resume(
@@ -275,6 +293,7 @@ def test_the_report_has_fixed_names(
             "tokens",
             "reached_limit",
             "calls",
+            "unchecked",
             "uploaded_tokens",
             "seconds_median",
         ]

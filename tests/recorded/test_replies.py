@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,9 +13,16 @@ from typing import cast
 import pytest
 
 from mlxroute.errors import LargeError
+from mlxroute.recorded.large_answers import write_large_answers
 from mlxroute.recorded.replies import Replies
 from mlxroute.types import LargeContext, LargeToken, Uploads, Vocabulary
-from tests.support.fakes import ScriptedLarge, ScriptedReply
+from tests.support.fakes import (
+    EOS,
+    ScriptedLarge,
+    ScriptedReply,
+    ScriptedSmall,
+    ScriptedWholeAnswer,
+)
 
 # A line as earlier versions wrote it, for the token after the ids 1, 70.
 _LINE = (
@@ -206,3 +214,22 @@ def test_generated_tokens_beyond_the_answer_are_counted() -> None:
     assert Uploads.of_call(context(1), [token, *[_TOKEN] * 60]).completion_tokens == 61
     unknown = replace(_TOKEN, completion_tokens=None)
     assert Uploads.of_call(context(1), [unknown]).completion_tokens == 1
+
+
+def test_answers_of_a_server_that_only_chats_are_asked_for_as_wholes(tmp_path: Path) -> None:
+    large = ScriptedLarge([LargeError("a call for a token")])
+    large.is_approximate, large.whole_answer = True, ScriptedWholeAnswer("hello")
+    conversation = [{"role": "user", "content": "hi"}]
+    for max_tokens, ids in [(9, (*b"hello", EOS)), (5, tuple(b"hello")), (2, tuple(b"he"))]:
+        (answer,) = write_large_answers(
+            ScriptedSmall(b""),
+            Replies(large, tmp_path / "r"),
+            [conversation],
+            max_tokens=max_tokens,
+            at_once=1,
+            on_answer=lambda: None,
+        )
+        assert answer.token_ids == ids
+        assert answer.token_starts == tuple(range(len(ids)))
+        assert all(map(math.isnan, answer.logprobs))
+    assert large.whole_answer.conversations == [conversation] * 3

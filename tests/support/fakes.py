@@ -6,6 +6,7 @@ The vocabulary has one id per byte; 256 ends the answer, 257 ends one character 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from mlxroute.errors import LargeError
 from mlxroute.types import (
@@ -174,6 +175,10 @@ class ScriptedLarge:
         self.contexts: list[LargeContext] = []
         self.deadlines: list[float] = []
         self.is_approximate = False
+        self.whole_answer = ScriptedWholeAnswer("")
+
+    def whole_chat(self, *, timeout_s: float) -> ScriptedWholeAnswer:
+        return self.whole_answer
 
     @property
     def is_local(self) -> bool:
@@ -218,6 +223,21 @@ class ScriptedLarge:
             latency_s=self._seconds,
             lost_s=self._lost_s,
         )
+
+
+@dataclass
+class ScriptedWholeAnswer:
+    """A whole answer, and the chat that returns it; `conversations` are those it was asked for."""
+
+    text: str
+    ends: bool = True
+    prompt_tokens: int | None = 10
+    completion_tokens: int | None = None
+    conversations: list[Sequence[Message]] = field(default_factory=list)
+
+    def answer(self, messages: Sequence[Message], *, max_tokens: int) -> ScriptedWholeAnswer:
+        self.conversations.append(messages)
+        return self
 
 
 class FakeCall:

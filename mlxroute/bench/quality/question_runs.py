@@ -207,6 +207,8 @@ class _QualityBench:
     def _write_answer(self, task: _Task, row: AnswerRow) -> QualityRow:
         """Write and grade one answer."""
         side = task.side
+        if side.is_large and self.replies.is_approximate:
+            return self._ask_whole_answer(task)
         large = self.replies.new_view()
         if isinstance(task.router, BaselineRouter):
             task.router.begin_answer(row)
@@ -245,6 +247,30 @@ class _QualityBench:
             uploaded_tokens=stats.uploaded_tokens,
             seconds=round(large.calls_s + small_tokens * self.step_s, 3),
             scores=() if side.is_large else tuple(scores),
+        )
+
+    def _ask_whole_answer(self, task: _Task) -> QualityRow:
+        """Ask the large model for its whole answer, and grade it."""
+        began_s = time.perf_counter()
+        whole = self.replies.write_whole_answer(
+            task.conversation, max_tokens=self.max_tokens, timeout_s=_TIMEOUT_S
+        )
+        has_answer = task.question.answer is not None
+        grades = grade(task.question, whole.text) if has_answer else Grade(None, None)
+        tokens = min(len(self.small.vocabulary.encode(whole.text)), self.max_tokens)
+        return QualityRow(
+            question=task.question.name,
+            text=whole.text,
+            strict=grades.strict,
+            lenient=grades.lenient,
+            tokens=tokens,
+            escalated=tokens,
+            agreed=0,
+            unchecked=0,
+            calls=1,
+            uploaded_tokens=whole.prompt_tokens or 0,
+            seconds=round(time.perf_counter() - began_s, 3),
+            scores=(),
         )
 
 

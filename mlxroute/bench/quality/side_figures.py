@@ -44,6 +44,7 @@ def side_figures(
         "tokens": tokens,
         "reached_limit": sum(row.tokens >= max_tokens for row in own_rows),
         "calls": sum(row.calls for row in own_rows),
+        "unchecked": sum(row.unchecked for row in own_rows),
         "uploaded_tokens": sum(row.uploaded_tokens for row in own_rows),
         "seconds_median": round(statistics.median(seconds), 3) if seconds else 0,
     }

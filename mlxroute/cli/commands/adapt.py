@@ -16,7 +16,7 @@ import typer
 from mlxroute._version import __version__
 from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_OK
 from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
-from mlxroute.cli.folders import data_name, expand_optional, record_path
+from mlxroute.cli.folders import data_name, expand_optional, record_path, recorded_name
 from mlxroute.cli.worked_examples import read_examples
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
@@ -214,7 +214,7 @@ class _AdaptRun:
         from mlxroute.training.adaptation import adapt_to_answers, split_answers
         from mlxroute.training.on_policy import Corrector
 
-        record = record_path(settings, "replies", small.plain_name, large.model_name)
+        record = record_path(settings, "replies", small.plain_name, recorded_name(large))
         with (
             Replies(large, record, at_once=self.at_once) as replies,
             count_progress(err) as counts,

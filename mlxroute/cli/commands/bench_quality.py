@@ -15,6 +15,7 @@ from mlxroute.cli.folders import (
     find_bench_file,
     model_file_name,
     record_path,
+    recorded_name,
     report_source,
 )
 from mlxroute.cli.setting_options import parse_budget
@@ -193,9 +194,9 @@ class _QualityRun:
         # Loading the small model loads the faster BLAS, which must come before MLX.
         from mlxroute.recorded.replies import Replies
 
-        record = record_path(settings, "replies", small.plain_name, large.model_name)
+        record = record_path(settings, "replies", small.plain_name, recorded_name(large))
         with Replies(large, record, at_once=self.at_once) as replies:
-            return self._answer(settings, small, replies, large.model_name, err)
+            return self._answer(settings, small, replies, recorded_name(large), err)
 
     def _answer(
         self,

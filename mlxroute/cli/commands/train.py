@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
-from mlxroute.cli.folders import cache_dir_of, data_name, record_path
+from mlxroute.cli.folders import cache_dir_of, data_name, record_path, recorded_name
 from mlxroute.cli.terminal import show_status
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
@@ -152,7 +152,7 @@ def _label_answers(
     from mlxroute.recorded.replies import Replies
     from mlxroute.training.labels import collect_labels
 
-    record = record_path(settings, "replies", small.plain_name, large.model_name)
+    record = record_path(settings, "replies", small.plain_name, recorded_name(large))
     with (
         Replies(large, record, at_once=material.at_once) as replies,
         count_progress(err) as progress,

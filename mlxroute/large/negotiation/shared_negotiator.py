@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Final
 
 from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused, UsageError
+from mlxroute.large.dialects import Dialect
 from mlxroute.large.dialects.tokenize_routes import TokenizeRoutes
 from mlxroute.large.http.deadline import Deadline, NextDeadline
 from mlxroute.large.negotiation.capability_checks import may_be_wrong_dialect
@@ -60,6 +61,11 @@ class SharedNegotiator:
         vocabulary = pairing.vocabulary if pairing and is_shared else self._reader.vocabulary
         names = frozenset[str]() if vocabulary is None else vocabulary.control_names
         return control_tokens(names, any_form=True)
+
+    @property
+    def dialect(self) -> Dialect | None:
+        """The dialect itself, None before the first negotiation."""
+        return None if self.negotiated is None else self.negotiated.dialect
 
     @property
     def is_verdict_saved(self) -> bool:
