@@ -187,6 +187,8 @@ def _load_with_mlx_lm(path: Path, config: dict[str, Any]) -> tuple[Any, Any, int
         model = dequantize_model(model)
     mx.eval(model.parameters())
     tokenizer = load_full_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+    # For an unknown token that is empty, transformers calls itself without end.
+    list(tokenizer.all_special_ids)
     return model, tokenizer, window
 
 

@@ -29,9 +29,21 @@ def change_config(path: Path, **values: Any) -> Path:
     return path
 
 
+def change_tokenizer(path: Path, **values: Any) -> Path:
+    file = path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    return path
+
+
 def check(architecture: str, **values: Any) -> int | None:
     module = importlib.import_module(f"mlx_lm.models.{architecture}")
     return check_understood({"model_type": architecture, **values}, module, Path("m"))
+
+
+def test_an_unknown_token_that_is_empty_is_one_clear_error(tmp_path: Path) -> None:
+    path = change_tokenizer(make_tiny_model(tmp_path / "m"), unk_token="")
+    with pytest.raises(WeightsError, match="cannot be loaded as a model: maximum recursion"):
+        load(path)
 
 
 @pytest.mark.parametrize("value", [[], {}, "a", math.nan, 4096.5, True, -1])
@@ -41,13 +53,12 @@ def test_a_context_that_is_no_number_is_refused(value: object, tmp_path: Path) -
         load(path)
 
 
-@pytest.mark.parametrize("role", ["eos_token", "bos_token", "pad_token", "unk_token"])
+@pytest.mark.parametrize("role", ["eos_token", "bos_token", "pad_token"])
+@pytest.mark.parametrize("token", ["not there", ""])
 def test_a_role_of_a_token_that_is_not_in_the_vocabulary_is_no_token(
-    role: str, tmp_path: Path
+    role: str, token: str, tmp_path: Path
 ) -> None:
-    path = make_tiny_model(tmp_path / "m")
-    file = path / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), role: "not there"}))
+    path = change_tokenizer(make_tiny_model(tmp_path / "m"), **{role: token})
     small = SmallModel(*load(path), name="m")
     assert None not in small.vocabulary.eos_ids
     assert small.encode_conversation([{"role": "user", "content": "hi"}]).ids
