@@ -104,9 +104,14 @@ class Prober:
         raise NoUsableDialect(rejected)
 
     def find_working_dialect(self) -> Dialect | None:
-        """Return the first dialect in which the server continues an unfinished word, or None."""
+        """Return the first dialect in which the server continues an unfinished word, or None.
+
+        A dialect that is approximate has to pass all checks: one right answer shows little of it.
+        """
         for dialect in LADDER:
             with contextlib.suppress(DialectRejected):
+                if dialect.is_approximate:
+                    return self._check(dialect, CapabilityChecker.check_all).dialect
                 return self._check(dialect, CapabilityChecker.check_mid_word).dialect
         return None
 

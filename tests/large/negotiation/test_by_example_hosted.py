@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import pytest
 
+from mlxroute.errors import LargeProtocolError
 from mlxroute.large import LargeModel
 from mlxroute.large.dialects.chat.request_fields import MAX_GENERATED_PER_TOKEN
 from mlxroute.large.http import retry
 from mlxroute.large.negotiation.prober import NoUsableDialect
 from mlxroute.types import Message, Span
+from tests.support.example_chat import read_question
 from tests.support.family_servers import VOCABULARY
 from tests.support.hosted_servers import FIELDS, PROVIDERS, HostedServer, Json
 from tests.support.known_answers import write_known
@@ -56,3 +59,23 @@ def test_a_model_whose_thoughts_cost_too_much_is_refused_in_one_line(name: str) 
         assert text.startswith("the model thinks before it answers: a token costs more than 64")
         assert "\n" not in text
         assert len(server.requests) <= MAX_REQUESTS
+
+
+def test_a_model_that_goes_on_in_one_place_only_is_not_used_without_a_probe() -> None:
+    """One right answer is not enough, as it is for dialects that continue the answer itself."""
+
+    def write(messages: Sequence[Json], count: int) -> tuple[list[bytes], bool]:
+        question = read_question(messages)
+        is_fruit = question is not None and question[1].startswith("pineapple")
+        return write_known(messages, count) if is_fruit else ([b"Sure", b"!"][:count], False)
+
+    for model, error in ((write, LargeProtocolError), (write_known, None)):
+        with (
+            Loopback(HostedServer(PROVIDERS["OpenAI GPT-4.1"], model)) as server,
+            LargeModel(server.url) as large,
+        ):
+            if error is None:
+                assert large.next_token(POSITION).text == " "
+                continue
+            with pytest.raises(error, match="probe it"):
+                large.next_token(POSITION)
