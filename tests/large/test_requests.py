@@ -109,6 +109,14 @@ REQUESTS: dict[str, dict[str, Any]] = {
         **LOGPROBS,
         "model": "m",
     },
+    "completion by example (no system message)": {
+        "messages": list(frame(CHAT, has_system_role=False).messages),
+        **LIMITS,
+        # What the reply repeats, and a few more to recognise where it ends.
+        "max_tokens": 6,
+        **LOGPROBS,
+        "model": "m",
+    },
 }
 PATHS = {
     "llama-server completion": "/completion",

@@ -20,10 +20,11 @@ def read_question(messages: Sequence[dict[str, Any]]) -> Conversation | None:
     """Return conversation, answer so far and the part of it to repeat; None without a part."""
     *turns, last = [dict(message) for message in messages]
     asked, begin, rest = str(last["content"]).rpartition(_BEGIN)
-    if not begin or not rest.endswith(_END) or len(messages) <= _TURNS_BEFORE:
+    count = _TURNS_BEFORE - (messages[0]["role"] != "system")
+    if not begin or not rest.endswith(_END) or len(messages) <= count:
         return None
     part, before = rest.removesuffix(_END), ""
-    turns = turns[_TURNS_BEFORE:]
+    turns = turns[count:]
     if turns and turns[-1]["role"] == "assistant":
         before = turns.pop()["content"]
     else:

@@ -119,6 +119,20 @@ def test_by_example_a_call_returns_one_token_whatever_is_prefetched() -> None:
     assert " 4".startswith(token.text)
 
 
+def test_a_server_that_refuses_system_messages_gets_none_by_example() -> None:
+    server = FamilyServer("chat by example")
+
+    def answer(request: Request) -> Reply:
+        roles = {message["role"] for message in request.json["messages"]} if request.body else set()
+        if "system" in roles:
+            return Reply.of({"error": {"message": "System role not supported"}}, status=400)
+        return server(request)
+
+    verdict = probe(answer)
+    assert verdict.dialect == "completion by example (no system message)"
+    assert verdict.is_approximate
+
+
 def _chatty(path: str, body: Json, reply: Json) -> Json:
     message = reply["choices"][0]["message"]
     message["content"] = f"Sure, here is the rest: {message['content']}"

@@ -27,10 +27,10 @@ class ExampleCompletion(FieldedDialect):
     Worked examples show the model how to go on with a begun answer: it writes the end of the answer
     so far again and goes on from there. A reply that does not begin with that end gives no token,
     so that no comment and no lost space gets into the answer. The tokens are those of a model that
-    was asked to continue, and not of its own greedy answer.
+    was asked to continue, and not of its own greedy answer. Without `has_system_role` no message is
+    of the role that some chat templates refuse.
     """
 
-    name = plain_name = "completion by example"
     rung = 5
     form = PromptForm.CHAT
     path = "/chat/completions"
@@ -38,9 +38,14 @@ class ExampleCompletion(FieldedDialect):
     needs_greedy = False
     needs_logprobs = False
 
+    def __init__(self, *, has_system_role: bool = True) -> None:
+        self._has_system_role = has_system_role
+        details = "" if has_system_role else " (no system message)"
+        self.name = self.plain_name = f"completion by example{details}"
+
     def request(self, prompt: Prompt, options: RequestOptions) -> dict[str, object]:
         """Ask for the end of the answer so far and the tokens after it."""
-        framing = frame(prompt)
+        framing = frame(prompt, has_system_role=self._has_system_role)
         count = framing.repeated_tokens + options.max_tokens + _SPARE_TOKENS
         body: dict[str, object] = {"messages": [dict(message) for message in framing.messages]}
         return add_model(body | self.request_fields(replace(options, max_tokens=count)), options)

@@ -98,12 +98,16 @@ class Framing:
         return math.ceil(sum(map(_token_estimate, self.repeated)))
 
 
-def frame(prompt: Prompt) -> Framing:
-    """Return the chat for a prompt. An answer that has not begun is asked for without examples."""
+def frame(prompt: Prompt, *, has_system_role: bool = True) -> Framing:
+    """Return the chat for a prompt. An answer that has not begun is asked for without examples.
+
+    Without `has_system_role` the instructions begin the first user message.
+    """
     if not prompt.answer_start:
         return Framing(prompt.messages, "")
     turns, repeated = _ask(fold_system(prompt.messages), prompt.answer_start)
-    return Framing((*_BEGINNING, *turns), repeated)
+    beginning = _BEGINNING if has_system_role else _BEGINNING_WITHOUT_SYSTEM
+    return Framing((*beginning, *turns), repeated)
 
 
 def repeated_size(prompt: Prompt, reply: str) -> int | None:
@@ -189,3 +193,4 @@ _BEGINNING: Final = tuple(
     itertools.chain([{"role": "system", "content": _INSTRUCTIONS}], _worked_examples())
 )
 """The fixed beginning of every request, so that a provider's prompt cache can hold it."""
+_BEGINNING_WITHOUT_SYSTEM: Final = tuple(fold_system(_BEGINNING))
