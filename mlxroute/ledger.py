@@ -91,7 +91,8 @@ class Ledger(Closeable):
                 completion_tokens=completion_tokens,
             )
             # A server may claim more cached tokens than the prompts had.
-            self.uploads = replace(total, cached_tokens=min(total.cached_tokens, total.tokens))
+            is_claim = total.cached_tokens > total.tokens
+            self.uploads = replace(total, cached_tokens=total.tokens) if is_claim else total
 
     def close(self) -> None:
         """Close the file, if there is one; requests after that are refused."""

@@ -42,10 +42,13 @@ class TokenStream:
         Published tokens are returned as they were published. `uploaded_bytes` is the size of the
         call's request bodies.
         """
-        published = self.tokens or (self._with_latency(tokens[0]),)
+        published = self.tokens or tokens[:1]
         later = tokens[len(published) :]
+        begun = published[0]
         first = replace(
-            published[0],
+            begun,
+            latency_s=begun.latency_s if self.tokens else self._elapsed_s(),
+            lost_s=begun.lost_s if self.tokens else self._deadline.lost_s,
             prompt_tokens=completion.prompt_tokens,
             cached_tokens=completion.cached_tokens,
             completion_tokens=completion.completion_tokens,
@@ -56,8 +59,10 @@ class TokenStream:
         return (first, *published[1:], *timed)
 
     def _with_latency(self, token: LargeToken) -> LargeToken:
-        latency_s = time.perf_counter() - self._began_s
-        return replace(token, latency_s=latency_s, lost_s=self._deadline.lost_s)
+        return replace(token, latency_s=self._elapsed_s(), lost_s=self._deadline.lost_s)
+
+    def _elapsed_s(self) -> float:
+        return time.perf_counter() - self._began_s
 
 
 def may_work_unstreamed(error: LargeError) -> bool:

@@ -139,12 +139,14 @@ class HttpSessionPool:
         Sessions that were idle for nearly a minute are closed. With `fresh` all idle ones are.
         """
         with self._lock:
-            oldest_s = self._clock() - _MAX_IDLE_S
-            dropped = [s for released_s, s in self._idle if fresh or released_s <= oldest_s]
+            oldest_s, dropped, session = self._clock() - _MAX_IDLE_S, [], None
+            while self._idle and (fresh or self._idle[0][0] <= oldest_s):
+                dropped.append(self._idle.pop(0)[1])
             # One that was released while the pool was closing is aborted.
-            self._idle = [item for item in self._idle[len(dropped) :] if not item[1].aborted]
-            session = self._idle.pop()[1] if self._idle else None
-            session = session or HttpSession(self._address, self._auth)
+            while self._idle and (session is None or session.aborted):
+                session = self._idle.pop()[1]
+            if session is None or session.aborted:
+                session = HttpSession(self._address, self._auth)
             self._in_use.add(session)
         for old in dropped:
             old.close()
