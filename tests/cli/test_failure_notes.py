@@ -76,7 +76,7 @@ def test_the_summary_counts_failures_by_kind(
     with Loopback(failing_after(2, FAULTS["status 401"])) as server:
         assert main(["ask", *arguments(tiny, server), "hello"]) == 0
     err = capsys.readouterr().err
-    assert "3 failed calls (status 401), 1 call not made (paused)" in err
+    assert "1 failed call (status 401), 3 calls not made (paused)" in err
 
 
 def test_each_answer_of_a_chat_says_it_and_stats_has_the_reasons(

@@ -18,10 +18,11 @@ from typing import Any, Final
 import psutil
 import pytest
 
-from mlxroute import EntropyRouter, LargeModel, generate
+from mlxroute import LargeModel, generate
 from mlxroute.conversation import Conversation
 from mlxroute.engine.protocols import SmallProtocol
 from mlxroute.large.http import circuit_breaker
+from mlxroute.routers import make_router
 from mlxroute.types import CallFailure, Mode, RunStats, StopReason, Token
 from tests.support.network_faults import FAULTS, FaultProxy, NetworkFault
 
@@ -70,10 +71,11 @@ class Chaos:
         large: The client.
         reference: Another client of the same address, for undisturbed answers.
         rng: Decides what happens; its seed repeats it.
-        threshold: The router's threshold, in nats.
+        threshold: The router's threshold.
         max_tokens: Greatest length of an answer.
         timeout_s: Time limit of a call, and of all failures of an answer.
         pause_s: Greatest pause of the circuit breaker, which is over before the next answer.
+        router: The name of the router. Its positions must be many enough in every turn.
         modes: The modes to choose from.
         accidents: Further faults by name.
     """
@@ -87,6 +89,7 @@ class Chaos:
     max_tokens: int
     timeout_s: float
     pause_s: float
+    router: str = "entropy"
     modes: tuple[Mode, ...] = tuple(Mode)
     accidents: dict[str, Accident] = field(default_factory=dict)
     answers: int = 0
@@ -187,7 +190,7 @@ class Chaos:
             self.small,
             large,
             messages,
-            router=EntropyRouter(self.threshold),
+            router=make_router(self.router, threshold=self.threshold),
             max_tokens=self.max_tokens,
             timeout_s=self._limit_s(large, plan),
             mode=plan.mode,
