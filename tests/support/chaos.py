@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import random
 import tempfile
 import threading
@@ -18,7 +19,7 @@ from typing import Any, Final
 import psutil
 import pytest
 
-from mlxroute import LargeModel, generate
+from mlxroute import EntropyRouter, LargeModel, generate
 from mlxroute.conversation import Conversation
 from mlxroute.engine.protocols import SmallProtocol
 from mlxroute.large.http import circuit_breaker
@@ -152,9 +153,25 @@ class Chaos:
         assert not (plan.is_harmless and stats.failures), stats.failures
         if plan.prefetch == 0 or not is_disturbed:
             self._compare(messages, plan, tokens)
-        time.sleep(self.pause_s if stats.failures else 0.0)
+        if stats.failures:
+            self._end_pause(messages)
         self.failures.update({failure.kind: failure.count for failure in stats.failures})
         return stats.text
+
+    def _end_pause(self, messages: list[dict[str, str]]) -> None:
+        """Let a pause of calls end, and a single call close the circuit breaker."""
+        time.sleep(self.pause_s)
+        list(
+            generate(
+                self.small,
+                self.large,
+                messages,
+                router=EntropyRouter(-math.inf),
+                max_tokens=1,
+                timeout_s=60.0,
+                mode=Mode.WAIT,
+            )
+        )
 
     def _check(self, stats: RunStats, tokens: list[Token], reported: list[CallFailure]) -> None:
         """Check that an answer is whole, and that what failed is counted and said."""
