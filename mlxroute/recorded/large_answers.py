@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
 from mlxroute.engine import generate
 from mlxroute.engine.protocols import SmallProtocol
 from mlxroute.recorded.forward_only import ForwardOnlySmall
+from mlxroute.recorded.parallel_answers import map_answers
 from mlxroute.recorded.replies import Replies
 from mlxroute.routers import make_router
 from mlxroute.types import EncodedPrompt, Message, Mode, Progress, Sampling, Signals, Vocabulary
@@ -62,18 +62,9 @@ def write_large_answers(
     """
 
     def write(conversation: Sequence[Message]) -> LargeAnswer:
-        answer = _write_answer(PlaceholderSmall(small), replies, conversation, max_tokens)
-        on_answer()
-        return answer
+        return _write_answer(PlaceholderSmall(small), replies, conversation, max_tokens)
 
-    with ThreadPoolExecutor(at_once) as pool:
-        futures = [pool.submit(write, conversation) for conversation in conversations]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            replies.close()
-            pool.shutdown(cancel_futures=True)
-            raise
+    return map_answers(write, conversations, replies=replies, at_once=at_once, on_answer=on_answer)
 
 
 def _write_answer(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
 from mlxroute.engine.protocols import SmallProtocol
 from mlxroute.engine.transcript import Transcript, render_prompt
 from mlxroute.errors import LargeProtocolError
+from mlxroute.recorded.parallel_answers import map_answers
 from mlxroute.recorded.replies import RecordedLargeView, Replies
 from mlxroute.types import LargeContext, LargeToken, Message
 
@@ -56,18 +56,9 @@ def find_large_choices(
     """
 
     def choose(answer: WrittenAnswer) -> list[int]:
-        choices = _find_choices(small, replies.new_view(), answer)
-        on_answer()
-        return choices
+        return _find_choices(small, replies.new_view(), answer)
 
-    with ThreadPoolExecutor(at_once) as pool:
-        futures = [pool.submit(choose, answer) for answer in answers]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            replies.close()
-            pool.shutdown(cancel_futures=True)
-            raise
+    return map_answers(choose, answers, replies=replies, at_once=at_once, on_answer=on_answer)
 
 
 def _find_choices(
