@@ -20,7 +20,7 @@ from tests.support.tiny import make_tiny_model, teach_days
 def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     """A small model, and the address of a server with one that mostly agrees."""
     folder = tmp_path_factory.mktemp("models")
-    small = make_tiny_model(folder / "small", tied=False)
+    small = make_tiny_model(folder / "small", tied=False, context=2048)
     teach_days(small)
     large = shutil.copytree(small, folder / "large")
     weights = cast("dict[str, mx.array]", mx.load(str(large / "model.safetensors")))
@@ -137,6 +137,41 @@ def test_a_small_model_is_adapted_to_a_users_questions(
     code, measured, messages = run("calibrate", "--questions", "20", "--tokens", "40", *adapted)
     assert code == 0, messages
     assert measured["small"] == further["started_from"]
+
+
+@pytest.mark.parametrize(
+    ("options", "examples", "form"),
+    [
+        ([], 4, "4 worked examples"),
+        (["--shots", "0"], 0, "instruction: Solve the problem"),
+    ],
+)
+def test_a_head_is_fitted_to_questions_in_the_form_of_bench_quality(
+    options: list[str],
+    examples: int,
+    form: str,
+    models: tuple[Path, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    small, url = models
+    rows = [{"problem": f"What is {i} + 1?", "solution": f"\\boxed{{{i + 1}}}"} for i in range(3)]
+    data = tmp_path / "problems.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shared = ["--large", url, "--small", str(small), "--cache-dir", str(tmp_path), "--tokens", "4"]
+    shared += ["--data", str(data), *options]
+
+    # Whether random weights leave a head something to learn does not matter.
+    main(["train", "--labels", "divergence", "--out", str(tmp_path / "h.safetensors"), *shared])
+    capsys.readouterr()
+    (record,) = (tmp_path / "bench").glob("replies-*")
+    rows_before = record.read_bytes()
+    # The prompts are the same, so every token of the large model is recorded.
+    assert main(["bench", "quality", "--router", "position", "--budget", "1%", *shared]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["examples"] == examples
+    assert report["form"].startswith(form)
+    assert record.read_bytes() == rows_before
 
 
 @pytest.mark.parametrize("command", ["calibrate", "train", "adapt", "bench quality"])

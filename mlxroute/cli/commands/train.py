@@ -13,6 +13,7 @@ import typer
 from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
 from mlxroute.cli.folders import cache_dir_of, data_name, record_path, recorded_name
 from mlxroute.cli.terminal import show_status
+from mlxroute.cli.worked_examples import read_examples
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
 from mlxroute.types import LabelKind
@@ -57,14 +58,14 @@ def train(
     from mlxroute.catalog.head_files import user_head_file
     from mlxroute.cli.large_setup import make_large, open_ledger, require_large
     from mlxroute.cli.terminal import make_consoles
-    from mlxroute.questions.question_files import read_worked_examples
 
     address = require_large(settings, "train")
     if out is not None and out.suffix != ".safetensors":
         raise UsageError(f"--out {out}: a head is a .safetensors file")
+    sampled = _read_labelled_questions(data, questions, labels)
     material = _Material(
-        questions=_read_labelled_questions(data, questions, labels),
-        examples=read_worked_examples(examples, shots),
+        questions=sampled,
+        examples=read_examples(examples, shots, sampled),
         sources=[data_name(file) for file in data],
         labels=labels,
         tokens=tokens,
