@@ -1,8 +1,11 @@
-"""Helpers for sequences of token ids."""
+"""Helpers for sequences."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 
 def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
@@ -11,3 +14,9 @@ def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
         if a != b:
             return index
     return min(len(first), len(second))
+
+
+def chunks(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
+    """Yield the items in order, `size` at a time."""
+    for begin in range(0, len(items), size):
+        yield items[begin : begin + size]

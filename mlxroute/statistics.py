@@ -1,4 +1,4 @@
-"""Quantiles and intervals of measured values."""
+"""Quantiles and intervals of measured values, and a test of paired ones."""
 
 from __future__ import annotations
 
@@ -31,3 +31,13 @@ def interpolated_quantile(ordered: Sequence[float], rank: float) -> float:
 def intervals(times_s: Sequence[float]) -> list[float]:
     """Return the differences between successive times."""
     return [later - earlier for earlier, later in itertools.pairwise(times_s)]
+
+
+def mcnemar_p(only_first: int, only_second: int) -> float:
+    """Return the exact two-sided p-value that two sides are equally often right (McNemar, 1947).
+
+    The counts are of questions that only one of the two sides answered right.
+    """
+    count, fewer = only_first + only_second, min(only_first, only_second)
+    tail = sum(math.comb(count, k) for k in range(fewer + 1)) / (1 << count)
+    return min(1.0, 2 * tail)

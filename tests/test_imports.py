@@ -66,7 +66,7 @@ _ROOMS: dict[str, set[str]] = {
     "view": {"answers", "terminal_modes"},
     "recorded": {"engine", "routers"},
     "training": {
-        *("backend", "catalog", "engine", "questions", "recorded", "routers", "small"),
+        *("backend", "catalog", "engine", "questions", "recorded", "routers", "serving", "small"),
     },
     "serving": {
         *("answers", "backend", "config", "engine", "large", "recorded", "routers", "small"),

@@ -23,16 +23,6 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
     return center - half_width, center + half_width
 
 
-def mcnemar_p(only_first: int, only_second: int) -> float:
-    """Return the exact two-sided p-value that two sides are equally often right (McNemar, 1947).
-
-    The counts are of questions that only one of the two sides answered right.
-    """
-    count, fewer = only_first + only_second, min(only_first, only_second)
-    tail = sum(math.comb(count, k) for k in range(fewer + 1)) / (1 << count)
-    return min(1.0, 2 * tail)
-
-
 def ratio_interval(
     numerators: Sequence[float], denominators: Sequence[float]
 ) -> tuple[float, float] | None:

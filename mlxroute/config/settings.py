@@ -115,7 +115,7 @@ class Settings:
         None,
         "Learned head for `--router head`, as written by `train`.",
         metavar="FILE",
-        commands=(*_ROUTED, "replay", "bench quality"),
+        commands=(*_ROUTED, "replay", "train", "bench quality"),
     )
     threshold: float | None = _setting(
         None,
@@ -129,7 +129,7 @@ class Settings:
         "Ask the large model for at most this share of the tokens. Default: 7%, unless a"
         " threshold is set.",
         metavar="SHARE",
-        commands=(*_ROUTED, "demo"),
+        commands=(*_ROUTED, "train", "demo"),
         form="share",
     )
     mode: str = _setting(

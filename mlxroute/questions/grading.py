@@ -60,6 +60,20 @@ def extract_answer(question: Question, text: str) -> str:
             return "" if passed is None else "passed" if passed else "failed"
 
 
+def is_outcome_known(question: Question, text: str) -> bool:
+    """Return whether more text after this one could not change its answer and grades.
+
+    That is so after the label of a choice, or a boxed number, in the requested form.
+    """
+    match question.kind:
+        case AnswerKind.CHOICE:
+            return _find_labels(question, text)[0] is not None
+        case AnswerKind.NUMBER:
+            return BOXED.search(text) is not None
+        case _:
+            return False
+
+
 def _grade_choice(question: Question, text: str) -> Grade:
     strict, lenient = _find_labels(question, text)
     correct = str(question.answer).upper()

@@ -191,10 +191,7 @@ class DeviceThread:
         self._requests[row] = request
         self._awaited.discard(row.asker)
         if isinstance(request, Prefill):
-            try:
-                self._prefills[row] = self._start_prefill(row, request)
-            except Exception as exc:  # noqa: BLE001 - it is raised in the row's own thread
-                self._reply(row, exc)
+            self._prefills[row] = self._prefill_in_parts(row, request)
         elif isinstance(request, Feed) and self._grace_ends_s == 0.0:
             grace_s = min(_MAX_GRACE_S, _GRACE_STEPS * self._step_s)
             self._grace_ends_s = time.perf_counter() + grace_s
@@ -224,11 +221,17 @@ class DeviceThread:
 
     # Prompts
 
-    def _start_prefill(self, row: Row, request: Prefill) -> Generator[None, None, int]:
+    def _prefill_in_parts(self, row: Row, request: Prefill) -> Generator[None, None, int]:
+        """Run a prompt; yield after each part, return the number of ids reused."""
         small, ids = row.sequence.small, request.prompt_ids
+        # When its turn comes, because prompts before it may begin in the same way.
         if not row.is_exact:
             self._load_prefix(row, ids[:-1])
-        return small.prefill_in_parts(ids, sampling=request.sampling, progress=request.progress)
+        return (
+            yield from small.prefill_in_parts(
+                ids, sampling=request.sampling, progress=request.progress
+            )
+        )
 
     def _load_prefix(self, row: Row, ids: Sequence[int]) -> None:
         """Give a row the longest prefix of `ids` that the store or another row holds."""

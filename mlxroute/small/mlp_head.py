@@ -60,6 +60,8 @@ class MlpHead:
         except (ValueError, TypeError, OverflowError) as exc:
             reason = printable_line(str(exc), limit=120)
             raise WeightsError(f"the head {path} has broken metadata: {reason}") from exc
+        # Here, because a lazy array can be evaluated only in the thread that made it.
+        mx.eval(layers)
         return cls(tuple(layers), quantiles, questions)
 
     def __call__(self, hidden: mx.array, packed: mx.array) -> mx.array:

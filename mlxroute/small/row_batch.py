@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
 from mlxroute.errors import RollbackError
-from mlxroute.small.kv_cache import CacheCopy
+from mlxroute.small.kv_cache import CacheCopy, is_plain
 from mlxroute.small.row_sampler import RowSampler
 from mlxroute.types import Signals
 
@@ -116,11 +116,8 @@ class RowBatch:
 
     def has_room(self, layers: Sequence[Any], length: int) -> bool:
         """Return whether a sequence of these cache layers and this length can become a row."""
-        if not all(type(layer) is KVCache and layer.keys is not None for layer in layers):
-            return False
-        token_bytes = sum(_token_bytes(layer) for layer in layers)
-        width = _capacity(max([length, *(row.length for row in self._rows)]))
-        return token_bytes * width * (len(self._rows) + 1) <= _MAX_BYTES
+        longest = max([length, *(row.length for row in self._rows)])
+        return len(self._rows) < count_rows_that_fit(layers, longest)
 
     def join(
         self, layers: Sequence[Any], length: int, *, sampler: RowSampler | None = None
@@ -144,14 +141,14 @@ class RowBatch:
     def leave(self, row: BatchRow) -> CacheCopy:
         """Remove a row; return its KV cache."""
         copies = self.copy(row, row.length)
-        self._drop(row)
+        self.drop(row)
         return copies
 
     def clear(self) -> None:
         """Remove all rows."""
         self._rows, self._layers = [], []
 
-    def _drop(self, row: BatchRow) -> None:
+    def drop(self, row: BatchRow) -> None:
         """Remove a row; the last row takes its place."""
         last = self._rows.pop()
         if last is not row:
@@ -242,6 +239,16 @@ class RowBatch:
 
     def _evaluate(self) -> None:
         mx.eval([(layer.keys, layer.values) for layer in self._layers])
+
+
+def count_rows_that_fit(layers: Sequence[Any], length: int) -> int:
+    """Return how many sequences of these cache layers and this length a batch can hold.
+
+    It is 0 for layers that cannot be rows.
+    """
+    if not is_plain(layers):
+        return 0
+    return _MAX_BYTES // (sum(_token_bytes(layer) for layer in layers) * _capacity(length))
 
 
 def _copied(layer: Any) -> KVCache:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,32 +27,33 @@ from mlxroute.types import LabelKind
 
 RATES: Final = (0.03, 0.05, 0.07, 0.10)
 # One answer in five is held out to judge the head.
-_HELD_OUT_STRIDE: Final = 5
+HELD_OUT_STRIDE: Final = 5
 _FOLDS: Final = 4
-_MIN_ANSWERS: Final = 10
+MIN_ANSWERS: Final = 10
 _RANK_STEPS: Final = 64
-_PERCEPTRON: Final = "perceptron"
-_Pair = tuple[LabelledAnswer, Sequence[float]]
+_COMPONENTS_BY_SHAPE: Final = {f"linear, {count} components": count for count in COMPONENT_COUNTS}
+_SHAPES: Final = (*_COMPONENTS_BY_SHAPE, "perceptron")
+LabelledPair = tuple[LabelledAnswer, Sequence[float]]
+"""An answer with the targets of its positions."""
 
 
 @dataclass(frozen=True, slots=True)
 class FittedHead:
     """A head and its report on held-out answers.
 
-    `quantiles` are its held-out scores at evenly spaced ranks, `questions` the fingerprints of all
-    questions it was fitted or judged with.
+    Args:
+        head: The head.
+        report: What it was fitted to, and its figures.
+        quantiles: Its scores at evenly spaced ranks.
+        questions: Fingerprints of all questions it was fitted or judged with.
+        beats_entropy: Whether its held-out figures are better than those of entropy.
     """
 
     head: MlpHead
     report: Mapping[str, Any]
     quantiles: tuple[float, ...]
     questions: tuple[str, ...]
-
-    @property
-    def beats_entropy(self) -> bool:
-        """Whether its recall on held-out positions, summed over all rates, exceeds entropy's."""
-        rows = self.report["recall"].values()
-        return bool(sum(row["head"] for row in rows) > sum(row["entropy"] for row in rows))
+    beats_entropy: bool
 
     def write(self, path: Path) -> None:
         """Write a safetensors file of the weights; report, quantiles and questions are metadata."""
@@ -85,20 +86,22 @@ def fit_head(
     answers, for labels without a difference to learn, or for deferral without the large model's
     logprobs.
     """
-    if len(answers) < _MIN_ANSWERS:
+    if len(answers) < MIN_ANSWERS:
         raise UsageError(
-            f"a head needs at least {_MIN_ANSWERS} answers, not {len(answers)}; give more questions"
+            f"a head needs at least {MIN_ANSWERS} answers, not {len(answers)}; give more questions"
         )
     pairs = [
         (answer, answer.make_targets(question, labels))
         for answer, question in zip(answers, questions, strict=True)
     ]
-    held_out = Positions.of(pairs[::_HELD_OUT_STRIDE])
-    fitted_pairs = [pair for index, pair in enumerate(pairs) if index % _HELD_OUT_STRIDE]
+    held_out = Positions.of(pairs[::HELD_OUT_STRIDE])
+    fitted_pairs = [pair for index, pair in enumerate(pairs) if index % HELD_OUT_STRIDE]
     fitted = Positions.of(fitted_pairs)
     _check_learnable(fitted, held_out, labels)
     loss = _deferral_loss if labels is LabelKind.DEFERRAL else _logistic_loss
-    head, shape = _fit_best_shape(fitted_pairs, loss)
+    merits = judge_shapes(fitted_pairs, loss, _mean_recall)
+    shape = max(merits, key=lambda name: merits[name])
+    head = fit_shape(fitted_pairs, loss, shape)
     scores = held_out.score(head)
     report = {
         **provenance,
@@ -111,8 +114,14 @@ def fit_head(
         "positions": {"fitted": len(fitted.is_target), "held_out": len(held_out.is_target)},
         **_report_recall(held_out, {"head": scores}),
     }
-    fingerprints = tuple(question.fingerprint for question in questions)
-    return FittedHead(head, report, _quantiles(scores), fingerprints)
+    recalls = report["recall"].values()
+    return FittedHead(
+        head,
+        report,
+        quantiles=rank_quantiles(scores),
+        questions=tuple(question.fingerprint for question in questions),
+        beats_entropy=sum(row["head"] for row in recalls) > sum(row["entropy"] for row in recalls),
+    )
 
 
 def _check_learnable(fitted: Positions, held_out: Positions, labels: LabelKind) -> None:
@@ -129,7 +138,7 @@ def _check_learnable(fitted: Positions, held_out: Positions, labels: LabelKind) 
         )
 
 
-def _quantiles(scores: Sequence[float]) -> tuple[float, ...]:
+def rank_quantiles(scores: Sequence[float]) -> tuple[float, ...]:
     """Return the scores nearest to 65 evenly spaced ranks, rounded."""
     ordered = sorted(scores)
     last = len(ordered) - 1
@@ -179,33 +188,33 @@ def _share(values: Sequence[bool]) -> float:
     return sum(values) / len(values)
 
 
-def _fit_best_shape(pairs: Sequence[_Pair], loss: Loss) -> tuple[MlpHead, str]:
-    """Fit the shape with the best recall in 4-fold cross-validation; return head and shape."""
-    components_by_name = {f"linear, {count} components": count for count in COMPONENT_COUNTS}
-    recalls: dict[str, list[float]] = {}
+def judge_shapes(
+    pairs: Sequence[LabelledPair], loss: Loss, merit: Callable[[Positions, Sequence[float]], float]
+) -> dict[str, float]:
+    """Return the mean merit of each shape in 4-fold cross-validation over the answers, by its name.
+
+    `merit` judges the scores of positions that the head was not fitted to.
+    """
+    merits: dict[str, list[float]] = {}
     for fold in range(_FOLDS):
         validation = Positions.of(pairs[fold::_FOLDS])
-        training_pairs = [pair for index, pair in enumerate(pairs) if index % _FOLDS != fold]
-        training = Positions.of(training_pairs)
-        heads = {
-            name: fit_linear(training, loss, count) for name, count in components_by_name.items()
-        }
-        heads[_PERCEPTRON] = _fit_stopped_perceptron(training_pairs, loss)
-        for name, head in heads.items():
-            scores = validation.score(head)
-            recalls.setdefault(name, []).append(
-                statistics.mean(recall(scores, validation.is_target, rate) for rate in RATES)
-            )
-    best = max(recalls, key=lambda name: statistics.mean(recalls[name]))
-    if best == _PERCEPTRON:
-        return _fit_stopped_perceptron(pairs, loss), best
-    return fit_linear(Positions.of(pairs), loss, components_by_name[best]), best
+        training = [pair for index, pair in enumerate(pairs) if index % _FOLDS != fold]
+        for shape in _SHAPES:
+            scores = validation.score(fit_shape(training, loss, shape))
+            merits.setdefault(shape, []).append(merit(validation, scores))
+    return {shape: statistics.mean(values) for shape, values in merits.items()}
 
 
-def _fit_stopped_perceptron(pairs: Sequence[_Pair], loss: Loss) -> MlpHead:
-    """Fit a perceptron to three quarters of the answers; the others decide when to stop."""
+def fit_shape(pairs: Sequence[LabelledPair], loss: Loss, shape: str) -> MlpHead:
+    """Fit a head of a shape; for a perceptron, one answer in four decides when to stop."""
+    if shape in _COMPONENTS_BY_SHAPE:
+        return fit_linear(Positions.of(pairs), loss, _COMPONENTS_BY_SHAPE[shape])
     training = Positions.of([pair for index, pair in enumerate(pairs) if index % _FOLDS])
     return fit_perceptron(training, Positions.of(pairs[::_FOLDS]), loss)
+
+
+def _mean_recall(positions: Positions, scores: Sequence[float]) -> float:
+    return statistics.mean(recall(scores, positions.is_target, rate) for rate in RATES)
 
 
 def _logistic_loss(logits: mx.array, targets: mx.array, logprobs: mx.array) -> mx.array:

@@ -13,10 +13,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 import mlx.core as mx
 
@@ -25,6 +25,7 @@ from mlxroute.questions.grading import extract_answer, grade
 from mlxroute.questions.question_files import Question, question_messages
 from mlxroute.recorded.large_answers import LargeAnswer, write_large_answers
 from mlxroute.recorded.replies import Replies
+from mlxroute.sequences import chunks
 from mlxroute.small import SmallModel
 from mlxroute.small.decoder import ScoredText
 from mlxroute.small.kv_cache import CacheCopy
@@ -77,6 +78,7 @@ class LabelledAnswer:
         Consequence: the outcome differs with the choice there. Preference: the outcome is right
         with the large model's choice only (CITER, arXiv 2502.01976). Otherwise: the models differ.
         """
+        assert labels is not LabelKind.ADVANTAGE, "those are made on routed answers"
         differs = [bool(value) for value in to_list(self.differs)]
         if labels in (LabelKind.DIVERGENCE, LabelKind.DEFERRAL):
             return [float(differing) for differing in differs]
@@ -122,7 +124,7 @@ def collect_labels(  # noqa: PLR0913 - all of these are settings of one run
     ]
     for _ in range(len(questions) - len(missing)):
         progress("questions", next(done), len(questions))
-    for group in _chunks(missing, _ANSWERS_PER_SLOT * at_once):
+    for group in chunks(missing, _ANSWERS_PER_SLOT * at_once):
         _label_files(
             small,
             replies,
@@ -160,11 +162,6 @@ def _label_files(
     )
     for (_, file), labelled in zip(group, labels, strict=True):
         _write(labelled, file)
-
-
-def _chunks(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
-    for begin in range(0, len(items), size):
-        yield items[begin : begin + size]
 
 
 def _file_key(
@@ -269,7 +266,7 @@ def _compare(
 def _continue(small: SmallModel, forks: Sequence[_Fork], max_tokens: int) -> Iterator[str]:
     """Yield the whole text of the answer that continues each fork."""
     eos_ids = small.vocabulary.eos_ids
-    for group in _chunks(forks, _BATCH_ROWS):
+    for group in chunks(forks, _BATCH_ROWS):
         limits = [
             0 if fork.token_id in eos_ids else max_tokens - len(fork.prefix_ids) - 1
             for fork in group
@@ -298,7 +295,6 @@ def to_list(values: mx.array) -> list[float]:
 
 
 def _write(answer: LabelledAnswer, file: Path) -> None:
-    """Save an answer; an interruption leaves no incomplete file of this name."""
     # The names in the file are its format, whatever the fields are called.
     arrays = {
         "hidden": answer.hidden,
@@ -307,8 +303,15 @@ def _write(answer: LabelledAnswer, file: Path) -> None:
         "logprobs": answer.logprobs,
     }
     metadata = {"text": answer.text, "tokens": answer.token_count, "alone": answer.continuations}
+    write_label_file(file, arrays, metadata)
+
+
+def write_label_file(
+    file: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, Any]
+) -> None:
+    """Save the labels of an answer; an interruption leaves no incomplete file of this name."""
     partial = file.with_suffix(".partial.safetensors")
-    mx.save_safetensors(str(partial), arrays, {_METADATA_KEY: json.dumps(metadata)})
+    mx.save_safetensors(str(partial), dict(arrays), {_METADATA_KEY: json.dumps(metadata)})
     partial.rename(file)
 
 
@@ -323,20 +326,26 @@ def _is_saved(file: Path, *, with_continuations: bool) -> bool:
 
 
 def _read(file: Path) -> LabelledAnswer:
-    """Return the answer in a file. Raises UsageError if the file is damaged."""
-    try:
-        arrays, metadata = mx.load(str(file), return_metadata=True)
-        assert isinstance(arrays, dict)
-        assert isinstance(metadata, dict)
-        answer = parse_json(metadata[_METADATA_KEY], strict=False)
+    def parse(arrays: Mapping[str, mx.array], metadata: Any) -> LabelledAnswer:
         return LabelledAnswer(
             hidden=arrays["hidden"],
             features=arrays["signals"],
             differs=arrays["differs"],
             logprobs=arrays["logprobs"],
-            text=str(answer["text"]),
-            token_count=int(answer["tokens"]),
-            continuations=tuple(map(str, answer["alone"])),
+            text=str(metadata["text"]),
+            token_count=int(metadata["tokens"]),
+            continuations=tuple(map(str, metadata["alone"])),
         )
+
+    return read_label_file(file, parse)
+
+
+def read_label_file(file: Path, parse: Callable[[Mapping[str, mx.array], Any], _T]) -> _T:
+    """Return `parse` of a file's arrays and metadata. Raises UsageError if it is damaged."""
+    try:
+        arrays, metadata = mx.load(str(file), return_metadata=True)
+        assert isinstance(arrays, dict)
+        assert isinstance(metadata, dict)
+        return parse(arrays, parse_json(metadata[_METADATA_KEY], strict=False))
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, OverflowError) as exc:
         raise UsageError(f"the file of labels {file} is damaged; delete it") from exc

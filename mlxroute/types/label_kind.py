@@ -13,6 +13,8 @@ class LabelKind(StrEnum):
         CONSEQUENCE: Whether they do and the outcome of the answer depends on it.
         PREFERENCE: Whether the outcome is right with the large model's token and wrong with the
             small one's (CITER, arXiv 2502.01976, along the large model's answer).
+        ADVANTAGE: How much likelier the right outcome is with the large model's token, measured on
+            routed answers by sampled continuations.
         DEFERRAL: No labels. The head mixes both models so that the answer becomes likely (Co-LLM,
             arXiv 2403.03870).
     """
@@ -20,4 +22,5 @@ class LabelKind(StrEnum):
     DIVERGENCE = "divergence"
     CONSEQUENCE = "consequence"
     PREFERENCE = "preference"
+    ADVANTAGE = "advantage"
     DEFERRAL = "deferral"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from mlxroute.bench.significance import mcnemar_p, wilson_interval
-from mlxroute.questions.grading import Grade, extract_answer, grade
+from mlxroute.bench.significance import wilson_interval
+from mlxroute.questions.grading import Grade, extract_answer, grade, is_outcome_known
 from mlxroute.questions.question_files import AnswerKind, Question
+from mlxroute.statistics import mcnemar_p
 
 _CHOICES = (("A", "bank"), ("B", "river bank"), ("C", "library"), ("D", "mall"), ("E", "office"))
 CHOICE = Question("q", "Where?", AnswerKind.CHOICE, "B", _CHOICES)
@@ -89,3 +92,29 @@ def test_equal_answers_are_extracted_as_equal_strings(
     question = Question("q", "?", kind, None, (("A", "tea"), ("B", "milk")))
     first, second = (extract_answer(question, text) for text in texts)
     assert (first == second) is same
+
+
+_PARTS = st.sampled_from(
+    [
+        *("Birds fly.", " the answer is", " bank", " (B)", " (a)", " (F)", "."),
+        *("\\boxed{7}", "\\boxed{", "12", "}"),
+    ]
+)
+
+
+@given(st.lists(_PARTS, max_size=8), st.lists(_PARTS, max_size=4))
+def test_later_text_does_not_change_a_known_outcome(parts: list[str], more: list[str]) -> None:
+    text, longer = "".join(parts), "".join([*parts, *more])
+    for question in (CHOICE, NUMBER):
+        if is_outcome_known(question, text):
+            assert extract_answer(question, longer) == extract_answer(question, text)
+            assert grade(question, longer) == grade(question, text)
+
+
+def test_an_outcome_is_known_after_the_requested_form() -> None:
+    assert is_outcome_known(CHOICE, "Birds fly. Therefore, the answer is bank (B") is False
+    assert is_outcome_known(CHOICE, "Birds fly. Therefore, the answer is bank (B)")
+    assert not is_outcome_known(CHOICE, "bank (B)")
+    assert not is_outcome_known(NUMBER, "so it is \\boxed{7")
+    assert is_outcome_known(NUMBER, "so it is \\boxed{7}")
+    assert not is_outcome_known(Question("t", "?", answer="yes"), "yes")

@@ -196,3 +196,39 @@ def test_an_unreadable_row_is_named_and_no_file_is_changed(
     assert "13" in messages
     assert messages.count("error:") == 1
     assert head.read_bytes() == b"fitted before"
+
+
+def test_a_head_is_fitted_to_advantages_and_the_run_repeats(
+    models: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small, url = models
+    data = tmp_path / "fitted.jsonl"
+    rows = [{"prompt": f"What comes after {i}?"} for i in range(30)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = ["train", "--small", str(small), "--large", url, "--cache-dir", str(tmp_path)]
+    train += ["--data", str(data), "--tokens", "3", "--labels", "advantage", "--budget", "20%"]
+
+    def run(*arguments: str) -> tuple[dict[str, Any], str]:
+        code = main([*train, *arguments])
+        captured = capsys.readouterr()
+        assert code == 0, captured.err
+        return json.loads(captured.out), " ".join(captured.err.split())
+
+    head = tmp_path / "mine.safetensors"
+    report, messages = run("--out", str(head))
+    assert report["answers"] == {"fitted": 24, "held_out": 6}
+    assert report["routed"]["judged_by"] == "large model"
+    assert report["written_by"] == {"router": "entropy", "budget": 0.2}
+    assert "6 held-out questions, with at most 20% of the tokens from the large model" in messages
+    better = report["routed"]["head"]["accuracy"] > report["routed"]["entropy"]["accuracy"]
+    assert ("stay with --router entropy" in messages) == (not better)
+    assert f"--router head --head {head} --budget 20%" in messages
+    files = sorted((tmp_path / "labels").iterdir())
+    assert len(files) == 24
+    assert run("--out", str(head))[0] == report
+    assert sorted((tmp_path / "labels").iterdir()) == files
+
+    # Answers that a head writes are others.
+    report, _ = run("--head", str(head), "--out", str(tmp_path / "next.safetensors"))
+    assert report["written_by"] == {"router": "head", "budget": 0.2}
+    assert len(list((tmp_path / "labels").iterdir())) == 48

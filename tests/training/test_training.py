@@ -19,6 +19,7 @@ from mlxroute.errors import LargeError, LargeRefused, UsageError, WeightsError
 from mlxroute.questions.question_files import AnswerKind, Question
 from mlxroute.recorded.replies import Replies
 from mlxroute.routers import make_router
+from mlxroute.serving.concurrent_answers import AnswerRow, ConcurrentAnswers
 from mlxroute.small import SmallModel
 from mlxroute.training.head_fitting import FittedHead, fit_head, recall
 from mlxroute.training.labels import LabelledAnswer, collect_labels
@@ -338,6 +339,25 @@ def test_a_written_head_scores_a_decode_step_like_the_fitted_one(
         max_tokens=4,
     )
     assert all(math.isfinite(token.score) for token in answer)
+    small.set_head(None)
+
+
+def test_a_head_that_was_read_in_one_thread_scores_steps_in_another(
+    small: SmallModel, fitted: FittedHead, tmp_path: Path
+) -> None:
+    fitted.write(tmp_path / "h.safetensors")
+    small.load_head(tmp_path / "h.safetensors")
+    replies = Replies(ScriptedLarge([(70,)]), tmp_path / "r.jsonl")
+    conversation = [{"role": "user", "content": "hi"}]
+
+    def write(row: AnswerRow) -> list[float]:
+        router = make_router("head", budget=0.0)
+        return [
+            token.score for token in generate(row, None, conversation, router=router, max_tokens=2)
+        ]
+
+    (scores,) = ConcurrentAnswers(small, on_abort=replies.close).run([(conversation, write)])
+    assert all(map(math.isfinite, scores))
     small.set_head(None)
 
 

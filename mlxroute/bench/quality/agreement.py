@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlxroute.bench.quality.graded_answers import QualityRow
-from mlxroute.bench.significance import mcnemar_p, mean_interval
+from mlxroute.bench.significance import mean_interval
 from mlxroute.questions.grading import normalise_words
+from mlxroute.statistics import mcnemar_p
 
 
 def token_f1(text: str, reference: str) -> float:

@@ -9,7 +9,8 @@ from mlxroute.bench.quality.agreement import compare_agreement, f1_scores
 from mlxroute.bench.quality.baselines import BASELINES
 from mlxroute.bench.quality.graded_answers import QualityRow
 from mlxroute.bench.quality.sides import LARGE, QualitySide
-from mlxroute.bench.significance import difference_interval, mcnemar_p
+from mlxroute.bench.significance import difference_interval
+from mlxroute.statistics import mcnemar_p
 
 
 def compare_sides(

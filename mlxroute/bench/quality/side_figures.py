@@ -9,7 +9,8 @@ from typing import Any
 from mlxroute.bench.quality.agreement import agreement_figures
 from mlxroute.bench.quality.graded_answers import QualityRow
 from mlxroute.bench.quality.sides import LARGE, SMALL, QualitySide
-from mlxroute.bench.significance import mcnemar_p, ratio_interval, wilson_interval
+from mlxroute.bench.significance import ratio_interval, wilson_interval
+from mlxroute.statistics import mcnemar_p
 
 
 def side_figures(

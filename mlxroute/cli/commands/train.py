@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +17,7 @@ from mlxroute.cli.terminal import show_status
 from mlxroute.cli.worked_examples import read_examples
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
+from mlxroute.routers import DEFAULT_BUDGET
 from mlxroute.types import LabelKind
 
 if TYPE_CHECKING:
@@ -60,8 +62,7 @@ def train(
     from mlxroute.cli.terminal import make_consoles
 
     address = require_large(settings, "train")
-    if out is not None and out.suffix != ".safetensors":
-        raise UsageError(f"--out {out}: a head is a .safetensors file")
+    _check_heads(settings, out, labels)
     sampled = _read_labelled_questions(data, questions, labels)
     material = _Material(
         questions=sampled,
@@ -76,8 +77,11 @@ def train(
         small_name, fitted = _fit(settings, large, material, err)
     file = out or user_head_file(small_name, user_catalog_dir())
     fitted.write(file)
-    _print_recall(fitted, err)
-    _print_advice(fitted, file, is_elsewhere=out is not None, err=err)
+    if labels is LabelKind.ADVANTAGE:
+        _print_routed(fitted, err)
+    else:
+        _print_recall(fitted, err)
+    _print_advice(settings, fitted, file, is_elsewhere=out is not None, err=err)
     sys.stdout.write(json.dumps(fitted.report) + "\n")
     return 0
 
@@ -101,6 +105,17 @@ class _Material:
     labels: LabelKind
     tokens: int
     at_once: int
+
+
+def _check_heads(settings: Settings, out: Path | None, labels: LabelKind) -> None:
+    """Raise UsageError for a head that cannot be written, or that is to write and is not there."""
+    from mlxroute.cli.routing import head_file
+    from mlxroute.cli.small_setup import small_name
+
+    if out is not None and out.suffix != ".safetensors":
+        raise UsageError(f"--out {out}: a head is a .safetensors file")
+    if settings.head is not None and labels is LabelKind.ADVANTAGE:
+        head_file(small_name(settings), settings.head)
 
 
 def _read_labelled_questions(files: list[Path], count: int, labels: LabelKind) -> list[Question]:
@@ -132,13 +147,15 @@ def _fit(
     # Loading the small model loads the faster BLAS, which must come before MLX.
     from mlxroute.training.head_fitting import fit_head
 
-    answers = _label_answers(settings, small, large, material, err)
     provenance = {
         "small": small.name,
         "large": large.model_name,
         "data": material.sources,
         "examples": len(material.examples),
     }
+    if material.labels is LabelKind.ADVANTAGE:
+        return small.name, _fit_to_advantages(settings, small, large, material, provenance, err)
+    answers = _label_answers(settings, small, large, material, err)
     with show_status(err, "fitting"):
         fitted = fit_head(
             answers, material.questions, labels=material.labels, provenance=provenance
@@ -171,6 +188,72 @@ def _label_answers(
         )
 
 
+def _fit_to_advantages(
+    settings: Settings,
+    small: SmallModel,
+    large: LargeModel,
+    material: _Material,
+    provenance: dict[str, Any],
+    err: Console,
+) -> FittedHead:
+    """Label answers that are written with the router of the settings, and fit a head."""
+    from mlxroute.cli.progress import count_progress
+    from mlxroute.cli.routing import DEFAULT_ROUTER, HEAD_ROUTER, find_ranks, head_file
+    from mlxroute.recorded.replies import Replies
+    from mlxroute.training.advantage.advantage_fitting import AdvantageTraining
+    from mlxroute.training.advantage.routed_answers import BudgetedRouter
+
+    name, fingerprint = DEFAULT_ROUTER, ""
+    if settings.head is not None:
+        name = HEAD_ROUTER
+        fingerprint = sha256(head_file(small.name, settings.head).read_bytes()).hexdigest()
+    ranks = find_ranks(small, name, settings.head)
+    record = record_path(settings, "replies", small.plain_name, recorded_name(large))
+    with (
+        Replies(large, record, at_once=material.at_once) as replies,
+        count_progress(err) as progress,
+    ):
+        training = AdvantageTraining(
+            small,
+            replies,
+            ranks,
+            BudgetedRouter(name, _budget(settings), ranks[name], fingerprint),
+            max_tokens=material.tokens,
+            folder=cache_dir_of(settings) / "labels",
+            at_once=material.at_once,
+            progress=progress,
+        )
+        return training.run(material.questions, examples=material.examples, provenance=provenance)
+
+
+def _budget(settings: Settings) -> float:
+    return DEFAULT_BUDGET if settings.budget is None else settings.budget
+
+
+def _print_routed(fitted: FittedHead, err: Console) -> None:
+    from mlxroute.cli.terminal import make_table
+
+    report = fitted.report
+    routed = report["routed"]
+    err.print(
+        f"{report['answers']['held_out']:,} held-out questions, with at most"
+        f" {routed['budget']:.0%} of the tokens from the large model, judged by"
+        f" {routed['judged_by']}:",
+        highlight=False,
+    )
+    table = make_table("router", "right", "large tokens a question")
+    rows = {f"head, {shape}": row for shape, row in routed["candidates"].items()}
+    for name, row in {**rows, "entropy": routed["entropy"]}.items():
+        table.add_row(name, f"{row['accuracy']:.1%}", f"{row['large_tokens_per_question']:.2f}")
+    err.print(table)
+    err.print(
+        f"the head is {report['shape']}; it alone is right on {routed['only_head']} questions,"
+        f" entropy alone on {routed['only_entropy']} (p = {routed['p']:g})",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def _print_recall(fitted: FittedHead, err: Console) -> None:
     from mlxroute.cli.terminal import make_table
 
@@ -188,20 +271,22 @@ def _print_recall(fitted: FittedHead, err: Console) -> None:
     err.print(table)
 
 
-def _print_advice(fitted: FittedHead, file: Path, *, is_elsewhere: bool, err: Console) -> None:
+def _print_advice(
+    settings: Settings, fitted: FittedHead, file: Path, *, is_elsewhere: bool, err: Console
+) -> None:
     """Print how to use the head; `is_elsewhere` if it is not in the catalogue folder."""
     from mlxroute.cli.terminal import WARNING_STYLE
 
     flag = f" --head {file}" if is_elsewhere else ""
     err.print(
-        f"written to {file}; use it with --router head{flag} --budget 7%",
+        f"written to {file}; use it with --router head{flag} --budget {100 * _budget(settings):g}%",
         markup=False,
         soft_wrap=True,
     )
     if not fitted.beats_entropy:
         err.print(
-            "warning: on the held-out answers the head finds no more than entropy does; train it"
-            " on more questions, or stay with --router entropy",
+            "warning: on the held-out answers the head is no better than entropy; train it on more"
+            " questions, or stay with --router entropy",
             style=WARNING_STYLE,
             soft_wrap=True,
         )

@@ -1,0 +1,75 @@
+"""Questions with the answers that texts are judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mlxroute.questions.grading import extract_answer, grade
+from mlxroute.questions.question_files import Question, question_messages
+from mlxroute.recorded.large_answers import write_large_answers
+from mlxroute.recorded.replies import Replies
+from mlxroute.small import SmallModel
+from mlxroute.training.labels import decode_answer
+from mlxroute.types import Message
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedQuestion:
+    """A question, the conversation that asks it, and what is right.
+
+    Args:
+        question: The question.
+        conversation: The messages that ask it.
+        large_outcome: The outcome of the large model's own answer, which is right where the row has
+            no answer; None where it has one.
+    """
+
+    question: Question
+    conversation: Sequence[Message]
+    large_outcome: str | None = None
+
+    @property
+    def right(self) -> str:
+        """What is right, as text: the row's answer or the outcome of the large model's."""
+        return str(self.question.answer if self.large_outcome is None else self.large_outcome)
+
+    def is_right(self, text: str) -> bool:
+        """Return whether an answer's text is right."""
+        if self.large_outcome is None:
+            return grade(self.question, text).lenient is True
+        return extract_answer(self.question, text) == self.large_outcome
+
+
+def judge_questions(
+    small: SmallModel,
+    replies: Replies,
+    questions: Sequence[Question],
+    *,
+    examples: Sequence[Question],
+    max_tokens: int,
+    at_once: int,
+) -> list[JudgedQuestion]:
+    """Return the questions with what is right; the large model answers those without an answer.
+
+    `examples` are worked examples that precede each question. Raises LargeError if the large model
+    fails.
+    """
+    judged = {
+        number: JudgedQuestion(question, question_messages(question, examples))
+        for number, question in enumerate(questions)
+    }
+    open_numbers = [number for number, item in judged.items() if item.question.answer is None]
+    answers = write_large_answers(
+        small,
+        replies,
+        [judged[number].conversation for number in open_numbers],
+        max_tokens=max_tokens,
+        at_once=at_once,
+        on_answer=lambda: None,
+    )
+    for number, answer in zip(open_numbers, answers, strict=True):
+        item = judged[number]
+        outcome = extract_answer(item.question, decode_answer(small, answer.token_ids))
+        judged[number] = JudgedQuestion(item.question, item.conversation, outcome)
+    return list(judged.values())
