@@ -38,6 +38,14 @@ def print_quality(report: dict[str, Any], err: Console) -> None:
             f" {report['tokens']} tokens, and {result}; raise --tokens",
             style="yellow",
         )
+    if (unscored := report.get("unscored")) is not None:
+        err.print(
+            f"the large model's logprobs are missing for {unscored['answers']} of"
+            f" {count * len(sides)} answers: {unscored['reason']}",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
     in_form = count - strict["no_answer"] if strict is not None else count
     if in_form < _IN_FORM_SHARE * count:
         err.print(
@@ -51,11 +59,12 @@ def _sides_table(report: Mapping[str, Any]) -> Table:
     """Return the table of all sides; costs are means a question, seconds a median."""
     sides, count = report["sides"], report["questions"]
     has_answers = sides["large"]["lenient"] is not None
-    merits = (
-        ("strict", "in\nform", "lenient", "gap\nrecovered")
-        if has_answers
-        else ("F1 with the large\nmodel's answer", "iden-\ntical")
-    )
+    has_logprobs = any(side["by_large"] for side in sides.values())
+    if has_answers:
+        merits: tuple[str, ...] = ("strict", "in\nform", "lenient", "gap\nrecovered")
+    else:
+        merits = ("F1 with the large\nmodel's answer", "iden-\ntical")
+        merits += ("large model's\nlogprob, nats",) if has_logprobs else ()
     columns = ("side", *merits, "large", "calls", "sent", "s")
     title = (
         f"{count} questions, {report['form']}\n"
@@ -66,6 +75,7 @@ def _sides_table(report: Mapping[str, Any]) -> Table:
         table.add_row(
             name,
             *(_marks(side, count) if has_answers else _agreement(side, count)),
+            *((_logprob(side["by_large"]),) if has_logprobs else ()),
             f"{side['large_tokens_per_question']:.2f}",
             f"{side['calls'] / count:.2f}",
             f"{side['uploaded_tokens'] / count:.0f}",
@@ -104,6 +114,13 @@ def _agreement(side: Mapping[str, Any], count: int) -> tuple[str, ...]:
     with_large = side["with_large"]
     identical = f"{100 * with_large['identical'] / count:.0f}"
     return _share(with_large["f1"], with_large["interval"]), identical
+
+
+def _logprob(figures: Mapping[str, Any] | None) -> str:
+    if figures is None:
+        return ""
+    low, high = figures["interval"]
+    return f"{figures['token_logprob']:.2f} ({low:.1f}..{high:.1f})"
 
 
 def _comparisons_table(comparisons: Sequence[Mapping[str, Any]]) -> Table:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from mlxroute.closeable import Closeable
 from mlxroute.errors import LargeError, LargeProtocolError, LargeTimeout
+from mlxroute.large.answer_scorer import AnswerScorer
 from mlxroute.large.completion_request import (
     CompletionRequest,
     CompletionRequester,
@@ -23,14 +24,13 @@ from mlxroute.large.http.transport import Transport
 from mlxroute.large.negotiation.negotiator import Negotiator
 from mlxroute.large.negotiation.shared_negotiator import SharedNegotiator
 from mlxroute.large.negotiation.verdict_file import Verdict
-from mlxroute.large.negotiation.vocabulary_pairing import VocabularyPairing
-from mlxroute.large.prompt import Prompt, PromptForm
+from mlxroute.large.prompt import Prompt
 from mlxroute.large.reply import CompletionAnswer
 from mlxroute.large.request_plan import RequestPlan, RequestPlanner
-from mlxroute.large.streaming import TokenStream, may_work_unstreamed
+from mlxroute.large.streaming import TokenCall, TokenStream, may_work_unstreamed
 from mlxroute.large.vocabulary.reply_reader import read_streamed_tokens
 from mlxroute.large.vocabulary.token_reader import TokenReader
-from mlxroute.large.vocabulary.token_sources import FileTokenSource, Tokenizer
+from mlxroute.large.vocabulary.token_sources import Tokenizer
 from mlxroute.large.vocabulary.vocabulary_comparison import VocabularyComparison
 from mlxroute.large.whole_chat import WholeChat
 from mlxroute.ledger import Ledger
@@ -41,16 +41,6 @@ from mlxroute.types.limits import MAX_TIMEOUT_S, check_number
 _MAX_IN_FLIGHT: Final = 8
 # The first reply may have to wait until the server has loaded the model.
 _FIRST_REPLY_FACTOR: Final = 4
-
-
-@dataclass(frozen=True, slots=True)
-class _TokenCall:
-    """One call for the next token of an answer and up to `prefetch` later ones."""
-
-    pairing: VocabularyPairing
-    deadline: Deadline
-    prefetch: int
-    stream: TokenStream
 
 
 class LargeModel(Closeable):
@@ -173,11 +163,7 @@ class LargeModel(Closeable):
     def knows_chat_template(self) -> bool:
         """Whether the large model gets conversations in its own chat template."""
         pairing = self._negotiator.pairing
-        if pairing is None:
-            return False
-        is_rendered_by_server = pairing.dialect.form is not PromptForm.TEXT
-        has_files = isinstance(pairing.builder.tokens, FileTokenSource)
-        return pairing.builder.same_vocabulary or is_rendered_by_server or has_files
+        return pairing is not None and pairing.builder.knows_chat_template
 
     @property
     def is_verdict_saved(self) -> bool:
@@ -289,6 +275,11 @@ class LargeModel(Closeable):
             dialect=self._negotiator.dialect,
         )
 
+    def scorer(self, *, timeout_s: float) -> AnswerScorer:
+        """Return a scorer of answers of other models, with `timeout_s` for each request."""
+        parts = (self._requester, self._breaker, self._ledger, self._negotiator)
+        return AnswerScorer(*parts, timeout_s=timeout_s)
+
     def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
         """Block until `ready()` is true, checked at each change of a call, or until the timeout."""
         self._pending_calls.wait(ready, timeout_s=timeout_s)
@@ -322,7 +313,7 @@ class LargeModel(Closeable):
         stream = TokenStream(publish, deadline)
         with self._breaker.guard(fragment=bool(context.fragment_ids)):
             pairing = self._negotiator.pair_within(deadline, context.vocabulary)
-            call = _TokenCall(pairing, deadline, prefetch, stream)
+            call = TokenCall(pairing, deadline, prefetch, stream)
             try:
                 return self._ask_stable(context, call)
             except LargeError:
@@ -330,7 +321,7 @@ class LargeModel(Closeable):
                     raise
                 return stream.tokens
 
-    def _ask_stable(self, context: LargeContext, call: _TokenCall) -> Tokens:
+    def _ask_stable(self, context: LargeContext, call: TokenCall) -> Tokens:
         """Ask with a context that the server tokenizes as committed; else with the whole one."""
         stable_context = call.pairing.builder.stable_context(context)
         if stable_context is not context:
@@ -340,7 +331,7 @@ class LargeModel(Closeable):
                 pass
         return self._ask(context, call)
 
-    def _ask(self, context: LargeContext, call: _TokenCall) -> Tokens:
+    def _ask(self, context: LargeContext, call: TokenCall) -> Tokens:
         """Build the prompt, ask the server and read its tokens, trying one plan after the other."""
         pairing, uploaded_bytes = call.pairing, 0
         prompt = self._negotiator.build_prompt(context, pairing, call.deadline)
@@ -369,7 +360,7 @@ class LargeModel(Closeable):
         raise LargeProtocolError(f"{self.base_url} gave no whole character for this position")
 
     def _complete(
-        self, request: CompletionRequest, plan: RequestPlan, call: _TokenCall
+        self, request: CompletionRequest, plan: RequestPlan, call: TokenCall
     ) -> CompletionAnswer | None:
         """Send one request; return None if it must be repeated without streaming."""
 

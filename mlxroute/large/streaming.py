@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused
 from mlxroute.large.http import retry
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.pending_calls import Tokens
+from mlxroute.large.negotiation.vocabulary_pairing import VocabularyPairing
 from mlxroute.large.reply import Completion
 from mlxroute.types import LargeToken
 
@@ -63,6 +64,16 @@ class TokenStream:
 
     def _elapsed_s(self) -> float:
         return time.perf_counter() - self._began_s
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCall:
+    """One call for the next token of an answer and up to `prefetch` later ones."""
+
+    pairing: VocabularyPairing
+    deadline: Deadline
+    prefetch: int
+    stream: TokenStream
 
 
 def may_work_unstreamed(error: LargeError) -> bool:

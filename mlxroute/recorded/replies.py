@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -43,6 +43,10 @@ class _WholeChat(Protocol):
     def answer(self, messages: Sequence[Message], *, max_tokens: int) -> WholeAnswer: ...
 
 
+class _Scorer(Protocol):
+    def score(self, prompt: LargeContext, answered: LargeContext) -> Iterator[float]: ...
+
+
 class RecordableLarge(NamedLargeProtocol, Protocol):
     """A large model whose replies can be recorded."""
 
@@ -50,6 +54,8 @@ class RecordableLarge(NamedLargeProtocol, Protocol):
     def is_approximate(self) -> bool: ...
 
     def whole_chat(self, *, timeout_s: float) -> _WholeChat: ...
+
+    def scorer(self, *, timeout_s: float) -> _Scorer: ...
 
 
 class Replies(Closeable):
@@ -93,6 +99,24 @@ class Replies(Closeable):
         finally:
             self.release_slot()
 
+    def score(
+        self, prompt: LargeContext, answered: LargeContext, *, timeout_s: float
+    ) -> tuple[float, ...]:
+        """Return the large model's logprobs of an answer, token by token; they are not recorded.
+
+        `answered` is `prompt` with the answer. Raises LargeProtocolError if the server gives none,
+        other LargeErrors, and RecordingStopped.
+        """
+        logprobs: list[float] = []
+        self._acquire_slot()
+        try:
+            for logprob in self._large.scorer(timeout_s=timeout_s).score(prompt, answered):
+                logprobs.append(logprob)
+                self._check_open()
+        finally:
+            self.release_slot()
+        return tuple(logprobs)
+
     def new_view(self) -> RecordedLargeView:
         """Return a view of the large model for one answer."""
         return RecordedLargeView(self)
@@ -106,7 +130,7 @@ class Replies(Closeable):
         tokens: list[LargeToken] = []
         ids = list(token_ids)
         with self._lock:
-            while len(tokens) < limit and (token := self._tokens.get(_key(ids))) is not None:
+            while len(tokens) < limit and (token := self._tokens.get(ids_key(ids))) is not None:
                 tokens.append(token)
                 ids += token.token_ids
         return tuple(tokens)
@@ -142,7 +166,7 @@ class Replies(Closeable):
         ids, items = list(token_ids), []
         with self._lock:
             for token in tokens:
-                key = _key(ids)
+                key = ids_key(ids)
                 if key not in self._tokens:
                     self._tokens[key] = token
                     items.append({"key": key, **_token_to_json(token)})
@@ -263,8 +287,8 @@ class _RecordingCall:
             self._replies.release_slot()
 
 
-def _key(token_ids: Sequence[int]) -> str:
-    """Return the key of a sequence of token ids in the file."""
+def ids_key(token_ids: Sequence[int]) -> str:
+    """Return the key of a sequence of token ids in files of records."""
     return hashlib.sha256(array("q", token_ids).tobytes()).hexdigest()[:32]
 
 

@@ -25,8 +25,15 @@ from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli import main
 from mlxroute.cli.quality_tables import print_quality
 from mlxroute.engine import generate
-from mlxroute.errors import LargeError, LargeNotContinued, LargeRefused
+from mlxroute.errors import (
+    LargeError,
+    LargeNotContinued,
+    LargeProtocolError,
+    LargeRefused,
+    LargeUnreachable,
+)
 from mlxroute.questions.question_files import AnswerKind, Question, question_messages
+from mlxroute.recorded.answer_scores import AnswerScores
 from mlxroute.recorded.replies import RecordingStopped, Replies
 from mlxroute.routers import BURST, make_router
 from mlxroute.serving.concurrent_answers import ConcurrentAnswers
@@ -87,6 +94,7 @@ def run(
             step_s=0.01,
             results=QualityResults(path),
             compare=compare,
+            scores=AnswerScores(path.with_suffix(".scores")),
         )
     return report, large
 
@@ -167,11 +175,83 @@ def test_questions_without_answers_are_judged_by_the_large_model(
     text = StringIO()
     print_quality(report, Console(file=text, width=200))
     shown = " ".join(text.getvalue().split())
-    assert "F1 with the large iden-" in shown
-    assert "large 100.0 (100..100) 100 12.00" in shown
+    assert "F1 with the large iden- large model's" in shown
+    assert "side model's answer tical logprob, nats" in shown
+    assert "large 100.0 (100..100) 100 -0.50 (-0.5..-0.5) 12.00" in shown
     assert "paired comparisons (sign test, F1)" in shown
     draw_quality(report, tmp_path / "q.svg")
     assert "F1 with the large model's answers" in (tmp_path / "q.svg").read_text()
+
+
+def test_the_large_model_scores_every_answer_once(
+    small: SmallModel, questions: list[Question], tmp_path: Path
+) -> None:
+    prompts = [replace(question, answer=None) for question in questions]
+    report, large = run(small, prompts, tmp_path / "r.jsonl")
+    figures = {"token_logprob": -0.5, "interval": [-0.5, -0.5], "answers": len(prompts)}
+    assert [side["by_large"] for side in report["sides"].values()] == [figures] * 3
+    assert report["unscored"] is None
+    assert len(large.scores.texts) <= 3 * len(prompts)
+    rows = [json.loads(line) for line in (tmp_path / "r.scores").read_text().splitlines()]
+    assert len({row["key"] for row in rows}) == len(rows) == len(large.scores.texts)
+    assert all(list(row) == ["key", "logprob", "tokens"] for row in rows)
+    assert all(row["logprob"] == -0.5 * row["tokens"] for row in rows)
+
+    again, large = run(small, prompts, tmp_path / "r.jsonl")
+    assert (again, large.scores.texts) == (report, [])
+
+
+def test_an_interrupted_run_scores_the_rest(
+    small: SmallModel, questions: list[Question], tmp_path: Path
+) -> None:
+    prompts = [replace(question, answer=None) for question in questions]
+    large = ScriptedLarge([(70,)])
+    large.scores.error = LargeUnreachable("gone")
+    large.scores.failing = lambda text: len(large.scores.texts) > 4
+    with pytest.raises(LargeUnreachable, match="gone"):
+        run(small, prompts, tmp_path / "r.jsonl", large=large)
+    report, resumed = run(small, prompts, tmp_path / "r.jsonl")
+    assert report["unscored"] is None
+    rows = (tmp_path / "r.scores").read_text().splitlines()
+    assert len(resumed.scores.texts) == len(rows) - 4
+
+
+def test_answers_that_cannot_be_scored_are_counted(
+    small: SmallModel, questions: list[Question], tmp_path: Path
+) -> None:
+    prompts = [replace(question, answer=None) for question in questions]
+    large = ScriptedLarge([(70,)])
+    large.scores.error = LargeProtocolError("no logprob here")
+    large_text = small.vocabulary.token_bytes(70).decode() * _TOKENS
+    large.scores.failing = lambda text: text == large_text
+    report, _ = run(small, prompts, tmp_path / "r.jsonl", large=large)
+    assert report["unscored"] == {"answers": len(prompts), "reason": "no logprob here"}
+    assert report["sides"]["large"]["by_large"] is None
+    assert report["sides"]["small"]["by_large"]["token_logprob"] == -0.5
+
+
+def test_a_server_that_scores_nothing_is_asked_three_times_and_named(
+    small: SmallModel, questions: list[Question], tmp_path: Path
+) -> None:
+    prompts = [replace(question, answer=None) for question in questions]
+    large = ScriptedLarge([(70,)])
+    large.scores.error = LargeProtocolError("no way to score")
+    report, _ = run(small, prompts, tmp_path / "r.jsonl", large=large)
+    assert len(large.scores.texts) == 3
+    assert [side["by_large"] for side in report["sides"].values()] == [None] * 3
+    text = StringIO()
+    print_quality(report, Console(file=text, width=200))
+    shown = " ".join(text.getvalue().split())
+    assert "nats" not in shown
+    assert f"are missing for {3 * len(prompts)} of {3 * len(prompts)} answers: no way" in shown
+
+
+def test_questions_with_answers_are_not_scored(
+    small: SmallModel, questions: list[Question], tmp_path: Path
+) -> None:
+    report, large = run(small, questions, tmp_path / "r.jsonl")
+    assert large.scores.texts == []
+    assert {side["by_large"] for side in report["sides"].values()} == {report["unscored"]} == {None}
 
 
 def test_cut_off_answers_are_reported(
@@ -277,6 +357,7 @@ def test_the_report_has_fixed_names(
         "accept_within",
         "step_s",
         "sides",
+        "unscored",
         "comparisons",
     ]
     for side in report["sides"].values():
@@ -286,6 +367,7 @@ def test_the_report_has_fixed_names(
             "strict",
             "lenient",
             "with_large",
+            "by_large",
             "escalation_rate",
             "large_tokens_per_question",
             "agreement",

@@ -5,7 +5,7 @@ The vocabulary has one id per byte; 256 ends the answer, 257 ends one character 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from mlxroute.errors import LargeError
@@ -176,9 +176,13 @@ class ScriptedLarge:
         self.deadlines: list[float] = []
         self.is_approximate = False
         self.whole_answer = ScriptedWholeAnswer("")
+        self.scores = ScriptedScores()
 
     def whole_chat(self, *, timeout_s: float) -> ScriptedWholeAnswer:
         return self.whole_answer
+
+    def scorer(self, *, timeout_s: float) -> ScriptedScores:
+        return self.scores
 
     @property
     def is_local(self) -> bool:
@@ -223,6 +227,26 @@ class ScriptedLarge:
             latency_s=self._seconds,
             lost_s=self._lost_s,
         )
+
+
+@dataclass
+class ScriptedScores:
+    """A scorer that gives every token of an answer one logprob, and an error for some texts.
+
+    `texts` are those that it was asked for.
+    """
+
+    logprob: float = -0.5
+    error: LargeError | None = None
+    failing: Callable[[str], bool] = lambda text: True
+    texts: list[str] = field(default_factory=list)
+
+    def score(self, prompt: LargeContext, answered: LargeContext) -> Iterator[float]:
+        text = answered.text.removeprefix(prompt.text)
+        self.texts.append(text)
+        if self.error is not None and self.failing(text):
+            raise self.error
+        yield from [self.logprob] * (len(answered.token_ids) - len(prompt.token_ids))
 
 
 @dataclass

@@ -50,6 +50,11 @@ def continuation(written: str) -> str | None:
     return next((text[len(begun) :] for text in _KNOWN if text.startswith(begun)), None)
 
 
+def score_of(token_id: int) -> float:
+    """Return the logprob of a token that the model did not choose itself."""
+    return -0.25 * (1 + token_id % 5)
+
+
 class FamilyServer:
     """The replies of one server family.
 
@@ -202,8 +207,11 @@ class FamilyServer:
             body,
             "model prompt max_tokens temperature logprobs return_token_ids",
             "return_tokens_as_token_ids repetition_penalty presence_penalty frequency_penalty",
+            "echo",
         )
         ids = self._write(path, body["prompt"], body["max_tokens"])
+        if body.get("echo"):
+            return self._echo(tuple(body["prompt"]), ids, by_id=True)
         logprobs = self._legacy_logprobs(ids, self._deltas(ids), body)
         if logprobs and body.get("return_tokens_as_token_ids"):
             logprobs["tokens"] = [f"token_id:{i}" for i in ids]
@@ -220,13 +228,18 @@ class FamilyServer:
         _only(
             body,
             "model prompt n_predict n_probs temperature samplers cache_prompt return_tokens",
-            "response_fields",
+            "response_fields logit_bias",
         )
         ids = self._write(path, body["prompt"], body["n_predict"])
+        if "logit_bias" in body:
+            ids = tuple(token_id for token_id, _ in body["logit_bias"])
         data, named = b"", []
         for token_id in ids:
             data += self._vocabulary.token_bytes(token_id)
             if data.decode(errors="ignore").encode() == data:
+                if "logit_bias" in body:
+                    named.append(self._named(token_id, score_of(token_id)))
+                    continue
                 top = [self._named(i, p) for i, p in self._top(token_id, body["n_probs"])]
                 named.append({**top[0], "top_logprobs": top})
         return {
@@ -301,16 +314,28 @@ class FamilyServer:
     # OpenAI's routes
 
     def _legacy(self, path: str, body: Json) -> Json:
-        _only(body, "model prompt max_tokens temperature logprobs")
+        _only(body, "model prompt max_tokens temperature logprobs echo")
         if not isinstance(body["prompt"], str):
             raise _Refused("prompt must be a string", 400)
         if isinstance(body.get("logprobs"), bool):
             raise _Refused("logprobs must be an integer", 400)
         ids = self._write(path, body["prompt"], body["max_tokens"])
         text_ids = tuple(i for i in ids if i != END_ID)
+        if body.get("echo"):
+            prompt_ids = self._vocabulary.encode(body["prompt"])
+            return self._echo(prompt_ids, text_ids, by_id=False)
         names = [self._shown(i) for i in text_ids]
         logprobs = self._legacy_logprobs(text_ids, names, body)
         return _choice(ids, text=self._text(ids), logprobs=logprobs)
+
+    def _echo(self, prompt_ids: Ids, ids: Ids, *, by_id: bool) -> Json:
+        """Return a reply with prompt and new tokens; the first token has no logprob."""
+        tokens = (*prompt_ids, *ids)
+        logprobs = {
+            "tokens": [f"token_id:{i}" if by_id else self._shown(i) for i in tokens],
+            "token_logprobs": [None, *map(score_of, tokens[1:])],
+        }
+        return _choice(ids, text=self._text(tokens), logprobs=logprobs)
 
     def _legacy_logprobs(self, ids: Ids, names: list[str], body: Json) -> Json | None:
         if not body.get("logprobs"):

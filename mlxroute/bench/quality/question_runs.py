@@ -20,6 +20,7 @@ from mlxroute.bench.quality.baselines import (
 )
 from mlxroute.bench.quality.comparisons import compare_sides, pair_with_best_baseline
 from mlxroute.bench.quality.graded_answers import QualityResults, QualityRow
+from mlxroute.bench.quality.large_logprobs import SideScores, score_sides
 from mlxroute.bench.quality.side_figures import side_figures
 from mlxroute.bench.quality.sides import SMALL, QualitySide
 from mlxroute.catalog.score_ranks import ScoreRanks
@@ -27,6 +28,7 @@ from mlxroute.engine import generate
 from mlxroute.questions.grading import Grade, grade
 from mlxroute.questions.prompt_form import describe_form
 from mlxroute.questions.question_files import Question, question_messages
+from mlxroute.recorded.answer_scores import AnswerScores
 from mlxroute.recorded.large_answers import PlaceholderSmall
 from mlxroute.recorded.replies import Replies
 from mlxroute.routers import Budget, make_router
@@ -64,6 +66,7 @@ def bench_quality(  # noqa: PLR0913 - all of these are settings of one run
     compare: Sequence[tuple[str, str]] = (),
     chats: int = 1,
     accept_within: float = 0.0,
+    scores: AnswerScores | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Return the report of all sides on all questions; answers in `results` are not repeated.
@@ -73,7 +76,8 @@ def bench_quality(  # noqa: PLR0913 - all of these are settings of one run
     seconds are computed, as if each answer were written alone: `step_s` for each token plus the
     time of its calls, without the prompt. `compare` names pairs of sides to compare; by default,
     each routed side is compared with the best baseline of its budget. Questions without a right
-    answer are judged by agreement with the large model.
+    answer are judged by agreement with the large model, and with `scores` also by its logprobs of
+    the answers; scores in the file are not asked for again.
     """
     bench = _QualityBench(
         small, replies, examples, ranks, max_tokens, step_s, results, accept_within
@@ -81,6 +85,11 @@ def bench_quality(  # noqa: PLR0913 - all of these are settings of one run
     rows = bench.answer_all(questions, sides, chats, progress)
     has_answers = all(question.answer is not None for question in questions)
     pairs = compare or pair_with_best_baseline(sides, rows, has_answers=has_answers)
+    by_side: SideScores = {}
+    unscored = None
+    if scores is not None and not has_answers:
+        conversations = [question_messages(question, examples) for question in questions]
+        by_side, unscored = score_sides(small, replies, scores, conversations, rows, progress)
     return {
         "small": small.name,
         "large": replies.model_name,
@@ -93,10 +102,16 @@ def bench_quality(  # noqa: PLR0913 - all of these are settings of one run
         "step_s": round(step_s, 5),
         "sides": {
             side.name: side_figures(
-                side, rows, chats, max_tokens=max_tokens, has_answers=has_answers
+                side,
+                rows,
+                chats,
+                max_tokens=max_tokens,
+                has_answers=has_answers,
+                scores=by_side.get(side.name, ()),
             )
             for side in sides
         },
+        "unscored": unscored,
         "comparisons": compare_sides(pairs, rows, has_answers=has_answers),
     }
 

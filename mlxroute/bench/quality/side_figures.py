@@ -8,8 +8,10 @@ from typing import Any
 
 from mlxroute.bench.quality.agreement import agreement_figures
 from mlxroute.bench.quality.graded_answers import QualityRow
+from mlxroute.bench.quality.large_logprobs import logprob_figures
 from mlxroute.bench.quality.sides import LARGE, SMALL, QualitySide
 from mlxroute.bench.significance import ratio_interval, wilson_interval
+from mlxroute.recorded.answer_scores import AnswerScore
 from mlxroute.statistics import mcnemar_p
 
 
@@ -20,9 +22,11 @@ def side_figures(
     *,
     max_tokens: int,
     has_answers: bool = True,
+    scores: Sequence[AnswerScore | None] = (),
 ) -> dict[str, Any]:
     """Return the report of one side, given the answers of all sides to the same questions.
 
+    `scores` are the large model's logprobs of the side's answers, if it was asked for them.
     Comparisons with a model alone that is not among the sides are None, and so are the marks if the
     questions have no right answers (`has_answers`).
     """
@@ -38,6 +42,7 @@ def side_figures(
         "strict": _accuracy(*map(_strict_marks, (own_rows, *alone))) if has_answers else None,
         "lenient": _accuracy(*map(_lenient_marks, (own_rows, *alone))) if has_answers else None,
         "with_large": agreement_figures(own_rows, alone[1]),
+        "by_large": logprob_figures(scores),
         "escalation_rate": round(escalated / tokens, 5) if tokens else 0.0,
         "large_tokens_per_question": round(escalated / len(own_rows), 4),
         "agreement": round(agreed / escalated, 4) if escalated and side.router else None,

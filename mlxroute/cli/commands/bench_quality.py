@@ -210,6 +210,7 @@ class _QualityRun:
         from mlxroute.bench.quality.question_runs import bench_quality, measure_step_s
         from mlxroute.cli.progress import count_progress
         from mlxroute.cli.routing import DEFAULT_ROUTER, HEAD_ROUTER, find_ranks
+        from mlxroute.recorded.answer_scores import AnswerScores
 
         has_head = any(side.router == HEAD_ROUTER for side in self.sides)
         router = HEAD_ROUTER if has_head else DEFAULT_ROUTER
@@ -229,6 +230,7 @@ class _QualityRun:
                 chats=self.chats,
                 accept_within=settings.accept_within,
                 results=QualityResults(record_path(settings, "quality", small.name, large_name)),
+                scores=AnswerScores(record_path(settings, "scores", small.plain_name, large_name)),
                 progress=progress,
             )
             if self.oracles:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mlxroute.errors import LargeProtocolError, UsageError
 from mlxroute.large.prompt import Prompt, PromptForm
 from mlxroute.large.vocabulary import retokenised
-from mlxroute.large.vocabulary.token_sources import TokenSource
+from mlxroute.large.vocabulary.token_sources import FileTokenSource, TokenSource
 from mlxroute.tokenizers.control_tokens import ControlTokens, control_tokens
 from mlxroute.types import LargeContext, LargeToken, Message
 
@@ -72,6 +72,13 @@ class PromptBuilder:
     def carries_fragments(self) -> bool:
         """Whether a part of a character can be sent, or be generated again by the server."""
         return self.same_vocabulary and (self.form is PromptForm.IDS or self.replays_fragments)
+
+    @property
+    def knows_chat_template(self) -> bool:
+        """Whether prompts are in the large model's own chat template."""
+        is_rendered_by_server = self.form is not PromptForm.TEXT
+        has_files = isinstance(self.tokens, FileTokenSource)
+        return self.same_vocabulary or is_rendered_by_server or has_files
 
     def _ids_prompt(self, context: LargeContext) -> Prompt:
         if self.same_vocabulary:
