@@ -186,6 +186,42 @@ def test_a_reply_may_begin_later_than_asked_for() -> None:
     assert pieces(read(SKY, "scattering of light by the atmosphere, as")) == [b"osphere", b","]
 
 
+@pytest.mark.parametrize(
+    ("answer", "repeated"),
+    [
+        ("It puzzled the keeper for days.\nThe l", "It puzzled the keeper for days. The l"),
+        ("- one thing to remember here\n\n- two thi", "- one thing to remember here\n- two thi"),
+        ("Steps:\n  - **Wake up** at seven or so:", "- **Wake up** at seven or so:"),
+        ("All of it was told before.\n\n- **L", "- **L"),
+    ],
+)
+def test_white_space_before_the_last_word_may_differ(answer: str, repeated: str) -> None:
+    assert read(answer, f"{repeated}amp, and so on").text == "amp, and so on"
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ("    if name:\n        print(name)\n       ", "    if name:\n        print(name)\nx = 1"),
+        ("One sentence is here, and then ", "One sentence is here, and thenx"),
+    ],
+)
+def test_white_space_at_the_end_of_the_answer_must_be_the_same(answer: str, text: str) -> None:
+    with pytest.raises(LargeNotContinued, match="does not go on"):
+        read(answer, text)
+
+
+def test_a_reply_may_copy_the_marks_of_the_request_first() -> None:
+    asked = frame(prompt(SKY)).messages[-1]["content"]
+    marks = asked[asked.index("Write this") : asked.index(SKY)]
+    assert marks.endswith("<beginning>")
+    for copied in (marks, "<beginning>"):
+        assert pieces(read(SKY, f"{copied}{SKY}osphere, as")) == [b"osphere", b","]
+        assert pieces(read(SKY, f"{copied}{SKY[:9]}")) == [None]
+    with pytest.raises(LargeNotContinued):
+        read(SKY, f"<beginning> {SKY}osphere, as")
+
+
 def test_a_reply_that_is_too_short_asks_for_more_tokens() -> None:
     completion = read(SKY, SKY[:20])
     assert pieces(completion) == [None]

@@ -25,12 +25,16 @@ _MAX_REPEATED: Final = 200
 _WORD_SLACK: Final = 60
 # The least that a reply must repeat if it begins after the beginning of the part.
 _MIN_OVERLAP: Final = 8
+# The last line of the answer may be shorter, as it has a clear beginning.
+_MIN_LINE: Final = 4
 
 _LINE: Final = re.compile(r"(?<=\n)(?=[^\n])")
 _SENTENCE: Final = re.compile(
     r"(?<=[。！？])(?=\S)|(?:(?<=[^\W\d][.!?] )|(?<=[^\W\d][.!?][\"')] ))(?=\S)"
 )
 _WORD: Final = re.compile(r"(?<!\S)(?=\S)")
+# One character, or all white space up to the next one.
+_UNIT: Final = re.compile(r"\s+|\S")
 
 _BEGIN, _END = "<beginning>", "</beginning>"
 _INSTRUCTIONS: Final = (
@@ -113,22 +117,56 @@ def frame(prompt: Prompt, *, has_system_role: bool = True) -> Framing:
 def repeated_size(prompt: Prompt, reply: str) -> int | None:
     """Return how many characters of a reply repeat the answer so far; None if it does not go on.
 
-    A reply may begin later than asked for, but not with text that only happens to be alike. All of
-    a reply that is too short for its part is repeated.
+    Copies of the request's marks before the part count too. White space inside the part may differ,
+    and a reply may begin later than asked for, but not with text that only happens to be alike. All
+    of a reply that is too short for its part is repeated.
     """
     answer = prompt.answer_start
     if not answer:
         return 0
     part = _last_part(answer)
-    if part.startswith(reply):
-        return len(reply)
-    size = len(part)
-    if not reply.startswith(part):
+    copied = _copied_marks(part, reply)
+    text = reply[copied:]
+    size = _match(part, text)
+    if size is None:
         shorter = range(len(part) - 1, min(_MIN_OVERLAP, len(part)) - 1, -1)
-        size = next((count for count in shorter if reply[:count] == answer[-count:]), 0)
-    rest = reply[size : size + len(_END)]
+        size = next((count for count in shorter if text[:count] == answer[-count:]), None)
+    if size is None:
+        line = answer.rpartition("\n")[2]
+        size = _match(line, text) if len(line.strip()) >= _MIN_LINE else None
+    if size is None:
+        return None
+    rest = text[size:]
     # A copy of the mark after the part is no text of the answer.
-    return None if not size or (rest and _END.startswith(rest)) else size
+    return None if rest and _END.startswith(rest[: len(_END)]) else copied + size
+
+
+def _copied_marks(part: str, reply: str) -> int:
+    """Return the length of what a reply copies from the request before the part itself."""
+    marks = [ask + _BEGIN for ask in (_ASK_NEXT, _ASK_FIRST, "")]
+    if part.startswith((*marks, _ASK_NEXT, _ASK_FIRST)):
+        return 0
+    return next((len(mark) for mark in marks if reply.startswith(mark)), 0)
+
+
+def _match(part: str, text: str) -> int | None:
+    """Return how many characters of `text` repeat `part`, all if it is too short, else None.
+
+    White space is compared exactly at the end of the part, where the answer goes on.
+    """
+    body, end = part.strip(), part[len(part.rstrip()) :]
+    size = len(text) - len(text.lstrip()) if body and part[0].isspace() else 0
+    units = _UNIT.finditer(text, size)
+    for expected in _UNIT.findall(body):
+        if (unit := next(units, None)) is None:
+            return len(text)
+        if unit[0] != expected and not (unit[0].isspace() and expected.isspace()):
+            return None
+        size = unit.end()
+    rest = text[size:]
+    if rest.startswith(end):
+        return size + len(end)
+    return len(text) if end.startswith(rest) else None
 
 
 def may_end(answer: str) -> bool:
