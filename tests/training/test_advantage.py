@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import random
@@ -13,10 +14,13 @@ import mlx.core as mx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from mlxroute.backend.load import load
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli import main
+from mlxroute.cli.commands.train import warn_of_trained_questions
+from mlxroute.config import Settings
 from mlxroute.errors import LargeError, LargeRefused, UsageError
 from mlxroute.questions.question_files import AnswerKind, Question, question_messages
 from mlxroute.recorded.replies import Replies
@@ -354,3 +358,18 @@ def test_bad_arguments_are_one_line(
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_questions_that_the_adapter_was_trained_with_are_named(tmp_path: Path) -> None:
+    questions = [Question(str(i), f"say {i}") for i in range(4)]
+    trained = [question.fingerprint for question in questions[1:]]
+    (tmp_path / "provenance.json").write_text(json.dumps({"questions": trained}))
+    for adapter, message in (
+        (str(tmp_path), "trained with 3 of these 4 questions"),
+        (None, ""),
+    ):
+        err = Console(file=io.StringIO(), width=300)
+        warn_of_trained_questions(Settings(adapter=adapter), questions, err)
+        text = cast("io.StringIO", err.file).getvalue()
+        assert message in text
+        assert bool(text) == bool(message)

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
-from mlxroute.cli.folders import cache_dir_of, data_name, record_path, recorded_name
+from mlxroute.cli.folders import (
+    cache_dir_of,
+    data_name,
+    expand_optional,
+    record_path,
+    recorded_name,
+)
 from mlxroute.cli.terminal import show_status
 from mlxroute.cli.worked_examples import read_examples
 from mlxroute.config import Settings, user_catalog_dir
@@ -203,6 +209,7 @@ def _fit_to_advantages(
     from mlxroute.training.advantage.advantage_fitting import AdvantageTraining
     from mlxroute.training.advantage.routed_answers import BudgetedRouter
 
+    warn_of_trained_questions(settings, material.questions, err)
     name, fingerprint = DEFAULT_ROUTER, ""
     if settings.head is not None:
         name = HEAD_ROUTER
@@ -224,6 +231,23 @@ def _fit_to_advantages(
             progress=progress,
         )
         return training.run(material.questions, examples=material.examples, provenance=provenance)
+
+
+def warn_of_trained_questions(settings: Settings, questions: list[Question], err: Console) -> None:
+    """Print a warning if the adapter of the settings was trained with some of the questions."""
+    from mlxroute.backend.adapter_folder import read_trained_questions
+    from mlxroute.cli.terminal import WARNING_STYLE, print_note
+
+    adapter = expand_optional(settings.adapter)
+    trained = frozenset() if adapter is None else read_trained_questions(adapter)
+    count = sum(question.fingerprint in trained for question in questions)
+    if count:
+        print_note(
+            err,
+            f"warning: the adapter was trained with {count} of these {len(questions)} questions, so"
+            " its answers to them are better than to others; label other questions",
+            style=WARNING_STYLE,
+        )
 
 
 def _budget(settings: Settings) -> float:
