@@ -21,7 +21,7 @@ from mlxroute.small.row_batch import BatchRow, RowBatch, count_rows_that_fit
 from mlxroute.types import Signals
 
 # Greatest number of samples, and so of rows, in the batch. Others join as they end.
-_SAMPLES_AT_ONCE: Final = 64
+_SAMPLES_AT_ONCE: Final = 96
 
 
 @dataclass(frozen=True, slots=True)
