@@ -222,6 +222,19 @@ def test_a_reply_may_copy_the_marks_of_the_request_first() -> None:
         read(SKY, f"<beginning> {SKY}osphere, as")
 
 
+def test_a_second_request_leaves_room_for_copied_marks() -> None:
+    asked = frame(prompt(SKY)).messages[-1]["content"]
+    marks = asked[asked.index("Write this") : asked.index(SKY)]
+    first, second = (
+        DIALECT.request(prompt(SKY), RequestOptions(count, 5, None))["max_tokens"]
+        for count in (1, 2)
+    )
+    assert isinstance(first, int)
+    assert isinstance(second, int)
+    # Rather more tokens than any vocabulary needs.
+    assert second - first > len(marks) / 4
+
+
 def test_a_reply_that_is_too_short_asks_for_more_tokens() -> None:
     completion = read(SKY, SKY[:20])
     assert pieces(completion) == [None]

@@ -19,6 +19,8 @@ from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
 
 # Tokens beyond those asked for: the last word of a text is left out, and a mark is recognised.
 _SPARE_TOKENS: Final = 3
+# Added where a first reply was too short: some replies copy the request's marks before the part.
+_COPIED_TOKENS: Final = 24
 
 
 class ExampleCompletion(FieldedDialect):
@@ -47,6 +49,8 @@ class ExampleCompletion(FieldedDialect):
         """Ask for the end of the answer so far and the tokens after it."""
         framing = frame(prompt, has_system_role=self._has_system_role)
         count = framing.repeated_tokens + options.max_tokens + _SPARE_TOKENS
+        if options.max_tokens > 1 and framing.repeated:
+            count += _COPIED_TOKENS
         body: dict[str, object] = {"messages": [dict(message) for message in framing.messages]}
         return add_model(body | self.request_fields(replace(options, max_tokens=count)), options)
 
