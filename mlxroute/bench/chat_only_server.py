@@ -9,63 +9,30 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
-from mlxroute.large.http.address import parse_address
-from mlxroute.large.http.connections import Auth, HttpSessionPool
+from mlxroute.bench.loopback_proxy import LoopbackProxy
 
-_TIMEOUT_S: Final = 1800.0
 # Fields of a chat request that every provider knows; others would continue a begun answer.
 _FIELDS: Final = {"model", "messages", "max_tokens", "temperature", "logprobs", "top_logprobs"}
-_NOT_FOUND: Final = (404, b'{"error": {"message": "Not Found"}}')
+_NOT_FOUND: Final = (404, [b'{"error": {"message": "Not Found"}}'])
 
 
-class ChatOnlyServer:
+class ChatOnlyServer(LoopbackProxy):
     """A loopback proxy that passes on the list of models and chat requests.
 
     A request that begins the answer is refused, as is one with an unusual field.
-
-    Args:
-        upstream: Address of the real server.
-        port: The port to listen on. 0 (default) for a free one.
     """
-
-    def __init__(self, upstream: str, *, port: int = 0) -> None:
-        address = parse_address(upstream)
-        self._sessions = HttpSessionPool(address, Auth(address, None))
-        self._url = address.url
-        self._server = _Server(("127.0.0.1", port), self)
 
     @property
     def url(self) -> str:
         """The URL to use instead of `upstream`."""
-        return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+        return f"{self.root_url}/v1"
 
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._sessions.close()
-
-    def serve(self) -> None:
-        """Serve until the process is interrupted."""
-        self._server.serve_forever()
-
-    def reply(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
-        """Return the status and the body of the reply to a request."""
+    def reply(self, method: str, path: str, body: bytes) -> tuple[int, list[bytes]]:
+        """Return the status and the body of the reply to a request, as its only part."""
         if (method, path) == ("GET", "/v1/models"):
-            return self._forward(method, "/models", body)
+            return self._pass_on(method, "/models", body)
         if (method, path) != ("POST", "/v1/chat/completions"):
             return _NOT_FOUND
         request = json.loads(body)
@@ -73,53 +40,12 @@ class ChatOnlyServer:
             text = (
                 f"unknown field {min(unknown)}" if unknown else "the last message must be a user's"
             )
-            return 400, json.dumps({"error": {"message": text}}).encode()
-        return self._forward(method, "/chat/completions", body)
+            return 400, [json.dumps({"error": {"message": text}}).encode()]
+        return self._pass_on(method, "/chat/completions", body)
 
-    def _forward(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
-        session = self._sessions.acquire()
-        try:
-            response = session.request(
-                method,
-                self._url + path,
-                data=body,
-                headers={"Content-Type": "application/json"},
-                timeout=_TIMEOUT_S,
-                allow_redirects=False,
-            )
-        finally:
-            self._sessions.release(session)
-        return response.status_code, response.content
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self, address: tuple[str, int], proxy: ChatOnlyServer) -> None:
-        self.proxy = proxy
-        super().__init__(address, _Handler)
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Ignore clients that close their connection."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def _send_reply(self) -> None:
-        assert isinstance(self.server, _Server)
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        status, content = self.server.proxy.reply(self.command, self.path, body)
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    do_GET = do_POST = _send_reply
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Log nothing."""
+    def _pass_on(self, method: str, path: str, body: bytes) -> tuple[int, list[bytes]]:
+        status, content = self.forward(method, self.upstream_url + path, body)
+        return status, [content]
 
 
 if __name__ == "__main__":

@@ -10,17 +10,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 from urllib.parse import urlsplit
 
-from mlxroute.large.http.address import parse_address
-from mlxroute.large.http.connections import Auth, HttpSessionPool
+from mlxroute.bench.loopback_proxy import LoopbackProxy
 from mlxroute.recorded.row_file import append_records, read_records
 
-_TIMEOUT_S: Final = 600.0
 # Standard deviation of the logarithm of a jittered delay.
 _JITTER: Final = 0.4
 _TAIL_SHARE: Final = 0.1
@@ -65,7 +61,7 @@ class _RecordedReply:
     body: bytes
 
 
-class DelayedServer:
+class DelayedServer(LoopbackProxy):
     """A loopback proxy that delays replies, and repeats recorded ones without asking the server.
 
     A reply to a POST request arrives after `delay_s` times the factor that `delay` draws for the
@@ -78,47 +74,37 @@ class DelayedServer:
 
     Attributes:
         delay_s: Mean seconds until the first token. 0 at first.
-        token_s: Seconds for each further token. 0 at first.
         delay: Draws the factor of a delay. Always 1 at first.
         forwarded: Number of requests that were sent to the real server.
     """
 
     def __init__(self, upstream: str, *, record: Path, api_key: str | None = None) -> None:
-        address = parse_address(upstream)
-        self._sessions = HttpSessionPool(address, Auth(address, api_key))
-        parts = urlsplit(address.url)
-        self._root = f"{parts.scheme}://{parts.netloc}"
+        super().__init__(upstream, api_key=api_key)
+        parts = urlsplit(self.upstream_url)
+        self._upstream_root = f"{parts.scheme}://{parts.netloc}"
         self._path = parts.path
         self._record = record
         self._lock = threading.Lock()
         # Keys of requests that were refused and not yet repeated.
         self._refused: set[str] = set()
         self.delay_s = 0.0
-        self.token_s = 0.0
         self.delay: Callable[[random.Random], float] = constant
         self.forwarded = 0
         self._replies = dict(read_records(record, _reply_from_json))
-        self._server = _Server(("127.0.0.1", 0), self)
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    @property
+    def token_s(self) -> float:
+        """Seconds for each further token. 0 at first."""
+        return self.event_gap_s
+
+    @token_s.setter
+    def token_s(self, seconds: float) -> None:
+        self.event_gap_s = seconds
 
     @property
     def url(self) -> str:
         """The URL to use instead of `upstream`."""
-        return f"http://127.0.0.1:{self._server.server_address[1]}{self._path}"
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._sessions.close()
+        return f"{self.root_url}{self._path}"
 
     def reply(self, method: str, path: str, body: bytes) -> tuple[int, list[bytes]]:
         """Wait for the delay, then return the reply's status and body, or the events of a stream.
@@ -132,7 +118,7 @@ class DelayedServer:
             if self._refuse(key):
                 return 503, [b'{"error": "overloaded"}']
             factor = 1.0
-        reply = self._replies.get(key) or self._forward(key, method, path, body)
+        reply = self._replies.get(key) or self._record_reply(key, method, path, body)
         is_streamed = reply.status == 200 and _is_streamed(body)
         tokens_s = 0.0 if is_streamed or not factor else _further_tokens(body) * self.token_s
         left_s = began_s + factor * self.delay_s + tokens_s - time.monotonic()
@@ -149,26 +135,15 @@ class DelayedServer:
             self._refused ^= {key}
             return key in self._refused
 
-    def _forward(self, key: str, method: str, path: str, body: bytes) -> _RecordedReply:
+    def _record_reply(self, key: str, method: str, path: str, body: bytes) -> _RecordedReply:
         """Send a request to `upstream` and record the reply unless it is an error."""
-        session = self._sessions.acquire()
-        try:
-            response = session.request(
-                method,
-                f"{self._root}{path}",
-                data=body,
-                headers={"Content-Type": "application/json"},
-                timeout=_TIMEOUT_S,
-                allow_redirects=False,
-            )
-        finally:
-            self._sessions.release(session)
-        reply = _RecordedReply(response.status_code, response.content)
+        status, content = self.forward(method, f"{self._upstream_root}{path}", body)
+        reply = _RecordedReply(status, content)
         with self._lock:
             self.forwarded += 1
-            if response.ok:
+            if status < 400:
                 self._replies[key] = reply
-                line = {"key": key, "status": reply.status, "body": reply.body.decode()}
+                line = {"key": key, "status": status, "body": content.decode()}
                 append_records(self._record, [line])
         return reply
 
@@ -185,45 +160,3 @@ def _further_tokens(body: bytes) -> int:
 
 def _is_streamed(body: bytes) -> bool:
     return bool(body) and json.loads(body).get("stream") is True
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self, address: tuple[str, int], delayed: DelayedServer) -> None:
-        self.delayed = delayed
-        super().__init__(address, _Handler)
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Ignore clients that close their connection."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def _send_reply(self) -> None:
-        assert isinstance(self.server, _Server)
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        delayed = self.server.delayed
-        status, parts = delayed.reply(self.command, self.path, body)
-        self.send_response(status)
-        if len(parts) == 1:
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(parts[0])))
-            self.end_headers()
-            self.wfile.write(parts[0])
-            return
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        for number, part in enumerate(parts):
-            # The first event was delayed already; the last has the token counts only.
-            if 0 < number < len(parts) - 1:
-                time.sleep(delayed.token_s)
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
-        self.wfile.write(b"0\r\n\r\n")
-
-    do_GET = do_POST = _send_reply
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Log nothing."""

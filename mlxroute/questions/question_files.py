@@ -114,6 +114,16 @@ def sample_questions(questions: Sequence[Question], count: int) -> list[Question
     return random.Random(0).sample(questions, len(questions))[:count]
 
 
+def sample_files(files: Sequence[Path], count: int) -> list[Question]:
+    """Return a random sample of at most `count` questions of each file, in the files' order.
+
+    Raises UsageError as `read_questions`.
+    """
+    return [
+        question for file in files for question in sample_questions(read_questions(file), count)
+    ]
+
+
 def read_worked_examples(path: Path | None, count: int) -> list[Question]:
     """Return the first `count` questions of a file that have a worked answer.
 

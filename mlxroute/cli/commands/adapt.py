@@ -16,7 +16,8 @@ import typer
 from mlxroute._version import __version__
 from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_OK
 from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
-from mlxroute.cli.folders import data_name, expand_optional, record_path, recorded_name
+from mlxroute.cli.folders import data_name, expand_optional
+from mlxroute.cli.model_pair import load_paired_small, open_replies
 from mlxroute.cli.worked_examples import read_examples
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
@@ -155,13 +156,10 @@ def _find_interrupted(out: Path, command: str) -> InterruptedRun | None:
 
 
 def _read_questions(files: Sequence[Path], count: int) -> list[Question]:
-    from mlxroute.questions.question_files import read_questions, sample_questions
+    from mlxroute.questions.question_files import sample_files
 
-    questions = [
-        question for file in files for question in sample_questions(read_questions(file), count)
-    ]
     # A prompt in two files, or twice in one, is asked once.
-    return list({question.fingerprint: question for question in questions}.values())
+    return list({item.fingerprint: item for item in sample_files(files, count)}.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,22 +199,15 @@ class _AdaptRun:
         err: Console,
     ) -> TuningOutcome:
         """Record the large model's answers, and train the small model on them."""
-        from mlxroute.cli.progress import ByteProgress, count_progress
-        from mlxroute.cli.small_setup import load_small
+        from mlxroute.cli.progress import count_progress
 
-        large.connect(thorough=False)
-        with ByteProgress(err) as progress:
-            start = settings if interrupted is None else replace(settings, adapter=str(out))
-            small = load_small(start, progress)
-        large.pair_vocabulary(small.vocabulary)
-        # Loading the small model loads the faster BLAS, which must come before MLX.
-        from mlxroute.recorded.replies import Replies
+        start = settings if interrupted is None else replace(settings, adapter=str(out))
+        small = load_paired_small(start, large, err)
         from mlxroute.training.adaptation import adapt_to_answers, split_answers
         from mlxroute.training.on_policy import Corrector
 
-        record = record_path(settings, "replies", small.plain_name, recorded_name(large))
         with (
-            Replies(large, record, at_once=self.at_once) as replies,
+            open_replies(settings, small, large, at_once=self.at_once) as replies,
             count_progress(err) as counts,
         ):
             answers = self._record(small, replies, counts)

@@ -18,6 +18,7 @@ from mlxroute.cli.folders import (
     recorded_name,
     report_source,
 )
+from mlxroute.cli.model_pair import load_paired_small, open_replies
 from mlxroute.cli.setting_options import parse_budget
 from mlxroute.cli.worked_examples import read_examples
 from mlxroute.config import Settings
@@ -184,18 +185,8 @@ class _QualityRun:
 
     def measure(self, settings: Settings, large: LargeModel, err: Console) -> dict[str, Any]:
         """Load the small model, answer the questions with every side, and return the report."""
-        from mlxroute.cli.progress import ByteProgress
-        from mlxroute.cli.small_setup import load_small
-
-        large.connect(thorough=False)
-        with ByteProgress(err) as progress:
-            small = load_small(settings, progress)
-        large.pair_vocabulary(small.vocabulary)
-        # Loading the small model loads the faster BLAS, which must come before MLX.
-        from mlxroute.recorded.replies import Replies
-
-        record = record_path(settings, "replies", small.plain_name, recorded_name(large))
-        with Replies(large, record, at_once=self.at_once) as replies:
+        small = load_paired_small(settings, large, err)
+        with open_replies(settings, small, large, at_once=self.at_once) as replies:
             return self._answer(settings, small, replies, recorded_name(large), err)
 
     def _answer(

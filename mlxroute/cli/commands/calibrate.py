@@ -50,11 +50,9 @@ def _measure_ranks(settings: Settings, data: list[Path], *, count: int, tokens: 
     from mlxroute.cli.progress import ByteProgress, count_progress
     from mlxroute.cli.small_setup import load_small
     from mlxroute.cli.terminal import make_consoles
-    from mlxroute.questions.question_files import read_questions, sample_questions
+    from mlxroute.questions.question_files import sample_files
 
-    questions = [
-        question for file in data for question in sample_questions(read_questions(file), count)
-    ]
+    questions = sample_files(data, count)
     _, err = make_consoles()
     with ByteProgress(err) as bytes_progress:
         small = load_small(settings, bytes_progress)

@@ -12,13 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
-from mlxroute.cli.folders import (
-    cache_dir_of,
-    data_name,
-    expand_optional,
-    record_path,
-    recorded_name,
-)
+from mlxroute.cli.folders import cache_dir_of, data_name, expand_optional
+from mlxroute.cli.model_pair import load_paired_small, open_replies
 from mlxroute.cli.terminal import show_status
 from mlxroute.cli.worked_examples import read_examples
 from mlxroute.config import Settings, user_catalog_dir
@@ -125,11 +120,9 @@ def _check_heads(settings: Settings, out: Path | None, labels: LabelKind) -> Non
 
 
 def _read_labelled_questions(files: list[Path], count: int, labels: LabelKind) -> list[Question]:
-    from mlxroute.questions.question_files import read_questions, sample_questions
+    from mlxroute.questions.question_files import sample_files
 
-    questions = [
-        question for file in files for question in sample_questions(read_questions(file), count)
-    ]
+    questions = sample_files(files, count)
     if labels is LabelKind.PREFERENCE:
         for question in questions:
             if question.answer is None:
@@ -143,14 +136,7 @@ def _fit(
     settings: Settings, large: LargeModel, material: _Material, err: Console
 ) -> tuple[str, FittedHead]:
     """Label the large model's answers and fit a head; return it with the small model's name."""
-    from mlxroute.cli.progress import ByteProgress
-    from mlxroute.cli.small_setup import load_small
-
-    large.connect(thorough=False)
-    with ByteProgress(err) as progress:
-        small = load_small(settings, progress)
-    large.pair_vocabulary(small.vocabulary)
-    # Loading the small model loads the faster BLAS, which must come before MLX.
+    small = load_paired_small(settings, large, err)
     from mlxroute.training.head_fitting import fit_head
 
     provenance = {
@@ -173,12 +159,10 @@ def _label_answers(
     settings: Settings, small: SmallModel, large: LargeModel, material: _Material, err: Console
 ) -> list[LabelledAnswer]:
     from mlxroute.cli.progress import count_progress
-    from mlxroute.recorded.replies import Replies
     from mlxroute.training.labels import collect_labels
 
-    record = record_path(settings, "replies", small.plain_name, recorded_name(large))
     with (
-        Replies(large, record, at_once=material.at_once) as replies,
+        open_replies(settings, small, large, at_once=material.at_once) as replies,
         count_progress(err) as progress,
     ):
         return collect_labels(
@@ -205,7 +189,6 @@ def _fit_to_advantages(
     """Label answers that are written with the router of the settings, and fit a head."""
     from mlxroute.cli.progress import count_progress
     from mlxroute.cli.routing import DEFAULT_ROUTER, HEAD_ROUTER, find_ranks, head_file
-    from mlxroute.recorded.replies import Replies
     from mlxroute.training.advantage.advantage_fitting import AdvantageTraining
     from mlxroute.training.advantage.routed_answers import BudgetedRouter
 
@@ -215,9 +198,8 @@ def _fit_to_advantages(
         name = HEAD_ROUTER
         fingerprint = sha256(head_file(small.name, settings.head).read_bytes()).hexdigest()
     ranks = find_ranks(small, name, settings.head)
-    record = record_path(settings, "replies", small.plain_name, recorded_name(large))
     with (
-        Replies(large, record, at_once=material.at_once) as replies,
+        open_replies(settings, small, large, at_once=material.at_once) as replies,
         count_progress(err) as progress,
     ):
         training = AdvantageTraining(

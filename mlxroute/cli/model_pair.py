@@ -1,0 +1,41 @@
+"""Both models of a command that records the large one's answers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mlxroute.cli.folders import record_path, recorded_name
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mlxroute.config import Settings
+    from mlxroute.large import LargeModel
+    from mlxroute.recorded.replies import Replies
+    from mlxroute.small import SmallModel
+
+
+def load_paired_small(settings: Settings, large: LargeModel, err: Console) -> SmallModel:
+    """Connect to the large model; load the small one and pair its vocabulary with the large one's.
+
+    Modules that import MLX may be imported only afterwards: loading opens the faster BLAS, which
+    must come before MLX.
+    """
+    from mlxroute.cli.progress import ByteProgress
+    from mlxroute.cli.small_setup import load_small
+
+    large.connect(thorough=False)
+    with ByteProgress(err) as progress:
+        small = load_small(settings, progress)
+    large.pair_vocabulary(small.vocabulary)
+    return small
+
+
+def open_replies(
+    settings: Settings, small: SmallModel, large: LargeModel, *, at_once: int
+) -> Replies:
+    """Return the large model with its recorded replies; at most `at_once` calls are in flight."""
+    from mlxroute.recorded.replies import Replies
+
+    record = record_path(settings, "replies", small.plain_name, recorded_name(large))
+    return Replies(large, record, at_once=at_once)
