@@ -19,7 +19,7 @@ MlxRouteError
     ├── LargeUnrecorded       the ledger cannot be written, so nothing was sent
     └── LargeProtocolError    a reply that cannot be trusted as a token
         ├── LargeUnreadable     a reply that is no HTTP, no JSON object, or too long
-        └── LargeNotContinued   a reply that does not go on with the answer
+        └── LargeNotContinued   the answer so far cannot be, or was not, gone on with
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ class LargeUnreadable(LargeProtocolError):
 
 
 class LargeNotContinued(LargeProtocolError):
-    """Raised for a reply that does not go on with the answer where it was asked to.
+    """Raised where the server does not go on with the answer, or cannot be asked to.
 
-    The server works, and may well go on with the answer at another position.
+    The server works, and may well go on with the answer at another position. It cannot be asked
+    where the answer so far ends inside a character and the server takes only text.
     """

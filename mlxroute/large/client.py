@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from mlxroute.closeable import Closeable
-from mlxroute.errors import LargeError, LargeProtocolError, LargeTimeout
+from mlxroute.errors import LargeError, LargeNotContinued, LargeProtocolError, LargeTimeout
 from mlxroute.large.answer_scorer import AnswerScorer
 from mlxroute.large.completion_request import (
     CompletionRequest,
@@ -329,7 +329,11 @@ class LargeModel(Closeable):
                 return self._ask(stable_context, call)
             except TokensNotReplayed:
                 pass
-        return self._ask(context, call)
+        try:
+            return self._ask(context, call)
+        except TokensNotReplayed as exc:
+            # The server works; the small model wrote what the large one would not write again.
+            raise LargeNotContinued(str(exc)) from exc
 
     def _ask(self, context: LargeContext, call: TokenCall) -> Tokens:
         """Build the prompt, ask the server and read its tokens, trying one plan after the other."""

@@ -35,6 +35,8 @@ from mlxroute.types import LargeContext
 _MAX_TOKEN_CHARACTERS: Final = 1000
 # For an estimate of the tokens of a request.
 _BYTES_PER_TOKEN: Final = 4
+# Requests for one position, where the cache guard cut too much off the prompt of the first.
+_MAX_TRIES: Final = 3
 
 
 class TokensNotReplayed(LargeProtocolError):
@@ -168,7 +170,33 @@ class CompletionRequester:
         With a `listener` the reply is streamed to it. Raises LargeError, and its subclass
         TokensNotReplayed.
         """
-        sent = self._prepare(request, streamed=listener is not None)
+        tries = 0
+        while True:
+            sent = self._prepare(request, streamed=listener is not None)
+            try:
+                return self._send(request, sent, deadline=deadline, listener=listener)
+            except TokensNotReplayed:
+                tries += 1
+                # The reply may have shown that the prompt is in no cache and can be sent longer.
+                if tries == _MAX_TRIES or not self._can_be_longer(request, sent):
+                    raise
+
+    def _can_be_longer(self, request: CompletionRequest, sent: _EncodedRequest) -> bool:
+        """Return whether the cache guard now cuts less off the prompt than when it was sent."""
+        if not request.dialect.crashes_on_cached_prompts:
+            return False
+        with self._lock:
+            text, _ = self._cache_guard.plan(request.prompt.text, context=request.context)
+        return len(text) > len(sent.prompt.text)
+
+    def _send(
+        self,
+        request: CompletionRequest,
+        sent: _EncodedRequest,
+        *,
+        deadline: Deadline,
+        listener: StreamListener[CompletionAnswer] | None,
+    ) -> CompletionAnswer:
         usage = _UsageRecorder(self._ledger, request, body=sent.body)
 
         def read_partial(body: bytes) -> bool:

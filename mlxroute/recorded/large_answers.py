@@ -77,7 +77,7 @@ def _write_answer(
         return _encode_whole_answer(small, replies, conversation, max_tokens)
     answer = generate(
         small,
-        replies.new_view(),
+        replies.new_view(alone=True),
         conversation,
         router=make_router("entropy", threshold=-math.inf),
         max_tokens=max_tokens,

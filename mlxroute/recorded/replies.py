@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 
 from mlxroute.closeable import Closeable
 from mlxroute.engine.protocols import NamedLargeProtocol, PendingCallProtocol
-from mlxroute.errors import LargeError
+from mlxroute.errors import LargeError, LargeNotContinued, LargeProtocolError
 from mlxroute.recorded.row_file import append_records, read_records
 from mlxroute.types import LargeContext, LargeToken, Message, Uploads
 
@@ -117,9 +117,13 @@ class Replies(Closeable):
             self.release_slot()
         return tuple(logprobs)
 
-    def new_view(self) -> RecordedLargeView:
-        """Return a view of the large model for one answer."""
-        return RecordedLargeView(self)
+    def new_view(self, *, alone: bool = False) -> RecordedLargeView:
+        """Return a view of the large model for one answer.
+
+        If the large model writes the answer `alone`, no token of another model can stand in for
+        its own: where it does not go on, calls raise a LargeProtocolError that is a failure.
+        """
+        return RecordedLargeView(self, alone=alone)
 
     def close(self) -> None:
         """End the run: every wait for a call, now and later, raises RecordingStopped."""
@@ -184,8 +188,9 @@ class RecordedLargeView:
     `uploads` and `calls_s` (seconds) count recorded calls as if they had been made now.
     """
 
-    def __init__(self, replies: Replies) -> None:
+    def __init__(self, replies: Replies, *, alone: bool = False) -> None:
         self._replies = replies
+        self.is_alone = alone
         self.uploads = Uploads()
         self.calls_s = 0.0
 
@@ -270,7 +275,12 @@ class _RecordingCall:
 
     def result(self) -> tuple[LargeToken, ...]:
         self._release_slot()
-        tokens = self._call.result()
+        try:
+            tokens = self._call.result()
+        except LargeNotContinued as exc:
+            if self._view.is_alone:
+                raise LargeProtocolError(str(exc)) from exc
+            raise
         if not self._is_counted:
             self._is_counted = True
             self._view.count_call(self._context, tokens)

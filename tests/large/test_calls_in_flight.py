@@ -151,6 +151,32 @@ def test_a_server_that_crashes_on_cached_prompts_has_one_call_in_flight(server: 
     assert LargeModel(server.url).max_in_flight == 1
 
 
+def test_a_prompt_that_leaves_the_path_of_a_call_in_flight_is_sent_whole(server: Loopback) -> None:
+    """The small model wrote `b` where the server writes `t`, so no cached sequence begins so."""
+    ids = {name: VOCABULARY.id_of(name) for name in "abthe"}
+    release, is_asked = threading.Event(), threading.Event()
+    sizes = {"a": "thea", "ab": "eh"}
+
+    def answer(request: Request) -> Reply:
+        prompt, count = request.json["prompt"], request.json["max_tokens"]
+        if count == 7:
+            is_asked.set()
+            assert release.wait(20)
+        names = (sizes[prompt] * 2)[:count]
+        return mlx_lm_reply([(ids[name], name) for name in names])
+
+    server.answer = answer
+    small_token = (ids["b"],)
+    with negotiated(LargeModel(server.url), MlxLm()) as large:
+        longer = large.begin(context("a", VOCABULARY), prefetch=5)
+        assert is_asked.wait(20)
+        assert large.next_token(context("ab", VOCABULARY, answer=small_token)).text == "e"
+        release.set()
+        assert [token.text for token in wait_for(large, longer).result()] == list("theath")
+    asked = [(request.json["prompt"], request.json["max_tokens"]) for request in server.requests]
+    assert asked == [("a", 7), ("a", 3), ("ab", 2)]
+
+
 # Several tokens of one reply
 
 

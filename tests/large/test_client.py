@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mlxroute.errors import LargeProtocolError, LargeRefused, UsageError
+from mlxroute.errors import LargeNotContinued, LargeProtocolError, LargeRefused, UsageError
 from mlxroute.large import LargeModel
 from mlxroute.large.negotiation.verdict_file import VerdictFile
 from mlxroute.types import Message, Span
@@ -114,7 +114,7 @@ def test_a_dialect_that_keeps_failing_is_forgotten_and_another_is_chosen(
         assert large.next_token(position).text == " "
 
 
-def test_tokens_that_the_server_does_not_replay_do_not_count_against_its_dialect(
+def test_tokens_that_the_server_does_not_replay_are_no_failures_of_server_or_dialect(
     server: Loopback,
 ) -> None:
     fragment = VOCABULARY.id_of("Ã")
@@ -122,7 +122,7 @@ def test_tokens_that_the_server_does_not_replay_do_not_count_against_its_dialect
     with connected_client(server, MLX_LM, model="m", tokenizer=TableTokenizer(VOCABULARY)) as large:
         for _ in range(4):
             server.script.append(other)
-            with pytest.raises(LargeProtocolError, match="did not continue"):
+            with pytest.raises(LargeNotContinued, match="did not continue"):
                 large.next_token(context("caf", VOCABULARY, fragment_ids=(fragment,)))
         server.script.append(mlx_lm_reply([(THE, "Ġthe"), (2, "a")]))
         assert large.next_token(context("x", VOCABULARY)).text == " the"
@@ -214,7 +214,7 @@ def test_a_vocabulary_that_cannot_be_compared_at_first_counts_as_another_from_th
     begun = context("漢字漢字漢", vocabulary, fragment_ids=vocabulary.encode("字")[:1])
     with Loopback(naming(0)) as server, LargeModel(server.url) as large:
         for _ in range(2):
-            with pytest.raises(LargeProtocolError, match="inside a character"):
+            with pytest.raises(LargeNotContinued, match="inside a character"):
                 large.next_token(begun)
             server.answer = naming(60)
             large.next_token(context("1, 2, 3,", vocabulary))

@@ -12,7 +12,7 @@ from typing import cast
 
 import pytest
 
-from mlxroute.errors import LargeError
+from mlxroute.errors import LargeError, LargeNotContinued, LargeProtocolError
 from mlxroute.recorded.large_answers import write_large_answers
 from mlxroute.recorded.replies import Replies
 from mlxroute.types import LargeContext, LargeToken, Uploads, Vocabulary
@@ -233,3 +233,16 @@ def test_answers_of_a_server_that_only_chats_are_asked_for_as_wholes(tmp_path: P
         assert answer.token_starts == tuple(range(len(ids)))
         assert all(map(math.isnan, answer.logprobs))
     assert large.whole_answer.conversations == [conversation] * 3
+
+
+def test_a_position_without_an_answer_is_a_failure_where_the_large_model_writes_alone(
+    tmp_path: Path,
+) -> None:
+    large = ScriptedLarge([LargeNotContinued("inside a character")])
+    replies = Replies(large, tmp_path / "r")
+    for alone, error in [(False, LargeNotContinued), (True, LargeProtocolError)]:
+        view = replies.new_view(alone=alone)
+        call = view.begin(context(1), deadline_s=1, prefetch=0)
+        with pytest.raises(LargeProtocolError, match="inside a character") as caught:
+            call.result()
+        assert type(caught.value) is error

@@ -224,7 +224,7 @@ class _QualityBench:
         side = task.side
         if side.is_large and self.replies.is_approximate:
             return self._ask_whole_answer(task)
-        large = self.replies.new_view()
+        large = self.replies.new_view(alone=side.is_large)
         if isinstance(task.router, BaselineRouter):
             task.router.begin_answer(row)
         answer = generate(

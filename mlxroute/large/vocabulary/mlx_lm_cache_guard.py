@@ -49,6 +49,8 @@ class MlxLmCacheGuard:
         self._finished: OrderedDict[bytes, _FinishedRequest] = OrderedDict()
         # Prompt -> `max_tokens` of each of its requests whose reply was not read.
         self._unread: OrderedDict[str, list[int]] = OrderedDict()
+        # Prompt of unread requests -> what the server generates first, from the reply to another.
+        self._begun: dict[str, bytes] = {}
 
     def plan(self, prompt: str, *, context: LargeContext | None) -> tuple[str, tuple[bytes, ...]]:
         """Return the text to send for `prompt`, and the tokens that the reply must repeat first.
@@ -69,7 +71,7 @@ class MlxLmCacheGuard:
         """Record a request; until its reply is read, the sequence it caches is unknown."""
         self._unread[prompt] = [*self._unread.pop(prompt, ()), max_tokens]
         if len(self._unread) > _MAX_UNREAD:
-            self._unread.popitem(last=False)
+            self._begun.pop(self._unread.popitem(last=False)[0], None)
 
     def record_refusal(self, prompt: str, *, max_tokens: int) -> None:
         """Record that the server generated nothing for a request."""
@@ -78,6 +80,7 @@ class MlxLmCacheGuard:
             limits.remove(max_tokens)
         if not limits:
             self._unread.pop(prompt, None)
+            self._begun.pop(prompt, None)
 
     def record_reply(
         self, prompt: str, tokens: Sequence[bytes | None], *, usage: Usage | None = None
@@ -94,8 +97,10 @@ class MlxLmCacheGuard:
         for count in {min(count, len(known)) for count in limits}:
             self._remember(prompt, known[:count], usage)
         longer = [count for count in limits if count > len(known)]
+        self._begun.pop(prompt, None)
         if longer and len(known) in limits:
             self._unread[prompt] = longer
+            self._begun[prompt] = b"".join(known)
 
     def _forget_covered(self, prompt: str, tokens: tuple[bytes, ...], prompt_tokens: int) -> None:
         """Forget cached beginnings of this sequence, which the server has just dropped itself.
@@ -144,9 +149,14 @@ class MlxLmCacheGuard:
                 ids = context.token_ids[max(0, end - reach) : end]
                 tokens = [context.vocabulary.token_bytes(token_id) for token_id in ids]
                 tail = _slice(tokens, prompt[len(start) :].encode(), rest=b"".join(repeated))
-                if tail:
+                if tail and self._may_generate(start, b"".join((*tail, *repeated))):
                     return start, tail
         return None
+
+    def _may_generate(self, prompt: str, data: bytes) -> bool:
+        """Return whether the server may generate this data, as far as its tokens are known."""
+        begun = self._begun.get(prompt, b"")
+        return data.startswith(begun) or begun.startswith(data)
 
 
 def _cuts(prompt: str, tokens: tuple[bytes, ...]) -> Iterator[tuple[str, tuple[bytes, ...]]]:

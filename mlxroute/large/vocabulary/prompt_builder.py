@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlxroute.errors import LargeProtocolError, UsageError
+from mlxroute.errors import LargeNotContinued, LargeProtocolError, UsageError
 from mlxroute.large.prompt import Prompt, PromptForm
 from mlxroute.large.vocabulary import retokenised
 from mlxroute.large.vocabulary.token_sources import FileTokenSource, TokenSource
@@ -44,9 +44,9 @@ class PromptBuilder:
         return self.same_vocabulary and self.form is PromptForm.TEXT
 
     def build(self, context: LargeContext) -> Prompt:
-        """Return the prompt. Raises LargeProtocolError where the form cannot carry the context."""
+        """Return the prompt. Raises LargeNotContinued where the form cannot carry the context."""
         if context.fragment_ids and not self.carries_fragments:
-            raise LargeProtocolError(
+            raise LargeNotContinued(
                 "the answer ends inside a character, and this server accepts only whole characters"
             )
         match self.form:
