@@ -324,7 +324,12 @@ def test_the_head_with_the_most_right_answers_is_chosen(small: SmallModel, tmp_p
     assert (len(routed["candidates"]), routed["judged_by"]) == (3, "answers")
     accuracies = {name: row["accuracy"] for name, row in routed["candidates"].items()}
     assert routed["head"] == routed["candidates"][report["shape"]]
+    best = [
+        row for row in routed["candidates"].values() if row["accuracy"] == max(accuracies.values())
+    ]
+    cheapest = min(row["large_tokens_per_question"] for row in best)
     assert routed["head"]["accuracy"] == max(accuracies.values())
+    assert routed["head"]["large_tokens_per_question"] == cheapest
     assert fitted.beats_entropy == (routed["head"]["accuracy"] > routed["entropy"]["accuracy"])
     assert fitted.beats_entropy == (routed["only_head"] > routed["only_entropy"])
     assert len(fitted.questions) == 16

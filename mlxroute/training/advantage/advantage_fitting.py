@@ -115,7 +115,7 @@ class AdvantageTraining:
         labels = self._label(fitted)
         pairs = make_pairs(labels)
         candidates = self._measure_candidates(pairs, held_out)
-        best = max(candidates, key=lambda candidate: candidate.figures.right)
+        best = max(candidates, key=lambda item: (item.figures.right, -item.figures.large_tokens))
         entropy = self._measure(
             held_out, BudgetedRouter.entropy(self.ranks, self.router.budget), label=_ENTROPY
         )
