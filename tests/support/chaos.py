@@ -32,7 +32,8 @@ TURNS: Final = 10
 _SLACK_S: Final = 20.0
 _HANGING_S: Final = 110.0
 _SETTLE_S: Final = 10.0
-_DISTURBED_SHARE: Final = 0.85
+# Turns of each chat without a fault.
+_QUIET_TURNS: Final = 2
 _ENDS: Final = {StopReason.EOS, StopReason.LENGTH}
 # A context in which a server is gone; it may be entered and left in mid-answer.
 Accident = Callable[[], contextlib.AbstractContextManager[None]]
@@ -77,6 +78,7 @@ class Chaos:
         timeout_s: Time limit of a call, and of all failures of an answer.
         pause_s: Greatest pause of the circuit breaker, which is over before the next answer.
         router: The name of the router. Its positions must be many enough in every turn.
+        calls: Least number of calls of an undisturbed answer; a fault begins at one of them.
         modes: The modes to choose from.
         accidents: Further faults by name.
     """
@@ -91,6 +93,7 @@ class Chaos:
     timeout_s: float
     pause_s: float
     router: str = "entropy"
+    calls: int = 5
     modes: tuple[Mode, ...] = tuple(Mode)
     accidents: dict[str, Accident] = field(default_factory=dict)
     answers: int = 0
@@ -103,9 +106,10 @@ class Chaos:
     def chat(self) -> None:
         """Play one chat of ten turns and check every answer."""
         conversation = Conversation(system="Answer briefly.")
+        quiet_turns = self.rng.sample(range(TURNS), _QUIET_TURNS)
         for turn in range(TURNS):
             question = f"Question {turn}: what is {self.rng.randrange(100)} good for?"
-            plan = self._plan()
+            plan = self._plan(is_quiet=turn in quiet_turns)
             print(f"answer {self.answers}: {plan}", flush=True)  # noqa: T201
             messages = [*conversation.messages, {"role": "user", "content": question}]
             conversation.add(question, self._answer(messages, plan))
@@ -114,17 +118,17 @@ class Chaos:
             self.resident_bytes.append(psutil.Process().memory_info().rss)
         check_threads_end("mlxroute-call", "mlxroute-exchange")
 
-    def _plan(self) -> Plan:
+    def _plan(self, *, is_quiet: bool) -> Plan:
         if not self._queue:
             self._queue = [*FAULTS, *self.accidents]
             self.rng.shuffle(self._queue)
-        drawn = self._queue.pop() if self.rng.random() < _DISTURBED_SHARE else None
+        drawn = None if is_quiet else self._queue.pop()
         fault = drawn if isinstance(drawn, NetworkFault) else None
         accident = drawn if isinstance(drawn, str) else None
         mode = self.rng.choice(self.modes)
         prefetch = self.rng.choice((0, 4)) if mode is Mode.WAIT else 0
         count = self.rng.choice((1, 1, 2, 5, 1000))
-        return Plan(fault, accident, self.rng.randrange(5), count, mode, prefetch)
+        return Plan(fault, accident, self.rng.randrange(self.calls), count, mode, prefetch)
 
     def _answer(self, messages: list[dict[str, str]], plan: Plan) -> str:
         """Play one answer and check it; return its text."""
@@ -251,9 +255,9 @@ def nothing_left_behind(folder: Path) -> Iterator[None]:
     What earlier tests left may end meanwhile.
     """
     before_directory, tempfile.tempdir = tempfile.tempdir, str(folder)
-    # A record of an invalid header has a traceback, which keeps its connection open.
-    logger = logging.getLogger("urllib3.connection")
-    logger.disabled = True
+    # pytest keeps records; that of an invalid header has a traceback, and so its connection.
+    before_level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     before = _resources()
     try:
         yield
@@ -264,7 +268,7 @@ def nothing_left_behind(folder: Path) -> Iterator[None]:
         assert not added, (added, before)
         assert list(folder.iterdir()) == []
     finally:
-        logger.disabled = False
+        logging.disable(before_level)
         tempfile.tempdir = before_directory
 
 
