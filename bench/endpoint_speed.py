@@ -28,8 +28,6 @@ PROMPTS = Path(__file__).parent / "prompts" / "varied.jsonl"
 CLIENTS = (4, 8)
 COMMAND = (sys.executable, "-m", "mlxroute")
 TIMEOUT_S = 600.0
-# Five requests a second while the weights are read make later decoding 1 to 2 % slower.
-_POLL_S = 3.0
 
 
 @contextlib.contextmanager
@@ -43,7 +41,7 @@ def serving(small: str) -> Iterator[int]:
             assert process.stdout is not None
             port = int(process.stdout.readline().rsplit(":", 1)[1].split("/")[0])
             while _get_health(port) != 200:
-                time.sleep(_POLL_S)
+                time.sleep(0.2)
             yield port
         finally:
             process.terminate()
