@@ -153,8 +153,11 @@ def test_text_pasted_during_an_answer_is_one_message(tiny: Path) -> None:
         end = terminal.wait_for("2,000 tokens, 0 escalated", after=start)
         assert "line 1 of many" not in terminal.output[start:end]
         # The whole text is one prompt.
-        terminal.wait_for("the small model's context holds", after=end)
+        refused = terminal.wait_for("the small model's context holds", after=end)
+        # A key that comes before the next prompt would not be for its line.
+        prompt = terminal.wait_for("\x1b[?2004h", after=refused)
         terminal.type(CTRL_C)
+        terminal.wait_for("\x1b[?2004h", after=prompt)
         terminal.type(CTRL_D)
         terminal.wait()
         terminal.wait_until(lambda: terminal.is_as_before, "restored terminal")

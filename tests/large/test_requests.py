@@ -104,16 +104,16 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "completion by example": {
         "messages": list(frame(CHAT).messages),
         **LIMITS,
-        # What the reply repeats, and a few more to recognise where it ends.
-        "max_tokens": 6,
+        # What the reply repeats, a few more to recognise where it ends, and room for copied marks.
+        "max_tokens": 30,
         **LOGPROBS,
         "model": "m",
     },
     "completion by example (no system message)": {
         "messages": list(frame(CHAT, has_system_role=False).messages),
         **LIMITS,
-        # What the reply repeats, and a few more to recognise where it ends.
-        "max_tokens": 6,
+        # What the reply repeats, a few more to recognise where it ends, and room for copied marks.
+        "max_tokens": 30,
         **LOGPROBS,
         "model": "m",
     },
