@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any, Final
@@ -74,11 +75,17 @@ class ProcessSignals:
     def _end(self, number: int, frame: FrameType | None) -> None:
         if self.exit_code is None:
             self.exit_code = 128 + number
+            # An event loop that the signal interrupts may print a traceback when it is deleted.
+            sys.unraisablehook = _ignore
             if self._wakeup is not None:
                 # A line editor may have replaced the wakeup descriptor.
                 with contextlib.suppress(BlockingIOError):
                     os.write(self._wakeup[1], bytes([number]))
             raise Terminated(self.exit_code)
+
+
+def _ignore(unraisable: object) -> None:
+    """Print nothing."""
 
 
 def _watch(reader: int) -> None:

@@ -98,6 +98,24 @@ def test_a_signal_ends_a_server_that_was_started(tiny: Path) -> None:
         assert alive == []
 
 
+def test_an_error_while_objects_are_deleted_is_not_printed_after_a_signal() -> None:
+    script = (
+        "import os, signal\n"
+        "from mlxroute.cli.process_signals import ProcessSignals\n"
+        "class Loop:\n"
+        "    def __del__(self):\n"
+        "        raise ValueError\n"
+        "def edit():\n"
+        "    loop = Loop()\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "with ProcessSignals() as signals:\n"
+        "    edit()\n"
+        "os._exit(signals.exit_code)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=DEADLINE_S)
+    assert (result.returncode, result.stderr) == (143, b"")
+
+
 def test_a_second_ctrl_c_leaves_no_traceback(tiny: Path) -> None:
     with PseudoTerminal(command("ask", tiny, "hi")) as terminal:
         wait_for_answer(terminal, "ask")
