@@ -143,9 +143,9 @@ def repeated_size(prompt: Prompt, reply: str) -> int | None:
 
 def _copied_marks(part: str, reply: str) -> int:
     """Return the length of what a reply copies from the request before the part itself."""
-    marks = [ask + _BEGIN for ask in (_ASK_NEXT, _ASK_FIRST, "")]
-    if part.startswith((*marks, _ASK_NEXT, _ASK_FIRST)):
+    if part.startswith((_ASK_NEXT, _ASK_FIRST, _BEGIN)):
         return 0
+    marks = (ask + _BEGIN for ask in (_ASK_NEXT, _ASK_FIRST, ""))
     return next((len(mark) for mark in marks if reply.startswith(mark)), 0)
 
 
