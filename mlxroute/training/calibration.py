@@ -25,14 +25,16 @@ def calibrate(
     small: SmallModel,
     questions: Sequence[Question],
     *,
+    examples: Sequence[Question],
     data: str,
     max_tokens: int,
     progress: Progress = no_progress,
 ) -> ScoreRanks:
     """Answer the questions with the small model alone and rank each router's scores.
 
-    Scores in routed answers differ a little, because some tokens are the large model's. `data`
-    names the questions in the result and in errors. Raises UsageError for fewer than 200 positions.
+    Scores in routed answers differ a little, because some tokens are the large model's.
+    `examples` are worked examples that precede each question. `data` names the questions in the
+    result and in errors. Raises UsageError for fewer than 200 positions.
     """
     signals: list[Signals] = []
     for done, question in enumerate(questions):
@@ -40,7 +42,7 @@ def calibrate(
         answer = generate(
             small,
             None,
-            question_messages(question),
+            question_messages(question, examples),
             router=make_router("entropy", threshold=math.inf),
             max_tokens=max_tokens,
         )

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlxroute.catalog import Catalog
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli import main
+from mlxroute.cli.worked_examples import read_examples
 from mlxroute.config import user_catalog_dir
+from mlxroute.engine import generate
+from mlxroute.engine.answer import Answer
+from mlxroute.engine.protocols import SmallProtocol
 from mlxroute.errors import CatalogError
+from mlxroute.questions.question_files import (
+    question_messages,
+    read_questions,
+    sample_questions,
+)
 from mlxroute.routers import SCORES, make_router
+from mlxroute.training import calibration
+from mlxroute.types import Message
 from tests.support.tiny import make_tiny_model
 
 
@@ -79,6 +92,49 @@ def test_calibrate_writes_the_ranks_that_budgets_start_from(
     )
     # A head needs hidden states, so it brings its own.
     assert set(ranks.quantiles) == set(SCORES) - {"head"}
+
+
+@pytest.mark.parametrize(
+    ("options", "examples", "description"),
+    [
+        ([], 4, "8 questions of {}/problems.jsonl after 4 worked examples"),
+        (["--shots", "0"], 0, "8 questions of {}/problems.jsonl"),
+    ],
+)
+def test_calibrate_asks_in_the_form_of_bench_quality(
+    options: list[str],
+    examples: int,
+    description: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tiny = make_tiny_model(tmp_path / "tiny", context=2048)
+    data = tmp_path / "problems.jsonl"
+    rows = [{"problem": f"What is {i} + 1?", "solution": f"\\boxed{{{i + 1}}}"} for i in range(8)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers: list[Answer] = []
+
+    def generate_and_keep(
+        small: SmallProtocol, large: None, messages: Sequence[Message], **rest: Any
+    ) -> Answer:
+        asked.append(messages)
+        answers.append(generate(small, large, messages, **rest))
+        return answers[-1]
+
+    asked: list[Sequence[Message]] = []
+    monkeypatch.setattr(calibration, "generate", generate_and_keep)
+    arguments = ["calibrate", "--small", str(tiny), "--data", str(data), "--tokens", "40"]
+    assert main([*arguments, *options]) == 0
+    assert json.loads(capsys.readouterr().out)["data"] == description.format(tmp_path.name)
+    questions = sample_questions(read_questions(data), len(rows))
+    worked = read_examples(None, examples, questions)
+    assert asked == [question_messages(question, worked) for question in questions]
+    if examples:
+        # The examples are read once.
+        shares = [answer.stats().cached_prompt_tokens for answer in answers[1:]]
+        prompts = [len(answer.prompt_ids) for answer in answers[1:]]
+        assert min(shares) > 0.8 * max(prompts)
 
 
 def test_calibrate_refuses_too_few_positions(

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlxroute.cli.flags import QuestionFiles
+from mlxroute.cli.flags import Examples, QuestionFiles, Shots
 from mlxroute.cli.folders import data_name
+from mlxroute.cli.worked_examples import read_examples
 from mlxroute.config import Settings, user_catalog_dir
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from mlxroute.catalog.score_ranks import ScoreRanks
+    from mlxroute.questions.question_files import Question
 
 _RATES = (0.01, 0.03, 0.05, 0.07, 0.10, 0.15, 0.30)
 
@@ -28,15 +30,20 @@ def calibrate(
         int, typer.Option(help="Maximum number of questions per file, sampled at random.", min=1)
     ] = 12,
     tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 64,
+    examples: Examples = None,
+    shots: Shots = 4,
 ) -> int:
     """Measure router scores on your own questions, for budgets.
 
     Also prints the threshold of each router for several escalation rates.
     """
     from mlxroute.cli.terminal import make_consoles, print_note
+    from mlxroute.questions.question_files import sample_files
 
     _, err = make_consoles()
-    ranks = _measure_ranks(settings, data, count=questions, tokens=tokens)
+    sampled = sample_files(data, questions)
+    worked = read_examples(examples, shots, sampled)
+    ranks = _measure_ranks(settings, data, sampled, worked, max_tokens=tokens)
     err.print(_threshold_table(ranks))
     file = ranks.write(user_catalog_dir())
     print_note(
@@ -46,24 +53,31 @@ def calibrate(
     return 0
 
 
-def _measure_ranks(settings: Settings, data: list[Path], *, count: int, tokens: int) -> ScoreRanks:
+def _measure_ranks(
+    settings: Settings,
+    data: list[Path],
+    questions: list[Question],
+    examples: list[Question],
+    *,
+    max_tokens: int,
+) -> ScoreRanks:
     from mlxroute.cli.progress import ByteProgress, count_progress
     from mlxroute.cli.small_setup import load_small
     from mlxroute.cli.terminal import make_consoles
-    from mlxroute.questions.question_files import sample_files
 
-    questions = sample_files(data, count)
     _, err = make_consoles()
     with ByteProgress(err) as bytes_progress:
         small = load_small(settings, bytes_progress)
     from mlxroute.training.calibration import calibrate as measure
 
+    after = f" after {len(examples)} worked examples" if examples else ""
     with count_progress(err) as progress:
         return measure(
             small,
             questions,
-            data=f"{len(questions)} questions of {', '.join(map(data_name, data))}",
-            max_tokens=tokens,
+            examples=examples,
+            data=f"{len(questions)} questions of {', '.join(map(data_name, data))}{after}",
+            max_tokens=max_tokens,
             progress=progress,
         )
 
