@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -11,13 +10,9 @@ from mlxroute.config import Settings
 from mlxroute.errors import UsageError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from starlette.applications import Starlette
-
     from mlxroute.cli.session import Session
     from mlxroute.serving.http.answer_endpoint import ServingLimits
     from mlxroute.serving.http.guard import AccessRules
-    from mlxroute.serving.http.listener import EndpointServer
     from mlxroute.serving.http.serving_session import ServingSession
 
 _GB = 10**9
@@ -25,78 +20,33 @@ _GB = 10**9
 
 def serve(settings: Settings) -> int:
     """Serve the routed model to other programs, as an OpenAI-compatible endpoint."""
+    from mlxroute.cli.session import open_session
     from mlxroute.cli.terminal import make_consoles, print_note
-    from mlxroute.serving.http.endpoint_app import create_loading_app
-    from mlxroute.serving.http.listener import EndpointServer, bind
+    from mlxroute.serving.http.endpoint_app import create_app, create_loading_app
+    from mlxroute.serving.http.listener import EndpointServer, bind, serving_in_thread
 
     out, err = make_consoles()
     rules, limits = _read_rules(settings), _read_limits(settings)
-    listener = bind(settings.host, settings.port)
 
     def notify(line: str) -> None:
         print_note(err, f"{time.strftime('%H:%M:%S')} {line}")
 
-    app = create_loading_app(rules, notify=notify)
-    server = EndpointServer(app, on_second_signal=lambda: _close(app))
-    loading = _Loading(settings, app, server, err, limits=limits)
-    loading.start()
-    address = f"[{settings.host}]" if ":" in settings.host else settings.host
-    # Scripts read the address, so it is the only line on stdout.
-    out.print(f"http://{address}:{listener.getsockname()[1]}/v1", soft_wrap=True)
-    try:
-        server.run_on(listener)
-    finally:
-        loading.close()
-    return 0
-
-
-class _Loading:
-    """Loads the models in a thread, while the application replies that it is not ready."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        app: Starlette,
-        server: EndpointServer,
-        err: Console,
-        *,
-        limits: ServingLimits,
-    ) -> None:
-        self._settings = settings
-        self._app = app
-        self._server = server
-        self._err = err
-        self._limits = limits
-        self._session: Session | None = None
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._load, name="mlxroute-load", daemon=True)
-
-    def start(self) -> None:
-        """Begin to load."""
-        self._thread.start()
-
-    def close(self) -> None:
-        """End all answers and close the session. Raises the error that loading ended with."""
-        _close(self._app)
-        if self._session is not None:
-            self._session.close()
-        if self._failure is not None:
-            raise self._failure
-
-    def _load(self) -> None:
-        from mlxroute.cli.session import open_session
-        from mlxroute.cli.terminal import print_note
-        from mlxroute.serving.http.answer_endpoint import AnswerEndpoint
-
+    with bind(settings.host, settings.port) as listener:
+        address = f"[{settings.host}]" if ":" in settings.host else settings.host
+        # Scripts read the address, so it is the only line on stdout.
+        out.print(f"http://{address}:{listener.getsockname()[1]}/v1", soft_wrap=True)
+        # Models that are loaded beside the event loop of their server decode some 4 % slower.
+        with serving_in_thread(create_loading_app(rules), listener):
+            session = open_session(settings, err, command="serve")
         try:
-            session = self._session = open_session(self._settings, self._err, command="serve")
-            serving = make_serving_session(session, self._settings)
-            notify = self._app.state.notify
-            self._app.state.endpoint = AnswerEndpoint(serving, self._limits, notify=notify)
-            print_note(self._err, f"ready: {session.describe()}; Ctrl-C ends it")
-        except BaseException as exc:  # noqa: BLE001 - it is raised in the main thread
-            self._failure = exc
-            self._server.should_exit = True
+            serving = make_serving_session(session, settings)
+            app = create_app(serving, limits=limits, rules=rules, notify=notify)
+            with app.state.endpoint as endpoint:
+                print_note(err, f"ready: {session.describe()}; Ctrl-C ends it")
+                EndpointServer(app, on_second_signal=endpoint.close).run_on(listener)
+        finally:
+            session.close()
+    return 0
 
 
 def make_serving_session(session: Session, settings: Settings) -> ServingSession:
@@ -135,11 +85,6 @@ def make_serving_session(session: Session, settings: Settings) -> ServingSession
         ),
         redact=session.redact,
     )
-
-
-def _close(app: Starlette) -> None:
-    if (endpoint := app.state.endpoint) is not None:
-        endpoint.close()
 
 
 def _read_rules(settings: Settings) -> AccessRules:

@@ -52,13 +52,14 @@ def create_app(
         rules: Who may use it. By default every client on this machine.
         notify: Receives a line about each answer. Default: ignored.
     """
-    app = create_loading_app(rules or AccessRules(), notify=notify)
+    app = create_loading_app(rules or AccessRules())
     app.state.endpoint = AnswerEndpoint(session, limits or ServingLimits(), notify=notify)
+    app.state.notify = notify
     return app
 
 
-def create_loading_app(rules: AccessRules, *, notify: Notify) -> Starlette:
-    """Return an application that replies 503 until its `state.endpoint` is set."""
+def create_loading_app(rules: AccessRules) -> Starlette:
+    """Return an application that has no endpoint yet: it replies 503."""
     middleware = [Middleware(Guard, rules=rules)]
     if rules.allowed_origins:
         cors = Middleware(
@@ -79,7 +80,7 @@ def create_loading_app(rules: AccessRules, *, notify: Notify) -> Starlette:
         lifespan=_lifespan,
     )
     app.state.endpoint = None
-    app.state.notify = notify
+    app.state.notify = no_notice
     return app
 
 

@@ -11,8 +11,9 @@ import contextlib
 import resource
 import signal
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Final
 
@@ -126,10 +127,13 @@ class EndpointServer(uvicorn.Server):
 
     Args:
         app: The application.
-        on_second_signal: Called at the second signal to end; it must end all replies.
+        on_second_signal: Called at the second signal to end; it must end all replies. Nothing by
+            default.
     """
 
-    def __init__(self, app: Starlette, *, on_second_signal: Callable[[], None]) -> None:
+    def __init__(
+        self, app: Starlette, *, on_second_signal: Callable[[], None] = lambda: None
+    ) -> None:
         config = uvicorn.Config(
             app,
             http=BoundedConnection,
@@ -164,6 +168,24 @@ class EndpointServer(uvicorn.Server):
             self.run(sockets=[listener])
         finally:
             signal.set_wakeup_fd(wakeup)
+
+
+@contextlib.contextmanager
+def serving_in_thread(app: Starlette, listener: socket.socket) -> Iterator[None]:
+    """Serve an application in a thread until the `with` block ends; the listener stays open.
+
+    A client that connects at the end waits for the next server on the listener.
+    """
+    server = EndpointServer(app)
+    thread = threading.Thread(
+        target=server.run, args=([listener.dup()],), name="mlxroute-loading", daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +20,9 @@ import pytest
 from mlxroute.cli import main
 from mlxroute.errors import UsageError
 from mlxroute.serving.http import listener
-from mlxroute.serving.http.endpoint_app import create_app
-from mlxroute.serving.http.listener import EndpointServer, bind
+from mlxroute.serving.http.endpoint_app import create_app, create_loading_app
+from mlxroute.serving.http.guard import AccessRules
+from mlxroute.serving.http.listener import bind, serving_in_thread
 from mlxroute.small import SmallModel
 from tests.support.endpoint import chat, make_session
 from tests.support.tiny import make_tiny_model
@@ -33,15 +33,10 @@ def port(small: SmallModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Serve a tiny model on a free port."""
     monkeypatch.setattr(listener, "_MAX_HEAD_S", 0.5)
     monkeypatch.setattr(listener, "_MAX_WAITING", 20)
-    server = EndpointServer(create_app(make_session(small)), on_second_signal=lambda: None)
-    sock = bind("127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
-    thread.start()
-    try:
-        yield sock.getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join()
+    with bind("127.0.0.1", 0) as sock:
+        app = create_app(make_session(small))
+        with serving_in_thread(app, sock):
+            yield sock.getsockname()[1]
 
 
 def request(port: int, method: str, path: str, body: Any = None) -> tuple[int, Any]:
@@ -65,6 +60,20 @@ def test_requests_are_answered(port: int) -> None:
     status, reply = request(port, "POST", "/v1/chat/completions", chat())
     assert status == 200
     assert reply["choices"][0]["message"]["content"]
+
+
+def test_clients_are_told_that_the_models_are_loaded_and_later_ones_wait_for_them(
+    small: SmallModel,
+) -> None:
+    with bind("127.0.0.1", 0) as sock:
+        port = sock.getsockname()[1]
+        with serving_in_thread(create_loading_app(AccessRules()), sock):
+            status, reply = request(port, "POST", "/v1/chat/completions", chat())
+            assert (status, reply["error"]["code"]) == (503, "loading")
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as early:
+            early.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            with serving_in_thread(create_app(make_session(small)), sock):
+                assert early.recv(100).startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_slow_sender_is_closed(port: int) -> None:
