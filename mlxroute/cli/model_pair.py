@@ -22,8 +22,10 @@ def load_paired_small(settings: Settings, large: LargeModel, err: Console) -> Sm
     must come before MLX.
     """
     from mlxroute.cli.progress import ByteProgress
-    from mlxroute.cli.small_setup import load_small
+    from mlxroute.cli.small_setup import load_small, small_name
 
+    # Refuses an adapter that cannot be read before the large model is asked.
+    small_name(settings)
     large.connect(thorough=False)
     with ByteProgress(err) as progress:
         small = load_small(settings, progress)

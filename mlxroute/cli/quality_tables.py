@@ -20,6 +20,8 @@ _IN_FORM_SHARE: Final = 0.9
 def print_quality(report: dict[str, Any], err: Console) -> None:
     """Print the report as tables, and warnings of answers that were cut off or in another form."""
     err.print(_sides_table(report))
+    if line := _unchecked_line(report["sides"]):
+        err.print(line, highlight=False, soft_wrap=True)
     if "oracles" in report:
         err.print(_oracles_table(report["oracles"]))
     if report["comparisons"]:
@@ -82,6 +84,14 @@ def _sides_table(report: Mapping[str, Any]) -> Table:
             f"{side['seconds_median']:.1f}",
         )
     return table
+
+
+def _unchecked_line(sides: Mapping[str, Any]) -> str:
+    """Return the number of unchecked tokens of each side that has some; empty if none has."""
+    counts = [f"{side['unchecked']} of {name}" for name, side in sides.items() if side["unchecked"]]
+    if not counts:
+        return ""
+    return f"unchecked tokens (the large model did not continue the answer): {', '.join(counts)}"
 
 
 def _oracles_table(oracles: Mapping[str, Any]) -> Table:

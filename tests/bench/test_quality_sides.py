@@ -291,6 +291,21 @@ def test_the_tables_name_form_costs_and_pairs() -> None:
     assert not any("strict marks say little" in line for line in lines)
 
 
+def test_unchecked_tokens_are_named_where_a_side_has_some() -> None:
+    report = _report("1111101111")
+    assert not any("unchecked" in line for line in _shown(report))
+    report["sides"]["head 5%"]["unchecked"] = 3
+    report["sides"]["first 5%"]["unchecked"] = 1
+    lines = " ".join(_shown(report))
+    assert "did not continue the answer): 3 of head 5%, 1 of first 5%" in lines
+
+
+def test_budgets_of_one_name_are_one_side() -> None:
+    # 2.9 % is a little below 0.029.
+    names = [side.name for side in make_sides(["first"], [2.9 / 100, 0.029, 0.05])]
+    assert names == ["small", "large", "first 2.9%", "first 5%"]
+
+
 def test_answers_of_the_large_model_in_another_form_give_a_warning() -> None:
     lines = _shown(_report("111110----"))
     assert "the large model gave 6 of 10 answers in the requested form" in " ".join(lines)
@@ -317,7 +332,9 @@ def test_the_form_is_described() -> None:
     assert describe_form([Question("t", "?")], []) == "the prompt alone"
 
 
-@pytest.mark.parametrize("pair", ["head 5%", "small,head 7%", "small,", "small;large"])
+@pytest.mark.parametrize(
+    "pair", ["head 5%", "small,head 7%", "small,", "small;large", "small,small"]
+)
 def test_an_unknown_side_is_named(
     pair: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,6 +40,34 @@ def test_a_missing_head_is_reported_before_the_model_is_loaded(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--compare", "head 5%,small"], "--compare head 5%,small: name two sides"),
+        (["--compare", "entropy 7%,small"], "--compare entropy 7%,small: name two sides"),
+        (["--compare", "large,large"], "--compare large,large: name two sides"),
+        (["--oracles"], "has no answer to compare with; --oracles needs one"),
+        (["--examples", "FILE"], "4 rows with a `cot` are needed, but it has 0"),
+        (["--router", "head", "--small", "no-such-model"], "there is no head for no-such-model"),
+        (["--head", "/nowhere/h"], "there is no file /nowhere/h (--head)"),
+        (["--adapter", "/nowhere"], "the adapter /nowhere has no readable adapter_config.json"),
+        (["--budget", "107%"], "is not a share from 0% to 100%"),
+        (["--plot", "x.nothing"], "needs a name that ends in one of"),
+    ],
+)
+def test_options_of_bench_quality_that_do_not_fit_are_reported_before_a_model_is_loaded(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "prompts.jsonl"
+    data.write_text('{"prompt": "Why?"}\n')
+    given = [str(data) if argument == "FILE" else argument for argument in arguments]
+    # Nothing listens there, which would be another error.
+    quality = ["bench", "quality", "--large", "http://127.0.0.1:9/v1", "--data", str(data)]
+    assert main([*quality, "--router", "entropy", "--budget", "5%", *given]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

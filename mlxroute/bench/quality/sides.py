@@ -34,10 +34,11 @@ LARGE: Final = QualitySide("large")
 
 
 def make_sides(routers: Iterable[str], budgets: Iterable[float]) -> list[QualitySide]:
-    """Return both models alone, and each router with each budget."""
+    """Return both models alone, and each router with each budget (once for each name)."""
+    names = {f"{100 * budget:g}%": budget for budget in budgets}
     routed = [
-        QualitySide(f"{router} {100 * budget:g}%", router, budget)
+        QualitySide(f"{router} {name}", router, budget)
         for router in routers
-        for budget in budgets
+        for name, budget in names.items()
     ]
     return [SMALL, LARGE, *routed]

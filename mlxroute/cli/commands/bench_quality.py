@@ -112,7 +112,7 @@ def quality(
     routers = [name.value for name in dict.fromkeys(router or _DEFAULT_ROUTERS)]
     if BenchRouterName.HEAD in routers or settings.head is not None:
         head_file(small_name(settings), settings.head)
-    sides = make_sides(routers, dict.fromkeys(budget or BUDGETS))
+    sides = make_sides(routers, budget or BUDGETS)
     sampled = _read_questions(file, questions, needs_answers=oracles)
     run = _QualityRun(
         questions=sampled,
@@ -154,7 +154,7 @@ def _parse_comparison(text: str, sides: list[QualitySide]) -> tuple[str, str]:
     """Return the names of two sides that are separated by a comma."""
     names = [side.name for side in sides]
     first, _, second = (part.strip() for part in text.partition(","))
-    if first not in names or second not in names:
+    if first not in names or second not in names or first == second:
         raise UsageError(
             f"--compare {text}: name two sides, separated by a comma, of {', '.join(names)}"
         )
