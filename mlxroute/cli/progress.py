@@ -27,11 +27,16 @@ class _CountLines:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._points = deque([(time.monotonic(), 0)], maxlen=_RECENT_LINES)
+        self._label = ""
+        self._points: deque[tuple[float, int]] = deque(maxlen=_RECENT_LINES)
 
     def update(self, label: str, done: int, total: int) -> None:
         now_s = time.monotonic()
-        if now_s - self._points[-1][0] <= _LINE_INTERVAL_S:
+        if label != self._label:
+            self._label = label
+            self._points.clear()
+            self._points.append((now_s, done))
+        if now_s - self._points[-1][0] <= _LINE_INTERVAL_S or not 0 < done < total:
             return
         first_s, first_done = self._points[0]
         self._points.append((now_s, done))
@@ -67,7 +72,7 @@ def count_progress(console: Console) -> Iterator[OnProgress]:
         if label not in tasks:
             tasks[label] = bars.add_task(label, total=total)
         bars.update(tasks[label], completed=done, total=total)
-        if not console.is_terminal and total and 0 < done < total:
+        if not console.is_terminal and total:
             lines.update(label, done, total)
 
     with redraw(console, pause=bars.stop, resume=bars.start), bars:

@@ -283,7 +283,10 @@ class _Training:
     def _judge(self, number: int, epoch: float, batches: Sequence[Batch]) -> HeldOutFigures:
         loss = self._tuning.mean_loss(batches)
         accuracy = measure_accuracy(
-            self._small, self._held_out, max_tokens=self._options.max_tokens
+            self._small,
+            self._held_out,
+            max_tokens=self._options.max_tokens,
+            progress=self._progress,
         )
         return HeldOutFigures(number, round(epoch, 2), round(loss, 4), round(accuracy, 4))
 

@@ -14,8 +14,9 @@ from mlxroute.questions.question_files import Question
 from mlxroute.routers import make_router
 from mlxroute.small import SmallModel
 from mlxroute.training.labels import decode_answer
-from mlxroute.types import Message
+from mlxroute.types import Message, Progress, no_progress
 
+_LABEL: Final = "small model's answers"
 # Rows of a batch.
 _BATCH_ROWS: Final = 24
 
@@ -35,7 +36,11 @@ def judged_by_gold(answers: Sequence[HeldOutAnswer]) -> bool:
 
 
 def measure_accuracy(
-    small: SmallModel, answers: Sequence[HeldOutAnswer], *, max_tokens: int
+    small: SmallModel,
+    answers: Sequence[HeldOutAnswer],
+    *,
+    max_tokens: int,
+    progress: Progress = no_progress,
 ) -> float:
     """Return the share of questions that the small model answers right, alone and greedily.
 
@@ -44,7 +49,7 @@ def measure_accuracy(
     by_gold = judged_by_gold(answers)
     right = 0
     conversations = [answer.conversation for answer in answers]
-    written = write_answers(small, conversations, max_tokens=max_tokens)
+    written = write_answers(small, conversations, max_tokens=max_tokens, progress=progress)
     for answer, token_ids in zip(answers, written, strict=True):
         text, question = decode_answer(small, token_ids), answer.question
         if by_gold:
@@ -65,19 +70,25 @@ def standard_error(share: float, count: int) -> float:
 
 
 def write_answers(
-    small: SmallModel, conversations: Sequence[Sequence[Message]], *, max_tokens: int
+    small: SmallModel,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    max_tokens: int,
+    progress: Progress = no_progress,
 ) -> list[list[int]]:
     """Return the small model's greedy answers, written in batches, without end tokens."""
     # The KV cache may hold what the model computed with earlier weights.
     small = small.with_own_cache()
     written: list[list[int]] = []
     for begin in range(0, len(conversations), _BATCH_ROWS):
+        progress(_LABEL, begin, len(conversations))
         group = conversations[begin : begin + _BATCH_ROWS]
         try:
             written += _write_batch(small, group, max_tokens)
         except UsageError:
             # The architecture's KV cache cannot be batched.
             written += [_write_alone(small, conversation, max_tokens) for conversation in group]
+    progress(_LABEL, len(written), len(conversations))
     return written
 
 

@@ -59,7 +59,7 @@ class Corrector:
         the small model learns to go on from its own mistakes (on-policy distillation; GKD, arXiv
         2306.13649). Raises LargeError if the large model fails.
         """
-        written = write_answers(small, conversations, max_tokens=max_tokens)
+        written = write_answers(small, conversations, max_tokens=max_tokens, progress=progress)
         answers = [
             WrittenAnswer(conversation, token_ids, is_whole=len(token_ids) < max_tokens)
             for conversation, token_ids in zip(conversations, written, strict=True)

@@ -80,6 +80,11 @@ def adapt(
     on_step: Callable[[int], None] = lambda step: None,
 ) -> TuningOutcome:
     """Adapt the model to 24 answers; `on_step` is called after each step."""
+
+    def progress(label: str, done: int, total: int | None) -> None:
+        if label.startswith("training steps"):
+            on_step(done)
+
     trained, held_out = split_answers(answers or worked_answers(small, 24))
     shape = LoraShape(rank=4, layers=2)
     options = TuningOptions(
@@ -93,7 +98,7 @@ def adapt(
         folder=folder,
         provenance={"small": "tiny"},
         corrector=corrector,
-        progress=lambda label, done, total: on_step(done),
+        progress=progress,
     )
 
 
