@@ -7,7 +7,6 @@ import io
 import pytest
 from rich.console import Console
 
-from mlxroute.cli import progress as progress_module
 from mlxroute.cli.progress import count_progress
 
 
@@ -15,7 +14,7 @@ from mlxroute.cli.progress import count_progress
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Return the seconds that the progress sees, as a list of one."""
     seconds = [0.0]
-    monkeypatch.setattr(progress_module.time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr("mlxroute.cli.progress.time.monotonic", lambda: seconds[0])
     return seconds
 
 
