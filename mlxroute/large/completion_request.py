@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
-from mlxroute.errors import LargeProtocolError, LargeRefused
+from mlxroute.errors import LargeNotContinued, LargeProtocolError, LargeRefused
 from mlxroute.large.dialects import Dialect, RequestOptions, StreamingDialect
 from mlxroute.large.dialects.json_fields import (
     error_message,
@@ -167,19 +167,27 @@ class CompletionRequester:
     ) -> CompletionAnswer:
         """Send a request; return its positions, fewer than asked for where the answer ends.
 
-        With a `listener` the reply is streamed to it. Raises LargeError, and its subclass
+        A reply that does not go on with the answer is followed by a request in the dialect's
+        fallback. With a `listener` the reply is streamed to it. Raises LargeError, and its subclass
         TokensNotReplayed.
         """
-        tries = 0
+        tries = uploaded_bytes = 0
         while True:
             sent = self._prepare(request, streamed=listener is not None)
+            uploaded_bytes += len(sent.body)
             try:
-                return self._send(request, sent, deadline=deadline, listener=listener)
+                answer = self._send(request, sent, deadline=deadline, listener=listener)
+            except LargeNotContinued:
+                if (fallback := request.dialect.fallback(request.prompt)) is None:
+                    raise
+                request = replace(request, dialect=fallback)
             except TokensNotReplayed:
                 tries += 1
                 # The reply may have shown that the prompt is in no cache and can be sent longer.
                 if tries == _MAX_TRIES or not self._can_be_longer(request, sent):
                     raise
+            else:
+                return replace(answer, uploaded_bytes=uploaded_bytes)
 
     def _can_be_longer(self, request: CompletionRequest, sent: _EncodedRequest) -> bool:
         """Return whether the cache guard now cuts less off the prompt than when it was sent."""

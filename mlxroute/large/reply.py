@@ -59,7 +59,7 @@ class CompletionAnswer:
 
     `text` is the server's own decoding of these positions; it is empty if the reply holds further
     ones. `complete` is True if there are as many positions as asked for, or if the answer ends
-    with them. `uploaded_bytes` is the size of the request body.
+    with them. `uploaded_bytes` is the size of the request bodies.
     """
 
     positions: tuple[ReplyPosition, ...]

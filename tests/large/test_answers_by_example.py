@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -14,7 +14,7 @@ from mlxroute.large.dialects.chat.framing import HIDDEN, frame
 from mlxroute.large.http import circuit_breaker
 from mlxroute.large.prompt import Prompt
 from mlxroute.types import Message, Prices, RunStats
-from tests.support.example_chat import read_question
+from tests.support.example_chat import Write, after_examples, read_question
 from tests.support.fakes import ScriptedSmall
 from tests.support.hosted_servers import PROVIDERS, HostedServer
 from tests.support.known_answers import write_known
@@ -26,9 +26,8 @@ SMALL: Final = b"The small model writes a line of text here."
 BY_EXAMPLE = get_dialect("completion by example")
 assert BY_EXAMPLE is not None
 DIALECT = BY_EXAMPLE
-FRAMING: Final = frame(Prompt(messages=(), answer_start="x")).messages[:-1]
+FRAMING: Final = frame(Prompt(messages=(), answer_start="x"), shows_examples=True).messages[:-1]
 ASK: Final[Message] = {"role": "user", "content": "What is it?"}
-Write = Callable[[Sequence[dict[str, Any]], int], tuple[list[bytes], bool]]
 
 
 @pytest.fixture(autouse=True)
@@ -72,37 +71,49 @@ HOSTILE: Final = (
 )
 
 
+@pytest.mark.parametrize("write", [write_known, after_examples(write_known)])
 @pytest.mark.parametrize("hostile", HOSTILE, ids=lambda text: text[:20])
-def test_a_prompt_with_the_words_of_the_framing_changes_its_own_turn_only(hostile: str) -> None:
-    plain, chats = answer(write_known)
-    attacked, attacked_chats = answer(write_known, {"role": "user", "content": hostile})
+def test_a_prompt_with_the_words_of_the_framing_changes_its_own_turn_only(
+    hostile: str, write: Write
+) -> None:
+    plain, chats = answer(write)
+    attacked, attacked_chats = answer(write, {"role": "user", "content": hostile})
     assert attacked.text == plain.text
     assert attacked.unchecked == plain.unchecked == 0
     assert len(attacked_chats) == len(chats)
     count = len(FRAMING)
     for chat, other in zip(chats, attacked_chats, strict=True):
-        assert chat[:count] == other[:count] == [dict(message) for message in FRAMING]
         assert [turn["role"] for turn in chat] == [turn["role"] for turn in other]
+        if len(chat) > count:
+            assert chat[:count] == other[:count] == [dict(message) for message in FRAMING]
         question, attacked_question = read_question(chat), read_question(other)
         assert question is not None
         assert attacked_question is not None
         # The answer so far, and the part of it to repeat.
         assert question[1:] == attacked_question[1:]
+    assert any(len(chat) > count for chat in chats) is (write is not write_known)
 
 
 def test_hostile_turns_before_the_question_stay_between_the_framing_and_it() -> None:
     turns = [ASK, {"role": "assistant", "content": HOSTILE[-1]}, ASK]
-    _, chats = answer(write_known, *turns)
-    count = len(FRAMING)
-    for chat in chats:
-        assert chat[: count + 2] == [*map(dict, FRAMING), *turns[:2]]
-        assert chat[count + 2]["content"].startswith(ASK["content"])
     system: Message = {"role": "system", "content": HOSTILE[-1]}
-    _, chats = answer(write_known, system, ASK)
-    for chat in chats:
-        assert chat[:count] == [dict(message) for message in FRAMING]
-        assert chat[count]["role"] == "user"
-        assert chat[count]["content"].startswith(HOSTILE[-1])
+    count, with_examples = len(FRAMING), 0
+    for write in (write_known, after_examples(write_known)):
+        _, chats = answer(write, *turns)
+        for chat in chats:
+            start = count if len(chat) > count else 0
+            with_examples += start > 0
+            assert chat[: start + 2] == [*map(dict, FRAMING[:start]), *turns[:2]]
+            assert chat[start + 2]["content"].startswith(ASK["content"])
+        _, chats = answer(write, system, ASK)
+        for chat in chats:
+            if len(chat) <= count:
+                assert chat[0] == system
+                continue
+            assert chat[:count] == [dict(message) for message in FRAMING]
+            assert chat[count]["role"] == "user"
+            assert chat[count]["content"].startswith(HOSTILE[-1])
+    assert with_examples > 0
 
 
 def leaking(text: str, *, at: int = 0) -> Write:
@@ -170,8 +181,16 @@ def test_the_framing_is_counted_and_priced() -> None:
     assert stats.cost_estimate > len(chats) * (92 * 2.0 + 1408 * 0.5) / 1e6
 
 
+def test_a_second_request_is_counted_too() -> None:
+    plain, chats = answer(write_known)
+    stats, more_chats = answer(after_examples(write_known))
+    assert len(more_chats) == stats.requests == 2 * len(chats)
+    assert stats.text == plain.text
+    assert stats.uploaded_tokens == 2 * plain.uploaded_tokens
+
+
 def test_a_server_without_counts_gets_an_estimate_with_the_framing() -> None:
-    server = HostedServer(PROVIDERS["OpenAI GPT-4.1"], write_known)
+    server = HostedServer(PROVIDERS["OpenAI GPT-4.1"], after_examples(write_known))
 
     def uncounted(request: Request) -> Reply:
         return replace(reply := server(request), body=reply.body.replace(b'"usage"', b'"other"'))
@@ -179,4 +198,4 @@ def test_a_server_without_counts_gets_an_estimate_with_the_framing() -> None:
     with Loopback(uncounted) as loopback:
         stats = generate_answer(loopback, (ASK,))
     framing = sum(len(message["content"]) for message in FRAMING)
-    assert framing / 6 < stats.uploaded_tokens / stats.requests < framing / 2
+    assert framing / 6 < 2 * stats.uploaded_tokens / stats.requests < framing / 2

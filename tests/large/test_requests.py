@@ -109,14 +109,6 @@ REQUESTS: dict[str, dict[str, Any]] = {
         **LOGPROBS,
         "model": "m",
     },
-    "completion by example (no system message)": {
-        "messages": list(frame(CHAT, has_system_role=False).messages),
-        **LIMITS,
-        # What the reply repeats, a few more to recognise where it ends, and room for copied marks.
-        "max_tokens": 30,
-        **LOGPROBS,
-        "model": "m",
-    },
 }
 PATHS = {
     "llama-server completion": "/completion",

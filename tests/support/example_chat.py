@@ -9,26 +9,39 @@ from mlxroute.large.dialects.chat.framing import frame
 from mlxroute.large.prompt import Prompt
 from mlxroute.types import Message
 
-_TURNS_BEFORE: Final = len(frame(Prompt(messages=(), answer_start="x")).messages) - 1
+_EXAMPLES: Final = frame(Prompt(messages=(), answer_start="x"), shows_examples=True).messages[:-1]
 _BEGIN: Final = "<beginning>"
 _END: Final = "</beginning>\nThen go on from it."
+_FIRST: Final = "\n\nBegin your answer with:\n"
+_NEXT: Final = "Go on with your answer. Begin with:\n"
 
 Conversation = tuple[list[Message], str, str]
+# The next tokens of the answer to these messages, and whether the answer ends.
+Write = Callable[[Sequence[dict[str, Any]], int], tuple[list[bytes], bool]]
+
+
+def shows_examples(messages: Sequence[dict[str, Any]]) -> bool:
+    """Return whether a request shows worked examples before the conversation."""
+    return tuple(messages[: len(_EXAMPLES)]) == _EXAMPLES
 
 
 def read_question(messages: Sequence[dict[str, Any]]) -> Conversation | None:
     """Return conversation, answer so far and the part of it to repeat; None without a part."""
     *turns, last = [dict(message) for message in messages]
-    asked, begin, rest = str(last["content"]).rpartition(_BEGIN)
-    count = _TURNS_BEFORE - (messages[0]["role"] != "system")
-    if not begin or not rest.endswith(_END) or len(messages) <= count:
-        return None
-    part, before = rest.removesuffix(_END), ""
-    turns = turns[count:]
+    text, before = str(last["content"]), ""
+    if shows_examples(messages):
+        turns = turns[len(_EXAMPLES) :]
+        asked, _, rest = text.rpartition(_BEGIN)
+        part, question = rest.removesuffix(_END), asked.rpartition("\n\n")[0]
+    else:
+        question, is_first, part = text.rpartition(_FIRST)
+        if not is_first and not text.startswith(_NEXT):
+            return None
+        part = part if is_first else text.removeprefix(_NEXT)
     if turns and turns[-1]["role"] == "assistant":
         before = turns.pop()["content"]
     else:
-        turns.append({"role": "user", "content": asked.rpartition("\n\n")[0]})
+        turns.append({"role": "user", "content": question})
     return turns, before + part, part
 
 
@@ -44,3 +57,16 @@ def write_by_example(
         return go_on(list(messages), "")
     conversation, answer, part = question
     return part + go_on(conversation, answer)
+
+
+def after_examples(write: Write) -> Write:
+    """Return the model as one that goes on with a begun answer only after worked examples."""
+
+    def write_after_examples(
+        messages: Sequence[dict[str, Any]], count: int
+    ) -> tuple[list[bytes], bool]:
+        if read_question(messages) is not None and not shows_examples(messages):
+            return [b"Sure", b"!"][:count], False
+        return write(messages, count)
+
+    return write_after_examples

@@ -32,7 +32,6 @@ LADDER: Final[tuple[Dialect, ...]] = (
     ChatContinuation(ContinuationMethod.PREFIX, echoes=True, logprobs=False),
     ChatContinuation(ContinuationMethod.TRAILING, logprobs=False),
     ExampleCompletion(),
-    ExampleCompletion(has_system_role=False),
 )
 """Every dialect, the best rung first; within a rung, native routes first."""
 

@@ -41,7 +41,7 @@ class Dialect(ABC):
 
     rung: int
     """1: ids in and out. 2: text in, ids or bytes out. 3: continued chat turn. 4: text only.
-    5: a new chat turn that goes on by worked examples."""
+    5: a new chat turn that begins with the end of the answer so far."""
 
     form: PromptForm
 
@@ -69,6 +69,10 @@ class Dialect(ABC):
     @abstractmethod
     def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
         """Read the reply to `prompt`. Raises LargeProtocolError for a reply it cannot trust."""
+
+    def fallback(self, prompt: Prompt) -> Dialect | None:
+        """Return the dialect to ask again in where a reply to `prompt` does not go on; or None."""
+        return None
 
 
 class StreamingDialect(Dialect):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Final
+from typing import Final, Self
 
 from mlxroute.errors import LargeNotContinued
 from mlxroute.large.dialects.base import RequestOptions, add_model
@@ -26,11 +27,10 @@ _COPIED_TOKENS: Final = 24
 class ExampleCompletion(FieldedDialect):
     """The dialect of chat servers that only start new answers.
 
-    Worked examples show the model how to go on with a begun answer: it writes the end of the answer
-    so far again and goes on from there. A reply that does not begin with that end gives no token,
-    so that no comment and no lost space gets into the answer. The tokens are those of a model that
-    was asked to continue, and not of its own greedy answer. Without `has_system_role` no message is
-    of the role that some chat templates refuse.
+    The model is asked to write the end of the answer so far again and to go on from there: at first
+    plainly, and where its reply does not do so, by worked examples. A reply that does not begin
+    with that end gives no token, so that no comment and no lost space gets into the answer. The
+    tokens are those of a model that was asked to continue, and not of its own greedy answer.
     """
 
     rung = 5
@@ -40,14 +40,20 @@ class ExampleCompletion(FieldedDialect):
     needs_greedy = False
     needs_logprobs = False
 
-    def __init__(self, *, has_system_role: bool = True) -> None:
-        self._has_system_role = has_system_role
-        details = "" if has_system_role else " (no system message)"
-        self.name = self.plain_name = f"completion by example{details}"
+    name = plain_name = "completion by example"
+    _shows_examples = False
+
+    def fallback(self, prompt: Prompt) -> Self | None:
+        """Return the dialect that shows worked examples, for an answer that has begun."""
+        if self._shows_examples or not prompt.answer_start:
+            return None
+        dialect = copy.copy(self)
+        dialect._shows_examples = True
+        return dialect
 
     def request(self, prompt: Prompt, options: RequestOptions) -> dict[str, object]:
         """Ask for the end of the answer so far and the tokens after it."""
-        framing = frame(prompt, has_system_role=self._has_system_role)
+        framing = frame(prompt, shows_examples=self._shows_examples)
         count = framing.repeated_tokens + options.max_tokens + _SPARE_TOKENS
         if options.max_tokens > 1 and framing.repeated:
             count += _COPIED_TOKENS

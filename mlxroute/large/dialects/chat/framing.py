@@ -1,4 +1,4 @@
-"""The chat that asks a server to go on with a begun answer, by worked examples.
+"""The chat that asks a server to go on with a begun answer: plainly, or by worked examples.
 
 The last line or sentence of the answer so far is given to the model, which writes it again and goes
 on. What the reply repeats shows where its new text begins, to the byte: inside a word, after a
@@ -7,12 +7,11 @@ space, after a line break.
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from mlxroute.large.prompt import Prompt
 from mlxroute.messages import fold_system
@@ -46,6 +45,19 @@ _INSTRUCTIONS: Final = (
 _ASK_FIRST: Final = "Write this beginning of the answer again:\n"
 _ASK_NEXT: Final = "Write this beginning of the next part of the answer again:\n"
 _ASK_LAST: Final = "\nThen go on from it."
+
+
+class _Wording(NamedTuple):
+    """The words before the part to repeat, if it is the whole answer so far or not, and after."""
+
+    first: str
+    next: str
+    after: str
+
+
+_PLAIN: Final = _Wording("Begin your answer with:\n", "Go on with your answer. Begin with:\n", "")
+_MARKED: Final = _Wording(_ASK_FIRST + _BEGIN, _ASK_NEXT + _BEGIN, _END + _ASK_LAST)
+
 # A question, the answer so far, and how it goes on.
 _EXAMPLES: Final = (
     (
@@ -102,16 +114,20 @@ class Framing:
         return math.ceil(sum(map(_token_estimate, self.repeated)))
 
 
-def frame(prompt: Prompt, *, has_system_role: bool = True) -> Framing:
-    """Return the chat for a prompt. An answer that has not begun is asked for without examples.
+def frame(prompt: Prompt, *, shows_examples: bool = False) -> Framing:
+    """Return the chat for a prompt. The question of an answer that has not begun is all of it.
 
-    Without `has_system_role` the instructions begin the first user message.
+    With worked examples, the instructions and the system message begin user messages: some chat
+    templates refuse system messages.
     """
-    if not prompt.answer_start:
+    answer = prompt.answer_start
+    if not answer:
         return Framing(prompt.messages, "")
-    turns, repeated = _ask(fold_system(prompt.messages), prompt.answer_start)
-    beginning = _BEGINNING if has_system_role else _BEGINNING_WITHOUT_SYSTEM
-    return Framing((*beginning, *turns), repeated)
+    if not shows_examples:
+        turns, repeated = _ask(prompt.messages, answer, _PLAIN)
+        return Framing(tuple(turns), repeated)
+    turns, repeated = _ask(fold_system(prompt.messages), answer, _MARKED)
+    return Framing((*_BEGINNING, *turns), repeated)
 
 
 def repeated_size(prompt: Prompt, reply: str) -> int | None:
@@ -174,19 +190,19 @@ def may_end(answer: str) -> bool:
     return bool(_LAST.search(answer)) and len(_FENCE.findall(answer)) % 2 == 0
 
 
-def _ask(messages: Sequence[Message], answer: str) -> tuple[list[Message], str]:
+def _ask(messages: Sequence[Message], answer: str, wording: _Wording) -> tuple[list[Message], str]:
     """Return the conversation with the answer so far and the question to go on; and the part."""
     part = _last_part(answer)
     before = answer[: len(answer) - len(part)]
-    marked = _BEGIN + part + _END + _ASK_LAST
+    first, following = (ask + part + wording.after for ask in (wording.first, wording.next))
     turns = [dict(message) for message in messages]
     if before.strip():
         turns.append({"role": "assistant", "content": before})
-        turns.append({"role": "user", "content": _ASK_NEXT + marked})
+        turns.append({"role": "user", "content": following})
     elif turns and turns[-1]["role"] == "user":
-        turns[-1]["content"] += f"\n\n{_ASK_FIRST}{marked}"
+        turns[-1]["content"] += f"\n\n{first}"
     else:
-        turns.append({"role": "user", "content": _ASK_FIRST + marked})
+        turns.append({"role": "user", "content": first})
     return turns, part
 
 
@@ -215,7 +231,7 @@ def _token_estimate(character: str) -> float:
 
 def _worked_examples() -> Iterator[Message]:
     for question, answer, rest in _EXAMPLES:
-        turns, part = _ask([{"role": "user", "content": question}], answer)
+        turns, part = _ask([{"role": "user", "content": question}], answer, _MARKED)
         yield from turns
         yield {"role": "assistant", "content": part + rest}
 
@@ -224,11 +240,12 @@ HIDDEN: Final = (
     _BEGIN,
     _END,
     *(part.strip() for part in (_ASK_FIRST, _ASK_NEXT, _ASK_LAST)),
+    # Answers have the first words of these for reasons of their own.
+    *(ask[ask.index("answer") :].strip() for ask in (_PLAIN.first, _PLAIN.next)),
     *re.split(r"(?<=[.:]) ", _INSTRUCTIONS),
 )
 """The texts of the framing, which a reply must not repeat."""
 _BEGINNING: Final = tuple(
-    itertools.chain([{"role": "system", "content": _INSTRUCTIONS}], _worked_examples())
+    fold_system([{"role": "system", "content": _INSTRUCTIONS}, *_worked_examples()])
 )
-"""The fixed beginning of every request, so that a provider's prompt cache can hold it."""
-_BEGINNING_WITHOUT_SYSTEM: Final = tuple(fold_system(_BEGINNING))
+"""The fixed beginning of requests with examples, so that a provider's prompt cache can hold it."""
