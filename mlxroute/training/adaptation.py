@@ -67,6 +67,9 @@ _MAX_HELD_OUT: Final = 48
 _JUDGED_PER_EPOCH: Final = 2
 # Training ends when the held-out loss did not fall so many times in a row.
 _PATIENCE: Final = 2
+# It ends too when the accuracy fell by more than so many of its standard errors: the difference of
+# two accuracies on a few questions is often as large as one of them by chance.
+_MAX_STANDARD_ERRORS: Final = 2
 
 
 def split_answers(
@@ -293,15 +296,15 @@ class _Training:
     def _add_figures(self, figures: HeldOutFigures) -> bool:
         """Return whether weights are the best so far; end the training where they get worse.
 
-        The best have the lowest loss. The training ends when the accuracy falls more than its
-        standard error below the highest so far, or when the loss did not fall twice in a row.
+        The best have the lowest loss. The training ends when the accuracy falls more than two
+        standard errors below the highest so far, or when the loss did not fall twice in a row.
         """
         highest = max(item.accuracy for item in self._figures)
         before = [item for item in self._figures if item.round == figures.round]
         lowest = min(before, key=lambda item: item.loss)
         error = standard_error(highest, len(self._held_out))
         self._figures.append(figures)
-        if figures.accuracy < highest - error:
+        if figures.accuracy < highest - _MAX_STANDARD_ERRORS * error:
             self._ended_by = "held-out accuracy"
         elif figures.loss < lowest.loss:
             self._best = figures

@@ -350,6 +350,7 @@ def test_what_is_no_report_of_a_training_is_refused(report: dict[str, object]) -
     [
         ([(3, 0.5), (2, 0.5), (1, 0.5)], 2, "epochs"),
         ([(3, 0.5), (2, 0.5), (2.5, 0.5), (1, 0.5)], 3, "epochs"),
+        ([(3, 0.8), (2, 0.5), (1, 0.8)], 2, "epochs"),
         ([(3, 0.5), (2, 0.5), (2.5, 0.5), (2.1, 0.5), (1, 0.5)], 1, "held-out loss"),
         ([(3, 0.5), (3, 0.5), (3.1, 0.5)], None, "held-out loss"),
         ([(3, 0.5), (2, 0.8), (1, 0.2), (0.5, 0.8)], 1, "held-out accuracy"),

@@ -69,7 +69,7 @@ def adapt(
     rank: Annotated[int, typer.Option(help="Rank of the LoRA weights.", min=1, max=256)] = 16,
     learning_rate: Annotated[
         float, typer.Option(help="Step size of the optimiser.", metavar="X")
-    ] = 8e-5,
+    ] = 2e-5,
 ) -> int:
     """Tune the small model (LoRA) to the large model's answers.
 
@@ -334,8 +334,8 @@ def _print_figures(outcome: TuningOutcome, out: Path, err: Console) -> None:
     print_note(err, f"ended by {outcome.ended_by} after {report['seconds'] / 60:.0f} min", style="")
     if outcome.best is None:
         text = (
-            "warning: the training did not lower the held-out loss, so no adapter is written; give"
-            " more questions, or a lower --learning-rate"
+            "warning: no weights lowered the held-out loss and kept the accuracy, so no adapter is"
+            " written; give more questions, or a lower --learning-rate"
         )
         print_note(err, text, style=WARNING_STYLE)
         return
