@@ -13,7 +13,11 @@ QuestionFiles = Annotated[
 ]
 Examples = Annotated[
     Path | None,
-    typer.Option(help="Questions with a `cot`, used as worked examples.", metavar="FILE"),
+    typer.Option(
+        help="JSON Lines file of worked examples, rows with a `cot`. Default: built-in ones for"
+        " questions with choices or boxed numbers.",
+        metavar="FILE",
+    ),
 ]
 Shots = Annotated[int, typer.Option(help="Number of worked examples.", min=0)]
 AtOnce = Annotated[int, typer.Option(help="Maximum number of calls in flight.", min=1)]

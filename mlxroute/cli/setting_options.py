@@ -82,7 +82,7 @@ def _option(setting: Setting) -> inspect.Parameter:
         annotation = list[str]
     option = typer.Option(
         setting.flag,
-        help=setting.help,
+        help=_help(setting),
         metavar=setting.metavar,
         parser=_parser(setting),
         autocompletion=complete_model if setting.name == "small" else None,
@@ -93,6 +93,14 @@ def _option(setting: Setting) -> inspect.Parameter:
         default=None,
         annotation=Annotated[annotation | None, option],
     )
+
+
+def _help(setting: Setting) -> str:
+    """Return the help of a setting with its default, in the form of typer's own options."""
+    if setting.kind is bool or setting.default in (None, ()):
+        return setting.help
+    default = f"{setting.default:g}" if setting.kind is float else setting.default
+    return f"{setting.help}  [default: {default}]"
 
 
 def _parser(setting: Setting) -> Callable[[str], Any] | None:

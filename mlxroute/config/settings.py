@@ -107,7 +107,7 @@ class Settings:
     )
     router: str | None = _setting(
         None,
-        "Score that decides which tokens the large model is asked for. Default: the pair's own.",
+        "Score that decides where the large model is asked. Default: the pair's, else entropy.",
         commands=_ROUTED,
         choices=RouterName,
     )
@@ -126,7 +126,7 @@ class Settings:
     )
     budget: float | None = _setting(
         None,
-        "Ask the large model for at most this share of the tokens. Default: 7%, unless a"
+        "Ask the large model for at most this share of the tokens, plus 4. Default: 7%, unless a"
         " threshold is set.",
         metavar="SHARE",
         commands=(*_ROUTED, "train", "demo"),
@@ -134,26 +134,26 @@ class Settings:
     )
     mode: str = _setting(
         "auto",
-        "What to do during a call to the large model; every mode gives the same text.",
+        "What the small model does during a call; every mode gives the same text.",
         commands=_ROUTED,
         choices=Mode,
     )
     prefetch: int | None = _setting(
         None,
-        "Extra tokens to request with each call, from 0 to 64.",
+        "Extra tokens to request with each call, from 0 to 64. Default: 0; `auto` tries 16.",
         metavar="N",
         commands=_ROUTED,
     )
     call_ceiling: float | None = _setting(
         None,
-        "Limit on calls per escalated token. Default: none; 1.5 if prices are set; 1 on a server"
-        " that only chats.",
+        "Maximum calls per escalated token. Default: none; 1.5 in mode auto if prices are set; 1 on"
+        " a server that only chats.",
         metavar="X",
         commands=_ROUTED,
     )
     accept_within: float = _setting(
         0.0,
-        "Keep the small model's token if the large one finds it at most X nats less likely.",
+        "Keep the small model's token if it is at most X nats less likely than the large one's own.",
         metavar="X",
         commands=(*_ROUTED, "bench quality"),
     )
@@ -165,8 +165,8 @@ class Settings:
     )
     engine: str = _setting(
         "auto",
-        "Program that serves the large model here. Default: llama.cpp for a model with a GGUF file"
-        " where MLX has no GPU, else mlx_lm.server.",
+        "Program that serves the large model. `auto`: llama.cpp for a model with a GGUF file if MLX"
+        " has no GPU, else mlx_lm.server.",
         commands=("demo", "host"),
         choices=EngineName,
     )
@@ -179,7 +179,7 @@ class Settings:
     )
     top_p: float = _setting(
         1.0,
-        "Nucleus sampling of the small model: mass to keep, up to 1; below 0.001 it is greedy.",
+        "Nucleus sampling of the small model: probability mass to keep; below 0.001 it is greedy.",
         metavar="P",
         commands=_ROUTED,
     )
@@ -188,8 +188,8 @@ class Settings:
     )
     stop: tuple[str, ...] = _setting(
         (),
-        "End the answer before this text, in which \\n is a line break, \\t a tab and \\\\ a"
-        " backslash; repeatable.",
+        "End the answer before this text; \\n is a line break, \\t a tab and \\\\ a backslash;"
+        " repeatable.",
         metavar="TEXT",
         commands=_ANSWERS,
         form="escapes",
@@ -197,25 +197,25 @@ class Settings:
     system: str | None = _setting(None, "System prompt.", metavar="TEXT", commands=_ANSWERS)
     timeout: float = _setting(
         30.0,
-        "Limit in seconds for one call, and for all failures in one answer together.",
+        "Time limit in seconds of a call, and of all failed calls of an answer together.",
         metavar="S",
         commands=(*_OWN_SERVER, "bench quality"),
     )
     key_env: str = _setting(
         DEFAULT_KEY_ENV,
-        "Environment variable with the server's key.",
+        "Environment variable that holds the server's key.",
         metavar="VARIABLE",
         commands=_OWN_SERVER,
     )
     key_file: str | None = _setting(
         None,
-        "File (mode 0600) with the server's key.",
+        "File that holds the server's key; mode 0600.",
         metavar="FILE",
         commands=_OWN_SERVER,
     )
     ca_bundle: str | None = _setting(
         None,
-        "PEM file of the certificate authorities to trust instead of the public ones.",
+        "PEM file of certificate authorities to trust instead of the public ones.",
         metavar="FILE",
         commands=(*_OWN_SERVER, "doctor"),
     )
@@ -230,7 +230,7 @@ class Settings:
     )
     never_send: tuple[str, ...] = _setting(
         (),
-        "Never ask the large model once the context matches this regular expression; repeatable.",
+        "Stop asking the large model once the context matches this regular expression; repeatable.",
         metavar="PATTERN",
         commands=_ROUTED,
     )
@@ -242,26 +242,26 @@ class Settings:
     )
     host: str = _setting(
         "127.0.0.1",
-        "Address to listen on; another one than this machine's own needs a key for clients.",
+        "Address to listen on. One that other machines can reach needs a key for clients.",
         metavar="ADDRESS",
         commands=("serve",),
     )
     port: int = _setting(8787, "Port to listen on.", metavar="N", commands=("serve",))
     client_key_env: str | None = _setting(
         None,
-        "Environment variable with the key that clients must send.",
+        "Environment variable that holds the key that clients must send.",
         metavar="VARIABLE",
         commands=("serve",),
     )
     client_key_file: str | None = _setting(
         None,
-        "File (mode 0600) with the keys of clients, one a line.",
+        "File with the keys of clients, one per line; mode 0600.",
         metavar="FILE",
         commands=("serve",),
     )
     allow_host: tuple[str, ...] = _setting(
         (),
-        "Further host name by which clients call the endpoint; repeatable.",
+        "Another host name by which clients call the endpoint; repeatable.",
         metavar="NAME",
         commands=("serve",),
     )
@@ -273,14 +273,14 @@ class Settings:
     )
     tools: str = _setting(
         "refuse",
-        "What to do with a request with tools or a schema: refuse it, or send the whole of it to"
-        " the large model.",
+        "What to do with requests that have tools or a schema: refuse them, or have the large model"
+        " answer them alone.",
         commands=("serve",),
         choices=ToolPolicyName,
     )
-    max_running: int = _setting(8, "Answers to write at a time.", metavar="N", commands=("serve",))
+    max_running: int = _setting(8, "Answers to decode at a time.", metavar="N", commands=("serve",))
     max_queued: int = _setting(
-        32, "Requests that may wait for their turn.", metavar="N", commands=("serve",)
+        32, "Maximum number of answers that wait in the queue.", metavar="N", commands=("serve",)
     )
     cache_memory: float = _setting(
         1.0,
@@ -298,9 +298,9 @@ class Settings:
         "Load models even if they seem too large for the free memory.",
         commands=(*_ALL_SMALL, "demo", "host"),
     )
-    offline: bool = _setting(False, "Open no network connection.", commands=_OFFLINE)
+    offline: bool = _setting(False, "Make no network connection.", commands=_OFFLINE)
     strict: bool = _setting(
-        False, "Stop with exit code 3 if the large model fails.", commands=_ROUTED
+        False, "Fail if the large model fails: exit code 3, or status 502.", commands=_ROUTED
     )
     heat: bool = _setting(
         False, "Shade every token by its entropy.", commands=(*_ANSWERS, "replay", "demo")

@@ -12,15 +12,25 @@ from mlxroute.config.settings import Setting, declared_settings
 _HEAD = """\
 # Settings
 
-A flag overrides an environment variable, which overrides the config file (`config.toml` in the
-platform's config folder, or the file named by `MLXROUTE_CONFIG`). In the config file a setting has
-the name in the first column. A `threshold` replaces the `budget` of an earlier source, and a
-`budget` the `threshold`. The values of `never_send` and `never_send_file` from all sources add up.
+A setting has three sources: a flag, an environment variable, and the config file. A flag overrides
+the environment, which overrides the config file.
 
-Config files, key files, never-send files and question files are UTF-8, with or without a byte order
-mark; rows end at `\\n`. A file that `MLXROUTE_CONFIG` names must exist. Without a home folder (no
-`HOME`, and no entry in the password database), set `HOME`, or `XDG_CONFIG_HOME`, `XDG_CACHE_HOME`
-and `XDG_STATE_HOME`.
+The config file is `config.toml` in the platform's config folder: `~/.config/mlxroute/` on Linux,
+`~/Library/Application Support/mlxroute/` on a Mac. `MLXROUTE_CONFIG` names another file, which must
+then exist. `mlxroute doctor` prints the path and checks the file. Its keys are the names in the
+first column:
+```toml
+small = "qwen2.5-coder-0.5b"
+large = "http://my-box:8000/v1"
+budget = "5%"
+never_send = ["(?i)project zebra"]
+```
+- A `threshold` replaces the `budget` of an earlier source, and a `budget` the `threshold`.
+- The values of `never_send` and `never_send_file` from all sources add up.
+- Config files, key files, never-send files and question files are UTF-8, with or without a byte
+  order mark; lines end at `\\n`.
+- Without a home folder (no `HOME`, and no entry in the password database), set `HOME`, or
+  `XDG_CONFIG_HOME`, `XDG_CACHE_HOME` and `XDG_STATE_HOME`.
 
 | setting | type | default | flag of | environment | meaning |
 |---|---|---|---|---|---|

@@ -58,7 +58,7 @@ def adapt(
     shots: Shots = 4,
     at_once: AtOnce = 4,
     epochs: Annotated[
-        int, typer.Option(help="Greatest number of times each answer is trained on.", min=1)
+        int, typer.Option(help="Maximum number of passes over the answers.", min=1)
     ] = 2,
     rounds: Annotated[
         int,

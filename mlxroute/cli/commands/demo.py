@@ -31,7 +31,7 @@ def demo(
         typer.Option(help="Ask this instead of the demo's question.", metavar="TEXT"),
     ] = None,
 ) -> int:
-    """Fetch two models; a question is answered by the small one, by both and by the large one."""
+    """Fetch two models; answer a question with the small one, with both and with the large one."""
     from mlxroute.catalog import Catalog
     from mlxroute.cli.model_fit import demo_pairs, measure_machine
     from mlxroute.cli.small_setup import default_small

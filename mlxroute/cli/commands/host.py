@@ -22,7 +22,8 @@ def host(
     name: Annotated[
         str | None,
         typer.Argument(
-            help="Model to serve. Default: the largest that fits.",
+            help="Model to serve: catalogue name, .gguf file or hub id. Default: the largest"
+            " partner of the default small model that fits.",
             metavar="NAME",
             autocompletion=complete_model,
         ),

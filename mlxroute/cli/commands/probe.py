@@ -31,7 +31,7 @@ def probe(
         str, typer.Argument(help="The server, e.g. http://host:8000/v1.", metavar="URL")
     ],
 ) -> int:
-    """Find out what a server can do and which protocol suits it best."""
+    """Find out what a server can do, and in which dialect it is called."""
     if settings.offline:
         # Before any import: urllib3 opens a socket on import, to find out about IPv6.
         raise UsageError("--offline opens no connection, so there is nothing to probe")

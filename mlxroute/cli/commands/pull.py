@@ -22,7 +22,7 @@ def pull(
         ),
     ],
     gguf: Annotated[
-        bool, typer.Option("--gguf", help="Keep it as the GGUF file that llama.cpp serves.")
+        bool, typer.Option("--gguf", help="Fetch the GGUF file that llama.cpp serves.")
     ] = False,
 ) -> int:
     """Fetch a model into the cache and verify it."""

@@ -25,7 +25,7 @@ def replay(
     file: Annotated[Path, typer.Argument(help="Answer saved with `ask --save`.", metavar="FILE")],
     budget: Annotated[
         float | None,
-        typer.Option(parser=parse_budget, help="Another budget, as 3%.", metavar="SHARE"),
+        typer.Option(parser=parse_budget, help="Another budget, such as 3%.", metavar="SHARE"),
     ] = None,
     threshold: Annotated[
         float | None,
@@ -36,7 +36,7 @@ def replay(
         Path | None, typer.Option(help="Also write the new answer.", metavar="FILE")
     ] = None,
 ) -> int:
-    """Answer again with the recorded replies of the large model, which is not called."""
+    """Repeat a saved answer with the recorded replies of the large model, without calls."""
     from mlxroute.cli.answer_replay import prepare_replay
     from mlxroute.cli.exit_codes import EXIT_OK
     from mlxroute.cli.progress import ByteProgress

@@ -18,11 +18,13 @@ def show(
     file: Annotated[Path, typer.Argument(help="Answer saved with `ask --save`.", metavar="FILE")],
     html: Annotated[
         Path | None,
-        typer.Option(help="Write it as a page that loads nothing.", metavar="OUT"),
+        typer.Option(help="Write the answer as an HTML page instead.", metavar="OUT"),
     ] = None,
-    svg: Annotated[Path | None, typer.Option(help="Write it as a picture.", metavar="OUT")] = None,
+    svg: Annotated[
+        Path | None, typer.Option(help="Write the answer as a picture instead.", metavar="OUT")
+    ] = None,
 ) -> int:
-    """Print a saved answer, token by token where the large model was asked."""
+    """Print a saved answer, with both models' choices where the large one was asked."""
     from mlxroute.cli.exit_codes import EXIT_OK
     from mlxroute.cli.terminal import make_consoles, print_note
 
