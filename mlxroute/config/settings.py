@@ -153,7 +153,7 @@ class Settings:
     )
     accept_within: float = _setting(
         0.0,
-        "Keep the small model's token if it is at most X nats less likely than the large one's own.",
+        "Keep the small model's token if the large one finds it at most X nats less likely.",
         metavar="X",
         commands=(*_ROUTED, "bench quality"),
     )
