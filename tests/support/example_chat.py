@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -12,7 +13,7 @@ from mlxroute.types import Message
 _EXAMPLES: Final = frame(Prompt(messages=(), answer_start="x"), shows_examples=True).messages[:-1]
 _BEGIN: Final = "<beginning>"
 _END: Final = "</beginning>\nThen go on from it."
-_FIRST: Final = "\n\nBegin your answer with:\n"
+_FIRST: Final = re.compile(r"(.*)\n\nBegin your answer with(?: \"([^\n\"]*)\"|:\n(.*))", re.DOTALL)
 _NEXT: Final = "Go on with your answer. Begin with:\n"
 
 Conversation = tuple[list[Message], str, str]
@@ -34,10 +35,11 @@ def read_question(messages: Sequence[dict[str, Any]]) -> Conversation | None:
         asked, _, rest = text.rpartition(_BEGIN)
         part, question = rest.removesuffix(_END), asked.rpartition("\n\n")[0]
     else:
-        question, is_first, part = text.rpartition(_FIRST)
-        if not is_first and not text.startswith(_NEXT):
+        first = _FIRST.fullmatch(text)
+        if first is None and not text.startswith(_NEXT):
             return None
-        part = part if is_first else text.removeprefix(_NEXT)
+        question, part = first[1] if first else "", text.removeprefix(_NEXT)
+        part = (first[2] if first[3] is None else first[3]) if first else part
     if turns and turns[-1]["role"] == "assistant":
         before = turns.pop()["content"]
     else:

@@ -58,9 +58,14 @@ def pieces(completion: Completion) -> list[bytes | None]:
 
 
 def test_the_first_request_asks_plainly_to_begin_with_the_end_of_the_answer() -> None:
-    assert frame(prompt("The")).messages == (
-        {"role": "user", "content": "Why is the sky blue?\n\nBegin your answer with:\nThe"},
-    )
+    for answer, begun in (
+        ("The ", ' "The "'),
+        ("```\n", ":\n```\n"),
+        ('The "sky"', ':\nThe "sky"'),
+    ):
+        ask = {"role": "user", "content": f"Why is the sky blue?\n\nBegin your answer with{begun}"}
+        assert frame(prompt(answer)).messages == (ask,)
+        assert read_question([ask]) == ([ASK], answer, answer)
     answer = f"It is an old question. {SKY}"
     framing = frame(prompt(answer, SYSTEM, ASK))
     assert framing.messages == (

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final
 
 from mlxroute.large.prompt import Prompt
 from mlxroute.messages import fold_system
@@ -35,6 +35,8 @@ _WORD: Final = re.compile(r"(?<!\S)(?=\S)")
 # One character, or all white space up to the next one.
 _UNIT: Final = re.compile(r"\s+|\S")
 
+_BEGIN_WITH: Final = "Begin your answer with"
+_GO_ON_WITH: Final = "Go on with your answer. Begin with:\n"
 _BEGIN, _END = "<beginning>", "</beginning>"
 _INSTRUCTIONS: Final = (
     "Some answers are written in parts. The user gives the first characters of the next part. Begin"
@@ -45,18 +47,6 @@ _INSTRUCTIONS: Final = (
 _ASK_FIRST: Final = "Write this beginning of the answer again:\n"
 _ASK_NEXT: Final = "Write this beginning of the next part of the answer again:\n"
 _ASK_LAST: Final = "\nThen go on from it."
-
-
-class _Wording(NamedTuple):
-    """The words before the part to repeat, if it is the whole answer so far or not, and after."""
-
-    first: str
-    next: str
-    after: str
-
-
-_PLAIN: Final = _Wording("Begin your answer with:\n", "Go on with your answer. Begin with:\n", "")
-_MARKED: Final = _Wording(_ASK_FIRST + _BEGIN, _ASK_NEXT + _BEGIN, _END + _ASK_LAST)
 
 # A question, the answer so far, and how it goes on.
 _EXAMPLES: Final = (
@@ -124,9 +114,9 @@ def frame(prompt: Prompt, *, shows_examples: bool = False) -> Framing:
     if not answer:
         return Framing(prompt.messages, "")
     if not shows_examples:
-        turns, repeated = _ask(prompt.messages, answer, _PLAIN)
+        turns, repeated = _ask(prompt.messages, answer, marked=False)
         return Framing(tuple(turns), repeated)
-    turns, repeated = _ask(fold_system(prompt.messages), answer, _MARKED)
+    turns, repeated = _ask(fold_system(prompt.messages), answer, marked=True)
     return Framing((*_BEGINNING, *turns), repeated)
 
 
@@ -190,13 +180,14 @@ def may_end(answer: str) -> bool:
     return bool(_LAST.search(answer)) and len(_FENCE.findall(answer)) % 2 == 0
 
 
-def _ask(messages: Sequence[Message], answer: str, wording: _Wording) -> tuple[list[Message], str]:
+def _ask(messages: Sequence[Message], answer: str, *, marked: bool) -> tuple[list[Message], str]:
     """Return the conversation with the answer so far and the question to go on; and the part."""
     part = _last_part(answer)
     before = answer[: len(answer) - len(part)]
-    first, following = (ask + part + wording.after for ask in (wording.first, wording.next))
     turns = [dict(message) for message in messages]
+    first = f"{_ASK_FIRST}{_marked(part)}" if marked else _begin_with(part)
     if before.strip():
+        following = f"{_ASK_NEXT}{_marked(part)}" if marked else _GO_ON_WITH + part
         turns.append({"role": "assistant", "content": before})
         turns.append({"role": "user", "content": following})
     elif turns and turns[-1]["role"] == "user":
@@ -204,6 +195,17 @@ def _ask(messages: Sequence[Message], answer: str, wording: _Wording) -> tuple[l
     else:
         turns.append({"role": "user", "content": first})
     return turns, part
+
+
+def _marked(part: str) -> str:
+    return f"{_BEGIN}{part}{_END}{_ASK_LAST}"
+
+
+def _begin_with(part: str) -> str:
+    """Return the plain request for a whole answer that begins with `part`."""
+    # Quoted words are gone on with more often as the model itself would; lines need their breaks.
+    is_quotable = "\n" not in part and '"' not in part
+    return f'{_BEGIN_WITH} "{part}"' if is_quotable else f"{_BEGIN_WITH}:\n{part}"
 
 
 def _last_part(answer: str) -> str:
@@ -231,7 +233,7 @@ def _token_estimate(character: str) -> float:
 
 def _worked_examples() -> Iterator[Message]:
     for question, answer, rest in _EXAMPLES:
-        turns, part = _ask([{"role": "user", "content": question}], answer, _MARKED)
+        turns, part = _ask([{"role": "user", "content": question}], answer, marked=True)
         yield from turns
         yield {"role": "assistant", "content": part + rest}
 
@@ -240,8 +242,10 @@ HIDDEN: Final = (
     _BEGIN,
     _END,
     *(part.strip() for part in (_ASK_FIRST, _ASK_NEXT, _ASK_LAST)),
-    # Answers have the first words of these for reasons of their own.
-    *(ask[ask.index("answer") :].strip() for ask in (_PLAIN.first, _PLAIN.next)),
+    # Parts of the plain requests that few answers have for reasons of their own.
+    "answer with:",
+    'nswer with "',
+    "answer. Begin with:",
     *re.split(r"(?<=[.:]) ", _INSTRUCTIONS),
 )
 """The texts of the framing, which a reply must not repeat."""
