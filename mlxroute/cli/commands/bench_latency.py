@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlxroute.cli.flags import Examples, Plot, Save, Shots
+from mlxroute.cli.flags import Plot, Save, Shots
 from mlxroute.cli.folders import model_file_name, record_path, report_source
 from mlxroute.cli.terminal import show_status
 from mlxroute.config import Settings
@@ -50,15 +50,26 @@ def latency(
             help="JSON Lines file of questions. Default: 20 built-in prompts.", metavar="FILE"
         ),
     ] = None,
-    examples: Examples = None,
+    examples: Annotated[
+        Path | None,
+        typer.Option(help="JSON Lines file of worked examples, rows with a `cot`.", metavar="FILE"),
+    ] = None,
     shots: Shots = 4,
     prompts: Annotated[int, typer.Option(help="Number of answers.", min=1)] = 5,
     tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=2)] = 96,
     ratio: Annotated[
-        list[float] | None, typer.Option(help="Call time, in decode steps; repeatable.")
+        list[float] | None,
+        typer.Option(
+            help="Call time, in decode steps; repeatable. Default: 4, 12, 34 and 180.", metavar="X"
+        ),
     ] = None,
     rate: Annotated[
-        list[float] | None, typer.Option(help="Share of escalated positions; repeatable.")
+        list[float] | None,
+        typer.Option(
+            help="Share of escalated positions, such as 0.07; repeatable. Default: 0.03, 0.07 and"
+            " 0.15.",
+            metavar="X",
+        ),
     ] = None,
     delay: Annotated[
         DelayName, typer.Option(help="How the call time varies.")
