@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxroute.cli.folders import cache_dir_of, expand_optional
 from mlxroute.cli.terminal import WARNING_STYLE, print_note, redraw
-from mlxroute.config import Secret, Settings, read_key, user_catalog_dir
+from mlxroute.config import Secret, Settings, read_key, read_never_send, user_catalog_dir
 from mlxroute.config.settings import DEFAULT_KEY_ENV
 from mlxroute.errors import UsageError, WeightsError
 from mlxroute.ledger import Ledger
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mlxroute.large import LargeModel
     from mlxroute.large.http.address import Address
     from mlxroute.tokenizers.chat_tokenizer import ChatTokenizer
+    from mlxroute.types import Message
 
 
 def open_ledger(settings: Settings) -> Ledger:
@@ -34,10 +35,28 @@ def open_ledger(settings: Settings) -> Ledger:
 
 
 def require_large(settings: Settings, command: str) -> str:
-    """Return the server's address. Raises UsageError, for the command, if none is set."""
+    """Return the server's address. Raises UsageError, for the command, if none may be asked."""
+    if settings.offline:
+        raise UsageError(f"{command} asks a large model, but the settings say `offline`")
     if settings.large is None:
         raise UsageError(f"{command} needs the server of a large model; give --large URL")
     return settings.large
+
+
+def check_sendable(
+    settings: Settings, conversations: Mapping[str, Sequence[Message]], command: str
+) -> None:
+    """Raise UsageError, with its name, for a conversation that a never-send pattern matches."""
+    from mlxroute.engine.escalation.never_send import NeverSend
+
+    patterns = read_never_send(settings)
+    for name, conversation in conversations.items() if patterns else ():
+        texts = [str(message["content"]) for message in conversation]
+        if (number := NeverSend(patterns, texts).match("")) is not None:
+            raise UsageError(
+                f"{name} matches never-send pattern {number}, and {command} would send it;"
+                " leave it out"
+            )
 
 
 def make_large(settings: Settings, address: str, ledger: Ledger, err: Console) -> LargeModel:

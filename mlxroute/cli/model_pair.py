@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mlxroute.cli.folders import record_path, recorded_name
+from mlxroute.config import read_never_send
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,4 +41,4 @@ def open_replies(
     from mlxroute.recorded.replies import Replies
 
     record = record_path(settings, "replies", small.plain_name, recorded_name(large))
-    return Replies(large, record, at_once=at_once)
+    return Replies(large, record, at_once=at_once, never_send=read_never_send(settings))

@@ -1,4 +1,4 @@
-"""The worked examples that precede the questions of a file."""
+"""Questions of files as commands ask them: with worked examples before each."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxroute.cli.folders import find_bench_file
+from mlxroute.cli.large_setup import check_sendable
 
 if TYPE_CHECKING:
+    from mlxroute.config import Settings
     from mlxroute.questions.question_files import Question
 
 
@@ -19,3 +21,13 @@ def read_examples(file: Path | None, count: int, questions: list[Question]) -> l
     if file is None and (name := choose_examples_file(questions)) is not None:
         file = find_bench_file("questions", name)
     return read_worked_examples(file, count)
+
+
+def check_questions_sendable(
+    settings: Settings, questions: list[Question], examples: list[Question], command: str
+) -> None:
+    """Raise UsageError, with its name, for a question that a never-send pattern matches."""
+    from mlxroute.questions.question_files import question_messages
+
+    conversations = {item.name: question_messages(item, examples) for item in questions}
+    check_sendable(settings, conversations, command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from mlxroute.closeable import Closeable
+from mlxroute.engine.escalation.never_send import NeverSend
 from mlxroute.engine.protocols import NamedLargeProtocol, PendingCallProtocol
-from mlxroute.errors import LargeError, LargeNotContinued, LargeProtocolError
+from mlxroute.errors import LargeError, LargeNotContinued, LargeProtocolError, UsageError
 from mlxroute.recorded.row_file import append_records, read_records
 from mlxroute.types import LargeContext, LargeToken, Message, Uploads
 
@@ -63,11 +65,20 @@ class Replies(Closeable):
 
     The file `path` belongs to one pair of models, because the ids are those of the small model's
     vocabulary. It is read at once, and each new token is appended to it. At most `at_once` calls
-    are in flight, each for a different answer.
+    are in flight, each for a different answer. A text that a pattern of `never_send` matches is not
+    sent: the call raises UsageError.
     """
 
-    def __init__(self, large: RecordableLarge, path: Path, *, at_once: int = 1) -> None:
+    def __init__(
+        self,
+        large: RecordableLarge,
+        path: Path,
+        *,
+        at_once: int = 1,
+        never_send: Sequence[re.Pattern[str]] = (),
+    ) -> None:
         self._large = large
+        self._never_send = tuple(never_send)
         self._path = path
         self._lock = threading.Lock()
         self._call_slots = threading.Semaphore(at_once)
@@ -89,8 +100,9 @@ class Replies(Closeable):
     ) -> WholeAnswer:
         """Return the large model's own answer, asked for as a whole; it is not recorded.
 
-        Raises LargeError, and RecordingStopped.
+        Raises LargeError, UsageError and RecordingStopped.
         """
+        self._check_sendable(conversation, "")
         self._acquire_slot()
         try:
             return self._large.whole_chat(timeout_s=timeout_s).answer(
@@ -105,8 +117,9 @@ class Replies(Closeable):
         """Return the large model's logprobs of an answer, token by token; they are not recorded.
 
         `answered` is `prompt` with the answer. Raises LargeProtocolError if the server gives none,
-        other LargeErrors, and RecordingStopped.
+        other LargeErrors, UsageError and RecordingStopped.
         """
+        self._check_sendable(answered.messages, answered.text)
         logprobs: list[float] = []
         self._acquire_slot()
         try:
@@ -144,11 +157,19 @@ class Replies(Closeable):
     ) -> PendingCallProtocol:
         """Call the large model, after waiting for one of the `at_once` slots.
 
-        Give the slot back with `release_slot`. Raises RecordingStopped.
+        Give the slot back with `release_slot`. Raises UsageError and RecordingStopped.
         """
+        self._check_sendable(context.messages, context.text)
         self._acquire_slot()
         with self._lock:
             return self._large.begin(context, deadline_s=deadline_s, prefetch=prefetch)
+
+    def _check_sendable(self, conversation: Sequence[Message], text: str) -> None:
+        if not self._never_send:
+            return
+        texts = [str(message["content"]) for message in conversation]
+        if (number := NeverSend(self._never_send, texts).match(text)) is not None:
+            raise UsageError(f"an answer matches never-send pattern {number}, so it is not sent")
 
     def _acquire_slot(self) -> None:
         while not self._call_slots.acquire(timeout=_POLL_S):

@@ -35,15 +35,22 @@ def read_records(path: Path, parse: Callable[[Any], _T]) -> Iterator[_T]:
 
 
 def append_records(path: Path, items: Sequence[Any]) -> None:
-    """Append a row for each item. Raises UsageError if the file cannot be written."""
+    """Append a row for each item, in a file that only its owner can read.
+
+    Raises UsageError if the file cannot be written.
+    """
     data = b"".join(json.dumps(item).encode() + b"\n" for item in items)
     try:
         # In one write, so that rows of several processes do not mix.
-        with path.open("ab", buffering=0) as file:
+        with open(path, "ab", buffering=0, opener=_open_private) as file:
             while data:
                 data = data[file.write(data) :]
     except OSError as exc:
         raise _unwritable(path, exc) from exc
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _remove_incomplete_row(path: Path) -> None:

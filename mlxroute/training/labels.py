@@ -309,8 +309,12 @@ def _write(answer: LabelledAnswer, file: Path) -> None:
 def write_label_file(
     file: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, Any]
 ) -> None:
-    """Save the labels of an answer; an interruption leaves no incomplete file of this name."""
+    """Save the labels of an answer, readable by their owner only.
+
+    An interruption leaves no incomplete file of this name.
+    """
     partial = file.with_suffix(".partial.safetensors")
+    partial.touch(mode=0o600)
     mx.save_safetensors(str(partial), dict(arrays), {_METADATA_KEY: json.dumps(metadata)})
     partial.rename(file)
 

@@ -14,6 +14,7 @@ from mlxroute.cli.folders import model_file_name
 from mlxroute.errors import UsageError
 from mlxroute.small import SmallModel
 from tests.support.gguf_files import TinyModel, write_gguf
+from tests.support.loopback import Loopback, Reply
 
 
 @pytest.fixture
@@ -65,6 +66,35 @@ def test_options_of_bench_quality_that_do_not_fit_are_reported_before_a_model_is
     # Nothing listens there, which would be another error.
     quality = ["bench", "quality", "--large", "http://127.0.0.1:9/v1", "--data", str(data)]
     assert main([*quality, "--router", "entropy", "--budget", "5%", *given]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize("command", ["train", "adapt", "bench quality", "bench latency"])
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("MLXROUTE_OFFLINE", "true", "asks a large model, but the settings say `offline`"),
+        ("MLXROUTE_NEVER_SEND", "(?i)zebra", "matches never-send pattern 1"),
+    ],
+)
+def test_nothing_is_sent_that_the_settings_keep_here(
+    command: str,
+    variable: str,
+    value: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = tmp_path / "prompts.jsonl"
+    data.write_text('{"prompt": "Why?"}\n{"prompt": "When does Zebra ship?"}\n')
+    out = ["--out", str(tmp_path / "out")] if command == "adapt" else []
+    monkeypatch.setenv(variable, value)
+    with Loopback(lambda request: Reply()) as server:
+        arguments = ["--data", str(data), "--large", server.url, *out]
+        assert main([*command.split(), *arguments]) == 2
+        assert server.requests == []
     assert message in " ".join(capsys.readouterr().err.split())
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import stat
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +14,7 @@ from typing import cast
 
 import pytest
 
-from mlxroute.errors import LargeError, LargeNotContinued, LargeProtocolError
+from mlxroute.errors import LargeError, LargeNotContinued, LargeProtocolError, UsageError
 from mlxroute.recorded.large_answers import write_large_answers
 from mlxroute.recorded.replies import Replies
 from mlxroute.types import LargeContext, LargeToken, Uploads, Vocabulary
@@ -125,6 +127,23 @@ def test_no_more_calls_are_in_flight_than_allowed(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert (large.max_seen_in_flight, len(large.calls)) == (2, 6)
+
+
+def test_a_text_that_a_pattern_matches_is_not_sent(tmp_path: Path) -> None:
+    large = ScriptedLarge([(70,)])
+    replies = Replies(large, tmp_path / "r", never_send=[re.compile("zebra")])
+    in_answer = replace(context(1), text="It is a zebra")
+    in_prompt = replace(context(1), messages=({"role": "user", "content": "A zebra?"},))
+    for matching in (in_answer, in_prompt):
+        with pytest.raises(UsageError, match="matches never-send pattern 1"):
+            replies.new_view().begin(matching, deadline_s=9, prefetch=0)
+    assert large.contexts == []
+    assert ask(replies, 1)[0].token_ids == (70,)
+
+
+def test_only_the_owner_can_read_recorded_replies(tmp_path: Path) -> None:
+    ask(Replies(ScriptedLarge([(70,)]), tmp_path / "r"), 1)
+    assert stat.S_IMODE((tmp_path / "r").stat().st_mode) == 0o600
 
 
 def test_recorded_tokens_are_returned_as_far_as_they_follow_each_other(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_OK
 from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
 from mlxroute.cli.folders import data_name, expand_optional
 from mlxroute.cli.model_pair import load_paired_small, open_replies
-from mlxroute.cli.worked_examples import read_examples
+from mlxroute.cli.worked_examples import check_questions_sendable, read_examples
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
 
@@ -103,6 +103,7 @@ def adapt(
             ]
         ),
     )
+    check_questions_sendable(settings, run.questions, run.examples, "adapt")
     _, err = make_consoles()
     interrupted = _find_interrupted(out, run.command)
     if interrupted is not None:

@@ -82,7 +82,7 @@ def latency(
 ) -> int:
     """Compare the speed of all modes at set call times."""
     from mlxroute.cli.bench_report import check_plot_option, check_save_option, write_report
-    from mlxroute.cli.large_setup import require_large
+    from mlxroute.cli.large_setup import check_sendable, require_large
     from mlxroute.cli.terminal import make_consoles
     from mlxroute.questions.question_files import read_worked_examples
 
@@ -94,6 +94,8 @@ def latency(
     check_plot_option(plot)
     check_save_option(save)
     conversations = _read_conversations(data, prompts, read_worked_examples(examples, shots))
+    named = {f"prompt {number}": item for number, item in enumerate(conversations, start=1)}
+    check_sendable(settings, named, "bench latency")
     _, err = make_consoles()
     report = _measure(settings, address, conversations, grid, err)
     _print_latency(report, err)

@@ -20,7 +20,7 @@ from mlxroute.cli.folders import (
 )
 from mlxroute.cli.model_pair import load_paired_small, open_replies
 from mlxroute.cli.setting_options import parse_budget
-from mlxroute.cli.worked_examples import read_examples
+from mlxroute.cli.worked_examples import check_questions_sendable, read_examples
 from mlxroute.config import Settings
 from mlxroute.config.setting_choices import BenchRouterName
 from mlxroute.errors import UsageError
@@ -124,6 +124,7 @@ def quality(
         oracles=oracles,
     )
     check_unused_by_adapter(settings, run.questions)
+    check_questions_sendable(settings, run.questions, run.examples, "bench quality")
     _, err = make_consoles()
     settings = replace(settings, max_tokens=tokens)
     with make_large(settings, address, Ledger(), err) as large:

@@ -15,7 +15,7 @@ from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
 from mlxroute.cli.folders import cache_dir_of, data_name, expand_optional
 from mlxroute.cli.model_pair import load_paired_small, open_replies
 from mlxroute.cli.terminal import show_status
-from mlxroute.cli.worked_examples import read_examples
+from mlxroute.cli.worked_examples import check_questions_sendable, read_examples
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
 from mlxroute.routers import DEFAULT_BUDGET
@@ -73,6 +73,7 @@ def train(
         tokens=tokens,
         at_once=at_once,
     )
+    check_questions_sendable(settings, material.questions, material.examples, "train")
     _, err = make_consoles()
     with open_ledger(settings) as ledger, make_large(settings, address, ledger, err) as large:
         small_name, fitted = _fit(settings, large, material, err)
