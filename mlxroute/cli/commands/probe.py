@@ -63,7 +63,7 @@ def _print_verdict(out: Console, verdict: Verdict, *, name: str) -> None:
     length = verdict.context_length
     facts = {
         "model": name,
-        "protocol": f"{verdict.dialect}: rung {verdict.rung} of 5, {_RUNGS[verdict.rung]}",
+        "dialect": f"{verdict.dialect}: rung {verdict.rung} of 5, {_RUNGS[verdict.rung]}",
         "tokenizer": verdict.token_source or "unknown",
         "context": "unknown" if length is None else f"{length:,} tokens",
         "one token": f"p50 {verdict.latency_p50_s * 1e3:,.0f} ms,"
