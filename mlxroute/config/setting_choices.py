@@ -17,7 +17,7 @@ class RouterName(StrEnum):
 
 
 class BenchRouterName(StrEnum):
-    """Names of the routers of `bench quality`: those of `--router`, baselines and bursts."""
+    """Names of the routers of `bench quality`: those of `--router`, and three baselines."""
 
     ENTROPY = "entropy"
     MARGIN = "margin"
@@ -28,7 +28,6 @@ class BenchRouterName(StrEnum):
     POSITION = "position"
     FIRST = "first"
     SENTENCE = "sentence"
-    BURST = "burst"
 
 
 class KernelName(StrEnum):

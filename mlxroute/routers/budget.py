@@ -88,14 +88,14 @@ class Budget:
         index = math.floor(self.rank * len(self.ordered))
         return self.ordered[min(index, len(self.ordered) - 1)]
 
-    def decide(self, score: float, *, is_due: bool = False) -> tuple[Judgement, Budget]:
+    def decide(self, score: float) -> tuple[Judgement, Budget]:
         """Judge the next position by its score; return the judgement and the state after it.
 
-        NaN counts as the highest score. `is_due` escalates whatever the score, if there is room.
+        NaN counts as the highest score.
         """
         value, level = _rounded(score, self.resolution), min(BURST, self.bucket + self.rate)
         judgement = Judgement.KEEP
-        if is_due or ((threshold := self.threshold) != math.inf and value > threshold):
+        if (threshold := self.threshold) != math.inf and value > threshold:
             has_room = level >= _ONE_ESCALATION
             judgement = Judgement.ESCALATE if has_room else Judgement.OVER_BUDGET
         escalates = judgement is Judgement.ESCALATE

@@ -563,15 +563,3 @@ def test_bench_quality_needs_a_server(tmp_path: Path, capsys: pytest.CaptureFixt
     file.write_text('{"prompt": "Why?", "answer": "so"}\n')
     assert main(["bench", "quality", "--data", str(file)]) == 2
     assert "--large URL" in capsys.readouterr().err
-
-
-def test_a_burst_stays_within_the_budget_and_repeats(
-    small: SmallModel, questions: list[Question], tmp_path: Path
-) -> None:
-    first, large = run(small, questions, tmp_path / "r.jsonl", routers=("burst",))
-    side = first["sides"]["burst 10%"]
-    assert 0 < side["calls"] <= 0.1 * side["tokens"] + BURST
-    kept = (tmp_path / "r.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "r.jsonl").write_text("".join(kept[:-4]))
-    again, _ = run(small, questions, tmp_path / "r.jsonl", routers=("burst",), large=large)
-    assert again["sides"]["burst 10%"] == side

@@ -15,7 +15,6 @@ from rich.console import Console
 
 from mlxroute.bench.quality.agreement import compare_agreement, token_f1
 from mlxroute.bench.quality.baselines import POSITION_ROUTERS, BaselineRouter, starts_sentence
-from mlxroute.bench.quality.bursts import BURST_ROUTER, BurstRouter
 from mlxroute.bench.quality.comparisons import compare_sides, pair_with_best_baseline
 from mlxroute.bench.quality.graded_answers import QualityRow
 from mlxroute.bench.quality.side_figures import side_figures
@@ -74,7 +73,6 @@ def test_every_router_can_be_measured() -> None:
     assert {name.value for name in BenchRouterName} == {
         *(name.value for name in RouterName),
         *POSITION_ROUTERS,
-        BURST_ROUTER,
     }
 
 
@@ -102,38 +100,6 @@ def test_sentence_escalates_the_first_token_of_every_sentence() -> None:
     places = _escalated_places("sentence", 0.5, ["Yes. It is 3.5 m. (So!) Why?\nOh"] * 3)
     # A character is a token: a space before a word is a token of its own here.
     assert places[-1] == [0, 5, 18, 24, 29]
-
-
-@pytest.mark.parametrize(
-    ("small", "large", "budget", "places"),
-    [
-        ("Aaaaaaaaa", "Aaaaaaaaa", 0.5, [0]),
-        ("Aaaaaaaaa", "Xaaaaaaaa", 0.5, [0, 1, 2]),
-        ("Aaaaaaaaa", "Xaxaaaaaa", 0.5, [0, 1, 2, 3, 4]),
-        ("AaaaaaaaaA", "XxxxxxxxxX", 0.01, [0, 1, 2, 3]),
-        ("aaaaaaaaaa", "xxxxxxxxxx", 0.5, []),
-    ],
-)
-def test_a_burst_goes_on_until_the_models_agree_twice(
-    small: str, large: str, budget: float, places: list[int]
-) -> None:
-    router = BurstRouter(budget, [0.0] * 90 + [1.0] * 10)
-    row = _TextRow()
-    router.begin_answer(cast("AnswerRow", row))
-    scores, escalated = [], []
-    for place, (own, other) in enumerate(zip(small, large, strict=True)):
-        entropy = 3.0 if own == "A" else 0.0
-        scores.append(router.score(signals(ord(own), entropy), router.state.positions))
-        judgement, router.state = router.state.decide(scores[-1])
-        escalates = judgement is Judgement.ESCALATE
-        escalated += [place] if escalates else []
-        row.answer_ids.append(ord(other if escalates else own))
-    assert escalated == places
-    # The scores alone give the same state.
-    again = BurstRouter(budget, [0.0] * 90 + [1.0] * 10)
-    for score in scores:
-        _, again.state = again.state.decide(score)
-    assert again.state == router.state
 
 
 @pytest.mark.parametrize(

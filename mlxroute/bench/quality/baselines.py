@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from mlxroute.bench.quality.bursts import BURST_ROUTER, BurstRouter
 from mlxroute.routers import Budget
 from mlxroute.routers.router import Router, make_router
 from mlxroute.serving.concurrent_answers import AnswerRow
@@ -74,15 +73,13 @@ class BaselineRouter:
         )
 
 
-QualityRouter = Router | BaselineRouter | BurstRouter
+QualityRouter = Router | BaselineRouter
 
 
 def make_quality_router(name: str, budget: float, quantiles: tuple[float, ...]) -> QualityRouter:
     """Return a router within a budget; `quantiles` are those of a calibration, if it has one."""
     if name in POSITION_ROUTERS:
         return BaselineRouter(name, budget)
-    if name == BURST_ROUTER:
-        return BurstRouter(budget, quantiles)
     return make_router(name, budget=budget, quantiles=quantiles)
 
 

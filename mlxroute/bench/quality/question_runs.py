@@ -18,7 +18,6 @@ from mlxroute.bench.quality.baselines import (
     QualityRouter,
     make_quality_router,
 )
-from mlxroute.bench.quality.bursts import BURST_ROUTER, SCORE, BurstRouter, BurstState
 from mlxroute.bench.quality.comparisons import compare_sides, pair_with_best_baseline
 from mlxroute.bench.quality.graded_answers import QualityResults, QualityRow
 from mlxroute.bench.quality.large_logprobs import SideScores, score_sides
@@ -168,8 +167,7 @@ class _QualityBench:
         """Return a side's router in its state before the first question."""
         if side.router is None:
             return make_router("entropy", threshold=-math.inf if side.is_large else math.inf)
-        name = SCORE if side.router == BURST_ROUTER else side.router
-        return make_quality_router(side.router, side.budget, self.ranks[name])
+        return make_quality_router(side.router, side.budget, self.ranks[side.router])
 
     def new_task(self, side: QualitySide, question: Question, router: QualityRouter) -> _Task:
         """Return the task of answering a question with the router in its present state."""
@@ -227,7 +225,7 @@ class _QualityBench:
         if side.is_large and self.replies.is_approximate:
             return self._ask_whole_answer(task)
         large = self.replies.new_view(alone=side.is_large)
-        if isinstance(task.router, BaselineRouter | BurstRouter):
+        if isinstance(task.router, BaselineRouter):
             task.router.begin_answer(row)
         answer = generate(
             PlaceholderSmall(self.small) if side.is_large else row,
@@ -294,8 +292,6 @@ class _QualityBench:
 def _budget_text(router: QualityRouter) -> str:
     """Return a budget's state as text; the keys of saved answers depend on its exact form."""
     state = router.state
-    if isinstance(state, BurstState):
-        state = state.budget
     assert isinstance(state, Budget)
     return (
         f"Budget(rate={state.rate!r}, resolution={state.resolution!r}, rank={state.rank!r},"
