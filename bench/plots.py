@@ -19,6 +19,10 @@ from mlxroute.bench.plot import draw_latency, draw_quality
 
 ROOT = Path(__file__).parent.parent
 PLOTS: dict[str, tuple[str, Callable[[Mapping[str, Any], Path], None]]] = {
+    "accuracy-csqa-examples.svg": (
+        "quality-qwen2.5-coder-0.5b-csqa-test-examples.json",
+        draw_quality,
+    ),
     "accuracy-csqa.svg": ("quality-qwen2.5-coder-0.5b-csqa-test.json", draw_quality),
     "accuracy-csqa-oracles.svg": (
         "quality-qwen2.5-coder-0.5b-csqa-test-oracles.json",

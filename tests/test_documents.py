@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -219,3 +220,10 @@ def test_the_page_of_saved_answers_names_every_decision() -> None:
     page = _text(_ROOT / "docs" / "answers.md")
     _, *named = re.findall(r"^\| `([a-z ]+)` \|", page, re.MULTILINE)
     assert named == [decision.value for decision in document.TokenDecision]
+
+
+def test_the_accuracy_tables_are_those_of_the_reports() -> None:
+    script = runpy.run_path(str(_ROOT / "bench" / "quality_tables.py"))
+    text = _text(_ROOT / "docs" / "benchmarks.md")
+    assert "<!-- table: " in text
+    assert script["write_tables"](text) == text

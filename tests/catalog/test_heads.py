@@ -21,7 +21,7 @@ from mlxroute.routers import Budget, Threshold
 from mlxroute.small.mlp_head import SIGNAL_COUNT, MlpHead
 from tests.support.tiny import make_tiny_model
 
-_SHIPPED = sorted((shipped_dir() / "heads").glob("*.safetensors"))
+_SHIPPED = sorted((shipped_dir() / "heads").rglob("*.safetensors"))
 _SHARED = Path(__file__).parents[3] / "shared" / "data" / "csqa"
 
 
@@ -43,7 +43,7 @@ def test_the_users_head_takes_precedence_over_the_shipped_one(tmp_path: Path) ->
     assert find_head_file("unknown-model", tmp_path) is None
 
 
-@pytest.mark.parametrize("file", _SHIPPED, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", _SHIPPED, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_a_shipped_head_is_small_and_names_its_origin(file: Path) -> None:
     head, about = head_of(file)
     report = json.loads(about["report"])
@@ -57,7 +57,7 @@ def test_a_shipped_head_is_small_and_names_its_origin(file: Path) -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("file", _SHIPPED, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", _SHIPPED, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_no_test_question_was_trained_on(file: Path) -> None:
     head, _ = head_of(file)
     tested = {question.fingerprint for question in read_questions(_SHARED / "test.jsonl")}
