@@ -38,6 +38,15 @@ class MalformedText(ValueError):
     """Raised for what is no text, JSON or TOML where it should be; the message is the reason."""
 
 
+def _read_at_most(stream: BinaryIO, size: int) -> bytes:
+    """Return the rest of a stream, at most `size` bytes, without memory for all of these first."""
+    parts: list[bytes] = []
+    while size and (part := stream.read(min(size, _CHUNK_BYTES))):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
 @dataclass(frozen=True, slots=True)
 class TextFile:
     """A text file from outside, and the errors for one that cannot be used.
@@ -59,7 +68,7 @@ class TextFile:
     def read(self) -> str:
         """Return the text of the file, without a byte order mark. Raises `error`."""
         with self._open() as stream, self._read_errors():
-            data = stream.read(self.max_bytes + 1)
+            data = _read_at_most(stream, self.max_bytes + 1)
         if len(data) > self.max_bytes:
             raise self._too_large(self.max_bytes)
         return self._decode(data)

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -249,6 +250,19 @@ def test_a_text_in_another_encoding_is_refused_with_advice(tmp_path: Path) -> No
         path.write_text("\ufeffseed = 3\n" if encoding == "utf-16-be" else "seed = 3\n", encoding)
         with pytest.raises(ConfigError, match="it is UTF-16 text; save it as UTF-8"):
             load_settings({}, environ={}, path=path)
+
+
+def test_a_small_file_takes_little_memory_however_large_it_may_be(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.write_text("x" * 3_000_000)
+    tracemalloc.start()
+    try:
+        text = TextFile(file, "the file", max_bytes=2**30).read()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(text) == 3_000_000
+    assert peak < 20_000_000
 
 
 def test_a_pipe_is_read_to_its_end(tmp_path: Path) -> None:
