@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from typing import Final, Self
 
+from mlxroute.closeable import Closeable
 from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.connections import Auth, HttpSessionPool
 
 _TIMEOUT_S: Final = 1800.0
 
 
-class LoopbackProxy(ABC):
+class LoopbackProxy(Closeable):
     """A loopback server whose replies a subclass makes, from those of `upstream` or its own.
 
     Args:
@@ -44,12 +44,8 @@ class LoopbackProxy(ABC):
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End the server and its connections."""
         self._server.shutdown()
         self._server.server_close()
         self._sessions.close()
