@@ -26,12 +26,13 @@ def choose_examples_file(questions: Sequence[Question]) -> str | None:
 
 def describe_form(questions: Sequence[Question], examples: Sequence[Question]) -> str:
     """Return in words how the questions are asked."""
-    if examples:
-        return (
-            f"{len(examples)} worked examples as earlier turns, such as:"
-            f" {examples[0].worked_answer}"
-        )
     instructions = dict.fromkeys(question.instruction for question in questions)
-    return " / ".join(
+    form = " / ".join(
         f"instruction: {text}" if text else "the prompt alone" for text in instructions
     )
+    if examples:
+        form += (
+            f"; after {len(examples)} worked examples as earlier turns, such as:"
+            f" {examples[0].worked_answer}"
+        )
+    return form

@@ -143,10 +143,12 @@ def read_worked_examples(path: Path | None, count: int) -> list[Question]:
 def question_messages(question: Question, examples: Sequence[Question] = ()) -> list[Message]:
     """Return the chat messages that ask a question.
 
-    Worked examples become earlier turns and show the form of an answer. Without any, the
-    question's instruction follows its prompt.
+    Worked examples become earlier turns, after the question's instruction as system message.
+    Without any, the instruction follows the prompt.
     """
     messages: list[Message] = []
+    if question.instruction and examples:
+        messages.append({"role": "system", "content": question.instruction})
     for example in examples:
         messages.append({"role": "user", "content": example.prompt})
         messages.append({"role": "assistant", "content": example.worked_answer or ""})

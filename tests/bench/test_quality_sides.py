@@ -326,7 +326,7 @@ def test_the_form_is_described() -> None:
     number = Question("n", "?", AnswerKind.NUMBER, "3", instruction="Solve.")
     example = replace(number, worked_answer="So \\boxed{3}.")
     assert describe_form([number], [example]) == (
-        "1 worked examples as earlier turns, such as: So \\boxed{3}."
+        "instruction: Solve.; after 1 worked examples as earlier turns, such as: So \\boxed{3}."
     )
     assert describe_form([number, number], []) == "instruction: Solve."
     assert describe_form([Question("t", "?")], []) == "the prompt alone"

@@ -74,8 +74,10 @@ def test_worked_examples_become_earlier_turns() -> None:
     examples = read_worked_examples(find_bench_file("questions", "choice_examples.jsonl"), 2)
     question = read_questions(find_bench_file("questions", "everyday.jsonl"))[0]
     messages = question_messages(question, examples)
-    assert [message["role"] for message in messages] == ["user", "assistant"] * 2 + ["user"]
-    assert messages[1]["content"] == examples[0].worked_answer
+    roles = [message["role"] for message in messages]
+    assert roles == ["system"] + ["user", "assistant"] * 2 + ["user"]
+    assert messages[0]["content"] == question.instruction
+    assert messages[2]["content"] == examples[0].worked_answer
     assert messages[-1]["content"] == question.prompt
 
 
