@@ -1,6 +1,7 @@
 """Adapting a small model to a large one: LoRA weights trained on the large model's answers.
 
-One answer in five is held out. After every half epoch, the loss of the held-out answers and the
+Answers that their question's own answer proves wrong are not learned. One question in five is held
+out. After every half epoch, the loss of the held-out answers and the
 small model's own accuracy on their questions decide whether the weights are kept and the training
 goes on. Then follow on-policy rounds: the small model answers with the best weights, and learns
 what the large one would write at each position of these answers too.
@@ -26,6 +27,7 @@ from mlxroute.backend.adapter_folder import (
     read_adapter_config,
 )
 from mlxroute.errors import UsageError
+from mlxroute.questions.grading import grade
 from mlxroute.replace_file import replace_file
 from mlxroute.small import SmallModel
 from mlxroute.training.batch_size import choose_batch_size
@@ -63,7 +65,7 @@ from mlxroute.types import Progress, no_progress
 BATCH_SIZE: Final = 8
 MIN_ANSWERS: Final = 10
 _HELD_OUT_STRIDE: Final = 5
-_MAX_HELD_OUT: Final = 48
+_MAX_HELD_OUT: Final = 100
 _JUDGED_PER_EPOCH: Final = 2
 # Training ends when the held-out loss did not fall so many times in a row.
 _PATIENCE: Final = 2
@@ -73,11 +75,13 @@ _MAX_STANDARD_ERRORS: Final = 2
 
 
 def split_answers(
-    answers: Sequence[WorkedAnswer],
+    small: SmallModel, answers: Sequence[WorkedAnswer]
 ) -> tuple[list[WorkedAnswer], list[WorkedAnswer]]:
     """Return the answers to train on and those that are held out.
 
-    A prompt that occurs twice is used once. Raises UsageError for fewer than ten answers.
+    A prompt that occurs twice is used once. Answers that are wrong by their question's own answer
+    are not trained on. Raises UsageError for fewer than ten questions, and for fewer than ten
+    answers to train on.
     """
     unique = {item.question.fingerprint: item for item in answers if item.answer.token_ids}
     items = list(unique.values())
@@ -88,7 +92,20 @@ def split_answers(
         )
     held_out = items[::_HELD_OUT_STRIDE][:_MAX_HELD_OUT]
     names = {item.question.fingerprint for item in held_out}
-    return [item for item in items if item.question.fingerprint not in names], held_out
+    others = [item for item in items if item.question.fingerprint not in names]
+    trained = [item for item in others if not _is_wrong(small, item)]
+    if len(trained) < min(MIN_ANSWERS, len(others)):
+        raise UsageError(
+            f"only {len(trained)} of the large model's {len(others)} answers to train on are right;"
+            f" at least {MIN_ANSWERS} are needed, so give more questions"
+        )
+    return trained, held_out
+
+
+def _is_wrong(small: SmallModel, item: WorkedAnswer) -> bool:
+    if item.question.answer is None:
+        return False
+    return grade(item.question, decode_answer(small, item.answer.token_ids)).lenient is not True
 
 
 def adapt_to_answers(
@@ -150,7 +167,9 @@ class _Training:
             )
             for item in held_out
         ]
-        self._examples = make_examples(small, [*trained, *held_out])
+        # The loss of wrong answers should not fall. If all are wrong, there is no other measure.
+        judged = [item for item in held_out if not _is_wrong(small, item)] or held_out
+        self._examples = make_examples(small, [*trained, *judged])
         self._prefix_ids: tuple[int, ...] = ()
         if can_share_prefix(small.model):
             self._prefix_ids = find_common_prefix(self._examples)
@@ -267,6 +286,7 @@ class _Training:
         stream = shuffled_batches(section.trained, skip=begin)
         counter = itertools.count(begin)
         self._progress(label, next(counter), total)
+        self._tuning.schedule(total // accumulate, done=begin // accumulate)
         for done in range(begin + steps, total + 1, steps):
             with tempfile.TemporaryDirectory() as scratch:
                 self._tuning.train(

@@ -26,6 +26,8 @@ from mlxroute.training.tuning_examples import Batch
 
 # Larger gradients, which single batches give, make the training diverge.
 _MAX_GRADIENT_NORM: Final = 1.0
+# Adam's first steps are as long as all others, in directions that few batches decided.
+_WARM_UP_UPDATES: Final = 10
 _LORA_WEIGHTS: Final = ("lora_a", "lora_b")
 _NEVER: Final = 10**9
 
@@ -63,7 +65,7 @@ class LoraTuning:
     Args:
         model: The `mlx_lm` model. It gets LoRA weights, unless it was loaded with some.
         shape: Their size. None for a model that has LoRA weights.
-        learning_rate: Step size of the optimiser (Adam; Kingma and Ba, 2014).
+        learning_rate: Highest step size of the optimiser (Adam; Kingma and Ba, 2014).
         prefix_ids: Tokens that precede those of all batches; they are read once for each batch.
             Empty by default. It must be empty for a model where `can_share_prefix` is false.
     """
@@ -79,6 +81,7 @@ class LoraTuning:
         self._model = model
         self._prefix_ids = tuple(prefix_ids)
         self._rows = ChosenRows(model)
+        self._learning_rate = learning_rate
         self._optimizer = _ClippedAdam(learning_rate=learning_rate)
         model.freeze()
         if shape is None:
@@ -91,6 +94,18 @@ class LoraTuning:
         if not tree_flatten(model.trainable_parameters()):
             raise UsageError("the model has no weights that LoRA can adapt")
         mx.eval(model.parameters())
+
+    def schedule(self, updates: int, *, done: int = 0) -> None:
+        """Begin a training of a number of updates, of which the first `done` were made before.
+
+        The step size rises to the learning rate in 10 updates, or in a tenth of all if they are
+        fewer than 100, and then falls to 0, both linearly. Adam's averages start anew.
+        """
+        rate, warm_up = self._learning_rate, max(1, min(_WARM_UP_UPDATES, updates // 10))
+        rise = optim.linear_schedule(rate / warm_up, rate, max(1, warm_up - 1))
+        fall = optim.linear_schedule(rate, 0.0, max(1, updates - warm_up))
+        self._optimizer = _ClippedAdam(optim.join_schedules([rise, fall], [warm_up]))
+        self._optimizer.state["step"] = mx.array(done, mx.uint64)
 
     def train(
         self,

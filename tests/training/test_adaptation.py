@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -85,7 +86,7 @@ def adapt(
         if label.startswith("training steps"):
             on_step(done)
 
-    trained, held_out = split_answers(answers or worked_answers(small, 24))
+    trained, held_out = split_answers(small, answers or worked_answers(small, 24))
     shape = LoraShape(rank=4, layers=2)
     options = TuningOptions(
         shape, _RATE, epochs, max_tokens=8, rounds=rounds, start=start, interrupted=interrupted
@@ -180,14 +181,51 @@ def test_one_answer_in_five_is_held_out_and_repeated_prompts_are_used_once(
     small: SmallModel,
 ) -> None:
     answers = worked_answers(small, 20)
-    trained, held_out = split_answers([*answers, *answers])
+    trained, held_out = split_answers(small, [*answers, *answers])
     assert (len(trained), len(held_out)) == (16, 4)
     assert not {a.question.prompt for a in trained} & {a.question.prompt for a in held_out}
     with pytest.raises(UsageError, match="at least 10 different questions, not 9"):
-        split_answers([*answers[:9], *answers[:9]])
+        split_answers(small, [*answers[:9], *answers[:9]])
+
+
+def test_answers_that_the_question_proves_wrong_are_not_trained_on(small: SmallModel) -> None:
+    answers = worked_answers(small, 25)
+    wrong = [
+        replace(item, question=replace(item.question, answer="quick fox"))
+        for item in answers[1::5] + answers[:1]
+    ]
+    others = [item for number, item in enumerate(answers) if number % 5 != 1 and number]
+    trained, held_out = split_answers(small, [*wrong, *others])
+    assert (len(trained), len(held_out)) == (16, 5)
+    assert {item.question.answer for item in trained} == {"lazy dog"}
+    # What is right is not known: all are trained on.
+    unknown = [replace(item, question=replace(item.question, answer=None)) for item in wrong]
+    assert len(split_answers(small, [*unknown, *others])[0]) == 20
+    with pytest.raises(UsageError, match="only 6 of the large model's 10 answers .* are right"):
+        split_answers(small, [*wrong, *others[:7]])
 
 
 # Training
+
+
+def test_the_learning_rate_rises_and_falls(small: SmallModel) -> None:
+    tuning = LoraTuning(small.model, LoraShape(rank=2, layers=1), learning_rate=1.0)
+
+    def rates(updates: int, done: int) -> list[float]:
+        tuning.schedule(updates, done=done)
+        optimizer, rates = tuning._optimizer, []
+        for _ in range(done, updates):
+            optimizer.apply_gradients({"w": mx.zeros(1)}, {"w": mx.zeros(1)})
+            rates.append(optimizer.learning_rate.item())
+        return rates
+
+    whole = rates(40, 0)
+    assert whole[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert whole[4:] == sorted(whole[4:], reverse=True)
+    assert 0 < whole[-1] < 0.05
+    assert rates(40, 15) == pytest.approx(whole[15:])
+    assert rates(1, 0) == [1.0]
+    assert max(rates(500, 0)[:9]) < max(rates(500, 0)[:10]) == 1.0
 
 
 def test_the_held_out_loss_falls_and_the_adapter_gives_it_again(
@@ -216,7 +254,7 @@ def test_the_held_out_loss_falls_and_the_adapter_gives_it_again(
 
     model, tokenizer = load(path, adapter=tmp_path / "a")
     adapted = SmallModel(model, tokenizer, name="adapted")
-    _, held_out = split_answers(worked_answers(adapted, 24))
+    _, held_out = split_answers(adapted, worked_answers(adapted, 24))
     batches = make_batches(make_examples(adapted, held_out), 8)
     tuning = LoraTuning(model, None, learning_rate=_RATE)
     assert tuning.mean_loss(batches) == pytest.approx(best.loss, rel=0.02, abs=1e-3)
@@ -387,7 +425,7 @@ def test_a_divergence_keeps_the_best_weights(
     small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rate = 1e30
-    trained, held_out = split_answers(worked_answers(small, 24))
+    trained, held_out = split_answers(small, worked_answers(small, 24))
     options = TuningOptions(LoraShape(rank=2, layers=2), rate, 4, max_tokens=4)
     with pytest.raises(UsageError, match="the training diverged"):
         adapt_to_answers(small, trained, held_out, options, folder=tmp_path / "a", provenance={})

@@ -68,8 +68,8 @@ def adapt(
     ] = 0,
     rank: Annotated[int, typer.Option(help="Rank of the LoRA weights.", min=1, max=256)] = 16,
     learning_rate: Annotated[
-        float, typer.Option(help="Step size of the optimiser.", metavar="X")
-    ] = 2e-5,
+        float, typer.Option(help="Highest step size of the optimiser.", metavar="X")
+    ] = 1e-5,
 ) -> int:
     """Tune the small model (LoRA) to the large model's answers.
 
@@ -213,7 +213,7 @@ class _AdaptRun:
         ):
             answers = self._record(small, replies, counts)
             self._warn_of_cut_off(small, answers, err)
-            trained, held_out = split_answers(answers)
+            trained, held_out = split_answers(small, answers)
             return adapt_to_answers(
                 small,
                 trained,
