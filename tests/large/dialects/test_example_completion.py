@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -187,6 +188,23 @@ def test_logprobs_that_do_not_spell_the_text_are_not_read() -> None:
     assert completion.positions[0].token.logprob is None
 
 
+def test_white_space_before_the_first_word_may_be_in_the_text_or_in_the_tokens_alone() -> None:
+    for text, first in (("The sky is blue", " The"), ("\n\nThe sky is blue", "The")):
+        answer = text.removesuffix(" is blue")
+        completion = read(answer, text, tokens=[first, " sky", " is", " blue"])
+        assert pieces(completion) == [b" is", b" blue"]
+        assert completion.positions[0].token.logprob == -0.5
+    assert pieces(read("", "The sky", tokens=[" The", " sky"])) == [b"The", b" sky"]
+
+
+def test_tokens_of_invalid_bytes_are_not_read() -> None:
+    damaged = reply("The sky is blue", tokens=["?", "The", " sky", " is", " blue"])
+    damaged["choices"][0]["logprobs"]["content"][0]["bytes"] = [255, 254]
+    completion = DIALECT.completion(damaged, prompt("The sky"))
+    assert pieces(completion) == [b" is"]
+    assert completion.positions[0].token.logprob is None
+
+
 def test_a_character_that_the_reply_cuts_in_two_is_read_by_its_bytes() -> None:
     answer, whole = "Shops: ☕", "Shops: ☕ 🌞"
     content = [
@@ -283,6 +301,15 @@ def test_an_answer_ends_only_where_it_can() -> None:
     assert completion.ends
 
 
+@pytest.mark.parametrize("finish", ["stop", "tool_calls", "content_filter", None])
+@pytest.mark.parametrize("content", ["", None, []])
+@pytest.mark.parametrize("answer", ["", SKY, "It is blue."])
+def test_an_empty_reply_does_not_end_the_answer(answer: str, content: Any, finish: Any) -> None:
+    empty = reply(content, finish=finish) | {"usage": {"completion_tokens": 1}}
+    with pytest.raises(LargeNotContinued, match="empty"):
+        DIALECT.completion(empty, prompt(answer))
+
+
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
@@ -307,6 +334,13 @@ def test_an_answer_that_has_not_begun_is_the_model_s_own() -> None:
 
 
 # Any answer and any reply
+
+
+@pytest.mark.parametrize("unit", ["<|", "<[", ". ", "[INST", "\n"])
+def test_a_reply_of_the_greatest_size_is_read_in_time(unit: str) -> None:
+    began_s = time.process_time()
+    read(SKY, SKY + unit * (1_000_000 // len(unit)) + " x")
+    assert time.process_time() - began_s < 5
 
 
 @given(st.text(max_size=300), st.text(max_size=40))

@@ -80,6 +80,10 @@ def test_text_that_the_user_brought_may_be_gone_on_after() -> None:
     assert find_leak("In HTML, write ", "<b>bold</b> or <s", HIDDEN) is None
 
 
+def test_words_that_the_instructions_share_with_many_answers_are_no_leak() -> None:
+    assert find_leak("They speak the", " same language, and", HIDDEN) is None
+
+
 @given(st.text(max_size=60), st.text(max_size=60))
 def test_a_leak_is_found_inside_the_new_text(answer: str, new: str) -> None:
     leak = find_leak(answer, new, HIDDEN)

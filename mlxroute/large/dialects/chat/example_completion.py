@@ -67,6 +67,8 @@ class ExampleCompletion(FieldedDialect):
         if size is None:
             raise LargeNotContinued("the reply does not go on from the end of the answer so far")
         ended, rest = choice.get("finish_reason") == "stop", text[size:]
+        if not text and choice.get("finish_reason") != "length":
+            raise LargeNotContinued("the reply is empty")
         if ended and answer and not rest and not (answer.endswith(text) and may_end(answer)):
             raise LargeNotContinued("the reply ends where the answer so far cannot end")
         positions = drop_bytes(read_pieces(choice, text), len(text[:size].encode()))

@@ -246,7 +246,7 @@ HIDDEN: Final = (
     "answer with:",
     'nswer with "',
     "answer. Begin with:",
-    *re.split(r"(?<=[.:]) ", _INSTRUCTIONS),
+    *re.split(r"(?<=\.) ", _INSTRUCTIONS),
 )
 """The texts of the framing, which a reply must not repeat."""
 _BEGINNING: Final = tuple(

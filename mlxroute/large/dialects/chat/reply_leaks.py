@@ -10,7 +10,7 @@ from mlxroute.tokenizers.control_tokens import control_tokens
 
 _CONTROL_TOKENS: Final = control_tokens(frozenset(), any_form=True, in_answer=True)
 # The beginning of a control token that the end of a reply cuts off.
-_CUT_OFF: Final = re.compile(r"<[|｜]\S*\Z")
+_CUT_OFF: Final = re.compile(r"<[|｜]\S{0,80}\Z")
 # A hidden text is recognised by this many characters.
 _RECOGNISED: Final = 12
 # Longer than the name of a control token.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from mlxroute.large.reply import ReplyPosition, ReplyToken
 _WORD: Final = re.compile(r" ?[^\W\d_\u2e80-\U0010ffff]+| ?\d+|\s+|.", re.DOTALL)
 
 _REPLACEMENT: Final = "\ufffd"
+# Far more words than a request asks for: what follows in a longer reply is not read.
+_MAX_WORDS: Final = 4096
 
 
 def read_pieces(choice: Mapping[str, object], text: str) -> list[ReplyPosition]:
@@ -25,11 +28,12 @@ def read_pieces(choice: Mapping[str, object], text: str) -> list[ReplyPosition]:
     word is left out where the reply was cut off, as it may go on.
     """
     tokens = _tokens(choice)
-    spelled = b"".join(map(piece_bytes, tokens)).decode(errors="ignore")
+    spelled = _spelled(tokens)
     # A reply that was cut inside a character ends in the replacement character.
-    if spelled.strip() == text.rstrip(_REPLACEMENT).strip():
-        return tokens
-    words = [ReplyPosition(ReplyToken(text=match[0])) for match in _WORD.finditer(text)]
+    if spelled is not None and spelled.strip() == text.rstrip(_REPLACEMENT).strip():
+        return _with_indentation(tokens, spelled, text)
+    matches = itertools.islice(_WORD.finditer(text), _MAX_WORDS)
+    words = [ReplyPosition(ReplyToken(text=match[0])) for match in matches]
     return words if choice.get("finish_reason") == "stop" else words[:-1]
 
 
@@ -68,6 +72,27 @@ def _tokens(choice: Mapping[str, object]) -> list[ReplyPosition]:
     positions = [parse_chat_position(item) for item in content]
     # Some servers list the end of the answer too, as a token without text.
     return [position for position in positions if piece_bytes(position)]
+
+
+def _spelled(tokens: Sequence[ReplyPosition]) -> str | None:
+    """Return the text of tokens, without a character that the last one begins; None if invalid."""
+    try:
+        return codecs.getincrementaldecoder("utf-8")().decode(b"".join(map(piece_bytes, tokens)))
+    except UnicodeDecodeError:
+        return None
+
+
+def _with_indentation(tokens: list[ReplyPosition], spelled: str, text: str) -> list[ReplyPosition]:
+    """Return the tokens with the white space at the beginning of `text` in place of their own.
+
+    Some servers remove the space before the first word from the text, but not from its token.
+    """
+    lengths = [len(written) - len(written.lstrip()) for written in (spelled, text)]
+    own, other = spelled[: lengths[0]], text[: lengths[1]]
+    if own == other or not text.strip():
+        return tokens
+    first = [ReplyPosition(ReplyToken(text=other))] if other else []
+    return [*first, *drop_bytes(tokens, len(own.encode()))]
 
 
 def _token_of(data: bytes, token: ReplyToken) -> ReplyToken:
