@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 # Calls per escalated position in mode `auto` where calls cost money.
 _PRICED_CALL_CEILING = 1.5
-# The same in every mode where each call sends the worked examples too.
+# The same in every mode where the reply to each call repeats the end of the answer.
 _FRAMED_CALL_CEILING = 1.0
 _MAX_NAMES = 3
 _OFFLINE = "--offline: the small model answers alone"
