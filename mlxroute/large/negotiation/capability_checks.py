@@ -237,7 +237,7 @@ class CapabilityChecker:
     def _check_logprobs(self) -> CapabilityCheck:
         """Check that logprobs are given and are those of a greedy choice."""
         name = "logprobs"
-        position = self._ask(self._prompt(probe_questions.COUNTING), 1).positions[0]
+        position = self._first_position(self._prompt(probe_questions.COUNTING))
         logprob, top = position.token.logprob, [token.logprob or 0.0 for token in position.top]
         if logprob is None or not top:
             return CapabilityCheck(name, False, "there are none")
@@ -313,6 +313,15 @@ class CapabilityChecker:
             if (text and REPLACEMENT not in text) or answer.positions[-1].ends:
                 return text
         return ""
+
+    def _first_position(self, prompt: Prompt) -> ReplyPosition:
+        """Return the next position, of the fewest tokens of which the first has a text."""
+        for count in range(1, _MAX_TOKENS_PER_CHARACTER + 1):
+            position = self._ask(prompt, count).positions[0]
+            # By example, a reply may end before its first new token.
+            if self._reader.ends(position) or self._reader.text_bytes(position.token) is not None:
+                break
+        return position
 
     def _all_bytes(self, answer: CompletionAnswer) -> bytes:
         tokens = [position.token for position in answer.positions]

@@ -46,6 +46,14 @@ def test_a_provider_is_asked_by_example_with_the_fields_that_it_takes(name: str)
         assert _limit(server.requests[-1].json) <= MAX_GENERATED_PER_TOKEN
 
 
+@pytest.mark.parametrize("name", ["OpenAI GPT-4.1", "Groq Llama"])
+def test_logprobs_are_said_to_be_given_where_they_are(name: str) -> None:
+    hosted = HostedServer(PROVIDERS[name], write_known)
+    with Loopback(hosted) as server, LargeModel(server.url) as large:
+        checks = {check.name: check.passed for check in large.probe().checks}
+    assert checks["logprobs"] is PROVIDERS[name].logprobs
+
+
 def _limit(body: Json) -> int:
     return int(body.get("max_tokens") or body["max_completion_tokens"])
 
