@@ -372,6 +372,9 @@ def _connect_large(settings: Settings, ledger: Ledger, err: Console) -> LargeMod
         failure = printable(error_message(exc))
         text = f"warning: {failure}; until it answers, the small model writes alone"
         print_note(err, text, style=WARNING_STYLE)
+    if large.is_approximate:
+        text = "only chats, so it is asked by example: its tokens are not those of its own answer"
+        print_note(err, f"{large.model_name} {text}")
     return large
 
 

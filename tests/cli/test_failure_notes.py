@@ -14,6 +14,8 @@ from rich.console import Console
 from mlxroute.cli import main
 from mlxroute.cli.failure_notes import FailureNotes, failure_note
 from mlxroute.types import CallFailure
+from tests.support.hosted_servers import PROVIDERS, HostedServer
+from tests.support.known_answers import write_known
 from tests.support.loopback import Loopback, Reply, Request
 from tests.support.negotiated import honest
 from tests.support.scripted_calls import legacy
@@ -168,6 +170,17 @@ def test_a_server_that_names_no_ids_is_not_said_to_have_another_vocabulary(
     err = capsys.readouterr().err
     assert "could not be compared (the server names no ids)" in err
     assert "differ" not in err
+
+
+@pytest.mark.parametrize("only_chats", [True, False])
+def test_a_line_says_that_tokens_asked_by_example_are_approximate(
+    tiny: Path, capsys: pytest.CaptureFixture[str], *, only_chats: bool
+) -> None:
+    chat = HostedServer(PROVIDERS["OpenAI GPT-4.1"], write_known)
+    with Loopback(chat if only_chats else failing_after(99, Reply())) as server:
+        assert main(["ask", *arguments(tiny, server), "hello"]) == 0
+    line = "m only chats, so it is asked by example: its tokens are not those of its own answer"
+    assert capsys.readouterr().err.splitlines().count(line) == only_chats
 
 
 # Secrets of the address and the environment
