@@ -80,6 +80,13 @@ def test_text_that_the_user_brought_may_be_gone_on_after() -> None:
     assert find_leak("In HTML, write ", "<b>bold</b> or <s", HIDDEN) is None
 
 
+@pytest.mark.parametrize("answer", ["The", f"It is an old question. {ANSWER} is there."])
+def test_a_reply_that_repeats_the_plain_request_gives_no_token_of_it(answer: str) -> None:
+    request = frame(Prompt(messages=(), answer_start=answer)).messages[-1]["content"]
+    for size in (16, len(request)):
+        assert find_leak(answer, f"\n\n{request[:size]}", HIDDEN) == 2
+
+
 def test_words_that_the_instructions_share_with_many_answers_are_no_leak() -> None:
     assert find_leak("They speak the", " same language, and", HIDDEN) is None
 

@@ -241,8 +241,8 @@ def _worked_examples() -> Iterator[Message]:
 HIDDEN: Final = (
     _BEGIN,
     _END,
-    *(part.strip() for part in (_ASK_FIRST, _ASK_NEXT, _ASK_LAST)),
-    # Parts of the plain requests that few answers have for reasons of their own.
+    *(part.strip() for part in (_ASK_FIRST, _ASK_NEXT, _ASK_LAST, _BEGIN_WITH, _GO_ON_WITH)),
+    # Later parts of the plain requests that few answers have for reasons of their own.
     "answer with:",
     'nswer with "',
     "answer. Begin with:",
