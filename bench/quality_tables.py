@@ -2,7 +2,9 @@
 
     python bench/quality_tables.py
 
-A table stands between `<!-- table: REPORT.json -->` and `<!-- end -->`.
+A table stands between `<!-- table: REPORT.json -->` and `<!-- end -->`. A second report, as in
+`<!-- table: REPORT.json ADAPTED.json -->`, is of the same questions with an adapter. Its sides
+follow, and each is compared with the same side without the adapter.
 """
 
 from __future__ import annotations
@@ -13,45 +15,75 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlxroute.statistics import mcnemar_p
+
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "bench" / "results"
-_TABLE = re.compile(r"(<!-- table: (\S+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- table: (\S+\.json)(?: (\S+\.json))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def write_tables(text: str, results: Path = RESULTS) -> str:
     """Return a document with the present tables between its markers."""
 
+    def read(name: str) -> dict[str, Any]:
+        report: dict[str, Any] = json.loads((results / name).read_text(encoding="utf-8"))
+        return report
+
     def table(match: re.Match[str]) -> str:
-        report = json.loads((results / match[2]).read_text(encoding="utf-8"))
-        return match[1] + quality_table(report) + match[3]
+        adapted = read(match[3]) if match[3] else None
+        return match[1] + quality_table(read(match[2]), adapted) + match[4]
 
     return _TABLE.sub(table, text)
 
 
-def quality_table(report: Mapping[str, Any]) -> str:
-    """Return a report of `bench quality` as a Markdown table, a row for each side."""
-    count = report["questions"]
+def quality_table(report: Mapping[str, Any], adapted: Mapping[str, Any] | None = None) -> str:
+    """Return a report of `bench quality` as a Markdown table, a row for each side.
+
+    `adapted` is a report of the same questions with an adapter. The gap is that of the models
+    without it.
+    """
+    sides, count = report["sides"], report["questions"]
     better = {item["first"]: item for item in report["comparisons"]}
     lines = [
         "| side | large tokens a question | of all | right, % | of the gap, % | in form, % |"
         " against |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, side in report["sides"].items():
-        lenient, strict = side["lenient"], side["strict"]
-        gap = "" if side["router"] is None else f"{100 * lenient['gap_recovered']:.0f}"
+
+    def add(name: str, side: Mapping[str, Any], against: str) -> None:
+        lenient, ends = side["lenient"], [sides[end]["lenient"] for end in ("small", "large")]
+        low, high = (end["accuracy"] for end in ends)
+        is_alone = any(lenient is end for end in ends)
         cells = (
             name,
             f"{side['large_tokens_per_question']:.2f}",
             f"{100 * side['escalation_rate']:.1f} %",
             _share(lenient["accuracy"], lenient["interval"]),
-            gap,
-            f"{100 * (1 - strict['no_answer'] / count):.0f}",
-            _comparison(better[name]) if name in better else "",
+            "" if is_alone else f"{100 * (lenient['accuracy'] - low) / (high - low):.0f}",
+            f"{100 * (1 - side['strict']['no_answer'] / count):.0f}",
+            against,
         )
         lines.append(f"| {' | '.join(cells)} |")
+
+    for name, side in sides.items():
+        add(name, side, _comparison(better[name]) if name in better else "")
+    for name, side in (adapted["sides"] if adapted else {}).items():
+        if name != "large":
+            add(f"adapted, {name}", side, _compare_with_unadapted(name, side, sides))
     return "\n".join(lines) + "\n"
+
+
+def _compare_with_unadapted(
+    name: str, side: Mapping[str, Any], unadapted: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """Return McNemar's test of a side against the same one without the adapter, if there is one."""
+    if name not in unadapted:
+        return ""
+    pairs = list(zip(side["lenient"]["right"], unadapted[name]["lenient"]["right"], strict=True))
+    gained, lost = pairs.count(("1", "0")), pairs.count(("0", "1"))
+    marks = {"difference": (gained - lost) / len(pairs), "p": mcnemar_p(gained, lost)}
+    return _comparison({"second": name, "lenient": marks})
 
 
 def _comparison(item: Mapping[str, Any]) -> str:

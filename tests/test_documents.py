@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import re
 import runpy
 import shlex
@@ -220,6 +221,40 @@ def test_the_page_of_saved_answers_names_every_decision() -> None:
     page = _text(_ROOT / "docs" / "answers.md")
     _, *named = re.findall(r"^\| `([a-z ]+)` \|", page, re.MULTILINE)
     assert named == [decision.value for decision in document.TokenDecision]
+
+
+def test_sides_with_an_adapter_are_compared_with_those_without(tmp_path: Path) -> None:
+    def side(right: str, router: str | None = None) -> dict[str, Any]:
+        accuracy = right.count("1") / len(right)
+        marks = {"accuracy": accuracy, "interval": [0, 1], "right": right}
+        return {
+            "router": router,
+            "lenient": marks,
+            "strict": {"no_answer": 1},
+            "large_tokens_per_question": 1.5,
+            "escalation_rate": 0.05,
+        }
+
+    plain = {"small": side("1000000000"), "large": side("1111111000")}
+    routed = {"entropy 5%": side("1100000000", "entropy")}
+    tuned = {
+        "small": side("0111111100"),
+        "large": plain["large"],
+        "head 5%": side("1" * 10, "head"),
+    }
+    for name, sides in {"a": {**plain, **routed}, "b": tuned}.items():
+        report = {"questions": 10, "sides": sides, "comparisons": []}
+        (tmp_path / f"{name}.json").write_text(json.dumps(report))
+    script = runpy.run_path(str(_ROOT / "bench" / "quality_tables.py"))
+    text = script["write_tables"]("<!-- table: a.json b.json -->\n<!-- end -->", tmp_path)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[3:-1]]
+    assert [(row[0], row[3].split()[0], row[4], row[6]) for row in rows] == [
+        ("small", "10.0", "", ""),
+        ("large", "70.0", "", ""),
+        ("entropy 5%", "20.0", "17", ""),
+        ("adapted, small", "70.0", "100", "`small`: +60.0, p = 0.07"),
+        ("adapted, head 5%", "100.0", "150", ""),
+    ]
 
 
 def test_the_accuracy_tables_are_those_of_the_reports() -> None:

@@ -384,6 +384,7 @@ def test_the_report_has_fixed_names(
                 "accuracy",
                 "interval",
                 "no_answer",
+                "right",
                 "over_small",
                 "p_against_small",
                 "gap_recovered",

@@ -135,6 +135,7 @@ def test_the_gap_recovered_lies_between_the_models_alone() -> None:
     low, high = figures["lenient"]["gap_interval"]
     assert 0.3 < low < 0.5 < high < 0.7
     assert figures["lenient"]["no_answer"] == 55
+    assert figures["lenient"]["right"] == "1" * 45 + "0" * 55
     assert figures["large_tokens_per_question"] == 1
     ends = [
         side_figures(end, rows, 1, max_tokens=20)["lenient"]["gap_recovered"]

@@ -77,8 +77,9 @@ def _accuracy(
 ) -> dict[str, Any]:
     """Return the share of right answers and its place between the models alone.
 
-    A text without an answer (None) counts as wrong and is counted in `no_answer`. The marks of a
-    model that was not measured are empty.
+    A text without an answer (None) counts as wrong and is counted in `no_answer`. `right` has a
+    digit for each question, 1 for a right answer, for comparisons with other reports. The marks of
+    a model that was not measured are empty.
     """
     own, small, large = (_rights(values) for values in (marks, small_marks, large_marks))
     right, count = sum(own), len(own)
@@ -87,6 +88,7 @@ def _accuracy(
         "accuracy": round(right / count, 4),
         "interval": [round(low, 4), round(high, 4)],
         "no_answer": sum(mark is None for mark in marks),
+        "right": "".join(map(str, own)),
         "over_small": round(right / sum(small), 3) if sum(small) else None,
         "p_against_small": _p_value(own, small) if small else None,
         **_gap_recovered(own, small, large),
