@@ -69,8 +69,8 @@ class ExampleCompletion(FieldedDialect):
         ended, rest = choice.get("finish_reason") == "stop", text[size:]
         if not text and choice.get("finish_reason") != "length":
             raise LargeNotContinued("the reply is empty")
-        if ended and answer and not rest and not (answer.endswith(text) and may_end(answer)):
-            raise LargeNotContinued("the reply ends where the answer so far cannot end")
+        if ended and answer and not rest:
+            self._check_end(answer, text)
         positions = drop_bytes(read_pieces(choice, text), len(text[:size].encode()))
         if (leak := find_leak(answer, rest, HIDDEN)) is not None:
             ended, rest = False, rest[:leak]
@@ -78,6 +78,14 @@ class ExampleCompletion(FieldedDialect):
             if not positions or not rest.strip():
                 raise LargeNotContinued("the reply goes on with control tokens or with the request")
         return Completion(_with_end(positions, ended=ended), rest, **usage_counts(reply))
+
+    def _check_end(self, answer: str, text: str) -> None:
+        """Raise LargeNotContinued if a reply that only repeats `answer` does not end it."""
+        if not (answer.endswith(text) and may_end(answer)):
+            raise LargeNotContinued("the reply ends where the answer so far cannot end")
+        # Asked plainly to begin with a sentence, some models write just that sentence.
+        if not self._shows_examples:
+            raise LargeNotContinued("the reply only repeats the end of the answer so far")
 
 
 def _with_end(positions: tuple[ReplyPosition, ...], *, ended: bool) -> tuple[ReplyPosition, ...]:
