@@ -1,8 +1,9 @@
 """Compare the tokens of completion by example with the large model's own, position by position.
 
-Start a server of rung 1 or 2 first, then run this script with its address and a file:
+Start a server of rung 1 or 2 first, then run this script with its address, a file, and the number
+of calls in flight (1 by default):
 
-    python bench/by_example.py http://127.0.0.1:8081/v1 qwen2.5-coder-1.5b rows.jsonl
+    python bench/by_example.py http://127.0.0.1:8081/v1 qwen2.5-coder-1.5b rows.jsonl 8
 
 The large model writes ten answers in the exact dialect. At up to 200 positions of them, drawn with
 a fixed seed, inside words too, the same server is asked by example through a proxy that leaves only
@@ -16,6 +17,8 @@ import json
 import random
 import statistics
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +28,13 @@ from mlxroute.catalog import Catalog
 from mlxroute.engine.transcript import RenderedPrompt, Transcript
 from mlxroute.errors import LargeNotContinued
 from mlxroute.tokenizers.chat_tokenizer import ChatTokenizer
-from mlxroute.types import no_notice, no_progress
+from mlxroute.types import Uploads, no_notice, no_progress
+from mlxroute.types.limits import MAX_PREFETCH
 from mlxroute.weights import default_cache_dir, resolve
 
 PROMPTS = Path(__file__).parent / "prompts" / "begun_answers.jsonl"
 TOKENS, POSITIONS, INSIDE_WORDS = 160, 20, 4
 TIMEOUT_S = 1800.0
-
 
 # The proxy keeps its address, so that a continued run finds the verdict of its probe.
 PROXY_PORT = 8099
@@ -50,11 +53,12 @@ class OwnToken(NamedTuple):
 def main() -> None:
     """Write the missing rows and print the report."""
     address, model, path = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    at_once = int(sys.argv[4]) if len(sys.argv) > 4 else 1
     rows = [json.loads(row) for row in path.read_text().split("\n") if row] if path.exists() else []
     answers = {row["kind"]: row["answer"] for row in rows if "answer" in row}
     compared = {(row["kind"], row["index"]): row for row in rows if "index" in row}
     tokenizer, verdicts = load_tokenizer(model), path.with_suffix(".verdicts.json")
-    prompts = [json.loads(line) for line in PROMPTS.read_text().split("\n") if line]
+    questions = [json.loads(line) for line in PROMPTS.read_text().split("\n") if line]
     with (
         ChatOnlyServer(address, port=PROXY_PORT) as proxy,
         LargeModel(
@@ -62,26 +66,41 @@ def main() -> None:
         ) as exact,
         LargeModel(proxy.url, timeout_s=TIMEOUT_S, verdicts=verdicts) as by_example,
         path.open("a") as file,
+        ThreadPoolExecutor(at_once) as pool,
     ):
+        starts = {item["kind"]: render(tokenizer, item["prompt"]) for item in questions}
+        lock = threading.Lock()
 
         def keep(row: Row) -> Row:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
+            with lock:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
             return row
+
+        def answer(kind: str) -> list[OwnToken]:
+            if kind not in answers:
+                answers[kind] = write_answer(exact, starts[kind])
+                keep({"kind": kind, "answer": answers[kind]})
+            return [OwnToken(*token) for token in answers[kind]]
+
+        def ask(place: tuple[str, int]) -> None:
+            if place not in compared:
+                (kind, index), spent = place, by_example.uploads
+                row = compare(by_example, starts[kind], tokens[kind], index)
+                # The sums of calls at the same time cannot be told apart.
+                row |= {} if at_once > 1 else upload_counts(spent, by_example.uploads)
+                compared[place] = keep({"kind": kind, "index": index} | row)
 
         print(exact.connect(), by_example.connect(), sep="\n", file=sys.stderr)
         assert by_example.is_approximate
-        for kind, question in ((prompt["kind"], prompt["prompt"]) for prompt in prompts):
-            start = render(tokenizer, question)
-            if kind not in answers:
-                answers[kind] = keep({"kind": kind, "answer": write_answer(exact, start)})["answer"]
-            tokens = [OwnToken(*token) for token in answers[kind]]
-            for index in choose_positions(kind, start, tokens):
-                if (kind, index) not in compared:
-                    row = {"kind": kind, "index": index}
-                    row |= compare(by_example, start, tokens, index)
-                    compared[kind, index] = keep(row)
-    print(json.dumps(report(list(compared.values()))))
+        tokens = dict(zip(starts, pool.map(answer, starts), strict=True))
+        places = [
+            (kind, index)
+            for kind, start in starts.items()
+            for index in choose_positions(kind, start, tokens[kind])
+        ]
+        list(pool.map(ask, places))
+    print(json.dumps(report([compared[place] for place in places])))
 
 
 def load_tokenizer(model: str) -> ChatTokenizer:
@@ -108,11 +127,13 @@ def write_answer(exact: LargeModel, transcript: Transcript) -> list[OwnToken]:
     """Return the large model's own answer."""
     tokens: list[OwnToken] = []
     while len(tokens) < TOKENS and not (tokens and tokens[-1].ends):
-        large = exact.next_token(transcript.context())
-        token = OwnToken(list(large.token_ids), large.text, large.is_eos, list(large.large_ids))
-        tokens.append(token)
-        transcript = extend(transcript, token)
-    return tokens
+        call = exact.begin(transcript.context(), prefetch=MAX_PREFETCH)
+        exact.wait(lambda call=call: call.finished, timeout_s=TIMEOUT_S)  # type: ignore[misc]
+        for large in call.result():
+            token = OwnToken(list(large.token_ids), large.text, large.is_eos, list(large.large_ids))
+            tokens.append(token)
+            transcript = extend(transcript, token)
+    return tokens[:TOKENS]
 
 
 def extend(transcript: Transcript, token: OwnToken) -> Transcript:
@@ -142,7 +163,7 @@ def compare(by_example: LargeModel, start: Transcript, tokens: list[OwnToken], i
     transcript = start
     for earlier in tokens[:index]:
         transcript = extend(transcript, earlier)
-    own, uploads = tokens[index], by_example.uploads
+    own = tokens[index]
     row: Row = {"before": transcript.text[-24:], "own": own.text, "ends": own.ends}
     try:
         token = by_example.next_token(transcript.context())
@@ -155,8 +176,13 @@ def compare(by_example: LargeModel, start: Transcript, tokens: list[OwnToken], i
         # words, which may be longer than a token.
         is_whole = token.text == own.text or not own.text
         row |= {"by_example": token.text, "equal": begins and is_whole, "begins_equal": begins}
-    spent = by_example.uploads - uploads
-    return row | {
+    return row
+
+
+def upload_counts(before: Uploads, after: Uploads) -> Row:
+    """Return what was sent and generated between two counts."""
+    spent = after - before
+    return {
         "prompt_tokens": spent.tokens,
         "cached_tokens": spent.cached_tokens,
         "generated_tokens": spent.completion_tokens,
@@ -179,6 +205,13 @@ def report(rows: list[Row]) -> Row:
             kind: f"{sum(row['equal'] for row in part)} of {len(part)}"
             for kind, part in kinds.items()
         },
+        **({} if any("requests" not in row for row in rows) else cost(rows)),
+    }
+
+
+def cost(rows: list[Row]) -> Row:
+    """Return what the requests of all rows cost."""
+    return {
         "mean_prompt_tokens": mean(rows, "prompt_tokens"),
         "mean_cached_tokens": mean(rows, "cached_tokens"),
         "mean_generated_tokens": mean(rows, "generated_tokens"),

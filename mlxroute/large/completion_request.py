@@ -177,8 +177,8 @@ class CompletionRequester:
             uploaded_bytes += len(sent.body)
             try:
                 answer = self._send(request, sent, deadline=deadline, listener=listener)
-            except LargeNotContinued:
-                if (fallback := request.dialect.fallback(request.prompt)) is None:
+            except LargeNotContinued as exc:
+                if (fallback := request.dialect.fallback(request.prompt, exc)) is None:
                     raise
                 request = replace(request, dialect=fallback)
             except TokensNotReplayed:

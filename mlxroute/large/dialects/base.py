@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from mlxroute.errors import LargeNotContinued
 from mlxroute.large.prompt import Prompt, PromptForm
 from mlxroute.large.reply import Completion
 
@@ -70,8 +71,11 @@ class Dialect(ABC):
     def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
         """Read the reply to `prompt`. Raises LargeProtocolError for a reply it cannot trust."""
 
-    def fallback(self, prompt: Prompt) -> Dialect | None:
-        """Return the dialect to ask again in where a reply to `prompt` does not go on; or None."""
+    def fallback(self, prompt: Prompt, failure: LargeNotContinued) -> Dialect | None:
+        """Return the dialect to ask again in after a reply to `prompt` that did not go on; or None.
+
+        `failure` is what `completion` raised for that reply.
+        """
         return None
 
 

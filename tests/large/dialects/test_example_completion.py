@@ -23,6 +23,7 @@ SYSTEM: Message = {"role": "system", "content": "Answer in one paragraph."}
 BY_EXAMPLE = get_dialect("completion by example")
 assert BY_EXAMPLE is not None
 DIALECT = BY_EXAMPLE
+FAILURE = LargeNotContinued("the reply does not go on")
 SKY = "The sky is blue because of the scattering of light by the atm"
 
 
@@ -91,13 +92,13 @@ def test_the_second_request_has_worked_examples_and_a_fixed_beginning() -> None:
     assert count > 10
     assert short.messages[:count] == long.messages[:count]
     assert {message["role"] for message in short.messages} == {"user", "assistant"}
-    fallback = DIALECT.fallback(prompt("The"))
+    fallback = DIALECT.fallback(prompt("The"), FAILURE)
     assert fallback is not None
     assert fallback.name == DIALECT.name
     request = fallback.request(prompt("The"), RequestOptions(1, 5, "m"))
     assert request["messages"] == list(short.messages)
-    assert fallback.fallback(prompt("The")) is None
-    assert DIALECT.fallback(prompt("")) is None
+    assert fallback.fallback(prompt("The"), FAILURE) is None
+    assert DIALECT.fallback(prompt(""), FAILURE) is None
 
 
 def test_the_last_part_of_the_answer_is_to_be_repeated_after_examples() -> None:
@@ -291,14 +292,21 @@ def test_a_reply_that_is_too_short_asks_for_more_tokens() -> None:
     assert not completion.ends
 
 
-def test_an_answer_ends_only_where_it_can() -> None:
-    # Asked plainly, a model may write just the sentence that it was to begin with.
+def test_an_answer_ends_where_both_replies_only_repeat_its_end() -> None:
+    # Asked to begin with a sentence, a model may write just that sentence.
+    answer, repeated = prompt("It is blue."), reply("It is blue.", finish="stop")
+    with pytest.raises(LargeNotContinued, match="only repeats") as caught:
+        DIALECT.completion(repeated, answer)
+    with_examples = DIALECT.fallback(answer, caught.value)
+    assert with_examples is not None
+    assert with_examples.completion(repeated, answer).ends
+    with_examples = DIALECT.fallback(answer, FAILURE)
+    assert with_examples is not None
     with pytest.raises(LargeNotContinued, match="only repeats"):
-        read("It is blue.", "It is blue.", finish="stop")
-    after_examples = DIALECT.fallback(prompt("It is blue."))
-    assert after_examples is not None
-    repeated = reply("It is blue.", finish="stop")
-    assert after_examples.completion(repeated, prompt("It is blue.")).ends
+        with_examples.completion(repeated, answer)
+
+
+def test_an_answer_ends_only_where_it_can() -> None:
     for answer, text in [(SKY, SKY), ("It is blue.", "It is"), ("```\nx = 1.", "```\nx = 1.")]:
         with pytest.raises(LargeNotContinued, match="cannot end"):
             read(answer, text, finish="stop")

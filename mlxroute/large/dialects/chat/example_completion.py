@@ -24,13 +24,18 @@ _SPARE_TOKENS: Final = 3
 _COPIED_TOKENS: Final = 24
 
 
+class OnlyRepeated(LargeNotContinued):
+    """Raised for a reply that ends after the repeated end of the answer so far."""
+
+
 class ExampleCompletion(FieldedDialect):
     """The dialect of chat servers that only start new answers.
 
     The model is asked to write the end of the answer so far again and to go on from there: at first
     plainly, and where its reply does not do so, by worked examples. A reply that does not begin
     with that end gives no token, so that no comment and no lost space gets into the answer. The
-    tokens are those of a model that was asked to continue, and not of its own greedy answer.
+    tokens are those of a model that was asked to continue, and not of its own greedy answer. The
+    answer ends where both replies are nothing but its repeated end.
     """
 
     rung = 5
@@ -42,13 +47,15 @@ class ExampleCompletion(FieldedDialect):
 
     name = plain_name = "completion by example"
     _shows_examples = False
+    _only_repeated = False
 
-    def fallback(self, prompt: Prompt) -> Self | None:
+    def fallback(self, prompt: Prompt, failure: LargeNotContinued) -> Self | None:
         """Return the dialect that shows worked examples, for an answer that has begun."""
         if self._shows_examples or not prompt.answer_start:
             return None
         dialect = copy.copy(self)
         dialect._shows_examples = True
+        dialect._only_repeated = isinstance(failure, OnlyRepeated)
         return dialect
 
     def request(self, prompt: Prompt, options: RequestOptions) -> dict[str, object]:
@@ -83,9 +90,9 @@ class ExampleCompletion(FieldedDialect):
         """Raise LargeNotContinued if a reply that only repeats `answer` does not end it."""
         if not (answer.endswith(text) and may_end(answer)):
             raise LargeNotContinued("the reply ends where the answer so far cannot end")
-        # Asked plainly to begin with a sentence, some models write just that sentence.
-        if not self._shows_examples:
-            raise LargeNotContinued("the reply only repeats the end of the answer so far")
+        # Asked to begin with a sentence, some models write just that sentence.
+        if not self._only_repeated:
+            raise OnlyRepeated("the reply only repeats the end of the answer so far")
 
 
 def _with_end(positions: tuple[ReplyPosition, ...], *, ended: bool) -> tuple[ReplyPosition, ...]:
