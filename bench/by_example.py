@@ -99,6 +99,8 @@ def main() -> None:
             for kind, start in starts.items()
             for index in choose_positions(kind, start, tokens[kind])
         ]
+        # An unfinished run has positions of all kinds.
+        random.Random("order").shuffle(places)
         list(pool.map(ask, places))
     print(json.dumps(report([compared[place] for place in places])))
 
