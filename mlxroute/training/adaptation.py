@@ -1,10 +1,10 @@
 """Adapting a small model to a large one: LoRA weights trained on the large model's answers.
 
 Answers that their question's own answer proves wrong are not learned. One question in five is held
-out. After every half epoch, the loss of the held-out answers and the
-small model's own accuracy on their questions decide whether the weights are kept and the training
-goes on. Then follow on-policy rounds: the small model answers with the best weights, and learns
-what the large one would write at each position of these answers too.
+out. After every half epoch, the loss of the held-out answers and the small model's own accuracy on
+their questions decide whether the weights are kept and the training goes on. Then follow on-policy
+rounds: the small model answers with the best weights, and learns what the large one would write at
+each position of these answers too.
 """
 
 from __future__ import annotations
