@@ -31,9 +31,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
         yield small, server.url
 
 
-def write_questions(folder: Path, name: str, numbers: range) -> Path:
-    """Write a file of questions; return it."""
-    rows = [{"prompt": f"What comes after {i}?", "answer": str(i + 1)} for i in numbers]
+def write_questions(folder: Path, name: str, numbers: range, *, answered: bool = True) -> Path:
+    """Write a file of questions, with right answers if `answered`; return it."""
+    rows: list[dict[str, str]] = [{"prompt": f"What comes after {i}?"} for i in numbers]
+    if answered:
+        rows = [row | {"answer": str(i + 1)} for row, i in zip(rows, numbers, strict=True)]
     file = folder / name
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
@@ -95,7 +97,8 @@ def test_a_small_model_is_adapted_to_a_users_questions(
         captured = capsys.readouterr()
         return code, json.loads(captured.out or "{}"), " ".join(captured.err.split())
 
-    data = write_questions(tmp_path, "data.jsonl", range(20))
+    # Random weights give no right answers, and only right ones would be learned.
+    data = write_questions(tmp_path, "data.jsonl", range(20), answered=False)
     out = tmp_path / "adapter"
     adapt = ["adapt", "--large", url, "--tokens", "6", "--learning-rate", "2e-3"]
     code, report, messages = run(*adapt, "--data", str(data), "--out", str(out))
@@ -147,7 +150,7 @@ def test_a_small_model_is_adapted_to_a_users_questions(
 @pytest.mark.parametrize(
     ("options", "examples", "form"),
     [
-        ([], 4, "4 worked examples"),
+        ([], 4, "after 4 worked examples"),
         (["--shots", "0"], 0, "instruction: Solve the problem"),
     ],
 )
@@ -175,7 +178,7 @@ def test_a_head_is_fitted_to_questions_in_the_form_of_bench_quality(
     assert main(["bench", "quality", "--router", "position", "--budget", "1%", *shared]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["examples"] == examples
-    assert report["form"].startswith(form)
+    assert form in report["form"]
     assert record.read_bytes() == rows_before
 
 
