@@ -201,6 +201,7 @@ def report(rows: list[Row]) -> Row:
         "positions": len(rows),
         "equal": share(rows, "equal"),
         "begins_equal": share(rows, "begins_equal"),
+        "agrees": round(sum(map(agrees, rows)) / len(rows), 3),
         "not_continued": round(sum(row["by_example"] is None for row in rows) / len(rows), 3),
         "equal_where_continued": share([r for r in rows if r["by_example"] is not None], "equal"),
         "equal_by_kind": {
@@ -209,6 +210,14 @@ def report(rows: list[Row]) -> Row:
         },
         **({} if any("requests" not in row for row in rows) else cost(rows)),
     }
+
+
+def agrees(row: Row) -> bool:
+    """Return whether the shorter of the two texts begins the longer one, and both or none end."""
+    own, other = row["own"], row["by_example"]
+    if row["equal"] or row.get("begins_equal"):
+        return True
+    return bool(other) and not row["ends"] and (other.startswith(own) or own.startswith(other))
 
 
 def cost(rows: list[Row]) -> Row:
