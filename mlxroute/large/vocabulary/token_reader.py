@@ -7,8 +7,8 @@ from typing import Final
 
 from mlxroute.errors import LargeProtocolError
 from mlxroute.large.reply import ReplyPosition, ReplyToken
-from mlxroute.large.vocabulary.piece_reader import PieceReader
 from mlxroute.tokenizers.control_tokens import is_control_token
+from mlxroute.tokenizers.piece_reader import PieceReader
 from mlxroute.tokenizers.utf8 import decode_or_none
 from mlxroute.types import Vocabulary
 

@@ -189,6 +189,47 @@ def test_logprobs_that_do_not_spell_the_text_are_not_read() -> None:
     assert completion.positions[0].token.logprob is None
 
 
+def of_mlx_lm(text: str, *alternatives: list[str], finish: str = "length") -> dict[str, Any]:
+    """Return a reply of mlx_lm.server: an arbitrary alternative is the token, likeliest second."""
+    content = []
+    for pieces_of_one in alternatives:
+        likeliest, *others = pieces_of_one
+        logprobs = {likeliest: -0.25} | {other: -3.0 for other in others}
+        top = [{"id": 7, "token": piece, "logprob": logprobs[piece]} for piece in logprobs]
+        content.append(top[-1] | {"top_logprobs": top[::-1]})
+    whole = reply(text, finish=finish)
+    whole["choices"][0]["logprobs"] = {"content": content}
+    return whole
+
+
+def test_where_arbitrary_alternatives_are_named_the_likeliest_are_the_tokens() -> None:
+    answer = "Das Wetter ist sch"
+    made = of_mlx_lm(
+        "Das Wetter ist schön.",
+        ["Das", "Die"],
+        ["ĠWetter", "ĠÃĽ"],
+        ["Ġist", "Ġwar"],
+        ["Ġsch", "Ġkal"],
+        ["Ã¶n", "lecht", "<|im_end|>"],
+        [".", ",", "Ġund"],
+        ["<|im_end|>", "Ġ"],
+        finish="stop",
+    )
+    completion = DIALECT.completion(made, prompt(answer))
+    assert pieces(completion) == ["ön".encode(), b".", None]
+    assert completion.ends
+    first = completion.positions[0]
+    assert first.token.logprob == -0.25
+    assert [TokenReader().text_bytes(token) for token in first.top] == ["ön".encode(), b"lecht"]
+
+
+def test_likeliest_alternatives_that_do_not_spell_the_text_are_not_read() -> None:
+    made = of_mlx_lm("The sky is blue.", ["The"], ["Ġsky"], ["<|im_end|>", "Ġis"], ["Ġblue"], ["."])
+    completion = DIALECT.completion(made, prompt("The sky"))
+    assert pieces(completion) == [b" is", b" blue"]
+    assert completion.positions[0].top == ()
+
+
 def test_white_space_before_the_first_word_may_be_in_the_text_or_in_the_tokens_alone() -> None:
     for text, first in (("The sky is blue", " The"), ("\n\nThe sky is blue", "The")):
         answer = text.removesuffix(" is blue")

@@ -11,6 +11,8 @@ from typing import Final
 
 from mlxroute.large.dialects.json_fields import as_array, as_object, parse_chat_position
 from mlxroute.large.reply import ReplyPosition, ReplyToken
+from mlxroute.tokenizers.control_tokens import is_control_token
+from mlxroute.tokenizers.piece_reader import PieceReader
 
 # A word with the space before it, a number, space, or one other character. Scripts without spaces
 # between words are read character by character.
@@ -24,14 +26,15 @@ _MAX_WORDS: Final = 4096
 def read_pieces(choice: Mapping[str, object], text: str) -> list[ReplyPosition]:
     """Return the positions of a choice whose text is `text`, without the end of the answer.
 
-    They are the tokens with logprobs, if those spell the text, and otherwise its words; the last
-    word is left out where the reply was cut off, as it may go on.
+    They are the tokens with logprobs, or the likeliest alternatives, if those spell the text, and
+    otherwise its words; the last word is left out where the reply was cut off, as it may go on.
     """
-    tokens = _tokens(choice)
-    spelled = _spelled(tokens)
-    # A reply that was cut inside a character ends in the replacement character.
-    if spelled is not None and spelled.strip() == text.rstrip(_REPLACEMENT).strip():
-        return _with_indentation(tokens, spelled, text)
+    positions = _positions(choice)
+    for tokens in (_with_text(positions), _with_text(_likeliest(positions))):
+        spelled = _spelled(tokens)
+        # A reply that was cut inside a character ends in the replacement character.
+        if spelled is not None and spelled.strip() == text.rstrip(_REPLACEMENT).strip():
+            return _with_indentation(tokens, spelled, text)
     matches = itertools.islice(_WORD.finditer(text), _MAX_WORDS)
     words = [ReplyPosition(ReplyToken(text=match[0])) for match in matches]
     return words if choice.get("finish_reason") == "stop" else words[:-1]
@@ -65,13 +68,38 @@ def take_bytes(positions: Sequence[ReplyPosition], size: int) -> tuple[ReplyPosi
     return tuple(positions[: sum(end <= size for end in ends)])
 
 
-def _tokens(choice: Mapping[str, object]) -> list[ReplyPosition]:
+def _positions(choice: Mapping[str, object]) -> list[ReplyPosition]:
     logprobs = choice.get("logprobs")
     logprobs = {} if logprobs is None else as_object(logprobs, what="logprobs")
     content = as_array(logprobs.get("content") or [], what="logprobs.content")
-    positions = [parse_chat_position(item) for item in content]
-    # Some servers list the end of the answer too, as a token without text.
+    return [parse_chat_position(item) for item in content]
+
+
+def _with_text(positions: Sequence[ReplyPosition]) -> list[ReplyPosition]:
+    """Return the positions without those of no text: some servers list the end of the answer."""
     return [position for position in positions if piece_bytes(position)]
+
+
+def _likeliest(positions: Sequence[ReplyPosition]) -> list[ReplyPosition]:
+    """Return the positions with the likeliest alternative as the token, read as vocabulary pieces.
+
+    `mlx_lm.server` names an arbitrary alternative as the token, and writes pieces (`Ġthe`) for
+    texts. Control tokens, and alternatives whose bytes are unknown, are left out.
+    """
+    reader = PieceReader()
+    reader.learn(token.text or "" for position in positions for token in position.top)
+
+    def read(token: ReplyToken) -> ReplyToken | None:
+        piece = token.text or ""
+        data = None if is_control_token(piece) else reader.read(piece)
+        return None if data is None else _token_of(data, token)
+
+    tops = [list(map(read, position.top)) for position in positions]
+    return [
+        ReplyPosition(top[0], tuple(token for token in top if token is not None))
+        for top in tops
+        if top and top[0] is not None
+    ]
 
 
 def _spelled(tokens: Sequence[ReplyPosition]) -> str | None:
