@@ -13,7 +13,17 @@ from mlxroute.recorded.forward_only import ForwardOnlySmall
 from mlxroute.recorded.parallel_answers import map_answers
 from mlxroute.recorded.replies import Replies
 from mlxroute.routers import make_router
-from mlxroute.types import EncodedPrompt, Message, Mode, Progress, Sampling, Signals, Vocabulary
+from mlxroute.tokenizers.utf8 import decode_or_none
+from mlxroute.types import (
+    EncodedPrompt,
+    LargeToken,
+    Message,
+    Mode,
+    Progress,
+    Sampling,
+    Signals,
+    Vocabulary,
+)
 from mlxroute.types.limits import MAX_PREFETCH
 
 _TIMEOUT_S: Final = 600.0
@@ -29,6 +39,8 @@ _PLACEHOLDER_SIGNALS: Final = Signals(
     lse=0.0,
 )
 
+Choices = tuple[tuple[int, float], ...]
+
 
 @dataclass(frozen=True, slots=True)
 class LargeAnswer:
@@ -38,11 +50,14 @@ class LargeAnswer:
         token_ids: Its tokens, with the end token unless it was cut off.
         token_starts: The indices in `token_ids` at which tokens of the large model start.
         logprobs: Logprobs of these tokens in nats, NaN where the server gave none.
+        choices: For each of these tokens, the first tokens of its alternatives and of itself, as
+            pairs of id and logprob; empty where the server gave no alternatives.
     """
 
     token_ids: tuple[int, ...]
     token_starts: tuple[int, ...]
     logprobs: tuple[float, ...]
+    choices: tuple[Choices, ...]
 
 
 def write_large_answers(
@@ -89,14 +104,36 @@ def _write_answer(
     token_ids: list[int] = []
     token_starts: list[int] = []
     logprobs: list[float] = []
+    choices: list[Choices] = []
     for token in answer:
         if token.escalation is not None:
             large = token.escalation.large
             assert large is not None
             token_starts.append(len(token_ids))
             logprobs.append(math.nan if large.logprob is None else large.logprob)
+            choices.append(_first_choices(large, small.vocabulary))
         token_ids.append(token.token_id)
-    return LargeAnswer(tuple(token_ids), tuple(token_starts), tuple(logprobs))
+    return LargeAnswer(tuple(token_ids), tuple(token_starts), tuple(logprobs), tuple(choices))
+
+
+def _first_choices(large: LargeToken, vocabulary: Vocabulary) -> Choices:
+    """Return the first tokens of a large token and of its alternatives, with their logprobs."""
+    if large.logprob is None or not large.top:
+        return ()
+    found = {large.token_ids[0]: large.logprob}
+    texts = [
+        (text, logprob)
+        for data, logprob in large.top_bytes
+        if (text := decode_or_none(data)) is not None
+    ]
+    # An alternative without text is a special token, as a rule the end of the answer.
+    ends = [logprob for text, logprob in large.top if not text]
+    alternatives = [(vocabulary.encode(text)[:1], logprob) for text, logprob in texts]
+    alternatives += [((min(vocabulary.eos_ids),), logprob) for logprob in ends]
+    for ids, logprob in alternatives:
+        for token_id in ids:
+            found[token_id] = max(logprob, found.get(token_id, -math.inf))
+    return tuple(found.items())
 
 
 def _encode_whole_answer(
@@ -107,7 +144,8 @@ def _encode_whole_answer(
     ids = small.vocabulary.encode(whole.text)[:max_tokens]
     if whole.ends and len(ids) < max_tokens:
         ids = (*ids, min(small.vocabulary.eos_ids))
-    return LargeAnswer(ids, tuple(range(len(ids))), (math.nan,) * len(ids))
+    count = len(ids)
+    return LargeAnswer(ids, tuple(range(count)), (math.nan,) * count, ((),) * count)
 
 
 class PlaceholderSmall(ForwardOnlySmall):

@@ -359,6 +359,10 @@ class _Training:
 def make_examples(small: SmallModel, answers: Sequence[WorkedAnswer]) -> list[TuningExample]:
     """Return the examples that predict the answers in the small model's vocabulary."""
     return [
-        answer_example(small.encode_conversation(item.conversation).ids, item.answer.token_ids)
+        answer_example(
+            small.encode_conversation(item.conversation).ids,
+            item.answer.token_ids,
+            dict(zip(item.answer.token_starts, item.answer.choices, strict=True)),
+        )
         for item in answers
     ]

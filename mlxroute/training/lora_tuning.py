@@ -145,7 +145,7 @@ class LoraTuning:
         self._model.eval()
 
     def mean_loss(self, batches: Sequence[Batch]) -> float:
-        """Return the mean loss over all tokens to predict, in nats."""
+        """Return the mean loss over all positions to predict, in nats."""
         with _tuner():
             return float(
                 evaluate(
@@ -187,13 +187,21 @@ class LoraTuning:
         mx.eval(self._model.parameters())
 
     def _loss(
-        self, model: Any, inputs: mx.array, indices: mx.array, targets: mx.array, weights: mx.array
+        self,
+        model: Any,
+        inputs: mx.array,
+        indices: mx.array,
+        targets: mx.array,
+        probabilities: mx.array,
     ) -> tuple[mx.array, mx.array]:
-        """Return the mean loss of the tokens to predict, and their number."""
+        """Return the mean cross-entropy of the positions to predict, and their number."""
         cache = self._read_prefix(rows=inputs.shape[0]) if self._prefix_ids else None
         logits = self._rows.logits(inputs, indices, cache=cache).astype(mx.float32)
-        count = weights.sum()
-        return (nn.losses.cross_entropy(logits, targets) * weights).sum() / count, count
+        logprobs = mx.take_along_axis(logits, targets, axis=-1) - mx.logsumexp(
+            logits, axis=-1, keepdims=True
+        )
+        count = probabilities.sum()
+        return -(logprobs * probabilities).sum() / count, count
 
     def _read_prefix(self, *, rows: int) -> list[ConcatenateKVCache]:
         """Return KV caches of the prefix for a number of rows, through which gradients pass."""

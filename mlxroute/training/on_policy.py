@@ -11,7 +11,7 @@ from mlxroute.recorded.large_choices import WrittenAnswer, find_large_choices
 from mlxroute.recorded.replies import Replies
 from mlxroute.small import SmallModel
 from mlxroute.training.held_out_answers import write_answers
-from mlxroute.training.tuning_examples import TuningExample
+from mlxroute.training.tuning_examples import TuningExample, one_token
 from mlxroute.types import Message, Progress
 
 _LABEL: Final = "corrected answers"
@@ -104,5 +104,5 @@ def _corrected_example(
     return TuningExample(
         token_ids=(*prompt_ids, *answer.token_ids[: len(targets) - 1]),
         positions=tuple(range(first, first + len(targets))),
-        targets=tuple(targets),
+        targets=tuple(map(one_token, targets)),
     )

@@ -1,10 +1,11 @@
-"""What a small model is tuned on: token sequences, and the token to predict at some positions."""
+"""What a small model is tuned on: token sequences, and the tokens to predict at some positions."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,10 +16,14 @@ from mlxroute.sequences import common_prefix_length
 # Lengths are rounded up to these multiples, so that batches have few shapes.
 _LENGTH_STEP: Final = 32
 _TARGET_STEP: Final = 64
+_NOTHING: Final = (0, 0.0)
 
 Batch = tuple[mx.array, mx.array, mx.array, mx.array]
-"""Inputs [B, T]; indices of the positions to predict in the flattened inputs, the tokens to predict
-there, and their weights, 0 for padding, all [N]."""
+"""Inputs [B, T]; indices [N] of the positions to predict in the flattened inputs; the tokens to
+predict there and their probabilities, 0 for padding, both [N, K]."""
+
+Target = tuple[tuple[int, float], ...]
+"""The tokens to predict at a position, as pairs of id and probability, which sum to 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +33,12 @@ class TuningExample:
     Args:
         token_ids: Prompt and answer, without tokens after the last position.
         positions: Indices in `token_ids` after which a token is predicted.
-        targets: These tokens.
+        targets: What to predict there.
     """
 
     token_ids: tuple[int, ...]
     positions: tuple[int, ...]
-    targets: tuple[int, ...]
+    targets: tuple[Target, ...]
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
@@ -46,13 +51,41 @@ class TuningExample:
         return TuningExample(self.token_ids[prefix:], positions, self.targets)
 
 
-def answer_example(prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> TuningExample:
-    """Return the example that predicts an answer, which must not be empty, but not its prompt."""
+def one_token(token_id: int) -> Target:
+    """Return the target of a single token."""
+    return ((token_id, 1.0),)
+
+
+def soft_target(choices: Sequence[tuple[int, float]]) -> Target:
+    """Return the target of choices, pairs of id and logprob, of which there is at least one.
+
+    The probabilities are those of the choices among themselves (knowledge distillation; Hinton et
+    al., arXiv 1503.02531, at temperature 1).
+    """
+    highest = max(logprob for _, logprob in choices)
+    masses = [(token_id, math.exp(logprob - highest)) for token_id, logprob in choices]
+    total = sum(mass for _, mass in masses)
+    return tuple((token_id, mass / total) for token_id, mass in masses)
+
+
+def answer_example(
+    prompt_ids: Sequence[int],
+    answer_ids: Sequence[int],
+    choices: Mapping[int, Sequence[tuple[int, float]]] | None = None,
+) -> TuningExample:
+    """Return the example that predicts an answer, which must not be empty, but not its prompt.
+
+    `choices` are what the large model might have written at some indices of the answer, as pairs of
+    id and logprob; elsewhere, and without any (the default), only its own token is predicted.
+    """
     first = len(prompt_ids) - 1
     return TuningExample(
         token_ids=(*prompt_ids, *answer_ids[:-1]),
         positions=tuple(range(first, first + len(answer_ids))),
-        targets=tuple(answer_ids),
+        targets=tuple(
+            soft_target(found) if (found := (choices or {}).get(index)) else one_token(token_id)
+            for index, token_id in enumerate(answer_ids)
+        ),
     )
 
 
@@ -87,14 +120,16 @@ def _make_batch(examples: Sequence[TuningExample]) -> Batch:
     length = _round_up(max(len(example.token_ids) for example in examples), _LENGTH_STEP)
     rows = [[*item.token_ids, *[0] * (length - len(item.token_ids))] for item in examples]
     indices = [row * length + i for row, item in enumerate(examples) for i in item.positions]
-    targets = [token_id for item in examples for token_id in item.targets]
-    padding = [0] * (_round_up(len(targets), _TARGET_STEP) - len(targets))
-    weights = [1.0] * len(targets) + [0.0] * len(padding)
+    targets = [target for item in examples for target in item.targets]
+    padding = _round_up(len(targets), _TARGET_STEP) - len(targets)
+    width = max(map(len, targets))
+    padded = [(*target, *[_NOTHING] * (width - len(target))) for target in targets]
+    padded += [(_NOTHING,) * width] * padding
     return (
         mx.array(rows),
-        mx.array(indices + padding),
-        mx.array(targets + padding),
-        mx.array(weights),
+        mx.array(indices + [0] * padding),
+        mx.array([[token_id for token_id, _ in target] for target in padded]),
+        mx.array([[probability for _, probability in target] for target in padded]),
     )
 
 

@@ -254,6 +254,29 @@ def test_answers_of_a_server_that_only_chats_are_asked_for_as_wholes(tmp_path: P
     assert large.whole_answer.conversations == [conversation] * 3
 
 
+def test_an_answer_holds_what_the_large_model_might_have_written_instead(tmp_path: Path) -> None:
+    first = replace(
+        _TOKEN,
+        token_ids=tuple(b"hi"),
+        text="hi",
+        logprob=-0.5,
+        top=(("hi", -0.5), ("ho", -1.0), ("abc", -2.0), ("\\xff", -2.5), ("", -3.0), ("", -4.0)),
+        top_bytes=((b"hi", -0.5), (b"ho", -1.0), (b"abc", -2.0), (b"\xff", -2.5)),
+    )
+    last = replace(first, token_ids=(EOS,), text="", is_eos=True, logprob=None)
+    (answer,) = write_large_answers(
+        ScriptedSmall(b""),
+        Replies(ScriptedLarge([first, last]), tmp_path / "r"),
+        [[{"role": "user", "content": "hi"}]],
+        max_tokens=9,
+        at_once=1,
+        on_answer=lambda: None,
+    )
+    assert (answer.token_ids, answer.token_starts) == ((*b"hi", EOS), (0, 2))
+    # Alternatives are told apart by their first token; without a logprob there are none.
+    assert answer.choices == (((ord("h"), -0.5), (ord("a"), -2.0), (EOS, -3.0)), ())
+
+
 def test_a_position_without_an_answer_is_a_failure_where_the_large_model_writes_alone(
     tmp_path: Path,
 ) -> None:

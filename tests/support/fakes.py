@@ -146,11 +146,11 @@ class ScriptedSmall:
         return signals(self._script[at], self._entropies.get(self._position, 0.0))
 
 
-ScriptedReply = bytes | LargeError | tuple[int, ...]
+ScriptedReply = bytes | LargeError | tuple[int, ...] | LargeToken
 
 
 class ScriptedLarge:
-    """Answers call i with `replies[i]`, then repeats the last: bytes, ids, or an error to raise.
+    """Answers call i with `replies[i]`, then repeats the last: bytes, ids, a token, or an error.
 
     Each call takes `seconds` on the fake clock, `lost_s` of them in failed attempts.
     """
@@ -210,7 +210,7 @@ class ScriptedLarge:
             self._clock.now = min([*ready_times_s, self._clock.now + timeout_s])
 
     def _tokens(self, reply: ScriptedReply) -> LargeToken | LargeError:
-        if isinstance(reply, LargeError):
+        if isinstance(reply, LargeError | LargeToken):
             return reply
         self.uploads += Uploads(tokens=10, cached_tokens=8, completion_tokens=1)
         ids = tuple(reply)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from mlxroute.training.tuning_examples import (
     answer_example,
     find_common_prefix,
     make_batches,
+    one_token,
     shuffled_batches,
 )
 from mlxroute.training.tuning_types import (
@@ -63,7 +65,7 @@ def worked_answers(small: SmallModel, count: int, *, gold: bool = True) -> list[
         question = Question(text, text, answer="lazy dog" if gold else None)
         token_ids = (*small.vocabulary.encode("the lazy dog"), end)
         starts = tuple(range(len(token_ids)))
-        answer = LargeAnswer(token_ids, starts, (0.0,) * len(token_ids))
+        answer = LargeAnswer(token_ids, starts, (0.0,) * len(token_ids), ((),) * len(token_ids))
         answers.append(WorkedAnswer(question, question_messages(question), answer))
     return answers
 
@@ -109,19 +111,40 @@ def adapt(
 def test_only_the_answer_is_predicted(small: SmallModel) -> None:
     example = answer_example([5, 6, 7], [8, 9, 10])
     assert example.token_ids == (5, 6, 7, 8, 9)
-    assert (example.positions, example.targets) == ((2, 3, 4), (8, 9, 10))
+    assert example.positions == (2, 3, 4)
+    assert example.targets == (((8, 1.0),), ((9, 1.0),), ((10, 1.0),))
     other = answer_example([5, 6, 7, 8, 9, 10, 11], [12, 13])
     tuning = LoraTuning(small.model, LoraShape(rank=2, layers=1), learning_rate=_RATE)
     losses = []
     for item in (example, other):
         logits = small.model(mx.array([item.token_ids]))[0]
         chosen = logits[mx.array(item.positions)]
-        losses += nn.losses.cross_entropy(chosen, mx.array(item.targets)).tolist()
+        own = mx.array([target[0][0] for target in item.targets])
+        losses += nn.losses.cross_entropy(chosen, own).tolist()
     (batch,) = make_batches([other, example], 2)
     assert tuning.mean_loss([batch]) == pytest.approx(sum(losses) / 5, rel=1e-4)
     assert tuning.mean_loss(make_batches([example, other], 1)) == pytest.approx(
         sum(losses) / 5, rel=1e-4
     )
+
+
+def test_the_large_models_alternatives_are_predicted_as_likely_as_it_finds_them(
+    small: SmallModel,
+) -> None:
+    choices = [(9, math.log(0.6)), (3, math.log(0.2))]
+    example = answer_example([5, 6, 7], [8, 9, 10], {1: choices, 2: ()})
+    assert example.targets[0] == ((8, 1.0),)
+    assert dict(example.targets[1]) == pytest.approx({9: 0.75, 3: 0.25})
+    assert example.targets[2] == ((10, 1.0),)
+    tuning = LoraTuning(small.model, LoraShape(rank=2, layers=1), learning_rate=_RATE)
+    logits = small.model(mx.array([example.token_ids]))[0]
+    logprobs = nn.log_softmax(logits)[mx.array(example.positions)].tolist()
+    expected = -(logprobs[0][8] + 0.75 * logprobs[1][9] + 0.25 * logprobs[1][3] + logprobs[2][10])
+    # A row with fewer tokens to predict, and padding, change nothing.
+    hard = answer_example([5, 6], [7])
+    hard_loss = tuning.mean_loss(make_batches([hard], 1))
+    both = tuning.mean_loss(make_batches([hard, example], 2))
+    assert both == pytest.approx((expected + hard_loss) / 4, rel=1e-4)
 
 
 def test_a_shared_prefix_changes_neither_loss_nor_gradients(
@@ -455,7 +478,7 @@ def test_the_large_model_corrects_own_answers(small: SmallModel, tmp_path: Path)
     prompt_ids = small.encode_conversation(conversation).ids
     assert example.prompt_ids == prompt_ids
     assert example.token_ids == (*prompt_ids, *written[:3])
-    assert example.targets == (written[0], other, written[2], end)
+    assert example.targets == tuple(map(one_token, (written[0], other, written[2], end)))
     asked = [tuple(context.token_ids) for context in large.contexts]
     assert asked == [(*prompt_ids, *written[:count]) for count in range(4)]
 
@@ -474,7 +497,7 @@ def test_an_answer_that_the_server_cannot_continue_is_used_up_to_there(
         )
     (example,) = corrections.examples
     assert (example is None) == (count == 0)
-    assert example is None or example.targets == tuple(written[:count])
+    assert example is None or example.targets == tuple(map(one_token, written[:count]))
     assert corrections.incomplete == 1
 
 
