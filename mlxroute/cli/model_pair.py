@@ -38,7 +38,13 @@ def open_replies(
     settings: Settings, small: SmallModel, large: LargeModel, *, at_once: int
 ) -> Replies:
     """Return the large model with its recorded replies; at most `at_once` calls are in flight."""
-    from mlxroute.recorded.replies import Replies
+    from mlxroute.recorded.replies import RECORDING_TIMEOUT_S, Replies
 
     record = record_path(settings, "replies", small.plain_name, recorded_name(large))
-    return Replies(large, record, at_once=at_once, never_send=read_never_send(settings))
+    return Replies(
+        large,
+        record,
+        at_once=at_once,
+        never_send=read_never_send(settings),
+        timeout_s=max(RECORDING_TIMEOUT_S, settings.timeout),
+    )

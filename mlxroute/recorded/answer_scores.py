@@ -14,7 +14,6 @@ from mlxroute.recorded.replies import Replies, ids_key
 from mlxroute.recorded.row_file import append_records, read_records
 from mlxroute.types import Message, Progress
 
-_TIMEOUT_S: Final = 600.0
 # A server that scores none of so many answers is asked for no more.
 _FIRST_TRIES: Final = 3
 _LABEL: Final = "answers scored"
@@ -84,7 +83,7 @@ def score_answers(
         score = scores.find(key) if ids else AnswerScore()
         if score is None and (has_scored or len(reasons) < _FIRST_TRIES):
             try:
-                logprobs = replies.score(prompt.context(), answered, timeout_s=_TIMEOUT_S)
+                logprobs = replies.score(prompt.context(), answered)
                 score = AnswerScore(sum(logprobs), len(logprobs))
                 scores.add(key, score)
                 has_scored = True

@@ -26,7 +26,6 @@ from mlxroute.types import (
 )
 from mlxroute.types.limits import MAX_PREFETCH
 
-_TIMEOUT_S: Final = 600.0
 # No value of these is used, because every position is escalated.
 _PLACEHOLDER_SIGNALS: Final = Signals(
     token_id=-1,
@@ -96,7 +95,7 @@ def _write_answer(
         conversation,
         router=make_router("entropy", threshold=-math.inf),
         max_tokens=max_tokens,
-        timeout_s=_TIMEOUT_S,
+        timeout_s=replies.timeout_s,
         strict=True,
         mode=Mode.WAIT,
         prefetch=MAX_PREFETCH,
@@ -140,7 +139,7 @@ def _encode_whole_answer(
     small: SmallProtocol, replies: Replies, conversation: Sequence[Message], max_tokens: int
 ) -> LargeAnswer:
     """Return the large model's own answer in the tokens that the small model would write it in."""
-    whole = replies.write_whole_answer(conversation, max_tokens=max_tokens, timeout_s=_TIMEOUT_S)
+    whole = replies.write_whole_answer(conversation, max_tokens=max_tokens)
     ids = small.vocabulary.encode(whole.text)[:max_tokens]
     if whole.ends and len(ids) < max_tokens:
         ids = (*ids, min(small.vocabulary.eos_ids))

@@ -13,7 +13,6 @@ from mlxroute.recorded.parallel_answers import map_answers
 from mlxroute.recorded.replies import RecordedLargeView, Replies
 from mlxroute.types import LargeContext, LargeToken, Message
 
-_TIMEOUT_S: Final = 600.0
 # Tokens after a disagreement are of no use, so a call asks for fewer than it may.
 _PREFETCH: Final = 16
 
@@ -56,21 +55,20 @@ def find_large_choices(
     """
 
     def choose(answer: WrittenAnswer) -> list[int]:
-        return _find_choices(small, replies.new_view(), answer)
+        return _find_choices(small, replies, answer)
 
     return map_answers(choose, answers, replies=replies, at_once=at_once, on_answer=on_answer)
 
 
-def _find_choices(
-    small: SmallProtocol, large: RecordedLargeView, answer: WrittenAnswer
-) -> list[int]:
+def _find_choices(small: SmallProtocol, replies: Replies, answer: WrittenAnswer) -> list[int]:
+    large = replies.new_view()
     transcript = Transcript(render_prompt(small, answer.conversation))
     choices: list[int] = []
     while len(choices) < answer.positions:
         begin = len(choices)
         prefetch = min(_PREFETCH, answer.positions - begin - 1)
         try:
-            tokens = _call(large, transcript.context(), prefetch)
+            tokens = _call(large, transcript.context(), prefetch, replies.timeout_s)
         except LargeProtocolError:
             # Some texts of the small model are spelled otherwise by the server.
             return choices
@@ -92,10 +90,12 @@ def _choices_until_disagreement(
     return ids[: answer.positions - begin]
 
 
-def _call(large: RecordedLargeView, context: LargeContext, prefetch: int) -> tuple[LargeToken, ...]:
-    call = large.begin(context, deadline_s=_TIMEOUT_S, prefetch=prefetch)
+def _call(
+    large: RecordedLargeView, context: LargeContext, prefetch: int, timeout_s: float
+) -> tuple[LargeToken, ...]:
+    call = large.begin(context, deadline_s=timeout_s, prefetch=prefetch)
     try:
-        large.wait(lambda: call.ready, timeout_s=_TIMEOUT_S)
+        large.wait(lambda: call.ready, timeout_s=timeout_s)
         return call.result()
     except BaseException:
         call.cancel()

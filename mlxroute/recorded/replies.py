@@ -19,6 +19,8 @@ from mlxroute.recorded.row_file import append_records, read_records
 from mlxroute.types import LargeContext, LargeToken, Message, Uploads
 
 _POLL_S: Final = 0.1
+# A server that answers many questions at once takes longer over each than in a chat.
+RECORDING_TIMEOUT_S: Final = 600.0
 
 
 class RecordingStopped(LargeError):
@@ -65,8 +67,8 @@ class Replies(Closeable):
 
     The file `path` belongs to one pair of models, because the ids are those of the small model's
     vocabulary. It is read at once, and each new token is appended to it. At most `at_once` calls
-    are in flight, each for a different answer. A text that a pattern of `never_send` matches is not
-    sent: the call raises UsageError.
+    are in flight, each for a different answer, and none for longer than `timeout_s` seconds. A text
+    that a pattern of `never_send` matches is not sent: the call raises UsageError.
     """
 
     def __init__(
@@ -76,7 +78,9 @@ class Replies(Closeable):
         *,
         at_once: int = 1,
         never_send: Sequence[re.Pattern[str]] = (),
+        timeout_s: float = RECORDING_TIMEOUT_S,
     ) -> None:
+        self.timeout_s = timeout_s
         self._large = large
         self._never_send = tuple(never_send)
         self._path = path
@@ -96,7 +100,7 @@ class Replies(Closeable):
         return self._large.is_approximate
 
     def write_whole_answer(
-        self, conversation: Sequence[Message], *, max_tokens: int, timeout_s: float
+        self, conversation: Sequence[Message], *, max_tokens: int
     ) -> WholeAnswer:
         """Return the large model's own answer, asked for as a whole; it is not recorded.
 
@@ -105,15 +109,13 @@ class Replies(Closeable):
         self._check_sendable(conversation, "")
         self._acquire_slot()
         try:
-            return self._large.whole_chat(timeout_s=timeout_s).answer(
+            return self._large.whole_chat(timeout_s=self.timeout_s).answer(
                 conversation, max_tokens=max_tokens
             )
         finally:
             self.release_slot()
 
-    def score(
-        self, prompt: LargeContext, answered: LargeContext, *, timeout_s: float
-    ) -> tuple[float, ...]:
+    def score(self, prompt: LargeContext, answered: LargeContext) -> tuple[float, ...]:
         """Return the large model's logprobs of an answer, token by token; they are not recorded.
 
         `answered` is `prompt` with the answer. Raises LargeProtocolError if the server gives none,
@@ -123,7 +125,7 @@ class Replies(Closeable):
         logprobs: list[float] = []
         self._acquire_slot()
         try:
-            for logprob in self._large.scorer(timeout_s=timeout_s).score(prompt, answered):
+            for logprob in self._large.scorer(timeout_s=self.timeout_s).score(prompt, answered):
                 logprobs.append(logprob)
                 self._check_open()
         finally:

@@ -16,8 +16,9 @@ import pytest
 
 from mlxroute.errors import LargeError, LargeNotContinued, LargeProtocolError, UsageError
 from mlxroute.recorded.large_answers import write_large_answers
+from mlxroute.recorded.large_choices import WrittenAnswer, find_large_choices
 from mlxroute.recorded.replies import Replies
-from mlxroute.types import LargeContext, LargeToken, Uploads, Vocabulary
+from mlxroute.types import LargeContext, LargeToken, Message, Uploads, Vocabulary
 from tests.support.fakes import (
     EOS,
     ScriptedLarge,
@@ -275,6 +276,24 @@ def test_an_answer_holds_what_the_large_model_might_have_written_instead(tmp_pat
     assert (answer.token_ids, answer.token_starts) == ((*b"hi", EOS), (0, 2))
     # Alternatives are told apart by their first token; without a logprob there are none.
     assert answer.choices == (((ord("h"), -0.5), (ord("a"), -2.0), (EOS, -3.0)), ())
+
+
+def test_no_call_of_a_recording_takes_longer_than_its_time_limit(tmp_path: Path) -> None:
+    conversation: list[Message] = [{"role": "user", "content": "hi"}]
+    for timeout_s in (1234.0, 900.0):
+        large = ScriptedLarge([(104,), (EOS,)])
+        replies = Replies(large, tmp_path / f"{timeout_s}", timeout_s=timeout_s)
+        write_large_answers(
+            ScriptedSmall(b""),
+            replies,
+            [conversation],
+            max_tokens=9,
+            at_once=1,
+            on_answer=lambda: None,
+        )
+        answer = WrittenAnswer(conversation, (105,), is_whole=False)
+        find_large_choices(ScriptedSmall(b""), replies, [answer], at_once=1, on_answer=lambda: None)
+        assert large.deadlines == [pytest.approx(timeout_s, abs=60)] * len(large.deadlines)
 
 
 def test_a_position_without_an_answer_is_a_failure_where_the_large_model_writes_alone(

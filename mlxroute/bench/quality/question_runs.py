@@ -37,7 +37,6 @@ from mlxroute.small import SmallModel
 from mlxroute.types import Message, Mode, Progress, Source, no_progress
 from mlxroute.types.limits import MAX_PREFETCH
 
-_TIMEOUT_S: Final = 600.0
 _TIMED_STEPS: Final = 5
 
 
@@ -233,7 +232,7 @@ class _QualityBench:
             task.conversation,
             router=task.router,
             max_tokens=self.max_tokens,
-            timeout_s=_TIMEOUT_S,
+            timeout_s=self.replies.timeout_s,
             strict=True,
             mode=Mode.WAIT,
             # All positions are escalated, so a call returns many tokens that are used.
@@ -267,9 +266,7 @@ class _QualityBench:
     def _ask_whole_answer(self, task: _Task) -> QualityRow:
         """Ask the large model for its whole answer, and grade it."""
         began_s = time.perf_counter()
-        whole = self.replies.write_whole_answer(
-            task.conversation, max_tokens=self.max_tokens, timeout_s=_TIMEOUT_S
-        )
+        whole = self.replies.write_whole_answer(task.conversation, max_tokens=self.max_tokens)
         has_answer = task.question.answer is not None
         grades = grade(task.question, whole.text) if has_answer else Grade(None, None)
         tokens = min(len(self.small.vocabulary.encode(whole.text)), self.max_tokens)

@@ -19,7 +19,6 @@ from mlxroute.types import Message, Mode, Progress
 
 CHATS: Final = 8
 """Number of answers that are written at a time."""
-_TIMEOUT_S: Final = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +96,7 @@ def _write(
         conversation,
         router=router,
         max_tokens=max_tokens,
-        timeout_s=_TIMEOUT_S,
+        timeout_s=replies.timeout_s,
         strict=True,
         mode=Mode.WAIT,
         prefetch=0,
