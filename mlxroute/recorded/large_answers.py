@@ -39,6 +39,7 @@ _PLACEHOLDER_SIGNALS: Final = Signals(
 )
 
 Choices = tuple[tuple[int, float], ...]
+"""Token ids of the small vocabulary with their logprobs in nats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,8 @@ class LargeAnswer:
         token_ids: Its tokens, with the end token unless it was cut off.
         token_starts: The indices in `token_ids` at which tokens of the large model start.
         logprobs: Logprobs of these tokens in nats, NaN where the server gave none.
-        choices: For each of these tokens, the first tokens of its alternatives and of itself, as
-            pairs of id and logprob; empty where the server gave no alternatives.
+        choices: For each of these tokens, what the large model might have written there: the first
+            tokens of this token and of its alternatives. Empty where the server gave none.
     """
 
     token_ids: tuple[int, ...]
@@ -116,23 +117,26 @@ def _write_answer(
 
 
 def _first_choices(large: LargeToken, vocabulary: Vocabulary) -> Choices:
-    """Return the first tokens of a large token and of its alternatives, with their logprobs."""
-    if large.logprob is None or not large.top:
+    """Return the first tokens of a large token and of its alternatives that are text."""
+    if large.logprob is None or not large.top_bytes:
         return ()
+    own = b"".join(map(vocabulary.token_bytes, large.token_ids))
     found = {large.token_ids[0]: large.logprob}
-    texts = [
-        (text, logprob)
-        for data, logprob in large.top_bytes
-        if (text := decode_or_none(data)) is not None
-    ]
-    # An alternative without text is a special token, as a rule the end of the answer.
-    ends = [logprob for text, logprob in large.top if not text]
-    alternatives = [(vocabulary.encode(text)[:1], logprob) for text, logprob in texts]
-    alternatives += [((min(vocabulary.eos_ids),), logprob) for logprob in ends]
-    for ids, logprob in alternatives:
-        for token_id in ids:
-            found[token_id] = max(logprob, found.get(token_id, -math.inf))
+    for data, logprob in large.top_bytes:
+        text = decode_or_none(data)
+        if text is None or data == own:
+            continue
+        for token_id in vocabulary.encode(text)[:1]:
+            found[token_id] = _log_of_sum(found.get(token_id, -math.inf), logprob)
     return tuple(found.items())
+
+
+def _log_of_sum(one: float, other: float) -> float:
+    """Return the logarithm of the sum of two numbers, of which the logarithms are given."""
+    highest = max(one, other)
+    if highest == -math.inf:
+        return highest
+    return highest + math.log(math.exp(one - highest) + math.exp(other - highest))
 
 
 def _encode_whole_answer(

@@ -11,6 +11,7 @@ from typing import Final
 
 import mlx.core as mx
 
+from mlxroute.recorded.large_answers import Choices
 from mlxroute.sequences import common_prefix_length
 
 # Lengths are rounded up to these multiples, so that batches have few shapes.
@@ -56,8 +57,8 @@ def one_token(token_id: int) -> Target:
     return ((token_id, 1.0),)
 
 
-def soft_target(choices: Sequence[tuple[int, float]]) -> Target:
-    """Return the target of choices, pairs of id and logprob, of which there is at least one.
+def soft_target(choices: Choices) -> Target:
+    """Return the target of choices, of which there is at least one.
 
     The probabilities are those of the choices among themselves (knowledge distillation; Hinton et
     al., arXiv 1503.02531, at temperature 1).
@@ -71,12 +72,12 @@ def soft_target(choices: Sequence[tuple[int, float]]) -> Target:
 def answer_example(
     prompt_ids: Sequence[int],
     answer_ids: Sequence[int],
-    choices: Mapping[int, Sequence[tuple[int, float]]] | None = None,
+    choices: Mapping[int, Choices] | None = None,
 ) -> TuningExample:
     """Return the example that predicts an answer, which must not be empty, but not its prompt.
 
-    `choices` are what the large model might have written at some indices of the answer, as pairs of
-    id and logprob; elsewhere, and without any (the default), only its own token is predicted.
+    `choices` are what the large model might have written at some indices of the answer; elsewhere,
+    and without any (the default), only its own token is predicted.
     """
     first = len(prompt_ids) - 1
     return TuningExample(

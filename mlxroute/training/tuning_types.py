@@ -35,7 +35,8 @@ class HeldOutFigures:
     Args:
         round: Number of the on-policy round, 0 before the first.
         epoch: How often each answer was trained on.
-        loss: Mean loss of the large model's tokens, in nats; each round has other held-out tokens.
+        loss: Mean cross-entropy with the large model's choices, in nats a token; each round has
+            other held-out tokens.
         accuracy: Share of the questions that the small model answers right.
     """
 

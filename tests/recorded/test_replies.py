@@ -261,21 +261,34 @@ def test_an_answer_holds_what_the_large_model_might_have_written_instead(tmp_pat
         token_ids=tuple(b"hi"),
         text="hi",
         logprob=-0.5,
-        top=(("hi", -0.5), ("ho", -1.0), ("abc", -2.0), ("\\xff", -2.5), ("", -3.0), ("", -4.0)),
+        top=(("hi", -0.5), ("ho", -1.0), ("abc", -2.0), ("\\xff", -2.5), ("", -3.0)),
         top_bytes=((b"hi", -0.5), (b"ho", -1.0), (b"abc", -2.0), (b"\xff", -2.5)),
     )
-    last = replace(first, token_ids=(EOS,), text="", is_eos=True, logprob=None)
+    unknown = replace(first, logprob=None)
+    without = replace(first, top_bytes=())
+    last = replace(
+        first,
+        token_ids=(EOS,),
+        text="",
+        is_eos=True,
+        top=(("", -0.5), ("abc", -2.0)),
+        top_bytes=((b"abc", -2.0),),
+    )
     (answer,) = write_large_answers(
         ScriptedSmall(b""),
-        Replies(ScriptedLarge([first, last]), tmp_path / "r"),
+        Replies(ScriptedLarge([first, unknown, without, last]), tmp_path / "r"),
         [[{"role": "user", "content": "hi"}]],
         max_tokens=9,
         at_once=1,
         on_answer=lambda: None,
     )
-    assert (answer.token_ids, answer.token_starts) == ((*b"hi", EOS), (0, 2))
-    # Alternatives are told apart by their first token; without a logprob there are none.
-    assert answer.choices == (((ord("h"), -0.5), (ord("a"), -2.0), (EOS, -3.0)), ())
+    assert (answer.token_ids, answer.token_starts) == ((*b"hihihi", EOS), (0, 2, 4, 6))
+    # "hi" and "ho" begin with the same token. Special tokens and parts of characters are left out.
+    h = math.log(math.exp(-0.5) + math.exp(-1.0))
+    choices, *others, end = map(dict, answer.choices)
+    assert choices == pytest.approx({ord("h"): h, ord("a"): -2.0})
+    assert others == [{}, {}]
+    assert end == {EOS: -0.5, ord("a"): -2.0}
 
 
 def test_no_call_of_a_recording_takes_longer_than_its_time_limit(tmp_path: Path) -> None:
@@ -283,7 +296,7 @@ def test_no_call_of_a_recording_takes_longer_than_its_time_limit(tmp_path: Path)
     for timeout_s in (1234.0, 900.0):
         large = ScriptedLarge([(104,), (EOS,)])
         replies = Replies(large, tmp_path / f"{timeout_s}", timeout_s=timeout_s)
-        write_large_answers(
+        (written,) = write_large_answers(
             ScriptedSmall(b""),
             replies,
             [conversation],
@@ -291,9 +304,12 @@ def test_no_call_of_a_recording_takes_longer_than_its_time_limit(tmp_path: Path)
             at_once=1,
             on_answer=lambda: None,
         )
+        assert written.token_ids == (104, EOS)
+        assert large.deadlines == [pytest.approx(timeout_s, abs=60)] * 2
+        other = Replies(large, tmp_path / f"{timeout_s} other", timeout_s=timeout_s)
         answer = WrittenAnswer(conversation, (105,), is_whole=False)
-        find_large_choices(ScriptedSmall(b""), replies, [answer], at_once=1, on_answer=lambda: None)
-        assert large.deadlines == [pytest.approx(timeout_s, abs=60)] * len(large.deadlines)
+        find_large_choices(ScriptedSmall(b""), other, [answer], at_once=1, on_answer=lambda: None)
+        assert large.deadlines[2:] == [timeout_s]
 
 
 def test_a_position_without_an_answer_is_a_failure_where_the_large_model_writes_alone(

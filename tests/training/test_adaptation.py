@@ -131,7 +131,7 @@ def test_only_the_answer_is_predicted(small: SmallModel) -> None:
 def test_the_large_models_alternatives_are_predicted_as_likely_as_it_finds_them(
     small: SmallModel,
 ) -> None:
-    choices = [(9, math.log(0.6)), (3, math.log(0.2))]
+    choices = ((9, math.log(0.6)), (3, math.log(0.2)))
     example = answer_example([5, 6, 7], [8, 9, 10], {1: choices, 2: ()})
     assert example.targets[0] == ((8, 1.0),)
     assert dict(example.targets[1]) == pytest.approx({9: 0.75, 3: 0.25})
@@ -145,6 +145,16 @@ def test_the_large_models_alternatives_are_predicted_as_likely_as_it_finds_them(
     hard_loss = tuning.mean_loss(make_batches([hard], 1))
     both = tuning.mean_loss(make_batches([hard, example], 2))
     assert both == pytest.approx((expected + hard_loss) / 4, rel=1e-4)
+
+
+def test_examples_have_the_large_models_choices(small: SmallModel) -> None:
+    (item,) = worked_answers(small, 1)
+    first, *others = item.answer.token_ids
+    choices = ((first, math.log(0.3)), (7, math.log(0.1)))
+    answer = replace(item.answer, choices=(choices, *[()] * len(others)))
+    (example,) = make_examples(small, [replace(item, answer=answer)])
+    assert dict(example.targets[0]) == pytest.approx({first: 0.75, 7: 0.25})
+    assert example.targets[1:] == tuple(map(one_token, others))
 
 
 def test_a_shared_prefix_changes_neither_loss_nor_gradients(

@@ -253,7 +253,9 @@ def parse_chat_position(value: object) -> ReplyPosition:
     token = parse_chat_token(item)
     as_chosen_logprob(token.logprob)
     top = as_array(item.get("top_logprobs") or [], what="top_logprobs")
-    alternatives = [parse_chat_token(as_object(other, what="an alternative")) for other in top]
+    objects = [as_object(other, what="an alternative") for other in top]
+    # Ids that only pad the vocabulary have no text.
+    alternatives = [parse_chat_token(other) for other in objects if other.get("token") is not None]
     return ReplyPosition(token, sort_by_logprob(alternatives))
 
 

@@ -230,6 +230,22 @@ def test_likeliest_alternatives_that_do_not_spell_the_text_are_not_read() -> Non
     assert completion.positions[0].top == ()
 
 
+def test_impossible_tokens_and_ids_without_text_are_left_out() -> None:
+    made = of_mlx_lm("The sky is blue.", ["The"], ["Ġsky"], ["Ġis", "Ġwas"], ["Ġblue"], ["."])
+    content = made["choices"][0]["logprobs"]["content"]
+    content[2]["top_logprobs"].append({"id": 9, "token": None, "logprob": -4.0})
+    completion = DIALECT.completion(made, prompt("The sky"))
+    assert pieces(completion) == [b" is", b" blue", b"."]
+    assert len(completion.positions[0].top) == 2
+    content[2]["top_logprobs"] = [{"id": 9, "token": "Ġis", "logprob": float("-inf")}]
+    completion = DIALECT.completion(made, prompt("The sky"))
+    assert completion.positions[0].token.logprob is None
+
+
+def test_white_space_alone_is_a_word_where_its_token_has_no_text() -> None:
+    assert pieces(read("", "\n\n", tokens=["x"], finish="stop")) == [b"\n\n", None]
+
+
 def test_white_space_before_the_first_word_may_be_in_the_text_or_in_the_tokens_alone() -> None:
     for text, first in (("The sky is blue", " The"), ("\n\nThe sky is blue", "The")):
         answer = text.removesuffix(" is blue")

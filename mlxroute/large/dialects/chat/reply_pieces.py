@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -30,10 +31,11 @@ def read_pieces(choice: Mapping[str, object], text: str) -> list[ReplyPosition]:
     otherwise its words; the last word is left out where the reply was cut off, as it may go on.
     """
     positions = _positions(choice)
-    for tokens in (_with_text(positions), _with_text(_likeliest(positions))):
+    for read in (list, _likeliest):
+        tokens = _with_text(read(positions))
         spelled = _spelled(tokens)
         # A reply that was cut inside a character ends in the replacement character.
-        if spelled is not None and spelled.strip() == text.rstrip(_REPLACEMENT).strip():
+        if tokens and spelled is not None and spelled.strip() == text.rstrip(_REPLACEMENT).strip():
             return _with_indentation(tokens, spelled, text)
     matches = itertools.islice(_WORD.finditer(text), _MAX_WORDS)
     words = [ReplyPosition(ReplyToken(text=match[0])) for match in matches]
@@ -84,7 +86,8 @@ def _likeliest(positions: Sequence[ReplyPosition]) -> list[ReplyPosition]:
     """Return the positions with the likeliest alternative as the token, read as vocabulary pieces.
 
     `mlx_lm.server` names an arbitrary alternative as the token, and writes pieces (`Ġthe`) for
-    texts. Control tokens, and alternatives whose bytes are unknown, are left out.
+    texts. Control tokens and texts of unknown bytes are left out, and so are positions of which the
+    likeliest alternative is one or has probability 0.
     """
     reader = PieceReader()
     reader.learn(token.text or "" for position in positions for token in position.top)
@@ -98,7 +101,7 @@ def _likeliest(positions: Sequence[ReplyPosition]) -> list[ReplyPosition]:
     return [
         ReplyPosition(top[0], tuple(token for token in top if token is not None))
         for top in tops
-        if top and top[0] is not None
+        if top and top[0] is not None and top[0].logprob != -math.inf
     ]
 
 
