@@ -134,7 +134,7 @@ class Settings:
     )
     mode: str = _setting(
         "auto",
-        "What the small model does during a call; every mode gives the same text.",
+        "What the small model does during a call; same replies give the same text in every mode.",
         commands=_ROUTED,
         choices=Mode,
     )
