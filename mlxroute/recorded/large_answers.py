@@ -13,7 +13,6 @@ from mlxroute.recorded.forward_only import ForwardOnlySmall
 from mlxroute.recorded.parallel_answers import map_answers
 from mlxroute.recorded.replies import Replies
 from mlxroute.routers import make_router
-from mlxroute.tokenizers.utf8 import decode_or_none
 from mlxroute.types import (
     EncodedPrompt,
     LargeToken,
@@ -121,14 +120,15 @@ def _first_choices(large: LargeToken, vocabulary: Vocabulary) -> Choices:
     if large.logprob is None or not large.top_bytes:
         return ()
     own = b"".join(map(vocabulary.token_bytes, large.token_ids))
-    found = {large.token_ids[0]: large.logprob}
+    logprobs = {large.token_ids[0]: large.logprob}
     for data, logprob in large.top_bytes:
-        text = decode_or_none(data)
-        if text is None or data == own:
+        text = data.decode(errors="ignore")
+        # A part of a character is no text.
+        if text.encode() != data or data == own:
             continue
         for token_id in vocabulary.encode(text)[:1]:
-            found[token_id] = _log_of_sum(found.get(token_id, -math.inf), logprob)
-    return tuple(found.items())
+            logprobs[token_id] = _log_of_sum(logprobs.get(token_id, -math.inf), logprob)
+    return tuple(logprobs.items())
 
 
 def _log_of_sum(one: float, other: float) -> float:

@@ -84,7 +84,7 @@ def answer_example(
         token_ids=(*prompt_ids, *answer_ids[:-1]),
         positions=tuple(range(first, first + len(answer_ids))),
         targets=tuple(
-            soft_target(found) if (found := (choices or {}).get(index)) else one_token(token_id)
+            soft_target(named) if (named := (choices or {}).get(index)) else one_token(token_id)
             for index, token_id in enumerate(answer_ids)
         ),
     )
