@@ -38,7 +38,7 @@ _PLACEHOLDER_SIGNALS: Final = Signals(
 )
 
 Choices = tuple[tuple[int, float], ...]
-"""Token ids of the small vocabulary with their logprobs in nats."""
+"""Token ids of the small vocabulary, with the probabilities that the large model gives them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,26 +117,19 @@ def _write_answer(
 
 def _first_choices(large: LargeToken, vocabulary: Vocabulary) -> Choices:
     """Return the first tokens of a large token and of its alternatives that are text."""
-    if large.logprob is None or not large.top_bytes:
+    probability = 0.0 if large.logprob is None else math.exp(large.logprob)
+    if not probability or not large.top_bytes:
         return ()
     own = b"".join(map(vocabulary.token_bytes, large.token_ids))
-    logprobs = {large.token_ids[0]: large.logprob}
+    probabilities = {large.token_ids[0]: probability}
     for data, logprob in large.top_bytes:
         text = data.decode(errors="ignore")
         # A part of a character is no text.
         if text.encode() != data or data == own:
             continue
         for token_id in vocabulary.encode(text)[:1]:
-            logprobs[token_id] = _log_of_sum(logprobs.get(token_id, -math.inf), logprob)
-    return tuple(logprobs.items())
-
-
-def _log_of_sum(one: float, other: float) -> float:
-    """Return the logarithm of the sum of two numbers, of which the logarithms are given."""
-    highest = max(one, other)
-    if highest == -math.inf:
-        return highest
-    return highest + math.log(math.exp(one - highest) + math.exp(other - highest))
+            probabilities[token_id] = probabilities.get(token_id, 0.0) + math.exp(logprob)
+    return tuple(probabilities.items())
 
 
 def _encode_whole_answer(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,10 +62,8 @@ def soft_target(choices: Choices) -> Target:
     The probabilities are those of the choices among themselves (knowledge distillation; Hinton et
     al., arXiv 1503.02531, at temperature 1).
     """
-    highest = max(logprob for _, logprob in choices)
-    masses = [(token_id, math.exp(logprob - highest)) for token_id, logprob in choices]
-    total = sum(mass for _, mass in masses)
-    return tuple((token_id, mass / total) for token_id, mass in masses)
+    total = sum(probability for _, probability in choices)
+    return tuple((token_id, probability / total) for token_id, probability in choices)
 
 
 def answer_example(

@@ -10,10 +10,13 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from mlxroute.cli.model_pair import open_replies
+from mlxroute.config import Settings
 from mlxroute.errors import LargeError, LargeNotContinued, LargeProtocolError, UsageError
 from mlxroute.recorded.large_answers import write_large_answers
 from mlxroute.recorded.large_choices import WrittenAnswer, find_large_choices
@@ -34,6 +37,10 @@ _LINE = (
     ' "cached_tokens": 8, "completion_tokens": 1, "uploaded_bytes": 100, "latency_s": 0.25,'
     ' "large_ids": [5], "lost_s": 0.0}\n'
 )
+if TYPE_CHECKING:
+    from mlxroute.large import LargeModel
+    from mlxroute.small import SmallModel
+
 _TOKEN = LargeToken(
     token_ids=(71, 72),
     text="GH",
@@ -265,6 +272,7 @@ def test_an_answer_holds_what_the_large_model_might_have_written_instead(tmp_pat
         top_bytes=((b"hi", -0.5), (b"ho", -1.0), (b"abc", -2.0), (b"\xff", -2.5)),
     )
     unknown = replace(first, logprob=None)
+    impossible = replace(first, logprob=-1e4)
     without = replace(first, top_bytes=())
     last = replace(
         first,
@@ -276,19 +284,19 @@ def test_an_answer_holds_what_the_large_model_might_have_written_instead(tmp_pat
     )
     (answer,) = write_large_answers(
         ScriptedSmall(b""),
-        Replies(ScriptedLarge([first, unknown, without, last]), tmp_path / "r"),
+        Replies(ScriptedLarge([first, unknown, impossible, without, last]), tmp_path / "r"),
         [[{"role": "user", "content": "hi"}]],
         max_tokens=9,
         at_once=1,
         on_answer=lambda: None,
     )
-    assert (answer.token_ids, answer.token_starts) == ((*b"hihihi", EOS), (0, 2, 4, 6))
+    assert (answer.token_ids, answer.token_starts) == ((*b"hihihihi", EOS), (0, 2, 4, 6, 8))
     # "hi" and "ho" begin with the same token. Special tokens and parts of characters are left out.
-    h = math.log(math.exp(-0.5) + math.exp(-1.0))
+    h = math.exp(-0.5) + math.exp(-1.0)
     choices, *others, end = map(dict, answer.choices)
-    assert choices == pytest.approx({ord("h"): h, ord("a"): -2.0})
-    assert others == [{}, {}]
-    assert end == {EOS: -0.5, ord("a"): -2.0}
+    assert choices == pytest.approx({ord("h"): h, ord("a"): math.exp(-2.0)})
+    assert others == [{}, {}, {}]
+    assert end == pytest.approx({EOS: math.exp(-0.5), ord("a"): math.exp(-2.0)})
 
 
 def test_no_call_of_a_recording_takes_longer_than_its_time_limit(tmp_path: Path) -> None:
@@ -310,6 +318,20 @@ def test_no_call_of_a_recording_takes_longer_than_its_time_limit(tmp_path: Path)
         answer = WrittenAnswer(conversation, (105,), is_whole=False)
         find_large_choices(ScriptedSmall(b""), other, [answer], at_once=1, on_answer=lambda: None)
         assert large.deadlines[2:] == [timeout_s]
+        replies.write_whole_answer(conversation, max_tokens=9)
+        replies.score(context(1), context(1))
+        assert large.whole_limits == [timeout_s] * 2
+
+
+@pytest.mark.parametrize(("timeout_s", "limit_s"), [(30.0, 600.0), (3600.0, 3600.0)])
+def test_recording_commands_give_a_call_the_longer_of_their_limit_and_the_settings(
+    tmp_path: Path, timeout_s: float, limit_s: float
+) -> None:
+    settings = Settings(timeout=timeout_s, cache_dir=str(tmp_path))
+    small = cast("SmallModel", SimpleNamespace(plain_name="s"))
+    large = cast("LargeModel", ScriptedLarge([b"a"]))
+    with open_replies(settings, small, large, at_once=1) as replies:
+        assert replies.timeout_s == limit_s
 
 
 def test_a_position_without_an_answer_is_a_failure_where_the_large_model_writes_alone(

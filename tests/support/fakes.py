@@ -174,14 +174,17 @@ class ScriptedLarge:
         self._calls: list[FakeCall] = []
         self.contexts: list[LargeContext] = []
         self.deadlines: list[float] = []
+        self.whole_limits: list[float] = []
         self.is_approximate = False
         self.whole_answer = ScriptedWholeAnswer("")
         self.scores = ScriptedScores()
 
     def whole_chat(self, *, timeout_s: float) -> ScriptedWholeAnswer:
+        self.whole_limits.append(timeout_s)
         return self.whole_answer
 
     def scorer(self, *, timeout_s: float) -> ScriptedScores:
+        self.whole_limits.append(timeout_s)
         return self.scores
 
     @property

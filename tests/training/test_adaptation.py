@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -131,7 +130,7 @@ def test_only_the_answer_is_predicted(small: SmallModel) -> None:
 def test_the_large_models_alternatives_are_predicted_as_likely_as_it_finds_them(
     small: SmallModel,
 ) -> None:
-    choices = ((9, math.log(0.6)), (3, math.log(0.2)))
+    choices = ((9, 0.6), (3, 0.2))
     example = answer_example([5, 6, 7], [8, 9, 10], {1: choices, 2: ()})
     assert example.targets[0] == ((8, 1.0),)
     assert dict(example.targets[1]) == pytest.approx({9: 0.75, 3: 0.25})
@@ -150,7 +149,7 @@ def test_the_large_models_alternatives_are_predicted_as_likely_as_it_finds_them(
 def test_examples_have_the_large_models_choices(small: SmallModel) -> None:
     (item,) = worked_answers(small, 1)
     first, *others = item.answer.token_ids
-    choices = ((first, math.log(0.3)), (7, math.log(0.1)))
+    choices = ((first, 0.3), (7, 0.1))
     answer = replace(item.answer, choices=(choices, *[()] * len(others)))
     (example,) = make_examples(small, [replace(item, answer=answer)])
     assert dict(example.targets[0]) == pytest.approx({first: 0.75, 7: 0.25})

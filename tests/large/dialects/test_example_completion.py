@@ -242,7 +242,7 @@ def test_impossible_tokens_and_ids_without_text_are_left_out() -> None:
     assert completion.positions[0].token.logprob is None
 
 
-def test_white_space_alone_is_a_word_where_its_token_has_no_text() -> None:
+def test_white_space_that_the_tokens_do_not_spell_is_a_word() -> None:
     assert pieces(read("", "\n\n", tokens=["x"], finish="stop")) == [b"\n\n", None]
 
 
