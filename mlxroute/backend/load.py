@@ -1,8 +1,7 @@
 """Loading of model directories in the form that suits the device.
 
 On Metal and CUDA the weights stay as they are, quantised or not. MLX's CPU backend has no fast
-kernels for quantised or half-precision weights, so on the CPU they become dense float32, stored by
-columns: so OpenBLAS copies them twice as fast into the form that it multiplies with.
+kernels for quantised or half-precision weights, so on the CPU they become dense float32.
 """
 
 from __future__ import annotations
@@ -186,7 +185,6 @@ def _load_with_mlx_lm(path: Path, config: dict[str, Any]) -> tuple[Any, Any, int
     if on_cpu():
         _widen(model)
         model = dequantize_model(model)
-        _widen(model)
     mx.eval(model.parameters())
     tokenizer = load_full_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     # For an unknown token that is empty, transformers calls itself without end.
@@ -233,13 +231,12 @@ def _wire_memory() -> None:
 def _widen(model: Any, *, kept: frozenset[str] = frozenset()) -> None:
     """Convert floating-point weights but those `kept` to float32, lazily, on several streams.
 
-    Those of linear layers are stored by columns. Most of the time goes into the operating system's
-    work when a thread first writes to new memory; the streams share it.
+    Most of the time goes into the operating system's work when a thread first writes to new
+    memory; the streams share it.
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten, tree_unflatten
 
-    multiplied = _multiplied_weights(model)
     streams = [mx.new_stream(mx.Device(mx.cpu)) for _ in range(min(os.cpu_count() or 1, 4))]
     loads = [0] * len(streams)
     wide = []
@@ -247,25 +244,8 @@ def _widen(model: Any, *, kept: frozenset[str] = frozenset()) -> None:
         if mx.issubdtype(value.dtype, mx.floating) and name not in kept:
             index = loads.index(min(loads))
             loads[index] += value.size
-            stream = streams[index]
-            if name in multiplied:
-                value = mx.contiguous(value.T, stream=stream).T
-            # The conversion keeps the order in memory.
-            wide.append((name, value.astype(mx.float32, stream=stream)))
+            wide.append((name, value.astype(mx.float32, stream=streams[index])))
     model.update(tree_unflatten(wide))
-
-
-def _multiplied_weights(model: Any) -> frozenset[str]:
-    """Return the names of the matrices that inputs are multiplied with, transposed."""
-    import mlx.nn as nn
-
-    kinds = [nn.Linear]
-    if getattr(getattr(model, "args", None), "tie_word_embeddings", False):
-        # The input embedding is the output layer too.
-        kinds.append(nn.Embedding)
-    return frozenset(
-        f"{name}.weight" for name, module in model.named_modules() if type(module) in kinds
-    )
 
 
 def _reason(exc: BaseException) -> str:

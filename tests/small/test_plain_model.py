@@ -66,21 +66,6 @@ def test_half_precision_weights_give_the_numbers_of_wide_ones(tmp_path: Path, ti
     assert {name for name, dtype in dtypes.items() if dtype != mx.float32} == kept
 
 
-@pytest.mark.skipif(not on_cpu(), reason="only the CPU's BLAS copies weights before it multiplies")
-@pytest.mark.parametrize("kind", ["tied", "untied", "quantized"])
-def test_matrices_that_are_multiplied_are_stored_by_columns(tmp_path: Path, kind: str) -> None:
-    path = make_tiny_model(tmp_path / "m", tied=kind == "tied", quantized=kind == "quantized")
-    model, _ = load(path)
-    strides = {
-        name: memoryview(value).strides or ()
-        for name, value in tree_flatten(model.parameters())
-        if value.ndim == 2
-    }
-    by_rows = {name for name, (outer, inner) in strides.items() if outer > inner}
-    assert by_rows == (set() if kind == "tied" else {"model.embed_tokens.weight"})
-    assert len(strides) == 15 + (kind != "tied")
-
-
 @pytest.mark.parametrize(
     "change",
     [
