@@ -23,7 +23,6 @@ PLOTS: dict[str, tuple[str, Callable[[Mapping[str, Any], Path], None]]] = {
         "quality-qwen2.5-coder-0.5b-csqa-test-examples.json",
         draw_quality,
     ),
-    "accuracy-csqa.svg": ("quality-qwen2.5-coder-0.5b-csqa-test.json", draw_quality),
     "accuracy-csqa-oracles.svg": (
         "quality-qwen2.5-coder-0.5b-csqa-test-oracles.json",
         draw_quality,

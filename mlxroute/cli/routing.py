@@ -111,13 +111,16 @@ class RoutingRule:
         self._router = make_router(self.name, quantiles=self._ranks[self.name], **rule)
 
 
-def choose_router_name(settings: Settings, pair: Pair | None) -> str:
+def choose_router_name(settings: Settings, pair: Pair | None = None) -> str:
     """Return the router of the settings, else that of the catalogue for the pair.
 
-    A threshold without a router is one of entropy, because each router has its own scale.
+    A head without a router is used. A threshold without either is one of entropy, because each
+    router has its own scale.
     """
     if settings.router is not None:
         return settings.router
+    if settings.head is not None:
+        return HEAD_ROUTER
     return DEFAULT_ROUTER if pair is None or settings.threshold is not None else pair.router
 
 

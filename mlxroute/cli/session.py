@@ -14,9 +14,9 @@ from mlxroute.cli.answer_origin import make_origin
 from mlxroute.cli.error_advice import error_message
 from mlxroute.cli.large_setup import first_reply_status, make_large, open_ledger
 from mlxroute.cli.routing import (
-    DEFAULT_ROUTER,
     HEAD_ROUTER,
     RoutingRule,
+    choose_router_name,
     head_file,
     make_routing,
 )
@@ -341,7 +341,7 @@ def _check_settings(settings: Settings) -> None:
     from mlxroute.engine import Options, parse_mode
     from mlxroute.types import Sampling
 
-    name = settings.router or DEFAULT_ROUTER
+    name = choose_router_name(settings)
     if name == HEAD_ROUTER or settings.head is not None:
         head_file(small_name(settings), settings.head)
     make_router(name, threshold=0.0 if settings.threshold is None else settings.threshold)

@@ -107,13 +107,14 @@ class Settings:
     )
     router: str | None = _setting(
         None,
-        "Score that decides where the large model is asked. Default: the pair's, else entropy.",
+        "Score that decides where the large model is asked. Default: head with --head, else the"
+        " pair's, else entropy.",
         commands=_ROUTED,
         choices=RouterName,
     )
     head: str | None = _setting(
         None,
-        "Learned head for `--router head`, as written by `train`.",
+        "Learned head to route by, as written by `train`.",
         metavar="FILE",
         commands=(*_ROUTED, "replay", "train", "bench quality"),
     )

@@ -108,3 +108,6 @@ def test_the_router_is_that_of_the_settings_else_that_of_the_pair() -> None:
     # A threshold alone is in nats.
     assert choose_router_name(Settings(threshold=1.0), pair) == "entropy"
     assert choose_router_name(Settings(), None) == "entropy"
+    # A head that is named is used, unless a router is named too.
+    assert choose_router_name(Settings(head="h.safetensors", threshold=0.5), pair) == "head"
+    assert choose_router_name(Settings(head="h.safetensors", router="logu"), pair) == "logu"

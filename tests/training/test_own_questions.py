@@ -60,17 +60,17 @@ def test_a_head_is_fitted_to_a_users_questions_and_judged_by_others(
     assert code == 0, messages
     assert (code, report["answers"]) == (0, {"fitted": 9, "held_out": 3})
     assert 0 < report["differing"] < 1
-    assert f"--router head --head {head}" in messages
+    assert f"use it with --head {head} --budget" in messages
     rows = report["recall"].values()
     better = sum(row["head"] for row in rows) > sum(row["entropy"] for row in rows)
     assert ("stay with --router entropy" in messages) == (not better)
 
     quality = ["bench", "quality", "--large", url, "--tokens", "4", "--budget", "30%"]
-    quality += ["--router", "head", "--head", str(head)]
+    quality += ["--head", str(head)]
     code, _, messages = run(*quality, "--data", str(fitted))
     assert (code, "fitted to 12 of these 12 questions" in messages) == (2, True)
     code, report, messages = run(*quality, "--data", str(unused), "--chats", "3")
-    assert (code, list(report["sides"])) == (0, ["small", "large", "head 30%"])
+    assert (code, list(report["sides"])[:4]) == (0, ["small", "large", "head 30%", "entropy 30%"])
     assert report["sides"]["head 30%"]["escalation_rate"] > 0
 
     # Random weights often end inside a character, where this server cannot be asked.
@@ -230,7 +230,7 @@ def test_a_head_is_fitted_to_advantages_and_the_run_repeats(
     assert "6 held-out questions, with at most 20% of the tokens from the large model" in messages
     better = report["routed"]["head"]["accuracy"] > report["routed"]["entropy"]["accuracy"]
     assert ("stay with --router entropy" in messages) == (not better)
-    assert f"--router head --head {head} --budget 20%" in messages
+    assert f"use it with --head {head} --budget 20%" in messages
     files = sorted((tmp_path / "labels").iterdir())
     assert len(files) == 24
     assert run("--out", str(head))[0] == report

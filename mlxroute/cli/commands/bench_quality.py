@@ -66,8 +66,8 @@ def quality(
     router: Annotated[
         list[BenchRouterName] | None,
         typer.Option(
-            help="Router to measure; repeatable. Default: entropy, random, position, first and"
-            " sentence."
+            help="Router to measure; repeatable. Default: entropy, random, position, first,"
+            " sentence, and head with --head."
         ),
     ] = None,
     compare: Annotated[
@@ -109,7 +109,8 @@ def quality(
     check_plot_option(plot)
     check_save_option(save)
     file = data or find_bench_file("questions", "everyday.jsonl")
-    routers = [name.value for name in dict.fromkeys(router or _DEFAULT_ROUTERS)]
+    head = () if settings.head is None else (BenchRouterName.HEAD,)
+    routers = [name.value for name in dict.fromkeys(router or (*head, *_DEFAULT_ROUTERS))]
     if BenchRouterName.HEAD in routers or settings.head is not None:
         head_file(small_name(settings), settings.head)
     sides = make_sides(routers, budget or BUDGETS)

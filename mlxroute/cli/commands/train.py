@@ -54,7 +54,7 @@ def train(
     shots: Shots = 4,
     at_once: AtOnce = 4,
 ) -> int:
-    """Fit a learned head, for `--router head`, to your two models.
+    """Fit a learned head, a router, to your two models.
 
     The head finds the tokens where the large model would change the answer.
     """
@@ -284,9 +284,9 @@ def _print_advice(
     """Print how to use the head; `is_elsewhere` if it is not in the catalogue folder."""
     from mlxroute.cli.terminal import WARNING_STYLE
 
-    flag = f" --head {file}" if is_elsewhere else ""
+    flag = f"--head {file}" if is_elsewhere else "--router head"
     err.print(
-        f"written to {file}; use it with --router head{flag} --budget {100 * _budget(settings):g}%",
+        f"written to {file}; use it with {flag} --budget {100 * _budget(settings):g}%",
         markup=False,
         soft_wrap=True,
     )
