@@ -46,6 +46,14 @@ def test_a_threshold_and_a_budget_replace_each_other(tmp_path: Path) -> None:
         load_settings({"threshold": 1.0, "budget": 0.1}, environ={}, path=path)
 
 
+def test_a_head_replaces_the_router_of_an_earlier_source(tmp_path: Path) -> None:
+    path = write(tmp_path, 'router = "logu"\nhead = "mine.safetensors"\n')
+    assert load_settings({}, environ={}, path=path).router == "logu"
+    environ = {"MLXROUTE_ROUTER": "margin"}
+    assert load_settings({}, environ=environ, path=path).router == "margin"
+    assert load_settings({"head": "h.safetensors"}, environ=environ, path=path).router is None
+
+
 @pytest.mark.parametrize("value", ['"7"', '"x%"', '"-1%"', "true"])
 def test_a_budget_that_is_no_share_is_refused(tmp_path: Path, value: str) -> None:
     with pytest.raises(ConfigError, match=r"budget|share"):

@@ -183,7 +183,8 @@ class Session:
         """
         from mlxroute.cli.progress import ByteProgress
 
-        settings = replace(self._settings, small=name, adapter=None)
+        # An adapter and a head belong to one small model.
+        settings = replace(self._settings, small=name, adapter=None, head=None)
         with ByteProgress(err) as progress:
             small = load_small(settings, progress)
         self._change_models(small, self.large, settings, err)

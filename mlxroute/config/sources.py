@@ -24,7 +24,8 @@ from mlxroute.untrusted_text import MalformedText, TextFile, parse_toml
 
 # A pattern in the config file must stay in force when a flag adds another one.
 _ADDITIVE = ("never_send", "never_send_file")
-# A threshold replaces the budget of an earlier source, and a budget the threshold.
+# A threshold replaces the budget of an earlier source, and a budget the threshold. A head, which is
+# the router unless its own source names one, also replaces the router of an earlier source.
 _EXCLUSIVE = ("threshold", "budget")
 _BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 _MAX_CONFIG_BYTES = 64 * 1024
@@ -74,6 +75,8 @@ def load_settings(flags: Mapping[str, Any], *, environ: Mapping[str, str], path:
         if len(chosen) > 1:
             raise ConfigError("a threshold and a budget exclude each other; set one of them")
         dropped = {name: None for name in _EXCLUSIVE if chosen and name not in chosen}
+        if values.get("head") is not None:
+            dropped["router"] = None
         settings = replace(settings, **(dropped | values | sums))
     return settings
 

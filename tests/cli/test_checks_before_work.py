@@ -70,6 +70,18 @@ def test_options_of_bench_quality_that_do_not_fit_are_reported_before_a_model_is
 
 
 @pytest.mark.usefixtures("nothing_loads")
+def test_bench_quality_measures_a_head_that_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = tmp_path / "h.safetensors"
+    head.touch()
+    quality = ["bench", "quality", "--large", "http://127.0.0.1:9/v1", "--budget", "5%"]
+    assert main([*quality, "--compare", "none,small", "--head", str(head)]) == 2
+    sides = "small, large, entropy 5%, random 5%, position 5%, first 5%, sentence 5%, head 5%"
+    assert sides in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.usefixtures("nothing_loads")
 @pytest.mark.parametrize("command", ["train", "adapt", "bench quality", "bench latency"])
 @pytest.mark.parametrize(
     ("variable", "value", "message"),

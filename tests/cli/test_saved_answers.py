@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import stat
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from mlxroute.cli import main
 from mlxroute.safe_text import printable
+from mlxroute.small.mlp_head import SIGNAL_COUNT
 from tests.support.loopback import Loopback, Reply
 from tests.support.negotiated import honest
 from tests.support.scripted_calls import legacy
@@ -224,6 +227,21 @@ def test_a_chat_changes_its_models_and_keeps_what_both_chose(
     answers = read(file)["answers"]
     assert [item["models"]["large"] for item in answers] == ["huge", "vast", "vast"]
     assert [item["models"]["small_spec"] for item in answers] == [str(tiny), str(tiny), str(other)]
+
+
+def test_another_small_model_does_not_get_the_head_of_the_one_before(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_tiny_model(tmp_path / "other", seed=1)
+    size = json.loads((tiny / "config.json").read_text())["hidden_size"] + SIGNAL_COUNT
+    head = tmp_path / "head.safetensors"
+    mx.save_safetensors(str(head), {"0.weight": mx.zeros((1, size)), "0.bias": mx.zeros(1)})
+    with Loopback(honest(lambda request: Reply.of(legacy("a")))) as server:
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"/threshold\n/small {other}\n/threshold\n"))
+        routed = ["--small", str(tiny), "--large", server.url, "--head", str(head)]
+        assert main(["chat", *routed]) == 0
+    units = re.findall(r"threshold \S+ (nats|of head)", capsys.readouterr().err)
+    assert units == ["of head", "nats"]
 
 
 @pytest.mark.parametrize("command", ["/large ftp://x", "/small no/such/model"])

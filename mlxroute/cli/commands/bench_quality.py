@@ -110,7 +110,7 @@ def quality(
     check_save_option(save)
     file = data or find_bench_file("questions", "everyday.jsonl")
     head = () if settings.head is None else (BenchRouterName.HEAD,)
-    routers = [name.value for name in dict.fromkeys(router or (*head, *_DEFAULT_ROUTERS))]
+    routers = [name.value for name in dict.fromkeys(router or (*_DEFAULT_ROUTERS, *head))]
     if BenchRouterName.HEAD in routers or settings.head is not None:
         head_file(small_name(settings), settings.head)
     sides = make_sides(routers, budget or BUDGETS)
