@@ -18,8 +18,9 @@ from typing import IO
 DEADLINE_S = 60.0
 SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
 _ANSWER_TO_CURSOR_REQUEST = b"\x1b[1;1R"
-# What a shell does: a session with stdin as its controlling terminal, and the command in front. It
-# reports the command's process id and each stop, and ends with the command's exit code.
+# What a shell does: a session with stdin as its controlling terminal, and the command in front,
+# with the default signal actions, which a background job does not have. It reports the command's
+# process id and each stop, and ends with the command's exit code.
 _SHELL = """
 import fcntl, os, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
@@ -29,7 +30,8 @@ pid = os.fork()
 if not pid:
     os.setpgid(0, 0)
     os.tcsetpgrp(0, os.getpid())
-    signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+    for number in (signal.SIGTTOU, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     os.execvp(command[0], command)
 os.write(int(report), b"%d\\n" % pid)
 while True:
