@@ -240,3 +240,16 @@ def test_a_head_is_fitted_to_advantages_and_the_run_repeats(
     report, _ = run("--head", str(head), "--out", str(tmp_path / "next.safetensors"))
     assert report["written_by"] == {"router": "head", "budget": 0.2}
     assert len(list((tmp_path / "labels").iterdir())) == 48
+
+
+def test_an_interrupt_before_the_first_adapter_says_that_none_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlxroute.cli.commands.adapt._AdaptRun.adapt", interrupt)
+    data = write_questions(tmp_path, "questions.jsonl", range(3))
+    adapt = ["adapt", "--data", str(data), "--out", str(tmp_path / "out")]
+    assert main([*adapt, "--large", "http://127.0.0.1:9/v1"]) == 130
+    assert "no adapter was written yet; the recorded answers are kept" in capsys.readouterr().err

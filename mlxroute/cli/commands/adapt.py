@@ -110,7 +110,12 @@ def adapt(
         best = interrupted.best
         print_note(err, f"going on from round {best.round}, {best.epoch:g} epochs")
     with open_ledger(settings) as ledger, make_large(settings, address, ledger, err) as large:
-        outcome = run.adapt(settings, large, out, interrupted, err)
+        try:
+            outcome = run.adapt(settings, large, out, interrupted, err)
+        except KeyboardInterrupt:
+            if interrupted is None:
+                print_note(err, "no adapter was written yet; the recorded answers are kept")
+            raise
     _print_figures(outcome, out, err)
     shown = {name: value for name, value in outcome.report.items() if name != "questions"}
     sys.stdout.write(json.dumps(shown) + "\n")
