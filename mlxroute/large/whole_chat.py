@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from mlxroute.large.completion_request import CompletionRequester
 from mlxroute.large.dialects import Dialect, RequestOptions
+from mlxroute.large.dialects.chat.chat_continuation import ChatContinuation, ContinuationMethod
+from mlxroute.large.dialects.chat.fielded_dialect import FieldedDialect
 from mlxroute.large.dialects.json_fields import usage_counts
 from mlxroute.large.http.circuit_breaker import CircuitBreaker
 from mlxroute.large.http.deadline import Deadline
@@ -72,13 +74,14 @@ class WholeChat:
     def answer(self, messages: Sequence[Message], *, max_tokens: int) -> Completion:
         """Return the model's own answer to a conversation, with the fields that the server takes.
 
-        It is for servers that only chat, whose dialect asks for a new answer in this way. Raises
-        LargeError.
+        Raises LargeError.
         """
-        assert self._dialect is not None
+        dialect: Dialect = ChatContinuation(ContinuationMethod.TRAILING, logprobs=False)
+        if isinstance(self._dialect, FieldedDialect):
+            dialect = self._dialect
         prompt = Prompt(messages=tuple(messages))
         options = RequestOptions(max_tokens, top_logprobs=1, model=self._model)
-        return self._dialect.completion(self.ask(self._dialect.request(prompt, options)), prompt)
+        return dialect.completion(self.ask(dialect.request(prompt, options)), prompt)
 
     def cancel(self) -> None:
         """End the call now, from any thread."""

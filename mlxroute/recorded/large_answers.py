@@ -11,7 +11,7 @@ from mlxroute.engine import generate
 from mlxroute.engine.protocols import SmallProtocol
 from mlxroute.recorded.forward_only import ForwardOnlySmall
 from mlxroute.recorded.parallel_answers import map_answers
-from mlxroute.recorded.replies import Replies
+from mlxroute.recorded.replies import AnswerNotContinued, Replies
 from mlxroute.routers import make_router
 from mlxroute.types import (
     EncodedPrompt,
@@ -71,12 +71,18 @@ def write_large_answers(
     """Return the large model's greedy answers to the conversations, in their order.
 
     At most `at_once` answers are written at a time; `on_answer` is called after each of them, in
-    the thread that wrote it. Only the chat template and the vocabulary of `small` are used. Raises
-    LargeError if the large model fails.
+    the thread that wrote it. Only the chat template and the vocabulary of `small` are used. An
+    answer that the server does not go on with is asked for as a whole, as are all of a server that
+    only chats; it has no logprobs and choices. Raises LargeError if the large model fails.
     """
 
     def write(conversation: Sequence[Message]) -> LargeAnswer:
-        return _write_answer(PlaceholderSmall(small), replies, conversation, max_tokens)
+        if not replies.is_approximate:
+            try:
+                return _write_answer(PlaceholderSmall(small), replies, conversation, max_tokens)
+            except AnswerNotContinued:
+                pass
+        return _encode_whole_answer(small, replies, conversation, max_tokens)
 
     return map_answers(write, conversations, replies=replies, at_once=at_once, on_answer=on_answer)
 
@@ -87,8 +93,6 @@ def _write_answer(
     conversation: Sequence[Message],
     max_tokens: int,
 ) -> LargeAnswer:
-    if replies.is_approximate:
-        return _encode_whole_answer(small, replies, conversation, max_tokens)
     answer = generate(
         small,
         replies.new_view(alone=True),

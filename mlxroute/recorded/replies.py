@@ -27,6 +27,10 @@ class RecordingStopped(LargeError):
     """Raised for calls after the end of a run, by an interrupt or the failure of an answer."""
 
 
+class AnswerNotContinued(LargeProtocolError):
+    """Raised where the server does not go on with an answer that the large model writes alone."""
+
+
 class WholeAnswer(Protocol):
     """An answer of the large model as a whole. `ends` is False where it was cut off."""
 
@@ -136,7 +140,7 @@ class Replies(Closeable):
         """Return a view of the large model for one answer.
 
         If the large model writes the answer `alone`, no token of another model can stand in for
-        its own: where it does not go on, calls raise a LargeProtocolError that is a failure.
+        its own: where it does not go on, calls raise AnswerNotContinued.
         """
         return RecordedLargeView(self, alone=alone)
 
@@ -302,7 +306,7 @@ class _RecordingCall:
             tokens = self._call.result()
         except LargeNotContinued as exc:
             if self._view.is_alone:
-                raise LargeProtocolError(str(exc)) from exc
+                raise AnswerNotContinued(str(exc)) from exc
             raise
         if not self._is_counted:
             self._is_counted = True

@@ -121,13 +121,14 @@ def test_sides_are_graded_and_compared(
     assert 0 < routed["most_over_budget"] <= BURST
 
 
-def test_a_server_that_only_chats_is_asked_for_its_whole_answers(
-    small: SmallModel, questions: list[Question], tmp_path: Path
+@pytest.mark.parametrize("only_chats", [True, False])
+def test_a_server_that_does_not_go_on_with_answers_is_asked_for_whole_ones(
+    only_chats: bool, small: SmallModel, questions: list[Question], tmp_path: Path
 ) -> None:
     """A position where it does not go on stays the small model's, and ends no run."""
     misfit = LargeNotContinued("elsewhere")
     large = ScriptedLarge([misfit, (70,), misfit])
-    large.is_approximate = True
+    large.is_approximate = only_chats
     large.whole_answer = ScriptedWholeAnswer(str(questions[0].answer))
     report, _ = run(small, questions, tmp_path / "r.jsonl", large=large)
     alone = report["sides"]["large"]

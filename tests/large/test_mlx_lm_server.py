@@ -220,6 +220,8 @@ def test_answers_are_written_at_once_as_they_are_one_by_one(tiny: Model, tmp_pat
                     )
                 )
         assert answers[0] == answers[1]
+        whole = large.whole_chat(timeout_s=60).answer(conversations[0], max_tokens=8)
+        assert (whole.completion_tokens, whole.ends) == (8, False)
         assert len({answer.token_ids for answer in answers[0]}) > 1
         assert generates(url)
 

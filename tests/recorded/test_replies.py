@@ -20,7 +20,7 @@ from mlxroute.config import Settings
 from mlxroute.errors import LargeError, LargeNotContinued, LargeProtocolError, UsageError
 from mlxroute.recorded.large_answers import write_large_answers
 from mlxroute.recorded.large_choices import WrittenAnswer, find_large_choices
-from mlxroute.recorded.replies import Replies
+from mlxroute.recorded.replies import AnswerNotContinued, Replies
 from mlxroute.types import LargeContext, LargeToken, Message, Uploads, Vocabulary
 from tests.support.fakes import (
     EOS,
@@ -262,6 +262,22 @@ def test_answers_of_a_server_that_only_chats_are_asked_for_as_wholes(tmp_path: P
     assert large.whole_answer.conversations == [conversation] * 3
 
 
+def test_an_answer_that_the_server_does_not_go_on_with_is_asked_for_as_a_whole(
+    tmp_path: Path,
+) -> None:
+    large = ScriptedLarge([(104,), LargeNotContinued("inside a character")])
+    large.whole_answer = ScriptedWholeAnswer("other")
+    (answer,) = write_large_answers(
+        ScriptedSmall(b""),
+        Replies(large, tmp_path / "r"),
+        [[{"role": "user", "content": "hi"}]],
+        max_tokens=9,
+        at_once=1,
+        on_answer=lambda: None,
+    )
+    assert answer.token_ids == (*b"other", EOS)
+
+
 def test_an_answer_holds_what_the_large_model_might_have_written_instead(tmp_path: Path) -> None:
     first = replace(
         _TOKEN,
@@ -339,7 +355,7 @@ def test_a_position_without_an_answer_is_a_failure_where_the_large_model_writes_
 ) -> None:
     large = ScriptedLarge([LargeNotContinued("inside a character")])
     replies = Replies(large, tmp_path / "r")
-    for alone, error in [(False, LargeNotContinued), (True, LargeProtocolError)]:
+    for alone, error in [(False, LargeNotContinued), (True, AnswerNotContinued)]:
         view = replies.new_view(alone=alone)
         call = view.begin(context(1), deadline_s=1, prefetch=0)
         with pytest.raises(LargeProtocolError, match="inside a character") as caught:

@@ -57,7 +57,7 @@ class ByteVocabulary:
     def token_bytes(self, token_id: int) -> bytes:
         if token_id == STRADDLING:
             return "éé".encode()[1:3]
-        return bytes([token_id]) if token_id < 256 else b""
+        return bytes([token_id]) if 0 <= token_id < 256 else b""
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(text.encode())

@@ -30,7 +30,7 @@ from mlxroute.questions.prompt_form import describe_form
 from mlxroute.questions.question_files import Question, question_messages
 from mlxroute.recorded.answer_scores import AnswerScores
 from mlxroute.recorded.large_answers import PlaceholderSmall
-from mlxroute.recorded.replies import Replies
+from mlxroute.recorded.replies import AnswerNotContinued, Replies
 from mlxroute.routers import Budget, make_router
 from mlxroute.serving.concurrent_answers import AnswerRow, ConcurrentAnswers
 from mlxroute.small import SmallModel
@@ -220,9 +220,17 @@ class _QualityBench:
 
     def _write_answer(self, task: _Task, row: AnswerRow) -> QualityRow:
         """Write and grade one answer."""
+        if not task.side.is_large:
+            return self._generate_answer(task, row)
+        if not self.replies.is_approximate:
+            try:
+                return self._generate_answer(task, row)
+            except AnswerNotContinued:
+                pass
+        return self._ask_whole_answer(task)
+
+    def _generate_answer(self, task: _Task, row: AnswerRow) -> QualityRow:
         side = task.side
-        if side.is_large and self.replies.is_approximate:
-            return self._ask_whole_answer(task)
         large = self.replies.new_view(alone=side.is_large)
         if isinstance(task.router, BaselineRouter):
             task.router.begin_answer(row)
