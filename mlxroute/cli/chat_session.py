@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from mlxroute.conversation import Conversation
 from mlxroute.types import Message, OnFailure, Prices, RunStats, Uploads
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mlxroute.conversation import Conversation
     from mlxroute.view import DocumentedStream
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Annotated, Any
 
 import typer
@@ -75,6 +76,7 @@ def _keyword_only(parameters: list[inspect.Parameter]) -> list[inspect.Parameter
     return [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in parameters]
 
 
+@cache
 def _option(setting: Setting) -> inspect.Parameter:
     """Return the parameter from which typer makes the option; its default None means not set."""
     annotation: Any = setting.choices or setting.kind

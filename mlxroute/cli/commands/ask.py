@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from mlxroute.answers.document_file import check_target
 from mlxroute.cli.setting_options import replace_undecodable
 from mlxroute.cli.standard_streams import read_piped
 from mlxroute.config import Settings
@@ -39,6 +38,7 @@ def ask(
     ] = None,
 ) -> int:
     """Answer one question and exit."""
+    from mlxroute.answers.document_file import check_target
     from mlxroute.cli.failure_notes import FailureNotes
     from mlxroute.cli.json_lines import write_json
     from mlxroute.cli.session import open_session

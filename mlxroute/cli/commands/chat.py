@@ -15,7 +15,6 @@ from mlxroute.cli.error_advice import error_message
 from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_LARGE_FAILED, EXIT_OK, EXIT_USAGE
 from mlxroute.cli.shell_completion import complete_model
 from mlxroute.config import Settings, parse_share
-from mlxroute.conversation import Conversation
 from mlxroute.errors import LargeError, MlxRouteError, UsageError
 from mlxroute.terminal_modes import TERMINAL
 
@@ -273,6 +272,8 @@ class _Chat:
         self.print_line(f"saved to {value}")
 
     def _load(self, value: str) -> None:
+        from mlxroute.conversation import Conversation
+
         self._session.conversation = Conversation.load(Path(value))
         messages = len(self._session.conversation.turns)
         self.print_line(f"loaded {messages} messages from {value}")

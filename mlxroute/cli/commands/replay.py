@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlxroute.answers.document_file import check_target, load_document, save_document
 from mlxroute.cli.setting_options import parse_budget, parse_number
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
@@ -37,6 +36,7 @@ def replay(
     ] = None,
 ) -> int:
     """Repeat a saved answer with the recorded replies of the large model, without calls."""
+    from mlxroute.answers.document_file import check_target, load_document, save_document
     from mlxroute.cli.answer_replay import prepare_replay
     from mlxroute.cli.exit_codes import EXIT_OK
     from mlxroute.cli.progress import ByteProgress

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from mlxroute.answers.document_file import load_document
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
 from mlxroute.private_file import expand_path, write_private
@@ -25,6 +24,7 @@ def show(
     ] = None,
 ) -> int:
     """Print a saved answer, with both models' choices where the large one was asked."""
+    from mlxroute.answers.document_file import load_document
     from mlxroute.cli.exit_codes import EXIT_OK
     from mlxroute.cli.terminal import make_consoles, print_note
 
