@@ -15,9 +15,18 @@ from typing import Any
 
 import matplotlib
 
-from mlxroute.bench.plot import draw_latency, draw_quality
+from mlxroute.bench.plot import draw_latency, draw_quality, merit
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+SETS = {
+    "CommonsenseQA": "quality-qwen2.5-coder-0.5b-csqa-test-examples.json",
+    "GSM8K": "quality-qwen2.5-coder-0.5b-gsm8k-test-256.json",
+    "HumanEval": "quality-qwen2.5-coder-0.5b-humaneval.json",
+    "reasoning-gym": "quality-qwen2.5-coder-0.5b-reasoning-gym.json",
+    "open prompts (F1)": "quality-qwen2.5-coder-0.5b-open.json",
+}
+"""The reports of the picture of all sets, by the name of the set."""
 PLOTS: dict[str, tuple[str, Callable[[Mapping[str, Any], Path], None]]] = {
     "accuracy-csqa-examples.svg": (
         "quality-qwen2.5-coder-0.5b-csqa-test-examples.json",
@@ -39,10 +48,47 @@ def main() -> None:
     os.environ.setdefault("SOURCE_DATE_EPOCH", "0")  # No date in the files.
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "mlxroute"})
     for name, (report_name, draw) in PLOTS.items():
-        report = json.loads((ROOT / "bench" / "results" / report_name).read_text(encoding="utf-8"))
         file = ROOT / "docs" / "images" / name
-        draw(report, file)
+        draw(_read(report_name), file)
         print(file.relative_to(ROOT))
+    file = ROOT / "docs" / "images" / "accuracy-sets.svg"
+    draw_sets({name: _read(report_name) for name, report_name in SETS.items()}, file)
+    print(file.relative_to(ROOT))
+
+
+def draw_sets(reports: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Plot the accuracy of every side of reports of `bench quality`, one row for each set."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(7, 0.8 * len(reports) + 1), layout="constrained")
+    panel = figure.subplots()
+    colours: dict[str, str] = {}
+    for row, report in enumerate(reports.values()):
+        sides = report["sides"]
+        ends = [merit(sides[name])[0] for name in ("small", "large")]
+        panel.plot(ends, (row, row), color="lightgrey", linewidth=6, zorder=0)
+        for value, marker, label in zip(ends, "os", ("small alone", "large alone"), strict=True):
+            panel.plot(value, row, marker, color="grey", linestyle="", label=None if row else label)
+        routed = [side for side in sides.values() if side["router"] in ("entropy", "head")]
+        for place, side in enumerate(routed):
+            value, low, high = merit(side)
+            label = side["router"] if side["router"] not in colours else None
+            colour = colours.setdefault(side["router"], f"C{len(colours)}")
+            height = row + 0.5 * ((place + 1) / (len(routed) + 1) - 0.5)
+            bounds = [[value - low], [high - value]]
+            panel.errorbar(value, height, xerr=bounds, fmt=".", color=colour, label=label)
+    panel.set_yticks(range(len(reports)), list(reports))
+    panel.invert_yaxis()
+    panel.set(xlabel="right answers", xlim=(0, 1))
+    panel.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    figure.legend(loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=120)
+
+
+def _read(name: str) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return report
 
 
 if __name__ == "__main__":

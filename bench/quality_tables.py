@@ -4,7 +4,8 @@
 
 A table stands between `<!-- table: REPORT.json -->` and `<!-- end -->`. A second report, as in
 `<!-- table: REPORT.json ADAPTED.json -->`, is of the same questions with an adapter. Its sides
-follow, and each is compared with the same side without the adapter.
+follow, and each is compared with the same side without the adapter. Between
+`<!-- sets: REPORT.json ... -->` and `<!-- end -->` stand the routed sides of one report a set.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlxroute.bench.plot import merit
 from mlxroute.statistics import mcnemar_p
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "bench" / "results"
+_SETS = re.compile(r"(<!-- sets: ((?:\S+\.json )+)-->\n).*?(<!-- end -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- table: (\S+\.json)(?: (\S+\.json))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -34,7 +37,58 @@ def write_tables(text: str, results: Path = RESULTS) -> str:
         adapted = read(match[3]) if match[3] else None
         return match[1] + quality_table(read(match[2]), adapted) + match[4]
 
-    return _TABLE.sub(table, text)
+    def sets(match: re.Match[str]) -> str:
+        names = match[2].split()
+        return match[1] + sets_table({name: read(name) for name in names}) + match[3]
+
+    return _SETS.sub(sets, _TABLE.sub(table, text))
+
+
+def sets_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the routed sides of reports as a Markdown table; `reports` are by file name.
+
+    The merit of a set without right answers is the F1 score with the large model's answers.
+    """
+    lines = [
+        "| set | questions | small | large | routed | large tokens a question | of all | right, % |"
+        " of the gap, % | against small | report |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for file, report in reports.items():
+        sides = report["sides"]
+        low, high = (merit(sides[end])[0] for end in ("small", "large"))
+        start = [report["data"], str(report["questions"]), f"{100 * low:.1f}", f"{100 * high:.1f}"]
+        link = f"[report](../bench/results/{file})"
+        for name, side in sides.items():
+            if not side["router"]:
+                continue
+            value, *interval = merit(side)
+            p = _p_against_small(report, name)
+            cells = (
+                *start,
+                name,
+                f"{side['large_tokens_per_question']:.2f}",
+                f"{100 * side['escalation_rate']:.1f} %",
+                _share(value, (interval[0], interval[1])),
+                f"{100 * (value - low) / (high - low):.0f}" if high > low else "",
+                f"{100 * (value - low):+.1f}, p {_p_text(p)}",
+                link,
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+            start, link = [""] * 4, ""
+    return "\n".join(lines) + "\n"
+
+
+def _p_against_small(report: Mapping[str, Any], name: str) -> float:
+    """Return the p value of a side against the small model alone.
+
+    Without right answers the report has it if `--compare` named the two sides.
+    """
+    marks = report["sides"][name]["lenient"]
+    if marks is not None:
+        return float(marks["p_against_small"])
+    pairs = {(item["first"], item["second"]): item for item in report["comparisons"]}
+    return float(pairs[name, "small"]["with_large"]["p"])
 
 
 def quality_table(report: Mapping[str, Any], adapted: Mapping[str, Any] | None = None) -> str:
@@ -88,8 +142,11 @@ def _compare_with_unadapted(
 
 def _comparison(item: Mapping[str, Any]) -> str:
     marks = item["lenient"]
-    p = f"{marks['p']:.2g}" if marks["p"] >= 0.0001 else "< 0.0001"
-    return f"`{item['second']}`: {100 * marks['difference']:+.1f}, p {'' if '<' in p else '= '}{p}"
+    return f"`{item['second']}`: {100 * marks['difference']:+.1f}, p {_p_text(marks['p'])}"
+
+
+def _p_text(p: float) -> str:
+    return f"= {p:.2g}" if p >= 0.0001 else "< 0.0001"
 
 
 def _share(value: float, interval: tuple[float, float]) -> str:

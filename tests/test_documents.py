@@ -257,6 +257,37 @@ def test_sides_with_an_adapter_are_compared_with_those_without(tmp_path: Path) -
     ]
 
 
+def test_a_table_of_sets_has_a_row_for_each_routed_side(tmp_path: Path) -> None:
+    def side(router: str | None, share: float, f1: float | None = None) -> dict[str, Any]:
+        marks = {"accuracy": share, "interval": [0, 1], "p_against_small": 0.00001}
+        agreement = {"f1": f1, "interval": [0, 1]}
+        figures = {"large_tokens_per_question": 2.5, "escalation_rate": 0.05, "router": router}
+        return figures | {"lenient": marks if f1 is None else None, "with_large": agreement}
+
+    answered = {"small": side(None, 0.2), "large": side(None, 0.6), "head 5%": side("head", 0.3)}
+    opened = {
+        "small": side(None, 0, 0.5),
+        "large": side(None, 0, 1),
+        "entropy 5%": side("entropy", 0, 0.6),
+        "head 5%": side("head", 0, 0.75),
+    }
+    against = [
+        {"first": name, "second": "small", "with_large": {"p": 0.031}}
+        for name in ("entropy 5%", "head 5%")
+    ]
+    for name, sides in {"a": answered, "b": opened}.items():
+        report = {"data": name, "questions": 10, "sides": sides, "comparisons": against}
+        (tmp_path / f"{name}.json").write_text(json.dumps(report))
+    script = runpy.run_path(str(_ROOT / "bench" / "quality_tables.py"))
+    text = script["write_tables"]("<!-- sets: a.json b.json -->\n<!-- end -->", tmp_path)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[3:-1]]
+    assert [(*row[:5], row[8], row[9]) for row in rows] == [
+        ("a", "10", "20.0", "60.0", "head 5%", "25", "+10.0, p < 0.0001"),
+        ("b", "10", "50.0", "100.0", "entropy 5%", "20", "+10.0, p = 0.031"),
+        ("", "", "", "", "head 5%", "50", "+25.0, p = 0.031"),
+    ]
+
+
 def test_the_accuracy_tables_are_those_of_the_reports() -> None:
     script = runpy.run_path(str(_ROOT / "bench" / "quality_tables.py"))
     text = _text(_ROOT / "docs" / "benchmarks.md")

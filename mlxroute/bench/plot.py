@@ -71,10 +71,10 @@ def draw_quality(report: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     panel = figure.subplots()
     sides, questions = report["sides"], report["questions"]
-    small = _merit(sides["small"])[0]
+    small = merit(sides["small"])[0]
     for router in sorted({side["router"] for side in sides.values() if side["router"]}):
         points = sorted(
-            (_large_tokens(side, side["tokens"] / questions), _merit(side))
+            (_large_tokens(side, side["tokens"] / questions), merit(side))
             for side in sides.values()
             if side["router"] == router
         )
@@ -92,8 +92,7 @@ def draw_quality(report: Mapping[str, Any], path: Path) -> None:
             )
             panel.plot(*zip(*points, strict=True), color="grey", marker=marker, label=label)
     for name, style in (("small", ":"), ("large", "--")):
-        merit = _merit(sides[name])[0]
-        panel.axhline(merit, color="grey", linestyle=style, label=f"{name} alone")
+        panel.axhline(merit(sides[name])[0], color="grey", linestyle=style, label=f"{name} alone")
     has_answers = sides["large"]["lenient"] is not None
     merit_name = "right answers" if has_answers else "F1 with the large model's answers"
     panel.set(xlabel="large tokens a question", ylabel=merit_name, xlim=(0, None), ylim=(0, 1))
@@ -103,8 +102,11 @@ def draw_quality(report: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _merit(side: Mapping[str, Any]) -> tuple[float, float, float]:
-    """Return the accuracy of a side, or its agreement with the large model, and the interval."""
+def merit(side: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Return the accuracy of a side of `bench quality`, and the bounds of its interval.
+
+    Without right answers it is the F1 score with the large model's answers. All are from 0 to 1.
+    """
     marks = side["lenient"]
     if marks is not None:
         return marks["accuracy"], *marks["interval"]
