@@ -73,11 +73,12 @@ def draw_sets(reports: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         routed = [side for side in sides.values() if side["router"] in ("entropy", "head")]
         for place, side in enumerate(routed):
             value, low, high = merit(side)
-            label = side["router"] if side["router"] not in colours else None
-            colour = colours.setdefault(side["router"], f"C{len(colours)}")
+            router = str(side["router"])
+            new_label = None if router in colours else router
+            colour = colours.setdefault(router, f"C{len(colours)}")
             height = row + 0.5 * ((place + 1) / (len(routed) + 1) - 0.5)
             bounds = [[value - low], [high - value]]
-            panel.errorbar(value, height, xerr=bounds, fmt=".", color=colour, label=label)
+            panel.errorbar(value, height, xerr=bounds, fmt=".", color=colour, label=new_label)
     panel.set_yticks(range(len(reports)), list(reports))
     panel.invert_yaxis()
     panel.set(xlabel="right answers", xlim=(0, 1))

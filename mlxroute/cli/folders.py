@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
 from mlxroute.user_folders import expand_user
-
-if TYPE_CHECKING:
-    from mlxroute.large import LargeModel
 
 RESULTS = Path("bench", "results")
 # File systems allow 255 bytes; a character has up to 4.
@@ -42,16 +39,17 @@ def find_bench_file(folder: str, name: str) -> Path:
     raise UsageError(f"bench/{folder}/{name} is not installed; run this in the repository")
 
 
-def recorded_name(large: LargeModel) -> str:
-    """Return the large model's name in records; by example, its tokens are not its own answer's."""
-    return f"{large.model_name}-by-example" if large.is_approximate else large.model_name
-
-
 def record_path(settings: Settings, kind: str, small: str, large: str) -> Path:
-    """Return the path of the file that keeps a kind of records of a pair; create its folder."""
+    """Return the path of the file that keeps a kind of records of a pair; create its folder.
+
+    `large` is the large model's name in records. Names that are shortened still differ.
+    """
     folder = cache_dir_of(settings) / "bench"
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{kind}-{model_file_name(small)}-{model_file_name(large)}.jsonl"
+    name = model_file_name(large)
+    if name != large:
+        name = f"{name}-{hashlib.sha256(large.encode()).hexdigest()[:8]}"
+    return folder / f"{kind}-{model_file_name(small)}-{name}.jsonl"
 
 
 def host_log(cache_dir: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mlxroute.cli.folders import record_path, recorded_name
+from mlxroute.cli.folders import record_path
 from mlxroute.config import read_never_send
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def open_replies(
     settings: Settings, small: SmallModel, large: LargeModel, *, at_once: int
 ) -> Replies:
     """Return the large model with its recorded replies; at most `at_once` calls are in flight."""
-    from mlxroute.recorded.replies import RECORDING_TIMEOUT_S, Replies
+    from mlxroute.recorded.replies import RECORDING_TIMEOUT_S, Replies, recorded_name
 
     record = record_path(settings, "replies", small.plain_name, recorded_name(large))
     return Replies(

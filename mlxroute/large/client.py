@@ -39,6 +39,7 @@ from mlxroute.types import LargeContext, LargeToken, Uploads, Vocabulary
 from mlxroute.types.limits import MAX_TIMEOUT_S, check_number
 
 _MAX_IN_FLIGHT: Final = 8
+_UNNAMED: Final = "the server's own model"
 # The first reply may have to wait until the server has loaded the model.
 _FIRST_REPLY_FACTOR: Final = 4
 
@@ -139,9 +140,14 @@ class LargeModel(Closeable):
     @property
     def model_name(self) -> str:
         """The name of the model for display; a placeholder while it is not known."""
-        name = self._negotiator.model.known or "the server's own model"
+        name = self.full_model_name
         # Servers list a local model by its path, of which only the last part is of interest.
         return printable_line(PurePosixPath(name).name if name.startswith("/") else name, limit=100)
+
+    @property
+    def full_model_name(self) -> str:
+        """The name of the model on the server, in full; a placeholder while it is not known."""
+        return self._negotiator.model.known or _UNNAMED
 
     @property
     def uploads(self) -> Uploads:
@@ -263,17 +269,14 @@ class LargeModel(Closeable):
 
         return self._pending_calls.start(fetch, self._new_deadline(deadline_s))
 
+    def extend_timeout(self, timeout_s: float) -> None:
+        """Let later calls take up to `timeout_s` seconds, if that is more than their limit."""
+        self._timeout_s = max(self._timeout_s, timeout_s)
+
     def whole_chat(self, *, timeout_s: float) -> WholeChat:
         """Return a chat completion that the server answers alone, within `timeout_s`."""
-        return WholeChat(
-            self._requester,
-            self._breaker,
-            self._ledger,
-            model=self._negotiator.model.known,
-            controls=self._negotiator.control_tokens,
-            deadline=Deadline(timeout_s),
-            dialect=self._negotiator.dialect,
-        )
+        parts = (self._requester, self._breaker, self._ledger, self._negotiator)
+        return WholeChat(*parts, timeout_s=timeout_s)
 
     def scorer(self, *, timeout_s: float) -> AnswerScorer:
         """Return a scorer of answers of other models, with `timeout_s` for each request."""

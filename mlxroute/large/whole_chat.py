@@ -11,10 +11,10 @@ from mlxroute.large.dialects.chat.fielded_dialect import FieldedDialect
 from mlxroute.large.dialects.json_fields import usage_counts
 from mlxroute.large.http.circuit_breaker import CircuitBreaker
 from mlxroute.large.http.deadline import Deadline
+from mlxroute.large.negotiation.shared_negotiator import SharedNegotiator
 from mlxroute.large.prompt import Prompt
 from mlxroute.large.reply import Completion
 from mlxroute.ledger import Ledger
-from mlxroute.tokenizers.control_tokens import ControlTokens
 from mlxroute.types import Message
 
 
@@ -25,10 +25,8 @@ class WholeChat:
         requester: Sends the request.
         breaker: Refuses it while the server fails.
         ledger: Counts its tokens.
-        model: The name of the model to send; None to send none.
-        controls: The server's control tokens, which texts of messages must not have.
-        deadline: The end of the call.
-        dialect: The dialect in use; None before a negotiation.
+        negotiator: Knows the model's name, its control tokens and the dialect.
+        timeout_s: The time limit of the call, in seconds.
     """
 
     def __init__(
@@ -36,19 +34,17 @@ class WholeChat:
         requester: CompletionRequester,
         breaker: CircuitBreaker,
         ledger: Ledger,
+        negotiator: SharedNegotiator,
         *,
-        model: str | None,
-        controls: ControlTokens,
-        deadline: Deadline,
-        dialect: Dialect | None = None,
+        timeout_s: float,
     ) -> None:
-        self._dialect = dialect
         self._requester = requester
         self._breaker = breaker
         self._ledger = ledger
-        self._model = model
-        self._controls = controls
-        self._deadline = deadline
+        self._model = negotiator.model.known
+        self._controls = negotiator.control_tokens
+        self._dialect = negotiator.dialect
+        self._deadline = Deadline(timeout_s)
 
     def ask(self, body: Mapping[str, object]) -> Mapping[str, object]:
         """Send a request with this body and the model's name; return the reply. Raises LargeError.

@@ -12,8 +12,8 @@ from mlxroute.questions.code_grading import extract_program, passes
 from mlxroute.questions.question_files import AnswerKind, Question
 
 _AFTER_ANSWER_IS = re.compile(r"answer\s+is\b(.*)", re.IGNORECASE | re.DOTALL)
-_LABEL_IN_BRACKETS = re.compile(r"\(\s*([A-Za-z])\s*\)")
-_LABEL_AT_START = re.compile(r"\s*([A-Za-z])\s*(?:[.):]|$)")
+_LABEL_IN_BRACKETS = re.compile(r"\(\s*([A-Za-z]|\d+)\s*\)")
+_LABEL_AT_START = re.compile(r"\s*([A-Za-z]|\d+)\s*(?:[.):]|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def extract_answer(question: Question, text: str) -> str:
             return _find_labels(question, text)[1] or ""
         case AnswerKind.NUMBER:
             value = _final_number(text)
-            return "" if value is None else f"{value:g}"
+            return "" if value is None else f"{value:.15g}"
         case AnswerKind.TEXT:
             return normalise_words(text)
         case AnswerKind.CODE:
@@ -90,6 +90,7 @@ def _find_labels(question: Question, text: str) -> tuple[str | None, str | None]
     strict = _label_in(question, _LABEL_IN_BRACKETS.search(after))
     lenient = (
         strict
+        or _label_in(question, _LABEL_AT_START.match(after))
         or _first_choice_in(question, after)
         or _label_in(question, _LABEL_IN_BRACKETS.search(text))
         or _label_in(question, _LABEL_AT_START.match(text))
@@ -99,7 +100,7 @@ def _find_labels(question: Question, text: str) -> tuple[str | None, str | None]
 
 
 def _label_in(question: Question, match: re.Match[str] | None) -> str | None:
-    """Return the letter of a match if it is one of the question's labels."""
+    """Return the label of a match if it is one of the question's."""
     labels = [label.upper() for label, _ in question.choices]
     return match[1].upper() if match and match[1].upper() in labels else None
 

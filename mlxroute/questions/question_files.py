@@ -117,11 +117,13 @@ def sample_questions(questions: Sequence[Question], count: int) -> list[Question
 def sample_files(files: Sequence[Path], count: int) -> list[Question]:
     """Return a random sample of at most `count` questions of each file, in the files' order.
 
-    Raises UsageError as `read_questions`.
+    A prompt that occurs again, in the same file or another one, is left out. Raises UsageError as
+    `read_questions`.
     """
-    return [
+    sampled = (
         question for file in files for question in sample_questions(read_questions(file), count)
-    ]
+    )
+    return list({question.fingerprint: question for question in sampled}.values())
 
 
 def read_worked_examples(path: Path | None, count: int) -> list[Question]:

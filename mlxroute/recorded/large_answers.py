@@ -142,7 +142,8 @@ def _encode_whole_answer(
     """Return the large model's own answer in the tokens that the small model would write it in."""
     whole = replies.write_whole_answer(conversation, max_tokens=max_tokens)
     ids = small.vocabulary.encode(whole.text)[:max_tokens]
-    if whole.ends and len(ids) < max_tokens:
+    # A server may withhold an answer; it then has no text, and only ends.
+    if not ids or (whole.ends and len(ids) < max_tokens):
         ids = (*ids, min(small.vocabulary.eos_ids))
     count = len(ids)
     return LargeAnswer(ids, tuple(range(count)), (math.nan,) * count, ((),) * count)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
+import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from mlxroute.closeable import Closeable
 from mlxroute.engine.escalation.never_send import NeverSend
 from mlxroute.engine.protocols import NamedLargeProtocol, PendingCallProtocol
 from mlxroute.errors import LargeError, LargeNotContinued, LargeProtocolError, UsageError
+from mlxroute.recorded.reply_records import WholeAnswer, keyed_record, token_to_json, whole_key
 from mlxroute.recorded.row_file import append_records, read_records
 from mlxroute.types import LargeContext, LargeToken, Message, Uploads
 
@@ -31,9 +33,7 @@ class AnswerNotContinued(LargeProtocolError):
     """Raised where the server does not go on with an answer that the large model writes alone."""
 
 
-class WholeAnswer(Protocol):
-    """An answer of the large model as a whole. `ends` is False where it was cut off."""
-
+class _WholeReply(Protocol):
     @property
     def text(self) -> str: ...
 
@@ -43,12 +43,9 @@ class WholeAnswer(Protocol):
     @property
     def prompt_tokens(self) -> int | None: ...
 
-    @property
-    def completion_tokens(self) -> int | None: ...
-
 
 class _WholeChat(Protocol):
-    def answer(self, messages: Sequence[Message], *, max_tokens: int) -> WholeAnswer: ...
+    def answer(self, messages: Sequence[Message], *, max_tokens: int) -> _WholeReply: ...
 
 
 class _Scorer(Protocol):
@@ -59,15 +56,27 @@ class RecordableLarge(NamedLargeProtocol, Protocol):
     """A large model whose replies can be recorded."""
 
     @property
+    def full_model_name(self) -> str: ...
+
+    @property
     def is_approximate(self) -> bool: ...
+
+    def extend_timeout(self, timeout_s: float) -> None: ...
 
     def whole_chat(self, *, timeout_s: float) -> _WholeChat: ...
 
     def scorer(self, *, timeout_s: float) -> _Scorer: ...
 
 
+def recorded_name(large: RecordableLarge) -> str:
+    """Return the large model's full name in records; by example, its tokens are not its own."""
+    return f"{large.full_model_name}-by-example" if large.is_approximate else large.full_model_name
+
+
 class Replies(Closeable):
-    """The large model and its recorded tokens, by the token ids before them. Thread-safe.
+    """The large model and its recorded replies. Thread-safe.
+
+    Tokens are recorded by the token ids before them, whole answers by their conversation.
 
     The file `path` belongs to one pair of models, because the ids are those of the small model's
     vocabulary. It is read at once, and each new token is appended to it. At most `at_once` calls
@@ -86,17 +95,29 @@ class Replies(Closeable):
     ) -> None:
         self.timeout_s = timeout_s
         self._large = large
+        large.extend_timeout(timeout_s)
         self._never_send = tuple(never_send)
         self._path = path
         self._lock = threading.Lock()
         self._call_slots = threading.Semaphore(at_once)
         self._closed = False
-        self._tokens = dict(read_records(path, _keyed_token))
+        self._tokens: dict[str, LargeToken] = {}
+        self._wholes: dict[str, WholeAnswer] = {}
+        for key, record in read_records(path, keyed_record):
+            if isinstance(record, WholeAnswer):
+                self._wholes[key] = record
+            else:
+                self._tokens[key] = record
 
     @property
     def model_name(self) -> str:
         """The large model's name."""
         return self._large.model_name
+
+    @property
+    def recorded_name(self) -> str:
+        """The name by which records of the large model's replies are found; see `recorded_name`."""
+        return recorded_name(self._large)
 
     @property
     def is_approximate(self) -> bool:
@@ -106,18 +127,29 @@ class Replies(Closeable):
     def write_whole_answer(
         self, conversation: Sequence[Message], *, max_tokens: int
     ) -> WholeAnswer:
-        """Return the large model's own answer, asked for as a whole; it is not recorded.
+        """Return the large model's own answer, asked for as a whole unless it is recorded.
 
         Raises LargeError, UsageError and RecordingStopped.
         """
+        key = whole_key(conversation, max_tokens)
+        with self._lock:
+            if (recorded := self._wholes.get(key)) is not None:
+                return recorded
         self._check_sendable(conversation, "")
         self._acquire_slot()
         try:
-            return self._large.whole_chat(timeout_s=self.timeout_s).answer(
+            began_s = time.perf_counter()
+            reply = self._large.whole_chat(timeout_s=self.timeout_s).answer(
                 conversation, max_tokens=max_tokens
             )
+            seconds = time.perf_counter() - began_s
         finally:
             self.release_slot()
+        whole = WholeAnswer(reply.text, reply.ends, reply.prompt_tokens, round(seconds, 4))
+        with self._lock:
+            self._wholes[key] = whole
+            append_records(self._path, [{"key": key, "whole": asdict(whole)}])
+        return whole
 
     def score(self, prompt: LargeContext, answered: LargeContext) -> tuple[float, ...]:
         """Return the large model's logprobs of an answer, token by token; they are not recorded.
@@ -200,7 +232,7 @@ class Replies(Closeable):
                 key = ids_key(ids)
                 if key not in self._tokens:
                     self._tokens[key] = token
-                    items.append({"key": key, **_token_to_json(token)})
+                    items.append({"key": key, **token_to_json(token)})
                 ids += token.token_ids
             append_records(self._path, items)
 
@@ -327,50 +359,3 @@ class _RecordingCall:
 def ids_key(token_ids: Sequence[int]) -> str:
     """Return the key of a sequence of token ids in files of records."""
     return hashlib.sha256(array("q", token_ids).tobytes()).hexdigest()[:32]
-
-
-def _token_to_json(token: LargeToken) -> dict[str, Any]:
-    """Return a token as in the file; the keys are part of the file format."""
-    item: dict[str, Any] = {
-        "token_ids": token.token_ids,
-        "text": token.text,
-        "is_eos": token.is_eos,
-        "logprob": token.logprob,
-        "top": token.top,
-        "prompt_tokens": token.prompt_tokens,
-        "cached_tokens": token.cached_tokens,
-        "completion_tokens": token.completion_tokens,
-        "uploaded_bytes": token.uploaded_bytes,
-        "latency_s": token.latency_s,
-        "large_ids": token.large_ids,
-        "lost_s": token.lost_s,
-    }
-    if token.top_bytes:
-        # Any byte is one character of Latin-1.
-        item["top_bytes"] = [(data.decode("latin-1"), logprob) for data, logprob in token.top_bytes]
-    return item
-
-
-def _keyed_token(item: Any) -> tuple[str, LargeToken]:
-    return str(item["key"]), _token_from_json(item)
-
-
-def _token_from_json(item: dict[str, Any]) -> LargeToken:
-    return LargeToken(
-        token_ids=tuple(item["token_ids"]),
-        text=item["text"],
-        is_eos=item["is_eos"],
-        logprob=item["logprob"],
-        top=tuple((text, logprob) for text, logprob in item["top"]),
-        prompt_tokens=item["prompt_tokens"],
-        cached_tokens=item["cached_tokens"],
-        completion_tokens=item["completion_tokens"],
-        uploaded_bytes=item["uploaded_bytes"],
-        latency_s=item["latency_s"],
-        large_ids=tuple(item["large_ids"]),
-        lost_s=item["lost_s"],
-        # Files of earlier versions have none.
-        top_bytes=tuple(
-            (text.encode("latin-1"), logprob) for text, logprob in item.get("top_bytes", ())
-        ),
-    )

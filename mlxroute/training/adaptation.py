@@ -216,6 +216,8 @@ class _Training:
             if self._best is None:
                 raise
             self._ended_by = INTERRUPT if isinstance(exc, KeyboardInterrupt) else "divergence"
+        # An interrupted last round is not begun again.
+        self._ended_by = self._ended_by or "epochs"
         report = self._report()
         if self._best is not None:
             self._write_provenance()

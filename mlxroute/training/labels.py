@@ -168,7 +168,7 @@ def _file_key(
     small: SmallModel, replies: Replies, conversation: Sequence[Message], max_tokens: int
 ) -> str:
     """Return the file name for labels: a hash of all that they depend on."""
-    key = json.dumps([small.name, replies.model_name, conversation, max_tokens])
+    key = json.dumps([small.name, replies.recorded_name, conversation, max_tokens])
     return hashlib.sha256(key.encode()).hexdigest()
 
 

@@ -74,7 +74,10 @@ class InterruptedRun:
                 return None
             figures = [_read_figures(item) for item in report["figures"]]
             kept = figures.index(_read_figures(report["kept"]))
-            return cls(tuple(figures[: kept + 1]), tuple(report["corrections"]))
+            # The corrections of a round without kept weights are made again.
+            last = figures[kept].round
+            corrections = [item for item in report["corrections"] if item["round"] <= last]
+            return cls(tuple(figures[: kept + 1]), tuple(corrections))
         except (KeyError, TypeError, AttributeError) as exc:
             raise ValueError("it is no report of a training") from exc
 

@@ -80,6 +80,7 @@ def run(
     routers: tuple[str, ...] = ("entropy",),
     compare: tuple[tuple[str, str], ...] = (),
     large: ScriptedLarge | None = None,
+    chats: int = 1,
 ) -> tuple[dict[str, Any], ScriptedLarge]:
     large = large or ScriptedLarge(replies)
     with Replies(large, path.with_suffix(".replies")) as recorded:
@@ -94,6 +95,7 @@ def run(
             step_s=0.01,
             results=QualityResults(path),
             compare=compare,
+            chats=chats,
             scores=AnswerScores(path.with_suffix(".scores")),
         )
     return report, large
@@ -279,6 +281,29 @@ def test_saved_answers_are_not_repeated(
     again, large = run(small, questions, tmp_path / "r.jsonl")
     assert again == first
     assert large.contexts == []
+
+
+def test_a_prompt_that_occurs_twice_in_a_group_shifts_no_answers(
+    small: SmallModel, questions: list[Question], tmp_path: Path
+) -> None:
+    right = questions[:4]
+    path = tmp_path / "r.jsonl"
+    run(small, [right[0], *right], path, chats=5)
+    rows = [json.loads(line)["row"] for line in path.read_text().splitlines()]
+    for question in right:
+        assert question.answer in [row["text"] for row in rows if row["question"] == question.name]
+
+
+def test_saved_answers_are_graded_by_the_present_answers(
+    small: SmallModel, questions: list[Question], tmp_path: Path
+) -> None:
+    unanswered = [replace(question, answer=None) for question in questions[:4]]
+    run(small, unanswered, tmp_path / "r.jsonl")
+    answered, _ = run(small, questions[:4], tmp_path / "r.jsonl")
+    assert answered["sides"]["small"]["strict"]["accuracy"] == 1
+    corrected = [replace(question, answer="other") for question in questions[:4]]
+    report, _ = run(small, corrected, tmp_path / "r.jsonl")
+    assert report["sides"]["small"]["lenient"]["accuracy"] == 0
 
 
 def test_an_answer_with_an_incomplete_line_is_repeated(

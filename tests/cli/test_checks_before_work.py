@@ -10,7 +10,8 @@ from mlxroute.backend import memory
 from mlxroute.bench.plot import check_plot
 from mlxroute.cli import main
 from mlxroute.cli.bench_report import check_save_option
-from mlxroute.cli.folders import model_file_name
+from mlxroute.cli.folders import model_file_name, record_path
+from mlxroute.config import Settings
 from mlxroute.errors import UsageError
 from mlxroute.small import SmallModel
 from tests.support.gguf_files import TinyModel, write_gguf
@@ -144,6 +145,16 @@ def test_a_report_that_cannot_be_saved_is_reported_before_the_measurement(
 )
 def test_the_name_of_a_report_has_no_folders(model: str, name: str) -> None:
     assert model_file_name(model) == name
+
+
+def test_records_of_models_with_names_that_shorten_equally_are_apart(tmp_path: Path) -> None:
+    settings = Settings(cache_dir=str(tmp_path))
+    names = ["a" * 60, "a" * 61, "/runs/1/step-500", "/runs/2/step-500", "step-500", "org/step-500"]
+    paths = {record_path(settings, "replies", "small", name) for name in names}
+    assert len(paths) == len(names)
+    assert (
+        record_path(settings, "replies", "s", "qwen2.5-32b").name == "replies-s-qwen2.5-32b.jsonl"
+    )
 
 
 @pytest.mark.parametrize("flag", [[], ["--skip-memory-check"]])

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -119,6 +120,17 @@ def test_calls_that_fail_together_open_the_breaker_once(server: Loopback) -> Non
                 wait_for(large, call).result()
         with pytest.raises(LargeUnavailable, match="paused for another 5 s"):
             large.next_token(context("a", VOCABULARY))
+
+
+def test_the_time_limit_of_calls_can_be_extended(server: Loopback) -> None:
+    server.answer = lambda request: replace(Reply.of(legacy("h")), stall_s=0.6)
+    with negotiated(LargeModel(server.url, model="m", timeout_s=0.2)) as large:
+        with pytest.raises(LargeTimeout):
+            wait_for(large, large.begin(context("h", VOCABULARY), deadline_s=30)).result()
+        large.extend_timeout(30)
+        large.extend_timeout(1)
+        call = large.begin(context("h", VOCABULARY), deadline_s=30)
+        assert wait_for(large, call).result()[0].text == "h"
 
 
 def test_a_call_ends_at_its_own_deadline(server: Loopback) -> None:

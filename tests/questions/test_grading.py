@@ -27,6 +27,7 @@ TEXT = Question("q", "Who?", AnswerKind.TEXT, "Ada Lovelace")
         # "bank" is a choice too, but "river bank" begins earlier.
         ("Therefore, the answer is river bank.", None, True),
         ("Therefore, the answer is library.", None, False),
+        ("Not the bank. Therefore, the answer is B.", None, True),
         ("B. river bank", None, True),
         ("I would go to the mall", None, False),
         ("I do not know", None, None),
@@ -37,6 +38,21 @@ def test_a_choice_is_read_from_any_form_of_answer(
     text: str, strict: bool | None, lenient: bool | None
 ) -> None:
     assert grade(CHOICE, text) == Grade(strict, lenient)
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "lenient"),
+    [
+        ("Therefore, the answer is ice (2).", True, True),
+        ("It is not steam. Therefore, the answer is 2.", None, True),
+        ("The answer is (1).", False, False),
+        ("The answer is (12).", None, None),
+    ],
+)
+def test_labels_may_be_numbers(text: str, strict: bool | None, lenient: bool | None) -> None:
+    choices = (("1", "steam"), ("2", "ice"))
+    question = Question("q", "?", AnswerKind.CHOICE, "2", choices)
+    assert grade(question, text) == Grade(strict, lenient)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +98,7 @@ def test_intervals_and_p_values_equal_published_ones() -> None:
         (AnswerKind.CHOICE, ("the answer is tea", "the answer is milk"), False),
         (AnswerKind.NUMBER, ("It is \\boxed{18.00}", "so 18"), True),
         (AnswerKind.NUMBER, ("no idea", "so 0"), False),
+        (AnswerKind.NUMBER, ("so 1234567", "so 1234568"), False),
         (AnswerKind.TEXT, ("Ice floats!", "ice  floats"), True),
         (AnswerKind.TEXT, ("ice floats", "ice sinks"), False),
     ],

@@ -13,6 +13,7 @@ from mlxroute.questions.question_files import (
     question_messages,
     read_questions,
     read_worked_examples,
+    sample_files,
     sample_questions,
 )
 
@@ -93,6 +94,14 @@ def test_the_shipped_questions_have_one_correct_answer_each() -> None:
     # No label is correct so often that guessing it would pay.
     counts = [sum(question.answer == label for question in questions) for label in "ABCDE"]
     assert max(counts) <= len(questions) / 3
+
+
+def test_a_prompt_is_sampled_once_however_often_it_occurs(tmp_path: Path) -> None:
+    file, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    file.write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "a"}\n')
+    other.write_text('{"prompt": "b"}\n{"prompt": "c"}\n')
+    sampled = [question.prompt for question in sample_files([file, other], 9)]
+    assert sorted(sampled) == ["a", "b", "c"]
 
 
 def test_a_smaller_sample_is_the_start_of_a_larger_one() -> None:

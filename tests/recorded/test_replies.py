@@ -260,6 +260,32 @@ def test_answers_of_a_server_that_only_chats_are_asked_for_as_wholes(tmp_path: P
         assert answer.token_starts == tuple(range(len(ids)))
         assert all(map(math.isnan, answer.logprobs))
     assert large.whole_answer.conversations == [conversation] * 3
+    again = Replies(large, tmp_path / "r").write_whole_answer(conversation, max_tokens=9)
+    assert (again.text, again.ends, again.prompt_tokens) == ("hello", True, 10)
+    assert large.whole_answer.conversations == [conversation] * 3
+
+
+def test_an_answer_that_a_server_withholds_only_ends(tmp_path: Path) -> None:
+    large = ScriptedLarge([LargeError("a call for a token")])
+    large.is_approximate, large.whole_answer = True, ScriptedWholeAnswer("", ends=False)
+    (answer,) = write_large_answers(
+        ScriptedSmall(b""),
+        Replies(large, tmp_path / "r"),
+        [[{"role": "user", "content": "hi"}]],
+        max_tokens=9,
+        at_once=1,
+        on_answer=lambda: None,
+    )
+    assert answer.token_ids == (EOS,)
+
+
+def test_records_are_found_by_the_full_name_of_the_model(tmp_path: Path) -> None:
+    large = ScriptedLarge([b"a"])
+    large.full_model_name = "/runs/1/step-500"
+    replies = Replies(large, tmp_path / "r")
+    assert replies.recorded_name == "/runs/1/step-500"
+    large.is_approximate = True
+    assert replies.recorded_name == "/runs/1/step-500-by-example"
 
 
 def test_an_answer_that_the_server_does_not_go_on_with_is_asked_for_as_a_whole(
@@ -348,6 +374,7 @@ def test_recording_commands_give_a_call_the_longer_of_their_limit_and_the_settin
     large = cast("LargeModel", ScriptedLarge([b"a"]))
     with open_replies(settings, small, large, at_once=1) as replies:
         assert replies.timeout_s == limit_s
+    assert cast("ScriptedLarge", large).longest_call_s == limit_s
 
 
 def test_a_position_without_an_answer_is_a_failure_where_the_large_model_writes_alone(

@@ -155,7 +155,7 @@ class ScriptedLarge:
     Each call takes `seconds` on the fake clock, `lost_s` of them in failed attempts.
     """
 
-    model_name = "scripted"
+    model_name = full_model_name = "scripted"
     base_url = "http://127.0.0.1:1/v1"
 
     def __init__(
@@ -175,9 +175,13 @@ class ScriptedLarge:
         self.contexts: list[LargeContext] = []
         self.deadlines: list[float] = []
         self.whole_limits: list[float] = []
+        self.longest_call_s = 0.0
         self.is_approximate = False
         self.whole_answer = ScriptedWholeAnswer("")
         self.scores = ScriptedScores()
+
+    def extend_timeout(self, timeout_s: float) -> None:
+        self.longest_call_s = timeout_s
 
     def whole_chat(self, *, timeout_s: float) -> ScriptedWholeAnswer:
         self.whole_limits.append(timeout_s)

@@ -409,6 +409,31 @@ def test_an_interrupted_round_goes_on_with_the_next(
     assert [item["round"] for item in second.report["corrections"]] == [1, 2]
 
 
+def test_an_interrupted_last_round_is_the_end(
+    path: Path, small: SmallModel, tmp_path: Path
+) -> None:
+    large = ScriptedLarge([(small.vocabulary.encode("y")[0],)])
+    with Replies(large, tmp_path / "replies.jsonl") as replies:
+        corrector = Corrector(replies, at_once=1)
+        folder = tmp_path / "a"
+        first = adapt(small, folder, epochs=1, rounds=1, corrector=corrector)
+        begun = [*first.report["corrections"], {"round": 2, "agreement": 1, "incomplete": 0}]
+        report = {**first.report, "ended_by": "interrupt", "corrections": begun}
+        model, tokenizer = load(path, adapter=folder)
+        second = adapt(
+            SmallModel(model, tokenizer, name="tiny"),
+            folder,
+            epochs=1,
+            rounds=1,
+            corrector=corrector,
+            start=folder,
+            interrupted=InterruptedRun.from_report(report),
+        )
+    assert second.best == first.best
+    assert second.ended_by == second.report["ended_by"] == "epochs"
+    assert [item["round"] for item in second.report["corrections"]] == [1]
+
+
 @pytest.mark.parametrize("report", [{}, {"ended_by": "interrupt", "figures": 3}])
 def test_what_is_no_report_of_a_training_is_refused(report: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="no report"):

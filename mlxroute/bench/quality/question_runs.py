@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
@@ -176,16 +176,13 @@ class _QualityBench:
 
     def answer(self, tasks: Sequence[_Task]) -> list[QualityRow]:
         """Return the answers, saved or new, and bring the routers to their states after them."""
-        jobs = [
-            (task.conversation, partial(self._write_answer, task))
-            for task in tasks
-            if self.results.find(task.key) is None
-        ]
+        saved = [self._find(task) for task in tasks]
+        missing = [task for task, row in zip(tasks, saved, strict=True) if row is None]
+        jobs = [(task.conversation, partial(self._write_answer, task)) for task in missing]
         answers = ConcurrentAnswers(self.small, on_abort=self.replies.close)
         new_rows = iter(answers.run(jobs) if jobs else [])
         rows = []
-        for task in tasks:
-            row = self.results.find(task.key)
+        for task, row in zip(tasks, saved, strict=True):
             if row is None:
                 row = next(new_rows)
                 self.results.add(task.key, row)
@@ -195,11 +192,19 @@ class _QualityBench:
             rows.append(row)
         return rows
 
+    def _find(self, task: _Task) -> QualityRow | None:
+        """Return a task's saved answer, graded anew: the question's answer may have changed."""
+        row = self.results.find(task.key)
+        if row is None:
+            return None
+        grades = _grade(task.question, row.text)
+        return replace(row, strict=grades.strict, lenient=grades.lenient)
+
     def _key(
         self, side: QualitySide, conversation: Sequence[Message], router: QualityRouter
     ) -> str:
         """Return the key of an answer: a hash of all that it depends on."""
-        models = [self.small.name, self.replies.model_name]
+        models = [self.small.name, self.replies.recorded_name]
         # Baselines and single models have no calibrated scores.
         uncalibrated = {None, *POSITION_ROUTERS}
         ranks = () if side.router in uncalibrated else self.ranks[str(side.router)]
@@ -253,8 +258,7 @@ class _QualityBench:
             token.score for token in tokens if token.source is Source.SMALL or token.escalation
         ]
         stats = answer.stats()
-        has_answer = task.question.answer is not None
-        grades = grade(task.question, stats.text) if has_answer else Grade(None, None)
+        grades = _grade(task.question, stats.text)
         small_tokens = 0 if side.is_large else stats.tokens
         return QualityRow(
             question=task.question.name,
@@ -273,10 +277,8 @@ class _QualityBench:
 
     def _ask_whole_answer(self, task: _Task) -> QualityRow:
         """Ask the large model for its whole answer, and grade it."""
-        began_s = time.perf_counter()
         whole = self.replies.write_whole_answer(task.conversation, max_tokens=self.max_tokens)
-        has_answer = task.question.answer is not None
-        grades = grade(task.question, whole.text) if has_answer else Grade(None, None)
+        grades = _grade(task.question, whole.text)
         tokens = min(len(self.small.vocabulary.encode(whole.text)), self.max_tokens)
         return QualityRow(
             question=task.question.name,
@@ -289,9 +291,14 @@ class _QualityBench:
             unchecked=0,
             calls=1,
             uploaded_tokens=whole.prompt_tokens or 0,
-            seconds=round(time.perf_counter() - began_s, 3),
+            seconds=round(whole.seconds, 3),
             scores=(),
         )
+
+
+def _grade(question: Question, text: str) -> Grade:
+    """Grade an answer; it has no marks if the question has no right answer."""
+    return Grade(None, None) if question.answer is None else grade(question, text)
 
 
 def _budget_text(router: QualityRouter) -> str:

@@ -77,11 +77,12 @@ def adapt(
     """
     from mlxroute.cli.large_setup import make_large, open_ledger, require_large
     from mlxroute.cli.terminal import make_consoles, print_note
+    from mlxroute.questions.question_files import sample_files
 
     address = require_large(settings, "adapt")
     if not 0 < learning_rate < 1:
         raise UsageError("--learning-rate must be between 0 and 1")
-    sampled = _read_questions(data, questions)
+    sampled = sample_files(data, questions)
     run = _AdaptRun(
         data=data,
         questions=sampled,
@@ -105,8 +106,7 @@ def adapt(
     )
     check_questions_sendable(settings, run.questions, run.examples, "adapt")
     _, err = make_consoles()
-    interrupted = _find_interrupted(out, run.command)
-    if interrupted is not None:
+    if (interrupted := _find_interrupted(out, run.command)) is not None:
         best = interrupted.best
         print_note(err, f"going on from round {best.round}, {best.epoch:g} epochs")
     with open_ledger(settings) as ledger, make_large(settings, address, ledger, err) as large:
@@ -159,13 +159,6 @@ def _find_interrupted(out: Path, command: str) -> InterruptedRun | None:
         f"--out {out}: choose a new folder for the adapter; this one has files, and no interrupted"
         " run of this command"
     )
-
-
-def _read_questions(files: Sequence[Path], count: int) -> list[Question]:
-    from mlxroute.questions.question_files import sample_files
-
-    # A prompt in two files, or twice in one, is asked once.
-    return list({item.fingerprint: item for item in sample_files(files, count)}.values())
 
 
 @dataclass(frozen=True, slots=True)

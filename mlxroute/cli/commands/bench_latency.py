@@ -194,7 +194,7 @@ def _measure_large(
 
     with make_large(settings, address, Ledger(), err) as large:
         large.connect(thorough=False)
-        name = large.model_name
+        name = large.full_model_name
         with ByteProgress(err) as progress:
             small = load_small(settings, progress)
         from mlxroute.bench.latency import measure_large_step_s

@@ -15,7 +15,6 @@ from mlxroute.cli.folders import (
     find_bench_file,
     model_file_name,
     record_path,
-    recorded_name,
     report_source,
 )
 from mlxroute.cli.model_pair import load_paired_small, open_replies
@@ -189,7 +188,7 @@ class _QualityRun:
         """Load the small model, answer the questions with every side, and return the report."""
         small = load_paired_small(settings, large, err)
         with open_replies(settings, small, large, at_once=self.at_once) as replies:
-            return self._answer(settings, small, replies, recorded_name(large), err)
+            return self._answer(settings, small, replies, replies.recorded_name, err)
 
     def _answer(
         self,

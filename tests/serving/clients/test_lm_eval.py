@@ -62,7 +62,7 @@ metric_list:
 class _NoReplies:
     """In place of the large model, which the small model's own answers do not ask."""
 
-    model_name = "none"
+    model_name = recorded_name = "none"
     calls_s = 0.0
 
     def new_view(self) -> _NoReplies:
