@@ -82,7 +82,8 @@ class Settings:
 
     small: str | None = _setting(
         None,
-        "Small model: catalogue name, folder, .gguf file or hub id.",
+        "Small model: catalogue name, folder, .gguf file or hub id. Default: qwen2.5-0.5b on a Mac,"
+        " else qwen2.5-coder-0.5b.",
         metavar="NAME",
         commands=_ALL_SMALL,
     )
