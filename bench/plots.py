@@ -21,10 +21,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 SETS = {
     "CommonsenseQA": "quality-qwen2.5-coder-0.5b-csqa-test-examples.json",
-    "GSM8K": "quality-qwen2.5-coder-0.5b-gsm8k-test-256.json",
-    "HumanEval": "quality-qwen2.5-coder-0.5b-humaneval.json",
-    "reasoning-gym": "quality-qwen2.5-coder-0.5b-reasoning-gym.json",
-    "open prompts (F1)": "quality-qwen2.5-coder-0.5b-open.json",
+    "reasoning-gym": "quality-qwen2.5-coder-0.5b-sets-rg.json",
+    "open prompts (F1)": "quality-qwen2.5-coder-0.5b-questions-open.json",
 }
 """The reports of the picture of all sets, by the name of the set."""
 PLOTS: dict[str, tuple[str, Callable[[Mapping[str, Any], Path], None]]] = {

@@ -5,7 +5,8 @@
 A table stands between `<!-- table: REPORT.json -->` and `<!-- end -->`. A second report, as in
 `<!-- table: REPORT.json ADAPTED.json -->`, is of the same questions with an adapter. Its sides
 follow, and each is compared with the same side without the adapter. Between
-`<!-- sets: REPORT.json ... -->` and `<!-- end -->` stand the routed sides of one report a set.
+`<!-- sets: REPORT.json ... -->` and `<!-- end -->` stand the sides of one report a set that are
+routed by entropy or a head.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from mlxroute.statistics import mcnemar_p
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "bench" / "results"
+SHOWN_ROUTERS = ("entropy", "head")
+"""The routers in the table of sets."""
 _SETS = re.compile(r"(<!-- sets: ((?:\S+\.json )+)-->\n).*?(<!-- end -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- table: (\S+\.json)(?: (\S+\.json))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -60,7 +63,7 @@ def sets_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
         start = [report["data"], str(report["questions"]), f"{100 * low:.1f}", f"{100 * high:.1f}"]
         link = f"[report](../bench/results/{file})"
         for name, side in sides.items():
-            if not side["router"]:
+            if side["router"] not in SHOWN_ROUTERS:
                 continue
             value, *interval = merit(side)
             p = _p_against_small(report, name)
