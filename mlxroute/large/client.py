@@ -276,7 +276,7 @@ class LargeModel(Closeable):
     def whole_chat(self, *, timeout_s: float) -> WholeChat:
         """Return a chat completion that the server answers alone, within `timeout_s`."""
         parts = (self._requester, self._breaker, self._ledger, self._negotiator)
-        return WholeChat(*parts, timeout_s=timeout_s)
+        return WholeChat(*parts, self._system_role, timeout_s=timeout_s)
 
     def scorer(self, *, timeout_s: float) -> AnswerScorer:
         """Return a scorer of answers of other models, with `timeout_s` for each request."""

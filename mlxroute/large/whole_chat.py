@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from mlxroute.large.completion_request import CompletionRequester
-from mlxroute.large.dialects import Dialect, RequestOptions
+from mlxroute.large.dialects import RequestOptions
 from mlxroute.large.dialects.chat.chat_continuation import ChatContinuation, ContinuationMethod
 from mlxroute.large.dialects.chat.fielded_dialect import FieldedDialect
 from mlxroute.large.dialects.json_fields import usage_counts
+from mlxroute.large.dialects.system_role import SystemRole
 from mlxroute.large.http.circuit_breaker import CircuitBreaker
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.negotiation.shared_negotiator import SharedNegotiator
@@ -26,6 +27,7 @@ class WholeChat:
         breaker: Refuses it while the server fails.
         ledger: Counts its tokens.
         negotiator: Knows the model's name, its control tokens and the dialect.
+        system_role: Knows whether the server takes system messages.
         timeout_s: The time limit of the call, in seconds.
     """
 
@@ -35,15 +37,18 @@ class WholeChat:
         breaker: CircuitBreaker,
         ledger: Ledger,
         negotiator: SharedNegotiator,
+        system_role: SystemRole,
         *,
         timeout_s: float,
     ) -> None:
         self._requester = requester
         self._breaker = breaker
         self._ledger = ledger
-        self._model = negotiator.model.known
+        self._dialect, model = negotiator.dialect, negotiator.model
+        self._model = model.for_requests(self._dialect) if self._dialect else model.known
         self._controls = negotiator.control_tokens
-        self._dialect = negotiator.dialect
+        self._server = negotiator.negotiated
+        self._system_role = system_role
         self._deadline = Deadline(timeout_s)
 
     def ask(self, body: Mapping[str, object]) -> Mapping[str, object]:
@@ -72,12 +77,18 @@ class WholeChat:
 
         Raises LargeError.
         """
-        dialect: Dialect = ChatContinuation(ContinuationMethod.TRAILING, logprobs=False)
+        # Without a turn to continue, flags only turn thinking off, as in prompts for one token.
+        dialect = ChatContinuation(ContinuationMethod.FLAGS, logprobs=False)
         if isinstance(self._dialect, FieldedDialect):
-            dialect = self._dialect
-        prompt = Prompt(messages=tuple(messages))
+            dialect = ChatContinuation(ContinuationMethod.TRAILING, logprobs=False)
+            dialect = dialect.with_fields(self._dialect.fields)
         options = RequestOptions(max_tokens, top_logprobs=1, model=self._model)
-        return dialect.completion(self.ask(dialect.request(prompt, options)), prompt)
+
+        def send(prompt: Prompt) -> Completion:
+            return dialect.completion(self.ask(dialect.request(prompt, options)), prompt)
+
+        prompt = Prompt(messages=tuple(messages))
+        return self._system_role.send(prompt, send, server=self._server)
 
     def cancel(self) -> None:
         """End the call now, from any thread."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import string
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mlxroute.questions.answer_patterns import BOXED, parse_number
@@ -13,7 +14,7 @@ from mlxroute.questions.question_files import AnswerKind, Question
 
 _AFTER_ANSWER_IS = re.compile(r"answer\s+is\b(.*)", re.IGNORECASE | re.DOTALL)
 _LABEL_IN_BRACKETS = re.compile(r"\(\s*([A-Za-z]|\d+)\s*\)")
-_LABEL_AT_START = re.compile(r"\s*([A-Za-z]|\d+)\s*(?:[.):]|$)")
+_LABEL_AT_START = re.compile(r"\s*([A-Za-z]|\d+)\s*(?:[):]|\.(?!\d)|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,22 +88,27 @@ def _find_labels(question: Question, text: str) -> tuple[str | None, str | None]
     """Return the label given in the requested form, and the label given in any form."""
     conclusion = _AFTER_ANSWER_IS.search(text)
     after = conclusion[1] if conclusion else ""
-    strict = _label_in(question, _LABEL_IN_BRACKETS.search(after))
+    strict = _label_in(question, _LABEL_IN_BRACKETS.finditer(after))
     lenient = (
         strict
-        or _label_in(question, _LABEL_AT_START.match(after))
+        or _label_in(question, _matches_at_start(after))
         or _first_choice_in(question, after)
-        or _label_in(question, _LABEL_IN_BRACKETS.search(text))
-        or _label_in(question, _LABEL_AT_START.match(text))
+        or _label_in(question, _LABEL_IN_BRACKETS.finditer(text))
+        or _label_in(question, _matches_at_start(text))
         or _first_choice_in(question, text)
     )
     return strict, lenient
 
 
-def _label_in(question: Question, match: re.Match[str] | None) -> str | None:
-    """Return the label of a match if it is one of the question's."""
+def _label_in(question: Question, matches: Iterable[re.Match[str]]) -> str | None:
+    """Return the first text of the matches that is one of the question's labels."""
     labels = [label.upper() for label, _ in question.choices]
-    return match[1].upper() if match and match[1].upper() in labels else None
+    return next((match[1].upper() for match in matches if match[1].upper() in labels), None)
+
+
+def _matches_at_start(text: str) -> list[re.Match[str]]:
+    match = _LABEL_AT_START.match(text)
+    return [match] if match else []
 
 
 def _first_choice_in(question: Question, text: str) -> str | None:

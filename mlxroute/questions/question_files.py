@@ -120,10 +120,11 @@ def sample_files(files: Sequence[Path], count: int) -> list[Question]:
     A prompt that occurs again, in the same file or another one, is left out. Raises UsageError as
     `read_questions`.
     """
-    sampled = (
-        question for file in files for question in sample_questions(read_questions(file), count)
-    )
-    return list({question.fingerprint: question for question in sampled}.values())
+    sampled: dict[str, Question] = {}
+    for file in files:
+        for question in sample_questions(read_questions(file), count):
+            sampled.setdefault(question.fingerprint, question)
+    return list(sampled.values())
 
 
 def read_worked_examples(path: Path | None, count: int) -> list[Question]:

@@ -47,6 +47,8 @@ class _WholeReply(Protocol):
 class _WholeChat(Protocol):
     def answer(self, messages: Sequence[Message], *, max_tokens: int) -> _WholeReply: ...
 
+    def cancel(self) -> None: ...
+
 
 class _Scorer(Protocol):
     def score(self, prompt: LargeContext, answered: LargeContext) -> Iterator[float]: ...
@@ -103,6 +105,7 @@ class Replies(Closeable):
         self._closed = False
         self._tokens: dict[str, LargeToken] = {}
         self._wholes: dict[str, WholeAnswer] = {}
+        self._whole_chats: list[_WholeChat] = []
         for key, record in read_records(path, keyed_record):
             if isinstance(record, WholeAnswer):
                 self._wholes[key] = record
@@ -138,18 +141,26 @@ class Replies(Closeable):
         self._check_sendable(conversation, "")
         self._acquire_slot()
         try:
-            began_s = time.perf_counter()
-            reply = self._large.whole_chat(timeout_s=self.timeout_s).answer(
-                conversation, max_tokens=max_tokens
-            )
-            seconds = time.perf_counter() - began_s
+            whole = self._ask_whole(conversation, max_tokens)
         finally:
             self.release_slot()
-        whole = WholeAnswer(reply.text, reply.ends, reply.prompt_tokens, round(seconds, 4))
         with self._lock:
             self._wholes[key] = whole
             append_records(self._path, [{"key": key, "whole": asdict(whole)}])
         return whole
+
+    def _ask_whole(self, conversation: Sequence[Message], max_tokens: int) -> WholeAnswer:
+        chat = self._large.whole_chat(timeout_s=self.timeout_s)
+        self._whole_chats.append(chat)
+        try:
+            # `close` cancels the chats that are listed when it is called.
+            self._check_open()
+            began_s = time.perf_counter()
+            reply = chat.answer(conversation, max_tokens=max_tokens)
+            seconds = round(time.perf_counter() - began_s, 4)
+        finally:
+            self._whole_chats.remove(chat)
+        return WholeAnswer(reply.text, reply.ends, reply.prompt_tokens, seconds)
 
     def score(self, prompt: LargeContext, answered: LargeContext) -> tuple[float, ...]:
         """Return the large model's logprobs of an answer, token by token; they are not recorded.
@@ -177,8 +188,10 @@ class Replies(Closeable):
         return RecordedLargeView(self, alone=alone)
 
     def close(self) -> None:
-        """End the run: every wait for a call, now and later, raises RecordingStopped."""
+        """End the run: cancel whole answers; each wait for a call raises RecordingStopped."""
         self._closed = True
+        for chat in list(self._whole_chats):
+            chat.cancel()
 
     def find_tokens(self, token_ids: Sequence[int], limit: int) -> tuple[LargeToken, ...]:
         """Return the recorded tokens that follow these ids without a gap, at most `limit`."""

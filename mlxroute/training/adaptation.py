@@ -79,11 +79,13 @@ def split_answers(
 ) -> tuple[list[WorkedAnswer], list[WorkedAnswer]]:
     """Return the answers to train on and those that are held out.
 
-    A prompt that occurs twice is used once. Answers that are wrong by their question's own answer
-    are not trained on. Raises UsageError for fewer than ten questions, and for fewer than ten
-    answers to train on.
+    A prompt that occurs twice is used once, an answer without text not at all. Answers that are
+    wrong by their question's own answer are not trained on. Raises UsageError for fewer than ten
+    questions, and for fewer than ten answers to train on.
     """
-    unique = {item.question.fingerprint: item for item in answers if item.answer.token_ids}
+    ends = small.vocabulary.eos_ids
+    answers = [item for item in answers if not ends.issuperset(item.answer.token_ids)]
+    unique = {item.question.fingerprint: item for item in answers}
     items = list(unique.values())
     if len(items) < MIN_ANSWERS:
         raise UsageError(

@@ -94,6 +94,8 @@ def fit_head(
         (answer, answer.make_targets(question, labels))
         for answer, question in zip(answers, questions, strict=True)
     ]
+    if labels is LabelKind.DEFERRAL:
+        pairs = _with_logprobs(pairs)
     held_out = Positions.of(pairs[::HELD_OUT_STRIDE])
     fitted_pairs = [pair for index, pair in enumerate(pairs) if index % HELD_OUT_STRIDE]
     fitted = Positions.of(fitted_pairs)
@@ -124,17 +126,25 @@ def fit_head(
     )
 
 
+def _with_logprobs(
+    pairs: list[tuple[LabelledAnswer, list[float]]],
+) -> list[tuple[LabelledAnswer, list[float]]]:
+    """Return the answers with logprobs; one that was asked for as a whole has none."""
+    known = [pair for pair in pairs if pair[0].has_logprobs]
+    if len(known) < MIN_ANSWERS:
+        raise UsageError(
+            "deferral needs the large model's logprobs, and its server gives them for"
+            f" {len(known)} of {len(pairs)} answers; choose other labels"
+        )
+    return known
+
+
 def _check_learnable(fitted: Positions, held_out: Positions, labels: LabelKind) -> None:
     """Raise UsageError if the labels leave nothing to learn or nothing to judge the head by."""
     if len(set(fitted.is_target)) == 1 or not any(held_out.is_target):
         raise UsageError(
             f"the {labels} labels are all equal, or all 0 on the held-out answers: there is"
             " nothing to learn; give more questions"
-        )
-    if labels is LabelKind.DEFERRAL and not fitted.has_logprobs:
-        raise UsageError(
-            "deferral needs the large model's logprobs, and its server gives none;"
-            " choose other labels"
         )
 
 

@@ -79,11 +79,6 @@ class Positions:
         """Whether a head should escalate, for each position."""
         return [bool(value) for value in to_list(self.targets)]
 
-    @property
-    def has_logprobs(self) -> bool:
-        """Whether the large model's logprobs are known at every position."""
-        return all(math.isfinite(value) for value in to_list(self.logprobs[:, 1]))
-
     def score(self, head: MlpHead) -> list[float]:
         """Return the head's score of each position."""
         return to_list(head.score(self.inputs)[:, 0])

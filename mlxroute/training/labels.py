@@ -64,6 +64,11 @@ class LabelledAnswer:
     token_count: int
     continuations: tuple[str, ...] = ()
 
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether the large model's logprobs are known at every position."""
+        return bool(mx.isfinite(self.logprobs[:, 1]).all())
+
     def find_outcomes(self, question: Question) -> list[str]:
         """Return the extracted answers with the first 0, 1, ... disagreements escalated."""
         return [extract_answer(question, text) for text in (*self.continuations, self.text)]

@@ -32,7 +32,12 @@ from mlxroute.errors import (
     LargeRefused,
     LargeUnreachable,
 )
-from mlxroute.questions.question_files import AnswerKind, Question, question_messages
+from mlxroute.questions.question_files import (
+    AnswerKind,
+    FunctionTask,
+    Question,
+    question_messages,
+)
 from mlxroute.recorded.answer_scores import AnswerScores
 from mlxroute.recorded.replies import RecordingStopped, Replies
 from mlxroute.routers import BURST, make_router
@@ -304,6 +309,18 @@ def test_saved_answers_are_graded_by_the_present_answers(
     corrected = [replace(question, answer="other") for question in questions[:4]]
     report, _ = run(small, corrected, tmp_path / "r.jsonl")
     assert report["sides"]["small"]["lenient"]["accuracy"] == 0
+
+
+def test_saved_answers_of_code_are_used_only_with_the_same_tests(
+    small: SmallModel, tmp_path: Path
+) -> None:
+    path, lengths = tmp_path / "r.jsonl", []
+    for number in (1, 1, 2):
+        test = f"def check(f):\n    assert f() == {number}\n"
+        function = FunctionTask("f", "def f():\n", test)
+        run(small, [Question("q", "?", AnswerKind.CODE, test, function=function)], path)
+        lengths.append(len(path.read_text().splitlines()))
+    assert lengths == [3, 3, 6]
 
 
 def test_an_answer_with_an_incomplete_line_is_repeated(

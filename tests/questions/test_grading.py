@@ -28,6 +28,7 @@ TEXT = Question("q", "Who?", AnswerKind.TEXT, "Ada Lovelace")
         ("Therefore, the answer is river bank.", None, True),
         ("Therefore, the answer is library.", None, False),
         ("Not the bank. Therefore, the answer is B.", None, True),
+        ("Therefore, the answer is river bank (1945) (B).", True, True),
         ("B. river bank", None, True),
         ("I would go to the mall", None, False),
         ("I do not know", None, None),
@@ -47,10 +48,11 @@ def test_a_choice_is_read_from_any_form_of_answer(
         ("It is not steam. Therefore, the answer is 2.", None, True),
         ("The answer is (1).", False, False),
         ("The answer is (12).", None, None),
+        ("Therefore, the answer is 2.5 m.", None, False),
     ],
 )
 def test_labels_may_be_numbers(text: str, strict: bool | None, lenient: bool | None) -> None:
-    choices = (("1", "steam"), ("2", "ice"))
+    choices = (("1", "steam"), ("2", "ice"), ("3", "2.5 m"))
     question = Question("q", "?", AnswerKind.CHOICE, "2", choices)
     assert grade(question, text) == Grade(strict, lenient)
 

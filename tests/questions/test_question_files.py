@@ -100,8 +100,10 @@ def test_a_prompt_is_sampled_once_however_often_it_occurs(tmp_path: Path) -> Non
     file, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     file.write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "a"}\n')
     other.write_text('{"prompt": "b"}\n{"prompt": "c"}\n')
-    sampled = [question.prompt for question in sample_files([file, other], 9)]
-    assert sorted(sampled) == ["a", "b", "c"]
+    sampled = sample_files([file, other], 9)
+    assert sorted(question.prompt for question in sampled) == ["a", "b", "c"]
+    (b,) = (question for question in sampled if question.prompt == "b")
+    assert str(file) in b.name
 
 
 def test_a_smaller_sample_is_the_start_of_a_larger_one() -> None:

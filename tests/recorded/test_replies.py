@@ -7,7 +7,7 @@ import math
 import re
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -277,6 +277,25 @@ def test_an_answer_that_a_server_withholds_only_ends(tmp_path: Path) -> None:
         on_answer=lambda: None,
     )
     assert answer.token_ids == (EOS,)
+
+
+def test_the_end_of_a_run_cancels_whole_answers(tmp_path: Path) -> None:
+    class Waiting(ScriptedWholeAnswer):
+        def answer(self, messages: Sequence[Message], *, max_tokens: int) -> ScriptedWholeAnswer:
+            replies.close()
+            assert self.is_cancelled
+            raise LargeError("cancelled")
+
+    large = ScriptedLarge([b"a"])
+    large.whole_answer = waiting = Waiting("never")
+    replies = Replies(large, tmp_path / "r")
+    conversation: list[Message] = [{"role": "user", "content": "hi"}]
+    with pytest.raises(LargeError, match="cancelled"):
+        replies.write_whole_answer(conversation, max_tokens=9)
+    large.whole_answer = ScriptedWholeAnswer("late")
+    with pytest.raises(LargeError, match="ended"):
+        replies.write_whole_answer(conversation, max_tokens=9)
+    assert (waiting.conversations, large.whole_answer.conversations) == ([], [])
 
 
 def test_records_are_found_by_the_full_name_of_the_model(tmp_path: Path) -> None:

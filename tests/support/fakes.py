@@ -265,10 +265,14 @@ class ScriptedWholeAnswer:
     prompt_tokens: int | None = 10
     completion_tokens: int | None = None
     conversations: list[Sequence[Message]] = field(default_factory=list)
+    is_cancelled: bool = False
 
     def answer(self, messages: Sequence[Message], *, max_tokens: int) -> ScriptedWholeAnswer:
         self.conversations.append(messages)
         return self
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
 
 
 class FakeCall:

@@ -213,7 +213,12 @@ def test_one_answer_in_five_is_held_out_and_repeated_prompts_are_used_once(
     small: SmallModel,
 ) -> None:
     answers = worked_answers(small, 20)
-    trained, held_out = split_answers(small, [*answers, *answers])
+    end = min(small.vocabulary.eos_ids)
+    withheld = [
+        replace(item, answer=LargeAnswer((end,), (0,), (0.0,), ((),)))
+        for item in worked_answers(small, 30)[20:]
+    ]
+    trained, held_out = split_answers(small, [*answers, *answers, *withheld])
     assert (len(trained), len(held_out)) == (16, 4)
     assert not {a.question.prompt for a in trained} & {a.question.prompt for a in held_out}
     with pytest.raises(UsageError, match="at least 10 different questions, not 9"):

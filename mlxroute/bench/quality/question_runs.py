@@ -27,7 +27,7 @@ from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.engine import generate
 from mlxroute.questions.grading import Grade, grade
 from mlxroute.questions.prompt_form import describe_form
-from mlxroute.questions.question_files import Question, question_messages
+from mlxroute.questions.question_files import AnswerKind, Question, question_messages
 from mlxroute.recorded.answer_scores import AnswerScores
 from mlxroute.recorded.large_answers import PlaceholderSmall
 from mlxroute.recorded.replies import AnswerNotContinued, Replies
@@ -171,7 +171,7 @@ class _QualityBench:
     def new_task(self, side: QualitySide, question: Question, router: QualityRouter) -> _Task:
         """Return the task of answering a question with the router in its present state."""
         conversation = question_messages(question, self.examples)
-        key = self._key(side, conversation, router)
+        key = self._key(side, question, conversation, router)
         return _Task(side, question, conversation, router, key)
 
     def answer(self, tasks: Sequence[_Task]) -> list[QualityRow]:
@@ -193,15 +193,22 @@ class _QualityBench:
         return rows
 
     def _find(self, task: _Task) -> QualityRow | None:
-        """Return a task's saved answer, graded anew: the question's answer may have changed."""
+        """Return a task's saved answer, graded anew: the question's answer may have changed.
+
+        Code is not run again, because its key depends on the tests.
+        """
         row = self.results.find(task.key)
-        if row is None:
-            return None
+        if row is None or task.question.kind is AnswerKind.CODE:
+            return row
         grades = _grade(task.question, row.text)
         return replace(row, strict=grades.strict, lenient=grades.lenient)
 
     def _key(
-        self, side: QualitySide, conversation: Sequence[Message], router: QualityRouter
+        self,
+        side: QualitySide,
+        question: Question,
+        conversation: Sequence[Message],
+        router: QualityRouter,
     ) -> str:
         """Return the key of an answer: a hash of all that it depends on."""
         models = [self.small.name, self.replies.recorded_name]
@@ -221,6 +228,8 @@ class _QualityBench:
         ]
         if side.router and self.accept_within:
             parts.append(self.accept_within)
+        if question.kind is AnswerKind.CODE:
+            parts.append(question.answer)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _write_answer(self, task: _Task, row: AnswerRow) -> QualityRow:

@@ -1,0 +1,76 @@
+"""An answer of the large model that is asked for as a whole, at the chat route."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from mlxroute.large import LargeModel
+from mlxroute.large.dialects import get_dialect
+from mlxroute.large.dialects.base import Dialect
+from mlxroute.large.dialects.chat.example_completion import ExampleCompletion
+from mlxroute.large.negotiation.served_models import ModelName
+from mlxroute.types import Message
+from tests.support.loopback import Loopback, Reply, Request
+from tests.support.negotiated import PLAIN, negotiated
+
+_CONVERSATION: list[Message] = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "hi"},
+]
+
+
+@pytest.fixture
+def server() -> Iterator[Loopback]:
+    with Loopback() as server:
+        yield server
+
+
+def chat(text: str | None, *, finish: str = "stop") -> Reply:
+    """Return a reply of the chat route."""
+    message = {"role": "assistant", "content": text}
+    return Reply.of({"choices": [{"message": message, "finish_reason": finish}]})
+
+
+def ask(server: Loopback, dialect: Dialect) -> tuple[str, bool, list[dict[str, Any]]]:
+    """Return a whole answer, whether it ended, and the bodies of its requests."""
+    with negotiated(LargeModel(server.url), dialect) as large:
+        large._negotiator._negotiator.model = ModelName(None, served="served")
+        whole = large.whole_chat(timeout_s=20).answer(_CONVERSATION, max_tokens=9)
+    return whole.text, whole.ends, [json.loads(request.body) for request in server.requests]
+
+
+def test_a_whole_answer_is_asked_for_as_single_tokens_are(server: Loopback) -> None:
+    server.answer = lambda request: chat("hello")
+    text, ends, (body,) = ask(server, PLAIN)
+    assert (text, ends, body["messages"], body["max_tokens"]) == ("hello", True, _CONVERSATION, 9)
+    # Single tokens come from a model that does not think.
+    assert body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert body["model"] == "served"
+    mlx_lm = get_dialect("mlx_lm completions")
+    assert mlx_lm is not None
+    assert not mlx_lm.names_model
+    # By its name this server may load another model than its own.
+    assert "model" not in ask(server, mlx_lm)[2][-1]
+
+
+def test_a_refused_system_message_becomes_part_of_the_question(server: Loopback) -> None:
+    def answer(request: Request) -> Reply:
+        roles = [message["role"] for message in json.loads(request.body)["messages"]]
+        if "system" in roles:
+            return Reply(b'{"error": "System role not supported"}', status=400)
+        return chat("hello", finish="length")
+
+    server.answer = answer
+    text, ends, bodies = ask(server, PLAIN)
+    assert (text, ends, len(bodies)) == ("hello", False, 3)
+    assert "Be brief." in bodies[-1]["messages"][0]["content"]
+
+
+@pytest.mark.parametrize("text", [None, ""])
+def test_a_withheld_answer_is_empty(text: str | None, server: Loopback) -> None:
+    server.answer = lambda request: chat(text, finish="content_filter")
+    assert ask(server, ExampleCompletion())[:2] == ("", False)
