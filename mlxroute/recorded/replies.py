@@ -1,4 +1,4 @@
-"""The large model's tokens, recorded on disk: no context is sent to the server twice."""
+"""The large model's replies, recorded on disk: none that it gave is asked for again."""
 
 from __future__ import annotations
 
