@@ -21,7 +21,6 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 SETS = {
     "CommonsenseQA": "quality-qwen2.5-coder-0.5b-csqa-test-examples.json",
-    "reasoning-gym": "quality-qwen2.5-coder-0.5b-sets-rg.json",
     "open prompts (F1)": "quality-qwen2.5-coder-0.5b-questions-open.json",
 }
 """The reports of the picture of all sets, by the name of the set."""
@@ -78,8 +77,7 @@ def draw_sets(reports: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             bounds = [[value - low], [high - value]]
             panel.errorbar(value, height, xerr=bounds, fmt=".", color=colour, label=new_label)
     panel.set_yticks(range(len(reports)), list(reports))
-    panel.invert_yaxis()
-    panel.set(xlabel="right answers", xlim=(0, 1))
+    panel.set(xlabel="right answers, or F1 score", xlim=(0, 1.02), ylim=(len(reports) - 0.5, -0.5))
     panel.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     figure.legend(loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=120)
