@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def draw_sets(reports: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Plot the accuracy of every side of reports of `bench quality`, one row for each set."""
+    """Plot both models alone and the sides routed by entropy or a head, in a row for each set."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 

@@ -18,7 +18,7 @@ import pytest
 from mlxroute.cli.model_pair import open_replies
 from mlxroute.config import Settings
 from mlxroute.errors import LargeError, LargeNotContinued, LargeProtocolError, UsageError
-from mlxroute.recorded.large_answers import write_large_answers
+from mlxroute.recorded.large_answers import LargeAnswer, write_large_answers
 from mlxroute.recorded.large_choices import WrittenAnswer, find_large_choices
 from mlxroute.recorded.replies import AnswerNotContinued, Replies
 from mlxroute.types import LargeContext, LargeToken, Message, Uploads, Vocabulary
@@ -243,6 +243,19 @@ def test_generated_tokens_beyond_the_answer_are_counted() -> None:
     assert Uploads.of_call(context(1), [unknown]).completion_tokens == 1
 
 
+def write_answer(large: ScriptedLarge, record: Path) -> LargeAnswer:
+    """Return the large model's answer of at most 9 tokens to one question."""
+    (answer,) = write_large_answers(
+        ScriptedSmall(b""),
+        Replies(large, record),
+        [[{"role": "user", "content": "hi"}]],
+        max_tokens=9,
+        at_once=1,
+        on_answer=lambda: None,
+    )
+    return answer
+
+
 def test_answers_of_a_server_that_only_chats_are_asked_for_as_wholes(tmp_path: Path) -> None:
     large = ScriptedLarge([LargeError("a call for a token")])
     large.is_approximate, large.whole_answer = True, ScriptedWholeAnswer("hello")
@@ -268,14 +281,7 @@ def test_answers_of_a_server_that_only_chats_are_asked_for_as_wholes(tmp_path: P
 def test_an_answer_that_a_server_withholds_only_ends(tmp_path: Path) -> None:
     large = ScriptedLarge([LargeError("a call for a token")])
     large.is_approximate, large.whole_answer = True, ScriptedWholeAnswer("", ends=False)
-    (answer,) = write_large_answers(
-        ScriptedSmall(b""),
-        Replies(large, tmp_path / "r"),
-        [[{"role": "user", "content": "hi"}]],
-        max_tokens=9,
-        at_once=1,
-        on_answer=lambda: None,
-    )
+    answer = write_answer(large, tmp_path / "r")
     assert answer.token_ids == (EOS,)
 
 
@@ -312,14 +318,7 @@ def test_an_answer_that_the_server_does_not_go_on_with_is_asked_for_as_a_whole(
 ) -> None:
     large = ScriptedLarge([(104,), LargeNotContinued("inside a character")])
     large.whole_answer = ScriptedWholeAnswer("other")
-    (answer,) = write_large_answers(
-        ScriptedSmall(b""),
-        Replies(large, tmp_path / "r"),
-        [[{"role": "user", "content": "hi"}]],
-        max_tokens=9,
-        at_once=1,
-        on_answer=lambda: None,
-    )
+    answer = write_answer(large, tmp_path / "r")
     assert answer.token_ids == (*b"other", EOS)
 
 
@@ -343,13 +342,8 @@ def test_an_answer_holds_what_the_large_model_might_have_written_instead(tmp_pat
         top=(("", -0.5), ("abc", -2.0)),
         top_bytes=((b"abc", -2.0),),
     )
-    (answer,) = write_large_answers(
-        ScriptedSmall(b""),
-        Replies(ScriptedLarge([first, unknown, impossible, without, last]), tmp_path / "r"),
-        [[{"role": "user", "content": "hi"}]],
-        max_tokens=9,
-        at_once=1,
-        on_answer=lambda: None,
+    answer = write_answer(
+        ScriptedLarge([first, unknown, impossible, without, last]), tmp_path / "r"
     )
     assert (answer.token_ids, answer.token_starts) == ((*b"hihihihi", EOS), (0, 2, 4, 6, 8))
     # "hi" and "ho" begin with the same token. Special tokens and parts of characters are left out.
