@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from quality_tables import SHOWN_ROUTERS
 
 from mlxroute.bench.plot import draw_latency, draw_quality, merit
 
@@ -54,7 +55,7 @@ def main() -> None:
 
 
 def draw_sets(reports: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Plot both models alone and the sides routed by entropy or a head, in a row for each set."""
+    """Plot both models alone and the sides of the shown routers, in a row for each set."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
@@ -67,7 +68,7 @@ def draw_sets(reports: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         panel.plot(ends, (row, row), color="lightgrey", linewidth=6, zorder=0)
         for value, marker, label in zip(ends, "os", ("small alone", "large alone"), strict=True):
             panel.plot(value, row, marker, color="grey", linestyle="", label=None if row else label)
-        routed = [side for side in sides.values() if side["router"] in ("entropy", "head")]
+        routed = [side for side in sides.values() if side["router"] in SHOWN_ROUTERS]
         for place, side in enumerate(routed):
             value, low, high = merit(side)
             router = str(side["router"])

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "bench" / "results"
 SHOWN_ROUTERS = ("entropy", "head")
-"""The routers in the table of sets."""
+"""The routers in the table and the picture of sets."""
 _SETS = re.compile(r"(<!-- sets: ((?:\S+\.json )+)-->\n).*?(<!-- end -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- table: (\S+\.json)(?: (\S+\.json))? -->\n).*?(<!-- end -->)", re.DOTALL)
 

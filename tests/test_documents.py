@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 import typer
 
@@ -286,6 +287,32 @@ def test_a_table_of_sets_has_a_row_for_each_routed_side(tmp_path: Path) -> None:
         ("b", "10", "50.0", "100.0", "entropy 5%", "20", "+10.0, p = 0.031"),
         ("", "", "", "", "head 5%", "50", "+25.0, p = 0.031"),
     ]
+
+
+def test_the_picture_of_sets_shows_each_set_and_the_routers_of_their_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def side(router: str | None, share: float) -> dict[str, Any]:
+        return {
+            "router": router,
+            "lenient": {"accuracy": share, "interval": [share / 2, (1 + share) / 2]},
+        }
+
+    report = {
+        "sides": {
+            "small": side(None, 0.2),
+            "large": side(None, 0.6),
+            "head 5%": side("head", 0.3),
+            "first 5%": side("first", 0.2),
+        }
+    }
+    monkeypatch.syspath_prepend(str(_ROOT / "bench"))
+    script = runpy.run_path(str(_ROOT / "bench" / "plots.py"))
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        script["draw_sets"]({"First set": report, "Second set": report}, tmp_path / "sets.svg")
+    texts = set(re.findall(r"<text[^>]*>([^<]*)</text>", _text(tmp_path / "sets.svg")))
+    assert {"First set", "Second set", "small alone", "large alone", "head"} <= texts
+    assert not texts & {"first", "entropy"}
 
 
 def test_the_accuracy_tables_are_those_of_the_reports() -> None:
