@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from pathlib import Path
 
 
@@ -23,7 +22,7 @@ def replace_file(path: Path, data: bytes, *, mode: int = 0o666, durable: bool = 
     Raises:
         OSError: The file cannot be written.
     """
-    name = path.with_name(f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}")
+    name = path.with_name(f".{path.name[:100]}.{os.getpid()}-{os.urandom(4).hex()}")
     descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(descriptor, "wb") as stream:

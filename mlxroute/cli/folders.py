@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 
@@ -48,6 +47,8 @@ def record_path(settings: Settings, kind: str, small: str, large: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     name = model_file_name(large)
     if name != large:
+        import hashlib
+
         name = f"{name}-{hashlib.sha256(large.encode()).hexdigest()[:8]}"
     return folder / f"{kind}-{model_file_name(small)}-{name}.jsonl"
 
@@ -55,6 +56,13 @@ def record_path(settings: Settings, kind: str, small: str, large: str) -> Path:
 def host_log(cache_dir: Path) -> Path:
     """Return the log file of a server started on this machine."""
     return cache_dir / "logs" / "host.log"
+
+
+def hash_file(file: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    import hashlib
+
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def data_name(data: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import shlex
@@ -16,7 +15,7 @@ import typer
 from mlxroute._version import __version__
 from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_OK
 from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
-from mlxroute.cli.folders import data_name, expand_optional
+from mlxroute.cli.folders import data_name, expand_optional, hash_file
 from mlxroute.cli.model_pair import load_paired_small, open_replies
 from mlxroute.cli.worked_examples import check_questions_sendable, read_examples
 from mlxroute.config import Settings
@@ -274,7 +273,11 @@ class _AdaptRun:
             "small": small.plain_name,
             "started_from": adapted_name(small.plain_name, start) if start else None,
             "large": large.model_name,
-            "data": [{"name": data_name(file), "sha256": _hash_file(file)} for file in self.data],
+            # A pipe has no fingerprint.
+            "data": [
+                {"name": data_name(file), "sha256": hash_file(file) if file.is_file() else None}
+                for file in self.data
+            ],
             "examples": len(self.examples),
             "command": self.command,
             "rank": self.rank if start is None else None,
@@ -300,11 +303,6 @@ class _AdaptRun:
                 " --tokens",
                 style=WARNING_STYLE,
             )
-
-
-def _hash_file(file: Path) -> str | None:
-    """Return the SHA-256 of a file; None for a pipe."""
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def _print_figures(outcome: TuningOutcome, out: Path, err: Console) -> None:

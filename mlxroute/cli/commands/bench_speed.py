@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +30,8 @@ def speed(
 
     `--small random` takes a tiny model with random weights.
     """
+    import tempfile
+
     from mlxroute.catalog.head_files import find_head_file
     from mlxroute.cli.bench_report import check_save_option, read_builtin_prompts, write_report
     from mlxroute.cli.progress import ByteProgress

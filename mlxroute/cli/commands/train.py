@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
-from mlxroute.cli.folders import cache_dir_of, data_name, expand_optional
+from mlxroute.cli.folders import cache_dir_of, data_name, expand_optional, hash_file
 from mlxroute.cli.model_pair import load_paired_small, open_replies
 from mlxroute.cli.terminal import show_status
 from mlxroute.cli.worked_examples import check_questions_sendable, read_examples
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
-from mlxroute.routers import DEFAULT_BUDGET
 from mlxroute.types import LabelKind
 
 if TYPE_CHECKING:
@@ -197,7 +195,7 @@ def _fit_to_advantages(
     name, fingerprint = DEFAULT_ROUTER, ""
     if settings.head is not None:
         name = HEAD_ROUTER
-        fingerprint = sha256(head_file(small.name, settings.head).read_bytes()).hexdigest()
+        fingerprint = hash_file(head_file(small.name, settings.head))
     ranks = find_ranks(small, name, settings.head)
     with (
         open_replies(settings, small, large, at_once=material.at_once) as replies,
@@ -234,6 +232,8 @@ def warn_of_trained_questions(settings: Settings, questions: list[Question], err
 
 
 def _budget(settings: Settings) -> float:
+    from mlxroute.routers import DEFAULT_BUDGET
+
     return DEFAULT_BUDGET if settings.budget is None else settings.budget
 
 
