@@ -85,6 +85,12 @@ class TableTokenizer:
             tuple(self.encode_prompt(text)), PromptText(text, self.render(contents))
         )
 
+    def encode_rendered(self, text: str) -> EncodedPrompt:
+        """Encode a text whose control tokens are meant, with its begin token."""
+        begin = self.vocabulary.bos_text
+        begun = text if text.startswith(begin) else begin + text
+        return EncodedPrompt(tuple(self.encode_prompt(begun)), PromptText(text, text))
+
     def encode_prompt(self, text: str) -> list[int]:
         ids: list[int] = []
         for part in re.split(r"(<s>|<\|im_end\|>)", text):

@@ -72,6 +72,10 @@ class TokenizeRoutes(ABC):
         """Return None: the routes give ids only."""
         return None
 
+    def rendered_ids(self, text: str) -> tuple[int, ...]:
+        """Return the ids of a whole prompt; names of control tokens in it become control tokens."""
+        return self._cached(("rendered", text), lambda: self._encode_rendered(text))
+
     def _encode_accepted(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Encode the messages; without a system role if the server's template refuses it."""
         try:
@@ -131,6 +135,9 @@ class TokenizeRoutes(ABC):
 
     @abstractmethod
     def _encode_messages(self, messages: Sequence[Message]) -> tuple[int, ...]: ...
+
+    @abstractmethod
+    def _encode_rendered(self, text: str) -> tuple[int, ...]: ...
 
     @abstractmethod
     def _encode(self, text: str) -> tuple[int, ...]: ...
@@ -203,6 +210,9 @@ class LlamaTokenizeRoutes(TokenizeRoutes):
         ids = self._tokenize({"content": _ANCHOR + text, **body})
         return _ids_after(self._anchor_ids, ids) or self._tokenize({"content": text, **body})
 
+    def _encode_rendered(self, text: str) -> tuple[int, ...]:
+        return self._encode_markers(text, is_first=True)
+
     def _encode(self, text: str) -> tuple[int, ...]:
         return self._tokenize({"content": text, "add_special": False, "parse_special": False})
 
@@ -223,6 +233,9 @@ class VllmTokenizeRoutes(TokenizeRoutes):
     def _encode_messages(self, messages: Sequence[Message]) -> tuple[int, ...]:
         body = {"messages": list(messages), "add_generation_prompt": True, **NO_THINKING}
         return self._call("/tokenize", body, _token_ids)
+
+    def _encode_rendered(self, text: str) -> tuple[int, ...]:
+        return self._call("/tokenize", {"prompt": text, "add_special_tokens": True}, _token_ids)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return self._call("/tokenize", {"prompt": text, "add_special_tokens": False}, _token_ids)

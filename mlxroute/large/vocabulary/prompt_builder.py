@@ -55,6 +55,11 @@ class PromptBuilder:
             case PromptForm.TEXT:
                 return self._text_prompt(context)
             case PromptForm.CHAT:
+                if not context.messages:
+                    raise LargeNotContinued(
+                        "the large model's server takes only conversations, so it cannot continue"
+                        " a text or token ids"
+                    )
                 messages, names = self._plain_messages(context)
                 return Prompt(
                     messages=messages,
@@ -85,17 +90,28 @@ class PromptBuilder:
             return Prompt(ids=tuple(context.token_ids))
         if self.tokens is None:
             raise LargeProtocolError("no tokenizer of the large model is known")
-        messages: tuple[Message, ...] = context.messages
-        names: tuple[str, ...] = ()
-        if self.tokens.reads_control_tokens:
-            messages, names = self._plain_messages(context)
-        try:
-            ids = list(self.tokens.prompt_ids(messages))
-        except UsageError as exc:
-            raise LargeProtocolError(str(exc)) from exc
+        if context.messages:
+            ids, names = self._conversation_ids(context, self.tokens)
+        else:
+            # The large model's begin token takes the place of the small one's.
+            text = _rendered_text(context).removeprefix(context.vocabulary.bos_text)
+            ids, names = list(self.tokens.rendered_ids(text)), ()
         for span in context.spans:
             ids += span.large_ids or self.tokens.encode(span.text)
         return Prompt(ids=tuple(ids), neutralised=names)
+
+    def _conversation_ids(
+        self, context: LargeContext, tokens: TokenSource
+    ) -> tuple[list[int], tuple[str, ...]]:
+        """Return the ids of the messages, and the names of control tokens that were in them."""
+        messages: tuple[Message, ...] = context.messages
+        names: tuple[str, ...] = ()
+        if tokens.reads_control_tokens:
+            messages, names = self._plain_messages(context)
+        try:
+            return list(tokens.prompt_ids(messages)), names
+        except UsageError as exc:
+            raise LargeProtocolError(str(exc)) from exc
 
     def _text_prompt(self, context: LargeContext) -> Prompt:
         rendered, bos_text = context.prompt, context.vocabulary.bos_text
@@ -140,6 +156,11 @@ class PromptBuilder:
         known = context.vocabulary if vocabulary is None else vocabulary
         names = known.special_names if in_answer else known.control_names
         return control_tokens(names, any_form=vocabulary is None, in_answer=in_answer)
+
+
+def _rendered_text(context: LargeContext) -> str:
+    """Return the text of the prompt without the answer."""
+    return context.text.removesuffix(_answer_text(context))
 
 
 def _answer_text(context: LargeContext) -> str:

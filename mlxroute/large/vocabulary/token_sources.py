@@ -16,6 +16,8 @@ class Tokenizer(Protocol):
 
     def encode_conversation(self, messages: Sequence[Message]) -> EncodedPrompt: ...
 
+    def encode_rendered(self, text: str) -> EncodedPrompt: ...
+
 
 class TokenSource(Protocol):
     """A source of token ids of the large vocabulary. Methods raise LargeError."""
@@ -34,6 +36,10 @@ class TokenSource(Protocol):
 
     def prompt_text(self, messages: Sequence[Message]) -> PromptText | None:
         """Return the text of `prompt_ids`; None if the source gives ids only."""
+        ...
+
+    def rendered_ids(self, text: str) -> tuple[int, ...]:
+        """Return the ids of a whole prompt; names of control tokens in it become control tokens."""
         ...
 
     @property
@@ -69,6 +75,9 @@ class FileTokenSource:
 
     def prompt_text(self, messages: Sequence[Message]) -> PromptText | None:
         return self.tokenizer.encode_conversation(messages).rendered
+
+    def rendered_ids(self, text: str) -> tuple[int, ...]:
+        return self.tokenizer.encode_rendered(text).ids
 
     @property
     def vocabulary(self) -> Vocabulary:

@@ -5,23 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxroute.engine.transcript import group_spans
-from mlxroute.errors import LargeProtocolError, UsageError
+from mlxroute.errors import LargeNotContinued, LargeProtocolError, UsageError
 from mlxroute.large.dialects import Dialect, get_dialect
 from mlxroute.large.dialects.json_fields import parse_object
 from mlxroute.large.dialects.tokenize_routes import find_tokenize_routes
 from mlxroute.large.vocabulary.prompt_builder import PromptBuilder
 from mlxroute.large.vocabulary.token_sources import FileTokenSource, TokenSource
-from mlxroute.types import LargeContext, Message, Span
+from mlxroute.types import LargeContext, Message, PromptText, Span
 from tests.support import family_servers
 from tests.support.family_servers import FamilyServer
 from tests.support.loopback import Request
-from tests.support.vocabularies import TableTokenizer, TableVocabulary, context
+from tests.support.vocabularies import BYTE_CHARACTERS, TableTokenizer, TableVocabulary, context
 
 HI: Message = {"role": "user", "content": "hi"}
 SMALL = TableVocabulary(["a", "b", "Ġ", "Ã", "©"], bos_text="<s>")
@@ -39,8 +40,10 @@ IDS, TEXT = dialect("vLLM completions"), dialect("OpenAI completions")
 CHAT, MLX_LM = dialect("chat continuation (flags)"), dialect("mlx_lm completions")
 
 
-def truthful_routes(path: str, body: Mapping[str, object]) -> Mapping[str, object]:
-    reply = FamilyServer("vllm")(Request("POST", path, {}, json.dumps(body).encode()))
+def truthful_routes(
+    path: str, body: Mapping[str, object], *, family: str = "vllm"
+) -> Mapping[str, object]:
+    reply = FamilyServer(family)(Request("POST", path, {}, json.dumps(body).encode()))
     return parse_object(reply.body)
 
 
@@ -137,6 +140,36 @@ def test_a_fragment_is_sent_only_in_forms_that_carry_it(
     else:
         with pytest.raises(LargeProtocolError, match="inside a character"):
             builder.build(position_context)
+
+
+def raw(*spans: Span) -> LargeContext:
+    """A position after a prompt without messages, as text completions have."""
+    prompt = "<s>the<|im_end|>pine"
+    text = prompt + "".join(span.text for span in spans)
+    return LargeContext(text, (), (), SMALL, spans=spans, prompt=PromptText(prompt, prompt))
+
+
+@pytest.mark.parametrize("bos_text", ["", "<s>"])
+def test_a_raw_prompt_gets_the_large_models_ids_and_begin_token(bos_text: str) -> None:
+    large = TableVocabulary([*BYTE_CHARACTERS, "pine"], bos_text=bos_text)
+    builder = builder_for(IDS, same=False, tokens=FileTokenSource(TableTokenizer(large)))
+    prompt = builder.build(raw(Span("ab"), Span("x", (7,))))
+    begin = (0,) if bos_text else ()
+    assert prompt.ids == (*begin, *large.encode("the"), 1, *large.encode("pineab"), 7)
+
+
+def test_a_raw_prompt_is_encoded_by_the_servers_route_with_its_control_tokens() -> None:
+    for family in ("vllm", "llama-server"):
+        routes = find_tokenize_routes(partial(truthful_routes, family=family), model=None)
+        prompt = builder_for(IDS, same=False, tokens=routes).build(raw(Span("ab")))
+        assert prompt.ids == (*LARGE.encode("the"), 1, *LARGE.encode("pineab"))
+        assert prompt.neutralised == ()
+
+
+def test_a_raw_prompt_is_not_continued_by_a_server_of_conversations() -> None:
+    for same in (True, False):
+        with pytest.raises(LargeNotContinued, match="only conversations"):
+            builder_for(CHAT, same=same, tokens=None).build(raw(Span("ab")))
 
 
 def test_an_id_prompt_without_a_tokenizer_is_an_error() -> None:
