@@ -9,17 +9,24 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from mlxroute.closeable import Closeable
 from mlxroute.errors import LargeUnrecorded, UsageError
 from mlxroute.types import Uploads
 
 _REDACTED = "[key]"
+# Shorter keys, such as `na` or `token`, are for servers that need none, and are in any text.
+_MIN_SECRET: Final = 8
 
 
 def _now() -> datetime:
     return datetime.now(UTC)
+
+
+def is_secret(text: str) -> bool:
+    """Return whether a key or password is long enough to be looked for in texts."""
+    return len(text) >= _MIN_SECRET
 
 
 class Ledger(Closeable):
@@ -57,8 +64,11 @@ class Ledger(Closeable):
         self.failure: str | None = None
 
     def add_secret(self, secret: str | None) -> None:
-        """Write `[key]` in place of this text in all later entries; None and "" are ignored."""
-        if secret:
+        """Write `[key]` in place of this text in all later entries.
+
+        None is ignored, and so is what is shorter than 8 characters.
+        """
+        if secret and is_secret(secret):
             # Longest first: one may be part of another.
             self._secrets = sorted({*self._secrets, secret}, key=len, reverse=True)
 
@@ -130,10 +140,10 @@ class Ledger(Closeable):
         return json.dumps(entry, ensure_ascii=False).encode(errors="replace") + b"\n"
 
     def redact(self, value: Any) -> Any:
-        """Return a JSON value with `[key]` in place of every secret."""
+        """Return a JSON value with `[key]` in place of every secret; keys of objects stay."""
         # Replace in the parsed value: in JSON text, escapes could hide a secret.
         if isinstance(value, dict):
-            return {self.redact(key): self.redact(item) for key, item in value.items()}
+            return {key: self.redact(item) for key, item in value.items()}
         if isinstance(value, list):
             return [self.redact(item) for item in value]
         if isinstance(value, str):

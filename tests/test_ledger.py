@@ -14,16 +14,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlxroute.answers.document_file import format_document, parse_document
 from mlxroute.errors import LargeError, LargeUnrecorded, UsageError
 from mlxroute.large import LargeModel
 from mlxroute.ledger import Ledger
 from mlxroute.types import Prices, Uploads
+from tests.support.documents import make_document
 from tests.support.loopback import Loopback, Reply
 from tests.support.negotiated import honest, negotiated
 from tests.support.scripted_calls import VOCABULARY, legacy
 from tests.support.vocabularies import context
 
 URL = "http://127.0.0.1:1/v1/completions"
+DOCUMENT = make_document()
 KEY = 'sk-"quoted\\key'
 
 
@@ -106,17 +109,30 @@ def test_a_secret_is_redacted_in_any_encoding(
 ) -> None:
     path = tmp_path_factory.mktemp("ledger") / "sent"
     text = KEY.join(["", *around, ""])
-    body: dict[str, object] = {"prompt": text, KEY: [{"x": text}], "ids": [1, None, True, 0.5]}
+    body: dict[str, object] = {"prompt": text, "y": [{"x": text}], "ids": [1, None, True, 0.5]}
     with Ledger(path) as ledger:
-        ledger.add_secret(KEY[:6])
+        ledger.add_secret(KEY[:8])
         ledger.add_secret(KEY)
         ledger.record_request(
             URL, json.dumps(body, ensure_ascii=ensure_ascii).encode(errors="replace")
         )
         ledger.record_request(URL, text.encode(errors="replace"))
     for written in lines(path):
-        assert KEY[:6] not in json.dumps(written, ensure_ascii=False)
+        assert KEY[:8] not in json.dumps(written, ensure_ascii=False)
         assert "[key]" in str(written["body"])
+
+
+def test_keys_of_objects_stay_as_they_are() -> None:
+    ledger = Ledger()
+    ledger.add_secret("large_model")
+    assert ledger.redact({"large_model": ["a large_model"]}) == {"large_model": ["a [key]"]}
+
+
+@given(st.text(min_size=1, max_size=7) | st.sampled_from(["na", "1", "x", "token", "text"]))
+def test_a_short_key_leaves_a_saved_answer_as_it_is(key: str) -> None:
+    ledger = Ledger()
+    ledger.add_secret(key)
+    assert parse_document(format_document(DOCUMENT, redact=ledger.redact)) == DOCUMENT
 
 
 def test_the_large_model_adds_its_secrets_to_the_ledger(server: Loopback, tmp_path: Path) -> None:

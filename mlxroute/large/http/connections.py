@@ -22,14 +22,14 @@ from mlxroute._version import __version__
 from mlxroute.errors import UsageError
 from mlxroute.large.http.address import Address
 from mlxroute.large.http.limited_response import LimitedResponse
+from mlxroute.ledger import is_secret
 
 # Routers and load balancers drop a silent connection without a word after a minute or more.
 _MAX_IDLE_S: Final = 55.0
 _KEEPALIVE_IDLE_S: Final = 20
 _KEEPALIVE_INTERVAL_S: Final = 10
 _KEEPALIVE_PROBES: Final = 3
-# A secret of this length is recognised by its beginning.
-_MIN_SECRET: Final = 16
+# Characters of its beginning by which a secret is recognised.
 _RECOGNISED: Final = 8
 
 
@@ -46,7 +46,7 @@ class Auth(AuthBase):
                 "api_key has characters that cannot be sent in a header, such as a line break",
                 parameter="api_key",
             )
-        self._secrets = [api_key] if api_key else []
+        secrets = [api_key] if api_key else []
         self._header = f"Bearer {api_key}" if api_key else None
         if address.userinfo:
             user, password = address.userinfo
@@ -54,7 +54,8 @@ class Auth(AuthBase):
             joined = f"{user}:{password}".encode(errors="surrogateescape")
             encoded = base64.b64encode(joined).decode()
             self._header = f"Basic {encoded}"
-            self._secrets += [encoded, password or user]
+            secrets += [encoded, password or user]
+        self._secrets = [secret for secret in secrets if is_secret(secret)]
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         """Add the `Authorization` header."""
@@ -69,13 +70,8 @@ class Auth(AuthBase):
         return text
 
     def is_in(self, text: str) -> bool:
-        """Return whether a text has a secret, or its beginning where the text is cut off.
-
-        Short secrets, such as the word `none`, may be words of any text and are not looked for.
-        """
-        return any(
-            secret[:_RECOGNISED] in text for secret in self._secrets if len(secret) >= _MIN_SECRET
-        )
+        """Return whether a text has a secret, or its beginning where the text is cut off."""
+        return any(secret[:_RECOGNISED] in text for secret in self._secrets)
 
 
 class HttpSession(requests.Session):

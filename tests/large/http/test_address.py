@@ -147,7 +147,7 @@ def test_the_user_and_password_of_the_address_win_over_a_key(
 
 def test_the_password_or_a_token_as_the_user_is_redacted_everywhere() -> None:
     with Loopback(lambda request: Reply.of({"error": request.headers["authorization"]})) as server:
-        for userinfo in ("me:p%40ss", "tokenword"):
+        for userinfo in ("me:p%40ssword", "tokenword"):
             ledger = Ledger()
             typed = server.url.replace("//", f"//{userinfo}@")
             with LargeModel(typed, api_key="sk-other", ledger=ledger) as large:
