@@ -24,6 +24,8 @@ MlxRouteError
 
 from __future__ import annotations
 
+import re
+
 
 class MlxRouteError(Exception):
     """Base class of every error that mlxroute raises on purpose.
@@ -124,6 +126,12 @@ class LargeRefused(LargeError):
     def may_pass(self) -> bool:
         """Whether the status is about load or the server's health, not about the request."""
         return self.status in (408, 429, 502, 503, 504)
+
+    @property
+    def is_too_long(self) -> bool:
+        """Whether the prompt is too long for the server, as far as its words tell."""
+        words = re.search(r"context|too long|maximum|exceed", str(self))
+        return self.status in (400, 413, 422) and words is not None
 
 
 class LargeUnrecorded(LargeError):

@@ -60,7 +60,7 @@ class WholeChat:
         named = {**body} if self._model is None else {**body, "model": self._model}
         if "messages" in body:
             named["messages"] = _change_texts(body["messages"], self._plain)
-        with self._breaker.guard():
+        with self._breaker.guard(forwarded=True):
             reply = self._requester.post(
                 "/chat/completions", named, deadline=self._deadline, at_root=False
             )

@@ -35,7 +35,7 @@ class CircuitBreaker:
 
     A wrong key, payment or permission pauses them at once. After a pause one call probes the
     server: its success ends the pause, its failure doubles it. A cancelled call counts neither as a
-    success nor as a failure. Safe for several threads.
+    success nor as a failure, nor does a prompt that is too long. Safe for several threads.
     """
 
     def __init__(self, url: str, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -49,11 +49,13 @@ class CircuitBreaker:
         self._last_failure = ""
 
     @contextmanager
-    def guard(self, *, fragment: bool = False) -> Iterator[None]:
+    def guard(self, *, fragment: bool = False, forwarded: bool = False) -> Iterator[None]:
         """Count the outcome of the call made inside. Raises LargeUnavailable during a pause.
 
         `fragment` is True if the answer ends inside a character. The large model may then choose
         another character, so a reply that does not fit is not a failure of the server.
+        `forwarded` is True for a request that a client wrote, which may be refused for what is in
+        it.
         """
         with self._lock:
             is_probe = self._admit()
@@ -61,7 +63,7 @@ class CircuitBreaker:
             yield
         except LargeError as exc:
             misfit = fragment and isinstance(exc, LargeProtocolError)
-            if not (misfit or isinstance(exc, _NO_FAILURES)):
+            if not misfit and _is_failure(exc, forwarded=forwarded):
                 with self._lock:
                     self._record_failure(exc, is_probe=is_probe)
             raise
@@ -104,3 +106,10 @@ class CircuitBreaker:
         if retry_after_s or is_final or is_probe or self._failures >= FAILURES:
             self._pauses += 1
             self._paused_until_s = self._clock() + max(retry_after_s, pause_s)
+
+
+def _is_failure(error: LargeError, *, forwarded: bool) -> bool:
+    """Return whether an error shows a fault of the server or of the client's settings."""
+    if isinstance(error, LargeRefused) and (forwarded or error.is_too_long):
+        return error.may_pass or error.status in _ACCESS_STATUSES
+    return not isinstance(error, _NO_FAILURES)

@@ -365,8 +365,7 @@ def may_be_wrong_dialect(error: LargeError) -> bool:
     """Return whether the dialect of a request may have caused its failure."""
     if isinstance(error, LargeRefused):
         # Any dialect gets a 400 for a prompt that is too long.
-        is_too_long = re.search(r"context|too long|maximum|exceed", str(error))
-        return error.status in _WRONG_FORM_STATUSES and not is_too_long
+        return error.status in _WRONG_FORM_STATUSES and not error.is_too_long
     is_unrelated = isinstance(error, LargeUnreadable | TokensNotReplayed | LargeNotContinued)
     return isinstance(error, LargeProtocolError) and not is_unrelated
 

@@ -17,7 +17,9 @@ from mlxroute.errors import (
 )
 from mlxroute.large import LargeModel
 from mlxroute.large.http.circuit_breaker import FAILURES, CircuitBreaker
+from tests.support import family_servers
 from tests.support.fakes import FakeClock
+from tests.support.family_servers import FamilyServer
 from tests.support.loopback import Loopback, Reply, Request
 from tests.support.negotiated import honest, negotiated
 from tests.support.scripted_calls import VOCABULARY, legacy
@@ -41,10 +43,16 @@ class Circuit:
         self.breaker = CircuitBreaker("http://host/v1", clock=self.clock)
         self.calls = 0
 
-    def ask(self, error: BaseException | None = None, *, fragment: bool = False) -> str:
+    def ask(
+        self,
+        error: BaseException | None = None,
+        *,
+        fragment: bool = False,
+        forwarded: bool = False,
+    ) -> str:
         """Make a call; return the name of its error, or an empty text."""
         try:
-            with self.breaker.guard(fragment=fragment):
+            with self.breaker.guard(fragment=fragment, forwarded=forwarded):
                 self.calls += 1
                 if error is not None:
                     raise error
@@ -117,6 +125,35 @@ def test_a_permanent_refusal_makes_the_longest_pause(status: int) -> None:
     assert circuit.ask() == ""
 
 
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_prompt_that_is_too_long_is_no_failure(status: int) -> None:
+    circuit = Circuit()
+    circuit.open(LargeRefused("this exceeds the model's context length", status=status))
+    assert circuit.ask() == ""
+    circuit.open(LargeRefused("no such field", status=status))
+    assert circuit.ask() == "LargeUnavailable"
+
+
+@pytest.mark.parametrize(
+    ("error", "pauses"),
+    [
+        (LargeRefused("bad tools", status=400), False),
+        (LargeRefused("no such route", status=404), False),
+        (LargeRefused("bad tools", status=422), False),
+        (LargeRefused("broken by it", status=500), False),
+        (LargeRefused("busy", status=429), True),
+        (LargeRefused("down", status=503), True),
+        (LargeRefused("wrong key", status=401), True),
+        (DOWN, True),
+    ],
+)
+def test_a_refusal_of_a_forwarded_request_is_no_failure(error: LargeError, pauses: bool) -> None:
+    circuit = Circuit()
+    for _ in range(FAILURES):
+        circuit.ask(error, forwarded=True)
+    assert circuit.ask() == ("LargeUnavailable" if pauses else "")
+
+
 def test_a_retry_after_sets_the_pause_up_to_an_hour() -> None:
     circuit = Circuit()
     circuit.ask(LargeRefused("busy", status=429, retry_after_s=20.0))
@@ -180,6 +217,24 @@ def test_all_calls_of_a_large_model_share_a_breaker() -> None:
         with pytest.raises(LargeUnavailable):
             large.connect()
         assert len(server.requests) == made
+
+
+def test_prompts_longer_than_the_known_context_pause_no_calls() -> None:
+    answer = FamilyServer("llama-server")
+
+    def with_context_length(request: Request) -> Reply:
+        if request.path == "/v1/models":
+            return Reply.of({"data": [{"id": "m", "meta": {"n_ctx": 64}}]})
+        return answer(request)
+
+    vocabulary = family_servers.VOCABULARY
+    text = "pineapple " * 40
+    asked = context(text, vocabulary, answer=vocabulary.encode(text))
+    with Loopback(with_context_length) as server, LargeModel(server.url) as large:
+        assert large.pair_vocabulary(vocabulary)
+        for _ in range(FAILURES + 1):
+            with pytest.raises(LargeNotContinued, match="context of 64 tokens"):
+                large.next_token(asked)
 
 
 @pytest.mark.parametrize("status", [401, 402, 403])

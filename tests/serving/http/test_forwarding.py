@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 
 from mlxroute.config.setting_choices import ToolPolicyName
 from mlxroute.large import LargeModel
+from mlxroute.large.http.circuit_breaker import FAILURES
 from mlxroute.serving.http.answer_endpoint import ServingLimits
 from mlxroute.small import SmallModel
 from tests.support.endpoint import chat, make_session, read_stream, running
@@ -132,3 +133,9 @@ def test_a_refusal_of_the_server_is_passed_on(client: TestClient) -> None:
     response = post(client, tools=[1])
     assert response.status_code == 422
     assert "bad tools" in response.json()["error"]["message"]
+
+
+def test_refused_requests_of_one_client_do_not_pause_the_large_model(client: TestClient) -> None:
+    for _ in range(FAILURES):
+        post(client, tools=[1])
+    assert post(client, tools=_TOOLS).status_code == 200
