@@ -69,7 +69,7 @@ def _check_allowed(
         reason = "the small model cannot answer such requests alone"
     else:
         patterns = endpoint.session.options.never_send
-        never_send = NeverSend(patterns, list(_texts(values)))
+        never_send = NeverSend(patterns, _searched_texts(values))
         if never_send.has_patterns and never_send.match("") is not None:
             raise ApiError(400, "a --never-send pattern keeps this request here", param=need.param)
         return
@@ -198,14 +198,33 @@ class _ForwardedChat:
         }
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Yield every text in a JSON value, keys included."""
+def _searched_texts(values: Mapping[str, Any]) -> list[str]:
+    """Return all texts of a request, alone and joined: the model reads them as one."""
+    texts, contents = [], []
+    for item in _items(values):
+        if isinstance(item, str):
+            texts.append(item)
+        elif isinstance(item, list):
+            contents.append("".join(map(_part_text, item)))
+        elif isinstance(item, dict) and isinstance(item.get("content"), str):
+            contents.append(item["content"])
+    joined = [glue.join(parts) for parts in (texts, contents) for glue in ("", "\n")]
+    return [*texts, *contents, *joined]
+
+
+def _part_text(part: Any) -> str:
+    """Return the text of a part of a content; empty if it has none."""
+    text = part.get("text") if isinstance(part, dict) else part
+    return text if isinstance(text, str) else ""
+
+
+def _items(value: Any) -> Iterator[Any]:
+    """Yield a JSON value and everything in it, keys included, in the order of the text."""
     pending = [value]
     while pending:
         item = pending.pop()
-        if isinstance(item, str):
-            yield item
-        elif isinstance(item, list):
-            pending += item
+        yield item
+        if isinstance(item, list):
+            pending += reversed(item)
         elif isinstance(item, dict):
-            pending += [*item.keys(), *item.values()]
+            pending += reversed([part for pair in item.items() for part in pair])

@@ -32,6 +32,7 @@ _REPLY = {
     ],
     "usage": {"prompt_tokens": 30, "completion_tokens": 7, "total_tokens": 37},
 }
+_PATTERNS = ("secret", r"project\nzebra", r"(?s)first.*then.*last")
 _LIMITS = ServingLimits(tools=ToolPolicyName.LARGE)
 
 
@@ -50,13 +51,21 @@ def server() -> Iterator[Loopback]:
 def client(small: SmallModel, server: Loopback) -> Iterator[TestClient]:
     with LargeModel(server.url, model="big") as large:
         session = make_session(small, large)
-        options = replace(session.options, never_send=(re.compile("secret"),))
+        options = replace(session.options, never_send=tuple(map(re.compile, _PATTERNS)))
         with running(replace(session, options=options), limits=_LIMITS) as client:
             yield client
 
 
 def post(client: TestClient, **fields: Any) -> Any:
     return client.post("/v1/chat/completions", json=chat(**fields))
+
+
+def _said(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def _parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
 
 
 def test_tools_are_refused_by_default(small: SmallModel) -> None:
@@ -120,6 +129,11 @@ def test_a_stream_of_it_has_the_usual_chunks(client: TestClient) -> None:
         {"model": "mlxroute:small"},
         {"local_only": True},
         {"messages": [{"role": "user", "content": "a secret"}]},
+        {"messages": [{"role": "user", "content": _parts("a sec", "ret")}]},
+        {"messages": [{"role": "user", "content": ["a sec", "ret"]}]},
+        {"messages": [_said("a sec"), _said("ret")]},
+        {"messages": [_said("project"), {"role": "user", "content": _parts("ze", "bra")}]},
+        {"messages": [_said("first"), _said("then")], "user": "last"},
     ],
 )
 def test_what_must_stay_here_stays(
