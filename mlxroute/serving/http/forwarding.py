@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -14,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from mlxroute.config.setting_choices import ToolPolicyName
 from mlxroute.engine.escalation.never_send import NeverSend
-from mlxroute.errors import LargeRefused
+from mlxroute.errors import LargeRefused, LargeUnavailable, LargeUnrecorded
 from mlxroute.serving.http.answer_endpoint import AnswerEndpoint
 from mlxroute.serving.http.api_error import ApiError, to_api_error, wrong
 from mlxroute.serving.http.model_names import ModelRole
@@ -23,12 +24,14 @@ from mlxroute.serving.http.parsing.fields import Fields
 from mlxroute.serving.http.replies.event_stream import (
     COMMENT,
     DONE,
+    ClientGone,
     EventStream,
     encode_error,
     encode_event,
     unless_gone,
 )
 from mlxroute.serving.http.replies.reply_forms import ID_HEADER
+from mlxroute.serving.requests import QueueFull
 
 # Fields of routed answers, which a forwarded request does not have.
 _ROUTED_FIELDS: Final = frozenset({"budget", "threshold", "mode", "exact", "events"})
@@ -46,7 +49,14 @@ async def forward_chat(
     _check_allowed(endpoint, role, fields, values, need)
     forwarded = _ForwardedChat(endpoint, values)
     if not fields.flag("stream"):
-        reply = await unless_gone(request.receive, forwarded.ask(), cancel=forwarded.cancel)
+        try:
+            reply = await unless_gone(request.receive, forwarded.ask(), cancel=forwarded.cancel)
+        except ClientGone:
+            raise
+        except Exception as exc:
+            error = _to_api_error(exc)
+            error.headers[ID_HEADER] = forwarded.reply_id
+            raise error from exc
         return JSONResponse(reply, headers={ID_HEADER: forwarded.reply_id})
     options = Fields(fields.take("stream_options") or {})
     parts = forwarded.stream(include_usage=options.flag("include_usage"))
@@ -102,17 +112,12 @@ class _ForwardedChat:
         self._call.cancel()
 
     async def ask(self) -> dict[str, Any]:
-        """Return the body of the whole reply. Raises ApiError."""
+        """Return the body of the whole reply. Raises ApiError, LargeError and QueueFull."""
         endpoint, began_s = self._endpoint, time.perf_counter()
         with endpoint.forwarding():
-            try:
-                reply = await asyncio.get_running_loop().run_in_executor(
-                    endpoint.forwards, self._call.ask, self._body
-                )
-            except LargeRefused as exc:
-                status = exc.status if 400 <= exc.status < 429 else 502
-                message = f"the large model's server refused the request: {exc}"
-                raise ApiError(status, message, code="large_model_failed") from exc
+            reply = await asyncio.get_running_loop().run_in_executor(
+                endpoint.forwards, self._call.ask, self._body
+            )
         choices, usage = reply.get("choices"), reply.get("usage")
         if not isinstance(choices, list) or not all(isinstance(item, dict) for item in choices):
             raise ApiError(502, "the large model's reply has no choices", code="large_model_failed")
@@ -146,7 +151,7 @@ class _ForwardedChat:
                     yield COMMENT
             reply = asking.result()
         except Exception as exc:  # noqa: BLE001 - the status was sent already
-            yield encode_error(to_api_error(exc, calls=1))
+            yield encode_error(_to_api_error(exc))
             return
         finally:
             asking.cancel()
@@ -196,6 +201,20 @@ class _ForwardedChat:
             "cost_estimate": cost,
             "ignored": self._ignored,
         }
+
+
+def _to_api_error(exc: Exception) -> ApiError:
+    """Return what is replied for a failed request; a refusal of the server keeps its status."""
+    is_unsent = isinstance(exc, LargeUnavailable | LargeUnrecorded | QueueFull)
+    error: Exception = exc
+    if isinstance(exc, LargeRefused):
+        error = ApiError(
+            exc.status if 400 <= exc.status <= 429 else 502,
+            f"the large model's server refused the request: {exc}",
+            code="large_model_failed",
+            retry_after_s=math.ceil(exc.retry_after_s) or None,
+        )
+    return to_api_error(error, calls=0 if is_unsent else 1)
 
 
 def _searched_texts(values: Mapping[str, Any]) -> list[str]:

@@ -149,6 +149,42 @@ def test_a_refusal_of_the_server_is_passed_on(client: TestClient) -> None:
     assert "bad tools" in response.json()["error"]["message"]
 
 
+def test_a_busy_server_is_passed_on_with_its_pause(client: TestClient, server: Loopback) -> None:
+    busy = Reply(b'{"error": "busy"}', status=429, headers={"Retry-After": "700"})
+    server.script.append(busy)
+    response = post(client, tools=_TOOLS)
+    assert response.status_code == 429
+    assert response.headers["Retry-After"] == "700"
+    assert response.json()["error"]["type"] == "rate_limit_error"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(b'{"error": "no room"}', status=501),
+        Reply(b'{"choices": 3}'),
+        Reply(b"no JSON"),
+    ],
+)
+def test_a_request_that_was_sent_is_not_repeated(
+    client: TestClient, server: Loopback, reply: Reply
+) -> None:
+    server.script.append(reply)
+    response = post(client, tools=_TOOLS)
+    assert response.status_code == 502
+    assert response.headers["x-should-retry"] == "false"
+    assert response.headers["x-mlxroute-id"].startswith("chatcmpl-")
+
+
+def test_a_request_that_was_not_sent_may_be_repeated(client: TestClient, server: Loopback) -> None:
+    server.script.append(Reply(b'{"error": "wrong key"}', status=401))
+    assert post(client, tools=_TOOLS).status_code == 401
+    response = post(client, tools=_TOOLS)
+    assert "paused" in response.json()["error"]["message"]
+    assert "x-should-retry" not in response.headers
+    assert len(server.requests) == 1
+
+
 def test_refused_requests_of_one_client_do_not_pause_the_large_model(client: TestClient) -> None:
     for _ in range(FAILURES):
         post(client, tools=[1])
