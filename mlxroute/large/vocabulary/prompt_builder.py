@@ -29,8 +29,12 @@ class PromptBuilder:
     replays_fragments: bool = False
 
     def stable_context(self, context: LargeContext) -> LargeContext:
-        """Return the context as the server will tokenize it; see `retokenised`."""
-        return retokenised.stable_context(context) if self._is_retokenised else context
+        """Return the context as the server will tokenize it; see `retokenised`.
+
+        A server that cannot generate tokens again gets the whole text instead.
+        """
+        is_moved = self._is_retokenised and self.carries_fragments
+        return retokenised.stable_context(context) if is_moved else context
 
     def stable_prefix(
         self, context: LargeContext, tokens: Sequence[LargeToken]

@@ -172,6 +172,17 @@ def test_a_raw_prompt_is_not_continued_by_a_server_of_conversations() -> None:
             builder_for(CHAT, same=same, tokens=None).build(raw(Span("ab")))
 
 
+def test_tokens_that_no_server_could_generate_again_stay_in_the_text() -> None:
+    merging = TableVocabulary(["a", "b", "ab"])
+    a, b = merging.id_of("a"), merging.id_of("b")
+    written = (Span("a", (a,)), Span("b", (b,)))
+    asked = context("ab", merging, answer=(a, b), spans=written)
+    # Both tokens become one in the text, so mlx_lm's server has to generate them again.
+    assert builder_for(MLX_LM, same=True, tokens=None).stable_context(asked).fragment_ids == (a, b)
+    builder = builder_for(dialect("TGI generate"), same=True, tokens=None)
+    assert builder.build(builder.stable_context(asked)).text == "ab"
+
+
 def test_an_id_prompt_without_a_tokenizer_is_an_error() -> None:
     with pytest.raises(LargeProtocolError, match="no tokenizer of the large model"):
         builder_for(IDS, same=False, tokens=None).build(answered())
