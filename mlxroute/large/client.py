@@ -15,6 +15,7 @@ from mlxroute.large.completion_request import (
     CompletionRequester,
     TokensNotReplayed,
 )
+from mlxroute.large.dialects.chat.thinking_switch import ThinkingSwitch
 from mlxroute.large.dialects.system_role import SystemRole
 from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.circuit_breaker import CircuitBreaker
@@ -125,6 +126,7 @@ class LargeModel(Closeable):
         self._negotiator = SharedNegotiator(negotiator, self._reader, base_url=self.base_url)
         self._planner = RequestPlanner()
         self._system_role = SystemRole()
+        self._thinking_switch = ThinkingSwitch()
         # Names of control tokens, in order; a dict because sets have none.
         self._neutralised: dict[str, None] = {}
         self._pending_calls = PendingCalls()
@@ -276,7 +278,7 @@ class LargeModel(Closeable):
     def whole_chat(self, *, timeout_s: float) -> WholeChat:
         """Return a chat completion that the server answers alone, within `timeout_s`."""
         parts = (self._requester, self._breaker, self._ledger, self._negotiator)
-        return WholeChat(*parts, self._system_role, timeout_s=timeout_s)
+        return WholeChat(*parts, self._system_role, self._thinking_switch, timeout_s=timeout_s)
 
     def scorer(self, *, timeout_s: float) -> AnswerScorer:
         """Return a scorer of answers of other models, with `timeout_s` for each request."""

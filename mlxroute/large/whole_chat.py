@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Final
 
 from mlxroute.large.completion_request import CompletionRequester
-from mlxroute.large.dialects import RequestOptions
+from mlxroute.large.dialects import Dialect, RequestOptions
+from mlxroute.large.dialects.base import NO_THINKING
 from mlxroute.large.dialects.chat.chat_continuation import ChatContinuation, ContinuationMethod
 from mlxroute.large.dialects.chat.fielded_dialect import FieldedDialect
+from mlxroute.large.dialects.chat.request_fields import RequestFields, Thinking
+from mlxroute.large.dialects.chat.thinking_switch import ThinkingSwitch
 from mlxroute.large.dialects.json_fields import usage_counts
 from mlxroute.large.dialects.system_role import SystemRole
 from mlxroute.large.http.circuit_breaker import CircuitBreaker
@@ -17,6 +22,9 @@ from mlxroute.large.prompt import Prompt
 from mlxroute.large.reply import Completion
 from mlxroute.ledger import Ledger
 from mlxroute.types import Message
+
+# Whole answers continue no turn, so all ways to mark one send the same.
+_CHAT: Final = ChatContinuation(ContinuationMethod.TRAILING, logprobs=False)
 
 
 class WholeChat:
@@ -28,6 +36,7 @@ class WholeChat:
         ledger: Counts its tokens.
         negotiator: Knows the model's name, its control tokens and the dialect.
         system_role: Knows whether the server takes system messages.
+        thinking_switch: Knows whether the server refuses to be asked not to think.
         timeout_s: The time limit of the call, in seconds.
     """
 
@@ -38,6 +47,7 @@ class WholeChat:
         ledger: Ledger,
         negotiator: SharedNegotiator,
         system_role: SystemRole,
+        thinking_switch: ThinkingSwitch,
         *,
         timeout_s: float,
     ) -> None:
@@ -49,6 +59,7 @@ class WholeChat:
         self._controls = negotiator.control_tokens
         self._server = negotiator.negotiated
         self._system_role = system_role
+        self._thinking_switch = thinking_switch
         self._deadline = Deadline(timeout_s)
 
     def ask(self, body: Mapping[str, object]) -> Mapping[str, object]:
@@ -57,13 +68,36 @@ class WholeChat:
         Names of control tokens in messages are sent as plain text, with a space inside. Blocks
         until the reply is complete.
         """
+        with self._breaker.guard(forwarded=True):
+            return self._post(body)
+
+    def answer(self, messages: Sequence[Message], *, max_tokens: int) -> Completion:
+        """Return the model's own answer to a conversation, with the fields that the server takes.
+
+        Raises LargeError.
+        """
+        options = RequestOptions(max_tokens, top_logprobs=1, model=self._model)
+        fields = _whole_fields(self._dialect)
+
+        def send(prompt: Prompt) -> Completion:
+            def post(fields: RequestFields) -> Mapping[str, object]:
+                return self._post(_CHAT.with_fields(fields).request(prompt, options))
+
+            # A refusal of the switch alone is no failure of the server.
+            with self._breaker.guard(forwarded=True):
+                reply = self._thinking_switch.send(fields, post, server=self._server)
+            return _CHAT.completion(reply, prompt)
+
+        prompt = Prompt(messages=tuple(messages))
+        return self._system_role.send(prompt, send, server=self._server)
+
+    def _post(self, body: Mapping[str, object]) -> Mapping[str, object]:
         named = {**body} if self._model is None else {**body, "model": self._model}
         if "messages" in body:
             named["messages"] = _change_texts(body["messages"], self._plain)
-        with self._breaker.guard(forwarded=True):
-            reply = self._requester.post(
-                "/chat/completions", named, deadline=self._deadline, at_root=False
-            )
+        reply = self._requester.post(
+            "/chat/completions", named, deadline=self._deadline, at_root=False
+        )
         counts = usage_counts(reply)
         self._ledger.record_usage(
             prompt_tokens=counts["prompt_tokens"] or 0,
@@ -72,30 +106,22 @@ class WholeChat:
         )
         return reply
 
-    def answer(self, messages: Sequence[Message], *, max_tokens: int) -> Completion:
-        """Return the model's own answer to a conversation, with the fields that the server takes.
-
-        Raises LargeError.
-        """
-        # Without a turn to continue, flags only turn thinking off, as in prompts for one token.
-        dialect = ChatContinuation(ContinuationMethod.FLAGS, logprobs=False)
-        if isinstance(self._dialect, FieldedDialect):
-            dialect = ChatContinuation(ContinuationMethod.TRAILING, logprobs=False)
-            dialect = dialect.with_fields(self._dialect.fields)
-        options = RequestOptions(max_tokens, top_logprobs=1, model=self._model)
-
-        def send(prompt: Prompt) -> Completion:
-            return dialect.completion(self.ask(dialect.request(prompt, options)), prompt)
-
-        prompt = Prompt(messages=tuple(messages))
-        return self._system_role.send(prompt, send, server=self._server)
-
     def cancel(self) -> None:
         """End the call now, from any thread."""
         self._deadline.cancel()
 
     def _plain(self, text: str) -> str:
         return self._controls.neutralise(text)[0]
+
+
+def _whole_fields(dialect: Dialect | None) -> RequestFields:
+    """Return the fields of a whole answer, whose model thinks no more than for single tokens."""
+    if not isinstance(dialect, FieldedDialect):
+        return RequestFields(thinking=Thinking.TEMPLATE)
+    # Some dialects send the switch apart from their fields.
+    if dialect.fields.thinking is Thinking.UNSET and dialect.own_names >= NO_THINKING.keys():
+        return replace(dialect.fields, thinking=Thinking.TEMPLATE)
+    return dialect.fields
 
 
 def _change_texts(value: object, change: Callable[[str], str]) -> object:

@@ -11,6 +11,7 @@ import pytest
 from mlxroute.large import LargeModel
 from mlxroute.large.dialects import get_dialect
 from mlxroute.large.dialects.base import Dialect
+from mlxroute.large.dialects.chat.chat_continuation import ChatContinuation, ContinuationMethod
 from mlxroute.large.dialects.chat.example_completion import ExampleCompletion
 from mlxroute.large.negotiation.served_models import ModelName
 from mlxroute.types import Message
@@ -68,6 +69,35 @@ def test_a_refused_system_message_becomes_part_of_the_question(server: Loopback)
     text, ends, bodies = ask(server, PLAIN)
     assert (text, ends, len(bodies)) == ("hello", False, 3)
     assert "Be brief." in bodies[-1]["messages"][0]["content"]
+
+
+@pytest.mark.parametrize("status", [400, 403, 422])
+def test_a_server_that_refuses_the_switch_for_thinking_is_asked_without_it(
+    server: Loopback, status: int
+) -> None:
+    def answer(request: Request) -> Reply:
+        if "chat_template_kwargs" in json.loads(request.body):
+            return Reply(b'{"error": "unknown field: chat_template_kwargs"}', status=status)
+        return chat("hello")
+
+    server.answer = answer
+    with negotiated(LargeModel(server.url, model="m")) as large:
+        for _ in range(2):
+            whole = large.whole_chat(timeout_s=20).answer(_CONVERSATION, max_tokens=9)
+            assert whole.text == "hello"
+    bodies = [json.loads(request.body) for request in server.requests]
+    assert ["chat_template_kwargs" in body for body in bodies] == [True, False, False]
+    assert all(body["messages"] == _CONVERSATION for body in bodies)
+
+
+def test_flags_turn_thinking_off_in_a_whole_answer_too(server: Loopback) -> None:
+    server.answer = lambda request: chat("hello")
+    flags, trailing = (
+        ask(server, ChatContinuation(method))[2][-1]
+        for method in (ContinuationMethod.FLAGS, ContinuationMethod.TRAILING)
+    )
+    assert flags["chat_template_kwargs"] == {"enable_thinking": False}
+    assert "chat_template_kwargs" not in trailing
 
 
 @pytest.mark.parametrize("text", [None, ""])

@@ -9,7 +9,11 @@ from typing import Final, TypeVar
 from mlxroute.errors import LargeRefused
 from mlxroute.large.dialects import FieldedDialect
 from mlxroute.large.dialects.chat.chat_reply import ModelThinks
-from mlxroute.large.dialects.chat.request_fields import MAX_GENERATED_PER_TOKEN, FieldSearch
+from mlxroute.large.dialects.chat.request_fields import (
+    MAX_GENERATED_PER_TOKEN,
+    REFUSALS,
+    FieldSearch,
+)
 from mlxroute.large.negotiation.capability_checks import DialectRejected
 
 TOO_MUCH_THINKING: Final = (
@@ -18,8 +22,6 @@ TOO_MUCH_THINKING: Final = (
 )
 """The reason why a model that thinks is refused."""
 
-# 403 is the answer to logprobs that a model may not give.
-_REFUSALS: Final = {400, 403, 422}
 _D = TypeVar("_D", bound=FieldedDialect)
 
 
@@ -58,7 +60,7 @@ class FieldNegotiator:
 
 
 def _is_refusal(error: BaseException) -> bool:
-    return isinstance(error, LargeRefused) and error.status in _REFUSALS
+    return isinstance(error, LargeRefused) and error.status in REFUSALS
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

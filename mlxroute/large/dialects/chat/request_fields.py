@@ -16,6 +16,8 @@ from mlxroute.large.dialects.base import NO_THINKING, RequestOptions
 
 MAX_GENERATED_PER_TOKEN: Final = 64
 """Generated tokens, thinking included, that one token of an answer may cost."""
+REFUSALS: Final = frozenset({400, 403, 422})
+"""Statuses of refused fields; 403 is the answer to logprobs that a model may not give."""
 _SMALL_BUDGET: Final = 16
 _LIMIT_NAMES: Final = ("max_tokens", "max_completion_tokens")
 # Where a reply has no room: more tokens than one must be asked for.
@@ -44,6 +46,10 @@ class Thinking(Enum):
     def effort(self) -> str:
         """The value of `reasoning_effort`; empty for other ways."""
         return str(self.body.get("reasoning_effort", ""))
+
+    def is_named_in(self, text: str) -> bool:
+        """Return whether a text has the name of the field, as a refusal of it has."""
+        return _names(text, *self.body)
 
 
 _UNSET: Final = Thinking.UNSET
