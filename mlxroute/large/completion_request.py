@@ -13,6 +13,7 @@ from mlxroute.errors import LargeNotContinued, LargeProtocolError, LargeRefused
 from mlxroute.large.dialects import Dialect, RequestOptions, StreamingDialect
 from mlxroute.large.dialects.json_fields import (
     error_message,
+    json_items,
     parse_object,
     reported_error,
     usage_counts,
@@ -157,6 +158,12 @@ class CompletionRequester:
         if reply.status != 200:
             raise self._refusal(error_message(reply.body), reply)
         return parse_object(reply.body)
+
+    def check_secret(self, answer: object) -> None:
+        """Raise LargeProtocolError if an answer, a JSON value, has the key in one of its texts."""
+        texts = (item for item in json_items(answer) if isinstance(item, str))
+        if any(map(self._transport.has_secret, texts)):
+            raise LargeProtocolError(f"{self._base_url} wrote the key into the answer")
 
     def complete(
         self,
@@ -307,8 +314,7 @@ class CompletionRequester:
             self._reader.check(completion.positions)
         except LargeProtocolError as exc:
             raise LargeProtocolError(f"{self._base_url}: {exc}") from exc
-        if self._transport.has_secret(completion.text):
-            raise LargeProtocolError(f"{self._base_url} wrote the key into the answer")
+        self.check_secret(completion.text)
         for position in completion.positions:
             token = position.token
             length = max(len(form or "") for form in (token.piece, token.data, token.text))

@@ -104,6 +104,7 @@ class WholeChat:
             cached_tokens=counts["cached_tokens"] or 0,
             completion_tokens=counts["completion_tokens"] or 0,
         )
+        self._requester.check_secret(reply)
         return reply
 
     def cancel(self) -> None:

@@ -6,7 +6,7 @@ Replies are not trusted: the functions `as_...` raise LargeProtocolError for a w
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final, TypedDict
 
@@ -29,6 +29,18 @@ def parse_object(body: bytes) -> dict[str, object]:
     if not isinstance(value, dict):
         raise LargeUnreadable("the reply is not a JSON object")
     return value
+
+
+def json_items(value: object) -> Iterator[object]:
+    """Yield a JSON value and everything in it, keys included, in the order of the text."""
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        yield item
+        if isinstance(item, list):
+            pending += reversed(item)
+        elif isinstance(item, dict):
+            pending += reversed([part for pair in item.items() for part in pair])
 
 
 def error_message(body: bytes) -> str:

@@ -29,7 +29,7 @@ _MAX_IDLE_S: Final = 55.0
 _KEEPALIVE_IDLE_S: Final = 20
 _KEEPALIVE_INTERVAL_S: Final = 10
 _KEEPALIVE_PROBES: Final = 3
-# Characters of its beginning by which a secret is recognised.
+# Characters at the end of a text by which the beginning of a secret is recognised.
 _RECOGNISED: Final = 8
 
 
@@ -71,7 +71,11 @@ class Auth(AuthBase):
 
     def is_in(self, text: str) -> bool:
         """Return whether a text has a secret, or its beginning where the text is cut off."""
-        return any(secret[:_RECOGNISED] in text for secret in self._secrets)
+        return any(
+            secret in text
+            or any(text.endswith(secret[:end]) for end in range(_RECOGNISED, len(secret)))
+            for secret in self._secrets
+        )
 
 
 class HttpSession(requests.Session):

@@ -7,7 +7,7 @@ import contextlib
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from mlxroute.config.setting_choices import ToolPolicyName
 from mlxroute.engine.escalation.never_send import NeverSend
 from mlxroute.errors import LargeRefused, LargeUnavailable, LargeUnrecorded
+from mlxroute.large.dialects.json_fields import json_items
 from mlxroute.serving.http.answer_endpoint import AnswerEndpoint
 from mlxroute.serving.http.api_error import ApiError, to_api_error, wrong
 from mlxroute.serving.http.model_names import ModelRole
@@ -220,7 +221,7 @@ def _to_api_error(exc: Exception) -> ApiError:
 def _searched_texts(values: Mapping[str, Any]) -> list[str]:
     """Return all texts of a request, alone and joined: the model reads them as one."""
     texts, contents = [], []
-    for item in _items(values):
+    for item in json_items(values):
         if isinstance(item, str):
             texts.append(item)
         elif isinstance(item, list):
@@ -235,15 +236,3 @@ def _part_text(part: Any) -> str:
     """Return the text of a part of a content; empty if it has none."""
     text = part.get("text") if isinstance(part, dict) else part
     return text if isinstance(text, str) else ""
-
-
-def _items(value: Any) -> Iterator[Any]:
-    """Yield a JSON value and everything in it, keys included, in the order of the text."""
-    pending = [value]
-    while pending:
-        item = pending.pop()
-        yield item
-        if isinstance(item, list):
-            pending += reversed(item)
-        elif isinstance(item, dict):
-            pending += reversed([part for pair in item.items() for part in pair])

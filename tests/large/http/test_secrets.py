@@ -11,10 +11,12 @@ import psutil
 import pytest
 
 from mlxroute.errors import LargeProtocolError
+from mlxroute.large import LargeModel
 from tests.support.loopback import Loopback, Reply, Request
 from tests.support.negotiated import ask_once, honest
 from tests.support.scripted_calls import legacy
 from tests.support.tiny import make_tiny_model
+from tests.support.vocabularies import BYTE_CHARACTERS, TableVocabulary
 
 KEY = "sk-do-not-show-77aa"
 
@@ -55,6 +57,25 @@ def test_only_the_server_sees_the_key_of_a_command(tmp_path: Path, form: str) ->
 def test_a_reply_with_the_key_gives_no_token(text: str) -> None:
     with Loopback() as server, pytest.raises(LargeProtocolError, match="wrote the key") as caught:
         ask_once(server, legacy(text), api_key=KEY)
+    assert KEY[:8] not in str(caught.value)
+
+
+def test_a_text_that_only_begins_like_the_key_is_an_answer() -> None:
+    with Loopback() as server:
+        text, vocabulary = f" {KEY[:9]}, for example.", TableVocabulary(BYTE_CHARACTERS)
+        assert ask_once(server, legacy(text), api_key=KEY, vocabulary=vocabulary).text == text
+
+
+@pytest.mark.parametrize("text", [KEY, f"the key is {KEY}.", f"it is {KEY[:9]}"])
+def test_a_whole_answer_with_the_key_is_an_error(text: str) -> None:
+    message = {"role": "assistant", "content": None, "tool_calls": [{"arguments": text}]}
+    reply = Reply.of({"choices": [{"message": message, "finish_reason": "length"}]})
+    with (
+        Loopback(lambda request: reply) as server,
+        LargeModel(server.url, model="m", api_key=KEY) as large,
+        pytest.raises(LargeProtocolError, match="wrote the key") as caught,
+    ):
+        large.whole_chat(timeout_s=20).ask({"messages": []})
     assert KEY[:8] not in str(caught.value)
 
 
