@@ -19,7 +19,6 @@ from mlxroute.errors import MlxRouteError
 from mlxroute.sequences import common_prefix_length
 from mlxroute.serving.prompts import ServedPrompt
 from mlxroute.serving.row import (
-    AnswerCancelled,
     DeviceRequest,
     Feed,
     Invoke,
@@ -40,7 +39,7 @@ _MAX_GRACE_S: Final = 0.05
 
 
 class DeviceClosed(MlxRouteError):
-    """Raised in answers that run when the scheduler is closed."""
+    """Raised in answers that run when the scheduler is closed, or when its thread has failed."""
 
 
 class DeviceThread:
@@ -79,9 +78,15 @@ class DeviceThread:
         # Seconds of decoding that prompts owe to the other answers.
         self._prefill_debt_s = 0.0
         self._is_closing = self._has_ended = False
+        self._failure: BaseException | None = None
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="mlxroute-device", daemon=True)
         self._thread.start()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the thread has ended with an error, so that no answer can be written."""
+        return self._failure is not None
 
     @property
     def is_shared(self) -> bool:
@@ -116,7 +121,7 @@ class DeviceThread:
             if not self._has_ended:
                 self._inbox.put((row, request))
                 return
-        row.replies.put(None if isinstance(request, Release) else _closed())
+        row.replies.put(None if isinstance(request, Release) else self._closed())
 
     def wake(self) -> None:
         """Make the thread look at rows that were cancelled."""
@@ -144,6 +149,9 @@ class DeviceThread:
             while not (self._is_closing and self._inbox.empty() and not self._requests):
                 self._receive()
                 self._take_turn()
+        except BaseException as exc:
+            self._failure = exc
+            raise
         finally:
             with self._lock:
                 self._has_ended = True
@@ -151,13 +159,19 @@ class DeviceThread:
                 if (message := self._inbox.get()) is not None:
                     self._requests[message[0]] = message[1]
             for row, request in list(self._requests.items()):
-                self._reply(row, None if isinstance(request, Release) else _closed())
+                self._reply(row, None if isinstance(request, Release) else self._closed())
             end_device_streams()
+
+    def _closed(self) -> DeviceClosed:
+        if self._failure is None:
+            return DeviceClosed("the endpoint is closing")
+        kind = type(self._failure).__name__
+        return DeviceClosed(f"decoding has ended with {kind}; restart the endpoint")
 
     def _take_turn(self) -> None:
         for row, request in list(self._requests.items()):
-            if row.is_cancelled and not isinstance(request, Release):
-                self._reply(row, AnswerCancelled())
+            if row.end is not None and not isinstance(request, Release):
+                self._reply(row, row.end)
             elif isinstance(request, Invoke):
                 self._attempt(row, request.function)
             elif isinstance(request, Release):
@@ -251,12 +265,11 @@ class DeviceThread:
         row, parts = next(iter(self._prefills.items()))
         began_s = time.perf_counter()
         try:
-            next(parts)
-        except StopIteration as end:
-            # Answers with the same prompt may begin before this one ends.
-            self.store.add(row.sequence.small.decoder.cache.layers, row.sequence.ids)
-            self._decoding.add(row)
-            self._reply(row, end.value)
+            if (reused_ids := _next_part(parts)) is not None:
+                # Answers with the same prompt may begin before this one ends.
+                self.store.add(row.sequence.small.decoder.cache.layers, row.sequence.ids)
+                self._decoding.add(row)
+                self._reply(row, reused_ids)
         except Exception as exc:  # noqa: BLE001 - it is raised in the row's own thread
             self._reply(row, exc)
         self._prefill_debt_s += time.perf_counter() - began_s
@@ -344,8 +357,13 @@ class DeviceThread:
                 if row in self._requests:
                     self._reply(row, failure)
                 else:
-                    row.cancel()
+                    row.cancel(failure)
 
 
-def _closed() -> DeviceClosed:
-    return DeviceClosed("the endpoint is closing")
+def _next_part(parts: Generator[None, None, int]) -> int | None:
+    """Read the next part of a prompt; return the number of ids reused if it was the last."""
+    try:
+        next(parts)
+    except StopIteration as end:
+        return cast(int, end.value)
+    return None

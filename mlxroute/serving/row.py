@@ -103,7 +103,7 @@ class Row:
     Attributes:
         replies: Receives the reply to each request, or an exception to raise.
         asker: As given.
-        is_cancelled: Whether the answer was cancelled.
+        end: What the answer's requests raise once it has been cancelled; None before.
         was_batched: Whether the latest signals come from a batch.
     """
 
@@ -122,19 +122,28 @@ class Row:
         self.prompt = prompt
         self.is_exact = is_exact
         self.replies: SimpleQueue[Any] = SimpleQueue()
-        self.is_cancelled = self.was_batched = False
+        self.end: Exception | None = None
+        self.was_batched = False
         self._device = device
         self._on_progress = on_progress
 
-    def cancel(self) -> None:
-        """Make the next request of the answer, or the present one, raise AnswerCancelled."""
-        self.is_cancelled = True
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the answer was cancelled."""
+        return self.end is not None
+
+    def cancel(self, failure: Exception | None = None) -> None:
+        """Make the next request of the answer, or the present one, raise `failure`.
+
+        By default that is AnswerCancelled.
+        """
+        self.end = AnswerCancelled() if failure is None else failure
         self._device.wake()
 
     def check_cancelled(self) -> None:
-        """Raise AnswerCancelled if the answer was cancelled."""
-        if self.is_cancelled:
-            raise AnswerCancelled
+        """Raise AnswerCancelled if the answer was cancelled, or the failure that ended it."""
+        if self.end is not None:
+            raise self.end
 
     @contextmanager
     def blocked(self) -> Iterator[None]:

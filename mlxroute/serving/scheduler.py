@@ -126,6 +126,11 @@ class AnswerScheduler(Closeable):
             row.release()
         return ScoredPrompt(served.text, served.ids, tuple(signals), tuple(logprobs))
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether no answer can be written any more."""
+        return self._device.has_failed
+
     def figures(self) -> SchedulerFigures:
         """Return the present state and the totals."""
         device, store = self._device, self._device.store

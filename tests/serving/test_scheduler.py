@@ -19,6 +19,7 @@ from mlxroute.serving import (
     QueueFull,
     RunningAnswer,
 )
+from mlxroute.serving.device_thread import DeviceClosed
 from mlxroute.small import SmallModel
 from mlxroute.types import LargeContext, Mode, Sampling, StopReason, Token
 from tests.serving.conftest import (
@@ -251,6 +252,60 @@ def test_a_failed_step_ends_the_answers_of_the_batch_alone(
             with pytest.raises(RuntimeError, match="no memory"):
                 written(answer)
     assert written(scheduler.submit(request(PROMPTS[0]))) == alone(small, PROMPTS[0])
+
+
+def test_a_failed_step_ends_an_answer_that_waits_for_the_large_model_with_its_error(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = ReleasedLarge(choose, holds=True)
+    with AnswerScheduler(small, large) as scheduler:
+        batch = scheduler._device._batch
+        step = batch.step
+
+        def fail_during_call(token_ids: Any) -> Any:
+            if large.calls:
+                raise RuntimeError("no memory")
+            return step(token_ids)
+
+        monkeypatch.setattr(batch, "step", fail_during_call)
+        start_batch_of(2, scheduler, monkeypatch)
+        waiting = scheduler.submit(request(PROMPTS[0], threshold=-math.inf, mode=Mode.WAIT))
+        decoding = scheduler.submit(request(PROMPTS[1], max_tokens=400, local_only=True))
+        for answer in (decoding, waiting):
+            with pytest.raises(RuntimeError, match="no memory"):
+                written(answer)
+
+
+def test_a_prompt_that_cannot_be_kept_fails_alone(
+    scheduler: AnswerScheduler, small: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = scheduler._device.store.add
+    failures = [MemoryError("no memory")]
+
+    def fail_once(*arguments: Any) -> None:
+        if failures:
+            raise failures.pop()
+        add(*arguments)
+
+    monkeypatch.setattr(scheduler._device.store, "add", fail_once)
+    with pytest.raises(MemoryError):
+        written(scheduler.submit(request(PROMPTS[0])))
+    assert written(scheduler.submit(request(PROMPTS[0]))) == alone(small, PROMPTS[0])
+    assert not scheduler.has_failed
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_fails_says_so_to_all_answers(
+    scheduler: AnswerScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise OSError("gone")
+
+    monkeypatch.setattr(scheduler._device, "_take_turn", fail)
+    for _ in range(2):
+        with pytest.raises(DeviceClosed, match="ended with OSError; restart"):
+            written(scheduler.submit(request(PROMPTS[0])))
+        assert scheduler.has_failed
 
 
 def test_closing_ends_all_answers_and_threads(small: SmallModel) -> None:

@@ -65,8 +65,9 @@ def route(handler: Handler) -> Handler:
 
 @route
 async def health(request: Request) -> Response:
-    """Reply 200 once requests are answered, 503 before."""
-    endpoint_of(request)
+    """Reply 200 while requests are answered, 503 before and after a failure of all decoding."""
+    if endpoint_of(request).scheduler.has_failed:
+        raise ApiError(503, "decoding has failed; restart the endpoint", code="failed")
     return JSONResponse({"status": "ok"})
 
 

@@ -159,6 +159,22 @@ def test_keys(small: SmallModel) -> None:
         error_of(client.get(path, headers=other), 404)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_endpoint_whose_decoding_has_failed_is_not_healthy(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise OSError("gone")
+
+    with running(make_session(small)) as client:
+        endpoint = client.app.state.endpoint  # type: ignore[attr-defined]
+        assert client.get("/health").status_code == 200
+        monkeypatch.setattr(endpoint.scheduler._device, "_take_turn", fail)
+        error = error_of(client.post("/v1/chat/completions", json=chat()), 500)
+        assert "restart the endpoint" in error["message"]
+        assert "restart" in error_of(client.get("/health"), 503)["message"]
+
+
 def test_a_full_queue_says_when_to_come_back(small: SmallModel) -> None:
     limits = ServingLimits(max_running=1, max_queued=0)
     with running(make_session(small, max_tokens=400), limits=limits) as client:
