@@ -20,7 +20,7 @@ from rich.console import Console
 from mlxroute.cli.commands.chat import run_chat
 from mlxroute.cli.line_input import CommandCompleter, LineEditor, LineReader, Reader
 from mlxroute.conversation import Conversation
-from mlxroute.errors import ContextTooLong, LargeTimeout, MlxRouteError, UsageError, WeightsError
+from mlxroute.errors import ContextTooLong, LargeTimeout, MlxRouteError, WeightsError
 from mlxroute.types import Message, OnFailure, Prices, RunStats, Uploads, ignore_failure
 from tests.support.scripted import NO_STATS, ScriptedAnswer, Step
 
@@ -307,13 +307,15 @@ def test_a_prompt_that_is_too_long_gets_the_advice_of_a_chat(tmp_path: Path) -> 
 
 def test_piped_bytes_that_are_no_text_are_one_clear_error(chat: Chat) -> None:
     stream = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
-    with pytest.raises(UsageError, match="stdin is not utf-8 text"):
-        chat.run(LineReader(stream))
+    assert chat.run(LineReader(stream)) == 2
+    assert chat.printed == ["error: stdin is not utf-8 text"]
 
 
-def test_piped_utf_16_text_is_one_clear_error(chat: Chat) -> None:
-    with pytest.raises(UsageError, match="stdin: it has NUL characters, as UTF-16"):
-        chat.run(LineReader(io.StringIO("h\0i\0\n")))
+def test_a_piped_line_that_is_no_text_is_an_error_and_the_next_is_answered(chat: Chat) -> None:
+    assert chat.pipe("hi\nbad\0x\nnext\n") == 2
+    assert chat.session.questions == ["hi", "next"]
+    (error,) = [line for line in chat.printed if line.startswith("error")]
+    assert error.startswith("error: stdin: it has NUL characters, as UTF-16")
 
 
 def test_an_interrupt_in_a_pipe_ends_it_with_the_text_so_far(tmp_path: Path) -> None:

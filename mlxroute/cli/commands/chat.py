@@ -76,8 +76,7 @@ def _talk(chat: _Chat, reader: Reader) -> int:
     code = EXIT_OK
     while True:
         try:
-            text = reader.read(initial_text=chat.unanswered)
-            code = _handle(chat, text) or code
+            code = _take_turn(chat, reader) or code
         except EOFError:
             return code
         except KeyboardInterrupt:
@@ -86,10 +85,10 @@ def _talk(chat: _Chat, reader: Reader) -> int:
             chat.print_line(_LEAVE_HINT)
 
 
-def _handle(chat: _Chat, text: str) -> int:
-    """Answer a message or run a command; show an error and return its exit code from a pipe."""
+def _take_turn(chat: _Chat, reader: Reader) -> int:
+    """Read a message or a command and handle it; show an error, and return its code from a pipe."""
     try:
-        chat.handle(text)
+        chat.handle(reader.read(initial_text=chat.unanswered))
     except MlxRouteError as error:
         chat.print_line(f"error: {error_message(error, in_chat=True)}", style="red")
         if not chat.is_interactive:
