@@ -34,7 +34,8 @@ _Part = tuple[str, Style]
 
 def answer_rows(document: AnswerDocument, *, width: int) -> list[Row]:
     """Return a saved answer: models, question, text, escalated positions and figures."""
-    earlier = len(document.messages) - 1
+    # A text completion has no messages at all.
+    earlier = max(0, len(document.messages) - 1)
     rows = _wrap([(_describe_origin(document), _DIM)], width)
     if earlier:
         rows += _wrap([(f"after {format_count(earlier, 'earlier message')}", _DIM)], width)

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -48,6 +49,17 @@ def test_the_text_lists_what_both_models_chose(document: AnswerDocument) -> None
     assert "  both chose the same (score 2, threshold 1)" in text
     assert "  unchecked: the server is [2J down (score 2, threshold 1)" in text
     assert "20 tokens, 2 escalated (10%), agreement 50%" in " ".join(text)
+
+
+@pytest.mark.parametrize(("count", "line"), [(0, ""), (1, ""), (3, "after 2 earlier messages")])
+def test_the_text_counts_the_messages_before_the_question(
+    document: AnswerDocument, count: int, line: str
+) -> None:
+    prompt = replace(document.prompt, text="hi?")
+    asked = replace(document, messages=document.messages * count, prompt=prompt)
+    text = lines(answer_rows(asked, width=80))
+    assert "> hi?" in text
+    assert [row for row in text if row.startswith("after ")] == [line] * bool(line)
 
 
 @pytest.mark.parametrize("width", [80, 40, 10])

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from functools import wraps
 from typing import Any, Final
 
@@ -123,12 +124,14 @@ async def completions(request: Request) -> Response:
     values = await read_json(request)
     fields = read_completion(values, endpoint.session, endpoint.names)
     _check_echo(fields, endpoint)
-    reply = _Reply(endpoint, fields.answer, is_chat=False, top_logprobs=fields.top_logprobs)
+    # With `max_tokens: 0` the one token that is written is left out, so it may cost no call.
+    answer = replace(fields.answer, local_only=fields.answer.local_only or fields.writes_nothing)
+    reply = _Reply(endpoint, answer, is_chat=False, top_logprobs=fields.top_logprobs)
     asked = [
-        Asked(fields.answer, prompt, reply.answer_id(number), request.state.owner)
+        Asked(answer, prompt, reply.answer_id(number), request.state.owner)
         for number, prompt in enumerate(fields.prompts)
     ]
-    if fields.answer.stream:
+    if answer.stream:
         return await reply.stream(request, asked[0])
     return await reply.whole(request, asked, echo=fields)
 
@@ -209,7 +212,7 @@ class _Reply:
             error = to_api_error(exc, calls=calls)
             error.headers[ID_HEADER] = self.reply_id
             raise error from exc
-        summary, figures = self._report()
+        summary, figures = self._report(writes_nothing=bool(echo and echo.writes_nothing))
         body = self._form.whole(
             [self._choice(number, echo) for number in range(len(self._answers))],
             figures,
@@ -265,7 +268,6 @@ class _Reply:
     def _choice(self, number: int, echo: PromptFields | None) -> dict[str, Any]:
         answer = self._answers[number]
         assert answer.run is not None
-        # With `max_tokens: 0` the one token that was written is left out.
         tokens = [] if echo and echo.writes_nothing else answer.tokens
         prompt_text = answer.running.prompt.text if echo and echo.echo else ""
         logprobs = None
@@ -280,9 +282,11 @@ class _Reply:
         text = prompt_text + "".join(token.text for token in tokens)
         return self._form.choice(number, text, FINISH_REASONS[answer.run.finish_reason], logprobs)
 
-    def _report(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _report(self, *, writes_nothing: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the summary and the usage of the complete answers."""
         runs = [answer.run for answer in self._answers if answer.run is not None]
+        if writes_nothing:
+            runs = [replace(run, tokens=0) for run in runs]
         models = self._answers[0].origin.models
         summary = summarize(
             runs,

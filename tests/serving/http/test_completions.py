@@ -243,5 +243,9 @@ def test_an_echo_gives_the_likelihood_of_a_prompt(client: TestClient, small: Sma
 
 def test_an_echo_without_an_answer(client: TestClient) -> None:
     body = {"prompt": "the fox", "echo": True, "max_tokens": 0}
-    (choice,) = post(client, body, "completions")["choices"]
+    reply = post(client, body, "completions")
+    (choice,) = reply["choices"]
     assert choice["text"] == "the fox"
+    usage = reply["usage"]
+    assert (usage["completion_tokens"], usage["total_tokens"]) == (0, usage["prompt_tokens"])
+    assert reply["mlxroute"]["tokens"] == 0

@@ -121,6 +121,15 @@ def test_fields_without_effect_are_named(routed: TestClient, fields: dict[str, A
     assert reply["mlxroute"]["ignored"] == sorted(fields.keys() - {"model", "local_only"})
 
 
+def test_an_echo_without_an_answer_calls_nothing(routed: TestClient, large: ScriptedLarge) -> None:
+    body = {"prompt": "the fox", "echo": True, "max_tokens": 0, **_ALWAYS}
+    reply = routed.post("/v1/completions", json=body).json()
+    assert reply["choices"][0]["text"] == "the fox"
+    summary = reply["mlxroute"]
+    assert (summary["tokens"], summary["escalated"], summary["calls"]) == (0, 0, 0)
+    assert large.contexts == []
+
+
 def test_the_large_model_does_not_answer_locally(routed: TestClient) -> None:
     body = chat(model="mlxroute:large", local_only=True)
     response = routed.post("/v1/chat/completions", json=body)
