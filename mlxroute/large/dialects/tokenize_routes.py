@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol, Self, TypeVar
 
@@ -19,7 +20,8 @@ from mlxroute.types import Message, PromptText
 
 _T = TypeVar("_T")
 _SAMPLE: Final = "Hello world"
-_MAX_CACHED: Final = 4096
+# Characters and ids in the cache: some 40 MB of memory.
+_MAX_CACHED: Final = 1 << 20
 _ANCHOR: Final = "\n"
 _ANY_CONTROLS: Final = ControlTokens((), any_form=True)
 # Names of control tokens hold one of these, in every vocabulary we know.
@@ -39,6 +41,27 @@ class Post(Protocol):
     def __call__(self, path: str, body: Mapping[str, object]) -> Mapping[str, object]: ...
 
 
+class _IdCache:
+    """Token ids by text; the least recently used go once it has too many characters and ids."""
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[tuple[str, str], tuple[int, ...]] = OrderedDict()
+        self._size = 0
+
+    def get(self, key: tuple[str, str], compute: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+        """Return the ids of a text and its kind, computed if they are not kept."""
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return self._entries[key]
+        ids = self._entries[key] = compute()
+        self._size += len(key[1]) + len(ids)
+        # The latest is kept whatever its size, because every position of an answer needs it.
+        while self._size > _MAX_CACHED and len(self._entries) > 1:
+            (_, text), dropped = self._entries.popitem(last=False)
+            self._size -= len(text) + len(dropped)
+        return ids
+
+
 class TokenizeRoutes(ABC):
     """The routes of a server that convert between text and token ids; ids are cached by text.
 
@@ -54,7 +77,7 @@ class TokenizeRoutes(ABC):
     def __init__(self, post: Post, *, model: str | None) -> None:
         self._post = post
         self._model = model
-        self._cached_ids: dict[tuple[str, str], tuple[int, ...]] = {}
+        self._cache = _IdCache()
         self._anchor_ids: tuple[int, ...] = ()
 
     def with_post(self, post: Post) -> Self:
@@ -66,7 +89,7 @@ class TokenizeRoutes(ABC):
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Return the ids of a conversation in the server's chat template."""
         key = ("prompt", json.dumps(list(messages)))
-        return self._cached(key, lambda: self._encode_accepted(messages))
+        return self._cache.get(key, lambda: self._encode_accepted(messages))
 
     def prompt_text(self, messages: Sequence[Message]) -> PromptText | None:
         """Return None: the routes give ids only."""
@@ -74,7 +97,7 @@ class TokenizeRoutes(ABC):
 
     def rendered_ids(self, text: str) -> tuple[int, ...]:
         """Return the ids of a whole prompt; names of control tokens in it become control tokens."""
-        return self._cached(("rendered", text), lambda: self._encode_rendered(text))
+        return self._cache.get(("rendered", text), lambda: self._encode_rendered(text))
 
     def _encode_accepted(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Encode the messages; without a system role if the server's template refuses it."""
@@ -88,7 +111,7 @@ class TokenizeRoutes(ABC):
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Return the ids of a piece of plain text."""
-        return self._cached(("text", text), lambda: self._encode_plain(text))
+        return self._cache.get(("text", text), lambda: self._encode_plain(text))
 
     def _encode_plain(self, text: str) -> tuple[int, ...]:
         """Encode a text in parts, so that no part holds the name of a control token."""
@@ -141,15 +164,6 @@ class TokenizeRoutes(ABC):
 
     @abstractmethod
     def _encode(self, text: str) -> tuple[int, ...]: ...
-
-    def _cached(
-        self, key: tuple[str, str], compute: Callable[[], tuple[int, ...]]
-    ) -> tuple[int, ...]:
-        if key not in self._cached_ids:
-            if len(self._cached_ids) >= _MAX_CACHED:
-                self._cached_ids.clear()
-            self._cached_ids[key] = compute()
-        return self._cached_ids[key]
 
 
 class LlamaTokenizeRoutes(TokenizeRoutes):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mlxroute.errors import LargeRefused
+from mlxroute.large.dialects import tokenize_routes
 from mlxroute.large.dialects.json_fields import parse_object
 from mlxroute.large.dialects.tokenize_routes import find_tokenize_routes
 from mlxroute.types import Message
@@ -50,6 +51,24 @@ def test_the_routes_of_a_truthful_server_are_found_and_asked_once_for_a_text(fam
     assert tokens.encode("<s>") == LARGE.encode("<s>") or family != "llama-server"
     assert tokens.prompt_text([HI]) is None
     assert tokens.bos_text == ""
+
+
+def test_the_ids_that_are_kept_are_bounded_by_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    routes = Routes(FamilyServer("vllm"))
+    tokens = find_tokenize_routes(routes, model="m")
+    assert tokens is not None
+
+    def is_kept(text: str) -> bool:
+        asked = len(routes.asked)
+        # The routes of one call share what they keep with those of all others.
+        assert tokens.with_post(routes).encode(text) == LARGE.encode(text)
+        return len(routes.asked) == asked
+
+    first, second, third, huge = (letter * 100 for letter in "ABCD")
+    monkeypatch.setattr(tokenize_routes, "_MAX_CACHED", 500)
+    assert [is_kept(text) for text in (first, second, first)] == [False, False, True]
+    assert [is_kept(text) for text in (third, first, second)] == [False, True, False]
+    assert [is_kept(text) for text in (huge * 9, huge * 9, first)] == [False, True, False]
 
 
 def test_empty_text_has_no_ids_and_a_server_without_routes_no_source() -> None:
