@@ -57,12 +57,14 @@ class WrittenToken:
     """A token of the answer, with the text it adds.
 
     `large_ids` are the large model's own ids for it: empty for a token of the small model, None for
-    the second and later tokens of a large token that is spelled as several small ones.
+    the second and later tokens of a large token that is spelled as several small ones. `is_asked`
+    is True where the large model is asked, whatever it replies.
     """
 
     token_id: int
     text: str
     large_ids: tuple[int, ...] | None
+    is_asked: bool = False
 
     @property
     def starts_decision(self) -> bool:
@@ -91,12 +93,18 @@ class Transcript:
         return bool(self.characters.fragment_ids)
 
     def extend(
-        self, token_ids: Sequence[int], *, ends: bool, large_ids: tuple[int, ...] = ()
+        self,
+        token_ids: Sequence[int],
+        *,
+        ends: bool,
+        large_ids: tuple[int, ...] = (),
+        is_asked: bool = False,
     ) -> Transcript:
         """Return the transcript with what was decided at one position.
 
         `token_ids` are one token, or a large token spelled as several small ones, and `large_ids`
-        the large model's own ids for them. A token that `ends` the answer adds no text.
+        the large model's own ids for them. A token that `ends` the answer adds no text. `is_asked`
+        is as in `WrittenToken`.
         """
         tokens, characters = list(self.tokens), self.characters
         for number, token_id in enumerate(token_ids):
@@ -104,7 +112,8 @@ class Transcript:
             if not ends:
                 data = self.prompt.vocabulary.token_bytes(token_id)
                 characters, text = characters.push(token_id, data)
-            tokens.append(WrittenToken(token_id, text, None if number else large_ids))
+            own_ids = None if number else large_ids
+            tokens.append(WrittenToken(token_id, text, own_ids, is_asked))
         ids = (*self.ids, *token_ids)
         return replace(self, tokens=tuple(tokens), ids=ids, characters=characters)
 
@@ -128,27 +137,32 @@ class Transcript:
             vocabulary=self.prompt.vocabulary,
             messages=self.prompt.messages,
             spans=group_spans(
-                [(self.prompt.begun, ()), *((token.text, token.large_ids) for token in whole)]
+                [
+                    (self.prompt.begun, (), False),
+                    *((token.text, token.large_ids, token.is_asked) for token in whole),
+                ]
             ),
             prompt=self.prompt.rendered,
         )
 
 
-def group_spans(tokens: Iterable[tuple[str, tuple[int, ...] | None]]) -> tuple[Span, ...]:
+def group_spans(tokens: Iterable[tuple[str, tuple[int, ...] | None, bool]]) -> tuple[Span, ...]:
     """Group an answer's text by the model that wrote it.
 
-    `tokens` are pairs of text and `large_ids` as in `WrittenToken`. Adjacent text of the small
-    model becomes one span; each token of the large model is a span with its own ids.
+    `tokens` are triples of text, `large_ids` and `is_asked` as in `WrittenToken`. Adjacent text of
+    the small model becomes one span; each token of the large model is a span with its own ids. So
+    is each token whose position is asked: a call that is made before the reply then has the spans
+    that it would have after it.
     """
     groups: list[tuple[list[str], tuple[int, ...]]] = []
-    in_large_token = False
-    for text, ids in tokens:
+    in_large_token = is_open = False
+    for text, ids, is_asked in tokens:
         large_ids = ids if ids is not None or in_large_token else ()
         in_large_token = large_ids is None or bool(large_ids)
-        if not text and not large_ids:
-            continue
-        if groups and (large_ids is None or not (large_ids or groups[-1][1])):
+        is_apart = is_asked or in_large_token
+        if large_ids is None or (text and is_open and not is_apart):
             groups[-1][0].append(text)
-        else:
-            groups.append(([text], large_ids or ()))
+        elif text or large_ids:
+            groups.append(([text], large_ids))
+        is_open = not is_apart and (is_open or bool(text))
     return tuple(Span("".join(texts), ids) for texts, ids in groups)

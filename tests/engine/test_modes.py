@@ -41,6 +41,7 @@ class Run:
     stats: RunStats
     fed: list[int]
     seconds: float
+    spans: dict[tuple[int, ...], tuple[str, ...]]
 
     @property
     def tokens(self) -> list[Token]:
@@ -63,7 +64,7 @@ def run(world: World, *, order: int = 0, budget: float | None = None, **options:
     events = list(answer.events())
     assert all(f.finished and f.consumed for f in large.calls), "a call was left behind"
     assert answer.stats().calls == len(large.calls)
-    return Run(events, answer.stats(), list(small.fed), clock.now)
+    return Run(events, answer.stats(), list(small.fed), clock.now, large.spans)
 
 
 def experience() -> Experience:
@@ -161,6 +162,8 @@ def test_the_answer_is_the_same_in_every_mode_whatever_the_timing_of_calls(
             assert got.fed[: len(expected.fed)] == expected.fed
             check_cache(got)
             check_events(got.events)
+            for ids in expected.spans.keys() & got.spans.keys():
+                assert got.spans[ids] == expected.spans[ids]
             assert got.stats.prefetch_used <= got.stats.prefetch_generated
             if not prefetched_tokens:
                 assert not any(t.escalation.prefetched for t in got.tokens if t.escalation)

@@ -220,6 +220,8 @@ class WorldLarge:
         self._rng = random.Random(order)
         self.uploads = Uploads()
         self.calls: list[WorldCall] = []
+        # By the ids before, the texts that the server may tokenize apart from each other.
+        self.spans: dict[tuple[int, ...], tuple[str, ...]] = {}
 
     @property
     def is_local(self) -> bool:
@@ -235,6 +237,7 @@ class WorldLarge:
         assert list(context.token_ids[: len(prompt_ids)]) == prompt_ids
         ids = tuple(context.token_ids[len(prompt_ids) :])
         _check(context, self._prompt, ids)
+        self.spans[ids] = tuple(span.text for span in context.spans if span.text)
         ready_s = self._clock.now + self._rng.uniform(0.0, self._world.max_call_s)
         outcome = self._tokens(ids, prefetch)
         if self._world.whole_only and context.fragment_ids:

@@ -13,7 +13,7 @@ from mlxroute.engine.governor import Governor
 from mlxroute.engine.machine_load import own_busy_core_s
 from mlxroute.engine.protocols import BatchingProtocol, SmallProtocol
 from mlxroute.engine.transcript import RenderedPrompt, Transcript
-from mlxroute.types import Signals, Token
+from mlxroute.types import Judgement, Signals, Token
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,4 +84,9 @@ class DecodeContext:
 
 def append_decision(transcript: Transcript, decision: Decision) -> Transcript:
     """Return the transcript followed by a decision's tokens."""
-    return transcript.extend(decision.token_ids, ends=decision.ends, large_ids=decision.large_ids)
+    return transcript.extend(
+        decision.token_ids,
+        ends=decision.ends,
+        large_ids=decision.large_ids,
+        is_asked=decision.judgement is Judgement.ESCALATE,
+    )

@@ -283,7 +283,7 @@ def test_spans_join_what_the_small_model_wrote_and_keep_large_tokens_apart() -> 
         ("", ()),
         ("d", ()),
     ]
-    assert group_spans(written) == (
+    assert group_spans((*token, False) for token in written) == (
         Span("ab"),
         Span(" the", (9,)),
         Span("", (8,)),
@@ -294,7 +294,17 @@ def test_spans_join_what_the_small_model_wrote_and_keep_large_tokens_apart() -> 
 
 
 def test_a_large_token_without_ids_is_not_joined_to_one_with_ids() -> None:
-    assert group_spans([("x", (7,)), ("", ()), ("é", None)]) == (Span("x", (7,)), Span("é"))
+    written: list[tuple[str, tuple[int, ...] | None]] = [("x", (7,)), ("", ()), ("é", None)]
+    spans = group_spans((*token, False) for token in written)
+    assert spans == (Span("x", (7,)), Span("é"))
+
+
+def test_the_spans_before_a_reply_are_those_after_it() -> None:
+    def spans(large_ids: tuple[int, ...]) -> list[str]:
+        written = [("a", (), False), (" walk", large_ids, True), ("ing", (), False)]
+        return [span.text for span in group_spans(written)]
+
+    assert spans(()) == spans((7,)) == ["a", " walk", "ing"]
 
 
 TOKENS = st.lists(
@@ -310,7 +320,7 @@ def test_spans_hold_the_whole_text_and_every_large_id_once(
     tokens: list[tuple[list[str], list[int]]],
 ) -> None:
     joined = group_spans(
-        (text, None if position else tuple(large_ids))
+        (text, None if position else tuple(large_ids), False)
         for texts, large_ids in tokens
         for position, text in enumerate(texts)
     )
