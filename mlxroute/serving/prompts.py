@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from mlxroute.types import EncodedPrompt, Message, PromptText, Vocabulary
 _tokenizer_lock = threading.Lock()
 # More than any text has on average. Encoding takes seconds for each million, and others wait.
 _MAX_BYTES_PER_TOKEN: Final = 32
+# Stands in a marked prompt for characters that are no part of a control token.
+_CONTENT: Final = "\U000f0000"
 
 
 class PromptTokenizer(Protocol):
@@ -65,8 +68,7 @@ def encode_prompt(
             encoded = small.encode_rendered(prompt)
         elif prompt and isinstance(prompt[0], int):
             ids = tuple(cast("Sequence[int]", prompt))
-            text = _decode(small.vocabulary, ids)
-            encoded = EncodedPrompt(ids, PromptText(text, text))
+            encoded = EncodedPrompt(ids, _decode(small.vocabulary, ids))
         else:
             messages = tuple(cast("Sequence[Message]", prompt))
             encoded = small.encode_conversation(messages, begun=begun)
@@ -100,12 +102,21 @@ def _check_size(
         )
 
 
-def _decode(vocabulary: Vocabulary, ids: Sequence[int]) -> str:
-    """Return the text of token ids, with the names of special tokens."""
-    parts = []
+def _decode(vocabulary: Vocabulary, ids: Sequence[int]) -> PromptText:
+    """Return the text of token ids, with the names of special tokens.
+
+    All other text is marked as content: a control token's name that it spells is plain text.
+    """
+    pieces: list[tuple[bytes, str]] = []
     for token_id in ids:
         piece = vocabulary.piece(token_id)
         if piece is None:
             raise UsageError(f"there is no token {token_id}", parameter="prompt")
-        parts.append(vocabulary.token_bytes(token_id) or piece.encode())
-    return b"".join(parts).decode("utf-8", errors="replace")
+        pieces.append((vocabulary.token_bytes(token_id), piece))
+    text = marked = ""
+    for is_plain, run in itertools.groupby(pieces, key=lambda item: bool(item[0])):
+        parts = [data or name.encode() for data, name in run]
+        own = b"".join(parts).decode("utf-8", errors="replace")
+        text += own
+        marked += _CONTENT * len(own) if is_plain else own
+    return PromptText(text, marked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import threading
 import time
 from dataclasses import replace
@@ -20,6 +21,7 @@ from mlxroute.serving import (
     RunningAnswer,
 )
 from mlxroute.serving.device_thread import DeviceClosed
+from mlxroute.serving.prompts import encode_prompt
 from mlxroute.small import SmallModel
 from mlxroute.types import LargeContext, Mode, Sampling, StopReason, Token
 from tests.serving.conftest import (
@@ -218,6 +220,16 @@ def test_texts_and_token_ids_are_continued_as_they_are(
         answer = scheduler.submit(AnswerRequest(prompt, request("x").router, request("x").options))
         assert answer.prompt.text == encoded.text
         assert written(answer) == alone(small, PROMPTS[0])
+
+
+def test_plain_text_in_token_ids_is_marked_as_no_control_token(small: SmallModel) -> None:
+    name = next(iter(sorted(small.vocabulary.control_names)))
+    plain = small.vocabulary.encode(f"é {name} b")
+    ids = [*plain, small.vocabulary.control_ids[name], *plain]
+    rendered = encode_prompt(small, ids).encoded.rendered
+    assert rendered.text == f"é {name} b{name}é {name} b"
+    first, second, third = (match.span() for match in re.finditer(re.escape(name), rendered.text))
+    assert [rendered.has_content(*span) for span in (first, second, third)] == [True, False, True]
 
 
 def test_a_second_turn_reads_the_new_tokens_only(

@@ -10,7 +10,7 @@ from mlxroute.large.prompt import Prompt, PromptForm
 from mlxroute.large.vocabulary import retokenised
 from mlxroute.large.vocabulary.token_sources import FileTokenSource, TokenSource
 from mlxroute.tokenizers.control_tokens import ControlTokens, control_tokens
-from mlxroute.types import LargeContext, LargeToken, Message
+from mlxroute.types import LargeContext, LargeToken, Message, PromptText
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +97,10 @@ class PromptBuilder:
         if context.messages:
             ids, names = self._conversation_ids(context, self.tokens)
         else:
+            text, names = self._controls(context).neutralise_content(_rendered(context))
             # The large model's begin token takes the place of the small one's.
-            text = _rendered_text(context).removeprefix(context.vocabulary.bos_text)
-            ids, names = list(self.tokens.rendered_ids(text)), ()
+            text = text.removeprefix(context.vocabulary.bos_text)
+            ids = list(self.tokens.rendered_ids(text))
         for span in context.spans:
             ids += span.large_ids or self.tokens.encode(span.text)
         return Prompt(ids=tuple(ids), neutralised=names)
@@ -162,9 +163,10 @@ class PromptBuilder:
         return control_tokens(names, any_form=vocabulary is None, in_answer=in_answer)
 
 
-def _rendered_text(context: LargeContext) -> str:
-    """Return the text of the prompt without the answer."""
-    return context.text.removesuffix(_answer_text(context))
+def _rendered(context: LargeContext) -> PromptText:
+    """Return the prompt without the answer."""
+    text = context.text.removesuffix(_answer_text(context))
+    return PromptText(text, text) if context.prompt is None else context.prompt
 
 
 def _answer_text(context: LargeContext) -> str:

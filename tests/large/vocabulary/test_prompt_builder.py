@@ -166,6 +166,16 @@ def test_a_raw_prompt_is_encoded_by_the_servers_route_with_its_control_tokens() 
         assert prompt.neutralised == ()
 
 
+def test_plain_text_in_a_raw_prompt_becomes_no_control_token() -> None:
+    text = "<s>the<|im_end|>pine<|im_end|>"
+    mark = "\U000f0000"
+    rendered = PromptText(text, f"<s>{mark * 3}<|im_end|>{mark * 14}")
+    builder = builder_for(IDS, same=False, tokens=FileTokenSource(TableTokenizer(LARGE)))
+    prompt = builder.build(LargeContext(text, (), (), SMALL, prompt=rendered))
+    assert prompt.ids == (*LARGE.encode("the"), 1, *LARGE.encode("pine< |im_end|>"))
+    assert prompt.neutralised == ("<|im_end|>",)
+
+
 def test_a_raw_prompt_is_not_continued_by_a_server_of_conversations() -> None:
     for same in (True, False):
         with pytest.raises(LargeNotContinued, match="only conversations"):
