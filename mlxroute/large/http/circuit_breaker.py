@@ -54,8 +54,8 @@ class CircuitBreaker:
 
         `fragment` is True if the answer ends inside a character. The large model may then choose
         another character, so a reply that does not fit is not a failure of the server.
-        `forwarded` is True for a request that a client wrote, which may be refused for what is in
-        it.
+        `forwarded` is True for a request that a client wrote, whose content may have caused a
+        refusal or a reply of no use.
         """
         with self._lock:
             is_probe = self._admit()
@@ -112,4 +112,7 @@ def _is_failure(error: LargeError, *, forwarded: bool) -> bool:
     """Return whether an error shows a fault of the server or of the client's settings."""
     if isinstance(error, LargeRefused) and (forwarded or error.is_too_long):
         return error.may_pass or error.status in _ACCESS_STATUSES
+    if forwarded and isinstance(error, LargeProtocolError):
+        # The request may have caused the reply, such as one that is too long.
+        return False
     return not isinstance(error, _NO_FAILURES)

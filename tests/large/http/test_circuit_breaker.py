@@ -141,13 +141,14 @@ def test_a_prompt_that_is_too_long_is_no_failure(status: int) -> None:
         (LargeRefused("no such route", status=404), False),
         (LargeRefused("bad tools", status=422), False),
         (LargeRefused("broken by it", status=500), False),
+        (LargeProtocolError("too long"), False),
         (LargeRefused("busy", status=429), True),
         (LargeRefused("down", status=503), True),
         (LargeRefused("wrong key", status=401), True),
         (DOWN, True),
     ],
 )
-def test_a_refusal_of_a_forwarded_request_is_no_failure(error: LargeError, pauses: bool) -> None:
+def test_what_a_forwarded_request_may_cause_is_no_failure(error: LargeError, pauses: bool) -> None:
     circuit = Circuit()
     for _ in range(FAILURES):
         circuit.ask(error, forwarded=True)
