@@ -83,9 +83,9 @@ def test_an_error_quotes_the_server_in_one_clean_line(
 
 
 def test_a_refusal_of_a_tokenise_route_is_one_clean_line_without_the_key(server: Loopback) -> None:
-    echo = {"error": {"message": 'no: "sk-\\"1"\x1b[2J'}}
+    echo = {"error": {"message": 'no: "sk-\\"1234"\x1b[2J'}}
     server.script.append(Reply.of(echo, status=403))
-    with LargeModel(server.url, api_key='sk-\\"1') as large:
+    with LargeModel(server.url, api_key='sk-\\"1234') as large:
         post = partial(large._requester.post, deadline=Deadline(30))
         routes = VllmTokenizeRoutes(post, model="m")
         with pytest.raises(LargeRefused) as caught:
