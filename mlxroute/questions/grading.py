@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 import string
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mlxroute.questions.answer_patterns import BOXED, parse_number
+from mlxroute.questions.choice_labels import find_label, find_requested_label
 from mlxroute.questions.code_grading import extract_program, passes
 from mlxroute.questions.question_files import AnswerKind, Question
-
-_AFTER_ANSWER_IS = re.compile(r"answer\s+is\b(.*)", re.IGNORECASE | re.DOTALL)
-_LABEL_IN_BRACKETS = re.compile(r"\(\s*([A-Za-z]|\d+)\s*\)")
-_LABEL_AT_START = re.compile(r"\s*([A-Za-z]|\d+)\s*(?:[):]|\.(?!\d)|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +45,7 @@ def extract_answer(question: Question, text: str) -> str:
     """
     match question.kind:
         case AnswerKind.CHOICE:
-            return _find_labels(question, text)[1] or ""
+            return find_label(question, text) or ""
         case AnswerKind.NUMBER:
             value = _final_number(text)
             return "" if value is None else f"{value:.15g}"
@@ -68,7 +63,7 @@ def is_outcome_known(question: Question, text: str) -> bool:
     """
     match question.kind:
         case AnswerKind.CHOICE:
-            return _find_labels(question, text)[0] is not None
+            return find_requested_label(question, text) is not None
         case AnswerKind.NUMBER:
             return BOXED.search(text) is not None
         case _:
@@ -76,50 +71,12 @@ def is_outcome_known(question: Question, text: str) -> bool:
 
 
 def _grade_choice(question: Question, text: str) -> Grade:
-    strict, lenient = _find_labels(question, text)
+    strict, lenient = find_requested_label(question, text), find_label(question, text)
     correct = str(question.answer).upper()
     return Grade(
         None if strict is None else strict == correct,
         None if lenient is None else lenient == correct,
     )
-
-
-def _find_labels(question: Question, text: str) -> tuple[str | None, str | None]:
-    """Return the label given in the requested form, and the label given in any form."""
-    conclusion = _AFTER_ANSWER_IS.search(text)
-    after = conclusion[1] if conclusion else ""
-    strict = _label_in(question, _LABEL_IN_BRACKETS.finditer(after))
-    lenient = (
-        strict
-        or _label_in(question, _matches_at_start(after))
-        or _first_choice_in(question, after)
-        or _label_in(question, _LABEL_IN_BRACKETS.finditer(text))
-        or _label_in(question, _matches_at_start(text))
-        or _first_choice_in(question, text)
-    )
-    return strict, lenient
-
-
-def _label_in(question: Question, matches: Iterable[re.Match[str]]) -> str | None:
-    """Return the first text of the matches that is one of the question's labels."""
-    labels = [label.upper() for label, _ in question.choices]
-    return next((match[1].upper() for match in matches if match[1].upper() in labels), None)
-
-
-def _matches_at_start(text: str) -> list[re.Match[str]]:
-    match = _LABEL_AT_START.match(text)
-    return [match] if match else []
-
-
-def _first_choice_in(question: Question, text: str) -> str | None:
-    """Return the label of the choice whose text comes first; the longest of those that tie."""
-    lowered = text.lower()
-    occurrences = [
-        (start, -len(choice), label)
-        for label, choice in question.choices
-        if (start := lowered.find(choice.lower())) >= 0
-    ]
-    return min(occurrences)[2].upper() if occurrences else None
 
 
 def _grade_number(correct: str, text: str) -> Grade:

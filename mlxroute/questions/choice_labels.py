@@ -1,0 +1,116 @@
+"""Labels of choices in answers: in the requested form, and in any form."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from mlxroute.questions.question_files import Question
+
+_AFTER_ANSWER_IS = re.compile(r"answer\s+is\b(.*)", re.IGNORECASE | re.DOTALL)
+_LABEL_IN_BRACKETS = re.compile(r"\(\s*([A-Za-z]|\d+)\s*\)")
+
+_CONCLUSION = re.compile(
+    r"answer(?:[\s*_]+is\b|[\s*_]*:)|\\boxed(?=\s*\{)",
+    re.IGNORECASE,
+)
+"""What comes before the answer itself."""
+
+# What may stand between a conclusion and its label. A dollar sign before a digit is an amount.
+_MARKUP = (
+    r"(?:[\s:*_`\"'“”‘’«(\[{<]|\\[(\[]|\$(?!\d)|\\boxed|\\(?:text|math)[a-z]*"
+    r"|(?:the\s+)?(?:option|choice|letter|label)\b)*"
+)
+_MARKUP_BEFORE_LABEL = re.compile(_MARKUP, re.IGNORECASE)
+# A label stands alone: not in C++, 3.5, 1/2 or B's. "a" and "I" before a word are English words.
+_LABEL = re.compile(r"([A-Za-z]|\d+)(?![^\W_]|[%°+#]|[.,:]\d|['’/&–-]\w)(?!(?<=[aiI])\s+[^\W\d_])")
+_LABEL_AT_START = re.compile(
+    _MARKUP + r"([A-Za-z]|\d+)[*_`\"']*\s*(?:[):\]}]|\.(?!\d)|$)", re.IGNORECASE
+)
+_ARTICLE = re.compile(r"(?:(?:an?|the)\s+)?", re.IGNORECASE)
+
+
+def find_requested_label(question: Question, text: str) -> str | None:
+    """Return the label in the requested form: the first in brackets after "answer is"."""
+    conclusion = _AFTER_ANSWER_IS.search(text)
+    return _label_in_brackets(question, conclusion[1]) if conclusion else None
+
+
+def find_label(question: Question, text: str) -> str | None:
+    """Return the label that a text gives in any form; None if it gives none.
+
+    What follows "answer is", "answer:" or `\\boxed` counts first: a label, else the text of a
+    choice. Choices that are named before it are not the answer.
+    """
+    if requested := find_requested_label(question, text):
+        return requested
+    conclusions = [match.end() for match in _CONCLUSION.finditer(text)]
+    stated = (_label_at(question, text, end) for end in conclusions)
+    if label := next(filter(None, stated), None):
+        return label
+    if conclusions:
+        after = text[conclusions[0] :]
+        if label := _label_in_brackets(question, after) or _first_choice_in(question, after):
+            return label
+    label = _label_in_brackets(question, text) or _known_label(
+        question, filter(None, [_LABEL_AT_START.match(text)])
+    )
+    return label if label or conclusions else _first_choice_in(question, text)
+
+
+def _label_in_brackets(question: Question, text: str) -> str | None:
+    return _known_label(question, _LABEL_IN_BRACKETS.finditer(text))
+
+
+def _known_label(question: Question, matches: Iterable[re.Match[str]]) -> str | None:
+    """Return the first text of the matches that is one of the question's labels."""
+    labels = [label.upper() for label, _ in question.choices]
+    return next((match[1].upper() for match in matches if match[1].upper() in labels), None)
+
+
+def _label_at(question: Question, text: str, begin: int) -> str | None:
+    """Return the label, or the label of the choice, that stands directly after a conclusion.
+
+    The longer of the two counts: "2 m" may be a choice beside the label 2, and "A river" the
+    choice "river" beside the label A.
+    """
+    markup = _MARKUP_BEFORE_LABEL.match(text, begin)
+    begin = markup.end() if markup else begin
+    label = _known_label(question, filter(None, [_LABEL.match(text, begin)]))
+    article = _ARTICLE.match(text, begin)
+    starts = {begin, article.end() if article else begin}
+    choices = [
+        (match.end(), choice_label.upper())
+        for choice_label, pattern in _choice_patterns(question)
+        for start in starts
+        if (match := pattern.match(text, start))
+    ]
+    end, choice = max(choices, default=(begin, None))
+    return choice if label is None or end > begin + len(label) else label
+
+
+def _first_choice_in(question: Question, text: str) -> str | None:
+    """Return the label of the choice whose text comes first; the longest of those that tie."""
+    occurrences = [
+        (match.start(), -match.end(), label.upper())
+        for label, pattern in _choice_patterns(question)
+        if (match := pattern.search(text))
+    ]
+    return min(occurrences)[2] if occurrences else None
+
+
+def _choice_patterns(question: Question) -> list[tuple[str, re.Pattern[str]]]:
+    """Return each label with a pattern of its choice's text, in whole words and numbers."""
+    return [
+        (
+            label,
+            re.compile(
+                r"(?<![^\W_])(?<!\d[.,])"
+                + r"\s+".join(map(re.escape, text.split()))
+                + r"(?![^\W_]|[.,]\d)",
+                re.IGNORECASE,
+            ),
+        )
+        for label, text in question.choices
+        if text.strip()
+    ]
