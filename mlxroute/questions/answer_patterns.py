@@ -1,16 +1,38 @@
-"""Patterns of answers in text: a boxed answer and a number."""
+"""Numbers in answers: in running text, and boxed in LaTeX."""
 
 from __future__ import annotations
 
 import re
-
-BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
-"""An answer in LaTeX's `\\boxed{...}`; group 1 is its content."""
+from collections.abc import Iterator
+from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
 
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
 """A decimal number in running text, with commas between digits. A comma after it is included."""
 
 _COMMAS_BEFORE_NUMBER = re.compile(r"^([-+]?),+(?=[\d.])")
+_DIGIT = re.compile(r"\d")
+
+# A box opens, an escaped character, or a brace.
+_BRACES = re.compile(r"\\+boxed\{|\\.|[{}]", re.DOTALL)
+_LATEX_SEPARATOR = re.compile(r"(?<=\d)(?:\{,\}|,?\\[,!])(?=\d{3}(?!\d))")
+_SPACED_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?:\s\d{3})+(?!\d)")
+# Text in a formula, with its exponent, as in 5\text{ m}^2.
+_WORDS = re.compile(
+    r"\\(?:(?:text|math)[a-z]*|[hm]box)\s*\{((?:[^{}]|\{[^{}]*\})*)\}(?:\s*\^(?:\d|\{\d\}))?"
+)
+_NO_CONTENT = re.compile(
+    r"\\?[$%]|°|\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\[()\[\]!]|\\(?:left|right|displaystyle)(?![a-zA-Z])"
+)
+_SPACE = re.compile(r"\\[,;: ]|~|\\q?quad(?![a-zA-Z])")
+_RELATION = re.compile(r"=|≈|\\approx(?![a-zA-Z])")
+# The first number, unless it is part of a term, such as x^2, \frac{1}{2}, 2\pi or 3 + 4.
+_LONE_NUMBER = re.compile(
+    rf"[^\d\\^_{{}}]*?((?>{NUMBER.pattern}))(?!\s*(?:[\^_\\]|[-+*/×÷]\s*[\d.(\\{{]))"
+)
+
+# Exact enough to compare numbers of any length, and it raises nothing.
+_ARITHMETIC = Context(prec=30, Emin=MIN_EMIN, Emax=MAX_EMAX, traps=[])
+_TOLERANCE = Decimal("1e-9")
 
 
 def is_number(text: str) -> bool:
@@ -22,7 +44,68 @@ def is_number(text: str) -> bool:
     return NUMBER.fullmatch(text) is not None and not text.endswith(",")
 
 
-def parse_number(text: str) -> float | None:
+def parse_number(text: str) -> Decimal | None:
     """Return the last number in a text; None if it has none."""
-    numbers = NUMBER.findall(text)
-    return float(numbers[-1].replace(",", "")) if numbers else None
+    numbers = NUMBER.findall(_LATEX_SEPARATOR.sub("", text))
+    return _decimal(numbers[-1]) if numbers else None
+
+
+def find_boxes(text: str) -> Iterator[str]:
+    r"""Yield the contents of all `\boxed{...}`, with their braces balanced, as they are closed."""
+    starts: list[int | None] = []
+    for match in _BRACES.finditer(text):
+        if match[0] == "}" and starts:
+            start = starts.pop()
+            if start is not None:
+                yield text[start : match.start()]
+        elif match[0].endswith("{") and match[0] != r"\{":
+            starts.append(None if match[0] == "{" else match.end())
+
+
+def find_boxed_number(text: str) -> str | None:
+    """Return the content of the first box that holds a digit; None if there is none."""
+    return next((content for content in find_boxes(text) if _DIGIT.search(content)), None)
+
+
+def is_boxed_number(content: str) -> bool:
+    """Return whether a box holds a number and nothing else, except for LaTeX and its text."""
+    return is_number(_plain(content))
+
+
+def parse_boxed_number(content: str) -> Decimal | None:
+    """Return the number in the content of a box; None if it has none or a formula.
+
+    That is the number after the last relation, without separators of thousands and without what
+    comes after it, such as a unit.
+    """
+    for term in reversed(_RELATION.split(_plain(content))):
+        if match := _LONE_NUMBER.match(_join_sign(term)):
+            return _decimal(match[1])
+    return None
+
+
+def is_close(first: Decimal, second: Decimal) -> bool:
+    """Return whether two numbers are equal but for rounding."""
+    largest = max(first.copy_abs(), second.copy_abs())
+    difference = _ARITHMETIC.subtract(first, second).copy_abs()
+    return difference <= _ARITHMETIC.multiply(largest, _TOLERANCE)
+
+
+def _decimal(number: str) -> Decimal:
+    return Decimal(number.replace(",", ""))
+
+
+def _plain(content: str) -> str:
+    """Return the content of a box without LaTeX that does not change its number."""
+    without_words = _WORDS.sub(" ", content)
+    if not _DIGIT.search(without_words):
+        without_words = _WORDS.sub(r" \1 ", content)
+    text = _NO_CONTENT.sub("", _LATEX_SEPARATOR.sub("", without_words))
+    text = _SPACE.sub(" ", text).replace("−", "-")
+    return _join_sign(_SPACED_GROUPS.sub(lambda match: "".join(match[0].split()), text))
+
+
+def _join_sign(text: str) -> str:
+    """Return a text without space at its ends and after a sign at its start."""
+    text = text.strip()
+    return text[0] + text[1:].lstrip() if text[:1] in ("-", "+") else text

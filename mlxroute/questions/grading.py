@@ -5,8 +5,15 @@ from __future__ import annotations
 import math
 import string
 from dataclasses import dataclass
+from decimal import Decimal
 
-from mlxroute.questions.answer_patterns import BOXED, parse_number
+from mlxroute.questions.answer_patterns import (
+    find_boxed_number,
+    find_boxes,
+    is_close,
+    parse_boxed_number,
+    parse_number,
+)
 from mlxroute.questions.choice_labels import find_label, find_requested_label
 from mlxroute.questions.code_grading import extract_program, passes
 from mlxroute.questions.question_files import AnswerKind, Question
@@ -48,7 +55,7 @@ def extract_answer(question: Question, text: str) -> str:
             return find_label(question, text) or ""
         case AnswerKind.NUMBER:
             value = _final_number(text)
-            return "" if value is None else f"{value:.15g}"
+            return "" if value is None else _number_text(value)
         case AnswerKind.TEXT:
             return normalise_words(text)
         case AnswerKind.CODE:
@@ -65,7 +72,7 @@ def is_outcome_known(question: Question, text: str) -> bool:
         case AnswerKind.CHOICE:
             return find_requested_label(question, text) is not None
         case AnswerKind.NUMBER:
-            return BOXED.search(text) is not None
+            return find_boxed_number(text) is not None
         case _:
             return False
 
@@ -80,20 +87,26 @@ def _grade_choice(question: Question, text: str) -> Grade:
 
 
 def _grade_number(correct: str, text: str) -> Grade:
-    boxed = BOXED.findall(text)
-    strict = boxed[0].strip() == correct.strip() if boxed else None
+    box = find_boxed_number(text)
+    if box is None:
+        box = next(find_boxes(text), None)
+    strict = None if box is None else box.strip() == correct.strip()
     value = _final_number(text)
     if value is None:
         return Grade(strict, None)
-    correct_value = parse_number(correct)
-    lenient = correct_value is not None and math.isclose(value, correct_value, rel_tol=1e-9)
-    return Grade(strict, lenient)
+    correct_value = parse_boxed_number(correct)
+    return Grade(strict, correct_value is not None and is_close(value, correct_value))
 
 
-def _final_number(text: str) -> float | None:
-    """Return the last number in the first box, or in the text if it has no box."""
-    boxed = BOXED.findall(text)
-    return parse_number(boxed[0] if boxed else text)
+def _final_number(text: str) -> Decimal | None:
+    """Return the number in the first box that holds a digit, else the last number in the text."""
+    box = find_boxed_number(text)
+    return parse_number(text) if box is None else parse_boxed_number(box)
+
+
+def _number_text(value: Decimal) -> str:
+    number = float(value)
+    return f"{number:.15g}" if math.isfinite(number) else f"{value:.15g}"
 
 
 def _grade_code(question: Question, text: str) -> Grade:

@@ -3,7 +3,7 @@ r"""Question files: JSON Lines, one question per row, which ends at `\n`.
 A row has one of four forms:
 - `prompt`, and optionally `answer` or `answerKey`;
 - `question` and `choices`, and optionally `answerKey`, as in CommonsenseQA;
-- `problem`, and optionally `solution` with a boxed answer, as in GSM8K;
+- `problem`, and optionally `solution` with a boxed number, as in GSM8K;
 - `prompt`, `entry_point` and `test`, the start of a function to complete, as in HumanEval.
 `id` is optional, and so is `cot`, a complete answer that can serve as a worked example.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxroute.errors import UsageError
-from mlxroute.questions.answer_patterns import BOXED, is_number
+from mlxroute.questions.answer_patterns import find_boxes, is_boxed_number, is_number
 from mlxroute.types import Message
 from mlxroute.untrusted_text import MalformedText, TextFile, parse_json
 
@@ -175,12 +175,11 @@ def _parse_row(line: str, *, where: str) -> Question:
     if "choices" in row:
         return _choice_question(row, name, worked_answer, where)
     if "problem" in row:
-        boxed = BOXED.findall(_optional_text(row, "solution", where) or "")
         return Question(
             name,
             _required_text(row, "problem", where),
             AnswerKind.NUMBER,
-            boxed[-1] if boxed else None,
+            _boxed_answer(row, where),
             worked_answer=worked_answer,
             instruction=_NUMBER_INSTRUCTION,
         )
@@ -190,6 +189,18 @@ def _parse_row(line: str, *, where: str) -> Question:
     kind = AnswerKind.NUMBER if answer is not None and is_number(answer) else AnswerKind.TEXT
     prompt = _required_text(row, "prompt", where)
     return Question(name, prompt, kind, answer, worked_answer=worked_answer)
+
+
+def _boxed_answer(row: dict[str, Any], where: str) -> str | None:
+    """Return the content of the last box of a row's solution; None without a box."""
+    boxes = list(find_boxes(_optional_text(row, "solution", where) or ""))
+    if not boxes:
+        return None
+    if not is_boxed_number(boxes[-1]):
+        raise UsageError(
+            f"{where}: `solution` must box a number, such as \\boxed{{12}}, and not {boxes[-1]!r}"
+        )
+    return boxes[-1]
 
 
 def _choice_question(

@@ -68,12 +68,28 @@ def test_labels_may_be_numbers(text: str, strict: bool | None, lenient: bool | N
         ("That makes 2 times 900", None, False),
         ("\\boxed{}", False, None),
         ("many", None, None),
+        # The instruction repeated, LaTeX, and units.
+        ("as \\boxed{number}: \\boxed{1,800}", True, True),
+        ("as \\boxed{number}: 1800", False, True),
+        ("so \\boxed{1{,}800}", False, True),
+        ("so \\boxed{1800\\text{ dollars}} or 3 per day", False, True),
+        ("so \\boxed{1800 (10 days)}", False, True),
+        ("so \\boxed{-$1800}", False, False),
+        ("so \\boxed{1800^2} and not 1800", False, None),
     ],
 )
 def test_a_number_is_read_from_the_box_or_the_end_of_the_text(
     text: str, strict: bool | None, lenient: bool | None
 ) -> None:
     assert grade(NUMBER, text) == Grade(strict, lenient)
+
+
+def test_numbers_of_hundreds_of_digits_are_compared() -> None:
+    question = Question("q", "?", AnswerKind.NUMBER, "1" * 400)
+    other = "2" * 400
+    assert grade(question, f"\\boxed{{{'1' * 400}}}") == Grade(True, True)
+    assert grade(question, f"\\boxed{{{other}}}") == Grade(False, False)
+    assert extract_answer(question, f"so {other}") != extract_answer(question, f"so {'1' * 400}")
 
 
 def test_a_text_answer_may_be_part_of_a_sentence() -> None:
@@ -116,7 +132,7 @@ def test_equal_answers_are_extracted_as_equal_strings(
 _PARTS = st.sampled_from(
     [
         *("Birds fly.", " the answer is", " bank", " (B)", " (a)", " (F)", "."),
-        *("\\boxed{7}", "\\boxed{", "12", "}"),
+        *("\\boxed{7}", "\\boxed{", "12", "}", "{", "\\boxed{number}", "{,}", "000", "^2"),
     ]
 )
 
@@ -136,4 +152,6 @@ def test_an_outcome_is_known_after_the_requested_form() -> None:
     assert not is_outcome_known(CHOICE, "bank (B)")
     assert not is_outcome_known(NUMBER, "so it is \\boxed{7")
     assert is_outcome_known(NUMBER, "so it is \\boxed{7}")
+    assert is_outcome_known(NUMBER, "so it is \\boxed{7\\text{ days}}")
+    assert not is_outcome_known(NUMBER, "I write \\boxed{number}:")
     assert not is_outcome_known(Question("t", "?", answer="yes"), "yes")

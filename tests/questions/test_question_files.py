@@ -10,6 +10,7 @@ from mlxroute.cli.folders import find_bench_file
 from mlxroute.errors import UsageError
 from mlxroute.questions.grading import grade
 from mlxroute.questions.question_files import (
+    AnswerKind,
     question_messages,
     read_questions,
     read_worked_examples,
@@ -50,6 +51,9 @@ def test_every_documented_row_form_becomes_a_prompt(tmp_path: Path) -> None:
         ('{"question": "Why?", "choices": ["a"]}', "row 2: `choices` needs"),
         ('{"question": "?", "choices": {"label": ["A"], "text": []}}', "row 2: `choices` needs"),
         ('{"problem": null}', "row 2: `problem` must be a non-empty string"),
+        (r'{"problem": "?", "solution": "\\boxed{x^2}"}', "row 2: `solution` must box a number"),
+        (r'{"problem": "?", "solution": "\\boxed{\\frac{1}{2}}"}', "row 2: `solution` must box"),
+        (r'{"problem": "?", "solution": "\\boxed{7} \\boxed{}"}', "row 2: `solution` must box"),
     ],
 )
 def test_an_invalid_row_is_named_in_the_error(tmp_path: Path, line: str, message: str) -> None:
@@ -57,6 +61,21 @@ def test_an_invalid_row_is_named_in_the_error(tmp_path: Path, line: str, message
     file.write_text(f'{{"prompt": "Why?"}}\n{line}\n', encoding="utf-8")
     with pytest.raises(UsageError, match=message):
         read_questions(file)
+
+
+def test_a_boxed_number_may_be_written_in_latex(tmp_path: Path) -> None:
+    file = tmp_path / "q.jsonl"
+    file.write_text(
+        r'{"problem": "?", "solution": "\\boxed{1} \\boxed{1{,}000\\text{ m}}"}'
+        "\n"
+        r'{"problem": "?", "solution": "no box"}'
+        "\n"
+    )
+    boxed, unboxed = read_questions(file)
+    assert (boxed.kind, boxed.answer) == (AnswerKind.NUMBER, r"1{,}000\text{ m}")
+    assert grade(boxed, "so it is 1000").lenient
+    assert grade(boxed, r"\boxed{1{,}000\text{ m}}").strict
+    assert unboxed.answer is None
 
 
 def test_a_file_without_questions_is_named_in_the_error(tmp_path: Path) -> None:
