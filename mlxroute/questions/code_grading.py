@@ -4,33 +4,51 @@ from __future__ import annotations
 
 import functools
 import re
+from dataclasses import dataclass
 from typing import Final
 
 from mlxroute.questions.code_sandbox import run_program
 from mlxroute.questions.question_files import FunctionTask
 
-_CLOSED_BLOCK: Final = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
-_BLOCK: Final = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+# A fence begins its line, after the mark of a list, or ends a line of text ("Here: ```python").
+_OPENING_FENCE: Final = re.compile(
+    r"[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)?(`{3,}(?=[^`]*$)|~{3,})"
+    r"|.*(?::[ \t]*|[ \t](?=`+\w))(`{3,})\w*[ \t]*$"
+)
+_FIRST_LINE_OF_CODE: Final = re.compile(
+    r"^[ \t]*(?:(?:async[ \t]+)?def[ \t]+\w+[ \t]*\(|import[ \t]+\w|from[ \t]+\S+[ \t]+import\b"
+    r"|class[ \t]+\w+[ \t]*[(:]|@\w)",
+    re.MULTILINE,
+)
 _KEPT_RESULTS: Final = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class _CodeBlock:
+    code: str
+    is_closed: bool
 
 
 def extract_program(function: FunctionTask, text: str, *, strict: bool) -> str | None:
     """Return the program that an answer gives; None if it gives none.
 
-    The strict form is a code block with the whole function. Otherwise the function may also be in
-    a block that is not closed or outside of blocks, and a block or text without it continues the
-    start of the function.
+    The strict form is a closed code block with the whole function, the last one if there are
+    several. Otherwise the function may also be in a block that is not closed or outside of blocks,
+    and a block or text without it continues the start of the function.
     """
     definition = f"def {function.name}("
     before = function.start[: function.start.index(definition)]
-    blocks: list[str] = (_CLOSED_BLOCK if strict else _BLOCK).findall(text)
-    for block in blocks:
-        if definition in block:
-            return before + block
+    text = text.replace("\r\n", "\n")
+    blocks = [block for block in _find_code_blocks(text) if block.is_closed or not strict]
+    for block in reversed(blocks):
+        if definition in block.code:
+            return before + _dedent(block.code)
     if strict or not text.strip():
         return None
-    code = blocks[0] if blocks else text
-    return before + code if definition in code else function.start + code
+    if blocks or definition not in text:
+        return function.start + (blocks[0].code if blocks else text)
+    first_line = _FIRST_LINE_OF_CODE.search(text)
+    return before + _dedent(text[first_line.start() :] if first_line else text)
 
 
 def passes(function: FunctionTask, program: str) -> bool:
@@ -44,3 +62,34 @@ def passes(function: FunctionTask, program: str) -> bool:
 @functools.lru_cache(maxsize=_KEPT_RESULTS)
 def _run(program: str) -> bool:
     return run_program(program)
+
+
+def _find_code_blocks(text: str) -> list[_CodeBlock]:
+    """Return the fenced blocks of a Markdown text; the last one may lack its closing fence."""
+    blocks: list[_CodeBlock] = []
+    fence, lines = "", list[str]()
+    for line in text.split("\n"):
+        if not fence:
+            opening = _OPENING_FENCE.match(line)
+            fence = (opening[1] or opening[2]) if opening else ""
+            lines = []
+        elif line.rstrip().endswith(fence):
+            lines.append(line.rstrip().rstrip(fence[0]))
+            blocks.append(_CodeBlock("\n".join(lines), is_closed=True))
+            fence = ""
+        else:
+            lines.append(line)
+    if fence:
+        blocks.append(_CodeBlock("\n".join(lines), is_closed=False))
+    return blocks
+
+
+def _dedent(code: str) -> str:
+    """Remove the first line's indentation from all lines that have it.
+
+    Unlike `textwrap.dedent`, this allows lines of a long string that are indented less.
+    """
+    lines = code.split("\n")
+    first = next((line for line in lines if line.strip()), "")
+    indentation = first[: len(first) - len(first.lstrip())]
+    return "\n".join(line.removeprefix(indentation) for line in lines)

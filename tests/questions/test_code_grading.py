@@ -7,8 +7,11 @@ import os
 import socket
 import time
 from pathlib import Path
+from textwrap import indent
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlxroute.errors import UsageError
 from mlxroute.questions import code_sandbox
@@ -81,6 +84,23 @@ def test_a_wrong_row_is_named(row: dict[str, object], tmp_path: Path) -> None:
         ("I cannot do that.", Grade(None, False)),
         ("```python\ndef half(x:\n```", Grade(False, False)),
         (" \n", Grade(None, None)),
+        # Other blocks, and other ways to write a block.
+        (f"```bash\npip install x\n```\n```python3\n{_GOOD}\n```", Grade(True, True)),
+        (f"```text\nhalf(4) = 2\n```\n```python title='a.py'\n{_GOOD}\n```", Grade(True, True)),
+        (f"~~~python\n{_GOOD}\n~~~", Grade(True, True)),
+        (f"~~~\n```\n~~~\n````py\n{_GOOD}\n````", Grade(True, True)),
+        (f"```python\n{_GOOD}\n```".replace("\n", "\r\n"), Grade(True, True)),
+        ("1. Halve:\n\n" + indent(f"```python\n{_GOOD}\n```", "   "), Grade(True, True)),
+        (f"- ```python\n{indent(_GOOD, '  ')}\n  ```", Grade(True, True)),
+        (f"Here: ```python\n{_GOOD}```", Grade(True, True)),
+        (f"```python\n{_START}```\nin full:\n```python\n{_GOOD}\n```", Grade(True, True)),
+        (f"```python\n{_GOOD}\n```\nso\n```python\nhalf(4)\n```", Grade(True, True)),
+        (f"```python\n{_GOOD}\n```\nbut\n```python\n{_BAD}\n```", Grade(False, False)),
+        # Text before code that is in no block.
+        (f"Here it is:\n{_GOOD}", Grade(None, True)),
+        (f"From a list:\n\nimport math\n\n\n{_GOOD}", Grade(None, True)),
+        (f"Here it is:\n\n{indent(_GOOD, '    ')}\n", Grade(None, True)),
+        ('def half(x):\n    """\n  Less indented.\n    """\n    return x / 2', Grade(None, True)),
     ],
 )
 def test_code_is_graded_by_its_tests(text: str, expected: Grade, question: Question) -> None:
@@ -94,6 +114,36 @@ def test_helpers_of_the_start_are_kept() -> None:
     assert program is not None
     assert program.startswith("import math\n\ndef helper(x):")
     assert program.count("def half(") == 1
+
+
+@given(
+    st.sampled_from(["", "Birds fly.\n\n", "```bash\nls\n```\n", "~~~\n```python\n~~~\n", "`x`\n"]),
+    st.sampled_from(["```", "````", "~~~"]),
+    st.text(alphabet=st.characters(exclude_characters="`~\r\n"), max_size=12),
+    st.sampled_from(["", " ", "    ", "\t"]),
+    st.sampled_from(["\n", "\r\n"]),
+    st.sampled_from(["", "\nDone.", "\n```\nhalf(4)\n```"]),
+)
+def test_a_block_is_read_whatever_its_fence_says(
+    before: str, fence: str, info: str, margin: str, newline: str, after: str
+) -> None:
+    block = indent(f"{fence}{info}\n{_GOOD}\n{fence}", margin)
+    text = f"{before}{block}{after}".replace("\n", newline)
+    for strict in (True, False):
+        program = extract_program(_FUNCTION, text, strict=strict)
+        assert program is not None
+        assert program.rstrip() == _START[: _START.index("def half")] + _GOOD
+
+
+_LINES = st.sampled_from(["```", "```python", "~~~", "  ````", _GOOD, "def half(", "@x", "  x", ""])
+
+
+@given(st.lists(st.one_of(_LINES, st.text(max_size=9)), max_size=12).map("\n".join))
+def test_any_text_gives_a_program_or_none(text: str) -> None:
+    program = extract_program(_FUNCTION, text, strict=True)
+    assert program is None or program.count("def half(") >= 1
+    lenient = extract_program(_FUNCTION, text, strict=False)
+    assert (lenient is None) is (not text.strip())
 
 
 @pytest.mark.parametrize(
