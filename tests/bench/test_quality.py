@@ -323,6 +323,21 @@ def test_saved_answers_of_code_are_used_only_with_the_same_tests(
     assert lengths == [3, 3, 6]
 
 
+def test_saved_answers_of_code_are_graded_anew(small: SmallModel, tmp_path: Path) -> None:
+    path, test = tmp_path / "r.jsonl", "def check(f):\n    assert False\n"
+    function = FunctionTask("f", "def f():\n", test)
+    question = Question("q", "?", AnswerKind.CODE, test, function=function)
+    first, _ = run(small, [question], path)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["row"]["strict"] = row["row"]["lenient"] = True
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    again, large = run(small, [question], path)
+    assert large.contexts == []
+    assert again == first
+    assert again["sides"]["small"]["lenient"]["accuracy"] == 0
+
+
 def test_an_answer_with_an_incomplete_line_is_repeated(
     small: SmallModel, questions: list[Question], tmp_path: Path
 ) -> None:

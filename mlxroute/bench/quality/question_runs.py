@@ -193,13 +193,13 @@ class _QualityBench:
         return rows
 
     def _find(self, task: _Task) -> QualityRow | None:
-        """Return a task's saved answer, graded anew: the question's answer may have changed.
+        """Return a task's saved answer, graded anew: the right answer or grading may have changed.
 
-        Code is not run again, because its key depends on the tests.
+        Equal programs are run once per process.
         """
         row = self.results.find(task.key)
-        if row is None or task.question.kind is AnswerKind.CODE:
-            return row
+        if row is None:
+            return None
         grades = _grade(task.question, row.text)
         return replace(row, strict=grades.strict, lenient=grades.lenient)
 
