@@ -51,15 +51,21 @@ def parse_number(text: str) -> Decimal | None:
 
 
 def find_boxes(text: str) -> Iterator[str]:
-    r"""Yield the contents of all `\boxed{...}`, with their braces balanced, as they are closed."""
-    starts: list[int | None] = []
+    r"""Yield the contents of all `\boxed{...}` with balanced braces, in their order.
+
+    Of boxes within each other, the inner one is yielded.
+    """
+    depth, box_depth, start = 0, 0, 0
     for match in _BRACES.finditer(text):
-        if match[0] == "}" and starts:
-            start = starts.pop()
-            if start is not None:
+        if match[0] == "}":
+            if depth and depth == box_depth:
                 yield text[start : match.start()]
+                box_depth = 0
+            depth = max(0, depth - 1)
         elif match[0].endswith("{") and match[0] != r"\{":
-            starts.append(None if match[0] == "{" else match.end())
+            depth += 1
+            if match[0] != "{":
+                box_depth, start = depth, match.end()
 
 
 def find_boxed_number(text: str) -> str | None:

@@ -18,7 +18,7 @@ _CONCLUSION = re.compile(
 
 # What may stand between a conclusion and its label. A dollar sign before a digit is an amount.
 _MARKUP = (
-    r"(?:[\s:*_`\"'“”‘’«(\[{<]|\\[(\[]|\$(?!\d)|\\boxed|\\(?:text|math)[a-z]*"
+    r"(?:[\s:*_`\"'“”‘’«(\[{<]|\\[(\[]|\$(?!\d)|\\(?:text|math)[a-z]*"
     r"|(?:the\s+)?(?:option|choice|letter|label)\b)*"
 )
 _MARKUP_BEFORE_LABEL = re.compile(_MARKUP, re.IGNORECASE)

@@ -57,6 +57,8 @@ def test_a_number_in_running_text_includes_a_comma_after_it_but_none_before() ->
         ("\\\\boxed{7}", ["7"]),
         ("} { \\boxed{7}", ["7"]),
         ("\\boxed{2 so \\boxed{7}", ["7"]),
+        ("\\boxed{2 \\boxed{7} 3}", ["7"]),
+        ("\\boxed{\\boxed{7}} \\boxed{{8}}", ["7", "{8}"]),
         ("\\boxed{7", []),
         ("\\boxed{7\\}", []),
         ("boxed{7}", []),
