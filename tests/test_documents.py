@@ -184,6 +184,14 @@ def test_python_examples_are_valid(page: Path) -> None:
                 assert {name.name for name in node.names} <= set(mlxroute.__all__)
 
 
+def test_only_show_has_no_settings_as_their_page_says() -> None:
+    group: Any = typer.main.get_command(app)
+    commands = [*group.commands.values(), *group.commands["bench"].commands.values()]
+    without = [command.name for command in commands if "--cache-dir" not in _options_of(command)]
+    assert without == ["show", "bench"]
+    assert "| `--cache-dir`: every command except `show` |" in _text(_ROOT / "docs" / "settings.md")
+
+
 def test_every_headline_figure_links_to_its_report() -> None:
     section = _text(_README).split("## Measured")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| ")][1:]

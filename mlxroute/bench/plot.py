@@ -15,7 +15,7 @@ from mlxroute.errors import UsageError
 def check_plot(path: Path) -> None:
     """Raise UsageError if no plot can be written to `path`. Call it before a long measurement."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("a plot needs matplotlib; install mlxroute[plot]", parameter="plot")
+        raise UsageError("a plot needs matplotlib; `pip install matplotlib`", parameter="plot")
     if not path.parent.is_dir():
         raise UsageError(f"the plot {path} needs an existing folder", parameter="plot")
     from matplotlib.figure import Figure

@@ -22,6 +22,9 @@ Examples = Annotated[
 Shots = Annotated[int, typer.Option(help="Number of worked examples.", min=0)]
 AtOnce = Annotated[int, typer.Option(help="Maximum number of calls in flight.", min=1)]
 Plot = Annotated[
-    Path | None, typer.Option(help="Also draw a plot; needs mlxroute[plot].", metavar="PNG")
+    Path | None,
+    typer.Option(
+        help="Also draw a plot to this file (.png, .svg or .pdf); needs matplotlib.", metavar="FILE"
+    ),
 ]
 Save = Annotated[bool, typer.Option("--save", help="Also write the report to bench/results/.")]

@@ -52,7 +52,9 @@ def _row(setting: Setting) -> str:
 
 def _commands(setting: Setting) -> str:
     every = {command for other in declared_settings().values() for command in other.commands}
-    return "every command" if set(setting.commands) == every else ", ".join(setting.commands)
+    is_everywhere = set(setting.commands) == every
+    # `show` alone takes no settings.
+    return "every command except `show`" if is_everywhere else ", ".join(setting.commands)
 
 
 def _type(setting: Setting) -> str:

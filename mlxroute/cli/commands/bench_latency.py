@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlxroute.cli.flags import Plot, Save, Shots
+from mlxroute.cli.flags import Plot, Save
 from mlxroute.cli.folders import model_file_name, record_path, report_source
 from mlxroute.cli.terminal import show_status
 from mlxroute.config import Settings
@@ -47,15 +47,21 @@ def latency(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="JSON Lines file of questions. Default: 20 built-in prompts.", metavar="FILE"
+            help="JSON Lines file of questions. Default: the first of 20 built-in prompts.",
+            metavar="FILE",
         ),
     ] = None,
     examples: Annotated[
         Path | None,
         typer.Option(help="JSON Lines file of worked examples, rows with a `cot`.", metavar="FILE"),
     ] = None,
-    shots: Shots = 4,
-    prompts: Annotated[int, typer.Option(help="Number of answers.", min=1)] = 5,
+    shots: Annotated[
+        int, typer.Option(help="Number of worked examples, if --examples is given.", min=0)
+    ] = 4,
+    prompts: Annotated[
+        int,
+        typer.Option(help="Number of prompts to answer; of --data, sampled at random.", min=1),
+    ] = 5,
     tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=2)] = 96,
     ratio: Annotated[
         list[float] | None,

@@ -50,7 +50,8 @@ def quality(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="JSON Lines file of questions with answers. Default: built-in ones.",
+            help="JSON Lines file of questions, all with answers or all without. Default: built-in"
+            " ones.",
             metavar="FILE",
         ),
     ] = None,
