@@ -13,6 +13,7 @@ JSON.
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import statistics
@@ -52,8 +53,13 @@ class OwnToken(NamedTuple):
 
 def main() -> None:
     """Write the missing rows and print the report."""
-    address, model, path = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-    at_once = int(sys.argv[4]) if len(sys.argv) > 4 else 1
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("address", metavar="URL", help="server of the large model")
+    parser.add_argument("model", metavar="MODEL", help="its name in the catalogue")
+    parser.add_argument("file", type=Path, metavar="FILE", help="a file with rows is continued")
+    parser.add_argument("at_once", type=int, nargs="?", default=1, metavar="CALLS_IN_FLIGHT")
+    given = parser.parse_args()
+    address, model, path, at_once = given.address, given.model, given.file, given.at_once
     rows = [json.loads(row) for row in path.read_text().split("\n") if row] if path.exists() else []
     answers = {row["kind"]: row["answer"] for row in rows if "answer" in row}
     compared = {(row["kind"], row["index"]): row for row in rows if "index" in row}

@@ -11,6 +11,7 @@ Prints a line per measurement and JSON at the end.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import http.client
 import json
@@ -133,17 +134,19 @@ def measure_together(
 
 def main() -> None:
     """Run one measurement."""
-    kind, small, count, rounds = (
-        *sys.argv[1:],
-        *("alone", "qwen2.5-coder-0.5b", "64", "5")[len(sys.argv) - 1 :],
-    )
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("kind", choices=("alone", "together"))
+    parser.add_argument("small", nargs="?", default="qwen2.5-coder-0.5b", metavar="SMALL")
+    parser.add_argument("tokens", type=int, nargs="?", default=64, metavar="TOKENS")
+    parser.add_argument("rounds", type=int, nargs="?", default=5, metavar="ROUNDS")
+    given = parser.parse_args()
     prompts = [json.loads(row)["prompt"] for row in PROMPTS.read_text("utf-8").split("\n") if row]
-    measure = measure_alone if kind == "alone" else measure_together
+    measure = measure_alone if given.kind == "alone" else measure_together
     report = {
         "command": " ".join(["python", "bench/endpoint_speed.py", *sys.argv[1:]]),
-        "small": small,
+        "small": given.small,
         "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS", "all"),
-        "result": measure(small, prompts, int(count), int(rounds)),
+        "result": measure(given.small, prompts, given.tokens, given.rounds),
     }
     print(json.dumps(report))
 

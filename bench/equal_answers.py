@@ -2,7 +2,7 @@
 
 Start a server first, then run this script with its address, a tolerance in nats and a file:
 
-    python bench/equal_answers.py http://127.0.0.1:8081/v1 0.1 rows.jsonl [SMALL]
+    python bench/equal_answers.py http://127.0.0.1:8081/v1 0.2 rows.jsonl [SMALL]
 
 Writes 20 answers of 96 tokens in each mode, with and without prefetch, one row per answer; a file
 with rows is continued. Prints JSON: how many answers equal that of `wait` without prefetch, and how
@@ -11,10 +11,10 @@ far the large model's logprobs moved at positions before the first difference.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,14 @@ def describe(token: Token) -> list[Any]:
 
 def main() -> None:
     """Write the missing answers and print the report."""
-    address, tolerance, path = sys.argv[1], float(sys.argv[2]), Path(sys.argv[3])
-    small = SmallModel.load(sys.argv[4] if sys.argv[4:] else "smollm2-135m")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("address", metavar="URL", help="server of the large model")
+    parser.add_argument("tolerance", type=float, metavar="X", help="tolerance in nats, such as 0.2")
+    parser.add_argument("file", type=Path, metavar="FILE", help="a file with rows is continued")
+    parser.add_argument("small", nargs="?", default="smollm2-135m", metavar="SMALL")
+    given = parser.parse_args()
+    address, tolerance, path = given.address, given.tolerance, given.file
+    small = SmallModel.load(given.small)
     prompts = [json.loads(row)["prompt"] for row in PROMPTS.read_text().split("\n") if row]
     rows = [json.loads(row) for row in path.read_text().split("\n") if row] if path.exists() else []
     done = {(row["mode"], row["prefetch"], row["prompt"]): row["tokens"] for row in rows}

@@ -17,11 +17,11 @@ Prints a line per measurement and JSON at the end.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -231,14 +231,16 @@ def measure_second_turn(small: SmallModel, prompts: list[str], count: int, round
 
 def main() -> None:
     """Run one measurement."""
-    kind, name, count, rounds = (
-        *sys.argv[1:],
-        *("together", "qwen2.5-coder-0.5b", "48", "2")[len(sys.argv) - 1 :],
-    )
-    small = SmallModel.load(name)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("kind", choices=("alone", "together", "routed", "second-turn"))
+    parser.add_argument("small", nargs="?", default="qwen2.5-coder-0.5b", metavar="SMALL")
+    parser.add_argument("tokens", type=int, nargs="?", default=48, metavar="TOKENS")
+    parser.add_argument("rounds", type=int, nargs="?", default=2, metavar="ROUNDS")
+    given = parser.parse_args()
+    small = SmallModel.load(given.small)
     prompts = [json.loads(line)["prompt"] for line in PROMPTS.read_text("utf-8").splitlines()]
-    sizes = int(count), int(rounds)
-    match kind:
+    sizes = given.tokens, given.rounds
+    match given.kind:
         case "alone":
             report = measure_alone(small, prompts, *sizes)
         case "together":
@@ -247,7 +249,7 @@ def main() -> None:
             report = measure_routed(small, prompts[:8], *sizes)
         case _:
             report = measure_second_turn(small, prompts, *sizes)
-    print(json.dumps({"measurement": kind, "small": name, "result": report}))
+    print(json.dumps({"measurement": given.kind, "small": given.small, "result": report}))
 
 
 if __name__ == "__main__":

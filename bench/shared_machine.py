@@ -12,6 +12,7 @@ took three times a quiet step.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
@@ -27,6 +28,7 @@ PROMPTS = (
     "Why is the sky blue? Answer in two sentences.",
     "How does a bicycle stay upright? Answer in two sentences.",
 )
+FIXED_MODES = ("wait", "overlap", "hedge")
 SLOW_STEP = 3.0
 
 
@@ -56,13 +58,18 @@ def answer(
 
 def main() -> None:
     """Measure all modes in turns and print the report."""
-    address, *numbers = sys.argv[1:]
-    rounds = int(numbers[0]) if numbers else 5
-    max_tokens = int(numbers[1]) if numbers[1:] else 48
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("address", metavar="URL", help="server of the large model")
+    parser.add_argument("rounds", type=int, nargs="?", default=5, metavar="ROUNDS")
+    parser.add_argument("tokens", type=int, nargs="?", default=48, metavar="TOKENS")
+    parser.add_argument("modes", nargs="*", default=[*FIXED_MODES], metavar="MODE")
+    given = parser.parse_args()
+    if not set(given.modes) <= set(FIXED_MODES):
+        parser.error(f"a MODE is one of {', '.join(FIXED_MODES)}")
+    address, rounds, max_tokens = given.address, given.rounds, given.tokens
     small = SmallModel.load("qwen2.5-coder-0.5b")
     experience = Experience()
-    fixed_modes = numbers[2:] or ["wait", "overlap", "hedge"]
-    modes = [*fixed_modes, "auto"]
+    modes = [*given.modes, "auto"]
     rows = []
     with LargeModel(address) as large:
         large.connect(thorough=False)
@@ -87,7 +94,7 @@ def main() -> None:
             rows.append(row)
             print(number, row, file=sys.stderr)
     medians = {mode: statistics.median(row[mode] for row in rows) for mode in modes}
-    best = max(fixed_modes, key=lambda mode: medians[mode])
+    best = max(given.modes, key=lambda mode: medians[mode])
     report = {
         "command": " ".join(["python", "bench/shared_machine.py", *sys.argv[1:]]),
         "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS", "all"),
