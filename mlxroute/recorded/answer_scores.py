@@ -81,6 +81,7 @@ def score_answers(
         answered = prompt.extend(ids, ends=False).context()
         key = ids_key(answered.token_ids)
         score = scores.find(key) if ids else AnswerScore()
+        has_scored = has_scored or (bool(ids) and score is not None)
         if score is None and (has_scored or len(reasons) < _FIRST_TRIES):
             try:
                 logprobs = replies.score(prompt.context(), answered)

@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import ConcatenateKVCache, KVCache, make_prompt_cache
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import TrainingArgs, evaluate, train
@@ -86,6 +86,9 @@ class LoraTuning:
         model.freeze()
         if shape is None:
             model.apply_to_modules(_unfreeze_lora)
+            # Weights of a file are in half precision, where Adam's average of squares becomes 0.
+            wide = tree_map(lambda weight: weight.astype(mx.float32), model.trainable_parameters())
+            model.update(wide)
         else:
             # The first values are the same in every run.
             mx.random.seed(0)

@@ -224,6 +224,29 @@ def test_an_interrupted_run_scores_the_rest(
     assert len(resumed.scores.texts) == len(rows) - 4
 
 
+def test_an_interrupted_run_scores_the_rest_after_refused_answers(
+    small: SmallModel, questions: list[Question], tmp_path: Path
+) -> None:
+    prompts = [replace(question, answer=None) for question in questions]
+    _, large = run(small, prompts, tmp_path / "scored.jsonl")
+    refused, last = set(large.scores.texts[1:4]), large.scores.texts[5]
+
+    def fail_at_last(text: str) -> bool:
+        if text == last:
+            raise LargeUnreachable("gone")
+        return text in refused
+
+    large = ScriptedLarge([(70,)])
+    large.scores.error = LargeProtocolError("no logprob here")
+    large.scores.failing = fail_at_last
+    with pytest.raises(LargeUnreachable, match="gone"):
+        run(small, prompts, tmp_path / "r.jsonl", large=large)
+    large.scores.failing = refused.__contains__
+    resumed, _ = run(small, prompts, tmp_path / "r.jsonl", large=large)
+    uninterrupted, _ = run(small, prompts, tmp_path / "all.jsonl", large=large)
+    assert resumed["unscored"] == uninterrupted["unscored"]
+
+
 def test_answers_that_cannot_be_scored_are_counted(
     small: SmallModel, questions: list[Question], tmp_path: Path
 ) -> None:

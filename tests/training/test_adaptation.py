@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from mlxroute.backend.load import load
 from mlxroute.errors import LargeProtocolError, LargeRefused, NotEnoughSpace, UsageError
@@ -309,6 +309,17 @@ def test_an_adapter_is_trained_further(path: Path, small: SmallModel, tmp_path: 
     config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     assert config["lora_parameters"]["rank"] == 4
     load(path, adapter=tmp_path / "b")
+
+
+def test_weights_of_a_file_are_trained_in_single_precision(path: Path) -> None:
+    model, _ = load(path)
+    LoraTuning(model, LoraShape(rank=2, layers=1), learning_rate=_RATE)
+    # On a GPU the weights of an adapter stay in the precision of its file.
+    model.update(tree_map(lambda w: w.astype(mx.float16), model.trainable_parameters()))
+    LoraTuning(model, None, learning_rate=_RATE)
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    assert trained
+    assert {weight.dtype for weight in trained.values()} == {mx.float32}
 
 
 def test_a_quantised_model_is_tuned(tmp_path: Path) -> None:
