@@ -7,20 +7,33 @@ from typing import TYPE_CHECKING
 
 from mlxroute.cli.folders import find_bench_file
 from mlxroute.cli.large_setup import check_sendable
+from mlxroute.errors import ContextTooLong, UsageError
 
 if TYPE_CHECKING:
     from mlxroute.config import Settings
     from mlxroute.questions.question_files import Question
+    from mlxroute.small import SmallModel
 
 
 def read_examples(file: Path | None, count: int, questions: list[Question]) -> list[Question]:
-    """Return the worked examples of a file, by default the built-in ones for such questions."""
+    """Return the worked examples of a file, by default the built-in ones for such questions.
+
+    Raises UsageError if one of them is among the questions, whose answer it would give away.
+    """
     from mlxroute.questions.prompt_form import choose_examples_file
     from mlxroute.questions.question_files import read_worked_examples
 
     if file is None and (name := choose_examples_file(questions)) is not None:
         file = find_bench_file("questions", name)
-    return read_worked_examples(file, count)
+    examples = read_worked_examples(file, count)
+    asked = {question.fingerprint for question in questions}
+    for example in examples:
+        if example.fingerprint in asked:
+            raise UsageError(
+                f"{file}: the worked example {example.name} is also one of the questions; choose"
+                " examples from other questions with --examples, or none with --shots 0"
+            )
+    return examples
 
 
 def check_questions_sendable(
@@ -31,3 +44,17 @@ def check_questions_sendable(
 
     conversations = {item.name: question_messages(item, examples) for item in questions}
     check_sendable(settings, conversations, command)
+
+
+def check_questions_fit(
+    small: SmallModel, questions: list[Question], examples: list[Question]
+) -> None:
+    """Raise ContextTooLong, with its name, for a question that does not fit in the context."""
+    from mlxroute.engine.transcript import render_prompt
+    from mlxroute.questions.question_files import question_messages
+
+    for question in questions:
+        try:
+            render_prompt(small, question_messages(question, examples))
+        except ContextTooLong as exc:
+            raise ContextTooLong(f"question {question.name}: {exc}") from exc

@@ -52,21 +52,25 @@ def calibrate(
             f"{data} gave {len(signals):,} positions, and {_MIN_POSITIONS} are needed;"
             " give more questions or longer answers"
         )
+    quantiles = {
+        name: _quantiles([score.function(row, number) for number, row in enumerate(signals)])
+        for name, score in SCORES.items()
+        if name != "head"
+    }
     return ScoreRanks(
         small=small.name,
         data=data,
         positions=len(signals),
-        quantiles={
-            name: _quantiles([score.function(row, number) for number, row in enumerate(signals)])
-            for name, score in SCORES.items()
-            if name != "head"
-        },
+        # A score that is never finite, for one kind of model, cannot be calibrated.
+        quantiles={name: values for name, values in quantiles.items() if values},
     )
 
 
 def _quantiles(scores: Sequence[float]) -> tuple[float, ...]:
-    """Return the scores at evenly spaced ranks, without infinities and NaN."""
+    """Return the scores at evenly spaced ranks, without infinities and NaN; () if all are such."""
     ordered = sorted(score for score in scores if math.isfinite(score))
+    if not ordered:
+        return ()
     quantiles = [interpolated_quantile(ordered, step / _RANK_STEPS) for step in range(_RANK_STEPS)]
     rounded = (round(value, 5) for value in (*quantiles, ordered[-1]))
     # Interpolation and rounding must not make a later value smaller than an earlier one.

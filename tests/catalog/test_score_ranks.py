@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mlxroute.backend.load import load
 from mlxroute.catalog import Catalog
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli import main
@@ -19,11 +22,14 @@ from mlxroute.engine.answer import Answer
 from mlxroute.engine.protocols import SmallProtocol
 from mlxroute.errors import CatalogError
 from mlxroute.questions.question_files import (
+    AnswerKind,
+    Question,
     question_messages,
     read_questions,
     sample_questions,
 )
 from mlxroute.routers import SCORES, make_router
+from mlxroute.small import SmallModel
 from mlxroute.training import calibration
 from mlxroute.types import Message
 from tests.support.tiny import make_tiny_model
@@ -92,6 +98,19 @@ def test_calibrate_writes_the_ranks_that_budgets_start_from(
     )
     # A head needs hidden states, so it brings its own.
     assert set(ranks.quantiles) == set(SCORES) - {"head"}
+
+
+def test_a_score_that_is_never_finite_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # `logu` is NaN at every position of a model whose highest logits are negative.
+    broken = replace(SCORES["logu"], function=lambda signals, number: math.nan)
+    monkeypatch.setitem(SCORES, "logu", broken)
+    model, tokenizer = load(make_tiny_model(tmp_path / "tiny"))
+    small = SmallModel(model, tokenizer, name="tiny")
+    questions = [Question(str(i), f"say {i}", AnswerKind.TEXT, None) for i in range(9)]
+    ranks = calibration.calibrate(small, questions, examples=[], data="mine", max_tokens=40)
+    assert set(ranks.quantiles) == set(SCORES) - {"head", "logu"}
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,11 @@ def test_a_small_model_is_adapted_to_a_users_questions(
     code, _, messages = run(*adapt, "--data", str(data), "--out", str(out))
     assert (code, "choose a new folder" in messages) == (2, True)
     (out / "provenance.json").write_text(json.dumps({**provenance, "ended_by": "unfinished"}))
+    questions = data.read_text()
+    data.write_text(questions.partition("\n")[2])
+    code, _, messages = run(*adapt, "--data", str(data), "--out", str(out))
+    assert (code, "the data has changed since this run was interrupted" in messages) == (2, True)
+    data.write_text(questions)
     code, resumed, messages = run(*adapt, "--data", str(data), "--out", str(out))
     assert code == 0, messages
     assert "going on from round 0" in messages

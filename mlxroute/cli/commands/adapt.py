@@ -17,7 +17,11 @@ from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_OK
 from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
 from mlxroute.cli.folders import data_name, expand_optional, hash_file
 from mlxroute.cli.model_pair import load_paired_small, open_replies
-from mlxroute.cli.worked_examples import check_questions_sendable, read_examples
+from mlxroute.cli.worked_examples import (
+    check_questions_fit,
+    check_questions_sendable,
+    read_examples,
+)
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
 
@@ -105,7 +109,7 @@ def adapt(
     )
     check_questions_sendable(settings, run.questions, run.examples, "adapt")
     _, err = make_consoles()
-    if (interrupted := _find_interrupted(out, run.command)) is not None:
+    if (interrupted := _find_interrupted(out, run.command, run.data_report(settings))) is not None:
         best = interrupted.best
         print_note(err, f"going on from round {best.round}, {best.epoch:g} epochs")
     with open_ledger(settings) as ledger, make_large(settings, address, ledger, err) as large:
@@ -132,10 +136,11 @@ def _model_words(settings: Settings, address: str) -> list[str]:
     return words if settings.adapter is None else [*words, "--adapter", settings.adapter]
 
 
-def _find_interrupted(out: Path, command: str) -> InterruptedRun | None:
+def _find_interrupted(out: Path, command: str, data: dict[str, Any]) -> InterruptedRun | None:
     """Return the interrupted run of this command that the folder holds; None for a new folder.
 
-    Raises UsageError for a folder with other files.
+    `data` is the part of a report about the data. Raises UsageError for a folder with other files,
+    and for a run with other data: what it held out may have become training data, or the reverse.
     """
     from mlxroute.backend.adapter_folder import PROVENANCE_FILE
     from mlxroute.backend.model_files import read_json_object
@@ -153,6 +158,11 @@ def _find_interrupted(out: Path, command: str) -> InterruptedRun | None:
             except ValueError as exc:
                 raise UsageError(f"{file}: {exc}; choose a new folder") from exc
             if interrupted is not None:
+                if any(report.get(name) != value for name, value in data.items()):
+                    raise UsageError(
+                        f"--out {out}: the data has changed since this run was interrupted; restore"
+                        " it, or choose a new folder"
+                    )
                 return interrupted
     raise UsageError(
         f"--out {out}: choose a new folder for the adapter; this one has files, and no interrupted"
@@ -201,6 +211,7 @@ class _AdaptRun:
 
         start = settings if interrupted is None else replace(settings, adapter=str(out))
         small = load_paired_small(start, large, err)
+        check_questions_fit(small, self.questions, self.examples)
         from mlxroute.training.adaptation import adapt_to_answers, split_answers
         from mlxroute.training.on_policy import Corrector
 
@@ -260,24 +271,33 @@ class _AdaptRun:
             skip_memory_check=settings.skip_memory_check,
         )
 
-    def _provenance(
-        self, settings: Settings, small: SmallModel, large: LargeModel
-    ) -> dict[str, Any]:
-        from mlxroute.backend.adapter_folder import adapted_name, read_trained_questions
+    def data_report(self, settings: Settings) -> dict[str, Any]:
+        """Return the files and all trained questions, those of the adapter to start from too."""
+        from mlxroute.backend.adapter_folder import read_trained_questions
 
         start = expand_optional(settings.adapter)
         earlier = frozenset() if start is None else read_trained_questions(start)
         names = {question.fingerprint for question in self.questions}
         return {
-            "mlxroute": __version__,
-            "small": small.plain_name,
-            "started_from": adapted_name(small.plain_name, start) if start else None,
-            "large": large.model_name,
             # A pipe has no fingerprint.
             "data": [
                 {"name": data_name(file), "sha256": hash_file(file) if file.is_file() else None}
                 for file in self.data
             ],
+            "questions": sorted(names | earlier),
+        }
+
+    def _provenance(
+        self, settings: Settings, small: SmallModel, large: LargeModel
+    ) -> dict[str, Any]:
+        from mlxroute.backend.adapter_folder import adapted_name
+
+        start = expand_optional(settings.adapter)
+        return {
+            "mlxroute": __version__,
+            "small": small.plain_name,
+            "started_from": adapted_name(small.plain_name, start) if start else None,
+            "large": large.model_name,
             "examples": len(self.examples),
             "command": self.command,
             "rank": self.rank if start is None else None,
@@ -285,7 +305,7 @@ class _AdaptRun:
             "epochs": self.epochs,
             "rounds": self.rounds,
             "tokens": self.tokens,
-            "questions": sorted(names | earlier),
+            **self.data_report(settings),
         }
 
     def _warn_of_cut_off(

@@ -19,7 +19,11 @@ from mlxroute.cli.folders import (
 )
 from mlxroute.cli.model_pair import load_paired_small, open_replies
 from mlxroute.cli.setting_options import parse_budget
-from mlxroute.cli.worked_examples import check_questions_sendable, read_examples
+from mlxroute.cli.worked_examples import (
+    check_questions_fit,
+    check_questions_sendable,
+    read_examples,
+)
 from mlxroute.config import Settings
 from mlxroute.config.setting_choices import BenchRouterName
 from mlxroute.errors import UsageError
@@ -188,6 +192,7 @@ class _QualityRun:
     def measure(self, settings: Settings, large: LargeModel, err: Console) -> dict[str, Any]:
         """Load the small model, answer the questions with every side, and return the report."""
         small = load_paired_small(settings, large, err)
+        check_questions_fit(small, self.questions, self.examples)
         with open_replies(settings, small, large, at_once=self.at_once) as replies:
             return self._answer(settings, small, replies, replies.recorded_name, err)
 

@@ -11,7 +11,7 @@ import typer
 
 from mlxroute.cli.flags import Examples, QuestionFiles, Shots
 from mlxroute.cli.folders import data_name
-from mlxroute.cli.worked_examples import read_examples
+from mlxroute.cli.worked_examples import check_questions_fit, read_examples
 from mlxroute.config import Settings, user_catalog_dir
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def _measure_ranks(
     _, err = make_consoles()
     with ByteProgress(err) as bytes_progress:
         small = load_small(settings, bytes_progress)
+    check_questions_fit(small, questions, examples)
     from mlxroute.training.calibration import calibrate as measure
 
     after = f" after {len(examples)} worked examples" if examples else ""

@@ -14,7 +14,11 @@ from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
 from mlxroute.cli.folders import cache_dir_of, data_name, expand_optional, hash_file
 from mlxroute.cli.model_pair import load_paired_small, open_replies
 from mlxroute.cli.terminal import show_status
-from mlxroute.cli.worked_examples import check_questions_sendable, read_examples
+from mlxroute.cli.worked_examples import (
+    check_questions_fit,
+    check_questions_sendable,
+    read_examples,
+)
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
 from mlxroute.types import LabelKind
@@ -136,6 +140,7 @@ def _fit(
 ) -> tuple[str, FittedHead]:
     """Label the large model's answers and fit a head; return it with the small model's name."""
     small = load_paired_small(settings, large, err)
+    check_questions_fit(small, material.questions, material.examples)
     from mlxroute.training.head_fitting import fit_head
 
     provenance = {

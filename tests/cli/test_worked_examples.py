@@ -1,0 +1,47 @@
+"""Questions as commands ask them: their worked examples, and those that do not fit."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from mlxroute.cli import main
+from mlxroute.cli.worked_examples import read_examples
+from mlxroute.errors import UsageError
+from mlxroute.questions.question_files import read_questions
+from tests.support.tiny import make_tiny_model
+
+
+def write_rows(path: Path, count: int, *, length: int = 1) -> Path:
+    rows = [
+        {"id": f"row-{i}", "prompt": f"Why {i}? " * length, "answer": "yes", "cot": f"So {i}."}
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_question_is_not_its_own_worked_example(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", 4)
+    questions = read_questions(file)
+    assert read_examples(file, 2, questions[2:]) == questions[:2]
+    with pytest.raises(UsageError, match=re.escape("the worked example row-1 is also one of")):
+        read_examples(file, 2, questions[1:])
+    assert read_examples(file, 0, questions) == []
+
+
+def test_a_question_that_does_not_fit_is_named_before_any_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = make_tiny_model(tmp_path / "small", context=64)
+    data = write_rows(tmp_path / "rows.jsonl", 2)
+    with data.open("a") as stream:
+        long = write_rows(tmp_path / "long.jsonl", 3, length=100).read_text().splitlines()[2]
+        stream.write(long + "\n")
+    options = ["--small", str(small), "--shots", "0", "--cache-dir", str(tmp_path / "cache")]
+    assert main(["calibrate", "--data", str(data), *options]) == 2
+    messages = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"question row-2: the prompt has [\d,]+ tokens and the small model", messages)
