@@ -23,6 +23,7 @@ from mlxroute.training.head_shapes import (
     fit_perceptron,
 )
 from mlxroute.training.labels import LabelledAnswer
+from mlxroute.training.tensor_files import write_tensors
 from mlxroute.types import LabelKind
 
 RATES: Final = (0.03, 0.05, 0.07, 0.10)
@@ -56,8 +57,10 @@ class FittedHead:
     beats_entropy: bool
 
     def write(self, path: Path) -> None:
-        """Write a safetensors file of the weights; report, quantiles and questions are metadata."""
+        """Write a safetensors file of the weights; report, quantiles and questions are metadata.
 
+        Raises OSError as `write_tensors`.
+        """
         arrays = {
             f"{index}.{name}": array
             for index, layer in enumerate(self.head.layers)
@@ -69,7 +72,7 @@ class FittedHead:
             "quantiles": json.dumps(self.quantiles),
             "questions": json.dumps(self.questions),
         }
-        mx.save_safetensors(str(path), arrays, metadata)
+        write_tensors(path, arrays, metadata)
 
 
 def fit_head(

@@ -29,6 +29,7 @@ from mlxroute.sequences import chunks
 from mlxroute.small import SmallModel
 from mlxroute.small.decoder import ScoredText
 from mlxroute.small.kv_cache import CacheCopy
+from mlxroute.training.tensor_files import write_tensors
 from mlxroute.types import LabelKind, Message, Progress, no_progress
 from mlxroute.untrusted_text import parse_json
 
@@ -318,10 +319,7 @@ def write_label_file(
 
     An interruption leaves no incomplete file of this name.
     """
-    partial = file.with_suffix(".partial.safetensors")
-    partial.touch(mode=0o600)
-    mx.save_safetensors(str(partial), dict(arrays), {_METADATA_KEY: json.dumps(metadata)})
-    partial.rename(file)
+    write_tensors(file, arrays, {_METADATA_KEY: json.dumps(metadata)}, is_private=True)
 
 
 def _is_saved(file: Path, *, with_continuations: bool) -> bool:

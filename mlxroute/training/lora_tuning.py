@@ -22,6 +22,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlxroute.backend.load import on_cpu
 from mlxroute.errors import UsageError
 from mlxroute.small.hidden_state import ChosenRows
+from mlxroute.training.tensor_files import write_tensors
 from mlxroute.training.tuning_examples import Batch
 
 # Larger gradients, which single batches give, make the training diverge.
@@ -178,9 +179,7 @@ class LoraTuning:
             name: value.astype(mx.float16)
             for name, value in tree_flatten(self._model.trainable_parameters())
         }
-        partial = file.with_suffix(".partial.safetensors")
-        mx.save_safetensors(str(partial), weights, {"format": "mlx"})
-        os.replace(partial, file)
+        write_tensors(file, weights, {"format": "mlx"})
 
     def read_weights(self, file: Path) -> None:
         """Go on with weights that `write_weights` wrote."""

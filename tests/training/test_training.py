@@ -254,6 +254,17 @@ def test_saved_labels_have_fixed_names(small: SmallModel, tmp_path: Path) -> Non
     }
 
 
+def test_a_head_that_cannot_be_written_keeps_the_old_one(
+    fitted: FittedHead, tmp_path: Path
+) -> None:
+    file = tmp_path / "h.safetensors"
+    file.write_bytes(b"an earlier head")
+    (tmp_path / "h.partial.safetensors").mkdir()
+    with pytest.raises(OSError, match="cannot be written"):
+        fitted.write(file)
+    assert file.read_bytes() == b"an earlier head"
+
+
 def test_a_written_head_has_fixed_names(fitted: FittedHead, tmp_path: Path) -> None:
     fitted.write(tmp_path / "h.safetensors")
     _, metadata = mx.load(str(tmp_path / "h.safetensors"), return_metadata=True)
@@ -416,18 +427,31 @@ def test_recall_counts_targets_among_the_highest_scores() -> None:
         (["--out", "h.safetensors"], "--large URL"),
         (["--out", "h.txt", "--large", "http://127.0.0.1:9/v1"], "a head is a .safetensors file"),
         (
+            ["--out", "folder.safetensors", "--large", "http://127.0.0.1:9/v1"],
+            "folder.safetensors: a head is a .safetensors file",
+        ),
+        (
+            ["--out", "q.jsonl/h.safetensors", "--large", "http://127.0.0.1:9/v1"],
+            "q.jsonl cannot be written to",
+        ),
+        (
             ["--out=h.safetensors", "--large=http://127.0.0.1:9/v1", "--labels=preference"],
             "needs right answers",
         ),
     ],
 )
-def test_train_reports_missing_arguments(
-    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_train_reports_wrong_arguments(
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    data = tmp_path / "q.jsonl"
-    data.write_text(json.dumps({"prompt": "Why?"}) + "\n")
-    assert main(["train", "--data", str(data), *arguments]) == 2
-    assert said in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    Path("folder.safetensors").mkdir()
+    Path("q.jsonl").write_text(json.dumps({"prompt": "Why?"}) + "\n")
+    assert main(["train", "--data", "q.jsonl", *arguments]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_an_unreadable_head_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

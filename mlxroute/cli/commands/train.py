@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,10 +117,19 @@ def _check_heads(settings: Settings, out: Path | None, labels: LabelKind) -> Non
     from mlxroute.cli.routing import head_file
     from mlxroute.cli.small_setup import small_name
 
-    if out is not None and out.suffix != ".safetensors":
-        raise UsageError(f"--out {out}: a head is a .safetensors file")
+    if out is not None:
+        _check_writable(out)
     if settings.head is not None and labels is LabelKind.ADVANTAGE:
         head_file(small_name(settings), settings.head)
+
+
+def _check_writable(out: Path) -> None:
+    """Raise UsageError for a file that cannot be written after hours of labelling."""
+    if out.suffix != ".safetensors" or out.is_dir():
+        raise UsageError(f"--out {out}: a head is a .safetensors file")
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(f"--out {out}: the folder {folder} cannot be written to")
 
 
 def _read_labelled_questions(files: list[Path], count: int, labels: LabelKind) -> list[Question]:
