@@ -19,6 +19,7 @@ MlxRouteError
     ├── LargeUnrecorded       the ledger cannot be written, so nothing was sent
     └── LargeProtocolError    a reply that cannot be trusted as a token
         ├── LargeUnreadable     a reply that is no HTTP, no JSON object, or too long
+        ├── LargeUnsendable     a prompt that this server cannot take; nothing was sent
         └── LargeNotContinued   the answer so far cannot be, or was not, gone on with
 """
 
@@ -130,8 +131,8 @@ class LargeRefused(LargeError):
     @property
     def is_too_long(self) -> bool:
         """Whether the prompt is too long for the server, as far as its words tell."""
-        words = re.search(r"context|too long|maximum|exceed", str(self))
-        return self.status in (400, 413, 422) and words is not None
+        words = r"context|too long|maximum length|(maximum|exceed).{0,40} tokens"
+        return self.status in (400, 413, 422) and re.search(words, str(self)) is not None
 
 
 class LargeUnrecorded(LargeError):
@@ -146,6 +147,13 @@ class LargeUnreadable(LargeProtocolError):
     """Raised for a reply that is no HTTP, no JSON object, or too long: nothing can be told of it.
 
     What is between client and server may have sent it, so it shows nothing about the server.
+    """
+
+
+class LargeUnsendable(LargeProtocolError):
+    """Raised for a prompt that this server cannot take, whatever the answer; nothing is sent.
+
+    It is longer than the context, or it is a text where the server takes only conversations.
     """
 
 

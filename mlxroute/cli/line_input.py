@@ -48,13 +48,22 @@ class LineReader:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._is_lost = False
 
     def read(self, *, initial_text: str) -> str:
         """Return the next line. Raises EOFError at the end, UsageError if it is not text."""
-        line = read_piped(self._stream.readline)
+        line = "" if self._is_lost else read_piped(self._read_line)
         if not line:
             raise EOFError
         return line.rstrip("\n")
+
+    def _read_line(self) -> str:
+        try:
+            return self._stream.readline()
+        except UnicodeDecodeError:
+            # The stream has dropped more than this line, so what follows may begin inside another.
+            self._is_lost = True
+            raise
 
 
 class LineEditor:

@@ -84,7 +84,7 @@ class WholeChat:
                 return self._post(_CHAT.with_fields(fields).request(prompt, options))
 
             # A refusal of the switch alone is no failure of the server.
-            with self._breaker.guard(forwarded=True):
+            with self._breaker.guard():
                 reply = self._thinking_switch.send(fields, post, server=self._server)
             return _CHAT.completion(reply, prompt)
 

@@ -39,7 +39,9 @@ def extract_program(function: FunctionTask, text: str, *, strict: bool) -> str |
     definition = f"def {function.name}("
     before = function.start[: function.start.index(definition)]
     text = text.replace("\r\n", "\n")
-    blocks = [block for block in _find_code_blocks(text) if block.is_closed or not strict]
+    # A longer fence may surround other blocks.
+    nested = [(block, *_find_code_blocks(block.code)) for block in _find_code_blocks(text)]
+    blocks = [block for part in nested for block in part if block.is_closed or not strict]
     for block in reversed(blocks):
         if definition in block.code:
             return before + _dedent(block.code)
@@ -73,8 +75,8 @@ def _find_code_blocks(text: str) -> list[_CodeBlock]:
             opening = _OPENING_FENCE.match(line)
             fence = (opening[1] or opening[2]) if opening else ""
             lines = []
-        elif line.rstrip().endswith(fence):
-            lines.append(line.rstrip().rstrip(fence[0]))
+        elif end := re.search(rf"{fence[0]}{{{len(fence)},}}\s*$|^\s*{fence}(?!\w).*", line):
+            lines.append(line[: end.start()])
             blocks.append(_CodeBlock("\n".join(lines), is_closed=True))
             fence = ""
         else:

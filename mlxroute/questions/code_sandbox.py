@@ -30,11 +30,11 @@ def run_program(program: str, *, timeout_s: float = _TIMEOUT_S) -> bool:
     """Return whether a Python program runs to its end, without an exception and within limits.
 
     The program has no network, can write no file, and has 5 s of CPU time and 1 GiB of memory;
-    macOS does not limit memory. On Linux it sees no other process, and those that it starts end
-    with it. It can read files and has none of this process's environment. A program that ends
-    early does not pass, because the child writes a secret after it. The program runs in the child's
-    interpreter, so one that is written to find the secret can: this protects from mistakes, not
-    from attacks. Raises UsageError where a process cannot be isolated so.
+    macOS does not limit memory. On Linux it cannot signal other processes, and those that it
+    starts end with it. It can read files and has none of this process's environment. A program that
+    ends early does not pass, because the child writes a secret after it. The program runs in the
+    child's interpreter, so one that is written to find the secret can: this protects from mistakes,
+    not from attacks. Raises UsageError where a process cannot be isolated so.
     """
     secret = secrets.token_hex(_SECRET_BYTES).encode()
     data = secret + b"\n" + program.encode("utf-8", errors="replace")

@@ -17,6 +17,7 @@ from mlxroute.errors import (
     LargeUnavailable,
     LargeUnreachable,
     LargeUnrecorded,
+    LargeUnsendable,
 )
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import CallFailure, Mode
@@ -37,6 +38,7 @@ TOO_LONG = LargeRefused("http://box/v1 answered 413: too large", status=413)
         (LargeUnrecorded("x"), "not recorded"),
         (LargeProtocolError("x"), "invalid reply"),
         (LargeNotContinued("x"), "not continued"),
+        (LargeUnsendable("x"), "cannot be sent"),
         (LargeRefused("x", status=401), "status 401"),
         (LargeRefused("x"), "refused"),
         (LargeError("x"), "failed"),
@@ -118,6 +120,25 @@ def test_replies_that_do_not_go_on_cost_none_of_the_time_for_failures() -> None:
     list(answer)
     stats = answer.stats()
     assert [(failure.kind, failure.count) for failure in stats.failures] == [("not continued", 4)]
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        LargeUnsendable("the prompt has reached the large model's context"),
+        LargeRefused("this exceeds the available context size", status=400),
+    ],
+)
+def test_a_prompt_that_is_too_long_is_sent_once(refusal: LargeError) -> None:
+    large = ScriptedLarge([b"x", refusal])
+    small = ScriptedSmall(b"abcd", entropies=dict.fromkeys(range(4), 2.0))
+    answer = generate(small, large, "hi", router=EntropyRouter(1.0), mode="wait")
+    assert "".join(token.text for token in answer) == "xbcd"
+    assert len(large.contexts) == 2
+    (failure,) = answer.stats().failures
+    assert (failure.kind, failure.count) == (failure_kind(refusal), 3)
+    with pytest.raises(type(refusal)):
+        list(answer_with([b"x", refusal], strict=True))
 
 
 def test_a_strict_answer_never_goes_on_without_the_large_model() -> None:

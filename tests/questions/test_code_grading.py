@@ -108,6 +108,8 @@ def test_a_wrong_row_is_named(row: dict[str, object], tmp_path: Path) -> None:
         (f"```python\n{_START}```\nin full:\n```python\n{_GOOD}\n```", Grade(True, True)),
         (f"```python\n{_GOOD}\n```\nso\n```python\nhalf(4)\n```", Grade(True, True)),
         (f"```python\n{_GOOD}\n```\nbut\n```python\n{_BAD}\n```", Grade(False, False)),
+        (f"```python\n{_GOOD}\n``` This halves x.", Grade(True, True)),
+        (f"````markdown\n```python\n{_GOOD}\n```\n````", Grade(True, True)),
         # Text before code that is in no block.
         (f"Here it is:\n{_GOOD}", Grade(None, True)),
         (f"From a list:\n\nimport math\n\n\n{_GOOD}", Grade(None, True)),

@@ -47,7 +47,7 @@ def latency(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="JSON Lines file of questions. Default: the first of 20 built-in prompts.",
+            help="JSON Lines file of questions. Default: 20 built-in prompts.",
             metavar="FILE",
         ),
     ] = None,
@@ -60,7 +60,7 @@ def latency(
     ] = 4,
     prompts: Annotated[
         int,
-        typer.Option(help="Number of prompts to answer; of --data, sampled at random.", min=1),
+        typer.Option(help="Number of prompts: the first, or of --data sampled at random.", min=1),
     ] = 5,
     tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=2)] = 96,
     ratio: Annotated[

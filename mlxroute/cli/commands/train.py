@@ -117,8 +117,7 @@ def _check_heads(settings: Settings, out: Path | None, labels: LabelKind) -> Non
     from mlxroute.cli.routing import head_file
     from mlxroute.cli.small_setup import small_name
 
-    if out is not None:
-        _check_writable(out)
+    _check_writable(out or user_catalog_dir() / "head.safetensors")
     if settings.head is not None and labels is LabelKind.ADVANTAGE:
         head_file(small_name(settings), settings.head)
 
@@ -129,7 +128,7 @@ def _check_writable(out: Path) -> None:
         raise UsageError(f"--out {out}: a head is a .safetensors file")
     folder = next(parent for parent in out.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"--out {out}: the folder {folder} cannot be written to")
+        raise UsageError(f"the folder {folder} cannot be written to; choose another with --out")
 
 
 def _read_labelled_questions(files: list[Path], count: int, labels: LabelKind) -> list[Question]:

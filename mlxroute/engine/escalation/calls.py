@@ -14,14 +14,18 @@ from mlxroute.engine.protocols import LargeProtocol, PendingCallProtocol
 from mlxroute.errors import (
     LargeError,
     LargeNotContinued,
+    LargeRefused,
     LargeTimeout,
     LargeUnavailable,
     LargeUnrecorded,
+    LargeUnsendable,
 )
 from mlxroute.types import LargeContext, LargeToken, Mode, Uploads
 
 # The engine waits this much longer, since the large model's own error at the deadline is better.
 _GRACE_S = 0.25
+# Errors of calls that were not sent, or that show no failure of the server.
+_COST_NO_TIME = (LargeUnavailable, LargeUnrecorded, LargeUnsendable, LargeNotContinued)
 
 
 @dataclass(slots=True)
@@ -82,6 +86,8 @@ class AnswerCalls:
         self._clock = clock
         # Seconds of waiting that failures may still cost.
         self._failure_allowance_s = timeout_s
+        # Why the large model cannot take this prompt, nor a longer one.
+        self._refusal: LargeError | None = None
         # Total stall up to which failures were charged already.
         self._charged_s = 0.0
         self._in_flight: list[Call] = []
@@ -99,13 +105,14 @@ class AnswerCalls:
     @property
     def is_open(self) -> bool:
         """Whether this answer may still make calls."""
-        return self._large is not None and self._failure_allowance_s > 0
+        has_large = self._large is not None and self._refusal is None
+        return has_large and self._failure_allowance_s > 0
 
     @property
     def closed_error(self) -> LargeError | None:
         """Why this answer makes no more calls; None if it may, or if there is no large model."""
         is_closed = self._large is not None and not self.is_open
-        return AllowanceUsed(self._timeout_s) if is_closed else None
+        return (self._refusal or AllowanceUsed(self._timeout_s)) if is_closed else None
 
     @property
     def has_free_slot(self) -> bool:
@@ -196,7 +203,9 @@ class AnswerCalls:
                 raise LargeTimeout(f"no answer from the large model in {latency_s:.3g} s")
             tokens = call.pending.result()
         except LargeError as exc:
-            if not isinstance(exc, LargeUnavailable | LargeUnrecorded | LargeNotContinued):
+            if _refuses_longer(exc):
+                self._refusal = exc
+            if not isinstance(exc, _COST_NO_TIME):
                 self._charge(call, lost_s=latency_s)
             return CallOutcome((), exc, latency_s)
         self._charge(call, lost_s=tokens[0].lost_s if tokens and not call.is_joined else 0.0)
@@ -224,3 +233,9 @@ class AnswerCalls:
 
     def _uploads_so_far(self) -> Uploads:
         return Uploads() if self._large is None else self._large.uploads
+
+
+def _refuses_longer(error: LargeError) -> bool:
+    """Return whether a longer prompt would fail in the same way."""
+    is_too_long = isinstance(error, LargeRefused) and error.is_too_long
+    return is_too_long or isinstance(error, LargeUnsendable)

@@ -13,6 +13,7 @@ from mlxroute.errors import (
     LargeUnavailable,
     LargeUnreachable,
     LargeUnrecorded,
+    LargeUnsendable,
 )
 from mlxroute.types import CallFailure, OnFailure
 
@@ -34,6 +35,7 @@ _KINDS: tuple[tuple[type[LargeError], str], ...] = (
     (AllowanceUsed, "no time left"),
     (LargeUnavailable, "paused"),
     (LargeUnrecorded, "not recorded"),
+    (LargeUnsendable, "cannot be sent"),
     (LargeNotContinued, "not continued"),
     (LargeProtocolError, "invalid reply"),
 )

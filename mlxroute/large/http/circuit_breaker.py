@@ -15,6 +15,7 @@ from mlxroute.errors import (
     LargeRefused,
     LargeUnavailable,
     LargeUnrecorded,
+    LargeUnsendable,
 )
 
 FAILURES: Final = 3
@@ -27,7 +28,7 @@ _ACCESS_STATUSES: Final = (401, 402, 403)
 # A wrong model or address; or a route, where another dialect may help.
 _NOT_FOUND: Final = 404
 # Errors that show no fault of the server.
-_NO_FAILURES: Final = (LargeUnavailable, LargeUnrecorded, LargeNotContinued)
+_NO_FAILURES: Final = (LargeUnavailable, LargeUnrecorded, LargeUnsendable, LargeNotContinued)
 
 
 class CircuitBreaker:

@@ -29,6 +29,8 @@ _MAX_IDLE_S: Final = 55.0
 _KEEPALIVE_IDLE_S: Final = 20
 _KEEPALIVE_INTERVAL_S: Final = 10
 _KEEPALIVE_PROBES: Final = 3
+# Shorter secrets, such as `password` or `not-needed`, may be words of an answer.
+_MIN_REFUSED: Final = 16
 # Characters at the end of a text by which the beginning of a secret is recognised.
 _RECOGNISED: Final = 8
 
@@ -46,7 +48,7 @@ class Auth(AuthBase):
                 "api_key has characters that cannot be sent in a header, such as a line break",
                 parameter="api_key",
             )
-        secrets = [api_key] if api_key else []
+        self._secrets = [api_key] if api_key and is_secret(api_key) else []
         self._header = f"Bearer {api_key}" if api_key else None
         if address.userinfo:
             user, password = address.userinfo
@@ -54,8 +56,7 @@ class Auth(AuthBase):
             joined = f"{user}:{password}".encode(errors="surrogateescape")
             encoded = base64.b64encode(joined).decode()
             self._header = f"Basic {encoded}"
-            secrets += [encoded, password or user]
-        self._secrets = [secret for secret in secrets if is_secret(secret)]
+            self._secrets += [encoded, password or user]
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         """Add the `Authorization` header."""
@@ -70,11 +71,15 @@ class Auth(AuthBase):
         return text
 
     def is_in(self, text: str) -> bool:
-        """Return whether a text has a secret, or its beginning where the text is cut off."""
+        """Return whether a text has a secret, or its beginning where the text is cut off.
+
+        Secrets of less than 16 characters are not looked for.
+        """
         return any(
             secret in text
             or any(text.endswith(secret[:end]) for end in range(_RECOGNISED, len(secret)))
             for secret in self._secrets
+            if len(secret) >= _MIN_REFUSED
         )
 
 

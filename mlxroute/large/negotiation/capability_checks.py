@@ -14,6 +14,7 @@ from mlxroute.errors import (
     LargeProtocolError,
     LargeRefused,
     LargeUnreadable,
+    LargeUnsendable,
 )
 from mlxroute.large.completion_request import (
     CompletionRequest,
@@ -42,6 +43,8 @@ _ACCESS_STATUSES: Final = {401, 402, 403}
 _FORBIDDEN: Final = 403
 # Statuses of a request whose form the server does not know.
 _WRONG_FORM_STATUSES: Final = {400, 404, 405, 415, 422}
+# Errors that show nothing about the dialect.
+_NOT_THE_DIALECT: Final = (LargeUnreadable, TokensNotReplayed, LargeUnsendable, LargeNotContinued)
 # A reply with this status may hold an error of the moment, or be damaged on its way.
 _OK: Final = 200
 _ATTEMPTS: Final = 2
@@ -366,8 +369,7 @@ def may_be_wrong_dialect(error: LargeError) -> bool:
     if isinstance(error, LargeRefused):
         # Any dialect gets a 400 for a prompt that is too long.
         return error.status in _WRONG_FORM_STATUSES and not error.is_too_long
-    is_unrelated = isinstance(error, LargeUnreadable | TokensNotReplayed | LargeNotContinued)
-    return isinstance(error, LargeProtocolError) and not is_unrelated
+    return isinstance(error, LargeProtocolError) and not isinstance(error, _NOT_THE_DIALECT)
 
 
 def _agrees(text: str, expected: str) -> bool:

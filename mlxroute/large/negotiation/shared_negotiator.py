@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final
 
-from mlxroute.errors import LargeError, LargeNotContinued, LargeRefused, UsageError
+from mlxroute.errors import LargeError, LargeRefused, LargeUnsendable, UsageError
 from mlxroute.large.dialects import Dialect
 from mlxroute.large.dialects.tokenize_routes import TokenizeRoutes
 from mlxroute.large.http.deadline import Deadline, NextDeadline
@@ -178,10 +178,10 @@ class SharedNegotiator:
 
 
 def _check_context_length(prompt: Prompt, verdict: Verdict | None) -> None:
-    """Raise LargeNotContinued for a prompt of token ids that fills the server's context."""
+    """Raise LargeUnsendable for a prompt of token ids that fills the server's context."""
     limit = None if verdict is None else verdict.context_length
     if limit is not None and len(prompt.ids) >= limit:
-        raise LargeNotContinued(
+        raise LargeUnsendable(
             f"the prompt has reached the large model's context of {limit:,} tokens;"
             " start a new conversation"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlxroute.errors import LargeNotContinued, LargeProtocolError, UsageError
+from mlxroute.errors import LargeNotContinued, LargeProtocolError, LargeUnsendable, UsageError
 from mlxroute.large.prompt import Prompt, PromptForm
 from mlxroute.large.vocabulary import retokenised
 from mlxroute.large.vocabulary.token_sources import FileTokenSource, TokenSource
@@ -48,7 +48,11 @@ class PromptBuilder:
         return self.same_vocabulary and self.form is PromptForm.TEXT
 
     def build(self, context: LargeContext) -> Prompt:
-        """Return the prompt. Raises LargeNotContinued where the form cannot carry the context."""
+        """Return the prompt.
+
+        Raises LargeNotContinued for an answer so far, and LargeUnsendable for a prompt, that the
+        form cannot carry.
+        """
         if context.fragment_ids and not self.carries_fragments:
             raise LargeNotContinued(
                 "the answer ends inside a character, and this server accepts only whole characters"
@@ -60,7 +64,7 @@ class PromptBuilder:
                 return self._text_prompt(context)
             case PromptForm.CHAT:
                 if not context.messages:
-                    raise LargeNotContinued(
+                    raise LargeUnsendable(
                         "the large model's server takes only conversations, so it cannot continue"
                         " a text or token ids"
                     )

@@ -8,6 +8,7 @@ import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
+from http import HTTPStatus
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -206,16 +207,17 @@ class _ForwardedChat:
 
 def _to_api_error(exc: Exception) -> ApiError:
     """Return what is replied for a failed request; a refusal of the server keeps its status."""
-    is_unsent = isinstance(exc, LargeUnavailable | LargeUnrecorded | QueueFull)
+    is_free = isinstance(exc, LargeUnavailable | LargeUnrecorded | QueueFull)
     error: Exception = exc
     if isinstance(exc, LargeRefused):
+        is_free = exc.status == HTTPStatus.TOO_MANY_REQUESTS
         error = ApiError(
             exc.status if 400 <= exc.status <= 429 else 502,
             f"the large model's server refused the request: {exc}",
             code="large_model_failed",
             retry_after_s=math.ceil(exc.retry_after_s) or None,
         )
-    return to_api_error(error, calls=0 if is_unsent else 1)
+    return to_api_error(error, calls=0 if is_free else 1)
 
 
 def _searched_texts(values: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from mlxroute.errors import (
     LargeRefused,
     LargeUnavailable,
     LargeUnreachable,
+    LargeUnsendable,
 )
 from mlxroute.large import LargeModel
 from mlxroute.large.http.circuit_breaker import FAILURES, CircuitBreaker
@@ -234,7 +235,7 @@ def test_prompts_longer_than_the_known_context_pause_no_calls() -> None:
     with Loopback(with_context_length) as server, LargeModel(server.url) as large:
         assert large.pair_vocabulary(vocabulary)
         for _ in range(FAILURES + 1):
-            with pytest.raises(LargeNotContinued, match="context of 64 tokens"):
+            with pytest.raises(LargeUnsendable, match="context of 64 tokens"):
                 large.next_token(asked)
 
 

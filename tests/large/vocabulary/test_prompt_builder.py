@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxroute.engine.transcript import group_spans
-from mlxroute.errors import LargeNotContinued, LargeProtocolError, UsageError
+from mlxroute.errors import LargeProtocolError, LargeUnsendable, UsageError
 from mlxroute.large.dialects import Dialect, get_dialect
 from mlxroute.large.dialects.json_fields import parse_object
 from mlxroute.large.dialects.tokenize_routes import find_tokenize_routes
@@ -178,7 +178,7 @@ def test_plain_text_in_a_raw_prompt_becomes_no_control_token() -> None:
 
 def test_a_raw_prompt_is_not_continued_by_a_server_of_conversations() -> None:
     for same in (True, False):
-        with pytest.raises(LargeNotContinued, match="only conversations"):
+        with pytest.raises(LargeUnsendable, match="only conversations"):
             builder_for(CHAT, same=same, tokens=None).build(raw(Span("ab")))
 
 

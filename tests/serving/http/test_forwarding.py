@@ -155,6 +155,7 @@ def test_a_busy_server_is_passed_on_with_its_pause(client: TestClient, server: L
     response = post(client, tools=_TOOLS)
     assert response.status_code == 429
     assert response.headers["Retry-After"] == "700"
+    assert "x-should-retry" not in response.headers
     assert response.json()["error"]["type"] == "rate_limit_error"
 
 
