@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 SETS = {
     "CommonsenseQA": "quality-qwen2.5-coder-0.5b-csqa-test-examples.json",
+    "GSM8K": "quality-qwen2.5-coder-0.5b-gsm8k-test-examples.json",
     "open prompts (F1)": "quality-qwen2.5-coder-0.5b-questions-open.json",
 }
 """The reports of the picture of all sets, by the name of the set."""
