@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def write_report(report: dict[str, Any], name: str, *, save: bool) -> int:
     """
     from mlxroute.bench.measurement import describe_environment
 
-    command = " ".join(["mlxroute", *sys.argv[1:]])
+    command = shlex.join(["mlxroute", *map(_without_password, sys.argv[1:])])
     report = {**describe_environment(command), **report}
     if save:
         file = RESULTS / f"{name}.json"
@@ -55,3 +56,11 @@ def write_report(report: dict[str, Any], name: str, *, save: bool) -> int:
     sys.stdout.write(json.dumps(report) + "\n")
     sys.stdout.flush()
     return EXIT_OK
+
+
+def _without_password(word: str) -> str:
+    """Return a word of the command line without the user and password of an address."""
+    from mlxroute.large.http.address import strip_secrets
+
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{flag}{equals}{strip_secrets(value)}" if "://" in value else word

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +158,17 @@ def test_a_bench_report_begins_with_its_command_and_environment(
     assert write_report({"kernels": []}, "kernels", save=False) == 0
     report = json.loads(capsys.readouterr().out)
     assert list(report) == ["command", "date", "machine", "versions", "kernels"]
+
+
+@pytest.mark.parametrize("flag", [["--large"], []])
+def test_the_command_of_a_bench_report_can_be_repeated_and_has_no_password(
+    flag: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = "http://me:hunter2@box:8000/v1"
+    large = [*flag, address] if flag else [f"--large={address}"]
+    words = ["bench", "quality", "--compare", "entropy 10%,small", *large]
+    monkeypatch.setattr("sys.argv", ["mlxroute", *words])
+    assert write_report({}, "quality", save=False) == 0
+    command = json.loads(capsys.readouterr().out)["command"]
+    shown = [word.replace("me:hunter2@", "") for word in words]
+    assert shlex.split(command) == ["mlxroute", *shown]
