@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def draw_sets(reports: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Plot both models alone and the sides of the shown routers, in a row for each set."""
+    """Plot, in a row for each set, both models alone and the sides of `SHOWN_ROUTERS`."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
