@@ -111,6 +111,9 @@ def load(
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer: the `mlx_lm` model, and its tokenizer or a FastTokenizer.
 
+    Any thread can use the model: all its arrays are evaluated, also those that are no weights, such
+    as scaled RoPE frequencies. A lazy array can be evaluated only in the thread that made it.
+
     Args:
         path: Model directory.
         adapter: Folder of LoRA weights as `mlx_lm.lora` writes. None (default) for none.
@@ -170,7 +173,7 @@ def _load_plain(path: Path, config: dict[str, Any]) -> tuple[Any, Any, int | Non
         model = load_plain_model(path, config)
         if on_cpu():
             _widen(model, kept=keep_embedding_narrow(model))
-        mx.eval(model.parameters())
+        mx.eval(model.state)
     fast = tokenizer.result()
     return None if fast is None else (model, fast, window)
 
@@ -185,7 +188,7 @@ def _load_with_mlx_lm(path: Path, config: dict[str, Any]) -> tuple[Any, Any, int
     if on_cpu():
         _widen(model)
         model = dequantize_model(model)
-    mx.eval(model.parameters())
+    mx.eval(model.state)
     tokenizer = load_full_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     # For an unknown token that is empty, transformers calls itself without end.
     list(tokenizer.all_special_ids)
@@ -216,7 +219,7 @@ def _add_adapter(model: Any, adapter: Path, path: Path) -> Any:
         ) from exc
     if on_cpu():
         _widen(model)
-    mx.eval(model.parameters())
+    mx.eval(model.state)
     return model
 
 
