@@ -44,15 +44,28 @@ def test_without_a_metal_gpu_the_graph_runs() -> None:
 def test_a_metal_kernel_that_passes_its_self_test_runs(
     with_metal: Callable[[Emulator | None], None],
 ) -> None:
-    with_metal(Emulator())
+    emulator = Emulator()
+    with_metal(emulator)
     assert select_kernel("auto", notify=no_notice) is metal_kernel.pack_signals
     assert select_kernel("metal", notify=no_notice) is metal_kernel.pack_signals
+    # The self-test ran every form of the kernel in every type.
+    for form in ("whole", "share", "merge"):
+        for kind in ("float_", "bfloat16_t_", "float16_t_"):
+            assert any(f"_signals_{form}__{kind}" in text for text in emulator.texts)
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("id < than.id", "id > than.id"),
+        # Only rows after the first one differ.
+        ("size_t(row) * size_t(size)", "size_t(row) * size_t(k)"),
+    ],
+)
 def test_a_wrong_metal_kernel_is_replaced_with_one_warning(
-    with_metal: Callable[[Emulator | None], None],
+    with_metal: Callable[[Emulator | None], None], right: str, wrong: str
 ) -> None:
-    with_metal(Emulator(mutate=lambda text: text.replace("id < than.id", "id > than.id")))
+    with_metal(Emulator(mutate=lambda text: text.replace(right, wrong)))
     lines: list[str] = []
 
     def notify(line: str) -> None:

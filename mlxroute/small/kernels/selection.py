@@ -60,17 +60,24 @@ def find_fault(kernel: Kernel) -> str | None:
     """
     for label, logits in _hard_rows():
         try:
-            computed = cast("list[float]", kernel(logits)[0].tolist())
+            computed = cast("list[list[float]]", kernel(logits).tolist())
         except (RuntimeError, ValueError) as exc:
             return f"it failed on {label} ({' '.join(str(exc).split())[:200]})"
-        expected = cast("list[float]", graph_kernel.pack_signals(logits)[0].tolist())
+        expected = cast("list[list[float]]", graph_kernel.pack_signals(logits).tolist())
         # In half precision the greedy id may differ, by how a logsumexp rounds.
-        token = slice(0, 2 if logits.dtype == mx.float32 else 0)
-        exact = [values[token] + values[HEADER_SIZE:] for values in (computed, expected)]
-        sums = zip(computed[2:HEADER_SIZE], expected[2:HEADER_SIZE], strict=True)
-        if exact[0] != exact[1] or not all(_is_close(a, b) for a, b in sums):
+        has_exact_ids = logits.dtype == mx.float32
+        rows = zip(computed, expected, strict=True)
+        if not all(_agrees(row, with_row, has_exact_ids=has_exact_ids) for row, with_row in rows):
             return f"it is wrong on {label}"
     return None
+
+
+def _agrees(computed: list[float], expected: list[float], *, has_exact_ids: bool) -> bool:
+    """Return whether two packed rows have the same ids, and the same sums but for rounding."""
+    token = slice(0, 2 if has_exact_ids else 0)
+    exact = [values[token] + values[HEADER_SIZE:] for values in (computed, expected)]
+    sums = zip(computed[2:HEADER_SIZE], expected[2:HEADER_SIZE], strict=True)
+    return exact[0] == exact[1] and all(_is_close(a, b) for a, b in sums)
 
 
 def _is_close(a: float, b: float) -> bool:
@@ -80,17 +87,26 @@ def _is_close(a: float, b: float) -> bool:
 
 
 def _hard_rows() -> list[tuple[str, mx.array]]:
-    """Return rows with special values, ties and uneven sizes, each with a label for messages."""
+    """Return logits [B, V] with special values, ties and uneven sizes, with labels for messages.
+
+    They run each form of the Metal kernel: threadgroups share a wide row, and one reads a short
+    one. Rows after the first begin at an offset.
+    """
     key = mx.random.key(0)
     wide = mx.random.normal((1, 50_257), key=key) * 4
     ties = mx.round(mx.random.normal((1, 9_001), key=key))
     masked = mx.where(ties > 0, ties, -mx.inf)
+    short = mx.random.normal((3, 300), key=key) * 4
     return [
         ("five values", mx.array([[0.5, -1.0, 2.0, 2.0, 0.0]])),
         ("a wide row", wide),
         ("a wide row in bfloat16", wide.astype(mx.bfloat16)),
         ("a row in float16", ties.astype(mx.float16)),
         ("ties", ties),
+        ("three wide rows", mx.random.normal((3, 9_001), key=key) * 4),
+        ("three short rows", short),
+        ("three short rows in bfloat16", short.astype(mx.bfloat16)),
+        ("three short rows in float16", short.astype(mx.float16)),
         ("masked values", masked),
         ("a NaN", mx.where(mx.arange(9_001) == 7, mx.nan, ties)),
         ("an infinity", mx.where(mx.arange(9_001) == 8_999, mx.inf, ties)),
