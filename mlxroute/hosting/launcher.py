@@ -26,6 +26,7 @@ from mlxroute.hosting.server_choice import choose_server
 from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import Transport
+from mlxroute.ports import check_port_free
 from mlxroute.types import Progress, no_progress
 from mlxroute.user_folders import check_temporary_folder
 
@@ -217,6 +218,7 @@ def _reserve(port: int | None) -> socket.socket:
     """
     bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
+        check_port_free("127.0.0.1", port or 0)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(("127.0.0.1", port or 0))
     except (OSError, OverflowError) as exc:

@@ -136,6 +136,23 @@ def test_a_port_in_use_is_one_clear_line(model: Path, tmp_path: Path) -> None:
         launch(model, tmp_path, port=99999)
 
 
+def test_a_port_of_all_addresses_is_in_use_on_loopback(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = taken.getsockname()[1]
+
+        class Lenient(socket.socket):
+            """Binds loopback beside all addresses, as macOS does."""
+
+            def bind(self, address: object) -> None:
+                super().bind(("127.0.0.1", 0))
+
+        monkeypatch.setattr(socket, "socket", Lenient)
+        with pytest.raises(LaunchError, match=rf"port {port} cannot be used \(.*in use\)"):
+            launch(tiny, tmp_path, port=port)
+
+
 def test_a_load_failure_names_the_reason_and_the_log(tiny: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()

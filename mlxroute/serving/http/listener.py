@@ -23,6 +23,7 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mlxroute.errors import UsageError
+from mlxroute.ports import check_port_free
 
 _MAX_HEAD_S: Final = 10.0
 _KEEP_ALIVE_S: Final = 15
@@ -194,6 +195,7 @@ def bind(host: str, port: int) -> socket.socket:
         raise UsageError(f"port must be from 0 to {_LAST_PORT}, not {port}", parameter="port")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
+        check_port_free(host, port)
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as exc:
         reason = exc.strerror or str(exc)

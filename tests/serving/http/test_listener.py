@@ -132,6 +132,15 @@ def test_an_address_in_use_is_refused(port: int) -> None:
         bind("127.0.0.1", port)
 
 
+def test_a_port_of_all_addresses_is_in_use_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    with bind("0.0.0.0", 0) as taken:
+        port = taken.getsockname()[1]
+        # macOS binds loopback beside all addresses.
+        monkeypatch.setattr(socket, "create_server", lambda *args, **options: socket.socket())
+        with pytest.raises(UsageError, match=f"cannot listen on port {port} .*in use"):
+            bind("127.0.0.1", port)
+
+
 def serve(path: Path, *arguments: str) -> tuple[subprocess.Popen[str], int]:
     """Start `mlxroute serve` with a tiny model on a free port."""
     process = subprocess.Popen(
