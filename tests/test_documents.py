@@ -146,6 +146,15 @@ def test_every_command_line_parses(page: Path) -> None:
                     raise AssertionError(f"{line}: {exc}") from exc
 
 
+@pytest.mark.parametrize(
+    "page", [*_PAGES, _ROOT / "CONTRIBUTING.md"], ids=lambda page: str(page.name)
+)
+def test_command_lines_have_no_comments(page: Path) -> None:
+    # An interactive zsh, the shell of a Mac, takes the words of a comment as arguments.
+    lines = [line for block in _blocks(page, "", "bash", "sh") for line in block.splitlines()]
+    assert not [line for line in lines if re.match(r"[\w./]+ .*\s# ", line)]
+
+
 def test_the_readme_has_command_lines_to_parse() -> None:
     assert len(_command_lines(_README)) >= 8
 
