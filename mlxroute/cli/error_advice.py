@@ -9,9 +9,11 @@ from mlxroute.errors import ContextTooLong, MlxRouteError
 _OTHER_FLAGS = {
     "timeout_s": "--timeout",
     "model": "--large-model",
-    "out": "--out",
+    "html": "--html",
+    "svg": "--svg",
     "plot": "--plot",
-    "port": "--port",
+    "question": "--question",
+    "learning_rate": "--learning-rate",
 }
 
 _LONG_CHAT = "; /reset starts a new conversation"

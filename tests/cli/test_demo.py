@@ -254,7 +254,7 @@ def test_a_damaged_question_file_is_named(content: str, tmp_path: Path) -> None:
 
 def test_an_empty_question_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--question", " "]) == 2
-    assert "the question is empty" in capsys.readouterr().err
+    assert "the question is empty (--question)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_show_does_not_replace_the_answer(
     link.symlink_to(saved)
     for target in (saved, link):
         assert main(["show", str(saved), flag, str(target)]) == 2
-        assert "is the saved answer; choose another name" in capsys.readouterr().err
+        assert f"is the saved answer; choose another name ({flag})" in capsys.readouterr().err
     assert saved.read_bytes() == before
 
 

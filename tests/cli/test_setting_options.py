@@ -115,6 +115,10 @@ def test_a_command_takes_the_settings_that_name_it_and_no_others() -> None:
             UsageError("unknown mode 'fast'; choose one of auto, wait", parameter="mode"),
             "unknown mode 'fast'; choose one of auto, wait (--mode)",
         ),
+        (
+            UsageError("the training diverged", parameter="learning_rate"),
+            "the training diverged (--learning-rate)",
+        ),
         (UsageError("the prompt is empty"), "the prompt is empty"),
         (UsageError("rows must be even", parameter="rows"), "rows must be even"),
         (
