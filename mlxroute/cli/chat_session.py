@@ -52,9 +52,6 @@ class ChatSession(Protocol):
     def routing(self) -> ChatRouting: ...
 
     @property
-    def modes(self) -> tuple[str, ...]: ...
-
-    @property
     def prices(self) -> Prices | None: ...
 
     @property

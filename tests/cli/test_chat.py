@@ -51,7 +51,6 @@ class ScriptedSession:
         self.conversation = Conversation()
         self.routing = ScriptedRouting()
         self.mode = "wait"
-        self.modes = ("wait", "overlap")
         self.prices: Prices | None = None
         # What finding out about the server takes.
         self.uploads = Uploads(requests=1, size_bytes=50, tokens=8, completion_tokens=1)
@@ -381,9 +380,9 @@ def test_threshold_shows_and_sets(chat: Chat, value: str, threshold: float, expe
 @pytest.mark.parametrize(
     ("value", "mode", "expected"),
     [
-        ("overlap", "overlap", "mode overlap; choices: wait, overlap"),
-        ("", "wait", "mode wait; choices: wait, overlap"),
-        ("fast", "wait", "error: unknown mode 'fast'; choose one of wait, overlap"),
+        ("overlap", "overlap", "mode overlap; choices: auto, wait, overlap, hedge"),
+        ("", "wait", "mode wait; choices: auto, wait, overlap, hedge"),
+        ("fast", "wait", "error: unknown mode 'fast'; choose one of auto, wait, overlap, hedge"),
     ],
 )
 def test_mode_shows_and_sets(chat: Chat, value: str, mode: str, expected: str) -> None:

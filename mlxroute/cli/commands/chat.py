@@ -17,6 +17,7 @@ from mlxroute.cli.shell_completion import complete_model
 from mlxroute.config import Settings, parse_share
 from mlxroute.errors import LargeError, MlxRouteError, UsageError
 from mlxroute.terminal_modes import TERMINAL
+from mlxroute.types import Mode
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -131,7 +132,7 @@ class _Chat:
         return {
             **dict.fromkeys(_COMMANDS, tuple),
             "/threshold": lambda: ("inf", "-inf"),
-            "/mode": lambda: self._session.modes,
+            "/mode": lambda: tuple(Mode),
             "/small": lambda: complete_model(""),
             "/save": None,
             "/load": None,
@@ -240,11 +241,10 @@ class _Chat:
 
     def _mode(self, value: str) -> None:
         if value:
-            if value not in self._session.modes:
-                choices = ", ".join(self._session.modes)
-                raise UsageError(f"unknown mode {value!r}; choose one of {choices}")
+            if value not in list(Mode):
+                raise UsageError(f"unknown mode {value!r}; choose one of {', '.join(Mode)}")
             self._session.mode = value
-        self.print_line(f"mode {self._session.mode}; choices: {', '.join(self._session.modes)}")
+        self.print_line(f"mode {self._session.mode}; choices: {', '.join(Mode)}")
 
     def _why(self, value: str) -> None:
         from mlxroute.view.answer_text import escalation_rows
