@@ -10,7 +10,7 @@ from mlxroute.catalog import Catalog, Model, Pair
 from mlxroute.cli.folders import cache_dir_of
 from mlxroute.config import Settings
 from mlxroute.config.setting_choices import EngineName
-from mlxroute.errors import NotEnoughSpace, UsageError
+from mlxroute.errors import NotEnoughSpace
 from mlxroute.weights import WeightsSize
 
 # A first try should not begin with a download of half an hour.
@@ -67,18 +67,10 @@ class Machine:
 
 
 def measure_machine(settings: Settings) -> Machine:
-    """Return what this machine runs models with, with the engine of the settings.
-
-    Raises UsageError for an unknown engine.
-    """
+    """Return what this machine runs models with, with the engine of the settings."""
     from mlxroute.backend import blas, memory
     from mlxroute.backend.load import on_cpu
 
-    if settings.engine not in list(EngineName):
-        raise UsageError(
-            f"unknown engine {settings.engine!r}; choose one of {', '.join(EngineName)}",
-            parameter="engine",
-        )
     blas.interpose(cache_dir_of(settings))
     available = sys.maxsize if settings.skip_memory_check else memory.available_bytes()
     return Machine(on_cpu(), available, settings.engine)

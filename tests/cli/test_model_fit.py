@@ -5,16 +5,9 @@ from __future__ import annotations
 import pytest
 
 from mlxroute.catalog import Catalog
-from mlxroute.cli.model_fit import (
-    Machine,
-    check_fits,
-    default_host_model,
-    demo_pairs,
-    measure_machine,
-)
+from mlxroute.cli.model_fit import Machine, check_fits, default_host_model, demo_pairs
 from mlxroute.cli.small_setup import default_small
-from mlxroute.config import Settings
-from mlxroute.errors import NotEnoughSpace, UsageError
+from mlxroute.errors import NotEnoughSpace
 
 GIB = 2**30
 CATALOG = Catalog.load()
@@ -111,8 +104,3 @@ def test_a_gguf_file_takes_about_its_size_of_memory() -> None:
     model = CATALOG.get_model("qwen2.5-coder-1.5b")
     assert cpu(8).served_bytes(model) < 2.1e9
     assert cpu(8, engine="mlx").served_bytes(model) > 7e9
-
-
-def test_an_unknown_engine_is_refused_with_the_choices() -> None:
-    with pytest.raises(UsageError, match="unknown engine 'metal'; choose one of auto, mlx"):
-        measure_machine(Settings(engine="metal"))
