@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -21,8 +21,6 @@ from mlxroute.recorded.large_answers import PlaceholderSmall
 from mlxroute.routers import make_router
 from mlxroute.safe_text import printable_line
 from mlxroute.types import (
-    Activity,
-    Event,
     Message,
     Mode,
     OnFailure,
@@ -134,21 +132,17 @@ def _answer_three_times(
         router=make_router("entropy", threshold=math.inf),
         max_tokens=MAX_TOKENS,
     )
-    small, _ = stage.show(alone, f"1. {pair.small} alone", f"{pair.small} alone", math.inf)
+    small = stage.show(alone, f"1. {pair.small} alone", f"{pair.small} alone", math.inf)
     routing = session.routing
     rule = routing.describe()
     if (allowance := routing.describe_budget()) is not None:
         rule = f"where it is least sure, for at most {allowance}"
     heading = f"2. {pair.small}, asking {pair.large} {rule}"
-    routed, tokens = stage.show(
-        session.answer(messages, on_failure=stage.notes),
-        heading,
-        "The routed answer",
-        routing.threshold,
-    )
+    answer = session.answer(messages, on_failure=stage.notes)
+    routed = stage.show(answer, heading, "The routed answer", routing.threshold)
     last = large_alone(session, messages, on_failure=stage.notes)
-    large, _ = stage.show(last, f"3. {pair.large} alone", f"{pair.large} alone", -math.inf)
-    return Story(small, routed, large, tokens)
+    large = stage.show(last, f"3. {pair.large} alone", f"{pair.large} alone", -math.inf)
+    return Story(small, routed, large, tuple(answer.tokens))
 
 
 def large_alone(
@@ -195,38 +189,6 @@ class _EndingSmall(PlaceholderSmall):
         return replace(super().extend(token_ids), token_id=self._end_id)
 
 
-class _KeptAnswer:
-    """An answer that keeps its tokens while it is shown."""
-
-    def __init__(self, answer: AnswerStream) -> None:
-        self._answer = answer
-        self.tokens: list[Token] = []
-
-    def __iter__(self) -> Iterator[Token]:
-        return (event for event in self.events() if isinstance(event, Token))
-
-    def events(self) -> Iterator[Event]:
-        for event in self._answer.events():
-            if isinstance(event, Token):
-                self.tokens.append(event)
-            yield event
-
-    def stats(self) -> RunStats:
-        return self._answer.stats()
-
-    @property
-    def activity(self) -> Activity:
-        return self._answer.activity
-
-    @property
-    def prefill_done(self) -> int:
-        return self._answer.prefill_done
-
-    @property
-    def prefill_total(self) -> int:
-        return self._answer.prefill_total
-
-
 class _Stage:
     """Shows one answer after the other, and judges each."""
 
@@ -237,14 +199,11 @@ class _Stage:
         self._err = err
         self.notes = FailureNotes(out, err)
 
-    def show(
-        self, answer: AnswerStream, heading: str, writer: str, threshold: float
-    ) -> tuple[DemoAnswer, tuple[Token, ...]]:
-        """Show an answer live below its heading; return it, judged, with its tokens."""
+    def show(self, answer: AnswerStream, heading: str, writer: str, threshold: float) -> DemoAnswer:
+        """Show an answer live below its heading, and return it judged."""
         self._err.print()
         self._err.print(heading, style="bold cyan", markup=False)
-        kept = _KeptAnswer(answer)
-        stats = LiveView(self._out, heat=self._heat, threshold=threshold).show(kept)
+        stats = LiveView(self._out, heat=self._heat, threshold=threshold).show(answer)
         self.notes.flush()
         conclusion = find_conclusion(stats.text)
         shown = DemoAnswer(
@@ -256,4 +215,4 @@ class _Stage:
             failure=_failure(stats) if threshold == -math.inf else None,
         )
         self._err.print(result_text(shown))
-        return shown, tuple(kept.tokens)
+        return shown

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from mlxroute.cli.terminal import make_fitting_table
-from mlxroute.safe_text import printable, printable_line
+from mlxroute.safe_text import printable
 from mlxroute.types import Token, Vocabulary
 from mlxroute.view import DemoAnswer, result_line
+from mlxroute.view.answer_text import shorten_context
 from mlxroute.view.figures import format_seconds, format_size
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _VERDICT_STYLES: Final = {"right": "bold green", "wrong": "bold red"}
-_CONTEXT_CHARACTERS: Final = 32
 _MAX_ROWS: Final = 16
 
 
@@ -55,7 +55,7 @@ def list_escalations(tokens: Sequence[Token], vocabulary: Vocabulary) -> list[Es
             large = escalation.large
             row = EscalatedToken(
                 number=token.index + 1,
-                before=_end_of(text),
+                before=shorten_context(text),
                 small=show((escalation.small_id,)),
                 large=None if large is None else show(large.token_ids),
                 agreed=escalation.agreed,
@@ -102,14 +102,6 @@ def table_of_answers(answers: Sequence[DemoAnswer], *, width: int) -> Table:
     ]
     columns = ("", "answer", "time", "tokens", "by large", "uploaded")
     return _table(columns, lines, width, optional=5)
-
-
-def _end_of(text: str) -> str:
-    """Return the last whole words of a text as one line, after "…" if there are words before."""
-    line = printable_line(text, limit=len(text) + 1)
-    if len(line) <= _CONTEXT_CHARACTERS:
-        return line
-    return "…" + line[-_CONTEXT_CHARACTERS:].partition(" ")[2]
 
 
 def _table(

@@ -83,6 +83,14 @@ def describe_decision(token: DocumentToken) -> str:
     return f"{text} ({scores}{prefetched})"
 
 
+def shorten_context(text: str) -> str:
+    """Return the last whole words of a text as one line, after "…" if there are words before."""
+    line = printable_line(text, limit=len(text) + 1)
+    if len(line) <= _CONTEXT_CHARACTERS:
+        return line
+    return "…" + line[-_CONTEXT_CHARACTERS:].partition(" ")[2]
+
+
 def _describe_origin(document: AnswerDocument) -> str:
     models, router = document.models, document.router
     if models.large is None:
@@ -97,9 +105,7 @@ def _describe_origin(document: AnswerDocument) -> str:
 
 
 def _escalation(token: DocumentToken, before: str, width: int) -> list[Row]:
-    line = printable_line(before, limit=len(before) + 1)
-    if len(line) > _CONTEXT_CHARACTERS:
-        line = "…" + line[-_CONTEXT_CHARACTERS:].partition(" ")[2]
+    line = shorten_context(before)
     head: list[_Part] = [(f"token {token.index + 1}", _BOLD)]
     if line:
         head.append((f", after {line}", _DIM))
