@@ -155,14 +155,6 @@ def show_answer(
     answer: AnswerStream, *, heat: bool, threshold: float, out: Console, err: Console
 ) -> int:
     """Show the answer live on a terminal, else as plain text; return 130 after Ctrl-C, else 0."""
-    if out.is_terminal:
-        return _show_live(answer, heat=heat, threshold=threshold, out=out, err=err)
-    return write_plain(answer, stream=sys.stdout, err=err)
-
-
-def _show_live(
-    answer: AnswerStream, *, heat: bool, threshold: float, out: Console, err: Console
-) -> int:
     from mlxroute.view import LiveView, summary_line
 
     code = EXIT_OK
@@ -171,23 +163,4 @@ def _show_live(
     except KeyboardInterrupt:
         code, stats = EXIT_INTERRUPTED, answer.stats()
     print_note(err, summary_line(stats))
-    return code
-
-
-def write_plain(answer: AnswerStream, *, stream: TextIO, err: Console) -> int:
-    """Write committed text to `stream` as it is decoded, then a summary line to stderr.
-
-    Returns 130 after Ctrl-C, else 0.
-    """
-    from mlxroute.view import PlainWriter, summary_line
-
-    writer = PlainWriter(stream)
-    code = EXIT_OK
-    try:
-        for token in answer:
-            writer.write(token.text)
-    except KeyboardInterrupt:
-        code = EXIT_INTERRUPTED
-    writer.finish()
-    print_note(err, summary_line(answer.stats()))
     return code

@@ -85,8 +85,12 @@ class LiveView:
         try:
             for token in answer:
                 writer.write(token.text)
-        finally:
-            writer.finish()
+        except BaseException:
+            # An answer that failed before its first word leaves no empty line.
+            if writer.has_text:
+                writer.finish()
+            raise
+        writer.finish()
 
     def _style(self, token: Token) -> Style:
         if not self._heat:

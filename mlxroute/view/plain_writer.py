@@ -8,9 +8,17 @@ from mlxroute.safe_text import printable
 
 
 class PlainWriter:
-    """Writes an answer to a stream as it is generated, and ends it with exactly one newline."""
+    """Writes an answer to a stream as it is generated, and ends it with exactly one newline.
+
+    Args:
+        stream: Where the answer is written.
+
+    Attributes:
+        has_text: Whether any text has been written.
+    """
 
     def __init__(self, stream: IO[str]) -> None:
+        self.has_text = False
         self._stream = stream
         self._held_newlines = ""
 
@@ -20,6 +28,7 @@ class PlainWriter:
         body = text.rstrip("\n")
         self._held_newlines = text[len(body) :]
         if body:
+            self.has_text = True
             self._stream.write(body)
             self._stream.flush()
 

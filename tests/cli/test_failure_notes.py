@@ -13,7 +13,12 @@ from rich.console import Console
 
 from mlxroute.cli import main
 from mlxroute.cli.failure_notes import FailureNotes, failure_note
+from mlxroute.cli.terminal import make_consoles, show_answer
+from mlxroute.engine import generate
+from mlxroute.errors import LargeTimeout
+from mlxroute.routers import EntropyRouter
 from mlxroute.types import CallFailure
+from tests.support.fakes import ScriptedLarge, ScriptedSmall
 from tests.support.hosted_servers import PROVIDERS, HostedServer
 from tests.support.known_answers import write_known
 from tests.support.loopback import Loopback, Reply, Request
@@ -251,3 +256,21 @@ def test_a_password_on_the_command_line_has_a_warning_and_wins_over_a_key(
     assert "visible to other users of this machine" in captured.err.splitlines()[0]
     stored = (Path(os.environ["MLXROUTE_CACHE_DIR"]) / "endpoints.json").read_text()
     assert "s3cret" not in captured.out + captured.err + stored
+
+
+@pytest.mark.parametrize(("position", "text"), [(0, ""), (2, "ab\n")])
+def test_a_strict_answer_that_fails_ends_the_line_that_it_began(
+    position: int, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = generate(
+        ScriptedSmall(b"abc", entropies={position: 2.0}),
+        ScriptedLarge([LargeTimeout("no reply")]),
+        "hi",
+        router=EntropyRouter(1.0),
+        mode="wait",
+        strict=True,
+    )
+    out, err = make_consoles()
+    with pytest.raises(LargeTimeout):
+        show_answer(answer, heat=False, threshold=1.0, out=out, err=err)
+    assert capsys.readouterr().out == text

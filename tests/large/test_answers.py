@@ -22,7 +22,7 @@ import pytest
 from rich.console import Console
 
 from mlxroute.cli.json_lines import token_object, write_object
-from mlxroute.cli.terminal import write_plain
+from mlxroute.cli.terminal import show_answer
 from mlxroute.engine import Answer, Options
 from mlxroute.errors import (
     LargeError,
@@ -266,7 +266,8 @@ def play(stage: Stage, authority: Authority, fault: Fault, rng: random.Random) -
             options=Options(timeout_s=0.08 if fault.slow else 30.0, mode=Mode.WAIT),
         )
         recorded, out, err = _Recorded(answer), io.StringIO(), io.StringIO()
-        write_plain(recorded, stream=out, err=Console(file=err))  # type: ignore[arg-type]
+        consoles = {"out": Console(file=out), "err": Console(file=err)}
+        show_answer(recorded, heat=False, threshold=1.0, **consoles)  # type: ignore[arg-type]
         for token in recorded.tokens:
             write_object(token_object(token), out)
         output = [out.getvalue(), err.getvalue(), repr(large), repr(vars(large))]
