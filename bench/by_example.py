@@ -31,7 +31,8 @@ from mlxroute.errors import LargeNotContinued
 from mlxroute.tokenizers.chat_tokenizer import ChatTokenizer
 from mlxroute.types import Uploads, no_notice, no_progress
 from mlxroute.types.limits import MAX_PREFETCH
-from mlxroute.weights import default_cache_dir, resolve
+from mlxroute.user_folders import cache_folder
+from mlxroute.weights import resolve
 
 PROMPTS = Path(__file__).parent / "prompts" / "begun_answers.jsonl"
 TOKENS, POSITIONS, INSIDE_WORDS = 160, 20, 4
@@ -116,7 +117,7 @@ def load_tokenizer(model: str) -> ChatTokenizer:
     folder = resolve(
         model,
         catalog=Catalog.load(),
-        cache_dir=default_cache_dir(),
+        cache_dir=cache_folder(),
         offline=False,
         progress=no_progress,
         notify=no_notice,

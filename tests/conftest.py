@@ -12,11 +12,11 @@ from hypothesis import settings
 from mlxroute.backend import blas
 from mlxroute.large.http import retry
 from mlxroute.large.negotiation import running_servers
+from mlxroute.user_folders import cache_folder
 from mlxroute.view.live_area import REWRAPPING_VARIABLES
-from mlxroute.weights import default_cache_dir
 
 # Read before a fixture hides the user's settings from the tests.
-CACHE_DIR = Path(os.environ.get("MLXROUTE_CACHE_DIR") or default_cache_dir())
+CACHE_DIR = Path(os.environ.get("MLXROUTE_CACHE_DIR") or cache_folder())
 # Each worker holds the small model in memory, and all of them share one GPU.
 MAX_WORKERS = 2
 # No test depends on the speed of the machine.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
-from mlxroute.user_folders import expand_user
+from mlxroute.user_folders import cache_folder, expand_user
 
 RESULTS = Path("bench", "results")
 # File systems allow 255 bytes; a character has up to 4.
@@ -16,9 +16,7 @@ _NAME_CHARACTERS = 50
 
 def cache_dir_of(settings: Settings) -> Path:
     """Return the folder of the model weights."""
-    from mlxroute.weights import default_cache_dir
-
-    return expand_user(settings.cache_dir) if settings.cache_dir else default_cache_dir()
+    return expand_user(settings.cache_dir) if settings.cache_dir else cache_folder()
 
 
 def expand_optional(path: str | None) -> Path | None:

@@ -27,8 +27,8 @@ from mlxroute.types import (
     no_notice,
     no_progress,
 )
-from mlxroute.user_folders import check_temporary_folder
-from mlxroute.weights import accept_any_size, default_cache_dir, resolve
+from mlxroute.user_folders import cache_folder, check_temporary_folder
+from mlxroute.weights import accept_any_size, resolve
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -144,7 +144,7 @@ class SmallModel:
             UsageError: The adapter or the kernel cannot be used.
         """
         check_temporary_folder()
-        cache_dir = cache_dir or default_cache_dir()
+        cache_dir = cache_dir or cache_folder()
         local = resolve(
             str(spec),
             catalog=Catalog.load(user_catalog_dir()),

@@ -4,7 +4,6 @@ from mlxroute.weights.request import CheckSize, LocalModel, WeightsSize, accept_
 from mlxroute.weights.resolve import (
     CachedModel,
     check_sources,
-    default_cache_dir,
     list_cached,
     pull,
     resolve,
@@ -17,7 +16,6 @@ __all__ = [
     "WeightsSize",
     "accept_any_size",
     "check_sources",
-    "default_cache_dir",
     "list_cached",
     "pull",
     "resolve",

@@ -15,7 +15,6 @@ from pathlib import Path
 from mlxroute.catalog import Catalog
 from mlxroute.errors import CorruptWeights
 from mlxroute.types import Notify, Progress
-from mlxroute.user_folders import cache_folder
 from mlxroute.weights.model_sources import Sources
 from mlxroute.weights.request import (
     CheckSize,
@@ -43,11 +42,6 @@ class CachedModel:
     path: Path
     source: str | None
     size_bytes: int
-
-
-def default_cache_dir() -> Path:
-    """Return the platform's cache folder for mlxroute."""
-    return cache_folder()
 
 
 def resolve(

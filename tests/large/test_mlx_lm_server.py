@@ -28,7 +28,8 @@ from mlxroute.recorded.large_answers import write_large_answers
 from mlxroute.recorded.replies import Replies
 from mlxroute.small import SmallModel
 from mlxroute.types import LargeContext, Vocabulary, no_notice, no_progress
-from mlxroute.weights import default_cache_dir, resolve
+from mlxroute.user_folders import cache_folder
+from mlxroute.weights import resolve
 from tests.support.tiny import make_tiny_model, teach_days
 
 PROMPTS = ["the lazy dog", "def main():", "answers everything"]
@@ -231,7 +232,7 @@ def test_200_calls_along_smollm2s_answers_leave_the_server_alive(tmp_path: Path)
     resolved = resolve(
         "smollm2-135m",
         catalog=Catalog.load(),
-        cache_dir=default_cache_dir(),
+        cache_dir=cache_folder(),
         offline=False,
         progress=no_progress,
         notify=no_notice,
