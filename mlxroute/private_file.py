@@ -7,14 +7,17 @@ from pathlib import Path
 
 from mlxroute.errors import UsageError
 from mlxroute.replace_file import replace_file
+from mlxroute.user_folders import expand_user
 
 
 def expand_path(path: Path) -> Path:
-    """Return a path that a user typed with `~` expanded. Raises UsageError for a NUL character."""
+    """Return a path that a user typed, expanded as by `expand_user`.
+
+    Raises also UsageError for a NUL character.
+    """
     if "\0" in str(path):
         raise UsageError("a file name cannot contain a NUL character")
-    # Path.expanduser raises for an unknown user; this leaves the path as it is.
-    return Path(os.path.expanduser(path))
+    return expand_user(path)
 
 
 def write_private(path: Path, data: bytes) -> None:

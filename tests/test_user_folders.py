@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from mlxroute.catalog import Catalog
 from mlxroute.cli.app import main
 from mlxroute.config import default_config_path
 from mlxroute.errors import ConfigError, UsageError
+from mlxroute.private_file import expand_path
+from mlxroute.types import no_notice, no_progress
 from mlxroute.user_folders import (
     cache_folder,
     check_temporary_folder,
@@ -20,6 +23,7 @@ from mlxroute.user_folders import (
     expand_user,
     state_folder,
 )
+from mlxroute.weights import resolve
 
 _VARIABLES = ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME", "MLXROUTE_CONFIG")
 
@@ -77,6 +81,21 @@ def test_a_tilde_is_expanded_and_an_unknown_user_refused(
     assert default_config_path() == tmp_path / "own.toml"
     with pytest.raises(UsageError, match="there is no user 'nobody-of-this-name'"):
         expand_user("~nobody-of-this-name/a")
+
+
+def test_a_file_or_a_model_in_the_folder_of_an_unknown_user_is_refused(tmp_path: Path) -> None:
+    unknown = "~nobody-of-this-name/a"
+    with pytest.raises(UsageError, match="there is no user 'nobody-of-this-name'"):
+        expand_path(Path(unknown))
+    with pytest.raises(UsageError, match="there is no user 'nobody-of-this-name'"):
+        resolve(
+            unknown,
+            catalog=Catalog.load(),
+            cache_dir=tmp_path,
+            offline=True,
+            progress=no_progress,
+            notify=no_notice,
+        )
 
 
 @pytest.mark.parametrize("path", ["", "/nonexistent"])

@@ -15,6 +15,7 @@ from pathlib import Path
 from mlxroute.catalog import Catalog, Model
 from mlxroute.errors import SourceUnreachable, WeightsError
 from mlxroute.types import Notify, Progress
+from mlxroute.user_folders import expand_user
 from mlxroute.weights.request import (
     CheckSize,
     LocalModel,
@@ -215,7 +216,7 @@ class Sources:
 def _user_path(spec: str) -> Path:
     if "\0" in spec:
         raise WeightsError("the name of a model cannot contain a NUL character")
-    return Path(os.path.expanduser(spec))
+    return expand_user(spec)
 
 
 def _user_directory(spec: str, path: Path) -> LocalModel:

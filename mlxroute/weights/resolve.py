@@ -75,6 +75,8 @@ def resolve(
         NotEnoughSpace: The disk has too little free space, or `check_size` raised it.
         WeightsError: No source has the model, or `offline` forbids fetching it, or there is no
             GGUF file of it.
+        UsageError: `spec` begins with `~NAME`, and there is no such user.
+        ConfigError: `spec` begins with `~`, and no home folder is known.
     """
     sources = Sources(catalog, progress, notify, check_size)
     request = sources.parse_for_llama_cpp(spec) if as_gguf else sources.parse(spec)
