@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxroute.cli.folders import find_bench_file
+from mlxroute.cli.folders import expand_optional, find_bench_file
 from mlxroute.cli.large_setup import check_sendable
 from mlxroute.errors import ContextTooLong, UsageError
 
@@ -58,3 +58,12 @@ def check_questions_fit(
             render_prompt(small, question_messages(question, examples))
         except ContextTooLong as exc:
             raise ContextTooLong(f"question {question.name}: {exc}") from exc
+
+
+def count_trained(settings: Settings, questions: list[Question]) -> int:
+    """Return how many of the questions the adapter of the settings was trained with."""
+    from mlxroute.backend.adapter_folder import read_trained_questions
+
+    adapter = expand_optional(settings.adapter)
+    trained = frozenset() if adapter is None else read_trained_questions(adapter)
+    return sum(question.fingerprint in trained for question in questions)

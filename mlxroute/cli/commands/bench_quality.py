@@ -11,7 +11,6 @@ import typer
 from mlxroute.cli.flags import AtOnce, Examples, Plot, Save, Shots
 from mlxroute.cli.folders import (
     cache_dir_of,
-    expand_optional,
     find_bench_file,
     model_file_name,
     record_path,
@@ -22,6 +21,7 @@ from mlxroute.cli.setting_options import parse_budget
 from mlxroute.cli.worked_examples import (
     check_questions_fit,
     check_questions_sendable,
+    count_trained,
     read_examples,
 )
 from mlxroute.config import Settings
@@ -274,11 +274,7 @@ def check_unseen(head: MlpHead | None, questions: list[Question]) -> None:
 
 def check_unused_by_adapter(settings: Settings, questions: list[Question]) -> None:
     """Raise UsageError if the adapter of the settings was trained with one of the questions."""
-    from mlxroute.backend.adapter_folder import read_trained_questions
-
-    adapter = expand_optional(settings.adapter)
-    trained = frozenset() if adapter is None else read_trained_questions(adapter)
-    count = sum(question.fingerprint in trained for question in questions)
+    count = count_trained(settings, questions)
     if count:
         raise UsageError(
             f"the adapter was trained with {count} of these {len(questions)} questions, so their"

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
-from mlxroute.cli.folders import cache_dir_of, data_name, expand_optional, hash_file
+from mlxroute.cli.folders import cache_dir_of, data_name, hash_file
 from mlxroute.cli.model_pair import load_paired_small, open_replies
 from mlxroute.cli.terminal import show_status
 from mlxroute.cli.worked_examples import (
     check_questions_fit,
     check_questions_sendable,
+    count_trained,
     read_examples,
 )
 from mlxroute.config import Settings, user_catalog_dir
@@ -230,12 +231,9 @@ def _fit_to_advantages(
 
 def warn_of_trained_questions(settings: Settings, questions: list[Question], err: Console) -> None:
     """Print a warning if the adapter of the settings was trained with some of the questions."""
-    from mlxroute.backend.adapter_folder import read_trained_questions
     from mlxroute.cli.terminal import WARNING_STYLE, print_note
 
-    adapter = expand_optional(settings.adapter)
-    trained = frozenset() if adapter is None else read_trained_questions(adapter)
-    count = sum(question.fingerprint in trained for question in questions)
+    count = count_trained(settings, questions)
     if count:
         print_note(
             err,
