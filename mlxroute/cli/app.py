@@ -113,8 +113,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _usage_message(exc: typer.TyperException) -> str:
-    text = str(exc.format_message()) if hasattr(exc, "format_message") else str(exc)
-    return text.replace("Value error, ", "")
+    return str(exc.format_message()).replace("Value error, ", "")
 
 
 def _fail(text: str, code: int) -> int:

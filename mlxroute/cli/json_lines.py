@@ -7,7 +7,6 @@ library cannot change the output.
 from __future__ import annotations
 
 import json
-import math
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mlxroute.answers.document import AnswerSummary
@@ -106,15 +105,6 @@ def summary_object(stats: RunStats, session: Session) -> dict[str, Any]:
 
 
 def write_object(value: dict[str, Any], stream: TextIO) -> None:
-    """Write one line of JSON and flush it."""
-    stream.write(json.dumps(_replace_non_finite(value)) + "\n")
+    """Write one line of JSON and flush it; infinities and NaN are "inf", "-inf" and "nan"."""
+    stream.write(json.dumps(to_json(value)) + "\n")
     stream.flush()
-
-
-def _replace_non_finite(value: Any) -> Any:
-    """Return a value with infinities and NaN, which JSON lacks, as "inf", "-inf" and "nan"."""
-    if isinstance(value, dict):
-        return {key: _replace_non_finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_replace_non_finite(item) for item in value]
-    return value if not isinstance(value, float) or math.isfinite(value) else repr(value)

@@ -15,6 +15,7 @@ from mlxroute.cli.worked_examples import check_questions_fit, read_examples
 from mlxroute.config import Settings, user_catalog_dir
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from mlxroute.catalog.score_ranks import ScoreRanks
@@ -43,7 +44,7 @@ def calibrate(
     _, err = make_consoles()
     sampled = sample_files(data, questions)
     worked = read_examples(examples, shots, sampled)
-    ranks = _measure_ranks(settings, data, sampled, worked, max_tokens=tokens)
+    ranks = _measure_ranks(settings, data, sampled, worked, err, max_tokens=tokens)
     err.print(_threshold_table(ranks))
     file = ranks.write(user_catalog_dir())
     print_note(
@@ -58,14 +59,13 @@ def _measure_ranks(
     data: list[Path],
     questions: list[Question],
     examples: list[Question],
+    err: Console,
     *,
     max_tokens: int,
 ) -> ScoreRanks:
     from mlxroute.cli.progress import ByteProgress, count_progress
     from mlxroute.cli.small_setup import load_small
-    from mlxroute.cli.terminal import make_consoles
 
-    _, err = make_consoles()
     with ByteProgress(err) as bytes_progress:
         small = load_small(settings, bytes_progress)
     check_questions_fit(small, questions, examples)
