@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from mlxroute.types import CallFailure, Judgement, Message, Mode, RunStats, Source, StopReason
+
+if TYPE_CHECKING:
+    from mlxroute.engine import Options
 
 Bytes = bytes
 """The type, where a field has its name."""
@@ -184,6 +188,23 @@ class OptionsRecord:
     top_p: float
     seed: int | None
     never_send: int
+
+    @classmethod
+    def of(cls, options: Options) -> OptionsRecord:
+        """Return the record of the options."""
+        sampling = options.sampling
+        return cls(
+            mode=options.mode,
+            prefetch=options.prefetch,
+            call_ceiling=options.call_ceiling,
+            accept_within=options.accept_within,
+            max_tokens=options.max_tokens,
+            stop=options.stop,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            never_send=len(options.never_send),
+        )
 
 
 @dataclass(frozen=True, slots=True)

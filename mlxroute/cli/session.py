@@ -1,4 +1,4 @@
-"""A session: what one run of `ask`, `chat` or `demo` keeps between answers."""
+"""A session: what one run of `ask`, `chat`, `demo` or `serve` keeps between answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxroute.cli.answer_origin import make_origin
 from mlxroute.cli.error_advice import error_message
 from mlxroute.cli.large_setup import first_reply_status, make_large, open_ledger
 from mlxroute.cli.routing import (
@@ -21,14 +20,13 @@ from mlxroute.cli.routing import (
     make_routing,
 )
 from mlxroute.cli.server_offers import no_large_lines
-from mlxroute.cli.small_setup import load_small, small_name
+from mlxroute.cli.small_setup import default_small, load_small, small_name
 from mlxroute.cli.terminal import WARNING_STYLE, print_note
 from mlxroute.cli.vocabulary_note import pair_vocabularies
 from mlxroute.config import Settings, read_never_send, read_prices, user_catalog_dir
 from mlxroute.conversation import Conversation
 from mlxroute.errors import LargeError, LargeUnrecorded, UsageError
 from mlxroute.ledger import Ledger
-from mlxroute.routers import make_router
 from mlxroute.safe_text import printable
 from mlxroute.types import (
     Message,
@@ -43,8 +41,10 @@ from mlxroute.types import (
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mlxroute.answers.document import ModelPair
     from mlxroute.answers.recorded_answer import RecordedAnswer
     from mlxroute.catalog import Pair
+    from mlxroute.engine import Options
     from mlxroute.large import LargeModel
     from mlxroute.small import SmallModel
 
@@ -86,7 +86,6 @@ class Session:
         self.large = large
         self.routing = routing
         self.prices = prices
-        self.modes = tuple(Mode)
         self.mode: str = settings.mode
         self.conversation = Conversation(system=settings.system)
         self.never_send = never_send
@@ -105,45 +104,66 @@ class Session:
         """The time limit of one call, in seconds."""
         return self._settings.timeout
 
-    def answer(
-        self, messages: Sequence[Message], *, on_failure: OnFailure = ignore_failure
-    ) -> RecordedAnswer:
-        """Start to answer a conversation; `on_failure` as in `generate`."""
-        from mlxroute.answers.recorded_answer import RecordedAnswer
-        from mlxroute.answers.reply_recorder import ReplyRecorder
-        from mlxroute.engine import generate
+    @property
+    def options(self) -> Options:
+        """The options of the next answer."""
+        from mlxroute.engine import Options, parse_mode
+        from mlxroute.types import Sampling
 
         settings = self._settings
-        recorder = None if self.large is None else ReplyRecorder(self.large)
-        router = self.routing.router
-        origin = make_origin(
-            messages,
-            self.small,
-            self.large,
-            router,
-            settings,
-            mode=self.mode,
-            call_ceiling=self.call_ceiling,
-            never_send=len(self.never_send),
-        )
-        answer = generate(
-            self.small,
-            recorder,
-            messages,
-            router=router,
+        return Options(
             max_tokens=settings.max_tokens,
             stop=settings.stop,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=settings.seed,
+            sampling=Sampling(settings.temperature, settings.top_p, settings.seed),
             timeout_s=settings.timeout,
             strict=settings.strict,
             never_send=self.never_send,
             prices=self.prices,
-            mode=self.mode,
+            mode=parse_mode(self.mode),
             prefetch=settings.prefetch,
             call_ceiling=self.call_ceiling,
             accept_within=settings.accept_within,
+        )
+
+    @property
+    def model_pair(self) -> ModelPair:
+        """The models as answer documents name them."""
+        from mlxroute.answers.document import ModelPair
+
+        settings, large = self._settings, self.large
+        return ModelPair(
+            small=self.small.name,
+            small_spec=settings.small or default_small(),
+            adapter=settings.adapter,
+            large=None if large is None else large.model_name,
+            large_url=None if large is None else large.base_url,
+        )
+
+    def answer(
+        self, messages: Sequence[Message], *, on_failure: OnFailure = ignore_failure
+    ) -> RecordedAnswer:
+        """Start to answer a conversation; `on_failure` as in `generate`."""
+        from mlxroute.answers.document import OptionsRecord
+        from mlxroute.answers.recorded_answer import AnswerOrigin, RecordedAnswer
+        from mlxroute.answers.reply_recorder import ReplyRecorder
+        from mlxroute.answers.router_record import record_router
+        from mlxroute.engine import Answer
+
+        recorder = None if self.large is None else ReplyRecorder(self.large)
+        router, options = self.routing.router, self.options
+        origin = AnswerOrigin(
+            messages=list(messages),
+            vocabulary=self.small.vocabulary,
+            models=self.model_pair,
+            router=record_router(router),
+            options=OptionsRecord.of(options),
+        )
+        answer = Answer(
+            self.small,
+            recorder,
+            messages,
+            router=router,
+            options=options,
             experience=self._experience,
             on_failure=on_failure,
         )
@@ -220,13 +240,15 @@ class Session:
 
     def warnings(self, stats: RunStats) -> list[str]:
         """Return the warnings about an answer, each kind once in a session."""
+        from mlxroute.view.figures import format_count
+
         warnings = {}
         is_said = any(failure.reason == self._ledger.failure for failure in stats.failures)
         if self._ledger.failure and not is_said:
             warnings["ledger"] = self._ledger.failure
         if stats.withheld:
-            noun = "position" if stats.withheld == 1 else "positions"
-            warnings["withheld"] = f"{stats.withheld:,} {noun} kept local by --never-send"
+            withheld = format_count(stats.withheld, "position")
+            warnings["withheld"] = f"{withheld} kept local by --never-send"
         if self.large is not None and self.large.neutralised:
             names = ", ".join(map(printable, self.large.neutralised[:_MAX_NAMES]))
             warnings["neutralised"] = (
@@ -269,7 +291,7 @@ def open_session(
     """
     from mlxroute.cli.progress import ByteProgress
 
-    _check_settings(settings)
+    _check_head(settings)
     never_send = read_never_send(settings)
     with ExitStack() as resources:
         ledger = resources.enter_context(open_ledger(settings))
@@ -337,24 +359,10 @@ def _find_prices(settings: Settings, large: LargeModel | None) -> Prices | None:
     return Catalog.load(user_catalog_dir()).find_prices(large.model_name)
 
 
-def _check_settings(settings: Settings) -> None:
-    """Raise UsageError for a bad value before anything is fetched or loaded."""
-    from mlxroute.engine import Options, parse_mode
-    from mlxroute.types import Sampling
-
-    name = choose_router_name(settings)
-    if name == HEAD_ROUTER or settings.head is not None:
+def _check_head(settings: Settings) -> None:
+    """Raise UsageError for a head that is not there, before anything is fetched or loaded."""
+    if choose_router_name(settings) == HEAD_ROUTER or settings.head is not None:
         head_file(small_name(settings), settings.head)
-    make_router(name, threshold=0.0 if settings.threshold is None else settings.threshold)
-    Options(
-        max_tokens=settings.max_tokens,
-        sampling=Sampling(settings.temperature, settings.top_p, settings.seed),
-        timeout_s=settings.timeout,
-        mode=parse_mode(settings.mode),
-        call_ceiling=settings.call_ceiling,
-        accept_within=settings.accept_within,
-        prefetch=settings.prefetch,
-    )
 
 
 def _connect_large(settings: Settings, ledger: Ledger, err: Console) -> LargeModel | None:

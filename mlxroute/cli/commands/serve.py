@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mlxroute.config import Settings
@@ -39,7 +40,7 @@ def serve(settings: Settings) -> int:
         with serving_in_thread(create_loading_app(rules), listener):
             session = open_session(settings, err, command="serve")
         try:
-            serving = make_serving_session(session, settings)
+            serving = make_serving_session(session)
             app = create_app(serving, limits=limits, rules=rules, notify=notify)
             with app.state.endpoint as endpoint:
                 print_note(err, f"ready: {session.describe()}; Ctrl-C ends it")
@@ -49,40 +50,19 @@ def serve(settings: Settings) -> int:
     return 0
 
 
-def make_serving_session(session: Session, settings: Settings) -> ServingSession:
+def make_serving_session(session: Session) -> ServingSession:
     """Return what an endpoint needs of a session."""
-    from mlxroute.answers.document import ModelPair
-    from mlxroute.cli.small_setup import default_small
-    from mlxroute.engine import Options, parse_mode
     from mlxroute.serving.http.serving_session import ServingSession
-    from mlxroute.types import Sampling
 
-    large = session.large
     return ServingSession(
         small=session.small,
-        large=large,
+        large=session.large,
         make_router=lambda budget, threshold: session.routing.new_router(
             budget=budget, threshold=threshold
         ),
-        options=Options(
-            max_tokens=settings.max_tokens,
-            sampling=Sampling(settings.temperature, settings.top_p, settings.seed),
-            timeout_s=settings.timeout,
-            strict=settings.strict,
-            never_send=session.never_send,
-            prices=session.prices,
-            mode=parse_mode(settings.mode),
-            prefetch=settings.prefetch,
-            call_ceiling=session.call_ceiling,
-            accept_within=settings.accept_within,
-        ),
-        models=ModelPair(
-            small=session.small.name,
-            small_spec=settings.small or default_small(),
-            adapter=settings.adapter,
-            large=None if large is None else large.model_name,
-            large_url=None if large is None else large.base_url,
-        ),
+        # A stop text is no setting of `serve`: requests name theirs.
+        options=replace(session.options, stop=()),
+        models=session.model_pair,
         redact=session.redact,
     )
 

@@ -146,7 +146,7 @@ class AnswerEndpoint(Closeable):
             vocabulary=session.small.vocabulary,
             models=replace(models, large=None, large_url=None) if is_local else models,
             router=router_record,
-            options=_record_options(fields),
+            options=OptionsRecord.of(fields.options),
             id=asked.answer_id,
             prompt_text=running.prompt.text if asked.is_continued else None,
         )
@@ -188,22 +188,6 @@ class AnswerEndpoint(Closeable):
         data = format_document(document, redact=self.session.redact)
         self.store.add(asked.answer_id, asked.owner, data)
         self.notify(_describe(asked.fields.role, run))
-
-
-def _record_options(fields: AnswerFields) -> OptionsRecord:
-    options, sampling = fields.options, fields.options.sampling
-    return OptionsRecord(
-        mode=options.mode,
-        prefetch=options.prefetch,
-        call_ceiling=options.call_ceiling,
-        accept_within=options.accept_within,
-        max_tokens=options.max_tokens,
-        stop=options.stop,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        seed=sampling.seed,
-        never_send=len(options.never_send),
-    )
 
 
 def _describe(role: ModelRole, run: RunStats) -> str:

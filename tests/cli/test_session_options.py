@@ -1,0 +1,83 @@
+"""The options of a session's answers, in a terminal and in an endpoint."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from mlxroute.answers.document import ModelPair, OptionsRecord
+from mlxroute.catalog.score_ranks import ScoreRanks
+from mlxroute.cli.commands.serve import make_serving_session
+from mlxroute.cli.routing import RoutingRule
+from mlxroute.cli.session import Session
+from mlxroute.config import Settings
+from mlxroute.engine import Options
+from mlxroute.ledger import Ledger
+from mlxroute.routers import make_router
+from mlxroute.types import Mode, Prices, Sampling
+from tests.support.fakes import ScriptedLarge, ScriptedSmall
+
+PRICES = Prices(input=2.0, cached_input=0.5, output=8.0)
+PATTERNS = (re.compile("secret"),)
+SETTINGS = Settings(
+    small="folder/tiny",
+    adapter="folder/adapter",
+    mode="hedge",
+    prefetch=3,
+    call_ceiling=2.0,
+    accept_within=0.5,
+    max_tokens=7,
+    temperature=0.8,
+    top_p=0.9,
+    seed=11,
+    stop=("END",),
+    timeout=4.0,
+    strict=True,
+)
+OPTIONS = Options(
+    max_tokens=7,
+    stop=("END",),
+    sampling=Sampling(0.8, 0.9, 11),
+    timeout_s=4.0,
+    strict=True,
+    never_send=PATTERNS,
+    prices=PRICES,
+    mode=Mode.HEDGE,
+    prefetch=3,
+    call_ceiling=2.0,
+    accept_within=0.5,
+)
+
+
+def make_session() -> Session:
+    return Session(
+        ScriptedSmall(b"x"),  # type: ignore[arg-type]
+        ScriptedLarge([b"x"]),  # type: ignore[arg-type]
+        SETTINGS,
+        routing=RoutingRule(
+            make_router("entropy", threshold=1.0), ScoreRanks("tiny", "none", 0, {}), has_large=True
+        ),
+        ledger=Ledger(),
+        never_send=PATTERNS,
+        prices=PRICES,
+    )
+
+
+def test_an_answer_has_the_options_of_the_settings_and_its_document_says_so() -> None:
+    session = make_session()
+    assert session.options == OPTIONS
+    origin = session.answer([{"role": "user", "content": "hi"}]).origin
+    assert origin.options == OptionsRecord(
+        Mode.HEDGE, 3, 2.0, 0.5, 7, ("END",), 0.8, 0.9, 11, never_send=1
+    )
+    small, large = session.small, session.large
+    assert large is not None
+    assert origin.models == ModelPair(
+        small.name, "folder/tiny", "folder/adapter", large.model_name, large.base_url
+    )
+
+
+def test_an_endpoint_has_the_same_options_but_the_stop_texts_of_its_requests() -> None:
+    serving = make_serving_session(make_session())
+    assert serving.options == replace(OPTIONS, stop=())
+    assert serving.models == make_session().model_pair
