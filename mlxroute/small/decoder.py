@@ -17,7 +17,6 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlxroute.errors import RollbackError
 from mlxroute.small.batch import Batch
 from mlxroute.small.hidden_state import HiddenStateTap
 from mlxroute.small.kernels import select_kernel, unpack_signals
@@ -91,7 +90,6 @@ class Decoder:
 
     def _reset(self) -> None:
         self.sampler: RowSampler | None = None
-        self._last_pass: _Pass | None = None
         self._queued: _Pass | None = None
         self._queued_id: int | None = None
         self._step_count = 0
@@ -141,7 +139,6 @@ class Decoder:
         synchronisation.
         """
         current = self._take_queued(token_ids) or self._run_pass(token_ids)
-        self._last_pass = current
         outputs = self._build_outputs(current, [(self.sampler, len(self.cache.token_ids))])
         if self.cache.can_queue:
             with self.cache.record_queued_pass():
@@ -162,7 +159,6 @@ class Decoder:
         self._discard_queued()
         with self.cache.record_pass(token_ids):
             (signals,) = self.compute_signals(mx.array(list(token_ids))[None], self.cache.layers)
-        self._last_pass = None
         return signals
 
     def score_text(self, token_ids: Sequence[int], next_ids: Sequence[int]) -> ScoredText:
@@ -174,7 +170,6 @@ class Decoder:
         with self.cache.record_pass(token_ids):
             logits = self._model(mx.array(list(token_ids))[None], cache=self.cache.layers)[0]
         states = self._tap.last()
-        self._last_pass = None
         packed = self._kernel(logits)
         chosen = mx.take_along_axis(logits, mx.array(list(next_ids))[:, None], axis=-1)
         hidden, features = states[0], signal_features(packed)
@@ -190,7 +185,6 @@ class Decoder:
         self._discard_queued()
         with self.cache.record_batch_pass(parents, token_ids):
             signals = self.compute_signals(mx.array(list(token_ids))[:, None], self.cache.layers)
-        self._last_pass = None
         return signals
 
     def select(self, row: int) -> None:
@@ -221,13 +215,11 @@ class Decoder:
         Raises RollbackError as `PrefixCache.take`.
         """
         self._discard_queued()
-        self._last_pass = None
         return self.cache.take()
 
     def load_cache(self, layers: CacheCopy, token_ids: Sequence[int]) -> None:
         """Continue with a KV cache that holds `token_ids`."""
         self._discard_queued()
-        self._last_pass = None
         self.cache.load(layers, token_ids)
 
     def start_batch(self, copies: Sequence[CacheCopy]) -> Batch:
@@ -256,7 +248,6 @@ class Decoder:
         self.cache.rollback(count)
         if self.sampler is not None:
             self.sampler.rewind(len(self.cache.token_ids))
-        self._last_pass = None
 
     def load_head(self, path: Path) -> MlpHead:
         """Read a head from a file and evaluate it in every step from now on."""
@@ -276,14 +267,6 @@ class Decoder:
     def check_hidden_state(self) -> None:
         """Raise UsageError for an architecture whose hidden state cannot be read."""
         self._tap.check()
-
-    def hidden_state(self) -> mx.array:
-        """Return the final hidden state at the last committed position, [D]."""
-        self._tap.check()
-        hidden = None if self._last_pass is None else self._last_pass.hidden
-        if hidden is None:
-            raise RollbackError("no hidden state: run a step first")
-        return hidden[0]
 
     def _run_pass(self, token_ids: Sequence[int]) -> _Pass:
         self._discard_queued()

@@ -31,8 +31,6 @@ from mlxroute.user_folders import cache_folder, check_temporary_folder
 from mlxroute.weights import accept_any_size, resolve
 
 if TYPE_CHECKING:
-    import mlx.core as mx
-
     from mlxroute.small.batch import Batch
     from mlxroute.small.decoder import Decoder, Head, ScoredText
     from mlxroute.small.kv_cache import CacheCopy
@@ -354,14 +352,6 @@ class SmallModel:
     def rollback(self, count: int) -> None:
         """Remove the last `count` tokens from the KV cache. Raises RollbackError."""
         self._decoder.rollback(count)
-
-    def hidden_state(self) -> mx.array:
-        """Return the final hidden state at the last fed position, [D], in the model's dtype.
-
-        Raises RollbackError before the first step and after a rollback, UsageError for an
-        architecture whose hidden state cannot be read.
-        """
-        return self._decoder.hidden_state()
 
     def load_head(self, path: Path) -> tuple[float, ...]:
         """Evaluate a head from a file from now on; return its scores at evenly spaced ranks.

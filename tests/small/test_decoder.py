@@ -21,7 +21,7 @@ from mlxroute.small import SmallModel
 from mlxroute.small.kv_cache import PrefixCache
 from mlxroute.small.mlp_head import SIGNAL_COUNT, MlpHead
 from mlxroute.types import Sampling, Signals
-from tests.support.tiny import make_tiny_model
+from tests.support.tiny import final_hidden_state, make_tiny_model
 
 PROMPT = list(range(5, 25))
 HIDDEN = 64
@@ -204,7 +204,7 @@ def test_a_heads_score_is_computed_from_the_hidden_state_and_the_signals(
     signals, _ = small.prefill(PROMPT)
     for _ in range(3):
         features = [signals.entropy_nats, signals.varentropy, signals.top_logprobs[0]]
-        hidden = np.array(small.hidden_state())
+        hidden = np.array(final_hidden_state(small, small.cached_ids))
         values = np.concatenate([hidden, [*features, signals.margin]])
         for index, (weight, bias) in enumerate(head.layers):
             values = values if index == 0 else np.maximum(values, 0)
@@ -246,9 +246,8 @@ def test_an_architecture_without_a_known_norm_refuses_a_head(small: SmallModel) 
     small = SmallModel(_Wrapped(inner), small.tokenizer, name="odd")
     with pytest.raises(UsageError, match="final hidden state"):
         small.set_head(random_head())
-    small.prefill(PROMPT)
     with pytest.raises(UsageError, match="final hidden state"):
-        small.hidden_state()
+        small.score_text(PROMPT, [70])
 
 
 class _Wrapped(nn.Module):  # type: ignore[misc]

@@ -221,21 +221,11 @@ def _shared(path: Path) -> SmallModel:
 
 def test_the_hidden_state_is_what_the_output_layer_saw(small: SmallModel) -> None:
     prompt_ids = list(small.vocabulary.encode("hidden"))
-    small.prefill(prompt_ids)
-    hidden = small.hidden_state()
+    hidden = small.score_text(prompt_ids, [70, 71, 72]).hidden
     logits = small.model.model.embed_tokens.as_linear(hidden)
-    expected = small.model(mx.array([prompt_ids]))[0, -1]
-    assert hidden.shape == (64,)
+    expected = small.model(mx.array([[*prompt_ids, 70, 71]]))[0, -3:]
+    assert hidden.shape == (3, 64)
     assert mx.allclose(logits, expected, atol=1e-3).item()
-
-
-def test_there_is_no_hidden_state_before_a_step_or_after_a_rollback(small: SmallModel) -> None:
-    with pytest.raises(RollbackError):
-        small.hidden_state()
-    small.prefill([4, 5, 6])
-    small.rollback(1)
-    with pytest.raises(RollbackError):
-        small.hidden_state()
 
 
 def test_prefill_reports_progress_in_chunks(

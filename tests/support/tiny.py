@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from mlxroute.small import SmallModel
 
 END = "<|im_end|>"
 START = "<|im_start|>"
@@ -77,6 +83,14 @@ def make_tiny_model(
         str(path / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"}
     )
     return path
+
+
+def final_hidden_state(small: SmallModel, ids: Sequence[int]) -> mx.array:
+    """The final hidden state after some token ids, [D], from a forward pass without KV cache."""
+    import mlx.core as mx
+
+    state: mx.array = small.model.model(mx.array([list(ids)]))[0, -1]
+    return state
 
 
 def teach_days(path: Path) -> None:

@@ -25,7 +25,7 @@ from mlxroute.training.head_fitting import FittedHead, fit_head, recall
 from mlxroute.training.labels import LabelledAnswer, collect_labels
 from mlxroute.types import LabelKind
 from tests.support.fakes import ScriptedLarge, ScriptedReply
-from tests.support.tiny import make_tiny_model
+from tests.support.tiny import final_hidden_state, make_tiny_model
 
 _HIDDEN = 64
 _QUESTIONS = [Question(str(i), f"say {i}") for i in range(3)]
@@ -128,7 +128,8 @@ def test_labels_mark_positions_where_the_small_model_chooses_another_token(
     signals, _ = small.prefill(ids)
     for at, token_id in enumerate(written):
         assert differs[at] == float(signals.token_id != token_id)
-        assert mx.allclose(answer.hidden[at], small.hidden_state(), atol=1e-2).item()
+        hidden = final_hidden_state(small, small.cached_ids)
+        assert mx.allclose(answer.hidden[at], hidden, atol=1e-2).item()
         assert answer.features[at].tolist() == pytest.approx(
             [signals.entropy_nats, signals.varentropy, signals.top_logprobs[0], signals.margin],
             rel=1e-4,
@@ -340,7 +341,8 @@ def test_a_written_head_scores_a_decode_step_like_the_fitted_one(
     assert quantiles == fitted.quantiles
     signals, _ = small.prefill(list(small.vocabulary.encode("hello")))
     own = [signals.entropy_nats, signals.varentropy, signals.top_logprobs[0], signals.margin]
-    inputs = mx.concatenate([small.hidden_state().astype(mx.float32), mx.array(own)])[None]
+    hidden = final_hidden_state(small, small.cached_ids).astype(mx.float32)
+    inputs = mx.concatenate([hidden, mx.array(own)])[None]
     assert signals.head_score == pytest.approx(fitted.head.score(inputs).item(), rel=1e-3, abs=1e-3)
     answer = generate(
         small,
