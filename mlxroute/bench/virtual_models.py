@@ -10,7 +10,6 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from mlxroute.engine.protocols import LargeProtocol
 from mlxroute.errors import LargeError
@@ -27,9 +26,6 @@ from mlxroute.types import (
     Uploads,
     Vocabulary,
 )
-
-if TYPE_CHECKING:
-    from mlxroute.small.batch import Batch
 
 _Outcome = tuple[LargeToken, ...] | LargeError
 
@@ -96,9 +92,6 @@ class VirtualSmall:
         self._cost = cost
         self._ids: list[int] = []
         self._rows: list[list[int]] = []
-        self._batch: Batch | None = None
-        # The token ids that each row of `_batch` holds.
-        self._batch_ids: list[list[int]] = []
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -163,13 +156,17 @@ class VirtualSmall:
     def _step_batch(
         self, rows: Sequence[list[int]], parents: Sequence[int], token_ids: Sequence[int]
     ) -> list[Signals]:
-        """Feed one token per row to a batch of the real model; return the signals after it."""
-        if self._batch is None or self._batch_ids != rows:
-            self._batch = self._small.start_batch(
-                [self._small.prefill_copy(row)[1] for row in rows]
-            )
-        self._batch_ids = self._rows
-        return self._batch.step(parents, token_ids)
+        """Feed one token per row to a batch of the real model; return the signals after it.
+
+        The rows continue `cached_ids`, and all have the same length.
+        """
+        small, common = self._small, len(self._ids)
+        if [[*small.cached_ids, *tail] for tail in small.batch_tails or [[]]] != rows:
+            small.prefill(self._ids)
+            for place in range(common, len(rows[0])):
+                row_numbers = [0] * len(rows) if place == common else range(len(rows))
+                small.branch(row_numbers, [row[place] for row in rows])
+        return small.branch(parents, token_ids)
 
     def _signals(self, ids: Sequence[int]) -> Signals:
         key = tuple(ids)

@@ -17,7 +17,6 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlxroute.small.batch import Batch
 from mlxroute.small.hidden_state import HiddenStateTap
 from mlxroute.small.kernels import select_kernel, unpack_signals
 from mlxroute.small.kv_cache import CacheCopy, PrefixCache
@@ -221,10 +220,6 @@ class Decoder:
         """Continue with a KV cache that holds `token_ids`."""
         self._discard_queued()
         self.cache.load(layers, token_ids)
-
-    def start_batch(self, copies: Sequence[CacheCopy]) -> Batch:
-        """Return a batch over copies of KV caches, independent of this decoder's own cache."""
-        return Batch(copies, self.compute_signals)
 
     def continue_greedily(
         self,

@@ -31,7 +31,6 @@ from mlxroute.user_folders import cache_folder, check_temporary_folder
 from mlxroute.weights import accept_any_size, resolve
 
 if TYPE_CHECKING:
-    from mlxroute.small.batch import Batch
     from mlxroute.small.decoder import Decoder, Head, ScoredText
     from mlxroute.small.kv_cache import CacheCopy
     from mlxroute.small.mlp_head import MlpHead
@@ -271,8 +270,8 @@ class SmallModel:
     def prefill_copy(self, prompt_ids: Sequence[int]) -> tuple[Signals, CacheCopy]:
         """Run a prompt; return the first position's signals and a copy of the KV cache.
 
-        The copy is a row for `start_batch`. The KV cache keeps the prefix it shares with the
-        prompt. Raises UsageError for a cache that cannot be decoded in a batch.
+        The copy is a start for `continue_greedily`. The KV cache keeps the prefix it shares with
+        the prompt. Raises UsageError for a cache that cannot be decoded in a batch.
         """
         reused = self._decoder.begin(prompt_ids, Sampling())
         while len(prompt_ids) - reused > PREFILL_STEP_SIZE:
@@ -299,10 +298,6 @@ class SmallModel:
     def decoder(self) -> Decoder:
         """The decode steps and the KV cache, for code that decodes several sequences."""
         return self._decoder
-
-    def start_batch(self, copies: Sequence[CacheCopy]) -> Batch:
-        """Return a batch with one row per copy; the model's own KV cache is left alone."""
-        return self._decoder.start_batch(copies)
 
     def continue_greedily(
         self, starts: Sequence[tuple[CacheCopy, int]], *, max_tokens: Sequence[int]

@@ -14,7 +14,7 @@ from mlxroute.bench.virtual_models import OutputCache, VirtualClock, VirtualLarg
 from mlxroute.engine import Answer, Options
 from mlxroute.routers import EntropyRouter
 from mlxroute.small import SmallModel
-from mlxroute.types import BranchCost, Mode, RunStats
+from mlxroute.types import BranchCost, Mode, RunStats, Sampling, no_progress
 from tests.support.fakes import ScriptedLarge
 from tests.support.tiny import make_tiny_model
 
@@ -78,6 +78,26 @@ def test_a_server_that_contradicts_itself_still_gives_one_answer(small: SmallMod
     for mode in (Mode.WAIT, Mode.OVERLAP):
         ids, _, _ = play(small, outputs, large, mode, prefetch=3)
         assert ids == expected
+
+
+def test_rows_of_a_batch_go_on_from_what_was_computed_before(small: SmallModel) -> None:
+    outputs, prompt = OutputCache(), list(range(5, 15))
+
+    def start() -> VirtualSmall:
+        virtual = VirtualSmall(small, outputs, VirtualClock(), BranchCost(4, 1.0, 1.5, 1e-5))
+        virtual.prefill(prompt, sampling=Sampling(), progress=no_progress)
+        virtual.branch([0, 0], [20, 21])
+        return virtual
+
+    first, second = start(), start()
+    rows = [first.branch([1, 0], [30, 31]), second.branch([0, 1, 0], [40, 41, 42])]
+    rows.append(second.branch([2, 1], [50, 51]))
+    tails = [[(21, 30), (20, 31)], [(20, 40), (21, 41), (20, 42)], [(20, 42, 50), (21, 41, 51)]]
+    for batch, batch_tails in zip(rows, tails, strict=True):
+        for signals, tail in zip(batch, batch_tails, strict=True):
+            alone, _ = small.prefill([*prompt, *tail])
+            assert signals.top_ids == alone.top_ids
+            assert signals.entropy_nats == pytest.approx(alone.entropy_nats, abs=1e-4)
 
 
 def test_tokens_without_escalation_are_the_small_models_own(small: SmallModel) -> None:

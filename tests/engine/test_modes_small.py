@@ -163,25 +163,23 @@ def test_a_plain_cache_can_always_be_rolled_back_and_a_full_window_not(
     assert small.can_rollback(WINDOW) == (kind == "llama")
 
 
-def test_prompts_of_different_lengths_are_decoded_as_one_batch(
+def test_prompts_of_different_lengths_are_continued_as_one_batch(
     loaded: tuple[Any, Any], kind: str
 ) -> None:
     small, alone = (SmallModel(*loaded, name="small") for _ in range(2))
     prompts = [list(range(5, 15)), list(range(40, 45))]
     firsts, copies = zip(*(small.prefill_copy(prompt) for prompt in prompts), strict=True)
-    batch = small.start_batch(copies)
-    rows = batch.step([0, 1, 1], [20, 21, 22])
-    rows = batch.step([2, 0], [30, 31])
-    for prompt, first in zip(prompts, firsts, strict=True):
-        assert alone.prefill(prompt)[0].top_ids == first.top_ids
-    for (prompt, tail), row in zip(
-        ((prompts[1], (22, 30)), (prompts[0], (20, 31))), rows, strict=True
-    ):
-        alone.prefill(prompt)
-        alone.step(tail[0])
-        same = alone.step(tail[1])
-        assert row.top_ids == same.top_ids
-        assert row.entropy_nats == pytest.approx(same.entropy_nats, abs=1e-4)
+    tails = small.continue_greedily(
+        [(copy, first.token_id) for copy, first in zip(copies, firsts, strict=True)],
+        max_tokens=[3, 2],
+    )
+    for prompt, first, tail in zip(prompts, firsts, tails, strict=True):
+        signals, _ = alone.prefill(prompt)
+        assert signals.top_ids == first.top_ids
+        for token_id in tail:
+            signals = alone.step(signals.token_id)
+            assert signals.token_id == token_id
+    assert list(map(len, tails)) == [3, 2]
     # The model's own cache is not touched by the batch.
     assert list(small.cached_ids) == prompts[1]
     if kind == "llama":
