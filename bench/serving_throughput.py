@@ -108,7 +108,7 @@ def write(
     options = Options(max_tokens=count, timeout_s=600.0)
     answer = scheduler.submit(AnswerRequest(messages, router, options))
     times_s = [time.perf_counter() - began_s for e in answer.events() if isinstance(e, Token)]
-    run = answer.stats().run
+    run = answer.run
     assert run is not None
     return run, times_s
 

@@ -1,11 +1,10 @@
 """Many routed answers at a time: their queue, their common decode steps and their KV caches."""
 
 from mlxroute.serving.requests import AnswerRequest, PromptProgress, QueueFull
-from mlxroute.serving.running_answer import AnswerFigures, RunningAnswer
+from mlxroute.serving.running_answer import RunningAnswer
 from mlxroute.serving.scheduler import AnswerScheduler, SchedulerFigures
 
 __all__ = [
-    "AnswerFigures",
     "AnswerRequest",
     "AnswerScheduler",
     "PromptProgress",

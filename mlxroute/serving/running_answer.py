@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from mlxroute.engine import Answer
@@ -17,23 +16,6 @@ from mlxroute.types import RunStats
 
 if TYPE_CHECKING:
     from mlxroute.serving.device_thread import DeviceThread
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerFigures:
-    """What is known about an answer.
-
-    Args:
-        run: The engine's summary so far; None before the answer's turn.
-        queue_wait_s: Seconds between the request and its turn.
-        prompt_tokens: Tokens of the prompt.
-        batched: Whether part of the answer was decoded in a batch with others.
-    """
-
-    run: RunStats | None
-    queue_wait_s: float
-    prompt_tokens: int
-    batched: bool
 
 
 class RunningAnswer:
@@ -62,7 +44,6 @@ class RunningAnswer:
         self._events: SimpleQueue[ServedEvent | None] = SimpleQueue()
         self._failure: BaseException | None = None
         self._answer: Answer | None = None
-        self._was_batched = False
         self._ended = threading.Event()
         self._row = device.new_row(
             prompt,
@@ -80,20 +61,23 @@ class RunningAnswer:
         """Whether `cancel` was called."""
         return self._row.is_cancelled
 
-    def events(self, *, idle_s: float | None = None) -> Iterator[ServedEvent | None]:
+    @property
+    def run(self) -> RunStats | None:
+        """The engine's summary so far, final once the events have ended; None before its turn."""
+        return None if self._answer is None else self._answer.stats()
+
+    @property
+    def queue_wait_s(self) -> float:
+        """Seconds between the request and the answer's turn, or until now before its turn."""
+        waited_s = self._queue_wait_s
+        return time.perf_counter() - self._submitted_s if waited_s is None else waited_s
+
+    def events(self) -> Iterator[ServedEvent]:
         """Yield the prompt's progress and the engine's events until the answer ends.
 
-        Yields None after each `idle_s` seconds without an event; by default never. One thread may
-        iterate, once. Raises the error that ended the answer, if one did.
+        One thread may iterate, once. Raises the error that ended the answer, if one did.
         """
-        while True:
-            try:
-                event = self._events.get(timeout=idle_s)
-            except Empty:
-                yield None
-                continue
-            if event is None:
-                break
+        while (event := self._events.get()) is not None:
             yield event
         if self._failure is not None:
             raise self._failure
@@ -104,16 +88,6 @@ class RunningAnswer:
         if self._leave_queue(self):
             self._end()
 
-    def stats(self) -> AnswerFigures:
-        """Return the figures so far; final once the events have ended."""
-        waited_s = self._queue_wait_s
-        return AnswerFigures(
-            run=None if self._answer is None else self._answer.stats(),
-            queue_wait_s=time.perf_counter() - self._submitted_s if waited_s is None else waited_s,
-            prompt_tokens=len(self.prompt.ids),
-            batched=self._was_batched,
-        )
-
     def write(self) -> None:
         """Write the answer in the calling thread."""
         self._queue_wait_s = time.perf_counter() - self._submitted_s
@@ -121,7 +95,6 @@ class RunningAnswer:
             self._row.check_cancelled()
             self._answer = self._start_answer(self._row)
             for event in self._answer.events():
-                self._was_batched |= self._row.was_batched
                 self._events.put(event)
         except AnswerCancelled:
             pass

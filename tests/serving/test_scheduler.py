@@ -47,7 +47,7 @@ def choose(context: LargeContext) -> int:
 
 
 def finish_reason(answer: RunningAnswer) -> StopReason:
-    run = answer.stats().run
+    run = answer.run
     assert run is not None
     return run.finish_reason
 
@@ -64,9 +64,8 @@ def test_one_answer_is_decoded_as_one_row(scheduler: AnswerScheduler, small: Sma
     events = list(answer.events())
     assert [e.token_id for e in events if isinstance(e, Token)] == alone(small, PROMPTS[0])
     progress = [event for event in events if isinstance(event, PromptProgress)]
-    assert progress[-1].done == progress[-1].total == answer.stats().prompt_tokens
+    assert progress[-1].done == progress[-1].total == len(answer.prompt.ids)
     assert finish_reason(answer) is StopReason.LENGTH
-    assert not answer.stats().batched
     assert scheduler.figures().batched_tokens == 0
 
 
@@ -74,10 +73,10 @@ def test_one_answer_is_decoded_as_one_row(scheduler: AnswerScheduler, small: Sma
 def test_answers_of_a_batch_are_what_each_would_be_alone(
     scheduler: AnswerScheduler, small: SmallModel, monkeypatch: pytest.MonkeyPatch, exact: bool
 ) -> None:
-    start_batch_of(len(PROMPTS), scheduler, monkeypatch)
+    row_counts = start_batch_of(len(PROMPTS), scheduler, monkeypatch)
     answers = [scheduler.submit(request(prompt, exact=exact)) for prompt in PROMPTS]
     assert [written(answer) for answer in answers] == [alone(small, p) for p in PROMPTS]
-    assert all(answer.stats().batched for answer in answers)
+    assert row_counts[0] == len(PROMPTS)
     assert scheduler.figures().batched_tokens > 0
 
 
@@ -85,12 +84,12 @@ def test_sampled_answers_of_a_batch_are_what_each_would_be_alone(
     scheduler: AnswerScheduler, small: SmallModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = [alone(small, p, temperature=1.0, top_p=0.95, seed=11) for p in PROMPTS[:2]]
-    start_batch_of(3, scheduler, monkeypatch)
+    row_counts = start_batch_of(3, scheduler, monkeypatch)
     sampled = [scheduler.submit(request(p, sampling=_SAMPLING)) for p in PROMPTS[:2]]
     greedy = scheduler.submit(request(PROMPTS[2]))
     assert [written(answer) for answer in sampled] == expected
     assert written(greedy) == alone(small, PROMPTS[2])
-    assert all(answer.stats().batched for answer in sampled)
+    assert row_counts[0] == 3
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -108,7 +107,7 @@ def test_routed_answers_of_a_batch_are_what_each_would_be_alone(
             ]
         assert [written(answer) for answer in answers] == expected
         for answer in answers:
-            run = answer.stats().run
+            run = answer.run
             assert run is not None
             assert run.escalated
             assert run.uploaded_bytes == 10 * run.calls == 10 * run.requests
@@ -124,7 +123,7 @@ def test_an_answer_that_waits_for_the_large_model_holds_no_other(small: SmallMod
         large.release()
         expected = alone(small, PROMPTS[0], large=ReleasedLarge(choose), threshold=-math.inf)
         assert written(waiting) == expected
-        run = waiting.stats().run
+        run = waiting.run
         assert run is not None
         assert run.stall_s > 0
 
@@ -135,7 +134,7 @@ def test_a_failing_large_model_leaves_positions_unchecked(small: SmallModel) -> 
         with held(scheduler):
             answers = [scheduler.submit(request(p, threshold=_SOMETIMES)) for p in PROMPTS]
         assert [written(answer) for answer in answers] == [alone(small, p) for p in PROMPTS]
-        runs = [answer.stats().run for answer in answers]
+        runs = [answer.run for answer in answers]
     assert all(run is not None and run.unchecked == run.fallbacks > 0 for run in runs)
 
 
@@ -144,7 +143,7 @@ def test_a_local_answer_makes_no_call(small: SmallModel) -> None:
     with AnswerScheduler(small, large) as scheduler:
         answer = scheduler.submit(request(PROMPTS[0], threshold=-math.inf, local_only=True))
         assert written(answer) == alone(small, PROMPTS[0])
-    run = answer.stats().run
+    run = answer.run
     assert run is not None
     assert run.unchecked == 0
     assert not large.calls
@@ -199,7 +198,7 @@ def test_answers_wait_in_order_for_their_turn(small: SmallModel) -> None:
             assert scheduler.figures().queued == 1
             least_wait_s = time.perf_counter() - submitted_s
         assert written(answers[0]) == written(answers[2]) == alone(small, PROMPTS[0])
-        assert answers[2].stats().queue_wait_s >= least_wait_s
+        assert answers[2].queue_wait_s >= least_wait_s
         assert written(scheduler.submit(request(PROMPTS[0])))
 
 
@@ -239,13 +238,13 @@ def test_a_second_turn_reads_the_new_tokens_only(
     ids = [*first.prompt.ids, *written(first)]
     second = scheduler.submit(AnswerRequest([*ids, 70, 71], request("x").router))
     written(second)
-    run = second.stats().run
+    run = second.run
     assert run is not None
     # The last token of an answer is never fed.
     assert run.cached_prompt_tokens == len(ids) - 1
     exact = scheduler.submit(AnswerRequest([*ids, 70, 71], request("x").router, exact=True))
     assert written(exact)
-    run = exact.stats().run
+    run = exact.run
     assert run is not None
     assert run.cached_prompt_tokens == 0
 
@@ -368,7 +367,7 @@ def test_decisions_within_the_rounding_are_made_again_where_asked(
             texts[exact] = [written(answer) for answer in answers]
     assert texts[False] != expected
     assert texts[True] == expected
-    runs = [answer.stats().run for answer in answers]
+    runs = [answer.run for answer in answers]
     assert sum(run.redecoded for run in runs if run is not None) > 0
 
 
@@ -390,5 +389,5 @@ def test_caches_that_cannot_be_batched_take_turns(
             assert [written(answer) for answer in answers] == expected
         assert scheduler.figures().batched_tokens == 0
         # The prompts were kept whole, and so serve the same prompts only.
-        runs = [answer.stats().run for answer in answers]
+        runs = [answer.run for answer in answers]
         assert all(run is not None and run.cached_prompt_tokens for run in runs)

@@ -7,19 +7,25 @@ import time
 import pytest
 
 from mlxroute.serving import AnswerScheduler
-from mlxroute.serving.row import Feed
+from mlxroute.serving.row import Feed, Row
+from mlxroute.types import Signals
 
 _DEADLINE_S = 60.0
 
 
-def start_batch_of(count: int, scheduler: AnswerScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+def start_batch_of(
+    count: int, scheduler: AnswerScheduler, monkeypatch: pytest.MonkeyPatch
+) -> list[int]:
     """Hold decoding until `count` answers wait for their first step, which is then one batch.
 
     Without this a slow prompt makes the others decode without it, and they may end before. Call it
-    before the answers are submitted.
+    before the answers are submitted. The returned list gets the number of rows of each step of a
+    batch.
     """
     device = scheduler._device
     is_step_due, must_wait = device._is_step_due, device._prefill_must_wait
+    step_batch = device._step_batch
+    row_counts: list[int] = []
     end_s = time.monotonic() + _DEADLINE_S
     has_started = False
 
@@ -34,5 +40,11 @@ def start_batch_of(count: int, scheduler: AnswerScheduler, monkeypatch: pytest.M
             return False
         return is_step_due()
 
+    def step(feeds: dict[Row, Feed], expected: dict[Row, Signals]) -> None:
+        row_counts.append(len(feeds))
+        step_batch(feeds, expected)
+
     monkeypatch.setattr(device, "_is_step_due", is_due)
     monkeypatch.setattr(device, "_prefill_must_wait", lambda: has_started and must_wait())
+    monkeypatch.setattr(device, "_step_batch", step)
+    return row_counts

@@ -176,7 +176,7 @@ class AnswerEndpoint(Closeable):
         run = answer.run
         if run is None:
             return
-        waited_s = answer.running.stats().queue_wait_s
+        waited_s = answer.running.queue_wait_s
         self.metrics.on_answer(asked.fields.role, run, answer.tokens, queue_wait_s=waited_s)
         document = make_document(
             answer.origin,

@@ -88,7 +88,7 @@ class ServedAnswer:
     @property
     def run(self) -> RunStats | None:
         """The engine's figures so far; None before the answer's turn."""
-        return self.running.stats().run
+        return self.running.run
 
     @property
     def calls(self) -> int:
@@ -112,8 +112,7 @@ class ServedAnswer:
             for event in self.running.events():
                 if isinstance(event, Token):
                     self.tokens.append(event)
-                if event is not None:
-                    self._send(loop, event)
+                self._send(loop, event)
         except Exception as exc:  # noqa: BLE001 - it is raised in the event loop
             self._failure = exc
         try:
