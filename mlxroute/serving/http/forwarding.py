@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import secrets
 import time
@@ -17,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from mlxroute.config.setting_choices import ToolPolicyName
 from mlxroute.engine.escalation.never_send import NeverSend
 from mlxroute.errors import LargeRefused, LargeUnavailable, LargeUnrecorded
-from mlxroute.large.dialects.json_fields import json_items
+from mlxroute.large.dialects.json_fields import Counts, json_items, usage_counts
 from mlxroute.serving.http.answer_endpoint import AnswerEndpoint
 from mlxroute.serving.http.api_error import ApiError, to_api_error, wrong
 from mlxroute.serving.http.model_names import ModelRole
@@ -32,8 +31,9 @@ from mlxroute.serving.http.replies.event_stream import (
     encode_event,
     unless_gone,
 )
-from mlxroute.serving.http.replies.reply_forms import ID_HEADER
+from mlxroute.serving.http.replies.reply_forms import ID_HEADER, ReplyForm
 from mlxroute.serving.requests import QueueFull
+from mlxroute.types import Uploads
 
 # Fields of routed answers, which a forwarded request does not have.
 _ROUTED_FIELDS: Final = frozenset({"budget", "threshold", "mode", "exact", "events"})
@@ -49,8 +49,11 @@ async def forward_chat(
     fields = Fields(values)
     role = endpoint.names.role(fields.text("model"))
     _check_allowed(endpoint, role, fields, values, need)
-    forwarded = _ForwardedChat(endpoint, values)
-    if not fields.flag("stream"):
+    is_stream = fields.flag("stream")
+    options = Fields((fields.take("stream_options") if is_stream else None) or {})
+    include_usage = options.flag("include_usage")
+    forwarded = _ForwardedChat(endpoint, values, include_usage=include_usage)
+    if not is_stream:
         try:
             reply = await unless_gone(request.receive, forwarded.ask(), cancel=forwarded.cancel)
         except ClientGone:
@@ -60,10 +63,8 @@ async def forward_chat(
             error.headers[ID_HEADER] = forwarded.reply_id
             raise error from exc
         return JSONResponse(reply, headers={ID_HEADER: forwarded.reply_id})
-    options = Fields(fields.take("stream_options") or {})
-    parts = forwarded.stream(include_usage=options.flag("include_usage"))
     headers = {ID_HEADER: forwarded.reply_id}
-    return EventStream(parts, cancel=forwarded.cancel, headers=headers)
+    return EventStream(forwarded.stream(), cancel=forwarded.cancel, headers=headers)
 
 
 def _check_allowed(
@@ -95,7 +96,9 @@ def _check_allowed(
 class _ForwardedChat:
     """One request that is sent on, and its reply under the endpoint's own names."""
 
-    def __init__(self, endpoint: AnswerEndpoint, values: Mapping[str, Any]) -> None:
+    def __init__(
+        self, endpoint: AnswerEndpoint, values: Mapping[str, Any], *, include_usage: bool
+    ) -> None:
         assert endpoint.session.large is not None
         self._endpoint = endpoint
         self._large = endpoint.session.large
@@ -104,10 +107,14 @@ class _ForwardedChat:
         self._body.pop("model", None)
         self._call = self._large.whole_chat(timeout_s=_MAX_ANSWER_S)
         self.reply_id = f"chatcmpl-{secrets.token_hex(16)}"
-        self._keys = {
-            "created": int(time.time()),
-            "model": endpoint.names.id_of(ModelRole.LARGE),
-        }
+        self._include_usage = include_usage
+        self._form = ReplyForm(
+            is_chat=True,
+            reply_id=self.reply_id,
+            model=endpoint.names.id_of(ModelRole.LARGE),
+            created=int(time.time()),
+            include_usage=include_usage,
+        )
 
     def cancel(self) -> None:
         """End the call."""
@@ -123,8 +130,7 @@ class _ForwardedChat:
         choices, usage = reply.get("choices"), reply.get("usage")
         if not isinstance(choices, list) or not all(isinstance(item, dict) for item in choices):
             raise ApiError(502, "the large model's reply has no choices", code="large_model_failed")
-        counts = Fields(usage if isinstance(usage, dict) else {})
-        summary = self._summary(counts)
+        summary = self._summary(usage_counts(reply))
         endpoint.metrics.on_forwarded(
             tokens=summary["tokens"],
             prompt_tokens=summary["uploaded_tokens"],
@@ -132,19 +138,14 @@ class _ForwardedChat:
             seconds=time.perf_counter() - began_s,
         )
         endpoint.notify(f"large alone, for tools: {summary['tokens']:,} tokens in 1 call")
-        figures = {**usage} if isinstance(usage, dict) else {}
-        return {
-            "id": self.reply_id,
-            "object": "chat.completion",
-            **self._keys,
-            "choices": choices,
-            "usage": {**figures, "mlxroute": summary},
-            "mlxroute": {"id": self.reply_id, **summary},
-        }
+        figures = usage if isinstance(usage, dict) else {}
+        return self._form.whole(
+            choices, {**figures, "mlxroute": summary}, {"id": self.reply_id, **summary}
+        )
 
-    async def stream(self, *, include_usage: bool) -> AsyncIterator[bytes]:
+    async def stream(self) -> AsyncIterator[bytes]:
         """Yield the reply as the events of a stream; it is sent as soon as it is whole."""
-        yield self._chunk({"role": "assistant", "content": ""}, None, include_usage)
+        yield encode_event(self._form.delta_chunk({"role": "assistant", "content": ""}))
         asking = asyncio.ensure_future(self.ask())
         try:
             while not asking.done():
@@ -164,43 +165,31 @@ class _ForwardedChat:
             delta["tool_calls"] = [
                 {"index": i, **call} for i, call in enumerate(calls) if isinstance(call, dict)
             ]
-        yield self._chunk(delta, None, include_usage)
+        yield encode_event(self._form.delta_chunk(delta))
         reason = reply["choices"][0].get("finish_reason") if reply["choices"] else "stop"
-        last = self._chunk({}, reason or "stop", include_usage, mlxroute=reply["mlxroute"])
-        yield last
-        if include_usage:
-            yield encode_event({**self._head(), "choices": [], "usage": reply["usage"]})
+        yield encode_event(self._form.last_chunk(reason or "stop", reply["mlxroute"]))
+        if self._include_usage:
+            yield encode_event(self._form.usage_chunk(reply["usage"]))
         yield DONE
 
-    def _head(self) -> dict[str, Any]:
-        return {"id": self.reply_id, "object": "chat.completion.chunk", **self._keys}
-
-    def _chunk(
-        self, delta: dict[str, Any], reason: str | None, include_usage: bool, **more: Any
-    ) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        usage = {"usage": None} if include_usage else {}
-        return encode_event({**self._head(), "choices": [choice], **usage, **more})
-
-    def _summary(self, counts: Fields) -> dict[str, Any]:
-        tokens = prompt_tokens = 0
-        with contextlib.suppress(ApiError):
-            tokens = counts.integer("completion_tokens", low=0, high=2**40) or 0
-            prompt_tokens = counts.integer("prompt_tokens", low=0, high=2**40) or 0
+    def _summary(self, counts: Counts) -> dict[str, Any]:
+        uploads = Uploads(
+            requests=1,
+            tokens=counts["prompt_tokens"] or 0,
+            cached_tokens=counts["cached_tokens"] or 0,
+            completion_tokens=counts["completion_tokens"] or 0,
+        )
         prices = self._endpoint.session.options.prices
-        cost = None
-        if prices is not None:
-            cost = (prompt_tokens * prices.input + tokens * prices.output) / 1e6
         return {
             "role": ModelRole.LARGE,
             "forwarded": True,
             "small": None,
             "large": self._large.model_name,
-            "tokens": tokens,
-            "large_tokens": tokens,
+            "tokens": uploads.completion_tokens,
+            "large_tokens": uploads.completion_tokens,
             "calls": 1,
-            "uploaded_tokens": prompt_tokens,
-            "cost_estimate": cost,
+            "uploaded_tokens": uploads.tokens,
+            "cost_estimate": None if prices is None else prices.cost(uploads),
             "ignored": self._ignored,
         }
 

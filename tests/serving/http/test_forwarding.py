@@ -15,11 +15,13 @@ from mlxroute.large import LargeModel
 from mlxroute.large.http.circuit_breaker import FAILURES
 from mlxroute.serving.http.answer_endpoint import ServingLimits
 from mlxroute.small import SmallModel
+from mlxroute.types import Prices
 from tests.support.endpoint import chat, make_session, read_stream, running
 from tests.support.loopback import Loopback, Reply, Request
 
 _TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
 _CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+_USAGE = {"prompt_tokens": 30, "completion_tokens": 7, "total_tokens": 37}
 _REPLY = {
     "id": "theirs",
     "model": "theirs",
@@ -30,7 +32,7 @@ _REPLY = {
             "finish_reason": "tool_calls",
         }
     ],
-    "usage": {"prompt_tokens": 30, "completion_tokens": 7, "total_tokens": 37},
+    "usage": _USAGE,
 }
 _PATTERNS = ("secret", r"project\nzebra", r"(?s)first.*then.*last")
 _LIMITS = ServingLimits(tools=ToolPolicyName.LARGE)
@@ -93,6 +95,31 @@ def test_the_large_model_answers_the_whole_request(client: TestClient, server: L
     # Routed answers have lines of their own.
     assert 'mlxroute_tokens_total{source="large"}' not in figures
     assert "\nmlxroute_large_calls_total 0.0\n" in figures
+
+
+@pytest.mark.parametrize(
+    ("usage", "tokens", "cost"),
+    [
+        ({"prompt_tokens_details": {"cached_tokens": 20}}, 7, 10 * 2.0 + 20 * 0.5 + 7 * 8.0),
+        ({"total_tokens": 40}, 10, 30 * 2.0 + 10 * 8.0),
+        ({"prompt_tokens_details": {"cached_tokens": 1000}}, 7, -970 * 2.0 + 1000 * 0.5 + 7 * 8.0),
+    ],
+    ids=["cached", "with thoughts", "contradictory"],
+)
+def test_the_cost_is_that_of_the_servers_counts(
+    small: SmallModel, server: Loopback, usage: dict[str, Any], tokens: int, cost: float
+) -> None:
+    server.script.append(Reply.of({**_REPLY, "usage": {**_USAGE, **usage}}))
+    with LargeModel(server.url, model="big") as large:
+        session = make_session(small, large)
+        options = replace(session.options, prices=Prices(2.0, 0.5, 8.0))
+        with running(replace(session, options=options), limits=_LIMITS) as client:
+            summary = post(client, tools=_TOOLS).json()["mlxroute"]
+            figures = client.get("/metrics").text
+    assert summary["tokens"] == summary["large_tokens"] == tokens
+    assert summary["cost_estimate"] == pytest.approx(cost / 1e6)
+    (shown,) = re.findall(r"^mlxroute_estimated_cost_total (.*)$", figures, re.MULTILINE)
+    assert float(shown) == pytest.approx(max(0.0, cost / 1e6))
 
 
 def test_control_tokens_in_messages_are_sent_as_text(client: TestClient, server: Loopback) -> None:
