@@ -26,6 +26,7 @@ MlxRouteError
 from __future__ import annotations
 
 import re
+from typing import ClassVar
 
 
 class MlxRouteError(Exception):
@@ -86,7 +87,14 @@ class LaunchError(MlxRouteError):
 
 
 class LargeError(MlxRouteError):
-    """Base class of the errors of one call to the large model: it gave no usable token."""
+    """Base class of the errors of one call to the large model: it gave no usable token.
+
+    Attributes:
+        counts_as_failure: Whether it shows a fault of the server or of the settings. False where
+            nothing was sent, and where the server works but not for this answer.
+    """
+
+    counts_as_failure: ClassVar[bool] = True
 
 
 class LargeTimeout(LargeError):
@@ -99,6 +107,8 @@ class LargeUnreachable(LargeError):
 
 class LargeUnavailable(LargeError):
     """Raised instead of making a call, because earlier calls failed or still hang."""
+
+    counts_as_failure = False
 
 
 class LargeRefused(LargeError):
@@ -129,6 +139,11 @@ class LargeRefused(LargeError):
         return self.status in (408, 429, 502, 503, 504)
 
     @property
+    def is_access(self) -> bool:
+        """Whether the status is about the key, the payment or the permission of the client."""
+        return self.status in (401, 402, 403)
+
+    @property
     def is_too_long(self) -> bool:
         """Whether the prompt is too long for the server, as far as its words tell."""
         words = r"context|too long|maximum length|(maximum|exceed).{0,40} tokens"
@@ -137,6 +152,8 @@ class LargeRefused(LargeError):
 
 class LargeUnrecorded(LargeError):
     """Raised when the ledger cannot record a request, which is therefore not sent."""
+
+    counts_as_failure = False
 
 
 class LargeProtocolError(LargeError):
@@ -156,6 +173,8 @@ class LargeUnsendable(LargeProtocolError):
     It is longer than the context, or it is a text where the server takes only conversations.
     """
 
+    counts_as_failure = False
+
 
 class LargeNotContinued(LargeProtocolError):
     """Raised where the server does not go on with the answer, or cannot be asked to.
@@ -163,3 +182,5 @@ class LargeNotContinued(LargeProtocolError):
     The server works, and may well go on with the answer at another position. It cannot be asked
     where the answer so far ends inside a character and the server takes only text.
     """
+
+    counts_as_failure = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Final
 
 from mlxroute.errors import LargeProtocolError, LargeRefused
 from mlxroute.large.completion_request import CompletionRequester
@@ -15,9 +14,6 @@ from mlxroute.large.prompt import Prompt
 from mlxroute.large.reply import Completion
 from mlxroute.ledger import Ledger
 from mlxroute.types import LargeContext
-
-# Wrong key, payment or permission: these are about every request, not about scoring.
-_ACCESS_STATUSES: Final = (401, 402, 403)
 
 
 class AnswerScorer:
@@ -81,7 +77,8 @@ class AnswerScorer:
                     method.path, body, deadline=Deadline(self._timeout_s), at_root=method.at_root
                 )
             except LargeRefused as exc:
-                if exc.may_pass or exc.status in _ACCESS_STATUSES:
+                # These are about every request, not about scoring.
+                if exc.may_pass or exc.is_access:
                     raise
                 refusal = exc
         raise LargeProtocolError(str(refusal)) from refusal

@@ -11,21 +11,11 @@ from mlxroute.engine.experience import Experience
 from mlxroute.engine.governor import Governor
 from mlxroute.engine.machine_load import other_busy_core_s
 from mlxroute.engine.protocols import LargeProtocol, PendingCallProtocol
-from mlxroute.errors import (
-    LargeError,
-    LargeNotContinued,
-    LargeRefused,
-    LargeTimeout,
-    LargeUnavailable,
-    LargeUnrecorded,
-    LargeUnsendable,
-)
+from mlxroute.errors import LargeError, LargeRefused, LargeTimeout, LargeUnsendable
 from mlxroute.types import LargeContext, LargeToken, Mode, Uploads
 
 # The engine waits this much longer, since the large model's own error at the deadline is better.
 _GRACE_S = 0.25
-# Errors of calls that were not sent, or that show no failure of the server.
-_COST_NO_TIME = (LargeUnavailable, LargeUnrecorded, LargeUnsendable, LargeNotContinued)
 
 
 @dataclass(slots=True)
@@ -205,7 +195,7 @@ class AnswerCalls:
         except LargeError as exc:
             if _refuses_longer(exc):
                 self._refusal = exc
-            if not isinstance(exc, _COST_NO_TIME):
+            if exc.counts_as_failure:
                 self._charge(call, lost_s=latency_s)
             return CallOutcome((), exc, latency_s)
         self._charge(call, lost_s=tokens[0].lost_s if tokens and not call.is_joined else 0.0)

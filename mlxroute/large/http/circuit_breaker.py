@@ -8,27 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from mlxroute.errors import (
-    LargeError,
-    LargeNotContinued,
-    LargeProtocolError,
-    LargeRefused,
-    LargeUnavailable,
-    LargeUnrecorded,
-    LargeUnsendable,
-)
+from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused, LargeUnavailable
 
 FAILURES: Final = 3
 _FIRST_PAUSE_S: Final = 5.0
 _MAX_PAUSE_S: Final = 300.0
 # The longest `Retry-After` that is respected.
 _MAX_RETRY_AFTER_S: Final = 3600.0
-# Wrong key, payment or permission: no later call helps.
-_ACCESS_STATUSES: Final = (401, 402, 403)
 # A wrong model or address; or a route, where another dialect may help.
 _NOT_FOUND: Final = 404
-# Errors that show no fault of the server.
-_NO_FAILURES: Final = (LargeUnavailable, LargeUnrecorded, LargeUnsendable, LargeNotContinued)
 
 
 class CircuitBreaker:
@@ -101,7 +89,8 @@ class CircuitBreaker:
         pause_s = min(_MAX_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(self._pauses, 10))
         if isinstance(error, LargeRefused):
             retry_after_s = min(error.retry_after_s, _MAX_RETRY_AFTER_S)
-            is_final = error.status in _ACCESS_STATUSES
+            # No later call helps.
+            is_final = error.is_access
             if is_final or error.status == _NOT_FOUND:
                 pause_s = _MAX_PAUSE_S
         if retry_after_s or is_final or is_probe or self._failures >= FAILURES:
@@ -112,8 +101,8 @@ class CircuitBreaker:
 def _is_failure(error: LargeError, *, forwarded: bool) -> bool:
     """Return whether an error shows a fault of the server or of the client's settings."""
     if isinstance(error, LargeRefused) and (forwarded or error.is_too_long):
-        return error.may_pass or error.status in _ACCESS_STATUSES
+        return error.may_pass or error.is_access
     if forwarded and isinstance(error, LargeProtocolError):
         # The request may have caused the reply, such as one that is too long.
         return False
-    return not isinstance(error, _NO_FAILURES)
+    return error.counts_as_failure

@@ -36,9 +36,6 @@ from mlxroute.large.vocabulary.token_reader import REPLACEMENT, TokenReader
 from mlxroute.large.vocabulary.token_sources import TokenSource
 from mlxroute.safe_text import printable_line
 
-# Statuses that show nothing about the dialect, besides those that may pass. 500 is not one of
-# them: many servers answer it to a body that they do not understand.
-_ACCESS_STATUSES: Final = {401, 402, 403}
 # Also the status of a refusal of logprobs.
 _FORBIDDEN: Final = 403
 # Statuses of a request whose form the server does not know.
@@ -345,7 +342,8 @@ class CapabilityChecker:
                 error = exc
             except LargeRefused as exc:
                 is_about_field = exc.status == _FORBIDDEN and names_field(str(exc))
-                if exc.may_pass or (exc.status in _ACCESS_STATUSES and not is_about_field):
+                # Other statuses count: many servers answer 500 to a body that they do not know.
+                if exc.may_pass or (exc.is_access and not is_about_field):
                     raise
                 error = exc
                 if exc.status != _OK:
