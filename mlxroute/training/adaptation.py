@@ -27,16 +27,12 @@ from mlxroute.backend.adapter_folder import (
     read_adapter_config,
 )
 from mlxroute.errors import UsageError
-from mlxroute.questions.grading import grade
+from mlxroute.questions.grading import extract_answer, grade
 from mlxroute.replace_file import replace_file
 from mlxroute.small import SmallModel
 from mlxroute.training.batch_size import choose_batch_size
-from mlxroute.training.held_out_answers import (
-    HeldOutAnswer,
-    judged_by_gold,
-    measure_accuracy,
-    standard_error,
-)
+from mlxroute.training.held_out_answers import measure_accuracy, standard_error
+from mlxroute.training.judged_questions import JudgedQuestion
 from mlxroute.training.labels import decode_answer
 from mlxroute.training.lora_tuning import (
     LoraTuning,
@@ -110,6 +106,10 @@ def _is_wrong(small: SmallModel, item: WorkedAnswer) -> bool:
     return grade(item.question, decode_answer(small, item.answer.token_ids)).lenient is not True
 
 
+def _outcome(small: SmallModel, item: WorkedAnswer) -> str:
+    return extract_answer(item.question, decode_answer(small, item.answer.token_ids))
+
+
 def adapt_to_answers(
     small: SmallModel,
     trained: Sequence[WorkedAnswer],
@@ -163,9 +163,12 @@ class _Training:
         )
         self._conversations = [item.conversation for item in (*trained, *held_out)]
         self._trained_count = len(trained)
+        self._has_gold = all(item.question.answer is not None for item in held_out)
         self._held_out = [
-            HeldOutAnswer(
-                item.question, item.conversation, decode_answer(small, item.answer.token_ids)
+            JudgedQuestion(
+                item.question,
+                item.conversation,
+                None if self._has_gold else _outcome(small, item),
             )
             for item in held_out
         ]
@@ -340,7 +343,7 @@ class _Training:
     def _report(self) -> dict[str, Any]:
         return {
             **self._settings,
-            "judged_by": "answers" if judged_by_gold(self._held_out) else "large model",
+            "judged_by": "answers" if self._has_gold else "large model",
             "figures": [asdict(figures) for figures in self._figures],
             "kept": None if self._best is None else asdict(self._best),
             "corrections": self._corrections,

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from mlxroute.engine import generate
 from mlxroute.errors import UsageError
-from mlxroute.questions.grading import extract_answer, grade
-from mlxroute.questions.question_files import Question
 from mlxroute.routers import make_router
 from mlxroute.small import SmallModel
+from mlxroute.training.judged_questions import JudgedQuestion
 from mlxroute.training.labels import decode_answer
 from mlxroute.types import Message, Progress, no_progress
 
@@ -21,43 +19,21 @@ _LABEL: Final = "small model's answers"
 _BATCH_ROWS: Final = 24
 
 
-@dataclass(frozen=True, slots=True)
-class HeldOutAnswer:
-    """A question, the conversation that asks it, and the text of the large model's answer."""
-
-    question: Question
-    conversation: Sequence[Message]
-    large_text: str
-
-
-def judged_by_gold(answers: Sequence[HeldOutAnswer]) -> bool:
-    """Return whether all questions have a right answer to compare with."""
-    return all(answer.question.answer is not None for answer in answers)
-
-
 def measure_accuracy(
     small: SmallModel,
-    answers: Sequence[HeldOutAnswer],
+    questions: Sequence[JudgedQuestion],
     *,
     max_tokens: int,
     progress: Progress = no_progress,
 ) -> float:
-    """Return the share of questions that the small model answers right, alone and greedily.
-
-    Right is the file's answer if all questions have one, else the outcome of the large model's.
-    """
-    by_gold = judged_by_gold(answers)
-    right = 0
-    conversations = [answer.conversation for answer in answers]
+    """Return the share of questions that the small model answers right, alone and greedily."""
+    conversations = [item.conversation for item in questions]
     written = write_answers(small, conversations, max_tokens=max_tokens, progress=progress)
-    for answer, token_ids in zip(answers, written, strict=True):
-        text, question = decode_answer(small, token_ids), answer.question
-        if by_gold:
-            right += grade(question, text).lenient is True
-        else:
-            outcome = extract_answer(question, answer.large_text)
-            right += extract_answer(question, text) == outcome
-    return right / len(answers)
+    right = sum(
+        item.is_right(decode_answer(small, token_ids))
+        for item, token_ids in zip(questions, written, strict=True)
+    )
+    return right / len(questions)
 
 
 def standard_error(share: float, count: int) -> float:

@@ -32,10 +32,10 @@ from mlxroute.training.advantage.advantage_labels import (
     AdvantageLabeller,
     AdvantageLabels,
 )
-from mlxroute.training.advantage.judged_questions import JudgedQuestion, judge_questions
 from mlxroute.training.advantage.routed_answers import BudgetedRouter
 from mlxroute.training.advantage.shrinkage import RightCounts, shrink_advantages
 from mlxroute.training.head_fitting import FittedHead
+from mlxroute.training.judged_questions import JudgedQuestion, judge_questions
 from mlxroute.training.labels import decode_answer
 from mlxroute.types import no_progress
 from tests.support.fakes import ScriptedLarge

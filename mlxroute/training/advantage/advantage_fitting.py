@@ -23,7 +23,6 @@ from mlxroute.training.advantage.advantage_labels import (
     AdvantageLabeller,
     AdvantageLabels,
 )
-from mlxroute.training.advantage.judged_questions import JudgedQuestion, judge_questions
 from mlxroute.training.advantage.routed_answers import (
     BudgetedRouter,
     RoutedFigures,
@@ -40,6 +39,7 @@ from mlxroute.training.head_fitting import (
     rank_quantiles,
 )
 from mlxroute.training.head_shapes import Positions
+from mlxroute.training.judged_questions import JudgedQuestion, judge_questions
 from mlxroute.training.labels import LabelledAnswer, to_list
 from mlxroute.types import LabelKind, Progress
 

@@ -28,13 +28,13 @@ from mlxroute.sequences import chunks
 from mlxroute.small import SmallModel
 from mlxroute.small.kv_cache import CacheCopy
 from mlxroute.small.sampled_continuations import SampleStart, sample_continuations
-from mlxroute.training.advantage.judged_questions import JudgedQuestion
 from mlxroute.training.advantage.routed_answers import (
     BudgetedRouter,
     RoutedAnswer,
     write_routed_answers,
 )
 from mlxroute.training.advantage.shrinkage import RightCounts
+from mlxroute.training.judged_questions import JudgedQuestion
 from mlxroute.training.labels import decode_answer, read_label_file, write_label_file
 from mlxroute.types import Progress
 

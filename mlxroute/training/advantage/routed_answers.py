@@ -14,7 +14,7 @@ from mlxroute.routers import Router, make_router
 from mlxroute.sequences import chunks
 from mlxroute.serving.concurrent_answers import AnswerRow, ConcurrentAnswers
 from mlxroute.small import SmallModel
-from mlxroute.training.advantage.judged_questions import JudgedQuestion
+from mlxroute.training.judged_questions import JudgedQuestion
 from mlxroute.types import Message, Mode, Progress
 
 CHATS: Final = 8

@@ -21,8 +21,8 @@ class JudgedQuestion:
     Args:
         question: The question.
         conversation: The messages that ask it.
-        large_outcome: The outcome of the large model's own answer, which is right where the row has
-            no answer; None where it has one.
+        large_outcome: The outcome of the large model's own answer, if that is right; None (default)
+            where the row's answer is.
     """
 
     question: Question
