@@ -147,14 +147,6 @@ class AnswerScheduler(Closeable):
             single_tokens=device.single_tokens,
         )
 
-    def drain(self, *, timeout_s: float | None = None) -> bool:
-        """Refuse new answers and wait for the others; return whether all have ended in time."""
-        with self._changed:
-            self._is_closed = True
-            return self._changed.wait_for(
-                lambda: not (self._running or self._queue), timeout=timeout_s
-            )
-
     def close(self) -> None:
         """Cancel all answers and end all threads."""
         with self._changed:
@@ -162,7 +154,8 @@ class AnswerScheduler(Closeable):
             answers = [*self._queue, *self._running]
         for answer in answers:
             answer.cancel()
-        self.drain()
+        with self._changed:
+            self._changed.wait_for(lambda: not (self._running or self._queue))
         self._device.close()
 
     def _start_answer(self, request: AnswerRequest, prompt: ServedPrompt, row: Row) -> Answer:

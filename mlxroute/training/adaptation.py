@@ -301,7 +301,7 @@ class _Training:
                     steps=steps,
                     accumulate=accumulate,
                     latest=Path(scratch) / WEIGHTS_FILE,
-                    on_step=lambda _: self._progress(label, next(counter), total),
+                    on_step=lambda: self._progress(label, next(counter), total),
                 )
             figures = self._judge(number, done / len(section.trained), section.held_out)
             if self._add_figures(figures):

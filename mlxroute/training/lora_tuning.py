@@ -118,7 +118,7 @@ class LoraTuning:
         steps: int,
         accumulate: int,
         latest: Path,
-        on_step: Callable[[float], None],
+        on_step: Callable[[], None],
     ) -> None:
         """Take the next `steps` batches and update the weights after every `accumulate` of them.
 
@@ -127,7 +127,9 @@ class LoraTuning:
             steps: Number of batches, a multiple of `accumulate`.
             accumulate: Number of batches whose gradients are averaged.
             latest: File that the tuner writes the weights to at the end.
-            on_step: Called with the loss of each batch, in nats a token.
+            on_step: Called after each batch.
+
+        Raises TrainingDiverged when the loss of a batch is no number.
         """
         arguments = TrainingArgs(
             iters=steps,
@@ -144,7 +146,7 @@ class LoraTuning:
                 args=arguments,
                 loss=self._loss,
                 iterate_batches=lambda **_: batches,
-                training_callback=_LossReports(on_step),
+                training_callback=_StepReports(on_step),
             )
         self._model.eval()
 
@@ -229,20 +231,19 @@ class _ClippedAdam(optim.Adam):  # type: ignore[misc]
         return super().apply_gradients(clipped, parameters)
 
 
-class _LossReports(TrainingCallback):  # type: ignore[misc]
-    """Passes the loss of each batch on."""
+class _StepReports(TrainingCallback):  # type: ignore[misc]
+    """Reports each batch, and ends the training where it diverges."""
 
-    def __init__(self, on_step: Callable[[float], None]) -> None:
+    def __init__(self, on_step: Callable[[], None]) -> None:
         self._on_step = on_step
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
-        loss = float(train_info["train_loss"])
-        if not math.isfinite(loss):
+        if not math.isfinite(float(train_info["train_loss"])):
             raise TrainingDiverged(
                 "the training diverged: its loss is no number; choose a lower learning rate",
                 parameter="learning_rate",
             )
-        self._on_step(loss)
+        self._on_step()
 
 
 @contextlib.contextmanager

@@ -177,7 +177,7 @@ def test_a_shared_prefix_changes_neither_loss_nor_gradients(
             steps=2,
             accumulate=1,
             latest=tmp_path / "latest.safetensors",
-            on_step=lambda loss: None,
+            on_step=lambda: None,
         )
         written.append(
             (tuning.mean_loss(batches), dict(tree_flatten(model.trainable_parameters())))
