@@ -12,8 +12,6 @@ from types import ModuleType
 from typing import Any, cast
 
 from mlxroute.backend.mlx_lm_package import defer_mlx_lm_init
-from mlxroute.backend.model_config import read_config
-from mlxroute.errors import WeightsError
 
 # The architectures that the conversion of GGUF files writes.
 _ARCHITECTURES = ("llama", "qwen2")
@@ -21,18 +19,6 @@ _ARCHITECTURES = ("llama", "qwen2")
 _SPECIAL_KEYS = frozenset(
     ("model_file", "quantization", "quantization_config", "quantize_activations", "text_config")
 )
-
-
-def read_plain_config(path: Path) -> dict[str, Any] | None:
-    """Return the configuration of a model that `load_plain_model` can load, as `mlx_lm` reads it.
-
-    None for any other model, or if its files cannot be read.
-    """
-    try:
-        config = read_config(path)
-    except WeightsError:
-        return None
-    return config if is_plain(path, config) else None
 
 
 def is_plain(path: Path, config: Mapping[str, Any]) -> bool:

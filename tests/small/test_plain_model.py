@@ -13,7 +13,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxroute.backend.load import load, on_cpu
-from mlxroute.backend.plain_model import load_plain_model, read_plain_config
+from mlxroute.backend.model_config import read_config
+from mlxroute.backend.plain_model import is_plain, load_plain_model
 from mlxroute.small import SmallModel
 from mlxroute.tokenizers.fast_tokenizer import FastTokenizer
 from tests.support.tiny import make_tiny_model
@@ -28,8 +29,8 @@ def test_a_plain_model_is_the_one_that_mlx_lm_loads(
 
     path = make_tiny_model(tmp_path / "m", model_type=model_type, tied=tied)
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
-    config = read_plain_config(path)
-    assert config is not None
+    config = read_config(path)
+    assert is_plain(path, config)
     expected, expected_config = load_model(path)
     assert config == expected_config
     model = load_plain_model(path, config)
@@ -52,8 +53,8 @@ def test_half_precision_weights_give_the_numbers_of_wide_ones(tmp_path: Path, ti
     narrow = {name: value.astype(mx.float16) for name, value in weights.items()}
     mx.eval(narrow)
     mx.save_safetensors(file, narrow, {"format": "mlx"})
-    config = read_plain_config(path)
-    assert config is not None
+    config = read_config(path)
+    assert is_plain(path, config)
     wide = load_plain_model(path, config)
     wide.load_weights([(name, value.astype(mx.float32)) for name, value in narrow.items()])
     model, _ = load(path)
@@ -80,7 +81,7 @@ def test_other_models_are_left_to_mlx_lm(tmp_path: Path, change: dict[str, Any])
     path = make_tiny_model(tmp_path / "m")
     file = path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    assert read_plain_config(path) is None
+    assert not is_plain(path, read_config(path))
 
 
 def test_the_public_tokenizer_is_that_of_mlx_lm(tmp_path: Path) -> None:
