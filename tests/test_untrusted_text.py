@@ -87,7 +87,7 @@ READERS: dict[str, tuple[Reader, bytes]] = {
         Conversation.load,
         b'{"format": "mlxroute conversation", "version": 1, "system": null, "messages": []}',
     ),
-    "catalogue": (read_catalog, b'[[models]]\nname = "a"\ntitle = "b"\nparameters = 3\n'),
+    "catalogue": (read_catalog, b'[[models]]\nname = "a"\nparameters = 3\n'),
     "ranks": (
         read_ranks,
         b'{"small": "a", "data": "b", "positions": 1, "quantiles": {"entropy": [0, 1]}}',

@@ -95,7 +95,7 @@ def test_prices_of_the_config_or_the_users_catalogue_give_a_cost(
     own = Path(os.environ["MLXROUTE_CONFIG"]).parent / "models"
     own.mkdir()
     (own / "mine.toml").write_text(
-        '[[models]]\nname = "huge"\ntitle = "Huge"\nlicense = "none"\nparameters = 1000\n'
+        '[[models]]\nname = "huge"\nlicense = "none"\nparameters = 1000\n'
         'hub_id = "me/huge"\nhub_bytes = 4000\n'
         "price = { input = 10.0, cached_input = 1.0, output = 100.0 }\n"
     )

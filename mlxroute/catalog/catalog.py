@@ -64,7 +64,6 @@ class Model:
 
     Args:
         name: Name by which users choose it.
-        title: Name of the model for display.
         license: Its licence.
         parameters: Number of its parameters.
         hub_id: Repository on the hub, `org/name`.
@@ -74,7 +73,6 @@ class Model:
     """
 
     name: str
-    title: str
     license: str
     parameters: int
     hub_id: str
@@ -207,6 +205,8 @@ def _read_toml(file: Path) -> dict[str, Any]:
 
 def _parse_model(entry: Mapping[str, Any], *, where: str) -> Model:
     entry = dict(entry)
+    # Older entries of users have one.
+    entry.pop("title", None)
     if "index" in entry:
         source = dict(_table(entry["index"], where=f"{where}.index"))
         parts = _tables(source, "parts", where=f"{where}.index")

@@ -18,7 +18,6 @@ from mlxroute.types import Prices
 MODEL = """
 [[models]]
 name = "mine"
-title = "Mine"
 license = "MIT"
 parameters = 1
 hub_id = "me/mine"
@@ -85,6 +84,10 @@ def test_the_users_entries_follow_the_shipped_ones(tmp_path: Path, catalog: Cata
     assert mine.models[:-1] == catalog.models
     assert mine.get_model("mine").hub_id == "me/mine"
     assert mine.pairs[-1].threshold == 1
+
+
+def test_the_title_of_an_older_entry_is_ignored(tmp_path: Path) -> None:
+    assert load(tmp_path, MODEL + 'title = "Mine"\n') == load(tmp_path, MODEL)
 
 
 @pytest.mark.parametrize(

@@ -282,7 +282,7 @@ def test_the_users_entries_are_in_the_catalogue(
     own.mkdir()
     (own / "mine.toml").write_text(
         "[[models]]\n"
-        'name = "my-model"\ntitle = "Mine"\nlicense = "MIT"\nparameters = 1000\n'
+        'name = "my-model"\nlicense = "MIT"\nparameters = 1000\n'
         'hub_id = "me/my-model"\nhub_bytes = 4000\n'
     )
     assert main(["models", "--cache-dir", str(tmp_path)]) == 0

@@ -61,7 +61,7 @@ def model(gguf: bytes) -> Model:
             for n, cut in enumerate(cuts(gguf))
         ),
     )
-    return Model("tiny", "Tiny", "MIT", 1, "some-org/tiny", 1, source)
+    return Model("tiny", "MIT", 1, "some-org/tiny", 1, source)
 
 
 def cuts(content: bytes) -> list[bytes]:
@@ -241,7 +241,7 @@ def as_toml(model: Model) -> str:
         for p in model.index.parts
     )
     return (
-        f'[[models]]\nname = "{model.name}"\ntitle = "{model.title}"\nlicense = "MIT"\n'
+        f'[[models]]\nname = "{model.name}"\nlicense = "MIT"\n'
         f'parameters = 1\nhub_id = "{model.hub_id}"\nhub_bytes = 1\n[models.index]\n'
         f'gguf_sha256 = "{model.index.gguf_sha256}"\nconverted_bytes = 1\nparts = [{parts}]\n'
     )
