@@ -22,10 +22,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-PROMPTS = Path(__file__).parent / "prompts" / "varied.jsonl"
+from mlxroute.cli.bench_report import read_builtin_prompts
+
 CLIENTS = (4, 8)
 COMMAND = (sys.executable, "-m", "mlxroute")
 TIMEOUT_S = 600.0
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("tokens", type=int, nargs="?", default=64, metavar="TOKENS")
     parser.add_argument("rounds", type=int, nargs="?", default=5, metavar="ROUNDS")
     given = parser.parse_args()
-    prompts = [json.loads(row)["prompt"] for row in PROMPTS.read_text("utf-8").split("\n") if row]
+    prompts = read_builtin_prompts()
     measure = measure_alone if given.kind == "alone" else measure_together
     report = {
         "command": " ".join(["python", "bench/endpoint_speed.py", *sys.argv[1:]]),

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxroute import EntropyRouter, LargeModel, SmallModel, Token, generate
+from mlxroute.cli.bench_report import read_builtin_prompts
 
-PROMPTS = Path(__file__).parent / "prompts" / "varied.jsonl"
 # `auto` uses one of these at any time.
 MODES = ("wait", "overlap", "hedge")
 PREFETCH = (0, 16)
@@ -46,7 +46,7 @@ def main() -> None:
     given = parser.parse_args()
     address, tolerance, path = given.address, given.tolerance, given.file
     small = SmallModel.load(given.small)
-    prompts = [json.loads(row)["prompt"] for row in PROMPTS.read_text().split("\n") if row]
+    prompts = read_builtin_prompts()
     rows = [json.loads(row) for row in path.read_text().split("\n") if row] if path.exists() else []
     done = {(row["mode"], row["prefetch"], row["prompt"]): row["tokens"] for row in rows}
     with LargeModel(address, timeout_s=TIMEOUT_S) as large, path.open("a") as file:

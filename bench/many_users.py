@@ -14,8 +14,9 @@ import heapq
 import json
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+
+from mlxroute.statistics import percentile
 
 USERS = (10, 30, 100, 300, 1000, 3000, 10_000)
 # The first part of the time is left out, because all users begin with an idle replica.
@@ -103,14 +104,9 @@ def play(load: Load, users: int, *, counted_s: float = 180.0, seed: int = 0) -> 
         users,
         round(len(latencies_s) / counted_s, 2),
         round(written / counted_s / users, 2),
-        round(quantile(latencies_s, 0.5), 3),
-        round(quantile(latencies_s, 0.95), 3),
+        round(percentile(latencies_s, 0.5), 3),
+        round(percentile(latencies_s, 0.95), 3),
     )
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    """Return the value that a share of some values is below."""
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
 def main() -> None:

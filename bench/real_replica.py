@@ -25,12 +25,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from many_users import Load, draw_tokens, play, quantile
+from many_users import Load, draw_tokens, play
 
 from mlxroute import LargeModel, SmallModel
+from mlxroute.cli.bench_report import read_builtin_prompts
+from mlxroute.statistics import percentile
 from mlxroute.types import LargeContext, Message, Span
 
-PROMPTS = Path(__file__).parent / "prompts" / "varied.jsonl"
 # What callers write. The large model answers as well to any text.
 FILLER = Path(__file__).parents[1] / "docs" / "trace-a-token.md"
 CALLERS = (1, 2, 4, 8, 16, 32)
@@ -84,10 +85,11 @@ class Caller:
 
 def make_callers(small: SmallModel, count: int) -> list[Caller]:
     """Return callers with conversations of their own."""
-    prompts = [json.loads(row)["prompt"] for row in PROMPTS.read_text("utf-8").split("\n") if row]
     filler = [i for i in small.vocabulary.encode(FILLER.read_text("utf-8")) if _is_whole(small, i)]
     callers = []
-    for number, prompt in enumerate(itertools.islice(itertools.cycle(prompts), count)):
+    for number, prompt in enumerate(
+        itertools.islice(itertools.cycle(read_builtin_prompts()), count)
+    ):
         begin = 97 * number % len(filler)
         messages: tuple[Message, ...] = ({"role": "user", "content": f"{number}. {prompt}"},)
         ids = itertools.cycle([*filler[begin:], *filler[:begin]])
@@ -131,8 +133,8 @@ def run(
         "calls": len(counted),
         "calls_per_s": round(len(counted) / counted_s, 2),
         "tokens_per_s_of_a_user": round(sum(c[2] for c in counted) / counted_s / len(callers), 2),
-        "call_p50_s": round(quantile(seconds, 0.5), 3),
-        "call_p95_s": round(quantile(seconds, 0.95), 3),
+        "call_p50_s": round(percentile(seconds, 0.5), 3),
+        "call_p95_s": round(percentile(seconds, 0.95), 3),
     }
 
 

@@ -26,16 +26,15 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mlxroute import EntropyRouter, SmallModel, generate
+from mlxroute.cli.bench_report import read_builtin_prompts
 from mlxroute.engine import Options
 from mlxroute.engine.protocols import LargeProtocol
 from mlxroute.serving import AnswerRequest, AnswerScheduler
 from mlxroute.types import LargeContext, LargeToken, Message, RunStats, Token, Uploads
 
-PROMPTS = Path(__file__).parent / "prompts" / "varied.jsonl"
 WINDOW_S = 60.0
 # Calls of 34 steps leave few tokens a minute, and an answer's first ones escalate more often.
 ROUTED_WINDOW_S = 180.0
@@ -238,7 +237,7 @@ def main() -> None:
     parser.add_argument("rounds", type=int, nargs="?", default=2, metavar="ROUNDS")
     given = parser.parse_args()
     small = SmallModel.load(given.small)
-    prompts = [json.loads(line)["prompt"] for line in PROMPTS.read_text("utf-8").splitlines()]
+    prompts = read_builtin_prompts()
     sizes = given.tokens, given.rounds
     match given.kind:
         case "alone":
