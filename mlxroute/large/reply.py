@@ -36,8 +36,8 @@ class ReplyPosition:
 class Completion:
     """A whole completion reply: its positions, and its text as the server decoded it.
 
-    The counts are the server's own, None where it reports none; `reasoning_tokens`, those of
-    thoughts, are a part of `completion_tokens`.
+    The counts are the server's own, None where it reports none; those of thoughts are a part of
+    `completion_tokens`.
     """
 
     positions: tuple[ReplyPosition, ...]
@@ -45,7 +45,6 @@ class Completion:
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     completion_tokens: int | None = None
-    reasoning_tokens: int | None = None
 
     @property
     def ends(self) -> bool:

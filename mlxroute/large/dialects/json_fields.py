@@ -124,7 +124,6 @@ class Counts(TypedDict):
     prompt_tokens: int | None
     cached_tokens: int | None
     completion_tokens: int | None
-    reasoning_tokens: int | None
 
 
 def usage_counts(reply: Mapping[str, object]) -> Counts:
@@ -141,21 +140,27 @@ def usage_counts(reply: Mapping[str, object]) -> Counts:
         next((count for count in cached if count is not None), None),
         usage.get("completion_tokens"),
     )
-    counts["reasoning_tokens"] = _checked_count(
-        _object_in(usage, "completion_tokens_details").get("reasoning_tokens")
-    )
-    return _with_hidden_thoughts(counts, _checked_count(usage.get("total_tokens")))
-
-
-def _with_hidden_thoughts(counts: Counts, total: int | None) -> Counts:
-    """Return the counts with the thoughts that only the total counts, as some providers have it."""
-    prompt, completion = counts["prompt_tokens"], counts["completion_tokens"]
-    if prompt is None or completion is None or total is None or total <= prompt + completion:
-        return counts
-    counts["completion_tokens"] = total - prompt
-    if counts["reasoning_tokens"] is None:
-        counts["reasoning_tokens"] = total - prompt - completion
+    if counts["completion_tokens"] is not None:
+        counts["completion_tokens"] += _hidden_tokens(usage)
     return counts
+
+
+def thought_tokens(reply: Mapping[str, object]) -> int:
+    """Return how many tokens of thoughts an OpenAI-style `usage` reports; 0 if it reports none."""
+    usage = _object_in(reply, "usage")
+    details = _object_in(usage, "completion_tokens_details")
+    reported = _checked_count(details.get("reasoning_tokens"))
+    return _hidden_tokens(usage) if reported is None else reported
+
+
+def _hidden_tokens(usage: Mapping[str, object]) -> int:
+    """Return the tokens that only the total counts, as some providers count thoughts."""
+    prompt = _checked_count(usage.get("prompt_tokens"))
+    completion = _checked_count(usage.get("completion_tokens"))
+    total = _checked_count(usage.get("total_tokens"))
+    if prompt is None or completion is None or total is None:
+        return 0
+    return max(0, total - prompt - completion)
 
 
 def _object_in(value: Mapping[str, object], key: str) -> Mapping[str, object]:
@@ -165,12 +170,11 @@ def _object_in(value: Mapping[str, object], key: str) -> Mapping[str, object]:
 
 
 def checked_counts(prompt: object, cached: object, completion: object) -> Counts:
-    """Return the counts of a reply without thoughts; None for a value that is not a count."""
+    """Return the counts of a reply; None for a value that is not a count."""
     return Counts(
         prompt_tokens=_checked_count(prompt),
         cached_tokens=_checked_count(cached),
         completion_tokens=_checked_count(completion),
-        reasoning_tokens=None,
     )
 
 

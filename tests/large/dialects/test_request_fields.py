@@ -17,7 +17,12 @@ from mlxroute.large.dialects.chat.request_fields import (
     RequestFields,
     Thinking,
 )
-from mlxroute.large.dialects.json_fields import error_message, parse_object, usage_counts
+from mlxroute.large.dialects.json_fields import (
+    error_message,
+    parse_object,
+    thought_tokens,
+    usage_counts,
+)
 from tests.support.hosted_servers import FIELDS, PROVIDERS, Json, Provider
 
 ASK = {"role": "user", "content": "Count."}
@@ -180,9 +185,9 @@ def test_any_reply_gives_a_text_or_an_error(value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("usage", "completion", "reasoning"),
+    ("usage", "completion", "thoughts"),
     [
-        ({"prompt_tokens": 9, "completion_tokens": 5, "total_tokens": 14}, 5, None),
+        ({"prompt_tokens": 9, "completion_tokens": 5, "total_tokens": 14}, 5, 0),
         # The total alone counts the thoughts.
         ({"prompt_tokens": 9, "completion_tokens": 5, "total_tokens": 54}, 45, 40),
         (
@@ -196,15 +201,16 @@ def test_any_reply_gives_a_text_or_an_error(value: object) -> None:
             40,
         ),
         ({"completion_tokens": 5, "completion_tokens_details": {"reasoning_tokens": 4}}, 5, 4),
-        ({"prompt_tokens": 9, "completion_tokens": 5, "total_tokens": 3}, 5, None),
-        ({"completion_tokens_details": {"reasoning_tokens": -1}, "total_tokens": "9"}, None, None),
+        ({"prompt_tokens": 9, "completion_tokens": 5, "total_tokens": 3}, 5, 0),
+        ({"completion_tokens_details": {"reasoning_tokens": -1}, "total_tokens": "9"}, None, 0),
     ],
 )
 def test_generated_tokens_include_thoughts(
-    usage: Json, completion: int | None, reasoning: int | None
+    usage: Json, completion: int | None, thoughts: int
 ) -> None:
-    counts = usage_counts({"usage": usage})
-    assert (counts["completion_tokens"], counts["reasoning_tokens"]) == (completion, reasoning)
+    reply = {"usage": usage}
+    assert usage_counts(reply)["completion_tokens"] == completion
+    assert thought_tokens(reply) == thoughts
 
 
 @pytest.mark.parametrize(

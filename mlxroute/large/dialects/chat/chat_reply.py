@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.json_fields import as_object, as_text, first_choice, usage_counts
+from mlxroute.large.dialects.json_fields import (
+    as_object,
+    as_text,
+    first_choice,
+    thought_tokens,
+    usage_counts,
+)
 
 # Fields of a message that hold the thoughts of a model, beside its content.
 _THOUGHTS: Final = ("reasoning_content", "reasoning", "thinking")
@@ -28,9 +34,8 @@ def chat_text(reply: Mapping[str, object]) -> str:
     message = as_object(first_choice(reply).get("message"), what="message")
     text, has_thoughts = _content(message)
     has_thoughts = has_thoughts or any(message.get(key) for key in _THOUGHTS)
-    counts = usage_counts(reply)
-    is_long = (counts["completion_tokens"] or 0) > _MAX_TOKENS_PER_CHARACTER
-    is_hidden = not text and (has_thoughts or counts["reasoning_tokens"] or is_long)
+    is_long = (usage_counts(reply)["completion_tokens"] or 0) > _MAX_TOKENS_PER_CHARACTER
+    is_hidden = not text and (has_thoughts or thought_tokens(reply) or is_long)
     if is_hidden or text.lstrip().startswith(_THOUGHT_MARK):
         raise ModelThinks("the model thinks first, instead of continuing the answer")
     return text
