@@ -13,9 +13,10 @@ from mlxroute.answers.document import AnswerDocument
 from mlxroute.answers.document_file import format_inline, read_document
 from mlxroute.answers.record_json import is_text
 from mlxroute.errors import UsageError
-from mlxroute.private_file import expand_path, write_private
+from mlxroute.replace_file import write_private
 from mlxroute.types import Message
 from mlxroute.untrusted_text import MalformedText, TextFile, parse_json
+from mlxroute.user_folders import expand_user
 
 _FORMAT = "mlxroute conversation"
 _VERSION = 1
@@ -71,7 +72,7 @@ class Conversation:
         exists and is not a conversation.
         """
         # Resolve links, so that the target is replaced and not the link.
-        path = Path(os.path.realpath(expand_path(path)))
+        path = Path(os.path.realpath(expand_user(path)))
         if os.path.lexists(path) and not _is_conversation(path):
             raise UsageError(f"{path} exists and is not a saved conversation; choose another name")
         document = {
@@ -92,7 +93,7 @@ class Conversation:
     @classmethod
     def load(cls, path: Path) -> Conversation:
         """Read a conversation from a file; raise UsageError if it does not hold one."""
-        path = expand_path(path)
+        path = expand_user(path)
         text = TextFile(path, "the conversation", max_bytes=_MAX_BYTES).read()
         try:
             # Lone surrogates are named below, with their message.

@@ -1,10 +1,12 @@
-"""Replacement of a small file in one step."""
+"""Replacement of a file in one step."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from pathlib import Path
+
+from mlxroute.errors import UsageError
 
 
 def replace_file(path: Path, data: bytes, *, mode: int = 0o666, durable: bool = False) -> None:
@@ -35,3 +37,20 @@ def replace_file(path: Path, data: bytes, *, mode: int = 0o666, durable: bool = 
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Replace a file that a user named; only they can read it. A link is followed.
+
+    Args:
+        path: File to replace or create.
+        data: Its new content.
+
+    Raises:
+        UsageError: The file cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        replace_file(target, data, mode=0o600, durable=True)
+    except OSError as error:
+        raise UsageError(f"cannot save to {path}: {error.strerror}") from error

@@ -28,11 +28,15 @@ def state_folder() -> Path:
 
 
 def expand_user(path: str | Path) -> Path:
-    """Return a path with `~` or `~user` at its start replaced by a home folder.
+    """Return a path that a user named, with `~` or `~user` at its start replaced by a home folder.
 
-    Raises UsageError if there is no such user, ConfigError if no home folder is known.
+    Raises:
+        UsageError: There is no such user, or the path contains a NUL character.
+        ConfigError: No home folder is known.
     """
     text = str(path)
+    if "\0" in text:
+        raise UsageError("the name of a file or a folder cannot contain a NUL character")
     name = text.split("/", 1)[0]
     if not name.startswith("~"):
         return Path(text)

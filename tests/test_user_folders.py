@@ -14,7 +14,6 @@ from mlxroute.catalog import Catalog
 from mlxroute.cli.app import main
 from mlxroute.config import default_config_path
 from mlxroute.errors import ConfigError, UsageError
-from mlxroute.private_file import expand_path
 from mlxroute.types import no_notice, no_progress
 from mlxroute.user_folders import (
     cache_folder,
@@ -81,12 +80,14 @@ def test_a_tilde_is_expanded_and_an_unknown_user_refused(
     assert default_config_path() == tmp_path / "own.toml"
     with pytest.raises(UsageError, match="there is no user 'nobody-of-this-name'"):
         expand_user("~nobody-of-this-name/a")
+    with pytest.raises(UsageError, match="cannot contain a NUL character"):
+        expand_user("a\0b")
 
 
 def test_a_file_or_a_model_in_the_folder_of_an_unknown_user_is_refused(tmp_path: Path) -> None:
     unknown = "~nobody-of-this-name/a"
     with pytest.raises(UsageError, match="there is no user 'nobody-of-this-name'"):
-        expand_path(Path(unknown))
+        expand_user(Path(unknown))
     with pytest.raises(UsageError, match="there is no user 'nobody-of-this-name'"):
         resolve(
             unknown,

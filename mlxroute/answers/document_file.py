@@ -11,8 +11,9 @@ from typing import Any
 from mlxroute.answers.document import FORMAT, VERSION, AnswerDocument
 from mlxroute.answers.record_json import from_json, to_json
 from mlxroute.errors import UsageError
-from mlxroute.private_file import expand_path, write_private
+from mlxroute.replace_file import write_private
 from mlxroute.untrusted_text import MalformedText, TextFile, decode_text, parse_json
+from mlxroute.user_folders import expand_user
 
 _MAX_BYTES = 256 * 2**20
 _REQUIRED_KEYS = {"role", "content"}
@@ -81,7 +82,7 @@ def read_document(value: Any) -> AnswerDocument:
 
 def load_document(path: Path) -> AnswerDocument:
     """Read a document from a file. Raises UsageError if it does not hold one."""
-    path = expand_path(path)
+    path = expand_user(path)
     text = TextFile(path, "the saved answer", max_bytes=_MAX_BYTES).read()
     try:
         return parse_document(text.encode())
@@ -94,7 +95,7 @@ def check_target(path: Path) -> Path:
 
     Raises UsageError if its folder cannot be written, or if it exists and holds something else.
     """
-    path = Path(os.path.realpath(expand_path(path)))
+    path = Path(os.path.realpath(expand_user(path)))
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UsageError(f"cannot save to {path}: {path.parent} is not a folder to write to")
     if os.path.lexists(path):

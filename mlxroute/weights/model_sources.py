@@ -69,7 +69,7 @@ class Sources:
                     WeightsSize(model.name, model.hub_bytes, model.float32_bytes)
                 ),
             )
-        path = _user_path(spec)
+        path = expand_user(spec)
         if spec and os.path.isdir(path):
             return _user_directory(spec, path)
         if path.suffix == ".gguf":
@@ -90,7 +90,7 @@ class Sources:
         """Return what a spec names for llama.cpp: a GGUF file of the user, or a request for one."""
         model = self.catalog.find_model(spec)
         if model is None and Path(spec).suffix == ".gguf":
-            path = _user_path(spec)
+            path = expand_user(spec)
             if not path.is_file():
                 raise WeightsError(f"no model at {spec}: there is no such file")
             return LocalModel(path.stem, path, "file")
@@ -211,12 +211,6 @@ class Sources:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
         return StagedModel(folder, source, hashes)
-
-
-def _user_path(spec: str) -> Path:
-    if "\0" in spec:
-        raise WeightsError("the name of a model cannot contain a NUL character")
-    return expand_user(spec)
 
 
 def _user_directory(spec: str, path: Path) -> LocalModel:

@@ -9,7 +9,8 @@ import typer
 
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
-from mlxroute.private_file import expand_path, write_private
+from mlxroute.replace_file import write_private
+from mlxroute.user_folders import expand_user
 
 
 def show(
@@ -38,12 +39,12 @@ def show(
     if html is not None:
         from mlxroute.view.answer_html import draw_page
 
-        write_private(expand_path(html), draw_page(document).encode())
+        write_private(expand_user(html), draw_page(document).encode())
         print_note(err, f"wrote {html}")
     if svg is not None:
         from mlxroute.view.answer_picture import draw_document
 
-        write_private(expand_path(svg), draw_document(document).encode())
+        write_private(expand_user(svg), draw_document(document).encode())
         print_note(err, f"wrote {svg}")
     if html is None and svg is None:
         from mlxroute.view.answer_text import answer_rows
@@ -55,6 +56,6 @@ def show(
 
 def _is_same_file(path: Path, other: Path) -> bool:
     try:
-        return expand_path(path).samefile(expand_path(other))
+        return expand_user(path).samefile(expand_user(other))
     except OSError:
         return False
