@@ -4,39 +4,46 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from mlxroute.errors import UsageError
 
 
-def replace_file(path: Path, data: bytes, *, mode: int = 0o666, durable: bool = False) -> None:
-    """Write a file in its folder under a name of its own, and rename it to `path`.
+@contextlib.contextmanager
+def replacement(path: Path, *, mode: int = 0o666, durable: bool = False) -> Iterator[Path]:
+    """Yield a new empty file in the folder of `path`, which becomes `path` when the block ends.
 
     Readers get the old file or the new one, and several processes may replace it at the same time;
     the last one wins. A failure leaves no temporary file behind.
 
     Args:
         path: File to replace or create.
-        data: Its new content.
         mode: Its permissions, from which the umask is taken. Readable by all by default.
         durable: Whether the data must be on the disk before the rename. False by default.
 
     Raises:
         OSError: The file cannot be written.
     """
-    name = path.with_name(f".{path.name[:100]}.{os.getpid()}-{os.urandom(4).hex()}")
-    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    number = f"{os.getpid()}-{os.urandom(4).hex()}"
+    name = path.with_name(f".{path.stem[:100]}.{number}{path.suffix[:20]}")
+    os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
     try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-            if durable:
-                stream.flush()
+        yield name
+        if durable:
+            with name.open("rb+") as stream:
                 os.fsync(stream.fileno())
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
+
+
+def replace_file(path: Path, data: bytes, *, mode: int = 0o666, durable: bool = False) -> None:
+    """Write a file with `replacement`; `data` is its content. Raises OSError if that fails."""
+    with replacement(path, mode=mode, durable=durable) as name:
+        name.write_bytes(data)
 
 
 def write_private(path: Path, data: bytes) -> None:
@@ -47,9 +54,11 @@ def write_private(path: Path, data: bytes) -> None:
         data: Its new content.
 
     Raises:
-        UsageError: The file cannot be written.
+        UsageError: The file cannot be written, or is a device, a pipe or a folder.
     """
     target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise UsageError(f"cannot save to {path}: it is not a regular file")
     try:
         replace_file(target, data, mode=0o600, durable=True)
     except OSError as error:

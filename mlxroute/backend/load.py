@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mlxroute.backend.memory import available_bytes
+from mlxroute.backend import memory
 from mlxroute.backend.model_config import (
     check_understood,
     ignored_generation_settings,
@@ -88,7 +88,7 @@ def check_memory(path: Path, *, role: str) -> None:
         path: Model directory or GGUF file.
         role: "small" or "large", for the message.
     """
-    require_memory(memory_needed(path), available_bytes(), name=path.name, role=role)
+    require_memory(memory_needed(path), memory.available_bytes(), name=path.name, role=role)
 
 
 def require_memory(needed: int, available: int, *, name: str, role: str) -> None:

@@ -368,6 +368,8 @@ def _check_head(settings: Settings) -> None:
 def _connect_large(settings: Settings, ledger: Ledger, err: Console) -> LargeModel | None:
     """Return the large model, None if there is none; a failure is a warning unless `strict`."""
     if settings.offline or settings.large is None:
+        if settings.strict:
+            raise UsageError("--strict needs a large model: give --large, and not --offline")
         return None
     large = make_large(settings, settings.large, ledger, err)
     try:

@@ -79,6 +79,15 @@ class MlpHead:
         return values
 
 
+def is_head(path: Path) -> bool:
+    """Return whether a file holds the layers of a head, of whatever size."""
+    try:
+        arrays = mx.load(str(path))
+    except (OSError, RuntimeError, ValueError):
+        return False
+    return isinstance(arrays, dict) and bool(_pop_layers(arrays)) and not arrays
+
+
 def _pop_layers(arrays: dict[str, mx.array]) -> list[tuple[mx.array, mx.array]]:
     """Take the layers out of `arrays`, in order and in float32; a missing bias is empty."""
     layers: list[tuple[mx.array, mx.array]] = []

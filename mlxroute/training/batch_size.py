@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from mlxroute.backend.memory import available_bytes
+from mlxroute.backend import memory
 from mlxroute.errors import NotEnoughSpace
 from mlxroute.training.lora_tuning import LoraTuning
 from mlxroute.training.tuning_examples import TuningExample, make_batches
@@ -26,7 +26,7 @@ def choose_batch_size(
     (shortest,) = make_batches(ordered[:1], 1)
     (longest,) = make_batches(ordered[-1:], 1)
     token_bytes = _MARGIN * tuning.measure_bytes(shortest) / (prefix + shortest[0].size)
-    available = available_bytes()
+    available = memory.available_bytes()
     size = largest
     while (needed := token_bytes * (prefix + size * longest[0].size)) > available:
         if size == 1:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
+
+from mlxroute.replace_file import replacement
 
 
 def write_tensors(
@@ -28,10 +29,8 @@ def write_tensors(
     Raises:
         OSError: The file cannot be written; an old one stays.
     """
-    partial = path.with_suffix(".partial.safetensors")
-    partial.touch(mode=0o600 if is_private else 0o666)
-    try:
-        mx.save_safetensors(str(partial), dict(tensors), dict(metadata))
-    except RuntimeError as exc:
-        raise OSError(errno.EIO, f"cannot be written ({exc})", str(path)) from exc
-    os.replace(partial, path)
+    with replacement(path, mode=0o600 if is_private else 0o666) as partial:
+        try:
+            mx.save_safetensors(str(partial), dict(tensors), dict(metadata))
+        except RuntimeError as exc:
+            raise OSError(errno.EIO, f"cannot be written ({exc})", str(path)) from exc

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from mlxroute.backend import memory
@@ -165,7 +166,6 @@ def test_a_model_that_needs_too_much_memory_is_refused_unless_the_check_is_skipp
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: 2**20)
-    monkeypatch.setattr("mlxroute.backend.load.available_bytes", lambda: 2**20)
     file = write_gguf(tmp_path / "tiny.gguf", TinyModel())
     cache = tmp_path / "cache"
     code = main(
@@ -183,3 +183,22 @@ def test_a_model_that_needs_too_much_memory_is_refused_unless_the_check_is_skipp
         assert "the small model tiny.gguf needs 0.6 GiB of memory and 0.0 GiB are free" in errors
         assert "skip this check (--skip-memory-check)" in errors
         assert not (cache / "models").exists()
+
+
+@pytest.mark.parametrize("content", [b"weights", None])
+def test_train_replaces_no_file_that_is_not_a_head(
+    content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "prompts.jsonl", tmp_path / "model.safetensors"
+    data.write_text('{"prompt": "Why?"}\n')
+    if content is None:
+        mx.save_safetensors(str(out), {"layers.0.weight": mx.zeros((2, 2))})
+    else:
+        out.write_bytes(content)
+    before = out.read_bytes()
+    arguments = ["train", "--data", str(data), "--large", "http://127.0.0.1:9/v1"]
+    assert main([*arguments, "--out", str(out)]) == 2
+    assert f"--out {out} exists and is not a head; choose another name" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert out.read_bytes() == before

@@ -148,6 +148,14 @@ def test_strict_turns_an_unreachable_server_into_exit_code_3(
     assert "127.0.0.1:9" in error_line(capsys)
 
 
+@pytest.mark.parametrize("given", [[], ["--large", UNREACHABLE, "--offline"]])
+def test_strict_needs_a_large_model(
+    given: list[str], tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ask", "--small", str(tiny), "--strict", *given, "hi"]) == 2
+    assert "--strict needs a large model: give --large" in error_line(capsys)
+
+
 def test_a_dash_is_replaced_by_standard_input(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import stat
 from pathlib import Path
@@ -122,6 +123,25 @@ def test_show_does_not_replace_the_answer(
         assert main(["show", str(saved), flag, str(target)]) == 2
         assert f"is the saved answer; choose another name ({flag})" in capsys.readouterr().err
     assert saved.read_bytes() == before
+
+
+def test_a_page_and_a_picture_need_two_names(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a.html"
+    assert main(["show", str(saved), "--html", str(file), "--svg", f"{tmp_path}/./a.html"]) == 2
+    assert f"--html and --svg both name {file}; choose two names" in capsys.readouterr().err
+    assert not file.exists()
+
+
+def test_only_regular_files_are_replaced(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert main(["show", str(saved), "--html", str(pipe)]) == 2
+    assert f"cannot save to {pipe}: it is not a regular file" in capsys.readouterr().err
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
 
 
 @pytest.mark.parametrize("token_id", [10**12, 2**31, 100_000, -1])

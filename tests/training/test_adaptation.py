@@ -12,13 +12,14 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+from mlxroute.backend import memory
 from mlxroute.backend.load import load
 from mlxroute.errors import LargeProtocolError, LargeRefused, NotEnoughSpace, UsageError
 from mlxroute.questions.question_files import Question, question_messages
 from mlxroute.recorded.large_answers import LargeAnswer
 from mlxroute.recorded.replies import Replies
 from mlxroute.small import SmallModel
-from mlxroute.training import adaptation, batch_size
+from mlxroute.training import adaptation
 from mlxroute.training.adaptation import adapt_to_answers, make_examples, split_answers
 from mlxroute.training.held_out_answers import write_answers
 from mlxroute.training.lora_tuning import LoraShape, LoraTuning, can_share_prefix
@@ -589,11 +590,11 @@ def test_fewer_answers_are_read_at_once_where_little_memory_is_free(
     monkeypatch.setattr(
         LoraTuning, "measure_bytes", lambda self, batch: 100 * (prefix + batch[0].size)
     )
-    monkeypatch.setattr(batch_size, "available_bytes", lambda: 125 * int(prefix + 2.5 * longest))
+    monkeypatch.setattr(memory, "available_bytes", lambda: 125 * int(prefix + 2.5 * longest))
     outcome = adapt(small, tmp_path / "a", epochs=1)
     assert outcome.report["read_at_once"] == 2
     assert outcome.best is not None
-    monkeypatch.setattr(batch_size, "available_bytes", lambda: 125 * int(prefix + 0.9 * longest))
+    monkeypatch.setattr(memory, "available_bytes", lambda: 125 * int(prefix + 0.9 * longest))
     with pytest.raises(NotEnoughSpace, match="choose a smaller model"):
         adapt(small, tmp_path / "b", epochs=1)
 

@@ -256,14 +256,18 @@ def test_saved_labels_have_fixed_names(small: SmallModel, tmp_path: Path) -> Non
 
 
 def test_a_head_that_cannot_be_written_keeps_the_old_one(
-    fitted: FittedHead, tmp_path: Path
+    fitted: FittedHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("No space left")
+
     file = tmp_path / "h.safetensors"
     file.write_bytes(b"an earlier head")
-    (tmp_path / "h.partial.safetensors").mkdir()
+    monkeypatch.setattr(mx, "save_safetensors", fail)
     with pytest.raises(OSError, match="cannot be written"):
         fitted.write(file)
     assert file.read_bytes() == b"an earlier head"
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_written_head_has_fixed_names(fitted: FittedHead, tmp_path: Path) -> None:

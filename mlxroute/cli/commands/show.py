@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +36,8 @@ def show(
             raise UsageError(
                 f"{path} is the saved answer; choose another name", parameter=parameter
             )
+    if html is not None and svg is not None and _is_same_file(html, svg):
+        raise UsageError(f"--html and --svg both name {html}; choose two names")
     out, err = make_consoles()
     if html is not None:
         from mlxroute.view.answer_html import draw_page
@@ -55,7 +58,7 @@ def show(
 
 
 def _is_same_file(path: Path, other: Path) -> bool:
-    try:
-        return expand_user(path).samefile(expand_user(other))
-    except OSError:
-        return False
+    path, other = expand_user(path), expand_user(other)
+    if path.exists() and other.exists():
+        return path.samefile(other)
+    return os.path.realpath(path) == os.path.realpath(other)

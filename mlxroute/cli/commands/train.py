@@ -125,8 +125,12 @@ def _check_heads(settings: Settings, out: Path | None, labels: LabelKind) -> Non
 
 def _check_writable(out: Path) -> None:
     """Raise UsageError for a file that cannot be written after hours of labelling."""
+    from mlxroute.small.mlp_head import is_head
+
     if out.suffix != ".safetensors" or out.is_dir():
         raise UsageError(f"--out {out}: a head is a .safetensors file")
+    if out.exists() and not is_head(out):
+        raise UsageError(f"--out {out} exists and is not a head; choose another name")
     folder = next(parent for parent in out.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UsageError(f"the folder {folder} cannot be written to; choose another with --out")
