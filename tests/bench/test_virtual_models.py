@@ -92,7 +92,11 @@ def test_rows_of_a_batch_go_on_from_what_was_computed_before(small: SmallModel) 
     first, second = start(), start()
     rows = [first.branch([1, 0], [30, 31]), second.branch([0, 1, 0], [40, 41, 42])]
     rows.append(second.branch([2, 1], [50, 51]))
-    tails = [[(21, 30), (20, 31)], [(20, 40), (21, 41), (20, 42)], [(20, 42, 50), (21, 41, 51)]]
+    tails: list[list[tuple[int, ...]]] = [
+        [(21, 30), (20, 31)],
+        [(20, 40), (21, 41), (20, 42)],
+        [(20, 42, 50), (21, 41, 51)],
+    ]
     for batch, batch_tails in zip(rows, tails, strict=True):
         for signals, tail in zip(batch, batch_tails, strict=True):
             alone, _ = small.prefill([*prompt, *tail])

@@ -170,10 +170,16 @@ def _object_in(value: Mapping[str, object], key: str) -> Mapping[str, object]:
 
 
 def checked_counts(prompt: object, cached: object, completion: object) -> Counts:
-    """Return the counts of a reply; None for a value that is not a count."""
+    """Return the counts of a reply; None for a value that is not a count.
+
+    No more tokens count as cached than the prompt has.
+    """
+    prompt_count, cached_count = _checked_count(prompt), _checked_count(cached)
+    if prompt_count is not None and cached_count is not None:
+        cached_count = min(cached_count, prompt_count)
     return Counts(
-        prompt_tokens=_checked_count(prompt),
-        cached_tokens=_checked_count(cached),
+        prompt_tokens=prompt_count,
+        cached_tokens=cached_count,
         completion_tokens=_checked_count(completion),
     )
 
