@@ -243,23 +243,42 @@ def _code_question(
 
 def _choices(row: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
     """Return the (label, text) pairs of a row."""
-    try:
-        labels, texts = row["choices"]["label"], row["choices"]["text"]
-        return tuple((str(a), str(b)) for a, b in zip(labels, texts, strict=True))
-    except (KeyError, TypeError, ValueError) as exc:
+    choices = row["choices"]
+    columns = [choices.get(key) for key in ("label", "text")] if isinstance(choices, dict) else []
+    if not columns or not all(isinstance(column, list) and column for column in columns):
+        raise UsageError(f"{where}: `choices` needs a `label` list and a `text` list, not empty")
+    labels, texts = ([_text_of(item) for item in column] for column in columns)
+    if len(labels) != len(texts):
+        raise UsageError(f"{where}: `choices` needs as many items in `label` as in `text`")
+    pairs = tuple((a, b) for a, b in zip(labels, texts, strict=True) if a and b)
+    if len(pairs) < len(labels):
         raise UsageError(
-            f"{where}: `choices` needs a `label` list and a `text` list of equal length"
-        ) from exc
+            f"{where}: `choices` needs non-empty strings or finite numbers in `label` and `text`"
+        )
+    if len(dict(pairs)) < len(pairs):
+        raise UsageError(f"{where}: `choices` needs a different `label` for each choice")
+    return pairs
 
 
 def _optional_text(row: dict[str, Any], key: str, where: str) -> str | None:
     """Return a text or number of the row as text; None if the key is absent or null."""
     value = row.get(key)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise UsageError(f"{where}: `{key}` must be a finite number")
-        return str(value)
-    return None if value is None else _required_text(row, key, where)
+    if value is None:
+        return None
+    text = _text_of(value)
+    if text is None:
+        raise UsageError(f"{where}: `{key}` must be a non-empty string or a finite number")
+    return text
+
+
+def _text_of(value: object) -> str | None:
+    """Return a non-empty text as it is and a finite number as text; None for any other value."""
+    if isinstance(value, str):
+        return value if value.strip() else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    # An integer is finite, and may be too long for a float.
+    return str(value) if isinstance(value, int) or math.isfinite(value) else None
 
 
 def _required_text(row: dict[str, Any], key: str, where: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,20 @@ def test_every_documented_row_form_becomes_a_prompt(tmp_path: Path) -> None:
     assert "boxed{2}" not in third.prompt
 
 
+def _choices(labels: object, texts: object) -> str:
+    """Return a row with these choices, whose right answer is A."""
+    row = {"question": "?", "choices": {"label": labels, "text": texts}, "answerKey": "A"}
+    return json.dumps(row)
+
+
+def test_labels_and_texts_of_choices_may_be_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "q.jsonl"
+    row = {"question": "?", "choices": {"label": [1, 2], "text": [10**400, 4.5]}, "answerKey": 2}
+    file.write_text(json.dumps(row))
+    (question,) = read_questions(file)
+    assert (question.choices, question.answer) == ((("1", f"1{'0' * 400}"), ("2", "4.5")), "2")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -50,6 +65,18 @@ def test_every_documented_row_form_becomes_a_prompt(tmp_path: Path) -> None:
         ('{"question": "Why?"}', "row 2: `prompt` must be a non-empty string"),
         ('{"question": "Why?", "choices": ["a"]}', "row 2: `choices` needs"),
         ('{"question": "?", "choices": {"label": ["A"], "text": []}}', "row 2: `choices` needs"),
+        ('{"question": "?", "choices": null}', "row 2: `choices` needs a `label` list and"),
+        (_choices("AB", "xy"), "row 2: `choices` needs a `label` list and a `text` list"),
+        (_choices({"A": 1}, {"x": 1}), "row 2: `choices` needs a `label` list and a `text` list"),
+        (_choices([], []), "row 2: `choices` needs a `label` list and a `text` list, not empty"),
+        (_choices(["A", "B"], ["x"]), "row 2: `choices` needs as many items in `label` as in"),
+        (_choices([None], [{}]), "row 2: `choices` needs non-empty strings or finite numbers in"),
+        (_choices(["A"], [" "]), "row 2: `choices` needs non-empty strings or finite numbers in"),
+        (_choices([True], ["x"]), "row 2: `choices` needs non-empty strings or finite numbers in"),
+        (_choices(["A", "A"], ["x", "y"]), "row 2: `choices` needs a different `label` for each"),
+        (_choices([1, "1"], ["x", "y"]), "row 2: `choices` needs a different `label` for each"),
+        ('{"prompt": "?", "answer": 1e999}', "row 2: `answer` must be .* or a finite number"),
+        ('{"prompt": "?", "answer": true}', "row 2: `answer` must be .* or a finite number"),
         ('{"problem": null}', "row 2: `problem` must be a non-empty string"),
         (r'{"problem": "?", "solution": "\\boxed{x^2}"}', "row 2: `solution` must box a number"),
         (r'{"problem": "?", "solution": "\\boxed{\\frac{1}{2}}"}', "row 2: `solution` must box"),
