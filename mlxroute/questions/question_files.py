@@ -33,6 +33,8 @@ _CODE_INSTRUCTION = "Answer with the whole function in one Python code block."
 _NUMBER_INSTRUCTION = "Solve the problem step by step and give the final answer as \\boxed{number}."
 # GSM8K's worked answers carry calculator marks such as <<2*3=6>>, which no model writes.
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
+# GSM8K's published answers give the number after it.
+_GSM8K_MARK = "####"
 _MAX_FILE_BYTES = 256 * 2**20
 
 
@@ -185,10 +187,22 @@ def _parse_row(line: str, *, where: str) -> Question:
         )
     if "entry_point" in row:
         return _code_question(row, name, worked_answer, where)
+    if "prompt" not in row:
+        raise UsageError(f"{where}: {_missing_prompt(row)}")
     answer = _optional_text(row, "answer", where) or _optional_text(row, "answerKey", where)
     kind = AnswerKind.NUMBER if answer is not None and is_number(answer) else AnswerKind.TEXT
     prompt = _required_text(row, "prompt", where)
     return Question(name, prompt, kind, answer, worked_answer=worked_answer)
+
+
+def _missing_prompt(row: dict[str, Any]) -> str:
+    """Return what is wrong with a row of no known form."""
+    if "question" in row and _GSM8K_MARK in str(row.get("answer")):
+        return (
+            "this is GSM8K as published; convert the file with"
+            " `python bench/question_sets.py gsm8k NEW --source FILE`"
+        )
+    return "a row needs `prompt`, `problem`, or `question` and `choices`"
 
 
 def _boxed_answer(row: dict[str, Any], where: str) -> str | None:
