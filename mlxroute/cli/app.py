@@ -30,7 +30,7 @@ from mlxroute.cli.commands.replay import replay
 from mlxroute.cli.commands.serve import serve
 from mlxroute.cli.commands.show import show
 from mlxroute.cli.commands.train import train
-from mlxroute.cli.error_advice import error_message
+from mlxroute.cli.error_advice import error_message, usage_message
 from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_LARGE_FAILED, EXIT_OK, EXIT_USAGE
 from mlxroute.cli.help_format import HelpCommand, HelpGroup
 from mlxroute.cli.process_signals import ProcessSignals
@@ -100,7 +100,7 @@ def _run(arguments: list[str]) -> int:
     try:
         code: Any = app(arguments, prog_name="mlxroute", standalone_mode=False)
     except typer.TyperException as exc:
-        return _fail(_usage_message(exc), EXIT_USAGE)
+        return _fail(usage_message(exc), EXIT_USAGE)
     except LargeError as exc:
         return _fail(error_message(exc), EXIT_LARGE_FAILED)
     except MlxRouteError as exc:
@@ -110,10 +110,6 @@ def _run(arguments: list[str]) -> int:
     except OSError as exc:
         return _fail(f"{exc.filename or 'the output'}: {exc.strerror}", EXIT_USAGE)
     return int(code or EXIT_OK)
-
-
-def _usage_message(exc: typer.TyperException) -> str:
-    return str(exc.format_message()).replace("Value error, ", "")
 
 
 def _fail(text: str, code: int) -> int:

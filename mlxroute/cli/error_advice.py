@@ -1,9 +1,14 @@
-"""Error messages for users of the command line: library errors with the flag that helps."""
+"""Error messages for users of the command line, with the flag that helps."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import typer
+
 from mlxroute.config.settings import declared_settings
 from mlxroute.errors import ContextTooLong, MlxRouteError
+from mlxroute.types.limits import shown_value
 
 # Parameters of the library that are not settings, or whose settings have other names.
 _OTHER_FLAGS = {
@@ -15,6 +20,14 @@ _OTHER_FLAGS = {
     "question": "--question",
     "learning_rate": "--learning-rate",
 }
+
+# What a flag must be, by the type of the error with which pydantic refuses it for typer.
+_NUMBER_WORDS = {
+    "int_parsing": "an integer",
+    "int_parsing_size": "an integer",
+    "float_parsing": "a number",
+}
+_RANGE_TYPES = ("greater_than_equal", "less_than_equal")
 
 _LONG_CHAT = "; /reset starts a new conversation"
 _LONG_PROMPT = ", or choose a small model with a longer context (--small)"
@@ -35,6 +48,29 @@ def error_message(error: MlxRouteError, *, in_chat: bool = False) -> str:
     if text.startswith(f"{parameter} "):
         return text.replace(str(parameter), flag, 1)
     return f"{text} ({flag})"
+
+
+def usage_message(error: typer.TyperException) -> str:
+    """Return the text of an error of typer; one about a number reads as those of the library."""
+    param: Any = getattr(error, "param", None)
+    problems = getattr(error.__cause__, "errors", None)
+    if param is not None and problems is not None:
+        problem = problems()[0]
+        kind, value = problem["type"], shown_value(problem["input"])
+        if kind in _NUMBER_WORDS:
+            return f"{param.opts[0]} must be {_NUMBER_WORDS[kind]}, not {value}"
+        if kind in _RANGE_TYPES:
+            declared = param.type_descriptor.parameter_info
+            # The input is the text of a number.
+            number = value.replace("'", "")
+            return f"{param.opts[0]} must be {_range(declared.min, declared.max)}, not {number}"
+    return str(error.format_message()).replace("Value error, ", "")
+
+
+def _range(low: int | None, high: int | None) -> str:
+    if low is None or high is None:
+        return f"at least {low}" if high is None else f"at most {high}"
+    return f"from {low} to {high}"
 
 
 def _flag(parameter: str) -> str | None:

@@ -71,6 +71,27 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(
     assert message in error_line(capsys)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ask", "--max-tokens", "1e3", "hi"], "--max-tokens must be an integer, not '1e3'"),
+        (["ask", "--max-tokens", "", "hi"], "--max-tokens must be an integer, not ''"),
+        (["ask", "--seed", "9" * 5000, "hi"], f"--seed must be an integer, not '{'9' * 39}…"),
+        (["ask", "--temperature", "hot", "hi"], "--temperature must be a number, not 'hot'"),
+        (["bench", "latency", "--ratio", "4", "--ratio", "x"], "--ratio must be a number, not 'x'"),
+        (["host", "--port", "0"], "--port must be from 1 to 65535, not 0"),
+        (["host", "--port", "70000"], "--port must be from 1 to 65535, not 70000"),
+        (["bench", "kernels", "--rounds", "0"], "--rounds must be at least 1, not 0"),
+        (["adapt", "--rank", "0.0"], "--rank must be from 1 to 256, not 0.0"),
+    ],
+)
+def test_a_flag_that_is_no_number_in_range_is_named_with_its_value(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert error_line(capsys) == f"error: {message}"
+
+
 def test_an_error_contains_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ask", "--small", "no/\x1b[2J\x9bfolder", "--offline", "hi"]) == 2
     assert "no/[2Jfolder" in error_line(capsys)
