@@ -42,8 +42,38 @@ def test_a_threshold_and_a_budget_replace_each_other(tmp_path: Path) -> None:
     assert (settings.threshold, settings.budget) == (1.0, None)
     settings = load_settings({}, environ={"MLXROUTE_BUDGET": "0.03"}, path=path)
     assert (settings.threshold, settings.budget) == (None, 0.03)
-    with pytest.raises(ConfigError, match="exclude each other"):
-        load_settings({"threshold": 1.0, "budget": 0.1}, environ={}, path=path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "text", "error", "both"),
+    [
+        ({"threshold": 1.0, "budget": 0.1}, {}, "", UsageError, "--threshold and --budget"),
+        (
+            {},
+            {"MLXROUTE_BUDGET": "5%", "MLXROUTE_THRESHOLD": "1"},
+            "",
+            ConfigError,
+            "the environment variables MLXROUTE_THRESHOLD and MLXROUTE_BUDGET",
+        ),
+        (
+            {},
+            {},
+            'budget = "5%"\nthreshold = 1\n',
+            ConfigError,
+            r"threshold and budget in the config file .*config\.toml",
+        ),
+    ],
+)
+def test_a_threshold_and_a_budget_of_one_source_are_refused_by_their_names(
+    flags: dict[str, object],
+    environ: dict[str, str],
+    text: str,
+    error: type[Exception],
+    both: str,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(error, match=f"^{both} exclude each other; set one of them$"):
+        load_settings(flags, environ=environ, path=write(tmp_path, text))
 
 
 def test_a_head_replaces_the_router_of_an_earlier_source(tmp_path: Path) -> None:
@@ -71,6 +101,9 @@ def test_without_a_file_the_defaults_apply(tmp_path: Path) -> None:
         ("temperature = true", "must be a number, not true"),
         ("strict = 1", "must be true or false, not 1"),
         ("small = 3", "must be a text, not 3"),
+        ("small = 2020-01-01", "must be a text, not 2020-01-01"),
+        ("small = 07:32:00", "must be a text, not 07:32:00"),
+        ("small = 1979-05-27T07:32:00Z", r"must be a text, not 1979-05-27T07:32:00\+00:00"),
         ("never_send = [1, true]", r"must be a text or a list of texts, not \[1, true\]"),
         ('never_send = ["(x"]', r": '\(x' is not a regular expression"),
         ('budget = "700%"', "must be a share from 0% to 100%, such as 7% or 0.07, not '700%'"),
@@ -194,6 +227,18 @@ def test_openai_base_url_sets_the_large_server(tmp_path: Path) -> None:
 def test_an_unknown_key_is_named_with_the_file_and_a_near_match(tmp_path: Path) -> None:
     path = write(tmp_path, "treshold = 1.0\n")
     with pytest.raises(ConfigError, match=r"'treshold' .*config\.toml.*'threshold'"):
+        load_settings({}, environ={}, path=path)
+
+
+@pytest.mark.parametrize(
+    "text", ['[chat]\nsmall = "x"\n', '[small]\nname = "x"\n', "[[serve]]\nport = 1\n", "a.b = 1\n"]
+)
+def test_a_table_in_the_config_file_is_refused_as_one(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(
+        ConfigError,
+        match=r"^'\w+' in the config file .* is a table, and config files have no tables; write",
+    ):
         load_settings({}, environ={}, path=path)
 
 

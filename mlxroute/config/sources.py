@@ -66,14 +66,27 @@ def load_settings(flags: Mapping[str, Any], *, environ: Mapping[str, str], path:
     ConfigError with the file or variable and the key, and UsageError for a flag.
     """
     settings = Settings()
-    file_values = _read_file(path, is_required=bool(environ.get(CONFIG_VARIABLE)))
-    for values in (file_values, _read_environment(environ), _check_flags(flags)):
+    pair = [declared_settings()[name] for name in _EXCLUSIVE]
+    sources: tuple[tuple[dict[str, Any], type[MlxRouteError], str], ...] = (
+        (
+            _read_file(path, is_required=bool(environ.get(CONFIG_VARIABLE))),
+            ConfigError,
+            f"{' and '.join(_EXCLUSIVE)} in the config file {path}",
+        ),
+        (
+            _read_environment(environ),
+            ConfigError,
+            f"the environment variables {' and '.join(item.variables[0] for item in pair)}",
+        ),
+        (_check_flags(flags), UsageError, " and ".join(item.flag for item in pair)),
+    )
+    for values, error, both in sources:
         sums = {
             name: getattr(settings, name) + values[name] for name in _ADDITIVE if name in values
         }
         chosen = [name for name in _EXCLUSIVE if name in values]
         if len(chosen) > 1:
-            raise ConfigError("a threshold and a budget exclude each other; set one of them")
+            raise error(f"{both} exclude each other; set one of them")
         dropped = {name: None for name in _EXCLUSIVE if chosen and name not in chosen}
         if values.get("head") is not None:
             dropped["router"] = None
@@ -92,10 +105,21 @@ def _read_file(path: Path, *, is_required: bool) -> dict[str, Any]:
     where = f"the config file {path}"
     values = {}
     for key, value in table.items():
+        if _is_table(value):
+            raise ConfigError(
+                f"{shown_value(key)} in {where} is a table, and config files have no tables;"
+                " write the keys at the top of the file"
+            )
         setting = _find_setting(key, where=where)
         origin = _Origin(f"{key} in {where}")
         values[key] = _check_value(setting, _typed_value(setting, value, origin), origin)
     return values
+
+
+def _is_table(value: object) -> bool:
+    """Return whether a TOML value is a table or an array of tables."""
+    items = value if isinstance(value, list) else [value]
+    return any(isinstance(item, dict) for item in items)
 
 
 def _is_missing(path: Path) -> bool:

@@ -7,6 +7,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import date, time
 from typing import Any, Final
 
 from mlxroute.errors import UsageError
@@ -85,6 +86,8 @@ def shown_value(value: object) -> str:
     """Return a value for a message: short, as config files write it, without needless digits."""
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, date | time):
+        return value.isoformat()
     try:
         if isinstance(value, list | dict):
             text = json.dumps(value, ensure_ascii=False, default=str)
