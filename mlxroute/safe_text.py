@@ -29,3 +29,10 @@ def printable_line(text: str, *, limit: int = 300) -> str:
     line = re.sub(r"\s+", " ", line).strip()
     is_whole = len(begun) == len(text) and len(line) <= limit
     return line if is_whole else line[: limit - 1] + "…"
+
+
+def os_error_text(error: OSError) -> str:
+    """Return the system's words for an error, after the file that it is about if there is one."""
+    if error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"

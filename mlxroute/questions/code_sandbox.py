@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from mlxroute.errors import UsageError
+from mlxroute.safe_text import os_error_text
 
 _CHILD: Final = Path(__file__).with_name("sandbox_child.py")
 # Above the limit of the child's CPU time, because other processes may take their share.
@@ -42,7 +43,7 @@ def run_program(program: str, *, timeout_s: float = _TIMEOUT_S) -> bool:
         with tempfile.TemporaryDirectory() as folder:
             output = _run_child(data, folder, timeout_s)
     except OSError as exc:
-        raise _not_isolated(str(exc)) from exc
+        raise _not_isolated(os_error_text(exc)) from exc
     if not output.startswith(_ISOLATED):
         reason = output.removeprefix(b"isolation: ").decode(errors="replace")
         raise _not_isolated(reason or "its process did not start")

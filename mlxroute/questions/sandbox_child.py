@@ -28,7 +28,7 @@ def main() -> None:
     try:
         _isolate()
     except OSError as exc:
-        os.write(output, f"isolation: {exc}".encode())
+        os.write(output, f"isolation: {exc.strerror or exc}".encode())
         return
     os.write(output, b"isolated\n")
     code = compile(program, "program", "exec")

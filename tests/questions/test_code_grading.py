@@ -272,13 +272,13 @@ def test_a_child_that_cannot_be_set_up_gives_no_grade(
     child = tmp_path / "child.py"
     child.write_text(set_up)
     monkeypatch.setattr(code_sandbox, "_CHILD", child)
-    with pytest.raises(UsageError, match=f"only in isolation.*: .*{reason}"):
+    with pytest.raises(UsageError, match=f"only in isolation.*: {reason}$"):
         run_program("", timeout_s=2)
 
 
 def test_a_child_that_cannot_be_started_gives_no_grade(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/no/python")
-    with pytest.raises(UsageError, match="only in isolation"):
+    with pytest.raises(UsageError, match=r"only in isolation.*: /no/python: No such file or dir"):
         run_program("")
 
 
