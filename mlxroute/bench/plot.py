@@ -11,6 +11,9 @@ from typing import Any
 from mlxroute.bench.quality.sides import ORACLES
 from mlxroute.errors import UsageError
 
+# Known here, because the first import of matplotlib takes seconds, in which it reads all fonts.
+_KINDS = ("eps", "jpeg", "jpg", "pdf", "png", "ps", "svg", "svgz", "tif", "tiff", "webp")
+
 
 def check_plot(path: Path) -> None:
     """Raise UsageError if no plot can be written to `path`. Call it before a long measurement."""
@@ -18,12 +21,9 @@ def check_plot(path: Path) -> None:
         raise UsageError("a plot needs matplotlib; `pip install matplotlib`", parameter="plot")
     if not path.parent.is_dir():
         raise UsageError(f"the plot {path} needs an existing folder", parameter="plot")
-    from matplotlib.figure import Figure
-
-    kinds = Figure().canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in kinds or path.is_dir():
+    if path.suffix[1:].lower() not in _KINDS or path.is_dir():
         raise UsageError(
-            f"the plot {path} needs a name that ends in one of {', '.join(sorted(kinds))}",
+            f"the plot {path} needs a name that ends in one of {', '.join(_KINDS)}",
             parameter="plot",
         )
     if not os.access(path if path.exists() else path.parent, os.W_OK):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
 from mlxroute.backend import memory
+from mlxroute.bench import plot
 from mlxroute.bench.plot import check_plot
 from mlxroute.cli import main
 from mlxroute.cli.bench_report import check_save_option
@@ -202,3 +205,19 @@ def test_train_replaces_no_file_that_is_not_a_head(
         capsys.readouterr().err.split()
     )
     assert out.read_bytes() == before
+
+
+def test_a_plot_is_checked_without_loading_matplotlib(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from mlxroute.bench.plot import check_plot\n"
+        "check_plot(Path('x.svg'))\n"
+        "sys.exit('matplotlib' in sys.modules)"
+    )
+    pytest.importorskip("matplotlib")
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, timeout=120)
+    assert result.returncode == 0
+
+
+def test_every_kind_of_plot_that_is_accepted_can_be_drawn() -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    assert set(plot._KINDS) <= set(figure.canvas.get_supported_filetypes())
