@@ -86,7 +86,8 @@ class Answer:
         batching: BatchingProtocol | None = None,
         begun: str = "",
     ) -> None:
-        began_s = clock()
+        self._began_s = began_s = clock()
+        self._prefill_s = 0.0
         self._failures = AnswerFailures(on_failure)
         self._small = small
         self._options = options
@@ -156,7 +157,8 @@ class Answer:
         commits, calls, prices = self._commits, self._calls, self._options.prices
         times_s, uploads = commits.times_s, calls.uploads
         itl_s = intervals(times_s)
-        decoding_s = times_s[-1] - times_s[0] if len(times_s) > 1 else 0.0
+        # The call for the first token, which may bring others, is part of the time.
+        decoding_s = times_s[-1] - self._prefill_s if len(times_s) > 1 else 0.0
         return RunStats(
             text=commits.text,
             tokens=len(times_s),
@@ -206,6 +208,7 @@ class Answer:
         signals, self._reused = self._small.prefill(
             self._prompt.ids, sampling=self._options.sampling, progress=self._on_prefill
         )
+        self._prefill_s = self._context.clock() - self._began_s
         self._activity = Activity.DECODE
         return signals
 

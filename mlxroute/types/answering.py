@@ -93,7 +93,7 @@ class RunStats:
         itl_p50_s: Median inter-token latency.
         itl_p95_s: 95th percentile of the inter-token latency.
         stall_s: Time in which decoding waited for the large model.
-        tokens_per_s: Tokens per second after the first one.
+        tokens_per_s: Tokens after the first one, per second since the prompt was read; 0 for one.
         total_s: Time to the last token.
         requests: Requests sent, answered or not.
         uploaded_tokens: Prompt tokens of answered requests, as the server counts them, or else the

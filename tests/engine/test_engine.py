@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -282,6 +283,29 @@ def test_times_and_uploads_are_added_up() -> None:
     stats = answer.stats()
     assert (stats.stall_s, stats.ttft_s, stats.uploaded_bytes) == (4.0, 2.0, 200)
     assert (stats.uploaded_tokens, stats.large_cached_tokens) == (20, 16)
+
+
+def test_the_speed_has_the_call_for_the_first_token_and_not_the_reading_of_the_prompt() -> None:
+    clock = FakeClock()
+
+    class SlowReader(ScriptedSmall):
+        def prefill(self, *arguments: Any, **options: Any) -> Any:
+            clock.now += 7.0
+            return super().prefill(*arguments, **options)
+
+    large = ScriptedLarge([b"a"], clock=clock, seconds=2.0)
+    _, answer = run(SlowReader(b"abc", entropies={0: 2.0}), large, max_tokens=2, clock=clock)
+    stats = answer.stats()
+    # Both tokens are committed when the call ends, with no time between them.
+    assert (stats.ttft_s, stats.total_s) == (9.0, 9.0)
+    assert stats.tokens_per_s == 0.5
+
+
+def test_one_token_has_no_speed() -> None:
+    clock = FakeClock()
+    large = ScriptedLarge([b"a"], clock=clock, seconds=2.0)
+    _, answer = run(ScriptedSmall(b"ab", entropies={0: 2.0}), large, max_tokens=1, clock=clock)
+    assert answer.stats().tokens_per_s == 0.0
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ class AnswerPanel {
     this.committed = 0;
     this.largeShown = 0;
     this.startMs = performance.now();
-    this.firstMs = null;
+    this.readMs = null;
     this.title = element("h4", {}, settings.describe());
     this.state = element("span", { class: "state" }, "waiting");
     this.tokens = element("div");
@@ -82,13 +82,13 @@ class AnswerPanel {
   }
 
   #commit(entry) {
-    this.firstMs ??= performance.now();
+    this.readMs ??= performance.now();
     this.view.append({ ...entry, index: this.committed });
     this.#markCode(this.committed);
     this.committed += 1;
     this.largeShown += entry.source === "large";
     this.text += entry.text;
-    const seconds = (performance.now() - this.firstMs) / 1000;
+    const seconds = (performance.now() - this.readMs) / 1000;
     const rate = this.committed > 1 && seconds > 0 ? `, ${number((this.committed - 1) / seconds)} tokens/s` : "";
     this.state.textContent = `${this.committed} ${this.committed === 1 ? "token" : "tokens"}${rate}`;
   }
@@ -101,6 +101,7 @@ class AnswerPanel {
 
   #showProgress({ done, total }) {
     if (done < total) this.state.textContent = `reading the prompt: ${done} of ${total} tokens`;
+    else this.readMs = performance.now();
   }
 
   async #showResult() {
