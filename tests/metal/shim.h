@@ -5,6 +5,11 @@
 // source lines, or if threads return while others wait at a barrier. Threadgroup memory is filled
 // with 0xFF (NaN) before each threadgroup. Not modelled: GPU rounding, denormals, memory order.
 #pragma once
+#ifdef __APPLE__
+// Without the first, <ucontext.h> is an error there; the second keeps what the first hides.
+#define _XOPEN_SOURCE 700
+#define _DARWIN_C_SOURCE
+#endif
 // C headers only, so that no C++ library has to be found or built.
 #include <math.h>
 #include <setjmp.h>
@@ -94,7 +99,7 @@ enum Operation { SUM, MAX, MIN, ANY, SHUFFLE, SHUFFLE_UP };
 inline void enter() {
   machine.body();
   machine.fibers[machine.current].state = DONE;
-  longjmp(machine.scheduler, 1);
+  _longjmp(machine.scheduler, 1);
 }
 
 [[gnu::noinline]] inline void yield_fiber() {
