@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pty
+import select
 import signal
 import struct
 import subprocess
@@ -20,12 +22,13 @@ SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
 _ANSWER_TO_CURSOR_REQUEST = b"\x1b[1;1R"
 # What a shell does: a session with stdin as its controlling terminal, and the command in front,
 # with the default signal actions, which a background job does not have. It reports the command's
-# process id and each stop, and ends with the command's exit code.
+# process id, each stop, and the exit code. Then it waits to be killed: macOS closes a terminal for
+# everybody when the first process of its session ends.
 _SHELL = """
 import fcntl, os, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-report, *command = sys.argv[1:]
+report, hold, *command = sys.argv[1:]
 pid = os.fork()
 if not pid:
     os.setpgid(0, 0)
@@ -37,8 +40,10 @@ os.write(int(report), b"%d\\n" % pid)
 while True:
     _, status = os.waitpid(pid, os.WUNTRACED)
     if not os.WIFSTOPPED(status):
-        os._exit(os.waitstatus_to_exitcode(status) % 256)
+        break
     os.write(int(report), b"stopped\\n")
+os.write(int(report), b"ended %d\\n" % (os.waitstatus_to_exitcode(status) % 256))
+os.read(int(hold), 1)
 """
 
 
@@ -68,18 +73,22 @@ class PseudoTerminal:
         self._written = b""
         self._changed = threading.Condition()
         report, report_end = os.pipe()
-        self._report = open(report)  # noqa: SIM115
+        # Without a buffer, so that `select` sees every line that was not read.
+        self._report = open(report, "rb", buffering=0)  # noqa: SIM115
+        # Nothing is written to it; its end ends the shell if this process is killed.
+        hold, self._hold_end = os.pipe()
         self._shell = subprocess.Popen(
-            [sys.executable, "-c", _SHELL, str(report_end), *command],
+            [sys.executable, "-c", _SHELL, str(report_end), str(hold), *command],
             stdin=self._end_of_command,
             stdout=stdout or self._end_of_command,
             stderr=stderr or self._end_of_command,
             env={**os.environ, "TERM": "xterm-256color", **(environ or {})},
-            pass_fds=(report_end,),
+            pass_fds=(report_end, hold),
             start_new_session=True,
         )
         os.close(report_end)
-        self.pid = int(self._report.readline())
+        os.close(hold)
+        self.pid = int(self._next_report())
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -87,11 +96,13 @@ class PseudoTerminal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._shell.poll() is None:
+        # The command may have ended.
+        with contextlib.suppress(ProcessLookupError):
             self.send(signal.SIGKILL)
-            self._shell.kill()
-            self._shell.wait()
+        self._shell.kill()
+        self._shell.wait()
         self._report.close()
+        os.close(self._hold_end)
         os.close(self._end_of_command)
         self._reader.join(DEADLINE_S)
         os.close(self._terminal)
@@ -153,7 +164,7 @@ class PseudoTerminal:
 
     def wait_stopped(self) -> None:
         """Wait until the command is stopped, as by Ctrl-Z."""
-        assert self._report.readline() == "stopped\n"
+        assert self._next_report() == "stopped"
 
     def drain(self) -> None:
         """Wait until everything that an ended command wrote is in `output`."""
@@ -164,7 +175,15 @@ class PseudoTerminal:
 
     def wait(self) -> int:
         """Wait for the end of the command; return its exit code."""
-        return self._shell.wait(DEADLINE_S)
+        while not (report := self._next_report()).startswith("ended "):
+            assert report, "the shell was killed"
+        return int(report.removeprefix("ended "))
+
+    def _next_report(self) -> str:
+        """Return the shell's next line; raise AssertionError at the deadline."""
+        readable, _, _ = select.select([self._report], [], [], DEADLINE_S)
+        assert readable, f"the command goes on: {self.output[-2000:]!r}"
+        return self._report.readline().decode().rstrip("\n")
 
     def _read(self) -> None:
         while True:
