@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from multiprocessing import TimeoutError as PoolTimeout
-from multiprocessing.pool import ThreadPool
+from functools import partial
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 from huggingface_hub import constants, hf_hub_download
@@ -28,6 +29,7 @@ from mlxroute.safe_text import printable_line
 from mlxroute.types import Notify, Progress, no_notice
 from mlxroute.untrusted_text import TextFile, parse_json
 from mlxroute.weights.byte_counter import ByteCounter
+from mlxroute.weights.daemon_tasks import DaemonTasks
 from mlxroute.weights.hub_listing import REFUSALS, fetch_listing, gate_reason, http_status
 from mlxroute.weights.request import CheckSize, WeightsSize, accept_any_size
 from mlxroute.weights.store import disk_errors, require_space, sha256_of
@@ -178,12 +180,12 @@ class _Download:
     def fetch(self, names: Sequence[str]) -> None:
         """Download files; raise WeightsError if the download fails, or no byte comes for long."""
         self._note_activity()
+        tasks = [partial(self._fetch_file, name) for name in names]
         try:
             # Daemon threads: Ctrl-C and a stalled transfer must not wait for downloads to end.
-            with ThreadPool(PARALLEL_DOWNLOADS) as pool:
-                results = pool.imap_unordered(self._fetch_file, names)
+            with DaemonTasks(tasks, threads=PARALLEL_DOWNLOADS) as downloads:
                 for _ in names:
-                    self._wait_for(results)
+                    self._wait_for_next(downloads)
         except (HTTPError, OSError, RuntimeError, XetDownloadError) as exc:
             if isinstance(exc, OSError) and exc.errno is not None:
                 raise
@@ -197,12 +199,12 @@ class _Download:
                 " command again"
             ) from exc
 
-    def _wait_for(self, results: Any) -> None:
+    def _wait_for_next(self, downloads: DaemonTasks[None]) -> None:
         while True:
             try:
-                results.next(_POLL_S)
+                downloads.next_result(_POLL_S)
                 return
-            except PoolTimeout:
+            except Empty:
                 if time.monotonic() - self._activity_s > STALL_TIMEOUT_S:
                     raise self._stalled() from None
 
@@ -279,6 +281,8 @@ def _progress_bar_class(
 
         def set_transfer_postfix_str(self, *args: Any, **options: Any) -> None: ...
 
+    # tqdm's own lock has a semaphore for other processes, which a Mac starts one more to track.
+    Bar.set_lock(threading.RLock())
     return Bar
 
 

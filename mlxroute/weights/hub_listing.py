@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from json import JSONDecodeError
-from multiprocessing import TimeoutError as PoolTimeout
-from multiprocessing.pool import ThreadPool
+from queue import Empty
 from typing import Any
 
 from huggingface_hub import HfApi, ModelInfo, constants, get_session, get_token
@@ -21,6 +21,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 from mlxroute.errors import SourceUnreachable
 from mlxroute.safe_text import printable_line
 from mlxroute.types import Notify
+from mlxroute.weights.daemon_tasks import DaemonTasks
 
 ANSWER_TIMEOUT_S = 5.0
 REFUSALS = (401, 403)
@@ -36,11 +37,10 @@ _unresponsive_hubs: set[str] = set()
 def is_reachable() -> bool:
     """Return whether the hub answers within five seconds."""
     try:
-        with ThreadPool(1) as pool:
-            options = {"timeout": ANSWER_TIMEOUT_S}
-            request = pool.apply_async(get_session().head, (constants.ENDPOINT,), options)
-            request.get(ANSWER_TIMEOUT_S)
-    except (HTTPError, OSError, ValueError, ImportError, PoolTimeout):
+        ask = partial(get_session().head, constants.ENDPOINT, timeout=ANSWER_TIMEOUT_S)
+        with DaemonTasks([ask], threads=1) as request:
+            request.next_result(ANSWER_TIMEOUT_S)
+    except (HTTPError, OSError, ValueError, ImportError, Empty):
         return False
     return True
 
@@ -80,10 +80,10 @@ def _request_listing(hub_id: str, token: bool | None) -> ModelInfo:
         raise _unreachable("it did not answer an earlier request")
     options: dict[str, Any] = {"files_metadata": True, "timeout": ANSWER_TIMEOUT_S, "token": token}
     try:
-        with ThreadPool(1) as pool:
-            call = pool.apply_async(HfApi().model_info, (hub_id,), options)
-            return _check_listing(call.get(ANSWER_TIMEOUT_S))
-    except PoolTimeout as exc:
+        ask = partial(HfApi().model_info, hub_id, **options)
+        with DaemonTasks([ask], threads=1) as request:
+            return _check_listing(request.next_result(ANSWER_TIMEOUT_S))
+    except Empty as exc:
         _unresponsive_hubs.add(constants.ENDPOINT)
         raise _unreachable(f"no answer within {ANSWER_TIMEOUT_S:.0f} s") from exc
     except OfflineModeIsEnabled as exc:

@@ -345,19 +345,41 @@ def test_the_size_is_checked_before_the_weights_are_downloaded(
     assert not any(".safetensors" in request for request in hub.requests)
 
 
-def test_hf_endpoint_is_honoured(hub: Site, tmp_path: Path) -> None:
-    script = (
-        "import sys; from pathlib import Path; from mlxroute import weights\n"
-        "from mlxroute.catalog import Catalog; from mlxroute.types import no_notice, no_progress\n"
-        f"print(weights.resolve({HUB_ID!r}, catalog=Catalog((), ()), cache_dir=Path(sys.argv[1]),"
-        " offline=False, progress=no_progress, notify=no_notice).source)"
-    )
+def run_script(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process of its own, with the hub of the test; argv[1] is `folder`."""
     environment = {**os.environ, "HF_ENDPOINT": huggingface_hub.constants.ENDPOINT}
-    process = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "cache")],
-        env={**environment, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": os.getcwd()},
+    return subprocess.run(
+        [sys.executable, "-c", script, str(folder / "cache")],
+        env={**environment, "HF_HOME": str(folder / "hf"), "PYTHONPATH": os.getcwd()},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
+
+
+RESOLVE = (
+    "import sys; from pathlib import Path; from mlxroute import weights\n"
+    "from mlxroute.catalog import Catalog; from mlxroute.types import no_notice, no_progress\n"
+    f"print(weights.resolve({HUB_ID!r}, catalog=Catalog((), ()), cache_dir=Path(sys.argv[1]),"
+    " offline=False, progress=no_progress, notify=no_notice).source)\n"
+)
+
+
+def test_hf_endpoint_is_honoured(hub: Site, tmp_path: Path) -> None:
+    process = run_script(RESOLVE, tmp_path)
     assert process.stdout.strip() == f"hub {HUB_ID} at 01234567", process.stderr
+
+
+def test_a_download_starts_no_process_and_leaves_no_semaphores(hub: Site, tmp_path: Path) -> None:
+    # A Mac's start method, under which a semaphore needs a process that tracks it.
+    program = (
+        "import multiprocessing, os, psutil\n"
+        "multiprocessing.set_start_method('spawn')\n"
+        f"{RESOLVE}"
+        "from mlxroute.weights import hub_listing\n"
+        "print(hub_listing.is_reachable(), psutil.Process().children(), flush=True)\n"
+        "os._exit(0)\n"
+    )
+    process = run_script(program, tmp_path)
+    assert process.stdout == f"hub {HUB_ID} at 01234567\nTrue []\n", process.stderr
+    assert process.stderr == ""
