@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -21,18 +22,18 @@ def _fresh_self_test() -> Iterator[None]:
 
 
 @pytest.fixture
-def with_metal(monkeypatch: pytest.MonkeyPatch) -> Callable[[Emulator | None], None]:
-    """Pretend that this machine has a Metal GPU: the emulator, or one that fails."""
+def with_metal(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
+    """Pretend that this machine has a Metal GPU, whose kernel is built by the given function."""
 
-    def pretend(emulator: Emulator | None) -> None:
+    def pretend(build_kernel: Callable[..., Any]) -> None:
         monkeypatch.setattr(selection, "_has_metal", lambda: True)
-        if emulator is not None:
-            monkeypatch.setattr(metal_kernel, "build_kernel", emulator.kernel)
+        monkeypatch.setattr(metal_kernel, "build_kernel", build_kernel)
 
     return pretend
 
 
-def test_without_a_metal_gpu_the_graph_runs() -> None:
+def test_without_a_metal_gpu_the_graph_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "_has_metal", lambda: False)
     assert select_kernel("auto", notify=no_notice) is graph_kernel.pack_signals
     assert select_kernel("graph", notify=no_notice) is graph_kernel.pack_signals
     with pytest.raises(UsageError, match="no Metal GPU"):
@@ -42,10 +43,10 @@ def test_without_a_metal_gpu_the_graph_runs() -> None:
 
 
 def test_a_metal_kernel_that_passes_its_self_test_runs(
-    with_metal: Callable[[Emulator | None], None],
+    with_metal: Callable[[Callable[..., Any]], None],
 ) -> None:
     emulator = Emulator()
-    with_metal(emulator)
+    with_metal(emulator.kernel)
     assert select_kernel("auto", notify=no_notice) is metal_kernel.pack_signals
     assert select_kernel("metal", notify=no_notice) is metal_kernel.pack_signals
     # The self-test ran every form of the kernel in every type.
@@ -63,9 +64,9 @@ def test_a_metal_kernel_that_passes_its_self_test_runs(
     ],
 )
 def test_a_wrong_metal_kernel_is_replaced_with_one_warning(
-    with_metal: Callable[[Emulator | None], None], right: str, wrong: str
+    with_metal: Callable[[Callable[..., Any]], None], right: str, wrong: str
 ) -> None:
-    with_metal(Emulator(mutate=lambda text: text.replace(right, wrong)))
+    with_metal(Emulator(mutate=lambda text: text.replace(right, wrong)).kernel)
     lines: list[str] = []
 
     def notify(line: str) -> None:
@@ -79,10 +80,12 @@ def test_a_wrong_metal_kernel_is_replaced_with_one_warning(
 
 
 def test_a_metal_kernel_that_fails_is_replaced_with_one_warning(
-    with_metal: Callable[[Emulator | None], None],
+    with_metal: Callable[[Callable[..., Any]], None],
 ) -> None:
-    # MLX without Metal refuses to run it, as a driver might.
-    with_metal(None)
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("the driver cannot compile it")
+
+    with_metal(refuse)
     lines: list[str] = []
 
     def notify(line: str) -> None:
@@ -91,6 +94,7 @@ def test_a_metal_kernel_that_fails_is_replaced_with_one_warning(
     assert select_kernel("auto", notify=notify) is graph_kernel.pack_signals
     assert len(lines) == 1
     assert "failed on" in lines[0]
+    assert "the driver cannot compile it" in lines[0]
 
 
 def test_the_self_test_passes_the_graph_and_stops_a_kernel_that_forgets_the_sums() -> None:
