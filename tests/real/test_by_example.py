@@ -16,6 +16,7 @@ from mlxroute.large.negotiation.prober import NoUsableDialect
 from mlxroute.small import SmallModel
 from mlxroute.types import Mode
 from tests.real.servers import Kind, run_server
+from tests.support.llama_cpp import needs_llama_cpp
 
 pytestmark = pytest.mark.heavy
 
@@ -29,7 +30,9 @@ PROMPTS = (
 FRAMING = ("<beginning>", "</beginning>", "Then go on", "this beginning")
 
 
-@pytest.fixture(scope="module", params=[Kind.LLAMA_SERVER, Kind.MLX_LM])
+@pytest.fixture(
+    scope="module", params=[pytest.param(Kind.LLAMA_SERVER, marks=needs_llama_cpp), Kind.MLX_LM]
+)
 def chat_only(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
@@ -73,6 +76,7 @@ def test_a_model_that_goes_on_by_example_decides_positions(chat_only: str, tmp_p
     assert decided >= 10
 
 
+@needs_llama_cpp
 def test_a_weak_model_is_refused_with_the_reason(tmp_path: Path) -> None:
     with (
         run_server(Kind.LLAMA_SERVER, WEAK, log_path=tmp_path / "log") as server,

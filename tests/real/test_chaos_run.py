@@ -20,6 +20,7 @@ from mlxroute.small import SmallModel
 from tests.conftest import CACHE_DIR
 from tests.real.servers import gguf_file
 from tests.support.chaos import Chaos, nothing_left_behind, shorten_pauses
+from tests.support.llama_cpp import needs_llama_cpp
 from tests.support.network_faults import FAULTS, FaultProxy, RealServer
 
 CHATS = 20
@@ -57,6 +58,7 @@ class MortalServer:
 
 
 @pytest.mark.heavy
+@needs_llama_cpp
 def test_two_hundred_answers_with_faults_at_random_moments(
     noisy_path: Path,
     tmp_path: Path,
