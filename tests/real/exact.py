@@ -11,7 +11,20 @@ from mlxroute.small import SmallModel
 from mlxroute.types import Message, Token
 from tests.real.servers import Kind, RunningServer
 
-NEAR_TIE_NATS = 0.01
+# Logits below this are rounded to multiples of half of it times the dtype's relative step.
+_LARGEST_LOGIT = 32
+
+
+def near_tie_nats(small: SmallModel, *, at_least: float = 0.01) -> float:
+    """Return the gap between logprobs below which MLX may choose otherwise in a batch.
+
+    That is two rounding steps of the logits: 0.25 nats in bfloat16, and 0.03 in float16. In
+    float32, `at_least` is more than that.
+    """
+    import mlx.core as mx
+
+    step = _LARGEST_LOGIT / 2 * mx.finfo(small.model(mx.array([[0]])).dtype).eps
+    return max(at_least, 2 * step)
 
 
 def mlx_lm_greedy(small: SmallModel, prompt: str, count: int) -> list[int]:

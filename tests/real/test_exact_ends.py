@@ -14,7 +14,7 @@ from mlxroute.small import SmallModel
 from mlxroute.types import Source
 from tests.conftest import CACHE_DIR
 from tests.real.conftest import PROMPTS, serve
-from tests.real.exact import NEAR_TIE_NATS, first_difference, mlx_lm_greedy, mlx_lm_server_greedy
+from tests.real.exact import first_difference, mlx_lm_greedy, mlx_lm_server_greedy, near_tie_nats
 
 
 def check_never_escalating(small: SmallModel, prompts: list[str], count: int) -> None:
@@ -47,7 +47,7 @@ def check_always_escalating(small: SmallModel, url: str, prompts: list[str], cou
                 continue
             index, gap = difference
             print(f"near-tie at token {index} of {prompt!r}: gap {gap:.5f} nats")  # noqa: T201
-            assert gap < NEAR_TIE_NATS, (prompt, index, gap)
+            assert gap < near_tie_nats(small), (prompt, index, gap)
 
 
 def test_smollm2_alone_writes_what_mlx_lm_writes(smollm2: SmallModel) -> None:

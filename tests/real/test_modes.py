@@ -17,9 +17,8 @@ from mlxroute.small import SmallModel
 from mlxroute.tokenizers.chat_tokenizer import ChatTokenizer
 from mlxroute.types import Mode, RunStats, Token
 from tests.real.conftest import PROMPTS
+from tests.real.exact import near_tie_nats
 
-# The server rounds a prompt's last token differently alone and together with others.
-_NEAR_TIE_NATS = 0.01
 # No test waits this long.
 _FOREVER_S = 3600.0
 _OTHERS = (
@@ -52,7 +51,7 @@ def test_an_answer_is_the_same_in_every_mode(
             stats, tokens = _answer(smollm2, large, prompt, mode, prefetch=prefetch)
             redecoded, decided = redecoded + stats.redecoded, decided + stats.tokens
             assert stats.unchecked == 0
-            if not _server_contradicts_itself(expected, tokens):
+            if not _server_contradicts_itself(expected, tokens, near_tie_nats(smollm2)):
                 assert stats.text == waited.text, (mode, prefetch)
                 assert stats.escalated == waited.escalated
     print(  # noqa: T201
@@ -142,13 +141,18 @@ def _answer(
     return stats, committed
 
 
-def _server_contradicts_itself(expected: Sequence[Token], tokens: Sequence[Token]) -> bool:
-    """Return whether the answers first differ where the server chose differently at a near tie."""
+def _server_contradicts_itself(
+    expected: Sequence[Token], tokens: Sequence[Token], near_tie: float
+) -> bool:
+    """Return whether the answers first differ where the server chose differently at a near tie.
+
+    It rounds a prompt's last token differently alone and together with others.
+    """
     for token, other in zip(tokens, expected, strict=False):
         if token.token_id != other.token_id:
             escalations = [token.escalation, other.escalation]
             tops = [call.large.top for call in escalations if call is not None and call.large]
-            near = [top[0][1] - top[1][1] < _NEAR_TIE_NATS for top in tops if len(top) > 1]
+            near = [top[0][1] - top[1][1] < near_tie for top in tops if len(top) > 1]
             print(f"the server contradicts itself at {token.index}: {tops}")  # noqa: T201
             return len(near) == 2 and any(near)
     return False
