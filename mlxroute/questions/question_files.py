@@ -257,11 +257,11 @@ def _code_question(
 
 def _choices(row: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
     """Return the (label, text) pairs of a row."""
-    choices = row["choices"]
-    columns = [choices.get(key) for key in ("label", "text")] if isinstance(choices, dict) else []
-    if not columns or not all(isinstance(column, list) and column for column in columns):
+    choices = row["choices"] if isinstance(row["choices"], dict) else {}
+    label_list, text_list = choices.get("label"), choices.get("text")
+    if not (isinstance(label_list, list) and isinstance(text_list, list)) or not label_list:
         raise UsageError(f"{where}: `choices` needs a `label` list and a `text` list, not empty")
-    labels, texts = ([_text_of(item) for item in column] for column in columns)
+    labels, texts = [_text_of(item) for item in label_list], [_text_of(item) for item in text_list]
     if len(labels) != len(texts):
         raise UsageError(f"{where}: `choices` needs as many items in `label` as in `text`")
     pairs = tuple((a, b) for a, b in zip(labels, texts, strict=True) if a and b)
