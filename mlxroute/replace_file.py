@@ -57,9 +57,9 @@ def write_private(path: Path, data: bytes) -> None:
         UsageError: The file cannot be written, or is a device, a pipe or a folder.
     """
     target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise UsageError(f"cannot save to {path}: it is not a regular file")
     try:
+        if target.exists() and not target.is_file():
+            raise UsageError(f"cannot save to {path}: it is not a regular file")
         replace_file(target, data, mode=0o600, durable=True)
     except OSError as error:
         raise UsageError(f"cannot save to {path}: {error.strerror}") from error
