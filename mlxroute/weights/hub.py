@@ -281,7 +281,7 @@ def _progress_bar_class(
 
         def set_transfer_postfix_str(self, *args: Any, **options: Any) -> None: ...
 
-    # tqdm's own lock has a semaphore for other processes, which a Mac starts one more to track.
+    # tqdm's own lock works across processes, and a Mac starts a process to watch over it.
     Bar.set_lock(threading.RLock())
     return Bar
 

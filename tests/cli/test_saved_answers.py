@@ -134,6 +134,15 @@ def test_a_page_and_a_picture_need_two_names(
     assert not file.exists()
 
 
+def test_a_name_that_is_too_long_is_one_clear_line(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(tmp_path / (letter * 400)) for letter in "xy"]
+    assert main(["show", str(saved), "--html", files[0], "--svg", files[1]]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: cannot save to {files[0]}: File name too long")
+
+
 def test_only_regular_files_are_replaced(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,6 +59,8 @@ def show(
 
 def _is_same_file(path: Path, other: Path) -> bool:
     path, other = expand_user(path), expand_user(other)
-    if path.exists() and other.exists():
+    try:
         return path.samefile(other)
-    return os.path.realpath(path) == os.path.realpath(other)
+    except OSError:
+        # One of them does not exist yet.
+        return os.path.realpath(path) == os.path.realpath(other)
