@@ -106,6 +106,16 @@ def first_reply_status(large: LargeModel, err: Console, title: str) -> Iterator[
             timer.cancel()
 
 
+def print_model_notes(large: LargeModel, err: Console) -> None:
+    """Print what the user may not expect of a model whose server was asked."""
+    if large.listed_instead is not None:
+        text = f"{large.base_url} does not list the model {large.model_name}; it lists"
+        print_note(err, f"{text} {large.listed_instead}")
+    if large.is_approximate:
+        text = "only chats, so it is asked by example: its tokens are not those of its own answer"
+        print_note(err, f"{large.model_name} {text}")
+
+
 def find_key(settings: Settings, address: str) -> Secret | None:
     """Return the key for a server; None if its address holds a user and a password."""
     from mlxroute.large.http.address import parse_address

@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxroute.cli.error_advice import error_message
-from mlxroute.cli.large_setup import first_reply_status, make_large, open_ledger
+from mlxroute.cli.large_setup import (
+    first_reply_status,
+    make_large,
+    open_ledger,
+    print_model_notes,
+)
 from mlxroute.cli.routing import (
     HEAD_ROUTER,
     RoutingRule,
@@ -383,9 +388,7 @@ def _connect_large(settings: Settings, ledger: Ledger, err: Console) -> LargeMod
         failure = printable(error_message(exc))
         text = f"warning: {failure}; until it answers, the small model writes alone"
         print_note(err, text, style=WARNING_STYLE)
-    if large.is_approximate:
-        text = "only chats, so it is asked by example: its tokens are not those of its own answer"
-        print_note(err, f"{large.model_name} {text}")
+    print_model_notes(large, err)
     return large
 
 

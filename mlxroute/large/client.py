@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Final
 
 from mlxroute.closeable import Closeable
@@ -35,12 +35,10 @@ from mlxroute.large.vocabulary.token_sources import Tokenizer
 from mlxroute.large.vocabulary.vocabulary_comparison import VocabularyComparison
 from mlxroute.large.whole_chat import WholeChat
 from mlxroute.ledger import Ledger
-from mlxroute.safe_text import printable_line
 from mlxroute.types import LargeContext, LargeToken, Uploads, Vocabulary
 from mlxroute.types.limits import MAX_TIMEOUT_S, check_number
 
 _MAX_IN_FLIGHT: Final = 8
-_UNNAMED: Final = "the server's own model"
 # The first reply may have to wait until the server has loaded the model.
 _FIRST_REPLY_FACTOR: Final = 4
 
@@ -142,14 +140,17 @@ class LargeModel(Closeable):
     @property
     def model_name(self) -> str:
         """The name of the model for display; a placeholder while it is not known."""
-        name = self.full_model_name
-        # Servers list a local model by its path, of which only the last part is of interest.
-        return printable_line(PurePosixPath(name).name if name.startswith("/") else name, limit=100)
+        return self._negotiator.model.display
 
     @property
     def full_model_name(self) -> str:
         """The name of the model on the server, in full; a placeholder while it is not known."""
-        return self._negotiator.model.known or _UNNAMED
+        return self._negotiator.model.full
+
+    @property
+    def listed_instead(self) -> str | None:
+        """The models that the server lists, in words, if `model` is not one of them; else None."""
+        return self._negotiator.model.listed_instead
 
     @property
     def uploads(self) -> Uploads:

@@ -19,6 +19,7 @@ from mlxroute.errors import LargeTimeout
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import CallFailure
 from tests.support.fakes import ScriptedLarge, ScriptedSmall
+from tests.support.family_servers import FamilyServer
 from tests.support.hosted_servers import PROVIDERS, HostedServer
 from tests.support.known_answers import write_known
 from tests.support.loopback import Loopback, Reply, Request
@@ -256,6 +257,25 @@ def test_a_password_on_the_command_line_has_a_warning_and_wins_over_a_key(
     assert "visible to other users of this machine" in captured.err.splitlines()[0]
     stored = (Path(os.environ["MLXROUTE_CACHE_DIR"]) / "endpoints.json").read_text()
     assert "s3cret" not in captured.out + captured.err + stored
+
+
+@pytest.mark.parametrize("command", ["ask", "probe"])
+def test_a_model_that_the_server_does_not_list_has_a_note(
+    command: str, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = FamilyServer("llama-server", models=("nosuch",))
+
+    def answer(request: Request) -> Reply:
+        if request.path == "/v1/models":
+            return Reply.of({"data": [{"id": "m"}]})
+        return answers(request)
+
+    with Loopback(answer) as server:
+        large = ["--large-model", "nosuch", *(["--large"] if command == "ask" else []), server.url]
+        rest = ["--small", str(tiny), "--budget", "0%", "hi"] if command == "ask" else []
+        assert main([command, *large, *rest]) == 0
+    note = f"{server.url} does not list the model nosuch; it lists m"
+    assert note in capsys.readouterr().err.splitlines()
 
 
 @pytest.mark.parametrize(("position", "text"), [(0, ""), (2, "ab\n")])

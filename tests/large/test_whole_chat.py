@@ -39,7 +39,7 @@ def chat(text: str | None, *, finish: str = "stop") -> Reply:
 def ask(server: Loopback, dialect: Dialect) -> tuple[str, bool, list[dict[str, Any]]]:
     """Return a whole answer, whether it ended, and the bodies of its requests."""
     with negotiated(LargeModel(server.url), dialect) as large:
-        large._negotiator._negotiator.model = ModelName(None, served="served")
+        large._negotiator._negotiator.model = ModelName(None, ("served",))
         whole = large.whole_chat(timeout_s=20).answer(_CONVERSATION, max_tokens=9)
     return whole.text, whole.ends, [json.loads(request.body) for request in server.requests]
 

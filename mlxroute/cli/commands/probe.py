@@ -35,7 +35,12 @@ def probe(
     if settings.offline:
         # Before any import: urllib3 opens a socket on import, to find out about IPv6.
         raise UsageError("--offline opens no connection, so there is nothing to probe")
-    from mlxroute.cli.large_setup import first_reply_status, make_large, open_ledger
+    from mlxroute.cli.large_setup import (
+        first_reply_status,
+        make_large,
+        open_ledger,
+        print_model_notes,
+    )
     from mlxroute.cli.terminal import make_consoles, print_note
     from mlxroute.large.negotiation.prober import NoUsableDialect
 
@@ -50,6 +55,7 @@ def probe(
             err.print(f"error: {large.base_url}: {exc}", markup=False, soft_wrap=True)
             return EXIT_LARGE_FAILED
         sent = ledger.uploads
+        print_model_notes(large, err)
     _print_verdict(out, verdict, name=large.model_name)
     outcome = "is remembered" if large.is_verdict_saved else "could not be saved"
     text = f"{sent.requests} requests, {sent.size_bytes:,} bytes sent; the verdict {outcome}"

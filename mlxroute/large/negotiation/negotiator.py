@@ -165,8 +165,8 @@ class Negotiator:
     def _inspect_server(self, next_deadline: NextDeadline) -> None:
         """Find the served models and a source of token ids."""
         self._served = list_served_models(self._transport, next_deadline())
-        if len(self._served) == 1:
-            self.model = replace(self.model, served=self._served[0].name)
+        if self._served:
+            self.model = replace(self.model, listed=tuple(model.name for model in self._served))
         name = self.model.known
         tokenizer = None if name is None else self._find_tokenizer(name)
         if tokenizer is None:
@@ -229,7 +229,7 @@ class Negotiator:
         """Return the error for a server with several models if the user chose none, else None."""
         if self.model.given is not None or len(self._served) < 2:
             return None
-        names = join_names([model.name for model in self._served])
+        names = join_names(self.model.listed)
         return UsageError(
             f"model must be given, because {self._base_url} serves several: {names}",
             parameter="model",

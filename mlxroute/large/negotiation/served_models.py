@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError, LargeRefused
@@ -15,6 +16,7 @@ from mlxroute.safe_text import printable_line
 
 _MAX_LISTED: Final = 8
 _MAX_NAME_CHARACTERS: Final = 1000
+_UNNAMED: Final = "the server's own model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +29,38 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class ModelName:
-    """The large model's name: the one the user gave, otherwise that of the only served model."""
+    """The large model's name: the one the user gave, otherwise that of the only listed model."""
 
     given: str | None
-    served: str | None = None
+    listed: tuple[str, ...] = ()
 
     @property
     def known(self) -> str | None:
         """The name, None if the user gave none and the server lists none or several."""
-        return self.served if self.given is None else self.given
+        if self.given is None and len(self.listed) == 1:
+            return self.listed[0]
+        return self.given
+
+    @property
+    def full(self) -> str:
+        """The name for files, in full; a placeholder while it is not known."""
+        return self.known or _UNNAMED
+
+    @property
+    def display(self) -> str:
+        """The name for display; a placeholder while it is not known."""
+        # Servers list a local model by its path, of which only the last part is of interest.
+        name = PurePosixPath(self.full).name if self.full.startswith("/") else self.full
+        return printable_line(name, limit=100)
+
+    @property
+    def listed_instead(self) -> str | None:
+        """What the server lists, in words, if the given name is not listed; else None."""
+        name = self.given
+        # Ollama lists `name:tag` for `name`.
+        if name is None or f"{name}:latest" in self.listed:
+            return None
+        return join_names(self.listed) if self.listed and name not in self.listed else None
 
     def for_requests(self, dialect: Dialect) -> str | None:
         """Return the name to send in requests of this dialect, None to leave it out."""

@@ -81,6 +81,32 @@ def test_a_llama_server_with_several_models_gets_the_name_on_every_native_route(
     assert verdict.token_source == "the server's tokenise route"
 
 
+@pytest.mark.parametrize(
+    ("given", "served", "listed"),
+    [
+        ("nosuch", ("m", "other"), "m, other"),
+        ("other", ("m", "other"), None),
+        ("m", ("m:latest",), None),
+        (None, ("m",), None),
+        ("m", (), None),
+    ],
+)
+def test_a_name_that_the_server_does_not_list_is_known_from_its_list(
+    given: str | None, served: tuple[str, ...], listed: str | None
+) -> None:
+    """llama-server answers whatever model is named."""
+    server = FamilyServer("llama-server", models=(given or "m",))
+
+    def answer(request: Request) -> Reply:
+        if request.path == "/v1/models":
+            return Reply.of({"data": [{"id": name} for name in served]})
+        return server(request)
+
+    with Loopback(answer) as loopback, LargeModel(loopback.url, model=given) as large:
+        large.connect()
+        assert large.listed_instead == listed
+
+
 def test_the_context_length_that_a_server_reports_is_in_the_verdict() -> None:
     answer = FamilyServer("llama-server")
 
