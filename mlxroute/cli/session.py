@@ -296,7 +296,7 @@ def open_session(
     """
     from mlxroute.cli.progress import ByteProgress
 
-    _check_head(settings)
+    _check_files(settings)
     never_send = read_never_send(settings)
     with ExitStack() as resources:
         ledger = resources.enter_context(open_ledger(settings))
@@ -364,10 +364,11 @@ def _find_prices(settings: Settings, large: LargeModel | None) -> Prices | None:
     return Catalog.load(user_catalog_dir()).find_prices(large.model_name)
 
 
-def _check_head(settings: Settings) -> None:
-    """Raise UsageError for a head that is not there, before anything is fetched or loaded."""
+def _check_files(settings: Settings) -> None:
+    """Raise UsageError for a missing head or a bad adapter, before anything is fetched."""
+    name = small_name(settings)
     if choose_router_name(settings) == HEAD_ROUTER or settings.head is not None:
-        head_file(small_name(settings), settings.head)
+        head_file(name, settings.head)
 
 
 def _connect_large(settings: Settings, ledger: Ledger, err: Console) -> LargeModel | None:

@@ -30,6 +30,16 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SmallModel, "load", fail)
 
 
+def test_an_adapter_that_cannot_be_read_is_reported_before_the_server_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Loopback(lambda request: Reply()) as server:
+        adapter = str(tmp_path / "none")
+        assert main(["ask", "--large", server.url, "--adapter", adapter, "hi"]) == 2
+        assert server.requests == []
+    assert "has no readable adapter_config.json" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("nothing_loads")
 @pytest.mark.parametrize(
     ("arguments", "message"),
