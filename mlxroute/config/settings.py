@@ -199,8 +199,8 @@ class Settings:
     system: str | None = _setting(None, "System prompt.", metavar="TEXT", commands=_ANSWERS)
     timeout: float = _setting(
         30.0,
-        "Time limit in seconds of a call, and of all failed calls of an answer together (raised to"
-        " 600 by train, adapt and bench quality).",
+        "Time limit of a call, in seconds, and of all failed calls of an answer together; at least"
+        " 600 in train, adapt and bench quality.",
         metavar="S",
         commands=(*_OWN_SERVER, "bench quality"),
     )

@@ -28,6 +28,7 @@ never_send = ["(?i)project zebra"]
 - A `threshold` replaces the `budget` of an earlier source, and a `budget` the `threshold`.
 - A `head` replaces the `router` of an earlier source. The head is then the router.
 - The values of `never_send` and `never_send_file` from all sources add up.
+- In the environment, a switch is `1`, `true`, `0` or `false`, and a list has one text.
 - Config files, key files, never-send files and question files are UTF-8, with or without a byte
   order mark; lines end at `\\n`.
 - Without a home folder (no `HOME`, and no entry in the password database), set `HOME`, or

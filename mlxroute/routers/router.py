@@ -73,8 +73,8 @@ class EntropyRouter(Router):
     Args:
         threshold: Entropy in nats over the full vocabulary above which a position is escalated;
             `inf` never escalates and `-inf` always does. None, the default, with a budget.
-        budget: Greatest share of positions that are escalated, from 0 to 1 (0.07 is 7 %), plus a
-            burst of 4. None, the default, is 0.07 without a threshold.
+        budget: Greatest share of positions that are escalated, from 0 to 1 (0.07 is 7 %), plus 4
+            positions. None, the default, is 0.07 without a threshold.
         quantiles: Entropies in nats at evenly spaced ranks, lowest first, with which a budget
             starts; by default those of a 0.5B model.
 

@@ -23,7 +23,7 @@ def host(
         str | None,
         typer.Argument(
             help="Model to serve: catalogue name, .gguf file or hub id. Default: the largest"
-            " partner of the default small model that fits.",
+            " partner of the default small model that fits and is a small download.",
             metavar="NAME",
             autocompletion=complete_model,
         ),

@@ -48,7 +48,10 @@ def train(
         ),
     ] = None,
     labels: Annotated[
-        LabelKind, typer.Option(help="Which tokens the head learns to find.")
+        LabelKind,
+        typer.Option(
+            help="Which tokens the head learns to find. Only `advantage` uses --head and --budget."
+        ),
     ] = LabelKind.CONSEQUENCE,
     questions: Annotated[
         int, typer.Option(help="Maximum number of questions per file, sampled at random.", min=1)
