@@ -283,7 +283,7 @@ def _answer(
 ) -> tuple[RunStats, list[Token]]:
     """Write one answer from an empty KV cache; return its statistics and tokens."""
     if isinstance(small, SmallModel):
-        small.rollback(len(small.cached_ids))
+        small.clear_cache()
     answer = Answer(
         small,
         large,

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm import stream_generate
 from mlx_lm.generate import generate_step
-from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from mlxroute.bench.kernel_cost import kernel_form
 from mlxroute.bench.measurement import ratios, run_interleaved, spread, time_call
@@ -163,7 +163,7 @@ def _time_tokens(token_ids: Iterator[int], began_s: float) -> SpeedRun:
 
 def _reset(small: SmallModel) -> None:
     """Clear the KV cache, wait for the device, and reset its memory statistics."""
-    small.rollback(len(small.cached_ids))
+    small.clear_cache()
     mx.synchronize()
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -174,15 +174,21 @@ def _by_context(small: SmallModel) -> list[dict[str, Any]]:
     sentence_ids = small.vocabulary.encode("The quick brown fox jumps over the lazy dog. ")
     prompt_ids = list(itertools.islice(itertools.cycle(sentence_ids), max(CONTEXTS)))
     layers: list[Any] = make_prompt_cache(small.model)
+    cached = 0
 
     def ours(count: int) -> float:
         return _median_gap(_decode_steps(small, prompt_ids[:count]))
 
     def theirs(count: int) -> float:
-        rest = mx.array(prompt_ids[layers[0].offset : count])
+        nonlocal layers, cached
+        rest = mx.array(prompt_ids[cached:count])
         steps = generate_step(rest, small.model, max_tokens=_CONTEXT_STEPS, prompt_cache=layers)
         median_s = _median_gap(int(token) for token, _ in steps)
-        trim_prompt_cache(layers, layers[0].offset - count + 1)
+        if can_trim_prompt_cache(layers):
+            trim_prompt_cache(layers, layers[0].offset - count + 1)
+            cached = count - 1
+        else:
+            layers, cached = make_prompt_cache(small.model), 0
         return median_s
 
     def row(count: int) -> dict[str, Any]:

@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlxroute.cli.error_advice import error_message
 from mlxroute.cli.folders import cache_dir_of, expand_optional
 from mlxroute.cli.terminal import WARNING_STYLE, print_note, redraw
 from mlxroute.config import Secret, Settings, read_key, read_never_send, user_catalog_dir
 from mlxroute.config.settings import DEFAULT_KEY_ENV
-from mlxroute.errors import UsageError, WeightsError
+from mlxroute.errors import LargeError, LargeUnrecorded, UsageError, WeightsError
 from mlxroute.ledger import Ledger
+from mlxroute.safe_text import printable
 
 # A server that has its model in memory answers sooner.
 _SLOW_REPLY_S = 5.0
@@ -57,6 +59,28 @@ def check_sendable(
                 f"{name} matches never-send pattern {number}, and {command} would send it;"
                 " leave it out"
             )
+
+
+def connect_large(settings: Settings, ledger: Ledger, err: Console) -> LargeModel | None:
+    """Return the large model, None if there is none; a failure is a warning unless `strict`."""
+    if settings.offline or settings.large is None:
+        if settings.strict:
+            raise UsageError("--strict needs a large model: give --large, and not --offline")
+        return None
+    large = make_large(settings, settings.large, ledger, err)
+    try:
+        with first_reply_status(large, err, f"connecting to {large.base_url}"):
+            large.connect()
+    except LargeUnrecorded as exc:
+        raise UsageError(str(exc), parameter=exc.parameter) from exc
+    except LargeError as exc:
+        if settings.strict:
+            raise
+        failure = printable(error_message(exc))
+        text = f"warning: {failure}; until it answers, the small model writes alone"
+        print_note(err, text, style=WARNING_STYLE)
+    print_model_notes(large, err)
+    return large
 
 
 def make_large(settings: Settings, address: str, ledger: Ledger, err: Console) -> LargeModel:

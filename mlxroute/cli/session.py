@@ -10,13 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxroute.cli.error_advice import error_message
-from mlxroute.cli.large_setup import (
-    first_reply_status,
-    make_large,
-    open_ledger,
-    print_model_notes,
-)
+from mlxroute.cli.large_setup import connect_large, open_ledger
 from mlxroute.cli.routing import (
     HEAD_ROUTER,
     RoutingRule,
@@ -26,11 +20,10 @@ from mlxroute.cli.routing import (
 )
 from mlxroute.cli.server_offers import no_large_lines
 from mlxroute.cli.small_setup import default_small, load_small, small_name
-from mlxroute.cli.terminal import WARNING_STYLE, print_note
 from mlxroute.cli.vocabulary_note import pair_vocabularies
 from mlxroute.config import Settings, read_never_send, read_prices, user_catalog_dir
 from mlxroute.conversation import Conversation
-from mlxroute.errors import LargeError, LargeUnrecorded, UsageError
+from mlxroute.errors import UsageError
 from mlxroute.ledger import Ledger
 from mlxroute.safe_text import printable
 from mlxroute.types import (
@@ -196,7 +189,7 @@ class Session:
         settings = replace(self._settings, large=address, large_model=model)
         if settings.offline:
             raise UsageError("with --offline there is no large model; start without it")
-        large, before = _connect_large(settings, self._ledger, err), self.large
+        large, before = connect_large(settings, self._ledger, err), self.large
         self._change_models(self.small, large, settings, err)
         if before is not None:
             before.close()
@@ -300,7 +293,7 @@ def open_session(
     never_send = read_never_send(settings)
     with ExitStack() as resources:
         ledger = resources.enter_context(open_ledger(settings))
-        large = _connect_large(settings, ledger, err)
+        large = connect_large(settings, ledger, err)
         if large is not None:
             resources.callback(large.close)
         with ByteProgress(err) as progress:
@@ -369,28 +362,6 @@ def _check_files(settings: Settings) -> None:
     name = small_name(settings)
     if choose_router_name(settings) == HEAD_ROUTER or settings.head is not None:
         head_file(name, settings.head)
-
-
-def _connect_large(settings: Settings, ledger: Ledger, err: Console) -> LargeModel | None:
-    """Return the large model, None if there is none; a failure is a warning unless `strict`."""
-    if settings.offline or settings.large is None:
-        if settings.strict:
-            raise UsageError("--strict needs a large model: give --large, and not --offline")
-        return None
-    large = make_large(settings, settings.large, ledger, err)
-    try:
-        with first_reply_status(large, err, f"connecting to {large.base_url}"):
-            large.connect()
-    except LargeUnrecorded as exc:
-        raise UsageError(str(exc), parameter=exc.parameter) from exc
-    except LargeError as exc:
-        if settings.strict:
-            raise
-        failure = printable(error_message(exc))
-        text = f"warning: {failure}; until it answers, the small model writes alone"
-        print_note(err, text, style=WARNING_STYLE)
-    print_model_notes(large, err)
-    return large
 
 
 def _no_large_lines(settings: Settings, command: str, words: Sequence[str]) -> list[str]:

@@ -106,6 +106,11 @@ class Decoder:
         self.sampler = None if sampling.is_greedy else RowSampler(sampling)
         return self.cache.keep_common_prefix(prompt_ids)
 
+    def clear(self) -> None:
+        """Empty the KV cache."""
+        self._queued, self._queued_id = None, None
+        self.cache.reset()
+
     def prefill(self, token_ids: Sequence[int]) -> None:
         """Fill the KV cache with tokens, without signals, and wait for the device."""
         self._discard_queued()

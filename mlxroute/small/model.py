@@ -348,6 +348,10 @@ class SmallModel:
         """Remove the last `count` tokens from the KV cache. Raises RollbackError."""
         self._decoder.rollback(count)
 
+    def clear_cache(self) -> None:
+        """Empty the KV cache, whether or not it can be rolled back."""
+        self._decoder.clear()
+
     def load_head(self, path: Path) -> tuple[float, ...]:
         """Evaluate a head from a file from now on; return its scores at evenly spaced ranks.
 

@@ -18,7 +18,7 @@ from mlxroute.cli import main
 from mlxroute.small import SmallModel
 from mlxroute.small.kernels import graph_kernel
 from mlxroute.small.mlp_head import SIGNAL_COUNT, MlpHead
-from tests.support.tiny import make_tiny_model
+from tests.support.tiny import KINDS, make_tiny_model
 
 
 def test_sides_are_interleaved_and_start_equally_often() -> None:
@@ -120,6 +120,17 @@ def test_bench_speed_reports_the_cost_of_a_head(
     report = bench_speed(small, ["hi"], pairs=1, max_tokens=4)
     assert report["same_tokens"] is True
     assert report["head_share_of_step"] > 0
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "lfm2"])
+def test_bench_speed_measures_models_whose_caches_cannot_be_trimmed(
+    kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("mlxroute.bench.speed.CONTEXTS", (16, 64))
+    path = make_tiny_model(tmp_path / kind, model_type=kind, extra=KINDS[kind])
+    small = SmallModel(*load(path), name=kind)
+    report = bench_speed(small, ["hi"], pairs=1, max_tokens=40)
+    assert [row["context"] for row in report["by_context"]] == [16, 64]
 
 
 def test_bench_kernels_ends_stdout_with_one_line_of_json(

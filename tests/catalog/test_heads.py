@@ -12,7 +12,7 @@ from mlxroute.catalog import Catalog, shipped_dir
 from mlxroute.catalog.head_files import find_head_file, user_head_file
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli import main
-from mlxroute.cli.commands.bench_quality import check_unseen
+from mlxroute.cli.commands.bench_quality import check_measurable
 from mlxroute.cli.routing import choose_router, choose_router_name
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
@@ -68,11 +68,13 @@ def test_no_test_question_was_trained_on(file: Path) -> None:
 
 def test_a_head_is_not_evaluated_on_questions_it_was_fitted_to() -> None:
     questions = [Question(str(i), f"say {i}") for i in range(3)]
-    head = MlpHead((), questions=frozenset([questions[1].fingerprint]))
+    head = MlpHead((), (0.0, 1.0), frozenset([questions[1].fingerprint]))
     with pytest.raises(UsageError, match="fitted to 1 of these 3 questions"):
-        check_unseen(head, questions)
-    check_unseen(head, questions[:1])
-    check_unseen(None, questions)
+        check_measurable(head, questions)
+    check_measurable(head, questions[:1])
+    check_measurable(None, questions)
+    with pytest.raises(UsageError, match="no quantiles of its scores"):
+        check_measurable(MlpHead(()), questions)
 
 
 def test_a_model_without_a_head_is_named_in_the_error(

@@ -213,7 +213,7 @@ class _QualityRun:
         has_head = any(side.router == HEAD_ROUTER for side in self.sides)
         router = HEAD_ROUTER if has_head else DEFAULT_ROUTER
         ranks = find_ranks(small, router, settings.head)
-        check_unseen(small.head, self.questions)
+        check_measurable(small.head, self.questions)
         with count_progress(err) as progress:
             report = bench_quality(
                 small,
@@ -261,10 +261,18 @@ class _QualityRun:
         return compute_oracles(answers, self.questions, budgets, small.head)
 
 
-def check_unseen(head: MlpHead | None, questions: list[Question]) -> None:
-    """Raise UsageError if the head was fitted to one of the questions."""
-    fitted = frozenset() if head is None else head.questions
-    count = sum(question.fingerprint in fitted for question in questions)
+def check_measurable(head: MlpHead | None, questions: list[Question]) -> None:
+    """Raise UsageError for a head without quantiles, or one fitted to one of the questions."""
+    if head is None:
+        return
+    # Saved answers are told apart by them, and a budget would start from a guess.
+    if not head.quantiles:
+        raise UsageError(
+            "the head has no quantiles of its scores, so its answers cannot be compared; fit one"
+            " with `mlxroute train`",
+            parameter="head",
+        )
+    count = sum(question.fingerprint in head.questions for question in questions)
     if count:
         raise UsageError(
             f"the head was fitted to {count} of these {len(questions)} questions, so their"
