@@ -98,16 +98,21 @@ def teach_days(path: Path) -> None:
 
     A probe takes that as proof that a server continues a text.
     """
+    teach_next(path, "s", "d")
+
+
+def teach_next(path: Path, token: str, following: str) -> None:
+    """Make an untied tiny model write one token after another; both by their names."""
     import mlx.core as mx
 
     vocabulary = json.loads((path / "tokenizer.json").read_text())["model"]["vocab"]
     file = str(path / "model.safetensors")
     weights: dict[str, mx.array] = mx.load(file)  # type: ignore[assignment]
     embedding, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
-    # So large that no layer changes its direction, which is added to the output row of `d`.
-    embedding[vocabulary["s"]] *= 30
-    direction = embedding[vocabulary["s"]] * weights["model.norm.weight"]
-    head[vocabulary["d"]] += 3 * direction / mx.linalg.norm(direction)
+    # So large that no layer changes its direction, which is added to the output row.
+    embedding[vocabulary[token]] *= 30
+    direction = embedding[vocabulary[token]] * weights["model.norm.weight"]
+    head[vocabulary[following]] += 3 * direction / mx.linalg.norm(direction)
     mx.eval(weights)
     mx.save_safetensors(file, weights, {"format": "mlx"})
 

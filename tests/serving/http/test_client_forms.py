@@ -6,13 +6,16 @@ tests/serving/clients runs the clients themselves.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
+from mlxroute.backend.load import load
 from mlxroute.small import SmallModel
 from tests.support.endpoint import chat, make_session, read_stream, running
+from tests.support.tiny import END, make_tiny_model, teach_next
 
 _USAGE = {"include_usage": True}
 # Client: the fields that it sends beside the model and the messages.
@@ -75,18 +78,28 @@ def test_completions_of_clients(client: TestClient, name: str) -> None:
     assert reply["mlxroute"]["ignored"] == []
 
 
-def test_likelihoods_for_lm_eval(client: TestClient) -> None:
-    prompts = [[65, 66, 67], [68, 69]]
+def test_likelihoods_for_lm_eval(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path / "tiny", tied=False)
+    teach_next(path, "s", END)
+    small = SmallModel(*load(path), name="tiny")
+    prompts = [[65, 66, 67], [68, 69], list(small.vocabulary.encode("As"))]
     fields = {"temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
     body = {"model": "mlxroute:small", "prompt": prompts, **fields}
-    reply = client.post("/v1/completions", json=body).json()
+    with running(make_session(small)) as client:
+        reply = client.post("/v1/completions", json=body).json()
     for prompt, choice in zip(prompts, reply["choices"], strict=True):
         logprobs = choice["logprobs"]
         # One token follows the prompt; the first token of a prompt has no likelihood.
-        assert len(logprobs["token_logprobs"]) == len(prompt) + 1
+        assert {len(values) for values in logprobs.values()} == {len(prompt) + 1}
         assert logprobs["token_logprobs"][0] is None
         assert all(value <= 0 for value in logprobs["token_logprobs"][1:])
         assert all(len(top) >= 1 for top in logprobs["top_logprobs"][1:])
+    # lm-eval leaves out the last entry, which is the end token's where the answer is empty.
+    ended = reply["choices"][-1]
+    assert (ended["text"], ended["finish_reason"]) == ("As", "stop")
+    assert ended["logprobs"]["tokens"][-1] == END
+    assert ended["logprobs"]["text_offset"][-1] == len("As")
+    assert ended["logprobs"]["provenance"][-1]["text"] == ""
 
 
 def test_tools_sent_unasked_are_refused_with_the_way_out(small: SmallModel) -> None:

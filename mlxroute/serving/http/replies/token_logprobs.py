@@ -33,11 +33,16 @@ class LogprobForms:
         self._top = top
 
     def chat(self, tokens: Iterable[Token]) -> dict[str, Any]:
-        """Return the `logprobs` of a choice of a chat completion."""
-        return {"content": [self._entry(token) for token in self._shown(tokens)], "refusal": None}
+        """Return the `logprobs` of a choice of a chat completion, without the end token."""
+        ends = self._vocabulary.eos_ids
+        content = [self._entry(token) for token in tokens if token.token_id not in ends]
+        return {"content": content, "refusal": None}
 
     def completion(self, tokens: Iterable[Token], *, offset: int = 0) -> dict[str, Any]:
-        """Return the `logprobs` of a choice of a text completion, whose text starts at `offset`."""
+        """Return the `logprobs` of a choice of a text completion, whose text starts at `offset`.
+
+        The end token has an entry: clients that score prompts leave out one entry for each token.
+        """
         lists: dict[str, list[Any]] = {
             "tokens": [],
             "token_logprobs": [],
@@ -45,7 +50,7 @@ class LogprobForms:
             "text_offset": [],
             "provenance": [],
         }
-        for token in self._shown(tokens):
+        for token in tokens:
             entry = self._entry(token)
             lists["tokens"].append(entry["token"])
             lists["token_logprobs"].append(entry["logprob"])
@@ -76,9 +81,6 @@ class LogprobForms:
             "text_offset": [0, *accumulate(lengths[:-1])],
             "provenance": [None] * len(texts),
         }
-
-    def _shown(self, tokens: Iterable[Token]) -> list[Token]:
-        return [token for token in tokens if token.token_id not in self._vocabulary.eos_ids]
 
     def _entry(self, token: Token) -> dict[str, Any]:
         """Return the entry of a token: OpenAI's keys, the text that it adds, and its origin."""
