@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from starlette.testclient import TestClient
 from mlxroute.answers.document_file import parse_document
 from mlxroute.engine import generate
 from mlxroute.routers import make_router
+from mlxroute.serving.http.replies.token_logprobs import LogprobForms
 from mlxroute.serving.prompts import encode_prompt
 from mlxroute.small import SmallModel
 from tests.support.endpoint import chat, read_stream
@@ -239,6 +241,33 @@ def test_an_echo_gives_the_likelihood_of_a_prompt(client: TestClient, small: Sma
         assert top[token] == value
         assert max(top.values()) >= value
     assert "".join(logprobs["tokens"][: len(ids)]) == choice["text"][: logprobs["text_offset"][-1]]
+
+
+def test_the_offsets_of_an_echo_count_the_characters_of_its_text(
+    client: TestClient, small: SmallModel
+) -> None:
+    name = next(iter(sorted(small.vocabulary.control_names)))
+    text = f"é \U0001f389 fox{name}e"
+    body = {"prompt": text, "echo": True, "logprobs": 1, "max_tokens": 1}
+    (choice,) = post(client, body, "completions")["choices"]
+    assert choice["text"].startswith(text)
+    ids = encode_prompt(small, text).ids
+    pieces = [small.vocabulary.token_bytes(i) or name.encode() for i in ids]
+    ends = list(itertools.accumulate(pieces))
+    # A token within a character begins where the character does.
+    expected = [0, *(len(end.decode(errors="ignore")) for end in ends)]
+    assert choice["logprobs"]["text_offset"] == expected
+    assert len(set(expected)) < len(expected)
+
+
+def test_a_begin_token_that_the_text_lacks_has_no_length(
+    client: TestClient, small: SmallModel
+) -> None:
+    name = next(iter(sorted(small.vocabulary.control_names)))
+    endpoint = client.app.state.endpoint  # type: ignore[attr-defined]
+    scored = replace(endpoint.scheduler.score(f"{name}def"), text="def")
+    logprobs = LogprobForms(small.vocabulary, 1).prompt(scored)
+    assert logprobs["text_offset"][:2] == [0, 0]
 
 
 def test_an_echo_without_an_answer(client: TestClient) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
 from typing import Any
 
 from mlxroute.answers.record_json import to_json
@@ -65,7 +65,6 @@ class LogprobForms:
     def prompt(self, prompt: ScoredPrompt) -> dict[str, Any]:
         """Return the `logprobs` of the prompt itself, in the form of a text completion."""
         texts = [describe_ids((token_id,), self._vocabulary)[0] for token_id in prompt.ids]
-        lengths = [len(text) for text in texts]
         tops: list[dict[str, float] | None] = [None]
         for signals, token_id, logprob in zip(
             prompt.signals, prompt.ids[1:], prompt.logprobs, strict=True
@@ -78,9 +77,31 @@ class LogprobForms:
             "tokens": texts,
             "token_logprobs": [None, *map(_finite, prompt.logprobs)],
             "top_logprobs": tops,
-            "text_offset": [0, *accumulate(lengths[:-1])],
+            "text_offset": self._offsets(prompt, texts),
             "provenance": [None] * len(texts),
         }
+
+    def _offsets(self, prompt: ScoredPrompt, names: Sequence[str]) -> list[int]:
+        """Return where each token begins in the prompt's text, in characters.
+
+        A token that continues a character has that character's offset. `names` are the tokens as
+        shown.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        offsets: list[int] = []
+        offset = 0
+        for token_id, name in zip(prompt.ids, names, strict=True):
+            data = self._vocabulary.token_bytes(token_id)
+            if not data:
+                # A control token ends an incomplete character, which the text shows as U+FFFD.
+                offset += len(decoder.decode(b"", final=True))
+            offsets.append(offset)
+            if data:
+                offset += len(decoder.decode(data))
+            elif prompt.text.startswith(name, offset):
+                # The begin token that the tokenizer adds is not in the text.
+                offset += len(name)
+        return offsets
 
     def _entry(self, token: Token) -> dict[str, Any]:
         """Return the entry of a token: OpenAI's keys, the text that it adds, and its origin."""
