@@ -158,16 +158,21 @@ class Row:
         """End the sequence."""
         self._request(Release())
 
-    def score_prompt(self) -> tuple[list[Signals], list[float]]:
+    def score_prompt(
+        self, *, is_stopped: Callable[[], bool] = lambda: False
+    ) -> tuple[list[Signals], list[float]]:
         """Return the signals at each position of the prompt but the first, and its own logprobs.
 
-        Raises UsageError for an architecture whose hidden state cannot be read.
+        Raises UsageError for an architecture whose hidden state cannot be read, and AnswerCancelled
+        once `is_stopped` returns True.
         """
         ids, small = self.prompt.ids, self.sequence.small
         signals: list[Signals] = []
         logprobs: list[float] = []
         # The logits of a part are in memory at once, and other answers decode between parts.
         for start in range(1, len(ids), _SCORED_AT_ONCE):
+            if is_stopped():
+                raise AnswerCancelled
             part = ids[start : start + _SCORED_AT_ONCE]
             scored = self._invoke(partial(small.score_text, ids[:start], part))
             signals += scored.signals

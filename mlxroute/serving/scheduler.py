@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -113,15 +113,21 @@ class AnswerScheduler(Closeable):
             self._start_next()
         return answer
 
-    def score(self, prompt: Sequence[Message] | str | Sequence[int]) -> ScoredPrompt:
+    def score(
+        self,
+        prompt: Sequence[Message] | str | Sequence[int],
+        *,
+        is_stopped: Callable[[], bool] = lambda: False,
+    ) -> ScoredPrompt:
         """Return how likely the small model finds a prompt, token by token; blocks until then.
 
-        Raises as `submit`, and UsageError where the architecture does not allow it.
+        Raises as `submit`, UsageError where the architecture does not allow it, and AnswerCancelled
+        once `is_stopped`, which is called before each part of the prompt, returns True.
         """
         served = encode_prompt(self._small, prompt)
         row = self._device.new_row(served, is_exact=True)
         try:
-            signals, logprobs = row.score_prompt()
+            signals, logprobs = row.score_prompt(is_stopped=is_stopped)
         finally:
             row.release()
         return ScoredPrompt(served.text, served.ids, tuple(signals), tuple(logprobs))

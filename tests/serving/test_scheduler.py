@@ -22,6 +22,7 @@ from mlxroute.serving import (
 )
 from mlxroute.serving.device_thread import DeviceClosed
 from mlxroute.serving.prompts import encode_prompt
+from mlxroute.serving.row import AnswerCancelled
 from mlxroute.small import SmallModel
 from mlxroute.types import LargeContext, Mode, Sampling, StopReason, Token
 from tests.serving.conftest import (
@@ -183,6 +184,16 @@ def test_a_prompt_that_is_read_can_be_cancelled(scheduler: AnswerScheduler) -> N
     assert written(answer) == []
     figures = scheduler.figures()
     assert figures.cache_entries == figures.steps == 0
+
+
+def test_the_scoring_of_a_prompt_can_be_stopped_between_its_parts(
+    scheduler: AnswerScheduler,
+) -> None:
+    # A third part would ask a third time.
+    are_stopped = iter([False, True])
+    with pytest.raises(AnswerCancelled):
+        scheduler.score([65] * 400, is_stopped=lambda: next(are_stopped))
+    assert len(scheduler.score([65] * 400).logprobs) == 399
 
 
 def test_answers_wait_in_order_for_their_turn(small: SmallModel) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,3 +68,49 @@ def read_stream(text: str) -> list[Any]:
         data = block.removeprefix("data: ")
         events.append(data if data == "[DONE]" else json.loads(data))
     return events
+
+
+async def call_until(
+    app: Any,
+    body: dict[str, Any],
+    stop: Callable[[bytes], bool],
+    *,
+    path: str = "/v1/chat/completions",
+) -> None:
+    """Send a request, and leave once `stop`, called with each part and while idle, is true."""
+    left = asyncio.Event()
+    messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop()
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body" and stop(message["body"]):
+            left.set()
+
+    async def watch() -> None:
+        while not left.is_set():
+            await asyncio.sleep(0.01)
+            if not received_only and stop(b""):
+                left.set()
+
+    received_only = body.get("stream", False) and stop.__name__ == "on_body"
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": [(b"host", b"127.0.0.1")],
+        "http_version": "1.1",
+        "scheme": "http",
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 8787),
+    }
+    async with asyncio.timeout(20):
+        watching = asyncio.ensure_future(watch())
+        await app(scope, receive, send)
+        watching.cancel()

@@ -96,6 +96,7 @@ class AnswerEndpoint(Closeable):
         metrics: The figures of the endpoint.
         notify: As given.
         forwards: The threads of requests that the large model answers alone.
+        scorers: The threads in which prompts are scored.
     """
 
     def __init__(
@@ -108,6 +109,8 @@ class AnswerEndpoint(Closeable):
         self.metrics = EndpointMetrics()
         self.notify = notify
         self.forwards = ThreadPoolExecutor(limits.max_running, "mlxroute-forward")
+        # Not the event loop's own threads: answers start in these.
+        self.scorers = ThreadPoolExecutor(limits.max_running, "mlxroute-score")
         self._forwarded = 0
         self.scheduler = AnswerScheduler(
             session.small,
@@ -169,7 +172,8 @@ class AnswerEndpoint(Closeable):
     def close(self) -> None:
         """Cancel all answers and end all threads."""
         self.scheduler.close()
-        self.forwards.shutdown(wait=False, cancel_futures=True)
+        for threads in (self.forwards, self.scorers):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def _on_end(self, asked: Asked, answer: ServedAnswer) -> None:
         """Count an answer and keep its document."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -230,8 +231,16 @@ class _Reply:
         for answer in self._answers:
             await answer.wait()
         if is_scored:
-            score = self._endpoint.scheduler.score
-            self._scores = [await asyncio.to_thread(score, item.prompt) for item in asked]
+            self._scores = [await self._score(item) for item in asked]
+
+    async def _score(self, asked: Asked) -> ScoredPrompt:
+        is_over = threading.Event()
+        score = partial(self._endpoint.scheduler.score, asked.prompt, is_stopped=is_over.is_set)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._endpoint.scorers, score)
+        finally:
+            # If the client has left, the thread would go on.
+            is_over.set()
 
     async def _start_after_own(self, asked: Asked) -> None:
         """Start an answer; where the queue is full, wait for an earlier answer of this reply."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import re
 import threading
@@ -20,7 +19,7 @@ from mlxroute.serving.http.answer_endpoint import ServingLimits
 from mlxroute.serving.http.endpoint_app import create_app
 from mlxroute.small import SmallModel
 from mlxroute.types import LargeContext, LargeToken
-from tests.support.endpoint import chat, make_session, read_stream, running
+from tests.support.endpoint import call_until, chat, make_session, read_stream, running
 from tests.support.fakes import ScriptedLarge
 
 _X = 40
@@ -217,7 +216,7 @@ def test_a_silent_stream_is_kept_alive(small: SmallModel) -> None:
         received.append(data)
         return b"".join(received).count(b": keep-alive\n\n") >= 2
 
-    asyncio.run(_call_until(app, chat(stream=True, **_ALWAYS), on_body))
+    asyncio.run(call_until(app, chat(stream=True, **_ALWAYS), on_body))
     assert b"".join(received).startswith(b"data: ")
     app.state.endpoint.close()
 
@@ -228,9 +227,7 @@ def test_a_client_that_leaves_ends_its_answer_and_its_calls(
 ) -> None:
     hanging, before = HangingLarge(), set(threading.enumerate())
     app = create_app(make_session(small, hanging), limits=ServingLimits(keep_alive_s=0.05))
-    asyncio.run(
-        _call_until(app, chat(stream=stream, **_ALWAYS), lambda data: bool(hanging.hanging))
-    )
+    asyncio.run(call_until(app, chat(stream=stream, **_ALWAYS), lambda data: bool(hanging.hanging)))
     endpoint = app.state.endpoint
     deadline_s = time.monotonic() + 5
     while endpoint.scheduler.figures().running and time.monotonic() < deadline_s:
@@ -243,46 +240,6 @@ def test_a_client_that_leaves_ends_its_answer_and_its_calls(
     for thread in own:
         thread.join(5)
     assert not any(thread.is_alive() for thread in own)
-
-
-async def _call_until(app: Any, body: dict[str, Any], stop: Callable[[bytes], bool]) -> None:
-    """Send a request, and leave once `stop`, called with each part and while idle, is true."""
-    left = asyncio.Event()
-    messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
-
-    async def receive() -> dict[str, Any]:
-        if messages:
-            return messages.pop()
-        await left.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message: Any) -> None:
-        if message["type"] == "http.response.body" and stop(message["body"]):
-            left.set()
-
-    async def watch() -> None:
-        while not left.is_set():
-            await asyncio.sleep(0.01)
-            if not received_only and stop(b""):
-                left.set()
-
-    received_only = body.get("stream", False) and stop.__name__ == "on_body"
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": "/v1/chat/completions",
-        "raw_path": b"/v1/chat/completions",
-        "query_string": b"",
-        "headers": [(b"host", b"127.0.0.1")],
-        "http_version": "1.1",
-        "scheme": "http",
-        "client": ("127.0.0.1", 1),
-        "server": ("127.0.0.1", 8787),
-    }
-    async with asyncio.timeout(20):
-        watching = asyncio.ensure_future(watch())
-        await app(scope, receive, send)
-        watching.cancel()
 
 
 def test_concurrent_answers_count_their_own_calls(small: SmallModel, large: ScriptedLarge) -> None:
