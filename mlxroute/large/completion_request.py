@@ -146,15 +146,26 @@ class CompletionRequester:
         self._lock = threading.Lock()
 
     def post(
-        self, path: str, body: Mapping[str, object], *, deadline: Deadline, at_root: bool = True
+        self,
+        path: str,
+        body: Mapping[str, object],
+        *,
+        deadline: Deadline,
+        at_root: bool = True,
+        whole_answer: bool = False,
     ) -> Mapping[str, object]:
         """Post JSON to a route; return the JSON object of the reply.
 
-        The route is at the server's root, or below the base address unless `at_root`.
-
-        Raises LargeError for any status but 200.
+        The route is at the server's root, or below the base address unless `at_root`;
+        `whole_answer` is as in Transport. Raises LargeError for any status but 200.
         """
-        reply = self._transport.call(path, at_root=at_root, body=_encode(body), deadline=deadline)
+        reply = self._transport.call(
+            path,
+            at_root=at_root,
+            body=_encode(body),
+            deadline=deadline,
+            whole_answer=whole_answer,
+        )
         if reply.status != 200:
             raise self._refusal(error_message(reply.body), reply)
         return parse_object(reply.body)

@@ -96,7 +96,7 @@ class WholeChat:
         if "messages" in body:
             named["messages"] = _change_texts(body["messages"], self._plain)
         reply = self._requester.post(
-            "/chat/completions", named, deadline=self._deadline, at_root=False
+            "/chat/completions", named, deadline=self._deadline, at_root=False, whole_answer=True
         )
         counts = usage_counts(reply)
         self._ledger.record_usage(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -104,3 +105,16 @@ def test_flags_turn_thinking_off_in_a_whole_answer_too(server: Loopback) -> None
 def test_a_withheld_answer_is_empty(text: str | None, server: Loopback) -> None:
     server.answer = lambda request: chat(text, finish="content_filter")
     assert ask(server, ExampleCompletion())[:2] == ("", False)
+
+
+@pytest.mark.parametrize("forwarded", [True, False])
+def test_a_slow_answer_is_asked_for_once(server: Loopback, forwarded: bool) -> None:
+    server.script.extend([chat("hello"), replace(chat("hello"), stall_s=0.8)])
+    with negotiated(LargeModel(server.url, model="m")) as large:
+        for _ in range(2):
+            whole = large.whole_chat(timeout_s=1.5)
+            if forwarded:
+                whole.ask({"messages": _CONVERSATION})
+            else:
+                whole.answer(_CONVERSATION, max_tokens=9)
+    assert len(server.requests) == 2

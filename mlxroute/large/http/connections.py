@@ -157,6 +157,13 @@ class HttpSessionPool:
             old.close()
         return session
 
+    def create(self) -> HttpSession:
+        """Return a new session; the idle ones are kept for others."""
+        session = HttpSession(self._address, self._auth)
+        with self._lock:
+            self._in_use.add(session)
+        return session
+
     def release(self, session: HttpSession) -> None:
         """Keep a session for the next exchange, unless it was aborted."""
         with self._lock:

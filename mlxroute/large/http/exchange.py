@@ -101,7 +101,8 @@ class Exchange(threading.Thread):
     """One request and its reply, in a thread of its own.
 
     A `rival` is an equal exchange whose connection may be dead: this one opens a new connection,
-    and the reply that begins first is used. With `fresh` no used connection is taken either.
+    and the reply that begins first is used. With `fresh` no used connection is taken either. A
+    `whole_answer` begins when it is complete; its exchange has a new connection, closed after it.
 
     No timeout of `requests` bounds a whole exchange: a socket timeout bounds one read, which a
     server that sends a byte per second never exceeds, and a name lookup has none. The caller waits
@@ -118,10 +119,13 @@ class Exchange(threading.Thread):
         listener: StreamListener[bytes] | None = None,
         rival: Exchange | None = None,
         fresh: bool = False,
+        whole_answer: bool = False,
     ) -> None:
         super().__init__(daemon=True, name="mlxroute-exchange")
         self._endpoint = endpoint
-        self._session = endpoint.sessions.acquire(fresh=fresh or rival is not None)
+        self.is_whole_answer = whole_answer
+        sessions, is_fresh = endpoint.sessions, fresh or rival is not None
+        self._session = sessions.create() if whole_answer else sessions.acquire(fresh=is_fresh)
         self._connections_before = self._session.connection_count
         self._began_s = time.monotonic()
         self._claim: _Claim = _Claim() if rival is None else rival._claim
@@ -182,7 +186,7 @@ class Exchange(threading.Thread):
             with self._finish_lock:
                 self.finished = True
                 # A client that was closed meanwhile closes no connection that is released later.
-                if self._deadline.cancelled:
+                if self.is_whole_answer or self._deadline.cancelled:
                     self._session.abort()
                 self._endpoint.sessions.release(self._session)
             self._deadline.wake()

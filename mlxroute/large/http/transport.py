@@ -78,15 +78,27 @@ class Transport:
         body: bytes | None = None,
         at_root: bool = False,
         listener: StreamListener[bytes] | None = None,
+        whole_answer: bool = False,
     ) -> HttpReply:
         """GET a path below the base address, or POST `body` to it. Raises LargeError.
 
         With `at_root` the path is below the server's root, whatever path the base address has.
         Transient failures are retried while the deadline leaves time, unless `listener` has used
         part of a reply; it is called from another thread.
+
+        `whole_answer` is True for a reply that begins only when a long answer is complete. It has a
+        connection of its own, so that silence is no reason to send the request a second time.
         """
         url = (self._address.root if at_root else self._address.url) + path
-        attempt = partial(self._attempt, url, deadline=deadline, body=body, listener=listener)
+        begin = partial(
+            self.begin,
+            url,
+            deadline=deadline,
+            body=body,
+            listener=listener,
+            whole_answer=whole_answer,
+        )
+        attempt = partial(self._attempt, begin, deadline)
         left_s = deadline.left_s()
         exchange = attempt()
         if exchange.is_transient:
@@ -111,8 +123,12 @@ class Transport:
         body: bytes | None = None,
         listener: StreamListener[bytes] | None = None,
         rival: Exchange | None = None,
+        whole_answer: bool = False,
     ) -> Exchange:
-        """Send one request and return without waiting for its reply; `rival` as in Exchange."""
+        """Send one request and return without waiting for its reply.
+
+        `rival` and `whole_answer` are as in Exchange.
+        """
         exchange = Exchange(
             self._endpoint,
             url,
@@ -121,6 +137,7 @@ class Transport:
             listener=listener,
             rival=rival,
             fresh=self._silent_connections >= _MAX_SILENT,
+            whole_answer=whole_answer,
         )
         exchange.start()
         return exchange
@@ -137,21 +154,13 @@ class Transport:
         """End every exchange and close the connections; a later call opens new ones."""
         self._endpoint.sessions.close()
 
-    def _attempt(
-        self,
-        url: str,
-        *,
-        deadline: Deadline,
-        body: bytes | None,
-        listener: StreamListener[bytes] | None,
-    ) -> Exchange:
+    def _attempt(self, begin: Callable[..., Exchange], deadline: Deadline) -> Exchange:
         """Return a finished exchange. Raises LargeTimeout at the deadline.
 
         A connection that was used before may have been dropped without a word: if no reply begins
         on it for long, the request is repeated on a new one, and the first reply is used.
         """
         self._check_hanging()
-        begin = partial(self.begin, url, deadline=deadline, body=body, listener=listener)
         began_left_s = deadline.left_s()
         exchanges = [begin()]
         first = exchanges[0]

@@ -211,3 +211,20 @@ def test_a_half_closed_connection_is_replaced_at_once() -> None:
         began_s = time.monotonic()
         assert large.next_token(context("x", VOCABULARY)).text == "a"
         assert time.monotonic() - began_s < 5.0
+
+
+def test_a_whole_answer_is_asked_for_once_however_long_it_takes() -> None:
+    """It is silent until it is complete, on a connection that no other request has used."""
+    with Loopback(lambda request: Reply()) as server:
+        transport = Transport(parse_address(server.url))
+        transport.call("/completions", body=b"{}", deadline=Deadline(30))
+        server.script.append(Reply(stall_s=1.0))
+        deadline = Deadline(1.8)
+        transport.call("/chat/completions", body=b"{}", deadline=deadline, whole_answer=True)
+        assert (len(server.requests), server.connections) == (2, 2)
+        # The connection that was idle meanwhile still serves.
+        transport.call("/completions", body=b"{}", deadline=Deadline(30))
+        assert server.connections == 2
+        assert len(transport._endpoint.sessions._idle) == 1
+        assert transport._endpoint.sessions._in_use == set()
+        transport.close()
