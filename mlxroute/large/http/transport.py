@@ -186,12 +186,17 @@ class Transport:
             self._silent_connections += 1
         elif first.reuses_connection and first.has_reply:
             self._silent_connections = 0
+        # A whole answer takes as long as its text, and says nothing of calls for tokens.
+        if not used.is_whole_answer:
+            self._record_reply_time(used.reply_began_s)
+        return used
+
+    def _record_reply_time(self, seconds: float) -> None:
         if self.has_served and not self._is_warm:
             # The first reply of the model may have waited until the server had loaded it.
             self._is_warm = True
             self._reply_times_s.clear()
-        self._reply_times_s.append(used.reply_began_s)
-        return used
+        self._reply_times_s.append(seconds)
 
     def _patience_s(self, deadline: Deadline) -> float:
         """Return the seconds without a reply after which a used connection is doubted.

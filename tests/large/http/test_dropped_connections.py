@@ -228,3 +228,16 @@ def test_a_whole_answer_is_asked_for_once_however_long_it_takes() -> None:
         assert len(transport._endpoint.sessions._idle) == 1
         assert transport._endpoint.sessions._in_use == set()
         transport.close()
+
+
+def test_slow_whole_answers_leave_dropped_connections_noticed() -> None:
+    """A call for a token still notices one after a third of its time."""
+    with Loopback(lambda request: Reply()) as server:
+        transport = Transport(parse_address(server.url))
+        transport.call("/completions", body=b"{}", deadline=Deadline(30))
+        server.script.append(Reply(stall_s=1.5))
+        transport.call("/chat", body=b"{}", deadline=Deadline(30), whole_answer=True)
+        server.script.append(Reply(stall_s=20))
+        transport.call("/completions", body=b"{}", deadline=Deadline(2.0))
+        assert len(server.requests) == 4
+        transport.close()
