@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.client import BadStatusLine, HTTPException, IncompleteRead
 from typing import Final
@@ -60,13 +60,12 @@ class Endpoint:
     ledger: Ledger
 
 
-class _LedgerBody:
-    """A request body that is recorded in the ledger once the connection is open to send it."""
+class _Body:
+    """A request body that calls `on_send` once the connection is open to send it."""
 
-    def __init__(self, data: bytes, *, url: str, ledger: Ledger) -> None:
+    def __init__(self, data: bytes, on_send: Callable[[bytes], None]) -> None:
         self._data = data
-        self._url = url
-        self._ledger = ledger
+        self._on_send = on_send
         self._was_read = False
 
     def __len__(self) -> int:
@@ -77,7 +76,7 @@ class _LedgerBody:
         if self._was_read:
             return b""
         self._was_read = True
-        self._ledger.record_request(self._url, self._data)
+        self._on_send(self._data)
         return self._data
 
 
@@ -102,7 +101,8 @@ class Exchange(threading.Thread):
 
     A `rival` is an equal exchange whose connection may be dead: this one opens a new connection,
     and the reply that begins first is used. With `fresh` no used connection is taken either. A
-    `whole_answer` begins when it is complete; its exchange has a new connection, closed after it.
+    `whole_answer` begins when it is complete; its exchange has a new connection, closed after it,
+    and is not transient if the server may still be writing it.
 
     No timeout of `requests` bounds a whole exchange: a socket timeout bounds one read, which a
     server that sends a byte per second never exceeds, and a name lookup has none. The caller waits
@@ -133,7 +133,7 @@ class Exchange(threading.Thread):
         self._body = body
         self._deadline = deadline
         self._listener = listener
-        self._was_used = False
+        self._was_used = self._was_sent = False
         self._reply: HttpReply | None = None
         self._error: LargeError | None = None
         self._finish_lock = threading.Lock()
@@ -173,7 +173,9 @@ class Exchange(threading.Thread):
         try:
             self._reply = self._send()
             if self._reply.status != 200:
-                self.is_transient = retry.is_transient_status(self._reply.status)
+                self.is_transient = retry.is_transient_status(
+                    self._reply.status, whole_answer=self.is_whole_answer
+                )
         except LargeError as exc:
             # Its traceback would keep the reply, and so the connection, open.
             self._error = exc.with_traceback(None)
@@ -181,7 +183,8 @@ class Exchange(threading.Thread):
             # The exception is not kept as a cause: it holds the request, which holds the key.
             self._error = self._translate(exc)
             # Tokens that the listener published cannot be retracted by a retry.
-            self.is_transient = retry.is_transient_error(exc) and not self._was_used
+            may_repeat = not (self._was_used or (self.is_whole_answer and self._was_sent))
+            self.is_transient = retry.is_transient_error(exc) and may_repeat
         finally:
             with self._finish_lock:
                 self.finished = True
@@ -225,7 +228,7 @@ class Exchange(threading.Thread):
         with self._session.request(
             "GET" if body is None else "POST",
             self._url,
-            data=_LedgerBody(body, url=self._url, ledger=endpoint.ledger) if body else None,
+            data=_Body(body, self._on_send) if body else None,
             headers={"Content-Type": "application/json"} if body else None,
             timeout=(min(endpoint.connect_timeout_s, left_s), left_s),
             allow_redirects=False,
@@ -243,6 +246,10 @@ class Exchange(threading.Thread):
                 response.headers, b"" if status == 200 else body, now_s=time.time()
             )
             return HttpReply(status, body, retry_after_s=pause_s)
+
+    def _on_send(self, body: bytes) -> None:
+        self._endpoint.ledger.record_request(self._url, body)
+        self._was_sent = True
 
     def _check_proxy(self) -> None:
         """Raise LargeUnreachable for a proxy that cannot be used."""

@@ -1,6 +1,7 @@
 """Retries: which failures are transient, how often a request is repeated, and the pauses between.
 
-A repeated request is harmless: replies are greedy, and requests change nothing on the server.
+A repeated request for tokens is harmless: replies are greedy, and requests change nothing on the
+server. One for a whole answer would be paid for twice if the server still writes the first.
 """
 
 from __future__ import annotations
@@ -80,8 +81,13 @@ def retry_transient(
     return last
 
 
-def is_transient_status(status: int) -> bool:
-    """Return whether the same request may succeed later; 501 and 505 are permanent."""
+def is_transient_status(status: int, *, whole_answer: bool = False) -> bool:
+    """Return whether the same request may succeed later; 501 and 505 are permanent.
+
+    A whole answer that took too long would do so again, and may still be being written.
+    """
+    if whole_answer and status in (408, 504):
+        return False
     return status in (408, 429) or (500 <= status < 600 and status not in (501, 505))
 
 

@@ -118,12 +118,14 @@ class Waits:
         self.clock.now += seconds
 
 
-def call(url: str, waits: Waits, *, seconds: float = 30.0) -> int:
+def call(url: str, waits: Waits, *, seconds: float = 30.0, whole_answer: bool = False) -> int:
     """Make one call; return the status of its last reply."""
     transport = Transport(parse_address(url), sleep=waits, random=lambda: 1.0)
     try:
         deadline = Deadline(seconds, clock=waits.clock)
-        return transport.call("/completions", body=b'{"a": 1}', deadline=deadline).status
+        return transport.call(
+            "/completions", body=b'{"a": 1}', deadline=deadline, whole_answer=whole_answer
+        ).status
     finally:
         transport.close()
 
@@ -148,6 +150,35 @@ def test_a_transient_failure_is_retried_with_the_same_body(
     assert waits.seconds == [0.1, 0.4]
     assert {request.body for request in server.requests} == {b'{"a": 1}'}
     assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize("status", [408, 504])
+def test_a_whole_answer_that_takes_too_long_is_not_asked_for_again(
+    server: Loopback, status: int
+) -> None:
+    server.script.append(Reply(status=status))
+    assert call(server.url, Waits(), whole_answer=True) == status
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("failure", [Reply(cut_at=0), Reply(b" " * 400, cut_at=300)])
+def test_a_whole_answer_that_may_have_been_written_is_not_asked_for_again(
+    server: Loopback, failure: Reply
+) -> None:
+    server.script.append(failure)
+    with pytest.raises(LargeUnreachable):
+        call(server.url, Waits(), whole_answer=True)
+    assert len(server.requests) == 1
+
+
+def test_a_whole_answer_that_was_not_begun_is_asked_for_again(server: Loopback) -> None:
+    waits = Waits()
+    server.script.extend([Reply(status=status) for status in (429, 500, 503)])
+    server.script.append(Reply())
+    assert call(server.url, waits, whole_answer=True) == 200
+    with server.gone(), pytest.raises(LargeUnreachable, match="Connection refused"):
+        call(server.url, waits, whole_answer=True)
+    assert waits.seconds == [0.1, 0.4, 1.0] * 2
 
 
 @pytest.mark.parametrize("status", [200, 400, 401, 403, 404, 422, 501])
