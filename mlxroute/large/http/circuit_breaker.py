@@ -8,7 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused, LargeUnavailable
+from mlxroute.errors import (
+    LargeError,
+    LargeProtocolError,
+    LargeRefused,
+    LargeTimeout,
+    LargeUnavailable,
+)
 
 FAILURES: Final = 3
 _FIRST_PAUSE_S: Final = 5.0
@@ -17,6 +23,9 @@ _MAX_PAUSE_S: Final = 300.0
 _MAX_RETRY_AFTER_S: Final = 3600.0
 # A wrong model or address; or a route, where another dialect may help.
 _NOT_FOUND: Final = 404
+# Statuses that no content of a request causes. 402 and 403 may be about its price or its topic,
+# 408 and 504 about the length of its answer.
+_NEVER_CAUSED: Final = frozenset({401, 429, 502, 503})
 
 
 class CircuitBreaker:
@@ -100,9 +109,10 @@ class CircuitBreaker:
 
 def _is_failure(error: LargeError, *, forwarded: bool) -> bool:
     """Return whether an error shows a fault of the server or of the client's settings."""
-    if isinstance(error, LargeRefused) and (forwarded or error.is_too_long):
-        return error.may_pass or error.is_access
-    if forwarded and isinstance(error, LargeProtocolError):
-        # The request may have caused the reply, such as one that is too long.
+    if isinstance(error, LargeRefused) and error.is_too_long:
         return False
-    return error.counts_as_failure
+    if forwarded and isinstance(error, LargeRefused):
+        return error.status in _NEVER_CAUSED
+    # The request may have asked for an answer that takes too long, or is too long to be read.
+    may_be_caused = forwarded and isinstance(error, LargeProtocolError | LargeTimeout)
+    return error.counts_as_failure and not may_be_caused

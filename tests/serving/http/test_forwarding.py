@@ -213,6 +213,15 @@ def test_a_request_that_was_not_sent_may_be_repeated(client: TestClient, server:
     assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize("status", [402, 403])
+def test_a_request_that_is_too_dear_or_flagged_does_not_pause_the_large_model(
+    client: TestClient, server: Loopback, status: int
+) -> None:
+    server.script.append(Reply(b'{"error": "not this one"}', status=status))
+    assert post(client, tools=_TOOLS).status_code == status
+    assert post(client, tools=_TOOLS).status_code == 200
+
+
 def test_refused_requests_of_one_client_do_not_pause_the_large_model(client: TestClient) -> None:
     for _ in range(FAILURES):
         post(client, tools=[1])
