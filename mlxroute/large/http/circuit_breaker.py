@@ -32,8 +32,9 @@ class CircuitBreaker:
     """Pauses all calls after three failures in a row, or for as long as a `Retry-After` asks.
 
     A wrong key, payment or permission pauses them at once. After a pause one call probes the
-    server: its success ends the pause, its failure doubles it. A cancelled call counts neither as a
-    success nor as a failure, nor does a prompt that is too long. Safe for several threads.
+    server: its success ends the pause, its failure doubles it. A forwarded request probes beside
+    the other calls. A cancelled call counts neither as a success nor as a failure, nor does a
+    prompt that is too long. Safe for several threads.
     """
 
     def __init__(self, url: str, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -43,7 +44,9 @@ class CircuitBreaker:
         self._failures = 0
         self._pauses = 0
         self._paused_until_s: float | None = None
-        self._probing = False
+        # Whether each probe in flight is forwarded. Such a one may take minutes, so it keeps out
+        # others of its kind only.
+        self._probing: set[bool] = set()
         self._last_failure = ""
 
     @contextmanager
@@ -56,7 +59,7 @@ class CircuitBreaker:
         refusal or a reply of no use.
         """
         with self._lock:
-            is_probe = self._admit()
+            is_probe = self._admit(forwarded=forwarded)
         try:
             yield
         except LargeError as exc:
@@ -70,19 +73,19 @@ class CircuitBreaker:
                 self._record_success(is_probe=is_probe)
         finally:
             if is_probe:
-                self._probing = False
+                self._probing.discard(forwarded)
 
-    def _admit(self) -> bool:
+    def _admit(self, *, forwarded: bool) -> bool:
         """Admit a call, or raise LargeUnavailable; return whether the call is the probe."""
         if self._paused_until_s is None:
             return False
         left_s = self._paused_until_s - self._clock()
-        if left_s > 0 or self._probing:
+        if left_s > 0 or forwarded in self._probing:
             duration = f"for another {left_s:.0f} s" if left_s >= 1 else "at this moment"
             raise LargeUnavailable(
                 f"calls to {self._url} are paused {duration}; last failure: {self._last_failure}"
             )
-        self._probing = True
+        self._probing.add(forwarded)
         return True
 
     def _record_success(self, *, is_probe: bool) -> None:
@@ -102,7 +105,9 @@ class CircuitBreaker:
             is_final = error.is_access
             if is_final or error.status == _NOT_FOUND:
                 pause_s = _MAX_PAUSE_S
-        if retry_after_s or is_final or is_probe or self._failures >= FAILURES:
+        # Another probe may have ended the pause meanwhile.
+        is_decisive = is_probe and self._paused_until_s is not None
+        if retry_after_s or is_final or is_decisive or self._failures >= FAILURES:
             self._pauses += 1
             self._paused_until_s = self._clock() + max(retry_after_s, pause_s)
 

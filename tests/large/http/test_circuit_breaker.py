@@ -201,6 +201,18 @@ def test_a_probe_without_an_outcome_leaves_the_probing_to_the_next_call(end: Bas
     assert circuit.ask() == ""
 
 
+def test_a_forwarded_request_that_probes_keeps_out_its_own_kind_alone() -> None:
+    circuit = Circuit()
+    circuit.open()
+    circuit.clock.now += 5
+    with contextlib.suppress(LargeUnreachable), circuit.breaker.guard(forwarded=True):
+        assert circuit.ask(forwarded=True) == "LargeUnavailable"
+        assert circuit.ask() == ""
+        raise DOWN
+    # The pause had ended, so that one failure is one of three.
+    assert circuit.ask() == ""
+
+
 def test_a_call_from_before_the_pause_does_not_lengthen_it() -> None:
     circuit = Circuit()
     with contextlib.suppress(LargeUnreachable), circuit.breaker.guard():
