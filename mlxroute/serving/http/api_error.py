@@ -77,7 +77,8 @@ def to_api_error(exc: BaseException, *, calls: int = 0) -> ApiError:
     A client must not repeat a request on its own that has cost calls.
     """
     error = _to_api_error(exc)
-    if calls and error.status >= 429:
+    # The official clients repeat these.
+    if calls and (error.status in (408, 409) or error.status >= 429):
         error.headers["x-should-retry"] = "false"
     return error
 

@@ -204,6 +204,17 @@ def test_a_request_that_was_sent_is_not_repeated(
     assert response.headers["x-mlxroute-id"].startswith("chatcmpl-")
 
 
+@pytest.mark.parametrize("status", [408, 409])
+def test_clients_are_told_not_to_repeat_what_they_would(
+    client: TestClient, server: Loopback, status: int
+) -> None:
+    server.script.append(Reply(b'{"error": "no"}', status=status))
+    response = post(client, tools=_TOOLS)
+    assert response.status_code == status
+    assert response.headers["x-should-retry"] == "false"
+    assert len(server.requests) == 1
+
+
 def test_a_request_that_was_not_sent_may_be_repeated(client: TestClient, server: Loopback) -> None:
     server.script.append(Reply(b'{"error": "wrong key"}', status=401))
     assert post(client, tools=_TOOLS).status_code == 401
