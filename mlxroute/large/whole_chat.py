@@ -54,8 +54,9 @@ class WholeChat:
         self._requester = requester
         self._breaker = breaker
         self._ledger = ledger
-        self._dialect, model = negotiator.dialect, negotiator.model
-        self._model = model.for_requests(self._dialect) if self._dialect else model.known
+        self._negotiator = negotiator
+        self._dialect = negotiator.dialect
+        self._model = negotiator.sent_model
         self._controls = negotiator.control_tokens
         self._server = negotiator.negotiated
         self._system_role = system_role
@@ -69,6 +70,8 @@ class WholeChat:
         until the reply is complete.
         """
         with self._breaker.guard(forwarded=True):
+            # The server may have been down when the client connected.
+            self._model = self._negotiator.find_model(self._deadline)
             return self._post(body)
 
     def answer(self, messages: Sequence[Message], *, max_tokens: int) -> Completion:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mlxroute.errors import LargeUnreachable
 from mlxroute.large import LargeModel
 from mlxroute.large.dialects import get_dialect
 from mlxroute.large.dialects.base import Dialect
@@ -118,3 +119,30 @@ def test_a_slow_answer_is_asked_for_once(server: Loopback, forwarded: bool) -> N
             else:
                 whole.answer(_CONVERSATION, max_tokens=9)
     assert len(server.requests) == 2
+
+
+def test_a_forwarded_request_names_the_model_though_no_connection_was_made(
+    server: Loopback,
+) -> None:
+    def answer(request: Request) -> Reply:
+        if request.path.endswith("/models"):
+            return Reply.of({"data": [{"id": "served"}]})
+        return chat("hello")
+
+    server.answer = answer
+    with LargeModel(server.url) as large:
+        with server.gone(), pytest.raises(LargeUnreachable):
+            large.whole_chat(timeout_s=20).ask({"messages": _CONVERSATION})
+        for _ in range(2):
+            large.whole_chat(timeout_s=20).ask({"messages": _CONVERSATION})
+    listing, *asked = server.requests
+    assert listing.method == "GET"
+    assert [request.json["model"] for request in asked] == ["served", "served"]
+
+
+def test_a_server_without_a_list_of_models_is_sent_no_name(server: Loopback) -> None:
+    script = {"/v1/models": Reply(status=404), "/v1/chat/completions": chat("hello")}
+    server.answer = lambda request: script[request.path]
+    with LargeModel(server.url) as large:
+        large.whole_chat(timeout_s=20).ask({"messages": _CONVERSATION})
+    assert "model" not in server.requests[-1].json

@@ -162,11 +162,15 @@ class Negotiator:
             return tokens.with_post(self._post_within(next_deadline))
         return tokens
 
-    def _inspect_server(self, next_deadline: NextDeadline) -> None:
-        """Find the served models and a source of token ids."""
+    def list_models(self, next_deadline: NextDeadline) -> None:
+        """Find the served models. Raises LargeError if the server cannot be reached."""
         self._served = list_served_models(self._transport, next_deadline())
         if self._served:
             self.model = replace(self.model, listed=tuple(model.name for model in self._served))
+
+    def _inspect_server(self, next_deadline: NextDeadline) -> None:
+        """Find the served models and a source of token ids."""
+        self.list_models(next_deadline)
         name = self.model.known
         tokenizer = None if name is None else self._find_tokenizer(name)
         if tokenizer is None:

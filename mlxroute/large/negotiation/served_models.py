@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from mlxroute.errors import LargeProtocolError, LargeRefused
 from mlxroute.large.dialects import Dialect
 from mlxroute.large.dialects.json_fields import as_array, parse_object
 from mlxroute.large.http.deadline import Deadline
-from mlxroute.large.http.transport import Transport
 from mlxroute.safe_text import printable_line
+
+if TYPE_CHECKING:
+    from mlxroute.large.http.transport import Transport
 
 _MAX_LISTED: Final = 8
 _MAX_NAME_CHARACTERS: Final = 1000
-_UNNAMED: Final = "the server's own model"
+UNNAMED: Final = "the server's own model"
+"""Stands for the name of a model while that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ class ModelName:
     @property
     def full(self) -> str:
         """The name for files, in full; a placeholder while it is not known."""
-        return self.known or _UNNAMED
+        return self.known or UNNAMED
 
     @property
     def display(self) -> str:

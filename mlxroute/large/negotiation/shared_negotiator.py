@@ -32,7 +32,7 @@ class SharedNegotiator:
     """A negotiator and the vocabulary pairing in use, behind a lock. Safe for several threads.
 
     The lock is held during all requests of a negotiation, of a comparison of vocabularies and of
-    building a prompt. `pair_within` and `build_prompt` wait for it until their deadline at most.
+    building a prompt. Methods with one deadline wait for it until then at most.
     """
 
     def __init__(self, negotiator: Negotiator, reader: TokenReader, *, base_url: str) -> None:
@@ -68,6 +68,12 @@ class SharedNegotiator:
         return None if self.negotiated is None else self.negotiated.dialect
 
     @property
+    def sent_model(self) -> str | None:
+        """The name of the model as requests have it, None to leave it out."""
+        dialect = self.dialect
+        return self.model.known if dialect is None else self.model.for_requests(dialect)
+
+    @property
     def is_verdict_saved(self) -> bool:
         """Whether the verdict of the last probe is in the file."""
         return self._negotiator.is_verdict_saved
@@ -90,6 +96,19 @@ class SharedNegotiator:
         with self._lock:
             pairing = self._current_pairing(vocabulary)
             return pairing or self._pair(vocabulary, next_deadline, thorough=True)
+
+    def find_model(self, deadline: Deadline) -> str | None:
+        """Return `sent_model`; ask the server for it, by this deadline, if nothing is known of it.
+
+        Raises LargeError.
+        """
+        if self._knows_model():
+            return self.sent_model
+        with self._lock_within(deadline):
+            # Another thread may have asked meanwhile.
+            if not self._knows_model():
+                self._negotiator.list_models(lambda: deadline)
+        return self.sent_model
 
     def pair_within(self, deadline: Deadline, vocabulary: Vocabulary) -> VocabularyPairing:
         """Return the pairing for a vocabulary, by this deadline and with few requests.
@@ -149,6 +168,11 @@ class SharedNegotiator:
         if self._failures >= _MAX_FAILURES:
             self._failures = 0
             self._negotiator.forget()
+
+    def _knows_model(self) -> bool:
+        """Return whether the model has a name, or the server was asked for it."""
+        model = self.model
+        return bool(model.known or model.listed) or self.negotiated is not None
 
     def _negotiated(self, next_deadline: NextDeadline, *, thorough: bool) -> NegotiatedDialect:
         return self.negotiated or self._negotiator.negotiate(next_deadline, thorough=thorough)

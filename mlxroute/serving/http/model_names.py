@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any, Final
 
+from mlxroute.large.negotiation.served_models import UNNAMED
 from mlxroute.safe_text import printable_line
 from mlxroute.serving.http.api_error import ApiError
 from mlxroute.serving.http.serving_session import ServingSession
@@ -30,13 +31,21 @@ class ModelNames:
     """
 
     def __init__(self, session: ServingSession, created: int) -> None:
-        pair = session.small_name
-        self._has_large = session.large is not None
-        if session.large is not None:
-            pair += f"+{session.large.model_name}"
-        self.pair = printable_line(pair, limit=200)
+        self._small, self._large = session.small_name, session.large
+        # The server may be down at the start, so that its model becomes known later.
+        self._pair = printable_line(self._small, limit=200) if self._large is None else ""
         self._context_length = session.small.context_length
         self._created = created
+
+    @property
+    def pair(self) -> str:
+        """The id of the routed model; the alias while the large model's name is not known.
+
+        Once the name is known, the id stays.
+        """
+        if not self._pair and self._large is not None and self._large.model_name != UNNAMED:
+            self._pair = printable_line(f"{self._small}+{self._large.model_name}", limit=200)
+        return self._pair or ALIAS
 
     def id_of(self, role: ModelRole) -> str:
         """Return the id of a model."""
@@ -54,10 +63,11 @@ class ModelNames:
             if name in (f"{self.pair}{suffix}", f"{ALIAS}{suffix}"):
                 return role
         known = ", ".join(self.id_of(role) for role in self._roles())
+        other = "" if self.pair == ALIAS else f", and {ALIAS} is another name of the first"
         raise ApiError(
             404,
-            f"there is no model {printable_line(name, limit=100)!r}; this endpoint serves {known},"
-            f" and {ALIAS} is another name of the first",
+            f"there is no model {printable_line(name, limit=100)!r}; this endpoint serves"
+            f" {known}{other}",
             param="model",
             code="model_not_found",
         )
@@ -79,4 +89,5 @@ class ModelNames:
 
     def _roles(self) -> list[ModelRole]:
         """Return the models that there are."""
-        return [role for role in ModelRole if self._has_large or role is not ModelRole.LARGE]
+        has_large = self._large is not None
+        return [role for role in ModelRole if has_large or role is not ModelRole.LARGE]

@@ -237,3 +237,21 @@ def test_refused_requests_of_one_client_do_not_pause_the_large_model(client: Tes
     for _ in range(FAILURES):
         post(client, tools=[1])
     assert post(client, tools=_TOOLS).status_code == 200
+
+
+def test_a_model_whose_name_is_learned_later_gets_its_id_then(
+    small: SmallModel, server: Loopback
+) -> None:
+    def ids(client: TestClient) -> list[str]:
+        return [entry["id"] for entry in client.get("/v1/models").json()["data"]]
+
+    with (
+        LargeModel(server.url) as large,
+        running(make_session(small, large), limits=_LIMITS) as client,
+    ):
+        assert ids(client) == ["mlxroute", "mlxroute:small", "mlxroute:large"]
+        server.script.append(Reply.of({"data": [{"id": "big"}]}))
+        assert post(client, tools=_TOOLS).status_code == 200
+        assert server.requests[-1].json["model"] == "big"
+        assert ids(client) == ["tiny+big", "tiny+big:small", "tiny+big:large"]
+        assert post(client, tools=_TOOLS, model="mlxroute:large").json()["model"] == ids(client)[2]
