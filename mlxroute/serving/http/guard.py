@@ -57,9 +57,9 @@ class Guard:
     def __init__(self, app: ASGIApp, rules: AccessRules) -> None:
         self._app = app
         self._rules = rules
+        # An address for all networks, and often a name, is reached as localhost too.
         self._hosts = {name.lower() for name in (*rules.allowed_hosts, rules.host)}
-        if is_loopback(rules.host):
-            self._hosts |= _LOOPBACK_NAMES
+        self._hosts |= _LOOPBACK_NAMES
         self._digests = [_digest(key) for key in rules.keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

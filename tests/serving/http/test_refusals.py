@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from mlxroute.serving.http.answer_endpoint import ServingLimits
+from mlxroute.serving.http.endpoint_app import create_loading_app
 from mlxroute.serving.http.guard import AccessRules
 from mlxroute.serving.http.model_names import ModelNames
 from mlxroute.serving.http.parsing.fields import clean_text
@@ -121,6 +122,14 @@ def test_a_foreign_host_is_refused(client: TestClient) -> None:
         error_of(client.get("/v1/models", headers={"host": host}), 403)
     for host in ("localhost:8787", "127.0.0.1", "[::1]:8787", "LOCALHOST"):
         assert client.get("/v1/models", headers={"host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::", "mymac.local"])
+def test_an_endpoint_is_called_localhost_on_every_address(host: str) -> None:
+    client = TestClient(create_loading_app(AccessRules(host=host)))
+    for name in ("localhost:8787", "127.0.0.1:8787", "[::1]:8787"):
+        error_of(client.get("/health", headers={"host": name}), 503)
+    error_of(client.get("/health", headers={"host": "evil.example"}), 403)
 
 
 def test_a_foreign_page_is_refused(client: TestClient) -> None:
