@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -12,12 +13,17 @@ from typing import Final
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from mlxroute.errors import UsageError
 from mlxroute.safe_text import printable_line
 from mlxroute.serving.http.api_error import ApiError
 
 # They hold no data of users: the page, and whether the endpoint is ready.
 _OPEN_PATHS: Final = frozenset({"/", "/health", "/favicon.ico"})
 _LOOPBACK_NAMES: Final = frozenset({"localhost", "127.0.0.1", "::1"})
+_HOST: Final = re.compile(r"[a-z0-9._-]+(?::\d+)?|\[[0-9a-f:.]+\](?::\d+)?")
+_ORIGIN: Final = re.compile(r"([a-z][a-z0-9+.-]*://[a-z0-9._:\[\]-]+?)/?")
+# Browsers leave them out of an origin.
+_DEFAULT_PORTS: Final = {"http": ":80", "https": ":443"}
 
 
 def is_loopback(host: str) -> bool:
@@ -37,14 +43,22 @@ class AccessRules:
     Args:
         host: The address that it listens on. 127.0.0.1 by default.
         keys: The keys of its clients. None (default): every client on this machine.
-        allowed_hosts: Further names by which clients may call it. None by default.
-        allowed_origins: Origins of web pages that may call it. None by default.
+        allowed_hosts: Further names by which clients may call it, on any port. None by default.
+        allowed_origins: Origins of web pages that may call it; "*" for all. None by default.
+
+    Raises UsageError for a name or an origin that no request can have.
     """
 
     host: str = "127.0.0.1"
     keys: Sequence[str] = field(default=(), repr=False)
     allowed_hosts: Sequence[str] = ()
     allowed_origins: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        """Bring names and origins into the form in which requests have them."""
+        object.__setattr__(self, "allowed_hosts", tuple(map(_allowed_host, self.allowed_hosts)))
+        origins = tuple(map(_allowed_origin, self.allowed_origins))
+        object.__setattr__(self, "allowed_origins", origins)
 
 
 class Guard:
@@ -58,8 +72,7 @@ class Guard:
         self._app = app
         self._rules = rules
         # An address for all networks, and often a name, is reached as localhost too.
-        self._hosts = {name.lower() for name in (*rules.allowed_hosts, rules.host)}
-        self._hosts |= _LOOPBACK_NAMES
+        self._hosts = {*rules.allowed_hosts, rules.host.lower(), *_LOOPBACK_NAMES}
         self._digests = [_digest(key) for key in rules.keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -141,6 +154,36 @@ def _host_name(value: str) -> str:
     if value.startswith("["):
         return value[1:].partition("]")[0]
     return value.partition(":")[0]
+
+
+def _allowed_host(value: str) -> str:
+    """Return a name as `_host_name` returns it. Raises UsageError."""
+    host = value.strip().lower()
+    if _is_address(host):
+        return host
+    if _HOST.fullmatch(host) is None:
+        raise UsageError(
+            "allow_host must be a host name, such as mymac.local, not"
+            f" {printable_line(value, limit=80)!r}",
+            parameter="allow_host",
+        )
+    return _host_name(host)
+
+
+def _allowed_origin(value: str) -> str:
+    """Return an origin as browsers write it. Raises UsageError."""
+    origin = value.strip().lower()
+    if origin in ("*", "null"):
+        return origin
+    match = _ORIGIN.fullmatch(origin)
+    if match is None:
+        raise UsageError(
+            "allow_origin must be a scheme and a host, such as http://localhost:3000, not"
+            f" {printable_line(value, limit=80)!r}",
+            parameter="allow_origin",
+        )
+    scheme = match[1].partition(":")[0]
+    return match[1].removesuffix(_DEFAULT_PORTS.get(scheme, ""))
 
 
 def _is_address(name: str) -> bool:

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
+from mlxroute.errors import UsageError
 from mlxroute.serving.http.answer_endpoint import ServingLimits
 from mlxroute.serving.http.endpoint_app import create_loading_app
 from mlxroute.serving.http.guard import AccessRules
@@ -19,8 +20,9 @@ from mlxroute.serving.http.parsing.fields import clean_text
 from mlxroute.serving.http.parsing.request_body import MAX_BODY_BYTES
 from mlxroute.serving.http.serving_session import ServingSession
 from mlxroute.small import SmallModel
-from tests.support.endpoint import chat, make_session, running
+from tests.support.endpoint import HOST, chat, make_session, running
 
+_PAGE = "http://page.example:3000"
 _KEY, _OTHER_KEY = "a-key-of-a-client-01", "a-key-of-a-client-02"
 
 
@@ -130,6 +132,42 @@ def test_an_endpoint_is_called_localhost_on_every_address(host: str) -> None:
     for name in ("localhost:8787", "127.0.0.1:8787", "[::1]:8787"):
         error_of(client.get("/health", headers={"host": name}), 503)
     error_of(client.get("/health", headers={"host": "evil.example"}), 403)
+
+
+@pytest.mark.parametrize(
+    ("rules", "headers"),
+    [
+        (AccessRules(allowed_hosts=("MyMac.local:8787",)), {"host": "mymac.local:8787"}),
+        (AccessRules(allowed_hosts=("[fd00::1]:8787",)), {"host": "[fd00::1]:8787"}),
+        (AccessRules(allowed_hosts=("fd00::1",)), {"host": "[fd00::1]:8787"}),
+        (AccessRules(allowed_origins=("http://Page.example:3000/",)), {"origin": _PAGE}),
+        (AccessRules(allowed_origins=(_PAGE,)), {"origin": _PAGE}),
+        (AccessRules(allowed_origins=("https://a.example:443",)), {"origin": "https://a.example"}),
+        (AccessRules(allowed_origins=("*",)), {"origin": _PAGE}),
+    ],
+)
+def test_names_and_origins_are_allowed_however_they_are_written(
+    rules: AccessRules, headers: dict[str, str]
+) -> None:
+    client = TestClient(create_loading_app(rules), base_url=HOST)
+    response = client.get("/health", headers=headers)
+    error_of(response, 503)
+    if "origin" in headers:
+        assert response.headers["access-control-allow-origin"] in (_PAGE, headers["origin"], "*")
+
+
+@pytest.mark.parametrize("name", ["", "*", "http://mymac.local", "mymac.local/v1", "a b"])
+def test_a_name_that_no_request_has_is_refused_at_the_start(name: str) -> None:
+    with pytest.raises(UsageError, match=r"such as mymac\.local") as raised:
+        AccessRules(allowed_hosts=(name,))
+    assert raised.value.parameter == "allow_host"
+
+
+@pytest.mark.parametrize("origin", ["", "localhost:3000", f"{_PAGE}/app", "http://"])
+def test_an_origin_that_no_page_has_is_refused_at_the_start(origin: str) -> None:
+    with pytest.raises(UsageError, match="such as http://localhost:3000") as raised:
+        AccessRules(allowed_origins=(origin,))
+    assert raised.value.parameter == "allow_origin"
 
 
 def test_a_foreign_page_is_refused(client: TestClient) -> None:
