@@ -20,7 +20,7 @@ from mlxroute.large.dialects.json_fields import Counts, json_items, usage_counts
 from mlxroute.serving.http.answer_endpoint import AnswerEndpoint
 from mlxroute.serving.http.api_error import ApiError, to_api_error, wrong
 from mlxroute.serving.http.model_names import ModelRole
-from mlxroute.serving.http.parsing.chat_fields import ToolsNeeded
+from mlxroute.serving.http.parsing.chat_fields import ToolsNeeded, usual_messages
 from mlxroute.serving.http.parsing.fields import Fields
 from mlxroute.serving.http.replies.event_stream import (
     COMMENT,
@@ -105,6 +105,8 @@ class _ForwardedChat:
         self._ignored = sorted(_ROUTED_FIELDS & values.keys())
         self._body = {key: item for key, item in values.items() if key not in _OWN_FIELDS}
         self._body.pop("model", None)
+        if "messages" in self._body:
+            self._body["messages"] = usual_messages(self._body["messages"])
         self._call = self._large.whole_chat(timeout_s=_MAX_ANSWER_S)
         self.reply_id = f"chatcmpl-{secrets.token_hex(16)}"
         self._include_usage = include_usage

@@ -139,6 +139,24 @@ def test_control_tokens_in_messages_are_sent_as_text(client: TestClient, server:
     assert server.requests[-1].json["tools"] == _TOOLS
 
 
+def test_roles_and_parts_are_sent_in_the_form_that_servers_know(
+    client: TestClient, server: Loopback
+) -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:,"}}
+    messages = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": ["a", {"type": "input_text", "text": "b"}, image]},
+        {"role": "tool", "tool_call_id": "1", "content": "c"},
+        {"role": ["odd"], "content": [{"type": ["odd"]}]},
+    ]
+    assert post(client, tools=_TOOLS, messages=messages).status_code == 200
+    assert server.requests[-1].json["messages"] == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": [*_parts("a", "b"), image]},
+        *messages[2:],
+    ]
+
+
 def test_a_stream_of_it_has_the_usual_chunks(client: TestClient) -> None:
     body = {"tools": _TOOLS, "stream": True, "stream_options": {"include_usage": True}}
     first, calls, last, usage, done = read_stream(post(client, **body).text)

@@ -24,6 +24,7 @@ _ROLES: Final = {
     "assistant": "assistant",
 }
 _TOOL_ROLES: Final = ("tool", "function")
+_TEXT_PARTS: Final = ("text", "input_text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,31 @@ def read_chat(values: dict[str, Any], session: ServingSession, names: ModelNames
         begun=begun,
         top_logprobs=(top or 0) if has_logprobs else None,
     )
+
+
+def usual_messages(values: Any) -> Any:
+    """Return messages with the roles and text parts that every server knows, the rest unchecked."""
+    if not isinstance(values, list):
+        return values
+    return [_usual_message(value) if isinstance(value, dict) else value for value in values]
+
+
+def _usual_message(value: dict[str, Any]) -> dict[str, Any]:
+    role, content = value.get("role"), value.get("content")
+    changes = {}
+    if isinstance(role, str) and role in _ROLES:
+        changes["role"] = _ROLES[role]
+    if isinstance(content, list):
+        changes["content"] = [_usual_part(part) for part in content]
+    return value | changes
+
+
+def _usual_part(part: Any) -> Any:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if isinstance(part, dict) and part.get("type") in _TEXT_PARTS:
+        return {**part, "type": "text"}
+    return part
 
 
 def _check_tools(fields: Fields) -> None:
@@ -135,7 +161,7 @@ def _read_content(content: Any, where: str) -> str:
     texts = []
     for number, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get("text") if kind in ("text", "input_text") else None
+        text = part.get("text") if kind in _TEXT_PARTS else None
         if isinstance(part, str):
             text = part
         if not isinstance(text, str):
@@ -145,7 +171,7 @@ def _read_content(content: Any, where: str) -> str:
 
 
 def _wrong_part(kind: Any, where: str) -> ApiError:
-    if isinstance(kind, str) and kind not in ("text", "input_text"):
+    if isinstance(kind, str) and kind not in _TEXT_PARTS:
         message = f"{where} is a part of type {kind!r}; only text is supported"
         return wrong(where, message, code="unsupported_value")
     return wrong(where, f'{where} must be {{"type": "text", "text": ...}}')
