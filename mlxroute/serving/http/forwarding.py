@@ -48,7 +48,8 @@ async def forward_chat(
     """Have the large model answer a whole request. Raises ApiError where that is not allowed."""
     fields = Fields(values)
     role = endpoint.names.role(fields.text("model"))
-    _check_allowed(endpoint, role, fields, values, need)
+    _check_policy(endpoint, role, fields, need)
+    await _check_never_send(request, endpoint, values, need)
     is_stream = fields.flag("stream")
     options = Fields((fields.take("stream_options") if is_stream else None) or {})
     include_usage = options.flag("include_usage")
@@ -67,12 +68,8 @@ async def forward_chat(
     return EventStream(forwarded.stream(), cancel=forwarded.cancel, headers=headers)
 
 
-def _check_allowed(
-    endpoint: AnswerEndpoint,
-    role: ModelRole,
-    fields: Fields,
-    values: Mapping[str, Any],
-    need: ToolsNeeded,
+def _check_policy(
+    endpoint: AnswerEndpoint, role: ModelRole, fields: Fields, need: ToolsNeeded
 ) -> None:
     if endpoint.limits.tools is not ToolPolicyName.LARGE:
         reason = "start the endpoint with --tools large to have the large one answer them"
@@ -81,16 +78,28 @@ def _check_allowed(
     elif role is ModelRole.SMALL or fields.flag("local_only"):
         reason = "the small model cannot answer such requests alone"
     else:
-        patterns = endpoint.session.options.never_send
-        never_send = NeverSend(patterns, _searched_texts(values))
-        if never_send.has_patterns and never_send.match("") is not None:
-            raise ApiError(400, "a --never-send pattern keeps this request here", param=need.param)
         return
     raise wrong(
         need.param,
         f"{need.param}: the routed model has no tools and no schemas; {reason}",
         code="unsupported_value",
     )
+
+
+async def _check_never_send(
+    request: Request, endpoint: AnswerEndpoint, values: Mapping[str, Any], need: ToolsNeeded
+) -> None:
+    patterns = endpoint.session.options.never_send
+    if not patterns:
+        return
+
+    def matches() -> bool:
+        return NeverSend(patterns, _searched_texts(values)).match("") is not None
+
+    # A large body takes seconds, in which other requests are to be answered.
+    searching = asyncio.to_thread(matches)
+    if await unless_gone(request.receive, searching, cancel=lambda: None):
+        raise ApiError(400, "a --never-send pattern keeps this request here", param=need.param)
 
 
 class _ForwardedChat:
@@ -212,7 +221,7 @@ def _to_api_error(exc: Exception) -> ApiError:
 
 
 def _searched_texts(values: Mapping[str, Any]) -> list[str]:
-    """Return all texts of a request, alone and joined: the model reads them as one."""
+    """Return all texts of a request, alone and joined, each once: the model reads them as one."""
     texts, contents = [], []
     for item in json_items(values):
         if isinstance(item, str):
@@ -222,7 +231,7 @@ def _searched_texts(values: Mapping[str, Any]) -> list[str]:
         elif isinstance(item, dict) and isinstance(item.get("content"), str):
             contents.append(item["content"])
     joined = [glue.join(parts) for parts in (texts, contents) for glue in ("", "\n")]
-    return [*texts, *contents, *joined]
+    return list(dict.fromkeys([*texts, *contents, *joined]))
 
 
 def _part_text(part: Any) -> str:

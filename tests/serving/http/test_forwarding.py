@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +13,10 @@ import pytest
 from starlette.testclient import TestClient
 
 from mlxroute.config.setting_choices import ToolPolicyName
+from mlxroute.engine.escalation.never_send import NeverSend
 from mlxroute.large import LargeModel
 from mlxroute.large.http.circuit_breaker import FAILURES
+from mlxroute.serving.http import forwarding
 from mlxroute.serving.http.answer_endpoint import ServingLimits
 from mlxroute.small import SmallModel
 from mlxroute.types import Prices
@@ -186,6 +190,34 @@ def test_what_must_stay_here_stays(
 ) -> None:
     assert post(client, tools=_TOOLS, **fields).status_code == 400
     assert server.requests == []
+
+
+def test_other_requests_are_answered_while_a_body_is_searched(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_searching, may_end = threading.Event(), threading.Event()
+    was_released, searched = [], []
+
+    class SlowNeverSend(NeverSend):
+        def __init__(self, patterns: Sequence[re.Pattern[str]], texts: Sequence[str]) -> None:
+            super().__init__(patterns, texts)
+            searched.extend(texts)
+
+        def match(self, context: str) -> int | None:
+            is_searching.set()
+            was_released.append(may_end.wait(10.0))
+            return super().match(context)
+
+    monkeypatch.setattr(forwarding, "NeverSend", SlowNeverSend)
+    with ThreadPoolExecutor(1) as pool:
+        response = pool.submit(post, client, tools=_TOOLS)
+        assert is_searching.wait(10.0)
+        assert client.get("/health").status_code == 200
+        may_end.set()
+        assert response.result().status_code == 200
+    assert was_released == [True]
+    assert "the quick brown fox" in searched
+    assert len(searched) == len(set(searched))
 
 
 def test_a_refusal_of_the_server_is_passed_on(client: TestClient) -> None:
