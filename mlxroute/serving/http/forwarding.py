@@ -6,7 +6,8 @@ import asyncio
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import ExitStack
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -32,7 +33,6 @@ from mlxroute.serving.http.replies.event_stream import (
     unless_gone,
 )
 from mlxroute.serving.http.replies.reply_forms import ID_HEADER, ReplyForm
-from mlxroute.serving.requests import QueueFull
 from mlxroute.types import Uploads
 
 # Fields of routed answers, which a forwarded request does not have.
@@ -49,23 +49,22 @@ async def forward_chat(
     fields = Fields(values)
     role = endpoint.names.role(fields.text("model"))
     _check_policy(endpoint, role, fields, need)
-    await _check_never_send(request, endpoint, values, need)
     is_stream = fields.flag("stream")
     options = Fields((fields.take("stream_options") if is_stream else None) or {})
     include_usage = options.flag("include_usage")
-    forwarded = _ForwardedChat(endpoint, values, include_usage=include_usage)
-    if not is_stream:
-        try:
-            reply = await unless_gone(request.receive, forwarded.ask(), cancel=forwarded.cancel)
-        except ClientGone:
-            raise
-        except Exception as exc:
-            error = _to_api_error(exc)
-            error.headers[ID_HEADER] = forwarded.reply_id
-            raise error from exc
-        return JSONResponse(reply, headers={ID_HEADER: forwarded.reply_id})
-    headers = {ID_HEADER: forwarded.reply_id}
-    return EventStream(forwarded.stream(), cancel=forwarded.cancel, headers=headers)
+    with ExitStack() as place:
+        # Before a stream begins, so that it too can be refused with a status.
+        place.enter_context(endpoint.forwarding())
+        await _check_never_send(request, endpoint, values, need)
+        forwarded = _ForwardedChat(endpoint, values, include_usage=include_usage)
+        if not is_stream:
+            return await forwarded.whole(request)
+        return EventStream(
+            forwarded.stream(),
+            cancel=forwarded.cancel,
+            headers={ID_HEADER: forwarded.reply_id},
+            on_end=place.pop_all().close,
+        )
 
 
 def _check_policy(
@@ -131,13 +130,25 @@ class _ForwardedChat:
         """End the call."""
         self._call.cancel()
 
-    async def ask(self) -> dict[str, Any]:
-        """Return the body of the whole reply. Raises ApiError, LargeError and QueueFull."""
+    async def whole(self, request: Request) -> Response:
+        """Reply in one body. Raises ApiError, and ClientGone."""
+        headers = {ID_HEADER: self.reply_id}
+        try:
+            reply = await unless_gone(request.receive, self._ask(), cancel=self.cancel)
+        except ClientGone:
+            raise
+        except Exception as exc:
+            error = _to_api_error(exc)
+            error.headers.update(headers)
+            raise error from exc
+        return JSONResponse(reply, headers=headers)
+
+    async def _ask(self) -> dict[str, Any]:
+        """Return the body of the whole reply. Raises ApiError and LargeError."""
         endpoint, began_s = self._endpoint, time.perf_counter()
-        with endpoint.forwarding():
-            reply = await asyncio.get_running_loop().run_in_executor(
-                endpoint.forwards, self._call.ask, self._body
-            )
+        reply = await asyncio.get_running_loop().run_in_executor(
+            endpoint.forwards, self._call.ask, self._body
+        )
         choices, usage = reply.get("choices"), reply.get("usage")
         if not isinstance(choices, list) or not all(isinstance(item, dict) for item in choices):
             raise ApiError(502, "the large model's reply has no choices", code="large_model_failed")
@@ -154,10 +165,10 @@ class _ForwardedChat:
             choices, {**figures, "mlxroute": summary}, {"id": self.reply_id, **summary}
         )
 
-    async def stream(self) -> AsyncIterator[bytes]:
+    async def stream(self) -> AsyncGenerator[bytes, None]:
         """Yield the reply as the events of a stream; it is sent as soon as it is whole."""
         yield encode_event(self._form.delta_chunk({"role": "assistant", "content": ""}))
-        asking = asyncio.ensure_future(self.ask())
+        asking = asyncio.ensure_future(self._ask())
         try:
             while not asking.done():
                 await asyncio.wait({asking}, timeout=self._endpoint.limits.keep_alive_s)
@@ -207,7 +218,7 @@ class _ForwardedChat:
 
 def _to_api_error(exc: Exception) -> ApiError:
     """Return what is replied for a failed request; a refusal of the server keeps its status."""
-    is_free = isinstance(exc, LargeUnavailable | LargeUnrecorded | QueueFull)
+    is_free = isinstance(exc, LargeUnavailable | LargeUnrecorded)
     error: Exception = exc
     if isinstance(exc, LargeRefused):
         is_free = exc.status == HTTPStatus.TOO_MANY_REQUESTS

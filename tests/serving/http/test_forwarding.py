@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import re
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -60,6 +63,17 @@ def client(small: SmallModel, server: Loopback) -> Iterator[TestClient]:
         options = replace(session.options, never_send=tuple(map(re.compile, _PATTERNS)))
         with running(replace(session, options=options), limits=_LIMITS) as client:
             yield client
+
+
+@pytest.fixture
+def narrow(small: SmallModel, server: Loopback) -> Iterator[TestClient]:
+    """An endpoint that forwards one request at a time."""
+    limits = replace(_LIMITS, max_running=1, max_queued=0)
+    with (
+        LargeModel(server.url, model="big") as large,
+        running(make_session(small, large), limits=limits) as client,
+    ):
+        yield client
 
 
 def post(client: TestClient, **fields: Any) -> Any:
@@ -218,6 +232,70 @@ def test_other_requests_are_answered_while_a_body_is_searched(
     assert was_released == [True]
     assert "the quick brown fox" in searched
     assert len(searched) == len(set(searched))
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_full_queue_says_when_to_come_back(
+    client: TestClient, server: Loopback, is_stream: bool
+) -> None:
+    endpoint = client.app.state.endpoint  # type: ignore[attr-defined]
+    with ExitStack() as stack:
+        for _ in range(_LIMITS.max_running + _LIMITS.max_queued):
+            stack.enter_context(endpoint.forwarding())
+        response = post(client, tools=_TOOLS, stream=is_stream)
+    assert response.status_code == 429
+    assert int(response.headers["retry-after"]) > 0
+    assert "x-should-retry" not in response.headers
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("reply", [Reply.of(_REPLY), Reply(b"no JSON")], ids=["good", "bad"])
+def test_a_place_in_the_queue_is_given_back(
+    narrow: TestClient, server: Loopback, reply: Reply, is_stream: bool
+) -> None:
+    for _ in range(2):
+        server.script.append(reply)
+        assert post(narrow, tools=_TOOLS, stream=is_stream).status_code in (200, 502)
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("sent_before", [0, 1])
+def test_a_client_that_leaves_gives_its_place_back(
+    narrow: TestClient, server: Loopback, sent_before: int
+) -> None:
+    async def leave() -> None:
+        body = {
+            "type": "http.request",
+            "body": json.dumps(chat(tools=_TOOLS, stream=True)).encode(),
+        }
+        sent: list[Any] = []
+        has_sent = asyncio.Event()
+
+        async def receive() -> Any:
+            if "body" in body:
+                return {**body, "body": body.pop("body")}
+            if sent_before:
+                await has_sent.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+            has_sent.set()
+            await asyncio.sleep(0.01)
+
+        headers = [(b"host", b"127.0.0.1:8787"), (b"content-type", b"application/json")]
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/chat/completions",
+            "headers": headers,
+        }
+        await narrow.app({**scope, "query_string": b""}, receive, send)
+
+    server.script.append(replace(Reply.of(_REPLY), stall_s=5.0))
+    narrow.portal.call(leave)
+    assert post(narrow, tools=_TOOLS, stream=True).status_code == 200
 
 
 def test_a_refusal_of_the_server_is_passed_on(client: TestClient) -> None:

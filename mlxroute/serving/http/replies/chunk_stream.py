@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
@@ -51,7 +51,7 @@ class ChunkStream:
         self._report = report
         self._offset = 0
 
-    async def parts(self) -> AsyncIterator[bytes]:
+    async def parts(self) -> AsyncGenerator[bytes, None]:
         """Yield the encoded events of the stream."""
         if (first := self._form.first_chunk()) is not None:
             yield encode_event(first)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from typing import Any, Final, TypeVar
 
 from starlette.responses import Response
@@ -58,22 +59,25 @@ class EventStream(Response):
         parts: The encoded events.
         cancel: Called when the client leaves before the end.
         headers: Further headers.
+        on_end: Called once the stream has ended, in whatever way. Nothing by default.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
         self,
-        parts: AsyncIterator[bytes],
+        parts: AsyncGenerator[bytes, None],
         *,
         cancel: Callable[[], None],
         headers: Mapping[str, str],
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
         own = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         self.status_code = 200
         self.background = None
         self._parts = parts
         self._cancel = cancel
+        self._on_end = on_end
         self.init_headers({**own, **headers})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -82,12 +86,15 @@ class EventStream(Response):
             await unless_gone(receive, self._send_all(send), cancel=self._cancel)
         except (ClientGone, OSError):
             return
+        finally:
+            self._on_end()
 
     async def _send_all(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
-        async for part in self._parts:
-            await send({"type": "http.response.body", "body": part, "more_body": True})
+        async with aclosing(self._parts) as parts:
+            async for part in parts:
+                await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
