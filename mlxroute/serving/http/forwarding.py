@@ -22,7 +22,7 @@ from mlxroute.serving.http.answer_endpoint import AnswerEndpoint
 from mlxroute.serving.http.api_error import ApiError, to_api_error, wrong
 from mlxroute.serving.http.model_names import ModelRole
 from mlxroute.serving.http.parsing.chat_fields import ToolsNeeded, usual_messages
-from mlxroute.serving.http.parsing.fields import Fields
+from mlxroute.serving.http.parsing.fields import Fields, clean_json
 from mlxroute.serving.http.replies.event_stream import (
     COMMENT,
     DONE,
@@ -32,6 +32,7 @@ from mlxroute.serving.http.replies.event_stream import (
     encode_event,
     unless_gone,
 )
+from mlxroute.serving.http.replies.forwarded_reply import read_choices, reply_chunks
 from mlxroute.serving.http.replies.reply_forms import ID_HEADER, ReplyForm
 from mlxroute.types import Uploads
 
@@ -111,7 +112,8 @@ class _ForwardedChat:
         self._endpoint = endpoint
         self._large = endpoint.session.large
         self._ignored = sorted(_ROUTED_FIELDS & values.keys())
-        self._body = {key: item for key, item in values.items() if key not in _OWN_FIELDS}
+        kept = {key: item for key, item in values.items() if key not in _OWN_FIELDS}
+        self._body: dict[str, Any] = clean_json(kept)
         self._body.pop("model", None)
         if "messages" in self._body:
             self._body["messages"] = usual_messages(self._body["messages"])
@@ -135,35 +137,13 @@ class _ForwardedChat:
         headers = {ID_HEADER: self.reply_id}
         try:
             reply = await unless_gone(request.receive, self._ask(), cancel=self.cancel)
+            return JSONResponse(reply, headers=headers)
         except ClientGone:
             raise
         except Exception as exc:
             error = _to_api_error(exc)
             error.headers.update(headers)
             raise error from exc
-        return JSONResponse(reply, headers=headers)
-
-    async def _ask(self) -> dict[str, Any]:
-        """Return the body of the whole reply. Raises ApiError and LargeError."""
-        endpoint, began_s = self._endpoint, time.perf_counter()
-        reply = await asyncio.get_running_loop().run_in_executor(
-            endpoint.forwards, self._call.ask, self._body
-        )
-        choices, usage = reply.get("choices"), reply.get("usage")
-        if not isinstance(choices, list) or not all(isinstance(item, dict) for item in choices):
-            raise ApiError(502, "the large model's reply has no choices", code="large_model_failed")
-        summary = self._summary(usage_counts(reply))
-        endpoint.metrics.on_forwarded(
-            tokens=summary["tokens"],
-            prompt_tokens=summary["uploaded_tokens"],
-            cost=summary["cost_estimate"] or 0.0,
-            seconds=time.perf_counter() - began_s,
-        )
-        endpoint.notify(f"large alone, for tools: {summary['tokens']:,} tokens in 1 call")
-        figures = usage if isinstance(usage, dict) else {}
-        return self._form.whole(
-            choices, {**figures, "mlxroute": summary}, {"id": self.reply_id, **summary}
-        )
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """Yield the reply as the events of a stream; it is sent as soon as it is whole."""
@@ -175,24 +155,36 @@ class _ForwardedChat:
                 if not asking.done():
                     yield COMMENT
             reply = asking.result()
+            for chunk in reply_chunks(self._form, reply, include_usage=self._include_usage):
+                yield encode_event(chunk)
         except Exception as exc:  # noqa: BLE001 - the status was sent already
             yield encode_error(_to_api_error(exc))
             return
         finally:
             asking.cancel()
-        message = reply["choices"][0].get("message") if reply["choices"] else None
-        delta = {key: item for key, item in (message or {}).items() if key != "role"}
-        calls = delta.get("tool_calls")
-        if isinstance(calls, list):
-            delta["tool_calls"] = [
-                {"index": i, **call} for i, call in enumerate(calls) if isinstance(call, dict)
-            ]
-        yield encode_event(self._form.delta_chunk(delta))
-        reason = reply["choices"][0].get("finish_reason") if reply["choices"] else "stop"
-        yield encode_event(self._form.last_chunk(reason or "stop", reply["mlxroute"]))
-        if self._include_usage:
-            yield encode_event(self._form.usage_chunk(reply["usage"]))
         yield DONE
+
+    async def _ask(self) -> dict[str, Any]:
+        """Return the body of the whole reply. Raises ApiError and LargeError."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._endpoint.forwards, self._exchange)
+
+    def _exchange(self) -> dict[str, Any]:
+        endpoint, began_s = self._endpoint, time.perf_counter()
+        reply = self._call.ask(self._body)
+        summary = self._summary(usage_counts(reply))
+        endpoint.metrics.on_forwarded(
+            tokens=summary["tokens"],
+            prompt_tokens=summary["uploaded_tokens"],
+            cost=summary["cost_estimate"] or 0.0,
+            seconds=time.perf_counter() - began_s,
+        )
+        endpoint.notify(f"large alone, for tools: {summary['tokens']:,} tokens in 1 call")
+        choices, usage = read_choices(reply), clean_json(reply.get("usage"))
+        figures = usage if isinstance(usage, dict) else {}
+        return self._form.whole(
+            choices, {**figures, "mlxroute": summary}, {"id": self.reply_id, **summary}
+        )
 
     def _summary(self, counts: Counts) -> dict[str, Any]:
         uploads = Uploads(

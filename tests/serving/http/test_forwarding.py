@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -314,18 +315,55 @@ def test_a_busy_server_is_passed_on_with_its_pause(client: TestClient, server: L
     assert response.json()["error"]["type"] == "rate_limit_error"
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_values_that_json_cannot_carry_are_replaced(
+    client: TestClient, server: Loopback, is_stream: bool
+) -> None:
+    top = [{"token": "b", "logprob": -math.inf}]
+    logprobs = {"content": [{"token": "a", "logprob": -0.1, "top_logprobs": top}]}
+    message = {"role": "assistant", "content": "a\ud83d", "score": math.nan}
+    choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": "stop"}
+    usage = {**_USAGE, "\udc00": math.inf}
+    server.script.append(Reply(json.dumps({"choices": [choice], "usage": usage}).encode()))
+    response = post(client, tools=_TOOLS, logprobs=True, stream=is_stream)
+    chunks = read_stream(response.text) if is_stream else [response.json(), response.json()]
+    (first,) = chunks[1]["choices"]
+    sent = first["delta" if is_stream else "message"]
+    assert (sent["content"], sent["score"]) == ("a\ufffd", None)
+    if is_stream:
+        assert chunks[-1] == "[DONE]"
+    else:
+        assert first["logprobs"]["content"][0]["logprob"] == -0.1
+        assert first["logprobs"]["content"][0]["top_logprobs"][0]["logprob"] == -9999.0
+        assert chunks[0]["usage"]["\ufffd"] is None
+
+
+def test_half_a_character_in_a_request_is_replaced(client: TestClient, server: Loopback) -> None:
+    body = json.dumps(chat("a\ud83d", tools=[{**_TOOLS[0], "note": "\udc00"}]))
+    assert client.post("/v1/chat/completions", content=body).status_code == 200
+    sent = server.requests[-1].json
+    assert sent["messages"][0]["content"] == "a\ufffd"
+    assert sent["tools"][0]["note"] == "\ufffd"
+
+
 @pytest.mark.parametrize(
     "reply",
     [
         Reply(b'{"error": "no room"}', status=501),
         Reply(b'{"choices": 3}'),
+        Reply(b'{"choices": []}'),
+        Reply(b'{"choices": [3]}'),
+        Reply(b'{"choices": [{"finish_reason": "stop"}]}'),
+        Reply(b'{"choices": [{"message": "hello", "finish_reason": "stop"}]}'),
         Reply(b"no JSON"),
     ],
 )
 def test_a_request_that_was_sent_is_not_repeated(
     client: TestClient, server: Loopback, reply: Reply
 ) -> None:
-    server.script.append(reply)
+    server.script += [reply, reply]
+    _, error = read_stream(post(client, tools=_TOOLS, stream=True).text)
+    assert error["error"]["code"] == "large_model_failed"
     response = post(client, tools=_TOOLS)
     assert response.status_code == 502
     assert response.headers["x-should-retry"] == "false"

@@ -140,3 +140,18 @@ def _is_same(value: Any, other: Any) -> bool:
 def clean_text(text: str) -> str:
     """Return a text from JSON with U+FFFD for lone surrogates, which are no characters."""
     return text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
+
+
+def clean_json(value: Any, *, not_finite: float | None = None) -> Any:
+    """Return a JSON value with clean texts, and `not_finite` in place of NaN and infinities."""
+    if isinstance(value, str):
+        return clean_text(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return not_finite
+    if isinstance(value, list):
+        return [clean_json(item, not_finite=not_finite) for item in value]
+    if isinstance(value, dict):
+        return {
+            clean_text(key): clean_json(item, not_finite=not_finite) for key, item in value.items()
+        }
+    return value

@@ -1,0 +1,57 @@
+"""The reply of the large model's server to a forwarded request: checked, and as chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from mlxroute.serving.http.api_error import ApiError
+from mlxroute.serving.http.parsing.fields import clean_json, clean_text
+from mlxroute.serving.http.replies.reply_forms import ReplyForm
+
+# What OpenAI's API gives for the logprob of a token that is as good as impossible.
+_NO_LOGPROB: Final = -9999.0
+
+
+def read_choices(reply: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the choices of a reply, at least one, as values that JSON can carry.
+
+    Raises ApiError for a reply without a message.
+    """
+    choices = reply.get("choices")
+    if not isinstance(choices, list) or not choices:
+        raise _wrong_reply("no choices")
+    if not all(isinstance(item, dict) for item in choices):
+        raise _wrong_reply("a choice that is no object")
+    if not all(isinstance(item.get("message"), dict) for item in choices):
+        raise _wrong_reply("a choice without a message")
+    return [_clean_choice(item) for item in choices]
+
+
+def reply_chunks(
+    form: ReplyForm, reply: Mapping[str, Any], *, include_usage: bool
+) -> Iterator[dict[str, Any]]:
+    """Yield the first choice of a whole reply as the chunks of a stream, after that of the role."""
+    choice = reply["choices"][0]
+    delta = {key: item for key, item in choice["message"].items() if key != "role"}
+    calls = delta.get("tool_calls")
+    if isinstance(calls, list):
+        delta["tool_calls"] = [
+            {"index": i, **call} for i, call in enumerate(calls) if isinstance(call, dict)
+        ]
+    yield form.delta_chunk(delta)
+    yield form.last_chunk(choice.get("finish_reason") or "stop", reply["mlxroute"])
+    if include_usage:
+        yield form.usage_chunk(reply["usage"])
+
+
+def _clean_choice(choice: Mapping[str, Any]) -> dict[str, Any]:
+    # Servers in Python write -Infinity for the logprob of an impossible token.
+    return {
+        clean_text(key): clean_json(item, not_finite=_NO_LOGPROB if key == "logprobs" else None)
+        for key, item in choice.items()
+    }
+
+
+def _wrong_reply(content: str) -> ApiError:
+    return ApiError(502, f"the large model's reply has {content}", code="large_model_failed")
