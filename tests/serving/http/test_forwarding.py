@@ -27,10 +27,12 @@ from mlxroute.types import Prices
 from tests.support.endpoint import chat, make_session, read_stream, running
 from tests.support.loopback import Loopback, Reply, Request
 
-_TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+_TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": "look", "parameters": {}}}
+]
 _CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
 _USAGE: dict[str, Any] = {"prompt_tokens": 30, "completion_tokens": 7, "total_tokens": 37}
-_REPLY = {
+_REPLY: dict[str, Any] = {
     "id": "theirs",
     "model": "theirs",
     "choices": [
@@ -165,7 +167,6 @@ def test_roles_and_parts_are_sent_in_the_form_that_servers_know(
     messages = [
         {"role": "developer", "content": "be brief"},
         {"role": "user", "content": ["a", {"type": "input_text", "text": "b"}, image]},
-        {"role": "tool", "tool_call_id": "1", "content": "c"},
         {"role": ["odd"], "content": [{"type": ["odd"]}]},
     ]
     assert post(client, tools=_TOOLS, messages=messages).status_code == 200
@@ -185,6 +186,25 @@ def test_a_stream_of_it_has_the_usual_chunks(client: TestClient) -> None:
     assert last["choices"][0]["finish_reason"] == "tool_calls"
     assert last["mlxroute"]["forwarded"] is True
     assert usage["usage"]["total_tokens"] == 37
+
+
+def test_a_stream_has_the_logprobs(client: TestClient, server: Loopback) -> None:
+    logprobs = {"content": [{"token": "hi", "logprob": -0.1, "bytes": None, "top_logprobs": []}]}
+    choice = {**_REPLY["choices"][0], "logprobs": logprobs}
+    server.script.append(Reply.of({**_REPLY, "choices": [choice]}))
+    _, text, *_ = read_stream(post(client, tools=_TOOLS, logprobs=True, stream=True).text)
+    assert text["choices"][0]["logprobs"] == logprobs
+
+
+@pytest.mark.parametrize("reason", [{}, {"finish_reason": None}, {"finish_reason": 1}])
+def test_a_stream_invents_no_finish_reason(
+    client: TestClient, server: Loopback, reason: dict[str, Any]
+) -> None:
+    choice = {"index": 0, "message": {"role": "assistant", "content": "hi"}, **reason}
+    server.script.append(Reply.of({**_REPLY, "choices": [choice]}))
+    _, text, error = read_stream(post(client, tools=_TOOLS, stream=True).text)
+    assert text["choices"][0]["delta"] == {"content": "hi"}
+    assert "no finish reason" in error["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +231,8 @@ def test_other_requests_are_answered_while_a_body_is_searched(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     is_searching, may_end = threading.Event(), threading.Event()
-    was_released, searched = [], []
+    was_released: list[bool] = []
+    searched: list[str] = []
 
     class SlowNeverSend(NeverSend):
         def __init__(self, patterns: Sequence[re.Pattern[str]], texts: Sequence[str]) -> None:
@@ -261,27 +282,21 @@ def test_a_place_in_the_queue_is_given_back(
     assert len(server.requests) == 2
 
 
-@pytest.mark.parametrize("sent_before", [0, 1])
-def test_a_client_that_leaves_gives_its_place_back(
-    narrow: TestClient, server: Loopback, sent_before: int
-) -> None:
+def test_a_client_that_leaves_gives_its_place_back(narrow: TestClient, server: Loopback) -> None:
     async def leave() -> None:
         body = {
             "type": "http.request",
             "body": json.dumps(chat(tools=_TOOLS, stream=True)).encode(),
         }
-        sent: list[Any] = []
         has_sent = asyncio.Event()
 
         async def receive() -> Any:
             if "body" in body:
                 return {**body, "body": body.pop("body")}
-            if sent_before:
-                await has_sent.wait()
+            await has_sent.wait()
             return {"type": "http.disconnect"}
 
         async def send(message: Any) -> None:
-            sent.append(message)
             has_sent.set()
             await asyncio.sleep(0.01)
 
@@ -295,6 +310,7 @@ def test_a_client_that_leaves_gives_its_place_back(
         await narrow.app({**scope, "query_string": b""}, receive, send)
 
     server.script.append(replace(Reply.of(_REPLY), stall_s=5.0))
+    assert narrow.portal is not None
     narrow.portal.call(leave)
     assert post(narrow, tools=_TOOLS, stream=True).status_code == 200
 

@@ -87,7 +87,7 @@ def usual_messages(values: Any) -> Any:
 
 def _usual_message(value: dict[str, Any]) -> dict[str, Any]:
     role, content = value.get("role"), value.get("content")
-    changes = {}
+    changes: dict[str, Any] = {}
     if isinstance(role, str) and role in _ROLES:
         changes["role"] = _ROLES[role]
     if isinstance(content, list):

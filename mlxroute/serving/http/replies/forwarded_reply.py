@@ -31,7 +31,10 @@ def read_choices(reply: Mapping[str, Any]) -> list[dict[str, Any]]:
 def reply_chunks(
     form: ReplyForm, reply: Mapping[str, Any], *, include_usage: bool
 ) -> Iterator[dict[str, Any]]:
-    """Yield the first choice of a whole reply as the chunks of a stream, after that of the role."""
+    """Yield the first choice of a whole reply as the chunks of a stream, after that of the role.
+
+    Raises ApiError at the end of a choice without a finish reason.
+    """
     choice = reply["choices"][0]
     delta = {key: item for key, item in choice["message"].items() if key != "role"}
     calls = delta.get("tool_calls")
@@ -39,8 +42,11 @@ def reply_chunks(
         delta["tool_calls"] = [
             {"index": i, **call} for i, call in enumerate(calls) if isinstance(call, dict)
         ]
-    yield form.delta_chunk(delta)
-    yield form.last_chunk(choice.get("finish_reason") or "stop", reply["mlxroute"])
+    yield form.delta_chunk(delta, choice.get("logprobs"))
+    reason = choice.get("finish_reason")
+    if not isinstance(reason, str) or not reason:
+        raise _wrong_reply("no finish reason, so it may be incomplete")
+    yield form.last_chunk(reason, reply["mlxroute"])
     if include_usage:
         yield form.usage_chunk(reply["usage"])
 

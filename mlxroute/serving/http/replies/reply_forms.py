@@ -48,9 +48,11 @@ class ReplyForm:
         """Return the chunk with the role; None where there is none."""
         return self.delta_chunk({"role": "assistant", "content": ""}) if self._is_chat else None
 
-    def delta_chunk(self, delta: dict[str, Any]) -> dict[str, Any]:
+    def delta_chunk(
+        self, delta: dict[str, Any], logprobs: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         """Return a chunk of a chat completion that adds the fields of `delta` to the message."""
-        return self._chunk(delta)
+        return self._chunk(delta, logprobs=logprobs)
 
     def text_chunk(self, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         """Return a chunk that adds text."""
