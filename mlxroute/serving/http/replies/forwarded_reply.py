@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Any
 
 from mlxroute.serving.http.api_error import ApiError
 from mlxroute.serving.http.parsing.fields import clean_json, clean_text
 from mlxroute.serving.http.replies.reply_forms import ReplyForm
-
-# What OpenAI's API gives for the logprob of a token that is as good as impossible.
-_NO_LOGPROB: Final = -9999.0
+from mlxroute.serving.http.replies.token_logprobs import UNKNOWN_LOGPROB
 
 
 def read_choices(reply: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -54,7 +52,7 @@ def reply_chunks(
 def _clean_choice(choice: Mapping[str, Any]) -> dict[str, Any]:
     # Servers in Python write -Infinity for the logprob of an impossible token.
     return {
-        clean_text(key): clean_json(item, not_finite=_NO_LOGPROB if key == "logprobs" else None)
+        clean_text(key): clean_json(item, not_finite=UNKNOWN_LOGPROB if key == "logprobs" else None)
         for key, item in choice.items()
     }
 

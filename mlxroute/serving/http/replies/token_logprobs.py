@@ -13,7 +13,7 @@ from mlxroute.serving.requests import ScoredPrompt
 from mlxroute.types import Source, Token, Vocabulary
 
 # What OpenAI's API gives for a token whose logprob is not known.
-_UNKNOWN_LOGPROB = -9999.0
+UNKNOWN_LOGPROB = -9999.0
 _PROVENANCE = (
     *("source", "score", "threshold", "decision", "checked", "unchecked_reason", "prefetched"),
     *("small", "large"),
@@ -133,7 +133,7 @@ class LogprobForms:
         elif token.token_id == signals.token_id:
             return signals.logprob
         known = dict(zip(signals.top_ids, signals.top_logprobs, strict=False))
-        return known.get(token.token_id, _UNKNOWN_LOGPROB)
+        return known.get(token.token_id, UNKNOWN_LOGPROB)
 
     def _small_top(self, token: Token) -> list[dict[str, Any]]:
         signals = token.signals
@@ -158,4 +158,4 @@ def _choice(text: str, logprob: float, data: Sequence[int]) -> dict[str, Any]:
 
 def _finite(logprob: float) -> float:
     """Return a logprob that JSON can carry."""
-    return logprob if math.isfinite(logprob) else _UNKNOWN_LOGPROB
+    return logprob if math.isfinite(logprob) else UNKNOWN_LOGPROB
