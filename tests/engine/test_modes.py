@@ -129,7 +129,7 @@ _WORLDS = st.builds(
     max_in_flight=st.sampled_from([1, 2, 8]),
     whole_only=st.booleans(),
     rounding=st.sampled_from([0.0, 0.1, 0.5]),
-    window=st.sampled_from([1 << 30, 1 << 30, 9, 0]),
+    window=st.sampled_from([1 << 30, 1 << 30, 30, 20, 9, 0]),
     streams=st.booleans(),
 )
 
@@ -216,6 +216,16 @@ def test_decisions_within_the_rounding_of_a_batch_are_made_again() -> None:
     assert run(world, mode=Mode.HEDGE).stats.redecoded > 0
     assert run(replace(world, rounding=0.0), mode=Mode.HEDGE).stats.redecoded == 0
     assert run(world, mode=Mode.OVERLAP).stats.redecoded == 0
+
+
+def test_a_window_that_fills_after_batches_does_not_end_the_answer() -> None:
+    worlds = [
+        World(i, agreement=0.9, loss=0.0, end=0.0, max_call_s=3, rounding=0.1, window=30)
+        for i in range(20)
+    ]
+    hedged = [run(world, mode=Mode.HEDGE) for world in worlds]
+    assert sum(r.batches for r in hedged) > 9
+    assert [r.stats.text for r in hedged] == [run(world).stats.text for world in worlds]
 
 
 def test_prefetched_tokens_save_calls_where_the_answer_follows_the_large_model() -> None:

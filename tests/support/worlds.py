@@ -79,28 +79,36 @@ class World:
 
 
 class WorldSmall(ScriptedSmall):
-    """The small model of a world; a step takes 1 s on the clock, a step of a batch 1.5 s."""
+    """The small model of a world; a step takes 1 s on the clock, a step of a batch 1.5 s.
+
+    `exact_length` is the number of leading tokens that no batch computed; after others, signals
+    are rounded as those of a batch.
+    """
 
     def __init__(self, world: World, clock: FakeClock) -> None:
         super().__init__(())
         self._world = world
         self._clock = clock
         self._rows: list[list[int]] = []
+        self.exact_length = 0
         self.batches = 0
 
     def extend(self, token_ids: Sequence[int]) -> Signals:
         assert token_ids
         assert not self._rows
         self._clock.now += 1.0
+        if self.exact_length == len(self.fed):
+            self.exact_length += len(token_ids)
         return super().extend(token_ids)
 
     def can_rollback(self, count: int) -> bool:
-        return len(self.fed) + count < self._world.window
+        return len((self._rows or [self.fed])[0]) + count < self._world.window
 
     def rollback(self, count: int) -> None:
         assert 0 < count <= len(self.fed) < self._world.window
         assert not self._rows
         super().rollback(count)
+        self.exact_length = min(self.exact_length, len(self.fed))
 
     @property
     def batch_tails(self) -> Sequence[Sequence[int]]:
@@ -108,7 +116,7 @@ class WorldSmall(ScriptedSmall):
 
     @property
     def max_rows(self) -> int:
-        return 4 if self._world.window > 9 else 1
+        return 4 if self.can_rollback(0) else 1
 
     def measure_branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
         return BranchCost(rows, 1.0, 1.5, _BAND)
@@ -129,7 +137,7 @@ class WorldSmall(ScriptedSmall):
             self._rows = []
 
     def _signals(self) -> Signals:
-        return self._signals_after(self.fed, batched=False)
+        return self._signals_after(self.fed, batched=self.exact_length < len(self.fed))
 
     def _signals_after(self, ids: Sequence[int], *, batched: bool) -> Signals:
         token, entropy = self._world.small(ids)

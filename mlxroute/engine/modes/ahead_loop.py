@@ -6,7 +6,8 @@ length are decoded as one batch. The large model's token at a position drops the
 another token there; when none is left, decoding goes back to that position.
 
 A batch rounds differently from a row alone. Where that could change a decision, the tokens since
-the first batch are decoded again, one row and one token at a time, before the decision is made.
+the first batch are decoded again, one row and one token at a time, before the decision is made. So
+are they before the KV cache gets so long that it can no longer be rolled back.
 """
 
 from __future__ import annotations
@@ -260,9 +261,12 @@ class AheadLoop:
         max_branches = self._max_branches
         is_batch = max_branches > 1 and best in batch and len(batch) > 1
         missing = 1 if is_batch else self._length(best) - len(self._cache)
-        if context.calls.in_flight and not context.small.can_rollback(missing):
-            self.was_blocked = True
-            return False
+        if not context.small.can_rollback(missing):
+            if context.calls.in_flight:
+                self.was_blocked = True
+                return False
+            # The last time that what a batch computed can be removed from the cache.
+            best.decode_alone |= not self._cache.is_exact
         if is_batch:
             batch.sort(key=lambda branch: -branch.probability)
             self._feed_batch(batch[:max_branches])
