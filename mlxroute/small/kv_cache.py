@@ -26,15 +26,15 @@ _MAX_ROWS = 8
 # Greatest memory of all rows of a batch.
 _BATCH_BYTES = 1 << 30
 _NOT_ONE_SEQUENCE = "the KV cache holds a batch or a queued token; select a row or roll back first"
-_INTERRUPTED = "a forward pass was interrupted, so the KV cache is unusable; prefill a prompt first"
+_INTERRUPTED = "a step was interrupted, so the KV cache is unusable; prefill a prompt first"
 
 
 class PrefixCache:
     """The KV cache of one sequence, or of a batch that continues it, with its token ids.
 
     `token_ids` are the ids in the layers, with two exceptions: the layers may also hold one queued
-    token (see `record_queued_pass`), and after an interrupt inside a forward pass they may differ,
-    until the next prompt resets them. In a batch each row holds `token_ids` followed by its own
+    token (see `record_queued_pass`), and after an interrupt inside a change they may differ, until
+    the next prompt resets them. In a batch each row holds `token_ids` followed by its own
     entry of `batch_tails`; all tails have the same length.
     """
 
@@ -44,12 +44,20 @@ class PrefixCache:
 
     def reset(self) -> None:
         """Empty the cache."""
+        self._is_consistent = False
         self.layers: list[Any] = make_prompt_cache(self._model)
         self.token_ids: list[int] = []
         self.batch_tails: list[list[int]] = []
         self._has_queued = False
-        # False during a forward pass, and after one that was interrupted.
+        # False during a change, and after one that was interrupted.
         self._is_consistent = True
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """Make the cache inconsistent in the `with` block, and until `reset` on an interrupt."""
+        was_consistent, self._is_consistent = self._is_consistent, False
+        yield
+        self._is_consistent = was_consistent
 
     @property
     def is_divisible(self) -> bool:
@@ -63,7 +71,7 @@ class PrefixCache:
     def take(self) -> tuple[CacheCopy, list[int]]:
         """Give the layers and their ids away and become empty.
 
-        Raises RollbackError while there is a batch, and after an interrupted forward pass.
+        Raises RollbackError while there is a batch, and after an interrupt.
         """
         if not self._is_consistent:
             raise RollbackError(_INTERRUPTED)
@@ -76,8 +84,9 @@ class PrefixCache:
     def load(self, layers: CacheCopy, token_ids: Sequence[int]) -> None:
         """Become the owner of layers that hold `token_ids`."""
         self.reset()
-        self.layers = layers
-        self.token_ids = list(token_ids)
+        with self._change():
+            self.layers = layers
+            self.token_ids = list(token_ids)
 
     @contextmanager
     def record_pass(self, token_ids: Sequence[int]) -> Iterator[None]:
@@ -85,43 +94,42 @@ class PrefixCache:
 
         Evaluation may come later. An interrupt in the block makes the cache inconsistent.
         """
-        self._is_consistent = False
-        yield
-        self.token_ids.extend(token_ids)
-        self._is_consistent = True
+        with self._change():
+            yield
+            self.token_ids.extend(token_ids)
 
     @contextmanager
     def record_batch_pass(self, parents: Sequence[int], token_ids: Sequence[int]) -> Iterator[None]:
         """Make row i a copy of row `parents[i]`; after the block record one token per row."""
-        self._is_consistent = False
-        rows = max(1, len(self.batch_tails))
-        if list(parents) != list(range(rows)):
-            self._take_rows(parents)
-        yield
-        tails = self.batch_tails or [[]]
-        self.batch_tails = [
-            [*tails[row], token_id] for row, token_id in zip(parents, token_ids, strict=True)
-        ]
-        self._is_consistent = True
+        with self._change():
+            rows = max(1, len(self.batch_tails))
+            if list(parents) != list(range(rows)):
+                self._take_rows(parents)
+            yield
+            tails = self.batch_tails or [[]]
+            self.batch_tails = [
+                [*tails[row], token_id] for row, token_id in zip(parents, token_ids, strict=True)
+            ]
 
     @contextmanager
     def record_queued_pass(self) -> Iterator[None]:
         """Record the pass in the `with` block as one queued token, to confirm or discard."""
-        self._is_consistent = False
-        yield
-        self._has_queued = True
-        self._is_consistent = True
+        with self._change():
+            yield
+            self._has_queued = True
 
     def confirm_queued(self, token_id: int) -> None:
         """Make the queued token part of the sequence; `token_id` is its id."""
-        self._has_queued = False
-        self.token_ids.append(token_id)
+        with self._change():
+            self._has_queued = False
+            self.token_ids.append(token_id)
 
     def discard_queued(self) -> None:
         """Remove the queued token from the layers, if there is one."""
         if self._has_queued and self._is_consistent:
-            self._trim(1)
-            self._has_queued = False
+            with self._change():
+                self._trim(1)
+                self._has_queued = False
 
     def select(self, row: int) -> None:
         """End the batch and continue with one of its rows; without a batch do nothing."""
@@ -129,10 +137,11 @@ class PrefixCache:
             return
         if not self._is_consistent:
             raise RollbackError(_INTERRUPTED)
-        if len(self.batch_tails) > 1:
-            self._take_rows([row])
-        self.token_ids += self.batch_tails[row]
-        self.batch_tails = []
+        with self._change():
+            if len(self.batch_tails) > 1:
+                self._take_rows([row])
+            self.token_ids += self.batch_tails[row]
+            self.batch_tails = []
 
     def _take_rows(self, rows: Sequence[int]) -> None:
         index = mx.array(list(rows))
@@ -191,8 +200,9 @@ class PrefixCache:
             raise RollbackError("cannot roll back a batch; select a row first")
         if count < 0 or count > len(self.token_ids):
             raise RollbackError(f"cannot roll back {count} of {len(self.token_ids)} tokens")
-        self._trim(count)
-        del self.token_ids[-count:]
+        with self._change():
+            self._trim(count)
+            del self.token_ids[-count:]
 
     def _trim(self, count: int) -> None:
         trimmed = trim_prompt_cache(self.layers, count)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import mlx.core as mx
@@ -175,11 +178,76 @@ def test_an_interrupt_inside_a_forward_pass_resets_the_cache(
     assert_same_as_fresh(small, [*prompt_ids, *ids, 7], reused=0)
 
 
-def assert_same_as_fresh(small: SmallModel, prompt_ids: list[int], *, reused: int) -> None:
+def reject_a_queued_token(small: SmallModel) -> None:
+    small.step(7)
+    small.step(8)
+
+
+def roll_back(small: SmallModel) -> None:
+    small.rollback(3)
+
+
+def select_a_row(small: SmallModel) -> None:
+    small.branch([0, 0], [7, 8])
+    small.select(1)
+
+
+def begin_a_prompt(small: SmallModel) -> None:
+    small.prefill([*small.cached_ids[:-4], 9, 10])
+
+
+@pytest.mark.parametrize("change", [reject_a_queued_token, roll_back, select_a_row, begin_a_prompt])
+def test_an_interrupt_anywhere_in_a_change_of_the_cache_leaves_no_wrong_prefix(
+    path: Path, change: Callable[[SmallModel], None]
+) -> None:
+    small = _shared(path)
+    prompt_ids = list(range(5, 25))
+    more = [*prompt_ids, 7, 8, 9]
+    for line in range(1000):
+        small.prefill(prompt_ids)
+        was_interrupted = interrupt_at(line, lambda: change(small))
+        # What the cache says that it holds, it has to hold.
+        following = [*small.cached_ids, *more]
+        if small.decoder.begin(following, Sampling()):
+            assert_same_as_fresh(small, following)
+        if not was_interrupted:
+            break
+    assert 10 < line < 999
+
+
+def interrupt_at(line: int, function: Callable[[], None]) -> bool:
+    """Call a function with an interrupt before a line of the KV cache; return whether it came."""
+    remaining = line
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal remaining
+        code = frame.f_code
+        if "trim" not in code.co_name and not code.co_filename.endswith("small/kv_cache.py"):
+            return None
+        if event == "line":
+            remaining -= 1
+            if remaining < 0:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def assert_same_as_fresh(
+    small: SmallModel, prompt_ids: list[int], *, reused: int | None = None
+) -> None:
     signals, count = small.prefill(prompt_ids)
     fresh = SmallModel(small.model, small.tokenizer, name="fresh")
     expected, _ = fresh.prefill(prompt_ids)
-    assert count == reused
+    assert reused is None or count == reused
     small.rollback(0)
     assert {layer.offset for layer in small._decoder.cache.layers} == {len(prompt_ids)}
     assert math.isclose(signals.entropy_nats, expected.entropy_nats, abs_tol=1e-4)
