@@ -84,10 +84,12 @@ def _choices_until_disagreement(
     """Return the ids of the tokens up to the first that differs from the answer at `begin`."""
     rest = answer.token_ids[begin:]
     ids = [token_id for token in tokens for token_id in token.token_ids]
+    # The last token may be spelled as more ids than the answer has positions.
+    ids = ids[: answer.positions - begin]
     for number, token_id in enumerate(ids):
         if number >= len(rest) or rest[number] != token_id:
             return ids[: number + 1]
-    return ids[: answer.positions - begin]
+    return ids
 
 
 def _call(

@@ -354,6 +354,21 @@ def test_an_answer_holds_what_the_large_model_might_have_written_instead(tmp_pat
     assert end == pytest.approx({EOS: math.exp(-0.5), ord("a"): math.exp(-2.0)})
 
 
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_large_token_is_no_choice_beyond_the_end_of_an_answer(
+    is_whole: bool, tmp_path: Path
+) -> None:
+    answer = WrittenAnswer([{"role": "user", "content": "hi"}], tuple(b"abc"), is_whole)
+    (choices,) = find_large_choices(
+        ScriptedSmall(b""),
+        Replies(ScriptedLarge([b"abcd"]), tmp_path / "r"),
+        [answer],
+        at_once=1,
+        on_answer=lambda: None,
+    )
+    assert bytes(choices) == (b"abcd" if is_whole else b"abc")
+
+
 def test_no_call_of_a_recording_takes_longer_than_its_time_limit(tmp_path: Path) -> None:
     conversation: list[Message] = [{"role": "user", "content": "hi"}]
     for timeout_s in (1234.0, 900.0):
