@@ -172,12 +172,18 @@ class _Training:
             )
             for item in held_out
         ]
-        # The loss of wrong answers should not fall. If all are wrong, there is no other measure.
-        judged = [item for item in held_out if not _is_wrong(small, item)] or held_out
-        self._examples = make_examples(small, [*trained, *judged])
+        examples = make_examples(small, [*trained, *held_out])
+        # In on-policy rounds the own answers to all questions are examples.
+        self._longest_prompt_ids = max((item.prompt_ids for item in examples), key=len)
         self._prefix_ids: tuple[int, ...] = ()
         if can_share_prefix(small.model):
-            self._prefix_ids = find_common_prefix(self._examples)
+            self._prefix_ids = find_common_prefix(examples)
+        # The loss of wrong answers should not fall. If all are wrong, there is no other measure.
+        is_judged = [not _is_wrong(small, item) for item in held_out]
+        if not any(is_judged):
+            is_judged = [True] * len(held_out)
+        judged = itertools.compress(examples[len(trained) :], is_judged)
+        self._examples = [*examples[: len(trained)], *judged]
         self._tuning = LoraTuning(
             small.model,
             options.shape if options.start is None else None,
@@ -201,8 +207,8 @@ class _Training:
             examples = self._examples
             if corrector is not None:
                 # Own answers may be longer than the large model's.
-                prompt_ids = max((item.prompt_ids for item in examples), key=len)
-                examples = [*examples, answer_example(prompt_ids, [0] * self._options.max_tokens)]
+                own_answer = [0] * self._options.max_tokens
+                examples = [*examples, answer_example(self._longest_prompt_ids, own_answer)]
             prefix = len(self._prefix_ids)
             size = choose_batch_size(
                 self._tuning,

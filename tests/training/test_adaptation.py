@@ -578,6 +578,33 @@ def test_on_policy_rounds_start_from_the_best_weights(small: SmallModel, tmp_pat
     assert agreements[0] < 1
 
 
+def test_own_answers_to_questions_of_another_form_keep_their_prompts(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss with a shared prefix is that without, though one prompt does not begin so."""
+    losses = []
+    for name in ("shared", "alone"):
+        small = SmallModel(*load(path), name="tiny")
+        first, *others = worked_answers(small, 24)
+        # The large model's own answer to it is wrong, so only the corrected one is judged.
+        question = replace(first.question, answer="quick fox")
+        conversation = [{"role": "system", "content": "the naïve café"}, *first.conversation]
+        odd = replace(first, question=question, conversation=conversation)
+        large = ScriptedLarge([(small.vocabulary.encode("y")[0],)])
+        with Replies(large, tmp_path / f"{name}.jsonl") as replies:
+            outcome = adapt(
+                small,
+                tmp_path / name,
+                answers=[odd, *others],
+                epochs=1,
+                rounds=1,
+                corrector=Corrector(replies, at_once=1),
+            )
+        losses.append(next(item.loss for item in outcome.figures if item.round == 1))
+        monkeypatch.setattr(adaptation, "can_share_prefix", lambda model: False)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
 # Memory
 
 
