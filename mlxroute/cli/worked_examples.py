@@ -10,6 +10,8 @@ from mlxroute.cli.large_setup import check_sendable
 from mlxroute.errors import ContextTooLong, UsageError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from mlxroute.config import Settings
     from mlxroute.questions.question_files import Question
     from mlxroute.small import SmallModel
@@ -60,10 +62,29 @@ def check_questions_fit(
             raise ContextTooLong(f"question {question.name}: {exc}") from exc
 
 
-def count_trained(settings: Settings, questions: list[Question]) -> int:
-    """Return how many of the questions the adapter of the settings was trained with."""
+def trained_questions(settings: Settings) -> frozenset[str]:
+    """Return the fingerprints of the questions that the settings' adapter was trained with."""
     from mlxroute.backend.adapter_folder import read_trained_questions
 
     adapter = expand_optional(settings.adapter)
-    trained = frozenset() if adapter is None else read_trained_questions(adapter)
+    return frozenset() if adapter is None else read_trained_questions(adapter)
+
+
+def count_trained(settings: Settings, questions: list[Question]) -> int:
+    """Return how many of the questions the adapter of the settings was trained with."""
+    trained = trained_questions(settings)
     return sum(question.fingerprint in trained for question in questions)
+
+
+def warn_of_trained_questions(settings: Settings, questions: list[Question], err: Console) -> None:
+    """Print a warning if the adapter of the settings was trained with some of the questions."""
+    from mlxroute.cli.terminal import WARNING_STYLE, print_note
+
+    count = count_trained(settings, questions)
+    if count:
+        print_note(
+            err,
+            f"warning: the adapter was trained with {count} of these {len(questions)} questions, so"
+            " its answers to them are better than to others; use other questions",
+            style=WARNING_STYLE,
+        )

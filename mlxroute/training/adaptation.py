@@ -1,10 +1,10 @@
 """Adapting a small model to a large one: LoRA weights trained on the large model's answers.
 
 Answers that their question's own answer proves wrong are not learned. One question in five is held
-out. After every half epoch, the loss of the held-out answers and the small model's own accuracy on
-their questions decide whether the weights are kept and the training goes on. Then follow on-policy
-rounds: the small model answers with the best weights, and learns what the large one would write at
-each position of these answers too.
+out, of those that no earlier training of the weights used. After every half epoch, the loss of the
+held-out answers and the small model's own accuracy on their questions decide whether the weights
+are kept and the training goes on. Then follow on-policy rounds: the small model answers with the
+best weights, and learns what the large one would write at each position of these answers too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -71,13 +71,15 @@ _MAX_STANDARD_ERRORS: Final = 2
 
 
 def split_answers(
-    small: SmallModel, answers: Sequence[WorkedAnswer]
+    small: SmallModel, answers: Sequence[WorkedAnswer], *, known: Set[str] = frozenset()
 ) -> tuple[list[WorkedAnswer], list[WorkedAnswer]]:
     """Return the answers to train on and those that are held out.
 
     A prompt that occurs twice is used once, an answer without text not at all. Answers that are
-    wrong by their question's own answer are not trained on. Raises UsageError for fewer than ten
-    questions, and for fewer than ten answers to train on.
+    wrong by their question's own answer are not trained on. `known`, none by default, are the
+    fingerprints of questions that the adapter of `small` was trained with; they are held out only
+    if fewer than ten others are there. Raises UsageError for fewer than ten questions, and for
+    fewer than ten answers to train on.
     """
     ends = small.vocabulary.eos_ids
     answers = [item for item in answers if not ends.issuperset(item.answer.token_ids)]
@@ -88,7 +90,9 @@ def split_answers(
             f"an adapter needs at least {MIN_ANSWERS} different questions, not {len(items)};"
             " give more"
         )
-    held_out = items[::_HELD_OUT_STRIDE][:_MAX_HELD_OUT]
+    new = [item for item in items if item.question.fingerprint not in known]
+    candidates = new if len(new) >= MIN_ANSWERS else items
+    held_out = candidates[::_HELD_OUT_STRIDE][:_MAX_HELD_OUT]
     names = {item.question.fingerprint for item in held_out}
     others = [item for item in items if item.question.fingerprint not in names]
     trained = [item for item in others if not _is_wrong(small, item)]

@@ -226,6 +226,18 @@ def test_one_answer_in_five_is_held_out_and_repeated_prompts_are_used_once(
         split_answers(small, [*answers[:9], *answers[:9]])
 
 
+def test_questions_of_an_earlier_training_are_not_held_out_if_enough_are_new(
+    small: SmallModel,
+) -> None:
+    answers = worked_answers(small, 30)
+    names = [item.question.fingerprint for item in answers]
+    trained, held_out = split_answers(small, answers, known=set(names[:20]))
+    assert [item.question.fingerprint for item in held_out] == [names[20], names[25]]
+    assert len(trained) == 28
+    few_new = split_answers(small, answers, known=set(names[:21]))
+    assert few_new == split_answers(small, answers)
+
+
 def test_answers_that_the_question_proves_wrong_are_not_trained_on(small: SmallModel) -> None:
     answers = worked_answers(small, 25)
     wrong = [

@@ -19,7 +19,7 @@ from rich.console import Console
 from mlxroute.backend.load import load
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli import main
-from mlxroute.cli.commands.train import warn_of_trained_questions
+from mlxroute.cli.worked_examples import warn_of_trained_questions
 from mlxroute.config import Settings
 from mlxroute.errors import LargeError, LargeRefused, UsageError
 from mlxroute.questions.question_files import AnswerKind, Question, question_messages

@@ -133,6 +133,7 @@ def test_a_small_model_is_adapted_to_a_users_questions(
     assert record.read_bytes() == rows
     assert further["figures"][0]["loss"] == pytest.approx(report["kept"]["loss"], rel=0.05)
     assert further["started_from"].startswith(f"{small}+")
+    assert "the adapter was trained with 4 of the 4 held-out questions" in messages
     again = ["--data", str(data), "--out", str(tmp_path / "c"), "--rounds", "1"]
     code, rounds, messages = run(*adapt, *again, "--epochs", "1")
     assert code == 0, messages
@@ -149,6 +150,7 @@ def test_a_small_model_is_adapted_to_a_users_questions(
     assert sum(side["calls"] for side in report["sides"].values()) > 0
     code, measured, messages = run("calibrate", "--questions", "20", "--tokens", "40", *adapted)
     assert code == 0, messages
+    assert "trained with 20 of these 20 questions" in messages
     assert measured["small"] == further["started_from"]
 
 

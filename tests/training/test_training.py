@@ -460,6 +460,18 @@ def test_train_reports_wrong_arguments(
     assert said in " ".join(capsys.readouterr().err.split())
 
 
+def test_train_warns_of_questions_that_the_adapter_was_trained_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "q.jsonl").write_text(json.dumps({"prompt": "Why?"}) + "\n")
+    trained = {"questions": [Question("1", "Why?").fingerprint]}
+    (tmp_path / "provenance.json").write_text(json.dumps(trained))
+    train = ["train", "--data", str(tmp_path / "q.jsonl"), "--adapter", str(tmp_path)]
+    # The adapter has no weights, so nothing is trained.
+    assert main([*train, "--large", "http://127.0.0.1:9/v1"]) != 0
+    assert "trained with 1 of these 1 questions" in " ".join(capsys.readouterr().err.split())
+
+
 def test_an_unreadable_head_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = make_tiny_model(tmp_path / "tiny")
     (tmp_path / "h.safetensors").write_bytes(b"no")

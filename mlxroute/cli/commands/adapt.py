@@ -21,6 +21,7 @@ from mlxroute.cli.worked_examples import (
     check_questions_fit,
     check_questions_sendable,
     read_examples,
+    trained_questions,
 )
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
@@ -221,7 +222,10 @@ class _AdaptRun:
         ):
             answers = self._record(small, replies, counts)
             self._warn_of_cut_off(small, answers, err)
-            trained, held_out = split_answers(small, answers)
+            # Those of the adapter to start from, not of an interrupted run.
+            known = trained_questions(settings)
+            trained, held_out = split_answers(small, answers, known=known)
+            _warn_of_known(held_out, known, err)
             return adapt_to_answers(
                 small,
                 trained,
@@ -273,10 +277,6 @@ class _AdaptRun:
 
     def data_report(self, settings: Settings) -> dict[str, Any]:
         """Return the files and all trained questions, those of the adapter to start from too."""
-        from mlxroute.backend.adapter_folder import read_trained_questions
-
-        start = expand_optional(settings.adapter)
-        earlier = frozenset() if start is None else read_trained_questions(start)
         names = {question.fingerprint for question in self.questions}
         return {
             # A pipe has no fingerprint.
@@ -284,7 +284,7 @@ class _AdaptRun:
                 {"name": data_name(file), "sha256": hash_file(file) if file.is_file() else None}
                 for file in self.data
             ],
-            "questions": sorted(names | earlier),
+            "questions": sorted(names | trained_questions(settings)),
         }
 
     def _provenance(
@@ -323,6 +323,22 @@ class _AdaptRun:
                 " --tokens",
                 style=WARNING_STYLE,
             )
+
+
+def _warn_of_known(held_out: Sequence[WorkedAnswer], known: frozenset[str], err: Console) -> None:
+    """Print a warning if the adapter to start from was trained with held-out questions."""
+    from mlxroute.cli.terminal import WARNING_STYLE, print_note
+    from mlxroute.training.adaptation import MIN_ANSWERS
+
+    count = sum(item.question.fingerprint in known for item in held_out)
+    if count:
+        print_note(
+            err,
+            f"warning: the adapter was trained with {count} of the {len(held_out)} held-out"
+            " questions, so the held-out figures are better than on others; add at least"
+            f" {MIN_ANSWERS} other questions",
+            style=WARNING_STYLE,
+        )
 
 
 def _print_figures(outcome: TuningOutcome, out: Path, err: Console) -> None:

@@ -11,7 +11,11 @@ import typer
 
 from mlxroute.cli.flags import Examples, QuestionFiles, Shots
 from mlxroute.cli.folders import data_name
-from mlxroute.cli.worked_examples import check_questions_fit, read_examples
+from mlxroute.cli.worked_examples import (
+    check_questions_fit,
+    read_examples,
+    warn_of_trained_questions,
+)
 from mlxroute.config import Settings, user_catalog_dir
 
 if TYPE_CHECKING:
@@ -44,6 +48,7 @@ def calibrate(
     _, err = make_consoles()
     sampled = sample_files(data, questions)
     worked = read_examples(examples, shots, sampled)
+    warn_of_trained_questions(settings, sampled, err)
     ranks = _measure_ranks(settings, data, sampled, worked, err, max_tokens=tokens)
     err.print(_threshold_table(ranks))
     file = ranks.write(user_catalog_dir())

@@ -18,8 +18,8 @@ from mlxroute.cli.terminal import show_status
 from mlxroute.cli.worked_examples import (
     check_questions_fit,
     check_questions_sendable,
-    count_trained,
     read_examples,
+    warn_of_trained_questions,
 )
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
@@ -82,6 +82,7 @@ def train(
     )
     check_questions_sendable(settings, material.questions, material.examples, "train")
     _, err = make_consoles()
+    warn_of_trained_questions(settings, sampled, err)
     with open_ledger(settings) as ledger, make_large(settings, address, ledger, err) as large:
         small_name, fitted = _fit(settings, large, material, err)
     file = out or user_head_file(small_name, user_catalog_dir())
@@ -213,7 +214,6 @@ def _fit_to_advantages(
     from mlxroute.training.advantage.advantage_fitting import AdvantageTraining
     from mlxroute.training.advantage.routed_answers import BudgetedRouter
 
-    warn_of_trained_questions(settings, material.questions, err)
     name, fingerprint = DEFAULT_ROUTER, ""
     if settings.head is not None:
         name = HEAD_ROUTER
@@ -234,20 +234,6 @@ def _fit_to_advantages(
             progress=progress,
         )
         return training.run(material.questions, examples=material.examples, provenance=provenance)
-
-
-def warn_of_trained_questions(settings: Settings, questions: list[Question], err: Console) -> None:
-    """Print a warning if the adapter of the settings was trained with some of the questions."""
-    from mlxroute.cli.terminal import WARNING_STYLE, print_note
-
-    count = count_trained(settings, questions)
-    if count:
-        print_note(
-            err,
-            f"warning: the adapter was trained with {count} of these {len(questions)} questions, so"
-            " its answers to them are better than to others; label other questions",
-            style=WARNING_STYLE,
-        )
 
 
 def _budget(settings: Settings) -> float:
