@@ -46,7 +46,7 @@ class LargeAnswer:
     """An answer of the large model in the small model's vocabulary.
 
     Args:
-        token_ids: Its tokens, with the end token unless it was cut off.
+        token_ids: Its tokens, with the small model's own end token unless it was cut off.
         token_starts: The indices in `token_ids` at which tokens of the large model start.
         logprobs: Logprobs of these tokens in nats, NaN where the server gave none.
         choices: For each of these tokens, what the large model might have written there: the first
@@ -115,8 +115,16 @@ def _write_answer(
             token_starts.append(len(token_ids))
             logprobs.append(math.nan if large.logprob is None else large.logprob)
             choices.append(_first_choices(large, small.vocabulary))
-        token_ids.append(token.token_id)
+        token_ids.append(use_own_end(token.token_id, small.vocabulary))
     return LargeAnswer(tuple(token_ids), tuple(token_starts), tuple(logprobs), tuple(choices))
+
+
+def use_own_end(token_id: int, vocabulary: Vocabulary) -> int:
+    """Return the small model's own end token for any end token, and every other token as it is.
+
+    A vocabulary may have several, and a server need not name the one that its model wrote.
+    """
+    return vocabulary.end_id if token_id in vocabulary.eos_ids else token_id
 
 
 def _first_choices(large: LargeToken, vocabulary: Vocabulary) -> Choices:
@@ -125,7 +133,7 @@ def _first_choices(large: LargeToken, vocabulary: Vocabulary) -> Choices:
     if not probability or not large.top_bytes:
         return ()
     own = b"".join(map(vocabulary.token_bytes, large.token_ids))
-    probabilities = {large.token_ids[0]: probability}
+    probabilities = {use_own_end(large.token_ids[0], vocabulary): probability}
     for data, logprob in large.top_bytes:
         text = data.decode(errors="ignore")
         # A part of a character is no text.
@@ -144,7 +152,7 @@ def _encode_whole_answer(
     ids = small.vocabulary.encode(whole.text)[:max_tokens]
     # A server may withhold an answer; it then has no text, and only ends.
     if not ids or (whole.ends and len(ids) < max_tokens):
-        ids = (*ids, min(small.vocabulary.eos_ids))
+        ids = (*ids, small.vocabulary.end_id)
     count = len(ids)
     return LargeAnswer(ids, tuple(range(count)), (math.nan,) * count, ((),) * count)
 

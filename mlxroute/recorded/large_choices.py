@@ -9,6 +9,7 @@ from typing import Final
 from mlxroute.engine.protocols import SmallProtocol
 from mlxroute.engine.transcript import Transcript, render_prompt
 from mlxroute.errors import LargeProtocolError
+from mlxroute.recorded.large_answers import use_own_end
 from mlxroute.recorded.parallel_answers import map_answers
 from mlxroute.recorded.replies import RecordedLargeView, Replies
 from mlxroute.types import LargeContext, LargeToken, Message
@@ -48,10 +49,11 @@ def find_large_choices(
     """Return, for each position of the answers, the token that the large model would write there.
 
     Where the large model's token is spelled as several of the small one, this is the first that
-    differs. A call returns tokens up to the next disagreement, so an answer takes one call more
-    than it has disagreements. An answer that the server cannot continue at some position has no
-    choices from there on. `at_once` and `on_answer` as in `write_large_answers`. Raises LargeError
-    if the large model fails otherwise.
+    differs; where the large model ends, it is the small model's own end token. A call returns
+    tokens up to the next disagreement, so an answer takes one call more than it has disagreements.
+    An answer that the server cannot continue at some position has no choices from there on.
+    `at_once` and `on_answer` as in `write_large_answers`. Raises LargeError if the large model
+    fails otherwise.
     """
 
     def choose(answer: WrittenAnswer) -> list[int]:
@@ -72,7 +74,8 @@ def _find_choices(small: SmallProtocol, replies: Replies, answer: WrittenAnswer)
         except LargeProtocolError:
             # Some texts of the small model are spelled otherwise by the server.
             return choices
-        choices += _choices_until_disagreement(tokens, answer, begin)
+        new_ids = _choices_until_disagreement(tokens, answer, begin)
+        choices += [use_own_end(token_id, small.vocabulary) for token_id in new_ids]
         for token_id in answer.token_ids[begin : len(choices)]:
             transcript = transcript.extend((token_id,), ends=False)
     return choices

@@ -114,10 +114,15 @@ class FastTokenizer:
         return None if "unk_token" not in self._roles else self._id(self._roles["unk_token"])
 
     @property
+    def eos_token_id(self) -> int | None:
+        """The id of the end token; None if there is none."""
+        return None if "eos_token" not in self._roles else self._id(self._roles["eos_token"])
+
+    @property
     def eos_token_ids(self) -> set[int]:
         """The ids that end an answer."""
-        own = self._roles.get("eos_token")
-        return {*self._eos_ids, *([] if own is None else [self._id(own)])}
+        own = self.eos_token_id
+        return {*self._eos_ids, *([] if own is None else [own])}
 
     @eos_token_ids.setter
     def eos_token_ids(self, ids: Iterable[int]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from mlxroute.tokenizers.byte_pieces import BYTE_OF, SPACE_MARK, byte_piece
 from mlxroute.tokenizers.control_tokens import ControlTokens, is_control_token
+from mlxroute.tokenizers.end_tokens import find_end_ids
 
 _ANCHOR: Final = "\n"
 
@@ -45,6 +46,15 @@ class TokenVocabulary:
     @property
     def eos_ids(self) -> frozenset[int]:
         return frozenset(self._tokenizer.eos_token_ids)
+
+    @cached_property
+    def end_id(self) -> int:
+        ids = self.eos_ids
+        # The chat template shows how turns end; the tokenizer may name the end of texts instead.
+        template = str(self._tokenizer.chat_template)
+        shown = {name: i for name, i in self.control_ids.items() if name in template}
+        candidates = (*find_end_ids(shown), self._tokenizer.eos_token_id)
+        return next((i for i in candidates if i in ids), min(ids))
 
     @property
     def bos_text(self) -> str:

@@ -174,8 +174,11 @@ def _file_key(
     small: SmallModel, replies: Replies, conversation: Sequence[Message], max_tokens: int
 ) -> str:
     """Return the file name for labels: a hash of all that they depend on."""
-    key = json.dumps([small.name, replies.recorded_name, conversation, max_tokens])
-    return hashlib.sha256(key.encode()).hexdigest()
+    parts = [small.name, replies.recorded_name, conversation, max_tokens]
+    if replies.is_approximate:
+        # Earlier labels of whole answers have another end token.
+        parts.append(small.vocabulary.end_id)
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +208,7 @@ def _label(
     for conversation, answer in zip(conversations, answers, strict=True):
         prompt_ids = small.encode_conversation(conversation).ids
         scored = small.score_text(prompt_ids, answer.token_ids)
-        disagreements = _find_disagreements(answer, scored)
+        disagreements = _find_disagreements(answer, scored, small.vocabulary.eos_ids)
         if with_continuations:
             for index in disagreements:
                 if index is not None:
@@ -240,12 +243,21 @@ def _token_ranges(answer: LargeAnswer) -> list[range]:
     ]
 
 
-def _find_disagreements(answer: LargeAnswer, scored: ScoredText) -> list[int | None]:
+def is_disagreement(first_id: int, second_id: int, eos_ids: frozenset[int]) -> bool:
+    """Return whether two tokens differ, and are not both end tokens."""
+    return first_id != second_id and not eos_ids.issuperset((first_id, second_id))
+
+
+def _find_disagreements(
+    answer: LargeAnswer, scored: ScoredText, eos_ids: frozenset[int]
+) -> list[int | None]:
     """Return, for each token of the large model, the first index where the small one differs."""
-    return [
-        next((i for i in part if scored.signals[i].token_id != answer.token_ids[i]), None)
-        for part in _token_ranges(answer)
-    ]
+    differing = {
+        index
+        for index, token_id in enumerate(answer.token_ids)
+        if is_disagreement(scored.signals[index].token_id, token_id, eos_ids)
+    }
+    return [next((i for i in part if i in differing), None) for part in _token_ranges(answer)]
 
 
 def _compare(

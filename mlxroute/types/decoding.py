@@ -142,6 +142,11 @@ class Vocabulary(Protocol):
         ...
 
     @property
+    def end_id(self) -> int:
+        """The one of `eos_ids`, which must not be empty, with which the model ends its answers."""
+        ...
+
+    @property
     def bos_text(self) -> str:
         """Text of the token that the tokenizer puts before a text; empty if there is none."""
         ...

@@ -20,8 +20,15 @@ from mlxroute.errors import (
     UsageError,
 )
 from mlxroute.routers import EntropyRouter
-from mlxroute.types import Mode, Source, StopReason, Token
-from tests.support.fakes import EOS, STRADDLING, FakeClock, ScriptedLarge, ScriptedSmall
+from mlxroute.types import LargeToken, Mode, Source, StopReason, Token
+from tests.support.fakes import (
+    EOS,
+    STRADDLING,
+    FakeClock,
+    ScriptedLarge,
+    ScriptedSmall,
+    TwoEndVocabulary,
+)
 
 DOWN = LargeUnreachable("nobody there")
 
@@ -126,6 +133,14 @@ def test_agreement_counts_escalations_where_both_models_choose_the_same_token() 
     _, answer = run(ScriptedSmall(b"abc", entropies={0: 2.0, 1: 2.0}), ScriptedLarge([b"a", b"x"]))
     stats = answer.stats()
     assert (stats.escalated, stats.agreed, stats.agreement) == (2, 1, 0.5)
+
+
+def test_models_that_both_end_agree_whatever_their_end_tokens_are() -> None:
+    end = LargeToken((0,), "", True, -0.5, (), None, None, None, 100, 0.1)
+    small = ScriptedSmall(b"a", entropies={1: 2.0}, vocabulary=TwoEndVocabulary())
+    tokens, answer = run(small, ScriptedLarge([end]))
+    assert (answer.stats().escalated, answer.stats().agreed) == (1, 1)
+    assert [token.token_id for token in tokens] == [ord("a"), EOS]
 
 
 def test_a_failed_call_keeps_the_small_token_and_marks_the_position_unchecked() -> None:

@@ -24,10 +24,12 @@ from mlxroute.recorded.replies import AnswerNotContinued, Replies
 from mlxroute.types import LargeContext, LargeToken, Message, Uploads, Vocabulary
 from tests.support.fakes import (
     EOS,
+    ByteVocabulary,
     ScriptedLarge,
     ScriptedReply,
     ScriptedSmall,
     ScriptedWholeAnswer,
+    TwoEndVocabulary,
 )
 
 # A line as earlier versions wrote it, for the token after the ids 1, 70.
@@ -243,10 +245,12 @@ def test_generated_tokens_beyond_the_answer_are_counted() -> None:
     assert Uploads.of_call(context(1), [unknown]).completion_tokens == 1
 
 
-def write_answer(large: ScriptedLarge, record: Path) -> LargeAnswer:
+def write_answer(
+    large: ScriptedLarge, record: Path, *, vocabulary: ByteVocabulary | None = None
+) -> LargeAnswer:
     """Return the large model's answer of at most 9 tokens to one question."""
     (answer,) = write_large_answers(
-        ScriptedSmall(b""),
+        ScriptedSmall(b"", vocabulary=vocabulary),
         Replies(large, record),
         [[{"role": "user", "content": "hi"}]],
         max_tokens=9,
@@ -352,6 +356,26 @@ def test_an_answer_holds_what_the_large_model_might_have_written_instead(tmp_pat
     assert choices == pytest.approx({ord("h"): h, ord("a"): math.exp(-2.0)})
     assert others == [{}, {}, {}]
     assert end == pytest.approx({EOS: math.exp(-0.5), ord("a"): math.exp(-2.0)})
+
+
+def test_answers_and_choices_end_with_the_small_models_own_end_token(tmp_path: Path) -> None:
+    vocabulary = TwoEndVocabulary()
+    end = replace(_TOKEN, token_ids=(0,), text="", is_eos=True, top_bytes=((b"abc", -2.0),))
+    answer = write_answer(ScriptedLarge([b"a", end]), tmp_path / "a", vocabulary=vocabulary)
+    assert answer.token_ids == (ord("a"), EOS)
+    assert {EOS, ord("a")} == dict(answer.choices[1]).keys()
+    chatting = ScriptedLarge([LargeError("a call for a token")])
+    chatting.is_approximate, chatting.whole_answer = True, ScriptedWholeAnswer("hello")
+    answer = write_answer(chatting, tmp_path / "b", vocabulary=vocabulary)
+    assert answer.token_ids == (*b"hello", EOS)
+    (choices,) = find_large_choices(
+        ScriptedSmall(b"", vocabulary=vocabulary),
+        Replies(ScriptedLarge([end]), tmp_path / "c"),
+        [WrittenAnswer([{"role": "user", "content": "hi"}], (), is_whole=True)],
+        at_once=1,
+        on_answer=lambda: None,
+    )
+    assert choices == [EOS]
 
 
 @pytest.mark.parametrize("is_whole", [False, True])

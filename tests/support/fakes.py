@@ -34,6 +34,10 @@ class ByteVocabulary:
         return frozenset({EOS})
 
     @property
+    def end_id(self) -> int:
+        return EOS
+
+    @property
     def bos_text(self) -> str:
         return ""
 
@@ -63,6 +67,14 @@ class ByteVocabulary:
         return tuple(text.encode())
 
 
+class TwoEndVocabulary(ByteVocabulary):
+    """In it the byte 0 ends an answer too."""
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return frozenset({0, EOS})
+
+
 def signals(token_id: int, entropy_nats: float = 0.0) -> Signals:
     """Return signals of which only the token and the entropy matter."""
     return Signals(token_id, -0.1, entropy_nats, 0.0, 0.9, (token_id,), (-0.1,))
@@ -79,7 +91,9 @@ class ScriptedSmall:
         *,
         entropies: dict[int, float] | None = None,
         context: int = 4096,
+        vocabulary: ByteVocabulary | None = None,
     ) -> None:
+        self._vocabulary = vocabulary or ByteVocabulary()
         self._script = [*script, EOS]
         self._entropies = entropies or {}
         self._context = context
@@ -97,7 +111,7 @@ class ScriptedSmall:
 
     @property
     def vocabulary(self) -> ByteVocabulary:
-        return ByteVocabulary()
+        return self._vocabulary
 
     @property
     def context_length(self) -> int:

@@ -25,6 +25,10 @@ class TableVocabulary:
         return frozenset({END_ID})
 
     @property
+    def end_id(self) -> int:
+        return END_ID
+
+    @property
     def bos_text(self) -> str:
         return self._bos_text
 

@@ -56,6 +56,7 @@ def test_the_vocabulary_is_that_of_transformers(folder: Path) -> None:
     assert fast.get_vocab() == full.get_vocab()
     assert set(fast.all_special_ids) == set(full.all_special_ids)
     assert fast.eos_token_ids == full.eos_token_ids
+    assert fast.eos_token_id == full.eos_token_id
     assert (fast.bos_token, fast.bos_token_id) == (full.bos_token, full.bos_token_id)
     assert fast.has_chat_template == full.has_chat_template
     contents = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from mlxroute.backend.load import load
 from mlxroute.engine.characters import CharacterState
 from mlxroute.tokenizers.byte_pieces import BYTE_OF
+from mlxroute.tokenizers.fast_tokenizer import FastTokenizer
 from mlxroute.tokenizers.token_vocabulary import TokenVocabulary
 from tests.support import real_vocabularies
 from tests.support.real_vocabularies import ANY_TEXT
@@ -88,6 +90,30 @@ def test_ids_outside_the_vocabulary_have_no_piece(vocabulary: TokenVocabulary) -
 
 def test_without_a_begin_token_the_bos_text_is_empty(vocabulary: TokenVocabulary) -> None:
     assert vocabulary.bos_text == ""
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        ("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}", "<|im_end|>"),
+        ("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}", "</s>"),
+        (None, "</s>"),
+    ],
+)
+def test_the_end_token_is_the_one_of_the_chat_template_or_else_the_tokenizers(
+    template: str | None, end: str
+) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+
+    tokenizer = Tokenizer(models.BPE({"a": 0}, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    names = ["<|endoftext|>", "</s>", "<|im_end|>"]
+    tokenizer.add_tokens([AddedToken(name, special=True) for name in names])
+    config = {"eos_token": "</s>"} | ({"chat_template": template} if template else {})
+    fast = FastTokenizer(tokenizer, path=Path(), config=config, eos_token_ids=[1, 2, 3])
+    vocabulary = TokenVocabulary(fast)
+    assert vocabulary.eos_ids == {1, 2, 3}
+    assert vocabulary.piece(vocabulary.end_id) == end
 
 
 def test_added_runs_of_spaces_are_spaces() -> None:

@@ -541,7 +541,8 @@ def test_the_large_model_corrects_own_answers(small: SmallModel, tmp_path: Path)
     prompt_ids = small.encode_conversation(conversation).ids
     assert example.prompt_ids == prompt_ids
     assert example.token_ids == (*prompt_ids, *written[:3])
-    assert example.targets == tuple(map(one_token, (written[0], other, written[2], end)))
+    own_end = small.vocabulary.end_id
+    assert example.targets == tuple(map(one_token, (written[0], other, written[2], own_end)))
     asked = [tuple(context.token_ids) for context in large.contexts]
     assert asked == [(*prompt_ids, *written[:count]) for count in range(4)]
 

@@ -23,8 +23,8 @@ from mlxroute.serving.concurrent_answers import AnswerRow, ConcurrentAnswers
 from mlxroute.small import SmallModel
 from mlxroute.training.head_fitting import FittedHead, fit_head, recall
 from mlxroute.training.labels import LabelledAnswer, collect_labels
-from mlxroute.types import LabelKind
-from tests.support.fakes import ScriptedLarge, ScriptedReply
+from mlxroute.types import LabelKind, LargeToken
+from tests.support.fakes import ScriptedLarge, ScriptedReply, ScriptedWholeAnswer
 from tests.support.tiny import final_hidden_state, make_tiny_model
 
 _HIDDEN = 64
@@ -32,8 +32,13 @@ _QUESTIONS = [Question(str(i), f"say {i}") for i in range(3)]
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
-    model, tokenizer = load(make_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny"))
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def small(path: Path) -> SmallModel:
+    model, tokenizer = load(path)
     return SmallModel(model, tokenizer, name="tiny")
 
 
@@ -141,6 +146,31 @@ def test_labels_mark_positions_where_the_small_model_chooses_another_token(
             assert given[0] == pytest.approx(signals.top_logprobs[place], abs=1e-3)
         signals = small.step(token_id)
     assert (answer.text, answer.token_count) == (spelled(small, written), 6)
+
+
+def test_models_that_both_end_do_not_disagree(path: Path, tmp_path: Path) -> None:
+    model, tokenizer = load(path)
+    small = SmallModel(model, tokenizer, name="tiny")
+    ids = list(small.encode_conversation([{"role": "user", "content": "say 0"}]).ids)
+    (own,) = greedy(small, ids, 1)
+    other = 70 if own != 70 else 71
+    # What the small model writes there is an end token, but not its usual one.
+    tokenizer.eos_token_ids = {*tokenizer.eos_token_ids, own, other}
+    small = SmallModel(model, tokenizer, name="tiny")
+    end = LargeToken((other,), "", True, -0.5, (), None, None, None, 100, 0.1)
+    (answer,) = labelled(small, ScriptedLarge([end]), tmp_path)
+    assert answer.differs.tolist() == [0.0]
+
+
+def test_labels_of_whole_answers_with_another_end_token_are_made_again(
+    small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for end_id in (small.vocabulary.end_id, 70):
+        monkeypatch.setattr(small.vocabulary, "end_id", end_id)
+        large = ScriptedLarge([])
+        large.is_approximate, large.whole_answer = True, ScriptedWholeAnswer("yes")
+        labelled(small, large, tmp_path)
+    assert len(list((tmp_path / "labels").iterdir())) == 2
 
 
 def test_the_small_model_continues_alone_from_each_disagreement(

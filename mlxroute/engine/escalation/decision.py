@@ -195,6 +195,9 @@ class Decider:
         prefetched: bool = False,
     ) -> Decision:
         """Return the decision for the large model's token, or for the small one it accepts."""
+        if token.is_eos and small_choice.ends:
+            # There may be several end tokens, and a server need not name the one it means.
+            token = replace(token, token_ids=small_choice.token_ids)
         escalation = Escalation(
             small_choice.signals.token_id, token, None, latency_s, prefetched=prefetched
         )

@@ -141,15 +141,15 @@ class Bridge:
 
     def _end_id(self, position: ReplyPosition) -> int | None:
         """Return the small model's end token if the answer ends here, None otherwise."""
-        eos_ids = sorted(self._vocabulary.eos_ids)
+        eos_ids = self._vocabulary.eos_ids
         token = position.token
         if token.piece is not None:
-            for eos_id in eos_ids:
+            for eos_id in sorted(eos_ids):
                 if self._vocabulary.piece(eos_id) == token.piece:
                     return eos_id
         if self._same_vocabulary and token.token_id in eos_ids:
             return token.token_id
-        return eos_ids[0] if self._reader.ends(position) and eos_ids else None
+        return self._vocabulary.end_id if self._reader.ends(position) and eos_ids else None
 
     def _shared_id(self, token: ReplyToken) -> int | None:
         """Return the token's id if the small vocabulary has the same token under it.

@@ -35,7 +35,12 @@ from mlxroute.training.advantage.routed_answers import (
 )
 from mlxroute.training.advantage.shrinkage import RightCounts
 from mlxroute.training.judged_questions import JudgedQuestion
-from mlxroute.training.labels import decode_answer, read_label_file, write_label_file
+from mlxroute.training.labels import (
+    decode_answer,
+    is_disagreement,
+    read_label_file,
+    write_label_file,
+)
 from mlxroute.types import Progress
 
 SAMPLES: Final = 8
@@ -194,7 +199,7 @@ class AdvantageLabeller:
         """
         eos_ids = self.small.vocabulary.eos_ids
         prompt_ids = self.small.encode_conversation(item.conversation).ids
-        answer_ids = [*answer.token_ids, min(eos_ids)][: len(large_ids)]
+        answer_ids = [*answer.token_ids, self.small.vocabulary.end_id][: len(large_ids)]
         if not answer_ids:
             nothing = mx.zeros((0, 1))
             return AdvantageLabels(nothing, nothing, nothing[:, 0], nothing, answer.text), []
@@ -203,8 +208,7 @@ class AdvantageLabeller:
         differing = [
             position
             for position, pair in enumerate(zip(small_ids, large_ids, strict=True))
-            # A model may have several end tokens.
-            if len(set(pair)) > 1 and not eos_ids.issuperset(pair)
+            if is_disagreement(*pair, eos_ids)
         ]
         hidden = scored.hidden.astype(mx.float16)
         mx.eval(hidden)

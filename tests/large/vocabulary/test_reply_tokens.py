@@ -125,6 +125,20 @@ def test_a_foreign_end_token_becomes_the_small_models_end_token() -> None:
     assert (large_token.token_ids, large_token.text, large_token.is_eos) == ((END_ID,), "", True)
 
 
+@pytest.mark.parametrize("same", [False, True])
+def test_an_end_that_the_server_does_not_name_is_the_small_models_own(same: bool) -> None:
+    class TwoEnds(TableVocabulary):
+        eos_ids = frozenset({0, END_ID})
+
+    bridge = Bridge(TokenReader(), TwoEnds(["Ġthe"]), same_vocabulary=same)
+    unnamed = bridge.first_token([ReplyPosition(ReplyToken(text=""), ends=True)], "")
+    assert unnamed is not None
+    assert (unnamed.token_ids, unnamed.is_eos) == ((END_ID,), True)
+    named = bridge.first_token([ReplyPosition(ReplyToken(piece="<s>"), ends=True)], "")
+    assert named is not None
+    assert (named.token_ids, named.is_eos) == ((0,), True)
+
+
 def test_in_a_shared_vocabulary_a_fragment_keeps_its_id_and_has_no_text() -> None:
     fragment = VOCABULARY.id_of("Ã")
     large_token = token(MLX_LM, mlx_lm_reply([(fragment, "Ã"), (2, "Ġa")]), same=True)
