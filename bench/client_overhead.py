@@ -31,6 +31,7 @@ class _ByteVocabulary:
     """A vocabulary of single bytes."""
 
     eos_ids = frozenset({256})
+    end_id = 256
     bos_text = ""
     size = 257
 

@@ -40,6 +40,7 @@ class Run:
     events: list[Event]
     stats: RunStats
     fed: list[int]
+    batches: int
     seconds: float
     spans: dict[tuple[int, ...], tuple[str, ...]]
 
@@ -64,7 +65,7 @@ def run(world: World, *, order: int = 0, budget: float | None = None, **options:
     events = list(answer.events())
     assert all(f.finished and f.consumed for f in large.calls), "a call was left behind"
     assert answer.stats().calls == len(large.calls)
-    return Run(events, answer.stats(), list(small.fed), clock.now, large.spans)
+    return Run(events, answer.stats(), list(small.fed), small.batches, clock.now, large.spans)
 
 
 def experience() -> Experience:
