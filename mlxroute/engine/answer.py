@@ -239,6 +239,7 @@ def _decode_context(  # noqa: PLR0913 - the collaborators of an answer
     )
     calls = AnswerCalls(
         large,
+        max_tokens=max_tokens,
         timeout_s=options.timeout_s,
         governor=governor,
         experience=experience,

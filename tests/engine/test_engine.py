@@ -337,3 +337,14 @@ def test_one_token_has_no_speed() -> None:
 def test_values_out_of_range_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(UsageError, match=r"^[a-z_]+ must be "):
         generate(ScriptedSmall(b"a"), None, "hi", router=EntropyRouter(1.0), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", [Mode.WAIT, Mode.OVERLAP])
+def test_no_call_asks_for_more_tokens_than_the_answer_has_room_for(mode: Mode) -> None:
+    large = ScriptedLarge([b"X"])
+    options = Options(max_tokens=4, mode=mode, prefetch=8)
+    router = EntropyRouter(-math.inf)
+    small, messages = ScriptedSmall(b"abcdefgh"), [{"role": "user", "content": "hi"}]
+    answer = Answer(small, large, messages, router=router, options=options, clock=FakeClock())
+    assert len(list(answer)) == 4
+    assert large.prefetches == [3, 2, 1, 0]

@@ -185,6 +185,7 @@ class ScriptedLarge:
         self._seconds = seconds
         self.uploads = Uploads()
         self._lost_s = lost_s
+        self.prefetches: list[int] = []
         self._calls: list[FakeCall] = []
         self.contexts: list[LargeContext] = []
         self.deadlines: list[float] = []
@@ -216,6 +217,7 @@ class ScriptedLarge:
     def begin(self, context: LargeContext, *, deadline_s: float, prefetch: int) -> FakeCall:
         reply = self._replies[min(len(self.contexts), len(self._replies) - 1)]
         self.contexts.append(context)
+        self.prefetches.append(prefetch)
         self.deadlines.append(deadline_s)
         self.uploads += Uploads(requests=1, size_bytes=100)
         ready_s = 0.0

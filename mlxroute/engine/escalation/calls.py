@@ -57,19 +57,22 @@ class AnswerCalls:
     """Starts, counts and bounds the calls of one answer.
 
     Waiting for failed calls, and for failed attempts inside successful ones, costs the answer at
-    most `timeout_s` in total. After that no call is made for the rest of the answer.
+    most `timeout_s` in total. After that no call is made for the rest of the answer. No call asks
+    for more tokens than an answer of `max_tokens` has room for.
     """
 
     def __init__(
         self,
         large: LargeProtocol | None,
         *,
+        max_tokens: int,
         timeout_s: float,
         governor: Governor,
         experience: Experience,
         clock: Callable[[], float],
     ) -> None:
         self._large = large
+        self._max_tokens = max_tokens
         self._timeout_s = timeout_s
         self._governor = governor
         self._experience = experience
@@ -125,12 +128,13 @@ class AnswerCalls:
         ages_s = (self._clock() - call.started_s for call in self._in_flight)
         return max(ages_s, default=None)
 
-    def start(self, context: LargeContext) -> Call:
-        """Start a call; requires `is_open`."""
+    def start(self, context: LargeContext, position: int) -> Call:
+        """Start a call for the token at a position of the answer; requires `is_open`."""
         assert self._large is not None
         deadline_s = min(self._timeout_s, self._failure_allowance_s)
         started_s = self._clock()
-        prefetch, is_alone = self._governor.prefetch, self._governor.mode is Mode.WAIT
+        prefetch = max(0, min(self._governor.prefetch, self._max_tokens - position - 1))
+        is_alone = self._governor.mode is Mode.WAIT
         self._governor.on_call_started()
         pending = self._large.begin(context, deadline_s=deadline_s, prefetch=prefetch)
         call = Call(

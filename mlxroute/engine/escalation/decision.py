@@ -152,7 +152,7 @@ class Decider:
             pending = self.prefetched.pending(transcript.ids)
             if pending is not None:
                 return self._calls.join(pending)
-        return self._calls.start(transcript.context())
+        return self._calls.start(transcript.context(), len(transcript))
 
     def decide_from_call(
         self, small_choice: Decision, call: Call, ids: Sequence[int]
