@@ -64,7 +64,7 @@ def test_twenty_answers_with_faults_at_random_moments(
     assert chaos.compared >= 4
 
 
-def test_forty_answers_by_example_with_faults_at_random_moments(
+def test_twenty_answers_by_example_with_faults_at_random_moments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_retry_pauses: None, rng: random.Random
 ) -> None:
     """The same on a server that only chats; its tokens are words."""
@@ -93,10 +93,10 @@ def test_forty_answers_by_example_with_faults_at_random_moments(
                 modes=(Mode.WAIT, Mode.OVERLAP),
                 accidents={"refused": proxy.server.gone},
             )
-            for _ in range(4):
+            for _ in range(2):
                 chaos.chat()
         proxy.server.close()
     print(chaos.report())  # noqa: T201
-    assert chaos.answers == 40
-    assert len(proxy.played) >= 20
-    assert chaos.compared >= 6
+    assert chaos.answers == 20
+    assert len(proxy.played) >= 10
+    assert chaos.compared >= 3

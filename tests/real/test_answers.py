@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,6 @@ from mlxroute.hosting.launcher import LocalServer
 from mlxroute.large.http import circuit_breaker
 from mlxroute.small import SmallModel
 from mlxroute.types import Mode, Source, StopReason
-from tests.conftest import CACHE_DIR
 
 TOKEN_KEYS = {
     *("type", "index", "id", "text", "source", "score", "entropy_nats", "margin", "small_id"),
@@ -46,20 +46,20 @@ def test_a_server_killed_in_mid_answer_costs_no_token_and_less_than_a_timeout(
             large,
             "Tell me a long story about a fox.",
             router=EntropyRouter(-math.inf),
-            max_tokens=24,
+            max_tokens=10,
             timeout_s=60,
             mode=Mode.WAIT,
         )
         sources, killed_at = [], math.inf
         for token in answer:
             sources.append(token.source)
-            if token.index == 7:
+            if token.index == 3:
                 os.kill(host.pid, signal.SIGKILL)
                 killed_at = time.monotonic()
         extra_s = answer.stats().stall_s
     stats = answer.stats()
-    assert sources == [Source.LARGE] * 8 + [Source.SMALL] * 16
-    assert (stats.tokens, stats.fallbacks, stats.unchecked) == (24, 3, 16)
+    assert sources == [Source.LARGE] * 4 + [Source.SMALL] * 6
+    assert (stats.tokens, stats.fallbacks, stats.unchecked) == (10, 3, 6)
     assert stats.finish_reason is StopReason.LENGTH
     assert time.monotonic() - killed_at < 60 + 30
     assert extra_s < 120
@@ -90,12 +90,12 @@ def test_the_second_turn_of_a_long_chat_prefills_only_the_new_messages(smollm2: 
     ],
 )
 def test_json_lines_follow_the_schema_and_hold_whole_characters(
-    smollm2: SmallModel, host: LocalServer, capsys: pytest.CaptureFixture[str], prompt: str
+    smollm2_path: Path, host: LocalServer, capsys: pytest.CaptureFixture[str], prompt: str
 ) -> None:
     code = main(
         [
-            *("ask", "--json", "--small", "smollm2-135m", "--large", host.url),
-            *("--cache-dir", str(CACHE_DIR), "--threshold", "2", "--max-tokens", "20", prompt),
+            *("ask", "--json", "--small", str(smollm2_path), "--large", host.url),
+            *("--threshold", "2", "--max-tokens", "12", prompt),
         ]
     )
     assert code == 0

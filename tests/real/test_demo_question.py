@@ -24,7 +24,7 @@ from tests.conftest import CACHE_DIR
 def test_one_model_in_both_roles_writes_one_answer_three_times(
     smollm2: SmallModel, host: LocalServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo_story, "MAX_TOKENS", 12)
+    monkeypatch.setattr(demo_story, "MAX_TOKENS", 6)
     out, err = io.StringIO(), io.StringIO()
     pair = Pair("smollm2-135m", "smollm2-135m", True, 1.0, "none")
     with LargeModel(host.url, timeout_s=60) as large:
@@ -32,7 +32,7 @@ def test_one_model_in_both_roles_writes_one_answer_three_times(
         session = Session(
             smollm2,
             large,
-            Settings(max_tokens=12, timeout=60),
+            Settings(max_tokens=6, timeout=60),
             routing=routing,
             ledger=Ledger(),
             never_send=(),

@@ -184,7 +184,7 @@ def test_characters_of_several_tokens_and_the_end_of_the_answer_arrive_whole(
     server: RunningServer, smollm2: SmallModel
 ) -> None:
     with client_of(server) as large:
-        emoji, stats = escalate_always(smollm2, large, "Repeat exactly: 🦊🦊🦊🦊", count=24)
+        emoji, stats = escalate_always(smollm2, large, "Repeat exactly: 🦊🦊🦊🦊", count=12)
         assert "🦊" in stats.text
         assert any(token.text == "" for token in emoji[:-1]), "no character took several tokens"
         ended, stats = escalate_always(smollm2, large, "Say only the word yes.", count=48)

@@ -15,7 +15,7 @@ from tests.real.conftest import PROMPTS
 from tests.real.exact import near_tie_nats
 from tests.support.batch_start import start_batch_of
 
-_TOKENS = 16
+_TOKENS = 8
 # In float32, a batch rounds differently from a single row by less than this.
 _NEAR_TIE_NATS = 1e-3
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -34,14 +35,15 @@ def imported_names(tree: ast.AST) -> set[str]:
     return names
 
 
-def imports_of(path: Path) -> set[str]:
+@cache
+def imports_of(path: Path) -> frozenset[str]:
     """Return the modules that a file imports."""
-    return imported_names(ast.parse(path.read_text(encoding="utf-8")))
+    return frozenset(imported_names(ast.parse(path.read_text(encoding="utf-8"))))
 
 
 def module_graph() -> dict[str, set[str]]:
     """Return the modules of the package that each of its modules imports."""
-    return {name: (imports_of(path) & MODULES.keys()) - {name} for name, path in MODULES.items()}
+    return {name: {*imports_of(path)} & MODULES.keys() - {name} for name, path in MODULES.items()}
 
 
 def circles(graph: Mapping[str, set[str]]) -> Iterator[list[str]]:

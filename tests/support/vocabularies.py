@@ -18,6 +18,9 @@ class TableVocabulary:
 
     def __init__(self, pieces: list[str], *, bos_text: str = "") -> None:
         self._pieces = ["<s>", "<|im_end|>", *pieces]
+        self._bytes = [b"", b"", *(bytes(map(_BYTE_OF.__getitem__, piece)) for piece in pieces)]
+        # The longest first.
+        self._order = sorted(range(2, len(self._pieces)), key=lambda i: -len(self._pieces[i]))
         self._bos_text = bos_text
 
     @property
@@ -51,22 +54,18 @@ class TableVocabulary:
         return self._pieces[token_id] if 0 <= token_id < len(self._pieces) else None
 
     def token_bytes(self, token_id: int) -> bytes:
-        if token_id <= END_ID:
-            return b""
-        piece = self._pieces[token_id]
-        return bytes(_BYTE_OF[char] for char in piece)
+        return self._bytes[token_id]
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Encode greedily, the longest piece first; bytes without a piece are dropped."""
         data, ids = text.encode(), []
-        order = sorted(range(2, len(self._pieces)), key=lambda i: -len(self._pieces[i]))
         while data:
-            longest = next((i for i in order if data.startswith(self.token_bytes(i))), None)
+            longest = next((i for i in self._order if data.startswith(self._bytes[i])), None)
             if longest is None:
                 data = data[1:]
                 continue
             ids.append(longest)
-            data = data[len(self.token_bytes(longest)) :]
+            data = data[len(self._bytes[longest]) :]
         return tuple(ids)
 
 
