@@ -42,7 +42,7 @@ class Run:
     fed: list[int]
     batches: int
     seconds: float
-    spans: dict[tuple[int, ...], tuple[str, ...]]
+    spans: set[tuple[tuple[int, ...], tuple[str, ...]]]
 
     @property
     def tokens(self) -> list[Token]:
@@ -111,6 +111,16 @@ def check_events(events: Sequence[Event]) -> None:
                     assert early.text.startswith(event.text)
 
 
+def called_ids(run: Run) -> set[tuple[int, ...]]:
+    """Return the ids before each token of the answer that a call of its own returned."""
+    ids = [token.token_id for token in run.tokens]
+    return {
+        tuple(ids[:i])
+        for i, token in enumerate(run.tokens)
+        if token.escalation and not token.escalation.prefetched
+    }
+
+
 def check_cache(run: Run) -> None:
     """Check that the cache holds the answer but for its last decision."""
     last = next(i for i in range(1, 9) if len(run.fed) + i == run.stats.tokens)
@@ -163,8 +173,9 @@ def test_the_answer_is_the_same_in_every_mode_whatever_the_timing_of_calls(
             assert got.fed[: len(expected.fed)] == expected.fed
             check_cache(got)
             check_events(got.events)
-            for ids in expected.spans.keys() & got.spans.keys():
-                assert got.spans[ids] == expected.spans[ids]
+            # A branch that was dropped may have had the same ids, chosen otherwise.
+            called = called_ids(got)
+            assert {span for span in expected.spans if span[0] in called} <= got.spans
             assert got.stats.prefetch_used <= got.stats.prefetch_generated
             if not prefetched_tokens:
                 assert not any(t.escalation.prefetched for t in got.tokens if t.escalation)

@@ -179,6 +179,7 @@ class WorldCall:
         self._max_tokens = max_tokens
         self.ready_s = ready_s
         self.consumed = False
+        self.was_read = False
         self.cancelled_s = math.inf
 
     @property
@@ -203,7 +204,7 @@ class WorldCall:
 
     def result(self) -> tuple[LargeToken, ...]:
         assert self.ready
-        self.consumed = True
+        self.consumed = self.was_read = True
         if isinstance(self._outcome, LargeError):
             raise self._outcome
         count = sum(time_s <= self._clock.now for time_s in self.times_s)
@@ -228,8 +229,13 @@ class WorldLarge:
         self._rng = random.Random(order)
         self.uploads = Uploads()
         self.calls: list[WorldCall] = []
-        # By the ids before, the texts that the server may tokenize apart from each other.
-        self.spans: dict[tuple[int, ...], tuple[str, ...]] = {}
+        self._contexts: list[tuple[tuple[int, ...], tuple[str, ...]]] = []
+
+    @property
+    def spans(self) -> set[tuple[tuple[int, ...], tuple[str, ...]]]:
+        """For each call that was read, the ids before it and the texts that may be cut apart."""
+        contexts = zip(self.calls, self._contexts, strict=True)
+        return {context for call, context in contexts if call.was_read}
 
     @property
     def is_local(self) -> bool:
@@ -245,7 +251,8 @@ class WorldLarge:
         assert list(context.token_ids[: len(prompt_ids)]) == prompt_ids
         ids = tuple(context.token_ids[len(prompt_ids) :])
         _check(context, self._prompt, ids)
-        self.spans[ids] = tuple(span.text for span in context.spans if span.text)
+        texts = tuple(span.text for span in context.spans if span.text)
+        self._contexts.append((ids, texts))
         ready_s = self._clock.now + self._rng.uniform(0.0, self._world.max_call_s)
         outcome = self._tokens(ids, prefetch)
         if self._world.whole_only and context.fragment_ids:
