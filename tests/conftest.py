@@ -18,7 +18,7 @@ from mlxroute.view.live_area import REWRAPPING_VARIABLES
 # Read before a fixture hides the user's settings from the tests.
 CACHE_DIR = Path(os.environ.get("MLXROUTE_CACHE_DIR") or cache_folder())
 # Each worker holds the small model in memory, and all of them share one GPU.
-MAX_WORKERS = 3
+MAX_WORKERS = 2
 # No test depends on the speed of the machine.
 settings.register_profile("mlxroute", deadline=None)
 settings.load_profile("mlxroute")
@@ -48,8 +48,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     whole_suite = config.args_source is not pytest.Config.ArgsSource.ARGS
     if not whole_suite or config.getoption("--heavy") or config.getoption("capture") == "no":
         return 0
-    # One more than the cores: many tests wait for a server or a deadline.
-    return min(MAX_WORKERS, (os.cpu_count() or 1) + 1)
+    return min(MAX_WORKERS, os.cpu_count() or 1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
