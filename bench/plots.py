@@ -23,6 +23,7 @@ RESULTS = ROOT / "bench" / "results"
 SETS = {
     "CommonsenseQA": "quality-qwen2.5-coder-0.5b-csqa-test-examples.json",
     "GSM8K": "quality-qwen2.5-coder-0.5b-gsm8k-test-examples.json",
+    "HumanEval": "quality-qwen2.5-coder-0.5b-humaneval.json",
     "open prompts (F1)": "quality-qwen2.5-coder-0.5b-questions-open.json",
 }
 """The reports of the picture of all sets, by the name of the set."""

@@ -31,7 +31,7 @@ def print_quality(report: dict[str, Any], err: Console) -> None:
     strict = sides["large"]["strict"]
     if cut_off > _CUT_OFF_SHARE * count:
         result = (
-            "answers that are incomplete by then count as wrong"
+            "their marks are those of what was written by then"
             if strict
             else "only their beginnings are compared"
         )
