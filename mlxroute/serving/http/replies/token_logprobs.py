@@ -41,7 +41,7 @@ class LogprobForms:
     def completion(self, tokens: Iterable[Token], *, offset: int = 0) -> dict[str, Any]:
         """Return the `logprobs` of a choice of a text completion, whose text starts at `offset`.
 
-        The end token has an entry: clients that score prompts drop one for each token asked for.
+        The end token has an entry, because lm-eval drops the last entry as the one of the answer.
         """
         lists: dict[str, list[Any]] = {
             "tokens": [],
