@@ -31,7 +31,7 @@ def print_quality(report: dict[str, Any], err: Console) -> None:
     strict = sides["large"]["strict"]
     if cut_off > _CUT_OFF_SHARE * count:
         result = (
-            "their marks are those of what was written by then"
+            "they are judged by what was written"
             if strict
             else "only their beginnings are compared"
         )

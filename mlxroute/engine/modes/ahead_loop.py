@@ -261,12 +261,13 @@ class AheadLoop:
         max_branches = self._max_branches
         is_batch = max_branches > 1 and best in batch and len(batch) > 1
         missing = 1 if is_batch else self._length(best) - len(self._cache)
-        if not context.small.can_rollback(missing):
+        may_roll_back = context.calls.in_flight or not self._cache.is_exact
+        if may_roll_back and not context.small.can_rollback(missing):
             if context.calls.in_flight:
                 self.was_blocked = True
                 return False
             # The last time that what a batch computed can be removed from the cache.
-            best.decode_alone |= not self._cache.is_exact
+            best.decode_alone = True
         if is_batch:
             batch.sort(key=lambda branch: -branch.probability)
             self._feed_batch(batch[:max_branches])
