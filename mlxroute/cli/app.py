@@ -108,7 +108,9 @@ def _run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
     except OSError as exc:
-        return _fail(f"{exc.filename or 'the output'}: {exc.strerror}", EXIT_USAGE)
+        from mlxroute.safe_text import os_error_text
+
+        return _fail(os_error_text(exc), EXIT_USAGE)
     return int(code or EXIT_OK)
 
 

@@ -6,15 +6,21 @@ import difflib
 import re
 from collections.abc import Collection
 
-_WORDS = re.compile(r"(/[^\s/]*)(?:[ \t]+(.*?))?\s*")
+_NAME = re.compile(r"/[^\s/]*")
 # How much a word must resemble a command, from 0 to 1, to be a misspelt one.
 _NEAR = 0.75
 
 
 def split_command(text: str) -> tuple[str, str]:
     """Return the first word in lower case, and the rest; both empty if it cannot be a command."""
-    words = _WORDS.fullmatch(text)
-    return (words[1].lower(), words[2] or "") if words else ("", "")
+    line = text.rstrip()
+    name = _NAME.match(line)
+    if name is None or "\n" in line:
+        return "", ""
+    value = line[name.end() :]
+    if value and value[0] not in " \t":
+        return "", ""
+    return name[0].lower(), value.lstrip(" \t")
 
 
 def describe_doubt(name: str, value: str, commands: Collection[str]) -> str:

@@ -82,7 +82,7 @@ def tell_story(
     """
     stage = _Stage(question, heat=heat, out=out, err=err)
     threshold = session.routing.threshold
-    err.print(f"\n> {question.prompt}", style="bold", markup=False)
+    err.print(f"\n> {question.prompt}", style="bold")
     story = _answer_three_times(session, pair, question, stage)
     err.print()
     err.print(table_of_answers((story.small, story.routed, story.large), width=err.width))
@@ -113,7 +113,7 @@ def tell_story(
         paragraphs.insert(1, choice)
     for paragraph in filter(None, paragraphs):
         err.print()
-        err.print(paragraph, markup=False)
+        err.print(paragraph)
     err.print("\nNext:")
     width = max(len(command) for command, _ in _NEXT_COMMANDS)
     for command, effect in _NEXT_COMMANDS:
@@ -202,7 +202,7 @@ class _Stage:
     def show(self, answer: AnswerStream, heading: str, writer: str, threshold: float) -> DemoAnswer:
         """Show an answer live below its heading, and return it judged."""
         self._err.print()
-        self._err.print(heading, style="bold cyan", markup=False)
+        self._err.print(heading, style="bold cyan")
         stats = LiveView(self._out, heat=self._heat, threshold=threshold).show(answer)
         self.notes.flush()
         conclusion = find_conclusion(stats.text)

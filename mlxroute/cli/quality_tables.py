@@ -45,7 +45,6 @@ def print_quality(report: dict[str, Any], err: Console) -> None:
             f"the large model's logprobs are missing for {unscored['answers']} of"
             f" {count * len(sides)} answers: {unscored['reason']}",
             style="yellow",
-            markup=False,
             soft_wrap=True,
         )
     in_form = count - strict["no_answer"] if strict is not None else count

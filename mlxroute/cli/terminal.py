@@ -50,6 +50,9 @@ def _make_console(stream: TextIO, *, stderr: bool = False) -> Console:
     return Console(
         stderr=stderr,
         highlight=False,
+        # Texts hold names, paths and addresses, whose [x] and :100: are no markup.
+        markup=False,
+        emoji=False,
         force_terminal=is_terminal,
         force_interactive=is_terminal and not is_dumb,
         color_system="standard" if is_coloured and not is_terminal else "auto",
@@ -82,7 +85,7 @@ def print_note(console: Console, text: str, *, style: str = _NOTE_STYLE) -> None
 
     A terminal wraps it at words. In a file or pipe, lines stay whole.
     """
-    console.print(text, style=style, markup=False, soft_wrap=not console.is_terminal)
+    console.print(text, style=style, soft_wrap=not console.is_terminal)
 
 
 def print_labelled(console: Console, label: str, text: str) -> None:

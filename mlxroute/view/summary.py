@@ -19,6 +19,8 @@ from mlxroute.view.figures import (
 
 def _cost(amount: float) -> str:
     """Return an amount without currency: three significant digits, at least two decimals."""
+    if not math.isfinite(amount):
+        return f"cost ~{amount}"
     decimals = 2 if amount <= 0 else max(2, 2 - math.floor(math.log10(amount)))
     return f"cost ~{amount:,.{decimals}f}"
 

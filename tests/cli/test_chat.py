@@ -17,6 +17,7 @@ from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
+from mlxroute.cli.command_words import split_command
 from mlxroute.cli.commands.chat import run_chat
 from mlxroute.cli.line_input import CommandCompleter, LineEditor, LineReader, Reader
 from mlxroute.conversation import Conversation
@@ -426,6 +427,12 @@ def test_a_bad_file_leaves_the_conversation_as_it_was(chat: Chat, tmp_path: Path
     assert len(chat.session.conversation.turns) == 2
     assert "error: /load needs a file name" in chat.printed
     assert any("bad.json is not a conversation" in line for line in chat.printed)
+
+
+def test_a_long_message_that_begins_like_a_command_is_read_at_once() -> None:
+    # Backtracking over the blanks would take minutes.
+    assert split_command("/x" + " " * 10_000 + "y\nz") == ("", "")
+    assert split_command("/X " + " " * 10_000 + "y") == ("/x", "y")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from mlxroute.cli import main
 from mlxroute.cli.failure_notes import FailureNotes, failure_note
-from mlxroute.cli.terminal import make_consoles, show_answer
+from mlxroute.cli.terminal import make_consoles, make_table, show_answer
 from mlxroute.engine import generate
 from mlxroute.errors import LargeTimeout
 from mlxroute.routers import EntropyRouter
@@ -294,3 +294,16 @@ def test_a_strict_answer_that_fails_ends_the_line_that_it_began(
     with pytest.raises(LargeTimeout):
         show_answer(answer, heat=False, threshold=1.0, out=out, err=err)
     assert capsys.readouterr().out == text
+
+
+def test_addresses_and_paths_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = make_consoles()
+    texts = ["http://[fd00::1]:8787/v1", "http://[2001:db8:100::5]:8000/v1", "/models:100:q4/[b]"]
+    for text in texts:
+        out.print(text, soft_wrap=True)
+    table = make_table("path")
+    table.add_row(texts[2])
+    out.print(table)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[:3] == texts
+    assert texts[2] in lines[3:]

@@ -138,6 +138,8 @@ def test_the_status_line_has_the_uploads_of_the_answer_and_of_the_chat() -> None
         (0.5, "cost ~0.500"),
         (12.3456, "cost ~12.35"),
         (12345.678, "cost ~12,345.68"),
+        (float("inf"), "cost ~inf"),
+        (float("nan"), "cost ~nan"),
     ],
 )
 def test_a_cost_is_a_number_without_currency(amount: float, text: str) -> None:

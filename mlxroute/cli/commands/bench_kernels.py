@@ -54,4 +54,4 @@ def _print_kernels(report: dict[str, Any], err: Console) -> None:
                 ("yes" if error["same_top_ids"] else "NO") if error else "",
             )
     err.print(table)
-    err.print(f"Metal: {report['metal']}", soft_wrap=True, markup=False)
+    err.print(f"Metal: {report['metal']}", soft_wrap=True)

@@ -205,14 +205,12 @@ class _Chat:
         self.unanswered = ""
 
     def _help(self, value: str) -> None:
-        from rich.markup import escape
-
         from mlxroute.cli.terminal import make_table
 
         table = make_table("", "")
         table.show_header = False
         for name, command in _COMMANDS.items():
-            table.add_row(escape(f"{name} {command.takes}"), command.help, style="dim")
+            table.add_row(f"{name} {command.takes}", command.help, style="dim")
         self._err.print(table)
         self.print_line(_KEYS_HELP)
 

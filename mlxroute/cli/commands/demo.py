@@ -75,7 +75,7 @@ def _fetch_pair(
 
     failure: WeightsError = SourceUnreachable("the catalogue names no pair")
     for pair in pairs:
-        err.print(f"models: {pair.small} here, {pair.large} as the large one", markup=False)
+        err.print(f"models: {pair.small} here, {pair.large} as the large one")
         try:
             with ByteProgress(err) as progress:
                 for name, as_gguf in (
@@ -92,7 +92,7 @@ def _fetch_pair(
                         notify=progress.notify,
                     )
         except SourceUnreachable as exc:
-            err.print(f"{exc}; trying the next pair", style="yellow", markup=False)
+            err.print(f"{exc}; trying the next pair", style="yellow")
             failure = exc
         else:
             return pair, local

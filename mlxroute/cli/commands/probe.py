@@ -52,7 +52,7 @@ def probe(
                 verdict = large.probe()
         except NoUsableDialect as exc:
             _print_rejected(out, exc.rejected)
-            err.print(f"error: {large.base_url}: {exc}", markup=False, soft_wrap=True)
+            err.print(f"error: {large.base_url}: {exc}", soft_wrap=True)
             return EXIT_LARGE_FAILED
         sent = ledger.uploads
         print_model_notes(large, err)
@@ -65,6 +65,7 @@ def probe(
 
 def _print_verdict(out: Console, verdict: Verdict, *, name: str) -> None:
     from mlxroute.cli.terminal import make_table
+    from mlxroute.safe_text import printable
 
     length = verdict.context_length
     facts = {
@@ -76,31 +77,23 @@ def _print_verdict(out: Console, verdict: Verdict, *, name: str) -> None:
         f" p95 {verdict.latency_p95_s * 1e3:,.0f} ms",
     }
     for label, text in facts.items():
-        out.print(f"{label:<10} {text}", markup=False, highlight=False, soft_wrap=True)
+        out.print(f"{label:<10} {text}", highlight=False, soft_wrap=True)
     out.print()
     table = make_table("capability", "", "observed", fold=True)
     for check in verdict.checks:
-        table.add_row(check.name, _MARKS[check.passed], _escape(check.detail))
+        table.add_row(check.name, _MARKS[check.passed], printable(check.detail))
     out.print(table)
     _print_rejected(out, verdict.rejected)
 
 
 def _print_rejected(out: Console, rejected: tuple[RejectedDialect, ...]) -> None:
     from mlxroute.cli.terminal import make_table
+    from mlxroute.safe_text import printable
 
     if not rejected:
         return
     out.print()
     table = make_table("refused", "why", fold=True)
     for dialect in rejected:
-        table.add_row(dialect.dialect, _escape(dialect.reason))
+        table.add_row(dialect.dialect, printable(dialect.reason))
     out.print(table)
-
-
-def _escape(text: str) -> str:
-    """Return a server's text without control characters, its brackets escaped for rich."""
-    from rich.markup import escape
-
-    from mlxroute.safe_text import printable
-
-    return escape(printable(text))

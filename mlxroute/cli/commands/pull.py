@@ -46,5 +46,5 @@ def pull(
         "used as it is" if local.source in ("directory", "file") else f"verified ({local.source})"
     )
     print_note(err, f"{local.name}: {outcome}")
-    out.print(str(local.path), soft_wrap=True, markup=False)
+    out.print(str(local.path), soft_wrap=True)
     return 0

@@ -35,7 +35,8 @@ def serve(settings: Settings) -> int:
     with bind(settings.host, settings.port) as listener:
         address = f"[{settings.host}]" if ":" in settings.host else settings.host
         # Scripts read the address, so it is the only line on stdout.
-        out.print(f"http://{address}:{listener.getsockname()[1]}/v1", soft_wrap=True)
+        url = f"http://{address}:{listener.getsockname()[1]}/v1"
+        out.print(url, soft_wrap=True)
         # Models that are loaded beside the event loop of their server decode some 4 % slower.
         with serving_in_thread(create_loading_app(rules), listener):
             session = open_session(settings, err, command="serve")

@@ -292,7 +292,6 @@ def _print_advice(
     flag = f"--head {file}" if is_elsewhere else "--router head"
     err.print(
         f"written to {file}; use it with {flag} --budget {100 * _budget(settings):g}%",
-        markup=False,
         soft_wrap=True,
     )
     if not fitted.beats_entropy:
