@@ -9,6 +9,7 @@ import re
 import runpy
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,11 @@ def _our_commands(line: str) -> Iterator[list[str]]:
         command = []
 
 
+@cache
+def _command_group() -> Any:
+    return typer.main.get_command(app)
+
+
 def _options_of(command: Any) -> set[str]:
     parameters = command.get_params(typer.Context(command))
     return {name for parameter in parameters for name in parameter.opts}
@@ -76,7 +82,7 @@ def _options_of(command: Any) -> set[str]:
 
 def _parse(arguments: list[str]) -> None:
     """Parse a command line as the program does, without running it; raise its usage error."""
-    command: Any = typer.main.get_command(app)
+    command = _command_group()
     names = ["mlxroute"]
     while arguments and (nested := getattr(command, "commands", {}).get(arguments[0])):
         names.append(arguments[0])
@@ -98,10 +104,11 @@ def _command_lines(page: Path) -> list[str]:
     return [line for line in [*blocks, *spans] if any(_our_commands(line))]
 
 
+@cache
 def _all_options() -> set[str]:
     """Return the options of all commands."""
     names: set[str] = set()
-    commands: list[Any] = [typer.main.get_command(app)]
+    commands = [_command_group()]
     while commands:
         command = commands.pop()
         commands += getattr(command, "commands", {}).values()
@@ -194,7 +201,7 @@ def test_python_examples_are_valid(page: Path) -> None:
 
 
 def test_only_show_has_no_settings_as_their_page_says() -> None:
-    group: Any = typer.main.get_command(app)
+    group = _command_group()
     commands = [*group.commands.values(), *group.commands["bench"].commands.values()]
     without = [command.name for command in commands if "--cache-dir" not in _options_of(command)]
     assert without == ["show", "bench"]
