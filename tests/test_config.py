@@ -62,9 +62,18 @@ def test_a_threshold_and_a_budget_replace_each_other(tmp_path: Path) -> None:
             ConfigError,
             r"threshold and budget in the config file .*config\.toml",
         ),
+        ({"key_env": "A", "key_file": "b"}, {}, "", UsageError, "--key-env and --key-file"),
+        ({"router": "entropy", "head": "h"}, {}, "", UsageError, "--router and --head"),
+        (
+            {},
+            {},
+            'router = "logu"\nhead = "h"\n',
+            ConfigError,
+            r"router and head in the config file .*config\.toml",
+        ),
     ],
 )
-def test_a_threshold_and_a_budget_of_one_source_are_refused_by_their_names(
+def test_settings_of_one_source_that_exclude_each_other_are_refused_by_their_names(
     flags: dict[str, object],
     environ: dict[str, str],
     text: str,
@@ -77,11 +86,62 @@ def test_a_threshold_and_a_budget_of_one_source_are_refused_by_their_names(
 
 
 def test_a_head_replaces_the_router_of_an_earlier_source(tmp_path: Path) -> None:
-    path = write(tmp_path, 'router = "logu"\nhead = "mine.safetensors"\n')
-    assert load_settings({}, environ={}, path=path).router == "logu"
+    path = write(tmp_path, 'router = "logu"\n')
     environ = {"MLXROUTE_ROUTER": "margin"}
     assert load_settings({}, environ=environ, path=path).router == "margin"
     assert load_settings({"head": "h.safetensors"}, environ=environ, path=path).router is None
+
+
+def test_the_router_head_goes_with_a_head(tmp_path: Path) -> None:
+    path = write(tmp_path, 'router = "head"\nhead = "mine.safetensors"\n')
+    settings = load_settings({}, environ={}, path=path)
+    assert (settings.router, settings.head) == ("head", "mine.safetensors")
+
+
+def test_a_key_file_and_a_key_variable_replace_each_other(tmp_path: Path) -> None:
+    path = write(tmp_path, 'key_env = "CORP_KEY"\n')
+    settings = load_settings({"key_file": "other.key"}, environ={}, path=path)
+    assert (settings.key_env, settings.key_file) == (None, "other.key")
+    path = write(tmp_path, 'key_file = "corp.key"\n')
+    settings = load_settings({"key_env": "OPENAI_API_KEY"}, environ={}, path=path)
+    assert (settings.key_env, settings.key_file) == ("OPENAI_API_KEY", None)
+
+
+def test_another_server_does_not_keep_the_model_of_an_earlier_source(tmp_path: Path) -> None:
+    path = write(tmp_path, 'large = "https://corp/v1"\nlarge_model = "huge"\n')
+    environ = {"OPENAI_BASE_URL": "https://other/v1"}
+    assert load_settings({}, environ={}, path=path).large_model == "huge"
+    assert load_settings({}, environ=environ, path=path).large_model is None
+    environ["MLXROUTE_LARGE_MODEL"] = "mine"
+    assert load_settings({}, environ=environ, path=path).large_model == "mine"
+    assert load_settings({"large_model": "x"}, environ={}, path=path).large_model == "x"
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "text", "server"),
+    [
+        ({"large": "b"}, {}, 'large = "a"\nkey_env = "K"\n', "a"),
+        ({"large": "b"}, {"MLXROUTE_LARGE": "a"}, 'key_env = "K"\n', "a"),
+        ({"large": "b"}, {"MLXROUTE_KEY_FILE": "k"}, 'large = "a"\n', "a"),
+        ({}, {"MLXROUTE_LARGE": "b"}, 'large = "a"\nkey_env = "K"\n', "a"),
+        # OPENAI_API_KEY belongs to the environment.
+        ({"large": "b"}, {}, 'large = "a"\n', "a"),
+        ({}, {"OPENAI_BASE_URL": "b"}, 'large = "a"\n', "b"),
+        ({"large": "b", "key_env": "K"}, {}, 'large = "a"\n', "b"),
+        # The address of the same command line may be an argument.
+        ({"key_file": "k"}, {}, 'large = "a"\n', None),
+        ({"large": "b"}, {}, 'key_env = "K"\n', None),
+    ],
+)
+def test_a_key_is_meant_for_the_server_that_was_set_where_it_is_named(
+    flags: dict[str, object],
+    environ: dict[str, str],
+    text: str,
+    server: str | None,
+    tmp_path: Path,
+) -> None:
+    settings = load_settings(flags, environ=environ, path=write(tmp_path, text))
+    assert settings.key_server == server
 
 
 @pytest.mark.parametrize("value", ['"7"', '"x%"', '"-1%"', "true"])
@@ -294,9 +354,10 @@ def test_a_key_file_others_can_read_is_refused(tmp_path: Path) -> None:
         read_key(Settings(key_file=str(file)), {})
 
 
-def test_a_named_key_variable_that_is_not_set_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="MY_KEY"):
-        read_key(Settings(key_env="MY_KEY"), {})
+@pytest.mark.parametrize("name", ["MY_KEY", "OPENAI_API_KEY"])
+def test_a_named_key_variable_that_is_not_set_is_an_error(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is not set"):
+        read_key(Settings(key_env=name), {})
 
 
 def test_a_key_given_in_place_of_a_variables_name_is_not_repeated() -> None:

@@ -14,7 +14,7 @@ from mlxroute.cli.error_advice import error_message
 from mlxroute.cli.folders import cache_dir_of, expand_optional
 from mlxroute.cli.terminal import WARNING_STYLE, print_note, redraw
 from mlxroute.config import Secret, Settings, read_key, read_never_send, user_catalog_dir
-from mlxroute.config.settings import DEFAULT_KEY_ENV
+from mlxroute.config.server_key import DEFAULT_KEY_ENV
 from mlxroute.errors import LargeError, LargeUnrecorded, UsageError, WeightsError
 from mlxroute.ledger import Ledger
 from mlxroute.safe_text import printable
@@ -152,7 +152,7 @@ def _secret_warnings(settings: Settings, typed: str, *, has_key: bool) -> Iterat
     from mlxroute.large.http.address import parse_address
 
     address = parse_address(typed)
-    names_key = settings.key_file is not None or settings.key_env != DEFAULT_KEY_ENV
+    names_key = settings.key_file is not None or settings.key_env is not None
     if address.userinfo and names_key:
         yield "the user and password of the address are sent, not the key that the settings name"
     if address.userinfo and any(typed in word for word in sys.argv[1:]):
@@ -162,11 +162,13 @@ def _secret_warnings(settings: Settings, typed: str, *, has_key: bool) -> Iterat
         )
     if address.is_loopback or not (has_key or address.userinfo):
         return
-    usual = os.environ.get("OPENAI_BASE_URL", "")
-    if has_key and not names_key and usual and not _is_same_host(usual, address):
+    ambient = "" if names_key else os.environ.get("OPENAI_BASE_URL", "")
+    usual = ambient or settings.key_server
+    if has_key and usual and not _is_same_host(usual, address):
         yield (
-            f"the key in {DEFAULT_KEY_ENV} goes to {address.url}, but OPENAI_BASE_URL names another"
-            " server; --key-env and --key-file name another key"
+            f"the key in {settings.key_env or settings.key_file or DEFAULT_KEY_ENV} goes to"
+            f" {address.url}, but {'OPENAI_BASE_URL names' if ambient else 'the settings name'}"
+            " another server; --key-env and --key-file name another key"
         )
     if address.url.startswith("http://"):
         secret = "password" if address.userinfo else "key"

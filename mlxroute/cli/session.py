@@ -186,7 +186,9 @@ class Session:
 
         Raises UsageError, and changes nothing, for an address that cannot be used.
         """
-        settings = replace(self._settings, large=address, large_model=model)
+        # A key that no address was named for so far is that of the server used so far.
+        server = self._settings.key_server or self._settings.large
+        settings = replace(self._settings, large=address, large_model=model, key_server=server)
         if settings.offline:
             raise UsageError("with --offline there is no large model; start without it")
         large, before = connect_large(settings, self._ledger, err), self.large

@@ -31,7 +31,7 @@ def with_setting_options(
 
     Args:
         run: Takes the merged settings as `settings` beside its own parameters; returns the exit
-            code.
+            code. An argument (not an option) with the name of a setting also counts as its flag.
         command: Name of the command in the declarations, such as `bench speed`.
         load: Makes the settings from the flags. Merges all sources by default.
     """
@@ -42,9 +42,11 @@ def with_setting_options(
     }
     signature = inspect.signature(run, eval_str=True)
     own = [item for name, item in signature.parameters.items() if name != "settings"]
+    settings_among_own = [item.name for item in own if _is_setting(item)]
 
     def invoke(**arguments: Any) -> None:
         flags = {name: replace_undecodable(arguments.pop(name)) for name in options}
+        flags |= {name: arguments[name] for name in settings_among_own}
         raise typer.Exit(run(settings=load(flags), **arguments))
 
     invoke.__doc__ = run.__doc__
@@ -70,6 +72,13 @@ def parse_budget(text: str) -> float:
         return parse_share(text)
     except ConfigError as exc:
         raise typer.BadParameter(str(exc)) from exc
+
+
+def _is_setting(parameter: inspect.Parameter) -> bool:
+    """Return whether a parameter of a command is an argument with the name of a setting."""
+    metadata = getattr(parameter.annotation, "__metadata__", ())
+    is_argument = any(isinstance(item, typer.models.ArgumentInfo) for item in metadata)
+    return is_argument and parameter.name in declared_settings()
 
 
 def _keyword_only(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlxroute.config.settings import DEFAULT_KEY_ENV, Settings
+from mlxroute.config.settings import Settings
 from mlxroute.errors import ConfigError
 from mlxroute.untrusted_text import TextFile
 from mlxroute.user_folders import expand_user
 
+DEFAULT_KEY_ENV = "OPENAI_API_KEY"
 MAX_KEY_FILE_BYTES = 64 * 1024
 _NO_KEY = "holds no key: it has a line break or other characters that no key has"
 _VARIABLE_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
@@ -35,18 +36,18 @@ class Secret:
 def read_key(settings: Settings, environ: Mapping[str, str]) -> Secret | None:
     """Return the server's key, None if there is none.
 
-    A variable named by `key_env` comes first, then the key file, then OPENAI_API_KEY, which may be
-    set for another program. Raises ConfigError if the named variable is not set, the key file
+    It is in the variable that `key_env` names or in the key file, else in OPENAI_API_KEY, which may
+    be set for another program. Raises ConfigError if the named variable is not set, the key file
     cannot be read, is empty or is readable by other users, or what is there cannot be a key.
     """
-    is_variable_chosen = settings.key_env != DEFAULT_KEY_ENV
-    if not is_variable_chosen and settings.key_file is not None:
+    if settings.key_env is None and settings.key_file is not None:
         return _read_key_file(expand_user(settings.key_file))
-    value = environ.get(settings.key_env, "").strip()
-    if is_variable_chosen and not value:
-        raise ConfigError(_missing_variable(settings.key_env), parameter="key_env")
+    name = settings.key_env or DEFAULT_KEY_ENV
+    value = environ.get(name, "").strip()
+    if settings.key_env is not None and not value:
+        raise ConfigError(_missing_variable(name), parameter="key_env")
     if not _is_key(value):
-        raise ConfigError(f"the environment variable {settings.key_env} {_NO_KEY}")
+        raise ConfigError(f"the environment variable {name} {_NO_KEY}")
     return Secret(value) if value else None
 
 

@@ -20,7 +20,6 @@ from mlxroute.config.setting_choices import EngineName, KernelName, RouterName, 
 from mlxroute.errors import ConfigError
 from mlxroute.types import Mode
 
-DEFAULT_KEY_ENV = "OPENAI_API_KEY"
 _VARIABLE_PREFIX = "MLXROUTE_"
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
@@ -78,7 +77,10 @@ def _setting(
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The settings of one run. None means not set: a default applies where the value is used."""
+    """The settings of one run. None means not set: a default applies where the value is used.
+
+    `key_server` is no setting of its own: it is the server that the key is meant for, if known.
+    """
 
     small: str | None = _setting(
         None,
@@ -204,9 +206,9 @@ class Settings:
         metavar="S",
         commands=(*_OWN_SERVER, "bench quality"),
     )
-    key_env: str = _setting(
-        DEFAULT_KEY_ENV,
-        "Environment variable that holds the server's key.",
+    key_env: str | None = _setting(
+        None,
+        "Environment variable that holds the server's key. Default: OPENAI_API_KEY.",
         metavar="VARIABLE",
         commands=_OWN_SERVER,
     )
@@ -308,6 +310,7 @@ class Settings:
     heat: bool = _setting(
         False, "Shade every token by its entropy.", commands=(*_ANSWERS, "replay", "demo")
     )
+    key_server: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,7 +355,8 @@ def declared_settings() -> dict[str, Setting]:
     annotations = get_type_hints(Settings)
     settings = {}
     for item in fields(Settings):
-        metadata = dict(item.metadata)
+        if not (metadata := dict(item.metadata)):
+            continue
         own, second = f"{_VARIABLE_PREFIX}{item.name.upper()}", metadata.pop("second_variable")
         settings[item.name] = Setting(
             name=item.name,

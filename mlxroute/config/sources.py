@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlxroute.config.never_send_patterns import compile_pattern
 from mlxroute.config.paths import CONFIG_VARIABLE
+from mlxroute.config.setting_choices import RouterName
 from mlxroute.config.settings import (
     Setting,
     Settings,
@@ -24,9 +25,11 @@ from mlxroute.untrusted_text import MalformedText, TextFile, parse_toml
 
 # A pattern in the config file must stay in force when a flag adds another one.
 _ADDITIVE = ("never_send", "never_send_file")
-# A threshold replaces the budget of an earlier source, and a budget the threshold. A head, which is
-# the router unless its own source names one, also replaces the router of an earlier source.
-_EXCLUSIVE = ("threshold", "budget")
+# Of each pair a source sets one, which replaces the other one of an earlier source.
+_EXCLUSIVE = (("threshold", "budget"), ("key_env", "key_file"))
+# A setting, and the one of an earlier source that it removes: a head is the router, and a model
+# belongs to its server.
+_REMOVED_BY = {"head": "router", "large": "large_model"}
 _BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 _MAX_CONFIG_BYTES = 64 * 1024
 _TYPE_WORDS = {
@@ -58,6 +61,48 @@ class _Origin:
         return self.error(text, parameter=self.parameter)
 
 
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """The values of one source, and how errors name them.
+
+    Args:
+        values: The values that it sets, by setting.
+        error: Class of the errors.
+        name: Returns the name of a setting in this source.
+        before: Words before the names of settings. None by default.
+        after: Words after them. None by default.
+    """
+
+    values: Mapping[str, Any]
+    error: type[MlxRouteError]
+    name: Callable[[Setting], str]
+    before: str = ""
+    after: str = ""
+
+    def changes(self, earlier: Settings) -> dict[str, Any]:
+        """Return what it changes in the settings of earlier sources.
+
+        Raises the source's error for settings that exclude each other.
+        """
+        values = self.values
+        removed: dict[str, Any] = {}
+        if "head" in values and values.get("router", RouterName.HEAD) != RouterName.HEAD:
+            raise self._refuse(("router", "head"))
+        for pair in _EXCLUSIVE:
+            chosen = [name for name in pair if name in values]
+            if len(chosen) > 1:
+                raise self._refuse(pair)
+            removed |= dict.fromkeys(pair if chosen else ())
+        removed |= {other: None for name, other in _REMOVED_BY.items() if name in values}
+        sums = {name: getattr(earlier, name) + values[name] for name in _ADDITIVE if name in values}
+        return {**removed, **values, **sums}
+
+    def _refuse(self, pair: Sequence[str]) -> MlxRouteError:
+        both = " and ".join(self.name(declared_settings()[name]) for name in pair)
+        names = f"{self.before}{both}{self.after}"
+        return self.error(f"{names} exclude each other; set one of them")
+
+
 def load_settings(flags: Mapping[str, Any], *, environ: Mapping[str, str], path: Path) -> Settings:
     """Merge the config file at `path`, the environment and flags, in this order.
 
@@ -65,33 +110,43 @@ def load_settings(flags: Mapping[str, Any], *, environ: Mapping[str, str], path:
     set. Later sources override earlier ones, except that never-send patterns add up. Raises
     ConfigError with the file or variable and the key, and UsageError for a flag.
     """
-    settings = Settings()
-    pair = [declared_settings()[name] for name in _EXCLUSIVE]
-    sources: tuple[tuple[dict[str, Any], type[MlxRouteError], str], ...] = (
-        (
-            _read_file(path, is_required=bool(environ.get(CONFIG_VARIABLE))),
+    of_file = _read_file(path, is_required=bool(environ.get(CONFIG_VARIABLE)))
+    of_environment, of_flags = _read_environment(environ), _check_flags(flags)
+    sources = (
+        _Source(of_file, ConfigError, lambda item: item.name, after=f" in the config file {path}"),
+        _Source(
+            of_environment,
             ConfigError,
-            f"{' and '.join(_EXCLUSIVE)} in the config file {path}",
+            lambda item: item.variables[0],
+            before="the environment variables ",
         ),
-        (
-            _read_environment(environ),
-            ConfigError,
-            f"the environment variables {' and '.join(item.variables[0] for item in pair)}",
-        ),
-        (_check_flags(flags), UsageError, " and ".join(item.flag for item in pair)),
+        _Source(of_flags, UsageError, lambda item: item.flag),
     )
-    for values, error, both in sources:
-        sums = {
-            name: getattr(settings, name) + values[name] for name in _ADDITIVE if name in values
-        }
-        chosen = [name for name in _EXCLUSIVE if name in values]
-        if len(chosen) > 1:
-            raise error(f"{both} exclude each other; set one of them")
-        dropped = {name: None for name in _EXCLUSIVE if chosen and name not in chosen}
-        if values.get("head") is not None:
-            dropped["router"] = None
-        settings = replace(settings, **(dropped | values | sums))
+    settings = Settings(key_server=_find_key_server(of_file, of_environment, of_flags))
+    for source in sources:
+        settings = replace(settings, **source.changes(settings))
     return settings
+
+
+def _find_key_server(
+    of_file: Mapping[str, Any], of_environment: Mapping[str, Any], of_flags: Mapping[str, Any]
+) -> str | None:
+    """Return the server that the key is meant for: that of the source which names the key.
+
+    It is that of an earlier source if it has none, or of a later one if there is none so far. A
+    flag names a key for the address of its own command line. OPENAI_API_KEY, the key where none is
+    named, is one of the environment.
+    """
+    if _names_key(of_flags):
+        return of_flags.get("large")
+    large = of_environment.get("large", of_file.get("large"))
+    if _names_key(of_file) and not _names_key(of_environment):
+        return of_file.get("large", large)
+    return large
+
+
+def _names_key(values: Mapping[str, Any]) -> bool:
+    return "key_env" in values or "key_file" in values
 
 
 def _read_file(path: Path, *, is_required: bool) -> dict[str, Any]:

@@ -13,7 +13,12 @@ from rich.console import Console
 
 from mlxroute.cli import main
 from mlxroute.cli.failure_notes import FailureNotes, failure_note
+<<<<<<< HEAD
 from mlxroute.cli.terminal import make_consoles, make_table, show_answer
+=======
+from mlxroute.cli.terminal import make_consoles, show_answer
+from mlxroute.config import Settings
+>>>>>>> b9219b6 (The key, the model of a server and the router of one source no longer go with another source's)
 from mlxroute.engine import generate
 from mlxroute.errors import LargeTimeout
 from mlxroute.routers import EntropyRouter
@@ -192,9 +197,13 @@ def test_a_line_says_that_tokens_asked_by_example_are_approximate(
 # Secrets of the address and the environment
 
 
-def warnings_of(monkeypatch: pytest.MonkeyPatch, address: str, **environ: str) -> list[str]:
+def warnings_of(
+    monkeypatch: pytest.MonkeyPatch,
+    address: str,
+    settings: Settings | None = None,
+    **environ: str,
+) -> list[str]:
     from mlxroute.cli.large_setup import make_large
-    from mlxroute.config import Settings
     from mlxroute.ledger import Ledger
 
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
@@ -202,8 +211,7 @@ def warnings_of(monkeypatch: pytest.MonkeyPatch, address: str, **environ: str) -
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     err = Console(file=io.StringIO(), width=500)
-    settings = Settings(key_env=environ.get("key_env", "OPENAI_API_KEY"))
-    with make_large(settings, address, Ledger(), err):
+    with make_large(settings or Settings(), address, Ledger(), err):
         pass
     assert isinstance(err.file, io.StringIO)
     assert "s3cret" not in err.file.getvalue()
@@ -229,14 +237,30 @@ def test_a_key_that_goes_to_another_server_than_its_own_has_a_warning(
     (line,) = warnings_of(monkeypatch, "https://box.example/v1", **own)
     assert line.startswith("warning: the key in OPENAI_API_KEY goes to https://box.example/v1, but")
     assert warnings_of(monkeypatch, "https://api.example/other", **own) == []
+    settings = Settings(key_env="MY_KEY", key_server="https://corp.example/v1")
+    (line,) = warnings_of(monkeypatch, "https://box.example/v1", settings, MY_KEY="s3cret")
+    assert line.startswith(
+        "warning: the key in MY_KEY goes to https://box.example/v1, but the settings name another"
+    )
+    assert warnings_of(monkeypatch, "https://corp.example/x", settings, MY_KEY="s3cret") == []
+
+
+def test_probe_does_not_ask_its_server_for_the_model_of_another_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLXROUTE_LARGE", "https://corp.example/v1")
+    monkeypatch.setenv("MLXROUTE_LARGE_MODEL", "huge")
+    with Loopback(FamilyServer("llama-server", models=("m",))) as server:
+        assert main(["probe", server.url]) == 0
+    assert "huge" not in capsys.readouterr().err
+    assert not any(b"huge" in request.body for request in server.requests)
 
 
 def test_the_address_wins_over_a_key_that_settings_name_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (line,) = warnings_of(
-        monkeypatch, "https://me:s3cret@box.example", key_env="MY_KEY", MY_KEY="s3cret"
-    )
+    settings = Settings(key_env="MY_KEY")
+    (line,) = warnings_of(monkeypatch, "https://me:s3cret@box.example", settings, MY_KEY="s3cret")
     assert line == (
         "warning: the user and password of the address are sent, not the key that the settings name"
     )

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+import pytest
+from rich.console import Console
+
 from mlxroute.answers.document import ModelPair, OptionsRecord
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli.commands.serve import make_serving_session
@@ -12,6 +15,7 @@ from mlxroute.cli.routing import RoutingRule
 from mlxroute.cli.session import Session
 from mlxroute.config import Settings
 from mlxroute.engine import Options
+from mlxroute.errors import UsageError
 from mlxroute.ledger import Ledger
 from mlxroute.routers import make_router
 from mlxroute.types import Mode, Prices, Sampling
@@ -49,11 +53,11 @@ OPTIONS = Options(
 )
 
 
-def make_session() -> Session:
+def make_session(settings: Settings = SETTINGS) -> Session:
     return Session(
         ScriptedSmall(b"x"),  # type: ignore[arg-type]
         ScriptedLarge([b"x"]),  # type: ignore[arg-type]
-        SETTINGS,
+        settings,
         routing=RoutingRule(
             make_router("entropy", threshold=1.0), ScoreRanks("tiny", "none", 0, {}), has_large=True
         ),
@@ -81,3 +85,20 @@ def test_an_endpoint_has_the_same_options_but_the_stop_texts_of_its_requests() -
     serving = make_serving_session(make_session())
     assert serving.options == replace(OPTIONS, stop=())
     assert serving.models == make_session().model_pair
+
+
+def test_the_key_stays_that_of_the_first_server_when_a_chat_goes_to_another_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def refuse(settings: Settings, *_: object) -> None:
+        asked.append(settings)
+        raise UsageError("no server")
+
+    monkeypatch.setattr("mlxroute.cli.session.connect_large", refuse)
+    for key_server, expected in [(None, "http://a/v1"), ("http://k/v1", "http://k/v1")]:
+        session = make_session(replace(SETTINGS, large="http://a/v1", key_server=key_server))
+        with pytest.raises(UsageError):
+            session.change_large("http://b/v1", None, Console())
+        assert (asked[-1].large, asked[-1].key_server) == ("http://b/v1", expected)

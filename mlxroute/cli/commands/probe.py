@@ -27,7 +27,7 @@ _MARKS = {True: "yes", False: "no", None: "?"}
 
 def probe(
     settings: Settings,
-    url: Annotated[
+    large: Annotated[
         str, typer.Argument(help="The server, e.g. http://host:8000/v1.", metavar="URL")
     ],
 ) -> int:
@@ -45,19 +45,19 @@ def probe(
     from mlxroute.large.negotiation.prober import NoUsableDialect
 
     out, err = make_consoles()
-    with open_ledger(settings) as ledger, make_large(settings, url, ledger, err) as large:
+    with open_ledger(settings) as ledger, make_large(settings, large, ledger, err) as model:
         try:
             title = "asking the server questions with known answers"
-            with first_reply_status(large, err, title):
-                verdict = large.probe()
+            with first_reply_status(model, err, title):
+                verdict = model.probe()
         except NoUsableDialect as exc:
             _print_rejected(out, exc.rejected)
-            err.print(f"error: {large.base_url}: {exc}", soft_wrap=True)
+            err.print(f"error: {model.base_url}: {exc}", soft_wrap=True)
             return EXIT_LARGE_FAILED
         sent = ledger.uploads
-        print_model_notes(large, err)
-    _print_verdict(out, verdict, name=large.model_name)
-    outcome = "is remembered" if large.is_verdict_saved else "could not be saved"
+        print_model_notes(model, err)
+    _print_verdict(out, verdict, name=model.model_name)
+    outcome = "is remembered" if model.is_verdict_saved else "could not be saved"
     text = f"{sent.requests} requests, {sent.size_bytes:,} bytes sent; the verdict {outcome}"
     print_note(err, text)
     return EXIT_OK
