@@ -268,6 +268,19 @@ def test_doctor_makes_no_request_when_offline(
     assert "not checked: offline" in capsys.readouterr().out
 
 
+def test_doctor_connects_to_nothing_if_the_settings_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection"))
+    monkeypatch.setenv("MLXROUTE_OFFLINE", "1")
+    monkeypatch.setenv("MLXROUTE_SEED", "x")
+    assert main(["doctor", "--cache-dir", str(tmp_path), "--large", UNREACHABLE]) == 2
+    report = capsys.readouterr().out
+    assert "FAIL config" in report
+    assert "not checked: the settings cannot be read" in report
+    assert "FAIL large" not in report
+
+
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
 def test_a_prompt_that_is_not_utf8_is_answered(tiny: Path, locale: str) -> None:
     arguments = ("--offline", "--small", str(tiny), "--max-tokens", "3")

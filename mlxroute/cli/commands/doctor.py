@@ -45,7 +45,7 @@ class DoctorCheck:
 def load_despite_bad_config(flags: Mapping[str, Any]) -> Settings:
     """Return the settings; those of the flags alone if the config file or environment is bad.
 
-    The error itself is a line of the report.
+    The error itself is a line of the report, and no connection is made.
     """
     try:
         return load_all_settings(flags)
@@ -67,6 +67,10 @@ def doctor(settings: Settings) -> int:
     ]
     if settings.offline:
         checks.append(DoctorCheck("network", "not checked: offline is set", is_good=None))
+    elif not _are_settings_readable():
+        # What cannot be read may be `offline`.
+        finding = "not checked: the settings cannot be read"
+        checks.append(DoctorCheck("network", finding, is_good=None))
     else:
         with show_status(err, "checking the network"):
             checks += [*_check_network(), *_check_running_servers()]
@@ -135,6 +139,14 @@ def _check_config() -> DoctorCheck:
     return DoctorCheck(
         "config", f"{path}" if path.exists() else f"{path} (no such file; defaults apply)"
     )
+
+
+def _are_settings_readable() -> bool:
+    try:
+        load_all_settings({})
+    except ConfigError:
+        return False
+    return True
 
 
 def _check_network() -> list[DoctorCheck]:
