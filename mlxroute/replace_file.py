@@ -1,9 +1,10 @@
-"""Replacement of a file in one step."""
+"""Files that are replaced in one step, and files that only their owner can read."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,3 +64,9 @@ def write_private(path: Path, data: bytes) -> None:
         replace_file(target, data, mode=0o600, durable=True)
     except OSError as error:
         raise UsageError(f"cannot save to {path}: {error.strerror}") from error
+
+
+def make_private(path: Path) -> None:
+    """Let only its owner read a file; a link, a device or a pipe keeps its mode. Raises OSError."""
+    if stat.S_ISREG(path.lstat().st_mode):
+        path.chmod(0o600)

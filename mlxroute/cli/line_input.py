@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,10 @@ from prompt_toolkit.output import Output
 from prompt_toolkit.output.defaults import create_output
 from prompt_toolkit.shortcuts import CompleteStyle
 
+from mlxroute.cli.command_words import split_command
 from mlxroute.cli.standard_streams import read_piped
+from mlxroute.large.http.address import strip_secrets
+from mlxroute.replace_file import make_private
 from mlxroute.types import Notify
 
 
@@ -169,15 +171,21 @@ def _key_bindings() -> KeyBindings:
     return bindings
 
 
-# A user and a password before the host of a URL.
-_PASSWORD_IN_URL = re.compile(r"://[^/\s]*@")
+def _may_hold_secret(text: str) -> bool:
+    """Return whether an address in a message or command, which may be mistyped, may hold a secret.
+
+    Where a command is expected, so may a word without a scheme be.
+    """
+    is_command = split_command(text.strip())[0] != ""
+    words = (word for word in text.split() if is_command or "://" in word)
+    return any(strip_secrets(word) != word for word in words)
 
 
 class _SafeFileHistory(FileHistory):
     """A history file without passwords; a failure to write to it does not end the chat."""
 
     def store_string(self, string: str) -> None:
-        if _PASSWORD_IN_URL.search(string):
+        if _may_hold_secret(string):
             return
         with suppress(OSError):
             super().store_string(_encodable(string))
@@ -187,7 +195,7 @@ def _history(path: Path, notify: Notify) -> History:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.touch(mode=0o600)
-        path.chmod(0o600)
+        make_private(path)
     except OSError as error:
         notify(
             f"your messages are not kept for the next chat: cannot write {path}: {error.strerror}"

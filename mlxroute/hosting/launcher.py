@@ -27,6 +27,7 @@ from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import Transport
 from mlxroute.ports import check_port_free
+from mlxroute.replace_file import make_private
 from mlxroute.types import Progress, no_progress
 from mlxroute.user_folders import check_temporary_folder
 
@@ -241,7 +242,7 @@ def _spawn(
     except OSError as exc:
         raise LaunchError(f"the log file {log_path} cannot be written ({exc.strerror})") from exc
     try:
-        os.fchmod(log, 0o600)
+        make_private(log_path)
         return subprocess.Popen(
             # -P: modules in the current directory must not be imported.
             [sys.executable, "-P", "-m", *command, "--socket-fd", str(bound.fileno())],

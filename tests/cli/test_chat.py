@@ -226,10 +226,33 @@ def test_the_history_is_kept_for_its_owner_only_and_offered_next_time(chat: Chat
     assert chat.session.questions[-1] == "first question"
 
 
-def test_a_password_in_an_address_is_not_kept_in_the_history(chat: Chat) -> None:
-    chat.type("/large http://me:s3cret@box/v1", ENTER, "hello", ENTER, CTRL_D)
-    assert "hello" in chat.history_path.read_text(encoding="utf-8")
-    assert "s3cret" not in chat.history_path.read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    "line",
+    [
+        "/large http://me:s3cret@box/v1",
+        "/large https://me:s3/cret@box/v1",
+        "/large me:s3cret@box:8000",
+        " /large https:/me:s3cret@box ID",
+        "/larg me:s3cret@box",
+        "why does https://me:s3/cret@box/v1 fail?",
+    ],
+)
+def test_a_password_in_an_address_is_not_kept_in_the_history(line: str, chat: Chat) -> None:
+    chat.type(line, ENTER, "me@box: hello", ENTER, CTRL_D)
+    history = chat.history_path.read_text(encoding="utf-8")
+    assert "me@box: hello" in history
+    assert "cret" not in history
+
+
+def test_the_mode_of_a_file_that_the_history_links_to_stays(chat: Chat, tmp_path: Path) -> None:
+    target = tmp_path / "shared"
+    target.touch()
+    target.chmod(0o644)
+    chat.history_path.parent.mkdir()
+    chat.history_path.symlink_to(target)
+    chat.type("hello", ENTER, CTRL_D)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o644
+    assert "hello" in target.read_text(encoding="utf-8")
 
 
 def test_a_history_that_cannot_be_written_is_a_note_and_the_chat_works(tmp_path: Path) -> None:

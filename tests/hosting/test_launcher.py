@@ -83,6 +83,16 @@ def test_a_started_server_generates_and_leaves_nothing_behind(model: Path, tmp_p
         requests.get(server.url, timeout=5)
 
 
+def test_the_mode_of_a_file_that_the_log_links_to_stays(tiny: Path, tmp_path: Path) -> None:
+    target = tmp_path / "shared"
+    target.touch()
+    target.chmod(0o644)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "host.log").symlink_to(target)
+    launch(tiny, tmp_path).close()
+    assert stat.S_IMODE(target.stat().st_mode) == 0o644
+
+
 def test_mlx_lms_server_is_recognised(tiny: Path, tmp_path: Path) -> None:
     with launch(tiny, tmp_path) as server:
         server.wait_until_ready()
