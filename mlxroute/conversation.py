@@ -67,8 +67,8 @@ class Conversation:
     def save(self, path: Path, *, redact: Callable[[Any], Any] = lambda value: value) -> None:
         """Write the conversation to a file in one step, readable by its owner only.
 
-        The documents of answers with escalated positions are kept, without the secrets that
-        `redact` removes from a JSON value. Raises UsageError if the file cannot be written, or
+        The documents of answers with escalated positions are kept. Nothing in the file has the
+        secrets that `redact` removes from a JSON value. Raises UsageError if the file cannot be written, or
         exists and is not a conversation.
         """
         # Resolve links, so that the target is replaced and not the link.
@@ -81,7 +81,7 @@ class Conversation:
             "system": self.system,
             "messages": self.turns,
         }
-        text = json.dumps(document, ensure_ascii=False, indent=1)
+        text = json.dumps(redact(document), ensure_ascii=False, indent=1)
         routed = [item if item and item.escalated_tokens else None for item in self.answers]
         if any(routed):
             lines = [format_inline(item, redact=redact) if item else "null" for item in routed]
