@@ -68,8 +68,8 @@ class Conversation:
         """Write the conversation to a file in one step, readable by its owner only.
 
         The documents of answers with escalated positions are kept. Nothing in the file has the
-        secrets that `redact` removes from a JSON value. Raises UsageError if the file cannot be written, or
-        exists and is not a conversation.
+        secrets that `redact` removes from a JSON value. Raises UsageError if the file cannot be
+        written, or exists and is not a conversation.
         """
         # Resolve links, so that the target is replaced and not the link.
         path = Path(os.path.realpath(expand_user(path)))

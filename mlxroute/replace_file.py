@@ -35,9 +35,12 @@ def replacement(path: Path, *, mode: int = 0o666, durable: bool = False) -> Iter
             with name.open("rb+") as stream:
                 os.fsync(stream.fileno())
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(name)
+        if isinstance(error, OSError) and error.filename is None:
+            # A write to a full disk fails without the name of the file.
+            error.filename = str(path)
         raise
 
 

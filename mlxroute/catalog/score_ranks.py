@@ -14,6 +14,7 @@ from typing import Any, Final, Self
 
 from mlxroute.catalog import shipped_dir
 from mlxroute.errors import CatalogError
+from mlxroute.replace_file import replace_file
 from mlxroute.statistics import interpolated_quantile
 from mlxroute.untrusted_text import TextFile, parse_json
 
@@ -66,7 +67,10 @@ class ScoreRanks:
         return interpolated_quantile(self[router], 1.0 - rate)
 
     def write(self, folder: Path) -> Path:
-        """Write the ranks to the user's catalogue folder and return the file."""
+        """Write the ranks to the user's catalogue folder and return the file.
+
+        Raises OSError if it cannot be written; an old one stays.
+        """
         path = _ranks_file(folder, self.small)
         path.parent.mkdir(parents=True, exist_ok=True)
         document = {
@@ -75,7 +79,7 @@ class ScoreRanks:
             "positions": self.positions,
             "quantiles": dict(self.quantiles),
         }
-        path.write_text(json.dumps(document) + "\n", encoding="utf-8")
+        replace_file(path, f"{json.dumps(document)}\n".encode())
         return path
 
     @classmethod

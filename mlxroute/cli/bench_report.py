@@ -12,6 +12,7 @@ from typing import Any
 from mlxroute.cli.exit_codes import EXIT_OK
 from mlxroute.cli.folders import RESULTS, find_bench_file
 from mlxroute.errors import UsageError
+from mlxroute.replace_file import replace_file
 
 
 def read_builtin_prompts() -> list[str]:
@@ -44,17 +45,17 @@ def check_save_option(save: bool) -> None:
 def write_report(report: dict[str, Any], name: str, *, save: bool) -> int:
     """Print the report, with its environment, as the last line of stdout; return the exit code.
 
-    With `save`, also write it to `bench/results/` under the name.
+    With `save`, also write it to `bench/results/` under the name. Raises OSError if that fails; an
+    old report stays.
     """
     from mlxroute.bench.measurement import describe_environment
 
     command = shlex.join(["mlxroute", *map(_without_password, sys.argv[1:])])
     report = {**describe_environment(command), **report}
-    if save:
-        file = RESULTS / f"{name}.json"
-        file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps(report) + "\n")
     sys.stdout.flush()
+    if save:
+        replace_file(RESULTS / f"{name}.json", f"{json.dumps(report, indent=2)}\n".encode())
     return EXIT_OK
 
 

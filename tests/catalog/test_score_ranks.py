@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +57,18 @@ def test_the_threshold_at_a_rate_is_exceeded_by_that_share() -> None:
         0.0,
     ]
     assert ranks["not calibrated"] == (0.0, 1.0)
+
+
+def test_a_failed_write_keeps_the_old_ranks(tmp_path: Path) -> None:
+    make_ranks("x").write(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*/x\.json'$"):
+            replace(make_ranks("x"), data="d" * 5000).write(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert ScoreRanks.find("x", tmp_path) == make_ranks("x")
 
 
 @pytest.mark.parametrize(

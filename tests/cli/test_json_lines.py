@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 import shlex
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,26 @@ def test_a_bench_report_begins_with_its_command_and_environment(
     assert write_report({"kernels": []}, "kernels", save=False) == 0
     report = json.loads(capsys.readouterr().out)
     assert list(report) == ["command", "date", "machine", "versions", "kernels"]
+
+
+def test_a_bench_report_that_cannot_be_saved_is_printed_and_the_old_one_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "bench" / "results" / "kernels.json"
+    file.parent.mkdir(parents=True)
+    assert write_report({"kernels": []}, "kernels", save=True) == 0
+    before = file.read_bytes()
+    capsys.readouterr()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*kernels\.json'$"):
+            write_report({"kernels": "x" * 9000}, "kernels", save=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.read_bytes() == before
+    assert json.loads(capsys.readouterr().out)["kernels"] == "x" * 9000
 
 
 @pytest.mark.parametrize("flag", [["--large"], []])

@@ -51,11 +51,11 @@ def calibrate(
     warn_of_trained_questions(settings, sampled, err)
     ranks = _measure_ranks(settings, data, sampled, worked, err, max_tokens=tokens)
     err.print(_threshold_table(ranks))
+    sys.stdout.write(json.dumps(report_object(ranks)) + "\n")
     file = ranks.write(user_catalog_dir())
     print_note(
         err, f"written to {file}; budgets for {ranks.small} start from these scores", style=""
     )
-    sys.stdout.write(json.dumps(report_object(ranks)) + "\n")
     return 0
 
 
