@@ -133,7 +133,7 @@ def make_document(
     replies: tuple[RecordedReply, ...] = ()
     if recorder is not None:
         # The server's model may be known only once it has been asked.
-        models = replace(models, large=recorder.model_name)
+        models = replace(models, large=recorder.model_name or None)
         replies = recorder.replies(prompt_ids, token_ids)
     return AnswerDocument(
         format=FORMAT,

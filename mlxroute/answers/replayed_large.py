@@ -30,6 +30,8 @@ class _Node:
 class ReplayedLarge:
     """The large model of a replay: each call returns what was recorded for its position.
 
+    Its `model_name` is empty if the answer had no large model.
+
     Args:
         document: The answer, with its replies.
         prompt_tokens: Number of prompt tokens, which the recorded positions follow.
@@ -40,7 +42,7 @@ class ReplayedLarge:
     max_in_flight = _MAX_IN_FLIGHT
 
     def __init__(self, document: AnswerDocument, *, prompt_tokens: int) -> None:
-        self.model_name = document.models.large or "the large model"
+        self.model_name = document.models.large or ""
         self._prompt_tokens = prompt_tokens
         self._root = _Node()
         nodes = [self._root]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -44,6 +45,12 @@ def test_a_replay_gives_the_recorded_answer_and_sends_nothing() -> None:
     assert [token.decision for token in again.tokens] == [t.decision for t in document.tokens]
     assert (again.summary.requests, again.summary.uploaded_bytes) == (0, 0)
     assert again.models.large == "scripted"
+
+
+def test_a_replay_of_an_answer_without_a_large_model_names_none() -> None:
+    document = make_document(b"abcd", unsure=())
+    alone = replace(document, models=replace(document.models, large=None, large_url=None))
+    assert replay(alone, b"abcd", (), 1.0).models.large is None
 
 
 def test_a_position_whose_reply_was_not_recorded_is_named() -> None:
