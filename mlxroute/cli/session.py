@@ -293,6 +293,8 @@ def open_session(
 
     _check_files(settings)
     never_send = read_never_send(settings)
+    # Incomplete prices are reported before the server is asked.
+    read_prices(settings)
     with ExitStack() as resources:
         ledger = resources.enter_context(open_ledger(settings))
         large = connect_large(settings, ledger, err)

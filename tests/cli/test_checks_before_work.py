@@ -41,6 +41,17 @@ def test_an_adapter_that_cannot_be_read_is_reported_before_the_server_is_asked(
 
 
 @pytest.mark.usefixtures("nothing_loads")
+def test_incomplete_prices_are_reported_before_the_server_is_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLXROUTE_PRICE_INPUT", "2")
+    with Loopback(lambda request: Reply()) as server:
+        assert main(["ask", "--large", server.url, "hi"]) == 2
+        assert server.requests == []
+    assert "needs both price_input and price_output" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("nothing_loads")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
