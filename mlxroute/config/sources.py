@@ -137,11 +137,13 @@ def _find_key_server(
     flag names a key for the address of its own command line. OPENAI_API_KEY, the key where none is
     named, is one of the environment.
     """
+    large: str | None
     if _names_key(of_flags):
-        return of_flags.get("large")
-    large = of_environment.get("large", of_file.get("large"))
-    if _names_key(of_file) and not _names_key(of_environment):
-        return of_file.get("large", large)
+        large = of_flags.get("large")
+    elif _names_key(of_file) and not _names_key(of_environment):
+        large = of_file.get("large", of_environment.get("large"))
+    else:
+        large = of_environment.get("large", of_file.get("large"))
     return large
 
 

@@ -201,6 +201,7 @@ def warnings_of(
     monkeypatch: pytest.MonkeyPatch,
     address: str,
     settings: Settings | None = None,
+    /,
     **environ: str,
 ) -> list[str]:
     from mlxroute.cli.large_setup import make_large
