@@ -162,12 +162,11 @@ def _secret_warnings(settings: Settings, typed: str, *, has_key: bool) -> Iterat
         )
     if address.is_loopback or not (has_key or address.userinfo):
         return
-    ambient = "" if names_key else os.environ.get("OPENAI_BASE_URL", "")
-    usual = ambient or settings.key_server
+    usual = settings.key_server if names_key else os.environ.get("OPENAI_BASE_URL")
     if has_key and usual and not _is_same_host(usual, address):
         yield (
             f"the key in {settings.key_env or settings.key_file or DEFAULT_KEY_ENV} goes to"
-            f" {address.url}, but {'OPENAI_BASE_URL names' if ambient else 'the settings name'}"
+            f" {address.url}, but {'the settings name' if names_key else 'OPENAI_BASE_URL names'}"
             " another server; --key-env and --key-file name another key"
         )
     if address.url.startswith("http://"):

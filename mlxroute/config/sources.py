@@ -134,8 +134,7 @@ def _find_key_server(
     """Return the server that the key is meant for: that of the source which names the key.
 
     It is that of an earlier source if it has none, or of a later one if there is none so far. A
-    flag names a key for the address of its own command line. OPENAI_API_KEY, the key where none is
-    named, is one of the environment.
+    flag names a key for the address of its own command line.
     """
     large: str | None
     if _names_key(of_flags):

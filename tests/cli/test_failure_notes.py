@@ -244,6 +244,9 @@ def test_a_key_that_goes_to_another_server_than_its_own_has_a_warning(
         "warning: the key in MY_KEY goes to https://box.example/v1, but the settings name another"
     )
     assert warnings_of(monkeypatch, "https://corp.example/x", settings, MY_KEY="s3cret") == []
+    # OPENAI_API_KEY is of no server that the settings name.
+    unnamed = Settings(key_server="http://127.0.0.1:8081/v1")
+    assert warnings_of(monkeypatch, "https://x.example", unnamed, OPENAI_API_KEY="s3cret") == []
 
 
 def test_probe_does_not_ask_its_server_for_the_model_of_another_one(
