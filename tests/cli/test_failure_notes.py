@@ -13,12 +13,8 @@ from rich.console import Console
 
 from mlxroute.cli import main
 from mlxroute.cli.failure_notes import FailureNotes, failure_note
-<<<<<<< HEAD
 from mlxroute.cli.terminal import make_consoles, make_table, show_answer
-=======
-from mlxroute.cli.terminal import make_consoles, show_answer
 from mlxroute.config import Settings
->>>>>>> b9219b6 (The key, the model of a server and the router of one source no longer go with another source's)
 from mlxroute.engine import generate
 from mlxroute.errors import LargeTimeout
 from mlxroute.routers import EntropyRouter
