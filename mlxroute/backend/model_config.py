@@ -22,6 +22,7 @@ from mlxroute.errors import WeightsError
 from mlxroute.safe_text import printable_line
 
 _CONTEXT: Final = "max_position_embeddings"
+_PARTIAL: Final = "partial_rotary_factor"
 # Keys that change what a model computes, and their values that do not. A module of `mlx_lm` that
 # names the key follows it.
 _COMPUTING: Final[Mapping[str, tuple[object, ...]]] = {
@@ -84,6 +85,12 @@ _BOUNDS: Final = {
 }
 # In the source of modules that have a window only in layers that the configuration names.
 _FULL_BY_DEFAULT: Final = '["full_attention"] *'
+# In the source of modules that scale RoPE as `rope_parameters` say.
+_SCALED_BY_PARAMETERS: Final = re.compile(r"\bscaling_config=|\brope_parameters,")
+# In the source of modules that scale RoPE in layers of full attention only.
+_SCALED_IF_FULL: Final = re.compile(
+    r'\brope_local_base_freq\b|!= "full_attention":\s+self\.rope = nn\.RoPE\('
+)
 _LONGEST_LIST: Final = 1 << 12
 # Methods of other programs' quantised weights that `mlx_lm` converts.
 _QUANT_METHODS: Final = (
@@ -104,9 +111,8 @@ def read_config(path: Path) -> dict[str, Any]:
         eos_token_id = read_json_object(path / "generation_config.json").get("eos_token_id")
         config["eos_token_id"] = eos_token_id or config.get("eos_token_id")
     for table in (config, _text_config(config)):
+        _complete_rope(table)
         _check_values(table, path)
-        _flatten_rope_parameters(table)
-        _complete_yarn(table)
     _check_quantization(config, path)
     if "tie_word_embeddings" not in config and "text_config" not in config and _has_head(path):
         # `mlx_lm` ties by default and would ignore the file's output layer.
@@ -143,9 +149,15 @@ def check_understood(config: Mapping[str, Any], architecture: ModuleType, path: 
     """
     source = _source(architecture)
     table = {**_text_config(config), **config}
+    rope = table.get("rope_parameters")
+    if not _names(source, "rope_parameters") and not _is_flat_rope(rope, source):
+        raise _refusal(path, "rope_parameters", rope, config)
+    followed = _followed_rope(table, source)
     for key, neutral in _COMPUTING.items():
         value = table.get(key)
         if value is None or any(value == item for item in neutral) or _names(source, key):
+            continue
+        if value == followed.get(key):
             continue
         if key == "rope_scaling" and _rope_type(value) == "default":
             continue
@@ -184,7 +196,7 @@ def _check_values(table: Mapping[str, Any], path: Path) -> None:
         is_other = key == _CONTEXT and value is not None and not is_count
         if too_long or is_text or is_other or (most and is_count and not 0 <= value <= most):
             raise WeightsError(f"{path / 'config.json'}: {printable_line(key)} is out of bounds")
-        if key == "rope_theta" and not (_is_finite(value) and value > 0):
+        if key in ("rope_theta", "rope_local_base_freq") and not (_is_finite(value) and value > 0):
             raise WeightsError(f"{path / 'config.json'}: {printable_line(key)} is out of bounds")
     ids = table.get("eos_token_id")
     items = ids if isinstance(ids, list) else [] if ids is None else [ids]
@@ -199,25 +211,72 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _flatten_rope_parameters(table: dict[str, Any]) -> None:
-    """Copy what newer files nest in `rope_parameters` to where all of `mlx_lm` reads it."""
-    nested = table.get("rope_parameters")
-    if not isinstance(nested, dict) or any(isinstance(item, dict) for item in nested.values()):
-        return
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if key in nested and table.get(key) is None:
-            table[key] = nested[key]
-    if _rope_type(nested) != "default" and table.get("rope_scaling") is None:
-        table["rope_scaling"] = {k: v for k, v in nested.items() if k != "rope_theta"}
+def _complete_rope(table: dict[str, Any]) -> None:
+    """Copy what newer files nest in `rope_parameters` to where most of `mlx_lm` reads it.
+
+    YaRN scaling gets the context that it extends, for which `mlx_lm` has another default.
+    """
+    context = table.get(_CONTEXT)
+    rope = _with_context(table.get("rope_parameters"), context)
+    if isinstance(rope, dict):
+        table["rope_parameters"] = {key: _with_context(v, context) for key, v in rope.items()}
+    for key, value in _flat_rope(table.get("rope_parameters")).items():
+        if table.get(key) is None:
+            table[key] = value
+    if "rope_scaling" in table:
+        table["rope_scaling"] = _with_context(table["rope_scaling"], context)
 
 
-def _complete_yarn(table: dict[str, Any]) -> None:
-    """Add the context before YaRN scaling, for which `mlx_lm` has another default."""
-    scaling, key = table.get("rope_scaling"), "original_max_position_embeddings"
-    if not isinstance(scaling, dict) or _rope_type(scaling) != "yarn":
-        return
-    if scaling.get(key) is None and table.get(_CONTEXT):
-        table["rope_scaling"] = {**scaling, key: table[_CONTEXT]}
+def _with_context(scaling: Any, context: object) -> Any:
+    key = "original_max_position_embeddings"
+    if _rope_type(scaling) != "yarn" or scaling.get(key) is not None or not context:
+        return scaling
+    return {**scaling, key: context}
+
+
+def _rope_by_layer(rope: Any) -> dict[str, dict[str, Any]]:
+    """Return the `rope_parameters` of each kind of layer; empty if they are not nested."""
+    values = rope if isinstance(rope, dict) else {}
+    return {kind: value for kind, value in values.items() if isinstance(value, dict)}
+
+
+def _flat_rope(rope: Any) -> dict[str, Any]:
+    """Return what `rope_parameters` say, as far as older keys can."""
+    if not isinstance(rope, dict):
+        return {}
+    kinds = _rope_by_layer(rope)
+    own = kinds.get("full_attention", {}) if kinds else rope
+    flat = {key: own[key] for key in ("rope_theta", _PARTIAL) if key in own}
+    if any(kind.get(_PARTIAL) != own.get(_PARTIAL) for kind in kinds.values()):
+        flat.pop(_PARTIAL, None)
+    if scaling := _scaling(own):
+        flat["rope_scaling"] = scaling
+    if "rope_theta" in kinds.get("sliding_attention", {}):
+        flat["rope_local_base_freq"] = kinds["sliding_attention"]["rope_theta"]
+    return flat
+
+
+def _is_flat_rope(rope: Any, source: str) -> bool:
+    """Return whether a module that reads older keys does what `rope_parameters` say."""
+    kinds = _rope_by_layer(rope)
+    if kinds.keys() - {"full_attention", "sliding_attention"}:
+        return False
+    full, sliding = kinds.get("full_attention", {}), kinds.get("sliding_attention")
+    if sliding is None:
+        return True
+    if full.get(_PARTIAL) != sliding.get(_PARTIAL):
+        return False
+    return _scaling(sliding) == ({} if _SCALED_IF_FULL.search(source) else _scaling(full))
+
+
+def _followed_rope(table: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return values of older keys that a module follows without reading these keys."""
+    if not _names(source, "rope_parameters"):
+        return {"rope_local_base_freq": table.get("rope_theta")}
+    flat = _flat_rope(table.get("rope_parameters"))
+    is_scaled = _SCALED_BY_PARAMETERS.search(source)
+    keys = ("rope_local_base_freq", "rope_scaling") if is_scaled else ("rope_local_base_freq",)
+    return {key: flat[key] for key in keys if key in flat}
 
 
 def _has_other_factor(scaling: Any) -> bool:
@@ -229,6 +288,13 @@ def _has_other_factor(scaling: Any) -> bool:
         return True
     usual = 0.1 * math.log(factor) + 1
     return not (isinstance(own, (int, float)) and math.isclose(own, usual, rel_tol=1e-4))
+
+
+def _scaling(rope: Any) -> dict[str, Any]:
+    """Return the scaling of a table of RoPE settings; empty if it scales nothing."""
+    if not isinstance(rope, dict) or _rope_type(rope) == "default":
+        return {}
+    return {key: value for key, value in rope.items() if key != "rope_theta"}
 
 
 def _rope_type(scaling: Any) -> str:
@@ -263,14 +329,15 @@ def _has_head(path: Path) -> bool:
 
 @cache
 def _source(architecture: ModuleType) -> str:
-    """Return the source of an architecture's module and of the architectures it builds on."""
+    """Return the source, without comments, of an architecture's module and those it builds on."""
     names = {
         value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", "")
         for value in vars(architecture).values()
     }
     parts = [sys.modules.get(str(name)) for name in sorted(map(str, names))]
     others = [part for part in parts if hasattr(part, "ModelArgs") and part is not architecture]
-    return "\n".join(inspect.getsource(part) for part in (architecture, *others) if part)
+    text = "\n".join(inspect.getsource(part) for part in (architecture, *others) if part)
+    return re.sub("#.*", "", text)
 
 
 def _names(source: str, key: str) -> bool:

@@ -20,7 +20,7 @@ from mlxroute.backend.model_config import check_understood, read_config
 from mlxroute.errors import MlxRouteError, UsageError, WeightsError
 from mlxroute.small import SmallModel
 from mlxroute.tokenizers.chat_tokenizer import ChatTokenizer
-from tests.support.tiny import make_tiny_model
+from tests.support.tiny import KINDS, make_tiny_model
 
 
 def change_config(path: Path, **values: Any) -> Path:
@@ -170,6 +170,107 @@ def test_nested_rope_parameters_are_followed(tmp_path: Path) -> None:
     (path / "config.json").write_text(json.dumps(config))
     assert mx.array_equal(load(path)[0](ids), expected)
     assert not mx.array_equal(plain, expected)
+
+
+_DEFAULT = {"rope_type": "default", "rope_theta": 500.0}
+_LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 500.0}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0}
+
+
+def test_rope_parameters_of_each_kind_of_layer_are_followed(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path / "m", model_type="gemma3_text", extra=KINDS["gemma3_text"])
+    ids = mx.array([[1, 5, 9]])
+    older = {"rope_theta": 500.0, "rope_local_base_freq": 50.0}
+    plain = load(change_config(path, **older))[0](ids)
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    expected = load(change_config(path, **older, rope_scaling=scaling))[0](ids)
+    config = json.loads((path / "config.json").read_text())
+    del config["rope_theta"], config["rope_local_base_freq"], config["rope_scaling"]
+    local = {**_DEFAULT, "rope_theta": 50.0}
+    config["rope_parameters"] = {"full_attention": _LINEAR, "sliding_attention": local}
+    (path / "config.json").write_text(json.dumps(config))
+    assert mx.array_equal(load(path)[0](ids), expected)
+    assert not mx.array_equal(plain, expected)
+
+
+def with_rope(tmp_path: Path, architecture: str, rope: Any) -> dict[str, Any]:
+    """Return the configuration of a model with `rope_parameters`, once it is understood."""
+    config = {"model_type": architecture, "rope_parameters": rope, "max_position_embeddings": 64}
+    config["tie_word_embeddings"] = True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    config = read_config(tmp_path)
+    check_understood(config, importlib.import_module(f"mlx_lm.models.{architecture}"), tmp_path)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rope"),
+    [
+        ("ministral3", {**_YARN, "llama_4_scaling_beta": 0.1}),
+        ("minimax_m3_vl", _YARN),
+        ("mistral4", _YARN),
+        ("qwen3", _YARN),
+        ("qwen3_5", _YARN),
+        ("lfm2", _DEFAULT),
+        ("olmo3", {"full_attention": _YARN, "sliding_attention": _DEFAULT}),
+        ("olmo3", {"full_attention": _DEFAULT, "sliding_attention": _DEFAULT}),
+        ("gemma3n", {"full_attention": _DEFAULT, "sliding_attention": {"rope_theta": 5.0}}),
+        ("llama", {"full_attention": _YARN, "sliding_attention": _YARN}),
+        ("laguna", {"full_attention": _YARN, "sliding_attention": {"rope_theta": 5.0}}),
+        ("gemma4_text", {"full_attention": _LINEAR, "sliding_attention": {"rope_theta": 5.0}}),
+        ("mellum", {"full_attention": _YARN, "sliding_attention": {"rope_theta": 5.0}}),
+        ("spark2_5", {"full_attention": _DEFAULT, "sliding_attention": {"rope_theta": 5.0}}),
+    ],
+)
+def test_rope_parameters_that_mlx_lm_follows_are_accepted(
+    architecture: str, rope: Any, tmp_path: Path
+) -> None:
+    config = with_rope(tmp_path, architecture, rope)
+    full = rope.get("full_attention", rope)
+    assert config["rope_theta"] == full["rope_theta"]
+    scaling = config.get("rope_scaling") or {}
+    assert scaling.get("factor") == full.get("factor")
+    is_yarn = full["rope_type"] == "yarn"
+    assert ("original_max_position_embeddings" in scaling) == is_yarn
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rope", "key"),
+    [
+        # These read `rope_theta` from it, and scale nothing.
+        ("lfm2", _YARN, "rope_scaling"),
+        ("olmo_hybrid", _YARN, "rope_scaling"),
+        ("granitemoehybrid", _YARN, "rope_scaling"),
+        ("spark2_5", {"full_attention": _YARN, "sliding_attention": _DEFAULT}, "rope_scaling"),
+        ("llama", {"full_attention": _YARN, "sliding_attention": _DEFAULT}, "rope_parameters"),
+        ("gemma3_text", {"full_attention": _YARN, "sliding_attention": _YARN}, "rope_parameters"),
+        ("gemma3_text", {"full_attention": _DEFAULT, "other": _DEFAULT}, "rope_parameters"),
+        ("olmo3", {"full_attention": _DEFAULT, "sliding_attention": _YARN}, "rope_parameters"),
+        (
+            "olmo3",
+            {"full_attention": _DEFAULT, "sliding_attention": {"rope_theta": 5.0}},
+            "rope_local_base_freq",
+        ),
+        ("ministral3", {**_YARN, "attention_factor": 3.0}, "rope_scaling"),
+        ("ministral3", {**_YARN, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ],
+)
+def test_rope_parameters_that_mlx_lm_ignores_are_refused(
+    architecture: str, rope: Any, key: str, tmp_path: Path
+) -> None:
+    with pytest.raises(WeightsError, match=rf"config.json: {key} = .* is not supported"):
+        with_rope(tmp_path, architecture, rope)
+
+
+@pytest.mark.parametrize("theta", [0, -1.0, math.inf, "10000"])
+@pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
+def test_a_base_in_rope_parameters_that_is_no_number_is_refused(
+    kind: str, theta: object, tmp_path: Path
+) -> None:
+    rope = {"full_attention": _DEFAULT, "sliding_attention": _DEFAULT}
+    rope[kind] = {**_DEFAULT, "rope_theta": theta}
+    with pytest.raises(WeightsError, match="is out of bounds"):
+        with_rope(tmp_path, "gemma3_text", rope)
 
 
 def test_yarn_gets_the_context_of_the_configuration(tmp_path: Path) -> None:
