@@ -14,7 +14,9 @@ from typing import Any
 
 from mlxroute.backend import memory
 from mlxroute.backend.model_config import (
+    CONTEXT_NOTE,
     check_understood,
+    context_length,
     ignored_generation_settings,
     quantized_bits,
     read_config,
@@ -141,7 +143,6 @@ def load(
         tokenizer = tokenizer.read_in_full()
     _add_end_tokens(tokenizer)
     if window is not None:
-        model.args.max_position_embeddings = window
         notify(
             f"the context of {path.name} is {window:,} tokens here: mlx_lm ignores its sliding"
             " window, which has that size"
@@ -153,6 +154,8 @@ def load(
         )
     if adapter is not None:
         model = _add_adapter(model, adapter, path)
+    # `mlx_lm` drops it from the arguments of architectures that compute without it.
+    setattr(model, CONTEXT_NOTE, window or context_length(config))
     # Free the narrower copies of the weights.
     mx.clear_cache()
     model.eval()

@@ -22,6 +22,14 @@ from mlxroute.errors import WeightsError
 from mlxroute.safe_text import printable_line
 
 _CONTEXT: Final = "max_position_embeddings"
+CONTEXT_KEYS: Final = (
+    *(_CONTEXT, "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"),
+    *("max_context_length", "model_max_length", "seq_length", "block_size"),
+)
+"""Keys of the number of positions of a model; the first that a configuration has counts."""
+CONTEXT_NOTE: Final = "context_length"
+"""The attribute of a loaded model that holds the number of positions it may use."""
+_LONGEST_CONTEXT: Final = 1 << 40
 _PARTIAL: Final = "partial_rotary_factor"
 # Keys that change what a model computes, and their values that do not. A module of `mlx_lm` that
 # names the key follows it.
@@ -81,7 +89,7 @@ _BOUNDS: Final = {
     **dict.fromkeys(("n_routed_experts", "num_experts", "num_local_experts"), 1 << 16),
     **dict.fromkeys(("hidden_size", "intermediate_size"), 1 << 22),
     "vocab_size": 1 << 26,
-    "max_position_embeddings": 1 << 40,
+    _CONTEXT: _LONGEST_CONTEXT,
 }
 # In the source of modules that have a window only in layers that the configuration names.
 _FULL_BY_DEFAULT: Final = '["full_attention"] *'
@@ -118,6 +126,16 @@ def read_config(path: Path) -> dict[str, Any]:
         # `mlx_lm` ties by default and would ignore the file's output layer.
         config["tie_word_embeddings"] = False
     return config
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """Return the number of positions that a configuration names; None if it names none."""
+    for table in (config, _text_config(config)):
+        for key in CONTEXT_KEYS:
+            value = table.get(key)
+            if type(value) is int and 0 < value <= _LONGEST_CONTEXT:
+                return value
+    return None
 
 
 def ignored_generation_settings(path: Path) -> tuple[str, ...]:
@@ -358,5 +376,5 @@ def _ignored_window(table: Mapping[str, Any], source: str) -> int | None:
     layer_types = table.get("layer_types")
     if isinstance(layer_types, list) and "sliding_attention" not in layer_types:
         return None
-    context = table.get(_CONTEXT)
-    return window if not isinstance(context, int) or window < context else None
+    context = context_length(table)
+    return window if context is None or window < context else None

@@ -21,6 +21,7 @@ from mlxroute.small.hidden_state import HiddenStateTap
 from mlxroute.small.kernels import select_kernel, unpack_signals
 from mlxroute.small.kv_cache import CacheCopy, PrefixCache
 from mlxroute.small.mlp_head import MlpHead, signal_features
+from mlxroute.small.model_args import find_argument
 from mlxroute.small.row_batch import RowBatch
 from mlxroute.small.row_sampler import RowSampler
 from mlxroute.types import Notify, Sampling, Signals
@@ -251,7 +252,8 @@ class Decoder:
 
     def load_head(self, path: Path) -> MlpHead:
         """Read a head from a file and evaluate it in every step from now on."""
-        head = MlpHead.load(path, hidden_size=_hidden_size(self._model))
+        hidden_size = int(find_argument(self._model, "hidden_size") or 0)
+        head = MlpHead.load(path, hidden_size=hidden_size)
         self.set_head(head)
         return head
 
@@ -332,9 +334,3 @@ def _draw_tokens(
 def _evaluate_later(array: mx.array) -> None:
     start: Callable[..., None] = mx.async_eval
     start(array)
-
-
-def _hidden_size(model: Any) -> int:
-    args = getattr(model, "args", None)
-    text = getattr(args, "text_config", None) or {}
-    return int(getattr(args, "hidden_size", None) or text.get("hidden_size") or 0)

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from mlxroute.backend import blas
 from mlxroute.backend.adapter_folder import adapted_name
+from mlxroute.backend.model_config import CONTEXT_KEYS, CONTEXT_NOTE
 from mlxroute.catalog import Catalog
 from mlxroute.config import user_catalog_dir
 from mlxroute.errors import UsageError
 from mlxroute.small.batch_cost import measure_branch_cost
 from mlxroute.small.memory_check import make_size_check
+from mlxroute.small.model_args import find_argument
 from mlxroute.tokenizers.chat_tokenizer import ChatTokenizer
 from mlxroute.tokenizers.fast_tokenizer import FastTokenizer
 from mlxroute.types import (
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
 # As `mlx_lm.generate_step`, so that the same prompt rounds the same way.
 PREFILL_STEP_SIZE = 2048
 _DEFAULT_CONTEXT = 4096
-_CONTEXT_KEY = "max_position_embeddings"
 
 
 class SmallModel:
@@ -87,7 +88,8 @@ class SmallModel:
         self._tokenizer = tokenizer
         self._chat_tokenizer = ChatTokenizer(tokenizer, name=name)
         self.vocabulary = self._chat_tokenizer.vocabulary
-        self.context_length = _context_length(model)
+        length = getattr(model, CONTEXT_NOTE, None) or find_argument(model, *CONTEXT_KEYS)
+        self.context_length = int(length or _DEFAULT_CONTEXT)
         self.head: MlpHead | None = None
         self._decoder = Decoder(model, kernel=kernel, notify=notify)
 
@@ -367,14 +369,3 @@ class SmallModel:
         Raises UsageError for an architecture whose hidden state cannot be read.
         """
         self._decoder.set_head(head)
-
-
-def _context_length(model: Any) -> int:
-    """Return the positions the model's configuration allows."""
-    for holder in (model, getattr(model, "language_model", None)):
-        args = getattr(holder, "args", None)
-        text = getattr(args, "text_config", None) or {}
-        for value in (getattr(args, _CONTEXT_KEY, None), text.get(_CONTEXT_KEY)):
-            if value:
-                return int(value)
-    return _DEFAULT_CONTEXT

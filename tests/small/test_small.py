@@ -14,12 +14,14 @@ import mlx.core as mx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.utils import load_model
 
 from mlxroute.backend.load import load, memory_needed, on_cpu
 from mlxroute.engine import generate
 from mlxroute.errors import RollbackError, UsageError, WeightsError
 from mlxroute.routers import EntropyRouter
 from mlxroute.small import SmallModel
+from mlxroute.small.mlp_head import SIGNAL_COUNT
 from mlxroute.types import Sampling
 from tests.support.tiny import make_tiny_model
 
@@ -308,9 +310,48 @@ def test_prefill_reports_progress_in_chunks(
     assert [signals.token_id] == reference_ids(small, list(range(3, 34)), 1, prefill_step_size=10)
 
 
-def test_the_context_length_comes_from_the_model(tmp_path: Path) -> None:
-    model, tokenizer = load(make_tiny_model(tmp_path / "m", context=77))
-    assert SmallModel(model, tokenizer, name="m").context_length == 77
+_LLAMA4 = {
+    **{"model_type": "llama4_text", "hidden_size": 64, "num_hidden_layers": 4, "head_dim": 16},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128},
+    **{"intermediate_size_mlp": 128, "attention_bias": False, "attention_chunk_size": 64},
+    **{"interleave_moe_layer_step": 2, "num_experts_per_tok": 1, "num_local_experts": 2},
+    **{"rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 1e4, "use_qk_norm": False},
+    **{"vocab_size": 320, "max_position_embeddings": 77},
+}
+# The configuration of gemma has the key, but its arguments do not.
+_CONTEXTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 77},
+    "gemma": {"head_dim": 16, "max_position_embeddings": 77},
+    "gpt2": {
+        **{"n_positions": 77, "n_ctx": 77, "n_embd": 64, "n_head": 4, "n_layer": 1},
+        **{"layer_norm_epsilon": 1e-5, "max_position_embeddings": None},
+    },
+    "llama4": {"text_config": _LLAMA4, "max_position_embeddings": None},
+}
+
+
+@pytest.mark.parametrize("model_type", _CONTEXTS)
+def test_the_context_length_comes_from_the_model(model_type: str, tmp_path: Path) -> None:
+    extra = _CONTEXTS[model_type]
+    path = make_tiny_model(tmp_path / "m", model_type=model_type, extra=extra)
+    assert SmallModel(*load(path), name="m").context_length == 77
+
+
+@pytest.mark.parametrize("model_type", _CONTEXTS.keys() - {"gemma"})
+def test_the_context_length_of_a_model_that_mlx_lm_loaded(model_type: str, tmp_path: Path) -> None:
+    extra = _CONTEXTS[model_type]
+    path = make_tiny_model(tmp_path / "m", model_type=model_type, extra=extra)
+    model, _ = load_model(path)
+    assert SmallModel(model, load(path)[1], name="m").context_length == 77
+
+
+def test_a_head_fits_a_model_whose_text_part_has_the_hidden_size(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path / "m", model_type="llama4", extra=_CONTEXTS["llama4"])
+    small = SmallModel(*load(path), name="m")
+    head = {"0.weight": mx.zeros((1, 64 + SIGNAL_COUNT)), "0.bias": mx.zeros((1,))}
+    mx.save_safetensors(str(tmp_path / "head.safetensors"), head)
+    small.load_head(tmp_path / "head.safetensors")
+    assert small.prefill([5, 6])[0].head_score == 0
 
 
 def test_never_escalating_through_the_engine_equals_mlx_lm(small: SmallModel) -> None:
