@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from mlxroute.errors import WeightsError
@@ -67,6 +69,25 @@ def build_config(gguf: GgufFile, tokenizer: TokenizerFiles) -> dict[str, Any]:
     return config
 
 
+def require_known_type(gguf: GgufFile, tensor: GgufTensor) -> None:
+    """Raise WeightsError for a tensor whose type cannot be converted."""
+    if not _is_convertible(tensor.kind, len(tensor.shape)):
+        raise WeightsError(
+            f"{gguf.path}: tensor {tensor.name} has type {tensor.kind.name}, which is not supported"
+        )
+
+
+@cache
+def _is_convertible(kind: GGMLQuantizationType, dimensions: int) -> bool:
+    if dimensions == 1 and GGML_QUANT_SIZES[kind][0] != 1:
+        return False
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
 def _check_kind(gguf: GgufFile) -> None:
     """Raise WeightsError for another architecture, and for a part of a model."""
     if gguf.architecture not in ARCHITECTURES:
@@ -74,7 +95,8 @@ def _check_kind(gguf: GgufFile) -> None:
             f"{gguf.path}: GGUF architecture {gguf.architecture!r} is not supported, only llama "
             "and qwen2 are; use a model directory or a hub id instead"
         )
-    if gguf.metadata.has("split.count") and gguf.metadata.integer("split.count") > 1:
+    # A merged file has a count of 0.
+    if gguf.metadata.number("split.count", default=0) > 1:
         raise WeightsError(
             f"{gguf.path} is one part of a split GGUF: merge its parts first, with"
             " `llama-gguf-split --merge`"
@@ -169,6 +191,7 @@ def _llama3_scaling(gguf: GgufFile, *, theta: float, head_dim: int) -> dict[str,
     settings other than `factor` are constants.
     """
     tensor = gguf.tensors[ROPE_FACTORS]
+    require_known_type(gguf, tensor)
     stored = dequantize(gguf.rows(tensor), tensor.kind).reshape(-1)
     factor, low, high, context = round(float(stored.max()), 3), 1.0, 4.0, 8192
     wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
 
 from mlxroute.errors import WeightsError
-from mlxroute.weights.gguf_config import ROPE_FACTORS
+from mlxroute.weights.gguf_config import ROPE_FACTORS, require_known_type
 from mlxroute.weights.gguf_file import GgufFile, GgufTensor
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -61,10 +58,7 @@ def plan_conversions(gguf: GgufFile, config: Mapping[str, Any]) -> list[Conversi
                 f"{gguf.path}: tensor {name} has shape {tensor.shape}, but the metadata gives"
                 f" {expected.shape}; the file is damaged or was converted wrongly"
             )
-        if not _is_convertible(tensor.kind, len(tensor.shape)):
-            raise WeightsError(
-                f"{gguf.path}: tensor {name} has type {tensor.kind.name}, which is not supported"
-            )
+        require_known_type(gguf, tensor)
         planned.append(Conversion(expected.new_name, tensor.shape, tensor, expected.heads))
     for tensor_name, absent in missing.items():
         if not absent.is_optional:
@@ -147,14 +141,3 @@ def _expected_in_layer(architecture: str, config: Mapping[str, Any]) -> Iterator
         yield _Expected(f"{name}.weight", f"{new_name}.weight", (outputs, inputs), order)
         if has_bias:
             yield _Expected(f"{name}.bias", f"{new_name}.bias", (outputs,), order, True)
-
-
-@cache
-def _is_convertible(kind: GGMLQuantizationType, dimensions: int) -> bool:
-    if dimensions == 1 and GGML_QUANT_SIZES[kind][0] != 1:
-        return False
-    try:
-        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-    except NotImplementedError:
-        return False
-    return True

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -141,6 +142,10 @@ def test_metadata_without_effect_changes_nothing(tmp_path: Path) -> None:
         "tokenizer.ggml.add_eos_token": False,
         "tokenizer.ggml.fim_pre_token_id": 5,
         "quantize.imatrix.file": "x.dat",
+        # As `llama-gguf-split --merge` leaves them.
+        "split.count": 0,
+        "split.no": 0,
+        "split.tensors.count": 21,
     }
     assert config_of(tmp_path, TinyModel(metadata=metadata)) == plain
 
@@ -148,7 +153,7 @@ def test_metadata_without_effect_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("split.count", "many", "split.count must be a positive integer"),
+        ("split.count", "many", "split.count must be a number of at least 0"),
         ("general.alignment", 0, "general.alignment must be a positive integer"),
         ("general.alignment", [32, 16], "general.alignment must be a positive integer"),
         ("tokenizer.ggml.add_bos_token", "yes", "add_bos_token must be a boolean"),
@@ -373,15 +378,28 @@ def test_more_tokens_than_embeddings_are_refused(tmp_path: Path) -> None:
         check_convertible(source)
 
 
-def test_an_unknown_type_of_weights_is_refused_before_the_conversion(tmp_path: Path) -> None:
-    source = write_gguf(tmp_path / "m.gguf", TinyModel())
-    content = source.read_bytes()
-    name = b"blk.0.attn_norm.weight"
+def change_type(file: Path, tensor: str, kind: GGMLQuantizationType) -> None:
+    """Change the type of a tensor of one dimension in the header of a file."""
+    content, name = file.read_bytes(), tensor.encode()
     # After the name: the number of dimensions, one dimension, and the type.
     position = content.index(name) + len(name) + 12
-    kind = struct.pack("<I", 27)  # 64-bit integers
-    source.write_bytes(content[:position] + kind + content[position + 4 :])
+    file.write_bytes(content[:position] + struct.pack("<I", kind) + content[position + 4 :])
+
+
+def test_an_unknown_type_of_weights_is_refused_before_the_conversion(tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "m.gguf", TinyModel())
+    change_type(source, "blk.0.attn_norm.weight", GGMLQuantizationType.I64)
     with pytest.raises(WeightsError, match=r"I64, which is not supported|truncated|damaged"):
+        check_convertible(source)
+
+
+@pytest.mark.parametrize("name", ["F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K"])
+def test_an_unknown_type_of_frequency_factors_is_refused(name: str, tmp_path: Path) -> None:
+    extra = {"rope_freqs.weight": ones(256), "next": ones(512)}
+    metadata = {"llama.attention.key_length": 512}
+    source = write_gguf(tmp_path / "m.gguf", TinyModel(extra=extra, metadata=metadata))
+    change_type(source, "rope_freqs.weight", GGMLQuantizationType[name])
+    with pytest.raises(WeightsError, match=rf"rope_freqs.weight has type {name}, which is not sup"):
         check_convertible(source)
 
 
