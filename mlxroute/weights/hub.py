@@ -110,6 +110,10 @@ def fetch_snapshot(
         # The client does not resume files of an earlier run; they only take up space.
         for unfinished in folder.rglob("*.incomplete"):
             unfinished.unlink()
+        # An earlier run may have fetched another revision, and `mlx_lm` loads all weights it finds.
+        for path in folder.iterdir():
+            if path.is_file() and path.name not in files:
+                path.unlink()
         missing_bytes = sum(
             file.size for name, file in files.items() if not (folder / name).exists()
         )

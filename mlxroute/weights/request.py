@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlxroute.errors import WeightsError
 from mlxroute.types import Progress
-from mlxroute.weights.store import Manifest, Store, disk_errors, record_file
+from mlxroute.weights.store import MANIFEST, Manifest, Store, disk_errors, record_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ def fetch_and_store(store: Store, request: Request, *, staging_key: str) -> Loca
             files = {
                 file.name: record_file(file, sha256=staged.sha256.get(file.name))
                 for file in sorted(staged.path.iterdir())
-                if file.is_file()
+                if file.is_file() and file.name != MANIFEST
             }
         manifest = Manifest(request.name, staged.source, request.fingerprint, files)
         path = store.commit(request.key, staged.path, manifest)

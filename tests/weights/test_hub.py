@@ -136,6 +136,24 @@ def test_complete_files_of_an_interrupted_pull_are_kept(
     assert hub.requests[f"GET {first}config.json"] == 0
 
 
+def test_files_that_a_later_revision_lacks_are_not_kept(hub: Site, tmp_path: Path) -> None:
+    hub.altered.add("model-00002-of-00002.safetensors")
+    with pytest.raises(CorruptWeights):
+        get(tmp_path / "cache")
+    hub.altered.clear()
+    sharded = {name for name in FILES if name.startswith("model-")}
+    later = {name: FILES[name] for name in FILES if name not in sharded}
+    hub.repositories[HUB_ID] = {**later, "model.safetensors": os.urandom(1000)}
+    model = get(tmp_path / "cache")
+    assert {file.name for file in model.path.glob("model*")} == {"model.safetensors"}
+
+
+def test_a_repository_with_a_manifest_of_its_own_is_used(hub: Site, tmp_path: Path) -> None:
+    hub.repositories[HUB_ID]["mlxroute-manifest.json"] = b"{}"
+    get(tmp_path / "cache")
+    assert get(tmp_path / "cache", function="pull", offline=True).path.is_dir()
+
+
 def test_the_error_for_a_missing_repository_names_it(hub: Site, tmp_path: Path) -> None:
     hub.repositories.clear()
     with pytest.raises(WeightsError, match=f"no repository {HUB_ID}"):
