@@ -314,7 +314,7 @@ class DeviceThread:
         For an exact row that is new there, first compute the step as one row too.
         """
         sequence = row.sequence
-        if row.is_exact and sequence.batch_row is None and sequence.is_divisible:
+        if row.is_exact and sequence.batch_row is None and sequence.fits_batch:
             token_id = cast(Feed, self._requests[row]).token_ids[0]
             expected[row] = sequence.extend([token_id])
             sequence.rollback(1)

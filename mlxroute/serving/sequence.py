@@ -59,16 +59,21 @@ class DecodedSequence:
         self.leave_batch()
         return self.small.extend(token_ids)
 
+    @property
+    def fits_batch(self) -> bool:
+        """Whether it is in the batch, or there is room for a sequence of this kind."""
+        cache = self._decoder.cache
+        return self.batch_row is not None or (
+            self.is_divisible and self._batch.has_room(cache.layers, len(cache.token_ids) + 1)
+        )
+
     def enter_batch(self) -> bool:
-        """Move into the batch, if there is room for a sequence of this kind; return whether."""
-        if self.batch_row is not None:
-            return True
-        decoder = self._decoder
-        length = len(decoder.cache.token_ids)
-        if not (self.is_divisible and self._batch.has_room(decoder.cache.layers, length + 1)):
+        """Move into the batch, if it fits; return whether."""
+        if not self.fits_batch:
             return False
-        layers, self._ids = decoder.take_cache()
-        self.batch_row = self._batch.join(layers, length, sampler=decoder.sampler)
+        if self.batch_row is None:
+            layers, self._ids = self._decoder.take_cache()
+            self.batch_row = self._batch.join(layers, len(self._ids), sampler=self._decoder.sampler)
         return True
 
     def leave_batch(self) -> None:

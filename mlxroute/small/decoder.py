@@ -17,12 +17,13 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from mlxroute.errors import UsageError
 from mlxroute.small.hidden_state import HiddenStateTap
 from mlxroute.small.kernels import select_kernel, unpack_signals
-from mlxroute.small.kv_cache import CacheCopy, PrefixCache
+from mlxroute.small.kv_cache import CacheCopy, PrefixCache, is_plain
 from mlxroute.small.mlp_head import MlpHead, signal_features
 from mlxroute.small.model_args import find_argument
-from mlxroute.small.row_batch import RowBatch
+from mlxroute.small.row_batch import RowBatch, can_build_rows
 from mlxroute.small.row_sampler import RowSampler
 from mlxroute.types import Notify, Sampling, Signals
 
@@ -86,6 +87,8 @@ class Decoder:
         self._kernel = select_kernel(kernel, notify=notify)
         self._head: Head | None = None
         self._tap = HiddenStateTap(model)
+        # Whether the model decodes rows of different lengths, once known; copies share it.
+        self._row_findings: list[bool] = []
         self._reset()
 
     def _reset(self) -> None:
@@ -212,7 +215,23 @@ class Decoder:
 
     def start_rows(self) -> RowBatch:
         """Return a batch without rows, independent of this decoder's own cache."""
-        return RowBatch(self.compute_signals)
+        return RowBatch(self.compute_signals, self.takes_rows)
+
+    def takes_rows(self, layers: Sequence[Any]) -> bool:
+        """Return whether sequences with cache layers like these can be rows of a batch."""
+        if not is_plain(layers):
+            return False
+        if not self._row_findings:
+            self._row_findings.append(can_build_rows(self._build_pass, layers))
+        return self._row_findings[0]
+
+    def check_rows(self, layers: Sequence[Any]) -> None:
+        """Raise UsageError for a model whose plain caches cannot be rows of different lengths."""
+        if is_plain(layers) and not self.takes_rows(layers):
+            raise UsageError(
+                "this architecture has one length for all rows, so texts of different lengths"
+                " cannot be decoded in a batch"
+            )
 
     def take_cache(self) -> tuple[CacheCopy, list[int]]:
         """Give the KV cache and its ids away and continue with an empty one.
@@ -234,7 +253,12 @@ class Decoder:
         max_tokens: Sequence[int],
         eos_ids: frozenset[int],
     ) -> list[list[int]]:
-        """Continue several sequences greedily, as `continuations.continue_greedily`."""
+        """Continue several sequences greedily, as `continuations.continue_greedily`.
+
+        Raises UsageError for a model that cannot decode rows of different lengths.
+        """
+        for layers, _ in starts:
+            self.check_rows(layers)
         # `mlx_lm.generate` imports transformers, which decoding itself does without.
         from mlxroute.small.continuations import continue_greedily
 

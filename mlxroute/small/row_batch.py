@@ -98,10 +98,14 @@ class RowBatch:
 
     Args:
         compute_signals: Runs a forward pass over the layers.
+        takes_rows: Tells whether the model decodes rows with cache layers like the given ones.
     """
 
-    def __init__(self, compute_signals: ComputeSignals) -> None:
+    def __init__(
+        self, compute_signals: ComputeSignals, takes_rows: Callable[[Sequence[Any]], bool]
+    ) -> None:
         self._compute_signals = compute_signals
+        self._takes_rows = takes_rows
         self._layers: list[_LayerRows] = []
         self._rows: list[BatchRow] = []
         self._step_count = 0
@@ -117,7 +121,7 @@ class RowBatch:
     def has_room(self, layers: Sequence[Any], length: int) -> bool:
         """Return whether a sequence of these cache layers and this length can become a row."""
         longest = max([length, *(row.length for row in self._rows)])
-        return len(self._rows) < count_rows_that_fit(layers, longest)
+        return self._takes_rows(layers) and len(self._rows) < count_rows_that_fit(layers, longest)
 
     def join(
         self, layers: Sequence[Any], length: int, *, sampler: RowSampler | None = None
@@ -198,10 +202,7 @@ class RowBatch:
         unused = [row.length for row in self._rows[len(rows) :]]
         unused += [0] * (idle - len(unused))
         width = max(places) + 1
-        offsets = mx.array(places)
-        positions = mx.array([*places, *unused])[:, None, None, None]
-        mask = mx.arange(width) <= offsets[:, None, None, None]
-        return _StepPlan(positions, offsets, mask, width, idle)
+        return _make_plan(places, unused, width, idle)
 
     def _views(self, row: BatchRow, count: int) -> list[KVCache]:
         views = []
@@ -239,6 +240,30 @@ class RowBatch:
 
     def _evaluate(self) -> None:
         mx.eval([(layer.keys, layer.values) for layer in self._layers])
+
+
+def _make_plan(places: list[int], unused: list[int], width: int, idle: int) -> _StepPlan:
+    offsets = mx.array(places)
+    positions = mx.array([*places, *unused])[:, None, None, None]
+    mask = mx.arange(width) <= offsets[:, None, None, None]
+    return _StepPlan(positions, offsets, mask, width, idle)
+
+
+def can_build_rows(
+    build_pass: Callable[[mx.array, list[Any]], object], layers: Sequence[Any]
+) -> bool:
+    """Return whether a model decodes rows of different lengths; some have one length for all.
+
+    The pass of two rows with cache layers like the given ones is built, but not computed.
+    """
+    rows = [_LayerRows(*_empty(layer, 2, 2)) for layer in layers]
+    for row in rows:
+        row.plan = _make_plan([0, 1], [], 2, 0)
+    try:
+        build_pass(mx.array([[0], [0]]), rows)
+    except Exception:  # noqa: BLE001 - what an architecture raises is its own
+        return False
+    return True
 
 
 def count_rows_that_fit(layers: Sequence[Any], length: int) -> int:

@@ -76,7 +76,7 @@ def sample_continuations(
     """Return `count` continuations of each start, without the start's token and the end token.
 
     What a sample draws depends on its start and its number, and on the rounding of the batch near
-    ties. Raises UsageError for KV caches that cannot be rows.
+    ties. Raises UsageError for KV caches and models that cannot have rows.
     """
     samples = [
         [_Sample(start, random.Random(f"{start.seed} {number}")) for number in range(count)]
@@ -89,7 +89,9 @@ def sample_continuations(
         if start.limit > 0 and start.token_id not in eos_ids and not start.is_over([])
     ]
     if unfinished:
-        _write(decoder, unfinished, _count_at_once(unfinished), eos_ids)
+        at_once = _count_at_once(unfinished)
+        decoder.check_rows(unfinished[0][0].start.layers)
+        _write(decoder, unfinished, at_once, eos_ids)
     return [[sample.ids for sample in group] for group in samples]
 
 

@@ -6,7 +6,9 @@ import math
 import re
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,8 +25,9 @@ from mlxroute.serving import (
 from mlxroute.serving.device_thread import DeviceClosed
 from mlxroute.serving.prompts import encode_prompt
 from mlxroute.serving.row import AnswerCancelled
+from mlxroute.serving.sequence import DecodedSequence
 from mlxroute.small import SmallModel
-from mlxroute.types import LargeContext, Mode, Sampling, StopReason, Token
+from mlxroute.types import LargeContext, Mode, Sampling, Signals, StopReason, Token
 from tests.serving.conftest import (
     PROMPTS,
     ReleasedLarge,
@@ -382,12 +385,42 @@ def test_decisions_within_the_rounding_are_made_again_where_asked(
     assert sum(run.redecoded for run in runs if run is not None) > 0
 
 
-@pytest.mark.parametrize("kind", ["gemma3_text", "lfm2"])
-def test_caches_that_cannot_be_batched_take_turns(
-    kind: str, tmp_path_factory: pytest.TempPathFactory
+# Rows of a model with this scaling must have one length.
+_DYNAMIC: dict[str, Any] = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+
+
+def test_exact_answers_that_cannot_be_batched_compute_each_step_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path_factory.mktemp(kind) / kind
-    small = SmallModel(*load(make_tiny_model(path, model_type=kind, extra=KINDS[kind])), name=kind)
+    small = SmallModel(*load(make_tiny_model(tmp_path / "m", extra=_DYNAMIC)), name="m")
+    fed: list[int] = []
+    plain = DecodedSequence.extend
+
+    def count(self: DecodedSequence, token_ids: Sequence[int]) -> Signals:
+        fed.extend(token_ids)
+        return plain(self, token_ids)
+
+    monkeypatch.setattr(DecodedSequence, "extend", count)
+    with AnswerScheduler(small, None) as scheduler:
+        with held(scheduler):
+            answers = [scheduler.submit(request(p, exact=True)) for p in PROMPTS]
+        assert [written(answer) for answer in answers] == [alone(small, p) for p in PROMPTS]
+        assert len(fed) == scheduler.figures().single_tokens
+
+
+@pytest.mark.parametrize(
+    ("model_type", "extra"),
+    [
+        ("gemma3_text", KINDS["gemma3_text"]),
+        ("lfm2", KINDS["lfm2"]),
+        ("llama", _DYNAMIC),
+    ],
+)
+def test_answers_that_cannot_be_batched_take_turns(
+    model_type: str, extra: dict[str, Any], tmp_path: Path
+) -> None:
+    path = make_tiny_model(tmp_path / "m", model_type=model_type, extra=extra)
+    small = SmallModel(*load(path), name="m")
     large = ReleasedLarge(choose)
     expected = [alone(small, p, large=large, threshold=_SOMETIMES, mode="wait") for p in PROMPTS]
     with AnswerScheduler(small, large) as scheduler:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mlxroute.backend.load import load
-from mlxroute.errors import RollbackError
+from mlxroute.errors import RollbackError, UsageError
 from mlxroute.small import SmallModel
+from mlxroute.small.decoder import Decoder
 from mlxroute.small.row_batch import BatchRow, RowBatch
+from mlxroute.small.sampled_continuations import SampleStart, sample_continuations
+from mlxroute.types import Signals
 from tests.support.tiny import make_tiny_model
 
 _MAX_ROWS = 5
@@ -79,6 +84,60 @@ def test_rows_join_pause_are_cut_and_leave_without_changing_others(
     for row in list(rows):
         batch.leave(row)
     assert batch.size_bytes == 0
+
+
+# Models that compute with one length for all rows of a batch.
+_ONE_LENGTH: dict[str, tuple[str, dict[str, Any]]] = {
+    "dynamic RoPE": ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+    "gpt_bigcode": (
+        "gpt_bigcode",
+        {
+            **{"n_embd": 64, "n_layer": 2, "n_inner": 128, "n_head": 4, "n_positions": 512},
+            **{"layer_norm_epsilon": 1e-6, "num_key_value_heads": None},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", _ONE_LENGTH)
+def test_a_model_that_has_one_length_for_all_rows_is_not_batched(kind: str, tmp_path: Path) -> None:
+    model_type, extra = _ONE_LENGTH[kind]
+    path = make_tiny_model(tmp_path / "m", model_type=model_type, extra=extra)
+    small = SmallModel(*load(path), name=kind)
+    first, copy = small.prefill_copy([5, 6, 7])
+    assert not small.decoder.start_rows().has_room(copy, 4)
+    with pytest.raises(UsageError, match="cannot be decoded in a batch"):
+        small.continue_greedily([(copy, first.token_id)] * 2, max_tokens=[2, 2])
+    start = SampleStart(copy, 3, first.token_id, 2, "s", lambda ids: False)
+    with pytest.raises(UsageError, match="cannot be decoded in a batch"):
+        sample_continuations(small.decoder, [start], count=2, eos_ids=frozenset())
+    # Branches have the same length.
+    for ids, signals in zip(([8, 10], [9, 11]), _branch_twice(small), strict=True):
+        alone, _ = small.with_own_cache().prefill([5, 6, 7, *ids])
+        assert signals.entropy_nats == pytest.approx(alone.entropy_nats, abs=1e-4)
+
+
+def _branch_twice(small: SmallModel) -> list[Signals]:
+    small.branch([0, 0], [8, 9])
+    return small.branch([0, 1], [10, 11])
+
+
+def test_whether_a_model_can_be_batched_is_found_out_once(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = SmallModel(small.model, small.tokenizer, name="own")
+    _, copy = own.prefill_copy([5, 6, 7])
+    passes: list[int] = []
+    plain = Decoder._build_pass
+
+    def count(self: Decoder, tokens: mx.array, layers: Any = None) -> Any:
+        passes.append(len(tokens))
+        return plain(self, tokens, layers)
+
+    monkeypatch.setattr(Decoder, "_build_pass", count)
+    for decoder in (own.decoder, own.with_own_cache().decoder):
+        assert decoder.start_rows().has_room(copy, 4)
+    assert passes == [2]
 
 
 def _trim(batch: RowBatch, row: BatchRow, ids: list[int], count: int) -> None:
