@@ -19,6 +19,7 @@ from mlxroute.serving.http.endpoint_app import create_app
 from mlxroute.serving.http.guard import AccessRules
 from mlxroute.serving.http.serving_session import ServingSession
 from mlxroute.small import SmallModel
+from mlxroute.types import Notify, no_notice
 
 HOST = "http://127.0.0.1:8787"
 
@@ -46,9 +47,10 @@ def running(
     *,
     limits: ServingLimits | None = None,
     rules: AccessRules | None = None,
+    notify: Notify = no_notice,
 ) -> Iterator[TestClient]:
     """Yield a client of an endpoint that ends with the block."""
-    app = create_app(session, limits=limits, rules=rules)
+    app = create_app(session, limits=limits, rules=rules, notify=notify)
     with TestClient(app, base_url=HOST, raise_server_exceptions=False) as client:
         yield client
 

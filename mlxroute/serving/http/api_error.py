@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse
 from mlxroute.errors import ContextTooLong, LargeError, MlxRouteError, UsageError
 from mlxroute.safe_text import printable_line
 from mlxroute.serving.requests import QueueFull
+from mlxroute.types import Notify
 
 _TYPES: Final = {
     401: "authentication_error",
@@ -81,6 +82,16 @@ def to_api_error(exc: BaseException, *, calls: int = 0) -> ApiError:
     if calls and (error.status in (408, 409) or error.status >= 429):
         error.headers["x-should-retry"] = "false"
     return error
+
+
+def log_failure(exc: BaseException, notify: Notify) -> None:
+    """Write a line about an exception that is replied with status 500; about others nothing.
+
+    For an ApiError it is about the exception that it was raised from.
+    """
+    if to_api_error(exc).status == 500:
+        origin = (exc.__cause__ or exc) if isinstance(exc, ApiError) else exc
+        notify(printable_line(f"error: {type(origin).__name__}: {origin}", limit=600))
 
 
 def _to_api_error(exc: BaseException) -> ApiError:

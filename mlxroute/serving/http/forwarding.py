@@ -19,7 +19,7 @@ from mlxroute.engine.escalation.never_send import NeverSend
 from mlxroute.errors import LargeRefused, LargeUnavailable, LargeUnrecorded
 from mlxroute.large.dialects.json_fields import Counts, json_items, usage_counts
 from mlxroute.serving.http.answer_endpoint import AnswerEndpoint
-from mlxroute.serving.http.api_error import ApiError, to_api_error, wrong
+from mlxroute.serving.http.api_error import ApiError, log_failure, to_api_error, wrong
 from mlxroute.serving.http.model_names import ModelRole
 from mlxroute.serving.http.parsing.chat_fields import ToolsNeeded, usual_messages
 from mlxroute.serving.http.parsing.fields import Fields, clean_json
@@ -158,6 +158,7 @@ class _ForwardedChat:
             for chunk in reply_chunks(self._form, reply, include_usage=self._include_usage):
                 yield encode_event(chunk)
         except Exception as exc:  # noqa: BLE001 - the status was sent already
+            log_failure(exc, self._endpoint.notify)
             yield encode_error(_to_api_error(exc))
             return
         finally:

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from mlxroute.errors import ContextTooLong
 from mlxroute.serving.http.answer_endpoint import AnswerEndpoint, Asked
-from mlxroute.serving.http.api_error import ApiError, to_api_error, wrong
+from mlxroute.serving.http.api_error import ApiError, log_failure, to_api_error, wrong
 from mlxroute.serving.http.forwarding import forward_chat
 from mlxroute.serving.http.metrics import CONTENT_TYPE
 from mlxroute.serving.http.model_names import ModelRole
@@ -54,10 +54,8 @@ def route(handler: Handler) -> Handler:
         except ClientGone:
             response = Response(status_code=_CLIENT_GONE_STATUS)
         except Exception as exc:  # noqa: BLE001 - no traceback may reach a client
-            error = to_api_error(exc)
-            if error.status == 500:
-                request.app.state.notify(f"error: {type(exc).__name__}: {exc}")
-            response = error.response()
+            log_failure(exc, request.app.state.notify)
+            response = to_api_error(exc).response()
         if (endpoint := request.app.state.endpoint) is not None:
             endpoint.metrics.on_request(handler.__name__, response.status_code)
         return response
@@ -194,6 +192,7 @@ class _Reply:
             is_chat=self._is_chat,
             keep_alive_s=self._endpoint.limits.keep_alive_s,
             report=self._report,
+            notify=self._endpoint.notify,
         )
         headers = {ID_HEADER: self.reply_id}
         return EventStream(stream.parts(), cancel=self._cancel, headers=headers)

@@ -20,6 +20,7 @@ from mlxroute.config.setting_choices import ToolPolicyName
 from mlxroute.engine.escalation.never_send import NeverSend
 from mlxroute.large import LargeModel
 from mlxroute.large.http.circuit_breaker import FAILURES
+from mlxroute.large.whole_chat import WholeChat
 from mlxroute.serving.http import forwarding
 from mlxroute.serving.http.answer_endpoint import ServingLimits
 from mlxroute.small import SmallModel
@@ -384,6 +385,24 @@ def test_a_request_that_was_sent_is_not_repeated(
     assert response.status_code == 502
     assert response.headers["x-should-retry"] == "false"
     assert response.headers["x-mlxroute-id"].startswith("chatcmpl-")
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_the_error_behind_a_failed_request_is_one_line_of_the_log(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch, is_stream: bool
+) -> None:
+    def fail(call: object, body: object) -> None:
+        raise RuntimeError("can't start new thread\x1b[2J")
+
+    monkeypatch.setattr(WholeChat, "ask", fail)
+    lines: list[str] = []
+    with (
+        LargeModel("http://127.0.0.1:1/v1", model="big") as large,
+        running(make_session(small, large), limits=_LIMITS, notify=lines.append) as client,
+    ):
+        text = post(client, tools=_TOOLS, stream=is_stream).text
+    assert "see the server's output" in text
+    assert lines == ["error: RuntimeError: can't start new thread [2J"]
 
 
 @pytest.mark.parametrize("status", [408, 409])

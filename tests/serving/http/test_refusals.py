@@ -222,6 +222,33 @@ def test_an_endpoint_whose_decoding_has_failed_is_not_healthy(
         assert "restart" in error_of(client.get("/health"), 503)["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", chat()),
+        ("chat/completions", chat(stream=True)),
+        ("completions", {"prompt": "the", "echo": True, "logprobs": 1, "max_tokens": 1}),
+    ],
+    ids=["whole", "stream", "scored"],
+)
+def test_the_error_behind_a_failed_answer_is_one_line_of_the_log(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("[metal::malloc] cannot \x1b[2J allocate\n9 GB")
+
+    lines: list[str] = []
+    with running(make_session(small), notify=lines.append) as client:
+        scheduler = client.app.state.endpoint.scheduler  # type: ignore[attr-defined]
+        if "echo" in body:
+            monkeypatch.setattr(scheduler, "score", fail)
+        else:
+            monkeypatch.setattr(scheduler._device, "_step_alone", fail)
+        assert "see the server's output" in client.post(f"/v1/{path}", json=body).text
+    (line,) = [line for line in lines if line.startswith("error")]
+    assert line == "error: RuntimeError: [metal::malloc] cannot [2J allocate 9 GB"
+
+
 def test_a_full_queue_says_when_to_come_back(small: SmallModel) -> None:
     limits = ServingLimits(max_running=1, max_queued=0)
     with running(make_session(small, max_tokens=400), limits=limits) as client:

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
-from mlxroute.serving.http.api_error import to_api_error
+from mlxroute.serving.http.api_error import log_failure, to_api_error
 from mlxroute.serving.http.parsing.common_fields import AnswerFields
 from mlxroute.serving.http.replies.answer_summary_json import FINISH_REASONS
 from mlxroute.serving.http.replies.event_stream import COMMENT, DONE, encode_error, encode_event
@@ -15,7 +15,7 @@ from mlxroute.serving.http.replies.reply_forms import ReplyForm
 from mlxroute.serving.http.replies.token_logprobs import LogprobForms
 from mlxroute.serving.http.served_answer import ServedAnswer
 from mlxroute.serving.requests import PromptProgress, ServedEvent
-from mlxroute.types import Provisional, Retracted, Token
+from mlxroute.types import Notify, Provisional, Retracted, Token
 
 
 class ChunkStream:
@@ -29,6 +29,7 @@ class ChunkStream:
         is_chat: Whether it is a chat completion.
         keep_alive_s: Seconds of silence after which a comment is sent.
         report: Returns the summary and the usage of the complete answer.
+        notify: Receives a line about an answer that failed.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class ChunkStream:
         is_chat: bool,
         keep_alive_s: float,
         report: Any,
+        notify: Notify,
     ) -> None:
         self._answer = answer
         self._form = form
@@ -49,6 +51,7 @@ class ChunkStream:
         self._is_chat = is_chat
         self._keep_alive_s = keep_alive_s
         self._report = report
+        self._notify = notify
         self._offset = 0
 
     async def parts(self) -> AsyncGenerator[bytes, None]:
@@ -63,10 +66,11 @@ class ChunkStream:
                         yield encode_event(chunk)
                     elif event is None:
                         yield COMMENT
+            summary, usage = self._report()
         except Exception as exc:  # noqa: BLE001 - the status was sent already
+            log_failure(exc, self._notify)
             yield encode_error(to_api_error(exc, calls=self._answer.calls))
             return
-        summary, usage = self._report()
         assert self._answer.run is not None
         finish_reason = FINISH_REASONS[self._answer.run.finish_reason]
         yield encode_event(self._form.last_chunk(finish_reason, summary))
