@@ -61,11 +61,11 @@ class DecodedSequence:
 
     @property
     def fits_batch(self) -> bool:
-        """Whether it is in the batch, or there is room for a sequence of this kind."""
+        """Whether the batch has room for the sequence and its next token."""
+        if self.batch_row is not None:
+            return self._batch.has_room_for_token(self.batch_row)
         cache = self._decoder.cache
-        return self.batch_row is not None or (
-            self.is_divisible and self._batch.has_room(cache.layers, len(cache.token_ids) + 1)
-        )
+        return self.is_divisible and self._batch.has_room(cache.layers, len(cache.token_ids) + 1)
 
     def enter_batch(self) -> bool:
         """Move into the batch, if it fits; return whether."""
@@ -96,8 +96,8 @@ class DecodedSequence:
 
     def release(self) -> tuple[CacheCopy, list[int]] | None:
         """Give up the KV cache; return it with its ids, or None if it cannot be used again."""
-        self.leave_batch()
         try:
+            self.leave_batch()
             self.small.select(0)
             return self._decoder.take_cache()
         except RollbackError:

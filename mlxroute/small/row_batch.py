@@ -7,6 +7,7 @@ nothing, a join or a leave copies one row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +20,15 @@ from mlxroute.small.kv_cache import CacheCopy, is_plain
 from mlxroute.small.row_sampler import RowSampler
 from mlxroute.types import Signals
 
+# Rows of the smallest buffers.
+_MIN_ROWS = 2
 # Tokens by which the buffers grow, as those of `mlx_lm`.
 _GROWTH = 256
 # Greatest memory of the buffers.
 _MAX_BYTES = 1 << 32
 _CLEAR_CACHE_EVERY = 256
+# The index of a row that was removed.
+_GONE = -1
 
 ComputeSignals = Callable[
     [mx.array, list[Any], Sequence[tuple[RowSampler | None, int]]], list[Signals]
@@ -123,21 +128,39 @@ class RowBatch:
         longest = max([length, *(row.length for row in self._rows)])
         return self._takes_rows(layers) and len(self._rows) < count_rows_that_fit(layers, longest)
 
+    def has_room_for_token(self, row: BatchRow) -> bool:
+        """Return whether the buffers may grow as far as one more token of a row requires."""
+        rows, width = self._shape
+        if row.length < width:
+            return True
+        token_bytes = self.size_bytes // (rows * width)
+        return len(self._rows) <= _count_rows(token_bytes, row.length)
+
     def join(
         self, layers: Sequence[Any], length: int, *, sampler: RowSampler | None = None
     ) -> BatchRow:
         """Copy the first `length` tokens of a KV cache into a new row."""
         row = BatchRow(len(self._rows), length, sampler)
         self._rows.append(row)
-        self._resize(layers)
-        for buffers, layer in zip(self._layers, layers, strict=True):
-            buffers.keys[row.index, :, :length] = layer.keys[0, :, :length]
-            buffers.values[row.index, :, :length] = layer.values[0, :, :length]
-        self._evaluate()
+        try:
+            self._resize(layers)
+            for buffers, layer in zip(self._layers, layers, strict=True):
+                buffers.keys[row.index, :, :length] = layer.keys[0, :, :length]
+                buffers.values[row.index, :, :length] = layer.values[0, :, :length]
+            self._evaluate()
+        except BaseException:
+            # Nobody would ever drop it.
+            self._remove_last()
+            raise
         return row
 
     def copy(self, row: BatchRow, count: int) -> CacheCopy:
-        """Return a KV cache of the first `count` tokens of a row."""
+        """Return a KV cache of the first `count` tokens of a row.
+
+        Raises RollbackError for a row that was removed.
+        """
+        if row.index == _GONE:
+            raise RollbackError("the batch does not hold this row any more")
         copies = [_copied(view) for view in self._views(row, count)]
         mx.eval([(layer.keys, layer.values) for layer in copies])
         return copies
@@ -154,7 +177,7 @@ class RowBatch:
 
     def drop(self, row: BatchRow) -> None:
         """Remove a row; the last row takes its place."""
-        last = self._rows.pop()
+        last = self._rows[-1]
         if last is not row:
             # A copy, because a view of the buffers would keep them from being written in place.
             copies = self.copy(last, last.length)
@@ -163,7 +186,12 @@ class RowBatch:
                 buffers.values[row.index, :, : last.length] = layer.values[0]
             last.index = row.index
             self._rows[last.index] = last
-            self._evaluate()
+        self._remove_last()
+        row.index = _GONE
+        self._evaluate()
+
+    def _remove_last(self) -> None:
+        del self._rows[-1]
         if not self._rows:
             self._layers = []
             mx.clear_cache()
@@ -217,22 +245,32 @@ class RowBatch:
     def _grow(self) -> None:
         """Make room for one more token of each row."""
         longest = max(row.length for row in self._rows)
-        if longest >= self._layers[0].keys.shape[2]:
-            self._reshape(len(self._layers[0].keys), _capacity(longest))
+        rows, width = self._shape
+        if longest >= width:
+            self._reshape(rows, _capacity(longest))
 
     def _resize(self, layers: Sequence[Any]) -> None:
         """Make room for all rows, the last of which is new and like `layers`."""
         width = _capacity(max(row.length for row in self._rows))
         if not self._layers:
-            self._layers = [_LayerRows(*_empty(layer, 2, width)) for layer in layers]
-        rows, present = self._layers[0].keys.shape[0], self._layers[0].keys.shape[2]
-        while rows < len(self._rows):
-            rows *= 2
+            self._layers = [_LayerRows(*_empty(layer, _MIN_ROWS, width)) for layer in layers]
+        rows, present = self._shape
         # A buffer that was made for a long row is not kept at twice the present need.
-        if present < width or present > 2 * width or rows != len(self._layers[0].keys):
+        if present < width or present > 2 * width or rows < len(self._rows):
             self._reshape(rows, width)
 
+    @property
+    def _shape(self) -> tuple[int, int]:
+        """The number of rows and the width of the buffers."""
+        keys = self._layers[0].keys
+        return keys.shape[0], keys.shape[2]
+
     def _reshape(self, rows: int, width: int) -> None:
+        """Give the buffers this width and `rows` rows; as many as are needed if memory is short."""
+        token_bytes = self.size_bytes // math.prod(self._shape)
+        rows = min(rows, _count_rows(token_bytes, width - 1))
+        while rows < len(self._rows):
+            rows = max(_MIN_ROWS, 2 * rows)
         for layer in self._layers:
             layer.keys = _reshaped(layer.keys, rows, width)
             layer.values = _reshaped(layer.values, rows, width)
@@ -273,7 +311,16 @@ def count_rows_that_fit(layers: Sequence[Any], length: int) -> int:
     """
     if not is_plain(layers):
         return 0
-    return _MAX_BYTES // (sum(_token_bytes(layer) for layer in layers) * _capacity(length))
+    return _count_rows(sum(_token_bytes(layer) for layer in layers), length)
+
+
+def _count_rows(token_bytes: int, length: int) -> int:
+    """Return the greatest number of rows of `length` tokens that buffers within `_MAX_BYTES` have.
+
+    The number of rows is doubled where there are too few.
+    """
+    rows = _MAX_BYTES // (token_bytes * _capacity(length))
+    return 0 if rows < _MIN_ROWS else 1 << (rows.bit_length() - 1)
 
 
 def _copied(layer: Any) -> KVCache:

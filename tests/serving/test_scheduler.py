@@ -263,6 +263,66 @@ def test_a_second_turn_reads_the_new_tokens_only(
     assert run.cached_prompt_tokens == 0
 
 
+def test_answers_that_outgrow_the_memory_of_the_batch_go_on_alone(
+    scheduler: AnswerScheduler, small: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [[5 + (first + 7 * i) % 250 for i in range(245)] for first in range(3)]
+    batch = scheduler._device._batch
+    step, sizes = batch.step, []
+
+    def measured(token_ids: Any) -> Any:
+        rows = step(token_ids)
+        sizes.append((batch.size_bytes, len(token_ids)))
+        return rows
+
+    monkeypatch.setattr(batch, "step", measured)
+    expected = [
+        written(scheduler.submit(AnswerRequest(ids, request("x").router, request("x").options)))
+        for ids in prompts
+    ]
+    start_batch_of(3, scheduler, monkeypatch)
+    with monkeypatch.context() as patch:
+        layers = small.with_own_cache()
+        layers.prefill(prompts[0])
+        token_bytes = sum(layer.nbytes for layer in layers.decoder.cache.layers) // 256
+        limit = 7 * 256 * token_bytes
+        patch.setattr("mlxroute.small.row_batch._MAX_BYTES", limit)
+        answers = [
+            scheduler.submit(AnswerRequest(ids, request("x").router, request("x").options))
+            for ids in prompts
+        ]
+        assert [written(answer) for answer in answers] == expected
+    assert max(count for _, count in sizes) == 3
+    assert max(size for size, _ in sizes) <= limit
+    assert scheduler.figures().single_tokens > 3 * 24
+
+
+def test_a_failed_join_ends_its_answer_alone(
+    scheduler: AnswerScheduler, small: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = scheduler._device._batch
+    resize, failures = batch._resize, [RuntimeError("no memory")]
+
+    def fail_once(layers: Any) -> None:
+        if failures:
+            raise failures.pop()
+        resize(layers)
+
+    monkeypatch.setattr(batch, "_resize", fail_once)
+    start_batch_of(3, scheduler, monkeypatch)
+    answers = [scheduler.submit(request(prompt)) for prompt in PROMPTS[:3]]
+    texts: list[list[int] | None] = []
+    for answer in answers:
+        try:
+            texts.append(written(answer))
+        except RuntimeError:
+            texts.append(None)
+    assert texts.count(None) == 1
+    for text, prompt in zip(texts, PROMPTS, strict=False):
+        assert text is None or text == alone(small, prompt)
+    assert len(batch) == batch.size_bytes == 0
+
+
 def test_a_failed_step_ends_the_answers_of_the_batch_alone(
     scheduler: AnswerScheduler, small: SmallModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

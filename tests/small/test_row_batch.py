@@ -56,10 +56,7 @@ def test_rows_join_pause_are_cut_and_leave_without_changing_others(
 
     def join(number: int) -> None:
         ids = _ids((5, 40, 255, _LONG)[number % 4], number)
-        own = small.with_own_cache()
-        own.prefill(ids)
-        layers, _ = own.decoder.take_cache()
-        rows[batch.join(layers, len(ids))] = ids
+        rows[_join(small, batch, ids)] = ids
 
     join(0)
     for action, number in actions:
@@ -138,6 +135,97 @@ def test_whether_a_model_can_be_batched_is_found_out_once(
     for decoder in (own.decoder, own.with_own_cache().decoder):
         assert decoder.start_rows().has_room(copy, 4)
     assert passes == [2]
+
+
+def _join(small: SmallModel, batch: RowBatch, ids: list[int]) -> BatchRow:
+    own = small.with_own_cache()
+    own.prefill(ids)
+    layers, _ = own.decoder.take_cache()
+    return batch.join(layers, len(ids))
+
+
+@pytest.mark.parametrize("others", [0, 1, 2])
+def test_a_row_that_cannot_join_leaves_nothing_behind(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch, others: int
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("no memory")
+
+    batch = small.decoder.start_rows()
+    all_ids = [_ids(20, number) for number in range(others)]
+    rows = [_join(small, batch, ids) for ids in all_ids]
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no memory"):
+        patch.setattr(batch, "_evaluate", fail)
+        _join(small, batch, _ids(30, 9))
+    assert len(batch) == others
+    for row, ids in zip(rows, all_ids, strict=True):
+        _check(small, [*ids, 9], batch.step({row: 9})[row].entropy_nats)
+    for row in rows:
+        batch.leave(row)
+    assert batch.size_bytes == len(batch) == 0
+
+
+def test_a_row_that_cannot_leave_is_not_taken_for_another(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("no memory")
+
+    batch = small.decoder.start_rows()
+    first, second = (_join(small, batch, _ids(20, number)) for number in range(2))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no memory"):
+        patch.setattr(batch, "_evaluate", fail)
+        batch.leave(first)
+    with pytest.raises(RollbackError, match="does not hold this row"):
+        batch.leave(first)
+    _check(small, [*_ids(20, 1), 9], batch.step({second: 9})[second].entropy_nats)
+
+
+def _fits(small: SmallModel, batch: RowBatch, length: int) -> bool:
+    own = small.with_own_cache()
+    own.prefill(_ids(length, 0))
+    return batch.has_room(own.decoder.cache.layers, length)
+
+
+def test_rows_join_while_the_buffers_stay_within_their_memory(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = small.decoder.start_rows()
+    row = _join(small, batch, _ids(20, 0))
+    row_bytes = batch.size_bytes // 2
+    monkeypatch.setattr("mlxroute.small.row_batch._MAX_BYTES", 7 * row_bytes)
+    rows = [row]
+    while _fits(small, batch, 20):
+        rows.append(_join(small, batch, _ids(20, len(rows))))
+    # A fifth row would double the buffers to eight.
+    assert len(rows) == 4
+    assert batch.size_bytes == 4 * row_bytes
+    # Those of a long row are as wide as three of these; two of them fit.
+    for row in rows[1:]:
+        batch.leave(row)
+    assert _fits(small, batch, 600)
+    _join(small, batch, _ids(600, 1))
+    assert batch.size_bytes == 6 * row_bytes
+    assert not _fits(small, batch, 20)
+
+
+def test_a_row_has_no_room_where_the_buffers_would_grow_past_their_memory(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = small.decoder.start_rows()
+    long, short, other = (_join(small, batch, _ids(count, count)) for count in (255, 20, 21))
+    row_bytes = batch.size_bytes // 4
+    monkeypatch.setattr("mlxroute.small.row_batch._MAX_BYTES", 7 * row_bytes)
+    assert batch.has_room_for_token(long)
+    batch.step({long: 9, short: 9})
+    assert not batch.has_room_for_token(long)
+    assert batch.has_room_for_token(short)
+    # With two rows there is room, once the buffers have no more rows than that.
+    batch.leave(other)
+    assert batch.has_room_for_token(long)
+    signals = batch.step({long: 8})[long]
+    _check(small, [*_ids(255, 255), 9, 8], signals.entropy_nats)
+    assert batch.size_bytes == 4 * row_bytes
 
 
 def _trim(batch: RowBatch, row: BatchRow, ids: list[int], count: int) -> None:
