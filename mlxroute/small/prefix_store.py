@@ -33,7 +33,7 @@ class PrefixStore:
     Attributes:
         hits: Lookups that found a prefix.
         misses: Lookups that found none.
-        size_bytes: Memory of all caches.
+        size_bytes: Memory of all caches, with the room that their buffers have for more tokens.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -56,7 +56,8 @@ class PrefixStore:
         ids = array("q", token_ids)
         is_divisible = is_plain(layers)
         kept = share(layers, len(ids)) if is_divisible else copy.deepcopy(layers)
-        size_bytes = sum(layer.nbytes for layer in kept)
+        # What is kept is a view of the owner's buffers, which have room for more tokens.
+        size_bytes = sum(layer.nbytes for layer in layers)
         if len(ids) < MIN_PREFIX_TOKENS or size_bytes > self._max_bytes:
             return
         for key, entry in list(self._entries.items()):

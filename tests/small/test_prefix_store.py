@@ -76,6 +76,20 @@ def test_the_longest_prefix_of_what_is_kept_is_returned(
         assert store.size_bytes == _TOKEN_BYTES * sum(map(len, kept)) <= capacity * _TOKEN_BYTES
 
 
+def test_the_memory_is_that_of_the_buffers_whatever_part_of_them_is_kept() -> None:
+    store = PrefixStore(1 << 20)
+    before = mx.get_active_memory()
+    for first in range(30):
+        layer = KVCache()
+        keys = mx.full((1, 2, 30, 64), float(first))
+        layer.update_and_fetch(keys, keys)
+        mx.eval(layer.keys, layer.values)
+        store.add([layer], range(100 * first, 100 * first + 30))
+    del layer, keys
+    assert len(store) == 4
+    assert mx.get_active_memory() - before == store.size_bytes == 1 << 20
+
+
 def test_later_steps_of_either_side_leave_what_is_kept_alone() -> None:
     store = PrefixStore(1 << 20)
     ids = list(range(40))
