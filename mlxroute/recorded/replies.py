@@ -8,6 +8,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final, Protocol
@@ -179,13 +180,19 @@ class Replies(Closeable):
             self.release_slot()
         return tuple(logprobs)
 
-    def new_view(self, *, alone: bool = False) -> RecordedLargeView:
+    def new_view(
+        self,
+        *,
+        alone: bool = False,
+        blocked: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> RecordedLargeView:
         """Return a view of the large model for one answer.
 
         If the large model writes the answer `alone`, no token of another model can stand in for
-        its own: where it does not go on, calls raise AnswerNotContinued.
+        its own: where it does not go on, calls raise AnswerNotContinued. Waits for calls are inside
+        the context that `blocked` returns; nothing by default.
         """
-        return RecordedLargeView(self, alone=alone)
+        return RecordedLargeView(self, alone=alone, blocked=blocked)
 
     def close(self) -> None:
         """End the run: cancel whole answers; each wait for a call raises RecordingStopped."""
@@ -260,8 +267,15 @@ class RecordedLargeView:
     `uploads` and `calls_s` (seconds) count recorded calls as if they had been made now.
     """
 
-    def __init__(self, replies: Replies, *, alone: bool = False) -> None:
+    def __init__(
+        self,
+        replies: Replies,
+        *,
+        alone: bool = False,
+        blocked: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self._replies = replies
+        self._blocked = blocked
         self.is_alone = alone
         self.uploads = Uploads()
         self.calls_s = 0.0
@@ -284,11 +298,13 @@ class RecordedLargeView:
         tokens = self._replies.find_tokens(context.token_ids, prefetch + 1)
         if tokens:
             return _RecordedCall(self, context, tokens)
-        call = self._replies.begin(context, deadline_s=deadline_s, prefetch=prefetch)
+        with self._blocked():
+            call = self._replies.begin(context, deadline_s=deadline_s, prefetch=prefetch)
         return _RecordingCall(self, self._replies, context, call)
 
     def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
-        self._replies.wait(ready, timeout_s=timeout_s)
+        with self._blocked():
+            self._replies.wait(ready, timeout_s=timeout_s)
 
     def count_call(self, context: LargeContext, tokens: Sequence[LargeToken]) -> None:
         """Add a call and its tokens to the totals."""

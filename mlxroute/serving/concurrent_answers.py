@@ -8,8 +8,9 @@ tie may be decided differently than in an answer alone.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Final, TypeVar
 
 from mlxroute.recorded.forward_only import ForwardOnlySmall
@@ -52,7 +53,8 @@ class ConcurrentAnswers:
 
         Args:
             jobs: For each job, a conversation and the function that answers it. The function takes
-                the `AnswerRow` to use as its small model.
+                the `AnswerRow` to use as its small model, and waits for anything else inside its
+                `blocked`.
         """
         texts = _SharedTexts(self._small)
         try:
@@ -229,6 +231,19 @@ class AnswerRow(ForwardOnlySmall):
         for token_id in token_ids:
             text = self._text = self._texts.extend(self, text, token_id)
         return text.signals.result()
+
+    @contextmanager
+    def blocked(self) -> Iterator[None]:
+        """Let other answers decode without this one in the `with` block."""
+        # Before its first step nobody waits for it, and nobody should afterwards.
+        is_awaited = self._text is not None
+        if is_awaited:
+            self._texts.set_awaited(self, False)
+        try:
+            yield
+        finally:
+            if is_awaited:
+                self._texts.set_awaited(self, True)
 
     def end(self) -> None:
         """Give up the text."""

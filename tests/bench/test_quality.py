@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from io import StringIO
@@ -41,11 +42,17 @@ from mlxroute.questions.question_files import (
 from mlxroute.recorded.answer_scores import AnswerScores
 from mlxroute.recorded.replies import RecordingStopped, Replies
 from mlxroute.routers import BURST, make_router
-from mlxroute.serving.concurrent_answers import ConcurrentAnswers
+from mlxroute.serving.concurrent_answers import AnswerRow, ConcurrentAnswers
 from mlxroute.small import SmallModel
 from mlxroute.training.labels import LabelledAnswer
-from mlxroute.types import Message
-from tests.support.fakes import ScriptedLarge, ScriptedReply, ScriptedWholeAnswer
+from mlxroute.types import LargeContext, Message, Sampling
+from tests.support.fakes import (
+    FakeCall,
+    FakeClock,
+    ScriptedLarge,
+    ScriptedReply,
+    ScriptedWholeAnswer,
+)
 from tests.support.tiny import make_tiny_model
 
 _TOKENS = 12
@@ -491,6 +498,58 @@ def test_concurrent_answers_equal_those_written_alone(
     written = answers.run([(messages, partial(write, t, messages)) for messages, t in cases])
     assert written == [write(t, messages, small) for messages, t in cases]
     assert len({tuple(token_ids) for token_ids in written}) > 2
+
+
+class _HeldLarge(ScriptedLarge):
+    """A large model whose calls are ready once `released` is set."""
+
+    def __init__(self) -> None:
+        super().__init__([(70,)], clock=FakeClock(), seconds=1.0)
+        self.has_begun, self.released = threading.Event(), threading.Event()
+
+    def begin(self, context: LargeContext, *, deadline_s: float, prefetch: int) -> FakeCall:
+        call = super().begin(context, deadline_s=deadline_s, prefetch=prefetch)
+        self.has_begun.set()
+        return call
+
+    def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
+        self.released.wait(5.0)
+        super().wait(ready, timeout_s=timeout_s)
+
+
+def test_answers_that_wait_for_the_large_model_hold_no_other(
+    small: SmallModel, tmp_path: Path
+) -> None:
+    large, order = _HeldLarge(), []
+    # One answer waits for its call, another one for the place of that call.
+    replies = Replies(large, tmp_path / "r", at_once=1)
+
+    def ask(messages: list[Message], row: AnswerRow) -> None:
+        answer = generate(
+            row,
+            replies.new_view(blocked=row.blocked),
+            messages,
+            router=make_router("entropy", threshold=-math.inf),
+            max_tokens=2,
+            mode="wait",
+            strict=True,
+        )
+        assert len(list(answer)) == 2
+        order.append("asked")
+
+    def decode(row: AnswerRow) -> None:
+        assert large.has_begun.wait(30)
+        row.prefill((), sampling=Sampling(), progress=lambda *arguments: None)
+        row.extend([70])
+        order.append("decoded")
+        large.released.set()
+
+    conversations = [question_messages(Question("x", f"{text} " * 20)) for text in ("a", "b", "c")]
+    ConcurrentAnswers(small, on_abort=replies.close).run(
+        [(messages, partial(ask, messages)) for messages in conversations[:2]]
+        + [(conversations[2], decode)]
+    )
+    assert order == ["decoded", "asked", "asked"]
 
 
 def test_a_failing_answer_aborts_the_others(small: SmallModel, questions: list[Question]) -> None:

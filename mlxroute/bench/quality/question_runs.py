@@ -245,7 +245,7 @@ class _QualityBench:
 
     def _generate_answer(self, task: _Task, row: AnswerRow) -> QualityRow:
         side = task.side
-        large = self.replies.new_view(alone=side.is_large)
+        large = self.replies.new_view(alone=side.is_large, blocked=row.blocked)
         if isinstance(task.router, BaselineRouter):
             task.router.begin_answer(row)
         answer = generate(
@@ -267,7 +267,9 @@ class _QualityBench:
             token.score for token in tokens if token.source is Source.SMALL or token.escalation
         ]
         stats = answer.stats()
-        grades = _grade(task.question, stats.text)
+        # A test of code takes a while.
+        with row.blocked():
+            grades = _grade(task.question, stats.text)
         small_tokens = 0 if side.is_large else stats.tokens
         return QualityRow(
             question=task.question.name,

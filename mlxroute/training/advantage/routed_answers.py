@@ -92,7 +92,7 @@ def _write(
 ) -> RoutedAnswer:
     answer = generate(
         row,
-        replies.new_view(),
+        replies.new_view(blocked=row.blocked),
         conversation,
         router=router,
         max_tokens=max_tokens,

@@ -65,7 +65,7 @@ class _NoReplies:
     model_name = recorded_name = "none"
     calls_s = 0.0
 
-    def new_view(self) -> _NoReplies:
+    def new_view(self, **options: object) -> _NoReplies:
         return self
 
     def close(self) -> None:
