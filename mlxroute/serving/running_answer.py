@@ -88,6 +88,11 @@ class RunningAnswer:
         if self._leave_queue(self):
             self._end()
 
+    def fail(self, failure: Exception) -> None:
+        """End an answer that cannot be written; its events raise `failure`."""
+        self._failure = failure
+        self._end()
+
     def write(self) -> None:
         """Write the answer in the calling thread."""
         self._queue_wait_s = time.perf_counter() - self._submitted_s

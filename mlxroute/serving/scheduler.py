@@ -196,7 +196,11 @@ class AnswerScheduler(Closeable):
                 target=self._write, args=(answer,), name="mlxroute-answer", daemon=True
             )
             self._running[answer] = thread
-            thread.start()
+            try:
+                thread.start()
+            except Exception as exc:  # noqa: BLE001 - the answer's events raise it
+                del self._running[answer]
+                answer.fail(exc)
 
     def _write(self, answer: RunningAnswer) -> None:
         try:

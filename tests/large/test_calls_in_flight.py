@@ -157,6 +157,19 @@ def test_closing_ends_all_calls(server: Loopback) -> None:
     gate.release("ab")
 
 
+def test_a_call_whose_thread_cannot_start_is_not_waited_for(
+    server: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(call: PendingCall) -> None:
+        raise RuntimeError("can't start new thread")
+
+    large = negotiated(LargeModel(server.url, model="m"))
+    monkeypatch.setattr(PendingCall, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        large.begin(context("a", VOCABULARY))
+    large.close()
+
+
 def test_a_server_that_crashes_on_cached_prompts_has_one_call_in_flight(server: Loopback) -> None:
     assert negotiated(LargeModel(server.url)).max_in_flight == 8
     assert negotiated(LargeModel(server.url), MlxLm()).max_in_flight == 1

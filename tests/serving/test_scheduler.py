@@ -216,6 +216,23 @@ def test_answers_wait_in_order_for_their_turn(small: SmallModel) -> None:
         assert written(scheduler.submit(request(PROMPTS[0])))
 
 
+def test_an_answer_whose_thread_cannot_start_gives_its_turn_back(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with AnswerScheduler(small, None, max_running=1) as scheduler:
+        with monkeypatch.context() as patch:
+            patch.setattr("mlxroute.serving.scheduler.threading.Thread.start", refuse)
+            answers = [scheduler.submit(request(PROMPTS[0])) for _ in range(2)]
+        for answer in answers:
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                written(answer)
+            assert answer.ended
+        assert written(scheduler.submit(request(PROMPTS[0]))) == alone(small, PROMPTS[0])
+
+
 def test_a_bad_prompt_is_refused_before_it_waits(scheduler: AnswerScheduler) -> None:
     with pytest.raises(ContextTooLong):
         scheduler.submit(request("Thursday " * 500))

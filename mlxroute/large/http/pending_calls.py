@@ -86,8 +86,9 @@ class PendingCalls:
         """Start a call, which runs `ask(deadline, publish)`, and return it."""
         self._calls = [call for call in self._calls if not call.finished]
         call = PendingCall(ask, deadline=deadline, changed=self._changed)
-        self._calls.append(call)
         call.start()
+        # A call whose thread cannot start never finishes, so it is not kept.
+        self._calls.append(call)
         return call
 
     def wait(self, condition: Callable[[], bool], *, timeout_s: float) -> None:

@@ -266,7 +266,12 @@ class _Reply:
             starting.add_done_callback(_cancel_started)
             raise
         self._answers.append(answer)
-        answer.start(asyncio.get_running_loop())
+        try:
+            answer.start(asyncio.get_running_loop())
+        except BaseException:
+            # Without a thread for its events, nobody would read it.
+            answer.cancel()
+            raise
         return answer
 
     def _cancel(self) -> None:

@@ -18,7 +18,9 @@ from mlxroute.serving.http.guard import AccessRules
 from mlxroute.serving.http.model_names import ModelNames
 from mlxroute.serving.http.parsing.fields import clean_text
 from mlxroute.serving.http.parsing.request_body import MAX_BODY_BYTES
+from mlxroute.serving.http.served_answer import ServedAnswer
 from mlxroute.serving.http.serving_session import ServingSession
+from mlxroute.serving.running_answer import RunningAnswer
 from mlxroute.small import SmallModel
 from tests.support.endpoint import HOST, chat, make_session, running
 
@@ -247,6 +249,24 @@ def test_the_error_behind_a_failed_answer_is_one_line_of_the_log(
         assert "see the server's output" in client.post(f"/v1/{path}", json=body).text
     (line,) = [line for line in lines if line.startswith("error")]
     assert line == "error: RuntimeError: [metal::malloc] cannot [2J allocate 9 GB"
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_an_answer_whose_events_nobody_can_read_is_cancelled(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch, is_stream: bool
+) -> None:
+    def refuse(answer: ServedAnswer, loop: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with running(make_session(small, max_tokens=400)) as client:
+        scheduler = client.app.state.endpoint.scheduler  # type: ignore[attr-defined]
+        started: list[RunningAnswer] = []
+        submit = scheduler.submit
+        monkeypatch.setattr(scheduler, "submit", lambda r: started.append(submit(r)) or started[0])
+        monkeypatch.setattr(ServedAnswer, "start", refuse)
+        error_of(client.post("/v1/chat/completions", json=chat(stream=is_stream)), 500)
+        (answer,) = started
+        assert answer.is_cancelled
 
 
 def test_a_full_queue_says_when_to_come_back(small: SmallModel) -> None:
