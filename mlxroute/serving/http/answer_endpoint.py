@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -111,7 +112,7 @@ class AnswerEndpoint(Closeable):
         self.forwards = ThreadPoolExecutor(limits.max_running, "mlxroute-forward")
         # Not the event loop's own threads: answers start in these.
         self.scorers = ThreadPoolExecutor(limits.max_running, "mlxroute-score")
-        self._forwarded = 0
+        self._counts: Counter[str] = Counter()
         self.scheduler = AnswerScheduler(
             session.small,
             session.large,
@@ -155,19 +156,27 @@ class AnswerEndpoint(Closeable):
         )
         return ServedAnswer(running, origin, recorder, on_end=partial(self._on_end, asked))
 
-    @contextmanager
-    def forwarding(self) -> Iterator[None]:
+    def forwarding(self) -> AbstractContextManager[None]:
         """Count a request in the block as one that the large model answers alone.
 
         Raises QueueFull if too many are. The event loop's thread alone may enter it.
         """
-        if self._forwarded >= self.limits.max_running + self.limits.max_queued:
-            raise QueueFull(f"{self._forwarded} requests are being forwarded already; try later")
-        self._forwarded += 1
+        return self._counted("forwarded")
+
+    def scoring(self) -> AbstractContextManager[None]:
+        """Count a request in the block as one whose prompts are scored; as `forwarding`."""
+        return self._counted("scored")
+
+    @contextmanager
+    def _counted(self, what: str) -> Iterator[None]:
+        count = self._counts[what]
+        if count >= self.limits.max_running + self.limits.max_queued:
+            raise QueueFull(f"{count} requests are being {what} already; try later")
+        self._counts[what] += 1
         try:
             yield
         finally:
-            self._forwarded -= 1
+            self._counts[what] -= 1
 
     def close(self) -> None:
         """Cancel all answers and end all threads."""

@@ -201,7 +201,8 @@ class _Reply:
         self, request: Request, asked: Sequence[Asked], *, echo: PromptFields | None = None
     ) -> Response:
         """Reply answers in one body, after their prompts if these are to be echoed."""
-        work = self._answer_all(asked, is_scored=bool(echo and echo.echo and self._logprobs))
+        is_scored = bool(echo and echo.echo and self._logprobs)
+        work = self._score_all(asked) if is_scored else self._answer_all(asked)
         try:
             await unless_gone(request.receive, work, cancel=self._cancel)
         except ClientGone:
@@ -220,8 +221,15 @@ class _Reply:
         )
         return JSONResponse(body, headers={ID_HEADER: self.reply_id})
 
-    async def _answer_all(self, asked: Sequence[Asked], *, is_scored: bool) -> None:
-        """Have all answers written, as many at a time as the scheduler runs, and prompts scored."""
+    async def _score_all(self, asked: Sequence[Asked]) -> None:
+        """Have all answers written and their prompts scored."""
+        # A place is taken before the answers, so that a full queue costs no work.
+        with self._endpoint.scoring():
+            await self._answer_all(asked)
+            self._scores = [await self._score(item) for item in asked]
+
+    async def _answer_all(self, asked: Sequence[Asked]) -> None:
+        """Have all answers written, as many at a time as the scheduler runs."""
         limit = self._endpoint.limits.max_running
         for number, item in enumerate(asked):
             if number >= limit:
@@ -229,8 +237,6 @@ class _Reply:
             await self._start_after_own(item)
         for answer in self._answers:
             await answer.wait()
-        if is_scored:
-            self._scores = [await self._score(item) for item in asked]
 
     async def _score(self, asked: Asked) -> ScoredPrompt:
         is_over = threading.Event()

@@ -6,11 +6,12 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
 
+from mlxroute.serving.http.answer_endpoint import ServingLimits
 from mlxroute.serving.http.endpoint_app import create_app
 from mlxroute.serving.row import AnswerCancelled
 from mlxroute.small import SmallModel
@@ -49,6 +50,38 @@ def test_another_answer_starts_while_prompts_are_scored(
         finally:
             released.set()
         assert scored.result(60).status_code == 200
+
+
+def test_requests_that_wait_to_be_scored_fill_a_queue(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, released = threading.Event(), threading.Event()
+    limits = ServingLimits(max_running=1, max_queued=1)
+    with running(make_session(small), limits=limits) as client, ThreadPoolExecutor(3) as clients:
+        scheduler = client.app.state.endpoint.scheduler  # type: ignore[attr-defined]
+        score = scheduler.score
+
+        def held_score(*args: Any, **options: Any) -> Any:
+            begun.set()
+            assert released.wait(120)
+            return score(*args, **options)
+
+        def ask() -> Future[Any]:
+            return clients.submit(client.post, _PATH, json=_SCORED)
+
+        monkeypatch.setattr(scheduler, "score", held_score)
+        replies = [ask()]
+        assert begun.wait(60)
+        replies += [ask(), ask()]
+        try:
+            done, _ = wait(replies, timeout=10, return_when=FIRST_COMPLETED)
+            (refused,) = (reply.result() for reply in done)
+            assert refused.status_code == 429
+            assert int(refused.headers["retry-after"]) > 0
+        finally:
+            released.set()
+        assert sorted(reply.result(60).status_code for reply in replies) == [200, 200, 429]
+        assert ask().result(60).status_code == 200
 
 
 def test_a_client_that_leaves_ends_the_scoring_of_its_prompt(
