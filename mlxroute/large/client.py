@@ -376,7 +376,7 @@ class LargeModel(Closeable):
 
         def listen(partial: CompletionAnswer) -> bool:
             tokens = read_streamed_tokens(partial, call.pairing.bridge, self._reader)
-            return call.stream.update(tokens)
+            return call.stream.update(tokens, uploaded_bytes=partial.uploaded_bytes)
 
         def send(prompt: Prompt) -> CompletionAnswer:
             return self._requester.complete(

@@ -28,9 +28,14 @@ class TokenStream:
         self._began_s = time.perf_counter()
         self.tokens: Tokens = ()
 
-    def update(self, tokens: Sequence[LargeToken]) -> bool:
-        """Publish new tokens; return whether any token of the call was published."""
+    def update(self, tokens: Sequence[LargeToken], *, uploaded_bytes: int) -> bool:
+        """Publish new tokens; return whether any token of the call was published.
+
+        `uploaded_bytes` is the size of the request body, which the first token carries.
+        """
         if not self._deadline.cancelled and (new := tokens[len(self.tokens) :]):
+            if not self.tokens:
+                new = [replace(new[0], uploaded_bytes=uploaded_bytes), *new[1:]]
             self.tokens += tuple(self._with_latency(token) for token in new)
             self._publish(self.tokens)
         return bool(self.tokens)

@@ -136,7 +136,9 @@ def test_each_token_is_published_as_soon_as_it_arrives(
         call = read_streamed_tokens(large)
         for count in (1, 2):
             gate.release()
-            assert len(until(large, call, count)) == count
+            published = until(large, call, count)
+            assert len(published) == count
+            assert published[0].uploaded_bytes == len(server.requests[0].body)
             assert not call.finished
         gate.release(9)
         tokens = until(large, call, 0)
@@ -174,8 +176,10 @@ def test_a_stream_that_breaks_keeps_the_tokens_received_and_is_not_retried(
 ) -> None:
     server.script.append(Reply(chunks=(*llama(_WORDS)[:2], b"")))
     with model(server) as large:
-        assert texts(until(large, read_streamed_tokens(large), 0)) == ["a", "b"]
+        tokens = until(large, read_streamed_tokens(large), 0)
+        assert texts(tokens) == ["a", "b"]
         assert large.uploads.completion_tokens == 2
+        assert sum(token.uploaded_bytes for token in tokens) == large.uploads.size_bytes
     assert len(server.requests) == 1
 
 
