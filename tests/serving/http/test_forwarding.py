@@ -398,7 +398,9 @@ def test_the_error_behind_a_failed_request_is_one_line_of_the_log(
     lines: list[str] = []
     with (
         LargeModel("http://127.0.0.1:1/v1", model="big") as large,
-        running(make_session(small, large), limits=_LIMITS, notify=lines.append) as client,
+        running(
+            make_session(small, large), limits=_LIMITS, notify=lambda line: lines.append(line)
+        ) as client,
     ):
         text = post(client, tools=_TOOLS, stream=is_stream).text
     assert "see the server's output" in text

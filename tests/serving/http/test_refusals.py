@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from mlxroute.errors import UsageError
+from mlxroute.serving import AnswerRequest
 from mlxroute.serving.http.answer_endpoint import ServingLimits
 from mlxroute.serving.http.endpoint_app import create_loading_app
 from mlxroute.serving.http.guard import AccessRules
@@ -240,7 +241,7 @@ def test_the_error_behind_a_failed_answer_is_one_line_of_the_log(
         raise RuntimeError("[metal::malloc] cannot \x1b[2J allocate\n9 GB")
 
     lines: list[str] = []
-    with running(make_session(small), notify=lines.append) as client:
+    with running(make_session(small), notify=lambda line: lines.append(line)) as client:
         scheduler = client.app.state.endpoint.scheduler  # type: ignore[attr-defined]
         if "echo" in body:
             monkeypatch.setattr(scheduler, "score", fail)
@@ -262,7 +263,12 @@ def test_an_answer_whose_events_nobody_can_read_is_cancelled(
         scheduler = client.app.state.endpoint.scheduler  # type: ignore[attr-defined]
         started: list[RunningAnswer] = []
         submit = scheduler.submit
-        monkeypatch.setattr(scheduler, "submit", lambda r: started.append(submit(r)) or started[0])
+
+        def record(request: AnswerRequest) -> RunningAnswer:
+            started.append(submit(request))
+            return started[-1]
+
+        monkeypatch.setattr(scheduler, "submit", record)
         monkeypatch.setattr(ServedAnswer, "start", refuse)
         error_of(client.post("/v1/chat/completions", json=chat(stream=is_stream)), 500)
         (answer,) = started
@@ -274,8 +280,6 @@ def test_a_full_queue_says_when_to_come_back(small: SmallModel) -> None:
     with running(make_session(small, max_tokens=400), limits=limits) as client:
         endpoint = client.app.state.endpoint  # type: ignore[attr-defined]
         session = endpoint.session
-        from mlxroute.serving import AnswerRequest
-
         request = AnswerRequest("the fox", session.make_router(None, None), session.options)
         busy = endpoint.scheduler.submit(request)
         response = client.post("/v1/chat/completions", json=chat(stream=True))
