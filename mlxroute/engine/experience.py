@@ -69,6 +69,7 @@ class Experience:
         calls_prefetch: Whether the last answered call could return more than one token.
         busy_cores: Cores that other processes use while decoding waits for a call to this machine.
         step_cores: Cores that this process uses in a decode step.
+        pauses: How often calls to this machine slowed decode steps far beyond their usual time.
         pause_end: The number of answered calls until which decoding waits for them therefore.
         advice_was_given: Whether the session's advice to stream was given.
     """
@@ -92,6 +93,7 @@ class Experience:
     calls_prefetch: bool = False
     busy_cores: MovingAverage = field(default_factory=lambda: MovingAverage(0.0))
     step_cores: MovingAverage = field(default_factory=lambda: MovingAverage(0.0))
+    pauses: int = 0
     pause_end: int = 0
     advice_was_given: bool = False
 
@@ -170,6 +172,7 @@ class Experience:
     def on_slowed_steps(self) -> None:
         """Record that calls to this machine slowed decode steps far beyond their usual time."""
         self.pause_end = self.answered_calls + _PAUSE_CALLS
+        self.pauses += 1
 
     def on_advice(self) -> None:
         """Record that the advice to stream the large model was given."""
