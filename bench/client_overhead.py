@@ -34,6 +34,7 @@ class _ByteVocabulary:
     end_id = 256
     bos_text = ""
     size = 257
+    template_ids = frozenset({256})
 
     def piece(self, token_id: int) -> str | None:
         return None

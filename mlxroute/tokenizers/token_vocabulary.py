@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from functools import cached_property
 from typing import Any, Final
 
@@ -11,6 +12,8 @@ from mlxroute.tokenizers.control_tokens import ControlTokens, is_control_token
 from mlxroute.tokenizers.end_tokens import find_end_ids
 
 _ANCHOR: Final = "\n"
+# Templates may make names of them: '<|' + message['role'] + '|>'.
+_ROLES: Final = frozenset({"system", "user", "assistant"})
 
 
 class TokenVocabulary:
@@ -83,6 +86,18 @@ class TokenVocabulary:
     @cached_property
     def special_names(self) -> frozenset[str]:
         return frozenset(name for name, i in self.control_ids.items() if i in self._special)
+
+    @cached_property
+    def template_ids(self) -> frozenset[int]:
+        template = str(self._tokenizer.chat_template)
+        ids = {
+            token_id
+            for name, token_id in self.control_ids.items()
+            if name in template or re.sub(r"\W", "", name).lower() in _ROLES
+        }
+        if self.bos_text or "bos_token" in template:
+            ids |= {self._tokenizer.bos_token_id} - {None}
+        return self.eos_ids | ids
 
     @cached_property
     def unexpected_ids(self) -> frozenset[int]:

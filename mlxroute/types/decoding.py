@@ -166,6 +166,11 @@ class Vocabulary(Protocol):
         """The control tokens that add no text; others, such as `<think>`, are part of answers."""
         ...
 
+    @property
+    def template_ids(self) -> frozenset[int]:
+        """Ids of the control tokens in the chat template's prompts, and of those in `eos_ids`."""
+        ...
+
     def piece(self, token_id: int) -> str | None:
         """Return the raw entry of an id (`Ġthe`, `▁the`, `<|im_end|>`); None if out of range."""
         ...

@@ -209,6 +209,18 @@ def test_vocabularies_are_compared_before_the_first_answer() -> None:
         assert large.next_token(begun).token_ids == halves[1:2]
 
 
+@pytest.mark.parametrize("family", ["vllm", "llama-server", "sglang", "mlx_lm"])
+def test_vocabularies_that_differ_in_control_tokens_alone_are_not_shared(family: str) -> None:
+    other = TableVocabulary(family_servers.PIECES, end_name="<|end|>")
+    for vocabulary in (family_servers.VOCABULARY, other):
+        # An mlx_lm server names enough tokens with these.
+        change = naming(60)._change_reply if family == "mlx_lm" else lambda path, body, reply: reply
+        answer = FamilyServer(family, vocabulary=vocabulary, change_reply=change)
+        with Loopback(answer) as server, LargeModel(server.url) as large:
+            is_same = vocabulary is family_servers.VOCABULARY
+            assert large.pair_vocabulary(family_servers.VOCABULARY) is is_same
+
+
 def test_a_vocabulary_that_cannot_be_compared_at_first_counts_as_another_from_then_on() -> None:
     vocabulary = family_servers.VOCABULARY
     begun = context("漢字漢字漢", vocabulary, fragment_ids=vocabulary.encode("字")[:1])

@@ -53,6 +53,10 @@ class ByteVocabulary:
     def special_names(self) -> frozenset[str]:
         return self.control_names
 
+    @property
+    def template_ids(self) -> frozenset[int]:
+        return self.eos_ids
+
     def piece(self, token_id: int) -> str | None:
         if token_id == EOS:
             return "</s>"

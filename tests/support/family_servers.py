@@ -21,7 +21,8 @@ _WORDS = [
     *("pine", "apple", "Ġpine", "ĠMonday", "Thurs", "day", "Tues", "Wed", "nes", "Ġ", "Ġthe"),
     *("10", "11", "12", "13", "Ġ7", "Ġ12", "Ġ13", "Ġ14", "Ġ15", "Ġ16", "Red", "Sure", "caf"),
 ]
-VOCABULARY: Final = TableVocabulary([*BYTE_CHARACTERS, *_WORDS])
+PIECES: Final = [*BYTE_CHARACTERS, *_WORDS]
+VOCABULARY: Final = TableVocabulary(PIECES)
 _TURN: Final = "<s>assistant\n"
 _KNOWN: Final = (
     "pineapple " * 10,
@@ -200,7 +201,9 @@ class FamilyServer:
                 for i, value in self._top(token_id, body["top_logprobs"])
             ]
             content.append({**top[-1], "top_logprobs": top[::-1]})
-        return _choice(ids, text="", logprobs={"content": content})
+        reply = _choice(ids, text="", logprobs={"content": content})
+        reply["usage"]["prompt_tokens"] = len(self._tokenizer.encode_prompt(body["prompt"]))
+        return reply
 
     def _vllm(self, path: str, body: Json) -> Json:
         _only(
@@ -446,7 +449,9 @@ class FamilyServer:
 
     def _detokenize(self, path: str, body: Json) -> Json:
         _only(body, "model tokens")
-        text = self._bytes(body["tokens"]).decode(errors="replace")
+        # SGLang leaves out control tokens.
+        ids = [i for i in body["tokens"] if i > END_ID or "/generate" not in self._routes]
+        text = self._bytes(ids).decode(errors="replace")
         return {"content": text} if "/completion" in self._routes else {"prompt": text}
 
 

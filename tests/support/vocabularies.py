@@ -16,8 +16,10 @@ END_ID = 1
 class TableVocabulary:
     """A byte-level vocabulary from a list of pieces; id 0 begins a text, id 1 ends an answer."""
 
-    def __init__(self, pieces: list[str], *, bos_text: str = "") -> None:
-        self._pieces = ["<s>", "<|im_end|>", *pieces]
+    def __init__(
+        self, pieces: list[str], *, bos_text: str = "", end_name: str = "<|im_end|>"
+    ) -> None:
+        self._pieces = ["<s>", end_name, *pieces]
         self._bytes = [b"", b"", *(bytes(map(_BYTE_OF.__getitem__, piece)) for piece in pieces)]
         # The longest first.
         self._order = sorted(range(2, len(self._pieces)), key=lambda i: -len(self._pieces[i]))
@@ -42,6 +44,10 @@ class TableVocabulary:
     @property
     def special_names(self) -> frozenset[str]:
         return self.control_names
+
+    @property
+    def template_ids(self) -> frozenset[int]:
+        return frozenset({0, END_ID})
 
     def id_of(self, piece: str) -> int:
         return self._pieces.index(piece)
@@ -76,7 +82,8 @@ class TableTokenizer:
     vocabulary: TableVocabulary
 
     def render(self, messages: Sequence[Message]) -> str:
-        turns = [f"<s>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in messages]
+        end = self.vocabulary.piece(END_ID)
+        turns = [f"<s>{turn['role']}\n{turn['content']}{end}\n" for turn in messages]
         return "".join(turns) + "<s>assistant\n"
 
     def encode_conversation(self, messages: Sequence[Message]) -> EncodedPrompt:
@@ -96,8 +103,9 @@ class TableTokenizer:
 
     def encode_prompt(self, text: str) -> list[int]:
         ids: list[int] = []
-        for part in re.split(r"(<s>|<\|im_end\|>)", text):
-            special = part in ("<s>", "<|im_end|>")
+        names = self.vocabulary.control_names
+        for part in re.split(f"({'|'.join(map(re.escape, names))})", text):
+            special = part in names
             ids += [self.vocabulary.id_of(part)] if special else self.vocabulary.encode(part)
         return ids
 

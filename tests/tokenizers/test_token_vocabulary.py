@@ -116,6 +116,32 @@ def test_the_end_token_is_the_one_of_the_chat_template_or_else_the_tokenizers(
     assert vocabulary.piece(vocabulary.end_id) == end
 
 
+@pytest.mark.parametrize(
+    ("template", "names"),
+    [
+        ("{{ bos_token }}<|turn|>{{ m.content }}", {"<s>", "<|turn|>"}),
+        # A template may make the name of a token of the name of a role.
+        ("{{ '<|' + m.role + '|>' + m.content }}", set()),
+        (None, set()),
+    ],
+)
+def test_the_template_ids_are_those_of_its_control_tokens_and_of_end_tokens(
+    template: str | None, names: set[str]
+) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+
+    tokenizer = Tokenizer(models.BPE({"a": 0}, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    added = ["<|endoftext|>", "<s>", "<|turn|>", "<|user|>", "<|unused|>"]
+    tokenizer.add_tokens([AddedToken(name, special=True) for name in added])
+    config = {"bos_token": "<s>"} | ({"chat_template": template} if template else {})
+    vocabulary = TokenVocabulary(
+        FastTokenizer(tokenizer, path=Path(), config=config, eos_token_ids=[1])
+    )
+    pieces = {vocabulary.piece(i) for i in vocabulary.template_ids}
+    assert pieces == {"<|endoftext|>", "<|user|>", *names}
+
+
 def test_added_runs_of_spaces_are_spaces() -> None:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
     from tokenizers import AddedToken, Tokenizer, decoders, models

@@ -158,6 +158,10 @@ class CapabilityChecker:
         """Request tokens, from whose names the reader learns the vocabulary."""
         self._ask(self._prompt(question), count)
 
+    def count_tokens(self, text: str) -> int | None:
+        """Return the tokens of a prompt of text; None if the server does not count them."""
+        return self._ask(Prompt(text=text), 1).completion.prompt_tokens
+
     def _check_trailing_space(self) -> CapabilityCheck:
         """Check that a space at the end of the prompt is kept."""
         name, text = "trailing space", ""

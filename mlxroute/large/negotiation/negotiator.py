@@ -25,6 +25,7 @@ from mlxroute.large.vocabulary.token_reader import TokenReader
 from mlxroute.large.vocabulary.token_sources import FileTokenSource, Tokenizer, TokenSource
 from mlxroute.large.vocabulary.vocabulary_comparison import (
     VocabularyComparison,
+    compare_control_count,
     compare_decoded,
     compare_entries,
     compare_pieces,
@@ -136,7 +137,7 @@ class Negotiator:
             case FileTokenSource() as files:
                 return compare_entries(vocabulary, files.tokenizer.vocabulary)
             case TokenizeRoutes() as routes:
-                return compare_decoded(vocabulary, routes.decode)
+                return compare_decoded(vocabulary, routes.decode, routes.rendered_ids)
             case _:
                 return self._compare_named_tokens(vocabulary, next_deadline)
 
@@ -154,7 +155,13 @@ class Negotiator:
                 break
             count_before = len(pieces)
             prober.learn_tokens(self.negotiated.dialect, question)
-        return compare_pieces(vocabulary, self._reader.pieces_by_id)
+        comparison, dialect = (
+            compare_pieces(vocabulary, self._reader.pieces_by_id),
+            self.negotiated.dialect,
+        )
+        if not comparison.is_same:
+            return comparison
+        return compare_control_count(vocabulary, lambda text: prober.count_tokens(dialect, text))
 
     def bind(self, tokens: TokenSource | None, next_deadline: NextDeadline) -> TokenSource | None:
         """Return the token source, with these deadlines for its requests if it sends any."""

@@ -157,6 +157,12 @@ class Prober:
         with contextlib.suppress(DialectRejected):
             self._checker(dialect).request_tokens(question, _TOKENS_TO_NAME)
 
+    def count_tokens(self, dialect: Dialect, text: str) -> int | None:
+        """Return the tokens of a prompt; None if the server does not count them."""
+        with contextlib.suppress(DialectRejected):
+            return self._checker(dialect).count_tokens(text)
+        return None
+
     def _checker(self, dialect: Dialect) -> CapabilityChecker:
         return CapabilityChecker(
             self._requester,
