@@ -1,7 +1,7 @@
 """Quantiles of a small model's router scores, from which a budget gets its first thresholds.
 
-They are `ranks/<name>.json` in the user's catalogue folder, where `mlxroute calibrate` writes them,
-or in the shipped one. The user's file takes precedence.
+They are `ranks/<key>.json` in the user's catalogue folder, where `mlxroute calibrate` writes them,
+or in the shipped one; see `model_keys`. The user's file takes precedence.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from mlxroute.catalog import shipped_dir
+from mlxroute.catalog.model_keys import model_key
 from mlxroute.errors import CatalogError
 from mlxroute.replace_file import replace_file
 from mlxroute.statistics import interpolated_quantile
@@ -45,10 +46,11 @@ class ScoreRanks:
     def find(cls, small: str, folder: Path) -> Self:
         """Return the ranks of a small model: the user's, else the shipped, else another model's.
 
-        Raises CatalogError if the file is not valid.
+        Raises CatalogError if the file is not valid, and as `model_key`.
         """
+        key = model_key(small, folder)
         for parent in (folder, shipped_dir()):
-            if (path := _ranks_file(parent, small)).is_file():
+            if (path := _ranks_file(parent, key)).is_file():
                 return cls._read(path)
         return cls._read(_ranks_file(shipped_dir(), _FALLBACK_MODEL))
 
@@ -69,9 +71,9 @@ class ScoreRanks:
     def write(self, folder: Path) -> Path:
         """Write the ranks to the user's catalogue folder and return the file.
 
-        Raises OSError if it cannot be written; an old one stays.
+        Raises OSError if it cannot be written, an old one then stays; and as `model_key`.
         """
-        path = _ranks_file(folder, self.small)
+        path = _ranks_file(folder, model_key(self.small, folder))
         path.parent.mkdir(parents=True, exist_ok=True)
         document = {
             "small": self.small,
@@ -105,5 +107,5 @@ class ScoreRanks:
         return ranks
 
 
-def _ranks_file(folder: Path, small: str) -> Path:
-    return folder / "ranks" / f"{Path(small).name}.json"
+def _ranks_file(folder: Path, key: str) -> Path:
+    return folder / "ranks" / f"{key}.json"

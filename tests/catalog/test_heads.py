@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import mlx.core as mx
 import pytest
 
 from mlxroute.catalog import Catalog, shipped_dir
 from mlxroute.catalog.head_files import find_head_file, user_head_file
+from mlxroute.catalog.model_keys import plain_name
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli import main
 from mlxroute.cli.commands.bench_quality import check_measurable
-from mlxroute.cli.routing import choose_router, choose_router_name
+from mlxroute.cli.routing import choose_router, choose_router_name, warn_of_other_head
+from mlxroute.cli.terminal import make_consoles
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
 from mlxroute.questions.question_files import Question, read_questions
 from mlxroute.routers import Budget, Threshold
+from mlxroute.small import SmallModel
 from mlxroute.small.mlp_head import SIGNAL_COUNT, MlpHead
 from tests.support.tiny import make_tiny_model
 
@@ -36,11 +41,66 @@ def head_of(file: Path) -> tuple[MlpHead, dict[str, str]]:
 def test_the_users_head_takes_precedence_over_the_shipped_one(tmp_path: Path) -> None:
     small = _SHIPPED[0].stem
     assert find_head_file(small, tmp_path) == _SHIPPED[0]
-    users_head = user_head_file(f"some/folder/{small}", tmp_path)
+    users_head = user_head_file(small, tmp_path)
     users_head.parent.mkdir()
     users_head.touch()
     assert find_head_file(small, tmp_path) == users_head
     assert find_head_file("unknown-model", tmp_path) is None
+
+
+def test_every_model_has_a_head_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = _SHIPPED[0].stem
+    monkeypatch.chdir(tmp_path)
+    folders = ["runs/a/fused", "runs/b/fused", small, f"tuned/{small}"]
+    for folder in folders:
+        Path(folder).mkdir(parents=True)
+    names = [
+        *("runs/a/fused", "runs/b/fused", "runs/a/fused+1a2b3c4d", f"./{small}", f"tuned/{small}"),
+        *("org1/X", "org2/X", "a/model.gguf", "b/model.gguf", small, f"{small}+1a2b3c4d", "."),
+    ]
+    files = {name: user_head_file(name, tmp_path) for name in names}
+    assert len(set(files.values())) == len(names)
+    assert files[small].stem == small
+    assert files["."].stem.startswith(f"{tmp_path.name}-")
+    # The same folder, however it is named.
+    assert user_head_file(str(tmp_path / "runs/a/fused"), tmp_path) == files["runs/a/fused"]
+    assert user_head_file("runs/b/../a/fused", tmp_path) == files["runs/a/fused"]
+    assert find_head_file(f"./{small}", tmp_path) is None
+    assert find_head_file(small, tmp_path) == _SHIPPED[0]
+
+
+@pytest.mark.parametrize(
+    ("fitted_to", "small", "is_warned"),
+    [
+        ("smollm2-135m", "smollm2-135m", False),
+        ("smollm2-135m", "smollm2-135m+1a2b3c4d", False),
+        ("runs/a/fused+1a2b3c4d", "/home/me/runs/a/fused", False),
+        ("", "smollm2-135m", False),
+        ("smollm2-135m", "qwen2.5-0.5b", True),
+        ("smollm2-135m", "tuned/mine", True),
+    ],
+)
+def test_a_head_of_another_model_is_used_with_a_warning(
+    fitted_to: str, small: str, is_warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = SimpleNamespace(head=MlpHead((), small=fitted_to), plain_name=plain_name(small))
+    _, err = make_consoles()
+    warn_of_other_head(cast("SmallModel", model), err)
+    assert ("the head was fitted to smollm2-135m" in capsys.readouterr().err) is is_warned
+
+
+def test_a_session_warns_of_a_head_of_another_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny, file = make_tiny_model(tmp_path / "tiny"), tmp_path / "h.safetensors"
+    size = json.loads((tiny / "config.json").read_text())["hidden_size"] + SIGNAL_COUNT
+    for fitted_to in ("other", "tiny"):
+        arrays = {"0.weight": mx.zeros((1, size)), "0.bias": mx.zeros(1)}
+        mx.save_safetensors(str(file), arrays, {"report": json.dumps({"small": fitted_to})})
+        arguments = ["--small", str(tiny), "--head", str(file), "--max-tokens", "1", "--offline"]
+        assert main(["ask", *arguments, "hi"]) == 0
+        warned = "the head was fitted to other" in capsys.readouterr().err
+        assert warned is (fitted_to == "other")
 
 
 @pytest.mark.parametrize("file", _SHIPPED, ids=lambda file: f"{file.parent.name}-{file.stem}")
@@ -48,7 +108,7 @@ def test_a_shipped_head_is_small_and_names_its_origin(file: Path) -> None:
     head, about = head_of(file)
     report = json.loads(about["report"])
     assert file.stat().st_size < 500_000
-    assert report["small"] == file.stem
+    assert report["small"] == head.small == file.stem
     assert len(head.questions) == sum(report["answers"].values())
     assert len(head.quantiles) > 50
     card = file.with_suffix(".md").read_text(encoding="utf-8")

@@ -48,6 +48,15 @@ def test_the_users_ranks_take_precedence_over_the_shipped_ones(tmp_path: Path) -
     assert ScoreRanks.find("some/folder/unknown-model", tmp_path) == shipped
 
 
+def test_models_with_the_same_last_name_have_ranks_of_their_own(tmp_path: Path) -> None:
+    shipped = ScoreRanks.find("qwen2.5-coder-0.5b", tmp_path)
+    for small in ("org1/X", "org2/X"):
+        make_ranks(small).write(tmp_path)
+        assert ScoreRanks.find(small, tmp_path).small == small
+    assert ScoreRanks.find("org1/X", tmp_path).small == "org1/X"
+    assert ScoreRanks.find("org3/X", tmp_path) == shipped
+
+
 def test_the_threshold_at_a_rate_is_exceeded_by_that_share() -> None:
     ranks = make_ranks("x")
     assert [ranks.threshold_at_rate("entropy", rate) for rate in (0.0, 0.25, 0.125, 1.0)] == [
@@ -103,7 +112,7 @@ def test_calibrate_writes_the_ranks_that_budgets_start_from(
     arguments = ["calibrate", "--small", str(tiny), "--data", data.name, "--tokens", "40"]
     assert main(arguments) == 0
     report = json.loads(capsys.readouterr().out)
-    ranks = ScoreRanks.find("tiny", user_catalog_dir())
+    ranks = ScoreRanks.find(str(tiny), user_catalog_dir())
     assert ranks.positions == report["positions"] >= 200
     assert ranks.data == report["data"] == f"9 questions of {tmp_path.name}/mine.jsonl"
     assert report["thresholds"]["entropy"]["0.07"] == round(

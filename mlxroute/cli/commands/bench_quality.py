@@ -207,13 +207,19 @@ class _QualityRun:
         from mlxroute.bench.quality.graded_answers import QualityResults
         from mlxroute.bench.quality.question_runs import bench_quality, measure_step_s
         from mlxroute.cli.progress import count_progress
-        from mlxroute.cli.routing import DEFAULT_ROUTER, HEAD_ROUTER, find_ranks
+        from mlxroute.cli.routing import (
+            DEFAULT_ROUTER,
+            HEAD_ROUTER,
+            find_ranks,
+            warn_of_other_head,
+        )
         from mlxroute.recorded.answer_scores import AnswerScores
 
         has_head = any(side.router == HEAD_ROUTER for side in self.sides)
         router = HEAD_ROUTER if has_head else DEFAULT_ROUTER
         ranks = find_ranks(small, router, settings.head)
         check_measurable(small.head, self.questions)
+        warn_of_other_head(small, err)
         with count_progress(err) as progress:
             report = bench_quality(
                 small,

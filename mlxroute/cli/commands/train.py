@@ -210,7 +210,13 @@ def _fit_to_advantages(
 ) -> FittedHead:
     """Label answers that are written with the router of the settings, and fit a head."""
     from mlxroute.cli.progress import count_progress
-    from mlxroute.cli.routing import DEFAULT_ROUTER, HEAD_ROUTER, find_ranks, head_file
+    from mlxroute.cli.routing import (
+        DEFAULT_ROUTER,
+        HEAD_ROUTER,
+        find_ranks,
+        head_file,
+        warn_of_other_head,
+    )
     from mlxroute.training.advantage.advantage_fitting import AdvantageTraining
     from mlxroute.training.advantage.routed_answers import BudgetedRouter
 
@@ -219,6 +225,7 @@ def _fit_to_advantages(
         name = HEAD_ROUTER
         fingerprint = hash_file(head_file(small.name, settings.head))
     ranks = find_ranks(small, name, settings.head)
+    warn_of_other_head(small, err)
     with (
         open_replies(settings, small, large, at_once=material.at_once) as replies,
         count_progress(err) as progress,
