@@ -63,6 +63,8 @@ class SmallModel:
         model: As given.
         name: As given. With an adapter, `load` adds a fingerprint of it.
         plain_name: The name without an adapter.
+        fingerprint: Differs between contents of the files of `plain_name`, as `load` found them.
+            Empty for a model of the package index, and from the constructor.
         vocabulary: The tokenizer's vocabulary.
         context_length: Greatest total number of tokens of prompt and answer.
         head: The learned head that `load_head` read; None without one.
@@ -85,6 +87,7 @@ class SmallModel:
 
         self.model = model
         self.name = self.plain_name = name
+        self.fingerprint = ""
         self._tokenizer = tokenizer
         self._chat_tokenizer = ChatTokenizer(tokenizer, name=name)
         self.vocabulary = self._chat_tokenizer.vocabulary
@@ -92,6 +95,11 @@ class SmallModel:
         self.context_length = int(length or _DEFAULT_CONTEXT)
         self.head: MlpHead | None = None
         self._decoder = Decoder(model, kernel=kernel, notify=notify)
+
+    @property
+    def record_name(self) -> str:
+        """The name by which saved results of the model are found: other files, other results."""
+        return f"{self.name} {self.fingerprint}" if self.fingerprint else self.name
 
     @property
     def tokenizer(self) -> Any:
@@ -163,7 +171,7 @@ class SmallModel:
             check_memory(local.path, role="small")
         model, tokenizer = load(local.path, adapter=adapter, notify=notify)
         small = cls(model, tokenizer, name=name, kernel=kernel, notify=notify)
-        small.plain_name = local.name
+        small.plain_name, small.fingerprint = local.name, local.fingerprint
         if not small._chat_tokenizer.has_chat_template:
             notify(
                 f"{local.name} has no chat template: its messages are joined by newlines and it may"

@@ -174,7 +174,7 @@ def _file_key(
     small: SmallModel, replies: Replies, conversation: Sequence[Message], max_tokens: int
 ) -> str:
     """Return the file name for labels: a hash of all that they depend on."""
-    parts = [small.name, replies.recorded_name, conversation, max_tokens]
+    parts = [small.record_name, replies.recorded_name, conversation, max_tokens]
     if replies.is_approximate:
         # Earlier labels of whole answers have another end token.
         parts.append(small.vocabulary.end_id)

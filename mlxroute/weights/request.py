@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from mlxroute.errors import WeightsError
 from mlxroute.types import Progress
@@ -19,11 +21,14 @@ class LocalModel:
         name: Name it was requested by.
         path: A directory that mlx_lm can load, or a GGUF file.
         source: Description of where it came from.
+        fingerprint: Differs between contents of its files under one name. Empty (default) where
+            the name stands for one content: a catalogue model of the package index.
     """
 
     name: str
     path: Path
     source: str
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,10 @@ class WeightsSize:
     stored_bytes: int
     float32_bytes: int
 
+
+PACKAGE_INDEX: Final = "package index"
+"""The source of a catalogue model whose content the catalogue prescribes."""
+FINGERPRINT_DIGITS: Final = 16
 
 CheckSize = Callable[[WeightsSize], None]
 """Raises NotEnoughSpace for weights that do not fit in memory."""
@@ -85,9 +94,17 @@ class Request:
     gguf_file: str = ""
     check: Callable[[], None] = accept_unchecked
 
-    def model_in(self, folder: Path, source: str) -> LocalModel:
+    def model_in(self, folder: Path, manifest: Manifest) -> LocalModel:
         """Return the model in its finished directory."""
-        return LocalModel(self.name, folder / self.gguf_file, source)
+        path = folder / self.gguf_file
+        return LocalModel(self.name, path, manifest.source, _fingerprint(manifest))
+
+
+def _fingerprint(manifest: Manifest) -> str:
+    if manifest.source == PACKAGE_INDEX:
+        return ""
+    hashes = sorted((name, record.sha256) for name, record in manifest.files.items())
+    return hashlib.sha256(repr(hashes).encode()).hexdigest()[:FINGERPRINT_DIGITS]
 
 
 def find_cached(
@@ -104,7 +121,7 @@ def find_cached(
         store.check(request.key, manifest)
     else:
         store.verify(request.key, manifest, progress=hash_progress)
-    return request.model_in(store.model_dir(request.key), manifest.source)
+    return request.model_in(store.model_dir(request.key), manifest)
 
 
 def check_fetch(store: Store, request: Request, *, offline: bool) -> None:
@@ -142,4 +159,4 @@ def fetch_and_store(store: Store, request: Request, *, staging_key: str) -> Loca
             store.remove_staging(staging_key)
         raise
     store.remove_staging(staging_key)
-    return request.model_in(path, staged.source)
+    return request.model_in(path, manifest)

@@ -329,6 +329,19 @@ def test_a_prompt_that_occurs_twice_in_a_group_shifts_no_answers(
         assert question.answer in [row["text"] for row in rows if row["question"] == question.name]
 
 
+def test_saved_answers_of_a_model_whose_files_changed_are_not_used(
+    small: SmallModel,
+    questions: list[Question],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "r.jsonl"
+    for fingerprint, count in (("", 3), ("1a", 6), ("1a", 6)):
+        monkeypatch.setattr(small, "fingerprint", fingerprint)
+        run(small, questions[:1], path)
+        assert len(path.read_text().splitlines()) == count
+
+
 def test_saved_answers_are_graded_by_the_present_answers(
     small: SmallModel, questions: list[Question], tmp_path: Path
 ) -> None:

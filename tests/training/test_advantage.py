@@ -197,6 +197,15 @@ def test_rows_without_an_answer_are_judged_by_the_large_models_outcome(
     assert [item.is_right("8") for item in items] == [False, True]
 
 
+def test_labels_of_a_model_whose_files_changed_are_made_again(
+    small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for fingerprint, count in (("", 1), ("1a", 2), ("1a", 2)):
+        monkeypatch.setattr(small, "fingerprint", fingerprint)
+        labelled(small, ScriptedLarge([(_SEVEN,)]), tmp_path, judged(1), tokens=1)
+        assert len(list((tmp_path / "labels").iterdir())) == count
+
+
 def test_an_interrupted_run_continues_with_the_same_labels(
     small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,6 +122,13 @@ def test_a_small_model_is_adapted_to_a_users_questions(
     code, _, messages = run(*adapt, "--data", str(data), "--out", str(out))
     assert (code, "the data has changed since this run was interrupted" in messages) == (2, True)
     data.write_text(questions)
+    config = small / "config.json"
+    stat = config.stat()
+    os.utime(config, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
+    code, _, messages = run(*adapt, "--data", str(data), "--out", str(out))
+    assert code == 2
+    assert f"the files of {small} have changed since this run was interrupted" in messages
+    os.utime(config, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     code, resumed, messages = run(*adapt, "--data", str(data), "--out", str(out))
     assert code == 0, messages
     assert "going on from round 0" in messages

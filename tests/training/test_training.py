@@ -173,6 +173,15 @@ def test_labels_of_whole_answers_with_another_end_token_are_made_again(
     assert len(list((tmp_path / "labels").iterdir())) == 2
 
 
+def test_labels_of_a_model_whose_files_changed_are_made_again(
+    small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for fingerprint, count in (("", 1), ("1a", 2), ("2b", 3), ("1a", 3)):
+        monkeypatch.setattr(small, "fingerprint", fingerprint)
+        labelled(small, ScriptedLarge([(70,)] * 3), tmp_path)
+        assert len(list((tmp_path / "labels").iterdir())) == count
+
+
 def test_the_small_model_continues_alone_from_each_disagreement(
     small: SmallModel, tmp_path: Path
 ) -> None:

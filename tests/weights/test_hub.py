@@ -84,10 +84,11 @@ def test_a_repository_is_stored_without_its_code(hub: Site, tmp_path: Path) -> N
 
 
 def test_a_cached_model_needs_no_network(hub: Site, tmp_path: Path) -> None:
-    get(tmp_path / "cache")
+    fetched = get(tmp_path / "cache")
     hub.requests.clear()
-    assert get(tmp_path / "cache", offline=True).path.is_dir()
-    assert get(tmp_path / "cache").path.is_dir()
+    assert get(tmp_path / "cache", offline=True) == fetched
+    assert get(tmp_path / "cache") == fetched
+    assert len(fetched.fingerprint) == 16
     assert not hub.requests
 
 

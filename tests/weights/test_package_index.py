@@ -272,6 +272,8 @@ def test_a_gguf_file_is_kept_as_it_came(
     assert local.path.read_bytes() == gguf
     assert not (tmp_path / "staging").exists()
     assert resolve(offline=True) == local
+    # Its content follows from the catalogue.
+    assert local.fingerprint == ""
     local.path.write_bytes(b"x" * len(gguf))
     with pytest.raises(CorruptWeights, match="run `mlxroute pull tiny --gguf` to fetch it again"):
         resolve()

@@ -62,6 +62,38 @@ def test_a_model_directory_is_used_in_place(catalog: Catalog, tmp_path: Path) ->
     assert not (tmp_path / "cache").exists()
 
 
+def test_other_files_of_a_model_give_another_fingerprint(
+    catalog: Catalog, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        folder = tmp_path / name / "fused"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(name.encode())
+        os.utime(folder / "config.json", (1, 1))
+        os.utime(folder / "model.safetensors", (1, ord(name)))
+
+    def fingerprint(spec: str | Path) -> str:
+        return get(spec, catalog, tmp_path / "cache").fingerprint
+
+    monkeypatch.chdir(tmp_path / "a")
+    first = fingerprint("fused")
+    monkeypatch.chdir(tmp_path / "b")
+    fused = fingerprint("fused")
+    assert fused not in ("", first)
+    Path("fused", "README.md").write_text("notes")
+    assert fingerprint(tmp_path / "b" / "fused") == fused
+    # The same size, fused again.
+    Path("fused", "model.safetensors").write_bytes(b"c")
+    assert fingerprint("fused") not in (first, fused)
+
+    converted = fingerprint(gguf)
+    os.utime(gguf, (1, 1))
+    assert fingerprint(gguf) == converted != ""
+    write_gguf(gguf, TinyModel(), seed=1)
+    assert fingerprint(gguf) != converted
+
+
 @pytest.mark.parametrize("missing", ["config.json", "model*.safetensors"])
 def test_the_error_for_an_incomplete_directory_names_the_missing_file(
     catalog: Catalog, tmp_path: Path, missing: str

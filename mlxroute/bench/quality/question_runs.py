@@ -211,7 +211,7 @@ class _QualityBench:
         router: QualityRouter,
     ) -> str:
         """Return the key of an answer: a hash of all that it depends on."""
-        models = [self.small.name, self.replies.recorded_name]
+        models = [self.small.record_name, self.replies.recorded_name]
         # Baselines and single models have no calibrated scores.
         uncalibrated = {None, *POSITION_ROUTERS}
         ranks = () if side.router in uncalibrated else self.ranks[str(side.router)]

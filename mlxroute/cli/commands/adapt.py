@@ -212,6 +212,11 @@ class _AdaptRun:
 
         start = settings if interrupted is None else replace(settings, adapter=str(out))
         small = load_paired_small(start, large, err)
+        if interrupted is not None and interrupted.small_files != small.fingerprint:
+            raise UsageError(
+                f"--out {out}: the files of {small.plain_name} have changed since this run was"
+                " interrupted; restore them, or choose a new folder"
+            )
         check_questions_fit(small, self.questions, self.examples)
         from mlxroute.training.adaptation import adapt_to_answers, split_answers
         from mlxroute.training.on_policy import Corrector
@@ -296,6 +301,7 @@ class _AdaptRun:
         return {
             "mlxroute": __version__,
             "small": small.plain_name,
+            "small_files": small.fingerprint,
             "started_from": adapted_name(small.plain_name, start) if start else None,
             "large": large.model_name,
             "examples": len(self.examples),

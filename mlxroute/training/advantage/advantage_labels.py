@@ -153,7 +153,7 @@ class AdvantageLabeller:
     def _file(self, item: JudgedQuestion) -> Path:
         """Return the file of a question, named by a hash of all that its labels depend on."""
         router = [self.router.name, self.router.budget, self.router.quantiles, self.router.head]
-        models = [self.small.name, self.replies.recorded_name]
+        models = [self.small.record_name, self.replies.recorded_name]
         sizes = [self.max_tokens, SAMPLES, MAX_DISAGREEMENTS]
         key = json.dumps([_VERSION, models, item.conversation, item.right, router, sizes])
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
