@@ -155,12 +155,10 @@ class Negotiator:
                 break
             count_before = len(pieces)
             prober.learn_tokens(self.negotiated.dialect, question)
-        comparison, dialect = (
-            compare_pieces(vocabulary, self._reader.pieces_by_id),
-            self.negotiated.dialect,
-        )
+        comparison = compare_pieces(vocabulary, self._reader.pieces_by_id)
         if not comparison.is_same:
             return comparison
+        dialect = self.negotiated.dialect
         return compare_control_count(vocabulary, lambda text: prober.count_tokens(dialect, text))
 
     def bind(self, tokens: TokenSource | None, next_deadline: NextDeadline) -> TokenSource | None:
