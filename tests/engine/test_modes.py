@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mlxroute.engine import Answer, Experience, Options
 from mlxroute.engine.experience import MovingAverage
-from mlxroute.errors import LargeError
+from mlxroute.errors import LargeError, LargeUnsendable
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import Event, Mode, Provisional, Retracted, RunStats, Source, Token
 from tests.support.fakes import FakeClock, signals
@@ -29,7 +29,7 @@ _OPTIONS: dict[str, Any] = {
 }
 _SAME = (
     *("text", "tokens", "large_tokens", "escalated", "agreed", "fallbacks", "unchecked"),
-    *("withheld", "accepted", "finish_reason"),
+    *("withheld", "accepted", "finish_reason", "failures"),
 )
 
 
@@ -136,6 +136,7 @@ _WORLDS = st.builds(
     agreement=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
     end=st.sampled_from([0.0, 0.03, 0.2]),
     loss=st.sampled_from([0.0, 0.1, 0.5]),
+    refusal=st.sampled_from([0.0, 0.0, 0.03, 0.2]),
     max_call_s=st.sampled_from([0.0, 3.0, 30.0]),
     max_in_flight=st.sampled_from([1, 2, 8]),
     whole_only=st.booleans(),
@@ -272,8 +273,12 @@ def test_decoding_waits_where_the_cache_cannot_be_rolled_back_and_the_figures_sa
 
 
 @pytest.mark.parametrize("mode", Mode)
-def test_strict_raises_once_everything_before_the_lost_call_is_committed(mode: Mode) -> None:
-    world, clock = World(5, loss=0.3, end=0.0), FakeClock()
+@pytest.mark.parametrize(("loss", "refusal"), [(0.3, 0.0), (0.0, 0.15)])
+def test_strict_raises_once_everything_before_the_lost_call_is_committed(
+    mode: Mode, loss: float, refusal: float
+) -> None:
+    world = World(5, doubt=0.8, agreement=0.9, end=0.0, loss=loss, refusal=refusal)
+    clock = FakeClock()
     lost = next(token for token in run(world).tokens if not token.checked)
     answer = Answer(
         WorldSmall(world, clock),
@@ -286,6 +291,26 @@ def test_strict_raises_once_everything_before_the_lost_call_is_committed(mode: M
     with pytest.raises(LargeError):
         list(answer)
     assert answer.stats().tokens == lost.index
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_a_prompt_that_is_too_long_ends_only_the_calls_after_it(mode: Mode) -> None:
+    world = ShortWorld(5, doubt=1.0, agreement=0.9, end=0.0, loss=0.0, max_call_s=30.0)
+    answered = run(world, mode=mode, order=1)
+    checked = [token.index for token in answered.tokens if token.checked]
+    assert len(checked) > 18
+    assert checked == list(range(len(checked)))
+    refused = {ids for ids, _ in answered.spans if len(ids) >= 20}
+    assert refused
+    # What is decoded further ahead makes no calls.
+    assert not any(ids[:length] in refused for ids in refused for length in range(len(ids)))
+
+
+class ShortWorld(World):
+    """A world whose server takes no answer of 20 tokens, and says so at once."""
+
+    def large(self, ids: Sequence[int]) -> tuple[int, ...] | LargeError:
+        return LargeUnsendable("too long") if len(ids) >= 20 else super().large(ids)
 
 
 @pytest.mark.parametrize("mode", Mode)

@@ -17,6 +17,7 @@ from mlxroute.errors import (
     LargeRefused,
     LargeTimeout,
     LargeUnavailable,
+    LargeUnsendable,
 )
 from mlxroute.types import BranchCost, LargeContext, LargeToken, Signals, Uploads
 from tests.support.fakes import EOS, STRADDLING, ByteVocabulary, FakeClock, ScriptedSmall
@@ -36,6 +37,7 @@ class World:
     * **agreement** - Share of calls that return the small model's own token.
     * **end** - Share of positions at which a model ends the answer.
     * **loss** - Share of positions at which a call fails.
+    * **refusal** - Share of positions whose prompt is refused as too long, some of them at once.
     * **max_call_s** - Longest duration of a call, in seconds.
     * **max_in_flight** - Most calls at a time.
     * **whole_only** - Calls inside a character fail, as with most real servers.
@@ -55,6 +57,7 @@ class World:
     rounding: float = 0.0
     window: int = 1 << 30
     streams: bool = False
+    refusal: float = 0.0
 
     def rng(self, kind: str, ids: Sequence[int]) -> random.Random:
         """Return a random generator that depends only on the seed, `kind` and the ids before."""
@@ -68,6 +71,9 @@ class World:
 
     def large(self, ids: Sequence[int]) -> tuple[int, ...] | LargeError:
         """Return the large model's token after these ids of the answer, or the call's error."""
+        if (rng := self.rng("refusal", ids)).random() < self.refusal:
+            too_long = LargeRefused("this exceeds the context", status=400)
+            return rng.choice((LargeUnsendable("the context is full"), too_long))
         rng = self.rng("large", ids)
         if rng.random() < self.loss:
             return rng.choice((LargeRefused("no"), LargeTimeout("late"), LargeUnavailable("off")))
@@ -257,6 +263,8 @@ class WorldLarge:
         outcome = self._tokens(ids, prefetch)
         if self._world.whole_only and context.fragment_ids:
             outcome = LargeProtocolError("inside a character")
+        if isinstance(outcome, LargeUnsendable):
+            ready_s = self._clock.now
         streamed = self._world.streams and prefetch > 0
         call = WorldCall(
             outcome,

@@ -11,7 +11,7 @@ from mlxroute.engine.experience import Experience
 from mlxroute.engine.governor import Governor
 from mlxroute.engine.machine_load import other_busy_core_s
 from mlxroute.engine.protocols import LargeProtocol, PendingCallProtocol
-from mlxroute.errors import LargeError, LargeRefused, LargeTimeout, LargeUnsendable
+from mlxroute.errors import LargeError, LargeTimeout
 from mlxroute.types import LargeContext, LargeToken, Mode, Uploads
 
 # The engine waits this much longer, since the large model's own error at the deadline is better.
@@ -79,7 +79,7 @@ class AnswerCalls:
         self._clock = clock
         # Seconds of waiting that failures may still cost.
         self._failure_allowance_s = timeout_s
-        # Why the large model cannot take this prompt, nor a longer one.
+        # Why the large model cannot take the committed answer, nor a longer one.
         self._refusal: LargeError | None = None
         # Total stall up to which failures were charged already.
         self._charged_s = 0.0
@@ -197,13 +197,15 @@ class AnswerCalls:
                 raise LargeTimeout(f"no answer from the large model in {latency_s:.3g} s")
             tokens = call.pending.result()
         except LargeError as exc:
-            if _refuses_longer(exc):
-                self._refusal = exc
             if exc.counts_as_failure:
                 self._charge(call, lost_s=latency_s)
             return CallOutcome((), exc, latency_s)
         self._charge(call, lost_s=tokens[0].lost_s if tokens and not call.is_joined else 0.0)
         return CallOutcome(tokens, None, latency_s)
+
+    def refuse(self, refusal: LargeError) -> None:
+        """Start no more calls: the large model cannot take the committed answer."""
+        self._refusal = refusal
 
     def discard(self, calls: Sequence[Call]) -> None:
         """Cancel calls whose results are not needed."""
@@ -227,9 +229,3 @@ class AnswerCalls:
 
     def _uploads_so_far(self) -> Uploads:
         return Uploads() if self._large is None else self._large.uploads
-
-
-def _refuses_longer(error: LargeError) -> bool:
-    """Return whether a longer prompt would fail in the same way."""
-    is_too_long = isinstance(error, LargeRefused) and error.is_too_long
-    return is_too_long or isinstance(error, LargeUnsendable)

@@ -12,7 +12,13 @@ from mlxroute.engine.escalation.prefetch import PrefetchedTokens
 from mlxroute.engine.experience import Experience
 from mlxroute.engine.protocols import RouterProtocol, RouterState
 from mlxroute.engine.transcript import Transcript
-from mlxroute.errors import LargeError, LargeUnavailable, LargeUnrecorded
+from mlxroute.errors import (
+    LargeError,
+    LargeRefused,
+    LargeUnavailable,
+    LargeUnrecorded,
+    LargeUnsendable,
+)
 from mlxroute.types import Escalation, Judgement, LargeToken, Signals, Source, Vocabulary
 
 
@@ -55,6 +61,12 @@ class Decision:
         large = None if self.escalation is None else self.escalation.large
         return () if self.source is Source.SMALL or large is None else large.large_ids
 
+    @property
+    def refusal(self) -> LargeError | None:
+        """Why the large model takes no prompt as long as this position's; None if it may."""
+        is_too_long = isinstance(self.error, LargeRefused) and self.error.is_too_long
+        return self.error if is_too_long or isinstance(self.error, LargeUnsendable) else None
+
 
 class Decider:
     """Decides positions one after the other, with a call or without.
@@ -88,8 +100,10 @@ class Decider:
         return self._router.state
 
     def on_committed(self, decision: Decision) -> None:
-        """Advance the router past a committed decision."""
+        """Advance the router past a committed decision; make no more calls after a refusal."""
         self._router.state = decision.state_after
+        if decision.refusal is not None:
+            self._calls.refuse(decision.refusal)
         for tokens in self.prefetched.take_finished():
             self._experience.on_continuation_finished(tokens)
 
@@ -113,17 +127,18 @@ class Decider:
         return state.is_borderline(small_choice.score, band * self._router.gain)
 
     def decide_without_call(
-        self, small_choice: Decision, transcript: Transcript
+        self, small_choice: Decision, transcript: Transcript, refusal: LargeError | None = None
     ) -> Decision | None:
         """Return the decision that needs no call; None if the position needs one.
 
         That is the small model's token if the router keeps it, a never-send pattern matches or the
-        answer has no calls left, and a large token that an earlier call prefetched.
+        answer has no calls left, and a large token that an earlier call prefetched. `refusal` is
+        that of an earlier position that is not committed yet; None, the default, without one.
         """
         if small_choice.judgement is not Judgement.ESCALATE:
             return small_choice
-        if not self._calls.is_open:
-            return self.leave_unchecked(small_choice)
+        if refusal is not None or not self._calls.is_open:
+            return self.leave_unchecked(small_choice, refusal)
         if self._never_send.has_patterns:
             number = self._never_send.match(transcript.text)
             if number is not None:
@@ -132,9 +147,14 @@ class Decider:
             return None
         return self.decide_from_prefetched(small_choice, transcript.ids)
 
-    def leave_unchecked(self, small_choice: Decision) -> Decision:
-        """Return the decision for the small model's token, unchecked as no more calls are made."""
-        return replace(small_choice, checked=False, error=self._calls.closed_error)
+    def leave_unchecked(
+        self, small_choice: Decision, refusal: LargeError | None = None
+    ) -> Decision:
+        """Return the decision for the small model's token, unchecked as no more calls are made.
+
+        `refusal` is why; by default it is why the calls are closed.
+        """
+        return replace(small_choice, checked=False, error=refusal or self._calls.closed_error)
 
     def decide_from_prefetched(self, small_choice: Decision, ids: Sequence[int]) -> Decision | None:
         """Return the decision for a prefetched token after these answer ids; None without one."""

@@ -25,7 +25,8 @@ from mlxroute.engine.modes.decode_context import DecodeContext
 from mlxroute.engine.modes.provisional import ProvisionalTokens
 from mlxroute.engine.protocols import RouterState
 from mlxroute.engine.transcript import Transcript
-from mlxroute.types import Event, Mode, Signals
+from mlxroute.errors import LargeError
+from mlxroute.types import Event, Judgement, Mode, Signals
 
 # A branch with a lower probability is not worth a row.
 _MIN_PROBABILITY = 0.02
@@ -128,6 +129,19 @@ class AheadLoop:
 
     def _decide(self, position: Position, decision: Decision) -> None:
         self._context.calls.discard(self._branches.decide(position, decision))
+        if decision.refusal is not None:
+            self._leave_later_unchecked(position, decision.refusal)
+
+    def _leave_later_unchecked(self, position: Position, refusal: LargeError) -> None:
+        """Decide the positions after a refused one as `wait` does, which calls for none of them."""
+        context = self._context
+        for later in self._branches.positions_after(position):
+            if later.small_choice.judgement is not Judgement.ESCALATE:
+                continue
+            if later.call is not None:
+                context.calls.discard([later.call])
+            unchecked = context.decider.leave_unchecked(later.small_choice, refusal)
+            context.calls.discard(self._branches.decide(later, unchecked))
 
     def _commit_decided(self) -> Iterator[Event]:
         """Commit the positions at the start of the branches that are decided."""
@@ -175,7 +189,7 @@ class AheadLoop:
         """
         context, transcript = self._context, self._branches.transcript(branch)
         position = Position(len(transcript), small_choice, None, transcript.ends_in_character)
-        decision = context.decider.decide_without_call(small_choice, transcript)
+        decision = context.decider.decide_without_call(small_choice, transcript, branch.refusal)
         if decision is not None:
             position.final = decision
             self._branches.append(branch, position, decision)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mlxroute.engine.escalation.calls import Call
 from mlxroute.engine.escalation.decision import Decision
 from mlxroute.engine.modes.decode_context import append_decision
 from mlxroute.engine.transcript import Transcript
+from mlxroute.errors import LargeError
 from mlxroute.types import Signals
 
 
@@ -80,6 +81,12 @@ class Branch:
         """Whether every position of the branch is decided."""
         return all(step.position.final for step in self.steps)
 
+    @property
+    def refusal(self) -> LargeError | None:
+        """Why the large model cannot take the branch; None if it may."""
+        refusals = (step.decision.refusal for step in self.steps)
+        return next((refusal for refusal in refusals if refusal is not None), None)
+
     def index_of(self, position: Position) -> int | None:
         """Return the index of the branch's step at a position, None if it has none."""
         for index, step in enumerate(self.steps):
@@ -116,8 +123,17 @@ class Branches:
     def pending_positions(self) -> list[Position]:
         """Return the positions with a call in flight, the earliest first."""
         steps = (step for branch in self.all for step in branch.steps)
-        pending = {id(s.position): s.position for s in steps if s.position.call is not None}
-        return sorted(pending.values(), key=lambda position: position.index)
+        return _sorted_positions(step for step in steps if step.position.call is not None)
+
+    def positions_after(self, position: Position) -> list[Position]:
+        """Return the positions after one, on all branches that have it, the earliest first."""
+        indices = ((branch, branch.index_of(position)) for branch in self.all)
+        return _sorted_positions(
+            step
+            for branch, index in indices
+            if index is not None
+            for step in branch.steps[index + 1 :]
+        )
 
     def append(self, branch: Branch, position: Position, choice: Decision, p: float = 1.0) -> None:
         """Add a step to a branch; `p` is the small model's probability of the choice."""
@@ -186,6 +202,12 @@ class Branches:
         transcript = branch.steps[start - 1].transcript if start else self.committed
         for step in branch.steps[start:]:
             transcript = step.transcript = append_decision(transcript, step.decision)
+
+
+def _sorted_positions(steps: Iterable[Step]) -> list[Position]:
+    """Return the positions of steps, each once, the earliest first."""
+    positions = {id(step.position): step.position for step in steps}
+    return sorted(positions.values(), key=lambda position: position.index)
 
 
 def find_likeliest(branches: Sequence[Branch]) -> Branch | None:
