@@ -92,7 +92,7 @@ class BatchingProtocol(Protocol):
 
     @property
     def was_batched(self) -> bool:
-        """Whether the latest signals come from a batch."""
+        """Whether a batch fed some of the latest tokens, so that their rounding may differ."""
         ...
 
     @property

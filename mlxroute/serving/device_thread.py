@@ -322,7 +322,7 @@ class DeviceThread:
 
     def _step_alone(self, row: Row, request: Feed) -> None:
         signals = row.sequence.extend(request.token_ids)
-        row.was_batched = False
+        row.was_batched = request.was_batched
         self.steps += 1
         self.single_tokens += len(request.token_ids)
         self._reply(row, signals)
@@ -343,7 +343,7 @@ class DeviceThread:
             if row in expected:
                 self._rounding.add(expected[row], signals[batch_row])
             # Each row of a batch takes one token per step.
-            feed.token_ids = feed.token_ids[1:]
+            feed.token_ids, feed.was_batched = feed.token_ids[1:], True
             if not feed.token_ids:
                 row.was_batched = True
                 self._reply(row, signals[batch_row])

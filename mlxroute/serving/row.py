@@ -41,10 +41,14 @@ class Prefill:
 
 @dataclass(slots=True)
 class Feed:
-    """A request to feed tokens; as one row, outside the batch, if `alone`."""
+    """A request to feed tokens; as one row, outside the batch, if `alone`.
+
+    `was_batched` is True once the batch has fed some of them.
+    """
 
     token_ids: Sequence[int]
     alone: bool = False
+    was_batched: bool = False
 
 
 @dataclass(slots=True)
@@ -96,7 +100,7 @@ class Row:
         sequence: The tokens on the device.
         prompt: The encoded prompt.
         is_exact: Whether no KV cache of an earlier answer may be used, and the rounding of batches
-            matters.
+            matters. With a temperature, the row is then in no batch.
         on_progress: Receives how many tokens of the prompt are read, and how many there are.
         asker: Who is going to ask for the next step after a reply; None, the default, for the row.
 
@@ -104,7 +108,7 @@ class Row:
         replies: Receives the reply to each request, or an exception to raise.
         asker: As given.
         end: What the answer's requests raise once it has been cancelled; None before.
-        was_batched: Whether the latest signals come from a batch.
+        was_batched: Whether a batch fed some of the latest tokens.
     """
 
     def __init__(
@@ -124,6 +128,8 @@ class Row:
         self.replies: SimpleQueue[Any] = SimpleQueue()
         self.end: Exception | None = None
         self.was_batched = False
+        # Whether the row stays out of the batch.
+        self._is_alone = False
         self._device = device
         self._on_progress = on_progress
 
@@ -210,14 +216,18 @@ class Row:
         # Answers must not share MLX's own random state.
         if not sampling.is_greedy and sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(63))
+        # No bound of logprobs tells whether rounding could change what is drawn.
+        self._is_alone = self.is_exact and not sampling.is_greedy
         reused = cast(int, self._request(Prefill(prompt_ids, sampling, report)))
-        # The last token is a decode step like the later ones, so that a batch may take it.
-        signals = self.extend(prompt_ids[-1:])
+        # The last token is a decode step like the later ones, so that a batch may take it. The
+        # engine cannot have the first signals of an exact answer computed again.
+        feed = self.extend_alone if self.is_exact else self.extend
+        signals = feed(prompt_ids[-1:])
         report("prompt", len(prompt_ids), len(prompt_ids))
         return signals, reused
 
     def extend(self, token_ids: Sequence[int]) -> Signals:
-        return cast(Signals, self._request(Feed(token_ids)))
+        return cast(Signals, self._request(Feed(token_ids, alone=self._is_alone)))
 
     def extend_alone(self, token_ids: Sequence[int]) -> Signals:
         """Do what `extend` does as one row, whatever else is decoded."""

@@ -462,6 +462,71 @@ def test_decisions_within_the_rounding_are_made_again_where_asked(
     assert sum(run.redecoded for run in runs if run is not None) > 0
 
 
+def _alter_batches(scheduler: AnswerScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the batch always choose the second token."""
+    batch = scheduler._device._batch
+    step = batch.step
+
+    def altered(token_ids: Any) -> Any:
+        return {row: replace(s, token_id=s.top_ids[1]) for row, s in step(token_ids).items()}
+
+    monkeypatch.setattr(batch, "step", altered)
+
+
+def test_no_decision_of_an_exact_answer_is_left_to_a_batch(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with AnswerScheduler(small, None) as scheduler:
+        _alter_batches(scheduler, monkeypatch)
+        # Each decision is within the rounding, also the first.
+        monkeypatch.setattr(scheduler._device._rounding, "nats", math.inf)
+        start_batch_of(len(PROMPTS), scheduler, monkeypatch)
+        answers = [scheduler.submit(request(p, exact=True)) for p in PROMPTS]
+        assert [written(answer) for answer in answers] == [alone(small, p) for p in PROMPTS]
+        assert scheduler.figures().batched_tokens > 0
+
+
+def test_exact_answers_that_are_sampled_are_in_no_batch(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [alone(small, p, temperature=1.0, top_p=0.95, seed=11) for p in PROMPTS]
+    with AnswerScheduler(small, None) as scheduler:
+        _alter_batches(scheduler, monkeypatch)
+        with held(scheduler):
+            answers = [
+                scheduler.submit(request(p, exact=True, sampling=_SAMPLING)) for p in PROMPTS
+            ]
+        assert [written(answer) for answer in answers] == expected
+
+
+def test_a_token_of_several_ids_counts_as_batched_if_a_batch_fed_its_first(
+    scheduler: AnswerScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = scheduler._device
+    prompts = [encode_prompt(scheduler._small, prompt) for prompt in PROMPTS[:2]]
+    row, other = (device.new_row(prompt, is_exact=True) for prompt in prompts)
+    rows = (row, other)
+    for begun in rows:
+        begun.prefill(begun.prompt.ids, sampling=Sampling(), progress=lambda *_: None)
+        device.set_awaited(begun, False)
+    step_batch = device._step_batch
+
+    def step_once(*arguments: Any) -> None:
+        step_batch(*arguments)
+        # As if the other answer had ended.
+        device._decoding.discard(other)
+
+    monkeypatch.setattr(device, "_step_batch", step_once)
+    batched_before = device.batched_tokens
+    row.extend([60, 61])
+    assert device.batched_tokens == batched_before + 1
+    assert row.was_batched
+    row.extend([62])
+    assert not row.was_batched
+    for begun in rows:
+        begun.release()
+
+
 # Rows of a model with this scaling must have one length.
 _DYNAMIC: dict[str, Any] = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
 

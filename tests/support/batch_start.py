@@ -16,7 +16,7 @@ _DEADLINE_S = 60.0
 def start_batch_of(
     count: int, scheduler: AnswerScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> list[int]:
-    """Hold decoding until `count` answers wait for their first step, which is then one batch.
+    """Hold decoding until `count` answers wait for a step that can be one batch.
 
     Without this a slow prompt makes the others decode without it, and they may end before. Call it
     before the answers are submitted. The returned list gets the number of rows of each step of a
@@ -32,8 +32,12 @@ def start_batch_of(
     def is_due() -> bool:
         nonlocal has_started
         if not has_started:
-            feeds = sum(isinstance(request, Feed) for request in device._requests.values())
-            has_started = feeds >= count or time.monotonic() > end_s
+            feeds = [r for r in device._requests.values() if isinstance(r, Feed)]
+            are_all = len(feeds) >= count or time.monotonic() > end_s
+            # Exact answers feed the end of their prompts alone.
+            has_started = are_all and not any(feed.alone for feed in feeds)
+            if are_all and not has_started:
+                return True
         if not has_started:
             # The answers' threads need the interpreter.
             time.sleep(0.001)
