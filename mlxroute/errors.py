@@ -92,9 +92,11 @@ class LargeError(MlxRouteError):
     Attributes:
         counts_as_failure: Whether it shows a fault of the server or of the settings. False where
             nothing was sent, and where the server works but not for this answer.
+        was_called: Whether a call was made. False where nothing was sent.
     """
 
     counts_as_failure: ClassVar[bool] = True
+    was_called: ClassVar[bool] = True
 
 
 class LargeTimeout(LargeError):
@@ -108,7 +110,7 @@ class LargeUnreachable(LargeError):
 class LargeUnavailable(LargeError):
     """Raised instead of making a call, because earlier calls failed or still hang."""
 
-    counts_as_failure = False
+    counts_as_failure = was_called = False
 
 
 class LargeRefused(LargeError):
@@ -153,7 +155,7 @@ class LargeRefused(LargeError):
 class LargeUnrecorded(LargeError):
     """Raised when the ledger cannot record a request, which is therefore not sent."""
 
-    counts_as_failure = False
+    counts_as_failure = was_called = False
 
 
 class LargeProtocolError(LargeError):
@@ -173,7 +175,7 @@ class LargeUnsendable(LargeProtocolError):
     It is longer than the context, or it is a text where the server takes only conversations.
     """
 
-    counts_as_failure = False
+    counts_as_failure = was_called = False
 
 
 class LargeNotContinued(LargeProtocolError):

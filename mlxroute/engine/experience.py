@@ -64,7 +64,8 @@ class Experience:
             prefetch.
         branch_cost: Times of a step of one row and of a batch; None until measured.
         answered_calls: Calls that returned a token.
-        started_calls: All calls, also those for positions that were never reached.
+        started_calls: All calls, also those for positions that were never reached, but for those
+            that turned out not to be made.
         escalated_positions: Committed positions that were escalated.
         calls_prefetch: Whether the last answered call could return more than one token.
         busy_cores: Cores that other processes use while decoding waits for a call to this machine.
@@ -111,6 +112,10 @@ class Experience:
     def on_call_started(self) -> None:
         """Record that a call was started."""
         self.started_calls += 1
+
+    def on_call_not_made(self) -> None:
+        """Record that a call that was started turned out not to be made."""
+        self.started_calls -= 1
 
     def on_call_answered(
         self, tokens: int, seconds: float, *, is_alone: bool, is_streamed: bool = False

@@ -103,7 +103,7 @@ class RunStats:
         large_completion_tokens: Tokens that the server generated.
         cost_estimate: Estimated cost; None without prices.
         mode: The mode used last; `wait` by default.
-        calls: Calls started, also for positions that were retracted; 0 by default.
+        calls: Calls made, also for positions that were retracted; 0 by default.
         retracted: Provisional tokens that were taken back; 0 by default.
         prefetch_generated: Prefetched tokens, which calls returned beyond the one they were made
             for; 0 by default.

@@ -92,6 +92,7 @@ class Escalation:
         prefetched: Whether the token came with an earlier call and took none of its own.
         accepted: Whether the small model's token was kept because the large model finds it nearly
             as likely as its own.
+        withheld: Whether a never-send pattern kept the position local, so that no call was made.
     """
 
     small_id: int
@@ -100,6 +101,7 @@ class Escalation:
     latency_s: float
     prefetched: bool = False
     accepted: bool = False
+    withheld: bool = False
 
     @property
     def agreed(self) -> bool:
@@ -113,10 +115,11 @@ class CallFailure:
 
     Args:
         kind: The kind: `timeout`, `unreachable`, `status 401` and so on, `invalid reply`, `not
-            continued`, `paused`, `no time left` or `not recorded`.
+            continued`, `cannot be sent`, `paused`, `no time left` or `not recorded`.
         reason: The text of the first error of this kind.
         count: Number of positions.
-        was_called: Whether calls were made. False where earlier failures prevented them.
+        was_called: Whether calls were made. False where earlier failures prevented them, and where
+            nothing could be sent.
         parameter: Name of the argument that the error named; None (default) if it named none.
     """
 

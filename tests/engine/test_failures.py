@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from mlxroute.engine import Answer, Options, generate
+from mlxroute.engine import Answer, Experience, Options, generate
 from mlxroute.engine.escalation.failures import AllowanceUsed, failure_kind
 from mlxroute.errors import (
     LargeError,
@@ -79,7 +79,11 @@ def test_each_kind_is_reported_once_and_counted(mode: str) -> None:
 
 
 def answer_with(
-    replies: Sequence[bytes | LargeError], *, seconds: float = 0.0, strict: bool = False
+    replies: Sequence[bytes | LargeError],
+    *,
+    seconds: float = 0.0,
+    strict: bool = False,
+    experience: Experience | None = None,
 ) -> Answer:
     """Return an answer of four uncertain positions whose calls take `seconds` each."""
     clock = FakeClock()
@@ -89,17 +93,36 @@ def answer_with(
         [{"role": "user", "content": "hi"}],
         router=EntropyRouter(1.0),
         options=Options(timeout_s=10.0, mode=Mode.WAIT, strict=strict),
+        experience=experience,
         clock=clock,
     )
 
 
-def test_calls_that_are_not_made_have_a_reason_as_well() -> None:
-    paused = LargeUnavailable("calls to http://box/v1 are paused; last failure: answered 401")
-    answer = answer_with([paused, paused, b"x"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        LargeUnavailable("calls to http://box/v1 are paused; last failure: answered 401"),
+        LargeUnrecorded("the ledger cannot be written"),
+    ],
+)
+def test_calls_that_are_not_made_have_a_reason_and_do_not_count(error: LargeError) -> None:
+    experience = Experience()
+    answer = answer_with([error, error, b"x"], experience=experience)
     list(answer)
-    (failure,) = answer.stats().failures
-    assert (failure.kind, failure.count, failure.was_called) == ("paused", 2, False)
-    assert failure.reason == str(paused)
+    stats = answer.stats()
+    (failure,) = stats.failures
+    assert (failure.kind, failure.count, failure.was_called) == (failure_kind(error), 2, False)
+    assert failure.reason == str(error)
+    assert (stats.calls, stats.escalated, stats.fallbacks) == (2, 2, 0)
+    assert experience.started_calls == experience.escalated_positions == 2
+
+
+def test_a_prompt_that_cannot_be_sent_is_no_call() -> None:
+    answer = answer_with([b"x", LargeUnsendable("too long")])
+    list(answer)
+    stats = answer.stats()
+    assert [(failure.count, failure.was_called) for failure in stats.failures] == [(3, False)]
+    assert (stats.calls, stats.unchecked, stats.fallbacks) == (1, 3, 0)
 
 
 def test_positions_after_the_answers_time_for_failures_say_so() -> None:

@@ -189,6 +189,13 @@ class WorldCall:
         self.cancelled_s = math.inf
 
     @property
+    def was_made(self) -> bool:
+        """Whether it was not read to be an error that stands for no call."""
+        if self.was_read and isinstance(self._outcome, LargeError):
+            return self._outcome.was_called
+        return True
+
+    @property
     def times_s(self) -> list[float]:
         """The times of its tokens and of its end."""
         count = 1 if isinstance(self._outcome, LargeError) else len(self._outcome)

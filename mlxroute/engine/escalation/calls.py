@@ -197,6 +197,9 @@ class AnswerCalls:
                 raise LargeTimeout(f"no answer from the large model in {latency_s:.3g} s")
             tokens = call.pending.result()
         except LargeError as exc:
+            if not exc.was_called:
+                self.started -= 1
+                self._experience.on_call_not_made()
             if exc.counts_as_failure:
                 self._charge(call, lost_s=latency_s)
             return CallOutcome((), exc, latency_s)

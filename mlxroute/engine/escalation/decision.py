@@ -12,13 +12,7 @@ from mlxroute.engine.escalation.prefetch import PrefetchedTokens
 from mlxroute.engine.experience import Experience
 from mlxroute.engine.protocols import RouterProtocol, RouterState
 from mlxroute.engine.transcript import Transcript
-from mlxroute.errors import (
-    LargeError,
-    LargeRefused,
-    LargeUnavailable,
-    LargeUnrecorded,
-    LargeUnsendable,
-)
+from mlxroute.errors import LargeError, LargeRefused, LargeUnsendable
 from mlxroute.types import Escalation, Judgement, LargeToken, Signals, Source, Vocabulary
 
 
@@ -38,7 +32,6 @@ class Decision:
         escalation: The outcome of the escalation; None if there was none.
         checked: False if the router escalated the position but the small model's token stays:
             because of `error`, a never-send pattern, or because the answer has no calls left.
-        withheld: Whether a never-send pattern kept the position local.
         error: Why the call failed, or was not made.
     """
 
@@ -52,8 +45,12 @@ class Decision:
     ends: bool
     escalation: Escalation | None = None
     checked: bool = True
-    withheld: bool = False
     error: LargeError | None = None
+
+    @property
+    def withheld(self) -> bool:
+        """Whether a never-send pattern kept the position local."""
+        return self.escalation is not None and self.escalation.withheld
 
     @property
     def large_ids(self) -> tuple[int, ...]:
@@ -198,8 +195,7 @@ class Decider:
                 is_streamed=call.max_tokens > 1 and not call.pending.finished,
             )
             return self._escalate(small_choice, outcome.tokens[0], latency_s=outcome.latency_s)
-        # With these errors nothing was sent, so there was no call to report.
-        if isinstance(outcome.error, LargeUnavailable | LargeUnrecorded):
+        if not outcome.error.was_called:
             return replace(small_choice, checked=False, error=outcome.error)
         escalation = Escalation(
             small_choice.signals.token_id, None, str(outcome.error), latency_s=outcome.latency_s
@@ -245,5 +241,7 @@ class Decider:
 def _withhold(small_choice: Decision, pattern: int) -> Decision:
     """Return the decision to keep a position local because a never-send pattern matches."""
     failure = f"withheld: never-send pattern {pattern}"
-    escalation = Escalation(small_choice.signals.token_id, None, failure, latency_s=0.0)
-    return replace(small_choice, escalation=escalation, checked=False, withheld=True)
+    escalation = Escalation(
+        small_choice.signals.token_id, None, failure, latency_s=0.0, withheld=True
+    )
+    return replace(small_choice, escalation=escalation, checked=False)

@@ -66,7 +66,6 @@ class AnswerFailures:
         if (failure := self._by_kind.get(kind)) is not None:
             self._by_kind[kind] = replace(failure, count=failure.count + 1)
             return
-        was_called = not isinstance(error, LargeUnavailable | LargeUnrecorded)
-        failure = CallFailure(kind, str(error), 1, was_called, error.parameter)
+        failure = CallFailure(kind, str(error), 1, error.was_called, error.parameter)
         self._by_kind[kind] = failure
         self._on_failure(failure)

@@ -109,8 +109,9 @@ class EndpointMetrics:
         if run.tokens_per_s:
             self._speed.observe(run.tokens_per_s)
         for token in tokens:
-            if token.escalation is not None and not token.escalation.prefetched:
-                self._call_s.observe(token.escalation.latency_s)
+            call = token.escalation
+            if call is not None and not (call.prefetched or call.withheld):
+                self._call_s.observe(call.latency_s)
 
     def on_forwarded(self, *, tokens: int, prompt_tokens: int, cost: float, seconds: float) -> None:
         """Count a request that the large model has answered alone."""

@@ -8,13 +8,14 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
-from mlxroute.errors import LargeUnreachable
+from mlxroute.errors import LargeUnavailable, LargeUnreachable
 from mlxroute.serving.http.answer_endpoint import ServingLimits
 from mlxroute.serving.http.endpoint_app import create_app
 from mlxroute.small import SmallModel
@@ -200,9 +201,29 @@ def test_a_strict_endpoint_fails_in_form(small: SmallModel) -> None:
         assert set(reasons) == {None}
 
 
-def _strict(options: Any) -> Any:
-    from dataclasses import replace
+def test_a_strict_answer_that_cost_no_call_may_be_asked_for_again(small: SmallModel) -> None:
+    session = make_session(small, ScriptedLarge([LargeUnavailable("calls are paused")]))
+    object.__setattr__(session, "options", _strict(session.options))
+    with running(session) as client:
+        response = client.post("/v1/chat/completions", json=chat(**_ALWAYS))
+        assert response.status_code == 502
+        assert "x-should-retry" not in response.headers
 
+
+def test_positions_kept_local_are_no_calls_of_no_time(
+    small: SmallModel, large: ScriptedLarge
+) -> None:
+    session = make_session(small, large)
+    options = replace(session.options, never_send=(re.compile("secret"),))
+    object.__setattr__(session, "options", options)
+    with running(session) as client:
+        assert post(client, chat("a secret", **_ALWAYS))["mlxroute"]["withheld"] > 0
+        assert "mlxroute_large_call_seconds_count 0.0" in client.get("/metrics").text
+        calls = post(client, chat("hi", max_tokens=3, **_ALWAYS))["mlxroute"]["calls"]
+        assert f"mlxroute_large_call_seconds_count {calls}.0" in client.get("/metrics").text
+
+
+def _strict(options: Any) -> Any:
     return replace(options, strict=True)
 
 
