@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -322,19 +323,19 @@ class LargeModel(Closeable):
             call = TokenCall(pairing, deadline, prefetch, stream)
             try:
                 return self._ask_stable(context, call)
-            except LargeError:
-                if not stream.tokens:
+            except LargeError as exc:
+                if stream.tokens:
+                    return stream.tokens
+                if (single := call.shortened(exc)) is None:
                     raise
-                return stream.tokens
+            return self._ask_stable(context, single)
 
     def _ask_stable(self, context: LargeContext, call: TokenCall) -> Tokens:
         """Ask with a context that the server tokenizes as committed; else with the whole one."""
         stable_context = call.pairing.builder.stable_context(context)
         if stable_context is not context:
-            try:
+            with suppress(TokensNotReplayed):
                 return self._ask(stable_context, call)
-            except TokensNotReplayed:
-                pass
         try:
             return self._ask(context, call)
         except TokensNotReplayed as exc:
@@ -355,8 +356,7 @@ class LargeModel(Closeable):
                 replayed=pairing.builder.replayed_tokens(context),
                 context=context,
             )
-            answer = self._complete(request, plan, call)
-            if answer is None:
+            if (answer := self._complete(request, plan, call)) is None:
                 continue
             uploaded_bytes += answer.uploaded_bytes
             if tokens := plan.read(answer, pairing.bridge, self._reader):

@@ -80,9 +80,17 @@ class TokenCall:
     prefetch: int
     stream: TokenStream
 
+    def shortened(self, error: LargeError) -> TokenCall | None:
+        """Return the call without prefetch if that may succeed after an error, else None."""
+        # The context has to hold the tokens that are asked for, too.
+        may_fit = isinstance(error, LargeRefused) and error.is_too_long
+        return replace(self, prefetch=0) if self.prefetch and may_fit else None
+
 
 def may_work_unstreamed(error: LargeError) -> bool:
     """Return whether a streamed request with this error may succeed without streaming."""
     if isinstance(error, LargeRefused):
-        return error.status not in (401, 403) and not retry.is_transient_status(error.status)
+        is_about_access = error.status in (401, 403)
+        is_transient = retry.is_transient_status(error.status)
+        return not (is_about_access or is_transient or error.is_too_long)
     return isinstance(error, LargeProtocolError)

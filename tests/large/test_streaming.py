@@ -206,6 +206,23 @@ def test_after_a_refused_stream_whole_replies_are_asked_for(
     assert [bool(request.json.get("stream")) for request in server.requests] == [True, False, False]
 
 
+@_SERVERS
+def test_where_prefetched_tokens_do_not_fit_in_the_context_one_token_is_asked_for(
+    server: Loopback, dialect: Dialect, writes: Any
+) -> None:
+    def answer(request: Request) -> Reply:
+        if request.json.get("max_tokens", request.json.get("n_predict")) > 1:
+            return Reply.of({"error": "the maximum context length is 9 tokens"}, status=400)
+        return Reply(writes(_WORDS[:1], whole=True)[0])
+
+    server.answer = answer
+    with model(server, dialect) as large:
+        assert texts(until(large, read_streamed_tokens(large), 0)) == ["a"]
+        # A shorter answer is streamed again.
+        assert large.can_stream
+    assert len(server.requests) == 2
+
+
 def test_a_whole_reply_to_a_streamed_request_is_read(server: Loopback) -> None:
     server.script.append(Reply(llama(_WORDS, whole=True)[0]))
     with model(server) as large:
