@@ -19,7 +19,9 @@ def draw_document(document: AnswerDocument) -> str:
 
 def _picture(token: DocumentToken) -> PicturedToken:
     if token.decision is TokenDecision.AGREED:
-        return PicturedToken(token.text, token.text)
-    if token.decision is TokenDecision.REPLACED and token.small is not None:
-        return PicturedToken(token.text, token.small.text)
-    return PicturedToken(token.text)
+        return PicturedToken(token.text, small_text=token.text)
+    if token.decision is TokenDecision.REPLACED and token.small and token.large:
+        # Its own text is less where it is a part of the large one or was cut by a stop text.
+        chosen = "" if token.large.ends else token.large.text
+        return PicturedToken(token.text, small_text=token.small.text, large_text=chosen)
+    return PicturedToken(token.text, is_part=token.decision is TokenDecision.CONTINUED)

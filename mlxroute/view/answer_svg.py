@@ -23,6 +23,7 @@ _QUESTION = Style(bold=True)
 _DIM = Style(dim=True)
 _CONFIRMED = Style(underline=True)
 _REPLACED = Style(color="magenta", underline=True, bold=True)
+_NOT_IN_XML = dict.fromkeys((0xFFFE, 0xFFFF), "\ufffd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +31,28 @@ class PicturedToken:
     """A token of a pictured answer.
 
     Args:
-        text: Its text.
+        text: What it adds to the answer.
         small_text: At an escalated position, the text of the small model's own choice; None, the
             default, elsewhere.
+        large_text: At an escalated position, the text of the large model's choice, empty for the
+            end of the answer; None, the default, if it is `text`.
+        is_part: Whether it is a further part of the large token before it. False by default.
     """
 
     text: str
     small_text: str | None = None
+    large_text: str | None = None
+    is_part: bool = False
+
+    @property
+    def large_choice(self) -> str:
+        """The text of the large model's choice at an escalated position."""
+        return self.text if self.large_text is None else self.large_text
 
     @property
     def replaced(self) -> bool:
         """Whether the large model chose another token than the small one."""
-        return self.small_text is not None and self.small_text != self.text
+        return self.small_text is not None and self.small_text != self.large_choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +79,7 @@ def draw_answer(
     """Return a picture of an answer as SVG, on a background of its own.
 
     Below the answer it lists each position where the large model replaced the small one's token.
+    The question is its title, and the text of the answer its description.
 
     Args:
         question: The question.
@@ -85,7 +97,8 @@ def draw_answer(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width_px}" height="{height_px}"'
             f' viewBox="0 0 {width_px} {height_px}" role="img">',
-            f"<title>{escape(printable(question))}</title>",
+            f"<title>{escape(_drawable(question))}</title>",
+            f"<desc>{escape(_drawable(''.join(token.text for token in tokens)))}</desc>",
             f'<rect x="0.5" y="0.5" width="{width_px - 1}" height="{height_px - 1}" rx="8"'
             f' fill="{colours.page}" stroke="{colours.border}"/>',
             f'<g font-family="{_FONT}" font-size="{_FONT_PX}" fill="{colours.text}">',
@@ -104,8 +117,8 @@ def _rows(
 ) -> Iterator[Row]:
     answer = StyledText()
     for token in tokens:
-        word = printable(token.text).lstrip(" ")
-        answer = answer.append(" " * (len(printable(token.text)) - len(word)), _PLAIN)
+        word = _drawable(token.text).lstrip(" ")
+        answer = answer.append(" " * (len(_drawable(token.text)) - len(word)), _PLAIN)
         answer = answer.append(word, _style(token))
     yield from _wrap(f"> {question}", _QUESTION, width)
     yield []
@@ -116,8 +129,8 @@ def _rows(
             line = StyledText().append(f"token {index + 1}: the small model had ", _DIM)
             line = line.append(_name(token.small_text), _PLAIN)
             line = line.append(", the large one chose ", _DIM)
-            yield from wrap_complete(line.append(_name(token.text), _REPLACED), width=width)
-    if any(token.small_text == token.text for token in tokens):
+            yield from wrap_complete(line.append(_name(token.large_choice), _REPLACED), width=width)
+    if any(_style(token) is _CONFIRMED for token in tokens):
         line = StyledText().append("underlined", _CONFIRMED)
         line = line.append(": asked as well, and both chose the same", _DIM)
         yield from wrap_complete(line, width=width)
@@ -126,21 +139,26 @@ def _rows(
 
 
 def _wrap(text: str, style: Style, width: int) -> list[Row]:
-    return wrap_complete(StyledText().append(printable(text), style), width=width)
+    return wrap_complete(StyledText().append(_drawable(text), style), width=width)
 
 
 def _style(token: PicturedToken) -> Style:
-    if token.small_text is None:
-        return _PLAIN
-    return _REPLACED if token.replaced else _CONFIRMED
+    if token.replaced or token.is_part:
+        return _REPLACED
+    return _PLAIN if token.small_text is None else _CONFIRMED
 
 
 def _name(text: str) -> str:
     """Return the text of a token on one line, or what it is if it shows nothing."""
     if not text:
         return "the end"
-    line = printable(text).replace("\n", "\\n").replace("\t", "\\t").strip(" ")
+    line = _drawable(text).replace("\n", "\\n").replace("\t", "\\t").strip(" ")
     return line or "a space"
+
+
+def _drawable(text: str) -> str:
+    """Return the text without characters that control a terminal or that XML does not allow."""
+    return printable(text).translate(_NOT_IN_XML)
 
 
 def _spans(row: Row, colours: _Colours) -> str:

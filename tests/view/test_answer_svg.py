@@ -22,6 +22,22 @@ _TOKENS = [
     PicturedToken(" water", small_text=" <wine>"),
     PicturedToken("", small_text="!\n"),
 ]
+_ODD_TEXTS = [
+    "\x1b[31m",
+    "\x00",
+    "<&>\"'",
+    "]]>",
+    "\r\n",
+    "\ud800",
+    "\x9b31m",
+    "\u202e",
+    "\ufffe",
+    "\uffff",
+    "a\ufffeb\uffff",
+    "\ufeff",
+    "\U0001fffe",
+    "\U0010ffff",
+]
 
 
 def rows(picture: str) -> list[str]:
@@ -77,11 +93,20 @@ def test_rows_wrap_and_lie_inside_the_picture() -> None:
     assert lowest < float(root.get("height", ""))
 
 
-@pytest.mark.parametrize("text", ["\x1b[31m", "\x00", "<&>\"'", "\ud800", "\x9b31m", "\u202e"])
+@pytest.mark.parametrize("text", _ODD_TEXTS)
 def test_any_text_gives_valid_xml(text: str) -> None:
-    picture = draw_answer(text, [PicturedToken(text, small_text=text + "x")], caption=text)
+    tokens = [PicturedToken(text, text + "x", large_text=text), PicturedToken(text, is_part=True)]
+    picture = draw_answer(text, tokens, caption=text)
     ElementTree.fromstring(picture.encode())
-    assert not set(picture) & set("\x00\x1b\x9b\u202e")
+    assert not set(picture) & set("\x00\x1b\x9b\u202e\ufffe\uffff")
+
+
+def test_the_text_of_the_answer_describes_the_picture() -> None:
+    root = ElementTree.fromstring(draw_answer("Why <ice>?", _TOKENS, caption=""))
+    assert [root.findtext(f"{_SVG}{name}") for name in ("title", "desc")] == [
+        "Why <ice>?",
+        "Ice floats on water",
+    ]
 
 
 @pytest.mark.parametrize(("name", "dark"), [("light", False), ("dark", True)])

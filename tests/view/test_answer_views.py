@@ -19,10 +19,17 @@ from mlxroute.view.answer_picture import draw_document
 from mlxroute.view.answer_text import answer_rows, escalation_rows
 from mlxroute.view.word_wrap import Row, print_rows
 from tests.support.documents import make_document
-from tests.support.fakes import ScriptedReply
+from tests.support.fakes import EOS, STRADDLING, ScriptedReply
 from tests.support.scripted import Terminal
 
 HOSTILE = b"</script><img src=x onerror=alert(1)>\x1b[2J\xe2\x80\xae"
+
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def picture_text(picture: str) -> str:
+    return "".join(ElementTree.fromstring(picture).itertext())
 
 
 def lines(rows: list[Row]) -> list[str]:
@@ -99,7 +106,40 @@ def test_no_text_of_an_answer_ends_the_script() -> None:
 
 def test_the_picture_shows_replaced_tokens(document: AnswerDocument) -> None:
     picture = draw_document(document)
-    text = "".join(ElementTree.fromstring(picture).itertext())
+    text = picture_text(picture)
     assert "token 3: the small model had c, the large one chose d" in text
     assert "tiny wrote 18 of 20 tokens, scripted the other 2" in " ".join(text.split())
     assert ElementTree.fromstring(draw_document(make_document(HOSTILE))) is not None
+
+
+def test_the_picture_colours_every_part_of_a_large_token_and_lists_it_once() -> None:
+    picture = draw_document(make_document(b"a cx sat", [b"dog"]))
+    tspans = ElementTree.fromstring(picture).iter(f"{SVG}tspan")
+    spans = [(span.text, span.get("fill")) for span in tspans]
+    ((_, fill),) = [span for span in spans if span[0] == "dog"][:1]
+    assert fill is not None
+    text = picture_text(picture)
+    assert text.count("the small model had") == 1
+    assert "token 3: the small model had c, the large one chose dog" in text
+
+
+@pytest.mark.parametrize(
+    ("reply", "name"),
+    [(tuple("é".encode()), "é"), ((STRADDLING,), "\\xa9\\xc3"), ((EOS,), "the end")],
+)
+def test_the_picture_names_large_tokens_that_show_nothing_of_their_own(
+    reply: ScriptedReply, name: str
+) -> None:
+    picture = draw_document(make_document(b"a cat", [reply]))
+    assert f"token 3: the small model had c, the large one chose {name}\n" in picture_text(picture)
+
+
+def test_the_picture_does_not_confirm_a_replaced_token_of_which_the_same_text_is_left() -> None:
+    document = make_document(b"a cat", [b"d"])
+    tokens = [
+        replace(token, text="c") if token.decision == "replaced" else token
+        for token in document.tokens
+    ]
+    picture = draw_document(replace(document, tokens=tuple(tokens)))
+    assert "the small model had c, the large one chose d" in picture_text(picture)
+    assert "both chose the same" not in picture_text(picture)
