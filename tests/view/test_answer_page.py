@@ -1,19 +1,32 @@
-"""The page of a saved answer in a browser: colours, keyboard, hover and the heat switch."""
+"""Tokens in a browser: of a saved answer and of a running one; colours, keyboard, hover, heat."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlxroute.answers.document import AnswerDocument
-from mlxroute.view.answer_html import draw_page
+from mlxroute.view.answer_html import draw_page, read_token_view
 from tests.support.documents import make_document
 
 pytestmark = pytest.mark.heavy
+
+_RUNNING_PAGE = """<!DOCTYPE html><meta charset="utf-8"><button id="other">Other</button>
+<div id="text"></div><div id="detail"></div><script type="module">{script}
+const kept = {{ source: "small", decision: "kept", checked: true }};
+const view = new TokenView(document.getElementById("text"), document.getElementById("detail"));
+window.append = (index, text) => view.append({{ ...kept, index, text }});
+window.appendProvisional = (index, text) => view.appendProvisional({{ ...kept, index, text }});
+window.retract = (index) => view.retract(index);
+</script>"""
+_CURRENT = "document.querySelector('[aria-current]')?.dataset.index"
+_FOCUSED = "document.activeElement.dataset.index"
+_STOPS = "[...document.querySelectorAll('[tabindex=\"0\"]')].map((node) => node.dataset.index)"
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +44,10 @@ def document() -> AnswerDocument:
     return make_document(b"a <b>cat</b> sat.", [b"d", b"t"], unsure=(5, 7))
 
 
-@pytest.fixture
-def page(browser: Any, document: AnswerDocument, tmp_path: Path) -> Iterator[Any]:
-    file = tmp_path / "answer.html"
-    file.write_text(draw_page(document), encoding="utf-8")
+@contextmanager
+def opened(browser: Any, html: str, folder: Path) -> Iterator[Any]:
+    file = folder / "answer.html"
+    file.write_text(html, encoding="utf-8")
     page = browser.new_page(viewport={"width": 390, "height": 800})
     failures: list[str] = []
     page.on("pageerror", lambda error: failures.append(str(error)))
@@ -43,6 +56,23 @@ def page(browser: Any, document: AnswerDocument, tmp_path: Path) -> Iterator[Any
     yield page
     assert failures == []
     page.close()
+
+
+@pytest.fixture
+def page(browser: Any, document: AnswerDocument, tmp_path: Path) -> Iterator[Any]:
+    with opened(browser, draw_page(document), tmp_path) as page:
+        yield page
+
+
+@pytest.fixture
+def running(browser: Any, tmp_path: Path) -> Iterator[Any]:
+    """The tokens of a running answer: two that are committed, two that are provisional."""
+    with opened(browser, _RUNNING_PAGE.format(script=read_token_view()), tmp_path) as page:
+        for index, text in enumerate(("One", " two")):
+            page.evaluate("([index, text]) => append(index, text)", [index, text])
+        for index, text in enumerate((" three", " four"), start=2):
+            page.evaluate("([index, text]) => appendProvisional(index, text)", [index, text])
+        yield page
 
 
 def test_every_token_shows_its_source(page: Any, document: AnswerDocument) -> None:
@@ -62,12 +92,11 @@ def test_every_token_shows_its_source(page: Any, document: AnswerDocument) -> No
 
 def test_keys_move_between_the_positions_that_were_asked_for(page: Any) -> None:
     page.focus(".tv-token[tabindex='0']")
-    current = "document.querySelector('[aria-current]')?.dataset.index"
     for key, index in (("n", "5"), ("n", "7"), ("p", "5"), ("ArrowRight", "6"), ("Home", "0")):
         page.keyboard.press(key)
-        assert page.evaluate(current) == index
+        assert page.evaluate(_CURRENT) == index
     page.keyboard.press("Escape")
-    assert page.evaluate(current) is None
+    assert page.evaluate(_CURRENT) is None
 
 
 def test_pointing_at_a_token_shows_both_choices_and_the_decision(page: Any) -> None:
@@ -85,3 +114,79 @@ def test_heat_shades_unsure_tokens_and_nothing_is_wider_than_the_screen(page: An
     page.check("input[role=switch]")
     assert page.evaluate(colour) != before
     assert not page.evaluate("document.documentElement.scrollWidth > innerWidth")
+
+
+def test_a_token_keeps_the_focus_when_it_is_committed(running: Any) -> None:
+    running.focus("[data-index='0']")
+    running.keyboard.press("End")
+    running.evaluate("append(2, ' 3')")
+    running.evaluate("append(3, ' 4')")
+    assert running.evaluate(_FOCUSED) == running.evaluate(_CURRENT) == "3"
+    assert running.inner_text("#detail h2 code") == "␣4"
+    running.keyboard.press("ArrowLeft")
+    assert running.evaluate(_FOCUSED) == running.evaluate(_CURRENT) == "2"
+    assert running.evaluate(_STOPS) == ["2"]
+
+
+def test_a_commit_neither_takes_the_focus_nor_the_way_to_it(running: Any) -> None:
+    running.focus("[data-index='3']")
+    running.keyboard.press("Escape")
+    running.focus("#other")
+    running.evaluate("append(0, 'Uno')")
+    running.evaluate("append(3, ' 4')")
+    assert running.evaluate("document.activeElement.id") == "other"
+    assert running.evaluate(_STOPS) == ["3"]
+    assert running.evaluate(_CURRENT) is None
+    running.keyboard.press("Tab")
+    assert running.evaluate(_FOCUSED) == "3"
+
+
+def test_the_last_token_that_remains_can_be_reached_after_a_retraction(running: Any) -> None:
+    running.focus("[data-index='3']")
+    running.focus("#other")
+    running.evaluate("retract(2)")
+    running.evaluate("append(2, ' 3')")
+    assert running.evaluate("document.activeElement.id") == "other"
+    assert running.evaluate(_STOPS) == ["1"]
+    running.keyboard.press("Tab")
+    assert running.evaluate(_FOCUSED) == running.evaluate(_CURRENT) == "1"
+
+
+@pytest.mark.parametrize("key", [None, "Tab"])
+def test_the_focus_of_a_retracted_token_moves_to_the_last_that_remains(
+    running: Any, key: str | None
+) -> None:
+    running.focus("[data-index='3']")
+    if key:
+        # The button that closes its detail has the focus.
+        running.keyboard.press(key)
+    running.evaluate("retract(2)")
+    assert running.evaluate(_FOCUSED) == running.evaluate(_CURRENT) == "1"
+    running.keyboard.press("ArrowLeft")
+    assert running.evaluate(_FOCUSED) == "0"
+
+
+def test_the_first_new_token_gets_the_focus_that_retractions_took(running: Any) -> None:
+    running.focus("[data-index='3']")
+    running.evaluate("retract(0)")
+    assert running.evaluate(_CURRENT) is None
+    running.evaluate("appendProvisional(0, 'Un')")
+    assert running.evaluate(_FOCUSED) == running.evaluate(_CURRENT) == "0"
+    running.evaluate("retract(0)")
+    running.focus("#other")
+    running.evaluate("append(0, 'Un')")
+    assert running.evaluate("document.activeElement.id") == "other"
+    assert running.evaluate(_STOPS) == ["0"]
+
+
+def test_the_focus_goes_from_a_closed_detail_to_its_token(running: Any) -> None:
+    running.focus("[data-index='2']")
+    running.keyboard.press("Tab")
+    running.evaluate("append(2, ' 3')")
+    assert running.evaluate("document.activeElement.className") == "tv-close"
+    running.keyboard.press("Enter")
+    assert running.evaluate(_FOCUSED) == "2"
+    assert running.evaluate(_CURRENT) is None
+    assert running.locator("#detail h2").count() == 0
+    running.keyboard.press("ArrowLeft")
+    assert running.evaluate(_FOCUSED) == running.evaluate(_CURRENT) == "1"

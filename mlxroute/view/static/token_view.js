@@ -182,6 +182,8 @@ export class TokenView {
     this.tokens = [];
     this.nodes = [];
     this.current = null;
+    // Whether the focus was on a token and none is left to have it.
+    this.isFocusDue = false;
     text.classList.add("tv-tokens");
     detail.classList.add("tv-detail");
     detail.setAttribute("aria-live", "polite");
@@ -210,9 +212,18 @@ export class TokenView {
 
   /** Remove all tokens from number `index` on. */
   retract(index) {
-    for (const node of this.nodes.splice(index)) node.remove();
+    const isCurrent = this.current !== null && this.current >= index;
+    const hasFocus = (node) => node.contains(document.activeElement);
+    const removed = this.nodes.splice(index);
+    const hadFocus = removed.some(hasFocus) || (isCurrent && hasFocus(this.detail));
+    const hadStop = removed.some((node) => node.tabIndex === 0);
+    for (const node of removed) node.remove();
     this.tokens.length = Math.min(this.tokens.length, index);
-    if (this.current !== null && this.current >= index) this.#mark(null);
+    if (isCurrent) this.#mark(null);
+    const last = this.nodes.at(-1);
+    if (last && hadStop) last.tabIndex = 0;
+    if (hadFocus) last?.focus({ preventScroll: true });
+    this.isFocusDue ||= hadFocus && !last;
   }
 
   /** Shade tokens by the small model's entropy, or not. */
@@ -228,28 +239,27 @@ export class TokenView {
 
   #put(token, provisional) {
     const { index } = token;
-    const node = element("span", {
-      class: "tv-token",
-      "data-index": index,
-      "data-source": token.source,
-      "data-decision": token.decision,
-      "data-provisional": provisional ? "" : null,
-      tabindex: index === 0 ? 0 : -1,
-    }, ...splitWord(token.text));
+    // The node of a provisional token stays, and with it the focus and the way to it.
+    const node = this.nodes[index] ?? this.#addNode(index);
+    this.tokens[index] = token;
+    node.dataset.source = token.source;
+    node.dataset.decision = token.decision;
+    node.toggleAttribute("data-provisional", provisional);
+    node.replaceChildren(...splitWord(token.text));
     const entropy = token.small?.entropy_nats;
     const heat = typeof entropy === "number" ? Math.min(1, entropy / FULL_HEAT_NATS) : Number(entropy !== undefined);
     node.style.setProperty("--entropy", heat.toFixed(3));
-    if (index < this.nodes.length) {
-      const isCurrent = this.current === index;
-      this.nodes[index].replaceWith(node);
-      this.nodes[index] = node;
-      this.tokens[index] = token;
-      if (isCurrent) this.#mark(index);
-      return;
-    }
+    if (this.detail.dataset.index === String(index)) this.#show(index);
+    if (!this.isFocusDue) return;
+    this.isFocusDue = false;
+    if (document.activeElement === document.body) node.focus({ preventScroll: true });
+  }
+
+  #addNode(index) {
+    const node = element("span", { class: "tv-token", "data-index": index, tabindex: index === 0 ? 0 : -1 });
     this.text.append(node);
     this.nodes.push(node);
-    this.tokens.push(token);
+    return node;
   }
 
   #indexOf(event) {
@@ -270,7 +280,7 @@ export class TokenView {
 
   #onKey(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const at = this.current ?? -1;
+    const at = this.#indexOf(event) ?? -1;
     const last = this.nodes.length - 1;
     const isAsked = (index) => this.tokens[index].large || !this.tokens[index].checked;
     const after = [...this.tokens.keys()].filter(isAsked);
@@ -291,6 +301,7 @@ export class TokenView {
 
   #show(index) {
     const token = index === null ? null : this.tokens[index];
+    const hadFocus = this.detail.contains(document.activeElement);
     if (!token) {
       delete this.detail.dataset.index;
       this.detail.replaceChildren(
@@ -300,7 +311,7 @@ export class TokenView {
     }
     this.detail.dataset.index = index;
     const close = element("button", { type: "button", class: "tv-close", "aria-label": "Close" }, "×");
-    close.addEventListener("click", () => this.select(null));
+    close.addEventListener("click", () => this.#close());
     this.detail.replaceChildren(
       close,
       element("h2", {}, `Token ${index + 1}: `, element("code", {}, visible(token.text))),
@@ -313,6 +324,13 @@ export class TokenView {
         this.#list("Large model", "tv-by-large", token.large, token.source === "large"),
       ),
     );
+    if (hadFocus) close.focus({ preventScroll: true });
+  }
+
+  /** Show no token; the focus goes from the button back to the text, as it is there after Escape. */
+  #close() {
+    this.nodes.find((node) => node.tabIndex === 0)?.focus({ preventScroll: true });
+    this.select(null);
   }
 
   #describeScore(token) {

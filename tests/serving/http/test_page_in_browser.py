@@ -245,6 +245,38 @@ def test_keys_lead_to_the_tokens_of_each_answer(chat: Chat) -> None:
     assert page.locator(".answer .tv-token[aria-current]").count() == 0
 
 
+def test_the_focus_stays_on_what_can_be_done(chat: Chat) -> None:
+    page = chat.page
+    chat.ask()
+    page.press(".again:visible", "Enter")
+    page.wait_for_selector("#stop:visible")
+    assert page.evaluate("document.activeElement.id") == "stop"
+    chat.wait_for_end()
+    assert page.evaluate("document.activeElement.id") == "question"
+
+
+def test_the_focus_stays_on_a_token_while_the_answer_runs(chat: Chat) -> None:
+    page = chat.page
+    chat.set_budget(20)
+    chat.send("the quick brown fox")
+    page.locator(".answer .tv-token").first.focus()
+    followed = """() => {
+      const last = document.querySelector(".answer .tv-token:last-child");
+      const at = document.activeElement.dataset.index;
+      if (at === undefined) return "lost";
+      window.seen ??= new Set();
+      window.seen.add(at);
+      last.focus();
+      return document.querySelector("#stop").hidden && at;
+    }"""
+    end = page.wait_for_function(followed, polling="raf").json_value()
+    assert end not in ("lost", "0")
+    assert len(page.evaluate("[...window.seen]")) > 5
+    page.keyboard.press("ArrowLeft")
+    index = page.evaluate("document.activeElement.dataset.index")
+    assert int(index) == page.locator(".answer .tv-token").count() - 2
+
+
 def test_the_budget_changes_the_next_answer_beside_the_first(chat: Chat) -> None:
     page = chat.page
     chat.ask()

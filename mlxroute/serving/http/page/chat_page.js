@@ -289,10 +289,9 @@ class ChatPage {
   /** Show what can be done now. */
   #showRunning() {
     const isRunning = this.#controller !== null;
-    const hadFocus = [byId("send"), byId("stop")].includes(document.activeElement);
+    const focused = document.activeElement;
     byId("send").hidden = isRunning;
     byId("stop").hidden = !isRunning;
-    if (hadFocus) byId(isRunning ? "stop" : "question").focus();
     byId("send").disabled = !this.#isReady;
     byId("clear").disabled = isRunning || !this.#turns.length;
     for (const turn of this.#turns) {
@@ -304,6 +303,8 @@ class ChatPage {
         panel.use.disabled = isRunning || !isLast;
       }
     }
+    // What is hidden loses the focus.
+    if (focused?.closest("[hidden]")) byId(isRunning ? "stop" : "question").focus();
     this.#showSettings();
   }
 
