@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,22 @@ window.retract = (index) => view.retract(index);
 _CURRENT = "document.querySelector('[aria-current]')?.dataset.index"
 _FOCUSED = "document.activeElement.dataset.index"
 _STOPS = "[...document.querySelectorAll('[tabindex=\"0\"]')].map((node) => node.dataset.index)"
+
+_ARABIC = [{"role": role, "content": "ما هذا؟"} for role in ("user", "assistant", "user")]
+# The right edges of the first character of an element, of its last one, and of the element.
+_ENDS = """node => {
+  const walker = document.createTreeWalker(node, NodeFilter.SHOW_TEXT);
+  const texts = [];
+  while (walker.nextNode()) if (walker.currentNode.length) texts.push(walker.currentNode);
+  const right = (text, at) => {
+    const range = document.createRange();
+    range.setStart(text, at);
+    range.setEnd(text, at + 1);
+    return range.getBoundingClientRect().right;
+  };
+  const last = texts.at(-1);
+  return [right(texts[0], 0), right(last, last.length - 1), node.getBoundingClientRect().right];
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -190,3 +207,24 @@ def test_the_focus_goes_from_a_closed_detail_to_its_token(running: Any) -> None:
     assert running.locator("#detail h2").count() == 0
     running.keyboard.press("ArrowLeft")
     assert running.evaluate(_FOCUSED) == running.evaluate(_CURRENT) == "1"
+
+
+def test_text_from_right_to_left_begins_at_the_right(browser: Any, tmp_path: Path) -> None:
+    document = make_document("هذه قطة.".encode(), messages=_ARABIC, unsure=())
+    with opened(browser, draw_page(document), tmp_path) as page:
+        page.click("summary")
+        for selector in ("h1", ".tv-earlier pre", ".tv-tokens"):
+            first, last, edge = page.locator(selector).first.evaluate(_ENDS)
+            assert last < first
+            assert edge - first < 1
+
+
+def test_both_choices_of_a_position_stand_in_their_order(browser: Any, tmp_path: Path) -> None:
+    document = make_document(b"ab", [tuple("قطة".encode())], unsure=(1,))
+    (position,) = (token for token in document.tokens if token.decision == "replaced")
+    assert position.small is not None
+    small = replace(position.small, text="كلب")
+    tokens = [replace(t, small=small) if t is position else t for t in document.tokens]
+    with opened(browser, draw_page(replace(document, tokens=tuple(tokens))), tmp_path) as page:
+        left, right = (code.bounding_box() for code in page.locator(".tv-asked code").all())
+        assert left["x"] + left["width"] <= right["x"]

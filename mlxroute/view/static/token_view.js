@@ -33,6 +33,7 @@ const STYLE = `
 .tv-page p { margin: 0; }
 .tv-dim { color: var(--dim); font-size: .875rem; }
 .tv-earlier pre { white-space: pre-wrap; font: inherit; margin: .25rem 0 .75rem; }
+.tv-page h1, .tv-earlier pre, .tv-tokens, .tv-detail code, .tv-asked code { unicode-bidi: plaintext; }
 .tv-bar { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; align-items: center; margin-top: .75rem; }
 .tv-bar label { cursor: pointer; }
 .tv-legend { display: inline-flex; flex-wrap: wrap; gap: 0 1rem; }

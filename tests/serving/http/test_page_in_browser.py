@@ -277,6 +277,26 @@ def test_the_focus_stays_on_a_token_while_the_answer_runs(chat: Chat) -> None:
     assert int(index) == page.locator(".answer .tv-token").count() - 2
 
 
+def test_a_message_from_right_to_left_is_shown_as_such(chat: Chat) -> None:
+    page = chat.page
+    question = page.locator("#question")
+    direction = "node => getComputedStyle(node).direction"
+    assert question.evaluate(direction) == "ltr"
+    page.fill("#question", "ما هذا؟")
+    assert question.evaluate(direction) == "rtl"
+    chat.ask("ما هذا؟\nWhat is this?")
+    lefts = page.locator(".turn > h3").evaluate(
+        """node => [0, 6, 8, 20].map((at) => {
+          const range = document.createRange();
+          range.setStart(node.lastChild, at);
+          range.setEnd(node.lastChild, at + 1);
+          return range.getBoundingClientRect().left;
+        })"""
+    )
+    assert lefts[0] > lefts[1]
+    assert lefts[2] < lefts[3]
+
+
 def test_the_budget_changes_the_next_answer_beside_the_first(chat: Chat) -> None:
     page = chat.page
     chat.ask()
