@@ -12,6 +12,7 @@ import ctypes
 import os
 import resource
 import sys
+import types
 
 _CLONE_NEW_USER, _CLONE_NEW_PIDS = 0x10000000, 0x20000000
 _CLONE_NEW_NET, _CLONE_NEW_MOUNTS = 0x40000000, 0x00020000
@@ -31,8 +32,11 @@ def main() -> None:
         os.write(output, f"isolation: {exc.strerror or exc}".encode())
         return
     os.write(output, b"isolated\n")
-    code = compile(program, "program", "exec")
-    exec(code, {"__name__": "program"})
+    # Without this module's own `__future__` imports.
+    code = compile(program, "program", "exec", dont_inherit=True)
+    # Data classes and type hints look up the module of a class.
+    module = sys.modules["program"] = types.ModuleType("program")
+    exec(code, module.__dict__)
     os.write(output, secret)
 
 

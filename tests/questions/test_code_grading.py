@@ -194,6 +194,16 @@ def test_programs_that_run_to_their_end() -> None:
     assert run_program("x = '\ud800'")
 
 
+@pytest.mark.parametrize("future", ["", "from __future__ import annotations\n"])
+def test_a_program_runs_with_the_future_features_that_it_names(future: str) -> None:
+    annotated = "def f(x: List[int]) -> List[int]:\n    return x\nassert f([1]) == [1]"
+    assert run_program(future + annotated) is bool(future)
+    data_class = "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\nA(1)"
+    assert run_program(future + data_class)
+    hints = "import typing\nclass A:\n    x: int\nassert typing.get_type_hints(A) == {'x': int}"
+    assert run_program(future + hints)
+
+
 def test_a_program_that_never_ends_is_ended() -> None:
     began_s = time.monotonic()
     assert not run_program("import time\ntime.sleep(60)", timeout_s=3)
