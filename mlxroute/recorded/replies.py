@@ -308,7 +308,8 @@ class RecordedLargeView:
 
     def count_call(self, context: LargeContext, tokens: Sequence[LargeToken]) -> None:
         """Add a call and its tokens to the totals."""
-        self.calls_s += tokens[0].latency_s
+        # Latencies count from the start of the call; only the first has one without a stream.
+        self.calls_s += max(token.latency_s for token in tokens)
         self.uploads += Uploads.of_call(context, tokens)
 
 

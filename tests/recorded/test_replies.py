@@ -186,6 +186,18 @@ def test_a_call_counts_once_however_often_its_result_is_read(tmp_path: Path) -> 
     assert view.uploads.requests == 1
 
 
+def test_a_call_takes_until_its_last_token(tmp_path: Path) -> None:
+    streamed = [replace(_TOKEN, latency_s=seconds) for seconds in (0.25, 0.5, 2.0)]
+    # Without a stream the later tokens have no times of their own.
+    whole = [_TOKEN, *[replace(_TOKEN, latency_s=0.0)] * 2]
+    for name, tokens, seconds in (("streamed", streamed, 2.0), ("whole", whole, 0.25)):
+        replies = Replies(ScriptedLarge([LargeError("called again")]), tmp_path / name)
+        replies.record((1,), tokens)
+        view = replies.new_view()
+        assert len(view.begin(context(1), deadline_s=9, prefetch=9).result()) == 3
+        assert view.calls_s == seconds
+
+
 def test_the_file_has_one_line_of_named_values_per_token(tmp_path: Path) -> None:
     file = tmp_path / "r"
     Replies(ScriptedLarge([]), file).record((1, 70), [_TOKEN])
