@@ -26,7 +26,16 @@ from mlxroute.large import LargeModel
 from mlxroute.routers import EntropyRouter
 from mlxroute.small import SmallModel
 from mlxroute.statistics import intervals
-from mlxroute.types import Message, Mode, Progress, RunStats, Token, no_progress
+from mlxroute.types import (
+    LargeContext,
+    Message,
+    Mode,
+    Progress,
+    RunStats,
+    Token,
+    Uploads,
+    no_progress,
+)
 
 # Tokens of a call that is long enough to measure the time per token.
 _LONG_PREFETCH: Final = 32
@@ -255,20 +264,31 @@ def _reference_speeds(
 def measure_large_step_s(
     small: SmallModel, large: LargeModel, prompts: Sequence[Sequence[Message]]
 ) -> float:
-    """Return the large model's seconds per token, from calls for one token and for many."""
-    waits_s: dict[int, list[float]] = {0: [], _LONG_PREFETCH: []}
+    """Return the large model's seconds per token, from calls for one token and for many.
+
+    Where no call returns a second token, each token takes a call.
+    """
+    calls_s, steps_s = [], []
     for prompt in prompts:
         context = Transcript(render_prompt(small, prompt)).context()
-        for prefetch, prefetch_waits_s in waits_s.items():
-            # The first call fills the server's prefix cache, the second is measured.
-            for _ in range(2):
-                began_s = time.perf_counter()
-                call = large.begin(context, prefetch=prefetch)
-                call.join()
-                call.result()
-            prefetch_waits_s.append(time.perf_counter() - began_s)
-    short_s, long_s = (statistics.median(values) for values in waits_s.values())
-    return max(0.0, long_s - short_s) / _LONG_PREFETCH
+        short_s, short_tokens = _time_call(large, context, prefetch=0)
+        long_s, long_tokens = _time_call(large, context, prefetch=_LONG_PREFETCH)
+        calls_s.append(short_s)
+        # An answer may end before.
+        if (further_tokens := long_tokens - short_tokens) > 0:
+            steps_s.append(max(0.0, long_s - short_s) / further_tokens)
+    return statistics.median(steps_s or calls_s)
+
+
+def _time_call(large: LargeModel, context: LargeContext, *, prefetch: int) -> tuple[float, int]:
+    """Return the seconds of a call, and the number of tokens that the server generated in it."""
+    # The first call fills the server's prefix cache, the second is measured.
+    for _ in range(2):
+        began_s = time.perf_counter()
+        call = large.begin(context, prefetch=prefetch)
+        call.join()
+        tokens = call.result()
+    return time.perf_counter() - began_s, Uploads.of_call(context, tokens).completion_tokens
 
 
 def _answer(

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
+
+import pytest
 
 from mlxroute.backend.load import load
+from mlxroute.bench import latency
 from mlxroute.bench.delayed_server import DelayedServer
-from mlxroute.bench.latency import LatencyGrid, bench_latency
+from mlxroute.bench.latency import LatencyGrid, bench_latency, measure_large_step_s
 from mlxroute.bench.latency_sides import SIDES
 from mlxroute.large import LargeModel
 from mlxroute.small import SmallModel
-from tests.support.fakes import ScriptedLarge
+from tests.support.fakes import FakeClock, ScriptedLarge, ScriptedSmall
 from tests.support.tiny import make_tiny_model
+
+if TYPE_CHECKING:
+    from mlxroute.types import LargeContext, LargeToken
 
 
 class UnstreamedLarge(ScriptedLarge):
@@ -86,3 +95,57 @@ def test_a_simulated_report_has_fixed_names(tmp_path: Path) -> None:
     for side in point["sides"].values():
         assert list(side) == [*side_names, "over_wait", "stall_over_wait", "calls_over_wait"]
     assert list(point["predicted_tokens_per_s"]) == ["wait", "overlap", "hedge"]
+
+
+@dataclass
+class TimedCall:
+    """A finished call for several tokens."""
+
+    tokens: tuple[LargeToken, ...]
+
+    def join(self) -> None:
+        pass
+
+    def result(self) -> tuple[LargeToken, ...]:
+        return self.tokens
+
+
+class TimedLarge(ScriptedLarge):
+    """Takes 1 s for a call and 0.5 s for each further token; prompt i has `lengths[i]` tokens."""
+
+    def __init__(self, clock: FakeClock, lengths: Sequence[int]) -> None:
+        super().__init__([(70,)])
+        self._now = clock
+        self._lengths = lengths
+        self._prompts: list[str] = []
+
+    def begin(self, context: LargeContext, *, prefetch: int) -> TimedCall:  # type: ignore[override]
+        if context.text not in self._prompts:
+            self._prompts.append(context.text)
+        count = min(prefetch + 1, self._lengths[self._prompts.index(context.text)])
+        self._now.now += 1 + 0.5 * (count - 1)
+        return TimedCall(super().begin(context, deadline_s=9, prefetch=0).result() * count)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "step_s"),
+    [
+        # A whole call for many tokens, answers that end before, and one without further tokens.
+        ([33], 0.5),
+        ([9, 4, 33], 0.5),
+        ([1, 1, 5], 0.5),
+        # Where no call returns a second token, each token takes a call.
+        ([1, 1], 1.0),
+    ],
+)
+def test_the_large_models_speed_is_that_of_the_tokens_that_came(
+    lengths: list[int], step_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = FakeClock()
+    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=clock))
+    measured = measure_large_step_s(
+        cast("SmallModel", ScriptedSmall([70])),
+        cast("LargeModel", TimedLarge(clock, lengths)),
+        [[{"role": "user", "content": f"prompt {number}"}] for number in range(len(lengths))],
+    )
+    assert measured == pytest.approx(step_s)
