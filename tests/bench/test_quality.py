@@ -93,6 +93,7 @@ def run(
     compare: tuple[tuple[str, str], ...] = (),
     large: ScriptedLarge | None = None,
     chats: int = 1,
+    step_s: float = 0.01,
 ) -> tuple[dict[str, Any], ScriptedLarge]:
     large = large or ScriptedLarge(replies)
     with Replies(large, path.with_suffix(".replies")) as recorded:
@@ -104,7 +105,7 @@ def run(
             examples=[],
             ranks=_RANKS,
             max_tokens=_TOKENS,
-            step_s=0.01,
+            step_s=step_s,
             results=QualityResults(path),
             compare=compare,
             chats=chats,
@@ -318,6 +319,32 @@ def test_saved_answers_are_not_repeated(
     assert large.contexts == []
 
 
+def test_times_of_saved_answers_are_those_of_the_present_machine(
+    small: SmallModel, questions: list[Question], tmp_path: Path
+) -> None:
+    path, large = tmp_path / "r.jsonl", ScriptedLarge([(70,)], seconds=0.25)
+    run(small, questions[:4], path, large=large, step_s=0.5)
+    continued, _ = run(small, questions[:6], path, large=large, step_s=0.01)
+    whole, _ = run(small, questions[:6], tmp_path / "whole.jsonl", large=large, step_s=0.01)
+    for name in ("small", "entropy 10%"):
+        seconds = continued["sides"][name]["seconds_median"]
+        assert 0 < seconds == whole["sides"][name]["seconds_median"]
+
+
+def test_saved_answers_of_earlier_versions_keep_their_times(
+    small: SmallModel, questions: list[Question], tmp_path: Path
+) -> None:
+    path = tmp_path / "r.jsonl"
+    first, _ = run(small, questions, path, step_s=0.5)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        del line["row"]["calls_s"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    again, large = run(small, questions, path, step_s=0.01)
+    assert large.contexts == []
+    assert again["sides"] == first["sides"]
+
+
 def test_a_prompt_that_occurs_twice_in_a_group_shifts_no_answers(
     small: SmallModel, questions: list[Question], tmp_path: Path
 ) -> None:
@@ -439,6 +466,7 @@ def test_saved_answers_have_fixed_names_and_keys(
             "calls",
             "uploaded_tokens",
             "seconds",
+            "calls_s",
             "scores",
         ]
 

@@ -30,7 +30,7 @@ from mlxroute.serving.concurrent_answers import AnswerRow
 from mlxroute.types import Judgement
 from tests.support.fakes import signals
 
-_ROW = QualityRow("q", "", None, None, 10, 1, 0, 0, 1, 50, 0.5, ())
+_ROW = QualityRow("q", "", None, None, 10, 1, 0, 0, 1, 50, 0.5, 0.25, ())
 
 
 class _TextRow:

@@ -12,7 +12,10 @@ from mlxroute.recorded.row_file import append_records, read_records
 
 @dataclass(frozen=True, slots=True)
 class QualityRow:
-    """One graded answer; the `scores` of its positions restore the budget's state after it."""
+    """One graded answer; the `scores` of its positions restore the budget's state after it.
+
+    Of its `seconds`, `calls_s` are those of calls; None if an earlier version saved it.
+    """
 
     question: str
     text: str
@@ -25,6 +28,7 @@ class QualityRow:
     calls: int
     uploaded_tokens: int
     seconds: float
+    calls_s: float | None
     scores: tuple[float, ...]
 
 
@@ -59,6 +63,7 @@ def _row_to_json(row: QualityRow) -> dict[str, Any]:
         "calls": row.calls,
         "uploaded_tokens": row.uploaded_tokens,
         "seconds": row.seconds,
+        "calls_s": row.calls_s,
         "scores": row.scores,
     }
 
@@ -80,5 +85,6 @@ def _row_from_json(item: Mapping[str, Any]) -> QualityRow:
         calls=item["calls"],
         uploaded_tokens=item["uploaded_tokens"],
         seconds=item["seconds"],
+        calls_s=item.get("calls_s"),
         scores=tuple(item["scores"]),
     )

@@ -193,15 +193,23 @@ class _QualityBench:
         return rows
 
     def _find(self, task: _Task) -> QualityRow | None:
-        """Return a task's saved answer, graded anew: the right answer or grading may have changed.
+        """Return a task's saved answer, graded and timed anew.
 
-        Equal programs are run once per process.
+        The right answer, grading or the machine's speed may have changed. Equal programs are run
+        once per process.
         """
         row = self.results.find(task.key)
         if row is None:
             return None
         grades = _grade(task.question, row.text)
-        return replace(row, strict=grades.strict, lenient=grades.lenient)
+        seconds = row.seconds
+        if row.calls_s is not None:
+            seconds = self._seconds(task.side, row.tokens, row.calls_s)
+        return replace(row, strict=grades.strict, lenient=grades.lenient, seconds=seconds)
+
+    def _seconds(self, side: QualitySide, tokens: int, calls_s: float) -> float:
+        """Return the time of an answer: its calls, and a step for each token of the small model."""
+        return round(calls_s + (0 if side.is_large else tokens) * self.step_s, 3)
 
     def _key(
         self,
@@ -270,7 +278,7 @@ class _QualityBench:
         # A test of code takes a while.
         with row.blocked():
             grades = _grade(task.question, stats.text)
-        small_tokens = 0 if side.is_large else stats.tokens
+        calls_s = round(large.calls_s, 4)
         return QualityRow(
             question=task.question.name,
             text=stats.text,
@@ -282,7 +290,8 @@ class _QualityBench:
             unchecked=stats.unchecked,
             calls=stats.calls,
             uploaded_tokens=stats.uploaded_tokens,
-            seconds=round(large.calls_s + small_tokens * self.step_s, 3),
+            seconds=self._seconds(side, stats.tokens, calls_s),
+            calls_s=calls_s,
             scores=() if side.is_large else tuple(scores),
         )
 
@@ -302,7 +311,8 @@ class _QualityBench:
             unchecked=0,
             calls=1,
             uploaded_tokens=whole.prompt_tokens or 0,
-            seconds=round(whole.seconds, 3),
+            seconds=self._seconds(task.side, tokens, whole.seconds),
+            calls_s=whole.seconds,
             scores=(),
         )
 
