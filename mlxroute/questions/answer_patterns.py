@@ -6,8 +6,15 @@ import re
 from collections.abc import Iterator
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
 
-NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
+AFTER_NO_WORD = r"(?<![^\W_])(?<![.)])"
+"""Where a sign belongs to the number after it, and is not the hyphen of 3-2."""
+
+_UNSIGNED = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+NUMBER = re.compile(rf"(?:{AFTER_NO_WORD}[-+])?{_UNSIGNED}")
 """A decimal number in running text, with commas between digits. A comma after it is included."""
+
+MINUS = "−"
+"""The minus sign of typeset text."""
 
 _COMMAS_BEFORE_NUMBER = re.compile(r"^([-+]?),+(?=[\d.])")
 _DIGIT = re.compile(r"\d")
@@ -27,7 +34,7 @@ _SPACE = re.compile(r"\\[,;: ]|~|\\q?quad(?![a-zA-Z])")
 _RELATION = re.compile(r"=|≈|\\approx(?![a-zA-Z])")
 # The first number, unless it is part of a term, such as x^2, \frac{1}{2}, 2\pi or 3 + 4.
 _LONE_NUMBER = re.compile(
-    rf"[^\d\\^_{{}}]*?((?>{NUMBER.pattern}))(?!\s*(?:[\^_\\]|[-+*/×÷]\s*[\d.(\\{{]))"
+    rf"[^\d\\^_{{}}]*?((?>[-+]?{_UNSIGNED}))(?!\s*(?:[\^_\\]|[-+*/×÷]\s*[\d.(\\{{]))"
 )
 
 # Exact enough to compare numbers of any length, and it raises nothing.
@@ -40,13 +47,13 @@ def is_number(text: str) -> bool:
 
     Unlike `NUMBER`, this rejects a comma at the end and accepts commas at the start.
     """
-    text = _COMMAS_BEFORE_NUMBER.sub(r"\1", text.strip())
+    text = _COMMAS_BEFORE_NUMBER.sub(r"\1", text.strip().replace(MINUS, "-"))
     return NUMBER.fullmatch(text) is not None and not text.endswith(",")
 
 
 def parse_number(text: str) -> Decimal | None:
     """Return the last number in a text; None if it has none."""
-    numbers = NUMBER.findall(_LATEX_SEPARATOR.sub("", text))
+    numbers = NUMBER.findall(_LATEX_SEPARATOR.sub("", text.replace(MINUS, "-")))
     return _decimal(numbers[-1]) if numbers else None
 
 
@@ -107,7 +114,7 @@ def _plain(content: str) -> str:
     if not _DIGIT.search(without_words):
         without_words = _WORDS.sub(r" \1 ", content)
     text = _NO_CONTENT.sub("", _LATEX_SEPARATOR.sub("", without_words))
-    text = _SPACE.sub(" ", text).replace("−", "-")
+    text = _SPACE.sub(" ", text).replace(MINUS, "-")
     return _join_sign(_SPACED_GROUPS.sub(lambda match: "".join(match[0].split()), text))
 
 

@@ -30,7 +30,7 @@ _LATEX = st.lists(
 ).map("".join)
 
 
-@pytest.mark.parametrize("text", ["7", "-7", "1,800", "1,800.50", " .5 ", ",5", "-,5"])
+@pytest.mark.parametrize("text", ["7", "-7", "−7", "1,800", "1,800.50", " .5 ", ",5", "-,5"])
 def test_a_whole_answer_is_a_number(text: str) -> None:
     assert is_number(text)
 
@@ -45,6 +45,27 @@ def test_a_number_in_running_text_includes_a_comma_after_it_but_none_before() ->
     assert parse_number("at 1,800, or so") == 1800
     assert parse_number("at \\(1{,}800\\) or so") == 1800
     assert parse_number("none") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("The answer is −5.", -5),
+        ("x=-5", -5),
+        ("(-5)", -5),
+        ("$-5", -5),
+        ("_-5_", -5),
+        ("Our team won 3-2", 2),
+        ("Our team won 3−2", 2),
+        ("after 2-3 days", 3),
+        ("COVID-19", 19),
+        ("f(2)-7", 7),
+        ("3+4", 4),
+        ("-.5", Decimal("-0.5")),
+    ],
+)
+def test_a_sign_does_not_follow_a_word_or_number(text: str, number: Decimal | int) -> None:
+    assert parse_number(text) == number
 
 
 @pytest.mark.parametrize(
