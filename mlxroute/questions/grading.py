@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-import string
+import re
+import unicodedata
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Final
 
 from mlxroute.questions.answer_patterns import (
+    AFTER_NO_WORD,
+    MINUS,
     find_boxed_number,
     find_boxes,
     is_close,
@@ -17,6 +21,12 @@ from mlxroute.questions.answer_patterns import (
 from mlxroute.questions.choice_labels import find_label, find_requested_label
 from mlxroute.questions.code_grading import extract_program, passes
 from mlxroute.questions.question_files import AnswerKind, Question
+
+_SEPARATOR_OF_THOUSANDS: Final = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+# In 3.5, 9:30 and 1/2, in C++ and F#, and in -5.
+_PART_OF_WORD: Final = re.compile(
+    rf"(?<=\d)[.,:/](?=\d)|(?<=[^\W\d_])[+#]+|{AFTER_NO_WORD}-(?=\.?\d)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,5 +137,15 @@ def _grade_text(correct: str, text: str) -> Grade:
 
 
 def normalise_words(text: str) -> str:
-    """Return the words in lower case, without punctuation, separated by single spaces."""
-    return " ".join(text.casefold().translate(str.maketrans("", "", string.punctuation)).split())
+    """Return the words in lower case, without punctuation, separated by single spaces.
+
+    Signs within numbers, and + and # after a letter, are part of the word. A text of punctuation
+    alone is returned as it is.
+    """
+    text = _SEPARATOR_OF_THOUSANDS.sub("", text.casefold().replace(MINUS, "-"))
+    kept = {index for match in _PART_OF_WORD.finditer(text) for index in range(*match.span())}
+    words = "".join(
+        " " if unicodedata.category(character)[0] in "PS" and index not in kept else character
+        for index, character in enumerate(text)
+    )
+    return " ".join(words.split()) or text.strip()

@@ -99,6 +99,35 @@ def test_a_text_answer_may_be_part_of_a_sentence() -> None:
     assert grade(TEXT, " ") == Grade(None, None)
 
 
+@pytest.mark.parametrize(
+    ("correct", "text", "lenient"),
+    [
+        ("35 km", "It is 3.5 km.", False),
+        ("3.5 km", "It is 3.5 km.", True),
+        ("35 km", "It is 3,5 km.", False),
+        ("1800 km", "It is 1,800 km.", True),
+        ("12 cup", "1/2 cup", False),
+        ("930 am", "at 9:30 am", False),
+        ("5 °C", "It is -5 °C.", False),
+        ("-5 °C", "It is −5 °C.", True),
+        ("1939-45", "It was (1939–45).", True),
+        ("C", "It is C++.", False),
+        ("C++", "It is C++.", True),
+        ("F#", "**F#**, of course", True),
+        ("Jupiter", "The answer is “Jupiter”.", True),
+        ("Jupiter", "Jupiter—the largest", True),
+        ("Newton's law", "Newton’s law…", True),
+        ("well-known", "well known", True),
+        ("<", "<", True),
+        ("<", ">", False),
+    ],
+)
+def test_punctuation_separates_words_unless_it_is_part_of_one(
+    correct: str, text: str, lenient: bool
+) -> None:
+    assert grade(Question("q", "?", AnswerKind.TEXT, correct), text).lenient is lenient
+
+
 def test_intervals_and_p_values_equal_published_ones() -> None:
     # Newcombe (1998), example of 81 of 263; exact binomial tails.
     assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
@@ -119,6 +148,7 @@ def test_intervals_and_p_values_equal_published_ones() -> None:
         (AnswerKind.NUMBER, ("so 1234567", "so 1234568"), False),
         (AnswerKind.TEXT, ("Ice floats!", "ice  floats"), True),
         (AnswerKind.TEXT, ("ice floats", "ice sinks"), False),
+        (AnswerKind.TEXT, ("<", ">"), False),
     ],
 )
 def test_equal_answers_are_extracted_as_equal_strings(

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import statistics
+import string
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from mlxroute.bench.quality.graded_answers import QualityRow
 from mlxroute.bench.significance import mean_interval
-from mlxroute.questions.grading import normalise_words
 from mlxroute.statistics import mcnemar_p
+
+_WITHOUT_PUNCTUATION: Final = str.maketrans("", "", string.punctuation)
 
 
 def token_f1(text: str, reference: str) -> float:
     """Return the F1 score of the words of a text against those of a reference, from 0 to 1.
 
-    Words are compared without case and punctuation and whatever their order. Two empty texts
-    agree.
+    Words are compared without case and ASCII punctuation, as SQuAD does, and whatever their order.
+    Two empty texts agree.
     """
-    words, others = normalise_words(text).split(), normalise_words(reference).split()
+    words, others = (
+        words.casefold().translate(_WITHOUT_PUNCTUATION).split() for words in (text, reference)
+    )
     if not words or not others:
         return float(words == others)
     shared = sum((Counter(words) & Counter(others)).values())
