@@ -16,6 +16,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -269,7 +270,8 @@ def _choices(row: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
         raise UsageError(
             f"{where}: `choices` needs non-empty strings or finite numbers in `label` and `text`"
         )
-    if len(dict(pairs)) < len(pairs):
+    # Answers name labels in either case.
+    if len({label.upper() for label, _ in pairs}) < len(pairs):
         raise UsageError(f"{where}: `choices` needs a different `label` for each choice")
     return pairs
 
@@ -292,7 +294,10 @@ def _text_of(value: object) -> str | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     # An integer is finite, and may be too long for a float.
-    return str(value) if isinstance(value, int) or math.isfinite(value) else None
+    if isinstance(value, int):
+        return str(value)
+    # Not 1e-05, which no number in an answer looks like.
+    return format(Decimal(repr(value)), "f") if math.isfinite(value) else None
 
 
 def _required_text(row: dict[str, Any], key: str, where: str) -> str:

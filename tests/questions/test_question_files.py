@@ -56,6 +56,20 @@ def test_labels_and_texts_of_choices_may_be_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("number", "text"),
+    [("0.00001", "0.00001"), ("1e22", "1" + 22 * "0"), ("-2.5E-7", "-0.00000025"), ("4.0", "4.0")],
+)
+def test_an_answer_that_is_a_small_or_large_number_is_a_number(
+    number: str, text: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "q.jsonl"
+    file.write_text(f'{{"prompt": "?", "answer": {number}}}')
+    (question,) = read_questions(file)
+    assert (question.kind, question.answer) == (AnswerKind.NUMBER, text)
+    assert grade(question, f"It is {text}.").lenient
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
         ('{"prompt": "Why?"', "row 2: not valid JSON"),
@@ -80,6 +94,7 @@ def test_labels_and_texts_of_choices_may_be_numbers(tmp_path: Path) -> None:
         (_choices(["A"], [" "]), "row 2: `choices` needs non-empty strings or finite numbers in"),
         (_choices([True], ["x"]), "row 2: `choices` needs non-empty strings or finite numbers in"),
         (_choices(["A", "A"], ["x", "y"]), "row 2: `choices` needs a different `label` for each"),
+        (_choices(["a", "A"], ["x", "y"]), "row 2: `choices` needs a different `label` for each"),
         (_choices([1, "1"], ["x", "y"]), "row 2: `choices` needs a different `label` for each"),
         ('{"prompt": "?", "answer": 1e999}', "row 2: `answer` must be .* or a finite number"),
         ('{"prompt": "?", "answer": true}', "row 2: `answer` must be .* or a finite number"),
