@@ -32,7 +32,8 @@ def run_program(program: str, *, timeout_s: float = _TIMEOUT_S) -> bool:
 
     The program has no network, can write no file, and has 5 s of CPU time and 1 GiB of memory;
     macOS does not limit memory. On Linux it cannot signal other processes, and those that it
-    starts end with it. It can read files and has none of this process's environment. A program that
+    starts, which only root's programs can, have the same limits each and end with it. It can read
+    files, but imports the standard library alone and has no environment. A program that
     ends early does not pass, because the child writes a secret after it. The program runs in the
     child's interpreter, so one that is written to find the secret can: this protects from mistakes,
     not from attacks. Raises UsageError where a process cannot be isolated so.

@@ -16,6 +16,7 @@ import types
 
 _CLONE_NEW_USER, _CLONE_NEW_PIDS = 0x10000000, 0x20000000
 _CLONE_NEW_NET, _CLONE_NEW_MOUNTS = 0x40000000, 0x00020000
+_CLONE_NEW_IPC = 0x08000000
 _MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE, _READ_ONLY = 442, -100, 0x8000, 1
 _CAPABILITY_VERSION = 0x20080522
 _CPU_S = 5
@@ -55,9 +56,10 @@ def _isolate() -> None:
 
 
 def _enter_namespaces() -> None:
-    """Leave the network and the other processes, and make every file read-only for good."""
+    """Leave network, processes and shared memory; make every file read-only for good."""
     libc = ctypes.CDLL(None, use_errno=True)
-    namespaces = _CLONE_NEW_USER | _CLONE_NEW_NET | _CLONE_NEW_MOUNTS | _CLONE_NEW_PIDS
+    namespaces = _CLONE_NEW_USER | _CLONE_NEW_NET | _CLONE_NEW_MOUNTS
+    namespaces |= _CLONE_NEW_PIDS | _CLONE_NEW_IPC
     _check(libc.unshare(namespaces), "no namespaces of its own")
     attributes = (ctypes.c_uint64 * 4)(_READ_ONLY, 0, 0, 0)
     arguments = (_AT_FDCWD, b"/", _AT_RECURSIVE, attributes, ctypes.sizeof(attributes))

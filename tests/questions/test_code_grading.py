@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import secrets
@@ -228,6 +229,18 @@ def test_a_program_cannot_end_other_processes() -> None:
         assert not run_program(f"import os\nos.kill({other.pid}, 9)")
         assert other.poll() is None
         other.kill()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="namespaces are a part of Linux")
+def test_no_shared_memory_outlives_the_program() -> None:
+    key = secrets.randbelow(1 << 30) + 1
+    assert run_program(f"import ctypes\nassert ctypes.CDLL(None).shmget({key}, 1, 0o1600) != -1")
+    libc = ctypes.CDLL(None)
+    segment = libc.shmget(key, 1, 0)
+    if segment != -1:
+        remove = 0
+        libc.shmctl(segment, remove, None)
+    assert segment == -1
 
 
 @pytest.mark.parametrize("session", ["", "os.setsid()"])
