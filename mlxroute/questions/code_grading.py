@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,6 +21,10 @@ _FIRST_LINE_OF_CODE: Final = re.compile(
     r"|class[ \t]+\w+[ \t]*[(:]|@\w)",
     re.MULTILINE,
 )
+_FUTURE_IMPORT: Final = re.compile(
+    r"^from[ \t]+__future__[ \t]+import\b(?:[ \t]*\([^)]*\))?.*\n?", re.MULTILINE
+)
+_TRIPLE_QUOTES: Final = ('"""', "'''")
 _KEPT_RESULTS: Final = 4096
 
 
@@ -44,13 +49,13 @@ def extract_program(function: FunctionTask, text: str, *, strict: bool) -> str |
     blocks = [block for part in nested for block in part if block.is_closed or not strict]
     for block in reversed(blocks):
         if definition in block.code:
-            return before + _dedent(block.code)
+            return _join(before, _dedent(block.code))
     if strict or not text.strip():
         return None
     if blocks or definition not in text:
         return function.start + (blocks[0].code if blocks else text)
     first_line = _FIRST_LINE_OF_CODE.search(text)
-    return before + _dedent(text[first_line.start() :] if first_line else text)
+    return _join(before, _dedent(text[first_line.start() :] if first_line else text))
 
 
 def passes(function: FunctionTask, program: str) -> bool:
@@ -69,21 +74,44 @@ def _run(program: str) -> bool:
 def _find_code_blocks(text: str) -> list[_CodeBlock]:
     """Return the fenced blocks of a Markdown text; the last one may lack its closing fence."""
     blocks: list[_CodeBlock] = []
-    fence, lines = "", list[str]()
-    for line in text.split("\n"):
-        if not fence:
-            opening = _OPENING_FENCE.match(line)
-            fence = (opening[1] or opening[2]) if opening else ""
-            lines = []
-        elif end := re.search(rf"{fence[0]}{{{len(fence)},}}\s*$|^\s*{fence}(?!\w).*", line):
-            lines.append(line[: end.start()])
-            blocks.append(_CodeBlock("\n".join(lines), is_closed=True))
-            fence = ""
-        else:
-            lines.append(line)
-    if fence:
-        blocks.append(_CodeBlock("\n".join(lines), is_closed=False))
+    lines = text.split("\n")
+    begin = 0
+    while begin < len(lines):
+        opening = _OPENING_FENCE.match(lines[begin])
+        begin += 1
+        if opening:
+            end, block = _read_block(lines, begin, fence=opening[1] or opening[2])
+            blocks.append(block)
+            begin = end
     return blocks
+
+
+def _read_block(lines: Sequence[str], begin: int, *, fence: str) -> tuple[int, _CodeBlock]:
+    """Return the block that begins at a line, and the number of the line after it.
+
+    It ends at the first closing fence that is not within a docstring, else at the first.
+    """
+    closing = re.compile(rf"{fence[0]}{{{len(fence)},}}\s*$|^\s*{fence}(?!\w).*")
+    blocks = [
+        (number + 1, "\n".join([*lines[begin:number], lines[number][: end.start()]]))
+        for number in range(begin, len(lines))
+        if (end := closing.search(lines[number]))
+    ]
+    if not blocks:
+        return len(lines), _CodeBlock("\n".join(lines[begin:]), is_closed=False)
+    whole = (block for block in blocks if not _ends_in_string(block[1]))
+    after, code = next(whole, blocks[0])
+    return after, _CodeBlock(code, is_closed=True)
+
+
+def _ends_in_string(code: str) -> bool:
+    return any(code.count(quotes) % 2 for quotes in _TRIPLE_QUOTES)
+
+
+def _join(before: str, code: str) -> str:
+    """Return code after what comes before it, but with its `__future__` imports first."""
+    future = "".join(match[0].rstrip("\n") + "\n" for match in _FUTURE_IMPORT.finditer(code))
+    return future + before + _FUTURE_IMPORT.sub("", code)
 
 
 def _dedent(code: str) -> str:

@@ -48,6 +48,14 @@ for path in pathlib.Path("{folder}").parents:
 """
 _GOOD, _BAD = "def half(x):\n    return helper(x) / 2", "def half(x):\n    return x // 2"
 
+_DOCUMENTED = '''def half(x):
+    """Halve x:
+    ```
+    half(4)
+    ```
+    """
+    return x / 2'''
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _isolation() -> None:
@@ -111,6 +119,12 @@ def test_a_wrong_row_is_named(row: dict[str, object], tmp_path: Path) -> None:
         (f"```python\n{_GOOD}\n```\nbut\n```python\n{_BAD}\n```", Grade(False, False)),
         (f"```python\n{_GOOD}\n``` This halves x.", Grade(True, True)),
         (f"````markdown\n```python\n{_GOOD}\n```\n````", Grade(True, True)),
+        # Imports that have to come first, and fences within a docstring.
+        (f"```python\nfrom __future__ import annotations\nimport re\n{_GOOD}\n```", Grade(True, True)),
+        (f"from __future__ import (\n    division,\n)\n{_GOOD}", Grade(None, True)),
+        (f"```python\n{_DOCUMENTED}\n```\nDone.", Grade(True, True)),
+        (f"```python\n{_DOCUMENTED}\n```\nso\n```python\n{_BAD}\n```", Grade(False, False)),
+        (f'```\n{_GOOD}\n```\n```\nhalf("""4\n```\nor\n```\n5)\n```', Grade(True, True)),
         # Text before code that is in no block.
         (f"Here it is:\n{_GOOD}", Grade(None, True)),
         (f"From a list:\n\nimport math\n\n\n{_GOOD}", Grade(None, True)),
