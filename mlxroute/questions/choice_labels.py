@@ -9,12 +9,23 @@ from mlxroute.questions.question_files import Question
 
 _AFTER_ANSWER_IS = re.compile(r"answer\s+is\b(.*)", re.IGNORECASE | re.DOTALL)
 _LABEL_IN_BRACKETS = re.compile(r"\(\s*([A-Za-z]|\d+)\s*\)")
+_IS_WRONG = re.compile(r"[\s*_]*\bis\s+(?:incorrect|wrong|not)\b", re.IGNORECASE)
 
 _CONCLUSION = re.compile(
     r"answer(?:[\s*_]+is\b|[\s*_]*:)|\\boxed(?=\s*\{)",
     re.IGNORECASE,
 )
 """What comes before the answer itself."""
+
+# Looser forms, in which a label counts before the text of a choice.
+_LOOSE_CONCLUSION = re.compile(
+    r"\b(?:option|choice|answer)[\s*_]+(?:is|(?:would|must|should)\s+be)\b(?:\s+\w+ly\b)?",
+    re.IGNORECASE,
+)
+_CORRECT_LABEL = re.compile(
+    r"(?<![^\W_])(?<![.,'’/&+#–-])([A-Za-z]|\d+)[*_`\"')\]}]*\s+is\s+(?:the\s+)?(?:correct|right)\b",
+    re.IGNORECASE,
+)
 
 # What may stand between a conclusion and its label. A dollar sign before a digit is an amount.
 _MARKUP = (
@@ -25,7 +36,7 @@ _MARKUP_BEFORE_LABEL = re.compile(_MARKUP, re.IGNORECASE)
 # A label stands alone: not in C++, 3.5, 1/2 or B's. "a" and "I" before a word are English words.
 _LABEL = re.compile(r"([A-Za-z]|\d+)(?![^\W_]|[%°+#]|[.,:]\d|['’/&–-]\w)(?!(?<=[aiI])\s+[^\W\d_])")
 _LABEL_AT_START = re.compile(
-    _MARKUP + r"([A-Za-z]|\d+)[*_`\"']*\s*(?:[):\]}]|\.(?!\d)|$)", re.IGNORECASE
+    r"\A" + _MARKUP + r"([A-Za-z]|\d+)[*_`\"']*\s*(?:[):\]}]|\.(?!\d)|$)", re.IGNORECASE
 )
 _ARTICLE = re.compile(r"(?:(?:an?|the)\s+)?", re.IGNORECASE)
 
@@ -50,16 +61,33 @@ def find_label(question: Question, text: str) -> str | None:
         return label
     if conclusions:
         after = text[conclusions[0] :]
-        if label := _label_in_brackets(question, after) or _first_choice_in(question, after):
+        if label := (
+            _accepted_label(question, _LABEL_IN_BRACKETS.finditer(after))
+            or _correct_label(question, text)
+            or _first_choice_in(question, after)
+        ):
             return label
-    label = _label_in_brackets(question, text) or _known_label(
-        question, filter(None, [_LABEL_AT_START.match(text)])
-    )
-    return label if label or conclusions else _first_choice_in(question, text)
+    in_brackets, at_start = _LABEL_IN_BRACKETS.finditer(text), _LABEL_AT_START.finditer(text)
+    label = _accepted_label(question, in_brackets) or _accepted_label(question, at_start)
+    if label or conclusions:
+        return label
+    return _correct_label(question, text) or _first_choice_in(question, text)
 
 
 def _label_in_brackets(question: Question, text: str) -> str | None:
     return _known_label(question, _LABEL_IN_BRACKETS.finditer(text))
+
+
+def _accepted_label(question: Question, matches: Iterable[re.Match[str]]) -> str | None:
+    """Return the first label of the matches that the text does not call wrong."""
+    return _known_label(question, (m for m in matches if not _IS_WRONG.match(m.string, m.end())))
+
+
+def _correct_label(question: Question, text: str) -> str | None:
+    """Return the label of the choice that a text calls correct, or concludes with loosely."""
+    conclusions = _LOOSE_CONCLUSION.finditer(text)
+    stated = (_label_at(question, text, match.end()) for match in conclusions)
+    return next(filter(None, stated), None) or _known_label(question, _CORRECT_LABEL.finditer(text))
 
 
 def _known_label(question: Question, matches: Iterable[re.Match[str]]) -> str | None:

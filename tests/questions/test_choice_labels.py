@@ -70,6 +70,35 @@ def test_a_letter_that_is_part_of_a_sentence_is_no_label(text: str, label: str |
     assert find_label(PLACES, text) == label
 
 
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("Option B is correct", "B"),
+        ("A bank holds money, so option **B** is correct.", "B"),
+        ("B is the correct answer", "B"),
+        ("b) is right", "B"),
+        ("The correct answer would be B", "B"),
+        ("The correct option is B", "B"),
+        ("The right choice must be the river.", "B"),
+        ("the answer is definitely B.", "B"),
+        ("The answer is clearly B, not a bank.", "B"),
+        ("(A) is incorrect. (B) is correct.", "B"),
+        ("Option A is wrong. Option B is correct.", "B"),
+        ("Surely (A) is not it, but (B) is.", "B"),
+        ("B. Others say that D is correct.", "B"),
+        ("The answer is definitely not B.", None),
+        ("The correct option is not B.", None),
+        ("B is not correct.", None),
+        ("(B) is wrong.", None),
+        ("C++ is correct.", None),
+        ("AB is correct.", None),
+        ("3.5 is right and B-flat is right.", None),
+    ],
+)
+def test_a_label_that_is_called_correct_counts(text: str, label: str | None) -> None:
+    assert find_label(PLACES, text) == label
+
+
 def test_i_is_no_label_before_a_word() -> None:
     nine = _question(*(f"place{n}" for n in range(9)), labels="ABCDEFGHI")
     assert find_label(nine, "The answer is I think place2") == "C"

@@ -120,7 +120,10 @@ def test_a_wrong_row_is_named(row: dict[str, object], tmp_path: Path) -> None:
         (f"```python\n{_GOOD}\n``` This halves x.", Grade(True, True)),
         (f"````markdown\n```python\n{_GOOD}\n```\n````", Grade(True, True)),
         # Imports that have to come first, and fences within a docstring.
-        (f"```python\nfrom __future__ import annotations\nimport re\n{_GOOD}\n```", Grade(True, True)),
+        (
+            f"```python\nfrom __future__ import annotations\nimport re\n{_GOOD}\n```",
+            Grade(True, True),
+        ),
         (f"from __future__ import (\n    division,\n)\n{_GOOD}", Grade(None, True)),
         (f"```python\n{_DOCUMENTED}\n```\nDone.", Grade(True, True)),
         (f"```python\n{_DOCUMENTED}\n```\nso\n```python\n{_BAD}\n```", Grade(False, False)),
