@@ -11,6 +11,7 @@ from mlxroute.errors import UsageError
 from mlxroute.untrusted_text import TextFile, parse_json
 
 _CONCLUSION = re.compile(r"answer\s+is\b", re.IGNORECASE)
+_BEFORE_CONCLUSION = re.compile(r"\A[\s:*`\"]+")
 _SENTENCE_END = re.compile(r"[.!?](?=\s)|\n")
 _WORD = re.compile(r"\w+")
 _MAX_FILE_BYTES = 2**20
@@ -45,7 +46,8 @@ class DemoQuestion:
         conclusion = find_conclusion(text)
         if conclusion is None or not self.answers:
             return None
-        return any(_contains(conclusion, answer) for answer in self.answers)
+        is_denied = _words(conclusion)[:1] == ["not"]
+        return not is_denied and any(_contains(conclusion, answer) for answer in self.answers)
 
 
 def read_demo_question(path: Path) -> DemoQuestion:
@@ -76,7 +78,7 @@ def find_conclusion(text: str) -> str | None:
     matches = list(_CONCLUSION.finditer(text))
     if not matches:
         return None
-    sentence = _SENTENCE_END.split(text[matches[-1].end() :].strip())[0]
+    sentence = _SENTENCE_END.split(_BEFORE_CONCLUSION.sub("", text[matches[-1].end() :]))[0]
     return sentence.rpartition("=")[2].strip(' .:*`"') or None
 
 

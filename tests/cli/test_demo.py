@@ -239,6 +239,11 @@ def test_the_shipped_question_is_one_of_the_measured_candidates() -> None:
         ("B", None),
         ("The answer is", None),
         ("", None),
+        ("Therefore, the answer is:\n\n**B**.", True),
+        ("The answer is **: bee**. Not A.", True),
+        ("The answer is not B.", False),
+        ("The answer is: *not* a bee.", False),
+        ("The answer is B, not A.", True),
     ],
 )
 def test_only_the_last_conclusion_counts(text: str, is_right: bool | None) -> None:
