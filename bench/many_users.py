@@ -16,6 +16,8 @@ import math
 import random
 from dataclasses import asdict, dataclass
 
+from mlxroute.config import parse_share
+from mlxroute.errors import ConfigError
 from mlxroute.statistics import percentile
 
 USERS = (10, 30, 100, 300, 1000, 3000, 10_000)
@@ -76,8 +78,37 @@ class Played:
     call_p95_s: float
 
 
+def positive(text: str) -> float:
+    """Parse a finite number above 0. Raises ValueError, which argparse reports."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+    return value
+
+
+def not_negative(text: str) -> float:
+    """Parse a finite number from 0. Raises ValueError, which argparse reports."""
+    return 0.0 if float(text) == 0 else positive(text)
+
+
+def positive_count(text: str) -> int:
+    """Parse a whole number above 0. Raises ValueError, which argparse reports."""
+    return int(positive(str(int(text))))
+
+
+def rate_between(text: str) -> float:
+    """Parse a share, `7%` or 0.07, above 0 and below 1. Raises ArgumentTypeError."""
+    try:
+        rate = parse_share(text)
+    except ConfigError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc
+    if rate in (0, 1):
+        raise argparse.ArgumentTypeError(f"{text!r} must be above 0% and below 100%")
+    return rate
+
+
 def draw_tokens(chance: random.Random, calls_per_token: float) -> int:
-    """Return a random number of tokens up to the next call."""
+    """Return a random number of tokens up to the next call; calls per token are below 1."""
     return 1 + int(math.log(1 - chance.random()) / math.log(1 - calls_per_token))
 
 
@@ -112,21 +143,23 @@ def play(load: Load, users: int, *, counted_s: float = 180.0, seed: int = 0) -> 
 def main() -> None:
     """Print the capacity of the replica, and what 10 to 10,000 users get."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--step-ms", type=float, required=True)
-    parser.add_argument("--call-ms", type=float, required=True)
-    parser.add_argument("--at-once", type=int, required=True)
-    parser.add_argument("--path-ms", type=float, default=0.0)
-    parser.add_argument("--rate", default="7%")
-    parser.add_argument("--calls-per-escalation", type=float, default=1.0)
+    parser.add_argument("--step-ms", type=positive, required=True)
+    parser.add_argument("--call-ms", type=positive, required=True)
+    parser.add_argument("--at-once", type=positive_count, required=True)
+    parser.add_argument("--path-ms", type=not_negative, default=0.0)
+    parser.add_argument("--rate", type=rate_between, default="7%")
+    parser.add_argument("--calls-per-escalation", type=positive, default=1.0)
     given = parser.parse_args()
     load = Load(
         step_s=given.step_ms / 1000,
-        rate=float(given.rate.removesuffix("%")) / 100,
+        rate=given.rate,
         call_s=given.call_ms / 1000,
         at_once=given.at_once,
         path_s=given.path_ms / 1000,
         calls_per_escalation=given.calls_per_escalation,
     )
+    if load.calls_per_token >= 1:
+        parser.error("--rate times --calls-per-escalation must be below 1 call a token")
     report = {
         "load": asdict(load),
         "capacity_calls_per_s": round(load.capacity, 1),

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from many_users import Load, draw_tokens, play
+from many_users import Load, draw_tokens, play, positive, positive_count, rate_between
 
 from mlxroute import LargeModel, SmallModel
 from mlxroute.cli.bench_report import read_builtin_prompts
@@ -141,10 +141,15 @@ def run(
 def time_busy_replica(
     callers: Sequence[Caller], large: LargeModel, rate: float, at_once: int, seconds: float
 ) -> float:
-    """Return the seconds of a call while the replica serves `at_once` of them without a pause."""
+    """Return the seconds of a call while the replica serves `at_once` of them without a pause.
+
+    Raises SystemExit if none ends in the given seconds.
+    """
     unpaused = Load(step_s=0.0, rate=rate, call_s=1.0, at_once=at_once)
     figures = run(callers[: 4 * at_once], large, unpaused, left_out_s=1.0, counted_s=seconds)
-    return at_once / float(figures["calls_per_s"])
+    if not figures["calls"]:
+        raise SystemExit(f"no call ended in {seconds:g} s; use more --seconds")
+    return at_once * seconds / int(figures["calls"])
 
 
 def main() -> None:
@@ -152,15 +157,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("address")
     parser.add_argument("--small", default="qwen2.5-coder-0.5b")
-    parser.add_argument("--step-ms", type=float, default=250.0)
-    parser.add_argument("--rate", default="7%")
-    parser.add_argument("--at-once", type=int, default=1)
-    parser.add_argument("--callers", type=int, nargs="+", default=CALLERS)
-    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--step-ms", type=positive, default=250.0)
+    parser.add_argument("--rate", type=rate_between, default="7%")
+    parser.add_argument("--at-once", type=positive_count, default=1)
+    parser.add_argument("--callers", type=positive_count, nargs="+", default=CALLERS)
+    parser.add_argument("--seconds", type=positive, default=20.0)
     given = parser.parse_args()
     small = SmallModel.load(given.small)
     callers = make_callers(small, max(given.callers))
-    rate = float(given.rate.removesuffix("%")) / 100
+    rate = given.rate
     with LargeModel(given.address, timeout_s=TIMEOUT_S) as large:
         large.connect(thorough=False)
         large.pair_vocabulary(small.vocabulary)

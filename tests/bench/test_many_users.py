@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -47,3 +48,16 @@ def test_more_calls_for_each_escalation_cost_capacity(report: dict[str, Any]) ->
     assert report["most_users"] == round(160 / (0.07 * _TOKENS_PER_S))
     several = _play("--path-ms", "30", "--calls-per-escalation", "2")
     assert several["most_users"] < report["most_users"]
+
+
+@pytest.mark.parametrize("calls", [1, 0])
+def test_a_slow_replica_is_timed_by_its_calls(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(_SCRIPT.parent)
+    real_replica = importlib.import_module("real_replica")
+    figures = {"calls": calls, "calls_per_s": round(calls / 400, 2)}
+    monkeypatch.setattr(real_replica, "run", lambda *_, **__: figures)
+    if calls:
+        assert real_replica.time_busy_replica([], None, 0.07, 2, 400.0) == 800
+    else:
+        with pytest.raises(SystemExit, match="no call ended in 400 s; use more --seconds"):
+            real_replica.time_busy_replica([], None, 0.07, 2, 400.0)
