@@ -16,7 +16,8 @@ from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 from mlxroute.errors import UsageError
 
 _NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
-_MAX_INTEGER = 2**63
+# The bound of seeds, which are the largest integers in a document.
+_MAX_INTEGER = 2**64
 _Record = TypeVar("_Record")
 
 

@@ -134,6 +134,12 @@ def test_a_parsed_document_equals_the_formatted_one() -> None:
         assert parse_document(format_document(item)) == item
 
 
+def test_the_largest_seed_is_read_again() -> None:
+    document = make_document()
+    document = replace(document, options=replace(document.options, seed=2**64 - 1))
+    assert parse_document(format_document(document)) == document
+
+
 def test_unknown_keys_are_ignored() -> None:
     value = json.loads(format_document(make_document()))
     before = parse_document(json.dumps(value).encode())
