@@ -176,8 +176,8 @@ def test_after_a_failed_ledger_write_nothing_is_sent_and_the_answer_completes(
     assert (summary["requests"], summary["escalated"], summary["unchecked"]) == (1, 1, 3)
     # No call was made, so none failed.
     assert summary["fallbacks"] == 0
-    assert {token["failure"] for token in tokens} == {None}
     failure = "the ledger full cannot be written (No space left on device); nothing more is sent"
+    assert [token["failure"] for token in tokens] == [None, failure, failure, failure]
     assert err.count(f"warning: {failure}") == 1
     assert sum(bool(request.body) for request in server.requests) == negotiating + 1
 

@@ -14,7 +14,6 @@ from mlxroute.answers.document import (
 from mlxroute.types import Judgement, LargeToken, Signals, Source, Token, Vocabulary
 
 _TOP = 5
-_NO_CALL = "no call was made: earlier calls failed, or used up the answer's time for failures"
 
 
 def describe_token(token: Token, vocabulary: Vocabulary) -> DocumentToken:
@@ -23,7 +22,6 @@ def describe_token(token: Token, vocabulary: Vocabulary) -> DocumentToken:
     escalation = token.escalation
     is_part = decision is TokenDecision.CONTINUED
     large = None if escalation is None else escalation.large
-    failure = None if escalation is None else escalation.failure
     return DocumentToken(
         index=token.index,
         id=token.token_id,
@@ -34,7 +32,7 @@ def describe_token(token: Token, vocabulary: Vocabulary) -> DocumentToken:
         judgement=token.judgement,
         decision=decision,
         checked=token.checked,
-        unchecked_reason=None if token.checked else failure or _NO_CALL,
+        unchecked_reason=token.unchecked_reason,
         prefetched=escalation is not None and escalation.prefetched,
         small=None if is_part else _describe_small(token.signals, vocabulary),
         large=None if large is None else _describe_large(large, vocabulary),

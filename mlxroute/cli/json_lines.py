@@ -75,7 +75,7 @@ def token_object(token: Token) -> dict[str, Any]:
         "large": None if large is None else _large_object(large),
         "prefetched": escalation.prefetched if escalation else False,
         "accepted": escalation.accepted if escalation else False,
-        "failure": escalation.failure if escalation else None,
+        "failure": token.unchecked_reason,
         "time_s": round(token.time_s, 6),
     }
 

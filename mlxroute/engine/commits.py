@@ -89,6 +89,7 @@ class Commits:
                 # A large token spelled as several small ones is one escalation.
                 escalation=decision.escalation if number == 0 else None,
                 checked=decision.checked,
+                unchecked_reason=decision.unchecked_reason,
                 time_s=self._clock() - self._began_s,
             )
             self.times_s.append(token.time_s)

@@ -35,6 +35,7 @@ class Token:
         escalation: The large model's answer, or the reason for its absence; None where the position
             was not escalated, and for the second and later ids of a large token.
         checked: False where the router escalated the position and the small model's token stayed.
+        unchecked_reason: Why it stayed, also where no call was made; None where `checked`.
         time_s: Seconds since the request began.
     """
 
@@ -48,6 +49,7 @@ class Token:
     signals: Signals
     escalation: Escalation | None
     checked: bool
+    unchecked_reason: str | None
     time_s: float
 
 

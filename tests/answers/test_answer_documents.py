@@ -23,7 +23,14 @@ from mlxroute.answers.document_file import (
 )
 from mlxroute.answers.record_json import to_json
 from mlxroute.answers.router_record import record_router, restore_router
-from mlxroute.errors import LargeRefused, UsageError
+from mlxroute.errors import (
+    LargeError,
+    LargeRefused,
+    LargeUnavailable,
+    LargeUnrecorded,
+    LargeUnsendable,
+    UsageError,
+)
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import Source
 from tests.support.documents import make_document, record_answer
@@ -93,7 +100,20 @@ def test_a_token_without_a_call_says_why_it_is_unchecked() -> None:
     assert list(answer)
     token = answer.document().tokens[0]
     assert not token.checked
-    assert "no call was made" in (token.unchecked_reason or "")
+    assert token.unchecked_reason == "no call was made: the answer has no large model"
+
+
+@pytest.mark.parametrize("error", [LargeUnsendable, LargeUnrecorded, LargeUnavailable])
+def test_a_token_whose_call_was_not_made_says_why(error: type[LargeError]) -> None:
+    document = make_document(b"ab", [error("the reason"), b"x"], unsure=(0,))
+    assert document.tokens[0].unchecked_reason == "the reason"
+    assert document.summary.fallbacks == 0
+
+
+def test_tokens_after_a_prompt_that_is_too_long_say_why_they_are_unchecked() -> None:
+    document = make_document(b"abc", [LargeUnsendable("too long")], unsure=(0, 2))
+    reasons = [token.unchecked_reason for token in document.tokens]
+    assert reasons == ["too long", None, "too long", None]
 
 
 def test_special_tokens_and_parts_of_characters_are_shown_with_their_bytes() -> None:

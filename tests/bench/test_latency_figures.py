@@ -33,6 +33,7 @@ def written(token_id: int) -> Token:
         signals=signals(token_id),
         escalation=None,
         checked=True,
+        unchecked_reason=None,
         time_s=0.0,
     )
 

@@ -16,7 +16,10 @@ from mlxroute.cli import main
 from mlxroute.cli.bench_report import write_report
 from mlxroute.cli.commands.calibrate import report_object as calibrate_report
 from mlxroute.cli.json_lines import event_object, write_object
+from mlxroute.errors import LargeUnsendable
 from mlxroute.types import Provisional, Retracted, Signals, Source
+from tests.support.documents import record_answer
+from tests.support.fakes import ScriptedLarge, ScriptedSmall
 from tests.support.loopback import Loopback, Reply
 from tests.support.negotiated import honest
 from tests.support.scripted_calls import legacy
@@ -133,6 +136,14 @@ def test_provisional_and_retracted_tokens_have_these_keys() -> None:
         "source": "small",
     }
     assert event_object(Retracted(3)) == {"type": "retracted", "index": 3}
+
+
+def test_a_token_whose_call_was_not_made_has_the_reason_as_its_failure() -> None:
+    small = ScriptedSmall(b"ab", entropies={0: 2.0})
+    answer = record_answer(small, ScriptedLarge([LargeUnsendable("too long")]))
+    unchecked, checked, *_ = map(event_object, answer)
+    assert (unchecked["checked"], unchecked["failure"]) == (False, "too long")
+    assert (checked["checked"], checked["failure"]) == (True, None)
 
 
 def test_infinities_and_nan_become_strings_at_any_depth() -> None:

@@ -66,6 +66,7 @@ def token(
         signals=signals,
         escalation=None,
         checked=True,
+        unchecked_reason=None,
         time_s=0.0,
     )
 

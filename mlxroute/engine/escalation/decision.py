@@ -15,6 +15,8 @@ from mlxroute.engine.transcript import Transcript
 from mlxroute.errors import LargeError, LargeRefused, LargeUnsendable
 from mlxroute.types import Escalation, Judgement, LargeToken, Signals, Source, Vocabulary
 
+_NO_LARGE = "no call was made: the answer has no large model"
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -51,6 +53,15 @@ class Decision:
     def withheld(self) -> bool:
         """Whether a never-send pattern kept the position local."""
         return self.escalation is not None and self.escalation.withheld
+
+    @property
+    def unchecked_reason(self) -> str | None:
+        """Why the position was to be escalated and is unchecked; None if it is checked."""
+        if self.checked:
+            return None
+        if self.error is not None:
+            return str(self.error)
+        return _NO_LARGE if self.escalation is None else self.escalation.failure
 
     @property
     def large_ids(self) -> tuple[int, ...]:
