@@ -11,7 +11,8 @@ from mlxroute.errors import ConfigError
 from mlxroute.untrusted_text import TextFile
 from mlxroute.user_folders import expand_user
 
-_SHORTEST_KEY = 16
+SHORTEST_KEY = 16
+"""The least number of characters of a client's key."""
 
 
 def read_client_keys(settings: Settings, environ: Mapping[str, str]) -> tuple[Secret, ...]:
@@ -30,9 +31,9 @@ def read_client_keys(settings: Settings, environ: Mapping[str, str]) -> tuple[Se
     if settings.client_key_file is not None:
         keys += _read_file(expand_user(settings.client_key_file))
     for key in keys:
-        if len(key) < _SHORTEST_KEY:
+        if len(key) < SHORTEST_KEY:
             raise ConfigError(
-                f"a key of clients has fewer than {_SHORTEST_KEY} characters; `openssl rand -hex"
+                f"a key of clients has fewer than {SHORTEST_KEY} characters; `openssl rand -hex"
                 " 24` prints a good one"
             )
     return tuple(map(Secret, keys))

@@ -13,6 +13,7 @@ from typing import Final
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from mlxroute.config.client_keys import SHORTEST_KEY
 from mlxroute.errors import UsageError
 from mlxroute.safe_text import printable_line
 from mlxroute.serving.http.api_error import ApiError
@@ -42,11 +43,13 @@ class AccessRules:
 
     Args:
         host: The address that it listens on. 127.0.0.1 by default.
-        keys: The keys of its clients. None (default): every client on this machine.
+        keys: The keys of its clients, each of at least 16 characters. None by default: every client
+            on this machine may use it.
         allowed_hosts: Further names by which clients may call it, on any port. None by default.
         allowed_origins: Origins of web pages that may call it; "*" for all. None by default.
 
-    Raises UsageError for a name or an origin that no request can have.
+    Raises UsageError for a key that is too short, for a name or an origin that no request can have,
+    and for one text in place of several.
     """
 
     host: str = "127.0.0.1"
@@ -55,7 +58,18 @@ class AccessRules:
     allowed_origins: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        """Bring names and origins into the form in which requests have them."""
+        """Check the keys; bring names and origins into the form in which requests have them."""
+        for name in ("keys", "allowed_hosts", "allowed_origins"):
+            # Each of its characters would be a key or a name.
+            if isinstance(getattr(self, name), str):
+                raise UsageError(f"{name} must be a list of texts, not one text", parameter=name)
+        object.__setattr__(self, "keys", tuple(self.keys))
+        if any(len(key) < SHORTEST_KEY for key in self.keys):
+            raise UsageError(
+                f"keys has a key of fewer than {SHORTEST_KEY} characters; `openssl rand -hex 24`"
+                " prints a good one",
+                parameter="keys",
+            )
         object.__setattr__(self, "allowed_hosts", tuple(map(_allowed_host, self.allowed_hosts)))
         origins = tuple(map(_allowed_origin, self.allowed_origins))
         object.__setattr__(self, "allowed_origins", origins)

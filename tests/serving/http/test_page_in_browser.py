@@ -385,7 +385,7 @@ def test_heat_and_a_narrow_screen(browser: Any, address: str) -> None:
 
 def test_a_key_is_asked_for_and_kept_in_the_page_alone(browser: Any, small: SmallModel) -> None:
     with (
-        serving(small, keys=("sesame",)) as address,
+        serving(small, keys=("sesame-0123456789",)) as address,
         opened(browser, address, is_quiet=False) as chat,
     ):
         page = chat.page
@@ -394,7 +394,7 @@ def test_a_key_is_asked_for_and_kept_in_the_page_alone(browser: Any, small: Smal
         page.fill("#key", "wrong")
         page.press("#key", "Enter")
         page.wait_for_selector("#notice:has-text('does not accept this key')")
-        page.fill("#key", "sesame")
+        page.fill("#key", "sesame-0123456789")
         page.press("#key", "Enter")
         page.wait_for_selector("#send:enabled")
         assert not page.is_visible("#key")

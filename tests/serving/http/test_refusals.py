@@ -194,6 +194,22 @@ def test_an_allowed_page_gets_its_headers(small: SmallModel) -> None:
         assert reply.headers["access-control-allow-origin"] == "https://page.example"
 
 
+@pytest.mark.parametrize("keys", [[""], [_KEY, "short"], _KEY])
+def test_a_key_that_anybody_could_guess_is_refused_at_the_start(keys: Any) -> None:
+    with pytest.raises(UsageError, match="keys") as raised:
+        AccessRules(keys=keys)
+    assert raised.value.parameter == "keys"
+
+
+@pytest.mark.parametrize(
+    ("parameter", "text"), [("allowed_hosts", "mymac"), ("allowed_origins", "*")]
+)
+def test_one_text_is_no_list_of_names(parameter: str, text: str) -> None:
+    with pytest.raises(UsageError, match="must be a list of texts") as raised:
+        AccessRules(**{parameter: text})
+    assert raised.value.parameter == parameter
+
+
 def test_keys(small: SmallModel) -> None:
     rules = AccessRules(keys=(_KEY, _OTHER_KEY))
     with running(make_session(small), rules=rules) as client:
