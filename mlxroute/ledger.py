@@ -54,8 +54,10 @@ class Ledger(Closeable):
         UsageError: The file cannot be opened.
     """
 
-    def __init__(self, path: Path | None = None, *, now: Callable[[], datetime] = _now) -> None:
-        self._path = path
+    def __init__(
+        self, path: Path | str | None = None, *, now: Callable[[], datetime] = _now
+    ) -> None:
+        self._path = path = None if path is None else Path(path)
         self._now = now
         self._lock = threading.Lock()
         self._secrets: list[str] = []

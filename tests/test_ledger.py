@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from collections.abc import Iterator
@@ -234,10 +235,24 @@ def test_a_cost_has_a_separate_price_for_cached_tokens() -> None:
     assert prices.cost(uploads) == pytest.approx(0.8 + 0.3 + 2.0)
 
 
+@pytest.mark.parametrize("price", [-1, math.inf, "2"])
+def test_a_price_that_cannot_be_is_refused(price: Any) -> None:
+    with pytest.raises(UsageError, match=r"^cached_input must be .* per million tokens") as raised:
+        Prices(input=2.0, cached_input=price, output=8.0)
+    assert raised.value.parameter == "cached_input"
+
+
 @given(st.lists(st.tuples(*[st.integers(0, 10**9)] * 5), min_size=2, max_size=2))
 def test_uploads_can_be_added_and_subtracted(counts: list[tuple[int, ...]]) -> None:
     before, more = (Uploads(*totals) for totals in counts)
     assert (before + more) - before == more
+
+
+def test_the_path_of_the_file_may_be_a_text(tmp_path: Path) -> None:
+    path = tmp_path / "sent.jsonl"
+    with Ledger(str(path)) as ledger:
+        ledger.record_request(URL, b"{}")
+    assert [line["body"] for line in lines(path)] == [{}]
 
 
 def test_a_pipe_without_a_reader_is_refused_at_once(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlxroute.errors import CatalogError
+from mlxroute.errors import CatalogError, UsageError
 from mlxroute.types import Prices
 from mlxroute.types.limits import shown_value
 from mlxroute.untrusted_text import MalformedText, TextFile, parse_toml
@@ -226,14 +226,10 @@ def _parse_prices(value: object, *, where: str) -> Prices:
     entry = dict(_table(value, where=where))
     if "input" in entry:
         entry.setdefault("cached_input", entry["input"])
-    prices = _build(Prices, entry, where=where)
-    if not all(
-        0 <= amount < math.inf for amount in (prices.input, prices.cached_input, prices.output)
-    ):
-        raise CatalogError(
-            f"{where}: a price must be a finite number of at least 0, per million tokens"
-        )
-    return prices
+    try:
+        return _build(Prices, entry, where=where)
+    except UsageError as exc:
+        raise CatalogError(f"{where}: {exc}") from exc
 
 
 def _parse_pair(entry: Mapping[str, Any], *, where: str) -> Pair:

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import cast
 
 from mlxroute.engine.commits import Commits
 from mlxroute.engine.escalation.calls import AnswerCalls
@@ -17,7 +18,7 @@ from mlxroute.engine.governor import Governor
 from mlxroute.engine.modes.ahead_loop import AheadLoop
 from mlxroute.engine.modes.decode_context import DecodeContext
 from mlxroute.engine.modes.wait_loop import wait_loop
-from mlxroute.engine.options import Options, parse_mode
+from mlxroute.engine.options import Options
 from mlxroute.engine.protocols import (
     BatchingProtocol,
     LargeProtocol,
@@ -283,7 +284,7 @@ def generate(  # noqa: PLR0913 - the options of the command line, by the same na
     *,
     router: RouterProtocol,
     max_tokens: int = 512,
-    stop: Sequence[str] = (),
+    stop: Sequence[str] | str = (),
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
@@ -310,7 +311,7 @@ def generate(  # noqa: PLR0913 - the options of the command line, by the same na
         messages: The conversation, or the text of one user message.
         router: Scores each position, and decides by a threshold or a budget.
         max_tokens: Greatest length of the answer, in tokens; 512 by default.
-        stop: Texts before which the answer ends; none by default.
+        stop: Texts, or one text, before which the answer ends; none by default.
         temperature: Temperature of the small model's own tokens; below 0.001 they are greedy. 0 by
             default.
         top_p: Nucleus sampling of the small model's own tokens, above 0 and at most 1, the default;
@@ -338,22 +339,23 @@ def generate(  # noqa: PLR0913 - the options of the command line, by the same na
             nothing is, and `stats().failures` has them all.
 
     Raises:
-        UsageError: The prompt is empty, or a value is out of range.
+        UsageError: The prompt is empty, or a value is out of range or of another form.
         ContextTooLong: The prompt does not fit in the small model's context.
     """
     if isinstance(messages, str):
         if not messages.strip():
             raise UsageError("the prompt is empty")
         messages = [{"role": "user", "content": messages}]
+    # Options checks these values, and brings stop, never_send and mode into its own form.
     options = Options(
         max_tokens=max_tokens,
-        stop=tuple(stop),
+        stop=cast(tuple[str, ...], stop),
         sampling=Sampling(temperature=temperature, top_p=top_p, seed=seed),
         timeout_s=timeout_s,
         strict=strict,
-        never_send=tuple(never_send),
+        never_send=cast(tuple[re.Pattern[str], ...], never_send),
         prices=prices,
-        mode=parse_mode(mode),
+        mode=cast(Mode, mode),
         prefetch=prefetch,
         call_ceiling=call_ceiling,
         accept_within=accept_within,

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from mlxroute.errors import UsageError
 from mlxroute.types import Mode, Prices, Sampling
-from mlxroute.types.limits import check_number
+from mlxroute.types.limits import check_number, shown_value
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """The options of one answer; see `generate` for their meaning.
 
-    Raises UsageError, with the parameter's name, for a value out of range.
+    Raises UsageError, with the parameter's name, for a value out of range or of another form. One
+    text is one stop text, and a mode may be given by its name.
     """
 
     max_tokens: int = 512
@@ -40,6 +42,33 @@ class Options:
                 check_number(name, getattr(self, name))
         if self.sampling.seed is not None:
             check_number("seed", self.sampling.seed)
+        object.__setattr__(self, "stop", _stop_texts(self.stop))
+        object.__setattr__(self, "never_send", _patterns(self.never_send))
+        object.__setattr__(self, "mode", parse_mode(self.mode))
+
+
+def _stop_texts(value: object) -> tuple[str, ...]:
+    """Return stop texts as a tuple. Raises UsageError."""
+    texts = (value,) if isinstance(value, str) else value
+    if isinstance(texts, Iterable):
+        texts = tuple(texts)
+        if all(isinstance(text, str) for text in texts):
+            return texts
+    raise UsageError(
+        f"stop must be a text or a list of texts, not {shown_value(value)}", parameter="stop"
+    )
+
+
+def _patterns(value: object) -> tuple[re.Pattern[str], ...]:
+    """Return never-send patterns as a tuple. Raises UsageError, which does not show them."""
+    if isinstance(value, Iterable):
+        patterns = tuple(value)
+        if all(isinstance(item, re.Pattern) and isinstance(item.pattern, str) for item in patterns):
+            return patterns
+    raise UsageError(
+        'never_send must be a list of compiled patterns, such as [re.compile("...")]',
+        parameter="never_send",
+    )
 
 
 def parse_mode(name: str) -> Mode:

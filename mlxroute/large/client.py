@@ -87,9 +87,9 @@ class LargeModel(Closeable):
         timeout_s: float = 30.0,
         connect_timeout_s: float = 5.0,
         top_logprobs: int = 5,
-        ca_bundle: Path | None = None,
+        ca_bundle: Path | str | None = None,
         ledger: Ledger | None = None,
-        verdicts: Path | None = None,
+        verdicts: Path | str | None = None,
         find_tokenizer: Callable[[str], Tokenizer | None] = lambda name: None,
     ) -> None:
         check_number("timeout_s", timeout_s, limits="timeout")

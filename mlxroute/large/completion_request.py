@@ -31,6 +31,7 @@ from mlxroute.large.vocabulary.truncation_guard import TruncationGuard
 from mlxroute.ledger import Ledger
 from mlxroute.safe_text import printable_line
 from mlxroute.types import LargeContext
+from mlxroute.types.limits import check_number
 
 # The longest tokens of real vocabularies are runs of some hundred spaces or dashes.
 _MAX_TOKEN_CHARACTERS: Final = 1000
@@ -138,6 +139,7 @@ class CompletionRequester:
         self._transport = transport
         self._ledger = ledger
         self._base_url = base_url
+        check_number("top_logprobs", top_logprobs)
         self._top_logprobs = top_logprobs
         self._reader = reader
         self._cache_guard = MlxLmCacheGuard()

@@ -118,8 +118,8 @@ class SmallModel:
         cls,
         spec: str | Path,
         *,
-        adapter: Path | None = None,
-        cache_dir: Path | None = None,
+        adapter: Path | str | None = None,
+        cache_dir: Path | str | None = None,
         offline: bool = False,
         kernel: str = "auto",
         skip_memory_check: bool = False,
@@ -151,7 +151,8 @@ class SmallModel:
             UsageError: The adapter or the kernel cannot be used.
         """
         check_temporary_folder()
-        cache_dir = cache_dir or cache_folder()
+        adapter = None if adapter is None else Path(adapter)
+        cache_dir = Path(cache_dir or cache_folder())
         local = resolve(
             str(spec),
             catalog=Catalog.load(user_catalog_dir()),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlxroute.types.decoding import Message, Vocabulary
+from mlxroute.types.limits import check_number
 from mlxroute.types.prompt_text import PromptText
 
 
@@ -190,11 +191,17 @@ class Prices:
         input: Price of prompt tokens.
         cached_input: Price of prompt tokens from the server's cache.
         output: Price of generated tokens.
+
+    Raises UsageError, with the parameter's name, for a price below 0 or one that is not finite.
     """
 
     input: float
     cached_input: float
     output: float
+
+    def __post_init__(self) -> None:
+        for name in ("input", "cached_input", "output"):
+            check_number(name, getattr(self, name), limits=f"price_{name}")
 
     def cost(self, uploads: Uploads) -> float:
         """Return the estimated cost of some uploads, in the same currency."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -332,11 +333,28 @@ def test_one_token_has_no_speed() -> None:
         *({"accept_within": -1.0}, {"accept_within": math.inf}, {"call_ceiling": math.nan}),
         *({"max_tokens": 1.5}, {"max_tokens": True}, {"seed": 0.5}, {"prefetch": 10**5000}),
         *({"temperature": "hot"}, {"temperature": None}, {"temperature": math.inf}),
+        *({"stop": None}, {"stop": [5]}, {"never_send": None}, {"never_send": re.compile("x")}),
+        *({"never_send": "secret"}, {"never_send": ["secret"]}, {"never_send": [re.compile(b"x")]}),
     ],
 )
 def test_values_out_of_range_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(UsageError, match=r"^[a-z_]+ must be "):
         generate(ScriptedSmall(b"a"), None, "hi", router=EntropyRouter(1.0), **options)  # type: ignore[arg-type]
+
+
+def test_one_stop_text_is_not_taken_for_its_characters() -> None:
+    small = ScriptedSmall(b"DEN END.")
+    answer = generate(small, None, "hi", router=EntropyRouter(9.0), stop="END")
+    assert text_of(list(answer)) == "DEN "
+
+
+def test_options_are_brought_into_the_form_that_the_engine_compares() -> None:
+    patterns = [re.compile("x")]
+    options = Options(stop="END", mode="wait", never_send=patterns)  # type: ignore[arg-type]
+    assert (options.stop, options.never_send) == (("END",), tuple(patterns))
+    assert options.mode is Mode.WAIT
+    with pytest.raises(UsageError, match="unknown mode 'fast'"):
+        Options(mode="fast")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mode", [Mode.WAIT, Mode.OVERLAP])

@@ -45,6 +45,26 @@ def test_connect_names_the_model_and_the_dialect() -> None:
         assert (large.base_url, large.model_name) == (server.url, "big-7b")
 
 
+@pytest.mark.parametrize(
+    ("parameter", "value"),
+    [("model", 5), ("ledger", "sent.jsonl"), ("top_logprobs", -1), ("top_logprobs", 2.5)],
+)
+def test_an_argument_of_the_wrong_form_is_named(parameter: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"^{parameter} must be ") as caught:
+        LargeModel("http://127.0.0.1:1/v1", **{parameter: value})
+    assert caught.value.parameter == parameter
+
+
+def test_the_file_of_verdicts_may_be_named_by_a_text(tmp_path: Path) -> None:
+    path = tmp_path / "verdicts.json"
+    with (
+        Loopback(FamilyServer("mlx_lm")) as server,
+        LargeModel(server.url, verdicts=str(path)) as large,
+    ):
+        large.connect()
+    assert path.exists()
+
+
 def test_connecting_again_sends_nothing() -> None:
     with Loopback(FamilyServer("mlx_lm")) as server, LargeModel(server.url) as large:
         line, count = large.connect(), len(server.requests)

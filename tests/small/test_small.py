@@ -433,6 +433,8 @@ def test_a_lora_adapter_changes_the_answer_as_its_weights_say(path: Path, tmp_pa
 def test_an_adapter_that_is_not_there_is_one_clear_error(path: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"the adapter .*nowhere"):
         load(path, adapter=tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=r"the adapter .*nowhere"):
+        SmallModel.load(path, adapter=str(tmp_path / "nowhere"), cache_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize("config", [{"peft_type": "LORA", "r": 8}, [], {"num_layers": "x"}])

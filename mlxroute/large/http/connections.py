@@ -256,8 +256,9 @@ def _shut_down(sock: socket.socket) -> None:
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
-def check_ca_bundle(path: Path) -> str:
+def check_ca_bundle(path: Path | str) -> str:
     """Return the path of a file of PEM certificates. Raises UsageError if it holds none."""
+    path = Path(path)
     # Reading a pipe or a device might never end.
     if path.exists() and not path.is_file():
         raise UsageError(f"ca_bundle {path} is not a file", parameter="ca_bundle")

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from mlxroute.errors import LargeUnavailable
+from mlxroute.errors import LargeUnavailable, UsageError
 from mlxroute.large.http import retry
 from mlxroute.large.http.address import Address
 from mlxroute.large.http.connections import Auth, HttpSessionPool, check_ca_bundle
@@ -18,6 +18,7 @@ from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.exchange import Endpoint, Exchange, HttpReply
 from mlxroute.large.http.stream_listener import StreamListener
 from mlxroute.ledger import Ledger
+from mlxroute.types.limits import shown_value
 
 # Exchanges whose threads may outlive their calls: a name lookup or a proxy can block a thread.
 MAX_HANGING: Final = 4
@@ -39,7 +40,7 @@ class Transport:
         *,
         api_key: str | None = None,
         connect_timeout_s: float = 5.0,
-        ca_bundle: Path | None = None,
+        ca_bundle: Path | str | None = None,
         ledger: Ledger | None = None,
         sleep: Callable[[float], None] | None = None,
         random: Callable[[], float] = random.random,
@@ -49,6 +50,11 @@ class Transport:
         self._sleep = sleep
         self._random = random
         ledger = Ledger() if ledger is None else ledger
+        if not isinstance(ledger, Ledger):
+            raise UsageError(
+                f"ledger must be a Ledger, such as Ledger(path), not {shown_value(ledger)}",
+                parameter="ledger",
+            )
         ledger.add_secret(api_key)
         if address.userinfo is not None:
             user, password = address.userinfo

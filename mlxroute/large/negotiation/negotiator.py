@@ -66,7 +66,7 @@ class Negotiator:
         *,
         base_url: str,
         model: str | None,
-        verdicts: Path | None,
+        verdicts: Path | str | None,
         find_tokenizer: Callable[[str], Tokenizer | None],
         reader: TokenReader,
     ) -> None:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Final
 
-from mlxroute.errors import LargeProtocolError, LargeRefused
+from mlxroute.errors import LargeProtocolError, LargeRefused, UsageError
 from mlxroute.large.dialects import Dialect
 from mlxroute.large.dialects.json_fields import as_array, parse_object
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.safe_text import printable_line
+from mlxroute.types.limits import shown_value
 
 if TYPE_CHECKING:
     from mlxroute.large.http.transport import Transport
@@ -36,6 +37,14 @@ class ModelName:
 
     given: str | None
     listed: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for a name that is no text."""
+        if self.given is not None and not isinstance(self.given, str):
+            raise UsageError(
+                f"model must be the name of a model, not {shown_value(self.given)}",
+                parameter="model",
+            )
 
     @property
     def known(self) -> str | None:

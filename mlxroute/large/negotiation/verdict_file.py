@@ -99,8 +99,8 @@ class Verdict:
 class VerdictFile:
     """A JSON file with one verdict per endpoint and model. A damaged entry counts as missing."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path | str) -> None:
+        self._path = Path(path)
 
     def load(self, base_url: str, model: str | None) -> Verdict | None:
         """Return the verdict for an endpoint; None if there is none. `model` is as in `save`."""

@@ -27,6 +27,7 @@ from mlxroute.serving.http.serving_session import ServingSession
 from mlxroute.serving.requests import AnswerRequest, QueueFull
 from mlxroute.serving.scheduler import DEFAULT_CACHE_BYTES, AnswerScheduler
 from mlxroute.types import Message, Notify, RunStats, no_notice
+from mlxroute.types.limits import shown_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +51,18 @@ class ServingLimits:
     tools: ToolPolicyName = ToolPolicyName.REFUSE
 
     def __post_init__(self) -> None:
-        """Raise UsageError for a value out of range."""
+        """Raise UsageError for a value out of range; `tools` may be given by its name."""
         for name, low in (("max_running", 1), ("max_queued", 0), ("cache_bytes", 0)):
             if getattr(self, name) < low:
                 parameter = "cache_memory" if name == "cache_bytes" else name
                 raise UsageError(f"{parameter} must be at least {low}", parameter=parameter)
+        try:
+            object.__setattr__(self, "tools", ToolPolicyName(self.tools))
+        except ValueError as exc:
+            known = ", ".join(ToolPolicyName)
+            raise UsageError(
+                f"tools must be one of {known}, not {shown_value(self.tools)}", parameter="tools"
+            ) from exc
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ def test_a_private_authority_is_trusted_if_named_and_its_connection_reused(
 ) -> None:
     with (
         Loopback(answer, tls=authority.server()) as server,
-        negotiated(LargeModel(server.url, model="m", ca_bundle=authority.bundle)) as large,
+        negotiated(LargeModel(server.url, model="m", ca_bundle=str(authority.bundle))) as large,
     ):
         for _ in range(5):
             assert large.next_token(context("x", VOCABULARY)).text == "a"

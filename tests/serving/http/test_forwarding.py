@@ -18,6 +18,7 @@ from starlette.testclient import TestClient
 
 from mlxroute.config.setting_choices import ToolPolicyName
 from mlxroute.engine.escalation.never_send import NeverSend
+from mlxroute.errors import UsageError
 from mlxroute.large import LargeModel
 from mlxroute.large.http.circuit_breaker import FAILURES
 from mlxroute.large.whole_chat import WholeChat
@@ -67,6 +68,14 @@ def client(small: SmallModel, server: Loopback) -> Iterator[TestClient]:
         options = replace(session.options, never_send=tuple(map(re.compile, _PATTERNS)))
         with running(replace(session, options=options), limits=_LIMITS) as client:
             yield client
+
+
+def test_the_limit_of_tools_may_be_a_name() -> None:
+    limits = ServingLimits(tools="large")  # type: ignore[arg-type]
+    assert limits.tools is ToolPolicyName.LARGE
+    with pytest.raises(UsageError, match="must be one of refuse, large, not 'all'") as raised:
+        ServingLimits(tools="all")  # type: ignore[arg-type]
+    assert raised.value.parameter == "tools"
 
 
 @pytest.fixture
