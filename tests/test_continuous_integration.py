@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ import pytest
 _ROOT = Path(__file__).parents[1]
 _WORKFLOW = _ROOT / ".github" / "workflows" / "ci.yml"
 _RESULTS = _ROOT / "bench" / "results"
+
+
+def test_the_source_distribution_has_the_files_that_these_tests_read() -> None:
+    project = tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    included = project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    assert {"tests", ".ci", ".github", "bench"} <= set(included)
 
 
 def check(kernels: dict[str, Any], speed: dict[str, Any], folder: Path) -> tuple[int, str]:
