@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from mlxroute.errors import UsageError
 from mlxroute.types import Signals
 
 
@@ -65,8 +66,15 @@ def logu(signals: Signals, position: int) -> float:
 
 
 def head(signals: Signals, position: int) -> float:
-    """Return a learned head's score; NaN without a head."""
-    return math.nan if signals.head_score is None else signals.head_score
+    """Return a learned head's score. Raises UsageError without a head."""
+    if signals.head_score is None:
+        # As NaN it would escalate every position.
+        raise UsageError(
+            "the router `head` needs a learned head, and the small model has none; load one with"
+            " small.load_head(Path(FILE))",
+            parameter="router",
+        )
+    return signals.head_score
 
 
 def chance(signals: Signals, position: int) -> float:

@@ -20,7 +20,7 @@ from mlxroute.errors import (
     LargeUnreachable,
     UsageError,
 )
-from mlxroute.routers import EntropyRouter
+from mlxroute.routers import EntropyRouter, make_router
 from mlxroute.types import LargeToken, Mode, Source, StopReason, Token
 from tests.support.fakes import (
     EOS,
@@ -340,6 +340,14 @@ def test_one_token_has_no_speed() -> None:
 def test_values_out_of_range_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(UsageError, match=r"^[a-z_]+ must be "):
         generate(ScriptedSmall(b"a"), None, "hi", router=EntropyRouter(1.0), **options)  # type: ignore[arg-type]
+
+
+def test_a_router_of_a_head_that_is_not_loaded_makes_no_calls() -> None:
+    large = ScriptedLarge([b"x"])
+    answer = generate(ScriptedSmall(b"a"), large, "hi", router=make_router("head", threshold=5.0))
+    with pytest.raises(UsageError, match="needs a learned head"):
+        list(answer)
+    assert large.contexts == []
 
 
 def test_one_stop_text_is_not_taken_for_its_characters() -> None:

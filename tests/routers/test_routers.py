@@ -258,8 +258,10 @@ def test_the_control_depends_on_the_position_alone() -> None:
     assert sum(value > 0.93 for value in values) / 4000 == pytest.approx(0.07, abs=0.015)
 
 
-def test_without_a_head_its_score_is_not_a_number() -> None:
-    assert math.isnan(SCORES["head"].function(row(1.0, 0.0), 0))
+def test_without_a_head_there_is_no_score_of_one() -> None:
+    with pytest.raises(UsageError, match="has none; load one with") as raised:
+        make_router("head", threshold=5.0).score(row(1.0, 0.0), 0)
+    assert raised.value.parameter == "router"
 
 
 @pytest.mark.parametrize(
