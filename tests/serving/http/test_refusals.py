@@ -79,6 +79,41 @@ def test_a_field_that_would_change_the_answer_is_named(
     assert error["param"] == param
 
 
+_SCHEMAS: dict[str, Any] = {
+    "guided_json": {"type": "object"},
+    "guided_regex": "a+",
+    "guided_choice": ["a", "b"],
+    "guided_grammar": 'root ::= "a"',
+    "structured_outputs": {"regex": "a+"},
+    "grammar": 'root ::= "a"',
+    "json_schema": {},
+    "regex": "a+",
+    "ebnf": 'root ::= "a"',
+    "response_format": {"type": "json_object"},
+    "tools": [{"type": "function"}],
+    "functions": [{"name": "f"}],
+    "tool_choice": "required",
+    "function_call": {"name": "f"},
+}
+
+
+@pytest.mark.parametrize("name", _SCHEMAS)
+def test_tools_and_schemas_are_refused_on_both_routes(client: TestClient, name: str) -> None:
+    field = {name: _SCHEMAS[name]}
+    for path, body in (("chat/completions", chat(**field)), ("completions", {"prompt": "a"})):
+        error = error_of(client.post(f"/v1/{path}", json=body | field), 400)
+        assert (error["param"], error["code"]) == (name, "unsupported_value")
+
+
+def test_tools_and_schemas_that_ask_for_nothing_are_accepted(client: TestClient) -> None:
+    empty = {"tools": [], "tool_choice": "auto", "function_call": "none", "grammar": ""}
+    neutral = {**dict.fromkeys(_SCHEMAS), **empty, "max_tokens": 1}
+    for path, body in (("chat/completions", chat()), ("completions", {"prompt": "a"})):
+        reply = client.post(f"/v1/{path}", json=body | neutral)
+        assert reply.status_code == 200
+        assert reply.json()["mlxroute"].get("ignored", []) == []
+
+
 @pytest.mark.parametrize(
     "prompt",
     [

@@ -9,6 +9,9 @@ from mlxroute.serving.http.api_error import ApiError, wrong
 from mlxroute.serving.http.model_names import ModelNames
 from mlxroute.serving.http.parsing.common_fields import (
     MAX_TOP_LOGPROBS,
+    SCHEMA_FIELDS,
+    TOOL_CHOICE_FIELDS,
+    TOOL_FIELDS,
     AnswerFields,
     read_common,
     with_ignored,
@@ -104,10 +107,10 @@ def _usual_part(part: Any) -> Any:
 
 
 def _check_tools(fields: Fields) -> None:
-    for name in ("tools", "functions"):
+    for name in TOOL_FIELDS:
         if fields.take(name) not in (None, []):
             raise ToolsNeeded(name)
-    for name in ("tool_choice", "function_call"):
+    for name in TOOL_CHOICE_FIELDS:
         if fields.take(name) not in (None, "none", "auto"):
             raise ToolsNeeded(name)
     form = fields.take("response_format")
@@ -115,8 +118,8 @@ def _check_tools(fields: Fields) -> None:
         raise wrong("response_format", "response_format must be an object")
     if form and form.get("type", "text") != "text":
         raise ToolsNeeded("response_format")
-    for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar"):
-        if fields.take(name) is not None:
+    for name in SCHEMA_FIELDS:
+        if fields.take(name) not in (None, ""):
             raise ToolsNeeded(name)
 
 

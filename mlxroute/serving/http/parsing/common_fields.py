@@ -15,6 +15,13 @@ from mlxroute.serving.http.serving_session import ServingSession
 from mlxroute.types import Mode, Sampling
 
 MAX_TOP_LOGPROBS: Final = 8
+TOOL_FIELDS: Final = ("tools", "functions")
+TOOL_CHOICE_FIELDS: Final = ("tool_choice", "function_call")
+SCHEMA_FIELDS: Final = (
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"),
+    *("grammar", "json_schema", "regex", "ebnf"),
+)
+"""By which servers take a schema, beside `response_format`: vLLM, llama.cpp and SGLang."""
 _MAX_STOPS: Final = 16
 _MAX_TOKENS: Final = 2**31
 _ROUTED_ONLY: Final = ("budget", "threshold", "mode")

@@ -9,6 +9,9 @@ from mlxroute.serving.http.api_error import wrong
 from mlxroute.serving.http.model_names import ModelNames
 from mlxroute.serving.http.parsing.common_fields import (
     MAX_TOP_LOGPROBS,
+    SCHEMA_FIELDS,
+    TOOL_CHOICE_FIELDS,
+    TOOL_FIELDS,
     AnswerFields,
     read_common,
     with_ignored,
@@ -49,9 +52,7 @@ def read_completion(
     fields = Fields(values)
     answer = read_common(fields, session, names)
     fields.refuse("suffix", neutral=("",), reason="text is not filled into the middle")
-    fields.refuse(
-        "response_format", neutral=({}, {"type": "text"}), reason="use /v1/chat/completions"
-    )
+    _refuse_tools(fields)
     prompts = tuple(_read_prompts(fields.take("prompt")))
     if answer.stream and len(prompts) > 1:
         raise wrong("prompt", "a stream has one prompt; send one request for each prompt")
@@ -67,6 +68,18 @@ def read_completion(
         top_logprobs=top,
         writes_nothing=writes_nothing,
     )
+
+
+def _refuse_tools(fields: Fields) -> None:
+    """Raise for tools and for a schema, which only chat completions can have."""
+    neutral: dict[str, tuple[Any, ...]] = {
+        **dict.fromkeys(TOOL_FIELDS, ([],)),
+        **dict.fromkeys(TOOL_CHOICE_FIELDS, ("none", "auto")),
+        **dict.fromkeys(SCHEMA_FIELDS, ("",)),
+        "response_format": ({}, {"type": "text"}),
+    }
+    for name, values in neutral.items():
+        fields.refuse(name, neutral=values, reason="use /v1/chat/completions")
 
 
 def _read_logprobs(fields: Fields) -> int | None:
