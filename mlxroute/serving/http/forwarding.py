@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from mlxroute.config.setting_choices import ToolPolicyName
 from mlxroute.engine.escalation.never_send import NeverSend
-from mlxroute.errors import LargeRefused, LargeUnavailable, LargeUnrecorded
+from mlxroute.errors import LargeError, LargeRefused
 from mlxroute.large.dialects.json_fields import Counts, json_items, usage_counts
 from mlxroute.serving.http.answer_endpoint import AnswerEndpoint
 from mlxroute.serving.http.api_error import ApiError, log_failure, to_api_error, wrong
@@ -211,7 +211,7 @@ class _ForwardedChat:
 
 def _to_api_error(exc: Exception) -> ApiError:
     """Return what is replied for a failed request; a refusal of the server keeps its status."""
-    is_free = isinstance(exc, LargeUnavailable | LargeUnrecorded)
+    is_free = isinstance(exc, LargeError) and not exc.was_called
     error: Exception = exc
     if isinstance(exc, LargeRefused):
         is_free = exc.status == HTTPStatus.TOO_MANY_REQUESTS

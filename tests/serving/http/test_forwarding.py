@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 
 from mlxroute.config.setting_choices import ToolPolicyName
 from mlxroute.engine.escalation.never_send import NeverSend
-from mlxroute.errors import UsageError
+from mlxroute.errors import LargeUnsendable, UsageError
 from mlxroute.large import LargeModel
 from mlxroute.large.http.circuit_breaker import FAILURES
 from mlxroute.large.whole_chat import WholeChat
@@ -434,6 +434,18 @@ def test_a_request_that_was_not_sent_may_be_repeated(client: TestClient, server:
     assert "paused" in response.json()["error"]["message"]
     assert "x-should-retry" not in response.headers
     assert len(server.requests) == 1
+
+
+def test_a_request_that_cannot_be_sent_has_cost_no_call(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(call: WholeChat, body: Any) -> Any:
+        raise LargeUnsendable("too long")
+
+    monkeypatch.setattr(WholeChat, "ask", refuse)
+    response = post(client, tools=_TOOLS)
+    assert response.status_code == 502
+    assert "x-should-retry" not in response.headers
 
 
 @pytest.mark.parametrize("status", [402, 403])
