@@ -365,7 +365,7 @@ class LargeModel(Closeable):
                     answer.completion,
                     uploaded_bytes=uploaded_bytes,
                 )
-            if plan.is_last(answer):
+            if self._planner.is_last(plan, answer, pairing.negotiated):
                 break
         raise LargeProtocolError(f"{self.base_url} gave no whole character for this position")
 

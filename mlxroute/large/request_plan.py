@@ -23,13 +23,12 @@ class RequestPlan:
     read: ReadReply
     streamed: bool = False
 
-    def is_last(self, answer: CompletionAnswer) -> bool:
-        """Return whether a longer request is useless, because the answer ends in this reply."""
-        return self.read is read_first_token and answer.completion.ends
-
 
 class RequestPlanner:
-    """Plans the requests for a position, without the kinds that failed under the same dialect."""
+    """Plans the requests for a position, without the kinds that failed under the same dialect.
+
+    A server whose reply could not be divided into tokens is asked for single tokens.
+    """
 
     def __init__(self) -> None:
         self._single_only: NegotiatedDialect | None = None
@@ -45,6 +44,18 @@ class RequestPlanner:
         """Plan no more streams for a server that failed to stream."""
         self._unstreamed = negotiated
 
+    def is_last(
+        self, plan: RequestPlan, answer: CompletionAnswer, negotiated: NegotiatedDialect
+    ) -> bool:
+        """Record a reply that gave no token; return whether a longer request would give none."""
+        if plan.read is read_first_token:
+            return answer.completion.ends
+        first = answer.positions[0].token
+        # A part of a character has no text of its own, and shows nothing of other replies.
+        if first.text or first.data or first.piece:
+            self._single_only = negotiated
+        return False
+
     def plans(self, negotiated: NegotiatedDialect, *, prefetch: int) -> Iterator[RequestPlan]:
         """Yield plans in order; each is for the case that the one before gave no token."""
         # Asked by example, the model may go on differently once a token is part of the answer.
@@ -55,7 +66,5 @@ class RequestPlanner:
             # A failed stream has disabled streaming; an unreadable one would be unreadable again.
             if not self.can_stream(negotiated):
                 yield RequestPlan(prefetch + 1, read_all_tokens)
-            # A server whose reply could not be split into tokens is asked for single tokens.
-            self._single_only = negotiated
         for count in range(1, _MAX_TOKENS_PER_CHARACTER + 1):
             yield RequestPlan(count, read_first_token)

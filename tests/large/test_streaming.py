@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,12 +21,13 @@ from mlxroute.large.reply import Completion, CompletionAnswer, ReplyPosition, Re
 from mlxroute.large.vocabulary.bridge import Bridge
 from mlxroute.large.vocabulary.reply_reader import read_streamed_tokens as first_ones
 from mlxroute.large.vocabulary.token_reader import TokenReader
-from mlxroute.large.vocabulary.vocabulary_comparison import SAME
+from mlxroute.large.vocabulary.token_sources import FileTokenSource
+from mlxroute.large.vocabulary.vocabulary_comparison import SAME, VocabularyComparison
 from mlxroute.types import LargeToken
 from tests.support.loopback import Loopback, Reply, Request
 from tests.support.negotiated import negotiated
 from tests.support.scripted_calls import VOCABULARY
-from tests.support.vocabularies import context
+from tests.support.vocabularies import TableTokenizer, context
 
 LLAMA = LlamaServer()
 VLLM = VllmCompletions(by_id=False)
@@ -45,14 +47,21 @@ def event(value: dict[str, Any]) -> bytes:
 
 def llama(names: Sequence[str], *, stop: str = "limit", whole: bool = False) -> list[bytes]:
     """Return the parts that llama-server streams, or its whole reply."""
-    parts = []
-    for name in names:
-        data = VOCABULARY.token_bytes(VOCABULARY.id_of(name))
-        text, identity = data.decode(errors="ignore"), VOCABULARY.id_of(name)
-        named = {"id": identity, "token": text, "bytes": list(data), "logprob": -0.5}
-        part: dict[str, Any] = {"content": text, "tokens": [identity]}
+    parts, hidden, begun, text = [], [], b"", ""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for count, name in enumerate(names, start=1):
+        identity = VOCABULARY.id_of(name)
+        begun += VOCABULARY.token_bytes(identity)
+        text += decoder.decode(VOCABULARY.token_bytes(identity))
+        if decoder.getstate()[0]:
+            hidden.append(identity)
+            continue
+        # The token that completes a character is named with all of its bytes.
+        named = {"id": identity, "token": text, "bytes": list(begun), "logprob": -0.5}
+        part: dict[str, Any] = {"content": text, "tokens": [*(hidden if whole else []), identity]}
         part["completion_probabilities"] = [{**named, "top_logprobs": [named]}]
-        parts.append(part)
+        parts.append(part if whole else part | {"tokens_predicted": count})
+        hidden, begun, text = [], b"", ""
     last: dict[str, Any] = {
         "stop_type": stop,
         "tokens_evaluated": 7,
@@ -63,6 +72,7 @@ def llama(names: Sequence[str], *, stop: str = "limit", whole: bool = False) -> 
         joined: dict[str, Any] = {"content": "", "tokens": [], "completion_probabilities": []}
         for part in parts:
             joined = {key: joined[key] + part[key] for key in joined}
+        joined["tokens"] += hidden
         return [json.dumps(joined | last).encode()]
     return [*map(event, parts), event({"content": "", "tokens": [], **last})]
 
@@ -98,11 +108,14 @@ _SERVERS = pytest.mark.parametrize(
 )
 
 
-def model(server: Loopback, dialect: Dialect = LLAMA) -> LargeModel:
+def model(server: Loopback, dialect: Dialect = LLAMA, *, same: bool = True) -> LargeModel:
     large = negotiated(LargeModel(server.url, model="m"), dialect)
-    # Both vocabularies are the same one.
+    # Both vocabularies are the same one, or count as different.
+    comparison = SAME if same else VocabularyComparison(False)
     negotiator = large._negotiator._negotiator
-    negotiator.compare = lambda vocabulary, next_deadline: SAME  # type: ignore[method-assign]
+    negotiator.compare = lambda vocabulary, next_deadline: comparison  # type: ignore[method-assign]
+    if not same:
+        negotiator.tokens = FileTokenSource(TableTokenizer(VOCABULARY))
     return large
 
 
@@ -169,6 +182,41 @@ def test_a_stream_gives_the_tokens_of_the_whole_reply(
         for field in fields(LargeToken):
             if field.name != "latency_s":
                 assert getattr(streamed, field.name) == getattr(unstreamed, field.name), field.name
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_streamed_character_of_several_tokens_keeps_the_ids_of_all(
+    server: Loopback, same: bool
+) -> None:
+    rest = ["a", "Ã", "©", "b", "b", "<|im_end|>"]
+
+    def answer(request: Request) -> Reply:
+        names = rest[: request.json["n_predict"]]
+        streamed = "stream" in request.json
+        parts = llama(names, stop="eos" if "<|im_end|>" in names else "limit", whole=not streamed)
+        return Reply(chunks=tuple(parts)) if streamed else Reply(parts[0])
+
+    server.answer = answer
+    written: list[LargeToken] = []
+    with model(server, same=same) as large:
+        while rest:
+            tokens = until(large, read_streamed_tokens(large, prefetch=6), 0)
+            written += tokens
+            del rest[: sum(len(token.large_ids) for token in tokens)]
+            assert large.can_stream
+    ids = [VOCABULARY.id_of(name) for name in ("a", "Ã", "©", "b", "b", "<|im_end|>")]
+    assert [i for token in written for i in token.large_ids] == ids
+    assert "".join(token.text for token in written) == ("abb" if same else "aébb")
+    # The tokens after the character are streamed again.
+    assert server.requests[-1].json.get("stream")
+
+
+def test_tokens_of_a_draft_model_are_counted_before_their_events(server: Loopback) -> None:
+    parts = [json.loads(part.removeprefix(b"data: ")) for part in llama(_WORDS)]
+    drafted = [part | {"tokens_predicted": 3 if i else 1} for i, part in enumerate(parts)]
+    server.script.append(Reply(chunks=tuple(map(event, drafted))))
+    with model(server) as large:
+        assert texts(until(large, read_streamed_tokens(large), 0)) == ["a", "b", " the"]
 
 
 def test_a_stream_that_breaks_keeps_the_tokens_received_and_is_not_retried(

@@ -236,15 +236,18 @@ class FamilyServer:
         ids = self._write(path, body["prompt"], body["n_predict"])
         if "logit_bias" in body:
             ids = tuple(token_id for token_id, _ in body["logit_bias"])
-        data, named = b"", []
+        data, named, shown = b"", [], 0
         for token_id in ids:
             data += self._vocabulary.token_bytes(token_id)
             if data.decode(errors="ignore").encode() == data:
+                # The token that completes a character is named with all of its bytes.
+                whole = {"token": data[shown:].decode(), "bytes": list(data[shown:])}
+                shown = len(data)
                 if "logit_bias" in body:
-                    named.append(self._named(token_id, score_of(token_id)))
+                    named.append(self._named(token_id, score_of(token_id)) | whole)
                     continue
                 top = [self._named(i, p) for i, p in self._top(token_id, body["n_probs"])]
-                named.append({**top[0], "top_logprobs": top})
+                named.append({**top[0], **whole, "top_logprobs": top})
         return {
             "content": data.decode(errors="replace"),
             "tokens": list(ids),

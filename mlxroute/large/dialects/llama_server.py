@@ -23,6 +23,10 @@ _FIELDS: Final = [
     *("content", "tokens", "stop_type", "completion_probabilities"),
     *("tokens_evaluated", "tokens_predicted", "timings", "truncated"),
 ]
+# The fields of an event that are about its own token.
+_TOKEN_FIELDS: Final = frozenset({"content", "tokens", "completion_probabilities"})
+# Far more tokens than a request asks for.
+_MAX_UNNAMED: Final = 1024
 
 
 class LlamaServer(StreamingDialect):
@@ -53,14 +57,34 @@ class LlamaServer(StreamingDialect):
         return add_model(body | {"stream": True} if options.streamed else body, options)
 
     def join_events(self, events: Sequence[Mapping[str, object]]) -> dict[str, object]:
-        """Merge the events received so far into one reply."""
-        return merge_events(events, lists=["tokens", "completion_probabilities"], texts=["content"])
+        """Merge the events received so far into one reply.
+
+        A token that ends inside a character has no event, and the event after it has the whole
+        character. From such a place on, `tokens` has null for each token.
+        """
+        received = named = whole = predicted = 0
+        for number, event in enumerate(events, start=1):
+            received += len(_event_tokens(event))
+            counted = event.get("tokens_predicted")
+            predicted = max(predicted, counted if type(counted) is int else received)
+            # A draft model's tokens are counted together, before the first of their events.
+            if received >= predicted:
+                named, whole = received, number
+        later = [_without_tokens(event) for event in events[whole:]]
+        lists = ["tokens", "completion_probabilities"]
+        reply = merge_events([*events[:whole], *later], lists=lists, texts=["content"])
+        if unnamed := min(predicted - named, _MAX_UNNAMED):
+            reply["tokens"] = [*as_array(reply.get("tokens", []), what="tokens"), *[None] * unnamed]
+        return reply
 
     def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
         """Read a reply. Raises LargeProtocolError if the server truncated the prompt."""
         if reply.get("truncated") is True:
             raise LargeProtocolError("the server truncated the prompt: its context is too short")
-        ids = [as_token_id(value) for value in as_array(reply.get("tokens"), what="tokens")]
+        ids = [
+            None if value is None else as_token_id(value)
+            for value in as_array(reply.get("tokens"), what="tokens")
+        ]
         probabilities = as_array(
             reply.get("completion_probabilities") or [], what="completion_probabilities"
         )
@@ -78,7 +102,17 @@ class LlamaServer(StreamingDialect):
         )
 
 
-def _align(ids: Sequence[int], with_text: Sequence[ReplyPosition]) -> list[ReplyPosition]:
+def _event_tokens(event: Mapping[str, object]) -> Sequence[object]:
+    """Return the tokens of an event; of a server that ignores `return_tokens`, those with text."""
+    tokens = event.get("tokens") or event.get("completion_probabilities") or []
+    return as_array(tokens, what="tokens")
+
+
+def _without_tokens(event: Mapping[str, object]) -> dict[str, object]:
+    return {key: value for key, value in event.items() if key not in _TOKEN_FIELDS}
+
+
+def _align(ids: Sequence[int | None], with_text: Sequence[ReplyPosition]) -> list[ReplyPosition]:
     """Return one position for each id; `with_text` are some of them, in the same order."""
     positions, rest = [], list(with_text)
     for token_id in ids:

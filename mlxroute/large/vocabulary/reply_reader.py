@@ -9,7 +9,7 @@ from typing import Protocol
 
 from mlxroute.large.reply import CompletionAnswer, ReplyPosition
 from mlxroute.large.vocabulary.bridge import Bridge, BridgedToken
-from mlxroute.large.vocabulary.token_reader import TokenReader
+from mlxroute.large.vocabulary.token_reader import REPLACEMENT, TokenReader
 from mlxroute.types import LargeToken
 
 
@@ -72,7 +72,8 @@ def _read_consistent(
 def _agrees(reader: TokenReader, positions: Sequence[ReplyPosition], text: str) -> bool:
     """Return whether the positions spell the beginning of the server's own decoding of them.
 
-    The server's text may lack the leading space, or be empty.
+    The server's text may lack the leading space, or be empty. Where it holds the replacement
+    character, the reply begins or ends inside a character; only what is before that is compared.
     """
     data = b""
     for position in positions:
@@ -80,7 +81,11 @@ def _agrees(reader: TokenReader, positions: Sequence[ReplyPosition], text: str) 
         if token_bytes is None:
             break
         data += token_bytes
-    return not text or any(decoded.encode().startswith(data) for decoded in (text, f" {text}"))
+    whole, broken, _ = text.partition(REPLACEMENT)
+    for shown in (whole.encode(), f" {whole}".encode()):
+        if shown.startswith(data[: len(shown)] if broken else data):
+            return True
+    return not text
 
 
 def _large_token(bridged: BridgedToken, first: ReplyPosition) -> LargeToken:
