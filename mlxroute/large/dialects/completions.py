@@ -13,6 +13,7 @@ from mlxroute.large.dialects.json_fields import (
     as_object,
     as_text,
     as_token_id,
+    ends_answer,
     first_choice,
     mark_end,
     parse_chat_position,
@@ -56,8 +57,8 @@ class PlainCompletions(Dialect):
         choice = first_choice(reply)
         text = as_text(choice.get("text"), what="choices[0].text")
         positions = _positions(choice.get("logprobs"), text=text)
-        # Empty text can also be a part of a character or a control token: only `stop` is the end.
-        if choice.get("finish_reason") == "stop":
+        # Empty text can also be a part of a character or a control token.
+        if ends_answer(choice, text=text):
             last = positions[-1].token
             if text and not is_control_token(last.text or "") and (last.text or last.data):
                 positions = (*positions, ReplyPosition(ReplyToken(text="")))

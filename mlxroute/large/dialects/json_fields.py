@@ -10,14 +10,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final, TypedDict
 
-from mlxroute.errors import LargeProtocolError, LargeUnreadable
+from mlxroute.errors import LargeNotContinued, LargeProtocolError, LargeUnreadable
 from mlxroute.large.reply import ReplyPosition, ReplyToken
+from mlxroute.safe_text import printable_line
 from mlxroute.untrusted_text import MalformedText, decode_text, parse_json
 
 # Rounding in the server's softmax can lift the logprob of a certain token this far above 0.
 _LOGPROB_SLACK: Final = 1e-3
 _MAX_TOKEN_ID: Final = 1 << 31
 _MAX_ITEMS: Final = 8
+# Together and TGI have names of their own for the end of an answer.
+_ENDS: Final = ("stop", "eos", "eos_token")
+_MAX_REASON_CHARACTERS: Final = 40
 
 
 def parse_object(body: bytes) -> dict[str, object]:
@@ -113,6 +117,21 @@ def first_choice(reply: Mapping[str, object]) -> Mapping[str, object]:
     if not choices:
         raise LargeProtocolError("the reply has no choices")
     return as_object(choices[0], what="choices[0]")
+
+
+def ends_answer(choice: Mapping[str, object], *, text: str) -> bool:
+    """Return whether a choice was finished by the end of the answer.
+
+    `text` is what it adds to the answer. Raises LargeNotContinued where that is nothing, for a
+    reason that more tokens do not help against, such as a filter of contents.
+    """
+    reason = choice.get("finish_reason")
+    if reason in _ENDS:
+        return True
+    if not text and reason not in (None, "", "length"):
+        shown = printable_line(str(reason), limit=_MAX_REASON_CHARACTERS)
+        raise LargeNotContinued(f"the reply has no text (finish reason: {shown})")
+    return False
 
 
 class Counts(TypedDict):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mlxroute.errors import LargeProtocolError
+from mlxroute.errors import LargeNotContinued, LargeProtocolError
 from mlxroute.large.dialects import RequestOptions
 from mlxroute.large.reply import Completion, ReplyPosition
 from mlxroute.large.vocabulary.token_reader import TokenReader
@@ -134,6 +134,32 @@ def test_vllms_token_id_names_become_ids() -> None:
     (position,) = read("vLLM completions", reply).positions
     assert (position.token.token_id, position.token.text) == (7, None)
     assert [(other.token_id, other.text) for other in position.top] == [(7, None), (9, None)]
+
+
+_OF_TEXT = ["OpenAI completions", "OpenAI completions, text only", "chat continuation (flags)"]
+
+
+def finished(name: str, text: str, reason: Any) -> Completion:
+    """Read a reply with text alone, finished for a reason."""
+    choice = {"text": text, "message": {"content": text}, "finish_reason": reason}
+    return read(name, {"choices": [choice]})
+
+
+@pytest.mark.parametrize("name", _OF_TEXT)
+def test_every_name_of_the_end_ends_an_answer(name: str) -> None:
+    for reason in ("stop", "eos", "eos_token"):
+        assert finished(name, "", reason).ends
+    for reason in ("length", None, ""):
+        assert not finished(name, "", reason).ends
+
+
+@pytest.mark.parametrize("name", _OF_TEXT)
+@pytest.mark.parametrize("reason", ["content_filter", "tool_calls", "abort", 7, []])
+def test_a_reply_without_text_for_another_reason_asks_for_no_more_tokens(
+    name: str, reason: Any
+) -> None:
+    with pytest.raises(LargeNotContinued, match=r"no text \(finish reason"):
+        finished(name, "", reason)
 
 
 def test_vllms_finish_reason_tells_a_fragment_from_the_end() -> None:

@@ -372,6 +372,19 @@ def test_an_answer_ends_only_where_it_can() -> None:
     assert completion.ends
 
 
+def test_every_name_of_the_end_ends_an_answer() -> None:
+    for finish in ("eos", "eos_token"):
+        completion = read(SKY, f"{SKY}osphere.", finish=finish)
+        assert pieces(completion) == [b"osphere", b".", None]
+        assert completion.ends
+
+
+def test_a_filtered_reply_that_adds_nothing_asks_for_no_more_tokens() -> None:
+    for text in (SKY[:20], SKY):
+        with pytest.raises(LargeNotContinued, match="content_filter"):
+            read(SKY, text, finish="content_filter")
+
+
 @pytest.mark.parametrize("finish", ["stop", "tool_calls", "content_filter", None])
 @pytest.mark.parametrize("content", ["", None, []])
 @pytest.mark.parametrize("answer", ["", SKY, "It is blue."])

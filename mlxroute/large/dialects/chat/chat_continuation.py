@@ -13,6 +13,7 @@ from mlxroute.large.dialects.chat.fielded_dialect import FieldedDialect
 from mlxroute.large.dialects.json_fields import (
     as_array,
     as_object,
+    ends_answer,
     first_choice,
     mark_end,
     parse_chat_position,
@@ -83,7 +84,7 @@ class ChatContinuation(FieldedDialect):
             raise LargeProtocolError("the reply has text and no logprobs")
         if not positions:
             positions = [ReplyPosition(ReplyToken(text=text))]
-        if choice.get("finish_reason") == "stop":
+        if ends_answer(choice, text=text):
             if text and _lacks_end_token(positions, text):
                 positions.append(ReplyPosition(ReplyToken(text="")))
             positions = list(mark_end(positions))

@@ -14,7 +14,12 @@ from mlxroute.large.dialects.chat.fielded_dialect import FieldedDialect
 from mlxroute.large.dialects.chat.framing import HIDDEN, frame, may_end, repeated_size
 from mlxroute.large.dialects.chat.reply_leaks import find_leak
 from mlxroute.large.dialects.chat.reply_pieces import drop_bytes, read_pieces, take_bytes
-from mlxroute.large.dialects.json_fields import first_choice, mark_end, usage_counts
+from mlxroute.large.dialects.json_fields import (
+    ends_answer,
+    first_choice,
+    mark_end,
+    usage_counts,
+)
 from mlxroute.large.prompt import Prompt, PromptForm
 from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
 
@@ -73,12 +78,13 @@ class ExampleCompletion(FieldedDialect):
         size = repeated_size(prompt, text)
         if size is None:
             raise LargeNotContinued("the reply does not go on from the end of the answer so far")
-        ended, rest = choice.get("finish_reason") == "stop", text[size:]
         if not text and choice.get("finish_reason") != "length":
             raise LargeNotContinued("the reply is empty")
+        rest = text[size:]
+        ended = ends_answer(choice, text=rest)
         if ended and answer and not rest:
             self._check_end(answer, text)
-        positions = drop_bytes(read_pieces(choice, text), len(text[:size].encode()))
+        positions = drop_bytes(read_pieces(choice, text, ended=ended), len(text[:size].encode()))
         if (leak := find_leak(answer, rest, HIDDEN)) is not None:
             ended, rest = False, rest[:leak]
             positions = take_bytes(positions, len(rest.encode()))

@@ -24,11 +24,11 @@ _REPLACEMENT: Final = "\ufffd"
 _MAX_WORDS: Final = 4096
 
 
-def read_pieces(choice: Mapping[str, object], text: str) -> list[ReplyPosition]:
+def read_pieces(choice: Mapping[str, object], text: str, *, ended: bool) -> list[ReplyPosition]:
     """Return the positions of a choice whose text is `text`, without the end of the answer.
 
     They are the tokens with logprobs, or the likeliest alternatives, if those spell the text, and
-    otherwise its words; the last word is left out where the reply was cut off, as it may go on.
+    otherwise its words; without `ended` the last word is left out, as it may go on.
     """
     positions = _positions(choice)
     for read in (list, _likeliest):
@@ -39,7 +39,7 @@ def read_pieces(choice: Mapping[str, object], text: str) -> list[ReplyPosition]:
             return _with_indentation(tokens, spelled, text)
     matches = itertools.islice(_WORD.finditer(text), _MAX_WORDS)
     words = [ReplyPosition(ReplyToken(text=match[0])) for match in matches]
-    return words if choice.get("finish_reason") == "stop" else words[:-1]
+    return words if ended else words[:-1]
 
 
 def piece_bytes(position: ReplyPosition) -> bytes:
