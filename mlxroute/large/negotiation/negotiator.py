@@ -210,7 +210,21 @@ class Negotiator:
         dialect = get_dialect(verdict.dialect)
         if dialect is None or not prober.passes_first_check(dialect):
             return None
-        return NegotiatedDialect(dialect, verdict)
+        return NegotiatedDialect(dialect, self._with_context_length(verdict))
+
+    def _with_context_length(self, verdict: Verdict) -> Verdict:
+        """Return the verdict with the context that the server lists now; remember a change."""
+        model = self._served_model()
+        if model is None or model.context_length == verdict.context_length:
+            return verdict
+        verdict = replace(verdict, context_length=model.context_length)
+        assert self._verdicts is not None
+        self._verdicts.save(verdict, model=self.model.given)
+        return verdict
+
+    def _served_model(self) -> ServedModel | None:
+        """Return the list's entry of the model; None if it is not in the list."""
+        return next((model for model in self._served if model.name == self.model.known), None)
 
     def _probed(self, prober: Prober) -> NegotiatedDialect:
         try:
@@ -245,7 +259,7 @@ class Negotiator:
         )
 
     def _verdict(self, result: ProbeResult) -> Verdict:
-        model = next((m for m in self._served if m.name == self.model.known), None)
+        model = self._served_model()
         return Verdict(
             base_url=self._base_url,
             model=self.model.known,

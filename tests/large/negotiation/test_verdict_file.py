@@ -15,9 +15,10 @@ from mlxroute.large.negotiation.verdict_file import (
     Verdict,
     VerdictFile,
 )
-from tests.support.family_servers import FamilyServer
-from tests.support.loopback import Loopback
+from tests.support.family_servers import VOCABULARY, FamilyServer
+from tests.support.loopback import Loopback, Reply, Request
 from tests.support.scripted_calls import save_verdict
+from tests.support.vocabularies import context
 
 
 def test_a_remembered_verdict_is_used_after_one_call(tmp_path: Path) -> None:
@@ -42,6 +43,34 @@ def test_a_verdict_that_no_longer_works_is_replaced(tmp_path: Path) -> None:
         verdict = VerdictFile(verdicts).load(server.url, None)
     assert verdict is not None
     assert verdict.dialect == "OpenAI completions"
+
+
+def test_a_remembered_verdict_has_the_context_that_the_server_lists_now(tmp_path: Path) -> None:
+    verdicts, family = tmp_path / "verdicts.json", FamilyServer("vllm")
+    listed: list[dict[str, object]] = []
+
+    def answer(request: Request) -> Reply:
+        if request.path == "/v1/models":
+            return Reply.of({"data": listed})
+        return family(request)
+
+    with Loopback(answer) as server:
+        for models, expected in [
+            ([{"id": "m", "max_model_len": 3}], 3),
+            ([{"id": "m", "max_model_len": 4096}], 4096),
+            # A list without the model says nothing.
+            ([], 4096),
+            ([{"id": "m"}], None),
+        ]:
+            listed[:] = models
+            with LargeModel(server.url, model="m", verdicts=verdicts) as large:
+                large.connect()
+                verdict = VerdictFile(verdicts).load(server.url, "m")
+                assert verdict is not None
+                assert verdict.context_length == expected
+                if expected != 3:
+                    ids = VOCABULARY.encode("1, 2, 3,")
+                    large.next_token(context("1, 2, 3,", VOCABULARY, answer=ids))
 
 
 def test_a_verdict_about_another_model_is_not_used(tmp_path: Path) -> None:
