@@ -346,8 +346,10 @@ class CapabilityChecker:
                 error = exc
             except LargeRefused as exc:
                 is_about_field = exc.status == _FORBIDDEN and names_field(str(exc))
+                # A proxy may forbid everything outside the API's path.
+                is_access = exc.is_access and not is_about_field and not self._dialect.at_root
                 # Other statuses count: many servers answer 500 to a body that they do not know.
-                if exc.may_pass or (exc.is_access and not is_about_field):
+                if exc.may_pass or is_access:
                     raise
                 error = exc
                 if exc.status != _OK:

@@ -22,7 +22,7 @@ from mlxroute.large import LargeModel
 from mlxroute.large.http import retry
 from tests.support.loopback import Loopback, Reply, Request
 from tests.support.negotiated import honest
-from tests.support.scripted_calls import legacy
+from tests.support.scripted_calls import legacy, save_verdict
 
 KEY: Final = "sk-do-not-keep-3c9e"
 FAULTS: Final = {
@@ -104,6 +104,35 @@ def test_a_fault_while_a_verdict_is_checked_leaves_the_file_unchanged(
         assert connect(server, verdicts).connected
     # Models, two tokenise routes, one question.
     assert len(server.requests) == 4
+
+
+@pytest.mark.parametrize("status", [401, 402, 403])
+def test_a_proxy_that_forbids_what_is_outside_the_path_of_the_api_does_no_harm(
+    status: int, tmp_path: Path
+) -> None:
+    answer = honest(lambda request: Reply.of(legacy("a")))
+
+    def proxy(request: Request) -> Reply:
+        if request.path.startswith("/v1/"):
+            return answer(request)
+        return Reply.of({"message": "Unauthorized"}, status=status)
+
+    with Loopback(proxy) as server:
+        for _ in range(2):
+            assert connect(server, tmp_path / "endpoints.json").connected
+
+
+@pytest.mark.parametrize("dialect", ["llama-server completion", "OpenAI completions"])
+def test_a_key_that_is_refused_everywhere_leaves_a_remembered_verdict(
+    dialect: str, tmp_path: Path
+) -> None:
+    verdicts = tmp_path / "endpoints.json"
+    with Loopback(lambda request: Reply.of({"error": "wrong key"}, status=401)) as server:
+        save_verdict(verdicts, url=server.url, model=None, dialect=dialect)
+        before = verdicts.read_bytes()
+        with pytest.raises(LargeRefused, match="wrong key; check the API key"):
+            connect(server, verdicts)
+    assert verdicts.read_bytes() == before
 
 
 @every_fault
