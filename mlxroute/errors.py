@@ -138,7 +138,8 @@ class LargeRefused(LargeError):
     @property
     def may_pass(self) -> bool:
         """Whether the status is about load or the server's health, not about the request."""
-        return self.status in (408, 429, 502, 503, 504)
+        # Those from 520 on are Cloudflare's, and 529 is also Anthropic's.
+        return self.status in (408, 429, 502, 503, 504) or 520 <= self.status <= 529
 
     @property
     def is_access(self) -> bool:

@@ -24,8 +24,8 @@ _MAX_RETRY_AFTER_S: Final = 3600.0
 # A wrong model or address; or a route, where another dialect may help.
 _NOT_FOUND: Final = 404
 # Statuses that no content of a request causes. 402 and 403 may be about its price or its topic,
-# 408 and 504 about the length of its answer.
-_NEVER_CAUSED: Final = frozenset({401, 429, 502, 503})
+# 408, 504, 520 and 524 about the length of its answer.
+_NEVER_CAUSED: Final = frozenset({401, 429, 502, 503, 521, 522, 523, 525, 526, 529})
 
 
 class CircuitBreaker:

@@ -86,7 +86,7 @@ def is_transient_status(status: int, *, whole_answer: bool = False) -> bool:
 
     A whole answer that took too long would do so again, and may still be being written.
     """
-    if whole_answer and status in (408, 504):
+    if whole_answer and status in (408, 504, 524):
         return False
     return status in (408, 429) or (500 <= status < 600 and status not in (501, 505))
 

@@ -152,7 +152,7 @@ def test_a_transient_failure_is_retried_with_the_same_body(
     assert len(server.requests) == 3
 
 
-@pytest.mark.parametrize("status", [408, 504])
+@pytest.mark.parametrize("status", [408, 504, 524])
 def test_a_whole_answer_that_takes_too_long_is_not_asked_for_again(
     server: Loopback, status: int
 ) -> None:

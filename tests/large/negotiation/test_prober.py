@@ -392,7 +392,7 @@ def test_an_answer_that_ends_too_late_is_rejected() -> None:
 # Failures that no dialect caused reject none
 
 
-@pytest.mark.parametrize("status", [401, 402, 403, 408, 429, 502, 503, 504])
+@pytest.mark.parametrize("status", [401, 402, 403, 408, 429, 502, 503, 504, 520, 524, 529])
 def test_a_status_that_no_dialect_caused_ends_the_probe(status: int) -> None:
     honest = FamilyServer("legacy")
 
@@ -406,12 +406,13 @@ def test_a_status_that_no_dialect_caused_ends_the_probe(status: int) -> None:
     assert caught.value.status == status
 
 
-def test_a_server_too_busy_to_tokenize_does_not_get_a_lesser_dialect() -> None:
+@pytest.mark.parametrize("status", [503, 529])
+def test_a_server_too_busy_to_tokenize_does_not_get_a_lesser_dialect(status: int) -> None:
     honest = FamilyServer("vllm")
 
     def answer(request: Request) -> Reply:
         if request.path == "/tokenize":
-            return Reply.of({"error": "not now"}, status=503)
+            return Reply.of({"error": "not now"}, status=status)
         return honest(request)
 
     with pytest.raises(LargeRefused, match="not now"):
