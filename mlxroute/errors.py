@@ -26,7 +26,14 @@ MlxRouteError
 from __future__ import annotations
 
 import re
-from typing import ClassVar
+from typing import ClassVar, Final
+
+# The later lines are of xAI and Groq, and of Text Generation Inference.
+_TOO_LONG: Final = re.compile(
+    r"context|too long|maximum length|(maximum|exceed).{0,40} tokens"
+    r"|maximum prompt length|reduce the length of the messages"
+    r"|inputs\W+tokens \+ \W*max_new_tokens\W+must be|inputs\W+must have less than \d+ tokens"
+)
 
 
 class MlxRouteError(Exception):
@@ -149,8 +156,9 @@ class LargeRefused(LargeError):
     @property
     def is_too_long(self) -> bool:
         """Whether the prompt is too long for the server, as far as its words tell."""
-        words = r"context|too long|maximum length|(maximum|exceed).{0,40} tokens"
-        return self.status in (400, 413, 422) and re.search(words, str(self)) is not None
+        # The address may hold any word.
+        reason = re.sub(r"\S+://\S+", "", str(self))
+        return self.status in (400, 413, 422) and _TOO_LONG.search(reason) is not None
 
 
 class LargeUnrecorded(LargeError):

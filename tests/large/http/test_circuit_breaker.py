@@ -137,6 +137,39 @@ def test_a_prompt_that_is_too_long_is_no_failure(status: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("reason", "expected"),
+    [
+        (
+            "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4096."
+            " Given: 4090 `inputs` tokens and 20 `max_new_tokens`",
+            True,
+        ),
+        ("Input validation error: `inputs` must have less than 1024 tokens. Given: 1500", True),
+        ("Please reduce the length of the messages or completion.", True),
+        (
+            "This model's maximum prompt length is 131072 but the request contains 537812 tokens.",
+            True,
+        ),
+        ("This model's maximum context length is 4096 tokens. However, you requested 9", True),
+        ("Input validation error: `max_new_tokens` must be <= 512. Given: 600", False),
+        ("Input validation error: `inputs` cannot be empty", False),
+        ("`max_new_tokens` must be strictly positive", False),
+        ("logprobs must be less than 5", False),
+        ("messages: at least one message is required", False),
+        ("the length of the messages must be odd", False),
+    ],
+)
+def test_a_prompt_that_is_too_long_is_known_by_the_words_of_the_server(
+    reason: str, *, expected: bool
+) -> None:
+    host = "api.example" if expected else "context.example"
+    for status in (400, 413, 422):
+        message = f"https://{host}/v1 answered {status}: {reason}"
+        assert LargeRefused(message, status=status).is_too_long is expected
+    assert not LargeRefused(reason, status=500).is_too_long
+
+
+@pytest.mark.parametrize(
     ("error", "pauses"),
     [
         (LargeRefused("bad tools", status=400), False),
