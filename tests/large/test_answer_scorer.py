@@ -40,6 +40,25 @@ def score(
         return logprobs, server.requests[count:], large
 
 
+def test_the_bytes_of_a_character_can_be_scored_by_openais_names() -> None:
+    def named(path: str, body: dict[str, Any], reply: dict[str, Any]) -> dict[str, Any]:
+        logprobs = reply["choices"][0].get("logprobs")
+        if logprobs and body.get("echo"):
+            names = [VOCABULARY.token_bytes(i) for i in VOCABULARY.encode(body["prompt"])]
+            logprobs["tokens"][: len(names)] = map(_openai_name, names)
+        return reply
+
+    logprobs, *_ = score(FamilyServer("legacy", change_reply=named), " naïve")
+    assert logprobs == [score_of(token_id) for token_id in VOCABULARY.encode(" naïve")]
+
+
+def _openai_name(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
 @pytest.mark.parametrize(
     ("family", "path", "text", "has_one_request"),
     [

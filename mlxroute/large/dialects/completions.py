@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Final
 
 from mlxroute.errors import LargeProtocolError
 from mlxroute.large.dialects.base import Dialect, RequestOptions, add_model
@@ -23,6 +26,10 @@ from mlxroute.large.dialects.json_fields import (
 from mlxroute.large.prompt import Prompt, PromptForm
 from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
 from mlxroute.tokenizers.control_tokens import is_control_token
+from mlxroute.tokenizers.utf8 import decode_or_none
+
+# OpenAI's name of a token that begins or ends inside a character.
+_BYTES_NAME: Final = re.compile(r"bytes:( ?)((?:\\x[0-9a-f]{2})+)")
 
 
 class PlainCompletions(Dialect):
@@ -90,9 +97,9 @@ def _legacy_positions(logprobs: Mapping[str, object]) -> list[ReplyPosition]:
     tops = [tops] if isinstance(tops, dict) else as_array(tops, what="top_logprobs")
     return [
         ReplyPosition(
-            ReplyToken(
+            replace(
+                named_token(name),
                 token_id=as_token_id(ids[index]) if index < len(ids) else None,
-                text=as_text(name, what="a token's text"),
                 logprob=as_chosen_logprob(values[index]) if index < len(values) else None,
             ),
             sort_by_logprob(_legacy_top(tops[index] if index < len(tops) else None)),
@@ -103,9 +110,17 @@ def _legacy_positions(logprobs: Mapping[str, object]) -> list[ReplyPosition]:
 
 def _legacy_top(value: object) -> list[ReplyToken]:
     return [
-        ReplyToken(text=as_text(text, what="an alternative's text"), logprob=as_logprob(number))
-        for text, number in as_object(value or {}, what="top_logprobs").items()
+        replace(named_token(name), logprob=as_logprob(number))
+        for name, number in as_object(value or {}, what="top_logprobs").items()
     ]
+
+
+def named_token(value: object) -> ReplyToken:
+    """Return the token of a name in legacy logprobs: its text, or `bytes:` and its bytes."""
+    name = as_text(value, what="a token's text")
+    if (match := _BYTES_NAME.fullmatch(name)) is None:
+        return ReplyToken(text=name)
+    return ReplyToken(data=match[1].encode() + bytes.fromhex(match[2].replace("\\x", "")))
 
 
 def _reconcile(position: ReplyPosition, text: str) -> ReplyPosition:
@@ -116,7 +131,8 @@ def _reconcile(position: ReplyPosition, text: str) -> ReplyPosition:
     """
     token = position.token
     if token.data is not None:
-        if token.data.decode("utf-8", errors="replace") != text:
+        # A server shows a part of a character in one of several ways.
+        if decode_or_none(token.data) not in (None, text):
             raise LargeProtocolError("the reply's text and its first token differ")
         return position
     name = token.text or ""

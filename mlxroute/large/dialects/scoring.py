@@ -9,7 +9,7 @@ from typing import Final
 
 from mlxroute.errors import LargeProtocolError
 from mlxroute.large.dialects.base import Dialect, RequestOptions, add_model
-from mlxroute.large.dialects.completions import PlainCompletions
+from mlxroute.large.dialects.completions import PlainCompletions, named_token
 from mlxroute.large.dialects.json_fields import (
     as_array,
     as_logprob,
@@ -92,7 +92,8 @@ class EchoedText(ScoringMethod):
         if self._by_id:
             begin, end = _range_of_ids(names, prompt.ids, whole.ids)
         else:
-            begin, end = _range_of_text(names, prompt.text, whole.text)
+            named = [_legacy_bytes(name) for name in names]
+            begin, end = _range_of_text(named, prompt.text.encode(), whole.text.encode())
         positions = [
             ReplyPosition(ReplyToken(text=name, logprob=_text_logprob(value)))
             for name, value in zip(names[begin:end], values[begin:end], strict=True)
@@ -159,9 +160,14 @@ def _range_of_ids(
     return len(prompt_ids), len(whole_ids)
 
 
-def _range_of_text(names: Sequence[str], prompt: str, whole: str) -> tuple[int, int]:
+def _legacy_bytes(name: str) -> bytes:
+    token = named_token(name)
+    return (token.text or "").encode() if token.data is None else token.data
+
+
+def _range_of_text(names: Sequence[bytes], prompt: bytes, whole: bytes) -> tuple[int, int]:
     """Return the range of the text's tokens; a begin token may come before the prompt."""
-    start = "".join(names).find(whole)
+    start = b"".join(names).find(whole)
     if start < 0:
         raise LargeProtocolError("the server did not echo the text")
     offsets = [0]

@@ -345,6 +345,29 @@ def test_togethers_alternatives_may_lack_the_list_around_them() -> None:
     assert [(other.text, other.logprob) for other in position.top] == [(" a", -0.5), ("zz", -2.0)]
 
 
+def test_openais_names_of_bytes_are_parts_of_characters() -> None:
+    logprobs = {
+        "tokens": ["bytes:\\xf0\\x9f", "bytes:\\x98\\x80", "bytes: \\xc3"],
+        "token_logprobs": [-0.5, -0.5, -0.5],
+        "top_logprobs": [{"bytes:\\xf0\\x9f": -0.5, "bytes:x": -2.0}, {}, {}],
+    }
+    choice = {"text": "😀", "finish_reason": "length", "logprobs": logprobs}
+    first, *others = read("OpenAI completions", {"choices": [choice]}).positions
+    assert (data(first), [data(other) for other in others]) == (
+        b"\xf0\x9f",
+        [b"\x98\x80", b" \xc3"],
+    )
+    assert [TokenReader().text_bytes(token) for token in first.top] == [b"\xf0\x9f", b"bytes:x"]
+
+
+@pytest.mark.parametrize("text", ["", "\ufffd", "\ufffd\ufffd"])
+def test_the_only_part_of_a_character_is_not_compared_with_the_text(text: str) -> None:
+    logprobs = {"tokens": ["bytes:\\xf0\\x9f"], "token_logprobs": [-0.5]}
+    choice = {"text": text, "finish_reason": "length", "logprobs": logprobs}
+    (position,) = read("OpenAI completions", {"choices": [choice]}).positions
+    assert data(position) == b"\xf0\x9f"
+
+
 def test_fireworks_names_ids_and_bytes_in_chat_logprobs() -> None:
     token = {"token": " a", "token_id": 7, "bytes": list(b" a"), "logprob": -0.5}
     logprobs = {"content": [token | {"top_logprobs": [token]}]}
