@@ -190,7 +190,21 @@ def test_a_shared_vocabulary_is_compared_once_and_remembered(tmp_path: Path) -> 
             assert not large.pair_vocabulary(other)
         paths = [request.path for request in server.requests[before:]]
         assert paths.count("/v1/completions") == 1
-        assert paths.count("/detokenize") == 1
+        # The sample text of the connection, and a sample of the shared vocabulary.
+        assert paths.count("/detokenize") == 2
+
+
+@pytest.mark.parametrize("family", ["vllm", "llama-server", "sglang"])
+def test_another_model_under_a_remembered_name_has_another_vocabulary(
+    family: str, tmp_path: Path
+) -> None:
+    verdicts, shared = tmp_path / "verdicts.json", family_servers.VOCABULARY
+    other = TableVocabulary(family_servers.PIECES[::-1])
+    with Loopback(FamilyServer(family)) as server:
+        for vocabulary, is_same in [(shared, True), (other, False), (other, False)]:
+            server.answer = FamilyServer(family, vocabulary=vocabulary)
+            with LargeModel(server.url, verdicts=verdicts) as large:
+                assert large.pair_vocabulary(shared) is is_same
 
 
 def test_with_a_shared_vocabulary_ids_are_sent_and_received_inside_a_character_too() -> None:

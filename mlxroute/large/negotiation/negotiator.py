@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlxroute.errors import LargeProtocolError, UsageError
+from mlxroute.errors import LargeError, LargeProtocolError, UsageError
 from mlxroute.large.completion_request import CompletionRequester
 from mlxroute.large.dialects import Dialect, get_dialect
 from mlxroute.large.dialects.tokenize_routes import Post, TokenizeRoutes, find_tokenize_routes
@@ -118,11 +118,16 @@ class Negotiator:
     def compare(self, vocabulary: Vocabulary, next_deadline: NextDeadline) -> VocabularyComparison:
         """Compare a small model's vocabulary with the large model's.
 
-        A result is remembered with the verdict. Call it after `negotiate`. Raises LargeError.
+        A result is remembered with the verdict; that they are the same is checked again with a few
+        tokens, as the server may have another model now. Call it after `negotiate`. Raises
+        LargeError.
         """
         assert self.negotiated is not None
         verdict, digest = self.negotiated.verdict, fingerprint(vocabulary)
-        if verdict is not None and (remembered := verdict.is_shared(digest)) is not None:
+        remembered = None if verdict is None else verdict.is_shared(digest)
+        if remembered and self._differs(vocabulary, next_deadline):
+            remembered = None
+        if verdict is not None and remembered is not None:
             return VocabularyComparison(remembered, verdict.difference(digest))
         comparison = self._compare(vocabulary, next_deadline)
         shared = comparison.is_same
@@ -131,6 +136,17 @@ class Negotiator:
             self.negotiated = replace(self.negotiated, verdict=verdict)
             self._verdicts.save(verdict, model=self.model.given)
         return comparison
+
+    def _differs(self, vocabulary: Vocabulary, next_deadline: NextDeadline) -> bool:
+        """Return whether a sample of the tokens is others on the server, as far as it says."""
+        routes = self.bind(self.tokens, next_deadline)
+        if not isinstance(routes, TokenizeRoutes):
+            return False
+        try:
+            sampled = compare_decoded(vocabulary, routes.decode, routes.rendered_ids, sample=True)
+        except LargeError:
+            return False
+        return sampled.is_same is False
 
     def _compare(self, vocabulary: Vocabulary, next_deadline: NextDeadline) -> VocabularyComparison:
         match self.bind(self.tokens, next_deadline):
