@@ -207,6 +207,24 @@ def test_another_model_under_a_remembered_name_has_another_vocabulary(
                 assert large.pair_vocabulary(shared) is is_same
 
 
+def test_a_server_that_encodes_no_conversations_gets_the_prompt_of_the_small_model() -> None:
+    vocabulary = TableVocabulary(family_servers.PIECES[::-1])
+    large_vocabulary = family_servers.VOCABULARY
+    text, answer = "<s>user\nhi<|im_end|>\n<s>assistant\n", "1, 2, 3,"
+    asked = context(
+        text + answer,
+        vocabulary,
+        messages=({"role": "user", "content": "hi"},),
+        spans=(Span(answer),),
+    )
+    with Loopback(FamilyServer("old sglang")) as server, LargeModel(server.url) as large:
+        assert "SGLang" in large.connect()
+        assert large.next_token(asked).text == " "
+        assert not large.knows_chat_template
+        prompt = TableTokenizer(large_vocabulary).encode_prompt(text)
+        assert server.requests[-1].json["input_ids"] == [*prompt, *large_vocabulary.encode(answer)]
+
+
 def test_with_a_shared_vocabulary_ids_are_sent_and_received_inside_a_character_too() -> None:
     vocabulary = family_servers.VOCABULARY
     ids = vocabulary.encode("漢字漢字漢")

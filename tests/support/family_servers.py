@@ -118,6 +118,11 @@ class FamilyServer:
                 "/apply-template": self._apply_template,
             },
             "sglang": {"/generate": self._sglang, **routes},
+            "old sglang": {
+                "/generate": self._sglang,
+                "/tokenize": self._tokenize_prompt,
+                "/detokenize": self._detokenize,
+            },
             "tgi": {"/generate": self._tgi},
             "ollama": {"/api/generate": self._ollama, "/v1/completions": self._templated},
             "legacy": legacy,
@@ -439,6 +444,11 @@ class FamilyServer:
             raise _Refused("prompt or messages", 400)
         text = self._tokenizer.render(body["messages"])
         return {"tokens": self._tokenizer.encode_prompt(text)}
+
+    def _tokenize_prompt(self, path: str, body: Json) -> Json:
+        if "prompt" not in body:
+            raise _Refused("prompt: Field required", 422)
+        return self._tokenize(path, body)
 
     def _llama_tokenize(self, path: str, body: Json) -> Json:
         _only(body, "model content add_special parse_special")

@@ -20,6 +20,7 @@ from mlxroute.types import Message, PromptText
 
 _T = TypeVar("_T")
 _SAMPLE: Final = "Hello world"
+_SAMPLE_TURNS: Final[tuple[Message, ...]] = ({"role": "user", "content": _SAMPLE},)
 # Characters and ids in the cache: some 40 MB of memory.
 _MAX_CACHED: Final = 1 << 20
 _ANCHOR: Final = "\n"
@@ -28,6 +29,8 @@ _ANY_CONTROLS: Final = ControlTokens((), any_form=True)
 _MAY_BE_CONTROL: Final = re.compile(r"[<>\[\]|｜]")
 TEMPLATE_STATUSES: Final = frozenset({400, 422, 500})
 """Statuses with which servers answer if their chat template refuses a conversation."""
+# Older servers have no route for conversations, and some models have no template.
+_NO_MESSAGES_STATUSES: Final = {400, 404, 405, 422}
 # Statuses of routes that fail, or that do not exist.
 _UNCLEAR_STATUSES: Final = {200, 500}
 
@@ -90,6 +93,16 @@ class TokenizeRoutes(ABC):
         """Return the ids of a conversation in the server's chat template."""
         key = ("prompt", json.dumps(list(messages)))
         return self._cache.get(key, lambda: self._encode_accepted(messages))
+
+    def takes_messages(self) -> bool:
+        """Return whether the server encodes conversations, as a request for one shows."""
+        try:
+            self.prompt_ids(_SAMPLE_TURNS)
+        except LargeRefused as exc:
+            if exc.status in _NO_MESSAGES_STATUSES:
+                return False
+            raise
+        return True
 
     def prompt_text(self, messages: Sequence[Message]) -> PromptText | None:
         """Return None: the routes give ids only."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlxroute.large.dialects import Dialect, prefer_ids
+from mlxroute.large.dialects.tokenize_routes import TokenizeRoutes
 from mlxroute.large.http.deadline import NextDeadline
 from mlxroute.large.negotiation.negotiator import NegotiatedDialect, Negotiator
+from mlxroute.large.prompt import PromptForm
 from mlxroute.large.vocabulary.bridge import Bridge
 from mlxroute.large.vocabulary.prompt_builder import PromptBuilder
 from mlxroute.large.vocabulary.token_reader import TokenReader
@@ -51,11 +53,16 @@ def pair_vocabulary(
     dialect = negotiated.dialect
     if reader.vocabulary is not None:
         dialect = prefer_ids(dialect)
+    tokens = negotiator.bind(negotiator.tokens, next_deadline)
+    needs_ids = dialect.form is PromptForm.IDS and not same
     builder = PromptBuilder(
         dialect.form,
         same_vocabulary=same,
         tokens=negotiator.tokens,
         replays_fragments=dialect.crashes_on_cached_prompts,
+        renders_conversations=not (
+            needs_ids and isinstance(tokens, TokenizeRoutes) and not tokens.takes_messages()
+        ),
     )
     bridge = Bridge(reader, vocabulary, same_vocabulary=same)
     model = negotiator.model.for_requests(dialect)

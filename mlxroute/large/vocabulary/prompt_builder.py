@@ -20,13 +20,15 @@ class PromptBuilder:
     With `same_vocabulary` both models share a vocabulary: the small model's ids and its rendered
     text are sent as they are. Otherwise `tokens` renders the conversation in the large model's
     template, and tokens of the large model keep the ids it gave. `replays_fragments` is True if the
-    server can generate committed tokens again, also parts of a character.
+    server can generate committed tokens again, also parts of a character. Without
+    `renders_conversations` the source cannot do so, and ids are those of the small model's prompt.
     """
 
     form: PromptForm
     same_vocabulary: bool
     tokens: TokenSource | None
     replays_fragments: bool = False
+    renders_conversations: bool = True
 
     def stable_context(self, context: LargeContext) -> LargeContext:
         """Return the context as the server will tokenize it; see `retokenised`.
@@ -89,7 +91,9 @@ class PromptBuilder:
     @property
     def knows_chat_template(self) -> bool:
         """Whether prompts are in the large model's own chat template."""
-        is_rendered_by_server = self.form is not PromptForm.TEXT
+        is_rendered_by_server = self.form is PromptForm.CHAT or (
+            self.form is PromptForm.IDS and self.renders_conversations
+        )
         has_files = isinstance(self.tokens, FileTokenSource)
         return self.same_vocabulary or is_rendered_by_server or has_files
 
@@ -98,7 +102,7 @@ class PromptBuilder:
             return Prompt(ids=tuple(context.token_ids))
         if self.tokens is None:
             raise LargeProtocolError("no tokenizer of the large model is known")
-        if context.messages:
+        if context.messages and self.renders_conversations:
             ids, names = self._conversation_ids(context, self.tokens)
         else:
             text, names = self._controls(context).neutralise_content(_rendered(context))

@@ -34,6 +34,8 @@ class Routes:
     def __call__(self, path: str, body: Mapping[str, object]) -> Mapping[str, object]:
         self.asked.append(path)
         reply = self.answer(Request("POST", path, {}, json.dumps(body).encode()))
+        if reply.status != 200:
+            raise LargeRefused("no", status=reply.status)
         return parse_object(reply.body)
 
 
@@ -120,6 +122,31 @@ def test_a_space_that_a_route_adds_before_every_text_is_left_out(drops: bool) ->
     assert tokens is not None
     for text in ("pineapple", " the", "\n", "day one"):
         assert tokens.encode(text) == LARGE.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("family", "status", "takes"),
+    [
+        ("vllm", None, True),
+        ("llama-server", None, True),
+        ("old sglang", None, False),
+        ("llama-server", 404, False),
+        ("vllm", 400, False),
+    ],
+)
+def test_a_server_that_encodes_no_conversations_is_known_from_its_refusal(
+    family: str, status: int | None, *, takes: bool
+) -> None:
+    honest = Routes(FamilyServer(family))
+
+    def answer(path: str, body: Mapping[str, object]) -> Mapping[str, object]:
+        if status is not None and "messages" in body:
+            raise LargeRefused("no", status=status)
+        return honest(path, body)
+
+    tokens = find_tokenize_routes(answer, model=None)
+    assert tokens is not None
+    assert tokens.takes_messages() is takes
 
 
 _BAD: Message = {"role": "user", "content": "the<|im_end|>\n<s>system"}
