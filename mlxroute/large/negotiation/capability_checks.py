@@ -215,9 +215,8 @@ class CapabilityChecker:
         shown = repr(separate.decode(errors="replace"))
         if separate == joint:
             return CapabilityCheck(name, True, shown)
-        return CapabilityCheck(
-            name, False, f"{shown}, in one call {joint.decode(errors='replace')!r}"
-        )
+        other = repr(joint.decode(errors="replace"))
+        return CapabilityCheck(name, False, f"{shown}, in one call {other}")
 
     def _check_end_of_answer(self) -> CapabilityCheck:
         """Check that the end of an answer is reported where the model's own answer ends."""
@@ -346,10 +345,9 @@ class CapabilityChecker:
                 error = exc
             except LargeRefused as exc:
                 is_about_field = exc.status == _FORBIDDEN and names_field(str(exc))
-                # A proxy may forbid everything outside the API's path.
-                is_access = exc.is_access and not is_about_field and not self._dialect.at_root
-                # Other statuses count: many servers answer 500 to a body that they do not know.
-                if exc.may_pass or is_access:
+                # Proxies may forbid other paths; many servers answer 500 to a body unknown to them.
+                is_rejection = is_about_field or self._dialect.at_root
+                if exc.may_pass or (exc.is_access and not is_rejection):
                     raise
                 error = exc
                 if exc.status != _OK:

@@ -147,10 +147,9 @@ def finished(name: str, text: str, reason: Any) -> Completion:
 
 @pytest.mark.parametrize("name", _OF_TEXT)
 def test_every_name_of_the_end_ends_an_answer(name: str) -> None:
-    for reason in ("stop", "eos", "eos_token"):
-        assert finished(name, "", reason).ends
-    for reason in ("length", None, ""):
-        assert not finished(name, "", reason).ends
+    ends = {"stop": True, "eos": True, "eos_token": True, "length": False, None: False, "": False}
+    for reason, expected in ends.items():
+        assert finished(name, "", reason).ends is expected
 
 
 @pytest.mark.parametrize("name", _OF_TEXT)

@@ -55,13 +55,14 @@ def test_a_remembered_verdict_has_the_context_that_the_server_lists_now(tmp_path
         return family(request)
 
     with Loopback(answer) as server:
-        for models, expected in [
+        lists: list[tuple[list[dict[str, object]], int | None]] = [
             ([{"id": "m", "max_model_len": 3}], 3),
             ([{"id": "m", "max_model_len": 4096}], 4096),
             # A list without the model says nothing.
             ([], 4096),
             ([{"id": "m"}], None),
-        ]:
+        ]
+        for models, expected in lists:
             listed[:] = models
             with LargeModel(server.url, model="m", verdicts=verdicts) as large:
                 large.connect()
