@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
+from mlxroute.errors import LargeNotContinued
 from mlxroute.large.completion_request import CompletionRequester
 from mlxroute.large.dialects import Dialect, RequestOptions
 from mlxroute.large.dialects.base import NO_THINKING
@@ -19,7 +20,7 @@ from mlxroute.large.http.circuit_breaker import CircuitBreaker
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.negotiation.shared_negotiator import SharedNegotiator
 from mlxroute.large.prompt import Prompt
-from mlxroute.large.reply import Completion
+from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
 from mlxroute.ledger import Ledger
 from mlxroute.types import Message
 
@@ -89,7 +90,12 @@ class WholeChat:
             # A refusal of the switch alone is no failure of the server.
             with self._breaker.guard():
                 reply = self._thinking_switch.send(fields, post, server=self._server)
-            return _CHAT.completion(reply, prompt)
+            try:
+                return _CHAT.completion(reply, prompt)
+            except LargeNotContinued:
+                # A whole answer that a filter withheld is empty.
+                position = ReplyPosition(ReplyToken(text=""))
+                return Completion((position,), "", **usage_counts(reply))
 
         prompt = Prompt(messages=tuple(messages))
         return self._system_role.send(prompt, send, server=self._server)

@@ -292,6 +292,7 @@ def test_the_answer_is_the_same_with_threads_and_sockets(server: Loopback) -> No
     # On a busy machine, too, no call may time out.
     waited = answered(server, reply, timeout_s=300)
     overlapped = answered(server, reply, timeout_s=300, mode=Mode.OVERLAP)
+    assert [token.unchecked_reason for token in overlapped] == [None] * len(overlapped)
     assert [token.token_id for token in overlapped] == [token.token_id for token in waited]
     assert [token.source for token in overlapped] == [token.source for token in waited]
 
