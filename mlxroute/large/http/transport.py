@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,6 +23,8 @@ from mlxroute.types.limits import shown_value
 
 # Exchanges whose threads may outlive their calls: a name lookup or a proxy can block a thread.
 MAX_HANGING: Final = 4
+# On a busy machine a thread takes a while to end.
+_HANGS_AFTER_S: Final = 2.0
 # Share of the time limit of a call after which a used connection without a reply is doubted.
 _DOUBT_SHARE: Final = 1 / 3
 _USUAL_FACTOR: Final = 2.0
@@ -67,7 +70,8 @@ class Transport:
             ledger=ledger,
         )
         self._lock = threading.Lock()
-        self._hanging: list[Exchange] = []
+        # With the times at which their calls ended.
+        self._outliving: list[tuple[Exchange, float]] = []
         self._reply_times_s: deque[float] = deque(maxlen=_USUAL_REPLIES)
         self._is_warm = False
         self._silent_connections = 0
@@ -215,12 +219,13 @@ class Transport:
     def _end(self, exchange: Exchange) -> None:
         if not exchange.finished and not exchange.abort():
             with self._lock:
-                self._hanging.append(exchange)
+                self._outliving.append((exchange, time.monotonic()))
 
     def _check_hanging(self) -> None:
         with self._lock:
-            self._hanging = [exchange for exchange in self._hanging if exchange.is_alive()]
-            if len(self._hanging) < MAX_HANGING:
+            self._outliving = [item for item in self._outliving if item[0].is_alive()]
+            hangs_before_s = time.monotonic() - _HANGS_AFTER_S
+            if sum(ended_s <= hangs_before_s for _, ended_s in self._outliving) < MAX_HANGING:
                 return
         raise LargeUnavailable(
             f"no call to {self._address.url}: {MAX_HANGING} earlier calls still hang"

@@ -6,17 +6,19 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 
-from mlxroute.errors import LargeTimeout
+from mlxroute.errors import LargeTimeout, LargeUnavailable
 from mlxroute.large import LargeModel
 from mlxroute.large.http import connections
+from mlxroute.large.http import transport as transport_module
 from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.connections import Auth, HttpSessionPool
 from mlxroute.large.http.deadline import Deadline
-from mlxroute.large.http.transport import Transport
+from mlxroute.large.http.exchange import Exchange
+from mlxroute.large.http.transport import MAX_HANGING, Transport
 from tests.support.fakes import FakeClock
 from tests.support.loopback import Loopback, Reply
 from tests.support.negotiated import negotiated
@@ -240,4 +242,24 @@ def test_slow_whole_answers_leave_dropped_connections_noticed() -> None:
         server.script.append(Reply(stall_s=20))
         transport.call("/completions", body=b"{}", deadline=Deadline(2.0))
         assert len(server.requests) == 4
+        transport.close()
+
+
+@pytest.mark.parametrize("hangs_after_s", [0.0, 60.0])
+def test_calls_whose_threads_only_end_late_refuse_no_other_call(
+    hangs_after_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on a busy machine, where the threads of cancelled calls have not ended yet.
+    monkeypatch.setattr(Exchange, "abort", lambda exchange: False)
+    monkeypatch.setattr(Exchange, "is_alive", lambda exchange: True)
+    monkeypatch.setattr(transport_module, "_HANGS_AFTER_S", hangs_after_s)
+    with Loopback() as server:
+        transport = Transport(parse_address(server.url))
+        server.script.extend([Reply(stall_s=1.0)] * MAX_HANGING)
+        for _ in range(MAX_HANGING):
+            with pytest.raises(LargeTimeout):
+                transport.call("/completions", body=b"{}", deadline=Deadline(0.02))
+        outcome = pytest.raises(LargeUnavailable) if hangs_after_s == 0 else nullcontext()
+        with outcome:
+            transport.call("/completions", body=b"{}", deadline=Deadline(30))
         transport.close()
