@@ -6,11 +6,11 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import pytest
 
-from mlxroute.errors import LargeTimeout, LargeUnavailable
+from mlxroute.errors import LargeTimeout
 from mlxroute.large import LargeModel
 from mlxroute.large.http import connections
 from mlxroute.large.http import transport as transport_module
@@ -245,21 +245,16 @@ def test_slow_whole_answers_leave_dropped_connections_noticed() -> None:
         transport.close()
 
 
-@pytest.mark.parametrize("hangs_after_s", [0.0, 60.0])
-def test_calls_whose_threads_only_end_late_refuse_no_other_call(
-    hangs_after_s: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_calls_whose_threads_end_late_refuse_no_other_call(monkeypatch: pytest.MonkeyPatch) -> None:
     # As on a busy machine, where the threads of cancelled calls have not ended yet.
     monkeypatch.setattr(Exchange, "abort", lambda exchange: False)
     monkeypatch.setattr(Exchange, "is_alive", lambda exchange: True)
-    monkeypatch.setattr(transport_module, "_HANGS_AFTER_S", hangs_after_s)
-    with Loopback() as server:
+    monkeypatch.setattr(transport_module, "_HANGS_AFTER_S", 60.0)
+    with Loopback(lambda request: Reply(stall_s=0.3)) as server:
         transport = Transport(parse_address(server.url))
-        server.script.extend([Reply(stall_s=1.0)] * MAX_HANGING)
         for _ in range(MAX_HANGING):
             with pytest.raises(LargeTimeout):
                 transport.call("/completions", body=b"{}", deadline=Deadline(0.02))
-        outcome = pytest.raises(LargeUnavailable) if hangs_after_s == 0 else nullcontext()
-        with outcome:
-            transport.call("/completions", body=b"{}", deadline=Deadline(30))
+        reply = transport.call("/completions", body=b"{}", deadline=Deadline(30))
+        assert reply.status == 200
         transport.close()

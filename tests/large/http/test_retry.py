@@ -26,6 +26,7 @@ from mlxroute.errors import (
 )
 from mlxroute.large import LargeModel
 from mlxroute.large.http import retry
+from mlxroute.large.http import transport as transport_module
 from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import Transport
@@ -352,6 +353,7 @@ def test_the_number_of_hanging_exchanges_is_bounded(
         return look_up(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(socket, "getaddrinfo", slow)
+    monkeypatch.setattr(transport_module, "_HANGS_AFTER_S", 0.0)
     server.script.append(Reply())
     transport = Transport(parse_address(server.url))
     before = len(exchange_threads())
