@@ -18,7 +18,7 @@ _MAX_CHARACTERS: Final = 50
 
 
 def model_key(name: str, folder: Path) -> str:
-    """Return the key of a small model.
+    """Return the part of file names that stands for a small model.
 
     It is the catalogue name, the hub id with `--` for its slash, or that of `path_key` for a path.
     An adapter's fingerprint at the end of the name stays.
@@ -42,7 +42,7 @@ def model_key(name: str, folder: Path) -> str:
 
 
 def path_key(path: Path) -> str:
-    """Return the key of a file or folder: its name, and a hash of the whole path."""
+    """Return the part of file names for a file or folder: its name and a hash of its path."""
     full_path = path.resolve()
     stem = path.stem if path.suffix == ".gguf" else full_path.name
     readable = re.sub(r"[^\w.-]+", "-", stem)[:_MAX_CHARACTERS]

@@ -138,7 +138,7 @@ class Negotiator:
         return comparison
 
     def _differs(self, vocabulary: Vocabulary, next_deadline: NextDeadline) -> bool:
-        """Return whether a sample of the tokens is others on the server, as far as it says."""
+        """Return whether tokens of a sample differ on the server; False if it does not say."""
         routes = self.bind(self.tokens, next_deadline)
         if not isinstance(routes, TokenizeRoutes):
             return False
@@ -239,7 +239,7 @@ class Negotiator:
         return verdict
 
     def _served_model(self) -> ServedModel | None:
-        """Return the list's entry of the model; None if it is not in the list."""
+        """Return the entry of the model in the server's list; None if it is not listed."""
         return next((model for model in self._served if model.name == self.model.known), None)
 
     def _probed(self, prober: Prober) -> NegotiatedDialect:

@@ -121,7 +121,7 @@ def _without_spaces(names: str) -> str:
 
 
 def compare_pieces(small: Vocabulary, pieces_by_id: Mapping[int, str]) -> VocabularyComparison:
-    """Compare the pieces in replies, if there are enough of them; few are control tokens."""
+    """Compare the pieces in replies, if there are enough; they rarely include control tokens."""
     for token_id, piece in pieces_by_id.items():
         if (own := small.piece(token_id)) != piece:
             return _different(token_id, own, piece)
