@@ -27,6 +27,8 @@ settings.load_profile("mlxroute")
 _OWN_VARIABLES = ("OPENAI_API_KEY", "OPENAI_BASE_URL")
 _TERMINAL_VARIABLES = ("TERM_PROGRAM", "FORCE_COLOR", "NO_COLOR", "COLUMNS", *REWRAPPING_VARIABLES)
 
+# Workers, and commands that tests start, read compiled modules; they do not compile each again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Tests interrupt themselves; a job that a script starts in the background ignores SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # OpenBLAS reads this when it is loaded. Its threads spin while they wait for each other, so that
