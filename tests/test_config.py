@@ -115,6 +115,22 @@ def test_another_server_does_not_keep_the_model_of_an_earlier_source(tmp_path: P
     environ["MLXROUTE_LARGE_MODEL"] = "mine"
     assert load_settings({}, environ=environ, path=path).large_model == "mine"
     assert load_settings({"large_model": "x"}, environ={}, path=path).large_model == "x"
+    flags = {"large": "https://corp/v1"}
+    assert load_settings(flags, environ={}, path=path).large_model == "huge"
+
+
+def test_another_server_does_not_keep_the_prices_of_an_earlier_source(tmp_path: Path) -> None:
+    prices = "price_input = 2\nprice_cached_input = 1\nprice_output = 8\n"
+    flags = {"large": "https://other/v1"}
+    path = write(tmp_path, prices)
+    assert read_prices(load_settings(flags, environ={}, path=path)) is not None
+    path = write(tmp_path, 'large = "https://corp/v1"\n' + prices)
+    assert read_prices(load_settings({}, environ={}, path=path)) is not None
+    assert read_prices(load_settings(flags, environ={}, path=path)) is None
+    environ = {"MLXROUTE_PRICE_INPUT": "3", "MLXROUTE_PRICE_OUTPUT": "4"}
+    environ["MLXROUTE_LARGE"] = "https://other/v1"
+    found = read_prices(load_settings({}, environ=environ, path=path))
+    assert found == Prices(input=3.0, cached_input=3.0, output=4.0)
 
 
 @pytest.mark.parametrize(

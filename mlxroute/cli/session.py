@@ -22,7 +22,13 @@ from mlxroute.cli.routing import (
 from mlxroute.cli.server_offers import no_large_lines
 from mlxroute.cli.small_setup import default_small, load_small, small_name
 from mlxroute.cli.vocabulary_note import pair_vocabularies
-from mlxroute.config import Settings, read_never_send, read_prices, user_catalog_dir
+from mlxroute.config import (
+    SERVER_SETTINGS,
+    Settings,
+    read_never_send,
+    read_prices,
+    user_catalog_dir,
+)
 from mlxroute.conversation import Conversation
 from mlxroute.errors import UsageError
 from mlxroute.ledger import Ledger
@@ -189,7 +195,8 @@ class Session:
         """
         # A key that no address was named for so far is that of the server used so far.
         server = self._settings.key_server or self._settings.large
-        settings = replace(self._settings, large=address, large_model=model, key_server=server)
+        settings = replace(self._settings, **dict.fromkeys(SERVER_SETTINGS))
+        settings = replace(settings, large=address, large_model=model, key_server=server)
         if settings.offline:
             raise UsageError("with --offline there is no large model; start without it")
         large, before = connect_large(settings, self._ledger, err), self.large

@@ -75,6 +75,10 @@ def _setting(
     return field(default=default, metadata=metadata)
 
 
+# They describe the large model's server: another one does not inherit them.
+SERVER_SETTINGS = ("large_model", "price_input", "price_cached_input", "price_output")
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """The settings of one run. None means not set: a default applies where the value is used.

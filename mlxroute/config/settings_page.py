@@ -29,7 +29,8 @@ never_send = ["(?i)project zebra"]
 - A `key_file` replaces the `key_env` of an earlier source, and a `key_env` the `key_file`.
 - A `head` replaces the `router` of an earlier source. The head is then the router; a source that
   sets a `head` can set no `router` but `head`.
-- A `large` removes the `large_model` of an earlier source: the model belongs to its server.
+- Another `large` than that of an earlier source removes the `large_model` and the prices of earlier
+  sources, because they belong to their server.
 - The values of `never_send` and `never_send_file` from all sources add up.
 - In the environment, a switch is `1`, `true`, `0` or `false`, and a list has one text.
 - Config files, key files, never-send files and question files are UTF-8, with or without a byte

@@ -13,6 +13,7 @@ from mlxroute.config.never_send_patterns import compile_pattern
 from mlxroute.config.paths import CONFIG_VARIABLE
 from mlxroute.config.setting_choices import RouterName
 from mlxroute.config.settings import (
+    SERVER_SETTINGS,
     Setting,
     Settings,
     declared_settings,
@@ -27,9 +28,6 @@ from mlxroute.untrusted_text import MalformedText, TextFile, parse_toml
 _ADDITIVE = ("never_send", "never_send_file")
 # Of each pair a source sets one, which replaces the other one of an earlier source.
 _EXCLUSIVE = (("threshold", "budget"), ("key_env", "key_file"))
-# A setting, and the one of an earlier source that it removes: a head is the router, and a model
-# belongs to its server.
-_REMOVED_BY = {"head": "router", "large": "large_model"}
 _BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 _MAX_CONFIG_BYTES = 64 * 1024
 _TYPE_WORDS = {
@@ -93,7 +91,10 @@ class _Source:
             if len(chosen) > 1:
                 raise self._refuse(pair)
             removed |= dict.fromkeys(pair if chosen else ())
-        removed |= {other: None for name, other in _REMOVED_BY.items() if name in values}
+        if "head" in values:
+            removed["router"] = None
+        if earlier.large not in (None, values.get("large", earlier.large)):
+            removed |= dict.fromkeys(SERVER_SETTINGS)
         sums = {name: getattr(earlier, name) + values[name] for name in _ADDITIVE if name in values}
         return {**removed, **values, **sums}
 

@@ -102,3 +102,20 @@ def test_the_key_stays_that_of_the_first_server_when_a_chat_goes_to_another_one(
         with pytest.raises(UsageError):
             session.change_large("http://b/v1", None, Console())
         assert (asked[-1].large, asked[-1].key_server) == ("http://b/v1", expected)
+
+
+def test_a_chat_that_goes_to_another_server_leaves_the_prices_of_the_first_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def refuse(settings: Settings, *_: object) -> None:
+        asked.append(settings)
+        raise UsageError("no server")
+
+    monkeypatch.setattr("mlxroute.cli.session.connect_large", refuse)
+    first = replace(SETTINGS, large="http://a/v1", price_input=1.0, price_output=2.0)
+    with pytest.raises(UsageError):
+        make_session(first).change_large("http://b/v1", "huge", Console())
+    assert (asked[-1].price_input, asked[-1].price_output) == (None, None)
+    assert (asked[-1].large_model, asked[-1].large) == ("huge", "http://b/v1")
