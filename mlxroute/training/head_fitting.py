@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlxroute.errors import UsageError
 from mlxroute.questions.question_files import Question
@@ -33,7 +32,7 @@ _FOLDS: Final = 4
 MIN_ANSWERS: Final = 10
 _RANK_STEPS: Final = 64
 _COMPONENTS_BY_SHAPE: Final = {f"linear, {count} components": count for count in COMPONENT_COUNTS}
-_SHAPES: Final = (*_COMPONENTS_BY_SHAPE, "perceptron")
+_PERCEPTRON: Final = "perceptron"
 LabelledPair = tuple[LabelledAnswer, Sequence[float]]
 """An answer with the targets of its positions."""
 
@@ -212,16 +211,28 @@ def judge_shapes(
     for fold in range(_FOLDS):
         validation = Positions.of(pairs[fold::_FOLDS])
         training = [pair for index, pair in enumerate(pairs) if index % _FOLDS != fold]
-        for shape in _SHAPES:
-            scores = validation.score(fit_shape(training, loss, shape))
-            merits.setdefault(shape, []).append(merit(validation, scores))
+        for shape, head in _fit_shapes(training, loss).items():
+            merits.setdefault(shape, []).append(merit(validation, validation.score(head)))
     return {shape: statistics.mean(values) for shape, values in merits.items()}
 
 
+def _fit_shapes(pairs: Sequence[LabelledPair], loss: Loss) -> dict[str, MlpHead]:
+    """Fit a head of each shape, by its name."""
+    heads = fit_linear(Positions.of(pairs), loss, COMPONENT_COUNTS)
+    perceptron = _fit_perceptron(pairs, loss)
+    return dict(zip(_COMPONENTS_BY_SHAPE, heads, strict=True)) | {_PERCEPTRON: perceptron}
+
+
 def fit_shape(pairs: Sequence[LabelledPair], loss: Loss, shape: str) -> MlpHead:
-    """Fit a head of a shape; for a perceptron, one answer in four decides when to stop."""
-    if shape in _COMPONENTS_BY_SHAPE:
-        return fit_linear(Positions.of(pairs), loss, _COMPONENTS_BY_SHAPE[shape])
+    """Fit a head of a shape."""
+    if shape == _PERCEPTRON:
+        return _fit_perceptron(pairs, loss)
+    (head,) = fit_linear(Positions.of(pairs), loss, [_COMPONENTS_BY_SHAPE[shape]])
+    return head
+
+
+def _fit_perceptron(pairs: Sequence[LabelledPair], loss: Loss) -> MlpHead:
+    """Fit a perceptron; one answer in four decides when to stop."""
     training = Positions.of([pair for index, pair in enumerate(pairs) if index % _FOLDS])
     return fit_perceptron(training, Positions.of(pairs[::_FOLDS]), loss)
 
@@ -231,15 +242,14 @@ def _mean_recall(positions: Positions, scores: Sequence[float]) -> float:
 
 
 def _logistic_loss(logits: mx.array, targets: mx.array, logprobs: mx.array) -> mx.array:
-    """Return the mean logistic loss (binary cross-entropy; Cox, 1958) of logits [B]."""
-    loss: mx.array = nn.losses.binary_cross_entropy(logits, targets, with_logits=True)
-    return loss
+    """Return the logistic losses (binary cross-entropy; Cox, 1958) of logits [..., B]."""
+    return mx.logaddexp(0.0, logits) - logits * targets
 
 
 def _deferral_loss(logits: mx.array, targets: mx.array, logprobs: mx.array) -> mx.array:
-    """Return the mean of -log(sigmoid(-z) P_small + sigmoid(z) P_large) over logits z [B].
+    """Return -log(sigmoid(-z) P_small + sigmoid(z) P_large) of logits z [..., B].
 
-    The marginal likelihood of Co-LLM (arXiv 2403.03870).
+    The marginal likelihood of Co-LLM (arXiv 2403.03870), with e^z / (1 + e^z) for sigmoid(z).
     """
-    keep, defer = nn.log_sigmoid(-logits), nn.log_sigmoid(logits)
-    return -mx.mean(mx.logaddexp(keep + logprobs[:, 0], defer + logprobs[:, 1]))
+    mixed = mx.logaddexp(logprobs[:, 0], logits + logprobs[:, 1])
+    return mx.logaddexp(0.0, logits) - mixed

@@ -38,7 +38,7 @@ _LEARNING_RATE: Final = 1e-3
 _WEIGHT_DECAY: Final = 0.05
 
 Loss = Callable[[mx.array, mx.array, mx.array], mx.array]
-"""The mean loss of logits [B], given targets [B] and logprobs [B, 2]."""
+"""The losses of logits [..., B], given targets [B] and logprobs [B, 2]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,24 +84,28 @@ class Positions:
         return to_list(head.score(self.inputs)[:, 0])
 
 
-def fit_linear(positions: Positions, loss: Loss, components: int) -> MlpHead:
-    """Fit a head of one layer on `components` principal components and the signals.
+def fit_linear(positions: Positions, loss: Loss, counts: Sequence[int]) -> list[MlpHead]:
+    """Fit a head of one layer for each of several counts of principal components.
 
-    Minimizes `loss` with a ridge penalty by Adam (arXiv 1412.6980), the learning rate falling
-    linearly to 0.
+    Each head takes that many components and the signals. Minimizes `loss` with a ridge penalty by
+    Adam (arXiv 1412.6980), the learning rate falling linearly to 0.
     """
     mean, scale = _standardization(positions.inputs)
     standardized = (positions.inputs - mean) / scale
-    basis = _principal_components(standardized, components)
-    features = standardized @ basis
-    ridge = _RIDGE / (2 * features.shape[0])
+    basis = _principal_components(standardized, max(counts))
+    features = mx.concatenate([standardized @ basis, mx.ones((standardized.shape[0], 1))], axis=1).T
+    # The heads learn at once, each with a row of weights: 0 for the components that it leaves out.
+    # The last weight is the bias, which has no penalty.
+    columns = mx.arange(features.shape[0])
+    is_used = mx.stack([columns >= basis.shape[1] - SIGNAL_COUNT - count for count in counts])
+    ridge = _RIDGE / (2 * features.shape[1]) * (columns < basis.shape[1])
 
     def penalized_loss(parameters: dict[str, mx.array]) -> mx.array:
-        weights, bias = parameters["weights"], parameters["bias"]
-        penalty = ridge * mx.sum(weights * weights)
-        return loss(features @ weights + bias, positions.targets, positions.logprobs) + penalty
+        weights = parameters["weights"] * is_used
+        losses = loss(weights @ features, positions.targets, positions.logprobs)
+        return mx.sum(mx.mean(losses, axis=1)) + mx.sum(ridge * weights * weights)
 
-    parameters = {"weights": mx.zeros(basis.shape[1]), "bias": mx.zeros(1)}
+    parameters = {"weights": mx.zeros(is_used.shape)}
     optimizer = optim.Adam(
         optim.linear_schedule(_LINEAR_LEARNING_RATE, 0.0, _STEPS),
         betas=list(_LINEAR_BETAS),
@@ -111,18 +115,19 @@ def fit_linear(positions: Positions, loss: Loss, components: int) -> MlpHead:
     for _ in range(_STEPS):
         parameters = optimizer.apply_gradients(gradient(parameters), parameters)
         mx.eval(parameters, optimizer.state)
-    # Projection and standardization become part of the layer.
-    weight = ((basis @ parameters["weights"]) / scale)[None]
-    layer = (weight, parameters["bias"] - weight @ mean)
-    mx.eval(layer)
-    return MlpHead((layer,))
+    # Projection and standardization become part of the layers.
+    weights = (parameters["weights"][:, :-1] @ basis.T) / scale
+    biases = parameters["weights"][:, -1] - weights @ mean
+    layers = [(weights[i : i + 1], biases[i : i + 1]) for i in range(len(counts))]
+    mx.eval(layers)
+    return [MlpHead((layer,)) for layer in layers]
 
 
 def _principal_components(inputs: mx.array, components: int) -> mx.array:
     """Return a basis [D + 4, components + 4] of standardized inputs.
 
-    Its columns are the hidden state's leading principal components, scaled to unit variance, and
-    the signals as they are.
+    Its columns are the hidden state's leading principal components, scaled to unit variance and
+    the leading ones last, and the signals as they are.
     """
     hidden = inputs[:, :-SIGNAL_COUNT]
     # `eigh` runs on the CPU only; eigenvalues rise.
@@ -151,7 +156,7 @@ def fit_perceptron(positions: Positions, validation: Positions, loss: Loss) -> M
     def model_loss(
         model: nn.Module, x: mx.array, targets: mx.array, logprobs: mx.array
     ) -> mx.array:
-        return loss(model(x)[:, 0], targets, logprobs)
+        return mx.mean(loss(model(x)[:, 0], targets, logprobs))
 
     gradient = nn.value_and_grad(model, model_loss)
     best, best_loss, stale_epochs = tree_map(mx.array, model.parameters()), math.inf, 0

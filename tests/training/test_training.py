@@ -21,7 +21,8 @@ from mlxroute.recorded.replies import Replies
 from mlxroute.routers import make_router
 from mlxroute.serving.concurrent_answers import AnswerRow, ConcurrentAnswers
 from mlxroute.small import SmallModel
-from mlxroute.training.head_fitting import FittedHead, fit_head, recall
+from mlxroute.training.head_fitting import FittedHead, _deferral_loss, fit_head, recall
+from mlxroute.training.head_shapes import Positions, fit_linear
 from mlxroute.training.labels import LabelledAnswer, collect_labels
 from mlxroute.types import LabelKind, LargeToken
 from tests.support.fakes import ScriptedLarge, ScriptedReply, ScriptedWholeAnswer
@@ -359,14 +360,14 @@ def fitted() -> FittedHead:
     return fitted_to(synthetic(40))
 
 
-@pytest.mark.parametrize("labels", [LabelKind.DIVERGENCE, LabelKind.DEFERRAL])
-def test_a_head_finds_positions_where_the_models_differ(
-    labels: LabelKind, fitted: FittedHead
-) -> None:
-    refitted = fitted_to(synthetic(40), labels)
-    # The same answers give the same head.
-    assert (refitted.report == fitted.report) == (labels is LabelKind.DIVERGENCE)
-    fitted = refitted
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads are fitted in a fifth of the usual steps, and less well."""
+    monkeypatch.setattr("mlxroute.training.head_shapes._STEPS", 60)
+    monkeypatch.setattr("mlxroute.training.head_shapes._EPOCHS", 6)
+
+
+def check_fit(fitted: FittedHead, labels: LabelKind) -> None:
     rows = fitted.report["recall"]
     assert rows["0.1"]["head"] > 0.7
     assert rows["0.1"]["entropy"] < 0.3
@@ -374,6 +375,19 @@ def test_a_head_finds_positions_where_the_models_differ(
     assert fitted.report["answers"] == {"fitted": 32, "held_out": 8}
     assert list(fitted.quantiles) == sorted(fitted.quantiles)
     assert (fitted.report["small"], fitted.report["labels"]) == ("s", labels)
+
+
+def test_a_head_finds_positions_where_the_models_differ(fitted: FittedHead) -> None:
+    check_fit(fitted, LabelKind.DIVERGENCE)
+
+
+@pytest.mark.usefixtures("few_steps")
+def test_a_head_for_deferral_finds_positions_where_the_models_differ() -> None:
+    fitted = fitted_to(synthetic(40), LabelKind.DEFERRAL)
+    check_fit(fitted, LabelKind.DEFERRAL)
+    # The same answers give the same head.
+    again = fitted_to(synthetic(40), LabelKind.DEFERRAL)
+    assert (again.report, again.quantiles) == (fitted.report, fitted.quantiles)
 
 
 def test_a_written_head_scores_a_decode_step_like_the_fitted_one(
@@ -445,6 +459,17 @@ def test_a_head_without_quantiles_can_have_a_budget(
     small.set_head(None)
 
 
+@pytest.mark.usefixtures("few_steps")
+def test_heads_that_are_fitted_at_once_equal_those_fitted_alone() -> None:
+    positions = Positions.of([(item, item.differs.tolist()) for item in synthetic(8)])
+    heads = fit_linear(positions, _deferral_loss, [2, 16, 128])
+    for head, count in zip(heads, (2, 16, 128), strict=True):
+        (alone,) = fit_linear(positions, _deferral_loss, [count])
+        assert positions.score(head) == pytest.approx(positions.score(alone), abs=1e-3)
+    assert positions.score(heads[0]) != pytest.approx(positions.score(heads[1]), abs=0.1)
+
+
+@pytest.mark.usefixtures("few_steps")
 def test_too_little_training_data_is_an_error() -> None:
     with pytest.raises(UsageError, match="at least 10 answers, not 9"):
         fitted_to(synthetic(9))

@@ -230,8 +230,8 @@ def _as_labelled(answer: AdvantageLabels, positions: Sequence[int]) -> LabelledA
 
 
 def _squared_loss(outputs: mx.array, targets: mx.array, logprobs: mx.array) -> mx.array:
-    """Return the mean squared difference of outputs [B] and targets [B]."""
-    return mx.mean(mx.square(outputs - targets))
+    """Return the squared differences of outputs [..., B] and targets [B]."""
+    return mx.square(outputs - targets)
 
 
 def _describe_labels(
