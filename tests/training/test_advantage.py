@@ -320,6 +320,7 @@ def trained(small: SmallModel, folder: Path, count: int, *, tokens: int = 6) -> 
         return training.run(questions, examples=[], provenance={"small": "tiny"})
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_the_head_with_the_most_right_answers_is_chosen(small: SmallModel, tmp_path: Path) -> None:
     fitted = trained(small, tmp_path, 16)
     report, routed = fitted.report, fitted.report["routed"]

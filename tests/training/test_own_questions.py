@@ -32,6 +32,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
         yield small, server.url
 
 
+# Whether the heads are good does not matter.
+pytestmark = pytest.mark.usefixtures("few_steps")
+
+
 def write_questions(folder: Path, name: str, numbers: range, *, answered: bool = True) -> Path:
     """Write a file of questions, with right answers if `answered`; return it."""
     rows: list[dict[str, str]] = [{"prompt": f"What comes after {i}?"} for i in numbers]
@@ -101,7 +105,7 @@ def test_a_small_model_is_adapted_to_a_users_questions(
     # Random weights give no right answers, and only right ones would be learned.
     data = write_questions(tmp_path, "data.jsonl", range(20), answered=False)
     out = tmp_path / "adapter"
-    adapt = ["adapt", "--large", url, "--tokens", "6", "--learning-rate", "2e-3"]
+    adapt = ["adapt", "--large", url, "--tokens", "4", "--learning-rate", "2e-3"]
     code, report, messages = run(*adapt, "--data", str(data), "--out", str(out))
     assert code == 0, messages
     assert report["answers"] == {"trained": 16, "held_out": 4}

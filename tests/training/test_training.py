@@ -360,13 +360,6 @@ def fitted() -> FittedHead:
     return fitted_to(synthetic(40))
 
 
-@pytest.fixture
-def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Heads are fitted in a fifth of the usual steps, and less well."""
-    monkeypatch.setattr("mlxroute.training.head_shapes._STEPS", 60)
-    monkeypatch.setattr("mlxroute.training.head_shapes._EPOCHS", 6)
-
-
 def check_fit(fitted: FittedHead, labels: LabelKind) -> None:
     rows = fitted.report["recall"]
     assert rows["0.1"]["head"] > 0.7
