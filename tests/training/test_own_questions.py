@@ -58,9 +58,9 @@ def test_a_head_is_fitted_to_a_users_questions_and_judged_by_others(
 
     fitted = write_questions(tmp_path, "fitted.jsonl", range(12))
     unused = write_questions(tmp_path, "unused.jsonl", range(12, 15))
-    assert run("calibrate", "--data", str(fitted), "--tokens", "40")[0] == 0
+    assert run("calibrate", "--data", str(fitted), "--tokens", "20")[0] == 0
     head = tmp_path / "mine.safetensors"
-    train = ["train", "--large", url, "--tokens", "4", "--labels", "divergence"]
+    train = ["train", "--large", url, "--tokens", "3", "--labels", "divergence"]
     code, report, messages = run(*train, "--data", str(fitted), "--out", str(head))
     assert code == 0, messages
     assert (code, report["answers"]) == (0, {"fitted": 9, "held_out": 3})
@@ -70,7 +70,7 @@ def test_a_head_is_fitted_to_a_users_questions_and_judged_by_others(
     better = sum(row["head"] for row in rows) > sum(row["entropy"] for row in rows)
     assert ("stay with --router entropy" in messages) == (not better)
 
-    quality = ["bench", "quality", "--large", url, "--tokens", "4", "--budget", "30%"]
+    quality = ["bench", "quality", "--large", url, "--tokens", "3", "--budget", "30%"]
     quality += ["--head", str(head), "--router", "head"]
     code, _, messages = run(*quality, "--data", str(fitted))
     assert (code, "fitted to 12 of these 12 questions" in messages) == (2, True)
@@ -79,7 +79,7 @@ def test_a_head_is_fitted_to_a_users_questions_and_judged_by_others(
     assert report["sides"]["head 30%"]["escalation_rate"] > 0
 
     # Random weights often end inside a character, where this server cannot be asked.
-    baselines = ["bench", "quality", "--large", url, "--tokens", "4", "--budget", "30%"]
+    baselines = ["bench", "quality", "--large", url, "--tokens", "3", "--budget", "30%"]
     baselines += ["--router", "random", "--router", "first", "--compare", "first 30%,small"]
     baselines += ["--data", str(unused), "--oracles"]
     code, report, messages = run(*baselines)
@@ -103,16 +103,16 @@ def test_a_small_model_is_adapted_to_a_users_questions(
         return code, json.loads(captured.out or "{}"), " ".join(captured.err.split())
 
     # Random weights give no right answers, and only right ones would be learned.
-    data = write_questions(tmp_path, "data.jsonl", range(20), answered=False)
+    data = write_questions(tmp_path, "data.jsonl", range(10), answered=False)
     out = tmp_path / "adapter"
-    adapt = ["adapt", "--large", url, "--tokens", "4", "--learning-rate", "2e-3"]
+    adapt = ["adapt", "--large", url, "--tokens", "3", "--learning-rate", "5e-3"]
     code, report, messages = run(*adapt, "--data", str(data), "--out", str(out))
     assert code == 0, messages
-    assert report["answers"] == {"trained": 16, "held_out": 4}
+    assert report["answers"] == {"trained": 8, "held_out": 2}
     assert report["figures"][0]["loss"] > report["kept"]["loss"]
     assert f"use it with --adapter {out}" in messages
     provenance = json.loads((out / "provenance.json").read_text())
-    assert len(provenance["questions"]) == 20
+    assert len(provenance["questions"]) == 10
     assert len(provenance["data"][0]["sha256"]) == 64
     (record,) = (tmp_path / "cache" / "bench").glob("replies-*")
     rows = record.read_bytes()
@@ -145,7 +145,7 @@ def test_a_small_model_is_adapted_to_a_users_questions(
     assert record.read_bytes() == rows
     assert further["figures"][0]["loss"] == pytest.approx(report["kept"]["loss"], rel=0.05)
     assert further["started_from"].startswith(f"{small}+")
-    assert "the adapter was trained with 4 of the 4 held-out questions" in messages
+    assert "the adapter was trained with 2 of the 2 held-out questions" in messages
     again = ["--data", str(data), "--out", str(tmp_path / "c"), "--rounds", "1"]
     code, rounds, messages = run(*adapt, *again, "--epochs", "1")
     assert code == 0, messages
@@ -154,15 +154,15 @@ def test_a_small_model_is_adapted_to_a_users_questions(
 
     adapted = ["--data", str(data), "--adapter", str(out)]
     code, _, messages = run("bench", "quality", "--large", url, *adapted)
-    assert (code, "trained with 20 of these 20 questions" in messages) == (2, True)
-    other = write_questions(tmp_path, "other.jsonl", range(20, 24))
-    quality = ["bench", "quality", "--large", url, "--tokens", "12", "--budget", "50%"]
+    assert (code, "trained with 10 of these 10 questions" in messages) == (2, True)
+    other = write_questions(tmp_path, "other.jsonl", range(20, 23))
+    quality = ["bench", "quality", "--large", url, "--tokens", "6", "--budget", "50%"]
     code, report, messages = run(*quality, "--data", str(other), "--adapter", str(out))
     assert code == 0, messages
     assert sum(side["calls"] for side in report["sides"].values()) > 0
-    code, measured, messages = run("calibrate", "--questions", "20", "--tokens", "40", *adapted)
+    code, measured, messages = run("calibrate", "--questions", "10", "--tokens", "24", *adapted)
     assert code == 0, messages
-    assert "trained with 20 of these 20 questions" in messages
+    assert "trained with 10 of these 10 questions" in messages
     assert measured["small"] == further["started_from"]
 
 
@@ -231,7 +231,7 @@ def test_a_head_is_fitted_to_advantages_and_the_run_repeats(
 ) -> None:
     small, url = models
     data = tmp_path / "fitted.jsonl"
-    rows = [{"prompt": f"What comes after {i}?"} for i in range(30)]
+    rows = [{"prompt": f"What comes after {i}?"} for i in range(15)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     train = ["train", "--small", str(small), "--large", url, "--cache-dir", str(tmp_path)]
     train += ["--data", str(data), "--tokens", "3", "--labels", "advantage", "--budget", "20%"]
@@ -244,22 +244,22 @@ def test_a_head_is_fitted_to_advantages_and_the_run_repeats(
 
     head = tmp_path / "mine.safetensors"
     report, messages = run("--out", str(head))
-    assert report["answers"] == {"fitted": 24, "held_out": 6}
+    assert report["answers"] == {"fitted": 12, "held_out": 3}
     assert report["routed"]["judged_by"] == "large model"
     assert report["written_by"] == {"router": "entropy", "budget": 0.2}
-    assert "6 held-out questions, with at most 20% of the tokens from the large model" in messages
+    assert "3 held-out questions, with at most 20% of the tokens from the large model" in messages
     better = report["routed"]["head"]["accuracy"] > report["routed"]["entropy"]["accuracy"]
     assert ("stay with --router entropy" in messages) == (not better)
     assert f"use it with --head {head} --budget 20%" in messages
     files = sorted((tmp_path / "labels").iterdir())
-    assert len(files) == 24
+    assert len(files) == 12
     assert run("--out", str(head))[0] == report
     assert sorted((tmp_path / "labels").iterdir()) == files
 
     # Answers that a head writes are others.
     report, _ = run("--head", str(head), "--out", str(tmp_path / "next.safetensors"))
     assert report["written_by"] == {"router": "head", "budget": 0.2}
-    assert len(list((tmp_path / "labels").iterdir())) == 48
+    assert len(list((tmp_path / "labels").iterdir())) == 24
 
 
 def test_an_interrupt_before_the_first_adapter_says_that_none_was_written(
