@@ -61,7 +61,7 @@ def worked_answers(small: SmallModel, count: int, *, gold: bool = True) -> list[
     answers = []
     end = min(small.vocabulary.eos_ids)
     for number in range(count):
-        text = f"say {number}{'!' * number}"
+        text = f"say {number}{'!' * (number % 5)}"
         question = Question(text, text, answer="lazy dog" if gold else None)
         token_ids = (*small.vocabulary.encode("the lazy dog"), end)
         starts = tuple(range(len(token_ids)))
@@ -82,16 +82,16 @@ def adapt(
     interrupted: InterruptedRun | None = None,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> TuningOutcome:
-    """Adapt the model to 24 answers; `on_step` is called after each step."""
+    """Adapt the model to 12 answers by default; `on_step` is called after each step."""
 
     def progress(label: str, done: int, total: int | None) -> None:
         if label.startswith("training steps"):
             on_step(done)
 
-    trained, held_out = split_answers(small, answers or worked_answers(small, 24))
+    trained, held_out = split_answers(small, answers or worked_answers(small, 12))
     shape = LoraShape(rank=4, layers=2)
     options = TuningOptions(
-        shape, _RATE, epochs, max_tokens=8, rounds=rounds, start=start, interrupted=interrupted
+        shape, _RATE, epochs, max_tokens=5, rounds=rounds, start=start, interrupted=interrupted
     )
     return adapt_to_answers(
         small,
@@ -299,12 +299,12 @@ def test_the_held_out_loss_falls_and_the_adapter_gives_it_again(
     provenance = json.loads((tmp_path / "a" / "provenance.json").read_text())
     assert provenance == outcome.report
     assert provenance["small"] == "tiny"
-    assert provenance["answers"] == {"trained": 19, "held_out": 5}
+    assert provenance["answers"] == {"trained": 9, "held_out": 3}
     assert provenance["kept"]["loss"] == best.loss
 
     model, tokenizer = load(path, adapter=tmp_path / "a")
     adapted = SmallModel(model, tokenizer, name="adapted")
-    _, held_out = split_answers(adapted, worked_answers(adapted, 24))
+    _, held_out = split_answers(adapted, worked_answers(adapted, 12))
     batches = make_batches(make_examples(adapted, held_out), 8)
     tuning = LoraTuning(model, None, learning_rate=_RATE)
     assert tuning.mean_loss(batches) == pytest.approx(best.loss, rel=0.02, abs=1e-3)
@@ -382,7 +382,8 @@ def test_an_interrupted_training_goes_on_from_the_kept_weights(
             raise KeyboardInterrupt
 
     folder = tmp_path / "a"
-    first = adapt(small, folder, epochs=2, on_step=interrupt)
+    answers = worked_answers(small, 24)
+    first = adapt(small, folder, answers=answers, epochs=2, on_step=interrupt)
     report = json.loads((folder / "provenance.json").read_text())
     interrupted = InterruptedRun.from_report(report)
     assert interrupted is not None
@@ -394,6 +395,7 @@ def test_an_interrupted_training_goes_on_from_the_kept_weights(
     second = adapt(
         SmallModel(model, tokenizer, name="tiny"),
         folder,
+        answers=answers,
         epochs=2,
         start=folder,
         interrupted=interrupted,
@@ -511,7 +513,7 @@ def test_a_divergence_keeps_the_best_weights(
     small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rate = 1e30
-    trained, held_out = split_answers(small, worked_answers(small, 24))
+    trained, held_out = split_answers(small, worked_answers(small, 12))
     options = TuningOptions(LoraShape(rank=2, layers=2), rate, 4, max_tokens=4)
     with pytest.raises(UsageError, match="the training diverged"):
         adapt_to_answers(small, trained, held_out, options, folder=tmp_path / "a", provenance={})
@@ -575,8 +577,8 @@ def test_a_failing_server_ends_the_corrections(small: SmallModel, tmp_path: Path
 
 
 def test_on_policy_rounds_start_from_the_best_weights(small: SmallModel, tmp_path: Path) -> None:
-    # The large model writes `y` everywhere.
-    token_id = small.vocabulary.encode("y")[0]
+    # The large model writes `q` everywhere.
+    token_id = small.vocabulary.encode("q")[0]
     large = ScriptedLarge([(token_id,)])
     with Replies(large, tmp_path / "replies.jsonl", at_once=2) as replies:
         corrector = Corrector(replies, at_once=2)
@@ -598,7 +600,7 @@ def test_own_answers_to_questions_of_another_form_keep_their_prompts(
     losses = []
     for name in ("shared", "alone"):
         small = SmallModel(*load(path), name="tiny")
-        first, *others = worked_answers(small, 24)
+        first, *others = worked_answers(small, 12)
         # The large model's own answer to it is wrong, so only the corrected one is judged.
         question = replace(first.question, answer="quick fox")
         conversation = [{"role": "system", "content": "the naïve café"}, *first.conversation]
@@ -624,7 +626,7 @@ def test_own_answers_to_questions_of_another_form_keep_their_prompts(
 def test_fewer_answers_are_read_at_once_where_little_memory_is_free(
     small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    examples = make_examples(small, worked_answers(small, 24))
+    examples = make_examples(small, worked_answers(small, 12))
     prefix = len(find_common_prefix(examples))
     longest = max(make_batches([item.without(prefix)], 1)[0][0].size for item in examples)
     monkeypatch.setattr(

@@ -160,11 +160,11 @@ def test_both_choices_are_continued_from_each_disagreement(
 ) -> None:
     question = judged(1)[0].question
     item = ScriptedJudge(question, question_messages(question))
-    (answer,) = labelled(small, ScriptedLarge([(_Z,)]), tmp_path, [item])
+    (answer,) = labelled(small, ScriptedLarge([(_Z,)]), tmp_path, [item], tokens=4)
     prompt = list(small.encode_conversation(item.conversation).ids)
-    written = list(small.vocabulary.encode(answer.text))[:6]
+    written = list(small.vocabulary.encode(answer.text))[:4]
     differs = [bool(value) for value in cast("list[float]", answer.differs.tolist())]
-    assert len(differs) == len(written) == 6
+    assert len(differs) == len(written) == 4
     assert set(answer.counts()) == {i for i, value in enumerate(differs) if value}
     for position, counts in answer.counts().items():
         signals, _ = small.with_own_cache().prefill([*prompt, *written[:position]])
@@ -175,7 +175,7 @@ def test_both_choices_are_continued_from_each_disagreement(
             texts = [
                 decode_answer(small, [*beginning, *ids])
                 for ids in (
-                    drawn_alone(small, prompt + beginning, 6 - len(beginning), f"{seed} {number}")
+                    drawn_alone(small, prompt + beginning, 4 - len(beginning), f"{seed} {number}")
                     for number in range(SAMPLES)
                 )
             ]
@@ -211,18 +211,18 @@ def test_an_interrupted_run_continues_with_the_same_labels(
 ) -> None:
     monkeypatch.setattr("mlxroute.training.advantage.advantage_labels._GROUP", 2)
     questions = judged(6)
-    whole = labelled(small, ScriptedLarge([(_Z,)]), tmp_path / "whole", questions)
+    whole = labelled(small, ScriptedLarge([(_Z,)]), tmp_path / "whole", questions, tokens=4)
     calls = 0
     folder = tmp_path / "parts"
-    for limit in (20, 12):
+    for limit in (14, 6):
         large = ScriptedLarge([*[(_Z,)] * limit, LargeRefused("no")])
         with pytest.raises(LargeError):
-            labelled(small, large, folder, questions)
+            labelled(small, large, folder, questions, tokens=4)
         calls += limit
     saved = {file.name: file.read_bytes() for file in (folder / "labels").iterdir()}
     assert 0 < len(saved) < 6
     large = ScriptedLarge([(_Z,)])
-    assert same_labels(labelled(small, large, folder, questions), whole)
+    assert same_labels(labelled(small, large, folder, questions, tokens=4), whole)
     # No context was sent twice, and no label was made again.
     rows = (folder / "replies.jsonl").read_text().splitlines()
     assert len(rows) == len((tmp_path / "whole" / "replies.jsonl").read_text().splitlines())
@@ -230,10 +230,10 @@ def test_an_interrupted_run_continues_with_the_same_labels(
     for name, data in saved.items():
         assert (folder / "labels" / name).read_bytes() == data
     again = ScriptedLarge([LargeRefused("called again")])
-    assert same_labels(labelled(small, again, folder, questions), whole)
+    assert same_labels(labelled(small, again, folder, questions, tokens=4), whole)
     # Another right answer or another router needs other labels.
     with pytest.raises(LargeError):
-        labelled(small, again, tmp_path / "new", judged(6, answer="8"))
+        labelled(small, again, tmp_path / "new", judged(6, answer="8"), tokens=4)
 
 
 def test_a_damaged_file_of_advantage_labels_is_named(small: SmallModel, tmp_path: Path) -> None:
@@ -322,7 +322,7 @@ def trained(small: SmallModel, folder: Path, count: int, *, tokens: int = 6) -> 
 
 @pytest.mark.usefixtures("few_steps")
 def test_the_head_with_the_most_right_answers_is_chosen(small: SmallModel, tmp_path: Path) -> None:
-    fitted = trained(small, tmp_path, 16)
+    fitted = trained(small, tmp_path, 11, tokens=4)
     report, routed = fitted.report, fitted.report["routed"]
     assert list(report) == [
         *("small", "labels", "written_by", "shape", "answers", "positions", "differing"),
@@ -330,7 +330,7 @@ def test_the_head_with_the_most_right_answers_is_chosen(small: SmallModel, tmp_p
     ]
     assert report["labels"] == "advantage"
     assert report["written_by"] == {"router": "entropy", "budget": 0.3}
-    assert report["answers"] == {"fitted": 12, "held_out": 4}
+    assert report["answers"] == {"fitted": 8, "held_out": 3}
     assert (len(routed["candidates"]), routed["judged_by"]) == (3, "answers")
     accuracies = {name: row["accuracy"] for name, row in routed["candidates"].items()}
     assert routed["head"] == routed["candidates"][report["shape"]]
@@ -342,9 +342,9 @@ def test_the_head_with_the_most_right_answers_is_chosen(small: SmallModel, tmp_p
     assert routed["head"]["large_tokens_per_question"] == cheapest
     assert fitted.beats_entropy == (routed["head"]["accuracy"] > routed["entropy"]["accuracy"])
     assert fitted.beats_entropy == (routed["only_head"] > routed["only_entropy"])
-    assert len(fitted.questions) == 16
+    assert len(fitted.questions) == 11
     # The same labels give the same head, and the file has today's format.
-    again = trained(small, tmp_path, 16)
+    again = trained(small, tmp_path, 11, tokens=4)
     assert again.report == report
     fitted.write(tmp_path / "h.safetensors")
     assert small.load_head(tmp_path / "h.safetensors") == fitted.quantiles
