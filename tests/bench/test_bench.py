@@ -18,7 +18,7 @@ from mlxroute.cli import main
 from mlxroute.small import SmallModel
 from mlxroute.small.kernels import graph_kernel
 from mlxroute.small.mlp_head import SIGNAL_COUNT, MlpHead
-from tests.support.tiny import KINDS, make_tiny_model
+from tests.support.tiny import KINDS, WINDOW, make_tiny_model
 
 
 def test_sides_are_interleaved_and_start_equally_often() -> None:
@@ -67,6 +67,7 @@ def test_bench_speed_ends_stdout_with_one_line_of_json(
     arguments = ["bench", "speed", "--small", "random", "--pairs", "2", "--tokens", "6", "--save"]
     monkeypatch.setattr("sys.argv", ["mlxroute", *arguments])
     monkeypatch.setattr("mlxroute.bench.speed.CONTEXTS", (32,))
+    monkeypatch.setattr("mlxroute.bench.speed.VOCABULARIES", (2000,))
     assert main(arguments) == 0
     captured = capsys.readouterr()
     (line,) = captured.out.splitlines()
@@ -114,6 +115,7 @@ def test_bench_speed_reports_the_cost_of_a_head(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("mlxroute.bench.speed.CONTEXTS", (32,))
+    monkeypatch.setattr("mlxroute.bench.speed.VOCABULARIES", (2000,))
     small = SmallModel(*load(make_tiny_model(tmp_path / "tiny")), name="tiny")
     size = small.model.args.hidden_size + SIGNAL_COUNT
     small.head = MlpHead(((mx.zeros((1, size)), mx.zeros(1)),))
@@ -127,9 +129,12 @@ def test_bench_speed_measures_models_whose_caches_cannot_be_trimmed(
     kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("mlxroute.bench.speed.CONTEXTS", (16, 64))
+    monkeypatch.setattr("mlxroute.bench.speed.VOCABULARIES", (2000,))
     path = make_tiny_model(tmp_path / kind, model_type=kind, extra=KINDS[kind])
     small = SmallModel(*load(path), name=kind)
-    report = bench_speed(small, ["hi"], pairs=1, max_tokens=40)
+    # Answers leave the sliding window.
+    prompt = "hi" * WINDOW
+    report = bench_speed(small, [prompt], pairs=1, max_tokens=4)
     assert [row["context"] for row in report["by_context"]] == [16, 64]
 
 

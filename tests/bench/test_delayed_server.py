@@ -95,9 +95,10 @@ def test_a_lost_call_is_refused_once_and_answered_when_repeated(tmp_path: Path) 
         DelayedServer(upstream.url, record=tmp_path / "record.jsonl") as server,
     ):
         server.delay, server.delay_s = lossy, 0.001
-        codes = {word: post(server, word).status_code for word in map(str, range(200))}
+        # Which words are lost depends on the words alone.
+        codes = {word: post(server, word).status_code for word in map(str, range(30))}
         lost = [word for word, code in codes.items() if code == 503]
-        assert 0 < len(lost) < 20
+        assert 0 < len(lost) < 5
         assert all(post(server, word).status_code == 200 for word in lost)
 
 

