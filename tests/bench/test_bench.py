@@ -60,14 +60,20 @@ def test_the_report_shows_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
     assert entry["error"]["graph"]["entropy_nats"] > 1e-2
 
 
+@pytest.fixture
+def short_speed_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlxroute.bench.speed.CONTEXTS", (32,))
+    monkeypatch.setattr("mlxroute.bench.speed.VOCABULARIES", (2000,))
+    monkeypatch.setattr("mlxroute.bench.speed._CONTEXT_ROUNDS", 1)
+
+
+@pytest.mark.usefixtures("short_speed_bench")
 def test_bench_speed_ends_stdout_with_one_line_of_json(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["bench", "speed", "--small", "random", "--pairs", "2", "--tokens", "6", "--save"]
     monkeypatch.setattr("sys.argv", ["mlxroute", *arguments])
-    monkeypatch.setattr("mlxroute.bench.speed.CONTEXTS", (32,))
-    monkeypatch.setattr("mlxroute.bench.speed.VOCABULARIES", (2000,))
     assert main(arguments) == 0
     captured = capsys.readouterr()
     (line,) = captured.out.splitlines()
@@ -111,11 +117,8 @@ def test_bench_speed_ends_stdout_with_one_line_of_json(
     assert "tokens_per_s" in captured.err
 
 
-def test_bench_speed_reports_the_cost_of_a_head(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("mlxroute.bench.speed.CONTEXTS", (32,))
-    monkeypatch.setattr("mlxroute.bench.speed.VOCABULARIES", (2000,))
+@pytest.mark.usefixtures("short_speed_bench")
+def test_bench_speed_reports_the_cost_of_a_head(tmp_path: Path) -> None:
     small = SmallModel(*load(make_tiny_model(tmp_path / "tiny")), name="tiny")
     size = small.model.args.hidden_size + SIGNAL_COUNT
     small.head = MlpHead(((mx.zeros((1, size)), mx.zeros(1)),))
@@ -124,12 +127,12 @@ def test_bench_speed_reports_the_cost_of_a_head(
     assert report["head_share_of_step"] > 0
 
 
+@pytest.mark.usefixtures("short_speed_bench")
 @pytest.mark.parametrize("kind", ["gemma3_text", "lfm2"])
 def test_bench_speed_measures_models_whose_caches_cannot_be_trimmed(
     kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("mlxroute.bench.speed.CONTEXTS", (16, 64))
-    monkeypatch.setattr("mlxroute.bench.speed.VOCABULARIES", (2000,))
     path = make_tiny_model(tmp_path / kind, model_type=kind, extra=KINDS[kind])
     small = SmallModel(*load(path), name=kind)
     # Answers leave the sliding window.

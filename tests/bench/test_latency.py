@@ -39,7 +39,7 @@ def test_a_simulated_report_has_fixed_names(tmp_path: Path) -> None:
             cast("LargeModel", UnstreamedLarge([(70,)])),
             server,
             [[{"role": "user", "content": "hi"}]],
-            LatencyGrid(24, [12.0], [0.1], "constant", measure=False),
+            LatencyGrid(14, [12.0], [0.1], "constant", measure=False),
             large_step_s=0.01,
         )
     assert list(report) == [

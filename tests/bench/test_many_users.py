@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,21 @@ _FLAGS = ("--step-ms", "20", "--call-ms", "50", "--at-once", "8")
 _TOKENS_PER_S = 1 / (0.02 + 0.07 * 0.08)
 
 
-def _play(*flags: str) -> dict[str, Any]:
-    command = [sys.executable, str(_SCRIPT), *_FLAGS, *flags]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    report: dict[str, Any] = json.loads(result.stdout)
+def _play(monkeypatch: pytest.MonkeyPatch, users: tuple[int, ...], *flags: str) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(_SCRIPT.parent)
+    many_users = importlib.import_module("many_users")
+    monkeypatch.setattr(many_users, "USERS", users)
+    monkeypatch.setattr(sys, "argv", [str(_SCRIPT), *_FLAGS, *flags])
+    with contextlib.redirect_stdout(io.StringIO()) as stdout:
+        many_users.main()
+    report: dict[str, Any] = json.loads(stdout.getvalue())
     return report
 
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
-    return _play("--path-ms", "30")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return _play(monkeypatch, (10, 10_000), "--path-ms", "30")
 
 
 def test_few_users_do_not_wait_for_each_other(report: dict[str, Any]) -> None:
@@ -44,9 +50,11 @@ def test_too_many_users_share_the_capacity(report: dict[str, Any]) -> None:
     assert many["tokens_per_s_of_a_user"] == pytest.approx(160 / 0.07 / 10_000, rel=0.1)
 
 
-def test_more_calls_for_each_escalation_cost_capacity(report: dict[str, Any]) -> None:
+def test_more_calls_for_each_escalation_cost_capacity(
+    report: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert report["most_users"] == round(160 / (0.07 * _TOKENS_PER_S))
-    several = _play("--path-ms", "30", "--calls-per-escalation", "2")
+    several = _play(monkeypatch, (10,), "--path-ms", "30", "--calls-per-escalation", "2")
     assert several["most_users"] < report["most_users"]
 
 
