@@ -23,7 +23,7 @@ from mlxroute.serving.concurrent_answers import AnswerRow, ConcurrentAnswers
 from mlxroute.small import SmallModel
 from mlxroute.training.head_fitting import FittedHead, _deferral_loss, fit_head, recall
 from mlxroute.training.head_shapes import Positions, fit_linear
-from mlxroute.training.labels import LabelledAnswer, collect_labels
+from mlxroute.training.labels import LabelledAnswer, collect_labels, to_list
 from mlxroute.types import LabelKind, LargeToken
 from tests.support.fakes import ScriptedLarge, ScriptedReply, ScriptedWholeAnswer
 from tests.support.tiny import final_hidden_state, make_tiny_model
@@ -454,7 +454,7 @@ def test_a_head_without_quantiles_can_have_a_budget(
 
 @pytest.mark.usefixtures("few_steps")
 def test_heads_that_are_fitted_at_once_equal_those_fitted_alone() -> None:
-    positions = Positions.of([(item, item.differs.tolist()) for item in synthetic(8)])
+    positions = Positions.of([(item, to_list(item.differs)) for item in synthetic(8)])
     heads = fit_linear(positions, _deferral_loss, [2, 16, 128])
     for head, count in zip(heads, (2, 16, 128), strict=True):
         (alone,) = fit_linear(positions, _deferral_loss, [count])
