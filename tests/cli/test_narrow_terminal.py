@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,8 @@ COLUMNS = 40
 
 
 def output_of(*arguments: str, columns: int = COLUMNS) -> str:
-    command = [sys.executable, "-m", "mlxroute", *arguments]
-    with PseudoTerminal(command, columns=columns, environ={"MLXROUTE_OFFLINE": "1"}) as terminal:
+    environ = {"MLXROUTE_OFFLINE": "1"}
+    with PseudoTerminal(arguments, columns=columns, environ=environ) as terminal:
         terminal.wait()
         terminal.drain()
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.output).replace("\r", "")

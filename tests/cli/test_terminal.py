@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.support.command_process import run_command
 from tests.support.pseudo_terminal import DEADLINE_S, PseudoTerminal
 from tests.support.tiny import make_tiny_model
 
@@ -25,9 +28,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(name: str, tiny: Path, *arguments: str, max_tokens: int = 90_000) -> list[str]:
-    """Return a command whose answer lasts longer than any test."""
+    """Return the arguments of a command whose answer lasts longer than any test."""
     options = ["--offline", "--small", str(tiny), "--max-tokens", str(max_tokens)]
-    return [sys.executable, "-m", "mlxroute", name, *options, *arguments]
+    return [name, *options, *arguments]
+
+
+@contextlib.contextmanager
+def closed_pipe() -> Iterator[int]:
+    """Yield the end of a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        yield writer
+    finally:
+        os.close(writer)
 
 
 def wait_for_answer(terminal: PseudoTerminal, name: str) -> int:
@@ -87,8 +101,7 @@ def test_ctrl_z_shows_the_cursor_and_the_answer_goes_on_afterwards(tiny: Path, n
 
 
 def test_a_signal_ends_a_server_that_was_started(tiny: Path) -> None:
-    hosting = [sys.executable, "-m", "mlxroute", "host", str(tiny)]
-    with PseudoTerminal(hosting) as terminal:
+    with PseudoTerminal(["host", str(tiny)]) as terminal:
         terminal.wait_for("serving ")
         children = psutil.Process(terminal.pid).children(recursive=True)
         assert children
@@ -127,7 +140,7 @@ def test_a_second_ctrl_c_leaves_no_traceback(tiny: Path) -> None:
 
 
 def test_ctrl_c_while_a_model_is_loaded_leaves_the_terminal_as_it_was(tiny: Path) -> None:
-    with PseudoTerminal(command("ask", tiny, "hi")) as terminal:
+    with PseudoTerminal(command("ask", tiny, "hi"), fresh=True) as terminal:
         terminal.wait_for("the small model answers alone")
         terminal.type(CTRL_C)
         assert terminal.wait() == 130
@@ -151,24 +164,26 @@ def test_ctrl_c_while_the_command_line_is_imported_leaves_no_traceback() -> None
 
 
 def test_what_is_typed_during_an_answer_waits_for_the_next_prompt(tiny: Path) -> None:
-    with PseudoTerminal(command("chat", tiny, max_tokens=2_000)) as terminal:
+    with PseudoTerminal(command("chat", tiny, max_tokens=200)) as terminal:
         start = wait_for_answer(terminal, "chat")
         terminal.type("/stats\r")
-        end = terminal.wait_for("2,000 tokens, 0 escalated", after=start)
+        end = terminal.wait_for("200 tokens, 0 escalated", after=start)
         assert "/stats" not in terminal.output[start:end]
-        terminal.wait_for("1 answer, 2,000 tokens", after=end)
+        terminal.wait_for("1 answer, 200 tokens", after=end)
         terminal.type(CTRL_D)
         assert terminal.wait() == 0
         terminal.wait_until(lambda: terminal.is_as_before, "restored terminal")
 
 
-def test_text_pasted_during_an_answer_is_one_message(tiny: Path) -> None:
-    with PseudoTerminal(command("chat", tiny, max_tokens=2_000)) as terminal:
+def test_text_pasted_during_an_answer_is_one_message(tmp_path: Path) -> None:
+    tiny = make_tiny_model(tmp_path / "tiny", context=5_000)
+    with PseudoTerminal(command("chat", tiny, max_tokens=300)) as terminal:
         start = wait_for_answer(terminal, "chat")
         terminal.wait_for("\x1b[?2004h", after=terminal.output.find("hello"))
-        lines = "".join(f"line {number} of many\r" for number in range(10_000))
+        # Several times what a terminal keeps for a command that does not read.
+        lines = "".join(f"line {number} of many\r" for number in range(1_000))
         terminal.type(f"\x1b[200~{lines}\x1b[201~\r")
-        end = terminal.wait_for("2,000 tokens, 0 escalated", after=start)
+        end = terminal.wait_for("300 tokens, 0 escalated", after=start)
         assert "line 1 of many" not in terminal.output[start:end]
         # The whole text is one prompt.
         refused = terminal.wait_for("the small model's context holds", after=end)
@@ -184,12 +199,8 @@ def test_text_pasted_during_an_answer_is_one_message(tiny: Path) -> None:
 
 @pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE", "CLICOLOR_FORCE"])
 def test_only_a_terminal_gets_the_live_view(tiny: Path, variable: str) -> None:
-    result = subprocess.run(
-        command("ask", tiny, "hi", max_tokens=20),
-        capture_output=True,
-        timeout=DEADLINE_S,
-        env={**os.environ, variable: "1", "TTY_INTERACTIVE": "1", "TERM": "xterm"},
-    )
+    environ = {variable: "1", "TTY_INTERACTIVE": "1", "TERM": "xterm"}
+    result = run_command(*command("ask", tiny, "hi", max_tokens=20), environ=environ)
     assert result.returncode == 0
     assert b"\x1b" not in result.stdout
     assert b"tok/s \xc2\xb7" not in result.stderr
@@ -234,45 +245,34 @@ def test_a_dumb_terminal_gets_no_control_codes(tiny: Path) -> None:
 def test_a_closed_pipe_ends_any_command_without_an_error(
     arguments: list[str], unbuffered: str
 ) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    result = subprocess.run(
-        [sys.executable, "-m", "mlxroute", *arguments],
-        stdout=writer,
-        stderr=subprocess.PIPE,
-        timeout=DEADLINE_S,
-        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
-    )
-    os.close(writer)
+    with closed_pipe() as writer:
+        result = run_command(*arguments, stdout=writer, environ={"PYTHONUNBUFFERED": unbuffered})
     assert (result.returncode, result.stderr) == (0, b"")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["models"]])
 def test_a_full_output_is_one_clear_line(arguments: list[str]) -> None:
-    with open("/dev/full", "w") as full:
-        result = subprocess.run(
-            [sys.executable, "-m", "mlxroute", *arguments],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            timeout=DEADLINE_S,
-        )
+    with open("/dev/full", "wb") as full:
+        result = run_command(*arguments, stdout=full)
     assert result.returncode == 2
     assert result.stderr == b"error: the output cannot be written: No space left on device\n"
 
 
-@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", "2>&1 >/dev/null | true"])
-def test_an_answer_does_not_need_stderr(tiny: Path, tmp_path: Path, redirection: str) -> None:
-    if "full" in redirection and not Path("/dev/full").exists():
+@pytest.mark.parametrize("stderr", ["closed", "full", "closed pipe"])
+def test_an_answer_does_not_need_stderr(tiny: Path, stderr: str) -> None:
+    asking = command("ask", tiny, "hi", "--json", max_tokens=20)
+    if stderr == "closed":
+        fresh = [sys.executable, "-m", "mlxroute", *asking]
+        script = ["sh", "-c", '"$@" 2>&-', "sh", *fresh]
+        result = subprocess.run(script, capture_output=True, timeout=DEADLINE_S)
+    elif stderr == "closed pipe":
+        with closed_pipe() as writer:
+            result = run_command(*asking, stderr=writer)
+    elif Path("/dev/full").exists():
+        with open("/dev/full", "wb") as full:
+            result = run_command(*asking, stderr=full)
+    else:
         pytest.skip("a device of Linux")
-    code = tmp_path / "code"
-    answer = command("ask", tiny, "hi", "--json", max_tokens=20)
-    script = f'{{ "$@" {redirection.partition("|")[0]}; echo $? > {code}; }}'
-    if "|" in redirection:
-        script = f'{{ sleep 0; "$@" > {tmp_path}/out; echo $? > {code}; }} 2>&1 | true'
-    result = subprocess.run(
-        ["sh", "-c", script, "sh", *answer], capture_output=True, text=True, timeout=DEADLINE_S
-    )
-    text = (tmp_path / "out").read_text() if "|" in redirection else result.stdout
-    assert code.read_text().strip() == "0"
-    assert '"type": "summary"' in text
+    assert result.returncode == 0
+    assert b'"type": "summary"' in result.stdout

@@ -2,93 +2,61 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import pty
-import select
 import signal
 import struct
-import subprocess
-import sys
 import termios
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO
 
+from tests.support.command_process import CommandProcess
+
 DEADLINE_S = 60.0
 SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
 _ANSWER_TO_CURSOR_REQUEST = b"\x1b[1;1R"
-# What a shell does: a session with stdin as its controlling terminal, and the command in front,
-# with the default signal actions, which a background job does not have. It reports the command's
-# process id, each stop, and the exit code. Then it waits to be killed: macOS closes a terminal for
-# everybody when the first process of its session ends.
-_SHELL = """
-import fcntl, os, signal, sys, termios
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-report, hold, *command = sys.argv[1:]
-pid = os.fork()
-if not pid:
-    os.setpgid(0, 0)
-    os.tcsetpgrp(0, os.getpid())
-    for number in (signal.SIGTTOU, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-    os.execvp(command[0], command)
-os.write(int(report), b"%d\\n" % pid)
-while True:
-    _, status = os.waitpid(pid, os.WUNTRACED)
-    if not os.WIFSTOPPED(status):
-        break
-    os.write(int(report), b"stopped\\n")
-os.write(int(report), b"ended %d\\n" % (os.waitstatus_to_exitcode(status) % 256))
-os.read(int(hold), 1)
-"""
 
 
 class PseudoTerminal:
-    """A command with a pseudo-terminal as its controlling terminal.
+    """A command of `mlxroute` with a pseudo-terminal as its controlling terminal.
 
     Args:
-        command: The command and its arguments.
+        arguments: What follows `mlxroute`.
         columns: Width of the terminal.
         stdout: Where stdout goes instead of to the terminal. None (default) for the terminal.
         stderr: Where stderr goes instead of to the terminal. None (default) for the terminal.
         environ: Variables to set for the command.
+        fresh: Whether a new interpreter runs it.
     """
 
     def __init__(
         self,
-        command: Sequence[str],
+        arguments: Sequence[str],
         *,
         columns: int = 80,
         stdout: IO[bytes] | None = None,
         stderr: IO[bytes] | None = None,
         environ: Mapping[str, str] | None = None,
+        fresh: bool = False,
     ) -> None:
         self._terminal, self._end_of_command = pty.openpty()
         self.resize(columns)
         self._before = termios.tcgetattr(self._terminal)
         self._written = b""
         self._changed = threading.Condition()
-        report, report_end = os.pipe()
-        # Without a buffer, so that `select` sees every line that was not read.
-        self._report = open(report, "rb", buffering=0)  # noqa: SIM115
-        # Nothing is written to it; its end ends the shell if this process is killed.
-        hold, self._hold_end = os.pipe()
-        self._shell = subprocess.Popen(
-            [sys.executable, "-c", _SHELL, str(report_end), str(hold), *command],
+        self._command = CommandProcess(
+            arguments,
             stdin=self._end_of_command,
             stdout=stdout or self._end_of_command,
             stderr=stderr or self._end_of_command,
-            env={**os.environ, "TERM": "xterm-256color", **(environ or {})},
-            pass_fds=(report_end, hold),
-            start_new_session=True,
+            environ={"TERM": "xterm-256color", **(environ or {})},
+            terminal=True,
+            fresh=fresh,
         )
-        os.close(report_end)
-        os.close(hold)
-        self.pid = int(self._next_report())
+        self.pid = self._command.pid
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -96,13 +64,7 @@ class PseudoTerminal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # The command may have ended.
-        with contextlib.suppress(ProcessLookupError):
-            self.send(signal.SIGKILL)
-        self._shell.kill()
-        self._shell.wait()
-        self._report.close()
-        os.close(self._hold_end)
+        self._command.__exit__()
         os.close(self._end_of_command)
         self._reader.join(DEADLINE_S)
         os.close(self._terminal)
@@ -160,11 +122,11 @@ class PseudoTerminal:
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to the command."""
-        os.kill(self.pid, number)
+        self._command.send(number)
 
     def wait_stopped(self) -> None:
         """Wait until the command is stopped, as by Ctrl-Z."""
-        assert self._next_report() == "stopped"
+        assert self._command.next_report() == "stopped"
 
     def drain(self) -> None:
         """Wait until everything that an ended command wrote is in `output`."""
@@ -174,16 +136,8 @@ class PseudoTerminal:
             self._written = self._written.removesuffix(b"\x1b[0m-end-")
 
     def wait(self) -> int:
-        """Wait for the end of the command; return its exit code."""
-        while not (report := self._next_report()).startswith("ended "):
-            assert report, "the shell was killed"
-        return int(report.removeprefix("ended "))
-
-    def _next_report(self) -> str:
-        """Return the shell's next line; raise AssertionError at the deadline."""
-        readable, _, _ = select.select([self._report], [], [], DEADLINE_S)
-        assert readable, f"the command goes on: {self.output[-2000:]!r}"
-        return self._report.readline().decode().rstrip("\n")
+        """Wait for the end of the command; return its exit code as a shell does."""
+        return self._command.wait() % 256
 
     def _read(self) -> None:
         while True:
