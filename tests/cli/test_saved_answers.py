@@ -29,15 +29,46 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny", context=200)
 
 
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, bytes]:
+    """Documents that the first test which needs one records, in its own environment."""
+    return {}
+
+
+def save_answer(tiny: Path, file: Path, question: str, *routing: str, tokens: int) -> None:
+    """Let `ask` save an answer in which the large model always says "a"."""
+    with Loopback(honest(lambda request: Reply.of(legacy("a")), name="huge")) as server:
+        routed = ["--small", str(tiny), "--large", server.url, *routing]
+        limited = ["--max-tokens", str(tokens), "--save", str(file)]
+        assert main(["ask", *routed, *limited, question]) == 0
+
+
 @pytest.fixture
-def saved(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def saved(
+    tiny: Path, tmp_path: Path, recorded: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """Return the file of an answer whose every position was asked for."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     file = tmp_path / "answer.json"
-    with Loopback(honest(lambda request: Reply.of(legacy("a")), name="huge")) as server:
-        routed = ["--small", str(tiny), "--large", server.url, "--threshold", "-inf"]
-        code = main(["ask", *routed, "--max-tokens", "4", "--save", str(file), f"is {KEY} a key?"])
-    assert code == 0
+    if "saved" not in recorded:
+        save_answer(tiny, file, f"is {KEY} a key?", "--threshold", "-inf", tokens=4)
+        recorded["saved"] = file.read_bytes()
+    return write_private(file, recorded["saved"])
+
+
+@pytest.fixture
+def plain(tiny: Path, tmp_path: Path, recorded: dict[str, bytes]) -> Path:
+    """Return the file of an answer to a question without a key."""
+    file = tmp_path / "answer.json"
+    if "plain" not in recorded:
+        save_answer(tiny, file, "hello", "--budget", "50%", tokens=9)
+        recorded["plain"] = file.read_bytes()
+    return write_private(file, recorded["plain"])
+
+
+def write_private(file: Path, content: bytes) -> Path:
+    file.write_bytes(content)
+    file.chmod(0o600)
     return file
 
 
@@ -45,10 +76,15 @@ def read(file: Path) -> Any:
     return json.loads(file.read_bytes())
 
 
-def test_a_saved_answer_is_private_and_holds_no_secret(saved: Path) -> None:
-    assert stat.S_IMODE(saved.stat().st_mode) == 0o600
-    assert KEY not in saved.read_text()
-    document = read(saved)
+def test_a_saved_answer_is_private_and_holds_no_secret(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    file = tmp_path / "answer.json"
+    save_answer(tiny, file, f"is {KEY} a key?", "--threshold", "-inf", tokens=4)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert KEY not in file.read_text()
+    document = read(file)
     assert document["models"]["large"] == "huge"
     assert document["messages"] == [{"role": "user", "content": "is [key] a key?"}]
     assert [token["decision"] for token in document["tokens"]] == ["replaced"] * 4
@@ -65,7 +101,7 @@ def test_the_user_and_password_of_an_address_are_not_saved(tiny: Path, tmp_path:
 
 
 def test_a_stopped_answer_and_a_failed_one_are_saved(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path, short_retry_pauses: None
 ) -> None:
     file = tmp_path / "answer.json"
     routed = ["--small", str(tiny), "--large", "http://127.0.0.1:9/v1", "--threshold", "-inf"]
@@ -155,17 +191,13 @@ def test_only_regular_files_are_replaced(
 
 @pytest.mark.parametrize("token_id", [10**12, 2**31, 100_000, -1])
 def test_a_replay_refuses_tokens_that_the_small_model_does_not_have(
-    token_id: int, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    token_id: int, plain: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "answer.json"
-    with Loopback(honest(lambda request: Reply.of(legacy("a")), name="huge")) as server:
-        routed = ["--small", str(tiny), "--large", server.url, "--threshold", "-inf"]
-        assert main(["ask", *routed, "--max-tokens", "2", "--save", str(file), "hi"]) == 0
-    document = read(file)
+    document = read(plain)
     document["replies"][0]["tokens"][0]["ids"] = [token_id]
-    file.write_text(json.dumps(document))
+    plain.write_text(json.dumps(document))
     capsys.readouterr()
-    assert main(["replay", str(file)]) == 2
+    assert main(["replay", str(plain)]) == 2
     assert f"has the token id {token_id}," in capsys.readouterr().err
 
 
@@ -178,16 +210,6 @@ def test_a_file_that_is_no_answer_is_one_error(
     assert main([command, str(file)]) == 2
     assert "x.json is not a saved answer" in capsys.readouterr().err
     assert main([command, str(tmp_path / "none.json")]) == 2
-
-
-@pytest.fixture
-def plain(tiny: Path, tmp_path: Path) -> Path:
-    """Return the file of an answer to a question without a key."""
-    file = tmp_path / "answer.json"
-    with Loopback(honest(lambda request: Reply.of(legacy("a")), name="huge")) as server:
-        routed = ["--small", str(tiny), "--large", server.url, "--budget", "50%"]
-        assert main(["ask", *routed, "--max-tokens", "9", "--save", str(file), "hello"]) == 0
-    return file
 
 
 @pytest.mark.parametrize("mode", ["wait", "overlap", "hedge", "auto"])
@@ -275,7 +297,11 @@ def test_another_small_model_does_not_get_the_head_of_the_one_before(
 
 @pytest.mark.parametrize("command", ["/large ftp://x", "/small no/such/model"])
 def test_models_that_cannot_be_used_are_an_error(
-    command: str, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str,
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    short_retry_pauses: None,
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{command}\n"))
     assert main(["chat", "--small", str(tiny), "--large", "http://127.0.0.1:9/v1"]) == 2

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from mlxroute.catalog import Catalog
 from mlxroute.types import Mode
+from tests.support.command_process import run_command
 
 
 def complete(line: str) -> list[str]:
@@ -19,15 +16,9 @@ def complete(line: str) -> list[str]:
         "COMP_WORDS": line,
         "COMP_CWORD": str(len(line.split(" ")) - 1),
     }
-    result = subprocess.run(
-        [sys.executable, "-m", "mlxroute"],
-        env=os.environ | variables,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    result = run_command(environ=variables)
     assert result.returncode == 0, result.stderr
-    return result.stdout.split()
+    return result.stdout.decode().split()
 
 
 @pytest.mark.parametrize("line", ["ask --small ", "host ", "pull ", "bench speed --small "])
@@ -45,12 +36,8 @@ def test_commands_and_choices_are_completed() -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_script_for_a_shell_names_the_program(shell: str) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "mlxroute", "--show-completion", shell],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    # A new interpreter is started as `python -m mlxroute`.
+    result = run_command("--show-completion", shell, fresh=shell == "bash")
     assert result.returncode == 0, result.stderr
-    assert "_MLXROUTE_COMPLETE" in result.stdout
-    assert "python -m" not in result.stdout
+    assert b"_MLXROUTE_COMPLETE" in result.stdout
+    assert b"python -m" not in result.stdout
