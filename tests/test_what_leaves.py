@@ -10,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from mlxroute.large import LargeModel
 from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.transport import Transport
 from mlxroute.ledger import Ledger
+from mlxroute.weights import package_index
 from tests.support.loopback import Loopback, Reply, Request
 from tests.support.negotiated import honest
 from tests.support.scripted_calls import VOCABULARY, legacy
@@ -208,6 +208,8 @@ def test_the_key_appears_in_no_output_file_or_log(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.DEBUG)
+    # A source of models, to which `doctor` lets pip connect, gets no key.
+    monkeypatch.setattr(package_index, "is_reachable", lambda: False)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     path = tmp_path / "sent.jsonl"
     ledger = ("--ledger", str(path))
@@ -234,7 +236,9 @@ def test_the_key_appears_in_no_output_file_or_log(
     assert KEY not in output
 
 
-def test_the_key_appears_in_no_repr_and_no_traceback(tmp_path: Path) -> None:
+def test_the_key_appears_in_no_repr_and_no_traceback(
+    tmp_path: Path, short_retry_pauses: None
+) -> None:
     settings = load_settings({}, environ={"OPENAI_API_KEY": KEY}, path=tmp_path / "none")
     secret = read_key(settings, {"OPENAI_API_KEY": KEY})
     assert secret is not None
@@ -250,36 +254,6 @@ def test_the_key_appears_in_no_repr_and_no_traceback(tmp_path: Path) -> None:
         LargeModel("http://127.0.0.1:9/v1", api_key=f"{KEY}\n{KEY}")
     shown += traceback.format_exception(refused.value)
     assert KEY not in "".join(shown)
-
-
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="a file system of Linux")
-def test_the_key_appears_in_no_command_line(tiny: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mlxroute", "ask"]
-    with Loopback(lambda request: Reply(stall_s=30)) as slow:
-        environ = os.environ | {"OPENAI_API_KEY": KEY}
-        with subprocess.Popen(
-            [*command, *arguments(tiny, slow, "hi")],
-            env=environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        ) as asking:
-            while not slow.requests and asking.poll() is None:
-                time.sleep(0.02)
-            lines = [_command_line(folder) for folder in Path("/proc").glob("[0-9]*")]
-            asking.kill()
-            output = asking.communicate()[0]
-        assert slow.requests[0].headers["authorization"] == f"Bearer {KEY}"
-    assert any(slow.url.encode() in line for line in lines)
-    assert not any(KEY.encode() in line for line in lines)
-    assert KEY not in output
-
-
-def _command_line(process: Path) -> bytes:
-    try:
-        return (process / "cmdline").read_bytes()
-    except OSError:  # It has ended.
-        return b""
 
 
 def test_offline_opens_no_socket_and_looks_up_no_name(tiny: Path, tmp_path: Path) -> None:

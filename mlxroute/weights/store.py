@@ -136,20 +136,28 @@ class Store:
     def commit(self, key: str, staged: Path, manifest: Manifest) -> Path:
         """Move a staged model to its final folder in one rename.
 
-        Replaces a finished model of the same key. Returns the final folder.
+        Replaces a finished model of the same key, but not one with the same fingerprint: without
+        locks, another process may have stored that meanwhile, and use it. Returns the final folder.
         """
         target = self.model_dir(key)
         with disk_errors(self.root):
             write_manifest(staged, manifest)
             target.parent.mkdir(parents=True, exist_ok=True)
-            self.discard(key)
-            try:
-                staged.rename(target)
-            except OSError as exc:
-                # Without locks, another process may have stored the same model meanwhile.
-                if exc.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                    raise
+            if not _moved(staged, target) and not self._holds(key, manifest):
+                self.discard(key)
+                _moved(staged, target)
         return target
+
+    def _holds(self, key: str, manifest: Manifest) -> bool:
+        """Return whether there is a whole finished model with the fingerprint of a new one."""
+        try:
+            stored = self.read_manifest(key, name=manifest.name)
+            if stored is None:
+                return False
+            self.check(key, stored)
+        except CorruptWeights:
+            return False
+        return stored.fingerprint == manifest.fingerprint
 
     def discard(self, key: str) -> None:
         """Delete a finished model, if there is one; a rename takes it out of use first."""
@@ -196,6 +204,17 @@ class Store:
             _remove_empty(path)
         _remove_empty(folder)
         _remove_empty(folder.parent)
+
+
+def _moved(folder: Path, target: Path) -> bool:
+    """Rename a folder; return False if there is one with files at the target."""
+    try:
+        folder.rename(target)
+    except OSError as exc:
+        if exc.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            return False
+        raise
+    return True
 
 
 def _remove_empty(path: Path) -> None:

@@ -14,6 +14,8 @@ import psutil
 import pytest
 
 from tests.support.command_process import run_command
+from tests.support.gguf_files import TinyModel, write_gguf
+from tests.support.llama_cpp import has_llama_cpp
 from tests.support.pseudo_terminal import DEADLINE_S, PseudoTerminal
 from tests.support.tiny import make_tiny_model
 
@@ -100,8 +102,10 @@ def test_ctrl_z_shows_the_cursor_and_the_answer_goes_on_afterwards(tiny: Path, n
         terminal.wait_until(lambda: terminal.is_as_before, "restored terminal")
 
 
-def test_a_signal_ends_a_server_that_was_started(tiny: Path) -> None:
-    with PseudoTerminal(["host", str(tiny)]) as terminal:
+def test_a_signal_ends_a_server_that_was_started(tiny: Path, tmp_path: Path) -> None:
+    # llama.cpp starts much faster than MLX's server.
+    model = write_gguf(tmp_path / "tiny.gguf", TinyModel()) if has_llama_cpp() else tiny
+    with PseudoTerminal(["host", str(model)]) as terminal:
         terminal.wait_for("serving ")
         children = psutil.Process(terminal.pid).children(recursive=True)
         assert children

@@ -6,6 +6,12 @@ from importlib.util import find_spec
 
 import pytest
 
+
+def has_llama_cpp() -> bool:
+    """Return whether llama.cpp is installed."""
+    return find_spec("xllamacpp") is not None
+
+
 needs_llama_cpp = pytest.mark.skipif(
-    find_spec("xllamacpp") is None, reason="xllamacpp is installed on Linux only"
+    not has_llama_cpp(), reason="xllamacpp is installed on Linux only"
 )

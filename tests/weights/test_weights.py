@@ -25,7 +25,7 @@ from mlxroute.errors import (
 )
 from mlxroute.replace_file import replace_file
 from mlxroute.types import no_notice, no_progress
-from mlxroute.weights.store import Store, disk_errors, sha256_of
+from mlxroute.weights.store import Manifest, Store, disk_errors, record_file, sha256_of
 from tests.support.gguf_files import TinyModel, write_gguf
 
 
@@ -310,10 +310,10 @@ def load_safetensors(file: Path) -> list[Any]:
     return list(dict(mx.load(str(file))).values())  # type: ignore[arg-type]
 
 
-def run_in_processes(script: str, *arguments: str, count: int = 2) -> list[str]:
-    """Run a script in several processes at once; return their errors."""
+def run_in_processes(script: str, *arguments: str) -> list[str]:
+    """Run a script in two processes at once; return their errors."""
     command = [sys.executable, "-c", script, *arguments]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(count)]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     return [process.communicate(timeout=120)[1] for process in processes]
 
 
@@ -338,9 +338,27 @@ assert (model.path / "config.json").exists()
 @pytest.mark.parametrize("locks", ["with locks", "without locks"])
 def test_several_processes_convert_the_same_file(locks: str, gguf: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    assert run_in_processes(_RESOLVE, str(gguf), str(cache), locks, count=3) == [""] * 3
+    assert run_in_processes(_RESOLVE, str(gguf), str(cache), locks) == [""] * 2
     assert len(list((cache / "models").iterdir())) == 1
     assert not (cache / "staging").exists()
+
+
+def test_a_model_that_another_process_stored_meanwhile_stays_in_use(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+
+    def commit(fingerprint: str) -> int:
+        staged = store.staging_dir("tiny.1")
+        (staged / "config.json").write_text("{}")
+        files = {"config.json": record_file(staged / "config.json")}
+        target = store.commit("tiny", staged, Manifest("tiny", "here", fingerprint, files))
+        return target.stat().st_ino
+
+    first = commit("a")
+    assert commit("a") == first
+    assert commit("b") != first
+    (store.model_dir("tiny") / "config.json").unlink()
+    commit("b")
+    assert (store.model_dir("tiny") / "config.json").exists()
 
 
 def test_a_file_system_without_locks_is_said(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import contextlib
+import shlex
 from pathlib import Path
 
 import psutil
@@ -12,6 +11,7 @@ import pytest
 
 from mlxroute.errors import LargeProtocolError
 from mlxroute.large import LargeModel
+from tests.support.command_process import run_command
 from tests.support.loopback import Loopback, Reply, Request
 from tests.support.negotiated import ask_once, honest
 from tests.support.scripted_calls import legacy
@@ -28,8 +28,11 @@ def test_only_the_server_sees_the_key_of_a_command(tmp_path: Path, form: str) ->
 
     def play(request: Request) -> Reply:
         played.append(request)
-        for process in psutil.Process().children(recursive=True):
-            commands.append(" ".join(process.cmdline()))
+        # All processes once, because to look at them takes a while.
+        own = psutil.Process().children(recursive=True)
+        for process in psutil.process_iter() if len(played) == 1 else own:
+            with contextlib.suppress(psutil.Error):
+                commands.append(" ".join(process.cmdline()))
         if len(played) % 2:
             return Reply.of(legacy("a"))
         echo = {"error": {"message": f"no: {request.headers['authorization']}"}}
@@ -39,18 +42,15 @@ def test_only_the_server_sees_the_key_of_a_command(tmp_path: Path, form: str) ->
     arguments = ["--small", str(tmp_path / "tiny"), "--threshold=-inf", "--max-tokens=8", form]
     with Loopback(honest(play)) as server:
         asked = [*arguments, "--large", server.url, "--large-model", "m", "hi"]
-        result = subprocess.run(
-            [sys.executable, "-m", "mlxroute", "ask", *asked],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env=os.environ | {"OPENAI_API_KEY": KEY},
-        )
+        # Only the process of a new interpreter has the arguments in the list of processes.
+        fresh, environ = form == "--json", {"OPENAI_API_KEY": KEY}
+        result = run_command("ask", *asked, environ=environ, fresh=fresh)
     assert result.returncode == (3 if form == "--strict" else 0), result.stderr
     assert {request.headers["authorization"] for request in server.requests} == {f"Bearer {KEY}"}
-    assert "[key]" in result.stdout + result.stderr
-    assert any("mlxroute ask" in command for command in commands)
-    assert KEY not in "".join([*commands, result.stdout, result.stderr])
+    output = (result.stdout + result.stderr).decode()
+    assert "[key]" in output
+    assert not fresh or any(f"mlxroute ask {shlex.join(arguments)}" in line for line in commands)
+    assert KEY not in "".join([*commands, output])
 
 
 @pytest.mark.parametrize("text", [KEY, f" the key is {KEY}.", KEY[:9]])

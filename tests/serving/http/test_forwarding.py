@@ -319,7 +319,7 @@ def test_a_client_that_leaves_gives_its_place_back(narrow: TestClient, server: L
         }
         await narrow.app({**scope, "query_string": b""}, receive, send)
 
-    server.script.append(replace(Reply.of(_REPLY), stall_s=5.0))
+    server.script.append(replace(Reply.of(_REPLY), stall_s=1.0))
     assert narrow.portal is not None
     narrow.portal.call(leave)
     assert post(narrow, tools=_TOOLS, stream=True).status_code == 200

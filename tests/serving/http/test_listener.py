@@ -8,12 +8,11 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -24,6 +23,7 @@ from mlxroute.serving.http.endpoint_app import create_app, create_loading_app
 from mlxroute.serving.http.guard import AccessRules
 from mlxroute.serving.http.listener import bind, serving_in_thread
 from mlxroute.small import SmallModel
+from tests.support.command_process import CommandProcess
 from tests.support.endpoint import chat, make_session
 from tests.support.tiny import make_tiny_model
 
@@ -123,7 +123,7 @@ def test_idle_connections_do_not_keep_others_out(port: int) -> None:
 
 
 def test_a_running_answer_is_no_idle_connection(port: int) -> None:
-    status, _ = request(port, "POST", "/v1/chat/completions", chat(max_tokens=400))
+    status, _ = request(port, "POST", "/v1/chat/completions", chat(max_tokens=200))
     assert status == 200
 
 
@@ -141,23 +141,22 @@ def test_a_port_of_all_addresses_is_in_use_on_loopback(monkeypatch: pytest.Monke
             bind("127.0.0.1", port)
 
 
-def serve(path: Path, *arguments: str) -> tuple[subprocess.Popen[str], int]:
-    """Start `mlxroute serve` with a tiny model on a free port."""
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "mlxroute", "serve", "--small", str(path), "--offline"),
-            *("--port", "0", *arguments),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    port = int(process.stdout.readline().rsplit(":", 1)[1].split("/")[0])
-    end_s = time.monotonic() + 60
-    while request_or_none(port) != 200 and time.monotonic() < end_s:
-        time.sleep(0.1)
-    return process, port
+@contextlib.contextmanager
+def serve(path: Path) -> Iterator[tuple[CommandProcess, int, IO[bytes]]]:
+    """Run `mlxroute serve` with a tiny model; yield its process, port and stderr."""
+    reader, writer = os.pipe()
+    serving = ("serve", "--small", str(path), "--offline", "--port", "0")
+    with (
+        open(reader) as output,
+        tempfile.TemporaryFile() as err,
+        CommandProcess(serving, stdout=writer, stderr=err) as process,
+    ):
+        os.close(writer)
+        port = int(output.readline().rsplit(":", 1)[1].split("/")[0])
+        end_s = time.monotonic() + 60
+        while request_or_none(port) != 200 and time.monotonic() < end_s:
+            time.sleep(0.1)
+        yield process, port, err
 
 
 def request_or_none(port: int) -> int | None:
@@ -185,28 +184,27 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_first_signal_drains_and_a_second_one_ends(tiny: Path) -> None:
-    process, port = serve(tiny)
-    with process, begin_stream(port, max_tokens=300) as response:
-        process.send_signal(signal.SIGTERM)
+    with serve(tiny) as (process, port, _), begin_stream(port, max_tokens=300) as response:
+        process.send(signal.SIGTERM)
         time.sleep(0.3)
         assert request_or_none(port) is None
         assert response.read().endswith(b"data: [DONE]\n\n")
-        assert process.wait(timeout=20) == 0
+        assert process.wait() == 0
 
-    process, port = serve(tiny)
-    with process, begin_stream(port, max_tokens=30_000, temperature=0) as response:
-        process.send_signal(signal.SIGTERM)
+    long = {"max_tokens": 30_000, "temperature": 0}
+    with serve(tiny) as (process, port, err), begin_stream(port, **long) as response:
+        process.send(signal.SIGTERM)
         # Two signals at nearly the same time count as one.
         time.sleep(0.3)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=10) == 0
+        process.send(signal.SIGTERM)
+        assert process.wait() == 0
         try:
             data = response.read()
         except http.client.IncompleteRead as exc:
             data = exc.partial
         assert b"[DONE]" not in data
-        assert process.stderr is not None
-        assert "Traceback" not in process.stderr.read()
+        err.seek(0)
+        assert b"Traceback" not in err.read()
 
 
 @pytest.mark.parametrize(
