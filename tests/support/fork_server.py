@@ -137,7 +137,6 @@ def _open_streams() -> None:
     sys.stdout = _writer(1, errors="strict")
     sys.stderr = _writer(2, errors="backslashreplace")
     sys.stderr.reconfigure(line_buffering=True)
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
 
 
 def _writer(number: int, *, errors: str) -> io.TextIOWrapper:

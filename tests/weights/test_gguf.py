@@ -176,7 +176,7 @@ def test_a_file_cut_short_is_refused_at_any_length(tmp_path: Path) -> None:
             read_gguf(cut)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(position=st.integers(4, 12000), value=st.integers(0, 255))
 def test_a_damaged_header_never_gives_another_error(
     position: int, value: int, tmp_path_factory: pytest.TempPathFactory

@@ -313,7 +313,7 @@ def test_a_length_field_of_any_size_allocates_nothing(field: str, tmp_path: Path
         tracemalloc.stop()
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=400))
 def test_any_bytes_give_a_file_or_a_weights_error(data: bytes, tmp_path: Path) -> None:
     file = tmp_path / "any.gguf"
@@ -361,7 +361,7 @@ _KEYS = [
 ]
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(metadata=st.dictionaries(st.sampled_from(_KEYS), _VALUES, min_size=1, max_size=3))
 def test_any_metadata_gives_a_model_or_a_weights_error(
     metadata: dict[str, Any], tmp_path: Path

@@ -50,15 +50,16 @@ def test_text_survives_encoding_and_decoding(pre: str, text: str, tmp_path: Path
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
+@pytest.fixture(scope="module")
+def qwen2(folder: Path) -> Any:
+    return tokenizer_of(write_gguf(folder / "qwen2.gguf", TinyModel(pre="qwen2")))
+
+
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
-def test_qwen2_text_survives_up_to_unicode_composition(text: str, folder: Path) -> None:
+def test_qwen2_text_survives_up_to_unicode_composition(text: str, qwen2: Any) -> None:
     import unicodedata
 
-    source = folder / "qwen2.gguf"
-    if not source.exists():
-        write_gguf(source, TinyModel(pre="qwen2"))
-    tokenizer = tokenizer_of(source)
-    assert tokenizer.decode(tokenizer.encode(text).ids) == unicodedata.normalize("NFC", text)
+    assert qwen2.decode(qwen2.encode(text).ids) == unicodedata.normalize("NFC", text)
 
 
 @pytest.mark.parametrize(

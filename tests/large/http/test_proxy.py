@@ -69,7 +69,7 @@ def test_a_socks_proxy_without_its_package_names_the_package(
     ],
 )
 def test_a_proxy_that_cannot_be_used_is_named_without_its_password(
-    monkeypatch: pytest.MonkeyPatch, proxy: str, reason: str
+    monkeypatch: pytest.MonkeyPatch, proxy: str, reason: str, short_retry_pauses: None
 ) -> None:
     text = failure(monkeypatch, HTTP_PROXY=proxy)
     assert reason in text
