@@ -137,6 +137,8 @@ def _open_streams() -> None:
     sys.stdout = _writer(1, errors="strict")
     sys.stderr = _writer(2, errors="backslashreplace")
     sys.stderr.reconfigure(line_buffering=True)
+    for name in ("stdin", "stdout", "stderr"):
+        setattr(sys, f"__{name}__", getattr(sys, name))
 
 
 def _writer(number: int, *, errors: str) -> io.TextIOWrapper:
