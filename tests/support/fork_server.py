@@ -7,6 +7,7 @@ reports the command's process id, its stops and its end, and waits to be ended i
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import gc
@@ -18,12 +19,14 @@ import signal
 import socket
 import sys
 import termios
+import threading
 from pathlib import Path
 from typing import Any
 
 # A fork that imported the libraries of macOS may crash, so there a new interpreter follows.
 _FORKS = sys.platform == "linux"
 _DESCRIPTORS = 6
+_EXIT_UNFLUSHED = 120
 _MODULES = (
     *("mlxroute.__main__", "mlxroute.answers.document_file", "mlxroute.answers.recorded_answer"),
     *("mlxroute.answers.reply_recorder", "mlxroute.answers.router_record"),
@@ -128,7 +131,23 @@ def _run_command(request: dict[str, Any]) -> None:
     sys.argv = ["mlxroute", *request["arguments"]]
     from mlxroute.__main__ import run
 
-    run()
+    try:
+        run()
+    except SystemExit as end:
+        # To delete every object, as an interpreter does, would copy all memory of this fork.
+        _end(int(end.code or 0))
+
+
+def _end(code: int) -> None:
+    """End the process after what an interpreter does before it deletes its objects."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        code = _EXIT_UNFLUSHED
+    os._exit(code)
 
 
 def _open_streams() -> None:
