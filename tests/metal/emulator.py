@@ -11,6 +11,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxroute.small.kernels import metal_kernel
+from tests.conftest import CACHE_DIR
 
 # Run as a C compiler, because it would build a C++ library first.
 CLANG = (sys.executable, "-m", "ziglang", "cc", "-x", "c++")
@@ -184,26 +186,38 @@ def _threadgroup_arrays(text: str) -> str:
 
 @functools.cache
 def _folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="mlxroute-metal-"))
+    """Return where libraries stay between runs: compiling one takes most of a second."""
+    folder = CACHE_DIR / "test-files" / "metal"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @functools.cache
 def _compiled(text: str, command: Sequence[str]) -> Any:
     source = as_cpp(text)
-    key = hashlib.sha256(repr((source, command)).encode()).hexdigest()[:16]
-    file, library = _folder() / f"{key}.cpp", _folder() / f"{key}.so"
-    file.write_text(source, encoding="ascii")
-    result = subprocess.run(
-        [*command, *_FLAGS, f"-I{_SHIM.parent}", str(file), "-o", str(library)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    if result.returncode:
-        raise EmulationError(f"does not compile:\n{result.stderr}")
+    parts = (source, _SHIM.read_text(encoding="ascii"), command, _FLAGS, platform.machine())
+    library = _folder() / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.so"
+    if not library.exists():
+        _compile(source, command, library)
     run = ctypes.CDLL(str(library)).shim_run
     run.restype = ctypes.c_char_p
     return run
+
+
+def _compile(source: str, command: Sequence[str], library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        file, built = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
+        file.write_text(source, encoding="ascii")
+        result = subprocess.run(
+            [*command, *_FLAGS, f"-I{_SHIM.parent}", str(file), "-o", str(built)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        if result.returncode:
+            raise EmulationError(f"does not compile:\n{result.stderr}")
+        # Another worker may compile the same kernel.
+        built.replace(library)
 
 
 def _execute(
