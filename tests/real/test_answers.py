@@ -1,22 +1,18 @@
-"""Answers of real models through a real server: faults, chats of several turns, JSON output."""
+"""Answers of real models: chats of several turns, and JSON output through a real server."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import time
-from pathlib import Path
+from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 
-from mlxroute import EntropyRouter, LargeModel, generate
+from mlxroute import EntropyRouter, generate
 from mlxroute.cli import main
-from mlxroute.hosting.launcher import LocalServer
-from mlxroute.large.http import circuit_breaker
 from mlxroute.small import SmallModel
-from mlxroute.types import Mode, Source, StopReason
+from tests.real.servers import Kind, RunningServer, run_server
 
 TOKEN_KEYS = {
     *("type", "index", "id", "text", "source", "score", "entropy_nats", "margin", "small_id"),
@@ -32,49 +28,25 @@ SUMMARY_KEYS = {
 }
 
 
-def test_a_server_killed_in_mid_answer_costs_no_token_and_less_than_a_timeout(
-    smollm2: SmallModel,
-    host: LocalServer,
-    monkeypatch: pytest.MonkeyPatch,
-    short_retry_pauses: None,
-) -> None:
-    # On a slow machine, too, the circuit breaker stays open until the answer ends.
-    monkeypatch.setattr(circuit_breaker, "_FIRST_PAUSE_S", 300.0)
-    with LargeModel(host.url, timeout_s=60) as large:
-        answer = generate(
-            smollm2,
-            large,
-            "Tell me a long story about a fox.",
-            router=EntropyRouter(-math.inf),
-            max_tokens=10,
-            timeout_s=60,
-            mode=Mode.WAIT,
-        )
-        sources, killed_at = [], math.inf
-        for token in answer:
-            sources.append(token.source)
-            if token.index == 3:
-                os.kill(host.pid, signal.SIGKILL)
-                killed_at = time.monotonic()
-        extra_s = answer.stats().stall_s
-    stats = answer.stats()
-    assert sources == [Source.LARGE] * 4 + [Source.SMALL] * 6
-    assert (stats.tokens, stats.fallbacks, stats.unchecked) == (10, 3, 6)
-    assert stats.finish_reason is StopReason.LENGTH
-    assert time.monotonic() - killed_at < 60 + 30
-    assert extra_s < 120
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A real server with SmolLM2-135M; llama.cpp's costs the least."""
+    kind = Kind.MLX_LM if find_spec("xllamacpp") is None else Kind.LLAMA_SERVER
+    log_path = tmp_path_factory.mktemp("server") / "log"
+    with run_server(kind, "smollm2-135m", log_path=log_path) as running:
+        yield running
 
 
 def test_the_second_turn_of_a_long_chat_prefills_only_the_new_messages(smollm2: SmallModel) -> None:
-    history = [{"role": "user", "content": "Remember these words: " + "apple pear plum " * 150}]
-    first = generate(smollm2, None, history, router=EntropyRouter(math.inf), max_tokens=8)
+    history = [{"role": "user", "content": "Remember these words: " + "apple pear plum " * 20}]
+    first = generate(smollm2, None, history, router=EntropyRouter(math.inf), max_tokens=2)
     text = "".join(token.text for token in first)
-    assert first.stats().prompt_tokens > 400
+    assert first.stats().prompt_tokens > 60
     history += [
         {"role": "assistant", "content": text},
         {"role": "user", "content": "Which word came first?"},
     ]
-    second = generate(smollm2, None, history, router=EntropyRouter(math.inf), max_tokens=4)
+    second = generate(smollm2, None, history, router=EntropyRouter(math.inf), max_tokens=1)
     list(second)
     stats = second.stats()
     assert stats.cached_prompt_tokens >= first.stats().prompt_tokens
@@ -90,12 +62,18 @@ def test_the_second_turn_of_a_long_chat_prefills_only_the_new_messages(smollm2: 
     ],
 )
 def test_json_lines_follow_the_schema_and_hold_whole_characters(
-    smollm2_path: Path, host: LocalServer, capsys: pytest.CaptureFixture[str], prompt: str
+    smollm2: SmallModel,
+    server: RunningServer,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    prompt: str,
 ) -> None:
+    # The command uses the model that is in memory.
+    monkeypatch.setattr(SmallModel, "load", lambda *_, **__: smollm2)
     code = main(
         [
-            *("ask", "--json", "--small", str(smollm2_path), "--large", host.url),
-            *("--threshold", "2", "--max-tokens", "12", prompt),
+            *("ask", "--json", "--small", "smollm2-135m", "--large", server.url),
+            *("--threshold", "2", "--max-tokens", "6", prompt),
         ]
     )
     assert code == 0

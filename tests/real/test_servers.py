@@ -85,6 +85,13 @@ server = servers_of(SMALL, heavy=False)
 larger_server = servers_of(LARGER, heavy=True)
 
 
+@pytest.fixture(scope="module")
+def large(server: RunningServer) -> Iterator[LargeModel]:
+    """One client for the short tests: to probe a server costs more than an answer."""
+    with client_of(server) as client:
+        yield client
+
+
 def escalate_always(
     small: SmallModel, large: LargeModel, prompt: str, *, count: int, prefetch: int = 0
 ) -> tuple[list[Token], RunStats]:
@@ -122,9 +129,18 @@ def calls_of(tokens: list[Token]) -> list[LargeToken]:
     return [escalation.large for escalation in escalations if escalation.large is not None]
 
 
-def test_the_probe_finds_the_best_rung(server: RunningServer, summaries: Summaries) -> None:
-    with client_of(server) as large:
-        verdict = large.probe()
+def test_the_first_question_finds_the_servers_dialect(
+    server: RunningServer, large: LargeModel
+) -> None:
+    assert RUNGS[server.kind][1] in large.connect(thorough=False)
+
+
+# By default `mlxroute ask` probes llama-server in test_answers; other tests probe tiny models.
+@pytest.mark.heavy
+def test_the_probe_finds_the_best_rung(
+    server: RunningServer, large: LargeModel, summaries: Summaries
+) -> None:
+    verdict = large.probe()
     checks = [f"{check.name} {check.passed}" for check in verdict.checks]
     say(f"{server.kind}: {verdict.dialect}, {verdict.requests} calls; {', '.join(checks)}")
     assert (verdict.rung, verdict.dialect) == RUNGS[server.kind]
@@ -132,64 +148,77 @@ def test_the_probe_finds_the_best_rung(server: RunningServer, summaries: Summari
 
 
 def check_greedy_answers(
-    small: SmallModel, server: RunningServer, prompts: list[str], *, count: int, prefetch: int = 0
+    small: SmallModel,
+    large: LargeModel,
+    server: RunningServer,
+    prompts: list[str],
+    *,
+    count: int,
+    prefetch: int = 0,
 ) -> str:
     """Always escalating gives the server's own answers except at near-ties; return how many."""
     equal = 0
-    with client_of(server) as large:
-        for prompt in prompts:
-            text = small.encode_conversation([{"role": "user", "content": prompt}]).text
-            expected = greedy_answer(server, text, count)
-            tokens, stats = escalate_always(small, large, prompt, count=count, prefetch=prefetch)
-            assert bool(prefetch) == bool(stats.prefetch_used)
-            difference = first_difference(tokens, expected)
-            if difference is None:
-                assert len(tokens) == len(expected), prompt
-                equal += 1
-                continue
-            index, gap = difference
-            say(f"{server.kind}: {prompt!r} differs at token {index}: top-2 gap {gap:.4f} nats")
-            is_mlx_lm = server.kind is Kind.MLX_LM
-            limit = near_tie_nats(small) if is_mlx_lm else NEAR_TIE_NATS[server.kind]
-            assert gap < limit, (prompt, index, gap)
+    for prompt in prompts:
+        tokens, stats = escalate_always(small, large, prompt, count=count, prefetch=prefetch)
+        assert bool(prefetch) == bool(stats.prefetch_used)
+        equal += is_greedy_answer(small, server, prompt, tokens, count=count)
     return f"{equal} of {len(prompts)} answers equal token for token, the others near-ties"
 
 
-def test_always_escalating_gives_the_servers_own_answer(
-    server: RunningServer, smollm2: SmallModel
+def is_greedy_answer(
+    small: SmallModel, server: RunningServer, prompt: str, tokens: list[Token], *, count: int
+) -> bool:
+    """Return whether these are the server's own tokens; False if they differ after a near-tie."""
+    text = small.encode_conversation([{"role": "user", "content": prompt}]).text
+    expected = greedy_answer(server, text, count)
+    difference = first_difference(tokens, expected)
+    if difference is None:
+        assert len(tokens) == len(expected), prompt
+        return True
+    index, gap = difference
+    say(f"{server.kind}: {prompt!r} differs at token {index}: top-2 gap {gap:.4f} nats")
+    is_mlx_lm = server.kind is Kind.MLX_LM
+    limit = near_tie_nats(small) if is_mlx_lm else NEAR_TIE_NATS[server.kind]
+    assert gap < limit, (prompt, index, gap)
+    return False
+
+
+def test_characters_of_several_tokens_are_the_servers_own_and_arrive_whole(
+    server: RunningServer, large: LargeModel, smollm2: SmallModel
 ) -> None:
-    check_greedy_answers(smollm2, server, [PROMPTS[4]], count=8)
+    prompt = "Say only 🦊."
+    tokens, stats = escalate_always(smollm2, large, prompt, count=6)
+    assert "🦊" in stats.text
+    assert any(token.text == "" for token in tokens[:-1]), "no character took several tokens"
+    is_greedy_answer(smollm2, server, prompt, tokens, count=6)
+
+
+def test_the_end_of_the_answer_is_the_servers_own(
+    server: RunningServer, large: LargeModel, smollm2: SmallModel
+) -> None:
+    prompt = "Say only the word yes."
+    tokens, stats = escalate_always(smollm2, large, prompt, count=48)
+    assert stats.finish_reason is StopReason.EOS
+    assert tokens[-1].text == ""
+    is_greedy_answer(smollm2, server, prompt, tokens, count=48)
 
 
 @pytest.mark.heavy
 def test_tokens_ahead_are_the_servers_own_streamed_or_not(
-    server: RunningServer, smollm2: SmallModel
+    server: RunningServer, large: LargeModel, smollm2: SmallModel
 ) -> None:
     prompts = [PROMPTS[4], "Repeat exactly: 🦊🦊🦊🦊"]
-    check_greedy_answers(smollm2, server, prompts, count=32, prefetch=7)
-    with client_of(server) as large:
-        large.connect()
-        assert large.can_stream == (server.kind is not Kind.MLX_LM)
+    check_greedy_answers(smollm2, large, server, prompts, count=32, prefetch=7)
+    large.connect()
+    assert large.can_stream == (server.kind is not Kind.MLX_LM)
 
 
 @pytest.mark.heavy
 def test_always_escalating_gives_the_servers_own_answers_to_ten_prompts(
-    server: RunningServer, smollm2: SmallModel, summaries: Summaries
+    server: RunningServer, large: LargeModel, smollm2: SmallModel, summaries: Summaries
 ) -> None:
-    figure = check_greedy_answers(smollm2, server, PROMPTS[:10], count=48)
+    figure = check_greedy_answers(smollm2, large, server, PROMPTS[:10], count=48)
     summaries.setdefault(server.kind, []).append(figure)
-
-
-def test_characters_of_several_tokens_and_the_end_of_the_answer_arrive_whole(
-    server: RunningServer, smollm2: SmallModel
-) -> None:
-    with client_of(server) as large:
-        emoji, stats = escalate_always(smollm2, large, "Repeat exactly: 🦊🦊🦊🦊", count=12)
-        assert "🦊" in stats.text
-        assert any(token.text == "" for token in emoji[:-1]), "no character took several tokens"
-        ended, stats = escalate_always(smollm2, large, "Say only the word yes.", count=48)
-        assert stats.finish_reason is StopReason.EOS
-        assert ended[-1].text == ""
 
 
 @pytest.mark.heavy
