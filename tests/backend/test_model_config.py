@@ -394,7 +394,7 @@ _CONFIG_KEYS = (
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(values=st.dictionaries(st.sampled_from(_CONFIG_KEYS), _JSON, min_size=1, max_size=2))
 def test_any_configuration_gives_a_model_or_one_of_our_errors(
     values: dict[str, Any], tmp_path: Path
@@ -408,7 +408,7 @@ def test_any_configuration_gives_a_model_or_one_of_our_errors(
     assert "\n" not in outcome(path)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     name=st.sampled_from(
         ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"]

@@ -65,7 +65,7 @@ def test_rows_of_every_short_length_agree_with_float64(
     emulated: Callable[..., Callable[[mx.array], Packed]], dtype: mx.Dtype
 ) -> None:
     pack = emulated(Emulator())
-    for size in [*range(1, 18), 31, 32, 33, 63, 64, 65, 70, 257, 1025]:
+    for size in [*range(1, 10), 16, 17, 31, 32, 33, 65, 257, 1025]:
         check(pack, random_rows(size) | edge_rows(size), dtype, alone=False)
     # MLX puts so few values into another address space.
     check(pack, edge_rows(3), dtype, alone=True)
@@ -94,7 +94,7 @@ def test_in_half_precision_the_greedy_choice_is_mlx_lms(
     emulated: Callable[..., Callable[[mx.array], Packed]], dtype: mx.Dtype, scale: float
 ) -> None:
     random = np.random.default_rng(5)
-    logits = mx.array(random.standard_normal((60, 300)) * scale).astype(dtype)
+    logits = mx.array(random.standard_normal((30, 300)) * scale).astype(dtype)
     winners = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     choices = mx.argmax(winners, axis=-1).tolist()
     assert [int(values[0]) for values in emulated(Emulator())(logits)] == choices

@@ -72,7 +72,7 @@ ACTIONS = st.lists(
         st.tuples(st.just("several"), st.integers(2, 5)),
         st.tuples(st.just("back"), st.integers(0, 4)),
     ),
-    max_size=14,
+    max_size=8,
 )
 
 

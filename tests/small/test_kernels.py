@@ -38,11 +38,11 @@ def test_rows_as_long_as_vocabularies_agree_with_float64(size: int, dtype: mx.Dt
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_of_every_short_length_agree_with_float64(dtype: mx.Dtype) -> None:
-    for size in [*range(1, 71), 127, 128, 129, 1023, 1024, 1025, 4097]:
+    for size in [*range(1, 18), 31, 32, 33, 34, 47, 48, 49, 63, 64, 65, 129, 1025, 4097]:
         check(random_rows(size) | edge_rows(size), dtype)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     size=st.integers(1, 3000),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -26,11 +27,17 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
 
 def drawn_alone(small: SmallModel, start: SampleStart, number: int) -> list[int]:
     """A sample, drawn with single rows."""
+    return _drawn_alone(small, start.length, start.token_id, start.limit, f"{start.seed} {number}")
+
+
+# Several tests compare with the same samples.
+@functools.cache
+def _drawn_alone(small: SmallModel, length: int, token_id: int, limit: int, seed: str) -> list[int]:
     alone = small.with_own_cache()
-    signals, _ = alone.prefill([*_IDS[: start.length], start.token_id])
-    draws = random.Random(f"{start.seed} {number}")
+    signals, _ = alone.prefill([*_IDS[:length], token_id])
+    draws = random.Random(seed)
     ids: list[int] = []
-    while len(ids) < start.limit:
+    while len(ids) < limit:
         weights = [math.exp(logprob) for logprob in signals.top_logprobs]
         token_id = draws.choices(signals.top_ids, weights)[0]
         if token_id in small.vocabulary.eos_ids:

@@ -61,36 +61,36 @@ def decode(small: SmallModel, prompt_ids: list[int], count: int, **kwargs: Any) 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_greedy_decoding_equals_mlx_lm_token_for_token(small: SmallModel, prompt: str) -> None:
     prompt_ids = list(small.encode_conversation(ask(prompt)).ids)
-    assert decode(small, prompt_ids, 40) == reference_ids(small, prompt_ids, 40)
+    assert decode(small, prompt_ids, 16) == reference_ids(small, prompt_ids, 16)
 
 
 def test_seeded_sampling_equals_mlx_lm_token_for_token(small: SmallModel) -> None:
     from mlx_lm.sample_utils import make_sampler
 
     prompt_ids = list(small.vocabulary.encode("once upon a time"))
-    sampled = decode(small, prompt_ids, 30, temperature=0.8, top_p=0.9, seed=7)
+    sampled = decode(small, prompt_ids, 16, temperature=0.8, top_p=0.9, seed=7)
     mx.random.seed(7)
-    expected = reference_ids(small, prompt_ids, 30, sampler=make_sampler(0.8, top_p=0.9))
+    expected = reference_ids(small, prompt_ids, 16, sampler=make_sampler(0.8, top_p=0.9))
     assert sampled == expected
-    assert sampled != decode(small, prompt_ids, 30, temperature=0.8, top_p=0.9, seed=8)
+    assert sampled != decode(small, prompt_ids, 16, temperature=0.8, top_p=0.9, seed=8)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
-@pytest.mark.parametrize("temperature", [1e-320, 1e-40, 1e-6, 0.000999])
-def test_below_a_thousandth_sampling_is_greedy(
-    small: SmallModel, dtype: mx.Dtype, temperature: float
-) -> None:
+def test_below_a_thousandth_sampling_is_greedy(small: SmallModel, dtype: mx.Dtype) -> None:
     small.model.set_dtype(dtype)
     prompt_ids = list(small.vocabulary.encode("once upon a time"))
-    greedy = decode(small, prompt_ids, 20)
-    assert decode(small, prompt_ids, 20, temperature=temperature, seed=7) == greedy
+    greedy = decode(small, prompt_ids, 10)
+    for temperature in (1e-320, 1e-40, 1e-6, 0.000999):
+        drawn = decode(small, prompt_ids, 10, temperature=temperature, seed=7)
+        assert drawn == greedy, temperature
 
 
-@pytest.mark.parametrize("top_p", [1e-320, 1e-40, 1e-8, 0.000999])
-def test_below_a_top_p_of_a_thousandth_sampling_is_greedy(small: SmallModel, top_p: float) -> None:
+def test_below_a_top_p_of_a_thousandth_sampling_is_greedy(small: SmallModel) -> None:
     prompt_ids = list(small.vocabulary.encode("once upon a time"))
-    greedy = decode(small, prompt_ids, 20)
-    assert decode(small, prompt_ids, 20, temperature=1.0, top_p=top_p, seed=7) == greedy
+    greedy = decode(small, prompt_ids, 10)
+    for top_p in (1e-320, 1e-40, 1e-8, 0.000999):
+        drawn = decode(small, prompt_ids, 10, temperature=1.0, top_p=top_p, seed=7)
+        assert drawn == greedy, top_p
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
@@ -101,7 +101,7 @@ def test_the_lowest_temperature_that_samples_draws_likely_tokens(
     signals, _ = small.prefill(
         small.vocabulary.encode("once upon a time"), sampling=Sampling(temperature=0.001, seed=7)
     )
-    for _ in range(20):
+    for _ in range(10):
         assert signals.logprob > signals.top_logprobs[0] - 0.05
         signals = small.step(signals.token_id)
 
@@ -203,7 +203,7 @@ def test_an_interrupt_anywhere_in_a_change_of_the_cache_leaves_no_wrong_prefix(
     path: Path, change: Callable[[SmallModel], None]
 ) -> None:
     small = _shared(path)
-    prompt_ids = list(range(5, 25))
+    prompt_ids = list(range(5, 13))
     more = [*prompt_ids, 7, 8, 9]
     for line in range(1000):
         small.prefill(prompt_ids)
@@ -247,12 +247,18 @@ def assert_same_as_fresh(
     small: SmallModel, prompt_ids: list[int], *, reused: int | None = None
 ) -> None:
     signals, count = small.prefill(prompt_ids)
-    fresh = SmallModel(small.model, small.tokenizer, name="fresh")
-    expected, _ = fresh.prefill(prompt_ids)
     assert reused is None or count == reused
     small.rollback(0)
     assert {layer.offset for layer in small._decoder.cache.layers} == {len(prompt_ids)}
-    assert math.isclose(signals.entropy_nats, expected.entropy_nats, abs_tol=1e-4)
+    expected = _FRESH.get(key := tuple(prompt_ids))
+    if expected is None:
+        fresh = SmallModel(small.model, small.tokenizer, name="fresh")
+        expected = _FRESH[key] = fresh.prefill(prompt_ids)[0].entropy_nats
+    assert math.isclose(signals.entropy_nats, expected, abs_tol=1e-4)
+
+
+# Entropies after prompts that an empty cache read; the interrupts leave the same ones many times.
+_FRESH: dict[tuple[int, ...], float] = {}
 
 
 def test_a_cache_without_offsets_is_reused_when_a_prompt_extends_it(small: SmallModel) -> None:
@@ -355,10 +361,10 @@ def test_a_head_fits_a_model_whose_text_part_has_the_hidden_size(tmp_path: Path)
 
 
 def test_never_escalating_through_the_engine_equals_mlx_lm(small: SmallModel) -> None:
-    answer = generate(small, None, "Hi", router=EntropyRouter(math.inf), max_tokens=24)
+    answer = generate(small, None, "Hi", router=EntropyRouter(math.inf), max_tokens=12)
     ids = [token.token_id for token in answer]
     prompt_ids = list(small.encode_conversation(ask("Hi")).ids)
-    assert ids == reference_ids(small, prompt_ids, 24)[: len(ids)]
+    assert ids == reference_ids(small, prompt_ids, 12)[: len(ids)]
 
 
 @pytest.mark.skipif(not on_cpu(), reason="Metal and CUDA run quantised weights as they are")

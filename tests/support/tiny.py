@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,12 +52,7 @@ def make_tiny_model(
     `context` is the model's limit in tokens; `extra` is added to its configuration.
     """
     import mlx.core as mx
-    import mlx.nn as nn
-    from mlx.utils import tree_flatten
-    from mlx_lm.utils import load_model
 
-    path.mkdir(parents=True, exist_ok=True)
-    vocabulary_size = _write_tokenizer(path)
     config: dict[str, Any] = {
         "model_type": model_type,
         "hidden_size": 64,
@@ -66,23 +62,47 @@ def make_tiny_model(
         "num_key_value_heads": 2,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
-        "vocab_size": vocabulary_size,
+        "vocab_size": 320,
         "max_position_embeddings": context,
         "tie_word_embeddings": tied,
         **(extra or {}),
     }
+    path.mkdir(parents=True, exist_ok=True)
+    key = json.dumps([config, seed, quantized])
+    if key not in _FILES:
+        with tempfile.TemporaryDirectory() as folder:
+            _write_model(Path(folder), config, seed=seed, quantized=quantized)
+            _FILES[key] = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+    for name, data in _FILES[key].items():
+        (path / name).write_bytes(data)
+    # A caller that draws more numbers gets the same ones whether the model was new or not.
+    mx.random.seed(seed)
+    return path
+
+
+# Files of the models that were made so far: many tests start with the same one.
+_FILES: dict[str, dict[str, bytes]] = {}
+
+
+def _write_model(path: Path, config: dict[str, Any], *, seed: int, quantized: bool) -> None:
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import load_model
+
+    vocabulary_size = _write_tokenizer(path)
+    assert vocabulary_size == config["vocab_size"]
     (path / "config.json").write_text(json.dumps(config))
     mx.random.seed(seed)
     model, _ = load_model(path, lazy=True, strict=False)
     model.apply(lambda value: mx.random.normal(value.shape) * 0.3)
     if quantized:
         nn.quantize(model, group_size=32, bits=4)
-        config["quantization"] = {"group_size": 32, "bits": 4}
+        config = {**config, "quantization": {"group_size": 32, "bits": 4}}
         (path / "config.json").write_text(json.dumps(config))
     mx.save_safetensors(
         str(path / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"}
     )
-    return path
 
 
 def final_hidden_state(small: SmallModel, ids: Sequence[int]) -> mx.array:
