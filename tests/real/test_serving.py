@@ -15,7 +15,7 @@ from tests.real.conftest import PROMPTS
 from tests.real.exact import near_tie_nats
 from tests.support.batch_start import start_batch_of
 
-_TOKENS = 3
+_TOKENS = 5
 # In float32, a batch rounds differently from a single row by less than this.
 _NEAR_TIE_NATS = 1e-3
 
@@ -28,7 +28,7 @@ def test_answers_of_a_batch_are_those_written_alone(
         message = {"role": "user", "content": prompt}
         return AnswerRequest([message], router, Options(max_tokens=_TOKENS))
 
-    prompts = PROMPTS[:2]
+    prompts = PROMPTS[:3]
     with AnswerScheduler(smollm2, None) as scheduler:
         row_counts = start_batch_of(len(prompts), scheduler, monkeypatch)
         answers = [scheduler.submit(request(prompt)) for prompt in prompts]
