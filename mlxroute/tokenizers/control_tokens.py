@@ -84,6 +84,9 @@ class ControlTokens:
 
     def find(self, text: str) -> Iterator[tuple[int, int]]:
         """Yield the start and end of each name in a text, the longest one at each place."""
+        if self._any_form and not self._names:
+            yield from self._find_forms(text)
+            return
         position = 0
         for match in self._first.finditer(text):
             start = match.start()
@@ -91,16 +94,24 @@ class ControlTokens:
                 yield start, end
                 position = end
 
+    def _find_forms(self, text: str) -> Iterator[tuple[int, int]]:
+        """Do what `find` does where no names are known, in one pass of the pattern."""
+        for match in _IN_TEXT.finditer(text):
+            # A spared mark has no beginning of another inside it.
+            if match[0] not in self._spared:
+                yield match.span()
+
     def _end(self, text: str, start: int) -> int | None:
         """Return the end of the longest name that begins here; None if none does."""
-        ends = [
-            start + length
-            for length in self._lengths.get(text[start], ())
-            if text[start : start + length] in self._names
-        ][:1]
-        if self._any_form and (match := _IN_TEXT.match(text, start)) is not None:
-            ends += [match.end()] if match[0] not in self._spared else []
-        return max(ends, default=None)
+        end = None
+        for length in self._lengths.get(text[start], ()):
+            if text[start : start + length] in self._names:
+                end = start + length
+                break
+        match = _IN_TEXT.match(text, start) if self._any_form else None
+        if match is not None and match[0] not in self._spared:
+            end = max(end or 0, match.end())
+        return end
 
     def neutralise(self, text: str) -> tuple[str, tuple[str, ...]]:
         """Return a text of a user without control tokens, and the names that were in it.

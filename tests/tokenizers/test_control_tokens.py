@@ -104,6 +104,6 @@ def test_an_answer_keeps_its_marks_of_thinking() -> None:
 def test_long_texts_take_little_time() -> None:
     controls = ControlTokens([f"<unused{i}>" for i in range(6000)], any_form=True)
     began_s = time.monotonic()
-    for text in ("<" * 300_000, "<|" * 150_000, "<|a" * 100_000, "<unused1>" * 30_000):
+    for text in ("<" * 100_000, "<|" * 50_000, "<|a" * 30_000, "<unused1>" * 10_000):
         controls.neutralise(text)
-    assert time.monotonic() - began_s < 20
+    assert time.monotonic() - began_s < 7

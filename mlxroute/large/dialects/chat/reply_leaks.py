@@ -11,6 +11,7 @@ from mlxroute.tokenizers.control_tokens import control_tokens
 _CONTROL_TOKENS: Final = control_tokens(frozenset(), any_form=True, in_answer=True)
 # The beginning of a control token that the end of a reply cuts off.
 _CUT_OFF: Final = re.compile(r"<[|｜]\S{0,80}\Z")
+_MAX_CUT_OFF: Final = 82
 # A hidden text is recognised by this many characters.
 _RECOGNISED: Final = 12
 # Longer than the name of a control token.
@@ -25,7 +26,11 @@ def find_leak(answer: str, new: str, hidden: Sequence[str]) -> int | None:
     tail = answer[-_TAIL:]
     text = tail + new
     starts = [start for start, end in _CONTROL_TOKENS.find(text) if end > len(tail)]
-    starts += [match.start() for match in _CUT_OFF.finditer(text) if match.end() > len(tail)]
+    starts += [
+        match.start()
+        for match in _CUT_OFF.finditer(text, len(text) - _MAX_CUT_OFF)
+        if match.end() > len(tail)
+    ]
     for sign in (part[:_RECOGNISED] for part in hidden):
         # A sign that is in the answer so far is there for a reason.
         start = text.find(sign, max(0, len(tail) - len(sign) + 1))
