@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import signal
@@ -63,6 +64,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in heavy]
     # A long file that a worker starts last would keep the others waiting.
     items.sort(key=lambda item: item.path.parent.name != "real")
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector leave out all that stays to the end: modules and tests."""
+    gc.freeze()
+    # Tests make many objects that die at once.
+    gc.set_threshold(10_000, 20, 20)
 
 
 @pytest.fixture

@@ -259,8 +259,12 @@ def nothing_left_behind(folder: Path) -> Iterator[None]:
     before_level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     before = _resources()
+    # The collection after each answer then leaves out what was there before, hundreds of modules.
+    gc.collect()
+    gc.freeze()
     try:
         yield
+        gc.unfreeze()
         end_s = time.monotonic() + _SETTLE_S
         while (added := _resources() - before) and time.monotonic() < end_s:
             gc.collect()

@@ -72,6 +72,8 @@ def serve(path: Path, large_url: str) -> None:
         app = _make_app(small, large)
         listener = bind("127.0.0.1", 0)
         server = EndpointServer(app, on_second_signal=app.state.endpoint.close)
+        # So that `gc.collect` for each state looks at what the requests left alone.
+        gc.freeze()
         print(listener.getsockname()[1], flush=True)  # noqa: T201
         server.run_on(listener)
 
