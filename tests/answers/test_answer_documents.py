@@ -232,7 +232,7 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *(place for key, item in items for place in _places(item, (*path, key)))]
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=50)
 @given(st.sampled_from(_places(_VALUE)[1:]), _JSON)
 def test_any_value_at_any_place_is_read_or_refused(path: tuple[Any, ...], content: Any) -> None:
     value = json.loads(json.dumps(_VALUE))

@@ -76,7 +76,7 @@ def test_prefetched_tokens_are_replayed() -> None:
     assert [token.prefetched for token in finish(answer).tokens[:2]] == [False, True]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(list(Mode)), st.sampled_from(list(Mode)))
 def test_every_mode_replays_what_any_mode_recorded(seed: int, first: Mode, second: Mode) -> None:
     world, clock = World(seed=seed, loss=0.0), FakeClock()

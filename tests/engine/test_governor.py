@@ -265,7 +265,7 @@ def world(seed: int) -> World:
 
 
 def test_a_ceiling_bounds_the_calls_and_changes_no_text() -> None:
-    for seed in range(5):
+    for seed in range(3):
         waited, _ = answered(world(seed), Experience(), mode=Mode.WAIT)
         free, _ = answered(world(seed), Experience(), mode=Mode.HEDGE, prefetch=0)
         bound, _ = answered(
@@ -279,7 +279,7 @@ def test_a_ceiling_bounds_the_calls_and_changes_no_text() -> None:
 def test_calls_that_earlier_answers_did_not_need_may_be_used() -> None:
     experience = Experience()
     calls, needed, alone = 0, 0, 0
-    for seed in range(8):
+    for seed in range(4):
         waited, _ = answered(world(seed), Experience(), mode=Mode.WAIT)
         bound, _ = answered(
             world(seed), experience, mode=Mode.OVERLAP, prefetch=8, call_ceiling=1.2
@@ -296,7 +296,7 @@ def test_calls_that_earlier_answers_did_not_need_may_be_used() -> None:
 def test_over_a_few_answers_auto_is_about_as_fast_as_the_best_mode() -> None:
     experience = Experience()
     times = {mode: 0.0 for mode in Mode}
-    for seed in range(8):
+    for seed in range(5):
         for mode in Mode:
             known = experience if mode is Mode.AUTO else Experience()
             _, seconds = answered(world(seed), known, mode=mode, prefetch=0)
@@ -309,7 +309,7 @@ def test_over_a_few_answers_auto_is_about_as_fast_as_the_best_mode() -> None:
 
 def test_auto_waits_where_decoding_delays_the_calls() -> None:
     experience, times = Experience(), dict.fromkeys((Mode.WAIT, Mode.HEDGE, Mode.AUTO), 0.0)
-    for seed in range(8):
+    for seed in range(4):
         for mode in times:
             known = experience if mode is Mode.AUTO else Experience()
             one = replace(world(seed), max_call_s=20.0)

@@ -146,7 +146,7 @@ _WORLDS = st.builds(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=80)
 @given(
     world=_WORLDS,
     order=st.integers(0, 1 << 30),

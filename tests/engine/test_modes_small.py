@@ -91,7 +91,7 @@ def run(
         RandomLarge(SmallModel(*loaded, name="oracle"), clock),
         [{"role": "user", "content": "hi"}],
         router=RandomRouter(),
-        options=Options(max_tokens=48, mode=mode, sampling=sampling),
+        options=Options(max_tokens=28, mode=mode, sampling=sampling),
         clock=clock,
     )
     tokens = list(answer)

@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from mlxroute.errors import (
     LargeError,
@@ -65,13 +66,11 @@ class World:
 
     def small(self, ids: Sequence[int]) -> tuple[int, float]:
         """Return the small model's token after these ids of the answer, and its entropy."""
-        rng = self.rng("small", ids)
-        token = EOS if rng.random() < self.end else rng.choice(_WORDS)
-        return token, 2.0 + rng.random() if rng.random() < self.doubt else 0.5 * rng.random()
+        return _small(self, tuple(ids))
 
     def large(self, ids: Sequence[int]) -> tuple[int, ...] | LargeError:
         """Return the large model's token after these ids of the answer, or the call's error."""
-        if (rng := self.rng("refusal", ids)).random() < self.refusal:
+        if self.refusal and (rng := self.rng("refusal", ids)).random() < self.refusal:
             too_long = LargeRefused("this exceeds the context", status=400)
             return rng.choice((LargeUnsendable("the context is full"), too_long))
         rng = self.rng("large", ids)
@@ -82,6 +81,33 @@ class World:
         if rng.random() < self.end:
             return (EOS,)
         return tuple(rng.choice(_SPELLED)) if rng.random() < 0.3 else (rng.choice(_WORDS),)
+
+
+# The modes ask at the same positions, and a random generator takes long to make.
+@lru_cache(maxsize=4096)
+def _small(world: World, ids: tuple[int, ...]) -> tuple[int, float]:
+    rng = world.rng("small", ids)
+    token = EOS if rng.random() < world.end else rng.choice(_WORDS)
+    return token, 2.0 + rng.random() if rng.random() < world.doubt else 0.5 * rng.random()
+
+
+@lru_cache(maxsize=4096)
+def _small_signals(world: World, ids: tuple[int, ...], *, batched: bool) -> Signals:
+    token, entropy = world.small(ids)
+    rng = world.rng("others", ids)
+    others = rng.sample([token_id for token_id in (*b"ab.", EOS) if token_id != token], 3)
+    gap = 0.5
+    if rng.random() < world.rounding:
+        entropy = 1.0 + rng.uniform(-0.3, 0.3) * _BAND
+    if rng.random() < world.rounding:
+        gap = rng.random() * 0.4 * _BAND
+    first = [token, others[0]]
+    if batched:
+        entropy += rng.uniform(-0.5, 0.5) * _BAND
+        if gap < _BAND and rng.random() < 0.5:
+            first.reverse()
+    tops = (-0.7, -0.7 - gap, -1.6 - gap, -2.5 - gap)
+    return Signals(first[0], -0.7, entropy, 0.0, 0.1, (*first, *others[1:]), tops)
 
 
 class WorldSmall(ScriptedSmall):
@@ -146,21 +172,7 @@ class WorldSmall(ScriptedSmall):
         return self._signals_after(self.fed, batched=self.exact_length < len(self.fed))
 
     def _signals_after(self, ids: Sequence[int], *, batched: bool) -> Signals:
-        token, entropy = self._world.small(ids)
-        rng = self._world.rng("others", ids)
-        others = rng.sample([token_id for token_id in (*b"ab.", EOS) if token_id != token], 3)
-        gap = 0.5
-        if rng.random() < self._world.rounding:
-            entropy = 1.0 + rng.uniform(-0.3, 0.3) * _BAND
-        if rng.random() < self._world.rounding:
-            gap = rng.random() * 0.4 * _BAND
-        first = [token, others[0]]
-        if batched:
-            entropy += rng.uniform(-0.5, 0.5) * _BAND
-            if gap < _BAND and rng.random() < 0.5:
-                first.reverse()
-        tops = (-0.7, -0.7 - gap, -1.6 - gap, -2.5 - gap)
-        return Signals(first[0], -0.7, entropy, 0.0, 0.1, (*first, *others[1:]), tops)
+        return _small_signals(self._world, tuple(ids), batched=batched)
 
 
 class WorldCall:
