@@ -158,16 +158,9 @@ class FamilyServer:
         follows = (" the" if rest is None else rest).encode()[len(data) - len(whole.encode()) :]
         if not follows:
             return END_ID
-        return self._longest(follows)
-
-    def _longest(self, data: bytes) -> int:
-        return max(
-            (i for i in range(END_ID + 1, self._vocabulary.size) if self._begins(data, i)),
-            key=lambda i: len(self._vocabulary.token_bytes(i)),
-        )
-
-    def _begins(self, data: bytes, token_id: int) -> bool:
-        return data.startswith(self._vocabulary.token_bytes(token_id))
+        longest = self._vocabulary.longest(follows)
+        assert longest is not None
+        return longest
 
     def _top(self, token_id: int, count: int) -> list[tuple[int, float]]:
         others = [i for i in (*range(33 + 2, 33 + 12), token_id + 1) if i != token_id]

@@ -22,7 +22,10 @@ class TableVocabulary:
         self._pieces = ["<s>", end_name, *pieces]
         self._bytes = [b"", b"", *(bytes(map(_BYTE_OF.__getitem__, piece)) for piece in pieces)]
         # The longest first.
-        self._order = sorted(range(2, len(self._pieces)), key=lambda i: -len(self._pieces[i]))
+        order = sorted(range(2, len(self._pieces)), key=lambda i: -len(self._pieces[i]))
+        self._order: dict[int, list[int]] = {}
+        for token_id in order:
+            self._order.setdefault(self._bytes[token_id][0], []).append(token_id)
         self._bos_text = bos_text
 
     @property
@@ -62,11 +65,17 @@ class TableVocabulary:
     def token_bytes(self, token_id: int) -> bytes:
         return self._bytes[token_id]
 
+    def longest(self, data: bytes) -> int | None:
+        """Return the longest piece that begins a text; None if there is none."""
+        return next(
+            (i for i in self._order.get(data[0], ()) if data.startswith(self._bytes[i])), None
+        )
+
     def encode(self, text: str) -> tuple[int, ...]:
         """Encode greedily, the longest piece first; bytes without a piece are dropped."""
         data, ids = text.encode(), []
         while data:
-            longest = next((i for i in self._order if data.startswith(self._bytes[i])), None)
+            longest = self.longest(data)
             if longest is None:
                 data = data[1:]
                 continue

@@ -19,7 +19,7 @@ from mlxroute.errors import (
     LargeUnreachable,
 )
 from mlxroute.large import LargeModel
-from mlxroute.large.http import retry
+from mlxroute.large.http import exchange, retry
 from tests.support.loopback import Loopback, Reply, Request
 from tests.support.negotiated import honest
 from tests.support.scripted_calls import legacy, save_verdict
@@ -40,6 +40,8 @@ every_fault = pytest.mark.parametrize("fault", FAULTS)
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "_FIRST_PAUSE_S", 0.001)
+    # A negotiation reads up to the limit for each of its requests.
+    monkeypatch.setattr(exchange, "MAX_REPLY_BYTES", 1 << 16)
 
 
 def failing(after: int, fault: Reply) -> Callable[[Request], Reply]:
