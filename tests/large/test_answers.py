@@ -1,4 +1,4 @@
-"""Over five hundred answers with a fault in each: complete, without the key, without leaks."""
+"""Many answers with a fault in each: complete, without the key, without leaks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,6 @@ SMALL: Final = b"the small model says this"
 LARGE: Final = "L"
 LATE: Final = "Z"
 GOOD: Final = honest(lambda request: Reply.of(legacy(LARGE)))
-ROUNDS: Final = 16
 _MB: Final = 1 << 20
 
 
@@ -329,7 +328,9 @@ def our_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "mlxroute-exchange"]
 
 
+@pytest.mark.parametrize("rounds", [4, pytest.param(16, marks=pytest.mark.heavy)])
 def test_every_answer_survives_every_fault(
+    rounds: int,
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -338,7 +339,7 @@ def test_every_answer_survives_every_fault(
     caplog.set_level(logging.DEBUG)
     authority = Authority(tmp_path_factory.mktemp("authority"))
     stage = Stage(authority, Authority(tmp_path_factory.mktemp("stranger")))
-    rng, order = random.Random(0), [*FAULTS] * ROUNDS
+    rng, order = random.Random(0), [*FAULTS] * rounds
     rng.shuffle(order)
     process, warm, renegotiations = psutil.Process(), 0, 0
     try:
@@ -358,7 +359,7 @@ def test_every_answer_survives_every_fault(
         stage.close()
     assert process.memory_info().rss - warm < 40 * _MB
     assert renegotiations
-    assert all(stage.played[fault.name] >= 10 for fault in FAULTS)
+    assert all(stage.played[fault.name] >= rounds * 5 // 8 for fault in FAULTS)
     for thread in our_threads():
         thread.join(10)
         assert not thread.is_alive()
