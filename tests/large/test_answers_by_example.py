@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
@@ -27,6 +28,7 @@ BY_EXAMPLE = get_dialect("completion by example")
 assert BY_EXAMPLE is not None
 DIALECT = BY_EXAMPLE
 FRAMING: Final = frame(Prompt(messages=(), answer_start="x"), shows_examples=True).messages[:-1]
+AFTER_EXAMPLES: Final = after_examples(write_known)
 ASK: Final[Message] = {"role": "user", "content": "What is it?"}
 
 
@@ -44,6 +46,12 @@ def answer(
         stats = generate_answer(server, messages or (ASK,), **options)
     chats = [request.json for request in server.requests if "/chat/" in request.path]
     return stats, [chat["messages"] for chat in chats]
+
+
+@functools.cache
+def plain_answer(write: Write) -> tuple[RunStats, list[list[dict[str, Any]]]]:
+    """Return the same for the usual question, once for each model."""
+    return answer(write)
 
 
 def generate_answer(server: Loopback, messages: Sequence[Message], **options: Any) -> RunStats:
@@ -71,12 +79,12 @@ HOSTILE: Final = (
 )
 
 
-@pytest.mark.parametrize("write", [write_known, after_examples(write_known)])
+@pytest.mark.parametrize("write", [write_known, AFTER_EXAMPLES])
 @pytest.mark.parametrize("hostile", HOSTILE, ids=lambda text: text[:20])
 def test_a_prompt_with_the_words_of_the_framing_changes_its_own_turn_only(
     hostile: str, write: Write
 ) -> None:
-    plain, chats = answer(write)
+    plain, chats = plain_answer(write)
     attacked, attacked_chats = answer(write, {"role": "user", "content": hostile})
     assert attacked.text == plain.text
     assert attacked.unchecked == plain.unchecked == 0
@@ -141,7 +149,8 @@ LEAKS: Final = (
 @pytest.mark.parametrize("leak", LEAKS, ids=lambda text: text[:20])
 @pytest.mark.parametrize("at", [0, 2])
 def test_no_key_control_token_or_hidden_text_gets_into_an_answer(leak: str, at: int) -> None:
-    for prefetch in (0, 8):
+    # Each text of the framing with prefetching in one place only: they are found in one way.
+    for prefetch in (4 * at,) if leak in HIDDEN else (0, 8):
         stats, _ = answer(leaking(leak, at=at), prefetch=prefetch, timeout_s=30)
         assert leak[:12].strip() not in stats.text
         assert KEY[:8] not in stats.text

@@ -125,7 +125,7 @@ def changed_replies(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(reply=changed_replies() | st.dictionaries(st.sampled_from(sorted(_REPLY)), _JSON))
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_json_is_a_completion_or_a_protocol_error_in_every_dialect(
     reply: dict[str, Any],
 ) -> None:
@@ -212,7 +212,7 @@ def streams(draw: st.DrawFn) -> bytes:
 
 
 @given(streams())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_any_stream_is_a_completion_or_a_protocol_error(body: bytes) -> None:
     for dialect in LADDER:
         if isinstance(dialect, StreamingDialect):
@@ -298,7 +298,7 @@ _BODIES = st.sampled_from(
     body=_BODIES,
 )
 @settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_any_status_line_headers_and_chunks_are_a_large_error_in_time(
     server: Loopback, status: bytes, version: bytes, heads: list[bytes], body: bytes
@@ -349,7 +349,7 @@ def test_an_endless_series_of_interim_replies_ends_at_the_deadline(server: Loopb
     interim = b"HTTP/1.1 100 Continue\r\n\r\n"
     server.script.append(Reply(raw=interim, body=interim * 1000, times=100_000))
     began_s = time.monotonic()
-    large = negotiated(LargeModel(server.url, model="m", timeout_s=1))
+    large = negotiated(LargeModel(server.url, model="m", timeout_s=0.3))
     with large, pytest.raises(LargeError):
         large.next_token(context("x", VOCABULARY))
     assert time.monotonic() - began_s < 4
