@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 
@@ -23,7 +24,7 @@ from mlxroute.types import LargeContext, LargeToken, Message, Mode, Sampling, To
 from tests.support.tiny import make_tiny_model
 
 PROMPTS = ["the quick brown fox", "a lazy dog and a", "def main", "Thursday " * 20]
-TOKENS = 24
+TOKENS = 16
 
 
 @pytest.fixture(scope="session")
@@ -66,11 +67,28 @@ def alone(
     small: SmallModel,
     prompt: str,
     *,
-    large: Any = None,
+    large: ReleasedLarge | None = None,
     threshold: float = math.inf,
     **options: Any,
 ) -> list[int]:
-    """Return the token ids of an answer that `generate` writes alone."""
+    """Return the token ids of an answer that `generate` writes alone, once for each model."""
+    known = _ALONE.setdefault(small, {})
+    key = (prompt, large and large.choose, threshold, *sorted(options.items()))
+    if key not in known:
+        known[key] = _write_alone(small, prompt, large, threshold, options)
+    return list(known[key])
+
+
+_ALONE: WeakKeyDictionary[SmallModel, dict[tuple[Any, ...], list[int]]] = WeakKeyDictionary()
+
+
+def _write_alone(
+    small: SmallModel,
+    prompt: str,
+    large: ReleasedLarge | None,
+    threshold: float,
+    options: dict[str, Any],
+) -> list[int]:
     router = make_router("entropy", threshold=threshold)
     own = small.with_own_cache()
     options = {"max_tokens": TOKENS, **options}
@@ -107,14 +125,14 @@ class ReleasedLarge:
     def __init__(
         self, choose: Callable[[LargeContext], int | LargeError], *, holds: bool = False
     ) -> None:
-        self._choose = choose
+        self.choose = choose
         self._holds = holds
         self._changed = threading.Condition()
         self.calls: list[ReleasedCall] = []
         self.uploads = Uploads()
 
     def begin(self, context: LargeContext, *, deadline_s: float, prefetch: int) -> ReleasedCall:
-        call = ReleasedCall(self._choose(context), is_ready=not self._holds)
+        call = ReleasedCall(self.choose(context), is_ready=not self._holds)
         with self._changed:
             self.calls.append(call)
             self._changed.notify_all()

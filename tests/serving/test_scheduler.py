@@ -30,6 +30,7 @@ from mlxroute.small import SmallModel
 from mlxroute.types import LargeContext, Mode, Sampling, Signals, StopReason, Token
 from tests.serving.conftest import (
     PROMPTS,
+    TOKENS,
     ReleasedLarge,
     alone,
     choose_by_text,
@@ -267,13 +268,14 @@ def test_a_second_turn_reads_the_new_tokens_only(
 ) -> None:
     first = scheduler.submit(request(PROMPTS[3]))
     ids = [*first.prompt.ids, *written(first)]
-    second = scheduler.submit(AnswerRequest([*ids, 70, 71], request("x").router))
+    following = AnswerRequest([*ids, 70, 71], request("x").router, request("x").options)
+    second = scheduler.submit(following)
     written(second)
     run = second.run
     assert run is not None
     # The last token of an answer is never fed.
     assert run.cached_prompt_tokens == len(ids) - 1
-    exact = scheduler.submit(AnswerRequest([*ids, 70, 71], request("x").router, exact=True))
+    exact = scheduler.submit(replace(following, exact=True))
     assert written(exact)
     run = exact.run
     assert run is not None
@@ -311,7 +313,7 @@ def test_answers_that_outgrow_the_memory_of_the_batch_go_on_alone(
         assert [written(answer) for answer in answers] == expected
     assert max(count for _, count in sizes) == 3
     assert max(size for size, _ in sizes) <= limit
-    assert scheduler.figures().single_tokens > 3 * 24
+    assert scheduler.figures().single_tokens > 3 * TOKENS
 
 
 def test_a_failed_join_ends_its_answer_alone(
