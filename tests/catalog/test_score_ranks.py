@@ -109,7 +109,7 @@ def test_calibrate_writes_the_ranks_that_budgets_start_from(
     data = tmp_path / "mine.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(9)))
     monkeypatch.chdir(tmp_path)
-    arguments = ["calibrate", "--small", str(tiny), "--data", data.name, "--tokens", "40"]
+    arguments = ["calibrate", "--small", str(tiny), "--data", data.name, "--tokens", "24"]
     assert main(arguments) == 0
     report = json.loads(capsys.readouterr().out)
     ranks = ScoreRanks.find(str(tiny), user_catalog_dir())
@@ -131,7 +131,7 @@ def test_a_score_that_is_never_finite_is_left_out(
     model, tokenizer = load(make_tiny_model(tmp_path / "tiny"))
     small = SmallModel(model, tokenizer, name="tiny")
     questions = [Question(str(i), f"say {i}", AnswerKind.TEXT, None) for i in range(9)]
-    ranks = calibration.calibrate(small, questions, examples=[], data="mine", max_tokens=40)
+    ranks = calibration.calibrate(small, questions, examples=[], data="mine", max_tokens=24)
     assert set(ranks.quantiles) == set(SCORES) - {"head", "logu"}
 
 
@@ -165,7 +165,7 @@ def test_calibrate_asks_in_the_form_of_bench_quality(
 
     asked: list[Sequence[Message]] = []
     monkeypatch.setattr(calibration, "generate", generate_and_keep)
-    arguments = ["calibrate", "--small", str(tiny), "--data", str(data), "--tokens", "40"]
+    arguments = ["calibrate", "--small", str(tiny), "--data", str(data), "--tokens", "26"]
     assert main([*arguments, *options]) == 0
     assert json.loads(capsys.readouterr().out)["data"] == description.format(tmp_path.name)
     questions = sample_questions(read_questions(data), len(rows))
