@@ -129,8 +129,8 @@ def test_another_server_does_not_keep_the_prices_of_an_earlier_source(tmp_path: 
     assert read_prices(load_settings(flags, environ={}, path=path)) is None
     environ = {"MLXROUTE_PRICE_INPUT": "3", "MLXROUTE_PRICE_OUTPUT": "4"}
     environ["MLXROUTE_LARGE"] = "https://other/v1"
-    found = read_prices(load_settings({}, environ=environ, path=path))
-    assert found == Prices(input=3.0, cached_input=3.0, output=4.0)
+    of_environment = read_prices(load_settings({}, environ=environ, path=path))
+    assert of_environment == Prices(input=3.0, cached_input=3.0, output=4.0)
 
 
 @pytest.mark.parametrize(
