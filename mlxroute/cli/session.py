@@ -195,8 +195,9 @@ class Session:
         """
         # A key that no address was named for so far is that of the server used so far.
         server = self._settings.key_server or self._settings.large
-        settings = replace(self._settings, **dict.fromkeys(SERVER_SETTINGS))
-        settings = replace(settings, large=address, large_model=model, key_server=server)
+        changes: dict[str, Any] = dict.fromkeys(SERVER_SETTINGS)
+        changes |= {"large": address, "large_model": model, "key_server": server}
+        settings = replace(self._settings, **changes)
         if settings.offline:
             raise UsageError("with --offline there is no large model; start without it")
         large, before = connect_large(settings, self._ledger, err), self.large
