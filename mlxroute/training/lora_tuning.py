@@ -252,14 +252,15 @@ def _tuner() -> Iterator[None]:
 
     A C++ compiler is not everywhere, and takes longer than it saves.
     """
-    compiles = not on_cpu()
+    # A user's variable for it holds before and afterwards too.
+    is_switched = on_cpu() and "MLX_DISABLE_COMPILE" not in os.environ
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        if not compiles:
+        if is_switched:
             mx.disable_compile()
         try:
             yield
         finally:
-            if not compiles:
+            if is_switched:
                 mx.enable_compile()
 
 

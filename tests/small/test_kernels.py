@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterator
 from typing import Any, cast
 
 import mlx.core as mx
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxroute.small.kernels import unpack_signals
+from mlxroute.small.kernels import graph_kernel, unpack_signals
 from mlxroute.small.kernels.graph_kernel import pack_signals
 from tests.support.rows import VOCABULARIES, Row, check_packed, edge_rows, random_rows
 
@@ -20,6 +22,15 @@ DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 
 def packed(logits: mx.array) -> list[list[float]]:
     return cast("list[list[float]]", pack_signals(logits).tolist())
+
+
+@pytest.fixture
+def compilation() -> Iterator[None]:
+    """MLX compiles, as it does outside the tests."""
+    mx.enable_compile()
+    yield
+    if "MLX_DISABLE_COMPILE" in os.environ:
+        mx.disable_compile()
 
 
 def check(rows: dict[str, Row], dtype: mx.Dtype) -> None:
@@ -40,6 +51,15 @@ def test_rows_as_long_as_vocabularies_agree_with_float64(size: int, dtype: mx.Dt
 def test_rows_of_every_short_length_agree_with_float64(dtype: mx.Dtype) -> None:
     for size in [*range(1, 18), 31, 32, 33, 34, 47, 48, 49, 63, 64, 65, 129, 1025, 4097]:
         check(random_rows(size) | edge_rows(size), dtype)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_the_compiled_kernel_gives_the_same_bits(compilation: None, dtype: mx.Dtype) -> None:
+    size = VOCABULARIES[0]
+    rows = np.stack(list((random_rows(size) | edge_rows(size)).values())).astype(np.float32)
+    logits = mx.array(rows).astype(dtype)
+    plain = graph_kernel._pack(logits)
+    assert mx.array_equal(pack_signals(logits), plain, equal_nan=True)
 
 
 @settings(max_examples=30, deadline=None)
