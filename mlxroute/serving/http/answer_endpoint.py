@@ -28,6 +28,7 @@ from mlxroute.serving.requests import AnswerRequest, QueueFull
 from mlxroute.serving.scheduler import DEFAULT_CACHE_BYTES, AnswerScheduler
 from mlxroute.types import Message, Notify, RunStats, no_notice
 from mlxroute.types.limits import shown_value
+from mlxroute.view.figures import format_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,19 +209,20 @@ class AnswerEndpoint(Closeable):
         )
         data = format_document(document, redact=self.session.redact)
         self.store.add(asked.answer_id, asked.owner, data)
-        self.notify(_describe(asked.fields.role, run))
+        self.notify(_describe(asked.fields.role, run, has_failed=answer.has_failed))
 
 
-def _describe(role: ModelRole, run: RunStats) -> str:
+def _describe(role: ModelRole, run: RunStats, *, has_failed: bool) -> str:
     """Return a line about an answer: what was routed, without any of its text."""
     parts = [
-        f"{role}: {run.prompt_tokens:,} + {run.tokens:,} tokens",
-        f"{run.large_tokens:,} from the large model in {run.calls:,} calls",
+        f"{role}: {run.prompt_tokens:,} + {format_count(run.tokens, 'token')}",
+        f"{run.large_tokens:,} from the large model in {format_count(run.calls, 'call')}",
         f"{run.tokens_per_s:.1f} tokens/s",
-        f"ended by {run.finish_reason}",
+        f"ended by {'an error' if has_failed else run.finish_reason}",
     ]
     if run.cached_prompt_tokens:
         parts[0] += f" ({run.cached_prompt_tokens:,} cached)"
     if run.unchecked:
-        parts.insert(2, f"{run.unchecked:,} unchecked")
+        kinds = ", ".join(failure.kind for failure in run.failures)
+        parts.insert(2, f"{run.unchecked:,} unchecked" + (f" ({kinds})" if kinds else ""))
     return ", ".join(parts)

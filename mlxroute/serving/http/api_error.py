@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from starlette.responses import JSONResponse
 
+from mlxroute.engine.escalation.failures import failure_kind
 from mlxroute.errors import ContextTooLong, LargeError, MlxRouteError, UsageError
 from mlxroute.safe_text import printable_line
 from mlxroute.serving.requests import QueueFull
@@ -85,12 +86,15 @@ def to_api_error(exc: BaseException, *, calls: int = 0) -> ApiError:
 
 
 def log_failure(exc: BaseException, notify: Notify) -> None:
-    """Write a line about an exception that is replied with status 500; about others nothing.
+    """Write a line about an exception that is no fault of the request; about others nothing.
 
     For an ApiError it is about the exception that it was raised from.
     """
-    if to_api_error(exc).status == 500:
-        origin = (exc.__cause__ or exc) if isinstance(exc, ApiError) else exc
+    origin = (exc.__cause__ or exc) if isinstance(exc, ApiError) else exc
+    if isinstance(origin, LargeError):
+        # The server's own words may quote the request.
+        notify(f"error: the large model failed ({failure_kind(origin)})")
+    elif to_api_error(exc).status == 500:
         notify(printable_line(f"error: {type(origin).__name__}: {origin}", limit=600))
 
 

@@ -91,6 +91,11 @@ class ServedAnswer:
         return self.running.run
 
     @property
+    def has_failed(self) -> bool:
+        """Whether an error has ended the answer."""
+        return self._failure is not None
+
+    @property
     def calls(self) -> int:
         """Calls to the large model so far."""
         return 0 if self.run is None else self.run.calls

@@ -416,6 +416,22 @@ def test_the_error_behind_a_failed_request_is_one_line_of_the_log(
     assert lines == ["error: RuntimeError: can't start new thread [2J"]
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_the_log_says_that_the_server_has_refused_a_request(
+    small: SmallModel, server: Loopback, is_stream: bool
+) -> None:
+    server.script.append(Reply(b'{"error": "wrong key for a private text"}', status=401))
+    lines: list[str] = []
+    with (
+        LargeModel(server.url, model="big") as large,
+        running(
+            make_session(small, large), limits=_LIMITS, notify=lambda line: lines.append(line)
+        ) as client,
+    ):
+        post(client, tools=_TOOLS, stream=is_stream)
+    assert lines == ["error: the large model failed (status 401)"]
+
+
 @pytest.mark.parametrize("status", [408, 409])
 def test_clients_are_told_not_to_repeat_what_they_would(
     client: TestClient, server: Loopback, status: int

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from mlxroute.errors import LargeUnavailable, LargeUnreachable
+from mlxroute.errors import LargeRefused, LargeUnavailable, LargeUnreachable
 from mlxroute.serving.http.answer_endpoint import ServingLimits
 from mlxroute.serving.http.endpoint_app import create_app
 from mlxroute.small import SmallModel
@@ -174,7 +174,8 @@ def test_a_budget_of_a_request_is_kept(routed: TestClient) -> None:
 
 def test_a_large_model_that_is_down_leaves_marks(small: SmallModel) -> None:
     down = ScriptedLarge([LargeUnreachable("no connection\x1b[2J")])
-    with running(make_session(small, down)) as client:
+    lines: list[str] = []
+    with running(make_session(small, down), notify=lambda line: lines.append(line)) as client:
         reply = post(client, chat(logprobs=True, max_tokens=3, **_ALWAYS))
         entries = reply["choices"][0]["logprobs"]["content"]
         assert [entry["source"] for entry in entries] == ["small"] * 3
@@ -183,6 +184,7 @@ def test_a_large_model_that_is_down_leaves_marks(small: SmallModel) -> None:
         summary = reply["mlxroute"]
         assert (summary["escalated"], summary["unchecked"]) == (0, 3)
         assert summary["failures"][0]["kind"] == "unreachable"
+        assert "3 unchecked (unreachable)" in lines[-1]
 
 
 def test_a_strict_endpoint_fails_in_form(small: SmallModel) -> None:
@@ -199,6 +201,19 @@ def test_a_strict_endpoint_fails_in_form(small: SmallModel) -> None:
         assert events[-1]["error"]["code"] == "large_model_failed"
         reasons = [c["finish_reason"] for e in events if "choices" in e for c in e["choices"]]
         assert set(reasons) == {None}
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_the_log_says_that_the_large_model_has_failed(small: SmallModel, is_stream: bool) -> None:
+    refusal = LargeRefused("the server answered 400: a private text", status=400)
+    session = make_session(small, ScriptedLarge([(_X,), refusal]))
+    object.__setattr__(session, "options", _strict(session.options))
+    lines: list[str] = []
+    with running(session, notify=lambda line: lines.append(line)) as client:
+        client.post("/v1/chat/completions", json=chat(stream=is_stream, **_ALWAYS))
+    answer, error = lines
+    assert answer.endswith("ended by an error")
+    assert error == "error: the large model failed (status 400)"
 
 
 def test_a_strict_answer_that_cost_no_call_may_be_asked_for_again(small: SmallModel) -> None:
