@@ -35,6 +35,7 @@ from mlxroute.serving.http.replies.event_stream import (
 from mlxroute.serving.http.replies.forwarded_reply import read_choices, reply_chunks
 from mlxroute.serving.http.replies.reply_forms import ID_HEADER, ReplyForm
 from mlxroute.types import Uploads
+from mlxroute.view.figures import format_count
 
 # Fields of routed answers, which a forwarded request does not have.
 _ROUTED_FIELDS: Final = frozenset({"budget", "threshold", "mode", "exact", "events"})
@@ -57,7 +58,7 @@ async def forward_chat(
         # Before a stream begins, so that it too can be refused with a status.
         place.enter_context(endpoint.forwarding())
         await _check_never_send(request, endpoint, values, need)
-        forwarded = _ForwardedChat(endpoint, values, include_usage=include_usage)
+        forwarded = _ForwardedChat(endpoint, values, need, include_usage=include_usage)
         if not is_stream:
             return await forwarded.whole(request)
         return EventStream(
@@ -106,11 +107,17 @@ class _ForwardedChat:
     """One request that is sent on, and its reply under the endpoint's own names."""
 
     def __init__(
-        self, endpoint: AnswerEndpoint, values: Mapping[str, Any], *, include_usage: bool
+        self,
+        endpoint: AnswerEndpoint,
+        values: Mapping[str, Any],
+        need: ToolsNeeded,
+        *,
+        include_usage: bool,
     ) -> None:
         assert endpoint.session.large is not None
         self._endpoint = endpoint
         self._large = endpoint.session.large
+        self._need = need
         self._ignored = sorted(_ROUTED_FIELDS & values.keys())
         kept = {key: item for key, item in values.items() if key not in _OWN_FIELDS}
         self._body: dict[str, Any] = clean_json(kept)
@@ -180,7 +187,8 @@ class _ForwardedChat:
             cost=summary["cost_estimate"] or 0.0,
             seconds=time.perf_counter() - began_s,
         )
-        endpoint.notify(f"large alone, for tools: {summary['tokens']:,} tokens in 1 call")
+        tokens = format_count(summary["tokens"], "token")
+        endpoint.notify(f"large alone, for {self._need.param}: {tokens} in 1 call")
         choices, usage = read_choices(reply), clean_json(reply.get("usage"))
         figures = usage if isinstance(usage, dict) else {}
         return self._form.whole(

@@ -416,6 +416,22 @@ def test_the_error_behind_a_failed_request_is_one_line_of_the_log(
     assert lines == ["error: RuntimeError: can't start new thread [2J"]
 
 
+def test_the_log_says_why_a_request_was_sent_on(small: SmallModel, server: Loopback) -> None:
+    lines: list[str] = []
+    with (
+        LargeModel(server.url, model="big") as large,
+        running(
+            make_session(small, large), limits=_LIMITS, notify=lambda line: lines.append(line)
+        ) as client,
+    ):
+        post(client, tools=_TOOLS)
+        post(client, response_format={"type": "json_object"})
+    assert lines == [
+        "large alone, for tools: 7 tokens in 1 call",
+        "large alone, for response_format: 7 tokens in 1 call",
+    ]
+
+
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_the_log_says_that_the_server_has_refused_a_request(
     small: SmallModel, server: Loopback, is_stream: bool
