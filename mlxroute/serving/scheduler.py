@@ -108,7 +108,10 @@ class AnswerScheduler(Closeable):
                 raise QueueFull("the endpoint is closing")
             has_turn = len(self._running) < self._max_running and not self._queue
             if not has_turn and len(self._queue) >= self._max_queued:
-                raise QueueFull(f"{self._max_queued} requests wait already; try again later")
+                raise QueueFull(
+                    f"{self._max_running} running and {self._max_queued} waiting answers are the"
+                    " limit here; try again later"
+                )
             self._queue.append(answer)
             self._start_next()
         return answer

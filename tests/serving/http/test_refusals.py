@@ -336,6 +336,7 @@ def test_a_full_queue_says_when_to_come_back(small: SmallModel) -> None:
         response = client.post("/v1/chat/completions", json=chat(stream=True))
         error = error_of(response, 429)
         assert error["code"] == "queue_full"
+        assert error["message"].startswith("1 running and 0 waiting answers are the limit")
         assert int(response.headers["retry-after"]) > 0
         busy.cancel()
 
