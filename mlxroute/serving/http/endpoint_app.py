@@ -103,7 +103,9 @@ def _make_page_handler() -> routes.Handler:
 async def _on_http_error(request: Request, exc: Exception) -> Response:
     """Reply in the API's form where no route handles a request."""
     status = exc.status_code if isinstance(exc, HTTPException) else 500
-    known = ", ".join(f"{method} {path.replace(':path', '')}" for path, _, method in _ROUTES)
+    known = ", ".join(
+        [*(f"{method} {path.replace(':path', '')}" for path, _, method in _ROUTES), "GET /"]
+    )
     if status == 404:
         error = ApiError(404, f"there is no such path; there are {known}", code="not_found")
     elif status == 405:

@@ -109,6 +109,8 @@ class Guard:
         name = _host_name(headers.get("host", ""))
         if name in self._hosts or (not is_loopback(self._rules.host) and _is_address(name)):
             return
+        if not name:
+            raise ApiError(403, "the request has no Host header", code="host_not_allowed")
         raise ApiError(
             403,
             f"this endpoint is not called {printable_line(name, limit=80)!r}; start it with"
