@@ -28,6 +28,9 @@ async def read_json(request: Request) -> dict[str, Any]:
         raise ApiError(408, f"the body did not arrive within {_MAX_BODY_S:.0f} seconds") from None
     except ClientDisconnect:
         raise ApiError(400, "the client left before its request was complete") from None
+    encoding = request.headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        raise ApiError(415, f"the body has the Content-Encoding {encoding!r}; send it uncompressed")
     return parse_body(data)
 
 
