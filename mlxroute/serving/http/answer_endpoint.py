@@ -180,7 +180,9 @@ class AnswerEndpoint(Closeable):
     def _counted(self, what: str) -> Iterator[None]:
         count = self._counts[what]
         if count >= self.limits.max_running + self.limits.max_queued:
-            raise QueueFull(f"{format_count(count, 'request')} already being {what}; try again later")
+            raise QueueFull(
+                f"{format_count(count, 'request')} already being {what}; try again later"
+            )
         self._counts[what] += 1
         try:
             yield

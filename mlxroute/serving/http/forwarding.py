@@ -22,6 +22,7 @@ from mlxroute.serving.http.answer_endpoint import AnswerEndpoint
 from mlxroute.serving.http.api_error import ApiError, log_failure, to_api_error, wrong
 from mlxroute.serving.http.model_names import ModelRole
 from mlxroute.serving.http.parsing.chat_fields import ToolsNeeded, usual_messages
+from mlxroute.serving.http.parsing.common_fields import read_include_usage
 from mlxroute.serving.http.parsing.fields import Fields, clean_json
 from mlxroute.serving.http.replies.event_stream import (
     COMMENT,
@@ -52,8 +53,7 @@ async def forward_chat(
     role = endpoint.names.role(fields.text("model"))
     _check_policy(endpoint, role, fields, need)
     is_stream = fields.flag("stream")
-    options = Fields((fields.take("stream_options") if is_stream else None) or {})
-    include_usage = options.flag("include_usage")
+    include_usage = is_stream and read_include_usage(fields)
     with ExitStack() as place:
         # Before a stream begins, so that it too can be refused with a status.
         place.enter_context(endpoint.forwarding())

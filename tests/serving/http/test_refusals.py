@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -55,6 +56,8 @@ def error_of(response: Any, status: int) -> dict[str, Any]:
         ({"stop": [1]}, "stop"),
         ({"seed": 2**65}, "seed"),
         ({"stream": "yes"}, "stream"),
+        ({"stream_options": []}, "stream_options"),
+        ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"budget": 7}, "budget"),
         ({"budget": 0.1, "threshold": 1}, "threshold"),
         ({"mode": "fast"}, "mode"),
@@ -144,6 +147,23 @@ def test_a_body_that_is_no_object(client: TestClient, data: bytes) -> None:
     error_of(client.post("/v1/chat/completions", content=data), 400)
 
 
+def test_a_compressed_body_is_called_one(client: TestClient) -> None:
+    data = gzip.compress(json.dumps(chat()).encode())
+    headers = {"Content-Encoding": "gzip"}
+    error = error_of(client.post("/v1/chat/completions", content=data, headers=headers), 415)
+    assert "Content-Encoding 'gzip'" in error["message"]
+    headers = {"Content-Encoding": "identity"}
+    response = client.post("/v1/chat/completions", json=chat(max_tokens=1), headers=headers)
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize("number", [-1, 0, 2**40])
+def test_the_limits_of_a_chat_are_those_in_the_message(client: TestClient, number: int) -> None:
+    for name in ("max_tokens", "max_completion_tokens"):
+        error = error_of(client.post("/v1/chat/completions", json=chat(**{name: number})), 400)
+        assert error["message"] == f"{name} must be from 1 to 2,147,483,648"
+
+
 def test_a_body_that_is_too_large(client: TestClient) -> None:
     error_of(client.post("/v1/chat/completions", content=b" " * (MAX_BODY_BYTES + 1)), 413)
     parts = (b" " * 2**20 for _ in range(8))
@@ -154,7 +174,13 @@ def test_unknown_paths_say_what_there_is(client: TestClient) -> None:
     for path in ("responses", "embeddings", "messages"):
         error = error_of(client.post(f"/v1/{path}", json={}), 404)
         assert "/v1/chat/completions" in error["message"]
+        assert error["message"].endswith("GET /metrics, GET /")
     error_of(client.get("/v1/chat/completions"), 405)
+
+
+def test_a_request_without_a_host_gets_no_advice_on_names(client: TestClient) -> None:
+    error = error_of(client.get("/v1/models", headers={"host": ""}), 403)
+    assert error["message"] == "the request has no Host header"
 
 
 def test_a_foreign_host_is_refused(client: TestClient) -> None:

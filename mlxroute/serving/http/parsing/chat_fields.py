@@ -8,6 +8,7 @@ from typing import Any, Final
 from mlxroute.serving.http.api_error import ApiError, wrong
 from mlxroute.serving.http.model_names import ModelNames
 from mlxroute.serving.http.parsing.common_fields import (
+    MAX_TOKENS,
     MAX_TOP_LOGPROBS,
     SCHEMA_FIELDS,
     TOOL_CHOICE_FIELDS,
@@ -62,9 +63,9 @@ class ToolsNeeded(Exception):
 def read_chat(values: dict[str, Any], session: ServingSession, names: ModelNames) -> ChatFields:
     """Return the fields of a chat completion. Raises ApiError, and ToolsNeeded."""
     fields = Fields(values)
+    # Only a text completion may write nothing.
+    fields.integer("max_tokens", low=1, high=MAX_TOKENS)
     answer = read_common(fields, session, names)
-    if fields.take("max_tokens") == 0:
-        raise wrong("max_tokens", "max_tokens must be at least 1")
     _check_tools(fields)
     top = fields.integer("top_logprobs", low=0, high=MAX_TOP_LOGPROBS)
     if not (has_logprobs := fields.flag("logprobs")):

@@ -23,7 +23,7 @@ SCHEMA_FIELDS: Final = (
 )
 """By which servers take a schema, beside `response_format`: vLLM, llama.cpp and SGLang."""
 _MAX_STOPS: Final = 16
-_MAX_TOKENS: Final = 2**31
+MAX_TOKENS: Final = 2**31
 _ROUTED_ONLY: Final = ("budget", "threshold", "mode")
 _STREAM_ONLY: Final = ("stream_options", "events")
 
@@ -91,10 +91,7 @@ def read_common(fields: Fields, session: ServingSession, names: ModelNames) -> A
         budget = threshold = mode = None
     options = _read_options(fields, session.options, mode)
     stream = fields.flag("stream")
-    stream_options = fields.take("stream_options") or {}
-    if not isinstance(stream_options, dict):
-        raise wrong("stream_options", "stream_options must be an object")
-    include_usage = Fields(stream_options).flag("include_usage")
+    include_usage = read_include_usage(fields)
     events = fields.flag("events")
     if not stream:
         for name in _STREAM_ONLY:
@@ -113,14 +110,25 @@ def read_common(fields: Fields, session: ServingSession, names: ModelNames) -> A
     )
 
 
+def read_include_usage(fields: Fields) -> bool:
+    """Return `include_usage` of `stream_options`. Raises ApiError."""
+    options = fields.take("stream_options")
+    if options is None:
+        return False
+    if not isinstance(options, dict):
+        raise wrong("stream_options", "stream_options must be an object")
+    name = "stream_options.include_usage"
+    return Fields({name: options.get("include_usage")}).flag(name)
+
+
 def with_ignored(answer: AnswerFields, fields: Fields) -> AnswerFields:
     """Return the fields with the names of those that nothing has read."""
     return replace(answer, ignored=tuple(fields.ignored))
 
 
 def _read_options(fields: Fields, defaults: Options, mode: str | None) -> Options:
-    longest = fields.integer("max_completion_tokens", low=1, high=_MAX_TOKENS)
-    shortest = fields.integer("max_tokens", low=0, high=_MAX_TOKENS)
+    longest = fields.integer("max_completion_tokens", low=1, high=MAX_TOKENS)
+    shortest = fields.integer("max_tokens", low=0, high=MAX_TOKENS)
     max_tokens = longest or shortest
     temperature, top_p = fields.number("temperature"), fields.number("top_p")
     if temperature is not None and not 0 <= temperature <= 100:

@@ -65,7 +65,7 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int):
             raise wrong(name, f"{name} must be a whole number")
         if not low <= value <= high:
-            raise wrong(name, f"{name} must be from {low} to {high:,}")
+            raise wrong(name, f"{name} must be from {low:,} to {high:,}")
         return value
 
     def flag(self, name: str) -> bool:
