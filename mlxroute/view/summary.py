@@ -116,7 +116,9 @@ def summary_line(stats: RunStats) -> str:
     ]
     if stats.agreement is not None:
         parts.append(f"agreement {format_percent(stats.agreement)}")
-    parts.append(f"{format_number(stats.tokens_per_s)} tok/s")
+    # One token has no speed.
+    if stats.tokens_per_s:
+        parts.append(f"{format_number(stats.tokens_per_s)} tok/s")
     if stats.stall_s > 0:
         parts.append(f"waited {format_seconds(stats.stall_s)}")
     if stats.uploaded_bytes:

@@ -112,6 +112,7 @@ def test_the_summary_has_every_figure_and_only_faults_that_occurred() -> None:
     assert "uploaded 2,345 tokens (2,048 cached, 12.3 kB) in 7 requests" in summary_line(cached)
     local = replace(NO_STATS, tokens=1, tokens_per_s=9.97)
     assert summary_line(local) == "1 token, 0 escalated (0%), 10 tok/s"
+    assert summary_line(replace(local, tokens_per_s=0.0)) == "1 token, 0 escalated (0%)"
 
 
 def test_totals_add_up_over_answers() -> None:

@@ -219,12 +219,14 @@ def _describe(role: ModelRole, run: RunStats, *, has_failed: bool) -> str:
     parts = [
         f"{role}: {run.prompt_tokens:,} + {format_count(run.tokens, 'token')}",
         f"{run.large_tokens:,} from the large model in {format_count(run.calls, 'call')}",
-        f"{run.tokens_per_s:.1f} tokens/s",
-        f"ended by {'an error' if has_failed else run.finish_reason}",
     ]
     if run.cached_prompt_tokens:
         parts[0] += f" ({run.cached_prompt_tokens:,} cached)"
     if run.unchecked:
-        kinds = ", ".join(failure.kind for failure in run.failures)
-        parts.insert(2, f"{run.unchecked:,} unchecked" + (f" ({kinds})" if kinds else ""))
+        kinds = [failure.kind for failure in run.failures] + ["withheld"] * bool(run.withheld)
+        parts.append(f"{run.unchecked:,} unchecked ({', '.join(kinds)})")
+    # One token has no speed.
+    if run.tokens_per_s:
+        parts.append(f"{run.tokens_per_s:.1f} tokens/s")
+    parts.append(f"ended by {'an error' if has_failed else run.finish_reason}")
     return ", ".join(parts)

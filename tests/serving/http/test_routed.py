@@ -231,8 +231,10 @@ def test_positions_kept_local_are_no_calls_of_no_time(
     session = make_session(small, large)
     options = replace(session.options, never_send=(re.compile("secret"),))
     object.__setattr__(session, "options", options)
-    with running(session) as client:
-        assert post(client, chat("a secret", **_ALWAYS))["mlxroute"]["withheld"] > 0
+    lines: list[str] = []
+    with running(session, notify=lambda line: lines.append(line)) as client:
+        assert post(client, chat("a secret", max_tokens=1, **_ALWAYS))["mlxroute"]["withheld"] > 0
+        assert lines[-1].endswith("in 0 calls, 1 unchecked (withheld), ended by length")
         assert "mlxroute_large_call_seconds_count 0.0" in client.get("/metrics").text
         calls = post(client, chat("hi", max_tokens=3, **_ALWAYS))["mlxroute"]["calls"]
         assert f"mlxroute_large_call_seconds_count {calls}.0" in client.get("/metrics").text
