@@ -224,7 +224,7 @@ def _describe(role: ModelRole, run: RunStats, *, has_failed: bool) -> str:
         parts[0] += f" ({run.cached_prompt_tokens:,} cached)"
     if run.unchecked:
         kinds = [failure.kind for failure in run.failures] + ["withheld"] * bool(run.withheld)
-        parts.append(f"{run.unchecked:,} unchecked ({', '.join(kinds)})")
+        parts.append(f"{run.unchecked:,} unchecked" + (f" ({', '.join(kinds)})" if kinds else ""))
     # One token has no speed.
     if run.tokens_per_s:
         parts.append(f"{run.tokens_per_s:.1f} tokens/s")
