@@ -228,6 +228,20 @@ def test_train_replaces_no_file_that_is_not_a_head(
     assert out.read_bytes() == before
 
 
+def test_a_head_is_checked_after_the_fast_blas_is_loaded(tmp_path: Path) -> None:
+    data, out = tmp_path / "prompts.jsonl", tmp_path / "head.safetensors"
+    data.write_text('{"prompt": "Why?"}\n')
+    script = (
+        "import sys; from pathlib import Path; from mlxroute.backend import blas\n"
+        "from mlxroute.cli import main\n"
+        f"main(['train', '--data', {str(data)!r}, '--out', {str(out)!r},"
+        " '--large', 'http://127.0.0.1:9/v1'])\n"
+        f"sys.exit('MLX was imported first' in blas.interpose(Path({str(tmp_path)!r})))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], timeout=120, capture_output=True)
+    assert result.returncode == 0
+
+
 def test_a_plot_is_checked_without_loading_matplotlib(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from mlxroute.bench.plot import check_plot\n"

@@ -122,13 +122,16 @@ def _check_heads(settings: Settings, out: Path | None, labels: LabelKind) -> Non
     from mlxroute.cli.routing import head_file
     from mlxroute.cli.small_setup import small_name
 
-    _check_writable(out or user_catalog_dir() / "head.safetensors")
+    _check_writable(out or user_catalog_dir() / "head.safetensors", cache_dir_of(settings))
     if settings.head is not None and labels is LabelKind.ADVANTAGE:
         head_file(small_name(settings), settings.head)
 
 
-def _check_writable(out: Path) -> None:
+def _check_writable(out: Path, cache_dir: Path) -> None:
     """Raise UsageError for a file that cannot be written after hours of labelling."""
+    from mlxroute.backend import blas
+
+    blas.interpose(cache_dir)
     from mlxroute.small.mlp_head import is_head
 
     if out.suffix != ".safetensors" or out.is_dir():
