@@ -37,6 +37,8 @@ _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 # GSM8K's published answers give the number after it.
 _GSM8K_MARK = "####"
 _MAX_FILE_BYTES = 256 * 2**20
+# One in five is held out, and a head or an adapter learns from the others.
+MIN_TRAINING_QUESTIONS = 10
 
 
 class AnswerKind(StrEnum):
@@ -117,16 +119,22 @@ def sample_questions(questions: Sequence[Question], count: int) -> list[Question
     return random.Random(0).sample(questions, len(questions))[:count]
 
 
-def sample_files(files: Sequence[Path], count: int) -> list[Question]:
+def sample_files(files: Sequence[Path], count: int, *, at_least: int = 1) -> list[Question]:
     """Return a random sample of at most `count` questions of each file, in the files' order.
 
     A prompt that occurs again, in the same file or another one, is left out. Raises UsageError as
-    `read_questions`.
+    `read_questions`, and for fewer than `at_least` (1) questions in all.
     """
     sampled: dict[str, Question] = {}
     for file in files:
         for question in sample_questions(read_questions(file), count):
             sampled.setdefault(question.fingerprint, question)
+    if len(sampled) < at_least:
+        names = ", ".join(map(str, files))
+        raise UsageError(
+            f"at least {at_least} different questions are needed, and {names} gave {len(sampled)};"
+            " give more, and check --questions"
+        )
     return list(sampled.values())
 
 

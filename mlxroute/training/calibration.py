@@ -36,6 +36,11 @@ def calibrate(
     `examples` are worked examples that precede each question. `data` names the questions in the
     result and in errors. Raises UsageError for fewer than 200 positions.
     """
+    if (most := len(questions) * max_tokens) < _MIN_POSITIONS:
+        raise UsageError(
+            f"{data} with at most {max_tokens} tokens give at most {most} positions, and"
+            f" {_MIN_POSITIONS} are needed; give more questions or longer answers"
+        )
     signals: list[Signals] = []
     for done, question in enumerate(questions):
         progress("questions", done, len(questions))

@@ -179,10 +179,27 @@ def test_calibrate_asks_in_the_form_of_bench_quality(
 
 
 def test_calibrate_refuses_too_few_positions(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny = make_tiny_model(tmp_path / "tiny")
     data = tmp_path / "mine.jsonl"
-    data.write_text('{"prompt": "say"}\n')
-    assert main(["calibrate", "--small", str(tiny), "--data", str(data)]) == 2
+    data.write_text("".join(f'{{"prompt": "say {number}"}}\n' for number in range(4)))
+    few = ["calibrate", "--small", str(tiny), "--data", str(data), "--tokens", "50"]
+    monkeypatch.setattr("mlxroute.training.calibration.generate", lambda *_, **__: ())
+    assert main(few) == 2
     assert "positions, and 200 are needed" in capsys.readouterr().err
+
+
+def test_calibrate_refuses_too_few_positions_before_it_decodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise AssertionError("an answer is written before the mistake is reported")
+
+    monkeypatch.setattr("mlxroute.training.calibration.generate", fail)
+    tiny = make_tiny_model(tmp_path / "tiny")
+    data = tmp_path / "mine.jsonl"
+    data.write_text('{"prompt": "say"}\n{"prompt": "tell"}\n')
+    assert main(["calibrate", "--small", str(tiny), "--data", str(data), "--tokens", "99"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "with at most 99 tokens give at most 198 positions, and 200 are needed" in error

@@ -126,7 +126,8 @@ def test_nothing_is_sent_that_the_settings_keep_here(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     data = tmp_path / "prompts.jsonl"
-    data.write_text('{"prompt": "Why?"}\n{"prompt": "When does Zebra ship?"}\n')
+    rows = [f'{{"prompt": "Why {number}?"}}\n' for number in range(10)]
+    data.write_text("".join(rows) + '{"prompt": "When does Zebra ship?"}\n')
     out = ["--out", str(tmp_path / "out")] if command == "adapt" else []
     monkeypatch.setenv(variable, value)
     with Loopback(lambda request: Reply()) as server:
@@ -226,6 +227,24 @@ def test_train_replaces_no_file_that_is_not_a_head(
         capsys.readouterr().err.split()
     )
     assert out.read_bytes() == before
+
+
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize("words", [("train",), ("adapt", "--out", "adapter")])
+def test_too_few_questions_are_reported_before_the_server_is_asked(
+    words: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [f'{{"prompt": "Question {number}?"}}\n' for number in range(9)]
+    Path("few.jsonl").write_text("".join([*rows, rows[0]]))
+    with Loopback(lambda request: Reply()) as server:
+        assert main([*words, "--data", "few.jsonl", "--large", server.url]) == 2
+        assert server.requests == []
+    error = " ".join(capsys.readouterr().err.split())
+    assert "at least 10 different questions are needed, and few.jsonl gave 9" in error
 
 
 def test_a_head_is_checked_after_the_fast_blas_is_loaded(tmp_path: Path) -> None:

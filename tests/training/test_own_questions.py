@@ -122,7 +122,7 @@ def test_a_small_model_is_adapted_to_a_users_questions(
     assert (code, "choose a new folder" in messages) == (2, True)
     (out / "provenance.json").write_text(json.dumps({**provenance, "ended_by": "unfinished"}))
     questions = data.read_text()
-    data.write_text(questions.partition("\n")[2])
+    data.write_text(questions.replace("comes", "came", 1))
     code, _, messages = run(*adapt, "--data", str(data), "--out", str(out))
     assert (code, "the data has changed since this run was interrupted" in messages) == (2, True)
     data.write_text(questions)
@@ -182,7 +182,7 @@ def test_a_head_is_fitted_to_questions_in_the_form_of_bench_quality(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     small, url = models
-    rows = [{"problem": f"What is {i} + 1?", "solution": f"\\boxed{{{i + 1}}}"} for i in range(3)]
+    rows = [{"problem": f"What is {i} + 1?", "solution": f"\\boxed{{{i + 1}}}"} for i in range(10)]
     data = tmp_path / "problems.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     shared = ["--large", url, "--small", str(small), "--cache-dir", str(tmp_path), "--tokens", "4"]
@@ -269,7 +269,7 @@ def test_an_interrupt_before_the_first_adapter_says_that_none_was_written(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mlxroute.cli.commands.adapt._AdaptRun.adapt", interrupt)
-    data = write_questions(tmp_path, "questions.jsonl", range(3))
+    data = write_questions(tmp_path, "questions.jsonl", range(10))
     adapt = ["adapt", "--data", str(data), "--out", str(tmp_path / "out")]
     assert main([*adapt, "--large", "http://127.0.0.1:9/v1"]) == 130
     assert "no adapter was written yet; the recorded answers are kept" in capsys.readouterr().err

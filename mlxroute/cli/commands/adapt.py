@@ -81,12 +81,12 @@ def adapt(
     """
     from mlxroute.cli.large_setup import make_large, open_ledger, require_large
     from mlxroute.cli.terminal import make_consoles, print_note
-    from mlxroute.questions.question_files import sample_files
+    from mlxroute.questions.question_files import MIN_TRAINING_QUESTIONS, sample_files
 
     address = require_large(settings, "adapt")
     if not 0 < learning_rate < 1:
         raise UsageError("--learning-rate must be between 0 and 1")
-    sampled = sample_files(data, questions)
+    sampled = sample_files(data, questions, at_least=MIN_TRAINING_QUESTIONS)
     run = _AdaptRun(
         data=data,
         questions=sampled,

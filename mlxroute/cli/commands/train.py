@@ -144,9 +144,9 @@ def _check_writable(out: Path, cache_dir: Path) -> None:
 
 
 def _read_labelled_questions(files: list[Path], count: int, labels: LabelKind) -> list[Question]:
-    from mlxroute.questions.question_files import sample_files
+    from mlxroute.questions.question_files import MIN_TRAINING_QUESTIONS, sample_files
 
-    questions = sample_files(files, count)
+    questions = sample_files(files, count, at_least=MIN_TRAINING_QUESTIONS)
     if labels is LabelKind.PREFERENCE:
         for question in questions:
             if question.answer is None:
