@@ -31,7 +31,13 @@ _MAX_KEY_PARTS: Final = 1000
 _PIPE_LIMIT_S: Final = 10.0
 _MAX_PIPE_BYTES: Final = 64 * 2**20
 _BYTE_ORDER_MARK: Final = "\ufeff"
-_OTHER_ENCODINGS: Final = ((b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
+# UTF-32 first: its little-endian mark starts with that of UTF-16.
+_OTHER_ENCODINGS: Final = (
+    (b"\xff\xfe\0\0", "UTF-32"),
+    (b"\0\0\xfe\xff", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+)
 
 
 class MalformedText(ValueError):

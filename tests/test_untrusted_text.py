@@ -248,9 +248,10 @@ def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path, mark: str) -> No
 
 def test_a_text_in_another_encoding_is_refused_with_advice(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
-    for encoding in ("utf-16", "utf-16-be"):
-        path.write_text("\ufeffseed = 3\n" if encoding == "utf-16-be" else "seed = 3\n", encoding)
-        with pytest.raises(ConfigError, match="it is UTF-16 text; save it as UTF-8"):
+    for encoding in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
+        path.write_text("\ufeffseed = 3\n", encoding)
+        name = encoding[:6].upper()
+        with pytest.raises(ConfigError, match=f"it is {name} text; save it as UTF-8"):
             load_settings({}, environ={}, path=path)
 
 
