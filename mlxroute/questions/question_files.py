@@ -10,10 +10,12 @@ A row has one of four forms:
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import math
 import random
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -36,6 +38,7 @@ _NUMBER_INSTRUCTION = "Solve the problem step by step and give the final answer 
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 # GSM8K's published answers give the number after it.
 _GSM8K_MARK = "####"
+_NAMES_CHECK = re.compile(r"\bcheck\b")
 _MAX_FILE_BYTES = 256 * 2**20
 # One in five is held out, and a head or an adapter learns from the others.
 MIN_TRAINING_QUESTIONS = 10
@@ -252,6 +255,7 @@ def _code_question(
     )
     if f"def {function.name}(" not in start:
         raise UsageError(f"{where}: `prompt` must hold the start of `def {function.name}(`")
+    _require_test(function.test, where)
     prompt = f"Complete this function:\n```python\n{start.strip()}\n```"
     return Question(
         name,
@@ -262,6 +266,19 @@ def _code_question(
         instruction=_CODE_INSTRUCTION,
         function=function,
     )
+
+
+def _require_test(test: str, where: str) -> None:
+    """Raise UsageError for tests with which no answer could be right."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ast.parse(test)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as exc:
+        reason = f"{exc.msg}, line {exc.lineno}" if isinstance(exc, SyntaxError) else str(exc)
+        raise UsageError(f"{where}: `test` is not a Python program ({reason})") from exc
+    if not _NAMES_CHECK.search(test):
+        raise UsageError(f"{where}: `test` must define `check`, which is called with the function")
 
 
 def _choices(row: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:

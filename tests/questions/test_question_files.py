@@ -55,6 +55,10 @@ def test_labels_and_texts_of_choices_may_be_numbers(tmp_path: Path) -> None:
     assert (question.choices, question.answer) == ((("1", f"1{'0' * 400}"), ("2", "4.5")), "2")
 
 
+def _function(test: str) -> str:
+    return json.dumps({"prompt": "def f(x):", "entry_point": "f", "test": test})
+
+
 @pytest.mark.parametrize(
     ("number", "text"),
     [("0.00001", "0.00001"), ("1e22", "1" + 22 * "0"), ("-2.5E-7", "-0.00000025"), ("4.0", "4.0")],
@@ -102,6 +106,8 @@ def test_an_answer_that_is_a_small_or_large_number_is_a_number(
         (r'{"problem": "?", "solution": "\\boxed{x^2}"}', "row 2: `solution` must box a number"),
         (r'{"problem": "?", "solution": "\\boxed{\\frac{1}{2}}"}', "row 2: `solution` must box"),
         (r'{"problem": "?", "solution": "\\boxed{7} \\boxed{}"}', "row 2: `solution` must box"),
+        (_function("def check(:"), r"row 2: `test` is not a Python program \(.*, line 1\)"),
+        (_function("assert f(1)"), "row 2: `test` must define `check`, which is called with the"),
     ],
 )
 def test_an_invalid_row_is_named_in_the_error(tmp_path: Path, line: str, message: str) -> None:
