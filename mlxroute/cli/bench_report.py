@@ -45,17 +45,21 @@ def check_save_option(save: bool) -> None:
 def write_report(report: dict[str, Any], name: str, *, save: bool) -> int:
     """Print the report, with its environment, as the last line of stdout; return the exit code.
 
-    With `save`, also write it to `bench/results/` under the name. Raises OSError if that fails; an
-    old report stays.
+    With `save`, also write it to `bench/results/` under the name, and say on stderr if it replaces
+    an old report. Raises OSError if that fails; an old report stays.
     """
     from mlxroute.bench.measurement import describe_environment
+    from mlxroute.cli.terminal import make_consoles, print_note
 
     command = shlex.join(["mlxroute", *map(_without_password, sys.argv[1:])])
     report = {**describe_environment(command), **report}
     sys.stdout.write(json.dumps(report) + "\n")
     sys.stdout.flush()
     if save:
-        replace_file(RESULTS / f"{name}.json", f"{json.dumps(report, indent=2)}\n".encode())
+        file = RESULTS / f"{name}.json"
+        earlier = " in place of the earlier report" if file.exists() else ""
+        replace_file(file, f"{json.dumps(report, indent=2)}\n".encode())
+        print_note(make_consoles()[1], f"written to {file}{earlier}", style="")
     return EXIT_OK
 
 

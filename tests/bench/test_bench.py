@@ -15,6 +15,7 @@ from mlxroute.bench.kernel_cost import bench_kernels
 from mlxroute.bench.measurement import ratios, run_interleaved, spread
 from mlxroute.bench.speed import bench_speed
 from mlxroute.cli import main
+from mlxroute.cli.bench_report import write_report
 from mlxroute.small import SmallModel
 from mlxroute.small.kernels import graph_kernel
 from mlxroute.small.mlp_head import SIGNAL_COUNT, MlpHead
@@ -65,6 +66,17 @@ def short_speed_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlxroute.bench.speed.CONTEXTS", (32,))
     monkeypatch.setattr("mlxroute.bench.speed.VOCABULARIES", (2000,))
     monkeypatch.setattr("mlxroute.bench.speed._CONTEXT_ROUNDS", 1)
+
+
+def test_the_name_of_a_saved_report_and_what_it_replaces_are_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    written = "written to bench/results/kernels.json"
+    for note in (f"{written}\n", f"{written} in place of the earlier report\n"):
+        assert write_report({}, "kernels", save=True) == 0
+        assert capsys.readouterr().err == note
 
 
 @pytest.mark.usefixtures("short_speed_bench")
