@@ -754,7 +754,7 @@ def test_either_all_questions_have_an_answer_or_none(
     file = tmp_path / "q.jsonl"
     file.write_text('{"prompt": "Why?", "answer": "so"}\n{"prompt": "How?"}\n')
     assert main(["bench", "quality", "--data", str(file), "--large", "http://127.0.0.1:9/v1"]) == 2
-    assert "row 2 has no answer to compare with; other rows have one" in " ".join(
+    assert ".jsonl: row 2 has no answer to compare with; other rows have one" in " ".join(
         capsys.readouterr().err.split()
     )
 

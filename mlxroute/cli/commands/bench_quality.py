@@ -152,7 +152,8 @@ def _read_questions(file: Path, count: int, *, needs_answers: bool) -> list[Ques
     missing = [question for question in questions if question.answer is None]
     if missing and (needs_answers or len(missing) < len(questions)):
         reason = "--oracles needs one" if needs_answers else "other rows have one"
-        raise UsageError(f"{file}: {missing[0].name} has no answer to compare with; {reason}")
+        name = missing[0].name.removeprefix(f"{file}, ")
+        raise UsageError(f"{file}: {name} has no answer to compare with; {reason}")
     return questions
 
 
