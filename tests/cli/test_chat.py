@@ -162,6 +162,11 @@ def test_pasted_lines_and_alt_enter_make_one_message(chat: Chat) -> None:
     assert chat.session.questions == ["first\nsecond\nthird"]
 
 
+def test_colours_in_a_paste_that_the_terminal_does_not_mark_are_left_out(chat: Chat) -> None:
+    chat.type("\x1b[31mred\x1b[0m \x1b[<1m\x1b[Mabc\x1b[1;31mtoo\x1b[0m", ENTER, CTRL_D)
+    assert chat.session.questions == ["red too"]
+
+
 def test_a_pasted_message_that_begins_like_a_command_is_a_message(chat: Chat) -> None:
     chat.type("\x1b[200~/reset\nis what?\x1b[201~", ENTER, "/usr/bin/env?", ENTER, CTRL_D)
     chat.type(" /reset", ENTER, CTRL_D)
