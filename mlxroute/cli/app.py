@@ -102,9 +102,9 @@ def _run(arguments: list[str]) -> int:
     except typer.TyperException as exc:
         return _fail(usage_message(exc), EXIT_USAGE)
     except LargeError as exc:
-        return _fail(error_message(exc), EXIT_LARGE_FAILED)
+        return _fail(error_message(exc, flags=_flags_of(arguments)), EXIT_LARGE_FAILED)
     except MlxRouteError as exc:
-        return _fail(error_message(exc), EXIT_USAGE)
+        return _fail(error_message(exc, flags=_flags_of(arguments)), EXIT_USAGE)
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
     except OSError as exc:
@@ -112,6 +112,14 @@ def _run(arguments: list[str]) -> int:
 
         return _fail(os_error_text(exc), EXIT_USAGE)
     return int(code or EXIT_OK)
+
+
+def _flags_of(arguments: list[str]) -> set[str] | None:
+    """Return the flags of the command that the arguments name; None without a command."""
+    command: Any = typer.main.get_command(app)
+    for word in arguments[:2]:
+        command = getattr(command, "commands", {}).get(word, command)
+    return {flag for param in command.params for flag in param.opts} if arguments else None
 
 
 def _fail(text: str, code: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import typer
@@ -33,16 +34,19 @@ _LONG_CHAT = "; /reset starts a new conversation"
 _LONG_PROMPT = ", or choose a small model with a longer context (--small)"
 
 
-def error_message(error: MlxRouteError, *, in_chat: bool = False) -> str:
+def error_message(
+    error: MlxRouteError, *, in_chat: bool = False, flags: Collection[str] | None = None
+) -> str:
     """Return the error's text with the flag that sets the parameter it names.
 
     The flag replaces the parameter at the start of the text and otherwise follows the text. With
-    `in_chat`, the advice may be a command of the chat.
+    `in_chat`, the advice may be a command of the chat. Where the flag is not among `flags`,
+    those of the command (None: all), the environment variable is named.
     """
     text, parameter = str(error), error.parameter
     if isinstance(error, ContextTooLong):
         return text + (_LONG_CHAT if in_chat else _LONG_PROMPT)
-    flag = None if parameter is None else _flag(parameter)
+    flag = None if parameter is None else _flag(parameter, flags)
     if flag is None:
         return text
     if text.startswith(f"{parameter} "):
@@ -73,6 +77,8 @@ def _range(low: int | None, high: int | None) -> str:
     return f"from {low} to {high}"
 
 
-def _flag(parameter: str) -> str | None:
+def _flag(parameter: str, flags: Collection[str] | None) -> str | None:
     setting = declared_settings().get(parameter)
-    return _OTHER_FLAGS.get(parameter) if setting is None else setting.flag
+    if setting is None:
+        return _OTHER_FLAGS.get(parameter)
+    return setting.flag if flags is None or setting.flag in flags else setting.variables[0]

@@ -90,6 +90,25 @@ def test_a_flag_that_is_no_number_in_range_is_named_with_its_value(
     assert error_line(capsys) == f"error: {message}"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["pull", "--gguf", "qwen2.5-7b"],
+            " has no GGUF file to fetch; leave out --gguf to fetch it for MLX",
+        ),
+        (["pull", "qwen2.5-7b", "--offline"], "while online (--offline)"),
+    ],
+)
+def test_advice_names_only_flags_of_the_command(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--cache-dir", str(tmp_path)]) == 2
+    line = error_line(capsys)
+    assert line.endswith(message)
+    assert "--engine" not in line
+
+
 def test_an_error_contains_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ask", "--small", "no/\x1b[2J\x9bfolder", "--offline", "hi"]) == 2
     assert "no/[2Jfolder" in error_line(capsys)

@@ -250,6 +250,31 @@ def test_another_prompt_cannot_be_replayed(plain: Path, capsys: pytest.CaptureFi
     assert "so the replies do not fit" in capsys.readouterr().err
 
 
+def test_a_replay_without_its_small_model_names_no_flag_that_it_lacks(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = read(plain)
+    document["models"]["small_spec"] = "qwen3-0.6b"
+    plain.write_text(json.dumps(document))
+    assert main(["replay", str(plain), "--cache-dir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.endswith("run `mlxroute pull qwen3-0.6b` while online\n")
+
+
+def test_a_replay_without_memory_names_the_variable_as_it_has_no_flag(
+    plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mlxroute.backend.memory.available_bytes", lambda: 1)
+    assert main(["replay", str(plain)]) == 2
+    assert "or skip this check (MLXROUTE_SKIP_MEMORY_CHECK)" in capsys.readouterr().err
+
+
+def test_a_replay_says_that_it_does_not_use_a_head(
+    plain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["replay", str(plain), "--head", "any.safetensors"]) == 0
+    assert "the head is not used: the answer was routed by entropy" in capsys.readouterr().err
+
+
 def test_a_threshold_and_a_budget_exclude_each_other(
     plain: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

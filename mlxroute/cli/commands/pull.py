@@ -9,6 +9,7 @@ import typer
 from mlxroute.cli.folders import cache_dir_of
 from mlxroute.cli.shell_completion import complete_model
 from mlxroute.config import Settings, user_catalog_dir
+from mlxroute.errors import WeightsError
 
 
 def pull(
@@ -32,16 +33,23 @@ def pull(
     from mlxroute.weights import pull as pull_model
 
     out, err = make_consoles()
-    with ByteProgress(err) as progress:
-        local = pull_model(
-            name,
-            catalog=Catalog.load(user_catalog_dir()),
-            cache_dir=cache_dir_of(settings),
-            offline=settings.offline,
-            progress=progress.progress,
-            notify=progress.notify,
-            as_gguf=gguf,
-        )
+    try:
+        with ByteProgress(err) as progress:
+            local = pull_model(
+                name,
+                catalog=Catalog.load(user_catalog_dir()),
+                cache_dir=cache_dir_of(settings),
+                offline=settings.offline,
+                progress=progress.progress,
+                notify=progress.notify,
+                as_gguf=gguf,
+            )
+    except WeightsError as error:
+        if error.parameter != "engine":
+            raise
+        raise WeightsError(
+            f"{name} has no GGUF file to fetch; leave out --gguf to fetch it for MLX"
+        ) from error
     outcome = (
         "used as it is" if local.source in ("directory", "file") else f"verified ({local.source})"
     )

@@ -10,11 +10,14 @@ import typer
 
 from mlxroute.cli.setting_options import parse_budget, parse_number
 from mlxroute.config import Settings
-from mlxroute.errors import UsageError
+from mlxroute.errors import UsageError, WeightsError
 from mlxroute.types import Mode
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from mlxroute.answers.document import AnswerDocument
+    from mlxroute.small import SmallModel
 
 _MAX_NUMBERS = 20
 
@@ -39,8 +42,7 @@ def replay(
     from mlxroute.answers.document_file import check_target, load_document, save_document
     from mlxroute.cli.answer_replay import prepare_replay
     from mlxroute.cli.exit_codes import EXIT_OK
-    from mlxroute.cli.progress import ByteProgress
-    from mlxroute.cli.small_setup import load_small
+    from mlxroute.cli.routing import HEAD_ROUTER
     from mlxroute.cli.terminal import make_consoles, print_note, show_answer
 
     if budget is not None and threshold is not None:
@@ -49,12 +51,9 @@ def replay(
     if save is not None:
         check_target(save)
     out, err = make_consoles()
-    models = document.models
-    with ByteProgress(err) as progress:
-        small = load_small(
-            replace(settings, small=models.small_spec, adapter=models.adapter, offline=True),
-            progress,
-        )
+    small = _load_small(document, settings, err)
+    if settings.head is not None and document.router.name != HEAD_ROUTER:
+        print_note(err, f"the head is not used: the answer was routed by {document.router.name}")
     answer = prepare_replay(
         document, small, settings, budget=budget, threshold=threshold, mode=mode
     )
@@ -66,6 +65,24 @@ def replay(
     if save is not None:
         save_document(answer.document(), save)
     return code
+
+
+def _load_small(document: AnswerDocument, settings: Settings, err: Console) -> SmallModel:
+    """Return the recorded small model from the cache. Raises WeightsError if it is not there."""
+    from mlxroute.cli.progress import ByteProgress
+    from mlxroute.cli.small_setup import load_small
+
+    small, adapter = document.models.small_spec, document.models.adapter
+    try:
+        with ByteProgress(err) as progress:
+            return load_small(
+                replace(settings, small=small, adapter=adapter, offline=True), progress
+            )
+    except WeightsError as error:
+        if error.parameter == "offline":
+            # A replay is always offline; no setting changes that.
+            error.parameter = None
+        raise
 
 
 def compare_answers(recorded: AnswerDocument, replayed: AnswerDocument) -> list[str]:
