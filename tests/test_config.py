@@ -174,6 +174,7 @@ def test_without_a_file_the_defaults_apply(tmp_path: Path) -> None:
     ("line", "expected"),
     [
         ('max_tokens = "a"', "must be an integer, not 'a'"),
+        ("max_tokens = 2.0", r"must be an integer, not 2\.0"),
         ("temperature = true", "must be a number, not true"),
         ("strict = 1", "must be true or false, not 1"),
         ("small = 3", "must be a text, not 3"),

@@ -266,7 +266,8 @@ def _build(kind: type[Entry], entry: Mapping[str, Any], *, where: str) -> Entry:
         # A bool is an int to isinstance.
         if types and (not isinstance(value, types) or isinstance(value, bool) != (bool in types)):
             words = _TYPE_WORDS[str(field.type)]
-            raise CatalogError(f"{where}: `{key}` must be {words}, not {shown_value(value)}")
+            shown = repr(value) if isinstance(value, float) else shown_value(value)
+            raise CatalogError(f"{where}: `{key}` must be {words}, not {shown}")
     return kind(**entry)
 
 

@@ -78,9 +78,10 @@ def check_number(parameter: str, value: object, *, limits: str | None = None) ->
     """
     allowed = LIMITS[limits or parameter]
     if not allowed.accepts(value):
-        raise UsageError(
-            f"{parameter} must be {allowed.words}, not {shown_value(value)}", parameter=parameter
-        )
+        words, shown = allowed.words, shown_value(value)
+        if allowed.integer and isinstance(value, float):
+            words, shown = "an integer", repr(value)
+        raise UsageError(f"{parameter} must be {words}, not {shown}", parameter=parameter)
 
 
 def shown_value(value: object) -> str:

@@ -100,6 +100,7 @@ def test_the_title_of_an_older_entry_is_ignored(tmp_path: Path) -> None:
         ("[[model]]\n", r"mine.toml: unknown key `model` \(known: models, pairs\)"),
         (MODEL.replace("hub_bytes = 2\n", ""), r"models\[1\]: `hub_bytes` is missing"),
         (MODEL.replace("= 1\n", '= "1"\n'), r"`parameters` must be an integer, not '1'"),
+        (MODEL.replace("= 1\n", "= 1.0\n"), r"`parameters` must be an integer, not 1\.0"),
         (MODEL.replace("= 1\n", "= true\n"), r"`parameters` must be an integer, not true"),
         (MODEL.replace('"mine"', '"qwen3-8b"'), "'qwen3-8b' is already defined"),
         (MODEL + MODEL, "'mine' is already defined"),
