@@ -6,14 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from mlxroute.answers.document import AnswerDocument, DocumentToken, RecordedToken, TokenDecision
-from mlxroute.errors import LargeUnavailable
+from mlxroute.engine.escalation.failures import ReplyNotRecorded
 from mlxroute.types import LargeContext, LargeToken, Uploads
 
 _MAX_IN_FLIGHT = 8
-
-
-class ReplyNotRecorded(LargeUnavailable):
-    """Raised at a position whose reply the document does not have."""
 
 
 @dataclass(slots=True)

@@ -237,6 +237,7 @@ def test_a_replay_names_the_positions_that_need_another_reply(
     err = capsys.readouterr().err
     first = next(number for number in range(9) if number not in asked)
     assert "needed a reply that was not recorded" in err
+    assert " not made (no recorded reply)" in err
     assert f"token: {first + 1}" in err
     assert main(["replay", str(plain), "--threshold", "inf"]) == 0
     assert "the answer differs from the recorded one from token" in capsys.readouterr().err

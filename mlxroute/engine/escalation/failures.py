@@ -29,10 +29,15 @@ class AllowanceUsed(LargeUnavailable):
         )
 
 
+class ReplyNotRecorded(LargeUnavailable):
+    """Raised at a position of a replay whose reply was not recorded."""
+
+
 _KINDS: tuple[tuple[type[LargeError], str], ...] = (
     (LargeTimeout, "timeout"),
     (LargeUnreachable, "unreachable"),
     (AllowanceUsed, "no time left"),
+    (ReplyNotRecorded, "no recorded reply"),
     (LargeUnavailable, "paused"),
     (LargeUnrecorded, "not recorded"),
     (LargeUnsendable, "cannot be sent"),
