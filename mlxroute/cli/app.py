@@ -89,11 +89,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _run(list(sys.argv[1:] if argv is None else argv))
             sys.stdout.flush()
         except OutputUnusable as exc:
-            # A reader of a pipe may close it early.
-            code = EXIT_OK if exc.is_closed_pipe else _fail(str(exc), EXIT_USAGE)
+            # A reader of a pipe may close it early, or end at the same Ctrl-C.
+            if not exc.is_closed_pipe:
+                code = _fail(str(exc), EXIT_USAGE)
+            elif _follows_interrupt(exc):
+                code = EXIT_INTERRUPTED
         except KeyboardInterrupt:
             code = EXIT_INTERRUPTED
     return code if signals.exit_code is None else signals.exit_code
+
+
+def _follows_interrupt(error: BaseException) -> bool:
+    """Return whether an error arose while Ctrl-C was being handled."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__context__
+    return cause is not None
 
 
 def _run(arguments: list[str]) -> int:

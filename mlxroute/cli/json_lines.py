@@ -26,15 +26,15 @@ def write_json(
 
     With `events`, also write one object per provisional token and per retraction.
     """
-    code = EXIT_OK
     try:
         for event in answer.events():
             if events or isinstance(event, Token):
                 write_object(event_object(event), stream)
     except KeyboardInterrupt:
-        code = EXIT_INTERRUPTED
+        write_object(summary_object(answer.stats(), session), stream)
+        return EXIT_INTERRUPTED
     write_object(summary_object(answer.stats(), session), stream)
-    return code
+    return EXIT_OK
 
 
 def event_object(event: Event) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from mlxroute.cli import main
+from mlxroute.cli.standard_streams import OutputUnusable
 from mlxroute.large.http import circuit_breaker
 from mlxroute.weights import hub_listing, package_index
 from tests.support.command_process import CommandProcess, run_command
@@ -218,6 +219,26 @@ def test_a_closed_pipe_is_not_an_error(tiny: Path, tmp_path: Path) -> None:
             assert process.wait() == 0
         err.seek(0)
         assert b"Traceback" not in err.read()
+
+
+class InterruptedPipe(io.StringIO):
+    """A pipe whose reader ends at the Ctrl-C that comes during the first write."""
+
+    is_open = True
+
+    def write(self, text: str) -> int:
+        if self.is_open:
+            self.is_open = False
+            raise KeyboardInterrupt
+        raise OutputUnusable(BrokenPipeError())
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_ctrl_c_that_also_ends_the_reader_of_a_pipe_is_code_130(
+    form: list[str], tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout", InterruptedPipe())
+    assert main(["ask", *form, "--offline", "--small", str(tiny), "--max-tokens", "9", "hi"]) == 130
 
 
 def test_the_version_and_the_model_list_are_printed(
