@@ -13,7 +13,7 @@ from mlxroute.answers.document import AnswerDocument
 from mlxroute.answers.document_file import format_inline, read_document
 from mlxroute.answers.record_json import is_text
 from mlxroute.errors import UsageError
-from mlxroute.replace_file import write_private
+from mlxroute.replace_file import find_target, write_private
 from mlxroute.types import Message
 from mlxroute.untrusted_text import MalformedText, TextFile, parse_json
 from mlxroute.user_folders import expand_user
@@ -72,7 +72,7 @@ class Conversation:
         written, or exists and is not a conversation.
         """
         # Resolve links, so that the target is replaced and not the link.
-        path = Path(os.path.realpath(expand_user(path)))
+        path = find_target(expand_user(path))
         if os.path.lexists(path) and not _is_conversation(path):
             raise UsageError(f"{path} exists and is not a saved conversation; choose another name")
         document = {

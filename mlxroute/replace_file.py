@@ -60,13 +60,18 @@ def write_private(path: Path, data: bytes) -> None:
     Raises:
         UsageError: The file cannot be written, or is a device, a pipe or a folder.
     """
-    target = Path(os.path.realpath(path))
     try:
-        if target.exists() and not target.is_file():
-            raise UsageError(f"cannot save to {path}: it is not a regular file")
+        target = find_target(path)
         replace_file(target, data, mode=0o600, durable=True)
     except OSError as error:
         raise UsageError(f"cannot save to {path}: {error.strerror}") from error
+
+
+def find_target(path: Path) -> Path:
+    """Return the file that `path` names or links to. Raises UsageError if it is no regular file."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UsageError(f"cannot save to {path}: it is not a regular file")
+    return Path(os.path.realpath(path))
 
 
 def make_private(path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from mlxroute.answers.document import FORMAT, VERSION, AnswerDocument
 from mlxroute.answers.record_json import from_json, to_json
 from mlxroute.errors import UsageError
-from mlxroute.replace_file import write_private
+from mlxroute.replace_file import find_target, write_private
 from mlxroute.untrusted_text import MalformedText, TextFile, decode_text, parse_json
 from mlxroute.user_folders import expand_user
 
@@ -93,9 +93,10 @@ def load_document(path: Path) -> AnswerDocument:
 def check_target(path: Path) -> Path:
     """Return the path of a file to save a document to.
 
-    Raises UsageError if its folder cannot be written, or if it exists and holds something else.
+    Raises UsageError if its folder cannot be written, or if it exists and holds something else; a
+    pipe is not read.
     """
-    path = Path(os.path.realpath(expand_user(path)))
+    path = find_target(expand_user(path))
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UsageError(f"cannot save to {path}: {path.parent} is not a folder to write to")
     if os.path.lexists(path):

@@ -13,7 +13,10 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mlxroute.answers.document_file import check_target
 from mlxroute.cli import main
+from mlxroute.conversation import Conversation
+from mlxroute.errors import UsageError
 from mlxroute.safe_text import printable
 from mlxroute.small.mlp_head import SIGNAL_COUNT
 from tests.support.loopback import Loopback, Reply
@@ -186,7 +189,19 @@ def test_only_regular_files_are_replaced(
     os.mkfifo(pipe)
     assert main(["show", str(saved), "--html", str(pipe)]) == 2
     assert f"cannot save to {pipe}: it is not a regular file" in capsys.readouterr().err
+    # It is not read either, which would last until something writes to it.
+    with pytest.raises(UsageError, match="pipe: it is not a regular file"):
+        check_target(pipe)
+    with pytest.raises(UsageError, match="pipe: it is not a regular file"):
+        Conversation().save(pipe)
     assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_a_pipe_behind_a_link_without_a_name_is_refused() -> None:
+    reader, writer = os.pipe()
+    refusal = pytest.raises(UsageError, match=f"/dev/fd/{writer}: it is not a regular file")
+    with open(reader), open(writer, "w"), refusal:
+        check_target(Path(f"/dev/fd/{writer}"))
 
 
 @pytest.mark.parametrize("token_id", [10**12, 2**31, 100_000, -1])
