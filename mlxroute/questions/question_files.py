@@ -152,7 +152,7 @@ def read_worked_examples(path: Path | None, count: int) -> list[Question]:
     examples = [question for question in questions if question.worked_answer is not None][:count]
     if len(examples) < count:
         raise UsageError(
-            f"{path}: {count} rows with a `cot` are needed, but it has {len(examples)}"
+            f"{path} has too few rows with a `cot`: {len(examples)} of the {count} needed"
         )
     return examples
 

@@ -726,7 +726,7 @@ def test_the_plot_shows_every_router(
         (
             {"prompt": "Why?", "answer": "so", "cot": "so"},
             ["--shots", "2"],
-            "2 rows with a `cot` are needed, but it has 1",
+            "too few rows with a `cot`: 1 of the 2 needed",
         ),
         ({"prompt": ""}, [], "row 1: `prompt` must be"),
     ],

@@ -75,7 +75,7 @@ def test_a_missing_head_is_reported_before_the_model_is_loaded(
         (["--compare", "entropy 7%,small"], "--compare entropy 7%,small: name two sides"),
         (["--compare", "large,large"], "--compare large,large: name two sides"),
         (["--oracles"], "has no answer to compare with; --oracles needs one"),
-        (["--examples", "FILE"], "4 rows with a `cot` are needed, but it has 0"),
+        (["--examples", "FILE"], "too few rows with a `cot`: 0 of the 4 needed"),
         (["--router", "head", "--small", "no-such-model"], "there is no head for no-such-model"),
         (["--head", "/nowhere/h"], "there is no file /nowhere/h (--head)"),
         (["--adapter", "/nowhere"], "the adapter /nowhere has no readable adapter_config.json"),
