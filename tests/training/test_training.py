@@ -512,7 +512,8 @@ def test_train_reports_wrong_arguments(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("folder.safetensors").mkdir()
-    Path("q.jsonl").write_text(json.dumps({"prompt": "Why?"}) + "\n")
+    rows = [json.dumps({"prompt": f"Why {number}?"}) for number in range(10)]
+    Path("q.jsonl").write_text("\n".join(rows))
     assert main(["train", "--data", "q.jsonl", *arguments]) == 2
     assert said in " ".join(capsys.readouterr().err.split())
 
@@ -520,13 +521,15 @@ def test_train_reports_wrong_arguments(
 def test_train_warns_of_questions_that_the_adapter_was_trained_with(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "q.jsonl").write_text(json.dumps({"prompt": "Why?"}) + "\n")
-    trained = {"questions": [Question("1", "Why?").fingerprint]}
+    prompts = [f"Why {number}?" for number in range(10)]
+    rows = [json.dumps({"prompt": prompt}) for prompt in prompts]
+    (tmp_path / "q.jsonl").write_text("\n".join(rows))
+    trained = {"questions": [Question("1", prompts[3]).fingerprint]}
     (tmp_path / "provenance.json").write_text(json.dumps(trained))
     train = ["train", "--data", str(tmp_path / "q.jsonl"), "--adapter", str(tmp_path)]
     # The adapter has no weights, so nothing is trained.
     assert main([*train, "--large", "http://127.0.0.1:9/v1"]) != 0
-    assert "trained with 1 of these 1 questions" in " ".join(capsys.readouterr().err.split())
+    assert "trained with 1 of these 10 questions" in " ".join(capsys.readouterr().err.split())
 
 
 def test_an_unreadable_head_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
