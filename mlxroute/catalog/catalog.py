@@ -266,7 +266,7 @@ def _build(kind: type[Entry], entry: Mapping[str, Any], *, where: str) -> Entry:
         # A bool is an int to isinstance.
         if types and (not isinstance(value, types) or isinstance(value, bool) != (bool in types)):
             words = _TYPE_WORDS[str(field.type)]
-            shown = repr(value) if isinstance(value, float) else shown_value(value)
+            shown = shown_value(value, keep_point=True)
             raise CatalogError(f"{where}: `{key}` must be {words}, not {shown}")
     return kind(**entry)
 

@@ -31,6 +31,7 @@ def write_json(
             if events or isinstance(event, Token):
                 write_object(event_object(event), stream)
     except KeyboardInterrupt:
+        # Here, so that an error of a closed pipe tells of the interrupt.
         write_object(summary_object(answer.stats(), session), stream)
         return EXIT_INTERRUPTED
     write_object(summary_object(answer.stats(), session), stream)

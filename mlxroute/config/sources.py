@@ -55,9 +55,7 @@ class _Origin:
 
     def refuse(self, expected: str, value: object) -> MlxRouteError:
         """Return the error for a value that is not what was expected."""
-        is_whole = expected == _TYPE_WORDS[int] and isinstance(value, float)
-        # As written: 2.0 is shown as 2, which is an integer.
-        shown = repr(value) if is_whole else shown_value(value)
+        shown = shown_value(value, keep_point=expected == _TYPE_WORDS[int])
         text = f"{self.subject} must be {expected}, not {shown}"
         return self.error(text, parameter=self.parameter)
 

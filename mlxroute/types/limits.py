@@ -78,14 +78,17 @@ def check_number(parameter: str, value: object, *, limits: str | None = None) ->
     """
     allowed = LIMITS[limits or parameter]
     if not allowed.accepts(value):
-        words, shown = allowed.words, shown_value(value)
-        if allowed.integer and isinstance(value, float):
-            words, shown = "an integer", repr(value)
+        needs_integer = allowed.integer and isinstance(value, float)
+        words = "an integer" if needs_integer else allowed.words
+        shown = shown_value(value, keep_point=needs_integer)
         raise UsageError(f"{parameter} must be {words}, not {shown}", parameter=parameter)
 
 
-def shown_value(value: object) -> str:
-    """Return a value for a message: short, as config files write it, without needless digits."""
+def shown_value(value: object, *, keep_point: bool = False) -> str:
+    """Return a value for a message: short, as config files write it, without needless digits.
+
+    With `keep_point`, 2.0 is not shown as 2, which is an integer.
+    """
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, date | time):
@@ -94,7 +97,8 @@ def shown_value(value: object) -> str:
         if isinstance(value, list | dict):
             text = json.dumps(value, ensure_ascii=False, default=str)
         else:
-            text = f"{value:g}" if isinstance(value, float) else repr(value)
+            is_short = isinstance(value, float) and not keep_point
+            text = f"{value:g}" if is_short else repr(value)
     except ValueError:
         # Python limits the digits of an integer.
         return "a number with thousands of digits"

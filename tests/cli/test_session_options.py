@@ -87,16 +87,22 @@ def test_an_endpoint_has_the_same_options_but_the_stop_texts_of_its_requests() -
     assert serving.models == make_session().model_pair
 
 
-def test_the_key_stays_that_of_the_first_server_when_a_chat_goes_to_another_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
+    """The settings of each server that is asked; none of them can be used."""
+    asked: list[Settings] = []
 
     def refuse(settings: Settings, *_: object) -> None:
         asked.append(settings)
         raise UsageError("no server")
 
     monkeypatch.setattr("mlxroute.cli.session.connect_large", refuse)
+    return asked
+
+
+def test_the_key_stays_that_of_the_first_server_when_a_chat_goes_to_another_one(
+    asked: list[Settings],
+) -> None:
     for key_server, expected in [(None, "http://a/v1"), ("http://k/v1", "http://k/v1")]:
         session = make_session(replace(SETTINGS, large="http://a/v1", key_server=key_server))
         with pytest.raises(UsageError):
@@ -105,15 +111,8 @@ def test_the_key_stays_that_of_the_first_server_when_a_chat_goes_to_another_one(
 
 
 def test_a_chat_that_goes_to_another_server_leaves_the_prices_of_the_first_one(
-    monkeypatch: pytest.MonkeyPatch,
+    asked: list[Settings],
 ) -> None:
-    asked = []
-
-    def refuse(settings: Settings, *_: object) -> None:
-        asked.append(settings)
-        raise UsageError("no server")
-
-    monkeypatch.setattr("mlxroute.cli.session.connect_large", refuse)
     first = replace(SETTINGS, large="http://a/v1", price_input=1.0, price_output=2.0)
     with pytest.raises(UsageError):
         make_session(first).change_large("http://b/v1", "huge", Console())

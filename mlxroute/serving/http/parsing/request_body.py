@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from starlette.requests import ClientDisconnect, Request
 
+from mlxroute.safe_text import printable_line
 from mlxroute.serving.http.api_error import ApiError
 from mlxroute.untrusted_text import MalformedText, parse_json
 
@@ -30,7 +31,8 @@ async def read_json(request: Request) -> dict[str, Any]:
         raise ApiError(400, "the client left before its request was complete") from None
     encoding = request.headers.get("content-encoding", "").strip().lower()
     if encoding not in ("", "identity"):
-        raise ApiError(415, f"the body has the Content-Encoding {encoding!r}; send it uncompressed")
+        shown = printable_line(encoding, limit=80)
+        raise ApiError(415, f"the body has the Content-Encoding {shown!r}; send it uncompressed")
     return parse_body(data)
 
 
