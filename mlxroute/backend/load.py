@@ -10,7 +10,7 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlxroute.backend import memory
 from mlxroute.backend.model_config import (
@@ -43,8 +43,14 @@ from mlxroute.tokenizers.fast_tokenizer import (
 )
 from mlxroute.types import Notify, no_notice
 
+if TYPE_CHECKING:
+    import mlx.core as mx
+
 OVERHEAD_BYTES = 600 * 2**20
 """Memory beside the weights: interpreter, tokenizer, MLX, a KV cache of a few thousand tokens."""
+
+# Rows that are transposed at a time: a fast cache holds a part of each.
+_TRANSPOSED_ROWS = 256
 
 # A KV cache of 8,192 tokens, from a tenth of the file (32B, Q4) to a fifth (1.5B, Q4).
 _GGUF_CACHE_SHARE = 0.2
@@ -237,21 +243,48 @@ def _wire_memory() -> None:
 def _widen(model: Any, *, kept: frozenset[str] = frozenset()) -> None:
     """Convert floating-point weights but those `kept` to float32, lazily, on several streams.
 
-    Most of the time goes into the operating system's work when a thread first writes to new
-    memory; the streams share it.
+    Matrices that are multiplied are stored by columns: for one token, OpenBLAS multiplies those
+    faster. Most of the time goes into the operating system's work when a thread first writes to
+    new memory; the streams share it.
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten, tree_unflatten
 
     streams = [mx.new_stream(mx.Device(mx.cpu)) for _ in range(min(os.cpu_count() or 1, 4))]
     loads = [0] * len(streams)
+    multiplied = _multiplied_weights(model)
     wide = []
     for name, value in sorted(tree_flatten(model.parameters()), key=lambda item: -item[1].size):
-        if mx.issubdtype(value.dtype, mx.floating) and name not in kept:
+        narrow = mx.issubdtype(value.dtype, mx.floating) and value.dtype != mx.float32
+        if narrow and name not in kept:
             index = loads.index(min(loads))
             loads[index] += value.size
-            wide.append((name, value.astype(mx.float32, stream=streams[index])))
+            with mx.stream(streams[index]):
+                array = _by_columns(value) if name in multiplied else value
+                wide.append((name, array.astype(mx.float32)))
     model.update(tree_unflatten(wide))
+
+
+def _multiplied_weights(model: Any) -> frozenset[str]:
+    """Return the names of the dense matrices of linear layers, and of a tied embedding."""
+    import mlx.nn as nn
+
+    tied = getattr(getattr(model, "args", None), "tie_word_embeddings", False)
+    kinds = (nn.Linear, nn.Embedding) if tied else (nn.Linear,)
+    return frozenset(
+        f"{name}.weight" for name, part in model.named_modules() if type(part) in kinds
+    )
+
+
+def _by_columns(matrix: mx.array) -> mx.array:
+    """Return an equal matrix, stored by columns."""
+    import mlx.core as mx
+
+    parts = [
+        mx.contiguous(matrix[row : row + _TRANSPOSED_ROWS].T)
+        for row in range(0, matrix.shape[0], _TRANSPOSED_ROWS)
+    ]
+    return mx.concatenate(parts, axis=1).T
 
 
 def _reason(exc: BaseException) -> str:

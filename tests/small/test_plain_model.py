@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
@@ -58,13 +59,17 @@ def test_half_precision_weights_give_the_numbers_of_wide_ones(tmp_path: Path, ti
     wide = load_plain_model(path, config)
     wide.load_weights([(name, value.astype(mx.float32)) for name, value in narrow.items()])
     model, _ = load(path)
-    ids = mx.array([[1, 5, 9, 300]])
-    logits = model(ids)
-    assert logits.dtype == mx.float32
-    assert mx.array_equal(logits, wide(ids))
+    for ids in (mx.array([[1, 5, 9, 300]]), mx.array([[7]]), mx.array([[1, 2], [3, 4]])):
+        logits = model(ids)
+        assert logits.dtype == mx.float32
+        assert mx.array_equal(logits, wide(ids))
     dtypes = {name: value.dtype for name, value in tree_flatten(model.parameters())}
     kept = set() if tied else {"model.embed_tokens.weight"}
     assert {name for name, dtype in dtypes.items() if dtype != mx.float32} == kept
+    matrices = {name: value for name, value in tree_flatten(model.parameters()) if value.ndim == 2}
+    layouts = {name: np.array(value, copy=False).strides for name, value in matrices.items()}
+    by_rows = {name for name, (row, column) in layouts.items() if row > column}
+    assert by_rows == kept, "OpenBLAS multiplies matrices by columns faster"
 
 
 @pytest.mark.parametrize(
