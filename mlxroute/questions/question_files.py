@@ -182,6 +182,8 @@ def _parse_row(line: str, *, where: str) -> Question:
         raise UsageError(f"{where}: {exc}") from exc
     if not isinstance(row, dict):
         raise UsageError(f'{where}: a row must be a JSON object, such as {{"prompt": "..."}}')
+    # Tables written as JSON Lines have null for a column that a row lacks.
+    row = {key: value for key, value in row.items() if value is not None}
     row_id = _optional_text(row, "id", where) or _optional_text(row, "task_id", where)
     name, worked_answer = row_id or where, None
     if "cot" in row:
@@ -193,7 +195,7 @@ def _parse_row(line: str, *, where: str) -> Question:
             name,
             _required_text(row, "problem", where),
             AnswerKind.NUMBER,
-            _boxed_answer(row, where),
+            _boxed_answer(row, where) or _number_answer(row, where),
             worked_answer=worked_answer,
             instruction=_NUMBER_INSTRUCTION,
         )
@@ -227,6 +229,14 @@ def _boxed_answer(row: dict[str, Any], where: str) -> str | None:
             f"{where}: `solution` must box a number, such as \\boxed{{12}}, and not {boxes[-1]!r}"
         )
     return boxes[-1]
+
+
+def _number_answer(row: dict[str, Any], where: str) -> str | None:
+    """Return the `answer` of a row, which must be a number; None without one."""
+    answer = _optional_text(row, "answer", where)
+    if answer is not None and not is_number(answer):
+        raise UsageError(f"{where}: `answer` to a `problem` must be a number, and not {answer!r}")
+    return answer
 
 
 def _choice_question(

@@ -89,7 +89,7 @@ def test_an_answer_that_is_a_small_or_large_number_is_a_number(
         ),
         ('{"question": "Why?", "choices": ["a"]}', "row 2: `choices` needs"),
         ('{"question": "?", "choices": {"label": ["A"], "text": []}}', "row 2: `choices` needs"),
-        ('{"question": "?", "choices": null}', "row 2: `choices` needs a `label` list and"),
+        ('{"question": "?", "choices": null}', "row 2: a row needs `prompt`, `problem`, or `q"),
         (_choices("AB", "xy"), "row 2: `choices` needs a `label` list and a `text` list"),
         (_choices({"A": 1}, {"x": 1}), "row 2: `choices` needs a `label` list and a `text` list"),
         (_choices([], []), "row 2: `choices` needs a `label` list and a `text` list, not empty"),
@@ -102,7 +102,9 @@ def test_an_answer_that_is_a_small_or_large_number_is_a_number(
         (_choices([1, "1"], ["x", "y"]), "row 2: `choices` needs a different `label` for each"),
         ('{"prompt": "?", "answer": 1e999}', "row 2: `answer` must be .* or a finite number"),
         ('{"prompt": "?", "answer": true}', "row 2: `answer` must be .* or a finite number"),
-        ('{"problem": null}', "row 2: `problem` must be a non-empty string"),
+        ('{"problem": null}', "row 2: a row needs `prompt`, `problem`, or `question` and `ch"),
+        ('{"problem": " "}', "row 2: `problem` must be a non-empty string"),
+        ('{"problem": "?", "answer": "a pie"}', "`answer` to a `problem` must be a number, and n"),
         (r'{"problem": "?", "solution": "\\boxed{x^2}"}', "row 2: `solution` must box a number"),
         (r'{"problem": "?", "solution": "\\boxed{\\frac{1}{2}}"}', "row 2: `solution` must box"),
         (r'{"problem": "?", "solution": "\\boxed{7} \\boxed{}"}', "row 2: `solution` must box"),
@@ -130,6 +132,27 @@ def test_a_boxed_number_may_be_written_in_latex(tmp_path: Path) -> None:
     assert grade(boxed, "so it is 1000").lenient
     assert grade(boxed, r"\boxed{1{,}000\text{ m}}").strict
     assert unboxed.answer is None
+
+
+def test_a_problem_may_have_its_number_as_answer(tmp_path: Path) -> None:
+    file = tmp_path / "q.jsonl"
+    file.write_text(
+        r'{"problem": "?", "solution": "So \\boxed{7}.", "answer": 8}'
+        "\n"
+        r'{"problem": "?", "solution": "no box", "answer": "1,000"}'
+        "\n"
+    )
+    assert [question.answer for question in read_questions(file)] == ["7", "1,000"]
+
+
+def test_keys_with_null_count_as_absent(tmp_path: Path) -> None:
+    file = tmp_path / "q.jsonl"
+    file.write_text(
+        '{"prompt": "Why?", "problem": null, "choices": null, "entry_point": null, "cot": null}\n'
+    )
+    (question,) = read_questions(file)
+    assert (question.kind, question.prompt) == (AnswerKind.TEXT, "Why?")
+    assert question.worked_answer is None
 
 
 def test_a_file_without_questions_is_named_in_the_error(tmp_path: Path) -> None:
