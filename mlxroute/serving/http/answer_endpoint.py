@@ -201,7 +201,13 @@ class AnswerEndpoint(Closeable):
         if run is None:
             return
         waited_s = answer.running.queue_wait_s
-        self.metrics.on_answer(asked.fields.role, run, answer.tokens, queue_wait_s=waited_s)
+        self.metrics.on_answer(
+            asked.fields.role,
+            run,
+            answer.tokens,
+            queue_wait_s=waited_s,
+            has_failed=answer.has_failed,
+        )
         document = make_document(
             answer.origin,
             answer.tokens,

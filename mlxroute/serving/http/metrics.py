@@ -86,10 +86,17 @@ class EndpointMetrics:
         self._requests.labels(route, str(status)).inc()
 
     def on_answer(
-        self, model: str, run: RunStats, tokens: Iterable[Token], *, queue_wait_s: float
+        self,
+        model: str,
+        run: RunStats,
+        tokens: Iterable[Token],
+        *,
+        queue_wait_s: float,
+        has_failed: bool,
     ) -> None:
-        """Count an answer, complete or not."""
-        self._answers.labels(model, run.finish_reason.value).inc()
+        """Count an answer, complete or not; `has_failed` if an error ended it."""
+        end = "error" if has_failed else run.finish_reason.value
+        self._answers.labels(model, end).inc()
         self._tokens.labels("small").inc(run.tokens - run.large_tokens)
         self._tokens.labels("large").inc(run.large_tokens)
         self._escalated.inc(run.escalated)

@@ -204,13 +204,17 @@ def test_a_strict_endpoint_fails_in_form(small: SmallModel) -> None:
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
-def test_the_log_says_that_the_large_model_has_failed(small: SmallModel, is_stream: bool) -> None:
+def test_log_and_figures_say_that_the_large_model_has_failed(
+    small: SmallModel, is_stream: bool
+) -> None:
     refusal = LargeRefused("the server answered 400: a private text", status=400)
     session = make_session(small, ScriptedLarge([(_X,), refusal]))
     object.__setattr__(session, "options", _strict(session.options))
     lines: list[str] = []
     with running(session, notify=lambda line: lines.append(line)) as client:
         client.post("/v1/chat/completions", json=chat(stream=is_stream, **_ALWAYS))
+        figures = client.get("/metrics").text
+    assert 'mlxroute_answers_total{finish_reason="error",model="routed"} 1.0' in figures
     answer, error = lines
     assert answer.endswith("ended by an error")
     assert error == "error: the large model failed (status 400)"
