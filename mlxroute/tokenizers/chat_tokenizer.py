@@ -66,10 +66,12 @@ class ChatTokenizer:
 
         `begun`, empty by default, is the beginning of that answer. It and the message contents
         become plain text, whatever they contain; the control tokens in the ids are those of the
-        template, and the begin token. Raises UsageError for messages that are not
+        template, and the begin token. Raises UsageError for no messages, for messages that are not
         text, and for a chat template that cannot be used.
         """
         conversation = read_messages(messages)
+        if not conversation:
+            raise UsageError("messages must have at least one message", parameter="messages")
         with self._lock:
             rendered = self._render(conversation)
             if begun:

@@ -21,6 +21,7 @@ from tokenizers import (
     processors,
 )
 
+from mlxroute.errors import UsageError
 from mlxroute.tokenizers.chat_tokenizer import ChatTokenizer
 from mlxroute.types import Message, no_notice
 from mlxroute.weights import resolve
@@ -228,6 +229,11 @@ def test_a_model_without_a_template_gets_messages_as_plain_text(tmp_path: Path) 
     prompt = tokenizer.encode_conversation(_user(_INJECTION, "b"))
     assert prompt.text == _INJECTION + "\nb"
     assert _controls(tokenizer, prompt.ids) == []
+
+
+def test_a_conversation_without_messages_is_refused(tokenizer: ChatTokenizer) -> None:
+    with pytest.raises(UsageError, match="messages must have at least one message"):
+        tokenizer.encode_conversation([])
 
 
 def test_the_beginning_of_an_answer_is_text_too(tokenizer: ChatTokenizer) -> None:
