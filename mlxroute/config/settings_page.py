@@ -32,6 +32,8 @@ never_send = ["(?i)project zebra"]
 - Another `large` than that of an earlier source removes the `large_model` and the prices of earlier
   sources, because they belong to their server.
 - The values of `never_send` and `never_send_file` from all sources add up.
+- `--budget`, `--threshold` and `--mode` of `replay`, `--budget` and `--router` of `bench quality`,
+  and `--port` of `host` are flags only; no other source sets them.
 - In the environment, a switch is `1`, `true`, `0` or `false`, and a list has one text.
 - Config files, key files, never-send files and question files are UTF-8, with or without a byte
   order mark; lines end at `\\n`.

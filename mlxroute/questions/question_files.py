@@ -3,7 +3,7 @@ r"""Question files: JSON Lines, one question per row, which ends at `\n`.
 A row has one of four forms:
 - `prompt`, and optionally `answer` or `answerKey`;
 - `question` and `choices`, and optionally `answerKey`, as in CommonsenseQA;
-- `problem`, and optionally `solution` with a boxed number, as in GSM8K;
+- `problem`, and optionally `solution` with a boxed number, as in GSM8K, or a number as `answer`;
 - `prompt`, `entry_point` and `test`, the start of a function to complete, as in HumanEval.
 `id` is optional, and so is `cot`, a complete answer that can serve as a worked example.
 """
