@@ -17,6 +17,8 @@ MINUS = "−"
 """The minus sign of typeset text."""
 
 _COMMAS_BEFORE_NUMBER = re.compile(r"^([-+]?),+(?=[\d.])")
+# Groups of three digits; before the last one also of two, as in 1,00,000.
+_WHOLE_NUMBER = re.compile(r"[-+]?(?:[1-9]\d{0,2}(?:,\d{2,3})*,\d{3}(?:\.\d+)?|[\d.]+)")
 _DIGIT = re.compile(r"\d")
 
 # A box opens, an escaped character, or a brace.
@@ -45,10 +47,10 @@ _TOLERANCE = Decimal("1e-9")
 def is_number(text: str) -> bool:
     """Return whether the whole text is a number.
 
-    Unlike `NUMBER`, this rejects a comma at the end and accepts commas at the start.
+    Unlike `NUMBER`, this accepts commas at the start, and others between groups of digits only.
     """
     text = _COMMAS_BEFORE_NUMBER.sub(r"\1", text.strip().replace(MINUS, "-"))
-    return NUMBER.fullmatch(text) is not None and not text.endswith(",")
+    return NUMBER.fullmatch(text) is not None and _WHOLE_NUMBER.fullmatch(text) is not None
 
 
 def parse_number(text: str) -> Decimal | None:

@@ -47,7 +47,7 @@ def grade(question: Question, text: str) -> Grade:
         case AnswerKind.CHOICE:
             return _grade_choice(question, text)
         case AnswerKind.NUMBER:
-            return _grade_number(question.answer, text)
+            return _grade_number(question, text)
         case AnswerKind.TEXT:
             return _grade_text(question.answer, text)
         case AnswerKind.CODE:
@@ -96,11 +96,13 @@ def _grade_choice(question: Question, text: str) -> Grade:
     )
 
 
-def _grade_number(correct: str, text: str) -> Grade:
-    box = find_boxed_number(text)
-    if box is None:
-        box = next(find_boxes(text), None)
-    strict = None if box is None else box.strip() == correct.strip()
+def _grade_number(question: Question, text: str) -> Grade:
+    correct = str(question.answer)
+    # Without an instruction no box was asked for.
+    written: str | None = text
+    if question.instruction:
+        written = find_boxed_number(text) or next(find_boxes(text), None)
+    strict = None if written is None else written.strip() == correct.strip()
     value = _final_number(text)
     if value is None:
         return Grade(strict, None)

@@ -38,6 +38,8 @@ _NUMBER_INSTRUCTION = "Solve the problem step by step and give the final answer 
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 # GSM8K's published answers give the number after it.
 _GSM8K_MARK = "####"
+# What answers are searched for.
+_LABEL = re.compile(r"[A-Za-z]|\d+")
 _NAMES_CHECK = re.compile(r"\bcheck\b")
 _MAX_FILE_BYTES = 256 * 2**20
 # One in five is held out, and a head or an adapter learns from the others.
@@ -305,6 +307,8 @@ def _choices(row: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
         raise UsageError(
             f"{where}: `choices` needs non-empty strings or finite numbers in `label` and `text`"
         )
+    if odd := next((label for label, _ in pairs if not _LABEL.fullmatch(label)), None):
+        raise UsageError(f"{where}: a `label` must be a letter or a whole number, and not {odd!r}")
     # Answers name labels in either case.
     if len({label.upper() for label, _ in pairs}) < len(pairs):
         raise UsageError(f"{where}: `choices` needs a different `label` for each choice")

@@ -30,12 +30,16 @@ _LATEX = st.lists(
 ).map("".join)
 
 
-@pytest.mark.parametrize("text", ["7", "-7", "−7", "1,800", "1,800.50", " .5 ", ",5", "-,5"])
+@pytest.mark.parametrize(
+    "text", ["7", "-7", "−7", "1,800", "1,800.50", "1,00,000", " .5 ", ",5", "-,5"]
+)
 def test_a_whole_answer_is_a_number(text: str) -> None:
     assert is_number(text)
 
 
-@pytest.mark.parametrize("text", ["", ",", "1,", "5.", "1 2", "$5", ",-5", "seven"])
+@pytest.mark.parametrize(
+    "text", ["", ",", "1,", "5.", "1 2", "$5", ",-5", "seven", "0,5", "2,3,5", "1,2345", "0,500"]
+)
 def test_a_whole_answer_is_not_a_number(text: str) -> None:
     assert not is_number(text)
 

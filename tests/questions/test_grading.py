@@ -13,7 +13,7 @@ from mlxroute.statistics import mcnemar_p
 
 _CHOICES = (("A", "bank"), ("B", "river bank"), ("C", "library"), ("D", "mall"), ("E", "office"))
 CHOICE = Question("q", "Where?", AnswerKind.CHOICE, "B", _CHOICES)
-NUMBER = Question("q", "How many?", AnswerKind.NUMBER, "1,800")
+NUMBER = Question("q", "How many?", AnswerKind.NUMBER, "1,800", instruction="Box it.")
 TEXT = Question("q", "Who?", AnswerKind.TEXT, "Ada Lovelace")
 
 
@@ -84,8 +84,14 @@ def test_a_number_is_read_from_the_box_or_the_end_of_the_text(
     assert grade(NUMBER, text) == Grade(strict, lenient)
 
 
+def test_a_number_that_no_box_was_asked_for_is_the_whole_text() -> None:
+    question = Question("q", "2 + 2 is?", AnswerKind.NUMBER, "4")
+    assert grade(question, " 4\n") == Grade(True, True)
+    assert grade(question, "It is 4") == Grade(False, True)
+
+
 def test_numbers_of_hundreds_of_digits_are_compared() -> None:
-    question = Question("q", "?", AnswerKind.NUMBER, "1" * 400)
+    question = Question("q", "?", AnswerKind.NUMBER, "1" * 400, instruction="Box it.")
     other = "2" * 400
     assert grade(question, f"\\boxed{{{'1' * 400}}}") == Grade(True, True)
     assert grade(question, f"\\boxed{{{other}}}") == Grade(False, False)

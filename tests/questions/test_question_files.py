@@ -97,6 +97,7 @@ def test_an_answer_that_is_a_small_or_large_number_is_a_number(
         (_choices([None], [{}]), "row 2: `choices` needs non-empty strings or finite numbers in"),
         (_choices(["A"], [" "]), "row 2: `choices` needs non-empty strings or finite numbers in"),
         (_choices([True], ["x"]), "row 2: `choices` needs non-empty strings or finite numbers in"),
+        (_choices(["i", "ii"], ["x", "y"]), "row 2: a `label` must be a letter or a whole number"),
         (_choices(["A", "A"], ["x", "y"]), "row 2: `choices` needs a different `label` for each"),
         (_choices(["a", "A"], ["x", "y"]), "row 2: `choices` needs a different `label` for each"),
         (_choices([1, "1"], ["x", "y"]), "row 2: `choices` needs a different `label` for each"),
