@@ -289,10 +289,10 @@ class _Training:
     def _train(self, number: int, section: _Section, size: int) -> None:
         """Train for one round, the first of which has number 0."""
         accumulate = BATCH_SIZE // size
-        # Whole updates only.
-        updates = max(1, round(len(section.trained) / accumulate / _JUDGED_PER_EPOCH))
+        # Whole updates only, and no more than the epochs hold.
+        updates = max(1, len(section.trained) // accumulate // _JUDGED_PER_EPOCH)
         steps = accumulate * updates
-        total = _JUDGED_PER_EPOCH * section.epochs * steps
+        total = max(1, section.epochs * len(section.trained) // steps) * steps
         label = f"training steps, round {number}" if number else "training steps"
         self._ended_by = ""
         begin = 0

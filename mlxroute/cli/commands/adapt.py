@@ -25,6 +25,7 @@ from mlxroute.cli.worked_examples import (
 )
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
+from mlxroute.user_folders import expand_user
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     )
     from mlxroute.types import Progress
 
+_RANK = 16
 # A larger share of cut-off answers gives a warning.
 _CUT_OFF_SHARE = 0.05
 _RECORDING = "large model's answers"
@@ -70,7 +72,12 @@ def adapt(
             help="On-policy rounds: the large model corrects the small one's own answers.", min=0
         ),
     ] = 0,
-    rank: Annotated[int, typer.Option(help="Rank of the LoRA weights.", min=1, max=256)] = 16,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Rank of the LoRA weights. Default: 16, or that of --adapter.", min=1, max=256
+        ),
+    ] = None,
     learning_rate: Annotated[
         float, typer.Option(help="Highest step size of the optimiser.", metavar="X")
     ] = 1e-5,
@@ -84,8 +91,11 @@ def adapt(
     from mlxroute.questions.question_files import MIN_TRAINING_QUESTIONS, sample_files
 
     address = require_large(settings, "adapt")
+    out = expand_user(out)
     if not 0 < learning_rate < 1:
         raise UsageError("--learning-rate must be between 0 and 1")
+    if rank is not None and settings.adapter is not None:
+        raise UsageError("--rank is that of --adapter; give one of the two")
     sampled = sample_files(data, questions, at_least=MIN_TRAINING_QUESTIONS)
     run = _AdaptRun(
         data=data,
@@ -95,7 +105,7 @@ def adapt(
         at_once=at_once,
         epochs=epochs,
         rounds=rounds,
-        rank=rank,
+        rank=rank or _RANK,
         learning_rate=learning_rate,
         command=shlex.join(
             [
@@ -103,7 +113,8 @@ def adapt(
                 *(word for file in data for word in ("--data", str(file))),
                 *("--questions", str(questions), "--tokens", str(tokens), "--shots", str(shots)),
                 *(("--examples", str(examples)) if examples else ()),
-                *("--epochs", str(epochs), "--rounds", str(rounds), "--rank", str(rank)),
+                *("--epochs", str(epochs), "--rounds", str(rounds)),
+                *(() if settings.adapter else ("--rank", str(rank or _RANK))),
                 *("--learning-rate", f"{learning_rate:g}"),
             ]
         ),

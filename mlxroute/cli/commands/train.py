@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from mlxroute.cli.worked_examples import (
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
 from mlxroute.types import LabelKind
+from mlxroute.user_folders import expand_user
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,6 +72,7 @@ def train(
     from mlxroute.cli.terminal import make_consoles
 
     address = require_large(settings, "train")
+    out = None if out is None else expand_user(out)
     _check_heads(settings, out, labels)
     sampled = _read_labelled_questions(data, questions, labels)
     material = _Material(
@@ -299,7 +302,7 @@ def _print_advice(
     """Print how to use the head; `is_elsewhere` if it is not in the catalogue folder."""
     from mlxroute.cli.terminal import WARNING_STYLE
 
-    flag = f"--head {file}" if is_elsewhere else "--router head"
+    flag = f"--head {shlex.quote(str(file))}" if is_elsewhere else "--router head"
     err.print(
         f"written to {file}; use it with {flag} --budget {100 * _budget(settings):g}%",
         soft_wrap=True,
