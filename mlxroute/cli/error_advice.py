@@ -11,10 +11,10 @@ from mlxroute.config.settings import declared_settings
 from mlxroute.errors import ContextTooLong, MlxRouteError
 from mlxroute.types.limits import shown_value
 
-# Parameters of the library that are not settings, or whose settings have other names.
+# Parameters of the library whose settings have other names.
+_SETTING_NAMES = {"timeout_s": "timeout", "model": "large_model"}
+# Parameters that are not settings.
 _OTHER_FLAGS = {
-    "timeout_s": "--timeout",
-    "model": "--large-model",
     "html": "--html",
     "svg": "--svg",
     "plot": "--plot",
@@ -78,7 +78,7 @@ def _range(low: int | None, high: int | None) -> str:
 
 
 def _flag(parameter: str, flags: Collection[str] | None) -> str | None:
-    setting = declared_settings().get(parameter)
+    setting = declared_settings().get(_SETTING_NAMES.get(parameter, parameter))
     if setting is None:
         return _OTHER_FLAGS.get(parameter)
     return setting.flag if flags is None or setting.flag in flags else setting.variables[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,13 +46,16 @@ def require_large(settings: Settings, command: str) -> str:
 
 
 def check_sendable(
-    settings: Settings, conversations: Mapping[str, Sequence[Message]], command: str
+    settings: Settings, conversations: Iterable[tuple[str, Sequence[Message]]], command: str
 ) -> None:
-    """Raise UsageError, with its name, for a conversation that a never-send pattern matches."""
+    """Raise UsageError, with its name, for a conversation that a never-send pattern matches.
+
+    `conversations` are pairs of a name, which several may have, and messages.
+    """
     from mlxroute.engine.escalation.never_send import NeverSend
 
     patterns = read_never_send(settings)
-    for name, conversation in conversations.items() if patterns else ():
+    for name, conversation in conversations if patterns else ():
         texts = [str(message["content"]) for message in conversation]
         if (number := NeverSend(patterns, texts).match("")) is not None:
             raise UsageError(

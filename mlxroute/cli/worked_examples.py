@@ -44,7 +44,7 @@ def check_questions_sendable(
     """Raise UsageError, with its name, for a question that a never-send pattern matches."""
     from mlxroute.questions.question_files import question_messages
 
-    conversations = {item.name: question_messages(item, examples) for item in questions}
+    conversations = [(item.name, question_messages(item, examples)) for item in questions]
     check_sendable(settings, conversations, command)
 
 

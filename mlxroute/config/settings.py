@@ -28,7 +28,7 @@ _ANSWERS = ("chat", "ask")
 _ROUTED = (*_ANSWERS, "serve")
 _OWN_SMALL = (*_ROUTED, "calibrate", "bench speed")
 _ALL_SMALL = (*_OWN_SMALL, "train", "adapt", "bench latency", "bench quality")
-_OWN_SERVER = (*_ROUTED, "train", "adapt", "probe")
+_OWN_SERVER = (*_ROUTED, "train", "adapt", "probe", "doctor")
 _OFFLINE = (*_OWN_SMALL, "pull", "probe", "doctor")
 _EVERYWHERE = (
     *(*_ALL_SMALL, "replay", "demo", "models", "pull", "host", "probe", "doctor"),
@@ -226,7 +226,7 @@ class Settings:
         None,
         "PEM file of certificate authorities to trust instead of the public ones.",
         metavar="FILE",
-        commands=(*_OWN_SERVER, "doctor"),
+        commands=_OWN_SERVER,
     )
     cache_dir: str | None = _setting(
         None, "Folder for model weights.", metavar="DIR", commands=_EVERYWHERE

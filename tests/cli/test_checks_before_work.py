@@ -126,8 +126,9 @@ def test_nothing_is_sent_that_the_settings_keep_here(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     data = tmp_path / "prompts.jsonl"
-    rows = [f'{{"prompt": "Why {number}?"}}\n' for number in range(10)]
-    data.write_text("".join(rows) + '{"prompt": "When does Zebra ship?"}\n')
+    # Files may number their rows alike.
+    prompts = [*(f"Why {number}?" for number in range(10)), "When does Zebra ship?"]
+    data.write_text("".join(f'{{"id": 0, "prompt": "{prompt}"}}\n' for prompt in prompts))
     out = ["--out", str(tmp_path / "out")] if command == "adapt" else []
     monkeypatch.setenv(variable, value)
     with Loopback(lambda request: Reply()) as server:
@@ -135,6 +136,42 @@ def test_nothing_is_sent_that_the_settings_keep_here(
         assert main([*command.split(), *arguments]) == 2
         assert server.requests == []
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize(
+    ("command", "name", "message"),
+    [
+        ("train", "x.safetensors", "x.safetensors exists and is not a head"),
+        ("adapt", "", "choose a new folder for the adapter"),
+    ],
+)
+def test_a_home_folder_in_out_is_replaced(
+    command: str,
+    name: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = tmp_path / "q.jsonl"
+    data.write_text("".join(f'{{"prompt": "Why {number}?"}}\n' for number in range(10)))
+    (tmp_path / "x.safetensors").write_text("text")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    arguments = [command, "--data", str(data), "--large", "http://127.0.0.1:9/v1"]
+    assert main([*arguments, f"--out=~/{name}"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert message in error
+    assert f"--out {tmp_path}" in error
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_the_rank_of_an_adapter_cannot_be_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["adapt", "--data", "x", "--out", "y", "--large", "http://127.0.0.1:9/v1"]
+    assert main([*arguments, "--adapter", str(tmp_path), "--rank", "8"]) == 2
+    assert "--rank is that of --adapter; give one of the two" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,12 @@ import pytest
 from rich.console import Console
 
 from mlxroute.cli import main
+from mlxroute.cli.error_advice import error_message
 from mlxroute.cli.failure_notes import FailureNotes, failure_note
 from mlxroute.cli.terminal import make_consoles, make_table, show_answer
 from mlxroute.config import Settings
 from mlxroute.engine import generate
-from mlxroute.errors import LargeTimeout
+from mlxroute.errors import LargeTimeout, UsageError
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import CallFailure
 from tests.support.fakes import ScriptedLarge, ScriptedSmall
@@ -35,6 +36,22 @@ FAULTS = {
     "invalid reply": Reply(b"<html>login</html>"),
     "unreachable": Reply(raw=b""),
 }
+
+
+@pytest.mark.parametrize(
+    ("parameter", "flag", "variable"),
+    [
+        ("timeout_s", "--timeout", "MLXROUTE_TIMEOUT"),
+        ("model", "--large-model", "MLXROUTE_LARGE_MODEL"),
+        ("ca_bundle", "--ca-bundle", "MLXROUTE_CA_BUNDLE"),
+    ],
+)
+def test_advice_names_the_variable_where_the_command_has_no_such_flag(
+    parameter: str, flag: str, variable: str
+) -> None:
+    error = UsageError("too short", parameter=parameter)
+    assert error_message(error) == error_message(error, flags={flag}) == f"too short ({flag})"
+    assert error_message(error, flags={"--small"}) == f"too short ({variable})"
 
 
 @pytest.fixture(scope="module")

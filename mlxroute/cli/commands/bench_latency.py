@@ -100,7 +100,7 @@ def latency(
     check_plot_option(plot)
     check_save_option(save)
     conversations = _read_conversations(data, prompts, read_worked_examples(examples, shots))
-    named = {f"prompt {number}": item for number, item in enumerate(conversations, start=1)}
+    named = [(f"prompt {number}", item) for number, item in enumerate(conversations, start=1)]
     check_sendable(settings, named, "bench latency")
     _, err = make_consoles()
     report = _measure(settings, address, conversations, grid, err)

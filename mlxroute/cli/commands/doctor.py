@@ -21,7 +21,7 @@ from mlxroute.config import (
     read_never_send,
     read_prices,
 )
-from mlxroute.errors import ConfigError, MlxRouteError
+from mlxroute.errors import MlxRouteError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,7 +49,7 @@ def load_despite_bad_config(flags: Mapping[str, Any]) -> Settings:
     """
     try:
         return load_all_settings(flags)
-    except ConfigError:
+    except MlxRouteError:
         return Settings(**{name: value for name, value in flags.items() if value is not None})
 
 
@@ -117,7 +117,8 @@ def _check_cache(cache_dir: Path) -> DoctorCheck:
     from mlxroute.weights import list_cached
 
     folder = cache_dir
-    while not folder.exists():
+    # A folder that cannot be looked into, `exists` reports as an error.
+    while not os.path.exists(folder):
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     models = ", ".join(sorted({entry.name for entry in list_cached(cache_dir)})) or "no models yet"
@@ -129,12 +130,12 @@ def _check_cache(cache_dir: Path) -> DoctorCheck:
 
 
 def _check_config() -> DoctorCheck:
-    path = default_config_path()
     try:
+        path = default_config_path()
         settings = load_settings({}, environ=os.environ, path=path)
         read_never_send(settings)
         read_prices(settings)
-    except ConfigError as exc:
+    except MlxRouteError as exc:
         return DoctorCheck("config", error_message(exc), is_good=False)
     return DoctorCheck(
         "config", f"{path}" if path.exists() else f"{path} (no such file; defaults apply)"
@@ -144,7 +145,7 @@ def _check_config() -> DoctorCheck:
 def _are_settings_readable() -> bool:
     try:
         load_all_settings({})
-    except ConfigError:
+    except MlxRouteError:
         return False
     return True
 
