@@ -206,6 +206,7 @@ def test_a_dash_is_replaced_by_standard_input(
     assert text("What is this?", "-", piped="the diff") == alone
     assert text("-", piped="What is this?\n\nthe diff") == alone
     assert text(piped="What is this?\n\nthe diff") == alone
+    assert text("What", "is", "this?", "-", piped="the diff") == alone
 
 
 def test_a_closed_pipe_is_not_an_error(tiny: Path, tmp_path: Path) -> None:
@@ -278,6 +279,26 @@ def test_a_bad_config_is_a_line_of_the_doctors_report(
     report = capsys.readouterr().out
     assert "FAIL config" in report
     assert "'threshold'" in report
+    assert "GiB free" in report
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("MLXROUTE_NEVER_SEND_FILE", "~nosuchuser/p"), ("MLXROUTE_CONFIG", "~nosuchuser/c.toml")],
+)
+def test_a_home_folder_of_nobody_is_a_line_of_the_doctors_report(
+    variable: str,
+    value: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    reachable_sources: None,
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert main(["doctor", "--cache-dir", str(tmp_path)]) == 2
+    report = capsys.readouterr().out
+    assert "FAIL config" in report
+    assert "nosuchuser" in report
     assert "GiB free" in report
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from mlxroute.catalog import Catalog, Pair
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli.app import main
-from mlxroute.cli.commands.demo import leave_a_core_to_the_server
+from mlxroute.cli.commands.demo import _demo_settings, leave_a_core_to_the_server
 from mlxroute.cli.demo_story import tell_story
 from mlxroute.cli.folders import find_bench_file
 from mlxroute.cli.routing import RoutingRule
@@ -255,6 +255,12 @@ def test_a_damaged_question_file_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "demo.json").write_text(content)
     with pytest.raises(Exception, match=r"demo\.json is not a question for the demo"):
         read_demo_question(tmp_path / "demo.json")
+
+
+def test_the_demo_keeps_what_the_user_set_for_its_models() -> None:
+    settings = _demo_settings(Settings(skip_memory_check=True, timeout=5.0), PAIR)
+    assert settings.skip_memory_check
+    assert (settings.small, settings.timeout) == ("tiny", 5.0)
 
 
 def test_an_empty_question_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

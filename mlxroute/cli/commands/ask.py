@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
@@ -84,7 +85,8 @@ def _read_question(prompt: Sequence[str]) -> str:
     """
     if "-" in prompt or (not prompt and not sys.stdin.isatty()):
         piped = read_piped(sys.stdin.read)
-        text = "\n\n".join(piped if word == "-" else word for word in prompt or ["-"])
+        runs = groupby(prompt or ["-"], key=lambda word: word == "-")
+        text = "\n\n".join(piped if is_piped else " ".join(words) for is_piped, words in runs)
     else:
         text = " ".join(prompt)
     text = str(replace_undecodable(text))

@@ -162,6 +162,8 @@ def _demo_settings(settings: Settings, pair: Pair) -> Settings:
         cache_dir=settings.cache_dir,
         heat=settings.heat,
         offline=settings.offline,
+        skip_memory_check=settings.skip_memory_check,
+        timeout=settings.timeout,
         ledger=settings.ledger,
         threshold=settings.threshold,
         budget=settings.budget,
