@@ -115,7 +115,7 @@ class Session:
         from mlxroute.engine import Options, parse_mode
         from mlxroute.types import Sampling
 
-        settings = self._settings
+        settings, mode = self._settings, parse_mode(self.mode)
         return Options(
             max_tokens=settings.max_tokens,
             stop=settings.stop,
@@ -124,9 +124,9 @@ class Session:
             strict=settings.strict,
             never_send=self.never_send,
             prices=self.prices,
-            mode=parse_mode(self.mode),
+            mode=mode,
             prefetch=settings.prefetch,
-            call_ceiling=self.call_ceiling,
+            call_ceiling=self.call_ceiling(mode),
             accept_within=settings.accept_within,
         )
 
@@ -237,13 +237,12 @@ class Session:
         self._experience = Experience()
         self._warning_kinds.clear()
 
-    @property
-    def call_ceiling(self) -> float | None:
-        """The limit on calls per escalated position; None for none."""
+    def call_ceiling(self, mode: Mode) -> float | None:
+        """Return the limit on calls per escalated position in a mode; None for none."""
         chosen = self._settings.call_ceiling
         if chosen is None and self.large is not None and self.large.is_approximate:
             return _FRAMED_CALL_CEILING
-        if chosen is None and self.prices is not None and self.mode == Mode.AUTO:
+        if chosen is None and self.prices is not None and mode == Mode.AUTO:
             return _PRICED_CALL_CEILING
         return chosen
 

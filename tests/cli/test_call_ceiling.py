@@ -8,6 +8,7 @@ from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli.routing import RoutingRule
 from mlxroute.cli.session import Session
 from mlxroute.config import Settings
+from mlxroute.engine import parse_mode
 from mlxroute.ledger import Ledger
 from mlxroute.routers import make_router
 from mlxroute.types import Prices
@@ -49,4 +50,5 @@ def test_the_ceiling_fits_what_a_call_costs(
         never_send=(),
         prices=prices,
     )
-    assert session.call_ceiling == ceiling
+    assert session.call_ceiling(parse_mode(mode)) == ceiling
+    assert session.options.call_ceiling == ceiling

@@ -63,6 +63,7 @@ def make_serving_session(session: Session) -> ServingSession:
         ),
         # A stop text is no setting of `serve`: requests name theirs.
         options=replace(session.options, stop=()),
+        call_ceiling=session.call_ceiling,
         models=session.model_pair,
         redact=session.redact,
     )

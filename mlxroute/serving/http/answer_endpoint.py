@@ -142,11 +142,12 @@ class AnswerEndpoint(Closeable):
         recorder = None if is_local or session.large is None else ReplyRecorder(session.large)
         router = fields.make_router(session)
         router_record = record_router(router)
+        options = session.limit_calls(fields.options)
         running = self.scheduler.submit(
             AnswerRequest(
                 asked.prompt,
                 router,
-                fields.options,
+                options,
                 local_only=is_local,
                 exact=fields.exact,
                 large=recorder,
@@ -159,7 +160,7 @@ class AnswerEndpoint(Closeable):
             vocabulary=session.small.vocabulary,
             models=replace(models, large=None, large_url=None) if is_local else models,
             router=router_record,
-            options=OptionsRecord.of(fields.options),
+            options=OptionsRecord.of(options),
             id=asked.answer_id,
             prompt_text=running.prompt.text if asked.is_continued else None,
         )

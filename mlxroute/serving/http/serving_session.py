@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mlxroute.answers.document import ModelPair
 from mlxroute.engine import Experience, Options
 from mlxroute.routers import EntropyRouter, Router
+from mlxroute.types import Mode
 
 if TYPE_CHECKING:
     from mlxroute.large import LargeModel
@@ -37,6 +38,8 @@ class ServingSession:
         make_router: Makes a router in its first state; without a budget and a threshold, by the
             session's own rule. An `EntropyRouter` by default.
         options: Limits, sampling and mode. The library's defaults by default.
+        call_ceiling: Returns the limit on calls of an answer in a mode, in place of the one in
+            `options`, because it depends on what is known of the server by then. None for that one.
         models: The models as answer documents name them; by default by `small` and `large`.
         experience: Measurements of the pair. New by default.
         redact: Removes secrets from a JSON value of an answer document. By default nothing.
@@ -46,9 +49,16 @@ class ServingSession:
     large: LargeModel | None
     make_router: MakeRouter = _make_entropy_router
     options: Options = field(default_factory=Options)
+    call_ceiling: Callable[[Mode], float | None] | None = None
     models: ModelPair | None = None
     experience: Experience = field(default_factory=Experience)
     redact: Callable[[Any], Any] = _unchanged
+
+    def limit_calls(self, options: Options) -> Options:
+        """Return the options of an answer with the limit on calls that holds for it now."""
+        if self.call_ceiling is None:
+            return options
+        return replace(options, call_ceiling=self.call_ceiling(options.mode))
 
     @property
     def small_name(self) -> str:

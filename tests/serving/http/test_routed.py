@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from mlxroute.answers.document_file import parse_document
 from mlxroute.errors import LargeRefused, LargeUnavailable, LargeUnreachable
 from mlxroute.serving.http.answer_endpoint import ServingLimits
 from mlxroute.serving.http.endpoint_app import create_app
 from mlxroute.small import SmallModel
-from mlxroute.types import LargeContext, LargeToken
+from mlxroute.types import LargeContext, LargeToken, Mode
 from tests.support.endpoint import call_until, chat, make_session, read_stream, running
 from tests.support.fakes import ScriptedLarge
 
@@ -310,3 +311,14 @@ def test_an_echo_with_logprobs_is_the_small_models(routed: TestClient) -> None:
     assert response.json()["error"]["param"] == "echo"
     small = {**body, "model": "mlxroute:small"}
     assert routed.post("/v1/completions", json=small).status_code == 200
+
+
+def test_the_limit_on_calls_is_that_of_the_requests_mode(small: SmallModel) -> None:
+    session = make_session(small, ScriptedLarge([(_X,)] * 8))
+    limits = {Mode.AUTO: 1.5, Mode.HEDGE: None}
+    object.__setattr__(session, "call_ceiling", limits.__getitem__)
+    with running(session) as client:
+        for mode, limit in limits.items():
+            reply = post(client, chat(mode=mode, max_tokens=2, **_ALWAYS))
+            data = client.get(f"/v1/mlxroute/answers/{reply['id']}").content
+            assert parse_document(data).options.call_ceiling == limit
