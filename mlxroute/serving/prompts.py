@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, cast
@@ -11,8 +10,6 @@ from typing import Final, Protocol, cast
 from mlxroute.errors import ContextTooLong, UsageError
 from mlxroute.types import EncodedPrompt, Message, PromptText, Vocabulary
 
-# Fast tokenizers of `transformers` must not encode in two threads at once.
-_tokenizer_lock = threading.Lock()
 # More than any text has on average. Encoding takes seconds for each million, and others wait.
 _MAX_BYTES_PER_TOKEN: Final = 32
 # Stands in a marked prompt for characters that are no part of a control token.
@@ -63,15 +60,14 @@ def encode_prompt(
     """
     _check_size(prompt, begun, small.context_length)
     messages: tuple[Message, ...] = ()
-    with _tokenizer_lock:
-        if isinstance(prompt, str):
-            encoded = small.encode_rendered(prompt)
-        elif prompt and isinstance(prompt[0], int):
-            ids = tuple(cast("Sequence[int]", prompt))
-            encoded = EncodedPrompt(ids, _decode(small.vocabulary, ids))
-        else:
-            messages = tuple(cast("Sequence[Message]", prompt))
-            encoded = small.encode_conversation(messages, begun=begun)
+    if isinstance(prompt, str):
+        encoded = small.encode_rendered(prompt)
+    elif prompt and isinstance(prompt[0], int):
+        ids = tuple(cast("Sequence[int]", prompt))
+        encoded = EncodedPrompt(ids, _decode(small.vocabulary, ids))
+    else:
+        messages = tuple(cast("Sequence[Message]", prompt))
+        encoded = small.encode_conversation(messages, begun=begun)
     ids = encoded.ids
     if not ids:
         raise UsageError("the prompt is empty", parameter="prompt")

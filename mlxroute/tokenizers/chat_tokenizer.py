@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -35,8 +34,7 @@ class ChatTokenizer:
         self._encoder = PromptEncoder(tokenizer, self.vocabulary)
         self._template: tuple[Any, ChatTemplate] | None = None
         self._last: EncodedPrompt | None = None
-        # Tokenizers of transformers must not encode in two threads at once.
-        self._lock = threading.Lock()
+        self._lock = self.vocabulary.encoding_lock
 
     @classmethod
     def load(cls, path: Path, *, name: str) -> Self:

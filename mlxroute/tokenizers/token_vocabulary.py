@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import threading
 from functools import cached_property
 from typing import Any, Final
 
@@ -25,10 +26,13 @@ class TokenVocabulary:
     Attributes:
         control_ids: The ids of the control tokens, by name.
         controls: Their names.
+        encoding_lock: Held while the tokenizer encodes: those of transformers must not do so in two
+            threads at once.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self.encoding_lock = threading.RLock()
         self._size = len(tokenizer)
         self._byte_level = _is_byte_level(tokenizer)
         added = tokenizer.added_tokens_decoder
@@ -59,9 +63,10 @@ class TokenVocabulary:
         candidates = (*find_end_ids(shown), self._tokenizer.eos_token_id)
         return next((i for i in candidates if i in ids), min(ids))
 
-    @property
+    @cached_property
     def bos_text(self) -> str:
-        first = list(self._tokenizer.encode("a"))[:1]
+        with self.encoding_lock:
+            first = list(self._tokenizer.encode("a"))[:1]
         return self._tokenizer.bos_token if first == [self._tokenizer.bos_token_id] else ""
 
     @property
@@ -161,7 +166,8 @@ class TokenVocabulary:
         return ids[start:] if ids[:start] == self._anchor_ids else self._plain(text)
 
     def _plain(self, text: str) -> tuple[int, ...]:
-        ids = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        with self.encoding_lock:
+            ids = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         return tuple(ids)
 
     def _spell(self, token_id: int) -> bytes:

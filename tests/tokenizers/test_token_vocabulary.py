@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -23,6 +27,26 @@ from tests.support.tiny import END, START, make_tiny_model
 def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> TokenVocabulary:
     _, tokenizer = load(make_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny"))
     return TokenVocabulary(tokenizer)
+
+
+def test_a_tokenizer_encodes_in_one_thread_at_a_time(
+    vocabulary: TokenVocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = vocabulary._tokenizer
+    encode, running, overlaps = tokenizer.encode, threading.Lock(), []
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        overlaps.append(not running.acquire(blocking=False))
+        time.sleep(0.001)
+        if not overlaps[-1]:
+            running.release()
+        return encode(*arguments, **options)
+
+    monkeypatch.setattr(tokenizer, "encode", watched, raising=False)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: (vocabulary.encode("ab"), vocabulary.encode("c")), range(8)))
+    assert overlaps
+    assert not any(overlaps)
 
 
 def test_every_byte_has_its_own_character() -> None:
