@@ -97,7 +97,10 @@ class _UsageRecorder:
         self._recorded = (0, 0, 0)
 
     def record(self, completion: Completion) -> None:
-        """Record the increase of the counts since the last time; estimate those not reported."""
+        """Record the change of the counts since the last time; estimate those not reported.
+
+        The count of a stream's prompt may come last, and be lower than the estimate.
+        """
         prompt, generated = completion.prompt_tokens, completion.completion_tokens
         prompt = self._prompt_tokens if prompt is None else prompt
         generated = len(completion.positions) if generated is None else generated
@@ -113,7 +116,7 @@ class _UsageRecorder:
 
     def _record(self, prompt: int, cached: int | None, generated: int) -> None:
         totals = (prompt, min(cached or 0, prompt), generated)
-        new = [max(0, b - a) for a, b in zip(self._recorded, totals, strict=True)]
+        new = [b - a for a, b in zip(self._recorded, totals, strict=True)]
         self._recorded = totals
         self._ledger.record_usage(
             prompt_tokens=new[0], cached_tokens=new[1], completion_tokens=new[2]

@@ -119,9 +119,9 @@ def model(server: Loopback, dialect: Dialect = LLAMA, *, same: bool = True) -> L
     return large
 
 
-def read_streamed_tokens(large: LargeModel, *, prefetch: int = 2) -> PendingCall:
-    ids = (VOCABULARY.id_of("t"), VOCABULARY.id_of("h"))
-    return large.begin(context("th", VOCABULARY, answer=ids), prefetch=prefetch)
+def read_streamed_tokens(large: LargeModel, *, prefetch: int = 2, repeated: int = 1) -> PendingCall:
+    ids = (VOCABULARY.id_of("t"), VOCABULARY.id_of("h")) * repeated
+    return large.begin(context("th" * repeated, VOCABULARY, answer=ids), prefetch=prefetch)
 
 
 def until(large: LargeModel, call: PendingCall, count: int) -> tuple[LargeToken, ...]:
@@ -182,6 +182,16 @@ def test_a_stream_gives_the_tokens_of_the_whole_reply(
         for field in fields(LargeToken):
             if field.name != "latency_s":
                 assert getattr(streamed, field.name) == getattr(unstreamed, field.name), field.name
+
+
+@_SERVERS
+def test_the_servers_count_of_a_prompt_replaces_a_higher_estimate(
+    server: Loopback, dialect: Dialect, writes: Any
+) -> None:
+    server.script.append(Reply(chunks=tuple(writes(_WORDS))))
+    with model(server, dialect) as large:
+        until(large, read_streamed_tokens(large, repeated=20), 0)
+        assert large.uploads.tokens == 7
 
 
 @pytest.mark.parametrize("same", [True, False])

@@ -84,11 +84,11 @@ class PendingCalls:
         self, ask: Callable[[Deadline, Callable[[Tokens], None]], Tokens], deadline: Deadline
     ) -> PendingCall:
         """Start a call, which runs `ask(deadline, publish)`, and return it."""
-        self._calls = [call for call in self._calls if not call.finished]
         call = PendingCall(ask, deadline=deadline, changed=self._changed)
         call.start()
         # A call whose thread cannot start never finishes, so it is not kept.
-        self._calls.append(call)
+        with self._changed:
+            self._calls = [*(other for other in self._calls if not other.finished), call]
         return call
 
     def wait(self, condition: Callable[[], bool], *, timeout_s: float) -> None:
@@ -107,4 +107,5 @@ class PendingCalls:
         for call in self._calls:
             call.join(max(0.0, end_s - time.monotonic()))
         # An error keeps what its traceback names, down to a connection.
-        self._calls = [call for call in self._calls if not call.finished]
+        with self._changed:
+            self._calls = [call for call in self._calls if not call.finished]

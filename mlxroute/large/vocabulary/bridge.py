@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mlxroute.errors import LargeProtocolError
+from mlxroute.errors import LargeNotContinued, LargeProtocolError
 from mlxroute.large.reply import ReplyPosition, ReplyToken
 from mlxroute.large.vocabulary.token_reader import REPLACEMENT, TokenReader
 from mlxroute.tokenizers.utf8 import decode_or_none
@@ -123,7 +123,7 @@ class Bridge:
             token = position.token
             if self._reader.is_special(token):
                 name = token.piece or token.text or token.token_id
-                raise LargeProtocolError(
+                raise LargeNotContinued(
                     f"the small model has no token for the large model's special token {name}"
                 )
             token_bytes = None if self._reader.ends(position) else self._reader.text_bytes(token)

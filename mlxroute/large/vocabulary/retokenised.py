@@ -45,7 +45,7 @@ def stable_context(context: LargeContext) -> LargeContext:
         context,
         text=lead + b"".join(pieces[:kept]).decode(),
         fragment_ids=(*ids[kept:], *context.fragment_ids),
-        spans=context.spans[: kept - len(ids) - len(context.fragment_ids)],
+        spans=context.spans[: kept - len(ids)],
     )
 
 
@@ -68,15 +68,14 @@ def stable_prefix(context: LargeContext, tokens: Sequence[LargeToken]) -> tuple[
 
 def _latest_large_ids(context: LargeContext) -> tuple[int, ...]:
     """Return the ids of the large model's last uninterrupted run of tokens in the text."""
-    count, fragments = 0, len(context.fragment_ids)
-    for token_id, span in zip(reversed(context.token_ids), reversed(context.spans), strict=False):
+    # The ids of a begun character have no span.
+    ids = tuple(context.token_ids[: len(context.token_ids) - len(context.fragment_ids)])
+    begin = len(ids)
+    for token_id, span in zip(reversed(ids), reversed(context.spans), strict=False):
         if span.large_ids != (token_id,) or not context.vocabulary.token_bytes(token_id):
             break
-        count += 1
-    if count <= fragments:
-        return ()
-    end = len(context.token_ids) - fragments
-    return tuple(context.token_ids[end - count + fragments : end])
+        begin -= 1
+    return ids[begin:]
 
 
 def _stable_count(

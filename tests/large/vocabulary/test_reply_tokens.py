@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlxroute.errors import LargeProtocolError
+from mlxroute.errors import LargeNotContinued, LargeProtocolError
 from mlxroute.large import LargeModel
 from mlxroute.large.dialects import Dialect, get_dialect
 from mlxroute.large.prompt import Prompt
@@ -183,7 +183,7 @@ def test_sentencepiece_pieces_are_decoded(piece: str, text: str) -> None:
 
 @pytest.mark.parametrize("piece", ["<|im_start|>", "<think>", "[INST]", "<｜User｜>"])
 def test_foreign_special_tokens_are_refused(piece: str) -> None:
-    with pytest.raises(LargeProtocolError, match="no token for the large model's special token"):
+    with pytest.raises(LargeNotContinued, match="no token for the large model's special token"):
         read(MLX_LM, mlx_lm_reply([(900, piece), (901, "Ġa")]))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -86,6 +88,17 @@ def test_prefetched_tokens_are_kept_while_their_text_is_cut_as_it_was_written(
     # A different cut far back in the lead is not checked.
     if len(prefix) < len(tokens) and len(lead) <= 64:
         assert not is_stable(len(prefix))
+
+
+def test_tokens_before_a_begun_character_move_too() -> None:
+    vocabulary = real_vocabularies.smollm2()
+    whole = written(vocabulary, "Hi", [" ", "there"])
+    begun = vocabulary.encode("🙂")[0]
+    context = replace(whole, token_ids=(*whole.token_ids, begun), fragment_ids=(begun,))
+    stable, expected = stable_context(context), stable_context(whole)
+    assert expected.fragment_ids
+    assert (stable.text, stable.spans) == (expected.text, expected.spans)
+    assert stable.fragment_ids == (*expected.fragment_ids, begun)
 
 
 def test_tokens_of_the_small_model_do_not_move() -> None:
