@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
 from mlxroute.recorded.replies import Replies
@@ -34,8 +34,10 @@ def map_answers(
     with ThreadPoolExecutor(at_once) as pool:
         futures = [pool.submit(process, item) for item in items]
         try:
-            return [future.result() for future in futures]
+            for future in as_completed(futures):
+                future.result()
         except BaseException:
             replies.close()
             pool.shutdown(cancel_futures=True)
             raise
+    return [future.result() for future in futures]

@@ -20,6 +20,7 @@ from mlxroute.config import Settings
 from mlxroute.errors import LargeError, LargeNotContinued, LargeProtocolError, UsageError
 from mlxroute.recorded.large_answers import LargeAnswer, write_large_answers
 from mlxroute.recorded.large_choices import WrittenAnswer, find_large_choices
+from mlxroute.recorded.parallel_answers import map_answers
 from mlxroute.recorded.replies import AnswerNotContinued, Replies
 from mlxroute.types import LargeContext, LargeToken, Message, Uploads, Vocabulary
 from tests.support.fakes import (
@@ -452,3 +453,18 @@ def test_a_position_without_an_answer_is_a_failure_where_the_large_model_writes_
         with pytest.raises(LargeProtocolError, match="inside a character") as caught:
             call.result()
         assert type(caught.value) is error
+
+
+def test_the_first_failure_of_any_answer_ends_the_others() -> None:
+    closed = threading.Event()
+    replies = cast(Replies, SimpleNamespace(close=closed.set))
+
+    def answer(number: int) -> int:
+        if number == 1:
+            raise UsageError("the second answer")
+        if not closed.wait(20):
+            raise AssertionError("the others are not ended")
+        raise LargeError("closed")
+
+    with pytest.raises(UsageError, match="the second answer"):
+        map_answers(answer, range(3), replies=replies, at_once=3, on_answer=lambda: None)
