@@ -131,7 +131,7 @@ class PendingCallProtocol(Protocol):
 
 
 class LargeProtocol(Protocol):
-    """The remote model, used by one thread."""
+    """The remote model; several answers may use it, each in a thread of its own."""
 
     @property
     def uploads(self) -> Uploads:
