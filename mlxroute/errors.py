@@ -191,7 +191,8 @@ class LargeNotContinued(LargeProtocolError):
     """Raised where the server does not go on with the answer, or cannot be asked to.
 
     The server works, and may well go on with the answer at another position. It cannot be asked
-    where the answer so far ends inside a character and the server takes only text.
+    where the answer so far ends inside a character and the server takes only text. A special token
+    that the small model lacks does not go on with the answer either.
     """
 
     counts_as_failure = False

@@ -243,9 +243,9 @@ def _wire_memory() -> None:
 def _widen(model: Any, *, kept: frozenset[str] = frozenset()) -> None:
     """Convert floating-point weights but those `kept` to float32, lazily, on several streams.
 
-    Matrices that are multiplied are stored by columns: for one token, OpenBLAS multiplies those
-    faster. Most of the time goes into the operating system's work when a thread first writes to
-    new memory; the streams share it.
+    Of these weights, matrices that are multiplied are stored by columns: for one token, OpenBLAS
+    multiplies those faster. Most of the time goes into the operating system's work when a thread
+    first writes to new memory; the streams share it.
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten, tree_unflatten

@@ -99,7 +99,7 @@ def _grade_choice(question: Question, text: str) -> Grade:
 def _grade_number(question: Question, text: str) -> Grade:
     correct = str(question.answer)
     # Without an instruction no box was asked for.
-    written: str | None = text
+    written = text if text.strip() else None
     if question.instruction:
         written = find_boxed_number(text) or next(find_boxes(text), None)
     strict = None if written is None else written.strip() == correct.strip()

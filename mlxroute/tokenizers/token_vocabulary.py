@@ -26,6 +26,7 @@ class TokenVocabulary:
     Attributes:
         control_ids: The ids of the control tokens, by name.
         controls: Their names.
+        bos_text: The name of the begin token that the tokenizer puts before a text; "" for none.
         encoding_lock: Held while the tokenizer encodes: those of transformers must not do so in two
             threads at once.
     """
@@ -44,6 +45,8 @@ class TokenVocabulary:
         self._special |= set(tokenizer.all_special_ids) - {None}
         self.control_ids = self._find_control_ids()
         self.controls = ControlTokens(self.control_ids)
+        first = list(tokenizer.encode("a"))[:1]
+        self.bos_text: str = tokenizer.bos_token if first == [tokenizer.bos_token_id] else ""
         self._bytes: dict[int, bytes] = {}
         self._anchor_ids: tuple[int, ...] = ()
         # SentencePiece tokenizers add a space before every text, also before a part of an answer.
@@ -62,12 +65,6 @@ class TokenVocabulary:
         shown = {name: i for name, i in self.control_ids.items() if name in template}
         candidates = (*find_end_ids(shown), self._tokenizer.eos_token_id)
         return next((i for i in candidates if i in ids), min(ids))
-
-    @cached_property
-    def bos_text(self) -> str:
-        with self.encoding_lock:
-            first = list(self._tokenizer.encode("a"))[:1]
-        return self._tokenizer.bos_token if first == [self._tokenizer.bos_token_id] else ""
 
     @property
     def size(self) -> int:

@@ -1,10 +1,11 @@
 """Adapting a small model to a large one: LoRA weights trained on the large model's answers.
 
 Answers that their question's own answer proves wrong are not learned. One question in five is held
-out, of those that no earlier training of the weights used. After every half epoch, the loss of the
-held-out answers and the small model's own accuracy on their questions decide whether the weights
-are kept and the training goes on. Then follow on-policy rounds: the small model answers with the
-best weights, and learns what the large one would write at each position of these answers too.
+out, of those that no earlier training of the weights used. After about every half epoch, the loss
+of the held-out answers and the small model's own accuracy on their questions decide whether the
+weights are kept and the training goes on. Then follow on-policy rounds: the small model answers
+with the best weights, and learns what the large one would write at each position of these answers
+too.
 """
 
 from __future__ import annotations
@@ -290,30 +291,32 @@ class _Training:
         """Train for one round, the first of which has number 0."""
         accumulate = BATCH_SIZE // size
         # Whole updates only, and no more than the epochs hold.
-        updates = max(1, len(section.trained) // accumulate // _JUDGED_PER_EPOCH)
-        steps = accumulate * updates
-        total = max(1, section.epochs * len(section.trained) // steps) * steps
+        batches = len(section.trained)
+        steps = accumulate * max(1, round(batches / accumulate / _JUDGED_PER_EPOCH))
+        total = accumulate * max(1, section.epochs * batches // accumulate)
         label = f"training steps, round {number}" if number else "training steps"
         self._ended_by = ""
         begin = 0
         if self._best is not None and self._best.round == number:
-            begin = steps * round(self._best.epoch * len(section.trained) / steps)
+            begin = accumulate * round(self._best.epoch * batches / accumulate)
         else:
             self._figures.append(self._judge(number, 0.0, section.held_out))
         stream = shuffled_batches(section.trained, skip=begin)
         counter = itertools.count(begin)
         self._progress(label, next(counter), total)
         self._tuning.schedule(total // accumulate, done=begin // accumulate)
-        for done in range(begin + steps, total + 1, steps):
+        while begin < total:
+            end = min(begin + steps, total)
             with tempfile.TemporaryDirectory() as scratch:
                 self._tuning.train(
                     stream,
-                    steps=steps,
+                    steps=end - begin,
                     accumulate=accumulate,
                     latest=Path(scratch) / WEIGHTS_FILE,
                     on_step=lambda: self._progress(label, next(counter), total),
                 )
-            figures = self._judge(number, done / len(section.trained), section.held_out)
+            figures = self._judge(number, end / batches, section.held_out)
+            begin = end
             if self._add_figures(figures):
                 self._write()
             if self._ended_by:

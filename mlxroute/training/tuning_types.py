@@ -122,7 +122,7 @@ class TuningOutcome:
     """What a training did.
 
     Args:
-        figures: Held-out figures: before the training, and after each half epoch.
+        figures: Held-out figures: before the training, and after about each half epoch.
         best: Those of the weights that were kept; None if none were better than before.
         ended_by: What ended the training: `epochs`, `held-out loss`, `held-out accuracy`,
             `interrupt` or `divergence`; `unfinished` in a

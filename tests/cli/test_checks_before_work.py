@@ -171,7 +171,7 @@ def test_the_rank_of_an_adapter_cannot_be_changed(
 ) -> None:
     arguments = ["adapt", "--data", "x", "--out", "y", "--large", "http://127.0.0.1:9/v1"]
     assert main([*arguments, "--adapter", str(tmp_path), "--rank", "8"]) == 2
-    assert "--rank is that of --adapter; give one of the two" in capsys.readouterr().err
+    assert "--rank cannot be given with an adapter to start from" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,7 @@ def test_a_number_that_no_box_was_asked_for_is_the_whole_text() -> None:
     question = Question("q", "2 + 2 is?", AnswerKind.NUMBER, "4")
     assert grade(question, " 4\n") == Grade(True, True)
     assert grade(question, "It is 4") == Grade(False, True)
+    assert grade(question, " ") == Grade(None, None)
 
 
 def test_numbers_of_hundreds_of_digits_are_compared() -> None:

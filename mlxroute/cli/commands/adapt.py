@@ -95,7 +95,10 @@ def adapt(
     if not 0 < learning_rate < 1:
         raise UsageError("--learning-rate must be between 0 and 1")
     if rank is not None and settings.adapter is not None:
-        raise UsageError("--rank is that of --adapter; give one of the two")
+        raise UsageError(
+            "--rank cannot be given with an adapter to start from (--adapter, MLXROUTE_ADAPTER or"
+            " `adapter` in the config file), whose rank stays"
+        )
     sampled = sample_files(data, questions, at_least=MIN_TRAINING_QUESTIONS)
     run = _AdaptRun(
         data=data,
@@ -114,7 +117,7 @@ def adapt(
                 *("--questions", str(questions), "--tokens", str(tokens), "--shots", str(shots)),
                 *(("--examples", str(examples)) if examples else ()),
                 *("--epochs", str(epochs), "--rounds", str(rounds)),
-                *(() if settings.adapter else ("--rank", str(rank or _RANK))),
+                *("--rank", str(rank or _RANK)),
                 *("--learning-rate", f"{learning_rate:g}"),
             ]
         ),

@@ -22,6 +22,7 @@ from mlxroute.config import (
     read_prices,
 )
 from mlxroute.errors import MlxRouteError
+from mlxroute.user_folders import cache_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,13 +59,13 @@ def doctor(settings: Settings) -> int:
     from mlxroute.cli.terminal import make_consoles, print_labelled, show_status
 
     out, err = make_consoles()
-    cache_dir = cache_dir_of(settings)
-    checks = [
-        _check_versions(),
-        *_check_device(cache_dir),
-        _check_cache(cache_dir),
-        _check_config(),
-    ]
+    try:
+        cache_dir = cache_dir_of(settings)
+        cache_check = _check_cache(cache_dir)
+    except MlxRouteError as exc:
+        cache_dir = cache_folder()
+        cache_check = DoctorCheck("cache", error_message(exc), is_good=False)
+    checks = [_check_versions(), *_check_device(cache_dir), cache_check, _check_config()]
     if settings.offline:
         checks.append(DoctorCheck("network", "not checked: offline is set", is_good=None))
     elif not _are_settings_readable():
@@ -117,7 +118,7 @@ def _check_cache(cache_dir: Path) -> DoctorCheck:
     from mlxroute.weights import list_cached
 
     folder = cache_dir
-    # A folder that cannot be looked into, `exists` reports as an error.
+    # `Path.exists` raises where a folder cannot be looked into.
     while not os.path.exists(folder):
         folder = folder.parent
     free = shutil.disk_usage(folder).free

@@ -38,8 +38,9 @@ class ServingSession:
         make_router: Makes a router in its first state; without a budget and a threshold, by the
             session's own rule. An `EntropyRouter` by default.
         options: Limits, sampling and mode. The library's defaults by default.
-        call_ceiling: Returns the limit on calls of an answer in a mode, in place of the one in
-            `options`, because it depends on what is known of the server by then. None for that one.
+        call_ceiling: Returns the limit on the session's calls that holds for an answer in a mode,
+            in place of the one in `options`; it depends on what is known of the server by then.
+            None (default) for the one in `options`.
         models: The models as answer documents name them; by default by `small` and `large`.
         experience: Measurements of the pair. New by default.
         redact: Removes secrets from a JSON value of an answer document. By default nothing.
