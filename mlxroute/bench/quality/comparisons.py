@@ -38,11 +38,11 @@ def compare_sides(
         {
             "first": first,
             "second": second,
-            "strict": _compare(
+            "strict": compare_marks(
                 [row.strict is True for row in rows[first]],
                 [row.strict is True for row in rows[second]],
             ),
-            "lenient": _compare(
+            "lenient": compare_marks(
                 [row.lenient is True for row in rows[first]],
                 [row.lenient is True for row in rows[second]],
             ),
@@ -84,7 +84,7 @@ def pair_with_best_baseline(
     return pairs
 
 
-def _compare(first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:
+def compare_marks(first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:
     """Return the comparison of two sides, given whether each of their answers is right."""
     pairs = list(zip(first, second, strict=True))
     only_first, only_second = pairs.count((True, False)), pairs.count((False, True))

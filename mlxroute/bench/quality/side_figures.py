@@ -39,8 +39,12 @@ def side_figures(
     return {
         "router": side.router,
         "budget": side.budget if side.router else None,
-        "strict": _accuracy(*map(_strict_marks, (own_rows, *alone))) if has_answers else None,
-        "lenient": _accuracy(*map(_lenient_marks, (own_rows, *alone))) if has_answers else None,
+        "strict": accuracy_figures(*map(_strict_marks, (own_rows, *alone)))
+        if has_answers
+        else None,
+        "lenient": accuracy_figures(*map(_lenient_marks, (own_rows, *alone)))
+        if has_answers
+        else None,
         "with_large": agreement_figures(own_rows, alone[1]),
         "by_large": logprob_figures(scores),
         "escalation_rate": round(escalated / tokens, 5) if tokens else 0.0,
@@ -70,7 +74,7 @@ def _max_excess(rows: Sequence[QualityRow], budget: float, chats: int) -> float:
     return round(largest, 3)
 
 
-def _accuracy(
+def accuracy_figures(
     marks: Sequence[bool | None],
     small_marks: Sequence[bool | None],
     large_marks: Sequence[bool | None],

@@ -92,13 +92,7 @@ def adapt(
 
     address = require_large(settings, "adapt")
     out = expand_user(out)
-    if not 0 < learning_rate < 1:
-        raise UsageError("--learning-rate must be between 0 and 1")
-    if rank is not None and settings.adapter is not None:
-        raise UsageError(
-            "--rank cannot be given with an adapter to start from (--adapter, MLXROUTE_ADAPTER or"
-            " `adapter` in the config file), whose rank stays"
-        )
+    _check_options(settings, rank, learning_rate)
     sampled = sample_files(data, questions, at_least=MIN_TRAINING_QUESTIONS)
     run = _AdaptRun(
         data=data,
@@ -116,8 +110,7 @@ def adapt(
                 *(word for file in data for word in ("--data", str(file))),
                 *("--questions", str(questions), "--tokens", str(tokens), "--shots", str(shots)),
                 *(("--examples", str(examples)) if examples else ()),
-                *("--epochs", str(epochs), "--rounds", str(rounds)),
-                *("--rank", str(rank or _RANK)),
+                *("--epochs", str(epochs), "--rounds", str(rounds), "--rank", str(rank or _RANK)),
                 *("--learning-rate", f"{learning_rate:g}"),
             ]
         ),
@@ -138,6 +131,13 @@ def adapt(
     shown = {name: value for name, value in outcome.report.items() if name != "questions"}
     sys.stdout.write(json.dumps(shown) + "\n")
     return EXIT_INTERRUPTED if outcome.ended_by == "interrupt" else EXIT_OK
+
+
+def _check_options(settings: Settings, rank: int | None, learning_rate: float) -> None:
+    if not 0 < learning_rate < 1:
+        raise UsageError("--learning-rate must be between 0 and 1")
+    if rank is not None and settings.adapter is not None:
+        raise UsageError("--rank cannot be given with an adapter to start from: its rank stays")
 
 
 def _model_words(settings: Settings, address: str) -> list[str]:
