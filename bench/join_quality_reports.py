@@ -80,7 +80,7 @@ def _join_sides(first: Mapping[str, Any], second: Mapping[str, Any], name: str) 
 
 
 def _marks(figures: Mapping[str, Any]) -> list[bool | None]:
-    """Return a mark for each question; which of the wrong answers are none is not in a report."""
+    """Return the marks; the first wrong answers stand for those that gave no answer."""
     left = figures["no_answer"]
     marks: list[bool | None] = []
     for digit in figures["right"]:
