@@ -35,7 +35,7 @@ from mlxroute.types import LargeContext, Message, Span
 # What callers write. The large model answers as well to any text.
 FILLER = Path(__file__).parents[1] / "docs" / "trace-a-token.md"
 CALLERS = (1, 2, 4, 8, 16, 32)
-_CALLERS_PER_SLOT = 4
+CALLERS_PER_SLOT = 4
 TIMEOUT_S = 600.0
 PLAYED_S = 7200.0
 
@@ -148,7 +148,7 @@ def time_busy_replica(
     """
     unpaused = Load(step_s=0.0, rate=rate, call_s=1.0, at_once=at_once)
     figures = run(
-        callers[: _CALLERS_PER_SLOT * at_once], large, unpaused, left_out_s=1.0, counted_s=seconds
+        callers[: CALLERS_PER_SLOT * at_once], large, unpaused, left_out_s=1.0, counted_s=seconds
     )
     if not figures["calls"]:
         raise SystemExit(f"no call ended in {seconds:g} s; use more --seconds")
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=positive, default=20.0)
     given = parser.parse_args()
     small = SmallModel.load(given.small)
-    callers = make_callers(small, max(_CALLERS_PER_SLOT * given.at_once, *given.callers))
+    callers = make_callers(small, max(CALLERS_PER_SLOT * given.at_once, *given.callers))
     rate = given.rate
     with LargeModel(given.address, timeout_s=TIMEOUT_S) as large:
         large.connect(thorough=False)

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 OVERHEAD_BYTES = 600 * 2**20
 """Memory beside the weights: interpreter, tokenizer, MLX, a KV cache of a few thousand tokens."""
 
-# Rows that are transposed at a time: a fast cache holds a part of each.
+# Rows that are transposed at a time, few enough for a fast cache.
 _TRANSPOSED_ROWS = 256
 
 # A KV cache of 8,192 tokens, from a tenth of the file (32B, Q4) to a fifth (1.5B, Q4).
@@ -255,8 +255,8 @@ def _widen(model: Any, *, kept: frozenset[str] = frozenset()) -> None:
     multiplied = _multiplied_weights(model)
     wide = []
     for name, value in sorted(tree_flatten(model.parameters()), key=lambda item: -item[1].size):
-        narrow = mx.issubdtype(value.dtype, mx.floating) and value.dtype != mx.float32
-        if narrow and name not in kept:
+        is_narrow = mx.issubdtype(value.dtype, mx.floating) and value.dtype != mx.float32
+        if is_narrow and name not in kept:
             index = loads.index(min(loads))
             loads[index] += value.size
             with mx.stream(streams[index]):

@@ -43,11 +43,11 @@ class LoraShape:
 
     Args:
         rank: Rank of the matrices.
-        layers: Number of layers with LoRA weights, the last ones of the model.
-        scale: Factor of the product of the two matrices.
+        layers: Number of layers with LoRA weights, the last ones of the model. 12 by default.
+        scale: Factor of the product of the two matrices. 20 by default.
     """
 
-    rank: int = 16
+    rank: int
     layers: int = 12
     scale: float = 20.0
 

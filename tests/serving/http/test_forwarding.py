@@ -9,7 +9,7 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +48,18 @@ _REPLY: dict[str, Any] = {
 }
 _PATTERNS = ("secret", r"project\nzebra", r"(?s)first.*then.*last")
 _LIMITS = ServingLimits(tools=ToolPolicyName.LARGE)
+
+
+@contextmanager
+def logged(small: SmallModel, url: str, lines: list[str]) -> Iterator[TestClient]:
+    """Run an endpoint whose large model is at the address; its log goes to `lines`."""
+    with (
+        LargeModel(url, model="big") as large,
+        running(
+            make_session(small, large), limits=_LIMITS, notify=lambda line: lines.append(line)
+        ) as client,
+    ):
+        yield client
 
 
 @pytest.fixture
@@ -405,12 +417,7 @@ def test_the_error_behind_a_failed_request_is_one_line_of_the_log(
 
     monkeypatch.setattr(WholeChat, "ask", fail)
     lines: list[str] = []
-    with (
-        LargeModel("http://127.0.0.1:1/v1", model="big") as large,
-        running(
-            make_session(small, large), limits=_LIMITS, notify=lambda line: lines.append(line)
-        ) as client,
-    ):
+    with logged(small, "http://127.0.0.1:1/v1", lines) as client:
         text = post(client, tools=_TOOLS, stream=is_stream).text
     assert "see the server's output" in text
     assert lines == ["error: RuntimeError: can't start new thread [2J"]
@@ -418,12 +425,7 @@ def test_the_error_behind_a_failed_request_is_one_line_of_the_log(
 
 def test_the_log_says_why_a_request_was_sent_on(small: SmallModel, server: Loopback) -> None:
     lines: list[str] = []
-    with (
-        LargeModel(server.url, model="big") as large,
-        running(
-            make_session(small, large), limits=_LIMITS, notify=lambda line: lines.append(line)
-        ) as client,
-    ):
+    with logged(small, server.url, lines) as client:
         post(client, tools=_TOOLS)
         post(client, response_format={"type": "json_object"})
     assert lines == [
@@ -438,12 +440,7 @@ def test_the_log_says_that_the_server_has_refused_a_request(
 ) -> None:
     server.script.append(Reply(b'{"error": "wrong key for a private text"}', status=401))
     lines: list[str] = []
-    with (
-        LargeModel(server.url, model="big") as large,
-        running(
-            make_session(small, large), limits=_LIMITS, notify=lambda line: lines.append(line)
-        ) as client,
-    ):
+    with logged(small, server.url, lines) as client:
         post(client, tools=_TOOLS, stream=is_stream)
     assert lines == ["error: the large model failed (status 401)"]
 
