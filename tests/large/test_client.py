@@ -177,7 +177,7 @@ def test_where_the_server_does_not_replay_its_tokens_it_gets_the_whole_text(
     assert [request.json["prompt"] for request in server.requests[-2:]] == ["a", "a the"]
 
 
-def test_a_shared_vocabulary_is_compared_once_and_remembered(tmp_path: Path) -> None:
+def test_vocabularies_are_compared_once_and_remembered(tmp_path: Path) -> None:
     verdicts = tmp_path / "verdicts.json"
     shared, other = family_servers.VOCABULARY, TableVocabulary(["a", "b"])
     with Loopback(FamilyServer("vllm")) as server:
@@ -190,8 +190,8 @@ def test_a_shared_vocabulary_is_compared_once_and_remembered(tmp_path: Path) -> 
             assert not large.pair_vocabulary(other)
         paths = [request.path for request in server.requests[before:]]
         assert paths.count("/v1/completions") == 1
-        # The sample text of the connection, and a sample of the shared vocabulary.
-        assert paths.count("/detokenize") == 2
+        # The sample text of the connection, and a sample of each vocabulary.
+        assert paths.count("/detokenize") == 3
 
 
 @pytest.mark.parametrize("family", ["vllm", "llama-server", "sglang"])
@@ -201,7 +201,7 @@ def test_another_model_under_a_remembered_name_has_another_vocabulary(
     verdicts, shared = tmp_path / "verdicts.json", family_servers.VOCABULARY
     other = TableVocabulary(family_servers.PIECES[::-1])
     with Loopback(FamilyServer(family)) as server:
-        for vocabulary, is_same in [(shared, True), (other, False), (other, False)]:
+        for vocabulary, is_same in [(shared, True), (other, False), (other, False), (shared, True)]:
             server.answer = FamilyServer(family, vocabulary=vocabulary)
             with LargeModel(server.url, verdicts=verdicts) as large:
                 assert large.pair_vocabulary(shared) is is_same

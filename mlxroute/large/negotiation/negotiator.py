@@ -118,15 +118,16 @@ class Negotiator:
     def compare(self, vocabulary: Vocabulary, next_deadline: NextDeadline) -> VocabularyComparison:
         """Compare a small model's vocabulary with the large model's.
 
-        A result is remembered with the verdict; that they are the same is checked again with a few
-        tokens, as the server may have another model now. Call it after `negotiate`. Raises
-        LargeError.
+        A result is remembered with the verdict, and checked again with a few tokens, as the server
+        may have another model now. Call it after `negotiate`. Raises LargeError.
         """
         assert self.negotiated is not None
         verdict, digest = self.negotiated.verdict, fingerprint(vocabulary)
         remembered = None if verdict is None else verdict.is_shared(digest)
-        if remembered and self._differs(vocabulary, next_deadline):
-            remembered = None
+        if remembered is not None:
+            sampled = self._compare_sample(vocabulary, next_deadline)
+            if sampled is not None and sampled is not remembered:
+                remembered = None
         if verdict is not None and remembered is not None:
             return VocabularyComparison(remembered, verdict.difference(digest))
         comparison = self._compare(vocabulary, next_deadline)
@@ -137,16 +138,16 @@ class Negotiator:
             self._verdicts.save(verdict, model=self.model.given)
         return comparison
 
-    def _differs(self, vocabulary: Vocabulary, next_deadline: NextDeadline) -> bool:
-        """Return whether tokens of a sample differ on the server; False if it does not say."""
+    def _compare_sample(self, vocabulary: Vocabulary, next_deadline: NextDeadline) -> bool | None:
+        """Return whether a sample of the tokens is the server's; None if it does not say."""
         routes = self.bind(self.tokens, next_deadline)
         if not isinstance(routes, TokenizeRoutes):
-            return False
+            return None
         try:
             sampled = compare_decoded(vocabulary, routes.decode, routes.rendered_ids, sample=True)
         except LargeError:
-            return False
-        return sampled.is_same is False
+            return None
+        return sampled.is_same
 
     def _compare(self, vocabulary: Vocabulary, next_deadline: NextDeadline) -> VocabularyComparison:
         match self.bind(self.tokens, next_deadline):
