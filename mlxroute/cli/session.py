@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from mlxroute.answers.document import ModelPair
     from mlxroute.answers.recorded_answer import RecordedAnswer
-    from mlxroute.catalog import Pair
+    from mlxroute.catalog import Catalog, Pair
     from mlxroute.engine import Options
     from mlxroute.large import LargeModel
     from mlxroute.small import SmallModel
@@ -71,7 +71,8 @@ class Session:
         routing: The router, with its threshold or budget.
         ledger: The record of what is sent; `close` closes it.
         never_send: Patterns of text that must stay on this machine.
-        prices: Prices of the large model. None (default) for no cost estimate.
+        catalog: The catalogue, for the prices of a large model of which the settings have none.
+            None (default) for the prices of the settings alone.
     """
 
     def __init__(
@@ -83,19 +84,19 @@ class Session:
         routing: RoutingRule,
         ledger: Ledger,
         never_send: tuple[re.Pattern[str], ...],
-        prices: Prices | None = None,
+        catalog: Catalog | None = None,
     ) -> None:
         from mlxroute.engine import Experience
 
         self.small = small
         self.large = large
         self.routing = routing
-        self.prices = prices
         self.mode: str = settings.mode
         self.conversation = Conversation(system=settings.system)
         self.never_send = never_send
         self._settings = settings
         self._ledger = ledger
+        self._catalog = catalog
         self._experience = Experience()
         self._warning_kinds: set[str] = set()
 
@@ -110,25 +111,36 @@ class Session:
         return self._settings.timeout
 
     @property
+    def prices(self) -> Prices | None:
+        """The prices of the settings, else the catalogue's for the large model as known by now."""
+        prices, large = read_prices(self._settings), self.large
+        if prices is not None or large is None or self._catalog is None:
+            return prices
+        return self._catalog.find_prices(large.model_name)
+
+    @property
     def options(self) -> Options:
         """The options of the next answer."""
         from mlxroute.engine import Options, parse_mode
         from mlxroute.types import Sampling
 
         settings, mode = self._settings, parse_mode(self.mode)
-        return Options(
+        options = Options(
             max_tokens=settings.max_tokens,
             stop=settings.stop,
             sampling=Sampling(settings.temperature, settings.top_p, settings.seed),
             timeout_s=settings.timeout,
             strict=settings.strict,
             never_send=self.never_send,
-            prices=self.prices,
             mode=mode,
             prefetch=settings.prefetch,
-            call_ceiling=self.call_ceiling(mode),
             accept_within=settings.accept_within,
         )
+        return self.adapt_options(options)
+
+    def adapt_options(self, options: Options) -> Options:
+        """Return the options with the prices and the limit on calls of the server as known now."""
+        return replace(options, prices=self.prices, call_ceiling=self.call_ceiling(options.mode))
 
     @property
     def model_pair(self) -> ModelPair:
@@ -228,11 +240,11 @@ class Session:
         if large is not None:
             with ByteProgress(err) as progress:
                 pair_vocabularies(large, small, progress)
-        pair, prices = _find_pair(small, large), _find_prices(settings, large)
+        pair = _find_pair(small, large)
         if self.large is not None:
             settings = self.routing.as_settings(settings)
         self.routing = make_routing(small, large, settings, pair)
-        self.small, self.large, self.prices = small, large, prices
+        self.small, self.large = small, large
         self._settings = settings
         self._experience = Experience()
         self._warning_kinds.clear()
@@ -297,6 +309,7 @@ def open_session(
 
     `command` and its arguments, `words`, are repeated where a server is offered.
     """
+    from mlxroute.catalog import Catalog
     from mlxroute.cli.progress import ByteProgress
 
     _check_files(settings)
@@ -322,7 +335,7 @@ def open_session(
             pair=_find_pair(small, large),
             ledger=ledger,
             never_send=never_send,
-            prices=_find_prices(settings, large),
+            catalog=Catalog.load(user_catalog_dir()),
         )
         warn_of_other_head(small, err)
         resources.pop_all()
@@ -337,7 +350,7 @@ def make_session(
     pair: Pair | None,
     ledger: Ledger,
     never_send: tuple[re.Pattern[str], ...],
-    prices: Prices | None = None,
+    catalog: Catalog | None = None,
 ) -> Session:
     """Return a session of loaded models with the router of the settings or of the pair."""
     return Session(
@@ -347,7 +360,7 @@ def make_session(
         routing=make_routing(small, large, settings, pair),
         ledger=ledger,
         never_send=never_send,
-        prices=prices,
+        catalog=catalog,
     )
 
 
@@ -358,16 +371,6 @@ def _find_pair(small: SmallModel, large: LargeModel | None) -> Pair | None:
     catalog = Catalog.load(user_catalog_dir())
     pair = catalog.find_pair(small.name, large.model_name) if large else None
     return pair or catalog.find_pair(small.name)
-
-
-def _find_prices(settings: Settings, large: LargeModel | None) -> Prices | None:
-    """Return the prices of the settings, else the catalogue's for the large model."""
-    from mlxroute.catalog import Catalog
-
-    prices = read_prices(settings)
-    if prices is not None or large is None:
-        return prices
-    return Catalog.load(user_catalog_dir()).find_prices(large.model_name)
 
 
 def _check_files(settings: Settings) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import cast
 
 import pytest
 from rich.console import Console
 
 from mlxroute.answers.document import ModelPair, OptionsRecord
+from mlxroute.catalog import Catalog, Model
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli.commands.serve import make_serving_session
 from mlxroute.cli.routing import RoutingRule
@@ -16,6 +18,7 @@ from mlxroute.cli.session import Session
 from mlxroute.config import Settings
 from mlxroute.engine import Options
 from mlxroute.errors import UsageError
+from mlxroute.large.negotiation.served_models import UNNAMED
 from mlxroute.ledger import Ledger
 from mlxroute.routers import make_router
 from mlxroute.types import Mode, Prices, Sampling
@@ -37,6 +40,9 @@ SETTINGS = Settings(
     stop=("END",),
     timeout=4.0,
     strict=True,
+    price_input=2.0,
+    price_cached_input=0.5,
+    price_output=8.0,
 )
 OPTIONS = Options(
     max_tokens=7,
@@ -53,7 +59,7 @@ OPTIONS = Options(
 )
 
 
-def make_session(settings: Settings = SETTINGS) -> Session:
+def make_session(settings: Settings = SETTINGS, catalog: Catalog | None = None) -> Session:
     return Session(
         ScriptedSmall(b"x"),  # type: ignore[arg-type]
         ScriptedLarge([b"x"]),  # type: ignore[arg-type]
@@ -63,7 +69,7 @@ def make_session(settings: Settings = SETTINGS) -> Session:
         ),
         ledger=Ledger(),
         never_send=PATTERNS,
-        prices=PRICES,
+        catalog=catalog,
     )
 
 
@@ -84,7 +90,21 @@ def test_an_answer_has_the_options_of_the_settings_and_its_document_says_so() ->
 def test_an_endpoint_has_the_same_options_but_the_stop_texts_of_its_requests() -> None:
     serving = make_serving_session(make_session())
     assert serving.options == replace(OPTIONS, stop=())
-    assert serving.models == make_session().model_pair
+    assert serving.model_pair == make_session().model_pair
+
+
+def test_a_server_that_comes_up_late_gets_its_prices_and_its_name_in_documents() -> None:
+    model = Model("big", "none", 0, "me/big", 0, price=PRICES)
+    session = make_session(Settings(), Catalog((model,), ()))
+    large = cast("ScriptedLarge", session.large)
+    large.model_name = UNNAMED
+    serving = make_serving_session(session)
+    before = serving.adapt_options(serving.options)
+    assert (session.prices, before.prices, before.call_ceiling) == (None, None, None)
+    large.model_name = "me/big"
+    after = serving.adapt_options(serving.options)
+    assert (session.options.prices, after.prices, after.call_ceiling) == (PRICES, PRICES, 1.5)
+    assert serving.model_pair.large == "me/big"
 
 
 @pytest.fixture
@@ -113,7 +133,7 @@ def test_the_key_stays_that_of_the_first_server_when_a_chat_goes_to_another_one(
 def test_a_chat_that_goes_to_another_server_leaves_the_prices_of_the_first_one(
     asked: list[Settings],
 ) -> None:
-    first = replace(SETTINGS, large="http://a/v1", price_input=1.0, price_output=2.0)
+    first = replace(SETTINGS, large="http://a/v1")
     with pytest.raises(UsageError):
         make_session(first).change_large("http://b/v1", "huge", Console())
     assert (asked[-1].price_input, asked[-1].price_output) == (None, None)

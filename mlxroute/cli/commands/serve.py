@@ -63,8 +63,8 @@ def make_serving_session(session: Session) -> ServingSession:
         ),
         # A stop text is no setting of `serve`: requests name theirs.
         options=replace(session.options, stop=()),
-        call_ceiling=session.call_ceiling,
-        models=session.model_pair,
+        adapt_options=session.adapt_options,
+        find_models=lambda: session.model_pair,
         redact=session.redact,
     )
 

@@ -142,7 +142,7 @@ class AnswerEndpoint(Closeable):
         recorder = None if is_local or session.large is None else ReplyRecorder(session.large)
         router = fields.make_router(session)
         router_record = record_router(router)
-        options = session.limit_calls(fields.options)
+        options = session.adapt_options(fields.options)
         running = self.scheduler.submit(
             AnswerRequest(
                 asked.prompt,

@@ -202,7 +202,8 @@ class _ForwardedChat:
             cached_tokens=counts["cached_tokens"] or 0,
             completion_tokens=counts["completion_tokens"] or 0,
         )
-        prices = self._endpoint.session.options.prices
+        session = self._endpoint.session
+        prices = session.adapt_options(session.options).prices
         return {
             "role": ModelRole.LARGE,
             "forwarded": True,

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from mlxroute.answers.document import ModelPair
 from mlxroute.engine import Experience, Options
 from mlxroute.routers import EntropyRouter, Router
-from mlxroute.types import Mode
 
 if TYPE_CHECKING:
     from mlxroute.large import LargeModel
@@ -38,10 +37,10 @@ class ServingSession:
         make_router: Makes a router in its first state; without a budget and a threshold, by the
             session's own rule. An `EntropyRouter` by default.
         options: Limits, sampling and mode. The library's defaults by default.
-        call_ceiling: Returns the limit on the session's calls that holds for an answer in a mode,
-            in place of the one in `options`; it depends on what is known of the server by then.
-            None (default) for the one in `options`.
-        models: The models as answer documents name them; by default by `small` and `large`.
+        adapt_options: Returns the options of an answer with those values that depend on what is
+            known of the server by then. By default the same.
+        find_models: Returns the models as answer documents name them, by what is known by then.
+            None (default) to name them by `small` and `large`.
         experience: Measurements of the pair. New by default.
         redact: Removes secrets from a JSON value of an answer document. By default nothing.
     """
@@ -50,16 +49,10 @@ class ServingSession:
     large: LargeModel | None
     make_router: MakeRouter = _make_entropy_router
     options: Options = field(default_factory=Options)
-    call_ceiling: Callable[[Mode], float | None] | None = None
-    models: ModelPair | None = None
+    adapt_options: Callable[[Options], Options] = _unchanged
+    find_models: Callable[[], ModelPair] | None = None
     experience: Experience = field(default_factory=Experience)
     redact: Callable[[Any], Any] = _unchanged
-
-    def limit_calls(self, options: Options) -> Options:
-        """Return the options of an answer with the limit on calls that holds for it now."""
-        if self.call_ceiling is None:
-            return options
-        return replace(options, call_ceiling=self.call_ceiling(options.mode))
 
     @property
     def small_name(self) -> str:
@@ -70,8 +63,8 @@ class ServingSession:
     @property
     def model_pair(self) -> ModelPair:
         """The models as answer documents name them."""
-        if self.models is not None:
-            return replace(self.models, small=self.small_name)
+        if self.find_models is not None:
+            return replace(self.find_models(), small=self.small_name)
         large = self.large
         return ModelPair(
             small=self.small_name,

@@ -155,8 +155,9 @@ def test_the_cost_is_that_of_the_servers_counts(
     server.script.append(Reply.of({**_REPLY, "usage": _USAGE | usage}))
     with LargeModel(server.url, model="big") as large:
         session = make_session(small, large)
-        options = replace(session.options, prices=Prices(2.0, 0.5, 8.0))
-        with running(replace(session, options=options), limits=_LIMITS) as client:
+        prices = Prices(2.0, 0.5, 8.0)
+        session = replace(session, adapt_options=lambda options: replace(options, prices=prices))
+        with running(session, limits=_LIMITS) as client:
             summary = post(client, tools=_TOOLS).json()["mlxroute"]
             figures = client.get("/metrics").text
     assert summary["tokens"] == summary["large_tokens"] == tokens

@@ -16,6 +16,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from mlxroute.answers.document_file import parse_document
+from mlxroute.engine import Options
 from mlxroute.errors import LargeRefused, LargeUnavailable, LargeUnreachable
 from mlxroute.serving.http.answer_endpoint import ServingLimits
 from mlxroute.serving.http.endpoint_app import create_app
@@ -316,7 +317,11 @@ def test_an_echo_with_logprobs_is_the_small_models(routed: TestClient) -> None:
 def test_the_limit_on_calls_is_that_of_the_requests_mode(small: SmallModel) -> None:
     session = make_session(small, ScriptedLarge([(_X,)] * 8))
     limits = {Mode.AUTO: 1.5, Mode.HEDGE: None}
-    object.__setattr__(session, "call_ceiling", limits.__getitem__)
+
+    def limit_calls(options: Options) -> Options:
+        return replace(options, call_ceiling=limits[options.mode])
+
+    session = replace(session, adapt_options=limit_calls)
     with running(session) as client:
         for mode, limit in limits.items():
             reply = post(client, chat(mode=mode, max_tokens=2, **_ALWAYS))
