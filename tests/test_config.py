@@ -133,6 +133,12 @@ def test_another_server_does_not_keep_the_prices_of_an_earlier_source(tmp_path: 
     assert of_environment == Prices(input=3.0, cached_input=3.0, output=4.0)
 
 
+def test_another_server_is_checked_by_the_authorities_of_an_earlier_source(tmp_path: Path) -> None:
+    path = write(tmp_path, 'large = "https://corp/v1"\nca_bundle = "corp.pem"\n')
+    flags = {"large": "https://other.corp/v1"}
+    assert load_settings(flags, environ={}, path=path).ca_bundle == "corp.pem"
+
+
 @pytest.mark.parametrize(
     ("flags", "environ", "text", "server"),
     [

@@ -325,9 +325,10 @@ class Exchange(threading.Thread):
     def _tls_error(self, reason: str) -> LargeUnreachable:
         failure = f"the TLS connection to {self._base_url} failed ({reason})"
         if "CERTIFICATE" in reason:
-            return LargeUnreachable(
-                f"{failure}; ca_bundle can name a private authority", parameter="ca_bundle"
-            )
+            advice = "ca_bundle can name a private authority"
+            if isinstance(self._endpoint.verify, str):
+                advice = f"only the authorities in {self._endpoint.verify} are trusted"
+            return LargeUnreachable(f"{failure}; {advice}", parameter="ca_bundle")
         if "WRONG_VERSION" in reason:
             failure += "; the address of a server without TLS begins with http://"
         return LargeUnreachable(failure)
