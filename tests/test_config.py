@@ -340,6 +340,19 @@ def test_a_bad_environment_value_names_its_variable(tmp_path: Path) -> None:
         load_settings({}, environ={"MLXROUTE_THRESHOLD": "abc"}, path=tmp_path / "x")
 
 
+def test_the_place_of_a_value_is_kept_unless_a_flag_sets_it(tmp_path: Path) -> None:
+    path = write(tmp_path, 'large = "a"\ncache_dir = "c"\nseed = 1\ntimeout = 5\n')
+    environ = {"OPENAI_BASE_URL": "b", "MLXROUTE_SEED": "2"}
+    assert load_settings({"timeout": 9.0}, environ=environ, path=path).origins == {
+        "large": "OPENAI_BASE_URL",
+        "cache_dir": f"cache_dir in the config file {path}",
+        "seed": "MLXROUTE_SEED",
+    }
+    assert load_settings({}, environ={"MLXROUTE_LARGE": "b"}, path=path).origins["large"] == (
+        "MLXROUTE_LARGE"
+    )
+
+
 def test_the_file_can_set_stop_strings_and_booleans(tmp_path: Path) -> None:
     path = write(tmp_path, 'stop = ["a", "b"]\noffline = true\n')
     settings = load_settings({}, environ={"MLXROUTE_STRICT": "true"}, path=path)

@@ -30,7 +30,7 @@ from mlxroute.cli.commands.replay import replay
 from mlxroute.cli.commands.serve import serve
 from mlxroute.cli.commands.show import show
 from mlxroute.cli.commands.train import train
-from mlxroute.cli.error_advice import error_message, usage_message
+from mlxroute.cli.error_advice import error_message, named_origins, usage_message
 from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_LARGE_FAILED, EXIT_OK, EXIT_USAGE
 from mlxroute.cli.help_format import HelpCommand, HelpGroup
 from mlxroute.cli.process_signals import ProcessSignals
@@ -61,7 +61,10 @@ def _root(
         typer.echo(f"mlxroute {__version__}")
         raise typer.Exit
     if context.invoked_subcommand is None:
-        raise typer.Exit(chat(load_all_settings({})))
+        settings = load_all_settings({})
+        with named_origins(settings.origins):
+            code = chat(settings)
+        raise typer.Exit(code)
 
 
 def _add(group: typer.Typer, name: str, run: Callable[..., None]) -> None:

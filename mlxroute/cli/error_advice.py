@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -13,6 +14,8 @@ from mlxroute.types.limits import shown_value
 
 # Parameters of the library whose settings have other names.
 _SETTING_NAMES = {"timeout_s": "timeout", "model": "large_model"}
+# The same, of errors that name no flag because they repeat the value.
+_NAMES_OF_SHOWN = {"base_url": "large"}
 # Parameters that are not settings.
 _OTHER_FLAGS = {
     "html": "--html",
@@ -52,6 +55,23 @@ def error_message(
     if text.startswith(f"{parameter} "):
         return text.replace(str(parameter), flag, 1)
     return f"{text} ({flag})"
+
+
+@contextmanager
+def named_origins(origins: Mapping[str, str]) -> Iterator[None]:
+    """Add to the text of an error in the block where the setting that it names was set.
+
+    `origins` are the places, by setting; an error about another setting is left as it is.
+    """
+    try:
+        yield
+    except MlxRouteError as exc:
+        parameter = exc.parameter or ""
+        names = _SETTING_NAMES | _NAMES_OF_SHOWN
+        origin = origins.get(names.get(parameter, parameter))
+        if origin is not None:
+            exc.args, exc.parameter = (f"{exc} ({origin})",), None
+        raise
 
 
 def usage_message(error: typer.TyperException) -> str:

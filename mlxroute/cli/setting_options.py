@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mlxroute.cli.error_advice import named_origins
 from mlxroute.cli.shell_completion import complete_model
 from mlxroute.config import Settings, default_config_path, load_settings, parse_share
 from mlxroute.config.settings import Setting, declared_settings, replace_escapes
@@ -47,7 +48,12 @@ def with_setting_options(
     def invoke(**arguments: Any) -> None:
         flags = {name: replace_undecodable(arguments.pop(name)) for name in options}
         flags |= {name: arguments[name] for name in settings_among_own}
-        raise typer.Exit(run(settings=load(flags), **arguments))
+        settings = load(flags)
+        # A setting of the same name as an option that is the command's own is not used.
+        origins = {key: place for key, place in settings.origins.items() if key not in arguments}
+        with named_origins(origins):
+            code = run(settings=settings, **arguments)
+        raise typer.Exit(code)
 
     invoke.__doc__ = run.__doc__
     invoke.__annotations__ = {}

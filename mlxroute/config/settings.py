@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from functools import cache
@@ -83,7 +83,8 @@ SERVER_SETTINGS = ("large_model", "price_input", "price_cached_input", "price_ou
 class Settings:
     """The settings of one run. None means not set: a default applies where the value is used.
 
-    `key_server` is no setting of its own: it is the server that the key is meant for, if known.
+    Two fields are no settings: `key_server` is the server that the key is meant for, if known, and
+    `origins` is where the config file or the environment set a value, in words, by setting.
     """
 
     small: str | None = _setting(
@@ -315,6 +316,7 @@ class Settings:
         False, "Shade every token by its entropy.", commands=(*_ANSWERS, "replay", "demo")
     )
     key_server: str | None = None
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

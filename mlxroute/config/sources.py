@@ -78,6 +78,10 @@ class _Source:
     before: str = ""
     after: str = ""
 
+    def origin(self, name: str) -> str:
+        """Return in words where it sets a setting."""
+        return f"{self.name(declared_settings()[name])}{self.after}"
+
     def changes(self, earlier: Settings) -> dict[str, Any]:
         """Return what it changes in the settings of earlier sources.
 
@@ -119,7 +123,7 @@ def load_settings(flags: Mapping[str, Any], *, environ: Mapping[str, str], path:
         _Source(
             of_environment,
             ConfigError,
-            lambda item: item.variables[0],
+            lambda item: _variable(item, environ) or item.variables[0],
             before="the environment variables ",
         ),
         _Source(of_flags, UsageError, lambda item: item.flag),
@@ -127,7 +131,8 @@ def load_settings(flags: Mapping[str, Any], *, environ: Mapping[str, str], path:
     settings = Settings(key_server=_find_key_server(of_file, of_environment, of_flags))
     for source in sources:
         settings = replace(settings, **source.changes(settings))
-    return settings
+    origins = {name: source.origin(name) for source in sources[:2] for name in source.values}
+    return replace(settings, origins={name: origins[name] for name in origins.keys() - of_flags})
 
 
 def _find_key_server(
@@ -220,7 +225,7 @@ def _typed_value(setting: Setting, value: Any, origin: _Origin) -> Any:
 def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     values = {}
     for setting in declared_settings().values():
-        variable = next((name for name in setting.variables if name in environ), None)
+        variable = _variable(setting, environ)
         # An empty variable counts as not set.
         if variable is not None and environ[variable]:
             # Bytes that are not UTF-8 are lone surrogates here, which nothing can encode.
@@ -230,6 +235,11 @@ def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
                 setting, _parse_variable(setting, text, origin), origin
             )
     return values
+
+
+def _variable(setting: Setting, environ: Mapping[str, str]) -> str | None:
+    """Return the environment variable that counts for a setting; None if there is none."""
+    return next((name for name in setting.variables if name in environ), None)
 
 
 def _parse_variable(setting: Setting, text: str, origin: _Origin) -> Any:

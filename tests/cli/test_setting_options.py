@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from pathlib import Path
 from typing import Annotated
 
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 from mlxroute.catalog.score_ranks import ScoreRanks
+from mlxroute.cli.app import main
+from mlxroute.cli.commands.doctor import _check_large
 from mlxroute.cli.error_advice import error_message
 from mlxroute.cli.routing import RoutingRule
 from mlxroute.cli.setting_options import with_setting_options
+from mlxroute.config import load_settings
 from mlxroute.config import settings as settings_module
 from mlxroute.config.settings import Settings, declared_settings
 from mlxroute.errors import ContextTooLong, UsageError
@@ -129,6 +135,41 @@ def test_a_command_takes_the_settings_that_name_it_and_no_others() -> None:
 )
 def test_an_error_names_the_flag_or_command_that_helps(error: UsageError, message: str) -> None:
     assert error_message(error) == message
+
+
+@pytest.mark.parametrize("setting", ["large", "ca_bundle"])
+@pytest.mark.parametrize("source", ["file", "environment", "flag"])
+def test_an_error_about_a_value_names_the_source_that_set_it(
+    setting: str,
+    source: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, value = tmp_path / "config.toml", "htp:/x"
+    lines = ['large = "http://127.0.0.1:9/v1"'] if setting == "ca_bundle" else []
+    in_file, variable = f"{setting} in the config file {config}", f"MLXROUTE_{setting.upper()}"
+    flags: list[str] = []
+    match source:
+        case "file":
+            lines.append(f'{setting} = "{value}"')
+        case "environment":
+            monkeypatch.setenv(variable, value)
+        case _:
+            flags = [f"--{setting.replace('_', '-')}", value]
+    config.write_text("\n".join(lines))
+    monkeypatch.setenv("MLXROUTE_CONFIG", str(config))
+    # Without a command, a chat starts.
+    for arguments in (["ask", *flags, "hi"], ["chat", *flags] if flags else []):
+        assert main(arguments) == 2
+        shown = capsys.readouterr().err
+        assert value in shown
+        assert (f"({in_file})" in shown) == (source == "file")
+        assert (f"({variable})" in shown) == (source == "environment")
+    if not flags:
+        settings = load_settings({}, environ=os.environ, path=config)
+        place = in_file if source == "file" else variable
+        assert _check_large(settings, Console()).finding.endswith(f"({place})")
 
 
 @pytest.mark.parametrize("name", ["entropy", "margin", "logu", "random"])

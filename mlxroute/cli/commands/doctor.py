@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxroute._version import __version__
-from mlxroute.cli.error_advice import error_message
+from mlxroute.cli.error_advice import error_message, named_origins
 from mlxroute.cli.exit_codes import EXIT_OK, EXIT_USAGE
 from mlxroute.cli.folders import cache_dir_of
 from mlxroute.cli.setting_options import load_all_settings
@@ -60,7 +60,8 @@ def doctor(settings: Settings) -> int:
 
     out, err = make_consoles()
     try:
-        cache_dir = cache_dir_of(settings)
+        with named_origins(settings.origins):
+            cache_dir = cache_dir_of(settings)
         cache_check = _check_cache(cache_dir)
     except MlxRouteError as exc:
         cache_dir = cache_folder()
@@ -181,6 +182,7 @@ def _check_large(settings: Settings, err: Console) -> DoctorCheck:
 
     try:
         with (
+            named_origins(settings.origins),
             open_ledger(settings) as ledger,
             make_large(settings, settings.large, ledger, err) as large,
             first_reply_status(large, err, f"connecting to {large.base_url}"),

@@ -145,5 +145,6 @@ def _ip_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | No
 def _invalid(typed: str, reason: str) -> UsageError:
     printable = "".join(c if c.isprintable() else "?" for c in strip_secrets(typed))
     return UsageError(
-        f"invalid address of a large model {printable!r}: {reason} (for example {_EXAMPLE})"
+        f"invalid address of a large model {printable!r}: {reason} (for example {_EXAMPLE})",
+        parameter="base_url",
     )
