@@ -27,7 +27,8 @@ def replacement(path: Path, *, mode: int = 0o666, durable: bool = False) -> Iter
         OSError: The file cannot be written.
     """
     number = f"{os.getpid()}-{os.urandom(4).hex()}"
-    name = path.with_name(f".{path.stem[:100]}.{number}{path.suffix[:20]}")
+    # A name has at most 255 bytes, a character up to 4.
+    name = path.with_name(f".{path.stem[:25]}.{number}{path.suffix[:20]}")
     os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
     try:
         yield name
@@ -68,10 +69,47 @@ def write_private(path: Path, data: bytes) -> None:
 
 
 def find_target(path: Path) -> Path:
-    """Return the file that `path` names or links to. Raises UsageError if it is no regular file."""
+    """Return the file that `path` names or links to.
+
+    Raises UsageError if it is no regular file, its folder is missing or cannot be written, or its
+    name is impossible.
+    """
     if os.path.exists(path) and not os.path.isfile(path):
         raise UsageError(f"cannot save to {path}: it is not a regular file")
-    return Path(os.path.realpath(path))
+    target = Path(os.path.realpath(path))
+    if obstacle := _find_obstacle(target, target.parent):
+        raise UsageError(f"cannot save to {path}: {obstacle}")
+    return target
+
+
+def check_creatable(path: Path, *, parameter: str | None = None) -> None:
+    """Check, before long work, that a file can be made together with the folders it lacks.
+
+    Args:
+        path: The file.
+        parameter: Name of the argument that gave it. None (default) for none.
+
+    Raises:
+        UsageError: It cannot be made.
+    """
+    path = path.absolute()
+    folder = next(parent for parent in path.parents if os.path.exists(parent))
+    if obstacle := _find_obstacle(path, folder):
+        raise UsageError(f"cannot save to {path}: {obstacle}", parameter=parameter)
+
+
+def _find_obstacle(path: Path, folder: Path) -> str | None:
+    """Return why `path` cannot be made below a folder; None if it can."""
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        return f"{folder} is not a folder to write to"
+    for part in path.relative_to(folder).parts:
+        try:
+            os.lstat(folder / part)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            return str(error.strerror)
+    return None
 
 
 def make_private(path: Path) -> None:

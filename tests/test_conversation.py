@@ -101,8 +101,14 @@ def test_saving_never_replaces_another_kind_of_file(tmp_path: Path) -> None:
     assert path.read_text() == "mine"
 
 
+def test_a_name_as_long_as_the_file_system_allows_can_be_saved(tmp_path: Path) -> None:
+    path = tmp_path / ("\u65e5" * 83 + ".json")
+    Conversation("Be terse.").save(path)
+    assert Conversation.load(path).system == "Be terse."
+
+
 def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"cannot save to .*No such file or directory"):
+    with pytest.raises(UsageError, match=r"cannot save to .*no is not a folder to write to"):
         Conversation().save(tmp_path / "no" / "chat.json")
     with pytest.raises(UsageError, match=r"cannot be read: No such file or directory"):
         Conversation.load(tmp_path / "no" / "chat.json")

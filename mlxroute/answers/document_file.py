@@ -93,12 +93,10 @@ def load_document(path: Path) -> AnswerDocument:
 def check_target(path: Path) -> Path:
     """Return the path of a file to save a document to.
 
-    Raises UsageError if its folder cannot be written, or if it exists and holds something else; a
-    pipe is not read.
+    Raises UsageError if it cannot be written, or if it exists and holds something else; a pipe is
+    not read.
     """
     path = find_target(expand_user(path))
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UsageError(f"cannot save to {path}: {path.parent} is not a folder to write to")
     if os.path.lexists(path):
         try:
             load_document(path)

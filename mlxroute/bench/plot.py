@@ -10,6 +10,7 @@ from typing import Any
 
 from mlxroute.bench.quality.sides import ORACLES
 from mlxroute.errors import UsageError
+from mlxroute.replace_file import check_creatable
 
 # Known here, because the first import of matplotlib takes seconds, in which it reads all fonts.
 _KINDS = ("eps", "jpeg", "jpg", "pdf", "png", "ps", "svg", "svgz", "tif", "tiff", "webp")
@@ -19,14 +20,16 @@ def check_plot(path: Path) -> None:
     """Raise UsageError if no plot can be written to `path`. Call it before a long measurement."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("a plot needs matplotlib; `pip install matplotlib`", parameter="plot")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise UsageError(f"the plot {path} needs an existing folder", parameter="plot")
-    if path.suffix[1:].lower() not in _KINDS or path.is_dir():
+    if path.suffix[1:].lower() not in _KINDS or os.path.isdir(path):
         raise UsageError(
             f"the plot {path} needs a name that ends in one of {', '.join(_KINDS)}",
             parameter="plot",
         )
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if not os.path.exists(path):
+        check_creatable(path, parameter="plot")
+    elif not os.access(path, os.W_OK):
         raise UsageError(f"the plot {path} cannot be written there", parameter="plot")
 
 

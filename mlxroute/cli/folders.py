@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
+from mlxroute.replace_file import check_creatable
 from mlxroute.user_folders import cache_folder, expand_user
 
 RESULTS = Path("bench", "results")
@@ -22,6 +23,16 @@ def cache_dir_of(settings: Settings) -> Path:
 def expand_optional(path: str | None) -> Path | None:
     """Return a path of the settings with `~` expanded, None if it is not set."""
     return expand_user(path) if path else None
+
+
+def output_folder(path: Path) -> Path:
+    """Return the folder that `--out` names, with `~` expanded.
+
+    Raises UsageError if no file could be written in it, or it could not be made.
+    """
+    folder = expand_user(path)
+    check_creatable(folder / "file", parameter="out")
+    return folder
 
 
 def find_bench_file(folder: str, name: str) -> Path:

@@ -266,6 +266,62 @@ def test_train_replaces_no_file_that_is_not_a_head(
     assert out.read_bytes() == before
 
 
+_LONG = "\u65e5" * 86
+
+
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["ask", "--save", _LONG, "hi"], "File name too long"),
+        (["ask", "--save", "nowhere/a.json", "hi"], "nowhere is not a folder to write to"),
+        (["ask", "--save", "q.jsonl/a.json", "hi"], "q.jsonl is not a folder to write to"),
+        (["ask", "--save", "folder", "hi"], "it is not a regular file"),
+        (["train", "--out", f"new/{_LONG}.safetensors"], "File name too long (--out)"),
+        (["adapt", "--out", f"new/{_LONG}"], "File name too long (--out)"),
+        (["adapt", "--out", "q.jsonl/new"], "q.jsonl is not a folder to write to (--out)"),
+        (["bench", "latency", "--plot", f"{_LONG}.svg"], "File name too long (--plot)"),
+        (["bench", "quality", "--plot", f"{_LONG}.svg"], "File name too long (--plot)"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_reported_before_the_server_is_asked(
+    words: list[str],
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "--plot" in words:
+        pytest.importorskip("matplotlib")
+    Path("folder").mkdir()
+    Path("q.jsonl").write_text(
+        "".join(f'{{"prompt": "Question {number}?"}}\n' for number in range(10))
+    )
+    data = ["--data", "q.jsonl"] if words[0] != "ask" else []
+    with Loopback(lambda request: Reply()) as server:
+        assert main([*words, *data, "--large", server.url]) == 2
+        assert server.requests == []
+    error = " ".join(capsys.readouterr().err.split())
+    assert error.startswith("error: cannot save to ")
+    assert error.endswith(reason)
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["folder", "q.jsonl"]
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_ranks_that_cannot_be_written_are_reported_before_they_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLXROUTE_CONFIG", str(tmp_path / "config.toml"))
+    (tmp_path / "config.toml").touch()
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "ranks").write_text("a file, not a folder")
+    data = tmp_path / "q.jsonl"
+    data.write_text('{"prompt": "Why?"}\n')
+    assert main(["calibrate", "--data", str(data)]) == 2
+    assert "ranks is not a folder to write to" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("nothing_loads")
 @pytest.mark.parametrize("words", [("train",), ("adapt", "--out", "adapter")])
 def test_too_few_questions_are_reported_before_the_server_is_asked(

@@ -495,7 +495,7 @@ def test_recall_counts_targets_among_the_highest_scores() -> None:
         ),
         (
             ["--out", "q.jsonl/h.safetensors", "--large", "http://127.0.0.1:9/v1"],
-            "q.jsonl cannot be written to",
+            "q.jsonl is not a folder to write to (--out)",
         ),
         (
             ["--out=h.safetensors", "--large=http://127.0.0.1:9/v1", "--labels=preference"],

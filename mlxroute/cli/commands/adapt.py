@@ -15,7 +15,7 @@ import typer
 from mlxroute._version import __version__
 from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_OK
 from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
-from mlxroute.cli.folders import data_name, expand_optional, hash_file
+from mlxroute.cli.folders import data_name, expand_optional, hash_file, output_folder
 from mlxroute.cli.model_pair import load_paired_small, open_replies
 from mlxroute.cli.worked_examples import (
     check_questions_fit,
@@ -25,7 +25,6 @@ from mlxroute.cli.worked_examples import (
 )
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
-from mlxroute.user_folders import expand_user
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,7 +90,7 @@ def adapt(
     from mlxroute.questions.question_files import MIN_TRAINING_QUESTIONS, sample_files
 
     address = require_large(settings, "adapt")
-    out = expand_user(out)
+    out = output_folder(out)
     _check_options(settings, rank, learning_rate)
     sampled = sample_files(data, questions, at_least=MIN_TRAINING_QUESTIONS)
     run = _AdaptRun(

@@ -17,6 +17,7 @@ from mlxroute.cli.worked_examples import (
     warn_of_trained_questions,
 )
 from mlxroute.config import Settings, user_catalog_dir
+from mlxroute.replace_file import check_creatable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,6 +47,7 @@ def calibrate(
     from mlxroute.questions.question_files import sample_files
 
     _, err = make_consoles()
+    check_creatable(user_catalog_dir() / "ranks" / "ranks.json")
     sampled = sample_files(data, questions)
     worked = read_examples(examples, shots, sampled)
     warn_of_trained_questions(settings, sampled, err)

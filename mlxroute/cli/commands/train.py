@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from mlxroute.cli.worked_examples import (
 )
 from mlxroute.config import Settings, user_catalog_dir
 from mlxroute.errors import UsageError
+from mlxroute.replace_file import check_creatable
 from mlxroute.types import LabelKind
 from mlxroute.user_folders import expand_user
 
@@ -125,13 +125,15 @@ def _check_heads(settings: Settings, out: Path | None, labels: LabelKind) -> Non
     from mlxroute.cli.routing import head_file
     from mlxroute.cli.small_setup import small_name
 
-    _check_writable(out or user_catalog_dir() / "head.safetensors", cache_dir_of(settings))
+    file = out or user_catalog_dir() / "heads" / "head.safetensors"
+    _check_writable(file, cache_dir_of(settings))
     if settings.head is not None and labels is LabelKind.ADVANTAGE:
         head_file(small_name(settings), settings.head)
 
 
 def _check_writable(out: Path, cache_dir: Path) -> None:
     """Raise UsageError for a file that cannot be written after hours of labelling."""
+    check_creatable(out, parameter="out")
     from mlxroute.backend import blas
 
     blas.interpose(cache_dir)
@@ -141,9 +143,6 @@ def _check_writable(out: Path, cache_dir: Path) -> None:
         raise UsageError(f"--out {out}: a head is a .safetensors file")
     if out.exists() and not is_head(out):
         raise UsageError(f"--out {out} exists and is not a head; choose another name")
-    folder = next(parent for parent in out.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"the folder {folder} cannot be written to; choose another with --out")
 
 
 def _read_labelled_questions(files: list[Path], count: int, labels: LabelKind) -> list[Question]:
