@@ -243,8 +243,8 @@ class Session:
         pair = _find_pair(small, large)
         if self.large is not None:
             settings = self.routing.as_settings(settings)
-        self.routing = make_routing(small, large, settings, pair)
-        self.small, self.large = small, large
+        routing = make_routing(small, large, settings, pair)
+        self.small, self.large, self.routing = small, large, routing
         self._settings = settings
         self._experience = Experience()
         self._warning_kinds.clear()

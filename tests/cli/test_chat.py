@@ -79,6 +79,8 @@ class ScriptedSession:
     def change_small(self, name: str, err: Console) -> None:
         if name == "none":
             raise WeightsError("there is no model none")
+        if name == "slow":
+            raise KeyboardInterrupt
         self.changes.append(("small", name))
 
     def warnings(self, stats: RunStats) -> list[str]:
@@ -555,6 +557,18 @@ def test_models_change_in_mid_chat(chat: Chat) -> None:
     ]
     assert chat.printed.count("tiny, asking huge") == 5
     assert len(chat.session.conversation.turns) == 2
+
+
+def test_an_interrupted_command_says_that_nothing_has_changed(chat: Chat) -> None:
+    assert chat.type("/small slow", ENTER, "one", ENTER, CTRL_D) == 0
+    assert "(stopped; nothing has changed)" in chat.printed
+    assert "Ctrl-D or /quit leaves the chat" not in chat.printed
+    assert chat.session.questions == ["one"]
+
+
+def test_an_interrupted_command_in_a_pipe_ends_it(chat: Chat) -> None:
+    assert chat.pipe("/small slow\none\n") == 130
+    assert chat.session.questions == []
 
 
 def test_a_model_that_cannot_be_loaded_leaves_the_chat_running(chat: Chat) -> None:

@@ -107,6 +107,24 @@ def test_a_server_that_comes_up_late_gets_its_prices_and_its_name_in_documents()
     assert serving.model_pair.large == "me/big"
 
 
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step", ["load_small", "pair_vocabularies", "make_routing"])
+def test_an_interrupted_change_of_the_small_model_leaves_both_models(
+    step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = make_session()
+    before = (session.small, session.large, session.routing, session.model_pair)
+    monkeypatch.setattr("mlxroute.cli.session.load_small", lambda *_: ScriptedSmall(b"y"))
+    monkeypatch.setattr("mlxroute.cli.session.pair_vocabularies", lambda *_: None)
+    monkeypatch.setattr(f"mlxroute.cli.session.{step}", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        session.change_small("other", Console())
+    assert (session.small, session.large, session.routing, session.model_pair) == before
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     """The settings of each server that is asked; none of them can be used."""

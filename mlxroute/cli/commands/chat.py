@@ -162,7 +162,12 @@ class _Chat:
     def _run(self, name: str, command: _Command, value: str) -> None:
         if not value and command.takes == "FILE":
             raise UsageError(f"{name} needs a file name")
-        command.run(self, value)
+        try:
+            command.run(self, value)
+        except KeyboardInterrupt:
+            if not self.is_interactive:
+                raise
+            self.print_line("(stopped; nothing has changed)")
 
     def _answer(self, user: str) -> None:
         from mlxroute.cli.failure_notes import FailureNotes
