@@ -64,13 +64,19 @@ def check_sendable(
             )
 
 
-def connect_large(settings: Settings, ledger: Ledger, err: Console) -> LargeModel | None:
-    """Return the large model, None if there is none; a failure is a warning unless `strict`."""
+def connect_large(
+    settings: Settings, ledger: Ledger, err: Console
+) -> tuple[LargeModel | None, str | None]:
+    """Return the large model, None if there is none, and why it cannot be used yet, if so.
+
+    A failure is printed as a warning unless `strict`.
+    """
     if settings.offline or settings.large is None:
         if settings.strict:
             raise UsageError("--strict needs a large model: give --large, and not --offline")
-        return None
+        return None, None
     large = make_large(settings, settings.large, ledger, err)
+    reason: str | None = None
     try:
         with first_reply_status(large, err, f"connecting to {large.base_url}"):
             large.connect()
@@ -79,11 +85,11 @@ def connect_large(settings: Settings, ledger: Ledger, err: Console) -> LargeMode
     except LargeError as exc:
         if settings.strict:
             raise
-        failure = printable(error_message(exc))
+        failure, reason = printable(error_message(exc)), str(exc)
         text = f"warning: {failure}; until it answers, the small model writes alone"
         print_note(err, text, style=WARNING_STYLE)
     print_model_notes(large, err)
-    return large
+    return large, reason
 
 
 def make_large(settings: Settings, address: str, ledger: Ledger, err: Console) -> LargeModel:

@@ -34,6 +34,7 @@ from mlxroute.errors import UsageError
 from mlxroute.ledger import Ledger
 from mlxroute.safe_text import printable
 from mlxroute.types import (
+    CallFailure,
     Message,
     Mode,
     OnFailure,
@@ -73,6 +74,8 @@ class Session:
         never_send: Patterns of text that must stay on this machine.
         catalog: The catalogue, for the prices of a large model of which the settings have none.
             None (default) for the prices of the settings alone.
+        connection_failure: Why the large model could not be reached, as the user was told; the first
+            answer does not repeat it. None (default) if it could.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class Session:
         ledger: Ledger,
         never_send: tuple[re.Pattern[str], ...],
         catalog: Catalog | None = None,
+        connection_failure: str | None = None,
     ) -> None:
         from mlxroute.engine import Experience
 
@@ -99,6 +103,7 @@ class Session:
         self._catalog = catalog
         self._experience = Experience()
         self._warning_kinds: set[str] = set()
+        self._connection_failure = connection_failure
 
     @property
     def uploads(self) -> Uploads:
@@ -168,6 +173,12 @@ class Session:
 
         recorder = None if self.large is None else ReplyRecorder(self.large)
         router, options = self.routing.router, self.options
+        reported, self._connection_failure = self._connection_failure, None
+
+        def report(failure: CallFailure) -> None:
+            if failure.reason != reported:
+                on_failure(failure)
+
         origin = AnswerOrigin(
             messages=list(messages),
             vocabulary=self.small.vocabulary,
@@ -182,7 +193,7 @@ class Session:
             router=router,
             options=options,
             experience=self._experience,
-            on_failure=on_failure,
+            on_failure=report,
         )
         return RecordedAnswer(answer, origin, recorder)
 
@@ -212,8 +223,9 @@ class Session:
         settings = replace(self._settings, **changes)
         if settings.offline:
             raise UsageError("with --offline there is no large model; start without it")
-        large, before = connect_large(settings, self._ledger, err), self.large
+        (large, failure), before = connect_large(settings, self._ledger, err), self.large
         self._change_models(self.small, large, settings, err)
+        self._connection_failure = failure
         if before is not None:
             before.close()
 
@@ -318,7 +330,7 @@ def open_session(
     read_prices(settings)
     with ExitStack() as resources:
         ledger = resources.enter_context(open_ledger(settings))
-        large = connect_large(settings, ledger, err)
+        large, failure = connect_large(settings, ledger, err)
         if large is not None:
             resources.callback(large.close)
         with ByteProgress(err) as progress:
@@ -336,6 +348,7 @@ def open_session(
             ledger=ledger,
             never_send=never_send,
             catalog=Catalog.load(user_catalog_dir()),
+            connection_failure=failure,
         )
         warn_of_other_head(small, err)
         resources.pop_all()
@@ -351,6 +364,7 @@ def make_session(
     ledger: Ledger,
     never_send: tuple[re.Pattern[str], ...],
     catalog: Catalog | None = None,
+    connection_failure: str | None = None,
 ) -> Session:
     """Return a session of loaded models with the router of the settings or of the pair."""
     return Session(
@@ -361,6 +375,7 @@ def make_session(
         ledger=ledger,
         never_send=never_send,
         catalog=catalog,
+        connection_failure=connection_failure,
     )
 
 

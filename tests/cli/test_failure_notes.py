@@ -96,6 +96,22 @@ def test_the_first_failure_in_mid_session_is_one_line_with_its_reason(
     assert sum(failure["count"] for failure in summary["failures"]) == summary["unchecked"] == 4
 
 
+def test_a_server_that_cannot_be_reached_is_said_once(
+    tiny: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    short_retry_pauses: None,
+) -> None:
+    short = ["--small", str(tiny), "--large", "http://127.0.0.1:9/v1", "--threshold", "-inf"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/large http://127.0.0.1:9/v1\nagain\n"))
+    assert main(["chat", *short, "--max-tokens", "1"]) == 0
+    err = capsys.readouterr().err
+    notes = notes_in(err)
+    assert len(notes) == 2
+    assert all(note.endswith("the small model writes alone") for note in notes)
+    assert err.count("1 failed call (unreachable)") == 2
+
+
 def test_the_summary_counts_failures_by_kind(
     tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
