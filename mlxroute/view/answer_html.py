@@ -26,6 +26,11 @@ def read_token_view() -> str:
     return _read_static("token_view.js")
 
 
+def is_page(text: str) -> bool:
+    """Return whether a text is a page that `draw_page` returned."""
+    return text.startswith(_read_static("answer.html").partition("$script_hash")[0])
+
+
 def draw_page(document: AnswerDocument) -> str:
     """Return the page of an answer. The recorded replies are left out."""
     script = read_token_view() + _START

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -23,6 +24,10 @@ _QUESTION = Style(bold=True)
 _DIM = Style(dim=True)
 _CONFIRMED = Style(underline=True)
 _REPLACED = Style(color="magenta", underline=True, bold=True)
+_START = re.compile(
+    r'<svg xmlns="http://www\.w3\.org/2000/svg" width="(\d+)" height="(\d+)" viewBox="0 0 \1 \2"'
+    r' role="img">\n<title>'
+)
 _NOT_IN_XML = dict.fromkeys((0xFFFE, 0xFFFF), "\ufffd")
 
 
@@ -66,6 +71,11 @@ class _Colours:
 
 _LIGHT = _Colours(page="#ffffff", border="#d0d7de", text="#1f2328", dim="#59636e", large="#a5117f")
 _DARK = _Colours(page="#0d1117", border="#3d444d", text="#e6edf3", dim="#9198a1", large="#ff7bd5")
+
+
+def is_picture(text: str) -> bool:
+    """Return whether a text is a picture that `draw_answer` returned."""
+    return _START.match(text) is not None
 
 
 def draw_answer(

@@ -164,6 +164,30 @@ def test_show_does_not_replace_the_answer(
     assert saved.read_bytes() == before
 
 
+def test_show_replaces_only_its_own_pages_and_pictures(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, picture = tmp_path / "a.html", tmp_path / "a.svg"
+    arguments = ["show", str(saved), "--html", str(page), "--svg", str(picture)]
+    others = {
+        page: b"<!DOCTYPE html>\n<html>",
+        picture: b"<svg xmlns='http://www.w3.org/2000/svg'>",
+    }
+    for file, flag in ((page, "--html"), (picture, "--svg")):
+        for content in (others[file], b"\xff", b""):
+            file.write_bytes(content)
+            assert main(arguments) == 2
+            error = capsys.readouterr().err
+            assert f"{file} exists and is not a p" in error
+            assert f"; choose another name ({flag})" in error
+            assert file.read_bytes() == content
+            # Neither is written if one of them cannot be.
+            assert not (page.exists() and picture.exists())
+        file.unlink()
+    for _ in range(2):
+        assert main(arguments) == 0
+
+
 def test_a_page_and_a_picture_need_two_names(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
