@@ -74,8 +74,8 @@ class Session:
         never_send: Patterns of text that must stay on this machine.
         catalog: The catalogue, for the prices of a large model of which the settings have none.
             None (default) for the prices of the settings alone.
-        connection_failure: Why the large model could not be reached, as the user was told; the first
-            answer does not repeat it. None (default) if it could.
+        connection_failure: Why the large model could not be reached, as the user was told; the
+            first answer does not repeat it. None (default) if it could.
     """
 
     def __init__(
@@ -340,11 +340,11 @@ def open_session(
             small = load_small(settings, progress)
             if large is not None:
                 pair_vocabularies(large, small, progress)
-        session = make_session(
+        session = Session(
             small,
             large,
             settings,
-            pair=_find_pair(small, large),
+            routing=make_routing(small, large, settings, _find_pair(small, large)),
             ledger=ledger,
             never_send=never_send,
             catalog=Catalog.load(user_catalog_dir()),
@@ -353,30 +353,6 @@ def open_session(
         warn_of_other_head(small, err)
         resources.pop_all()
     return session
-
-
-def make_session(
-    small: SmallModel,
-    large: LargeModel | None,
-    settings: Settings,
-    *,
-    pair: Pair | None,
-    ledger: Ledger,
-    never_send: tuple[re.Pattern[str], ...],
-    catalog: Catalog | None = None,
-    connection_failure: str | None = None,
-) -> Session:
-    """Return a session of loaded models with the router of the settings or of the pair."""
-    return Session(
-        small,
-        large,
-        settings,
-        routing=make_routing(small, large, settings, pair),
-        ledger=ledger,
-        never_send=never_send,
-        catalog=catalog,
-        connection_failure=connection_failure,
-    )
 
 
 def _find_pair(small: SmallModel, large: LargeModel | None) -> Pair | None:

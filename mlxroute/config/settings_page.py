@@ -31,7 +31,7 @@ never_send = ["(?i)project zebra"]
   sets a `head` can set no `router` but `head`.
 - Another `large` than that of an earlier source removes the `large_model` and the prices of earlier
   sources, because they belong to their server. The `ca_bundle` stays, as a company's authorities
-  are often those of all its servers; a server that has a certificate of another one is refused.
+  are often those of all its servers; a certificate of another authority is refused.
 - The values of `never_send` and `never_send_file` from all sources add up.
 - `--budget`, `--threshold` and `--mode` of `replay`, `--budget` and `--router` of `bench quality`,
   and `--port` of `host` are flags only; no other source sets them.

@@ -110,7 +110,8 @@ def _serve_and_answer(
     from mlxroute.cli.demo_story import tell_story
     from mlxroute.cli.large_setup import make_tokenizer_finder, open_ledger
     from mlxroute.cli.progress import ByteProgress
-    from mlxroute.cli.session import make_session
+    from mlxroute.cli.routing import make_routing
+    from mlxroute.cli.session import Session
     from mlxroute.cli.small_setup import load_small
     from mlxroute.cli.terminal import print_note
     from mlxroute.hosting.launcher import LocalServer
@@ -142,8 +143,9 @@ def _serve_and_answer(
         large.connect(thorough=False)
         large.pair_vocabulary(small.vocabulary)
         print_note(err, f"{pair.large} is served at {server.url}")
-        session = make_session(
-            small, large, settings, pair=pair, ledger=ledger, never_send=never_send
+        routing = make_routing(small, large, settings, pair)
+        session = Session(
+            small, large, settings, routing=routing, ledger=ledger, never_send=never_send
         )
         try:
             tell_story(session, pair, question, heat=settings.heat, out=out, err=err)
