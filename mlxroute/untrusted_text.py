@@ -12,7 +12,6 @@ import os
 import select
 import stat
 import time
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -216,6 +215,8 @@ def parse_json(text: str, *, strict: bool = True, unique_keys: bool = True) -> A
 
 def parse_toml(text: str) -> dict[str, Any]:
     """Return the table of a TOML text. Raises MalformedText."""
+    import tomllib
+
     if any(line.partition("=")[0].count(".") > _MAX_KEY_PARTS for line in text.split("\n")):
         raise MalformedText(f"a key in it has more than {_MAX_KEY_PARTS} parts")
     try:

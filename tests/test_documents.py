@@ -20,7 +20,7 @@ import typer
 import mlxroute
 from mlxroute.answers import document
 from mlxroute.answers.document import AnswerSummary
-from mlxroute.cli.app import app
+from mlxroute.cli.app import command_group
 from mlxroute.types import CallFailure, RunStats
 
 _ROOT = Path(mlxroute.__file__).parent.parent
@@ -71,8 +71,18 @@ def _our_commands(line: str) -> Iterator[list[str]]:
 
 
 @cache
-def _command_group() -> Any:
-    return typer.main.get_command(app)
+def _command_at(path: str) -> Any:
+    """Return the group or command that is called by some words; "" for the program itself."""
+    command: Any = command_group()
+    for word in path.split():
+        command = command.commands[word]
+    return command.load() if hasattr(command, "load") else command
+
+
+def _command_paths() -> list[str]:
+    """Return the paths of all commands and groups."""
+    benchmarks = _command_at("bench").commands
+    return [*_command_at("").commands, *(f"bench {name}" for name in benchmarks)]
 
 
 def _options_of(command: Any) -> set[str]:
@@ -82,11 +92,11 @@ def _options_of(command: Any) -> set[str]:
 
 def _parse(arguments: list[str]) -> None:
     """Parse a command line as the program does, without running it; raise its usage error."""
-    command = _command_group()
+    command = _command_at("")
     names = ["mlxroute"]
-    while arguments and (nested := getattr(command, "commands", {}).get(arguments[0])):
+    while arguments and arguments[0] in getattr(command, "commands", {}):
         names.append(arguments[0])
-        command, arguments = nested, arguments[1:]
+        command, arguments = _command_at(" ".join(names[1:])), arguments[1:]
     if hasattr(command, "commands"):
         # Options of a group act while they are parsed: --install-completion writes files.
         if not set(arguments) <= _options_of(command):
@@ -107,13 +117,7 @@ def _command_lines(page: Path) -> list[str]:
 @cache
 def _all_options() -> set[str]:
     """Return the options of all commands."""
-    names: set[str] = set()
-    commands = [_command_group()]
-    while commands:
-        command = commands.pop()
-        commands += getattr(command, "commands", {}).values()
-        names |= _options_of(command)
-    return names
+    return {name for path in ("", *_command_paths()) for name in _options_of(_command_at(path))}
 
 
 def _slug(heading: str) -> str:
@@ -200,10 +204,16 @@ def test_python_examples_are_valid(page: Path) -> None:
                 assert {name.name for name in node.names} <= set(mlxroute.__all__)
 
 
+def test_lists_of_commands_show_the_first_line_of_the_help_of_each() -> None:
+    for path in _command_paths():
+        command = _command_at(path)
+        assert command.short_help == command.help.partition("\n")[0], path
+
+
 def test_only_show_has_no_settings_as_their_page_says() -> None:
-    group = _command_group()
-    commands = [*group.commands.values(), *group.commands["bench"].commands.values()]
-    without = [command.name for command in commands if "--cache-dir" not in _options_of(command)]
+    without = [
+        path for path in _command_paths() if "--cache-dir" not in _options_of(_command_at(path))
+    ]
     assert without == ["show", "bench"]
     assert "| `--cache-dir`: every command except `show` |" in _text(_ROOT / "docs" / "settings.md")
 

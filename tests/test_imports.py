@@ -218,7 +218,19 @@ def test_help_loads_nothing_heavy() -> None:
         heavy | {"prompt_toolkit", "rich", "psutil", "starlette", "uvicorn", "asyncio"}
     )
     # Each of these takes 3 to 10 ms.
-    assert not loaded & {"hashlib", "secrets", "tempfile"}
+    assert not loaded & {"hashlib", "secrets", "tempfile", "tomllib"}
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_load_no_command_and_no_setting(option: str) -> None:
+    script = (
+        f"from mlxroute.cli import main\nmain(['{option}'])\nimport sys\n"
+        "print(*(n for n in sys.modules if n.startswith(('mlxroute.cli.c', 'mlxroute.config'))))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert result.stdout.splitlines()[-1] == "mlxroute.cli.command_list"
 
 
 def test_importing_the_package_does_no_work() -> None:

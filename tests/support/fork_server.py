@@ -30,7 +30,9 @@ _EXIT_UNFLUSHED = 120
 _MODULES = (
     *("mlxroute.__main__", "mlxroute.answers.document_file", "mlxroute.answers.recorded_answer"),
     *("mlxroute.answers.reply_recorder", "mlxroute.answers.router_record"),
-    *("mlxroute.backend.load", "mlxroute.cli.app"),
+    *("mlxroute.backend.load", "mlxroute.cli.app", "mlxroute.cli.setting_options"),
+    *("mlxroute.cli.commands.ask", "mlxroute.cli.commands.chat", "mlxroute.cli.commands.demo"),
+    *("mlxroute.cli.commands.doctor", "mlxroute.cli.commands.serve"),
     *("mlxroute.cli.chat_session", "mlxroute.cli.failure_notes", "mlxroute.cli.json_lines"),
     *("mlxroute.cli.line_input", "mlxroute.cli.progress", "mlxroute.cli.session"),
     *("mlxroute.cli.terminal", "mlxroute.engine", "mlxroute.large", "mlxroute.small"),
