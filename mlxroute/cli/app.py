@@ -40,7 +40,7 @@ def _root(
         typer.echo(f"mlxroute {__version__}")
         raise typer.Exit
     if context.invoked_subcommand is None:
-        # The words are those of `mlxroute chat` without options.
+        # As `mlxroute chat` without options.
         with command_group().commands["chat"].make_context("chat", [], parent=context) as called:
             called.command.invoke(called)
 
