@@ -365,6 +365,8 @@ def read_label_file(file: Path, parse: Callable[[Mapping[str, mx.array], Any], _
         arrays, metadata = mx.load(str(file), return_metadata=True)
         assert isinstance(arrays, dict)
         assert isinstance(metadata, dict)
+        # An array that is not yet computed keeps the file open.
+        mx.eval(arrays)
         return parse(arrays, parse_json(metadata[_METADATA_KEY], strict=False))
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, OverflowError) as exc:
         raise UsageError(f"the file of labels {file} is damaged; delete it") from exc

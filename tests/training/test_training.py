@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -119,6 +120,15 @@ def test_a_damaged_file_of_labels_is_named(
         with pytest.raises(UsageError, match=rf"labels {file} is damaged; delete it"):
             labelled(small, ScriptedLarge([]), tmp_path, with_continuations=False)
         file.write_bytes(b"no safetensors")
+
+
+def test_labels_that_were_read_keep_no_file_open(small: SmallModel, tmp_path: Path) -> None:
+    large = ScriptedLarge([(70,)])
+    labelled(small, large, tmp_path, questions=_QUESTIONS)
+    before = len(os.listdir("/dev/fd"))
+    labels = labelled(small, large, tmp_path, questions=_QUESTIONS)
+    assert len(labels) == len(_QUESTIONS)
+    assert len(os.listdir("/dev/fd")) <= before
 
 
 def test_labels_mark_positions_where_the_small_model_chooses_another_token(
