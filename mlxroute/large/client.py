@@ -145,8 +145,8 @@ class LargeModel(Closeable):
 
     @property
     def full_model_name(self) -> str:
-        """The name of the model on the server, in full; a placeholder while it is not known."""
-        return self._negotiator.model.full
+        """The name of the model on the server, in full; while not known, one for this address."""
+        return self._negotiator.model.for_records(self.base_url)
 
     @property
     def listed_instead(self) -> str | None:

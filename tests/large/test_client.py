@@ -45,6 +45,22 @@ def test_connect_names_the_model_and_the_dialect() -> None:
         assert (large.base_url, large.model_name) == (server.url, "big-7b")
 
 
+def test_servers_without_a_list_of_models_have_records_of_their_own() -> None:
+    addresses = [
+        "http://127.0.0.1:1/v1",
+        "http://127.0.0.1:2/v1",
+        "http://me:secret@127.0.0.1:1/v1",
+    ]
+    unnamed = [LargeModel(address) for address in addresses]
+    named = [LargeModel(address, model="/runs/1/big-7b") for address in addresses]
+    first, second, with_password = (large.full_model_name for large in unnamed)
+    assert first == with_password != second
+    assert {large.model_name for large in unnamed} == {"the server's own model"}
+    assert {large.full_model_name for large in named} == {"/runs/1/big-7b"}
+    for large in (*unnamed, *named):
+        large.close()
+
+
 @pytest.mark.parametrize(
     ("parameter", "value"),
     [("model", 5), ("ledger", "sent.jsonl"), ("top_logprobs", -1), ("top_logprobs", 2.5)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -54,15 +55,12 @@ class ModelName:
         return self.given
 
     @property
-    def full(self) -> str:
-        """The name for files, in full; a placeholder while it is not known."""
-        return self.known or UNNAMED
-
-    @property
     def display(self) -> str:
         """The name for display; a placeholder while it is not known."""
         # Servers list a local model by its path, of which only the last part is of interest.
-        name = PurePosixPath(self.full).name if self.full.startswith("/") else self.full
+        name = self.known or UNNAMED
+        if name.startswith("/"):
+            name = PurePosixPath(name).name
         return printable_line(name, limit=100)
 
     @property
@@ -73,6 +71,12 @@ class ModelName:
         if name is None or f"{name}:latest" in self.listed:
             return None
         return join_names(self.listed) if self.listed and name not in self.listed else None
+
+    def for_records(self, base_url: str) -> str:
+        """Return the name for files, in full; while it is not known, one of this address alone."""
+        if self.known is not None:
+            return self.known
+        return f"{UNNAMED} {hashlib.sha256(base_url.encode()).hexdigest()[:16]}"
 
     def for_requests(self, dialect: Dialect) -> str | None:
         """Return the name to send in requests of this dialect, None to leave it out."""
