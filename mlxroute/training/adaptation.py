@@ -28,12 +28,12 @@ from mlxroute.backend.adapter_folder import (
     read_adapter_config,
 )
 from mlxroute.errors import UsageError
-from mlxroute.questions.grading import extract_answer, grade
+from mlxroute.questions.grading import grade
 from mlxroute.replace_file import replace_file
 from mlxroute.small import SmallModel
 from mlxroute.training.batch_size import choose_batch_size
 from mlxroute.training.held_out_answers import measure_accuracy, standard_error
-from mlxroute.training.judged_questions import JudgedQuestion
+from mlxroute.training.judged_questions import judge_answers
 from mlxroute.training.labels import decode_answer
 from mlxroute.training.lora_tuning import (
     LoraTuning,
@@ -111,10 +111,6 @@ def _is_wrong(small: SmallModel, item: WorkedAnswer) -> bool:
     return grade(item.question, decode_answer(small, item.answer.token_ids)).lenient is not True
 
 
-def _outcome(small: SmallModel, item: WorkedAnswer) -> str:
-    return extract_answer(item.question, decode_answer(small, item.answer.token_ids))
-
-
 def adapt_to_answers(
     small: SmallModel,
     trained: Sequence[WorkedAnswer],
@@ -169,14 +165,8 @@ class _Training:
         self._conversations = [item.conversation for item in (*trained, *held_out)]
         self._trained_count = len(trained)
         self._has_gold = all(item.question.answer is not None for item in held_out)
-        self._held_out = [
-            JudgedQuestion(
-                item.question,
-                item.conversation,
-                None if self._has_gold else _outcome(small, item),
-            )
-            for item in held_out
-        ]
+        self._judged = judge_answers(small, held_out, by_rows=self._has_gold)
+        self._counts = {"trained": len(trained), "held_out": len(held_out)}
         examples = make_examples(small, [*trained, *held_out])
         # In on-policy rounds the own answers to all questions are examples.
         self._longest_prompt_ids = max((item.prompt_ids for item in examples), key=len)
@@ -223,7 +213,7 @@ class _Training:
             )
         self._settings = {
             **provenance,
-            "answers": {"trained": self._trained_count, "held_out": len(self._held_out)},
+            "answers": self._counts,
             "read_at_once": size,
         }
         try:
@@ -327,7 +317,7 @@ class _Training:
         loss = self._tuning.mean_loss(batches)
         accuracy = measure_accuracy(
             self._small,
-            self._held_out,
+            self._judged,
             max_tokens=self._options.max_tokens,
             progress=self._progress,
         )
@@ -342,7 +332,7 @@ class _Training:
         highest = max(item.accuracy for item in self._figures)
         before = [item for item in self._figures if item.round == figures.round]
         lowest = min(before, key=lambda item: item.loss)
-        error = standard_error(highest, len(self._held_out))
+        error = standard_error(highest, len(self._judged))
         self._figures.append(figures)
         if figures.accuracy < highest - _MAX_STANDARD_ERRORS * error:
             self._ended_by = "held-out accuracy"
@@ -357,6 +347,7 @@ class _Training:
         return {
             **self._settings,
             "judged_by": "answers" if self._has_gold else "large model",
+            "unjudged": self._counts["held_out"] - len(self._judged),
             "figures": [asdict(figures) for figures in self._figures],
             "kept": None if self._best is None else asdict(self._best),
             "corrections": self._corrections,

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mlxroute.errors import UsageError
 from mlxroute.questions.grading import extract_answer, grade
 from mlxroute.questions.question_files import Question, question_messages
 from mlxroute.recorded.large_answers import write_large_answers
 from mlxroute.recorded.replies import Replies
 from mlxroute.small import SmallModel
 from mlxroute.training.labels import decode_answer
+from mlxroute.training.tuning_types import WorkedAnswer
 from mlxroute.types import Message
 
 
@@ -28,6 +30,11 @@ class JudgedQuestion:
     question: Question
     conversation: Sequence[Message]
     large_outcome: str | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether anything is right; without an outcome of the large model nothing is."""
+        return self.large_outcome != ""
 
     @property
     def right(self) -> str:
@@ -52,8 +59,8 @@ def judge_questions(
 ) -> list[JudgedQuestion]:
     """Return the questions with what is right; the large model answers those without an answer.
 
-    `examples` are worked examples that precede each question. Raises LargeError if the large model
-    fails.
+    Those to which its text gives no answer either are left out. `examples` are worked examples that
+    precede each question. Raises LargeError if the large model fails.
     """
     judged = {
         number: JudgedQuestion(question, question_messages(question, examples))
@@ -72,4 +79,27 @@ def judge_questions(
         item = judged[number]
         outcome = extract_answer(item.question, decode_answer(small, answer.token_ids))
         judged[number] = JudgedQuestion(item.question, item.conversation, outcome)
-    return list(judged.values())
+    return [item for item in judged.values() if item.is_known]
+
+
+def judge_answers(
+    small: SmallModel, answers: Sequence[WorkedAnswer], *, by_rows: bool
+) -> list[JudgedQuestion]:
+    """Return the questions of answers with what is right: by their rows, or the answers' outcomes.
+
+    Those without an outcome are left out. Raises UsageError if there are no others.
+    """
+    if by_rows:
+        return [JudgedQuestion(item.question, item.conversation) for item in answers]
+    texts = [decode_answer(small, item.answer.token_ids) for item in answers]
+    judged = [
+        JudgedQuestion(item.question, item.conversation, extract_answer(item.question, text))
+        for item, text in zip(answers, texts, strict=True)
+    ]
+    known = [item for item in judged if item.is_known]
+    if not known:
+        raise UsageError(
+            f"the large model's texts give no answer to the {len(answers)} held-out questions, so"
+            " the small model cannot be judged; raise --tokens, or give right answers"
+        )
+    return known

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlxroute.backend import memory
 from mlxroute.backend.load import load
 from mlxroute.errors import LargeProtocolError, LargeRefused, NotEnoughSpace, UsageError
-from mlxroute.questions.question_files import Question, question_messages
+from mlxroute.questions.question_files import AnswerKind, Question, question_messages
 from mlxroute.recorded.large_answers import LargeAnswer
 from mlxroute.recorded.replies import Replies
 from mlxroute.small import SmallModel
@@ -527,6 +527,23 @@ def test_a_divergence_keeps_the_best_weights(
     with pytest.raises(UsageError, match="the training diverged"):
         adapt_to_answers(small, trained, held_out, options, folder=tmp_path / "a", provenance={})
     assert not list((tmp_path / "a").iterdir())
+
+
+def test_questions_without_an_outcome_of_the_large_model_are_not_judged(
+    small: SmallModel, tmp_path: Path
+) -> None:
+    def ask_for_number(item: WorkedAnswer) -> WorkedAnswer:
+        return replace(item, question=replace(item.question, kind=AnswerKind.NUMBER))
+
+    answers = worked_answers(small, 12, gold=False)
+    # The first one is held out; no text has a number.
+    outcome = adapt(small, tmp_path / "a", answers=[ask_for_number(answers[0]), *answers[1:]])
+    assert outcome.report["answers"] == {"trained": 9, "held_out": 3}
+    assert outcome.report["unjudged"] == 1
+    # Its own text has none either, and is not right for that.
+    assert outcome.figures[0].accuracy == 0
+    with pytest.raises(UsageError, match="give no answer to the 3 held-out questions"):
+        adapt(small, tmp_path / "b", answers=list(map(ask_for_number, answers)))
 
 
 # On-policy rounds

@@ -197,6 +197,20 @@ def test_rows_without_an_answer_are_judged_by_the_large_models_outcome(
     assert [item.is_right("8") for item in items] == [False, True]
 
 
+def test_questions_to_which_the_large_model_gives_no_answer_are_left_out(
+    small: SmallModel, tmp_path: Path
+) -> None:
+    questions = [
+        Question(str(i), f"say {i}", AnswerKind.NUMBER, "8" if i == 3 else None) for i in range(10)
+    ]
+    large = ScriptedLarge([(_Z,)])
+    with Replies(large, tmp_path / "r.jsonl") as replies:
+        items = judge_questions(small, replies, questions, examples=[], max_tokens=2, at_once=1)
+    assert [item.question.name for item in items] == ["3"]
+    with pytest.raises(UsageError, match="10 answers that can be judged, not 1"):
+        trained(small, tmp_path, 10, answers=("8", *[None] * 9), large=large)
+
+
 def test_labels_of_a_model_whose_files_changed_are_made_again(
     small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,10 +317,22 @@ def test_labels_without_a_difference_are_an_error() -> None:
         make_pairs(same)
 
 
-def trained(small: SmallModel, folder: Path, count: int, *, tokens: int = 6) -> FittedHead:
-    questions = [Question(str(i), f"say {i}", AnswerKind.NUMBER, "7") for i in range(count)]
+def trained(
+    small: SmallModel,
+    folder: Path,
+    count: int,
+    *,
+    tokens: int = 6,
+    answers: tuple[str | None, ...] = ("7",),
+    large: ScriptedLarge | None = None,
+) -> FittedHead:
+    """Train with questions that have these answers in turns."""
+    questions = [
+        Question(str(i), f"say {i}", AnswerKind.NUMBER, answers[i % len(answers)])
+        for i in range(count)
+    ]
     ranks = ScoreRanks.find("tiny", folder)
-    with Replies(ScriptedLarge([(_SEVEN,)]), folder / "r.jsonl", at_once=2) as replies:
+    with Replies(large or ScriptedLarge([(_SEVEN,)]), folder / "r.jsonl", at_once=2) as replies:
         training = AdvantageTraining(
             small,
             replies,
@@ -325,8 +351,8 @@ def test_the_head_with_the_most_right_answers_is_chosen(small: SmallModel, tmp_p
     fitted = trained(small, tmp_path, 11, tokens=4)
     report, routed = fitted.report, fitted.report["routed"]
     assert list(report) == [
-        *("small", "labels", "written_by", "shape", "answers", "positions", "differing"),
-        *("continued", "mean_advantage", "routed"),
+        *("small", "labels", "written_by", "shape", "answers", "unjudged", "positions"),
+        *("differing", "continued", "mean_advantage", "routed"),
     ]
     assert report["labels"] == "advantage"
     assert report["written_by"] == {"router": "entropy", "budget": 0.3}

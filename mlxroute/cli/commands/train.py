@@ -258,6 +258,12 @@ def _print_routed(fitted: FittedHead, err: Console) -> None:
     from mlxroute.cli.terminal import make_table
 
     report = fitted.report
+    if report["unjudged"]:
+        err.print(
+            f"{report['unjudged']} questions are left out: neither the row nor the large model"
+            " gives an answer to judge by",
+            soft_wrap=True,
+        )
     routed = report["routed"]
     err.print(
         f"{report['answers']['held_out']:,} held-out questions, with at most"

@@ -94,22 +94,10 @@ class AdvantageTraining:
 
         `examples` are worked examples that precede each question; `provenance` is added to the
         report. The small model has the head with the highest accuracy afterwards. Raises UsageError
-        for fewer than ten questions and for labels without a difference to learn, LargeError if the
-        large model fails.
+        for fewer than ten questions whose right answer is known and for labels without a difference
+        to learn, LargeError if the large model fails.
         """
-        if len(questions) < MIN_ANSWERS:
-            raise UsageError(
-                f"a head needs at least {MIN_ANSWERS} answers, not {len(questions)}; give more"
-                " questions"
-            )
-        judged = judge_questions(
-            self.small,
-            self.replies,
-            questions,
-            examples=examples,
-            max_tokens=self.max_tokens,
-            at_once=self.at_once,
-        )
+        judged = self._judge(questions, examples)
         held_out = judged[::HELD_OUT_STRIDE]
         fitted = [item for index, item in enumerate(judged) if index % HELD_OUT_STRIDE]
         labels = self._label(fitted)
@@ -126,12 +114,29 @@ class AdvantageTraining:
             "written_by": {"router": self.router.name, "budget": self.router.budget},
             "shape": best.shape,
             "answers": {"fitted": len(fitted), "held_out": len(held_out)},
+            "unjudged": len(questions) - len(judged),
             **_describe_labels(labels, pairs),
             "routed": _report_routed(best, candidates, entropy, held_out, self.router.budget),
         }
         fingerprints = tuple(question.fingerprint for question in questions)
         beats_entropy = best.figures.right > entropy.right
         return FittedHead(best.head, report, best.quantiles, fingerprints, beats_entropy)
+
+    def _judge(
+        self, questions: Sequence[Question], examples: Sequence[Question]
+    ) -> list[JudgedQuestion]:
+        """Return the questions whose right answer is known. Raises UsageError for too few."""
+        _check_count(len(questions), "")
+        judged = judge_questions(
+            self.small,
+            self.replies,
+            questions,
+            examples=examples,
+            max_tokens=self.max_tokens,
+            at_once=self.at_once,
+        )
+        _check_count(len(judged), " that can be judged")
+        return judged
 
     def _label(self, questions: Sequence[JudgedQuestion]) -> list[AdvantageLabels]:
         labeller = AdvantageLabeller(
@@ -174,6 +179,13 @@ class AdvantageTraining:
             max_tokens=self.max_tokens,
             label=f"answers by {label}",
             progress=self.progress,
+        )
+
+
+def _check_count(count: int, kind: str) -> None:
+    if count < MIN_ANSWERS:
+        raise UsageError(
+            f"a head needs at least {MIN_ANSWERS} answers{kind}, not {count}; give more questions"
         )
 
 
