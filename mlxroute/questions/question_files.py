@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import json
 import math
 import random
 import re
@@ -157,6 +158,12 @@ def read_worked_examples(path: Path | None, count: int) -> list[Question]:
             f"{path} has too few rows with a `cot`: {len(examples)} of the {count} needed"
         )
     return examples
+
+
+def hash_examples(examples: Sequence[Question]) -> str:
+    """Return the SHA-256 of what worked examples say, in hexadecimal."""
+    texts = [[item.prompt, item.worked_answer] for item in examples]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 def question_messages(question: Question, examples: Sequence[Question] = ()) -> list[Message]:

@@ -54,11 +54,14 @@ class InterruptedRun:
         figures: Its held-out figures up to those of the weights that it kept.
         corrections: Its figures of corrected answers.
         small_files: The fingerprint of the small model's files; empty (default) if it has none.
+        large_record: The SHA-256 of the large model's name in records; empty (default) if it has
+            none.
     """
 
     figures: tuple[HeldOutFigures, ...]
     corrections: tuple[Mapping[str, Any], ...]
     small_files: str = ""
+    large_record: str = ""
 
     @property
     def best(self) -> HeldOutFigures:
@@ -80,7 +83,8 @@ class InterruptedRun:
             last = figures[kept].round
             corrections = [item for item in report["corrections"] if item["round"] <= last]
             small_files = str(report.get("small_files", ""))
-            return cls(tuple(figures[: kept + 1]), tuple(corrections), small_files)
+            large_record = str(report.get("large_record", ""))
+            return cls(tuple(figures[: kept + 1]), tuple(corrections), small_files, large_record)
         except (KeyError, TypeError, AttributeError) as exc:
             raise ValueError("it is no report of a training") from exc
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from mlxroute.errors import UsageError
 from mlxroute.questions.grading import grade
 from mlxroute.questions.question_files import (
     AnswerKind,
+    Question,
+    hash_examples,
     question_messages,
     read_questions,
     read_worked_examples,
@@ -201,6 +204,13 @@ def test_a_prompt_is_sampled_once_however_often_it_occurs(tmp_path: Path) -> Non
     assert sorted(question.prompt for question in sampled) == ["a", "b", "c"]
     (b,) = (question for question in sampled if question.prompt == "b")
     assert str(file) in b.name
+
+
+def test_worked_examples_are_told_apart_by_what_they_say() -> None:
+    example = Question("a", "say a", worked_answer="It is a.")
+    others = [replace(example, prompt="say b"), replace(example, worked_answer="It is b.")]
+    assert len({hash_examples(items) for items in ([], [example], *[[i] for i in others])}) == 4
+    assert hash_examples([replace(example, name="b")]) == hash_examples([example])
 
 
 def test_a_smaller_sample_is_the_start_of_a_larger_one() -> None:

@@ -120,11 +120,19 @@ def test_a_small_model_is_adapted_to_a_users_questions(
     # No answer is asked for again, and a folder with files is left alone.
     code, _, messages = run(*adapt, "--data", str(data), "--out", str(out))
     assert (code, "choose a new folder" in messages) == (2, True)
-    (out / "provenance.json").write_text(json.dumps({**provenance, "ended_by": "unfinished"}))
+    unfinished = {**provenance, "ended_by": "unfinished"}
+    for changed, said in (
+        ({"large_record": "other"}, "interrupted with another large model than"),
+        ({"examples_sha256": "0" * 64}, "the worked examples have changed since this run was"),
+    ):
+        (out / "provenance.json").write_text(json.dumps({**unfinished, **changed}))
+        code, _, messages = run(*adapt, "--data", str(data), "--out", str(out))
+        assert (code, said in messages) == (2, True)
+    (out / "provenance.json").write_text(json.dumps(unfinished))
     questions = data.read_text()
     data.write_text(questions.replace("comes", "came", 1))
     code, _, messages = run(*adapt, "--data", str(data), "--out", str(out))
-    assert (code, "the data has changed since this run was interrupted" in messages) == (2, True)
+    assert (code, "the data or the worked examples have changed" in messages) == (2, True)
     data.write_text(questions)
     config = small / "config.json"
     stat = config.stat()

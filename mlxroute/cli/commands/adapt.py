@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import shlex
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlxroute._version import __version__
+from mlxroute.cli.adapt_notes import print_figures, warn_of_known
 from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_OK
 from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
 from mlxroute.cli.folders import data_name, expand_optional, hash_file, output_folder
@@ -126,7 +128,7 @@ def adapt(
             if interrupted is None:
                 print_note(err, "no adapter was written yet; the recorded answers are kept")
             raise
-    _print_figures(outcome, out, err)
+    print_figures(outcome, out, err)
     shown = {name: value for name, value in outcome.report.items() if name != "questions"}
     sys.stdout.write(json.dumps(shown) + "\n")
     return EXIT_INTERRUPTED if outcome.ended_by == "interrupt" else EXIT_OK
@@ -174,14 +176,22 @@ def _find_interrupted(out: Path, command: str, data: dict[str, Any]) -> Interrup
             if interrupted is not None:
                 if any(report.get(name) != value for name, value in data.items()):
                     raise UsageError(
-                        f"--out {out}: the data has changed since this run was interrupted; restore"
-                        " it, or choose a new folder"
+                        f"--out {out}: the data or the worked examples have changed since this run"
+                        " was interrupted, or an earlier version began it; restore them, or choose"
+                        " a new folder"
                     )
                 return interrupted
     raise UsageError(
         f"--out {out}: choose a new folder for the adapter; this one has files, and no interrupted"
         " run of this command"
     )
+
+
+def _hash_name(large: LargeModel) -> str:
+    """Return the SHA-256 of the large model's name in records, which may be a path."""
+    from mlxroute.recorded.replies import recorded_name
+
+    return hashlib.sha256(recorded_name(large).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +240,11 @@ class _AdaptRun:
                 f"--out {out}: the files of {small.plain_name} have changed since this run was"
                 " interrupted; restore them, or choose a new folder"
             )
+        if interrupted is not None and interrupted.large_record != _hash_name(large):
+            raise UsageError(
+                f"--out {out}: this run was interrupted with another large model than"
+                f" {large.model_name}; serve that one again, or choose a new folder"
+            )
         check_questions_fit(small, self.questions, self.examples)
         from mlxroute.training.adaptation import adapt_to_answers, split_answers
         from mlxroute.training.on_policy import Corrector
@@ -243,7 +258,7 @@ class _AdaptRun:
             # Those of the adapter to start from, not of an interrupted run.
             known = trained_questions(settings)
             trained, held_out = split_answers(small, answers, known=known)
-            _warn_of_known(held_out, known, err)
+            warn_of_known(held_out, known, err)
             return adapt_to_answers(
                 small,
                 trained,
@@ -294,7 +309,9 @@ class _AdaptRun:
         )
 
     def data_report(self, settings: Settings) -> dict[str, Any]:
-        """Return the files and all trained questions, those of the adapter to start from too."""
+        """Return files, worked examples and questions, those of the adapter to start from too."""
+        from mlxroute.questions.question_files import hash_examples
+
         names = {question.fingerprint for question in self.questions}
         return {
             # A pipe has no fingerprint.
@@ -302,6 +319,7 @@ class _AdaptRun:
                 {"name": data_name(file), "sha256": hash_file(file) if file.is_file() else None}
                 for file in self.data
             ],
+            "examples_sha256": hash_examples(self.examples),
             "questions": sorted(names | trained_questions(settings)),
         }
 
@@ -317,6 +335,7 @@ class _AdaptRun:
             "small_files": small.fingerprint,
             "started_from": adapted_name(small.plain_name, start) if start else None,
             "large": large.model_name,
+            "large_record": _hash_name(large),
             "examples": len(self.examples),
             "command": self.command,
             "rank": self.rank if start is None else None,
@@ -342,58 +361,3 @@ class _AdaptRun:
                 " --tokens",
                 style=WARNING_STYLE,
             )
-
-
-def _warn_of_known(held_out: Sequence[WorkedAnswer], known: frozenset[str], err: Console) -> None:
-    """Print a warning if the adapter to start from was trained with held-out questions."""
-    from mlxroute.cli.terminal import WARNING_STYLE, print_note
-    from mlxroute.training.adaptation import MIN_ANSWERS
-
-    count = sum(item.question.fingerprint in known for item in held_out)
-    if count:
-        print_note(
-            err,
-            f"warning: the adapter was trained with {count} of the {len(held_out)} held-out"
-            " questions, so the held-out figures are better than on others; add at least"
-            f" {MIN_ANSWERS} other questions",
-            style=WARNING_STYLE,
-        )
-
-
-def _print_figures(outcome: TuningOutcome, out: Path, err: Console) -> None:
-    """Print the held-out figures, and how to use the adapter or why there is none."""
-    from mlxroute.cli.terminal import WARNING_STYLE, make_table, print_note
-    from mlxroute.training.adaptation import BATCH_SIZE
-
-    report = outcome.report
-    counts = report["answers"]
-    judge = "right answers" if report["judged_by"] == "answers" else "the large model's outcomes"
-    title = f"{counts['held_out']} held-out of {counts['held_out'] + counts['trained']} answers"
-    table = make_table("round", "epochs", "loss", f"accuracy, by {judge}", "", title=title)
-    for figures in outcome.figures:
-        kept = "kept" if figures is outcome.best else ""
-        table.add_row(
-            str(figures.round),
-            f"{figures.epoch:g}",
-            f"{figures.loss:.3f}",
-            f"{figures.accuracy:.0%}",
-            kept,
-        )
-    err.print(table)
-    if report["read_at_once"] < BATCH_SIZE:
-        text = f"little memory was free, so a batch was read {report['read_at_once']} at a time"
-        print_note(err, text)
-    print_note(err, f"ended by {outcome.ended_by} after {report['seconds'] / 60:.0f} min", style="")
-    if outcome.best is None:
-        text = (
-            "warning: no weights lowered the held-out loss and kept the accuracy, so no adapter is"
-            " written; give more questions, or a lower --learning-rate"
-        )
-        print_note(err, text, style=WARNING_STYLE)
-        return
-    print_note(
-        err,
-        f"written to {out}; use it with --adapter {shlex.quote(str(out))}, and measure it with"
-        " `mlxroute bench quality` on other questions",
-        style="",
-    )
