@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -193,7 +194,8 @@ def test_baselines_look_at_places_and_resume(
         assert 0 < side["calls"] <= 0.1 * side["tokens"] + BURST
         assert side["large_tokens_per_question"] == side["calls"] / 4
     saved = [json.loads(line)["row"] for line in (tmp_path / "r.jsonl").read_text().splitlines()]
-    assert [row["scores"][:3] for row in saved[2:5]] == [[1, 0, 0], [0, -1, -2], [1, 0, 0]]
+    scores = [row["scores"][:3] for row in saved if row["question"] == questions[0].name]
+    assert (scores.count([1, 0, 0]), scores.count([0, -1, -2])) == (2, 1)
     pairs = (("first 10%", "position 10%"), ("large", "small"))
     again, large = run(small, questions[:4], tmp_path / "r.jsonl", routers=routers, compare=pairs)
     assert large.contexts == []
@@ -460,17 +462,45 @@ def test_an_interrupted_run_resumes_to_the_same_report(
     assert resumed == expected
 
 
+class _FailingLarge(ScriptedLarge):
+    """A large model whose calls fail once the file of answers is there."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__([LargeRefused("no")], clock=FakeClock(), seconds=1.0)
+        self._path = path
+
+    def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
+        if self._path.exists():
+            super().wait(ready, timeout_s=timeout_s)
+        else:
+            time.sleep(0.01)
+
+
+def test_an_answer_is_saved_whatever_becomes_of_those_written_beside_it(
+    small: SmallModel, questions: list[Question], tmp_path: Path
+) -> None:
+    path = tmp_path / "r.jsonl"
+    with pytest.raises(LargeRefused):
+        run(small, questions[:4], path, large=_FailingLarge(path), chats=4)
+    saved = path.read_text()
+    assert 0 < saved.count("\n") < 12
+    run(small, questions[:4], path, chats=4)
+    assert path.read_text().startswith(saved)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({row["key"] for row in rows}) == len(rows) == 12
+
+
 def test_saved_answers_have_fixed_names_and_keys(
     small: SmallModel, questions: list[Question], tmp_path: Path
 ) -> None:
     run(small, questions[:1], tmp_path / "r.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     # A key that changes makes the answers of earlier runs unusable.
-    assert [line["key"] for line in lines] == [
+    assert {line["key"] for line in lines} == {
         "82b750b4c04adf14eaa3fe8b1669368cc29903bd2e624466ca7568f016f90fff",
         "ecfe0dbcd4bc6e630a3dfb003b7d09bc0e8938b9694f0516806e5e6541236268",
         "7287f65a99d159436a19f838720cc1b7f2956596ec28cceb7d578a857064c750",
-    ]
+    }
     for line in lines:
         assert list(line) == ["key", "row"]
         assert list(line["row"]) == [

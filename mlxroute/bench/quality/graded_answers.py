@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +34,11 @@ class QualityRow:
 
 
 class QualityResults:
-    """A file of graded answers, from which an interrupted run continues."""
+    """A file of graded answers, from which an interrupted run continues. Thread-safe."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._lock = threading.Lock()
         self._rows = dict(read_records(path, _keyed_row))
 
     def find(self, key: str) -> QualityRow | None:
@@ -45,8 +47,9 @@ class QualityResults:
 
     def add(self, key: str, row: QualityRow) -> None:
         """Save an answer."""
-        self._rows[key] = row
-        append_records(self._path, [{"key": key, "row": _row_to_json(row)}])
+        with self._lock:
+            self._rows[key] = row
+            append_records(self._path, [{"key": key, "row": _row_to_json(row)}])
 
 
 def _row_to_json(row: QualityRow) -> dict[str, Any]:

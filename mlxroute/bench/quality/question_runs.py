@@ -175,7 +175,10 @@ class _QualityBench:
         return _Task(side, question, conversation, router, key)
 
     def answer(self, tasks: Sequence[_Task]) -> list[QualityRow]:
-        """Return the answers, saved or new, and bring the routers to their states after them."""
+        """Return the answers, saved or new, and bring the routers to their states after them.
+
+        Each answer is saved once it is written, whatever becomes of the others.
+        """
         saved = [self._find(task) for task in tasks]
         missing = [task for task, row in zip(tasks, saved, strict=True) if row is None]
         jobs = [(task.conversation, partial(self._write_answer, task)) for task in missing]
@@ -185,7 +188,6 @@ class _QualityBench:
         for task, row in zip(tasks, saved, strict=True):
             if row is None:
                 row = next(new_rows)
-                self.results.add(task.key, row)
             else:
                 for score in row.scores:
                     _, task.router.state = task.router.state.decide(score)
@@ -241,7 +243,12 @@ class _QualityBench:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _write_answer(self, task: _Task, row: AnswerRow) -> QualityRow:
-        """Write and grade one answer."""
+        """Write, grade and save one answer."""
+        answer = self._new_answer(task, row)
+        self.results.add(task.key, answer)
+        return answer
+
+    def _new_answer(self, task: _Task, row: AnswerRow) -> QualityRow:
         if not task.side.is_large:
             return self._generate_answer(task, row)
         if not self.replies.is_approximate:
