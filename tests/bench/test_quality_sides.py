@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from mlxroute.bench.quality.agreement import compare_agreement, token_f1
-from mlxroute.bench.quality.baselines import POSITION_ROUTERS, BaselineRouter, starts_sentence
+from mlxroute.bench.quality.baselines import UNCALIBRATED, BaselineRouter, starts_sentence
 from mlxroute.bench.quality.comparisons import compare_sides, pair_with_best_baseline
 from mlxroute.bench.quality.graded_answers import QualityRow
 from mlxroute.bench.quality.side_figures import side_figures
@@ -50,9 +50,9 @@ def _escalated_places(name: str, budget: float, texts: list[str]) -> list[list[i
     """Return the escalated positions of answers whose tokens are characters."""
     router = BaselineRouter(name, budget)
     places: list[list[int]] = []
-    for text in texts:
+    for number, text in enumerate(texts):
         row = _TextRow()
-        router.begin_answer(cast("AnswerRow", row))
+        router.begin_answer(cast("AnswerRow", row), seed=f"question {number}")
         places.append([])
         for place, character in enumerate(text):
             score = router.score(signals(ord(character)), router.state.positions)
@@ -72,7 +72,7 @@ def _rows(marks: str) -> list[QualityRow]:
 def test_every_router_can_be_measured() -> None:
     assert {name.value for name in BenchRouterName} == {
         *(name.value for name in RouterName),
-        *POSITION_ROUTERS,
+        *UNCALIBRATED,
     }
 
 
@@ -94,6 +94,20 @@ def test_first_escalates_the_first_positions_that_the_budget_allows() -> None:
     assert all(answer == list(range(len(answer))) for answer in places[20:])
     assert statistics.fmean(map(len, places)) == pytest.approx(4, abs=0.5)
     assert {len(answer) for answer in places[20:]} <= {3, 4, 5}
+
+
+def test_random_escalates_by_chance_in_each_answer() -> None:
+    places = _escalated_places("random", 0.2, ["x" * 20] * 60)
+    assert places == _escalated_places("random", 0.2, ["y" * 20] * 60)
+    assert 0.1 * 1200 < sum(map(len, places)) <= 0.2 * 1200 + BURST
+    assert {place for answer in places[20:] for place in answer} == set(range(20))
+    # The first questions of all chats have a router in the same state.
+    firsts = set()
+    for number in range(4):
+        router = BaselineRouter("random", 0.2)
+        router.begin_answer(cast("AnswerRow", _TextRow()), seed=f"question {number}")
+        firsts.add(tuple(router.score(signals(0), place) for place in range(5)))
+    assert len(firsts) == 4
 
 
 def test_sentence_escalates_the_first_token_of_every_sentence() -> None:

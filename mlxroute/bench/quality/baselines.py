@@ -5,6 +5,7 @@ A router that learns or measures something has to beat them at equal numbers of 
 
 from __future__ import annotations
 
+import random
 import re
 from typing import Final
 
@@ -13,17 +14,19 @@ from mlxroute.routers.router import Router, make_router
 from mlxroute.serving.concurrent_answers import AnswerRow
 from mlxroute.types import Signals
 
-# Scores are whole numbers.
+# Scores of positions are whole numbers.
 _RESOLUTION: Final = 1.0
+_RANDOM_RESOLUTION: Final = 1e-4
 # Scores that budgets start from: answers of 32 tokens in sentences of 16.
 _EXPECTED_SCORES: Final = {
+    "random": (0.0, 1.0),
     "position": (*[0.0] * 31, 1.0),
     "first": tuple(float(-position) for position in reversed(range(32))),
     "sentence": (*[0.0] * 15, 1.0),
 }
-POSITION_ROUTERS: Final = tuple(_EXPECTED_SCORES)
-"""Names of the baselines that only `bench quality` has."""
-BASELINES: Final = ("random", *POSITION_ROUTERS, "entropy")
+UNCALIBRATED: Final = tuple(_EXPECTED_SCORES)
+"""Names of the baselines that look at no signal of the model."""
+BASELINES: Final = (*UNCALIBRATED, "entropy")
 """Names of the routers that others are compared with."""
 # The end of a sentence or of a line, with the white space after it.
 _BEFORE_SENTENCE: Final = re.compile(r"(?:[.!?][\"')\]*]*\s+|\n\s*)$")
@@ -32,6 +35,7 @@ _BEFORE_SENTENCE: Final = re.compile(r"(?:[.!?][\"')\]*]*\s+|\n\s*)$")
 class BaselineRouter:
     """Escalates by the place of a position in the answer, within a budget.
 
+    `random` escalates by chance; what it draws depends on the answer's seed and the place alone.
     `position` escalates the first position of each answer and no other; `first` escalates the first
     k positions, with the k that the budget allows; `sentence` escalates the first token of each
     sentence and each line. Like other routers, it keeps its budget from answer to answer.
@@ -42,19 +46,27 @@ class BaselineRouter:
 
     def __init__(self, name: str, budget: float) -> None:
         self.name = name
-        self.state = Budget.of(budget, _EXPECTED_SCORES[name], resolution=_RESOLUTION)
+        resolution = _RANDOM_RESOLUTION if name == "random" else _RESOLUTION
+        self.state = Budget.of(budget, _EXPECTED_SCORES[name], resolution=resolution)
         self._first_position = 0
+        self._seed = ""
         self._row: AnswerRow | None = None
 
-    def begin_answer(self, row: AnswerRow) -> None:
-        """Start an answer, which is written with this row as its small model."""
+    def begin_answer(self, row: AnswerRow, *, seed: str) -> None:
+        """Start an answer, which is written with this row as its small model.
+
+        Answers with different values of `seed` are independent for `random`.
+        """
         self._first_position = self.state.positions
+        self._seed = seed
         self._row = row
 
     def score(self, signals: Signals, position: int) -> float:
         """Return the score of a position of the answer that was begun last."""
         place = position - self._first_position
         match self.name:
+            case "random":
+                return random.Random(f"{self._seed} {place}").random()
             case "position":
                 return float(place == 0)
             case "first":
@@ -78,7 +90,7 @@ QualityRouter = Router | BaselineRouter
 
 def make_quality_router(name: str, budget: float, quantiles: tuple[float, ...]) -> QualityRouter:
     """Return a router within a budget; `quantiles` are those of a calibration, if it has one."""
-    if name in POSITION_ROUTERS:
+    if name in UNCALIBRATED:
         return BaselineRouter(name, budget)
     return make_router(name, budget=budget, quantiles=quantiles)
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Final
 
 from mlxroute.bench.quality.baselines import (
-    POSITION_ROUTERS,
+    UNCALIBRATED,
     BaselineRouter,
     QualityRouter,
     make_quality_router,
@@ -222,8 +222,8 @@ class _QualityBench:
     ) -> str:
         """Return the key of an answer: a hash of all that it depends on."""
         models = [self.small.record_name, self.replies.recorded_name]
-        # Baselines and single models have no calibrated scores.
-        uncalibrated = {None, *POSITION_ROUTERS}
+        # Single models and baselines, whose seed is the question, have no calibrated scores.
+        uncalibrated = {None, *UNCALIBRATED}
         ranks = () if side.router in uncalibrated else self.ranks[str(side.router)]
         # The answer of one model alone does not depend on its router's state.
         state = _budget_text(router) if side.router else ""
@@ -262,7 +262,7 @@ class _QualityBench:
         side = task.side
         large = self.replies.new_view(alone=side.is_large, blocked=row.blocked)
         if isinstance(task.router, BaselineRouter):
-            task.router.begin_answer(row)
+            task.router.begin_answer(row, seed=task.question.fingerprint)
         answer = generate(
             PlaceholderSmall(self.small) if side.is_large else row,
             None if side is SMALL else large,
