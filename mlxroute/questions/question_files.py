@@ -118,11 +118,18 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def sample_questions(questions: Sequence[Question], count: int) -> list[Question]:
-    """Return a random sample of at most `count` questions.
+    """Return a random sample of at most `count` questions; a prompt that occurs again is left out.
 
     The shuffle has a fixed seed, so a smaller sample is the start of a larger one.
     """
-    return random.Random(0).sample(questions, len(questions))[:count]
+    return _drop_repeated(random.Random(0).sample(questions, len(questions)))[:count]
+
+
+def _drop_repeated(questions: Sequence[Question]) -> list[Question]:
+    unique: dict[str, Question] = {}
+    for question in questions:
+        unique.setdefault(question.fingerprint, question)
+    return list(unique.values())
 
 
 def sample_files(files: Sequence[Path], count: int, *, at_least: int = 1) -> list[Question]:
@@ -131,17 +138,15 @@ def sample_files(files: Sequence[Path], count: int, *, at_least: int = 1) -> lis
     A prompt that occurs again, in the same file or another one, is left out. Raises UsageError as
     `read_questions`, and for fewer than `at_least` (1) questions in all.
     """
-    sampled: dict[str, Question] = {}
-    for file in files:
-        for question in sample_questions(read_questions(file), count):
-            sampled.setdefault(question.fingerprint, question)
+    samples = [sample_questions(read_questions(file), count) for file in files]
+    sampled = _drop_repeated([question for sample in samples for question in sample])
     if len(sampled) < at_least:
         names = ", ".join(map(str, files))
         raise UsageError(
             f"at least {at_least} different questions are needed, and {names} gave {len(sampled)};"
             " give more, and check --questions"
         )
-    return list(sampled.values())
+    return sampled
 
 
 def read_worked_examples(path: Path | None, count: int) -> list[Question]:

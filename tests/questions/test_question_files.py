@@ -218,3 +218,10 @@ def test_a_smaller_sample_is_the_start_of_a_larger_one() -> None:
     assert sample_questions(questions, 10) == sample_questions(questions, 20)[:10]
     names = sorted(question.name for question in questions)
     assert sorted(question.name for question in sample_questions(questions, 99)) == names
+
+
+def test_a_sample_has_as_many_different_prompts_as_were_asked_for() -> None:
+    questions = [Question(str(i), f"say {i % 4}") for i in range(12)]
+    for count in range(1, 6):
+        prompts = [question.prompt for question in sample_questions(questions, count)]
+        assert len(prompts) == len(set(prompts)) == min(count, 4)
