@@ -308,7 +308,7 @@ class _Training:
             figures = self._judge(number, end / batches, section.held_out)
             begin = end
             if self._add_figures(figures):
-                self._write()
+                self._write(figures)
             if self._ended_by:
                 return
         self._ended_by = "epochs"
@@ -337,7 +337,6 @@ class _Training:
         if figures.accuracy < highest - _MAX_STANDARD_ERRORS * error:
             self._ended_by = "held-out accuracy"
         elif figures.loss < lowest.loss:
-            self._best = figures
             return True
         elif len(before) - before.index(lowest) >= _PATIENCE:
             self._ended_by = "held-out loss"
@@ -356,10 +355,12 @@ class _Training:
             "peak_memory_gb": round(mx.get_peak_memory() / 1e9, 2),
         }
 
-    def _write(self) -> None:
-        """Write the folder of the adapter."""
+    def _write(self, figures: HeldOutFigures) -> None:
+        """Write the folder of the adapter, whose weights have these figures."""
         self._tuning.write_weights(self._folder / WEIGHTS_FILE)
         replace_file(self._folder / CONFIG_FILE, json.dumps(self._config, indent=1).encode())
+        # Only now: after an interrupt the provenance names the best weights.
+        self._best = figures
         self._write_provenance()
 
     def _write_provenance(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -371,6 +372,29 @@ def test_an_interrupt_keeps_the_best_weights(step: int, small: SmallModel, tmp_p
     assert outcome.ended_by == "interrupt"
     assert outcome.best == outcome.figures[-1]
     assert json.loads((folder / "provenance.json").read_text())["ended_by"] == "interrupt"
+
+
+@pytest.mark.parametrize("written", [0, 1])
+def test_an_interrupt_while_weights_are_written_keeps_those_before(
+    written: int, small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, calls = LoraTuning.write_weights, itertools.count()
+
+    def write_or_interrupt(self: LoraTuning, file: Path) -> None:
+        if next(calls) == written:
+            raise KeyboardInterrupt
+        write(self, file)
+
+    monkeypatch.setattr(LoraTuning, "write_weights", write_or_interrupt)
+    folder = tmp_path / "a"
+    if not written:
+        with pytest.raises(KeyboardInterrupt):
+            adapt(small, folder)
+        assert not list(folder.iterdir())
+        return
+    outcome = adapt(small, folder)
+    assert outcome.ended_by == "interrupt"
+    assert outcome.best == outcome.figures[-2]
 
 
 def test_an_interrupted_training_goes_on_from_the_kept_weights(
