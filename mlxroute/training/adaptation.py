@@ -79,8 +79,8 @@ def split_answers(
     A prompt that occurs twice is used once, an answer without text not at all. Answers that are
     wrong by their question's own answer are not trained on. `known`, none by default, are the
     fingerprints of questions that the adapter of `small` was trained with; they are held out only
-    if fewer than ten others are there. Raises UsageError for fewer than ten questions, and for
-    fewer than ten answers to train on.
+    if fewer than ten others are there. Raises UsageError for fewer than ten questions, and if fewer
+    than ten of the answers to train on are right, or not all where they are fewer.
     """
     ends = small.vocabulary.eos_ids
     answers = [item for item in answers if not ends.issuperset(item.answer.token_ids)]
@@ -97,10 +97,11 @@ def split_answers(
     names = {item.question.fingerprint for item in held_out}
     others = [item for item in items if item.question.fingerprint not in names]
     trained = [item for item in others if not _is_wrong(small, item)]
-    if len(trained) < min(MIN_ANSWERS, len(others)):
+    needed = min(MIN_ANSWERS, len(others))
+    if len(trained) < needed:
         raise UsageError(
             f"only {len(trained)} of the large model's {len(others)} answers to train on are right;"
-            f" at least {MIN_ANSWERS} are needed, so give more questions"
+            f" at least {needed} are needed, so give more questions"
         )
     return trained, held_out
 
