@@ -23,7 +23,7 @@ from mlxroute.backend.load import load
 from mlxroute.bench.plot import draw_quality
 from mlxroute.bench.quality.graded_answers import QualityResults
 from mlxroute.bench.quality.oracles import compute_oracles
-from mlxroute.bench.quality.question_runs import bench_quality
+from mlxroute.bench.quality.question_runs import bench_quality, measure_step_s
 from mlxroute.bench.quality.sides import LARGE, ORACLES, SMALL, make_sides
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli import main
@@ -331,6 +331,15 @@ def test_cut_off_answers_are_reported(
     for side in report["sides"].values():
         side["reached_limit"] = 0
     assert "cut off" not in shown()
+
+
+def test_a_step_is_timed_after_the_worked_examples(
+    small: SmallModel, questions: list[Question]
+) -> None:
+    examples = [replace(questions[1], worked_answer="So it is.")]
+    assert measure_step_s(small, questions[0], examples) > 0
+    ids = small.encode_conversation(question_messages(questions[0], examples)).ids
+    assert tuple(small.cached_ids[: len(ids)]) == ids
 
 
 def test_saved_answers_are_not_repeated(

@@ -40,9 +40,12 @@ from mlxroute.types.limits import MAX_PREFETCH
 _TIMED_STEPS: Final = 5
 
 
-def measure_step_s(small: SmallModel, question: Question) -> float:
-    """Return the median seconds of a few decode steps after a question."""
-    signals, _ = small.prefill(small.encode_conversation(question_messages(question)).ids)
+def measure_step_s(
+    small: SmallModel, question: Question, examples: Sequence[Question] = ()
+) -> float:
+    """Return the median seconds of a few decode steps after a question, as a run asks it."""
+    conversation = question_messages(question, examples)
+    signals, _ = small.prefill(small.encode_conversation(conversation).ids)
     times_s = []
     for _ in range(_TIMED_STEPS):
         began_s = time.perf_counter()

@@ -231,7 +231,7 @@ class _QualityRun:
                 examples=self.examples,
                 ranks=ranks,
                 max_tokens=settings.max_tokens,
-                step_s=measure_step_s(small, self.questions[0]),
+                step_s=measure_step_s(small, self.questions[0], self.examples),
                 chats=self.chats,
                 accept_within=settings.accept_within,
                 results=QualityResults(record_path(settings, "quality", small.name, large_name)),
