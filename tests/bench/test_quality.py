@@ -48,7 +48,7 @@ from mlxroute.routers import BURST, make_router
 from mlxroute.serving.concurrent_answers import AnswerRow, ConcurrentAnswers
 from mlxroute.small import SmallModel
 from mlxroute.training.labels import LabelledAnswer
-from mlxroute.types import LargeContext, Message, Sampling
+from mlxroute.types import LargeContext, LargeToken, Message, Sampling
 from tests.support.fakes import (
     FakeCall,
     FakeClock,
@@ -333,6 +333,32 @@ def test_cut_off_answers_are_reported(
     assert "cut off" not in shown()
 
 
+def test_an_answer_that_ends_with_the_last_token_is_not_cut_off(
+    small: SmallModel,
+    questions: list[Question],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tests.bench.test_quality._TOKENS", 1)
+    end = LargeToken(
+        token_ids=(small.vocabulary.end_id,),
+        text="",
+        is_eos=True,
+        logprob=-0.5,
+        top=(),
+        prompt_tokens=10,
+        cached_tokens=8,
+        completion_tokens=1,
+        uploaded_bytes=100,
+        latency_s=0.0,
+    )
+    for _ in range(2):
+        report, _ = run(small, questions[:2], tmp_path / "r.jsonl", replies=(end,))
+        sides = report["sides"]
+        assert [sides[name]["tokens"] for name in ("small", "large")] == [2, 2]
+        assert [sides[name]["reached_limit"] for name in ("small", "large")] == [2, 0]
+
+
 def test_a_step_is_timed_after_the_worked_examples(
     small: SmallModel, questions: list[Question]
 ) -> None:
@@ -525,6 +551,7 @@ def test_saved_answers_have_fixed_names_and_keys(
             "uploaded_tokens",
             "seconds",
             "calls_s",
+            "cut_off",
             "scores",
         ]
 

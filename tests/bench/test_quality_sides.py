@@ -30,7 +30,7 @@ from mlxroute.serving.concurrent_answers import AnswerRow
 from mlxroute.types import Judgement
 from tests.support.fakes import signals
 
-_ROW = QualityRow("q", "", None, None, 10, 1, 0, 0, 1, 50, 0.5, 0.25, ())
+_ROW = QualityRow("q", "", None, None, 10, 1, 0, 0, 1, 50, 0.5, 0.25, False, ())
 
 
 class _TextRow:
@@ -156,6 +156,14 @@ def test_the_gap_recovered_lies_between_the_models_alone() -> None:
         for end in (SMALL, LARGE)
     ]
     assert ends == [0, 1]
+
+
+def test_answers_of_earlier_versions_count_as_cut_off_at_the_limit() -> None:
+    kinds = (True, False, None)
+    rows = [replace(_ROW, tokens=20, is_cut_off=kind) for kind in kinds]
+    rows += [replace(_ROW, tokens=19, is_cut_off=kind) for kind in kinds]
+    figures = side_figures(SMALL, {"small": rows}, 1, max_tokens=20, has_answers=False)
+    assert figures["reached_limit"] == 3
 
 
 @pytest.mark.parametrize("large", ["1100", "1000", "1110"])

@@ -15,7 +15,8 @@ from mlxroute.recorded.row_file import append_records, read_records
 class QualityRow:
     """One graded answer; the `scores` of its positions restore the budget's state after it.
 
-    Of its `seconds`, `calls_s` are those of calls; None if an earlier version saved it.
+    Of its `seconds`, `calls_s` are those of calls. `is_cut_off` tells whether it reached the
+    greatest length without an end. Both are None if an earlier version saved it.
     """
 
     question: str
@@ -30,6 +31,7 @@ class QualityRow:
     uploaded_tokens: int
     seconds: float
     calls_s: float | None
+    is_cut_off: bool | None
     scores: tuple[float, ...]
 
 
@@ -67,6 +69,7 @@ def _row_to_json(row: QualityRow) -> dict[str, Any]:
         "uploaded_tokens": row.uploaded_tokens,
         "seconds": row.seconds,
         "calls_s": row.calls_s,
+        "cut_off": row.is_cut_off,
         "scores": row.scores,
     }
 
@@ -89,5 +92,6 @@ def _row_from_json(item: Mapping[str, Any]) -> QualityRow:
         uploaded_tokens=item["uploaded_tokens"],
         seconds=item["seconds"],
         calls_s=item.get("calls_s"),
+        is_cut_off=item.get("cut_off"),
         scores=tuple(item["scores"]),
     )

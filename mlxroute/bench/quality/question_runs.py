@@ -34,7 +34,7 @@ from mlxroute.recorded.replies import AnswerNotContinued, Replies
 from mlxroute.routers import Budget, make_router
 from mlxroute.serving.concurrent_answers import AnswerRow, ConcurrentAnswers
 from mlxroute.small import SmallModel
-from mlxroute.types import Message, Mode, Progress, Source, no_progress
+from mlxroute.types import Message, Mode, Progress, Source, StopReason, no_progress
 from mlxroute.types.limits import MAX_PREFETCH
 
 _TIMED_STEPS: Final = 5
@@ -302,6 +302,7 @@ class _QualityBench:
             uploaded_tokens=stats.uploaded_tokens,
             seconds=self._seconds(side, stats.tokens, calls_s),
             calls_s=calls_s,
+            is_cut_off=stats.finish_reason is StopReason.LENGTH,
             scores=() if side.is_large else tuple(scores),
         )
 
@@ -323,6 +324,8 @@ class _QualityBench:
             uploaded_tokens=whole.prompt_tokens or 0,
             seconds=self._seconds(task.side, tokens, whole.seconds),
             calls_s=whole.seconds,
+            # A server that withholds an answer gives no text and no end.
+            is_cut_off=bool(whole.text) and not whole.ends,
             scores=(),
         )
 

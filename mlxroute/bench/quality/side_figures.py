@@ -52,12 +52,17 @@ def side_figures(
         "agreement": round(agreed / escalated, 4) if escalated and side.router else None,
         "most_over_budget": _max_excess(own_rows, side.budget, chats) if side.router else None,
         "tokens": tokens,
-        "reached_limit": sum(row.tokens >= max_tokens for row in own_rows),
+        "reached_limit": sum(_is_cut_off(row, max_tokens) for row in own_rows),
         "calls": sum(row.calls for row in own_rows),
         "unchecked": sum(row.unchecked for row in own_rows),
         "uploaded_tokens": sum(row.uploaded_tokens for row in own_rows),
         "seconds_median": round(statistics.median(seconds), 3) if seconds else 0,
     }
+
+
+def _is_cut_off(row: QualityRow, max_tokens: int) -> bool:
+    """Return whether an answer was cut off; of earlier versions, whether it has all its tokens."""
+    return row.tokens >= max_tokens if row.is_cut_off is None else row.is_cut_off
 
 
 def _max_excess(rows: Sequence[QualityRow], budget: float, chats: int) -> float:
