@@ -25,7 +25,6 @@ from mlxroute.serving.http.parsing.chat_fields import ToolsNeeded, usual_message
 from mlxroute.serving.http.parsing.common_fields import read_include_usage
 from mlxroute.serving.http.parsing.fields import Fields, clean_json
 from mlxroute.serving.http.replies.event_stream import (
-    COMMENT,
     DONE,
     ClientGone,
     EventStream,
@@ -65,6 +64,7 @@ async def forward_chat(
             forwarded.stream(),
             cancel=forwarded.cancel,
             headers={ID_HEADER: forwarded.reply_id},
+            keep_alive_s=endpoint.limits.keep_alive_s,
             on_end=place.pop_all().close,
         )
 
@@ -155,21 +155,14 @@ class _ForwardedChat:
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """Yield the reply as the events of a stream; it is sent as soon as it is whole."""
         yield encode_event(self._form.delta_chunk({"role": "assistant", "content": ""}))
-        asking = asyncio.ensure_future(self._ask())
         try:
-            while not asking.done():
-                await asyncio.wait({asking}, timeout=self._endpoint.limits.keep_alive_s)
-                if not asking.done():
-                    yield COMMENT
-            reply = asking.result()
+            reply = await self._ask()
             for chunk in reply_chunks(self._form, reply, include_usage=self._include_usage):
                 yield encode_event(chunk)
         except Exception as exc:  # noqa: BLE001 - the status was sent already
             log_failure(exc, self._endpoint.notify)
             yield encode_error(_to_api_error(exc))
             return
-        finally:
-            asking.cancel()
         yield DONE
 
     async def _ask(self) -> dict[str, Any]:

@@ -190,12 +190,16 @@ class _Reply:
             self._fields,
             logprobs=self._logprobs,
             is_chat=self._is_chat,
-            keep_alive_s=self._endpoint.limits.keep_alive_s,
             report=self._report,
             notify=self._endpoint.notify,
         )
         headers = {ID_HEADER: self.reply_id}
-        return EventStream(stream.parts(), cancel=self._cancel, headers=headers)
+        return EventStream(
+            stream.parts(),
+            cancel=self._cancel,
+            headers=headers,
+            keep_alive_s=self._endpoint.limits.keep_alive_s,
+        )
 
     async def whole(
         self, request: Request, asked: Sequence[Asked], *, echo: PromptFields | None = None

@@ -53,22 +53,9 @@ class ServedAnswer:
             target=self._forward, args=(loop,), name="mlxroute-events", daemon=True
         ).start()
 
-    async def events(
-        self, *, idle_s: float | None = None
-    ) -> AsyncGenerator[ServedEvent | None, None]:
-        """Yield the events, and None after each `idle_s` seconds without one.
-
-        Raises the error that ended the answer, if one did.
-        """
-        while True:
-            try:
-                async with asyncio.timeout(idle_s):
-                    event = await self._events.get()
-            except TimeoutError:
-                yield None
-                continue
-            if event is None:
-                break
+    async def events(self) -> AsyncGenerator[ServedEvent, None]:
+        """Yield the events. Raises the error that ended the answer, if one did."""
+        while (event := await self._events.get()) is not None:
             yield event
         self._is_read = True
         self._raise_failure()

@@ -57,7 +57,11 @@ def test_the_end_of_a_stream_is_reported(
 
     async def reply() -> None:
         stream = EventStream(
-            parts(), cancel=lambda: None, headers={}, on_end=lambda: ends.append("end")
+            parts(),
+            cancel=lambda: None,
+            headers={},
+            keep_alive_s=10.0,
+            on_end=lambda: ends.append("end"),
         )
         task = asyncio.ensure_future(stream({"type": "http"}, receive, send))
         await asyncio.sleep(0)

@@ -18,8 +18,10 @@ from starlette.testclient import TestClient
 from mlxroute.answers.document_file import parse_document
 from mlxroute.engine import Options
 from mlxroute.errors import LargeRefused, LargeUnavailable, LargeUnreachable
+from mlxroute.serving import PromptProgress, RunningAnswer
 from mlxroute.serving.http.answer_endpoint import ServingLimits
 from mlxroute.serving.http.endpoint_app import create_app
+from mlxroute.serving.requests import ServedEvent
 from mlxroute.small import SmallModel
 from mlxroute.types import LargeContext, LargeToken, Mode
 from tests.support.endpoint import call_until, chat, make_session, read_stream, running
@@ -262,6 +264,40 @@ def test_a_silent_stream_is_kept_alive(small: SmallModel) -> None:
 
     asyncio.run(call_until(app, chat(stream=True, **_ALWAYS), on_body))
     assert b"".join(received).startswith(b"data: ")
+    app.state.endpoint.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", chat(stream=True)),
+        ("/v1/completions", {"prompt": "the fox", "stream": True}),
+    ],
+)
+def test_events_that_a_stream_does_not_show_do_not_keep_it_silent(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    app = create_app(make_session(small), limits=ServingLimits(keep_alive_s=1.0))
+    received: list[bytes] = []
+    plain = RunningAnswer.events
+
+    def is_kept_alive() -> bool:
+        return b": keep-alive\n\n" in received
+
+    def events(running: RunningAnswer) -> Iterator[ServedEvent]:
+        end_s = time.monotonic() + 5.0
+        while not is_kept_alive() and time.monotonic() < end_s:
+            yield PromptProgress(0, 1)
+            time.sleep(0.02)
+        yield from plain(running)
+
+    def on_body(data: bytes) -> bool:
+        received.append(data)
+        return is_kept_alive() or not data
+
+    monkeypatch.setattr(RunningAnswer, "events", events)
+    asyncio.run(call_until(app, body, on_body, path=path))
+    assert is_kept_alive()
     app.state.endpoint.close()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from mlxroute.serving.http.api_error import log_failure, to_api_error
 from mlxroute.serving.http.parsing.common_fields import AnswerFields
 from mlxroute.serving.http.replies.answer_summary_json import FINISH_REASONS
-from mlxroute.serving.http.replies.event_stream import COMMENT, DONE, encode_error, encode_event
+from mlxroute.serving.http.replies.event_stream import DONE, encode_error, encode_event
 from mlxroute.serving.http.replies.reply_forms import ReplyForm
 from mlxroute.serving.http.replies.token_logprobs import LogprobForms
 from mlxroute.serving.http.served_answer import ServedAnswer
@@ -27,7 +27,6 @@ class ChunkStream:
         fields: What the request says.
         logprobs: The form of logprobs; None without.
         is_chat: Whether it is a chat completion.
-        keep_alive_s: Seconds of silence after which a comment is sent.
         report: Returns the summary and the usage of the complete answer.
         notify: Receives a line about an answer that failed.
     """
@@ -40,7 +39,6 @@ class ChunkStream:
         *,
         logprobs: LogprobForms | None,
         is_chat: bool,
-        keep_alive_s: float,
         report: Any,
         notify: Notify,
     ) -> None:
@@ -49,7 +47,6 @@ class ChunkStream:
         self._fields = fields
         self._logprobs = logprobs
         self._is_chat = is_chat
-        self._keep_alive_s = keep_alive_s
         self._report = report
         self._notify = notify
         self._offset = 0
@@ -59,13 +56,10 @@ class ChunkStream:
         if (first := self._form.first_chunk()) is not None:
             yield encode_event(first)
         try:
-            async with aclosing(self._answer.events(idle_s=self._keep_alive_s)) as events:
+            async with aclosing(self._answer.events()) as events:
                 async for event in events:
-                    chunk = None if event is None else self._chunk(event)
-                    if chunk is not None:
+                    if (chunk := self._chunk(event)) is not None:
                         yield encode_event(chunk)
-                    elif event is None:
-                        yield COMMENT
             summary, usage = self._report()
         except Exception as exc:  # noqa: BLE001 - the status was sent already
             log_failure(exc, self._notify)

@@ -52,6 +52,30 @@ async def _left(receive: Receive) -> None:
         pass
 
 
+async def kept_alive(
+    parts: AsyncGenerator[bytes, None], *, silence_s: float
+) -> AsyncGenerator[bytes, None]:
+    """Yield parts of a stream, and a comment after each `silence_s` seconds without one."""
+    async with aclosing(parts):
+        while True:
+            reading = asyncio.ensure_future(_next_part(parts))
+            try:
+                while not (await asyncio.wait({reading}, timeout=silence_s))[0]:
+                    yield COMMENT
+            finally:
+                # A generator that still runs cannot be closed.
+                if not reading.done():
+                    reading.cancel()
+                    await asyncio.gather(reading, return_exceptions=True)
+            if (part := reading.result()) is None:
+                return
+            yield part
+
+
+async def _next_part(parts: AsyncGenerator[bytes, None]) -> bytes | None:
+    return await anext(parts, None)
+
+
 class EventStream(Response):
     """A stream of events, which ends when the client leaves.
 
@@ -59,6 +83,7 @@ class EventStream(Response):
         parts: The encoded events.
         cancel: Called when the client leaves before the end.
         headers: Further headers.
+        keep_alive_s: Seconds in which nothing is sent after which a comment is.
         on_end: Called once the stream has ended, in whatever way. Nothing by default.
     """
 
@@ -70,12 +95,13 @@ class EventStream(Response):
         *,
         cancel: Callable[[], None],
         headers: Mapping[str, str],
+        keep_alive_s: float,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
         own = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         self.status_code = 200
         self.background = None
-        self._parts = parts
+        self._parts = kept_alive(parts, silence_s=keep_alive_s)
         self._cancel = cancel
         self._on_end = on_end
         self.init_headers({**own, **headers})
