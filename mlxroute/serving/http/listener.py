@@ -79,9 +79,9 @@ class BoundedConnection(H11Protocol):
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """Wait for the client to read, but not for long."""
+        """Wait for the client to read, as long as it reads something."""
         super().pause_writing()
-        self._unread_timer = self.loop.call_later(_MAX_UNREAD_S, self.transport.abort)
+        self._wait_for_reading()
 
     def resume_writing(self) -> None:
         """Go on once the client has read."""
@@ -101,6 +101,17 @@ class BoundedConnection(H11Protocol):
             self._stop_rest_timer()
             self._waiting[self] = None
             self._rest_timer = self.loop.call_later(_MAX_REST_S, self.transport.abort)
+
+    def _wait_for_reading(self) -> None:
+        unread = self.transport.get_write_buffer_size()
+        self._unread_timer = self.loop.call_later(_MAX_UNREAD_S, self._check_reading, unread)
+
+    def _check_reading(self, unread: int) -> None:
+        # Nothing is written meanwhile, so a buffer that has not shrunk was not read.
+        if self.transport.get_write_buffer_size() < unread:
+            self._wait_for_reading()
+        else:
+            self.transport.abort()
 
     def _wait_for_head(self) -> None:
         self._waiting[self] = None

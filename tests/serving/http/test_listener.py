@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -13,8 +14,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+from unittest.mock import Mock
 
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
 from mlxroute.cli import main
 from mlxroute.errors import UsageError
@@ -110,6 +114,38 @@ def test_a_refused_request_does_not_keep_its_connection(
                 sock.send(b" ")
                 time.sleep(0.05)
         assert time.monotonic() - began_s < 5
+
+
+class _SlowTransport(asyncio.Transport):
+    """A connection whose client has `unread` bytes of a reply still to read."""
+
+    def __init__(self, unread: int) -> None:
+        super().__init__()
+        self.unread = unread
+        self.is_aborted = False
+
+    def get_write_buffer_size(self) -> int:
+        return self.unread
+
+    def abort(self) -> None:
+        self.is_aborted = True
+
+
+def test_a_slow_reader_gets_its_reply_and_one_that_reads_nothing_is_closed() -> None:
+    loop, transport = Mock(), _SlowTransport(100_000)
+    config = uvicorn.Config(create_loading_app(AccessRules()), ws="none", log_config=None)
+    connection = listener.BoundedConnection(config, ServerState(), {}, loop)
+    connection.connection_made(transport)
+    connection.pause_writing()
+    for unread in (90_000, 89_999):
+        transport.unread = unread
+        _, check, *arguments = loop.call_later.call_args.args
+        check(*arguments)
+        assert not transport.is_aborted
+    _, check, *arguments = loop.call_later.call_args.args
+    check(*arguments)
+    assert transport.is_aborted
+    connection.connection_lost(ConnectionAbortedError())
 
 
 def test_idle_connections_do_not_keep_others_out(port: int) -> None:
