@@ -328,12 +328,16 @@ class DeviceThread:
         self._reply(row, signals)
 
     def _step_batch(self, feeds: dict[Row, Feed], expected: dict[Row, Signals]) -> None:
-        token_ids = {
-            row.sequence.batch_row: feed.token_ids[0]
+        rows = {
+            row.sequence.batch_row: feed
             for row, feed in feeds.items()
             if row.sequence.batch_row is not None
         }
-        signals = self._batch.step(token_ids)
+        # As one row does, a sampler draws once for a token of several ids.
+        signals = self._batch.step(
+            {row: feed.token_ids[0] for row, feed in rows.items()},
+            undrawn=[row for row, feed in rows.items() if len(feed.token_ids) > 1],
+        )
         self.steps += 1
         self.batched_tokens += len(feeds)
         for row, feed in feeds.items():

@@ -8,7 +8,7 @@ nothing, a join or a leave copies one row.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -204,8 +204,13 @@ class RowBatch:
         if row.sampler is not None:
             row.sampler.rewind(row.length)
 
-    def step(self, token_ids: Mapping[BatchRow, int]) -> dict[BatchRow, Signals]:
-        """Feed one token to some of the rows; return the signals after each of them."""
+    def step(
+        self, token_ids: Mapping[BatchRow, int], *, undrawn: Collection[BatchRow] = ()
+    ) -> dict[BatchRow, Signals]:
+        """Feed one token to some of the rows; return the signals after each of them.
+
+        The samplers of the `undrawn` rows draw nothing: their signals are greedy.
+        """
         self._grow()
         # Rows in between compute a token that is overwritten by their next one.
         count = 1 + max(row.index for row in token_ids)
@@ -216,7 +221,8 @@ class RowBatch:
         for layer in self._layers:
             layer.plan = plan
         tokens = mx.array([[token_ids.get(row, 0)] for row in rows])
-        samplers = [(row.sampler if row in token_ids else None, row.length) for row in rows]
+        drawn = token_ids.keys() - set(undrawn)
+        samplers = [(row.sampler if row in drawn else None, row.length) for row in rows]
         signals = self._compute_signals(tokens, list(self._layers), samplers)
         self._evaluate()
         self._step_count += 1

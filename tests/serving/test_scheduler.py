@@ -289,8 +289,8 @@ def test_answers_that_outgrow_the_memory_of_the_batch_go_on_alone(
     batch = scheduler._device._batch
     step, sizes = batch.step, []
 
-    def measured(token_ids: Any) -> Any:
-        rows = step(token_ids)
+    def measured(token_ids: Any, **options: Any) -> Any:
+        rows = step(token_ids, **options)
         sizes.append((batch.size_bytes, len(token_ids)))
         return rows
 
@@ -345,7 +345,7 @@ def test_a_failed_join_ends_its_answer_alone(
 def test_a_failed_step_ends_the_answers_of_the_batch_alone(
     scheduler: AnswerScheduler, small: SmallModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(token_ids: object) -> None:
+    def fail(token_ids: object, **options: Any) -> None:
         raise RuntimeError("no memory")
 
     with monkeypatch.context() as patch:
@@ -366,10 +366,10 @@ def test_a_failed_step_ends_an_answer_that_waits_for_the_large_model_with_its_er
         batch = scheduler._device._batch
         step = batch.step
 
-        def fail_during_call(token_ids: Any) -> Any:
+        def fail_during_call(token_ids: Any, **options: Any) -> Any:
             if large.calls:
                 raise RuntimeError("no memory")
-            return step(token_ids)
+            return step(token_ids, **options)
 
         monkeypatch.setattr(batch, "step", fail_during_call)
         start_batch_of(2, scheduler, monkeypatch)
@@ -430,8 +430,8 @@ def _alter_near_ties(scheduler: AnswerScheduler, monkeypatch: pytest.MonkeyPatch
     batch = scheduler._device._batch
     step = batch.step
 
-    def altered(token_ids: Any) -> Any:
-        rows = step(token_ids)
+    def altered(token_ids: Any, **options: Any) -> Any:
+        rows = step(token_ids, **options)
         for row, signals in rows.items():
             best, second = signals.top_logprobs[:2]
             if best - second < _ROUNDING_NATS:
@@ -469,8 +469,9 @@ def _alter_batches(scheduler: AnswerScheduler, monkeypatch: pytest.MonkeyPatch) 
     batch = scheduler._device._batch
     step = batch.step
 
-    def altered(token_ids: Any) -> Any:
-        return {row: replace(s, token_id=s.top_ids[1]) for row, s in step(token_ids).items()}
+    def altered(token_ids: Any, **options: Any) -> Any:
+        signals = step(token_ids, **options)
+        return {row: replace(s, token_id=s.top_ids[1]) for row, s in signals.items()}
 
     monkeypatch.setattr(batch, "step", altered)
 
@@ -526,6 +527,25 @@ def test_a_token_of_several_ids_counts_as_batched_if_a_batch_fed_its_first(
     row.extend([62])
     assert not row.was_batched
     for begun in rows:
+        begun.release()
+
+
+def test_a_sampler_draws_once_for_a_token_of_several_ids_in_a_batch(
+    scheduler: AnswerScheduler, small: SmallModel
+) -> None:
+    device = scheduler._device
+    prompts = [encode_prompt(small, prompt) for prompt in PROMPTS[:2]]
+    feeds = [[60, 61, 62], [63], [64, 65], [66]]
+    own = small.with_own_cache()
+    own.prefill(prompts[0].ids, sampling=_SAMPLING)
+    expected = [own.extend(ids).token_id for ids in feeds]
+    row, other = (device.new_row(prompt) for prompt in prompts)
+    for begun in (row, other):
+        begun.prefill(begun.prompt.ids, sampling=_SAMPLING, progress=lambda *_: None)
+        device.set_awaited(begun, False)
+    assert [row.extend(ids).token_id for ids in feeds] == expected
+    assert row.was_batched
+    for begun in (row, other):
         begun.release()
 
 
