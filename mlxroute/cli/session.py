@@ -272,7 +272,7 @@ class Session:
 
     def warnings(self, stats: RunStats) -> list[str]:
         """Return the warnings about an answer, each kind once in a session."""
-        from mlxroute.view.figures import format_count
+        from mlxroute.view.figures import format_count, held_warning
 
         warnings = {}
         is_said = any(failure.reason == self._ledger.failure for failure in stats.failures)
@@ -288,10 +288,7 @@ class Session:
                 " so it gets them with a space inside"
             )
         if stats.held:
-            warnings["held"] = (
-                f"the KV cache of {self.small.name} cannot be rolled back at every length, so"
-                " decoding sometimes pauses during calls"
-            )
+            warnings["held"] = held_warning(self.small.name)
         if stats.advice:
             warnings["advice"] = stats.advice
         new = [line for kind, line in warnings.items() if kind not in self._warning_kinds]

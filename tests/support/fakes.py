@@ -175,6 +175,7 @@ class ScriptedLarge:
 
     model_name = full_model_name = "scripted"
     base_url = "http://127.0.0.1:1/v1"
+    neutralised: tuple[str, ...] = ()
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ from mlxroute.serving.requests import AnswerRequest, QueueFull
 from mlxroute.serving.scheduler import DEFAULT_CACHE_BYTES, AnswerScheduler
 from mlxroute.types import Message, Notify, RunStats, no_notice
 from mlxroute.types.limits import shown_value
-from mlxroute.view.figures import format_count
+from mlxroute.view.figures import format_count, held_warning
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,8 @@ class AnswerEndpoint(Closeable):
         # Not the event loop's own threads: answers start in these.
         self.scorers = ThreadPoolExecutor(limits.max_running, "mlxroute-score")
         self._counts: Counter[str] = Counter()
+        self._warned: set[str] = set()
+        self._warn_lock = threading.Lock()
         self.scheduler = AnswerScheduler(
             session.small,
             session.large,
@@ -219,6 +222,26 @@ class AnswerEndpoint(Closeable):
         data = format_document(document, redact=self.session.redact)
         self.store.add(asked.answer_id, asked.owner, data)
         self.notify(_describe(asked.fields.role, run, has_failed=answer.has_failed))
+        for line in self._warnings(run):
+            self.notify(f"warning: {line}")
+
+    def _warnings(self, run: RunStats) -> list[str]:
+        """Return the warnings about an answer, each kind once, without any of its text."""
+        session, warnings = self.session, {}
+        if session.large is not None and session.large.neutralised:
+            names = format_count(len(session.large.neutralised), "name")
+            warnings["neutralised"] = (
+                f"{session.large.model_name} would read {names} in messages as control tokens,"
+                " so it gets them with a space inside"
+            )
+        if run.held:
+            warnings["held"] = held_warning(session.small_name)
+        if run.advice:
+            warnings["advice"] = run.advice
+        with self._warn_lock:
+            new = [line for kind, line in warnings.items() if kind not in self._warned]
+            self._warned |= warnings.keys()
+        return new
 
 
 def _describe(role: ModelRole, run: RunStats, *, has_failed: bool) -> str:

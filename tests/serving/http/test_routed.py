@@ -16,7 +16,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from mlxroute.answers.document_file import parse_document
-from mlxroute.engine import Options
+from mlxroute.engine import Answer, Options
 from mlxroute.errors import LargeRefused, LargeUnavailable, LargeUnreachable
 from mlxroute.serving import PromptProgress, RunningAnswer
 from mlxroute.serving.http.answer_endpoint import ServingLimits
@@ -231,6 +231,26 @@ def test_a_strict_answer_that_cost_no_call_may_be_asked_for_again(small: SmallMo
         response = client.post("/v1/chat/completions", json=chat(**_ALWAYS))
         assert response.status_code == 502
         assert "x-should-retry" not in response.headers
+
+
+def test_the_log_has_each_warning_of_a_session_once(
+    small: SmallModel, large: ScriptedLarge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stats = Answer.stats
+    monkeypatch.setattr(
+        Answer, "stats", lambda answer: replace(stats(answer), held=True, advice="use it alone")
+    )
+    large.neutralised = ("<|private|>",)
+    lines: list[str] = []
+    with running(make_session(small, large), notify=lambda line: lines.append(line)) as client:
+        for _ in range(2):
+            post(client, chat(max_tokens=1))
+    warnings = [line for line in lines if line.startswith("warning: ")]
+    assert len(warnings) == 3
+    assert "scripted would read 1 name in messages as control tokens" in warnings[0]
+    assert "the KV cache of tiny cannot be rolled back" in warnings[1]
+    assert warnings[2] == "warning: use it alone"
+    assert not any("private" in line for line in lines)
 
 
 def test_positions_kept_local_are_no_calls_of_no_time(
