@@ -32,7 +32,7 @@ from mlxroute.serving.http.replies.event_stream import (
     encode_event,
     unless_gone,
 )
-from mlxroute.serving.http.replies.forwarded_reply import read_choices, reply_chunks
+from mlxroute.serving.http.replies.forwarded_reply import read_choices, read_usage, reply_chunks
 from mlxroute.serving.http.replies.reply_forms import ID_HEADER, ReplyForm
 from mlxroute.types import Uploads
 from mlxroute.view.figures import format_count
@@ -182,10 +182,10 @@ class _ForwardedChat:
         )
         tokens = format_count(summary["tokens"], "token")
         endpoint.notify(f"large alone, for {self._need.param}: {tokens} in 1 call")
-        choices, usage = read_choices(reply), clean_json(reply.get("usage"))
-        figures = usage if isinstance(usage, dict) else {}
         return self._form.whole(
-            choices, {**figures, "mlxroute": summary}, {"id": self.reply_id, **summary}
+            read_choices(reply),
+            {**read_usage(reply), "mlxroute": summary},
+            {"id": self.reply_id, **summary},
         )
 
     def _summary(self, counts: Counts) -> dict[str, Any]:

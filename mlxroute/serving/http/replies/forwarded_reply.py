@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mlxroute.large.dialects.json_fields import usage_counts
 from mlxroute.serving.http.api_error import ApiError
 from mlxroute.serving.http.parsing.fields import clean_json, clean_text
 from mlxroute.serving.http.replies.reply_forms import ReplyForm
@@ -24,6 +25,22 @@ def read_choices(reply: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not all(isinstance(item.get("message"), dict) for item in choices):
         raise _wrong_reply("a choice without a message")
     return [_clean_choice(item) for item in choices]
+
+
+def read_usage(reply: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the usage of a reply as JSON can carry it; counts that it does not report are 0."""
+    usage = clean_json(reply.get("usage"))
+    figures: dict[str, Any] = usage if isinstance(usage, dict) else {}
+    counts = usage_counts(reply)
+    prompt, completion = counts["prompt_tokens"] or 0, counts["completion_tokens"] or 0
+    required = {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+    return figures | {
+        name: count for name, count in required.items() if type(figures.get(name)) is not int
+    }
 
 
 def reply_chunks(
