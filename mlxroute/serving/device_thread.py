@@ -3,7 +3,8 @@
 A turn of the loop serves what the answers' threads have asked for: a step of all rows that wait for
 one, or a part of a prompt. A step begins once every answer that computes on its own has asked for
 its next token, or after a short time; an answer that waits for the large model is not waited for.
-While others decode, prompts get half of the time.
+While others decode, prompts get half of the time. They too wait only a short time for an answer
+that computes on its own.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ class DeviceThread:
         self._awaited: set[object] = set()
         self._step_s = 0.0
         self._grace_ends_s = 0.0
+        # Until when prompts wait for those who compute on their own.
+        self._prefill_grace_ends_s = 0.0
         # Seconds of decoding that prompts owe to the other answers.
         self._prefill_debt_s = 0.0
         self._is_closing = self._has_ended = False
@@ -130,10 +133,14 @@ class DeviceThread:
     def set_awaited(self, asker: object, is_awaited: bool) -> None:
         """Say whether somebody computes on his own and will ask for a step soon."""
         if is_awaited:
-            self._awaited.add(asker)
+            self._await(asker)
         elif asker in self._awaited:
             self._awaited.discard(asker)
             self.wake()
+
+    def _await(self, asker: object) -> None:
+        self._awaited.add(asker)
+        self._prefill_grace_ends_s = time.perf_counter() + _MAX_GRACE_S
 
     def close(self) -> None:
         """End the thread; the answers must have ended."""
@@ -188,6 +195,8 @@ class DeviceThread:
             timeout_s = 0.0
         elif self._has_feeds():
             timeout_s = max(0.0, self._grace_ends_s - time.perf_counter())
+        elif self._prefills:
+            timeout_s = max(0.0, self._prefill_grace_ends_s - time.perf_counter())
         try:
             while True:
                 message = (
@@ -214,7 +223,7 @@ class DeviceThread:
         del self._requests[row]
         self._prefills.pop(row, None)
         if row in self._decoding:
-            self._awaited.add(row.asker)
+            self._await(row.asker)
         row.replies.put(reply)
 
     def _attempt(self, row: Row, function: Callable[[], object]) -> None:
@@ -259,7 +268,10 @@ class DeviceThread:
             row.sequence.small.decoder.load_cache(*prefix)
 
     def _prefill_must_wait(self) -> bool:
-        return self._prefill_debt_s > 0 and (self._has_feeds() or bool(self._awaited))
+        if self._prefill_debt_s <= 0:
+            return False
+        is_grace = bool(self._awaited) and time.perf_counter() < self._prefill_grace_ends_s
+        return is_grace or self._has_feeds()
 
     def _prefill_part(self) -> None:
         row, parts = next(iter(self._prefills.items()))

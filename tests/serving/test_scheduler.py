@@ -24,7 +24,7 @@ from mlxroute.serving import (
 )
 from mlxroute.serving.device_thread import DeviceClosed
 from mlxroute.serving.prompts import encode_prompt
-from mlxroute.serving.row import AnswerCancelled
+from mlxroute.serving.row import AnswerCancelled, Row
 from mlxroute.serving.sequence import DecodedSequence
 from mlxroute.small import SmallModel
 from mlxroute.types import LargeContext, Mode, Sampling, Signals, StopReason, Token
@@ -547,6 +547,29 @@ def test_a_sampler_draws_once_for_a_token_of_several_ids_in_a_batch(
     assert row.was_batched
     for begun in (row, other):
         begun.release()
+
+
+def test_a_prompt_does_not_wait_for_long_for_an_answer_that_computes_on_its_own(
+    scheduler: AnswerScheduler,
+) -> None:
+    device = scheduler._device
+    prompts = [encode_prompt(scheduler._small, prompt) for prompt in PROMPTS[:2]]
+    computing, reading = map(device.new_row, prompts)
+
+    def prefill(row: Row) -> None:
+        row.prefill(row.prompt.ids, sampling=Sampling(), progress=lambda *_: None)
+
+    prefill(computing)
+    device._prefill_debt_s = 60.0
+    thread = threading.Thread(target=prefill, args=(reading,))
+    thread.start()
+    thread.join(20.0)
+    is_read = not thread.is_alive()
+    device.set_awaited(computing, False)
+    thread.join()
+    for row in (computing, reading):
+        row.release()
+    assert is_read
 
 
 # Rows of a model with this scaling must have one length.
