@@ -144,9 +144,7 @@ class RowBatch:
         self._rows.append(row)
         try:
             self._resize(layers)
-            for buffers, layer in zip(self._layers, layers, strict=True):
-                buffers.keys[row.index, :, :length] = layer.keys[0, :, :length]
-                buffers.values[row.index, :, :length] = layer.values[0, :, :length]
+            self._fill(row, layers)
             self._evaluate()
         except BaseException:
             # Nobody would ever drop it.
@@ -181,14 +179,20 @@ class RowBatch:
         if last is not row:
             # A copy, because a view of the buffers would keep them from being written in place.
             copies = self.copy(last, last.length)
-            for buffers, layer in zip(self._layers, copies, strict=True):
-                buffers.keys[row.index, :, : last.length] = layer.keys[0]
-                buffers.values[row.index, :, : last.length] = layer.values[0]
             last.index = row.index
             self._rows[last.index] = last
+            self._fill(last, copies)
         self._remove_last()
         row.index = _GONE
         self._evaluate()
+
+    def _fill(self, row: BatchRow, layers: Sequence[Any]) -> None:
+        """Write a row's tokens of a KV cache into the buffers, and zeros after them."""
+        # The row that was there may have left NaN, which no mask keeps out of a sum of values.
+        widths = [(0, 0), (0, self._shape[1] - row.length), (0, 0)]
+        for buffers, layer in zip(self._layers, layers, strict=True):
+            buffers.keys[row.index] = mx.pad(layer.keys[0, :, : row.length], widths)
+            buffers.values[row.index] = mx.pad(layer.values[0, :, : row.length], widths)
 
     def _remove_last(self) -> None:
         del self._rows[-1]

@@ -147,6 +147,28 @@ def _join(small: SmallModel, batch: RowBatch, ids: list[int]) -> BatchRow:
     return batch.join(layers, len(ids))
 
 
+@pytest.mark.parametrize("is_moved", [False, True])
+def test_a_row_does_not_read_what_another_left_in_its_place(
+    small: SmallModel, is_moved: bool
+) -> None:
+    batch = small.decoder.start_rows()
+    own = small.with_own_cache()
+    own.prefill(_ids(40, 2))
+    layers, _ = own.decoder.take_cache()
+    for layer in layers:
+        layer.values = mx.full(layer.values.shape, float("nan"), layer.values.dtype)
+    long, short = _ids(60, 0), _ids(20, 1)
+    before, between, after = ([], [short], [long]) if is_moved else ([long], [], [short])
+    rows = {_join(small, batch, ids): ids for ids in before}
+    bad = batch.join(layers, 40)
+    rows |= {_join(small, batch, ids): ids for ids in between}
+    batch.drop(bad)
+    rows |= {_join(small, batch, ids): ids for ids in after}
+    # The long row makes the step wider than the short one, whose place was the bad one's.
+    for row, signals in batch.step(dict.fromkeys(rows, 9)).items():
+        _check(small, [*rows[row], 9], signals.entropy_nats)
+
+
 @pytest.mark.parametrize("others", [0, 1, 2])
 def test_a_row_that_cannot_join_leaves_nothing_behind(
     small: SmallModel, monkeypatch: pytest.MonkeyPatch, others: int
