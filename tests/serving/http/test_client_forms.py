@@ -102,6 +102,15 @@ def test_likelihoods_for_lm_eval(tmp_path: Path) -> None:
     assert ended["logprobs"]["provenance"][-1]["text"] == ""
 
 
+def test_a_top_p_of_0_is_greedy(client: TestClient) -> None:
+    sampled = chat(temperature=1.5, top_p=0, seed=1, top_k=40)
+    texts = [
+        client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+        for body in (chat(), sampled)
+    ]
+    assert texts[0] == texts[1]
+
+
 def test_tools_sent_unasked_are_refused_with_the_way_out(small: SmallModel) -> None:
     tools = [{"type": "function", "function": {"name": "Read", "parameters": {"type": "object"}}}]
     with running(make_session(small)) as client:

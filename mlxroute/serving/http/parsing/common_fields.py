@@ -133,30 +133,33 @@ def _read_options(fields: Fields, defaults: Options, mode: str | None) -> Option
     temperature, top_p = fields.number("temperature"), fields.number("top_p")
     if temperature is not None and not 0 <= temperature <= 100:
         raise wrong("temperature", "temperature must be from 0 to 100")
-    # Some clients write 0 for "not set".
     if top_p is not None and not 0 <= top_p <= 1:
         raise wrong("top_p", "top_p must be from 0 to 1")
+    if top_p == 0:
+        # A nucleus of nothing still holds the likeliest token, as on other servers.
+        temperature, top_p = 0.0, None
     sampling, seed = defaults.sampling, fields.integer("seed", low=-(2**63), high=2**64 - 1)
     if seed is None:
         seed = sampling.seed
-    _refuse_filters(fields, sampling.temperature if temperature is None else temperature)
+    sampling = Sampling(
+        temperature=sampling.temperature if temperature is None else temperature,
+        top_p=sampling.top_p if top_p is None else top_p,
+        seed=None if seed is None else seed % 2**64,
+    )
+    _refuse_filters(fields, sampling)
     return replace(
         defaults,
         max_tokens=defaults.max_tokens if max_tokens is None else max(1, max_tokens),
         stop=fields.texts("stop", limit=_MAX_STOPS) or defaults.stop,
-        sampling=Sampling(
-            temperature=sampling.temperature if temperature is None else temperature,
-            top_p=top_p or sampling.top_p,
-            seed=None if seed is None else seed % 2**64,
-        ),
+        sampling=sampling,
         mode=defaults.mode if mode is None else Mode(mode),
     )
 
 
-def _refuse_filters(fields: Fields, temperature: float) -> None:
+def _refuse_filters(fields: Fields, sampling: Sampling) -> None:
     """Refuse filters of other servers; greedy decoding is the same with and without them."""
     for name, neutral in (("top_k", (0, -1)), ("min_p", (0,)), ("typical_p", (1,))):
-        if temperature == 0:
+        if sampling.is_greedy:
             fields.take(name)
         else:
             reason = "use temperature and top_p"
