@@ -24,6 +24,7 @@ SETS = {
     "CommonsenseQA": "quality-qwen2.5-coder-0.5b-csqa-test-examples.json",
     "GSM8K": "quality-qwen2.5-coder-0.5b-gsm8k-test-examples.json",
     "HumanEval": "quality-qwen2.5-coder-0.5b-humaneval.json",
+    "reasoning-gym": "quality-qwen2.5-coder-0.5b-reasoning-gym.json",
     "open prompts (F1)": "quality-qwen2.5-coder-0.5b-questions-open.json",
 }
 """The reports of the picture of all sets, by the name of the set."""
