@@ -42,7 +42,8 @@ class MlxRouteError(Exception):
     Args:
         message: One line for the user. Empty by default.
         parameter: Name of the argument that caused the error, or whose value avoids it; None
-            (default) if no argument does. The command line adds the flag that sets it.
+            (default) if no argument does. The command line adds the flag that sets it, or the
+            config file or environment variable that did.
     """
 
     def __init__(self, message: str = "", *, parameter: str | None = None) -> None:

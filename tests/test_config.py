@@ -353,6 +353,12 @@ def test_the_place_of_a_value_is_kept_unless_a_flag_sets_it(tmp_path: Path) -> N
     )
 
 
+def test_a_value_that_another_server_removes_has_no_place(tmp_path: Path) -> None:
+    path = write(tmp_path, 'large = "http://a/v1"\nlarge_model = "mine"\n')
+    assert set(load_settings({}, environ={}, path=path).origins) == {"large", "large_model"}
+    assert not load_settings({"large": "http://b/v1"}, environ={}, path=path).origins
+
+
 def test_the_file_can_set_stop_strings_and_booleans(tmp_path: Path) -> None:
     path = write(tmp_path, 'stop = ["a", "b"]\noffline = true\n')
     settings = load_settings({}, environ={"MLXROUTE_STRICT": "true"}, path=path)

@@ -204,6 +204,12 @@ def test_python_examples_are_valid(page: Path) -> None:
                 assert {name.name for name in node.names} <= set(mlxroute.__all__)
 
 
+def test_every_module_of_a_command_is_listed() -> None:
+    modules = {file.stem for file in (_ROOT / "mlxroute" / "cli" / "commands").glob("[a-z]*.py")}
+    paths = {path.replace(" ", "_") for path in _command_paths()}
+    assert modules == paths - {"bench"}
+
+
 def test_lists_of_commands_show_the_first_line_of_the_help_of_each() -> None:
     for path in _command_paths():
         command = _command_at(path)

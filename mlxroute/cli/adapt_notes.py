@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxroute.cli.terminal import WARNING_STYLE, make_table, print_note
+from mlxroute.view.figures import format_count
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,8 +53,8 @@ def print_figures(outcome: TuningOutcome, out: Path, err: Console) -> None:
     if report["unjudged"]:
         print_note(
             err,
-            f"the accuracy leaves out {report['unjudged']} held-out questions, to which the large"
-            " model's text gives no answer",
+            f"the accuracy leaves out {format_count(report['unjudged'], 'held-out question')}, to"
+            " which the large model's text gives no answer",
         )
     if report["read_at_once"] < BATCH_SIZE:
         text = f"little memory was free, so a batch was read {report['read_at_once']} at a time"

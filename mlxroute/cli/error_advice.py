@@ -1,4 +1,4 @@
-"""Error messages for users of the command line, with the flag that helps."""
+"""Error messages for users of the command line, with the flag that helps or the value's source."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -224,10 +224,17 @@ class Session:
         if settings.offline:
             raise UsageError("with --offline there is no large model; start without it")
         (large, failure), before = connect_large(settings, self._ledger, err), self.large
-        self._change_models(self.small, large, settings, err)
+        try:
+            self._change_models(self.small, large, settings, err)
+        except BaseException:
+            if large is not None:
+                large.close()
+            raise
         self._connection_failure = failure
         if before is not None:
-            before.close()
+            # The change has been made, and ends no other way.
+            with suppress(KeyboardInterrupt):
+                before.close()
 
     def change_small(self, name: str, err: Console) -> None:
         """Use another small model from the next answer on.
@@ -272,7 +279,7 @@ class Session:
 
     def warnings(self, stats: RunStats) -> list[str]:
         """Return the warnings about an answer, each kind once in a session."""
-        from mlxroute.view.figures import format_count, held_warning
+        from mlxroute.view.figures import format_count, held_warning, neutralised_warning
 
         warnings = {}
         is_said = any(failure.reason == self._ledger.failure for failure in stats.failures)
@@ -283,10 +290,7 @@ class Session:
             warnings["withheld"] = f"{withheld} kept local by --never-send"
         if self.large is not None and self.large.neutralised:
             names = ", ".join(map(printable, self.large.neutralised[:_MAX_NAMES]))
-            warnings["neutralised"] = (
-                f"{self.large.model_name} would read {names} in your messages as control tokens,"
-                " so it gets them with a space inside"
-            )
+            warnings["neutralised"] = neutralised_warning(self.large.model_name, names)
         if stats.held:
             warnings["held"] = held_warning(self.small.name)
         if stats.advice:

@@ -132,7 +132,9 @@ def load_settings(flags: Mapping[str, Any], *, environ: Mapping[str, str], path:
     for source in sources:
         settings = replace(settings, **source.changes(settings))
     origins = {name: source.origin(name) for source in sources[:2] for name in source.values}
-    return replace(settings, origins={name: origins[name] for name in origins.keys() - of_flags})
+    # A later source may have removed a setting, which then comes from nowhere.
+    in_force = [name for name in origins.keys() - of_flags if getattr(settings, name) is not None]
+    return replace(settings, origins={name: origins[name] for name in in_force})
 
 
 def _find_key_server(

@@ -227,7 +227,7 @@ class _Training:
         self._ended_by = self._ended_by or "epochs"
         report = self._report()
         if self._best is not None:
-            self._write_provenance()
+            self._write_report()
         return TuningOutcome(tuple(self._figures), self._best, self._ended_by, report)
 
     def _train_rounds(self, corrector: Corrector | None, size: int) -> None:
@@ -359,12 +359,13 @@ class _Training:
     def _write(self, figures: HeldOutFigures) -> None:
         """Write the folder of the adapter, whose weights have these figures."""
         self._tuning.write_weights(self._folder / WEIGHTS_FILE)
-        replace_file(self._folder / CONFIG_FILE, json.dumps(self._config, indent=1).encode())
-        # Only now: after an interrupt the provenance names the best weights.
+        # Not before: after an interrupt the report is of the weights that are there.
         self._best = figures
-        self._write_provenance()
+        self._write_report()
 
-    def _write_provenance(self) -> None:
+    def _write_report(self) -> None:
+        """Write what belongs to the weights: their shape and their provenance."""
+        replace_file(self._folder / CONFIG_FILE, json.dumps(self._config, indent=1).encode())
         text = json.dumps(self._report(), indent=1)
         replace_file(self._folder / PROVENANCE_FILE, text.encode())
 

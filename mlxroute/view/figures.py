@@ -58,3 +58,11 @@ def held_warning(small: str) -> str:
         f"the KV cache of {small} cannot be rolled back at every length, so decoding sometimes"
         " pauses during calls"
     )
+
+
+def neutralised_warning(large: str, names: str) -> str:
+    """Return the warning about names of control tokens that the large model gets changed."""
+    return (
+        f"{large} would read {names} in messages as control tokens, so it gets them with a space"
+        " inside"
+    )

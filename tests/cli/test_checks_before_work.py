@@ -266,7 +266,7 @@ def test_train_replaces_no_file_that_is_not_a_head(
     assert out.read_bytes() == before
 
 
-_LONG = "\u65e5" * 86
+_LONG = "x" * 256
 
 
 @pytest.mark.usefixtures("nothing_loads")

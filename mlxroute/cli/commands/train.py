@@ -256,12 +256,13 @@ def _budget(settings: Settings) -> float:
 
 def _print_routed(fitted: FittedHead, err: Console) -> None:
     from mlxroute.cli.terminal import make_table
+    from mlxroute.view.figures import format_count
 
     report = fitted.report
     if report["unjudged"]:
         err.print(
-            f"{report['unjudged']} questions are left out: neither the row nor the large model"
-            " gives an answer to judge by",
+            f"left out: {format_count(report['unjudged'], 'question')}, to which neither row nor"
+            " large model gives an answer",
             soft_wrap=True,
         )
     routed = report["routed"]

@@ -29,7 +29,7 @@ from mlxroute.serving.requests import AnswerRequest, QueueFull
 from mlxroute.serving.scheduler import DEFAULT_CACHE_BYTES, AnswerScheduler
 from mlxroute.types import Message, Notify, RunStats, no_notice
 from mlxroute.types.limits import shown_value
-from mlxroute.view.figures import format_count, held_warning
+from mlxroute.view.figures import format_count, held_warning, neutralised_warning
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,10 +230,7 @@ class AnswerEndpoint(Closeable):
         session, warnings = self.session, {}
         if session.large is not None and session.large.neutralised:
             names = format_count(len(session.large.neutralised), "name")
-            warnings["neutralised"] = (
-                f"{session.large.model_name} would read {names} in messages as control tokens,"
-                " so it gets them with a space inside"
-            )
+            warnings["neutralised"] = neutralised_warning(session.large.model_name, names)
         if run.held:
             warnings["held"] = held_warning(session.small_name)
         if run.advice:
