@@ -127,8 +127,10 @@ class Catalog:
 
         Raises CatalogError, naming the file and the table, for an entry that is wrong.
         """
-        files = sorted(shipped_dir().glob("*.toml"))
-        if user_dir is not None and user_dir.is_dir():
+        shipped = shipped_dir()
+        files = sorted(shipped.glob("*.toml"))
+        # A config file in a clone has the shipped folder beside it.
+        if user_dir is not None and user_dir.is_dir() and not user_dir.samefile(shipped):
             files += sorted(user_dir.glob("*.toml"))
         models: dict[str, Model] = {}
         pairs: dict[str, Pair] = {}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import mlxroute
-from mlxroute.catalog import Catalog
+from mlxroute.catalog import Catalog, shipped_dir
 from mlxroute.errors import CatalogError
 from mlxroute.types import Prices
 
@@ -84,6 +84,14 @@ def test_the_users_entries_follow_the_shipped_ones(tmp_path: Path, catalog: Cata
     assert mine.models[:-1] == catalog.models
     assert mine.get_model("mine").hub_id == "me/mine"
     assert mine.pairs[-1].threshold == 1
+
+
+def test_the_shipped_folder_beside_a_config_file_in_a_clone_is_read_once(
+    tmp_path: Path, catalog: Catalog
+) -> None:
+    (tmp_path / "models").symlink_to(shipped_dir())
+    for folder in (shipped_dir(), tmp_path / "models"):
+        assert Catalog.load(folder) == catalog
 
 
 def test_the_title_of_an_older_entry_is_ignored(tmp_path: Path) -> None:
