@@ -128,10 +128,10 @@ class Catalog:
         Raises CatalogError, naming the file and the table, for an entry that is wrong.
         """
         shipped = shipped_dir()
-        files = sorted(shipped.glob("*.toml"))
+        files = _toml_files(shipped)
         # A config file in a clone has the shipped folder beside it.
         if user_dir is not None and user_dir.is_dir() and not user_dir.samefile(shipped):
-            files += sorted(user_dir.glob("*.toml"))
+            files += _toml_files(user_dir)
         models: dict[str, Model] = {}
         pairs: dict[str, Pair] = {}
         for file in files:
@@ -195,6 +195,11 @@ def shipped_dir() -> Path:
         if folder.is_dir():
             return folder
     raise CatalogError(f"the model catalogue is missing beside {package}: reinstall mlxroute")
+
+
+def _toml_files(folder: Path) -> list[Path]:
+    # Editors and Macs leave hidden files (`.#my.toml`, `._my.toml`) that are no TOML.
+    return sorted(file for file in folder.glob("*.toml") if not file.name.startswith("."))
 
 
 def _read_toml(file: Path) -> dict[str, Any]:

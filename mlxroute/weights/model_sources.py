@@ -229,4 +229,6 @@ def _directory_fingerprint(folder: Path) -> str:
 
 
 def _is_model_file(file: Path) -> bool:
-    return file.suffix in _MODEL_SUFFIXES and file.is_file()
+    # A Mac leaves hidden files such as `._config.json`, which nothing reads.
+    is_hidden = file.name.startswith(".")
+    return not is_hidden and file.suffix in _MODEL_SUFFIXES and file.is_file()

@@ -94,6 +94,12 @@ def test_the_shipped_folder_beside_a_config_file_in_a_clone_is_read_once(
         assert Catalog.load(folder) == catalog
 
 
+def test_hidden_files_in_the_users_folder_are_ignored(tmp_path: Path) -> None:
+    (tmp_path / ".#mine.toml").symlink_to("me@machine.1234:1")
+    (tmp_path / "._mine.toml").write_bytes(b"\x00\x05\x16\x07")
+    assert load(tmp_path, MODEL).get_model("mine").hub_id == "me/mine"
+
+
 def test_the_title_of_an_older_entry_is_ignored(tmp_path: Path) -> None:
     assert load(tmp_path, MODEL + 'title = "Mine"\n') == load(tmp_path, MODEL)
 

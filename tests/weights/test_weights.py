@@ -82,6 +82,7 @@ def test_other_files_of_a_model_give_another_fingerprint(
     fused = fingerprint("fused")
     assert fused not in ("", first)
     Path("fused", "README.md").write_text("notes")
+    Path("fused", "._config.json").write_text("attributes that a Mac keeps")
     assert fingerprint(tmp_path / "b" / "fused") == fused
     # The same size, fused again.
     Path("fused", "model.safetensors").write_bytes(b"c")
