@@ -8,6 +8,17 @@ from pathlib import Path
 import psutil
 
 _CGROUP = Path("/sys/fs/cgroup")
+# For versions 2 and 1 of control groups: the files of the limit, the use and its parts, and the key
+# of the page cache that the kernel frees on demand, that of groups below included.
+_CGROUP_FILES = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
 
 
 def available_bytes() -> int:
@@ -21,10 +32,7 @@ def available_bytes() -> int:
 
 def _cgroup_available() -> list[int]:
     """Return the bytes left in the container's memory limit; empty if there is no limit."""
-    for limit_name, used_name in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+    for limit_name, used_name, stat_name, cache_key in _CGROUP_FILES:
         try:
             limit = (_CGROUP / limit_name).read_text(encoding="ascii").strip()
             used = (_CGROUP / used_name).read_text(encoding="ascii").strip()
@@ -32,14 +40,14 @@ def _cgroup_available() -> list[int]:
             continue
         # A limit above the machine's memory is none. Page cache counts as used, but is reclaimed.
         if limit.isdigit() and int(limit) < psutil.virtual_memory().total:
-            return [int(limit) - int(used) + _reclaimable()]
+            return [int(limit) - int(used) + _stat_bytes(stat_name, cache_key)]
     return []
 
 
-def _reclaimable() -> int:
-    """Return the bytes of page cache that the kernel frees on demand."""
+def _stat_bytes(name: str, key: str) -> int:
+    """Return the bytes of a key in a file of memory statistics; 0 if there is none."""
     try:
-        lines = (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+        lines = (_CGROUP / name).read_text(encoding="ascii").splitlines()
     except OSError:
         return 0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+    return sum(int(line.split()[1]) for line in lines if line.startswith(f"{key} "))
