@@ -80,7 +80,7 @@ def memory_needed(path: Path) -> int:
     try:
         bits = quantized_bits(read_config(path))
         return sum(dense_float32_bytes(file, bits) for file in files) + OVERHEAD_BYTES
-    except (TypeError, ValueError, ZeroDivisionError) as exc:
+    except (TypeError, ValueError, ArithmeticError) as exc:
         raise WeightsError(f"{path} is not a readable model: {_reason(exc)}") from exc
 
 

@@ -226,7 +226,10 @@ def _check_values(table: Mapping[str, Any], path: Path) -> None:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _complete_rope(table: dict[str, Any]) -> None:

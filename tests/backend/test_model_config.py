@@ -53,6 +53,22 @@ def test_a_context_that_is_no_number_is_refused(value: object, tmp_path: Path) -
         load(path)
 
 
+def test_a_number_too_large_for_a_float_is_one_clear_error(tmp_path: Path) -> None:
+    path = change_config(make_tiny_model(tmp_path / "m"), rope_theta=10**400)
+    with pytest.raises(WeightsError, match="rope_theta is out of bounds"):
+        load(path)
+
+
+def test_an_infinite_number_of_bits_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlxroute.backend.load.on_cpu", lambda: True)
+    quantization = {"quant_method": "gptq", "bits": math.inf}
+    path = change_config(make_tiny_model(tmp_path / "m"), quantization_config=quantization)
+    with pytest.raises(WeightsError, match="m is not a readable model: cannot convert"):
+        memory_needed(path)
+
+
 @pytest.mark.parametrize("role", ["eos_token", "bos_token", "pad_token"])
 @pytest.mark.parametrize("token", ["not there", ""])
 def test_a_role_of_a_token_that_is_not_in_the_vocabulary_is_no_token(
