@@ -26,6 +26,8 @@ _DEFAULT_SPLITS = (
 )
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 _SPACE = "▁"
+# SentencePiece learns tokens of at most 512. A longer one takes time with the square of its length.
+_MOST_CHARACTERS = 1024
 
 
 class _TokenType(IntEnum):
@@ -172,6 +174,7 @@ def _sentencepiece_pipeline(
     scores = gguf.metadata.numbers("tokenizer.ggml.scores")
     if len(scores) != len(tokens):
         raise WeightsError(f"{gguf.path} has no scores for its tokenizer")
+    _check_lengths(gguf, tokens)
     normalizers: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     ]
@@ -204,6 +207,16 @@ def _sentencepiece_pipeline(
             "merges": _merges_from_scores(tokens, types, scores),
         },
     }
+
+
+def _check_lengths(gguf: GgufFile, tokens: Sequence[str]) -> None:
+    """Raise WeightsError for a token that is too long to try every cut of it."""
+    longest = max(map(len, tokens))
+    if longest > _MOST_CHARACTERS:
+        raise WeightsError(
+            f"{gguf.path}: the tokenizer has a token of {longest:,} characters, more than"
+            f" {_MOST_CHARACTERS:,}"
+        )
 
 
 def _merges_from_scores(

@@ -157,3 +157,18 @@ def test_a_file_without_end_token_is_refused(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(WeightsError, match="names no token that ends an answer"):
         build_tokenizer(read_gguf(tmp_path / "m.gguf"))
+
+
+def test_a_token_that_would_take_minutes_to_cut_is_refused(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["a", "a" * 1025, "</s>"])
+    writer.add_token_scores([0.0, -1.0, 0.0])
+    writer.add_token_types([1, 1, 3])
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(False)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(WeightsError, match="a token of 1,025 characters, more than 1,024"):
+        build_tokenizer(read_gguf(tmp_path / "m.gguf"))
