@@ -52,6 +52,10 @@ class ReplayedLarge:
                 node.token = node.token or _large_token(reply_token)
                 for token_id in reply_token.ids:
                     node = node.child(token_id)
+        for token in document.tokens:
+            if not token.checked:
+                # A reply to an earlier position may reach beyond one that was withheld.
+                nodes[token.index].token = None
 
     def begin(self, context: LargeContext, *, deadline_s: float, prefetch: int) -> _ReplayedCall:
         """Return a finished call with the recorded tokens, at most `prefetch` + 1."""

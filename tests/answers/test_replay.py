@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from mlxroute.answers.document import AnswerDocument
 from mlxroute.answers.document_file import format_document, parse_document
 from mlxroute.answers.recorded_answer import RecordedAnswer
 from mlxroute.answers.replayed_large import ReplayedLarge, missing_positions
+from mlxroute.engine.protocols import NamedLargeProtocol
 from mlxroute.errors import LargeRefused
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import Mode
@@ -74,6 +76,31 @@ def test_prefetched_tokens_are_replayed() -> None:
         ScriptedSmall(b"abcd", entropies={0: 2.0, 1: 2.0}), again, mode=Mode.WAIT, prefetch=4
     )
     assert [token.prefetched for token in finish(answer).tokens[:2]] == [False, True]
+
+
+@pytest.mark.parametrize("prefetch", [0, 4])
+@pytest.mark.parametrize("mode", [Mode.WAIT, Mode.OVERLAP, Mode.HEDGE])
+def test_a_withheld_position_does_not_get_a_prefetched_token(mode: Mode, prefetch: int) -> None:
+    world, clock = World(seed=5, loss=0.0), FakeClock()
+
+    def record(large: NamedLargeProtocol, *patterns: str) -> RecordedAnswer:
+        return record_answer(
+            WorldSmall(world, clock),
+            large,
+            router=EntropyRouter(-math.inf),
+            mode=mode,
+            prefetch=prefetch,
+            never_send=[re.compile(pattern) for pattern in patterns],
+            clock=clock,
+        )
+
+    prompt = "[user]hi?>"
+    text = finish(record(WorldLarge(world, clock, prompt=prompt, order=5))).summary.text
+    pattern = re.escape(prompt + text[:2])
+    recorded = finish(record(WorldLarge(world, clock, prompt=prompt, order=5), pattern))
+    assert recorded.summary.withheld
+    again = finish(record(ReplayedLarge(recorded, prompt_tokens=PROMPT_TOKENS)))
+    assert [token.id for token in again.tokens] == [token.id for token in recorded.tokens]
 
 
 @settings(max_examples=30, deadline=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 
@@ -29,13 +30,16 @@ def record_answer(
     messages: Sequence[Message] = QUESTION,
     mode: Mode = Mode.WAIT,
     prefetch: int | None = 0,
+    never_send: Sequence[re.Pattern[str]] = (),
     clock: Callable[[], float] = time.perf_counter,
 ) -> RecordedAnswer:
     """Return an answer of these models that records itself; by default above 1 nat."""
     router = EntropyRouter(1.0) if router is None else router
     origin = AnswerOrigin(messages, small.vocabulary, PAIR, record_router(router), OPTIONS)
     recorder = None if large is None else ReplyRecorder(large)
-    options = Options(mode=mode, prefetch=prefetch, max_tokens=64)
+    options = Options(
+        mode=mode, prefetch=prefetch, max_tokens=64, never_send=tuple(never_send)
+    )
     answer = Answer(small, recorder, messages, router=router, options=options, clock=clock)
     return RecordedAnswer(answer, origin, recorder)
 
