@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from mlxroute.answers.document import AnswerDocument
@@ -15,6 +16,7 @@ from mlxroute.config import Settings
 from mlxroute.engine import generate
 from mlxroute.errors import UsageError
 from mlxroute.routers import Router, make_router
+from mlxroute.tokenizers.template_sandbox import at_time
 from mlxroute.types import Mode
 
 if TYPE_CHECKING:
@@ -37,42 +39,60 @@ def prepare_replay(
     """
     if document.prompt.text is not None:
         raise UsageError("the answer continues a text, not a conversation, and cannot be replayed")
-    messages = [dict(message) for message in document.messages]
-    prompt_ids = small.encode_conversation(messages).ids
+    options = document.options if mode is None else replace(document.options, mode=mode)
+    created = _read_time(document.created)
+    # A chat template may write the date.
+    with at_time(created.astimezone().replace(tzinfo=None)):
+        prompt_ids = _encode_prompt(document, small)
+        router = _choose_router(document, small, settings, budget=budget, threshold=threshold)
+        recorder = ReplyRecorder(ReplayedLarge(document, prompt_tokens=len(prompt_ids)))
+        answer = generate(
+            small,
+            recorder,
+            document.messages,
+            router=router,
+            max_tokens=options.max_tokens,
+            stop=options.stop,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=options.seed,
+            mode=options.mode,
+            prefetch=options.prefetch,
+            call_ceiling=options.call_ceiling,
+            accept_within=options.accept_within,
+        )
+    origin = AnswerOrigin(
+        messages=document.messages,
+        vocabulary=small.vocabulary,
+        models=document.models,
+        router=record_router(router),
+        options=options,
+        created=created,
+    )
+    return RecordedAnswer(answer, origin, recorder)
+
+
+def _read_time(created: str) -> datetime:
+    """Return the time of a document. Raises UsageError."""
+    try:
+        return datetime.fromisoformat(created).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise UsageError("created is not a time, such as 2026-01-02T12:00:00.250Z") from None
+
+
+def _encode_prompt(document: AnswerDocument, small: SmallModel) -> tuple[int, ...]:
+    """Return the ids of the prompt.
+
+    Raises UsageError if they are not the recorded ones, or if the replies have unknown tokens.
+    """
+    prompt_ids = small.encode_conversation(document.messages).ids
     if hash_ids(prompt_ids) != document.prompt.sha256:
         raise UsageError(
             f"{small.name} reads the prompt as {len(prompt_ids):,} other tokens than those recorded"
             f" ({document.prompt.tokens:,}), so the replies do not fit"
         )
     _check_reply_ids(document, small)
-    router = _choose_router(document, small, settings, budget=budget, threshold=threshold)
-    options = document.options
-    if mode is not None:
-        options = replace(options, mode=mode)
-    origin = AnswerOrigin(
-        messages=messages,
-        vocabulary=small.vocabulary,
-        models=document.models,
-        router=record_router(router),
-        options=options,
-    )
-    recorder = ReplyRecorder(ReplayedLarge(document, prompt_tokens=len(prompt_ids)))
-    answer = generate(
-        small,
-        recorder,
-        messages,
-        router=router,
-        max_tokens=options.max_tokens,
-        stop=options.stop,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-        mode=options.mode,
-        prefetch=options.prefetch,
-        call_ceiling=options.call_ceiling,
-        accept_within=options.accept_within,
-    )
-    return RecordedAnswer(answer, origin, recorder)
+    return prompt_ids
 
 
 def _check_reply_ids(document: AnswerDocument, small: SmallModel) -> None:

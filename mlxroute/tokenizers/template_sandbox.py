@@ -6,7 +6,9 @@ import functools
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, Final
 
@@ -43,6 +45,8 @@ _MAX_SLOW: Final = 1 << 14
 # These turn a text into a list of its parts.
 _SPLITTING: Final = {"list", "rsplit", "split", "splitlines", "title", "wordcount"}
 _MAX_SPLIT: Final = 1 << 22
+# What a template reads as the present time; None for the real one.
+_TIME: Final[ContextVar[datetime | None]] = ContextVar("template_time", default=None)
 
 
 class TemplateFailure(MlxRouteError):
@@ -51,6 +55,16 @@ class TemplateFailure(MlxRouteError):
 
 class TemplateTooCostly(TemplateFailure):
     """Raised when a template takes too long or writes too much."""
+
+
+@contextmanager
+def at_time(moment: datetime) -> Iterator[None]:
+    """Let templates that are rendered in the block read `moment`, a local time, as the present."""
+    token = _TIME.set(moment)
+    try:
+        yield
+    finally:
+        _TIME.reset(token)
 
 
 class TemplateProgram:
@@ -295,7 +309,7 @@ def _format_now(form: str) -> str:
     if len(form) > _MAX_TIME_FORMAT:
         raise TemplateTooCostly("it uses a format that is too wide")
     _check_format(form)
-    return datetime.now().strftime(form)
+    return (_TIME.get() or datetime.now()).strftime(form)
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:

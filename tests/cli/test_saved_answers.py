@@ -7,6 +7,7 @@ import json
 import os
 import re
 import stat
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mlxroute.conversation import Conversation
 from mlxroute.errors import UsageError
 from mlxroute.safe_text import printable
 from mlxroute.small.mlp_head import SIGNAL_COUNT
+from mlxroute.tokenizers.template_sandbox import at_time
 from tests.support.loopback import Loopback, Reply
 from tests.support.negotiated import honest
 from tests.support.scripted_calls import legacy
@@ -280,6 +282,27 @@ def test_a_replay_names_the_positions_that_need_another_reply(
     assert f"token: {first + 1}" in err
     assert main(["replay", str(plain), "--threshold", "inf"]) == 0
     assert "the answer differs from the recorded one from token" in capsys.readouterr().err
+
+
+def test_a_replay_renders_the_prompt_at_the_time_of_the_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dated = make_tiny_model(tmp_path / "dated", context=200)
+    config = json.loads((dated / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ strftime_now('%d %b %Y %H:%M') }}" + config["chat_template"]
+    (dated / "tokenizer_config.json").write_text(json.dumps(config))
+    file = tmp_path / "answer.json"
+    day = datetime(2024, 5, 6, 23, 30)
+    with at_time(day):
+        save_answer(dated, file, "hello", "--budget", "50%", tokens=3)
+    document = {**read(file), "created": day.astimezone(UTC).isoformat().replace("+00:00", "Z")}
+    file.write_text(json.dumps(document))
+    capsys.readouterr()
+    assert main(["replay", str(file)]) == 0
+    assert "the answer is the recorded one" in capsys.readouterr().err
+    file.write_text(json.dumps({**document, "created": "then"}))
+    assert main(["replay", str(file)]) == 2
+    assert "created is not a time" in capsys.readouterr().err
 
 
 def test_another_prompt_cannot_be_replayed(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:

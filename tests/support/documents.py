@@ -37,9 +37,7 @@ def record_answer(
     router = EntropyRouter(1.0) if router is None else router
     origin = AnswerOrigin(messages, small.vocabulary, PAIR, record_router(router), OPTIONS)
     recorder = None if large is None else ReplyRecorder(large)
-    options = Options(
-        mode=mode, prefetch=prefetch, max_tokens=64, never_send=tuple(never_send)
-    )
+    options = Options(mode=mode, prefetch=prefetch, max_tokens=64, never_send=tuple(never_send))
     answer = Answer(small, recorder, messages, router=router, options=options, clock=clock)
     return RecordedAnswer(answer, origin, recorder)
 
