@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from mlxroute.answers.document import AnswerDocument
+from mlxroute.answers.document import AnswerDocument, OptionsRecord
 from mlxroute.answers.recorded_answer import AnswerOrigin, RecordedAnswer, hash_ids
 from mlxroute.answers.replayed_large import ReplayedLarge
 from mlxroute.answers.reply_recorder import ReplyRecorder
@@ -17,7 +17,7 @@ from mlxroute.engine import generate
 from mlxroute.errors import UsageError
 from mlxroute.routers import Router, make_router
 from mlxroute.tokenizers.template_sandbox import at_time
-from mlxroute.types import Mode
+from mlxroute.types import Mode, StopReason
 
 if TYPE_CHECKING:
     from mlxroute.small import SmallModel
@@ -35,11 +35,12 @@ def prepare_replay(
     """Return the answer of a document, to be decoded again without calls.
 
     `budget`, `threshold` and `mode` replace the recorded ones unless they are None. Raises
-    UsageError if the small model reads the prompt otherwise than the recorded one.
+    UsageError if the small model reads the prompt otherwise than the recorded one, and for an
+    answer without tokens.
     """
     if document.prompt.text is not None:
         raise UsageError("the answer continues a text, not a conversation, and cannot be replayed")
-    options = document.options if mode is None else replace(document.options, mode=mode)
+    options = _choose_options(document, mode)
     created = _read_time(document.created)
     # A chat template may write the date.
     with at_time(created.astimezone().replace(tzinfo=None)):
@@ -70,6 +71,27 @@ def prepare_replay(
         created=created,
     )
     return RecordedAnswer(answer, origin, recorder)
+
+
+def is_stopped(document: AnswerDocument) -> bool:
+    """Return whether an answer was stopped, by its reader or by a failure, before its end."""
+    return document.summary.finish_reason is StopReason.CANCELLED
+
+
+def _choose_options(document: AnswerDocument, mode: Mode | None) -> OptionsRecord:
+    """Return the recorded options, in another mode if one is given.
+
+    A stopped answer has no replies beyond its end: its length is the limit. Raises UsageError if it
+    has no tokens.
+    """
+    options = document.options
+    if is_stopped(document):
+        if not document.tokens:
+            raise UsageError(
+                "the answer was stopped before its first token, so there is nothing to replay"
+            )
+        options = replace(options, max_tokens=len(document.tokens))
+    return options if mode is None else replace(options, mode=mode)
 
 
 def _read_time(created: str) -> datetime:

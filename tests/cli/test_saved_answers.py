@@ -284,6 +284,29 @@ def test_a_replay_names_the_positions_that_need_another_reply(
     assert "the answer differs from the recorded one from token" in capsys.readouterr().err
 
 
+def test_the_replay_of_a_stopped_answer_stops_there(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = read(plain)
+    document["summary"]["finish_reason"] = "cancelled"
+    document["tokens"] = document["tokens"][:5]
+    document["replies"] = [reply for reply in document["replies"] if reply["after"] < 5]
+    plain.write_text(json.dumps(document))
+    again = tmp_path / "again.json"
+    capsys.readouterr()
+    assert main(["replay", str(plain), "--save", str(again)]) == 0
+    err = capsys.readouterr().err
+    assert "the answer is the recorded one\n" in err
+    assert "the recorded answer was stopped after 5 tokens, and so is the replay\n" in err
+    assert [t["id"] for t in read(again)["tokens"]] == [t["id"] for t in document["tokens"]]
+    # The copy ends there too.
+    assert main(["replay", str(again)]) == 0
+    assert "the answer is the recorded one\n" in capsys.readouterr().err
+    plain.write_text(json.dumps({**document, "tokens": [], "replies": []}))
+    assert main(["replay", str(plain)]) == 2
+    assert "was stopped before its first token" in capsys.readouterr().err
+
+
 def test_a_replay_renders_the_prompt_at_the_time_of_the_answer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -88,6 +88,7 @@ def _load_small(document: AnswerDocument, settings: Settings, err: Console) -> S
 def compare_answers(recorded: AnswerDocument, replayed: AnswerDocument) -> list[str]:
     """Return how a replayed answer differs from the recorded one, and which replies it lacks."""
     from mlxroute.answers.replayed_large import missing_positions
+    from mlxroute.cli.answer_replay import is_stopped
     from mlxroute.sequences import common_prefix_length
     from mlxroute.view.figures import format_count
 
@@ -96,6 +97,9 @@ def compare_answers(recorded: AnswerDocument, replayed: AnswerDocument) -> list[
     lines = ["the answer is the recorded one"]
     if before != after:
         lines = [f"the answer differs from the recorded one from token {same + 1} on"]
+    if is_stopped(recorded):
+        length = format_count(len(before), "token")
+        lines.append(f"the recorded answer was stopped after {length}, and so is the replay")
     known = {token.index for token in recorded.tokens[: same + 1] if not token.checked}
     missing = missing_positions(replayed.tokens)
     if kept := len(known.intersection(missing)):
