@@ -144,13 +144,17 @@ class PromptRecord:
 
 @dataclass(frozen=True, slots=True)
 class ModelPair:
-    """The two models. `small_spec` is the name or path that loads the small one."""
+    """The two models. `small_spec` is the name or path that loads the small one.
+
+    `small_files` differs between contents of its files; None where that is unknown.
+    """
 
     small: str
     small_spec: str | None
     adapter: str | None
     large: str | None
     large_url: str | None
+    small_files: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,13 +169,17 @@ class BudgetRecord:
 
 @dataclass(frozen=True, slots=True)
 class RouterRecord:
-    """The router before the answer: either `threshold` or `budget`, with its `state`, is set."""
+    """The router before the answer: either `threshold` or `budget`, with its `state`, is set.
+
+    `head_sha256` is the hash of the file of its learned head; None without one.
+    """
 
     name: str
     threshold: float | None
     budget: float | None
     positions: int
     state: BudgetRecord | None
+    head_sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

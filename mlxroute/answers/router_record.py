@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import math
+from typing import Final
 
 from mlxroute.answers.document import BudgetRecord, RouterRecord
 from mlxroute.errors import UsageError
 from mlxroute.routers import BURST, SCORES, Budget, Router, Threshold
 
+_HEAD: Final = "head"
 
-def record_router(router: Router) -> RouterRecord:
-    """Return the record of a router in its present state."""
+
+def record_router(router: Router, *, head_sha256: str | None = None) -> RouterRecord:
+    """Return the record of a router in its present state.
+
+    Args:
+        router: The router.
+        head_sha256: The hash of the small model's learned head, which is recorded if the router
+            uses it. None (default) without one.
+    """
     state = router.state
+    head = head_sha256 if router.name == _HEAD else None
     if isinstance(state, Threshold):
-        return RouterRecord(router.name, state.threshold, None, state.positions, None)
+        return RouterRecord(router.name, state.threshold, None, state.positions, None, head)
     budget = BudgetRecord(state.resolution, state.rank, state.bucket, state.recent)
-    return RouterRecord(router.name, None, state.rate, state.positions, budget)
+    return RouterRecord(router.name, None, state.rate, state.positions, budget, head)
 
 
 def restore_router(record: RouterRecord) -> Router:

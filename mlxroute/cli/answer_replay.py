@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from mlxroute.answers.document import AnswerDocument, OptionsRecord
@@ -65,12 +66,33 @@ def prepare_replay(
     origin = AnswerOrigin(
         messages=document.messages,
         vocabulary=small.vocabulary,
-        models=document.models,
-        router=record_router(router),
+        models=replace(document.models, small=small.name, small_files=small.fingerprint or None),
+        router=record_router(router, head_sha256=small.head_sha256),
         options=options,
         created=created,
     )
     return RecordedAnswer(answer, origin, recorder)
+
+
+def describe_other_files(recorded: AnswerDocument, replayed: AnswerOrigin) -> list[str]:
+    """Return which files of the small model and its router are not those of the recorded answer.
+
+    A document of an earlier version does not say which they were.
+    """
+    before, after = recorded.models, replayed.models
+    lines = []
+    # The names in documents of an endpoint are without folders.
+    if PurePath(before.small).name != PurePath(after.small).name:
+        lines.append(f"the answer is from {before.small}, and {after.small} decodes it again")
+    elif before.small_files and after.small_files not in (None, before.small_files):
+        lines.append(f"the files of {after.small} have changed since the answer")
+    head = recorded.router.head_sha256
+    if head and replayed.router.head_sha256 != head:
+        lines.append(
+            "the head is not that of the answer, so other positions may be escalated; name that"
+            " one with --head FILE"
+        )
+    return lines
 
 
 def is_stopped(document: AnswerDocument) -> bool:

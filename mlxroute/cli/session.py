@@ -159,6 +159,7 @@ class Session:
             adapter=settings.adapter,
             large=None if large is None else large.model_name,
             large_url=None if large is None else large.base_url,
+            small_files=self.small.fingerprint or None,
         )
 
     def answer(
@@ -183,7 +184,7 @@ class Session:
             messages=list(messages),
             vocabulary=self.small.vocabulary,
             models=self.model_pair,
-            router=record_router(router),
+            router=record_router(router, head_sha256=self.small.head_sha256),
             options=OptionsRecord.of(options),
         )
         answer = Answer(

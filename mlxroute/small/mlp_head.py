@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from dataclasses import dataclass
@@ -25,13 +26,15 @@ class MlpHead:
     `layers` are pairs (weight [out, in], bias [out]); the input of the first is the hidden state
     followed by `signal_features`. `quantiles` are the head's scores at evenly spaced ranks, and
     `questions` the fingerprints of the questions it was fitted to, `small` the name of the model
-    that it was fitted to; they are empty where the file does not record them.
+    that it was fitted to; they are empty where the file does not record them. `sha256` is the hash
+    of the file, in hexadecimal; empty without one.
     """
 
     layers: tuple[tuple[mx.array, mx.array], ...]
     quantiles: tuple[float, ...] = ()
     questions: frozenset[str] = frozenset()
     small: str = ""
+    sha256: str = ""
 
     @classmethod
     def load(cls, path: Path, *, hidden_size: int) -> MlpHead:
@@ -41,6 +44,7 @@ class MlpHead:
         """
         try:
             arrays, metadata = mx.load(str(path), return_metadata=True)
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
         except (OSError, RuntimeError, ValueError) as exc:
             raise WeightsError(f"the head {path} cannot be read: {exc}") from exc
         if not isinstance(arrays, dict) or not isinstance(metadata, dict):
@@ -64,7 +68,7 @@ class MlpHead:
             raise WeightsError(f"the head {path} has broken metadata: {reason}") from exc
         # Here, because a lazy array can be evaluated only in the thread that made it.
         mx.eval(layers)
-        return cls(tuple(layers), quantiles, questions, small)
+        return cls(tuple(layers), quantiles, questions, small, digest)
 
     def __call__(self, hidden: mx.array, packed: mx.array) -> mx.array:
         """Return scores [B, 1], lazily, from hidden states [B, D] and packed rows."""

@@ -372,6 +372,11 @@ class SmallModel:
         self.head = self._decoder.load_head(path)
         return self.head.quantiles
 
+    @property
+    def head_sha256(self) -> str | None:
+        """The SHA-256 of the file of `head`, in hexadecimal; None without one."""
+        return None if self.head is None else self.head.sha256
+
     def set_head(self, head: Head | None) -> None:
         """Evaluate a learned head in every step from now on, or none; `Signals` carry its score.
 

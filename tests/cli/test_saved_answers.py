@@ -16,6 +16,7 @@ import pytest
 
 from mlxroute.answers.document_file import check_target
 from mlxroute.cli import main
+from mlxroute.cli.folders import hash_file
 from mlxroute.conversation import Conversation
 from mlxroute.errors import UsageError
 from mlxroute.safe_text import printable
@@ -359,6 +360,54 @@ def test_a_replay_says_that_it_does_not_use_a_head(
 ) -> None:
     assert main(["replay", str(plain), "--head", "any.safetensors"]) == 0
     assert "the head is not used: the answer was routed by entropy" in capsys.readouterr().err
+
+
+def test_a_replay_warns_of_another_head(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = json.loads((tiny / "config.json").read_text())["hidden_size"] + SIGNAL_COUNT
+    head, file = tmp_path / "head.safetensors", tmp_path / "answer.json"
+
+    def write_head(bias: float) -> None:
+        layers = {"0.weight": mx.zeros((1, size)), "0.bias": mx.array([bias])}
+        mx.save_safetensors(str(head), layers)
+
+    write_head(1.0)
+    save_answer(tiny, file, "hello", "--head", str(head), "--threshold", "0", tokens=3)
+    assert read(file)["router"]["head_sha256"] == hash_file(head)
+    capsys.readouterr()
+    assert main(["replay", str(file), "--head", str(head)]) == 0
+    assert "warning" not in capsys.readouterr().err
+    write_head(-1.0)
+    assert main(["replay", str(file), "--head", str(head)]) == 0
+    assert "warning: the head is not that of the answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "warning"),
+    [
+        ({"small": "{name}+0123abcd"}, "the answer is from {name}+0123abcd, and {name} decodes"),
+        ({"small_files": "other"}, "the files of {name} have changed since the answer"),
+        # As an older version, or an endpoint, writes it.
+        ({"small_files": None}, None),
+        ({"small": "tiny"}, None),
+    ],
+)
+def test_a_replay_warns_of_another_small_model(
+    change: dict[str, str | None],
+    warning: str | None,
+    plain: Path,
+    tiny: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    document = read(plain)
+    for key, value in change.items():
+        document["models"][key] = value and value.format(name=tiny)
+    plain.write_text(json.dumps(document))
+    capsys.readouterr()
+    assert main(["replay", str(plain)]) == 0
+    err = capsys.readouterr().err
+    assert "warning: " + warning.format(name=tiny) in err if warning else "warning" not in err
 
 
 def test_a_threshold_and_a_budget_exclude_each_other(

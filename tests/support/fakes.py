@@ -88,6 +88,8 @@ class ScriptedSmall:
     """Proposes `script[i]` as token i of every answer, with an entropy of `entropies[i]` nats."""
 
     name = "tiny"
+    fingerprint = ""
+    head_sha256 = None
 
     def __init__(
         self,

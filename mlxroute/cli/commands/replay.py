@@ -11,6 +11,7 @@ import typer
 from mlxroute.cli.setting_options import parse_budget, parse_number
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError, WeightsError
+from mlxroute.safe_text import printable_line
 from mlxroute.types import Mode
 
 if TYPE_CHECKING:
@@ -40,10 +41,10 @@ def replay(
 ) -> int:
     """Repeat a saved answer with the recorded replies of the large model, without calls."""
     from mlxroute.answers.document_file import check_target, load_document, save_document
-    from mlxroute.cli.answer_replay import prepare_replay
+    from mlxroute.cli.answer_replay import describe_other_files, prepare_replay
     from mlxroute.cli.exit_codes import EXIT_OK
     from mlxroute.cli.routing import HEAD_ROUTER
-    from mlxroute.cli.terminal import make_consoles, print_note, show_answer
+    from mlxroute.cli.terminal import WARNING_STYLE, make_consoles, print_note, show_answer
 
     if budget is not None and threshold is not None:
         raise UsageError("--budget and --threshold exclude each other")
@@ -57,6 +58,8 @@ def replay(
     answer = prepare_replay(
         document, small, settings, budget=budget, threshold=threshold, mode=mode
     )
+    for line in describe_other_files(document, answer.origin):
+        print_note(err, f"warning: {printable_line(line)}", style=WARNING_STYLE)
     limit = answer.origin.router.threshold or 0.0
     code = show_answer(answer, heat=settings.heat, threshold=limit, out=out, err=err)
     if code == EXIT_OK:

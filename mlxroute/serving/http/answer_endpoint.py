@@ -144,7 +144,7 @@ class AnswerEndpoint(Closeable):
         is_local = fields.is_local(session)
         recorder = None if is_local or session.large is None else ReplyRecorder(session.large)
         router = fields.make_router(session)
-        router_record = record_router(router)
+        router_record = record_router(router, head_sha256=session.small.head_sha256)
         options = session.adapt_options(fields.options)
         running = self.scheduler.submit(
             AnswerRequest(

@@ -72,4 +72,5 @@ class ServingSession:
             adapter=None,
             large=None if large is None else large.model_name,
             large_url=None if large is None else large.base_url,
+            small_files=self.small.fingerprint or None,
         )
