@@ -146,7 +146,7 @@ class PromptRecord:
 class ModelPair:
     """The two models. `small_spec` is the name or path that loads the small one.
 
-    `small_files` differs between contents of its files; None where that is unknown.
+    `small_files` identifies the contents of its files; None where they are unknown.
     """
 
     small: str
