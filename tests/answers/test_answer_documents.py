@@ -48,14 +48,14 @@ KEYS = {
         " prefetched small large time_s"
     ),
     "LargeChoice": "ids text ends logprob top latency_s",
-    "ModelPair": "small small_spec adapter large large_url",
+    "ModelPair": "small small_spec adapter large large_url small_files",
     "OptionsRecord": (
         "mode prefetch call_ceiling accept_within max_tokens stop temperature top_p seed never_send"
     ),
     "PromptRecord": "tokens sha256 text",
     "RecordedReply": "after then tokens",
     "RecordedToken": "ids text ends logprob top top_bytes large_ids latency_s",
-    "RouterRecord": "name threshold budget positions state",
+    "RouterRecord": "name threshold budget positions state head_sha256",
     "SmallChoice": "id text logprob entropy_nats margin top",
 }
 
