@@ -14,9 +14,12 @@ import sys
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Final
+from urllib.parse import urlsplit
 
 from mlxroute.hosting.end_with_parent import end_with_parent
+
+_LOCAL_HOSTS: Final = {"localhost", "127.0.0.1", "::1"}
 
 
 def main() -> None:
@@ -61,7 +64,16 @@ def _serve(model: Path, *, listener: socket.socket) -> None:
             self.server_name, self.server_port = "127.0.0.1", listener.getsockname()[1]
 
     class Handler(server.APIHandler):  # type: ignore[misc]
-        """Logs no requests, so that the log ends with the last error."""
+        """Refuses pages of web sites. Logs no requests: the log ends with the last error."""
+
+        def parse_request(self) -> bool:
+            # mlx_lm answers any page, and computes even what it lets a page not read.
+            if not super().parse_request():
+                return False
+            if _is_local(self.headers.get("Origin")):
+                return True
+            self.send_error(403, "pages of web sites may not use this server")
+            return False
 
         def log_request(self, code: object = "-", size: object = "-") -> None:
             pass
@@ -75,6 +87,14 @@ def _serve(model: Path, *, listener: socket.socket) -> None:
     server.scan_cache_dir = lambda: SimpleNamespace(repos=())
     sys.argv = ["mlx_lm.server", "--model", str(model), "--log-level", "WARNING"]
     server.main()
+
+
+def _is_local(origin: str | None) -> bool:
+    """Return whether a request comes from no page, or from one that this machine serves."""
+    try:
+        return origin is None or urlsplit(origin).hostname in _LOCAL_HOSTS
+    except ValueError:
+        return False
 
 
 def _load(path: str, *, adapter_path: str | None = None, **_: object) -> tuple[Any, Any, Any]:

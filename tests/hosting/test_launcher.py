@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -199,13 +200,35 @@ def test_a_port_is_kept_until_llama_cpp_listens_on_it(tiny_gguf: Path, tmp_path:
         assert requests.get(f"{server.url}/models", timeout=5).ok
 
 
-@needs_llama_cpp
-def test_web_pages_may_not_use_llama_cpps_server(tiny_gguf: Path, tmp_path: Path) -> None:
-    with launch(tiny_gguf, tmp_path) as server:
+def test_pages_of_web_sites_cannot_read_from_a_server(model: Path, tmp_path: Path) -> None:
+    with launch(model, tmp_path) as server:
         server.wait_until_ready()
         page = {"Origin": "https://somewhere.example"}
         reply = requests.get(f"{server.url}/models", headers=page, timeout=5)
     assert "Access-Control-Allow-Origin" not in reply.headers
+
+
+def test_mlx_lm_computes_nothing_for_pages_of_web_sites(tiny: Path, tmp_path: Path) -> None:
+    with launch(tiny, tmp_path) as server:
+        server.wait_until_ready()
+        statuses = [
+            _status_of_post(server, origin)
+            for origin in ("https://somewhere.example", "null", "http://[", "http://localhost:3000")
+        ]
+    assert statuses == [403, 403, 403, 200]
+
+
+def _status_of_post(server: LocalServer, origin: str) -> int:
+    """Send a request in one piece: the server closes the connection on a body that is not read."""
+    address = urlsplit(server.url)
+    body = b'{"prompt": "a", "max_tokens": 1}'
+    head = (
+        f"POST {address.path}/completions HTTP/1.1\r\nHost: {address.netloc}\r\nOrigin: {origin}"
+        f"\r\nContent-Type: text/plain\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    with socket.create_connection((address.hostname, address.port), timeout=60) as client:
+        client.sendall(head.encode() + body)
+        return int(client.makefile("rb").readline().split()[1])
 
 
 def test_a_missing_llama_cpp_is_one_clear_line(
