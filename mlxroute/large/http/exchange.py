@@ -295,6 +295,8 @@ class Exchange(threading.Thread):
     def _translate(self, exc: Exception) -> LargeError:
         url = self._base_url
         match exc:
+        if self._deadline.cancelled:
+            return self.timeout_error()
             case requests.Timeout():
                 return self._timeout_error()
             case requests.exceptions.SSLError():

@@ -70,6 +70,8 @@ class Transport:
             ledger=ledger,
         )
         self._lock = threading.Lock()
+        # Of the calls in progress; several may share one.
+        self._deadlines: list[Deadline] = []
         # With the times at which their calls ended.
         self._outliving: list[tuple[Exchange, float]] = []
         self._reply_times_s: deque[float] = deque(maxlen=_USUAL_REPLIES)
@@ -108,19 +110,13 @@ class Transport:
             listener=listener,
             whole_answer=whole_answer,
         )
-        attempt = partial(self._attempt, begin, deadline)
-        left_s = deadline.left_s()
-        exchange = attempt()
-        if exchange.is_transient:
-            exchange = retry.retry_transient(
-                exchange,
-                attempt,
-                deadline,
-                left_s=left_s,
-                sleep=self._sleep or deadline.pause,
-                random=self._random,
-            )
-        reply = exchange.result()
+        with self._lock:
+            self._deadlines.append(deadline)
+        try:
+            reply = self._reply(partial(self._attempt, begin, deadline), deadline)
+        finally:
+            with self._lock:
+                self._deadlines.remove(deadline)
         self.is_reachable = True
         self.has_served = self.has_served or (body is not None and reply.status == 200)
         return reply
@@ -161,17 +157,37 @@ class Transport:
         return self._auth.is_in(text)
 
     def close(self) -> None:
-        """End every exchange and close the connections; a later call opens new ones."""
+        """Cancel every call and close the connections; a later call opens new ones."""
+        with self._lock:
+            deadlines = list(self._deadlines)
+        for deadline in deadlines:
+            deadline.cancel()
         self._endpoint.sessions.close()
 
+    def _reply(self, attempt: Callable[[], Exchange], deadline: Deadline) -> HttpReply:
+        """Return the reply of the first attempt that does not fail for a moment only."""
+        left_s = deadline.left_s()
+        exchange = attempt()
+        if exchange.is_transient:
+            exchange = retry.retry_transient(
+                exchange,
+                attempt,
+                deadline,
+                left_s=left_s,
+                sleep=self._sleep or deadline.pause,
+                random=self._random,
+            )
+        return exchange.result()
+
     def _attempt(self, begin: Callable[..., Exchange], deadline: Deadline) -> Exchange:
-        """Return a finished exchange. Raises LargeTimeout at the deadline.
+        """Return a finished exchange. Raises LargeError at the deadline, or if it has passed.
 
         A connection that was used before may have been dropped without a word: if no reply begins
         on it for long, the request is repeated on a new one, and the first reply is used.
         """
         self._check_hanging()
-        began_left_s = deadline.left_s()
+        if not (began_left_s := deadline.left_s()):
+            raise deadline.error(self._address.url)
         exchanges = [begin()]
         first = exchanges[0]
         try:

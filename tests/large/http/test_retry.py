@@ -7,7 +7,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from http.client import IncompleteRead, RemoteDisconnected
@@ -31,7 +31,7 @@ from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import Transport
 from tests.support.fakes import FakeClock
-from tests.support.loopback import Loopback, Reply
+from tests.support.loopback import Loopback, Reply, Request
 from tests.support.negotiated import ask_once, negotiated
 from tests.support.scripted_calls import VOCABULARY, legacy
 from tests.support.vocabularies import context
@@ -117,6 +117,11 @@ class Waits:
     def __call__(self, seconds: float) -> None:
         self.seconds.append(seconds)
         self.clock.now += seconds
+
+
+def close(transport: Transport, deadline: Deadline) -> None:
+    """Close the client of a call."""
+    transport.close()
 
 
 def call(url: str, waits: Waits, *, seconds: float = 30.0, whole_answer: bool = False) -> int:
@@ -300,6 +305,43 @@ def test_an_interrupt_ends_a_pause_at_once(server: Loopback) -> None:
         transport.call("/completions", body=b"{}", deadline=Deadline(30))
     timer.join()
     assert time.monotonic() - began_s < 20
+
+
+@pytest.mark.parametrize("end", [lambda transport, deadline: deadline.cancel(), close])
+def test_a_call_that_ends_in_a_pause_sends_nothing_more(
+    server: Loopback, end: Callable[[Transport, Deadline], object]
+) -> None:
+    server.script.append(Reply(status=503, headers={"Retry-After": "2"}))
+    deadline = Deadline(30)
+    transport = Transport(parse_address(server.url), sleep=lambda seconds: end(transport, deadline))
+    with pytest.raises(LargeUnavailable, match="was cancelled"):
+        transport.call("/completions", body=b"{}", deadline=deadline)
+    assert len(server.requests) == 1
+    transport.close()
+
+
+def test_a_cancelled_call_sends_nothing(server: Loopback) -> None:
+    transport, deadline = Transport(parse_address(server.url)), Deadline(30)
+    deadline.cancel()
+    with pytest.raises(LargeUnavailable, match="was cancelled"):
+        transport.call("/completions", body=b"{}", deadline=deadline)
+    assert not server.requests
+
+
+def test_closing_ends_a_call_of_another_thread_and_sends_nothing_more(server: Loopback) -> None:
+    transport = Transport(parse_address(server.url))
+
+    def answer(request: Request) -> Reply:
+        transport.close()
+        return Reply(stall_s=20)
+
+    server.answer = answer
+    with pytest.raises(LargeUnavailable, match="was cancelled"):
+        transport.call("/completions", body=b"{}", deadline=Deadline(30))
+    assert len(server.requests) == 1
+    server.answer = lambda request: Reply()
+    assert transport.call("/completions", body=b"{}", deadline=Deadline(30)).status == 200
+    transport.close()
 
 
 # Connections and threads
