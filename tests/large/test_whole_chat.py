@@ -108,6 +108,12 @@ def test_a_withheld_answer_is_empty(text: str | None, server: Loopback) -> None:
     assert ask(server, ExampleCompletion())[:2] == ("", False)
 
 
+def test_a_whole_answer_may_be_longer_than_one_of_tokens(server: Loopback) -> None:
+    text = "x" * (3 << 20)
+    server.answer = lambda request: chat(text)
+    assert ask(server, PLAIN)[0] == text
+
+
 @pytest.mark.parametrize("forwarded", [True, False])
 def test_a_slow_answer_is_asked_for_once(server: Loopback, forwarded: bool) -> None:
     server.script.extend([chat("hello"), replace(chat("hello"), stall_s=0.8)])

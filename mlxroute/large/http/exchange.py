@@ -32,6 +32,8 @@ from mlxroute.ledger import Ledger
 from mlxroute.safe_text import printable_line
 
 MAX_REPLY_BYTES: Final = 1 << 20
+# Thousands of tokens, each with 20 alternatives; less than MAX_WIRE_BYTES.
+_MAX_WHOLE_ANSWER_BYTES: Final = 6 << 20
 _CHUNK_BYTES: Final = 512
 # A thread whose socket was shut down ends at once; one in a name lookup does not.
 _ABORT_WAIT_S: Final = 0.25
@@ -264,13 +266,12 @@ class Exchange(threading.Thread):
             raise LargeUnreadable(
                 f"{self._base_url} sent a compressed reply, which was not requested"
             )
+        limit = _MAX_WHOLE_ANSWER_BYTES if self.is_whole_answer else MAX_REPLY_BYTES
         body = bytearray()
         for chunk in response.iter_content(_CHUNK_BYTES):
             body += chunk
-            if len(body) > MAX_REPLY_BYTES:
-                raise LargeUnreadable(
-                    f"the reply of {self._base_url} is longer than {MAX_REPLY_BYTES} bytes"
-                )
+            if len(body) > limit:
+                raise LargeUnreadable(f"the reply of {self._base_url} is longer than {limit} bytes")
             if not self._deadline.left_s():
                 raise self.timeout_error()
             # Events end with a line.
@@ -294,9 +295,9 @@ class Exchange(threading.Thread):
 
     def _translate(self, exc: Exception) -> LargeError:
         url = self._base_url
-        match exc:
         if self._deadline.cancelled:
             return self.timeout_error()
+        match exc:
             case requests.Timeout():
                 return self._timeout_error()
             case requests.exceptions.SSLError():
