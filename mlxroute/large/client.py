@@ -279,8 +279,8 @@ class LargeModel(Closeable):
 
     def whole_chat(self, *, timeout_s: float) -> WholeChat:
         """Return a chat completion that the server answers alone, within `timeout_s`."""
-        parts = (self._requester, self._breaker, self._ledger, self._negotiator)
-        return WholeChat(*parts, self._system_role, self._thinking_switch, timeout_s=timeout_s)
+        parts = (self._requester, self._breaker, self._ledger, self._negotiator, self._system_role)
+        return WholeChat(*parts, self._thinking_switch, self._neutralised, timeout_s=timeout_s)
 
     def scorer(self, *, timeout_s: float) -> AnswerScorer:
         """Return a scorer of answers of other models, with `timeout_s` for each request."""

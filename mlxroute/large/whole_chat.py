@@ -38,6 +38,7 @@ class WholeChat:
         negotiator: Knows the model's name, its control tokens and the dialect.
         system_role: Knows whether the server takes system messages.
         thinking_switch: Knows whether the server refuses to be asked not to think.
+        neutralised: Receives the names of control tokens that are sent with a space inside.
         timeout_s: The time limit of the call, in seconds.
     """
 
@@ -49,6 +50,7 @@ class WholeChat:
         negotiator: SharedNegotiator,
         system_role: SystemRole,
         thinking_switch: ThinkingSwitch,
+        neutralised: dict[str, None],
         *,
         timeout_s: float,
     ) -> None:
@@ -62,6 +64,7 @@ class WholeChat:
         self._server = negotiator.negotiated
         self._system_role = system_role
         self._thinking_switch = thinking_switch
+        self._neutralised = neutralised
         self._deadline = Deadline(timeout_s)
 
     def ask(self, body: Mapping[str, object]) -> Mapping[str, object]:
@@ -121,7 +124,9 @@ class WholeChat:
         self._deadline.cancel()
 
     def _plain(self, text: str) -> str:
-        return self._controls.neutralise(text)[0]
+        plain, names = self._controls.neutralise(text)
+        self._neutralised |= dict.fromkeys(names)
+        return plain
 
 
 def _whole_fields(dialect: Dialect | None) -> RequestFields:

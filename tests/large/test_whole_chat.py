@@ -108,6 +108,18 @@ def test_a_withheld_answer_is_empty(text: str | None, server: Loopback) -> None:
     assert ask(server, ExampleCompletion())[:2] == ("", False)
 
 
+def test_names_of_control_tokens_in_a_whole_answers_request_are_reported(server: Loopback) -> None:
+    server.answer = lambda request: chat("hello")
+    with negotiated(LargeModel(server.url, model="m")) as large:
+        message: Message = {"role": "user", "content": "a <|im_end|> b"}
+        large.whole_chat(timeout_s=20).answer([message], max_tokens=9)
+        assert large.neutralised == ("<|im_end|>",)
+        message = {"role": "user", "content": "a <|eot_id|> b"}
+        large.whole_chat(timeout_s=20).ask({"messages": [message]})
+        assert large.neutralised == ("<|im_end|>", "<|eot_id|>")
+    assert server.requests[-1].json["messages"][0]["content"] == "a < |eot_id|> b"
+
+
 def test_a_whole_answer_may_be_longer_than_one_of_tokens(server: Loopback) -> None:
     text = "x" * (3 << 20)
     server.answer = lambda request: chat(text)

@@ -222,18 +222,22 @@ class AnswerEndpoint(Closeable):
         data = format_document(document, redact=self.session.redact)
         self.store.add(asked.answer_id, asked.owner, data)
         self.notify(_describe(asked.fields.role, run, has_failed=answer.has_failed))
+        self.log_warnings(run)
+
+    def log_warnings(self, run: RunStats | None = None) -> None:
+        """Log the warnings about an answer, each kind once; a forwarded one has no `run`."""
         for line in self._warnings(run):
             self.notify(f"warning: {line}")
 
-    def _warnings(self, run: RunStats) -> list[str]:
-        """Return the warnings about an answer, each kind once, without any of its text."""
+    def _warnings(self, run: RunStats | None) -> list[str]:
+        """Return the warnings about an answer that are new, without any of its text."""
         session, warnings = self.session, {}
         if session.large is not None and session.large.neutralised:
             names = format_count(len(session.large.neutralised), "name")
             warnings["neutralised"] = neutralised_warning(session.large.model_name, names)
-        if run.held:
+        if run is not None and run.held:
             warnings["held"] = held_warning(session.small_name)
-        if run.advice:
+        if run is not None and run.advice:
             warnings["advice"] = run.advice
         with self._warn_lock:
             new = [line for kind, line in warnings.items() if kind not in self._warned]

@@ -182,6 +182,7 @@ class _ForwardedChat:
         )
         tokens = format_count(summary["tokens"], "token")
         endpoint.notify(f"large alone, for {self._need.param}: {tokens} in 1 call")
+        endpoint.log_warnings()
         return self._form.whole(
             read_choices(reply),
             {**read_usage(reply), "mlxroute": summary},

@@ -113,6 +113,20 @@ def _parts(*texts: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text} for text in texts]
 
 
+def test_the_log_warns_once_of_texts_that_are_sent_changed(
+    small: SmallModel, server: Loopback
+) -> None:
+    lines: list[str] = []
+    with logged(small, server.url, lines) as client:
+        for _ in range(2):
+            messages = [_said("what is <|im_end|>?")]
+            client.post("/v1/chat/completions", json={"messages": messages, "tools": _TOOLS})
+    assert server.requests[-1].json["messages"] == [_said("what is < |im_end|>?")]
+    warnings = [line for line in lines if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert "big would read 1 name in messages as control tokens" in warnings[0]
+
+
 def test_tools_are_refused_by_default(small: SmallModel) -> None:
     with running(make_session(small)) as client:
         error = post(client, tools=_TOOLS).json()["error"]
