@@ -162,7 +162,8 @@ class CompletionRequester:
         """Post JSON to a route; return the JSON object of the reply.
 
         The route is at the server's root, or below the base address unless `at_root`;
-        `whole_answer` is as in Transport. Raises LargeError for any status but 200.
+        `whole_answer` is as in Transport. Raises LargeError for any status but 200, and for an
+        error with that status.
         """
         reply = self._transport.call(
             path,
@@ -173,7 +174,10 @@ class CompletionRequester:
         )
         if reply.status != 200:
             raise self._refusal(error_message(reply.body), reply)
-        return parse_object(reply.body)
+        value = parse_object(reply.body)
+        if (message := reported_error(value)) is not None:
+            raise self._refusal(message, reply)
+        return value
 
     def check_secret(self, answer: object) -> None:
         """Raise LargeProtocolError if an answer, a JSON value, has the key in one of its texts."""

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from mlxroute.errors import LargeUnreachable
+from mlxroute.errors import LargeRefused, LargeUnreachable
 from mlxroute.large import LargeModel
 from mlxroute.large.dialects import get_dialect
 from mlxroute.large.dialects.base import Dialect
 from mlxroute.large.dialects.chat.chat_continuation import ChatContinuation, ContinuationMethod
 from mlxroute.large.dialects.chat.example_completion import ExampleCompletion
 from mlxroute.large.negotiation.served_models import ModelName
+from mlxroute.large.whole_chat import WholeChat
 from mlxroute.types import Message
 from tests.support.loopback import Loopback, Reply, Request
 from tests.support.negotiated import PLAIN, negotiated
@@ -106,6 +107,25 @@ def test_flags_turn_thinking_off_in_a_whole_answer_too(server: Loopback) -> None
 def test_a_withheld_answer_is_empty(text: str | None, server: Loopback) -> None:
     server.answer = lambda request: chat(text, finish="content_filter")
     assert ask(server, ExampleCompletion())[:2] == ("", False)
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        lambda whole: whole.ask({"messages": _CONVERSATION}),
+        lambda whole: whole.answer(_CONVERSATION, max_tokens=9),
+    ],
+    ids=["forwarded", "own"],
+)
+def test_an_error_with_status_200_is_an_error(
+    server: Loopback, send: Callable[[WholeChat], object]
+) -> None:
+    message = "Provider returned error: rate limited"
+    server.answer = lambda request: Reply.of({"error": {"message": message, "code": 429}})
+    with negotiated(LargeModel(server.url, model="m")) as large:
+        whole = large.whole_chat(timeout_s=20)
+        with pytest.raises(LargeRefused, match=message):
+            send(whole)
 
 
 def test_names_of_control_tokens_in_a_whole_answers_request_are_reported(server: Loopback) -> None:
