@@ -62,10 +62,9 @@ class LargeModel(Closeable):
         timeout_s: The time limit of one call, in seconds, retries included; above 0 and at most
             86,400. `connect` and `probe` wait four times as long for the first reply of a server
             that may have to load the model. Default: 30.
-        connect_timeout_s: The time limit for opening a connection, in seconds; same range. Default:
-            5.
-        top_logprobs: The number of alternatives to ask for at each position. Servers may return
-            fewer. Default: 5.
+        connect_timeout_s: The limit for opening a connection, in seconds; same range. Default: 5.
+        top_logprobs: The number of alternatives to ask for at each position, at least 1. Servers
+            may return fewer. Default: 5.
         ca_bundle: A file of PEM certificates that the server's certificate is checked against.
             Default: the authorities of `requests`.
         ledger: Records every request body that is sent. Default: a ledger that only counts.

@@ -56,7 +56,7 @@ LIMITS: Final[Mapping[str, Limits]] = {
     "top_p": Limits("above 0 and at most 1", lambda p: 0 < p <= 1),
     "seed": Limits("from 0 to 2^64 - 1", lambda n: 0 <= n < 2**64, integer=True),
     "accept_within": Limits("at least 0 nats, and finite", _from_0),
-    "top_logprobs": Limits("at least 0", lambda n: n >= 0, integer=True),
+    "top_logprobs": Limits("at least 1", lambda n: n >= 1, integer=True),
     "prefetch": Limits(f"from 0 to {MAX_PREFETCH}", lambda n: 0 <= n <= MAX_PREFETCH, integer=True),
     "call_ceiling": Limits("at least 1", lambda x: x >= 1),
     "threshold": Limits("a number, inf or -inf", lambda _: True),

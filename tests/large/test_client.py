@@ -63,7 +63,7 @@ def test_servers_without_a_list_of_models_have_records_of_their_own() -> None:
 
 @pytest.mark.parametrize(
     ("parameter", "value"),
-    [("model", 5), ("ledger", "sent.jsonl"), ("top_logprobs", -1), ("top_logprobs", 2.5)],
+    [("model", 5), ("ledger", "sent.jsonl"), ("top_logprobs", 0), ("top_logprobs", 2.5)],
 )
 def test_an_argument_of_the_wrong_form_is_named(parameter: str, value: Any) -> None:
     with pytest.raises(UsageError, match=f"^{parameter} must be ") as caught:
