@@ -355,8 +355,7 @@ class LargeModel(Closeable):
                 replayed=pairing.builder.replayed_tokens(context),
                 context=context,
             )
-            if (answer := self._complete(request, plan, call)) is None:
-                continue
+            answer = self._complete(request, plan, call)
             uploaded_bytes += answer.uploaded_bytes
             if tokens := plan.read(answer, pairing.bridge, self._reader):
                 return call.stream.complete(
@@ -370,8 +369,8 @@ class LargeModel(Closeable):
 
     def _complete(
         self, request: CompletionRequest, plan: RequestPlan, call: TokenCall
-    ) -> CompletionAnswer | None:
-        """Send one request; return None if it must be repeated without streaming."""
+    ) -> CompletionAnswer:
+        """Send one request; repeat it without streaming if that may help."""
 
         def listen(partial: CompletionAnswer) -> bool:
             tokens = read_streamed_tokens(partial, call.pairing.bridge, self._reader)
@@ -391,9 +390,11 @@ class LargeModel(Closeable):
             if plan.streamed and may_work_unstreamed(exc):
                 if call.stream.tokens:
                     raise
-                self._planner.disable_streaming(negotiated)
-                return None
+                answer = self._complete(request, replace(plan, streamed=False), call)
+                self._planner.record_failed_stream(exc, negotiated)
+                return answer
             self._negotiator.record_failure(exc, negotiated)
             raise
         self._negotiator.record_success()
+        self._planner.record_answer(plan)
         return answer

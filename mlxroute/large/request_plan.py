@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from mlxroute.errors import LargeError, LargeRefused
 from mlxroute.large.dialects import StreamingDialect
 from mlxroute.large.negotiation.negotiator import NegotiatedDialect
 from mlxroute.large.reply import CompletionAnswer
@@ -13,6 +14,9 @@ from mlxroute.large.vocabulary.reply_reader import ReadReply, read_all_tokens, r
 
 # Upper bound on the large tokens of one character.
 _MAX_TOKENS_PER_CHARACTER: Final = 6
+# One may be damaged on its way, or hold an error of the moment.
+_MAX_DAMAGED_STREAMS: Final = 2
+_OK: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,7 @@ class RequestPlanner:
     def __init__(self) -> None:
         self._single_only: NegotiatedDialect | None = None
         self._unstreamed: NegotiatedDialect | None = None
+        self._damaged_streams = 0
 
     def can_stream(self, negotiated: NegotiatedDialect) -> bool:
         """Return whether requests for several tokens are streamed."""
@@ -40,9 +45,20 @@ class RequestPlanner:
             isinstance(negotiated.dialect, StreamingDialect) and negotiated is not self._unstreamed
         )
 
-    def disable_streaming(self, negotiated: NegotiatedDialect) -> None:
-        """Plan no more streams for a server that failed to stream."""
-        self._unstreamed = negotiated
+    def record_answer(self, plan: RequestPlan) -> None:
+        """Record that a request was answered."""
+        if plan.streamed:
+            self._damaged_streams = 0
+
+    def record_failed_stream(self, error: LargeError, negotiated: NegotiatedDialect) -> None:
+        """Record a request that failed, with `error`, and was answered without streaming.
+
+        No more streams are planned for a server that refused one, or damaged two in a row.
+        """
+        self._damaged_streams += 1
+        is_refusal = isinstance(error, LargeRefused) and error.status != _OK
+        if is_refusal or self._damaged_streams >= _MAX_DAMAGED_STREAMS:
+            self._damaged_streams, self._unstreamed = 0, negotiated
 
     def is_last(
         self, plan: RequestPlan, answer: CompletionAnswer, negotiated: NegotiatedDialect
@@ -61,10 +77,7 @@ class RequestPlanner:
         # Asked by example, the model may go on differently once a token is part of the answer.
         is_certain = negotiated.dialect.names_tokens and not negotiated.dialect.is_approximate
         if prefetch and is_certain and negotiated is not self._single_only:
-            if self.can_stream(negotiated):
-                yield RequestPlan(prefetch + 1, read_all_tokens, streamed=True)
-            # A failed stream has disabled streaming; an unreadable one would be unreadable again.
-            if not self.can_stream(negotiated):
-                yield RequestPlan(prefetch + 1, read_all_tokens)
+            streamed = self.can_stream(negotiated)
+            yield RequestPlan(prefetch + 1, read_all_tokens, streamed=streamed)
         for count in range(1, _MAX_TOKENS_PER_CHARACTER + 1):
             yield RequestPlan(count, read_first_token)

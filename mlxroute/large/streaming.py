@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused
+from mlxroute.errors import LargeError, LargeNotContinued, LargeProtocolError, LargeRefused
 from mlxroute.large.http import retry
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.pending_calls import Tokens
@@ -93,4 +93,4 @@ def may_work_unstreamed(error: LargeError) -> bool:
         is_about_access = error.status in (401, 403)
         is_transient = retry.is_transient_status(error.status)
         return not (is_about_access or is_transient or error.is_too_long)
-    return isinstance(error, LargeProtocolError)
+    return isinstance(error, LargeProtocolError) and not isinstance(error, LargeNotContinued)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mlxroute.errors import LargeProtocolError
+from mlxroute.errors import LargeProtocolError, LargeRefused
 from mlxroute.large import LargeModel
 from mlxroute.large.dialects import Dialect
 from mlxroute.large.dialects.llama_server import LlamaServer
@@ -262,6 +262,35 @@ def test_after_a_refused_stream_whole_replies_are_asked_for(
             assert texts(until(large, read_streamed_tokens(large), 0)) == ["a", "b", " the"]
         assert not large.can_stream
     assert [bool(request.json.get("stream")) for request in server.requests] == [True, False, False]
+
+
+def test_one_damaged_stream_does_not_end_streaming(server: Loopback) -> None:
+    def answer(request: Request) -> Reply:
+        streamed.append(bool(request.json.get("stream")))
+        if not streamed[-1]:
+            return Reply(llama(_WORDS, whole=True)[0])
+        if sum(streamed) in damaged:
+            return Reply(b"<html>gateway</html>")
+        return Reply(chunks=tuple(llama(_WORDS)))
+
+    streamed: list[bool] = []
+    damaged = {1, 3, 5, 6}
+    server.answer = answer
+    with model(server) as large:
+        for _ in range(6):
+            assert texts(until(large, read_streamed_tokens(large), 0)) == ["a", "b", " the"]
+            assert large.can_stream == (sum(streamed) < 6)
+        until(large, read_streamed_tokens(large), 0)
+    # Two in a row are not by chance.
+    assert streamed == [True, False, True, True, False, True, True, False, True, False, False]
+
+
+def test_a_failure_that_streaming_does_not_cause_does_not_end_it(server: Loopback) -> None:
+    server.answer = lambda request: Reply.of({"error": "bad prompt"}, status=400)
+    with model(server) as large:
+        with pytest.raises(LargeRefused, match="bad prompt"):
+            until(large, read_streamed_tokens(large), 0)
+        assert large.can_stream
 
 
 @_SERVERS
