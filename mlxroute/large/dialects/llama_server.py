@@ -79,7 +79,8 @@ class LlamaServer(StreamingDialect):
 
     def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
         """Read a reply. Raises LargeProtocolError if the server truncated the prompt."""
-        if reply.get("truncated") is True:
+        is_full = reply.get("truncated") is True
+        if is_full and reply.get("tokens_evaluated") != len(prompt.ids):
             raise LargeProtocolError("the server truncated the prompt: its context is too short")
         ids = [
             None if value is None else as_token_id(value)
@@ -93,11 +94,15 @@ class LlamaServer(StreamingDialect):
             raise LargeProtocolError("the reply holds no token")
         if reply.get("stop_type") == "eos":
             positions = list(mark_end(positions))
+        text = as_text(reply.get("content"), what="content")
+        # The context is full. If the server shifts it, later tokens come from a part of the prompt.
+        if is_full and len(positions) > 1:
+            positions, text = positions[:1], ""
         timings = reply.get("timings")
         cached = timings.get("cache_n") if isinstance(timings, dict) else None
         return Completion(
             tuple(positions),
-            as_text(reply.get("content"), what="content"),
+            text,
             **checked_counts(reply.get("tokens_evaluated"), cached, reply.get("tokens_predicted")),
         )
 

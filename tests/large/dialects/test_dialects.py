@@ -8,6 +8,8 @@ import pytest
 
 from mlxroute.errors import LargeNotContinued, LargeProtocolError
 from mlxroute.large.dialects import RequestOptions
+from mlxroute.large.dialects.llama_server import LlamaServer
+from mlxroute.large.prompt import Prompt
 from mlxroute.large.reply import Completion, ReplyPosition
 from mlxroute.large.vocabulary.token_reader import TokenReader
 from tests.support.prompt_forms import TEXT, dialect, prompt_for
@@ -89,10 +91,19 @@ def test_a_llama_server_that_ignores_return_tokens_is_read_from_its_logprobs() -
     assert texts(read("llama-server completion", reply)) == [(7, "a", False)]
 
 
+def test_a_llama_servers_token_at_the_end_of_its_context_is_read() -> None:
+    """It is of the whole prompt; later ones may be of a part, if the server drops the beginning."""
+    reply = llama([7, 8], [named(7, "a"), named(8, "b")], truncated=True, content="ab")
+    completion = LlamaServer().completion(reply, Prompt(ids=(1,) * 12))
+    assert texts(completion) == [(7, "a", False)]
+    with pytest.raises(LargeProtocolError, match="truncated the prompt"):
+        LlamaServer().completion(reply, Prompt(ids=(1,) * 13))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        {"truncated": True},
+        {"truncated": True, "tokens_evaluated": None},
         {"tokens": []},
         {"tokens": [8]},
         {"tokens": None},
