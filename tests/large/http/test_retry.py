@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from http.client import IncompleteRead, RemoteDisconnected
+from unittest.mock import Mock
 
 import pytest
 import requests
@@ -309,23 +310,29 @@ def test_an_interrupt_ends_a_pause_at_once(server: Loopback) -> None:
 
 @pytest.mark.parametrize("end", [lambda transport, deadline: deadline.cancel(), close])
 def test_a_call_that_ends_in_a_pause_sends_nothing_more(
-    server: Loopback, end: Callable[[Transport, Deadline], object]
+    server: Loopback,
+    end: Callable[[Transport, Deadline], object],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     server.script.append(Reply(status=503, headers={"Retry-After": "2"}))
     deadline = Deadline(30)
     transport = Transport(parse_address(server.url), sleep=lambda seconds: end(transport, deadline))
+    begin = Mock(wraps=transport.begin)
+    monkeypatch.setattr(transport, "begin", begin)
     with pytest.raises(LargeUnavailable, match="was cancelled"):
         transport.call("/completions", body=b"{}", deadline=deadline)
-    assert len(server.requests) == 1
+    assert begin.call_count == len(server.requests) == 1
     transport.close()
 
 
-def test_a_cancelled_call_sends_nothing(server: Loopback) -> None:
+def test_a_cancelled_call_sends_nothing(server: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
     transport, deadline = Transport(parse_address(server.url)), Deadline(30)
     deadline.cancel()
+    begin = Mock(wraps=transport.begin)
+    monkeypatch.setattr(transport, "begin", begin)
     with pytest.raises(LargeUnavailable, match="was cancelled"):
         transport.call("/completions", body=b"{}", deadline=deadline)
-    assert not server.requests
+    assert not begin.called
 
 
 def test_closing_ends_a_call_of_another_thread_and_sends_nothing_more(server: Loopback) -> None:
