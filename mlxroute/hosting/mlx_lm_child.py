@@ -11,7 +11,7 @@ import functools
 import logging
 import socket
 import sys
-from http.server import ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
@@ -63,17 +63,8 @@ def _serve(model: Path, *, listener: socket.socket) -> None:
             self.server_address = listener.getsockname()
             self.server_name, self.server_port = "127.0.0.1", listener.getsockname()[1]
 
-    class Handler(server.APIHandler):  # type: ignore[misc]
-        """Refuses pages of web sites. Logs no requests: the log ends with the last error."""
-
-        def parse_request(self) -> bool:
-            # mlx_lm answers any page, and computes even what it lets a page not read.
-            if not super().parse_request():
-                return False
-            if _is_local(self.headers.get("Origin")):
-                return True
-            self.send_error(403, "pages of web sites may not use this server")
-            return False
+    class Handler(_LocalPagesOnly, server.APIHandler):  # type: ignore[misc]
+        """Logs no requests, so that the log ends with the last error."""
 
         def log_request(self, code: object = "-", size: object = "-") -> None:
             pass
@@ -87,6 +78,18 @@ def _serve(model: Path, *, listener: socket.socket) -> None:
     server.scan_cache_dir = lambda: SimpleNamespace(repos=())
     sys.argv = ["mlx_lm.server", "--model", str(model), "--log-level", "WARNING"]
     server.main()
+
+
+class _LocalPagesOnly(BaseHTTPRequestHandler):
+    """Refuses requests of pages of web sites: mlx_lm answers any page."""
+
+    def parse_request(self) -> bool:
+        if not super().parse_request():
+            return False
+        if _is_local(self.headers.get("Origin")):
+            return True
+        self.send_error(403, "pages of web sites may not use this server")
+        return False
 
 
 def _is_local(origin: str | None) -> bool:

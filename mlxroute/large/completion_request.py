@@ -162,8 +162,7 @@ class CompletionRequester:
         """Post JSON to a route; return the JSON object of the reply.
 
         The route is at the server's root, or below the base address unless `at_root`;
-        `whole_answer` is as in Transport. Raises LargeError for any status but 200, and for an
-        error with that status.
+        `whole_answer` is as in Transport. Raises LargeError, also for an error with status 200.
         """
         reply = self._transport.call(
             path,
@@ -174,8 +173,7 @@ class CompletionRequester:
         )
         if reply.status != 200:
             raise self._refusal(error_message(reply.body), reply)
-        value = parse_object(reply.body)
-        if (message := reported_error(value)) is not None:
+        if (message := reported_error(value := parse_object(reply.body))) is not None:
             raise self._refusal(message, reply)
         return value
 
