@@ -84,6 +84,7 @@ class _LocalPagesOnly(BaseHTTPRequestHandler):
     """Refuses requests of pages of web sites: mlx_lm answers any page."""
 
     def parse_request(self) -> bool:
+        """Return whether a request can be answered; reply to it if not."""
         if not super().parse_request():
             return False
         if _is_local(self.headers.get("Origin")):
