@@ -162,18 +162,17 @@ class CompletionRequester:
         """Post JSON to a route; return the JSON object of the reply.
 
         The route is at the server's root, or below the base address unless `at_root`;
-        `whole_answer` is as in Transport. Raises LargeError, also for an error with status 200.
+        `whole_answer` is as in Transport. Raises LargeError for any status but 200, and for an
+        error in place of a whole answer.
         """
         reply = self._transport.call(
-            path,
-            at_root=at_root,
-            body=_encode(body),
-            deadline=deadline,
-            whole_answer=whole_answer,
+            path, at_root=at_root, body=_encode(body), deadline=deadline, whole_answer=whole_answer
         )
         if reply.status != 200:
             raise self._refusal(error_message(reply.body), reply)
-        if (message := reported_error(value := parse_object(reply.body))) is not None:
+        value = parse_object(reply.body)
+        # Callers of tokenise routes ask again after an error with status 200.
+        if whole_answer and (message := reported_error(value)) is not None:
             raise self._refusal(message, reply)
         return value
 

@@ -430,7 +430,7 @@ def test_clean_text_has_no_lone_surrogates(text: str) -> None:
 
 
 def test_clients_do_not_learn_where_a_model_is() -> None:
-    small = SimpleNamespace(name="/home/me/models/tiny", context_length=512)
+    small = SimpleNamespace(name="/home/me/models/tiny", context_length=512, fingerprint="")
     session = ServingSession(small, None)  # type: ignore[arg-type]
     assert ModelNames(session, created=0).pair == "tiny"
     assert session.model_pair.small == "tiny"
