@@ -133,10 +133,10 @@ def test_names_of_control_tokens_in_a_whole_answers_request_are_reported(server:
     with negotiated(LargeModel(server.url, model="m")) as large:
         message: Message = {"role": "user", "content": "a <|im_end|> b"}
         large.whole_chat(timeout_s=20).answer([message], max_tokens=9)
-        assert large.neutralised == ("<|im_end|>",)
+        assert set(large.neutralised) == {"<|im_end|>"}
         message = {"role": "user", "content": "a <|eot_id|> b"}
         large.whole_chat(timeout_s=20).ask({"messages": [message]})
-        assert large.neutralised == ("<|im_end|>", "<|eot_id|>")
+        assert set(large.neutralised) == {"<|im_end|>", "<|eot_id|>"}
     assert server.requests[-1].json["messages"][0]["content"] == "a < |eot_id|> b"
 
 

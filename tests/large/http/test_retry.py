@@ -311,7 +311,7 @@ def test_an_interrupt_ends_a_pause_at_once(server: Loopback) -> None:
 @pytest.mark.parametrize("end", [lambda transport, deadline: deadline.cancel(), close])
 def test_a_call_that_ends_in_a_pause_sends_nothing_more(
     server: Loopback,
-    end: Callable[[Transport, Deadline], object],
+    end: Callable[[Transport, Deadline], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     server.script.append(Reply(status=503, headers={"Retry-After": "2"}))
