@@ -116,7 +116,10 @@ class LargeUnreachable(LargeError):
 
 
 class LargeUnavailable(LargeError):
-    """Raised instead of making a call, because earlier calls failed or still hang."""
+    """Raised instead of making a call, because earlier calls failed or still hang.
+
+    A call that `close` cancels raises it too; its request may have been sent.
+    """
 
     counts_as_failure = was_called = False
 

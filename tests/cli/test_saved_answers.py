@@ -387,7 +387,7 @@ def test_a_replay_warns_of_another_head(
     ("change", "warning"),
     [
         ({"small": "{name}+0123abcd"}, "the answer is from {name}+0123abcd, and {name} decodes"),
-        ({"small_files": "other"}, "the files of {name} have changed since the answer"),
+        ({"small_files": "other"}, "the files of {name} may have changed since the answer"),
         # As an older version, or an endpoint, writes it.
         ({"small_files": None}, None),
         ({"small": "tiny"}, None),

@@ -160,7 +160,10 @@ def test_a_name_in_the_catalogue_may_have_a_slash(
         local = get("me/mine", own, tmp_path / "cache", offline=False, as_gguf=as_gguf)
         assert local.name == "me/mine"
         assert get("me/mine", own, tmp_path / "cache", as_gguf=as_gguf) == local
-    assert Store(tmp_path / "cache").finished_keys() == ("me--mine", "me--mine.gguf")
+    assert Store(tmp_path / "cache").finished_keys() == (
+        "catalogue--me--mine",
+        "catalogue--me--mine.gguf",
+    )
 
 
 @pytest.mark.parametrize(

@@ -79,9 +79,6 @@ class LlamaServer(StreamingDialect):
 
     def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
         """Read a reply. Raises LargeProtocolError if the server truncated the prompt."""
-        is_full = reply.get("truncated") is True
-        if is_full and reply.get("tokens_evaluated") != len(prompt.ids):
-            raise LargeProtocolError("the server truncated the prompt: its context is too short")
         ids = [
             None if value is None else as_token_id(value)
             for value in as_array(reply.get("tokens"), what="tokens")
@@ -92,17 +89,17 @@ class LlamaServer(StreamingDialect):
         positions = _align(ids, [parse_chat_position(item) for item in probabilities])
         if not positions:
             raise LargeProtocolError("the reply holds no token")
+        is_of_whole_prompt = reply.get("tokens_evaluated") == len(prompt.ids)
+        # A full context counts as truncated. Its first token is of the whole prompt in any case.
+        if reply.get("truncated") is True and not (is_of_whole_prompt and len(positions) == 1):
+            raise LargeProtocolError("the server truncated the prompt: its context is too short")
         if reply.get("stop_type") == "eos":
             positions = list(mark_end(positions))
-        text = as_text(reply.get("content"), what="content")
-        # The context is full. If the server shifts it, later tokens come from a part of the prompt.
-        if is_full and len(positions) > 1:
-            positions, text = positions[:1], ""
         timings = reply.get("timings")
         cached = timings.get("cache_n") if isinstance(timings, dict) else None
         return Completion(
             tuple(positions),
-            text,
+            as_text(reply.get("content"), what="content"),
             **checked_counts(reply.get("tokens_evaluated"), cached, reply.get("tokens_predicted")),
         )
 
