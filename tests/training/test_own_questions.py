@@ -122,7 +122,7 @@ def test_a_small_model_is_adapted_to_a_users_questions(
     assert (code, "choose a new folder" in messages) == (2, True)
     unfinished = {**provenance, "ended_by": "unfinished"}
     for changed, said in (
-        ({"large_record": "other"}, "interrupted with another large model or server than"),
+        ({"large_record": "other"}, "begun with another large model or server than"),
         ({"examples_sha256": "0" * 64}, "the worked examples have changed since this run was"),
     ):
         (out / "provenance.json").write_text(json.dumps({**unfinished, **changed}))

@@ -242,8 +242,9 @@ class _AdaptRun:
             )
         if interrupted is not None and interrupted.large_record != _hash_name(large):
             raise UsageError(
-                f"--out {out}: this run was interrupted with another large model or server than"
-                f" {large.model_name} on {large.base_url}; use that one, or choose a new folder"
+                f"--out {out}: this run was begun with another large model or server than"
+                f" {large.model_name} on {large.base_url}; use the earlier one, or choose a new"
+                " folder"
             )
         check_questions_fit(small, self.questions, self.examples)
         from mlxroute.training.adaptation import adapt_to_answers, split_answers
