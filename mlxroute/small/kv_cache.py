@@ -188,7 +188,9 @@ class PrefixCache:
     @property
     def is_trimmable(self) -> bool:
         """Whether every layer can remove its last tokens now."""
-        return bool(can_trim_prompt_cache(self.layers))
+        # Llama 4's chunked layers call themselves trimmable, but lack the tokens before their chunk.
+        has_all = not any(getattr(layer, "start_position", 0) for layer in self.layers)
+        return has_all and bool(can_trim_prompt_cache(self.layers))
 
     def rollback(self, count: int) -> None:
         """Remove the last `count` tokens from every layer; raise RollbackError if one cannot."""
@@ -253,10 +255,15 @@ def _has_rows(layer: Any) -> bool:
 
 
 def _has_room(layer: Any, count: int) -> bool:
-    """Return whether a layer can be trimmed after `count` more tokens; a full window cannot."""
+    """Return whether a layer can be trimmed after `count` more tokens.
+
+    A full window cannot, nor a chunk whose front was dropped.
+    """
     parts = getattr(layer, "caches", None)
     if parts is not None:
         return all(_has_room(part, count) for part in parts)
+    if (chunk := getattr(layer, "chunk_size", None)) is not None:
+        return bool(layer.offset + count <= chunk)
     size = getattr(layer, "max_size", None)
     return size is None or layer.offset + count < size
 

@@ -34,12 +34,13 @@ class TokenVocabulary:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.encoding_lock = threading.RLock()
-        self._size = len(tokenizer)
         self._byte_level = _is_byte_level(tokenizer)
         added = tokenizer.added_tokens_decoder
         self._added: dict[int, str] = {
             int(token_id): token.content for token_id, token in added.items()
         }
+        # Ids may have gaps before the added tokens: the number of tokens is not a bound.
+        self._size = max(len(tokenizer), *(token_id + 1 for token_id in self._added), 0)
         self._special = {int(token_id) for token_id, token in added.items() if token.special}
         # A role may name a token that the vocabulary lacks.
         self._special |= set(tokenizer.all_special_ids) - {None}

@@ -360,6 +360,32 @@ def test_a_head_fits_a_model_whose_text_part_has_the_hidden_size(tmp_path: Path)
     assert small.prefill([5, 6])[0].head_score == 0
 
 
+@pytest.fixture
+def chunked(tmp_path: Path) -> SmallModel:
+    """A model whose layers keep the keys of a chunk of 64 tokens."""
+    extra = {"text_config": {**_LLAMA4, "max_position_embeddings": 1024}}
+    extra["max_position_embeddings"] = None
+    path = make_tiny_model(tmp_path / "m", model_type="llama4", extra=extra)
+    return SmallModel(*load(path), name="m")
+
+
+def test_a_prompt_that_shares_tokens_before_a_chunk_is_read_anew(chunked: SmallModel) -> None:
+    ids = [3 + i * 7 % 200 for i in range(200)]
+    chunked.prefill(ids)
+    signals, reused = chunked.prefill([*ids[:10], *[7] * 20])
+    assert reused == 0
+    assert signals.token_id == chunked.prefill([*ids[:10], *[7] * 20])[0].token_id
+
+
+def test_a_chunked_cache_rolls_back_only_while_it_has_all_tokens(chunked: SmallModel) -> None:
+    chunked.prefill(list(range(3, 60)))
+    assert chunked.can_rollback(6)
+    assert not chunked.can_rollback(8)
+    for token_id in range(60, 80):
+        chunked.step(token_id)
+    assert not chunked.can_rollback(1)
+
+
 def test_never_escalating_through_the_engine_equals_mlx_lm(small: SmallModel) -> None:
     answer = generate(small, None, "Hi", router=EntropyRouter(math.inf), max_tokens=12)
     ids = [token.token_id for token in answer]

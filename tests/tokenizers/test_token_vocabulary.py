@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -110,6 +111,22 @@ def test_ids_outside_the_vocabulary_have_no_piece(vocabulary: TokenVocabulary) -
     assert vocabulary.piece(10**6) is None
     assert vocabulary.piece(-1) is None
     assert vocabulary.token_bytes(10**6) == b""
+
+
+def test_an_added_token_after_unused_ids_has_a_piece() -> None:
+    from tokenizers import Tokenizer, decoders, models
+
+    tokenizer = Tokenizer(models.BPE({"a": 0}, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    saved = json.loads(tokenizer.to_str())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    saved["added_tokens"] = [{"id": 4, "content": END, "special": True, **flags}]
+    saved["model"]["vocab"][END] = 4
+    fast = FastTokenizer(
+        Tokenizer.from_str(json.dumps(saved)), path=Path(), config={}, eos_token_ids=[4]
+    )
+    vocabulary = TokenVocabulary(fast)
+    assert (vocabulary.piece(4), vocabulary.piece(2), vocabulary.size) == (END, None, 5)
 
 
 def test_without_a_begin_token_the_bos_text_is_empty(vocabulary: TokenVocabulary) -> None:

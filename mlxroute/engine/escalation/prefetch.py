@@ -116,7 +116,8 @@ class PrefetchedTokens:
     @property
     def generated(self) -> int:
         """The number of tokens that arrived beyond those that calls were made for."""
-        kept = sum(len(continuation.tokens) - 1 for continuation in self._continuations)
+        # Other threads read it, and a deque cannot change while it is iterated.
+        kept = sum(len(continuation.tokens) - 1 for continuation in tuple(self._continuations))
         return self._dropped + kept
 
     @property

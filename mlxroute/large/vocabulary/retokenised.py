@@ -31,9 +31,9 @@ def stable_context(context: LargeContext) -> LargeContext:
     """
     ids = _latest_large_ids(context)
     pieces = [context.vocabulary.token_bytes(token_id) for token_id in ids]
-    data = context.text.encode()
-    start = len(data) - len(b"".join(pieces))
-    lead = decode_or_none(data[:start])
+    data, tail = context.text.encode(), b"".join(pieces)
+    # Bytes that never became a character are not in the text.
+    lead = decode_or_none(data[: len(data) - len(tail)]) if data.endswith(tail) else None
     if lead is None:
         return context
     kept = len(ids)

@@ -120,3 +120,13 @@ def test_with_too_many_tokens_to_repeat_the_context_stays_unchanged() -> None:
     assert stable_context(written(vocabulary, "Hi", [" ", "there", *[" the"] * 62])).text == "Hi"
     long = written(vocabulary, "Hi", [" ", "there", *[" the"] * 63])
     assert stable_context(long) is long
+
+
+def test_an_answer_with_a_broken_character_stays_unchanged() -> None:
+    vocabulary = real_vocabularies.smollm2()
+    whole = written(vocabulary, "Hi", [" ", "there"])
+    broken = vocabulary.encode("🙂")[0]
+    # The text lacks the first bytes of a character that the large model did not finish.
+    ids, spans = vocabulary.encode("Hi"), (Span("", (broken,)), *whole.spans)
+    context = replace(whole, token_ids=(*ids, broken, *whole.token_ids[len(ids) :]), spans=spans)
+    assert stable_context(context) is context
