@@ -188,7 +188,7 @@ class PrefixCache:
     @property
     def is_trimmable(self) -> bool:
         """Whether every layer can remove its last tokens now."""
-        # Llama 4's chunked layers call themselves trimmable, but lack the tokens before their chunk.
+        # Llama 4's chunked layers call themselves trimmable even after their front was dropped.
         has_all = not any(getattr(layer, "start_position", 0) for layer in self.layers)
         return has_all and bool(can_trim_prompt_cache(self.layers))
 
