@@ -17,7 +17,7 @@ from mlxroute.recorded.forward_only import ForwardOnlySmall
 from mlxroute.recorded.replies import RecordingStopped
 from mlxroute.serving.device_thread import DeviceThread
 from mlxroute.serving.prompts import ServedPrompt, encode_prompt
-from mlxroute.serving.row import AnswerCancelled, Row
+from mlxroute.serving.small_client import AnswerCancelled, SmallClient
 from mlxroute.small import SmallModel
 from mlxroute.types import (
     EncodedPrompt,
@@ -46,23 +46,27 @@ class ConcurrentAnswers:
         self._small = small
         self._on_abort = on_abort
 
-    def run(self, jobs: Sequence[tuple[Sequence[Message], Callable[[AnswerRow], _T]]]) -> list[_T]:
+    def run(
+        self, jobs: Sequence[tuple[Sequence[Message], Callable[[SharedSmallClient], _T]]]
+    ) -> list[_T]:
         """Run all jobs at once and return their results in order.
 
         If a job fails, the others are aborted, and its exception is raised once all have ended.
 
         Args:
             jobs: For each job, a conversation and the function that answers it. The function takes
-                the `AnswerRow` to use as its small model, and waits for anything else inside its
-                `blocked`.
+                the `SharedSmallClient` to use as its small model, and waits for anything else
+                inside its `blocked`.
         """
         texts = _SharedTexts(self._small)
         try:
-            rows = [AnswerRow(texts, self._small, conversation) for conversation, _ in jobs]
+            clients = [
+                SharedSmallClient(texts, self._small, conversation) for conversation, _ in jobs
+            ]
             with ThreadPoolExecutor(len(jobs)) as pool:
                 futures = [
-                    pool.submit(self._run_job, job, row, texts)
-                    for (_, job), row in zip(jobs, rows, strict=True)
+                    pool.submit(self._run_job, job, client, texts)
+                    for (_, job), client in zip(jobs, clients, strict=True)
                 ]
                 try:
                     for future in futures:
@@ -74,14 +78,16 @@ class ConcurrentAnswers:
             texts.close()
         return _collect_results(futures)
 
-    def _run_job(self, job: Callable[[AnswerRow], _T], row: AnswerRow, texts: _SharedTexts) -> _T:
+    def _run_job(
+        self, job: Callable[[SharedSmallClient], _T], client: SharedSmallClient, texts: _SharedTexts
+    ) -> _T:
         try:
-            return job(row)
+            return job(client)
         except BaseException:
             self._abort(texts)
             raise
         finally:
-            row.end()
+            client.end()
 
     def _abort(self, texts: _SharedTexts) -> None:
         self._on_abort()
@@ -89,12 +95,15 @@ class ConcurrentAnswers:
 
 
 class _Text:
-    """A prompt and some tokens after it: the signals there, and the row that holds it, if free."""
+    """A prompt and some tokens after it, with the signals there.
+
+    `client` holds them on the device, unless an answer uses it.
+    """
 
     def __init__(self, ids: tuple[int, ...]) -> None:
         self.ids = ids
         self.signals: Future[Signals] = Future()
-        self.row: Row | None = None
+        self.client: SmallClient | None = None
         self.readers = 0
         self.children: dict[int, _Text] = {}
 
@@ -106,10 +115,10 @@ class _SharedTexts:
         self._device = DeviceThread(small, cache_bytes=_CACHE_BYTES)
         self._lock = threading.Lock()
         self._roots: dict[tuple[int, ...], _Text] = {}
-        self._rows: list[Row] = []
+        self._clients: list[SmallClient] = []
         self._is_aborted = False
 
-    def begin(self, asker: AnswerRow, prompt: ServedPrompt) -> _Text:
+    def begin(self, asker: SharedSmallClient, prompt: ServedPrompt) -> _Text:
         """Return the text of a prompt alone, with its signals."""
         with self._lock:
             is_new = prompt.ids not in self._roots
@@ -117,34 +126,36 @@ class _SharedTexts:
             text.readers += 1
         return self._compute(asker, text, None, is_new=is_new)
 
-    def extend(self, asker: AnswerRow, text: _Text, token_id: int) -> _Text:
+    def extend(self, asker: SharedSmallClient, text: _Text, token_id: int) -> _Text:
         """Leave a text for the one with one more token; return that, with its signals."""
         with self._lock:
             is_new = token_id not in text.children
             child = text.children.setdefault(token_id, _Text((*text.ids, token_id)))
             child.readers += 1
-            # The first who goes on takes the row along.
-            row, text.row = (text.row, None) if is_new else (None, text.row)
+            # The first who goes on takes the client along.
+            client, text.client = (text.client, None) if is_new else (None, text.client)
         try:
-            return self._compute(asker, child, row, is_new=is_new)
+            return self._compute(asker, child, client, is_new=is_new)
         finally:
             self.leave(text)
 
     def leave(self, text: _Text) -> None:
-        """Give up a text; the last reader releases the row."""
+        """Give up a text; the last reader releases the client."""
         with self._lock:
             text.readers -= 1
-            row = None
+            client = None
             if not text.readers:
-                row, text.row = text.row, None
-        if row is not None:
-            row.release()
+                client, text.client = text.client, None
+        if client is not None:
+            client.release()
 
-    def _compute(self, asker: AnswerRow, text: _Text, row: Row | None, *, is_new: bool) -> _Text:
+    def _compute(
+        self, asker: SharedSmallClient, text: _Text, client: SmallClient | None, *, is_new: bool
+    ) -> _Text:
         self._device.set_awaited(asker, False)
         if is_new:
             try:
-                self._compute_signals(asker, text, row)
+                self._compute_signals(asker, text, client)
             except BaseException as exc:
                 text.signals.set_exception(exc)
                 raise
@@ -152,25 +163,27 @@ class _SharedTexts:
         self._device.set_awaited(asker, True)
         return text
 
-    def _compute_signals(self, asker: AnswerRow, text: _Text, row: Row | None) -> None:
-        if row is None:
+    def _compute_signals(
+        self, asker: SharedSmallClient, text: _Text, client: SmallClient | None
+    ) -> None:
+        if client is None:
             prompt = ServedPrompt((), EncodedPrompt(text.ids, PromptText("", "")))
-            row = self._device.new_row(prompt, asker=asker)
+            client = self._device.new_client(prompt, asker=asker)
             with self._lock:
-                self._rows.append(row)
-            self._check(row)
-            signals, _ = row.prefill(text.ids, sampling=Sampling(), progress=_ignore)
+                self._clients.append(client)
+            self._check(client)
+            signals, _ = client.prefill(text.ids, sampling=Sampling(), progress=_ignore)
         else:
-            row.asker = asker
-            signals = row.extend(text.ids[-1:])
-        text.row = row
+            client.asker = asker
+            signals = client.extend(text.ids[-1:])
+        text.client = client
         text.signals.set_result(signals)
 
-    def _check(self, row: Row) -> None:
+    def _check(self, client: SmallClient) -> None:
         if self._is_aborted:
-            row.cancel()
+            client.cancel()
 
-    def set_awaited(self, asker: AnswerRow, is_awaited: bool) -> None:
+    def set_awaited(self, asker: SharedSmallClient, is_awaited: bool) -> None:
         """Say whether an answer computes on its own and will ask for a step soon."""
         self._device.set_awaited(asker, is_awaited)
 
@@ -178,16 +191,16 @@ class _SharedTexts:
         """Make all answers raise AnswerCancelled at their next step."""
         with self._lock:
             self._is_aborted = True
-            rows = list(self._rows)
-        for row in rows:
-            row.cancel()
+            clients = list(self._clients)
+        for client in clients:
+            client.cancel()
 
     def close(self) -> None:
         """End the thread of the device; the answers must have ended."""
         self._device.close()
 
 
-class AnswerRow(ForwardOnlySmall):
+class SharedSmallClient(ForwardOnlySmall):
     """The small model as one answer uses it.
 
     Args:

@@ -1,10 +1,10 @@
 """The thread that owns MLX: prompts, decode steps of one row, and steps of the batch.
 
-A turn of the loop serves what the answers' threads have asked for: a step of all rows that wait for
-one, or a part of a prompt. A step begins once every answer that computes on its own has asked for
-its next token, or after a short time; an answer that waits for the large model is not waited for.
-While others decode, prompts get half of the time. They too wait only a short time for an answer
-that computes on its own.
+A turn of the loop serves what the answers' threads have asked for: a step of all answers that wait
+for one, or a part of a prompt. A step begins once every answer that computes on its own has asked
+for its next token, or after a short time; an answer that waits for the large model is not waited
+for. While others decode, prompts get half of the time. They too wait only a short time for an
+answer that computes on its own.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from mlxroute.backend.device_streams import end_device_streams
 from mlxroute.errors import MlxRouteError
 from mlxroute.sequences import common_prefix_length
 from mlxroute.serving.prompts import ServedPrompt
-from mlxroute.serving.row import (
+from mlxroute.serving.sequence import DecodedSequence
+from mlxroute.serving.small_client import (
     DeviceRequest,
     Feed,
     Invoke,
     Prefill,
     Release,
-    Row,
+    SmallClient,
 )
-from mlxroute.serving.sequence import DecodedSequence
 from mlxroute.small import SmallModel
 from mlxroute.types import Signals
 
@@ -44,7 +44,7 @@ class DeviceClosed(MlxRouteError):
 
 
 class DeviceThread:
-    """Runs the requests of all rows in one thread.
+    """Runs the requests of all clients in one thread.
 
     Args:
         small: The small model.
@@ -67,11 +67,11 @@ class DeviceThread:
         self.steps = self.batched_tokens = self.single_tokens = 0
         self._batch = small.decoder.start_rows()
         self._rounding = RoundingBound()
-        self._inbox: SimpleQueue[tuple[Row, DeviceRequest] | None] = SimpleQueue()
-        self._requests: dict[Row, DeviceRequest] = {}
-        self._prefills: dict[Row, Generator[None, None, int]] = {}
+        self._inbox: SimpleQueue[tuple[SmallClient, DeviceRequest] | None] = SimpleQueue()
+        self._requests: dict[SmallClient, DeviceRequest] = {}
+        self._prefills: dict[SmallClient, Generator[None, None, int]] = {}
         # Rows whose prompt is read.
-        self._decoding: set[Row] = set()
+        self._decoding: set[SmallClient] = set()
         # Those who compute on their own and will ask for a step soon.
         self._awaited: set[object] = set()
         self._step_s = 0.0
@@ -106,28 +106,33 @@ class DeviceThread:
         """The memory of the batch's KV caches."""
         return self._batch.size_bytes
 
-    def new_row(
+    def new_client(
         self,
         prompt: ServedPrompt,
         *,
         is_exact: bool = False,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
         asker: object = None,
-    ) -> Row:
-        """Return the small model for one answer; `Row.release` ends it. Arguments as for `Row`."""
-        sequence = DecodedSequence(self.small.with_own_cache(), self._batch)
-        return Row(self, sequence, prompt, is_exact=is_exact, on_progress=on_progress, asker=asker)
+    ) -> SmallClient:
+        """Return the small model for one answer; its `release` ends it.
 
-    def post(self, row: Row, request: DeviceRequest) -> None:
-        """Queue a request; the reply is put into `row.replies`."""
+        Arguments as for `SmallClient`.
+        """
+        sequence = DecodedSequence(self.small.with_own_cache(), self._batch)
+        return SmallClient(
+            self, sequence, prompt, is_exact=is_exact, on_progress=on_progress, asker=asker
+        )
+
+    def post(self, client: SmallClient, request: DeviceRequest) -> None:
+        """Queue a request; the reply is put into `client.replies`."""
         with self._lock:
             if not self._has_ended:
-                self._inbox.put((row, request))
+                self._inbox.put((client, request))
                 return
-        row.replies.put(None if isinstance(request, Release) else self._closed())
+        client.replies.put(None if isinstance(request, Release) else self._closed())
 
     def wake(self) -> None:
-        """Make the thread look at rows that were cancelled."""
+        """Make the thread look at clients that were cancelled."""
         self._inbox.put(None)
 
     def set_awaited(self, asker: object, is_awaited: bool) -> None:
@@ -165,8 +170,8 @@ class DeviceThread:
             while not self._inbox.empty():
                 if (message := self._inbox.get()) is not None:
                     self._requests[message[0]] = message[1]
-            for row, request in list(self._requests.items()):
-                self._reply(row, None if isinstance(request, Release) else self._closed())
+            for client, request in list(self._requests.items()):
+                self._reply(client, None if isinstance(request, Release) else self._closed())
             end_device_streams()
 
     def _closed(self) -> DeviceClosed:
@@ -176,13 +181,13 @@ class DeviceThread:
         return DeviceClosed(f"decoding has ended with {kind}; restart the endpoint")
 
     def _take_turn(self) -> None:
-        for row, request in list(self._requests.items()):
-            if row.end is not None and not isinstance(request, Release):
-                self._reply(row, row.end)
+        for client, request in list(self._requests.items()):
+            if client.end is not None and not isinstance(request, Release):
+                self._reply(client, client.end)
             elif isinstance(request, Invoke):
-                self._attempt(row, request.function)
+                self._attempt(client, request.function)
             elif isinstance(request, Release):
-                self._release(row)
+                self._release(client)
         if self._is_step_due():
             self._step()
         elif self._prefills and not self._prefill_must_wait():
@@ -210,54 +215,56 @@ class DeviceThread:
         except Empty:
             return
 
-    def _accept(self, row: Row, request: DeviceRequest) -> None:
-        self._requests[row] = request
-        self._awaited.discard(row.asker)
+    def _accept(self, client: SmallClient, request: DeviceRequest) -> None:
+        self._requests[client] = request
+        self._awaited.discard(client.asker)
         if isinstance(request, Prefill):
-            self._prefills[row] = self._prefill_in_parts(row, request)
+            self._prefills[client] = self._prefill_in_parts(client, request)
         elif isinstance(request, Feed) and self._grace_ends_s == 0.0:
             grace_s = min(_MAX_GRACE_S, _GRACE_STEPS * self._step_s)
             self._grace_ends_s = time.perf_counter() + grace_s
 
-    def _reply(self, row: Row, reply: object) -> None:
-        del self._requests[row]
-        self._prefills.pop(row, None)
-        if row in self._decoding:
-            self._await(row.asker)
-        row.replies.put(reply)
+    def _reply(self, client: SmallClient, reply: object) -> None:
+        del self._requests[client]
+        self._prefills.pop(client, None)
+        if client in self._decoding:
+            self._await(client.asker)
+        client.replies.put(reply)
 
-    def _attempt(self, row: Row, function: Callable[[], object]) -> None:
-        """Reply to a row with what a function returns or raises."""
+    def _attempt(self, client: SmallClient, function: Callable[[], object]) -> None:
+        """Reply to a client with what a function returns or raises."""
         try:
             reply = function()
-        except Exception as exc:  # noqa: BLE001 - it is raised in the row's own thread
+        except Exception as exc:  # noqa: BLE001 - it is raised in the client's own thread
             reply = exc
-        self._reply(row, reply)
+        self._reply(client, reply)
 
-    def _release(self, row: Row) -> None:
+    def _release(self, client: SmallClient) -> None:
         def release() -> None:
-            if (cache := row.sequence.release()) is not None:
+            if (cache := client.sequence.release()) is not None:
                 self.store.add(*cache)
 
-        self._decoding.discard(row)
-        self._attempt(row, release)
+        self._decoding.discard(client)
+        self._attempt(client, release)
 
     # Prompts
 
-    def _prefill_in_parts(self, row: Row, request: Prefill) -> Generator[None, None, int]:
+    def _prefill_in_parts(
+        self, client: SmallClient, request: Prefill
+    ) -> Generator[None, None, int]:
         """Run a prompt; yield after each part, return the number of ids reused."""
-        small, ids = row.sequence.small, request.prompt_ids
+        small, ids = client.sequence.small, request.prompt_ids
         # When its turn comes, because prompts before it may begin in the same way.
-        if not row.is_exact:
-            self._load_prefix(row, ids[:-1])
+        if not client.is_exact:
+            self._load_prefix(client, ids[:-1])
         return (
             yield from small.prefill_in_parts(
                 ids, sampling=request.sampling, progress=request.progress
             )
         )
 
-    def _load_prefix(self, row: Row, ids: Sequence[int]) -> None:
-        """Give a row the longest prefix of `ids` that the store or another row holds."""
+    def _load_prefix(self, client: SmallClient, ids: Sequence[int]) -> None:
+        """Give a client the longest prefix of `ids` that the store or another one holds."""
         prefix = self.store.find(ids)
         length = 0 if prefix is None else len(prefix[1])
         for other in self._decoding:
@@ -265,7 +272,7 @@ class DeviceThread:
             if shared > max(length, self._min_prefix - 1) and other.sequence.is_divisible:
                 prefix, length = other.sequence.copy(shared), shared
         if prefix is not None:
-            row.sequence.small.decoder.load_cache(*prefix)
+            client.sequence.small.decoder.load_cache(*prefix)
 
     def _prefill_must_wait(self) -> bool:
         if self._prefill_debt_s <= 0:
@@ -274,16 +281,16 @@ class DeviceThread:
         return is_grace or self._has_feeds()
 
     def _prefill_part(self) -> None:
-        row, parts = next(iter(self._prefills.items()))
+        client, parts = next(iter(self._prefills.items()))
         began_s = time.perf_counter()
         try:
             if (reused_ids := _next_part(parts)) is not None:
                 # Answers with the same prompt may begin before this one ends.
-                self.store.add(row.sequence.small.decoder.cache.layers, row.sequence.ids)
-                self._decoding.add(row)
-                self._reply(row, reused_ids)
-        except Exception as exc:  # noqa: BLE001 - it is raised in the row's own thread
-            self._reply(row, exc)
+                self.store.add(client.sequence.small.decoder.cache.layers, client.sequence.ids)
+                self._decoding.add(client)
+                self._reply(client, reused_ids)
+        except Exception as exc:  # noqa: BLE001 - it is raised in the client's own thread
+            self._reply(client, exc)
         self._prefill_debt_s += time.perf_counter() - began_s
 
     # Steps
@@ -297,53 +304,55 @@ class DeviceThread:
         return not self._awaited or time.perf_counter() >= self._grace_ends_s
 
     def _step(self) -> None:
-        """Feed a token to each row that waits for one: in one batch where there are several."""
+        """Feed a token to each client that waits for one: in one batch where there are several."""
         began_s = time.perf_counter()
         self._grace_ends_s = 0.0
-        batched: dict[Row, Feed] = {}
-        expected: dict[Row, Signals] = {}
-        for row, request in list(self._requests.items()):
+        batched: dict[SmallClient, Feed] = {}
+        expected: dict[SmallClient, Signals] = {}
+        for client, request in list(self._requests.items()):
             if not isinstance(request, Feed):
                 continue
             try:
-                if not request.alone and self.is_shared and self._enter_batch(row, expected):
-                    batched[row] = request
+                if not request.alone and self.is_shared and self._enter_batch(client, expected):
+                    batched[client] = request
                 else:
-                    self._step_alone(row, request)
-            except Exception as exc:  # noqa: BLE001 - it is raised in the row's own thread
-                self._reply(row, exc)
+                    self._step_alone(client, request)
+            except Exception as exc:  # noqa: BLE001 - it is raised in the client's own thread
+                self._reply(client, exc)
         if batched:
             try:
                 self._step_batch(batched, expected)
-            except Exception as exc:  # noqa: BLE001 - it is raised in the rows' own threads
+            except Exception as exc:  # noqa: BLE001 - it is raised in the clients' own threads
                 self._drop_batch(exc)
         self._step_s = time.perf_counter() - began_s
         self._prefill_debt_s = max(0.0, self._prefill_debt_s - self._step_s)
 
-    def _enter_batch(self, row: Row, expected: dict[Row, Signals]) -> bool:
-        """Make a row part of the batch if there is room; return whether it is.
+    def _enter_batch(self, client: SmallClient, expected: dict[SmallClient, Signals]) -> bool:
+        """Make a client part of the batch if there is room; return whether it is.
 
-        For an exact row that is new there, first compute the step as one row too.
+        For an exact client that is new there, first compute the step as one row too.
         """
-        sequence = row.sequence
-        if row.is_exact and sequence.batch_row is None and sequence.fits_batch:
-            token_id = cast(Feed, self._requests[row]).token_ids[0]
-            expected[row] = sequence.extend([token_id])
+        sequence = client.sequence
+        if client.is_exact and sequence.batch_row is None and sequence.fits_batch:
+            token_id = cast(Feed, self._requests[client]).token_ids[0]
+            expected[client] = sequence.extend([token_id])
             sequence.rollback(1)
         return sequence.enter_batch()
 
-    def _step_alone(self, row: Row, request: Feed) -> None:
-        signals = row.sequence.extend(request.token_ids)
-        row.was_batched = request.was_batched
+    def _step_alone(self, client: SmallClient, request: Feed) -> None:
+        signals = client.sequence.extend(request.token_ids)
+        client.was_batched = request.was_batched
         self.steps += 1
         self.single_tokens += len(request.token_ids)
-        self._reply(row, signals)
+        self._reply(client, signals)
 
-    def _step_batch(self, feeds: dict[Row, Feed], expected: dict[Row, Signals]) -> None:
+    def _step_batch(
+        self, feeds: dict[SmallClient, Feed], expected: dict[SmallClient, Signals]
+    ) -> None:
         rows = {
-            row.sequence.batch_row: feed
-            for row, feed in feeds.items()
-            if row.sequence.batch_row is not None
+            client.sequence.batch_row: feed
+            for client, feed in feeds.items()
+            if client.sequence.batch_row is not None
         }
         # As one row does, a sampler draws once for a token of several ids.
         signals = self._batch.step(
@@ -352,28 +361,28 @@ class DeviceThread:
         )
         self.steps += 1
         self.batched_tokens += len(feeds)
-        for row, feed in feeds.items():
-            batch_row = row.sequence.batch_row
+        for client, feed in feeds.items():
+            batch_row = client.sequence.batch_row
             assert batch_row is not None
-            row.sequence.on_batch_step(feed.token_ids[0])
-            if row in expected:
-                self._rounding.add(expected[row], signals[batch_row])
+            client.sequence.on_batch_step(feed.token_ids[0])
+            if client in expected:
+                self._rounding.add(expected[client], signals[batch_row])
             # Each row of a batch takes one token per step.
             feed.token_ids, feed.was_batched = feed.token_ids[1:], True
             if not feed.token_ids:
-                row.was_batched = True
-                self._reply(row, signals[batch_row])
+                client.was_batched = True
+                self._reply(client, signals[batch_row])
 
     def _drop_batch(self, failure: Exception) -> None:
         """End all answers of the batch, whose KV caches are undefined after a failed step."""
         self._batch.clear()
-        for row in self._decoding:
-            if row.sequence.batch_row is not None:
-                row.sequence.lose()
-                if row in self._requests:
-                    self._reply(row, failure)
+        for client in self._decoding:
+            if client.sequence.batch_row is not None:
+                client.sequence.lose()
+                if client in self._requests:
+                    self._reply(client, failure)
                 else:
-                    row.cancel(failure)
+                    client.cancel(failure)
 
 
 def _next_part(parts: Generator[None, None, int]) -> int | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mlxroute.engine import Answer
 from mlxroute.serving.prompts import ServedPrompt
 from mlxroute.serving.requests import AnswerRequest, PromptProgress, ServedEvent
-from mlxroute.serving.row import AnswerCancelled, Row
+from mlxroute.serving.small_client import AnswerCancelled, SmallClient
 from mlxroute.types import RunStats
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class RunningAnswer:
         prompt: ServedPrompt,
         *,
         device: DeviceThread,
-        start: Callable[[Row], Answer],
+        start: Callable[[SmallClient], Answer],
         leave_queue: Callable[[RunningAnswer], bool],
     ) -> None:
         self.request = request
@@ -45,7 +45,7 @@ class RunningAnswer:
         self._failure: BaseException | None = None
         self._answer: Answer | None = None
         self._ended = threading.Event()
-        self._row = device.new_row(
+        self._client = device.new_client(
             prompt,
             is_exact=request.exact,
             on_progress=lambda done, total: self._events.put(PromptProgress(done, total)),
@@ -59,7 +59,7 @@ class RunningAnswer:
     @property
     def is_cancelled(self) -> bool:
         """Whether `cancel` was called."""
-        return self._row.is_cancelled
+        return self._client.is_cancelled
 
     @property
     def run(self) -> RunStats | None:
@@ -84,7 +84,7 @@ class RunningAnswer:
 
     def cancel(self) -> None:
         """End the answer within one decode step, also in the queue and while the prompt is read."""
-        self._row.cancel()
+        self._client.cancel()
         if self._leave_queue(self):
             self._end()
 
@@ -97,8 +97,8 @@ class RunningAnswer:
         """Write the answer in the calling thread."""
         self._queue_wait_s = time.perf_counter() - self._submitted_s
         try:
-            self._row.check_cancelled()
-            self._answer = self._start_answer(self._row)
+            self._client.check_cancelled()
+            self._answer = self._start_answer(self._client)
             for event in self._answer.events():
                 self._events.put(event)
         except AnswerCancelled:
@@ -107,7 +107,7 @@ class RunningAnswer:
             self._failure = exc
         finally:
             try:
-                self._row.release()
+                self._client.release()
             finally:
                 self._end()
 

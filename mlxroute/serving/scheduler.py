@@ -17,8 +17,8 @@ from mlxroute.routers import make_router
 from mlxroute.serving.device_thread import DeviceThread
 from mlxroute.serving.prompts import ServedPrompt, encode_prompt
 from mlxroute.serving.requests import AnswerRequest, QueueFull, ScoredPrompt
-from mlxroute.serving.row import Row
 from mlxroute.serving.running_answer import RunningAnswer
+from mlxroute.serving.small_client import SmallClient
 from mlxroute.serving.stoppable_large import StoppableLarge
 from mlxroute.small import SmallModel
 from mlxroute.types import Message
@@ -128,11 +128,11 @@ class AnswerScheduler(Closeable):
         once `is_stopped`, which is called before each part of the prompt, returns True.
         """
         served = encode_prompt(self._small, prompt)
-        row = self._device.new_row(served, is_exact=True)
+        client = self._device.new_client(served, is_exact=True)
         try:
-            signals, logprobs = row.score_prompt(is_stopped=is_stopped)
+            signals, logprobs = client.score_prompt(is_stopped=is_stopped)
         finally:
-            row.release()
+            client.release()
         return ScoredPrompt(served.text, served.ids, tuple(signals), tuple(logprobs))
 
     @property
@@ -167,18 +167,20 @@ class AnswerScheduler(Closeable):
             self._changed.wait_for(lambda: not (self._running or self._queue))
         self._device.close()
 
-    def _start_answer(self, request: AnswerRequest, prompt: ServedPrompt, row: Row) -> Answer:
+    def _start_answer(
+        self, request: AnswerRequest, prompt: ServedPrompt, client: SmallClient
+    ) -> Answer:
         large = None if request.local_only else request.large or self._large
         # Else the positions that the router escalates would count as unchecked.
         no_router = make_router("entropy", threshold=math.inf)
         return Answer(
-            row,
-            None if large is None else StoppableLarge(large, row),
+            client,
+            None if large is None else StoppableLarge(large, client),
             prompt.messages,
             router=no_router if large is None else request.router,
             options=request.options,
             experience=self._experience,
-            batching=row if request.exact else None,
+            batching=client if request.exact else None,
             begun=request.begun,
         )
 

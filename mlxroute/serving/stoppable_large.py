@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 from mlxroute.engine.protocols import LargeProtocol, PendingCallProtocol
-from mlxroute.serving.row import Row
+from mlxroute.serving.small_client import SmallClient
 from mlxroute.types import LargeContext, LargeToken, Uploads
 
 # A cancelled answer stops waiting after this time at the latest.
@@ -14,16 +14,16 @@ _POLL_S: Final = 0.05
 
 
 class StoppableLarge:
-    """A large model whose waits mark the answer's row as blocked and end when it is cancelled.
+    """A large model whose waits mark the answer's client as blocked and end when it is cancelled.
 
     Attributes:
         uploads: What the calls of this answer alone sent, by their replies. A call that failed or
             was dropped counts as a request of unknown size.
     """
 
-    def __init__(self, large: LargeProtocol, row: Row) -> None:
+    def __init__(self, large: LargeProtocol, client: SmallClient) -> None:
         self._large = large
-        self._row = row
+        self._client = client
         self.uploads = Uploads()
 
     @property
@@ -37,19 +37,19 @@ class StoppableLarge:
     def begin(
         self, context: LargeContext, *, deadline_s: float, prefetch: int
     ) -> PendingCallProtocol:
-        self._row.check_cancelled()
+        self._client.check_cancelled()
         call = self._large.begin(context, deadline_s=deadline_s, prefetch=prefetch)
         return _CountedCall(self, context, call)
 
     def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
-        with self._row.blocked():
+        with self._client.blocked():
             while timeout_s > 0 and not ready():
-                self._row.check_cancelled()
+                self._client.check_cancelled()
                 self._large.wait(
-                    lambda: ready() or self._row.is_cancelled, timeout_s=min(_POLL_S, timeout_s)
+                    lambda: ready() or self._client.is_cancelled, timeout_s=min(_POLL_S, timeout_s)
                 )
                 timeout_s -= _POLL_S
-        self._row.check_cancelled()
+        self._client.check_cancelled()
 
 
 class _CountedCall:

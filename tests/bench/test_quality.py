@@ -45,7 +45,7 @@ from mlxroute.questions.question_files import (
 from mlxroute.recorded.answer_scores import AnswerScores
 from mlxroute.recorded.replies import RecordingStopped, Replies
 from mlxroute.routers import BURST, make_router
-from mlxroute.serving.concurrent_answers import AnswerRow, ConcurrentAnswers
+from mlxroute.serving.concurrent_answers import ConcurrentAnswers, SharedSmallClient
 from mlxroute.small import SmallModel
 from mlxroute.training.labels import LabelledAnswer
 from mlxroute.types import LargeContext, LargeToken, Message, Sampling
@@ -650,10 +650,10 @@ def test_answers_that_wait_for_the_large_model_hold_no_other(
     # One answer waits for its call, another one for the place of that call.
     replies = Replies(large, tmp_path / "r", at_once=1)
 
-    def ask(messages: list[Message], row: AnswerRow) -> None:
+    def ask(messages: list[Message], client: SharedSmallClient) -> None:
         answer = generate(
-            row,
-            replies.new_view(blocked=row.blocked),
+            client,
+            replies.new_view(blocked=client.blocked),
             messages,
             router=make_router("entropy", threshold=-math.inf),
             max_tokens=2,
@@ -663,10 +663,10 @@ def test_answers_that_wait_for_the_large_model_hold_no_other(
         assert len(list(answer)) == 2
         order.append("asked")
 
-    def decode(row: AnswerRow) -> None:
+    def decode(client: SharedSmallClient) -> None:
         assert large.has_begun.wait(30)
-        row.prefill((), sampling=Sampling(), progress=lambda *arguments: None)
-        row.extend([70])
+        client.prefill((), sampling=Sampling(), progress=lambda *arguments: None)
+        client.extend([70])
         order.append("decoded")
         large.released.set()
 

@@ -26,14 +26,14 @@ from mlxroute.config.setting_choices import BenchRouterName, RouterName
 from mlxroute.questions.prompt_form import choose_examples_file, describe_form
 from mlxroute.questions.question_files import AnswerKind, Question
 from mlxroute.routers import BURST
-from mlxroute.serving.concurrent_answers import AnswerRow
+from mlxroute.serving.concurrent_answers import SharedSmallClient
 from mlxroute.types import Judgement
 from tests.support.fakes import signals
 
 _ROW = QualityRow("q", "", None, None, 10, 1, 0, 0, 1, 50, 0.5, 0.25, False, ())
 
 
-class _TextRow:
+class _TextSmall:
     """An answer's small model whose tokens are characters."""
 
     vocabulary: Any
@@ -51,15 +51,15 @@ def _escalated_places(name: str, budget: float, texts: list[str]) -> list[list[i
     router = BaselineRouter(name, budget)
     places: list[list[int]] = []
     for number, text in enumerate(texts):
-        row = _TextRow()
-        router.begin_answer(cast("AnswerRow", row), seed=f"question {number}")
+        small = _TextSmall()
+        router.begin_answer(cast("SharedSmallClient", small), seed=f"question {number}")
         places.append([])
         for place, character in enumerate(text):
             score = router.score(signals(ord(character)), router.state.positions)
             judgement, router.state = router.state.decide(score)
             if judgement is Judgement.ESCALATE:
                 places[-1].append(place)
-            row.answer_ids.append(ord(character))
+            small.answer_ids.append(ord(character))
     return places
 
 
@@ -105,7 +105,7 @@ def test_random_escalates_by_chance_in_each_answer() -> None:
     firsts = set()
     for number in range(4):
         router = BaselineRouter("random", 0.2)
-        router.begin_answer(cast("AnswerRow", _TextRow()), seed=f"question {number}")
+        router.begin_answer(cast("SharedSmallClient", _TextSmall()), seed=f"question {number}")
         firsts.add(tuple(router.score(signals(0), place) for place in range(5)))
     assert len(firsts) == 4
 

@@ -18,7 +18,7 @@ from mlxroute.errors import LargeError
 from mlxroute.routers import make_router
 from mlxroute.serving import AnswerRequest, AnswerScheduler, RunningAnswer
 from mlxroute.serving.prompts import encode_prompt
-from mlxroute.serving.row import Invoke
+from mlxroute.serving.small_client import Invoke
 from mlxroute.small import SmallModel
 from mlxroute.types import LargeContext, LargeToken, Message, Mode, Sampling, Token, Uploads
 from tests.support.tiny import make_tiny_model
@@ -100,14 +100,14 @@ def _write_alone(
 def held(scheduler: AnswerScheduler) -> Iterator[None]:
     """Stop the thread of the device in the `with` block, so that what is submitted meets there."""
     device = scheduler._device
-    row = device.new_row(encode_prompt(scheduler._small, "held"))
+    client = device.new_client(encode_prompt(scheduler._small, "held"))
     entered, ended = threading.Event(), threading.Event()
 
     def wait() -> None:
         entered.set()
         assert ended.wait(30)
 
-    device.post(row, Invoke(wait))
+    device.post(client, Invoke(wait))
     assert entered.wait(30)
     try:
         yield

@@ -24,8 +24,8 @@ from mlxroute.serving import (
 )
 from mlxroute.serving.device_thread import DeviceClosed
 from mlxroute.serving.prompts import encode_prompt
-from mlxroute.serving.row import AnswerCancelled, Row
 from mlxroute.serving.sequence import DecodedSequence
+from mlxroute.serving.small_client import AnswerCancelled, SmallClient
 from mlxroute.small import SmallModel
 from mlxroute.types import LargeContext, Mode, Sampling, Signals, StopReason, Token
 from tests.serving.conftest import (
@@ -507,9 +507,9 @@ def test_a_token_of_several_ids_counts_as_batched_if_a_batch_fed_its_first(
 ) -> None:
     device = scheduler._device
     prompts = [encode_prompt(scheduler._small, prompt) for prompt in PROMPTS[:2]]
-    row, other = (device.new_row(prompt, is_exact=True) for prompt in prompts)
-    rows = (row, other)
-    for begun in rows:
+    client, other = (device.new_client(prompt, is_exact=True) for prompt in prompts)
+    clients = (client, other)
+    for begun in clients:
         begun.prefill(begun.prompt.ids, sampling=Sampling(), progress=lambda *_: None)
         device.set_awaited(begun, False)
     step_batch = device._step_batch
@@ -521,12 +521,12 @@ def test_a_token_of_several_ids_counts_as_batched_if_a_batch_fed_its_first(
 
     monkeypatch.setattr(device, "_step_batch", step_once)
     batched_before = device.batched_tokens
-    row.extend([60, 61])
+    client.extend([60, 61])
     assert device.batched_tokens == batched_before + 1
-    assert row.was_batched
-    row.extend([62])
-    assert not row.was_batched
-    for begun in rows:
+    assert client.was_batched
+    client.extend([62])
+    assert not client.was_batched
+    for begun in clients:
         begun.release()
 
 
@@ -539,13 +539,13 @@ def test_a_sampler_draws_once_for_a_token_of_several_ids_in_a_batch(
     own = small.with_own_cache()
     own.prefill(prompts[0].ids, sampling=_SAMPLING)
     expected = [own.extend(ids).token_id for ids in feeds]
-    row, other = (device.new_row(prompt) for prompt in prompts)
-    for begun in (row, other):
+    client, other = (device.new_client(prompt) for prompt in prompts)
+    for begun in (client, other):
         begun.prefill(begun.prompt.ids, sampling=_SAMPLING, progress=lambda *_: None)
         device.set_awaited(begun, False)
-    assert [row.extend(ids).token_id for ids in feeds] == expected
-    assert row.was_batched
-    for begun in (row, other):
+    assert [client.extend(ids).token_id for ids in feeds] == expected
+    assert client.was_batched
+    for begun in (client, other):
         begun.release()
 
 
@@ -554,10 +554,10 @@ def test_a_prompt_does_not_wait_for_long_for_an_answer_that_computes_on_its_own(
 ) -> None:
     device = scheduler._device
     prompts = [encode_prompt(scheduler._small, prompt) for prompt in PROMPTS[:2]]
-    computing, reading = map(device.new_row, prompts)
+    computing, reading = map(device.new_client, prompts)
 
-    def prefill(row: Row) -> None:
-        row.prefill(row.prompt.ids, sampling=Sampling(), progress=lambda *_: None)
+    def prefill(client: SmallClient) -> None:
+        client.prefill(client.prompt.ids, sampling=Sampling(), progress=lambda *_: None)
 
     prefill(computing)
     device._prefill_debt_s = 60.0
@@ -567,8 +567,8 @@ def test_a_prompt_does_not_wait_for_long_for_an_answer_that_computes_on_its_own(
     is_read = not thread.is_alive()
     device.set_awaited(computing, False)
     thread.join()
-    for row in (computing, reading):
-        row.release()
+    for client in (computing, reading):
+        client.release()
     assert is_read
 
 

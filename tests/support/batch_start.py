@@ -7,7 +7,7 @@ import time
 import pytest
 
 from mlxroute.serving import AnswerScheduler
-from mlxroute.serving.row import Feed, Row
+from mlxroute.serving.small_client import Feed, SmallClient
 from mlxroute.types import Signals
 
 _DEADLINE_S = 60.0
@@ -44,7 +44,7 @@ def start_batch_of(
             return False
         return is_step_due()
 
-    def step(feeds: dict[Row, Feed], expected: dict[Row, Signals]) -> None:
+    def step(feeds: dict[SmallClient, Feed], expected: dict[SmallClient, Signals]) -> None:
         row_counts.append(len(feeds))
         step_batch(feeds, expected)
 

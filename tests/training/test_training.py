@@ -20,7 +20,7 @@ from mlxroute.errors import LargeError, LargeRefused, UsageError, WeightsError
 from mlxroute.questions.question_files import AnswerKind, Question
 from mlxroute.recorded.replies import Replies
 from mlxroute.routers import make_router
-from mlxroute.serving.concurrent_answers import AnswerRow, ConcurrentAnswers
+from mlxroute.serving.concurrent_answers import ConcurrentAnswers, SharedSmallClient
 from mlxroute.small import SmallModel
 from mlxroute.training.head_fitting import FittedHead, _deferral_loss, fit_head, recall
 from mlxroute.training.head_shapes import Positions, fit_linear
@@ -423,10 +423,11 @@ def test_a_head_that_was_read_in_one_thread_scores_steps_in_another(
     replies = Replies(ScriptedLarge([(70,)]), tmp_path / "r.jsonl")
     conversation = [{"role": "user", "content": "hi"}]
 
-    def write(row: AnswerRow) -> list[float]:
+    def write(client: SharedSmallClient) -> list[float]:
         router = make_router("head", budget=0.0)
         return [
-            token.score for token in generate(row, None, conversation, router=router, max_tokens=2)
+            token.score
+            for token in generate(client, None, conversation, router=router, max_tokens=2)
         ]
 
     (scores,) = ConcurrentAnswers(small, on_abort=replies.close).run([(conversation, write)])

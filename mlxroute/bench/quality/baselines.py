@@ -11,7 +11,7 @@ from typing import Final
 
 from mlxroute.routers import Budget
 from mlxroute.routers.router import Router, make_router
-from mlxroute.serving.concurrent_answers import AnswerRow
+from mlxroute.serving.concurrent_answers import SharedSmallClient
 from mlxroute.types import Signals
 
 # Scores of positions are whole numbers.
@@ -50,16 +50,16 @@ class BaselineRouter:
         self.state = Budget.of(budget, _EXPECTED_SCORES[name], resolution=resolution)
         self._first_position = 0
         self._seed = ""
-        self._row: AnswerRow | None = None
+        self._small: SharedSmallClient | None = None
 
-    def begin_answer(self, row: AnswerRow, *, seed: str) -> None:
-        """Start an answer, which is written with this row as its small model.
+    def begin_answer(self, small: SharedSmallClient, *, seed: str) -> None:
+        """Start an answer, which `small` writes.
 
         Answers with different values of `seed` are independent for `random`.
         """
         self._first_position = self.state.positions
         self._seed = seed
-        self._row = row
+        self._small = small
 
     def score(self, signals: Signals, position: int) -> float:
         """Return the score of a position of the answer that was begun last."""
@@ -76,9 +76,9 @@ class BaselineRouter:
 
     def _starts_sentence(self, token_id: int) -> bool:
         """Return whether the small model's token would be the first one of a sentence."""
-        assert self._row is not None
-        vocabulary = self._row.vocabulary
-        data = b"".join(vocabulary.token_bytes(i) for i in self._row.answer_ids)
+        assert self._small is not None
+        vocabulary = self._small.vocabulary
+        data = b"".join(vocabulary.token_bytes(i) for i in self._small.answer_ids)
         return starts_sentence(
             data.decode(errors="replace"),
             vocabulary.token_bytes(token_id).decode(errors="replace"),

@@ -32,7 +32,7 @@ from mlxroute.recorded.answer_scores import AnswerScores
 from mlxroute.recorded.large_answers import PlaceholderSmall
 from mlxroute.recorded.replies import AnswerNotContinued, Replies
 from mlxroute.routers import Budget, make_router
-from mlxroute.serving.concurrent_answers import AnswerRow, ConcurrentAnswers
+from mlxroute.serving.concurrent_answers import ConcurrentAnswers, SharedSmallClient
 from mlxroute.small import SmallModel
 from mlxroute.types import Message, Mode, Progress, Source, StopReason, no_progress
 from mlxroute.types.limits import MAX_PREFETCH
@@ -245,29 +245,29 @@ class _QualityBench:
             parts.append(question.answer)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def _write_answer(self, task: _Task, row: AnswerRow) -> QualityRow:
+    def _write_answer(self, task: _Task, small: SharedSmallClient) -> QualityRow:
         """Write, grade and save one answer."""
-        answer = self._new_answer(task, row)
+        answer = self._new_answer(task, small)
         self.results.add(task.key, answer)
         return answer
 
-    def _new_answer(self, task: _Task, row: AnswerRow) -> QualityRow:
+    def _new_answer(self, task: _Task, small: SharedSmallClient) -> QualityRow:
         if not task.side.is_large:
-            return self._generate_answer(task, row)
+            return self._generate_answer(task, small)
         if not self.replies.is_approximate:
             try:
-                return self._generate_answer(task, row)
+                return self._generate_answer(task, small)
             except AnswerNotContinued:
                 pass
         return self._ask_whole_answer(task)
 
-    def _generate_answer(self, task: _Task, row: AnswerRow) -> QualityRow:
+    def _generate_answer(self, task: _Task, small: SharedSmallClient) -> QualityRow:
         side = task.side
-        large = self.replies.new_view(alone=side.is_large, blocked=row.blocked)
+        large = self.replies.new_view(alone=side.is_large, blocked=small.blocked)
         if isinstance(task.router, BaselineRouter):
-            task.router.begin_answer(row, seed=task.question.fingerprint)
+            task.router.begin_answer(small, seed=task.question.fingerprint)
         answer = generate(
-            PlaceholderSmall(self.small) if side.is_large else row,
+            PlaceholderSmall(self.small) if side.is_large else small,
             None if side is SMALL else large,
             task.conversation,
             router=task.router,
@@ -286,7 +286,7 @@ class _QualityBench:
         ]
         stats = answer.stats()
         # A test of code takes a while.
-        with row.blocked():
+        with small.blocked():
             grades = _grade(task.question, stats.text)
         calls_s = round(large.calls_s, 4)
         return QualityRow(

@@ -12,7 +12,7 @@ from mlxroute.engine import generate
 from mlxroute.recorded.replies import Replies
 from mlxroute.routers import Router, make_router
 from mlxroute.sequences import chunks
-from mlxroute.serving.concurrent_answers import AnswerRow, ConcurrentAnswers
+from mlxroute.serving.concurrent_answers import ConcurrentAnswers, SharedSmallClient
 from mlxroute.small import SmallModel
 from mlxroute.training.judged_questions import JudgedQuestion
 from mlxroute.types import Message, Mode, Progress
@@ -88,11 +88,11 @@ def _write(
     conversation: Sequence[Message],
     router: Router,
     max_tokens: int,
-    row: AnswerRow,
+    small: SharedSmallClient,
 ) -> RoutedAnswer:
     answer = generate(
-        row,
-        replies.new_view(blocked=row.blocked),
+        small,
+        replies.new_view(blocked=small.blocked),
         conversation,
         router=router,
         max_tokens=max_tokens,
@@ -102,7 +102,7 @@ def _write(
         prefetch=0,
     )
     token_ids = [token.token_id for token in answer]
-    is_whole = bool(token_ids) and token_ids[-1] in row.vocabulary.eos_ids
+    is_whole = bool(token_ids) and token_ids[-1] in small.vocabulary.eos_ids
     stats = answer.stats()
     return RoutedAnswer(
         tuple(token_ids[:-1] if is_whole else token_ids), is_whole, stats.text, stats.escalated

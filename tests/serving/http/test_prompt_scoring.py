@@ -13,7 +13,7 @@ import pytest
 
 from mlxroute.serving.http.answer_endpoint import ServingLimits
 from mlxroute.serving.http.endpoint_app import create_app
-from mlxroute.serving.row import AnswerCancelled
+from mlxroute.serving.small_client import AnswerCancelled
 from mlxroute.small import SmallModel
 from tests.support.endpoint import call_until, chat, make_session, running
 

@@ -67,7 +67,7 @@ DeviceRequest = Prefill | Feed | Invoke | Release
 
 
 class Device(Protocol):
-    """The thread that owns MLX, as rows see it."""
+    """The thread that owns MLX, as clients see it."""
 
     @property
     def is_shared(self) -> bool:
@@ -79,12 +79,12 @@ class Device(Protocol):
         """Bound of the differences of logprobs and entropies between a batch and a single row."""
         ...
 
-    def post(self, row: Row, request: DeviceRequest) -> None:
-        """Queue a request; the reply is put into `row.replies`."""
+    def post(self, client: SmallClient, request: DeviceRequest) -> None:
+        """Queue a request; the reply is put into `client.replies`."""
         ...
 
     def wake(self) -> None:
-        """Make the thread look at rows that were cancelled."""
+        """Make the thread look at clients that were cancelled."""
         ...
 
     def set_awaited(self, asker: object, is_awaited: bool) -> None:
@@ -92,7 +92,7 @@ class Device(Protocol):
         ...
 
 
-class Row:
+class SmallClient:
     """The small model as one answer uses it; it fulfils the engine's `SmallProtocol`.
 
     Args:
@@ -100,9 +100,9 @@ class Row:
         sequence: The tokens on the device.
         prompt: The encoded prompt.
         is_exact: Whether no KV cache of an earlier answer may be used, and the rounding of batches
-            matters. With a temperature, the row is then in no batch.
+            matters. With a temperature, the answer is then in no batch.
         on_progress: Receives how many tokens of the prompt are read, and how many there are.
-        asker: Who is going to ask for the next step after a reply; None, the default, for the row.
+        asker: Who is going to ask for the next step after a reply; None, the default, for itself.
 
     Attributes:
         replies: Receives the reply to each request, or an exception to raise.
@@ -128,7 +128,7 @@ class Row:
         self.replies: SimpleQueue[Any] = SimpleQueue()
         self.end: Exception | None = None
         self.was_batched = False
-        # Whether the row stays out of the batch.
+        # Whether the answer stays out of the batch.
         self._is_alone = False
         self._device = device
         self._on_progress = on_progress
