@@ -32,7 +32,7 @@ from mlxroute.small import SmallModel
 from mlxroute.types import Signals
 
 if TYPE_CHECKING:
-    from mlxroute.small.prefix_store import PrefixStore
+    from mlxroute.small.prefix_cache import PrefixCache
 
 # How long a step waits for answers that are about to ask, in steps, and at most in seconds.
 _GRACE_STEPS: Final = 0.5
@@ -59,11 +59,11 @@ class DeviceThread:
     def __init__(self, small: SmallModel, *, cache_bytes: int) -> None:
         # They import MLX, which must follow the BLAS that loading a model opens.
         from mlxroute.small.batch_cost import RoundingBound
-        from mlxroute.small.prefix_store import MIN_PREFIX_TOKENS, PrefixStore
+        from mlxroute.small.prefix_cache import MIN_PREFIX_TOKENS, PrefixCache
 
         self._min_prefix = MIN_PREFIX_TOKENS
         self.small = small
-        self.store: PrefixStore = PrefixStore(cache_bytes)
+        self.prefix_cache: PrefixCache = PrefixCache(cache_bytes)
         self.steps = self.batched_tokens = self.single_tokens = 0
         self._batch = small.decoder.start_rows()
         self._rounding = RoundingBound()
@@ -152,7 +152,7 @@ class DeviceThread:
         self._is_closing = True
         self.wake()
         self._thread.join()
-        self.store.clear()
+        self.prefix_cache.clear()
 
     # In the thread
 
@@ -242,7 +242,7 @@ class DeviceThread:
     def _release(self, client: SmallClient) -> None:
         def release() -> None:
             if (cache := client.sequence.release()) is not None:
-                self.store.add(*cache)
+                self.prefix_cache.add(*cache)
 
         self._decoding.discard(client)
         self._attempt(client, release)
@@ -264,8 +264,8 @@ class DeviceThread:
         )
 
     def _load_prefix(self, client: SmallClient, ids: Sequence[int]) -> None:
-        """Give a client the longest prefix of `ids` that the store or another one holds."""
-        prefix = self.store.find(ids)
+        """Give a client the longest prefix of `ids` that the cache or another client holds."""
+        prefix = self.prefix_cache.find(ids)
         length = 0 if prefix is None else len(prefix[1])
         for other in self._decoding:
             shared = common_prefix_length(other.sequence.ids, ids)
@@ -286,7 +286,9 @@ class DeviceThread:
         try:
             if (reused_ids := _next_part(parts)) is not None:
                 # Answers with the same prompt may begin before this one ends.
-                self.store.add(client.sequence.small.decoder.cache.layers, client.sequence.ids)
+                self.prefix_cache.add(
+                    client.sequence.small.decoder.cache.layers, client.sequence.ids
+                )
                 self._decoding.add(client)
                 self._reply(client, reused_ids)
         except Exception as exc:  # noqa: BLE001 - it is raised in the client's own thread

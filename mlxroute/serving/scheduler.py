@@ -142,15 +142,15 @@ class AnswerScheduler(Closeable):
 
     def figures(self) -> SchedulerFigures:
         """Return the present state and the totals."""
-        device, store = self._device, self._device.store
+        device, cache = self._device, self._device.prefix_cache
         return SchedulerFigures(
             running=len(self._running),
             queued=len(self._queue),
-            cache_entries=len(store),
-            cache_bytes=store.size_bytes,
+            cache_entries=len(cache),
+            cache_bytes=cache.size_bytes,
             batch_bytes=device.batch_bytes,
-            cache_hits=store.hits,
-            cache_misses=store.misses,
+            cache_hits=cache.hits,
+            cache_misses=cache.misses,
             steps=device.steps,
             batched_tokens=device.batched_tokens,
             single_tokens=device.single_tokens,

@@ -60,7 +60,7 @@ class Invoke:
 
 @dataclass(slots=True)
 class Release:
-    """A request to end the sequence and to keep its KV cache in the prefix store."""
+    """A request to end the sequence and to keep its KV cache in the prefix cache."""
 
 
 DeviceRequest = Prefill | Feed | Invoke | Release

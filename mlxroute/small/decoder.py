@@ -20,7 +20,7 @@ import mlx.core as mx
 from mlxroute.errors import UsageError
 from mlxroute.small.hidden_state import HiddenStateTap
 from mlxroute.small.kernels import select_kernel, unpack_signals
-from mlxroute.small.kv_cache import CacheCopy, PrefixCache, is_plain
+from mlxroute.small.kv_cache import CacheCopy, SequenceCache, is_plain
 from mlxroute.small.mlp_head import MlpHead, signal_features
 from mlxroute.small.model_args import find_argument
 from mlxroute.small.row_batch import RowBatch, can_build_rows
@@ -82,7 +82,7 @@ class Decoder:
     """
 
     def __init__(self, model: Any, *, kernel: str, notify: Notify) -> None:
-        self.cache = PrefixCache(model)
+        self.cache = SequenceCache(model)
         self._model = model
         self._kernel = select_kernel(kernel, notify=notify)
         self._head: Head | None = None
@@ -100,7 +100,7 @@ class Decoder:
     def with_own_cache(self) -> Decoder:
         """Return a decoder of the same model with the same head and an empty KV cache."""
         other = copy.copy(self)
-        other.cache = PrefixCache(self._model)
+        other.cache = SequenceCache(self._model)
         other._reset()
         return other
 
@@ -236,7 +236,7 @@ class Decoder:
     def take_cache(self) -> tuple[CacheCopy, list[int]]:
         """Give the KV cache and its ids away and continue with an empty one.
 
-        Raises RollbackError as `PrefixCache.take`.
+        Raises RollbackError as `SequenceCache.take`.
         """
         self._discard_queued()
         return self.cache.take()

@@ -29,7 +29,7 @@ _NOT_ONE_SEQUENCE = "the KV cache holds a batch or a queued token; select a row 
 _INTERRUPTED = "a step was interrupted, so the KV cache is unusable; prefill a prompt first"
 
 
-class PrefixCache:
+class SequenceCache:
     """The KV cache of one sequence, or of a batch that continues it, with its token ids.
 
     `token_ids` are the ids in the layers, with two exceptions: the layers may also hold one queued

@@ -383,7 +383,7 @@ def test_a_failed_step_ends_an_answer_that_waits_for_the_large_model_with_its_er
 def test_a_prompt_that_cannot_be_kept_fails_alone(
     scheduler: AnswerScheduler, small: SmallModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add = scheduler._device.store.add
+    add = scheduler._device.prefix_cache.add
     failures = [MemoryError("no memory")]
 
     def fail_once(*arguments: Any) -> None:
@@ -391,7 +391,7 @@ def test_a_prompt_that_cannot_be_kept_fails_alone(
             raise failures.pop()
         add(*arguments)
 
-    monkeypatch.setattr(scheduler._device.store, "add", fail_once)
+    monkeypatch.setattr(scheduler._device.prefix_cache, "add", fail_once)
     with pytest.raises(MemoryError):
         written(scheduler.submit(request(PROMPTS[0])))
     assert written(scheduler.submit(request(PROMPTS[0]))) == alone(small, PROMPTS[0])

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from mlxroute.backend.load import load
 from mlxroute.errors import UsageError, WeightsError
 from mlxroute.small import SmallModel
-from mlxroute.small.kv_cache import PrefixCache
+from mlxroute.small.kv_cache import SequenceCache
 from mlxroute.small.mlp_head import SIGNAL_COUNT, MlpHead
 from mlxroute.types import Sampling, Signals
 from tests.support.tiny import final_hidden_state, make_tiny_model
@@ -46,7 +46,7 @@ def small(loaded: tuple[Any, Any]) -> SmallModel:
 def no_queue() -> Iterator[None]:
     """Inside, no pass is queued."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PrefixCache, "can_queue", False)
+        patch.setattr(SequenceCache, "can_queue", False)
         yield
 
 

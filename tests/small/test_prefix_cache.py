@@ -1,4 +1,4 @@
-"""The store of KV caches: the longest shared prefix, within its memory, the least used out."""
+"""The prefix cache: the longest shared prefix, within its memory, the least used out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from mlxroute.sequences import common_prefix_length
-from mlxroute.small.prefix_store import MIN_PREFIX_TOKENS, PrefixStore
+from mlxroute.small.prefix_cache import MIN_PREFIX_TOKENS, PrefixCache
 
 _TOKEN_BYTES = 8
 
@@ -48,12 +48,12 @@ _SEQUENCES = st.lists(st.integers(0, 2), max_size=12).map(lambda tail: [*_PREFIX
 def test_the_longest_prefix_of_what_is_kept_is_returned(
     actions: list[tuple[bool, list[int]]], capacity: int
 ) -> None:
-    store = PrefixStore(capacity * _TOKEN_BYTES)
+    cache = PrefixCache(capacity * _TOKEN_BYTES)
     # The least recently used first.
     kept: list[list[int]] = []
     for is_addition, ids in actions:
         if is_addition:
-            store.add(layers_of(ids), ids)
+            cache.add(layers_of(ids), ids)
             container = [old for old in kept if old[: len(ids)] == ids]
             if container:
                 kept.remove(container[0])
@@ -63,7 +63,7 @@ def test_the_longest_prefix_of_what_is_kept_is_returned(
                 kept = [*(old for old in kept if ids[: len(old)] != old), ids]
                 while sum(map(len, kept)) > capacity:
                     kept.pop(0)
-        elif (match := store.find(ids)) is None:
+        elif (match := cache.find(ids)) is None:
             assert not kept
         else:
             layers, prefix = match
@@ -72,49 +72,49 @@ def test_the_longest_prefix_of_what_is_kept_is_returned(
             used = next(old for old in kept if common_prefix_length(old, ids) == length)
             kept.remove(used)
             kept.append(used)
-        assert len(store) == len(kept)
-        assert store.size_bytes == _TOKEN_BYTES * sum(map(len, kept)) <= capacity * _TOKEN_BYTES
+        assert len(cache) == len(kept)
+        assert cache.size_bytes == _TOKEN_BYTES * sum(map(len, kept)) <= capacity * _TOKEN_BYTES
 
 
 def test_the_memory_is_that_of_the_buffers_whatever_part_of_them_is_kept() -> None:
-    store = PrefixStore(1 << 20)
+    cache = PrefixCache(1 << 20)
     before = mx.get_active_memory()
     for first in range(30):
         layer = KVCache()
         keys = mx.full((1, 2, 30, 64), float(first))
         layer.update_and_fetch(keys, keys)
         mx.eval(layer.keys, layer.values)
-        store.add([layer], range(100 * first, 100 * first + 30))
+        cache.add([layer], range(100 * first, 100 * first + 30))
     del layer, keys
-    assert len(store) == 4
-    assert mx.get_active_memory() - before == store.size_bytes == 1 << 20
+    assert len(cache) == 4
+    assert mx.get_active_memory() - before == cache.size_bytes == 1 << 20
 
 
 def test_later_steps_of_either_side_leave_what_is_kept_alone() -> None:
-    store = PrefixStore(1 << 20)
+    cache = PrefixCache(1 << 20)
     ids = list(range(40))
     layers = layers_of(ids)
-    store.add(layers, ids)
+    cache.add(layers, ids)
     new = mx.full((1, 1, 1, 1), 99, dtype=mx.float32)
     layers[0].update_and_fetch(new, new)
     for _ in range(2):
-        match = store.find([*ids[:30], 7])
+        match = cache.find([*ids[:30], 7])
         assert match is not None
         assert held_ids(match[0]) == ids[:30]
         match[0][0].update_and_fetch(new, new)
         assert held_ids(match[0]) == [*ids[:30], 99]
-    assert (store.hits, store.misses) == (2, 0)
+    assert (cache.hits, cache.misses) == (2, 0)
 
 
 def test_a_sliding_window_is_used_whole_or_not_at_all() -> None:
-    store = PrefixStore(1 << 20)
+    cache = PrefixCache(1 << 20)
     ids = list(range(20))
-    store.add(sliding_layers_of(ids), ids)
-    assert store.find([*ids[:18], 99]) is None
-    match = store.find([*ids, 99])
+    cache.add(sliding_layers_of(ids), ids)
+    assert cache.find([*ids[:18], 99]) is None
+    match = cache.find([*ids, 99])
     assert match is not None
     assert list(match[1]) == ids
     assert match[0][0].offset == 20
-    store.clear()
-    assert store.find([*ids, 99]) is None
-    assert store.size_bytes == len(store) == 0
+    cache.clear()
+    assert cache.find([*ids, 99]) is None
+    assert cache.size_bytes == len(cache) == 0

@@ -24,7 +24,7 @@ class _Entry:
     is_divisible: bool
 
 
-class PrefixStore:
+class PrefixCache:
     """Least recently used KV caches, at most `max_bytes` of them together.
 
     Layers with all keys and values are usable up to any token. Others, such as sliding windows and
