@@ -43,7 +43,7 @@ def measure_branch_cost(decoder: Decoder, token_id: int, *, rows: int) -> Branch
     ids = [token_id]
     for _ in range(_STEPS):
         began_s = time.perf_counter()
-        single.append(decoder.step(ids[-1:]))
+        single.append(decoder.extend(ids[-1:]))
         single_s.append(time.perf_counter() - began_s)
         ids.append(single[-1].token_id)
     decoder.rollback(_STEPS)

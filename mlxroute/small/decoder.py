@@ -140,7 +140,7 @@ class Decoder:
                 yield
         mx.clear_cache()
 
-    def step(self, token_ids: Sequence[int]) -> Signals:
+    def extend(self, token_ids: Sequence[int]) -> Signals:
         """Feed committed tokens and return the signals of the next position.
 
         The next pass is queued before the result is read, so a step costs one device
@@ -162,7 +162,7 @@ class Decoder:
             mx.clear_cache()
         return signals
 
-    def step_unqueued(self, token_ids: Sequence[int]) -> Signals:
+    def extend_unqueued(self, token_ids: Sequence[int]) -> Signals:
         """Feed tokens and return the signals of the next position, with no pass queued."""
         self._discard_queued()
         with self.cache.record_pass(token_ids):

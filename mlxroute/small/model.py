@@ -265,7 +265,7 @@ class SmallModel:
         The forward pass of the model's own next token is queued. If that token is fed next, the
         queued pass is used, else it is discarded.
         """
-        return self._decoder.step(token_ids)
+        return self._decoder.extend(token_ids)
 
     def score_text(self, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> ScoredText:
         """Return the model's signals at each position of an answer that another model wrote.
@@ -288,7 +288,7 @@ class SmallModel:
         while len(prompt_ids) - reused > PREFILL_STEP_SIZE:
             self._decoder.prefill(prompt_ids[reused : reused + PREFILL_STEP_SIZE])
             reused += PREFILL_STEP_SIZE
-        signals = self._decoder.step_unqueued(prompt_ids[reused:])
+        signals = self._decoder.extend_unqueued(prompt_ids[reused:])
         return signals, self.copy_cache(len(prompt_ids))
 
     def copy_cache(self, count: int) -> CacheCopy:
