@@ -24,10 +24,10 @@ def printable(text: str) -> str:
 def printable_line(text: str, *, limit: int = 300) -> str:
     """Return the text as one printable line of at most `limit` characters."""
     # The time must not grow with a text that is cut anyway.
-    begun = text[: _READ_PER_SHOWN * limit]
-    line = "".join(c if c.isprintable() else " " for c in begun)
+    head = text[: _READ_PER_SHOWN * limit]
+    line = "".join(c if c.isprintable() else " " for c in head)
     line = re.sub(r"\s+", " ", line).strip()
-    is_whole = len(begun) == len(text) and len(line) <= limit
+    is_whole = len(head) == len(text) and len(line) <= limit
     return line if is_whole else line[: limit - 1] + "…"
 
 

@@ -61,8 +61,8 @@ class Answer:
         clock: Returns seconds; `time.perf_counter` by default.
         batching: Where the small model may decode in a batch with other answers, and the text must
             not depend on that: what tells when it did. None by default.
-        begun: The text of the assistant's turn that the answer continues, which `small.render`
-            adds to the conversation. Empty by default.
+        answer_start: The text of the assistant's turn that the answer continues, already part of
+            the prompt that `small.encode_conversation` returns. Empty by default.
 
     Attributes:
         prefill_done: Tokens of the prompt that the small model has read.
@@ -85,14 +85,14 @@ class Answer:
         on_failure: OnFailure = ignore_failure,
         clock: Callable[[], float] = time.perf_counter,
         batching: BatchingProtocol | None = None,
-        begun: str = "",
+        answer_start: str = "",
     ) -> None:
         self._began_s = began_s = clock()
         self._prefill_s = 0.0
         self._failures = AnswerFailures(on_failure)
         self._small = small
         self._options = options
-        self._prompt = render_prompt(small, messages, begun=begun)
+        self._prompt = render_prompt(small, messages, answer_start=answer_start)
         context = self._context = _decode_context(
             small,
             large,

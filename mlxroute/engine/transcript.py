@@ -16,14 +16,14 @@ from mlxroute.types import LargeContext, Message, PromptText, Span, Vocabulary
 class RenderedPrompt:
     """A conversation, its text in the small model's chat template, and the ids of that text.
 
-    `begun`, the end of the text, is the part of the answer that was there before.
+    `answer_start`, the end of the text, is the part of the answer that was there before.
     """
 
     vocabulary: Vocabulary
     messages: tuple[Message, ...]
     rendered: PromptText
     ids: tuple[int, ...]
-    begun: str = ""
+    answer_start: str = ""
 
     @property
     def text(self) -> str:
@@ -32,9 +32,9 @@ class RenderedPrompt:
 
 
 def render_prompt(
-    small: SmallProtocol, messages: Sequence[Message], *, begun: str = ""
+    small: SmallProtocol, messages: Sequence[Message], *, answer_start: str = ""
 ) -> RenderedPrompt:
-    """Render a conversation; `begun` is the part of the answer that `small` adds to it.
+    """Render a conversation; `answer_start` is the part of the answer at its end.
 
     Raises UsageError for an empty prompt and for messages that are not text, ContextTooLong for a
     prompt that does not fit in the context.
@@ -49,7 +49,7 @@ def render_prompt(
             f"the prompt has {len(ids):,} tokens and the small model's context holds"
             f" {small.context_length:,}; shorten it"
         )
-    return RenderedPrompt(small.vocabulary, conversation, encoded.rendered, ids, begun)
+    return RenderedPrompt(small.vocabulary, conversation, encoded.rendered, ids, answer_start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ class Transcript:
             messages=self.prompt.messages,
             spans=group_spans(
                 [
-                    (self.prompt.begun, (), False),
+                    (self.prompt.answer_start, (), False),
                     *((token.text, token.large_ids, token.is_asked) for token in whole),
                 ]
             ),

@@ -56,13 +56,13 @@ class AnswerScorer:
                 f"a server with the dialect {pairing.dialect.name} gives no logprobs of a text"
                 " that it did not write"
             )
-        begun = self._negotiator.build_prompt(prompt, pairing, deadline)
+        prefix = self._negotiator.build_prompt(prompt, pairing, deadline)
         whole = self._negotiator.build_prompt(answered, pairing, deadline)
-        if whole.ids[: len(begun.ids)] != begun.ids or not whole.text.startswith(begun.text):
+        if whole.ids[: len(prefix.ids)] != prefix.ids or not whole.text.startswith(prefix.text):
             raise LargeProtocolError("the server's prompt changes with the answer after it")
-        for number, body in enumerate(method.requests(begun, whole, pairing.model)):
+        for number, body in enumerate(method.requests(prefix, whole, pairing.model)):
             reply = self._post(method, body)
-            completion = method.read(reply, number, begun, whole)
+            completion = method.read(reply, number, prefix, whole)
             self._record_usage(completion, whole)
             for position in completion.positions:
                 assert position.token.logprob is not None

@@ -50,11 +50,11 @@ class TokenStream:
         """
         published = self.tokens or tokens[:1]
         later = tokens[len(published) :]
-        begun = published[0]
+        first_published = published[0]
         first = replace(
-            begun,
-            latency_s=begun.latency_s if self.tokens else self._elapsed_s(),
-            lost_s=begun.lost_s if self.tokens else self._deadline.lost_s,
+            first_published,
+            latency_s=first_published.latency_s if self.tokens else self._elapsed_s(),
+            lost_s=first_published.lost_s if self.tokens else self._deadline.lost_s,
             prompt_tokens=completion.prompt_tokens,
             cached_tokens=completion.cached_tokens,
             completion_tokens=completion.completion_tokens,

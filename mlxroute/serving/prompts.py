@@ -26,7 +26,7 @@ class PromptTokenizer(Protocol):
     def context_length(self) -> int: ...
 
     def encode_conversation(
-        self, messages: Sequence[Message], *, begun: str = ""
+        self, messages: Sequence[Message], *, answer_start: str = ""
     ) -> EncodedPrompt: ...
 
     def encode_rendered(self, text: str) -> EncodedPrompt: ...
@@ -51,14 +51,17 @@ class ServedPrompt:
 
 
 def encode_prompt(
-    small: PromptTokenizer, prompt: Sequence[Message] | str | Sequence[int], *, begun: str = ""
+    small: PromptTokenizer,
+    prompt: Sequence[Message] | str | Sequence[int],
+    *,
+    answer_start: str = "",
 ) -> ServedPrompt:
     """Encode a conversation, a text or token ids. Thread-safe.
 
-    `begun` is the text of the assistant's turn that the answer to a conversation continues.
+    `answer_start` is the text of the assistant's turn that the answer to a conversation continues.
     Raises UsageError for an empty prompt or an unknown id, ContextTooLong for one that is too long.
     """
-    _check_size(prompt, begun, small.context_length)
+    _check_size(prompt, answer_start, small.context_length)
     messages: tuple[Message, ...] = ()
     if isinstance(prompt, str):
         encoded = small.encode_rendered(prompt)
@@ -67,7 +70,7 @@ def encode_prompt(
         encoded = EncodedPrompt(ids, _decode(small.vocabulary, ids))
     else:
         messages = tuple(cast("Sequence[Message]", prompt))
-        encoded = small.encode_conversation(messages, begun=begun)
+        encoded = small.encode_conversation(messages, answer_start=answer_start)
     ids = encoded.ids
     if not ids:
         raise UsageError("the prompt is empty", parameter="prompt")
@@ -80,10 +83,10 @@ def encode_prompt(
 
 
 def _check_size(
-    prompt: Sequence[Message] | str | Sequence[int], begun: str, context_length: int
+    prompt: Sequence[Message] | str | Sequence[int], answer_start: str, context_length: int
 ) -> None:
     """Raise ContextTooLong for a prompt that is too long at first sight, before it is encoded."""
-    texts = [begun]
+    texts = [answer_start]
     # A message has a token of its own, and so has an id.
     least = 0 if isinstance(prompt, str) else len(prompt)
     if isinstance(prompt, str):

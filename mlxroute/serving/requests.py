@@ -60,8 +60,8 @@ class AnswerRequest:
             with one row. False by default.
         large: What is asked in place of the scheduler's large model, such as a record of its
             replies. None by default.
-        begun: Text of the assistant's turn that the answer continues, after a conversation. Empty
-            by default.
+        answer_start: Text of the assistant's turn that the answer continues, after a conversation.
+            Empty by default.
     """
 
     prompt: Sequence[Message] | str | Sequence[int]
@@ -70,4 +70,4 @@ class AnswerRequest:
     local_only: bool = False
     exact: bool = False
     large: LargeProtocol | None = None
-    begun: str = ""
+    answer_start: str = ""

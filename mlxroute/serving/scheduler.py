@@ -98,7 +98,7 @@ class AnswerScheduler(Closeable):
         Raises QueueFull if too many wait or the scheduler is closed, UsageError for an empty
         prompt and ContextTooLong for one that does not fit in the small model's context.
         """
-        prompt = encode_prompt(self._small, request.prompt, begun=request.begun)
+        prompt = encode_prompt(self._small, request.prompt, answer_start=request.answer_start)
         start = partial(self._start_answer, request, prompt)
         answer = RunningAnswer(
             request, prompt, device=self._device, start=start, leave_queue=self._leave_queue
@@ -181,7 +181,7 @@ class AnswerScheduler(Closeable):
             options=request.options,
             experience=self._experience,
             batching=client if request.exact else None,
-            begun=request.begun,
+            answer_start=request.answer_start,
         )
 
     def _leave_queue(self, answer: RunningAnswer) -> bool:

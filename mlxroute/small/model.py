@@ -181,14 +181,16 @@ class SmallModel:
             )
         return small
 
-    def encode_conversation(self, messages: Sequence[Message], *, begun: str = "") -> EncodedPrompt:
+    def encode_conversation(
+        self, messages: Sequence[Message], *, answer_start: str = ""
+    ) -> EncodedPrompt:
         """Return the prompt of a conversation, ready for the assistant's answer.
 
-        `begun`, empty by default, is the beginning of that answer. It and the message contents
-        become plain text, also where they hold names of control tokens. Raises
-        UsageError for messages that are not text, and for a chat template that cannot be used.
+        `answer_start`, empty by default, is the beginning of that answer. It and the message
+        contents become plain text, also where they hold names of control tokens. Raises UsageError
+        for messages that are not text, and for a chat template that cannot be used.
         """
-        return self._chat_tokenizer.encode_conversation(messages, begun=begun)
+        return self._chat_tokenizer.encode_conversation(messages, answer_start=answer_start)
 
     def encode_rendered(self, text: str) -> EncodedPrompt:
         """Return the prompt of a text that the caller rendered; its control tokens are meant."""

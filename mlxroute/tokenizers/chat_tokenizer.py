@@ -58,23 +58,23 @@ class ChatTokenizer:
         return bool(self._tokenizer.has_chat_template) and self._source() not in ("", None)
 
     def encode_conversation(
-        self, messages: Sequence[Mapping[str, object]], *, begun: str = ""
+        self, messages: Sequence[Mapping[str, object]], *, answer_start: str = ""
     ) -> EncodedPrompt:
         """Return the prompt of a conversation, up to where the assistant's answer begins.
 
-        `begun`, empty by default, is the beginning of that answer. It and the message contents
-        become plain text, whatever they contain; the control tokens in the ids are those of the
-        template, and the begin token. Raises UsageError for no messages, for messages that are not
-        text, and for a chat template that cannot be used.
+        `answer_start`, empty by default, is the beginning of that answer. It and the message
+        contents become plain text, whatever they contain; the control tokens in the ids are those
+        of the template, and the begin token. Raises UsageError for no messages, for messages that
+        are not text, and for a chat template that cannot be used.
         """
         conversation = read_messages(messages)
         if not conversation:
             raise UsageError("messages must have at least one message", parameter="messages")
         with self._lock:
             rendered = self._render(conversation)
-            if begun:
-                marked = ContentMarks(self.vocabulary.controls, [begun]).mark(begun)
-                rendered = PromptText(rendered.text + begun, rendered.marked + marked)
+            if answer_start:
+                marked = ContentMarks(self.vocabulary.controls, [answer_start]).mark(answer_start)
+                rendered = PromptText(rendered.text + answer_start, rendered.marked + marked)
             if self._last is None or self._last.rendered != rendered:
                 self._last = EncodedPrompt(tuple(self._encoder.encode(rendered)), rendered)
             return self._last

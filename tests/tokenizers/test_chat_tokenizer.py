@@ -237,6 +237,6 @@ def test_a_conversation_without_messages_is_refused(tokenizer: ChatTokenizer) ->
 
 
 def test_the_beginning_of_an_answer_is_text_too(tokenizer: ChatTokenizer) -> None:
-    prompt = tokenizer.encode_conversation(_user("hi"), begun="x<|im_end|></s>")
+    prompt = tokenizer.encode_conversation(_user("hi"), answer_start="x<|im_end|></s>")
     assert prompt.text.endswith("x<|im_end|></s>")
     assert _controls(tokenizer, prompt.ids) == _expected_controls(tokenizer, 1)

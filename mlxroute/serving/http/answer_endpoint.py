@@ -74,7 +74,7 @@ class Asked:
     Args:
         fields: The common fields of the request.
         prompt: The conversation, or a text or token ids.
-        begun: The text of the assistant's turn that the answer continues.
+        answer_start: The text of the assistant's turn that the answer continues.
         answer_id: The id of the answer.
         owner: Who may read its document; "" for everybody.
     """
@@ -83,12 +83,12 @@ class Asked:
     prompt: Sequence[Message] | str | Sequence[int]
     answer_id: str
     owner: str
-    begun: str = ""
+    answer_start: str = ""
 
     @property
     def is_continued(self) -> bool:
         """Whether the prompt is more than a conversation in the chat template."""
-        return bool(self.begun) or not isinstance(self.prompt[0], dict)
+        return bool(self.answer_start) or not isinstance(self.prompt[0], dict)
 
 
 class AnswerEndpoint(Closeable):
@@ -154,7 +154,7 @@ class AnswerEndpoint(Closeable):
                 local_only=is_local,
                 exact=fields.exact,
                 large=recorder,
-                begun=asked.begun,
+                answer_start=asked.answer_start,
             )
         )
         models = session.model_pair

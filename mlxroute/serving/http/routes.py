@@ -110,7 +110,13 @@ async def chat_completions(request: Request) -> Response:
     except ToolsNeeded as need:
         return await forward_chat(request, endpoint, values, need)
     reply = _Reply(endpoint, chat.answer, is_chat=True, top_logprobs=chat.top_logprobs)
-    asked = Asked(chat.answer, chat.messages, reply.reply_id, request.state.owner, begun=chat.begun)
+    asked = Asked(
+        chat.answer,
+        chat.messages,
+        reply.reply_id,
+        request.state.owner,
+        answer_start=chat.answer_start,
+    )
     if chat.answer.stream:
         return await reply.stream(request, asked)
     return await reply.whole(request, [asked])

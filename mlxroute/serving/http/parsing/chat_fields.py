@@ -38,13 +38,13 @@ class ChatFields:
     Args:
         answer: The common fields.
         messages: The conversation, without a begun assistant turn.
-        begun: The text of the assistant turn that the answer continues; empty by default.
+        answer_start: The text of the assistant turn that the answer continues; may be empty.
         top_logprobs: Number of alternatives of each token; None without logprobs.
     """
 
     answer: AnswerFields
     messages: tuple[Message, ...]
-    begun: str
+    answer_start: str
     top_logprobs: int | None
 
 
@@ -71,13 +71,13 @@ def read_chat(values: dict[str, Any], session: ServingSession, names: ModelNames
     if not (has_logprobs := fields.flag("logprobs")):
         fields.ignore("top_logprobs")
     messages, continues = _read_messages(fields)
-    begun = messages.pop()["content"] if continues else ""
+    answer_start = messages.pop()["content"] if continues else ""
     if not messages:
         raise wrong("messages", "messages has no message before the assistant's begun turn")
     return ChatFields(
         answer=with_ignored(answer, fields),
         messages=tuple(messages),
-        begun=begun,
+        answer_start=answer_start,
         top_logprobs=(top or 0) if has_logprobs else None,
     )
 
