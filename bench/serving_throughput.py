@@ -107,9 +107,9 @@ def write(
     options = Options(max_tokens=count, timeout_s=600.0)
     answer = scheduler.submit(AnswerRequest(messages, router, options))
     times_s = [time.perf_counter() - began_s for e in answer.events() if isinstance(e, Token)]
-    run = answer.run
-    assert run is not None
-    return run, times_s
+    stats = answer.stats
+    assert stats is not None
+    return stats, times_s
 
 
 def measure_alone(small: SmallModel, prompts: list[str], count: int, rounds: int) -> Any:

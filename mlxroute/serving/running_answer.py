@@ -62,7 +62,7 @@ class RunningAnswer:
         return self._client.is_cancelled
 
     @property
-    def run(self) -> RunStats | None:
+    def stats(self) -> RunStats | None:
         """The engine's summary so far, final once the events have ended; None before its turn."""
         return None if self._answer is None else self._answer.stats()
 

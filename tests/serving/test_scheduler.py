@@ -52,9 +52,9 @@ def choose(context: LargeContext) -> int:
 
 
 def finish_reason(answer: RunningAnswer) -> StopReason:
-    run = answer.run
-    assert run is not None
-    return run.finish_reason
+    stats = answer.stats
+    assert stats is not None
+    return stats.finish_reason
 
 
 def wait_until(condition: Any) -> None:
@@ -112,10 +112,10 @@ def test_routed_answers_of_a_batch_are_what_each_would_be_alone(
             ]
         assert [written(answer) for answer in answers] == expected
         for answer in answers:
-            run = answer.run
-            assert run is not None
-            assert run.escalated
-            assert run.uploaded_bytes == 10 * run.calls == 10 * run.requests
+            stats = answer.stats
+            assert stats is not None
+            assert stats.escalated
+            assert stats.uploaded_bytes == 10 * stats.calls == 10 * stats.requests
 
 
 def test_an_answer_that_waits_for_the_large_model_holds_no_other(small: SmallModel) -> None:
@@ -128,9 +128,9 @@ def test_an_answer_that_waits_for_the_large_model_holds_no_other(small: SmallMod
         large.release()
         expected = alone(small, PROMPTS[0], large=ReleasedLarge(choose), threshold=-math.inf)
         assert written(waiting) == expected
-        run = waiting.run
-        assert run is not None
-        assert run.stall_s > 0
+        stats = waiting.stats
+        assert stats is not None
+        assert stats.stall_s > 0
 
 
 def test_a_failing_large_model_leaves_positions_unchecked(small: SmallModel) -> None:
@@ -139,8 +139,8 @@ def test_a_failing_large_model_leaves_positions_unchecked(small: SmallModel) -> 
         with held(scheduler):
             answers = [scheduler.submit(request(p, threshold=_SOMETIMES)) for p in PROMPTS]
         assert [written(answer) for answer in answers] == [alone(small, p) for p in PROMPTS]
-        runs = [answer.run for answer in answers]
-    assert all(run is not None and run.unchecked == run.fallbacks > 0 for run in runs)
+        all_stats = [answer.stats for answer in answers]
+    assert all(stats is not None and stats.unchecked == stats.fallbacks > 0 for stats in all_stats)
 
 
 def test_a_local_answer_makes_no_call(small: SmallModel) -> None:
@@ -148,9 +148,9 @@ def test_a_local_answer_makes_no_call(small: SmallModel) -> None:
     with AnswerScheduler(small, large) as scheduler:
         answer = scheduler.submit(request(PROMPTS[0], threshold=-math.inf, local_only=True))
         assert written(answer) == alone(small, PROMPTS[0])
-    run = answer.run
-    assert run is not None
-    assert run.unchecked == 0
+    stats = answer.stats
+    assert stats is not None
+    assert stats.unchecked == 0
     assert not large.calls
 
 
@@ -271,15 +271,15 @@ def test_a_second_turn_reads_the_new_tokens_only(
     following = AnswerRequest([*ids, 70, 71], request("x").router, request("x").options)
     second = scheduler.submit(following)
     written(second)
-    run = second.run
-    assert run is not None
+    stats = second.stats
+    assert stats is not None
     # The last token of an answer is never fed.
-    assert run.cached_prompt_tokens == len(ids) - 1
+    assert stats.cached_prompt_tokens == len(ids) - 1
     exact = scheduler.submit(replace(following, exact=True))
     assert written(exact)
-    run = exact.run
-    assert run is not None
-    assert run.cached_prompt_tokens == 0
+    stats = exact.stats
+    assert stats is not None
+    assert stats.cached_prompt_tokens == 0
 
 
 def test_answers_that_outgrow_the_memory_of_the_batch_go_on_alone(
@@ -460,8 +460,8 @@ def test_decisions_within_the_rounding_are_made_again_where_asked(
             texts[exact] = [written(answer) for answer in answers]
     assert texts[False] != expected
     assert texts[True] == expected
-    runs = [answer.run for answer in answers]
-    assert sum(run.redecoded for run in runs if run is not None) > 0
+    all_stats = [answer.stats for answer in answers]
+    assert sum(stats.redecoded for stats in all_stats if stats is not None) > 0
 
 
 def _alter_batches(scheduler: AnswerScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -620,5 +620,5 @@ def test_answers_that_cannot_be_batched_take_turns(
             assert [written(answer) for answer in answers] == expected
         assert scheduler.figures().batched_tokens == 0
         # The prompts were kept whole, and so serve the same prompts only.
-        runs = [answer.run for answer in answers]
-        assert all(run is not None and run.cached_prompt_tokens for run in runs)
+        all_stats = [answer.stats for answer in answers]
+        assert all(stats is not None and stats.cached_prompt_tokens for stats in all_stats)

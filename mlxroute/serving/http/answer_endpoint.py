@@ -201,13 +201,13 @@ class AnswerEndpoint(Closeable):
 
     def _on_end(self, asked: Asked, answer: ServedAnswer) -> None:
         """Count an answer and keep its document."""
-        run = answer.run
-        if run is None:
+        stats = answer.stats
+        if stats is None:
             return
         waited_s = answer.running.queue_wait_s
         self.metrics.on_answer(
             asked.fields.role,
-            run,
+            stats,
             answer.tokens,
             queue_wait_s=waited_s,
             has_failed=answer.has_failed,
@@ -215,49 +215,49 @@ class AnswerEndpoint(Closeable):
         document = make_document(
             answer.origin,
             answer.tokens,
-            run,
+            stats,
             prompt_ids=answer.running.prompt.ids,
             recorder=answer.recorder,
         )
         data = format_document(document, redact=self.session.redact)
         self.store.add(asked.answer_id, asked.owner, data)
-        self.notify(_describe(asked.fields.role, run, has_failed=answer.has_failed))
-        self.log_warnings(run)
+        self.notify(_describe(asked.fields.role, stats, has_failed=answer.has_failed))
+        self.log_warnings(stats)
 
-    def log_warnings(self, run: RunStats | None = None) -> None:
-        """Log the warnings about an answer, each kind once; a forwarded one has no `run`."""
-        for line in self._warnings(run):
+    def log_warnings(self, stats: RunStats | None = None) -> None:
+        """Log the warnings about an answer, each kind once; a forwarded one has no `stats`."""
+        for line in self._warnings(stats):
             self.notify(f"warning: {line}")
 
-    def _warnings(self, run: RunStats | None) -> list[str]:
+    def _warnings(self, stats: RunStats | None) -> list[str]:
         """Return the warnings about an answer that are new, without any of its text."""
         session, warnings = self.session, {}
         if session.large is not None and session.large.neutralised:
             names = format_count(len(session.large.neutralised), "name")
             warnings["neutralised"] = neutralised_warning(session.large.model_name, names)
-        if run is not None and run.held:
+        if stats is not None and stats.held:
             warnings["held"] = held_warning(session.small_name)
-        if run is not None and run.advice:
-            warnings["advice"] = run.advice
+        if stats is not None and stats.advice:
+            warnings["advice"] = stats.advice
         with self._warn_lock:
             new = [line for kind, line in warnings.items() if kind not in self._warned]
             self._warned |= warnings.keys()
         return new
 
 
-def _describe(role: ModelRole, run: RunStats, *, has_failed: bool) -> str:
+def _describe(role: ModelRole, stats: RunStats, *, has_failed: bool) -> str:
     """Return a line about an answer: what was routed, without any of its text."""
     parts = [
-        f"{role}: {run.prompt_tokens:,} + {format_count(run.tokens, 'token')}",
-        f"{run.large_tokens:,} from the large model in {format_count(run.calls, 'call')}",
+        f"{role}: {stats.prompt_tokens:,} + {format_count(stats.tokens, 'token')}",
+        f"{stats.large_tokens:,} from the large model in {format_count(stats.calls, 'call')}",
     ]
-    if run.cached_prompt_tokens:
-        parts[0] += f" ({run.cached_prompt_tokens:,} cached)"
-    if run.unchecked:
-        kinds = [failure.kind for failure in run.failures] + ["withheld"] * bool(run.withheld)
-        parts.append(f"{run.unchecked:,} unchecked" + (f" ({', '.join(kinds)})" if kinds else ""))
+    if stats.cached_prompt_tokens:
+        parts[0] += f" ({stats.cached_prompt_tokens:,} cached)"
+    if stats.unchecked:
+        kinds = [failure.kind for failure in stats.failures] + ["withheld"] * bool(stats.withheld)
+        parts.append(f"{stats.unchecked:,} unchecked" + (f" ({', '.join(kinds)})" if kinds else ""))
     # One token has no speed.
-    if run.tokens_per_s:
-        parts.append(f"{run.tokens_per_s:.1f} tokens/s")
-    parts.append(f"ended by {'an error' if has_failed else run.finish_reason}")
+    if stats.tokens_per_s:
+        parts.append(f"{stats.tokens_per_s:.1f} tokens/s")
+    parts.append(f"ended by {'an error' if has_failed else stats.finish_reason}")
     return ", ".join(parts)

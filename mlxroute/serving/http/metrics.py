@@ -88,33 +88,33 @@ class EndpointMetrics:
     def on_answer(
         self,
         model: str,
-        run: RunStats,
+        stats: RunStats,
         tokens: Iterable[Token],
         *,
         queue_wait_s: float,
         has_failed: bool,
     ) -> None:
         """Count an answer, complete or not; `has_failed` if an error ended it."""
-        end = "error" if has_failed else run.finish_reason.value
+        end = "error" if has_failed else stats.finish_reason.value
         self._answers.labels(model, end).inc()
-        self._tokens.labels("small").inc(run.tokens - run.large_tokens)
-        self._tokens.labels("large").inc(run.large_tokens)
-        self._escalated.inc(run.escalated)
-        self._agreed.inc(run.agreed)
-        self._unchecked.inc(run.unchecked)
-        self._failures.inc(run.fallbacks)
-        self._calls.inc(run.calls)
-        self._stall_s.inc(run.stall_s)
-        self._uploaded_tokens.inc(max(0, run.uploaded_tokens))
-        self._uploaded_bytes.inc(max(0, run.uploaded_bytes))
-        self._cost.inc(max(0.0, run.cost_estimate or 0.0))
-        self._prompt_tokens.inc(run.prompt_tokens)
-        self._cached_tokens.inc(run.cached_prompt_tokens)
+        self._tokens.labels("small").inc(stats.tokens - stats.large_tokens)
+        self._tokens.labels("large").inc(stats.large_tokens)
+        self._escalated.inc(stats.escalated)
+        self._agreed.inc(stats.agreed)
+        self._unchecked.inc(stats.unchecked)
+        self._failures.inc(stats.fallbacks)
+        self._calls.inc(stats.calls)
+        self._stall_s.inc(stats.stall_s)
+        self._uploaded_tokens.inc(max(0, stats.uploaded_tokens))
+        self._uploaded_bytes.inc(max(0, stats.uploaded_bytes))
+        self._cost.inc(max(0.0, stats.cost_estimate or 0.0))
+        self._prompt_tokens.inc(stats.prompt_tokens)
+        self._cached_tokens.inc(stats.cached_prompt_tokens)
         self._queue_s.observe(queue_wait_s)
-        if run.tokens:
-            self._ttft_s.observe(run.ttft_s)
-        if run.tokens_per_s:
-            self._speed.observe(run.tokens_per_s)
+        if stats.tokens:
+            self._ttft_s.observe(stats.ttft_s)
+        if stats.tokens_per_s:
+            self._speed.observe(stats.tokens_per_s)
         for token in tokens:
             call = token.escalation
             if call is not None and not (call.prefetched or call.withheld):

@@ -296,7 +296,7 @@ class _Reply:
 
     def _choice(self, number: int, echo: PromptFields | None) -> dict[str, Any]:
         answer = self._answers[number]
-        assert answer.run is not None
+        assert answer.stats is not None
         tokens = [] if echo and echo.writes_nothing else answer.tokens
         prompt_text = answer.running.prompt.text if echo and echo.echo else ""
         logprobs = None
@@ -309,22 +309,22 @@ class _Reply:
             before = self._logprobs.prompt(self._scores[number])
             logprobs = {key: before[key] + values for key, values in logprobs.items()}
         text = prompt_text + "".join(token.text for token in tokens)
-        return self._form.choice(number, text, FINISH_REASONS[answer.run.finish_reason], logprobs)
+        return self._form.choice(number, text, FINISH_REASONS[answer.stats.finish_reason], logprobs)
 
     def _report(self, *, writes_nothing: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the summary and the usage of the complete answers."""
-        runs = [answer.run for answer in self._answers if answer.run is not None]
+        all_stats = [answer.stats for answer in self._answers if answer.stats is not None]
         if writes_nothing:
-            runs = [replace(run, tokens=0) for run in runs]
+            all_stats = [replace(stats, tokens=0) for stats in all_stats]
         models = self._answers[0].origin.models
         summary = summarize(
-            runs,
+            all_stats,
             role=self._fields.role,
             small=models.small,
             large=models.large,
         )
-        prompt_tokens = sum(run.prompt_tokens for run in runs)
-        figures = usage(runs, prompt_tokens, summary)
+        prompt_tokens = sum(stats.prompt_tokens for stats in all_stats)
+        figures = usage(all_stats, prompt_tokens, summary)
         ids = [self.answer_id(number) for number in range(len(self._answers))]
         answer_ids = {"id": ids[0]} if len(ids) == 1 else {"id": ids[0], "answer_ids": ids}
         return {**answer_ids, **summary, "ignored": list(self._fields.ignored)}, figures

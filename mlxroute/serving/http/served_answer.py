@@ -73,9 +73,9 @@ class ServedAnswer:
         self.running.cancel()
 
     @property
-    def run(self) -> RunStats | None:
+    def stats(self) -> RunStats | None:
         """The engine's figures so far; None before the answer's turn."""
-        return self.running.run
+        return self.running.stats
 
     @property
     def has_failed(self) -> bool:
@@ -85,7 +85,7 @@ class ServedAnswer:
     @property
     def calls(self) -> int:
         """Calls to the large model so far."""
-        return 0 if self.run is None else self.run.calls
+        return 0 if self.stats is None else self.stats.calls
 
     @property
     def text(self) -> str:
@@ -95,7 +95,7 @@ class ServedAnswer:
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
-        if self.run is None or self.run.finish_reason is StopReason.CANCELLED:
+        if self.stats is None or self.stats.finish_reason is StopReason.CANCELLED:
             raise ApiError(503, "the endpoint is closing", code="closing", retry_after_s=5)
 
     def _forward(self, loop: asyncio.AbstractEventLoop) -> None:

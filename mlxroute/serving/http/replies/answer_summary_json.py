@@ -34,7 +34,7 @@ _TIMES = ("ttft_s", "stall_s", "tokens_per_s", "total_s")
 
 
 def summarize(
-    runs: Sequence[RunStats],
+    all_stats: Sequence[RunStats],
     *,
     role: ModelRole,
     small: str,
@@ -44,15 +44,15 @@ def summarize(
 
     `large` is None if the large model could not be asked.
     """
-    total = {name: _total(runs, name) for name in _FIGURES if name not in ("escalation_rate",)}
+    total = {name: _total(all_stats, name) for name in _FIGURES if name not in ("escalation_rate",)}
     tokens, escalated = total["tokens"], total["escalated"]
     total["escalation_rate"] = round(escalated / tokens, 6) if tokens else 0.0
     total["agreement"] = round(total["agreed"] / escalated, 6) if escalated else None
     summary: dict[str, Any] = {"role": role, "small": small, "large": large, **total}
-    if len(runs) == 1:
-        summary |= {name: round(getattr(runs[0], name), 6) for name in _TIMES}
-        summary["mode"] = runs[0].mode
-    failures = [failure for run in runs for failure in run.failures]
+    if len(all_stats) == 1:
+        summary |= {name: round(getattr(all_stats[0], name), 6) for name in _TIMES}
+        summary["mode"] = all_stats[0].mode
+    failures = [failure for stats in all_stats for failure in stats.failures]
     if failures:
         summary["failures"] = [
             {"kind": item.kind, "reason": item.reason, "positions": item.count}
@@ -61,21 +61,23 @@ def summarize(
     return summary
 
 
-def _total(runs: Sequence[RunStats], name: str) -> Any:
-    values = [getattr(run, name) for run in runs]
+def _total(all_stats: Sequence[RunStats], name: str) -> Any:
+    values = [getattr(stats, name) for stats in all_stats]
     known = [value for value in values if value is not None]
     return sum(known) if known else None
 
 
-def usage(runs: Sequence[RunStats], prompt_tokens: int, summary: dict[str, Any]) -> dict[str, Any]:
+def usage(
+    all_stats: Sequence[RunStats], prompt_tokens: int, summary: dict[str, Any]
+) -> dict[str, Any]:
     """Return the `usage` of a reply."""
-    completion_tokens = sum(run.tokens for run in runs)
+    completion_tokens = sum(stats.tokens for stats in all_stats)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {
-            "cached_tokens": sum(run.cached_prompt_tokens for run in runs),
+            "cached_tokens": sum(stats.cached_prompt_tokens for stats in all_stats),
         },
         "mlxroute": summary,
     }

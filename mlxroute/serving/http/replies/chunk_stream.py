@@ -65,8 +65,8 @@ class ChunkStream:
             log_failure(exc, self._notify)
             yield encode_error(to_api_error(exc, calls=self._answer.calls))
             return
-        assert self._answer.run is not None
-        finish_reason = FINISH_REASONS[self._answer.run.finish_reason]
+        assert self._answer.stats is not None
+        finish_reason = FINISH_REASONS[self._answer.stats.finish_reason]
         yield encode_event(self._form.last_chunk(finish_reason, summary))
         if self._fields.include_usage:
             yield encode_event(self._form.usage_chunk(usage))
