@@ -105,9 +105,9 @@ class Experience:
         is_paused = self.answered_calls < self.pause_end
         return is_paused or used_cores > CORES + _BACKGROUND_CORES
 
-    def on_step(self, seconds: float, *, is_alone: bool) -> None:
-        """Record a decode step of one row; `is_alone` if no call was in flight."""
-        _record_time(seconds, self.step_s, self.step_slowdown, is_alone=is_alone)
+    def on_step(self, seconds: float, *, during_call: bool) -> None:
+        """Record a decode step of one row; `during_call` if a call was in flight."""
+        _record_time(seconds, self.step_s, self.step_slowdown, is_undisturbed=not during_call)
 
     def on_call_started(self) -> None:
         """Record that a call was started."""
@@ -118,18 +118,18 @@ class Experience:
         self.started_calls -= 1
 
     def on_call_answered(
-        self, tokens: int, seconds: float, *, is_alone: bool, is_streamed: bool = False
+        self, tokens: int, seconds: float, *, decoding_waited: bool, is_streamed: bool = False
     ) -> None:
         """Record a call that returned its first token after `seconds`, with `tokens` so far.
 
-        `is_alone` is True if decoding waited for the call. The first token of a call that
-        `is_streamed` takes as long as a call for one token; more may follow.
+        The first token of a call that `is_streamed` takes as long as a call for one token; more may
+        follow.
         """
         self.answered_calls += 1
         self.calls_prefetch = is_streamed or tokens > 1
         average = self.prefetch_call_s if self.calls_prefetch else self.call_s
-        _record_time(seconds, average, self.call_slowdown, is_alone=is_alone)
-        if is_streamed and is_alone:
+        _record_time(seconds, average, self.call_slowdown, is_undisturbed=decoding_waited)
+        if is_streamed and decoding_waited:
             self.call_s.add(seconds)
 
     def on_continuation_finished(self, tokens: Sequence[LargeToken]) -> None:
@@ -185,10 +185,10 @@ class Experience:
 
 
 def _record_time(
-    seconds: float, average: MovingAverage, slowdown: MovingAverage, *, is_alone: bool
+    seconds: float, average: MovingAverage, slowdown: MovingAverage, *, is_undisturbed: bool
 ) -> None:
     """Add to the average or, if both models worked at once and it is known, to the slowdown."""
-    if is_alone or not average.value:
+    if is_undisturbed or not average.value:
         average.add(seconds)
     else:
         slowdown.add(seconds / average.value)

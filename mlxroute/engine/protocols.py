@@ -100,7 +100,7 @@ class BatchingProtocol(Protocol):
         """Bound of the differences of logprobs and entropies between a batch and a single row."""
         ...
 
-    def extend_alone(self, token_ids: Sequence[int]) -> Signals:
+    def extend_unbatched(self, token_ids: Sequence[int]) -> Signals:
         """Feed tokens in one pass, as one row; return the signals of the position after them."""
         ...
 

@@ -95,7 +95,7 @@ def _write_answer(
 ) -> LargeAnswer:
     answer = generate(
         small,
-        replies.new_view(alone=True),
+        replies.new_view(large_only=True),
         conversation,
         router=make_router("entropy", threshold=-math.inf),
         max_tokens=max_tokens,

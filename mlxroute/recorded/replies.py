@@ -183,16 +183,16 @@ class Replies(Closeable):
     def new_view(
         self,
         *,
-        alone: bool = False,
+        large_only: bool = False,
         blocked: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> RecordedLargeView:
         """Return a view of the large model for one answer.
 
-        If the large model writes the answer `alone`, no token of another model can stand in for
-        its own: where it does not go on, calls raise AnswerNotContinued. Waits for calls are inside
-        the context that `blocked` returns; nothing by default.
+        If the answer has tokens of the large model only (`large_only`), no other can stand in for
+        one of them: where it does not go on, calls raise AnswerNotContinued. Waits for calls are
+        inside the context that `blocked` returns; nothing by default.
         """
-        return RecordedLargeView(self, alone=alone, blocked=blocked)
+        return RecordedLargeView(self, large_only=large_only, blocked=blocked)
 
     def close(self) -> None:
         """End the run: cancel whole answers; each wait for a call raises RecordingStopped."""
@@ -271,12 +271,12 @@ class RecordedLargeView:
         self,
         replies: Replies,
         *,
-        alone: bool = False,
+        large_only: bool = False,
         blocked: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._replies = replies
         self._blocked = blocked
-        self.is_alone = alone
+        self.is_large_only = large_only
         self.uploads = Uploads()
         self.calls_s = 0.0
 
@@ -367,7 +367,7 @@ class _RecordingCall:
         try:
             tokens = self._call.result()
         except LargeNotContinued as exc:
-            if self._view.is_alone:
+            if self._view.is_large_only:
                 raise AnswerNotContinued(str(exc)) from exc
             raise
         if not self._is_counted:

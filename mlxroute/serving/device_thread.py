@@ -315,10 +315,10 @@ class DeviceThread:
             if not isinstance(request, Feed):
                 continue
             try:
-                if not request.alone and self.is_shared and self._enter_batch(client, expected):
+                if not request.unbatched and self.is_shared and self._enter_batch(client, expected):
                     batched[client] = request
                 else:
-                    self._step_alone(client, request)
+                    self._step_unbatched(client, request)
             except Exception as exc:  # noqa: BLE001 - it is raised in the client's own thread
                 self._reply(client, exc)
         if batched:
@@ -341,7 +341,7 @@ class DeviceThread:
             sequence.rollback(1)
         return sequence.enter_batch()
 
-    def _step_alone(self, client: SmallClient, request: Feed) -> None:
+    def _step_unbatched(self, client: SmallClient, request: Feed) -> None:
         signals = client.sequence.extend(request.token_ids)
         client.was_batched = request.was_batched
         self.steps += 1

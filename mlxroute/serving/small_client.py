@@ -41,13 +41,13 @@ class Prefill:
 
 @dataclass(slots=True)
 class Feed:
-    """A request to feed tokens; as one row, outside the batch, if `alone`.
+    """A request to feed tokens; as one row, outside the batch, if `unbatched`.
 
     `was_batched` is True once the batch has fed some of them.
     """
 
     token_ids: Sequence[int]
-    alone: bool = False
+    unbatched: bool = False
     was_batched: bool = False
 
 
@@ -129,7 +129,7 @@ class SmallClient:
         self.end: Exception | None = None
         self.was_batched = False
         # Whether the answer stays out of the batch.
-        self._is_alone = False
+        self._is_unbatched = False
         self._device = device
         self._on_progress = on_progress
 
@@ -217,21 +217,21 @@ class SmallClient:
         if not sampling.is_greedy and sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(63))
         # No bound of logprobs tells whether rounding could change what is drawn.
-        self._is_alone = self.is_exact and not sampling.is_greedy
+        self._is_unbatched = self.is_exact and not sampling.is_greedy
         reused = cast(int, self._request(Prefill(prompt_ids, sampling, report)))
         # The last token is a decode step like the later ones, so that a batch may take it. The
         # engine cannot have the first signals of an exact answer computed again.
-        feed = self.extend_alone if self.is_exact else self.extend
+        feed = self.extend_unbatched if self.is_exact else self.extend
         signals = feed(prompt_ids[-1:])
         report("prompt", len(prompt_ids), len(prompt_ids))
         return signals, reused
 
     def extend(self, token_ids: Sequence[int]) -> Signals:
-        return cast(Signals, self._request(Feed(token_ids, alone=self._is_alone)))
+        return cast(Signals, self._request(Feed(token_ids, unbatched=self._is_unbatched)))
 
-    def extend_alone(self, token_ids: Sequence[int]) -> Signals:
+    def extend_unbatched(self, token_ids: Sequence[int]) -> Signals:
         """Do what `extend` does as one row, whatever else is decoded."""
-        return cast(Signals, self._request(Feed(token_ids, alone=True)))
+        return cast(Signals, self._request(Feed(token_ids, unbatched=True)))
 
     @property
     def rounding_nats(self) -> float:

@@ -59,9 +59,9 @@ def test_auto_picks_the_mode_with_the_least_time_per_token(
 def test_auto_measures_a_call_alone_and_then_one_beside_decoding() -> None:
     experience = Experience(step_s=MovingAverage(1.0, 9))
     assert governor(experience).mode is Mode.WAIT
-    experience.on_call_answered(1, 20.0, is_alone=True)
+    experience.on_call_answered(1, 20.0, decoding_waited=True)
     assert governor(experience).mode is Mode.OVERLAP
-    experience.on_call_answered(1, 160.0, is_alone=False)
+    experience.on_call_answered(1, 160.0, decoding_waited=False)
     assert governor(experience).mode is Mode.WAIT
     assert experience.call_s.value == 20.0
 
@@ -69,7 +69,7 @@ def test_auto_measures_a_call_alone_and_then_one_beside_decoding() -> None:
 def test_one_late_call_changes_the_slowdown_little() -> None:
     experience = measured(call=20.0)
     experience.call_slowdown = MovingAverage(1.0, SLOWDOWN_PRIOR)
-    experience.on_call_answered(1, 30.0, is_alone=False)
+    experience.on_call_answered(1, 30.0, decoding_waited=False)
     assert governor(experience).mode is not Mode.WAIT
 
 
@@ -177,7 +177,7 @@ def test_on_this_machine_auto_waits_until_two_calls_were_measured() -> None:
     for _ in range(2):
         assert local_governor(experience).mode is Mode.WAIT
         assert local_governor(experience).prefetch == 0
-        experience.on_call_answered(1, 20.0, is_alone=True)
+        experience.on_call_answered(1, 20.0, decoding_waited=True)
     assert local_governor(experience).mode is Mode.OVERLAP
     assert local_governor(experience).prefetch > 0
 
@@ -203,7 +203,7 @@ def test_slowed_steps_end_decoding_beside_calls_on_this_machine_for_some_calls()
     for _ in range(128):
         assert local_governor(experience).mode is Mode.WAIT
         assert local_governor(experience).prefetch == 0
-        experience.on_call_answered(1, 34.0, is_alone=True)
+        experience.on_call_answered(1, 34.0, decoding_waited=True)
     assert local_governor(experience).mode is not Mode.WAIT
 
 

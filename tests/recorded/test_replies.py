@@ -447,8 +447,8 @@ def test_a_position_without_an_answer_is_a_failure_where_the_large_model_writes_
 ) -> None:
     large = ScriptedLarge([LargeNotContinued("inside a character")])
     replies = Replies(large, tmp_path / "r")
-    for alone, error in [(False, LargeNotContinued), (True, AnswerNotContinued)]:
-        view = replies.new_view(alone=alone)
+    for large_only, error in [(False, LargeNotContinued), (True, AnswerNotContinued)]:
+        view = replies.new_view(large_only=large_only)
         call = view.begin(context(1), deadline_s=1, prefetch=0)
         with pytest.raises(LargeProtocolError, match="inside a character") as caught:
             call.result()

@@ -35,7 +35,7 @@ def start_batch_of(
             feeds = [r for r in device._requests.values() if isinstance(r, Feed)]
             are_all = len(feeds) >= count or time.monotonic() > end_s
             # Exact answers feed the end of their prompts alone.
-            has_started = are_all and not any(feed.alone for feed in feeds)
+            has_started = are_all and not any(feed.unbatched for feed in feeds)
             if are_all and not has_started:
                 return True
         if not has_started:

@@ -263,7 +263,7 @@ class _QualityBench:
 
     def _generate_answer(self, task: _Task, small: SharedSmallClient) -> QualityRow:
         side = task.side
-        large = self.replies.new_view(alone=side.is_large, blocked=small.blocked)
+        large = self.replies.new_view(large_only=side.is_large, blocked=small.blocked)
         if isinstance(task.router, BaselineRouter):
             task.router.begin_answer(small, seed=task.question.fingerprint)
         answer = generate(

@@ -27,7 +27,7 @@ class Call:
         started_s: Clock time of the start.
         expires_s: Clock time after which its result is not waited for.
         stall_before_s: The answer's total stall when the call was started, in seconds.
-        is_alone: Whether decoding waits for it.
+        blocks_decoding: Whether decoding waits for it.
         max_tokens: Greatest number of tokens that it returns.
         is_joined: Whether it waits for a prefetched token of an earlier call.
     """
@@ -36,7 +36,7 @@ class Call:
     started_s: float
     expires_s: float
     stall_before_s: float
-    is_alone: bool
+    blocks_decoding: bool
     max_tokens: int = 1
     is_joined: bool = False
 
@@ -134,7 +134,7 @@ class AnswerCalls:
         deadline_s = min(self._timeout_s, self._failure_allowance_s)
         started_s = self._clock()
         prefetch = max(0, min(self._governor.prefetch, self._max_tokens - position - 1))
-        is_alone = self._governor.mode is Mode.WAIT
+        blocks_decoding = self._governor.mode is Mode.WAIT
         self._governor.on_call_started()
         pending = self._large.begin(context, deadline_s=deadline_s, prefetch=prefetch)
         call = Call(
@@ -142,7 +142,7 @@ class AnswerCalls:
             started_s,
             expires_s=started_s + deadline_s + _GRACE_S,
             stall_before_s=self.stall_s,
-            is_alone=is_alone,
+            blocks_decoding=blocks_decoding,
             max_tokens=1 + prefetch,
         )
         self.stall_s += self._clock() - started_s
@@ -153,7 +153,9 @@ class AnswerCalls:
 
     def join(self, pending: PendingCallProtocol) -> Call:
         """Return a call that waits for a prefetched token of an earlier call."""
-        call = Call(pending, self._clock(), math.inf, self.stall_s, is_alone=False, is_joined=True)
+        call = Call(
+            pending, self._clock(), math.inf, self.stall_s, blocks_decoding=False, is_joined=True
+        )
         self._in_flight.append(call)
         return call
 

@@ -202,7 +202,7 @@ class Decider:
             self._experience.on_call_answered(
                 len(outcome.tokens),
                 outcome.tokens[0].latency_s or outcome.latency_s,
-                is_alone=call.is_alone,
+                decoding_waited=call.blocks_decoding,
                 is_streamed=call.max_tokens > 1 and not call.pending.finished,
             )
             return self._escalate(small_choice, outcome.tokens[0], latency_s=outcome.latency_s)

@@ -164,7 +164,7 @@ class AheadLoop:
             small_choice = self._context.decider.judge(branch.signals, state)
             if not self._cache.is_exact and self._is_borderline(small_choice, state):
                 self.redecoded += 1
-                branch.batch_row, branch.signals, branch.decode_alone = None, None, True
+                branch.batch_row, branch.signals, branch.decode_unbatched = None, None, True
                 is_progress = True
             else:
                 is_progress = self._add_position(branch, small_choice) or is_progress
@@ -281,7 +281,7 @@ class AheadLoop:
                 self.was_blocked = True
                 return False
             # The last time that what a batch computed can be removed from the cache.
-            best.decode_alone = True
+            best.decode_unbatched = True
         if is_batch:
             batch.sort(key=lambda branch: -branch.probability)
             self._feed_batch(batch[:max_branches])
@@ -333,10 +333,10 @@ class AheadLoop:
         transcript = self._branches.transcript(branch)
         if branch.batch_row is None or self._cache.is_batch:
             self._cache.collapse(transcript.ids)
-        branch.signals = self._cache.feed(transcript, exactly=branch.decode_alone)
+        branch.signals = self._cache.feed(transcript, exactly=branch.decode_unbatched)
         for other in self._branches.all:
             other.batch_row = None
-        branch.batch_row, branch.decode_alone = 0, False
+        branch.batch_row, branch.decode_unbatched = 0, False
 
     def _feed_batch(self, branches: list[Branch]) -> None:
         """Decode one token of each branch as a batch; the branches have the same length."""

@@ -54,7 +54,7 @@ class AnswerCache:
         self._cut(start)
         later = range(start + 1, len(tokens))
         for end in [*(index for index in later if tokens[index].starts_decision), len(tokens)]:
-            signals = self._context.feed(transcript.ids[start:end], alone=exactly)
+            signals = self._context.feed(transcript.ids[start:end], unbatched=exactly)
             if self._exact_length == start and not self._context.was_batched:
                 self._exact_length = end
             start = end

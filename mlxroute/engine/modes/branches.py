@@ -63,13 +63,13 @@ class Branch:
         batch_row: Its row in the small model's batch; None if the KV cache holds no beginning of
             it.
         signals: Those of the position after its last step; None until it is decoded.
-        decode_alone: Whether it must be decoded again without a batch.
+        decode_unbatched: Whether it must be decoded again without a batch.
     """
 
     steps: list[Step]
     batch_row: int | None
     signals: Signals | None = None
-    decode_alone: bool = False
+    decode_unbatched: bool = False
 
     @property
     def probability(self) -> float:

@@ -49,15 +49,15 @@ class DecodeContext:
             0.0 if batching is None else batching.rounding_nats,
         )
 
-    def feed(self, token_ids: Sequence[int], *, alone: bool = False) -> Signals:
+    def feed(self, token_ids: Sequence[int], *, unbatched: bool = False) -> Signals:
         """Feed the small model's only row; return the signals of the next position.
 
-        With `alone` it is not batched with other answers.
+        With `unbatched` it is not batched with other answers.
         """
         stalled = self.calls.take_stalled()
         began_s, busy_before_s = self.clock(), own_busy_core_s()
-        if alone and self.batching is not None:
-            signals = self.batching.extend_alone(token_ids)
+        if unbatched and self.batching is not None:
+            signals = self.batching.extend_unbatched(token_ids)
         else:
             signals = self.small.extend(token_ids)
         # After a stall the queued step is finished already, so its time is not that of a step.
@@ -67,11 +67,11 @@ class DecodeContext:
 
     def _record_step(self, seconds: float, busy_core_s: float) -> None:
         prefetched = self.decider.prefetched
-        is_alone = not self.calls.in_flight and not prefetched.is_pending
-        self.experience.on_step(seconds, is_alone=is_alone)
-        if is_alone and self.governor.is_local:
+        during_call = self.calls.in_flight > 0 or prefetched.is_pending
+        self.experience.on_step(seconds, during_call=during_call)
+        if not during_call and self.governor.is_local:
             self.experience.on_local_step(seconds, busy_core_s)
-        if not is_alone and self.governor.on_shared_step(seconds):
+        if during_call and self.governor.on_shared_step(seconds):
             prefetched.close()
 
     def commit(self, decision: Decision, transcript: Transcript) -> Iterator[Token]:

@@ -323,7 +323,7 @@ def test_the_error_behind_a_failed_answer_is_one_line_of_the_log(
         if "echo" in body:
             monkeypatch.setattr(scheduler, "score", fail)
         else:
-            monkeypatch.setattr(scheduler._device, "_step_alone", fail)
+            monkeypatch.setattr(scheduler._device, "_step_unbatched", fail)
         assert "see the server's output" in client.post(f"/v1/{path}", json=body).text
     (line,) = [line for line in lines if line.startswith("error")]
     assert line == "error: RuntimeError: [metal::malloc] cannot [2J allocate 9 GB"
