@@ -72,7 +72,7 @@ class Experience:
         step_cores: Cores that this process uses in a decode step.
         pauses: How often calls to this machine slowed decode steps far beyond their usual time.
         pause_end: The number of answered calls until which decoding waits for them therefore.
-        advice_was_given: Whether the session's advice to stream was given.
+        advice_was_given: Whether the session's advice to use the large model alone was given.
     """
 
     step_s: MovingAverage = field(default_factory=lambda: MovingAverage(0.0))
@@ -180,7 +180,7 @@ class Experience:
         self.pauses += 1
 
     def on_advice(self) -> None:
-        """Record that the advice to stream the large model was given."""
+        """Record that the advice to use the large model alone was given."""
         self.advice_was_given = True
 
 

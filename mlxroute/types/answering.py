@@ -116,8 +116,8 @@ class RunStats:
         accepted: Escalations where the small model's token was kept, within `accept_within`; 0 by
             default.
         plan: The mode that `auto` picked and the figures behind it; empty by default.
-        advice: The advice to stream the large model, where that would be faster, once a session;
-            None by default.
+        advice: The advice to use the large model alone, where that would be faster or cheaper, once
+            a session; None by default.
         failures: Why positions stayed unchecked, by kind in the order of their first; none by
             default. Withheld positions are not among them.
     """
