@@ -115,8 +115,9 @@ class CallFailure:
     """The positions of an answer that the large model did not decide for one kind of reason.
 
     Args:
-        kind: The kind: `timeout`, `unreachable`, `status 401` and so on, `invalid reply`, `not
-            continued`, `cannot be sent`, `paused`, `no time left` or `not recorded`.
+        kind: The kind: `timeout`, `unreachable`, `refused`, `status 401` and so on, `invalid
+            reply`, `not continued`, `cannot be sent`, `paused`, `no recorded reply`, `no time
+            left` or `not recorded`; `failed` for any other.
         reason: The text of the first error of this kind.
         count: Number of positions.
         was_called: Whether calls were made. False where earlier failures prevented them, and where
