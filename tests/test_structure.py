@@ -18,7 +18,6 @@ _TESTS = Path(__file__).parent
 _MAX_MODULE_LINES = 400
 _MAX_FUNCTION_LINES = 45
 _MAX_FILES = 15
-# They name no content.
 _PARSERS = {"json.load", "json.loads", "tomllib.load", "tomllib.loads"}
 # Modules that read text which is no file of a user, and the door itself.
 _TEXT_READERS = {
@@ -37,6 +36,7 @@ _TEXT_READERS = {
     "view/answer_html.py": "a file of this package",
     "serving/http/page/chat_page.py": "a file of this package",
 }
+# They name no content.
 _EMPTY_NAMES = {"found", "each", "told", "seen", "wanted"}
 
 

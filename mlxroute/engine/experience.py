@@ -44,10 +44,10 @@ class MovingAverage:
 class Experience:
     """Measurements of one pair of models over the answers of a session.
 
-    Each `on_...` method records one kind of event. Shares are from 0 to 1 and start as guesses;
-    times start at 0, which stands for not measured.
+    Each `on_...` method records one kind of event. Times, slowdowns and shares are moving averages.
+    Shares are from 0 to 1 and start as guesses; times start at 0, which stands for not measured.
 
-    Args:
+    Attributes:
         step_s: Seconds of a decode step while no call is in flight.
         call_s: Seconds until the first token of a call that prefetches nothing, or streams, while
             decoding waits.
