@@ -44,12 +44,17 @@ def render_prompt(
     ids = encoded.ids
     if not ids:
         raise UsageError("the prompt is empty")
-    if len(ids) >= small.context_length:
+    check_prompt_fits(ids, small.context_length)
+    return RenderedPrompt(small.vocabulary, conversation, encoded.rendered, ids, answer_start)
+
+
+def check_prompt_fits(ids: Sequence[int], context_length: int) -> None:
+    """Raise ContextTooLong for a prompt that leaves no room for a token of the answer."""
+    if len(ids) >= context_length:
         raise ContextTooLong(
             f"the prompt has {len(ids):,} tokens and the small model's context holds"
-            f" {small.context_length:,}; shorten it"
+            f" {context_length:,}; shorten it"
         )
-    return RenderedPrompt(small.vocabulary, conversation, encoded.rendered, ids, answer_start)
 
 
 @dataclass(frozen=True, slots=True)

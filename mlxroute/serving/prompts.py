@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, cast
 
+from mlxroute.engine.transcript import check_prompt_fits
 from mlxroute.errors import ContextTooLong, UsageError
 from mlxroute.types import EncodedPrompt, Message, PromptText, Vocabulary
 
@@ -74,11 +75,7 @@ def encode_prompt(
     ids = encoded.ids
     if not ids:
         raise UsageError("the prompt is empty", parameter="prompt")
-    if len(ids) >= small.context_length:
-        raise ContextTooLong(
-            f"the prompt has {len(ids):,} tokens and the small model's context holds"
-            f" {small.context_length:,}; shorten it"
-        )
+    check_prompt_fits(ids, small.context_length)
     return ServedPrompt(messages, encoded)
 
 
