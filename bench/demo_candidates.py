@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
-from mlxroute import EntropyRouter, LargeModel, SmallModel, generate
+from mlxroute import LargeModel, SmallModel, generate
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.questions.demo_question import DemoQuestion
-from mlxroute.routers import make_router
+from mlxroute.routers import always_escalate, make_router, never_escalate
 
 _CANDIDATES = Path(__file__).parent / "questions" / "demo_candidates.jsonl"
 _RESULTS = {True: "right", False: "wrong", None: "unclear"}
@@ -44,13 +43,14 @@ def main() -> None:
                 continue
             question = DemoQuestion(row["prompt"], tuple(row["answers"]))
             record = {"id": row["id"]}
-            record["small"] = _answer(small, None, question, EntropyRouter(threshold=math.inf))
+            record["small"] = _answer(small, None, question, never_escalate())
             if record["small"]["result"] != _RESULTS[None]:
                 router = make_router("entropy", budget=_BUDGET, quantiles=quantiles)
                 record["routed"] = _answer(small, large, question, router)
                 if (record["small"]["result"], record["routed"]["result"]) == ("wrong", "right"):
-                    always = EntropyRouter(threshold=-math.inf)
-                    record["large"] = _answer(small, large, question, always, prefetch=64)
+                    record["large"] = _answer(
+                        small, large, question, always_escalate(), prefetch=64
+                    )
             json.dump(record, sys.stdout, ensure_ascii=False)
             sys.stdout.write("\n")
             sys.stdout.flush()

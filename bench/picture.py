@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shlex
 import sys
 from pathlib import Path
@@ -30,6 +29,7 @@ def record_answer(
     """Answer the question and return the record of the answer, with its environment."""
     from mlxroute import EntropyRouter, LargeModel, SmallModel, generate
     from mlxroute.bench.measurement import describe_environment
+    from mlxroute.routers import never_escalate
 
     small = SmallModel.load(small_name)
     with LargeModel(large_url) as large:
@@ -44,9 +44,7 @@ def record_answer(
         )
         tokens = list(answer)
         large_name = large.model_name
-        alone = generate(
-            small, None, question, router=EntropyRouter(math.inf), max_tokens=max_tokens
-        )
+        alone = generate(small, None, question, router=never_escalate(), max_tokens=max_tokens)
         for _ in alone:
             pass
     stats = answer.stats()

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +31,7 @@ from mlxroute import EntropyRouter, SmallModel, generate
 from mlxroute.cli.bench_report import read_builtin_prompts
 from mlxroute.engine import Options
 from mlxroute.engine.protocols import LargeProtocol
+from mlxroute.routers import Router, never_escalate
 from mlxroute.serving import AnswerRequest, AnswerScheduler
 from mlxroute.types import LargeContext, LargeToken, Message, RunStats, Token, Uploads
 
@@ -89,18 +89,13 @@ def conversation(prompt: str) -> list[Message]:
     return [{"role": "user", "content": f"{prompt} Answer at length."}]
 
 
-def never() -> EntropyRouter:
-    """Return a router that never escalates."""
-    return EntropyRouter(threshold=math.inf)
-
-
 def routed() -> EntropyRouter:
     """Return a router that escalates 7 % of the positions."""
     return EntropyRouter(budget=0.07)
 
 
 def write(
-    scheduler: AnswerScheduler, messages: list[Message], router: EntropyRouter, count: int
+    scheduler: AnswerScheduler, messages: list[Message], router: Router, count: int
 ) -> tuple[RunStats, list[float]]:
     """Write an answer; return its figures, and the times of its tokens since the request."""
     began_s = time.perf_counter()
@@ -118,9 +113,9 @@ def measure_alone(small: SmallModel, prompts: list[str], count: int, rounds: int
     with AnswerScheduler(small, None) as scheduler:
         for _ in range(rounds):
             messages = conversation(prompts[0])
-            answer = generate(plain, None, messages, router=never(), max_tokens=count)
+            answer = generate(plain, None, messages, router=never_escalate(), max_tokens=count)
             before = [time.perf_counter() for _ in answer]
-            _, times_s = write(scheduler, messages, never(), count)
+            _, times_s = write(scheduler, messages, never_escalate(), count)
             # The first tokens come with the prompt and with the copy of its KV cache.
             steps = [
                 statistics.median(b - a for a, b in itertools.pairwise(times[2:]))
@@ -134,7 +129,7 @@ def measure_alone(small: SmallModel, prompts: list[str], count: int, rounds: int
 def receive_tokens(
     scheduler: AnswerScheduler,
     prompts: Sequence[str],
-    new_router: Callable[[], EntropyRouter],
+    new_router: Callable[[], Router],
     count: int,
     *,
     clients: int,
@@ -172,7 +167,7 @@ def measure_together(
         for number in (1, *clients):
             with AnswerScheduler(small, None) as scheduler:
                 received = receive_tokens(
-                    scheduler, prompts, never, count, clients=number, window_s=WINDOW_S
+                    scheduler, prompts, never_escalate, count, clients=number, window_s=WINDOW_S
                 )
             speeds[number] = len(received) / WINDOW_S
             print(f"{number} at a time: {speeds[number]:.2f} tokens/s", flush=True)
@@ -213,12 +208,14 @@ def measure_second_turn(small: SmallModel, prompts: list[str], count: int, round
         for number in range(rounds):
             text = " ".join(WORDS[(7 * i + number) % len(WORDS)] for i in range(1_700))
             messages = [{"role": "user", "content": f"{number} {text}"}]
-            first, _ = write(scheduler, messages, never(), 4)
+            first, _ = write(scheduler, messages, never_escalate(), 4)
             messages.append({"role": "assistant", "content": first.text})
             messages.append({"role": "user", "content": "And now say it shorter, please."})
-            second, second_s = write(scheduler, messages, never(), 4)
+            second, second_s = write(scheduler, messages, never_escalate(), 4)
             short = f"{number + 2} and {number + 5}: tell me, in a few words, what they add up to."
-            _, short_s = write(scheduler, [{"role": "system", "content": short}], never(), 4)
+            _, short_s = write(
+                scheduler, [{"role": "system", "content": short}], never_escalate(), 4
+            )
             ratios.append(second_s[0] / short_s[0])
             print(
                 f"{second.prompt_tokens} tokens, {second.cached_prompt_tokens} of them cached:"

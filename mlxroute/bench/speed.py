@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 from mlxroute.bench.kernel_cost import kernel_form
 from mlxroute.bench.measurement import ratios, run_interleaved, spread, time_call
 from mlxroute.engine import generate
-from mlxroute.routers import EntropyRouter
+from mlxroute.routers import EntropyRouter, never_escalate
 from mlxroute.small import SmallModel
 from mlxroute.small.kernels.packed_row import HEADER_SIZE, TOP_K
 from mlxroute.small.mlp_head import SIGNAL_COUNT, MlpHead
@@ -142,7 +141,7 @@ def _summary(runs: Sequence[SpeedRun]) -> dict[str, Any]:
 def _run_mlxroute(small: SmallModel, prompt: str, max_tokens: int) -> SpeedRun:
     _reset(small)
     began_s = time.perf_counter()
-    answer = generate(small, None, prompt, router=EntropyRouter(math.inf), max_tokens=max_tokens)
+    answer = generate(small, None, prompt, router=never_escalate(), max_tokens=max_tokens)
     return _time_tokens((token.token_id for token in answer), began_s)
 
 

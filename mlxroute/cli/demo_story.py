@@ -18,7 +18,7 @@ from mlxroute.cli.terminal import print_labelled
 from mlxroute.engine import generate
 from mlxroute.questions.demo_question import DemoQuestion, find_conclusion
 from mlxroute.recorded.large_answers import PlaceholderSmall
-from mlxroute.routers import make_router
+from mlxroute.routers import always_escalate, never_escalate
 from mlxroute.safe_text import printable_line
 from mlxroute.types import (
     Message,
@@ -129,7 +129,7 @@ def _answer_three_times(
         session.small,
         None,
         messages,
-        router=make_router("entropy", threshold=math.inf),
+        router=never_escalate(),
         max_tokens=MAX_TOKENS,
     )
     small = stage.show(alone, f"1. {pair.small} alone", f"{pair.small} alone", math.inf)
@@ -153,7 +153,7 @@ def large_alone(
         _EndingSmall(session.small),
         session.large,
         messages,
-        router=make_router("entropy", threshold=-math.inf),
+        router=always_escalate(),
         max_tokens=MAX_TOKENS,
         timeout_s=session.timeout_s,
         never_send=session.never_send,

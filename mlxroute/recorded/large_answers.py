@@ -12,7 +12,7 @@ from mlxroute.engine.protocols import SmallProtocol
 from mlxroute.recorded.forward_only import ForwardOnlySmall
 from mlxroute.recorded.parallel_answers import map_answers
 from mlxroute.recorded.replies import AnswerNotContinued, Replies
-from mlxroute.routers import make_router
+from mlxroute.routers import always_escalate
 from mlxroute.types import (
     EncodedPrompt,
     LargeToken,
@@ -97,7 +97,7 @@ def _write_answer(
         small,
         replies.new_view(large_only=True),
         conversation,
-        router=make_router("entropy", threshold=-math.inf),
+        router=always_escalate(),
         max_tokens=max_tokens,
         timeout_s=replies.timeout_s,
         strict=True,

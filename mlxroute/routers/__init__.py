@@ -4,7 +4,13 @@ Pure functions and immutable values: no clock, no I/O, no arrays.
 """
 
 from mlxroute.routers.budget import BURST, DEFAULT_BUDGET, Budget
-from mlxroute.routers.router import EntropyRouter, Router, make_router
+from mlxroute.routers.router import (
+    EntropyRouter,
+    Router,
+    always_escalate,
+    make_router,
+    never_escalate,
+)
 from mlxroute.routers.scores import SCORES
 from mlxroute.routers.threshold import Threshold
 
@@ -16,5 +22,7 @@ __all__ = [
     "EntropyRouter",
     "Router",
     "Threshold",
+    "always_escalate",
     "make_router",
+    "never_escalate",
 ]

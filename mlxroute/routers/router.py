@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from mlxroute.errors import UsageError
@@ -65,6 +66,16 @@ def make_router(
         return Router(name, Threshold(threshold))
     assert budget is not None
     return Router(name, Budget.of(budget, quantiles, resolution=SCORES[name].resolution))
+
+
+def never_escalate() -> Router:
+    """Return a router that keeps all tokens of the small model."""
+    return Router("entropy", Threshold(math.inf))
+
+
+def always_escalate() -> Router:
+    """Return a router that asks the large model for all tokens."""
+    return Router("entropy", Threshold(-math.inf))
 
 
 class EntropyRouter(Router):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from typing import Final
 from mlxroute.closeable import Closeable
 from mlxroute.engine import Answer, Experience
 from mlxroute.engine.protocols import LargeProtocol
-from mlxroute.routers import make_router
+from mlxroute.routers import never_escalate
 from mlxroute.serving.device_thread import DeviceThread
 from mlxroute.serving.prompts import ServedPrompt, encode_prompt
 from mlxroute.serving.requests import AnswerRequest, QueueFull, ScoredPrompt
@@ -172,7 +171,7 @@ class AnswerScheduler(Closeable):
     ) -> Answer:
         large = None if request.local_only else request.large or self._large
         # Else the positions that the router escalates would count as unchecked.
-        no_router = make_router("entropy", threshold=math.inf)
+        no_router = never_escalate()
         return Answer(
             client,
             None if large is None else StoppableLarge(large, client),

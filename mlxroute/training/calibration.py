@@ -11,7 +11,7 @@ from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.engine import generate
 from mlxroute.errors import UsageError
 from mlxroute.questions.question_files import Question, question_messages
-from mlxroute.routers import SCORES, make_router
+from mlxroute.routers import SCORES, never_escalate
 from mlxroute.small import SmallModel
 from mlxroute.statistics import interpolated_quantile
 from mlxroute.types import Progress, Signals, no_progress
@@ -48,7 +48,7 @@ def calibrate(
             small,
             None,
             question_messages(question, examples),
-            router=make_router("entropy", threshold=math.inf),
+            router=never_escalate(),
             max_tokens=max_tokens,
         )
         signals += [token.signals for token in answer]

@@ -8,7 +8,7 @@ from typing import Final
 
 from mlxroute.engine import generate
 from mlxroute.errors import UsageError
-from mlxroute.routers import make_router
+from mlxroute.routers import never_escalate
 from mlxroute.small import SmallModel
 from mlxroute.training.judged_questions import JudgedQuestion
 from mlxroute.training.labels import decode_answer
@@ -85,7 +85,7 @@ def _write_batch(
 
 
 def _write_alone(small: SmallModel, conversation: Sequence[Message], max_tokens: int) -> list[int]:
-    router = make_router("entropy", threshold=math.inf)
+    router = never_escalate()
     answer = generate(small, None, conversation, router=router, max_tokens=max_tokens)
     ids = [token.token_id for token in answer]
     return [token_id for token_id in ids if token_id not in small.vocabulary.eos_ids]

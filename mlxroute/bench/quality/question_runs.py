@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from mlxroute.questions.question_files import AnswerKind, Question, question_mes
 from mlxroute.recorded.answer_scores import AnswerScores
 from mlxroute.recorded.large_answers import PlaceholderSmall
 from mlxroute.recorded.replies import AnswerNotContinued, Replies
-from mlxroute.routers import Budget, make_router
+from mlxroute.routers import Budget, always_escalate, never_escalate
 from mlxroute.serving.concurrent_answers import ConcurrentAnswers, SharedSmallClient
 from mlxroute.small import SmallModel
 from mlxroute.types import Message, Mode, Progress, Source, StopReason, no_progress
@@ -168,7 +167,7 @@ class _QualityBench:
     def new_router(self, side: QualitySide) -> QualityRouter:
         """Return a side's router in its state before the first question."""
         if side.router is None:
-            return make_router("entropy", threshold=-math.inf if side.is_large else math.inf)
+            return always_escalate() if side.is_large else never_escalate()
         return make_quality_router(side.router, side.budget, self.ranks[side.router])
 
     def new_task(self, side: QualitySide, question: Question, router: QualityRouter) -> _Task:
