@@ -20,14 +20,13 @@ import mlx.core as mx
 from mlxroute.errors import UsageError
 from mlxroute.small.hidden_state import HiddenStateTap
 from mlxroute.small.kernels import select_kernel, unpack_signals
-from mlxroute.small.kv_cache import CacheCopy, SequenceCache, is_plain
+from mlxroute.small.kv_cache import CLEAR_CACHE_EVERY, CacheCopy, SequenceCache, is_plain
 from mlxroute.small.mlp_head import MlpHead, signal_features
 from mlxroute.small.model_args import find_argument
 from mlxroute.small.row_batch import RowBatch, can_build_rows
 from mlxroute.small.row_sampler import RowSampler
 from mlxroute.types import Notify, Sampling, Signals
 
-_CLEAR_CACHE_EVERY = 256
 # A prompt this long is evaluated in as many parts as the model has layers, a shorter one in fewer.
 _TOKENS_PER_LAYER = 1024
 
@@ -158,7 +157,7 @@ class Decoder:
         signals = unpack_signals(values, has_head=self._head is not None)
         self._queued_id = signals.token_id
         self._step_count += 1
-        if self._step_count % _CLEAR_CACHE_EVERY == 0:
+        if self._step_count % CLEAR_CACHE_EVERY == 0:
             mx.clear_cache()
         return signals
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from mlxroute.errors import UsageError
@@ -65,27 +66,31 @@ class ChosenRows:
 
 def _choose_rows(norm: Any, indices: list[Any]) -> None:
     """Make calls of the module `norm` return the rows `indices[0]` as [1, N, D], if it is set."""
-    plain = type(norm)
 
-    def call(module: Any, hidden: Any) -> Any:
-        output = plain.__call__(module, hidden)
-        if not indices:
-            return output
-        return output.reshape(-1, output.shape[-1])[indices[0]][None]
+    def choose(output: Any) -> Any:
+        return output.reshape(-1, output.shape[-1])[indices[0]][None] if indices else output
 
-    norm.__class__ = type(plain.__name__, (plain,), {"__call__": call})
+    _change_output(norm, choose)
 
 
 def _keep_outputs(norm: Any, outputs: list[Any]) -> None:
     """Make every call of the module `norm` put its result into `outputs`, as the only item."""
-    plain = type(norm)
 
-    def call(module: Any, hidden: Any) -> Any:
-        output = plain.__call__(module, hidden)
+    def keep(output: Any) -> Any:
         outputs[:] = [output]
         return output
 
-    norm.__class__ = type(plain.__name__, (plain,), {"__call__": call})
+    _change_output(norm, keep)
+
+
+def _change_output(module: Any, change: Callable[[Any], Any]) -> None:
+    """Make every call of a module return what `change` makes of its output."""
+    plain = type(module)
+
+    def call(called: Any, hidden: Any) -> Any:
+        return change(plain.__call__(called, hidden))
+
+    module.__class__ = type(plain.__name__, (plain,), {"__call__": call})
 
 
 def _find_final_norm(model: Any) -> Any:

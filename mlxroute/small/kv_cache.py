@@ -22,6 +22,9 @@ from mlxroute.sequences import common_prefix_length
 CacheCopy = list[Any]
 """Copies of KV cache layers, one per layer of the model, that later steps do not change."""
 
+CLEAR_CACHE_EVERY = 256
+"""Unused buffers of MLX are freed after so many steps, as in `mlx_lm`."""
+
 _MAX_ROWS = 8
 # Greatest memory of all rows of a batch.
 _BATCH_BYTES = 1 << 30
@@ -236,17 +239,22 @@ def is_plain(layers: Sequence[Any]) -> bool:
     return all(type(layer) is KVCache and layer.keys is not None for layer in layers)
 
 
+def plain_cache(keys: mx.array, values: mx.array, count: int) -> KVCache:
+    """Return a cache layer with the keys and values of `count` tokens."""
+    layer = KVCache()
+    layer.state = (keys, values, count)
+    return layer
+
+
 def share(layers: Sequence[Any], count: int) -> CacheCopy:
     """Return caches of the first `count` tokens of plain layers, at no cost.
 
     The next step on either side copies its own part.
     """
-    parts: list[Any] = []
-    for layer in layers:
-        part = KVCache()
-        part.state = (layer.keys[..., :count, :], layer.values[..., :count, :], count)
-        parts.append(part)
-    return parts
+    return [
+        plain_cache(layer.keys[..., :count, :], layer.values[..., :count, :], count)
+        for layer in layers
+    ]
 
 
 def _has_rows(layer: Any) -> bool:

@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
 from mlxroute.errors import RollbackError
-from mlxroute.small.kv_cache import CacheCopy, is_plain
+from mlxroute.small.kv_cache import CLEAR_CACHE_EVERY, CacheCopy, is_plain, plain_cache
 from mlxroute.small.row_sampler import RowSampler
 from mlxroute.types import Signals
 
@@ -26,7 +26,6 @@ _MIN_ROWS = 2
 _GROWTH = 256
 # Greatest memory of the buffers.
 _MAX_BYTES = 1 << 32
-_CLEAR_CACHE_EVERY = 256
 # The index of a row that was removed.
 _GONE = -1
 
@@ -230,7 +229,7 @@ class RowBatch:
         signals = self._compute_signals(tokens, list(self._layers), samplers)
         self._evaluate()
         self._step_count += 1
-        if self._step_count % _CLEAR_CACHE_EVERY == 0:
+        if self._step_count % CLEAR_CACHE_EVERY == 0:
             mx.clear_cache()
         return {row: signals[row.index] for row in token_ids}
 
@@ -243,14 +242,11 @@ class RowBatch:
         return _make_plan(places, unused, width, idle)
 
     def _views(self, row: BatchRow, count: int) -> list[KVCache]:
-        views = []
-        for buffers in self._layers:
-            view = KVCache()
-            keys = buffers.keys[row.index : row.index + 1, :, :count]
-            values = buffers.values[row.index : row.index + 1, :, :count]
-            view.state = (keys, values, count)
-            views.append(view)
-        return views
+        index = slice(row.index, row.index + 1)
+        return [
+            plain_cache(buffers.keys[index, :, :count], buffers.values[index, :, :count], count)
+            for buffers in self._layers
+        ]
 
     def _grow(self) -> None:
         """Make room for one more token of each row."""
@@ -334,9 +330,7 @@ def _count_rows(token_bytes: int, length: int) -> int:
 
 
 def _copied(layer: Any) -> KVCache:
-    copy = KVCache()
-    copy.state = (mx.contiguous(layer.keys), mx.contiguous(layer.values), layer.offset)
-    return copy
+    return plain_cache(mx.contiguous(layer.keys), mx.contiguous(layer.values), layer.offset)
 
 
 def _capacity(length: int) -> int:
