@@ -58,43 +58,43 @@ class ConcurrentAnswers:
                 the `SharedSmallClient` to use as its small model, and waits for anything else
                 inside its `blocked`.
         """
-        texts = _SharedTexts(self._small)
+        tree = _PrefixTree(self._small)
         try:
             clients = [
-                SharedSmallClient(texts, self._small, conversation) for conversation, _ in jobs
+                SharedSmallClient(tree, self._small, conversation) for conversation, _ in jobs
             ]
             with ThreadPoolExecutor(len(jobs)) as pool:
                 futures = [
-                    pool.submit(self._run_job, job, client, texts)
+                    pool.submit(self._run_job, job, client, tree)
                     for (_, job), client in zip(jobs, clients, strict=True)
                 ]
                 try:
                     for future in futures:
                         future.exception()
                 except BaseException:
-                    self._abort(texts)
+                    self._abort(tree)
                     raise
         finally:
-            texts.close()
+            tree.close()
         return _collect_results(futures)
 
     def _run_job(
-        self, job: Callable[[SharedSmallClient], _T], client: SharedSmallClient, texts: _SharedTexts
+        self, job: Callable[[SharedSmallClient], _T], client: SharedSmallClient, tree: _PrefixTree
     ) -> _T:
         try:
             return job(client)
         except BaseException:
-            self._abort(texts)
+            self._abort(tree)
             raise
         finally:
             client.end()
 
-    def _abort(self, texts: _SharedTexts) -> None:
+    def _abort(self, tree: _PrefixTree) -> None:
         self._on_abort()
-        texts.abort()
+        tree.abort()
 
 
-class _Text:
+class _PrefixNode:
     """A prompt and some tokens after it, with the signals there.
 
     `client` holds them on the device, unless an answer uses it.
@@ -104,88 +104,96 @@ class _Text:
         self.ids = ids
         self.signals: Future[Signals] = Future()
         self.client: SmallClient | None = None
-        self.readers = 0
-        self.children: dict[int, _Text] = {}
+        self.ref_count = 0
+        self.children: dict[int, _PrefixNode] = {}
 
 
-class _SharedTexts:
-    """The texts of all answers as a tree, whose nodes are computed once. Thread-safe."""
+class _PrefixTree:
+    """The prompts and tokens of all answers as a tree, whose nodes are computed once.
+
+    Thread-safe.
+    """
 
     def __init__(self, small: SmallModel) -> None:
         self._device = DeviceThread(small, cache_bytes=_CACHE_BYTES)
         self._lock = threading.Lock()
-        self._roots: dict[tuple[int, ...], _Text] = {}
+        self._roots: dict[tuple[int, ...], _PrefixNode] = {}
         self._clients: list[SmallClient] = []
         self._is_aborted = False
 
-    def begin(self, asker: SharedSmallClient, prompt: ServedPrompt) -> _Text:
-        """Return the text of a prompt alone, with its signals."""
+    def begin(self, requester: SharedSmallClient, prompt: ServedPrompt) -> _PrefixNode:
+        """Return the node of a prompt alone, with its signals."""
         with self._lock:
             is_new = prompt.ids not in self._roots
-            text = self._roots.setdefault(prompt.ids, _Text(prompt.ids))
-            text.readers += 1
-        return self._compute(asker, text, None, is_new=is_new)
+            node = self._roots.setdefault(prompt.ids, _PrefixNode(prompt.ids))
+            node.ref_count += 1
+        return self._compute(requester, node, None, is_new=is_new)
 
-    def extend(self, asker: SharedSmallClient, text: _Text, token_id: int) -> _Text:
-        """Leave a text for the one with one more token; return that, with its signals."""
+    def extend(self, requester: SharedSmallClient, node: _PrefixNode, token_id: int) -> _PrefixNode:
+        """Leave a node for the one with one more token; return that, with its signals."""
         with self._lock:
-            is_new = token_id not in text.children
-            child = text.children.setdefault(token_id, _Text((*text.ids, token_id)))
-            child.readers += 1
+            is_new = token_id not in node.children
+            child = node.children.setdefault(token_id, _PrefixNode((*node.ids, token_id)))
+            child.ref_count += 1
             # The first who goes on takes the client along.
-            client, text.client = (text.client, None) if is_new else (None, text.client)
+            client, node.client = (node.client, None) if is_new else (None, node.client)
         try:
-            return self._compute(asker, child, client, is_new=is_new)
+            return self._compute(requester, child, client, is_new=is_new)
         finally:
-            self.leave(text)
+            self.leave(node)
 
-    def leave(self, text: _Text) -> None:
-        """Give up a text; the last reader releases the client."""
+    def leave(self, node: _PrefixNode) -> None:
+        """Give up a node; the last answer at it releases the client."""
         with self._lock:
-            text.readers -= 1
+            node.ref_count -= 1
             client = None
-            if not text.readers:
-                client, text.client = text.client, None
+            if not node.ref_count:
+                client, node.client = node.client, None
         if client is not None:
             client.release()
 
     def _compute(
-        self, asker: SharedSmallClient, text: _Text, client: SmallClient | None, *, is_new: bool
-    ) -> _Text:
-        self._device.set_awaited(asker, False)
+        self,
+        requester: SharedSmallClient,
+        node: _PrefixNode,
+        client: SmallClient | None,
+        *,
+        is_new: bool,
+    ) -> _PrefixNode:
+        self._device.set_awaited(requester, False)
         if is_new:
             try:
-                self._compute_signals(asker, text, client)
+                self._compute_signals(requester, node, client)
             except BaseException as exc:
-                text.signals.set_exception(exc)
+                node.signals.set_exception(exc)
                 raise
-        text.signals.result()
-        self._device.set_awaited(asker, True)
-        return text
+        node.signals.result()
+        self._device.set_awaited(requester, True)
+        return node
 
     def _compute_signals(
-        self, asker: SharedSmallClient, text: _Text, client: SmallClient | None
+        self, requester: SharedSmallClient, node: _PrefixNode, client: SmallClient | None
     ) -> None:
         if client is None:
-            prompt = ServedPrompt((), EncodedPrompt(text.ids, PromptText("", "")))
-            client = self._device.new_client(prompt, asker=asker)
+            prompt = ServedPrompt((), EncodedPrompt(node.ids, PromptText("", "")))
+            client = self._device.new_client(prompt, requester=requester)
             with self._lock:
                 self._clients.append(client)
-            self._check(client)
-            signals, _ = client.prefill(text.ids, sampling=Sampling(), progress=_ignore)
+            self._cancel_if_aborted(client)
+            signals, _ = client.prefill(node.ids, sampling=Sampling(), progress=_ignore)
         else:
-            client.asker = asker
-            signals = client.extend(text.ids[-1:])
-        text.client = client
-        text.signals.set_result(signals)
+            client.requester = requester
+            signals = client.extend(node.ids[-1:])
+        node.client = client
+        node.signals.set_result(signals)
 
-    def _check(self, client: SmallClient) -> None:
+    def _cancel_if_aborted(self, client: SmallClient) -> None:
         if self._is_aborted:
             client.cancel()
 
-    def set_awaited(self, asker: SharedSmallClient, is_awaited: bool) -> None:
+    def set_awaited(self, requester: SharedSmallClient, is_awaited: bool) -> None:
         """Say whether an answer computes on its own and will ask for a step soon."""
-        self._device.set_awaited(asker, is_awaited)
+        self._device.set_awaited(requester, is_awaited)
 
     def abort(self) -> None:
         """Make all answers raise AnswerCancelled at their next step."""
@@ -204,18 +212,18 @@ class SharedSmallClient(ForwardOnlySmall):
     """The small model as one answer uses it.
 
     Args:
-        texts: The texts that the answers share.
+        tree: The prompts and tokens that the answers share.
         small: The small model.
         conversation: The conversation that is answered.
     """
 
     def __init__(
-        self, texts: _SharedTexts, small: SmallModel, conversation: Sequence[Message]
+        self, tree: _PrefixTree, small: SmallModel, conversation: Sequence[Message]
     ) -> None:
-        self._texts = texts
+        self._tree = tree
         self._small = small
         self._prompt = encode_prompt(small, conversation)
-        self._text: _Text | None = None
+        self._node: _PrefixNode | None = None
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -228,7 +236,7 @@ class SharedSmallClient(ForwardOnlySmall):
     @property
     def answer_ids(self) -> Sequence[int]:
         """The ids of the answer so far, without the prompt."""
-        return self._text.ids[len(self._prompt.ids) :] if self._text else ()
+        return self._node.ids[len(self._prompt.ids) :] if self._node else ()
 
     def encode_conversation(self, messages: Sequence[Message]) -> EncodedPrompt:
         return self._prompt.encoded
@@ -236,33 +244,33 @@ class SharedSmallClient(ForwardOnlySmall):
     def prefill(
         self, prompt_ids: Sequence[int], *, sampling: Sampling, progress: Progress
     ) -> tuple[Signals, int]:
-        self._text = self._texts.begin(self, self._prompt)
-        return self._text.signals.result(), 0
+        self._node = self._tree.begin(self, self._prompt)
+        return self._node.signals.result(), 0
 
     def extend(self, token_ids: Sequence[int]) -> Signals:
-        text = self._text or self._texts.begin(self, self._prompt)
+        node = self._node or self._tree.begin(self, self._prompt)
         for token_id in token_ids:
-            text = self._text = self._texts.extend(self, text, token_id)
-        return text.signals.result()
+            node = self._node = self._tree.extend(self, node, token_id)
+        return node.signals.result()
 
     @contextmanager
     def blocked(self) -> Iterator[None]:
         """Let other answers decode without this one in the `with` block."""
         # Before its first step nobody waits for it, and nobody should afterwards.
-        is_awaited = self._text is not None
+        is_awaited = self._node is not None
         if is_awaited:
-            self._texts.set_awaited(self, False)
+            self._tree.set_awaited(self, False)
         try:
             yield
         finally:
             if is_awaited:
-                self._texts.set_awaited(self, True)
+                self._tree.set_awaited(self, True)
 
     def end(self) -> None:
-        """Give up the text."""
-        self._texts.set_awaited(self, False)
-        if self._text is not None:
-            self._texts.leave(self._text)
+        """Give up the node."""
+        self._tree.set_awaited(self, False)
+        if self._node is not None:
+            self._tree.leave(self._node)
 
 
 def _ignore(label: str, done: int, total: int | None) -> None:

@@ -112,7 +112,7 @@ class DeviceThread:
         *,
         is_exact: bool = False,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
-        asker: object = None,
+        requester: object = None,
     ) -> SmallClient:
         """Return the small model for one answer; its `release` ends it.
 
@@ -120,7 +120,7 @@ class DeviceThread:
         """
         sequence = DecodedSequence(self.small.with_own_cache(), self._batch)
         return SmallClient(
-            self, sequence, prompt, is_exact=is_exact, on_progress=on_progress, asker=asker
+            self, sequence, prompt, is_exact=is_exact, on_progress=on_progress, requester=requester
         )
 
     def post(self, client: SmallClient, request: DeviceRequest) -> None:
@@ -135,16 +135,16 @@ class DeviceThread:
         """Make the thread look at clients that were cancelled."""
         self._inbox.put(None)
 
-    def set_awaited(self, asker: object, is_awaited: bool) -> None:
+    def set_awaited(self, requester: object, is_awaited: bool) -> None:
         """Say whether somebody computes on his own and will ask for a step soon."""
         if is_awaited:
-            self._await(asker)
-        elif asker in self._awaited:
-            self._awaited.discard(asker)
+            self._await(requester)
+        elif requester in self._awaited:
+            self._awaited.discard(requester)
             self.wake()
 
-    def _await(self, asker: object) -> None:
-        self._awaited.add(asker)
+    def _await(self, requester: object) -> None:
+        self._awaited.add(requester)
         self._prefill_grace_ends_s = time.perf_counter() + _MAX_GRACE_S
 
     def close(self) -> None:
@@ -217,7 +217,7 @@ class DeviceThread:
 
     def _accept(self, client: SmallClient, request: DeviceRequest) -> None:
         self._requests[client] = request
-        self._awaited.discard(client.asker)
+        self._awaited.discard(client.requester)
         if isinstance(request, Prefill):
             self._prefills[client] = self._prefill_in_parts(client, request)
         elif isinstance(request, Feed) and self._grace_ends_s == 0.0:
@@ -228,7 +228,7 @@ class DeviceThread:
         del self._requests[client]
         self._prefills.pop(client, None)
         if client in self._decoding:
-            self._await(client.asker)
+            self._await(client.requester)
         client.replies.put(reply)
 
     def _attempt(self, client: SmallClient, function: Callable[[], object]) -> None:

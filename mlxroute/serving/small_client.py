@@ -87,7 +87,7 @@ class Device(Protocol):
         """Make the thread look at clients that were cancelled."""
         ...
 
-    def set_awaited(self, asker: object, is_awaited: bool) -> None:
+    def set_awaited(self, requester: object, is_awaited: bool) -> None:
         """Say whether somebody computes on his own and will ask for a step soon."""
         ...
 
@@ -102,11 +102,12 @@ class SmallClient:
         is_exact: Whether no KV cache of an earlier answer may be used, and the rounding of batches
             matters. With a temperature, the answer is then in no batch.
         on_progress: Receives how many tokens of the prompt are read, and how many there are.
-        asker: Who is going to ask for the next step after a reply; None, the default, for itself.
+        requester: Who is going to ask for the next step after a reply; None, the default, for the
+            client itself.
 
     Attributes:
         replies: Receives the reply to each request, or an exception to raise.
-        asker: As given.
+        requester: As given.
         end: What the answer's requests raise once it has been cancelled; None before.
         was_batched: Whether a batch fed some of the latest tokens.
     """
@@ -119,9 +120,9 @@ class SmallClient:
         *,
         is_exact: bool = False,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
-        asker: object = None,
+        requester: object = None,
     ) -> None:
-        self.asker = self if asker is None else asker
+        self.requester = self if requester is None else requester
         self.sequence = sequence
         self.prompt = prompt
         self.is_exact = is_exact
@@ -154,11 +155,11 @@ class SmallClient:
     @contextmanager
     def blocked(self) -> Iterator[None]:
         """Let other answers decode without this one in the `with` block."""
-        self._device.set_awaited(self.asker, False)
+        self._device.set_awaited(self.requester, False)
         try:
             yield
         finally:
-            self._device.set_awaited(self.asker, True)
+            self._device.set_awaited(self.requester, True)
 
     def release(self) -> None:
         """End the sequence."""
