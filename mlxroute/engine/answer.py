@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import cast
 
+from mlxroute.engine.advice import advise
 from mlxroute.engine.commits import Commits
 from mlxroute.engine.escalation.calls import AnswerCalls
 from mlxroute.engine.escalation.decision import Decider
@@ -140,7 +141,10 @@ class Answer:
         finally:
             self._calls.close()
             self._decider.prefetched.close()
-        self._advice = self._governor.advice(**self._costs())
+        calls_cost, whole_cost = self._costs()
+        self._advice = advise(
+            self._context.experience, calls_cost=calls_cost, whole_cost=whole_cost
+        )
         self._activity = Activity.DONE
 
     @property
@@ -197,13 +201,16 @@ class Answer:
             failures=self._failures.all,
         )
 
-    def _costs(self) -> dict[str, float]:
-        """Return the cost of the answer's calls, and of an answer by the large model alone."""
+    def _costs(self) -> tuple[float, float]:
+        """Return the cost of the answer's calls, and of an answer by the large model alone.
+
+        Both are 0 without prices.
+        """
         prices, uploads = self._options.prices, self._calls.uploads
         if prices is None or not uploads.requests:
-            return {}
+            return 0.0, 0.0
         whole = Uploads(tokens=len(self._prompt.ids), completion_tokens=len(self._commits.times_s))
-        return {"cost": prices.cost(uploads), "whole_cost": prices.cost(whole)}
+        return prices.cost(uploads), prices.cost(whole)
 
     def _prefill(self) -> Signals:
         signals, self._reused = self._small.prefill(

@@ -176,43 +176,6 @@ class Governor:
         allowed = self._call_ceiling * (experience.escalated_positions + 1)
         return is_likeliest and experience.started_calls + joined + 1 <= allowed
 
-    def advice(self, *, cost: float = 0.0, whole_cost: float = 0.0) -> str | None:
-        """Return the advice to use the large model alone, with figures, if that would be better.
-
-        `cost` is that of an answer's calls, `whole_cost` that of the large model's whole answer; 0,
-        the default, where there are no prices. Advice is given once a session; otherwise returns
-        None.
-        """
-        if self._experience.advice_was_given:
-            return None
-        reasons = [self._speed_reason()]
-        if cost > whole_cost > 0:
-            reasons.append(
-                f"the large model alone would be cheaper: the calls for this answer cost"
-                f" {cost:.2g}, its whole answer would cost about {whole_cost:.2g}"
-            )
-        advice = "; ".join(filter(None, reasons))
-        if not advice:
-            return None
-        self._experience.on_advice()
-        return advice
-
-    def _speed_reason(self) -> str:
-        """Return why streaming the large model would be faster; empty if it would not."""
-        experience = self._experience
-        if experience.large_step_s.count < 2 or experience.call_s.count < 2:
-            return ""
-        large_s, step_s = experience.large_step_s.value, experience.step_s.value
-        call_s, rate = experience.call_s.value, experience.escalation_rate.value
-        # Streaming is faster if p > (d - a) / R, with d the large model's seconds per token.
-        if not call_s or rate <= (large_s - step_s) / call_s:
-            return ""
-        return (
-            "streaming the large model would be faster: it writes a token in"
-            f" {large_s * 1e3:,.0f} ms, the small one in {step_s * 1e3:,.0f} ms, and {rate:.1%} of"
-            f" the positions cost a call of {call_s * 1e3:,.0f} ms"
-        )
-
     def explain(self) -> str:
         """Return the mode that `auto` picks and the figures behind it.
 

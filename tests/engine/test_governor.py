@@ -1,4 +1,4 @@
-"""The governor: which mode `auto` picks, its call ceiling and its advice."""
+"""The governor: which mode `auto` picks, and its call ceiling."""
 
 from __future__ import annotations
 
@@ -94,28 +94,6 @@ def test_prefetching_is_tried_and_kept_where_it_pays() -> None:
     experience.prefetch_hit_rate = MovingAverage(0.0, 9)
     assert governor(experience).prefetch == 0
     assert Governor(Mode.HEDGE, experience, prefetch=3, call_ceiling=None).prefetch == 3
-
-
-def test_the_advice_to_stream_is_given_once_with_figures() -> None:
-    experience = measured(step=0.01, call=2.0)
-    assert governor(experience).advice() is None
-    experience.large_step_s, experience.escalation_rate = (
-        MovingAverage(0.05, 9),
-        MovingAverage(0.1, 9),
-    )
-    assert "50 ms" in (governor(experience).advice() or "")
-    assert governor(experience).advice() is None
-    experience.advice_was_given, experience.escalation_rate = False, MovingAverage(0.01, 9)
-    assert governor(experience).advice() is None
-
-
-def test_the_advice_names_the_cost_where_the_large_model_alone_is_cheaper() -> None:
-    experience = measured(step=0.01, call=2.0)
-    assert governor(experience).advice(cost=0.01, whole_cost=0.02) is None
-    assert governor(experience).advice(cost=0.01, whole_cost=0.0) is None
-    advice = governor(experience).advice(cost=0.0361, whole_cost=0.012) or ""
-    assert "for this answer cost 0.036, its whole answer would cost about 0.012" in advice
-    assert governor(experience).advice(cost=1.0, whole_cost=0.5) is None
 
 
 class SharedMachineSmall(WorldSmall):
