@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import cast
 
 from mlxroute.engine.advice import advise
@@ -94,7 +93,7 @@ class Answer:
         self._small = small
         self._options = options
         self._prompt = render_prompt(small, messages, answer_start=answer_start)
-        context = self._context = _decode_context(
+        self._context = _decode_context(
             small,
             large,
             self._prompt,
@@ -104,11 +103,8 @@ class Answer:
             failures=self._failures,
             began_s=began_s,
             clock=clock,
+            batching=batching,
         )
-        if batching is not None:
-            context = self._context = replace(context, batching=batching)
-        self._governor, self._calls = context.governor, context.calls
-        self._decider, self._commits = context.decider, context.commits
         # A batch would draw other random numbers than a single row.
         self._ahead = AheadLoop(self._context, branching=options.sampling.is_greedy)
         self._reused = 0
@@ -131,20 +127,19 @@ class Answer:
         if self._started:
             raise UsageError("an answer can be iterated only once; call generate again")
         self._started = True
+        context = self._context
         try:
             signals = self._prefill()
-            is_waiting = self._options.mode is Mode.WAIT or not self._calls.is_open
-            if is_waiting and self._context.batching is None:
-                yield from wait_loop(self._context, signals)
+            is_waiting = self._options.mode is Mode.WAIT or not context.calls.is_open
+            if is_waiting and context.batching is None:
+                yield from wait_loop(context, signals)
             else:
                 yield from self._ahead.run(signals)
         finally:
-            self._calls.close()
-            self._decider.prefetched.close()
+            context.calls.close()
+            context.decider.prefetched.close()
         calls_cost, whole_cost = self._costs()
-        self._advice = advise(
-            self._context.experience, calls_cost=calls_cost, whole_cost=whole_cost
-        )
+        self._advice = advise(context.experience, calls_cost=calls_cost, whole_cost=whole_cost)
         self._activity = Activity.DONE
 
     @property
@@ -155,11 +150,12 @@ class Answer:
     @property
     def activity(self) -> Activity:
         """What the answer is doing now."""
-        return Activity.WAIT if self._calls.is_stalling else self._activity
+        return Activity.WAIT if self._context.calls.is_stalling else self._activity
 
     def stats(self) -> RunStats:
         """Return the summary so far; final once the iteration has ended."""
-        commits, calls, prices = self._commits, self._calls, self._options.prices
+        context, prices = self._context, self._options.prices
+        commits, calls, governor = context.commits, context.calls, context.governor
         times_s, uploads = commits.times_s, calls.uploads
         itl_s = intervals(times_s)
         # The call for the first token, which may bring others, is part of the time.
@@ -188,15 +184,15 @@ class Answer:
             large_cached_tokens=uploads.cached_tokens,
             large_completion_tokens=uploads.completion_tokens,
             cost_estimate=None if prices is None else prices.cost(uploads),
-            mode=self._governor.mode,
+            mode=governor.mode,
             calls=calls.started,
             retracted=self._ahead.provisional.retracted,
-            prefetch_generated=self._decider.prefetched.generated,
+            prefetch_generated=context.decider.prefetched.generated,
             prefetch_used=commits.prefetch_used,
             held=self._ahead.was_blocked,
             redecoded=self._ahead.redecoded,
             accepted=commits.accepted,
-            plan=self._governor.explain(),
+            plan=governor.explain(),
             advice=self._advice,
             failures=self._failures.all,
         )
@@ -206,10 +202,11 @@ class Answer:
 
         Both are 0 without prices.
         """
-        prices, uploads = self._options.prices, self._calls.uploads
+        prices, uploads = self._options.prices, self._context.calls.uploads
         if prices is None or not uploads.requests:
             return 0.0, 0.0
-        whole = Uploads(tokens=len(self._prompt.ids), completion_tokens=len(self._commits.times_s))
+        written = len(self._context.commits.times_s)
+        whole = Uploads(tokens=len(self._prompt.ids), completion_tokens=written)
         return prices.cost(uploads), prices.cost(whole)
 
     def _prefill(self) -> Signals:
@@ -235,6 +232,7 @@ def _decode_context(  # noqa: PLR0913 - the collaborators of an answer
     failures: AnswerFailures,
     began_s: float,
     clock: Callable[[], float],
+    batching: BatchingProtocol | None,
 ) -> DecodeContext:
     """Build the collaborators of an answer, whose time counts from `began_s`."""
     max_tokens = min(options.max_tokens, small.context_length - len(prompt.ids))
@@ -253,13 +251,12 @@ def _decode_context(  # noqa: PLR0913 - the collaborators of an answer
         experience=experience,
         clock=clock,
     )
-    texts = [message["content"] for message in prompt.messages]
     decider = Decider(
         router,
         calls,
         vocabulary=small.vocabulary,
         accept_within=options.accept_within,
-        never_send=NeverSend(options.never_send, texts),
+        never_send=NeverSend(options.never_send, [item["content"] for item in prompt.messages]),
         experience=experience,
     )
     commits = Commits(
@@ -281,6 +278,7 @@ def _decode_context(  # noqa: PLR0913 - the collaborators of an answer
         governor=governor,
         experience=experience,
         clock=clock,
+        batching=batching,
     )
 
 
