@@ -271,8 +271,8 @@ class RecordedLargeView:
         self,
         replies: Replies,
         *,
-        large_only: bool = False,
-        blocked: Callable[[], AbstractContextManager[None]] = nullcontext,
+        large_only: bool,
+        blocked: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._replies = replies
         self._blocked = blocked

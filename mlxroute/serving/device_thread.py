@@ -116,7 +116,8 @@ class DeviceThread:
     ) -> SmallClient:
         """Return the small model for one answer; its `release` ends it.
 
-        Arguments as for `SmallClient`.
+        Arguments as for `SmallClient`; by default the answer is not exact, and the client itself
+        asks for its steps.
         """
         sequence = DecodedSequence(self.small.with_own_cache(), self._batch)
         return SmallClient(

@@ -102,8 +102,7 @@ class SmallClient:
         is_exact: Whether no KV cache of an earlier answer may be used, and the rounding of batches
             matters. With a temperature, the answer is then in no batch.
         on_progress: Receives how many tokens of the prompt are read, and how many there are.
-        requester: Who is going to ask for the next step after a reply; None, the default, for the
-            client itself.
+        requester: Who is going to ask for the next step after a reply; None for the client itself.
 
     Attributes:
         replies: Receives the reply to each request, or an exception to raise.
@@ -118,9 +117,9 @@ class SmallClient:
         sequence: DecodedSequence,
         prompt: ServedPrompt,
         *,
-        is_exact: bool = False,
-        on_progress: Callable[[int, int], None] = lambda done, total: None,
-        requester: object = None,
+        is_exact: bool,
+        on_progress: Callable[[int, int], None],
+        requester: object,
     ) -> None:
         self.requester = self if requester is None else requester
         self.sequence = sequence
