@@ -5,6 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Final
+
+MIN_QUANTILES: Final = 2
+"""The number of values that `interpolated_quantile` needs."""
 
 
 def percentile(values: Sequence[float], fraction: float) -> float:
@@ -21,7 +25,7 @@ def percentile(values: Sequence[float], fraction: float) -> float:
 def interpolated_quantile(ordered: Sequence[float], rank: float) -> float:
     """Return the value at a rank from 0 to 1, by linear interpolation.
 
-    `ordered` has at least two values in rising order, taken to be at evenly spaced ranks.
+    `ordered` has `MIN_QUANTILES` values or more in rising order, at evenly spaced ranks.
     """
     position = rank * (len(ordered) - 1)
     low = min(math.floor(position), len(ordered) - 2)

@@ -13,13 +13,13 @@ from mlxroute.errors import WeightsError
 from mlxroute.safe_text import printable_line
 from mlxroute.untrusted_text import MalformedText, TextFile, parse_json
 
-_MOST_JSON_BYTES = 64 << 20
+_MAX_JSON_BYTES = 64 << 20
 _INDEX = "model.safetensors.index.json"
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
     """Return the object in a JSON file of a model directory."""
-    text = TextFile(file, "the model's file", _MOST_JSON_BYTES, WeightsError)
+    text = TextFile(file, "the model's file", _MAX_JSON_BYTES, WeightsError)
     try:
         value = parse_json(text.read(), strict=False)
     except MalformedText as exc:

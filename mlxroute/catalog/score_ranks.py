@@ -16,12 +16,13 @@ from mlxroute.catalog import shipped_dir
 from mlxroute.catalog.model_keys import model_key
 from mlxroute.errors import CatalogError
 from mlxroute.replace_file import replace_file
-from mlxroute.statistics import interpolated_quantile
+from mlxroute.statistics import MIN_QUANTILES, interpolated_quantile
 from mlxroute.untrusted_text import TextFile, parse_json
 
+RANK_STEPS: Final = 64
+"""Scores are kept at the ranks 0, 1/64, ... 1."""
 # A budget soon adapts to the scores it sees, so it may start from those of another model.
 _FALLBACK_MODEL: Final = "qwen2.5-coder-0.5b"
-_MIN_QUANTILES: Final = 2
 _MAX_FILE_BYTES: Final = 2**20
 
 
@@ -60,7 +61,7 @@ class ScoreRanks:
 
     def with_quantiles(self, router: str, quantiles: tuple[float, ...]) -> Self:
         """Return a copy with these quantiles for a router; with fewer than two, no change."""
-        if len(quantiles) < _MIN_QUANTILES:
+        if len(quantiles) < MIN_QUANTILES:
             return self
         return replace(self, quantiles={**self.quantiles, router: quantiles})
 
@@ -99,9 +100,9 @@ class ScoreRanks:
                 f"{path} is not a file of score ranks; delete it and run `mlxroute calibrate`"
             ) from exc
         for router, scores in quantiles.items():
-            if len(scores) < _MIN_QUANTILES or list(scores) != sorted(scores):
+            if len(scores) < MIN_QUANTILES or list(scores) != sorted(scores):
                 raise CatalogError(
-                    f"{path}: the scores of {router!r} must be at least {_MIN_QUANTILES}, in rising"
+                    f"{path}: the scores of {router!r} must be at least {MIN_QUANTILES}, in rising"
                     " order; delete the file and run `mlxroute calibrate`"
                 )
         return ranks

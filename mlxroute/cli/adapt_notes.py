@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def warn_of_known(held_out: Sequence[WorkedAnswer], known: frozenset[str], err: Console) -> None:
     """Print a warning if the adapter to start from was trained with held-out questions."""
-    from mlxroute.training.adaptation import MIN_ANSWERS
+    from mlxroute.training.head_fitting import MIN_ANSWERS
 
     count = sum(item.question.fingerprint in known for item in held_out)
     if count:

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-# A larger share of cut-off answers gives a warning.
-_CUT_OFF_SHARE: Final = 0.05
+MAX_CUT_OFF_SHARE: Final = 0.05
+"""A larger share of cut-off answers gives a warning."""
 # So does a smaller share of answers of the large model in the requested form.
 _IN_FORM_SHARE: Final = 0.9
 
@@ -29,7 +29,7 @@ def print_quality(report: dict[str, Any], err: Console) -> None:
     sides, count = report["sides"], report["questions"]
     cut_off = max(side["reached_limit"] for side in sides.values())
     strict = sides["large"]["strict"]
-    if cut_off > _CUT_OFF_SHARE * count:
+    if cut_off > MAX_CUT_OFF_SHARE * count:
         result = (
             "they are judged by what was written"
             if strict

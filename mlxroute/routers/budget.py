@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from mlxroute.errors import UsageError
-from mlxroute.statistics import interpolated_quantile
+from mlxroute.statistics import MIN_QUANTILES, interpolated_quantile
 from mlxroute.types import Judgement
 from mlxroute.types.limits import check_number
 
@@ -34,7 +34,6 @@ DEFAULT_BUDGET: Final = 0.07
 _LEARNING_RATE: Final = 0.02
 # Number of scores that a new one is ranked among.
 _WINDOW: Final = 256
-_MIN_QUANTILES: Final = 2
 # Coprime to the window, so that the expected scores leave the window in mixed order.
 _STRIDE: Final = 101
 # Below 1, because refills that add up to 1 may be rounded down.
@@ -71,9 +70,9 @@ class Budget:
         for a rate outside 0 to 1, and for quantiles that are too few or not in rising order.
         """
         check_number("budget", rate)
-        if len(quantiles) < _MIN_QUANTILES or list(quantiles) != sorted(quantiles):
+        if len(quantiles) < MIN_QUANTILES or list(quantiles) != sorted(quantiles):
             raise UsageError(
-                f"quantiles must be at least {_MIN_QUANTILES} scores in rising order",
+                f"quantiles must be at least {MIN_QUANTILES} scores in rising order",
                 parameter="quantiles",
             )
         expected = [interpolated_quantile(quantiles, (i + 0.5) / _WINDOW) for i in range(_WINDOW)]

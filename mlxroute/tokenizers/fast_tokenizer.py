@@ -18,7 +18,7 @@ from mlxroute.untrusted_text import MalformedText, TextFile, parse_json
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _SETTINGS = {*_ROLES, "chat_template", "model_max_length", "clean_up_tokenization_spaces"}
 _CLASS = "PreTrainedTokenizerFast"
-_MOST_BYTES: Final = 64 << 20
+_MAX_BYTES: Final = 64 << 20
 # Files that add to tokenizer.json and tokenizer_config.json, or replace parts of them.
 _OTHER_FILES = (
     "added_tokens.json",
@@ -177,7 +177,7 @@ def read_plain_tokenizer_config(path: Path) -> dict[str, Any] | None:
     """
     if any((path / name).exists() for name in _OTHER_FILES):
         return None
-    file = TextFile(path / "tokenizer_config.json", "the model's file", _MOST_BYTES, WeightsError)
+    file = TextFile(path / "tokenizer_config.json", "the model's file", _MAX_BYTES, WeightsError)
     try:
         config = parse_json(file.read(), strict=False)
     except (WeightsError, MalformedText):

@@ -32,6 +32,7 @@ from mlxroute.questions.grading import grade
 from mlxroute.replace_file import replace_file
 from mlxroute.small import SmallModel
 from mlxroute.training.batch_size import choose_batch_size
+from mlxroute.training.head_fitting import HELD_OUT_STRIDE, MIN_ANSWERS
 from mlxroute.training.held_out_answers import measure_accuracy, standard_error
 from mlxroute.training.judged_questions import judge_answers
 from mlxroute.training.labels import decode_answer
@@ -60,8 +61,6 @@ from mlxroute.training.tuning_types import (
 from mlxroute.types import Progress, no_progress
 
 BATCH_SIZE: Final = 8
-MIN_ANSWERS: Final = 10
-_HELD_OUT_STRIDE: Final = 5
 _MAX_HELD_OUT: Final = 100
 _JUDGED_PER_EPOCH: Final = 2
 # Training ends when the held-out loss did not fall so many times in a row.
@@ -93,7 +92,7 @@ def split_answers(
         )
     new = [item for item in items if item.question.fingerprint not in known]
     candidates = new if len(new) >= MIN_ANSWERS else items
-    held_out = candidates[::_HELD_OUT_STRIDE][:_MAX_HELD_OUT]
+    held_out = candidates[::HELD_OUT_STRIDE][:_MAX_HELD_OUT]
     names = {item.question.fingerprint for item in held_out}
     others = [item for item in items if item.question.fingerprint not in names]
     trained = [item for item in others if not _is_wrong(small, item)]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
-from mlxroute.catalog.score_ranks import ScoreRanks
+from mlxroute.catalog.score_ranks import RANK_STEPS, ScoreRanks
 from mlxroute.engine import generate
 from mlxroute.errors import UsageError
 from mlxroute.questions.question_files import Question, question_messages
@@ -16,8 +16,6 @@ from mlxroute.small import SmallModel
 from mlxroute.statistics import interpolated_quantile
 from mlxroute.types import Progress, Signals, no_progress
 
-# Scores are kept at the ranks 0, 1/64, ... 1.
-_RANK_STEPS: Final = 64
 _MIN_POSITIONS: Final = 200
 
 
@@ -76,7 +74,7 @@ def _quantiles(scores: Sequence[float]) -> tuple[float, ...]:
     ordered = sorted(score for score in scores if math.isfinite(score))
     if not ordered:
         return ()
-    quantiles = [interpolated_quantile(ordered, step / _RANK_STEPS) for step in range(_RANK_STEPS)]
+    quantiles = [interpolated_quantile(ordered, step / RANK_STEPS) for step in range(RANK_STEPS)]
     rounded = (round(value, 5) for value in (*quantiles, ordered[-1]))
     # Interpolation and rounding must not make a later value smaller than an earlier one.
     return tuple(itertools.accumulate(rounded, max))

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import mlx.core as mx
 
+from mlxroute.catalog.score_ranks import RANK_STEPS
 from mlxroute.errors import UsageError
 from mlxroute.questions.question_files import Question
 from mlxroute.small.mlp_head import MlpHead
@@ -26,11 +27,10 @@ from mlxroute.training.tensor_files import write_tensors
 from mlxroute.types import LabelKind
 
 RATES: Final = (0.03, 0.05, 0.07, 0.10)
-# One answer in five is held out to judge the head.
+# One answer in five is held out to judge what was trained on the others.
 HELD_OUT_STRIDE: Final = 5
 _FOLDS: Final = 4
 MIN_ANSWERS: Final = 10
-_RANK_STEPS: Final = 64
 _COMPONENTS_BY_SHAPE: Final = {f"linear, {count} components": count for count in COMPONENT_COUNTS}
 _PERCEPTRON: Final = "perceptron"
 LabelledPair = tuple[LabelledAnswer, Sequence[float]]
@@ -154,7 +154,7 @@ def rank_quantiles(scores: Sequence[float]) -> tuple[float, ...]:
     """Return the scores nearest to 65 evenly spaced ranks, rounded."""
     ordered = sorted(scores)
     last = len(ordered) - 1
-    indices = (round(step * last / _RANK_STEPS) for step in range(_RANK_STEPS + 1))
+    indices = (round(step * last / RANK_STEPS) for step in range(RANK_STEPS + 1))
     return tuple(round(ordered[index], 5) for index in indices)
 
 

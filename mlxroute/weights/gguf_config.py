@@ -17,8 +17,8 @@ ROPE_FACTORS = "rope_freqs.weight"
 ARCHITECTURES = ("llama", "qwen2")
 
 # Bounds far above any model of these architectures.
-_MOST_LAYERS = 1 << 10
-_MOST_HEADS = 1 << 12
+_MAX_LAYERS = 1 << 10
+_MAX_HEADS = 1 << 12
 _LARGEST_SIZE = 1 << 20
 _LARGEST_HEAD = 1 << 14
 
@@ -30,7 +30,7 @@ def build_config(gguf: GgufFile, tokenizer: TokenizerFiles) -> dict[str, Any]:
     """
     _check_kind(gguf)
     metadata = gguf.metadata
-    heads = metadata.integer("{arch}.attention.head_count", most=_MOST_HEADS)
+    heads = metadata.integer("{arch}.attention.head_count", most=_MAX_HEADS)
     hidden = metadata.integer("{arch}.embedding_length", most=_LARGEST_SIZE)
     theta = metadata.number("{arch}.rope.freq_base", default=10000.0)
     if theta == 0:
@@ -42,10 +42,10 @@ def build_config(gguf: GgufFile, tokenizer: TokenizerFiles) -> dict[str, Any]:
         "model_type": gguf.architecture,
         "hidden_size": hidden,
         "intermediate_size": metadata.integer("{arch}.feed_forward_length", most=_LARGEST_SIZE),
-        "num_hidden_layers": metadata.integer("{arch}.block_count", most=_MOST_LAYERS),
+        "num_hidden_layers": metadata.integer("{arch}.block_count", most=_MAX_LAYERS),
         "num_attention_heads": heads,
         "num_key_value_heads": metadata.integer(
-            "{arch}.attention.head_count_kv", default=heads, most=_MOST_HEADS
+            "{arch}.attention.head_count_kv", default=heads, most=_MAX_HEADS
         ),
         "max_position_embeddings": _context_length(gguf),
         "rms_norm_eps": _short_float(metadata.number("{arch}.attention.layer_norm_rms_epsilon")),

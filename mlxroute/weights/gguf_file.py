@@ -22,11 +22,11 @@ from mlxroute.safe_text import printable_line
 from mlxroute.weights.gguf_metadata import GgufMetadata
 
 # Bounds on what a header may hold, far above those of any model: what is damaged is refused early.
-_MOST_HEADER_BYTES = 512 << 20
-_MOST_ITEMS = 1 << 23
-_MOST_DIMENSIONS = 4
-_MOST_NESTING = 4
-_MOST_ALIGNMENT = 1 << 20
+_MAX_HEADER_BYTES = 512 << 20
+_MAX_ITEMS = 1 << 23
+_MAX_DIMENSIONS = 4
+_MAX_NESTING = 4
+_MAX_ALIGNMENT = 1 << 20
 
 _SCALARS = {
     GGUFValueType.UINT8: "<B",
@@ -122,7 +122,7 @@ class _HeaderReader:
         self._view = view
         self._path = path
         self._position = 4
-        self._items_left = _MOST_ITEMS
+        self._items_left = _MAX_ITEMS
 
     def read(self) -> GgufFile:
         self._check_version(self._scalar(GGUFValueType.UINT32))
@@ -135,7 +135,7 @@ class _HeaderReader:
             metadata[key] = self._value(GGUFValueType(self._scalar(GGUFValueType.UINT32)))
         entries = [self._tensor_entry() for _ in range(tensor_count)]
         checked = GgufMetadata(metadata, self._path)
-        alignment = checked.integer("general.alignment", default=32, most=_MOST_ALIGNMENT)
+        alignment = checked.integer("general.alignment", default=32, most=_MAX_ALIGNMENT)
         data_start = -(-self._position // alignment) * alignment
         tensors: dict[str, GgufTensor] = {}
         for name, shape, kind, offset in entries:
@@ -163,7 +163,7 @@ class _HeaderReader:
     def _tensor_entry(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
         name = self._name()
         dimensions = self._scalar(GGUFValueType.UINT32)
-        if dimensions > _MOST_DIMENSIONS:
+        if dimensions > _MAX_DIMENSIONS:
             raise ValueError(f"tensor {name} has {dimensions} dimensions")
         # GGUF lists the fastest-varying dimension first.
         shape = tuple(self._scalar(GGUFValueType.UINT64) for _ in range(dimensions))[::-1]
@@ -180,7 +180,7 @@ class _HeaderReader:
         item_kind = GGUFValueType(self._scalar(GGUFValueType.UINT32))
         count = self._scalar(GGUFValueType.UINT64)
         self._items_left -= count
-        if self._items_left < 0 or depth > _MOST_NESTING:
+        if self._items_left < 0 or depth > _MAX_NESTING:
             raise ValueError("its lists are too long or too deep")
         if item_kind in _SCALARS:
             layout = np.dtype(_SCALARS[item_kind])
@@ -207,7 +207,7 @@ class _HeaderReader:
     def _take(self, count: int) -> int:
         """Advance by `count` bytes and return the position before; raise ValueError at the end."""
         start = self._position
-        if start + count > min(len(self._view), _MOST_HEADER_BYTES):
+        if start + count > min(len(self._view), _MAX_HEADER_BYTES):
             raise ValueError(f"it needs {start + count} bytes")
         self._position += count
         return start

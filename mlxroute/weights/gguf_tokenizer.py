@@ -27,7 +27,7 @@ _DEFAULT_SPLITS = (
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 _SPACE = "▁"
 # SentencePiece learns tokens of at most 512. A longer one takes time with the square of its length.
-_MOST_CHARACTERS = 1024
+_MAX_CHARACTERS = 1024
 
 
 class _TokenType(IntEnum):
@@ -212,10 +212,10 @@ def _sentencepiece_pipeline(
 def _check_lengths(gguf: GgufFile, tokens: Sequence[str]) -> None:
     """Raise WeightsError for a token that is too long to try every cut of it."""
     longest = max(map(len, tokens))
-    if longest > _MOST_CHARACTERS:
+    if longest > _MAX_CHARACTERS:
         raise WeightsError(
             f"{gguf.path}: the tokenizer has a token of {longest:,} characters, more than"
-            f" {_MOST_CHARACTERS:,}"
+            f" {_MAX_CHARACTERS:,}"
         )
 
 

@@ -31,13 +31,17 @@ from mlxroute.untrusted_text import TextFile, parse_json
 from mlxroute.weights.byte_counter import ByteCounter
 from mlxroute.weights.daemon_tasks import DaemonTasks
 from mlxroute.weights.hub_listing import REFUSALS, fetch_listing, gate_reason, http_status
-from mlxroute.weights.request import CheckSize, WeightsSize, accept_any_size
+from mlxroute.weights.request import (
+    PARALLEL_DOWNLOADS,
+    STALL_TIMEOUT_S,
+    CheckSize,
+    WeightsSize,
+    accept_any_size,
+)
 from mlxroute.weights.store import disk_errors, require_space, sha256_of
 
-STALL_TIMEOUT_S = 60.0
-PARALLEL_DOWNLOADS = 3
 _POLL_S = 0.2
-_MOST_JSON_BYTES = 64 << 20
+_MAX_JSON_BYTES = 64 << 20
 
 _DTYPES = ("dtype", "torch_dtype")
 # Methods whose configurations do not say how many bits a weight has.
@@ -135,7 +139,7 @@ def _widening(config_file: Path) -> float:
     A file that cannot be read is refused when the model is loaded.
     """
     try:
-        text = TextFile(config_file, "the model's file", _MOST_JSON_BYTES, WeightsError)
+        text = TextFile(config_file, "the model's file", _MAX_JSON_BYTES, WeightsError)
         config = parse_json(text.read(), strict=False)
         quantization = config.get("quantization") or config.get("quantization_config")
         if quantization and quantization.get("quant_method") in _METHOD_BITS:

@@ -22,8 +22,8 @@ from mlxroute.errors import SourceUnreachable
 from mlxroute.safe_text import printable_line
 from mlxroute.types import Notify
 from mlxroute.weights.daemon_tasks import DaemonTasks
+from mlxroute.weights.request import ANSWER_TIMEOUT_S
 
-ANSWER_TIMEOUT_S = 5.0
 REFUSALS = (401, 403)
 # ImportError: a SOCKS proxy is set and the package it needs is not installed. The last three: the
 # answer has another form than the client expects.

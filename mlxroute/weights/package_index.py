@@ -24,11 +24,8 @@ from mlxroute.catalog import IndexPart, IndexSource
 from mlxroute.errors import CorruptWeights, SourceUnreachable, WeightsError
 from mlxroute.types import Progress
 from mlxroute.weights.byte_counter import ByteCounter
+from mlxroute.weights.request import ANSWER_TIMEOUT_S, PARALLEL_DOWNLOADS, STALL_TIMEOUT_S
 from mlxroute.weights.store import CHUNK_BYTES, disk_errors, disk_full, require_space, sha256_of
-
-ANSWER_TIMEOUT_S = 5.0
-STALL_TIMEOUT_S = 60.0
-PARALLEL_DOWNLOADS = 3
 
 _RAW_PROGRESS = re.compile(r"Progress (\d+) of (\d+)")
 # Lines that pip prints after the index has answered start with one of these.

@@ -49,6 +49,11 @@ class WeightsSize:
 PACKAGE_INDEX: Final = "package index"
 """The source of a catalogue model whose content the catalogue prescribes."""
 FINGERPRINT_DIGITS: Final = 16
+ANSWER_TIMEOUT_S: Final = 5.0
+"""A source that does not answer for so long is unreachable."""
+STALL_TIMEOUT_S: Final = 60.0
+"""A download without data for so long has failed."""
+PARALLEL_DOWNLOADS: Final = 3
 
 CheckSize = Callable[[WeightsSize], None]
 """Raises NotEnoughSpace for weights that do not fit in memory."""

