@@ -31,6 +31,11 @@ def printable_line(text: str, *, limit: int = 300) -> str:
     return line if is_whole else line[: limit - 1] + "…"
 
 
+def error_text(error: BaseException) -> str:
+    """Return the message of an error as one printable line, or its class if it has none."""
+    return printable_line(str(error)) or type(error).__name__
+
+
 def os_error_text(error: OSError) -> str:
     """Return the system's words for an error, after the file that it is about if there is one."""
     if error.strerror is None:

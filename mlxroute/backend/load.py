@@ -34,7 +34,7 @@ from mlxroute.backend.plain_model import (
     plain_architecture,
 )
 from mlxroute.errors import MlxRouteError, NotEnoughSpace, UsageError, WeightsError
-from mlxroute.safe_text import printable_line
+from mlxroute.safe_text import error_text
 from mlxroute.tokenizers.end_tokens import find_end_ids
 from mlxroute.tokenizers.fast_tokenizer import (
     FastTokenizer,
@@ -81,7 +81,7 @@ def memory_needed(path: Path) -> int:
         bits = quantized_bits(read_config(path))
         return sum(dense_float32_bytes(file, bits) for file in files) + OVERHEAD_BYTES
     except (TypeError, ValueError, ArithmeticError) as exc:
-        raise WeightsError(f"{path} is not a readable model: {_reason(exc)}") from exc
+        raise WeightsError(f"{path} is not a readable model: {error_text(exc)}") from exc
 
 
 def gguf_memory_needed(file_bytes: int) -> int:
@@ -144,7 +144,7 @@ def load(
     except MlxRouteError:
         raise
     except Exception as exc:
-        raise WeightsError(f"{path} cannot be loaded as a model: {_reason(exc)}") from exc
+        raise WeightsError(f"{path} cannot be loaded as a model: {error_text(exc)}") from exc
     if full_tokenizer and isinstance(tokenizer, FastTokenizer):
         tokenizer = tokenizer.read_in_full()
     _add_end_tokens(tokenizer)
@@ -223,7 +223,7 @@ def _add_adapter(model: Any, adapter: Path, path: Path) -> Any:
     except Exception as exc:
         raise UsageError(
             f"the adapter {adapter} is not an MLX adapter (as `mlx_lm.lora` writes) that fits"
-            f" {path.name}: {_reason(exc)}",
+            f" {path.name}: {error_text(exc)}",
             parameter="adapter",
         ) from exc
     if on_cpu():
@@ -285,7 +285,3 @@ def _by_columns(matrix: mx.array) -> mx.array:
         for row in range(0, matrix.shape[0], _TRANSPOSED_ROWS)
     ]
     return mx.concatenate(parts, axis=1).T
-
-
-def _reason(exc: BaseException) -> str:
-    return printable_line(str(exc)) or type(exc).__name__

@@ -27,6 +27,7 @@ from mlxroute.types import (
     Sampling,
     Signals,
     Vocabulary,
+    no_progress,
 )
 
 _T = TypeVar("_T")
@@ -180,7 +181,7 @@ class _PrefixTree:
             with self._lock:
                 self._clients.append(client)
             self._cancel_if_aborted(client)
-            signals, _ = client.prefill(node.ids, sampling=Sampling(), progress=_ignore)
+            signals, _ = client.prefill(node.ids, sampling=Sampling(), progress=no_progress)
         else:
             client.requester = requester
             signals = client.extend(node.ids[-1:])
@@ -271,10 +272,6 @@ class SharedSmallClient(ForwardOnlySmall):
         self._tree.set_awaited(self, False)
         if self._node is not None:
             self._tree.leave(self._node)
-
-
-def _ignore(label: str, done: int, total: int | None) -> None:
-    pass
 
 
 def _collect_results(futures: Sequence[Future[_T]]) -> list[_T]:

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mlxroute.errors import CorruptWeights, WeightsError
-from mlxroute.safe_text import printable_line
+from mlxroute.safe_text import error_text
 from mlxroute.types import Notify, Progress, no_notice
 from mlxroute.untrusted_text import TextFile, parse_json
 from mlxroute.weights.byte_counter import ByteCounter
@@ -203,7 +203,7 @@ class _Download:
                 raise self._refused(refusal) from exc
             # Not SourceUnreachable: the next run resumes here, and no other source is tried.
             raise WeightsError(
-                f"the download of {self._hub_id} was interrupted ({_reason(exc)}): run the same"
+                f"the download of {self._hub_id} was interrupted ({error_text(exc)}): run the same"
                 " command again"
             ) from exc
 
@@ -292,7 +292,3 @@ def _progress_bar_class(
     # tqdm's own lock works across processes, and a Mac starts a process to watch over it.
     Bar.set_lock(threading.RLock())
     return Bar
-
-
-def _reason(exc: Exception) -> str:
-    return printable_line(str(exc)) or type(exc).__name__

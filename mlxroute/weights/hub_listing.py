@@ -19,7 +19,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 
 from mlxroute.errors import SourceUnreachable
-from mlxroute.safe_text import printable_line
+from mlxroute.safe_text import error_text, printable_line
 from mlxroute.types import Notify
 from mlxroute.weights.daemon_tasks import DaemonTasks
 from mlxroute.weights.request import ANSWER_TIMEOUT_S
@@ -108,7 +108,7 @@ def _failure_reason(exc: Exception) -> str:
         file = printable_line(f"{exc.filename}: {exc.strerror}")
         return f"its token cannot be read ({file}); check HF_HOME"
     verb = "not reachable" if status is None else f"it answers {status}"
-    return f"{verb} ({printable_line(str(exc)) or type(exc).__name__})"
+    return f"{verb} ({error_text(exc)})"
 
 
 def gate_reason(hub_id: str) -> str:
