@@ -28,7 +28,7 @@ from mlxroute.errors import ConfigError, MlxRouteError, UsageError
 from mlxroute.large.negotiation.verdict_file import VerdictFile
 from mlxroute.questions.demo_question import read_demo_question
 from mlxroute.questions.question_files import read_questions
-from mlxroute.recorded.row_file import append_records, read_records
+from mlxroute.recorded.record_file import append_records, read_records
 from mlxroute.tokenizers.fast_tokenizer import read_plain_tokenizer_config
 from mlxroute.untrusted_text import MalformedText, TextFile, parse_json, parse_toml
 from mlxroute.weights.store import Store

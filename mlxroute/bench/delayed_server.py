@@ -15,7 +15,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from mlxroute.bench.loopback_proxy import LoopbackProxy
-from mlxroute.recorded.row_file import append_records, read_records
+from mlxroute.recorded.record_file import append_records, read_records
 
 # Standard deviation of the logarithm of a jittered delay.
 _JITTER: Final = 0.4

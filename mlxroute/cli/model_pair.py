@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from mlxroute.config import Settings
     from mlxroute.large import LargeModel
-    from mlxroute.recorded.replies import Replies
+    from mlxroute.recorded.recording_large import RecordingLarge
     from mlxroute.small import SmallModel
 
 
@@ -36,14 +36,14 @@ def load_paired_small(settings: Settings, large: LargeModel, err: Console) -> Sm
     return small
 
 
-def open_replies(
+def open_recording(
     settings: Settings, small: SmallModel, large: LargeModel, *, at_once: int
-) -> Replies:
+) -> RecordingLarge:
     """Return the large model with its recorded replies; at most `at_once` calls are in flight."""
-    from mlxroute.recorded.replies import RECORDING_TIMEOUT_S, Replies, recorded_name
+    from mlxroute.recorded.recording_large import RECORDING_TIMEOUT_S, RecordingLarge, recorded_name
 
     record = record_path(settings, "replies", small.plain_name, recorded_name(large))
-    return Replies(
+    return RecordingLarge(
         large,
         record,
         at_once=at_once,

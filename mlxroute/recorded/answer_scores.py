@@ -10,8 +10,9 @@ from typing import Any, Final
 from mlxroute.engine.protocols import SmallProtocol
 from mlxroute.engine.transcript import Transcript, render_prompt
 from mlxroute.errors import LargeProtocolError
-from mlxroute.recorded.replies import Replies, ids_key
-from mlxroute.recorded.row_file import append_records, read_records
+from mlxroute.recorded.record_file import append_records, read_records
+from mlxroute.recorded.recording_large import RecordingLarge
+from mlxroute.recorded.reply_records import ids_key
 from mlxroute.types import Message, Progress
 
 # A server that scores none of so many answers is asked for no more.
@@ -58,7 +59,7 @@ class AnswerScores:
 
 def score_answers(
     small: SmallProtocol,
-    replies: Replies,
+    large: RecordingLarge,
     scores: AnswerScores,
     answers: Sequence[tuple[Sequence[Message], str]],
     *,
@@ -84,7 +85,7 @@ def score_answers(
         has_scored = has_scored or (bool(ids) and score is not None)
         if score is None and (has_scored or len(reasons) < _FIRST_TRIES):
             try:
-                logprobs = replies.score(prompt.context(), answered)
+                logprobs = large.score(prompt.context(), answered)
                 score = AnswerScore(sum(logprobs), len(logprobs))
                 scores.add(key, score)
                 has_scored = True

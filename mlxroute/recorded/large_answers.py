@@ -11,7 +11,7 @@ from mlxroute.engine import generate
 from mlxroute.engine.protocols import SmallProtocol
 from mlxroute.recorded.forward_only import ForwardOnlySmall
 from mlxroute.recorded.parallel_answers import map_answers
-from mlxroute.recorded.replies import AnswerNotContinued, Replies
+from mlxroute.recorded.recording_large import AnswerNotContinued, RecordingLarge
 from mlxroute.routers import always_escalate
 from mlxroute.types import (
     EncodedPrompt,
@@ -61,7 +61,7 @@ class LargeAnswer:
 
 def write_large_answers(
     small: SmallProtocol,
-    replies: Replies,
+    large: RecordingLarge,
     conversations: Sequence[Sequence[Message]],
     *,
     max_tokens: int,
@@ -77,29 +77,29 @@ def write_large_answers(
     """
 
     def write(conversation: Sequence[Message]) -> LargeAnswer:
-        if not replies.is_approximate:
+        if not large.is_approximate:
             try:
-                return _write_answer(PlaceholderSmall(small), replies, conversation, max_tokens)
+                return _write_answer(PlaceholderSmall(small), large, conversation, max_tokens)
             except AnswerNotContinued:
                 pass
-        return _encode_whole_answer(small, replies, conversation, max_tokens)
+        return _encode_whole_answer(small, large, conversation, max_tokens)
 
-    return map_answers(write, conversations, replies=replies, at_once=at_once, on_answer=on_answer)
+    return map_answers(write, conversations, large=large, at_once=at_once, on_answer=on_answer)
 
 
 def _write_answer(
     small: SmallProtocol,
-    replies: Replies,
+    large: RecordingLarge,
     conversation: Sequence[Message],
     max_tokens: int,
 ) -> LargeAnswer:
     answer = generate(
         small,
-        replies.new_view(large_only=True),
+        large.new_view(large_only=True),
         conversation,
         router=always_escalate(),
         max_tokens=max_tokens,
-        timeout_s=replies.timeout_s,
+        timeout_s=large.timeout_s,
         strict=True,
         mode=Mode.WAIT,
         prefetch=MAX_PREFETCH,
@@ -110,11 +110,11 @@ def _write_answer(
     choices: list[Choices] = []
     for token in answer:
         if token.escalation is not None:
-            large = token.escalation.large
-            assert large is not None
+            reply = token.escalation.large
+            assert reply is not None
             token_starts.append(len(token_ids))
-            logprobs.append(math.nan if large.logprob is None else large.logprob)
-            choices.append(_first_choices(large, small.vocabulary))
+            logprobs.append(math.nan if reply.logprob is None else reply.logprob)
+            choices.append(_first_choices(reply, small.vocabulary))
         token_ids.append(use_own_end(token.token_id, small.vocabulary))
     return LargeAnswer(tuple(token_ids), tuple(token_starts), tuple(logprobs), tuple(choices))
 
@@ -145,10 +145,10 @@ def _first_choices(large: LargeToken, vocabulary: Vocabulary) -> Choices:
 
 
 def _encode_whole_answer(
-    small: SmallProtocol, replies: Replies, conversation: Sequence[Message], max_tokens: int
+    small: SmallProtocol, large: RecordingLarge, conversation: Sequence[Message], max_tokens: int
 ) -> LargeAnswer:
     """Return the large model's own answer in the tokens that the small model would write it in."""
-    whole = replies.write_whole_answer(conversation, max_tokens=max_tokens)
+    whole = large.write_whole_answer(conversation, max_tokens=max_tokens)
     ids = small.vocabulary.encode(whole.text)[:max_tokens]
     # A server may withhold an answer; it then has no text, and only ends.
     if not ids or (whole.ends and len(ids) < max_tokens):

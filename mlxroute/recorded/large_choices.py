@@ -11,7 +11,7 @@ from mlxroute.engine.transcript import Transcript, render_prompt
 from mlxroute.errors import LargeProtocolError
 from mlxroute.recorded.large_answers import use_own_end
 from mlxroute.recorded.parallel_answers import map_answers
-from mlxroute.recorded.replies import RecordedLargeView, Replies
+from mlxroute.recorded.recording_large import RecordedLargeView, RecordingLarge
 from mlxroute.types import LargeContext, LargeToken, Message
 
 # Tokens after a disagreement are of no use, so a call asks for fewer than it may.
@@ -40,7 +40,7 @@ class WrittenAnswer:
 
 def find_large_choices(
     small: SmallProtocol,
-    replies: Replies,
+    large: RecordingLarge,
     answers: Sequence[WrittenAnswer],
     *,
     at_once: int,
@@ -57,20 +57,20 @@ def find_large_choices(
     """
 
     def choose(answer: WrittenAnswer) -> list[int]:
-        return _find_choices(small, replies, answer)
+        return _find_choices(small, large, answer)
 
-    return map_answers(choose, answers, replies=replies, at_once=at_once, on_answer=on_answer)
+    return map_answers(choose, answers, large=large, at_once=at_once, on_answer=on_answer)
 
 
-def _find_choices(small: SmallProtocol, replies: Replies, answer: WrittenAnswer) -> list[int]:
-    large = replies.new_view()
+def _find_choices(small: SmallProtocol, large: RecordingLarge, answer: WrittenAnswer) -> list[int]:
+    view = large.new_view()
     transcript = Transcript(render_prompt(small, answer.conversation))
     choices: list[int] = []
     while len(choices) < answer.positions:
         begin = len(choices)
         prefetch = min(_PREFETCH, answer.positions - begin - 1)
         try:
-            tokens = _call(large, transcript.context(), prefetch, replies.timeout_s)
+            tokens = _call(view, transcript.context(), prefetch, large.timeout_s)
         except LargeProtocolError:
             # Some texts of the small model are spelled otherwise by the server.
             return choices
@@ -96,11 +96,11 @@ def _choices_until_disagreement(
 
 
 def _call(
-    large: RecordedLargeView, context: LargeContext, prefetch: int, timeout_s: float
+    view: RecordedLargeView, context: LargeContext, prefetch: int, timeout_s: float
 ) -> tuple[LargeToken, ...]:
-    call = large.begin(context, deadline_s=timeout_s, prefetch=prefetch)
+    call = view.begin(context, deadline_s=timeout_s, prefetch=prefetch)
     try:
-        large.wait(lambda: call.ready, timeout_s=timeout_s)
+        view.wait(lambda: call.ready, timeout_s=timeout_s)
         return call.result()
     except BaseException:
         call.cancel()

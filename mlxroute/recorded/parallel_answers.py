@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
-from mlxroute.recorded.replies import Replies
+from mlxroute.recorded.recording_large import RecordingLarge
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -16,14 +16,14 @@ def map_answers(
     function: Callable[[_Item], _Result],
     items: Sequence[_Item],
     *,
-    replies: Replies,
+    large: RecordingLarge,
     at_once: int,
     on_answer: Callable[[], None],
 ) -> list[_Result]:
     """Return the results of `function` for the items, in their order.
 
     At most `at_once` items are processed at a time; `on_answer` is called after each of them, in
-    its thread. The first exception closes `replies`, which ends the other calls, and is raised.
+    its thread. The first exception closes `large`, which ends the other calls, and is raised.
     """
 
     def process(item: _Item) -> _Result:
@@ -37,7 +37,7 @@ def map_answers(
             for future in as_completed(futures):
                 future.result()
         except BaseException:
-            replies.close()
+            large.close()
             pool.shutdown(cancel_futures=True)
             raise
     return [future.result() for future in futures]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,11 @@ def token_to_json(token: LargeToken) -> dict[str, Any]:
         # Any byte is one character of Latin-1.
         item["top_bytes"] = [(data.decode("latin-1"), logprob) for data, logprob in token.top_bytes]
     return item
+
+
+def ids_key(token_ids: Sequence[int]) -> str:
+    """Return the key of a sequence of token ids in files of records."""
+    return hashlib.sha256(array("q", token_ids).tobytes()).hexdigest()[:32]
 
 
 def whole_key(conversation: Sequence[Message], max_tokens: int) -> str:

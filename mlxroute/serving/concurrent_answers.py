@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Final, TypeVar
 
 from mlxroute.recorded.forward_only import ForwardOnlySmall
-from mlxroute.recorded.replies import RecordingStopped
+from mlxroute.recorded.recording_large import RecordingStopped
 from mlxroute.serving.device_thread import DeviceThread
 from mlxroute.serving.prompts import ServedPrompt, encode_prompt
 from mlxroute.serving.small_client import AnswerCancelled, SmallClient

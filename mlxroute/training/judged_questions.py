@@ -9,7 +9,7 @@ from mlxroute.errors import UsageError
 from mlxroute.questions.grading import extract_answer, grade
 from mlxroute.questions.question_files import Question, question_messages
 from mlxroute.recorded.large_answers import write_large_answers
-from mlxroute.recorded.replies import Replies
+from mlxroute.recorded.recording_large import RecordingLarge
 from mlxroute.small import SmallModel
 from mlxroute.training.labels import decode_answer
 from mlxroute.training.tuning_types import WorkedAnswer
@@ -50,7 +50,7 @@ class JudgedQuestion:
 
 def judge_questions(
     small: SmallModel,
-    replies: Replies,
+    large: RecordingLarge,
     questions: Sequence[Question],
     *,
     examples: Sequence[Question],
@@ -69,7 +69,7 @@ def judge_questions(
     open_numbers = [number for number, item in judged.items() if item.question.answer is None]
     answers = write_large_answers(
         small,
-        replies,
+        large,
         [judged[number].conversation for number in open_numbers],
         max_tokens=max_tokens,
         at_once=at_once,

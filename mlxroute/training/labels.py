@@ -24,7 +24,7 @@ from mlxroute.errors import UsageError
 from mlxroute.questions.grading import extract_answer, grade
 from mlxroute.questions.question_files import Question, question_messages
 from mlxroute.recorded.large_answers import LargeAnswer, write_large_answers
-from mlxroute.recorded.replies import Replies
+from mlxroute.recorded.recording_large import RecordingLarge
 from mlxroute.sequences import chunks
 from mlxroute.small import SmallModel
 from mlxroute.small.decoder import ScoredText
@@ -99,7 +99,7 @@ class LabelledAnswer:
 
 def collect_labels(  # noqa: PLR0913 - all of these are settings of one run
     small: SmallModel,
-    replies: Replies,
+    large: RecordingLarge,
     questions: Sequence[Question],
     *,
     examples: Sequence[Question],
@@ -120,7 +120,7 @@ def collect_labels(  # noqa: PLR0913 - all of these are settings of one run
     progress("questions", next(done), len(questions))
     conversations = [question_messages(question, examples) for question in questions]
     files = [
-        folder / f"{_file_key(small, replies, conversation, max_tokens)}.safetensors"
+        folder / f"{_file_key(small, large, conversation, max_tokens)}.safetensors"
         for conversation in conversations
     ]
     missing = [
@@ -133,7 +133,7 @@ def collect_labels(  # noqa: PLR0913 - all of these are settings of one run
     for group in chunks(missing, _ANSWERS_PER_SLOT * at_once):
         _label_files(
             small,
-            replies,
+            large,
             group,
             max_tokens,
             at_once=at_once,
@@ -145,7 +145,7 @@ def collect_labels(  # noqa: PLR0913 - all of these are settings of one run
 
 def _label_files(
     small: SmallModel,
-    replies: Replies,
+    large: RecordingLarge,
     group: Sequence[tuple[Sequence[Message], Path]],
     max_tokens: int,
     *,
@@ -157,7 +157,7 @@ def _label_files(
     conversations = [conversation for conversation, _ in group]
     answers = write_large_answers(
         small,
-        replies,
+        large,
         conversations,
         max_tokens=max_tokens,
         at_once=at_once,
@@ -171,11 +171,11 @@ def _label_files(
 
 
 def _file_key(
-    small: SmallModel, replies: Replies, conversation: Sequence[Message], max_tokens: int
+    small: SmallModel, large: RecordingLarge, conversation: Sequence[Message], max_tokens: int
 ) -> str:
     """Return the file name for labels: a hash of all that they depend on."""
-    parts = [small.record_name, replies.recorded_name, conversation, max_tokens]
-    if replies.is_approximate:
+    parts = [small.record_name, large.recorded_name, conversation, max_tokens]
+    if large.is_approximate:
         # Earlier labels of whole answers have another end token.
         parts.append(small.vocabulary.end_id)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from mlxroute.recorded.large_choices import WrittenAnswer, find_large_choices
-from mlxroute.recorded.replies import Replies
+from mlxroute.recorded.recording_large import RecordingLarge
 from mlxroute.small import SmallModel
 from mlxroute.training.held_out_answers import write_answers
 from mlxroute.training.tuning_examples import TuningExample, one_token
@@ -38,11 +38,11 @@ class Corrector:
     """The large model as a corrector of answers.
 
     Args:
-        replies: The large model and its recorded tokens.
+        large: The large model and its recorded tokens.
         at_once: Maximum number of calls in flight.
     """
 
-    replies: Replies
+    large: RecordingLarge
     at_once: int
 
     def correct_own_answers(
@@ -68,7 +68,7 @@ class Corrector:
         progress(_LABEL, next(done), len(answers))
         choices = find_large_choices(
             small,
-            self.replies,
+            self.large,
             answers,
             at_once=self.at_once,
             on_answer=lambda: progress(_LABEL, next(done), len(answers)),

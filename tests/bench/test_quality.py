@@ -43,7 +43,7 @@ from mlxroute.questions.question_files import (
     question_messages,
 )
 from mlxroute.recorded.answer_scores import AnswerScores
-from mlxroute.recorded.replies import RecordingStopped, Replies
+from mlxroute.recorded.recording_large import RecordingLarge, RecordingStopped
 from mlxroute.routers import BURST, make_router
 from mlxroute.serving.concurrent_answers import ConcurrentAnswers, SharedSmallClient
 from mlxroute.small import SmallModel
@@ -99,7 +99,7 @@ def run(
     step_s: float = 0.01,
 ) -> tuple[dict[str, Any], ScriptedLarge]:
     large = large or ScriptedLarge(replies)
-    with Replies(large, path.with_suffix(".replies")) as recorded:
+    with RecordingLarge(large, path.with_suffix(".replies")) as recorded:
         report = bench_quality(
             small,
             recorded,
@@ -648,12 +648,12 @@ def test_answers_that_wait_for_the_large_model_hold_no_other(
 ) -> None:
     large, order = _HeldLarge(), []
     # One answer waits for its call, another one for the place of that call.
-    replies = Replies(large, tmp_path / "r", at_once=1)
+    recording = RecordingLarge(large, tmp_path / "r", at_once=1)
 
     def ask(messages: list[Message], client: SharedSmallClient) -> None:
         answer = generate(
             client,
-            replies.new_view(blocked=client.blocked),
+            recording.new_view(blocked=client.blocked),
             messages,
             router=make_router("entropy", threshold=-math.inf),
             max_tokens=2,
@@ -671,7 +671,7 @@ def test_answers_that_wait_for_the_large_model_hold_no_other(
         large.released.set()
 
     conversations = [question_messages(Question("x", f"{text} " * 20)) for text in ("a", "b", "c")]
-    ConcurrentAnswers(small, on_abort=replies.close).run(
+    ConcurrentAnswers(small, on_abort=recording.close).run(
         [(messages, partial(ask, messages)) for messages in conversations[:2]]
         + [(conversations[2], decode)]
     )

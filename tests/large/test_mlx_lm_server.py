@@ -38,7 +38,7 @@ from mlxroute.ledger import Ledger
 from mlxroute.questions.demo_question import DemoQuestion
 from mlxroute.questions.question_files import Question, question_messages
 from mlxroute.recorded.large_answers import write_large_answers
-from mlxroute.recorded.replies import Replies
+from mlxroute.recorded.recording_large import RecordingLarge
 from mlxroute.small import SmallModel
 from mlxroute.types import (
     LargeContext,
@@ -228,11 +228,11 @@ def test_answers_are_written_at_once_as_they_are_one_by_one(
         answers = []
         for at_once in (1, 4):
             record = tmp_path / f"{at_once}.jsonl"
-            with Replies(large, record, at_once=at_once) as replies:
+            with RecordingLarge(large, record, at_once=at_once) as recording:
                 answers.append(
                     write_large_answers(
                         small,
-                        replies,
+                        recording,
                         conversations,
                         max_tokens=16,
                         at_once=at_once,

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from mlxroute.cli.model_pair import open_replies
+from mlxroute.cli.model_pair import open_recording
 from mlxroute.config import Settings
 from mlxroute.errors import LargeError, LargeNotContinued, LargeProtocolError, UsageError
 from mlxroute.recorded.large_answers import LargeAnswer, write_large_answers
 from mlxroute.recorded.large_choices import WrittenAnswer, find_large_choices
 from mlxroute.recorded.parallel_answers import map_answers
-from mlxroute.recorded.replies import AnswerNotContinued, Replies
+from mlxroute.recorded.recording_large import AnswerNotContinued, RecordingLarge
+from mlxroute.recorded.reply_file import ReplyFile
 from mlxroute.types import LargeContext, LargeToken, Message, Uploads, Vocabulary
 from tests.support.fakes import (
     EOS,
@@ -119,9 +120,9 @@ def context(*ids: int) -> LargeContext:
     )
 
 
-def ask(replies: Replies, *ids: int, prefetch: int = 0) -> tuple[LargeToken, ...]:
+def ask(recording: RecordingLarge, *ids: int, prefetch: int = 0) -> tuple[LargeToken, ...]:
     """Return what a new view answers to a context."""
-    view = replies.new_view()
+    view = recording.new_view()
     call = view.begin(context(*ids), deadline_s=9, prefetch=prefetch)
     view.wait(lambda: call.ready, timeout_s=9)
     return call.result()
@@ -129,8 +130,8 @@ def ask(replies: Replies, *ids: int, prefetch: int = 0) -> tuple[LargeToken, ...
 
 def test_no_more_calls_are_in_flight_than_allowed(tmp_path: Path) -> None:
     large = BlockingLarge([(70,)])
-    replies = Replies(large, tmp_path / "r", at_once=2)
-    threads = [threading.Thread(target=ask, args=(replies, i)) for i in range(6)]
+    recording = RecordingLarge(large, tmp_path / "r", at_once=2)
+    threads = [threading.Thread(target=ask, args=(recording, i)) for i in range(6)]
     for thread in threads:
         thread.start()
     for _ in range(3):
@@ -142,28 +143,28 @@ def test_no_more_calls_are_in_flight_than_allowed(tmp_path: Path) -> None:
 
 def test_a_text_that_a_pattern_matches_is_not_sent(tmp_path: Path) -> None:
     large = ScriptedLarge([(70,)])
-    replies = Replies(large, tmp_path / "r", never_send=[re.compile("zebra")])
+    recording = RecordingLarge(large, tmp_path / "r", never_send=[re.compile("zebra")])
     in_answer = replace(context(1), text="It is a zebra")
     in_prompt = replace(context(1), messages=({"role": "user", "content": "A zebra?"},))
     for matching in (in_answer, in_prompt):
         with pytest.raises(UsageError, match="matches never-send pattern 1"):
-            replies.new_view().begin(matching, deadline_s=9, prefetch=0)
+            recording.new_view().begin(matching, deadline_s=9, prefetch=0)
     assert large.contexts == []
-    assert ask(replies, 1)[0].token_ids == (70,)
+    assert ask(recording, 1)[0].token_ids == (70,)
 
 
 def test_only_the_owner_can_read_recorded_replies(tmp_path: Path) -> None:
-    ask(Replies(ScriptedLarge([(70,)]), tmp_path / "r"), 1)
+    ask(RecordingLarge(ScriptedLarge([(70,)]), tmp_path / "r"), 1)
     assert stat.S_IMODE((tmp_path / "r").stat().st_mode) == 0o600
 
 
 def test_recorded_tokens_are_returned_as_far_as_they_follow_each_other(tmp_path: Path) -> None:
     large = ScriptedLarge([(70,), (71, 72), (73,)])
-    replies = Replies(large, tmp_path / "r")
-    assert ask(replies, 1)[0].token_ids == (70,)
-    assert ask(replies, 1, 70)[0].token_ids == (71, 72)
+    recording = RecordingLarge(large, tmp_path / "r")
+    assert ask(recording, 1)[0].token_ids == (70,)
+    assert ask(recording, 1, 70)[0].token_ids == (71, 72)
     failing = ScriptedLarge([LargeError("called again")])
-    reopened = Replies(failing, tmp_path / "r")
+    reopened = RecordingLarge(failing, tmp_path / "r")
     assert [token.token_ids for token in ask(reopened, 1, prefetch=5)] == [(70,), (71, 72)]
     assert len(ask(reopened, 1, prefetch=0)) == 1
     assert failing.contexts == []
@@ -180,7 +181,7 @@ def test_recorded_tokens_are_returned_as_far_as_they_follow_each_other(tmp_path:
 
 def test_a_call_counts_once_however_often_its_result_is_read(tmp_path: Path) -> None:
     large = BlockingLarge([(70,)])
-    view = Replies(large, tmp_path / "r").new_view()
+    view = RecordingLarge(large, tmp_path / "r").new_view()
     call = view.begin(context(1), deadline_s=9, prefetch=0)
     large.finish_calls(1)
     assert call.result() == call.result()
@@ -192,16 +193,16 @@ def test_a_call_takes_until_its_last_token(tmp_path: Path) -> None:
     # Without a stream the later tokens have no times of their own.
     whole = [_TOKEN, *[replace(_TOKEN, latency_s=0.0)] * 2]
     for name, tokens, seconds in (("streamed", streamed, 2.0), ("whole", whole, 0.25)):
-        replies = Replies(ScriptedLarge([LargeError("called again")]), tmp_path / name)
-        replies.record((1,), tokens)
-        view = replies.new_view()
+        recording = RecordingLarge(ScriptedLarge([LargeError("called again")]), tmp_path / name)
+        recording.replies.add_tokens((1,), tokens)
+        view = recording.new_view()
         assert len(view.begin(context(1), deadline_s=9, prefetch=9).result()) == 3
         assert view.calls_s == seconds
 
 
 def test_the_file_has_one_line_of_named_values_per_token(tmp_path: Path) -> None:
     file = tmp_path / "r"
-    Replies(ScriptedLarge([]), file).record((1, 70), [_TOKEN])
+    ReplyFile(file).add_tokens((1, 70), [_TOKEN])
     assert file.read_text() == _LINE
     assert list(json.loads(_LINE)) == [
         "key",
@@ -223,31 +224,31 @@ def test_the_file_has_one_line_of_named_values_per_token(tmp_path: Path) -> None
 def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     file = tmp_path / "r"
     file.write_text(_LINE)
-    replies = Replies(ScriptedLarge([LargeError("called again")]), file)
+    replies = ReplyFile(file)
     assert replies.find_tokens((1, 70), 3) == (_TOKEN,)
     assert replies.find_tokens((1, 71), 3) == ()
 
 
 def test_waiting_answers_fail_once_the_run_has_ended(tmp_path: Path) -> None:
     large = BlockingLarge([(70,)])
-    replies = Replies(large, tmp_path / "r")
+    recording = RecordingLarge(large, tmp_path / "r")
     failures: list[LargeError] = []
 
     def ask_and_fail(number: int) -> None:
         try:
-            ask(replies, number)
+            ask(recording, number)
         except LargeError as exc:
             failures.append(exc)
 
     threads = [threading.Thread(target=ask_and_fail, args=(i,)) for i in range(2)]
     for thread in threads:
         thread.start()
-    replies.close()
+    recording.close()
     for thread in threads:
         thread.join()
     assert len(failures) == 2
     with pytest.raises(LargeError, match="ended"):
-        ask(replies, 9)
+        ask(recording, 9)
 
 
 def test_generated_tokens_beyond_the_answer_are_counted() -> None:
@@ -264,7 +265,7 @@ def write_answer(
     """Return the large model's answer of at most 9 tokens to one question."""
     (answer,) = write_large_answers(
         ScriptedSmall(b"", vocabulary=vocabulary),
-        Replies(large, record),
+        RecordingLarge(large, record),
         [[{"role": "user", "content": "hi"}]],
         max_tokens=9,
         at_once=1,
@@ -280,7 +281,7 @@ def test_answers_of_a_server_that_only_chats_are_asked_for_as_wholes(tmp_path: P
     for max_tokens, ids in [(9, (*b"hello", EOS)), (5, tuple(b"hello")), (2, tuple(b"he"))]:
         (answer,) = write_large_answers(
             ScriptedSmall(b""),
-            Replies(large, tmp_path / "r"),
+            RecordingLarge(large, tmp_path / "r"),
             [conversation],
             max_tokens=max_tokens,
             at_once=1,
@@ -290,7 +291,7 @@ def test_answers_of_a_server_that_only_chats_are_asked_for_as_wholes(tmp_path: P
         assert answer.token_starts == tuple(range(len(ids)))
         assert all(map(math.isnan, answer.logprobs))
     assert large.whole_answer.conversations == [conversation] * 3
-    again = Replies(large, tmp_path / "r").write_whole_answer(conversation, max_tokens=9)
+    again = RecordingLarge(large, tmp_path / "r").write_whole_answer(conversation, max_tokens=9)
     assert (again.text, again.ends, again.prompt_tokens) == ("hello", True, 10)
     assert large.whole_answer.conversations == [conversation] * 3
 
@@ -305,29 +306,29 @@ def test_an_answer_that_a_server_withholds_only_ends(tmp_path: Path) -> None:
 def test_the_end_of_a_run_cancels_whole_answers(tmp_path: Path) -> None:
     class Waiting(ScriptedWholeAnswer):
         def answer(self, messages: Sequence[Message], *, max_tokens: int) -> ScriptedWholeAnswer:
-            replies.close()
+            recording.close()
             assert self.is_cancelled
             raise LargeError("cancelled")
 
     large = ScriptedLarge([b"a"])
     large.whole_answer = waiting = Waiting("never")
-    replies = Replies(large, tmp_path / "r")
+    recording = RecordingLarge(large, tmp_path / "r")
     conversation: list[Message] = [{"role": "user", "content": "hi"}]
     with pytest.raises(LargeError, match="cancelled"):
-        replies.write_whole_answer(conversation, max_tokens=9)
+        recording.write_whole_answer(conversation, max_tokens=9)
     large.whole_answer = ScriptedWholeAnswer("late")
     with pytest.raises(LargeError, match="ended"):
-        replies.write_whole_answer(conversation, max_tokens=9)
+        recording.write_whole_answer(conversation, max_tokens=9)
     assert (waiting.conversations, large.whole_answer.conversations) == ([], [])
 
 
 def test_records_are_found_by_the_full_name_of_the_model(tmp_path: Path) -> None:
     large = ScriptedLarge([b"a"])
     large.full_model_name = "/runs/1/step-500"
-    replies = Replies(large, tmp_path / "r")
-    assert replies.recorded_name == "/runs/1/step-500"
+    recording = RecordingLarge(large, tmp_path / "r")
+    assert recording.recorded_name == "/runs/1/step-500"
     large.is_approximate = True
-    assert replies.recorded_name == "/runs/1/step-500-by-example"
+    assert recording.recorded_name == "/runs/1/step-500-by-example"
 
 
 def test_an_answer_that_the_server_does_not_go_on_with_is_asked_for_as_a_whole(
@@ -383,7 +384,7 @@ def test_answers_and_choices_end_with_the_small_models_own_end_token(tmp_path: P
     assert answer.token_ids == (*b"hello", EOS)
     (choices,) = find_large_choices(
         ScriptedSmall(b"", vocabulary=vocabulary),
-        Replies(ScriptedLarge([end]), tmp_path / "c"),
+        RecordingLarge(ScriptedLarge([end]), tmp_path / "c"),
         [WrittenAnswer([{"role": "user", "content": "hi"}], (), is_whole=True)],
         at_once=1,
         on_answer=lambda: None,
@@ -398,7 +399,7 @@ def test_a_large_token_is_no_choice_beyond_the_end_of_an_answer(
     answer = WrittenAnswer([{"role": "user", "content": "hi"}], tuple(b"abc"), is_whole)
     (choices,) = find_large_choices(
         ScriptedSmall(b""),
-        Replies(ScriptedLarge([b"abcd"]), tmp_path / "r"),
+        RecordingLarge(ScriptedLarge([b"abcd"]), tmp_path / "r"),
         [answer],
         at_once=1,
         on_answer=lambda: None,
@@ -410,10 +411,10 @@ def test_no_call_of_a_recording_takes_longer_than_its_time_limit(tmp_path: Path)
     conversation: list[Message] = [{"role": "user", "content": "hi"}]
     for timeout_s in (1234.0, 900.0):
         large = ScriptedLarge([(104,), (EOS,)])
-        replies = Replies(large, tmp_path / f"{timeout_s}", timeout_s=timeout_s)
+        recording = RecordingLarge(large, tmp_path / f"{timeout_s}", timeout_s=timeout_s)
         (written,) = write_large_answers(
             ScriptedSmall(b""),
-            replies,
+            recording,
             [conversation],
             max_tokens=9,
             at_once=1,
@@ -421,12 +422,12 @@ def test_no_call_of_a_recording_takes_longer_than_its_time_limit(tmp_path: Path)
         )
         assert written.token_ids == (104, EOS)
         assert large.deadlines == [pytest.approx(timeout_s, abs=60)] * 2
-        other = Replies(large, tmp_path / f"{timeout_s} other", timeout_s=timeout_s)
+        other = RecordingLarge(large, tmp_path / f"{timeout_s} other", timeout_s=timeout_s)
         answer = WrittenAnswer(conversation, (105,), is_whole=False)
         find_large_choices(ScriptedSmall(b""), other, [answer], at_once=1, on_answer=lambda: None)
         assert large.deadlines[2:] == [timeout_s]
-        replies.write_whole_answer(conversation, max_tokens=9)
-        replies.score(context(1), context(1))
+        recording.write_whole_answer(conversation, max_tokens=9)
+        recording.score(context(1), context(1))
         assert large.whole_limits == [timeout_s] * 2
 
 
@@ -437,8 +438,8 @@ def test_recording_commands_give_a_call_the_longer_of_their_limit_and_the_settin
     settings = Settings(timeout=timeout_s, cache_dir=str(tmp_path))
     small = cast("SmallModel", SimpleNamespace(plain_name="s"))
     large = cast("LargeModel", ScriptedLarge([b"a"]))
-    with open_replies(settings, small, large, at_once=1) as replies:
-        assert replies.timeout_s == limit_s
+    with open_recording(settings, small, large, at_once=1) as recording:
+        assert recording.timeout_s == limit_s
     assert cast("ScriptedLarge", large).longest_call_s == limit_s
 
 
@@ -446,9 +447,9 @@ def test_a_position_without_an_answer_is_a_failure_where_the_large_model_writes_
     tmp_path: Path,
 ) -> None:
     large = ScriptedLarge([LargeNotContinued("inside a character")])
-    replies = Replies(large, tmp_path / "r")
+    recording = RecordingLarge(large, tmp_path / "r")
     for large_only, error in [(False, LargeNotContinued), (True, AnswerNotContinued)]:
-        view = replies.new_view(large_only=large_only)
+        view = recording.new_view(large_only=large_only)
         call = view.begin(context(1), deadline_s=1, prefetch=0)
         with pytest.raises(LargeProtocolError, match="inside a character") as caught:
             call.result()
@@ -457,7 +458,7 @@ def test_a_position_without_an_answer_is_a_failure_where_the_large_model_writes_
 
 def test_the_first_failure_of_any_answer_ends_the_others() -> None:
     closed = threading.Event()
-    replies = cast(Replies, SimpleNamespace(close=closed.set))
+    recording = cast(RecordingLarge, SimpleNamespace(close=closed.set))
 
     def answer(number: int) -> int:
         if number == 1:
@@ -467,4 +468,4 @@ def test_the_first_failure_of_any_answer_ends_the_others() -> None:
         raise LargeError("closed")
 
     with pytest.raises(UsageError, match="the second answer"):
-        map_answers(answer, range(3), replies=replies, at_once=3, on_answer=lambda: None)
+        map_answers(answer, range(3), large=recording, at_once=3, on_answer=lambda: None)

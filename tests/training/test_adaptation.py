@@ -18,7 +18,7 @@ from mlxroute.backend.load import load
 from mlxroute.errors import LargeProtocolError, LargeRefused, NotEnoughSpace, UsageError
 from mlxroute.questions.question_files import AnswerKind, Question, question_messages
 from mlxroute.recorded.large_answers import LargeAnswer
-from mlxroute.recorded.replies import Replies
+from mlxroute.recorded.recording_large import RecordingLarge
 from mlxroute.small import SmallModel
 from mlxroute.training import adaptation
 from mlxroute.training.adaptation import adapt_to_answers, make_examples, split_answers
@@ -443,8 +443,8 @@ def test_an_interrupted_round_goes_on_with_the_next(
     path: Path, small: SmallModel, tmp_path: Path
 ) -> None:
     large = ScriptedLarge([(small.vocabulary.encode("y")[0],)])
-    with Replies(large, tmp_path / "replies.jsonl") as replies:
-        corrector = Corrector(replies, at_once=1)
+    with RecordingLarge(large, tmp_path / "replies.jsonl") as recording:
+        corrector = Corrector(recording, at_once=1)
         folder = tmp_path / "a"
         first = adapt(small, folder, epochs=1, rounds=1, corrector=corrector)
         assert first.best is not None
@@ -471,8 +471,8 @@ def test_an_interrupted_last_round_is_the_end(
     path: Path, small: SmallModel, tmp_path: Path
 ) -> None:
     large = ScriptedLarge([(small.vocabulary.encode("y")[0],)])
-    with Replies(large, tmp_path / "replies.jsonl") as replies:
-        corrector = Corrector(replies, at_once=1)
+    with RecordingLarge(large, tmp_path / "replies.jsonl") as recording:
+        corrector = Corrector(recording, at_once=1)
         folder = tmp_path / "a"
         first = adapt(small, folder, epochs=1, rounds=1, corrector=corrector)
         begun = [*first.report["corrections"], {"round": 2, "agreement": 1, "incomplete": 0}]
@@ -584,8 +584,8 @@ def test_the_large_model_corrects_own_answers(small: SmallModel, tmp_path: Path)
     other = 70 if written[1] != 70 else 71
     # It agrees, writes another token, agrees with the own token after that, and ends.
     large = ScriptedLarge([(written[0],), (other,), (written[2],), (end,)])
-    with Replies(large, tmp_path / "replies.jsonl") as replies:
-        corrector = Corrector(replies, at_once=1)
+    with RecordingLarge(large, tmp_path / "replies.jsonl") as recording:
+        corrector = Corrector(recording, at_once=1)
         corrections = corrector.correct_own_answers(
             small, [conversation], max_tokens=4, progress=no_progress
         )
@@ -610,8 +610,8 @@ def test_an_answer_that_the_server_cannot_continue_is_used_up_to_there(
     (written,) = write_answers(small, [conversation], max_tokens=4)
     refusal = LargeProtocolError("it did not continue the answer")
     large = ScriptedLarge([*((token_id,) for token_id in written[:count]), refusal])
-    with Replies(large, tmp_path / "replies.jsonl") as replies:
-        corrections = Corrector(replies, at_once=1).correct_own_answers(
+    with RecordingLarge(large, tmp_path / "replies.jsonl") as recording:
+        corrections = Corrector(recording, at_once=1).correct_own_answers(
             small, [conversation], max_tokens=4, progress=no_progress
         )
     (example,) = corrections.examples
@@ -623,8 +623,11 @@ def test_an_answer_that_the_server_cannot_continue_is_used_up_to_there(
 def test_a_failing_server_ends_the_corrections(small: SmallModel, tmp_path: Path) -> None:
     large = ScriptedLarge([LargeRefused("no")])
     conversation = question_messages(Question("q", "say"))
-    with Replies(large, tmp_path / "replies.jsonl") as replies, pytest.raises(LargeRefused):
-        Corrector(replies, at_once=1).correct_own_answers(
+    with (
+        RecordingLarge(large, tmp_path / "replies.jsonl") as recording,
+        pytest.raises(LargeRefused),
+    ):
+        Corrector(recording, at_once=1).correct_own_answers(
             small, [conversation], max_tokens=4, progress=no_progress
         )
 
@@ -633,8 +636,8 @@ def test_on_policy_rounds_start_from_the_best_weights(small: SmallModel, tmp_pat
     # The large model writes `q` everywhere.
     token_id = small.vocabulary.encode("q")[0]
     large = ScriptedLarge([(token_id,)])
-    with Replies(large, tmp_path / "replies.jsonl", at_once=2) as replies:
-        corrector = Corrector(replies, at_once=2)
+    with RecordingLarge(large, tmp_path / "replies.jsonl", at_once=2) as recording:
+        corrector = Corrector(recording, at_once=2)
         outcome = adapt(small, tmp_path / "a", epochs=1, rounds=2, corrector=corrector)
     assert {figures.round for figures in outcome.figures} >= {0, 1}
     assert outcome.best is not None
@@ -659,14 +662,14 @@ def test_own_answers_to_questions_of_another_form_keep_their_prompts(
         conversation = [{"role": "system", "content": "the naïve café"}, *first.conversation]
         odd = replace(first, question=question, conversation=conversation)
         large = ScriptedLarge([(small.vocabulary.encode("y")[0],)])
-        with Replies(large, tmp_path / f"{name}.jsonl") as replies:
+        with RecordingLarge(large, tmp_path / f"{name}.jsonl") as recording:
             outcome = adapt(
                 small,
                 tmp_path / name,
                 answers=[odd, *others],
                 epochs=1,
                 rounds=1,
-                corrector=Corrector(replies, at_once=1),
+                corrector=Corrector(recording, at_once=1),
             )
         losses.append(next(item.loss for item in outcome.figures if item.round == 1))
         monkeypatch.setattr(adaptation, "can_share_prefix", lambda model: False)

@@ -23,7 +23,7 @@ from mlxroute.cli.worked_examples import warn_of_trained_questions
 from mlxroute.config import Settings
 from mlxroute.errors import LargeError, LargeRefused, UsageError
 from mlxroute.questions.question_files import AnswerKind, Question, question_messages
-from mlxroute.recorded.replies import Replies
+from mlxroute.recorded.recording_large import RecordingLarge
 from mlxroute.small import SmallModel
 from mlxroute.training.advantage.advantage_fitting import AdvantageTraining, make_pairs
 from mlxroute.training.advantage.advantage_labels import (
@@ -112,8 +112,8 @@ def labelled(
 ) -> list[AdvantageLabels]:
     router = BudgetedRouter("entropy", 0.3, (0.0, 3.0))
     folder.mkdir(exist_ok=True)
-    with Replies(large, folder / "replies.jsonl", at_once=2) as replies:
-        labeller = AdvantageLabeller(small, replies, router, tokens, folder / "labels", at_once=2)
+    with RecordingLarge(large, folder / "replies.jsonl", at_once=2) as recording:
+        labeller = AdvantageLabeller(small, recording, router, tokens, folder / "labels", at_once=2)
         return labeller.label(questions, progress=no_progress)
 
 
@@ -190,8 +190,8 @@ def test_rows_without_an_answer_are_judged_by_the_large_models_outcome(
         Question("a", "say a", AnswerKind.NUMBER, None),
         Question("b", "say b", AnswerKind.NUMBER, "8"),
     ]
-    with Replies(ScriptedLarge([(_SEVEN,)]), tmp_path / "r.jsonl") as replies:
-        items = judge_questions(small, replies, questions, examples=[], max_tokens=2, at_once=1)
+    with RecordingLarge(ScriptedLarge([(_SEVEN,)]), tmp_path / "r.jsonl") as recording:
+        items = judge_questions(small, recording, questions, examples=[], max_tokens=2, at_once=1)
     assert [item.right for item in items] == ["77", "8"]
     assert [item.is_right("It is 77") for item in items] == [True, False]
     assert [item.is_right("8") for item in items] == [False, True]
@@ -204,8 +204,8 @@ def test_questions_to_which_the_large_model_gives_no_answer_are_left_out(
         Question(str(i), f"say {i}", AnswerKind.NUMBER, "8" if i == 3 else None) for i in range(10)
     ]
     large = ScriptedLarge([(_Z,)])
-    with Replies(large, tmp_path / "r.jsonl") as replies:
-        items = judge_questions(small, replies, questions, examples=[], max_tokens=2, at_once=1)
+    with RecordingLarge(large, tmp_path / "r.jsonl") as recording:
+        items = judge_questions(small, recording, questions, examples=[], max_tokens=2, at_once=1)
     assert [item.question.name for item in items] == ["3"]
     with pytest.raises(UsageError, match="10 answers that can be judged, not 1"):
         trained(small, tmp_path, 10, answers=("8", *[None] * 9), large=large)
@@ -332,10 +332,12 @@ def trained(
         for i in range(count)
     ]
     ranks = ScoreRanks.find("tiny", folder)
-    with Replies(large or ScriptedLarge([(_SEVEN,)]), folder / "r.jsonl", at_once=2) as replies:
+    with RecordingLarge(
+        large or ScriptedLarge([(_SEVEN,)]), folder / "r.jsonl", at_once=2
+    ) as recording:
         training = AdvantageTraining(
             small,
-            replies,
+            recording,
             ranks,
             BudgetedRouter.entropy(ranks, 0.3),
             max_tokens=tokens,

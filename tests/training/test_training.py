@@ -18,7 +18,7 @@ from mlxroute.cli import main
 from mlxroute.engine import generate
 from mlxroute.errors import LargeError, LargeRefused, UsageError, WeightsError
 from mlxroute.questions.question_files import AnswerKind, Question
-from mlxroute.recorded.replies import Replies
+from mlxroute.recorded.recording_large import RecordingLarge
 from mlxroute.routers import make_router
 from mlxroute.serving.concurrent_answers import ConcurrentAnswers, SharedSmallClient
 from mlxroute.small import SmallModel
@@ -80,10 +80,10 @@ def labelled(
     with_continuations: bool = True,
 ) -> list[LabelledAnswer]:
     """Labels of answers of up to 6 tokens."""
-    with Replies(large, folder / "replies.jsonl", at_once=at_once) as replies:
+    with RecordingLarge(large, folder / "replies.jsonl", at_once=at_once) as recording:
         return collect_labels(
             small,
-            replies,
+            recording,
             _QUESTIONS[:1] if questions is None else questions,
             examples=[],
             max_tokens=6,
@@ -420,7 +420,7 @@ def test_a_head_that_was_read_in_one_thread_scores_steps_in_another(
 ) -> None:
     fitted.write(tmp_path / "h.safetensors")
     small.load_head(tmp_path / "h.safetensors")
-    replies = Replies(ScriptedLarge([(70,)]), tmp_path / "r.jsonl")
+    recording = RecordingLarge(ScriptedLarge([(70,)]), tmp_path / "r.jsonl")
     conversation = [{"role": "user", "content": "hi"}]
 
     def write(client: SharedSmallClient) -> list[float]:
@@ -430,7 +430,7 @@ def test_a_head_that_was_read_in_one_thread_scores_steps_in_another(
             for token in generate(client, None, conversation, router=router, max_tokens=2)
         ]
 
-    (scores,) = ConcurrentAnswers(small, on_abort=replies.close).run([(conversation, write)])
+    (scores,) = ConcurrentAnswers(small, on_abort=recording.close).run([(conversation, write)])
     assert all(map(math.isfinite, scores))
     small.set_head(None)
 

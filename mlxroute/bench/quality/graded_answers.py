@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxroute.recorded.row_file import append_records, read_records
+from mlxroute.recorded.record_file import append_records, read_records
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 from mlxroute.bench.quality.graded_answers import QualityRow
 from mlxroute.bench.significance import mean_interval
 from mlxroute.recorded.answer_scores import AnswerScore, AnswerScores, score_answers
-from mlxroute.recorded.replies import Replies
+from mlxroute.recorded.recording_large import RecordingLarge
 from mlxroute.small import SmallModel
 from mlxroute.types import Message, Progress
 
@@ -19,7 +19,7 @@ SideScores = Mapping[str, Sequence[AnswerScore | None]]
 
 def score_sides(
     small: SmallModel,
-    replies: Replies,
+    large: RecordingLarge,
     scores: AnswerScores,
     conversations: Sequence[Sequence[Message]],
     rows: Mapping[str, Sequence[QualityRow]],
@@ -35,7 +35,7 @@ def score_sides(
         for number, conversation in enumerate(conversations)
         for side_rows in rows.values()
     ]
-    values, reason = score_answers(small, replies, scores, answers, progress=progress)
+    values, reason = score_answers(small, large, scores, answers, progress=progress)
     by_side = {name: values[number :: len(rows)] for number, name in enumerate(rows)}
     missing = values.count(None)
     return by_side, {"answers": missing, "reason": reason} if missing else None

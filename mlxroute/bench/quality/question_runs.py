@@ -29,7 +29,7 @@ from mlxroute.questions.prompt_form import describe_form
 from mlxroute.questions.question_files import AnswerKind, Question, question_messages
 from mlxroute.recorded.answer_scores import AnswerScores
 from mlxroute.recorded.large_answers import PlaceholderSmall
-from mlxroute.recorded.replies import AnswerNotContinued, Replies
+from mlxroute.recorded.recording_large import AnswerNotContinued, RecordingLarge
 from mlxroute.routers import Budget, always_escalate, never_escalate
 from mlxroute.serving.concurrent_answers import ConcurrentAnswers, SharedSmallClient
 from mlxroute.small import SmallModel
@@ -55,7 +55,7 @@ def measure_step_s(
 
 def bench_quality(  # noqa: PLR0913 - all of these are settings of one run
     small: SmallModel,
-    replies: Replies,
+    large: RecordingLarge,
     questions: Sequence[Question],
     *,
     sides: Sequence[QualitySide],
@@ -80,9 +80,7 @@ def bench_quality(  # noqa: PLR0913 - all of these are settings of one run
     answer are judged by agreement with the large model, and with `scores` also by its logprobs of
     the answers; scores in the file are not asked for again.
     """
-    bench = _QualityBench(
-        small, replies, examples, ranks, max_tokens, step_s, results, accept_within
-    )
+    bench = _QualityBench(small, large, examples, ranks, max_tokens, step_s, results, accept_within)
     rows = bench.answer_all(questions, sides, chats, progress)
     has_answers = all(question.answer is not None for question in questions)
     pairs = compare or pair_with_best_baseline(sides, rows, has_answers=has_answers)
@@ -90,10 +88,10 @@ def bench_quality(  # noqa: PLR0913 - all of these are settings of one run
     unscored = None
     if scores is not None and not has_answers:
         conversations = [question_messages(question, examples) for question in questions]
-        by_side, unscored = score_sides(small, replies, scores, conversations, rows, progress)
+        by_side, unscored = score_sides(small, large, scores, conversations, rows, progress)
     return {
         "small": small.name,
-        "large": replies.model_name,
+        "large": large.model_name,
         "questions": len(questions),
         "examples": len(examples),
         "form": describe_form(questions, examples),
@@ -133,7 +131,7 @@ class _QualityBench:
     """The settings that all answers of a run share."""
 
     small: SmallModel
-    replies: Replies
+    large: RecordingLarge
     examples: Sequence[Question]
     ranks: ScoreRanks
     max_tokens: int
@@ -184,7 +182,7 @@ class _QualityBench:
         saved = [self._find(task) for task in tasks]
         missing = [task for task, row in zip(tasks, saved, strict=True) if row is None]
         jobs = [(task.conversation, partial(self._write_answer, task)) for task in missing]
-        answers = ConcurrentAnswers(self.small, on_abort=self.replies.close)
+        answers = ConcurrentAnswers(self.small, on_abort=self.large.close)
         new_rows = iter(answers.run(jobs) if jobs else [])
         rows = []
         for task, row in zip(tasks, saved, strict=True):
@@ -223,7 +221,7 @@ class _QualityBench:
         router: QualityRouter,
     ) -> str:
         """Return the key of an answer: a hash of all that it depends on."""
-        models = [self.small.record_name, self.replies.recorded_name]
+        models = [self.small.record_name, self.large.recorded_name]
         # Single models and baselines, whose seed is the question, have no calibrated scores.
         uncalibrated = {None, *UNCALIBRATED}
         ranks = () if side.router in uncalibrated else self.ranks[str(side.router)]
@@ -253,7 +251,7 @@ class _QualityBench:
     def _new_answer(self, task: _Task, small: SharedSmallClient) -> QualityRow:
         if not task.side.is_large:
             return self._generate_answer(task, small)
-        if not self.replies.is_approximate:
+        if not self.large.is_approximate:
             try:
                 return self._generate_answer(task, small)
             except AnswerNotContinued:
@@ -262,16 +260,16 @@ class _QualityBench:
 
     def _generate_answer(self, task: _Task, small: SharedSmallClient) -> QualityRow:
         side = task.side
-        large = self.replies.new_view(large_only=side.is_large, blocked=small.blocked)
+        view = self.large.new_view(large_only=side.is_large, blocked=small.blocked)
         if isinstance(task.router, BaselineRouter):
             task.router.begin_answer(small, seed=task.question.fingerprint)
         answer = generate(
             PlaceholderSmall(self.small) if side.is_large else small,
-            None if side is SMALL else large,
+            None if side is SMALL else view,
             task.conversation,
             router=task.router,
             max_tokens=self.max_tokens,
-            timeout_s=self.replies.timeout_s,
+            timeout_s=self.large.timeout_s,
             strict=True,
             mode=Mode.WAIT,
             # All positions are escalated, so a call returns many tokens that are used.
@@ -287,7 +285,7 @@ class _QualityBench:
         # A test of code takes a while.
         with small.blocked():
             grades = _grade(task.question, stats.text)
-        calls_s = round(large.calls_s, 4)
+        calls_s = round(view.calls_s, 4)
         return QualityRow(
             question=task.question.name,
             text=stats.text,
@@ -307,7 +305,7 @@ class _QualityBench:
 
     def _ask_whole_answer(self, task: _Task) -> QualityRow:
         """Ask the large model for its whole answer, and grade it."""
-        whole = self.replies.write_whole_answer(task.conversation, max_tokens=self.max_tokens)
+        whole = self.large.write_whole_answer(task.conversation, max_tokens=self.max_tokens)
         grades = _grade(task.question, whole.text)
         tokens = min(len(self.small.vocabulary.encode(whole.text)), self.max_tokens)
         return QualityRow(

@@ -18,7 +18,7 @@ from mlxroute.cli.adapt_notes import print_figures, warn_of_known
 from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_OK
 from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
 from mlxroute.cli.folders import data_name, expand_optional, hash_file, output_folder
-from mlxroute.cli.model_pair import load_paired_small, open_replies
+from mlxroute.cli.model_pair import load_paired_small, open_recording
 from mlxroute.cli.quality_tables import MAX_CUT_OFF_SHARE
 from mlxroute.cli.worked_examples import (
     check_questions_fit,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from mlxroute.large import LargeModel
     from mlxroute.questions.question_files import Question
-    from mlxroute.recorded.replies import Replies
+    from mlxroute.recorded.recording_large import RecordingLarge
     from mlxroute.small import SmallModel
     from mlxroute.training.tuning_types import (
         InterruptedRun,
@@ -188,7 +188,7 @@ def _find_interrupted(out: Path, command: str, data: dict[str, Any]) -> Interrup
 
 def _hash_name(large: LargeModel) -> str:
     """Return the SHA-256 of the large model's name in records, which may be a path."""
-    from mlxroute.recorded.replies import recorded_name
+    from mlxroute.recorded.recording_large import recorded_name
 
     return hashlib.sha256(recorded_name(large).encode()).hexdigest()
 
@@ -250,10 +250,10 @@ class _AdaptRun:
         from mlxroute.training.on_policy import Corrector
 
         with (
-            open_replies(settings, small, large, at_once=self.at_once) as replies,
+            open_recording(settings, small, large, at_once=self.at_once) as recording,
             count_progress(err) as counts,
         ):
-            answers = self._record(small, replies, counts)
+            answers = self._record(small, recording, counts)
             self._warn_of_cut_off(small, answers, err)
             # Those of the adapter to start from, not of an interrupted run.
             known = trained_questions(settings)
@@ -266,12 +266,12 @@ class _AdaptRun:
                 self._tuning_options(start, interrupted),
                 folder=out,
                 provenance=self._provenance(settings, small, large),
-                corrector=Corrector(replies, self.at_once) if self.rounds else None,
+                corrector=Corrector(recording, self.at_once) if self.rounds else None,
                 progress=counts,
             )
 
     def _record(
-        self, small: SmallModel, replies: Replies, progress: Progress
+        self, small: SmallModel, recording: RecordingLarge, progress: Progress
     ) -> list[WorkedAnswer]:
         """Return the large model's answers to the questions, recorded before or now."""
         from mlxroute.questions.question_files import question_messages
@@ -283,7 +283,7 @@ class _AdaptRun:
         progress(_RECORDING, next(done), len(conversations))
         answers = write_large_answers(
             small,
-            replies,
+            recording,
             conversations,
             max_tokens=self.tokens,
             at_once=self.at_once,

@@ -16,7 +16,7 @@ from mlxroute.cli.folders import (
     record_path,
     report_source,
 )
-from mlxroute.cli.model_pair import load_paired_small, open_replies
+from mlxroute.cli.model_pair import load_paired_small, open_recording
 from mlxroute.cli.setting_options import parse_budget
 from mlxroute.cli.worked_examples import (
     check_questions_fit,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from mlxroute.bench.quality.sides import QualitySide
     from mlxroute.large import LargeModel
     from mlxroute.questions.question_files import Question
-    from mlxroute.recorded.replies import Replies
+    from mlxroute.recorded.recording_large import RecordingLarge
     from mlxroute.small import SmallModel
     from mlxroute.small.mlp_head import MlpHead
     from mlxroute.types import Progress
@@ -194,14 +194,14 @@ class _QualityRun:
         """Load the small model, answer the questions with every side, and return the report."""
         small = load_paired_small(settings, large, err)
         check_questions_fit(small, self.questions, self.examples)
-        with open_replies(settings, small, large, at_once=self.at_once) as replies:
-            return self._answer(settings, small, replies, replies.recorded_name, err)
+        with open_recording(settings, small, large, at_once=self.at_once) as recording:
+            return self._answer(settings, small, recording, recording.recorded_name, err)
 
     def _answer(
         self,
         settings: Settings,
         small: SmallModel,
-        replies: Replies,
+        recording: RecordingLarge,
         large_name: str,
         err: Console,
     ) -> dict[str, Any]:
@@ -224,7 +224,7 @@ class _QualityRun:
         with count_progress(err) as progress:
             report = bench_quality(
                 small,
-                replies,
+                recording,
                 self.questions,
                 sides=self.sides,
                 compare=self.compare,
@@ -239,14 +239,14 @@ class _QualityRun:
                 progress=progress,
             )
             if self.oracles:
-                report["oracles"] = self._bounds(settings, small, replies, progress)
+                report["oracles"] = self._bounds(settings, small, recording, progress)
         return report
 
     def _bounds(
         self,
         settings: Settings,
         small: SmallModel,
-        replies: Replies,
+        recording: RecordingLarge,
         progress: Progress,
     ) -> dict[str, Any]:
         """Return the accuracy of each oracle router within the budgets of the run."""
@@ -256,7 +256,7 @@ class _QualityRun:
 
         answers = collect_labels(
             small,
-            replies,
+            recording,
             self.questions,
             examples=self.examples,
             max_tokens=settings.max_tokens,

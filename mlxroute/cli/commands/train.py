@@ -13,7 +13,7 @@ import typer
 
 from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
 from mlxroute.cli.folders import cache_dir_of, data_name, hash_file
-from mlxroute.cli.model_pair import load_paired_small, open_replies
+from mlxroute.cli.model_pair import load_paired_small, open_recording
 from mlxroute.cli.terminal import show_status
 from mlxroute.cli.worked_examples import (
     check_questions_fit,
@@ -189,12 +189,12 @@ def _label_answers(
     from mlxroute.training.labels import collect_labels
 
     with (
-        open_replies(settings, small, large, at_once=material.at_once) as replies,
+        open_recording(settings, small, large, at_once=material.at_once) as recording,
         count_progress(err) as progress,
     ):
         return collect_labels(
             small,
-            replies,
+            recording,
             material.questions,
             examples=material.examples,
             max_tokens=material.tokens,
@@ -232,12 +232,12 @@ def _fit_to_advantages(
     ranks = find_ranks(small, name, settings.head)
     warn_of_other_head(small, err)
     with (
-        open_replies(settings, small, large, at_once=material.at_once) as replies,
+        open_recording(settings, small, large, at_once=material.at_once) as recording,
         count_progress(err) as progress,
     ):
         training = AdvantageTraining(
             small,
-            replies,
+            recording,
             ranks,
             BudgetedRouter(name, _budget(settings), ranks[name], fingerprint),
             max_tokens=material.tokens,

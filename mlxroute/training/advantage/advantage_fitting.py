@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.errors import UsageError
 from mlxroute.questions.question_files import Question
-from mlxroute.recorded.replies import Replies
+from mlxroute.recorded.recording_large import RecordingLarge
 from mlxroute.small import SmallModel
 from mlxroute.small.mlp_head import MlpHead
 from mlxroute.statistics import mcnemar_p
@@ -65,7 +65,7 @@ class AdvantageTraining:
 
     Args:
         small: The small model.
-        replies: The large model and its recorded tokens.
+        large: The large model and its recorded tokens.
         ranks: The small model's calibrated scores.
         router: The router that writes the answers to label; its budget is also that of the heads.
         max_tokens: Maximum length of an answer.
@@ -75,7 +75,7 @@ class AdvantageTraining:
     """
 
     small: SmallModel
-    replies: Replies
+    large: RecordingLarge
     ranks: ScoreRanks
     router: BudgetedRouter
     max_tokens: int
@@ -129,7 +129,7 @@ class AdvantageTraining:
         _check_count(len(questions), "")
         judged = judge_questions(
             self.small,
-            self.replies,
+            self.large,
             questions,
             examples=examples,
             max_tokens=self.max_tokens,
@@ -140,7 +140,7 @@ class AdvantageTraining:
 
     def _label(self, questions: Sequence[JudgedQuestion]) -> list[AdvantageLabels]:
         labeller = AdvantageLabeller(
-            self.small, self.replies, self.router, self.max_tokens, self.folder, self.at_once
+            self.small, self.large, self.router, self.max_tokens, self.folder, self.at_once
         )
         labels = labeller.label(questions, progress=self.progress)
         # A server that cannot continue an answer at all leaves no position.
@@ -173,7 +173,7 @@ class AdvantageTraining:
     ) -> RoutedFigures:
         return measure_routed_accuracy(
             self.small,
-            self.replies,
+            self.large,
             questions,
             router,
             max_tokens=self.max_tokens,

@@ -23,7 +23,7 @@ import mlx.core as mx
 
 from mlxroute.questions.grading import is_outcome_known
 from mlxroute.recorded.large_choices import WrittenAnswer, find_large_choices
-from mlxroute.recorded.replies import Replies
+from mlxroute.recorded.recording_large import RecordingLarge
 from mlxroute.sequences import chunks
 from mlxroute.small import SmallModel
 from mlxroute.small.kv_cache import CacheCopy
@@ -113,7 +113,7 @@ class AdvantageLabeller:
 
     Args:
         small: The small model.
-        replies: The large model and its recorded tokens.
+        large: The large model and its recorded tokens.
         router: The router that writes the answers.
         max_tokens: Maximum length of an answer.
         folder: Folder of the files.
@@ -121,7 +121,7 @@ class AdvantageLabeller:
     """
 
     small: SmallModel
-    replies: Replies
+    large: RecordingLarge
     router: BudgetedRouter
     max_tokens: int
     folder: Path
@@ -153,7 +153,7 @@ class AdvantageLabeller:
     def _file(self, item: JudgedQuestion) -> Path:
         """Return the file of a question, named by a hash of all that its labels depend on."""
         router = [self.router.name, self.router.budget, self.router.quantiles, self.router.head]
-        models = [self.small.record_name, self.replies.recorded_name]
+        models = [self.small.record_name, self.large.recorded_name]
         sizes = [self.max_tokens, SAMPLES, MAX_DISAGREEMENTS]
         key = json.dumps([_VERSION, models, item.conversation, item.right, router, sizes])
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
@@ -163,7 +163,7 @@ class AdvantageLabeller:
         conversations = [item.conversation for item in questions]
         answers = write_routed_answers(
             self.small,
-            self.replies,
+            self.large,
             conversations,
             # A router of its own for each answer, so that no question depends on others.
             [self.router.start() for _ in questions],
@@ -171,7 +171,7 @@ class AdvantageLabeller:
         )
         choices = find_large_choices(
             self.small,
-            self.replies,
+            self.large,
             [
                 WrittenAnswer(conversation, answer.token_ids, answer.is_whole)
                 for conversation, answer in zip(conversations, answers, strict=True)

@@ -9,7 +9,7 @@ from typing import Final
 
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.engine import generate
-from mlxroute.recorded.replies import Replies
+from mlxroute.recorded.recording_large import RecordingLarge
 from mlxroute.routers import Router, make_router
 from mlxroute.sequences import chunks
 from mlxroute.serving.concurrent_answers import ConcurrentAnswers, SharedSmallClient
@@ -66,7 +66,7 @@ class RoutedAnswer:
 
 def write_routed_answers(
     small: SmallModel,
-    replies: Replies,
+    large: RecordingLarge,
     conversations: Sequence[Sequence[Message]],
     routers: Sequence[Router],
     *,
@@ -77,14 +77,14 @@ def write_routed_answers(
     Raises LargeError if the large model fails.
     """
     jobs = [
-        (conversation, partial(_write, replies, conversation, router, max_tokens))
+        (conversation, partial(_write, large, conversation, router, max_tokens))
         for conversation, router in zip(conversations, routers, strict=True)
     ]
-    return ConcurrentAnswers(small, on_abort=replies.close).run(jobs)
+    return ConcurrentAnswers(small, on_abort=large.close).run(jobs)
 
 
 def _write(
-    replies: Replies,
+    large: RecordingLarge,
     conversation: Sequence[Message],
     router: Router,
     max_tokens: int,
@@ -92,11 +92,11 @@ def _write(
 ) -> RoutedAnswer:
     answer = generate(
         small,
-        replies.new_view(blocked=small.blocked),
+        large.new_view(blocked=small.blocked),
         conversation,
         router=router,
         max_tokens=max_tokens,
-        timeout_s=replies.timeout_s,
+        timeout_s=large.timeout_s,
         strict=True,
         mode=Mode.WAIT,
         prefetch=0,
@@ -131,7 +131,7 @@ class RoutedFigures:
 
 def measure_routed_accuracy(
     small: SmallModel,
-    replies: Replies,
+    large: RecordingLarge,
     questions: Sequence[JudgedQuestion],
     router: BudgetedRouter,
     *,
@@ -151,7 +151,7 @@ def measure_routed_accuracy(
     for group in chunks(questions, CHATS):
         answers += write_routed_answers(
             small,
-            replies,
+            large,
             [item.conversation for item in group],
             routers[: len(group)],
             max_tokens=max_tokens,

@@ -16,7 +16,7 @@ from mlxroute.bench.quality.question_runs import bench_quality
 from mlxroute.bench.quality.sides import SMALL, QualitySide
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.questions.question_files import Question, question_messages, read_questions
-from mlxroute.recorded.replies import Replies
+from mlxroute.recorded.recording_large import RecordingLarge
 from mlxroute.small import SmallModel
 from tests.conftest import CACHE_DIR
 from tests.serving.clients.endpoint_process import run_server
@@ -79,7 +79,7 @@ def questions() -> list[Question]:
 
 def _bench_texts(
     small: SmallModel,
-    replies: Replies,
+    recording: RecordingLarge,
     questions: Sequence[Question],
     path: Path,
     *,
@@ -89,7 +89,7 @@ def _bench_texts(
     sides = [SMALL] if routed is None else [SMALL, routed]
     bench_quality(
         small,
-        replies,
+        recording,
         questions,
         sides=sides,
         examples=(),
@@ -139,9 +139,9 @@ def routed_texts(
     with LargeModel(large_address, timeout_s=600) as large:
         large.connect(thorough=False)
         large.pair_vocabulary(small.vocabulary)
-        with Replies(large, folder / "replies.jsonl") as replies:
+        with RecordingLarge(large, folder / "replies.jsonl") as recording:
             path = folder / "answers.jsonl"
-            return _bench_texts(small, replies, questions, path, routed=_ROUTED)
+            return _bench_texts(small, recording, questions, path, routed=_ROUTED)
 
 
 @pytest.fixture(scope="module")

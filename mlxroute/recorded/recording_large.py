@@ -1,15 +1,13 @@
-"""The large model's replies, recorded on disk: none that it gave is asked for again."""
+"""A client of the large model that records its replies, several answers at a time."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 import threading
 import time
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -17,8 +15,8 @@ from mlxroute.closeable import Closeable
 from mlxroute.engine.escalation.never_send import NeverSend
 from mlxroute.engine.protocols import NamedLargeProtocol, PendingCallProtocol
 from mlxroute.errors import LargeError, LargeNotContinued, LargeProtocolError, UsageError
-from mlxroute.recorded.reply_records import WholeAnswer, keyed_record, token_to_json, whole_key
-from mlxroute.recorded.row_file import append_records, read_records
+from mlxroute.recorded.reply_file import ReplyFile
+from mlxroute.recorded.reply_records import WholeAnswer
 from mlxroute.types import LargeContext, LargeToken, Message, Uploads
 
 _POLL_S: Final = 0.1
@@ -76,15 +74,12 @@ def recorded_name(large: RecordableLarge) -> str:
     return f"{large.full_model_name}-by-example" if large.is_approximate else large.full_model_name
 
 
-class Replies(Closeable):
-    """The large model and its recorded replies. Thread-safe.
+class RecordingLarge(Closeable):
+    """The large model and the file `path` of its replies. Thread-safe.
 
-    Tokens are recorded by the token ids before them, whole answers by their conversation.
-
-    The file `path` belongs to one pair of models, because the ids are those of the small model's
-    vocabulary. It is read at once, and each new token is appended to it. At most `at_once` calls
-    are in flight, each for a different answer, and none for longer than `timeout_s` seconds. A text
-    that a pattern of `never_send` matches is not sent: the call raises UsageError.
+    At most `at_once` calls are in flight, each for a different answer, and none for longer than
+    `timeout_s` seconds. A text that a pattern of `never_send` matches is not sent: the call raises
+    UsageError.
     """
 
     def __init__(
@@ -100,18 +95,11 @@ class Replies(Closeable):
         self._large = large
         large.extend_timeout(timeout_s)
         self._never_send = tuple(never_send)
-        self._path = path
-        self._lock = threading.Lock()
+        self._begin_lock = threading.Lock()
         self._call_slots = threading.Semaphore(at_once)
         self._closed = False
-        self._tokens: dict[str, LargeToken] = {}
-        self._wholes: dict[str, WholeAnswer] = {}
         self._whole_chats: list[_WholeChat] = []
-        for key, record in read_records(path, keyed_record):
-            if isinstance(record, WholeAnswer):
-                self._wholes[key] = record
-            else:
-                self._tokens[key] = record
+        self.replies = ReplyFile(path)
 
     @property
     def model_name(self) -> str:
@@ -135,19 +123,15 @@ class Replies(Closeable):
 
         Raises LargeError, UsageError and RecordingStopped.
         """
-        key = whole_key(conversation, max_tokens)
-        with self._lock:
-            if (recorded := self._wholes.get(key)) is not None:
-                return recorded
+        if (recorded := self.replies.find_whole(conversation, max_tokens)) is not None:
+            return recorded
         self._check_sendable(conversation, "")
         self._acquire_slot()
         try:
             whole = self._ask_whole(conversation, max_tokens)
         finally:
             self.release_slot()
-        with self._lock:
-            self._wholes[key] = whole
-            append_records(self._path, [{"key": key, "whole": asdict(whole)}])
+        self.replies.add_whole(conversation, max_tokens, whole)
         return whole
 
     def _ask_whole(self, conversation: Sequence[Message], max_tokens: int) -> WholeAnswer:
@@ -200,16 +184,6 @@ class Replies(Closeable):
         for chat in list(self._whole_chats):
             chat.cancel()
 
-    def find_tokens(self, token_ids: Sequence[int], limit: int) -> tuple[LargeToken, ...]:
-        """Return the recorded tokens that follow these ids without a gap, at most `limit`."""
-        tokens: list[LargeToken] = []
-        ids = list(token_ids)
-        with self._lock:
-            while len(tokens) < limit and (token := self._tokens.get(ids_key(ids))) is not None:
-                tokens.append(token)
-                ids += token.token_ids
-        return tuple(tokens)
-
     def begin(
         self, context: LargeContext, *, deadline_s: float, prefetch: int
     ) -> PendingCallProtocol:
@@ -219,7 +193,7 @@ class Replies(Closeable):
         """
         self._check_sendable(context.messages, context.text)
         self._acquire_slot()
-        with self._lock:
+        with self._begin_lock:
             return self._large.begin(context, deadline_s=deadline_s, prefetch=prefetch)
 
     def _check_sendable(self, conversation: Sequence[Message], text: str) -> None:
@@ -244,18 +218,6 @@ class Replies(Closeable):
             timeout_s -= _POLL_S
         self._check_open()
 
-    def record(self, token_ids: Sequence[int], tokens: Sequence[LargeToken]) -> None:
-        """Record the tokens that follow these ids, in memory and on disk."""
-        ids, items = list(token_ids), []
-        with self._lock:
-            for token in tokens:
-                key = ids_key(ids)
-                if key not in self._tokens:
-                    self._tokens[key] = token
-                    items.append({"key": key, **token_to_json(token)})
-                ids += token.token_ids
-            append_records(self._path, items)
-
     def _check_open(self) -> None:
         if self._closed:
             raise RecordingStopped("the run has ended")
@@ -269,12 +231,12 @@ class RecordedLargeView:
 
     def __init__(
         self,
-        replies: Replies,
+        large: RecordingLarge,
         *,
         large_only: bool,
         blocked: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        self._replies = replies
+        self._large = large
         self._blocked = blocked
         self.is_large_only = large_only
         self.uploads = Uploads()
@@ -282,7 +244,7 @@ class RecordedLargeView:
 
     @property
     def model_name(self) -> str:
-        return self._replies.model_name
+        return self._large.model_name
 
     @property
     def is_local(self) -> bool:
@@ -295,16 +257,16 @@ class RecordedLargeView:
     def begin(
         self, context: LargeContext, *, deadline_s: float, prefetch: int
     ) -> PendingCallProtocol:
-        tokens = self._replies.find_tokens(context.token_ids, prefetch + 1)
+        tokens = self._large.replies.find_tokens(context.token_ids, prefetch + 1)
         if tokens:
             return _RecordedCall(self, context, tokens)
         with self._blocked():
-            call = self._replies.begin(context, deadline_s=deadline_s, prefetch=prefetch)
-        return _RecordingCall(self, self._replies, context, call)
+            call = self._large.begin(context, deadline_s=deadline_s, prefetch=prefetch)
+        return _RecordingCall(self, self._large, context, call)
 
     def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
         with self._blocked():
-            self._replies.wait(ready, timeout_s=timeout_s)
+            self._large.wait(ready, timeout_s=timeout_s)
 
     def count_call(self, context: LargeContext, tokens: Sequence[LargeToken]) -> None:
         """Add a call and its tokens to the totals."""
@@ -343,12 +305,12 @@ class _RecordingCall:
     def __init__(
         self,
         view: RecordedLargeView,
-        replies: Replies,
+        large: RecordingLarge,
         context: LargeContext,
         call: PendingCallProtocol,
     ) -> None:
         self._view = view
-        self._replies = replies
+        self._large = large
         self._context = context
         self._call = call
         self._is_released = self._is_counted = False
@@ -373,7 +335,7 @@ class _RecordingCall:
         if not self._is_counted:
             self._is_counted = True
             self._view.count_call(self._context, tokens)
-            self._replies.record(self._context.token_ids, tokens)
+            self._large.replies.add_tokens(self._context.token_ids, tokens)
         return tokens
 
     def cancel(self) -> None:
@@ -383,9 +345,4 @@ class _RecordingCall:
     def _release_slot(self) -> None:
         if not self._is_released:
             self._is_released = True
-            self._replies.release_slot()
-
-
-def ids_key(token_ids: Sequence[int]) -> str:
-    """Return the key of a sequence of token ids in files of records."""
-    return hashlib.sha256(array("q", token_ids).tobytes()).hexdigest()[:32]
+            self._large.release_slot()
