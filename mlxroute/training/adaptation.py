@@ -130,12 +130,14 @@ def adapt_to_answers(
     training, and is raised only if no weights were kept until then.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    training = _Training(small, trained, held_out, options, folder, progress)
-    return training.run(corrector, dict(provenance))
+    training = _Training(
+        small, trained, held_out, options, folder=folder, provenance=provenance, progress=progress
+    )
+    return training.run(corrector)
 
 
 @dataclass(frozen=True, slots=True)
-class _Section:
+class _RoundData:
     """What is trained on and judged by in one round: batches, each of some examples."""
 
     trained: Sequence[Batch]
@@ -152,7 +154,9 @@ class _Training:
         trained: Sequence[WorkedAnswer],
         held_out: Sequence[WorkedAnswer],
         options: TuningOptions,
+        *,
         folder: Path,
+        provenance: Mapping[str, Any],
         progress: Progress,
     ) -> None:
         self._small = small
@@ -163,10 +167,10 @@ class _Training:
             options.shape.config() if options.start is None else read_adapter_config(options.start)
         )
         self._conversations = [item.conversation for item in (*trained, *held_out)]
-        self._trained_count = len(trained)
         self._has_gold = all(item.question.answer is not None for item in held_out)
         self._judged = judge_answers(small, held_out, by_rows=self._has_gold)
         self._counts = {"trained": len(trained), "held_out": len(held_out)}
+        self._settings: dict[str, Any] = {**provenance, "answers": self._counts}
         examples = make_examples(small, [*trained, *held_out])
         # In on-policy rounds the own answers to all questions are examples.
         self._longest_prompt_ids = max((item.prompt_ids for item in examples), key=len)
@@ -177,8 +181,8 @@ class _Training:
         is_judged = [not _is_wrong(small, item) for item in held_out]
         if not any(is_judged):
             is_judged = [True] * len(held_out)
-        judged = itertools.compress(examples[len(trained) :], is_judged)
-        self._examples = [*examples[: len(trained)], *judged]
+        self._trained_examples = examples[: len(trained)]
+        self._held_out_examples = list(itertools.compress(examples[len(trained) :], is_judged))
         self._tuning = LoraTuning(
             small.model,
             options.shape if options.start is None else None,
@@ -195,15 +199,15 @@ class _Training:
             self._corrections = list(options.interrupted.corrections)
         self._ended_by = ""
 
-    def run(self, corrector: Corrector | None, provenance: dict[str, Any]) -> TuningOutcome:
+    def run(self, corrector: Corrector | None) -> TuningOutcome:
         """Train until the held-out figures, or the numbers of epochs and rounds, end it."""
         size = BATCH_SIZE
         if not self._options.skip_memory_check:
-            examples = self._examples
+            examples = [*self._trained_examples, *self._held_out_examples]
             if corrector is not None:
                 # Own answers may be longer than the large model's.
                 own_answer = [0] * self._options.max_tokens
-                examples = [*examples, answer_example(self._longest_prompt_ids, own_answer)]
+                examples.append(answer_example(self._longest_prompt_ids, own_answer))
             prefix = len(self._prefix_ids)
             size = choose_batch_size(
                 self._tuning,
@@ -211,11 +215,7 @@ class _Training:
                 prefix=prefix,
                 largest=BATCH_SIZE,
             )
-        self._settings = {
-            **provenance,
-            "answers": self._counts,
-            "read_at_once": size,
-        }
+        self._settings["read_at_once"] = size
         try:
             self._train_rounds(corrector, size)
         except (KeyboardInterrupt, TrainingDiverged) as exc:
@@ -233,10 +233,11 @@ class _Training:
         """Train on the large model's answers, then in on-policy rounds, from where a run ended."""
         done = 0 if self._best is None else self._best.round
         if done == 0:
-            count = self._trained_count
-            trained, held_out = self._examples[:count], self._examples[count:]
-            section = self._section(trained, held_out, size, epochs=self._options.epochs)
-            self._train(0, section, size)
+            epochs = self._options.epochs
+            data = self._round_data(
+                self._trained_examples, self._held_out_examples, size, epochs=epochs
+            )
+            self._train(0, data, size)
         if corrector is None or self._best is None:
             return
         for number in range(done + 1, self._options.rounds + 1):
@@ -245,7 +246,7 @@ class _Training:
                 # The same weights would write the same answers again.
                 return
 
-    def _correct(self, number: int, corrector: Corrector, size: int) -> _Section:
+    def _correct(self, number: int, corrector: Corrector, size: int) -> _RoundData:
         """Return the large model's answers, and own answers of the best weights, corrected."""
         self._tuning.read_weights(self._folder / WEIGHTS_FILE)
         corrections = corrector.correct_own_answers(
@@ -256,42 +257,41 @@ class _Training:
         )
         figures = {"agreement": round(corrections.agreement, 4)}
         self._corrections.append({"round": number, **figures, "incomplete": corrections.incomplete})
-        count = self._trained_count
-        trained, held_out = self._examples[:count], self._examples[count:]
-        trained = [*trained, *filter(None, corrections.examples[:count])]
-        held_out = [*held_out, *filter(None, corrections.examples[count:])]
-        return self._section(trained, held_out, size, epochs=1)
+        count = len(self._trained_examples)
+        trained = [*self._trained_examples, *filter(None, corrections.examples[:count])]
+        held_out = [*self._held_out_examples, *filter(None, corrections.examples[count:])]
+        return self._round_data(trained, held_out, size, epochs=1)
 
-    def _section(
+    def _round_data(
         self,
         trained: Sequence[TuningExample],
         held_out: Sequence[TuningExample],
         size: int,
         *,
         epochs: int,
-    ) -> _Section:
+    ) -> _RoundData:
         prefix = len(self._prefix_ids)
-        return _Section(
+        return _RoundData(
             make_batches([example.without(prefix) for example in trained], size),
             make_batches([example.without(prefix) for example in held_out], size),
             epochs,
         )
 
-    def _train(self, number: int, section: _Section, size: int) -> None:
+    def _train(self, number: int, data: _RoundData, size: int) -> None:
         """Train for one round, the first of which has number 0."""
         accumulate = BATCH_SIZE // size
         # Whole updates only, and no more than the epochs hold.
-        batches = len(section.trained)
+        batches = len(data.trained)
         steps = accumulate * max(1, round(batches / accumulate / _JUDGED_PER_EPOCH))
-        total = accumulate * max(1, section.epochs * batches // accumulate)
+        total = accumulate * max(1, data.epochs * batches // accumulate)
         label = f"training steps, round {number}" if number else "training steps"
         self._ended_by = ""
         begin = 0
         if self._best is not None and self._best.round == number:
             begin = accumulate * round(self._best.epoch * batches / accumulate)
         else:
-            self._figures.append(self._judge(number, 0.0, section.held_out))
-        stream = shuffled_batches(section.trained, skip=begin)
+            self._figures.append(self._judge(number, 0.0, data.held_out))
+        stream = shuffled_batches(data.trained, skip=begin)
         counter = itertools.count(begin)
         self._progress(label, next(counter), total)
         self._tuning.schedule(total // accumulate, done=begin // accumulate)
@@ -305,7 +305,7 @@ class _Training:
                     latest=Path(scratch) / WEIGHTS_FILE,
                     on_step=lambda: self._progress(label, next(counter), total),
                 )
-            figures = self._judge(number, end / batches, section.held_out)
+            figures = self._judge(number, end / batches, data.held_out)
             begin = end
             if self._add_figures(figures):
                 self._write(figures)
