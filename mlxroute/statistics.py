@@ -1,4 +1,4 @@
-"""Quantiles and intervals of measured values, and a test of paired ones."""
+"""Quantiles, intervals and errors of measured values, and a test of paired ones."""
 
 from __future__ import annotations
 
@@ -35,6 +35,15 @@ def interpolated_quantile(ordered: Sequence[float], rank: float) -> float:
 def intervals(times_s: Sequence[float]) -> list[float]:
     """Return the differences between successive times."""
     return [later - earlier for earlier, later in itertools.pairwise(times_s)]
+
+
+def standard_error(share: float, count: int) -> float:
+    """Return the standard error of a share that was measured on `count` questions.
+
+    One right and one wrong answer more keep it above 0 for shares of 0 and 1.
+    """
+    share = (share * count + 1) / (count + 2)
+    return math.sqrt(share * (1 - share) / count)
 
 
 def mcnemar_p(only_first: int, only_second: int) -> float:

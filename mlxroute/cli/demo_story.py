@@ -17,7 +17,7 @@ from mlxroute.cli.failure_notes import FailureNotes
 from mlxroute.cli.terminal import print_labelled
 from mlxroute.engine import generate
 from mlxroute.questions.demo_question import DemoQuestion, find_conclusion
-from mlxroute.recorded.large_answers import PlaceholderSmall
+from mlxroute.recorded.forward_only import PlaceholderSmall
 from mlxroute.routers import always_escalate, never_escalate
 from mlxroute.safe_text import printable_line
 from mlxroute.types import (

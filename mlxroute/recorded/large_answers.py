@@ -5,37 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from mlxroute.engine import generate
 from mlxroute.engine.protocols import SmallProtocol
-from mlxroute.recorded.forward_only import ForwardOnlySmall
+from mlxroute.recorded.forward_only import PlaceholderSmall
 from mlxroute.recorded.parallel_answers import map_answers
 from mlxroute.recorded.recording_large import AnswerNotContinued, RecordingLarge
 from mlxroute.routers import always_escalate
-from mlxroute.types import (
-    EncodedPrompt,
-    LargeToken,
-    Message,
-    Mode,
-    Progress,
-    Sampling,
-    Signals,
-    Vocabulary,
-)
+from mlxroute.types import LargeToken, Message, Mode, Vocabulary
 from mlxroute.types.limits import MAX_PREFETCH
-
-# No value of these is used, because every position is escalated.
-_PLACEHOLDER_SIGNALS: Final = Signals(
-    token_id=-1,
-    logprob=0.0,
-    entropy_nats=math.inf,
-    margin=0.0,
-    varentropy=0.0,
-    top_ids=(),
-    top_logprobs=(),
-    lse=0.0,
-)
 
 Choices = tuple[tuple[int, float], ...]
 """Token ids of the small vocabulary, with the probabilities that the large model gives them."""
@@ -155,32 +133,3 @@ def _encode_whole_answer(
         ids = (*ids, small.vocabulary.end_id)
     count = len(ids)
     return LargeAnswer(ids, tuple(range(count)), (math.nan,) * count, ((),) * count)
-
-
-class PlaceholderSmall(ForwardOnlySmall):
-    """A small model that decodes nothing; it has the template and vocabulary of `small`.
-
-    Instances in several threads may share one `small`.
-    """
-
-    def __init__(self, small: SmallProtocol) -> None:
-        self._small = small
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        return self._small.vocabulary
-
-    @property
-    def context_length(self) -> int:
-        return self._small.context_length
-
-    def encode_conversation(self, messages: Sequence[Message]) -> EncodedPrompt:
-        return self._small.encode_conversation(messages)
-
-    def prefill(
-        self, prompt_ids: Sequence[int], *, sampling: Sampling, progress: Progress
-    ) -> tuple[Signals, int]:
-        return _PLACEHOLDER_SIGNALS, 0
-
-    def extend(self, token_ids: Sequence[int]) -> Signals:
-        return _PLACEHOLDER_SIGNALS

@@ -31,9 +31,9 @@ from mlxroute.errors import UsageError
 from mlxroute.questions.grading import grade
 from mlxroute.replace_file import replace_file
 from mlxroute.small import SmallModel
+from mlxroute.statistics import standard_error
 from mlxroute.training.batch_size import choose_batch_size
 from mlxroute.training.head_fitting import HELD_OUT_STRIDE, MIN_ANSWERS
-from mlxroute.training.held_out_answers import measure_accuracy, standard_error
 from mlxroute.training.judged_questions import judge_answers
 from mlxroute.training.labels import decode_answer
 from mlxroute.training.lora_tuning import (
@@ -42,6 +42,7 @@ from mlxroute.training.lora_tuning import (
     can_share_prefix,
 )
 from mlxroute.training.on_policy import Corrector
+from mlxroute.training.own_answers import measure_accuracy
 from mlxroute.training.tuning_examples import (
     Batch,
     TuningExample,

@@ -37,7 +37,7 @@ class JudgedQuestion:
         return self.large_outcome != ""
 
     @property
-    def right(self) -> str:
+    def reference(self) -> str:
         """What is right, as text: the row's answer or the outcome of the large model's."""
         return str(self.question.answer if self.large_outcome is None else self.large_outcome)
 

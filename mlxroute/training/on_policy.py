@@ -10,7 +10,7 @@ from typing import Final
 from mlxroute.recorded.large_choices import WrittenAnswer, find_large_choices
 from mlxroute.recorded.recording_large import RecordingLarge
 from mlxroute.small import SmallModel
-from mlxroute.training.held_out_answers import write_answers
+from mlxroute.training.own_answers import write_answers
 from mlxroute.training.tuning_examples import TuningExample, one_token
 from mlxroute.types import Message, Progress
 

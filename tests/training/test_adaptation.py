@@ -22,9 +22,9 @@ from mlxroute.recorded.recording_large import RecordingLarge
 from mlxroute.small import SmallModel
 from mlxroute.training import adaptation
 from mlxroute.training.adaptation import adapt_to_answers, make_examples, split_answers
-from mlxroute.training.held_out_answers import write_answers
 from mlxroute.training.lora_tuning import LoraShape, LoraTuning, can_share_prefix
 from mlxroute.training.on_policy import Corrector
+from mlxroute.training.own_answers import write_answers
 from mlxroute.training.tuning_examples import (
     answer_example,
     find_common_prefix,

@@ -192,7 +192,7 @@ def test_rows_without_an_answer_are_judged_by_the_large_models_outcome(
     ]
     with RecordingLarge(ScriptedLarge([(_SEVEN,)]), tmp_path / "r.jsonl") as recording:
         items = judge_questions(small, recording, questions, examples=[], max_tokens=2, at_once=1)
-    assert [item.right for item in items] == ["77", "8"]
+    assert [item.reference for item in items] == ["77", "8"]
     assert [item.is_right("It is 77") for item in items] == [True, False]
     assert [item.is_right("8") for item in items] == [False, True]
 

@@ -28,7 +28,7 @@ from mlxroute.questions.grading import Grade, grade
 from mlxroute.questions.prompt_form import describe_form
 from mlxroute.questions.question_files import AnswerKind, Question, question_messages
 from mlxroute.recorded.answer_scores import AnswerScores
-from mlxroute.recorded.large_answers import PlaceholderSmall
+from mlxroute.recorded.forward_only import PlaceholderSmall
 from mlxroute.recorded.recording_large import AnswerNotContinued, RecordingLarge
 from mlxroute.routers import Budget, always_escalate, never_escalate
 from mlxroute.serving.concurrent_answers import ConcurrentAnswers, SharedSmallClient

@@ -195,14 +195,13 @@ class _QualityRun:
         small = load_paired_small(settings, large, err)
         check_questions_fit(small, self.questions, self.examples)
         with open_recording(settings, small, large, at_once=self.at_once) as recording:
-            return self._answer(settings, small, recording, recording.recorded_name, err)
+            return self._answer(settings, small, recording, err)
 
     def _answer(
         self,
         settings: Settings,
         small: SmallModel,
         recording: RecordingLarge,
-        large_name: str,
         err: Console,
     ) -> dict[str, Any]:
         from mlxroute.bench.quality.graded_answers import QualityResults
@@ -216,6 +215,7 @@ class _QualityRun:
         )
         from mlxroute.recorded.answer_scores import AnswerScores
 
+        large_name = recording.recorded_name
         has_head = any(side.router == HEAD_ROUTER for side in self.sides)
         router = HEAD_ROUTER if has_head else DEFAULT_ROUTER
         ranks = find_ranks(small, router, settings.head)

@@ -68,7 +68,7 @@ class ServingLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class EndpointRequest:
     """What an answer is asked for.
 
     Args:
@@ -135,7 +135,7 @@ class AnswerEndpoint(Closeable):
         )
         self.metrics.watch(self.scheduler)
 
-    def start(self, asked: Asked) -> ServedAnswer:
+    def start(self, asked: EndpointRequest) -> ServedAnswer:
         """Queue an answer. It encodes the prompt, so that it may take a while.
 
         Raises QueueFull, UsageError and ContextTooLong.
@@ -199,7 +199,7 @@ class AnswerEndpoint(Closeable):
         for threads in (self.forwards, self.scorers):
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def _on_end(self, asked: Asked, answer: ServedAnswer) -> None:
+    def _on_end(self, asked: EndpointRequest, answer: ServedAnswer) -> None:
         """Count an answer and keep its document."""
         stats = answer.stats
         if stats is None:

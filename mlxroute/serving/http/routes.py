@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from mlxroute.errors import ContextTooLong
-from mlxroute.serving.http.answer_endpoint import AnswerEndpoint, Asked
+from mlxroute.serving.http.answer_endpoint import AnswerEndpoint, EndpointRequest
 from mlxroute.serving.http.api_error import ApiError, log_failure, to_api_error, wrong
 from mlxroute.serving.http.forwarding import forward_chat
 from mlxroute.serving.http.metrics import CONTENT_TYPE
@@ -110,7 +110,7 @@ async def chat_completions(request: Request) -> Response:
     except ToolsNeeded as need:
         return await forward_chat(request, endpoint, values, need)
     reply = _Reply(endpoint, chat.answer, is_chat=True, top_logprobs=chat.top_logprobs)
-    asked = Asked(
+    asked = EndpointRequest(
         chat.answer,
         chat.messages,
         reply.reply_id,
@@ -133,7 +133,7 @@ async def completions(request: Request) -> Response:
     answer = replace(fields.answer, local_only=fields.answer.local_only or fields.writes_nothing)
     reply = _Reply(endpoint, answer, is_chat=False, top_logprobs=fields.top_logprobs)
     asked = [
-        Asked(answer, prompt, reply.answer_id(number), request.state.owner)
+        EndpointRequest(answer, prompt, reply.answer_id(number), request.state.owner)
         for number, prompt in enumerate(fields.prompts)
     ]
     if answer.stream:
@@ -187,7 +187,7 @@ class _Reply:
         """Return the id of an answer of a reply with several."""
         return self.reply_id if number == 0 else f"{self.reply_id}-{number}"
 
-    async def stream(self, request: Request, asked: Asked) -> Response:
+    async def stream(self, request: Request, asked: EndpointRequest) -> Response:
         """Reply an answer as a stream."""
         answer = await self._start(asked)
         stream = ChunkStream(
@@ -208,7 +208,11 @@ class _Reply:
         )
 
     async def whole(
-        self, request: Request, asked: Sequence[Asked], *, echo: PromptFields | None = None
+        self,
+        request: Request,
+        asked: Sequence[EndpointRequest],
+        *,
+        echo: PromptFields | None = None,
     ) -> Response:
         """Reply answers in one body, after their prompts if these are to be echoed."""
         is_scored = bool(echo and echo.echo and self._logprobs)
@@ -231,14 +235,14 @@ class _Reply:
         )
         return JSONResponse(body, headers={ID_HEADER: self.reply_id})
 
-    async def _score_all(self, asked: Sequence[Asked]) -> None:
+    async def _score_all(self, asked: Sequence[EndpointRequest]) -> None:
         """Have all answers written and their prompts scored."""
         # A place is taken before the answers, so that a full queue costs no work.
         with self._endpoint.scoring():
             await self._answer_all(asked)
             self._scores = [await self._score(item) for item in asked]
 
-    async def _answer_all(self, asked: Sequence[Asked]) -> None:
+    async def _answer_all(self, asked: Sequence[EndpointRequest]) -> None:
         """Have all answers written, as many at a time as the scheduler runs."""
         limit = self._endpoint.limits.max_running
         for number, item in enumerate(asked):
@@ -248,7 +252,7 @@ class _Reply:
         for answer in self._answers:
             await answer.wait()
 
-    async def _score(self, asked: Asked) -> ScoredPrompt:
+    async def _score(self, asked: EndpointRequest) -> ScoredPrompt:
         is_over = threading.Event()
         score = partial(self._endpoint.scheduler.score, asked.prompt, is_stopped=is_over.is_set)
         try:
@@ -257,7 +261,7 @@ class _Reply:
             # If the client has left, the thread would go on.
             is_over.set()
 
-    async def _start_after_own(self, asked: Asked) -> None:
+    async def _start_after_own(self, asked: EndpointRequest) -> None:
         """Start an answer; where the queue is full, wait for an earlier answer of this reply."""
         while True:
             try:
@@ -270,7 +274,7 @@ class _Reply:
             else:
                 return
 
-    async def _start(self, asked: Asked) -> ServedAnswer:
+    async def _start(self, asked: EndpointRequest) -> ServedAnswer:
         starting = asyncio.ensure_future(asyncio.to_thread(self._endpoint.start, asked))
         try:
             answer = await asyncio.shield(starting)

@@ -155,7 +155,7 @@ class AdvantageLabeller:
         router = [self.router.name, self.router.budget, self.router.quantiles, self.router.head]
         models = [self.small.record_name, self.large.recorded_name]
         sizes = [self.max_tokens, SAMPLES, MAX_DISAGREEMENTS]
-        key = json.dumps([_VERSION, models, item.conversation, item.right, router, sizes])
+        key = json.dumps([_VERSION, models, item.conversation, item.reference, router, sizes])
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
     def _label_group(self, questions: Sequence[JudgedQuestion]) -> list[AdvantageLabels]:

@@ -1,4 +1,4 @@
-"""Judging a tuned small model by its own answers to questions that it was not tuned on."""
+"""A tuned small model's own answers, written in batches, and the share of them that is right."""
 
 from __future__ import annotations
 
@@ -34,15 +34,6 @@ def measure_accuracy(
         for item, token_ids in zip(questions, written, strict=True)
     )
     return right / len(questions)
-
-
-def standard_error(share: float, count: int) -> float:
-    """Return the standard error of a share that was measured on `count` questions.
-
-    One right and one wrong answer more keep it above 0 for shares of 0 and 1.
-    """
-    share = (share * count + 1) / (count + 2)
-    return math.sqrt(share * (1 - share) / count)
 
 
 def write_answers(
