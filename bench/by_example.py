@@ -18,7 +18,6 @@ import json
 import random
 import statistics
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +27,7 @@ from mlxroute.bench.chat_only_server import ChatOnlyServer
 from mlxroute.catalog import Catalog
 from mlxroute.engine.transcript import RenderedPrompt, Transcript
 from mlxroute.errors import LargeNotContinued
+from mlxroute.recorded.record_file import append_records, read_records
 from mlxroute.tokenizers.chat_tokenizer import ChatTokenizer
 from mlxroute.types import Uploads, no_notice, no_progress
 from mlxroute.types.limits import MAX_PREFETCH
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("at_once", type=int, nargs="?", default=1, metavar="CALLS_IN_FLIGHT")
     given = parser.parse_args()
     address, model, path, at_once = given.address, given.model, given.file, given.at_once
-    rows = [json.loads(row) for row in path.read_text().split("\n") if row] if path.exists() else []
+    rows: list[Row] = list(read_records(path, dict))
     answers = {row["kind"]: row["answer"] for row in rows if "answer" in row}
     compared = {(row["kind"], row["index"]): row for row in rows if "index" in row}
     tokenizer, verdicts = load_tokenizer(model), path.with_suffix(".verdicts.json")
@@ -72,16 +72,12 @@ def main() -> None:
             address, timeout_s=TIMEOUT_S, verdicts=verdicts, find_tokenizer=lambda name: tokenizer
         ) as exact,
         LargeModel(proxy.url, timeout_s=TIMEOUT_S, verdicts=verdicts) as by_example,
-        path.open("a") as file,
         ThreadPoolExecutor(at_once) as pool,
     ):
         starts = {item["kind"]: render(tokenizer, item["prompt"]) for item in questions}
-        lock = threading.Lock()
 
         def keep(row: Row) -> Row:
-            with lock:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                file.flush()
+            append_records(path, [row])
             return row
 
         def answer(kind: str) -> list[OwnToken]:

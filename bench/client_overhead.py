@@ -21,6 +21,7 @@ from importlib.metadata import version
 import requests
 
 from mlxroute import LargeModel
+from mlxroute.statistics import percentile
 from mlxroute.types import LargeContext
 
 _PROMPT = "It is a truth universally acknowledged, that a " * 85
@@ -131,11 +132,10 @@ def _measure(url: str, pairs: int) -> tuple[list[float], list[float]]:
 
 def _spread(values: list[float]) -> dict[str, float]:
     """Return the median and the 5th and 95th percentile."""
-    ventiles = statistics.quantiles(values, n=20)
     return {
         "median": round(statistics.median(values), 3),
-        "p5": round(ventiles[0], 3),
-        "p95": round(ventiles[-1], 3),
+        "p5": round(percentile(values, 0.05), 3),
+        "p95": round(percentile(values, 0.95), 3),
     }
 
 

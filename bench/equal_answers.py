@@ -20,6 +20,8 @@ from typing import Any
 
 from mlxroute import EntropyRouter, LargeModel, SmallModel, Token, generate
 from mlxroute.cli.bench_report import read_builtin_prompts
+from mlxroute.recorded.record_file import append_records, read_records
+from mlxroute.statistics import percentile
 
 # `auto` uses one of these at any time.
 MODES = ("wait", "overlap", "hedge")
@@ -47,9 +49,11 @@ def main() -> None:
     address, tolerance, path = given.address, given.tolerance, given.file
     small = SmallModel.load(given.small)
     prompts = read_builtin_prompts()
-    rows = [json.loads(row) for row in path.read_text().split("\n") if row] if path.exists() else []
-    done = {(row["mode"], row["prefetch"], row["prompt"]): row["tokens"] for row in rows}
-    with LargeModel(address, timeout_s=TIMEOUT_S) as large, path.open("a") as file:
+    done = {
+        (row["mode"], row["prefetch"], row["prompt"]): row["tokens"]
+        for row in read_records(path, dict)
+    }
+    with LargeModel(address, timeout_s=TIMEOUT_S) as large:
         large.connect(thorough=False)
         large.pair_vocabulary(small.vocabulary)
         # Neighbouring answers have different prompts, so that no cache is warmer than in a chat.
@@ -70,8 +74,7 @@ def main() -> None:
             tokens = [describe(token) for token in answer]
             done[mode, prefetch, number] = tokens
             row = {"mode": mode, "prefetch": prefetch, "prompt": number, "tokens": tokens}
-            file.write(json.dumps(row) + "\n")
-            file.flush()
+            append_records(path, [row])
     print(json.dumps(compare(done, tolerance)))
 
 
@@ -103,7 +106,7 @@ def compare(done: dict[tuple[str, int, int], list[Any]], tolerance: float) -> di
             "positions": len(moved),
             "share_moved": round(sum(value > 0 for value in moved) / len(moved), 3),
             "median": round(statistics.median(moved), 4),
-            "p95": round(statistics.quantiles(moved, n=20)[-1], 4),
+            "p95": round(percentile(moved, 0.95), 4),
             "max": round(max(moved), 4),
         },
     }

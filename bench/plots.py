@@ -7,19 +7,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-from quality_tables import SHOWN_ROUTERS
+from quality_tables import SHOWN_ROUTERS, read_report
 
 from mlxroute.bench.plot import draw_latency, draw_quality, merit
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results"
 SETS = {
     "CommonsenseQA": "quality-qwen2.5-coder-0.5b-csqa-test-examples.json",
     "GSM8K": "quality-qwen2.5-coder-0.5b-gsm8k-test-examples.json",
@@ -50,10 +48,10 @@ def main() -> None:
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "mlxroute"})
     for name, (report_name, draw) in PLOTS.items():
         file = ROOT / "docs" / "images" / name
-        draw(_read(report_name), file)
+        draw(read_report(report_name), file)
         print(file.relative_to(ROOT))
     file = ROOT / "docs" / "images" / "accuracy-sets.svg"
-    draw_sets({name: _read(report_name) for name, report_name in SETS.items()}, file)
+    draw_sets({name: read_report(report_name) for name, report_name in SETS.items()}, file)
     print(file.relative_to(ROOT))
 
 
@@ -85,11 +83,6 @@ def draw_sets(reports: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     panel.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     figure.legend(loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=120)
-
-
-def _read(name: str) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
-    return report
 
 
 if __name__ == "__main__":

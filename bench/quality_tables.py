@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,15 @@ _SETS = re.compile(r"(<!-- sets: ((?:\S+\.json )+)-->\n).*?(<!-- end -->)", re.D
 _TABLE = re.compile(r"(<!-- table: (\S+\.json)(?: (\S+\.json))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
+def read_report(name: str, results: Path = RESULTS) -> dict[str, Any]:
+    """Return a report by the name of its file."""
+    report: dict[str, Any] = json.loads((results / name).read_text(encoding="utf-8"))
+    return report
+
+
 def write_tables(text: str, results: Path = RESULTS) -> str:
     """Return a document with the present tables between its markers."""
-
-    def read(name: str) -> dict[str, Any]:
-        report: dict[str, Any] = json.loads((results / name).read_text(encoding="utf-8"))
-        return report
+    read = partial(read_report, results=results)
 
     def table(match: re.Match[str]) -> str:
         adapted = read(match[3]) if match[3] else None

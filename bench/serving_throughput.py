@@ -28,11 +28,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlxroute import EntropyRouter, SmallModel, generate
+from mlxroute.bench.quality.question_runs import median_step_s
 from mlxroute.cli.bench_report import read_builtin_prompts
 from mlxroute.engine import Options
 from mlxroute.engine.protocols import LargeProtocol
 from mlxroute.routers import Router, never_escalate
 from mlxroute.serving import AnswerRequest, AnswerScheduler
+from mlxroute.statistics import intervals
 from mlxroute.types import LargeContext, LargeToken, Message, RunStats, Token, Uploads
 
 WINDOW_S = 60.0
@@ -95,11 +97,11 @@ def routed() -> EntropyRouter:
 
 
 def write(
-    scheduler: AnswerScheduler, messages: list[Message], router: Router, count: int
+    scheduler: AnswerScheduler, messages: list[Message], router: Router, max_tokens: int
 ) -> tuple[RunStats, list[float]]:
     """Write an answer; return its figures, and the times of its tokens since the request."""
     began_s = time.perf_counter()
-    options = Options(max_tokens=count, timeout_s=600.0)
+    options = Options(max_tokens=max_tokens, timeout_s=600.0)
     answer = scheduler.submit(AnswerRequest(messages, router, options))
     times_s = [time.perf_counter() - began_s for e in answer.events() if isinstance(e, Token)]
     stats = answer.stats
@@ -107,20 +109,17 @@ def write(
     return stats, times_s
 
 
-def measure_alone(small: SmallModel, prompts: list[str], count: int, rounds: int) -> Any:
+def measure_alone(small: SmallModel, prompts: list[str], max_tokens: int, rounds: int) -> Any:
     """Compare the median seconds per token, in turns with the same prompt."""
     plain, ratios = small.with_own_cache(), []
     with AnswerScheduler(small, None) as scheduler:
         for _ in range(rounds):
             messages = conversation(prompts[0])
-            answer = generate(plain, None, messages, router=never_escalate(), max_tokens=count)
+            answer = generate(plain, None, messages, router=never_escalate(), max_tokens=max_tokens)
             before = [time.perf_counter() for _ in answer]
-            _, times_s = write(scheduler, messages, never_escalate(), count)
+            _, times_s = write(scheduler, messages, never_escalate(), max_tokens)
             # The first tokens come with the prompt and with the copy of its KV cache.
-            steps = [
-                statistics.median(b - a for a, b in itertools.pairwise(times[2:]))
-                for times in (before, times_s)
-            ]
+            steps = [statistics.median(intervals(times[2:])) for times in (before, times_s)]
             ratios.append(steps[0] / steps[1])
             print(f"generate {steps[0] * 1e3:.1f} ms, scheduler {steps[1] * 1e3:.1f} ms a token")
     return {"speed_over_generate": round(statistics.median(ratios), 3)}
@@ -130,7 +129,7 @@ def receive_tokens(
     scheduler: AnswerScheduler,
     prompts: Sequence[str],
     new_router: Callable[[], Router],
-    count: int,
+    max_tokens: int,
     *,
     clients: int,
     window_s: float,
@@ -142,7 +141,7 @@ def receive_tokens(
 
     def ask_again(_: int) -> None:
         while time.perf_counter() < end_s:
-            options = Options(max_tokens=count, timeout_s=600.0)
+            options = Options(max_tokens=max_tokens, timeout_s=600.0)
             request = AnswerRequest(conversation(next(waiting)), new_router(), options)
             answer = scheduler.submit(request)
             for event in answer.events():
@@ -158,7 +157,7 @@ def receive_tokens(
 
 
 def measure_together(
-    small: SmallModel, prompts: list[str], count: int, rounds: int, clients: tuple[int, ...]
+    small: SmallModel, prompts: list[str], max_tokens: int, rounds: int, clients: tuple[int, ...]
 ) -> Any:
     """Compare tokens per second, prompts included, in turns with one client."""
     ratios: dict[int, list[float]] = {number: [] for number in clients}
@@ -167,7 +166,7 @@ def measure_together(
         for number in (1, *clients):
             with AnswerScheduler(small, None) as scheduler:
                 received = receive_tokens(
-                    scheduler, prompts, never_escalate, count, clients=number, window_s=WINDOW_S
+                    scheduler, prompts, never_escalate, max_tokens, clients=number, window_s=WINDOW_S
                 )
             speeds[number] = len(received) / WINDOW_S
             print(f"{number} at a time: {speeds[number]:.2f} tokens/s", flush=True)
@@ -176,23 +175,22 @@ def measure_together(
     return {number: round(statistics.median(values), 2) for number, values in ratios.items()}
 
 
-def measure_routed(small: SmallModel, prompts: list[str], count: int, rounds: int) -> Any:
+def measure_routed(small: SmallModel, prompts: list[str], max_tokens: int, rounds: int) -> Any:
     """Compare tokens per second of 4 clients with one, in turns."""
-    own = small.with_own_cache()
-    signals, _ = own.prefill([5, 6, 7])
-    times_s = []
-    for _ in range(8):
-        began_s = time.perf_counter()
-        signals = own.step(signals.token_id)
-        times_s.append(time.perf_counter() - began_s)
-    large: LargeProtocol = TimerLarge(small, CALL_STEPS * statistics.median(times_s))
+    step_s = median_step_s(small.with_own_cache(), [5, 6, 7])
+    large: LargeProtocol = TimerLarge(small, CALL_STEPS * step_s)
     ratios = []
     for _ in range(rounds):
         speeds = []
         for clients in (1, 4):
             with AnswerScheduler(small, large) as scheduler:
                 received = receive_tokens(
-                    scheduler, prompts, routed, count, clients=clients, window_s=ROUTED_WINDOW_S
+                    scheduler,
+                    prompts,
+                    routed,
+                    max_tokens,
+                    clients=clients,
+                    window_s=ROUTED_WINDOW_S,
                 )
             speeds.append(len(received) / ROUTED_WINDOW_S)
             rate = sum(token.escalation is not None for token in received) / len(received)
@@ -201,7 +199,7 @@ def measure_routed(small: SmallModel, prompts: list[str], count: int, rounds: in
     return {"4 over 1": round(statistics.median(ratios), 2)}
 
 
-def measure_second_turn(small: SmallModel, prompts: list[str], count: int, rounds: int) -> Any:
+def measure_second_turn(small: SmallModel, rounds: int) -> Any:
     """Compare the seconds to the first token."""
     ratios = []
     with AnswerScheduler(small, None) as scheduler:
@@ -244,7 +242,7 @@ def main() -> None:
         case "routed":
             report = measure_routed(small, prompts[:8], *sizes)
         case _:
-            report = measure_second_turn(small, prompts, *sizes)
+            report = measure_second_turn(small, given.rounds)
     print(json.dumps({"measurement": given.kind, "small": given.small, "result": report}))
 
 

@@ -22,6 +22,7 @@ import time
 
 from mlxroute import EntropyRouter, LargeModel, SmallModel, generate
 from mlxroute.engine import Experience
+from mlxroute.statistics import intervals
 
 PROMPTS = (
     "Explain the difference between a list and a tuple in Python in two sentences.",
@@ -52,8 +53,7 @@ def answer(
         experience=experience,
     )
     times_s = [time.perf_counter() for _ in run]
-    gaps_s = [later - earlier for earlier, later in itertools.pairwise(times_s)]
-    return run.stats().tokens_per_s, gaps_s
+    return run.stats().tokens_per_s, intervals(times_s)
 
 
 def main() -> None:

@@ -44,7 +44,12 @@ def measure_step_s(
 ) -> float:
     """Return the median seconds of a few decode steps after a question, as a run asks it."""
     conversation = question_messages(question, examples)
-    signals, _ = small.prefill(small.encode_conversation(conversation).ids)
+    return median_step_s(small, small.encode_conversation(conversation).ids)
+
+
+def median_step_s(small: SmallModel, prompt_ids: Sequence[int]) -> float:
+    """Return the median seconds of a few decode steps after a prompt."""
+    signals, _ = small.prefill(prompt_ids)
     times_s = []
     for _ in range(_TIMED_STEPS):
         began_s = time.perf_counter()
