@@ -26,7 +26,7 @@ MAX_WORKERS = 2
 # No test depends on the speed of the machine.
 settings.register_profile("mlxroute", deadline=None)
 settings.load_profile("mlxroute")
-_OWN_VARIABLES = ("OPENAI_API_KEY", "OPENAI_BASE_URL")
+_OPENAI_VARIABLES = ("OPENAI_API_KEY", "OPENAI_BASE_URL")
 _TERMINAL_VARIABLES = ("TERM_PROGRAM", "FORCE_COLOR", "NO_COLOR", "COLUMNS", *REWRAPPING_VARIABLES)
 
 # Workers, and commands that tests start, read compiled modules; they do not compile each again.
@@ -101,7 +101,7 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch, _homes: Iterator[Path]) ->
     """No test uses the user's own settings, keys, history, verdicts or servers."""
     monkeypatch.setattr(running_servers, "DEFAULT_PORTS", {})
     for name in list(os.environ):
-        if name in (*_OWN_VARIABLES, *_TERMINAL_VARIABLES) or name.startswith("MLXROUTE_"):
+        if name in (*_OPENAI_VARIABLES, *_TERMINAL_VARIABLES) or name.startswith("MLXROUTE_"):
             monkeypatch.delenv(name)
     home = next(_homes)
     (home / "cache").mkdir(parents=True)

@@ -20,10 +20,10 @@ from mlxroute.errors import LargeError, LargeUnrecorded, UsageError
 from mlxroute.large import LargeModel
 from mlxroute.ledger import Ledger
 from mlxroute.types import Prices, Uploads
+from tests.support.connected_clients import VOCABULARY, legacy
 from tests.support.documents import make_document
 from tests.support.loopback import Loopback, Reply
 from tests.support.negotiated import honest, negotiated
-from tests.support.scripted_calls import VOCABULARY, legacy
 from tests.support.vocabularies import context
 
 URL = "http://127.0.0.1:1/v1/completions"

@@ -25,9 +25,9 @@ from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.transport import Transport
 from mlxroute.ledger import Ledger
 from mlxroute.weights import package_index
+from tests.support.connected_clients import VOCABULARY, legacy
 from tests.support.loopback import Loopback, Reply, Request
 from tests.support.negotiated import honest
-from tests.support.scripted_calls import VOCABULARY, legacy
 from tests.support.tiny import make_tiny_model
 from tests.support.vocabularies import context
 

@@ -34,7 +34,7 @@ from mlxroute.errors import (
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import Source
 from tests.support.documents import make_document, record_answer
-from tests.support.fakes import EOS, ScriptedLarge, ScriptedSmall
+from tests.support.scripted_models import EOS, ScriptedLarge, ScriptedSmall
 
 KEYS = {
     "AnswerDocument": (

@@ -20,7 +20,7 @@ from mlxroute.errors import LargeRefused
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import Mode
 from tests.support.documents import QUESTION, make_document, record_answer
-from tests.support.fakes import FakeClock, ScriptedLarge, ScriptedSmall
+from tests.support.scripted_models import FakeClock, ScriptedLarge, ScriptedSmall
 from tests.support.worlds import World, WorldLarge, WorldSmall
 
 PROMPT_TOKENS = len("[user]hi?>")

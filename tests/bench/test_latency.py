@@ -17,7 +17,7 @@ from mlxroute.bench.latency import LatencyGrid, bench_latency, measure_large_ste
 from mlxroute.bench.latency_sides import SIDES
 from mlxroute.large import LargeModel
 from mlxroute.small import SmallModel
-from tests.support.fakes import FakeClock, ScriptedLarge, ScriptedSmall
+from tests.support.scripted_models import FakeClock, ScriptedLarge, ScriptedSmall
 from tests.support.tiny import make_tiny_model
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from mlxroute.types import (
     Source,
     Token,
 )
-from tests.support.fakes import signals
-from tests.support.scripted import NO_STATS
+from tests.support.scripted_answer import NO_STATS
+from tests.support.scripted_models import signals
 
 
 def written(token_id: int) -> Token:

@@ -49,7 +49,7 @@ from mlxroute.serving.concurrent_answers import ConcurrentAnswers, SharedSmallCl
 from mlxroute.small import SmallModel
 from mlxroute.training.labels import LabelledAnswer
 from mlxroute.types import LargeContext, LargeToken, Message, Sampling
-from tests.support.fakes import (
+from tests.support.scripted_models import (
     FakeCall,
     FakeClock,
     ScriptedLarge,

@@ -28,7 +28,7 @@ from mlxroute.questions.question_files import AnswerKind, Question
 from mlxroute.routers import BURST
 from mlxroute.serving.concurrent_answers import SharedSmallClient
 from mlxroute.types import Judgement
-from tests.support.fakes import signals
+from tests.support.scripted_models import signals
 
 _ROW = QualityRow("q", "", None, None, 10, 1, 0, 0, 1, 50, 0.5, 0.25, False, ())
 

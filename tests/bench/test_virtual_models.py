@@ -15,7 +15,7 @@ from mlxroute.engine import Answer, Options
 from mlxroute.routers import EntropyRouter
 from mlxroute.small import SmallModel
 from mlxroute.types import BranchCost, Mode, RunStats, Sampling, no_progress
-from tests.support.fakes import ScriptedLarge
+from tests.support.scripted_models import ScriptedLarge
 from tests.support.tiny import make_tiny_model
 
 _STEP_S, _BATCH_S, _CALL_S = 1.0, 1.5, 30.0

@@ -11,7 +11,7 @@ from mlxroute.config import Settings
 from mlxroute.engine import parse_mode
 from mlxroute.ledger import Ledger
 from mlxroute.routers import make_router
-from tests.support.fakes import ScriptedLarge, ScriptedSmall
+from tests.support.scripted_models import ScriptedLarge, ScriptedSmall
 
 
 @pytest.mark.parametrize(

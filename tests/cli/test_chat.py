@@ -23,7 +23,7 @@ from mlxroute.cli.line_input import CommandCompleter, LineEditor, LineReader, Re
 from mlxroute.conversation import Conversation
 from mlxroute.errors import ContextTooLong, LargeTimeout, MlxRouteError, WeightsError
 from mlxroute.types import Message, OnFailure, Prices, RunStats, Uploads, ignore_failure
-from tests.support.scripted import NO_STATS, ScriptedAnswer, Step
+from tests.support.scripted_answer import NO_STATS, ScriptedAnswer, Step
 
 ENTER, NEW_LINE, UP, CTRL_C, CTRL_D = "\r", "\x1b\r", "\x1b[A", "\x03", "\x04"
 

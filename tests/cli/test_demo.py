@@ -24,7 +24,7 @@ from mlxroute.errors import LargeTimeout
 from mlxroute.ledger import Ledger
 from mlxroute.questions.demo_question import DemoQuestion, read_demo_question
 from mlxroute.routers import make_router
-from tests.support.fakes import EOS, ScriptedLarge, ScriptedReply, ScriptedSmall
+from tests.support.scripted_models import EOS, ScriptedLarge, ScriptedReply, ScriptedSmall
 
 PAIR = Pair("tiny", "huge", same_vocabulary=True, threshold=1.0, calibration="none")
 QUESTION = DemoQuestion(

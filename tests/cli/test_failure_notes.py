@@ -20,13 +20,13 @@ from mlxroute.engine import generate
 from mlxroute.errors import LargeTimeout, UsageError
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import CallFailure
-from tests.support.fakes import ScriptedLarge, ScriptedSmall
+from tests.support.connected_clients import legacy
 from tests.support.family_servers import FamilyServer
 from tests.support.hosted_servers import PROVIDERS, HostedServer
 from tests.support.known_answers import write_known
 from tests.support.loopback import Loopback, Reply, Request
 from tests.support.negotiated import honest
-from tests.support.scripted_calls import legacy
+from tests.support.scripted_models import ScriptedLarge, ScriptedSmall
 from tests.support.tiny import make_tiny_model
 
 FAULTS = {

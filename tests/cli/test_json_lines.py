@@ -18,11 +18,11 @@ from mlxroute.cli.commands.calibrate import report_object as calibrate_report
 from mlxroute.cli.json_lines import event_object, write_object
 from mlxroute.errors import LargeUnsendable
 from mlxroute.types import Provisional, Retracted, Signals, Source
+from tests.support.connected_clients import legacy
 from tests.support.documents import record_answer
-from tests.support.fakes import ScriptedLarge, ScriptedSmall
 from tests.support.loopback import Loopback, Reply
 from tests.support.negotiated import honest
-from tests.support.scripted_calls import legacy
+from tests.support.scripted_models import ScriptedLarge, ScriptedSmall
 from tests.support.tiny import make_tiny_model
 
 TOKEN_KEYS = [

@@ -22,9 +22,9 @@ from mlxroute.errors import UsageError
 from mlxroute.safe_text import printable
 from mlxroute.small.mlp_head import SIGNAL_COUNT
 from mlxroute.tokenizers.template_sandbox import at_time
+from tests.support.connected_clients import legacy
 from tests.support.loopback import Loopback, Reply
 from tests.support.negotiated import honest
-from tests.support.scripted_calls import legacy
 from tests.support.tiny import make_tiny_model
 
 KEY = "sk-abcdef123456"

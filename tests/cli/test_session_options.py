@@ -22,7 +22,7 @@ from mlxroute.large.negotiation.served_models import UNNAMED
 from mlxroute.ledger import Ledger
 from mlxroute.routers import make_router
 from mlxroute.types import Mode, Prices, Sampling
-from tests.support.fakes import ScriptedLarge, ScriptedSmall
+from tests.support.scripted_models import ScriptedLarge, ScriptedSmall
 
 PRICES = Prices(input=2.0, cached_input=0.5, output=8.0)
 PATTERNS = (re.compile("secret"),)

@@ -9,7 +9,7 @@ import pytest
 from mlxroute.engine import Answer, Options
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import LargeToken, Mode, Source, Token
-from tests.support.fakes import FakeClock, ScriptedLarge, ScriptedSmall
+from tests.support.scripted_models import FakeClock, ScriptedLarge, ScriptedSmall
 from tests.support.worlds import token_of
 
 

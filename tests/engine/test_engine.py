@@ -22,7 +22,7 @@ from mlxroute.errors import (
 )
 from mlxroute.routers import EntropyRouter, make_router
 from mlxroute.types import LargeToken, Mode, Source, StopReason, Token
-from tests.support.fakes import (
+from tests.support.scripted_models import (
     EOS,
     STRADDLING,
     FakeClock,

@@ -21,7 +21,7 @@ from mlxroute.errors import (
 )
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import CallFailure, Mode
-from tests.support.fakes import FakeClock, ScriptedLarge, ScriptedSmall
+from tests.support.scripted_models import FakeClock, ScriptedLarge, ScriptedSmall
 
 KEY_GONE = LargeRefused("http://box/v1 answered 401: no; check the API key", status=401)
 NO_MODEL = LargeRefused("http://box/v1 answered 404: no such model", status=404)

@@ -13,7 +13,7 @@ from mlxroute.engine.governor import Governor, expected_mode_times
 from mlxroute.engine.machine_load import CORES
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import BranchCost, Mode, RunStats, Signals
-from tests.support.fakes import FakeClock
+from tests.support.scripted_models import FakeClock
 from tests.support.worlds import World, WorldLarge, WorldSmall, token_of
 
 

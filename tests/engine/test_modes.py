@@ -16,7 +16,7 @@ from mlxroute.engine.experience import MovingAverage
 from mlxroute.errors import LargeError, LargeUnsendable
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import Event, Mode, Provisional, Retracted, RunStats, Source, Token
-from tests.support.fakes import FakeClock, signals
+from tests.support.scripted_models import FakeClock, signals
 from tests.support.worlds import World, WorldLarge, WorldSmall
 
 _MESSAGES = [{"role": "user", "content": "hi"}]

@@ -23,7 +23,7 @@ from mlxroute.types import (
     Token,
     Uploads,
 )
-from tests.support.fakes import FakeCall, FakeClock
+from tests.support.scripted_models import FakeCall, FakeClock
 from tests.support.tiny import KINDS, WINDOW, make_tiny_model
 from tests.support.worlds import token_of
 

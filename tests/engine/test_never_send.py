@@ -16,7 +16,7 @@ from mlxroute.engine.escalation import never_send
 from mlxroute.engine.escalation.never_send import NeverSend
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import EncodedPrompt, Message, Prices, Source, Token
-from tests.support.fakes import FakeClock, ScriptedLarge, ScriptedSmall
+from tests.support.scripted_models import FakeClock, ScriptedLarge, ScriptedSmall
 
 USER: Message = {"role": "user", "content": "hi"}
 

@@ -39,10 +39,10 @@ from mlxroute.large.http.transport import MAX_HANGING
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import LargeContext, LargeToken, Mode, Source, StopReason, Token, Uploads
 from tests.support.certificates import Authority
-from tests.support.fakes import FakeCall, ScriptedSmall
+from tests.support.connected_clients import legacy
 from tests.support.loopback import Loopback, Reply, Request
 from tests.support.negotiated import honest, negotiated
-from tests.support.scripted_calls import legacy
+from tests.support.scripted_models import FakeCall, ScriptedSmall
 
 KEY: Final = "sk-do-not-show-5f1c"
 SMALL: Final = b"the small model says this"

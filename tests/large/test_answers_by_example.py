@@ -16,11 +16,11 @@ from mlxroute.large.http import circuit_breaker
 from mlxroute.large.prompt import Prompt
 from mlxroute.types import Message, Prices, RunStats
 from tests.support.example_chat import Write, after_examples, read_question
-from tests.support.fakes import ScriptedSmall
 from tests.support.hosted_servers import PROVIDERS, HostedServer
 from tests.support.known_answers import write_known
 from tests.support.loopback import Loopback, Reply, Request
 from tests.support.negotiated import negotiated
+from tests.support.scripted_models import ScriptedSmall
 
 KEY: Final = "sk-do-not-show-5f1c"
 SMALL: Final = b"The small model writes a line of text here."

@@ -18,10 +18,10 @@ from mlxroute.large.dialects.mlx_lm import MlxLm
 from mlxroute.large.http.pending_calls import PendingCall
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import Mode, Token
-from tests.support.fakes import ScriptedSmall
+from tests.support.connected_clients import THE, VOCABULARY, legacy
 from tests.support.loopback import Loopback, Reply, Request, mlx_lm_reply
 from tests.support.negotiated import PLAIN, negotiated
-from tests.support.scripted_calls import THE, VOCABULARY, legacy
+from tests.support.scripted_models import ScriptedSmall
 from tests.support.vocabularies import context
 
 

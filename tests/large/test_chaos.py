@@ -13,13 +13,13 @@ import pytest
 from mlxroute import LargeModel
 from mlxroute.types import Mode
 from tests.support.chaos import Chaos, nothing_left_behind, shorten_pauses
-from tests.support.fakes import ScriptedSmall
+from tests.support.connected_clients import legacy
 from tests.support.hosted_servers import PROVIDERS, HostedServer
 from tests.support.known_answers import write_known
 from tests.support.loopback import Reply
 from tests.support.negotiated import honest
 from tests.support.network_faults import FaultProxy
-from tests.support.scripted_calls import legacy
+from tests.support.scripted_models import ScriptedSmall
 
 SEED = 19
 

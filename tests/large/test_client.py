@@ -15,9 +15,7 @@ from mlxroute.large import LargeModel
 from mlxroute.large.negotiation.verdict_file import VerdictFile
 from mlxroute.types import Message, Span
 from tests.support import family_servers
-from tests.support.family_servers import FamilyServer
-from tests.support.loopback import Loopback, Reply, Request, mlx_lm_reply
-from tests.support.scripted_calls import (
+from tests.support.connected_clients import (
     MLX_LM,
     PLAIN,
     THE,
@@ -26,6 +24,8 @@ from tests.support.scripted_calls import (
     connected_client,
     legacy,
 )
+from tests.support.family_servers import FamilyServer
+from tests.support.loopback import Loopback, Reply, Request, mlx_lm_reply
 from tests.support.vocabularies import TableTokenizer, TableVocabulary, context
 
 

@@ -14,9 +14,9 @@ from mlxroute.cli import large_setup, main
 from mlxroute.errors import LargeRefused, LargeTimeout
 from mlxroute.large import LargeModel
 from mlxroute.large.http import retry
+from tests.support.connected_clients import legacy
 from tests.support.loopback import Loopback, Reply, Request
 from tests.support.negotiated import honest, negotiation_reply
-from tests.support.scripted_calls import legacy
 
 LOADING = Reply(b'{"error": {"message": "Loading model", "code": 503}}', status=503)
 READY = honest(lambda request: Reply.of(legacy("a")))

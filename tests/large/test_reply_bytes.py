@@ -27,9 +27,9 @@ from mlxroute.large.negotiation.served_models import list_served_models
 from mlxroute.large.prompt import Prompt
 from mlxroute.large.reply import Completion
 from mlxroute.large.vocabulary.token_reader import TokenReader
+from tests.support.connected_clients import VOCABULARY
 from tests.support.loopback import Loopback, Reply
 from tests.support.negotiated import negotiated
-from tests.support.scripted_calls import VOCABULARY
 from tests.support.vocabularies import context
 
 _TOKEN = {"token": "a", "bytes": [97], "logprob": -0.5, "id": 5}

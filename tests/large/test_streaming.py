@@ -24,9 +24,9 @@ from mlxroute.large.vocabulary.token_reader import TokenReader
 from mlxroute.large.vocabulary.token_sources import FileTokenSource
 from mlxroute.large.vocabulary.vocabulary_comparison import SAME, VocabularyComparison
 from mlxroute.types import LargeToken
+from tests.support.connected_clients import VOCABULARY
 from tests.support.loopback import Loopback, Reply, Request
 from tests.support.negotiated import negotiated
-from tests.support.scripted_calls import VOCABULARY
 from tests.support.vocabularies import TableTokenizer, context
 
 LLAMA = LlamaServer()

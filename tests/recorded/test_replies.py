@@ -24,7 +24,7 @@ from mlxroute.recorded.parallel_answers import map_answers
 from mlxroute.recorded.recording_large import AnswerNotContinued, RecordingLarge
 from mlxroute.recorded.reply_file import ReplyFile
 from mlxroute.types import LargeContext, LargeToken, Message, Uploads, Vocabulary
-from tests.support.fakes import (
+from tests.support.scripted_models import (
     EOS,
     ByteVocabulary,
     ScriptedLarge,

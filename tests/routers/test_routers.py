@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mlxroute.errors import UsageError
 from mlxroute.routers import BURST, SCORES, Budget, EntropyRouter, Threshold, make_router
 from mlxroute.types import Judgement, Signals
-from tests.support.fakes import signals
+from tests.support.scripted_models import signals
 
 _UNIFORM = (0.0, 1.0)
 # Scores of the small model's own uncertainty: not a learned one, nor the control.

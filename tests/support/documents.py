@@ -15,7 +15,7 @@ from mlxroute.engine.options import Options
 from mlxroute.engine.protocols import NamedLargeProtocol, SmallProtocol
 from mlxroute.routers import EntropyRouter, Router
 from mlxroute.types import Message, Mode
-from tests.support.fakes import ScriptedLarge, ScriptedReply, ScriptedSmall
+from tests.support.scripted_models import ScriptedLarge, ScriptedReply, ScriptedSmall
 
 QUESTION: list[Message] = [{"role": "user", "content": "hi?"}]
 PAIR = ModelPair("tiny", "tiny", None, "huge", "http://127.0.0.1:1/v1")

@@ -11,8 +11,8 @@ from mlxroute.large.dialects.completions import PlainCompletions
 from mlxroute.large.negotiation import probe_questions
 from mlxroute.large.negotiation.negotiator import NegotiatedDialect
 from mlxroute.types import LargeToken
+from tests.support.connected_clients import VOCABULARY, legacy
 from tests.support.loopback import Loopback, Reply, Request
-from tests.support.scripted_calls import VOCABULARY, legacy
 from tests.support.vocabularies import TableVocabulary, context
 
 PLAIN: Final = PlainCompletions(logprobs=True)

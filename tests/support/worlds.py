@@ -21,7 +21,7 @@ from mlxroute.errors import (
     LargeUnsendable,
 )
 from mlxroute.types import BranchCost, LargeContext, LargeToken, Signals, Uploads
-from tests.support.fakes import EOS, STRADDLING, ByteVocabulary, FakeClock, ScriptedSmall
+from tests.support.scripted_models import EOS, STRADDLING, ByteVocabulary, FakeClock, ScriptedSmall
 
 _E_ACUTE = tuple("é".encode())
 _WORDS = (*b"ab.", *b"ab.", *_E_ACUTE, STRADDLING)
@@ -33,18 +33,19 @@ _SPELLED = (b"ab", b"a.b", "é".encode(), b"..")
 class World:
     """A pair of models, given by probabilities, and the limits of their server and KV cache.
 
-    * **seed** - Determines every token.
-    * **doubt** - Share of positions at which the small model's entropy is above 2 nats.
-    * **agreement** - Share of calls that return the small model's own token.
-    * **end** - Share of positions at which a model ends the answer.
-    * **loss** - Share of positions at which a call fails.
-    * **refusal** - Share of positions whose prompt is refused as too long, some of them at once.
-    * **max_call_s** - Longest duration of a call, in seconds.
-    * **max_in_flight** - Most calls at a time.
-    * **whole_only** - Calls inside a character fail, as with most real servers.
-    * **rounding** - Share of positions at which a batch may decide differently from a single row.
-    * **window** - Tokens after which the KV cache can no longer be rolled back.
-    * **streams** - Prefetched tokens arrive one by one, faster or slower than steps.
+    Args:
+        seed: Determines every token.
+        doubt: Share of positions at which the small model's entropy is above 2 nats.
+        agreement: Share of calls that return the small model's own token.
+        end: Share of positions at which a model ends the answer.
+        loss: Share of positions at which a call fails.
+        refusal: Share of positions whose prompt is refused as too long, some of them at once.
+        max_call_s: Longest duration of a call, in seconds.
+        max_in_flight: Most calls at a time.
+        whole_only: Calls inside a character fail, as with most real servers.
+        rounding: Share of positions at which a batch may decide differently from a single row.
+        window: Tokens after which the KV cache can no longer be rolled back.
+        streams: Prefetched tokens arrive one by one, faster or slower than steps.
     """
 
     seed: int

@@ -40,7 +40,7 @@ from mlxroute.training.tuning_types import (
     WorkedAnswer,
 )
 from mlxroute.types import no_progress
-from tests.support.fakes import ScriptedLarge
+from tests.support.scripted_models import ScriptedLarge
 from tests.support.tiny import KINDS, make_tiny_model
 
 _RATE = 2e-3

@@ -38,7 +38,7 @@ from mlxroute.training.head_fitting import FittedHead
 from mlxroute.training.judged_questions import JudgedQuestion, judge_questions
 from mlxroute.training.labels import decode_answer
 from mlxroute.types import no_progress
-from tests.support.fakes import ScriptedLarge
+from tests.support.scripted_models import ScriptedLarge
 from tests.support.tiny import make_tiny_model
 
 _Z, _SEVEN = 60, 25

@@ -26,7 +26,7 @@ from mlxroute.training.head_fitting import FittedHead, _deferral_loss, fit_head,
 from mlxroute.training.head_shapes import Positions, fit_linear
 from mlxroute.training.labels import LabelledAnswer, collect_labels, to_list
 from mlxroute.types import LabelKind, LargeToken
-from tests.support.fakes import ScriptedLarge, ScriptedReply, ScriptedWholeAnswer
+from tests.support.scripted_models import ScriptedLarge, ScriptedReply, ScriptedWholeAnswer
 from tests.support.tiny import final_hidden_state, make_tiny_model
 
 _HIDDEN = 64

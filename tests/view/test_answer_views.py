@@ -19,8 +19,8 @@ from mlxroute.view.answer_picture import draw_document
 from mlxroute.view.answer_text import answer_rows, escalation_rows
 from mlxroute.view.word_wrap import Row, print_rows
 from tests.support.documents import make_document
-from tests.support.fakes import EOS, STRADDLING, ScriptedReply
-from tests.support.scripted import Terminal
+from tests.support.recording_terminal import Terminal
+from tests.support.scripted_models import EOS, STRADDLING, ScriptedReply
 
 HOSTILE = b"</script><img src=x onerror=alert(1)>\x1b[2J\xe2\x80\xae"
 

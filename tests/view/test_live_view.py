@@ -24,7 +24,8 @@ from mlxroute.types import Activity, Provisional, Retracted, RunStats, Source
 from mlxroute.view import LiveView, PlainWriter
 from mlxroute.view.live_view import heat_style
 from mlxroute.view.word_wrap import StyledText, wrap_complete, wrap_growing
-from tests.support.scripted import ScriptedAnswer, Step, Terminal, token
+from tests.support.recording_terminal import Terminal
+from tests.support.scripted_answer import ScriptedAnswer, Step, token
 
 _PIECES = (
     "a", "word", "incomprehensibilities", "don't", "[bold]", "x = 1", "1", ".", ",", "(", ")",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mlxroute.types import Activity, RunStats, StopReason, Uploads
 from mlxroute.view import ChatTotals, closing_paragraph, summary_line
 from mlxroute.view.summary import status_line
-from tests.support.scripted import NO_STATS
+from tests.support.scripted_answer import NO_STATS
 
 _STATS = replace(
     NO_STATS,

@@ -20,11 +20,11 @@ from mlxroute.errors import (
 from mlxroute.large import LargeModel
 from mlxroute.large.http.circuit_breaker import FAILURES, CircuitBreaker
 from tests.support import family_servers
-from tests.support.fakes import FakeClock
+from tests.support.connected_clients import VOCABULARY, legacy
 from tests.support.family_servers import FamilyServer
 from tests.support.loopback import Loopback, Reply, Request
 from tests.support.negotiated import honest, negotiated
-from tests.support.scripted_calls import VOCABULARY, legacy
+from tests.support.scripted_models import FakeClock
 from tests.support.vocabularies import context
 
 

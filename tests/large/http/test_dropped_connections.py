@@ -19,10 +19,10 @@ from mlxroute.large.http.connections import Auth, HttpSessionPool
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.exchange import Exchange
 from mlxroute.large.http.transport import MAX_HANGING, Transport
-from tests.support.fakes import FakeClock
+from tests.support.connected_clients import VOCABULARY, legacy
 from tests.support.loopback import Loopback, Reply
 from tests.support.negotiated import negotiated
-from tests.support.scripted_calls import VOCABULARY, legacy
+from tests.support.scripted_models import FakeClock
 from tests.support.vocabularies import context
 
 

@@ -29,9 +29,9 @@ from mlxroute.large.dialects.mlx_lm import MlxLm
 from mlxroute.large.dialects.tokenize_routes import VllmTokenizeRoutes
 from mlxroute.large.http import retry
 from mlxroute.large.http.deadline import Deadline
+from tests.support.connected_clients import THE, VOCABULARY, legacy
 from tests.support.loopback import Loopback, Reply, mlx_lm_reply
 from tests.support.negotiated import PLAIN, ask_once, negotiated
-from tests.support.scripted_calls import THE, VOCABULARY, legacy
 from tests.support.vocabularies import context
 
 

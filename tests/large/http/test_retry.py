@@ -31,10 +31,10 @@ from mlxroute.large.http import transport as transport_module
 from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.transport import Transport
-from tests.support.fakes import FakeClock
+from tests.support.connected_clients import VOCABULARY, legacy
 from tests.support.loopback import Loopback, Reply, Request
 from tests.support.negotiated import ask_once, negotiated
-from tests.support.scripted_calls import VOCABULARY, legacy
+from tests.support.scripted_models import FakeClock
 from tests.support.vocabularies import context
 
 NOW = datetime(2026, 11, 22, 12, 0, 0, tzinfo=UTC)

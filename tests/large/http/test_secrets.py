@@ -12,9 +12,9 @@ import pytest
 from mlxroute.errors import LargeProtocolError
 from mlxroute.large import LargeModel
 from tests.support.command_process import run_command
+from tests.support.connected_clients import legacy
 from tests.support.loopback import Loopback, Reply, Request
 from tests.support.negotiated import ask_once, honest
-from tests.support.scripted_calls import legacy
 from tests.support.tiny import make_tiny_model
 from tests.support.vocabularies import BYTE_CHARACTERS, TableVocabulary
 

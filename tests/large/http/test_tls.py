@@ -12,9 +12,9 @@ from mlxroute.cli import main
 from mlxroute.errors import LargeUnreachable, UsageError
 from mlxroute.large import LargeModel
 from tests.support.certificates import Authority
+from tests.support.connected_clients import VOCABULARY, legacy
 from tests.support.loopback import Loopback, Reply, Request
 from tests.support.negotiated import negotiated
-from tests.support.scripted_calls import VOCABULARY, legacy
 from tests.support.vocabularies import context
 
 

@@ -20,9 +20,9 @@ from mlxroute.errors import (
 )
 from mlxroute.large import LargeModel
 from mlxroute.large.http import exchange, retry
+from tests.support.connected_clients import legacy, save_verdict
 from tests.support.loopback import Loopback, Reply, Request
 from tests.support.negotiated import honest
-from tests.support.scripted_calls import legacy, save_verdict
 
 KEY: Final = "sk-do-not-keep-3c9e"
 FAULTS: Final = {

@@ -15,9 +15,9 @@ from mlxroute.large.negotiation.verdict_file import (
     Verdict,
     VerdictFile,
 )
+from tests.support.connected_clients import save_verdict
 from tests.support.family_servers import VOCABULARY, FamilyServer
 from tests.support.loopback import Loopback, Reply, Request
-from tests.support.scripted_calls import save_verdict
 from tests.support.vocabularies import context
 
 

@@ -15,10 +15,7 @@ from mlxroute.large.prompt import Prompt
 from mlxroute.large.reply import ReplyPosition, ReplyToken
 from mlxroute.large.vocabulary.bridge import Bridge, BridgedToken
 from mlxroute.large.vocabulary.token_reader import TokenReader
-from tests.support.family_servers import VOCABULARY as FAMILY
-from tests.support.family_servers import FamilyServer
-from tests.support.loopback import Loopback, Reply, mlx_lm_reply
-from tests.support.scripted_calls import (
+from tests.support.connected_clients import (
     MLX_LM,
     PLAIN,
     THE,
@@ -29,6 +26,9 @@ from tests.support.scripted_calls import (
     content_reply,
     legacy,
 )
+from tests.support.family_servers import VOCABULARY as FAMILY
+from tests.support.family_servers import FamilyServer
+from tests.support.loopback import Loopback, Reply, mlx_lm_reply
 from tests.support.vocabularies import END_ID, TableTokenizer, TableVocabulary, context
 
 

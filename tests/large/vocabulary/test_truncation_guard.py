@@ -8,9 +8,9 @@ from mlxroute.errors import LargeProtocolError
 from mlxroute.large import LargeModel
 from mlxroute.large.dialects.ollama import OllamaGenerate
 from mlxroute.large.vocabulary.truncation_guard import TruncationGuard
+from tests.support.connected_clients import VOCABULARY
 from tests.support.loopback import Loopback, Reply
 from tests.support.negotiated import negotiated
-from tests.support.scripted_calls import VOCABULARY
 from tests.support.vocabularies import context
 
 _WORDS = " one two three four five six seven eight nine"

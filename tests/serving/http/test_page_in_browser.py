@@ -23,7 +23,7 @@ from mlxroute.serving.http.guard import AccessRules
 from mlxroute.small import SmallModel
 from mlxroute.types import LargeContext, LargeToken, Mode
 from tests.support.endpoint import make_session
-from tests.support.fakes import FakeCall, ScriptedLarge
+from tests.support.scripted_models import FakeCall, ScriptedLarge
 
 pytestmark = pytest.mark.heavy
 

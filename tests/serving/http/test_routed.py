@@ -25,7 +25,7 @@ from mlxroute.serving.requests import ServedEvent
 from mlxroute.small import SmallModel
 from mlxroute.types import LargeContext, LargeToken, Mode
 from tests.support.endpoint import call_until, chat, make_session, read_stream, running
-from tests.support.fakes import ScriptedLarge
+from tests.support.scripted_models import ScriptedLarge
 
 _X = 40
 _ALWAYS = {"threshold": "-inf"}

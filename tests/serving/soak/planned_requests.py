@@ -12,9 +12,9 @@ from typing import Any, Final
 
 from mlxroute import LargeModel, SmallModel, generate
 from mlxroute.types import Message, Sampling, Token
+from tests.support.connected_clients import legacy
 from tests.support.endpoint import new_router
 from tests.support.loopback import Reply, Request
-from tests.support.scripted_calls import legacy
 
 THRESHOLD: Final = 3.8
 CONTEXT: Final = 2048
