@@ -166,7 +166,12 @@ def measure_together(
         for number in (1, *clients):
             with AnswerScheduler(small, None) as scheduler:
                 received = receive_tokens(
-                    scheduler, prompts, never_escalate, max_tokens, clients=number, window_s=WINDOW_S
+                    scheduler,
+                    prompts,
+                    never_escalate,
+                    max_tokens,
+                    clients=number,
+                    window_s=WINDOW_S,
                 )
             speeds[number] = len(received) / WINDOW_S
             print(f"{number} at a time: {speeds[number]:.2f} tokens/s", flush=True)

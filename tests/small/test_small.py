@@ -363,8 +363,8 @@ def test_a_head_fits_a_model_whose_text_part_has_the_hidden_size(tmp_path: Path)
 @pytest.fixture
 def chunked(tmp_path: Path) -> SmallModel:
     """A model whose layers keep the keys of a chunk of 64 tokens."""
-    extra = {"text_config": {**_LLAMA4, "max_position_embeddings": 1024}}
-    extra["max_position_embeddings"] = None
+    text: dict[str, Any] = {**_LLAMA4, "max_position_embeddings": 1024}
+    extra = {"text_config": text, "max_position_embeddings": None}
     path = make_tiny_model(tmp_path / "m", model_type="llama4", extra=extra)
     return SmallModel(*load(path), name="m")
 
