@@ -36,22 +36,22 @@ def test_results_come_as_the_tasks_end_and_errors_where_they_are_asked_for() -> 
 
 
 def test_no_task_begins_after_the_end_of_the_block() -> None:
-    release, began = threading.Event(), list[int]()
+    has_begun, release, began = threading.Event(), threading.Event(), list[int]()
 
     def task(number: int) -> int:
         began.append(number)
+        has_begun.set()
         release.wait(60)
         return number
 
     numbered: list[Callable[[], int]] = [partial(task, number) for number in range(3)]
     with DaemonTasks(numbered, threads=1) as tasks:
-        pass
+        assert has_begun.wait(60)
     release.set()
-    if began:
-        assert tasks.next_result(60) == 0
+    assert tasks.next_result(60) == 0
     with pytest.raises(Empty):
         tasks.next_result(0.05)
-    assert began in ([], [0])
+    assert began == [0]
 
 
 def test_a_process_ends_while_a_task_still_runs() -> None:
