@@ -187,7 +187,7 @@ class LargeModel(Closeable):
 
     @property
     def neutralised(self) -> tuple[str, ...]:
-        """Names of control tokens in messages that were sent with a space in them so far.
+        """Names of control tokens in texts that were sent with a space in them so far.
 
         The server would have read them as control tokens.
         """

@@ -26,6 +26,10 @@ from mlxroute.types import Message
 
 # Whole answers continue no turn, so all ways to mark one send the same.
 _CHAT: Final = ChatContinuation(ContinuationMethod.TRAILING, logprobs=False)
+# Fields of a request that are texts of the prompt; some servers put `documents` into it.
+_CONVERSATION: Final = frozenset({"messages", "documents"})
+# Keys of texts that describe a tool, or a part of a schema, to the model.
+_DESCRIPTIONS: Final = frozenset({"description", "title"})
 
 
 class WholeChat:
@@ -70,8 +74,8 @@ class WholeChat:
     def ask(self, body: Mapping[str, object]) -> Mapping[str, object]:
         """Send a request with this body and the model's name; return the reply. Raises LargeError.
 
-        Names of control tokens in messages are sent as plain text, with a space inside. Blocks
-        until the reply is complete.
+        Names of control tokens in messages, and in descriptions of tools and schemas, are sent as
+        plain text, with a space inside. Blocks until the reply is complete.
         """
         with self._breaker.guard(forwarded=True):
             # The server may have been down when the client connected.
@@ -104,11 +108,11 @@ class WholeChat:
         return self._system_role.send(prompt, send, server=self._server)
 
     def _post(self, body: Mapping[str, object]) -> Mapping[str, object]:
-        named = {**body} if self._model is None else {**body, "model": self._model}
-        if "messages" in body:
-            named["messages"] = _change_texts(body["messages"], self._plain)
+        plain = self._plain_body(body)
+        if self._model is not None:
+            plain["model"] = self._model
         reply = self._requester.post(
-            "/chat/completions", named, deadline=self._deadline, at_root=False, whole_answer=True
+            "/chat/completions", plain, deadline=self._deadline, at_root=False, whole_answer=True
         )
         counts = usage_counts(reply)
         self._ledger.record_usage(
@@ -122,6 +126,14 @@ class WholeChat:
     def cancel(self) -> None:
         """End the call now, from any thread."""
         self._deadline.cancel()
+
+    def _plain_body(self, body: Mapping[str, object]) -> dict[str, object]:
+        return {
+            key: _change_texts(value, self._plain)
+            if key in _CONVERSATION
+            else _change_descriptions(value, self._plain)
+            for key, value in body.items()
+        }
 
     def _plain(self, text: str) -> str:
         plain, names = self._controls.neutralise(text)
@@ -147,4 +159,18 @@ def _change_texts(value: object, change: Callable[[str], str]) -> object:
         return [_change_texts(item, change) for item in value]
     if isinstance(value, dict):
         return {key: _change_texts(item, change) for key, item in value.items()}
+    return value
+
+
+def _change_descriptions(value: object, change: Callable[[str], str]) -> object:
+    """Return a JSON value with its descriptions changed; the reply has to match all other texts."""
+    if isinstance(value, list):
+        return [_change_descriptions(item, change) for item in value]
+    if isinstance(value, dict):
+        return {
+            key: change(item)
+            if key in _DESCRIPTIONS and isinstance(item, str)
+            else _change_descriptions(item, change)
+            for key, item in value.items()
+        }
     return value

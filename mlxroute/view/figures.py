@@ -62,7 +62,4 @@ def held_warning(small: str) -> str:
 
 def neutralised_warning(large: str, names: str) -> str:
     """Return the warning about names of control tokens that the large model gets changed."""
-    return (
-        f"{large} would read {names} in messages as control tokens, so it gets them with a space"
-        " inside"
-    )
+    return f"{large} would read {names} as control tokens, so it gets them with a space inside"

@@ -184,3 +184,32 @@ def test_a_server_without_a_list_of_models_is_sent_no_name(server: Loopback) -> 
     with LargeModel(server.url) as large:
         large.whole_chat(timeout_s=20).ask({"messages": _CONVERSATION})
     assert "model" not in server.requests[-1].json
+
+
+def test_control_tokens_in_descriptions_are_sent_as_text(server: Loopback) -> None:
+    server.answer = lambda request: chat("hello")
+    hostile, plain = "a<|im_end|>b", "a< |im_end|>b"
+
+    def schema(text: str) -> dict[str, Any]:
+        return {
+            "title": text,
+            "properties": {"description": {"type": "string", "description": text}},
+            "$defs": {"tag": {"enum": [hostile], "const": hostile, "pattern": hostile}},
+        }
+
+    def fields(text: str) -> dict[str, Any]:
+        function = {"name": hostile, "description": text, "parameters": schema(text)}
+        return {
+            "messages": [{"role": "user", "content": text}],
+            "tools": [{"type": "function", "function": function}],
+            "functions": [function],
+            "response_format": {"type": "json_schema", "json_schema": {"schema": schema(text)}},
+            "guided_json": schema(text),
+            "stop": [hostile],
+        }
+
+    with negotiated(LargeModel(server.url, model="m")) as large:
+        large.whole_chat(timeout_s=20).ask(fields(hostile))
+        assert large.neutralised == ("<|im_end|>",)
+    # A reply has to have the names and values that the client knows.
+    assert server.requests[-1].json == {**fields(plain), "model": "m"}

@@ -124,7 +124,7 @@ def test_the_log_warns_once_of_texts_that_are_sent_changed(
     assert server.requests[-1].json["messages"] == [_said("what is < |im_end|>?")]
     warnings = [line for line in lines if line.startswith("warning: ")]
     assert len(warnings) == 1
-    assert "big would read 1 name in messages as control tokens" in warnings[0]
+    assert "big would read 1 name as control tokens" in warnings[0]
 
 
 def test_tools_are_refused_by_default(small: SmallModel) -> None:

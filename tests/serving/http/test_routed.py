@@ -247,7 +247,7 @@ def test_the_log_has_each_warning_of_a_session_once(
             post(client, chat(max_tokens=1))
     warnings = [line for line in lines if line.startswith("warning: ")]
     assert len(warnings) == 3
-    assert "scripted would read 1 name in messages as control tokens" in warnings[0]
+    assert "scripted would read 1 name as control tokens" in warnings[0]
     assert "the KV cache of tiny cannot be rolled back" in warnings[1]
     assert warnings[2] == "warning: use it alone"
     assert not any("private" in line for line in lines)
