@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Final, TypeGuard
 
 from mlxroute.errors import LargeNotContinued
 from mlxroute.large.completion_request import CompletionRequester
@@ -75,12 +75,20 @@ class WholeChat:
         """Send a request with this body and the model's name; return the reply. Raises LargeError.
 
         Names of control tokens in messages, and in descriptions of tools and schemas, are sent as
-        plain text, with a space inside. Blocks until the reply is complete.
+        plain text, with a space inside. A system message that the server refuses is sent as a part
+        of the first user message. Blocks until the reply is complete.
         """
         with self._breaker.guard(forwarded=True):
             # The server may have been down when the client connected.
             self._model = self._negotiator.find_model(self._deadline)
-            return self._post(body)
+            messages = body.get("messages")
+            if not _may_move_system(messages):
+                return self._post(body)
+            return self._system_role.send(
+                Prompt(messages=tuple(messages)),
+                lambda prompt: self._post({**body, "messages": list(prompt.messages)}),
+                server=self._server,
+            )
 
     def answer(self, messages: Sequence[Message], *, max_tokens: int) -> Completion:
         """Return the model's own answer to a conversation, with the fields that the server takes.
@@ -149,6 +157,19 @@ def _whole_fields(dialect: Dialect | None) -> RequestFields:
     if dialect.fields.thinking is Thinking.UNSET and dialect.own_names >= NO_THINKING.keys():
         return replace(dialect.fields, thinking=Thinking.TEMPLATE)
     return dialect.fields
+
+
+def _may_move_system(messages: object) -> TypeGuard[list[Message]]:
+    """Return whether all system and user messages of a request are texts, and not lists of parts.
+
+    The others may have any further keys, such as those of a call of a tool.
+    """
+    return isinstance(messages, list) and all(
+        isinstance(message, dict)
+        and (role := message.get("role")) is not None
+        and (role not in ("system", "user") or isinstance(message.get("content"), str))
+        for message in messages
+    )
 
 
 def _change_texts(value: object, change: Callable[[str], str]) -> object:

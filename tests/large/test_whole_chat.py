@@ -74,6 +74,39 @@ def test_a_refused_system_message_becomes_part_of_the_question(server: Loopback)
     assert "Be brief." in bodies[-1]["messages"][0]["content"]
 
 
+def test_a_refused_system_message_of_a_forwarded_request_becomes_part_of_the_question(
+    server: Loopback,
+) -> None:
+    def answer(request: Request) -> Reply:
+        if any(message["role"] == "system" for message in request.json["messages"]):
+            return Reply(b'{"error": "System role not supported"}', status=400)
+        return chat("hello")
+
+    server.answer = answer
+    called: dict[str, Any] = {"role": "assistant", "tool_calls": []}
+    with negotiated(LargeModel(server.url, model="m")) as large:
+        for _ in range(2):
+            body = {"messages": [*_CONVERSATION, called], "tools": [1]}
+            large.whole_chat(timeout_s=20).ask(body)
+        # The refusal is remembered, so the second one is sent once.
+        assert len(server.requests) == 4
+    question = {"role": "user", "content": "Be brief.\n\nhi"}
+    for request in server.requests[2:]:
+        assert request.json == {"messages": [question, called], "tools": [1], "model": "m"}
+
+
+def test_parts_of_a_forwarded_request_are_not_moved(server: Loopback) -> None:
+    server.answer = lambda request: Reply(b'{"error": "System role not supported"}', status=400)
+    parts = [{"type": "text", "text": "hi"}]
+    messages = [_CONVERSATION[0], {"role": "user", "content": parts}]
+    with (
+        negotiated(LargeModel(server.url, model="m")) as large,
+        pytest.raises(LargeRefused, match="System role not supported"),
+    ):
+        large.whole_chat(timeout_s=20).ask({"messages": messages})
+    assert [request.json["messages"] for request in server.requests] == [messages]
+
+
 @pytest.mark.parametrize("status", [400, 403, 422])
 def test_a_server_that_refuses_the_switch_for_thinking_is_asked_without_it(
     server: Loopback, status: int
