@@ -76,11 +76,14 @@ class WholeChat:
 
         Names of control tokens in messages, and in descriptions of tools and schemas, are sent as
         plain text, with a space inside. A system message that the server refuses is sent as a part
-        of the first user message. Blocks until the reply is complete.
+        of the first user message, and a limit of tokens under the name that the server takes.
+        Blocks until the reply is complete.
         """
         with self._breaker.guard(forwarded=True):
             # The server may have been down when the client connected.
             self._model = self._negotiator.find_model(self._deadline)
+            if self._dialect is not None:
+                body = _whole_fields(self._dialect).rename_limit(body)
             messages = body.get("messages")
             if not _may_move_system(messages):
                 return self._post(body)

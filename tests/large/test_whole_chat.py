@@ -15,12 +15,14 @@ from mlxroute.large.dialects import get_dialect
 from mlxroute.large.dialects.base import Dialect
 from mlxroute.large.dialects.chat.chat_continuation import ChatContinuation, ContinuationMethod
 from mlxroute.large.dialects.chat.example_completion import ExampleCompletion
+from mlxroute.large.dialects.chat.request_fields import RequestFields
 from mlxroute.large.negotiation.served_models import ModelName
 from mlxroute.large.whole_chat import WholeChat
 from mlxroute.types import Message
 from tests.support.loopback import Loopback, Reply, Request
 from tests.support.negotiated import PLAIN, negotiated
 
+_CHAT = ChatContinuation(ContinuationMethod.TRAILING)
 _CONVERSATION: list[Message] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "hi"},
@@ -246,3 +248,30 @@ def test_control_tokens_in_descriptions_are_sent_as_text(server: Loopback) -> No
         assert large.neutralised == ("<|im_end|>",)
     # A reply has to have the names and values that the client knows.
     assert server.requests[-1].json == {**fields(plain), "model": "m"}
+
+
+_OLD, _NEW = "max_tokens", "max_completion_tokens"
+
+
+@pytest.mark.parametrize(
+    ("dialect", "limits", "sent"),
+    [
+        (PLAIN, {_NEW: 5}, {_OLD: 5}),
+        (PLAIN, {_NEW: 5, _OLD: None}, {_OLD: 5}),
+        (PLAIN, {_OLD: 5}, {_OLD: 5}),
+        (PLAIN, {_NEW: 5, _OLD: 6}, {_NEW: 5, _OLD: 6}),
+        (PLAIN, {}, {}),
+        (_CHAT.with_fields(RequestFields(limit_name=_NEW)), {_OLD: 5}, {_NEW: 5}),
+        (_CHAT.with_fields(RequestFields(limit_name=_NEW)), {_NEW: 5}, {_NEW: 5}),
+        (None, {_NEW: 5}, {_NEW: 5}),
+    ],
+)
+def test_the_limit_of_a_forwarded_request_has_the_name_that_the_server_takes(
+    server: Loopback, dialect: Dialect | None, limits: dict[str, Any], sent: dict[str, Any]
+) -> None:
+    server.answer = lambda request: chat("hello")
+    with LargeModel(server.url, model="m") as large:
+        if dialect is not None:
+            negotiated(large, dialect)
+        large.whole_chat(timeout_s=20).ask({"messages": _CONVERSATION, **limits})
+    assert server.requests[-1].json == {"messages": _CONVERSATION, "model": "m", **sent}

@@ -83,6 +83,14 @@ class RequestFields:
             body |= {"logprobs": True, "top_logprobs": options.top_logprobs}
         return body | dict(self.thinking.body)
 
+    def rename_limit(self, body: Mapping[str, object]) -> dict[str, object]:
+        """Return a request with its limit of tokens, if it has a single one, as `limit_name`."""
+        limits = [body[name] for name in _LIMIT_NAMES if body.get(name) is not None]
+        if len(limits) != 1:
+            return dict(body)
+        others = {name: value for name, value in body.items() if name not in _LIMIT_NAMES}
+        return others | {self.limit_name: limits[0]}
+
     def describe(self) -> str:
         """Return how the fields differ from the usual ones; empty if they do not."""
         return ", ".join(label for label, change in _LABELS.items() if self._has(change))
