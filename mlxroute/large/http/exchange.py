@@ -213,7 +213,7 @@ class Exchange(threading.Thread):
             raise LargeProtocolError(f"the call to {self._base_url} ended without a result")
         return self._reply
 
-    def timeout_error(self) -> LargeError:
+    def deadline_error(self) -> LargeError:
         """Return the error for a reply that is not complete at the deadline."""
         return self._deadline.error(self._base_url)
 
@@ -273,7 +273,7 @@ class Exchange(threading.Thread):
             if len(body) > limit:
                 raise LargeUnreadable(f"the reply of {self._base_url} is longer than {limit} bytes")
             if not self._deadline.left_s():
-                raise self.timeout_error()
+                raise self.deadline_error()
             # Events end with a line.
             is_news = self._listener is not None and b"\n" in chunk
             if is_news and self._listener is not None and response.status_code == 200:
@@ -296,10 +296,10 @@ class Exchange(threading.Thread):
     def _translate(self, exc: Exception) -> LargeError:
         url = self._base_url
         if self._deadline.cancelled:
-            return self.timeout_error()
+            return self.deadline_error()
         match exc:
             case requests.Timeout():
-                return self._timeout_error()
+                return self._socket_timeout_error()
             case requests.exceptions.SSLError():
                 return self._tls_error(_system_reason(exc))
             case requests.exceptions.ProxyError():
@@ -308,18 +308,18 @@ class Exchange(threading.Thread):
                 return LargeUnreachable(f"the connection to {url} broke in mid-reply")
             case requests.ConnectionError() if not _is_invalid_http(exc):
                 if not self._deadline.left_s():
-                    return self.timeout_error()
+                    return self.deadline_error()
                 return LargeUnreachable(f"no connection to {self._route} ({_system_reason(exc)})")
             case requests.exceptions.InvalidURL() | requests.exceptions.InvalidSchema():
                 return LargeUnreachable(f"the address {url} cannot be called")
             case _:
                 return LargeUnreadable(f"{self._route} sent no valid HTTP reply")
 
-    def _timeout_error(self) -> LargeError:
+    def _socket_timeout_error(self) -> LargeError:
         """Return the error for a socket's timeout: of the reply, or of opening the connection."""
         # The handshake of TLS and that with a proxy belong to opening a connection.
         if not self._deadline.left_s():
-            return self.timeout_error()
+            return self.deadline_error()
         seconds = self._endpoint.connect_timeout_s
         return LargeUnreachable(
             f"no connection to {self._route} in {seconds:.3g} s; is it running?"

@@ -205,7 +205,7 @@ class Transport:
                 if exchange is not used:
                     self._end(exchange)
         if used is None:
-            raise first.timeout_error()
+            raise first.deadline_error()
         used.join()
         if used is not first:
             deadline.lost_s += lost_s
