@@ -19,7 +19,7 @@ _THOUGHTS: Final = ("reasoning_content", "reasoning", "thinking")
 # The mark that begins thoughts where the server leaves them in the content.
 _THOUGHT_MARK: Final = "<think>"
 # No character takes more tokens than these, so an empty text of more is thoughts.
-_MAX_TOKENS_PER_CHARACTER: Final = 8
+_MAX_TEXTLESS_TOKENS: Final = 8
 
 
 class ModelThinks(LargeProtocolError):
@@ -34,7 +34,7 @@ def chat_text(reply: Mapping[str, object]) -> str:
     message = as_object(first_choice(reply).get("message"), what="message")
     text, has_thoughts = _content(message)
     has_thoughts = has_thoughts or any(message.get(key) for key in _THOUGHTS)
-    is_long = (usage_counts(reply)["completion_tokens"] or 0) > _MAX_TOKENS_PER_CHARACTER
+    is_long = (usage_counts(reply)["completion_tokens"] or 0) > _MAX_TEXTLESS_TOKENS
     is_hidden = not text and (has_thoughts or thought_tokens(reply) or is_long)
     if is_hidden or text.lstrip().startswith(_THOUGHT_MARK):
         raise ModelThinks("the model thinks first, instead of continuing the answer")
