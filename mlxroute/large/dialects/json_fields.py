@@ -300,6 +300,14 @@ def parse_chat_position(value: object) -> ReplyPosition:
     return ReplyPosition(token, sort_by_logprob(alternatives))
 
 
+def parse_chat_positions(choice: Mapping[str, object]) -> list[ReplyPosition]:
+    """Read the chat logprobs of a choice; the list is empty if it has none."""
+    logprobs = choice.get("logprobs")
+    logprobs = {} if logprobs is None else as_object(logprobs, what="logprobs")
+    content = as_array(logprobs.get("content") or [], what="logprobs.content")
+    return [parse_chat_position(item) for item in content]
+
+
 def mark_end(positions: Sequence[ReplyPosition]) -> tuple[ReplyPosition, ...]:
     """Return the positions with the last one marked as the end of the answer."""
     return (*positions[:-1], replace(positions[-1], ends=True))

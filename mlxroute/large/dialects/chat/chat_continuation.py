@@ -11,12 +11,10 @@ from mlxroute.large.dialects.base import NO_THINKING, RequestOptions, add_model
 from mlxroute.large.dialects.chat.chat_reply import chat_text
 from mlxroute.large.dialects.chat.fielded_dialect import FieldedDialect
 from mlxroute.large.dialects.json_fields import (
-    as_array,
-    as_object,
     ends_answer,
     first_choice,
     mark_end,
-    parse_chat_position,
+    parse_chat_positions,
     usage_counts,
 )
 from mlxroute.large.prompt import Prompt, PromptForm
@@ -76,10 +74,7 @@ class ChatContinuation(FieldedDialect):
         """Read a reply. Null content, as in a tool call, counts as empty text."""
         choice = first_choice(reply)
         text = self._continuation(reply, prompt)
-        logprobs = choice.get("logprobs")
-        logprobs = {} if logprobs is None else as_object(logprobs, what="logprobs")
-        content = as_array(logprobs.get("content") or [], what="logprobs.content")
-        positions = [parse_chat_position(item) for item in content]
+        positions = parse_chat_positions(choice)
         if self.reads_logprobs and not positions and text:
             raise LargeProtocolError("the reply has text and no logprobs")
         if not positions:

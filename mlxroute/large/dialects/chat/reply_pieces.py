@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
-from mlxroute.large.dialects.json_fields import as_array, as_object, parse_chat_position
+from mlxroute.large.dialects.json_fields import parse_chat_positions
 from mlxroute.large.reply import ReplyPosition, ReplyToken
 from mlxroute.tokenizers.control_tokens import is_control_token
 from mlxroute.tokenizers.piece_reader import PieceReader
@@ -30,7 +30,7 @@ def read_pieces(choice: Mapping[str, object], text: str, *, ended: bool) -> list
     They are the tokens with logprobs, or the likeliest alternatives, if those spell the text, and
     otherwise its words; without `ended` the last word is left out, as it may go on.
     """
-    positions = _positions(choice)
+    positions = parse_chat_positions(choice)
     for read in (list, _likeliest):
         tokens = _with_text(read(positions))
         spelled = _spelled(tokens)
@@ -68,13 +68,6 @@ def take_bytes(positions: Sequence[ReplyPosition], size: int) -> tuple[ReplyPosi
     """Return the positions that end within the first `size` bytes."""
     ends = itertools.accumulate(len(piece_bytes(position)) for position in positions)
     return tuple(positions[: sum(end <= size for end in ends)])
-
-
-def _positions(choice: Mapping[str, object]) -> list[ReplyPosition]:
-    logprobs = choice.get("logprobs")
-    logprobs = {} if logprobs is None else as_object(logprobs, what="logprobs")
-    content = as_array(logprobs.get("content") or [], what="logprobs.content")
-    return [parse_chat_position(item) for item in content]
 
 
 def _with_text(positions: Sequence[ReplyPosition]) -> list[ReplyPosition]:
