@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import BadStatusLine, HTTPException, IncompleteRead
 from typing import Final
@@ -348,7 +348,7 @@ class Exchange(threading.Thread):
         name = "the proxy" if proxy is None else f"the proxy {describe_proxy(proxy)}"
         # The proxy's refusal of a tunnel has a text of its own, such as "Tunnel connection failed".
         reason = _system_reason(exc, default="it closed the connection")
-        texts = [str(cause) for cause in _causes(exc) if isinstance(cause, OSError)]
+        texts = [str(cause) for cause in retry.causes(exc) if isinstance(cause, OSError)]
         refusals = [re.search(r"failed: ([0-9]{3})", text) for text in texts]
         status = next((match[1] for match in refusals if match), None)
         if status is not None:
@@ -356,16 +356,9 @@ class Exchange(threading.Thread):
         return f"{name} for {self._base_url} failed ({reason})"
 
 
-def _causes(exc: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = exc
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__
-
-
 def _is_invalid_http(exc: BaseException) -> bool:
     """Return whether bytes arrived that are not HTTP, unlike where the connection was lost."""
-    for cause in _causes(exc):
+    for cause in retry.causes(exc):
         if isinstance(cause, BadStatusLine) and (line := str(cause.args[0])).startswith("HTTP/"):
             # A line without an end was cut off.
             return line.endswith("\n")
@@ -377,7 +370,7 @@ def _is_invalid_http(exc: BaseException) -> bool:
 def _system_reason(exc: BaseException, *, default: str = "the server closed it") -> str:
     """Return the text of the innermost system error, without addresses and object names."""
     reason = default
-    for cause in _causes(exc):
+    for cause in retry.causes(exc):
         if isinstance(cause, OSError) and cause.strerror:
             reason = cause.strerror
     return printable_line(reason, limit=120)

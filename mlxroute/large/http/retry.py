@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http.client import IncompleteRead
@@ -96,12 +96,16 @@ def is_transient_error(error: BaseException) -> bool:
 
     A timeout is not transient: the server may still be computing the reply.
     """
+    transient = ConnectionError | IncompleteRead | ChunkedEncodingError
+    return any(isinstance(cause, transient) for cause in causes(error))
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and those that led to it, the innermost last."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, ConnectionError | IncompleteRead | ChunkedEncodingError):
-            return True
+        yield cause
         cause = cause.__cause__ or cause.__context__
-    return False
 
 
 def backoff_s(number: int, random: Callable[[], float]) -> float:

@@ -43,7 +43,7 @@ class FieldNegotiator:
 
         Raises the rejection again if not, or a DialectRejected with a clearer reason.
         """
-        causes = list(_causes(rejected))
+        causes = list(_explicit_causes(rejected))
         if any(isinstance(cause, ModelThinks) for cause in causes):
             fields = self._search.after_thinking()
         elif refusal := next((str(c) for c in causes if _is_refusal(c)), ""):
@@ -63,7 +63,8 @@ def _is_refusal(error: BaseException) -> bool:
     return isinstance(error, LargeRefused) and error.status in REFUSALS
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def _explicit_causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield the errors that `raise ... from` names, and none that was only being handled."""
     cause = error.__cause__
     while cause is not None:
         yield cause
