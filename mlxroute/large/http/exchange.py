@@ -101,7 +101,7 @@ class _Claim:
 class Exchange(threading.Thread):
     """One request and its reply, in a thread of its own.
 
-    A `rival` is an equal exchange whose connection may be dead: this one opens a new connection,
+    A backup request repeats `backup_of`, whose connection may be dead: it opens a new connection,
     and the reply that begins first is used. With `fresh` no used connection is taken either. A
     `whole_answer` begins when it is complete; its exchange has a new connection, closed after it,
     and is not transient if the server may still be writing it.
@@ -119,18 +119,18 @@ class Exchange(threading.Thread):
         body: bytes | None,
         deadline: Deadline,
         listener: StreamListener[bytes] | None = None,
-        rival: Exchange | None = None,
+        backup_of: Exchange | None = None,
         fresh: bool = False,
         whole_answer: bool = False,
     ) -> None:
         super().__init__(daemon=True, name="mlxroute-exchange")
         self._endpoint = endpoint
         self.is_whole_answer = whole_answer
-        sessions, is_fresh = endpoint.sessions, fresh or rival is not None
+        sessions, is_fresh = endpoint.sessions, fresh or backup_of is not None
         self._session = sessions.create() if whole_answer else sessions.acquire(fresh=is_fresh)
         self._connections_before = self._session.connection_count
         self._began_s = time.monotonic()
-        self._claim: _Claim = _Claim() if rival is None else rival._claim
+        self._claim: _Claim = _Claim() if backup_of is None else backup_of._claim
         self._url = url
         self._body = body
         self._deadline = deadline

@@ -25,8 +25,9 @@ from mlxroute.types.limits import shown_value
 MAX_HANGING: Final = 4
 # On a busy machine a thread takes a while to end.
 _HANGS_AFTER_S: Final = 2.0
-# Share of the time limit of a call after which a used connection without a reply is doubted.
-_DOUBT_SHARE: Final = 1 / 3
+# Share of the time limit of a call without a reply before a backup request (Dean and Barroso, The
+# Tail at Scale), which is for used connections only.
+_BACKUP_AFTER_SHARE: Final = 1 / 3
 _USUAL_FACTOR: Final = 2.0
 # Replies that show how slow a server usually is: those of several answers.
 _USUAL_REPLIES: Final = 100
@@ -113,7 +114,7 @@ class Transport:
         with self._lock:
             self._deadlines.append(deadline)
         try:
-            reply = self._reply(partial(self._attempt, begin, deadline), deadline)
+            reply = self._reply_with_retries(partial(self._attempt, begin, deadline), deadline)
         finally:
             with self._lock:
                 self._deadlines.remove(deadline)
@@ -128,12 +129,12 @@ class Transport:
         deadline: Deadline,
         body: bytes | None = None,
         listener: StreamListener[bytes] | None = None,
-        rival: Exchange | None = None,
+        backup_of: Exchange | None = None,
         whole_answer: bool = False,
     ) -> Exchange:
         """Send one request and return without waiting for its reply.
 
-        `rival` and `whole_answer` are as in Exchange.
+        `backup_of` and `whole_answer` are as in Exchange.
         """
         exchange = Exchange(
             self._endpoint,
@@ -141,7 +142,7 @@ class Transport:
             body=body,
             deadline=deadline,
             listener=listener,
-            rival=rival,
+            backup_of=backup_of,
             fresh=self._silent_connections >= _MAX_SILENT,
             whole_answer=whole_answer,
         )
@@ -164,7 +165,7 @@ class Transport:
             deadline.cancel()
         self._endpoint.sessions.close()
 
-    def _reply(self, attempt: Callable[[], Exchange], deadline: Deadline) -> HttpReply:
+    def _reply_with_retries(self, attempt: Callable[[], Exchange], deadline: Deadline) -> HttpReply:
         """Return the reply of the first attempt that does not fail for a moment only."""
         left_s = deadline.left_s()
         exchange = attempt()
@@ -183,7 +184,7 @@ class Transport:
         """Return a finished exchange. Raises LargeError at the deadline, or if it has passed.
 
         A connection that was used before may have been dropped without a word: if no reply begins
-        on it for long, the request is repeated on a new one, and the first reply is used.
+        on it for long, a backup request is sent on a new one, and the first reply is used.
         """
         self._check_hanging()
         if not (began_left_s := deadline.left_s()):
@@ -191,31 +192,31 @@ class Transport:
         exchanges = [begin()]
         first = exchanges[0]
         try:
-            deadline.wait_for(lambda: first.finished, limit_s=self._patience_s(deadline))
+            deadline.wait_for(lambda: first.finished, limit_s=self._backup_delay_s(deadline))
             is_silent = not first.finished and not first.has_reply
             if is_silent and first.reuses_connection and deadline.left_s():
                 lost_s = began_left_s - deadline.left_s()
-                exchanges.append(begin(rival=first))
+                exchanges.append(begin(backup_of=first))
             if not first.finished:
-                deadline.wait_for(lambda: _used(exchanges) is not None)
+                deadline.wait_for(lambda: _winner(exchanges) is not None)
         finally:
             # A late reply must not be read, and the thread should not outlive the call.
-            used = _used(exchanges)
+            winner = _winner(exchanges)
             for exchange in exchanges:
-                if exchange is not used:
+                if exchange is not winner:
                     self._end(exchange)
-        if used is None:
+        if winner is None:
             raise first.deadline_error()
-        used.join()
-        if used is not first:
+        winner.join()
+        if winner is not first:
             deadline.lost_s += lost_s
             self._silent_connections += 1
         elif first.reuses_connection and first.has_reply:
             self._silent_connections = 0
         # A whole answer takes as long as its text, and says nothing of calls for tokens.
-        if not used.is_whole_answer:
-            self._record_reply_time(used.reply_began_s)
-        return used
+        if not winner.is_whole_answer:
+            self._record_reply_time(winner.reply_began_s)
+        return winner
 
     def _record_reply_time(self, seconds: float) -> None:
         if self.has_served and not self._is_warm:
@@ -224,13 +225,13 @@ class Transport:
             self._reply_times_s.clear()
         self._reply_times_s.append(seconds)
 
-    def _patience_s(self, deadline: Deadline) -> float:
-        """Return the seconds without a reply after which a used connection is doubted.
+    def _backup_delay_s(self, deadline: Deadline) -> float:
+        """Return the seconds without a reply after which a backup request is sent.
 
         A server that is slow by nature is not sent every request twice.
         """
         slowest_s = max(tuple(self._reply_times_s), default=0.0)
-        return max(deadline.seconds * _DOUBT_SHARE, _USUAL_FACTOR * slowest_s)
+        return max(deadline.seconds * _BACKUP_AFTER_SHARE, _USUAL_FACTOR * slowest_s)
 
     def _end(self, exchange: Exchange) -> None:
         if not exchange.finished and not exchange.abort():
@@ -248,7 +249,7 @@ class Transport:
         )
 
 
-def _used(exchanges: Sequence[Exchange]) -> Exchange | None:
+def _winner(exchanges: Sequence[Exchange]) -> Exchange | None:
     """Return the exchange that has the reply or, if all failed without one, the last; else None."""
     for exchange in exchanges:
         if exchange.has_reply:
