@@ -117,6 +117,36 @@ def test_tools_and_schemas_that_ask_for_nothing_are_accepted(client: TestClient)
         assert reply.json()["mlxroute"].get("ignored", []) == []
 
 
+_CHANGED: dict[str, tuple[Any, Any]] = {
+    "repeat_penalty": (1.3, 1.0),
+    "repetition_penalty": (1.3, 1),
+    "dry_multiplier": (0.8, 0),
+    "no_repeat_ngram_size": (3, 0),
+    "min_tokens": (5, 0),
+    "ignore_eos": (True, False),
+    "stop_token_ids": ([5], []),
+    "bad_words": (["fox"], []),
+    "allowed_token_ids": ([5], []),
+    "chat_template": ("{{ messages }}", ""),
+    "mirostat": (2, 0),
+}
+"""Fields of other servers, each with a value that changes the answer and one that does not."""
+
+
+@pytest.mark.parametrize("name", _CHANGED)
+def test_fields_of_other_servers_are_refused_unless_they_change_nothing(
+    client: TestClient, name: str
+) -> None:
+    changing, neutral = _CHANGED[name]
+    for path, body in (("chat/completions", chat()), ("completions", {"prompt": "a"})):
+        body |= {"temperature": 1, "max_tokens": 1}
+        error = error_of(client.post(f"/v1/{path}", json={**body, name: changing}), 400)
+        assert (error["param"], error["code"]) == (name, "unsupported_value")
+        reply = client.post(f"/v1/{path}", json={**body, name: neutral})
+        assert reply.status_code == 200
+        assert reply.json()["mlxroute"]["ignored"] == []
+
+
 @pytest.mark.parametrize(
     "prompt",
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 from mlxroute.engine import Options
 from mlxroute.routers import Router
@@ -26,6 +26,25 @@ _MAX_STOPS: Final = 16
 MAX_TOKENS: Final = 2**31
 _ROUTED_ONLY: Final = ("budget", "threshold", "mode")
 _STREAM_ONLY: Final = ("stream_options", "events")
+_UNSUPPORTED: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
+    "send one request for each answer": {"n": (1,), "best_of": (1,)},
+    "tokens are not penalised": {
+        **dict.fromkeys(("presence_penalty", "frequency_penalty", "dry_multiplier"), (0,)),
+        **dict.fromkeys(("repetition_penalty", "repeat_penalty"), (1, 0)),
+        "no_repeat_ngram_size": (0,),
+    },
+    "logits are not changed": {
+        "logit_bias": ({}, []),
+        **dict.fromkeys(("bad_words", "allowed_token_ids"), ([],)),
+    },
+    "the model ends its answer": {"min_tokens": (0,), "ignore_eos": (False,)},
+    "use stop": {"stop_token_ids": ([],)},
+    "the small model's own is used": {"chat_template": ("",)},
+    "answers are text": {"modalities": ([], ["text"]), "audio": ()},
+    "answers are decoded once": {"use_beam_search": (False,)},
+}
+"""Fields of OpenAI, vLLM, llama.cpp and Ollama by the reason, with values that change nothing."""
+_FILTERS: Final = {"top_k": (0, -1), "min_p": (0,), "typical_p": (1,), "mirostat": (0,)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +177,7 @@ def _read_options(fields: Fields, defaults: Options, mode: str | None) -> Option
 
 def _refuse_filters(fields: Fields, sampling: Sampling) -> None:
     """Refuse filters of other servers; greedy decoding is the same with and without them."""
-    for name, neutral in (("top_k", (0, -1)), ("min_p", (0,)), ("typical_p", (1,))):
+    for name, neutral in _FILTERS.items():
         if sampling.is_greedy:
             fields.take(name)
         else:
@@ -168,12 +187,6 @@ def _refuse_filters(fields: Fields, sampling: Sampling) -> None:
 
 def _refuse_unsupported(fields: Fields) -> None:
     """Raise for fields that would change the answer and are not implemented."""
-    fields.refuse("n", neutral=(1,), reason="send one request for each answer")
-    fields.refuse("best_of", neutral=(1,), reason="send one request for each answer")
-    for name in ("presence_penalty", "frequency_penalty"):
-        fields.refuse(name, neutral=(0,), reason="tokens are not penalised")
-    fields.refuse("repetition_penalty", neutral=(1, 0), reason="tokens are not penalised")
-    fields.refuse("logit_bias", neutral=({}, []), reason="logits are not changed")
-    fields.refuse("modalities", neutral=([], ["text"]), reason="answers are text")
-    fields.refuse("audio", neutral=(), reason="answers are text")
-    fields.refuse("use_beam_search", neutral=(False,), reason="answers are decoded once")
+    for reason, names in _UNSUPPORTED.items():
+        for name, neutral in names.items():
+            fields.refuse(name, neutral=neutral, reason=reason)
