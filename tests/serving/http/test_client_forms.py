@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
 from mlxroute.backend.load import load
+from mlxroute.engine import Options
+from mlxroute.serving.http.model_names import ModelNames
+from mlxroute.serving.http.parsing.chat_fields import read_chat
+from mlxroute.serving.http.serving_session import ServingSession
 from mlxroute.small import SmallModel
+from mlxroute.types import Sampling
 from tests.support.endpoint import chat, make_session, read_stream, running
 from tests.support.tiny import END, make_tiny_model, teach_next
 
@@ -109,6 +115,17 @@ def test_a_top_p_of_0_is_greedy(client: TestClient) -> None:
         for body in (chat(), sampled)
     ]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(("fields", "seed"), [({}, 5), ({"seed": 7}, 7), ({"seed": -1}, None)])
+def test_a_seed_of_minus_1_is_random_as_on_llama_cpp(
+    fields: dict[str, int], seed: int | None
+) -> None:
+    model: Any = SimpleNamespace(name="tiny", context_length=512, fingerprint="")
+    options = Options(sampling=Sampling(temperature=1.0, seed=5))
+    session = ServingSession(model, None, options=options)
+    answer = read_chat(chat(**fields), session, ModelNames(session, created=0)).answer
+    assert answer.options.sampling.seed == seed
 
 
 def test_tools_sent_unasked_are_refused_with_the_way_out(small: SmallModel) -> None:

@@ -24,6 +24,8 @@ SCHEMA_FIELDS: Final = (
 """By which servers take a schema, beside `response_format`: vLLM, llama.cpp and SGLang."""
 _MAX_STOPS: Final = 16
 MAX_TOKENS: Final = 2**31
+# What llama.cpp and its clients write for a seed that differs each time.
+_RANDOM_SEED: Final = -1
 _ROUTED_ONLY: Final = ("budget", "threshold", "mode")
 _STREAM_ONLY: Final = ("stream_options", "events")
 _UNSUPPORTED: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
@@ -157,13 +159,10 @@ def _read_options(fields: Fields, defaults: Options, mode: str | None) -> Option
     if top_p == 0:
         # A nucleus of nothing still holds the likeliest token, as on other servers.
         temperature, top_p = 0.0, None
-    sampling, seed = defaults.sampling, fields.integer("seed", low=-(2**63), high=2**64 - 1)
-    if seed is None:
-        seed = sampling.seed
     sampling = Sampling(
-        temperature=sampling.temperature if temperature is None else temperature,
-        top_p=sampling.top_p if top_p is None else top_p,
-        seed=None if seed is None else seed % 2**64,
+        temperature=defaults.sampling.temperature if temperature is None else temperature,
+        top_p=defaults.sampling.top_p if top_p is None else top_p,
+        seed=_read_seed(fields, defaults.sampling.seed),
     )
     _refuse_filters(fields, sampling)
     return replace(
@@ -173,6 +172,13 @@ def _read_options(fields: Fields, defaults: Options, mode: str | None) -> Option
         sampling=sampling,
         mode=defaults.mode if mode is None else Mode(mode),
     )
+
+
+def _read_seed(fields: Fields, default: int | None) -> int | None:
+    seed = fields.integer("seed", low=-(2**63), high=2**64 - 1)
+    if seed is None:
+        return default
+    return None if seed == _RANDOM_SEED else seed % 2**64
 
 
 def _refuse_filters(fields: Fields, sampling: Sampling) -> None:
