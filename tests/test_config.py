@@ -14,6 +14,7 @@ from mlxroute.config import (
     read_never_send,
     read_prices,
 )
+from mlxroute.config.client_keys import read_client_keys
 from mlxroute.config.settings import declared_settings
 from mlxroute.config.settings_page import settings_page
 from mlxroute.errors import ConfigError, UsageError
@@ -287,6 +288,19 @@ def test_a_variable_that_holds_no_key_is_named(value: str) -> None:
     with pytest.raises(ConfigError, match="variable OPENAI_API_KEY holds no key") as caught:
         read_key(Settings(), {"OPENAI_API_KEY": value})
     assert "sk-" not in str(caught.value)
+
+
+def test_a_key_that_not_every_client_can_send_is_refused_without_its_content(
+    tmp_path: Path,
+) -> None:
+    key = "schlüssel-für-den-endpunkt"
+    file = tmp_path / "keys"
+    file.write_text(f"0123456789abcdef\n{key}\n", "utf-8")
+    file.chmod(0o600)
+    for settings in (Settings(client_key_file=str(file)), Settings(client_key_env="KEY")):
+        with pytest.raises(ConfigError, match="a key of clients that not every client") as caught:
+            read_client_keys(settings, {"KEY": key})
+        assert key not in str(caught.value)
 
 
 def test_rows_of_a_never_send_file_end_at_line_feeds_only(tmp_path: Path) -> None:

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from mlxroute.config.server_key import MAX_KEY_FILE_BYTES, Secret, refuse_readable_by_others
+from mlxroute.config.server_key import (
+    MAX_KEY_FILE_BYTES,
+    Secret,
+    is_key,
+    refuse_readable_by_others,
+)
 from mlxroute.config.settings import Settings
 from mlxroute.errors import ConfigError
 from mlxroute.untrusted_text import TextFile
@@ -13,12 +18,15 @@ from mlxroute.user_folders import expand_user
 
 SHORTEST_KEY = 16
 """The least number of characters of a client's key."""
+UNSENDABLE = "that not every client can send; use letters, digits and signs of ASCII"
+"""Why a key is refused that is none to `is_key`."""
 
 
 def read_client_keys(settings: Settings, environ: Mapping[str, str]) -> tuple[Secret, ...]:
     """Return the keys of the settings' variable and file; empty if neither is set.
 
-    Raises ConfigError if a variable or file has no key, or others can read the file.
+    Raises ConfigError if a variable or file has no key, for a key that not every client can send or
+    that is too short, and if others can read the file.
     """
     keys = []
     if settings.client_key_env is not None:
@@ -36,6 +44,8 @@ def read_client_keys(settings: Settings, environ: Mapping[str, str]) -> tuple[Se
                 f"a key of clients has fewer than {SHORTEST_KEY} characters; `openssl rand -hex"
                 " 24` prints a good one"
             )
+        if not is_key(key):
+            raise ConfigError(f"there is a key of clients {UNSENDABLE}")
     return tuple(map(Secret, keys))
 
 

@@ -46,14 +46,14 @@ def read_key(settings: Settings, environ: Mapping[str, str]) -> Secret | None:
     value = environ.get(name, "").strip()
     if settings.key_env is not None and not value:
         raise ConfigError(_missing_variable(name), parameter="key_env")
-    if not _is_key(value):
+    if not is_key(value):
         raise ConfigError(f"the environment variable {name} {_NO_KEY}")
     return Secret(value) if value else None
 
 
-def _is_key(text: str) -> bool:
-    """Return whether a text can be sent in a header."""
-    return text.isascii() and text.isprintable()
+def is_key(text: str) -> bool:
+    """Return whether every client sends a text in a header in the same way."""
+    return text.isascii() and text.isprintable() and text == text.strip()
 
 
 def _missing_variable(name: str) -> str:
@@ -75,6 +75,6 @@ def _read_key_file(path: Path) -> Secret:
     refuse_readable_by_others(path)
     if not value:
         raise ConfigError(f"the key file {path} is empty; write the key into it")
-    if not _is_key(value):
+    if not is_key(value):
         raise ConfigError(f"the key file {path} {_NO_KEY}")
     return Secret(value)

@@ -13,7 +13,8 @@ from typing import Final
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from mlxroute.config.client_keys import SHORTEST_KEY
+from mlxroute.config.client_keys import SHORTEST_KEY, UNSENDABLE
+from mlxroute.config.server_key import is_key
 from mlxroute.errors import UsageError
 from mlxroute.safe_text import printable_line
 from mlxroute.serving.http.api_error import ApiError
@@ -43,13 +44,13 @@ class AccessRules:
 
     Args:
         host: The address that it listens on. 127.0.0.1 by default.
-        keys: The keys of its clients, each of at least 16 characters. None by default: every client
-            on this machine may use it.
+        keys: The keys of its clients, each of at least 16 ASCII characters. None by default: every
+            client on this machine may use it.
         allowed_hosts: Further names by which clients may call it, on any port. None by default.
         allowed_origins: Origins of web pages that may call it; "*" for all. None by default.
 
-    Raises UsageError for a key that is too short, for a name or an origin that no request can have,
-    and for one text in place of several.
+    Raises UsageError for a key that is too short, for a key, a name or an origin that no request can
+    have, and for one text in place of several.
     """
 
     host: str = "127.0.0.1"
@@ -70,6 +71,8 @@ class AccessRules:
                 " prints a good one",
                 parameter="keys",
             )
+        if not all(map(is_key, self.keys)):
+            raise UsageError(f"keys has a key {UNSENDABLE}", parameter="keys")
         object.__setattr__(self, "allowed_hosts", tuple(map(_allowed_host, self.allowed_hosts)))
         origins = tuple(map(_allowed_origin, self.allowed_origins))
         object.__setattr__(self, "allowed_origins", origins)

@@ -292,6 +292,13 @@ def test_a_key_that_anybody_could_guess_is_refused_at_the_start(keys: Any) -> No
     assert raised.value.parameter == "keys"
 
 
+@pytest.mark.parametrize("key", ["schlüssel-für-den-endpunkt", f" {_KEY}", f"{_KEY}\r\n"])
+def test_a_key_that_not_every_client_can_send_is_refused_at_the_start(key: str) -> None:
+    with pytest.raises(UsageError, match="keys has a key that not every client can send") as raised:
+        AccessRules(keys=[_KEY, key])
+    assert raised.value.parameter == "keys"
+
+
 @pytest.mark.parametrize(
     ("parameter", "text"), [("allowed_hosts", "mymac"), ("allowed_origins", "*")]
 )
