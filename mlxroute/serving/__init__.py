@@ -1,6 +1,6 @@
 """Many routed answers at a time: their queue, their common decode steps and their KV caches."""
 
-from mlxroute.serving.requests import AnswerRequest, PromptProgress, QueueFull
+from mlxroute.serving.requests import AnswerRequest, PromptProgress, QueueFull, SchedulerClosed
 from mlxroute.serving.running_answer import RunningAnswer
 from mlxroute.serving.scheduler import AnswerScheduler, SchedulerFigures
 
@@ -10,5 +10,6 @@ __all__ = [
     "PromptProgress",
     "QueueFull",
     "RunningAnswer",
+    "SchedulerClosed",
     "SchedulerFigures",
 ]

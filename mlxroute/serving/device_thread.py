@@ -19,6 +19,7 @@ from mlxroute.backend.device_streams import end_device_streams
 from mlxroute.errors import MlxRouteError
 from mlxroute.sequences import common_prefix_length
 from mlxroute.serving.prompts import ServedPrompt
+from mlxroute.serving.requests import SchedulerClosed
 from mlxroute.serving.sequence import DecodedSequence
 from mlxroute.serving.small_client import (
     DeviceRequest,
@@ -40,7 +41,7 @@ _MAX_GRACE_S: Final = 0.05
 
 
 class DeviceClosed(MlxRouteError):
-    """Raised in answers that run when the scheduler is closed, or when its thread has failed."""
+    """Raised in answers that run when the thread has failed, and in later ones."""
 
 
 class DeviceThread:
@@ -175,9 +176,9 @@ class DeviceThread:
                 self._reply(client, None if isinstance(request, Release) else self._closed())
             end_device_streams()
 
-    def _closed(self) -> DeviceClosed:
+    def _closed(self) -> MlxRouteError:
         if self._failure is None:
-            return DeviceClosed("the endpoint is closing")
+            return SchedulerClosed()
         kind = type(self._failure).__name__
         return DeviceClosed(f"decoding has ended with {kind}; restart the endpoint")
 

@@ -15,6 +15,13 @@ class QueueFull(MlxRouteError):
     """Raised when no more answers can wait for their turn."""
 
 
+class SchedulerClosed(MlxRouteError):
+    """Raised for an answer that is asked for, or not complete, when the scheduler is closed."""
+
+    def __init__(self) -> None:
+        super().__init__("the endpoint is closing")
+
+
 @dataclass(frozen=True, slots=True)
 class PromptProgress:
     """The small model has read `done` of the `total` tokens of the prompt."""

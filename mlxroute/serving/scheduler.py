@@ -15,7 +15,7 @@ from mlxroute.engine.protocols import LargeProtocol
 from mlxroute.routers import never_escalate
 from mlxroute.serving.device_thread import DeviceThread
 from mlxroute.serving.prompts import ServedPrompt, encode_prompt
-from mlxroute.serving.requests import AnswerRequest, QueueFull, ScoredPrompt
+from mlxroute.serving.requests import AnswerRequest, QueueFull, SchedulerClosed, ScoredPrompt
 from mlxroute.serving.running_answer import RunningAnswer
 from mlxroute.serving.small_client import SmallClient
 from mlxroute.serving.stoppable_large import StoppableLarge
@@ -94,7 +94,7 @@ class AnswerScheduler(Closeable):
     def submit(self, request: AnswerRequest) -> RunningAnswer:
         """Queue an answer, which is written as soon as it is its turn.
 
-        Raises QueueFull if too many wait or the scheduler is closed, UsageError for an empty
+        Raises QueueFull if too many wait, SchedulerClosed after `close`, UsageError for an empty
         prompt and ContextTooLong for one that does not fit in the small model's context.
         """
         prompt = encode_prompt(self._small, request.prompt, answer_start=request.answer_start)
@@ -104,7 +104,7 @@ class AnswerScheduler(Closeable):
         )
         with self._changed:
             if self._is_closed:
-                raise QueueFull("the endpoint is closing")
+                raise SchedulerClosed
             has_turn = len(self._running) < self._max_running and not self._queue
             if not has_turn and len(self._queue) >= self._max_queued:
                 raise QueueFull(

@@ -21,6 +21,7 @@ from mlxroute.serving import (
     PromptProgress,
     QueueFull,
     RunningAnswer,
+    SchedulerClosed,
 )
 from mlxroute.serving.device_thread import DeviceClosed
 from mlxroute.serving.prompts import encode_prompt
@@ -421,8 +422,10 @@ def test_closing_ends_all_answers_and_threads(small: SmallModel) -> None:
     scheduler.close()
     assert all(answer.ended for answer in answers)
     assert threading.active_count() == before
-    with pytest.raises(QueueFull):
+    with pytest.raises(SchedulerClosed):
         scheduler.submit(request(PROMPTS[0]))
+    with pytest.raises(SchedulerClosed):
+        scheduler.score(PROMPTS[0])
 
 
 def _alter_near_ties(scheduler: AnswerScheduler, monkeypatch: pytest.MonkeyPatch) -> None:

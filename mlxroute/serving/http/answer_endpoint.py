@@ -25,7 +25,7 @@ from mlxroute.serving.http.model_names import ModelNames, ModelRole
 from mlxroute.serving.http.parsing.common_fields import AnswerFields
 from mlxroute.serving.http.served_answer import ServedAnswer
 from mlxroute.serving.http.serving_session import ServingSession
-from mlxroute.serving.requests import AnswerRequest, QueueFull
+from mlxroute.serving.requests import AnswerRequest, QueueFull, SchedulerClosed
 from mlxroute.serving.scheduler import DEFAULT_CACHE_BYTES, AnswerScheduler
 from mlxroute.types import Message, Notify, RunStats, no_notice
 from mlxroute.types.limits import shown_value
@@ -123,6 +123,7 @@ class AnswerEndpoint(Closeable):
         # Not the event loop's own threads: answers start in these.
         self.scorers = ThreadPoolExecutor(limits.max_running, "mlxroute-score")
         self._counts: Counter[str] = Counter()
+        self._is_closed = False
         self._warned: set[str] = set()
         self._warn_lock = threading.Lock()
         self.scheduler = AnswerScheduler(
@@ -138,7 +139,7 @@ class AnswerEndpoint(Closeable):
     def start(self, asked: EndpointRequest) -> ServedAnswer:
         """Queue an answer. It encodes the prompt, so that it may take a while.
 
-        Raises QueueFull, UsageError and ContextTooLong.
+        Raises QueueFull, SchedulerClosed, UsageError and ContextTooLong.
         """
         session, fields = self.session, asked.fields
         is_local = fields.is_local(session)
@@ -172,7 +173,8 @@ class AnswerEndpoint(Closeable):
     def forwarding(self) -> AbstractContextManager[None]:
         """Count a request in the block as one that the large model answers alone.
 
-        Raises QueueFull if too many are. The event loop's thread alone may enter it.
+        Raises QueueFull if too many are, SchedulerClosed after `close`. The event loop's thread
+        alone may enter it.
         """
         return self._counted("forwarded")
 
@@ -182,6 +184,8 @@ class AnswerEndpoint(Closeable):
 
     @contextmanager
     def _counted(self, what: str) -> Iterator[None]:
+        if self._is_closed:
+            raise SchedulerClosed
         count = self._counts[what]
         if count >= self.limits.max_running + self.limits.max_queued:
             raise QueueFull(
@@ -195,6 +199,7 @@ class AnswerEndpoint(Closeable):
 
     def close(self) -> None:
         """Cancel all answers and end all threads."""
+        self._is_closed = True
         self.scheduler.close()
         for threads in (self.forwards, self.scorers):
             threads.shutdown(wait=False, cancel_futures=True)

@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse
 from mlxroute.engine.escalation.failures import failure_kind
 from mlxroute.errors import ContextTooLong, LargeError, MlxRouteError, UsageError
 from mlxroute.safe_text import printable_line
-from mlxroute.serving.requests import QueueFull
+from mlxroute.serving.requests import QueueFull, SchedulerClosed
 from mlxroute.types import Notify
 
 _TYPES: Final = {
@@ -18,7 +18,7 @@ _TYPES: Final = {
     404: "not_found_error",
     429: "rate_limit_error",
 }
-QUEUE_RETRY_AFTER_S: Final = 5
+RETRY_AFTER_S: Final = 5
 
 
 class ApiError(Exception):
@@ -103,7 +103,9 @@ def _to_api_error(exc: BaseException) -> ApiError:
         case ApiError():
             return exc
         case QueueFull():
-            return ApiError(429, str(exc), code="queue_full", retry_after_s=QUEUE_RETRY_AFTER_S)
+            return ApiError(429, str(exc), code="queue_full", retry_after_s=RETRY_AFTER_S)
+        case SchedulerClosed():
+            return ApiError(503, str(exc), code="closing", retry_after_s=RETRY_AFTER_S)
         case ContextTooLong():
             return ApiError(400, str(exc), param="messages", code="context_length_exceeded")
         case UsageError():

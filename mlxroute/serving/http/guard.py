@@ -49,8 +49,8 @@ class AccessRules:
         allowed_hosts: Further names by which clients may call it, on any port. None by default.
         allowed_origins: Origins of web pages that may call it; "*" for all. None by default.
 
-    Raises UsageError for a key that is too short, for a key, a name or an origin that no request can
-    have, and for one text in place of several.
+    Raises UsageError for a key that is too short or that not every client can send, for a name or
+    an origin that no request can have, and for one text in place of several.
     """
 
     host: str = "127.0.0.1"

@@ -8,8 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 
 from mlxroute.answers.recorded_answer import AnswerOrigin
 from mlxroute.answers.reply_recorder import ReplyRecorder
-from mlxroute.serving.http.api_error import ApiError
-from mlxroute.serving.requests import ServedEvent
+from mlxroute.serving.requests import SchedulerClosed, ServedEvent
 from mlxroute.serving.running_answer import RunningAnswer
 from mlxroute.types import RunStats, StopReason, Token
 
@@ -96,7 +95,7 @@ class ServedAnswer:
         if self._failure is not None:
             raise self._failure
         if self.stats is None or self.stats.finish_reason is StopReason.CANCELLED:
-            raise ApiError(503, "the endpoint is closing", code="closing", retry_after_s=5)
+            raise SchedulerClosed
 
     def _forward(self, loop: asyncio.AbstractEventLoop) -> None:
         """Hand the events to the event loop until the answer ends; runs in its own thread."""

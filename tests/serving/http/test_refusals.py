@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
+from mlxroute.config.setting_choices import ToolPolicyName
 from mlxroute.errors import UsageError
 from mlxroute.serving import AnswerRequest
 from mlxroute.serving.http.answer_endpoint import ServingLimits
@@ -25,6 +26,7 @@ from mlxroute.serving.http.serving_session import ServingSession
 from mlxroute.serving.running_answer import RunningAnswer
 from mlxroute.small import SmallModel
 from tests.support.endpoint import HOST, chat, make_session, running
+from tests.support.fakes import ScriptedLarge
 
 _PAGE = "http://page.example:3000"
 _KEY, _OTHER_KEY = "a-key-of-a-client-01", "a-key-of-a-client-02"
@@ -402,6 +404,28 @@ def test_a_full_queue_says_when_to_come_back(small: SmallModel) -> None:
         assert error["message"].startswith("1 running and 0 waiting answers are the limit")
         assert int(response.headers["retry-after"]) > 0
         busy.cancel()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", chat()),
+        ("chat/completions", chat(stream=True)),
+        ("chat/completions", chat(tools=[{"type": "function"}])),
+        ("completions", {"prompt": "the", "echo": True, "logprobs": 1, "model": "mlxroute:small"}),
+    ],
+    ids=["whole", "stream", "forwarded", "scored"],
+)
+def test_an_endpoint_that_ends_says_so(small: SmallModel, path: str, body: dict[str, Any]) -> None:
+    limits, lines = ServingLimits(tools=ToolPolicyName.LARGE), list[str]()
+    session = make_session(small, ScriptedLarge([]))
+    with running(session, limits=limits, notify=lambda line: lines.append(line)) as client:
+        client.app.state.endpoint.close()  # type: ignore[attr-defined]
+        response = client.post(f"/v1/{path}", json=body)
+        error = error_of(response, 503)
+    assert (error["code"], error["message"]) == ("closing", "the endpoint is closing")
+    assert int(response.headers["retry-after"]) > 0
+    assert not lines
 
 
 def test_limits_are_checked() -> None:
