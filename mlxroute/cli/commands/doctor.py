@@ -156,10 +156,8 @@ def _check_network() -> list[DoctorCheck]:
     from mlxroute.weights import check_sources
 
     return [
-        DoctorCheck(name, "reachable")
-        if is_reachable
-        else DoctorCheck(name, "not reachable", is_good=None)
-        for name, is_reachable in check_sources().items()
+        DoctorCheck(name, problem or "reachable", is_good=None if problem else True)
+        for name, problem in check_sources().items()
     ]
 
 
