@@ -78,7 +78,8 @@ def connect_large(
     large = make_large(settings, settings.large, ledger, err)
     reason: str | None = None
     try:
-        with first_reply_status(large, err, f"connecting to {large.base_url}"):
+        status = first_reply_status(large, err, f"connecting to {large.base_url}")
+        with model_notes(large, err), status:
             large.connect()
     except LargeUnrecorded as exc:
         raise UsageError(str(exc), parameter=exc.parameter) from exc
@@ -88,7 +89,6 @@ def connect_large(
         failure, reason = printable(error_message(exc)), str(exc)
         text = f"warning: {failure}; until it answers, the small model writes alone"
         print_note(err, text, style=WARNING_STYLE)
-    print_model_notes(large, err)
     return large, reason
 
 
@@ -139,14 +139,18 @@ def first_reply_status(large: LargeModel, err: Console, title: str) -> Iterator[
             timer.cancel()
 
 
-def print_model_notes(large: LargeModel, err: Console) -> None:
-    """Print what the user may not expect of a model whose server was asked."""
-    if large.listed_instead is not None:
-        text = f"{large.base_url} does not list the model {large.model_name}; it lists"
-        print_note(err, f"{text} {large.listed_instead}")
-    if large.is_approximate:
-        text = "only chats, so it is asked by example: its tokens are not those of its own answer"
-        print_note(err, f"{large.model_name} {text}")
+@contextmanager
+def model_notes(large: LargeModel, err: Console) -> Iterator[None]:
+    """After the block, or its failure, print what the user may not expect of the model."""
+    try:
+        yield
+    finally:
+        if large.listed_instead is not None:
+            text = f"{large.base_url} does not list the model {large.model_name}; it lists"
+            print_note(err, f"{text} {large.listed_instead}")
+        if large.is_approximate:
+            text = "only chats, so it is asked by example: its tokens are not those of its own"
+            print_note(err, f"{large.model_name} {text} answer")
 
 
 def find_key(settings: Settings, address: str) -> Secret | None:

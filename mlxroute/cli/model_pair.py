@@ -22,14 +22,14 @@ def load_paired_small(settings: Settings, large: LargeModel, err: Console) -> Sm
     Modules that import MLX may be imported only afterwards: loading opens the faster BLAS, which
     must come before MLX.
     """
-    from mlxroute.cli.large_setup import print_model_notes
+    from mlxroute.cli.large_setup import model_notes
     from mlxroute.cli.progress import ByteProgress
     from mlxroute.cli.small_setup import load_small, small_name
 
     # Refuses an adapter that cannot be read before the large model is asked.
     small_name(settings)
-    large.connect(thorough=False)
-    print_model_notes(large, err)
+    with model_notes(large, err):
+        large.connect(thorough=False)
     with ByteProgress(err) as progress:
         small = load_small(settings, progress)
     large.pair_vocabulary(small.vocabulary)

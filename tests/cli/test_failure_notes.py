@@ -335,6 +335,21 @@ def test_a_model_that_the_server_does_not_list_has_a_note(
     assert note in capsys.readouterr().err.splitlines()
 
 
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [(["probe"], 3), (["doctor", "--large"], 2), (["serve", "--strict", "--large"], 3)],
+)
+def test_a_model_that_the_server_does_not_have_has_the_note_too(
+    command: list[str], status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Loopback(FamilyServer("vllm")) as server:
+        assert main([*command, server.url, "--large-model", "nosuch"]) == status
+    captured = capsys.readouterr()
+    note = f"{server.url} does not list the model nosuch; it lists m"
+    assert note in captured.err.splitlines()
+    assert "as in /v1" not in captured.out + captured.err
+
+
 @pytest.mark.parametrize(("position", "text"), [(0, ""), (2, "ab\n")])
 def test_a_strict_answer_that_fails_ends_the_line_that_it_began(
     position: int, text: str, capsys: pytest.CaptureFixture[str]

@@ -193,14 +193,14 @@ def _measure_large(
     This asks the server itself, not the proxy: the name of the proxy's record needs the model's
     name, and an error then names the server.
     """
-    from mlxroute.cli.large_setup import make_large, print_model_notes
+    from mlxroute.cli.large_setup import make_large, model_notes
     from mlxroute.cli.progress import ByteProgress
     from mlxroute.cli.small_setup import load_small
     from mlxroute.ledger import Ledger
 
     with make_large(settings, address, Ledger(), err) as large:
-        large.connect(thorough=False)
-        print_model_notes(large, err)
+        with model_notes(large, err):
+            large.connect(thorough=False)
         name = large.full_model_name
         with ByteProgress(err) as progress:
             small = load_small(settings, progress)

@@ -176,13 +176,14 @@ def _check_large(settings: Settings, err: Console) -> DoctorCheck:
     if settings.large is None:
         advice = "no server configured (give --large URL or set OPENAI_BASE_URL)"
         return DoctorCheck("large", advice, is_good=None)
-    from mlxroute.cli.large_setup import first_reply_status, make_large, open_ledger
+    from mlxroute.cli.large_setup import first_reply_status, make_large, model_notes, open_ledger
 
     try:
         with (
             named_origins(settings.origins),
             open_ledger(settings) as ledger,
             make_large(settings, settings.large, ledger, err) as large,
+            model_notes(large, err),
             first_reply_status(large, err, f"connecting to {large.base_url}"),
         ):
             return DoctorCheck("large", large.connect())

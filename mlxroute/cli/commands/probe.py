@@ -38,8 +38,8 @@ def probe(
     from mlxroute.cli.large_setup import (
         first_reply_status,
         make_large,
+        model_notes,
         open_ledger,
-        print_model_notes,
     )
     from mlxroute.cli.terminal import make_consoles, print_note
     from mlxroute.large.negotiation.prober import NoUsableDialect
@@ -48,14 +48,13 @@ def probe(
     with open_ledger(settings) as ledger, make_large(settings, large, ledger, err) as model:
         try:
             title = "asking the server questions with known answers"
-            with first_reply_status(model, err, title):
+            with model_notes(model, err), first_reply_status(model, err, title):
                 verdict = model.probe()
         except NoUsableDialect as exc:
             _print_rejected(out, exc.rejected)
             err.print(f"error: {model.base_url}: {exc}", soft_wrap=True)
             return EXIT_LARGE_FAILED
         sent = ledger.uploads
-        print_model_notes(model, err)
     _print_verdict(out, verdict, name=model.model_name)
     outcome = "is remembered" if model.is_verdict_saved else "could not be saved"
     text = f"{sent.requests} requests, {sent.size_bytes:,} bytes sent; the verdict {outcome}"

@@ -56,9 +56,9 @@ class _Checked(Generic[_T]):
 class NoUsableDialect(LargeProtocolError):
     """Raised when every dialect is rejected; `rejected` has the reasons, the text advises."""
 
-    def __init__(self, rejected: Sequence[RejectedDialect]) -> None:
+    def __init__(self, rejected: Sequence[RejectedDialect], model: ModelName) -> None:
         self.rejected = tuple(rejected)
-        super().__init__(advise(self.rejected))
+        super().__init__(advise(self.rejected, model))
 
 
 class Prober:
@@ -101,7 +101,7 @@ class Prober:
                 return ProbeResult(
                     checked.dialect, checked.result, tuple(rejected), latencies_s, self._requests
                 )
-        raise NoUsableDialect(rejected)
+        raise NoUsableDialect(rejected, self._model)
 
     def find_working_dialect(self) -> Dialect | None:
         """Return the first dialect in which the server continues an unfinished word, or None.
@@ -174,11 +174,11 @@ class Prober:
         )
 
 
-def advise(rejected: Sequence[RejectedDialect]) -> str:
-    """Return advice for a server that failed every dialect."""
+def advise(rejected: Sequence[RejectedDialect], model: ModelName) -> str:
+    """Return advice for a server that failed every dialect, asked for this model."""
     reasons = [dialect.reason for dialect in rejected]
     if all(" 404" in reason or "tokenise" in reason for reason in reasons):
-        return "nothing at this address completes text; does it end in the API's path, as in /v1?"
+        return _advise_not_found(reasons, model)
     if TOO_MUCH_THINKING in reasons:
         return f"{TOO_MUCH_THINKING}; choose a model that does not think"
     if "were continued" in reasons[-1]:
@@ -198,3 +198,13 @@ def advise(rejected: Sequence[RejectedDialect]) -> str:
             " server with /v1/completions (vLLM, llama-server, mlx_lm.server)"
         )
     return f"this server works with none of the known dialects ({reasons[-1]})"
+
+
+def _advise_not_found(reasons: Sequence[str], model: ModelName) -> str:
+    """Return advice where every route answered 404: no model of this name, or no such route."""
+    about_model = [reason for reason in reasons if model.given and model.given in reason]
+    if about_model:
+        return f"the server {about_model[0]}"
+    if model.listed:
+        return f"the server lists models, but no known route completes text ({reasons[-1]})"
+    return "nothing at this address completes text; does it end in the API's path, as in /v1?"

@@ -13,6 +13,7 @@ from mlxroute.errors import LargeRefused, LargeTimeout, LargeUnreachable
 from mlxroute.large import LargeModel
 from mlxroute.large.http import retry
 from mlxroute.large.negotiation.prober import NoUsableDialect, advise
+from mlxroute.large.negotiation.served_models import ModelName
 from mlxroute.large.negotiation.verdict_file import RejectedDialect, Verdict
 from mlxroute.types import Message, Span
 from tests.support.example_chat import read_question, shows_examples
@@ -457,13 +458,38 @@ def test_a_server_that_stalls_or_disconnects_ends_the_probe() -> None:
 def test_the_advice_fits_the_reasons(reasons_given: list[str], advice: str) -> None:
     rejected = [RejectedDialect(str(number), reason) for number, reason in enumerate(reasons_given)]
     with pytest.raises(NoUsableDialect, match=advice):
-        raise NoUsableDialect(rejected)
-    assert "\n" not in advise(rejected)
+        raise NoUsableDialect(rejected, ModelName(None))
+    assert "\n" not in advise(rejected, ModelName(None))
 
 
 def test_an_address_without_the_apis_path_gets_that_advice() -> None:
     with pytest.raises(NoUsableDialect, match="does it end in the API's path, as in /v1"):
+        probe(lambda request: Reply.of({"detail": "Not Found"}, status=404), model="m")
+
+
+@pytest.mark.parametrize("served", [("good",), ()])
+def test_a_model_that_the_server_does_not_have_is_said_in_its_words(served: tuple[str]) -> None:
+    server = FamilyServer("vllm", models=("good",))
+
+    def answer(request: Request) -> Reply:
+        if request.path == "/v1/models":
+            return Reply.of({"data": [{"id": name} for name in served]})
+        reply = server(request)
+        is_missing = b"no such model" in reply.body
+        message = "The model `bad` does not exist."
+        return Reply.of({"error": {"message": message}}, status=404) if is_missing else reply
+
+    with pytest.raises(NoUsableDialect) as caught:
+        probe(answer, model="bad")
+    assert str(caught.value) == "the server answered 404: The model `bad` does not exist."
+
+
+def test_an_address_that_lists_models_is_not_called_wrong() -> None:
+    with pytest.raises(NoUsableDialect) as caught:
         probe(FamilyServer("nothing"))
+    assert str(caught.value) == (
+        "the server lists models, but no known route completes text (answered 404: Not Found)"
+    )
 
 
 def test_a_negotiation_ends_at_the_deadline_of_its_call() -> None:
