@@ -320,7 +320,7 @@ class CompletionRequester:
             if (message := reported_error(value)) is not None:
                 raise self._refusal(message, reply)
             completion = sent.dialect.completion(value, sent.prompt)
-            self._truncation_guard.check(sent.prompt.text, completion.prompt_tokens)
+            self._truncation_guard.check(sent.prompt.whole_text, completion.prompt_tokens)
         except LargeProtocolError as exc:
             raise type(exc)(f"{self._base_url}: {exc}") from exc
         return completion

@@ -30,3 +30,10 @@ class Prompt:
     messages: tuple[Message, ...] = ()
     answer_start: str = ""
     neutralised: tuple[str, ...] = ()
+
+    @property
+    def whole_text(self) -> str:
+        """The text or the chat as one text, with which those of longer prompts begin."""
+        turns = [f"{message['role']}\n{message['content']}\n" for message in self.messages]
+        answer = f"assistant\n{self.answer_start}" if self.answer_start else ""
+        return self.text + "".join(turns) + answer

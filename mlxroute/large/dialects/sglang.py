@@ -48,8 +48,17 @@ class SglangGenerate(Dialect):
         }
 
     def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
-        """Read a reply. Its text does not contain the end token."""
+        """Read a reply. Its text does not contain the end token.
+
+        Raises LargeProtocolError if the server truncated the prompt, as it does if told to.
+        """
         meta = as_object(reply.get("meta_info"), what="meta_info")
+        counts = checked_counts(
+            meta.get("prompt_tokens"), meta.get("cached_tokens"), meta.get("completion_tokens")
+        )
+        count = counts["prompt_tokens"]
+        if count is not None and count < len(prompt.ids):
+            raise LargeProtocolError("the server truncated the prompt: its context is too short")
         tokens = as_array(meta.get("output_token_logprobs"), what="output_token_logprobs")
         tops = as_array(meta.get("output_top_logprobs") or [], what="output_top_logprobs")
         if not tokens:
@@ -61,13 +70,7 @@ class SglangGenerate(Dialect):
         finish = meta.get("finish_reason")
         if isinstance(finish, dict) and finish.get("type") == "stop":
             positions = list(mark_end(positions))
-        return Completion(
-            tuple(positions),
-            as_text(reply.get("text"), what="text"),
-            **checked_counts(
-                meta.get("prompt_tokens"), meta.get("cached_tokens"), meta.get("completion_tokens")
-            ),
-        )
+        return Completion(tuple(positions), as_text(reply.get("text"), what="text"), **counts)
 
 
 def _position(token: object, top: object) -> ReplyPosition:

@@ -11,14 +11,16 @@ _MIN_TOKENS: Final = 256
 # So much further text has more tokens in any vocabulary, whatever its spelling.
 _MIN_WORDS: Final = 8
 _MIN_CHARACTERS: Final = 400
+# Prompts to compare with: those of conversations in turn, each with its branches.
+_MAX_PROMPTS: Final = 16
 
 
 class TruncationGuard:
     """Compares the counts of prompts that continue each other. Not safe for several threads."""
 
     def __init__(self) -> None:
-        self._text = ""
-        self._count = 0
+        # The counts of the last prompts that none of the others continues, the latest at the end.
+        self._counts: dict[str, int] = {}
 
     def check(self, text: str, count: int | None) -> None:
         """Record a prompt and the server's count of its tokens.
@@ -27,11 +29,17 @@ class TruncationGuard:
         """
         if count is None or count < _MIN_TOKENS:
             return
-        if count != self._count or not text.startswith(self._text):
-            self._text, self._count = text, count
-            return
-        added = text[len(self._text) :]
+        begins = [earlier for earlier in self._counts if text.startswith(earlier)]
+        equal = [earlier for earlier in begins if self._counts[earlier] == count]
+        # A prompt that grows in small steps is compared with the first of them.
+        first = min(equal, key=len, default=text)
+        added = text[len(first) :]
         if len(added.split()) >= _MIN_WORDS or len(added) >= _MIN_CHARACTERS:
             raise LargeProtocolError(
                 f"the server cut the prompt to {count:,} tokens: its context is too short"
             )
+        for earlier in begins:
+            del self._counts[earlier]
+        self._counts[first] = count
+        if len(self._counts) > _MAX_PROMPTS:
+            del self._counts[next(iter(self._counts))]

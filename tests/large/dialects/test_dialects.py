@@ -9,6 +9,7 @@ import pytest
 from mlxroute.errors import LargeNotContinued, LargeProtocolError
 from mlxroute.large.dialects import RequestOptions
 from mlxroute.large.dialects.llama_server import LlamaServer
+from mlxroute.large.dialects.sglang import SglangGenerate
 from mlxroute.large.prompt import Prompt
 from mlxroute.large.reply import Completion, ReplyPosition
 from mlxroute.large.vocabulary.token_reader import TokenReader
@@ -236,6 +237,13 @@ def test_sglangs_replacement_character_leaves_the_bytes_open() -> None:
 def test_sglangs_matched_stop_marks_the_end() -> None:
     reply = sglang([[-0.5, 2, "</s>"]], finish_reason={"type": "stop", "matched": 2})
     assert texts(read("SGLang generate", reply)) == [(2, "</s>", True)]
+
+
+def test_an_sglang_that_counts_fewer_tokens_than_it_got_has_truncated_them() -> None:
+    reply = sglang([[-0.5, 7, "a"]])
+    assert SglangGenerate().completion(reply, Prompt(ids=(1,) * 12)).prompt_tokens == 12
+    with pytest.raises(LargeProtocolError, match="truncated the prompt"):
+        SglangGenerate().completion(reply, Prompt(ids=(1,) * 13))
 
 
 @pytest.mark.parametrize("tokens", [[], [[-0.5]], ["a"], [[None, 7, "a"]], [[float("-inf"), 7]]])
