@@ -185,7 +185,8 @@ class LargeUnreadable(LargeProtocolError):
 class LargeUnsendable(LargeProtocolError):
     """Raised for a prompt that this server cannot take, whatever the answer; nothing is sent.
 
-    It is longer than the context, or it is a text where the server takes only conversations.
+    It is longer than the context, it is a text where the server takes only conversations, or it is
+    a conversation whose last answer the server would continue instead of beginning a new one.
     """
 
     counts_as_failure = was_called = False

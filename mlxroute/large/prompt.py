@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from mlxroute.errors import LargeUnsendable
 from mlxroute.types import Message
 
 
@@ -37,3 +39,15 @@ class Prompt:
         turns = [f"{message['role']}\n{message['content']}\n" for message in self.messages]
         answer = f"assistant\n{self.answer_start}" if self.answer_start else ""
         return self.text + "".join(turns) + answer
+
+
+def check_last_turn(messages: Sequence[Message]) -> None:
+    """Raise LargeUnsendable for a chat that ends with a closed turn of the assistant.
+
+    Servers that continue a trailing turn would not begin a new one after it.
+    """
+    if messages and messages[-1]["role"] == "assistant":
+        raise LargeUnsendable(
+            "the conversation ends with an answer, which the large model's server would continue"
+            " instead of beginning a new one"
+        )

@@ -14,6 +14,7 @@ from typing import Final, Protocol, Self, TypeVar
 from mlxroute.errors import LargeProtocolError, LargeRefused, LargeUnreadable
 from mlxroute.large.dialects.base import NO_THINKING
 from mlxroute.large.dialects.json_fields import as_array, as_text, as_token_id
+from mlxroute.large.prompt import check_last_turn
 from mlxroute.messages import fold_system
 from mlxroute.tokenizers.control_tokens import ControlTokens
 from mlxroute.types import Message, PromptText
@@ -189,6 +190,8 @@ class LlamaTokenizeRoutes(TokenizeRoutes):
         return self._call("/detokenize", {"tokens": list(ids)}, _text_under("content"))
 
     def _encode_messages(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        # The template route does not close a trailing turn.
+        check_last_turn(messages)
         text = self._render(messages)
         system = [m["content"].strip() for m in messages if m["role"] == "system"]
         if not all(content in text for content in system):

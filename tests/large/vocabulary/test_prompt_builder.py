@@ -182,6 +182,20 @@ def test_a_raw_prompt_is_not_continued_by_a_server_of_conversations() -> None:
             builder_for(CHAT, same=same, tokens=None).build(raw(Span("ab")))
 
 
+def test_a_closed_answer_at_the_end_is_not_sent_to_a_server_that_would_continue_it() -> None:
+    messages = (HI, Message(role="assistant", content="ab"))
+    closed = replace(answered(), messages=messages)
+    routes = find_tokenize_routes(partial(truthful_routes, family="llama-server"), model=None)
+    continuing = [builder_for(CHAT, same=same, tokens=None) for same in (True, False)]
+    for builder in (*continuing, builder_for(IDS, same=False, tokens=routes)):
+        with pytest.raises(LargeUnsendable, match="ends with an answer"):
+            builder.build(closed)
+        assert builder.build(replace(closed, messages=(*messages, HI)))
+    files = FileTokenSource(TableTokenizer(LARGE))
+    for tokens in (find_tokenize_routes(truthful_routes, model=None), files):
+        assert builder_for(IDS, same=False, tokens=tokens).build(closed).ids
+
+
 def test_tokens_that_no_server_could_generate_again_stay_in_the_text() -> None:
     merging = TableVocabulary(["a", "b", "ab"])
     a, b = merging.id_of("a"), merging.id_of("b")
