@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -21,8 +22,9 @@ from mlxroute.large.dialects.system_role import SystemRole
 from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.circuit_breaker import CircuitBreaker
 from mlxroute.large.http.deadline import Deadline
-from mlxroute.large.http.pending_calls import PendingCall, PendingCalls, Tokens
+from mlxroute.large.http.pending_calls import PendingCall, PendingCalls, Publish, Tokens
 from mlxroute.large.http.transport import Transport
+from mlxroute.large.model_loading import ModelLoading
 from mlxroute.large.negotiation.negotiator import Negotiator
 from mlxroute.large.negotiation.shared_negotiator import SharedNegotiator
 from mlxroute.large.negotiation.verdict_file import Verdict
@@ -125,9 +127,9 @@ class LargeModel(Closeable):
         self._planner = RequestPlanner()
         self._system_role = SystemRole()
         self._thinking_switch = ThinkingSwitch()
-        # Names of control tokens, in order; a dict because sets have none.
-        self._neutralised: dict[str, None] = {}
-        self._pending_calls = PendingCalls()
+        self._neutralised: dict[str, None] = {}  # Names of control tokens, in order.
+        self._pending_calls = calls = PendingCalls()
+        self._loading = ModelLoading(self._transport, self._breaker, calls, base_url=self.base_url)
 
     def __repr__(self) -> str:
         return f"LargeModel({self.base_url!r}, model={self.model_name!r})"
@@ -255,8 +257,7 @@ class LargeModel(Closeable):
         The time limit is the smaller of `deadline_s` and `timeout_s`, in seconds. Raises LargeError
         subclasses only: LargeUnavailable if earlier calls failed, or this one was cancelled.
         """
-        deadline = self._new_deadline(deadline_s)
-        return self._fetch_tokens(context, deadline, prefetch=0, publish=lambda tokens: None)[0]
+        return self._fetch_tokens(context, 0, self._new_deadline(deadline_s), lambda _: None)[0]
 
     def begin(
         self, context: LargeContext, *, deadline_s: float | None = None, prefetch: int = 0
@@ -266,10 +267,7 @@ class LargeModel(Closeable):
         A prefetched token is the one that a call for its position would return; tokens of which
         that is not certain are left out. If `can_stream`, they arrive one by one.
         """
-
-        def fetch(deadline: Deadline, publish: Callable[[Tokens], None]) -> Tokens:
-            return self._fetch_tokens(context, deadline, prefetch=prefetch, publish=publish)
-
+        fetch = partial(self._fetch_tokens, context, prefetch)
         return self._pending_calls.start(fetch, self._new_deadline(deadline_s))
 
     def extend_timeout(self, timeout_s: float) -> None:
@@ -306,28 +304,30 @@ class LargeModel(Closeable):
         return Deadline(self.first_reply_timeout_s, awaits_loading=True)
 
     def _fetch_tokens(
-        self,
-        context: LargeContext,
-        deadline: Deadline,
-        *,
-        prefetch: int,
-        publish: Callable[[Tokens], None],
+        self, context: LargeContext, prefetch: int, deadline: Deadline, publish: Publish
     ) -> Tokens:
-        """Make one call; if a stream breaks, return the tokens that arrived before."""
         if deadline.seconds <= 0:
             raise LargeTimeout(f"no time left to ask {self.base_url}")
-        stream = TokenStream(publish, deadline)
-        with self._breaker.guard(fragment=bool(context.fragment_ids)):
-            pairing = self._negotiator.pair_within(deadline, context.vocabulary)
-            call = TokenCall(pairing, deadline, prefetch, stream)
-            try:
-                return self._ask_stable(context, call)
-            except LargeError as exc:
-                if stream.tokens:
-                    return stream.tokens
-                if (single := call.shortened(exc)) is None:
-                    raise
-            return self._ask_stable(context, single)
+        call, is_full = partial(self._call, context), deadline.seconds >= self._timeout_s
+        limit_s = self.first_reply_timeout_s if is_full else 0.0
+        counted = self._breaker.guard(fragment=bool(context.fragment_ids))
+        with self._loading.guard(partial(call, 0), limit_s=limit_s), counted:
+            return call(prefetch, deadline, publish)
+
+    def _call(
+        self, context: LargeContext, prefetch: int, deadline: Deadline, publish: Publish
+    ) -> Tokens:
+        """Make one call; if a stream breaks, return the tokens that arrived before."""
+        pairing = self._negotiator.pair_within(deadline, context.vocabulary)
+        call = TokenCall(pairing, deadline, prefetch, TokenStream(publish, deadline))
+        try:
+            return self._ask_stable(context, call)
+        except LargeError as exc:
+            if call.stream.tokens:
+                return call.stream.tokens
+            if (single := call.shortened(exc)) is None:
+                raise
+        return self._ask_stable(context, single)
 
     def _ask_stable(self, context: LargeContext, call: TokenCall) -> Tokens:
         """Ask with a context that the server tokenizes as committed; else with the whole one."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,15 +13,18 @@ import pytest
 from rich.console import Console
 
 from mlxroute.cli import large_setup, main
-from mlxroute.errors import LargeRefused, LargeTimeout
-from mlxroute.large import LargeModel
+from mlxroute.errors import LargeRefused, LargeTimeout, LargeUnavailable
+from mlxroute.large import LargeModel, client, model_loading
 from mlxroute.large.http import retry
-from tests.support.connected_clients import legacy
+from mlxroute.large.http.deadline import Deadline
+from tests.support.connected_clients import VOCABULARY, legacy
 from tests.support.loopback import Loopback, Reply, Request
-from tests.support.negotiated import honest, negotiation_reply
+from tests.support.negotiated import honest, negotiated, negotiation_reply
+from tests.support.vocabularies import context
 
 LOADING = Reply(b'{"error": {"message": "Loading model", "code": 503}}', status=503)
 READY = honest(lambda request: Reply.of(legacy("a")))
+POSITION = context("x", VOCABULARY)
 
 
 def cold(fault: Callable[[Request], Reply], *, times: int) -> Callable[[Request], Reply]:
@@ -73,6 +78,85 @@ def test_a_server_that_says_that_it_is_loading_is_asked_until_it_is_ready(
     server = Loopback(cold(lambda request: overloaded, times=30))
     with server, LargeModel(server.url, timeout_s=20) as large, pytest.raises(LargeRefused):
         large.connect()
+
+
+class Loading:
+    """An honest server that answers no completion before its model is loaded."""
+
+    def __init__(self) -> None:
+        self.is_loaded = threading.Event()
+
+    def __call__(self, request: Request) -> Reply:
+        reply = READY(request)
+        if request.path.endswith("/completions") and reply.status == 200:
+            self.is_loaded.wait(30)
+        return reply
+
+
+def run_out_of_time(large: LargeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that a short call times out, and leave much time to the one that repeats it."""
+    monkeypatch.setattr(client, "_FIRST_REPLY_FACTOR", 100)
+    large._timeout_s = 0.5
+    with pytest.raises(LargeTimeout):
+        large.next_token(POSITION)
+
+
+def assert_waits_for_loading(large: LargeModel, model: Loading) -> None:
+    """Check that no call is made until the model is loaded, and then again."""
+    with pytest.raises(LargeUnavailable, match="may be loading its model"):
+        large.next_token(POSITION)
+    model.is_loaded.set()
+    large.extend_timeout(30)
+    end_s = time.monotonic() + 60
+    while time.monotonic() < end_s:
+        with contextlib.suppress(LargeUnavailable):
+            assert large.next_token(POSITION).text == "a"
+            return
+        time.sleep(0.02)
+    raise AssertionError("no call was made")
+
+
+def test_a_model_that_is_loaded_for_the_first_call_is_waited_for_in_the_background(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The server was down when the client connected."""
+    model = Loading()
+    with Loopback(model) as server, LargeModel(server.url) as large:
+        large._negotiator.find_model(Deadline(30))
+        run_out_of_time(large, monkeypatch)
+        assert_waits_for_loading(large, model)
+
+
+def test_a_model_that_was_unloaded_is_waited_for_in_the_background(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Loading()
+    with Loopback(model) as server, negotiated(LargeModel(server.url, model="m")) as large:
+        model.is_loaded.set()
+        assert large.next_token(POSITION).text == "a"
+        model.is_loaded.clear()
+        # A server that replied just now is not loading, and a shorter call shows nothing.
+        for _ in range(2):
+            run_out_of_time(large, monkeypatch)
+        monkeypatch.setattr(model_loading, "_IDLE_S", 0.0)
+        with pytest.raises(LargeTimeout):
+            large.next_token(POSITION, deadline_s=0.1)
+        large._breaker.end_pause()
+        run_out_of_time(large, monkeypatch)
+        assert_waits_for_loading(large, model)
+
+
+def test_a_client_that_is_closed_waits_no_longer_for_a_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with Loopback(Loading()) as server, LargeModel(server.url) as large:
+        large._negotiator.find_model(Deadline(30))
+        run_out_of_time(large, monkeypatch)
+        waiting = large._loading._waiting
+        assert waiting is not None
+        large.close()
+        waiting.join(20)
+        assert not waiting.is_alive()
 
 
 def test_a_long_wait_is_explained_with_its_limit_and_the_flag(

@@ -75,6 +75,11 @@ class CircuitBreaker:
             if is_probe:
                 self._probing.discard(forwarded)
 
+    def end_pause(self) -> None:
+        """Admit all calls again: the server has answered one that was not counted."""
+        with self._lock:
+            self._record_success(is_probe=True)
+
     def _admit(self, *, forwarded: bool) -> bool:
         """Admit a call, or raise LargeUnavailable; return whether the call is the probe."""
         if self._paused_until_s is None:

@@ -12,6 +12,7 @@ from mlxroute.large.http.deadline import Deadline
 from mlxroute.types import LargeToken
 
 Tokens = tuple[LargeToken, ...]
+Publish = Callable[[Tokens], None]
 
 # Greatest time that `join` waits for the threads of cancelled calls.
 _JOIN_S: Final = 0.3
@@ -29,7 +30,7 @@ class PendingCall(threading.Thread):
 
     def __init__(
         self,
-        ask: Callable[[Deadline, Callable[[Tokens], None]], Tokens],
+        ask: Callable[[Deadline, Publish], Tokens],
         *,
         deadline: Deadline,
         changed: threading.Condition,
@@ -80,9 +81,7 @@ class PendingCalls:
         self._changed = threading.Condition()
         self._calls: list[PendingCall] = []
 
-    def start(
-        self, ask: Callable[[Deadline, Callable[[Tokens], None]], Tokens], deadline: Deadline
-    ) -> PendingCall:
+    def start(self, ask: Callable[[Deadline, Publish], Tokens], deadline: Deadline) -> PendingCall:
         """Start a call, which runs `ask(deadline, publish)`, and return it."""
         call = PendingCall(ask, deadline=deadline, changed=self._changed)
         call.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -80,8 +81,13 @@ class Transport:
         self._silent_connections = 0
         self.is_reachable = False
         """Whether the server has answered a request, with whatever status."""
-        self.has_served = False
-        """Whether it has answered a POST request with status 200."""
+        self.last_served_s = -math.inf
+        """When it last answered a POST request with status 200, on the monotonic clock."""
+
+    @property
+    def has_served(self) -> bool:
+        """Whether the server has answered a POST request with status 200."""
+        return self.last_served_s > -math.inf
 
     def call(
         self,
@@ -119,7 +125,8 @@ class Transport:
             with self._lock:
                 self._deadlines.remove(deadline)
         self.is_reachable = True
-        self.has_served = self.has_served or (body is not None and reply.status == 200)
+        if body is not None and reply.status == 200:
+            self.last_served_s = time.monotonic()
         return reply
 
     def begin(

@@ -67,6 +67,14 @@ class Circuit:
             self.ask(error)
 
 
+def test_an_answer_to_a_call_that_was_not_counted_ends_the_pause() -> None:
+    circuit = Circuit()
+    circuit.open()
+    assert circuit.ask() == "LargeUnavailable"
+    circuit.breaker.end_pause()
+    assert circuit.ask() == ""
+
+
 def test_three_failures_in_a_row_stop_the_calls_and_say_why() -> None:
     circuit = Circuit()
     circuit.open()

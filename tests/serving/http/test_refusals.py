@@ -26,7 +26,7 @@ from mlxroute.serving.http.serving_session import ServingSession
 from mlxroute.serving.running_answer import RunningAnswer
 from mlxroute.small import SmallModel
 from tests.support.endpoint import HOST, chat, make_session, running
-from tests.support.fakes import ScriptedLarge
+from tests.support.scripted_models import ScriptedLarge
 
 _PAGE = "http://page.example:3000"
 _KEY, _OTHER_KEY = "a-key-of-a-client-01", "a-key-of-a-client-02"
