@@ -119,7 +119,7 @@ def test_a_top_p_of_0_is_greedy(client: TestClient) -> None:
 
 @pytest.mark.parametrize(("fields", "seed"), [({}, 5), ({"seed": 7}, 7), ({"seed": -1}, None)])
 def test_a_seed_of_minus_1_is_random_as_on_llama_cpp(
-    fields: dict[str, int], seed: int | None
+    fields: dict[str, Any], seed: int | None
 ) -> None:
     model: Any = SimpleNamespace(name="tiny", context_length=512, fingerprint="")
     options = Options(sampling=Sampling(temperature=1.0, seed=5))
