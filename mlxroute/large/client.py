@@ -22,9 +22,9 @@ from mlxroute.large.dialects.system_role import SystemRole
 from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.circuit_breaker import CircuitBreaker
 from mlxroute.large.http.deadline import Deadline
+from mlxroute.large.http.model_loading import ModelLoading
 from mlxroute.large.http.pending_calls import PendingCall, PendingCalls, Publish, Tokens
 from mlxroute.large.http.transport import Transport
-from mlxroute.large.model_loading import ModelLoading
 from mlxroute.large.negotiation.negotiator import Negotiator
 from mlxroute.large.negotiation.shared_negotiator import SharedNegotiator
 from mlxroute.large.negotiation.verdict_file import Verdict

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from mlxroute.cli import large_setup, main
 from mlxroute.errors import LargeRefused, LargeTimeout, LargeUnavailable
-from mlxroute.large import LargeModel, client, model_loading
-from mlxroute.large.http import retry
+from mlxroute.large import LargeModel, client
+from mlxroute.large.http import model_loading, retry
 from mlxroute.large.http.deadline import Deadline
 from tests.support.connected_clients import VOCABULARY, legacy
 from tests.support.loopback import Loopback, Reply, Request

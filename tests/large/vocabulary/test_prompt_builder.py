@@ -190,7 +190,7 @@ def test_a_closed_answer_at_the_end_is_not_sent_to_a_server_that_would_continue_
     for builder in (*continuing, builder_for(IDS, same=False, tokens=routes)):
         with pytest.raises(LargeUnsendable, match="ends with an answer"):
             builder.build(closed)
-        builder.build(replace(closed, messages=(*messages, HI)))
+        assert builder.build(replace(closed, messages=(*messages, HI))).neutralised == ()
     files = FileTokenSource(TableTokenizer(LARGE))
     for tokens in (find_tokenize_routes(truthful_routes, model=None), files):
         assert builder_for(IDS, same=False, tokens=tokens).build(closed).ids
