@@ -52,7 +52,8 @@ def find_problem() -> str | None:
         return f"no answer within {ANSWER_TIMEOUT_S:.0f} s"
     if process.returncode == 0:
         return None
-    return f"not reachable ({_pip_reason(process.stdout.decode(errors='replace').splitlines())})"
+    lines = process.stdout.decode(errors="replace").split("\n")
+    return f"not reachable ({_pip_reason(lines)})"
 
 
 def fetch_gguf(
