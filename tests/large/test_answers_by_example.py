@@ -16,7 +16,7 @@ from mlxroute.large.http import circuit_breaker
 from mlxroute.large.prompt import Prompt
 from mlxroute.types import Message, Prices, RunStats
 from tests.support.example_chat import Write, after_examples, read_question
-from tests.support.hosted_servers import PROVIDERS, HostedServer
+from tests.support.hosted_servers import CACHED_TOKENS, PROVIDERS, HostedServer, count_prompt_tokens
 from tests.support.known_answers import write_known
 from tests.support.loopback import Loopback, Reply, Request
 from tests.support.negotiated import negotiated
@@ -178,16 +178,13 @@ def test_a_reply_that_does_not_repeat_the_answer_gives_no_token(text: str) -> No
 def test_the_framing_is_counted_and_priced() -> None:
     prices = Prices(input=2.0, cached_input=0.5, output=8.0)
     stats, chats = answer(write_known, prices=prices)
-    # The scripted provider counts 1,500 prompt tokens, 1,408 of them cached.
-    assert (stats.uploaded_tokens, stats.large_cached_tokens) == (
-        1500 * len(chats),
-        1408 * len(chats),
-    )
+    assert stats.uploaded_tokens == sum(map(count_prompt_tokens, chats))
+    assert stats.large_cached_tokens == CACHED_TOKENS * len(chats)
     assert stats.large_completion_tokens > len(chats)
     assert stats.advice is not None
     assert "the large model alone would be cheaper" in stats.advice
     assert stats.cost_estimate is not None
-    assert stats.cost_estimate > len(chats) * (92 * 2.0 + 1408 * 0.5) / 1e6
+    assert stats.cost_estimate > len(chats) * (92 * 2.0 + CACHED_TOKENS * 0.5) / 1e6
 
 
 def test_a_second_request_is_counted_too() -> None:
@@ -195,7 +192,7 @@ def test_a_second_request_is_counted_too() -> None:
     stats, more_chats = answer(after_examples(write_known))
     assert len(more_chats) == stats.requests == 2 * len(chats)
     assert stats.text == plain.text
-    assert stats.uploaded_tokens == 2 * plain.uploaded_tokens
+    assert stats.uploaded_tokens == sum(map(count_prompt_tokens, more_chats))
 
 
 def test_a_server_without_counts_gets_an_estimate_with_the_framing() -> None:

@@ -6,6 +6,7 @@ Other faults:  python -m pytest --chaos-seed N -s FILE
 from __future__ import annotations
 
 import random
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,11 @@ def test_twenty_answers_with_faults_at_random_moments(
     with nothing_left_behind(tmp_path):
         proxy = FaultProxy(honest(lambda request: Reply.of(legacy("L"))))
         url = proxy.server.url
-        with LargeModel(url, timeout_s=60) as large, LargeModel(url) as reference:
+        with (
+            closing(proxy.server),
+            LargeModel(url, timeout_s=60) as large,
+            LargeModel(url) as reference,
+        ):
             large.connect()
             chaos = Chaos(
                 ScriptedSmall(
@@ -57,7 +62,6 @@ def test_twenty_answers_with_faults_at_random_moments(
             )
             for _ in range(2):
                 chaos.chat()
-        proxy.server.close()
     print(chaos.report())  # noqa: T201
     assert chaos.answers == 20
     assert chaos.disturbed >= 8
@@ -73,7 +77,11 @@ def test_twenty_answers_by_example_with_faults_at_random_moments(
         server = HostedServer(PROVIDERS["OpenAI GPT-4.1"], write_known)
         proxy = FaultProxy(server)
         url = proxy.server.url
-        with LargeModel(url, timeout_s=60) as large, LargeModel(url) as reference:
+        with (
+            closing(proxy.server),
+            LargeModel(url, timeout_s=60) as large,
+            LargeModel(url) as reference,
+        ):
             large.connect()
             assert large.is_approximate
             chaos = Chaos(
@@ -95,7 +103,6 @@ def test_twenty_answers_by_example_with_faults_at_random_moments(
             )
             for _ in range(2):
                 chaos.chat()
-        proxy.server.close()
     print(chaos.report())  # noqa: T201
     assert chaos.answers == 20
     assert len(proxy.played) >= 10

@@ -19,8 +19,12 @@ Write = Callable[[Sequence[Json], int], tuple[list[bytes], bool]]
 
 _MESSAGES: Final = {"model", "messages"}
 _SAMPLING: Final = {"max_tokens", "temperature", "logprobs", "top_logprobs"}
-_PROMPT_TOKENS: Final = 1500
-_CACHED_TOKENS: Final = 1408
+CACHED_TOKENS: Final = 1408
+
+
+def count_prompt_tokens(messages: Sequence[Json]) -> int:
+    """Return how many tokens the providers count for these messages."""
+    return 1500 + sum(len(str(message["content"]).split()) for message in messages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +66,20 @@ class Provider:
         }
         if body.get("logprobs") and self.logprobs:
             choice["logprobs"] = {"content": [_logprobs(token) for token in tokens]}
-        return Reply.of({"choices": [choice], "usage": self._usage(thoughts, len(tokens) + ends)})
+        return Reply.of(
+            {"choices": [choice], "usage": self._usage(body, thoughts, len(tokens) + ends)}
+        )
 
-    def _usage(self, thoughts: int, answer: int) -> Json:
+    def _usage(self, body: Json, thoughts: int, answer: int) -> Json:
+        prompt = count_prompt_tokens(body["messages"])
         completion = answer + (0 if self.thoughts_in_total else thoughts)
         usage: Json = {
-            "prompt_tokens": _PROMPT_TOKENS,
+            "prompt_tokens": prompt,
             "completion_tokens": completion,
-            "total_tokens": _PROMPT_TOKENS + thoughts + answer,
+            "total_tokens": prompt + thoughts + answer,
         }
         if self.reports_cache:
-            usage["prompt_tokens_details"] = {"cached_tokens": _CACHED_TOKENS}
+            usage["prompt_tokens_details"] = {"cached_tokens": CACHED_TOKENS}
         if self.counts_thoughts:
             usage["completion_tokens_details"] = {"reasoning_tokens": thoughts}
         return usage
