@@ -20,6 +20,8 @@ from urllib.parse import urlsplit
 from mlxroute.hosting.end_with_parent import end_with_parent
 
 _LOCAL_HOSTS: Final = {"localhost", "127.0.0.1", "::1"}
+# No web site has such a name; a container reaches its machine as host.docker.internal.
+_PRIVATE_DOMAIN: Final = ".internal"
 
 
 def main() -> None:
@@ -81,24 +83,37 @@ def _serve(model: Path, *, listener: socket.socket) -> None:
 
 
 class _LocalPagesOnly(BaseHTTPRequestHandler):
-    """Refuses requests of pages of web sites: mlx_lm answers any page."""
+    """Refuses pages of web sites, also those whose name leads here: mlx_lm answers any page."""
 
     def parse_request(self) -> bool:
         """Return whether a request can be answered; reply to it if not."""
         if not super().parse_request():
             return False
-        if _is_local(self.headers.get("Origin")):
+        if not _is_local(self.headers.get("Origin")):
+            self.send_error(403, "pages of web sites may not use this server")
+        elif not _is_own_name(self.headers.get("Host")):
+            self.send_error(403, "this server is called localhost or 127.0.0.1")
+        else:
             return True
-        self.send_error(403, "pages of web sites may not use this server")
         return False
 
 
 def _is_local(origin: str | None) -> bool:
     """Return whether a request comes from no page, or from one that this machine serves."""
+    return origin is None or _host_name(origin) in _LOCAL_HOSTS
+
+
+def _is_own_name(host: str | None) -> bool:
+    """Return whether a Host header is none that a web site has given this machine's address."""
+    name = _host_name(f"//{host}")
+    return host is None or name in _LOCAL_HOSTS or name.endswith(_PRIVATE_DOMAIN)
+
+
+def _host_name(url: str) -> str:
     try:
-        return origin is None or urlsplit(origin).hostname in _LOCAL_HOSTS
+        return urlsplit(url).hostname or ""
     except ValueError:
-        return False
+        return ""
 
 
 def _load(path: str, *, adapter_path: str | None = None, **_: object) -> tuple[Any, Any, Any]:

@@ -212,19 +212,32 @@ def test_mlx_lm_computes_nothing_for_pages_of_web_sites(tiny: Path, tmp_path: Pa
     with launch(tiny, tmp_path) as server:
         server.wait_until_ready()
         statuses = [
-            _status_of_post(server, origin)
+            _status_of_post(server, origin=origin)
             for origin in ("https://somewhere.example", "null", "http://[", "http://localhost:3000")
         ]
     assert statuses == [403, 403, 403, 200]
 
 
-def _status_of_post(server: LocalServer, origin: str) -> int:
+def test_mlx_lm_is_not_used_under_the_name_of_a_web_site(tiny: Path, tmp_path: Path) -> None:
+    with launch(tiny, tmp_path) as server:
+        server.wait_until_ready()
+        hosts = ["evil.example:8081", "127.0.0.1.evil.example", "", "[", "localhost", "[::1]:8081"]
+        statuses = [
+            _status_of_post(server, host=host) for host in [*hosts, "host.docker.internal:8081"]
+        ]
+    assert statuses == [403, 403, 403, 403, 200, 200, 200]
+
+
+def _status_of_post(
+    server: LocalServer, *, origin: str = "http://localhost:3000", host: str | None = None
+) -> int:
     """Send a request in one piece: the server closes the connection on a body that is not read."""
     address = urlsplit(server.url)
     body = b'{"prompt": "a", "max_tokens": 1}'
     head = (
-        f"POST {address.path}/completions HTTP/1.1\r\nHost: {address.netloc}\r\nOrigin: {origin}"
-        f"\r\nContent-Type: text/plain\r\nContent-Length: {len(body)}\r\n\r\n"
+        f"POST {address.path}/completions HTTP/1.1\r\n"
+        f"Host: {address.netloc if host is None else host}\r\nOrigin: {origin}\r\n"
+        f"Content-Type: text/plain\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     with socket.create_connection((address.hostname, address.port), timeout=60) as client:
         client.sendall(head.encode() + body)
