@@ -192,6 +192,12 @@ class LargeUnsendable(LargeProtocolError):
     counts_as_failure = was_called = False
 
 
+class LargeTruncated(LargeUnsendable):
+    """Raised for the reply to a prompt that the server cut, as it is longer than its context."""
+
+    was_called = True
+
+
 class LargeNotContinued(LargeProtocolError):
     """Raised where the server does not go on with the answer, or cannot be asked to.
 

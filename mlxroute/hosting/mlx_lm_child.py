@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import logging
 import socket
 import sys
@@ -21,7 +22,7 @@ from mlxroute.hosting.end_with_parent import end_with_parent
 
 _LOCAL_HOSTS: Final = {"localhost", "127.0.0.1", "::1"}
 # No web site has such a name; a container reaches its machine as host.docker.internal.
-_PRIVATE_DOMAIN: Final = ".internal"
+_PRIVATE_DOMAINS: Final = (".internal", ".localhost")
 
 
 def main() -> None:
@@ -92,10 +93,21 @@ class _LocalPagesOnly(BaseHTTPRequestHandler):
         if not _is_local(self.headers.get("Origin")):
             self.send_error(403, "pages of web sites may not use this server")
         elif not _is_own_name(self.headers.get("Host")):
-            self.send_error(403, "this server is called localhost or 127.0.0.1")
+            self._refuse_name()
         else:
             return True
         return False
+
+    def _refuse_name(self) -> None:
+        """Reply with a reason that clients of the API show."""
+        text = "this server answers requests for localhost or 127.0.0.1, not for other names"
+        body = json.dumps({"error": {"message": text}}).encode()
+        self.close_connection = True
+        self.send_response(400)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
 
 def _is_local(origin: str | None) -> bool:
@@ -105,8 +117,9 @@ def _is_local(origin: str | None) -> bool:
 
 def _is_own_name(host: str | None) -> bool:
     """Return whether a Host header is none that a web site has given this machine's address."""
-    name = _host_name(f"//{host}")
-    return host is None or name in _LOCAL_HOSTS or name.endswith(_PRIVATE_DOMAIN)
+    name = _host_name(f"//{host}").removesuffix(".")
+    is_local = name in (*_LOCAL_HOSTS, "0.0.0.0")
+    return host is None or is_local or name.endswith(_PRIVATE_DOMAINS)
 
 
 def _host_name(url: str) -> str:

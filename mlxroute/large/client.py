@@ -207,7 +207,7 @@ class LargeModel(Closeable):
 
     @property
     def first_reply_timeout_s(self) -> float:
-        """The time limit of the first reply to `connect` and `probe`, in seconds."""
+        """The time limit of a reply for which the model may have to be loaded, in seconds."""
         return min(MAX_TIMEOUT_S, _FIRST_REPLY_FACTOR * self._timeout_s)
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final, TypeGuard
 
-from mlxroute.errors import LargeNotContinued
+from mlxroute.errors import LargeNotContinued, LargeRefused
 from mlxroute.large.completion_request import CompletionRequester
 from mlxroute.large.dialects import Dialect, RequestOptions
 from mlxroute.large.dialects.base import NO_THINKING
@@ -15,13 +15,14 @@ from mlxroute.large.dialects.chat.fielded_dialect import FieldedDialect
 from mlxroute.large.dialects.chat.request_fields import RequestFields, Thinking
 from mlxroute.large.dialects.chat.thinking_switch import ThinkingSwitch
 from mlxroute.large.dialects.json_fields import usage_counts
-from mlxroute.large.dialects.system_role import SystemRole
+from mlxroute.large.dialects.system_role import SystemRole, refuses_system
 from mlxroute.large.http.circuit_breaker import CircuitBreaker
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.negotiation.shared_negotiator import SharedNegotiator
 from mlxroute.large.prompt import Prompt
 from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
 from mlxroute.ledger import Ledger
+from mlxroute.messages import fold_system
 from mlxroute.types import Message
 
 # Whole answers continue no turn, so all ways to mark one send the same.
@@ -75,8 +76,9 @@ class WholeChat:
         """Send a request with this body and the model's name; return the reply. Raises LargeError.
 
         Names of control tokens in messages, and in descriptions of tools and schemas, are sent as
-        plain text, with a space inside. A system message that the server refuses is sent as a part
-        of the first user message, and a limit of tokens under the name that the server takes.
+        plain text, with a space inside. A system message that the server's template refuses is sent
+        as a part of the first user message, and a limit of tokens under the name that the server
+        takes.
         Blocks until the reply is complete.
         """
         with self._breaker.guard(forwarded=True):
@@ -85,13 +87,12 @@ class WholeChat:
             if self._dialect is not None:
                 body = _whole_fields(self._dialect).rename_limit(body)
             messages = body.get("messages")
-            if not _may_move_system(messages):
+            try:
                 return self._post(body)
-            return self._system_role.send(
-                Prompt(messages=tuple(messages)),
-                lambda prompt: self._post({**body, "messages": list(prompt.messages)}),
-                server=self._server,
-            )
+            except LargeRefused as exc:
+                if not _may_move_system(messages) or not refuses_system(exc):
+                    raise
+            return self._post({**body, "messages": list(fold_system(messages))})
 
     def answer(self, messages: Sequence[Message], *, max_tokens: int) -> Completion:
         """Return the model's own answer to a conversation, with the fields that the server takes.
@@ -163,16 +164,17 @@ def _whole_fields(dialect: Dialect | None) -> RequestFields:
 
 
 def _may_move_system(messages: object) -> TypeGuard[list[Message]]:
-    """Return whether all system and user messages of a request are texts, and not lists of parts.
+    """Return whether a request has a system message that can be moved.
 
-    The others may have any further keys, such as those of a call of a tool.
+    All system and user messages are texts then, and not lists of parts. The others may have any
+    further keys, such as those of a call of a tool.
     """
-    return isinstance(messages, list) and all(
-        isinstance(message, dict)
-        and (role := message.get("role")) is not None
-        and (role not in ("system", "user") or isinstance(message.get("content"), str))
-        for message in messages
-    )
+    if not isinstance(messages, list) or not all(isinstance(item, dict) for item in messages):
+        return False
+    moved = [item for item in messages if item.get("role") in ("system", "user")]
+    has_system = any(item["role"] == "system" for item in moved)
+    is_plain = all(isinstance(item.get("content"), str) for item in moved)
+    return has_system and is_plain and all("role" in item for item in messages)
 
 
 def _change_texts(value: object, change: Callable[[str], str]) -> object:

@@ -71,7 +71,7 @@ class DeviceThread:
         self._inbox: SimpleQueue[tuple[SmallClient, DeviceRequest] | None] = SimpleQueue()
         self._requests: dict[SmallClient, DeviceRequest] = {}
         self._prefills: dict[SmallClient, Generator[None, None, int]] = {}
-        # Rows whose prompt is read.
+        # Clients whose prompt is read.
         self._decoding: set[SmallClient] = set()
         # Those who compute on their own and will ask for a step soon.
         self._awaited: set[object] = set()

@@ -210,6 +210,8 @@ class SequenceCache:
             del self.token_ids[-count:]
 
     def _trim(self, count: int) -> None:
+        if not self.is_trimmable:
+            raise RollbackError("the KV cache lacks earlier tokens and cannot roll back")
         trimmed = trim_prompt_cache(self.layers, count)
         if trimmed != count:
             raise RollbackError(

@@ -87,14 +87,23 @@ def test_a_refused_system_message_of_a_forwarded_request_becomes_part_of_the_que
     server.answer = answer
     called: dict[str, Any] = {"role": "assistant", "tool_calls": []}
     with negotiated(LargeModel(server.url, model="m")) as large:
-        for _ in range(2):
-            body = {"messages": [*_CONVERSATION, called], "tools": [1]}
-            large.whole_chat(timeout_s=20).ask(body)
-        # The refusal is remembered, so the second one is sent once.
-        assert len(server.requests) == 4
+        large.whole_chat(timeout_s=20).ask({"messages": [*_CONVERSATION, called], "tools": [1]})
+    assert len(server.requests) == 2
     question = {"role": "user", "content": "Be brief.\n\nhi"}
-    for request in server.requests[2:]:
-        assert request.json == {"messages": [question, called], "tools": [1], "model": "m"}
+    body = {"messages": [question, called], "tools": [1], "model": "m"}
+    assert server.requests[1].json == body
+
+
+def test_a_forwarded_request_that_is_refused_for_other_reasons_is_sent_once(
+    server: Loopback,
+) -> None:
+    server.answer = lambda request: Reply(b'{"error": "tools[0] has no name"}', status=400)
+    with (
+        negotiated(LargeModel(server.url, model="m")) as large,
+        pytest.raises(LargeRefused, match="has no name"),
+    ):
+        large.whole_chat(timeout_s=20).ask({"messages": [*_CONVERSATION], "tools": [1]})
+    assert len(server.requests) == 1
 
 
 def test_parts_of_a_forwarded_request_are_not_moved(server: Loopback) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from mlxroute.errors import LargeProtocolError
+from mlxroute.errors import LargeProtocolError, LargeTruncated
 from mlxroute.large.dialects.base import RequestOptions, StreamingDialect, add_model
 from mlxroute.large.dialects.json_fields import (
     as_array,
@@ -78,7 +78,7 @@ class LlamaServer(StreamingDialect):
         return reply
 
     def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
-        """Read a reply. Raises LargeProtocolError if the server truncated the prompt."""
+        """Read a reply. Raises LargeTruncated if the server truncated the prompt."""
         ids = [
             None if value is None else as_token_id(value)
             for value in as_array(reply.get("tokens"), what="tokens")
@@ -92,7 +92,7 @@ class LlamaServer(StreamingDialect):
         is_of_whole_prompt = reply.get("tokens_evaluated") == len(prompt.ids)
         # A full context counts as truncated. Its first token is of the whole prompt in any case.
         if reply.get("truncated") is True and not (is_of_whole_prompt and len(positions) == 1):
-            raise LargeProtocolError("the server truncated the prompt: its context is too short")
+            raise LargeTruncated("the server truncated the prompt: its context is too short")
         if reply.get("stop_type") == "eos":
             positions = list(mark_end(positions))
         timings = reply.get("timings")

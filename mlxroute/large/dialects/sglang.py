@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mlxroute.errors import LargeProtocolError
+from mlxroute.errors import LargeProtocolError, LargeTruncated
 from mlxroute.large.dialects.base import Dialect, RequestOptions
 from mlxroute.large.dialects.json_fields import (
     as_array,
@@ -50,7 +50,7 @@ class SglangGenerate(Dialect):
     def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
         """Read a reply. Its text does not contain the end token.
 
-        Raises LargeProtocolError if the server truncated the prompt, as it does if told to.
+        Raises LargeTruncated if the server truncated the prompt, as it does if told to.
         """
         meta = as_object(reply.get("meta_info"), what="meta_info")
         counts = checked_counts(
@@ -58,7 +58,7 @@ class SglangGenerate(Dialect):
         )
         count = counts["prompt_tokens"]
         if count is not None and count < len(prompt.ids):
-            raise LargeProtocolError("the server truncated the prompt: its context is too short")
+            raise LargeTruncated("the server truncated the prompt: its context is too short")
         tokens = as_array(meta.get("output_token_logprobs"), what="output_token_logprobs")
         tops = as_array(meta.get("output_top_logprobs") or [], what="output_top_logprobs")
         if not tokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Final, TypeVar
@@ -13,6 +14,16 @@ from mlxroute.messages import fold_system
 
 _T = TypeVar("_T")
 _REFUSALS: Final = 2
+
+
+# What templates and servers say about the role: "System role not supported".
+_ABOUT_SYSTEM: Final = re.compile(r"\bsystem\b|\btemplate\b|\brole", re.IGNORECASE)
+
+
+def refuses_system(error: LargeRefused) -> bool:
+    """Return whether a server refuses a request for its system message, by its own words."""
+    is_status = error.status in TEMPLATE_STATUSES and not error.is_too_long
+    return is_status and _ABOUT_SYSTEM.search(str(error)) is not None
 
 
 class SystemRole:

@@ -76,9 +76,12 @@ class CircuitBreaker:
                 self._probing.discard(forwarded)
 
     def end_pause(self) -> None:
-        """Admit all calls again: the server has answered one that was not counted."""
+        """Admit all calls again: the server has answered one that was not counted.
+
+        The next pause is as long as it would have been: calls may still take too long.
+        """
         with self._lock:
-            self._record_success(is_probe=True)
+            self._failures, self._paused_until_s = 0, None
 
     def _admit(self, *, forwarded: bool) -> bool:
         """Admit a call, or raise LargeUnavailable; return whether the call is the probe."""

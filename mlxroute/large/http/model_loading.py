@@ -48,6 +48,8 @@ class ModelLoading:
         waiting = self._waiting
         if waiting is not None and not waiting.finished:
             raise LargeUnavailable(f"{self._base_url} may be loading its model; it is waited for")
+        # An error keeps what its traceback names, down to a connection.
+        self._waiting = None
         served_s = self._transport.last_served_s
         is_idle = time.monotonic() - served_s >= _IDLE_S
         try:

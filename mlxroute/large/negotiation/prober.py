@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
@@ -202,7 +203,10 @@ def advise(rejected: Sequence[RejectedDialect], model: ModelName) -> str:
 
 def _advise_not_found(reasons: Sequence[str], model: ModelName) -> str:
     """Return advice where every route answered 404: no model of this name, or no such route."""
-    about_model = [reason for reason in reasons if model.given and model.given in reason]
+    name = re.compile(rf"(?<![\w.-]){re.escape(model.given or '')}(?![\w-])")
+    about_model = [
+        reason for reason in reasons if model.given and name.search(reason.partition(":")[2])
+    ]
     if about_model:
         return f"the server {about_model[0]}"
     if model.listed:

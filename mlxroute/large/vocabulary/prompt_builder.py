@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlxroute.errors import LargeNotContinued, LargeProtocolError, LargeUnsendable, UsageError
-from mlxroute.large.prompt import Prompt, PromptForm, check_last_turn
+from mlxroute.large.prompt import Prompt, PromptForm
 from mlxroute.large.vocabulary import retokenised
 from mlxroute.large.vocabulary.token_sources import FileTokenSource, TokenSource
 from mlxroute.tokenizers.control_tokens import ControlTokens, control_tokens
@@ -70,7 +70,6 @@ class PromptBuilder:
                         "the large model's server takes only conversations, so it cannot continue"
                         " a text or token ids"
                     )
-                check_last_turn(context.messages)
                 messages, names = self._plain_messages(context)
                 return Prompt(
                     messages=messages,

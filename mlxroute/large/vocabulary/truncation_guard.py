@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from mlxroute.errors import LargeProtocolError
+from mlxroute.errors import LargeTruncated
 
 # Contexts are longer; a smaller constant is the count of a server that does not count.
 _MIN_TOKENS: Final = 256
@@ -19,13 +19,13 @@ class TruncationGuard:
     """Compares the counts of prompts that continue each other. Not safe for several threads."""
 
     def __init__(self) -> None:
-        # The counts of the last prompts that none of the others continues, the latest at the end.
+        # The counts of the last prompts, without those that a later one continues.
         self._counts: dict[str, int] = {}
 
     def check(self, text: str, count: int | None) -> None:
         """Record a prompt and the server's count of its tokens.
 
-        Raises LargeProtocolError if the count stays the same while the prompt grows.
+        Raises LargeTruncated if the count stays the same while the prompt grows.
         """
         if count is None or count < _MIN_TOKENS:
             return
@@ -35,7 +35,7 @@ class TruncationGuard:
         first = min(equal, key=len, default=text)
         added = text[len(first) :]
         if len(added.split()) >= _MIN_WORDS or len(added) >= _MIN_CHARACTERS:
-            raise LargeProtocolError(
+            raise LargeTruncated(
                 f"the server cut the prompt to {count:,} tokens: its context is too short"
             )
         for earlier in begins:

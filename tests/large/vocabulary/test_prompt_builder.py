@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from mlxroute.engine.transcript import group_spans
 from mlxroute.errors import LargeProtocolError, LargeUnsendable, UsageError
-from mlxroute.large.dialects import Dialect, get_dialect
+from mlxroute.large.dialects import Dialect, RequestOptions, get_dialect
+from mlxroute.large.dialects.chat.chat_continuation import ChatContinuation, ContinuationMethod
 from mlxroute.large.dialects.json_fields import parse_object
 from mlxroute.large.dialects.tokenize_routes import find_tokenize_routes
 from mlxroute.large.vocabulary.prompt_builder import PromptBuilder
@@ -186,11 +187,17 @@ def test_a_closed_answer_at_the_end_is_not_sent_to_a_server_that_would_continue_
     messages = (HI, Message(role="assistant", content="ab"))
     closed = replace(answered(), messages=messages)
     routes = find_tokenize_routes(partial(truthful_routes, family="llama-server"), model=None)
-    continuing = [builder_for(CHAT, same=same, tokens=None) for same in (True, False)]
-    for builder in (*continuing, builder_for(IDS, same=False, tokens=routes)):
+    builder = builder_for(IDS, same=False, tokens=routes)
+    with pytest.raises(LargeUnsendable, match="ends with an answer"):
+        builder.build(closed)
+    assert builder.build(replace(closed, messages=(*messages, HI))).neutralised == ()
+    chat = builder_for(CHAT, same=True, tokens=None).build(closed)
+    for method in (ContinuationMethod.TRAILING, ContinuationMethod.PREFIX):
         with pytest.raises(LargeUnsendable, match="ends with an answer"):
-            builder.build(closed)
-        assert builder.build(replace(closed, messages=(*messages, HI))).neutralised == ()
+            ChatContinuation(method).request(chat, RequestOptions(1, 5, None))
+    # vLLM closes the last turn unless a flag says otherwise.
+    flagged = ChatContinuation(ContinuationMethod.FLAGS).request(chat, RequestOptions(1, 5, None))
+    assert flagged["messages"] == list(messages)
     files = FileTokenSource(TableTokenizer(LARGE))
     for tokens in (find_tokenize_routes(truthful_routes, model=None), files):
         assert builder_for(IDS, same=False, tokens=tokens).build(closed).ids

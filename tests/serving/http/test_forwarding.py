@@ -134,6 +134,14 @@ def test_tools_are_refused_by_default(small: SmallModel) -> None:
         assert "--tools large" in error["message"]
 
 
+def test_fields_that_the_small_model_lacks_are_left_to_the_server(
+    client: TestClient, server: Loopback
+) -> None:
+    fields = {"repeat_penalty": 1.1, "stop_token_ids": [1], "temperature": 1, "mirostat": 2}
+    assert post(client, tools=[{"type": "function"}], **fields).status_code == 200
+    assert server.requests[-1].json.items() >= fields.items()
+
+
 def test_the_large_model_answers_the_whole_request(client: TestClient, server: Loopback) -> None:
     reply = post(client, tools=_TOOLS, budget=0.1).json()
     assert reply["choices"] == _REPLY["choices"]

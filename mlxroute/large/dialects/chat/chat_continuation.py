@@ -17,7 +17,7 @@ from mlxroute.large.dialects.json_fields import (
     parse_chat_positions,
     usage_counts,
 )
-from mlxroute.large.prompt import Prompt, PromptForm
+from mlxroute.large.prompt import Prompt, PromptForm, check_last_turn
 from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
 
 _FLAGS: Final = {"continue_final_message": True, "add_generation_prompt": False}
@@ -57,7 +57,12 @@ class ChatContinuation(FieldedDialect):
             self.own_names = frozenset(("prefix",))
 
     def request(self, prompt: Prompt, options: RequestOptions) -> dict[str, object]:
-        """Ask for greedy tokens; an empty answer start adds no assistant turn."""
+        """Ask for greedy tokens; an empty answer start adds no assistant turn.
+
+        Raises LargeUnsendable for a chat whose last turn the server would continue.
+        """
+        if self._method is not ContinuationMethod.FLAGS:
+            check_last_turn(prompt.messages)
         messages: list[dict[str, object]] = [dict(message) for message in prompt.messages]
         body: dict[str, object] = {"messages": messages} | self.request_fields(options)
         if prompt.answer_start:

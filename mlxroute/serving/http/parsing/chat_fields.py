@@ -15,6 +15,7 @@ from mlxroute.serving.http.parsing.common_fields import (
     TOOL_FIELDS,
     AnswerFields,
     read_common,
+    refuse_decoding,
     with_ignored,
 )
 from mlxroute.serving.http.parsing.fields import Fields, clean_text
@@ -71,6 +72,7 @@ def read_chat(values: dict[str, Any], session: ServingSession, names: ModelNames
     if not (has_logprobs := fields.flag("logprobs")):
         fields.ignore("top_logprobs")
     messages, continues = _read_messages(fields)
+    refuse_decoding(fields, answer.options.sampling)
     answer_start = messages.pop()["content"] if continues else ""
     if not messages:
         raise wrong("messages", "messages has no message before the assistant's begun turn")

@@ -30,9 +30,14 @@ _ROUTED_ONLY: Final = ("budget", "threshold", "mode")
 _STREAM_ONLY: Final = ("stream_options", "events")
 _UNSUPPORTED: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
     "send one request for each answer": {"n": (1,), "best_of": (1,)},
+    "answers are text": {"modalities": ([], ["text"]), "audio": ()},
+}
+"""Fields by the reason why they are refused, with values that change nothing."""
+_UNSUPPORTED_DECODING: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
     "tokens are not penalised": {
         **dict.fromkeys(("presence_penalty", "frequency_penalty", "dry_multiplier"), (0,)),
-        **dict.fromkeys(("repetition_penalty", "repeat_penalty"), (1, 0)),
+        "repetition_penalty": (1, 0),
+        "repeat_penalty": (1,),
         "no_repeat_ngram_size": (0,),
     },
     "logits are not changed": {
@@ -42,10 +47,9 @@ _UNSUPPORTED: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
     "the model ends its answer": {"min_tokens": (0,), "ignore_eos": (False,)},
     "use stop": {"stop_token_ids": ([],)},
     "the small model's own is used": {"chat_template": ("",)},
-    "answers are text": {"modalities": ([], ["text"]), "audio": ()},
     "answers are decoded once": {"use_beam_search": (False,)},
 }
-"""Fields of OpenAI, vLLM, llama.cpp and Ollama by the reason, with values that change nothing."""
+"""The same for fields that the server of a forwarded request may obey."""
 _FILTERS: Final = {"top_k": (0, -1), "min_p": (0,), "typical_p": (1,), "mirostat": (0,)}
 
 
@@ -94,7 +98,7 @@ class AnswerFields:
 
 def read_common(fields: Fields, session: ServingSession, names: ModelNames) -> AnswerFields:
     """Return the common fields; `ignored` is for the caller to fill in. Raises ApiError."""
-    _refuse_unsupported(fields)
+    _refuse(fields, _UNSUPPORTED)
     role = names.role(fields.text("model"))
     budget, threshold = fields.share("budget"), fields.score("threshold")
     mode, local_only = fields.choice("mode", Mode), fields.flag("local_only")
@@ -142,6 +146,19 @@ def read_include_usage(fields: Fields) -> bool:
     return Fields({name: options.get("include_usage")}).flag(name)
 
 
+def refuse_decoding(fields: Fields, sampling: Sampling) -> None:
+    """Refuse fields that would change how the small model decodes. Raises ApiError.
+
+    Greedy decoding is the same with and without the filters of other servers.
+    """
+    _refuse(fields, _UNSUPPORTED_DECODING)
+    for name, neutral in _FILTERS.items():
+        if sampling.is_greedy:
+            fields.take(name)
+        else:
+            fields.refuse(name, neutral=neutral, reason="use temperature and top_p")
+
+
 def with_ignored(answer: AnswerFields, fields: Fields) -> AnswerFields:
     """Return the fields with the names of those that nothing has read."""
     return replace(answer, ignored=tuple(fields.ignored))
@@ -164,7 +181,6 @@ def _read_options(fields: Fields, defaults: Options, mode: str | None) -> Option
         top_p=defaults.sampling.top_p if top_p is None else top_p,
         seed=_read_seed(fields, defaults.sampling.seed),
     )
-    _refuse_filters(fields, sampling)
     return replace(
         defaults,
         max_tokens=defaults.max_tokens if max_tokens is None else max(1, max_tokens),
@@ -181,18 +197,7 @@ def _read_seed(fields: Fields, default: int | None) -> int | None:
     return None if seed == _RANDOM_SEED else seed % 2**64
 
 
-def _refuse_filters(fields: Fields, sampling: Sampling) -> None:
-    """Refuse filters of other servers; greedy decoding is the same with and without them."""
-    for name, neutral in _FILTERS.items():
-        if sampling.is_greedy:
-            fields.take(name)
-        else:
-            reason = "use temperature and top_p"
-            fields.refuse(name, neutral=neutral, reason=reason)
-
-
-def _refuse_unsupported(fields: Fields) -> None:
-    """Raise for fields that would change the answer and are not implemented."""
-    for reason, names in _UNSUPPORTED.items():
+def _refuse(fields: Fields, unsupported: dict[str, dict[str, tuple[Any, ...]]]) -> None:
+    for reason, names in unsupported.items():
         for name, neutral in names.items():
             fields.refuse(name, neutral=neutral, reason=reason)

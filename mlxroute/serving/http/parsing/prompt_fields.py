@@ -14,6 +14,7 @@ from mlxroute.serving.http.parsing.common_fields import (
     TOOL_FIELDS,
     AnswerFields,
     read_common,
+    refuse_decoding,
     with_ignored,
 )
 from mlxroute.serving.http.parsing.fields import Fields, clean_text
@@ -53,6 +54,7 @@ def read_completion(
     answer = read_common(fields, session, names)
     fields.refuse("suffix", neutral=("",), reason="text is not filled into the middle")
     _refuse_tools(fields)
+    refuse_decoding(fields, answer.options.sampling)
     prompts = tuple(_read_prompts(fields.take("prompt")))
     if answer.stream and len(prompts) > 1:
         raise wrong("prompt", "a stream has one prompt; send one request for each prompt")
