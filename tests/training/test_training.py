@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
+import psutil
 import pytest
 
 from mlxroute.backend.load import load
@@ -125,10 +125,10 @@ def test_a_damaged_file_of_labels_is_named(
 def test_labels_that_were_read_keep_no_file_open(small: SmallModel, tmp_path: Path) -> None:
     large = ScriptedLarge([(70,)])
     labelled(small, large, tmp_path, questions=_QUESTIONS)
-    before = len(os.listdir("/dev/fd"))
     labels = labelled(small, large, tmp_path, questions=_QUESTIONS)
     assert len(labels) == len(_QUESTIONS)
-    assert len(os.listdir("/dev/fd")) <= before
+    opened = [Path(file.path) for file in psutil.Process().open_files()]
+    assert not [path for path in opened if path.is_relative_to(tmp_path.resolve())]
 
 
 def test_labels_mark_positions_where_the_small_model_chooses_another_token(
