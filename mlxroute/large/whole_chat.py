@@ -78,8 +78,7 @@ class WholeChat:
         Names of control tokens in messages, and in descriptions of tools and schemas, are sent as
         plain text, with a space inside. A system message that the server's template refuses is sent
         as a part of the first user message, and a limit of tokens under the name that the server
-        takes.
-        Blocks until the reply is complete.
+        takes. Blocks until the reply is complete.
         """
         with self._breaker.guard(forwarded=True):
             # The server may have been down when the client connected.

@@ -45,11 +45,13 @@ class ModelLoading:
         blocks with less time than usual. Raises LargeUnavailable until the repeated call has ended.
         Its answer ends a pause of the circuit breaker.
         """
-        waiting = self._waiting
-        if waiting is not None and not waiting.finished:
-            raise LargeUnavailable(f"{self._base_url} may be loading its model; it is waited for")
-        # An error keeps what its traceback names, down to a connection.
-        self._waiting = None
+        with self._lock:
+            if self._waiting is not None and not self._waiting.finished:
+                raise LargeUnavailable(
+                    f"{self._base_url} may be loading its model; it is waited for"
+                )
+            # An error keeps what its traceback names, down to a connection.
+            self._waiting = None
         served_s = self._transport.last_served_s
         is_idle = time.monotonic() - served_s >= _IDLE_S
         try:

@@ -203,12 +203,11 @@ def advise(rejected: Sequence[RejectedDialect], model: ModelName) -> str:
 
 def _advise_not_found(reasons: Sequence[str], model: ModelName) -> str:
     """Return advice where every route answered 404: no model of this name, or no such route."""
-    name = re.compile(rf"(?<![\w.-]){re.escape(model.given or '')}(?![\w-])")
-    about_model = [
-        reason for reason in reasons if model.given and name.search(reason.partition(":")[2])
-    ]
-    if about_model:
-        return f"the server {about_model[0]}"
+    for reason in reasons:
+        # The words after "answered 404: ".
+        _, _, words = reason.partition(":")
+        if model.given and re.search(rf"(?<![\w.-]){re.escape(model.given)}(?![\w-])", words):
+            return f"the server {reason}"
     if model.listed:
         return f"the server lists models, but no known route completes text ({reasons[-1]})"
     return "nothing at this address completes text; does it end in the API's path, as in /v1?"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Final
 
 from mlxroute.errors import LargeTruncated
@@ -16,9 +17,10 @@ _MAX_PROMPTS: Final = 16
 
 
 class TruncationGuard:
-    """Compares the counts of prompts that continue each other. Not safe for several threads."""
+    """Compares the counts of prompts that continue each other. Thread-safe."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         # The counts of the last prompts, without those that a later one continues.
         self._counts: dict[str, int] = {}
 
@@ -29,6 +31,10 @@ class TruncationGuard:
         """
         if count is None or count < _MIN_TOKENS:
             return
+        with self._lock:
+            self._compare(text, count)
+
+    def _compare(self, text: str, count: int) -> None:
         begins = [earlier for earlier in self._counts if text.startswith(earlier)]
         equal = [earlier for earlier in begins if self._counts[earlier] == count]
         # A prompt that grows in small steps is compared with the first of them.

@@ -72,6 +72,17 @@ def test_an_answer_to_a_call_that_was_not_counted_ends_the_pause() -> None:
     circuit.open()
     assert circuit.ask() == "LargeUnavailable"
     circuit.breaker.end_pause()
+    assert circuit.ask(DOWN) == "LargeUnreachable"
+
+
+def test_the_pause_after_one_that_was_ended_is_longer() -> None:
+    circuit = Circuit()
+    circuit.open()
+    circuit.breaker.end_pause()
+    circuit.open()
+    circuit.clock.now += 9
+    assert circuit.ask() == "LargeUnavailable"
+    circuit.clock.now += 2
     assert circuit.ask() == ""
 
 

@@ -462,9 +462,10 @@ def test_the_advice_fits_the_reasons(reasons_given: list[str], advice: str) -> N
     assert "\n" not in advise(rejected, ModelName(None))
 
 
-def test_an_address_without_the_apis_path_gets_that_advice() -> None:
+@pytest.mark.parametrize("model", ["m", "4", "ound"])
+def test_an_address_without_the_apis_path_gets_that_advice(model: str) -> None:
     with pytest.raises(NoUsableDialect, match="does it end in the API's path, as in /v1"):
-        probe(lambda request: Reply.of({"detail": "Not Found"}, status=404), model="m")
+        probe(lambda request: Reply.of({"detail": "Not Found"}, status=404), model=model)
 
 
 @pytest.mark.parametrize("served", [("good",), ()])

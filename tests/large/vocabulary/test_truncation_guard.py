@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from mlxroute.errors import LargeProtocolError
@@ -43,6 +46,22 @@ def test_conversations_in_turn_are_each_compared_with_their_own_prompts() -> Non
     assert not refuses(("a", 4096), (long, 4105), (long + "!", 4096))
     others = [(f"{number} ", 4096) for number in range(16)]
     assert not refuses(("a", 4096), *others, (long, 4096))
+
+
+def test_prompts_of_several_threads_are_compared() -> None:
+    guard = TruncationGuard()
+
+    def check(name: int) -> None:
+        for count in range(4000, 5000):
+            guard.check(f"{name} " + "word " * (count - 4000), count)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(check, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_a_cut_prompt_is_refused_each_time() -> None:
