@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import threading
+import unicodedata
 from functools import cached_property
 from typing import Any, Final
 
@@ -132,11 +133,33 @@ class TokenVocabulary:
         ids, data = self._without_prefix(text), text.encode()
         if b"".join(map(self.token_bytes, ids)) == data:
             return ids
-        # Normalisation changed a character: halve the text until only that one is encoded as bytes.
+        # Normalisation changed a character: only that one is encoded as bytes.
         if len(text) > 1:
-            middle = len(text) // 2
-            return self.encode(text[:middle]) + self.encode(text[middle:])
+            return tuple(itertools.chain(*map(self.encode, self._split_changed(text))))
         return self._spell_bytes(text) or ids
+
+    def _split_changed(self, text: str) -> list[str]:
+        """Split a text that normalisation changes into what it changes and the texts between.
+
+        Where that is not one character with its combining marks, the text is halved.
+        """
+        units: list[str] = []
+        for character in text:
+            if units and unicodedata.combining(character):
+                units[-1] += character
+            else:
+                units.append(character)
+        changed = {unit for unit in set(units) if self._decode(unit) != unit.encode()}
+        parts: list[str] = []
+        for is_changed, group in itertools.groupby(units, changed.__contains__):
+            run = list(group)
+            parts += run if is_changed else ["".join(run)]
+        middle = len(text) // 2
+        return parts if len(parts) > 1 else [text[:middle], text[middle:]]
+
+    def _decode(self, text: str) -> bytes:
+        """Return the bytes of the ids that the tokenizer gives for a text."""
+        return b"".join(map(self.token_bytes, self._without_prefix(text)))
 
     def _spell_bytes(self, text: str) -> tuple[int, ...]:
         """Return the ids of the bytes of a text; none if one of them has no id."""

@@ -94,6 +94,13 @@ def test_text_around_a_normalised_character_keeps_its_tokens(
 ) -> None:
     words = " the theory of the thing"
     assert real.encode("\u212b" + words)[-3:] == real.encode(words)[-3:]
+    for changed in ("\u212b", "\U0001d1bb", "e\u0301"):
+        own = real.encode(changed)
+        assert real.encode(words + changed + words) == (
+            *real.encode(words),
+            *own,
+            *real.encode(words),
+        )
 
 
 def test_special_tokens_have_a_piece_but_no_text(vocabulary: TokenVocabulary) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from mlxroute.large.vocabulary.retokenised import stable_context, stable_prefix
@@ -67,6 +67,7 @@ def test_the_text_that_is_sent_is_cut_as_it_was_written_and_the_rest_is_repeated
 @pytest.mark.parametrize("name", VOCABULARIES)
 @settings(max_examples=100, deadline=None)
 @given(lead=ANY_TEXT, parts=PARTS)
+@example(lead="::\U0001d1bb", parts=[" ", " "])
 def test_prefetched_tokens_are_kept_while_their_text_is_cut_as_it_was_written(
     name: str, lead: str, parts: list[str]
 ) -> None:
