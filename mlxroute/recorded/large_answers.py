@@ -106,7 +106,7 @@ def use_own_end(token_id: int, vocabulary: Vocabulary) -> int:
 
 
 def _first_choices(large: LargeToken, vocabulary: Vocabulary) -> Choices:
-    """Return the first tokens of a large token and of its alternatives that are text."""
+    """Return the first tokens of a large token and of its alternatives: of text, and the end."""
     probability = 0.0 if large.logprob is None else math.exp(large.logprob)
     if not probability or not large.top_bytes:
         return ()
@@ -119,6 +119,8 @@ def _first_choices(large: LargeToken, vocabulary: Vocabulary) -> Choices:
             continue
         for token_id in vocabulary.encode(text)[:1]:
             probabilities[token_id] = probabilities.get(token_id, 0.0) + math.exp(logprob)
+    if large.end_logprob is not None and not large.is_eos:
+        probabilities[vocabulary.end_id] = math.exp(large.end_logprob)
     return tuple(probabilities.items())
 
 

@@ -48,6 +48,8 @@ def token_to_json(token: LargeToken) -> dict[str, Any]:
     if token.top_bytes:
         # Any byte is one character of Latin-1.
         item["top_bytes"] = [(data.decode("latin-1"), logprob) for data, logprob in token.top_bytes]
+    if token.end_logprob is not None:
+        item["end_logprob"] = token.end_logprob
     return item
 
 
@@ -90,7 +92,8 @@ def _token_from_json(item: dict[str, Any]) -> LargeToken:
         latency_s=item["latency_s"],
         large_ids=tuple(item["large_ids"]),
         lost_s=item["lost_s"],
-        # Files of earlier versions have none.
+        # Files of earlier versions have neither.
+        end_logprob=item.get("end_logprob"),
         top_bytes=tuple(
             (text.encode("latin-1"), logprob) for text, logprob in item.get("top_bytes", ())
         ),

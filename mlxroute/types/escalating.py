@@ -64,6 +64,8 @@ class LargeToken:
         large_ids: The server's own ids; empty if it names none.
         lost_s: The part of `latency_s` spent on failed attempts.
         top_bytes: The alternatives that are text, as pairs of bytes and logprob; empty by default.
+        end_logprob: Logprob of the alternatives that end the answer, in nats; None (default) if no
+            alternative does.
     """
 
     token_ids: tuple[int, ...]
@@ -79,6 +81,7 @@ class LargeToken:
     large_ids: tuple[int, ...] = ()
     lost_s: float = 0.0
     top_bytes: tuple[tuple[bytes, float], ...] = ()
+    end_logprob: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

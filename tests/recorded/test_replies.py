@@ -359,17 +359,29 @@ def test_an_answer_holds_what_the_large_model_might_have_written_instead(tmp_pat
         is_eos=True,
         top=(("", -0.5), ("abc", -2.0)),
         top_bytes=((b"abc", -2.0),),
+        end_logprob=-0.5,
     )
     answer = write_answer(
         ScriptedLarge([first, unknown, impossible, without, last]), tmp_path / "r"
     )
     assert (answer.token_ids, answer.token_starts) == ((*b"hihihihi", EOS), (0, 2, 4, 6, 8))
-    # "hi" and "ho" begin with the same token. Special tokens and parts of characters are left out.
+    # "hi" and "ho" begin with the same token. Special tokens that end nothing, and parts of
+    # characters, are left out.
     h = math.exp(-0.5) + math.exp(-1.0)
     choices, *others, end = map(dict, answer.choices)
     assert choices == pytest.approx({ord("h"): h, ord("a"): math.exp(-2.0)})
     assert others == [{}, {}, {}]
     assert end == pytest.approx({EOS: math.exp(-0.5), ord("a"): math.exp(-2.0)})
+
+
+def test_an_answer_holds_where_the_large_model_might_have_ended_it(tmp_path: Path) -> None:
+    also = replace(_TOKEN, token_ids=(ord("a"),), text="a", logprob=-0.5, top_bytes=((b"a", -0.5),))
+    end = replace(also, end_logprob=-0.75)
+    scripts: list[list[ScriptedReply]] = [[end, b"b"], [LargeError("a second call")]]
+    for script in scripts:
+        answer = write_answer(ScriptedLarge(script), tmp_path / "r")
+        expected = {ord("a"): math.exp(-0.5), EOS: math.exp(-0.75)}
+        assert dict(answer.choices[0]) == pytest.approx(expected)
 
 
 def test_answers_and_choices_end_with_the_small_models_own_end_token(tmp_path: Path) -> None:

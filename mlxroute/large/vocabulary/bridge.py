@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -24,6 +25,8 @@ class BridgedToken:
         large_ids: Its ids in the large vocabulary; empty if the server names none.
         position_count: Number of reply positions that it takes up.
         top_bytes: The alternatives that are text, as (bytes, logprob).
+        end_logprob: The logprob of the alternatives that end the answer, in nats; None if no
+            alternative does.
     """
 
     token_ids: tuple[int, ...]
@@ -33,6 +36,7 @@ class BridgedToken:
     large_ids: tuple[int, ...] = ()
     position_count: int = 1
     top_bytes: tuple[tuple[bytes, float], ...] = ()
+    end_logprob: float | None = None
 
 
 class Bridge:
@@ -64,7 +68,9 @@ class Bridge:
             for token, logprob in alternatives
             if logprob is not None and (token_bytes := self._reader.text_bytes(token))
         )
-        return replace(bridged, top_bytes=top_bytes)
+        return replace(
+            bridged, top_bytes=top_bytes, end_logprob=self._end_logprob(positions[0].top)
+        )
 
     def _first_token(self, positions: Sequence[ReplyPosition], text: str) -> BridgedToken | None:
         first = positions[0]
@@ -141,15 +147,28 @@ class Bridge:
 
     def _end_id(self, position: ReplyPosition) -> int | None:
         """Return the small model's end token if the answer ends here, None otherwise."""
+        if (shared := self._shared_end_id(position.token)) is not None:
+            return shared
+        has_end = bool(self._vocabulary.eos_ids)
+        return self._vocabulary.end_id if self._reader.ends(position) and has_end else None
+
+    def _shared_end_id(self, token: ReplyToken) -> int | None:
+        """Return the end token of the small vocabulary that this token is; None if it is none."""
         eos_ids = self._vocabulary.eos_ids
-        token = position.token
         if token.piece is not None:
             for eos_id in sorted(eos_ids):
                 if self._vocabulary.piece(eos_id) == token.piece:
                     return eos_id
-        if self._same_vocabulary and token.token_id in eos_ids:
-            return token.token_id
-        return self._vocabulary.end_id if self._reader.ends(position) and eos_ids else None
+        return token.token_id if self._same_vocabulary and token.token_id in eos_ids else None
+
+    def _end_logprob(self, top: Sequence[ReplyToken]) -> float | None:
+        ends = [
+            math.exp(token.logprob)
+            for token in top
+            if token.logprob is not None
+            and (self._reader.is_end(token) or self._shared_end_id(token) is not None)
+        ]
+        return math.log(sum(ends)) if sum(ends) > 0.0 else None
 
     def _shared_id(self, token: ReplyToken) -> int | None:
         """Return the token's id if the small vocabulary has the same token under it.

@@ -103,4 +103,5 @@ def _large_token(bridged: BridgedToken, first: ReplyPosition) -> LargeToken:
         latency_s=0.0,
         large_ids=bridged.large_ids,
         top_bytes=bridged.top_bytes,
+        end_logprob=bridged.end_logprob,
     )

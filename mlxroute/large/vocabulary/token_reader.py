@@ -101,10 +101,12 @@ class TokenReader:
 
     def ends(self, position: ReplyPosition) -> bool:
         """Return whether the answer ends at this position."""
-        if position.ends:
-            return True
-        known = self._vocabulary_of(position.token)
-        return known is not None and position.token.token_id in known.eos_ids
+        return position.ends or self.is_end(position.token)
+
+    def is_end(self, token: ReplyToken) -> bool:
+        """Return whether a token is an end token of the model; false if that is not known."""
+        known = self._vocabulary_of(token)
+        return known is not None and token.token_id in known.eos_ids
 
     def _vocabulary_of(self, token: ReplyToken) -> Vocabulary | None:
         """Return the model's vocabulary if it is known and has this token."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Sequence
 
@@ -255,3 +256,29 @@ def test_alternatives_are_shown_by_bytes_names_or_ids() -> None:
     bridged = bridge.first_token([ReplyPosition(ReplyToken(data=b"a"), top)], "a")
     assert bridged is not None
     assert bridged.top == (("a", -0.1), (r"\xc3", -1.0), ("", -2.0), ("#77", -3.0))
+
+
+@pytest.mark.parametrize("same_vocabulary", [False, True])
+def test_the_logprob_of_the_end_is_that_of_all_end_tokens(same_vocabulary: bool) -> None:
+    reader, small = TokenReader(), TableVocabulary(["a", "b"])
+    reader.learn_vocabulary(small)
+    (end_id,) = small.eos_ids
+    ending = (
+        ReplyToken(token_id=end_id, logprob=-1.0),
+        ReplyToken(piece=small.piece(end_id), text="", logprob=-1.5),
+        ReplyToken(token_id=end_id),
+    )
+    others = (
+        ReplyToken(token_id=end_id + 1, logprob=-0.9),
+        ReplyToken(piece="<|im_start|>", logprob=-2.0),
+    )
+    bridge = Bridge(reader, small, same_vocabulary=same_vocabulary)
+
+    def end_logprob(*top: ReplyToken) -> float | None:
+        bridged = bridge.first_token([ReplyPosition(ReplyToken(token_id=end_id + 1), top)], "a")
+        assert bridged is not None
+        return bridged.end_logprob
+
+    assert end_logprob(*others, *ending) == pytest.approx(math.log(math.exp(-1.0) + math.exp(-1.5)))
+    assert end_logprob(*others) is None
+    assert end_logprob() is None
