@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 from mlxroute.answers.document import OptionsRecord
 from mlxroute.answers.document_file import format_document
@@ -30,6 +32,8 @@ from mlxroute.serving.scheduler import DEFAULT_CACHE_BYTES, AnswerScheduler
 from mlxroute.types import Message, Notify, RunStats, no_notice
 from mlxroute.types.limits import shown_value
 from mlxroute.view.figures import format_count, held_warning, neutralised_warning
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +200,25 @@ class AnswerEndpoint(Closeable):
             yield
         finally:
             self._counts[what] -= 1
+
+    async def run_in(self, threads: ThreadPoolExecutor, work: Callable[[], _T]) -> _T:
+        """Return what `work` returns in one of the threads.
+
+        Raises SchedulerClosed if the endpoint is closed before it begins.
+        """
+        try:
+            future = threads.submit(work)
+        except RuntimeError as exc:
+            raise SchedulerClosed from exc
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            # Cancelled by `close`, not with the task that waits for it.
+            if self._is_closed and not task.cancelling():
+                raise SchedulerClosed from None
+            raise
 
     def close(self) -> None:
         """Cancel all answers and end all threads."""

@@ -167,8 +167,7 @@ class _ForwardedChat:
 
     async def _ask(self) -> dict[str, Any]:
         """Return the body of the whole reply. Raises ApiError and LargeError."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._endpoint.forwards, self._exchange)
+        return await self._endpoint.run_in(self._endpoint.forwards, self._exchange)
 
     def _exchange(self) -> dict[str, Any]:
         endpoint, began_s = self._endpoint, time.perf_counter()

@@ -256,7 +256,7 @@ class _Reply:
         is_over = threading.Event()
         score = partial(self._endpoint.scheduler.score, asked.prompt, is_stopped=is_over.is_set)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._endpoint.scorers, score)
+            return await self._endpoint.run_in(self._endpoint.scorers, score)
         finally:
             # If the client has left, the thread would go on.
             is_over.set()

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -352,6 +353,28 @@ def test_a_place_in_the_queue_is_given_back(
         server.script.append(reply)
         assert post(narrow, tools=_TOOLS, stream=is_stream).status_code in (200, 502)
     assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_request_in_the_queue_of_an_endpoint_that_closes_is_refused(
+    client: TestClient, server: Loopback, is_stream: bool
+) -> None:
+    endpoint = client.app.state.endpoint  # type: ignore[attr-defined]
+    may_end = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(_LIMITS.max_running):
+            endpoint.forwards.submit(may_end.wait, 30.0)
+        queued = pool.submit(post, client, tools=_TOOLS, stream=is_stream)
+        try:
+            while not endpoint.forwards._work_queue.qsize():
+                time.sleep(0.001)
+            endpoint.close()
+            response = queued.result(30.0)
+        finally:
+            may_end.set()
+    assert response.status_code == (200 if is_stream else 503)
+    assert "the endpoint is closing" in response.text
+    assert server.requests == []
 
 
 def test_a_client_that_leaves_gives_its_place_back(narrow: TestClient, server: Loopback) -> None:
