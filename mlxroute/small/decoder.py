@@ -150,10 +150,15 @@ class Decoder:
         if self.cache.can_queue:
             with self.cache.record_queued_pass():
                 self._queued = self._build_pass(outputs.token)
-        _evaluate_later(outputs.packed)
-        if self._queued is not None:
-            _evaluate_later(self._queued.logits)
-        (values,) = cast("list[list[float]]", outputs.packed.tolist())
+        try:
+            _evaluate_later(outputs.packed)
+            if self._queued is not None:
+                _evaluate_later(self._queued.logits)
+            (values,) = cast("list[list[float]]", outputs.packed.tolist())
+        except Exception:
+            # The layers hold what was never computed: memory or the device failed.
+            self.clear()
+            raise
         signals = unpack_signals(values, has_head=self._head is not None)
         self._queued_id = signals.token_id
         self._step_count += 1

@@ -165,6 +165,21 @@ def test_an_interrupt_while_waiting_for_the_device_costs_nothing(
     assert_same_as_fresh(small, more, reused=len(prompt_ids) + 6)
 
 
+def test_a_failure_of_the_device_empties_the_cache(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(array: mx.array) -> None:
+        raise RuntimeError("out of memory")
+
+    prompt_ids = list(small.vocabulary.encode("fail in the middle of it"))
+    ids = decode(small, prompt_ids, 6)
+    with monkeypatch.context() as patch:
+        patch.setattr("mlxroute.small.decoder._evaluate_later", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            small.step(ids[5])
+    assert_same_as_fresh(small, [*prompt_ids, *ids, 7], reused=0)
+
+
 def test_an_interrupt_inside_a_forward_pass_resets_the_cache(
     small: SmallModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
