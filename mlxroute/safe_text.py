@@ -13,6 +13,9 @@ _CONTROLS = (
 # A lone surrogate, which JSON may carry, cannot be encoded for any stream.
 _REPLACEMENTS = dict.fromkeys(_CONTROLS, "") | dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
 
+# They shape the characters beside them: without them words of Persian and joined emoji fall apart.
+_JOINERS = "\u200c\u200d"
+
 _READ_PER_SHOWN = 20
 
 
@@ -25,7 +28,7 @@ def printable_line(text: str, *, limit: int = 300) -> str:
     """Return the text as one printable line of at most `limit` characters."""
     # The time must not grow with a text that is cut anyway.
     head = text[: _READ_PER_SHOWN * limit]
-    line = "".join(c if c.isprintable() else " " for c in head)
+    line = "".join(c if c.isprintable() or c in _JOINERS else " " for c in head)
     line = re.sub(r"\s+", " ", line).strip()
     is_whole = len(head) == len(text) and len(line) <= limit
     return line if is_whole else line[: limit - 1] + "…"

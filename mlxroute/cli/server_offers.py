@@ -53,7 +53,7 @@ def use_command(server: RunningServer, command: str = "chat", words: Sequence[st
     if len(server.models) > 1:
         model = server.writers[0]
         # A name that cannot be shown as it is cannot be typed either.
-        is_printable = printable_line(model, limit=len(model)) == model
+        is_printable = model.isprintable() and printable_line(model, limit=len(model)) == model
         line += f" --large-model {shlex.quote(model) if is_printable else 'ID'}"
     text = printable_line(shlex.join(words), limit=_WORDS_LIMIT)
     return f"{line} {text}".rstrip()

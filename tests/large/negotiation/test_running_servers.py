@@ -124,6 +124,8 @@ def test_names_of_a_server_cannot_control_the_terminal() -> None:
     assert text.isprintable()
     assert len(text) < 400
     assert use_command(hostile).endswith("--large-model ID")
+    joined = RunningServer("vLLM", "http://127.0.0.1:8000/v1", ("qwen\u200d-7b", "qwen-7b"))
+    assert use_command(joined).endswith("--large-model ID")
     quoted = RunningServer("vLLM", "http://127.0.0.1:8000/v1", ("$(rm -r x)", "b"))
     assert use_command(quoted).endswith("--large-model '$(rm -r x)'")
 
