@@ -200,7 +200,8 @@ def parse_json(text: str, *, strict: bool = True, unique_keys: bool = True) -> A
     except json.JSONDecodeError as exc:
         # Some of its messages end in a colon or in "at".
         reason = exc.msg.rstrip(": ").removesuffix(" at")
-        raise MalformedText(f"not valid JSON ({reason} at column {exc.colno})") from exc
+        line = f"line {exc.lineno}, " if "\n" in text else ""
+        raise MalformedText(f"not valid JSON ({reason} at {line}column {exc.colno})") from exc
     except RecursionError as exc:
         raise MalformedText(_too_deep()) from exc
     except MalformedText:

@@ -312,6 +312,7 @@ def test_a_row_that_is_too_long_is_refused_and_named(
         ("{", "not valid JSON"),
         ('"', r"not valid JSON \(Unterminated string starting at column 1\)"),
         ('["\t"]', r"not valid JSON \(Invalid control character at column 3\)"),
+        ('{"a": 1,\n "b": x}\n', r"not valid JSON \(Expecting value at line 2, column 7\)"),
     ],
 )
 def test_json_that_parsers_disagree_on_is_refused(text: str, reason: str) -> None:
