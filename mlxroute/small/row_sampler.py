@@ -15,7 +15,7 @@ class RowSampler:
 
     Args:
         sampling: Temperature above 0, top-p and seed. Without a seed MLX's own random state is
-            used.
+            used, which seeded draws leave as it was.
     """
 
     def __init__(self, sampling: Sampling) -> None:
@@ -29,13 +29,16 @@ class RowSampler:
 
         `length` is the number of tokens in the sequence.
         """
+        # A slice of all, because a copy would add a node to the graph at each draw.
+        before = _random_state()[:]
         if self._key is not None:
             _random_state()[:] = self._key
-        self._states.append((length, mx.array(_random_state())))
+        self._states.append((length, before if self._key is None else self._key))
         logprobs = logits - mx.logsumexp(logits, keepdims=True)
         token: mx.array = self._sample(logprobs).reshape(1, 1)
         if self._key is not None:
             self._key = mx.array(_random_state())
+            _random_state()[:] = before
         return token
 
     def rewind(self, length: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -22,6 +23,7 @@ from mlxroute.errors import RollbackError, UsageError, WeightsError
 from mlxroute.routers import EntropyRouter
 from mlxroute.small import SmallModel
 from mlxroute.small.mlp_head import SIGNAL_COUNT
+from mlxroute.small.row_sampler import RowSampler
 from mlxroute.types import Sampling
 from tests.support.tiny import make_tiny_model
 
@@ -73,6 +75,37 @@ def test_seeded_sampling_equals_mlx_lm_token_for_token(small: SmallModel) -> Non
     expected = reference_ids(small, prompt_ids, 16, sampler=make_sampler(0.8, top_p=0.9))
     assert sampled == expected
     assert sampled != decode(small, prompt_ids, 16, temperature=0.8, top_p=0.9, seed=8)
+
+
+def test_a_seeded_answer_does_not_make_later_unseeded_ones_repeat(small: SmallModel) -> None:
+    prompt_ids = list(small.vocabulary.encode("once upon a time"))
+    mx.random.seed(3)
+    expected = decode(small, prompt_ids, 16, temperature=1.0)
+    mx.random.seed(3)
+    first = decode(small, prompt_ids, 8, temperature=1.0, seed=7)
+    # The seeded and the unseeded draws alternate, and each goes its own way.
+    other = small.with_own_cache()
+    signals, _ = other.prefill(prompt_ids, sampling=Sampling(temperature=1.0))
+    unseeded = [signals.token_id]
+    signals, _ = small.prefill(prompt_ids, sampling=Sampling(temperature=1.0, seed=7))
+    seeded = [signals.token_id]
+    for _ in range(7):
+        unseeded.append(other.step(unseeded[-1]).token_id)
+        seeded.append(small.step(seeded[-1]).token_id)
+    assert unseeded == expected[:8]
+    assert seeded == first
+
+
+def test_what_is_to_be_evaluated_does_not_grow_with_seeded_draws() -> None:
+    sampler = RowSampler(Sampling(temperature=1.0, seed=7))
+    state: Any = mx.random.state
+    mx.random.seed(3)
+    mx.eval(state)
+    for length in range(50):
+        mx.eval(sampler.draw(mx.zeros((1, 9)), length=length))
+    graph = io.StringIO()
+    mx.export_to_dot(graph, state[0])
+    assert "shape=rectangle" not in graph.getvalue()
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
