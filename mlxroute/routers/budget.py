@@ -8,7 +8,8 @@ Which positions are escalated is decided by rank: a position is escalated where 
 the score at a certain rank of the latest ones. The rank follows the rate by online quantile
 tracking, a Robbins-Monro step at each position (Robbins and Monro, A stochastic approximation
 method, 1951): up by eta (1 - rate) at an escalation, and down by eta rate otherwise. The realised
-rate so approaches the budget, whatever the distribution of the scores.
+rate so approaches the budget, unless too many positions share the lowest score of the latest ones:
+these exceed no score, so they are escalated by a budget of 100 % only.
 
 Scores are rounded to steps of a `resolution`. Where their last digits differ, as in a batch, the
 state stays bit-identical except for scores on the border between two steps.
@@ -90,11 +91,12 @@ class Budget:
     def decide(self, score: float) -> tuple[Judgement, Budget]:
         """Judge the next position by its score; return the judgement and the state after it.
 
-        NaN counts as the highest score.
+        NaN is above every threshold, unless the budget is 0.
         """
         value, level = _rounded(score, self.resolution), min(BURST, self.bucket + self.rate)
         judgement = Judgement.KEEP
-        if (threshold := self.threshold) != math.inf and value > threshold:
+        # Where all scores are NaN, the threshold is inf too.
+        if self.rate > 0 and (value == math.inf or value > self.threshold):
             has_room = level >= _ONE_ESCALATION
             judgement = Judgement.ESCALATE if has_room else Judgement.OVER_BUDGET
         escalates = judgement is Judgement.ESCALATE

@@ -64,6 +64,19 @@ def test_a_score_that_is_not_a_number_goes_to_the_large_model() -> None:
     assert budget(0.07).decide(math.nan)[0] is Judgement.ESCALATE
 
 
+def test_a_budget_bounds_scores_that_are_all_not_a_number() -> None:
+    judgements = judged(budget(0.07), [math.nan] * 1000)
+    assert sum(escalated(judgements)) == pytest.approx(0.07 * 1000 + BURST, abs=1)
+    assert Judgement.KEEP not in judgements
+    assert set(judged(budget(0.0), [math.nan] * 9)) == {Judgement.KEEP}
+
+
+def test_the_lowest_score_is_escalated_by_a_budget_of_everything_only() -> None:
+    scores = [0.0, 0.0, 0.0, 1.0] * 500
+    assert sum(escalated(judged(budget(0.9), scores))) == pytest.approx(500, abs=10)
+    assert sum(escalated(judged(budget(1.0), scores))) == 2000
+
+
 def test_a_threshold_that_is_not_a_number_is_refused() -> None:
     with pytest.raises(UsageError):
         EntropyRouter(math.nan)
