@@ -59,11 +59,6 @@ class Conversation:
         self.turns += [_message("user", user), _message("assistant", assistant)]
         self.answers.append(answer)
 
-    def reset(self) -> None:
-        """Remove all messages but the system prompt."""
-        self.turns.clear()
-        self.answers.clear()
-
     def save(self, path: Path, *, redact: Callable[[Any], Any] = lambda value: value) -> None:
         """Write the conversation to a file in one step, readable by its owner only.
 

@@ -370,6 +370,17 @@ def test_reset_forgets_the_turns_and_keeps_the_system_prompt(chat: Chat) -> None
     assert [message["content"] for message in chat.session.asked[1]] == ["Be terse.", "two"]
 
 
+def test_reset_after_load_begins_with_the_system_prompt_of_the_settings(
+    chat: Chat, tmp_path: Path
+) -> None:
+    file = tmp_path / "chat.json"
+    chat.session.conversation.save(file)
+    chat.session.conversation.system = "Be terse."
+    chat.type(f"/load {file}", ENTER, "one", ENTER, "/reset", ENTER, "two", ENTER, CTRL_D)
+    asked = [[message["content"] for message in messages] for messages in chat.session.asked]
+    assert asked == [["one"], ["Be terse.", "two"]]
+
+
 def test_stats_add_up_over_the_chat(chat: Chat) -> None:
     chat.type("one", ENTER, "/reset", ENTER, "two", ENTER, "/stats", ENTER, CTRL_D)
     assert any(line.startswith("2 answers, 2 tokens, 2 escalated (100%)") for line in chat.printed)

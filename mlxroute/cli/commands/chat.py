@@ -122,6 +122,7 @@ class _Chat:
         self.unanswered = ""
         self.is_interactive = True
         self._session = session
+        self._system = session.conversation.system
         self._out = out
         self._err = err
         self._heat = heat
@@ -220,7 +221,10 @@ class _Chat:
         self.print_line(_KEYS_HELP)
 
     def _reset(self, value: str) -> None:
-        self._session.conversation.reset()
+        from mlxroute.conversation import Conversation
+
+        # A loaded conversation has a system prompt of its own, or none.
+        self._session.conversation = Conversation(self._system)
         self.print_line("the conversation is empty now")
 
     def _stats(self, value: str) -> None:
