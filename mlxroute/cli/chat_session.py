@@ -30,7 +30,7 @@ class ChatRouting(Protocol):
 
     @property
     def budget(self) -> float | None:
-        """The largest share of escalated tokens; None if a threshold is set instead."""
+        """The largest share of escalated tokens; None with a threshold or without large model."""
         ...
 
     def set_threshold(self, threshold: float) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 HEAD_ROUTER = "head"
 DEFAULT_ROUTER = "entropy"
+NEVER_LARGE = "with --offline there is no large model; start without it"
 
 
 class RoutingRule:
@@ -36,12 +37,16 @@ class RoutingRule:
         router: The router with its first threshold or budget.
         ranks: Calibrated scores, from which a new budget starts.
         has_large: Whether there is a large model.
+        is_offline: Whether there can be none. False by default.
     """
 
-    def __init__(self, router: Router, ranks: ScoreRanks, *, has_large: bool) -> None:
+    def __init__(
+        self, router: Router, ranks: ScoreRanks, *, has_large: bool, is_offline: bool = False
+    ) -> None:
         self._router = router
         self._ranks = ranks
         self._has_large = has_large
+        self._is_offline = is_offline
 
     @property
     def router(self) -> Router:
@@ -90,11 +95,13 @@ class RoutingRule:
 
     def set_threshold(self, threshold: float) -> None:
         """Escalate above this score from now on. Raises UsageError without a large model."""
-        self._replace_router(threshold=threshold)
+        self._check_large()
+        self._router = make_router(self.name, threshold=threshold)
 
     def set_budget(self, budget: float) -> None:
         """Escalate at most this share from now on. Raises UsageError without a large model."""
-        self._replace_router(budget=budget)
+        self._check_large()
+        self._router = self.new_router(budget=budget)
 
     def describe(self) -> str:
         """Return in words which tokens the large model is asked for."""
@@ -109,10 +116,11 @@ class RoutingRule:
             return None
         return f"{100 * self.budget:g}% of the tokens and {BURST:g} more"
 
-    def _replace_router(self, **rule: float) -> None:
+    def _check_large(self) -> None:
+        if self._is_offline:
+            raise UsageError(NEVER_LARGE)
         if not self._has_large:
-            raise UsageError("there is no large model to ask; start with --large URL")
-        self._router = make_router(self.name, quantiles=self._ranks[self.name], **rule)
+            raise UsageError("there is no large model to ask; name one with /large URL")
 
 
 def choose_router_name(settings: Settings, pair: Pair | None = None) -> str:
@@ -188,4 +196,9 @@ def make_routing(
     """Return the rule with the router of the settings or of the pair."""
     name = choose_router_name(settings, pair)
     ranks = find_ranks(small, name, settings.head)
-    return RoutingRule(choose_router(name, settings, ranks), ranks, has_large=large is not None)
+    return RoutingRule(
+        choose_router(name, settings, ranks),
+        ranks,
+        has_large=large is not None,
+        is_offline=settings.offline,
+    )

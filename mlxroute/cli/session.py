@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mlxroute.cli.large_setup import connect_large, open_ledger
 from mlxroute.cli.routing import (
     HEAD_ROUTER,
+    NEVER_LARGE,
     RoutingRule,
     choose_router_name,
     head_file,
@@ -223,7 +224,7 @@ class Session:
         changes |= {"large": address, "large_model": model, "key_server": server}
         settings = replace(self._settings, **changes)
         if settings.offline:
-            raise UsageError("with --offline there is no large model; start without it")
+            raise UsageError(NEVER_LARGE)
         (large, failure), before = connect_large(settings, self._ledger, err), self.large
         try:
             self._change_models(self.small, large, settings, err)

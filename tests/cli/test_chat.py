@@ -454,6 +454,12 @@ def test_budget_shows_and_sets(chat: Chat, value: str, budget: float | None, exp
     assert expected in chat.printed
 
 
+def test_a_budget_that_is_none_without_a_threshold_is_shown_as_never(chat: Chat) -> None:
+    chat.session.routing.threshold = math.inf
+    chat.type("/budget", ENTER, CTRL_D)
+    assert "no budget; the large model is never asked" in chat.printed
+
+
 def test_a_loaded_conversation_can_be_continued(chat: Chat, tmp_path: Path) -> None:
     path = tmp_path / "my chat.json"
     chat.type("one", ENTER, f"/save {path}", ENTER, "/reset", ENTER, CTRL_D)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from typing import cast
@@ -13,7 +14,7 @@ from mlxroute.answers.document import ModelPair, OptionsRecord
 from mlxroute.catalog import Catalog, Model
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli.commands.serve import make_serving_session
-from mlxroute.cli.routing import RoutingRule
+from mlxroute.cli.routing import RoutingRule, make_routing
 from mlxroute.cli.session import Session
 from mlxroute.config import Settings
 from mlxroute.engine import Options
@@ -21,6 +22,7 @@ from mlxroute.errors import UsageError
 from mlxroute.large.negotiation.served_models import UNNAMED
 from mlxroute.ledger import Ledger
 from mlxroute.routers import make_router
+from mlxroute.small import SmallModel
 from mlxroute.types import Mode, Prices, Sampling
 from tests.support.scripted_models import ScriptedLarge, ScriptedSmall
 
@@ -105,6 +107,20 @@ def test_a_server_that_comes_up_late_gets_its_prices_and_its_name_in_documents()
     after = serving.adapt_options(serving.options)
     assert (session.options.prices, after.prices, after.call_ceiling) == (PRICES, PRICES, 1.5)
     assert serving.model_pair.large == "me/big"
+
+
+@pytest.mark.parametrize(
+    ("offline", "advice"), [(True, "start without it"), (False, "name one with /large URL")]
+)
+def test_a_budget_without_a_large_model_is_refused_with_what_to_do(
+    offline: bool, advice: str
+) -> None:
+    small: SmallModel = ScriptedSmall(b"x")  # type: ignore[assignment]
+    rule = make_routing(small, None, Settings(offline=offline), None)
+    assert (rule.budget, rule.threshold) == (None, math.inf)
+    for change in (rule.set_budget, rule.set_threshold):
+        with pytest.raises(UsageError, match=advice):
+            change(0.05)
 
 
 def interrupt(*_: object) -> None:

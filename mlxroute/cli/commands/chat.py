@@ -243,7 +243,12 @@ class _Chat:
         if value:
             self._session.routing.set_budget(parse_share(value))
         budget = self._session.routing.budget
-        text = "no budget; a threshold is set" if budget is None else f"budget {100 * budget:g}%"
+        if budget is not None:
+            text = f"budget {100 * budget:g}%"
+        elif self._session.routing.threshold == math.inf:
+            text = "no budget; the large model is never asked"
+        else:
+            text = "no budget; a threshold is set"
         self.print_line(text)
 
     def _mode(self, value: str) -> None:
