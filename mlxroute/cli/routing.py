@@ -99,9 +99,30 @@ class RoutingRule:
         self._router = make_router(self.name, threshold=threshold)
 
     def set_budget(self, budget: float) -> None:
-        """Escalate at most this share from now on. Raises UsageError without a large model."""
+        """Escalate at most this share from now on. Raises UsageError without a large model.
+
+        After another budget, what was escalated so far still counts.
+        """
         self._check_large()
-        self._router = self.new_router(budget=budget)
+        state = self._router.state
+        if isinstance(state, Budget):
+            self._router = Router(self.name, state.with_rate(budget))
+        else:
+            self._router = self.new_router(budget=budget)
+
+    def go_on_from(self, earlier: RoutingRule, *, same_small: bool) -> None:
+        """Go on from an earlier rule: where both have a budget, what was escalated still counts.
+
+        With the same small model and score, the latest scores count too.
+        """
+        state, before = self._router.state, earlier._router.state
+        if not isinstance(state, Budget) or not isinstance(before, Budget):
+            return
+        if same_small and self.name == earlier.name:
+            state = before.with_rate(state.rate)
+        else:
+            state = replace(state, bucket=before.bucket, positions=before.positions)
+        self._router = Router(self.name, state)
 
     def describe(self) -> str:
         """Return in words which tokens the large model is asked for."""

@@ -254,7 +254,10 @@ class Session:
     def _change_models(
         self, small: SmallModel, large: LargeModel | None, settings: Settings, err: Console
     ) -> None:
-        """Replace the models, and the router by one with the same threshold or budget."""
+        """Replace the models, and the router by one with the same threshold or budget.
+
+        What a budget was used for so far still counts.
+        """
         from mlxroute.cli.progress import ByteProgress
         from mlxroute.engine import Experience
 
@@ -265,6 +268,7 @@ class Session:
         if self.large is not None:
             settings = self.routing.as_settings(settings)
         routing = make_routing(small, large, settings, pair)
+        routing.go_on_from(self.routing, same_small=small is self.small)
         self.small, self.large, self.routing = small, large, routing
         self._settings = settings
         self._experience = Experience()

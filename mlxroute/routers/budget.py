@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from mlxroute.errors import UsageError
@@ -87,6 +87,14 @@ class Budget:
             return math.inf if self.rate == 0 else -math.inf
         index = math.floor(self.rank * len(self.ordered))
         return self.ordered[min(index, len(self.ordered) - 1)]
+
+    def with_rate(self, rate: float) -> Budget:
+        """Return this state with another budget; what was escalated so far still counts.
+
+        Raises UsageError for a rate outside 0 to 1.
+        """
+        check_number("budget", rate)
+        return self if rate == self.rate else replace(self, rate=rate, rank=1.0 - rate)
 
     def decide(self, score: float) -> tuple[Judgement, Budget]:
         """Judge the next position by its score; return the judgement and the state after it.

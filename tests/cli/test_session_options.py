@@ -21,7 +21,7 @@ from mlxroute.engine import Options
 from mlxroute.errors import UsageError
 from mlxroute.large.negotiation.served_models import UNNAMED
 from mlxroute.ledger import Ledger
-from mlxroute.routers import make_router
+from mlxroute.routers import Budget, make_router
 from mlxroute.small import SmallModel
 from mlxroute.types import Mode, Prices, Sampling
 from tests.support.scripted_models import ScriptedLarge, ScriptedSmall
@@ -107,6 +107,54 @@ def test_a_server_that_comes_up_late_gets_its_prices_and_its_name_in_documents()
     after = serving.adapt_options(serving.options)
     assert (session.options.prices, after.prices, after.call_ceiling) == (PRICES, PRICES, 1.5)
     assert serving.model_pair.large == "me/big"
+
+
+def make_rule(name: str = "entropy", *, rate: float = 0.07, escalated: int = 0) -> RoutingRule:
+    rule = RoutingRule(
+        make_router(name, budget=rate), ScoreRanks("tiny", "none", 0, {}), has_large=True
+    )
+    for score in range(escalated):
+        rule.router.state = rule.router.state.decide(5.0 + score)[1]
+    return rule
+
+
+def test_a_budget_that_is_set_in_a_chat_does_not_begin_anew() -> None:
+    rule = make_rule(escalated=4)
+    before = rule.router.state
+    rule.set_budget(0.07)
+    assert rule.router.state == before
+    rule.set_budget(0.1)
+    assert rule.router.state == before.with_rate(0.1)  # type: ignore[union-attr]
+    rule.set_threshold(2.0)
+    assert (rule.threshold, rule.budget) == (2.0, None)
+    rule.set_budget(0.1)
+    assert rule.router.state == make_rule(rate=0.1).router.state
+
+
+@pytest.mark.parametrize("router", ["entropy", "margin"])
+def test_other_models_in_a_chat_do_not_fill_the_budget_again(
+    router: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = make_session(Settings())
+    session.routing = make_rule(router, escalated=4)
+    before = session.routing.router.state
+    assert isinstance(before, Budget)
+    monkeypatch.setattr("mlxroute.cli.session.pair_vocabularies", lambda *_: None)
+    monkeypatch.setattr(ScriptedLarge, "close", lambda _: None, raising=False)
+    large = ScriptedLarge([b"x"])
+    monkeypatch.setattr("mlxroute.cli.session.connect_large", lambda *_: (large, None))
+    session.change_large("http://box/v1", None, Console())
+    after = session.routing.router.state
+    assert isinstance(after, Budget)
+    # The scores of another router, here the default one, mean something else.
+    assert (after.recent == before.recent) == (router == "entropy")
+    assert (after.bucket, after.positions) == (before.bucket, 4)
+    monkeypatch.setattr("mlxroute.cli.session.load_small", lambda *_: ScriptedSmall(b"y"))
+    session.change_small("other", Console())
+    after = session.routing.router.state
+    assert isinstance(after, Budget)
+    assert after.recent != before.recent
+    assert (after.bucket, after.positions) == (before.bucket, 4)
 
 
 @pytest.mark.parametrize(

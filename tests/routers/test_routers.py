@@ -176,6 +176,23 @@ def test_a_budget_prefers_the_higher_scores() -> None:
     assert sum(chosen) / len(chosen) > 0.9
 
 
+@pytest.mark.parametrize("other", [0.0, 0.07, 0.3, 1.0])
+def test_another_budget_goes_on_with_bucket_window_and_positions(other: float) -> None:
+    state = budget(0.07)
+    for score in (0.2, 5.0, 5.0, 5.0):
+        state = state.decide(score)[1]
+    changed = state.with_rate(other)
+    assert changed.rate == other
+    assert (changed.bucket, changed.positions) == (state.bucket, 4)
+    assert (changed.recent, changed.ordered) == (state.recent, state.ordered)
+    assert (changed == state) == (other == 0.07)
+    # Back at the first budget, at most what is left in the bucket is escalated.
+    judgements = judged(changed.with_rate(0.07), [5.0 + i for i in range(9)])
+    assert sum(escalated(judgements)) == 1
+    with pytest.raises(UsageError, match="from 0% to 100%"):
+        state.with_rate(1.1)
+
+
 def test_a_calibration_decides_the_first_positions() -> None:
     high = budget(0.07, (0.0, 1.0, 2.0, 3.0, 4.0))
     assert high.decide(2.0)[0] is Judgement.KEEP
