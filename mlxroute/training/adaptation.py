@@ -194,10 +194,12 @@ class _Training:
         self._figures: list[HeldOutFigures] = []
         self._best: HeldOutFigures | None = None
         self._corrections: list[Mapping[str, Any]] = []
+        self._ended_rounds = 0
         if options.interrupted is not None:
             self._figures = list(options.interrupted.figures)
             self._best = options.interrupted.best
             self._corrections = list(options.interrupted.corrections)
+            self._ended_rounds = options.interrupted.ended_rounds
         self._ended_by = ""
 
     def run(self, corrector: Corrector | None) -> TuningOutcome:
@@ -233,7 +235,7 @@ class _Training:
     def _train_rounds(self, corrector: Corrector | None, size: int) -> None:
         """Train on the large model's answers, then in on-policy rounds, from where a run ended."""
         done = 0 if self._best is None else self._best.round
-        if done == 0:
+        if done == self._ended_rounds == 0:
             epochs = self._options.epochs
             data = self._round_data(
                 self._trained_examples, self._held_out_examples, size, epochs=epochs
@@ -242,6 +244,9 @@ class _Training:
         if corrector is None or self._best is None:
             return
         for number in range(done + 1, self._options.rounds + 1):
+            # Only the rounds before this one have ended.
+            self._ended_by, self._ended_rounds = "", number
+            self._write_report()
             self._train(number, self._correct(number, corrector, size), size)
             if self._best.round < number:
                 # The same weights would write the same answers again.
@@ -351,6 +356,7 @@ class _Training:
             "figures": [asdict(figures) for figures in self._figures],
             "kept": None if self._best is None else asdict(self._best),
             "corrections": self._corrections,
+            "ended_rounds": self._ended_rounds,
             "ended_by": self._ended_by or UNFINISHED[-1],
             "seconds": round(time.monotonic() - self._began_s),
             "peak_memory_gb": round(mx.get_peak_memory() / 1e9, 2),

@@ -51,22 +51,21 @@ class InterruptedRun:
     """An earlier run of the same training that did not end.
 
     Args:
-        figures: Its held-out figures up to those of the weights that it kept.
+        figures: Its held-out figures: of rounds that ended, and else up to `best`.
+        best: Those of the weights that it kept.
         corrections: Its figures of corrected answers.
+        ended_rounds: How many rounds ended, the one with number 0 among them. 0 by default.
         small_files: The fingerprint of the small model's files; empty (default) if it has none.
         large_record: The SHA-256 of the large model's name in records; empty (default) if it has
             none.
     """
 
     figures: tuple[HeldOutFigures, ...]
+    best: HeldOutFigures
     corrections: tuple[Mapping[str, Any], ...]
+    ended_rounds: int = 0
     small_files: str = ""
     large_record: str = ""
-
-    @property
-    def best(self) -> HeldOutFigures:
-        """The figures of the weights that it kept."""
-        return self.figures[-1]
 
     @classmethod
     def from_report(cls, report: Mapping[str, Any]) -> InterruptedRun | None:
@@ -78,13 +77,21 @@ class InterruptedRun:
             if report["ended_by"] not in UNFINISHED:
                 return None
             figures = [_read_figures(item) for item in report["figures"]]
-            kept = figures.index(_read_figures(report["kept"]))
+            best = _read_figures(report["kept"])
+            kept = figures.index(best)
+            # Earlier versions did not write it.
+            ended = int(report.get("ended_rounds", 0))
+            later = [item for item in figures[kept + 1 :] if item.round < ended]
             # The corrections of a round without kept weights are made again.
-            last = figures[kept].round
-            corrections = [item for item in report["corrections"] if item["round"] <= last]
-            small_files = str(report.get("small_files", ""))
-            large_record = str(report.get("large_record", ""))
-            return cls(tuple(figures[: kept + 1]), tuple(corrections), small_files, large_record)
+            corrections = [item for item in report["corrections"] if item["round"] <= best.round]
+            return cls(
+                (*figures[: kept + 1], *later),
+                best,
+                tuple(corrections),
+                ended,
+                small_files=str(report.get("small_files", "")),
+                large_record=str(report.get("large_record", "")),
+            )
         except (KeyError, TypeError, AttributeError) as exc:
             raise ValueError("it is no report of a training") from exc
 

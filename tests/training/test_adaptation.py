@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -465,6 +466,57 @@ def test_an_interrupted_round_goes_on_with_the_next(
     assert second.figures[: kept + 1] == first.figures[: kept + 1]
     assert {figures.round for figures in second.figures[kept + 1 :]} == {2}
     assert [item["round"] for item in second.report["corrections"]] == [1, 2]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), LargeRefused("no")])
+def test_a_round_that_ended_before_an_interrupt_is_not_trained_again(
+    error: BaseException,
+    path: Path,
+    small: SmallModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The best weights of round 0 are not its last ones.
+    losses = {0: iter([3.0, 2.0, 2.5]), 1: iter([4.0, 3.0, 3.5])}
+
+    def judge(self: object, number: int, epoch: float, batches: object) -> HeldOutFigures:
+        return HeldOutFigures(number, epoch, next(losses[number]), 0.5)
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(adaptation._Training, "_judge", judge)
+    folder = tmp_path / "a"
+    large = ScriptedLarge([(small.vocabulary.encode("y")[0],)])
+    with RecordingLarge(large, tmp_path / "replies.jsonl") as recording:
+        corrector = Corrector(recording, at_once=1)
+        with monkeypatch.context() as patch, suppress(LargeRefused):
+            patch.setattr(Corrector, "correct_own_answers", fail)
+            adapt(small, folder, epochs=1, rounds=1, corrector=corrector)
+        report = json.loads((folder / "provenance.json").read_text())
+        interrupted = InterruptedRun.from_report(report)
+        assert interrupted is not None
+        assert interrupted.best.loss == 2.0
+        assert [item.loss for item in interrupted.figures] == [3.0, 2.0, 2.5]
+        model, tokenizer = load(path, adapter=folder)
+        second = adapt(
+            SmallModel(model, tokenizer, name="tiny"),
+            folder,
+            epochs=1,
+            rounds=1,
+            corrector=corrector,
+            start=folder,
+            interrupted=interrupted,
+        )
+    assert second.figures[:3] == interrupted.figures
+    assert [item.loss for item in second.figures[3:]] == [4.0, 3.0, 3.5]
+    assert second.best == second.figures[4]
+    assert second.ended_by == "epochs"
+    # A report of an earlier version does not say what has ended.
+    del report["ended_rounds"]
+    earlier = InterruptedRun.from_report(report)
+    assert earlier is not None
+    assert (earlier.ended_rounds, len(earlier.figures)) == (0, 2)
 
 
 def test_an_interrupted_last_round_is_the_end(
