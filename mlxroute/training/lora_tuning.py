@@ -103,12 +103,19 @@ class LoraTuning:
         """Begin a training of a number of updates, of which the first `done` were made before.
 
         The step size rises to the learning rate in 10 updates, or in a tenth of all if they are
-        fewer than 100, and then falls to 0, both linearly. Adam's averages start anew.
+        fewer than 100, and then falls to 0, both linearly. Adam's averages start anew, so after
+        `done` updates the step size rises anew too, to where it was.
         """
-        rate, warm_up = self._learning_rate, max(1, min(_WARM_UP_UPDATES, updates // 10))
-        rise = optim.linear_schedule(rate / warm_up, rate, max(1, warm_up - 1))
-        fall = optim.linear_schedule(rate, 0.0, max(1, updates - warm_up))
-        self._optimizer = _ClippedAdam(optim.join_schedules([rise, fall], [warm_up]))
+        warm_up = max(1, min(_WARM_UP_UPDATES, updates // 10))
+
+        def step_size(step: mx.array) -> mx.array:
+            # Unsigned integers have no difference below 0.
+            number = step.astype(mx.float32)
+            rise = mx.minimum((number - done + 1) / warm_up, 1.0)
+            fall = mx.minimum((updates - number) / max(1, updates - warm_up), 1.0)
+            return self._learning_rate * rise * fall
+
+        self._optimizer = _ClippedAdam(step_size)
         self._optimizer.state["step"] = mx.array(done, mx.uint64)
 
     def train(
