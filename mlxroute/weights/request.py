@@ -69,11 +69,20 @@ def accept_unchecked() -> None:
 
 @dataclass(frozen=True, slots=True)
 class StagedModel:
-    """A model directory ready to be stored; `sha256` has the hashes that are already known."""
+    """A model directory ready to be stored.
+
+    Args:
+        path: The directory.
+        source: Description of where it came from.
+        sha256: The hashes of files that are already known, by name.
+        fingerprint: What it was made from, if files of the same source may differ. Empty by
+            default.
+    """
 
     path: Path
     source: str
     sha256: Mapping[str, str]
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +92,7 @@ class Request:
     Args:
         name: Name it was requested by.
         key: Its key in the cache.
-        fingerprint: Size and time of the local file it is made from; empty for a download.
+        is_current: Whether a manifest is of what is requested now.
         needs_network: Whether fetching it needs the network.
         fetch: Makes its directory in a staging folder: fetches, verifies and converts.
         gguf_file: Name of the GGUF file in its directory. Empty (default) if it is converted.
@@ -93,7 +102,7 @@ class Request:
 
     name: str
     key: str
-    fingerprint: str
+    is_current: Callable[[Manifest], bool]
     needs_network: bool
     fetch: Callable[[Path], StagedModel]
     gguf_file: str = ""
@@ -115,12 +124,12 @@ def _fingerprint(manifest: Manifest) -> str:
 def find_cached(
     store: Store, request: Request, *, hash_progress: Progress | None = None
 ) -> LocalModel | None:
-    """Return the cached model; None if it is absent, or was made from another version of its file.
+    """Return the cached model; None if it is absent, or is not of what is requested now.
 
     With `hash_progress`, hash all files. Raises CorruptWeights for a damaged entry.
     """
     manifest = store.read_manifest(request.key, name=request.name)
-    if manifest is None or manifest.fingerprint != request.fingerprint:
+    if manifest is None or not request.is_current(manifest):
         return None
     if hash_progress is None:
         store.check(request.key, manifest)
@@ -154,7 +163,7 @@ def fetch_and_store(store: Store, request: Request, *, staging_key: str) -> Loca
                 for file in sorted(staged.path.iterdir())
                 if file.is_file() and file.name != MANIFEST
             }
-        manifest = Manifest(request.name, staged.source, request.fingerprint, files)
+        manifest = Manifest(request.name, staged.source, staged.fingerprint, files)
         path = store.commit(request.key, staged.path, manifest)
     except BaseException:
         # An unfinished download is kept, to be resumed by the next run with the same folder.

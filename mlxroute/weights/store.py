@@ -52,7 +52,8 @@ class Manifest:
     Args:
         name: Name the model was requested by.
         source: Description of where it came from.
-        fingerprint: Size and time of the local file it was made from; empty for a download.
+        fingerprint: What it was made from: size and time of a local file, or the hash of one of
+            the package index. Empty for a download from the hub.
         files: Records of its files, by name.
     """
 
@@ -136,8 +137,9 @@ class Store:
     def commit(self, key: str, staged: Path, manifest: Manifest) -> Path:
         """Move a staged model to its final folder in one rename.
 
-        Replaces a finished model of the same key, but not one with the same fingerprint: without
-        locks, another process may have stored that meanwhile, and use it. Returns the final folder.
+        Replaces a finished model of the same key, but not one of the same source and fingerprint:
+        without locks, another process may have stored that meanwhile, and use it. Returns the final
+        folder.
         """
         target = self.model_dir(key)
         with disk_errors(self.root):
@@ -149,7 +151,7 @@ class Store:
         return target
 
     def _holds(self, key: str, manifest: Manifest) -> bool:
-        """Return whether there is a whole finished model with the fingerprint of a new one."""
+        """Return whether there is a whole finished model of the same source and fingerprint."""
         try:
             stored = self.read_manifest(key, name=manifest.name)
             if stored is None:
@@ -157,7 +159,7 @@ class Store:
             self.check(key, stored)
         except CorruptWeights:
             return False
-        return stored.fingerprint == manifest.fingerprint
+        return (stored.source, stored.fingerprint) == (manifest.source, manifest.fingerprint)
 
     def discard(self, key: str) -> None:
         """Delete a finished model, if there is one; a rename takes it out of use first."""

