@@ -10,7 +10,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from mlxroute.errors import WeightsError
-from mlxroute.weights.gguf_file import GgufFile, GgufTensor
+from mlxroute.weights.gguf_file import GgufFile, GgufTensor, unsupported_type
 from mlxroute.weights.gguf_tokenizer import TokenizerFiles
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -72,9 +72,7 @@ def build_config(gguf: GgufFile, tokenizer: TokenizerFiles) -> dict[str, Any]:
 def require_known_type(gguf: GgufFile, tensor: GgufTensor) -> None:
     """Raise WeightsError for a tensor whose type cannot be converted."""
     if not _is_convertible(tensor.kind, len(tensor.shape)):
-        raise WeightsError(
-            f"{gguf.path}: tensor {tensor.name} has type {tensor.kind.name}, which is not supported"
-        )
+        raise unsupported_type(gguf.path, tensor.name, tensor.kind.name)
 
 
 @cache

@@ -27,6 +27,8 @@ _MAX_ITEMS = 1 << 23
 _MAX_DIMENSIONS = 4
 _MAX_NESTING = 4
 _MAX_ALIGNMENT = 1 << 20
+# The numbers of types that ggml may have one day; those it has end at about 40.
+_MAX_TYPES = 256
 
 _SCALARS = {
     GGUFValueType.UINT8: "<B",
@@ -112,6 +114,14 @@ def read_gguf(path: Path) -> GgufFile:
         ) from exc
 
 
+def unsupported_type(path: Path, tensor: str, kind: str | int) -> WeightsError:
+    """Return the error for a tensor whose type, a name or number, cannot be converted."""
+    return WeightsError(
+        f"{path}: tensor {tensor} has type {kind}, which is not supported; give a file with"
+        " another, such as F16, Q8_0 or Q4_K_M"
+    )
+
+
 class _HeaderReader:
     """Reads a GGUF header from front to back, starting after its four magic bytes.
 
@@ -132,7 +142,7 @@ class _HeaderReader:
             key = self._name()
             if key in metadata:
                 raise ValueError(f"{key} occurs twice")
-            metadata[key] = self._value(GGUFValueType(self._scalar(GGUFValueType.UINT32)))
+            metadata[key] = self._value(key, self._value_type(key))
         entries = [self._tensor_entry() for _ in range(tensor_count)]
         checked = GgufMetadata(metadata, self._path)
         alignment = checked.integer("general.alignment", default=32, most=_MAX_ALIGNMENT)
@@ -167,17 +177,36 @@ class _HeaderReader:
             raise ValueError(f"tensor {name} has {dimensions} dimensions")
         # GGUF lists the fastest-varying dimension first.
         shape = tuple(self._scalar(GGUFValueType.UINT64) for _ in range(dimensions))[::-1]
-        kind = GGMLQuantizationType(self._scalar(GGUFValueType.UINT32))
+        kind = self._tensor_type(name)
         if not shape or 0 in shape or shape[-1] % GGML_QUANT_SIZES[kind][0]:
             raise ValueError(f"tensor {name} has shape {shape}")
         return name, shape, kind, self._scalar(GGUFValueType.UINT64)
 
-    def _value(self, kind: GGUFValueType, depth: int = 0) -> Any:
+    def _tensor_type(self, name: str) -> GGMLQuantizationType:
+        number = self._scalar(GGUFValueType.UINT32)
+        try:
+            return GGMLQuantizationType(number)
+        except ValueError:
+            if number < _MAX_TYPES:
+                raise unsupported_type(self._path, name, number) from None
+            raise
+
+    def _value_type(self, key: str) -> GGUFValueType:
+        number = self._scalar(GGUFValueType.UINT32)
+        try:
+            return GGUFValueType(number)
+        except ValueError:
+            if number < _MAX_TYPES:
+                reason = f"{key} has a value of type {number}, which is not supported"
+                raise WeightsError(f"{self._path}: {reason}") from None
+            raise
+
+    def _value(self, key: str, kind: GGUFValueType, depth: int = 0) -> Any:
         if kind is GGUFValueType.STRING:
             return self._string()
         if kind is not GGUFValueType.ARRAY:
             return self._scalar(kind)
-        item_kind = GGUFValueType(self._scalar(GGUFValueType.UINT32))
+        item_kind = self._value_type(key)
         count = self._scalar(GGUFValueType.UINT64)
         self._items_left -= count
         if self._items_left < 0 or depth > _MAX_NESTING:
@@ -186,7 +215,7 @@ class _HeaderReader:
             layout = np.dtype(_SCALARS[item_kind])
             start = self._take(count * layout.itemsize)
             return np.frombuffer(self._view, layout, count, start).tolist()
-        return [self._value(item_kind, depth + 1) for _ in range(count)]
+        return [self._value(key, item_kind, depth + 1) for _ in range(count)]
 
     def _scalar(self, kind: GGUFValueType) -> Any:
         layout = _SCALARS[kind]

@@ -378,7 +378,7 @@ def test_more_tokens_than_embeddings_are_refused(tmp_path: Path) -> None:
         check_convertible(source)
 
 
-def change_type(file: Path, tensor: str, kind: GGMLQuantizationType) -> None:
+def change_type(file: Path, tensor: str, kind: int) -> None:
     """Change the type of a tensor of one dimension in the header of a file."""
     content, name = file.read_bytes(), tensor.encode()
     # After the name: the number of dimensions, one dimension, and the type.
@@ -401,6 +401,30 @@ def test_an_unknown_type_of_frequency_factors_is_refused(name: str, tmp_path: Pa
     change_type(source, "rope_freqs.weight", GGMLQuantizationType[name])
     with pytest.raises(WeightsError, match=rf"rope_freqs.weight has type {name}, which is not sup"):
         check_convertible(source)
+
+
+@pytest.mark.parametrize("kind", [4, 31, 36, 42, 255])
+def test_a_type_of_weights_that_has_no_name_is_not_called_damage(kind: int, tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "m.gguf", TinyModel())
+    change_type(source, "blk.0.attn_norm.weight", kind)
+    with pytest.raises(WeightsError) as caught:
+        read_gguf(source)
+    assert str(caught.value) == (
+        f"{source}: tensor blk.0.attn_norm.weight has type {kind}, which is not supported; give a"
+        " file with another, such as F16, Q8_0 or Q4_K_M"
+    )
+
+
+def test_a_type_of_metadata_that_has_no_name_is_not_called_damage(tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    key = struct.pack("<Q", 3) + b"a.b"
+    for value in (struct.pack("<I", 13), struct.pack("<IIQ", 9, 13, 1)):
+        file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key + value + bytes(8))
+        with pytest.raises(WeightsError, match=r"a\.b has a value of type 13, which is not"):
+            read_gguf(file)
+    file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key + struct.pack("<I", 2**31))
+    with pytest.raises(WeightsError, match="is damaged"):
+        read_gguf(file)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
