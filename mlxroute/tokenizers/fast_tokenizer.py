@@ -7,11 +7,13 @@ such as those converted from GGUF files, the results are the same.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Self
 
 from mlxroute.errors import WeightsError
+from mlxroute.safe_text import error_text
 from mlxroute.untrusted_text import MalformedText, TextFile, parse_json
 
 # The settings of tokenizer_config.json that this module understands.
@@ -63,7 +65,8 @@ class FastTokenizer:
     def read(cls, path: Path, *, eos_token_ids: int | Iterable[int] | None) -> Self | None:
         """Read the tokenizer of a model directory; return None if only transformers can.
 
-        A file that cannot be read is left to transformers too, which raises the error.
+        A file that cannot be read is left to transformers too, which raises the error. Raises
+        WeightsError for one at which the library panics.
         """
         from tokenizers import Tokenizer
 
@@ -71,7 +74,10 @@ class FastTokenizer:
         if config is None:
             return None
         try:
-            backend = Tokenizer.from_file(str(path / "tokenizer.json"))
+            with _panics_as_errors(path):
+                backend = Tokenizer.from_file(str(path / "tokenizer.json"))
+        except WeightsError:
+            raise
         except Exception:  # noqa: BLE001  The library raises Exception itself.
             return None
         special = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
@@ -161,13 +167,27 @@ class FastTokenizer:
 def load_full_tokenizer(path: Path, *, eos_token_ids: int | list[int] | None = None) -> Any:
     """Return `mlx_lm`'s TokenizerWrapper for the files of a model directory; runs no code in them.
 
-    Raises what transformers raises for files that it cannot read.
+    Raises what transformers raises for files that it cannot read, and WeightsError for those at
+    which the tokenizers library panics.
     """
     from mlx_lm.tokenizer_utils import load
 
     # Without this transformers asks the user whether to run the code.
     settings = {"trust_remote_code": False}
-    return load(path, tokenizer_config_extra=settings, eos_token_ids=eos_token_ids)
+    with _panics_as_errors(path):
+        return load(path, tokenizer_config_extra=settings, eos_token_ids=eos_token_ids)
+
+
+@contextmanager
+def _panics_as_errors(path: Path) -> Iterator[None]:
+    """Translate a panic of the tokenizers library, which is written in Rust, to WeightsError."""
+    try:
+        yield
+    except BaseException as exc:
+        # It is no Exception, and its class cannot be imported.
+        if type(exc).__name__ != "PanicException":
+            raise
+        raise WeightsError(f"the tokenizer of {path} cannot be read: {error_text(exc)}") from exc
 
 
 def read_plain_tokenizer_config(path: Path) -> dict[str, Any] | None:

@@ -12,7 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mlxroute.backend.load import load
 from mlxroute.catalog import Catalog
+from mlxroute.errors import WeightsError
 from mlxroute.tokenizers.chat_tokenizer import ChatTokenizer
 from mlxroute.tokenizers.fast_tokenizer import FastTokenizer
 from mlxroute.types import no_notice, no_progress
@@ -156,3 +158,24 @@ def test_a_broken_tokenizer_is_left_to_transformers(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path / "m")
     (folder / "tokenizer.json").write_text("{}")
     assert FastTokenizer.read(folder, eos_token_ids=None) is None
+
+
+def _change_tokenizer(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("is_plain", [True, False])
+@pytest.mark.parametrize("function", ["load", "load_tokenizer"])
+def test_a_tokenizer_at_which_the_library_panics_is_a_weights_error(
+    tmp_path: Path, is_plain: bool, function: str
+) -> None:
+    folder = make_tiny_model(tmp_path / "m")
+    if not is_plain:
+        _change_config(folder, lambda config: config | {"add_bos_token": True})
+    _change_tokenizer(folder, lambda t: t["model"].update(continuing_subword_prefix="####"))
+    with pytest.raises(WeightsError, match=r"tokenizer of .* cannot be read") as caught:
+        load(folder) if function == "load" else ChatTokenizer.load(folder, name="m")
+    assert "\n" not in str(caught.value)
