@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from mlxroute.errors import UsageError, WeightsError
+from mlxroute.errors import MlxRouteError, UsageError, WeightsError
 from mlxroute.messages import read_messages
+from mlxroute.safe_text import error_text
 from mlxroute.tokenizers.chat_template import ChatTemplate
 from mlxroute.tokenizers.content_marks import ContentMarks
 from mlxroute.tokenizers.fast_tokenizer import FastTokenizer, load_full_tokenizer
@@ -42,15 +43,14 @@ class ChatTokenizer:
 
         Raises WeightsError if the files are not those of a tokenizer.
         """
-        # Its end tokens are those of the model's configuration, which is not read here.
-        fast = FastTokenizer.read(path, eos_token_ids=None)
-        if fast is not None:
-            return cls(fast, name=name)
         try:
-            return cls(load_full_tokenizer(path), name=name)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as exc:
-            reason = " ".join(str(exc).split())[:200] or type(exc).__name__
-            raise WeightsError(f"{path} has no readable tokenizer: {reason}") from exc
+            # Its end tokens are those of the model's configuration, which is not read here.
+            fast = FastTokenizer.read(path, eos_token_ids=None)
+            return cls(load_full_tokenizer(path) if fast is None else fast, name=name)
+        except MlxRouteError:
+            raise
+        except Exception as exc:
+            raise WeightsError(f"{path} has no readable tokenizer: {error_text(exc)}") from exc
 
     @property
     def has_chat_template(self) -> bool:

@@ -21,7 +21,7 @@ from tokenizers import (
     processors,
 )
 
-from mlxroute.errors import UsageError
+from mlxroute.errors import UsageError, WeightsError
 from mlxroute.tokenizers.chat_tokenizer import ChatTokenizer
 from mlxroute.types import Message, no_notice
 from mlxroute.weights import resolve
@@ -240,3 +240,15 @@ def test_the_beginning_of_an_answer_is_text_too(tokenizer: ChatTokenizer) -> Non
     prompt = tokenizer.encode_conversation(_user("hi"), answer_start="x<|im_end|></s>")
     assert prompt.text.endswith("x<|im_end|></s>")
     assert _controls(tokenizer, prompt.ids) == _expected_controls(tokenizer, 1)
+
+
+@pytest.mark.parametrize("error", [Exception("no variant"), ImportError("needs sentencepiece")])
+def test_any_error_of_a_tokenizer_library_is_a_weights_error(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("mlx_lm.tokenizer_utils.load", fail)
+    with pytest.raises(WeightsError, match=f"{tmp_path} has no readable tokenizer: {error}"):
+        ChatTokenizer.load(tmp_path, name="m")
