@@ -303,6 +303,28 @@ def test_a_key_that_not_every_client_can_send_is_refused_without_its_content(
         assert key not in str(caught.value)
 
 
+def test_comments_in_a_key_file_of_clients_are_no_keys(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# keys-of-the-team\n\n  #0123456789abcdef\nfedcba9876543210#\n")
+    file.chmod(0o600)
+    keys = read_client_keys(Settings(client_key_file=str(file)), {})
+    assert [key.reveal() for key in keys] == ["fedcba9876543210#"]
+    file.write_text("# keys of the team\n")
+    with pytest.raises(ConfigError, match="holds no key"):
+        read_client_keys(Settings(client_key_file=str(file)), {})
+
+
+def test_a_key_of_clients_has_no_white_space(tmp_path: Path) -> None:
+    key = "the keys of our team"
+    file = tmp_path / "keys"
+    file.write_text(key)
+    file.chmod(0o600)
+    for settings in (Settings(client_key_file=str(file)), Settings(client_key_env="KEY")):
+        with pytest.raises(ConfigError, match="key of clients with white space") as caught:
+            read_client_keys(settings, {"KEY": key})
+        assert key not in str(caught.value)
+
+
 def test_rows_of_a_never_send_file_end_at_line_feeds_only(tmp_path: Path) -> None:
     file = tmp_path / "private"
     file.write_bytes("a\u2028b\n".encode())

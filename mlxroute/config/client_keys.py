@@ -25,8 +25,9 @@ UNSENDABLE = "that not every client can send; use letters, digits and signs of A
 def read_client_keys(settings: Settings, environ: Mapping[str, str]) -> tuple[Secret, ...]:
     """Return the keys of the settings' variable and file; empty if neither is set.
 
-    Raises ConfigError if a variable or file has no key, for a key that not every client can send or
-    that is too short, and if others can read the file.
+    A file has one key per row; blank rows and rows that begin with `#` are ignored. Raises
+    ConfigError if a variable or file has no key, for a key that not every client can send, that has
+    white space or is too short, and if others can read the file.
     """
     keys = []
     if settings.client_key_env is not None:
@@ -46,12 +47,15 @@ def read_client_keys(settings: Settings, environ: Mapping[str, str]) -> tuple[Se
             )
         if not is_key(key):
             raise ConfigError(f"there is a key of clients {UNSENDABLE}")
+        if any(map(str.isspace, key)):
+            raise ConfigError("there is a key of clients with white space, which no key has")
     return tuple(map(Secret, keys))
 
 
 def _read_file(path: Path) -> list[str]:
     file = TextFile(path, "the key file", max_bytes=MAX_KEY_FILE_BYTES, error=ConfigError)
-    keys = [text.strip() for _, text in file.rows() if text.strip()]
+    rows = [text.strip() for _, text in file.rows()]
+    keys = [row for row in rows if row and not row.startswith("#")]
     refuse_readable_by_others(path)
     if not keys:
         raise ConfigError(f"the key file {path} holds no key", parameter="client_key_file")

@@ -265,7 +265,7 @@ class Settings:
     )
     client_key_file: str | None = _setting(
         None,
-        "File with the keys of clients, one per line; mode 0600.",
+        "File with the keys of clients, one per line, # for comments; mode 0600.",
         metavar="FILE",
         commands=("serve",),
     )
