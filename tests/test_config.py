@@ -15,7 +15,7 @@ from mlxroute.config import (
     read_prices,
 )
 from mlxroute.config.client_keys import read_client_keys
-from mlxroute.config.settings import declared_settings
+from mlxroute.config.settings import Setting, declared_settings
 from mlxroute.config.settings_page import settings_page
 from mlxroute.errors import ConfigError, UsageError
 from mlxroute.types import Prices
@@ -301,6 +301,26 @@ def test_a_key_that_not_every_client_can_send_is_refused_without_its_content(
         with pytest.raises(ConfigError, match="a key of clients that not every client") as caught:
             read_client_keys(settings, {"KEY": key})
         assert key not in str(caught.value)
+
+
+_PATHS = [item for item in declared_settings().values() if item.metavar in ("FILE", "DIR")]
+
+
+@pytest.mark.parametrize("item", _PATHS, ids=lambda item: item.name)
+def test_an_empty_path_is_refused_with_its_setting(item: Setting, tmp_path: Path) -> None:
+    kind = "file" if item.metavar == "FILE" else "folder"
+    path = write(tmp_path, f'{item.name} = ""\n')
+    value = ("",) if item.kind is tuple else ""
+    for flags, error, subject in (
+        ({item.name: value}, UsageError, item.name),
+        ({}, ConfigError, f"{item.name} in the config file {path}"),
+    ):
+        with pytest.raises(error, match=f"{subject} must be the name of a {kind}, not ''"):
+            load_settings(flags, environ={}, path=path if not flags else tmp_path / "none")
+    # An empty variable counts as not set.
+    environ = {item.variables[0]: ""}
+    settings = load_settings({}, environ=environ, path=tmp_path / "none")
+    assert getattr(settings, item.name) == item.default
 
 
 def test_comments_in_a_key_file_of_clients_are_no_keys(tmp_path: Path) -> None:

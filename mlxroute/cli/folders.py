@@ -22,7 +22,7 @@ def cache_dir_of(settings: Settings) -> Path:
 
 def expand_optional(path: str | None) -> Path | None:
     """Return a path of the settings with `~` expanded, None if it is not set."""
-    return expand_user(path) if path else None
+    return None if path is None else expand_user(path)
 
 
 def output_folder(path: Path) -> Path:

@@ -37,6 +37,8 @@ _TYPE_WORDS = {
     str: "a text",
     tuple: "a text or a list of texts",
 }
+# By the placeholder of such settings.
+_PATH_WORDS = {"FILE": "the name of a file", "DIR": "the name of a folder"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +273,9 @@ def _check_value(setting: Setting, value: Any, origin: _Origin) -> Any:
         raise origin.refuse(limits.words, value)
     if setting.choices is not None and value not in list(setting.choices):
         raise origin.refuse(f"one of {', '.join(setting.choices)}", value)
+    path_words = _PATH_WORDS.get(setting.metavar or "")
+    if path_words and not all(value if setting.kind is tuple else [value]):
+        raise origin.refuse(path_words, "")
     if setting.name == "never_send":
         for pattern in value:
             separator = ": " if origin.parameter is None else " "
