@@ -50,7 +50,7 @@ _ROOMS: dict[str, set[str]] = {
     "answers": {"engine", "routers"},
     "messages": set(),
     "config": set(),
-    "catalog": set(),
+    "catalog": {"config"},
     "ledger": set(),
     "conversation": {"answers"},
     "tokenizers": set(),

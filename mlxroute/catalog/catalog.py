@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mlxroute.config.setting_choices import RouterName
 from mlxroute.errors import CatalogError, UsageError
 from mlxroute.types import Prices
 from mlxroute.types.limits import shown_value
@@ -134,6 +134,7 @@ class Catalog:
             files += _toml_files(user_dir)
         models: dict[str, Model] = {}
         pairs: dict[str, Pair] = {}
+        places: dict[str, str] = {}
         for file in files:
             table = _read_toml(file)
             _refuse_unknown_keys(table, {"models", "pairs"}, where=f"{file}")
@@ -141,12 +142,14 @@ class Catalog:
                 model = _parse_model(entry, where=f"{file}: models[{number}]")
                 _add(models, model.name, model, where=f"{file}")
             for number, entry in enumerate(_tables(table, "pairs", where=f"{file}"), start=1):
-                pair = _parse_pair(entry, where=f"{file}: pairs[{number}]")
+                place = f"{file}: pairs[{number}]"
+                pair = _parse_pair(entry, where=place)
                 _add(pairs, pair.name, pair, where=f"{file}")
-        catalog = cls(tuple(models.values()), tuple(pairs.values()))
-        for name in chain.from_iterable((pair.small, pair.large) for pair in catalog.pairs):
-            catalog.get_model(name)
-        return catalog
+                places[pair.name] = place
+        # A pair may name models of later files.
+        for pair in pairs.values():
+            _check_names(pair, models, where=places[pair.name])
+        return cls(tuple(models.values()), tuple(pairs.values()))
 
     def get_model(self, name: str) -> Model:
         """Return the model of this name; raise CatalogError if there is none."""
@@ -161,8 +164,7 @@ class Catalog:
 
     def unknown_model(self, name: str) -> CatalogError:
         """Return the error for a name that no model has; it suggests similar names."""
-        similar = difflib.get_close_matches(name.lower(), [m.name for m in self.models], n=3)
-        hint = f"did you mean {' or '.join(similar)}? " if similar else ""
+        hint = _similar_names(name, [model.name for model in self.models])
         return CatalogError(f"no model named {name!r}: {hint}see `mlxroute models`")
 
     def find_pair(self, small: str, large: str | None = None) -> Pair | None:
@@ -195,6 +197,12 @@ def shipped_dir() -> Path:
         if folder.is_dir():
             return folder
     raise CatalogError(f"the model catalogue is missing beside {package}: reinstall mlxroute")
+
+
+def _similar_names(name: str, known: Collection[str]) -> str:
+    """Return a question with the known names that are similar; empty if none is."""
+    similar = difflib.get_close_matches(name.lower(), known, n=3)
+    return f"did you mean {' or '.join(similar)}? " if similar else ""
 
 
 def _toml_files(folder: Path) -> list[Path]:
@@ -243,7 +251,17 @@ def _parse_pair(entry: Mapping[str, Any], *, where: str) -> Pair:
     pair = _build(Pair, entry, where=where)
     if math.isnan(pair.threshold):
         raise CatalogError(f"{where}: `threshold` must be a number, not nan")
+    if pair.router not in list(RouterName):
+        names = ", ".join(RouterName)
+        raise CatalogError(f"{where}: `router` must be one of {names}, not {pair.router!r}")
     return pair
+
+
+def _check_names(pair: Pair, models: Collection[str], *, where: str) -> None:
+    for key, name in (("small", pair.small), ("large", pair.large)):
+        if name not in models:
+            hint = f": {_similar_names(name, models)}".rstrip(": ")
+            raise CatalogError(f"{where}: `{key}`: no model named {name!r}{hint}")
 
 
 # By annotation, as `from __future__ import annotations` stores it. TOML writes 1 for 1.0.

@@ -23,6 +23,14 @@ parameters = 1
 hub_id = "me/mine"
 hub_bytes = 2
 """
+PAIR = """
+[[pairs]]
+small = "qwen3-0.6b"
+large = "qwen3-32b"
+same_vocabulary = true
+threshold = 1.0
+calibration = ""
+"""
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +138,17 @@ def test_the_title_of_an_older_entry_is_ignored(tmp_path: Path) -> None:
         ("models = 3\n", "`models` must be a list of tables"),
         ("models = [", "not valid TOML"),
         (
-            '[[pairs]]\nsmall = "qwen3-8"\nlarge = "qwen3-8b"\nsame_vocabulary = true\n'
-            'threshold = 1.0\ncalibration = ""\n',
-            "no model named 'qwen3-8'",
+            MODEL + PAIR.replace("qwen3-0.6b", "qwen3-8"),
+            r"mine.toml: pairs\[1\]: `small`: no model named 'qwen3-8': did you mean qwen3-8b",
+        ),
+        (
+            PAIR + PAIR.replace("qwen3-32b", "qwen3-8B"),
+            r"mine.toml: pairs\[2\]: `large`: no model named 'qwen3-8B': did you mean qwen3-8b",
+        ),
+        (PAIR.replace("qwen3-32b", "zzzz"), r"pairs\[1\]: `large`: no model named 'zzzz'$"),
+        (
+            PAIR + 'router = "entropie"\n',
+            r"mine.toml: pairs\[1\]: `router` must be one of entropy, .*, random, not 'entropie'",
         ),
     ],
 )
@@ -146,12 +162,7 @@ def test_the_error_for_a_wrong_entry_names_its_file_and_key(
 def test_an_installed_package_contains_the_catalogue(tmp_path: Path) -> None:
     package = Path(mlxroute.__file__).parent
     installed = tmp_path / "mlxroute"
-    installed.mkdir()
-    shutil.copytree(package / "catalog", installed / "catalog")
-    shutil.copytree(package / "types", installed / "types")
-    for name in ("errors.py", "untrusted_text.py"):
-        shutil.copy(package / name, installed / name)
-    (installed / "__init__.py").touch()
+    shutil.copytree(package, installed, ignore=shutil.ignore_patterns("__pycache__"))
     (installed / "_models").mkdir()
     (installed / "_models" / "mine.toml").write_text(MODEL)
     script = "from mlxroute.catalog import Catalog; print([m.name for m in Catalog.load().models])"
