@@ -79,11 +79,26 @@ class Store:
         return self.root / "models" / key
 
     def staging_dir(self, key: str) -> Path:
-        """Return the staging folder of a model; create it if it does not exist."""
+        """Return the staging folder of a model; create it if it does not exist.
+
+        Raises WeightsError if no folder could be renamed from there to the finished models.
+        """
         folder = self.root / "staging" / key
+        self._check_disk()
         with disk_errors(self.root):
             folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def _check_disk(self) -> None:
+        """Raise WeightsError if finished models are on another disk than staging folders."""
+        models = self.root / "models"
+        with disk_errors(self.root):
+            if models.exists() and _disk(models) != _disk(self.root):
+                raise WeightsError(
+                    f"{models} is on another disk than {self.root}: link the whole cache folder"
+                    " instead, or choose another one",
+                    parameter="cache_dir",
+                )
 
     def finished_keys(self) -> tuple[str, ...]:
         """Return the keys of the finished models in alphabetical order."""
@@ -164,6 +179,7 @@ class Store:
     def discard(self, key: str) -> None:
         """Delete a finished model, if there is one; a rename takes it out of use first."""
         target = self.model_dir(key)
+        self._check_disk()
         with disk_errors(self.root):
             if target.exists():
                 (self.root / "staging").mkdir(exist_ok=True)
@@ -206,6 +222,10 @@ class Store:
             _remove_empty(path)
         _remove_empty(folder)
         _remove_empty(folder.parent)
+
+
+def _disk(path: Path) -> int:
+    return path.stat().st_dev
 
 
 def _moved(folder: Path, target: Path) -> bool:

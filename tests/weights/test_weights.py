@@ -326,6 +326,30 @@ def test_an_unusable_cache_folder_is_named_in_the_error(
         get(gguf, catalog, tmp_path / "cache")
 
 
+@pytest.mark.parametrize("function", ["resolve", "pull"])
+def test_a_models_folder_on_another_disk_is_named_before_anything_is_fetched(
+    function: str, catalog: Catalog, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    (tmp_path / "disk").mkdir()
+    cache.mkdir()
+    (cache / "models").symlink_to(tmp_path / "disk")
+    model = get(gguf, catalog, cache).path
+    (model / "config.json").unlink()
+    other = (tmp_path / "disk").resolve()
+    monkeypatch.setattr(
+        "mlxroute.weights.store._disk", lambda path: int(path.resolve().is_relative_to(other))
+    )
+    message = f"{cache / 'models'} is on another disk than {cache}: link the whole cache folder"
+    with pytest.raises(WeightsError, match=message) as caught:
+        get(gguf, catalog, cache, function="pull")
+    assert caught.value.parameter == "cache_dir"
+    shutil.rmtree(model)
+    with pytest.raises(WeightsError, match=message):
+        get(gguf, catalog, cache, function=function)
+    assert not (cache / "staging").exists()
+
+
 def test_a_second_process_notifies_and_waits(tmp_path: Path) -> None:
     store = Store(tmp_path)
     notices: list[str] = []
