@@ -34,17 +34,22 @@ def model_key(name: str, folder: Path) -> str:
     """
     plain = plain_name(name)
     path = expand_user(plain)
-    is_path = plain != "" and (path.suffix == ".gguf" or os.path.isdir(path))
+    is_path = plain != "" and (is_gguf_name(path) or os.path.isdir(path))
     # A catalogue name takes precedence over a folder of the same name.
     if is_path and Catalog.load(folder).find_model(plain) is None:
         return path_key(path) + name.removeprefix(plain)
     return name.replace("/", "--")
 
 
+def is_gguf_name(path: Path) -> bool:
+    """Return whether a path is named as a GGUF file."""
+    return path.suffix.lower() == ".gguf"
+
+
 def path_key(path: Path) -> str:
     """Return the part of file names for a file or folder: its name and a hash of its path."""
     full_path = path.resolve()
-    stem = path.stem if path.suffix == ".gguf" else full_path.name
+    stem = path.stem if is_gguf_name(path) else full_path.name
     readable = re.sub(r"[^\w.-]+", "-", stem)[:_MAX_CHARACTERS]
     return f"{readable}-{hashlib.sha256(os.fsencode(full_path)).hexdigest()[:8]}"
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from mlxroute.backend.load import OVERHEAD_BYTES, gguf_memory_needed, require_memory
 from mlxroute.catalog import Catalog, Model, Pair
+from mlxroute.catalog.model_keys import is_gguf_name
 from mlxroute.cli.folders import cache_dir_of
 from mlxroute.config import Settings
 from mlxroute.config.setting_choices import EngineName
@@ -37,7 +39,7 @@ class Machine:
         if self.engine != EngineName.AUTO:
             return self.engine == EngineName.LLAMA_CPP
         model = catalog.find_model(spec)
-        has_gguf = spec.endswith(".gguf") if model is None else model.index is not None
+        has_gguf = is_gguf_name(Path(spec)) if model is None else model.index is not None
         return self.is_dense and has_gguf
 
     def loaded_bytes(self, model: Model) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlxroute.catalog import Catalog, IndexSource, Model
-from mlxroute.catalog.model_keys import path_key
+from mlxroute.catalog.model_keys import is_gguf_name, path_key
 from mlxroute.errors import SourceUnreachable, WeightsError
 from mlxroute.types import Notify, Progress
 from mlxroute.user_folders import expand_user
@@ -75,8 +75,13 @@ class Sources:
         path = expand_user(spec)
         if spec and os.path.isdir(path):
             return _user_directory(spec, path)
-        if path.suffix == ".gguf":
+        if is_gguf_name(path):
             return self._user_gguf(spec, path)
+        if os.path.isfile(path):
+            raise WeightsError(
+                f"{spec} is a file, and no .gguf file: give the folder of a model, with config.json"
+                " and model*.safetensors, or a .gguf file"
+            )
         if len(spec) <= _MAX_HUB_ID and _HUB_ID.fullmatch(spec) and not spec.startswith("."):
             return Request(
                 spec,
@@ -92,12 +97,12 @@ class Sources:
     def parse_for_llama_cpp(self, spec: str) -> Request | LocalModel:
         """Return what a spec names for llama.cpp: a GGUF file of the user, or a request for one."""
         model = self.catalog.find_model(spec)
-        if model is None and Path(spec).suffix == ".gguf":
+        if model is None and is_gguf_name(Path(spec)):
             path = expand_user(spec)
             if not path.is_file():
                 raise WeightsError(f"no model at {spec}: there is no such file")
             return LocalModel(path.stem, path, "file")
-        if model is None and "/" not in spec and not os.path.isdir(spec):
+        if model is None and "/" not in spec and not os.path.exists(spec):
             raise self.catalog.unknown_model(spec)
         if model is None or model.index is None:
             raise WeightsError(

@@ -16,6 +16,7 @@ import pytest
 
 from mlxroute import weights
 from mlxroute.catalog import Catalog, IndexPart, IndexSource, Model
+from mlxroute.catalog.model_keys import model_key
 from mlxroute.errors import (
     CatalogError,
     CorruptWeights,
@@ -541,6 +542,29 @@ def test_a_name_that_is_no_path_is_one_clear_error(
     for as_gguf in (False, True):
         with pytest.raises(MlxRouteError):
             get(spec, catalog, tmp_path / "cache", as_gguf=as_gguf)
+
+
+def test_a_gguf_file_may_have_its_suffix_in_capitals(
+    catalog: Catalog, gguf: Path, tmp_path: Path
+) -> None:
+    file = gguf.rename(gguf.with_name("Tiny.GGUF"))
+    model = get(file, catalog, tmp_path / "cache")
+    assert model.path.name.startswith("Tiny-")
+    assert model_key(str(file), tmp_path) == model.path.name
+    assert get(file, catalog, tmp_path / "cache", as_gguf=True).path == file
+
+
+@pytest.mark.parametrize("spec", ["weights/model.safetensors", "model.bin", "org/name"])
+def test_another_file_is_not_looked_up_on_the_hub(
+    catalog: Catalog, tmp_path: Path, spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(spec).parent.mkdir(exist_ok=True)
+    Path(spec).write_bytes(b"weights")
+    with pytest.raises(WeightsError, match=f"{spec} is a file, and no .gguf file: give the folder"):
+        get(spec, catalog, tmp_path / "cache")
+    with pytest.raises(WeightsError, match=f"{spec} has none: give a .gguf file"):
+        get(spec, catalog, tmp_path / "cache", as_gguf=True)
 
 
 def test_a_folder_named_like_a_gguf_file_is_no_file(catalog: Catalog, tmp_path: Path) -> None:
