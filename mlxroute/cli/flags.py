@@ -19,7 +19,9 @@ Examples = Annotated[
         metavar="FILE",
     ),
 ]
-Shots = Annotated[int, typer.Option(help="Number of worked examples.", min=0)]
+Shots = Annotated[
+    int | None, typer.Option(help="Number of worked examples. Default: 4, if there are any.", min=0)
+]
 AtOnce = Annotated[int, typer.Option(help="Maximum number of calls in flight.", min=1)]
 Plot = Annotated[
     Path | None,

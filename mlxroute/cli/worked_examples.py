@@ -16,18 +16,30 @@ if TYPE_CHECKING:
     from mlxroute.questions.question_files import Question
     from mlxroute.small import SmallModel
 
+DEFAULT_SHOTS = 4
 
-def read_examples(file: Path | None, count: int, questions: list[Question]) -> list[Question]:
+
+def read_examples(
+    file: Path | None, count: int | None, questions: list[Question]
+) -> list[Question]:
     """Return the worked examples of a file, by default the built-in ones for such questions.
 
-    Raises UsageError if one of them is among the questions, whose answer it would give away.
+    Prints a note if the user wants a `count` and there are none. Raises UsageError if one of them
+    is among the questions, whose answer it would give away.
     """
+    from mlxroute.cli.terminal import make_consoles, print_note
     from mlxroute.questions.prompt_form import choose_examples_file
     from mlxroute.questions.question_files import read_worked_examples
 
     if file is None and (name := choose_examples_file(questions)) is not None:
         file = find_bench_file("questions", name)
-    examples = read_worked_examples(file, count)
+    if file is None and count:
+        print_note(
+            make_consoles()[1],
+            f"--shots {count} has no effect: there are no built-in worked examples for these"
+            " questions; name some with --examples",
+        )
+    examples = read_worked_examples(file, DEFAULT_SHOTS if count is None else count)
     asked = {question.fingerprint for question in questions}
     for example in examples:
         if example.fingerprint in asked:

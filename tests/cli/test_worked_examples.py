@@ -33,6 +33,26 @@ def test_a_question_is_not_its_own_worked_example(tmp_path: Path) -> None:
     assert read_examples(file, 0, questions) == []
 
 
+def test_a_wanted_number_of_examples_without_any_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = make_tiny_model(tmp_path / "small", context=64)
+    data = write_rows(tmp_path / "rows.jsonl", 2)
+    examples = write_rows(tmp_path / "examples.jsonl", 4)
+    examples.write_text(examples.read_text().replace("Why", "How"))
+    command = ["calibrate", "--data", str(data), "--small", str(small), "--tokens", "1"]
+    command += ["--cache-dir", str(tmp_path / "cache")]
+    note = "--shots 3 has no effect: there are no built-in worked examples for these questions"
+    for options, is_said in (
+        (["--shots", "3"], True),
+        (["--shots", "3", "--examples", str(examples)], False),
+        (["--shots", "0"], False),
+        ([], False),
+    ):
+        main([*command, *options])
+        assert (note in " ".join(capsys.readouterr().err.split())) is is_said
+
+
 def test_a_question_that_does_not_fit_is_named_before_any_answer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

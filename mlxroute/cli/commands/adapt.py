@@ -21,6 +21,7 @@ from mlxroute.cli.folders import data_name, expand_optional, hash_file, output_f
 from mlxroute.cli.model_pair import load_paired_small, open_recording
 from mlxroute.cli.quality_tables import MAX_CUT_OFF_SHARE
 from mlxroute.cli.worked_examples import (
+    DEFAULT_SHOTS,
     check_questions_fit,
     check_questions_sendable,
     read_examples,
@@ -61,7 +62,7 @@ def adapt(
     ] = 500,
     tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 160,
     examples: Examples = None,
-    shots: Shots = 4,
+    shots: Shots = None,
     at_once: AtOnce = 4,
     epochs: Annotated[
         int, typer.Option(help="Maximum number of passes over the answers.", min=1)
@@ -108,7 +109,7 @@ def adapt(
             [
                 *("mlxroute", "adapt", *_model_words(settings, address), "--out", str(out)),
                 *(word for file in data for word in ("--data", str(file))),
-                *("--questions", str(questions), "--tokens", str(tokens), "--shots", str(shots)),
+                *("--questions", str(questions), "--tokens", str(tokens), "--shots", _shots(shots)),
                 *(("--examples", str(examples)) if examples else ()),
                 *("--epochs", str(epochs), "--rounds", str(rounds), "--rank", str(rank or _RANK)),
                 *("--learning-rate", f"{learning_rate:g}"),
@@ -138,6 +139,10 @@ def _check_options(settings: Settings, rank: int | None, learning_rate: float) -
         raise UsageError("--learning-rate must be between 0 and 1")
     if rank is not None and settings.adapter is not None:
         raise UsageError("--rank cannot be given with an adapter to start from: its rank stays")
+
+
+def _shots(count: int | None) -> str:
+    return str(DEFAULT_SHOTS if count is None else count)
 
 
 def _model_words(settings: Settings, address: str) -> list[str]:

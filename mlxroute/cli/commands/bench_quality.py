@@ -87,7 +87,7 @@ def quality(
     ] = 300,
     tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 160,
     examples: Examples = None,
-    shots: Shots = 4,
+    shots: Shots = None,
     chats: Annotated[int, typer.Option(help="Questions answered at a time.", min=1)] = 4,
     at_once: AtOnce = 4,
     oracles: Annotated[

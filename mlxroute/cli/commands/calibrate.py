@@ -37,7 +37,7 @@ def calibrate(
     ] = 12,
     tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 64,
     examples: Examples = None,
-    shots: Shots = 4,
+    shots: Shots = None,
 ) -> int:
     """Measure router scores on your own questions, for budgets.
 

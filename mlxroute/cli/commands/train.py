@@ -60,7 +60,7 @@ def train(
     ] = 500,
     tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 160,
     examples: Examples = None,
-    shots: Shots = 4,
+    shots: Shots = None,
     at_once: AtOnce = 4,
 ) -> int:
     """Fit a learned head, a router, to your two models.
