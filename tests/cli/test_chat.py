@@ -17,6 +17,7 @@ from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
+from mlxroute.answers.document import AnswerDocument
 from mlxroute.cli.command_words import split_command
 from mlxroute.cli.commands.chat import run_chat
 from mlxroute.cli.line_input import CommandCompleter, LineEditor, LineReader, Reader
@@ -356,6 +357,18 @@ def test_an_interrupt_in_a_pipe_ends_it_with_the_text_so_far(tmp_path: Path) -> 
     assert chat.pipe("one\ntwo\n") == 130
     assert chat.out.getvalue() == "half\n"
     assert chat.session.questions == ["one"]
+
+
+def test_a_second_interrupt_keeps_the_text_that_is_on_the_screen(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(answer: ScriptedAnswer) -> AnswerDocument:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ScriptedAnswer, "document", interrupt)
+    assert chat.pipe("one\ntwo\n") == 130
+    messages = chat.session.conversation.messages
+    assert [message["content"] for message in messages] == ["one", "echo one"]
 
 
 def test_help_lists_every_command(chat: Chat) -> None:

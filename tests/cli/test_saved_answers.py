@@ -115,6 +115,19 @@ def test_a_stopped_answer_and_a_failed_one_are_saved(
     assert [token["decision"] for token in read(file)["tokens"]] == ["unchecked"] * 3
 
 
+def test_an_interrupt_while_the_connections_close_does_not_lose_the_answer(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(session: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlxroute.cli.session.Session.close", interrupt)
+    file = tmp_path / "answer.json"
+    arguments = ["--small", str(tiny), "--max-tokens", "3", "--save", str(file)]
+    assert main(["ask", *arguments, "hi"]) == 130
+    assert len(read(file)["tokens"]) == 3
+
+
 def test_a_file_of_another_kind_is_refused_before_anything_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

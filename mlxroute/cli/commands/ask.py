@@ -72,10 +72,12 @@ def ask(
             print_note(err, f"warning: {line}", style=WARNING_STYLE)
         return code
     finally:
-        session.close()
-        # Also an answer that was stopped or failed.
-        if save is not None and answer is not None:
-            session.save_answer(answer, save)
+        try:
+            # Also an answer that was stopped or failed; a second Ctrl-C may cut the closing short.
+            if save is not None and answer is not None:
+                session.save_answer(answer, save)
+        finally:
+            session.close()
 
 
 def _read_question(prompt: Sequence[str]) -> str:

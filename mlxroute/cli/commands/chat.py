@@ -205,10 +205,14 @@ class _Chat:
             self.print_line("")
 
     def _keep(self, user: str, answer: DocumentedStream) -> None:
-        stats = answer.stats()
-        self._session.conversation.add(user, stats.text, answer.document())
-        self._totals.add(stats)
-        self.unanswered = ""
+        stats, document = answer.stats(), None
+        try:
+            document = answer.document()
+        finally:
+            # A Ctrl-C meanwhile does not drop text that is on the screen.
+            self._session.conversation.add(user, stats.text, document)
+            self._totals.add(stats)
+            self.unanswered = ""
 
     def _help(self, value: str) -> None:
         from mlxroute.cli.terminal import make_table
