@@ -84,11 +84,15 @@ def describe_decision(token: DocumentToken) -> str:
 
 
 def shorten_context(text: str) -> str:
-    """Return the last whole words of a text as one line, after "…" if there are words before."""
+    """Return the last whole words of a text as one line, after "…" if there are words before.
+
+    Text without spaces is cut between characters.
+    """
     line = printable_line(text, limit=len(text) + 1)
     if len(line) <= _CONTEXT_CHARACTERS:
         return line
-    return "…" + line[-_CONTEXT_CHARACTERS:].partition(" ")[2]
+    end = line[-_CONTEXT_CHARACTERS:]
+    return "…" + (end.partition(" ")[2] or end)
 
 
 def _describe_origin(document: AnswerDocument) -> str:
