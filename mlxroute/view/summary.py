@@ -16,6 +16,11 @@ from mlxroute.view.figures import (
     format_size,
 )
 
+_ENDS = {
+    StopReason.LENGTH: "ended by the token limit",
+    StopReason.CANCELLED: "stopped before its end",
+}
+
 
 def _cost(amount: float) -> str:
     """Return an amount without currency: three significant digits, at least two decimals."""
@@ -109,7 +114,7 @@ def status_line(
 
 
 def summary_line(stats: RunStats) -> str:
-    """Return one line about a finished answer."""
+    """Return one line about an answer that has ended or was stopped."""
     parts = [
         format_count(stats.tokens, "token"),
         f"{stats.escalated:,} escalated ({format_percent(stats.escalation_rate)})",
@@ -130,8 +135,8 @@ def summary_line(stats: RunStats) -> str:
     if stats.withheld:
         parts.append(f"{stats.withheld:,} withheld")
     parts += _describe_failures(stats)
-    if stats.finish_reason is StopReason.LENGTH:
-        parts.append("ended by the token limit")
+    if (end := _ENDS.get(stats.finish_reason)) is not None:
+        parts.append(end)
     if stats.plan:
         parts.append(stats.plan)
     return ", ".join(parts)

@@ -14,9 +14,10 @@ import pytest
 from mlxroute.answers.document import AnswerDocument
 from mlxroute.answers.record_json import to_json
 from mlxroute.errors import LargeRefused
+from mlxroute.types import StopReason
 from mlxroute.view.answer_html import draw_page, read_token_view
 from mlxroute.view.answer_picture import draw_document
-from mlxroute.view.answer_text import answer_rows, escalation_rows
+from mlxroute.view.answer_text import answer_rows, escalation_rows, shorten_context
 from mlxroute.view.word_wrap import Row, print_rows
 from tests.support.documents import make_document
 from tests.support.recording_terminal import Terminal
@@ -56,6 +57,20 @@ def test_the_text_lists_what_both_models_chose(document: AnswerDocument) -> None
     assert "  both chose the same (score 2, threshold 1)" in text
     assert "  unchecked: the server is [2J down (score 2, threshold 1)" in text
     assert "20 tokens, 2 escalated (10%), agreement 50%" in " ".join(text)
+
+
+def test_the_text_before_a_token_is_kept_where_it_has_no_spaces() -> None:
+    text = "植物从空气中吸收二氧化碳，并在阳光下用水把它变成糖，同时放出我们呼吸的氧气"
+    assert shorten_context(text) == "…" + text[-32:]
+    assert shorten_context("Some words that fill the line, the answer is") == (
+        "…fill the line, the answer is"
+    )
+
+
+def test_the_text_of_a_stopped_answer_says_that_it_was_stopped(document: AnswerDocument) -> None:
+    summary = replace(document.summary, finish_reason=StopReason.CANCELLED)
+    text = " ".join(lines(answer_rows(replace(document, summary=summary), width=80)))
+    assert text.endswith("1 failed call (refused), stopped before its end")
 
 
 @pytest.mark.parametrize(("count", "line"), [(0, ""), (1, ""), (3, "after 2 earlier messages")])
