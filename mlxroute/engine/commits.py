@@ -103,7 +103,9 @@ class Commits:
         self.unchecked += not decision.checked
         self.withheld += decision.withheld
         if decision.error is not None:
-            self._failures.record(decision.error)
+            # Without an escalation no call was made, and the error may be that of an earlier one.
+            was_called = decision.escalation is not None
+            self._failures.record(decision.error, was_called=was_called)
         escalation = None if decision.withheld else decision.escalation
         self._experience.on_committed(escalated=escalation is not None)
         if escalation is None:

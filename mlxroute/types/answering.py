@@ -118,8 +118,8 @@ class RunStats:
         plan: The mode that `auto` picked and the figures behind it; empty by default.
         advice: The advice to use the large model alone, where that would be faster or cheaper, once
             a session; None by default.
-        failures: Why positions stayed unchecked, by kind in the order of their first; none by
-            default. Withheld positions are not among them.
+        failures: Why positions stayed unchecked, by kind in the order of their first, and by
+            whether a call was made; none by default. Withheld positions are not among them.
     """
 
     text: str

@@ -21,6 +21,7 @@ from mlxroute.errors import (
 )
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import CallFailure, Mode
+from mlxroute.view import summary_line
 from tests.support.scripted_models import FakeClock, ScriptedLarge, ScriptedSmall
 
 KEY_GONE = LargeRefused("http://box/v1 answered 401: no; check the API key", status=401)
@@ -155,11 +156,20 @@ def test_replies_that_do_not_go_on_cost_none_of_the_time_for_failures() -> None:
 def test_a_prompt_that_is_too_long_is_sent_once(refusal: LargeError) -> None:
     large = ScriptedLarge([b"x", refusal])
     small = ScriptedSmall(b"abcd", entropies=dict.fromkeys(range(4), 2.0))
-    answer = generate(small, large, "hi", router=EntropyRouter(1.0), mode="wait")
+    reported: list[CallFailure] = []
+    router = EntropyRouter(1.0)
+    answer = generate(small, large, "hi", router=router, mode="wait", on_failure=reported.append)
     assert "".join(token.text for token in answer) == "xbcd"
     assert len(large.contexts) == 2
-    (failure,) = answer.stats().failures
-    assert (failure.kind, failure.count) == (failure_kind(refusal), 3)
+    stats = answer.stats()
+    kind = failure_kind(refusal)
+    failures = [(failure.kind, failure.count, failure.was_called) for failure in stats.failures]
+    if refusal.was_called:
+        assert failures == [(kind, 1, True), (kind, 2, False)]
+        assert "1 failed call (status 400), 2 calls not made (status 400)" in summary_line(stats)
+    else:
+        assert failures == [(kind, 3, False)]
+    assert [failure.kind for failure in reported] == [kind]
     with pytest.raises(type(refusal)):
         list(answer_with([b"x", refusal], strict=True))
 

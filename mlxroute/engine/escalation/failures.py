@@ -58,19 +58,22 @@ class AnswerFailures:
 
     def __init__(self, on_failure: OnFailure) -> None:
         self._on_failure = on_failure
-        self._by_kind: dict[str, CallFailure] = {}
+        self._counted: dict[tuple[str, bool], CallFailure] = {}
 
     @property
     def all(self) -> tuple[CallFailure, ...]:
-        """The failures by kind, in the order of their first."""
-        return tuple(self._by_kind.values())
+        """The failures by kind, and by whether a call was made, in the order of their first."""
+        return tuple(self._counted.values())
 
-    def record(self, error: LargeError) -> None:
-        """Count a position that stays unchecked because of an error."""
+    def record(self, error: LargeError, *, was_called: bool) -> None:
+        """Count a position that stays unchecked because of an error, with a call or without."""
         kind = failure_kind(error)
-        if (failure := self._by_kind.get(kind)) is not None:
-            self._by_kind[kind] = replace(failure, count=failure.count + 1)
+        key = kind, was_called
+        if (failure := self._counted.get(key)) is not None:
+            self._counted[key] = replace(failure, count=failure.count + 1)
             return
-        failure = CallFailure(kind, str(error), 1, error.was_called, error.parameter)
-        self._by_kind[kind] = failure
-        self._on_failure(failure)
+        is_new = not any(kind == failure.kind for failure in self._counted.values())
+        failure = CallFailure(kind, str(error), 1, was_called, error.parameter)
+        self._counted[key] = failure
+        if is_new:
+            self._on_failure(failure)

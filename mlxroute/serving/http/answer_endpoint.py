@@ -282,7 +282,8 @@ def _describe(role: ModelRole, stats: RunStats, *, has_failed: bool) -> str:
     if stats.cached_prompt_tokens:
         parts[0] += f" ({stats.cached_prompt_tokens:,} cached)"
     if stats.unchecked:
-        kinds = [failure.kind for failure in stats.failures] + ["withheld"] * bool(stats.withheld)
+        kinds = list(dict.fromkeys(failure.kind for failure in stats.failures))
+        kinds += ["withheld"] * bool(stats.withheld)
         parts.append(f"{stats.unchecked:,} unchecked" + (f" ({', '.join(kinds)})" if kinds else ""))
     # One token has no speed.
     if stats.tokens_per_s:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from mlxroute.serving.http.model_names import ModelRole
@@ -52,11 +54,13 @@ def summarize(
     if len(all_stats) == 1:
         summary |= {name: round(getattr(all_stats[0], name), 6) for name in _TIMES}
         summary["mode"] = all_stats[0].mode
-    failures = [failure for stats in all_stats for failure in stats.failures]
+    failures: Counter[tuple[str, str]] = Counter()
+    for failure in (failure for stats in all_stats for failure in stats.failures):
+        failures[failure.kind, failure.reason] += failure.count
     if failures:
         summary["failures"] = [
-            {"kind": item.kind, "reason": item.reason, "positions": item.count}
-            for item in failures[:_MAX_FAILURES]
+            {"kind": kind, "reason": reason, "positions": count}
+            for (kind, reason), count in islice(failures.items(), _MAX_FAILURES)
         ]
     return summary
 
