@@ -110,6 +110,7 @@ class Answer:
         self._reused = 0
         self._advice: str | None = None
         self._started = False
+        self._stopped_s = 0.0
         self._activity = Activity.PREFILL
         self.prefill_done = 0
         self.prefill_total = len(self._prompt.ids)
@@ -135,6 +136,11 @@ class Answer:
                 yield from wait_loop(context, signals)
             else:
                 yield from self._ahead.run(signals)
+        except BaseException as exc:
+            # A reader that only leaves may do so long after the last token.
+            if not (context.commits.ended or isinstance(exc, GeneratorExit)):
+                self._stopped_s = context.clock() - self._began_s
+            raise
         finally:
             context.calls.close()
             context.decider.prefetched.close()
@@ -177,7 +183,7 @@ class Answer:
             itl_p95_s=percentile(itl_s, 0.95),
             stall_s=calls.stall_s,
             tokens_per_s=len(itl_s) / decoding_s if decoding_s > 0 else 0.0,
-            total_s=times_s[-1] if times_s else 0.0,
+            total_s=max(self._stopped_s, times_s[-1] if times_s else 0.0),
             requests=uploads.requests,
             uploaded_tokens=uploads.tokens,
             uploaded_bytes=uploads.size_bytes,

@@ -96,7 +96,7 @@ class RunStats:
         itl_p95_s: 95th percentile of the inter-token latency.
         stall_s: Time in which decoding waited for the large model.
         tokens_per_s: Tokens after the first one, per second since the prompt was read; 0 for one.
-        total_s: Time to the last token.
+        total_s: Time to the last token, or to the interrupt or error that stopped the answer.
         requests: Requests sent, answered or not.
         uploaded_tokens: Prompt tokens of answered requests, as the server counts them, or else the
             small model's count of the same text.

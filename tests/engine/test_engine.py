@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ from mlxroute.errors import (
     UsageError,
 )
 from mlxroute.routers import EntropyRouter, make_router
-from mlxroute.types import LargeToken, Mode, Source, StopReason, Token
+from mlxroute.types import LargeToken, Message, Mode, Source, StopReason, Token
 from tests.support.scripted_models import (
     EOS,
     STRADDLING,
@@ -32,6 +32,7 @@ from tests.support.scripted_models import (
 )
 
 DOWN = LargeUnreachable("nobody there")
+QUESTION: list[Message] = [{"role": "user", "content": "hi"}]
 
 
 def run(
@@ -299,6 +300,41 @@ def test_times_and_uploads_are_added_up() -> None:
     stats = answer.stats()
     assert (stats.stall_s, stats.ttft_s, stats.uploaded_bytes) == (4.0, 2.0, 200)
     assert (stats.uploaded_tokens, stats.large_cached_tokens) == (20, 16)
+
+
+@pytest.mark.parametrize("mode", ["wait", "overlap"])
+def test_the_time_of_a_stopped_answer_goes_up_to_the_stop(mode: str) -> None:
+    clock = FakeClock()
+
+    class Interrupted(ScriptedLarge):
+        def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
+            clock.now += 5.0
+            raise KeyboardInterrupt
+
+    small, large = (
+        ScriptedSmall(b"ab", entropies={1: 2.0}),
+        Interrupted([b"b"], clock=clock, seconds=9),
+    )
+    options = Options(mode=Mode(mode))
+    answer = Answer(small, large, QUESTION, router=EntropyRouter(1.0), options=options, clock=clock)
+    with pytest.raises(KeyboardInterrupt):
+        list(answer)
+    stats = answer.stats()
+    assert (stats.text, stats.ttft_s, stats.stall_s, stats.total_s) == ("a", 0.0, 5.0, 5.0)
+
+
+def test_the_time_of_an_answer_that_is_left_is_that_of_its_last_token() -> None:
+    clock = FakeClock()
+    options = Options(mode=Mode.WAIT)
+    router = EntropyRouter(math.inf)
+    answer = Answer(
+        ScriptedSmall(b"ab"), None, QUESTION, router=router, options=options, clock=clock
+    )
+    tokens = answer.events()
+    next(tokens)
+    clock.now = 60.0
+    tokens.close()
+    assert answer.stats().total_s == 0.0
 
 
 def test_the_speed_has_the_call_for_the_first_token_and_not_the_reading_of_the_prompt() -> None:
