@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable
 
 from rich.segment import Segment
 from rich.style import Style
 
-from mlxroute.answers.document import AnswerDocument, Choice, DocumentToken, TokenDecision
+from mlxroute.answers.document import (
+    AnswerDocument,
+    DocumentToken,
+    LargeChoice,
+    SmallChoice,
+    TokenDecision,
+)
 from mlxroute.safe_text import printable, printable_line
 from mlxroute.types import Source
 from mlxroute.view.figures import format_count, format_percent
@@ -28,12 +35,16 @@ _STYLES = {
 _CONTEXT_CHARACTERS = 32
 _NAME_CHARACTERS = 40
 _INDENT = "  "
+_NO_BREAK_SPACE = "\u00a0"
 
 _Part = tuple[str, Style]
 
 
-def answer_rows(document: AnswerDocument, *, width: int) -> list[Row]:
-    """Return a saved answer: models, question, text, escalated positions and figures."""
+def answer_rows(document: AnswerDocument, *, width: int | None) -> list[Row]:
+    """Return a saved answer: models, question, text, escalated positions and figures.
+
+    With a `width` of None, lines stay whole.
+    """
     # A text completion has no messages at all.
     earlier = max(0, len(document.messages) - 1)
     rows = _wrap([(_describe_origin(document), _DIM)], width)
@@ -45,8 +56,11 @@ def answer_rows(document: AnswerDocument, *, width: int) -> list[Row]:
     return rows + _wrap([(summary_line(document.summary.stats()), _DIM)], width)
 
 
-def escalation_rows(document: AnswerDocument, *, width: int) -> list[Row]:
-    """Return what each model chose at every position where the large one was to be asked."""
+def escalation_rows(document: AnswerDocument, *, width: int | None) -> list[Row]:
+    """Return what each model chose at every position where the large one was to be asked.
+
+    With a `width` of None, lines stay whole.
+    """
     rows, text = [], ""
     for token in document.tokens:
         if token.large is not None or not token.checked:
@@ -108,58 +122,57 @@ def _describe_origin(document: AnswerDocument) -> str:
     )
 
 
-def _escalation(token: DocumentToken, before: str, width: int) -> list[Row]:
+def _escalation(token: DocumentToken, before: str, width: int | None) -> list[Row]:
     line = shorten_context(before)
     head: list[_Part] = [(f"token {token.index + 1}", _BOLD)]
     if line:
         head.append((f", after {line}", _DIM))
     rows = _wrap(head, width)
+    # A row must not break inside a name.
+    space = " " if width is None else _NO_BREAK_SPACE
     if token.small is not None:
         style = _BOLD if token.source is Source.SMALL else _PLAIN
-        parts = _choices("small  ", token.small.text, token.small.logprob, token.small.top, style)
-        rows += _indented(parts, width)
+        rows += _indented(_choices("small  ", token.small, style, space), width)
     if token.large is not None:
         style = LARGE_STYLE if token.source is Source.LARGE else _PLAIN
-        parts = _choices("large  ", token.large.text, token.large.logprob, token.large.top, style)
-        rows += _indented(parts, width)
+        rows += _indented(_choices("large  ", token.large, style, space), width)
     return rows + _indented([(describe_decision(token), _DIM)], width)
 
 
-def _choices(
-    label: str, text: str, logprob: float | None, top: Sequence[Choice], style: Style
-) -> list[_Part]:
-    """Return a model's choice and the other tokens that it considered."""
-    parts = [(label, _DIM), (_name(text), style), (_share(logprob), _DIM)]
-    for choice in top:
-        if choice.text != text:
-            parts.append((f", {_name(choice.text)}{_share(choice.logprob)}", _DIM))
+def _choices(label: str, model: SmallChoice | LargeChoice, style: Style, space: str) -> list[_Part]:
+    """Return a model's choice and the other tokens that it considered, with this kind of space."""
+    parts = [(label, _DIM), (_name(model.text, space), style)]
+    parts.append((_share(model.logprob, space), _DIM))
+    for choice in model.top:
+        if choice.text != model.text:
+            share = _share(choice.logprob, space)
+            parts.append((f", {_name(choice.text, space)}{share}", _DIM))
     return parts
 
 
-def _name(text: str) -> str:
+def _name(text: str, space: str) -> str:
     """Return the text of a token in quotes, on one line."""
-    line = printable(text).replace("\n", "\\n").replace("\t", "\\t")
-    # A row must not break inside a name.
-    line = line.replace(" ", "\u00a0")
+    line = printable(text).replace("\n", "\\n").replace("\t", "\\t").replace(" ", space)
     return f'"{line[:_NAME_CHARACTERS]}"' if line else "(nothing)"
 
 
-def _share(logprob: float | None) -> str:
+def _share(logprob: float | None, space: str) -> str:
     if logprob is None or math.isnan(logprob):
         return ""
-    return f"\u00a0{format_percent(min(1.0, math.exp(min(0.0, logprob))))}"
+    return f"{space}{format_percent(min(1.0, math.exp(min(0.0, logprob))))}"
 
 
 def _style(token: DocumentToken) -> Style:
     return LARGE_STYLE if token.source is Source.LARGE else _STYLES.get(token.decision, _PLAIN)
 
 
-def _indented(parts: Iterable[_Part], width: int) -> list[Row]:
-    rows = _wrap(parts, max(1, width - len(_INDENT)))
+def _indented(parts: Iterable[_Part], width: int | None) -> list[Row]:
+    rows = _wrap(parts, None if width is None else max(1, width - len(_INDENT)))
     return [[Segment(_INDENT), *row] for row in rows]
 
 
-def _wrap(parts: Iterable[_Part], width: int) -> list[Row]:
+def _wrap(parts: Iterable[_Part], width: int | None) -> list[Row]:
     pieces = [(printable(text), style) for text, style in parts]
     styles = tuple(style for text, style in pieces for _ in text)
-    return wrap_complete(StyledText("".join(text for text, _ in pieces), styles), width=width)
+    text = StyledText("".join(text for text, _ in pieces), styles)
+    return wrap_complete(text, width=sys.maxsize if width is None else width)

@@ -132,6 +132,11 @@ def wrap_complete(styled: StyledText, *, width: int) -> list[Row]:
     return [*rows, _build_row(rest, len(visible))] if visible else rows
 
 
+def row_width(console: Console) -> int | None:
+    """Return the cells of a row; None in a file or pipe, where lines stay whole."""
+    return console.width if console.is_terminal else None
+
+
 def print_rows(console: Console, rows: Sequence[Row]) -> None:
     """Print rows as they are."""
     if rows:

@@ -141,9 +141,25 @@ def test_a_file_of_another_kind_is_refused_before_anything_is_loaded(
 def test_show_prints_the_answer(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["show", str(saved)]) == 0
-    out = capsys.readouterr().out.replace("\u00a0", " ")
+    out = capsys.readouterr().out
     assert "> is [key] a key?" in out
     assert '  large  "a"' in out
+
+
+def test_show_keeps_lines_whole_in_a_file_or_pipe(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = read(saved)
+    question = "why " * 60 + "?"
+    document["messages"][0]["content"] = question
+    document["tokens"][0]["large"]["text"] = "two words"
+    saved.write_text(json.dumps(document))
+    monkeypatch.setenv("COLUMNS", "40")
+    capsys.readouterr()
+    assert main(["show", str(saved)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"> {question}" in lines
+    assert any(line.startswith('  large  "two words"') for line in lines)
 
 
 @pytest.mark.parametrize("columns", ["0", "-3", "\u00b2", "x"])

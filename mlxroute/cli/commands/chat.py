@@ -264,12 +264,12 @@ class _Chat:
 
     def _why(self, value: str) -> None:
         from mlxroute.view.answer_text import escalation_rows
-        from mlxroute.view.word_wrap import print_rows
+        from mlxroute.view.word_wrap import print_rows, row_width
 
         answer = self._session.conversation.last_answer
         if answer is None:
             raise UsageError("there is no answer yet whose tokens are known")
-        print_rows(self._err, escalation_rows(answer, width=self._err.width))
+        print_rows(self._err, escalation_rows(answer, width=row_width(self._err)))
 
     def _large(self, value: str) -> None:
         if value:

@@ -60,9 +60,9 @@ def show(
         print_note(err, f"wrote {path}")
     if html is None and svg is None:
         from mlxroute.view.answer_text import answer_rows
-        from mlxroute.view.word_wrap import print_rows
+        from mlxroute.view.word_wrap import print_rows, row_width
 
-        print_rows(out, answer_rows(document, width=out.width))
+        print_rows(out, answer_rows(document, width=row_width(out)))
     return EXIT_OK
 
 
