@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from mlxroute.types import Message, OnFailure, Prices, RunStats, Uploads
+from mlxroute.types import Message, OnFailure, RunStats, Uploads
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,7 +52,9 @@ class ChatSession(Protocol):
     def routing(self) -> ChatRouting: ...
 
     @property
-    def prices(self) -> Prices | None: ...
+    def cost(self) -> float | None:
+        """The estimated cost of what was sent, as far as prices are known; None if none is."""
+        ...
 
     @property
     def uploads(self) -> Uploads:

@@ -105,6 +105,9 @@ class Session:
         self._experience = Experience()
         self._warning_kinds: set[str] = set()
         self._connection_failure = connection_failure
+        # What went to servers before the present one, and what that cost.
+        self._earlier_uploads = Uploads()
+        self._earlier_cost: float | None = None
 
     @property
     def uploads(self) -> Uploads:
@@ -123,6 +126,14 @@ class Session:
         if prices is not None or large is None or self._catalog is None:
             return prices
         return self._catalog.find_prices(large.model_name)
+
+    @property
+    def cost(self) -> float | None:
+        """The estimated cost of all uploads to servers with known prices; None without one."""
+        prices = self.prices
+        if prices is None:
+            return self._earlier_cost
+        return (self._earlier_cost or 0.0) + prices.cost(self.uploads - self._earlier_uploads)
 
     @property
     def options(self) -> Options:
@@ -225,13 +236,18 @@ class Session:
         settings = replace(self._settings, **changes)
         if settings.offline:
             raise UsageError(NEVER_LARGE)
-        (large, failure), before = connect_large(settings, self._ledger, err), self.large
+        cost, uploads = self.cost, self.uploads
+        large, before = None, self.large
         try:
+            large, failure = connect_large(settings, self._ledger, err)
             self._change_models(self.small, large, settings, err)
         except BaseException:
+            # What went to the other server has not the prices of this one.
+            self._earlier_uploads += self.uploads - uploads
             if large is not None:
                 large.close()
             raise
+        self._earlier_uploads, self._earlier_cost = uploads, cost
         self._connection_failure = failure
         if before is not None:
             # The change has been made, and ends no other way.

@@ -23,7 +23,7 @@ from mlxroute.cli.commands.chat import run_chat
 from mlxroute.cli.line_input import CommandCompleter, LineEditor, LineReader, Reader
 from mlxroute.conversation import Conversation
 from mlxroute.errors import ContextTooLong, LargeTimeout, MlxRouteError, WeightsError
-from mlxroute.types import Message, OnFailure, Prices, RunStats, Uploads, ignore_failure
+from mlxroute.types import Message, OnFailure, RunStats, Uploads, ignore_failure
 from tests.support.scripted_answer import NO_STATS, ScriptedAnswer, Step
 
 ENTER, NEW_LINE, UP, CTRL_C, CTRL_D = "\r", "\x1b\r", "\x1b[A", "\x03", "\x04"
@@ -53,7 +53,7 @@ class ScriptedSession:
         self.conversation = Conversation()
         self.routing = ScriptedRouting()
         self.mode = "wait"
-        self.prices: Prices | None = None
+        self.cost: float | None = None
         # What finding out about the server takes.
         self.uploads = Uploads(requests=1, size_bytes=50, tokens=8, completion_tokens=1)
         self.new_warnings: list[str] = []
@@ -403,7 +403,7 @@ def test_stats_count_everything_sent_in_the_chat_and_what_it_costs(chat: Chat) -
     chat.type("one", ENTER, "two", ENTER, "/stats", ENTER, CTRL_D)
     assert "uploaded 26 tokens (248 bytes) in 3 requests" in chat.err.getvalue()
     assert "cost" not in chat.err.getvalue()
-    chat.session.prices = Prices(input=1000.0, cached_input=0.0, output=2000.0)
+    chat.session.cost = 0.028
     chat.type("/stats", ENTER, CTRL_D)
     assert "cost ~0.0280" in chat.err.getvalue()
 

@@ -61,7 +61,9 @@ OPTIONS = Options(
 )
 
 
-def make_session(settings: Settings = SETTINGS, catalog: Catalog | None = None) -> Session:
+def make_session(
+    settings: Settings = SETTINGS, catalog: Catalog | None = None, ledger: Ledger | None = None
+) -> Session:
     return Session(
         ScriptedSmall(b"x"),  # type: ignore[arg-type]
         ScriptedLarge([b"x"]),  # type: ignore[arg-type]
@@ -69,7 +71,7 @@ def make_session(settings: Settings = SETTINGS, catalog: Catalog | None = None) 
         routing=RoutingRule(
             make_router("entropy", threshold=1.0), ScoreRanks("tiny", "none", 0, {}), has_large=True
         ),
-        ledger=Ledger(),
+        ledger=ledger or Ledger(),
         never_send=PATTERNS,
         catalog=catalog,
     )
@@ -220,3 +222,37 @@ def test_a_chat_that_goes_to_another_server_leaves_the_prices_of_the_first_one(
         make_session(first).change_large("http://b/v1", "huge", Console())
     assert (asked[-1].price_input, asked[-1].price_output) == (None, None)
     assert (asked[-1].large_model, asked[-1].large) == ("huge", "http://b/v1")
+
+
+def test_each_servers_uploads_cost_what_it_charges(monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger()
+    prices = Prices(input=10.0, cached_input=10.0, output=0.0)
+    catalog = Catalog((Model("big", "none", 0, "me/big", 0, price=prices),), ())
+    session = make_session(replace(SETTINGS, large="http://a/v1"), catalog, ledger)
+
+    def connect(settings: Settings, *_: object) -> tuple[ScriptedLarge, None]:
+        # The probe is an upload to the new server.
+        ledger.record_usage(prompt_tokens=1_000_000, cached_tokens=0, completion_tokens=0)
+        if settings.large_model == "none":
+            raise UsageError("no server")
+        large = ScriptedLarge([b"x"])
+        large.model_name = settings.large_model or ""
+        return large, None
+
+    monkeypatch.setattr(ScriptedLarge, "close", lambda _: None, raising=False)
+    monkeypatch.setattr("mlxroute.cli.session.connect_large", connect)
+    monkeypatch.setattr("mlxroute.cli.session.pair_vocabularies", lambda *_: None)
+    monkeypatch.setattr("mlxroute.cli.session.make_routing", lambda *_: session.routing)
+    ledger.record_usage(prompt_tokens=1_000_000, cached_tokens=0, completion_tokens=0)
+    assert session.cost == 2.0
+    with pytest.raises(UsageError):
+        session.change_large("http://b/v1", "none", Console())
+    assert session.cost == 2.0
+    # The prices of this one are not known.
+    session.change_large("http://b/v1", "huge", Console())
+    assert session.cost == 2.0
+    session.change_large("http://c/v1", "me/big", Console())
+    assert session.cost == 12.0
+    assert session.uploads.tokens == 4_000_000
+    unknown = make_session(Settings(), ledger=ledger)
+    assert unknown.cost is None

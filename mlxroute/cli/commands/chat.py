@@ -232,9 +232,7 @@ class _Chat:
         self.print_line("the conversation is empty now")
 
     def _stats(self, value: str) -> None:
-        uploads, prices = self._session.uploads, self._session.prices
-        cost = None if prices is None else prices.cost(uploads)
-        self.print_line(self._totals.line(uploads, cost=cost))
+        self.print_line(self._totals.line(self._session.uploads, cost=self._session.cost))
         for line in self._totals.failure_lines():
             self.print_line(line)
 
