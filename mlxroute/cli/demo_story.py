@@ -13,9 +13,12 @@ from mlxroute.cli.demo_tables import (
     table_of_answers,
     table_of_escalations,
 )
+from mlxroute.cli.exit_codes import EXIT_LARGE_FAILED, EXIT_OK
 from mlxroute.cli.failure_notes import FailureNotes
 from mlxroute.cli.terminal import print_labelled
 from mlxroute.engine import generate
+from mlxroute.engine.escalation.failures import failure_kind
+from mlxroute.errors import LargeNotContinued
 from mlxroute.questions.demo_question import DemoQuestion, find_conclusion
 from mlxroute.recorded.forward_only import PlaceholderSmall
 from mlxroute.routers import always_escalate, never_escalate
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
     from mlxroute.view import AnswerStream
 
 MAX_TOKENS: Final = 160
+_NOT_CONTINUED: Final = failure_kind(LargeNotContinued())
 _NEXT_COMMANDS: Final = (
     ('mlxroute demo --question "..."', "asks your own question"),
     ("mlxroute demo --heat", "shades each token by how unsure the small model was"),
@@ -66,6 +70,12 @@ class Story:
     large: DemoAnswer
     routed_tokens: tuple[Token, ...]
 
+    @property
+    def has_large_failed(self) -> bool:
+        """Whether the large model failed; in the routed answer, it need not go on everywhere."""
+        kinds = {failure.kind for failure in self.routed.stats.failures}
+        return bool(self.large.stats.failures) or bool(kinds - {_NOT_CONTINUED})
+
 
 def tell_story(
     session: Session,
@@ -75,9 +85,10 @@ def tell_story(
     heat: bool,
     out: Console,
     err: Console,
-) -> None:
+) -> int:
     """Let both models and each alone answer a question, live, and say what came out.
 
+    Returns the exit code, which tells whether the large model failed.
     Raises KeyboardInterrupt after a Ctrl-C during an answer.
     """
     stage = _Stage(question, heat=heat, out=out, err=err)
@@ -118,6 +129,7 @@ def tell_story(
     width = max(len(command) for command, _ in _NEXT_COMMANDS)
     for command, effect in _NEXT_COMMANDS:
         print_labelled(err, f"{command:{width}}  ", effect)
+    return EXIT_LARGE_FAILED if story.has_large_failed else EXIT_OK
 
 
 def _answer_three_times(

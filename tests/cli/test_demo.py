@@ -20,7 +20,7 @@ from mlxroute.cli.folders import find_bench_file
 from mlxroute.cli.routing import RoutingRule
 from mlxroute.cli.session import Session
 from mlxroute.config import Settings
-from mlxroute.errors import LargeTimeout
+from mlxroute.errors import LargeNotContinued, LargeTimeout
 from mlxroute.ledger import Ledger
 from mlxroute.questions.demo_question import DemoQuestion, read_demo_question
 from mlxroute.routers import make_router
@@ -70,7 +70,7 @@ class Demo:
             ledger=Ledger(),
             never_send=never_send,
         )
-        tell_story(
+        self.code = tell_story(
             session,
             PAIR,
             question,
@@ -212,6 +212,24 @@ def test_nothing_is_sent_that_must_stay_here() -> None:
     assert demo.large.contexts == []
     assert "failed: kept local by --never-send" in demo.text
     assert "1 position kept local by --never-send." in demo.text
+
+
+@pytest.mark.parametrize(
+    ("code", "faults"),
+    [
+        (0, {}),
+        (0, {"never_send": (re.compile("Which"),)}),
+        # The server works, but not for this answer.
+        (0, {"routed": LargeNotContinued("elsewhere")}),
+        (3, {"routed": LargeTimeout("late")}),
+        (3, {"large_end": LargeTimeout("late")}),
+        (3, {"large_end": LargeNotContinued("elsewhere")}),
+    ],
+)
+def test_the_exit_code_tells_of_a_large_model_that_failed(
+    code: int, faults: dict[str, Any]
+) -> None:
+    assert Demo(**faults).code == code
 
 
 def test_the_shipped_question_is_one_of_the_measured_candidates() -> None:

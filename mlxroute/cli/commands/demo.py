@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_OK
+from mlxroute.cli.exit_codes import EXIT_INTERRUPTED
 from mlxroute.cli.folders import cache_dir_of, find_bench_file, host_log
 from mlxroute.cli.setting_options import replace_undecodable
 from mlxroute.config import Settings, read_never_send, user_catalog_dir
@@ -148,10 +148,9 @@ def _serve_and_answer(
             small, large, settings, routing=routing, ledger=ledger, never_send=never_send
         )
         try:
-            tell_story(session, pair, question, heat=settings.heat, out=out, err=err)
+            return tell_story(session, pair, question, heat=settings.heat, out=out, err=err)
         except KeyboardInterrupt:
             return EXIT_INTERRUPTED
-        return EXIT_OK
 
 
 def _demo_settings(settings: Settings, pair: Pair) -> Settings:
