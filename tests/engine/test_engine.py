@@ -333,7 +333,7 @@ def test_the_time_of_an_answer_that_is_left_is_that_of_its_last_token() -> None:
     tokens = answer.events()
     next(tokens)
     clock.now = 60.0
-    tokens.close()
+    del tokens
     assert answer.stats().total_s == 0.0
 
 

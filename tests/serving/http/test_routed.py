@@ -191,6 +191,16 @@ def test_a_large_model_that_is_down_leaves_marks(small: SmallModel) -> None:
         assert "3 unchecked (unreachable)" in lines[-1]
 
 
+def test_a_prompt_that_is_too_long_is_one_failure_of_all_its_positions(small: SmallModel) -> None:
+    refusal = LargeRefused("this exceeds the available context size", status=400)
+    lines: list[str] = []
+    session = make_session(small, ScriptedLarge([refusal]))
+    with running(session, notify=lambda line: lines.append(line)) as client:
+        summary = post(client, chat(max_tokens=3, **_ALWAYS))["mlxroute"]
+    assert summary["failures"] == [{"kind": "status 400", "reason": str(refusal), "positions": 3}]
+    assert "3 unchecked (status 400)" in lines[-1]
+
+
 def test_a_strict_endpoint_fails_in_form(small: SmallModel) -> None:
     down = ScriptedLarge([(_X,), LargeUnreachable("no connection")])
     session = make_session(small, down)
