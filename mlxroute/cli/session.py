@@ -270,10 +270,7 @@ class Session:
     def _change_models(
         self, small: SmallModel, large: LargeModel | None, settings: Settings, err: Console
     ) -> None:
-        """Replace the models, and the router by one with the same threshold or budget.
-
-        What a budget was used for so far still counts.
-        """
+        """Replace the models, and the router by one with the same threshold or budget."""
         from mlxroute.cli.progress import ByteProgress
         from mlxroute.engine import Experience
 
