@@ -340,7 +340,7 @@ def test_a_key_of_clients_has_no_white_space(tmp_path: Path) -> None:
     file.write_text(key)
     file.chmod(0o600)
     for settings in (Settings(client_key_file=str(file)), Settings(client_key_env="KEY")):
-        with pytest.raises(ConfigError, match="key of clients with white space") as caught:
+        with pytest.raises(ConfigError, match="one key on each line") as caught:
             read_client_keys(settings, {"KEY": key})
         assert key not in str(caught.value)
 

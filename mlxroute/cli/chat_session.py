@@ -53,7 +53,7 @@ class ChatSession(Protocol):
 
     @property
     def cost(self) -> float | None:
-        """The estimated cost of what was sent, as far as prices are known; None if none is."""
+        """The estimated cost of the uploads to servers with known prices; None if there is none."""
         ...
 
     @property

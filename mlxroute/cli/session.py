@@ -129,7 +129,7 @@ class Session:
 
     @property
     def cost(self) -> float | None:
-        """The estimated cost of all uploads to servers with known prices; None without one."""
+        """The estimated cost of the uploads to servers with known prices; None if there is none."""
         prices = self.prices
         if prices is None:
             return self._earlier_cost

@@ -47,8 +47,11 @@ def read_client_keys(settings: Settings, environ: Mapping[str, str]) -> tuple[Se
             )
         if not is_key(key):
             raise ConfigError(f"there is a key of clients {UNSENDABLE}")
-        if any(map(str.isspace, key)):
-            raise ConfigError("there is a key of clients with white space, which no key has")
+        if " " in key:
+            raise ConfigError(
+                "a key of clients has a space in it; put one key on each line, and comments on"
+                " lines of their own, which begin with #"
+            )
     return tuple(map(Secret, keys))
 
 

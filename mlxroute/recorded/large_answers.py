@@ -119,8 +119,10 @@ def _first_choices(large: LargeToken, vocabulary: Vocabulary) -> Choices:
             continue
         for token_id in vocabulary.encode(text)[:1]:
             probabilities[token_id] = probabilities.get(token_id, 0.0) + math.exp(logprob)
-    if large.end_logprob is not None and not large.is_eos:
-        probabilities[vocabulary.end_id] = math.exp(large.end_logprob)
+    if large.end_logprob is not None and vocabulary.eos_ids:
+        # It holds the large token's own share where that is an end token.
+        end = vocabulary.end_id
+        probabilities[end] = max(probabilities.get(end, 0.0), math.exp(large.end_logprob))
     return tuple(probabilities.items())
 
 

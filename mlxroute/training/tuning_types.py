@@ -54,7 +54,8 @@ class InterruptedRun:
         figures: Its held-out figures: of rounds that ended, and else up to `best`.
         best: Those of the weights that it kept.
         corrections: Its figures of corrected answers.
-        ended_rounds: How many rounds ended, the one with number 0 among them. 0 by default.
+        ended_rounds: How many rounds ended before the last one began, the one with number 0 among
+            them. 0 by default.
         small_files: The fingerprint of the small model's files; empty (default) if it has none.
         large_record: The SHA-256 of the large model's name in records; empty (default) if it has
             none.
@@ -66,6 +67,13 @@ class InterruptedRun:
     ended_rounds: int = 0
     small_files: str = ""
     large_record: str = ""
+
+    @property
+    def place(self) -> str:
+        """Where the training goes on, in words."""
+        if self.ended_rounds > self.best.round:
+            return f"with round {self.ended_rounds}"
+        return f"from round {self.best.round}, {self.best.epoch:g} epochs"
 
     @classmethod
     def from_report(cls, report: Mapping[str, Any]) -> InterruptedRun | None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from rich.segment import Segment
 from rich.style import Style
+from wcwidth import iter_graphemes
 
 from mlxroute.answers.document import (
     AnswerDocument,
@@ -100,13 +101,24 @@ def describe_decision(token: DocumentToken) -> str:
 def shorten_context(text: str) -> str:
     """Return the last whole words of a text as one line, after "…" if there are words before.
 
-    Text without spaces is cut between characters.
+    Text without spaces is cut between characters, as a reader sees them.
     """
     line = printable_line(text, limit=len(text) + 1)
     if len(line) <= _CONTEXT_CHARACTERS:
         return line
-    end = line[-_CONTEXT_CHARACTERS:]
-    return "…" + (end.partition(" ")[2] or end)
+    words = line[-_CONTEXT_CHARACTERS:].partition(" ")[2]
+    return "…" + (words or _last_characters(line))
+
+
+def _last_characters(line: str) -> str:
+    """Return the end of a line, without the rest of a joined character that does not fit."""
+    end, size = "", 0
+    for cluster in reversed(list(iter_graphemes(line[-4 * _CONTEXT_CHARACTERS :]))):
+        size += len(cluster)
+        if size > _CONTEXT_CHARACTERS:
+            break
+        end = cluster + end
+    return end
 
 
 def _describe_origin(document: AnswerDocument) -> str:

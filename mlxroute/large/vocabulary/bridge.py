@@ -165,10 +165,17 @@ class Bridge:
         ends = [
             math.exp(token.logprob)
             for token in top
-            if token.logprob is not None
-            and (self._reader.is_end(token) or self._shared_end_id(token) is not None)
+            if token.logprob is not None and (self._reader.is_end(token) or self._is_own_end(token))
         ]
         return math.log(sum(ends)) if sum(ends) > 0.0 else None
+
+    def _is_own_end(self, token: ReplyToken) -> bool:
+        """Return whether a token is one of the small vocabulary's end tokens, by id or by name."""
+        if self._shared_end_id(token) is not None:
+            return True
+        # Some servers name an alternative by its text alone.
+        names = {self._vocabulary.piece(eos_id) for eos_id in self._vocabulary.eos_ids}
+        return self._reader.is_special(token) and self._reader.name(token) in names
 
     def _shared_id(self, token: ReplyToken) -> int | None:
         """Return the token's id if the small vocabulary has the same token under it.

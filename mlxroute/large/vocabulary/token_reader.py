@@ -89,14 +89,14 @@ class TokenReader:
     def prompt_bytes(self, token: ReplyToken) -> bytes | None:
         """Return the bytes of a token in the text of a prompt: of its name if special."""
         if self.is_special(token):
-            return (self._name(token) or "").encode() or None
+            return (self.name(token) or "").encode() or None
         return self.text_bytes(token)
 
     def is_special(self, token: ReplyToken) -> bool:
         """Return whether a token is a control token, which is not text."""
         if (known := self._vocabulary_of(token)) is not None and token.token_id is not None:
             return not known.token_bytes(token.token_id)
-        name = self._name(token)
+        name = self.name(token)
         return name is not None and is_control_token(name)
 
     def ends(self, position: ReplyPosition) -> bool:
@@ -115,7 +115,8 @@ class TokenReader:
         piece = self._vocabulary.piece(token.token_id)
         return self._vocabulary if piece is not None and token.piece in (None, piece) else None
 
-    def _name(self, token: ReplyToken) -> str | None:
+    def name(self, token: ReplyToken) -> str | None:
+        """Return the token's entry in its vocabulary, else its text; None if both are unknown."""
         if token.piece is not None:
             return token.piece
         if (known := self._vocabulary_of(token)) is not None and token.token_id is not None:

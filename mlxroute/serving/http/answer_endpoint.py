@@ -209,7 +209,10 @@ class AnswerEndpoint(Closeable):
         try:
             future = threads.submit(work)
         except RuntimeError as exc:
-            raise SchedulerClosed from exc
+            # Else there are too many threads.
+            if self._is_closed:
+                raise SchedulerClosed from exc
+            raise
         task = asyncio.current_task()
         assert task is not None
         try:

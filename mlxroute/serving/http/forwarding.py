@@ -34,6 +34,7 @@ from mlxroute.serving.http.replies.event_stream import (
 )
 from mlxroute.serving.http.replies.forwarded_reply import read_choices, read_usage, reply_chunks
 from mlxroute.serving.http.replies.reply_forms import ID_HEADER, ReplyForm
+from mlxroute.serving.requests import SchedulerClosed
 from mlxroute.types import Uploads
 from mlxroute.view.figures import format_count
 
@@ -213,7 +214,9 @@ class _ForwardedChat:
 
 def _to_api_error(exc: Exception) -> ApiError:
     """Return what is replied for a failed request; a refusal of the server keeps its status."""
-    is_free = isinstance(exc, LargeError) and not exc.was_called
+    is_free = isinstance(exc, SchedulerClosed) or (
+        isinstance(exc, LargeError) and not exc.was_called
+    )
     error: Exception = exc
     if isinstance(exc, LargeRefused):
         is_free = exc.status == HTTPStatus.TOO_MANY_REQUESTS

@@ -266,6 +266,7 @@ def test_the_logprob_of_the_end_is_that_of_all_end_tokens(same_vocabulary: bool)
     ending = (
         ReplyToken(token_id=end_id, logprob=-1.0),
         ReplyToken(piece=small.piece(end_id), text="", logprob=-1.5),
+        ReplyToken(text=small.piece(end_id) or "", logprob=-3.0),
         ReplyToken(token_id=end_id),
     )
     others = (
@@ -279,6 +280,7 @@ def test_the_logprob_of_the_end_is_that_of_all_end_tokens(same_vocabulary: bool)
         assert bridged is not None
         return bridged.end_logprob
 
-    assert end_logprob(*others, *ending) == pytest.approx(math.log(math.exp(-1.0) + math.exp(-1.5)))
+    total = math.exp(-1.0) + math.exp(-1.5) + math.exp(-3.0)
+    assert end_logprob(*others, *ending) == pytest.approx(math.log(total))
     assert end_logprob(*others) is None
     assert end_logprob() is None

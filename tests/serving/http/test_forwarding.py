@@ -374,6 +374,7 @@ def test_a_request_in_the_queue_of_an_endpoint_that_closes_is_refused(
             may_end.set()
     assert response.status_code == (200 if is_stream else 503)
     assert "the endpoint is closing" in response.text
+    assert "x-should-retry" not in response.headers
     assert server.requests == []
 
 

@@ -113,8 +113,13 @@ class AnswerPanel {
       this.finish ??= answer.summary.finish_reason;
     }
     if (this.problem) this.#addProblem(this.problem.message);
-    for (const failure of this.summary?.failures ?? []) {
-      this.#addProblem(`At ${failure.positions ?? failure.count} positions the small model's token stays unchecked: ${failure.reason}.`);
+    // A document has one entry for failed calls and one for calls not made.
+    const positions = new Map();
+    for (const { reason, positions: count, count: documented } of this.summary?.failures ?? []) {
+      positions.set(reason, (positions.get(reason) ?? 0) + (count ?? documented));
+    }
+    for (const [reason, count] of positions) {
+      this.#addProblem(`At ${count} positions the small model's token stays unchecked: ${reason}.`);
     }
     if (!this.summary) return;
     if (this.isComplete) this.state.textContent = this.#describeEnd();
