@@ -349,6 +349,9 @@ class _Training:
         return False
 
     def _report(self) -> dict[str, Any]:
+        ended_by = self._ended_by or UNFINISHED[-1]
+        # Where to go on; a training that has ended does not.
+        place = {"ended_rounds": self._ended_rounds} if ended_by in UNFINISHED else {}
         return {
             **self._settings,
             "judged_by": "answers" if self._has_gold else "large model",
@@ -356,8 +359,8 @@ class _Training:
             "figures": [asdict(figures) for figures in self._figures],
             "kept": None if self._best is None else asdict(self._best),
             "corrections": self._corrections,
-            "ended_rounds": self._ended_rounds,
-            "ended_by": self._ended_by or UNFINISHED[-1],
+            **place,
+            "ended_by": ended_by,
             "seconds": round(time.monotonic() - self._began_s),
             "peak_memory_gb": round(mx.get_peak_memory() / 1e9, 2),
         }

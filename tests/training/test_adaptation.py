@@ -544,6 +544,7 @@ def test_an_interrupted_last_round_is_the_end(
         )
     assert second.best == first.best
     assert second.ended_by == second.report["ended_by"] == "epochs"
+    assert "ended_rounds" not in second.report
     assert [item["round"] for item in second.report["corrections"]] == [1]
 
 
