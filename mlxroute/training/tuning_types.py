@@ -71,8 +71,8 @@ class InterruptedRun:
     @property
     def place(self) -> str:
         """Where the training goes on, in words."""
-        if self.ended_rounds > self.best.round:
-            return f"with round {self.ended_rounds}"
+        if self.best.round or self.ended_rounds:
+            return f"after round {self.best.round}"
         return f"from round {self.best.round}, {self.best.epoch:g} epochs"
 
     @classmethod

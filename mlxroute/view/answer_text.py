@@ -118,7 +118,7 @@ def _last_characters(line: str) -> str:
         if size > _CONTEXT_CHARACTERS:
             break
         end = cluster + end
-    return end
+    return end or line[-_CONTEXT_CHARACTERS:]
 
 
 def _describe_origin(document: AnswerDocument) -> str:

@@ -515,11 +515,13 @@ def test_a_round_that_ended_before_an_interrupt_is_not_trained_again(
     assert [item.loss for item in second.figures[3:]] == [4.0, 3.0, 3.5]
     assert second.best == second.figures[4]
     assert second.ended_by == "epochs"
+    assert interrupted.place == "after round 0"
     # A report of an earlier version does not say what has ended.
     del report["ended_rounds"]
     earlier = InterruptedRun.from_report(report)
     assert earlier is not None
     assert (earlier.ended_rounds, len(earlier.figures)) == (0, 2)
+    assert earlier.place == "from round 0, 0.5 epochs"
 
 
 def test_an_interrupted_last_round_is_the_end(
@@ -531,7 +533,7 @@ def test_an_interrupted_last_round_is_the_end(
         folder = tmp_path / "a"
         first = adapt(small, folder, epochs=1, rounds=1, corrector=corrector)
         begun = [*first.report["corrections"], {"round": 2, "agreement": 1, "incomplete": 0}]
-        report = {**first.report, "ended_by": "interrupt", "corrections": begun}
+        report = {**first.report, "ended_by": "interrupt", "ended_rounds": 1, "corrections": begun}
         model, tokenizer = load(path, adapter=folder)
         second = adapt(
             SmallModel(model, tokenizer, name="tiny"),

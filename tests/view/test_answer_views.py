@@ -67,6 +67,7 @@ def test_the_text_before_a_token_is_kept_where_it_has_no_spaces() -> None:
     )
     family = "👩\u200d👩\u200d👧"
     assert shorten_context(20 * family) == "…" + 6 * family
+    assert shorten_context("e" + 40 * "\u0301") == "…" + 32 * "\u0301"
 
 
 def test_the_text_of_a_stopped_answer_says_that_it_was_stopped(document: AnswerDocument) -> None:
