@@ -32,6 +32,7 @@ _CHATS: dict[str, dict[str, Any]] = {
     "langchain": {"max_completion_tokens": 6, "temperature": 0.0, "stream": False},
     "langchain-stream": {"max_completion_tokens": 6, "stream": True, "stream_options": _USAGE},
     "lm-eval": {"max_tokens": 6, "temperature": 0.0, "stop": ["\n\nQuestion:"], "seed": 1234},
+    "lm-studio": {"max_tokens": -1, "temperature": 0.0, "stream": False},
 }
 _COMPLETIONS: dict[str, dict[str, Any]] = {
     "langchain": {
@@ -45,6 +46,7 @@ _COMPLETIONS: dict[str, dict[str, Any]] = {
         "temperature": 0.0,
         "top_p": 1,
     },
+    "llama.cpp": {"prompt": ["One, two,", "a b c"], "max_tokens": -1},
     "lm-eval": {
         "prompt": [[65, 66, 67], [68, 69]],
         "max_tokens": 5,

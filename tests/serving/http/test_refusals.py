@@ -189,7 +189,7 @@ def test_a_compressed_body_is_called_one(client: TestClient) -> None:
     assert response.status_code == 200
 
 
-@pytest.mark.parametrize("number", [-1, 0, 2**40])
+@pytest.mark.parametrize("number", [-2, 0, 2**40])
 def test_the_limits_of_a_chat_are_those_in_the_message(client: TestClient, number: int) -> None:
     for name in ("max_tokens", "max_completion_tokens"):
         error = error_of(client.post("/v1/chat/completions", json={**chat(), name: number}), 400)

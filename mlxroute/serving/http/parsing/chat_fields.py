@@ -8,13 +8,13 @@ from typing import Any, Final
 from mlxroute.serving.http.api_error import ApiError, wrong
 from mlxroute.serving.http.model_names import ModelNames
 from mlxroute.serving.http.parsing.common_fields import (
-    MAX_TOKENS,
     MAX_TOP_LOGPROBS,
     SCHEMA_FIELDS,
     TOOL_CHOICE_FIELDS,
     TOOL_FIELDS,
     AnswerFields,
     read_common,
+    read_limit,
     refuse_decoding,
     with_ignored,
 )
@@ -65,7 +65,7 @@ def read_chat(values: dict[str, Any], session: ServingSession, names: ModelNames
     """Return the fields of a chat completion. Raises ApiError, and ToolsNeeded."""
     fields = Fields(values)
     # Only a text completion may write nothing.
-    fields.integer("max_tokens", low=1, high=MAX_TOKENS)
+    read_limit(fields, "max_tokens", low=1)
     answer = read_common(fields, session, names)
     _check_tools(fields)
     top = fields.integer("top_logprobs", low=0, high=MAX_TOP_LOGPROBS)

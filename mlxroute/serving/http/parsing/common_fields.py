@@ -26,6 +26,7 @@ _MAX_STOPS: Final = 16
 MAX_TOKENS: Final = 2**31
 # What llama.cpp and its clients write for a seed that differs each time.
 _RANDOM_SEED: Final = -1
+_NO_LIMIT: Final = -1
 _ROUTED_ONLY: Final = ("budget", "threshold", "mode")
 _STREAM_ONLY: Final = ("stream_options", "events")
 _UNSUPPORTED: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
@@ -165,8 +166,8 @@ def with_ignored(answer: AnswerFields, fields: Fields) -> AnswerFields:
 
 
 def _read_options(fields: Fields, defaults: Options, mode: str | None) -> Options:
-    longest = fields.integer("max_completion_tokens", low=1, high=MAX_TOKENS)
-    shortest = fields.integer("max_tokens", low=0, high=MAX_TOKENS)
+    longest = read_limit(fields, "max_completion_tokens", low=1)
+    shortest = read_limit(fields, "max_tokens", low=0)
     max_tokens = longest or shortest
     temperature, top_p = fields.number("temperature"), fields.number("top_p")
     if temperature is not None and not 0 <= temperature <= 100:
@@ -188,6 +189,14 @@ def _read_options(fields: Fields, defaults: Options, mode: str | None) -> Option
         sampling=sampling,
         mode=defaults.mode if mode is None else Mode(mode),
     )
+
+
+def read_limit(fields: Fields, name: str, *, low: int) -> int | None:
+    """Return a maximum number of tokens, at least `low`; None for none. Raises ApiError."""
+    # What clients of local servers send for none.
+    if fields.take(name) == _NO_LIMIT:
+        return None
+    return fields.integer(name, low=low, high=MAX_TOKENS)
 
 
 def _read_seed(fields: Fields, default: int | None) -> int | None:
