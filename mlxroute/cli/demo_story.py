@@ -72,7 +72,7 @@ class Story:
 
     @property
     def has_large_failed(self) -> bool:
-        """Whether the large model failed; in the routed answer, it need not go on everywhere."""
+        """Whether the large model failed; `not continued` in the routed answer does not count."""
         kinds = {failure.kind for failure in self.routed.stats.failures}
         return bool(self.large.stats.failures) or bool(kinds - {_NOT_CONTINUED})
 

@@ -242,7 +242,7 @@ class Session:
             large, failure = connect_large(settings, self._ledger, err)
             self._change_models(self.small, large, settings, err)
         except BaseException:
-            # What went to the other server has not the prices of this one.
+            # What was sent to the other server is not charged at the prices of this one.
             self._earlier_uploads += self.uploads - uploads
             if large is not None:
                 large.close()

@@ -27,7 +27,7 @@ def read_client_keys(settings: Settings, environ: Mapping[str, str]) -> tuple[Se
 
     A file has one key per row; blank rows and rows that begin with `#` are ignored. Raises
     ConfigError if a variable or file has no key, for a key that not every client can send, that has
-    white space or is too short, and if others can read the file.
+    a space in it or is too short, and if others can read the file.
     """
     keys = []
     if settings.client_key_env is not None:

@@ -106,7 +106,7 @@ def use_own_end(token_id: int, vocabulary: Vocabulary) -> int:
 
 
 def _first_choices(large: LargeToken, vocabulary: Vocabulary) -> Choices:
-    """Return the first tokens of a large token and of its alternatives: of text, and the end."""
+    """Return the first tokens of a large token and of its alternatives, end tokens included."""
     probability = 0.0 if large.logprob is None else math.exp(large.logprob)
     if not probability or not large.top_bytes:
         return ()

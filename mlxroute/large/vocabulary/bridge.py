@@ -174,8 +174,9 @@ class Bridge:
         if self._shared_end_id(token) is not None:
             return True
         # Some servers name an alternative by its text alone.
-        names = {self._vocabulary.piece(eos_id) for eos_id in self._vocabulary.eos_ids}
-        return self._reader.is_special(token) and self._reader.name(token) in names
+        return self._reader.is_special(token) and self._reader.name(token) in map(
+            self._vocabulary.piece, self._vocabulary.eos_ids
+        )
 
     def _shared_id(self, token: ReplyToken) -> int | None:
         """Return the token's id if the small vocabulary has the same token under it.

@@ -209,7 +209,7 @@ class AnswerEndpoint(Closeable):
         try:
             future = threads.submit(work)
         except RuntimeError as exc:
-            # Else there are too many threads.
+            # Otherwise no thread could be started.
             if self._is_closed:
                 raise SchedulerClosed from exc
             raise
