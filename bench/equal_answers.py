@@ -91,6 +91,8 @@ def compare(done: dict[tuple[str, int, int], list[Any]], tolerance: float) -> di
         equal[name] = equal.get(name, 0) + is_equal
         if not is_equal:
             same_everywhere.discard(number)
+        if tokens is base:
+            continue
         for ours, theirs in zip(tokens, base, strict=False):
             if ours[2] and theirs[2]:
                 moved.append(abs(_gap(ours[2]) - _gap(theirs[2])))

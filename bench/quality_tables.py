@@ -77,13 +77,18 @@ def sets_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
                 f"{side['large_tokens_per_question']:.2f}",
                 f"{100 * side['escalation_rate']:.1f} %",
                 _share(value, (interval[0], interval[1])),
-                f"{100 * (value - low) / (high - low):.0f}" if high > low else "",
+                _share_of_gap(value, low, high),
                 f"{100 * (value - low):+.1f}, p {_p_text(p)}",
                 link,
             )
             lines.append(f"| {' | '.join(cells)} |")
             start, link = [""] * 4, ""
     return "\n".join(lines) + "\n"
+
+
+def _share_of_gap(value: float, low: float, high: float) -> str:
+    """Return the share of the gap from small to large model in percent; empty if there is none."""
+    return f"{100 * (value - low) / (high - low):.0f}" if high > low else ""
 
 
 def _p_against_small(report: Mapping[str, Any], name: str) -> float:
@@ -121,7 +126,7 @@ def quality_table(report: Mapping[str, Any], adapted: Mapping[str, Any] | None =
             f"{side['large_tokens_per_question']:.2f}",
             f"{100 * side['escalation_rate']:.1f} %",
             _share(lenient["accuracy"], lenient["interval"]),
-            "" if is_alone else f"{100 * (lenient['accuracy'] - low) / (high - low):.0f}",
+            _share_of_gap(lenient["accuracy"], low, high) if not is_alone else "",
             f"{100 * (1 - side['strict']['no_answer'] / count):.0f}",
             against,
         )

@@ -22,6 +22,7 @@ from mlxroute.engine import Answer, Experience, Options
 from mlxroute.engine.experience import BRANCH_ROWS
 from mlxroute.engine.protocols import LargeProtocol, SmallProtocol
 from mlxroute.engine.transcript import Transcript, render_prompt
+from mlxroute.errors import UsageError
 from mlxroute.large import LargeModel
 from mlxroute.routers import EntropyRouter
 from mlxroute.small import SmallModel
@@ -87,11 +88,18 @@ class _LatencyBench:
         for prompt in prompts:
             side = LatencySide(Mode.WAIT)
             self.small_only.add(*_answer(small, None, prompt, math.inf, side, grid.max_tokens))
-        self.step_s = statistics.median(
+        steps_s = [
             interval
             for tokens in self.small_only.tokens
             for interval in intervals([token.time_s for token in tokens])
-        )
+        ]
+        if not steps_s:
+            raise UsageError(
+                "the small model ends every answer after one token, so that no step can be timed;"
+                " use other prompts or another small model",
+                parameter="small",
+            )
+        self.step_s = statistics.median(steps_s)
         prompt_ids = small.encode_conversation(prompts[0]).ids
         small.prefill(prompt_ids)
         measured = small.measure_branch_cost(prompt_ids[-1], rows=BRANCH_ROWS)

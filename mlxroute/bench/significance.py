@@ -20,7 +20,7 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
     center = (share + z2 / (2 * count)) / (1 + z2 / count)
     half_width = _Z * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
     half_width /= 1 + z2 / count
-    return center - half_width, center + half_width
+    return max(0.0, center - half_width), min(1.0, center + half_width)
 
 
 def ratio_interval(
@@ -46,13 +46,18 @@ def ratio_interval(
     return (half_linear - root) / square, (half_linear + root) / square
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % interval of a mean, by the normal approximation; without width for one."""
+def mean_interval(
+    values: Sequence[float], *, low: float = -math.inf, high: float = math.inf
+) -> tuple[float, float]:
+    """Return the 95 % interval of a mean, by the normal approximation; without width for one value.
+
+    `low` and `high` are the least and the greatest value there can be; the interval ends there.
+    """
     center = fmean(values)
     if len(values) < _MIN_PAIRS:
         return center, center
     half_width = _Z * stdev(values) / math.sqrt(len(values))
-    return center - half_width, center + half_width
+    return max(low, center - half_width), min(high, center + half_width)
 
 
 def difference_interval(only_first: int, only_second: int, count: int) -> tuple[float, float]:
@@ -64,4 +69,5 @@ def difference_interval(only_first: int, only_second: int, count: int) -> tuple[
     total = count + 2
     first, second = (only_first + 1) / total, (only_second + 1) / total
     half_width = _Z * math.sqrt((first + second - (first - second) ** 2) / total)
-    return first - second - half_width, first - second + half_width
+    center = first - second
+    return max(-1.0, center - half_width), min(1.0, center + half_width)

@@ -16,6 +16,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 from mlxroute.bench.kernel_cost import kernel_form
 from mlxroute.bench.measurement import ratios, run_interleaved, spread, time_call
 from mlxroute.engine import generate
+from mlxroute.errors import UsageError
 from mlxroute.routers import EntropyRouter, never_escalate
 from mlxroute.small import SmallModel
 from mlxroute.small.kernels.packed_row import HEADER_SIZE, TOP_K
@@ -26,6 +27,8 @@ from mlxroute.types import Progress, no_progress
 CONTEXTS = (128, 512, 1024, 2048, 4096)
 VOCABULARIES = (8_192, 49_152, 151_936, 262_144)
 _CONTEXT_STEPS = 8
+# The first token follows the prompt; the others follow a decode step each.
+_MIN_TOKENS = 2
 _CONTEXT_ROUNDS = 5
 _MIB = 2**20
 
@@ -156,6 +159,12 @@ def _run_mlx_lm(small: SmallModel, prompt: str, max_tokens: int) -> SpeedRun:
 def _time_tokens(token_ids: Iterator[int], began_s: float) -> SpeedRun:
     """Return the timed tokens of an answer that began at `began_s` of the clock."""
     timed_ids = [(token_id, time.perf_counter() - began_s) for token_id in token_ids]
+    if len(timed_ids) < _MIN_TOKENS:
+        raise UsageError(
+            "the small model ends an answer after one token, so that no step can be timed; use"
+            " another small model",
+            parameter="small",
+        )
     ids, times_s = zip(*timed_ids, strict=True)
     return SpeedRun(ids, times_s, mx.get_peak_memory())
 

@@ -15,8 +15,9 @@ from mlxroute.recorded.recording_large import RecordingLarge
 from mlxroute.recorded.reply_records import ids_key
 from mlxroute.types import Message, Progress
 
-# A server that scores none of so many answers is asked for no more.
-_FIRST_TRIES: Final = 3
+# A server that scores no answer to so many questions is asked for no more. The answers to one
+# question often share the character that a server cannot score.
+_FIRST_QUESTIONS: Final = 3
 _LABEL: Final = "answers scored"
 
 
@@ -74,6 +75,7 @@ def score_answers(
     """
     results: list[AnswerScore | None] = []
     reasons: list[str] = []
+    failed_questions: set[str] = set()
     has_scored = False
     for number, (conversation, text) in enumerate(answers):
         progress(_LABEL, number, len(answers))
@@ -83,14 +85,16 @@ def score_answers(
         key = ids_key(answered.token_ids)
         score = scores.find(key) if ids else AnswerScore()
         has_scored = has_scored or (bool(ids) and score is not None)
-        if score is None and (has_scored or len(reasons) < _FIRST_TRIES):
+        if score is None and (has_scored or len(failed_questions) < _FIRST_QUESTIONS):
+            context = prompt.context()
             try:
-                logprobs = large.score(prompt.context(), answered)
+                logprobs = large.score(context, answered)
                 score = AnswerScore(sum(logprobs), len(logprobs))
                 scores.add(key, score)
                 has_scored = True
             except LargeProtocolError as exc:
                 reasons.append(str(exc))
+                failed_questions.add(ids_key(context.token_ids))
         results.append(score)
     progress(_LABEL, len(answers), len(answers))
     return results, reasons[0] if reasons else None

@@ -16,6 +16,7 @@ from mlxroute.bench.measurement import ratios, run_interleaved, spread
 from mlxroute.bench.speed import bench_speed
 from mlxroute.cli import main
 from mlxroute.cli.bench_report import write_report
+from mlxroute.errors import UsageError
 from mlxroute.small import SmallModel
 from mlxroute.small.kernels import graph_kernel
 from mlxroute.small.mlp_head import SIGNAL_COUNT, MlpHead
@@ -127,6 +128,12 @@ def test_bench_speed_ends_stdout_with_one_line_of_json(
     ]
     assert json.loads((tmp_path / "bench/results/speed-random.json").read_text()) == report
     assert "tokens_per_s" in captured.err
+
+
+def test_bench_speed_says_that_answers_of_one_token_cannot_be_timed(tmp_path: Path) -> None:
+    small = SmallModel(*load(make_tiny_model(tmp_path / "tiny")), name="tiny")
+    with pytest.raises(UsageError, match="ends an answer after one token"):
+        bench_speed(small, ["a"], pairs=1, max_tokens=1)
 
 
 @pytest.mark.usefixtures("short_speed_bench")

@@ -63,6 +63,13 @@ def test_the_shipped_report_is_joined_from_its_parts() -> None:
     assert {key: shipped[key] for key in joined} == joined
 
 
+def test_reports_without_right_answers_are_refused() -> None:
+    name = "quality-qwen2.5-coder-0.5b-questions-open.json"
+    report = json.loads((_RESULTS / name).read_text(encoding="utf-8"))
+    with pytest.raises(SystemExit, match="without right answers cannot be joined"):
+        join_reports(report, report)
+
+
 @pytest.mark.parametrize("key", ["large", "form", "tokens"])
 def test_reports_of_different_settings_are_refused(key: str) -> None:
     with pytest.raises(SystemExit, match=f"the reports differ in {key}"):

@@ -293,13 +293,27 @@ def test_answers_that_cannot_be_scored_are_counted(
     assert report["sides"]["small"]["by_large"]["token_logprob"] == -0.5
 
 
-def test_a_server_that_scores_nothing_is_asked_three_times_and_named(
+def test_answers_to_one_question_that_cannot_be_scored_do_not_end_the_scoring(
+    small: SmallModel, unanswered: list[Question], tmp_path: Path
+) -> None:
+    _, large = run(small, unanswered, tmp_path / "scored.jsonl")
+    refused = set(large.scores.texts[:3])
+    large = ScriptedLarge([(70,)])
+    large.scores.error = LargeProtocolError("no logprob here")
+    large.scores.failing = refused.__contains__
+    report, _ = run(small, unanswered, tmp_path / "r.jsonl", large=large)
+    assert report["sides"]["small"]["by_large"]["answers"] == len(unanswered) - 1
+    assert set(large.scores.texts) > refused
+
+
+def test_a_server_that_scores_nothing_is_asked_about_three_questions_and_named(
     small: SmallModel, unanswered: list[Question], tmp_path: Path
 ) -> None:
     large = ScriptedLarge([(70,)])
     large.scores.error = LargeProtocolError("no way to score")
     report, _ = run(small, unanswered, tmp_path / "r.jsonl", large=large)
-    assert len(large.scores.texts) == 3
+    # All three sides of two questions, and one of the third.
+    assert len(large.scores.texts) == 7
     assert [side["by_large"] for side in report["sides"].values()] == [None] * 3
     text = StringIO()
     print_quality(report, Console(file=text, width=200))

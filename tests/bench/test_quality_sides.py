@@ -221,6 +221,7 @@ def test_intervals_of_ratios_and_differences_have_known_values() -> None:
         ("yes", "no", 0.0),
         ("", "no", 0.0),
         ("", " .", 1.0),
+        ("It’s “blue” – really…", "its blue really", 1.0),
     ],
 )
 def test_the_f1_score_of_words(text: str, reference: str, expected: float) -> None:

@@ -18,6 +18,16 @@ from tests.support.tiny import make_tiny_model
 _SCRIPT = Path(__file__).parents[2] / "bench" / "equal_answers.py"
 
 
+def test_moved_logprobs_are_counted_where_answers_are_compared() -> None:
+    compare = runpy.run_path(str(_SCRIPT))["compare"]
+    base = [[7, "large", [["a", -0.5], ["b", -1.0]]]]
+    moved = [[7, "large", [["a", -0.5], ["b", -1.2]]]]
+    report = compare({("wait", 0, 0): base, ("hedge", 0, 0): moved}, 0.0)
+    assert report["equal_to_wait"] == {"wait, prefetch 0": 1, "hedge, prefetch 0": 1}
+    figures = {"positions": 1, "share_moved": 1.0, "median": 0.2, "p95": 0.2, "max": 0.2}
+    assert report["moved_gap_nats"] == figures
+
+
 def test_an_answer_whose_row_was_cut_off_is_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,19 @@ def test_nothing_is_sent_that_the_settings_keep_here(
         assert main([*command.split(), *arguments]) == 2
         assert server.requests == []
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_bench_latency_shows_worked_examples_before_the_built_in_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    examples = tmp_path / "examples.jsonl"
+    row = {"id": 0, "prompt": "When does Zebra ship?", "answer": "in May", "cot": "So in May."}
+    examples.write_text(json.dumps(row) + "\n")
+    monkeypatch.setenv("MLXROUTE_NEVER_SEND", "Zebra")
+    command = ["bench", "latency", "--large", "http://127.0.0.1:9/v1", "--shots", "1"]
+    assert main([*command, "--examples", str(examples)]) == 2
+    assert "matches never-send pattern 1" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.usefixtures("nothing_loads")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxroute.bench.significance import wilson_interval
+from mlxroute.bench.significance import difference_interval, mean_interval, wilson_interval
 from mlxroute.questions.grading import Grade, extract_answer, grade, is_outcome_known
 from mlxroute.questions.question_files import AnswerKind, Question
 from mlxroute.statistics import mcnemar_p
@@ -133,6 +135,16 @@ def test_punctuation_separates_words_unless_it_is_part_of_one(
     correct: str, text: str, lenient: bool
 ) -> None:
     assert grade(Question("q", "?", AnswerKind.TEXT, correct), text).lenient is lenient
+
+
+@pytest.mark.parametrize("count", [42, 47, 59, 78])
+def test_intervals_stay_within_what_is_possible(count: int) -> None:
+    for low, high in (wilson_interval(0, count), wilson_interval(count, count)):
+        assert 0.0 <= low < high <= 1.0
+        assert math.copysign(1.0, low) == 1.0
+    assert difference_interval(count, 0, count)[1] == 1.0
+    assert difference_interval(0, count, count)[0] == -1.0
+    assert mean_interval([1.0, 1.0, 1.0, 1.0, 0.5], low=0.0, high=1.0)[1] == 1.0
 
 
 def test_intervals_and_p_values_equal_published_ones() -> None:

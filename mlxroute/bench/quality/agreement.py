@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-import string
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final
@@ -12,22 +12,28 @@ from mlxroute.bench.quality.graded_answers import QualityRow
 from mlxroute.bench.significance import mean_interval
 from mlxroute.statistics import mcnemar_p
 
-_WITHOUT_PUNCTUATION: Final = str.maketrans("", "", string.punctuation)
+# The first letter of the Unicode categories of punctuation and symbols.
+_NOT_OF_WORDS: Final = frozenset("PS")
 
 
 def token_f1(text: str, reference: str) -> float:
     """Return the F1 score of the words of a text against those of a reference, from 0 to 1.
 
-    Words are compared without case and ASCII punctuation, as SQuAD does, and whatever their order.
-    Two empty texts agree.
+    Words are compared without case, punctuation and symbols, as SQuAD does, and whatever their
+    order. Words are what white space separates. Two empty texts agree.
     """
-    words, others = (
-        words.casefold().translate(_WITHOUT_PUNCTUATION).split() for words in (text, reference)
-    )
+    words, others = _words(text), _words(reference)
     if not words or not others:
         return float(words == others)
     shared = sum((Counter(words) & Counter(others)).values())
     return 2 * shared / (len(words) + len(others))
+
+
+def _words(text: str) -> list[str]:
+    letters = (
+        letter for letter in text.casefold() if unicodedata.category(letter)[0] not in _NOT_OF_WORDS
+    )
+    return "".join(letters).split()
 
 
 def f1_scores(rows: Sequence[QualityRow], large_rows: Sequence[QualityRow]) -> list[float]:
@@ -44,7 +50,7 @@ def agreement_figures(
     scores = f1_scores(rows, large_rows)
     return {
         "f1": round(statistics.fmean(scores), 4),
-        "interval": _rounded(mean_interval(scores)),
+        "interval": _rounded(mean_interval(scores, low=0.0, high=1.0)),
         "identical": sum(
             row.text == other.text for row, other in zip(rows, large_rows, strict=True)
         ),
@@ -63,7 +69,7 @@ def compare_agreement(
         "more_first": more_first,
         "more_second": more_second,
         "difference": round(statistics.fmean(differences), 4),
-        "interval": _rounded(mean_interval(differences)),
+        "interval": _rounded(mean_interval(differences, low=-1.0, high=1.0)),
         "p": float(f"{mcnemar_p(more_first, more_second):.3g}"),
     }
 

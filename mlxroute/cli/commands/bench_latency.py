@@ -140,8 +140,9 @@ def _read_conversations(
     )
 
     if data is None:
-        return [question_messages(Question(text, text)) for text in read_builtin_prompts()[:count]]
-    questions = sample_questions(read_questions(data), count)
+        questions = [Question(text, text) for text in read_builtin_prompts()[:count]]
+    else:
+        questions = sample_questions(read_questions(data), count)
     return [question_messages(question, examples) for question in questions]
 
 
