@@ -33,7 +33,6 @@ from mlxroute.config import (
 from mlxroute.conversation import Conversation
 from mlxroute.errors import UsageError
 from mlxroute.ledger import Ledger
-from mlxroute.safe_text import printable
 from mlxroute.types import (
     CallFailure,
     Message,
@@ -59,7 +58,6 @@ if TYPE_CHECKING:
 _PRICED_CALL_CEILING = 1.5
 # The same in every mode where the reply to each call repeats the end of the answer.
 _FRAMED_CALL_CEILING = 1.0
-_MAX_NAMES = 3
 _OFFLINE = "--offline: the small model answers alone"
 
 
@@ -92,6 +90,7 @@ class Session:
         connection_failure: str | None = None,
     ) -> None:
         from mlxroute.engine import Experience
+        from mlxroute.view.answer_warnings import AnswerWarnings
 
         self.small = small
         self.large = large
@@ -103,7 +102,7 @@ class Session:
         self._ledger = ledger
         self._catalog = catalog
         self._experience = Experience()
-        self._warning_kinds: set[str] = set()
+        self._warnings = AnswerWarnings()
         self._connection_failure = connection_failure
         # What went to servers before the present one, and what that cost.
         self._earlier_uploads = Uploads()
@@ -285,7 +284,7 @@ class Session:
         self.small, self.large, self.routing = small, large, routing
         self._settings = settings
         self._experience = Experience()
-        self._warning_kinds.clear()
+        self._warnings.clear()
 
     def call_ceiling(self, mode: Mode) -> float | None:
         """Return the limit on calls per escalated position in a mode; None for none."""
@@ -298,7 +297,8 @@ class Session:
 
     def warnings(self, stats: RunStats) -> list[str]:
         """Return the warnings about an answer, each kind once in a session."""
-        from mlxroute.view.figures import format_count, held_warning, neutralised_warning
+        from mlxroute.view.answer_warnings import common_warnings
+        from mlxroute.view.figures import format_count
 
         warnings = {}
         is_said = any(failure.reason == self._ledger.failure for failure in stats.failures)
@@ -307,16 +307,10 @@ class Session:
         if stats.withheld:
             withheld = format_count(stats.withheld, "position")
             warnings["withheld"] = f"{withheld} kept local by --never-send"
-        if self.large is not None and self.large.neutralised:
-            names = ", ".join(map(printable, self.large.neutralised[:_MAX_NAMES]))
-            warnings["neutralised"] = neutralised_warning(self.large.model_name, names)
-        if stats.held:
-            warnings["held"] = held_warning(self.small.name)
-        if stats.advice:
-            warnings["advice"] = stats.advice
-        new = [line for kind, line in warnings.items() if kind not in self._warning_kinds]
-        self._warning_kinds |= warnings.keys()
-        return new
+        warnings |= common_warnings(
+            stats, large=self.large, small_name=self.small.name, show_names=True
+        )
+        return self._warnings.new_lines(warnings)
 
     def describe(self) -> str:
         """Return one line about the models and which tokens the large one is asked for."""

@@ -50,16 +50,3 @@ def describe_answer_uploads(stats: RunStats) -> str:
         size_bytes=stats.uploaded_bytes,
         requests=stats.requests,
     )
-
-
-def held_warning(small: str) -> str:
-    """Return the warning about an answer whose decoding paused because nothing could be undone."""
-    return (
-        f"the KV cache of {small} cannot be rolled back at every length, so decoding sometimes"
-        " pauses during calls"
-    )
-
-
-def neutralised_warning(large: str, names: str) -> str:
-    """Return the warning about names of control tokens that the large model gets changed."""
-    return f"{large} would read {names} as control tokens, so it gets them with a space inside"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,8 @@ from mlxroute.serving.requests import AnswerRequest, QueueFull, SchedulerClosed
 from mlxroute.serving.scheduler import DEFAULT_CACHE_BYTES, AnswerScheduler
 from mlxroute.types import Message, Notify, RunStats, no_notice
 from mlxroute.types.limits import shown_value
-from mlxroute.view.figures import format_count, held_warning, neutralised_warning
+from mlxroute.view.answer_warnings import AnswerWarnings, common_warnings
+from mlxroute.view.figures import format_count
 
 _T = TypeVar("_T")
 
@@ -128,8 +128,7 @@ class AnswerEndpoint(Closeable):
         self.scorers = ThreadPoolExecutor(limits.max_running, "mlxroute-score")
         self._counts: Counter[str] = Counter()
         self._is_closed = False
-        self._warned: set[str] = set()
-        self._warn_lock = threading.Lock()
+        self._warnings = AnswerWarnings()
         self.scheduler = AnswerScheduler(
             session.small,
             session.large,
@@ -257,23 +256,13 @@ class AnswerEndpoint(Closeable):
 
     def log_warnings(self, stats: RunStats | None = None) -> None:
         """Log the warnings about an answer, each kind once; a forwarded one has no `stats`."""
-        for line in self._warnings(stats):
+        session = self.session
+        # The log has no text of the conversation.
+        warnings = common_warnings(
+            stats, large=session.large, small_name=session.small_name, show_names=False
+        )
+        for line in self._warnings.new_lines(warnings):
             self.notify(f"warning: {line}")
-
-    def _warnings(self, stats: RunStats | None) -> list[str]:
-        """Return the warnings about an answer that are new, without any of its text."""
-        session, warnings = self.session, {}
-        if session.large is not None and session.large.neutralised:
-            names = format_count(len(session.large.neutralised), "name")
-            warnings["neutralised"] = neutralised_warning(session.large.model_name, names)
-        if stats is not None and stats.held:
-            warnings["held"] = held_warning(session.small_name)
-        if stats is not None and stats.advice:
-            warnings["advice"] = stats.advice
-        with self._warn_lock:
-            new = [line for kind, line in warnings.items() if kind not in self._warned]
-            self._warned |= warnings.keys()
-        return new
 
 
 def _describe(role: ModelRole, stats: RunStats, *, has_failed: bool) -> str:
