@@ -11,12 +11,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from mlxroute.recorded.forward_only import ForwardOnlySmall
 from mlxroute.recorded.recording_large import RecordingStopped
 from mlxroute.serving.device_thread import DeviceThread
 from mlxroute.serving.prompts import ServedPrompt, encode_prompt
+from mlxroute.serving.requests import DEFAULT_CACHE_BYTES
 from mlxroute.serving.small_client import AnswerCancelled, SmallClient
 from mlxroute.small import SmallModel
 from mlxroute.types import (
@@ -31,7 +32,6 @@ from mlxroute.types import (
 )
 
 _T = TypeVar("_T")
-_CACHE_BYTES: Final = 1 << 30
 
 
 class ConcurrentAnswers:
@@ -116,7 +116,7 @@ class _PrefixTree:
     """
 
     def __init__(self, small: SmallModel) -> None:
-        self._device = DeviceThread(small, cache_bytes=_CACHE_BYTES)
+        self._device = DeviceThread(small, cache_bytes=DEFAULT_CACHE_BYTES)
         self._lock = threading.Lock()
         self._roots: dict[tuple[int, ...], _PrefixNode] = {}
         self._clients: list[SmallClient] = []

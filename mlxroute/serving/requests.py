@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from mlxroute.engine.options import Options
 from mlxroute.engine.protocols import LargeProtocol, RouterProtocol
 from mlxroute.errors import MlxRouteError
 from mlxroute.types import Event, Message, Signals
+
+DEFAULT_CACHE_BYTES: Final = 1 << 30
+"""Maximum memory of KV caches that are kept for later prompts, where nothing else is said."""
 
 
 class QueueFull(MlxRouteError):

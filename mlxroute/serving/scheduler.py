@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
 
 from mlxroute.closeable import Closeable
 from mlxroute.engine import Answer, Experience
@@ -15,15 +14,18 @@ from mlxroute.engine.protocols import LargeProtocol
 from mlxroute.routers import never_escalate
 from mlxroute.serving.device_thread import DeviceThread
 from mlxroute.serving.prompts import ServedPrompt, encode_prompt
-from mlxroute.serving.requests import AnswerRequest, QueueFull, SchedulerClosed, ScoredPrompt
+from mlxroute.serving.requests import (
+    DEFAULT_CACHE_BYTES,
+    AnswerRequest,
+    QueueFull,
+    SchedulerClosed,
+    ScoredPrompt,
+)
 from mlxroute.serving.running_answer import RunningAnswer
 from mlxroute.serving.small_client import SmallClient
 from mlxroute.serving.stoppable_large import StoppableLarge
 from mlxroute.small import SmallModel
 from mlxroute.types import Message
-
-DEFAULT_CACHE_BYTES: Final = 1 << 30
-"""Memory of KV caches that are kept for later prompts, where nothing else is said."""
 
 
 @dataclass(frozen=True, slots=True)

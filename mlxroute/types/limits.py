@@ -64,6 +64,7 @@ LIMITS: Final[Mapping[str, Limits]] = {
     "port": Limits("from 0 to 65535", lambda n: 0 <= n <= _MAX_PORT, integer=True),
     "max_running": Limits("at least 1", lambda n: n >= 1, integer=True),
     "max_queued": Limits("at least 0", lambda n: n >= 0, integer=True),
+    "cache_bytes": Limits("at least 0", lambda n: n >= 0, integer=True),
     "cache_memory": Limits("from 0 to 1000000 GB", lambda gb: 0 <= gb <= _MAX_GB),
     "price_input": _PRICE,
     "price_cached_input": _PRICE,

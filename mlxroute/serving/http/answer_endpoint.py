@@ -26,10 +26,15 @@ from mlxroute.serving.http.model_names import ModelNames, ModelRole
 from mlxroute.serving.http.parsing.common_fields import AnswerFields
 from mlxroute.serving.http.served_answer import ServedAnswer
 from mlxroute.serving.http.serving_session import ServingSession
-from mlxroute.serving.requests import AnswerRequest, QueueFull, SchedulerClosed
-from mlxroute.serving.scheduler import DEFAULT_CACHE_BYTES, AnswerScheduler
+from mlxroute.serving.requests import (
+    DEFAULT_CACHE_BYTES,
+    AnswerRequest,
+    QueueFull,
+    SchedulerClosed,
+)
+from mlxroute.serving.scheduler import AnswerScheduler
 from mlxroute.types import Message, Notify, RunStats, no_notice
-from mlxroute.types.limits import shown_value
+from mlxroute.types.limits import check_number, shown_value
 from mlxroute.view.answer_warnings import AnswerWarnings, common_warnings
 from mlxroute.view.figures import format_count
 
@@ -58,10 +63,8 @@ class ServingLimits:
 
     def __post_init__(self) -> None:
         """Raise UsageError for a value out of range; `tools` may be given by its name."""
-        for name, low in (("max_running", 1), ("max_queued", 0), ("cache_bytes", 0)):
-            if getattr(self, name) < low:
-                parameter = "cache_memory" if name == "cache_bytes" else name
-                raise UsageError(f"{parameter} must be at least {low}", parameter=parameter)
+        for name in ("max_running", "max_queued", "cache_bytes"):
+            check_number(name, getattr(self, name))
         try:
             object.__setattr__(self, "tools", ToolPolicyName(self.tools))
         except ValueError as exc:

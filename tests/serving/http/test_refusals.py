@@ -428,9 +428,17 @@ def test_an_endpoint_that_ends_says_so(small: SmallModel, path: str, body: dict[
     assert not lines
 
 
-def test_limits_are_checked() -> None:
-    with pytest.raises(Exception, match="max_running must be at least 1"):
-        ServingLimits(max_running=0)
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"max_running": 0}, "max_running must be at least 1, not 0"),
+        ({"max_queued": 1.5}, "max_queued must be an integer, not 1.5"),
+        ({"cache_bytes": -1}, "cache_bytes must be at least 0, not -1"),
+    ],
+)
+def test_limits_are_checked_under_their_own_names(limits: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=f"^{message}$"):
+        ServingLimits(**limits)
 
 
 _JSON = st.recursive(
