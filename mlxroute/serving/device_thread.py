@@ -274,7 +274,7 @@ class DeviceThread:
             if shared > max(length, self._min_prefix - 1) and other.sequence.is_divisible:
                 prefix, length = other.sequence.copy(shared), shared
         if prefix is not None:
-            client.sequence.small.decoder.load_cache(*prefix)
+            client.sequence.load(*prefix)
 
     def _prefill_must_wait(self) -> bool:
         if self._prefill_debt_s <= 0:
@@ -288,9 +288,7 @@ class DeviceThread:
         try:
             if (reused_ids := _next_part(parts)) is not None:
                 # Answers with the same prompt may begin before this one ends.
-                self.prefix_cache.add(
-                    client.sequence.small.decoder.cache.layers, client.sequence.ids
-                )
+                self.prefix_cache.add(client.sequence.layers, client.sequence.ids)
                 self._decoding.add(client)
                 self._reply(client, reused_ids)
         except Exception as exc:  # noqa: BLE001 - it is raised in the client's own thread

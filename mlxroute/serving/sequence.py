@@ -10,7 +10,7 @@ from mlxroute.small import SmallModel
 from mlxroute.types import Signals
 
 if TYPE_CHECKING:
-    from mlxroute.small.kv_cache import CacheCopy
+    from mlxroute.small.kv_cache import CacheLayers
     from mlxroute.small.row_batch import BatchRow, RowBatch
 
 
@@ -38,11 +38,16 @@ class DecodedSequence:
         return self.small.cached_ids if self.batch_row is None else self._ids
 
     @property
+    def layers(self) -> CacheLayers:
+        """The layers of the KV cache of its own; empty while the sequence is in the batch."""
+        return self._decoder.cache.layers
+
+    @property
     def is_divisible(self) -> bool:
         """Whether the KV cache can be cut and copied at any token."""
         return self.batch_row is not None or self._decoder.cache.is_divisible
 
-    def copy(self, count: int) -> tuple[CacheCopy, Sequence[int]]:
+    def copy(self, count: int) -> tuple[CacheLayers, Sequence[int]]:
         """Return a KV cache of the first `count` tokens, and their ids; requires `is_divisible`."""
         ids = self.ids[:count]
         if self.batch_row is not None:
@@ -54,6 +59,10 @@ class DecodedSequence:
         self.batch_row = None
         self._ids = []
 
+    def load(self, layers: CacheLayers, token_ids: Sequence[int]) -> None:
+        """Replace the KV cache of its own by one that holds `token_ids`."""
+        self._decoder.load_cache(layers, token_ids)
+
     def extend(self, token_ids: Sequence[int]) -> Signals:
         """Feed tokens as one row; return the signals after them."""
         self.leave_batch()
@@ -64,11 +73,10 @@ class DecodedSequence:
         """Whether the batch has room for the sequence and its next token."""
         if self.batch_row is not None:
             return self._batch.has_room_for_token(self.batch_row)
-        cache = self._decoder.cache
-        return self.is_divisible and self._batch.has_room(cache.layers, len(cache.token_ids) + 1)
+        return self.is_divisible and self._batch.has_room(self.layers, len(self.ids) + 1)
 
     def enter_batch(self) -> bool:
-        """Move into the batch, if it fits; return whether."""
+        """Move into the batch if it has room; return whether the sequence is in it now."""
         if not self.fits_batch:
             return False
         if self.batch_row is None:
@@ -94,7 +102,7 @@ class DecodedSequence:
             self._batch.trim(self.batch_row, count)
             del self._ids[len(self._ids) - count :]
 
-    def release(self) -> tuple[CacheCopy, list[int]] | None:
+    def release(self) -> tuple[CacheLayers, list[int]] | None:
         """Give up the KV cache; return it with its ids, or None if it cannot be used again."""
         try:
             self.leave_batch()

@@ -8,12 +8,12 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
 
-from mlxroute.small.kv_cache import CacheCopy
+from mlxroute.small.kv_cache import CacheLayers
 
 
 def continue_greedily(
     model: Any,
-    starts: Sequence[tuple[CacheCopy, int]],
+    starts: Sequence[tuple[CacheLayers, int]],
     *,
     max_tokens: Sequence[int],
     eos_ids: Iterable[int],

@@ -20,7 +20,7 @@ import mlx.core as mx
 from mlxroute.errors import UsageError
 from mlxroute.small.hidden_state import HiddenStateTap
 from mlxroute.small.kernels import select_kernel, unpack_signals
-from mlxroute.small.kv_cache import CLEAR_CACHE_EVERY, CacheCopy, SequenceCache, is_plain
+from mlxroute.small.kv_cache import CLEAR_CACHE_EVERY, CacheLayers, SequenceCache, is_plain
 from mlxroute.small.mlp_head import MlpHead, signal_features
 from mlxroute.small.model_args import find_argument
 from mlxroute.small.row_batch import RowBatch, can_build_rows
@@ -237,7 +237,7 @@ class Decoder:
                 " cannot be decoded in a batch"
             )
 
-    def take_cache(self) -> tuple[CacheCopy, list[int]]:
+    def take_cache(self) -> tuple[CacheLayers, list[int]]:
         """Give the KV cache and its ids away and continue with an empty one.
 
         Raises RollbackError as `SequenceCache.take`.
@@ -245,14 +245,14 @@ class Decoder:
         self._discard_queued()
         return self.cache.take()
 
-    def load_cache(self, layers: CacheCopy, token_ids: Sequence[int]) -> None:
+    def load_cache(self, layers: CacheLayers, token_ids: Sequence[int]) -> None:
         """Continue with a KV cache that holds `token_ids`."""
         self._discard_queued()
         self.cache.load(layers, token_ids)
 
     def continue_greedily(
         self,
-        starts: Sequence[tuple[CacheCopy, int]],
+        starts: Sequence[tuple[CacheLayers, int]],
         *,
         max_tokens: Sequence[int],
         eos_ids: frozenset[int],

@@ -19,8 +19,11 @@ from mlx_lm.models.cache import (
 from mlxroute.errors import RollbackError, UsageError
 from mlxroute.sequences import common_prefix_length
 
-CacheCopy = list[Any]
-"""Copies of KV cache layers, one per layer of the model, that later steps do not change."""
+CacheLayers = list[Any]
+"""KV cache layers, one for each layer of the model.
+
+Functions named copy or share return layers that later steps do not change.
+"""
 
 CLEAR_CACHE_EVERY = 256
 """Unused buffers of MLX are freed after so many steps, as in `mlx_lm`."""
@@ -48,7 +51,7 @@ class SequenceCache:
     def reset(self) -> None:
         """Empty the cache."""
         self._is_consistent = False
-        self.layers: list[Any] = make_prompt_cache(self._model)
+        self.layers: CacheLayers = make_prompt_cache(self._model)
         self.token_ids: list[int] = []
         self.batch_tails: list[list[int]] = []
         self._has_queued = False
@@ -67,11 +70,11 @@ class SequenceCache:
         """Whether there is one sequence, any leading part of which is a KV cache of its own."""
         return self._is_consistent and not self.batch_tails and is_plain(self.layers)
 
-    def share(self, count: int) -> CacheCopy:
+    def share(self, count: int) -> CacheLayers:
         """Return caches of the first `count` tokens, at no cost; requires `is_divisible`."""
         return share(self.layers, count)
 
-    def take(self) -> tuple[CacheCopy, list[int]]:
+    def take(self) -> tuple[CacheLayers, list[int]]:
         """Give the layers and their ids away and become empty.
 
         Raises RollbackError while there is a batch, and after an interrupt.
@@ -84,7 +87,7 @@ class SequenceCache:
         self.reset()
         return layers, token_ids
 
-    def load(self, layers: CacheCopy, token_ids: Sequence[int]) -> None:
+    def load(self, layers: CacheLayers, token_ids: Sequence[int]) -> None:
         """Become the owner of layers that hold `token_ids`."""
         self.reset()
         with self._change():
@@ -162,7 +165,7 @@ class SequenceCache:
         size: int = sum(layer.nbytes for layer in self.layers) // max(1, len(self.batch_tails))
         return max(1, min(_MAX_ROWS, _BATCH_BYTES // max(1, size)))
 
-    def copy(self, count: int) -> CacheCopy:
+    def copy(self, count: int) -> CacheLayers:
         """Return copies of the layers with their first `count` tokens, fit for a batch.
 
         Raises UsageError for caches that cannot be batched or cut there, RollbackError where the
@@ -248,7 +251,7 @@ def plain_cache(keys: mx.array, values: mx.array, count: int) -> KVCache:
     return layer
 
 
-def share(layers: Sequence[Any], count: int) -> CacheCopy:
+def share(layers: Sequence[Any], count: int) -> CacheLayers:
     """Return caches of the first `count` tokens of plain layers, at no cost.
 
     The next step on either side copies its own part.

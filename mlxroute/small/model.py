@@ -34,7 +34,7 @@ from mlxroute.weights import accept_any_size, resolve
 
 if TYPE_CHECKING:
     from mlxroute.small.decoder import Decoder, Head, ScoredText
-    from mlxroute.small.kv_cache import CacheCopy
+    from mlxroute.small.kv_cache import CacheLayers
     from mlxroute.small.mlp_head import MlpHead
 
 # As `mlx_lm.generate_step`, so that the same prompt rounds the same way.
@@ -280,7 +280,7 @@ class SmallModel:
             self._decoder.prefill(prompt_ids[reused:-1])
         return self._decoder.score_text((prompt_ids[-1], *answer_ids[:-1]), answer_ids)
 
-    def prefill_copy(self, prompt_ids: Sequence[int]) -> tuple[Signals, CacheCopy]:
+    def prefill_copy(self, prompt_ids: Sequence[int]) -> tuple[Signals, CacheLayers]:
         """Run a prompt; return the first position's signals and a copy of the KV cache.
 
         The copy is a start for `continue_greedily`. The KV cache keeps the prefix it shares with
@@ -293,7 +293,7 @@ class SmallModel:
         signals = self._decoder.extend_unqueued(prompt_ids[reused:])
         return signals, self.copy_cache(len(prompt_ids))
 
-    def copy_cache(self, count: int) -> CacheCopy:
+    def copy_cache(self, count: int) -> CacheLayers:
         """Return a copy of the KV cache's first `count` tokens.
 
         Raises UsageError for a cache that cannot be batched or cut there, RollbackError where it
@@ -313,7 +313,7 @@ class SmallModel:
         return self._decoder
 
     def continue_greedily(
-        self, starts: Sequence[tuple[CacheCopy, int]], *, max_tokens: Sequence[int]
+        self, starts: Sequence[tuple[CacheLayers, int]], *, max_tokens: Sequence[int]
     ) -> list[list[int]]:
         """Continue several sequences greedily in one batch.
 

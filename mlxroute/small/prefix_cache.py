@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from mlxroute.small.kv_cache import CacheCopy, is_plain, share
+from mlxroute.small.kv_cache import CacheLayers, is_plain, share
 
 MIN_PREFIX_TOKENS: Final = 16
 """Shorter prefixes are computed again faster than they are looked after."""
@@ -17,7 +17,7 @@ MIN_PREFIX_TOKENS: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    layers: CacheCopy
+    layers: CacheLayers
     token_ids: array[int]
     size_bytes: int
     # Whether a part of the layers from the start on is a KV cache of its own.
@@ -48,7 +48,7 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add(self, layers: CacheCopy, token_ids: Sequence[int]) -> None:
+    def add(self, layers: CacheLayers, token_ids: Sequence[int]) -> None:
         """Keep a KV cache that holds `token_ids`; drop those that it contains or displaces.
 
         Later changes of `layers` by their owner leave what is kept here as it is.
@@ -73,7 +73,7 @@ class PrefixCache:
         while self.size_bytes > self._max_bytes:
             self._remove(next(iter(self._entries)))
 
-    def find(self, token_ids: Sequence[int]) -> tuple[CacheCopy, Sequence[int]] | None:
+    def find(self, token_ids: Sequence[int]) -> tuple[CacheLayers, Sequence[int]] | None:
         """Return a KV cache of the longest kept prefix of `token_ids`, and its ids."""
         ids = array("q", token_ids)
         best_key, best_length = None, MIN_PREFIX_TOKENS - 1

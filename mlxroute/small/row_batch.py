@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
 from mlxroute.errors import RollbackError
-from mlxroute.small.kv_cache import CLEAR_CACHE_EVERY, CacheCopy, is_plain, plain_cache
+from mlxroute.small.kv_cache import CLEAR_CACHE_EVERY, CacheLayers, is_plain, plain_cache
 from mlxroute.small.row_sampler import RowSampler
 from mlxroute.types import Signals
 
@@ -151,7 +151,7 @@ class RowBatch:
             raise
         return row
 
-    def copy(self, row: BatchRow, count: int) -> CacheCopy:
+    def copy(self, row: BatchRow, count: int) -> CacheLayers:
         """Return a KV cache of the first `count` tokens of a row.
 
         Raises RollbackError for a row that was removed.
@@ -162,7 +162,7 @@ class RowBatch:
         mx.eval([(layer.keys, layer.values) for layer in copies])
         return copies
 
-    def leave(self, row: BatchRow) -> CacheCopy:
+    def leave(self, row: BatchRow) -> CacheLayers:
         """Remove a row; return its KV cache."""
         copies = self.copy(row, row.length)
         self.drop(row)

@@ -16,7 +16,7 @@ from typing import Final
 from mlxroute.errors import UsageError
 from mlxroute.sequences import chunks
 from mlxroute.small.decoder import Decoder
-from mlxroute.small.kv_cache import CacheCopy, is_plain
+from mlxroute.small.kv_cache import CacheLayers, is_plain
 from mlxroute.small.row_batch import BatchRow, RowBatch, count_rows_that_fit
 from mlxroute.types import Signals
 
@@ -37,7 +37,7 @@ class SampleStart:
         is_over: Tells from a continuation whether more tokens are of no use.
     """
 
-    layers: CacheCopy
+    layers: CacheLayers
     length: int
     token_id: int
     limit: int

@@ -28,7 +28,7 @@ from mlxroute.recorded.recording_large import RecordingLarge
 from mlxroute.sequences import chunks
 from mlxroute.small import SmallModel
 from mlxroute.small.decoder import ScoredText
-from mlxroute.small.kv_cache import CacheCopy
+from mlxroute.small.kv_cache import CacheLayers
 from mlxroute.training.tensor_files import write_tensors
 from mlxroute.types import LabelKind, Message, Progress, no_progress
 from mlxroute.untrusted_text import parse_json
@@ -191,7 +191,7 @@ class _Fork:
     answer_index: int
     prefix_ids: tuple[int, ...]
     token_id: int
-    cache: CacheCopy
+    cache: CacheLayers
 
 
 def _label(

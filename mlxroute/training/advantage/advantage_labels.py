@@ -26,7 +26,7 @@ from mlxroute.recorded.large_choices import WrittenAnswer, find_large_choices
 from mlxroute.recorded.recording_large import RecordingLarge
 from mlxroute.sequences import chunks
 from mlxroute.small import SmallModel
-from mlxroute.small.kv_cache import CacheCopy
+from mlxroute.small.kv_cache import CacheLayers
 from mlxroute.small.sampled_continuations import SampleStart, sample_continuations
 from mlxroute.training.advantage.routed_answers import (
     BudgetedRouter,
@@ -96,7 +96,7 @@ class _Branch:
     """
 
     item: JudgedQuestion
-    layers: CacheCopy
+    layers: CacheLayers
     prompt_length: int
     answer_ids: tuple[int, ...]
     token_ids: tuple[int, int]
