@@ -311,7 +311,7 @@ def _answer(
 ) -> tuple[RunStats, list[Token]]:
     """Write one answer from an empty KV cache; return its statistics and tokens."""
     if isinstance(small, SmallModel):
-        small.clear_cache()
+        small.reset_cache()
     answer = Answer(
         small,
         large,

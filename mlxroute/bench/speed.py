@@ -171,7 +171,7 @@ def _time_tokens(token_ids: Iterator[int], began_s: float) -> SpeedRun:
 
 def _reset(small: SmallModel) -> None:
     """Clear the KV cache, wait for the device, and reset its memory statistics."""
-    small.clear_cache()
+    small.reset_cache()
     mx.synchronize()
     mx.clear_cache()
     mx.reset_peak_memory()

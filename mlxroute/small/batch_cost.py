@@ -53,7 +53,7 @@ def measure_branch_cost(decoder: Decoder, token_id: int, *, rows: int) -> Branch
         batched.append(decoder.branch(parents, [next_id] * rows)[-1])
         batched_s.append(time.perf_counter() - began_s)
         parents = list(range(rows))
-    decoder.select(0)
+    decoder.cache.select(0)
     decoder.rollback(_STEPS)
     rounding = RoundingBound()
     for a, b in zip(single, batched, strict=True):

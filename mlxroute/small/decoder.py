@@ -109,7 +109,7 @@ class Decoder:
         self.sampler = None if sampling.is_greedy else RowSampler(sampling)
         return self.cache.keep_common_prefix(prompt_ids)
 
-    def clear(self) -> None:
+    def reset_cache(self) -> None:
         """Empty the KV cache."""
         self._queued, self._queued_id = None, None
         self.cache.reset()
@@ -157,7 +157,7 @@ class Decoder:
             (values,) = cast("list[list[float]]", outputs.packed.tolist())
         except Exception:
             # The layers hold what was never computed: memory or the device failed.
-            self.clear()
+            self.reset_cache()
             raise
         signals = unpack_signals(values, has_head=self._head is not None)
         self._queued_id = signals.token_id
@@ -198,10 +198,6 @@ class Decoder:
         with self.cache.record_batch_pass(parents, token_ids):
             signals = self.compute_signals(mx.array(list(token_ids))[:, None], self.cache.layers)
         return signals
-
-    def select(self, row: int) -> None:
-        """End the batch and continue with one of its rows."""
-        self.cache.select(row)
 
     def compute_signals(
         self,

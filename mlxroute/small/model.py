@@ -309,7 +309,10 @@ class SmallModel:
 
     @property
     def decoder(self) -> Decoder:
-        """The decode steps and the KV cache, for code that decodes several sequences."""
+        """The decoder, for code that decodes several sequences.
+
+        Everything else uses the methods of this class.
+        """
         return self._decoder
 
     def continue_greedily(
@@ -355,15 +358,15 @@ class SmallModel:
 
     def select(self, row: int) -> None:
         """End the batch and continue with one of its rows; without a batch do nothing."""
-        self._decoder.select(row)
+        self._decoder.cache.select(row)
 
     def rollback(self, count: int) -> None:
         """Remove the last `count` tokens from the KV cache. Raises RollbackError."""
         self._decoder.rollback(count)
 
-    def clear_cache(self) -> None:
+    def reset_cache(self) -> None:
         """Empty the KV cache, whether or not it can be rolled back."""
-        self._decoder.clear()
+        self._decoder.reset_cache()
 
     def load_head(self, path: Path) -> tuple[float, ...]:
         """Evaluate a head from a file from now on; return its scores at evenly spaced ranks.
