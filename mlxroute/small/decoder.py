@@ -69,6 +69,13 @@ class ScoredText:
     features: mx.array
 
 
+@dataclass(slots=True)
+class _RowSupport:
+    """Whether a model decodes rows of different lengths; None until that is known."""
+
+    is_supported: bool | None = None
+
+
 class Decoder:
     """A model, its KV cache and the forward pass queued behind the last step.
 
@@ -86,8 +93,7 @@ class Decoder:
         self._kernel = select_kernel(kernel, notify=notify)
         self._head: Head | None = None
         self._tap = HiddenStateTap(model)
-        # Whether the model decodes rows of different lengths, once known; copies share it.
-        self._row_findings: list[bool] = []
+        self._row_support = _RowSupport()  # Shared with copies.
         self._reset()
 
     def _reset(self) -> None:
@@ -221,9 +227,10 @@ class Decoder:
         """Return whether sequences with cache layers like these can be rows of a batch."""
         if not is_plain(layers):
             return False
-        if not self._row_findings:
-            self._row_findings.append(can_build_rows(self._build_pass, layers))
-        return self._row_findings[0]
+        support = self._row_support
+        if support.is_supported is None:
+            support.is_supported = can_build_rows(self._build_pass, layers)
+        return support.is_supported
 
     def check_rows(self, layers: Sequence[Any]) -> None:
         """Raise UsageError for a model whose plain caches cannot be rows of different lengths."""
