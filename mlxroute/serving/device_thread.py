@@ -52,6 +52,8 @@ class DeviceThread:
         cache_bytes: Greatest memory of KV caches that are kept for later prompts.
 
     Attributes:
+        small: As given.
+        prefix_cache: KV caches of ended sequences and of prompts, for later prompts.
         steps: Forward passes of decoding so far, of the batch or of one row.
         batched_tokens: Tokens that steps of the batch fed.
         single_tokens: Tokens that steps of one row fed.
@@ -73,11 +75,11 @@ class DeviceThread:
         self._prefills: dict[SmallClient, Generator[None, None, int]] = {}
         # Clients whose prompt is read.
         self._decoding: set[SmallClient] = set()
-        # Those who compute on their own and will ask for a step soon.
+        # Requesters between steps, which a step waits for.
         self._awaited: set[object] = set()
         self._step_s = 0.0
         self._grace_ends_s = 0.0
-        # Until when prompts wait for those who compute on their own.
+        # Until when prompts wait for requesters between steps.
         self._prefill_grace_ends_s = 0.0
         # Seconds of decoding that prompts owe to the other answers.
         self._prefill_debt_s = 0.0
@@ -138,7 +140,7 @@ class DeviceThread:
         self._inbox.put(None)
 
     def set_awaited(self, requester: object, is_awaited: bool) -> None:
-        """Say whether somebody computes on his own and will ask for a step soon."""
+        """Mark whether a requester is between steps and will ask for the next one soon."""
         if is_awaited:
             self._await(requester)
         elif requester in self._awaited:
@@ -184,8 +186,8 @@ class DeviceThread:
 
     def _take_turn(self) -> None:
         for client, request in list(self._requests.items()):
-            if client.end is not None and not isinstance(request, Release):
-                self._reply(client, client.end)
+            if client.cancellation is not None and not isinstance(request, Release):
+                self._reply(client, client.cancellation)
             elif isinstance(request, Invoke):
                 self._attempt(client, request.function)
             elif isinstance(request, Release):

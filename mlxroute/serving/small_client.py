@@ -88,7 +88,7 @@ class Device(Protocol):
         ...
 
     def set_awaited(self, requester: object, is_awaited: bool) -> None:
-        """Say whether somebody computes on his own and will ask for a step soon."""
+        """Mark whether a requester is between steps and will ask for the next one soon."""
         ...
 
 
@@ -102,12 +102,12 @@ class SmallClient:
         is_exact: Whether no KV cache of an earlier answer may be used, and the rounding of batches
             matters. With a temperature, the answer is then in no batch.
         on_progress: Receives how many tokens of the prompt are read, and how many there are.
-        requester: Who is going to ask for the next step after a reply; None for the client itself.
+        requester: What asks for the next step after a reply; None for the client itself.
 
     Attributes:
         replies: Receives the reply to each request, or an exception to raise.
         requester: As given.
-        end: What the answer's requests raise once it has been cancelled; None before.
+        cancellation: What the answer's requests raise once it is cancelled; None before.
         was_batched: Whether a batch fed some of the latest tokens.
     """
 
@@ -126,7 +126,7 @@ class SmallClient:
         self.prompt = prompt
         self.is_exact = is_exact
         self.replies: SimpleQueue[Any] = SimpleQueue()
-        self.end: Exception | None = None
+        self.cancellation: Exception | None = None
         self.was_batched = False
         # Whether the answer stays out of the batch.
         self._is_unbatched = False
@@ -136,20 +136,20 @@ class SmallClient:
     @property
     def is_cancelled(self) -> bool:
         """Whether the answer was cancelled."""
-        return self.end is not None
+        return self.cancellation is not None
 
     def cancel(self, failure: Exception | None = None) -> None:
         """Make the next request of the answer, or the present one, raise `failure`.
 
         By default that is AnswerCancelled.
         """
-        self.end = AnswerCancelled() if failure is None else failure
+        self.cancellation = AnswerCancelled() if failure is None else failure
         self._device.wake()
 
     def check_cancelled(self) -> None:
         """Raise AnswerCancelled if the answer was cancelled, or the failure that ended it."""
-        if self.end is not None:
-            raise self.end
+        if self.cancellation is not None:
+            raise self.cancellation
 
     @contextmanager
     def blocked(self) -> Iterator[None]:
@@ -204,7 +204,8 @@ class SmallClient:
 
     @property
     def batch_tails(self) -> Sequence[Sequence[int]]:
-        return () if self.sequence.batch_row else self.sequence.small.batch_tails
+        is_batched = self.sequence.batch_row is not None
+        return () if is_batched else self.sequence.small.batch_tails
 
     def prefill(
         self, prompt_ids: Sequence[int], *, sampling: Sampling, progress: Progress

@@ -110,6 +110,7 @@ class AnswerEndpoint(Closeable):
         session: As given.
         limits: As given.
         names: The ids of the models.
+        scheduler: The queue of the answers, and the threads that write them.
         store: The documents of the latest answers.
         metrics: The figures of the endpoint.
         notify: As given.
