@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mlxroute.engine import Options
 
 Bytes = bytes
-"""The type, where a field has its name."""
+"""Alias of bytes, for the class with a field named bytes."""
 
 FORMAT = "mlxroute answer"
 VERSION = 1

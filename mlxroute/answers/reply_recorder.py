@@ -15,7 +15,7 @@ class ReplyRecorder:
 
     def __init__(self, large: NamedLargeProtocol) -> None:
         self._large = large
-        self._calls: list[_RecordedCall] = []
+        self._calls: list[_RecordingCall] = []
 
     @property
     def model_name(self) -> str:
@@ -37,7 +37,7 @@ class ReplyRecorder:
         self, context: LargeContext, *, deadline_s: float, prefetch: int
     ) -> PendingCallProtocol:
         pending = self._large.begin(context, deadline_s=deadline_s, prefetch=prefetch)
-        call = _RecordedCall(pending, context.token_ids)
+        call = _RecordingCall(pending, context.token_ids)
         self._calls.append(call)
         return call
 
@@ -58,8 +58,8 @@ class ReplyRecorder:
         return tuple(replies)
 
 
-class _RecordedCall:
-    """A call that keeps the longest result that was read, and the ids it was made after."""
+class _RecordingCall:
+    """A call that keeps the last result that was read, and the ids before it."""
 
     def __init__(self, pending: PendingCallProtocol, token_ids: Sequence[int]) -> None:
         self._pending = pending

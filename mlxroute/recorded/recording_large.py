@@ -259,7 +259,7 @@ class RecordedLargeView:
     ) -> PendingCallProtocol:
         tokens = self._large.replies.find_tokens(context.token_ids, prefetch + 1)
         if tokens:
-            return _RecordedCall(self, context, tokens)
+            return _ReplayedCall(self, context, tokens)
         with self._blocked():
             call = self._large.begin(context, deadline_s=deadline_s, prefetch=prefetch)
         return _RecordingCall(self, self._large, context, call)
@@ -275,7 +275,7 @@ class RecordedLargeView:
         self.uploads += Uploads.of_call(context, tokens)
 
 
-class _RecordedCall:
+class _ReplayedCall:
     """A call whose tokens are recorded: it is finished from the start."""
 
     ready = finished = True
