@@ -10,12 +10,12 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final
 
 from mlxroute.bench.delayed_server import DELAYS, DelayedServer
 from mlxroute.bench.latency_figures import point_figures, side_figures
-from mlxroute.bench.latency_sides import SIDES, LatencySide, SideAnswers
+from mlxroute.bench.latency_sides import SIDES, LatencyGrid, LatencySide, SideAnswers
 from mlxroute.bench.measurement import run_interleaved
 from mlxroute.bench.virtual_models import OutputCache, VirtualClock, VirtualLarge, VirtualSmall
 from mlxroute.engine import Answer, Experience, Options
@@ -43,25 +43,6 @@ _LONG_PREFETCH: Final = 32
 _TIMEOUT_S: Final = 3600.0
 
 
-@dataclass(frozen=True, slots=True)
-class LatencyGrid:
-    """The points of a run: each call time with each escalation rate.
-
-    Args:
-        max_tokens: Maximum length of an answer.
-        ratios: Call times, in decode steps.
-        rates: Shares of escalated positions.
-        delay: Distribution of the call time, a name of `DELAYS`.
-        measure: Whether to measure. If not, the report has the simulation alone. True by default.
-    """
-
-    max_tokens: int
-    ratios: Sequence[float]
-    rates: Sequence[float]
-    delay: str
-    measure: bool = True
-
-
 class _LatencyBench:
     """The pair of models, with the measurements that precede the first point."""
 
@@ -72,6 +53,7 @@ class _LatencyBench:
         server: DelayedServer,
         prompts: Sequence[Sequence[Message]],
         grid: LatencyGrid,
+        *,
         large_step_s: float,
         progress: Progress,
     ) -> None:
@@ -87,7 +69,16 @@ class _LatencyBench:
         self.small_only = SideAnswers()
         for prompt in prompts:
             side = LatencySide(Mode.WAIT)
-            self.small_only.add(*_answer(small, None, prompt, math.inf, side, grid.max_tokens))
+            self.small_only.add(
+                *_answer(
+                    small,
+                    None,
+                    prompt,
+                    threshold=math.inf,
+                    side=side,
+                    max_tokens=grid.max_tokens,
+                )
+            )
         steps_s = [
             interval
             for tokens in self.small_only.tokens
@@ -146,10 +137,10 @@ class _LatencyBench:
                     self._small,
                     self._large,
                     self._prompts[index],
-                    threshold,
-                    SIDES[name],
-                    self._grid.max_tokens,
-                    sides[name].experience,
+                    threshold=threshold,
+                    side=SIDES[name],
+                    max_tokens=self._grid.max_tokens,
+                    experience=sides[name].experience,
                 )
                 sides[name].add(run, tokens)
                 self._count_answer()
@@ -183,11 +174,11 @@ class _LatencyBench:
                     small,
                     large,
                     prompt,
-                    threshold,
-                    SIDES[name],
-                    self._grid.max_tokens,
-                    answers.experience,
-                    clock,
+                    threshold=threshold,
+                    side=SIDES[name],
+                    max_tokens=self._grid.max_tokens,
+                    experience=answers.experience,
+                    clock=clock,
                 )
                 answers.add(run, tokens)
                 self._count_answer()
@@ -231,7 +222,9 @@ def bench_latency(
         large_step_s: Seconds per token of a call for several tokens.
         progress: Receives the number of answers so far.
     """
-    bench = _LatencyBench(small, large, server, prompts, grid, large_step_s, progress)
+    bench = _LatencyBench(
+        small, large, server, prompts, grid, large_step_s=large_step_s, progress=progress
+    )
     points = [
         bench.report_point(rate, threshold, ratio)
         for rate, threshold in bench.compute_thresholds().items()
@@ -303,6 +296,7 @@ def _answer(
     small: SmallProtocol,
     large: LargeProtocol | None,
     prompt: Sequence[Message],
+    *,
     threshold: float,
     side: LatencySide,
     max_tokens: int,

@@ -1,13 +1,33 @@
-"""The settings that `bench latency` compares, and the answers with each."""
+"""The points and the settings that `bench latency` compares, and the answers with each."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from mlxroute.engine import Experience
 from mlxroute.engine.governor import PREFETCH_TOKENS
 from mlxroute.types import Mode, RunStats, Token
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyGrid:
+    """The points of a run: each call time with each escalation rate.
+
+    Args:
+        max_tokens: Maximum length of an answer.
+        ratios: Call times, in decode steps.
+        rates: Shares of escalated positions.
+        delay: Distribution of the call time, a name of `DELAYS`.
+        measure: Whether to measure. If not, the report has the simulation alone. True by default.
+    """
+
+    max_tokens: int
+    ratios: Sequence[float]
+    rates: Sequence[float]
+    delay: str
+    measure: bool = True
 
 
 @dataclass(frozen=True, slots=True)

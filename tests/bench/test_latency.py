@@ -13,8 +13,8 @@ import pytest
 from mlxroute.backend.load import load
 from mlxroute.bench import latency
 from mlxroute.bench.delayed_server import DelayedServer
-from mlxroute.bench.latency import LatencyGrid, bench_latency, measure_large_step_s
-from mlxroute.bench.latency_sides import SIDES
+from mlxroute.bench.latency import bench_latency, measure_large_step_s
+from mlxroute.bench.latency_sides import SIDES, LatencyGrid
 from mlxroute.large import LargeModel
 from mlxroute.small import SmallModel
 from tests.support.scripted_models import FakeClock, ScriptedLarge, ScriptedSmall

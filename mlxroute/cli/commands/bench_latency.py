@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from mlxroute.bench.latency_sides import LatencyGrid
     from mlxroute.questions.question_files import Question
     from mlxroute.small import SmallModel
 
@@ -87,13 +88,20 @@ def latency(
     save: Save = False,
 ) -> int:
     """Compare the speed of all modes at set call times."""
+    from mlxroute.bench.latency_sides import LatencyGrid
     from mlxroute.cli.bench_report import check_plot_option, check_save_option, write_report
     from mlxroute.cli.large_setup import check_sendable, require_large
     from mlxroute.cli.terminal import make_consoles
     from mlxroute.questions.question_files import read_worked_examples
 
     address = require_large(settings, "bench latency")
-    grid = _GridOptions(tokens, ratio or _RATIOS, rate or _RATES, delay, measure=not play)
+    grid = LatencyGrid(
+        max_tokens=tokens,
+        ratios=ratio or _RATIOS,
+        rates=rate or _RATES,
+        delay=delay,
+        measure=not play,
+    )
     is_valid = all(0 < share < 1 for share in grid.rates)
     if not is_valid or not all(0 < steps < math.inf for steps in grid.ratios):
         raise UsageError("--rate must be between 0 and 1, and --ratio above 0 and finite")
@@ -114,17 +122,6 @@ def latency(
 
         draw_latency(report, plot)
     return code
-
-
-@dataclass(frozen=True, slots=True)
-class _GridOptions:
-    """The arguments of `bench.latency.LatencyGrid`, whose import loads MLX."""
-
-    tokens: int
-    ratios: Sequence[float]
-    rates: Sequence[float]
-    delay: str
-    measure: bool
 
 
 def _read_conversations(
@@ -150,7 +147,7 @@ def _measure(
     settings: Settings,
     address: str,
     conversations: list[list[Message]],
-    options: _GridOptions,
+    grid: LatencyGrid,
     err: Console,
 ) -> dict[str, Any]:
     """Run the grid of call times and escalation rates on a proxy that delays the replies."""
@@ -160,11 +157,8 @@ def _measure(
 
     small, large_name, large_step_s = _measure_large(settings, address, conversations, err)
     from mlxroute.bench.delayed_server import DelayedServer
-    from mlxroute.bench.latency import LatencyGrid, bench_latency
+    from mlxroute.bench.latency import bench_latency
 
-    grid = LatencyGrid(
-        options.tokens, options.ratios, options.rates, options.delay, measure=options.measure
-    )
     record = record_path(settings, "latency", small.name, large_name)
     settings = replace(settings, timeout=_CALL_TIMEOUT_S)
     key = find_key(settings, address)
