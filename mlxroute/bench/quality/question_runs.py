@@ -85,7 +85,16 @@ def bench_quality(  # noqa: PLR0913 - all of these are settings of one run
     answer are judged by agreement with the large model, and with `scores` also by its logprobs of
     the answers; scores in the file are not asked for again.
     """
-    bench = _QualityBench(small, large, examples, ranks, max_tokens, step_s, results, accept_within)
+    bench = _QualityBench(
+        small,
+        large,
+        examples=examples,
+        ranks=ranks,
+        max_tokens=max_tokens,
+        step_s=step_s,
+        results=results,
+        accept_within=accept_within,
+    )
     rows = bench.answer_all(questions, sides, chats, progress)
     has_answers = all(question.answer is not None for question in questions)
     pairs = compare or pair_with_best_baseline(sides, rows, has_answers=has_answers)

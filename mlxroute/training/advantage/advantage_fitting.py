@@ -140,7 +140,12 @@ class AdvantageTraining:
 
     def _label(self, questions: Sequence[JudgedQuestion]) -> list[AdvantageLabels]:
         labeller = AdvantageLabeller(
-            self.small, self.large, self.router, self.max_tokens, self.folder, self.at_once
+            self.small,
+            self.large,
+            self.router,
+            max_tokens=self.max_tokens,
+            folder=self.folder,
+            at_once=self.at_once,
         )
         labels = labeller.label(questions, progress=self.progress)
         # A server that cannot continue an answer at all leaves no position.
