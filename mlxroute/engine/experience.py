@@ -12,14 +12,14 @@ from mlxroute.types import BranchCost, LargeToken, Signals
 # Branches of a position, the small model's own choice included.
 BRANCH_ROWS: Final = 4
 # Prior weight, in observations, of a slowdown of 1.0.
-SLOWDOWN_PRIOR: Final = 3
+_SLOWDOWN_PRIOR: Final = 3
 # Cores that other processes may use, beyond those that decoding leaves idle.
 _BACKGROUND_CORES: Final = 0.3
 # Calls that decoding waits for after calls slowed its steps.
 _PAUSE_CALLS: Final = 128
 # Least weight of a new observation; the second is that of committed positions, which are frequent.
-_WEIGHT: Final = 0.05
-_POSITION_WEIGHT: Final = 0.005
+_MIN_WEIGHT: Final = 0.05
+_MIN_POSITION_WEIGHT: Final = 0.005
 
 
 @dataclass(slots=True)
@@ -32,7 +32,7 @@ class MovingAverage:
 
     value: float
     count: int = 0
-    weight: float = _WEIGHT
+    weight: float = _MIN_WEIGHT
 
     def add(self, value: float) -> None:
         """Add an observation."""
@@ -64,14 +64,14 @@ class Experience:
             prefetch.
         branch_cost: Times of a step of one row and of a batch; None until measured.
         answered_calls: Calls that returned a token.
-        started_calls: All calls, also those for positions that were never reached, but for those
-            that turned out not to be made.
+        started_calls: Calls started, including those for positions never reached; calls that were
+            not made in the end are subtracted.
         escalated_positions: Committed positions that were escalated.
         calls_prefetch: Whether the last answered call could return more than one token.
         busy_cores: Cores that other processes use while decoding waits for a call to this machine.
         step_cores: Cores that this process uses in a decode step.
         pauses: How often calls to this machine slowed decode steps far beyond their usual time.
-        pause_end: The number of answered calls until which decoding waits for them therefore.
+        pause_end: Value of `answered_calls` at which the pause after slowed steps ends.
         advice_was_given: Whether the session's advice to use the large model alone was given.
     """
 
@@ -79,12 +79,16 @@ class Experience:
     call_s: MovingAverage = field(default_factory=lambda: MovingAverage(0.0))
     prefetch_call_s: MovingAverage = field(default_factory=lambda: MovingAverage(0.0))
     large_step_s: MovingAverage = field(default_factory=lambda: MovingAverage(0.0))
-    step_slowdown: MovingAverage = field(default_factory=lambda: MovingAverage(1.0, SLOWDOWN_PRIOR))
-    call_slowdown: MovingAverage = field(default_factory=lambda: MovingAverage(1.0, SLOWDOWN_PRIOR))
+    step_slowdown: MovingAverage = field(
+        default_factory=lambda: MovingAverage(1.0, _SLOWDOWN_PRIOR)
+    )
+    call_slowdown: MovingAverage = field(
+        default_factory=lambda: MovingAverage(1.0, _SLOWDOWN_PRIOR)
+    )
     agreement: MovingAverage = field(default_factory=lambda: MovingAverage(0.4, 5))
     coverage: MovingAverage = field(default_factory=lambda: MovingAverage(0.75, 5))
     escalation_rate: MovingAverage = field(
-        default_factory=lambda: MovingAverage(0.07, 30, _POSITION_WEIGHT)
+        default_factory=lambda: MovingAverage(0.07, 30, _MIN_POSITION_WEIGHT)
     )
     prefetch_hit_rate: MovingAverage = field(default_factory=lambda: MovingAverage(0.3, 5))
     branch_cost: BranchCost | None = None
@@ -97,6 +101,11 @@ class Experience:
     pauses: int = 0
     pause_end: int = 0
     advice_was_given: bool = False
+
+    @property
+    def has_call_slowdown(self) -> bool:
+        """Whether a call was measured while decoding went on."""
+        return self.call_slowdown.count > _SLOWDOWN_PRIOR
 
     @property
     def machine_is_busy(self) -> bool:
@@ -169,10 +178,10 @@ class Experience:
         if seconds > 0:
             self.busy_cores.add(busy_core_s / seconds)
 
-    def on_local_step(self, seconds: float, busy_core_s: float) -> None:
+    def on_local_step(self, seconds: float, own_core_s: float) -> None:
         """Record what this process computed in a decode step beside a server on this machine."""
         if seconds > 0:
-            self.step_cores.add(busy_core_s / seconds)
+            self.step_cores.add(own_core_s / seconds)
 
     def on_slowed_steps(self) -> None:
         """Record that calls to this machine slowed decode steps far beyond their usual time."""

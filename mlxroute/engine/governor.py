@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from mlxroute.engine.experience import SLOWDOWN_PRIOR, Experience
+from mlxroute.engine.experience import Experience
 from mlxroute.types import Mode
 
 # Tokens that a call prefetches under auto, where that pays.
@@ -105,7 +105,7 @@ class Governor:
         if not experience.call_s.count or experience.call_s.value < experience.step_s.value:
             return Mode.WAIT
         # Then measure one while decoding goes on.
-        if experience.call_slowdown.count == SLOWDOWN_PRIOR or self._is_trial:
+        if not experience.has_call_slowdown or self._is_trial:
             return Mode.OVERLAP
         expected = expected_mode_times(experience, branch_cost=self._branch_cost)
         times_s = {

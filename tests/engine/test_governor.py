@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from mlxroute.engine import Answer, Experience, Options
-from mlxroute.engine.experience import SLOWDOWN_PRIOR, MovingAverage
+from mlxroute.engine.experience import MovingAverage
 from mlxroute.engine.governor import Governor, expected_mode_times
 from mlxroute.engine.machine_load import CORES
 from mlxroute.routers import EntropyRouter
@@ -68,7 +68,7 @@ def test_auto_measures_a_call_alone_and_then_one_beside_decoding() -> None:
 
 def test_one_late_call_changes_the_slowdown_little() -> None:
     experience = measured(call=20.0)
-    experience.call_slowdown = MovingAverage(1.0, SLOWDOWN_PRIOR)
+    experience.call_slowdown = Experience().call_slowdown
     experience.on_call_answered(1, 30.0, decoding_waited=False)
     assert governor(experience).mode is not Mode.WAIT
 

@@ -65,12 +65,12 @@ class DecodeContext:
             self._record_step(self.clock() - began_s, own_busy_core_s() - busy_before_s)
         return signals
 
-    def _record_step(self, seconds: float, busy_core_s: float) -> None:
+    def _record_step(self, seconds: float, own_core_s: float) -> None:
         prefetched = self.decider.prefetched
         during_call = self.calls.in_flight > 0 or prefetched.is_pending
         self.experience.on_step(seconds, during_call=during_call)
         if not during_call and self.governor.is_local:
-            self.experience.on_local_step(seconds, busy_core_s)
+            self.experience.on_local_step(seconds, own_core_s)
         if during_call and self.governor.on_shared_step(seconds):
             prefetched.close()
 
