@@ -13,6 +13,7 @@ from mlxroute.engine.escalation.calls import AnswerCalls
 from mlxroute.engine.escalation.decision import Decider
 from mlxroute.engine.escalation.failures import AnswerFailures
 from mlxroute.engine.escalation.never_send import NeverSend
+from mlxroute.engine.escalation.prefetch import PrefetchedTokens
 from mlxroute.engine.experience import Experience
 from mlxroute.engine.governor import Governor
 from mlxroute.engine.modes.ahead_loop import AheadLoop
@@ -57,10 +58,11 @@ class Answer:
         router: Scores positions; its state goes on from answer to answer.
         options: Limits, sampling and mode.
         experience: Measurements of the pair from earlier answers; a new object by default.
-        on_failure: Called at the first failure of each kind; by default nothing is.
+        on_failure: Called at the first failure of each kind; by default failures are only counted.
         clock: Returns seconds; `time.perf_counter` by default.
-        batching: Where the small model may decode in a batch with other answers, and the text must
-            not depend on that: what tells when it did. None by default.
+        batching: Reports when the small model decoded this answer in a batch with others, so that
+            decisions that rounding could change are repeated. None (default) if the text may depend
+            on batching.
         answer_start: The text of the assistant's turn that the answer continues, already part of
             the prompt that `small.encode_conversation` returns. Empty by default.
 
@@ -143,7 +145,7 @@ class Answer:
             raise
         finally:
             context.calls.close()
-            context.decider.prefetched.close()
+            context.prefetched.close()
         calls_cost, whole_cost = self._costs()
         self._advice = advise(context.experience, calls_cost=calls_cost, whole_cost=whole_cost)
         self._activity = Activity.DONE
@@ -193,7 +195,7 @@ class Answer:
             mode=governor.mode,
             calls=calls.started,
             retracted=self._ahead.provisional.retracted,
-            prefetch_generated=context.decider.prefetched.generated,
+            prefetch_generated=context.prefetched.generated,
             prefetch_used=commits.prefetch_used,
             held=self._ahead.was_blocked,
             redecoded=self._ahead.redecoded,
@@ -242,13 +244,7 @@ def _decode_context(  # noqa: PLR0913 - the collaborators of an answer
 ) -> DecodeContext:
     """Build the collaborators of an answer, whose time counts from `began_s`."""
     max_tokens = min(options.max_tokens, small.context_length - len(prompt.ids))
-    governor = Governor(
-        options.mode,
-        experience,
-        prefetch=options.prefetch,
-        call_ceiling=options.call_ceiling,
-        is_local=large is not None and large.is_local,
-    )
+    governor = _make_governor(large, options, experience)
     calls = AnswerCalls(
         large,
         max_tokens=max_tokens,
@@ -257,6 +253,7 @@ def _decode_context(  # noqa: PLR0913 - the collaborators of an answer
         experience=experience,
         clock=clock,
     )
+    prefetched = PrefetchedTokens()
     decider = Decider(
         router,
         calls,
@@ -264,6 +261,7 @@ def _decode_context(  # noqa: PLR0913 - the collaborators of an answer
         accept_within=options.accept_within,
         never_send=NeverSend(options.never_send, [item["content"] for item in prompt.messages]),
         experience=experience,
+        prefetched=prefetched,
     )
     commits = Commits(
         max_tokens=max_tokens,
@@ -279,12 +277,25 @@ def _decode_context(  # noqa: PLR0913 - the collaborators of an answer
         prompt=prompt,
         decider=decider,
         calls=calls,
+        prefetched=prefetched,
         commits=commits,
         max_tokens=max_tokens,
         governor=governor,
         experience=experience,
         clock=clock,
         batching=batching,
+    )
+
+
+def _make_governor(
+    large: LargeProtocol | None, options: Options, experience: Experience
+) -> Governor:
+    return Governor(
+        options.mode,
+        experience,
+        prefetch=options.prefetch,
+        call_ceiling=options.call_ceiling,
+        is_local=large is not None and large.is_local,
     )
 
 
@@ -347,7 +358,7 @@ def generate(  # noqa: PLR0913 - the options of the command line, by the same na
         experience: Measurements of the pair from earlier answers, which this one adds to; a new
             object by default.
         on_failure: Called with the first failure of each kind, while the answer goes on; by default
-            nothing is, and `stats().failures` has them all.
+            failures are only counted. `stats().failures` has them all.
 
     Raises:
         UsageError: The prompt is empty, or a value is out of range or of another form.

@@ -59,6 +59,19 @@ class AnswerCalls:
     Waiting for failed calls, and for failed attempts inside successful ones, costs the answer at
     most `timeout_s` in total. After that no call is made for the rest of the answer. No call asks
     for more tokens than an answer of `max_tokens` has room for.
+
+    Args:
+        large: The large model; None where there is none, and no call is made.
+        max_tokens: Maximum length of the answer, in tokens.
+        timeout_s: Time limit in seconds of each call, and of all waiting for failures.
+        governor: Decides how many tokens a call prefetches, and whether decoding waits for it.
+        experience: Receives what the calls show.
+        clock: Returns seconds.
+
+    Attributes:
+        started: Calls that were started, without those that were not made in the end.
+        stall_s: Seconds for which decoding waited for calls.
+        is_stalling: Whether decoding waits for a call now.
     """
 
     def __init__(

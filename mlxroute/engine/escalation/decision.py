@@ -81,6 +81,16 @@ class Decider:
 
     A decision depends on the tokens before it and on the large model's replies, never on timing,
     except that repeated failures end the answer's calls.
+
+    Args:
+        router: Scores positions; its state advances with each committed one.
+        calls: The calls of the answer.
+        vocabulary: The small model's vocabulary.
+        accept_within: Nats by which the small model's token may be less likely to the large model
+            than its own and still be kept; 0 always takes the large model's.
+        never_send: Patterns that keep positions local, with the messages of the prompt.
+        experience: Receives what escalations and calls show.
+        prefetched: The prefetched tokens of the answer.
     """
 
     def __init__(
@@ -92,6 +102,7 @@ class Decider:
         accept_within: float,
         never_send: NeverSend,
         experience: Experience,
+        prefetched: PrefetchedTokens,
     ) -> None:
         self._router = router
         self._calls = calls
@@ -100,7 +111,7 @@ class Decider:
         self._accept_within = accept_within
         self._never_send = never_send
         self._experience = experience
-        self.prefetched = PrefetchedTokens()
+        self._prefetched = prefetched
 
     @property
     def router_state(self) -> RouterState:
@@ -112,7 +123,7 @@ class Decider:
         self._router.state = decision.state_after
         if decision.refusal is not None:
             self._calls.refuse(decision.refusal)
-        for tokens in self.prefetched.take_finished():
+        for tokens in self._prefetched.take_finished():
             self._experience.on_continuation_finished(tokens)
 
     def judge(self, signals: Signals, state: RouterState) -> Decision:
@@ -166,7 +177,7 @@ class Decider:
 
     def decide_from_prefetched(self, small_choice: Decision, ids: Sequence[int]) -> Decision | None:
         """Return the decision for a prefetched token after these answer ids; None without one."""
-        token = self.prefetched.find(ids)
+        token = self._prefetched.find(ids)
         if token is None:
             return None
         return self._escalate(small_choice, token, latency_s=0.0, prefetched=True)
@@ -177,7 +188,7 @@ class Decider:
         If a call in flight may still prefetch that token, join it instead.
         """
         if not transcript.ends_in_character:
-            pending = self.prefetched.pending(transcript.ids)
+            pending = self._prefetched.pending(transcript.ids)
             if pending is not None:
                 return self._calls.join(pending)
         return self._calls.start(transcript.context(), len(transcript))
@@ -198,7 +209,7 @@ class Decider:
             )
         if outcome.error is None:
             if call.max_tokens > 1:
-                self.prefetched.add(ids, call.pending, max_tokens=call.max_tokens)
+                self._prefetched.add(ids, call.pending, max_tokens=call.max_tokens)
             self._experience.on_call_answered(
                 len(outcome.tokens),
                 outcome.tokens[0].latency_s or outcome.latency_s,

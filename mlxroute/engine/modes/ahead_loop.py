@@ -88,13 +88,13 @@ class AheadLoop:
             if position.call is not None and (decision := self._answer(position, position.call)):
                 self._decide(position, decision)
         if self._has_new_prefetched():
-            self._checked_prefetched = self._context.decider.prefetched.generated
+            self._checked_prefetched = self._context.prefetched.generated
             for position in self._branches.pending_positions():
                 self._decide_by_prefetched(position)
 
     def _has_new_prefetched(self) -> bool:
         """Return whether tokens were prefetched that no pending position was compared with."""
-        return self._context.decider.prefetched.generated != self._checked_prefetched
+        return self._context.prefetched.generated != self._checked_prefetched
 
     def _answer(self, position: Position, call: Call) -> Decision | None:
         """Return the decision by a call if it is finished or the calls are closed, else None."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mlxroute.engine.commits import Commits
 from mlxroute.engine.escalation.calls import AnswerCalls
 from mlxroute.engine.escalation.decision import Decider, Decision
+from mlxroute.engine.escalation.prefetch import PrefetchedTokens
 from mlxroute.engine.experience import Experience
 from mlxroute.engine.governor import Governor
 from mlxroute.engine.machine_load import own_busy_core_s
@@ -20,14 +21,14 @@ from mlxroute.types import Judgement, Signals, Token
 class DecodeContext:
     """The collaborators of one answer, each the owner of its state.
 
-    `batching` is there where the small model may decode in a batch with other answers and the
-    text must not depend on that.
+    `batching` is as in `Answer`.
     """
 
     small: SmallProtocol
     prompt: RenderedPrompt
     decider: Decider
     calls: AnswerCalls
+    prefetched: PrefetchedTokens
     commits: Commits
     max_tokens: int
     governor: Governor
@@ -66,20 +67,19 @@ class DecodeContext:
         return signals
 
     def _record_step(self, seconds: float, own_core_s: float) -> None:
-        prefetched = self.decider.prefetched
-        during_call = self.calls.in_flight > 0 or prefetched.is_pending
+        during_call = self.calls.in_flight > 0 or self.prefetched.is_pending
         self.experience.on_step(seconds, during_call=during_call)
         if not during_call and self.governor.is_local:
             self.experience.on_local_step(seconds, own_core_s)
         if during_call and self.governor.on_shared_step(seconds):
-            prefetched.close()
+            self.prefetched.close()
 
     def commit(self, decision: Decision, transcript: Transcript) -> Iterator[Token]:
         """Commit the decision that ends the transcript; yield the tokens that can be released."""
         texts = transcript.texts_from(len(transcript) - len(decision.token_ids))
         self.decider.on_committed(decision)
         yield from self.commits.commit(decision, texts)
-        self.decider.prefetched.on_committed(transcript.ids, len(self.commits))
+        self.prefetched.on_committed(transcript.ids, len(self.commits))
 
 
 def append_decision(transcript: Transcript, decision: Decision) -> Transcript:
