@@ -31,7 +31,6 @@ from mlxroute.errors import UsageError
 from mlxroute.questions.grading import grade
 from mlxroute.replace_file import replace_file
 from mlxroute.small import SmallModel
-from mlxroute.statistics import standard_error
 from mlxroute.training.batch_size import choose_batch_size
 from mlxroute.training.head_fitting import HELD_OUT_STRIDE, MIN_ANSWERS
 from mlxroute.training.judged_questions import judge_answers
@@ -43,6 +42,7 @@ from mlxroute.training.lora_tuning import (
 )
 from mlxroute.training.on_policy import Corrector
 from mlxroute.training.own_answers import measure_accuracy
+from mlxroute.training.training_state import TrainingState
 from mlxroute.training.tuning_examples import (
     Batch,
     TuningExample,
@@ -64,11 +64,6 @@ from mlxroute.types import Progress, no_progress
 BATCH_SIZE: Final = 8
 _MAX_HELD_OUT: Final = 100
 _JUDGED_PER_EPOCH: Final = 2
-# Training ends when the held-out loss did not fall so many times in a row.
-_PATIENCE: Final = 2
-# It ends too when the accuracy fell by more than so many of its standard errors: the difference of
-# two accuracies on a few questions is often as large as one of them by chance.
-_MAX_STANDARD_ERRORS: Final = 2
 
 
 def split_answers(
@@ -171,7 +166,7 @@ class _Training:
         self._has_gold = all(item.question.answer is not None for item in held_out)
         self._judged = judge_answers(small, held_out, by_rows=self._has_gold)
         self._counts = {"trained": len(trained), "held_out": len(held_out)}
-        self._settings: dict[str, Any] = {**provenance, "answers": self._counts}
+        self._report_header: dict[str, Any] = {**provenance, "answers": self._counts}
         examples = make_examples(small, [*trained, *held_out])
         # In on-policy rounds the own answers to all questions are examples.
         self._longest_prompt_ids = max((item.prompt_ids for item in examples), key=len)
@@ -191,20 +186,13 @@ class _Training:
             prefix_ids=self._prefix_ids,
         )
         self._began_s = time.monotonic()
-        self._figures: list[HeldOutFigures] = []
-        self._best: HeldOutFigures | None = None
-        self._corrections: list[Mapping[str, Any]] = []
-        self._ended_rounds = 0
+        self._state = TrainingState(judged=len(self._judged))
         if options.interrupted is not None:
-            self._figures = list(options.interrupted.figures)
-            self._best = options.interrupted.best
-            self._corrections = list(options.interrupted.corrections)
-            self._ended_rounds = options.interrupted.ended_rounds
-        self._ended_by = ""
+            self._state.resume(options.interrupted)
 
     def run(self, corrector: Corrector | None) -> TuningOutcome:
         """Train until the held-out figures, or the numbers of epochs and rounds, end it."""
-        size = BATCH_SIZE
+        state, size = self._state, BATCH_SIZE
         if not self._options.skip_memory_check:
             examples = [*self._trained_examples, *self._held_out_examples]
             if corrector is not None:
@@ -218,37 +206,39 @@ class _Training:
                 prefix=prefix,
                 largest=BATCH_SIZE,
             )
-        self._settings["read_at_once"] = size
+        self._report_header["read_at_once"] = size
         try:
             self._train_rounds(corrector, size)
         except (KeyboardInterrupt, TrainingDiverged) as exc:
-            if self._best is None:
+            if state.best is None:
                 raise
-            self._ended_by = INTERRUPT if isinstance(exc, KeyboardInterrupt) else "divergence"
+            state.ended_by = INTERRUPT if isinstance(exc, KeyboardInterrupt) else "divergence"
         # An interrupted last round is not begun again.
-        self._ended_by = self._ended_by or "epochs"
+        state.ended_by = state.ended_by or "epochs"
         report = self._report()
-        if self._best is not None:
+        if state.best is not None:
             self._write_report()
-        return TuningOutcome(tuple(self._figures), self._best, self._ended_by, report)
+        return TuningOutcome(tuple(state.figures), state.best, state.ended_by, report)
 
     def _train_rounds(self, corrector: Corrector | None, size: int) -> None:
         """Train on the large model's answers, then in on-policy rounds, from where a run ended."""
-        done = 0 if self._best is None else self._best.round
-        if done == self._ended_rounds == 0:
+        state = self._state
+        done = 0 if state.best is None else state.best.round
+        if done == state.ended_rounds == 0:
             epochs = self._options.epochs
             data = self._round_data(
                 self._trained_examples, self._held_out_examples, size, epochs=epochs
             )
             self._train(0, data, size)
-        if corrector is None or self._best is None:
+        if corrector is None or state.best is None:
             return
         for number in range(done + 1, self._options.rounds + 1):
             # Only the rounds before this one have ended.
-            self._ended_by, self._ended_rounds = "", number
+            state.ended_by = ""
+            state.ended_rounds = number
             self._write_report()
             self._train(number, self._correct(number, corrector, size), size)
-            if self._best.round < number:
+            if state.best.round < number:
                 # The same weights would write the same answers again.
                 return
 
@@ -262,7 +252,9 @@ class _Training:
             progress=self._progress,
         )
         figures = {"agreement": round(corrections.agreement, 4)}
-        self._corrections.append({"round": number, **figures, "incomplete": corrections.incomplete})
+        self._state.corrections.append(
+            {"round": number, **figures, "incomplete": corrections.incomplete}
+        )
         count = len(self._trained_examples)
         trained = [*self._trained_examples, *filter(None, corrections.examples[:count])]
         held_out = [*self._held_out_examples, *filter(None, corrections.examples[count:])]
@@ -291,12 +283,13 @@ class _Training:
         steps = accumulate * max(1, round(batches / accumulate / _JUDGED_PER_EPOCH))
         total = accumulate * max(1, data.epochs * batches // accumulate)
         label = f"training steps, round {number}" if number else "training steps"
-        self._ended_by = ""
+        state = self._state
+        state.ended_by = ""
         begin = 0
-        if self._best is not None and self._best.round == number:
-            begin = accumulate * round(self._best.epoch * batches / accumulate)
+        if state.best is not None and state.best.round == number:
+            begin = accumulate * round(state.best.epoch * batches / accumulate)
         else:
-            self._figures.append(self._judge(number, 0.0, data.held_out))
+            state.figures.append(self._judge(number, 0.0, data.held_out))
         stream = shuffled_batches(data.trained, skip=begin)
         counter = itertools.count(begin)
         self._progress(label, next(counter), total)
@@ -313,11 +306,14 @@ class _Training:
                 )
             figures = self._judge(number, end / batches, data.held_out)
             begin = end
-            if self._add_figures(figures):
+            is_best = state.is_best(figures)
+            state.ended_by = state.end_reason(figures)
+            state.figures.append(figures)
+            if is_best:
                 self._write(figures)
-            if self._ended_by:
+            if state.ended_by:
                 return
-        self._ended_by = "epochs"
+        state.ended_by = "epochs"
 
     def _judge(self, number: int, epoch: float, batches: Sequence[Batch]) -> HeldOutFigures:
         loss = self._tuning.mean_loss(batches)
@@ -329,36 +325,18 @@ class _Training:
         )
         return HeldOutFigures(number, round(epoch, 2), round(loss, 4), round(accuracy, 4))
 
-    def _add_figures(self, figures: HeldOutFigures) -> bool:
-        """Return whether weights are the best so far; end the training where they get worse.
-
-        The best have the lowest loss. The training ends when the accuracy falls more than two
-        standard errors below the highest so far, or when the loss did not fall twice in a row.
-        """
-        highest = max(item.accuracy for item in self._figures)
-        before = [item for item in self._figures if item.round == figures.round]
-        lowest = min(before, key=lambda item: item.loss)
-        error = standard_error(highest, len(self._judged))
-        self._figures.append(figures)
-        if figures.accuracy < highest - _MAX_STANDARD_ERRORS * error:
-            self._ended_by = "held-out accuracy"
-        elif figures.loss < lowest.loss:
-            return True
-        elif len(before) - before.index(lowest) >= _PATIENCE:
-            self._ended_by = "held-out loss"
-        return False
-
     def _report(self) -> dict[str, Any]:
-        ended_by = self._ended_by or UNFINISHED[-1]
+        state = self._state
+        ended_by = state.ended_by or UNFINISHED[-1]
         # Where to go on; a training that has ended does not.
-        place = {"ended_rounds": self._ended_rounds} if ended_by in UNFINISHED else {}
+        place = {"ended_rounds": state.ended_rounds} if ended_by in UNFINISHED else {}
         return {
-            **self._settings,
+            **self._report_header,
             "judged_by": "answers" if self._has_gold else "large model",
             "unjudged": self._counts["held_out"] - len(self._judged),
-            "figures": [asdict(figures) for figures in self._figures],
-            "kept": None if self._best is None else asdict(self._best),
-            "corrections": self._corrections,
+            "figures": [asdict(figures) for figures in state.figures],
+            "kept": None if state.best is None else asdict(state.best),
+            "corrections": state.corrections,
             **place,
             "ended_by": ended_by,
             "seconds": round(time.monotonic() - self._began_s),
@@ -369,7 +347,7 @@ class _Training:
         """Write the folder of the adapter, whose weights have these figures."""
         self._tuning.write_weights(self._folder / WEIGHTS_FILE)
         # Not before: after an interrupt the report is of the weights that are there.
-        self._best = figures
+        self._state.best = figures
         self._write_report()
 
     def _write_report(self) -> None:
