@@ -71,8 +71,8 @@ def write_private(path: Path, data: bytes) -> None:
 def find_target(path: Path) -> Path:
     """Return the file that `path` names or links to.
 
-    Raises UsageError if it is no regular file, its folder is missing or cannot be written, or its
-    name is impossible.
+    Raises UsageError if it is not a regular file, its folder is missing or cannot be written, or
+    its name is impossible.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise UsageError(f"cannot save to {path}: it is not a regular file")

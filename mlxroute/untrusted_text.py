@@ -1,6 +1,6 @@
 """The one way in for text from outside: files, their rows, and JSON and TOML in them.
 
-A text is UTF-8, with or without a byte order mark. What is too large, is no text, or does not
+A text is UTF-8, with or without a byte order mark. What is too large, is not text, or does not
 arrive in time is refused with one line that names the file and, where there is one, the row.
 """
 
@@ -40,7 +40,7 @@ _OTHER_ENCODINGS: Final = (
 
 
 class MalformedText(ValueError):
-    """Raised for what is no text, JSON or TOML where it should be; the message is the reason."""
+    """Raised for what is not text, JSON or TOML where it should be; the message is the reason."""
 
 
 def _read_at_most(stream: BinaryIO, size: int) -> bytes:
@@ -171,7 +171,7 @@ def decode_text(data: bytes) -> str:
     except UnicodeDecodeError as exc:
         raise MalformedText("it is not UTF-8 text") from exc
     if "\0" in text:
-        raise MalformedText("it has NUL characters, so it is no text")
+        raise MalformedText("it has NUL characters, so it is not text")
     # Joined files have one where a file began.
     return text.lstrip(_BYTE_ORDER_MARK)
 

@@ -226,7 +226,7 @@ def test_records_may_have_unicode_line_separators(tmp_path: Path) -> None:
 def test_a_damaged_record_is_named_by_its_row(tmp_path: Path) -> None:
     path = tmp_path / "records"
     for text, reason in [
-        ('{"key": "a"}\n[3]\n', "row 2: it is no such record; delete the row or the file"),
+        ('{"key": "a"}\n[3]\n', "row 2: it is not such a record; delete the row or the file"),
         ('{"key": "a"}\n{"key"\n', "row 2: not valid JSON .*; delete the row or the file"),
     ]:
         path.write_text(text)

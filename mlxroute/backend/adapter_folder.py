@@ -66,7 +66,8 @@ def read_adapter_config(adapter: Path) -> dict[str, Any]:
 def read_trained_questions(adapter: Path) -> frozenset[str]:
     """Return the fingerprints of the questions that an adapter was trained or chosen with.
 
-    Empty for an adapter that other programs made. Raises UsageError if the file is no provenance.
+    Empty for an adapter that other programs made. Raises UsageError for a file that cannot be read
+    as provenance.
     """
     file = adapter / PROVENANCE_FILE
     if not file.exists():

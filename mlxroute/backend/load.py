@@ -119,8 +119,8 @@ def load(
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer: the `mlx_lm` model, and its tokenizer or a FastTokenizer.
 
-    Any thread can use the model: all its arrays are evaluated, also those that are no weights, such
-    as scaled RoPE frequencies. A lazy array can be evaluated only in the thread that made it.
+    Any thread can use the model: all its arrays are evaluated, also those that are not weights,
+    such as scaled RoPE frequencies. A lazy array can be evaluated only in the thread that made it.
 
     Args:
         path: Model directory.

@@ -205,7 +205,7 @@ def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_values(table: Mapping[str, Any], path: Path) -> None:
-    """Raise WeightsError for sizes out of bounds, long lists and end tokens that are no ids."""
+    """Raise WeightsError for sizes out of bounds, long lists and end tokens that are not ids."""
     for key, value in table.items():
         is_count = isinstance(value, int) and not isinstance(value, bool)
         most = _BOUNDS.get(key)

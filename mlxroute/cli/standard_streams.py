@@ -24,7 +24,7 @@ class OutputUnusable(Exception):
     It is no OSError, as the libraries end the process on one where a pipe was closed.
 
     Attributes:
-        is_closed_pipe: Whether the reader of a pipe has closed it, which is no failure.
+        is_closed_pipe: Whether the reader of a pipe has closed it, which is not a failure.
     """
 
     def __init__(self, error: OSError) -> None:

@@ -50,7 +50,7 @@ def _make_console(stream: TextIO, *, stderr: bool = False) -> Console:
     return Console(
         stderr=stderr,
         highlight=False,
-        # Texts hold names, paths and addresses, whose [x] and :100: are no markup.
+        # Texts hold names, paths and addresses, whose [x] and :100: are not markup.
         markup=False,
         emoji=False,
         force_terminal=is_terminal,

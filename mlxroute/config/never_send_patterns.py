@@ -44,7 +44,7 @@ def compile_pattern(
 ) -> re.Pattern[str]:
     """Return a compiled pattern.
 
-    Raises `error`, with `where` in its text, for one that is no regular expression.
+    Raises `error`, with `where` in its text, for one that is not a regular expression.
     """
     try:
         with warnings.catch_warnings():

@@ -83,7 +83,7 @@ SERVER_SETTINGS = ("large_model", "price_input", "price_cached_input", "price_ou
 class Settings:
     """The settings of one run. None means not set: a default applies where the value is used.
 
-    Two fields are no settings: `key_server` is the server that the key is meant for, if known, and
+    Two fields are not settings: `key_server` is the server that the key is meant for, if known, and
     `origins` is where the config file or the environment set a value, in words, by setting.
     """
 

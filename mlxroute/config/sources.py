@@ -114,8 +114,8 @@ class _Source:
 def load_settings(flags: Mapping[str, Any], *, environ: Mapping[str, str], path: Path) -> Settings:
     """Merge the config file at `path`, the environment and flags, in this order.
 
-    A file that does not exist is no error unless `MLXROUTE_CONFIG` names it. A flag of None is not
-    set. Later sources override earlier ones, except that never-send patterns add up. Raises
+    A file that does not exist is not an error unless `MLXROUTE_CONFIG` names it. A flag of None is
+    not set. Later sources override earlier ones, except that never-send patterns add up. Raises
     ConfigError with the file or variable and the key, and UsageError for a flag.
     """
     of_file = _read_file(path, is_required=bool(environ.get(CONFIG_VARIABLE)))

@@ -351,7 +351,7 @@ def generate(  # noqa: PLR0913 - the options of the command line, by the same na
         prefetch: Tokens that each call returns beyond the one it is made for, 0 to 64; None, the
             default, leaves it to the mode.
         call_ceiling: Greatest average number of calls per escalated position, at least 1, over all
-            answers with the same `experience`; None, the default, is no bound.
+            answers with the same `experience`; None, the default, sets no limit.
         accept_within: Nats by which the small model's token may be less likely to the large model
             than the large model's own and still be kept, at an escalated position; 0, the default,
             always takes the large model's.

@@ -69,7 +69,7 @@ class Governor:
         experience: The measurements to decide by.
         prefetch: Tokens that each call prefetches; None leaves the number to the mode.
         call_ceiling: Greatest number of calls of a session, in calls per escalated position; None
-            is no bound.
+            sets no limit.
         is_local: Whether the server runs on this machine. Under auto, decoding then goes on beside
             a call, and calls prefetch, only where the cores suffice for both, and not for some
             time after calls have slowed its steps.

@@ -114,7 +114,7 @@ def _first_choices(large: LargeToken, vocabulary: Vocabulary) -> Choices:
     probabilities = {use_own_end(large.token_ids[0], vocabulary): probability}
     for data, logprob in large.top_bytes:
         text = data.decode(errors="ignore")
-        # A part of a character is no text.
+        # A part of a character is not text.
         if text.encode() != data or data == own:
             continue
         for token_id in vocabulary.encode(text)[:1]:

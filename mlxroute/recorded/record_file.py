@@ -29,7 +29,7 @@ def read_records(path: Path, parse: Callable[[Any], _T]) -> Iterator[_T]:
         try:
             record = parse(parse_json(text, strict=False))
         except (MalformedText, KeyError, TypeError, ValueError, AttributeError) as exc:
-            reason = str(exc) if isinstance(exc, MalformedText) else "it is no such record"
+            reason = str(exc) if isinstance(exc, MalformedText) else "it is not such a record"
             raise file.refuse(f"{reason}; delete the row or the file", row=number) from exc
         yield record
 

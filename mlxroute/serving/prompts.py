@@ -13,7 +13,7 @@ from mlxroute.types import EncodedPrompt, Message, PromptText, Vocabulary
 
 # More than any text has on average. Encoding takes seconds for each million, and others wait.
 _MAX_BYTES_PER_TOKEN: Final = 32
-# Stands in a marked prompt for characters that are no part of a control token.
+# Stands in a marked prompt for characters that are not part of a control token.
 _CONTENT: Final = "\U000f0000"
 
 

@@ -371,7 +371,7 @@ class SmallModel:
     def load_head(self, path: Path) -> tuple[float, ...]:
         """Evaluate a head from a file from now on; return its scores at evenly spaced ranks.
 
-        Raises WeightsError for a file that is no head for this model, UsageError for an
+        Raises WeightsError for a file that is not a head for this model, UsageError for an
         architecture whose hidden state cannot be read.
         """
         self.head = self._decoder.load_head(path)

@@ -34,7 +34,7 @@ _NEVER: Final = 10**9
 
 
 class TrainingDiverged(UsageError):
-    """Raised when the loss is no number any more."""
+    """Raised when the loss is NaN or infinite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ class LoraTuning:
             latest: File that the tuner writes the weights to at the end.
             on_step: Called after each batch.
 
-        Raises TrainingDiverged when the loss of a batch is no number.
+        Raises TrainingDiverged when the loss of a batch is NaN or infinite.
         """
         arguments = TrainingArgs(
             iters=steps,
@@ -247,7 +247,7 @@ class _StepReports(TrainingCallback):  # type: ignore[misc]
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
         if not math.isfinite(float(train_info["train_loss"])):
             raise TrainingDiverged(
-                "the training diverged: its loss is no number; choose a lower learning rate",
+                "the training diverged: its loss is NaN or infinite; choose a lower learning rate",
                 parameter="learning_rate",
             )
         self._on_step()

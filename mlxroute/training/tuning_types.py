@@ -79,7 +79,7 @@ class InterruptedRun:
     def from_report(cls, report: Mapping[str, Any]) -> InterruptedRun | None:
         """Read the report in an adapter's provenance; None if that run ended.
 
-        Raises ValueError if it is no such report.
+        Raises ValueError if it is not such a report.
         """
         try:
             if report["ended_by"] not in UNFINISHED:
@@ -101,7 +101,7 @@ class InterruptedRun:
                 large_record=str(report.get("large_record", "")),
             )
         except (KeyError, TypeError, AttributeError) as exc:
-            raise ValueError("it is no report of a training") from exc
+            raise ValueError("it is not a training report") from exc
 
 
 def _read_figures(item: Mapping[str, Any]) -> HeldOutFigures:

@@ -61,7 +61,7 @@ def make_serving_session(session: Session) -> ServingSession:
         make_router=lambda budget, threshold: session.routing.new_router(
             budget=budget, threshold=threshold
         ),
-        # A stop text is no setting of `serve`: requests name theirs.
+        # A stop text is not a setting of `serve`: requests name theirs.
         options=replace(session.options, stop=()),
         adapt_options=session.adapt_options,
         find_models=lambda: session.model_pair,

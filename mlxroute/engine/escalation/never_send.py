@@ -123,7 +123,7 @@ class _Searcher:
 
 
 def _compile(form: str, pattern: re.Pattern[str], *, is_own: bool) -> Any:
-    """Compile a form of a pattern for searches with a time limit; None if it is no pattern.
+    """Compile a form of a pattern for searches with a time limit; None if it is not a pattern.
 
     A pattern that only `re` understands is used as it is, and has no time limit.
     """

@@ -22,7 +22,7 @@ _TYPOGRAPHIC: Final = str.maketrans(
     }
 )
 _IGNORES_CASE: Final = re.compile(r"\(\?[a-zA-Z]*i")
-# Parts of a pattern whose letters are no text: escapes, and the beginnings of groups.
+# Parts of a pattern whose letters are not text: escapes, and the beginnings of groups.
 _SYNTAX: Final = re.compile(r"\\(?:[xuU][0-9a-fA-F]+|N\{[^}]*\}|.)|\(\?[a-zA-Z]*[-:)]?", re.DOTALL)
 
 # Escapes of single characters; `re` itself has read them without an error.

@@ -27,7 +27,7 @@ class ApiError(Exception):
     Args:
         status: The HTTP status.
         message: One line: what is wrong, and what to do.
-        param: The field of the request that is wrong. None (default) if it is no field.
+        param: The field of the request that is wrong. None (default) if it is not a field.
         code: A short name of the error for programs. None by default.
         retry_after_s: Seconds after which the request may succeed. None (default) if it will not.
     """
@@ -86,7 +86,7 @@ def to_api_error(exc: BaseException, *, calls: int = 0) -> ApiError:
 
 
 def log_failure(exc: BaseException, notify: Notify) -> None:
-    """Write a line about an exception that is no fault of the request; about others nothing.
+    """Write a line about an exception that is not a fault of the request; about others nothing.
 
     For an ApiError it is about the exception that it was raised from.
     """

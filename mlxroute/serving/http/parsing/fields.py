@@ -138,7 +138,7 @@ def _is_same(value: Any, other: Any) -> bool:
 
 
 def clean_text(text: str) -> str:
-    """Return a text from JSON with U+FFFD for lone surrogates, which are no characters."""
+    """Return a text from JSON with U+FFFD for lone surrogates, which are not characters."""
     return text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
 
 

@@ -21,7 +21,7 @@ def read_choices(reply: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(choices, list) or not choices:
         raise _wrong_reply("no choices")
     if not all(isinstance(item, dict) for item in choices):
-        raise _wrong_reply("a choice that is no object")
+        raise _wrong_reply("a choice that is not an object")
     if not all(isinstance(item.get("message"), dict) for item in choices):
         raise _wrong_reply("a choice without a message")
     return [_clean_choice(item) for item in choices]
