@@ -24,6 +24,8 @@ _OTHER_FLAGS = {
     "plot": "--plot",
     "question": "--question",
     "learning_rate": "--learning-rate",
+    "questions": "--questions",
+    "tokens": "--tokens",
 }
 
 # What a flag must be, by the type of the error with which pydantic refuses it for typer.

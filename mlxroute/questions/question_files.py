@@ -144,7 +144,8 @@ def sample_files(files: Sequence[Path], count: int, *, at_least: int = 1) -> lis
         names = ", ".join(map(str, files))
         raise UsageError(
             f"at least {at_least} different questions are needed, and {names} gave {len(sampled)};"
-            " give more, and check --questions"
+            " give more files, or take more questions of each",
+            parameter="questions",
         )
     return sampled
 

@@ -100,6 +100,7 @@ def judge_answers(
     if not known:
         raise UsageError(
             f"the large model's texts give no answer to the {len(answers)} held-out questions, so"
-            " the small model cannot be judged; raise --tokens, or give right answers"
+            " the small model cannot be judged; give right answers, or let answers be longer",
+            parameter="tokens",
         )
     return known

@@ -70,10 +70,10 @@ class InterruptedRun:
 
     @property
     def place(self) -> str:
-        """Where the training goes on, in words."""
+        """Where training resumes, in words."""
         if self.best.round or self.ended_rounds:
             return f"after round {self.best.round}"
-        return f"from round {self.best.round}, {self.best.epoch:g} epochs"
+        return f"round {self.best.round} at epoch {self.best.epoch:g}"
 
     @classmethod
     def from_report(cls, report: Mapping[str, Any]) -> InterruptedRun | None:
@@ -122,7 +122,7 @@ class TuningOptions:
         learning_rate: Step size of the optimiser.
         epochs: Greatest number of times that each answer is trained on.
         max_tokens: Maximum length of the small model's own answers.
-        interrupted: The run to go on with, whose adapter `start` is. None (default) for a new one.
+        interrupted: The run to resume, whose adapter `start` is. None (default) for a new one.
         skip_memory_check: Whether to train even if memory seems too small. False by default.
     """
 

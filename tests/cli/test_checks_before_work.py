@@ -352,6 +352,7 @@ def test_too_few_questions_are_reported_before_the_server_is_asked(
         assert server.requests == []
     error = " ".join(capsys.readouterr().err.split())
     assert "at least 10 different questions are needed, and few.jsonl gave 9" in error
+    assert error.endswith("take more questions of each (--questions)")
 
 
 def test_a_head_is_checked_after_the_fast_blas_is_loaded(tmp_path: Path) -> None:

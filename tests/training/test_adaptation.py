@@ -521,7 +521,7 @@ def test_a_round_that_ended_before_an_interrupt_is_not_trained_again(
     earlier = InterruptedRun.from_report(report)
     assert earlier is not None
     assert (earlier.ended_rounds, len(earlier.figures)) == (0, 2)
-    assert earlier.place == "from round 0, 0.5 epochs"
+    assert earlier.place == "round 0 at epoch 0.5"
 
 
 def test_an_interrupted_last_round_is_the_end(
@@ -551,8 +551,8 @@ def test_an_interrupted_last_round_is_the_end(
 
 
 @pytest.mark.parametrize("report", [{}, {"ended_by": "interrupt", "figures": 3}])
-def test_what_is_no_report_of_a_training_is_refused(report: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="no report"):
+def test_what_is_not_a_training_report_is_refused(report: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="not a training report"):
         InterruptedRun.from_report(report)
 
 

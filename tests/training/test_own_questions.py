@@ -143,7 +143,7 @@ def test_a_small_model_is_adapted_to_a_users_questions(
     os.utime(config, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     code, resumed, messages = run(*adapt, "--data", str(data), "--out", str(out))
     assert code == 0, messages
-    assert "going on from round 0" in messages
+    assert "resuming round 0 at epoch " in messages
     assert resumed["figures"][0] == report["figures"][0]
     assert record.read_bytes() == rows
     report = resumed

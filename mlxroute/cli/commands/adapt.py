@@ -119,7 +119,7 @@ def adapt(
     check_questions_sendable(settings, run.questions, run.examples, "adapt")
     _, err = make_consoles()
     if (interrupted := _find_interrupted(out, run.command, run.data_report(settings))) is not None:
-        print_note(err, f"going on {interrupted.place}")
+        print_note(err, f"resuming {interrupted.place}")
     with open_ledger(settings) as ledger, make_large(settings, address, ledger, err) as large:
         try:
             outcome = run.adapt(settings, large, out, interrupted, err)

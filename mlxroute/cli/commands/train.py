@@ -121,7 +121,10 @@ class _Material:
 
 
 def _check_heads(settings: Settings, out: Path | None, labels: LabelKind) -> None:
-    """Raise UsageError for a head that cannot be written, or that is to write and is not there."""
+    """Raise UsageError if the new head cannot be written, or a head that is used does not exist.
+
+    With the labels `advantage`, a head may route the labelled answers.
+    """
     from mlxroute.cli.routing import head_file
     from mlxroute.cli.small_setup import small_name
 
@@ -261,8 +264,8 @@ def _print_routed(fitted: FittedHead, err: Console) -> None:
     report = fitted.report
     if report["unjudged"]:
         err.print(
-            f"left out: {format_count(report['unjudged'], 'question')}, to which neither row nor"
-            " large model gives an answer",
+            f"left out: {format_count(report['unjudged'], 'question')}, with no right answer in the"
+            " file and no answer found in the large model's text",
             soft_wrap=True,
         )
     routed = report["routed"]
