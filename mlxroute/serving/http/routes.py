@@ -118,7 +118,7 @@ async def chat_completions(request: Request) -> Response:
         answer_start=chat.answer_start,
     )
     if chat.answer.stream:
-        return await reply.stream(request, asked)
+        return await reply.stream(asked)
     return await reply.whole(request, [asked])
 
 
@@ -137,8 +137,8 @@ async def completions(request: Request) -> Response:
         for number, prompt in enumerate(fields.prompts)
     ]
     if answer.stream:
-        return await reply.stream(request, asked[0])
-    return await reply.whole(request, asked, echo=fields)
+        return await reply.stream(asked[0])
+    return await reply.whole(request, asked, completion=fields)
 
 
 def _check_echo(fields: PromptFields, endpoint: AnswerEndpoint) -> None:
@@ -187,7 +187,7 @@ class _Reply:
         """Return the id of an answer of a reply with several."""
         return self.reply_id if number == 0 else f"{self.reply_id}-{number}"
 
-    async def stream(self, request: Request, asked: EndpointRequest) -> Response:
+    async def stream(self, asked: EndpointRequest) -> Response:
         """Reply an answer as a stream."""
         answer = await self._start(asked)
         stream = ChunkStream(
@@ -212,10 +212,13 @@ class _Reply:
         request: Request,
         asked: Sequence[EndpointRequest],
         *,
-        echo: PromptFields | None = None,
+        completion: PromptFields | None = None,
     ) -> Response:
-        """Reply answers in one body, after their prompts if these are to be echoed."""
-        is_scored = bool(echo and echo.echo and self._logprobs)
+        """Reply answers in one body, after their prompts if these are to be echoed.
+
+        `completion` are the fields of a request to continue texts; None, the default, in a chat.
+        """
+        is_scored = bool(completion and completion.echo and self._logprobs)
         work = self._score_all(asked) if is_scored else self._answer_all(asked)
         try:
             await unless_gone(request.receive, work, cancel=self._cancel)
@@ -227,9 +230,10 @@ class _Reply:
             error = to_api_error(exc, calls=calls)
             error.headers[ID_HEADER] = self.reply_id
             raise error from exc
-        summary, figures = self._report(writes_nothing=bool(echo and echo.writes_nothing))
+        writes_nothing = completion is not None and completion.writes_nothing
+        summary, figures = self._report(writes_nothing=writes_nothing)
         body = self._form.whole(
-            [self._choice(number, echo) for number in range(len(self._answers))],
+            [self._choice(number, completion) for number in range(len(self._answers))],
             figures,
             summary,
         )
@@ -298,11 +302,11 @@ class _Reply:
         for answer in self._answers:
             answer.cancel()
 
-    def _choice(self, number: int, echo: PromptFields | None) -> dict[str, Any]:
+    def _choice(self, number: int, completion: PromptFields | None) -> dict[str, Any]:
         answer = self._answers[number]
         assert answer.stats is not None
-        tokens = [] if echo and echo.writes_nothing else answer.tokens
-        prompt_text = answer.running.prompt.text if echo and echo.echo else ""
+        tokens = [] if completion and completion.writes_nothing else answer.tokens
+        prompt_text = answer.running.prompt.text if completion and completion.echo else ""
         logprobs = None
         if self._logprobs is not None:
             if self._is_chat:
