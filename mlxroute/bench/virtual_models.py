@@ -142,7 +142,8 @@ class VirtualSmall:
         self._rows = [
             [*rows[row], token_id] for row, token_id in zip(parents, token_ids, strict=True)
         ]
-        cached, keys = self._outputs.batch_signals, [tuple(row) for row in self._rows]
+        cached = self._outputs.batch_signals
+        keys = [tuple(row) for row in self._rows]
         if not all(key in cached for key in keys):
             step_signals = self._step_batch(rows, parents, token_ids)
             for key, signals in zip(keys, step_signals, strict=True):
@@ -160,7 +161,8 @@ class VirtualSmall:
 
         The rows continue `cached_ids`, and all have the same length.
         """
-        small, common = self._small, len(self._ids)
+        small = self._small
+        common = len(self._ids)
         if [[*small.cached_ids, *tail] for tail in small.batch_tails or [[]]] != rows:
             small.prefill(self._ids)
             for place in range(common, len(rows[0])):

@@ -140,7 +140,8 @@ class Session:
         from mlxroute.engine import Options, parse_mode
         from mlxroute.types import Sampling
 
-        settings, mode = self._settings, parse_mode(self.mode)
+        settings = self._settings
+        mode = parse_mode(self.mode)
         options = Options(
             max_tokens=settings.max_tokens,
             stop=settings.stop,
@@ -184,7 +185,8 @@ class Session:
         from mlxroute.engine import Answer
 
         recorder = None if self.large is None else ReplyRecorder(self.large)
-        router, options = self.routing.router, self.options
+        router = self.routing.router
+        options = self.options
         reported, self._connection_failure = self._connection_failure, None
 
         def report(failure: CallFailure) -> None:
@@ -236,7 +238,8 @@ class Session:
         if settings.offline:
             raise UsageError(NEVER_LARGE)
         cost, uploads = self.cost, self.uploads
-        large, before = None, self.large
+        before = self.large
+        large = None
         try:
             large, failure = connect_large(settings, self._ledger, err)
             self._change_models(self.small, large, settings, err)

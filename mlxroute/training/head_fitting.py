@@ -173,7 +173,8 @@ def recall_table(
 
 
 def _report_recall(positions: Positions, scores: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    is_target, differing = positions.is_target, _share(positions.differs)
+    is_target = positions.is_target
+    differing = _share(positions.differs)
     return {
         "differing": round(differing, 4),
         "to_find": round(_share(is_target), 4),

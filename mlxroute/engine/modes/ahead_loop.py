@@ -164,7 +164,8 @@ class AheadLoop:
             small_choice = self._context.decider.judge(branch.signals, state)
             if not self._cache.is_exact and self._is_borderline(small_choice, state):
                 self.redecoded += 1
-                branch.batch_row, branch.signals, branch.decode_unbatched = None, None, True
+                branch.batch_row = branch.signals = None
+                branch.decode_unbatched = True
                 is_progress = True
             else:
                 is_progress = self._add_position(branch, small_choice) or is_progress
@@ -336,7 +337,8 @@ class AheadLoop:
         branch.signals = self._cache.feed(transcript, exactly=branch.decode_unbatched)
         for other in self._branches.all:
             other.batch_row = None
-        branch.batch_row, branch.decode_unbatched = 0, False
+        branch.batch_row = 0
+        branch.decode_unbatched = False
 
     def _feed_batch(self, branches: list[Branch]) -> None:
         """Decode one token of each branch as a batch; the branches have the same length."""

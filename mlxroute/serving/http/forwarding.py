@@ -171,7 +171,8 @@ class _ForwardedChat:
         return await self._endpoint.run_in(self._endpoint.forwards, self._exchange)
 
     def _exchange(self) -> dict[str, Any]:
-        endpoint, began_s = self._endpoint, time.perf_counter()
+        endpoint = self._endpoint
+        began_s = time.perf_counter()
         reply = self._call.ask(self._body)
         summary = self._summary(usage_counts(reply))
         endpoint.metrics.on_forwarded(
