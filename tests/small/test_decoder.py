@@ -55,13 +55,13 @@ class Passes:
 
     def __init__(self, small: SmallModel) -> None:
         self.count = 0
-        model = small._decoder._model
+        model = small.decoder._model
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self.count += 1
             return model(*args, **kwargs)
 
-        small._decoder._model = call
+        small.decoder._model = call
 
 
 Action = tuple[str, int]
@@ -129,7 +129,7 @@ def test_nothing_is_queued_on_a_sliding_window_that_cannot_be_trimmed(small: Sma
     def windows() -> list[Any]:
         return [RotatingKVCache(max_size=32, keep=4) for _ in small.model.layers]
 
-    small._decoder.cache.layers = windows()
+    small.decoder.cache.layers = windows()
     passes = Passes(small)
     ids = [small.prefill(PROMPT)[0].token_id]
     while len(ids) < 30:

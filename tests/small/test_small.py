@@ -176,7 +176,7 @@ def test_rolling_back_more_than_there_is_raises(small: SmallModel) -> None:
 
 def test_a_layer_that_cannot_be_trimmed_is_an_error(small: SmallModel) -> None:
     small.prefill([5, 6, 7])
-    small._decoder.cache.layers[0].trim = lambda count: 0
+    small.decoder.cache.layers[0].trim = lambda count: 0
     with pytest.raises(RollbackError, match="cannot roll back"):
         small.rollback(1)
 
@@ -220,7 +220,7 @@ def test_an_interrupt_inside_a_forward_pass_resets_the_cache(
     ids = decode(small, prompt_ids, 6)
     with monkeypatch.context() as patch:
         # The first layer holds the token, the second does not.
-        patch.setattr(small._decoder.cache.layers[1], "update_and_fetch", interrupted)
+        patch.setattr(small.decoder.cache.layers[1], "update_and_fetch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             small.step(ids[5])
     with pytest.raises(RollbackError, match="interrupted"):
@@ -297,7 +297,7 @@ def assert_same_as_fresh(
     signals, count = small.prefill(prompt_ids)
     assert reused is None or count == reused
     small.rollback(0)
-    assert {layer.offset for layer in small._decoder.cache.layers} == {len(prompt_ids)}
+    assert {layer.offset for layer in small.decoder.cache.layers} == {len(prompt_ids)}
     expected = _FRESH.get(key := tuple(prompt_ids))
     if expected is None:
         fresh = SmallModel(small.model, small.tokenizer, name="fresh")
@@ -313,8 +313,8 @@ def test_a_cache_without_offsets_is_reused_when_a_prompt_extends_it(small: Small
     from mlx_lm.models.cache import CacheList
 
     small.prefill([5, 6, 7])
-    small._decoder.cache.layers = [CacheList(layer) for layer in small._decoder.cache.layers]
-    assert small._decoder.cache.keep_common_prefix([5, 6, 7, 8, 9]) == 3
+    small.decoder.cache.layers = [CacheList(layer) for layer in small.decoder.cache.layers]
+    assert small.decoder.cache.keep_common_prefix([5, 6, 7, 8, 9]) == 3
 
 
 @settings(max_examples=20, deadline=None)
