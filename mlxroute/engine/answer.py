@@ -332,7 +332,7 @@ def generate(  # noqa: PLR0913 - the options of the command line, by the same na
         large: The large model; None to answer with the small model alone.
         messages: The conversation, or the text of one user message.
         router: Scores each position, and decides by a threshold or a budget.
-        max_tokens: Greatest length of the answer, in tokens; 512 by default.
+        max_tokens: Maximum length of the answer, in tokens; 512 by default.
         stop: Texts, or one text, before which the answer ends; none by default.
         temperature: Temperature of the small model's own tokens; below 0.001 they are greedy. 0 by
             default.
@@ -350,7 +350,7 @@ def generate(  # noqa: PLR0913 - the options of the command line, by the same na
             default, which picks among them.
         prefetch: Tokens that each call returns beyond the one it is made for, 0 to 64; None, the
             default, leaves it to the mode.
-        call_ceiling: Greatest average number of calls per escalated position, at least 1, over all
+        call_ceiling: Maximum average number of calls per escalated position, at least 1, over all
             answers with the same `experience`; None, the default, sets no limit.
         accept_within: Nats by which the small model's token may be less likely to the large model
             than the large model's own and still be kept, at an escalated position; 0, the default,

@@ -16,7 +16,7 @@ class Commits:
     """Commits decisions in order until the answer has `ended`, and counts tokens and escalations.
 
     Args:
-        max_tokens: Greatest length of the answer, in tokens.
+        max_tokens: Maximum length of the answer, in tokens.
         stop: Stop strings.
         strict: Raise the error of a decision.
         experience: Counts committed and escalated positions.

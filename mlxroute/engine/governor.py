@@ -68,7 +68,7 @@ class Governor:
         mode: A fixed mode, or auto.
         experience: The measurements to decide by.
         prefetch: Tokens that each call prefetches; None leaves the number to the mode.
-        call_ceiling: Greatest number of calls of a session, in calls per escalated position; None
+        call_ceiling: Maximum number of calls of a session, in calls per escalated position; None
             sets no limit.
         is_local: Whether the server runs on this machine. Under auto, decoding then goes on beside
             a call, and calls prefetch, only where the cores suffice for both, and not for some

@@ -28,7 +28,7 @@ class SmallProtocol(Protocol):
 
     @property
     def context_length(self) -> int:
-        """Greatest total number of tokens of prompt and answer."""
+        """Maximum total number of tokens of prompt and answer."""
         ...
 
     def encode_conversation(self, messages: Sequence[Message]) -> EncodedPrompt:
@@ -65,7 +65,7 @@ class SmallProtocol(Protocol):
 
     @property
     def max_rows(self) -> int:
-        """Greatest number of rows of a batch now; 1 where the KV cache cannot be branched."""
+        """Maximum number of rows of a batch now; 1 where the KV cache cannot be branched."""
         ...
 
     def measure_branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
@@ -145,7 +145,7 @@ class LargeProtocol(Protocol):
 
     @property
     def max_in_flight(self) -> int:
-        """Greatest number of calls in flight; may change once the server is negotiated."""
+        """Maximum number of calls in flight; may change once the server is negotiated."""
         ...
 
     def begin(
@@ -206,7 +206,7 @@ class RouterProtocol(Protocol):
 
     @property
     def gain(self) -> float:
-        """Greatest change of the score if logprobs, entropy and head score change by at most 1."""
+        """Maximum change of the score if logprobs, entropy and head score change by at most 1."""
         ...
 
     def score(self, signals: Signals, position: int) -> float:

@@ -34,7 +34,7 @@ class Router:
 
     @property
     def gain(self) -> float:
-        """Greatest change of the score if logprobs, entropy and head score change by at most 1."""
+        """Maximum change of the score if logprobs, entropy and head score change by at most 1."""
         return self._score.gain
 
     def score(self, signals: Signals, position: int) -> float:
@@ -84,7 +84,7 @@ class EntropyRouter(Router):
     Args:
         threshold: Entropy in nats over the full vocabulary above which a position is escalated;
             `inf` never escalates and `-inf` always does. None, the default, with a budget.
-        budget: Greatest share of positions that are escalated, from 0 to 1 (0.07 is 7 %), plus 4
+        budget: Maximum share of positions that are escalated, from 0 to 1 (0.07 is 7 %), plus 4
             positions. None, the default, is 0.07 without a threshold.
         quantiles: Entropies in nats at evenly spaced ranks, lowest first, with which a budget
             starts; by default those of a 0.5B model.

@@ -20,7 +20,7 @@ class Score:
     """A score and its scale.
 
     `function` returns it for a position's signals and number; NaN for broken logits. A budget
-    rounds it to steps of `resolution`. `gain` is its greatest change if logprobs, entropy and
+    rounds it to steps of `resolution`. `gain` is its maximum change if logprobs, entropy and
     head score change by at most 1.
     """
 

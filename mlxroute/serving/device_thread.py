@@ -49,7 +49,7 @@ class DeviceThread:
 
     Args:
         small: The small model.
-        cache_bytes: Greatest memory of KV caches that are kept for later prompts.
+        cache_bytes: Maximum memory of KV caches that are kept for later prompts.
 
     Attributes:
         small: As given.

@@ -67,9 +67,9 @@ class AnswerScheduler(Closeable):
         small: The small model, which nothing else may use until the scheduler is closed.
         large: The large model; None where the small one answers alone.
         experience: Measurements of the pair from earlier answers; a new object by default.
-        max_running: Greatest number of answers written at a time. 8 by default.
-        max_queued: Greatest number of answers that wait for their turn. 32 by default.
-        cache_bytes: Greatest memory of KV caches that are kept for later prompts. 1 GiB by default.
+        max_running: Maximum number of answers written at a time. 8 by default.
+        max_queued: Maximum number of answers that wait for their turn. 32 by default.
+        cache_bytes: Maximum memory of KV caches that are kept for later prompts. 1 GiB by default.
     """
 
     def __init__(

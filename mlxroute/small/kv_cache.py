@@ -29,7 +29,7 @@ CLEAR_CACHE_EVERY = 256
 """Unused buffers of MLX are freed after so many steps, as in `mlx_lm`."""
 
 _MAX_ROWS = 8
-# Greatest memory of all rows of a batch.
+# Maximum memory of all rows of a batch.
 _BATCH_BYTES = 1 << 30
 _NOT_ONE_SEQUENCE = "the KV cache holds a batch or a queued token; select a row or roll back first"
 _INTERRUPTED = "a step was interrupted, so the KV cache is unusable; prefill a prompt first"

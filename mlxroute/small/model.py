@@ -66,7 +66,7 @@ class SmallModel:
         fingerprint: Differs between contents of the files of `plain_name`, as `load` found them.
             Empty for a model of the package index, and from the constructor.
         vocabulary: The tokenizer's vocabulary.
-        context_length: Greatest total number of tokens of prompt and answer.
+        context_length: Maximum total number of tokens of prompt and answer.
         head: The learned head that `load_head` read; None without one.
 
     Raises:
@@ -337,7 +337,7 @@ class SmallModel:
 
     @property
     def max_rows(self) -> int:
-        """Greatest number of rows for `branch` now: fewer after a long text, 1 without batches."""
+        """Maximum number of rows for `branch` now: fewer after a long text, 1 without batches."""
         return self._decoder.cache.max_rows
 
     def measure_branch_cost(self, token_id: int, *, rows: int) -> BranchCost:

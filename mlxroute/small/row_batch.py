@@ -24,7 +24,7 @@ from mlxroute.types import Signals
 _MIN_ROWS = 2
 # Tokens by which the buffers grow, as those of `mlx_lm`.
 _GROWTH = 256
-# Greatest memory of the buffers.
+# Maximum memory of the buffers.
 _MAX_BYTES = 1 << 32
 # The index of a row that was removed.
 _GONE = -1
@@ -321,7 +321,7 @@ def count_rows_that_fit(layers: Sequence[Any], length: int) -> int:
 
 
 def _count_rows(token_bytes: int, length: int) -> int:
-    """Return the greatest number of rows of `length` tokens that buffers within `_MAX_BYTES` have.
+    """Return the maximum number of rows of `length` tokens that buffers within `_MAX_BYTES` have.
 
     The number of rows is doubled where there are too few.
     """

@@ -20,7 +20,7 @@ from mlxroute.small.kv_cache import CacheLayers, is_plain
 from mlxroute.small.row_batch import BatchRow, RowBatch, count_rows_that_fit
 from mlxroute.types import Signals
 
-# Greatest number of samples, and so of rows, in the batch. Others join as they end.
+# Maximum number of samples, and so of rows, in the batch. Others join as they end.
 _SAMPLES_AT_ONCE: Final = 96
 
 

@@ -29,7 +29,7 @@ _MAX_CHARACTERS: Final = 1 << 25
 _MAX_TOTAL: Final = 1 << 27
 _MAX_STEPS: Final = 1 << 20
 _MAX_SECONDS: Final = 5.0
-# Greatest number, and greatest number of digits in a format such as `%100d`.
+# Maximum number, and maximum number of digits in a format such as `%100d`.
 _MAX_NUMBER: Final = 1 << 20
 _MAX_BITS: Final = 4096
 _WIDE_FORMAT: Final = re.compile(r"%(?:\([^)]*\))?[-#0 +]*(?:\d{0,6}\.)?(?:\*|\d{6})|\{[^{}]*\d{6}")

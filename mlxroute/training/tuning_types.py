@@ -120,7 +120,7 @@ class TuningOptions:
         start: Folder of the adapter that the model was loaded with, which is trained further. None
             (default) for a new one.
         learning_rate: Step size of the optimiser.
-        epochs: Greatest number of times that each answer is trained on.
+        epochs: Maximum number of times that each answer is trained on.
         max_tokens: Maximum length of the small model's own answers.
         interrupted: The run to resume, whose adapter `start` is. None (default) for a new one.
         skip_memory_check: Whether to train even if memory seems too small. False by default.

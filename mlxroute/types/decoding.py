@@ -30,7 +30,7 @@ class Mode(StrEnum):
 
 
 class StopReason(StrEnum):
-    """Why an answer ended: end token, stop string, greatest length, or cancelled."""
+    """Why an answer ended: end token, stop string, maximum length, or cancelled."""
 
     EOS = "eos"
     STOP_STRING = "stop_string"

@@ -74,9 +74,9 @@ class Chaos:
         reference: Another client of the same address, for undisturbed answers.
         rng: Decides what happens; its seed repeats it.
         threshold: The router's threshold.
-        max_tokens: Greatest length of an answer.
+        max_tokens: Maximum length of an answer.
         timeout_s: Time limit of a call, and of all failures of an answer.
-        pause_s: Greatest pause of the circuit breaker, which is over before the next answer.
+        pause_s: Maximum pause of the circuit breaker, which is over before the next answer.
         router: The name of the router. Its positions must be many enough in every turn.
         calls: Least number of calls of an undisturbed answer; a fault begins at one of them.
         modes: The modes to choose from.

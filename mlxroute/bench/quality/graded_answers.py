@@ -16,7 +16,7 @@ class QualityRow:
     """One graded answer; the `scores` of its positions restore the budget's state after it.
 
     Of its `seconds`, `calls_s` are those of calls. `is_cut_off` tells whether it reached the
-    greatest length without an end. Both are None if an earlier version saved it.
+    maximum length without an end. Both are None if an earlier version saved it.
     """
 
     question: str

@@ -66,7 +66,7 @@ def _is_cut_off(row: QualityRow, max_tokens: int) -> bool:
 
 
 def _max_excess(rows: Sequence[QualityRow], budget: float, chats: int) -> float:
-    """Return the greatest excess of escalations over the budget in consecutive answers of a chat.
+    """Return the largest excess of escalations over the budget in consecutive answers of a chat.
 
     This is a maximum-subarray sum (Kadane's algorithm). The token bucket bounds it by its burst.
     """

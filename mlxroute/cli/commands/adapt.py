@@ -207,7 +207,7 @@ class _AdaptRun:
         examples: Worked examples before each question.
         tokens: Maximum length of an answer.
         at_once: Maximum number of calls in flight.
-        epochs: Greatest number of times that each answer is trained on.
+        epochs: Maximum number of times that each answer is trained on.
         rounds: Number of on-policy rounds.
         rank: Rank of the LoRA weights.
         learning_rate: Step size of the optimiser.

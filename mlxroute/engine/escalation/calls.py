@@ -28,7 +28,7 @@ class Call:
         expires_s: Clock time after which its result is not waited for.
         stall_before_s: The answer's total stall when the call was started, in seconds.
         blocks_decoding: Whether decoding waits for it.
-        max_tokens: Greatest number of tokens that it returns.
+        max_tokens: Maximum number of tokens that it returns.
         is_joined: Whether it waits for a prefetched token of an earlier call.
     """
 

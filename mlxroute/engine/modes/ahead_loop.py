@@ -217,7 +217,7 @@ class AheadLoop:
 
     @property
     def _max_branches(self) -> int:
-        """Greatest number of branches now; 1 until the rounding of batches is measured."""
+        """Maximum number of branches now; 1 until the rounding of batches is measured."""
         context, cost = self._context, self._context.experience.branch_cost
         if cost is None or not self._branching or context.governor.mode is not Mode.HEDGE:
             return 1

@@ -46,10 +46,10 @@ class ServingLimits:
     """Limits of an endpoint.
 
     Args:
-        max_running: Greatest number of answers written at a time. 8 by default.
-        max_queued: Greatest number of answers that wait for their turn. 32 by default.
-        cache_bytes: Greatest memory of KV caches kept for later prompts. 1 GiB by default.
-        store_bytes: Greatest size of the answer documents that are kept. 32 MiB by default.
+        max_running: Maximum number of answers written at a time. 8 by default.
+        max_queued: Maximum number of answers that wait for their turn. 32 by default.
+        cache_bytes: Maximum memory of KV caches kept for later prompts. 1 GiB by default.
+        store_bytes: Maximum size of the answer documents that are kept. 32 MiB by default.
         keep_alive_s: Seconds of silence after which a stream gets a comment. 10 by default.
         tools: What is done with a request that has tools or a schema. Refused by default.
     """

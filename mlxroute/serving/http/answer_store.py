@@ -23,7 +23,7 @@ class AnswerStore:
     """Keeps the documents of answers, the oldest of which give way. Thread-safe.
 
     Args:
-        max_bytes: Greatest size of all documents, compressed. 32 MiB by default.
+        max_bytes: Maximum size of all documents, compressed. 32 MiB by default.
     """
 
     def __init__(self, max_bytes: int = DEFAULT_STORE_BYTES) -> None:

@@ -46,7 +46,7 @@ from mlxroute.types import Progress
 SAMPLES: Final = 8
 """Number of continuations of each choice."""
 MAX_DISAGREEMENTS: Final = 8
-"""Greatest number of disagreements of an answer whose choices are continued."""
+"""Maximum number of disagreements of an answer whose choices are continued."""
 # Questions that are answered and labelled at a time.
 _GROUP: Final = 16
 # Part of the names of label files, to be raised if the same settings give other labels.

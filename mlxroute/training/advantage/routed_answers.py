@@ -27,7 +27,7 @@ class BudgetedRouter:
 
     Args:
         name: Name of the score.
-        budget: Greatest share of escalated tokens, from 0 to 1.
+        budget: Maximum share of escalated tokens, from 0 to 1.
         quantiles: Scores at evenly spaced ranks, from which the budget starts.
         head: A fingerprint of the head whose score it is; empty (default) for other scores.
     """

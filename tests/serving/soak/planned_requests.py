@@ -42,7 +42,7 @@ class Variant:
     Args:
         messages: The conversation.
         threshold: The threshold of the router, in nats.
-        max_tokens: Greatest length.
+        max_tokens: Maximum length.
         exact: Whether the request says `exact`.
         sampling: Sampling; greedy by default.
     """

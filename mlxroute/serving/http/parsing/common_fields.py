@@ -62,7 +62,7 @@ class AnswerFields:
         model: The id of the model, as replies name it.
         role: Which models answer.
         options: Limits, sampling and mode.
-        budget: The greatest share of escalated tokens; None if it is not set.
+        budget: The maximum share of escalated tokens; None if it is not set.
         threshold: The score above which tokens are escalated; None if it is not set.
         local_only: Whether nothing may be sent to the large model.
         exact: Whether the text must be the one that the answer has alone.
