@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, Final, Protocol, TypeVar, cast
@@ -214,9 +213,6 @@ class SmallClient:
             progress(label, done, total)
             self._on_progress(done, len(prompt_ids))
 
-        # Answers must not share MLX's own random state.
-        if not sampling.is_greedy and sampling.seed is None:
-            sampling = replace(sampling, seed=secrets.randbits(63))
         # No bound of logprobs tells whether rounding could change what is drawn.
         self._is_unbatched = self.is_exact and not sampling.is_greedy
         reused = cast(int, self._request(Prefill(prompt_ids, sampling, report)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import Any
 
 import mlx.core as mx
@@ -14,13 +15,15 @@ class RowSampler:
     """Draws the tokens of one sequence; other sequences do not change what it draws.
 
     Args:
-        sampling: Temperature above 0, top-p and seed. Without a seed MLX's own random state is
-            used, which seeded draws leave as it was.
+        sampling: Temperature above 0, top-p and seed; without a seed one is drawn. MLX's own random
+            state stays as it was.
     """
 
     def __init__(self, sampling: Sampling) -> None:
         self._sample = make_sampler(temp=sampling.temperature, top_p=sampling.top_p)
-        self._key = None if sampling.seed is None else mx.random.key(sampling.seed)
+        # MLX's own state begins in each thread with the same numbers.
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        self._key = mx.random.key(seed)
         # (length of the sequence, random state before the draw at that length), for rollback.
         self._states: list[tuple[int, mx.array]] = []
 
@@ -31,24 +34,20 @@ class RowSampler:
         """
         # A slice of all, because a copy would add a node to the graph at each draw.
         before = _random_state()[:]
-        if self._key is not None:
-            _random_state()[:] = self._key
-        self._states.append((length, before if self._key is None else self._key))
+        _random_state()[:] = self._key
+        self._states.append((length, self._key))
         logprobs = logits - mx.logsumexp(logits, keepdims=True)
         token: mx.array = self._sample(logprobs).reshape(1, 1)
-        if self._key is not None:
-            self._key = mx.array(_random_state())
-            _random_state()[:] = before
-        return token
+        self._key = mx.array(_random_state())
+        _random_state()[:] = before
+        # The key is computed with the token, because only this thread can compute what is lazy now.
+        drawn: mx.array = mx.depends(token, self._key)
+        return drawn
 
     def rewind(self, length: int) -> None:
         """Restore the random state of the time at which the sequence had `length` tokens."""
         while self._states and self._states[-1][0] > length:
-            state = self._states.pop()[1]
-            if self._key is None:
-                _random_state()[:] = state
-            else:
-                self._key = state
+            self._key = self._states.pop()[1]
 
 
 def _random_state() -> mx.array:

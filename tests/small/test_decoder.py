@@ -172,9 +172,10 @@ def test_a_token_costs_one_synchronisation(
     assert syncs.count == 10
 
 
-def test_another_thread_may_continue_an_answer(small: SmallModel) -> None:
-    alone = play(small, [("own", 0)] * 8, Sampling())
-    history = [small.prefill(PROMPT)[0]]
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, top_p=0.9, seed=1)])
+def test_another_thread_may_continue_an_answer(small: SmallModel, sampling: Sampling) -> None:
+    alone = play(small, [("own", 0)] * 8, sampling)
+    history = [small.prefill(PROMPT, sampling=sampling)[0]]
 
     def continue_answer() -> None:
         history.append(small.step(history[-1].token_id))

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.utils import load_model
 
+from mlxroute.backend.device_streams import end_device_streams
 from mlxroute.backend.load import load, memory_needed, on_cpu
 from mlxroute.engine import generate
 from mlxroute.errors import RollbackError, UsageError, WeightsError
@@ -28,6 +30,7 @@ from mlxroute.types import Sampling
 from tests.support.tiny import make_tiny_model
 
 PROMPTS = ["Hello there", "def f(x):\n\treturn x", "漢字 \U0001f600 café", "1 2 3 4 5"]
+PROMPT_IDS = range(5, 25)
 
 
 @pytest.fixture(scope="module")
@@ -77,23 +80,39 @@ def test_seeded_sampling_equals_mlx_lm_token_for_token(small: SmallModel) -> Non
     assert sampled != decode(small, prompt_ids, 16, temperature=0.8, top_p=0.9, seed=8)
 
 
-def test_a_seeded_answer_does_not_make_later_unseeded_ones_repeat(small: SmallModel) -> None:
-    prompt_ids = list(small.vocabulary.encode("once upon a time"))
+@pytest.mark.parametrize("seed", [None, 7])
+def test_sampling_leaves_mlxs_own_random_state(small: SmallModel, seed: int | None) -> None:
     mx.random.seed(3)
-    expected = decode(small, prompt_ids, 16, temperature=1.0)
+    expected = mx.random.uniform().item()
     mx.random.seed(3)
-    first = decode(small, prompt_ids, 8, temperature=1.0, seed=7)
-    # The seeded and the unseeded draws alternate, and each goes its own way.
+    decode(small, list(PROMPT_IDS), 8, temperature=1.0, seed=seed)
+    assert mx.random.uniform().item() == expected
+
+
+def test_draws_of_another_answer_do_not_change_those_of_a_seeded_one(small: SmallModel) -> None:
+    alone = decode(small, list(PROMPT_IDS), 8, temperature=1.0, seed=7)
     other = small.with_own_cache()
-    signals, _ = other.prefill(prompt_ids, sampling=Sampling(temperature=1.0))
-    unseeded = [signals.token_id]
-    signals, _ = small.prefill(prompt_ids, sampling=Sampling(temperature=1.0, seed=7))
+    unseeded, _ = other.prefill(PROMPT_IDS, sampling=Sampling(temperature=1.0))
+    signals, _ = small.prefill(PROMPT_IDS, sampling=Sampling(temperature=1.0, seed=7))
     seeded = [signals.token_id]
     for _ in range(7):
-        unseeded.append(other.step(unseeded[-1]).token_id)
+        unseeded = other.step(unseeded.token_id)
         seeded.append(small.step(seeded[-1]).token_id)
-    assert unseeded == expected[:8]
-    assert seeded == first
+    assert seeded == alone
+
+
+def test_without_a_seed_answers_differ_also_in_new_threads(small: SmallModel) -> None:
+    answers: list[list[int]] = []
+
+    def write() -> None:
+        answers.append(decode(small, list(PROMPT_IDS), 16, temperature=1.0))
+        end_device_streams()
+
+    for _ in range(3):
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join()
+    assert len({tuple(ids) for ids in answers}) == 3
 
 
 def test_what_is_to_be_evaluated_does_not_grow_with_seeded_draws() -> None:
