@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ from mlxroute.errors import UsageError
 
 
 class HiddenStateTap:
-    """Keeps the latest output of a model's final norm.
+    """Keeps the latest output of a model's final norm in each thread.
 
     `mlx_lm` models return logits only, so the norm gets a subclass that keeps what it returns.
     """
@@ -17,9 +18,10 @@ class HiddenStateTap:
     def __init__(self, model: Any) -> None:
         norm = _find_final_norm(model)
         self._has_norm = norm is not None
-        self._outputs: list[Any] = []
+        # Small models with KV caches of their own share the model, and may each have a thread.
+        self._latest = threading.local()
         if norm is not None:
-            _keep_outputs(norm, self._outputs)
+            _keep_outputs(norm, self._latest)
 
     def check(self) -> None:
         """Raise UsageError for an architecture whose final norm is unknown."""
@@ -30,8 +32,8 @@ class HiddenStateTap:
             )
 
     def last(self) -> Any:
-        """Return the states of the last forward pass, [B, n, D]; None before the first."""
-        return self._outputs[0] if self._outputs else None
+        """Return the states of the thread's last pass, [B, n, D]; None before the first."""
+        return getattr(self._latest, "states", None)
 
 
 class ChosenRows:
@@ -73,11 +75,11 @@ def _choose_rows(norm: Any, indices: list[Any]) -> None:
     _change_output(norm, choose)
 
 
-def _keep_outputs(norm: Any, outputs: list[Any]) -> None:
-    """Make every call of the module `norm` put its result into `outputs`, as the only item."""
+def _keep_outputs(norm: Any, latest: threading.local) -> None:
+    """Make every call of the module `norm` keep its result as `latest.states`."""
 
     def keep(output: Any) -> Any:
-        outputs[:] = [output]
+        latest.states = output
         return output
 
     _change_output(norm, keep)

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlxroute.backend.device_streams import end_device_streams
 from mlxroute.backend.load import load
 from mlxroute.errors import UsageError, WeightsError
 from mlxroute.small import SmallModel
@@ -214,6 +215,27 @@ def test_a_heads_score_is_computed_from_the_hidden_state_and_the_signals(
         signals = small.step(signals.token_id)
     small.set_head(None)
     assert small.step(signals.token_id).head_score is None
+
+
+def test_copies_in_two_threads_score_their_own_text(small: SmallModel) -> None:
+    small.set_head(random_head())
+    expected, _ = small.with_own_cache().prefill(PROMPT)
+    other = small.with_own_cache()
+    model = small._decoder._model
+
+    def read_other_prompt() -> None:
+        other.prefill(list(range(40, 60)))
+        end_device_streams()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        logits = model(*args, **kwargs)
+        thread = threading.Thread(target=read_other_prompt)
+        thread.start()
+        thread.join()
+        return logits
+
+    small._decoder._model = call
+    assert small.prefill(PROMPT)[0] == expected
 
 
 def test_setting_a_head_in_the_middle_changes_no_token(small: SmallModel) -> None:
