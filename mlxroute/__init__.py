@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from mlxroute._version import __version__
 
 if TYPE_CHECKING:
+    from mlxroute.backend.device_streams import end_device_streams
     from mlxroute.engine import Answer, generate
     from mlxroute.errors import MlxRouteError
     from mlxroute.large import LargeModel
@@ -41,6 +42,7 @@ _MODULES = {
     "StopReason": "mlxroute.types",
     "Token": "mlxroute.types",
     "create_app": "mlxroute.serving.http.endpoint_app",
+    "end_device_streams": "mlxroute.backend.device_streams",
     "generate": "mlxroute.engine",
 }
 
@@ -60,6 +62,7 @@ __all__ = [
     "Token",
     "__version__",
     "create_app",
+    "end_device_streams",
     "generate",
 ]
 
@@ -69,3 +72,7 @@ def __getattr__(name: str) -> object:
     if name in _MODULES:
         return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'mlxroute' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -266,5 +266,6 @@ def test_the_endpoint_is_imported_without_a_model() -> None:
 
 def test_the_public_names_are_sorted_and_all_there() -> None:
     assert list(mlxroute.__all__) == sorted(mlxroute.__all__)
+    assert set(mlxroute.__all__) <= set(dir(mlxroute))
     for name in mlxroute.__all__:
         assert getattr(mlxroute, name) is not None
