@@ -19,7 +19,7 @@ from mlxroute.engine.governor import Governor
 from mlxroute.engine.modes.ahead_loop import AheadLoop
 from mlxroute.engine.modes.decode_context import DecodeContext
 from mlxroute.engine.modes.wait_loop import wait_loop
-from mlxroute.engine.options import Options
+from mlxroute.engine.options import Options, check_kinds
 from mlxroute.engine.protocols import (
     BatchingProtocol,
     LargeProtocol,
@@ -364,6 +364,9 @@ def generate(  # noqa: PLR0913 - the options of the command line, by the same na
         UsageError: The prompt is empty, or a value is out of range or of another form.
         ContextTooLong: The prompt does not fit in the small model's context.
     """
+    check_kinds(
+        small=small, large=large, router=router, experience=experience, on_failure=on_failure
+    )
     if isinstance(messages, str):
         if not messages.strip():
             raise UsageError("the prompt is empty")

@@ -3,12 +3,42 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
+from mlxroute.engine.experience import Experience
 from mlxroute.errors import UsageError
 from mlxroute.types import Mode, Prices, Sampling
 from mlxroute.types.limits import check_number, shown_value
+
+
+def _has(method: str) -> Callable[[object], bool]:
+    """Return what tells whether a value is an object with this method, and no class."""
+    return lambda value: hasattr(value, method) and not isinstance(value, type)
+
+
+# For each argument that is an object: what accepts a value other than None, and what it must be.
+_KINDS: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
+    "small": (_has("prefill"), 'a SmallModel, such as SmallModel.load("NAME")'),
+    "large": (_has("begin"), 'a LargeModel, such as LargeModel("URL"), or None'),
+    "router": (_has("score"), "a router, such as EntropyRouter()"),
+    "prices": (
+        lambda value: isinstance(value, Prices),
+        "Prices(input=..., cached_input=..., output=...) or None",
+    ),
+    "experience": (lambda value: isinstance(value, Experience), "an Experience or None"),
+    "on_failure": (callable, "a function of a CallFailure"),
+}
+_OPTIONAL: Final = {"large", "prices", "experience"}
+
+
+def check_kinds(**arguments: object) -> None:
+    """Raise UsageError, with the parameter's name, for an argument of another kind."""
+    for name, value in arguments.items():
+        is_accepted, words = _KINDS[name]
+        if not (is_accepted(value) or (value is None and name in _OPTIONAL)):
+            raise UsageError(f"{name} must be {words}, not {shown_value(value)}", parameter=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +72,7 @@ class Options:
                 check_number(name, getattr(self, name))
         if self.sampling.seed is not None:
             check_number("seed", self.sampling.seed)
+        check_kinds(prices=self.prices)
         object.__setattr__(self, "stop", _stop_texts(self.stop))
         object.__setattr__(self, "never_send", _patterns(self.never_send))
         object.__setattr__(self, "mode", parse_mode(self.mode))

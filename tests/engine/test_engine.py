@@ -378,6 +378,24 @@ def test_values_out_of_range_are_refused(options: dict[str, object]) -> None:
         generate(ScriptedSmall(b"a"), None, "hi", router=EntropyRouter(1.0), **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("small", "m"), ("small", None), ("large", "http://x/v1"), ("router", "entropy")),
+        *(("router", EntropyRouter), ("router", None), ("prices", {"input": 1})),
+        *(("experience", {}), ("on_failure", None)),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_before_anything_is_paid_for(
+    name: str, value: object
+) -> None:
+    arguments: dict[str, Any] = {"small": ScriptedSmall(b"a"), "large": None}
+    arguments |= {"router": EntropyRouter(1.0), name: value}
+    with pytest.raises(UsageError, match=f"^{name} must be ") as caught:
+        generate(messages="hi", **arguments)
+    assert caught.value.parameter == name
+
+
 def test_a_router_of_a_head_that_is_not_loaded_makes_no_calls() -> None:
     large = ScriptedLarge([b"x"])
     answer = generate(ScriptedSmall(b"a"), large, "hi", router=make_router("head", threshold=5.0))
