@@ -353,8 +353,8 @@ def generate(  # noqa: PLR0913 - the options of the command line, by the same na
         call_ceiling: Maximum average number of calls per escalated position, at least 1, over all
             answers with the same `experience`; None, the default, sets no limit.
         accept_within: Nats by which the small model's token may be less likely to the large model
-            than the large model's own and still be kept, at an escalated position; 0, the default,
-            always takes the large model's.
+            than the large model's own and still be kept, at an escalated position, unless it ends
+            the answer; 0, the default, always takes the large model's.
         experience: Measurements of the pair from earlier answers, which this one adds to; a new
             object by default.
         on_failure: Called with the first failure of each kind, while the answer goes on; by default
