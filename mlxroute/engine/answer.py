@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import cast
 
 from mlxroute.engine.advice import advise
@@ -89,7 +90,7 @@ class Answer:
         batching: BatchingProtocol | None = None,
         answer_start: str = "",
     ) -> None:
-        self._began_s = began_s = clock()
+        began_s = clock()
         self._prefill_s = 0.0
         self._failures = AnswerFailures(on_failure)
         self._small = small
@@ -110,8 +111,10 @@ class Answer:
         # A batch would draw other random numbers than a single row.
         self._ahead = AheadLoop(self._context, branching=options.sampling.is_greedy)
         self._reused = 0
-        self._advice: str | None = None
         self._started = False
+        # Until it is iterated over, the answer takes no time.
+        self._ready_s = clock()
+        self._final: RunStats | None = None
         self._stopped_s = 0.0
         self._activity = Activity.PREFILL
         self.prefill_done = 0
@@ -131,6 +134,8 @@ class Answer:
             raise UsageError("an answer can be iterated only once; call generate again")
         self._started = True
         context = self._context
+        context.commits.began_s += context.clock() - self._ready_s
+        context.calls.begin()
         try:
             signals = self._prefill()
             is_waiting = self._options.mode is Mode.WAIT or not context.calls.is_open
@@ -141,13 +146,16 @@ class Answer:
         except BaseException as exc:
             # A reader that only leaves may do so long after the last token.
             if not (context.commits.ended or isinstance(exc, GeneratorExit)):
-                self._stopped_s = context.clock() - self._began_s
+                self._stopped_s = context.clock() - context.commits.began_s
             raise
         finally:
             context.calls.close()
             context.prefetched.close()
+            # Later answers of the same models change what the figures are computed from.
+            self._final = final = self._stats_so_far()
         calls_cost, whole_cost = self._costs()
-        self._advice = advise(context.experience, calls_cost=calls_cost, whole_cost=whole_cost)
+        advice = advise(context.experience, calls_cost=calls_cost, whole_cost=whole_cost)
+        self._final = replace(final, advice=advice)
         self._activity = Activity.DONE
 
     @property
@@ -162,6 +170,9 @@ class Answer:
 
     def stats(self) -> RunStats:
         """Return the summary so far; final once the iteration has ended."""
+        return self._final or self._stats_so_far()
+
+    def _stats_so_far(self) -> RunStats:
         context, prices = self._context, self._options.prices
         commits, calls, governor = context.commits, context.calls, context.governor
         times_s, uploads = commits.times_s, calls.uploads
@@ -201,7 +212,6 @@ class Answer:
             redecoded=self._ahead.redecoded,
             accepted=commits.accepted,
             plan=governor.explain(),
-            advice=self._advice,
             failures=self._failures.all,
         )
 
@@ -221,7 +231,7 @@ class Answer:
         signals, self._reused = self._small.prefill(
             self._prompt.ids, sampling=self._options.sampling, progress=self._on_prefill
         )
-        self._prefill_s = self._context.clock() - self._began_s
+        self._prefill_s = self._context.clock() - self._context.commits.began_s
         self._activity = Activity.DECODE
         return signals
 

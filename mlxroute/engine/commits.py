@@ -23,6 +23,9 @@ class Commits:
         failures: Counts positions that stay unchecked because of an error.
         began_s: Clock time at which the request began.
         clock: Returns seconds.
+
+    Attributes:
+        began_s: As given, or later: no time before the first step of the answer counts.
     """
 
     def __init__(
@@ -41,7 +44,7 @@ class Commits:
         self._stop_strings = StopStrings(stop)
         self._strict = strict
         self._experience = experience
-        self._began_s = began_s
+        self.began_s = began_s
         self._clock = clock
         self._released_texts: list[str] = []
         self.times_s: list[float] = []
@@ -90,7 +93,7 @@ class Commits:
                 escalation=decision.escalation if number == 0 else None,
                 checked=decision.checked,
                 unchecked_reason=decision.unchecked_reason,
-                time_s=self._clock() - self._began_s,
+                time_s=self._clock() - self.began_s,
             )
             self.times_s.append(token.time_s)
             self.large_tokens += decision.source is Source.LARGE

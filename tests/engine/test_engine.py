@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxroute.engine import Answer, Options, generate
+from mlxroute.engine import Answer, Experience, Options, generate
 from mlxroute.errors import (
     ContextTooLong,
     LargeError,
@@ -21,7 +21,7 @@ from mlxroute.errors import (
     UsageError,
 )
 from mlxroute.routers import EntropyRouter, make_router
-from mlxroute.types import LargeToken, Message, Mode, Source, StopReason, Token
+from mlxroute.types import LargeToken, Message, Mode, Prices, Source, StopReason, Token
 from tests.support.scripted_models import (
     EOS,
     STRADDLING,
@@ -300,6 +300,36 @@ def test_times_and_uploads_are_added_up() -> None:
     stats = answer.stats()
     assert (stats.stall_s, stats.ttft_s, stats.uploaded_bytes) == (4.0, 2.0, 200)
     assert (stats.uploaded_tokens, stats.large_cached_tokens) == (20, 16)
+
+
+def test_a_finished_answers_figures_do_not_change_with_later_ones() -> None:
+    small, large = ScriptedSmall(b"ab", entropies={0: 2.0}), ScriptedLarge([b"a", b"b", b"c"])
+    experience, router = Experience(), EntropyRouter(1.0)
+    prices = Prices(input=1.0, cached_input=1.0, output=1.0)
+    first, second, third = (
+        generate(small, large, "hi", router=router, prices=prices, experience=experience)
+        for _ in range(3)
+    )
+    list(first)
+    stats = first.stats()
+    list(second)
+    for token in third:
+        if token.index == 1:
+            break
+    assert [answer.stats().requests for answer in (first, second, third)] == [1, 1, 1]
+    assert first.stats() == stats
+
+
+def test_an_answer_takes_no_time_before_it_is_iterated_over() -> None:
+    clock = FakeClock()
+    options = Options(mode=Mode.WAIT)
+    large = ScriptedLarge([b"a"], clock=clock, seconds=2.0)
+    small, router = ScriptedSmall(b"ab", entropies={0: 2.0}), EntropyRouter(1.0)
+    answer = Answer(small, large, QUESTION, router=router, options=options, clock=clock)
+    clock.now = 60.0
+    tokens = list(answer)
+    stats = answer.stats()
+    assert (tokens[0].time_s, stats.ttft_s, stats.total_s) == (2.0, 2.0, 2.0)
 
 
 @pytest.mark.parametrize("mode", ["wait", "overlap"])

@@ -101,12 +101,18 @@ class AnswerCalls:
         self.stall_s = 0.0
         self.is_stalling = False
         self._stalled_since_step = False
+        # None until the answer is begun.
+        self._uploads_before: Uploads | None = None
+
+    def begin(self) -> None:
+        """Count as this answer's what the large model sends from now on."""
         self._uploads_before = self._uploads_so_far()
 
     @property
     def uploads(self) -> Uploads:
-        """Totals of what the calls of this answer sent."""
-        return self._uploads_so_far() - self._uploads_before
+        """Totals of what the large model has sent since the answer was begun."""
+        before = self._uploads_before
+        return Uploads() if before is None else self._uploads_so_far() - before
 
     @property
     def is_open(self) -> bool:
