@@ -153,7 +153,10 @@ class Answer:
             context.prefetched.close()
             # Later answers of the same models change what the figures are computed from.
             self._final = final = self._stats_so_far()
-        calls_cost, whole_cost = self._costs()
+        prices = self._options.prices
+        whole = Uploads(tokens=final.prompt_tokens, completion_tokens=final.tokens)
+        whole_cost = 0.0 if prices is None else prices.cost(whole)
+        calls_cost = final.cost_estimate or 0.0
         advice = advise(context.experience, calls_cost=calls_cost, whole_cost=whole_cost)
         self._final = replace(final, advice=advice)
         self._activity = Activity.DONE
@@ -214,18 +217,6 @@ class Answer:
             plan=governor.explain(),
             failures=self._failures.all,
         )
-
-    def _costs(self) -> tuple[float, float]:
-        """Return the cost of the answer's calls, and of an answer by the large model alone.
-
-        Both are 0 without prices.
-        """
-        prices, uploads = self._options.prices, self._context.calls.uploads
-        if prices is None or not uploads.requests:
-            return 0.0, 0.0
-        written = len(self._context.commits.times_s)
-        whole = Uploads(tokens=len(self._prompt.ids), completion_tokens=written)
-        return prices.cost(uploads), prices.cost(whole)
 
     def _prefill(self) -> Signals:
         signals, self._reused = self._small.prefill(
