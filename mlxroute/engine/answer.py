@@ -124,7 +124,7 @@ class Answer:
         """Decode to the end and yield the committed tokens.
 
         If the iterator is dropped before, the finish reason stays `cancelled`. Raises UsageError at
-        a second iteration.
+        a second iteration, and if another answer was begun on the small model before the end.
         """
         return (event for event in self.events() if isinstance(event, Token))
 
@@ -136,6 +136,7 @@ class Answer:
         context = self._context
         context.commits.began_s += context.clock() - self._ready_s
         context.calls.begin()
+        context.claim.take(self._small)
         try:
             signals = self._prefill()
             is_waiting = self._options.mode is Mode.WAIT or not context.calls.is_open

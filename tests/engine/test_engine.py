@@ -302,6 +302,41 @@ def test_times_and_uploads_are_added_up() -> None:
     assert (stats.uploaded_tokens, stats.large_cached_tokens) == (20, 16)
 
 
+def answer_to(question: str, small: ScriptedSmall, mode: str) -> Answer:
+    """An answer that the small model writes alone, with the loop of a mode."""
+    router = EntropyRouter(math.inf)
+    return generate(small, ScriptedLarge([b"x"]), question, router=router, mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["wait", "overlap"])
+def test_an_answer_ends_with_an_error_once_another_was_begun_on_its_small_model(mode: str) -> None:
+    small = ScriptedSmall(b"abcd")
+    left = iter(answer_to("q", small, mode))
+    assert next(left).text == "a"
+    assert text_of(list(answer_to("r", small, mode))) == "abcd"
+    cached_ids = small.cached_ids
+    with pytest.raises(UsageError, match="another answer was begun"):
+        next(left)
+    assert small.cached_ids == cached_ids
+    assert text_of(list(answer_to("r", small, mode))) == "abcd"
+
+
+@pytest.mark.parametrize("mode", ["wait", "overlap"])
+def test_another_answer_may_begin_at_the_last_token(mode: str) -> None:
+    small = ScriptedSmall(b"abcd")
+    for token in answer_to("q", small, mode):
+        if token.token_id == EOS:
+            list(answer_to("longer", small, mode))
+    assert bytes(small.cached_ids).startswith(b"[user]longer>abcd")
+
+
+def test_answers_on_small_models_of_their_own_may_alternate() -> None:
+    answers = [answer_to("q", ScriptedSmall(b"abcd"), "wait") for _ in range(2)]
+    assert [first.text + second.text for first, second in zip(*answers, strict=True)] == [
+        *("aa", "bb", "cc", "dd", "")
+    ]
+
+
 def test_a_finished_answers_figures_do_not_change_with_later_ones() -> None:
     small, large = ScriptedSmall(b"ab", entropies={0: 2.0}), ScriptedLarge([b"a", b"b", b"c"])
     experience, router = Experience(), EntropyRouter(1.0)

@@ -64,12 +64,15 @@ class AheadLoop:
                 break
             steps = self._branches.first.steps
             yield from provisional.show(steps, committed=self._committed)
+            # Whoever takes the events may have begun another answer.
+            context.claim.check(context.small)
             if not (self._decide_next_positions() or self._decode()):
                 context.calls.wait(self._has_new_prefetched)
         context.calls.close()
         yield from provisional.retract((), committed=self._committed)
         ids = self._branches.committed.ids[: self._committed]
-        self._cache.finish(ids, last_decision=self._last_decision)
+        if context.claim.holds(context.small):
+            self._cache.finish(ids, last_decision=self._last_decision)
 
     @property
     def _committed(self) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from mlxroute.engine.cache_claim import CacheClaim
 from mlxroute.engine.commits import Commits
 from mlxroute.engine.escalation.calls import AnswerCalls
 from mlxroute.engine.escalation.decision import Decider, Decision
@@ -35,6 +36,7 @@ class DecodeContext:
     experience: Experience
     clock: Callable[[], float]
     batching: BatchingProtocol | None = None
+    claim: CacheClaim = field(default_factory=CacheClaim)
 
     @property
     def was_batched(self) -> bool:
@@ -53,8 +55,10 @@ class DecodeContext:
     def feed(self, token_ids: Sequence[int], *, unbatched: bool = False) -> Signals:
         """Feed the small model's only row; return the signals of the next position.
 
-        With `unbatched` it is not batched with other answers.
+        With `unbatched` it is not batched with other answers. Raises UsageError once another answer
+        was begun on the small model.
         """
+        self.claim.check(self.small)
         stalled = self.calls.take_stalled()
         began_s, busy_before_s = self.clock(), own_busy_core_s()
         if unbatched and self.batching is not None:
