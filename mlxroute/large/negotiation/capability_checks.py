@@ -8,19 +8,8 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
-from mlxroute.errors import (
-    LargeError,
-    LargeNotContinued,
-    LargeProtocolError,
-    LargeRefused,
-    LargeUnreadable,
-    LargeUnsendable,
-)
-from mlxroute.large.completion_request import (
-    CompletionRequest,
-    CompletionRequester,
-    TokensNotReplayed,
-)
+from mlxroute.errors import LargeError, LargeNotContinued, LargeProtocolError, LargeRefused
+from mlxroute.large.completion_request import CompletionRequest, CompletionRequester
 from mlxroute.large.dialects import Dialect
 from mlxroute.large.dialects.chat.chat_reply import ModelThinks
 from mlxroute.large.dialects.chat.request_fields import names_field
@@ -28,6 +17,7 @@ from mlxroute.large.http.deadline import NextDeadline
 from mlxroute.large.negotiation import probe_questions
 from mlxroute.large.negotiation.continuation_questions import CONTINUATIONS, FINISHED
 from mlxroute.large.negotiation.probe_questions import ProbeQuestion
+from mlxroute.large.negotiation.rejection import DialectRejected, RejectionKind
 from mlxroute.large.negotiation.served_models import ModelName
 from mlxroute.large.negotiation.verdict_file import CapabilityCheck
 from mlxroute.large.prompt import Prompt, PromptForm
@@ -38,35 +28,30 @@ from mlxroute.safe_text import printable_line
 
 # Also the status of a refusal of logprobs.
 _FORBIDDEN: Final = 403
-# Statuses of a request whose form the server does not know.
-_WRONG_FORM_STATUSES: Final = {400, 404, 405, 415, 422}
-# Errors that show nothing about the dialect.
-_NOT_THE_DIALECT: Final = (LargeUnreadable, TokensNotReplayed, LargeUnsendable, LargeNotContinued)
-# A reply with this status may hold an error of the moment, or be damaged on its way.
+# A reply with this status may hold a transient error, or be damaged on its way.
 _OK: Final = 200
 _ATTEMPTS: Final = 2
 _LOGPROB_TOLERANCE: Final = 1e-3
-# The share of continuations that a server needs right if it goes on by example.
+# The share of continuations that a server needs right if it is asked by example.
 _MIN_SCORE: Final = 0.75
-
-
-class DialectRejected(Exception):
-    """Raised when the server fails a check of a dialect; the text is the reason.
-
-    `error` is the error of the request that failed; None if the reply was read and is wrong.
-    """
-
-    def __init__(self, reason: str, error: LargeError | None = None) -> None:
-        super().__init__(reason)
-        self.error = error
 
 
 class CapabilityChecker:
     """Asks a server questions in one dialect and compares the replies with the expected ones.
 
-    `tokens` gives token ids for prompts, None if there is no source. `requests` counts requests;
-    `latencies_s` are the latencies in seconds of those for one token. Methods raise
-    DialectRejected, and LargeError for failures that the dialect did not cause.
+    Methods raise DialectRejected, and LargeError for failures that the dialect did not cause.
+
+    Args:
+        requester: Sends the questions.
+        dialect: The dialect to ask them in.
+        model: The name of the model, as far as it is known.
+        reader: Reads the bytes of the tokens in replies.
+        tokens: Gives token ids for prompts; None if there is no source.
+        next_deadline: Returns the deadline of each request.
+
+    Attributes:
+        latencies_s: The latencies of the requests for one token, in seconds.
+        requests: The number of requests sent.
     """
 
     def __init__(
@@ -99,10 +84,12 @@ class CapabilityChecker:
         checks = [self._check_place(name, question) for name, question in CONTINUATIONS]
         checks.append(self._check_finished_answer())
         right = sum(check.passed is True for check in checks)
-        score = f"{right} of {len(checks)} answers were continued as they go on"
+        score = f"{right} of {len(checks)} partial answers were continued correctly"
         if right < _MIN_SCORE * len(checks):
             first = next(check for check in checks if not check.passed)
-            raise DialectRejected(f"only {score} ({first.name}: {first.detail})")
+            raise DialectRejected(
+                f"only {score} ({first.name}: {first.detail})", kind=RejectionKind.NOT_BY_EXAMPLE
+            )
         return (CapabilityCheck("score", True, score), *checks)
 
     def _check_place(self, name: str, question: ProbeQuestion) -> CapabilityCheck:
@@ -128,7 +115,7 @@ class CapabilityChecker:
         yield self.check_mid_word()
         logprobs = self._check_logprobs()
         if not logprobs.passed and self._dialect.names_tokens:
-            raise DialectRejected(f"logprobs: {logprobs.detail}")
+            raise DialectRejected(f"logprobs: {logprobs.detail}", kind=RejectionKind.NO_LOGPROBS)
         yield logprobs
         checks = [
             self._check_trailing_space,
@@ -151,7 +138,10 @@ class CapabilityChecker:
             text = self._continuation(self._prompt(question))
             if _agrees(text, question.expected):
                 return CapabilityCheck("mid-word", True, f"{question.text[-8:]!r} + {text!r}")
-        raise DialectRejected(f"a begun word is not continued (it wrote {_quoted(text)})")
+        raise DialectRejected(
+            f"an unfinished word is not continued (it wrote {_quoted(text)})",
+            kind=RejectionKind.NOT_CONTINUED,
+        )
 
     def request_tokens(self, question: ProbeQuestion, count: int) -> None:
         """Request tokens, from whose names the reader learns the vocabulary."""
@@ -275,7 +265,8 @@ class CapabilityChecker:
         prompt = question.prompt(self._dialect.form, self._tokens)
         if prompt is None:
             raise DialectRejected(
-                "the server has no tokenise route, and its tokenizer is not known"
+                "the server has no tokenise route, and its tokenizer is not known",
+                kind=RejectionKind.NO_TOKENIZER,
             )
         return prompt
 
@@ -351,7 +342,7 @@ class CapabilityChecker:
                 error = exc
                 if exc.status != _OK:
                     break
-        raise DialectRejected(_without_address(str(error)), error) from error
+        raise DialectRejected(_without_address(str(error)), error=error) from error
 
     def _send(self, prompt: Prompt, count: int) -> CompletionAnswer:
         request = CompletionRequest(
@@ -363,14 +354,6 @@ class CapabilityChecker:
         if count == 1:
             self.latencies_s.append(time.perf_counter() - began_s)
         return answer
-
-
-def may_be_wrong_dialect(error: LargeError) -> bool:
-    """Return whether the dialect of a request may have caused its failure."""
-    if isinstance(error, LargeRefused):
-        # Any dialect gets a 400 for a prompt that is too long.
-        return error.status in _WRONG_FORM_STATUSES and not error.is_too_long
-    return isinstance(error, LargeProtocolError) and not isinstance(error, _NOT_THE_DIALECT)
 
 
 def _agrees(text: str, expected: str) -> bool:

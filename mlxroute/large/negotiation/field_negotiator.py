@@ -14,13 +14,12 @@ from mlxroute.large.dialects.chat.request_fields import (
     REFUSALS,
     FieldSearch,
 )
-from mlxroute.large.negotiation.capability_checks import DialectRejected
+from mlxroute.large.negotiation.rejection import DialectRejected, RejectionKind
 
-TOO_MUCH_THINKING: Final = (
+_TOO_MUCH_THINKING: Final = (
     "the model thinks before it answers: a token costs more than"
     f" {MAX_GENERATED_PER_TOKEN} generated tokens, even with the least effort that the server takes"
 )
-"""The reason why a model that thinks is refused."""
 
 _D = TypeVar("_D", bound=FieldedDialect)
 
@@ -35,7 +34,8 @@ class FieldNegotiator:
         """Return the dialect with the fields known so far. Raises DialectRejected."""
         fields = self._search.fields
         if missing := dialect.lacks(fields):
-            raise DialectRejected(f"the server refuses {missing}")
+            kind = RejectionKind.OTHER if fields.logprobs else RejectionKind.NO_LOGPROBS
+            raise DialectRejected(f"the server refuses {missing}", kind=kind)
         return dialect.with_fields(fields)
 
     def changed_for(self, dialect: _D, rejected: DialectRejected) -> _D:
@@ -52,9 +52,9 @@ class FieldNegotiator:
             fields = self._search.after_refusal(refusal)
         else:
             raise rejected
-        if fields is None:
-            raise DialectRejected(TOO_MUCH_THINKING) if self._search.thinks else rejected
-        if dialect.lacks(fields):
+        if fields is None and self._search.thinks:
+            raise DialectRejected(_TOO_MUCH_THINKING, kind=RejectionKind.THINKS)
+        if fields is None or dialect.lacks(fields):
             raise rejected
         return dialect.with_fields(fields)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
@@ -12,13 +11,15 @@ from mlxroute.errors import LargeProtocolError
 from mlxroute.large.completion_request import CompletionRequester
 from mlxroute.large.dialects import LADDER, Dialect, FieldedDialect
 from mlxroute.large.http.deadline import NextDeadline
-from mlxroute.large.negotiation.capability_checks import (
-    CapabilityChecker,
+from mlxroute.large.negotiation.capability_checks import CapabilityChecker
+from mlxroute.large.negotiation.field_negotiator import FieldNegotiator
+from mlxroute.large.negotiation.probe_questions import ProbeQuestion
+from mlxroute.large.negotiation.rejection import (
     DialectRejected,
+    Rejection,
+    advise,
     may_be_wrong_dialect,
 )
-from mlxroute.large.negotiation.field_negotiator import TOO_MUCH_THINKING, FieldNegotiator
-from mlxroute.large.negotiation.probe_questions import ProbeQuestion
 from mlxroute.large.negotiation.served_models import ModelName
 from mlxroute.large.negotiation.verdict_file import CapabilityCheck, RejectedDialect
 from mlxroute.large.vocabulary.token_reader import TokenReader
@@ -57,9 +58,9 @@ class _Checked(Generic[_T]):
 class NoUsableDialect(LargeProtocolError):
     """Raised when every dialect is rejected; `rejected` has the reasons, the text advises."""
 
-    def __init__(self, rejected: Sequence[RejectedDialect], model: ModelName) -> None:
-        self.rejected = tuple(rejected)
-        super().__init__(advise(self.rejected, model))
+    def __init__(self, rejections: Sequence[Rejection], model: ModelName) -> None:
+        self.rejected = _recorded(rejections)
+        super().__init__(advise(rejections, model))
 
 
 class Prober:
@@ -91,18 +92,21 @@ class Prober:
 
         Raises NoUsableDialect if none does.
         """
-        rejected: list[RejectedDialect] = []
+        rejections: list[Rejection] = []
         for dialect in LADDER:
             try:
                 checked = self._check(dialect, CapabilityChecker.check_all)
             except DialectRejected as exc:
-                rejected.append(RejectedDialect(dialect.name, str(exc)))
+                rejections.append(Rejection(dialect.name, str(exc), exc.kind))
             else:
-                latencies_s = tuple(checked.checker.latencies_s)
                 return ProbeResult(
-                    checked.dialect, checked.result, tuple(rejected), latencies_s, self._requests
+                    checked.dialect,
+                    checks=checked.result,
+                    rejected=_recorded(rejections),
+                    latencies_s=tuple(checked.checker.latencies_s),
+                    requests=self._requests,
                 )
-        raise NoUsableDialect(rejected, self._model)
+        raise NoUsableDialect(rejections, self._model)
 
     def find_working_dialect(self) -> Dialect | None:
         """Return the first dialect in which the server continues an unfinished word, or None.
@@ -175,39 +179,6 @@ class Prober:
         )
 
 
-def advise(rejected: Sequence[RejectedDialect], model: ModelName) -> str:
-    """Return advice for a server that failed every dialect, asked for this model."""
-    reasons = [dialect.reason for dialect in rejected]
-    if all(" 404" in reason or "tokenise" in reason for reason in reasons):
-        return _advise_not_found(reasons, model)
-    if TOO_MUCH_THINKING in reasons:
-        return f"{TOO_MUCH_THINKING}; choose a model that does not think"
-    if "were continued" in reasons[-1]:
-        return (
-            "the server only chats, and its model does not go on with begun answers by example:"
-            f" {reasons[-1]}; use a stronger model, or a server with /v1/completions (vLLM,"
-            " llama-server, mlx_lm.server)"
-        )
-    if any("not continued" in reason for reason in reasons):
-        return (
-            "the server starts a new answer instead of continuing one (or its model cannot finish a"
-            " word); use a server with /v1/completions (vLLM, llama-server, mlx_lm.server)"
-        )
-    if any("logprobs" in reason for reason in reasons):
-        return (
-            "the server gives no logprobs on any route that continues a text; enable them, or use a"
-            " server with /v1/completions (vLLM, llama-server, mlx_lm.server)"
-        )
-    return f"this server works with none of the known dialects ({reasons[-1]})"
-
-
-def _advise_not_found(reasons: Sequence[str], model: ModelName) -> str:
-    """Return advice where every route answered 404: no model of this name, or no such route."""
-    for reason in reasons:
-        # The words after "answered 404: ".
-        _, _, words = reason.partition(":")
-        if model.given and re.search(rf"(?<![\w.-]){re.escape(model.given)}(?![\w-])", words):
-            return f"the server {reason}"
-    if model.listed:
-        return f"the server lists models, but no known route completes text ({reasons[-1]})"
-    return "nothing at this address completes text; does it end in the API's path, as in /v1?"
+def _recorded(rejections: Sequence[Rejection]) -> tuple[RejectedDialect, ...]:
+    """Return the rejections as a verdict has them, without their kinds."""
+    return tuple(RejectedDialect(item.dialect, item.reason) for item in rejections)

@@ -12,8 +12,8 @@ from mlxroute.errors import LargeError, LargeRefused, LargeUnsendable, UsageErro
 from mlxroute.large.dialects import Dialect
 from mlxroute.large.dialects.tokenize_routes import TokenizeRoutes
 from mlxroute.large.http.deadline import Deadline, NextDeadline
-from mlxroute.large.negotiation.capability_checks import may_be_wrong_dialect
 from mlxroute.large.negotiation.negotiator import NegotiatedDialect, Negotiator
+from mlxroute.large.negotiation.rejection import may_be_wrong_dialect
 from mlxroute.large.negotiation.served_models import ModelName
 from mlxroute.large.negotiation.verdict_file import Verdict
 from mlxroute.large.negotiation.vocabulary_pairing import VocabularyPairing, pair_vocabulary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 from mlxroute.errors import LargeRefused, LargeTimeout, LargeUnreachable
 from mlxroute.large import LargeModel
 from mlxroute.large.http import retry
-from mlxroute.large.negotiation.prober import NoUsableDialect, advise
+from mlxroute.large.negotiation.prober import NoUsableDialect
+from mlxroute.large.negotiation.rejection import Rejection, RejectionKind, advise
 from mlxroute.large.negotiation.served_models import ModelName
-from mlxroute.large.negotiation.verdict_file import RejectedDialect, Verdict
+from mlxroute.large.negotiation.verdict_file import Verdict
 from mlxroute.types import Message, Span
 from tests.support.example_chat import read_question, shows_examples
 from tests.support.family_servers import VOCABULARY, FamilyServer, Ids, Json
@@ -127,7 +129,7 @@ def test_a_server_that_only_chats_is_asked_by_example() -> None:
     assert verdict.is_approximate
     score, *checks = verdict.checks
     assert (score.name, score.passed) == ("score", True)
-    assert score.detail == "12 of 12 answers were continued as they go on"
+    assert score.detail == "12 of 12 partial answers were continued correctly"
     assert all(check.passed for check in checks if check.name != "prefix cache")
     assert "chat continuation (trailing turn)" in reasons(verdict)
     assert verdict.requests <= 60
@@ -182,10 +184,10 @@ def _repeating(path: str, body: Json, reply: Json) -> Json:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (_chatty, "only 0 of 12 answers were continued as they go on (inside a word: it did"),
+        (_chatty, "only 0 of 12 partial answers were continued correctly (inside a word: it did"),
         (
             _repeating,
-            "only 0 of 12 answers were continued as they go on (inside a word: 'igh scat'",
+            "only 0 of 12 partial answers were continued correctly (inside a word: 'igh scat'",
         ),
     ],
 )
@@ -251,7 +253,7 @@ def _by_two(path: str, ids: Ids) -> Ids:
             "legacy",
             {"change_prompt": _fresh},
             "OpenAI completions",
-            "a begun word is not continued",
+            "an unfinished word is not continued",
         ),
         (
             "legacy",
@@ -320,7 +322,7 @@ def test_a_server_that_reads_ids_as_text_is_sent_text() -> None:
         return text(request)
 
     verdict = probe(answer)
-    assert "a begun word is not continued" in reasons(verdict)["vLLM completions"]
+    assert "an unfinished word is not continued" in reasons(verdict)["vLLM completions"]
     assert verdict.dialect == "OpenAI completions"
 
 
@@ -446,20 +448,41 @@ def test_a_server_that_stalls_or_disconnects_ends_the_probe() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reasons_given", "advice"),
+    ("kinds", "advice"),
     [
-        (["answered 404: Not Found", "the server has no tokenise route"], "end in the API's path"),
-        (["answered 404: Not Found", "logprobs: there are none"], "gives no logprobs"),
-        (["answered 404: x", "a begun word is not continued (it wrote 'I')"], "a new answer"),
-        (["a begun word is not continued (it wrote 'x')", "logprobs: none"], "a new answer"),
-        (["answered 404: x", "answered 400: bad model"], r"\(answered 400: bad model\)"),
+        ([RejectionKind.NO_ROUTE, RejectionKind.NO_TOKENIZER], "end in the API's path"),
+        ([RejectionKind.NO_ROUTE, RejectionKind.NO_LOGPROBS], "gives no logprobs"),
+        ([RejectionKind.NO_ROUTE, RejectionKind.NOT_CONTINUED], "a new answer"),
+        ([RejectionKind.NOT_CONTINUED, RejectionKind.NO_LOGPROBS], "a new answer"),
+        ([RejectionKind.NOT_CONTINUED, RejectionKind.NOT_BY_EXAMPLE], "only chats"),
+        ([RejectionKind.THINKS, RejectionKind.NOT_BY_EXAMPLE], "^reason 0; .* does not think"),
+        ([RejectionKind.NO_ROUTE, RejectionKind.OTHER], r"\(reason 1\)"),
     ],
 )
-def test_the_advice_fits_the_reasons(reasons_given: list[str], advice: str) -> None:
-    rejected = [RejectedDialect(str(number), reason) for number, reason in enumerate(reasons_given)]
-    with pytest.raises(NoUsableDialect, match=advice):
-        raise NoUsableDialect(rejected, ModelName(None))
-    assert "\n" not in advise(rejected, ModelName(None))
+def test_the_advice_fits_the_kinds_of_rejection(kinds: list[RejectionKind], advice: str) -> None:
+    rejections = [
+        Rejection(f"dialect {number}", f"reason {number}", kind)
+        for number, kind in enumerate(kinds)
+    ]
+    text = advise(rejections, ModelName(None))
+    assert re.search(advice, text)
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    "words", ["the upstream answered 404", "answers were continued", "the word is not continued"]
+)
+def test_the_words_of_a_refusal_do_not_choose_the_advice(words: str) -> None:
+    def answer(request: Request) -> Reply:
+        if request.path == "/v1/models":
+            return Reply.of({"data": [{"id": "m"}]})
+        return Reply.of({"error": words}, status=400)
+
+    with pytest.raises(NoUsableDialect) as caught:
+        probe(answer)
+    assert str(caught.value) == (
+        f"this server works with none of the known dialects (answered 400: {words})"
+    )
 
 
 @pytest.mark.parametrize("model", ["m", "4", "ound"])
