@@ -20,7 +20,7 @@ from mlxroute.large.negotiation.served_models import (
     join_names,
     list_served_models,
 )
-from mlxroute.large.negotiation.verdict_file import Verdict, VerdictFile
+from mlxroute.large.negotiation.verdict_file import ComparedVocabulary, Verdict, VerdictFile
 from mlxroute.large.vocabulary.token_reader import TokenReader
 from mlxroute.large.vocabulary.token_sources import FileTokenSource, Tokenizer, TokenSource
 from mlxroute.large.vocabulary.vocabulary_comparison import (
@@ -122,18 +122,18 @@ class Negotiator:
         may have another model now. Call it after `negotiate`. Raises LargeError.
         """
         assert self.negotiated is not None
-        verdict, digest = self.negotiated.verdict, fingerprint(vocabulary)
-        remembered = None if verdict is None else verdict.is_shared(digest)
+        verdict = self.negotiated.verdict
+        digest = fingerprint(vocabulary)
+        remembered = None if verdict is None else verdict.compared(digest)
         if remembered is not None:
             sampled = self._compare_sample(vocabulary, next_deadline)
-            if sampled is not None and sampled is not remembered:
-                remembered = None
-        if verdict is not None and remembered is not None:
-            return VocabularyComparison(remembered, verdict.difference(digest))
+            if sampled is None or sampled is remembered.is_shared:
+                return VocabularyComparison(remembered.is_shared, remembered.difference)
         comparison = self._compare(vocabulary, next_deadline)
         shared = comparison.is_same
         if shared is not None and verdict is not None and self._verdicts is not None:
-            verdict = verdict.with_vocabulary(digest, shared=shared, difference=comparison.detail)
+            compared = ComparedVocabulary(digest, shared, comparison.detail)
+            verdict = verdict.with_vocabulary(compared)
             self.negotiated = replace(self.negotiated, verdict=verdict)
             self._verdicts.save(verdict, model=self.model.given)
         return comparison
@@ -163,7 +163,8 @@ class Negotiator:
     ) -> VocabularyComparison:
         """Compare with the pieces in replies; request more tokens if there are few."""
         assert self.negotiated is not None
-        prober, count_before = self._prober(next_deadline), 0
+        prober = self._prober(next_deadline)
+        count_before = 0
         for question in probe_questions.MANY_TOKENS:
             pieces = self._reader.pieces_by_id
             # A server that named no new token in the last reply will not do so in the next.

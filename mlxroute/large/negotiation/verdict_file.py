@@ -17,8 +17,8 @@ _FORMAT: Final = 1
 _MAX_BYTES: Final = 16 * 2**20
 APPROXIMATE_RUNG: Final = 5
 """The rung whose tokens are those of a model that was asked to go on with an answer."""
-# Begins the name of a check that compared a small model's vocabulary, before its fingerprint.
-_COMPARISON: Final = "vocabulary "
+# In the file, begins the name of a check that holds the difference of a compared vocabulary.
+_DIFFERENCE: Final = "vocabulary "
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,21 @@ class RejectedDialect:
 
 
 @dataclass(frozen=True, slots=True)
+class ComparedVocabulary:
+    """How the vocabulary of a small model compares with the large model's.
+
+    Args:
+        fingerprint: The fingerprint of the small model's vocabulary.
+        is_shared: Whether the two are equal.
+        difference: An example of how they differ; empty (default) if none is known.
+    """
+
+    fingerprint: str
+    is_shared: bool
+    difference: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """The result of probing one endpoint.
 
@@ -55,8 +70,8 @@ class Verdict:
         latency_p50_s: Median latency of probe requests for one token, in seconds.
         latency_p95_s: 95th percentile of the same.
         requests: Number of probe requests.
-        shared_vocabularies: Pairs of the fingerprint of a small model's vocabulary and whether it
-            equals the large model's.
+        vocabularies: The vocabularies of small models that were compared with the large model's,
+            in the order of their fingerprints.
     """
 
     base_url: str
@@ -70,30 +85,22 @@ class Verdict:
     latency_p50_s: float
     latency_p95_s: float
     requests: int
-    shared_vocabularies: tuple[tuple[str, bool], ...] = ()
+    vocabularies: tuple[ComparedVocabulary, ...] = ()
 
     @property
     def is_approximate(self) -> bool:
         """Whether tokens may differ from those of the large model's own greedy answer."""
         return self.rung >= APPROXIMATE_RUNG
 
-    def is_shared(self, fingerprint: str) -> bool | None:
-        """Return whether the vocabulary is the large model's; None if they were not compared."""
-        return dict(self.shared_vocabularies).get(fingerprint)
+    def compared(self, fingerprint: str) -> ComparedVocabulary | None:
+        """Return the comparison of the vocabulary with this fingerprint; None if there is none."""
+        return next((item for item in self.vocabularies if item.fingerprint == fingerprint), None)
 
-    def difference(self, fingerprint: str) -> str:
-        """Return an example of how a vocabulary differs from the large model's; empty if none."""
-        name = _COMPARISON + fingerprint
-        return next((check.detail for check in self.checks if check.name == name), "")
-
-    def with_vocabulary(self, fingerprint: str, *, shared: bool, difference: str = "") -> Self:
-        """Return a copy that also holds this result of a comparison, with an example."""
-        vocabularies = {**dict(self.shared_vocabularies), fingerprint: shared}
-        name = _COMPARISON + fingerprint
-        checks = tuple(check for check in self.checks if check.name != name)
-        if difference:
-            checks += (CapabilityCheck(name, shared, difference),)
-        return replace(self, shared_vocabularies=tuple(sorted(vocabularies.items())), checks=checks)
+    def with_vocabulary(self, vocabulary: ComparedVocabulary) -> Self:
+        """Return a copy with this comparison, in place of an earlier one."""
+        others = (v for v in self.vocabularies if v.fingerprint != vocabulary.fingerprint)
+        vocabularies = sorted((*others, vocabulary), key=lambda item: item.fingerprint)
+        return replace(self, vocabularies=tuple(vocabularies))
 
 
 class VerdictFile:
@@ -144,14 +151,18 @@ def _key(base_url: str, model: str | None) -> str:
 
 
 def _verdict_to_json(verdict: Verdict) -> dict[str, object]:
+    checks = verdict.checks + tuple(
+        CapabilityCheck(_DIFFERENCE + item.fingerprint, item.is_shared, item.difference)
+        for item in verdict.vocabularies
+        if item.difference
+    )
     return {
         "base_url": verdict.base_url,
         "model": verdict.model,
         "dialect": verdict.dialect,
         "rung": verdict.rung,
         "checks": [
-            {"name": check.name, "passed": check.passed, "detail": check.detail}
-            for check in verdict.checks
+            {"name": check.name, "passed": check.passed, "detail": check.detail} for check in checks
         ],
         "refusals": [
             {"dialect": rejected.dialect, "reason": rejected.reason}
@@ -162,7 +173,7 @@ def _verdict_to_json(verdict: Verdict) -> dict[str, object]:
         "latency_p50_s": verdict.latency_p50_s,
         "latency_p95_s": verdict.latency_p95_s,
         "calls": verdict.requests,
-        "same": [list(pair) for pair in verdict.shared_vocabularies],
+        "same": [[item.fingerprint, item.is_shared] for item in verdict.vocabularies],
     }
 
 
@@ -181,21 +192,31 @@ def _parsed_verdict(value: object) -> Verdict:
         *("base_url", "model", "dialect", "rung", "checks", "refusals", "tokens"),
         *("context_length", "latency_p50_s", "latency_p95_s", "calls", "same"),
     )
-    checks = [_object_with_keys(item, "name", "passed", "detail") for item in entry["checks"]]
+    checks = []
+    differences = {}
+    for item in entry["checks"]:
+        check = CapabilityCheck(**_object_with_keys(item, "name", "passed", "detail"))
+        if str(check.name).startswith(_DIFFERENCE):
+            differences[check.name] = check.detail
+        else:
+            checks.append(check)
     refusals = [_object_with_keys(item, "dialect", "reason") for item in entry["refusals"]]
     return Verdict(
         base_url=entry["base_url"],
         model=entry["model"],
         dialect=entry["dialect"],
         rung=entry["rung"],
-        checks=tuple(CapabilityCheck(c["name"], c["passed"], c["detail"]) for c in checks),
+        checks=tuple(checks),
         rejected=tuple(RejectedDialect(r["dialect"], r["reason"]) for r in refusals),
         token_source=entry["tokens"],
         context_length=entry["context_length"],
         latency_p50_s=entry["latency_p50_s"],
         latency_p95_s=entry["latency_p95_s"],
         requests=entry["calls"],
-        shared_vocabularies=tuple((fingerprint, shared) for fingerprint, shared in entry["same"]),
+        vocabularies=tuple(
+            ComparedVocabulary(name, is_shared, differences.get(f"{_DIFFERENCE}{name}", ""))
+            for name, is_shared in entry["same"]
+        ),
     )
 
 
@@ -210,11 +231,11 @@ def _has_valid_types(verdict: Verdict) -> bool:
     texts += [text for text in (verdict.model, verdict.token_source) if text is not None]
     texts += [text for check in verdict.checks for text in (check.name, check.detail)]
     texts += [text for item in verdict.rejected for text in (item.dialect, item.reason)]
-    texts += [fingerprint for fingerprint, _ in verdict.shared_vocabularies]
+    texts += [text for item in verdict.vocabularies for text in (item.fingerprint, item.difference)]
     counts = [verdict.rung, verdict.requests, verdict.context_length or 0]
     # JSON does not keep the difference between 1 and 1.0.
     times_s = [verdict.latency_p50_s, verdict.latency_p95_s]
-    flags = [shared for _, shared in verdict.shared_vocabularies]
+    flags = [item.is_shared for item in verdict.vocabularies]
     flags += [check.passed for check in verdict.checks if check.passed is not None]
     return (
         all(isinstance(text, str) for text in texts)

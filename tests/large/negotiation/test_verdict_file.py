@@ -11,6 +11,7 @@ import pytest
 from mlxroute.large import LargeModel
 from mlxroute.large.negotiation.verdict_file import (
     CapabilityCheck,
+    ComparedVocabulary,
     RejectedDialect,
     Verdict,
     VerdictFile,
@@ -97,18 +98,17 @@ def test_probing_ignores_what_is_remembered(tmp_path: Path) -> None:
 def test_verdicts_are_loaded_as_they_were_saved_by_endpoint_and_model(tmp_path: Path) -> None:
     path = tmp_path / "verdicts.json"
     with Loopback(FamilyServer("llama-server")) as server, LargeModel(server.url) as large:
-        probed = (
-            large.probe().with_vocabulary("abc", shared=True).with_vocabulary("def", shared=False)
-        )
+        probed = large.probe()
+    outdated = ComparedVocabulary("abc", False, "token 7 is 'a' and 'b'")
+    same = ComparedVocabulary("def", True)
+    differs = ComparedVocabulary("abc", False, "token 8 is 'a' and 'c'")
+    for compared in (same, outdated, differs):
+        probed = probed.with_vocabulary(compared)
     file = VerdictFile(path)
     file.save(probed, model=None)
     save_verdict(path, url=probed.base_url, model="other", dialect="TGI generate")
     assert file.load(probed.base_url, None) == probed
-    assert (probed.is_shared("abc"), probed.is_shared("def"), probed.is_shared("x")) == (
-        True,
-        False,
-        None,
-    )
+    assert [probed.compared(name) for name in ("abc", "def", "x")] == [differs, same, None]
     other = file.load(probed.base_url, "other")
     assert other is not None
     assert other.dialect == "TGI generate"
@@ -136,7 +136,11 @@ def test_the_file_has_these_keys_and_values(tmp_path: Path) -> None:
         latency_p50_s=0.25,
         latency_p95_s=0.5,
         requests=17,
-        shared_vocabularies=(("1f", True), ("2e", False)),
+        vocabularies=(
+            ComparedVocabulary("1f", True),
+            ComparedVocabulary("2e", False, "token 5 is 'a' and 'b'"),
+            ComparedVocabulary("3d", False),
+        ),
     )
     bare = replace(verdict, model=None, token_source=None, context_length=None)
     VerdictFile(path).save(verdict, model=None)
@@ -149,6 +153,7 @@ def test_the_file_has_these_keys_and_values(tmp_path: Path) -> None:
         "checks": [
             {"name": "mid-word", "passed": True, "detail": "'pine' + 'apple'"},
             {"name": "prefix cache", "passed": None, "detail": "the server does not report it"},
+            {"name": "vocabulary 2e", "passed": False, "detail": "token 5 is 'a' and 'b'"},
         ],
         "refusals": [{"dialect": "llama-server completion", "reason": "answered 404: Not Found"}],
         "tokens": "the server's tokenise route",
@@ -156,7 +161,7 @@ def test_the_file_has_these_keys_and_values(tmp_path: Path) -> None:
         "latency_p50_s": 0.25,
         "latency_p95_s": 0.5,
         "calls": 17,
-        "same": [["1f", True], ["2e", False]],
+        "same": [["1f", True], ["2e", False], ["3d", False]],
     }
     bare_entry = entry | {"model": None, "tokens": None, "context_length": None}
     entries = {"http://host/v1 ": entry, "http://host/v1 other": bare_entry}
