@@ -29,11 +29,11 @@ class AnswerScorer:
 
     def __init__(
         self,
+        *,
         requester: CompletionRequester,
         breaker: CircuitBreaker,
         ledger: Ledger,
         negotiator: SharedNegotiator,
-        *,
         timeout_s: float,
     ) -> None:
         self._requester = requester

@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from mlxroute.closeable import Closeable
-from mlxroute.errors import LargeError, LargeNotContinued, LargeProtocolError, LargeTimeout
 from mlxroute.large.answer_scorer import AnswerScorer
-from mlxroute.large.completion_request import (
-    CompletionRequest,
-    CompletionRequester,
-    TokensNotReplayed,
-)
+from mlxroute.large.completion_request import CompletionRequester
 from mlxroute.large.dialects.chat.thinking_switch import ThinkingSwitch
 from mlxroute.large.dialects.system_role import SystemRole
 from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.circuit_breaker import CircuitBreaker
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.model_loading import ModelLoading
-from mlxroute.large.http.pending_calls import PendingCall, PendingCalls, Publish, Tokens
+from mlxroute.large.http.pending_calls import PendingCall, PendingCalls
 from mlxroute.large.http.transport import Transport
 from mlxroute.large.negotiation.negotiator import Negotiator
 from mlxroute.large.negotiation.shared_negotiator import SharedNegotiator
 from mlxroute.large.negotiation.verdict_file import Verdict
-from mlxroute.large.prompt import Prompt
-from mlxroute.large.reply import CompletionAnswer
-from mlxroute.large.request_plan import RequestPlan, RequestPlanner
-from mlxroute.large.streaming import TokenCall, TokenStream, may_work_unstreamed
-from mlxroute.large.vocabulary.reply_reader import read_streamed_tokens
+from mlxroute.large.neutralised_names import NeutralisedNames
+from mlxroute.large.position_call import PositionCaller
 from mlxroute.large.vocabulary.token_reader import TokenReader
 from mlxroute.large.vocabulary.token_sources import Tokenizer
 from mlxroute.large.vocabulary.vocabulary_comparison import VocabularyComparison
@@ -106,13 +96,13 @@ class LargeModel(Closeable):
             ledger=self._ledger,
         )
         self._breaker = CircuitBreaker(self.base_url)
-        self._reader = TokenReader()
+        reader = TokenReader()
         self._requester = CompletionRequester(
             self._transport,
             self._ledger,
             base_url=self.base_url,
             top_logprobs=top_logprobs,
-            reader=self._reader,
+            reader=reader,
         )
         negotiator = Negotiator(
             self._transport,
@@ -121,15 +111,26 @@ class LargeModel(Closeable):
             model=model,
             verdicts=verdicts,
             find_tokenizer=find_tokenizer,
-            reader=self._reader,
+            reader=reader,
         )
-        self._negotiator = SharedNegotiator(negotiator, self._reader, base_url=self.base_url)
-        self._planner = RequestPlanner()
+        self._negotiator = SharedNegotiator(negotiator, reader, base_url=self.base_url)
         self._system_role = SystemRole()
         self._thinking_switch = ThinkingSwitch()
-        self._neutralised: dict[str, None] = {}  # Names of control tokens, in order.
-        self._pending_calls = calls = PendingCalls()
-        self._loading = ModelLoading(self._transport, self._breaker, calls, base_url=self.base_url)
+        self._neutralised = NeutralisedNames()
+        self._pending_calls = PendingCalls()
+        self._loading = ModelLoading(
+            self._transport, self._breaker, self._pending_calls, base_url=self.base_url
+        )
+        self._caller = PositionCaller(
+            requester=self._requester,
+            negotiator=self._negotiator,
+            reader=reader,
+            breaker=self._breaker,
+            loading=self._loading,
+            system_role=self._system_role,
+            neutralised=self._neutralised,
+            base_url=self.base_url,
+        )
 
     def __repr__(self) -> str:
         return f"LargeModel({self.base_url!r}, model={self.model_name!r})"
@@ -193,7 +194,7 @@ class LargeModel(Closeable):
 
         The server would have read them as control tokens.
         """
-        return tuple(self._neutralised)
+        return self._neutralised.names
 
     @property
     def is_local(self) -> bool:
@@ -222,8 +223,7 @@ class LargeModel(Closeable):
     @property
     def can_stream(self) -> bool:
         """Whether prefetched tokens arrive one by one."""
-        negotiated = self._negotiator.negotiated
-        return negotiated is not None and self._planner.can_stream(negotiated)
+        return self._caller.can_stream
 
     def connect(self, *, thorough: bool = True) -> str:
         """Negotiate the dialect; return one line that names the model and the dialect.
@@ -257,7 +257,11 @@ class LargeModel(Closeable):
         The time limit is the smaller of `deadline_s` and `timeout_s`, in seconds. Raises LargeError
         subclasses only: LargeUnavailable if earlier calls failed, or this one was cancelled.
         """
-        return self._fetch_tokens(context, 0, self._new_deadline(deadline_s), lambda _: None)[0]
+        deadline = self._new_deadline(deadline_s)
+        tokens = self._caller.fetch_tokens(
+            context, deadline, lambda _: None, loading_s=self._loading_limit_s(deadline)
+        )
+        return tokens[0]
 
     def begin(
         self, context: LargeContext, *, deadline_s: float | None = None, prefetch: int = 0
@@ -267,8 +271,14 @@ class LargeModel(Closeable):
         A prefetched token is the one that a call for its position would return; tokens of which
         that is not certain are left out. If `can_stream`, they arrive one by one.
         """
-        fetch = partial(self._fetch_tokens, context, prefetch)
-        return self._pending_calls.start(fetch, self._new_deadline(deadline_s))
+        deadline = self._new_deadline(deadline_s)
+        fetch = partial(
+            self._caller.fetch_tokens,
+            context,
+            prefetch=prefetch,
+            loading_s=self._loading_limit_s(deadline),
+        )
+        return self._pending_calls.start(fetch, deadline)
 
     def extend_timeout(self, timeout_s: float) -> None:
         """Let later calls take up to `timeout_s` seconds, if that is more than their limit."""
@@ -276,13 +286,26 @@ class LargeModel(Closeable):
 
     def whole_chat(self, *, timeout_s: float) -> WholeChat:
         """Return a chat completion that the server answers alone, within `timeout_s`."""
-        parts = (self._requester, self._breaker, self._ledger, self._negotiator, self._system_role)
-        return WholeChat(*parts, self._thinking_switch, self._neutralised, timeout_s=timeout_s)
+        return WholeChat(
+            requester=self._requester,
+            breaker=self._breaker,
+            ledger=self._ledger,
+            negotiator=self._negotiator,
+            system_role=self._system_role,
+            thinking_switch=self._thinking_switch,
+            neutralised=self._neutralised,
+            timeout_s=timeout_s,
+        )
 
     def scorer(self, *, timeout_s: float) -> AnswerScorer:
         """Return a scorer of answers of other models, with `timeout_s` for each request."""
-        parts = (self._requester, self._breaker, self._ledger, self._negotiator)
-        return AnswerScorer(*parts, timeout_s=timeout_s)
+        return AnswerScorer(
+            requester=self._requester,
+            breaker=self._breaker,
+            ledger=self._ledger,
+            negotiator=self._negotiator,
+            timeout_s=timeout_s,
+        )
 
     def wait(self, ready: Callable[[], bool], *, timeout_s: float) -> None:
         """Block until `ready()` is true, checked at each change of a call, or until the timeout."""
@@ -303,98 +326,9 @@ class LargeModel(Closeable):
             return self._new_deadline()
         return Deadline(self.first_reply_timeout_s, awaits_loading=True)
 
-    def _fetch_tokens(
-        self, context: LargeContext, prefetch: int, deadline: Deadline, publish: Publish
-    ) -> Tokens:
-        if deadline.seconds <= 0:
-            raise LargeTimeout(f"no time left to ask {self.base_url}")
-        call, is_full = partial(self._call, context), deadline.seconds >= self._timeout_s
-        limit_s = self.first_reply_timeout_s if is_full else 0.0
-        counted = self._breaker.guard(fragment=bool(context.fragment_ids))
-        with self._loading.guard(partial(call, 0), limit_s=limit_s), counted:
-            return call(prefetch, deadline, publish)
+    def _loading_limit_s(self, deadline: Deadline) -> float:
+        """Return the seconds for a call that waits until the model is loaded; 0 for none.
 
-    def _call(
-        self, context: LargeContext, prefetch: int, deadline: Deadline, publish: Publish
-    ) -> Tokens:
-        """Make one call; if a stream breaks, return the tokens that arrived before."""
-        pairing = self._negotiator.pair_within(deadline, context.vocabulary)
-        call = TokenCall(pairing, deadline, prefetch, TokenStream(publish, deadline))
-        try:
-            return self._ask_stable(context, call)
-        except LargeError as exc:
-            if call.stream.tokens:
-                return call.stream.tokens
-            if (single := call.shortened(exc)) is None:
-                raise
-        return self._ask_stable(context, single)
-
-    def _ask_stable(self, context: LargeContext, call: TokenCall) -> Tokens:
-        """Ask with a context that the server tokenizes as committed; else with the whole one."""
-        stable_context = call.pairing.builder.stable_context(context)
-        if stable_context is not context:
-            with suppress(TokensNotReplayed):
-                return self._ask(stable_context, call)
-        try:
-            return self._ask(context, call)
-        except TokensNotReplayed as exc:
-            # The server works; the small model wrote what the large one would not write again.
-            raise LargeNotContinued(str(exc)) from exc
-
-    def _ask(self, context: LargeContext, call: TokenCall) -> Tokens:
-        """Build the prompt, ask the server and read its tokens, trying one plan after the other."""
-        pairing, uploaded_bytes = call.pairing, 0
-        prompt = self._negotiator.build_prompt(context, pairing, call.deadline)
-        self._neutralised |= dict.fromkeys(prompt.neutralised)
-        for plan in self._planner.plans(pairing.negotiated, prefetch=call.prefetch):
-            request = CompletionRequest(
-                pairing.dialect,
-                prompt,
-                pairing.model,
-                plan.count,
-                replayed=pairing.builder.replayed_tokens(context),
-                context=context,
-            )
-            answer = self._complete(request, plan, call)
-            uploaded_bytes += answer.uploaded_bytes
-            if tokens := plan.read(answer, pairing.bridge, self._reader):
-                return call.stream.complete(
-                    pairing.builder.stable_prefix(context, tokens),
-                    answer.completion,
-                    uploaded_bytes=uploaded_bytes,
-                )
-            if self._planner.is_last(plan, answer, pairing.negotiated):
-                break
-        raise LargeProtocolError(f"{self.base_url} gave no whole character for this position")
-
-    def _complete(
-        self, request: CompletionRequest, plan: RequestPlan, call: TokenCall
-    ) -> CompletionAnswer:
-        """Send one request; repeat it without streaming if that may help."""
-
-        def listen(partial: CompletionAnswer) -> bool:
-            tokens = read_streamed_tokens(partial, call.pairing.bridge, self._reader)
-            return call.stream.update(tokens, uploaded_bytes=partial.uploaded_bytes)
-
-        def send(prompt: Prompt) -> CompletionAnswer:
-            return self._requester.complete(
-                request if prompt is request.prompt else replace(request, prompt=prompt),
-                deadline=call.deadline,
-                listener=listen if plan.streamed else None,
-            )
-
-        negotiated = call.pairing.negotiated
-        try:
-            answer = self._system_role.send(request.prompt, send, server=negotiated)
-        except LargeError as exc:
-            if plan.streamed and may_work_unstreamed(exc):
-                if call.stream.tokens:
-                    raise
-                answer = self._complete(request, replace(plan, streamed=False), call)
-                self._planner.record_failed_stream(exc, negotiated)
-                return answer
-            self._negotiator.record_failure(exc, negotiated)
-            raise
-        self._negotiator.record_success()
-        self._planner.record_answer(plan)
-        return answer
+        A call with less time than usual may fail without the server loading anything.
+        """
+        return self.first_reply_timeout_s if deadline.seconds >= self._timeout_s else 0.0

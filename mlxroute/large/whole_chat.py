@@ -19,6 +19,7 @@ from mlxroute.large.dialects.system_role import SystemRole, refuses_system
 from mlxroute.large.http.circuit_breaker import CircuitBreaker
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.negotiation.shared_negotiator import SharedNegotiator
+from mlxroute.large.neutralised_names import NeutralisedNames
 from mlxroute.large.prompt import Prompt
 from mlxroute.large.reply import Completion, ReplyPosition, ReplyToken
 from mlxroute.ledger import Ledger
@@ -49,14 +50,14 @@ class WholeChat:
 
     def __init__(
         self,
+        *,
         requester: CompletionRequester,
         breaker: CircuitBreaker,
         ledger: Ledger,
         negotiator: SharedNegotiator,
         system_role: SystemRole,
         thinking_switch: ThinkingSwitch,
-        neutralised: dict[str, None],
-        *,
+        neutralised: NeutralisedNames,
         timeout_s: float,
     ) -> None:
         self._requester = requester
@@ -148,7 +149,7 @@ class WholeChat:
 
     def _plain(self, text: str) -> str:
         plain, names = self._controls.neutralise(text)
-        self._neutralised |= dict.fromkeys(names)
+        self._neutralised.add(names)
         return plain
 
 
