@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 
 from mlxroute.errors import LargeError, LargeProtocolError
 from mlxroute.large import LargeModel
-from mlxroute.large.dialects import LADDER, StreamingDialect, get_dialect
+from mlxroute.large.dialects import LADDER, StreamingDialect, get_dialect, tokenize_routes
 from mlxroute.large.dialects.json_fields import error_message, parse_object, reported_error
 from mlxroute.large.dialects.sse import parse_events
-from mlxroute.large.dialects.tokenize_routes import find_tokenize_routes
 from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.large.http.limited_response import MAX_WIRE_BYTES
@@ -221,16 +220,22 @@ def test_any_stream_is_a_completion_or_a_protocol_error(body: bytes) -> None:
                 check_completion(dialect.completion(reply, Prompt(text="x")))
 
 
-@given(value=_JSON, status=st.sampled_from([200, 404]))
+@given(
+    tokens=_JSON | st.lists(st.integers(), max_size=3),
+    content=_JSON | st.just(tokenize_routes._SAMPLE),
+)
 @settings(max_examples=100, deadline=None)
-def test_any_reply_of_a_tokenise_route_is_ids_or_no_route(value: Any, status: int) -> None:
+def test_any_reply_of_a_tokenise_route_is_ids_or_no_route(tokens: Any, content: Any) -> None:
     def post(path: str, body: Mapping[str, object]) -> Mapping[str, object]:
         return parse_object(
-            json.dumps({"tokens": value, "content": value, "prompt": value}).encode()
+            json.dumps({"tokens": tokens, "content": content, "prompt": content}).encode()
         )
 
     with contextlib.suppress(LargeError):
-        find_tokenize_routes(post, model=None)
+        routes = tokenize_routes.find_tokenize_routes(post, model=None)
+        ids = () if routes is None else routes.encode("x")
+        assert isinstance(ids, tuple)
+        assert all(type(token_id) is int for token_id in ids)
 
 
 # Over a connection
