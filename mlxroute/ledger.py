@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +18,10 @@ from mlxroute.types import Uploads
 _REDACTED = "[key]"
 # Shorter keys, such as `na` or `token`, are for servers that need none, and are in any text.
 _MIN_SECRET: Final = 8
+# Shorter secrets, such as `password` or `not-needed`, may be words of an answer.
+_MIN_REFUSED: Final = 16
+# Characters at the end of a text by which the beginning of a secret is recognised.
+_RECOGNISED: Final = 8
 
 
 def _now() -> datetime:
@@ -25,8 +29,57 @@ def _now() -> datetime:
 
 
 def is_secret(text: str) -> bool:
-    """Return whether a key or password is long enough to be looked for in texts."""
+    """Return whether a key is long enough to be looked for in texts."""
     return len(text) >= _MIN_SECRET
+
+
+class Secrets:
+    """The keys and passwords of servers, which are to be in no output. Safe for several threads."""
+
+    def __init__(self) -> None:
+        self._texts: tuple[str, ...] = ()
+        self._lock = threading.Lock()
+
+    def add(self, *secrets: str) -> None:
+        """Add texts that are to be in no output; empty ones are ignored."""
+        with self._lock:
+            # Longest first: one may be part of another.
+            texts = {*self._texts, *filter(None, secrets)}
+            self._texts = tuple(sorted(texts, key=len, reverse=True))
+
+    def redact(self, text: str) -> str:
+        """Return a message of a server, which may echo secrets, with `[key]` in their place."""
+        return _without(self._texts, text)
+
+    def redact_json(self, value: Any) -> Any:
+        """Return a JSON value with `[key]` in place of every secret; keys of objects stay.
+
+        Secrets of less than 8 characters stay too: they may be words of a conversation.
+        """
+        # Replace in the parsed value: in JSON text, escapes could hide a secret.
+        if isinstance(value, dict):
+            return {key: self.redact_json(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.redact_json(item) for item in value]
+        return _without(filter(is_secret, self._texts), value) if isinstance(value, str) else value
+
+    def appear_in(self, text: str) -> bool:
+        """Return whether a text has a secret, or its beginning where the text is cut off.
+
+        Secrets of less than 16 characters are not looked for.
+        """
+        return any(
+            secret in text
+            or any(text.endswith(secret[:end]) for end in range(_RECOGNISED, len(secret)))
+            for secret in self._texts
+            if len(secret) >= _MIN_REFUSED
+        )
+
+
+def _without(secrets: Iterable[str], text: str) -> str:
+    for secret in secrets:
+        text = text.replace(secret, _REDACTED)
+    return text
 
 
 class Ledger(Closeable):
@@ -47,6 +100,7 @@ class Ledger(Closeable):
             default.
 
     Attributes:
+        secrets: What an entry has `[key]` in place of; `LargeModel` adds its key and password.
         uploads: Totals of what has been sent since the ledger was made.
         failure: Why nothing more can be recorded or sent; None while the file can be written.
 
@@ -60,19 +114,10 @@ class Ledger(Closeable):
         self._path = path = None if path is None else Path(path)
         self._now = now
         self._lock = threading.Lock()
-        self._secrets: list[str] = []
+        self.secrets = Secrets()
         self._file = None if path is None else _open_private(path)
         self.uploads = Uploads()
         self.failure: str | None = None
-
-    def add_secret(self, secret: str | None) -> None:
-        """Write `[key]` in place of this text in all later entries.
-
-        None is ignored, and so is what is shorter than 8 characters.
-        """
-        if secret and is_secret(secret):
-            # Longest first: one may be part of another.
-            self._secrets = sorted({*self._secrets, secret}, key=len, reverse=True)
 
     def raise_if_failed(self) -> None:
         """Raise LargeUnrecorded if an earlier entry could not be written."""
@@ -103,8 +148,8 @@ class Ledger(Closeable):
                 completion_tokens=completion_tokens,
             )
             # A server may claim more cached tokens than the prompts had.
-            is_claim = total.cached_tokens > total.tokens
-            self.uploads = replace(total, cached_tokens=total.tokens) if is_claim else total
+            exceeds_prompt = total.cached_tokens > total.tokens
+            self.uploads = replace(total, cached_tokens=total.tokens) if exceeds_prompt else total
 
     def close(self) -> None:
         """Close the file, if there is one; requests after that are refused."""
@@ -137,21 +182,9 @@ class Ledger(Closeable):
             "time": self._now().isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "url": url,
             "bytes": len(body),
-            "body": self.redact(value),
+            "body": self.secrets.redact_json(value),
         }
         return json.dumps(entry, ensure_ascii=False).encode(errors="replace") + b"\n"
-
-    def redact(self, value: Any) -> Any:
-        """Return a JSON value with `[key]` in place of every secret; keys of objects stay."""
-        # Replace in the parsed value: in JSON text, escapes could hide a secret.
-        if isinstance(value, dict):
-            return {key: self.redact(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self.redact(item) for item in value]
-        if isinstance(value, str):
-            for secret in self._secrets:
-                value = value.replace(secret, _REDACTED)
-        return value
 
 
 def _open_private(path: Path) -> Any:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mlxroute.conversation import Conversation
 from mlxroute.errors import UsageError
-from mlxroute.ledger import Ledger
+from mlxroute.ledger import Secrets
 from tests.support.documents import make_document
 
 text = st.text()
@@ -186,11 +186,11 @@ def test_documents_of_routed_answers_are_kept(tmp_path: Path) -> None:
 
 def test_no_part_of_the_file_has_the_key(tmp_path: Path) -> None:
     path = tmp_path / "chat.json"
-    ledger = Ledger()
-    ledger.add_secret("sk-very-secret")
+    secrets = Secrets()
+    secrets.add("sk-very-secret")
     conversation = Conversation("My key: sk-very-secret.")
     conversation.add("Is sk-very-secret long?", "sk-very-secret is", make_document())
-    conversation.save(path, redact=ledger.redact)
+    conversation.save(path, redact=secrets.redact_json)
     loaded = Conversation.load(path)
     assert "secret" not in path.read_text(encoding="utf-8")
     assert loaded.system == "My key: [key]."

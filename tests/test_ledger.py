@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from mlxroute.answers.document_file import format_document, parse_document
 from mlxroute.errors import LargeError, LargeUnrecorded, UsageError
 from mlxroute.large import LargeModel
-from mlxroute.ledger import Ledger
+from mlxroute.ledger import Ledger, Secrets
 from mlxroute.types import Prices, Uploads
 from tests.support.connected_clients import VOCABULARY, legacy
 from tests.support.documents import make_document
@@ -112,8 +112,7 @@ def test_a_secret_is_redacted_in_any_encoding(
     text = KEY.join(["", *around, ""])
     body: dict[str, object] = {"prompt": text, "y": [{"x": text}], "ids": [1, None, True, 0.5]}
     with Ledger(path) as ledger:
-        ledger.add_secret(KEY[:8])
-        ledger.add_secret(KEY)
+        ledger.secrets.add(KEY[:8], KEY)
         ledger.record_request(
             URL, json.dumps(body, ensure_ascii=ensure_ascii).encode(errors="replace")
         )
@@ -124,16 +123,24 @@ def test_a_secret_is_redacted_in_any_encoding(
 
 
 def test_keys_of_objects_stay_as_they_are() -> None:
-    ledger = Ledger()
-    ledger.add_secret("large_model")
-    assert ledger.redact({"large_model": ["a large_model"]}) == {"large_model": ["a [key]"]}
+    secrets = Secrets()
+    secrets.add("large_model")
+    assert secrets.redact_json({"large_model": ["a large_model"]}) == {"large_model": ["a [key]"]}
 
 
 @given(st.text(min_size=1, max_size=7) | st.sampled_from(["na", "1", "x", "token", "text"]))
 def test_a_short_key_leaves_a_saved_answer_as_it_is(key: str) -> None:
-    ledger = Ledger()
-    ledger.add_secret(key)
-    assert parse_document(format_document(DOCUMENT, redact=ledger.redact)) == DOCUMENT
+    secrets = Secrets()
+    secrets.add(key)
+    assert parse_document(format_document(DOCUMENT, redact=secrets.redact_json)) == DOCUMENT
+
+
+def test_a_short_password_is_kept_out_of_messages_and_changes_no_conversation() -> None:
+    secrets = Secrets()
+    secrets.add("cat", "cat-and-dog")
+    assert secrets.redact("401: cat, cat-and-dog") == "401: [key], [key]"
+    assert secrets.redact_json(["a cat", "cat-and-dog"]) == ["a cat", "[key]"]
+    assert not secrets.appear_in("a cat-and-dog")
 
 
 def test_the_large_model_adds_its_secrets_to_the_ledger(server: Loopback, tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ class Session:
 
     def redact(self, value: Any) -> Any:
         """Return a JSON value without the server's key."""
-        return self._ledger.redact(value)
+        return self._ledger.secrets.redact_json(value)
 
     def save_conversation(self, path: Path) -> None:
         """Write the conversation to a file. Raises UsageError."""

@@ -87,6 +87,6 @@ def test_a_weak_model_is_refused_with_the_reason(tmp_path: Path) -> None:
         large.probe()
     text = str(caught.value)
     print(text)  # noqa: T201
-    assert text.startswith("the server only chats, and its model does not continue a partial answer")
+    assert text.startswith("the server only chats, and its model does not continue")
     assert "use a stronger model" in text
     assert "\n" not in text

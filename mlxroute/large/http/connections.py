@@ -29,10 +29,6 @@ _MAX_IDLE_S: Final = 55.0
 _KEEPALIVE_IDLE_S: Final = 20
 _KEEPALIVE_INTERVAL_S: Final = 10
 _KEEPALIVE_PROBES: Final = 3
-# Shorter secrets, such as `password` or `not-needed`, may be words of an answer.
-_MIN_REFUSED: Final = 16
-# Characters at the end of a text by which the beginning of a secret is recognised.
-_RECOGNISED: Final = 8
 
 
 class Auth(AuthBase):
@@ -40,6 +36,10 @@ class Auth(AuthBase):
 
     The address was typed for this server; the key may be one that another program needs. Every
     session has an `Auth`, so that `requests` never looks for credentials in a netrc file.
+
+    Attributes:
+        secrets: The texts that are to be in no output: the key, unless it is so short that it may
+            be any word, the password, and the credentials as they are sent.
     """
 
     def __init__(self, address: Address, api_key: str | None) -> None:
@@ -48,7 +48,7 @@ class Auth(AuthBase):
                 "api_key has characters that cannot be sent in a header, such as a line break",
                 parameter="api_key",
             )
-        self._secrets = [api_key] if api_key and is_secret(api_key) else []
+        self.secrets = [api_key] if api_key and is_secret(api_key) else []
         self._header = f"Bearer {api_key}" if api_key else None
         if address.userinfo:
             user, password = address.userinfo
@@ -56,31 +56,13 @@ class Auth(AuthBase):
             joined = f"{user}:{password}".encode(errors="surrogateescape")
             encoded = base64.b64encode(joined).decode()
             self._header = f"Basic {encoded}"
-            self._secrets += [encoded, password or user]
+            self.secrets += [encoded, password or user]
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         """Add the `Authorization` header."""
         if self._header is not None:
             request.headers["Authorization"] = self._header
         return request
-
-    def redact(self, text: str) -> str:
-        """Replace the secrets in a server's text, which may echo them."""
-        for secret in self._secrets:
-            text = text.replace(secret, "[key]")
-        return text
-
-    def is_in(self, text: str) -> bool:
-        """Return whether a text has a secret, or its beginning where the text is cut off.
-
-        Secrets of less than 16 characters are not looked for.
-        """
-        return any(
-            secret in text
-            or any(text.endswith(secret[:end]) for end in range(_RECOGNISED, len(secret)))
-            for secret in self._secrets
-            if len(secret) >= _MIN_REFUSED
-        )
 
 
 class HttpSession(requests.Session):
@@ -144,7 +126,9 @@ class HttpSessionPool:
         Sessions that were idle for nearly a minute are closed. With `fresh` all idle ones are.
         """
         with self._lock:
-            oldest_s, dropped, session = self._clock() - _MAX_IDLE_S, [], None
+            oldest_s = self._clock() - _MAX_IDLE_S
+            dropped = []
+            session: HttpSession | None = None
             while self._idle and (fresh or self._idle[0][0] <= oldest_s):
                 dropped.append(self._idle.pop(0)[1])
             # One that was released while the pool was closing is aborted.
@@ -174,9 +158,10 @@ class HttpSessionPool:
     def close(self) -> None:
         """Abort every exchange and close every connection; later sessions are new."""
         with self._lock:
-            idle, self._idle = [session for _, session in self._idle], []
-            in_use, self._in_use = self._in_use, set()
-        for session in (*idle, *in_use):
+            sessions = [*(session for _, session in self._idle), *self._in_use]
+            self._idle = []
+            self._in_use = set()
+        for session in sessions:
             session.abort()
 
 

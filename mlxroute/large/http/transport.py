@@ -37,7 +37,23 @@ _MAX_SILENT: Final = 2
 
 
 class Transport:
-    """The connections to one server; retries transient failures. Safe for several threads."""
+    """The connections to one server; retries transient failures. Safe for several threads.
+
+    Args:
+        address: The address of the server.
+        api_key: The key sent as a bearer token. Default: none.
+        connect_timeout_s: The limit for opening a connection, in seconds. Default: 5.
+        ca_bundle: A file of PEM certificates that the server's certificate is checked against.
+            Default: the authorities of `requests`.
+        ledger: Records every request body, and gets the key and password as secrets. Default: a
+            ledger that only counts.
+        sleep: Waits for some seconds before a retry. Default: a wait that ends when the call is
+            cancelled.
+        random: Returns a number from 0 to 1, by which the waits vary.
+
+    Raises:
+        UsageError: The key, the certificates or the ledger cannot be used.
+    """
 
     def __init__(
         self,
@@ -51,7 +67,7 @@ class Transport:
         random: Callable[[], float] = random.random,
     ) -> None:
         self._address = address
-        self._auth = Auth(address, api_key)
+        auth = Auth(address, api_key)
         self._sleep = sleep
         self._random = random
         ledger = Ledger() if ledger is None else ledger
@@ -60,13 +76,11 @@ class Transport:
                 f"ledger must be a Ledger, such as Ledger(path), not {shown_value(ledger)}",
                 parameter="ledger",
             )
-        ledger.add_secret(api_key)
-        if address.userinfo is not None:
-            user, password = address.userinfo
-            ledger.add_secret(password or user)
+        self._secrets = ledger.secrets
+        self._secrets.add(*auth.secrets)
         self._endpoint = Endpoint(
             address,
-            HttpSessionPool(address, self._auth),
+            HttpSessionPool(address, auth),
             connect_timeout_s=connect_timeout_s,
             verify=True if ca_bundle is None else check_ca_bundle(ca_bundle),
             ledger=ledger,
@@ -158,11 +172,11 @@ class Transport:
 
     def redact(self, text: str) -> str:
         """Replace the key or password in a server's text, which may echo it."""
-        return self._auth.redact(text)
+        return self._secrets.redact(text)
 
     def has_secret(self, text: str) -> bool:
         """Return whether a server's text has the key or password, or its beginning."""
-        return self._auth.is_in(text)
+        return self._secrets.appear_in(text)
 
     def close(self) -> None:
         """Cancel every call and close the connections; a later call opens new ones."""
@@ -173,7 +187,7 @@ class Transport:
         self._endpoint.sessions.close()
 
     def _reply_with_retries(self, attempt: Callable[[], Exchange], deadline: Deadline) -> HttpReply:
-        """Return the reply of the first attempt that does not fail for a moment only."""
+        """Return the reply of the first attempt that succeeds or fails permanently."""
         left_s = deadline.left_s()
         exchange = attempt()
         if exchange.is_transient:

@@ -154,5 +154,5 @@ def test_the_password_or_a_token_as_the_user_is_redacted_everywhere() -> None:
                 transport = large._transport
                 secret = userinfo.rpartition(":")[2].replace("%40", "@")
                 assert transport.redact(f"no: {secret}") == "no: [key]"
-                assert secret in ledger._secrets
+                assert ledger.secrets.redact_json([secret]) == ["[key]"]
                 assert secret not in repr(large) + large.base_url
