@@ -48,16 +48,16 @@ def require_large(settings: Settings, command: str) -> str:
 def check_sendable(
     settings: Settings, conversations: Iterable[tuple[str, Sequence[Message]]], command: str
 ) -> None:
-    """Raise UsageError, with its name, for a conversation that a never-send pattern matches.
+    """Raise UsageError, which names the conversation, if a never-send pattern matches one.
 
     `conversations` are pairs of a name, which several may have, and messages.
     """
-    from mlxroute.engine.escalation.never_send import NeverSend
+    from mlxroute.engine.escalation.never_send import find_match
 
     patterns = read_never_send(settings)
     for name, conversation in conversations if patterns else ():
         texts = [str(message["content"]) for message in conversation]
-        if (number := NeverSend(patterns, texts).match("")) is not None:
+        if (number := find_match(patterns, texts)) is not None:
             raise UsageError(
                 f"{name} matches never-send pattern {number}, and {command} would send it;"
                 " leave it out"

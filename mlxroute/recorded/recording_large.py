@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from mlxroute.closeable import Closeable
-from mlxroute.engine.escalation.never_send import NeverSend
+from mlxroute.engine.escalation.never_send import find_match
 from mlxroute.engine.protocols import NamedLargeProtocol, PendingCallProtocol
 from mlxroute.errors import LargeError, LargeNotContinued, LargeProtocolError, UsageError
 from mlxroute.recorded.reply_file import ReplyFile
@@ -199,8 +199,8 @@ class RecordingLarge(Closeable):
     def _check_sendable(self, conversation: Sequence[Message], text: str) -> None:
         if not self._never_send:
             return
-        texts = [str(message["content"]) for message in conversation]
-        if (number := NeverSend(self._never_send, texts).match(text)) is not None:
+        contents = [str(message["content"]) for message in conversation]
+        if (number := find_match(self._never_send, [*contents, text])) is not None:
             raise UsageError(f"an answer matches never-send pattern {number}, so it is not sent")
 
     def _acquire_slot(self) -> None:

@@ -60,7 +60,7 @@ class NeverSend:
     def _search(self, context: str) -> tuple[str, int] | None:
         if not self._are_texts_searched:
             self._are_texts_searched = True
-            self._texts_match = self._search_texts()
+            self._texts_match = _search_texts(self._patterns, self._texts)
         if self._texts_match is not None:
             return "", self._texts_match
         forms, folded = text_forms(context), fold_text(context)
@@ -69,13 +69,10 @@ class NeverSend:
                 return context, number
         return None
 
-    def _search_texts(self) -> int | None:
-        for text in self._texts:
-            forms, folded = text_forms(text), fold_text(text)
-            for number, pattern in enumerate(self._patterns, start=1):
-                if pattern.matches_anew(forms, folded):
-                    return number
-        return None
+
+def find_match(patterns: Sequence[re.Pattern[str]], texts: Sequence[str]) -> int | None:
+    """Return the number, from 1, of a pattern that matches one of the texts; None if none does."""
+    return _search_texts(tuple(map(_Searcher, patterns)), texts)
 
 
 class _Searcher:
@@ -120,6 +117,15 @@ class _Searcher:
         if self._folded is not None:
             searches.append((-1, self._folded, -1, folded))
         return searches
+
+
+def _search_texts(patterns: Sequence[_Searcher], texts: Sequence[str]) -> int | None:
+    for text in texts:
+        forms, folded = text_forms(text), fold_text(text)
+        for number, pattern in enumerate(patterns, start=1):
+            if pattern.matches_anew(forms, folded):
+                return number
+    return None
 
 
 def _compile(form: str, pattern: re.Pattern[str], *, is_own: bool) -> Any:

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from mlxroute.config.setting_choices import ToolPolicyName
-from mlxroute.engine.escalation.never_send import NeverSend
+from mlxroute.engine.escalation.never_send import find_match
 from mlxroute.errors import LargeError, LargeRefused
 from mlxroute.large.dialects.json_fields import Counts, json_items, usage_counts
 from mlxroute.serving.http.answer_endpoint import AnswerEndpoint
@@ -96,7 +96,7 @@ async def _check_never_send(
         return
 
     def matches() -> bool:
-        return NeverSend(patterns, _searched_texts(values)).match("") is not None
+        return find_match(patterns, _searched_texts(values)) is not None
 
     # A large body takes seconds, in which other requests are to be answered.
     searching = asyncio.to_thread(matches)

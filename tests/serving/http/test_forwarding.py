@@ -18,7 +18,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from mlxroute.config.setting_choices import ToolPolicyName
-from mlxroute.engine.escalation.never_send import NeverSend
+from mlxroute.engine.escalation.never_send import find_match
 from mlxroute.errors import LargeUnsendable, UsageError
 from mlxroute.large import LargeModel
 from mlxroute.large.http.circuit_breaker import FAILURES
@@ -307,17 +307,13 @@ def test_other_requests_are_answered_while_a_body_is_searched(
     was_released: list[bool] = []
     searched: list[str] = []
 
-    class SlowNeverSend(NeverSend):
-        def __init__(self, patterns: Sequence[re.Pattern[str]], texts: Sequence[str]) -> None:
-            super().__init__(patterns, texts)
-            searched.extend(texts)
+    def find_slowly(patterns: Sequence[re.Pattern[str]], texts: Sequence[str]) -> int | None:
+        searched.extend(texts)
+        is_searching.set()
+        was_released.append(may_end.wait(10.0))
+        return find_match(patterns, texts)
 
-        def match(self, context: str) -> int | None:
-            is_searching.set()
-            was_released.append(may_end.wait(10.0))
-            return super().match(context)
-
-    monkeypatch.setattr(forwarding, "NeverSend", SlowNeverSend)
+    monkeypatch.setattr(forwarding, "find_match", find_slowly)
     with ThreadPoolExecutor(1) as pool:
         response = pool.submit(post, client, tools=_TOOLS)
         assert is_searching.wait(10.0)
