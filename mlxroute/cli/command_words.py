@@ -24,7 +24,7 @@ def split_command(text: str) -> tuple[str, str]:
 
 
 def describe_doubt(name: str, value: str, commands: Collection[str]) -> str:
-    """Return why a text that is not a command may be meant as one; empty if it reads as a message.
+    """Return why a text looks like a mistyped command; empty if it looks like a message.
 
     Args:
         name: Its first word.

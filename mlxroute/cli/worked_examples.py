@@ -53,7 +53,7 @@ def read_examples(
 def check_questions_sendable(
     settings: Settings, questions: list[Question], examples: list[Question], command: str
 ) -> None:
-    """Raise UsageError, with its name, for a question that a never-send pattern matches."""
+    """Raise UsageError, which names the question, if a never-send pattern matches one."""
     from mlxroute.questions.question_files import question_messages
 
     conversations = [(item.name, question_messages(item, examples)) for item in questions]
@@ -63,7 +63,7 @@ def check_questions_sendable(
 def check_questions_fit(
     small: SmallModel, questions: list[Question], examples: list[Question]
 ) -> None:
-    """Raise ContextTooLong, with its name, for a question that does not fit in the context."""
+    """Raise ContextTooLong, which names the question, if one does not fit in the context."""
     from mlxroute.engine.transcript import render_prompt
     from mlxroute.questions.question_files import question_messages
 
