@@ -352,7 +352,8 @@ class CompletionRequester:
         self, replayed: bytes, positions: tuple[ReplyPosition, ...]
     ) -> tuple[ReplyPosition, ...]:
         """Return the positions after those that replay these bytes; there is at least one."""
-        data, count = b"", 0
+        data = b""
+        count = 0
         while len(data) < len(replayed) and count < len(positions):
             data += self._reader.prompt_bytes(positions[count].token) or b""
             count += 1

@@ -14,7 +14,7 @@ from mlxroute.large.vocabulary.reply_reader import ReadReply, read_all_tokens, r
 
 # Upper bound on the large tokens of one character.
 _MAX_TOKENS_PER_CHARACTER: Final = 6
-# One may be damaged on its way, or hold an error of the moment.
+# One may be damaged on its way, or hold a transient error.
 _MAX_DAMAGED_STREAMS: Final = 2
 _OK: Final = 200
 
@@ -58,7 +58,8 @@ class RequestPlanner:
         self._damaged_streams += 1
         is_refusal = isinstance(error, LargeRefused) and error.status != _OK
         if is_refusal or self._damaged_streams >= _MAX_DAMAGED_STREAMS:
-            self._damaged_streams, self._unstreamed = 0, negotiated
+            self._damaged_streams = 0
+            self._unstreamed = negotiated
 
     def is_last(
         self, plan: RequestPlan, answer: CompletionAnswer, negotiated: NegotiatedDialect

@@ -69,7 +69,8 @@ class LlamaServer(StreamingDialect):
             predicted = max(predicted, counted if type(counted) is int else received)
             # A draft model's tokens are counted together, before the first of their events.
             if received >= predicted:
-                named, whole = received, number
+                named = received
+                whole = number
         later = [_without_tokens(event) for event in events[whole:]]
         lists = ["tokens", "completion_probabilities"]
         reply = merge_events([*events[:whole], *later], lists=lists, texts=["content"])
@@ -116,7 +117,8 @@ def _without_tokens(event: Mapping[str, object]) -> dict[str, object]:
 
 def _align(ids: Sequence[int | None], with_text: Sequence[ReplyPosition]) -> list[ReplyPosition]:
     """Return one position for each id; `with_text` are some of them, in the same order."""
-    positions, rest = [], list(with_text)
+    positions = []
+    rest = list(with_text)
     for token_id in ids:
         if rest and rest[0].token.token_id == token_id:
             positions.append(rest.pop(0))

@@ -81,7 +81,8 @@ class CircuitBreaker:
         The next pause is as long as it would have been: calls may still take too long.
         """
         with self._lock:
-            self._failures, self._paused_until_s = 0, None
+            self._failures = 0
+            self._paused_until_s = None
 
     def _admit(self, *, forwarded: bool) -> bool:
         """Admit a call, or raise LargeUnavailable; return whether the call is the probe."""
@@ -98,14 +99,17 @@ class CircuitBreaker:
 
     def _record_success(self, *, is_probe: bool) -> None:
         if self._paused_until_s is None or is_probe:
-            self._failures, self._pauses, self._paused_until_s = 0, 0, None
+            self._failures = 0
+            self._pauses = 0
+            self._paused_until_s = None
 
     def _record_failure(self, error: LargeError, *, is_probe: bool) -> None:
         if self._paused_until_s is not None and not is_probe:
             return  # The call began before the pause.
         self._failures += 1
         self._last_failure = str(error)
-        retry_after_s, is_final = 0.0, False
+        retry_after_s = 0.0
+        is_final = False
         pause_s = min(_MAX_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(self._pauses, 10))
         if isinstance(error, LargeRefused):
             retry_after_s = min(error.retry_after_s, _MAX_RETRY_AFTER_S)

@@ -94,7 +94,8 @@ class _Claim:
         """Claim the right; return whether the exchange has it."""
         with self._lock:
             if self.owner is None:
-                self.owner, self.claimed_s = exchange, time.monotonic()
+                self.owner = exchange
+                self.claimed_s = time.monotonic()
             return self.owner is exchange
 
 
@@ -126,7 +127,8 @@ class Exchange(threading.Thread):
         super().__init__(daemon=True, name="mlxroute-exchange")
         self._endpoint = endpoint
         self.is_whole_answer = whole_answer
-        sessions, is_fresh = endpoint.sessions, fresh or backup_of is not None
+        is_fresh = fresh or backup_of is not None
+        sessions = endpoint.sessions
         self._session = sessions.create() if whole_answer else sessions.acquire(fresh=is_fresh)
         self._connections_before = self._session.connection_count
         self._began_s = time.monotonic()
@@ -222,7 +224,8 @@ class Exchange(threading.Thread):
         return self._endpoint.address.url
 
     def _send(self) -> HttpReply:
-        endpoint, body = self._endpoint, self._body
+        endpoint = self._endpoint
+        body = self._body
         endpoint.ledger.raise_if_failed()
         if not self._connections_before:
             self._check_proxy()
@@ -243,7 +246,8 @@ class Exchange(threading.Thread):
             # A variable of this frame would show the address, and a key in it, in a traceback.
             if 300 <= response.status_code < 400 and response.headers.get("Location"):
                 raise self._redirect_error(response)
-            status, body = response.status_code, self._read(response)
+            status = response.status_code
+            body = self._read(response)
             pause_s = retry.asked_pause_s(
                 response.headers, b"" if status == 200 else body, now_s=time.time()
             )

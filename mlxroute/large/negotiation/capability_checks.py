@@ -100,7 +100,8 @@ class CapabilityChecker:
 
     def _check_finished_answer(self) -> CapabilityCheck:
         """Check that the server adds nothing to an answer that is complete."""
-        name, prompt = "end of answer", self._prompt(FINISHED)
+        name = "end of answer"
+        prompt = self._prompt(FINISHED)
         try:
             position = self._ask(prompt, 1).positions[0]
         except DialectRejected as exc:
@@ -153,7 +154,8 @@ class CapabilityChecker:
 
     def _check_trailing_space(self) -> CapabilityCheck:
         """Check that a space at the end of the prompt is kept."""
-        name, text = "trailing space", ""
+        name = "trailing space"
+        text = ""
         for question in probe_questions.TRAILING_SPACE:
             text = self._continuation(self._prompt(question))
             if _agrees(text, question.expected):
@@ -164,7 +166,9 @@ class CapabilityChecker:
 
     def _check_multi_byte(self) -> CapabilityCheck:
         """Check that a character of several tokens can be read, by bytes or in a longer reply."""
-        name, text, is_broken = "multi-byte", "", False
+        name = "multi-byte"
+        text = ""
+        is_broken = False
         for question in probe_questions.MULTI_BYTE:
             prompt = self._prompt(question)
             first = self._ask(prompt, 1)
@@ -230,7 +234,8 @@ class CapabilityChecker:
         """Check that logprobs are given and are those of a greedy choice."""
         name = "logprobs"
         position = self._first_position(self._prompt(probe_questions.COUNTING))
-        logprob, top = position.token.logprob, [token.logprob or 0.0 for token in position.top]
+        logprob = position.token.logprob
+        top = [token.logprob or 0.0 for token in position.top]
         if logprob is None or not top:
             return CapabilityCheck(name, False, "there are none")
         if abs(logprob - top[0]) > _LOGPROB_TOLERANCE:

@@ -127,7 +127,8 @@ class PromptBuilder:
             raise LargeProtocolError(str(exc)) from exc
 
     def _text_prompt(self, context: LargeContext) -> Prompt:
-        rendered, bos_text = context.prompt, context.vocabulary.bos_text
+        rendered = context.prompt
+        bos_text = context.vocabulary.bos_text
         answer = "" if rendered is None else context.text[len(rendered.text) :]
         if not self.same_vocabulary and self.tokens is not None and context.messages:
             try:
@@ -135,7 +136,9 @@ class PromptBuilder:
             except UsageError as exc:
                 raise LargeProtocolError(str(exc)) from exc
             if own is not None:
-                rendered, bos_text, answer = own, self.tokens.bos_text, _answer_text(context)
+                rendered = own
+                bos_text = self.tokens.bos_text
+                answer = _answer_text(context)
         if rendered is None:
             return Prompt(text=context.text.removeprefix(bos_text))
         if rendered is context.prompt:

@@ -31,7 +31,8 @@ def stable_context(context: LargeContext) -> LargeContext:
     """
     ids = _latest_large_ids(context)
     pieces = [context.vocabulary.token_bytes(token_id) for token_id in ids]
-    data, tail = context.text.encode(), b"".join(pieces)
+    data = context.text.encode()
+    tail = b"".join(pieces)
     # Bytes that never became a character are not in the text.
     lead = decode_or_none(data[: len(data) - len(tail)]) if data.endswith(tail) else None
     if lead is None:
@@ -90,7 +91,8 @@ def _stable_count(
         return len(ids) - 1
     lead = lead[-_LEAD_CHARACTERS:]
     cut = vocabulary.encode(lead + text)
-    left, skipped = len(lead.encode()), 0
+    left = len(lead.encode())
+    skipped = 0
     while left > 0 and skipped < len(cut):
         left -= len(vocabulary.token_bytes(cut[skipped]))
         skipped += 1

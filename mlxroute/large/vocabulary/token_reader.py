@@ -70,7 +70,8 @@ class TokenReader:
     def forget(self) -> None:
         """Forget the model's vocabulary and the pieces in its replies."""
         self._vocabulary = None
-        self._pieces, self._pieces_by_id = PieceReader(), {}
+        self._pieces = PieceReader()
+        self._pieces_by_id = {}
 
     def text_bytes(self, token: ReplyToken) -> bytes | None:
         """Return the bytes that a token adds to the text: empty if special, None if unknown."""

@@ -74,7 +74,9 @@ class ExampleCompletion(FieldedDialect):
 
     def completion(self, reply: Mapping[str, object], prompt: Prompt) -> Completion:
         """Read a reply. Raises LargeNotContinued if it does not go on with the answer so far."""
-        choice, text, answer = first_choice(reply), chat_text(reply), prompt.answer_start
+        choice = first_choice(reply)
+        text = chat_text(reply)
+        answer = prompt.answer_start
         size = repeated_size(prompt, text)
         if size is None:
             raise LargeNotContinued("the reply does not go on from the end of the answer so far")
@@ -86,7 +88,8 @@ class ExampleCompletion(FieldedDialect):
             self._check_end(answer, text)
         positions = drop_bytes(read_pieces(choice, text, ended=ended), len(text[:size].encode()))
         if (leak := find_leak(answer, rest, HIDDEN)) is not None:
-            ended, rest = False, rest[:leak]
+            ended = False
+            rest = rest[:leak]
             positions = take_bytes(positions, len(rest.encode()))
             if not positions or not rest.strip():
                 raise LargeNotContinued("the reply goes on with control tokens or with the request")
