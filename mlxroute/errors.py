@@ -18,9 +18,10 @@ MlxRouteError
     ├── LargeRefused          an error status, a redirect, or an error in the body
     ├── LargeUnrecorded       the ledger cannot be written, so nothing was sent
     └── LargeProtocolError    a reply that cannot be trusted as a token
-        ├── LargeUnreadable     a reply that is no HTTP, no JSON object, or too long
+        ├── LargeUnreadable     a reply that is not HTTP, not a JSON object, or too long
         ├── LargeUnsendable     a prompt that this server cannot take; nothing was sent
-        └── LargeNotContinued   the answer so far cannot be, or was not, gone on with
+        │   └── LargeTruncated    the server cut the prompt; a call was made
+        └── LargeNotContinued   the server did not, or cannot, continue the answer
 """
 
 from __future__ import annotations
@@ -176,14 +177,16 @@ class LargeProtocolError(LargeError):
 
 
 class LargeUnreadable(LargeProtocolError):
-    """Raised for a reply that is no HTTP, no JSON object, or too long: nothing can be told of it.
+    """Raised for a reply that is not HTTP, not a JSON object, or too long.
 
     What is between client and server may have sent it, so it shows nothing about the server.
     """
 
 
 class LargeUnsendable(LargeProtocolError):
-    """Raised for a prompt that this server cannot take, whatever the answer; nothing is sent.
+    """Raised for a prompt that this server cannot take, whatever the answer.
+
+    Nothing is sent, unless it is a LargeTruncated.
 
     It is longer than the context, it is a text where the server takes only conversations, or it is
     a conversation whose last answer the server would continue instead of beginning a new one.
@@ -199,11 +202,11 @@ class LargeTruncated(LargeUnsendable):
 
 
 class LargeNotContinued(LargeProtocolError):
-    """Raised where the server does not go on with the answer, or cannot be asked to.
+    """Raised where the server does not continue the answer, or cannot be asked to.
 
-    The server works, and may well go on with the answer at another position. It cannot be asked
+    The server works, and may well continue the answer at another position. It cannot be asked
     where the answer so far ends inside a character and the server takes only text. A special token
-    that the small model lacks does not go on with the answer either.
+    that the small model lacks does not continue the answer either.
     """
 
     counts_as_failure = False

@@ -63,11 +63,11 @@ class Sources:
         model = self.catalog.find_model(spec)
         if model is not None:
             return Request(
-                spec,
-                _catalogue_key(spec),
-                lambda manifest: _is_of_entry(manifest, model),
-                True,
-                lambda staging: self._fetch_by_name(model, staging),
+                name=spec,
+                key=_catalogue_key(spec),
+                is_current=lambda manifest: _is_of_entry(manifest, model),
+                needs_network=True,
+                fetch=lambda staging: self._fetch_by_name(model, staging),
                 check=lambda: self.check_size(
                     WeightsSize(model.name, model.hub_bytes, model.float32_bytes)
                 ),
@@ -79,16 +79,16 @@ class Sources:
             return self._user_gguf(spec, path)
         if os.path.isfile(path):
             raise WeightsError(
-                f"{spec} is a file, and no .gguf file: give the folder of a model, with config.json"
+                f"{spec} is a file but not a .gguf file: give the folder of a model, with config.json"
                 " and model*.safetensors, or a .gguf file"
             )
         if len(spec) <= _MAX_HUB_ID and _HUB_ID.fullmatch(spec) and not spec.startswith("."):
             return Request(
-                spec,
-                spec.replace("/", "--"),
-                lambda manifest: _is_of_hub_id(manifest, spec),
-                True,
-                lambda staging: self._fetch_by_hub_id(spec, staging),
+                name=spec,
+                key=spec.replace("/", "--"),
+                is_current=lambda manifest: _is_of_hub_id(manifest, spec),
+                needs_network=True,
+                fetch=lambda staging: self._fetch_by_hub_id(spec, staging),
             )
         if "/" in spec:
             raise WeightsError(f"no model at {spec}: there is no such directory or .gguf file")
@@ -133,7 +133,14 @@ class Sources:
         def is_current(manifest: Manifest) -> bool:
             return file in manifest.files and manifest.files[file].sha256 == source.gguf_sha256
 
-        return Request(spec, file, is_current, True, fetch, file)
+        return Request(
+            name=spec,
+            key=file,
+            is_current=is_current,
+            needs_network=True,
+            fetch=fetch,
+            gguf_file=file,
+        )
 
     def _user_gguf(self, spec: str, path: Path) -> Request:
         try:
@@ -142,7 +149,7 @@ class Sources:
             reason = getattr(exc, "strerror", None) or exc
             raise WeightsError(f"no model at {spec}: {reason}") from exc
         if not path.is_file():
-            raise WeightsError(f"no model at {spec}: it is no file")
+            raise WeightsError(f"no model at {spec}: it is not a file")
 
         def check() -> None:
             from mlxroute.weights.gguf_convert import check_convertible
@@ -157,11 +164,11 @@ class Sources:
 
         fingerprint = f"{stat.st_size} {stat.st_mtime_ns} {_CONVERSION}"
         return Request(
-            spec,
-            path_key(path),
-            lambda manifest: manifest.fingerprint == fingerprint,
-            False,
-            convert,
+            name=spec,
+            key=path_key(path),
+            is_current=lambda manifest: manifest.fingerprint == fingerprint,
+            needs_network=False,
+            fetch=convert,
             check=check,
         )
 

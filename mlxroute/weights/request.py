@@ -85,7 +85,7 @@ class StagedModel:
     fingerprint: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """A request for a model that belongs in the cache.
 
