@@ -40,7 +40,7 @@ _OTHER_ENCODINGS: Final = (
 
 
 class MalformedText(ValueError):
-    """Raised for what is not text, JSON or TOML where it should be; the message is the reason."""
+    """Raised for what should be text, JSON or TOML and is not; the message is the reason."""
 
 
 def _read_at_most(stream: BinaryIO, size: int) -> bytes:

@@ -21,7 +21,7 @@ _MODES: Final = {"stdin": "r", "stdout": "w", "stderr": "w"}
 class OutputUnusable(Exception):
     """Stdout cannot be written.
 
-    It is no OSError, as the libraries end the process on one where a pipe was closed.
+    It is not an OSError, as the libraries end the process on one where a pipe was closed.
 
     Attributes:
         is_closed_pipe: Whether the reader of a pipe has closed it, which is not a failure.

@@ -106,7 +106,7 @@ class WholeChat:
             def post(fields: RequestFields) -> Mapping[str, object]:
                 return self._post(_CHAT.with_fields(fields).request(prompt, options))
 
-            # A refusal of the switch alone is no failure of the server.
+            # A refusal of the switch alone is not a failure of the server.
             with self._breaker.guard():
                 reply = self._thinking_switch.send(fields, post, server=self._server)
             try:

@@ -146,5 +146,5 @@ def _to_float16(rows: Bytes, tensor: GgufTensor) -> memoryview:
     except FloatingPointError as exc:
         raise WeightsError(f"tensor {tensor.name} holds values beyond float16") from exc
     if not np.isfinite(narrow).all():
-        raise WeightsError(f"tensor {tensor.name} holds values that are no numbers")
+        raise WeightsError(f"tensor {tensor.name} holds values that are not finite numbers")
     return memoryview(narrow).cast("B")

@@ -105,7 +105,7 @@ def _failure_reason(exc: Exception) -> str:
     if isinstance(exc, UnicodeEncodeError) and get_token():
         return f"the token of {_token_source()} has characters that no token has"
     if isinstance(exc, (JSONDecodeError, AttributeError, TypeError, KeyError)):
-        return "its answer is no listing of files; it may be the page of a login"
+        return "its answer is not a listing of files; it may be the page of a login"
     if isinstance(exc, OSError) and exc.filename and status is None:
         file = printable_line(f"{exc.filename}: {exc.strerror}")
         return f"its token cannot be read ({file}); check HF_HOME"
@@ -119,7 +119,7 @@ def gate_reason(hub_id: str) -> str:
 
 
 def _check_listing(info: ModelInfo) -> ModelInfo:
-    """Raise TypeError for a listing with sizes that are no numbers."""
+    """Raise TypeError for a listing with sizes that are not numbers."""
     for entry in info.siblings or ():
         size = 0 if entry.size is None else entry.size
         if type(size) is not int or size < 0:

@@ -432,7 +432,7 @@ def test_weights_that_are_no_numbers_are_refused(value: float, tmp_path: Path) -
     source = write_gguf(
         tmp_path / "m.gguf", TinyModel(extra={"output_norm.weight": ones(64) * value})
     )
-    with pytest.raises(WeightsError, match=r"output_norm\.weight holds values that are no numbers"):
+    with pytest.raises(WeightsError, match=r"output_norm\.weight holds .* not finite numbers"):
         convert(source, tmp_path / "out")
 
 

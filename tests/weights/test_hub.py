@@ -274,7 +274,7 @@ def test_a_token_with_other_characters_is_named(
 )
 def test_an_answer_that_is_no_listing_is_named(hub: Site, tmp_path: Path, listing: bytes) -> None:
     hub.listing = listing
-    with pytest.raises(WeightsError, match="its answer is no listing of files"):
+    with pytest.raises(WeightsError, match="its answer is not a listing of files"):
         get(tmp_path / "cache")
 
 

@@ -589,7 +589,7 @@ def test_another_file_is_not_looked_up_on_the_hub(
     monkeypatch.chdir(tmp_path)
     Path(spec).parent.mkdir(exist_ok=True)
     Path(spec).write_bytes(b"weights")
-    with pytest.raises(WeightsError, match=f"{spec} is a file, and no .gguf file: give the folder"):
+    with pytest.raises(WeightsError, match=f"{spec} is a file but not a .gguf file: give the"):
         get(spec, catalog, tmp_path / "cache")
     with pytest.raises(WeightsError, match=f"{spec} has none: give a .gguf file"):
         get(spec, catalog, tmp_path / "cache", as_gguf=True)

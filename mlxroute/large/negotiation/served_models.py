@@ -40,7 +40,7 @@ class ModelName:
     listed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise UsageError for a name that is no text."""
+        """Raise UsageError for a name that is not text."""
         if self.given is not None and not isinstance(self.given, str):
             raise UsageError(
                 f"model must be the name of a model, not {shown_value(self.given)}",

@@ -137,14 +137,16 @@ def compare_control_count(
     """Compare the control tokens of the small model's chat template by their number in a prompt.
 
     `count` returns the tokens of a prompt in the large vocabulary, None if the server does not
-    count them. A name that is no token there is spelled in several.
+    count them. A name that is not a token there is spelled in several.
     """
     names = list(_control_pieces(small).values())
     counted = count("".join(names)) if names else None
     # The server may add a begin token.
     if counted is None or counted - len(names) in (0, 1):
         return SAME
-    return VocabularyComparison(False, f"{_quoted(' '.join(names))} are no tokens of the large one")
+    return VocabularyComparison(
+        False, f"{_quoted(' '.join(names))} are not tokens of the large one"
+    )
 
 
 def _different(token_id: int, small: str | None, large: str | None) -> VocabularyComparison:

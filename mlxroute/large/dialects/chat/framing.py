@@ -143,7 +143,7 @@ def repeated_size(prompt: Prompt, reply: str) -> int | None:
     if size is None:
         return None
     rest = text[size:]
-    # A copy of the mark after the part is no text of the answer.
+    # A copy of the mark after the part is not text of the answer.
     return None if rest and _END.startswith(rest[: len(_END)]) else copied + size
 
 
