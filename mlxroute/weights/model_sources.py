@@ -79,8 +79,8 @@ class Sources:
             return self._user_gguf(spec, path)
         if os.path.isfile(path):
             raise WeightsError(
-                f"{spec} is a file but not a .gguf file: give the folder of a model, with config.json"
-                " and model*.safetensors, or a .gguf file"
+                f"{spec} is a file but not a .gguf file: give the folder of a model, with"
+                " config.json and model*.safetensors, or a .gguf file"
             )
         if len(spec) <= _MAX_HUB_ID and _HUB_ID.fullmatch(spec) and not spec.startswith("."):
             return Request(
