@@ -114,7 +114,10 @@ _LARGE_WINGS: dict[str, set[str]] = {
 }
 _LARGE_WINGS["negotiation"] = {*_LARGE_WINGS, "completion_request"}
 # What builds on all wings: the client and its parts.
-_LARGE_TOP = {"answer_scorer", "client", "request_plan", "streaming", "whole_chat", ""}
+_LARGE_TOP = {
+    *("answer_scorer", "client", "neutralised_names", "position_call", "request_plan", "streaming"),
+    *("whole_chat", ""),
+}
 # Modules that stop at these wings of `large/`.
 _LARGE_WALLS: dict[str, set[str]] = {
     "json": {"dialects", "completion_request", "negotiation"},

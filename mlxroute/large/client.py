@@ -121,16 +121,7 @@ class LargeModel(Closeable):
         self._loading = ModelLoading(
             self._transport, self._breaker, self._pending_calls, base_url=self.base_url
         )
-        self._caller = PositionCaller(
-            requester=self._requester,
-            negotiator=self._negotiator,
-            reader=reader,
-            breaker=self._breaker,
-            loading=self._loading,
-            system_role=self._system_role,
-            neutralised=self._neutralised,
-            base_url=self.base_url,
-        )
+        self._caller = self._position_caller(reader)
 
     def __repr__(self) -> str:
         return f"LargeModel({self.base_url!r}, model={self.model_name!r})"
@@ -316,6 +307,18 @@ class LargeModel(Closeable):
         self._pending_calls.cancel()
         self._transport.close()
         self._pending_calls.join()
+
+    def _position_caller(self, reader: TokenReader) -> PositionCaller:
+        return PositionCaller(
+            requester=self._requester,
+            negotiator=self._negotiator,
+            reader=reader,
+            breaker=self._breaker,
+            loading=self._loading,
+            system_role=self._system_role,
+            neutralised=self._neutralised,
+            base_url=self.base_url,
+        )
 
     def _new_deadline(self, seconds: float | None = None) -> Deadline:
         return Deadline(self._timeout_s if seconds is None else min(self._timeout_s, seconds))
