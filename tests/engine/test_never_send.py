@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mlxroute.engine import Answer, Options
 from mlxroute.engine.escalation import never_send
-from mlxroute.engine.escalation.never_send import NeverSend
+from mlxroute.engine.escalation.never_send import NeverSend, find_match
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import EncodedPrompt, Message, Prices, Source, Token
 from tests.support.scripted_models import FakeClock, ScriptedLarge, ScriptedSmall
@@ -269,3 +269,11 @@ def test_any_pattern_that_matches_a_text_keeps_it(pattern: str, text: str) -> No
     number = NeverSend([compiled], [text]).match(text)
     if text and compiled.search(text):
         assert number == 1
+
+
+def test_a_pattern_of_whole_texts_is_searched_in_these_texts_alone() -> None:
+    """An empty text that nobody wrote matches `^$`, and would keep every conversation here."""
+    patterns = [re.compile("^$"), re.compile("secret")]
+    assert find_match(patterns, ["hello", "a secret"]) == 2
+    assert find_match(patterns, ["hello"]) is None
+    assert find_match(patterns, ["hello", ""]) == 1
