@@ -29,11 +29,13 @@ from __future__ import annotations
 import re
 from typing import ClassVar, Final
 
-# The later lines are of xAI and Groq, and of Text Generation Inference.
+# The later lines are of xAI and Groq, of Text Generation Inference, and of DashScope.
 _TOO_LONG: Final = re.compile(
     r"context|too long|maximum length|(maximum|exceed).{0,40} tokens"
     r"|maximum prompt length|reduce the length of the messages"
     r"|inputs\W+tokens \+ \W*max_new_tokens\W+must be|inputs\W+must have less than \d+ tokens"
+    r"|range of input length",
+    re.IGNORECASE,
 )
 
 

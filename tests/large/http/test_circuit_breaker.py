@@ -170,6 +170,8 @@ def test_a_prompt_that_is_too_long_is_no_failure(status: int) -> None:
             True,
         ),
         ("This model's maximum context length is 4096 tokens. However, you requested 9", True),
+        ("Context size has been exceeded.", True),
+        ("Range of input length should be [1, 129024]", True),
         ("Input validation error: `max_new_tokens` must be <= 512. Given: 600", False),
         ("Input validation error: `inputs` cannot be empty", False),
         ("`max_new_tokens` must be strictly positive", False),
