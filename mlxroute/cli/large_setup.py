@@ -212,7 +212,8 @@ def make_tokenizer_finder(
         folders = [Path(name)] if parse_address(address).is_loopback else []
         folders += _cached_folders(name, cache_dir)
         for folder in folders:
-            if folder.is_absolute() and (folder / "tokenizer.json").is_file():
+            # Unlike `is_file` of a Path, it is False for a folder that may not be entered.
+            if folder.is_absolute() and os.path.isfile(folder / "tokenizer.json"):
                 tokenizer = _load_tokenizer(folder, name, cache_dir)
                 if tokenizer is not None:
                     return tokenizer

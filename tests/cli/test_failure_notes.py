@@ -248,6 +248,14 @@ def warnings_of(
     return err.file.getvalue().splitlines()
 
 
+def test_a_name_that_leads_to_no_readable_folder_finds_no_tokenizer() -> None:
+    from mlxroute.cli.large_setup import make_tokenizer_finder
+
+    # The system refuses to look there, as it does in a folder that the user may not enter.
+    find = make_tokenizer_finder(Settings(), "http://127.0.0.1:8000/v1")
+    assert find("/" + 300 * "x") is None
+
+
 def test_a_secret_over_plain_http_to_another_machine_has_a_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
