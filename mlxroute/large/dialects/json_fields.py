@@ -26,13 +26,19 @@ _MAX_REASON_CHARACTERS: Final = 40
 
 def parse_object(body: bytes) -> dict[str, object]:
     """Parse the JSON object in a reply's body. Raises LargeUnreadable."""
-    try:
-        value = _parse(body)
-    except MalformedText as exc:
-        raise LargeUnreadable("the reply is not JSON") from exc
+    value = _parse_reply(body)
     if not isinstance(value, dict):
         raise LargeUnreadable("the reply is not a JSON object")
     return value
+
+
+def listed_items(body: bytes) -> Sequence[object]:
+    """Return the entries of a list of models: `data`, or all of Together's array.
+
+    Raises LargeProtocolError.
+    """
+    value = _parse_reply(body)
+    return as_array(value.get("data") if isinstance(value, dict) else value, what="data")
 
 
 def json_items(value: object) -> Iterator[object]:
@@ -60,6 +66,13 @@ def error_message(body: bytes) -> str:
     if not isinstance(value, dict):
         return value if isinstance(value, str) else ""
     return _message_of(value)
+
+
+def _parse_reply(body: bytes) -> object:
+    try:
+        return _parse(body)
+    except MalformedText as exc:
+        raise LargeUnreadable("the reply is not JSON") from exc
 
 
 def _parse(body: bytes) -> object:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError
-from mlxroute.large.dialects.json_fields import as_array, as_object, as_text, parse_object
+from mlxroute.large.dialects.json_fields import as_object, as_text, listed_items
 from mlxroute.large.http.loopback_get import get_from_ports
 
 DEFAULT_PORTS: Final[Mapping[int, str]] = {
@@ -62,8 +62,7 @@ def find_running_servers() -> tuple[RunningServer, ...]:
 def _running_server(port: int, body: bytes) -> RunningServer | None:
     """Return the server that sent a reply; None if the reply lists no models."""
     try:
-        entries = as_array(parse_object(body).get("data"), what="data")
-        items = [as_object(entry, what="a model") for entry in entries]
+        items = [as_object(entry, what="a model") for entry in listed_items(body)]
         names = [as_text(item.get("id"), what="a model's id") for item in items]
     except LargeProtocolError:
         return None

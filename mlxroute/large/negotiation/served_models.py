@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from mlxroute.errors import LargeProtocolError, LargeRefused, UsageError
 from mlxroute.large.dialects import Dialect
-from mlxroute.large.dialects.json_fields import as_array, parse_object
+from mlxroute.large.dialects.json_fields import listed_items
 from mlxroute.large.http.deadline import Deadline
 from mlxroute.safe_text import printable_line
 from mlxroute.types.limits import shown_value
@@ -67,10 +67,10 @@ class ModelName:
     def listed_instead(self) -> str | None:
         """What the server lists, in words, if the given name is not listed; else None."""
         name = self.given
-        # Ollama lists `name:tag` for `name`.
-        if name is None or f"{name}:latest" in self.listed:
+        # Ollama lists `name:tag` for `name`, Google `models/name`.
+        if name is None or {name, f"{name}:latest", f"models/{name}"} & {*self.listed}:
             return None
-        return join_names(self.listed) if self.listed and name not in self.listed else None
+        return join_names(self.listed) if self.listed else None
 
     def for_records(self, base_url: str) -> str:
         """Return the name for files, in full; while it is not known, one of this address alone."""
@@ -105,7 +105,7 @@ def _list_items(transport: Transport, deadline: Deadline) -> Sequence[object]:
         reply = transport.call("/models", deadline=deadline)
         if reply.status != 200:
             return ()
-        return as_array(parse_object(reply.body).get("data"), what="data")
+        return listed_items(reply.body)
 
     try:
         return request()

@@ -91,6 +91,7 @@ def test_a_llama_server_with_several_models_gets_the_name_on_every_native_route(
         ("other", ("m", "other"), None),
         ("m", ("m:latest",), None),
         (None, ("m",), None),
+        ("m", ("models/m", "models/other"), None),
         ("m", (), None),
     ],
 )
@@ -110,12 +111,14 @@ def test_a_name_that_the_server_does_not_list_is_known_from_its_list(
         assert large.listed_instead == listed
 
 
-def test_the_context_length_that_a_server_reports_is_in_the_verdict() -> None:
+@pytest.mark.parametrize("is_array", [False, True], ids=["data", "Together's array"])
+def test_the_context_length_that_a_server_reports_is_in_the_verdict(is_array: bool) -> None:
     answer = FamilyServer("llama-server")
 
     def with_context_length(request: Request) -> Reply:
         if request.path == "/v1/models":
-            return Reply.of({"data": [{"id": "m", "meta": {"n_ctx": 2048}}]})
+            models = [{"id": "m", "meta": {"n_ctx": 2048}}]
+            return Reply.of(models if is_array else {"data": models})
         return answer(request)
 
     verdict = probe(with_context_length)

@@ -54,6 +54,12 @@ def test_a_server_is_asked_for_its_models_and_nothing_else(
     assert "secret" not in str(request.headers)
 
 
+def test_a_list_of_models_may_be_a_bare_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Loopback(lambda request: Reply.of([{"id": "a"}, {"id": "b"}])) as server:
+        (running,) = search(monkeypatch, server.port)
+    assert running.models == ("a", "b")
+
+
 def test_ports_where_nothing_listens_are_left_out(
     server: Loopback, monkeypatch: pytest.MonkeyPatch
 ) -> None:
