@@ -243,7 +243,7 @@ def test_impossible_tokens_and_ids_without_text_are_left_out() -> None:
 
 
 def test_white_space_that_the_tokens_do_not_spell_is_a_word() -> None:
-    assert pieces(read("", "\n\n", tokens=["x"], finish="stop")) == [b"\n\n", None]
+    assert pieces(read("So.", "So.\n\n", tokens=["x"], finish="stop")) == [b"\n\n", None]
 
 
 def test_white_space_before_the_first_word_may_be_in_the_text_or_in_the_tokens_alone() -> None:
@@ -317,6 +317,24 @@ def test_white_space_before_the_last_word_may_differ(answer: str, repeated: str)
 def test_white_space_at_the_end_of_the_answer_must_be_the_same(answer: str, text: str) -> None:
     with pytest.raises(LargeNotContinued, match="does not go on"):
         read(answer, text)
+
+
+@pytest.mark.parametrize("blank", [" ", "\n\n"])
+def test_white_space_before_every_reply_is_no_text_of_the_answer(blank: str) -> None:
+    """Some chat templates and models begin every answer with it."""
+    assert pieces(read(SKY, f"{blank}{SKY}osphere, as")) == [b"osphere", b","]
+    assert pieces(read(SKY, f"{blank}<beginning>{SKY}osphere, as")) == [b"osphere", b","]
+    later = f"{blank}scattering of light by the atmosphere, as"
+    assert pieces(read(SKY, later)) == [b"osphere", b","]
+    assert pieces(read("", f"{blank}The sky", tokens=[blank, "The", " sky"])) == [b"The", b" sky"]
+    # A reply that is still white space asks for more tokens, and one that stays so has no text.
+    for answer in ("", SKY):
+        assert pieces(read(answer, blank)) == [None]
+        with pytest.raises(LargeNotContinued, match="empty"):
+            read(answer, blank, finish="stop")
+    repeated = reply(f"{blank}It is blue.", finish="stop")
+    with pytest.raises(LargeNotContinued, match="only repeats"):
+        DIALECT.completion(repeated, prompt("It is blue."))
 
 
 def test_a_reply_may_copy_the_marks_of_the_request_first() -> None:

@@ -80,7 +80,7 @@ class ExampleCompletion(FieldedDialect):
         size = repeated_size(prompt, text)
         if size is None:
             raise LargeNotContinued("the reply does not go on from the end of the answer so far")
-        if not text and choice.get("finish_reason") != "length":
+        if not text.strip() and choice.get("finish_reason") != "length":
             raise LargeNotContinued("the reply is empty")
         rest = text[size:]
         ended = ends_answer(choice, text=rest)
@@ -97,7 +97,7 @@ class ExampleCompletion(FieldedDialect):
 
     def _check_end(self, answer: str, text: str) -> None:
         """Raise LargeNotContinued if a reply that only repeats `answer` does not end it."""
-        if not (answer.endswith(text) and may_end(answer)):
+        if not (answer.endswith(text.lstrip()) and may_end(answer)):
             raise LargeNotContinued("the reply ends where the answer so far cannot end")
         # Asked to begin with a sentence, some models write just that sentence.
         if not self._only_repeated:

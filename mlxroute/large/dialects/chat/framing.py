@@ -123,15 +123,17 @@ def frame(prompt: Prompt, *, shows_examples: bool = False) -> Framing:
 def repeated_size(prompt: Prompt, reply: str) -> int | None:
     """Return how many characters of a reply repeat the answer so far; None if it does not go on.
 
-    Copies of the request's marks before the part count too. White space inside the part may differ,
-    and a reply may begin later than asked for, but not with text that only happens to be alike. All
-    of a reply that is too short for its part is repeated.
+    White space at its beginning and copies of the request's marks before the part count too. White
+    space inside the part may differ, and a reply may begin later than asked for, but not with text
+    that only happens to be alike. All of a reply that is too short for its part is repeated.
     """
     answer = prompt.answer_start
-    if not answer:
-        return 0
     part = _last_part(answer)
-    copied = _copied_marks(part, reply)
+    # Some models and chat templates put white space before every answer.
+    copied = 0 if part.isspace() else len(reply) - len(reply.lstrip())
+    if not answer:
+        return copied
+    copied += _copied_marks(part, reply[copied:])
     text = reply[copied:]
     size = _match(part, text)
     if size is None:
