@@ -135,6 +135,8 @@ class LargeRefused(LargeError):
         status: HTTP status of the reply; 0 (default) if it is not known.
         retry_after_s: Seconds the server asks clients to wait before the next request. 0 by
             default.
+        in_body: Whether the reply had status 200, so that it was not repeated; `status` is the one
+            that its body names, or 200. False by default.
     """
 
     def __init__(
@@ -143,11 +145,13 @@ class LargeRefused(LargeError):
         *,
         status: int = 0,
         retry_after_s: float = 0.0,
+        in_body: bool = False,
         parameter: str | None = None,
     ) -> None:
         super().__init__(message, parameter=parameter)
         self.status = status
         self.retry_after_s = retry_after_s
+        self.in_body = in_body
 
     @property
     def may_pass(self) -> bool:

@@ -169,11 +169,11 @@ class CompletionRequester:
             path, at_root=at_root, body=_encode(body), deadline=deadline, whole_answer=whole_answer
         )
         if reply.status != 200:
-            raise self._refusal(error_message(reply.body), reply)
+            raise self._refusal(reply, error_message(reply.body), reply.status)
         value = parse_object(reply.body)
         # Callers of tokenise routes ask again after an error with status 200.
-        if whole_answer and (message := reported_error(value)) is not None:
-            raise self._refusal(message, reply)
+        if whole_answer and (error := reported_error(value)) is not None:
+            raise self._refusal(reply, *error)
         return value
 
     def check_secret(self, answer: object) -> None:
@@ -301,24 +301,21 @@ class CompletionRequester:
             self._check_tokens(completion)
             self._reader.learn(completion.positions)
             if is_guarded:
-                tokens = [
-                    self._reader.prompt_bytes(position.token) for position in completion.positions
-                ]
-                self._cache_guard.record_reply(
-                    sent.prompt.text, tokens, usage=_cache_usage(completion)
-                )
+                tokens = [self._reader.prompt_bytes(p.token) for p in completion.positions]
+                usage = _cache_usage(completion)
+                self._cache_guard.record_reply(sent.prompt.text, tokens, usage=usage)
         return completion
 
     def _parse(self, sent: _EncodedRequest, reply: HttpReply) -> Completion:
         if reply.status != 200:
-            raise self._refusal(error_message(reply.body), reply)
+            raise self._refusal(reply, error_message(reply.body), reply.status)
         try:
             if isinstance(sent.dialect, StreamingDialect) and is_event_stream(reply.body):
                 value = _join_events(sent.dialect, reply.body)
             else:
                 value = parse_object(reply.body)
-            if (message := reported_error(value)) is not None:
-                raise self._refusal(message, reply)
+            if (error := reported_error(value)) is not None:
+                raise self._refusal(reply, *error)
             completion = sent.dialect.completion(value, sent.prompt)
             self._truncation_guard.check(sent.prompt.whole_text, completion.prompt_tokens)
         except LargeProtocolError as exc:
@@ -332,8 +329,7 @@ class CompletionRequester:
         except LargeProtocolError as exc:
             raise LargeProtocolError(f"{self._base_url}: {exc}") from exc
         self.check_secret(completion.text)
-        for position in completion.positions:
-            token = position.token
+        for token in (position.token for position in completion.positions):
             length = max(len(form or "") for form in (token.piece, token.data, token.text))
             if length > _MAX_TOKEN_CHARACTERS:
                 raise LargeProtocolError(
@@ -363,16 +359,17 @@ class CompletionRequester:
             )
         return positions[count:]
 
-    def _refusal(self, message: str, reply: HttpReply) -> LargeRefused:
+    def _refusal(self, reply: HttpReply, message: str, status: int) -> LargeRefused:
         """Return the error for a refusal, with an echoed key removed from the server's text."""
         reason = printable_line(self._transport.redact(message)) or "no reason given"
-        advice = "; check the API key" if reply.status in (401, 403) else ""
+        advice = "; check the API key" if status in (401, 403) else ""
         if reply.retry_after_s:
             advice = f"; it asks to be called again in {reply.retry_after_s:,.0f} s"
         return LargeRefused(
-            f"{self._base_url} answered {reply.status}: {reason}{advice}",
-            status=reply.status,
+            f"{self._base_url} answered {status}: {reason}{advice}",
+            status=status,
             retry_after_s=reply.retry_after_s,
+            in_body=reply.status == 200,
         )
 
 

@@ -16,7 +16,12 @@ from hypothesis import strategies as st
 from mlxroute.errors import LargeError, LargeProtocolError
 from mlxroute.large import LargeModel
 from mlxroute.large.dialects import LADDER, StreamingDialect, get_dialect, tokenize_routes
-from mlxroute.large.dialects.json_fields import error_message, parse_object, reported_error
+from mlxroute.large.dialects.json_fields import (
+    ReportedError,
+    error_message,
+    parse_object,
+    reported_error,
+)
 from mlxroute.large.dialects.sse import parse_events
 from mlxroute.large.http.address import parse_address
 from mlxroute.large.http.deadline import Deadline
@@ -176,7 +181,7 @@ def test_any_body_is_an_object_or_a_protocol_error_and_any_error_body_has_a_text
     with contextlib.suppress(LargeProtocolError):
         value = parse_object(body)
         assert isinstance(value, dict)
-        assert isinstance(reported_error(value), str | None)
+        assert isinstance(reported_error(value), ReportedError | None)
     assert isinstance(error_message(body), str)
 
 

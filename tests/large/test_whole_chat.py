@@ -168,8 +168,28 @@ def test_an_error_with_status_200_is_an_error(
     server.answer = lambda request: Reply.of({"error": {"message": message, "code": 429}})
     with negotiated(LargeModel(server.url, model="m")) as large:
         whole = large.whole_chat(timeout_s=20)
-        with pytest.raises(LargeRefused, match=message):
+        with pytest.raises(LargeRefused, match=f"answered 429: {message}") as caught:
             send(whole)
+    assert (caught.value.status, caught.value.may_pass) == (429, True)
+
+
+@pytest.mark.parametrize("text", ["", "The sky"])
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        ({"code": 502, "message": "Upstream error"}, 502, "502: Upstream error"),
+        ({"code": "server_error", "message": "Upstream error"}, 200, "200: Upstream error"),
+        (None, 200, "200: an error without a message"),
+    ],
+)
+def test_an_answer_that_a_provider_breaks_off_is_an_error(
+    server: Loopback, text: str, error: object, status: int, message: str
+) -> None:
+    broken = {"message": {"role": "assistant", "content": text}, "finish_reason": "error"}
+    server.answer = lambda request: Reply.of({"choices": [{**broken, "error": error}]})
+    with pytest.raises(LargeRefused, match=f"answered {message}") as caught:
+        ask(server, PLAIN)
+    assert caught.value.status == status
 
 
 def test_names_of_control_tokens_in_a_whole_answers_request_are_reported(server: Loopback) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Final, TypedDict
+from typing import Final, NamedTuple, TypedDict
 
 from mlxroute.errors import LargeNotContinued, LargeProtocolError, LargeUnreadable
 from mlxroute.large.reply import ReplyPosition, ReplyToken
@@ -80,14 +80,36 @@ def _parse(body: bytes) -> object:
     return parse_json(decode_text(body), strict=False, unique_keys=False)
 
 
-def reported_error(reply: Mapping[str, object]) -> str | None:
-    """Return the message of an error that a reply with status 200 reports; None if it has none."""
+class ReportedError(NamedTuple):
+    """An error that a reply with status 200 reports: its message, and the status that it names.
+
+    The status is 200 if it names none.
+    """
+
+    message: str
+    status: int
+
+
+def reported_error(reply: Mapping[str, object]) -> ReportedError | None:
+    """Return the error that a reply with status 200, or its first choice, reports; else None."""
     code = reply.get("code")
     is_error_code = type(code) is int and code >= 400
     is_named = reply.get("error") or reply.get("errors") or reply.get("object") == "error"
     if is_named or reply.get("success") is False or is_error_code:
-        return _message_of(reply) or "an error without a message"
+        return _read_error(reply)
+    match reply.get("choices"):
+        # OpenRouter's form, where a provider fails in the middle of an answer.
+        case [dict(choice), *_] if choice.get("error") or choice.get("finish_reason") == "error":
+            return _read_error(choice)
     return None
+
+
+def _read_error(part: Mapping[str, object]) -> ReportedError:
+    status = 200
+    match part:
+        case {"error": {"code": int(code)}} | {"code": int(code)} if 400 <= code < 600:
+            status = code
+    return ReportedError(_message_of(part) or "an error without a message", status)
 
 
 def _message_of(value: Mapping[str, object]) -> str:

@@ -28,9 +28,6 @@ from mlxroute.safe_text import printable_line
 
 # Also the status of a refusal of logprobs.
 _FORBIDDEN: Final = 403
-# A reply with this status may hold a transient error, or be damaged on its way.
-_OK: Final = 200
-_ATTEMPTS: Final = 2
 _LOGPROB_TOLERANCE: Final = 1e-3
 # The share of continuations that a server needs right if it is asked by example.
 _MIN_SCORE: Final = 0.75
@@ -330,7 +327,7 @@ class CapabilityChecker:
 
         Raises DialectRejected if the server refuses it, or if the second reply does not fit either.
         """
-        for _ in range(_ATTEMPTS):
+        for is_last in (False, True):
             try:
                 return self._send(prompt, count)
             except (ModelThinks, LargeNotContinued) as exc:
@@ -339,14 +336,13 @@ class CapabilityChecker:
             except LargeProtocolError as exc:
                 error = exc
             except LargeRefused as exc:
-                is_about_field = exc.status == _FORBIDDEN and names_field(str(exc))
-                # Proxies may forbid other paths; many servers answer 500 to a body unknown to them.
-                is_rejection = is_about_field or self._dialect.at_root
-                if exc.may_pass or (exc.is_access and not is_rejection):
-                    raise
                 error = exc
-                if exc.status != _OK:
-                    break
+                # An error in a body may be transient, and was not repeated yet.
+                if exc.in_body and not is_last:
+                    continue
+                if not self._is_rejection(exc):
+                    raise
+                break
         raise DialectRejected(_without_address(str(error)), error=error) from error
 
     def _send(self, prompt: Prompt, count: int) -> CompletionAnswer:
@@ -356,6 +352,15 @@ class CapabilityChecker:
         self.requests += 1
         began_s = time.perf_counter()
         answer = self._requester.complete(request, deadline=self._next_deadline())
+    def _is_rejection(self, error: LargeRefused) -> bool:
+        """Return whether a refusal may be about the dialect, and not about load or access."""
+        is_root = self._dialect.at_root
+        if error.may_pass:
+            return False
+        is_about_field = error.status == _FORBIDDEN and names_field(str(error))
+        # Proxies may forbid other paths; many servers answer 500 to a body unknown to them.
+        return is_root or is_about_field or not error.is_access
+
         if count == 1:
             self.latencies_s.append(time.perf_counter() - began_s)
         return answer

@@ -124,6 +124,28 @@ def test_a_proxy_that_forbids_what_is_outside_the_path_of_the_api_does_no_harm(
             assert connect(server, tmp_path / "endpoints.json").connected
 
 
+@pytest.mark.parametrize("failures", [1, 9])
+def test_an_error_in_a_body_is_known_by_its_code(failures: int, tmp_path: Path) -> None:
+    """OpenRouter's reply while the provider behind it is overloaded."""
+    left = [failures]
+    limited = {"error": {"message": "Provider returned error: rate-limited", "code": 429}}
+
+    def fail(request: Request) -> Reply:
+        reply = answer(request)
+        if request.path.endswith("/completions") and reply.status == 200 and left[0] > 0:
+            left[0] -= 1
+            return Reply.of(limited)
+        return reply
+
+    answer = honest(lambda request: Reply.of(legacy("a")))
+    with Loopback(fail) as server:
+        if failures == 1:
+            assert connect(server, tmp_path / "endpoints.json").connected
+        else:
+            with pytest.raises(LargeRefused, match=r"answered 429: .* rate-limited"):
+                connect(server, tmp_path / "endpoints.json")
+
+
 @pytest.mark.parametrize("dialect", ["llama-server completion", "OpenAI completions"])
 def test_a_key_that_is_refused_everywhere_leaves_a_remembered_verdict(
     dialect: str, tmp_path: Path
