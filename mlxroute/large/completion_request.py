@@ -171,8 +171,10 @@ class CompletionRequester:
         if reply.status != 200:
             raise self._refusal(reply, error_message(reply.body), reply.status)
         value = parse_object(reply.body)
+        if (error := reported_error(value)) is None:
+            self._transport.record_served()
         # Callers of tokenise routes ask again after an error with status 200.
-        if whole_answer and (error := reported_error(value)) is not None:
+        elif whole_answer:
             raise self._refusal(reply, *error)
         return value
 
@@ -316,6 +318,7 @@ class CompletionRequester:
                 value = parse_object(reply.body)
             if (error := reported_error(value)) is not None:
                 raise self._refusal(reply, *error)
+            self._transport.record_served()
             completion = sent.dialect.completion(value, sent.prompt)
             self._truncation_guard.check(sent.prompt.whole_text, completion.prompt_tokens)
         except LargeProtocolError as exc:

@@ -59,6 +59,21 @@ def test_the_first_reply_may_take_longer_than_a_later_one() -> None:
     assert caught.value.parameter == "timeout_s"
 
 
+def test_an_error_for_an_unknown_route_is_no_reply_of_the_model() -> None:
+    """LM Studio gives it status 200."""
+    # The request is sent again on a new connection.
+    loading = cold(late, times=2)
+
+    def answer(request: Request) -> Reply:
+        reply = loading(request)
+        if reply.status == 404:
+            return Reply.of({"error": f"Unexpected endpoint or method. (POST {request.path})"})
+        return reply
+
+    with Loopback(answer) as server, LargeModel(server.url, timeout_s=0.6) as large:
+        assert "OpenAI completions" in large.connect()
+
+
 def test_a_server_that_lists_no_models_in_time_is_not_waited_for_longer() -> None:
     with (
         Loopback(lambda request: Reply(stall_s=30)) as server,

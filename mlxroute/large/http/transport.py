@@ -96,11 +96,11 @@ class Transport:
         self.is_reachable = False
         """Whether the server has answered a request, with whatever status."""
         self.last_served_s = -math.inf
-        """When it last answered a POST request with status 200, on the monotonic clock."""
+        """When `record_served` was called last, on the monotonic clock."""
 
     @property
     def has_served(self) -> bool:
-        """Whether the server has answered a POST request with status 200."""
+        """Whether the server has answered a request that needs its model."""
         return self.last_served_s > -math.inf
 
     def call(
@@ -139,9 +139,11 @@ class Transport:
             with self._lock:
                 self._deadlines.remove(deadline)
         self.is_reachable = True
-        if body is not None and reply.status == 200:
-            self.last_served_s = time.monotonic()
         return reply
+
+    def record_served(self) -> None:
+        """Record that a reply to a POST request was one of the server's model, and no error."""
+        self.last_served_s = time.monotonic()
 
     def begin(
         self,

@@ -121,6 +121,7 @@ def test_a_slow_start_does_not_make_every_later_connection_trusted() -> None:
         server.script.append(Reply(stall_s=1.2))
         for seconds in (30, 30):
             transport.call("/completions", body=b"{}", deadline=Deadline(seconds))
+            transport.record_served()
         server.script.append(Reply(stall_s=20))
         transport.call("/completions", body=b"{}", deadline=Deadline(2.1))
         assert len(server.requests) == 4
