@@ -165,11 +165,20 @@ class LargeRefused(LargeError):
         return self.status in (401, 402, 403)
 
     @property
+    def may_lack_route(self) -> bool:
+        """Whether a proxy may mean, by the status, that it has no server for the path."""
+        is_proxy_status = self.status in (502, 503, 504) and not self.retry_after_s
+        return is_proxy_status and "loading" not in self._reason.lower()
+
+    @property
     def is_too_long(self) -> bool:
         """Whether the prompt is too long for the server, as far as its words tell."""
+        return self.status in (400, 413, 422) and _TOO_LONG.search(self._reason) is not None
+
+    @property
+    def _reason(self) -> str:
         # The address may hold any word.
-        reason = re.sub(r"\S+://\S+", "", str(self))
-        return self.status in (400, 413, 422) and _TOO_LONG.search(reason) is not None
+        return re.sub(r"\S+://\S+", "", str(self))
 
 
 class LargeUnrecorded(LargeError):

@@ -17,7 +17,7 @@ from mlxroute.large.http.deadline import NextDeadline
 from mlxroute.large.negotiation import probe_questions
 from mlxroute.large.negotiation.continuation_questions import CONTINUATIONS, FINISHED
 from mlxroute.large.negotiation.probe_questions import ProbeQuestion
-from mlxroute.large.negotiation.rejection import DialectRejected, RejectionKind
+from mlxroute.large.negotiation.rejection import DialectRejected, RejectionKind, lacks_root
 from mlxroute.large.negotiation.served_models import ModelName
 from mlxroute.large.negotiation.verdict_file import CapabilityCheck
 from mlxroute.large.prompt import Prompt, PromptForm
@@ -356,7 +356,7 @@ class CapabilityChecker:
         """Return whether a refusal may be about the dialect, and not about load or access."""
         is_root = self._dialect.at_root
         if error.may_pass:
-            return False
+            return is_root and lacks_root(error, self._model, self._requester, self._next_deadline)
         is_about_field = error.status == _FORBIDDEN and names_field(str(error))
         # Proxies may forbid other paths; many servers answer 500 to a body unknown to them.
         return is_root or is_about_field or not error.is_access

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlxroute.errors import LargeError, LargeProtocolError, UsageError
+from mlxroute.errors import LargeError, LargeProtocolError, LargeRefused, UsageError
 from mlxroute.large.completion_request import CompletionRequester
 from mlxroute.large.dialects import Dialect, get_dialect
 from mlxroute.large.dialects.tokenize_routes import Post, TokenizeRoutes, find_tokenize_routes
@@ -14,6 +14,7 @@ from mlxroute.large.http.deadline import NextDeadline
 from mlxroute.large.http.transport import Transport
 from mlxroute.large.negotiation import probe_questions
 from mlxroute.large.negotiation.prober import NoUsableDialect, Prober, ProbeResult
+from mlxroute.large.negotiation.rejection import lacks_root
 from mlxroute.large.negotiation.served_models import (
     ModelName,
     ServedModel,
@@ -197,11 +198,22 @@ class Negotiator:
         name = self.model.known
         tokenizer = None if name is None else self._find_tokenizer(name)
         if tokenizer is None:
-            post = self._post_within(next_deadline)
-            self.tokens = find_tokenize_routes(post, model=name, former=self.tokens)
+            self.tokens = self._find_routes(next_deadline)
         else:
             self.tokens = FileTokenSource(tokenizer)
             self._reader.learn_vocabulary(tokenizer.vocabulary)
+
+    def _find_routes(self, next_deadline: NextDeadline) -> TokenizeRoutes | None:
+        """Return the server's tokenise routes; None if it has none."""
+        post = self._post_within(next_deadline)
+        try:
+            return find_tokenize_routes(post, model=self.model.known, former=self.tokens)
+        except LargeRefused as exc:
+            # Routes that worked before are not gone for good.
+            worked = isinstance(self.tokens, TokenizeRoutes)
+            if worked or not lacks_root(exc, self.model, self._requester, next_deadline):
+                raise
+        return None
 
     def _post_within(self, next_deadline: NextDeadline) -> Post:
         def post(path: str, body: Mapping[str, object]) -> Mapping[str, object]:

@@ -16,7 +16,8 @@ from mlxroute.errors import (
     LargeUnreadable,
     LargeUnsendable,
 )
-from mlxroute.large.completion_request import TokensNotReplayed
+from mlxroute.large.completion_request import CompletionRequester, TokensNotReplayed
+from mlxroute.large.http.deadline import NextDeadline
 from mlxroute.large.negotiation.served_models import ModelName
 
 # Statuses of a request whose form the server does not know.
@@ -24,6 +25,7 @@ _WRONG_FORM_STATUSES: Final = {400, 404, 405, 415, 422}
 # Errors that show nothing about the dialect.
 _NOT_THE_DIALECT: Final = (LargeUnreadable, TokensNotReplayed, LargeUnsendable, LargeNotContinued)
 _NOT_FOUND: Final = 404
+_NO_PATH: Final = "/mlxroute-asks-for-no-route"
 
 
 class RejectionKind(Enum):
@@ -77,6 +79,28 @@ def may_be_wrong_dialect(error: LargeError) -> bool:
         # Any dialect gets a 400 for a prompt that is too long.
         return error.status in _WRONG_FORM_STATUSES and not error.is_too_long
     return isinstance(error, LargeProtocolError) and not isinstance(error, _NOT_THE_DIALECT)
+
+
+def lacks_root(
+    error: LargeRefused,
+    model: ModelName,
+    requester: CompletionRequester,
+    next_deadline: NextDeadline,
+) -> bool:
+    """Return whether the refusal of a route at the root shows that only the API is served.
+
+    A proxy may have no server for other paths. It then gives the same status for one that no server
+    has, while a busy server knows that there is none.
+    """
+    if not (model.listed and error.may_lack_route):
+        return False
+    try:
+        requester.post(_NO_PATH, {}, deadline=next_deadline())
+    except LargeRefused as exc:
+        return exc.status == error.status
+    except LargeError:
+        pass
+    return False
 
 
 def advise(rejections: Sequence[Rejection], model: ModelName) -> str:

@@ -124,6 +124,31 @@ def test_a_proxy_that_forbids_what_is_outside_the_path_of_the_api_does_no_harm(
             assert connect(server, tmp_path / "endpoints.json").connected
 
 
+def of_api_alone(other: Reply) -> Callable[[Request], Reply]:
+    """Return a proxy that passes only the paths of the API to an honest server."""
+    answer = honest(lambda request: Reply.of(legacy("a")))
+    return lambda request: answer(request) if request.path.startswith("/v1/") else other
+
+
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_a_proxy_without_a_server_for_other_paths_does_no_harm(status: int, tmp_path: Path) -> None:
+    """HAProxy without a default answers 503, nginx with an upstream that is down 502."""
+    with Loopback(of_api_alone(Reply(b"<html>no server</html>", status=status))) as server:
+        for _ in range(2):
+            assert connect(server, tmp_path / "endpoints.json").connected
+
+
+@pytest.mark.parametrize(
+    "other", [Reply(status=503, headers={"Retry-After": "1800"}), Reply(status=429)]
+)
+def test_routes_that_are_expected_to_answer_later_are_not_taken_as_absent(
+    other: Reply, tmp_path: Path
+) -> None:
+    with Loopback(of_api_alone(other)) as server, pytest.raises(LargeRefused):
+        connect(server, tmp_path / "endpoints.json")
+    assert not LargeRefused("http://box/v1 answered 503: Loading model", status=503).may_lack_route
+
+
 @pytest.mark.parametrize("failures", [1, 9])
 def test_an_error_in_a_body_is_known_by_its_code(failures: int, tmp_path: Path) -> None:
     """OpenRouter's reply while the provider behind it is overloaded."""
