@@ -115,14 +115,12 @@ class CapabilityChecker:
         if not logprobs.passed and self._dialect.names_tokens:
             raise DialectRejected(f"logprobs: {logprobs.detail}", kind=RejectionKind.NO_LOGPROBS)
         yield logprobs
-        checks = [
-            self._check_trailing_space,
-            self._check_multi_byte,
-            self._check_consecutive_requests,
-            self._check_end_of_answer,
-        ]
+        checks = [self._check_trailing_space, self._check_multi_byte]
+        checks += [self._check_consecutive_requests, self._check_end_of_answer]
         if self._dialect.form is PromptForm.IDS:
             checks.append(self._check_ids)
+        if not self._dialect.names_tokens:
+            checks.append(self._check_leading_space)
         for check in checks:
             outcome = check()
             if outcome.passed is False:
@@ -160,6 +158,15 @@ class CapabilityChecker:
             if _agrees(text.lstrip(" "), question.expected):
                 return CapabilityCheck(name, False, "the space that ends a prompt is lost")
         return CapabilityCheck(name, None, f"the model wrote {_quoted(text)}")
+
+    def _check_leading_space(self) -> CapabilityCheck:
+        """Check that a space at the beginning of a reply is kept, which no token's name shows."""
+        name, question = "leading space", probe_questions.COUNTING
+        text = self._continuation(self._prompt(question))
+        if _agrees(text, question.expected.lstrip()):
+            return CapabilityCheck(name, False, "the space that begins a reply is lost")
+        passed = _agrees(text, question.expected) or None
+        return CapabilityCheck(name, passed, f"the model wrote {_quoted(text)}")
 
     def _check_multi_byte(self) -> CapabilityCheck:
         """Check that a character of several tokens can be read, by bytes or in a longer reply."""
@@ -345,13 +352,6 @@ class CapabilityChecker:
                 break
         raise DialectRejected(_without_address(str(error)), error=error) from error
 
-    def _send(self, prompt: Prompt, count: int) -> CompletionAnswer:
-        request = CompletionRequest(
-            self._dialect, prompt, self._model.for_requests(self._dialect), count
-        )
-        self.requests += 1
-        began_s = time.perf_counter()
-        answer = self._requester.complete(request, deadline=self._next_deadline())
     def _is_rejection(self, error: LargeRefused) -> bool:
         """Return whether a refusal may be about the dialect, and not about load or access."""
         is_root = self._dialect.at_root
@@ -361,6 +361,13 @@ class CapabilityChecker:
         # Proxies may forbid other paths; many servers answer 500 to a body unknown to them.
         return is_root or is_about_field or not error.is_access
 
+    def _send(self, prompt: Prompt, count: int) -> CompletionAnswer:
+        request = CompletionRequest(
+            self._dialect, prompt, self._model.for_requests(self._dialect), count
+        )
+        self.requests += 1
+        began_s = time.perf_counter()
+        answer = self._requester.complete(request, deadline=self._next_deadline())
         if count == 1:
             self.latencies_s.append(time.perf_counter() - began_s)
         return answer

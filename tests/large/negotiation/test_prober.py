@@ -65,6 +65,7 @@ def test_a_server_that_answers_correctly_gets_its_own_dialect(family: str, diale
     passed = outcomes(verdict)
     logprobs = family not in ("text only", "mistral")
     assert passed["logprobs"] is logprobs
+    assert passed.get("leading space") is (None if logprobs else True)
     for name in ("mid-word", "trailing space", "multi-byte", "two in a row"):
         assert passed[name] is True, name
     by_id = family in ("vllm", "llama-server", "sglang")
@@ -72,7 +73,7 @@ def test_a_server_that_answers_correctly_gets_its_own_dialect(family: str, diale
     assert passed.get("ids round-trip") is (True if by_id else None)
     chat = "chat" in family or family == "mistral"
     assert passed["end of answer"] is (True if by_id or chat else None)
-    assert verdict.requests <= 24
+    assert verdict.requests <= 25
     assert 0 <= verdict.latency_p50_s <= verdict.latency_p95_s
 
 
@@ -90,8 +91,8 @@ def test_a_llama_server_with_several_models_gets_the_name_on_every_native_route(
         ("nosuch", ("m", "other"), "m, other"),
         ("other", ("m", "other"), None),
         ("m", ("m:latest",), None),
-        (None, ("m",), None),
         ("m", ("models/m", "models/other"), None),
+        (None, ("m",), None),
         ("m", (), None),
     ],
 )
@@ -298,6 +299,39 @@ def test_a_faulty_completions_route_is_rejected_and_the_chat_is_taken(
     verdict = probe(lambda request: (honest if "chat" in request.path else faulty)(request))
     assert reasons(verdict)[dialect].startswith(reason)
     assert verdict.dialect == "chat continuation (flags)"
+
+
+def _stripped(path: str, body: Json, reply: Json) -> Json:
+    """Return a reply without the white space that its text begins with."""
+    choice = reply["choices"][0]
+    if "message" in choice:
+        choice["message"]["content"] = choice["message"]["content"].lstrip()
+    else:
+        choice["text"] = choice["text"].lstrip()
+    choice["logprobs"] = None
+    return reply
+
+
+def _reads_unspaced(path: str, text: str) -> str:
+    """Return the prompt with the spaces that a model does not miss."""
+    return re.sub(r",(?=1\d)", ", ", text)
+
+
+@pytest.mark.parametrize(
+    ("family", "dialect"),
+    [
+        ("text only", "OpenAI completions, text only"),
+        ("chat by trailing turn", "chat continuation (trailing turn, text only)"),
+    ],
+)
+def test_a_server_of_text_alone_that_loses_the_space_of_a_word_is_rejected(
+    family: str, dialect: str
+) -> None:
+    server = FamilyServer(family, change_prompt=_reads_unspaced, change_reply=_stripped)
+    with pytest.raises(NoUsableDialect) as caught:
+        probe(server)
+    lost = "leading space: the space that begins a reply is lost"
+    assert reasons(caught.value)[dialect] == lost
 
 
 def _closed(path: str, text: str) -> str:
