@@ -115,7 +115,7 @@ def generate_reasoning_gym(count: int, seed: int) -> Iterator[Row]:
         item = dataset[number]
         if not _NUMBER.fullmatch(item["answer"]):
             raise SystemExit(
-                f"{task} {number} has the answer {item['answer']!r}, which is no number"
+                f"{task} {number} has the answer {item['answer']!r}, which is not a number"
             )
         yield {
             "id": f"{task}-{number}",
