@@ -100,7 +100,7 @@ class Ledger(Closeable):
             default.
 
     Attributes:
-        secrets: What an entry has `[key]` in place of; `LargeModel` adds its key and password.
+        secrets: The texts that entries show as `[key]`; `LargeModel` adds its key and password.
         uploads: Totals of what has been sent since the ledger was made.
         failure: Why nothing more can be recorded or sent; None while the file can be written.
 

@@ -231,7 +231,7 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise MalformedText(f"not valid JSON ({name} is no JSON number)")
+    raise MalformedText(f"not valid JSON ({name} is not a JSON number)")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

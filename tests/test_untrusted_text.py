@@ -303,7 +303,7 @@ def test_a_row_that_is_too_long_is_refused_and_named(
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("NaN", "NaN is no JSON number"),
+        ("NaN", "NaN is not a JSON number"),
         ('{"a": 1, "a": 2}', "the key 'a' appears twice"),
         ('["\\ud800"]', "half a surrogate pair"),
         ("[" * 102 + "]" * 102, "nested more than 100 deep"),

@@ -330,7 +330,7 @@ def _check_quantization(config: Mapping[str, Any], path: Path) -> None:
     for key in ("quantization", "quantization_config"):
         value = config.get(key)
         if value is not None and not isinstance(value, dict):
-            raise WeightsError(f"{file}: {key} is no JSON object")
+            raise WeightsError(f"{file}: {key} is not a JSON object")
     if (own := config.get("quantization")) is not None:
         for key, most in {"bits": 8, "group_size": 1 << 16}.items():
             if type(own.get(key)) is not int or not 0 < own[key] <= most:

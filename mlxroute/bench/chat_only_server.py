@@ -1,4 +1,4 @@
-"""A proxy in front of a server that leaves only its chat route, without begun answers.
+"""A proxy in front of a server that leaves only its chat route, without partial answers.
 
 It makes a server that is at hand one that only chats, as most providers' servers are. Run it with
 
@@ -13,7 +13,7 @@ from typing import Final
 
 from mlxroute.bench.loopback_proxy import LoopbackProxy
 
-# Fields of a chat request that every provider knows; others would continue a begun answer.
+# Fields of a chat request that every provider knows; others would continue a partial answer.
 _FIELDS: Final = {"model", "messages", "max_tokens", "temperature", "logprobs", "top_logprobs"}
 _NOT_FOUND: Final = (404, [b'{"error": {"message": "Not Found"}}'])
 

@@ -25,7 +25,7 @@ class Commits:
         clock: Returns seconds.
 
     Attributes:
-        began_s: As given, or later: no time before the first step of the answer counts.
+        began_s: As given, later by the time between the answer's making and its first iteration.
     """
 
     def __init__(

@@ -38,7 +38,9 @@ def check_kinds(**arguments: object) -> None:
     for name, value in arguments.items():
         is_accepted, words = _KINDS[name]
         if not (is_accepted(value) or (value is None and name in _OPTIONAL)):
-            raise UsageError(f"{name} must be {words}, not {shown_value(value)}", parameter=name)
+            # The value itself is not shown: an address may hold a password.
+            kind = type(value).__name__
+            raise UsageError(f"{name} must be {words}, not of type {kind}", parameter=name)
 
 
 @dataclass(frozen=True, slots=True)

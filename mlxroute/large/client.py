@@ -204,7 +204,7 @@ class LargeModel(Closeable):
 
     @property
     def max_in_flight(self) -> int:
-        """Greatest number of calls in flight at once."""
+        """Maximum number of calls in flight at once."""
         negotiated = self._negotiator.negotiated
         # A second prompt may equal the first one with its reply, which is not known in time.
         if negotiated is None or negotiated.dialect.crashes_on_cached_prompts:

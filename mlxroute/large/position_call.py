@@ -85,7 +85,7 @@ class PositionCaller:
             context: The conversation and the answer so far.
             deadline: The time limit of the call.
             publish: Gets all tokens so far while a streamed reply arrives.
-            prefetch: The greatest number of later tokens.
+            prefetch: The maximum number of later tokens.
             loading_s: The time limit, in seconds, of the call that is repeated in the background if
                 the server may be loading its model; 0 (default) repeats none.
 

@@ -16,7 +16,6 @@ from mlxroute.large.vocabulary.reply_reader import ReadReply, read_all_tokens, r
 _MAX_TOKENS_PER_CHARACTER: Final = 6
 # One may be damaged on its way, or hold a transient error.
 _MAX_DAMAGED_STREAMS: Final = 2
-_OK: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,7 @@ class RequestPlanner:
         No more streams are planned for a server that refused one, or damaged two in a row.
         """
         self._damaged_streams += 1
-        is_refusal = isinstance(error, LargeRefused) and error.status != _OK
+        is_refusal = isinstance(error, LargeRefused) and not error.in_body
         if is_refusal or self._damaged_streams >= _MAX_DAMAGED_STREAMS:
             self._damaged_streams = 0
             self._unstreamed = negotiated

@@ -91,6 +91,7 @@ def may_work_unstreamed(error: LargeError) -> bool:
     """Return whether a streamed request with this error may succeed without streaming."""
     if isinstance(error, LargeRefused):
         is_about_access = error.status in (401, 403)
-        is_transient = retry.is_transient_status(error.status)
+        # An error in a body was not repeated yet.
+        is_transient = not error.in_body and retry.is_transient_status(error.status)
         return not (is_about_access or is_transient or error.is_too_long)
     return isinstance(error, LargeProtocolError) and not isinstance(error, LargeNotContinued)

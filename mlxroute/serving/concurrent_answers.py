@@ -193,7 +193,7 @@ class _PrefixTree:
             client.cancel()
 
     def set_awaited(self, requester: SharedSmallClient, is_awaited: bool) -> None:
-        """Say whether an answer computes on its own and will ask for a step soon."""
+        """Mark whether an answer is between steps and will ask for the next one soon."""
         self._device.set_awaited(requester, is_awaited)
 
     def abort(self) -> None:

@@ -1,10 +1,10 @@
 """The thread that owns MLX: prompts, decode steps of one row, and steps of the batch.
 
 A turn of the loop serves what the answers' threads have asked for: a step of all answers that wait
-for one, or a part of a prompt. A step begins once every answer that computes on its own has asked
-for its next token, or after a short time; an answer that waits for the large model is not waited
-for. While others decode, prompts get half of the time. They too wait only a short time for an
-answer that computes on its own.
+for one, or a part of a prompt. A step begins once every answer that is between steps has asked for
+its next token, or after a short time; an answer that waits for the large model is not waited for.
+While others decode, prompts get half of the time. They too wait only a short time for an answer
+that is between steps.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class TrainingState:
         """Return why the training should end with these figures; empty if it should go on.
 
         It ends when the accuracy falls more than two standard errors below the highest so far, or
-        when the loss did not fall twice in a row.
+        when twice in a row the loss did not fall.
         """
         if self._is_less_accurate(figures):
             return "held-out accuracy"

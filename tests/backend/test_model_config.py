@@ -303,7 +303,7 @@ def test_yarn_gets_the_context_of_the_configuration(tmp_path: Path) -> None:
     [
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quant_method = 'bitsandbyt"),
         ({"quantization_config": {"bits": 4}}, "quant_method = None"),
-        ({"quantization_config": "int4"}, "quantization_config is no JSON object"),
+        ({"quantization_config": "int4"}, "quantization_config is not a JSON object"),
         ({"quantization": {"group_size": 64}}, "quantization has no usable bits"),
         ({"quantization": {"bits": 0, "group_size": 64}}, "quantization has no usable bits"),
         ({"model_type": None}, "has no model_type"),

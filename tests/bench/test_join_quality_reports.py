@@ -14,7 +14,8 @@ _RESULTS = _BENCH / "results"
 _NAME = "quality-qwen2.5-coder-0.5b-humaneval"
 
 
-join_reports = runpy.run_path(str(_BENCH / "join_quality_reports.py"))["join_reports"]
+_SCRIPT = runpy.run_path(str(_BENCH / "join_quality_reports.py"))
+join_reports, _SAME = _SCRIPT["join_reports"], _SCRIPT["_SAME"]
 
 
 def _read(part: str) -> dict[str, Any]:
@@ -66,8 +67,10 @@ def test_the_shipped_report_is_joined_from_its_parts() -> None:
 def test_reports_without_right_answers_are_refused() -> None:
     name = "quality-qwen2.5-coder-0.5b-questions-open.json"
     report = json.loads((_RESULTS / name).read_text(encoding="utf-8"))
-    with pytest.raises(SystemExit, match="without right answers cannot be joined"):
-        join_reports(report, report)
+    graded = {**_read("-first"), **{key: report[key] for key in _SAME}}
+    for first, second in ((report, report), (graded, report), (report, graded)):
+        with pytest.raises(SystemExit, match="without right answers cannot be joined"):
+            join_reports(first, second)
 
 
 @pytest.mark.parametrize("key", ["large", "form", "tokens"])

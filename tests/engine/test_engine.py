@@ -443,10 +443,13 @@ def test_values_out_of_range_are_refused(options: dict[str, object]) -> None:
         generate(ScriptedSmall(b"a"), None, "hi", router=EntropyRouter(1.0), **options)  # type: ignore[arg-type]
 
 
+_ADDRESS = "http://me:word@x/v1"
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("small", "m"), ("small", None), ("large", "http://x/v1"), ("router", "entropy")),
+        *(("small", "m"), ("small", None), ("large", _ADDRESS), ("router", "entropy")),
         *(("router", EntropyRouter), ("router", None), ("prices", {"input": 1})),
         *(("experience", {}), ("on_failure", None)),
     ],
@@ -459,6 +462,7 @@ def test_arguments_of_another_kind_are_refused_before_anything_is_paid_for(
     with pytest.raises(UsageError, match=f"^{name} must be ") as caught:
         generate(messages="hi", **arguments)
     assert caught.value.parameter == name
+    assert "word" not in str(caught.value)
 
 
 def test_a_router_of_a_head_that_is_not_loaded_makes_no_calls() -> None:

@@ -285,6 +285,23 @@ def test_one_damaged_stream_does_not_end_streaming(server: Loopback) -> None:
     assert streamed == [True, False, True, True, False, True, True, False, True, False, False]
 
 
+@pytest.mark.parametrize("code", [400, 429, 500])
+def test_an_error_in_a_stream_is_repeated_without_streaming(server: Loopback, code: int) -> None:
+    def answer(request: Request) -> Reply:
+        streamed.append(bool(request.json.get("stream")))
+        if not streamed[-1]:
+            return Reply(llama(_WORDS, whole=True)[0])
+        return Reply(chunks=(event({"error": {"message": "provider is down", "code": code}}),))
+
+    streamed: list[bool] = []
+    server.answer = answer
+    with model(server) as large:
+        for is_first in (True, False):
+            assert texts(until(large, read_streamed_tokens(large), 0)) == ["a", "b", " the"]
+            assert large.can_stream is is_first
+    assert streamed == [True, False, True, False]
+
+
 def test_a_failure_that_streaming_does_not_cause_does_not_end_it(server: Loopback) -> None:
     server.answer = lambda request: Reply.of({"error": "bad prompt"}, status=400)
     with model(server) as large:

@@ -195,7 +195,9 @@ def random_head() -> MlpHead:
     mx.random.seed(5)
     sizes = (HIDDEN + SIGNAL_COUNT, 16, 1)
     shapes = list(zip(sizes[1:], sizes[:-1], strict=True))
-    return MlpHead(tuple((mx.random.normal(shape), mx.zeros(shape[0])) for shape in shapes))
+    layers = tuple((mx.random.normal(shape), mx.zeros(shape[0])) for shape in shapes)
+    mx.eval(layers)  # As those of a file are, so that any thread may use them.
+    return MlpHead(layers)
 
 
 def test_a_heads_score_is_computed_from_the_hidden_state_and_the_signals(
@@ -221,7 +223,7 @@ def test_copies_in_two_threads_score_their_own_text(small: SmallModel) -> None:
     small.set_head(random_head())
     expected, _ = small.with_own_cache().prefill(PROMPT)
     other = small.with_own_cache()
-    model = small._decoder._model
+    model = small.decoder._model
 
     def read_other_prompt() -> None:
         other.prefill(list(range(40, 60)))
@@ -234,8 +236,37 @@ def test_copies_in_two_threads_score_their_own_text(small: SmallModel) -> None:
         thread.join()
         return logits
 
-    small._decoder._model = call
+    small.decoder._model = call
     assert small.prefill(PROMPT)[0] == expected
+
+
+def test_two_threads_decode_side_by_side(small: SmallModel) -> None:
+    small.set_head(random_head())
+    prompts = (PROMPT, list(range(40, 60)))
+    sampling = Sampling(temperature=1.0, seed=5)
+
+    def write(ids: list[int]) -> list[tuple[int, float | None]]:
+        own = small.with_own_cache()
+        signals, _ = own.prefill(ids, sampling=sampling)
+        written = []
+        for _ in range(30):
+            written.append((signals.token_id, signals.head_score))
+            signals = own.step(signals.token_id)
+        return written
+
+    def write_in_thread(number: int) -> None:
+        start.wait()
+        results[number] = write(prompts[number])
+        end_device_streams()
+
+    start = threading.Barrier(len(prompts))
+    results: dict[int, list[tuple[int, float | None]]] = {}
+    threads = [threading.Thread(target=write_in_thread, args=(n,)) for n in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {n: write(ids) for n, ids in enumerate(prompts)}
 
 
 def test_setting_a_head_in_the_middle_changes_no_token(small: SmallModel) -> None:

@@ -105,12 +105,12 @@ class AnswerCalls:
         self._uploads_before: Uploads | None = None
 
     def begin(self) -> None:
-        """Count as this answer's what the large model sends from now on."""
+        """Count as this answer's what is sent to the large model from now on."""
         self._uploads_before = self._uploads_so_far()
 
     @property
     def uploads(self) -> Uploads:
-        """Totals of what the large model has sent since the answer was begun."""
+        """Totals of what has been sent to the large model since the answer was begun."""
         before = self._uploads_before
         return Uploads() if before is None else self._uploads_so_far() - before
 

@@ -7,7 +7,7 @@ from http.client import HTTPException, HTTPResponse
 from typing import Any, Final, cast
 
 MAX_WIRE_BYTES: Final = 8 << 20
-"""Greatest size of a reply with its headers and the frames of its chunks."""
+"""Maximum size of a reply with its headers and the frames of its chunks."""
 
 
 class LimitedResponse(HTTPResponse):

@@ -14,7 +14,7 @@ from mlxroute.types import LargeToken
 Tokens = tuple[LargeToken, ...]
 Publish = Callable[[Tokens], None]
 
-# Greatest time that `join` waits for the threads of cancelled calls.
+# Maximum time that `join` waits for the threads of cancelled calls.
 _JOIN_S: Final = 0.3
 
 

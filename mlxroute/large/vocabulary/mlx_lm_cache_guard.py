@@ -18,7 +18,7 @@ from mlxroute.types import LargeContext
 # The server's default is 10 sequences; its user can set more.
 _MAX_FINISHED = 512
 _MAX_UNREAD = 16
-# Greatest number of small ids assumed for one token of another large vocabulary.
+# Maximum number of small ids assumed for one token of another large vocabulary.
 _MAX_SPELLED = 8
 
 

@@ -337,6 +337,24 @@ def test_white_space_before_every_reply_is_no_text_of_the_answer(blank: str) -> 
         DIALECT.completion(repeated, prompt("It is blue."))
 
 
+@pytest.mark.parametrize(
+    ("answer", "reply_text", "rest"),
+    [
+        (
+            "while (n) {\n            n -= i;\n        }",
+            "        }\n        n++;",
+            "\n        n++;",
+        ),
+        ("for row in f:\n    for row in f:\n        n +", "        n += 1\n", "= 1\n"),
+        ("for row in f:\n        if row:\n            n +", "            n += 1\n", "= 1\n"),
+    ],
+)
+def test_a_reply_may_begin_at_an_indented_line(answer: str, reply_text: str, rest: str) -> None:
+    size = repeated_size(prompt(answer), reply_text)
+    assert size is not None
+    assert reply_text[size:] == rest
+
+
 def test_a_reply_may_copy_the_marks_of_the_request_first() -> None:
     asked = frame(prompt(SKY), shows_examples=True).messages[-1]["content"]
     marks = asked[asked.index("Write this") : asked.index(SKY)]

@@ -1,4 +1,4 @@
-"""The chat that asks a server to go on with a begun answer: plainly, or by worked examples.
+"""The chat that asks a server to go on with a partial answer: plainly, or by worked examples.
 
 The last line or sentence of the answer so far is given to the model, which writes it again and goes
 on. What the reply repeats shows where its new text begins, to the byte: inside a word, after a
@@ -130,10 +130,19 @@ def repeated_size(prompt: Prompt, reply: str) -> int | None:
     answer = prompt.answer_start
     part = _last_part(answer)
     # Some models and chat templates put white space before every answer.
-    copied = 0 if part.isspace() else len(reply) - len(reply.lstrip())
+    blank = 0 if part.isspace() else len(reply) - len(reply.lstrip())
     if not answer:
-        return copied
-    copied += _copied_marks(part, reply[copied:])
+        return blank
+    size = _repeated_size(answer, part, reply)
+    if size is None and blank:
+        size = _repeated_size(answer, part, reply[blank:])
+        return None if size is None else blank + size
+    return size
+
+
+def _repeated_size(answer: str, part: str, reply: str) -> int | None:
+    """Return the size for a reply that has no white space of its own at its beginning."""
+    copied = _copied_marks(part, reply)
     text = reply[copied:]
     size = _match(part, text)
     if size is None:
