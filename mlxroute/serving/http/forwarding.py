@@ -22,7 +22,12 @@ from mlxroute.serving.http.answer_endpoint import AnswerEndpoint
 from mlxroute.serving.http.api_error import ApiError, log_failure, to_api_error, wrong
 from mlxroute.serving.http.model_names import ModelRole
 from mlxroute.serving.http.parsing.chat_fields import ToolsNeeded, usual_messages
-from mlxroute.serving.http.parsing.common_fields import read_include_usage
+from mlxroute.serving.http.parsing.common_fields import (
+    NO_LIMIT,
+    TOOL_CHOICE_FIELDS,
+    TOOL_FIELDS,
+    read_include_usage,
+)
 from mlxroute.serving.http.parsing.fields import Fields, clean_json
 from mlxroute.serving.http.replies.event_stream import (
     DONE,
@@ -42,6 +47,11 @@ from mlxroute.view.figures import format_count
 _ROUTED_FIELDS: Final = frozenset({"budget", "threshold", "mode", "exact", "events"})
 # Fields that are the endpoint's own, or that it answers itself.
 _OWN_FIELDS: Final = _ROUTED_FIELDS | {"local_only", "stream", "stream_options"}
+# Fields without effect, by their values, which some servers refuse.
+_NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), (NO_LIMIT,)),
+    **dict.fromkeys(TOOL_FIELDS, (None, [])),
+}
 _MAX_ANSWER_S: Final = 600.0
 
 
@@ -120,8 +130,7 @@ class _ForwardedChat:
         self._large = endpoint.session.large
         self._need = need
         self._ignored = sorted(_ROUTED_FIELDS & values.keys())
-        kept = {key: item for key, item in values.items() if key not in _OWN_FIELDS}
-        self._body: dict[str, Any] = clean_json(kept)
+        self._body: dict[str, Any] = clean_json(_sent_fields(values))
         self._body.pop("model", None)
         if "messages" in self._body:
             self._body["messages"] = usual_messages(self._body["messages"])
@@ -211,6 +220,19 @@ class _ForwardedChat:
             "cost_estimate": None if prices is None else prices.cost(uploads),
             "ignored": self._ignored,
         }
+
+
+def _sent_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a request that are for the server, without those of no effect."""
+    sent = {
+        key: item
+        for key, item in values.items()
+        if key not in _OWN_FIELDS and item not in _NEUTRAL.get(key, ())
+    }
+    for tools, choice in zip(TOOL_FIELDS, TOOL_CHOICE_FIELDS, strict=True):
+        if tools not in sent and sent.get(choice) in (None, "none", "auto"):
+            sent.pop(choice, None)
+    return sent
 
 
 def _to_api_error(exc: Exception) -> ApiError:

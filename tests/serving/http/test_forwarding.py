@@ -143,6 +143,39 @@ def test_fields_that_the_small_model_lacks_are_left_to_the_server(
     assert server.requests[-1].json.items() >= fields.items()
 
 
+_SCHEMA: dict[str, Any] = {"response_format": {"type": "json_object"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "sent"),
+    [
+        ({"max_tokens": -1, "tools": _TOOLS}, {"tools": _TOOLS}),
+        (
+            {"max_tokens": -1, "max_completion_tokens": 100, "tools": _TOOLS},
+            {"max_completion_tokens": 100, "tools": _TOOLS},
+        ),
+        ({**_SCHEMA, "tools": [], "tool_choice": "auto", "functions": None}, _SCHEMA),
+        ({**_SCHEMA, "tool_choice": "none", "function_call": "auto"}, _SCHEMA),
+        (
+            {"tools": _TOOLS, "tool_choice": "auto", "function_call": "none"},
+            {"tools": _TOOLS, "tool_choice": "auto"},
+        ),
+        ({"tool_choice": "required"}, {"tool_choice": "required"}),
+    ],
+)
+def test_values_without_effect_are_not_sent_to_servers_that_refuse_them(
+    client: TestClient, server: Loopback, fields: dict[str, Any], sent: dict[str, Any]
+) -> None:
+    assert post(client, **fields).status_code == 200
+    assert server.requests[-1].json == {**chat(**sent), "model": "big"}
+
+
+def test_an_empty_list_of_calls_is_not_sent(client: TestClient, server: Loopback) -> None:
+    messages = [_said("a"), {"role": "assistant", "content": "b", "tool_calls": []}, _said("c")]
+    assert post(client, tools=_TOOLS, messages=messages).status_code == 200
+    assert server.requests[-1].json["messages"][1] == {"role": "assistant", "content": "b"}
+
+
 def test_the_large_model_answers_the_whole_request(client: TestClient, server: Loopback) -> None:
     reply = post(client, tools=_TOOLS, budget=0.1).json()
     assert reply["choices"] == _REPLY["choices"]

@@ -98,7 +98,9 @@ def _usual_message(value: dict[str, Any]) -> dict[str, Any]:
         changes["role"] = _ROLES[role]
     if isinstance(content, list):
         changes["content"] = [_usual_part(part) for part in content]
-    return value | changes
+    # Some servers refuse an empty list of calls.
+    kept = {key: item for key, item in value.items() if key != "tool_calls" or item}
+    return kept | changes
 
 
 def _usual_part(part: Any) -> Any:

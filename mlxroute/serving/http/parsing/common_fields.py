@@ -26,7 +26,8 @@ _MAX_STOPS: Final = 16
 MAX_TOKENS: Final = 2**31
 # What llama.cpp and its clients write for a seed that differs each time.
 _RANDOM_SEED: Final = -1
-_NO_LIMIT: Final = -1
+NO_LIMIT: Final = -1
+"""What clients of local servers send for no limit of tokens."""
 _ROUTED_ONLY: Final = ("budget", "threshold", "mode")
 _STREAM_ONLY: Final = ("stream_options", "events")
 _UNSUPPORTED: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
@@ -193,8 +194,7 @@ def _read_options(fields: Fields, defaults: Options, mode: str | None) -> Option
 
 def read_limit(fields: Fields, name: str, *, low: int) -> int | None:
     """Return a maximum number of tokens, at least `low`; None for none. Raises ApiError."""
-    # What clients of local servers send for none.
-    if fields.take(name) == _NO_LIMIT:
+    if fields.take(name) == NO_LIMIT:
         return None
     return fields.integer(name, low=low, high=MAX_TOKENS)
 
