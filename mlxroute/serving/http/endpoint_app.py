@@ -67,7 +67,8 @@ def create_loading_app(rules: AccessRules) -> Starlette:
             allow_origins=rules.allowed_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=[ID_HEADER, "Retry-After"],
+            expose_headers=[ID_HEADER, "Retry-After", "x-should-retry"],
+            allow_private_network=True,
         )
         middleware.insert(0, cors)
     app = Starlette(

@@ -280,11 +280,15 @@ def test_an_allowed_page_gets_its_headers(small: SmallModel) -> None:
             "origin": "https://page.example",
             "access-control-request-method": "POST",
             "access-control-request-headers": "authorization,content-type",
+            "access-control-request-private-network": "true",
         }
         preflight = client.options("/v1/chat/completions", headers=headers)
         assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-private-network"] == "true"
         reply = client.get("/v1/models", headers={"origin": "https://page.example"})
         assert reply.headers["access-control-allow-origin"] == "https://page.example"
+        readable = reply.headers["access-control-expose-headers"].lower().split(", ")
+        assert {"x-mlxroute-id", "retry-after", "x-should-retry"} <= set(readable)
 
 
 @pytest.mark.parametrize("keys", [[""], [_KEY, "short"], _KEY])
