@@ -71,6 +71,24 @@ class BoundedConnection(H11Protocol):
         elif self._head_timer is None:
             self._wait_for_head()
 
+    def handle_events(self) -> None:
+        """Handle what has been read, and read on, so that a client that leaves is noticed."""
+        super().handle_events()
+        # Uvicorn stops at a request that arrives before the present one is answered.
+        if (
+            self.flow.read_paused
+            and not self.cycle.more_body
+            and len(self.conn.trailing_data[0]) < _MAX_HEAD_BYTES
+        ):
+            self.flow.resume_reading()
+
+    def send_400_response(self, msg: str) -> None:
+        """Reply to a request that is not HTTP, or end the connection if a reply has begun."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.abort()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         self._stop_waiting()

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,10 @@ from unittest.mock import Mock
 
 import pytest
 import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 from uvicorn.server import ServerState
 
 from mlxroute.cli import main
@@ -114,6 +119,47 @@ def test_a_refused_request_does_not_keep_its_connection(
                 sock.send(b" ")
                 time.sleep(0.05)
         assert time.monotonic() - began_s < 5
+
+
+def test_a_broken_body_behind_its_refusal_ends_the_connection_without_a_traceback(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    head = b"POST /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    rules = AccessRules(keys=["0123456789abcdef"])
+    with (
+        bind("127.0.0.1", 0) as listening,
+        serving_in_thread(create_loading_app(rules), listening),
+        socket.create_connection(listening.getsockname()) as sock,
+    ):
+        sock.sendall(head)
+        with sock.makefile("rb") as reply:
+            assert reply.readline().startswith(b"HTTP/1.1 401 ")
+            sock.sendall(b"no length\r\n")
+            with contextlib.suppress(ConnectionError):
+                reply.read()
+    assert not caplog.records
+
+
+def test_a_client_that_leaves_is_noticed_behind_its_next_request() -> None:
+    has_begun, has_left = threading.Event(), threading.Event()
+
+    async def wait(request: Request) -> Response:
+        await request.body()
+        if not has_begun.is_set():
+            has_begun.set()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(request.receive(), 10.0)
+                has_left.set()
+        return Response()
+
+    next_request = b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\n\r\n"
+    app = Starlette(routes=[Route("/", wait, methods=["POST"])])
+    with bind("127.0.0.1", 0) as listening, serving_in_thread(app, listening):
+        with socket.create_connection(listening.getsockname()) as sock:
+            sock.sendall(next_request)
+            assert has_begun.wait(10.0)
+            sock.sendall(next_request)
+        assert has_left.wait(15.0)
 
 
 class _SlowTransport(asyncio.Transport):
