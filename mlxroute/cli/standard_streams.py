@@ -7,7 +7,7 @@ import os
 import select
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import IO, TYPE_CHECKING, Final
 
 from mlxroute.errors import UsageError
 from mlxroute.untrusted_text import MalformedText, check_piped_text
@@ -81,6 +81,15 @@ def _guarded(stream: io.TextIOWrapper, *, is_needed: bool) -> io.TextIOWrapper:
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
+
+
+def has_room(stream: IO[str]) -> bool:
+    """Return whether a line can be written at once, and not only after others were read."""
+    try:
+        return bool(select.select([], [stream], [], 0)[1])
+    except (OSError, ValueError):
+        # It is no file of the system.
+        return True
 
 
 def read_piped(read: Callable[[], str]) -> str:

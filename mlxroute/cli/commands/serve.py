@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ _GB = 10**9
 def serve(settings: Settings) -> int:
     """Serve the routed model to other programs, as an OpenAI-compatible endpoint."""
     from mlxroute.cli.session import open_session
+    from mlxroute.cli.standard_streams import has_room
     from mlxroute.cli.terminal import make_consoles, print_note
     from mlxroute.serving.http.endpoint_app import create_app, create_loading_app
     from mlxroute.serving.http.listener import EndpointServer, bind, serving_in_thread
@@ -29,8 +31,13 @@ def serve(settings: Settings) -> int:
     out, err = make_consoles()
     rules, limits = _read_rules(settings), _read_limits(settings)
 
+    printing = threading.Lock()
+
     def notify(line: str) -> None:
-        print_note(err, f"{time.strftime('%H:%M:%S')} {line}")
+        # A log that nobody reads must not keep replies waiting.
+        with printing:
+            if has_room(err.file):
+                print_note(err, f"{time.strftime('%H:%M:%S')} {line}")
 
     with bind(settings.host, settings.port) as listener:
         address = f"[{settings.host}]" if ":" in settings.host else settings.host

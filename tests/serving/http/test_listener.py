@@ -224,14 +224,16 @@ def test_a_port_of_all_addresses_is_in_use_on_loopback(monkeypatch: pytest.Monke
 
 
 @contextlib.contextmanager
-def serve(path: Path) -> Iterator[tuple[CommandProcess, int, IO[bytes]]]:
+def serve(
+    path: Path, stderr: IO[bytes] | None = None
+) -> Iterator[tuple[CommandProcess, int, IO[bytes]]]:
     """Run `mlxroute serve` with a tiny model; yield its process, port and stderr."""
     reader, writer = os.pipe()
     serving = ("serve", "--small", str(path), "--offline", "--port", "0")
     with (
         open(reader) as output,
-        tempfile.TemporaryFile() as err,
-        CommandProcess(serving, stdout=writer, stderr=err) as process,
+        tempfile.TemporaryFile() as file,
+        CommandProcess(serving, stdout=writer, stderr=(err := stderr or file)) as process,
     ):
         os.close(writer)
         port = int(output.readline().rsplit(":", 1)[1].split("/")[0])
@@ -287,6 +289,27 @@ def test_a_first_signal_drains_and_a_second_one_ends(tiny: Path) -> None:
         assert b"[DONE]" not in data
         err.seek(0)
         assert b"Traceback" not in err.read()
+
+
+def test_a_log_that_nobody_reads_stops_no_replies(tiny: Path) -> None:
+    reader, writer = os.pipe()
+    with (
+        open(reader, "rb", buffering=0) as log,
+        open(writer, "wb", buffering=0) as err,
+        serve(tiny, err) as (_, port, _),
+    ):
+        assert b"ready" in log.read(10_000)
+        os.set_blocking(writer, False)
+        # A pipe returns None once it is full.
+        while err.write(b" " * 4096):
+            pass
+        os.set_blocking(writer, True)
+        for _ in range(2):
+            assert request(port, "POST", "/v1/chat/completions", chat(max_tokens=2))[0] == 200
+        assert not log.read(2**20).strip()
+        assert request(port, "POST", "/v1/chat/completions", chat(max_tokens=2))[0] == 200
+        os.set_blocking(reader, False)
+        assert b"tokens" in (log.read(10_000) or b"")
 
 
 @pytest.mark.parametrize(
