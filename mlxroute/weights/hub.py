@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import threading
@@ -41,6 +42,8 @@ from mlxroute.weights.request import (
 from mlxroute.weights.store import disk_errors, require_space, sha256_of
 
 _POLL_S = 0.2
+# The client reports bytes once per chunk; on a slow line its 10 MiB look like a stalled download.
+_CHUNK_BYTES = 256 << 10
 _MAX_JSON_BYTES = 64 << 20
 
 _DTYPES = ("dtype", "torch_dtype")
@@ -154,6 +157,10 @@ def _widening(config_file: Path) -> float:
     return 2.0 if dtype in ("float16", "bfloat16") else 1.0
 
 
+class _Stopped(Exception):
+    """Ends a download that nobody waits for any more."""
+
+
 class _Download:
     """Downloads files of one repository and verifies them; those of an earlier run are kept.
 
@@ -181,6 +188,8 @@ class _Download:
         self._folder = folder
         self._token = token
         self._activity_s = time.monotonic()
+        self._is_stopped = False
+        constants.DOWNLOAD_CHUNK_SIZE = _CHUNK_BYTES
         total = sum(file.size for file in files.values())
         self._counter = ByteCounter(f"downloading {hub_id}", total=total, progress=progress)
         self._bar_class = _progress_bar_class(self._counter.add, self._note_activity)
@@ -192,8 +201,7 @@ class _Download:
         try:
             # Daemon threads: Ctrl-C and a stalled transfer must not wait for downloads to end.
             with DaemonTasks(tasks, threads=PARALLEL_DOWNLOADS) as downloads:
-                for _ in names:
-                    self._wait_for_next(downloads)
+                self._wait_for_all(downloads, len(names))
         except (HTTPError, OSError, RuntimeError, XetDownloadError) as exc:
             if isinstance(exc, OSError) and exc.errno is not None:
                 raise
@@ -206,6 +214,25 @@ class _Download:
                 f"the download of {self._hub_id} was interrupted ({error_text(exc)}): run the same"
                 " command again"
             ) from exc
+
+    def _wait_for_all(self, downloads: DaemonTasks[None], count: int) -> None:
+        try:
+            for _ in range(count):
+                self._wait_for_next(downloads)
+        except BaseException:
+            self._stop()
+            raise
+
+    def _stop(self) -> None:
+        """End running downloads: over HTTP at their next byte, of Xet as the client's Ctrl-C does.
+
+        An error raised in Xet's reports of progress would not end its download.
+        """
+        with contextlib.suppress(ImportError):
+            from huggingface_hub.utils._xet import abort_xet_session
+
+            abort_xet_session()
+        self._is_stopped = True
 
     def _wait_for_next(self, downloads: DaemonTasks[None]) -> None:
         while True:
@@ -232,6 +259,7 @@ class _Download:
         )
 
     def _fetch_file(self, name: str) -> None:
+        self._note_activity()
         if (self._folder / name).exists():
             self._counter.add(self._files[name].size)
         hf_hub_download(
@@ -247,6 +275,8 @@ class _Download:
         self._note_activity()
 
     def _note_activity(self, count: float = 0) -> None:
+        if self._is_stopped:
+            raise _Stopped
         self._activity_s = time.monotonic()
 
 
@@ -278,9 +308,9 @@ def _progress_bar_class(
             super().__init__(*args, **{**options, "disable": True})
 
         def update(self, n: float | None = 1) -> None:
-            count(int(n or 0))
             if n:
                 note_activity(n)
+            count(int(n or 0))
 
         # If these exist, the client reports network bytes to them and not twice to `update`.
         def update_transfer(self, n: float) -> None:

@@ -24,13 +24,14 @@ class Site:
         wheels: Files of the package index, by name.
         altered: Names of hub files that are sent with one bit changed.
         cut: By file name, the number of bytes after which the next transfer is cut.
+        paused: By file name, the number of bytes after which the next transfer waits for `release`.
         held: Paths that are not answered until `release` is set.
         stalled: Whether no path is answered until `release` is set.
         refused_token: Status for requests with a token; 0 if tokens are accepted.
         refusal: Status and error code for all requests; status 0 for none.
         refused_files: Status and error code for the files; status 0 for none.
         listing: What is sent in place of every listing; empty for the listings themselves.
-        release: Ends the waits of `held` and `stalled`.
+        release: Ends the waits of `paused`, `held` and `stalled`.
         requests: Number of requests, by method and path.
         ranges: Range headers received.
     """
@@ -39,6 +40,7 @@ class Site:
     wheels: dict[str, bytes] = field(default_factory=dict)
     altered: set[str] = field(default_factory=set)
     cut: dict[str, int] = field(default_factory=dict)
+    paused: dict[str, int] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)
     stalled: bool = False
     refused_token: int = 0
@@ -166,7 +168,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if body:
-            limit = self.site.cut.pop(self.path.rpartition("/")[2], None)
+            file = self.path.rpartition("/")[2]
+            limit = self.site.cut.pop(file, None)
+            if (before := self.site.paused.pop(file, None)) is not None:
+                self.wfile.write(content[:before])
+                self.site.release.wait(30)
+                content = content[before:]
             self.wfile.write(content[:limit])
             self.close_connection = limit is not None
 

@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from mlxroute.errors import CorruptWeights, NotEnoughSpace, WeightsError
 from mlxroute.types import Notify, no_notice
 from mlxroute.weights import hub as hub_module
 from mlxroute.weights import hub_listing
-from mlxroute.weights.request import ANSWER_TIMEOUT_S
+from mlxroute.weights.request import ANSWER_TIMEOUT_S, STALL_TIMEOUT_S
 from tests.support.hub_server import REVISION, Site, SiteServer
 
 HUB_ID = "some-org/tiny-model"
@@ -338,6 +340,34 @@ def test_a_stalled_transfer_ends_with_a_hint(
     assert time.monotonic() - began_s < 8
     hub.held.clear()
     assert (get(tmp_path / "cache").path / name).read_bytes() == FILES[name]
+
+
+def test_bytes_of_a_slow_line_are_not_reported_too_late_for_a_stall(
+    hub: Site, tmp_path: Path
+) -> None:
+    hub.repositories[HUB_ID]["model-00001-of-00002.safetensors"] = os.urandom(2_000_000)
+    reported: list[int] = []
+    get(tmp_path / "cache", reported=reported)
+    # Three files share the line: at 15 KB/s each reports within a minute.
+    slowest = 3 * max(later - done for done, later in pairwise(reported))
+    assert slowest / STALL_TIMEOUT_S < 15_000
+
+
+def test_a_failed_fetch_ends_the_other_downloads(hub: Site, tmp_path: Path) -> None:
+    slow, altered = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    hub.repositories[HUB_ID][slow] = os.urandom(4_000_000)
+    hub.paused[slow] = 1_000_000
+    hub.altered.add(altered)
+    reported: list[int] = []
+    with pytest.raises(CorruptWeights, match=altered):
+        get(tmp_path / "cache", reported=reported)
+    reported.clear()
+    hub.release.set()
+    for thread in threading.enumerate():
+        if thread.name == "mlxroute-task":
+            thread.join(30)
+    assert reported == []
+    assert not list((tmp_path / "cache").rglob(slow))
 
 
 @pytest.mark.parametrize(
