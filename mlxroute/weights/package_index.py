@@ -38,11 +38,9 @@ _ANSWER_PREFIXES = ("Collecting ", "Downloading ", "Progress ", "Processing ", "
 
 def find_problem() -> str | None:
     """Return why the user's package index does not answer within five seconds; None if it does."""
-    command = [sys.executable, "-m", "pip", "index", "versions", "pip"]
-    command += ["--no-input", "--disable-pip-version-check"]
     try:
         process = subprocess.run(
-            command,
+            _pip("index", "versions", "pip"),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -175,8 +173,7 @@ class _Downloads:
 
     def _run_pip(self, part: IndexPart, target: Path) -> None:
         """Download a part's wheel into `target` and count its bytes."""
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-        command += ["--no-cache-dir", "--no-input", "--disable-pip-version-check"]
+        command = _pip("download", "--no-deps", "--only-binary=:all:", "--no-cache-dir")
         command += ["--progress-bar=raw", f"--dest={target}", part.package]
         temporary = target / "tmp"
         temporary.mkdir(exist_ok=True)
@@ -237,6 +234,13 @@ class _Downloads:
                 limit = STALL_TIMEOUT_S if self._answered.is_set() else ANSWER_TIMEOUT_S
                 if time.monotonic() - last_output_s > limit:
                     raise SourceUnreachable(f"package index: no answer within {limit:.0f} s")
+
+
+def _pip(*arguments: str) -> list[str]:
+    """Return a command of pip."""
+    # -P: a `pip.py` in the current directory must not be run.
+    command = [sys.executable, "-P", "-m", "pip", *arguments]
+    return [*command, "--no-input", "--disable-pip-version-check"]
 
 
 def _unpack(wheel: Path, part: IndexPart, target: Path) -> None:

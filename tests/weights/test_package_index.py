@@ -266,6 +266,16 @@ def test_sources_are_checked_for_an_answer(site: Site, monkeypatch: pytest.Monke
     assert problems["package index"]
 
 
+def test_a_pip_in_the_current_directory_is_not_run(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.wheels["pip-99.0-py3-none-any.whl"] = b""
+    (tmp_path / "pip.py").write_text("raise SystemExit('must not run')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(index_module, "ANSWER_TIMEOUT_S", 60.0)
+    assert index_module.find_problem() is None
+
+
 _SOCKS_MISSING = """\
 Collecting tiny-part0==1.0
 ERROR: Exception:
