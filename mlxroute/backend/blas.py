@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -88,7 +89,7 @@ def _system_openblas(cache_dir: Path) -> Path:
 def _unprefixed_openblas(cache_dir: Path) -> Path:
     """Return the copy of scipy-openblas32's library without symbol prefixes; make it if absent."""
     version = importlib.metadata.version("scipy-openblas32")
-    target = cache_dir / "blas" / f"libopenblas-{version}.so"
+    target = cache_dir / "blas" / f"libopenblas-{version}-{platform.machine()}.so"
     if target.exists():
         return target
     source = _distribution_file("scipy-openblas32", "libscipy_openblas.so")

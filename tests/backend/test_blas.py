@@ -28,6 +28,21 @@ def test_a_cache_folder_that_is_a_file_is_named_in_words(tmp_path: Path) -> None
     assert f"which is slow ({file / 'blas'}: Not a directory)" in line
 
 
+def test_machines_that_share_a_cache_have_a_copy_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copy(command: list[str | Path], **_: object) -> None:
+        Path(command[4]).touch()
+
+    monkeypatch.setattr(subprocess, "run", copy)
+    copies = []
+    for machine in ("x86_64", "aarch64"):
+        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
+        copies.append(blas._unprefixed_openblas(tmp_path))
+    assert sorted((tmp_path / "blas").iterdir()) == sorted(set(copies))
+    assert len(set(copies)) == 2
+
+
 @pytest.mark.parametrize(
     ("failure", "words"),
     [
