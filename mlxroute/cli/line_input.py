@@ -24,9 +24,11 @@ from mlxroute.large.http.address import strip_secrets
 from mlxroute.replace_file import make_private
 from mlxroute.types import Notify
 
+_PROMPT = "> "
+
 
 class Reader(Protocol):
-    """A source of messages; an `interactive` one can show a text for editing."""
+    """A source of messages, `interactive` if a user types them."""
 
     @property
     def interactive(self) -> bool: ...
@@ -35,7 +37,7 @@ class Reader(Protocol):
         """Return the next message, "" if the user cancelled it.
 
         Args:
-            initial_text: Text to edit, if the reader is interactive.
+            initial_text: Text to edit, where there is a line editor.
 
         Raises:
             EOFError: There are no more messages.
@@ -45,16 +47,25 @@ class Reader(Protocol):
 
 
 class LineReader:
-    """A reader of a stream with one message per line."""
+    """A reader of a stream with one message per line.
 
-    interactive = False
+    Args:
+        stream: The stream.
+        prompt_stream: Where a prompt is written before each line, for a user at a terminal that
+            cannot move its cursor. None (default) for a file or pipe, without a user.
+    """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, *, prompt_stream: TextIO | None = None) -> None:
+        self.interactive = prompt_stream is not None
         self._stream = stream
+        self._prompt_stream = prompt_stream
         self._is_lost = False
 
     def read(self, *, initial_text: str) -> str:
         """Return the next line. Raises EOFError at the end, UsageError if it is not text."""
+        if self._prompt_stream is not None:
+            self._prompt_stream.write(_PROMPT)
+            self._prompt_stream.flush()
         line = "" if self._is_lost else read_piped(self._read_line)
         if not line:
             raise EOFError
@@ -92,7 +103,7 @@ class LineEditor:
         output: Output | None = None,
     ) -> None:
         self._session: PromptSession[str] = PromptSession(
-            "> ",
+            _PROMPT,
             prompt_continuation="  ",
             multiline=True,
             key_bindings=_key_bindings(),

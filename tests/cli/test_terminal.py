@@ -244,6 +244,17 @@ def test_a_dumb_terminal_gets_no_control_codes(tiny: Path) -> None:
         assert "\x1b" not in terminal.output
 
 
+def test_a_chat_on_a_dumb_terminal_reads_lines_and_writes_no_control_codes(tiny: Path) -> None:
+    chatting = command("chat", tiny, max_tokens=20)
+    with PseudoTerminal(chatting, environ={"TERM": "dumb"}) as terminal:
+        terminal.wait_for("> ", after=terminal.wait_for(PROMPT))
+        terminal.type("hi\n")
+        terminal.wait_for("> ", after=terminal.wait_for("20 tokens"))
+        terminal.type(CTRL_D)
+        assert terminal.wait() == 0
+        assert "\x1b" not in terminal.output
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["models"]])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_closed_pipe_ends_any_command_without_an_error(

@@ -61,6 +61,8 @@ def run_chat(
 
     Errors are shown, and the chat continues. From a pipe, the exit code is that of the last one.
     """
+    from mlxroute.cli.line_input import LineEditor
+
     chat = _Chat(session, out=console_out, err=console_err, heat=heat)
     if reader is None:
         reader = _make_reader(chat, history_path)
@@ -68,6 +70,8 @@ def run_chat(
     if not reader.interactive:
         return _talk(chat, reader)
     chat.print_line(f"{session.describe()}. /help lists the commands.")
+    if not isinstance(reader, LineEditor):
+        return _talk(chat, reader)
     # What is typed during an answer waits for the next prompt.
     with TERMINAL.hide_typing(by_key=True):
         return _talk(chat, reader)
@@ -98,11 +102,16 @@ def _take_turn(chat: _Chat, reader: Reader) -> int:
 
 
 def _make_reader(chat: _Chat, history_path: Path) -> Reader:
+    from prompt_toolkit.utils import is_dumb_terminal
+
     from mlxroute.cli.line_input import CommandCompleter, LineEditor, LineReader
 
     # An editor draws its line, which belongs on a terminal.
-    if not sys.stdin.isatty() or not (sys.stdout.isatty() or sys.stderr.isatty()):
+    terminal = next((stream for stream in (sys.stdout, sys.stderr) if stream.isatty()), None)
+    if not sys.stdin.isatty() or terminal is None:
         return LineReader(sys.stdin)
+    if is_dumb_terminal():
+        return LineReader(sys.stdin, prompt_stream=terminal)
     completer = CommandCompleter(chat.completions())
     return LineEditor(completer, history_path=history_path, notify=chat.print_line)
 
