@@ -231,7 +231,7 @@ class _Download:
         with contextlib.suppress(ImportError):
             from huggingface_hub.utils._xet import abort_xet_session
 
-            abort_xet_session()
+            abort_xet_session()  # type: ignore[no-untyped-call]
         self._is_stopped = True
 
     def _wait_for_next(self, downloads: DaemonTasks[None]) -> None:
