@@ -7,12 +7,15 @@ The kind of model decides which: `mlx_lm.server` serves a model directory, and l
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Final
 
@@ -75,7 +78,8 @@ class LocalServer(Closeable):
             model_path: Directory of the model to serve, or a GGUF file, whose name without
                 `.gguf` becomes the name of the served model.
             cache_dir: Cache folder, which contains the faster BLAS.
-            log_path: File for the child's output, which is overwritten.
+            log_path: File for the child's output, which is overwritten. While another running
+                server writes to it, the name gets a number: `log_path` of the result.
             port: Port to listen on. None (default) for a free one.
             skip_memory_check: Whether to start it even if the model needs more memory than is
                 free. False by default.
@@ -94,8 +98,13 @@ class LocalServer(Closeable):
             if server.takes_listening_socket:
                 bound.listen(_BACKLOG)
             arguments = server.arguments(model_path, cache_dir)
+            log, log_path = _open_log(log_path)
+            try:
+                process = _spawn([server.module, *arguments], log=log, bound=bound)
+            finally:
+                os.close(log)
             return cls(
-                _spawn([server.module, *arguments], log_path=log_path, bound=bound),
+                process,
                 port=bound.getsockname()[1],
                 log_path=log_path,
                 model_bytes=memory_needed(model_path),
@@ -212,6 +221,11 @@ def _exit_reason(code: int) -> str:
     return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
+def check_port(port: int | None) -> None:
+    """Raise LaunchError if a server cannot be launched on a port of loopback."""
+    _reserve(port).close()
+
+
 def _reserve(port: int | None) -> socket.socket:
     """Return a socket bound to a port of loopback.
 
@@ -232,17 +246,42 @@ def _reserve(port: int | None) -> socket.socket:
     return bound
 
 
-def _spawn(
-    command: Sequence[str], *, log_path: Path, bound: socket.socket
-) -> subprocess.Popen[bytes]:
+def _open_log(first: Path) -> tuple[int, Path]:
+    """Return the emptied log of a new server, open and locked, and its path.
+
+    The child inherits the lock and has it until its end.
+    """
+    try:
+        first.parent.mkdir(parents=True, exist_ok=True)
+        numbered = (first.with_stem(f"{first.stem}-{number}") for number in count(2))
+        for path in chain([first], numbered):
+            log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            if _claimed(log):
+                make_private(path)
+                return log, path
+            os.close(log)
+    except OSError as exc:
+        raise LaunchError(f"the log file {first} cannot be written ({exc.strerror})") from exc
+    raise AssertionError("the numbers do not end")
+
+
+def _claimed(log: int) -> bool:
+    """Lock and empty a log; return False if another server has it."""
+    if not stat.S_ISREG(os.fstat(log).st_mode):
+        return True
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # A file system without locks.
+    os.ftruncate(log, 0)
+    return True
+
+
+def _spawn(command: Sequence[str], *, log: int, bound: socket.socket) -> subprocess.Popen[bytes]:
     """Start a module of this package as a child process, with its arguments and the socket."""
     try:
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-        log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    except OSError as exc:
-        raise LaunchError(f"the log file {log_path} cannot be written ({exc.strerror})") from exc
-    try:
-        make_private(log_path)
         return subprocess.Popen(
             # -P: modules in the current directory must not be imported.
             [sys.executable, "-P", "-m", *command, "--socket-fd", str(bound.fileno())],
@@ -256,8 +295,6 @@ def _spawn(
         )
     except OSError as exc:
         raise LaunchError(f"the local server could not be started ({exc.strerror})") from exc
-    finally:
-        os.close(log)
 
 
 def _import_path() -> str:

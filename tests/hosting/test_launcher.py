@@ -321,6 +321,21 @@ def test_a_gguf_file_too_big_for_the_memory_is_refused_with_both_sizes(
     assert not (tmp_path / "logs").exists()
 
 
+def test_servers_at_the_same_time_have_a_log_each(tiny: Path, tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "host.log"
+    log.parent.mkdir()
+    log.write_text("of an earlier server")
+    with launch(tiny, tmp_path) as first:
+        assert (first.log_path, log.stat().st_size) == (log, 0)
+        with log.open("a") as file:
+            file.write("of the first")
+        with launch(tiny, tmp_path) as second:
+            assert second.log_path == log.with_name("host-2.log")
+        assert log.read_text().startswith("of the first")
+    launch(tiny, tmp_path).close()
+    assert sorted(log.parent.iterdir()) == [second.log_path, log]
+
+
 def test_a_log_that_cannot_be_written_is_one_clear_line(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("a file where a folder is needed")
     with pytest.raises(LaunchError, match="log file"):
