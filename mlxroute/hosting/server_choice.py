@@ -35,12 +35,17 @@ def choose_server(model_path: Path) -> ServerProgram:
     """
     if not model_path.is_file():
         return _MLX_LM
+    check_llama_cpp()
+    return _LLAMA_SERVER
+
+
+def check_llama_cpp() -> None:
+    """Raise LaunchError if llama.cpp is not installed."""
     if find_spec("xllamacpp") is None:
         raise LaunchError(
             "llama.cpp is not installed: run `pip install xllamacpp`, or choose the engine mlx",
             parameter="engine",
         )
-    return _LLAMA_SERVER
 
 
 def server_threads(cores: int) -> int:

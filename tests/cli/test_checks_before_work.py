@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from mlxroute import weights
 from mlxroute.backend import memory
 from mlxroute.bench import plot
 from mlxroute.bench.plot import check_plot
@@ -18,9 +20,12 @@ from mlxroute.cli.bench_report import check_save_option
 from mlxroute.cli.folders import model_file_name, record_path
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
+from mlxroute.hosting import server_choice
+from mlxroute.hosting.launcher import LocalServer
 from mlxroute.small import SmallModel
 from tests.support.gguf_files import TinyModel, write_gguf
 from tests.support.loopback import Loopback, Reply
+from tests.support.tiny import make_tiny_model
 
 
 @pytest.fixture
@@ -259,6 +264,64 @@ def test_a_model_that_needs_too_much_memory_is_refused_unless_the_check_is_skipp
         assert "the small model tiny.gguf needs 0.6 GiB of memory and 0.0 GiB are free" in errors
         assert "skip this check (--skip-memory-check)" in errors
         assert not (cache / "models").exists()
+
+
+@pytest.fixture
+def nothing_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise AssertionError("a model is fetched before the mistake is reported")
+
+    monkeypatch.setattr(weights, "resolve", fail)
+
+
+@pytest.mark.usefixtures("nothing_is_fetched")
+def test_a_port_in_use_is_reported_before_a_model_is_fetched(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["host", "qwen2.5-32b", "--skip-memory-check", "--port", str(port)]) == 2
+    assert f"port {port} cannot be used" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("nothing_is_fetched")
+@pytest.mark.parametrize("words", [["host", "smollm2-135m"], ["demo"]])
+def test_a_missing_llama_cpp_is_reported_before_a_model_is_fetched(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(server_choice, "find_spec", lambda name: None)
+    assert main([*words, "--engine", "llama.cpp", "--skip-memory-check"]) == 2
+    assert "llama.cpp is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("nothing_is_fetched")
+@pytest.mark.parametrize(
+    ("variable", "value"), [("LEDGER", "/nowhere/ledger"), ("NEVER_SEND_FILE", "/nowhere/file")]
+)
+def test_demo_reports_settings_it_cannot_use_before_a_model_is_fetched(
+    variable: str,
+    value: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(f"MLXROUTE_{variable}", value)
+    assert main(["demo", "--skip-memory-check"]) == 2
+    assert value in capsys.readouterr().err
+
+
+def test_host_waits_for_a_load_from_a_slow_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits_s: list[float] = []
+
+    def wait(server: LocalServer, *, timeout_s: float, progress: object) -> None:
+        limits_s.append(timeout_s)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LocalServer, "wait_until_ready", wait)
+    folder = make_tiny_model(tmp_path / "tiny")
+    assert main(["host", str(folder), "--skip-memory-check"]) == 130
+    assert limits_s == [86_400]
 
 
 @pytest.mark.parametrize("content", [b"weights", None])

@@ -11,16 +11,18 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from mlxroute import weights
 from mlxroute.catalog import Catalog, Pair
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli.app import main
-from mlxroute.cli.commands.demo import _demo_settings, leave_a_core_to_the_server
+from mlxroute.cli.commands.demo import _demo_settings, _fetch_pair, leave_a_core_to_the_server
 from mlxroute.cli.demo_story import tell_story
 from mlxroute.cli.folders import find_bench_file
+from mlxroute.cli.model_fit import Machine
 from mlxroute.cli.routing import RoutingRule
 from mlxroute.cli.session import Session
 from mlxroute.config import Settings
-from mlxroute.errors import LargeNotContinued, LargeTimeout
+from mlxroute.errors import LargeNotContinued, LargeTimeout, WeightsError
 from mlxroute.ledger import Ledger
 from mlxroute.questions.demo_question import DemoQuestion, read_demo_question
 from mlxroute.routers import make_router
@@ -279,6 +281,32 @@ def test_the_demo_keeps_what_the_user_set_for_its_models() -> None:
     settings = _demo_settings(Settings(skip_memory_check=True, timeout=5.0), PAIR)
     assert settings.skip_memory_check
     assert (settings.small, settings.timeout) == ("tiny", 5.0)
+
+
+def test_offline_a_cached_smaller_pair_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = WeightsError("huge is not in the cache", parameter="offline")
+    cached = weights.LocalModel("large", tmp_path, "hub")
+
+    def resolve(name: str, **_: object) -> weights.LocalModel:
+        if name == "huge":
+            raise missing
+        return cached
+
+    def fetch(*pairs: Pair) -> tuple[Pair, weights.LocalModel]:
+        machine = Machine(is_dense=False, available_bytes=1 << 40, engine="mlx")
+        return _fetch_pair([*pairs], Catalog((), ()), machine, Settings(), Console(stderr=True))
+
+    monkeypatch.setattr(weights, "resolve", resolve)
+    smaller = Pair("tiny", "large", same_vocabulary=True, threshold=1.0, calibration="none")
+    assert fetch(PAIR, smaller) == (smaller, cached)
+    with pytest.raises(WeightsError) as caught:
+        fetch(PAIR)
+    assert caught.value is missing
+    missing.parameter = "cache_dir"
+    with pytest.raises(WeightsError):
+        fetch(PAIR, smaller)
 
 
 def test_an_empty_question_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

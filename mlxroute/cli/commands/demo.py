@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from mlxroute.catalog import Catalog, Pair
     from mlxroute.cli.model_fit import Machine
+    from mlxroute.ledger import Ledger
     from mlxroute.questions.demo_question import DemoQuestion
     from mlxroute.weights import LocalModel
 
@@ -33,18 +35,30 @@ def demo(
 ) -> int:
     """Fetch two models; answer a question with the small one, with both and with the large one."""
     from mlxroute.catalog import Catalog
+    from mlxroute.cli.large_setup import open_ledger
     from mlxroute.cli.model_fit import demo_pairs, measure_machine
     from mlxroute.cli.small_setup import default_small
     from mlxroute.cli.terminal import make_consoles
 
     out, err = make_consoles()
     demo_question = _choose_question(question)
+    never_send = read_never_send(settings)
     catalog = Catalog.load(user_catalog_dir())
     leave_a_core_to_the_server()
     machine = measure_machine(settings)
     pairs = demo_pairs(catalog, machine, small=default_small())
-    pair, large_weights = _fetch_pair(pairs, catalog, machine, settings, err)
-    return _serve_and_answer(pair, large_weights, demo_question, settings, out, err)
+    with open_ledger(settings) as ledger:
+        pair, large_weights = _fetch_pair(pairs, catalog, machine, settings, err)
+        return _serve_and_answer(
+            pair,
+            large_weights,
+            demo_question,
+            settings,
+            out,
+            err,
+            ledger=ledger,
+            never_send=never_send,
+        )
 
 
 def leave_a_core_to_the_server() -> None:
@@ -69,34 +83,40 @@ def _choose_question(text: str | None) -> DemoQuestion:
 def _fetch_pair(
     pairs: list[Pair], catalog: Catalog, machine: Machine, settings: Settings, err: Console
 ) -> tuple[Pair, LocalModel]:
-    """Fetch the first pair whose sources are reachable; return it with the large weights."""
+    """Fetch the first pair whose sources are reachable, offline the first that is cached.
+
+    Returns it with the large weights.
+    """
     from mlxroute.cli.progress import ByteProgress
+    from mlxroute.hosting.server_choice import check_llama_cpp
     from mlxroute.weights import resolve
 
-    failure: WeightsError = SourceUnreachable("the catalogue names no pair")
+    failure: WeightsError | None = None
     for pair in pairs:
         err.print(f"models: {pair.small} here, {pair.large} as the large one")
+        as_gguf = machine.serves_gguf(pair.large, catalog)
+        if as_gguf:
+            check_llama_cpp()
         try:
             with ByteProgress(err) as progress:
-                for name, as_gguf in (
-                    (pair.small, False),
-                    (pair.large, machine.serves_gguf(pair.large, catalog)),
-                ):
+                for name, in_gguf in ((pair.small, False), (pair.large, as_gguf)):
                     local = resolve(
                         name,
-                        as_gguf=as_gguf,
+                        as_gguf=in_gguf,
                         catalog=catalog,
                         cache_dir=cache_dir_of(settings),
                         offline=settings.offline,
                         progress=progress.progress,
                         notify=progress.notify,
                     )
-        except SourceUnreachable as exc:
+        except WeightsError as exc:
+            if not isinstance(exc, SourceUnreachable) and exc.parameter != "offline":
+                raise
             err.print(f"{exc}; trying the next pair", style="yellow")
-            failure = exc
+            failure = failure or exc
         else:
             return pair, local
-    raise failure
+    raise failure or SourceUnreachable("the catalogue names no pair")
 
 
 def _serve_and_answer(
@@ -106,9 +126,12 @@ def _serve_and_answer(
     settings: Settings,
     out: Console,
     err: Console,
+    *,
+    ledger: Ledger,
+    never_send: tuple[re.Pattern[str], ...],
 ) -> int:
     from mlxroute.cli.demo_story import tell_story
-    from mlxroute.cli.large_setup import make_tokenizer_finder, open_ledger
+    from mlxroute.cli.large_setup import make_tokenizer_finder
     from mlxroute.cli.progress import ByteProgress
     from mlxroute.cli.routing import make_routing
     from mlxroute.cli.session import Session
@@ -117,11 +140,9 @@ def _serve_and_answer(
     from mlxroute.hosting.launcher import LocalServer
     from mlxroute.large import LargeModel
 
-    never_send = read_never_send(settings)
     settings = _demo_settings(settings, pair)
     cache_dir = cache_dir_of(settings)
     with (
-        open_ledger(settings) as ledger,
         LocalServer.launch(
             large_weights.path,
             cache_dir=cache_dir,

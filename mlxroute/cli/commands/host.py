@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mlxroute.weights import LocalModel
+
+# Far longer than any load takes: whoever waits for the model can press Ctrl-C.
+_LOAD_LIMIT_S: Final = 86_400.0
 
 
 def host(
@@ -35,9 +38,10 @@ def host(
     """Serve a model on this machine, with mlx_lm.server or llama.cpp."""
     from mlxroute.cli.progress import ByteProgress
     from mlxroute.cli.terminal import make_consoles, print_note
-    from mlxroute.hosting.launcher import LocalServer
+    from mlxroute.hosting.launcher import LocalServer, check_port
 
     out, err = make_consoles()
+    check_port(port)
     cache_dir = cache_dir_of(settings)
     local = _fetch(name, settings, err)
     with LocalServer.launch(
@@ -48,7 +52,7 @@ def host(
         skip_memory_check=settings.skip_memory_check,
     ) as server:
         with ByteProgress(err) as progress:
-            server.wait_until_ready(progress=progress.progress)
+            server.wait_until_ready(timeout_s=_LOAD_LIMIT_S, progress=progress.progress)
         # Scripts read the address, so it is the only line on stdout.
         out.print(server.url, soft_wrap=True)
         print_note(
@@ -69,6 +73,7 @@ def _fetch(name: str | None, settings: Settings, err: Console) -> LocalModel:
     from mlxroute.cli.model_fit import check_fits, default_host_model, measure_machine
     from mlxroute.cli.progress import ByteProgress
     from mlxroute.cli.small_setup import default_small
+    from mlxroute.hosting.server_choice import check_llama_cpp
     from mlxroute.weights import resolve
 
     catalog = Catalog.load(user_catalog_dir())
@@ -76,6 +81,8 @@ def _fetch(name: str | None, settings: Settings, err: Console) -> LocalModel:
     if name is None:
         name = default_host_model(catalog, machine, small=default_small()).name
     as_gguf, model = machine.serves_gguf(name, catalog), catalog.find_model(name)
+    if as_gguf:
+        check_llama_cpp()
     # A model without a GGUF file is refused by `resolve`, whatever its size.
     if model is not None and not (as_gguf and model.index is None):
         check_fits(model, catalog, machine)
