@@ -27,8 +27,8 @@ def join_reports(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[st
     for key in _SAME:
         if first[key] != second[key]:
             raise SystemExit(f"the reports differ in {key}: {first[key]!r} and {second[key]!r}")
-    sides = [side for report in (first, second) for side in report["sides"].values()]
-    if any(side["lenient"] is None for side in sides):
+    parts = [side for report in (first, second) for side in report["sides"].values()]
+    if any(side["lenient"] is None for side in parts):
         raise SystemExit("reports of questions without right answers cannot be joined")
     if list(first["sides"]) != list(second["sides"]):
         raise SystemExit("the reports have different sides")
